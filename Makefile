@@ -1,0 +1,35 @@
+# make demo: install what is needed and run the main job on the embedded model.
+# make test: install the test extra as well and run linter and suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# two ranks, but one on a machine with one GPU
+RANKS = $$($(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)")
+
+.PHONY: demo test lint wheel clean
+
+demo: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m penstock generate \
+	  --model demo --resident none --table --max-tokens 96 --prompt "Return a new"
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: $(VENV)/installed-test
+	$(BIN)/python -m build --wheel --outdir dist .
+
+$(VENV)/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,109 @@
+"""The command line: subcommands, and flags made from EngineConfig's fields.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args, config) -> int`; only the chosen one is
+imported, so that `plan` stays quick and free of torch.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.version import VERSION
+
+# name -> (module, one line for --help, or None to leave it out there)
+COMMANDS: dict[str, tuple[str, str | None]] = {
+    "generate": ("engine.generate_command", "generate text from prompts"),
+    "plan": ("engine.plan_command", "show what stays, what streams and the predicted speed; no GPU needed"),
+    "worker": ("engine.worker_command", None),
+}
+EPILOG = """examples:
+  penstock plan --model benchmarks/shapes/Llama-3-70B.json -tp 2 --gpu-memory 24GiB
+  penstock generate --model demo --prompt 'Return a list of'"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = next((word for word in argv if not word.startswith("-")), None)
+    parser, chosen = _parsers(name)
+    args = parser.parse_args(argv)
+    try:
+        return chosen.run(args, _config(args))
+    except ValueError as error:
+        print(f"penstock: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return 1
+
+
+def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The whole parser, with the options of subcommand `name` only, and that subcommand's module."""
+    parser = argparse.ArgumentParser(
+        prog="penstock",
+        description="Run a language model that is larger than its GPUs: weights stream from host memory.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"penstock {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    chosen = None
+    for command, (module, text) in COMMANDS.items():
+        shown = {} if text is None else {"help": text, "description": text}
+        sub = commands.add_parser(command, allow_abbrev=False, **shown)
+        if command == name:
+            chosen = importlib.import_module(module)
+            chosen.add_arguments(sub.add_argument_group(command))
+            add_config_arguments(sub)
+    return parser, chosen
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of EngineConfig; the model may also stand alone. Defaults are the config's, not ours."""
+    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
+    group = parser.add_argument_group("engine")
+    for field in dataclasses.fields(EngineConfig):
+        option = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"].replace("%", "%%")
+        if "default:" not in text and field.default is not None:
+            text += f" (default: {field.default})"
+        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        if isinstance(field.default, bool):
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": _typed(field.metadata["type"]), "choices": field.metadata["choices"]}
+            settings["metavar"] = None if field.metadata["choices"] else _metavar(field)
+        group.add_argument(option, *field.metadata["flags"], **settings)
+
+
+def _typed(parse):
+    """argparse hides a ValueError's words; they name the field and what is allowed."""
+    if parse is None or parse in (int, float):
+        return parse
+
+    def convert(text: str):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _metavar(field: dataclasses.Field) -> str:
+    return {int: "N", float: "X"}.get(field.metadata["type"], field.name.upper().split("_")[-1])
+
+
+def _config(args: argparse.Namespace) -> EngineConfig:
+    """The config of the flags that were given. Raises ValueError as EngineConfig does."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(EngineConfig) if hasattr(args, f.name)}
+    alone = getattr(args, "model_argument", None)
+    if alone is not None:
+        if given.get("model", alone) != alone:
+            raise ValueError(f"model={alone!r} and --model {given['model']!r}: which one?")
+        given["model"] = alone
+    return EngineConfig(**given)

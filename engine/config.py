@@ -1,0 +1,125 @@
+"""User configuration. One frozen dataclass; the command line's flags are made from its fields (cli.py).
+
+What was measured or derived (rates, residency, page counts) lives elsewhere: nothing changes a config.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+          "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
+
+
+def parse_bytes(value: int | str) -> int:
+    """`"24GiB"`, `"24 GB"`, `"1048576"` or an int, in bytes. Raises ValueError for anything else."""
+    if isinstance(value, int):
+        number, unit = float(value), ""
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].lower() not in _UNITS:
+            raise ValueError(f"{value!r} is not a number of bytes (examples: 25769803776, 24GiB, 24GB)")
+        number, unit = float(match[1]), match[2].lower()
+    if number <= 0:
+        raise ValueError(f"{value!r}: a number of bytes must be positive")
+    return int(number * _UNITS[unit])
+
+
+def parse_resident(value: str | float) -> str | float:
+    """`"auto"`, `"all"`, `"none"`, or a fraction of the layers' bytes in 0..1. Raises ValueError otherwise."""
+    if value in ("auto", "all", "none"):
+        return value
+    try:
+        fraction = float(value)
+    except (TypeError, ValueError):
+        fraction = -1.0
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"resident={value!r}: expected auto, all, none or a fraction between 0 and 1")
+    return fraction
+
+
+def _option(default, help: str, choices: tuple[str, ...] | None = None, flags: tuple[str, ...] = (), type=None):
+    """A config field that the command line shows: `flags` are short aliases, `type` parses its text."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flags": flags, "type": type})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything a user may choose about an engine. Names and defaults are vLLM's where they exist.
+
+    Raises ValueError, naming the field, when a value cannot be meant.
+    """
+
+    model: str = _option("demo", "checkpoint directory, a config.json (plan, or load-format dummy), or 'demo'")
+    tokenizer: str | None = _option(None, "directory with tokenizer.json, if it is not the model's")
+    tensor_parallel_size: int | None = _option(
+        None, "number of ranks (default: torchrun's world, else 1)", flags=("-tp",), type=int
+    )
+    dtype: str = _option("auto", "compute dtype; auto is the checkpoint's", ("auto", "float32", "bfloat16", "float16"))
+    device: str = _option("auto", "where to compute", ("auto", "cuda", "cpu"))
+    gpu_memory_utilization: float = _option(0.9, "fraction of each GPU that may be used", type=float)
+    gpu_memory: int | str | None = _option(
+        None, "GPU memory that may be used a rank, in bytes or like 24GiB; wins over the utilization"
+    )
+    resident: str | float = _option(
+        "auto",
+        "what stays on the GPU: auto, all, none, or a fraction of the layers' bytes",
+        type=parse_resident,
+    )
+    load_format: str = _option("auto", "dummy fills random weights without a file", ("auto", "safetensors", "dummy"))
+    max_model_len: int | None = _option(
+        None, "longest sequence in tokens (default: what the model and memory allow)", type=int
+    )
+    max_num_seqs: int = _option(256, "most sequences in one pass", type=int)
+    max_num_batched_tokens: int = _option(
+        8192, "most tokens in one pass; longer prompts are prefilled in chunks", type=int
+    )
+    page_size: int = _option(16, "tokens in one page of the KV cache", type=int)
+    num_pages: int | None = _option(None, "KV pages (default: what memory allows)", type=int)
+    page_order_seed: int | None = _option(None, "debug: hand out KV pages in this shuffled order", type=int)
+    ring: int | str | None = _option(None, "bytes of the ring that holds streamed groups (default: planned)")
+    seed: int = _option(0, "base of every random choice that names no seed of its own", type=int)
+    lanes: str = _option(
+        "earliest", "CPU only: order in which the two lanes interleave", ("earliest", "latest", "random")
+    )
+    poison: bool = _option(False, "debug: fill freed slots with NaN so that a broken contract is loud")
+    trace: str | None = _option(None, "write a Chrome/Perfetto trace of the passes to this file")
+    device_profile: str | None = _option(None, "rates to plan with: h200, cpu or a JSON file (default: by device)")
+    link_gb_s: float | None = _option(
+        None, "host-to-device rate a rank in 1e9 bytes/s, instead of the profile's", type=float
+    )
+
+    def __post_init__(self):
+        for name, parse in (("gpu_memory", parse_bytes), ("ring", parse_bytes)):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    object.__setattr__(self, name, parse(value))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        object.__setattr__(self, "resident", parse_resident(self.resident))
+        for name in (
+            "tensor_parallel_size",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "num_pages",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: expected a positive integer")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r}: expected a fraction above 0, at most 1"
+            )
+        if self.link_gb_s is not None and not self.link_gb_s > 0:
+            raise ValueError(f"link_gb_s={self.link_gb_s!r}: expected a positive rate")
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if choices and getattr(self, field.name) not in choices:
+                raise ValueError(f"{field.name}={getattr(self, field.name)!r}: expected one of {', '.join(choices)}")
+
+    def to_dict(self) -> dict:
+        """The fields as JSON takes them; EngineConfig(**d) is the inverse."""
+        return dataclasses.asdict(self)

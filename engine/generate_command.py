@@ -1,0 +1,139 @@
+"""`penstock generate`: prompts in, text out as it is generated; the plan before and what was moved after.
+
+Text goes to stdout (with --json one object a prompt), everything else to stderr. Under torchrun rank 0 speaks.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+from engine.config import EngineConfig
+from engine.llm import LLM
+from engine.output import RequestOutput
+from engine.plan_command import describe, step_table
+from engine.prompts import read_prompts
+from scheduler.request import SamplingParams
+
+# how each field of SamplingParams is parsed and explained; its default is the dataclass's
+SAMPLING_FLAGS = {
+    "max_tokens": (int, "most tokens to generate"),
+    "temperature": (float, "0 takes the most likely token"),
+    "top_p": (float, "sample among the most likely tokens of this joint probability"),
+    "top_k": (int, "sample among this many most likely tokens; 0 is off"),
+    "min_p": (float, "sample among tokens at least this likely, relative to the most likely one"),
+    "n": (int, "sequences for each prompt"),
+    "repetition_penalty": (float, "above 1 discourages tokens of prompt and output"),
+    "presence_penalty": (float, "above 0 discourages tokens that were generated"),
+    "frequency_penalty": (float, "the same, for each time that they were"),
+    "logprobs": (int, "log probabilities of this many tokens, in --json"),
+}
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument(
+        "--prompts-file", metavar="FILE", help="one prompt a line, or JSONL with prompt or prompt_token_ids; - is stdin"
+    )
+    for name, (kind, text) in SAMPLING_FLAGS.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=kind, dest=f"sampling_{name}", default=argparse.SUPPRESS, help=text)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
+    parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout, with token ids")
+    parser.add_argument("--table", action="store_true", help="print the step table of the plan before")
+
+
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    params = sampling_params(args)
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    with LLM(**config.to_dict()) as llm:
+        speaks = llm.rank.topology.rank == 0
+        printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
+        if speaks:
+            llm.measure()
+            _say_plan(llm, args)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, on_text=printer)
+        elapsed_s = time.perf_counter() - start
+        if speaks:
+            _say_outputs(outputs, args.json, printer)
+            print(report(llm, outputs, elapsed_s), file=sys.stderr)
+    return 0
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises ValueError naming the field, as SamplingParams does."""
+    given = {name: getattr(args, f"sampling_{name}") for name in SAMPLING_FLAGS if hasattr(args, f"sampling_{name}")}
+    return SamplingParams(**given, stop=args.stop, stop_token_ids=args.stop_token_ids, ignore_eos=args.ignore_eos)
+
+
+class TextPrinter:
+    """Writes text as it comes: of the first sequence at once, of later ones when those before them have ended."""
+
+    def __init__(self, num_prompts: int, n: int):
+        self.order = [(prompt, index) for prompt in range(num_prompts) for index in range(n)]
+        self.waiting: dict[tuple[int, int], str] = {}
+        self.ended: set[tuple[int, int]] = set()
+        self.place = 0
+        self._title()
+
+    def __call__(self, prompt: int, index: int, text: str | None) -> None:
+        key = (prompt, index)
+        if text is None:
+            self.ended.add(key)
+        else:
+            self.waiting[key] = self.waiting.get(key, "") + text
+        while self.place < len(self.order):
+            current = self.order[self.place]
+            sys.stdout.write(self.waiting.pop(current, ""))
+            sys.stdout.flush()
+            if current not in self.ended:
+                return
+            sys.stdout.write("\n")
+            self.place += 1
+            self._title()
+
+    def _title(self) -> None:
+        if len(self.order) > 1 and self.place < len(self.order):
+            prompt, index = self.order[self.place]
+            print(f"--- prompt {prompt}, output {index}", flush=True)
+
+
+def _say_plan(llm: LLM, args: argparse.Namespace) -> None:
+    plan = llm.rank.plan
+    print(describe(llm.config, plan, plan.residency.max_model_len), file=sys.stderr)
+    if args.table:
+        print(step_table(plan), file=sys.stderr)
+    print(file=sys.stderr)
+
+
+def _say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinter | None) -> None:
+    for output in outputs:
+        if as_json:
+            print(json.dumps(output.to_dict()), flush=True)
+        elif printer is None:
+            for sequence in output.outputs:
+                print(*sequence.token_ids)
+
+
+def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
+    """What was moved and how long it took, beside what the time model said."""
+    ledger, counters = llm.rank.ledger, llm.rank.worker.executor.counters
+    moved, num_tokens = counters.copied_bytes.total(), sum(len(s.token_ids) for o in outputs for s in o.outputs)
+    lines = [
+        f"{num_tokens} tokens in {elapsed_s:.2f} s ({num_tokens / elapsed_s:.1f} tokens/s), "
+        f"{ledger.num_passes} passes over {counters.num_tokens} tokens",
+        f"moved {moved / 2**30:.3f} GiB a rank over the link, {moved / max(ledger.num_passes, 1) / 2**20:.2f} MiB a pass, "
+        f"{moved / 1e9 / max(ledger.measured_s, 1e-9):.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured",
+    ]
+    reduces = llm.rank.collectives
+    if reduces.size > 1:
+        lines.append(
+            f"{reduces.num_reduces.total()} all-reduces, {reduces.reduced_bytes.total() / 2**20:.2f} MiB a rank"
+        )
+    lines.append(
+        f"passes took {ledger.measured_s:.3f} s, predicted {ledger.predicted_s:.3f} s ({llm.rank.rates.source} rates)"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""LLM: prompts in, outputs out. The face of the engine in Python.
+
+Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (rank.step) -> text.
+Under torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
+"""
+
+import itertools
+from collections.abc import Callable
+
+from engine.config import EngineConfig
+from engine.output import RequestOutput, Sequence
+from engine.planning import find_model
+from engine.runtime.rank import Rank
+from engine.runtime.sampler import SampleOutput
+from engine.tokenizer import Tokenizer
+from parallel.launch import resolve_launch
+from scheduler.batching import Scheduler
+from scheduler.request import FinishReason, Request, SamplingParams
+
+Prompt = str | list[int]
+OnText = Callable[[int, int, str | None], None]
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
+
+
+class LLM:
+    """A loaded model. `options` are the fields of EngineConfig (tensor_parallel_size, dtype, gpu_memory, resident, ...).
+
+    A context manager: leaving it frees everything and ends the ranks that it launched. Raises ValueError, naming the
+    file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
+    """
+
+    def __init__(self, model: str = "demo", **options):
+        self.config = EngineConfig(model=model, **options)
+        self.tokenizer = load_tokenizer(self.config)
+        self.rank = Rank(self.config, resolve_launch(self.config.tensor_parallel_size))
+        residency = self.rank.plan.residency
+        self.scheduler = Scheduler(
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_model_len=residency.max_model_len,
+            page_size=self.config.page_size,
+            num_pages=residency.num_pages,
+            eos_token_ids=self.rank.plan.spec.eos_token_ids,
+            page_order_seed=self.config.page_order_seed,
+        )
+        self._request_ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | list[Prompt],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        on_text: OnText | None = None,
+    ) -> list[RequestOutput]:
+        """Completes each prompt: a string, or a list of token ids; one SamplingParams for all, or one for each.
+
+        `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end. Outputs are in the order
+        of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that cannot be meant.
+        """
+        assert self.rank is not None, "this LLM is closed"
+        asked = self._read(prompts, sampling_params)
+        sequences = [self._expand(place, *one, on_text) for place, one in enumerate(asked)]
+        with self.rank.launch.guard():
+            if self.rank.topology.rank > 0:
+                return [RequestOutput.from_dict(output) for output in self.rank.follow()]
+            self._run([sequence for group in sequences for sequence in group])
+            outputs = [
+                RequestOutput(str(place), prompt, token_ids, [sequence.output() for sequence in group])
+                for place, ((prompt, token_ids, _), group) in enumerate(zip(asked, sequences))
+            ]
+            self.rank.finish([output.to_dict() for output in outputs])
+        return outputs
+
+    def measure(self) -> None:
+        """Measures link, memory, compute and reduces (under a second), for predictions instead of the profile's rates.
+        On rank 0 only; the others answer from within `generate`."""
+        with self.rank.launch.guard():
+            self.rank.probe()
+
+    def close(self) -> None:
+        """Frees everything; idempotent."""
+        if self.rank is not None:
+            rank, self.rank = self.rank, None
+            rank.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _read(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
+        """Checks everything that a user gives, on every rank alike."""
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
+        return [self._read_one(place, *one) for place, one in enumerate(zip(prompts, sampling_params))]
+
+    def _read_one(
+        self, place: int, prompt: Prompt, params: SamplingParams
+    ) -> tuple[str | None, list[int], SamplingParams]:
+        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
+            what = "a text prompt" if isinstance(prompt, str) else "a stop string"
+            raise ValueError(
+                f"{self.config.model}: no tokenizer.json, so prompt {place} cannot have {what}; give token ids"
+            )
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self.tokenizer.encode(prompt) if text is not None else list(prompt)
+        vocab_size = self.rank.plan.spec.vocab_size
+        for token in token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise ValueError(f"prompt {place}: token id {token!r} is not in 0..{vocab_size - 1}")
+        for token in params.stop_token_ids:
+            if token >= vocab_size:
+                raise ValueError(f"prompt {place}: stop_token_ids: {token} is not in 0..{vocab_size - 1}")
+        Request(place, token_ids, params).check_length(self.scheduler.max_model_len)
+        return text, token_ids, params
+
+    def _expand(
+        self, place: int, _: str | None, token_ids: list[int], params: SamplingParams, on_text
+    ) -> list[Sequence]:
+        """The n sequences of a prompt, each with a seed of its own."""
+        sequences = []
+        for index in range(params.n):
+            number = next(self._request_ids)
+            own = params.seed + index if params.seed is not None else (self.config.seed + 1) * _GOLDEN + number
+            request = Request(number, token_ids, params, seed=own & _MASK, arrival=number)
+
+            def emit(text: str | None, index: int = index) -> None:
+                if on_text is not None:
+                    on_text(place, index, text)
+
+            sequences.append(Sequence(request, index, self.tokenizer, emit))
+        return sequences
+
+    def _run(self, sequences: list[Sequence]) -> None:
+        by_request = {sequence.request.id: sequence for sequence in sequences}
+        try:
+            for sequence in sequences:
+                self.scheduler.add(sequence.request)
+            while (batch := self.scheduler.schedule()) is not None:
+                sampled = self.rank.step(batch)
+                tokens = sampled.tokens.tolist() if sampled else []
+                updated = self.scheduler.update(batch, tokens)
+                for place, request in enumerate(updated):
+                    self._advance(by_request[request.id], sampled, place)
+        except BaseException:
+            self.scheduler.abort(sequence.request for sequence in sequences)
+            raise
+
+    def _advance(self, sequence: Sequence, sampled: SampleOutput, place: int) -> None:
+        """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""
+        request = sequence.request
+        token = request.output_token_ids[-1]
+        if request.params.logprobs is not None:
+            sequence.add_logprobs(token, *sampled.logprobs.at(place, request.params.logprobs))
+        stop = None
+        if request.finish_reason != FinishReason.STOP:
+            stop = sequence.push(token)
+        if stop is None and request.finish_reason is not None:
+            stop = sequence.flush()
+        if stop is not None:
+            self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
+        if request.finish_reason is not None:
+            sequence.on_text(None)
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """Of --tokenizer, else of the model's directory; None if there is no tokenizer.json (token ids still work)."""
+    path = find_model(config.tokenizer or config.model)
+    tokenizer = Tokenizer.load(path if path.is_dir() else path.parent)
+    if tokenizer is None and config.tokenizer is not None:
+        raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer.json there")
+    return tokenizer

@@ -1,0 +1,99 @@
+"""What is bound to a plan when it runs: the tokens of a batch and where their keys and values lie.
+
+Shapes: T tokens in the batch, R rows, C context tokens of all rows together, N sampled rows, P pages, S page size.
+The host sends a few small tensors; everything as long as T or C is made from them on the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scheduler.batching import ON_DEVICE, Batch
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Where a row's queries and its context lie in the flat tensors, in tokens."""
+
+    first_query: int
+    num_queries: int
+    first_context: int
+    num_context: int
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """A batch on the device. `places` are page * S + offset of the batch's own tokens, `context` those of all tokens
+    that its rows attend to."""
+
+    tokens: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    places: Tensor  # (T,) int64
+    context: Tensor  # (C,) int64
+    query_starts: Tensor  # (R + 1,) int32
+    context_starts: Tensor  # (R + 1,) int32
+    max_queries: int
+    max_context: int
+    ranges: tuple[RowRange, ...]
+    select: Tensor  # (N,) int64: which tokens are sampled from
+    sampled_rows: tuple[int, ...]  # their places in the batch
+    sampled_rows_device: Tensor  # (N,) int64
+    sampled_positions: Tensor  # (N,) int64: of the token that is being sampled
+
+
+def bind(batch: Batch, page_size: int, last_tokens: Tensor) -> PassInputs:
+    """Moves a batch to the device of `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE."""
+    device = last_tokens.device
+    ranges = _ranges(batch)
+    lengths = [row.num_queries for row in ranges]
+    contexts = [row.num_context for row in ranges]
+    num_tokens, num_context = sum(lengths), sum(contexts)
+
+    def put(values, dtype=torch.int64) -> Tensor:
+        tensor = torch.tensor(values, dtype=dtype)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    query_starts = put([0, *(r.first_query + r.num_queries for r in ranges)], torch.int32)  # (R + 1,)
+    context_starts = put([0, *(r.first_context + r.num_context for r in ranges)], torch.int32)
+    widest = max(len(row.pages) for row in batch.rows)
+    pages = put([[*row.pages, *[0] * (widest - len(row.pages))] for row in batch.rows])  # (R, P)
+    of_token = torch.repeat_interleave(put(lengths), output_size=num_tokens)  # (T,) row of each token
+    of_context = torch.repeat_interleave(put(contexts), output_size=num_context)  # (C,)
+    positions = (
+        torch.arange(num_tokens, device=device) - query_starts[of_token] + put([r.start for r in batch.rows])[of_token]
+    )
+    context_positions = torch.arange(num_context, device=device) - context_starts[of_context]
+
+    tokens = put([token for row in batch.rows for token in row.tokens])
+    if any(ON_DEVICE in row.tokens for row in batch.rows):
+        tokens = torch.where(tokens == ON_DEVICE, last_tokens[put([r.row for r in batch.rows])[of_token]], tokens)
+    sampled = [(row, place) for row, place in zip(batch.rows, ranges) if row.samples]
+    return PassInputs(
+        tokens=tokens,
+        positions=positions,
+        places=_places(pages, of_token, positions, page_size),
+        context=_places(pages, of_context, context_positions, page_size),
+        query_starts=query_starts,
+        context_starts=context_starts,
+        max_queries=max(lengths),
+        max_context=max(contexts),
+        ranges=ranges,
+        select=put([place.first_query + place.num_queries - 1 for _, place in sampled]),
+        sampled_rows=tuple(row.row for row, _ in sampled),
+        sampled_rows_device=put([row.row for row, _ in sampled]),
+        sampled_positions=put([row.start + len(row.tokens) for row, _ in sampled]),
+    )
+
+
+def _ranges(batch: Batch) -> tuple[RowRange, ...]:
+    ranges, query, context = [], 0, 0
+    for row in batch.rows:
+        num_context = row.start + len(row.tokens)
+        ranges.append(RowRange(query, len(row.tokens), context, num_context))
+        query, context = query + len(row.tokens), context + num_context
+    return tuple(ranges)
+
+
+def _places(pages: Tensor, rows: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    return pages[rows, positions // page_size] * page_size + positions % page_size

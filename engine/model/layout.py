@@ -1,0 +1,220 @@
+"""Which weights a group has, how they are cut for a rank, and at which byte each lies in the group's span.
+
+PURE. One description serves the planner (sizes before a byte is loaded), the checkpoint reader (what to read to
+where), the host arena, the ring (spans are copied whole) and the views that operations get. A group is one
+contiguous span and every tensor in it starts at ALIGN bytes, resident and streamed alike: cuBLAS picks kernels by
+alignment, so the bitwise equality of both depends on it.
+"""
+
+import math
+from dataclasses import dataclass
+
+from engine.model.families import TensorNames
+from engine.model.spec import DTYPE_BYTES, ModelSpec
+from parallel.shard import (
+    Piece,
+    ShardKind,
+    check_tp_size,
+    local_ffn_size,
+    local_range,
+    local_vocab_size,
+    pad_to,
+    shard_heads,
+)
+from scheduler.step_plan import GroupId
+
+ALIGN = 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named byte range of a group's span. `offset` and `nbytes` are bytes from the span's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A logical weight of one rank. `format` says how its parts make up the tensor: "plain" has one part, "data"."""
+
+    name: str
+    kind: ShardKind
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]  # what to read; elements that no piece covers are zero
+    format: str = "plain"
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """A group's weights with their byte ranges; `nbytes` is the length of its span."""
+
+    group: GroupId
+    weights: tuple[Weight, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """All groups of one rank, in the order of a pass; `embed` is apart because it never streams.
+
+    With a tied head `embed` has no weights of its own: the head group's "head" holds the bytes of both.
+    """
+
+    groups: tuple[GroupLayout, ...]
+    embed: GroupLayout
+    dtype: str
+
+    @property
+    def by_group(self) -> dict[GroupId, GroupLayout]:
+        return {layout.group: layout for layout in self.groups}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layout.nbytes for layout in self.groups) + self.embed.nbytes
+
+
+def model_layout(spec: ModelSpec, names: TensorNames, dtype: str, tp_size: int, rank: int) -> ModelLayout:
+    """The layout of `rank`. Every rank's spans have the same offsets and sizes; only the pieces differ.
+
+    Raises ValueError if tp_size does not divide the query heads.
+    """
+    check_tp_size(tp_size, spec.num_heads)
+    cut = _Cutter(spec, names, tp_size, rank)
+    groups = []
+    for layer_idx in range(spec.num_layers):
+        groups.append(_pack(GroupId(layer_idx, "attn"), cut.attn(layer_idx), dtype))
+        groups.append(_pack(GroupId(layer_idx, "ffn"), cut.ffn(layer_idx), dtype))
+    groups.append(_pack(GroupId(spec.num_layers, "head"), cut.head(), dtype))
+    embed = _pack(GroupId(-1, "embed"), [] if spec.tied else [cut.vocab("embed", names.embed)], dtype)
+    return ModelLayout(tuple(groups), embed, dtype)
+
+
+def expected_tensors(spec: ModelSpec, names: TensorNames) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the checkpoint must have, with its global shape, from the pieces of an unsharded layout."""
+    layout = model_layout(spec, names, "float32", tp_size=1, rank=0)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in (*layout.groups, layout.embed):
+        for weight in group.weights:
+            for piece in weight.pieces:
+                rows = max(piece.row + piece.num_rows, shapes.get(piece.tensor, (0,))[0])
+                shapes[piece.tensor] = (rows,) if len(weight.shape) == 1 else (rows, piece.num_cols)
+    return shapes
+
+
+def _pack(group: GroupId, weights: list[Weight], dtype: str) -> GroupLayout:
+    offset, packed = 0, []
+    for weight in weights:
+        nbytes = math.prod(weight.shape) * DTYPE_BYTES[dtype]
+        part = Part("data", dtype, weight.shape, offset, nbytes)
+        packed.append(Weight(weight.name, weight.kind, weight.shape, weight.pieces, parts=(part,)))
+        offset = pad_to(offset + nbytes, ALIGN)
+    return GroupLayout(group, tuple(packed), offset)
+
+
+class _Cutter:
+    """Builds the weights of one rank; a method for each group, in the order in which a pass reads them."""
+
+    def __init__(self, spec: ModelSpec, names: TensorNames, tp_size: int, rank: int):
+        self.spec, self.names, self.tp_size, self.rank = spec, names, tp_size, rank
+        self.heads = shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, rank)
+
+    def attn(self, layer_idx: int) -> list[Weight]:
+        spec, names = self.spec, self.names.layer(layer_idx)
+        weights = [
+            *self._norm("attn_norm", names["attn_norm"]),
+            self._qkv("qkv", names, "weight", spec.hidden_size),
+        ]
+        if spec.qkv_bias:
+            weights.append(self._qkv("qkv_bias", names, "bias", 1))
+        if spec.qk_norm:
+            weights += [self._whole("q_norm", names["q_norm"] + ".weight", spec.head_dim)]
+            weights += [self._whole("k_norm", names["k_norm"] + ".weight", spec.head_dim)]
+        first, num = self.heads.first_head * spec.head_dim, self.heads.num_heads * spec.head_dim
+        piece = Piece(names["o"] + ".weight", 0, spec.hidden_size, first, num, 0)
+        weights.append(Weight("o", ShardKind.ROW, (spec.hidden_size, num), (piece,)))
+        if spec.o_bias:
+            weights.append(self._row_bias("o_bias", names["o"] + ".bias"))
+        return weights
+
+    def ffn(self, layer_idx: int) -> list[Weight]:
+        spec, names = self.spec, self.names.layer(layer_idx)
+        local = local_ffn_size(spec.ffn_size, self.tp_size)
+        start, stop = local_range(spec.ffn_size, local, self.rank)
+        sources = [names["gate"], names["up"]] if spec.gated else [names["up"]]
+        up_name = "gate_up" if spec.gated else "up"
+
+        def up(name: str, suffix: str, num_cols: int) -> Weight:
+            pieces = [Piece(s + suffix, start, stop - start, 0, num_cols, i * local) for i, s in enumerate(sources)]
+            rows = len(sources) * local
+            return Weight(name, ShardKind.COLUMN, (rows,) if suffix == ".bias" else (rows, num_cols), _nonempty(pieces))
+
+        weights = [*self._norm("ffn_norm", names["ffn_norm"]), up(up_name, ".weight", spec.hidden_size)]
+        if spec.ffn_up_bias:
+            weights.append(up(up_name + "_bias", ".bias", 1))
+        piece = Piece(names["down"] + ".weight", 0, spec.hidden_size, start, stop - start, 0)
+        weights.append(Weight("down", ShardKind.ROW, (spec.hidden_size, local), _nonempty([piece])))
+        if spec.ffn_down_bias:
+            weights.append(self._row_bias("down_bias", names["down"] + ".bias"))
+        return weights
+
+    def head(self) -> list[Weight]:
+        source = self.names.embed if self.spec.tied else self.names.head
+        return [*self._norm("final_norm", self.names.final_norm), self.vocab("head", source)]
+
+    def vocab(self, name: str, source: str) -> Weight:
+        spec = self.spec
+        local = local_vocab_size(spec.vocab_size, self.tp_size)
+        start, stop = local_range(spec.vocab_size, local, self.rank)
+        piece = Piece(source, start, stop - start, 0, spec.hidden_size, 0)
+        return Weight(name, ShardKind.VOCAB, (local, spec.hidden_size), _nonempty([piece]))
+
+    def _qkv(self, name: str, names: dict[str, str], suffix: str, num_cols: int) -> Weight:
+        """Rows of q, k and v joined: the rank's query heads, then its K heads, then its V heads."""
+        spec, shard = self.spec, self.heads
+        query_heads = range(shard.first_head, shard.first_head + shard.num_heads)
+        wanted = [("q", head) for head in query_heads]
+        wanted += [("k", head) for head in shard.kv_heads] + [("v", head) for head in shard.kv_heads]
+        pieces: list[Piece] = []
+        for place, (which, head) in enumerate(wanted):
+            if "qkv" in names:  # GPT-NeoX: one tensor, laid out [head][q, k, v][dim]
+                source, row = names["qkv"], (head * 3 + "qkv".index(which)) * spec.head_dim
+            else:
+                source, row = names[which], head * spec.head_dim
+            piece = Piece(f"{source}.{suffix}", row, spec.head_dim, 0, num_cols, place * spec.head_dim)
+            _append_joined(pieces, piece)
+        rows = len(wanted) * spec.head_dim
+        return Weight(name, ShardKind.COLUMN, (rows,) if suffix == "bias" else (rows, num_cols), tuple(pieces))
+
+    def _norm(self, name: str, source: str) -> list[Weight]:
+        weights = [self._whole(name, source + ".weight", self.spec.hidden_size)]
+        if self.spec.norm == "layer":
+            weights.append(self._whole(name + "_bias", source + ".bias", self.spec.hidden_size))
+        return weights
+
+    def _whole(self, name: str, source: str, size: int) -> Weight:
+        return Weight(name, ShardKind.REPLICATED, (size,), (Piece(source, 0, size, 0, 1, 0),))
+
+    def _row_bias(self, name: str, source: str) -> Weight:
+        """The bias of a row-parallel projection: rank 0 has it, the others zeros, so that the reduce counts it once."""
+        size = self.spec.hidden_size
+        pieces = (Piece(source, 0, size, 0, 1, 0),) if self.rank == 0 else ()
+        return Weight(name, ShardKind.ROW, (size,), pieces)
+
+
+def _nonempty(pieces: list[Piece]) -> tuple[Piece, ...]:
+    return tuple(piece for piece in pieces if piece.num_rows and piece.num_cols)
+
+
+def _append_joined(pieces: list[Piece], piece: Piece) -> None:
+    """Neighbouring heads are one read: extends the last piece where `piece` continues it."""
+    last = pieces[-1] if pieces else None
+    if last and last.tensor == piece.tensor and last.row + last.num_rows == piece.row:
+        joined = Piece(last.tensor, last.row, last.num_rows + piece.num_rows, 0, last.num_cols, last.to_row)
+        pieces[-1] = joined
+    else:
+        pieces.append(piece)

@@ -1,0 +1,193 @@
+"""What each step computes. `STEPS` maps the names in a StepPlan to functions of a StepContext.
+
+Shapes: T tokens in the batch, N sampled rows, D hidden, H/K local query/KV heads, E head dim, I local FFN width,
+V local vocab. An operation cannot tell whether its weights stream: it gets them as views by name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.embedding import embed_rows
+from engine.model.attention import attend
+from engine.model.inputs import PassInputs
+from engine.model.rope import rotate_
+from engine.model.spec import ModelSpec
+from parallel.collectives import Collectives
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass
+class StepContext:
+    """What an operation sees. `act` holds the activations, cut to this pass's T or N rows; `kv`, `sampler` are the
+    runtime's KVCache and Sampler."""
+
+    spec: ModelSpec
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    first_vocab: int  # first token id of this rank's part of the vocabulary
+    embed: Tensor  # (V, D), on the device or in registered host memory
+    rope: Tensor  # (2, L, F)
+    kv: object
+    sampler: object
+    collectives: Collectives
+    inputs: PassInputs | None = None
+    act: Mapping[str, Tensor] | None = None
+    sampled: object = None  # the pass's SampleOutput
+
+    def split_heads(self, attn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """attn (T, (H + 2K) E) as views q (T, H, E), k and v (T, K, E)."""
+        heads = attn.view(attn.shape[0], self.num_heads + 2 * self.num_kv_heads, self.spec.head_dim)
+        return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+
+
+Weights = Mapping[str, Tensor]
+
+
+def linear(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
+    """out = x @ w.T (+ bias). The format "plain" is the only one; others dispatch here."""
+    bias = weights.get(name + "_bias")
+    if bias is None:
+        torch.mm(x, weights[name].t(), out=out)
+    else:
+        torch.addmm(bias, x, weights[name].t(), out=out)
+
+
+def norm(spec: ModelSpec, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """RMSNorm (in fp32, rounded, then times the weight) or LayerNorm, as transformers rounds them."""
+    if spec.norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], weights[name], weights[name + "_bias"], spec.norm_eps)
+    x32 = x.float()
+    scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + spec.norm_eps)
+    return weights[name] * scaled.to(x.dtype)
+
+
+def embedding(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    embed_rows(ctx.embed, ctx.inputs.tokens, ctx.first_vocab, ctx.act["x"])
+
+
+def _norm_step(name: str) -> Callable:
+    def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+        ctx.act["x_"].copy_(norm(ctx.spec, weights, name, ctx.act["x"]))
+
+    return step
+
+
+def _reduce_step(activation: str, label: str) -> Callable:
+    def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+        ctx.collectives.all_reduce(ctx.act[activation], label)
+
+    return step
+
+
+def attn_qkv(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    linear(weights, "qkv", ctx.act["x_"], ctx.act["attn"])
+
+
+def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    """Norms of q and k where the family has them, rotation, and the append to the KV cache."""
+    q, k, v = ctx.split_heads(ctx.act["attn"])
+    if ctx.spec.qk_norm:
+        q.copy_(norm(ctx.spec, weights, "q_norm", q))
+        k.copy_(norm(ctx.spec, weights, "k_norm", k))
+    cos, sin = ctx.rope[:, ctx.inputs.positions]  # (T, F) each
+    rotate_(q, cos, sin)
+    rotate_(k, cos, sin)
+    ctx.kv.append(layer_idx, ctx.inputs.places, k, v)
+
+
+def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    q, _, _ = ctx.split_heads(ctx.act["attn"])
+    k, v = ctx.kv.gather(layer_idx, ctx.inputs.context)
+    q.copy_(attend(q, k, v, ctx.inputs, ctx.spec.windows[layer_idx]))
+
+
+def _attn_output_step(out: str) -> Callable:
+    def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+        heads = ctx.act["attn"][:, : ctx.num_heads * ctx.spec.head_dim]  # (T, H E)
+        linear(weights, "o", heads, ctx.act[out])
+
+    return step
+
+
+def residual(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    ctx.act["x"].add_(ctx.act["x_"])
+
+
+def ffn_up(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    linear(weights, "gate_up" if ctx.spec.gated else "up", ctx.act["x_"], ctx.act["ffn"])
+
+
+def activation(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    """The result lies in the first I columns."""
+    ffn, act = ctx.act["ffn"], ACTIVATIONS[ctx.spec.activation]
+    if ctx.spec.gated:
+        gate, up = ffn.chunk(2, dim=1)
+        torch.mul(act(gate), up, out=gate)
+    else:
+        ffn.copy_(act(ffn))
+
+
+def ffn_down(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    linear(weights, "down", ctx.act["ffn"][:, : weights["down"].shape[1]], ctx.act["x_"])
+
+
+def parallel_add(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    ctx.act["x_"].add_(ctx.act["y"])
+
+
+def select_rows(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    torch.index_select(ctx.act["x_"], 0, ctx.inputs.select, out=ctx.act["rows"])
+
+
+def head(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    torch.mm(ctx.act["rows"], weights["head"].t(), out=ctx.act["part"])
+
+
+def logits_gather(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    if ctx.inputs.sampled_rows:
+        ctx.collectives.all_gather_columns(ctx.act["part"], ctx.act["logits"])
+
+
+def sample(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    """The padding of the vocabulary is trimmed here."""
+    inputs = ctx.inputs
+    if not inputs.sampled_rows:
+        return
+    logits = ctx.act["logits"][:, : ctx.spec.vocab_size]
+    ctx.sampled = ctx.sampler(logits, inputs.sampled_rows_device, inputs.sampled_rows, inputs.sampled_positions)
+
+
+STEPS: dict[str, Callable[[StepContext, Weights, int], None]] = {
+    "embedding": embedding,
+    "embed_allreduce": _reduce_step("x", "embed_allreduce"),
+    "attn_norm": _norm_step("attn_norm"),
+    "attn_qkv": attn_qkv,
+    "rope": rope,
+    "attention": attention,
+    "attn_output": _attn_output_step("x_"),
+    "attn_output_beside": _attn_output_step("y"),
+    "attn_allreduce": _reduce_step("x_", "attn_allreduce"),
+    "attn_residual": residual,
+    "ffn_norm": _norm_step("ffn_norm"),
+    "ffn_up": ffn_up,
+    "activation": activation,
+    "ffn_down": ffn_down,
+    "parallel_add": parallel_add,
+    "ffn_allreduce": _reduce_step("x_", "ffn_allreduce"),
+    "ffn_residual": residual,
+    "final_norm": _norm_step("final_norm"),
+    "select_rows": select_rows,
+    "head": head,
+    "logits_gather": logits_gather,
+    "sample": sample,
+}

@@ -1,0 +1,71 @@
+"""What a model is, as data. PURE: no torch, no files; `families.py` fills it in from a config.json.
+
+A `ModelSpec` says everything that changes the math or the bytes of a pass and nothing else; every later
+component (layout, plan, planner, kernels) reads it and never the config again.
+"""
+
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding.
+
+    `kind` is one of default, linear, llama3, yarn, dynamic; the fields that a kind does not use are None.
+    `rotary_dim` is the number of leading dims of a head that rotate (even, at most head_dim).
+    """
+
+    kind: str
+    theta: float
+    rotary_dim: int
+    factor: float | None = None
+    original_max_position: int | None = None
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None  # yarn
+    attention_factor: float | None = None  # yarn: None = derived from factor
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shape and math of a decoder. Sizes are global (before sharding); units are elements."""
+
+    family: str  # a key of families.FAMILIES
+    num_layers: int
+    hidden_size: int  # D
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # E
+    ffn_size: int
+    vocab_size: int
+    max_position: int  # trained length in tokens
+    norm: str  # "rms" or "layer" (LayerNorm with bias)
+    norm_eps: float
+    activation: str  # transformers' names: silu, gelu, gelu_new, gelu_pytorch_tanh, relu, ...
+    gated: bool  # ffn = down(act(gate) * up), else down(act(up))
+    qkv_bias: bool
+    o_bias: bool
+    ffn_up_bias: bool
+    ffn_down_bias: bool
+    qk_norm: bool  # RMSNorm over head_dim of q and k, before RoPE
+    parallel_residual: bool  # GPT-NeoX: attention and FFN read the same x
+    tied: bool  # head shares the embedding's bytes
+    windows: tuple[int | None, ...]  # per layer: sliding window in tokens (own token included), or None
+    rope: RopeSpec
+    dtype: str  # of the checkpoint as its config says: float32, bfloat16, float16
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, norms and biases left out."""
+        attn = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        ffn = self.hidden_size * self.ffn_size * (3 if self.gated else 2)
+        vocab = self.hidden_size * self.vocab_size * (1 if self.tied else 2)
+        return self.num_layers * (attn + ffn) + vocab

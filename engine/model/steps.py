@@ -1,0 +1,101 @@
+"""The steps of a pass, as data: which instruction touches which activation with which group's weights.
+
+PURE. A family with another topology is another list of the same instructions. The letters of `effects` are those of
+the step table: + create, r read, w write, x destroy. The residual is added once, after the reduce, and in
+transformers' order of additions.
+"""
+
+from engine.model.spec import DTYPE_BYTES, ModelSpec
+from parallel.shard import local_ffn_size, local_vocab_size, pad_to, shard_heads
+from scheduler.step_plan import Compute, GroupId
+
+
+def model_steps(spec: ModelSpec) -> list[Compute]:
+    """All steps of a pass, from the embedding to the sampled tokens."""
+    layer = _parallel_layer if spec.parallel_residual else _serial_layer
+    steps = [_step("embedding", -1, None, x="+w"), _step("embed_allreduce", -1, None, x="rw")]
+    for layer_idx in range(spec.num_layers):
+        steps += layer(spec, layer_idx)
+    head = GroupId(spec.num_layers, "head")
+    return [
+        *steps,
+        _step("final_norm", head.layer_idx, head, x="rx", x_="+w"),
+        _step("select_rows", head.layer_idx, None, x_="rx", rows="+w"),
+        _step("head", head.layer_idx, head, rows="rx", part="+w"),
+        _step("logits_gather", head.layer_idx, None, part="rx", logits="+w"),
+        _step("sample", head.layer_idx, None, logits="rx"),
+    ]
+
+
+def _step(step: str, layer_idx: int, group: GroupId | None, **effects: str) -> Compute:
+    return Compute(step, layer_idx, group, tuple(effects.items()))
+
+
+def _attention(spec: ModelSpec, layer_idx: int, attn: GroupId) -> list[Compute]:
+    return [
+        _step("attn_norm", layer_idx, attn, x="r", x_="+w"),
+        _step("attn_qkv", layer_idx, attn, x_="rx", attn="+w"),
+        _step("rope", layer_idx, attn if spec.qk_norm else None, attn="rw"),
+        _step("attention", layer_idx, None, attn="rw"),
+    ]
+
+
+def _ffn(layer_idx: int, ffn: GroupId) -> list[Compute]:
+    return [
+        _step("ffn_norm", layer_idx, ffn, x="r", x_="+w"),
+        _step("ffn_up", layer_idx, ffn, x_="rx", ffn="+w"),
+        _step("activation", layer_idx, None, ffn="rw"),
+        _step("ffn_down", layer_idx, ffn, x_="+w", ffn="rx"),
+    ]
+
+
+def _serial_layer(spec: ModelSpec, layer_idx: int) -> list[Compute]:
+    attn, ffn = GroupId(layer_idx, "attn"), GroupId(layer_idx, "ffn")
+    return [
+        *_attention(spec, layer_idx, attn),
+        _step("attn_output", layer_idx, attn, x_="+w", attn="rx"),
+        _step("attn_allreduce", layer_idx, None, x_="rw"),
+        _step("attn_residual", layer_idx, None, x="rw", x_="rx"),
+        *_ffn(layer_idx, ffn),
+        _step("ffn_allreduce", layer_idx, None, x_="rw"),
+        _step("ffn_residual", layer_idx, None, x="rw", x_="rx"),
+    ]
+
+
+def _parallel_layer(spec: ModelSpec, layer_idx: int) -> list[Compute]:
+    """GPT-NeoX: attention and FFN read the same x; `(ffn + attn) + x`, and one reduce a layer."""
+    attn, ffn = GroupId(layer_idx, "attn"), GroupId(layer_idx, "ffn")
+    return [
+        *_attention(spec, layer_idx, attn),
+        _step("attn_output_beside", layer_idx, attn, y="+w", attn="rx"),
+        *_ffn(layer_idx, ffn),
+        _step("parallel_add", layer_idx, None, x_="rw", y="rx"),
+        _step("ffn_allreduce", layer_idx, None, x_="rw"),
+        _step("ffn_residual", layer_idx, None, x="rw", x_="rx"),
+    ]
+
+
+def activation_widths(spec: ModelSpec, tp_size: int) -> dict[str, tuple[str, int]]:
+    """For each activation what its rows are ("tokens" of the batch, or "rows" that are sampled) and its width in
+    elements, on one rank."""
+    shard = shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0)
+    vocab = local_vocab_size(spec.vocab_size, tp_size)
+    return {
+        "x": ("tokens", spec.hidden_size),
+        "x_": ("tokens", spec.hidden_size),
+        "y": ("tokens", spec.hidden_size),
+        "attn": ("tokens", (shard.num_heads + 2 * len(shard.kv_heads)) * spec.head_dim),
+        "ffn": ("tokens", local_ffn_size(spec.ffn_size, tp_size) * (2 if spec.gated else 1)),
+        "rows": ("rows", spec.hidden_size),
+        "part": ("rows", vocab),
+        "logits": ("rows", vocab * tp_size),
+    }
+
+
+def activation_bytes(
+    spec: ModelSpec, dtype: str, tp_size: int, max_num_batched_tokens: int, max_num_seqs: int
+) -> dict[str, int]:
+    """Bytes of each activation at its largest, rounded up to 256."""
+    most = {"tokens": max_num_batched_tokens, "rows": max_num_seqs}
+    widths = activation_widths(spec, tp_size)
+    return {name: pad_to(most[unit] * width * DTYPE_BYTES[dtype], 256) for name, (unit, width) in widths.items()}

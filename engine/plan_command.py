@@ -1,0 +1,172 @@
+"""`penstock plan`: what stays, what streams and how fast that is, from a config.json alone.
+
+Imports neither torch nor transformers: it must answer on a laptop, at once. What it knows is planning.py's.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.model.families import read_config, read_spec
+from engine.model.spec import DTYPE_BYTES
+from engine.model.steps import activation_widths
+from engine.planning import (
+    EnginePlan,
+    best_batch,
+    decode_time,
+    find_model,
+    make_engine_plan,
+    pass_work,
+    plan_rates,
+)
+from engine.step_cost import step_seconds
+from scheduler.demand import KV_LEN, show_bytes
+from scheduler.plan_table import render
+from scheduler.residency import Residency, plan_residency
+from scheduler.residency_table import Prediction, Variant, table
+from scheduler.time_model import PassShape, free_tokens, predict_timeline, timeline_s
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `plan` beside the engine's own."""
+    text = f"context of each sequence in the predictions (default: {KV_LEN})"
+    parser.add_argument("--context", type=int, default=KV_LEN, metavar="TOKENS", help=text)
+    parser.add_argument("--table", action="store_true", help="print the step table of a pass as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Prints the plan; returns the exit status. Raises ValueError for what cannot be planned."""
+    if args.context < 1:
+        raise ValueError(f"context={args.context}: expected a positive number of tokens")
+    plan = plan_of(config)
+    context = min(args.context, plan.residency.max_model_len)
+    if args.json:
+        print(json.dumps(summary(plan, context)))
+        return 0
+    print(describe(config, plan, args.context))
+    if args.table:
+        print(f"\nstep table of a pass:\n{step_table(plan)}")
+    return 0
+
+
+def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:
+    """The plan in words and tables: memory, predicted passes for `context` tokens a sequence, other splits."""
+    return _heading(config, plan) + "\n" + _report(config, plan, min(context, plan.residency.max_model_len), context)
+
+
+def plan_of(config: EngineConfig) -> EnginePlan:
+    """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
+    path = find_model(config.model)
+    spec = read_spec(read_config(path), str(path))
+    tp_size = config.tensor_parallel_size or int(os.environ.get("WORLD_SIZE", 1))
+    rates = plan_rates(config, tp_size, config.device)
+    return make_engine_plan(config, spec, tp_size, rates.memory_bytes, rates)
+
+
+def step_table(plan: EnginePlan) -> str:
+    """The step table, with the bytes of each activation's rows."""
+    element = DTYPE_BYTES[plan.dtype]
+    widths = activation_widths(plan.spec, plan.tp_size)
+    return render(plan.step_plan, {name: (unit, width * element) for name, (unit, width) in widths.items()})
+
+
+def predict(plan: EnginePlan, residency: Residency, num_seqs: int, context: int, label: str) -> Prediction:
+    return Prediction(label, num_seqs, decode_time(pass_work(plan, residency), num_seqs, context, plan.rates))
+
+
+def variant(plan: EnginePlan, context: int, label: str, **changes: Any) -> Variant | None:
+    """Another split of the same engine, or None where it does not fit."""
+    demand = dataclasses.replace(plan.demand, **changes)
+    try:
+        residency = plan_residency(demand)
+    except ValueError:
+        return None
+    context = min(context, residency.max_model_len)
+    best = best_batch(plan, demand, residency, context)
+    if not best:
+        return None
+    one, many = (predict(plan, residency, n, context, label) for n in (1, best))
+    return Variant(label, residency.streamed_bytes, one, many)
+
+
+def variants(plan: EnginePlan, context: int) -> list[Variant]:
+    """What one more GiB buys, and what other uses of the same memory give."""
+    budget = plan.demand.memory_bytes
+    if budget is None:
+        return []
+    asked = {"resident": "auto", "num_pages": None}
+    made = [variant(plan, context, "one more GiB a rank", memory_bytes=budget + 2**30)]
+    for num_seqs in (1, 16):
+        if num_seqs < plan.demand.max_num_seqs:
+            made.append(variant(plan, context, f"auto, max_num_seqs={num_seqs}", **asked, max_num_seqs=num_seqs))
+    made += [variant(plan, context, f"resident={choice}", resident=choice) for choice in ("none", 0.5, "all")]
+    return [each for each in made if each is not None]
+
+
+def summary(plan: EnginePlan, context: int) -> dict[str, Any]:
+    """The plan as plain values; units are in the names, everything is a rank's but tokens_s."""
+    residency = plan.residency
+    best = best_batch(plan, plan.demand, residency, context)
+    return {
+        "num_parameters": plan.spec.num_parameters,
+        "dtype": plan.dtype,
+        "tp_size": plan.tp_size,
+        "context_tokens": context,
+        "rates": dataclasses.asdict(plan.rates),
+        "memory_bytes": residency.memory_bytes,
+        "claims_bytes": dict(residency.claims),
+        "resident": [str(group) for group, _ in plan.demand.groups if group in residency.resident],
+        "streamed": [str(group) for group, _ in residency.streamed],
+        "embed_resident": residency.embed_resident,
+        "ring_bytes": residency.ring.ring_bytes,
+        "num_pages": residency.num_pages,
+        "max_model_len": residency.max_model_len,
+        "host_bytes": residency.host_bytes,
+        "streamed_bytes": residency.streamed_bytes,
+        "free_tokens": free_tokens(pass_work(plan), plan.rates),
+        "predictions": [_as_json(predict(plan, residency, n, context, "")) for n in sorted({1, best} - {0})],
+        "timeline_s": timeline_s(predict_timeline(plan.step_plan, _batch_one(plan, context), plan.rates)),
+        "notes": residency.notes,
+    }
+
+
+def _batch_one(plan: EnginePlan, context: int):
+    return step_seconds(plan, PassShape(1, 1, context))
+
+
+def _as_json(prediction: Prediction) -> dict[str, Any]:
+    times = dataclasses.asdict(prediction.time)
+    return {"num_seqs": prediction.num_seqs, "tokens_s": prediction.tokens_s, **times}
+
+
+def _heading(config: EngineConfig, plan: EnginePlan) -> str:
+    ranks = "1 rank" if plan.tp_size == 1 else f"{plan.tp_size} ranks"
+    size = f"{plan.spec.num_layers} layers, {_count(plan.spec.num_parameters)} weights, {plan.dtype}"
+    weights = f"{show_bytes(plan.layout.nbytes)} of weights a rank"
+    if config.gpu_memory is not None:
+        budget = "device memory as asked"
+    elif plan.rates.memory_bytes is None:
+        budget = f"device memory unlimited ({plan.rates.source})"
+    else:
+        share, whole = f"{config.gpu_memory_utilization:.0%}", show_bytes(plan.rates.memory_bytes)
+        budget = f"device memory {share} of {whole} ({plan.rates.source})"
+    return f"{config.model} ({plan.spec.family}): {size}, {ranks}, {weights}\n{budget}\n"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
+
+
+def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) -> str:
+    residency, best = plan.residency, best_batch(plan, plan.demand, plan.residency, context)
+    rows = [predict(plan, residency, 1, context, f"batch 1 at {context} tokens of context")]
+    if best > 1:
+        rows.append(predict(plan, residency, best, context, f"batch {best}, the best that fits"))
+    text = table(
+        residency, config.page_size, plan.rates, rows, variants(plan, context), free_tokens(pass_work(plan), plan.rates)
+    )
+    return text + (f"\nnote: context cut from {asked} to {context}, the longest sequence" if asked > context else "")

@@ -1,0 +1,169 @@
+"""Plans an engine before a byte is loaded: layout, residency, step plan and predicted passes, from config and spec.
+
+PURE: no torch, so that `penstock plan` runs on a laptop; the engine itself calls the same function, so the truth
+stands once. Everything is for one rank; all ranks plan alike (spans have the same sizes on every rank).
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.model.families import tensor_names
+from engine.model.layout import ModelLayout, model_layout
+from engine.model.spec import DTYPE_BYTES, ModelSpec
+from engine.model.steps import activation_bytes, model_steps
+from parallel.shard import local_vocab_size, shard_heads
+from scheduler.demand import Demand, show_bytes
+from scheduler.plan_build import make_plan
+from scheduler.plan_check import lay_out_activations
+from scheduler.residency import Residency, plan_residency
+from scheduler.step_plan import Compute, RingLayout, StepPlan
+from scheduler.time_model import PassShape, PassTime, PassWork, Rates, load_profile, predict_pass
+
+MIB = 2**20
+# What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
+CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
+COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
+GRAPHS_BYTES = 256 * MIB
+GEMM_WORKSPACE_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
+    `activations_bytes`; `demand` is what the residency was planned from, to plan variants of it."""
+
+    spec: ModelSpec
+    dtype: str
+    tp_size: int
+    rates: Rates
+    layout: ModelLayout
+    demand: Demand
+    residency: Residency
+    step_plan: StepPlan
+    activation_offsets: dict[str, int]
+    activations_bytes: int
+
+
+def make_engine_plan(
+    config: EngineConfig, spec: ModelSpec, tp_size: int, device_memory_bytes: int | None, rates: Rates
+) -> EnginePlan:
+    """Plans one rank of `tp_size`. `device_memory_bytes` is the device's whole memory, None on a CPU.
+
+    Raises ValueError, with what would fit, if the config asks for more than there is, and if tp_size cannot be.
+    """
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
+    steps = model_steps(spec)
+    sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
+    offsets = lay_out_activations(make_plan(steps, RingLayout(0, 0, ())), sizes)
+    total = max(offset + sizes[name] for name, offset in offsets.items())
+    budget = memory_budget(config, device_memory_bytes)
+    demand = Demand(
+        groups=tuple((group.group, group.nbytes) for group in layout.groups),
+        embed_bytes=layout.embed.nbytes,
+        page_bytes=config.page_size * kv_token_bytes(spec, dtype, tp_size),
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_position=spec.max_position,
+        resident=config.resident,
+        memory_bytes=budget,
+        fixed=_fixed_claims(config, spec, tp_size, device_memory_bytes is not None, sizes, total),
+        ring_bytes=config.ring,
+        max_model_len=config.max_model_len,
+        num_pages=config.num_pages,
+    )
+    residency = plan_residency(demand)
+    plan = make_plan(steps, residency.ring)
+    return EnginePlan(spec, dtype, tp_size, rates, layout, demand, residency, plan, offsets, total)
+
+
+def find_model(model: str) -> Path:
+    """The directory or config.json that `model` names; "demo" is the model inside the package.
+
+    Raises ValueError if there is none.
+    """
+    path = Path(__file__).parent / "demo_model" if model == "demo" else Path(model).expanduser()
+    if not path.exists():
+        raise ValueError(f"model={model!r}: no such file or directory (nothing is downloaded; 'demo' is built in)")
+    return path
+
+
+def plan_rates(config: EngineConfig, tp_size: int, device: str) -> Rates:
+    """The profile that the config names (else by the type of device: h200 or cpu), with the link rate that it gives."""
+    name = config.device_profile or ("cpu" if device == "cpu" else "h200")
+    return load_profile(name, tp_size, config.link_gb_s)
+
+
+def memory_budget(config: EngineConfig, device_memory_bytes: int | None) -> int | None:
+    """Bytes a rank may use: gpu_memory, else the utilization's share; None (a CPU) has no limit.
+
+    Raises ValueError if gpu_memory is more than the device has.
+    """
+    if config.gpu_memory is None:
+        return None if device_memory_bytes is None else int(device_memory_bytes * config.gpu_memory_utilization)
+    if device_memory_bytes is not None and config.gpu_memory > device_memory_bytes:
+        asked, there = show_bytes(config.gpu_memory), show_bytes(device_memory_bytes)
+        raise ValueError(f"gpu_memory={asked}: the device has {there}")
+    return config.gpu_memory
+
+
+def kv_token_bytes(spec: ModelSpec, dtype: str, tp_size: int) -> int:
+    """Bytes of the keys and values of one token on one rank."""
+    kv_heads = len(shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).kv_heads)
+    return 2 * spec.num_layers * kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
+
+
+def _fixed_claims(
+    config: EngineConfig, spec: ModelSpec, tp_size: int, on_gpu: bool, sizes: dict[str, int], activations: int
+) -> tuple[tuple[str, int], ...]:
+    logits = config.max_num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size * 4
+    # One activation that an operation made before it is copied in, and the sampler's float32 logits, twice.
+    temporaries = max(sizes.values()) + 2 * logits
+    claims = [("activations", activations), ("workspace", temporaries + (GEMM_WORKSPACE_BYTES if on_gpu else 0))]
+    if on_gpu:
+        claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
+        claims += [("collectives", COLLECTIVES_BYTES)] if tp_size > 1 else []
+    return tuple(claims)
+
+
+def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
+    """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
+    residency, spec = residency or plan.residency, plan.spec
+    layers, head = plan.layout.groups[:-1], plan.layout.groups[-1]
+    heads = shard_heads(spec.num_heads, spec.num_kv_heads, plan.tp_size, 0).num_heads
+    steps = [i for i in plan.step_plan.instructions if isinstance(i, Compute)]
+    reduces = sum(step.step.endswith("allreduce") for step in steps) if plan.tp_size > 1 else 0
+    return PassWork(
+        streamed_bytes=residency.streamed_bytes,
+        resident_bytes=sum(g.nbytes for g in plan.layout.groups if g.group in residency.resident),
+        token_flops=2 * sum(_matrix_elements(group) for group in layers),
+        row_flops=2 * _matrix_elements(head),
+        attention_flops=4 * spec.num_layers * heads * spec.head_dim,
+        kv_token_bytes=kv_token_bytes(spec, plan.dtype, plan.tp_size),
+        num_reduces=reduces,
+        reduce_token_bytes=spec.hidden_size * DTYPE_BYTES[plan.dtype],
+        num_steps=len(steps),
+    )
+
+
+def _matrix_elements(group) -> int:
+    return sum(math.prod(weight.shape) for weight in group.weights if len(weight.shape) == 2)
+
+
+def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:
+    """One decode pass of `num_seqs` rows, each attending to `context_tokens`."""
+    return predict_pass(work, PassShape(num_seqs, num_seqs, num_seqs * context_tokens), rates)
+
+
+def most_seqs(demand: Demand, residency: Residency, context_tokens: int) -> int:
+    """Sequences of that many tokens that decode at once: as the KV cache and max_num_seqs allow."""
+    return min(demand.max_num_seqs, (residency.num_pages - 1) // demand.pages(context_tokens))
+
+
+def best_batch(plan: EnginePlan, demand: Demand, residency: Residency, context_tokens: int) -> int:
+    """The number of sequences with the most tokens/s among those that fit; 0 if not one does."""
+    work, most = pass_work(plan, residency), most_seqs(demand, residency, context_tokens)
+    batches = range(1, most + 1)
+    return max(batches, key=lambda n: n / decode_time(work, n, context_tokens, plan.rates).total_s, default=0)

@@ -1,0 +1,113 @@
+"""Runs a StepPlan: binds a batch, walks the instructions in their lanes, counts what crossed.
+
+`submit` enqueues a pass and `collect` waits for its tokens: two calls, so that a later pass can be prepared between.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.model.inputs import bind
+from engine.model.ops import STEPS, StepContext
+from engine.runtime.arena import ActivationArena
+from engine.runtime.lanes import Lanes
+from engine.runtime.sampler import SampleOutput
+from engine.runtime.trace import Tracer
+from scheduler.batching import Batch
+from scheduler.step_plan import Compute, GroupId, Instruction, Prefetch, Release, StepPlan
+
+Weights = Mapping[str, Tensor]
+_NO_WEIGHTS: Weights = {}
+
+
+@dataclass
+class Counters:
+    """What a run did. Bytes are those of the copy lane, host to device."""
+
+    num_passes: int = 0
+    num_tokens: int = 0
+    copied_bytes: Counter = field(default_factory=Counter)  # by group
+    steps: Counter = field(default_factory=Counter)  # calls by step
+
+
+class Executor:
+    """Owns nothing but its lanes' order: plan, spans, ring and activations are given, at fixed addresses.
+
+    `views`: every group's weights by name, resident or in its slot of the ring. `host_spans`: where the streamed groups
+    are copied from. `ring` (ring_bytes,) uint8. With `poison`, freed slots are filled with NaN.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        context: StepContext,
+        views: Mapping[GroupId, Weights],
+        host_spans: Mapping[GroupId, Tensor],
+        ring: Tensor,
+        arena: ActivationArena,
+        lanes: Lanes,
+        tracer: Tracer,
+        poison: bool = False,
+    ):
+        self.plan, self.context, self.views, self.host_spans = plan, context, views, host_spans
+        self.ring, self.arena, self.lanes, self.tracer, self.poison = ring, arena, lanes, tracer, poison
+        self.counters = Counters()
+        self.ring_is_filled = False
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> None:
+        """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
+        context = self.context
+        for row in batch.rows:
+            if row.sampling is not None:
+                context.sampler.set_row(row.row, row.sampling)
+        self.fill_ring()
+        context.inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens)
+        context.act = self.arena.cut(batch.num_tokens, len(context.inputs.sampled_rows))
+        context.sampled = None
+        for row, place in zip(batch.rows, context.inputs.ranges):
+            tokens = context.inputs.tokens[place.first_query : place.first_query + place.num_queries]
+            context.sampler.observe(row.row, tokens)
+        self.tracer.begin_pass()
+        self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
+        self.lanes.run(self.plan.instructions, self.do)
+        self.ring_is_filled = True
+        self.counters.num_passes += 1
+        self.counters.num_tokens += batch.num_tokens
+
+    def collect(self) -> SampleOutput | None:
+        """The last submitted pass's tokens, one for each row that samples, on the host; None if no row did.
+
+        Raises RuntimeError if logits were NaN: the token that was drawn from them means nothing.
+        """
+        sampled, sampler = self.context.sampled, self.context.sampler
+        if sampled is None:
+            return None
+        output = sampled.to_host()
+        if int(sampler.num_nan_rows):
+            sampler.num_nan_rows.zero_()
+            raise RuntimeError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
+        return output
+
+    def fill_ring(self) -> None:
+        """The prologue: brings the first groups of a pass into the ring, if the last pass did not leave them there."""
+        if not self.ring_is_filled:
+            self.lanes.run(self.plan.prologue, self.do)
+        self.ring_is_filled = True
+
+    def do(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Compute):
+            self.counters.steps[instruction.step] += 1
+            weights = self.views.get(instruction.group, _NO_WEIGHTS)
+            STEPS[instruction.step](self.context, weights, instruction.layer_idx)
+        elif isinstance(instruction, Prefetch):
+            self.counters.copied_bytes[instruction.group] += instruction.slot.nbytes
+            self.slot(instruction).copy_(self.host_spans[instruction.group], non_blocking=True)
+        elif isinstance(instruction, Release) and self.poison:
+            self.slot(instruction).fill_(0xFF)  # all ones are a NaN in every float format
+
+    def slot(self, instruction: Prefetch | Release) -> Tensor:
+        return self.ring[instruction.slot.offset : instruction.slot.offset + instruction.slot.nbytes]

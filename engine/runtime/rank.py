@@ -1,0 +1,185 @@
+"""One rank from its launch to its end: device, plan, checked source, group, worker; and what rank 0 tells the others.
+
+    rank 0   step(batch): sends the batch, runs it, returns its tokens      finish(outputs)      close()
+    others   follow(): runs the batches that arrive ------------------------^ returns outputs    ^ or None
+
+Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.model.families import read_config, read_spec
+from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
+from engine.runtime.probe import measure_rates
+from engine.runtime.sampler import SampleOutput
+from engine.runtime.trace import chrome_events, write_trace
+from engine.runtime.worker import Worker, open_source
+from parallel.launch import Launch
+from parallel.rendezvous import connect
+from parallel.topology import bind_to_numa, resolve_topology
+from scheduler.batching import Batch, BatchRow
+from scheduler.pages import RESERVED_PAGE
+from scheduler.time_model import PassShape, PassWork, Rates, predict_pass
+
+BATCH, OUTPUTS, PROBE, STOP = 1, 2, 3, 4
+
+
+@dataclass
+class Ledger:
+    """What rank 0's passes took, and what the time model said they would. Times in seconds."""
+
+    num_passes: int = 0
+    measured_s: float = 0.0
+    predicted_s: float = 0.0
+    passes: list[tuple[PassShape, float, float]] = field(default_factory=list)  # shape, measured, predicted
+
+    def add(self, shape: PassShape, measured_s: float, predicted_s: float) -> None:
+        self.num_passes += 1
+        self.measured_s += measured_s
+        self.predicted_s += predicted_s
+        self.passes.append((shape, measured_s, predicted_s))
+
+
+class Rank:
+    """A running rank. Raises ValueError for what a user got wrong, before anything is allocated or launched."""
+
+    def __init__(self, config: EngineConfig, launch: Launch):
+        self.config, self.launch = config, launch
+        self.topology = resolve_topology(
+            launch.rank, launch.tp_size, launch.local_rank, config.device, launch.num_local_ranks
+        )
+        self.collectives = self.worker = None
+        if launch.rank == 0:
+            plan, source = self._prepare(device_memory_bytes(self.topology.device))
+            launch.start(json.dumps(config.to_dict()))
+        with launch.guard():
+            self.collectives = connect(
+                self.topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
+            )
+            agreed = {"memory_bytes": device_memory_bytes(self.topology.device)} if launch.rank == 0 else None
+            told = json.loads(self.collectives.broadcast_bytes(json.dumps(agreed).encode() if agreed else None))
+            if launch.rank > 0:
+                plan, source = self._prepare(told["memory_bytes"])
+            self.plan: EnginePlan = plan
+            bind_to_numa(self.topology)
+            self.worker = Worker(config, plan, source, self.topology, self.collectives)
+            self.collectives.barrier()
+        self.ledger = Ledger()
+        self.work: PassWork = pass_work(plan)
+        self.rates = plan.rates
+
+    def _prepare(self, memory_bytes: int | None):
+        """Plan and checked source: all that can be wrong with config, model and checkpoint comes to light here."""
+        path = find_model(self.config.model)
+        spec = read_spec(read_config(path), str(path))
+        rates = plan_rates(self.config, self.topology.tp_size, self.topology.device.type)
+        plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
+        return plan, open_source(self.config, path, plan)
+
+    def step(self, batch: Batch) -> SampleOutput | None:
+        """Rank 0: runs a pass on all ranks and returns its tokens."""
+        start = time.perf_counter()
+        self.collectives.broadcast_ints([BATCH, *batch.pack()])
+        self.worker.executor.submit(batch)
+        output = self.worker.executor.collect()
+        shape = PassShape(batch.num_tokens, len(batch.rows), sum(row.start for row in batch.rows))
+        self.ledger.add(shape, time.perf_counter() - start, predict_pass(self.work, shape, self.rates).total_s)
+        return output
+
+    def probe(self) -> None:
+        """Rank 0: measures the rates on all ranks at once; later predictions, and the plan's, stand on them."""
+        self.collectives.broadcast_ints([PROBE])
+        self.rates = self._probe()
+        self.plan = dataclasses.replace(self.plan, rates=self.rates)
+
+    def _probe(self) -> Rates:
+        executor = self.worker.executor
+        dtype = getattr(torch, self.plan.dtype)
+        host = max(executor.host_spans.values(), key=len, default=None)
+        rates = measure_rates(host, executor.ring, dtype, self.plan.spec.hidden_size, self.collectives)
+        executor.ring_is_filled = False  # the probe has copied over it
+        return dataclasses.replace(rates, step_latency_s=self._step_latency_s(rates))
+
+    def _step_latency_s(self, rates: Rates) -> float:
+        """What a step costs however little it computes: passes over one token, that writes to the reserved page."""
+        batch = Batch((BatchRow(row=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
+
+        def submit_s() -> float:
+            start = time.perf_counter()
+            self.worker.executor.submit(batch)
+            submitted_s = time.perf_counter() - start  # a GPU goes on after this, a CPU has done it all
+            self.worker.executor.collect()
+            return submitted_s
+
+        best_s = min(submit_s() for _ in range(3))
+        if self.topology.device.type == "cpu":
+            best_s -= self.work.num_reduces * rates.reduce_latency_s + self.work.streamed_bytes / rates.link_gb_s / 1e9
+        return max(best_s, 0.0) / self.work.num_steps
+
+    def finish(self, outputs: list[dict]) -> None:
+        """Rank 0: ends what the other ranks follow and gives them the outputs."""
+        self.collectives.broadcast_ints([OUTPUTS])
+        self.collectives.broadcast_bytes(json.dumps(outputs).encode())
+
+    def follow(self) -> list[dict] | None:
+        """The other ranks: runs batches until rank 0 gives outputs, or None where it says stop."""
+        while True:
+            kind, *message = self.collectives.broadcast_ints(None)
+            if kind == STOP:
+                return None
+            if kind == OUTPUTS:
+                return json.loads(self.collectives.broadcast_bytes(None))
+            if kind == PROBE:
+                self._probe()
+                continue
+            self.worker.executor.submit(Batch.unpack(message))
+            self.worker.executor.collect()
+
+    def serve(self) -> None:
+        """A self-launched rank's whole life: follow until rank 0 says stop."""
+        while self.follow() is not None:
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """Frees everything and leaves the group, in the order in which that cannot hang. Idempotent."""
+        if self.worker is None:
+            return
+        worker, self.worker = self.worker, None
+        healthy = self.launch.healthy
+        if healthy and self.launch.kind == "parent":
+            self.collectives.broadcast_ints([STOP])
+        if healthy and self.config.trace:
+            self._write_trace(worker)
+        worker.close()
+        self.collectives.close()
+        self.launch.close()
+
+    def _write_trace(self, worker: Worker) -> None:
+        """Each rank leaves its part beside the file, and rank 0 joins them."""
+        if self.topology.device.type == "cuda":
+            torch.cuda.synchronize(self.topology.device)
+        rank, path = self.topology.rank, self.config.trace
+        events = chrome_events(worker.tracer.spans(), f"rank {rank}", pid=rank)
+        if rank > 0:
+            write_trace(f"{path}.rank{rank}", events)
+        self.collectives.barrier()
+        if rank == 0:
+            for other in range(1, self.topology.tp_size):
+                part = Path(f"{path}.rank{other}")
+                events += json.loads(part.read_text())["traceEvents"]
+                os.unlink(part)
+            write_trace(path, events)
+
+
+def device_memory_bytes(device: torch.device) -> int | None:
+    """The whole memory of a GPU, None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -1,0 +1,256 @@
+"""From logits to tokens, on the device: penalties, temperature, filters, one draw.
+
+A draw is the Gumbel-max trick: the argmax of scores + G, with G independent Gumbel(0, 1) noise, falls on
+token v with probability softmax(scores)[v]. The noise is a function of (seed, position, token id), by philox,
+so a row's token depends neither on its row, nor on the batch, nor on tp_size. Three rules keep that bitwise:
+  - ties go to the lowest id; torch.argmax and torch.topk do not promise that on CUDA
+  - probabilities are summed as integers. The bits of an fp32 sum or cumsum depend on the shape of the batch,
+    and on CUDA also on how a row is aligned; integer addition is associative
+  - a stage runs on the rows that ask for it and leaves the bits of all others alone
+
+What it does not know: requests, stop conditions, text. Nothing here waits for the device; when all rows of a
+batch take the same stages no index is uploaded either, so that such a call can be captured.
+
+R rows, V vocab (whole, not this rank's part), N most likely tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.kernels.philox import WORD, uniform
+from scheduler.request import RowSampling
+
+GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
+CHUNK_ELEMENTS = 1 << 22  # of logits taken at a time: bounds temporaries to about 40 bytes times this
+KEEP_ALL = -1.0  # no cumulative probability is at or below it
+
+
+class Logprobs(NamedTuple):
+    """As vLLM's: of the raw logits, before penalties and temperature.
+
+    N is the most that any row of the batch asked for (at most V); all rows have as many.
+    """
+
+    sampled_logprob: Tensor  # (R,) float32
+    sampled_rank: Tensor  # (R,) int64, from 1: how many tokens are at least as likely
+    top_logprobs: Tensor  # (R, N) float32, descending
+    top_ids: Tensor  # (R, N) int64, ties by the lower id
+
+    def at(self, place: int, num_top: int) -> tuple[float, int, list[tuple[int, float]]]:
+        """Of one row, on the host: the sampled token's logprob and rank, and the `num_top` first (id, logprob)."""
+        top = zip(self.top_ids[place, :num_top].tolist(), self.top_logprobs[place, :num_top].tolist())
+        return self.sampled_logprob[place].item(), int(self.sampled_rank[place]), list(top)
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """`tokens` (R,) int64 lie in 0..V-1 whatever the logits; `logprobs` is None if no row asked for them."""
+
+    tokens: Tensor
+    logprobs: Logprobs | None
+
+    def to_host(self) -> "SampleOutput":
+        """The same on the CPU; waits for the device."""
+        logprobs = None if self.logprobs is None else Logprobs(*(tensor.cpu() for tensor in self.logprobs))
+        return SampleOutput(self.tokens.cpu(), logprobs)
+
+
+class Sampler:
+    """Sampling parameters and penalty state of max_num_seqs rows, on the device; all rows start as greedy.
+
+    `last_tokens` (max_num_seqs,) int64 is each row's last sampled token. `num_nan_rows` () int64 counts rows
+    sampled from logits with a NaN; they give token 0, and whoever reads the tokens has to look and raise.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str):
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self.last_tokens = self._zeros(max_num_seqs, dtype=torch.int64)
+        self.num_nan_rows = self._zeros(dtype=torch.int64)
+        self.num_logprobs = [-1] * max_num_seqs  # this and `asks` are the host's: branching needs no sync
+        self.asks = {stage: [asks] * max_num_seqs for stage, asks in _stages(GREEDY).items()}
+        self.params = {
+            name: self._zeros(max_num_seqs, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+            for name, value in _device_values(GREEDY, vocab_size).items()
+        }
+        self.prompt_seen: Tensor | None = None  # (max_num_seqs, V) bool
+        self.output_counts: Tensor | None = None  # (max_num_seqs, V) int32
+
+    def set_row(self, row: int, sampling: RowSampling) -> None:
+        """Gives the row to a request, before its first chunk; what the row's former owner left is dropped."""
+        self.num_logprobs[row] = sampling.num_logprobs
+        for stage, asks in _stages(sampling).items():
+            self.asks[stage][row] = asks
+        for name, value in _device_values(sampling, self.vocab_size).items():
+            self.params[name][row].fill_(value)
+        if self.asks["penalty"][row] and self.prompt_seen is None:
+            shape = (len(self.num_logprobs), self.vocab_size)
+            self.prompt_seen = self._zeros(*shape, dtype=torch.bool)
+            self.output_counts = self._zeros(*shape, dtype=torch.int32)
+        if self.asks["penalty"][row]:
+            self.prompt_seen[row].zero_()
+            self.output_counts[row].zero_()
+
+    def observe(self, row: int, token_ids: Tensor) -> None:
+        """Notes computed tokens (any shape, int64, on the device, 0..V-1) for the repetition penalty.
+
+        A prompt's have to be noted; an output's may be once more: only whether a token came matters.
+        """
+        if self.asks["penalty"][row]:
+            self.prompt_seen[row].index_fill_(0, token_ids.flatten(), True)
+
+    def __call__(self, logits: Tensor, rows: Tensor, host_rows: list[int], positions: Tensor) -> SampleOutput:
+        """Samples a token a row from logits (R, V) of any float dtype.
+
+        rows (R,) int64 on the device and host_rows are the same, no row twice; positions (R,) int64 are those
+        of the tokens that are being sampled (the length of the prompt for a request's first).
+        """
+        num_top = max((self.num_logprobs[row] for row in host_rows), default=-1)
+        size = max(1, CHUNK_ELEMENTS // self.vocab_size)
+        parts = []
+        for c in (slice(start, start + size) for start in range(0, len(host_rows), size) or (0,)):
+            raw = logits[c].float()  # (R, V)
+            tokens = self._sample(raw, rows[c], host_rows[c], positions[c])
+            parts.append((tokens, *logprobs(raw, tokens, num_top)) if num_top >= 0 else (tokens,))
+        tokens, *others = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.last_tokens[rows] = tokens
+        return SampleOutput(tokens, Logprobs(*others) if others else None)
+
+    def process(self, scores: Tensor, rows: Tensor, host_rows: list[int]) -> Tensor:
+        """Penalties, temperature and filters as transformers' on scores (R, V) float32; dropped ones -inf."""
+        scores = self._stage("penalty", self._penalise, host_rows, scores, rows)
+        scores = self._stage("draw", self._temper, host_rows, scores, rows)
+        return self._stage("filter", self._filter, host_rows, scores, rows)
+
+    def _sample(self, raw: Tensor, rows: Tensor, host_rows: list[int], positions: Tensor) -> Tensor:
+        scores = self.process(raw, rows, host_rows)
+        scores = self._stage("draw", self._add_noise, host_rows, scores, rows, positions)
+        tokens = first_argmax(scores)  # (R,)
+        nan = tokens == self.vocab_size
+        self.num_nan_rows += nan.sum()
+        tokens.masked_fill_(nan, 0)
+        where = self._where("penalty", host_rows)
+        if where is not None:
+            index = rows[where] * self.vocab_size + tokens[where]
+            self.output_counts.view(-1).scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+        return tokens
+
+    def _stage(self, name: str, run: Callable, host_rows: list[int], scores: Tensor, *rest: Tensor) -> Tensor:
+        """Runs a stage on the rows that ask for it; scores (R, V) and the rest (R,) are its arguments."""
+        where = self._where(name, host_rows)
+        if where is None:
+            return scores
+        changed = run(scores[where], *(tensor[where] for tensor in rest))
+        return changed if isinstance(where, slice) else scores.index_copy(0, where, changed)
+
+    def _where(self, stage: str, host_rows: list[int]) -> Tensor | slice | None:
+        """An index of the places whose row asks: None for no place, a slice for all of them."""
+        places = [place for place, row in enumerate(host_rows) if self.asks[stage][row]]
+        if len(places) in (0, len(host_rows)):
+            return slice(None) if places else None
+        index = torch.tensor(places)
+        return index if self.device.type == "cpu" else index.pin_memory().to(self.device, non_blocking=True)
+
+    def _penalise(self, scores: Tensor, rows: Tensor) -> Tensor:
+        counts = self.output_counts[rows]  # (R, V)
+        seen = self.prompt_seen[rows] | (counts > 0)  # (R, V)
+        repetition = self._param("repetition_penalty", rows)
+        penalised = torch.where(scores < 0, scores * repetition, scores / repetition)
+        scores = torch.where(seen, penalised, scores)
+        scores = scores - self._param("frequency_penalty", rows) * counts
+        return scores - self._param("presence_penalty", rows) * (counts > 0)
+
+    def _temper(self, scores: Tensor, rows: Tensor) -> Tensor:
+        return scores / self._param("temperature", rows)
+
+    def _filter(self, scores: Tensor, rows: Tensor) -> Tensor:
+        limits = (self._param(name, rows) for name in ("top_k", "drop_mass", "min_p"))
+        return scores.masked_fill(~kept(scores, *limits), -torch.inf)
+
+    def _add_noise(self, scores: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        # 1 - u is as uniform as u, and log1p takes the noise's long upper tail from u near 0, where u is fine
+        u = uniform(self.params["seed"][rows], positions, self.vocab_size)  # (R, V)
+        return scores - u.neg_().log1p_().neg_().log_()
+
+    def _param(self, name: str, rows: Tensor) -> Tensor:
+        return self.params[name][rows][:, None]  # (R, 1)
+
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+
+def first_argmax(scores: Tensor) -> Tensor:
+    """The lowest id of the largest score, (R, V) -> (R,) int64; V, which is no id, where a row has a NaN."""
+    vocab_size = scores.shape[-1]
+    ids = torch.arange(vocab_size, dtype=torch.int32, device=scores.device)
+    return torch.where(scores == scores.amax(-1, keepdim=True), ids, vocab_size).amin(-1).long()
+
+
+def kept(scores: Tensor, top_k: Tensor, drop_mass: Tensor, min_p: Tensor) -> Tensor:
+    """What transformers' TopK, TopP and MinPLogitsWarper keep, one after another: (R, V) -> (R, V) bool.
+
+    top_k (R, 1) int64 is 1..V; drop_mass (R, 1) is 1 - top_p, or KEEP_ALL; min_p (R, 1) is 0..1. Ties
+    with the k-th score are kept; of ties at the border of top_p the lower ids (transformers: any).
+    """
+    ascending, ids = (part.flip(-1) for part in scores.sort(dim=-1, descending=True, stable=True))
+    keep = ascending >= ascending.gather(-1, scores.shape[-1] - top_k)
+    probs = _softmax(ascending.masked_fill(~keep, -torch.inf))
+    mass = (probs * 2.0**60).long().cumsum(-1)  # (R, V) exact, then rounded to float32 once
+    keep &= mass.float() * 2.0**-60 > drop_mass
+    keep[:, -1] = True
+    probs = _softmax(ascending.masked_fill(~keep, -torch.inf))
+    keep &= ~(probs < min_p * probs[:, -1:])  # not >=: a NaN, sorted last, is to be found by the argmax
+    return torch.empty_like(keep).scatter_(-1, ids, keep)
+
+
+def logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+    """Logprobs of tokens (R,) and of the num_top most likely ones under raw (R, V) float32."""
+    peak = raw.amax(-1, keepdim=True)
+    log_total = _exact_sum(_weights(raw, peak)).log()  # (R, 1) float64
+    sampled = raw.gather(-1, tokens[:, None])  # (R, 1)
+    bits = (raw + 0.0).view(torch.int32)  # no -0.0: it equals 0.0, its bits do not
+    ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # integers in the order of the floats
+    ids = torch.arange(raw.shape[-1], device=raw.device)
+    keys = (ordered.long() << 32) | (WORD - ids)  # (R, V), all different: topk has no ties to break
+    top_ids = WORD - (keys.topk(min(num_top, len(ids)), dim=-1).values & WORD)  # (R, N)
+    both = torch.cat((sampled, raw.gather(-1, top_ids)), dim=-1) - peak
+    values = (both.double() - log_total).float()  # (R, 1 + N)
+    return Logprobs(values[:, 0], (raw >= sampled).sum(-1), values[:, 1:], top_ids)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    weights = _weights(scores, scores.amax(-1, keepdim=True))
+    return weights / _exact_sum(weights).float()
+
+
+def _weights(scores: Tensor, peak: Tensor) -> Tensor:
+    return torch.where(scores == peak, 1.0, (scores - peak).exp())  # where: inf - inf is NaN
+
+
+def _exact_sum(weights: Tensor) -> Tensor:
+    """Sums weights (R, V) of 0..1 in fixed point, exactly in any order: (R, 1) float64."""
+    scale = 2.0 ** (62 - weights.shape[-1].bit_length())
+    return (weights * scale).long().sum(-1, keepdim=True).double() / scale
+
+
+def _device_values(sampling: RowSampling, vocab_size: int) -> dict[str, float | int]:
+    return {
+        "temperature": sampling.temperature,
+        "top_k": min(sampling.top_k, vocab_size) or vocab_size,
+        "drop_mass": 1.0 - sampling.top_p if sampling.top_p < 1.0 else KEEP_ALL,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "seed": sampling.seed - 2**64 if sampling.seed >= 2**63 else sampling.seed,
+    }
+
+
+def _stages(sampling: RowSampling) -> dict[str, bool]:
+    penalties = (sampling.repetition_penalty - 1.0, sampling.presence_penalty, sampling.frequency_penalty)
+    draw, limited = sampling.temperature > 0.0, sampling.top_k or sampling.top_p < 1.0 or sampling.min_p
+    return {"penalty": any(penalties), "draw": draw, "filter": draw and bool(limited)}

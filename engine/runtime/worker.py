@@ -1,0 +1,132 @@
+"""One rank's engine: its shard of the weights, ring, KV cache and executor, built from an EnginePlan.
+
+It runs the batches it is given and decides nothing. Nothing is allocated before plan and checkpoint are checked.
+"""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine.config import EngineConfig
+from engine.model.families import tensor_names
+from engine.model.layout import GroupLayout, ModelLayout, expected_tensors, model_layout
+from engine.model.ops import StepContext
+from engine.model.rope import rope_table
+from engine.planning import EnginePlan
+from engine.runtime.arena import ActivationArena, aligned_bytes
+from engine.runtime.executor import Executor
+from engine.runtime.kv_cache import KVCache
+from engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
+from engine.runtime.sampler import Sampler
+from engine.runtime.trace import RecordingTracer, Tracer
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.dummy import DummyWeights
+from engine.weights.host_store import LoadedWeights, WeightSource, load_weights
+from engine.weights.views import views
+from parallel.collectives import Collectives
+from parallel.shard import shard_heads
+from parallel.topology import Topology
+from scheduler.step_plan import GroupId
+
+
+def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSource:
+    """The checked checkpoint, or random weights. Raises ValueError naming the file and tensor that is wrong."""
+    names = tensor_names(plan.spec)
+    expected = expected_tensors(plan.spec, names)
+    if config.load_format == "dummy":
+        return DummyWeights(expected, config.seed)
+    checkpoint = Checkpoint.open(path)
+    checkpoint.check(expected, names.ignorable)
+    return checkpoint
+
+
+class Worker:
+    """`executor` runs batches once this is built; `close` frees every byte it holds."""
+
+    def __init__(
+        self, config: EngineConfig, plan: EnginePlan, source: WeightSource, topology: Topology, collectives: Collectives
+    ):
+        self.plan, self.device = plan, topology.device
+        self.tracer = RecordingTracer(self.device) if config.trace else Tracer()
+        layout = model_layout(plan.spec, tensor_names(plan.spec), plan.dtype, topology.tp_size, topology.rank)
+        self.weights = self._load(source, layout, show_progress=topology.rank == 0)
+        self.executor = self._executor(config, layout, topology, collectives)
+
+    def _load(self, source: WeightSource, layout: ModelLayout, show_progress: bool) -> LoadedWeights:
+        streamed = {group for group, _ in self.plan.residency.streamed}
+        bar = tqdm(
+            total=layout.nbytes, unit="B", unit_scale=True, desc="loading", disable=not show_progress, leave=False
+        )
+        embed_on_host = not self.plan.residency.embed_resident
+        with bar:
+            return load_weights(source, layout, streamed, embed_on_host, self.device, progress=bar.update)
+
+    def _executor(
+        self, config: EngineConfig, layout: ModelLayout, topology: Topology, collectives: Collectives
+    ) -> Executor:
+        plan, residency, device = self.plan, self.plan.residency, self.device
+        dtype = getattr(torch, plan.dtype)
+        ring = aligned_bytes(residency.ring.ring_bytes, device)
+        tp_size, max_rows = topology.tp_size, config.max_num_seqs
+        arena = ActivationArena(
+            plan.step_plan, plan.spec, dtype, tp_size, config.max_num_batched_tokens, max_rows, device
+        )
+        return Executor(
+            plan=plan.step_plan,
+            context=self._context(config, layout, topology, collectives, dtype),
+            views=self._views(layout, ring),
+            host_spans=self.weights.host_spans,
+            ring=ring,
+            arena=arena,
+            lanes=self._lanes(config),
+            tracer=self.tracer,
+            poison=config.poison,
+        )
+
+    def _context(self, config, layout: ModelLayout, topology: Topology, collectives, dtype: torch.dtype) -> StepContext:
+        spec, residency, device = self.plan.spec, self.plan.residency, self.device
+        heads = shard_heads(spec.num_heads, spec.num_kv_heads, topology.tp_size, topology.rank)
+        num_kv_heads = len(heads.kv_heads)
+        embed = self._embed(layout)
+        kv = KVCache(spec.num_layers, residency.num_pages, config.page_size, num_kv_heads, spec.head_dim, dtype, device)
+        return StepContext(
+            spec=spec,
+            num_heads=heads.num_heads,
+            num_kv_heads=num_kv_heads,
+            first_vocab=topology.rank * embed.shape[0],
+            embed=embed,
+            rope=rope_table(spec.rope, residency.max_model_len, dtype, device),
+            kv=kv,
+            sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
+            collectives=collectives,
+        )
+
+    def _embed(self, layout: ModelLayout) -> torch.Tensor:
+        """(V, D): of its own, or the head's bytes where they are tied; on the device or in the host arena."""
+        head = layout.groups[-1]
+        group, name = (head, "head") if self.plan.spec.tied else (layout.embed, "embed")
+        return views(group, self._span(group))[name]
+
+    def _span(self, group: GroupLayout) -> torch.Tensor:
+        resident = self.weights.resident.get(group.group)
+        return self.weights.host_spans[group.group] if resident is None else resident
+
+    def _views(self, layout: ModelLayout, ring: torch.Tensor) -> dict[GroupId, dict[str, torch.Tensor]]:
+        slots = dict(self.plan.residency.ring.slots)
+        spans = {group.group: self.weights.resident.get(group.group) for group in layout.groups}
+        for group, slot in slots.items():
+            spans[group] = ring[slot.offset : slot.offset + slot.nbytes]
+        return {group.group: views(group, spans[group.group]) for group in layout.groups}
+
+    def _lanes(self, config: EngineConfig) -> Lanes:
+        if self.device.type == "cuda":
+            return CudaLanes(self.device, self.tracer)
+        return InterleavedLanes(config.lanes, config.seed, self.tracer)
+
+    def close(self) -> None:
+        """Waits for the device, then frees; idempotent."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.executor = None
+        self.weights.close()

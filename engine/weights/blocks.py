@@ -1,0 +1,84 @@
+"""Cuts the loading of a layout into blocks: ranges of rows of one weight that lie contiguously in its group's span.
+Threads share the work by them, and no buffer is larger than one. PURE but for the reading itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.model.layout import GroupLayout, Weight
+from engine.weights.views import TORCH_DTYPES
+from parallel.shard import Piece
+from scheduler.step_plan import GroupId
+
+BLOCK_BYTES = 8 * 2**20
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a `Checkpoint` or `DummyWeights`. Called from many threads at once."""
+
+    def read_piece(self, piece: Piece, out: Tensor) -> int:
+        """Fills `out`, a CPU view (num_rows, num_cols) in the dtype wanted; returns the bytes that were read."""
+
+    def finish(self) -> None:
+        """Called once, after the last read: warns of what was found in the values."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole rows of one weight, `nbytes` bytes of its group's span from `offset`; `to_row` of its pieces counts from
+    the block's first row. A 1-D weight of n elements counts as (n, 1)."""
+
+    group: GroupId
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    @property
+    def covered(self) -> bool:
+        """Do the pieces (which never overlap) fill the block?"""
+        return sum(piece.num_rows * piece.num_cols for piece in self.pieces) == self.shape[0] * self.shape[1]
+
+    def fill(self, source: WeightSource, memory: Tensor) -> int:
+        """Reads the pieces into `memory`, uint8 (nbytes,) on the CPU; returns the bytes read."""
+        weight = memory.view(self.dtype).view(self.shape)
+        num_read = 0
+        for piece in self.pieces:
+            rows = weight[piece.to_row : piece.to_row + piece.num_rows]
+            num_read += source.read_piece(piece, rows[:, piece.to_col : piece.to_col + piece.num_cols])
+        return num_read
+
+
+def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
+    """The blocks of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in none."""
+    for weight in layout.weights:
+        assert weight.format == "plain", weight.format
+        part = weight.parts[0]
+        dtype = TORCH_DTYPES[part.dtype]
+        num_rows, num_cols = weight.shape if len(weight.shape) == 2 else (*weight.shape, 1)
+        row_bytes = num_cols * dtype.itemsize
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for first in range(0, num_rows, step):
+            stop = min(first + step, num_rows)
+            pieces = _clip(weight, first, stop)
+            if pieces:
+                offset = part.offset + first * row_bytes
+                yield Block(layout.group, offset, dtype, (stop - first, num_cols), pieces)
+
+
+def _clip(weight: Weight, first: int, stop: int) -> tuple[Piece, ...]:
+    """What the pieces of a weight put into its rows [first, stop)."""
+    clipped = []
+    for piece in weight.pieces:
+        start, end = max(piece.to_row, first), min(piece.to_row + piece.num_rows, stop)
+        if start < end:
+            row = piece.row + start - piece.to_row
+            clipped.append(replace(piece, row=row, num_rows=end - start, to_row=start - first))
+    return tuple(clipped)

@@ -1,0 +1,171 @@
+"""Safetensors checkpoints, read with preadv straight into place.
+
+The safetensors library maps files, and mapped pages that were touched count as resident memory; here only the bytes
+asked for are read, and nothing but the headers before every expected tensor is known to be present and whole.
+What a tensor is for is not known here: pieces come from the layout.
+"""
+
+import ctypes
+import math
+import os
+import re
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.weights.safetensors_header import TensorEntry, find_entries
+from parallel.shard import Piece
+
+FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CONVERT_BYTES = (
+    8 * 2**20
+)  # a thread's buffer for conversion: 8 threads must stay well under the 200 MB that loading has
+NUM_NAMED = 5  # tensors that a message lists
+
+
+class Checkpoint:
+    """A directory of safetensors files. `open` reads the headers, `check` compares them with what a model expects,
+    then any number of threads may call `read_piece`. A context manager: leaving it closes the files."""
+
+    def __init__(self, directory: Path, entries: dict[str, TensorEntry]):
+        self.directory, self.entries = directory, entries
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._not_finite: dict[str, str] = {}
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Checkpoint":
+        """Reads the headers of model.safetensors, of the files of model.safetensors.index.json, or of the only
+        *.safetensors file there is. Raises ValueError naming the file or tensor that is missing or broken."""
+        directory = Path(directory)
+        return cls(directory, find_entries(directory))
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], ignorable: tuple[str, ...]) -> None:
+        """Raises ValueError unless every tensor of `expected` (name -> global shape) is here, with that shape and a
+        dtype of F32, BF16 or F16, and every other one matches (whole name) a regular expression of `ignorable`."""
+        found = self.entries
+        missing = [name for name in expected if name not in found]
+        self._refuse(missing, "missing from the checkpoint")
+        wrong = [
+            f"{name} has shape {found[name].shape}, the config asks for {tuple(shape)}"
+            for name, shape in expected.items()
+            if found[name].shape != tuple(shape)
+        ]
+        self._refuse(wrong, "with a wrong shape")
+        wrong = [f"{name} is {found[name].dtype}" for name in expected if found[name].dtype not in FILE_DTYPES]
+        self._refuse(wrong, f"with a dtype other than {', '.join(FILE_DTYPES)} (quantised checkpoints are not read)")
+        patterns = [re.compile(pattern) for pattern in ignorable]
+        left = [name for name in found if name not in expected and not any(p.fullmatch(name) for p in patterns)]
+        self._refuse(left, "that this model does not have: refused, for a weight left out would change the output")
+
+    def read_piece(self, piece: Piece, out: Tensor) -> int:
+        """Reads a rectangle into `out`, a CPU view (num_rows, num_cols) of any float dtype whose rows are contiguous.
+
+        Returns the bytes read: those of the rectangle, no more. Values that are not finite are remembered for
+        `finish`. Raises ValueError if the file ends early and OSError if it cannot be read, naming file and tensor.
+        """
+        entry = self.entries[piece.tensor]
+        dtype = FILE_DTYPES[entry.dtype]
+        try:
+            if out.dtype == dtype:
+                self._read_rows(entry, piece.row, piece.col, out)
+            else:
+                self._read_converted(entry, piece, dtype, out)
+        except OSError as error:
+            raise OSError(f"{entry.file}: cannot read {piece.tensor}: {error}") from error
+        except EOFError as error:
+            raise ValueError(f"{entry.file}: the file ends inside {piece.tensor}: truncated?") from error
+        # One sum costs a fraction of the read, and NaN and inf survive it; only then is each value looked at.
+        if not math.isfinite(out.sum().item()):
+            self._look_closer(piece.tensor, entry, out)
+        return piece.num_rows * piece.num_cols * dtype.itemsize
+
+    def finish(self) -> None:
+        """After the last read: warns once, naming the first tensors in which NaN or inf was found."""
+        if self._not_finite:
+            found = sorted(f"{name} has {what}" for name, what in self._not_finite.items())
+            warnings.warn(f"{self.directory}: {_listed(found)}; the output will be wrong", stacklevel=2)
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._files.values():
+                os.close(fd)
+            self._files.clear()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _refuse(self, names: list[str], why: str) -> None:
+        if names:
+            raise ValueError(f"{self.directory}: {len(names)} tensor(s) {why}: {_listed(names)}")
+
+    def _fd(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[file]
+
+    def _read_rows(self, entry: TensorEntry, row: int, col: int, out: Tensor) -> None:
+        """Fills `out`, of the file's dtype, with the rectangle that starts at (row, col)."""
+        fd, itemsize = self._fd(entry.file), out.element_size()
+        (num_rows, num_cols), pitch = out.shape, out.stride(0) * itemsize
+        target = _bytes_of(out)
+        row_bytes, file_pitch = num_cols * itemsize, entry.num_cols * itemsize
+        start = entry.offset + row * file_pitch + col * itemsize
+        if row_bytes == file_pitch and out.is_contiguous():
+            _read_exactly(fd, target, start)
+            return
+        for i in range(num_rows):
+            _read_exactly(fd, target[i * pitch : i * pitch + row_bytes], start + i * file_pitch)
+
+    def _read_converted(self, entry: TensorEntry, piece: Piece, dtype: torch.dtype, out: Tensor) -> None:
+        """Fills `out` through this thread's buffer, as many rows at a time as it holds."""
+        step = max(1, CONVERT_BYTES // (piece.num_cols * dtype.itemsize))
+        for first in range(0, piece.num_rows, step):
+            part = out[first : first + step]
+            buffer = self._buffer(part.numel() * dtype.itemsize).view(dtype).view(part.shape)
+            self._read_rows(entry, piece.row + first, piece.col, buffer)
+            part.copy_(buffer)
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        held = getattr(self._local, "buffer", None)
+        if held is None or held.numel() < nbytes:
+            held = self._local.buffer = torch.empty(max(nbytes, CONVERT_BYTES), dtype=torch.uint8)
+        return held[:nbytes]
+
+    def _look_closer(self, name: str, entry: TensorEntry, out: Tensor) -> None:
+        if out.isnan().any():
+            self._not_finite[name] = "NaN"
+        elif out.isinf().any() and name not in self._not_finite:
+            target = str(out.dtype).removeprefix("torch.")
+            converted = FILE_DTYPES[entry.dtype] != out.dtype
+            self._not_finite[name] = f"inf (after conversion from {entry.dtype} to {target})" if converted else "inf"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
+
+
+def _bytes_of(out: Tensor) -> memoryview:
+    """The memory from the first to the last element of a view; it holds no reference to the tensor."""
+    assert out.device.type == "cpu" and out.stride(1) == 1, "rows of the destination must be contiguous"
+    num_elements = (out.shape[0] - 1) * out.stride(0) + out.shape[1]
+    return memoryview((ctypes.c_char * (num_elements * out.element_size())).from_address(out.data_ptr())).cast("B")
+
+
+def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
+    done = os.preadv(fd, [target], offset)
+    while done < len(target):
+        num_read = os.preadv(fd, [target[done:]], offset + done)
+        if num_read == 0:
+            raise EOFError
+        done += num_read

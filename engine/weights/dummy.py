@@ -1,0 +1,62 @@
+"""load_format="dummy": random weights without a file, for benchmarks and tests of speed.
+
+A matrix is one random sequence repeated: element i (counted over the whole tensor, before sharding) is
+sequence[(offset(name) + i) mod PERIOD]. So every tp_size sees the same model, and filling costs a copy.
+"""
+
+import hashlib
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from parallel.shard import Piece
+
+PERIOD = 2**20 + 7  # prime: rows of a matrix repeat only after PERIOD rows
+
+
+class DummyWeights:
+    """A `WeightSource` with the tensors `shapes` (name -> global shape): matrices are normal with a deviation of
+    1 / sqrt(columns), norm weights 1, biases 0. The same seed gives the same model in every dtype up to rounding."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0):
+        self.shapes, self.seed = shapes, seed
+        self._sequences: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def read_piece(self, piece: Piece, out: Tensor) -> int:
+        """Fills `out`, a CPU view (num_rows, num_cols), with the rectangle. Returns 0: nothing was read."""
+        shape = self.shapes[piece.tensor]
+        if len(shape) == 1:
+            out.fill_(0.0 if piece.tensor.endswith(".bias") else 1.0)
+            return 0
+        num_cols = shape[1]
+        sequence = self._sequence(out.dtype, num_cols)
+        base = self._offset(piece.tensor) + piece.col
+        done = 0
+        while done < piece.num_rows:
+            start = (base + (piece.row + done) * num_cols) % PERIOD
+            fitting = (len(sequence) - start - piece.num_cols) // num_cols + 1
+            rows = min(fitting, piece.num_rows - done)
+            source = sequence.as_strided((rows, piece.num_cols), (num_cols, 1), start)
+            out[done : done + rows].copy_(source)
+            done += rows
+        return 0
+
+    def finish(self) -> None:
+        """Nothing to report."""
+
+    def _offset(self, name: str) -> int:
+        digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % PERIOD
+
+    def _sequence(self, dtype: torch.dtype, num_cols: int) -> Tensor:
+        """One period, and a row more so that no row is ever cut: (PERIOD + num_cols,), scaled for the columns."""
+        with self._lock:
+            if (dtype, num_cols) not in self._sequences:
+                generator = torch.Generator().manual_seed(self.seed)
+                period = torch.randn(PERIOD, generator=generator) * num_cols**-0.5
+                repeats = -(-num_cols // PERIOD) + 1
+                self._sequences[dtype, num_cols] = period.to(dtype).repeat(repeats)[: PERIOD + num_cols]
+            return self._sequences[dtype, num_cols]

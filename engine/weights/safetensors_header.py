@@ -1,0 +1,142 @@
+"""Headers of safetensors files: which tensors there are, and at which bytes. PURE but for reading the files.
+
+A file is 8 bytes of header length (little endian), the header as JSON, then the data; offsets in the header count
+from the data's start. Everything that a header can get wrong is refused here, before a byte of data is read.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPE_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: `offset` is bytes from the start of `file`, `dtype` the format's name (F32, BF16, ...)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def num_cols(self) -> int:
+        """Elements of a row; a 1-D tensor of n elements counts as (n, 1), as in `Piece`."""
+        return math.prod(self.shape[1:])
+
+
+def find_entries(directory: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint in `directory`, by name. Raises ValueError naming the file or tensor at fault."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory")
+    if (directory / SINGLE).is_file():
+        return read_header(directory / SINGLE)
+    if (directory / INDEX).is_file():
+        return _indexed_entries(directory / INDEX)
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_header(files[0])
+    there = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
+    if files:
+        raise ValueError(f"{directory}: several safetensors files but no {INDEX} (there: {there})")
+    raise ValueError(
+        f"{directory}: no safetensors file (there: {there}); other formats, like pytorch_model.bin, are not read"
+    )
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file. Raises ValueError naming the file, and the tensor if one is at fault."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{file}: truncated: {size} bytes are no safetensors file")
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > size - 8:
+            raise ValueError(
+                f"{file}: the header is said to have {header_bytes} bytes, more than the file ({size}): "
+                "truncated, or not a safetensors file"
+            )
+        text = stream.read(header_bytes)
+    header = _parse_json(file, text)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, info, 8 + header_bytes, size) for name, info in header.items()}
+    _check_overlaps(entries)
+    return entries
+
+
+def _indexed_entries(index: Path) -> dict[str, TensorEntry]:
+    weight_map = _parse_json(index, index.read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: corrupt: no weight_map from tensor to file name")
+    entries: dict[str, TensorEntry] = {}
+    for file_name in sorted(set(weight_map.values())):
+        file = index.parent / file_name
+        if Path(file_name).name != file_name:
+            raise ValueError(f"{index}: the shard file {file_name!r} is not in the checkpoint's directory")
+        if not file.is_file():
+            raise ValueError(f"{file}: missing shard file, named in {index.name}")
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise ValueError(f"{name} is there twice: in {entries[name].file} and in {file}")
+            entries[name] = entry
+    for name, file_name in weight_map.items():
+        if name not in entries or entries[name].file.name != file_name:
+            raise ValueError(f"{index.parent / file_name}: has no tensor {name}, though {index.name} says so")
+    return entries
+
+
+def _parse_json(file: Path, text: bytes) -> dict:
+    twice: list[str] = []
+
+    def note_twice(pairs: list[tuple[str, object]]) -> dict:
+        unique: dict[str, object] = {}
+        for name, value in pairs:
+            twice.extend([name] if name in unique else [])
+            unique[name] = value
+        return unique
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=note_twice)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: corrupt header: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file}: corrupt header: not a JSON object")
+    if twice:
+        raise ValueError(f"{file}: corrupt header: {twice[0]} is there twice")
+    return parsed
+
+
+def _entry(file: Path, name: str, info: object, data_start: int, size: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound or start > stop:
+        raise ValueError(f"{file}: corrupt header: {name} is described as {str(info)[:200]}")
+    if data_start + stop > size:
+        raise ValueError(f"{file}: truncated: {name} ends at byte {data_start + stop}, but the file has {size} bytes")
+    bits = DTYPE_BITS.get(dtype)
+    if bits is not None and (stop - start) * 8 != math.prod(shape) * bits:
+        raise ValueError(
+            f"{file}: corrupt header: {name} of shape {shape} and dtype {dtype} cannot have {stop - start} bytes"
+        )
+    return TensorEntry(file, dtype, shape, data_start + start, stop - start)
+
+
+def _check_overlaps(entries: dict[str, TensorEntry]) -> None:
+    last_name, end = "", 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset < end and entry.nbytes:
+            raise ValueError(f"{entry.file}: corrupt header: {name} overlaps the bytes of {last_name}")
+        if entry.offset + entry.nbytes > end:
+            last_name, end = name, entry.offset + entry.nbytes

@@ -1,0 +1,22 @@
+"""Tensors by name as views of a group's span, wherever it lies: resident, in a ring slot, or in the host arena."""
+
+import torch
+from torch import Tensor
+
+from engine.model.layout import GroupLayout
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def views(layout: GroupLayout, span: Tensor) -> dict[str, Tensor]:
+    """`span` is uint8, (layout.nbytes,) or longer; the views share its memory and have the parts' dtypes and shapes.
+
+    A plain weight goes by its own name, a part of a coded one by "weight.part".
+    """
+    named = {}
+    for weight in layout.weights:
+        for part in weight.parts:
+            name = weight.name if weight.format == "plain" else f"{weight.name}.{part.name}"
+            part_bytes = span[part.offset : part.offset + part.nbytes]
+            named[name] = part_bytes.view(TORCH_DTYPES[part.dtype]).view(part.shape)
+    return named

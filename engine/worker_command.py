@@ -1,0 +1,20 @@
+"""`penstock worker`: a rank that another process launched. Its config arrives as JSON on stdin; it serves until that
+process says stop or is gone."""
+
+import json
+
+from engine.config import EngineConfig
+from parallel.failure import exit_with_parent
+
+
+def add_arguments(parser) -> None:
+    """None of its own."""
+
+
+def run(args, config: EngineConfig) -> int:
+    message = exit_with_parent()
+    from engine.runtime.rank import Rank  # imports torch: the parent is watched before that
+    from parallel.launch import resolve_launch
+
+    Rank(EngineConfig(**json.loads(message)), resolve_launch()).serve()
+    return 0

@@ -1,0 +1,215 @@
+"""What ranks say to each other: tensors that are reduced or gathered, and small host messages from rank 0.
+
+Shapes: N rows, V_loc columns of this rank. Host messages go over gloo in every case (no pickle, no GPU); they
+wait as long as rank 0 is idle, while tensor collectives have a timeout. Every error that only says that
+another rank is gone becomes PeerLost.
+
+What it does not know: how ranks meet (rendezvous.py), who starts them (launch.py), which tensors these are.
+"""
+
+import array
+import atexit
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from parallel.failure import PeerLost, RankFailed
+
+CONTROL_TIMEOUT = timedelta(days=30)  # a rank waits for the next batch for as long as rank 0 is idle
+FRAME_BYTES = 4096  # one broadcast carries the length and a short message; a longer one costs a second
+_LENGTH_BYTES = 8
+_PEER_ERROR = re.compile(
+    r"connection (closed|reset|refused|was likely closed)|connect.*(timeout|failed)|broken pipe|timed? ?out"
+    r"|wait timeout|socket closed|remote process|ncclRemoteError|failed to (recv|pass monitoredBarrier)"
+    r"|aborted",
+    re.IGNORECASE,
+)
+_OWN_ERROR = re.compile(r"out of memory|invalid (argument|usage)|unhandled cuda error", re.IGNORECASE)
+
+
+class Collectives(Protocol):
+    """The ranks of one tensor-parallel group. All ranks make the same calls in the same order.
+
+    `num_reduces` and `reduced_bytes` count calls and bytes by label; `.total()` sums them (a replayed CUDA
+    graph is not counted). Every call raises PeerLost if another rank is gone or did not answer in time.
+    """
+
+    rank: int
+    size: int
+    num_reduces: Counter[str]
+    reduced_bytes: Counter[str]
+
+    def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
+        """Sum a contiguous tensor over ranks, in place. Equal shapes go in, the same bits come out on all."""
+
+    def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the ranks' `part` (N, V_loc) side by side, in rank order, into `out` (N, size * V_loc)."""
+
+    def broadcast_ints(self, ints: list[int] | None) -> list[int]:
+        """Rank 0 gives a list of int32 values, the others None; all return it. OverflowError beyond int32."""
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0 gives bytes (the others None); all return them. The others wait without a timeout."""
+
+    def barrier(self) -> None:
+        """Return when all ranks have come here, within the group's timeout."""
+
+    def close(self) -> None:
+        """Leave the group; idempotent. Drop every CUDA graph that captured a reduce before."""
+
+
+class Solo:
+    """The group of one rank: nothing is moved, nothing is counted."""
+
+    rank, size = 0, 1
+
+    def __init__(self):
+        self.num_reduces: Counter[str] = Counter()
+        self.reduced_bytes: Counter[str] = Counter()
+
+    def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
+        pass
+
+    def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(part)
+
+    def broadcast_ints(self, ints: list[int] | None) -> list[int]:
+        return list(ints or ())
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        return bytes(data or b"")
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Distributed:
+    """What Gloo and Nccl share: counters and the control plane. Needs an initialised process group."""
+
+    def __init__(self, timeout_s: float):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.num_reduces: Counter[str] = Counter()
+        self.reduced_bytes: Counter[str] = Counter()
+        self._timeout = timedelta(seconds=timeout_s)
+        self._broken = False
+        self._buffer = bytearray(FRAME_BYTES)
+        self._frame = torch.frombuffer(self._buffer, dtype=torch.uint8)  # the same memory
+        self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        atexit.register(self._abandon)
+
+    def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
+        assert tensor.is_contiguous()
+        with self._peers():
+            dist.all_reduce(tensor)
+        self.num_reduces[label] += 1
+        self.reduced_bytes[label] += tensor.nbytes
+
+    def broadcast_ints(self, ints: list[int] | None) -> list[int]:
+        data = array.array("i", ints or ()).tobytes() if self.rank == 0 else None
+        return array.array("i", self.broadcast_bytes(data)).tolist()
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        room = FRAME_BYTES - _LENGTH_BYTES
+        if self.rank == 0:
+            head = len(data).to_bytes(_LENGTH_BYTES, "little") + data[:room]
+            self._buffer[: len(head)] = head
+        with self._peers():
+            dist.broadcast(self._frame, 0, group=self._control)
+        length = int.from_bytes(self._buffer[:_LENGTH_BYTES], "little")
+        head = bytes(self._buffer[_LENGTH_BYTES : _LENGTH_BYTES + min(length, room)])
+        return head if length <= room else head + self._broadcast_rest(data, length - room)
+
+    def _broadcast_rest(self, data: bytes | None, rest_bytes: int) -> bytes:
+        rest = bytearray(data[-rest_bytes:] if self.rank == 0 else rest_bytes)
+        with self._peers():
+            dist.broadcast(torch.frombuffer(rest, dtype=torch.uint8), 0, group=self._control)
+        return bytes(rest)
+
+    def barrier(self) -> None:
+        with self._peers():
+            dist.monitored_barrier(self._control, timeout=self._timeout)
+
+    def close(self) -> None:
+        if self._control is None:
+            return
+        atexit.unregister(self._abandon)
+        self._control = None  # gloo aborts the process at exit if a group is still referenced
+        if self._broken:
+            self._abort()
+        dist.destroy_process_group()
+
+    def _abort(self) -> None:
+        """Let go of calls that a lost rank will never answer."""
+
+    def _abandon(self) -> None:
+        # At exit without close(): peers may be in the middle of a call, so nothing may wait for them.
+        self._broken = True
+        with contextlib.suppress(RuntimeError):
+            self.close()
+
+    @contextlib.contextmanager
+    def _peers(self) -> Iterator[None]:
+        try:
+            with peer_errors():
+                yield
+        except PeerLost:
+            self._broken = True
+            raise
+
+
+class Gloo(_Distributed):
+    """CPU tensors (fp32, bf16, fp16, integers) over gloo; each addition is rounded to the tensor's dtype."""
+
+    def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
+        parts = [part.new_empty(part.shape) for _ in range(self.size)]
+        with self._peers():
+            dist.all_gather(parts, part.contiguous())
+        torch.cat(parts, dim=-1, out=out)
+
+
+class Nccl(_Distributed):
+    """CUDA tensors over NCCL, on the caller's stream; host messages over a gloo group of its own."""
+
+    def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
+        stacked = part.new_empty((self.size, *part.shape))  # (size, N, V_loc)
+        with self._peers():
+            _all_gather_single(stacked, part.contiguous())
+        out.view(part.shape[0], self.size, part.shape[1]).copy_(stacked.transpose(0, 1))
+
+    def _abort(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            dist.group.WORLD.abort()
+
+
+# torch 2.13 warns about the older name, 2.11 has no other.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+BY_DEVICE = {"cpu": ("gloo", Gloo), "cuda": ("nccl", Nccl)}
+
+
+@contextlib.contextmanager
+def peer_errors() -> Iterator[None]:
+    """Turn an error of torch.distributed that only says that another rank is gone or silent into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_peer_error(error):
+            raise PeerLost(str(error).splitlines()[0]) from None
+        raise
+
+
+def is_peer_error(error: RuntimeError) -> bool:
+    """Does the error report another rank's end (a closed connection, a timeout), not a fault of ours?"""
+    if isinstance(error, (PeerLost, RankFailed)):
+        return False
+    if isinstance(error, dist.DistBackendError):
+        return not _OWN_ERROR.search(str(error))
+    return bool(_PEER_ERROR.search(str(error)))

@@ -1,0 +1,257 @@
+"""Which tokens run in the next pass: continuous batching with chunked prefill.
+
+`Scheduler` runs on rank 0; what it decides is a `Batch`, which reaches the other ranks as one packed message.
+It knows token counts, rows and pages, and neither text nor tensors. There is no preemption: a request is
+admitted once all the pages it can ever need are free, so a running request never runs out of them.
+
+    budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
+                       0                                                        max_num_batched_tokens
+"""
+
+import bisect
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from scheduler.pages import PagePool, pages_for
+from scheduler.policy import POLICIES
+from scheduler.request import FinishReason, Request, RequestState, RowSampling
+
+ON_DEVICE = -1  # stands for the row's last sampled token, which the host has not seen yet
+_SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """The tokens that one request computes in a pass.
+
+    `row` is its place in the batch, 0..max_num_seqs-1, kept for the request's whole life. `tokens` stand at
+    positions start, start + 1, ...; ON_DEVICE among them is the row's last sampled token. `pages` is the page
+    table up to the last of these positions. `samples` is false for a chunk that is not the prompt's last.
+    `sampling` is set in the request's first pass only, and drops what the row's former owner left.
+    """
+
+    row: int
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    samples: bool
+    sampling: RowSampling | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass computes."""
+
+    rows: tuple[BatchRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(row.samples for row in self.rows)
+
+    def pack(self) -> list[int]:
+        """The batch as one int32 message: its length, the number of rows, and the rows one after another."""
+        message = [0, len(self.rows)]
+        for row in self.rows:
+            flags = row.samples * _SAMPLES | (row.sampling is not None) * _HAS_SAMPLING
+            message += (row.row, row.start, flags, len(row.tokens), len(row.pages), *row.tokens, *row.pages)
+            if row.sampling is not None:
+                message += row.sampling.pack()
+        message[0] = len(message)
+        return message
+
+    @staticmethod
+    def unpack(message: Sequence[int]) -> "Batch":
+        """The batch that `pack` made into this message. Raises ValueError if it is not whole."""
+        if len(message) < 2 or message[0] != len(message):
+            raise ValueError(f"batch message of {len(message)} integers does not state its own length")
+        ints = iter(message[2:])
+        batch = Batch(tuple(_unpack_row(ints) for _ in range(message[1])))
+        if next(ints, None) is not None:
+            raise ValueError("batch message goes on after its last row")
+        return batch
+
+
+def _take(ints: Iterator[int], count: int) -> tuple[int, ...]:
+    taken = tuple(itertools.islice(ints, max(count, 0)))
+    if len(taken) != count:
+        raise ValueError("batch message ends inside a row")
+    return taken
+
+
+def _unpack_row(ints: Iterator[int]) -> BatchRow:
+    row, start, flags, num_tokens, num_pages = _take(ints, 5)
+    tokens, pages = _take(ints, num_tokens), _take(ints, num_pages)
+    sampling = RowSampling.unpack(_take(ints, RowSampling.PACKED_LEN)) if flags & _HAS_SAMPLING else None
+    return BatchRow(row, tokens, start, pages, bool(flags & _SAMPLES), sampling)
+
+
+class Scheduler:
+    """Holds all requests and decides each pass: add, then schedule and update in turn until none is left.
+
+    Units: `max_num_batched_tokens` a pass, `max_model_len` prompt and output tokens of one request,
+    `page_size` tokens a page, `num_pages` with the reserved page 0. `page_order_seed` shuffles the order in
+    which pages are handed out. Raises ValueError for an unknown policy or fewer than 2 pages.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        page_size: int,
+        num_pages: int,
+        eos_token_ids: Iterable[int] = (),
+        policy: str = "fcfs",
+        page_order_seed: int | None = None,
+    ):
+        if policy not in POLICIES:
+            raise ValueError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}")
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.page_size = page_size
+        self.pool = PagePool(num_pages, page_order_seed)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._order = POLICIES[policy]
+        self._waiting: list[Request] = []  # in the policy's order
+        self._running: dict[int, Request] = {}  # by row, in order of admission
+        self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
+        self._in_flight: tuple[Batch | None, list[Request]] = None, []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        """Let a new request wait for its row.
+
+        Raises ValueError if its prompt is empty or leaves no room for an output token, or if the request
+        at its longest needs more pages than there are.
+        """
+        assert request.state is RequestState.WAITING and request.num_computed_tokens == 0
+        request.check_length(self.max_model_len)
+        most_tokens, num_pages = request.most_tokens(self.max_model_len), self._pages_needed(request)
+        if num_pages > self.pool.num_usable:
+            raise ValueError(
+                f"request {request.id}: {most_tokens} tokens (prompt and max_tokens) need {num_pages} pages"
+                f" of {self.page_size} tokens, and there are {self.pool.num_usable}"
+            )
+        bisect.insort(self._waiting, request, key=self._order)
+
+    def abort(self, requests: Iterable[Request]) -> None:
+        """End those of `requests` that are waiting or running here."""
+        mine = [*self._waiting, *self._running.values()]
+        for request in requests:
+            if request in mine:
+                self.finish(request, FinishReason.ABORT)
+
+    def schedule(self) -> Batch | None:
+        """The next pass, or None when no request is left. If the pass fails, it can be scheduled anew."""
+        rows: list[BatchRow] = []
+        budget_tokens = self.max_num_batched_tokens
+        for request in self._next_requests():
+            rows.append(self._next_tokens(request, budget_tokens))
+            budget_tokens -= len(rows[-1].tokens)
+            if budget_tokens == 0:
+                break
+        assert rows or not self.has_unfinished, "nothing can run"
+        batch = Batch(tuple(rows)) if rows else None
+        self._in_flight = batch, [self._running[row.row] for row in rows]
+        return batch
+
+    def _next_requests(self) -> Iterator[Request]:
+        """Who computes, most urgent first; a waiting request is admitted when it is asked for."""
+        running = list(self._running.values())
+        yield from (request for request in running if request.output_token_ids)
+        yield from (request for request in running if not request.output_token_ids)
+        while self._waiting and self._free_rows:
+            num_pages = self._pages_needed(self._waiting[0])
+            if num_pages > self.pool.num_free:
+                return  # the head of the line waits for pages; overtaking it could starve it
+            request = self._waiting.pop(0)
+            request.row, request.pages = heapq.heappop(self._free_rows), self.pool.allocate(num_pages)
+            self._running[request.row] = request
+            yield request
+
+    def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
+        start = request.num_computed_tokens
+        end = min(request.num_tokens, start + budget_tokens)
+        return BatchRow(
+            row=request.row,
+            tokens=tuple(request.tokens_between(start, end)),
+            start=start,
+            pages=tuple(request.pages[: pages_for(end, self.page_size)]),
+            samples=end == request.num_tokens,
+            sampling=RowSampling.of(request) if start == 0 else None,
+        )
+
+    def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request]:
+        """Take in the tokens of the pass that schedule() gave last.
+
+        `sampled` has one token id for each row with `samples`, in batch order. Returns the requests that got
+        a token, in that order; those now finished hold no row and pages. One ended meanwhile gets nothing.
+        """
+        in_flight, requests = self._in_flight
+        assert batch is in_flight, "not the batch that was scheduled last"
+        assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
+        self._in_flight = None, []
+        tokens, updated = iter(sampled), []
+        for row, request in zip(batch.rows, requests, strict=True):
+            token = next(tokens) if row.samples else None
+            if request.state is RequestState.FINISHED:
+                continue
+            request.num_computed_tokens += len(row.tokens)
+            if token is not None:
+                request.output_token_ids.append(token)
+                updated.append(request)
+                self._finish_if_over(request, token)
+        return updated
+
+    def _finish_if_over(self, request: Request, token: int) -> None:
+        # As in vLLM, a stop token is kept in the output and wins over a length that is reached with it.
+        if token in self._eos_token_ids and not request.params.ignore_eos:
+            self.finish(request, FinishReason.STOP)
+        elif token in request.params.stop_token_ids:
+            self.finish(request, FinishReason.STOP, stop_reason=token)
+        elif request.num_tokens >= request.most_tokens(self.max_model_len):
+            self.finish(request, FinishReason.LENGTH)
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a request, waiting or running, and free its row and pages at once.
+
+        A finished one only gets the new reason: the last token it may have can complete a stop string.
+        """
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        elif request.state is RequestState.RUNNING:
+            del self._running[request.row]
+            heapq.heappush(self._free_rows, request.row)
+            self.pool.release(request.pages)
+            request.row, request.pages = None, []
+        request.finish_reason, request.stop_reason = reason, stop_reason
+
+    def _pages_needed(self, request: Request) -> int:
+        # The last token is sampled and never computed, so it has no KV.
+        return pages_for(request.most_tokens(self.max_model_len) - 1, self.page_size)
+
+    def check_integrity(self) -> None:
+        """Assert that rows and pages are each held once, by running requests only."""
+        self.pool.check_integrity(page for request in self._running.values() for page in request.pages)
+        assert sorted([*self._running, *self._free_rows]) == list(range(self.max_num_seqs)), "rows are lost"
+        for row, request in self._running.items():
+            assert request.row == row and len(request.pages) == self._pages_needed(request)
+        assert all(r.state is RequestState.WAITING and not r.pages for r in self._waiting)

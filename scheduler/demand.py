@@ -1,0 +1,79 @@
+"""What an engine asks of one rank's memory: the input of residency.py. PURE: sizes in bytes, lengths in tokens."""
+
+from dataclasses import dataclass
+
+from scheduler.plan_build import default_ring_bytes
+from scheduler.step_plan import GroupId
+
+KV_LEN = 2048  # tokens a sequence that the KV cache is sized for, before residency gets anything
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What an engine asks of one rank's memory. Sizes are bytes a rank, lengths are tokens.
+
+    `groups` are in the order of a pass, the head last. `embed_bytes` is 0 where the head's bytes serve (tied).
+    `fixed` are named claims that no choice changes (activations, workspace, context ...). `memory_bytes` None is
+    plain host memory (a CPU), which has no limit here. `max_model_len` None is as long as trained and as fits.
+    """
+
+    groups: tuple[tuple[GroupId, int], ...]
+    embed_bytes: int
+    page_bytes: int
+    page_size: int
+    max_num_seqs: int
+    max_position: int
+    resident: str | float = "auto"
+    memory_bytes: int | None = None
+    fixed: tuple[tuple[str, int], ...] = ()
+    ring_bytes: int | None = None
+    max_model_len: int | None = None
+    num_pages: int | None = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.fixed)
+
+    @property
+    def full_len(self) -> int:
+        """Tokens of the longest sequence that is wished for."""
+        return self.max_model_len or self.max_position
+
+    @property
+    def least_len(self) -> int:
+        """Tokens of the longest sequence that must fit: an unset max_model_len may shrink to this."""
+        return self.max_model_len or min(self.max_position, KV_LEN)
+
+    def pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    @property
+    def wanted_pages(self) -> int:
+        """Pages of max_num_seqs sequences of KV_LEN tokens, of one full sequence at least, and the reserved one."""
+        many = self.max_num_seqs * self.pages(min(self.full_len, KV_LEN))
+        return self.num_pages or max(many, self.pages(self.full_len)) + 1
+
+    @property
+    def least_pages(self) -> int:
+        return self.num_pages or self.pages(self.least_len) + 1
+
+    def streamed(self, resident: frozenset[GroupId]) -> list[tuple[GroupId, int]]:
+        """What streams if `resident` stays, in the order of a pass."""
+        return [(group, nbytes) for group, nbytes in self.groups if group not in resident]
+
+    def weights_bytes(self, resident: frozenset[GroupId]) -> int:
+        """Device bytes of the weights that stay; the embedding stays only where all do."""
+        weights = sum(nbytes for group, nbytes in self.groups if group in resident)
+        return weights + (self.embed_bytes if len(resident) == len(self.groups) else 0)
+
+    def usual_ring_bytes(self, resident: frozenset[GroupId]) -> int:
+        """The ring as asked for, or the one in which no copy waits."""
+        return self.ring_bytes or default_ring_bytes(self.streamed(resident))
+
+
+def show_bytes(nbytes: float) -> str:
+    """In GiB, or in MiB under a tenth of one, or in bytes; always labelled."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if abs(nbytes) >= size / 10:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"

@@ -1,0 +1,196 @@
+"""A pass over the model as data: the StepPlan and the instructions of its two lanes.
+
+One plan for each kind of pass; tokens and rows are bound when it runs. It is made once (plan_build.py), validated
+(plan_check.py), then read by the executor, the lifetime checker, the trace, the time model and the table. No second
+description of a pass exists.
+
+Two lanes run side by side, and only events order them:
+
+    compute   fork | acquire g2 ... release g2 |   acquire g3 ...           | ... head, sample | join
+                |        ^ ready g2     v free g2        ^ ready g3                               ^
+    copy        +- prefetch g2 ---- prefetch g3 ---- prefetch g4 (waits free g2) ... prefetch g0, g1
+
+Safety contract of the ring: the bytes of a slot may be written only after `free` of every group that held them,
+and read only after `ready` of the group that holds them. A pass starts with the first `num_wrapped` streamed groups
+in the ring and ends, joined, with them there again, so that passes of any kind follow each other freely.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class GroupId(NamedTuple):
+    """The unit that is streamed; the head counts as a group of layer num_layers."""
+
+    layer_idx: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.name in ("head", "embed") else f"{self.layer_idx}.{self.name}"
+
+
+class Event(NamedTuple):
+    """`ready`: the copy of a group has finished; `free`: its last reader has; `fork` and `join` bound the copy lane."""
+
+    kind: str
+    group: GroupId | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.group is None else f"{self.kind}({self.group})"
+
+
+class Slot(NamedTuple):
+    """A byte range of the ring."""
+
+    offset: int
+    nbytes: int
+
+    def overlaps(self, other: "Slot") -> bool:
+        return self.offset < other.offset + other.nbytes and other.offset < self.offset + self.nbytes
+
+
+COMPUTE, COPY = "compute", "copy"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What all instructions share: the lane, the events it waits for before, and the one it records after."""
+
+    lane = COMPUTE
+
+    @property
+    def waits(self) -> tuple[Event, ...]:
+        return ()
+
+    @property
+    def records(self) -> Event | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Compute(Instruction):
+    """One step of the model. `effects` says what it does to each activation it touches, in the table's letters:
+    + create, r read, w write, x destroy."""
+
+    step: str
+    layer_idx: int
+    group: GroupId | None
+    effects: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return self.step
+
+
+@dataclass(frozen=True)
+class Fork(Instruction):
+    """The copy lane may start: everything before this pass is behind it."""
+
+    @property
+    def records(self) -> Event:
+        return Event("fork")
+
+    def __str__(self) -> str:
+        return "fork"
+
+
+@dataclass(frozen=True)
+class Join(Instruction):
+    """The compute lane waits for the last copy."""
+
+    last: GroupId
+
+    @property
+    def waits(self) -> tuple[Event, ...]:
+        return (Event("ready", self.last),)
+
+    def __str__(self) -> str:
+        return "join"
+
+
+@dataclass(frozen=True)
+class Prefetch(Instruction):
+    """Copies a group's span from the host arena into its slot, once `after` (groups that held those bytes) are free."""
+
+    group: GroupId
+    slot: Slot
+    after: tuple[GroupId, ...]
+    first: bool = False  # the first copy of a pass waits for the fork
+    wrapped: bool = False  # for the next pass
+    lane = COPY
+
+    @property
+    def waits(self) -> tuple[Event, ...]:
+        return ((Event("fork"),) if self.first else ()) + tuple(Event("free", group) for group in self.after)
+
+    @property
+    def records(self) -> Event:
+        return Event("ready", self.group)
+
+    def __str__(self) -> str:
+        return f"prefetch {self.group}" + (" (next pass)" if self.wrapped else "")
+
+
+@dataclass(frozen=True)
+class Acquire(Instruction):
+    """The compute lane waits until the group is in its slot; the first groups of a pass are there already."""
+
+    group: GroupId
+    slot: Slot
+    present: bool
+
+    @property
+    def waits(self) -> tuple[Event, ...]:
+        return () if self.present else (Event("ready", self.group),)
+
+    def __str__(self) -> str:
+        return f"acquire {self.group}"
+
+
+@dataclass(frozen=True)
+class Release(Instruction):
+    """The group's last reader is behind: its bytes may be written again."""
+
+    group: GroupId
+    slot: Slot
+
+    @property
+    def records(self) -> Event:
+        return Event("free", self.group)
+
+    def __str__(self) -> str:
+        return f"release {self.group}"
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """Where each streamed group lies in the ring: `slots` in the order of the pass."""
+
+    ring_bytes: int
+    num_wrapped: int
+    slots: tuple[tuple[GroupId, Slot], ...]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A validated pass. `activations` are the names that the table's columns show, in order of creation."""
+
+    instructions: tuple[Instruction, ...]
+    ring: RingLayout
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for i in self.instructions if isinstance(i, Compute) for name, _ in i.effects))
+
+    @property
+    def prologue(self) -> tuple[Instruction, ...]:
+        """Fills the ring before the first pass and after an abort: fork, the wrapped copies alone, join."""
+        wrapped = [i for i in self.instructions if isinstance(i, Prefetch) and i.wrapped]
+        if not wrapped:
+            return ()
+        copies = [Prefetch(i.group, i.slot, (), first=index == 0, wrapped=True) for index, i in enumerate(wrapped)]
+        return (Fork(), *copies, Join(wrapped[-1].group))
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that cross the link in one pass."""
+        return sum(i.slot.nbytes for i in self.instructions if isinstance(i, Prefetch))

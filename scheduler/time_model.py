@@ -1,0 +1,236 @@
+"""What a pass costs, predicted before it runs: from its bytes, FLOPs and reduces, and from the plan itself.
+
+PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Two views:
+
+* `predict_pass`: the three bounds of a whole pass. Copies run beside compute, so the longer of the two lanes counts;
+  reduces stand on the compute lane; the wrapped copies cover sampling, so only `pass_latency_s` is left over.
+* `predict_timeline`: replays a StepPlan on two clocks, as the executor's lanes would run it.
+
+A roofline, not a simulation: kernels are taken to reach the profile's rates.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from scheduler.step_plan import COMPUTE, COPY, Compute, Event, Prefetch, StepPlan
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one rank's hardware does, all ranks active. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
+
+    `step_latency_s` is the least time of one compute step (its launch), `pass_latency_s` what of a pass nothing hides.
+    `memory_bytes` is the device's memory; None is a CPU's.
+    """
+
+    link_gb_s: float
+    memory_gb_s: float
+    gemm_tflops: float
+    reduce_latency_s: float
+    reduce_gb_s: float
+    source: str
+    step_latency_s: float = 0.0
+    pass_latency_s: float = 0.0
+    memory_bytes: int | None = None
+
+
+# link_gb_s by the number of ranks that copy at once (FACTS section 1): their links share the host.
+PROFILES: dict[str, dict[str, Any]] = {
+    "h200": {
+        "link_gb_s": [55.1, 53.1, 48.1, 40.4],
+        "memory_gb_s": 4130.0,
+        "gemm_tflops": 790.0,
+        "reduce_latency_s": 45e-6,
+        "reduce_gb_s": 200.0,
+        "step_latency_s": 8e-6,
+        "pass_latency_s": 3e-4,
+        "memory_bytes": 141 * GB,
+    },
+    "cpu": {
+        "link_gb_s": [8.0, 5.0],
+        "memory_gb_s": 15.0,
+        "gemm_tflops": 0.1,
+        "reduce_latency_s": 2e-4,
+        "reduce_gb_s": 1.0,
+        "step_latency_s": 2e-5,
+        "pass_latency_s": 1e-3,
+    },
+}
+
+
+def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
+    """The rates of a rank among `tp_size`, from PROFILES or a JSON file with the fields of Rates; `link_gb_s` wins.
+
+    A profile's `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum.
+    Raises ValueError, naming the file and the field, if the file cannot be read or a field is missing, unknown or bad.
+    """
+    if name_or_file in PROFILES:
+        values = {"source": f"assumed: {name_or_file}", **PROFILES[name_or_file]}
+        return _with_link(_rates(values, name_or_file, tp_size), link_gb_s)
+    path = Path(name_or_file)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(PROFILES)
+        raise ValueError(
+            f"device_profile={name_or_file!r}: neither one of {known} nor a file ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: is not a JSON object")
+    return _with_link(_rates({"source": f"assumed: {path.name}", **values}, str(path), tp_size), link_gb_s)
+
+
+def _with_link(rates: Rates, link_gb_s: float | None) -> Rates:
+    if link_gb_s is None:
+        return rates
+    return replace(rates, link_gb_s=link_gb_s, source=f"{rates.source}, link as given")
+
+
+def _rates(values: dict[str, Any], source: str, tp_size: int) -> Rates:
+    values = dict(values)
+    known = {field.name for field in fields(Rates)}
+    optional = {"step_latency_s", "pass_latency_s", "memory_bytes"}
+    for name in values.keys() - known:
+        raise ValueError(f"{source}: unknown field {name!r}; known: {', '.join(sorted(known))}")
+    links = values.get("link_gb_s")
+    if isinstance(links, list) and links and all(map(_is_rate, links)):
+        values["link_gb_s"] = links[tp_size - 1] if tp_size <= len(links) else links[-1] * len(links) / tp_size
+    for name in known - {"source"}:
+        value = values.get(name)
+        if value is None and name in optional:
+            continue
+        if not _is_rate(value, zero=name.endswith("_latency_s")):
+            raise ValueError(
+                f"{source}: {name}={value!r}: expected a {'number' if value is None else 'positive number'}"
+            )
+    return Rates(**values)
+
+
+def _is_rate(value: Any, zero: bool = False) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (value > 0 or (zero and value == 0)) and value < float("inf")
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What a pass computes: tokens, rows, and the tokens of KV that its rows attend to, all rows together."""
+
+    num_tokens: int
+    num_rows: int
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class PassWork:
+    """What one rank does in a pass, apart from the shape. Bytes are weights read; FLOPs per token of the layers, per
+    row of the head, per pair of query and context token of attention; bytes per token of KV and of one reduce."""
+
+    streamed_bytes: int
+    resident_bytes: int
+    token_flops: int
+    row_flops: int
+    attention_flops: int
+    kv_token_bytes: int
+    num_reduces: int
+    reduce_token_bytes: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch or
+    reduce, whichever alone takes longest."""
+
+    link_s: float
+    memory_s: float
+    compute_s: float
+    launch_s: float
+    reduce_s: float
+    total_s: float
+    bound: str
+
+
+def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
+    """The time of one pass: the longer of the two lanes, and what neither hides."""
+    queries_a_row = shape.num_tokens / max(shape.num_rows, 1)
+    flops = shape.num_tokens * work.token_flops + shape.num_rows * work.row_flops
+    flops += shape.context_tokens * queries_a_row * work.attention_flops
+    kv_bytes = (shape.context_tokens + shape.num_tokens) * work.kv_token_bytes
+    parts = {
+        "link": work.streamed_bytes / (rates.link_gb_s * GB),
+        "memory": (work.streamed_bytes + work.resident_bytes + kv_bytes) / (rates.memory_gb_s * GB),
+        "compute": flops / (rates.gemm_tflops * 1e12),
+        "launch": work.num_steps * rates.step_latency_s,
+        "reduce": work.num_reduces * reduce_s(shape.num_tokens * work.reduce_token_bytes, rates),
+    }
+    compute_lane_s = max(parts["memory"], parts["compute"], parts["launch"]) + parts["reduce"]
+    total_s = max(parts["link"], compute_lane_s) + rates.pass_latency_s
+    return PassTime(
+        **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
+    )
+
+
+def reduce_s(nbytes: int, rates: Rates) -> float:
+    """Seconds of one all-reduce of `nbytes`."""
+    return rates.reduce_latency_s + nbytes / (rates.reduce_gb_s * GB)
+
+
+def free_tokens(work: PassWork, rates: Rates) -> int:
+    """T*: the tokens of a pass (prefill, no context) that cost nothing because the link binds; 0 if nothing streams."""
+    if not work.streamed_bytes:
+        return 0
+    low, high = 0, 1 << 24
+    link_s = work.streamed_bytes / (rates.link_gb_s * GB)
+    quiet = replace(rates, pass_latency_s=0.0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = predict_pass(work, PassShape(middle, 1, 0), quiet).total_s <= link_s
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of one lane, in seconds from the start of the pass. An acquire's or a join's is the time waited."""
+
+    lane: str
+    name: str
+    start_s: float
+    end_s: float
+
+
+def predict_timeline(plan: StepPlan, compute_s: Callable[[Compute], float], rates: Rates) -> list[Span]:
+    """Replays the plan: each lane in its order, an instruction not before the events that it waits for.
+
+    `compute_s` gives the seconds of a compute step. The spans are in the plan's order; the last one's end, that of
+    the join, is the time of the pass (see `timeline_s`).
+    """
+    clock = {COMPUTE: 0.0, COPY: 0.0}
+    at: dict[Event, float] = {}
+    spans = []
+    for instruction in plan.instructions:
+        before = clock[instruction.lane]
+        start = end = max([before, *(at[event] for event in instruction.waits)])
+        if isinstance(instruction, Compute):
+            end = start + compute_s(instruction)
+        elif isinstance(instruction, Prefetch):
+            end = start + instruction.slot.nbytes / (rates.link_gb_s * GB)
+        else:
+            start = before
+        clock[instruction.lane] = end
+        if instruction.records is not None:
+            at[instruction.records] = end
+        spans.append(Span(instruction.lane, str(instruction), start, end))
+    return spans
+
+
+def timeline_s(spans: list[Span]) -> float:
+    """Seconds of the predicted pass."""
+    return max((span.end_s for span in spans), default=0.0)

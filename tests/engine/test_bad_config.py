@@ -1,0 +1,117 @@
+"""A config that cannot be run is refused, and the message names the file and the value."""
+
+import pytest
+
+from engine.model.config_fields import REFUSED
+from engine.model.families import read_config, read_spec
+from engine.model.spec import ModelSpec
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}
+
+
+def small(model_type: str, **own) -> dict:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 3}
+    kv_heads = {} if model_type == "gpt_neox" else {"num_key_value_heads": 2}
+    return {"model_type": model_type, **sizes, **kv_heads, **own}
+
+
+def llama(**own) -> dict:
+    return small("llama", **own)
+
+
+BAD = [
+    ({}, "architecture None is not supported; supported: LlamaForCausalLM (llama), MistralForCausalLM (mistral)"),
+    ({"model_type": "mamba"}, "architecture 'mamba' is not supported"),
+    ({"model_type": "mamba", "architectures": ["LlamaForCausalLM"]}, "is not supported; supported: Llama"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported"),
+    (llama(architectures=["LlamaForSequenceClassification"]), "architecture 'LlamaForSequenceClassification'"),
+    (llama(architectures="LlamaForCausalLM"), "architectures must be a list"),
+    # sizes
+    (llama(num_hidden_layers=0), "num_hidden_layers must be an integer of at least 1, not 0"),
+    (llama(hidden_size=-64), "hidden_size must be"),
+    (llama(vocab_size="101"), "vocab_size must be an integer of at least 1, not '101'"),
+    (llama(intermediate_size=96.0), "intermediate_size must be"),
+    (llama(num_attention_heads=True), "num_attention_heads must be"),
+    (llama(max_position_embeddings=None), "max_position_embeddings must be"),
+    (llama(num_key_value_heads=3), "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
+    (llama(hidden_size=66), "hidden_size = 66 is not a multiple of num_attention_heads = 4"),
+    (llama(head_dim=15), "rotary dims must be even and at most head_dim = 15, not 15"),
+    (llama(head_dim=0), "head_dim must be"),
+    (small("gpt_neox", rotary_pct=0.2), "not 3"),
+    (small("gpt_neox", rotary_pct=1.5), "at most head_dim = 16, not 24"),
+    (small("gpt_neox", num_key_value_heads=2), "num_key_value_heads = 2 is not supported"),
+    (small("gpt_neox", head_dim=32), "head_dim = 32 is not supported"),
+    ({"model_type": "qwen2", "num_attention_heads": 8}, "num_attention_heads = 8 is not a multiple"),
+    # values
+    (llama(rms_norm_eps=None), "rms_norm_eps must be a positive number, not None"),
+    (llama(tie_word_embeddings=1), "tie_word_embeddings must be true or false, not 1"),
+    (llama(attention_bias=None), "attention_bias must be true or false"),
+    (llama(hidden_act="quick_gelu"), "hidden_act 'quick_gelu' is not supported; supported: silu, swish, gelu"),
+    (llama(hidden_act=["silu"]), "hidden_act ['silu'] is not supported"),
+    (llama(torch_dtype="float8_e4m3fn"), "dtype 'float8_e4m3fn' is not supported; supported: float32, bfloat16"),
+    (llama(dtype="int8", torch_dtype="float32"), "dtype 'int8' is not supported"),
+    (llama(eos_token_id="</s>"), "eos_token_id must be an integer, a list of integers or null, not '</s>'"),
+    (llama(eos_token_id=[1, None]), "eos_token_id must be"),
+    (llama(bos_token_id="<s>"), "bos_token_id must be an integer or null, not '<s>'"),
+    # rotary embedding
+    (llama(rope_scaling={"type": "longrope"}), "rope_type 'longrope' is not supported; supported: default, linear"),
+    (llama(rope_parameters={"rope_type": None}), "rope_type None is not supported"),
+    (llama(rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}), "mrope_section = [2, 3, 3] is not supported"),
+    (llama(rope_scaling="yarn"), "rope_parameters must be an object, not 'yarn'"),
+    (llama(rope_scaling={"type": "linear"}), "rope_parameters: factor must be a positive number, not None"),
+    (llama(rope_scaling={"type": "yarn"}), "rope_parameters: factor must be"),
+    (llama(rope_scaling={"type": "linear", "factor": -1}), "factor must be a positive number, not -1"),
+    (llama(rope_scaling=LLAMA3), "low_freq_factor must be"),
+    (llama(rope_scaling=LLAMA3 | {"low_freq_factor": 4}), "high_freq_factor = 4 must be more than low_freq_factor = 4"),
+    (llama(rope_theta=None), "rope_theta must be"),
+    (llama(rope_theta=float("inf")), "rope_theta must be"),
+    (llama(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported"),
+    (small("qwen3", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+    (
+        small("qwen2", rope_parameters={"full_attention": {"rope_theta": 1.0}, "sliding_attention": {}}),
+        "rope_parameters that differ by layer type are not supported",
+    ),
+    # windows
+    (llama(sliding_window=8), "sliding_window = 8 is not supported"),
+    (small("gpt_neox", sliding_window=8), "sliding_window = 8 is not supported"),
+    (small("mistral", sliding_window=0), "sliding_window must be an integer of at least 1"),
+    (small("mistral", layer_types=["full_attention"] * 3), "layer_types do not agree with sliding_window = 4096"),
+    (small("qwen2", layer_types=["sliding_attention"] * 3), "layer_types do not agree with sliding_window = None"),
+    (small("qwen2", layer_types=["full_attention"]), "layer_types must be a list of num_hidden_layers = 3 names"),
+    (small("qwen3", layer_types=["linear_attention"] * 3), "layer_types 'linear_attention' is not supported"),
+    (small("qwen3", max_window_layers=-1), "max_window_layers must be an integer of at least 0"),
+    *((llama(**{key: "on"}), f"{key} = 'on' is not supported") for key in REFUSED),
+    (llama(quantization_config={"quant_method": "gptq"}), "quantization_config = {'quant_method': 'gptq'} is not"),
+]
+
+
+@pytest.mark.parametrize("config, message", BAD, ids=lambda value: value[:40] if isinstance(value, str) else "")
+def test_bad_config_is_refused(config, message):
+    with pytest.raises(ValueError) as error:
+        read_spec(config, "/models/x/config.json")
+    assert str(error.value).startswith("/models/x/config.json: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_the_same_key_switched_off_is_accepted(key):
+    for off in REFUSED[key]:
+        assert isinstance(read_spec(llama(**{key: off}), ""), ModelSpec)
+
+
+def test_dropout_is_accepted():
+    dropout = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+    assert read_spec(small("gpt_neox", **dropout), "") == read_spec(small("gpt_neox"), "")
+
+
+def test_unreadable_config_names_the_file(tmp_path):
+    file = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=f"{file}: cannot be read: No such file"):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: cannot be read"):
+        read_config(tmp_path / "nowhere")
+    for content, message in ((b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "is not a JSON object")):
+        file.write_bytes(content)
+        for path in (tmp_path, file, str(file)):
+            with pytest.raises(ValueError, match=f"{file}: {message}"):
+                read_config(path)

@@ -1,0 +1,104 @@
+"""Rank 0's side of a self-launch, in this process: who it is, its port, children that it starts and ends."""
+
+import os
+import socket
+import sys
+import time
+
+import pytest
+
+from parallel import children
+from parallel.launch import Launch, PeerLost, RankFailed, resolve_launch
+
+pytestmark = pytest.mark.timeout(60)
+TORCHRUN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def no_torchrun(monkeypatch):
+    for name in TORCHRUN_NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_kinds_of_launch(no_torchrun, monkeypatch):
+    assert resolve_launch() == resolve_launch(1) == Launch("solo")
+    assert resolve_launch(4).kind == "parent"
+    for name, value in zip(TORCHRUN_NAMES, ("5", "1", "8", "node0", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    found = resolve_launch(8)
+    assert found == resolve_launch() and found.kind == "torchrun"
+    assert (found.rank, found.local_rank, found.tp_size) == (5, 1, 8)
+    assert (found.master_addr, found.master_port) == ("node0", 29500)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2, but .* WORLD_SIZE=8"):
+        resolve_launch(2)
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ValueError, match="but not LOCAL_RANK"):
+        resolve_launch()
+
+
+def test_a_solo_launch_starts_and_guards_nothing(no_torchrun):
+    launch = resolve_launch()
+    launch.start("{}")
+    with pytest.raises(PeerLost), launch.guard():
+        raise PeerLost("nobody")
+    launch.close()
+
+
+def test_a_port_in_use_is_refused_before_any_child_runs(no_torchrun, monkeypatch, tmp_path):
+    launch = resolve_launch(2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ValueError, match=f"MASTER_PORT={port} .*in use"):
+            launch.start("{}", [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w')"])
+    time.sleep(0.2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_close_ends_children_that_do_not_listen(no_torchrun, monkeypatch, tmp_path):
+    deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN)\n"
+    deaf += f"open({str(tmp_path)!r} + f'/pid{{os.getpid()}}', 'w').close(); time.sleep(60)"
+    monkeypatch.setattr(children, "CLOSE_S", 0.1)
+    launch = resolve_launch(2)
+    launch.start("{}", [sys.executable, "-c", deaf])
+    while not list(tmp_path.glob("pid*")):
+        time.sleep(0.02)
+    launch.close()
+    for path in tmp_path.glob("pid*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name[3:]), 0)
+
+
+def test_a_child_that_fails_at_the_end_is_shown_once(no_torchrun, capsys):
+    launch = resolve_launch(2)
+    launch.start("{}", [sys.executable, "-c", "import sys; sys.exit(3)"])
+    launch.close()
+    launch.close()
+    assert capsys.readouterr().err == "penstock: rank 1 failed with exit code 3\n"
+
+
+def test_a_guard_after_a_failure_raises_it(no_torchrun, capsys):
+    launch = resolve_launch(2)
+    with pytest.raises(ZeroDivisionError), launch.guard():
+        launch.start("{}", [sys.executable, "-c", "import time; time.sleep(60)"])
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="ended after an earlier error"), launch.guard():
+        pass
+    launch = resolve_launch(2)
+    launch.start("{}", [sys.executable, "-c", "1 / 0"])
+    while "rank 1 failed" not in capsys.readouterr().err:  # nobody is in guard(): shown at once
+        time.sleep(0.02)
+    with (
+        pytest.raises(RankFailed, match="(?s)rank 1 failed with exit code 1:.*ZeroDivisionError"),
+        launch.guard(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("port", ["many", "70000", "-1"])
+def test_a_port_that_is_none(no_torchrun, monkeypatch, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ValueError, match=f"MASTER_PORT='?{port}"):
+        resolve_launch(2).start("{}", ["false"])

@@ -1,0 +1,146 @@
+"""Collectives on two gloo ranks: one launch by torchrun, whose ranks write what they got; then what counts as
+a lost peer, and the group of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import Solo, peer_errors
+from parallel.failure import PeerLost, RankFailed
+from parallel.rendezvous import connect
+from parallel.topology import Topology
+
+pytestmark = pytest.mark.timeout(60)
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = ("float32", "bfloat16", "float16", "int32")
+LONG = [*range(-5000, 5000), 2**31 - 1, -(2**31)]
+LISTS = [[], [7, -8], LONG, *(list(range(n)) for n in (1021, 1022, 1023))]  # around the first frame's room
+
+RANK = """
+import json, sys
+import torch
+from parallel.launch import resolve_launch, run_rank
+from parallel.rendezvous import connect
+from parallel.topology import resolve_topology
+
+def main():
+    folder, lists, dtypes = json.loads(sys.argv[1])
+    launch = resolve_launch(2)
+    topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank, "cpu")
+    for _ in range(2):  # a second group in the same processes, as one LLM after another
+        group = connect(topology, launch.master_addr, launch.master_port, timeout_s=50)
+        got = {"tensors": {name: tensors(group, getattr(torch, name)) for name in dtypes}}
+        got |= {"rank": group.rank, "size": group.size, **messages(group, lists)}
+        got |= {"reduces": dict(group.num_reduces), "bytes": dict(group.reduced_bytes)}
+        group.close()
+        group.close()
+    with open(f"{folder}/{launch.rank}.json", "w") as file:
+        json.dump(got, file)
+
+def tensors(group, dtype):
+    part = (torch.arange(6).reshape(2, 3) + 10 * group.rank).to(dtype)
+    columns = torch.full((2, 6), 99, dtype=dtype)
+    group.all_gather_columns(part, columns)
+    strided = torch.full((2, 6), 99, dtype=dtype)
+    group.all_gather_columns(torch.stack((part, part), dim=-1)[..., 0], strided)
+    kept = part.clone()
+    group.all_reduce(part, "attn")
+    group.all_reduce(kept, "ffn")
+    return [part.tolist(), columns.tolist(), strided.tolist()]
+
+def messages(group, lists):
+    give = group.rank == 0
+    data = group.broadcast_bytes(bytes(range(256)) * 40 if give else None)
+    group.barrier()
+    return {"lists": [group.broadcast_ints(ints if give else None) for ints in lists], "data": data.hex()}
+
+sys.exit(run_rank(main))
+"""
+
+
+@pytest.fixture(scope="module")
+def got(tmp_path_factory) -> list[dict]:
+    """What the two ranks saw, by rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "rank.py").write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = json.dumps([str(folder), LISTS, DTYPES])
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, folder / "rank.py", arguments], env=env, capture_output=True, text=True, timeout=55
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reduce_and_gather(got, dtype):
+    columns = [[0, 1, 2, 10, 11, 12], [3, 4, 5, 13, 14, 15]]
+    for rank in got:
+        assert rank["tensors"][dtype] == [[[10, 12, 14], [16, 18, 20]], columns, columns]
+
+
+def test_host_messages_reach_all_ranks(got):
+    assert [(rank["rank"], rank["size"]) for rank in got] == [(0, 2), (1, 2)]
+    for rank in got:
+        assert rank["lists"] == LISTS
+        assert bytes.fromhex(rank["data"]) == bytes(range(256)) * 40
+
+
+def test_counters_count_one_group(got):
+    moved = 6 * (4 + 2 + 2 + 4)
+    for rank in got:
+        assert rank["reduces"] == {"attn": len(DTYPES), "ffn": len(DTYPES)}
+        assert rank["bytes"] == {"attn": moved, "ffn": moved}
+
+
+def test_solo_moves_nothing():
+    group = connect(Topology(0, 1, 0, torch.device("cpu")), "127.0.0.1", 0)
+    assert isinstance(group, Solo)
+    part, out = torch.ones(2, 3), torch.zeros(2, 3)
+    group.all_reduce(part, "attn")
+    group.all_gather_columns(part, out)
+    assert torch.equal(part, torch.ones(2, 3)) and torch.equal(out, part)
+    assert group.broadcast_ints([1, 2]) == [1, 2] and group.broadcast_bytes(b"ab") == b"ab"
+    assert group.num_reduces.total() == 0 and group.reduced_bytes.total() == 0
+    group.barrier()
+    group.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6037."),
+        RuntimeError("Connection reset by peer"),
+        RuntimeError("[/gloo/transport/tcp/pair.cc] writev [::1]:9: Broken pipe"),
+        RuntimeError("Timed out waiting 600000ms for recv operation to complete"),
+        RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 600000 ms"),
+        dist.DistNetworkError("The client socket has timed out after 2000ms while trying to connect"),
+        dist.DistStoreError("wait timeout after 300000ms"),
+        dist.DistBackendError("NCCL error: remote process exited or there was a network error"),
+    ],
+)
+def test_errors_of_dead_peers(error):
+    with pytest.raises(PeerLost), peer_errors():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("Connection closed by peer"),
+        RuntimeError("op.preamble.length <= op.nbytes. 4 vs 8"),
+        dist.DistBackendError("NCCL error: invalid usage"),
+        RankFailed(1, "failed", "RuntimeError: Connection closed by peer"),
+    ],
+)
+def test_own_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as raised, peer_errors():
+        raise error
+    assert raised.value is error

@@ -1,0 +1,318 @@
+"""StepPlan: each plan made is safe, and each way to break the contract is found by validate().
+
+What is safe is judged by an oracle of another kind than the proof: the plan is run twice in a row on two clocks, once
+with copies that take no time (a copy comes as early as its waits allow) and once with copies that take for ever. If
+a wait is missing, one of the two shows it: with no path of events between a copy and a reader, the copy starts no
+later than the reader in the one run, and the reader no later than the copy in the other.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes
+from scheduler.plan_check import lay_out_activations, lifetimes, validate
+from scheduler.step_plan import (
+    COMPUTE,
+    COPY,
+    Acquire,
+    Compute,
+    Fork,
+    GroupId,
+    Join,
+    Prefetch,
+    Release,
+    RingLayout,
+    Slot,
+    StepPlan,
+)
+
+MANY = settings(max_examples=150, deadline=None)
+
+
+def steps_of(groups):
+    """Two readers for each group, a step without weights between them, and one activation through all."""
+    steps = [Compute("embedding", -1, None, (("x", "+w"),))]
+    for group in groups:
+        steps.append(Compute(f"first {group}", group.layer_idx, group, (("x", "rw"),)))
+        steps.append(Compute(f"between {group}", group.layer_idx, None, (("x", "r"),)))
+        steps.append(Compute(f"second {group}", group.layer_idx, group, (("x", "rw"),)))
+    return [*steps, Compute("sample", len(groups), None, (("x", "rx"),))]
+
+
+@st.composite
+def cases(draw, least=1):
+    """(all groups, the streamed ones with bytes, a ring) over random sizes and residencies."""
+    sizes = draw(st.lists(st.integers(1, 6), min_size=least, max_size=9))
+    groups = [GroupId(i // 2, "attn" if i % 2 == 0 else "ffn") for i in range(len(sizes))]
+    stays = draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    streamed = [(g, 256 * n) for g, n, stay in zip(groups, sizes, stays, strict=True) if not stay]
+    assume(len(streamed) >= least)
+    most = max(default_ring_bytes(streamed), minimum_ring_bytes(streamed)) // 256
+    ring_bytes = 256 * draw(st.integers(minimum_ring_bytes(streamed) // 256, most + 3))
+    return groups, streamed, lay_out_ring(streamed, ring_bytes, draw(st.integers(1, 3)))
+
+
+@dataclass
+class Use:
+    """A stretch of time in which a group's bytes are written or read, for one of the passes."""
+
+    num_pass: int
+    group: GroupId
+    slot: Slot
+    start: float
+    end: float
+
+
+def is_hazardous(plan: StepPlan) -> bool:
+    return any(_hazard(plan, compute_s, copy_s) for compute_s, copy_s in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
+
+
+def _hazard(plan: StepPlan, compute_s: float, copy_s: float) -> bool:
+    """Whether a reader finds bytes that are not its own, or a copy writes while someone reads."""
+    clock = {COMPUTE: 0.0, COPY: 0.0}
+    writes = [Use(0, g, s, -2.0, -1.0) for g, s in plan.ring.slots[: plan.ring.num_wrapped]]
+    reads: list[Use] = []
+    slots = dict(plan.ring.slots)
+    for num_pass in range(2):
+        at = {}
+        for instruction in plan.instructions:
+            lane = instruction.lane
+            start = max([clock[lane], *(at.get(event, 0.0) for event in instruction.waits)])
+            end = start
+            if isinstance(instruction, Compute):
+                end = start + compute_s
+                if instruction.group in slots:
+                    reads.append(Use(num_pass, instruction.group, slots[instruction.group], start, end))
+            elif isinstance(instruction, Prefetch):
+                end = start + copy_s
+                writes.append(Use(num_pass + instruction.wrapped, instruction.group, instruction.slot, start, end))
+            # A tick after each piece of work, so that what is ordered by an event is later, and what is not may tie.
+            clock[lane] = end + (1e-9 if isinstance(instruction, Compute | Prefetch) else 0.0)
+            if instruction.records is not None:
+                at[instruction.records] = clock[lane]
+    return any(_is_stale(read, writes) for read in reads)
+
+
+def _is_stale(read: Use, writes: list[Use]) -> bool:
+    """Whether the last write into these bytes that began before the read ended is another group's, was not complete,
+    or is for a later pass: a copy over the same bytes is a race as well."""
+    last = None
+    for write in writes:
+        if write.slot.overlaps(read.slot) and write.start <= read.end:
+            last = write if last is None or write.start >= last.start else last
+    return last is None or last.group != read.group or last.end > read.start or last.num_pass > read.num_pass
+
+
+def rejected(plan: StepPlan) -> bool:
+    try:
+        validate(plan)
+    except ValueError:
+        return True
+    return False
+
+
+def mutant(plan: StepPlan, index: int, *instead) -> StepPlan:
+    return StepPlan((*plan.instructions[:index], *instead, *plan.instructions[index + 1 :]), plan.ring)
+
+
+def where(plan: StepPlan, kind) -> list[int]:
+    return [i for i, instruction in enumerate(plan.instructions) if isinstance(instruction, kind)]
+
+
+@MANY
+@given(cases())
+def test_each_plan_made_is_safe(case):
+    groups, streamed, ring = case
+    plan = make_plan(steps_of(groups), ring)
+    validate(plan)
+    assert not is_hazardous(plan)
+    copies = [i for i in plan.instructions if isinstance(i, Prefetch)]
+    assert sorted(c.group for c in copies) == sorted(g for g, _ in streamed)
+    assert plan.streamed_bytes == sum(nbytes for _, nbytes in streamed)
+    first = [g for g, _ in ring.slots[: ring.num_wrapped]]
+    assert (
+        [c.group for c in copies if c.wrapped] == first == [c.group for c in plan.prologue if isinstance(c, Prefetch)]
+    )
+
+
+@MANY
+@given(cases())
+def test_the_default_ring_lets_copies_run_ahead(case):
+    """No copy waits for the group that is being read: the next one is always under way or there."""
+    groups, streamed, _ = case
+    plan = make_plan(steps_of(groups), lay_out_ring(streamed, default_ring_bytes(streamed)))
+    order = [g for g, _ in streamed]
+    for copy in (i for i in plan.instructions if isinstance(i, Prefetch) and not i.wrapped):
+        before = order[order.index(copy.group) - 1]
+        assert before not in copy.after
+
+
+@MANY
+@given(cases(least=2), st.data())
+def test_a_dropped_wait_for_free_is_rejected_where_it_matters(case, data):
+    plan = make_plan(steps_of(case[0]), case[2])
+    waiting = [(i, group) for i in where(plan, Prefetch) for group in plan.instructions[i].after]
+    assume(waiting)
+    index, group = data.draw(st.sampled_from(waiting))
+    copy = plan.instructions[index]
+    broken = mutant(plan, index, replace(copy, after=tuple(g for g in copy.after if g != group)))
+    assert rejected(broken) == is_hazardous(broken)
+
+
+@MANY
+@given(cases(least=2), st.data())
+def test_an_acquire_that_does_not_wait_is_rejected(case, data):
+    plan = make_plan(steps_of(case[0]), case[2])
+    absent = [i for i in where(plan, Acquire) if not plan.instructions[i].present]
+    assume(absent)
+    index = data.draw(st.sampled_from(absent))
+    broken = mutant(plan, index, replace(plan.instructions[index], present=True))
+    assert rejected(broken) and is_hazardous(broken)
+
+
+@MANY
+@given(cases(), st.data())
+def test_a_missing_instruction_is_rejected(case, data):
+    """Fork, join, any copy (the wrapped ones too), any acquire, any release."""
+    plan = make_plan(steps_of(case[0]), case[2])
+    index = data.draw(st.sampled_from(where(plan, (Fork, Join, Prefetch, Acquire, Release))))
+    assert rejected(mutant(plan, index))
+
+
+@MANY
+@given(cases(), st.data())
+def test_a_release_before_the_last_reader_is_rejected(case, data):
+    plan = make_plan(steps_of(case[0]), case[2])
+    index = data.draw(st.sampled_from(where(plan, Release)))
+    release = plan.instructions[index]
+    last = max(i for i in where(plan, Compute) if plan.instructions[i].group == release.group)
+    moved = [i for i in plan.instructions if i != release]
+    moved.insert(last, release)
+    assert rejected(StepPlan(tuple(moved), plan.ring))
+
+
+@MANY
+@given(cases(), st.data())
+def test_an_event_waited_for_before_it_is_recorded_is_rejected(case, data):
+    plan = make_plan(steps_of(case[0]), case[2])
+    waiters = [i for i, instruction in enumerate(plan.instructions) if instruction.waits]
+    index = data.draw(st.sampled_from(waiters))
+    waiter = plan.instructions[index]
+    recorder = max(i for i, other in enumerate(plan.instructions) if other.records in waiter.waits)
+    moved = [*plan.instructions[:index], *plan.instructions[index + 1 :]]
+    moved.insert(recorder, waiter)
+    assert rejected(StepPlan(tuple(moved), plan.ring))
+
+
+@MANY
+@given(cases(least=2), st.data())
+def test_a_slot_reused_early_is_rejected(case, data):
+    """A copy goes elsewhere than the layout says; or the layout itself is moved, and the waits stay as they were."""
+    groups, streamed, ring = case
+    plan = make_plan(steps_of(groups), ring)
+    index = data.draw(st.sampled_from(where(plan, Prefetch)))
+    copy = plan.instructions[index]
+    places = [s.offset for _, s in ring.slots if s.offset != copy.slot.offset]
+    places = [place for place in places if place + copy.slot.nbytes <= ring.ring_bytes]
+    assume(places)
+    slot = Slot(data.draw(st.sampled_from(places)), copy.slot.nbytes)
+    assert rejected(mutant(plan, index, replace(copy, slot=slot)))
+
+    def moved(instruction):
+        return replace(instruction, slot=slot) if getattr(instruction, "group", None) == copy.group else instruction
+
+    instructions = [moved(i) if isinstance(i, Prefetch | Acquire | Release) else i for i in plan.instructions]
+    layout = replace(ring, slots=tuple((g, slot if g == copy.group else s) for g, s in ring.slots))
+    broken = StepPlan(tuple(instructions), layout)
+    if is_hazardous(broken):
+        assert rejected(broken)
+
+
+@MANY
+@given(cases(least=2), st.data())
+def test_a_wrong_wrap_around_is_rejected(case, data):
+    plan = make_plan(steps_of(case[0]), case[2])
+    join = where(plan, Join)[0]
+    copies = where(plan, Prefetch)
+    assume(len(copies) > 1)
+    earlier = plan.instructions[data.draw(st.sampled_from(copies[:-1]))].group
+    assert rejected(mutant(plan, join, Join(earlier)))  # joined too early
+    wrapped = [i for i in copies if plan.instructions[i].wrapped]
+    index = data.draw(st.sampled_from(wrapped))
+    copy = plan.instructions[index]
+    other = data.draw(st.sampled_from([entry for entry in plan.ring.slots if entry[0] != copy.group]))
+    assert rejected(mutant(plan, index, replace(copy, group=other[0], slot=other[1])))  # another group wraps
+    more = replace(plan.ring, num_wrapped=min(plan.ring.num_wrapped + 1, len(plan.ring.slots)))
+    if more.num_wrapped > plan.ring.num_wrapped:
+        assert rejected(StepPlan(plan.instructions, more))
+
+
+@MANY
+@given(cases(least=2), st.data())
+def test_whatever_the_proof_accepts_is_safe(case, data):
+    """Any two instructions change places, or one is dropped, or a wait is: no hazard is ever accepted."""
+    plan = make_plan(steps_of(case[0]), case[2])
+    instructions = list(plan.instructions)
+    for _ in range(data.draw(st.integers(1, 3))):
+        a, b = (data.draw(st.integers(0, len(instructions) - 1)) for _ in range(2))
+        instructions[a], instructions[b] = instructions[b], instructions[a]
+    broken = StepPlan(tuple(instructions), plan.ring)
+    assert rejected(broken) or not is_hazardous(broken)
+
+
+def test_mutations_are_not_vacuous():
+    """On the plain case every dropped wait is one that matters."""
+    groups = [GroupId(i // 2, ("attn", "ffn")[i % 2]) for i in range(8)]
+    streamed = [(g, 512) for g in groups]
+    plan = make_plan(steps_of(groups), lay_out_ring(streamed, default_ring_bytes(streamed)))
+    waits = [(i, g) for i in where(plan, Prefetch) for g in plan.instructions[i].after]
+    assert len(waits) >= 5
+    for index, _ in waits:
+        broken = mutant(plan, index, replace(plan.instructions[index], after=()))
+        assert is_hazardous(broken) and rejected(broken)
+
+
+def test_nothing_streams():
+    groups = [GroupId(0, "attn"), GroupId(0, "ffn")]
+    plan = make_plan(steps_of(groups), RingLayout(0, 0, ()))
+    assert all(isinstance(i, Compute) for i in plan.instructions) and plan.prologue == ()
+
+
+def test_a_group_without_a_reader_is_refused():
+    ring = lay_out_ring([(GroupId(0, "attn"), 256), (GroupId(9, "ffn"), 256), (GroupId(9, "x"), 256)], 256)
+    with pytest.raises(ValueError, match="no step reads"):
+        make_plan(steps_of([GroupId(0, "attn")]), ring)
+
+
+@pytest.mark.parametrize(
+    "effects, message",
+    [
+        ((("x", "rw"),), "touches x at the wrong time"),
+        ((("x", "+w"),), "with x alive"),
+    ],
+)
+def test_broken_lifetimes_are_rejected(effects, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan([Compute("only", 0, None, effects)], RingLayout(0, 0, ()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 9)), min_size=1, max_size=7))
+def test_activations_alive_together_never_overlap(lives):
+    names = {f"a{i}": (min(a, b), max(a, b) + 1, size) for i, (a, b, size) in enumerate(lives)}
+    steps = []
+    for t in range(11):
+        effects = [(n, "+w") for n, (a, _, _) in names.items() if a == t]
+        effects += [(n, "rx") for n, (_, b, _) in names.items() if b == t]
+        steps.append(Compute(f"t{t}", 0, None, tuple(effects)))
+    plan = make_plan(steps, RingLayout(0, 0, ()))
+    sizes = {n: size for n, (_, _, size) in names.items()}
+    offsets, spans = lay_out_activations(plan, sizes), lifetimes(plan)
+    for a in names:
+        for b in names:
+            together = spans[a][0][0] <= spans[b][0][1] and spans[b][0][0] <= spans[a][0][1]
+            apart = offsets[a] + sizes[a] <= offsets[b] or offsets[b] + sizes[b] <= offsets[a]
+            assert a == b or not together or apart

@@ -1,0 +1,211 @@
+"""Whole workloads, played on a model of the KV cache that knows which request wrote which position."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.batching import Batch, Scheduler
+from scheduler.pages import RESERVED_PAGE
+from scheduler.request import FinishReason, Request, RequestState, SamplingParams
+
+VOCAB, EOS, STOP = 50, 2, 5
+
+
+class Cache:
+    """Pages that remember the (request, position, token) last written to each place in them."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.places: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    def place(self, row, position):
+        return row.pages[position // self.page_size], position % self.page_size
+
+    def compute(self, row, request_id: int) -> list[int]:
+        """Write this pass's tokens, then read back all the tokens that attention would see."""
+        assert RESERVED_PAGE not in row.pages
+        for position, token in enumerate(row.tokens, row.start):
+            self.places[self.place(row, position)] = request_id, position, token
+        seen = [self.places[self.place(row, position)] for position in range(row.start + len(row.tokens))]
+        assert [entry[:2] for entry in seen] == [(request_id, position) for position in range(len(seen))]
+        return [token for _, _, token in seen]
+
+
+def next_token(tokens, seed):
+    """What the model and sampler would give: a function of the sequence alone."""
+    return random.Random(f"{tokens} {seed}").randrange(VOCAB)
+
+
+def expected_output(request, max_model_len):
+    """The request on its own: the oracle of its tokens and of how it ends."""
+    output, params = [], request.params
+    while True:
+        output.append(token := next_token(request.prompt_token_ids + output, request.seed))
+        if token == EOS and not params.ignore_eos:
+            return output, "stop", None
+        if token in params.stop_token_ids:
+            return output, "stop", token
+        full = len(request.prompt_token_ids) + len(output) == max_model_len
+        if full or len(output) == params.max_tokens:
+            return output, "length", None
+
+
+class Simulation:
+    """Drives a scheduler as the engine does, each batch going through its packed message."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.cache = Cache(scheduler.page_size)
+        self.num_computed: dict[int, int] = {}  # by request id
+        self.row_seed: dict[int, int] = {}  # what the sampler remembers of each row
+
+    def run_pass(self, while_computing=lambda: None) -> list[Request]:
+        batch = self.scheduler.schedule()
+        message = batch.pack()
+        assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert len({row.row for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
+        self.check_no_budget_is_wasted(batch)
+        self.scheduler.check_integrity()
+        sampled = [token for row in Batch.unpack(message).rows for token in self.compute(row)]
+        while_computing()
+        updated = self.scheduler.update(batch, sampled)
+        self.scheduler.check_integrity()
+        return updated
+
+    def check_no_budget_is_wasted(self, batch: Batch):
+        if batch.num_tokens == self.scheduler.max_num_batched_tokens:
+            return
+        ends = {row.row: row.start + len(row.tokens) for row in batch.rows}
+        assert ends == {row: request.num_tokens for row, request in self.scheduler._running.items()}
+        if self.scheduler.num_waiting and self.scheduler.num_running < self.scheduler.max_num_seqs:
+            head = self.scheduler._waiting[0]
+            num_places = head.most_tokens(self.scheduler.max_model_len) - 1
+            assert num_places > self.scheduler.pool.num_free * self.scheduler.page_size
+
+    def compute(self, row) -> list[int]:
+        request = self.scheduler._running[row.row]
+        assert len(row.tokens) > 0 and row.start == self.num_computed.get(request.id, 0)
+        self.num_computed[request.id] = row.start + len(row.tokens)
+        if row.sampling is not None:
+            assert row.start == 0
+            self.row_seed[row.row] = row.sampling.seed
+        tokens = self.cache.compute(row, request.id)
+        assert row.samples == (len(tokens) == request.num_tokens)
+        return [next_token(tokens, self.row_seed[row.row])] if row.samples else []
+
+
+def random_request(rng, id, max_model_len, most_tokens):
+    num_prompt = rng.randint(1, min(max_model_len, most_tokens) - 1)
+    max_tokens = rng.choice([1, 2, rng.randint(1, 30), None])
+    if max_tokens is None and most_tokens < max_model_len:
+        max_tokens = 40
+    if max_tokens is not None:
+        max_tokens = min(max_tokens, most_tokens - num_prompt)
+    stop = rng.choice([[], [STOP], [EOS, STOP]])
+    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=rng.random() < 0.5)
+    prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
+    return Request(id, prompt, params, seed=rng.randrange(2**64), arrival=rng.choice([0, id]))
+
+
+def random_scheduler(rng):
+    page_size, max_model_len = rng.choice([1, 2, 3, 8, 16]), rng.randint(2, 60)
+    return Scheduler(
+        max_num_seqs=rng.randint(1, 8),
+        max_num_batched_tokens=rng.choice([1, 2, 7, 16, 100]),
+        max_model_len=max_model_len,
+        page_size=page_size,
+        num_pages=2 + rng.randint(1, 120) // page_size,
+        eos_token_ids=[EOS],
+        page_order_seed=rng.choice([None, rng.randrange(100)]),
+    )
+
+
+def check_workload(seed):
+    rng = random.Random(seed)
+    scheduler = random_scheduler(rng)
+    most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
+    late = [random_request(rng, id, scheduler.max_model_len, most_tokens) for id in range(rng.randint(1, 12))]
+    requests, simulation = list(late), Simulation(scheduler)
+    while late or scheduler.has_unfinished:
+        for _ in range(rng.randint(0 if scheduler.has_unfinished else 1, 3)):
+            if late:
+                scheduler.add(late.pop(0))
+        simulation.run_pass()
+    for request in requests:
+        outcome = request.output_token_ids, request.finish_reason, request.stop_reason
+        assert outcome == expected_output(request, scheduler.max_model_len)
+        # Each token but the last was computed, once; Simulation.compute() saw that they came in order.
+        assert simulation.num_computed[request.id] == request.num_computed_tokens == request.num_tokens - 1
+        assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32))
+def test_every_request_gets_the_tokens_it_would_get_alone(seed):
+    check_workload(seed)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_every_request_gets_the_tokens_it_would_get_alone_fixed_seeds(seed):
+    check_workload(seed)
+
+
+def test_a_batch_four_times_the_page_pool_finishes():
+    scheduler = Scheduler(8, 32, 64, page_size=4, num_pages=17)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    requests = [Request(id, [1] * 13, params, arrival=id) for id in range(16)]
+    for request in requests:
+        scheduler.add(request)  # 16 tokens with KV: 4 pages each, 64 in all, and there are 16
+    most_running, simulation = 0, Simulation(scheduler)
+    while scheduler.has_unfinished:
+        simulation.run_pass()
+        most_running = max(most_running, scheduler.num_running)
+    assert most_running == 4
+    assert all(len(request.output_token_ids) == 4 for request in requests)
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ends_at_any_moment_leave_nothing_behind(seed):
+    rng = random.Random(seed)
+    scheduler = random_scheduler(rng)
+    most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
+    requests = [random_request(rng, id, scheduler.max_model_len, most_tokens) for id in range(12)]
+    simulation = Simulation(scheduler)
+
+    def end_some():
+        for request in requests:
+            if request.state is not RequestState.FINISHED and rng.random() < 0.05:
+                scheduler.finish(request, FinishReason.ABORT)
+
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_unfinished:
+        simulation.run_pass(while_computing=end_some)
+        end_some()
+        scheduler.check_integrity()
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert all(request.row is None and request.pages == [] for request in requests)
+    for request in requests:
+        expected, reason, _ = expected_output(request, scheduler.max_model_len)
+        assert request.output_token_ids == expected[: len(request.output_token_ids)]
+        assert request.finish_reason in (reason, FinishReason.ABORT)
+
+
+def test_order_of_pages_changes_no_decision():
+    def decisions(page_order_seed):
+        scheduler = Scheduler(4, 16, 40, 4, 30, page_order_seed=page_order_seed)
+        for id in range(8):
+            scheduler.add(Request(id, [1] * (3 * id + 1), SamplingParams(max_tokens=6), arrival=id))
+        batches = []
+        while (batch := scheduler.schedule()) is not None:
+            batches.append(batch)
+            scheduler.update(batch, [9] * batch.num_sampled)
+        shapes = [[(row.row, row.start, row.tokens, row.samples) for row in b.rows] for b in batches]
+        return shapes, [row.pages for batch in batches for row in batch.rows]
+
+    (shapes, pages), (shapes_shuffled, pages_shuffled) = decisions(None), decisions(3)
+    assert shapes == shapes_shuffled and pages != pages_shuffled
