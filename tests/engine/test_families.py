@@ -186,6 +186,10 @@ def test_architecture_chooses_where_model_type_is_missing():
         assert read_spec({"architectures": list(family.architectures)}, "config.json").family == name
 
 
+def test_dtype_may_carry_its_module():
+    assert read_spec(small("llama", torch_dtype="torch.bfloat16"), "").dtype == "bfloat16"
+
+
 def test_equal_rope_parameters_of_all_layer_types_are_one():
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0}
     nested = small("qwen2", rope_parameters={"full_attention": rope, "sliding_attention": rope})
