@@ -4,6 +4,8 @@ Shapes: T tokens in the batch, N sampled rows, D hidden, H/K local query/KV head
 V local vocab. An operation cannot tell whether its weights stream: it gets them as views by name.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,11 +20,23 @@ from engine.model.rope import rotate_
 from engine.model.spec import ModelSpec
 from parallel.collectives import Collectives
 
+def gelu_new(x: Tensor) -> Tensor:
+    """transformers' gelu_new; it rounds differently from torch's tanh approximation."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def gelu_fast(x: Tensor) -> Tensor:
+    """transformers' gelu_fast: the same function, rounded differently again."""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": gelu_new,
+    "gelu_fast": gelu_fast,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 
 

@@ -50,17 +50,17 @@ class Worker:
         self.plan, self.device = plan, topology.device
         self.tracer = RecordingTracer(self.device) if config.trace else Tracer()
         layout = model_layout(plan.spec, tensor_names(plan.spec), plan.dtype, topology.tp_size, topology.rank)
-        self.weights = self._load(source, layout, show_progress=topology.rank == 0)
+        self.weights = self._load(source, layout, topology)
         self.executor = self._executor(config, layout, topology, collectives)
 
-    def _load(self, source: WeightSource, layout: ModelLayout, show_progress: bool) -> LoadedWeights:
+    def _load(self, source: WeightSource, layout: ModelLayout, topology: Topology) -> LoadedWeights:
         streamed = {group for group, _ in self.plan.residency.streamed}
         bar = tqdm(
-            total=layout.nbytes, unit="B", unit_scale=True, desc="loading", disable=not show_progress, leave=False
+            total=layout.nbytes, unit="B", unit_scale=True, desc="loading", disable=topology.rank > 0, leave=False
         )
         embed_on_host = not self.plan.residency.embed_resident
         with bar:
-            return load_weights(source, layout, streamed, embed_on_host, self.device, progress=bar.update)
+            return load_weights(source, layout, streamed, embed_on_host, self.device, progress=bar.update, ranks_on_host=topology.tp_size)
 
     def _executor(
         self, config: EngineConfig, layout: ModelLayout, topology: Topology, collectives: Collectives

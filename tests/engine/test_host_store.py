@@ -4,7 +4,6 @@ import json
 import math
 import random
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from engine.weights.host_arena import HostArena
 from engine.weights.host_store import load_weights
 from engine.weights.views import views
 from parallel.shard import Piece
-from scheduler.step_plan import GroupId
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -233,23 +231,6 @@ def test_staging_buffers_are_zeroed_and_never_reused_in_flight(saved, monkeypatc
             assert torch.equal(views(group, spans.spans[group.group])[weight.name], expected), weight.name
 
 
-def test_a_layout_may_leave_the_embedding_empty(saved):
-    _, spec, names, _ = saved
-    tied = replace(spec, tied=True)
-    layout = model_layout(tied, tensor_names(tied), "float32", 1, 0)
-    source = DummyWeights(expected_tensors(tied, tensor_names(tied)))
-    loaded = load_weights(source, layout, set(), True, CPU)
-    assert loaded.host_spans[GroupId(-1, "embed")].numel() == 0 and loaded.host_bytes == 0
-
-
-def load_dummy(spec, names, tp_size, rank, seed=0, num_threads=2):
-    layout = model_layout(spec, names, "bfloat16", tp_size, rank)
-    source = DummyWeights(expected_tensors(spec, names), seed)
-    loaded = load_weights(source, layout, set(layout.by_group), True, CPU, num_threads)
-    assert loaded.bytes_read == 0
-    return layout, loaded
-
-
 def test_dummy_weights_do_not_depend_on_ranks_or_threads(saved):
     _, spec, names, _ = saved
     shapes = expected_tensors(spec, names)
@@ -260,7 +241,9 @@ def test_dummy_weights_do_not_depend_on_ranks_or_threads(saved):
         piece = Piece(name, 0, shape[0], 0, num_cols, 0)
         DummyWeights(shapes).read_piece(piece, whole[name].view(shape[0], num_cols))
     for tp_size, rank, num_threads in ((1, 0, 1), (2, 1, 3), (4, 0, 2), (4, 3, 2)):
-        layout, loaded = load_dummy(spec, names, tp_size, rank, num_threads=num_threads)
+        layout = model_layout(spec, names, "bfloat16", tp_size, rank)
+        loaded = load_weights(DummyWeights(shapes), layout, set(layout.by_group), True, CPU, num_threads)
+        assert loaded.bytes_read == 0
         for group in (*layout.groups, layout.embed):
             for weight in group.weights:
                 found = views(group, loaded.host_spans[group.group])[weight.name]

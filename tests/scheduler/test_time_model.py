@@ -79,7 +79,7 @@ def test_a_bad_profile_names_file_and_field(tmp_path, content, message):
 @pytest.mark.parametrize("field", ["link_gb_s", "memory_gb_s", "gemm_tflops", "reduce_latency_s", "reduce_gb_s"])
 @pytest.mark.parametrize("value", [-1, "fast", True, None, [], [1, -1], float("inf")])
 def test_a_bad_value_is_named(tmp_path, field, value):
-    good = {k: 1 for k in ("link_gb_s", "memory_gb_s", "gemm_tflops", "reduce_latency_s", "reduce_gb_s")}
+    good = dict.fromkeys(("link_gb_s", "memory_gb_s", "gemm_tflops", "reduce_latency_s", "reduce_gb_s"), 1)
     file = tmp_path / "bad.json"
     file.write_text(json.dumps(good | {field: value}))
     with pytest.raises(ValueError, match=field):
