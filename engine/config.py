@@ -4,7 +4,9 @@ What was measured or derived (rates, residency, page counts) lives elsewhere: no
 """
 
 import dataclasses
+import os
 import re
+import typing
 from dataclasses import dataclass
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
@@ -14,15 +16,15 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 def parse_bytes(value: int | str) -> int:
     """`"24GiB"`, `"24 GB"`, `"1048576"` or an int, in bytes. Raises ValueError for anything else."""
     if isinstance(value, int):
-        number, unit = float(value), ""
+        num_bytes = value
     else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]{0,18}\.?[0-9]{1,18})\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"{value!r} is not a number of bytes (examples: 25769803776, 24GiB, 24GB)")
-        number, unit = float(match[1]), match[2].lower()
-    if number <= 0:
+        num_bytes = int((float(match[1]) if "." in match[1] else int(match[1])) * _UNITS[match[2].lower()])
+    if num_bytes <= 0:
         raise ValueError(f"{value!r}: a number of bytes must be positive")
-    return int(number * _UNITS[unit])
+    return num_bytes
 
 
 def parse_resident(value: str | float) -> str | float:
@@ -90,6 +92,8 @@ class EngineConfig:
     )
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self._check_type(field)
         for name, parse in (("gpu_memory", parse_bytes), ("ring", parse_bytes)):
             value = getattr(self, name)
             if value is not None:
@@ -107,18 +111,28 @@ class EngineConfig:
             "num_pages",
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: expected a positive integer")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r}: expected a fraction above 0, at most 1"
             )
-        if self.link_gb_s is not None and not self.link_gb_s > 0:
+        if self.link_gb_s is not None and not 0 < self.link_gb_s < float("inf"):
             raise ValueError(f"link_gb_s={self.link_gb_s!r}: expected a positive rate")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             if choices and getattr(self, field.name) not in choices:
                 raise ValueError(f"{field.name}={getattr(self, field.name)!r}: expected one of {', '.join(choices)}")
+
+    def _check_type(self, field: dataclasses.Field) -> None:
+        value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
+        if isinstance(value, os.PathLike) and str in kinds:
+            value = os.fspath(value)
+            object.__setattr__(self, field.name, value)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{field.name}={value!r}: expected {expected}")
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them; EngineConfig(**d) is the inverse."""

@@ -56,10 +56,10 @@ class LLM:
         `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end. Outputs are in the order
         of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that cannot be meant.
         """
-        assert self.rank is not None, "this LLM is closed"
+        self._check_open()
         asked = self._read(prompts, sampling_params)
         sequences = [self._expand(place, *one, on_text) for place, one in enumerate(asked)]
-        with self.rank.launch.guard():
+        with self.rank.together():
             if self.rank.topology.rank > 0:
                 return [RequestOutput.from_dict(output) for output in self.rank.follow()]
             self._run([sequence for group in sequences for sequence in group])
@@ -73,8 +73,14 @@ class LLM:
     def measure(self) -> None:
         """Measures link, memory, compute and reduces (under a second), for predictions instead of the profile's rates.
         On rank 0 only; the others answer from within `generate`."""
-        with self.rank.launch.guard():
+        self._check_open()
+        with self.rank.together():
             self.rank.probe()
+
+    def check(self, prompts, sampling_params=None) -> None:
+        """Raises the ValueError that `generate` would raise, and runs nothing."""
+        self._check_open()
+        self._read(prompts, sampling_params)
 
     def close(self) -> None:
         """Frees everything; idempotent."""
@@ -90,10 +96,16 @@ class LLM:
 
     def _read(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
         """Checks everything that a user gives, on every rank alike."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
+        if not isinstance(prompts, list | tuple):
+            raise ValueError(f"prompts={prompts!r}: expected a string, a list of token ids, or a list of such prompts")
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if not isinstance(sampling_params, list | tuple) or not all(
+            isinstance(params, SamplingParams) for params in sampling_params
+        ):
+            raise ValueError(f"sampling_params={sampling_params!r}: expected SamplingParams, or a list of them")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
         return [self._read_one(place, *one) for place, one in enumerate(zip(prompts, sampling_params))]
@@ -101,6 +113,8 @@ class LLM:
     def _read_one(
         self, place: int, prompt: Prompt, params: SamplingParams
     ) -> tuple[str | None, list[int], SamplingParams]:
+        if not isinstance(prompt, str | list | tuple):
+            raise ValueError(f"prompt {place}: {prompt!r} is neither a string nor a list of token ids")
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             what = "a text prompt" if isinstance(prompt, str) else "a stop string"
             raise ValueError(
@@ -115,8 +129,13 @@ class LLM:
         for token in params.stop_token_ids:
             if token >= vocab_size:
                 raise ValueError(f"prompt {place}: stop_token_ids: {token} is not in 0..{vocab_size - 1}")
+        # the place stands for the id: messages name the prompt
         Request(place, token_ids, params).check_length(self.scheduler.max_model_len)
         return text, token_ids, params
+
+    def _check_open(self) -> None:
+        if self.rank is None:
+            raise RuntimeError("this LLM is closed")
 
     def _expand(
         self, place: int, _: str | None, token_ids: list[int], params: SamplingParams, on_text

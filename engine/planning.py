@@ -27,6 +27,7 @@ CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
 GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
+PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def make_engine_plan(
     demand = Demand(
         groups=tuple((group.group, group.nbytes) for group in layout.groups),
         embed_bytes=layout.embed.nbytes,
-        page_bytes=config.page_size * kv_token_bytes(spec, dtype, tp_size),
+        # attention gathers the context of all rows, one layer at a time: one layer more than the cache itself has
+        page_bytes=config.page_size * kv_token_bytes(spec, dtype, tp_size) * (spec.num_layers + 1) // spec.num_layers,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
         max_position=spec.max_position,
@@ -118,9 +120,9 @@ def kv_token_bytes(spec: ModelSpec, dtype: str, tp_size: int) -> int:
 def _fixed_claims(
     config: EngineConfig, spec: ModelSpec, tp_size: int, on_gpu: bool, sizes: dict[str, int], activations: int
 ) -> tuple[tuple[str, int], ...]:
-    logits = config.max_num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size * 4
-    # One activation that an operation made before it is copied in, and the sampler's float32 logits, twice.
-    temporaries = max(sizes.values()) + 2 * logits
+    logits = config.max_num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
+    # One activation that an operation made before it is copied in; the sampler's float32 logits, twice; penalties.
+    temporaries = max(sizes.values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
     claims = [("activations", activations), ("workspace", temporaries + (GEMM_WORKSPACE_BYTES if on_gpu else 0))]
     if on_gpu:
         claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]

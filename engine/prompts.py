@@ -21,10 +21,11 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
 def _read_file(file: str) -> list[Prompt]:
     """One prompt a line, or JSONL where the first line begins with a brace."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts-file {file}: {error}") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # not splitlines(): JSON strings and prose may hold U+2028 and its like
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("{"):
         return [_parse(line, f"{file}, line {number}") for number, line in lines]
     return [line for _, line in lines]
@@ -36,7 +37,8 @@ def _parse(line: str, where: str) -> Prompt:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
-    prompt = fields.get("prompt", fields.get("prompt_token_ids")) if isinstance(fields, dict) else None
+    given = [fields.get(key) for key in ("prompt", "prompt_token_ids")] if isinstance(fields, dict) else []
+    prompt = next((value for value in given if value is not None), None)
     if isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)):
         return prompt
     raise ValueError(f'{where}: expected an object with "prompt" (text) or "prompt_token_ids" (a list of integers)')

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from scheduler.pages import PagePool, pages_for
 from scheduler.policy import POLICIES
 from scheduler.request import FinishReason, Request, RequestState, RowSampling
+from scheduler.time_model import PassShape
 
 ON_DEVICE = -1  # stands for the row's last sampled token, which the host has not seen yet
 _SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row
@@ -53,6 +54,11 @@ class Batch:
     @property
     def num_sampled(self) -> int:
         return sum(row.samples for row in self.rows)
+
+    @property
+    def shape(self) -> PassShape:
+        """What the time model needs to know of it."""
+        return PassShape(self.num_tokens, len(self.rows), sum(row.start for row in self.rows))
 
     def pack(self) -> list[int]:
         """The batch as one int32 message: its length, the number of rows, and the rows one after another."""

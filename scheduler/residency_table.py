@@ -93,6 +93,6 @@ def _bound(time: PassTime) -> str:
 def _variants(variants: Sequence[Variant]) -> list[str]:
     lines = [f"{'other splits':<38}{'streamed':>12}{'batch 1':>12}{'best batch':>12}   tokens/s"]
     for v in variants:
-        rates = f"{v.one.tokens_s:>12.2f}{v.best.tokens_s:>12.2f}   at {v.best.num_seqs} sequences"
+        rates = f"{v.one.tokens_s:>12.2f}{v.best.tokens_s:>12.2f}   at batch {v.best.num_seqs}"
         lines.append(f"  {v.label:<36}{show_bytes(v.streamed_bytes):>12}{rates}")
     return lines

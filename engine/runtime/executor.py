@@ -71,7 +71,7 @@ class Executor:
         for row, place in zip(batch.rows, context.inputs.ranges):
             tokens = context.inputs.tokens[place.first_query : place.first_query + place.num_queries]
             context.sampler.observe(row.row, tokens)
-        self.tracer.begin_pass()
+        self.tracer.begin_pass(batch.shape)
         self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
         self.lanes.run(self.plan.instructions, self.do)
         self.ring_is_filled = True

@@ -16,6 +16,7 @@ from scheduler.time_model import Rates
 
 LINK_BYTES = 256 * 2**20  # one copy on a GPU; shorter ones do not reach the link's rate
 CPU_BYTES = 8 * 2**20
+OPS_A_STEP = 6  # kernels that an eager step launches, in the mean
 
 
 def seconds(run: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
@@ -69,6 +70,11 @@ def measure_rates(
     matrix = torch.randn(side, side, device=device).to(dtype)
     gemm_s = seconds(lambda: matrix @ matrix, device)
     row = torch.zeros(hidden_size, device=device, dtype=dtype)
+    num_ops = 200
+    start = time.perf_counter()
+    for _ in range(num_ops):
+        row.add_(0.0)
+    launch_s = (time.perf_counter() - start) / num_ops
     small_s = seconds(lambda: collectives.all_reduce(row, "probe"), device)
     large = torch.zeros(num_bytes // 8, device=device)
     large_s = seconds(lambda: collectives.all_reduce(large, "probe"), device)
@@ -82,6 +88,7 @@ def measure_rates(
         reduce_latency_s=small_s,
         reduce_gb_s=reduce_gb_s,
         source="measured",
+        step_latency_s=OPS_A_STEP * launch_s,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
     )
 

@@ -18,10 +18,11 @@ import torch
 from engine.config import EngineConfig
 from engine.model.families import read_config, read_spec
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
-from engine.runtime.probe import measure_rates
+from engine.runtime.probe import measure_rates, seconds
 from engine.runtime.sampler import SampleOutput
-from engine.runtime.trace import chrome_events, write_trace
+from engine.runtime.trace import chrome_events, predicted_spans, write_trace
 from engine.runtime.worker import Worker, open_source
+from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, resolve_topology
@@ -90,8 +91,8 @@ class Rank:
         self.collectives.broadcast_ints([BATCH, *batch.pack()])
         self.worker.executor.submit(batch)
         output = self.worker.executor.collect()
-        shape = PassShape(batch.num_tokens, len(batch.rows), sum(row.start for row in batch.rows))
-        self.ledger.add(shape, time.perf_counter() - start, predict_pass(self.work, shape, self.rates).total_s)
+        measured_s = time.perf_counter() - start
+        self.ledger.add(batch.shape, measured_s, predict_pass(self.work, batch.shape, self.rates).total_s)
         return output
 
     def probe(self) -> None:
@@ -106,23 +107,22 @@ class Rank:
         host = max(executor.host_spans.values(), key=len, default=None)
         rates = measure_rates(host, executor.ring, dtype, self.plan.spec.hidden_size, self.collectives)
         executor.ring_is_filled = False  # the probe has copied over it
-        return dataclasses.replace(rates, step_latency_s=self._step_latency_s(rates))
+        if self.topology.device.type == "cpu":
+            rates = dataclasses.replace(rates, step_latency_s=self._step_latency_s(rates))
+        return rates
 
     def _step_latency_s(self, rates: Rates) -> float:
-        """What a step costs however little it computes: passes over one token, that writes to the reserved page."""
+        """On a CPU: what a step costs however little it computes, from passes over one token, which write to the
+        reserved page. (A GPU's lanes hide it, so there the probe times launches.)"""
+        executor = self.worker.executor
         batch = Batch((BatchRow(row=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
 
-        def submit_s() -> float:
-            start = time.perf_counter()
-            self.worker.executor.submit(batch)
-            submitted_s = time.perf_counter() - start  # a GPU goes on after this, a CPU has done it all
-            self.worker.executor.collect()
-            return submitted_s
+        def run() -> None:
+            executor.submit(batch)
+            executor.collect()
 
-        best_s = min(submit_s() for _ in range(3))
-        if self.topology.device.type == "cpu":
-            best_s -= self.work.num_reduces * rates.reduce_latency_s + self.work.streamed_bytes / rates.link_gb_s / 1e9
-        return max(best_s, 0.0) / self.work.num_steps
+        known_s = self.work.num_reduces * rates.reduce_latency_s + self.work.streamed_bytes / rates.link_gb_s / 1e9
+        return max(seconds(run, self.topology.device, repeats=3) - known_s, 0.0) / self.work.num_steps
 
     def finish(self, outputs: list[dict]) -> None:
         """Rank 0: ends what the other ranks follow and gives them the outputs."""
@@ -151,27 +151,34 @@ class Rank:
 
     def close(self) -> None:
         """Frees everything and leaves the group, in the order in which that cannot hang. Idempotent."""
-        if self.worker is None:
-            return
         worker, self.worker = self.worker, None
-        healthy = self.launch.healthy
-        if healthy and self.launch.kind == "parent":
-            self.collectives.broadcast_ints([STOP])
-        if healthy and self.config.trace:
-            self._write_trace(worker)
-        worker.close()
-        self.collectives.close()
-        self.launch.close()
+        collectives, self.collectives = self.collectives, None
+        try:
+            if worker is not None and self.launch.healthy:
+                with self.launch.guard():
+                    if self.launch.kind == "parent":
+                        collectives.broadcast_ints([STOP])
+                    if self.config.trace:
+                        self._write_trace(worker, collectives)
+        finally:
+            if worker is not None:
+                worker.close()
+            if collectives is not None:
+                collectives.close()
+            self.launch.close()
 
-    def _write_trace(self, worker: Worker) -> None:
+    def _write_trace(self, worker: Worker, collectives: Collectives) -> None:
         """Each rank leaves its part beside the file, and rank 0 joins them."""
         if self.topology.device.type == "cuda":
             torch.cuda.synchronize(self.topology.device)
         rank, path = self.topology.rank, self.config.trace
-        events = chrome_events(worker.tracer.spans(), f"rank {rank}", pid=rank)
+        measured = worker.tracer.spans()
+        predicted = predicted_spans(self.plan, worker.tracer.shapes, measured)
+        events = chrome_events(measured, f"rank {rank}", pid=2 * rank)
+        events += chrome_events(predicted, f"rank {rank}, predicted", pid=2 * rank + 1)
         if rank > 0:
             write_trace(f"{path}.rank{rank}", events)
-        self.collectives.barrier()
+        collectives.barrier()
         if rank == 0:
             for other in range(1, self.topology.tp_size):
                 part = Path(f"{path}.rank{other}")

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.planning import EnginePlan
+from engine.step_cost import step_seconds
 from scheduler.step_plan import COMPUTE, COPY, Instruction
+from scheduler.time_model import PassShape, predict_timeline
 
 
 @dataclass(frozen=True)
 class Span:
-    """One instruction of one pass; times in seconds from the start of the trace."""
+    """One instruction of one pass; times in seconds from the start of the trace. Pass -1 fills the ring."""
 
     pass_index: int
     lane: str
@@ -36,7 +39,7 @@ class Tracer:
     def waited(self) -> None:
         pass
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, shape: PassShape) -> None:
         pass
 
 
@@ -45,18 +48,18 @@ class RecordingTracer(Tracer):
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.pass_index = -1
+        self.shapes: list[PassShape] = []
         self.marks: list[tuple[int, Instruction, object, object]] = []
         self.origin = self._mark(torch.cuda.current_stream(device) if self.cuda else None)
 
-    def begin_pass(self) -> None:
-        self.pass_index += 1
+    def begin_pass(self, shape: PassShape) -> None:
+        self.shapes.append(shape)
 
     @contextlib.contextmanager
     def span(self, instruction: Instruction, stream=None) -> Iterator["_OpenSpan"]:
         opened = _OpenSpan(self, instruction, stream)
         yield opened
-        self.marks.append((self.pass_index, instruction, opened.start, self._mark(stream)))
+        self.marks.append((len(self.shapes) - 1, instruction, opened.start, self._mark(stream)))
 
     def spans(self) -> list[Span]:
         return [
@@ -85,6 +88,19 @@ class _OpenSpan:
     def waited(self) -> None:
         if self.instruction.lane == COPY:
             self.start = self.tracer._mark(self.stream)
+
+
+def predicted_spans(plan: EnginePlan, shapes: list[PassShape], measured: list[Span]) -> list[Span]:
+    """What the time model said of each pass, put where the pass really began."""
+    begins: dict[int, float] = {}
+    for span in measured:
+        begins[span.pass_index] = min(span.start_s, begins.get(span.pass_index, span.start_s))
+    spans = []
+    for index, shape in enumerate(shapes):
+        start_s = begins[index]
+        for span in predict_timeline(plan.step_plan, step_seconds(plan, shape), plan.rates):
+            spans.append(Span(index, span.lane, span.name, start_s + span.start_s, start_s + span.end_s))
+    return spans
 
 
 def label(instruction: Instruction) -> str:

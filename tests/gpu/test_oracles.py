@@ -30,7 +30,7 @@ def generate(**options):
         def do(instruction):
             plain_do(instruction)
             if str(instruction) == "logits_gather":
-                logits.append(executor.context.act["logits"].cpu())
+                logits.append(executor.context.act["logits"].to("cpu", copy=True))
 
         executor.do = do
         outputs = llm.generate(PROMPTS, GREEDY)

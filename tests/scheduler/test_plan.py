@@ -1,23 +1,19 @@
 """StepPlan: each plan made is safe, and each way to break the contract is found by validate().
 
-What is safe is judged by an oracle of another kind than the proof: the plan is run twice in a row on two clocks, once
-with copies that take no time (a copy comes as early as its waits allow) and once with copies that take for ever. If
-a wait is missing, one of the two shows it: with no path of events between a copy and a reader, the copy starts no
-later than the reader in the one run, and the reader no later than the copy in the other.
+What is safe is judged by an oracle of another kind than the proof (plan_oracle.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from plan_oracle import is_hazardous
 
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes
-from scheduler.plan_check import lay_out_activations, lifetimes, validate
+from scheduler.plan_check import validate
 from scheduler.spread import spread_resident
 from scheduler.step_plan import (
-    COMPUTE,
-    COPY,
     Acquire,
     Compute,
     Fork,
@@ -55,57 +51,6 @@ def cases(draw, least=1):
     most = max(default_ring_bytes(streamed), minimum_ring_bytes(streamed)) // 256
     ring_bytes = 256 * draw(st.integers(minimum_ring_bytes(streamed) // 256, most + 3))
     return groups, streamed, lay_out_ring(streamed, ring_bytes, draw(st.integers(1, 3)))
-
-
-@dataclass
-class Use:
-    """A stretch of time in which a group's bytes are written or read, for one of the passes."""
-
-    num_pass: int
-    group: GroupId
-    slot: Slot
-    start: float
-    end: float
-
-
-def is_hazardous(plan: StepPlan) -> bool:
-    return any(_hazard(plan, compute_s, copy_s) for compute_s, copy_s in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
-
-
-def _hazard(plan: StepPlan, compute_s: float, copy_s: float) -> bool:
-    """Whether a reader finds bytes that are not its own, or a copy writes while someone reads."""
-    clock = {COMPUTE: 0.0, COPY: 0.0}
-    writes = [Use(0, g, s, -2.0, -1.0) for g, s in plan.ring.slots[: plan.ring.num_wrapped]]
-    reads: list[Use] = []
-    slots = dict(plan.ring.slots)
-    for num_pass in range(2):
-        at = {}
-        for instruction in plan.instructions:
-            lane = instruction.lane
-            start = max([clock[lane], *(at.get(event, 0.0) for event in instruction.waits)])
-            end = start
-            if isinstance(instruction, Compute):
-                end = start + compute_s
-                if instruction.group in slots:
-                    reads.append(Use(num_pass, instruction.group, slots[instruction.group], start, end))
-            elif isinstance(instruction, Prefetch):
-                end = start + copy_s
-                writes.append(Use(num_pass + instruction.wrapped, instruction.group, instruction.slot, start, end))
-            # A tick after each piece of work, so that what is ordered by an event is later, and what is not may tie.
-            clock[lane] = end + (1e-9 if isinstance(instruction, Compute | Prefetch) else 0.0)
-            if instruction.records is not None:
-                at[instruction.records] = clock[lane]
-    return any(_is_stale(read, writes) for read in reads)
-
-
-def _is_stale(read: Use, writes: list[Use]) -> bool:
-    """Whether the last write into these bytes that began before the read ended is another group's, was not complete,
-    or is for a later pass: a copy over the same bytes is a race as well."""
-    last = None
-    for write in writes:
-        if write.slot.overlaps(read.slot) and write.start <= read.end:
-            last = write if last is None or write.start >= last.start else last
-    return last is None or last.group != read.group or last.end > read.start or last.num_pass > read.num_pass
 
 
 def rejected(plan: StepPlan) -> bool:
@@ -296,34 +241,3 @@ def test_a_group_without_a_reader_is_refused():
     ring = lay_out_ring([(GroupId(0, "attn"), 256), (GroupId(9, "ffn"), 256), (GroupId(9, "x"), 256)], 256)
     with pytest.raises(ValueError, match="no step reads"):
         make_plan(steps_of([GroupId(0, "attn")]), ring)
-
-
-@pytest.mark.parametrize(
-    "effects, message",
-    [
-        ((("x", "rw"),), "touches x at the wrong time"),
-        ((("x", "+w"),), "with x alive"),
-    ],
-)
-def test_broken_lifetimes_are_rejected(effects, message):
-    with pytest.raises(ValueError, match=message):
-        make_plan([Compute("only", 0, None, effects)], RingLayout(0, 0, ()))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 9)), min_size=1, max_size=7))
-def test_activations_alive_together_never_overlap(lives):
-    names = {f"a{i}": (min(a, b), max(a, b) + 1, size) for i, (a, b, size) in enumerate(lives)}
-    steps = []
-    for t in range(11):
-        effects = [(n, "+w") for n, (a, _, _) in names.items() if a == t]
-        effects += [(n, "rx") for n, (_, b, _) in names.items() if b == t]
-        steps.append(Compute(f"t{t}", 0, None, tuple(effects)))
-    plan = make_plan(steps, RingLayout(0, 0, ()))
-    sizes = {n: size for n, (_, _, size) in names.items()}
-    offsets, spans = lay_out_activations(plan, sizes), lifetimes(plan)
-    for a in names:
-        for b in names:
-            together = spans[a][0][0] <= spans[b][0][1] and spans[b][0][0] <= spans[a][0][1]
-            apart = offsets[a] + sizes[a] <= offsets[b] or offsets[b] + sizes[b] <= offsets[a]
-            assert a == b or not together or apart

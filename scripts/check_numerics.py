@@ -1,0 +1,285 @@
+"""Compare every step of our plan with transformers, layer by layer, and name the first that differs.
+
+The engine runs first, and its activations are kept after each step that has a counterpart in transformers. Then
+transformers runs twice over the same tokens: once by itself (`drift`: how far the two are apart by then), and once
+on our activations: each of its modules gets our inputs, and what it makes of them is compared with what we made
+(`step`: what this step alone adds). Additions of the residual have to agree in every bit, in every dtype: nothing but
+another order of additions can change them. `drift` is judged in float32 only: elsewhere it is what rounding adds up to.
+
+Usage: python scripts/check_numerics.py --model demo --prompt "Return the" --max-tokens 8
+       python scripts/check_numerics.py --model PATH --token-ids 5 17 3 --dtype bfloat16
+Exit status 1 if a step differs. Runs at tp_size 1; reference and engine are never in memory together.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from engine.config import EngineConfig
+from engine.llm import LLM, load_tokenizer
+from engine.model.ops import StepContext
+from engine.planning import find_model
+from scheduler.request import SamplingParams
+from scheduler.step_plan import Compute
+
+Key = tuple[int, str]  # layer_idx, step
+States = dict[Key, Tensor]  # (T, width), in our layout: q, k, v joined; gate and up joined
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of one step: a few roundings of the largest
+HEADING = "layer  step              drift       step  bits\n" + 48 * "-"
+EXACT = ("embedding", "attn_residual", "ffn_residual")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step, compared. `drift` and `step_error` are max|difference| / max|reference|; `fault` is what is wrong."""
+
+    layer_idx: int
+    step: str
+    drift: float
+    step_error: float
+    bits_equal: bool  # of the step alone
+    fault: str | None
+
+    def __str__(self) -> str:
+        bits = "yes" if self.bits_equal else "no"
+        return f"{self.layer_idx:5}  {self.step:13}  {self.drift:9.2e}  {self.step_error:9.2e}  {bits:4}  {self.fault or ''}"
+
+
+def compare(
+    model: str,
+    token_ids: list[int],
+    dtype: str = "float32",
+    max_tokens: int = 1,
+    tolerance: float | None = None,
+    mutate: Callable[[LLM], None] | None = None,
+    **options,
+) -> list[Row]:
+    """Rows in the order of the plan. The prompt, and all but the last of `max_tokens` generated tokens, are compared.
+
+    `mutate` may change the engine before it runs; `options` are LLM's.
+    """
+    with LLM(model, dtype=dtype, tensor_parallel_size=1, **options) as llm:
+        if mutate is not None:
+            mutate(llm)
+        ours = _watch(llm)
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        generated = llm.generate([token_ids], params)[0].outputs[0].token_ids
+        device = llm.rank.topology.device
+    states = {key: torch.cat(parts) for key, parts in ours.items()}
+    reference = AutoModelForCausalLM.from_pretrained(
+        find_model(model), dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
+    reference = reference.to(device).eval()
+    tokens = torch.tensor([token_ids + generated[:-1]], device=device)
+    alone = _run(reference, tokens, Probe())
+    stepwise = _run(reference, tokens, Probe(states))
+    return _rows(states, alone, stepwise, tolerance or TOLERANCES[dtype], dtype == "float32")
+
+
+def first_fault(rows: list[Row]) -> Row | None:
+    return next((row for row in rows if row.fault), None)
+
+
+# Ours: what is kept of the activations after each step, in the layout of the reference
+
+
+def _up(ctx: StepContext) -> Tensor:
+    parts = ctx.act["ffn"].chunk(2 if ctx.spec.gated else 1, dim=1)
+    return torch.cat([part[:, : ctx.spec.ffn_size] for part in parts], dim=1)  # the rest of a part is padding
+
+
+def _act(name: str) -> Callable[[StepContext], Tensor]:
+    return lambda ctx: ctx.act[name]
+
+
+OURS: dict[str, tuple[str, Callable[[StepContext], Tensor]]] = {
+    "embedding": ("embedding", _act("x")),
+    "attn_norm": ("attn_norm", _act("x_")),
+    "attn_qkv": ("attn_qkv", _act("attn")),
+    "rope": ("rope", _act("attn")),
+    "attention": ("attention", lambda ctx: ctx.split_heads(ctx.act["attn"])[0].flatten(1)),
+    "attn_output": ("attn_output", _act("x_")),
+    "attn_output_beside": ("attn_output", _act("y")),
+    "attn_residual": ("attn_residual", _act("x")),
+    "ffn_norm": ("ffn_norm", _act("x_")),
+    "ffn_up": ("ffn_up", _up),
+    "activation": ("activation", lambda ctx: ctx.act["ffn"][:, : ctx.spec.ffn_size]),
+    "ffn_down": ("ffn_down", _act("x_")),
+    "ffn_residual": ("ffn_residual", _act("x")),
+    "final_norm": ("final_norm", _act("x_")),
+    "logits_gather": ("logits", lambda ctx: ctx.act["logits"][:, : ctx.spec.vocab_size]),
+}
+
+
+def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
+    """Keeps the activations of every pass from now on, by step; a single request's passes are in order of position."""
+    executor = llm.rank.worker.executor
+    kept: dict[Key, list[Tensor]] = {}
+    do = executor.do
+
+    def watched(instruction) -> None:
+        do(instruction)
+        if isinstance(instruction, Compute) and instruction.step in OURS:
+            name, take = OURS[instruction.step]
+            kept.setdefault((instruction.layer_idx, name), []).append(take(executor.context).cpu().clone())
+
+    executor.do = watched
+    return kept
+
+
+# Theirs: hooks on the modules of transformers
+
+
+@dataclass
+class Probe:
+    """Keeps what transformers computes at each step; with `forced`, transformers goes on with our values instead."""
+
+    forced: States = field(default_factory=dict)
+    states: States = field(default_factory=dict)
+
+    def at(self, key: Key, theirs: Tensor, columns: slice = slice(None)) -> Tensor:
+        """`theirs` (T, width) is all of a step's columns, or the next ones of several parts."""
+        before = [self.states[key]] if key in self.states else []
+        self.states[key] = torch.cat([*before, theirs.cpu()], dim=-1)
+        if key not in self.forced:
+            return theirs
+        ours = self.forced[key].to(theirs.device)
+        return ours[:, columns] if len(ours) == len(theirs) else theirs  # logits: of sampled tokens only
+
+
+@torch.inference_mode()
+def _run(model: PreTrainedModel, tokens: Tensor, probe: Probe) -> States:
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with contextlib.ExitStack() as undo:
+        for handle in _hooks(model, probe):
+            undo.callback(handle.remove)
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _probed_attention(plain, probe)
+        undo.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", plain)
+        model(tokens, use_cache=False)
+    return probe.states
+
+
+def _probed_attention(attend: Callable, probe: Probe) -> Callable:
+    """transformers' attention, which gets q, k and v as the rotation left them: (1, heads, T, E) each."""
+
+    def probed(module, *qkv_and_mask, **settings):
+        *qkv, mask = qkv_and_mask
+        joined = torch.cat([heads[0] for heads in qkv]).transpose(0, 1)  # (T, H + 2K, E)
+        joined = probe.at((module.layer_idx, "rope"), joined.flatten(1)).view(joined.shape)
+        parts = joined.transpose(0, 1)[None].split([heads.shape[1] for heads in qkv], dim=1)
+        return attend(module, *(part.contiguous() for part in parts), mask, **settings)
+
+    return probed
+
+
+def _hooks(model: PreTrainedModel, probe: Probe) -> Iterator:
+    def after(module, key: Key, columns: slice = slice(None)):
+        return module.register_forward_hook(lambda _, __, out: probe.at(key, out[0], columns)[None])
+
+    def before(module, key: Key):
+        return module.register_forward_pre_hook(lambda _, args: (probe.at(key, args[0][0])[None], *args[1:]))
+
+    body, end = model.base_model, len(model.base_model.layers)
+    yield after(model.get_input_embeddings(), (-1, "embedding"))
+    for layer_idx, layer in enumerate(body.layers):
+        attn = getattr(layer, "self_attn", None) or layer.attention
+        out = getattr(attn, "o_proj", None) or attn.dense
+        down = getattr(layer.mlp, "down_proj", None) or layer.mlp.dense_4h_to_h
+        yield after(layer.input_layernorm, (layer_idx, "attn_norm"))
+        yield from _qkv_hooks(attn, after, probe, layer_idx)
+        yield before(out, (layer_idx, "attention"))
+        yield after(out, (layer_idx, "attn_output"))
+        if not getattr(layer, "use_parallel_residual", False):
+            yield before(layer.post_attention_layernorm, (layer_idx, "attn_residual"))
+        yield after(layer.post_attention_layernorm, (layer_idx, "ffn_norm"))
+        yield from _side_by_side(layer.mlp, ("gate_proj", "up_proj", "dense_h_to_4h"), after, (layer_idx, "ffn_up"))
+        yield before(down, (layer_idx, "activation"))
+        yield after(down, (layer_idx, "ffn_down"))
+        yield after(layer, (layer_idx, "ffn_residual"))
+    yield after(getattr(body, "norm", None) or body.final_layer_norm, (end, "final_norm"))
+    yield after(model.get_output_embeddings(), (end, "logits"))
+
+
+def _qkv_hooks(attn, after: Callable, probe: Probe, layer_idx: int) -> Iterator:
+    key = (layer_idx, "attn_qkv")
+    yield from _side_by_side(attn, ("q_proj", "k_proj", "v_proj"), after, key)
+    if hasattr(attn, "query_key_value"):
+
+        def by_head(_, __, out: Tensor) -> Tensor:
+            """GPT-NeoX joins them [head][q, k, v][dim], we [q, k, v][head][dim]."""
+            heads = out[0].view(out.shape[1], -1, 3, attn.head_size).transpose(1, 2)  # (T, 3, H, E)
+            ours = probe.at(key, heads.flatten(1)).view(heads.shape)
+            return ours.transpose(1, 2).flatten(1)[None]
+
+        yield attn.query_key_value.register_forward_hook(by_head)
+
+
+def _side_by_side(parent, names: tuple[str, ...], after: Callable, key: Key) -> Iterator:
+    start = 0
+    for module in (getattr(parent, name) for name in names if hasattr(parent, name)):
+        yield after(module, key, slice(start, start + module.out_features))
+        start += module.out_features
+
+
+# The comparison
+
+
+def _rows(ours: States, alone: States, stepwise: States, tolerance: float, judge_drift: bool) -> list[Row]:
+    rows = []
+    for key, state in ours.items():
+        if key not in alone:
+            rows.append(Row(*key, torch.nan, torch.nan, False, "transformers has no such step"))
+            continue
+        drift = relative_error(state, alone[key][-len(state) :])
+        theirs = stepwise[key][-len(state) :]
+        error, bits_equal = relative_error(state, theirs), torch.equal(state, theirs)
+        fault = f"differs by more than {tolerance:g}" if not error <= tolerance else None
+        if fault is None and key[1] in EXACT and not bits_equal:
+            fault = "another order of additions: the same summands give other bits"
+        if fault is None and judge_drift and not drift <= tolerance:
+            fault = f"has drifted by more than {tolerance:g}"
+        rows.append(Row(*key, drift, error, bits_equal, fault))
+    absent = [Row(*key, torch.nan, torch.nan, False, "our plan has no such step") for key in alone if key not in ours]
+    return rows + absent
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """max|difference| / max|reference|; NaN where either has one."""
+    difference, largest = (ours.double() - theirs.double()).abs().max(), theirs.double().abs().max()
+    return float(difference / largest) if difference != 0 else 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo", help="checkpoint directory, or 'demo'")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="Return the number of items, or None if there is no")
+    prompt.add_argument("--token-ids", type=int, nargs="+", help="instead of a text")
+    parser.add_argument("--max-tokens", type=int, default=4, help="tokens to generate and compare after the prompt")
+    parser.add_argument("--dtype", default="float32", choices=TOLERANCES)
+    parser.add_argument("--tolerance", type=float, help="default: 1e-5 in float32, what a step may round otherwise")
+    parser.add_argument("--resident", default="none", help="as in penstock generate")
+    args = parser.parse_args()
+    token_ids = args.token_ids
+    if token_ids is None:
+        tokenizer = load_tokenizer(EngineConfig(args.model))
+        if tokenizer is None:
+            parser.error(f"{args.model} has no tokenizer.json: give --token-ids")
+        token_ids = tokenizer.encode(args.prompt)
+    rows = compare(args.model, token_ids, args.dtype, args.max_tokens, args.tolerance, resident=args.resident)
+    print(HEADING, *rows, sep="\n")
+    first = first_fault(rows)
+    where = "none" if first is None else f"layer {first.layer_idx}, {first.step}: {first.fault}"
+    print(f"first layer and step that differ: {where}")
+    return 0 if first is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Which variants run at which tp_size, residency and dtype; and how the engine is set up for each."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oracle.checkpoints import VARIANTS
+
+TP_SIZES = (1, 2, 4)
+RESIDENCIES = ("all", "none", 0.5)
+LANES = ("earliest", "latest", "random")
+PROMPT_LENGTHS = (5, 37, 90)
+MAX_TOKENS = 64
+MAX_NUM_BATCHED_TOKENS = 48
+# 5 + 37 + 6 of 90 tokens, then 2 + 46, then 2 + 38: the longest prompt samples its first token in the third pass.
+NUM_PASSES = 3 + MAX_TOKENS - 1
+_SMALLEST_VOCAB = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    variant: str
+    tp_size: int
+    resident: str | float
+    dtype: str = "float32"
+
+    @property
+    def id(self) -> str:
+        return f"{self.variant}-tp{self.tp_size}-{self.resident}-{self.dtype}"
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of the directory with the checkpoint that it runs."""
+        return f"{self.variant}-{self.dtype}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Page sizes and lane orders take turns, so that none goes with one residency or tp_size only."""
+        turn = list(VARIANTS).index(self.variant) + self.tp_size // 2 + RESIDENCIES.index(self.resident)
+        return {
+            "device": "cpu",
+            "tensor_parallel_size": self.tp_size,
+            "resident": self.resident,
+            "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+            "max_num_seqs": len(PROMPT_LENGTHS),
+            "page_size": (8, 16)[turn % 2],
+            "page_order_seed": turn,
+            "lanes": LANES[turn // 2 % len(LANES)],
+            "poison": True,
+        }
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(0, _SMALLEST_VOCAB, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+def fp32_cases() -> list[Case]:
+    """Every variant once at each tp_size, in turn with one of the residencies; two variants with all of them."""
+    whole = ("llama_gqa", "neox_parallel")
+    cases = [Case(v, n, r) for v in whole for n in TP_SIZES for r in RESIDENCIES]
+    for n in TP_SIZES:
+        for turn, variant in enumerate(name for name in VARIANTS if name not in whole):
+            cases.append(Case(variant, n, RESIDENCIES[(turn + n // 2) % len(RESIDENCIES)]))
+    return cases
+
+
+def half_cases() -> list[Case]:
+    """bf16 and fp16: one variant of each family on one rank, two of them on two."""
+    variants = ("llama_llama3", "mistral_window", "qwen2", "qwen3", "neox_parallel", "neox_serial")
+    dtypes = ("bfloat16", "float16")
+    cases = [Case(v, 1, "none", dtype) for v in variants for dtype in dtypes]
+    return cases + [Case(v, 2, 0.5, dtype) for v in ("qwen3", "neox_parallel") for dtype in dtypes]

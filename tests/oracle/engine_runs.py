@@ -1,0 +1,81 @@
+"""Runs cases on the real engine and keeps tokens and logits: in this process, or on the ranks of one torchrun launch.
+
+    python -m torch.distributed.run --standalone --nproc-per-node N -m oracle.engine_runs FOLDER CASE_ID...
+
+A rank goes over all cases, one LLM after another; rank 0 writes FOLDER/CASE_ID.safetensors after each.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.llm import LLM
+from oracle.cases import MAX_TOKENS, Case, fp32_cases, half_cases, prompts
+from scheduler.request import SamplingParams
+
+_LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def run_case(case: Case, checkpoint: str | Path, max_tokens: int = MAX_TOKENS) -> dict[str, Tensor]:
+    """Greedy generation for all prompts at once. Returns tokens (prompts, n), logits (prompts, n, vocab) and what the
+    counters say: num_passes, copied_bytes."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    with LLM(str(checkpoint), **case.options) as llm:
+        logits = _capture_logits(llm)
+        outputs = llm.generate(prompts(), params)
+        counters = llm.rank.worker.executor.counters
+        return {
+            "tokens": torch.tensor([output.outputs[0].token_ids for output in outputs]),
+            "logits": torch.stack([torch.stack(logits[row]) for row in sorted(logits)]),
+            "num_passes": torch.tensor(counters.num_passes),
+            "copied_bytes": torch.tensor(counters.copied_bytes.total()),
+        }
+
+
+def _capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
+    """Logits of each row, position after position, as the sampler sees them. Row i runs prompt i, since there are as
+    many rows as prompts."""
+    executor, vocab_size = llm.rank.worker.executor, llm.rank.plan.spec.vocab_size
+    do, logits = executor.do, {row: [] for row in range(len(prompts()))}
+
+    def do_and_capture(instruction) -> None:
+        do(instruction)
+        if getattr(instruction, "step", None) != "logits_gather":
+            return
+        inputs, gathered = executor.context.inputs, executor.context.act["logits"]
+        for place, (row, position) in enumerate(zip(inputs.sampled_rows, inputs.sampled_positions.tolist())):
+            assert position == len(prompts()[row]) + len(logits[row]), "a position was skipped or sampled twice"
+            logits[row].append(gathered[place, :vocab_size].clone())
+
+    executor.do = do_and_capture
+    return logits
+
+
+def launch_cases(cases: Iterable[Case], folder: Path) -> subprocess.CompletedProcess:
+    """All cases, of one tp_size, on one launch of ranks. FOLDER holds their checkpoints and receives their results."""
+    cases = list(cases)
+    (tp_size,) = {case.tp_size for case in cases}
+    command = [*_LAUNCH, str(tp_size), "-m", __name__, str(folder), *(case.id for case in cases)]
+    tests = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+
+
+def main() -> None:
+    folder, *ids = sys.argv[1:]
+    cases = {case.id: case for case in (*fp32_cases(), *half_cases())}
+    for case_id in ids:
+        case = cases[case_id]
+        result = run_case(case, Path(folder) / case.checkpoint)
+        if os.environ["RANK"] == "0":
+            save_file(result, Path(folder) / f"{case_id}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
