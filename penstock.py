@@ -9,6 +9,7 @@ import importlib
 import sys
 
 from engine.version import VERSION as __version__
+from parallel.failure import run_rank
 
 __all__ = ["LLM", "SamplingParams", "__version__", "main"]  # noqa: F822  (the first two are resolved lazily)
 _PUBLIC = {"LLM": "engine.llm", "SamplingParams": "scheduler.request"}
@@ -25,8 +26,8 @@ def __dir__() -> list[str]:
 
 
 def main() -> int:
-    """The command line. Returns the exit status."""
-    return importlib.import_module("engine.cli").main()
+    """The command line. Returns the exit status; an exception is shown once and ends the process."""
+    return run_rank(importlib.import_module("engine.cli").main)
 
 
 if __name__ == "__main__":

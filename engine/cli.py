@@ -5,14 +5,18 @@ imported, so that `plan` stays quick and free of torch.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from engine.config import EngineConfig
+from engine.config import METAVARS, EngineConfig
 from engine.version import VERSION
+from parallel.failure import SELF_LAUNCHED
 
 # name -> (module, one line for --help, or None to leave it out there)
 COMMANDS: dict[str, tuple[str, str | None]] = {
@@ -25,25 +29,40 @@ EPILOG = """examples:
   penstock generate --model demo --prompt 'Return a list of'"""
 
 
+RANK_0_SPEAKS_S = 5.0  # under torchrun: the time rank 0 has to say what all ranks found
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are ValueErrors like all others: one line, not a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help shows what there is)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status. A user's mistake is one line on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in argv if not word.startswith("-")), None)
-    parser, chosen = _parsers(name)
-    args = parser.parse_args(argv)
     try:
+        parser, chosen = _parsers(name)
+        args = parser.parse_args(argv)
         return chosen.run(args, _config(args))
     except ValueError as error:
+        if SELF_LAUNCHED in os.environ:
+            raise  # rank 0 shows it, with its traceback: the user's own mistakes it found before it launched us
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(RANK_0_SPEAKS_S)  # by then torchrun has ended this process, if rank 0 failed too
         print(f"penstock: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
-        sys.stderr.close()
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit complain
         return 1
 
 
 def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
     """The whole parser, with the options of subcommand `name` only, and that subcommand's module."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="penstock",
         description="Run a language model that is larger than its GPUs: weights stream from host memory.",
         epilog=EPILOG,
@@ -53,8 +72,9 @@ def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     chosen = None
     for command, (module, text) in COMMANDS.items():
-        shown = {} if text is None else {"help": text, "description": text}
-        sub = commands.add_parser(command, allow_abbrev=False, **shown)
+        if text is None and command != name:
+            continue
+        sub = commands.add_parser(command, allow_abbrev=False, help=text, description=text)
         if command == name:
             chosen = importlib.import_module(module)
             chosen.add_arguments(sub.add_argument_group(command))
@@ -95,7 +115,7 @@ def _typed(parse):
 
 
 def _metavar(field: dataclasses.Field) -> str:
-    return {int: "N", float: "X"}.get(field.metadata["type"], field.name.upper().split("_")[-1])
+    return METAVARS.get(field.metadata["type"], field.name.upper().split("_")[-1])
 
 
 def _config(args: argparse.Namespace) -> EngineConfig:

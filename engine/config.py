@@ -13,6 +13,9 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
           "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
 
 
+METAVARS = {int: "N", float: "X"}  # how --help shows a value of this type
+
+
 def parse_bytes(value: int | str) -> int:
     """`"24GiB"`, `"24 GB"`, `"1048576"` or an int, in bytes. Raises ValueError for anything else."""
     if isinstance(value, int):

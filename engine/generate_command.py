@@ -4,15 +4,17 @@ Text goes to stdout (with --json one object a prompt), everything else to stderr
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
 
-from engine.config import EngineConfig
+from engine.config import METAVARS, EngineConfig
 from engine.llm import LLM
 from engine.output import RequestOutput
 from engine.plan_command import describe, step_table
 from engine.prompts import read_prompts
+from parallel.launch import resolve_launch
 from scheduler.request import SamplingParams
 
 # how each field of SamplingParams is parsed and explained; its default is the dataclass's
@@ -37,7 +39,8 @@ def add_arguments(parser) -> None:
     )
     for name, (kind, text) in SAMPLING_FLAGS.items():
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=kind, dest=f"sampling_{name}", default=argparse.SUPPRESS, help=text)
+        settings = {"type": kind, "metavar": METAVARS[kind], "default": argparse.SUPPRESS}
+        parser.add_argument(flag, dest=f"sampling_{name}", help=text + _default(name), **settings)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
@@ -45,11 +48,18 @@ def add_arguments(parser) -> None:
     parser.add_argument("--table", action="store_true", help="print the step table of the plan before")
 
 
+def _default(name: str) -> str:
+    default = next(field.default for field in dataclasses.fields(SamplingParams) if field.name == name)
+    return "" if default is None else f" (default: {default})"
+
+
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     params = sampling_params(args)
-    prompts = read_prompts(args.prompt, args.prompts_file)
+    speaks = resolve_launch(config.tensor_parallel_size).rank == 0
+    # under torchrun all ranks have the same standard input, and only one may read it
+    prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
     with LLM(**config.to_dict()) as llm:
-        speaks = llm.rank.topology.rank == 0
+        llm.check(prompts, params)
         printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         if speaks:
             llm.measure()
@@ -125,7 +135,8 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
     lines = [
         f"{num_tokens} tokens in {elapsed_s:.2f} s ({num_tokens / elapsed_s:.1f} tokens/s), "
         f"{ledger.num_passes} passes over {counters.num_tokens} tokens",
-        f"moved {moved / 2**30:.3f} GiB a rank over the link, {moved / max(ledger.num_passes, 1) / 2**20:.2f} MiB a pass, "
+        f"moved {moved / 2**30:.3f} GiB a rank over the link, "
+        f"{moved / max(ledger.num_passes, 1) / 2**20:.2f} MiB a pass, "
         f"{moved / 1e9 / max(ledger.measured_s, 1e-9):.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured",
     ]
     reduces = llm.rank.collectives

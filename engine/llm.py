@@ -23,7 +23,7 @@ _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
 class LLM:
-    """A loaded model. `options` are the fields of EngineConfig (tensor_parallel_size, dtype, gpu_memory, resident, ...).
+    """A loaded model. `options` are EngineConfig's fields (tensor_parallel_size, dtype, gpu_memory, resident, ...).
 
     A context manager: leaving it frees everything and ends the ranks that it launched. Raises ValueError, naming the
     file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
@@ -53,8 +53,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes each prompt: a string, or a list of token ids; one SamplingParams for all, or one for each.
 
-        `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end. Outputs are in the order
-        of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that cannot be meant.
+        `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end.
+        Outputs are in the order of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that
+        cannot be meant; RuntimeError if this LLM is closed, or ended with an earlier error of several ranks.
         """
         self._check_open()
         asked = self._read(prompts, sampling_params)
@@ -121,6 +122,8 @@ class LLM:
                 f"{self.config.model}: no tokenizer.json, so prompt {place} cannot have {what}; give token ids"
             )
         text = prompt if isinstance(prompt, str) else None
+        if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"prompt {place}: {prompt!r} is not valid Unicode (a lone surrogate)")
         token_ids = self.tokenizer.encode(prompt) if text is not None else list(prompt)
         vocab_size = self.rank.plan.spec.vocab_size
         for token in token_ids:

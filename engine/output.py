@@ -88,8 +88,9 @@ class Sequence:
         """The sequence has ended: gives out what was held back. A stop string may still come to light in it."""
         if self.stream is None:
             return None
-        for emitted, stop in (self.stops.push(self.stream.finish()), self.stops.flush()):
-            self._emit(emitted)
+        emitted, _ = self.stops.push(self.stream.finish())
+        rest, stop = self.stops.flush()
+        self._emit(emitted + rest)
         return stop
 
     def add_logprobs(self, token: int, logprob: float, rank: int, top: list[tuple[int, float]]) -> None:

@@ -48,8 +48,8 @@ class Row:
     fault: str | None
 
     def __str__(self) -> str:
-        bits = "yes" if self.bits_equal else "no"
-        return f"{self.layer_idx:5}  {self.step:13}  {self.drift:9.2e}  {self.step_error:9.2e}  {bits:4}  {self.fault or ''}"
+        errors = f"{self.drift:9.2e}  {self.step_error:9.2e}  {'yes' if self.bits_equal else 'no':4}"
+        return f"{self.layer_idx:5}  {self.step:13}  {errors}  {self.fault or ''}".rstrip()
 
 
 def compare(
@@ -73,13 +73,10 @@ def compare(
         generated = llm.generate([token_ids], params)[0].outputs[0].token_ids
         device = llm.rank.topology.device
     states = {key: torch.cat(parts) for key, parts in ours.items()}
-    reference = AutoModelForCausalLM.from_pretrained(
-        find_model(model), dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
-    reference = reference.to(device).eval()
+    loading = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+    reference = AutoModelForCausalLM.from_pretrained(find_model(model), **loading).to(device).eval()
     tokens = torch.tensor([token_ids + generated[:-1]], device=device)
-    alone = _run(reference, tokens, Probe())
-    stepwise = _run(reference, tokens, Probe(states))
+    alone, stepwise = _run(reference, tokens, Probe()), _run(reference, tokens, Probe(states))
     return _rows(states, alone, stepwise, tolerance or TOLERANCES[dtype], dtype == "float32")
 
 
@@ -87,34 +84,22 @@ def first_fault(rows: list[Row]) -> Row | None:
     return next((row for row in rows if row.fault), None)
 
 
-# Ours: what is kept of the activations after each step, in the layout of the reference
-
-
 def _up(ctx: StepContext) -> Tensor:
+    """Gate and up without their padding."""
     parts = ctx.act["ffn"].chunk(2 if ctx.spec.gated else 1, dim=1)
-    return torch.cat([part[:, : ctx.spec.ffn_size] for part in parts], dim=1)  # the rest of a part is padding
+    return torch.cat([part[:, : ctx.spec.ffn_size] for part in parts], dim=1)
 
 
-def _act(name: str) -> Callable[[StepContext], Tensor]:
-    return lambda ctx: ctx.act[name]
-
-
-OURS: dict[str, tuple[str, Callable[[StepContext], Tensor]]] = {
-    "embedding": ("embedding", _act("x")),
-    "attn_norm": ("attn_norm", _act("x_")),
-    "attn_qkv": ("attn_qkv", _act("attn")),
-    "rope": ("rope", _act("attn")),
-    "attention": ("attention", lambda ctx: ctx.split_heads(ctx.act["attn"])[0].flatten(1)),
-    "attn_output": ("attn_output", _act("x_")),
-    "attn_output_beside": ("attn_output", _act("y")),
-    "attn_residual": ("attn_residual", _act("x")),
-    "ffn_norm": ("ffn_norm", _act("x_")),
-    "ffn_up": ("ffn_up", _up),
-    "activation": ("activation", lambda ctx: ctx.act["ffn"][:, : ctx.spec.ffn_size]),
-    "ffn_down": ("ffn_down", _act("x_")),
-    "ffn_residual": ("ffn_residual", _act("x")),
-    "final_norm": ("final_norm", _act("x_")),
-    "logits_gather": ("logits", lambda ctx: ctx.act["logits"][:, : ctx.spec.vocab_size]),
+# What is kept of our activations after each step, in the layout of transformers: an activation, or a function.
+OURS: dict[str, str | Callable[[StepContext], Tensor]] = {
+    **dict.fromkeys(("embedding", "attn_residual", "ffn_residual"), "x"),
+    **dict.fromkeys(("attn_norm", "attn_output", "ffn_norm", "ffn_down", "final_norm"), "x_"),
+    **dict.fromkeys(("attn_qkv", "rope"), "attn"),
+    "attn_output_beside": "y",
+    "attention": lambda ctx: ctx.split_heads(ctx.act["attn"])[0].flatten(1),
+    "ffn_up": _up,
+    "activation": lambda ctx: ctx.act["ffn"][:, : ctx.spec.ffn_size],
+    "logits_gather": lambda ctx: ctx.act["logits"][:, : ctx.spec.vocab_size],
 }
 
 
@@ -127,14 +112,13 @@ def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
     def watched(instruction) -> None:
         do(instruction)
         if isinstance(instruction, Compute) and instruction.step in OURS:
-            name, take = OURS[instruction.step]
-            kept.setdefault((instruction.layer_idx, name), []).append(take(executor.context).cpu().clone())
+            take, ctx = OURS[instruction.step], executor.context
+            state = ctx.act[take] if isinstance(take, str) else take(ctx)
+            key = (instruction.layer_idx, instruction.step.removesuffix("_beside"))
+            kept.setdefault(key, []).append(state.cpu().clone())
 
     executor.do = watched
     return kept
-
-
-# Theirs: hooks on the modules of transformers
 
 
 @dataclass
@@ -148,10 +132,10 @@ class Probe:
         """`theirs` (T, width) is all of a step's columns, or the next ones of several parts."""
         before = [self.states[key]] if key in self.states else []
         self.states[key] = torch.cat([*before, theirs.cpu()], dim=-1)
-        if key not in self.forced:
+        ours = self.forced.get(key)
+        if ours is None or len(ours) != len(theirs):  # we have logits of sampled tokens only
             return theirs
-        ours = self.forced[key].to(theirs.device)
-        return ours[:, columns] if len(ours) == len(theirs) else theirs  # logits: of sampled tokens only
+        return ours[:, columns].to(theirs.device)
 
 
 @torch.inference_mode()
@@ -186,14 +170,14 @@ def _hooks(model: PreTrainedModel, probe: Probe) -> Iterator:
     def before(module, key: Key):
         return module.register_forward_pre_hook(lambda _, args: (probe.at(key, args[0][0])[None], *args[1:]))
 
-    body, end = model.base_model, len(model.base_model.layers)
+    body, end = model.base_model, model.config.num_hidden_layers
     yield after(model.get_input_embeddings(), (-1, "embedding"))
     for layer_idx, layer in enumerate(body.layers):
         attn = getattr(layer, "self_attn", None) or layer.attention
         out = getattr(attn, "o_proj", None) or attn.dense
         down = getattr(layer.mlp, "down_proj", None) or layer.mlp.dense_4h_to_h
         yield after(layer.input_layernorm, (layer_idx, "attn_norm"))
-        yield from _qkv_hooks(attn, after, probe, layer_idx)
+        yield from _qkv_hooks(attn, after, probe, (layer_idx, "attn_qkv"))
         yield before(out, (layer_idx, "attention"))
         yield after(out, (layer_idx, "attn_output"))
         if not getattr(layer, "use_parallel_residual", False):
@@ -204,20 +188,18 @@ def _hooks(model: PreTrainedModel, probe: Probe) -> Iterator:
         yield after(down, (layer_idx, "ffn_down"))
         yield after(layer, (layer_idx, "ffn_residual"))
     yield after(getattr(body, "norm", None) or body.final_layer_norm, (end, "final_norm"))
-    yield after(model.get_output_embeddings(), (end, "logits"))
+    yield after(model.get_output_embeddings(), (end, "logits_gather"))
 
 
-def _qkv_hooks(attn, after: Callable, probe: Probe, layer_idx: int) -> Iterator:
-    key = (layer_idx, "attn_qkv")
+def _qkv_hooks(attn, after: Callable, probe: Probe, key: Key) -> Iterator:
     yield from _side_by_side(attn, ("q_proj", "k_proj", "v_proj"), after, key)
+
+    def by_head(module, _, out: Tensor) -> Tensor:
+        """GPT-NeoX joins them [head][q, k, v][dim], we [q, k, v][head][dim]."""
+        heads = out[0].view(out.shape[1], -1, 3, attn.head_size).transpose(1, 2)  # (T, 3, H, E)
+        return probe.at(key, heads.flatten(1)).view(heads.shape).transpose(1, 2).flatten(1)[None]
+
     if hasattr(attn, "query_key_value"):
-
-        def by_head(_, __, out: Tensor) -> Tensor:
-            """GPT-NeoX joins them [head][q, k, v][dim], we [q, k, v][head][dim]."""
-            heads = out[0].view(out.shape[1], -1, 3, attn.head_size).transpose(1, 2)  # (T, 3, H, E)
-            ours = probe.at(key, heads.flatten(1)).view(heads.shape)
-            return ours.transpose(1, 2).flatten(1)[None]
-
         yield attn.query_key_value.register_forward_hook(by_head)
 
 
@@ -228,26 +210,24 @@ def _side_by_side(parent, names: tuple[str, ...], after: Callable, key: Key) -> 
         start += module.out_features
 
 
-# The comparison
-
-
 def _rows(ours: States, alone: States, stepwise: States, tolerance: float, judge_drift: bool) -> list[Row]:
+    unmatched = (torch.nan, torch.nan, False)
     rows = []
     for key, state in ours.items():
         if key not in alone:
-            rows.append(Row(*key, torch.nan, torch.nan, False, "transformers has no such step"))
+            rows.append(Row(*key, *unmatched, "transformers has no such step"))
             continue
         drift = relative_error(state, alone[key][-len(state) :])
         theirs = stepwise[key][-len(state) :]
-        error, bits_equal = relative_error(state, theirs), torch.equal(state, theirs)
-        fault = f"differs by more than {tolerance:g}" if not error <= tolerance else None
-        if fault is None and key[1] in EXACT and not bits_equal:
+        error, bits_equal, fault = relative_error(state, theirs), torch.equal(state, theirs), None
+        if not error <= tolerance:
+            fault = f"differs by more than {tolerance:g}"
+        elif key[1] in EXACT and not bits_equal:
             fault = "another order of additions: the same summands give other bits"
-        if fault is None and judge_drift and not drift <= tolerance:
+        elif judge_drift and not drift <= tolerance:
             fault = f"has drifted by more than {tolerance:g}"
         rows.append(Row(*key, drift, error, bits_equal, fault))
-    absent = [Row(*key, torch.nan, torch.nan, False, "our plan has no such step") for key in alone if key not in ours]
-    return rows + absent
+    return rows + [Row(*key, *unmatched, "our plan has no such step") for key in alone if key not in ours]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -267,12 +247,10 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, help="default: 1e-5 in float32, what a step may round otherwise")
     parser.add_argument("--resident", default="none", help="as in penstock generate")
     args = parser.parse_args()
-    token_ids = args.token_ids
-    if token_ids is None:
-        tokenizer = load_tokenizer(EngineConfig(args.model))
-        if tokenizer is None:
-            parser.error(f"{args.model} has no tokenizer.json: give --token-ids")
-        token_ids = tokenizer.encode(args.prompt)
+    tokenizer = load_tokenizer(EngineConfig(args.model))
+    if tokenizer is None and args.token_ids is None:
+        parser.error(f"{args.model} has no tokenizer.json: give --token-ids")
+    token_ids = args.token_ids or tokenizer.encode(args.prompt)
     rows = compare(args.model, token_ids, args.dtype, args.max_tokens, args.tolerance, resident=args.resident)
     print(HEADING, *rows, sep="\n")
     first = first_fault(rows)

@@ -14,7 +14,7 @@ from engine.model.inputs import bind
 from engine.model.ops import STEPS, StepContext
 from engine.runtime.arena import ActivationArena
 from engine.runtime.lanes import Lanes
-from engine.runtime.sampler import SampleOutput
+from engine.runtime.sampler import PendingSample, SampleOutput
 from engine.runtime.trace import Tracer
 from scheduler.batching import Batch
 from scheduler.step_plan import Compute, GroupId, Instruction, Prefetch, Release, StepPlan
@@ -56,6 +56,7 @@ class Executor:
         self.ring, self.arena, self.lanes, self.tracer, self.poison = ring, arena, lanes, tracer, poison
         self.counters = Counters()
         self.ring_is_filled = False
+        self.pending: PendingSample | None = None
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
@@ -67,7 +68,8 @@ class Executor:
         self.fill_ring()
         context.inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens)
         context.act = self.arena.cut(batch.num_tokens, len(context.inputs.sampled_rows))
-        context.sampled = None
+        context.sampled = self.pending = None
+        context.sampler.num_nan_rows.zero_()
         for row, place in zip(batch.rows, context.inputs.ranges):
             tokens = context.inputs.tokens[place.first_query : place.first_query + place.num_queries]
             context.sampler.observe(row.row, tokens)
@@ -79,18 +81,9 @@ class Executor:
         self.counters.num_tokens += batch.num_tokens
 
     def collect(self) -> SampleOutput | None:
-        """The last submitted pass's tokens, one for each row that samples, on the host; None if no row did.
-
-        Raises RuntimeError if logits were NaN: the token that was drawn from them means nothing.
-        """
-        sampled, sampler = self.context.sampled, self.context.sampler
-        if sampled is None:
-            return None
-        output = sampled.to_host()
-        if int(sampler.num_nan_rows):
-            sampler.num_nan_rows.zero_()
-            raise RuntimeError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
-        return output
+        """The last submitted pass's tokens, one for each row that samples, on the host; None if no row did. Returns
+        when they are there, which is before the pass's last copies are. Raises RuntimeError if logits were NaN."""
+        return None if self.pending is None else self.pending.wait()
 
     def fill_ring(self) -> None:
         """The prologue: brings the first groups of a pass into the ring, if the last pass did not leave them there."""
@@ -103,6 +96,8 @@ class Executor:
             self.counters.steps[instruction.step] += 1
             weights = self.views.get(instruction.group, _NO_WEIGHTS)
             STEPS[instruction.step](self.context, weights, instruction.layer_idx)
+            if instruction.step == "sample" and self.context.sampled is not None:
+                self.pending = PendingSample(self.context.sampled, self.context.sampler.num_nan_rows)
         elif isinstance(instruction, Prefetch):
             self.counters.copied_bytes[instruction.group] += instruction.slot.nbytes
             self.slot(instruction).copy_(self.host_spans[instruction.group], non_blocking=True)

@@ -14,7 +14,8 @@ from engine.weights.host_arena import HostArena
 from parallel.collectives import Collectives
 from scheduler.time_model import Rates
 
-LINK_BYTES = 256 * 2**20  # one copy on a GPU; shorter ones do not reach the link's rate
+LINK_BYTES = 2**31  # sustained on a GPU: long enough that all ranks copy at once
+GPU_BYTES = 256 * 2**20
 CPU_BYTES = 8 * 2**20
 OPS_A_STEP = 6  # kernels that an eager step launches, in the mean
 
@@ -35,17 +36,17 @@ def seconds(run: Callable[[], None], device: torch.device, repeats: int = 5) -> 
 
 def link_gb_s(source: Tensor, target: Tensor, collectives: Collectives) -> float:
     """1e9 bytes/s of copying `source` (host, uint8) to `target`, while all ranks do so; best of five."""
-    collectives.barrier()
-    device = target.device
-    copies = max(1, LINK_BYTES // source.nbytes) if device.type == "cuda" else 1
+    copies = -(-LINK_BYTES // source.nbytes) if target.device.type == "cuda" else 1
 
     def copy() -> None:
         for _ in range(copies):
             target.copy_(source, non_blocking=True)
 
-    rate = copies * source.nbytes / seconds(copy, device) / 1e9
-    collectives.barrier()
-    return rate
+    def once() -> float:
+        collectives.barrier()
+        return seconds(copy, target.device, repeats=1)
+
+    return copies * source.nbytes / min(once() for _ in range(5)) / 1e9
 
 
 def measure_rates(
@@ -54,7 +55,7 @@ def measure_rates(
     """`host` (uint8) is a span of the registered arena, `ring` the device ring; both may be missing or small where
     nothing streams. Link and reduces are the slowest rank's; all ranks must call this together."""
     device = ring.device
-    num_bytes = LINK_BYTES if device.type == "cuda" else CPU_BYTES
+    num_bytes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     arena = None
     if host is None or not ring.nbytes:
         arena = HostArena(num_bytes)
@@ -70,11 +71,7 @@ def measure_rates(
     matrix = torch.randn(side, side, device=device).to(dtype)
     gemm_s = seconds(lambda: matrix @ matrix, device)
     row = torch.zeros(hidden_size, device=device, dtype=dtype)
-    num_ops = 200
-    start = time.perf_counter()
-    for _ in range(num_ops):
-        row.add_(0.0)
-    launch_s = (time.perf_counter() - start) / num_ops
+    launch_s = seconds(lambda: [row.add_(0.0) for _ in range(100)], device) / 100
     small_s = seconds(lambda: collectives.all_reduce(row, "probe"), device)
     large = torch.zeros(num_bytes // 8, device=device)
     large_s = seconds(lambda: collectives.all_reduce(large, "probe"), device)

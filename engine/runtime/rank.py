@@ -6,10 +6,12 @@
 Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from engine.runtime.probe import measure_rates, seconds
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import chrome_events, predicted_spans, write_trace
 from engine.runtime.worker import Worker, open_source
+from engine.weights.blocks import WeightSource
+from engine.weights.checkpoint import Checkpoint
 from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.rendezvous import connect
@@ -58,28 +62,59 @@ class Rank:
             launch.rank, launch.tp_size, launch.local_rank, config.device, launch.num_local_ranks
         )
         self.collectives = self.worker = None
+        self.failed = False
+        prepared = None
         if launch.rank == 0:
-            plan, source = self._prepare(device_memory_bytes(self.topology.device))
+            prepared = self._prepare(device_memory_bytes(self.topology.device))
+            if config.trace:
+                write_trace(config.trace, [])  # a path that cannot be written is refused now, not after the run
             launch.start(json.dumps(config.to_dict()))
-        with launch.guard():
-            self.collectives = connect(
-                self.topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
-            )
-            agreed = {"memory_bytes": device_memory_bytes(self.topology.device)} if launch.rank == 0 else None
-            told = json.loads(self.collectives.broadcast_bytes(json.dumps(agreed).encode() if agreed else None))
-            if launch.rank > 0:
-                plan, source = self._prepare(told["memory_bytes"])
-            self.plan: EnginePlan = plan
-            bind_to_numa(self.topology)
-            self.worker = Worker(config, plan, source, self.topology, self.collectives)
-            self.collectives.barrier()
+        try:
+            with launch.guard():
+                self._join(prepared)
+        except BaseException:
+            self.failed = True
+            self.close()
+            raise
         self.ledger = Ledger()
-        self.work: PassWork = pass_work(plan)
-        self.rates = plan.rates
+        self.work: PassWork = pass_work(self.plan)
+        self.rates = self.plan.rates
 
-    def _prepare(self, memory_bytes: int | None):
+    def _join(self, prepared: tuple[EnginePlan, WeightSource] | None) -> None:
+        """Meets the other ranks and loads. `prepared` is rank 0's; the others plan with what it tells them."""
+        launch, topology = self.launch, self.topology
+        self.collectives = connect(
+            topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
+        )
+        agreed = {"memory_bytes": device_memory_bytes(topology.device)} if launch.rank == 0 else None
+        told = json.loads(self.collectives.broadcast_bytes(json.dumps(agreed).encode() if agreed else None))
+        plan, source = prepared or self._prepare(told["memory_bytes"])
+        self.plan: EnginePlan = plan
+        bind_to_numa(topology)
+        self.worker = Worker(self.config, plan, source, topology, self.collectives)
+        if isinstance(source, Checkpoint):
+            source.close()
+        self.collectives.barrier()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what ranks do together. With several ranks an error in here ends the engine: they no longer agree on
+        what comes next. Raises RuntimeError, at once, after such an error."""
+        if self.failed:
+            raise RuntimeError("this engine has ended: an earlier error left its ranks in disagreement")
+        try:
+            with self.launch.guard():
+                yield
+        except BaseException:
+            self.failed = self.topology.tp_size > 1
+            raise
+
+    def _prepare(self, memory_bytes: int | None) -> tuple[EnginePlan, WeightSource]:
         """Plan and checked source: all that can be wrong with config, model and checkpoint comes to light here."""
         path = find_model(self.config.model)
+        if path.is_file() and self.config.load_format != "dummy":
+            where = "give the checkpoint's directory (a config.json is enough with load_format='dummy')"
+            raise ValueError(f"model={self.config.model!r} is a file: {where}")
         spec = read_spec(read_config(path), str(path))
         rates = plan_rates(self.config, self.topology.tp_size, self.topology.device.type)
         plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
@@ -154,7 +189,7 @@ class Rank:
         worker, self.worker = self.worker, None
         collectives, self.collectives = self.collectives, None
         try:
-            if worker is not None and self.launch.healthy:
+            if worker is not None and self.launch.healthy and not self.failed:
                 with self.launch.guard():
                     if self.launch.kind == "parent":
                         collectives.broadcast_ints([STOP])

@@ -53,10 +53,31 @@ class SampleOutput:
     tokens: Tensor
     logprobs: Logprobs | None
 
-    def to_host(self) -> "SampleOutput":
-        """The same on the CPU; waits for the device."""
-        logprobs = None if self.logprobs is None else Logprobs(*(tensor.cpu() for tensor in self.logprobs))
-        return SampleOutput(self.tokens.cpu(), logprobs)
+
+class PendingSample:
+    """A SampleOutput on its way to pinned host memory. The copies stand on the compute lane right behind the sampler,
+    before the pass is joined: so the next pass is prepared while the copies for it are still on the link."""
+
+    def __init__(self, output: SampleOutput, num_nan_rows: Tensor):
+        self._event = torch.cuda.Event() if output.tokens.is_cuda else None
+        logprobs = None if output.logprobs is None else Logprobs(*map(self._to_host, output.logprobs))
+        self._output = SampleOutput(self._to_host(output.tokens), logprobs)
+        self._num_nan_rows = self._to_host(num_nan_rows)
+        if self._event is not None:
+            self._event.record()
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if self._event is None:
+            return tensor.clone()
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def wait(self) -> SampleOutput:
+        """The output on the host. Raises RuntimeError if logits were NaN: a token drawn from them means nothing."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._num_nan_rows.item():
+            raise RuntimeError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
+        return self._output
 
 
 class Sampler:

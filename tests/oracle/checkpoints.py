@@ -150,7 +150,9 @@ VARIANTS: dict[str, Variant] = {
     "neox_parallel": _neox({"use_parallel_residual": False}),
     "neox_serial": _neox({"use_parallel_residual": True}, use_parallel_residual=False, hidden_act="gelu_new"),
     "neox_partial_rotary": _neox(_QUARTER_ROTARY, **_HALF_ROTARY),
-    "neox_whole_rotary_no_bias": _neox(_QUARTER_ROTARY, attention_bias=False, **_WHOLE_ROTARY),
+    "neox_whole_rotary_no_bias": _neox(
+        _QUARTER_ROTARY, attention_bias=False, hidden_act="gelu_fast", **_WHOLE_ROTARY
+    ),
     "neox_tied_odd": _neox(
         {"tie_word_embeddings": False},
         _add_own_head("embed_out.weight", "gpt_neox.embed_in.weight"),
@@ -158,7 +160,9 @@ VARIANTS: dict[str, Variant] = {
         intermediate_size=101,
         tie_word_embeddings=True,
     ),
-    "neox_linear": _neox(_HALF_ROTARY, **_rope("linear", factor=4.0, partial_rotary_factor=0.5)),
+    "neox_linear": _neox(
+        _HALF_ROTARY, hidden_act="gelu_pytorch_tanh", **_rope("linear", factor=4.0, partial_rotary_factor=0.5)
+    ),
 }
 
 

@@ -1,0 +1,152 @@
+"""The comparison of logits with transformers, by which the engine is judged, fails for every fault put into it.
+
+A fault must move the logits by a hundred times the tolerance, or be refused as NaN; without it the very same run
+passes. What each fault does is said in faults.py.
+"""
+
+import random
+
+import pytest
+import torch
+from oracle.checkpoints import write_checkpoint
+from oracle.faults import (
+    Fault,
+    early_read,
+    early_write,
+    half_lost,
+    kv_heads_rolled,
+    lost_reduce,
+    rope_shifted,
+    skipped_prefetch,
+    stale_layer,
+)
+
+from engine.llm import LLM
+from scheduler.plan_build import minimum_ring_bytes
+from scheduler.request import SamplingParams
+from scheduler.step_plan import GroupId
+
+TOLERANCE = 1e-5
+LOUD = 100 * TOLERANCE
+VARIANTS = ("llama_gqa", "qwen3", "neox_parallel")
+PROMPT = random.Random(5).choices(range(128), k=40)
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+OPTIONS = {"device": "cpu", "dtype": "float32", "resident": "none", "max_num_batched_tokens": 24, "max_num_seqs": 4}
+ATTN, FFN = GroupId(1, "attn"), GroupId(1, "ffn")
+FAULTS: dict[str, Fault] = {
+    "stale attn": stale_layer(ATTN, GroupId(0, "attn")),
+    "stale ffn": stale_layer(FFN, GroupId(2, "ffn")),
+    "attn not copied": skipped_prefetch(ATTN),
+    "ffn not copied": skipped_prefetch(FFN),
+    "next pass not copied": skipped_prefetch(GroupId(0, "attn")),
+    "head not copied": skipped_prefetch(GroupId(3, "head")),
+    "half of o lost": half_lost(1, "o"),
+    "half of down lost": half_lost(1, "down"),
+    "KV heads rolled": kv_heads_rolled(1),
+    "q off by one": rope_shifted("q", 1),
+    "q off by one everywhere": rope_shifted("q"),
+    "later passes off by one": rope_shifted("later"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(directory, transformers model) of a variant, made once."""
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def get(variant: str):
+        if variant not in made:
+            made[variant] = str(folder / variant), write_checkpoint(folder / variant, variant)
+        return made[variant]
+
+    return get
+
+
+def logits_of(llm: LLM) -> tuple[torch.Tensor, list[int]]:
+    """The logits of every sampled token (n, vocab), and the tokens."""
+    executor, logits = llm.rank.worker.executor, []
+    do = executor.do
+
+    def capture(instruction) -> None:
+        do(instruction)
+        if getattr(instruction, "step", None) == "logits_gather":
+            logits.append(executor.context.act["logits"][:, : llm.rank.plan.spec.vocab_size].clone())
+
+    executor.do = capture
+    tokens = llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids
+    return torch.cat(logits), tokens
+
+
+@torch.inference_mode()
+def error_of(llm: LLM, reference) -> float:
+    """max|difference| / max|logit| against transformers over the sequence that the engine itself made."""
+    ours, tokens = logits_of(llm)
+    theirs = reference(torch.tensor([PROMPT + tokens[:-1]])).logits[0, -len(ours) :]
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def run(model, fault: Fault | None = None, **options) -> float:
+    directory, reference = model
+    with LLM(directory, **OPTIONS | options) as llm:
+        if fault is not None:
+            fault(llm)
+        return error_of(llm, reference)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_passes_without_a_fault(models, variant):
+    assert run(models(variant)) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fails_with_a_fault(models, variant, fault):
+    assert run(models(variant), FAULTS[fault]) > LOUD
+
+
+def test_a_rotation_of_everything_is_no_fault(models):
+    """So off by one is to be looked for between queries and keys."""
+    assert run(models("llama_gqa"), rope_shifted("all")) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group", [ATTN, FFN, GroupId(3, "head")], ids=str)
+@pytest.mark.parametrize("lanes", ["latest", "random"])
+def test_slot_read_early(models, variant, group, lanes):
+    """Seen by its stale bytes, and without doubt where freed slots are poisoned. Copies that happen to be early hide
+    it: that is what the orders of the lanes are for."""
+    assert run(models(variant), lanes=lanes, poison=True) < TOLERANCE
+    assert run(models(variant), early_read(group), lanes=lanes) > LOUD
+    with pytest.raises(RuntimeError, match="NaN"):
+        run(models(variant), early_read(group), lanes=lanes, poison=True)
+    assert run(models(variant), early_read(group), lanes="earliest", poison=True) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lanes", ["earliest", "random"])
+def test_slot_written_early(models, variant, lanes):
+    """In a ring with room for one group, the next one is copied over what is being read."""
+    directory, _ = models(variant)
+    with LLM(directory, **OPTIONS) as llm:
+        ring = minimum_ring_bytes(llm.rank.plan.residency.streamed)
+    assert run(models(variant), lanes=lanes, ring=ring, poison=True) < TOLERANCE
+    assert run(models(variant), early_write(FFN), lanes=lanes, ring=ring) > LOUD
+    assert run(models(variant), early_write(FFN), lanes="latest", ring=ring) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models):
+    directory, reference = models("llama_gqa")
+    with LLM(directory, **OPTIONS, tensor_parallel_size=2) as llm:
+        yield llm, reference
+
+
+@pytest.mark.parametrize("lost", [None, ("embed_allreduce", -1), ("attn_allreduce", 1), ("ffn_allreduce", 2)], ids=str)
+def test_missing_reduce_on_one_rank(two_ranks, lost):
+    """The other rank's half of an o or down projection, or of the embedding, is lost on rank 0."""
+    llm, reference = two_ranks
+    if lost is not None:
+        lost_reduce(*lost)(llm)
+    error = error_of(llm, reference)
+    del llm.rank.worker.executor.do  # what the fault and the capture laid over the class's
+    assert error > LOUD if lost else error < TOLERANCE

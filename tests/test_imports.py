@@ -1,0 +1,172 @@
+"""Who may import whom (DESIGN.md section 4), from the source: one way only, and at the top of the file."""
+
+import ast
+import graphlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.cli import COMMANDS
+from penstock import _PUBLIC
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("engine", "parallel", "scheduler", "scripts", "tests", "penstock")
+FILES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+    for pattern in ("penstock.py", *(f"{part}/**/*.py" for part in ("engine", "parallel", "scheduler", "scripts")))
+    for path in ROOT.glob(pattern)
+}
+
+# The row with the longest matching prefix says what a module may import of ours beside its own package.
+MAY_IMPORT = {
+    "parallel": (),
+    "scheduler": (),
+    "engine.kernels": (),
+    "engine.config": (),
+    "engine.tokenizer": (),
+    "engine.prompts": (),
+    "engine.model": ("parallel", "engine.kernels", "scheduler.step_plan"),
+    "engine.model.inputs": ("engine.model", "scheduler.batching", "scheduler.step_plan"),  # a batch, as data
+    "engine.weights": ("engine.model.spec", "engine.model.layout", "engine.kernels", "parallel", "scheduler.step_plan"),
+    "engine.runtime": (
+        *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
+        *("engine.config", "engine.planning", "engine.step_cost"),
+    ),
+    "engine": ("engine.config", "engine.model", "engine.tokenizer", "engine.planning", "parallel.shard", "scheduler"),
+    "engine.cli": ("engine.config", "engine.version", "parallel.failure"),
+    "engine.llm": (
+        *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
+        *("parallel.launch", "scheduler"),
+    ),
+    "engine.plan_command": ("engine.config", "engine.model", "engine.planning", "engine.step_cost", "scheduler"),
+    "engine.generate_command": (
+        *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.prompts"),
+        *("parallel.launch", "scheduler"),
+    ),
+    "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
+    "penstock": ("engine.version", "parallel.failure"),
+    "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
+}
+NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "engine.server", "penstock")
+# A late import needs a reason: the parent is watched before torch comes in.
+LATE_IMPORTS = {"engine.worker_command": {"engine.runtime.rank", "parallel.launch"}}
+PURE = [
+    *("engine.cli", "engine.config", "engine.planning", "engine.plan_command", "engine.step_cost", "penstock"),
+    *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps")),
+    *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
+    *(name for name in FILES if name.split(".")[0] == "scheduler"),
+]
+THIRD_PARTY = {"engine": {"torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch"}, "scheduler": set()}
+PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "multiprocessing"}
+
+
+def imports_of(tree: ast.AST) -> list[tuple[str, ast.AST]]:
+    """Every imported module with its node; `from package import module` names the module."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(name if name in FILES else node.module, node) for name in inner]
+    return found
+
+
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+IMPORTS = {name: {target for target, _ in imports_of(tree)} for name, tree in TREES.items()}
+OWN = {name: {target for target in targets if target.split(".")[0] in OURS} for name, targets in IMPORTS.items()}
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def row_of(name: str) -> str:
+    return max((row for row in MAY_IMPORT if is_within(name, row)), key=len)
+
+
+def reached(name: str) -> set[str]:
+    """All modules that come in with `name`, of ours (with their packages) and of others."""
+    seen, todo = set(), [name]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += IMPORTS.get(current, ())
+            todo += [current.rpartition(".")[0]] if "." in current else []
+    return seen
+
+
+def test_the_tree_was_found():
+    assert {"penstock", "engine.llm", "engine.runtime.rank", "parallel.launch", "scheduler.batching"} <= set(FILES)
+    assert "torch" in reached("engine.llm") and "engine.model.ops" in reached("engine.llm")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_directions(name):
+    row = row_of(name)
+    package = row if row in FILES and FILES[row].name == "__init__.py" else name
+    package = name if row == "engine" else package
+    for target in OWN[name]:
+        allowed = is_within(target, package) or any(is_within(target, other) for other in MAY_IMPORT[row])
+        assert allowed, f"{name} may not import {target}"
+        assert target in FILES, f"{name} imports {target}, which is not there"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not is_within(name, "scripts")])
+def test_nobody_imports_what_stands_at_the_top(name):
+    for target in OWN[name]:
+        assert not any(is_within(target, top) for top in NOBODY_IMPORTS if not is_within(name, top))
+
+
+def test_no_cycles():
+    list(graphlib.TopologicalSorter(OWN).static_order())  # raises CycleError, which shows the circle
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_stand_at_the_top(name):
+    """Before any other statement; `try` and `if` may choose between imports there."""
+    tree, late, body_began = TREES[name], [], False
+    at_top = set()
+    for node in tree.body:
+        chooses = isinstance(node, (ast.Try, ast.If)) and any(True for _ in imports_of(node))
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or chooses:
+            assert not body_began or chooses, f"{name}, line {node.lineno}: an import after other statements"
+            at_top |= {id(inner) for _, inner in imports_of(node)}
+        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            body_began = True
+    late = {target for target, node in imports_of(tree) if id(node) not in at_top}
+    assert late == LATE_IMPORTS.get(name, set())
+
+
+def test_package_files_are_empty():
+    packages = [path for path in FILES.values() if path.name == "__init__.py"]
+    assert len(packages) >= 6
+    assert [str(path) for path in packages if path.read_text().strip()] == []
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_reach_nothing_heavy(name):
+    others = {module.split(".")[0] for module in reached(name)} - set(OURS) - sys.stdlib_module_names
+    assert others == set()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not is_within(name, "scripts")])
+def test_third_party(name):
+    others = {module.split(".")[0] for module in IMPORTS[name]} - set(OURS) - sys.stdlib_module_names
+    assert others <= THIRD_PARTY.get(name.split(".")[0], set())
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not is_within(name, "scripts")])
+def test_nothing_is_pickled(name):
+    assert not {module.split(".")[0] for module in IMPORTS[name]} & PICKLES
+    attributes = {ast.unparse(node) for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"torch.load", "torch.save", "dist.broadcast_object_list", "dist.all_gather_object"}
+
+
+@pytest.mark.parametrize("target", [*_PUBLIC.values(), *(module for module, _ in COMMANDS.values())])
+def test_names_that_are_imported_late_exist(target):
+    assert importlib.util.find_spec(target) is not None
