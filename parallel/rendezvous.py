@@ -61,7 +61,7 @@ def connect(
 
 
 def _prepare_environment(master_addr: str) -> None:
-    os.environ["NCCL_GRAPH_REGISTER"] = "0"  # FACTS: captured reduces must not register their buffers
+    os.environ["NCCL_GRAPH_REGISTER"] = "0"  # captured reduces must not register their buffers
     if master_addr in ("127.0.0.1", "localhost") and os.path.exists("/sys/class/net/lo"):
         # Else gloo asks the resolver for the host's own name, which a container may not know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

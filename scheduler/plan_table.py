@@ -1,4 +1,4 @@
-"""Draws a StepPlan as the step table of DESIGN section 2: the table is the plan. PURE.
+"""Draws a StepPlan as a step table: the table is the plan. PURE.
 
 One row for each compute instruction, a column for each activation with its letters (+ create, o keep, r read,
 w write, x destroy), the weights it reads, and beside it what the copy lane is given at that point.

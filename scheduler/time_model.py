@@ -39,7 +39,7 @@ class Rates:
     memory_bytes: int | None = None
 
 
-# link_gb_s by the number of ranks that copy at once (FACTS section 1): their links share the host.
+# link_gb_s by the number of ranks that copy at once (measured on H200s): their links share the host.
 PROFILES: dict[str, dict[str, Any]] = {
     "h200": {
         "link_gb_s": [55.1, 53.1, 48.1, 40.4],

@@ -88,9 +88,10 @@ def describe(llm: LLM, args: argparse.Namespace) -> dict:
     """Hardware, versions, workload and rates, as every record in benchmarks/ has them."""
     device, counters = llm.rank.topology.device, llm.rank.worker.executor.counters
     cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {
         "benchmark": "streaming",
-        "hardware": f"{llm.rank.topology.tp_size} x {torch.cuda.get_device_name(device) if cuda else platform.machine()}",
+        "hardware": f"{llm.rank.topology.tp_size} x {name}",
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
         "commit": os.environ.get("PENSTOCK_COMMIT", "unknown"),
         "model": Path(args.model).stem,
@@ -114,8 +115,8 @@ def describe(llm: LLM, args: argparse.Namespace) -> dict:
 
 
 def print_table(report: dict) -> None:
-    gigabytes = report["streamed_bytes_per_pass_and_rank"] / 1e9
-    print(f"{report['model']} on {report['hardware']}, {gigabytes:.3f} GB a pass and rank, link {report['link_gb_s']:.2f} GB/s")
+    moved = f"{report['streamed_bytes_per_pass_and_rank'] / 1e9:.3f} GB a pass and rank"
+    print(f"{report['model']} on {report['hardware']}, {moved}, link {report['link_gb_s']:.2f} GB/s")
     print(f"{'batch':>6} {'pass ms':>9} {'W/link ms':>10} {'fraction':>9} {'predicted ms':>13} {'tokens/s':>9}")
     for row in report["passes"]:
         print(

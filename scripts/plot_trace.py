@@ -1,6 +1,7 @@
 """Draws one pass of a trace as a picture: the two lanes of a rank as measured, and below as predicted.
 
-    penstock generate --trace trace.json ... && python scripts/plot_trace.py trace.json --pass-index 3 --output lanes.png
+    penstock generate --trace trace.json ...
+    python scripts/plot_trace.py trace.json --pass-index 3 --output lanes.png
 
 Grey on the compute lane is waiting for a copy. Needs matplotlib (pip install penstock[plot]).
 """

@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md section 4), from the source: one way only, and at the top of the file."""
+"""Who may import whom (docs/architecture.md), from the source: one way only, and at the top of the file."""
 
 import ast
 import graphlib
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "engine.tokenizer": (),
     "engine.prompts": (),
     "engine.model": ("parallel", "engine.kernels", "scheduler.step_plan"),
-    "engine.model.inputs": ("engine.model", "scheduler.batching", "scheduler.step_plan"),  # a batch, as data
+    "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.step_plan"),  # a batch, as data
     "engine.weights": ("engine.model.spec", "engine.model.layout", "engine.kernels", "parallel", "scheduler.step_plan"),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),

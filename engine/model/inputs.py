@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scheduler.batching import ON_DEVICE, Batch
+from scheduler.batch import ON_DEVICE, Batch
 
 
 @dataclass(frozen=True)

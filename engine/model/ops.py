@@ -20,6 +20,7 @@ from engine.model.rope import rotate_
 from engine.model.spec import ModelSpec
 from parallel.collectives import Collectives
 
+
 def gelu_new(x: Tensor) -> Tensor:
     """transformers' gelu_new; it rounds differently from torch's tanh approximation."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))

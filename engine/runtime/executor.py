@@ -16,7 +16,7 @@ from engine.runtime.arena import ActivationArena
 from engine.runtime.lanes import Lanes
 from engine.runtime.sampler import PendingSample, SampleOutput
 from engine.runtime.trace import Tracer
-from scheduler.batching import Batch
+from scheduler.batch import Batch
 from scheduler.step_plan import Compute, GroupId, Instruction, Prefetch, Release, StepPlan
 
 Weights = Mapping[str, Tensor]

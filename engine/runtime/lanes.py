@@ -47,35 +47,39 @@ class CudaLanes:
                 event.record(stream)
 
 
+# How many compute instructions may pass by a copy that could run. At random this is drawn anew for each copy: with an
+# even chance at every instruction the few copies would nearly always be far ahead, and a missing wait would not show.
+_DELAYS = {"earliest": (0,), "latest": (2**31,), "random": (0, 1, 4, 16, 64)}
+
+
 class InterleavedLanes:
     """Runs the lanes in one thread, in an order that the events allow: copies as early as they can, as late as they
     must, or at random (seeded). Sequential execution would never show a missing wait; this does."""
 
     def __init__(self, order: str, seed: int, tracer: Tracer):
-        self.order, self.tracer = order, tracer
+        self.delays, self.tracer = _DELAYS[order], tracer
         self.random = random.Random(seed)
+        self.delay = self.random.choice(self.delays)  # left for the next copy
 
     def run(self, instructions: tuple[Instruction, ...], do: Do) -> None:
         lanes = {lane: deque(i for i in instructions if i.lane == lane) for lane in (COMPUTE, COPY)}
         done: set[Event] = set()
 
-        def left(lane: str) -> int:
-            may_run = bool(lanes[lane]) and done.issuperset(lanes[lane][0].waits)
-            return len(lanes[lane]) if may_run else 0
+        def ready(lane: str) -> bool:
+            return bool(lanes[lane]) and done.issuperset(lanes[lane][0].waits)
 
         while lanes[COMPUTE] or lanes[COPY]:
-            instruction = lanes[self._choose(left(COMPUTE), left(COPY))].popleft()
+            instruction = lanes[self._choose(ready(COMPUTE), ready(COPY))].popleft()
             with self.tracer.span(instruction) as span:
                 span.waited()
                 do(instruction)
             if instruction.records is not None:
                 done.add(instruction.records)
 
-    def _choose(self, compute: int, copy: int) -> str:
-        """By the instructions left in each lane that may go on. At random, all orders are equally likely: with even
-        chances the few copies would nearly always be far ahead."""
+    def _choose(self, compute: bool, copy: bool) -> str:
         assert compute or copy, "the plan deadlocks"
-        if compute and copy:
-            first = {"earliest": COPY, "latest": COMPUTE}.get(self.order)
-            return first or self.random.choices((COMPUTE, COPY), (compute, copy))[0]
-        return COMPUTE if compute else COPY
+        if copy and (self.delay == 0 or not compute):
+            self.delay = self.random.choice(self.delays)
+            return COPY
+        self.delay -= copy
+        return COMPUTE

@@ -30,7 +30,7 @@ from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, resolve_topology
-from scheduler.batching import Batch, BatchRow
+from scheduler.batch import Batch, BatchRow
 from scheduler.pages import RESERVED_PAGE
 from scheduler.time_model import PassShape, PassWork, Rates, predict_pass
 

@@ -60,7 +60,15 @@ class Worker:
         )
         embed_on_host = not self.plan.residency.embed_resident
         with bar:
-            return load_weights(source, layout, streamed, embed_on_host, self.device, progress=bar.update, ranks_on_host=topology.tp_size)
+            return load_weights(
+                source,
+                layout,
+                streamed,
+                embed_on_host,
+                self.device,
+                progress=bar.update,
+                ranks_on_host=topology.tp_size,
+            )
 
     def _executor(
         self, config: EngineConfig, layout: ModelLayout, topology: Topology, collectives: Collectives

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from oracle.checkpoints import VARIANTS
+from oracle.variants import VARIANTS
 
 TP_SIZES = (1, 2, 4)
 RESIDENCIES = ("all", "none", 0.5)
@@ -57,12 +56,13 @@ def prompts() -> list[list[int]]:
 
 
 def fp32_cases() -> list[Case]:
-    """Every variant once at each tp_size, in turn with one of the residencies; two variants with all of them."""
+    """On one rank every variant with each residency; on more, the residencies take turns, but two variants meet all."""
     whole = ("llama_gqa", "neox_parallel")
-    cases = [Case(v, n, r) for v in whole for n in TP_SIZES for r in RESIDENCIES]
-    for n in TP_SIZES:
-        for turn, variant in enumerate(name for name in VARIANTS if name not in whole):
-            cases.append(Case(variant, n, RESIDENCIES[(turn + n // 2) % len(RESIDENCIES)]))
+    cases = [Case(variant, 1, resident) for variant in VARIANTS for resident in RESIDENCIES]
+    for n in TP_SIZES[1:]:
+        for turn, variant in enumerate(VARIANTS):
+            turns = RESIDENCIES if variant in whole else [RESIDENCIES[(turn + n // 2) % len(RESIDENCIES)]]
+            cases += [Case(variant, n, resident) for resident in turns]
     return cases
 
 

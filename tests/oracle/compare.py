@@ -7,10 +7,9 @@ token is the reference's best, greedy generation by the reference gives the same
 from dataclasses import dataclass
 
 import torch
+from oracle.cases import prompts
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from oracle.cases import prompts
 
 
 @torch.no_grad()
@@ -27,6 +26,13 @@ def relative_difference(logits: Tensor, reference: Tensor) -> Tensor:
     """max|difference| / max|logit| at each position: (...,) for (..., vocab)."""
     difference = (logits.float() - reference).abs().amax(-1)
     return difference / reference.abs().amax(-1)
+
+
+def shared_prefix(tokens: Tensor, others: Tensor) -> Tensor:
+    """(prompts, n) bool: where all earlier tokens are the same."""
+    same = (tokens == others).cumprod(dim=-1).roll(1, dims=-1).bool()
+    same[:, 0] = True
+    return same
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from oracle.cases import MAX_TOKENS, Case, fp32_cases, half_cases, prompts
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.llm import LLM
-from oracle.cases import MAX_TOKENS, Case, fp32_cases, half_cases, prompts
 from scheduler.request import SamplingParams
 
 _LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -64,7 +64,7 @@ def launch_cases(cases: Iterable[Case], folder: Path) -> subprocess.CompletedPro
     command = [*_LAUNCH, str(tp_size), "-m", __name__, str(folder), *(case.id for case in cases)]
     tests = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=540)
 
 
 def main() -> None:

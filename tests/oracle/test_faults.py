@@ -4,6 +4,7 @@ A fault must move the logits by a hundred times the tolerance, or be refused as 
 passes. What each fault does is said in faults.py.
 """
 
+import math
 import random
 
 import pytest
@@ -32,14 +33,14 @@ VARIANTS = ("llama_gqa", "qwen3", "neox_parallel")
 PROMPT = random.Random(5).choices(range(128), k=40)
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 OPTIONS = {"device": "cpu", "dtype": "float32", "resident": "none", "max_num_batched_tokens": 24, "max_num_seqs": 4}
-ATTN, FFN = GroupId(1, "attn"), GroupId(1, "ffn")
+ATTN, FFN, HEAD = GroupId(1, "attn"), GroupId(1, "ffn"), GroupId(3, "head")
 FAULTS: dict[str, Fault] = {
     "stale attn": stale_layer(ATTN, GroupId(0, "attn")),
     "stale ffn": stale_layer(FFN, GroupId(2, "ffn")),
     "attn not copied": skipped_prefetch(ATTN),
     "ffn not copied": skipped_prefetch(FFN),
     "next pass not copied": skipped_prefetch(GroupId(0, "attn")),
-    "head not copied": skipped_prefetch(GroupId(3, "head")),
+    "head not copied": skipped_prefetch(HEAD),
     "half of o lost": half_lost(1, "o"),
     "half of down lost": half_lost(1, "down"),
     "KV heads rolled": kv_heads_rolled(1),
@@ -79,8 +80,13 @@ def logits_of(llm: LLM) -> tuple[torch.Tensor, list[int]]:
 
 @torch.inference_mode()
 def error_of(llm: LLM, reference) -> float:
-    """max|difference| / max|logit| against transformers over the sequence that the engine itself made."""
-    ours, tokens = logits_of(llm)
+    """max|difference| / max|logit| against transformers over the sequence that the engine itself made; inf where the
+    engine refuses its own logits as NaN."""
+    try:
+        ours, tokens = logits_of(llm)
+    except RuntimeError as error:
+        assert "the logits are NaN" in str(error)
+        return math.inf
     theirs = reference(torch.tensor([PROMPT + tokens[:-1]])).logits[0, -len(ours) :]
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
@@ -109,29 +115,46 @@ def test_a_rotation_of_everything_is_no_fault(models):
     assert run(models("llama_gqa"), rope_shifted("all")) < TOLERANCE
 
 
+@pytest.fixture(scope="module")
+def smallest_ring(models):
+    """Bytes of a ring with room for one group, so that every slot is another group's a moment later."""
+
+    def ring_bytes(variant: str) -> int:
+        with LLM(models(variant)[0], **OPTIONS) as llm:
+            return minimum_ring_bytes(llm.rank.plan.residency.streamed)
+
+    return ring_bytes
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("group", [ATTN, FFN, GroupId(3, "head")], ids=str)
+@pytest.mark.parametrize("group", [ATTN, FFN, HEAD], ids=str)
 @pytest.mark.parametrize("lanes", ["latest", "random"])
-def test_slot_read_early(models, variant, group, lanes):
-    """Seen by its stale bytes, and without doubt where freed slots are poisoned. Copies that happen to be early hide
-    it: that is what the orders of the lanes are for."""
-    assert run(models(variant), lanes=lanes, poison=True) < TOLERANCE
-    assert run(models(variant), early_read(group), lanes=lanes) > LOUD
-    with pytest.raises(RuntimeError, match="NaN"):
-        run(models(variant), early_read(group), lanes=lanes, poison=True)
-    assert run(models(variant), early_read(group), lanes="earliest", poison=True) < TOLERANCE
+def test_slot_read_early(models, smallest_ring, variant, group, lanes):
+    """Seen by its stale bytes, and beyond doubt where freed slots are poisoned. Copies that are always early hide it:
+    the other orders of the lanes are there to show it."""
+    options = {"ring": smallest_ring(variant), "lanes": lanes}
+    assert run(models(variant), **options, poison=True) < TOLERANCE
+    assert run(models(variant), early_read(group), **options) > LOUD
+    assert run(models(variant), early_read(group), **options, poison=True) == math.inf
+    assert run(models(variant), early_read(group), **options | {"lanes": "earliest"}, poison=True) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group", [ATTN, FFN, GroupId(2, "ffn")], ids=str)
+@pytest.mark.parametrize("lanes", ["latest", "random"])
+def test_slot_read_early_in_the_usual_ring(models, variant, group, lanes):
+    """One order at random may be harmless, a few of them are not."""
+    errors = (run(models(variant), early_read(group), lanes=lanes, poison=True, seed=seed) for seed in range(4))
+    assert math.inf in errors
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("lanes", ["earliest", "random"])
-def test_slot_written_early(models, variant, lanes):
-    """In a ring with room for one group, the next one is copied over what is being read."""
-    directory, _ = models(variant)
-    with LLM(directory, **OPTIONS) as llm:
-        ring = minimum_ring_bytes(llm.rank.plan.residency.streamed)
-    assert run(models(variant), lanes=lanes, ring=ring, poison=True) < TOLERANCE
-    assert run(models(variant), early_write(FFN), lanes=lanes, ring=ring) > LOUD
-    assert run(models(variant), early_write(FFN), lanes="latest", ring=ring) < TOLERANCE
+def test_slot_written_early(models, smallest_ring, variant, lanes):
+    """The next group is copied over the one that is being read."""
+    options = {"ring": smallest_ring(variant), "lanes": lanes}
+    assert run(models(variant), early_write(FFN), **options) > LOUD
+    assert run(models(variant), early_write(FFN), **options | {"lanes": "latest"}) < TOLERANCE
 
 
 @pytest.fixture(scope="module")

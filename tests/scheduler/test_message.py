@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.batching import ON_DEVICE, Batch, BatchRow
+from scheduler.batch import ON_DEVICE, Batch, BatchRow
 from scheduler.request import RowSampling
 
 INT32 = st.integers(-(2**31), 2**31 - 1)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.batching import Batch, Scheduler
+from scheduler.batch import Batch
+from scheduler.batching import Scheduler
 from scheduler.pages import RESERVED_PAGE
 from scheduler.request import FinishReason, Request, RequestState, SamplingParams
 

@@ -2,22 +2,35 @@
 
 import random
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from oracle.checkpoints import VARIANTS, write_checkpoint
+from oracle.faults import (
+    Fault,
+    around_step,
+    half_lost,
+    kv_heads_rolled,
+    rope_shifted,
+    skipped_prefetch,
+    stale_layer,
+)
+
+from engine.llm import LLM
+from engine.model.ops import StepContext
+from engine.model.steps import model_steps
+from engine.runtime.arena import ActivationArena
+from scheduler.plan_build import make_plan
+from scheduler.step_plan import GroupId
 from scripts import check_numerics
 from scripts.check_numerics import Row, compare, first_fault
 
-from engine.llm import LLM
-from engine.model.steps import model_steps
-from engine.runtime.arena import ActivationArena
-from faults import ...
-from scheduler.plan_build import make_plan
-
 NUM_LAYERS = 3  # of every variant
 TOKENS = random.Random(3).choices(range(128), k=40)
-RUN = {"max_tokens": 4, "resident": "none", "lanes": "random", "poison": True, "max_num_batched_tokens": 24}
+RUN = {"max_tokens": 4, "device": "cpu", "resident": "none", "lanes": "random", "max_num_batched_tokens": 24}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +62,7 @@ def test_nothing_differs(checkpoint, variant):
     assert 0 < max(row.drift for row in rows) < 1e-5  # zero everywhere: nothing of ours would have been compared
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("variant", ["llama_gqa", "qwen3", "neox_parallel", "neox_serial"])
 def test_nothing_differs_in_half_precision(checkpoint, variant, dtype):
     assert first_fault(compare(checkpoint(variant), TOKENS, dtype, **RUN)) is None
@@ -60,44 +73,95 @@ def other_residual(llm: LLM) -> None:
     executor, spec = llm.rank.worker.executor, llm.rank.plan.spec
     spec = replace(spec, parallel_residual=not spec.parallel_residual)
     executor.plan = make_plan(model_steps(spec), executor.plan.ring)
-    dtype = executor.arena.dtype
-    executor.arena = ActivationArena(executor.plan, spec, dtype, 1, len(TOKENS), len(TOKENS), torch.device("cpu"))
+    dtype, device = executor.arena.dtype, executor.arena.data.device
+    executor.arena = ActivationArena(executor.plan, spec, dtype, 1, len(TOKENS), len(TOKENS), device)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_names_serial_residual(checkpoint, dtype):
     rows = compare(checkpoint("neox_parallel"), TOKENS, dtype, **RUN, mutate=other_residual)
     assert named(rows) == (0, "attn_residual") and "no such step" in first_fault(rows).fault
-    assert [row.fault is not None for row in rows[:6]] == [False] * 5 + [False]
-    assert {row.layer_idx for row in rows if row.fault and row.step == "ffn_norm"} == {0, 1, 2}
+    norms = [row for row in rows if row.step == "ffn_norm"]
+    assert len(norms) == NUM_LAYERS and all("differs" in row.fault for row in norms)
+    assert dtype != "float32" or rows[-1].drift > 1e-3
 
 
 def test_names_parallel_residual(checkpoint):
     rows = compare(checkpoint("neox_serial"), TOKENS, **RUN, mutate=other_residual)
     assert named(rows) == (0, "ffn_norm")
-    assert {(row.layer_idx, row.step) for row in rows if row.fault and "our plan has no" in row.fault} == {
-        (layer_idx, "attn_residual") for layer_idx in range(NUM_LAYERS)
-    }
+    absent = [(row.layer_idx, row.step) for row in rows if row.fault and "our plan has no" in row.fault]
+    assert absent == [(layer_idx, "attn_residual") for layer_idx in range(NUM_LAYERS)]
 
 
-def other_order(layer_idx: int) -> Mutate:
+def other_order(layer_idx: int) -> Fault:
     """`mlp + (attn + x)` in one layer, where transformers has `(mlp + attn) + x`."""
 
-    def step(instruction, ctx, do) -> None:
-        if (instruction.layer_idx, instruction.step) == (layer_idx, "parallel_add"):
-            ctx.act["x"].add_(ctx.act["y"])
-        else:
-            do(instruction)
+    def add_to_x(ctx: StepContext, do: Callable[[], None]) -> None:
+        ctx.act["x"].add_(ctx.act["y"])
 
-    return around_steps(step)
+    return around_step("parallel_add", layer_idx, add_to_x)
 
 
 @pytest.mark.parametrize("layer_idx", range(NUM_LAYERS))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_names_another_order_of_additions(checkpoint, dtype, layer_idx):
+    """No tolerance would see it in one layer: the bits do."""
     rows = compare(checkpoint("neox_parallel"), TOKENS, dtype, **RUN, mutate=other_order(layer_idx))
-    faults = [row for row in rows if row.fault]
-    assert [(row.layer_idx, row.step) for row in faults] == [(layer_idx, "ffn_residual")]
-    assert "order of additions" in faults[0].fault
-    tolerance = check_numerics.TOLERANCES[dtype]
-    assert 0 < faults[0].step_error < tolerance, "large enough to be seen without looking at bits"
+    fault = first_fault(rows)
+    assert named(rows) == (layer_idx, "ffn_residual") and "order of additions" in fault.fault
+    assert [row for row in rows if row.fault] == [fault]
+    assert 0 < fault.step_error < check_numerics.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("variant", ["mistral_window", "neox_parallel"])
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (stale_layer(GroupId(1, "attn"), GroupId(0, "attn")), (1, "attn_norm")),
+        (skipped_prefetch(GroupId(2, "ffn")), (2, "ffn_norm")),
+        (half_lost(2, "o"), (2, "attn_output")),
+        (half_lost(0, "down"), (0, "ffn_down")),
+        (kv_heads_rolled(1), (1, "attn_qkv")),
+        (rope_shifted("q", 1), (1, "rope")),
+        (rope_shifted("later"), (0, "rope")),
+        (rope_shifted("all"), (0, "rope")),  # which no logit shows
+        (around_step("attention", 2, lambda ctx, do: (ctx.kv.data[2, 1].neg_(), do())), (2, "attention")),
+        (around_step("activation", 1, lambda ctx, do: None), (1, "activation")),
+    ],
+    ids=lambda value: f"{value[0]}.{value[1]}" if isinstance(value, tuple) else "",
+)
+def test_names_the_step(checkpoint, variant, fault, expected):
+    assert named(compare(checkpoint(variant), TOKENS, **RUN, mutate=fault)) == expected
+
+
+def test_command(checkpoint, monkeypatch, capsys):
+    command = ["check_numerics.py", "--model", checkpoint("llama_gqa"), "--token-ids", *map(str, TOKENS)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert check_numerics.main() == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["layer", "step", "drift", "step", "bits"]
+    assert [line.split()[1] for line in table[2:5]] == ["embedding", "attn_norm", "attn_qkv"]
+    assert table[-1] == "first layer and step that differ: none"
+    monkeypatch.setattr(sys, "argv", [*command, "--tolerance", "1e-12"])
+    assert check_numerics.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("first layer and step that differ: layer 0, attn_qkv: ")
+
+
+def test_command_with_text(monkeypatch, capsys):
+    """The demo model has a tokenizer, and bf16 weights that the engine converts."""
+    command = ["check_numerics.py", "--prompt", "Return the", "--dtype", "float32", "--resident", "0.5"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert check_numerics.main() == 0
+
+
+def test_command_refuses_text_without_tokenizer(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_numerics.py", "--model", checkpoint("llama_gqa")])
+    with pytest.raises(SystemExit):
+        check_numerics.main()
+    assert "no tokenizer.json: give --token-ids" in capsys.readouterr().err
+
+
+def test_nan_differs():
+    nan, ones = torch.full((2, 2), torch.nan), torch.ones(2, 2)
+    assert not check_numerics.relative_error(nan, ones) <= 1e9
+    assert not check_numerics.relative_error(ones, nan) <= 1e9

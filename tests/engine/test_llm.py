@@ -1,0 +1,275 @@
+"""LLM in Python, as vLLM's users know it, on one rank: prompts, parameters, outputs, stops, seeds, errors, closing."""
+
+import itertools
+import math
+import os
+import shutil
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+from llm_runs import LONG, OPTIONS, REQUESTS, run_requests
+
+from engine.planning import find_model
+from penstock import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("demo", **OPTIONS) as llm:
+        yield llm
+
+
+def tokens_of(outputs) -> list[list[int]]:
+    return [list(sequence.token_ids) for output in outputs for sequence in output.outputs]
+
+
+def test_one_string(llm):
+    (output,) = llm.generate("Return the", GREEDY)
+    assert output.prompt == "Return the" and output.finished
+    assert output.prompt_token_ids == llm.tokenizer.encode("Return the")
+    (sequence,) = output.outputs
+    assert sequence.index == 0 and sequence.finish_reason == "length" and sequence.stop_reason is None
+    assert len(sequence.token_ids) == 16  # vLLM's default
+    whole = llm.tokenizer.decode(output.prompt_token_ids + sequence.token_ids)
+    assert "Return the" + sequence.text == whole and len(sequence.text) > 16
+    assert sequence.logprobs is None and sequence.cumulative_logprob is None
+
+
+def test_token_ids_and_strings_mean_the_same(llm):
+    ids = llm.tokenizer.encode("Return the")
+    (text,) = llm.generate("Return the", GREEDY)
+    assert tokens_of(llm.generate(ids, GREEDY)) == tokens_of([text])
+    mixed = llm.generate([ids, "Return the", tuple(ids)], GREEDY)
+    assert tokens_of(mixed) == 3 * tokens_of([text])
+    assert [output.prompt for output in mixed] == [None, "Return the", None]
+    assert [output.prompt_token_ids for output in mixed] == [ids] * 3
+    assert mixed[0].outputs[0].text == text.outputs[0].text
+
+
+def test_no_prompts(llm):
+    assert llm.generate([]) == llm.generate([], []) == []
+
+
+def test_default_parameters_sample_16_tokens(llm):
+    first, second = llm.generate("Return the"), llm.generate("Return the")
+    assert [len(tokens) for tokens in tokens_of(first + second)] == [16, 16]
+    assert tokens_of(first) != tokens_of(second)  # a request's noise is its own
+
+
+def test_outputs_come_in_the_order_of_prompts(llm):
+    """Seven prompts on four rows end out of order; each has its own parameters."""
+    ended = []
+    outputs = llm.generate(
+        [prompt for prompt, _ in REQUESTS],
+        [SamplingParams(**own, ignore_eos=True) for _, own in REQUESTS],
+        on_text=lambda prompt, index, text: ended.append(prompt) if text is None else None,
+    )
+    assert ended != sorted(ended) and len(ended) == 8
+    assert [output.request_id for output in outputs] == [str(place) for place in range(len(REQUESTS))]
+    for output, (prompt, own) in zip(outputs, REQUESTS):
+        assert prompt in (output.prompt, output.prompt_token_ids)
+        assert len(output.outputs) == own.get("n", 1)
+        assert {len(sequence.token_ids) for sequence in output.outputs} == {own.get("max_tokens", 16)}
+        assert all((sequence.logprobs is not None) == ("logprobs" in own) for sequence in output.outputs)
+
+
+def test_n_sequences_have_consecutive_seeds(llm):
+    (output,) = llm.generate("Return the", SamplingParams(n=3, seed=5))
+    assert [sequence.index for sequence in output.outputs] == [0, 1, 2]
+    alone = [llm.generate("Return the", SamplingParams(seed=seed)) for seed in (5, 6, 7)]
+    assert tokens_of([output]) == [tokens_of(one)[0] for one in alone]
+    assert len(set(map(tuple, tokens_of([output])))) == 3
+
+
+def test_text_is_given_out_as_it_grows(llm):
+    pieces = []
+    outputs = llm.generate(
+        [LONG, "Return the"], SamplingParams(temperature=0, n=2), on_text=lambda *one: pieces.append(one)
+    )
+    for place, output in enumerate(outputs):
+        for sequence in output.outputs:
+            own = [text for prompt, index, text in pieces if (prompt, index) == (place, sequence.index)]
+            assert own[-1] is None and own.count(None) == 1 and len(own) > 5
+            assert "".join(own[:-1]) == sequence.text
+
+
+def test_stop_string_across_the_borders_of_tokens(llm):
+    (plain,) = llm.generate("Return the", SamplingParams(temperature=0, max_tokens=40))
+    ids, text = plain.outputs[0].token_ids, plain.outputs[0].text
+    ends = [len(llm.tokenizer.decode(plain.prompt_token_ids + ids[:i])) - len("Return the") for i in range(1, 41)]
+    crossing = [
+        (text[end - 2 : end + 2], place)
+        for place, end in enumerate(ends[:-1])
+        if text.find(text[end - 2 : end + 2]) == end - 2 > 8
+    ]
+    assert len(crossing) > 3
+    for stop, place in crossing[:4]:
+        given = []
+        params = SamplingParams(temperature=0, max_tokens=40, stop=["never there", stop])
+        (output,) = llm.generate("Return the", params, on_text=lambda _, index, piece, given=given: given.append(piece))
+        (sequence,) = output.outputs
+        assert (sequence.finish_reason, sequence.stop_reason) == ("stop", stop)
+        assert sequence.text == text[: text.index(stop)] == "".join(given[:-1])  # what was shown is never taken back
+        completed_by = next(i for i, end in enumerate(ends) if end >= text.index(stop) + len(stop))
+        assert completed_by > place and sequence.token_ids == ids[: completed_by + 1]
+
+
+def test_a_stop_string_wins_over_the_length_reached_with_it(llm):
+    (plain,) = llm.generate("Return the", GREEDY)
+    stop = plain.outputs[0].text[-3:]
+    if stop in plain.outputs[0].text[:-1]:
+        stop = plain.outputs[0].text[-8:]
+    (output,) = llm.generate("Return the", SamplingParams(temperature=0, stop=stop))
+    assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+    assert output.outputs[0].text == plain.outputs[0].text.removesuffix(stop)
+
+
+def test_stop_token_ids(llm):
+    (plain,) = llm.generate("Return the", GREEDY)
+    ids = plain.outputs[0].token_ids
+    token = next(token for place, token in enumerate(ids) if place > 3 and token not in ids[:place])
+    (output,) = llm.generate("Return the", SamplingParams(temperature=0, stop_token_ids=[2047, token]))
+    (sequence,) = output.outputs
+    assert (sequence.finish_reason, sequence.stop_reason) == ("stop", token)
+    assert sequence.token_ids == ids[: ids.index(token) + 1]  # the token stays, its text does not
+    assert "Return the" + sequence.text == llm.tokenizer.decode(output.prompt_token_ids + sequence.token_ids[:-1])
+
+
+def test_end_of_sequence_and_ignore_eos(llm, tmp_path):
+    """The demo model with another end-of-sequence: the fifth new token of a greedy answer."""
+    (plain,) = llm.generate("Return the", GREEDY)
+    ids = plain.outputs[0].token_ids
+    eos = next(token for place, token in enumerate(ids) if place > 3 and token not in ids[:place])
+    model = copy_of_demo(tmp_path / "model")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"eos_token_id": 1', f'"eos_token_id": [{eos}]'))
+    with LLM(model, **OPTIONS) as other:  # a Path is as good as a string
+        ended, going_on = (
+            other.generate("Return the", [SamplingParams(temperature=0)]),
+            other.generate("Return the", SamplingParams(temperature=0, ignore_eos=True)),
+        )
+    assert tokens_of(ended) == [ids[: ids.index(eos) + 1]]
+    assert (ended[0].outputs[0].finish_reason, ended[0].outputs[0].stop_reason) == ("stop", None)
+    assert tokens_of(going_on) == [ids] and going_on[0].outputs[0].finish_reason == "length"
+
+
+def copy_of_demo(directory: Path) -> Path:
+    return Path(shutil.copytree(find_model("demo"), directory))
+
+
+def test_max_tokens_and_the_longest_sequence(llm):
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 7, 1000, None)]
+    outputs = llm.generate(["Return the"] * 4, params)
+    room = OPTIONS["max_model_len"] - len(outputs[0].prompt_token_ids)
+    assert [len(tokens) for tokens in tokens_of(outputs)] == [1, 7, room, room]
+    assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
+    longest = [0] * (OPTIONS["max_model_len"] - 1)
+    assert len(tokens_of(llm.generate([longest], params[3]))[0]) == 1
+
+
+def test_logprobs(llm):
+    (output,) = llm.generate("Return the", SamplingParams(seed=3, temperature=1.5, logprobs=3, max_tokens=30))
+    (sequence,) = output.outputs
+    assert len(sequence.logprobs) == len(sequence.token_ids) == 30
+    for token, place in zip(sequence.token_ids, sequence.logprobs):
+        assert token in place and len(place) in (3, 4)
+        ranked = sorted(place.values(), key=lambda one: one.rank)
+        assert [one.rank for one in ranked[:3]] == [1, 2, 3]
+        values = [one.logprob for one in ranked]
+        assert values == sorted(values, reverse=True) and all(value < 0 for value in values)
+        assert place[token].rank <= 3 or len(place) == 4
+        assert place[token].decoded_token == llm.tokenizer.decode([token])
+    chosen = [place[token].logprob for token, place in zip(sequence.token_ids, sequence.logprobs)]
+    assert sequence.cumulative_logprob == pytest.approx(sum(chosen))
+    assert len({len(place) for place in sequence.logprobs}) == 2  # at 1.5 some tokens are outside the first three
+
+
+def test_logprobs_of_the_sampled_token_only_and_of_all_that_count(llm):
+    none, most = llm.generate(["Return the"] * 2, [SamplingParams(temperature=0, logprobs=n) for n in (0, 20)])
+    for token, place, many in zip(none.outputs[0].token_ids, none.outputs[0].logprobs, most.outputs[0].logprobs):
+        assert list(place) == [token] and place[token] == many[token] and place[token].rank == 1
+        assert len(many) == 20 and 0.2 < sum(math.exp(one.logprob) for one in many.values()) <= 1
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(llm):
+    """Alone, in other rows, among other requests, whole or in chunks: fp32, so that no near-tie flips."""
+    params = SamplingParams(seed=21, max_tokens=12)
+    alone = tokens_of(llm.generate([LONG], params))
+    others = ["def", [5, 6, 7], LONG, "Raise an error if"]
+    for place in range(5):
+        batch = [*others[:place], LONG, *others[place:]]
+        outputs = llm.generate(batch, [params if i == place else SamplingParams() for i in range(5)])
+        assert [outputs[place].outputs[0].token_ids] == alone
+    assert tokens_of(llm.generate([LONG], SamplingParams(seed=22, max_tokens=12))) != alone
+
+
+def test_calls_do_not_disturb_each_other(llm):
+    before = tokens_of(llm.generate(["Return the", LONG], GREEDY))
+    llm.generate(
+        [LONG] * 4, SamplingParams(repetition_penalty=2.0, presence_penalty=2.0, frequency_penalty=2.0, logprobs=5)
+    )
+    assert tokens_of(llm.generate(["Return the", LONG], GREEDY)) == before
+    llm.scheduler.check_integrity()
+    assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_usable
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["on_text", "pass"])
+def test_an_interruption_leaves_the_engine_usable(llm, monkeypatch, error, where):
+    expected = tokens_of(llm.generate([LONG, "Return the"], GREEDY))
+    calls = itertools.count()
+
+    def interrupt_late(*_) -> None:
+        if next(calls) == 7:
+            raise error
+
+    executor = llm.rank.worker.executor
+    do = executor.do
+    if where == "pass":
+        monkeypatch.setattr(executor, "do", lambda instruction: (interrupt_late(), do(instruction)))
+    with pytest.raises(error):
+        llm.generate([LONG] * 6, GREEDY, on_text=interrupt_late if where == "on_text" else None)
+    monkeypatch.undo()
+    assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
+    assert tokens_of(llm.generate([LONG, "Return the"], GREEDY)) == expected
+
+
+def test_one_engine_after_another_repeats_itself():
+    """The engine's own seed decides for requests without one; another seed gives other tokens."""
+    runs = []
+    for seed in (0, 0, 1):
+        with LLM("demo", **OPTIONS, seed=seed) as one:
+            runs.append([*run_requests(one), *tokens_of(one.generate("Test"))])
+    assert runs[0] == runs[1] != runs[2]
+    assert runs[0][-1] != runs[0][len(REQUESTS) - 1]["outputs"][0]["token_ids"]  # the same prompt, a later request
+
+
+def test_leaving_frees_everything():
+    with LLM("demo", **OPTIONS):
+        pass  # what the process keeps from a first engine (thread pools of torch) does not count
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    with LLM("demo", **OPTIONS) as llm:
+        llm.generate("Return the", GREEDY)
+        held = [
+            weakref.ref(llm.rank.worker),
+            weakref.ref(llm.rank.worker.executor),
+            weakref.ref(llm.rank.worker.executor.ring),
+        ]
+        arena = [weakref.ref(span) for span in llm.rank.worker.weights.host_spans.values()]
+        assert arena
+    assert [ref() for ref in held + arena] == [None] * len(held + arena)
+    assert len(os.listdir("/proc/self/fd")) == files and threading.active_count() == threads
+
+
+def test_a_closed_engine_says_so():
+    llm = LLM("demo", **OPTIONS)
+    llm.close()
+    llm.close()
+    for use in (lambda: llm.generate("Return the"), lambda: llm.check("Return the"), llm.measure, llm.__enter__):
+        with pytest.raises(RuntimeError, match="this LLM is closed"):
+            use()

@@ -1,0 +1,64 @@
+"""The same requests for one rank, for self-launched ranks and, run as a script, for the ranks of torchrun.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/llm_runs.py FOLDER
+
+Each rank writes FOLDER/rankN.json; the lists in it are equal to what `run_requests` gives on one rank.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from penstock import LLM, SamplingParams
+
+OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,  # less than the long prompt: it comes in chunks
+    "resident": 0.5,
+    "page_size": 4,
+}
+LONG = "Return a new list of all the values that are in the table, and the number of times that each was found."
+REQUESTS: list[tuple[str | list[int], dict[str, Any]]] = [
+    ("Return the", {"temperature": 0, "logprobs": 2}),
+    ([0, 376, 268], {"seed": 11, "max_tokens": 5}),
+    (LONG, {"seed": 12, "temperature": 0.8, "top_p": 0.9, "max_tokens": 12}),
+    ("def", {"seed": 13, "top_k": 20, "n": 2, "logprobs": 0}),
+    ("The", {"seed": 14, "min_p": 0.05, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}),
+    ("Raise", {"temperature": 0, "max_tokens": 1}),
+    ("Test", {}),  # no seed of its own: the engine's
+]
+
+
+def run_requests(llm: LLM) -> list[dict[str, Any]]:
+    """More prompts than rows, so that some wait for those that end early."""
+    prompts = [prompt for prompt, _ in REQUESTS]
+    return [output.to_dict() for output in llm.generate(prompts, [SamplingParams(**own) for _, own in REQUESTS])]
+
+
+def refusal(run) -> str:
+    """The message of the ValueError that `run` has to raise."""
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def run_rank(folder: Path) -> None:
+    """Two engines one after another, with mistakes on all ranks alike in between."""
+    facts = {"unlike_world": refusal(lambda: LLM("demo", tensor_parallel_size=4, **OPTIONS))}
+    with LLM("demo", **OPTIONS) as llm:
+        facts["first"] = run_requests(llm)
+        facts["bad_prompt"] = refusal(lambda: llm.generate([[0, 99999]]))
+        facts["again"] = [output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0))]
+    with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
+        facts["second"] = run_requests(llm)
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))

@@ -1,0 +1,133 @@
+"""Numbers that must agree: the engine's logits and greedy tokens, for every family and variant, with transformers'."""
+
+import copy
+
+import pytest
+import torch
+from oracle.cases import MAX_TOKENS, NUM_PASSES, RESIDENCIES, TP_SIZES, Case, fp32_cases, half_cases
+from oracle.checkpoints import write_checkpoint, write_off
+from oracle.compare import choices, reference_logits, relative_difference, shared_prefix
+from oracle.engine_runs import launch_cases, run_case
+from oracle.variants import VARIANTS
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.timeout(600)  # the first test of a tp_size waits for the launch that serves all of it
+TOLERANCE = 1e-5
+NEAR_TIE = 1e-5  # top-2 gap over max|logit| under which another token is no fault
+MOST_NEAR_TIES = 2  # of the 192 tokens of a case
+CHANGED = 1e-3
+# Each step rounds to 8 and 11 bits; transformers itself is up to 2.7e-2 and 3.7e-3 from fp32 on these models.
+HALF_TOLERANCE = {"bfloat16": 4e-2, "float16": 8e-3}
+
+
+class Runs:
+    """Checkpoints, models and results of the session; each is made when it is first asked for."""
+
+    def __init__(self, folder, selected: list[Case]):
+        self.folder, self.selected = folder, selected
+        self.models, self.results, self.references, self.launches = {}, {}, {}, {}
+
+    def model(self, case: Case):
+        if case.checkpoint not in self.models:
+            model = write_checkpoint(self.folder / case.checkpoint, case.variant, case.dtype)
+            model.set_attn_implementation("eager" if case.dtype == "float32" else "sdpa")
+            self.models[case.checkpoint] = model
+        return self.models[case.checkpoint]
+
+    def result(self, case: Case):
+        if case not in self.results:
+            self.model(case)
+            if case.tp_size == 1:
+                self.results[case] = run_case(case, self.folder / case.checkpoint)
+            else:
+                self.results[case] = self.launched(case)
+        return self.results[case]
+
+    def launched(self, case: Case):
+        if case.tp_size not in self.launches:
+            cases = [other for other in self.selected if other.tp_size == case.tp_size]
+            for other in cases:
+                self.model(other)
+            self.launches[case.tp_size] = launch_cases(cases, self.folder)
+        file = self.folder / f"{case.id}.safetensors"
+        assert file.exists(), f"the ranks did not come to {case.id}:\n{self.launches[case.tp_size].stderr[-4000:]}"
+        return load_file(file)
+
+    def reference(self, case: Case):
+        """transformers' logits for the tokens that this case generated: most cases of a variant generate the same."""
+        tokens = self.result(case)["tokens"]
+        key = case.checkpoint, tuple(tokens.flatten().tolist())
+        if key not in self.references:
+            self.references[key] = reference_logits(self.model(case), tokens)
+        return self.references[key]
+
+
+@pytest.fixture(scope="session")
+def runs(request, tmp_path_factory):
+    params = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    selected = dict.fromkeys(case for case in params if isinstance(case, Case))
+    return Runs(tmp_path_factory.mktemp("oracle"), list(selected))
+
+
+def each_case(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+@each_case(fp32_cases())
+def test_fp32_logits_and_tokens(case, runs, record_property):
+    result, reference = runs.result(case), runs.reference(case)
+    assert relative_difference(result["logits"], reference).max() <= TOLERANCE
+    assert torch.equal(result["tokens"], result["logits"].argmax(-1)), "these are not the logits that were sampled from"
+    chosen = choices(result["tokens"], reference)
+    assert not len(wrong := chosen.wrong(NEAR_TIE)), f"another token at (prompt, position) {wrong.tolist()}"
+    record_property("near_ties", num_near_ties := chosen.num_near_ties(NEAR_TIE))
+    assert num_near_ties <= MOST_NEAR_TIES
+
+
+@each_case(fp32_cases())
+def test_the_case_ran_as_meant(case, runs):
+    """64 tokens after prompts in several chunks, and weights crossed the link exactly where they should."""
+    result = runs.result(case)
+    assert result["tokens"].shape[1] == MAX_TOKENS
+    assert result["num_passes"] == NUM_PASSES
+    assert (result["copied_bytes"] > 0) == (case.resident != "all")
+
+
+@each_case([case for case in fp32_cases() if case.tp_size > 1])
+def test_fp32_ranks_agree_with_one(case, runs):
+    """Compared as long as both have the same tokens behind them: to the end, unless a near tie parts them."""
+    many, one = runs.result(case), runs.result(Case(case.variant, 1, case.resident))
+    shared = shared_prefix(many["tokens"], one["tokens"])
+    assert relative_difference(many["logits"], one["logits"])[shared].max() <= TOLERANCE
+    chosen = choices(many["tokens"], one["logits"])
+    assert not (chosen.differ & shared & (chosen.gaps >= NEAR_TIE)).any()
+
+
+@each_case(half_cases())
+def test_half_precision(case, runs):
+    """As near to transformers in this dtype as its rounding allows, and about as near to fp32 as transformers is."""
+    result, reference, tolerance = runs.result(case), runs.reference(case), HALF_TOLERANCE[case.dtype]
+    assert result["logits"].dtype == getattr(torch, case.dtype)
+    assert relative_difference(result["logits"], reference).max() <= tolerance
+    exact = reference_logits(copy.deepcopy(runs.model(case)).float(), result["tokens"])
+    ours, theirs = relative_difference(result["logits"], exact), relative_difference(reference, exact)
+    assert ours.mean() <= 1.5 * theirs.mean()
+    chosen = choices(result["tokens"], reference)
+    assert not len(wrong := chosen.wrong(2 * tolerance)), f"another token at (prompt, position) {wrong.tolist()}"
+    assert (chosen.gaps >= 2 * tolerance).float().mean() > 0.2, "hardly any gap is wide: this compared nothing"
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.can_be_off])
+def test_variant_matters(name, runs, tmp_path):
+    """With the variant switched off the same weights give other logits: the case does cross where it matters."""
+    case = Case(name, 1, "none")
+    logits = runs.result(case)["logits"][:, :1]
+    write_off(runs.folder / case.checkpoint, tmp_path, name)
+    off = run_case(case, tmp_path, max_tokens=1)["logits"]
+    assert relative_difference(off, logits).max() > CHANGED
+
+
+def test_every_family_meets_every_residency():
+    met = {(VARIANTS[case.variant].model_type, case.tp_size, case.resident) for case in fp32_cases()}
+    families = {variant.model_type for variant in VARIANTS.values()}
+    assert met == {(family, n, resident) for family in families for n in TP_SIZES for resident in RESIDENCIES}

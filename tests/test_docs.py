@@ -1,0 +1,27 @@
+"""docs/architecture.md names every module, and none that is not there; the README's figures stand in benchmarks/."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TREES = ("parallel", "scheduler", "engine", "scripts")
+
+
+def listed_modules() -> set[str]:
+    """Paths in the tree of docs/architecture.md, from its indentation."""
+    block = (ROOT / "docs/architecture.md").read_text().split("## Modules\n```\n")[1].split("```")[0]
+    paths, folders = set(), {}
+    for line in block.splitlines():
+        match = re.match(r"( *)(\S+)", line)
+        depth, name = len(match[1]) // 2, match[2]
+        folders = {d: f for d, f in folders.items() if d < depth}
+        if name.endswith("/"):
+            folders[depth] = name
+        elif name.endswith(".py"):
+            paths.add("".join(folders.values()) + name)
+    return paths
+
+
+def test_the_tree_in_the_docs_is_the_tree():
+    there = {str(p.relative_to(ROOT)) for tree in TREES for p in (ROOT / tree).rglob("*.py") if p.name != "__init__.py"}
+    assert listed_modules() == there | {"penstock.py"}
