@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[0, 5, 9], list(range(3, 120)), [0, 7]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2)
 SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "gpu_memory": "4GiB"}
+RANK_SCRIPT = """
+import json, os, sys
+from gpu.test_oracles import generate
+
+tokens, _, counters, _ = generate(dtype="float32", resident="none")
+with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:
+    json.dump([tokens, counters.copied_bytes.total()], file)
+"""
 
 
 def generate(**options):
@@ -45,12 +53,13 @@ def test_streamed_is_resident_bitwise(dtype):
     for resident in ("none", 0.5):
         for ring in rings:
             gathered = embedding.calls["triton"]
-            streamed, streamed_logits, counters, residency = generate(resident=resident, ring=ring, poison=True, dtype=dtype)
+            options = {"resident": resident, "ring": ring, "poison": True, "dtype": dtype}
+            streamed, streamed_logits, counters, residency = generate(**options)
             assert streamed == tokens
             assert all(torch.equal(a, b) for a, b in zip(logits, streamed_logits, strict=True))
             prologue = sum(nbytes for _, nbytes in residency.streamed[: residency.ring.num_wrapped])
             assert counters.copied_bytes.total() == counters.num_passes * residency.streamed_bytes + prologue
-            assert embedding.calls["triton"] - gathered == counters.num_passes  # tied head: gathered from the host arena
+            assert embedding.calls["triton"] - gathered == counters.num_passes  # the tied head's host span
 
 
 def test_cpu_and_gpu_agree_in_fp32():
@@ -75,15 +84,13 @@ def test_registered_memory_feeds_the_embedding_kernel():
 def test_two_ranks_agree_with_one(tmp_path):
     """fp32 tokens are equal; each rank moves its shard."""
     whole = generate(dtype="float32", resident="none")
-    code = (
-        "import json, sys; sys.path.insert(0, 'tests'); from gpu.test_oracles import generate\n"
-        "tokens, _, counters, _ = generate(dtype='float32', resident='none')\n"
-        "import os; json.dump([tokens, counters.copied_bytes.total()], open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}.json', 'w'))"
-    )
     script = tmp_path / "rank.py"
-    script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=240)
+    script.write_text(RANK_SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    }
+    subprocess.run([*launcher, str(script), str(tmp_path)], cwd=ROOT, env=env, check=True, timeout=240)
     for rank in range(2):
         tokens, copied = json.loads((tmp_path / f"{rank}.json").read_text())
         assert tokens == whole[0]
