@@ -90,6 +90,7 @@ class LLM:
             rank.close()
 
     def __enter__(self) -> "LLM":
+        self._check_open()
         return self
 
     def __exit__(self, *exc) -> None:

@@ -12,7 +12,6 @@ Exit status 1 if a step differs. Runs at tp_size 1; reference and engine are nev
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -140,13 +139,14 @@ class Probe:
 
 @torch.inference_mode()
 def _run(model: PreTrainedModel, tokens: Tensor, probe: Probe) -> States:
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with contextlib.ExitStack() as undo:
-        for handle in _hooks(model, probe):
-            undo.callback(handle.remove)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _probed_attention(plain, probe)
-        undo.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, "sdpa", plain)
+    plain, handles = ALL_ATTENTION_FUNCTIONS["sdpa"], list(_hooks(model, probe))
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _probed_attention(plain, probe)
+    try:
         model(tokens, use_cache=False)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+        for handle in handles:
+            handle.remove()
     return probe.states
 
 
@@ -204,10 +204,10 @@ def _qkv_hooks(attn, after: Callable, probe: Probe, key: Key) -> Iterator:
 
 
 def _side_by_side(parent, names: tuple[str, ...], after: Callable, key: Key) -> Iterator:
-    start = 0
+    stop = 0
     for module in (getattr(parent, name) for name in names if hasattr(parent, name)):
-        yield after(module, key, slice(start, start + module.out_features))
-        start += module.out_features
+        start, stop = stop, stop + module.out_features
+        yield after(module, key, slice(start, stop))
 
 
 def _rows(ours: States, alone: States, stepwise: States, tolerance: float, judge_drift: bool) -> list[Row]:
@@ -254,9 +254,9 @@ def main() -> int:
     rows = compare(args.model, token_ids, args.dtype, args.max_tokens, args.tolerance, resident=args.resident)
     print(HEADING, *rows, sep="\n")
     first = first_fault(rows)
-    where = "none" if first is None else f"layer {first.layer_idx}, {first.step}: {first.fault}"
+    where = f"layer {first.layer_idx}, {first.step}: {first.fault}" if first else "none"
     print(f"first layer and step that differ: {where}")
-    return 0 if first is None else 1
+    return int(first is not None)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.output import RequestOutput
 from penstock import LLM, SamplingParams
 
 OPTIONS = {
@@ -31,6 +32,11 @@ REQUESTS: list[tuple[str | list[int], dict[str, Any]]] = [
     ("Raise", {"temperature": 0, "max_tokens": 1}),
     ("Test", {}),  # no seed of its own: the engine's
 ]
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
+    """The tokens of every sequence, one prompt after another."""
+    return [list(sequence.token_ids) for output in outputs for sequence in output.outputs]
 
 
 def run_requests(llm: LLM) -> list[dict[str, Any]]:

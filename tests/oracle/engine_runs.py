@@ -20,6 +20,7 @@ from engine.llm import LLM
 from scheduler.request import SamplingParams
 
 _LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+_LAUNCH_TIMEOUT_S = 540
 
 
 def run_case(case: Case, checkpoint: str | Path, max_tokens: int = MAX_TOKENS) -> dict[str, Tensor]:
@@ -57,14 +58,20 @@ def _capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
     return logits
 
 
-def launch_cases(cases: Iterable[Case], folder: Path) -> subprocess.CompletedProcess:
-    """All cases, of one tp_size, on one launch of ranks. FOLDER holds their checkpoints and receives their results."""
+def launch_cases(cases: Iterable[Case], folder: Path) -> str:
+    """Runs all cases, of one tp_size, on one launch of ranks, and returns what it wrote to stderr. FOLDER holds their
+    checkpoints and receives their results, those of the cases that finished."""
     cases = list(cases)
     (tp_size,) = {case.tp_size for case in cases}
     command = [*_LAUNCH, str(tp_size), "-m", __name__, str(folder), *(case.id for case in cases)]
     tests = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=540)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as ranks:
+        try:
+            return ranks.communicate(timeout=_LAUNCH_TIMEOUT_S)[1]
+        except subprocess.TimeoutExpired:
+            ranks.terminate()  # torchrun ends its ranks before itself
+            return ranks.communicate()[1] + f"\nended after {_LAUNCH_TIMEOUT_S} s"
 
 
 def main() -> None:

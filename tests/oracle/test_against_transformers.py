@@ -50,7 +50,7 @@ class Runs:
                 self.model(other)
             self.launches[case.tp_size] = launch_cases(cases, self.folder)
         file = self.folder / f"{case.id}.safetensors"
-        assert file.exists(), f"the ranks did not come to {case.id}:\n{self.launches[case.tp_size].stderr[-4000:]}"
+        assert file.exists(), f"the ranks did not come to {case.id}:\n{self.launches[case.tp_size][-4000:]}"
         return load_file(file)
 
     def reference(self, case: Case):

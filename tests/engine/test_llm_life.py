@@ -1,0 +1,98 @@
+"""The life of an LLM on one rank: seeds, calls after one another, interruptions, closing."""
+
+import itertools
+import os
+import threading
+import weakref
+
+import pytest
+from llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
+
+from penstock import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("demo", **OPTIONS) as llm:
+        yield llm
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(llm):
+    """Alone, in other rows, among other requests, whole or in chunks: fp32, so that no near-tie flips."""
+    params = SamplingParams(seed=21, max_tokens=12)
+    alone = tokens_of(llm.generate([LONG], params))
+    others = ["def", [5, 6, 7], LONG, "Raise an error if"]
+    for place in range(5):
+        batch = [*others[:place], LONG, *others[place:]]
+        outputs = llm.generate(batch, [params if i == place else SamplingParams() for i in range(5)])
+        assert [outputs[place].outputs[0].token_ids] == alone
+    assert tokens_of(llm.generate([LONG], SamplingParams(seed=22, max_tokens=12))) != alone
+
+
+def test_calls_do_not_disturb_each_other(llm):
+    before = tokens_of(llm.generate(["Return the", LONG], GREEDY))
+    llm.generate(
+        [LONG] * 4, SamplingParams(repetition_penalty=2.0, presence_penalty=2.0, frequency_penalty=2.0, logprobs=5)
+    )
+    assert tokens_of(llm.generate(["Return the", LONG], GREEDY)) == before
+    llm.scheduler.check_integrity()
+    assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_usable
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["on_text", "pass"])
+def test_an_interruption_leaves_the_engine_usable(llm, monkeypatch, error, where):
+    expected = tokens_of(llm.generate([LONG, "Return the"], GREEDY))
+    calls = itertools.count()
+
+    def interrupt_late(*_) -> None:
+        if next(calls) == 7:
+            raise error
+
+    executor = llm.rank.worker.executor
+    do = executor.do
+    if where == "pass":
+        monkeypatch.setattr(executor, "do", lambda instruction: (interrupt_late(), do(instruction)))
+    with pytest.raises(error):
+        llm.generate([LONG] * 6, GREEDY, on_text=interrupt_late if where == "on_text" else None)
+    monkeypatch.undo()
+    assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
+    assert tokens_of(llm.generate([LONG, "Return the"], GREEDY)) == expected
+
+
+def test_one_engine_after_another_repeats_itself():
+    """The engine's own seed decides for requests without one; another seed gives other tokens."""
+    runs = []
+    for seed in (0, 0, 1):
+        with LLM("demo", **OPTIONS, seed=seed) as one:
+            runs.append([*run_requests(one), *tokens_of(one.generate("Test"))])
+    assert runs[0] == runs[1] != runs[2]
+    assert runs[0][-1] != runs[0][len(REQUESTS) - 1]["outputs"][0]["token_ids"]  # the same prompt, a later request
+
+
+def test_leaving_frees_everything():
+    with LLM("demo", **OPTIONS):
+        pass  # what the process keeps from a first engine (thread pools of torch) does not count
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    with LLM("demo", **OPTIONS) as llm:
+        llm.generate("Return the", GREEDY)
+        held = [
+            weakref.ref(llm.rank.worker),
+            weakref.ref(llm.rank.worker.executor),
+            weakref.ref(llm.rank.worker.executor.ring),
+        ]
+        arena = [weakref.ref(span) for span in llm.rank.worker.weights.host_spans.values()]
+        assert arena
+    assert [ref() for ref in held + arena] == [None] * len(held + arena)
+    assert len(os.listdir("/proc/self/fd")) == files and threading.active_count() == threads
+
+
+def test_a_closed_engine_says_so():
+    llm = LLM("demo", **OPTIONS)
+    llm.close()
+    llm.close()
+    for use in (lambda: llm.generate("Return the"), lambda: llm.check("Return the"), llm.measure, llm.__enter__):
+        with pytest.raises(RuntimeError, match="this LLM is closed"):
+            use()

@@ -1,0 +1,82 @@
+"""LLM over two ranks gives what one rank gives, in fp32: self-launched, and under torchrun on every rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
+
+from penstock import LLM, SamplingParams
+
+pytestmark = pytest.mark.timeout(120)
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    with LLM("demo", **OPTIONS) as llm:
+        return [*run_requests(llm), *run_requests(llm)]
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
+    """What each rank of one launch wrote."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, ROOT / "tests/llm_runs.py", folder]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_same(outputs: list[dict], expected: list[dict]) -> None:
+    """Every field equal, but for the last bits of log probabilities."""
+    assert len(outputs) == len(expected)
+    for output, other in zip(outputs, expected):
+        assert output | {"outputs": None} == other | {"outputs": None}
+        for one, two in zip(output["outputs"], other["outputs"], strict=True):
+            numbers = dict.fromkeys(("logprobs", "cumulative_logprob"))
+            assert one | numbers == two | numbers
+            assert one["cumulative_logprob"] == pytest.approx(two["cumulative_logprob"], abs=1e-3)
+            assert (one["logprobs"] is None) == (two["logprobs"] is None)
+            for place, place_two in zip(one["logprobs"] or (), two["logprobs"] or ()):
+                assert {int(token) for token in place} == {int(token) for token in place_two}
+
+
+def test_self_launched_ranks(one_rank):
+    """One launch: the same requests twice over (seeds of the engine's own go on), an error that ends it, another
+    launch in the same process."""
+    with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
+        assert_same([*run_requests(llm), *run_requests(llm)], one_rank)
+        assert llm.rank.collectives.size == 2 and llm.rank.collectives.num_reduces["attn_allreduce"] > 0
+        with pytest.raises(ValueError, match="prompt 0: token id 99999 is not in 0..2047"):
+            llm.generate([[0, 99999]])  # refused before the other rank hears of it
+        assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(LONG, GREEDY, on_text=lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="an earlier error"):
+            llm.generate(LONG, GREEDY)
+    assert not dist.is_initialized()
+    files = len(os.listdir("/proc/self/fd"))
+    with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
+        assert_same(run_requests(llm), one_rank[: len(REQUESTS)])
+    assert len(os.listdir("/proc/self/fd")) <= files and not dist.is_initialized()
+
+
+def test_torchrun_gives_every_rank_the_same_outputs(torchrun, one_rank):
+    assert torchrun[0] == torchrun[1]
+    assert_same(torchrun[0]["first"], one_rank[: len(REQUESTS)])
+    assert_same(torchrun[0]["second"], one_rank[: len(REQUESTS)])
+
+
+def test_mistakes_under_torchrun_are_found_on_all_ranks_alike(torchrun):
+    for rank in torchrun:
+        assert rank["unlike_world"] == "tensor_parallel_size=4, but torchrun started WORLD_SIZE=2 ranks"
+        assert rank["bad_prompt"] == "prompt 0: token id 99999 is not in 0..2047"
+        assert len(rank["again"][0]["outputs"][0]["token_ids"]) == 16
