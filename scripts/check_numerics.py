@@ -1,10 +1,10 @@
 """Compare every step of our plan with transformers, layer by layer, and name the first that differs.
 
-The engine runs first, and its activations are kept after each step that has a counterpart in transformers. Then
-transformers runs twice over the same tokens: once by itself (`drift`: how far the two are apart by then), and once
-on our activations: each of its modules gets our inputs, and what it makes of them is compared with what we made
-(`step`: what this step alone adds). Additions of the residual have to agree in every bit, in every dtype: nothing but
-another order of additions can change them. `drift` is judged in float32 only: elsewhere it is what rounding adds up to.
+The engine runs first and its activations are kept. Then transformers runs twice over the same tokens: by itself
+(`drift`: how far the two are apart by then), and on our activations: each of its modules gets our inputs, and what it
+makes of them is compared with what we made (`step`: what this step alone adds). Additions of the residual have to agree
+in every bit, in every dtype: nothing but another order can change them. `drift` is judged in float32 only: elsewhere it
+is what rounding adds up to.
 
 Usage: python scripts/check_numerics.py --model demo --prompt "Return the" --max-tokens 8
        python scripts/check_numerics.py --model PATH --token-ids 5 17 3 --dtype bfloat16
@@ -57,16 +57,13 @@ def compare(
     dtype: str = "float32",
     max_tokens: int = 1,
     tolerance: float | None = None,
-    mutate: Callable[[LLM], None] | None = None,
+    mutate: Callable[[LLM], None] = lambda llm: None,
     **options,
 ) -> list[Row]:
-    """Rows in the order of the plan. The prompt, and all but the last of `max_tokens` generated tokens, are compared.
-
-    `mutate` may change the engine before it runs; `options` are LLM's.
-    """
+    """Rows in the order of the plan, over the prompt and all but the last of `max_tokens` generated tokens. `mutate`
+    may change the engine before it runs; `options` are LLM's."""
     with LLM(model, dtype=dtype, tensor_parallel_size=1, **options) as llm:
-        if mutate is not None:
-            mutate(llm)
+        mutate(llm)
         ours = _watch(llm)
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         generated = llm.generate([token_ids], params)[0].outputs[0].token_ids
@@ -84,9 +81,8 @@ def first_fault(rows: list[Row]) -> Row | None:
 
 
 def _up(ctx: StepContext) -> Tensor:
-    """Gate and up without their padding."""
     parts = ctx.act["ffn"].chunk(2 if ctx.spec.gated else 1, dim=1)
-    return torch.cat([part[:, : ctx.spec.ffn_size] for part in parts], dim=1)
+    return torch.cat([part[:, : ctx.spec.ffn_size] for part in parts], dim=1)  # the rest is padding
 
 
 # What is kept of our activations after each step, in the layout of transformers: an activation, or a function.
@@ -129,8 +125,7 @@ class Probe:
 
     def at(self, key: Key, theirs: Tensor, columns: slice = slice(None)) -> Tensor:
         """`theirs` (T, width) is all of a step's columns, or the next ones of several parts."""
-        before = [self.states[key]] if key in self.states else []
-        self.states[key] = torch.cat([*before, theirs.cpu()], dim=-1)
+        self.states[key] = torch.cat([self.states[key], theirs.cpu()], -1) if key in self.states else theirs.cpu()
         ours = self.forced.get(key)
         if ours is None or len(ours) != len(theirs):  # we have logits of sampled tokens only
             return theirs

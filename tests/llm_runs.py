@@ -42,7 +42,10 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
 def run_requests(llm: LLM) -> list[dict[str, Any]]:
     """More prompts than rows, so that some wait for those that end early."""
     prompts = [prompt for prompt, _ in REQUESTS]
-    return [output.to_dict() for output in llm.generate(prompts, [SamplingParams(**own) for _, own in REQUESTS])]
+    return [
+        output.to_dict()
+        for output in llm.generate(prompts, [SamplingParams(**own, ignore_eos=True) for _, own in REQUESTS])
+    ]
 
 
 def refusal(run) -> str:
@@ -60,7 +63,9 @@ def run_rank(folder: Path) -> None:
     with LLM("demo", **OPTIONS) as llm:
         facts["first"] = run_requests(llm)
         facts["bad_prompt"] = refusal(lambda: llm.generate([[0, 99999]]))
-        facts["again"] = [output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0))]
+        facts["again"] = [
+            output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0, ignore_eos=True))
+        ]
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
         facts["second"] = run_requests(llm)
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

@@ -10,7 +10,7 @@ from llm_runs import LONG, OPTIONS, REQUESTS, tokens_of
 from engine.planning import find_model
 from penstock import LLM, SamplingParams
 
-GREEDY = SamplingParams(temperature=0)
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_no_prompts(llm):
 
 def test_default_parameters_sample_16_tokens(llm):
     first, second = llm.generate("Return the"), llm.generate("Return the")
-    assert [len(tokens) for tokens in tokens_of(first + second)] == [16, 16]
+    for output in first + second:
+        assert (len(output.outputs[0].token_ids) == 16) == (output.outputs[0].finish_reason == "length")
     assert tokens_of(first) != tokens_of(second)  # a request's noise is its own
 
 
@@ -70,9 +71,9 @@ def test_outputs_come_in_the_order_of_prompts(llm):
 
 
 def test_n_sequences_have_consecutive_seeds(llm):
-    (output,) = llm.generate("Return the", SamplingParams(n=3, seed=5))
+    (output,) = llm.generate("Return the", SamplingParams(n=3, seed=5, ignore_eos=True))
     assert [sequence.index for sequence in output.outputs] == [0, 1, 2]
-    alone = [llm.generate("Return the", SamplingParams(seed=seed)) for seed in (5, 6, 7)]
+    alone = [llm.generate("Return the", SamplingParams(seed=seed, ignore_eos=True)) for seed in (5, 6, 7)]
     assert tokens_of([output]) == [tokens_of(one)[0] for one in alone]
     assert len(set(map(tuple, tokens_of([output])))) == 3
 
@@ -80,7 +81,9 @@ def test_n_sequences_have_consecutive_seeds(llm):
 def test_text_is_given_out_as_it_grows(llm):
     pieces = []
     outputs = llm.generate(
-        [LONG, "Return the"], SamplingParams(temperature=0, n=2), on_text=lambda *one: pieces.append(one)
+        [LONG, "Return the"],
+        SamplingParams(temperature=0, ignore_eos=True, n=2),
+        on_text=lambda *one: pieces.append(one),
     )
     for place, output in enumerate(outputs):
         for sequence in output.outputs:
@@ -90,7 +93,7 @@ def test_text_is_given_out_as_it_grows(llm):
 
 
 def test_stop_string_across_the_borders_of_tokens(llm):
-    (plain,) = llm.generate("Return the", SamplingParams(temperature=0, max_tokens=40))
+    (plain,) = llm.generate("Return the", SamplingParams(temperature=0, ignore_eos=True, max_tokens=40))
     ids, text = plain.outputs[0].token_ids, plain.outputs[0].text
     ends = [len(llm.tokenizer.decode(plain.prompt_token_ids + ids[:i])) - len("Return the") for i in range(1, 41)]
     crossing = [
@@ -101,7 +104,7 @@ def test_stop_string_across_the_borders_of_tokens(llm):
     assert len(crossing) > 3
     for stop, place in crossing[:4]:
         given = []
-        params = SamplingParams(temperature=0, max_tokens=40, stop=["never there", stop])
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=40, stop=["never there", stop])
         (output,) = llm.generate("Return the", params, on_text=lambda _, index, piece, given=given: given.append(piece))
         (sequence,) = output.outputs
         assert (sequence.finish_reason, sequence.stop_reason) == ("stop", stop)
@@ -114,7 +117,7 @@ def test_a_stop_string_wins_over_the_length_reached_with_it(llm):
     (plain,) = llm.generate("Return the", GREEDY)
     text = plain.outputs[0].text
     stop = next(text[-i:] for i in range(2, len(text)) if text.index(text[-i:]) == len(text) - i)
-    (output,) = llm.generate("Return the", SamplingParams(temperature=0, stop=stop))
+    (output,) = llm.generate("Return the", SamplingParams(temperature=0, ignore_eos=True, stop=stop))
     assert output.outputs[0].token_ids == plain.outputs[0].token_ids
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
     assert output.outputs[0].text == text.removesuffix(stop)
@@ -124,7 +127,7 @@ def test_stop_token_ids(llm):
     (plain,) = llm.generate("Return the", GREEDY)
     ids = plain.outputs[0].token_ids
     token = next(token for place, token in enumerate(ids) if place > 3 and token not in ids[:place])
-    (output,) = llm.generate("Return the", SamplingParams(temperature=0, stop_token_ids=[2047, token]))
+    (output,) = llm.generate("Return the", SamplingParams(temperature=0, ignore_eos=True, stop_token_ids=[2047, token]))
     (sequence,) = output.outputs
     assert (sequence.finish_reason, sequence.stop_reason) == ("stop", token)
     assert sequence.token_ids == ids[: ids.index(token) + 1]  # the token stays, its text does not
@@ -142,7 +145,7 @@ def test_end_of_sequence_and_ignore_eos(llm, tmp_path):
     with LLM(model, **OPTIONS) as other:  # a Path is as good as a string
         ended, going_on = (
             other.generate("Return the", [SamplingParams(temperature=0)]),
-            other.generate("Return the", SamplingParams(temperature=0, ignore_eos=True)),
+            other.generate("Return the", GREEDY),
         )
     assert tokens_of(ended) == [ids[: ids.index(eos) + 1]]
     assert (ended[0].outputs[0].finish_reason, ended[0].outputs[0].stop_reason) == ("stop", None)
@@ -164,7 +167,9 @@ def test_max_tokens_and_the_longest_sequence(llm):
 
 
 def test_logprobs(llm):
-    (output,) = llm.generate("Return the", SamplingParams(seed=3, temperature=1.5, logprobs=3, max_tokens=30))
+    (output,) = llm.generate(
+        "Return the", SamplingParams(seed=3, temperature=1.5, ignore_eos=True, logprobs=3, max_tokens=30)
+    )
     (sequence,) = output.outputs
     assert len(sequence.logprobs) == len(sequence.token_ids) == 30
     for token, place in zip(sequence.token_ids, sequence.logprobs):
@@ -181,7 +186,9 @@ def test_logprobs(llm):
 
 
 def test_logprobs_of_the_sampled_token_only_and_of_all_that_count(llm):
-    none, most = llm.generate(["Return the"] * 2, [SamplingParams(temperature=0, logprobs=n) for n in (0, 20)])
+    none, most = llm.generate(
+        ["Return the"] * 2, [SamplingParams(temperature=0, ignore_eos=True, logprobs=n) for n in (0, 20)]
+    )
     for token, place, many in zip(none.outputs[0].token_ids, none.outputs[0].logprobs, most.outputs[0].logprobs):
         assert list(place) == [token] and place[token].rank == many[token].rank == 1
         assert place[token].logprob == pytest.approx(many[token].logprob, abs=1e-5)  # two rows of one batch

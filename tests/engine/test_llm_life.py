@@ -10,7 +10,7 @@ from llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
 
 from penstock import LLM, SamplingParams
 
-GREEDY = SamplingParams(temperature=0)
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from penstock import LLM, SamplingParams
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[2]
-GREEDY = SamplingParams(temperature=0)
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
