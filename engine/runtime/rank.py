@@ -20,6 +20,7 @@ import torch
 from engine.config import EngineConfig
 from engine.model.families import read_config, read_spec
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
+from engine.runtime.executor import Counters
 from engine.runtime.probe import measure_rates, seconds
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import chrome_events, predicted_spans, write_trace
@@ -144,6 +145,9 @@ class Rank:
         executor.ring_is_filled = False  # the probe has copied over it
         if self.topology.device.type == "cpu":
             rates = dataclasses.replace(rates, step_latency_s=self._step_latency_s(rates))
+        executor.counters = Counters()  # they count what was asked for
+        self.collectives.num_reduces.clear()
+        self.collectives.reduced_bytes.clear()
         return rates
 
     def _step_latency_s(self, rates: Rates) -> float:

@@ -55,7 +55,7 @@ def assert_trace(file, num_passes: int) -> None:
         lanes = {names[pid, tid]: [s for s in spans if (s["pid"], s["tid"]) == (pid, tid)] for tid in (0, 1)}
         assert set(lanes) == {"compute", "copy"}
         passes = {span["args"]["pass"] for span in lanes["compute"]}
-        assert len(passes) >= num_passes and min(passes) == 0
+        assert passes >= set(range(num_passes))
         for lane, expected in (("compute", "attn_qkv 3"), ("copy", "prefetch 3.ffn")):
             assert all(span["dur"] >= 0 and span["ts"] >= 0 for span in lanes[lane])
             assert sum(span["name"] == expected for span in lanes[lane]) >= num_passes
