@@ -10,7 +10,7 @@ Prompt = str | list[int]
 def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
     """`texts`, then those of `file` ("-" is standard input), which is also read where neither is given and it is no
     terminal. Raises ValueError, naming file and line, if there is no prompt or one cannot be read."""
-    if file is None and not texts and not sys.stdin.isatty():
+    if file is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         file = "-"
     prompts: list[Prompt] = [*texts, *(_read_file(file) if file is not None else ())]
     if not prompts:
@@ -21,7 +21,7 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
 def _read_file(file: str) -> list[Prompt]:
     """One prompt a line, or JSONL where the first line begins with a brace."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+        text = _read_stdin() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts-file {file}: {error}") from None
     # not splitlines(): JSON strings and prose may hold U+2028 and its like
@@ -29,6 +29,10 @@ def _read_file(file: str) -> list[Prompt]:
     if lines and lines[0][1].lstrip().startswith("{"):
         return [_parse(line, f"{file}, line {number}") for number, line in lines]
     return [line for _, line in lines]
+
+
+def _read_stdin() -> str:
+    return "" if sys.stdin is None else sys.stdin.read()  # None: it was closed
 
 
 def _parse(line: str, where: str) -> Prompt:

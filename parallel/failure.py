@@ -23,9 +23,7 @@ from collections.abc import Callable
 
 SELF_LAUNCHED = "PENSTOCK_SELF_LAUNCHED"  # environment variable: this process is a child of rank 0
 PEER_LOST_EXIT = 75
-FAILURE_MARK = (
-    "\x1epenstock: failure"  # a child's stderr after this line is its failure, shown once by rank 0
-)
+FAILURE_MARK = "\x1epenstock: failure"  # a child's stderr after this line is its failure, shown once by rank 0
 LAUNCHER_WAIT_S = 8.0
 _PARENT_POLL_S = 1.0
 
@@ -41,9 +39,7 @@ class RankFailed(RuntimeError):
 
     def __init__(self, rank: int, cause: str, traceback_text: str = ""):
         self.rank, self.cause, self.traceback_text = rank, cause, traceback_text.strip()
-        super().__init__(
-            f"rank {rank} {cause}" + (f":\n{self.traceback_text}" if self.traceback_text else "")
-        )
+        super().__init__(f"rank {rank} {cause}" + (f":\n{self.traceback_text}" if self.traceback_text else ""))
 
 
 def describe_exit(code: int) -> str:

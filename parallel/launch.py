@@ -156,9 +156,7 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
         return Launch("parent" if tp_size > 1 else "solo", tp_size=tp_size, num_local_ranks=tp_size)
     absent = [name for name in _REQUIRED if name not in env]
     if absent:
-        raise ValueError(
-            f"RANK and WORLD_SIZE are set, but not {', '.join(absent)}: use torchrun, or unset them"
-        )
+        raise ValueError(f"RANK and WORLD_SIZE are set, but not {', '.join(absent)}: use torchrun, or unset them")
     tp_size = int(env["WORLD_SIZE"])
     if tensor_parallel_size not in (None, tp_size):
         raise ValueError(

@@ -67,9 +67,7 @@ def _prepare_environment(master_addr: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _open_store(
-    rank: int, addr: str, port: int, timeout: timedelta, listener: socket.socket | None
-) -> dist.Store:
+def _open_store(rank: int, addr: str, port: int, timeout: timedelta, listener: socket.socket | None) -> dist.Store:
     """The store where ranks meet: torchrun's agent hosts it, else rank 0 does."""
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     options = {} if listener is None else {"master_listen_fd": listener.detach()}
@@ -92,9 +90,7 @@ def _open_store(
     return dist.PrefixStore(f"penstock/{attempt}/{generation}", store)
 
 
-def _meet(
-    store: dist.Store, rank: int, size: int, timeout_s: float, check: Callable[[], None] | None
-) -> None:
+def _meet(store: dist.Store, rank: int, size: int, timeout_s: float, check: Callable[[], None] | None) -> None:
     """Rank 0 returns when all are there: torch's own rendezvous could not be stopped if one had died."""
     deadline = time.monotonic() + timeout_s
     with peer_errors():

@@ -119,7 +119,7 @@ def test_a_port_in_use(monkeypatch, capfd):
 
 
 def test_torchrun_shows_the_rank_that_raised(command):
-    done = command(launcher=TORCHRUN, fault=fault_in_a_pass(1, RAISE)).finish()
+    done = command("--trace", "trace.json", launcher=TORCHRUN, fault=fault_in_a_pass(1, RAISE)).finish()
     assert_failed(done, "KeyError: 'the shard is bent'")
     assert done.stderr.count("KeyError: 'the shard is bent'") == 1
 

@@ -23,6 +23,7 @@ class Case:
     tp_size: int
     resident: str | float
     dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
@@ -38,7 +39,7 @@ class Case:
         """Page sizes and lane orders take turns, so that none goes with one residency or tp_size only."""
         turn = list(VARIANTS).index(self.variant) + self.tp_size // 2 + RESIDENCIES.index(self.resident)
         return {
-            "device": "cpu",
+            "device": self.device,
             "tensor_parallel_size": self.tp_size,
             "resident": self.resident,
             "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,

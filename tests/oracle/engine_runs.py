@@ -52,7 +52,7 @@ def _capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
         inputs, gathered = executor.context.inputs, executor.context.act["logits"]
         for place, (row, position) in enumerate(zip(inputs.sampled_rows, inputs.sampled_positions.tolist())):
             assert position == len(prompts()[row]) + len(logits[row]), "a position was skipped or sampled twice"
-            logits[row].append(gathered[place, :vocab_size].clone())
+            logits[row].append(gathered[place, :vocab_size].to("cpu", copy=True))
 
     executor.do = do_and_capture
     return logits

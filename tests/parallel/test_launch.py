@@ -112,9 +112,7 @@ if __name__ == "__main__":
 class Run:
     """One run of the worker script: its output, exit code, and how long after the failure all were gone."""
 
-    def __init__(
-        self, folder: Path, case: str, tp_size: int, launcher: tuple[str, ...], more: tuple[str, ...]
-    ):
+    def __init__(self, folder: Path, case: str, tp_size: int, launcher: tuple[str, ...], more: tuple[str, ...]):
         self.folder = folder
         (folder / "worker.py").write_text(WORKER)
         env = {name: value for name, value in os.environ.items() if name not in TORCHRUN_NAMES}
