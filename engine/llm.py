@@ -40,7 +40,7 @@ class LLM:
             max_model_len=residency.max_model_len,
             page_size=self.config.page_size,
             num_pages=residency.num_pages,
-            eos_token_ids=self.rank.plan.spec.eos_token_ids,
+            eos_token_ids=self.rank.eos_token_ids,
             page_order_seed=self.config.page_order_seed,
         )
         self._request_ids = itertools.count()

@@ -63,6 +63,9 @@ class Collectives(Protocol):
     def close(self) -> None:
         """Leave the group; idempotent. Drop every CUDA graph that captured a reduce before."""
 
+    def abandon(self) -> None:
+        """Leave after a failure: peers may be in the middle of a call, so nothing waits for them; idempotent."""
+
 
 class Solo:
     """The group of one rank: nothing is moved, nothing is counted."""
@@ -91,6 +94,9 @@ class Solo:
     def close(self) -> None:
         pass
 
+    def abandon(self) -> None:
+        pass
+
 
 class _Distributed:
     """What Gloo and Nccl share: counters and the control plane. Needs an initialised process group."""
@@ -104,7 +110,7 @@ class _Distributed:
         self._buffer = bytearray(FRAME_BYTES)
         self._frame = torch.frombuffer(self._buffer, dtype=torch.uint8)  # the same memory
         self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        atexit.register(self._abandon)
+        atexit.register(self.abandon)
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         assert tensor.is_contiguous()
@@ -141,7 +147,7 @@ class _Distributed:
     def close(self) -> None:
         if self._control is None:
             return
-        atexit.unregister(self._abandon)
+        atexit.unregister(self.abandon)
         self._control = None  # gloo aborts the process at exit if a group is still referenced
         if self._broken:
             self._abort()
@@ -150,8 +156,7 @@ class _Distributed:
     def _abort(self) -> None:
         """Let go of calls that a lost rank will never answer."""
 
-    def _abandon(self) -> None:
-        # At exit without close(): peers may be in the middle of a call, so nothing may wait for them.
+    def abandon(self) -> None:
         self._broken = True
         with contextlib.suppress(RuntimeError):
             self.close()

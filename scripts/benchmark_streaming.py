@@ -6,6 +6,7 @@ pass is timed. Run it plainly, or by torchrun over several ranks; the last line 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -63,6 +64,7 @@ def measure_batch(llm: LLM, num_seqs: int, args: argparse.Namespace) -> dict | N
     predicted_s = decode_time(llm.rank.work, num_seqs, context, llm.rank.rates).total_s
     if speaks:
         print(f"predicted before the run: batch {num_seqs}: {predicted_s * 1e3:.2f} ms a decode pass", flush=True)
+    llm.generate(prompts, dataclasses.replace(params, max_tokens=2))  # libraries choose and load their kernels
     first = len(llm.rank.ledger.passes)
     llm.generate(prompts, params)
     if not speaks:

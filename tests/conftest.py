@@ -2,10 +2,11 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests share two cores with their ranks
+
 import pytest
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it; tests share two cores with their ranks
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
 

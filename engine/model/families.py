@@ -62,16 +62,31 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises ValueError, naming the file, if it is missing, not JSON, or not an object.
     """
     path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
+    return _read_object(path / "config.json" if path.is_dir() else path)
+
+
+def read_eos_token_ids(path: str | Path, spec: ModelSpec) -> tuple[int, ...]:
+    """The ids that end a sequence: the config's, and those of a generation_config.json in directory `path`.
+
+    Raises ValueError as read_config does, and if they are no ids.
+    """
+    file = Path(path) / "generation_config.json"
+    if not file.is_file():
+        return spec.eos_token_ids
+    _, eos = read_token_ids(Fields(_read_object(file), str(file)))
+    return tuple(sorted({*spec.eos_token_ids, *eos}))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{file}: is not a JSON object")
-    return config
+    return content
 
 
 def read_spec(config: Mapping[str, Any], source: str) -> ModelSpec:

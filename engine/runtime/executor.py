@@ -82,7 +82,7 @@ class Executor:
 
     def collect(self) -> SampleOutput | None:
         """The last submitted pass's tokens, one for each row that samples, on the host; None if no row did. Returns
-        when they are there, which is before the pass's last copies are. Raises RuntimeError if logits were NaN."""
+        when they are there, which is before the pass's last copies are. Raises ValueError if logits were NaN."""
         return None if self.pending is None else self.pending.wait()
 
     def fill_ring(self) -> None:

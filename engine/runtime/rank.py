@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
-from engine.model.families import read_config, read_spec
+from engine.model.families import read_config, read_eos_token_ids, read_spec
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
 from engine.runtime.executor import Counters
 from engine.runtime.probe import measure_rates, seconds
@@ -117,6 +117,7 @@ class Rank:
             where = "give the checkpoint's directory (a config.json is enough with load_format='dummy')"
             raise ValueError(f"model={self.config.model!r} is a file: {where}")
         spec = read_spec(read_config(path), str(path))
+        self.eos_token_ids = read_eos_token_ids(path, spec)
         rates = plan_rates(self.config, self.topology.tp_size, self.topology.device.type)
         plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
         return plan, open_source(self.config, path, plan)
@@ -203,7 +204,7 @@ class Rank:
             if worker is not None:
                 worker.close()
             if collectives is not None:
-                collectives.close()
+                collectives.abandon() if self.failed else collectives.close()
             self.launch.close()
 
     def _write_trace(self, worker: Worker, collectives: Collectives) -> None:

@@ -54,11 +54,11 @@ class PendingSample:
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def wait(self) -> SampleOutput:
-        """The output on the host. Raises RuntimeError if logits were NaN: a token drawn from them means nothing."""
+        """The output on the host. Raises ValueError if logits were NaN: a token drawn from them means nothing."""
         if self._event is not None:
             self._event.synchronize()
         if self._num_nan_rows.item():
-            raise RuntimeError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
+            raise ValueError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
         return self._output
 
 

@@ -96,8 +96,10 @@ def predicted_spans(plan: EnginePlan, shapes: list[PassShape], measured: list[Sp
     for span in measured:
         begins[span.pass_index] = min(span.start_s, begins.get(span.pass_index, span.start_s))
     spans = []
-    for index, shape in enumerate(shapes):
-        start_s = begins[index]
+    for index, start_s in begins.items():
+        if index < 0:
+            continue
+        shape = shapes[index]
         for span in predict_timeline(plan.step_plan, step_seconds(plan, shape), plan.rates):
             spans.append(Span(index, span.lane, span.name, start_s + span.start_s, start_s + span.end_s))
     return spans

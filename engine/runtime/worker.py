@@ -55,9 +55,8 @@ class Worker:
 
     def _load(self, source: WeightSource, layout: ModelLayout, topology: Topology) -> LoadedWeights:
         streamed = {group for group, _ in self.plan.residency.streamed}
-        bar = tqdm(
-            total=layout.nbytes, unit="B", unit_scale=True, desc="loading", disable=topology.rank > 0, leave=False
-        )
+        quiet = topology.rank > 0 or None  # None: shown on a terminal only
+        bar = tqdm(total=layout.nbytes, unit="B", unit_scale=True, desc="loading", disable=quiet, leave=False)
         embed_on_host = not self.plan.residency.embed_resident
         with bar:
             return load_weights(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from engine.model.families import FAMILIES, read_config, read_spec, tensor_names
+from engine.model.families import FAMILIES, read_config, read_eos_token_ids, read_spec, tensor_names
 from engine.model.rope import inverse_frequencies
 from engine.model.spec import ModelSpec
 
@@ -205,3 +205,19 @@ def test_tied_head_is_ignorable_only_where_tied():
 def test_reading_a_config_imports_neither_torch_nor_transformers():
     code = "import sys, engine.model.layout; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_eos_ids_of_generation_config_count_too(tmp_path):
+    spec = read_spec({"model_type": "llama", "eos_token_id": 2}, "config.json")
+    assert read_eos_token_ids(tmp_path, spec) == (2,)
+    file = tmp_path / "generation_config.json"
+    for content, expected in (
+        ("{}", (2,)),
+        ('{"eos_token_id": 7}', (2, 7)),
+        ('{"eos_token_id": [2, 9, 5]}', (2, 5, 9)),
+    ):
+        file.write_text(content)
+        assert read_eos_token_ids(tmp_path, spec) == expected
+    file.write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ValueError, match=r"generation_config\.json.*eos_token_id must be"):
+        read_eos_token_ids(tmp_path, spec)
