@@ -83,6 +83,7 @@ class EngineConfig:
     num_pages: int | None = _option(None, "KV pages (default: what memory allows)", type=int)
     page_order_seed: int | None = _option(None, "debug: hand out KV pages in this shuffled order", type=int)
     ring: int | str | None = _option(None, "bytes of the ring that holds streamed groups (default: planned)")
+    enforce_eager: bool = _option(False, "launch kernels one by one instead of replaying decode passes as CUDA graphs")
     seed: int = _option(0, "base of every random choice that names no seed of its own", type=int)
     lanes: str = _option(
         "earliest", "CPU only: order in which the two lanes interleave", ("earliest", "latest", "random")

@@ -29,6 +29,11 @@ class BatchRow:
     sampling: RowSampling | None
 
 
+def is_decode(batch: "Batch") -> bool:
+    """Whether every row computes one token and samples the next."""
+    return all(row.samples and len(row.tokens) == 1 for row in batch.rows)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one pass computes."""

@@ -1,8 +1,10 @@
-"""Attention over the gathered context of every row.
+"""Attention of a pass over the paged KV cache.
 
 Shapes: T tokens, R rows, C context tokens of all rows together, H/K local query/KV heads, E head dim.
-Two ways behind one function: torch's varlen kernel (CUDA, bf16 and fp16), and scaled_dot_product_attention row by
-row (everything else). The choice depends on device and dtype alone, so that a pass has the same bits at any residency.
+Three ways behind one function: rows of one token each, in a bucket of fixed size, read the pages where they lie
+(kernels/decode_attention.py); for others the context is gathered, then torch's varlen kernel (CUDA, bf16 and fp16) or
+scaled_dot_product_attention row by row attends. The choice depends on the kind of pass, device and dtype alone, so
+that a pass has the same bits at any residency.
 """
 
 import inspect
@@ -12,23 +14,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from engine.model.inputs import PassInputs, RowRange
+from engine.kernels.decode_attention import decode_attention
+from engine.model.inputs import GatheredContext, PagedContext, RowRange
+
+Context = GatheredContext | PagedContext
 
 # torch 2.11 takes grouped heads as they come, later versions want to be told
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, inputs: PassInputs, window: int | None) -> Tensor:
-    """q (T, H, E) over the gathered context k, v (C, K, E), causal, each row over its own context only.
+def attend_(q: Tensor, keys: Tensor, values: Tensor, context: Context, window: int | None, page_size: int) -> None:
+    """q (T, H, E) becomes its attention over keys and values (P * S, K, E), causal, each row over its own context.
 
-    `window`: how many tokens a token sees, itself included; None = all before it. Returns (T, H, E).
+    `window`: how many tokens a token sees, itself included; None = all before it.
     """
+    if isinstance(context, PagedContext):
+        scale, rows = q.shape[-1] ** -0.5, q[:, None]  # (R, 1, H, E)
+        table = (context.page_table, context.lengths)
+        workspace = (context.partials, context.num_segments)
+        decode_attention(rows, keys, values, *table, rows, scale, window, page_size, *workspace)
+    else:
+        q.copy_(attend(q, keys[context.places], values[context.places], context, window))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, context: GatheredContext, window: int | None) -> Tensor:
+    """Attention of q (T, H, E) over the gathered k, v (C, K, E): (T, H, E)."""
     scale = q.shape[-1] ** -0.5
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         window_size = (-1 if window is None else window - 1, 0)
-        bounds = (inputs.query_starts, inputs.context_starts, inputs.max_queries, inputs.max_context)
+        bounds = (context.query_starts, context.context_starts, context.max_queries, context.max_context)
         return varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED)
-    return torch.cat([_attend_row(q, k, v, row, scale, window) for row in inputs.ranges])
+    return torch.cat([_attend_row(q, k, v, row, scale, window) for row in context.ranges])
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, window: int | None) -> Tensor:

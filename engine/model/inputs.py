@@ -23,19 +23,35 @@ class RowRange:
 
 
 @dataclass(frozen=True)
-class PassInputs:
-    """A batch on the device. `places` are page * S + offset of the batch's own tokens, `context` those of all tokens
-    that its rows attend to."""
+class GatheredContext:
+    """What rows of any length attend to: `places` are page * S + offset of all their tokens, row after row."""
 
-    tokens: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64
-    places: Tensor  # (T,) int64
-    context: Tensor  # (C,) int64
+    places: Tensor  # (C,) int64
     query_starts: Tensor  # (R + 1,) int32
     context_starts: Tensor  # (R + 1,) int32
     max_queries: int
     max_context: int
     ranges: tuple[RowRange, ...]
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """What rows of one token each attend to, at fixed addresses and of a bucket's size; a padded row has length 0."""
+
+    page_table: Tensor  # (R, P) int32
+    lengths: Tensor  # (R,) int32, the new token included
+    partials: Tensor  # fp32 workspace of decode_attention
+    num_segments: int
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """A batch on the device. `places` are page * S + offset of the batch's own tokens."""
+
+    tokens: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    places: Tensor  # (T,) int64
+    context: GatheredContext | PagedContext
     select: Tensor  # (N,) int64: which tokens are sampled from
     sampled_rows: tuple[int, ...]  # their places in the batch
     sampled_rows_device: Tensor  # (N,) int64
@@ -73,12 +89,14 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor) -> PassInputs:
         tokens=tokens,
         positions=positions,
         places=_places(pages, of_token, positions, page_size),
-        context=_places(pages, of_context, context_positions, page_size),
-        query_starts=query_starts,
-        context_starts=context_starts,
-        max_queries=max(lengths),
-        max_context=max(contexts),
-        ranges=ranges,
+        context=GatheredContext(
+            places=_places(pages, of_context, context_positions, page_size),
+            query_starts=query_starts,
+            context_starts=context_starts,
+            max_queries=max(lengths),
+            max_context=max(contexts),
+            ranges=ranges,
+        ),
         select=put([place.first_query + place.num_queries - 1 for _, place in sampled]),
         sampled_rows=tuple(row.row for row, _ in sampled),
         sampled_rows_device=put([row.row for row, _ in sampled]),

@@ -4,41 +4,20 @@ Shapes: T tokens in the batch, N sampled rows, D hidden, H/K local query/KV head
 V local vocab. An operation cannot tell whether its weights stream: it gets them as views by name.
 """
 
-import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.embedding import embed_rows
-from engine.model.attention import attend
+from engine.kernels.gated_activation import gated_activation
+from engine.kernels.residual_norm import residual_norm
+from engine.kernels.rope_append import rope_append
+from engine.model.attention import attend_
 from engine.model.inputs import PassInputs
-from engine.model.rope import rotate_
 from engine.model.spec import ModelSpec
 from parallel.collectives import Collectives
-
-
-def gelu_new(x: Tensor) -> Tensor:
-    """transformers' gelu_new; it rounds differently from torch's tanh approximation."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-def gelu_fast(x: Tensor) -> Tensor:
-    """transformers' gelu_fast: the same function, rounded differently again."""
-    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": gelu_new,
-    "gelu_fast": gelu_fast,
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-}
 
 
 @dataclass
@@ -77,22 +56,14 @@ def linear(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
         torch.addmm(bias, x, weights[name].t(), out=out)
 
 
-def norm(spec: ModelSpec, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """RMSNorm (in fp32, rounded, then times the weight) or LayerNorm, as transformers rounds them."""
-    if spec.norm == "layer":
-        return F.layer_norm(x, x.shape[-1:], weights[name], weights[name + "_bias"], spec.norm_eps)
-    x32 = x.float()
-    scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + spec.norm_eps)
-    return weights[name] * scaled.to(x.dtype)
-
-
 def embedding(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     embed_rows(ctx.embed, ctx.inputs.tokens, ctx.first_vocab, ctx.act["x"])
 
 
 def _norm_step(name: str) -> Callable:
     def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-        ctx.act["x_"].copy_(norm(ctx.spec, weights, name, ctx.act["x"]))
+        x, out, spec = ctx.act["x"], ctx.act["x_"], ctx.spec
+        residual_norm(x, None, weights[name], weights.get(name + "_bias"), spec.norm_eps, out, spec.norm)
 
     return step
 
@@ -110,20 +81,24 @@ def attn_qkv(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     """Norms of q and k where the family has them, rotation, and the append to the KV cache."""
-    q, k, v = ctx.split_heads(ctx.act["attn"])
-    if ctx.spec.qk_norm:
-        q.copy_(norm(ctx.spec, weights, "q_norm", q))
-        k.copy_(norm(ctx.spec, weights, "k_norm", k))
-    cos, sin = ctx.rope[:, ctx.inputs.positions]  # (T, F) each
-    rotate_(q, cos, sin)
-    rotate_(k, cos, sin)
-    ctx.kv.append(layer_idx, ctx.inputs.places, k, v)
+    rope_append(
+        ctx.act["attn"],
+        ctx.rope,
+        ctx.inputs.positions,
+        ctx.inputs.places,
+        *ctx.kv.layer(layer_idx),
+        ctx.num_heads,
+        ctx.num_kv_heads,
+        weights.get("q_norm"),
+        weights.get("k_norm"),
+        ctx.spec.norm_eps,
+    )
 
 
 def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+    """The result takes the place of q."""
     q, _, _ = ctx.split_heads(ctx.act["attn"])
-    k, v = ctx.kv.gather(layer_idx, ctx.inputs.context)
-    q.copy_(attend(q, k, v, ctx.inputs, ctx.spec.windows[layer_idx]))
+    attend_(q, *ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx], ctx.kv.page_size)
 
 
 def _attn_output_step(out: str) -> Callable:
@@ -144,12 +119,7 @@ def ffn_up(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 def activation(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     """The result lies in the first I columns."""
-    ffn, act = ctx.act["ffn"], ACTIVATIONS[ctx.spec.activation]
-    if ctx.spec.gated:
-        gate, up = ffn.chunk(2, dim=1)
-        torch.mul(act(gate), up, out=gate)
-    else:
-        ffn.copy_(act(ffn))
+    gated_activation(ctx.act["ffn"], ctx.spec.activation, ctx.spec.gated)
 
 
 def ffn_down(ctx: StepContext, weights: Weights, layer_idx: int) -> None:

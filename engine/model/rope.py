@@ -1,6 +1,6 @@
 """Rotary embedding frequencies and tables, as transformers computes them.
 
-Shapes: L positions, F = rotary_dim / 2 frequencies, T tokens, N heads, E head dim.
+Shapes: L positions, F = rotary_dim / 2 frequencies.
 Sources: RoFormer (Su et al. 2021), YaRN (Peng et al. 2023), Llama 3.1's frequency scaling.
 """
 
@@ -72,12 +72,3 @@ def rope_table(rope: RopeSpec, num_positions: int, dtype: torch.dtype, device: t
     frequencies, factor = inverse_frequencies(rope)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)  # (L, F)
     return torch.stack([angles.cos() * factor, angles.sin() * factor]).to(device=device, dtype=dtype)
-
-
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotates the first 2F dims of `heads` (T, N, E) in place, by halves; cos and sin are (T, F)."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    first, second = heads[..., :half].clone(), heads[..., half : 2 * half].clone()
-    heads[..., :half] = first * cos + (-second) * sin
-    heads[..., half : 2 * half] = second * cos + first * sin

@@ -4,19 +4,19 @@
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from engine.model.inputs import bind
+from engine.model.inputs import PassInputs, bind
 from engine.model.ops import STEPS, StepContext
 from engine.runtime.arena import ActivationArena
 from engine.runtime.lanes import Lanes
 from engine.runtime.sampler import PendingSample, SampleOutput
 from engine.runtime.trace import Tracer
-from scheduler.batch import Batch
+from scheduler.batch import Batch, is_decode
 from scheduler.step_plan import Compute, GroupId, Instruction, Prefetch, Release, StepPlan
 
 Weights = Mapping[str, Tensor]
@@ -56,27 +56,29 @@ class Executor:
         self.ring, self.arena, self.lanes, self.tracer, self.poison = ring, arena, lanes, tracer, poison
         self.counters = Counters()
         self.ring_is_filled = False
-        self.pending: PendingSample | None = None
+        self.pending = None  # what collect() waits for
+        self.decode = None  # DecodePasses, on a CUDA device
+        self.on_sampled: Callable[[SampleOutput], None] | None = None
+
+    @property
+    def counted(self) -> list[Counter]:
+        """The counters that a pass adds to."""
+        reduces = self.context.collectives
+        return [self.counters.steps, self.counters.copied_bytes, reduces.num_reduces, reduces.reduced_bytes]
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
-        context = self.context
         for row in batch.rows:
             if row.sampling is not None:
-                context.sampler.set_row(row.row, row.sampling)
+                self.context.sampler.set_row(row.row, row.sampling)
+        self.pending = None
         self.fill_ring()
-        context.inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens)
-        context.act = self.arena.cut(batch.num_tokens, len(context.inputs.sampled_rows))
-        context.sampled = self.pending = None
-        context.sampler.num_nan_rows.zero_()
-        for row, place in zip(batch.rows, context.inputs.ranges):
-            tokens = context.inputs.tokens[place.first_query : place.first_query + place.num_queries]
-            context.sampler.observe(row.row, tokens)
-        self.tracer.begin_pass(batch.shape)
-        self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
-        self.lanes.run(self.plan.instructions, self.do)
-        self.ring_is_filled = True
+        if self.decode is not None and is_decode(batch):
+            self.tracer.begin_pass(batch.shape)
+            self.pending = self.decode.run(batch)
+        else:
+            self._run_bound(batch)
         self.counters.num_passes += 1
         self.counters.num_tokens += batch.num_tokens
 
@@ -84,6 +86,30 @@ class Executor:
         """The last submitted pass's tokens, one for each row that samples, on the host; None if no row did. Returns
         when they are there, which is before the pass's last copies are. Raises ValueError if logits were NaN."""
         return None if self.pending is None else self.pending.wait()
+
+    def _run_bound(self, batch: Batch) -> None:
+        """A pass of any shape, eagerly."""
+        context = self.context
+        context.inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens)
+        for row, place in zip(batch.rows, context.inputs.context.ranges):
+            tokens = context.inputs.tokens[place.first_query : place.first_query + place.num_queries]
+            context.sampler.observe(row.row, tokens)
+        self.tracer.begin_pass(batch.shape)
+        self.run_plan(context.inputs, self._keep)
+
+    def _keep(self, output: SampleOutput) -> None:
+        self.pending = PendingSample(output, self.context.sampler.num_nan_rows)
+
+    def run_plan(self, inputs: PassInputs, on_sampled: Callable[[SampleOutput], None] | None) -> None:
+        """Enqueues a pass over `inputs`. `on_sampled` takes its tokens, behind `sample` and before the pass is joined;
+        None leaves the sampling to the caller."""
+        context = self.context
+        context.inputs, context.sampled, self.on_sampled = inputs, None, on_sampled
+        context.act = self.arena.cut(len(inputs.tokens), len(inputs.sampled_rows))
+        context.sampler.num_nan_rows.zero_()
+        self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
+        self.lanes.run(self.plan.instructions, self.do)
+        self.ring_is_filled = True
 
     def fill_ring(self) -> None:
         """The prologue: brings the first groups of a pass into the ring, if the last pass did not leave them there."""
@@ -93,16 +119,25 @@ class Executor:
 
     def do(self, instruction: Instruction) -> None:
         if isinstance(instruction, Compute):
-            self.counters.steps[instruction.step] += 1
-            weights = self.views.get(instruction.group, _NO_WEIGHTS)
-            STEPS[instruction.step](self.context, weights, instruction.layer_idx)
-            if instruction.step == "sample" and self.context.sampled is not None:
-                self.pending = PendingSample(self.context.sampled, self.context.sampler.num_nan_rows)
+            if instruction.step == "sample":
+                self._sample(instruction)
+            else:
+                self._compute(instruction)
         elif isinstance(instruction, Prefetch):
             self.counters.copied_bytes[instruction.group] += instruction.slot.nbytes
             self.slot(instruction).copy_(self.host_spans[instruction.group], non_blocking=True)
         elif isinstance(instruction, Release) and self.poison:
             self.slot(instruction).fill_(0xFF)  # all ones are a NaN in every float format
+
+    def _compute(self, step: Compute) -> None:
+        self.counters.steps[step.step] += 1
+        STEPS[step.step](self.context, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
+
+    def _sample(self, step: Compute) -> None:
+        if self.on_sampled is not None:
+            self._compute(step)
+            if self.context.sampled is not None:
+                self.on_sampled(self.context.sampled)
 
     def slot(self, instruction: Prefetch | Release) -> Tensor:
         return self.ring[instruction.slot.offset : instruction.slot.offset + instruction.slot.nbytes]

@@ -14,7 +14,7 @@ batch take the same stages no index is uploaded either, so that such a call can 
 R rows, V vocab (whole, not this rank's part), N most likely tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,8 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str):
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self.pad_row = max_num_seqs  # always greedy, and nobody's: padded rows of a bucket are sampled into it
+        max_num_seqs += 1
         self.last_tokens = self._zeros(max_num_seqs, dtype=torch.int64)
         self.num_nan_rows = self._zeros(dtype=torch.int64)
         self.num_logprobs = [-1] * max_num_seqs  # this and `asks` are the host's: branching needs no sync
@@ -82,6 +84,12 @@ class Sampler:
         }
         self.prompt_seen: Tensor | None = None  # (max_num_seqs, V) bool
         self.output_counts: Tensor | None = None  # (max_num_seqs, V) int32
+
+    def is_greedy(self, host_rows: Sequence[int]) -> bool:
+        """Whether these rows take the most likely token, nothing else is asked, and so no stage runs."""
+        return all(
+            self.num_logprobs[row] < 0 and not any(asks[row] for asks in self.asks.values()) for row in host_rows
+        )
 
     def set_row(self, row: int, sampling: RowSampling) -> None:
         """Gives the row to a request, before its first chunk; what the row's former owner left is dropped."""

@@ -15,6 +15,7 @@ from engine.model.ops import StepContext
 from engine.model.rope import rope_table
 from engine.planning import EnginePlan
 from engine.runtime.arena import ActivationArena, aligned_bytes
+from engine.runtime.decode import DecodePasses
 from engine.runtime.executor import Executor
 from engine.runtime.kv_cache import KVCache
 from engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
@@ -79,7 +80,7 @@ class Worker:
         arena = ActivationArena(
             plan.step_plan, plan.spec, dtype, tp_size, config.max_num_batched_tokens, max_rows, device
         )
-        return Executor(
+        executor = Executor(
             plan=plan.step_plan,
             context=self._context(config, layout, topology, collectives, dtype),
             views=self._views(layout, ring),
@@ -90,6 +91,10 @@ class Worker:
             tracer=self.tracer,
             poison=config.poison,
         )
+        if device.type == "cuda":
+            use_graphs = not config.enforce_eager and not config.trace  # a trace needs events of its own
+            executor.decode = DecodePasses(executor, max_rows, residency.max_model_len, use_graphs)
+        return executor
 
     def _context(self, config, layout: ModelLayout, topology: Topology, collectives, dtype: torch.dtype) -> StepContext:
         spec, residency, device = self.plan.spec, self.plan.residency, self.device
@@ -135,5 +140,7 @@ class Worker:
         """Waits for the device, then frees; idempotent."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if self.executor is not None and self.executor.decode is not None:
+            self.executor.decode.close()
         self.executor = None
         self.weights.close()

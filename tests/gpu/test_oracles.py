@@ -16,7 +16,7 @@ from scheduler.request import SamplingParams
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[0, 5, 9], list(range(3, 120)), [0, 7]]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "gpu_memory": "4GiB"}
 RANK_SCRIPT = """
 import json, os, sys
@@ -33,14 +33,13 @@ def generate(**options):
     logits = []
     with LLM("demo", **(SMALL | options)) as llm:
         executor = llm.rank.worker.executor
-        plain_do = executor.do
+        plain_submit = executor.submit
 
-        def do(instruction):
-            plain_do(instruction)
-            if str(instruction) == "logits_gather":
-                logits.append(executor.context.act["logits"].to("cpu", copy=True))
+        def submit(batch):
+            plain_submit(batch)
+            logits.append(executor.arena.cut(1, batch.num_sampled)["logits"].to("cpu", copy=True))
 
-        executor.do = do
+        executor.submit = submit
         outputs = llm.generate(PROMPTS, GREEDY)
         return [o.outputs[0].token_ids for o in outputs], logits, executor.counters, llm.rank.plan.residency
 
@@ -60,6 +59,32 @@ def test_streamed_is_resident_bitwise(dtype):
             prologue = sum(nbytes for _, nbytes in residency.streamed[: residency.ring.num_wrapped])
             assert counters.copied_bytes.total() == counters.num_passes * residency.streamed_bytes + prologue
             assert embedding.calls["triton"] - gathered == counters.num_passes  # the tied head's host span
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("resident", ["all", "none", 0.5])
+def test_graph_is_eager_bitwise(resident, dtype):
+    """At the same padded shape: three rows in a bucket of three, then fewer as rows end."""
+    eager = generate(resident=resident, dtype=dtype, enforce_eager=True)
+    graph = generate(resident=resident, dtype=dtype)
+    assert graph[0] == eager[0]
+    assert all(torch.equal(a, b) for a, b in zip(graph[1], eager[1], strict=True))
+    assert graph[2].copied_bytes == eager[2].copied_bytes and graph[2].steps == eager[2].steps
+
+
+def test_sampled_rows_beside_greedy_ones_in_graphs():
+    """Penalties, filters and logprobs are the eager sampler's; a greedy request beside them keeps its tokens."""
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True, logprobs=3),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=12, ignore_eos=True),
+    ]
+    runs = []
+    for enforce_eager in (False, True):
+        with LLM("demo", **SMALL, enforce_eager=enforce_eager) as llm:
+            runs.append([[o.outputs[0].token_ids for o in llm.generate(PROMPTS, params)] for _ in range(2)])
+    assert runs[0] == runs[1]
+    assert len(set(map(tuple, runs[0][0]))) == 3
 
 
 def test_cpu_and_gpu_agree_in_fp32():

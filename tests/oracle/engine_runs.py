@@ -43,18 +43,18 @@ def _capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
     """Logits of each row, position after position, as the sampler sees them. Row i runs prompt i, since there are as
     many rows as prompts."""
     executor, vocab_size = llm.rank.worker.executor, llm.rank.plan.spec.vocab_size
-    do, logits = executor.do, {row: [] for row in range(len(prompts()))}
+    submit, logits = executor.submit, {row: [] for row in range(len(prompts()))}
 
-    def do_and_capture(instruction) -> None:
-        do(instruction)
-        if getattr(instruction, "step", None) != "logits_gather":
-            return
-        inputs, gathered = executor.context.inputs, executor.context.act["logits"]
-        for place, (row, position) in enumerate(zip(inputs.sampled_rows, inputs.sampled_positions.tolist())):
-            assert position == len(prompts()[row]) + len(logits[row]), "a position was skipped or sampled twice"
-            logits[row].append(gathered[place, :vocab_size].to("cpu", copy=True))
+    def submit_and_capture(batch) -> None:
+        submit(batch)
+        rows = [row for row in batch.rows if row.samples]
+        gathered = executor.arena.cut(1, len(rows))["logits"][:, :vocab_size].to("cpu", copy=True)
+        for row, row_logits in zip(rows, gathered):
+            position = row.start + len(row.tokens)
+            assert position == len(prompts()[row.row]) + len(logits[row.row]), "a position was skipped or sampled twice"
+            logits[row.row].append(row_logits)
 
-    executor.do = do_and_capture
+    executor.submit = submit_and_capture
     return logits
 
 

@@ -1,0 +1,238 @@
+"""Attention of a decode step over the paged KV cache, split along the context, for CUDA graphs.
+
+Shapes: R rows, Q tokens a row, H/K local query/KV heads, E head dim, P pages, S page size, N segments a row,
+M = H/K * Q queries of a KV head, padded to a power of two and to the 16 that tl.dot wants.
+
+A program a (KV head, segment, row) reads its part of the context once for all M queries and leaves fp32 partials
+(weighted values, maximum, sum of weights); a second kernel merges them. With one segment the first writes the result.
+Sources: Dao et al. 2023, "Flash-Decoding"; vLLM's PagedAttention.
+
+Launches depend on the bucket alone; lengths and pages are read on the device. A row's bits depend on its own q, keys,
+values, length, Q, window, N and min_segment; not on R, the other rows, where its pages lie, or what the workspace held.
+choose_segments depends on R, so a row's last bits may differ from bucket to bucket.
+Tried, compiled for sm_90 only: 4 warps, 3 stages: 114 registers, 70 KiB, so 3 programs an SM; fp32 spills with 4 warps,
+not with 8. Not tried: the last program of a head merging (a node less), programmatic launch, 128 tokens a turn.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"reference": 0, "triton": 0}
+NO_WINDOW = 1 << 30
+
+
+def choose_segments(num_rows: int, num_kv_heads: int, max_context: int, num_programs: int = 2 * 132) -> int:
+    """Segments a row in a bucket: what fills `num_programs`, 2 on each SM of an H200, at most one a 64 tokens."""
+    return max(1, min(num_programs // (num_rows * num_kv_heads), -(-max_context // 64), 128))
+
+
+def partials_size(num_tokens: int, num_heads: int, head_dim: int, num_segments: int) -> int:
+    """How many fp32 numbers the workspace of R * Q tokens needs; layers and buckets may share one."""
+    count = -(-num_tokens * num_heads * num_segments // 16) * 16  # aligned for any R, so that R changes no layout
+    return count * (head_dim + 2) if num_segments > 1 else 0
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int | None,
+    page_size: int,
+    partials: Tensor,
+    num_segments: int,
+    min_segment: int = 1,
+) -> None:
+    """out (R, Q, H, E) = attention of q (R, Q, H, E) over each row's pages of keys and values (P * S, K, E).
+
+    page_table (R, max pages) int32: entries behind a row's context may be anything. context_lens (R,) int32 include
+    the row's Q tokens, which are the last of its context; 0: a padded row, whose result is zeros. `out` may be `q`.
+    partials: fp32, partials_size numbers. No segment is shorter than min_segment tokens.
+    """
+    if triton is None:
+        raise ValueError("paged decode attention needs triton; install it")
+    (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
+    assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
+    assert q[0, 0].is_contiguous() and out[0, 0].is_contiguous() and page_table[0].is_contiguous()
+    assert keys.is_contiguous() and values.is_contiguous() and num_heads % num_kv_heads == 0
+    assert page_table.dtype == context_lens.dtype == torch.int32 and partials.dtype == torch.float32
+    calls["triton"] += 1
+    group, split = num_heads // num_kv_heads, num_segments > 1
+    size = partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
+    count = size // (head_dim + 2)
+    parts = partials[:size].split([count * head_dim, count, count])
+    # a tile has 16 KiB at E = 128: two turns of K and V in flight, three programs an SM
+    shape = {"E": head_dim, "E_PADDED": triton.next_power_of_2(head_dim), "BLOCK": 128 // q.element_size()}
+    ways = (num_segments, max(min_segment, 1), NO_WINDOW if window is None else window)
+    interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # there tl.dot of bf16 is garbage
+    _attend_segment[(num_kv_heads, num_segments, num_rows)](
+        *(q, keys, values, page_table, context_lens, out, parts),
+        (q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0)),
+        *(scale * 1.4426950408889634, ways),  # log2(e), for exp2
+        **{"Q": num_queries, "GROUP": group, "S": page_size, "SPLIT": split, **shape},
+        M=max(16, triton.next_power_of_2(group * num_queries)),
+        DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
+        num_warps=4 if q.element_size() == 2 else 8,  # fp32 spills registers with 4
+        num_stages=3,
+    )
+    if split:
+        _merge_segments[(num_heads, num_queries, num_rows)](
+            *(context_lens, out, parts, (out.stride(0), out.stride(1)), ways),
+            **{"CHUNK": min(64, triton.next_power_of_2(num_segments)), **shape},
+        )
+
+
+def decode_attention_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int | None,
+    page_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The same in plain torch, row by row, in `dtype`."""
+    calls["reference"] += 1
+    num_queries, group = q.shape[1], q.shape[2] // keys.shape[1]
+    for row, context in enumerate(context_lens.tolist()):
+        reach = NO_WINDOW if window is None else window
+        key = torch.arange(max(0, context - num_queries + 1 - reach), context, device=q.device)  # (C,) what is seen
+        places = page_table[row].long()[key // page_size] * page_size + key % page_size
+        k, v = (cache[places].to(dtype).repeat_interleave(group, dim=1) for cache in (keys, values))  # (C, H, E)
+        query = torch.arange(context - num_queries, context, device=q.device)[:, None]
+        hidden = (key > query) | (key <= query - reach)  # (Q, C)
+        scores = torch.einsum("qhe,che->hqc", q[row].to(dtype), k) * scale
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)  # no key: zeros
+        out[row] = torch.einsum("hqc,che->qhe", weights, v).to(out.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _split(context, Q, ways, BLOCK: tl.constexpr):
+        """First token that one of the row's queries sees, and tokens a segment."""
+        segments, shortest, window = ways
+        first = tl.maximum(context - Q + 1 - window, 0)
+        length = tl.maximum(tl.cdiv(context - first, segments), shortest)
+        return first, tl.cdiv(length, BLOCK) * BLOCK
+
+    @triton.jit
+    def _finite(top):
+        """-inf, where nothing was seen yet, as 0: -inf - -inf is no number."""
+        return tl.where(top == float("-inf"), 0.0, top)
+
+    @triton.jit
+    def _attend_segment(
+        q,
+        keys,
+        values,
+        page_table,
+        context_lens,
+        out,
+        parts,
+        strides,
+        scale,
+        ways,
+        Q: tl.constexpr,
+        GROUP: tl.constexpr,
+        S: tl.constexpr,
+        SPLIT: tl.constexpr,
+        E: tl.constexpr,
+        E_PADDED: tl.constexpr,
+        BLOCK: tl.constexpr,
+        M: tl.constexpr,
+        DOT: tl.constexpr,
+    ):
+        kv_head, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        num_kv_heads, segments = tl.num_programs(0), tl.num_programs(1)
+        q_row, q_token, out_row, out_token, table_row = strides
+        context = tl.load(context_lens + row)
+        first, length = _split(context, Q, ways, BLOCK)
+        begin = first + segment * length
+        end = tl.minimum(begin + length, context)
+        if SPLIT and begin >= end:  # the merge does not look at empty segments
+            return
+        packed, e = tl.arange(0, M), tl.arange(0, E_PADDED)
+        token, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+        wanted = (token < Q)[:, None] & (e < E)[None, :]  # (M, E)
+        columns = head[:, None] * E + e[None, :]
+        q_tile = tl.load(q + row * q_row + token[:, None] * q_token + columns, mask=wanted, other=0.0).to(DOT)
+        position = context - Q + token  # (M,)
+
+        top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+        acc = tl.zeros((M, E_PADDED), tl.float32)
+        key = begin + tl.arange(0, BLOCK)
+        table = page_table + row * table_row
+        pages = tl.load(table + key // S, mask=key < end, other=0)
+        for start in tl.range(begin, end, BLOCK):
+            key = start + tl.arange(0, BLOCK)
+            place = pages.to(tl.int64) * S + key % S
+            pages = tl.load(table + (key + BLOCK) // S, mask=key + BLOCK < end, other=0)  # a turn ahead of k and v
+            columns_kv = (place * num_kv_heads + kv_head)[:, None] * E + e[None, :]  # (BLOCK, E)
+            inside = (key < end)[:, None] & (e < E)[None, :]
+            k = tl.load(keys + columns_kv, mask=inside, other=0.0).to(DOT)
+            v = tl.load(values + columns_kv, mask=inside, other=0.0).to(DOT)
+            scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale  # (M, BLOCK)
+            seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - ways[2])
+            scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights, decay = tl.exp2(scores - _finite(higher)[:, None]), tl.exp2(top - _finite(higher))
+            total = total * decay + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(DOT), v, acc * decay[:, None], input_precision="ieee")
+            top = higher
+
+        if SPLIT:
+            index = ((row * Q + token) * (num_kv_heads * GROUP) + head) * segments + segment  # (M,)
+            tl.store(parts[0] + index[:, None] * E + e[None, :], acc, mask=wanted)
+            tl.store(parts[1] + index, top, mask=token < Q)
+            tl.store(parts[2] + index, total, mask=token < Q)
+        else:
+            result = (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
+            tl.store(out + row * out_row + token[:, None] * out_token + columns, result, mask=wanted)
+
+    @triton.jit
+    def _merge_segments(
+        context_lens,
+        out,
+        parts,
+        strides,
+        ways,
+        E: tl.constexpr,
+        E_PADDED: tl.constexpr,
+        BLOCK: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        head, token, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        num_heads, num_queries = tl.num_programs(0), tl.num_programs(1)
+        context = tl.load(context_lens + row)
+        first, length = _split(context, num_queries, ways, BLOCK)
+        filled = tl.cdiv(context - first, length)
+        index = ((row * num_queries + token) * num_heads + head) * ways[0]
+        e, top, total = tl.arange(0, E_PADDED), float("-inf"), 0.0
+        acc = tl.zeros((E_PADDED,), tl.float32)
+        for start in tl.range(0, filled, CHUNK):
+            segment = start + tl.arange(0, CHUNK)
+            inside = segment < filled
+            maxima = tl.load(parts[1] + index + segment, mask=inside, other=float("-inf"))
+            sums = tl.load(parts[2] + index + segment, mask=inside, other=0.0)
+            rows = parts[0] + (index + segment)[:, None] * E + e[None, :]  # (CHUNK, E)
+            weighted = tl.load(rows, mask=inside[:, None] & (e < E)[None, :], other=0.0)
+            higher = tl.maximum(top, tl.max(maxima, 0))
+            factor, decay = tl.exp2(maxima - _finite(higher)), tl.exp2(top - _finite(higher))
+            total = total * decay + tl.sum(sums * factor, 0)
+            acc = acc * decay + tl.sum(weighted * factor[:, None], 0)
+            top = higher
+        result = (acc / tl.where(total == 0.0, 1.0, total)).to(out.dtype.element_ty)
+        tl.store(out + row * strides[0] + token * strides[1] + head * E + e, result, mask=e < E)

@@ -1,0 +1,95 @@
+"""x += delta, then RMSNorm or LayerNorm of the sum: the two steps between a reduce and a projection in one launch.
+
+Shapes: T tokens in the batch, D hidden.
+Rounds where transformers does: the sum to x's dtype; RMSNorm in fp32, cast, times weight; LayerNorm all in fp32 and
+cast once. A program has one row in registers, so every value is read once. The number of warps, and with it the order
+in which a row is summed, depends on D alone: a row's bits do not depend on the batch. Tried: nothing else yet.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"reference": 0, "triton": 0}
+MAX_WIDTH = 16384  # more would not stay in registers
+KINDS = ("rms", "layer")
+
+
+def residual_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, kind: str
+) -> None:
+    """x (T, D) += delta (T, D), in place, and out (T, D) = norm(x); without `delta` the norm alone, and x stays.
+
+    `kind` is "rms" or "layer"; `bias` goes with "layer". `out` may be `delta`.
+    """
+    run = _residual_norm_triton if x.is_cuda else residual_norm_reference
+    run(x, delta, weight, bias, eps, out, kind)
+
+
+def residual_norm_reference(x, delta, weight, bias, eps, out, kind) -> None:
+    """The same in plain torch."""
+    calls["reference"] += 1
+    if delta is not None:
+        x.add_(delta)
+    if kind == "layer":
+        out.copy_(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
+        return
+    x32 = x.float()
+    scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    out.copy_(weight * scaled.to(x.dtype))
+
+
+def _residual_norm_triton(x, delta, weight, bias, eps, out, kind) -> None:
+    if triton is None:
+        raise ValueError("residual_norm on a GPU needs triton; install it or use device='cpu'")
+    width = x.shape[1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"hidden size {width}: the norm kernel takes rows of at most {MAX_WIDTH}")
+    given = [t for t in (x, delta, weight, bias, out) if t is not None]
+    assert kind in KINDS and (bias is None or kind == "layer"), f"no norm {kind!r} with bias={bias is not None}"
+    assert all(t.stride(-1) == 1 for t in given), "residual_norm: the last dim of every tensor must have stride 1"
+    assert len({t.dtype for t in given}) == 1, "residual_norm: all tensors have one dtype"
+    calls["triton"] += 1
+    block = triton.next_power_of_2(width)
+    strides = (x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0))
+    _add_and_norm[(x.shape[0],)](
+        *(x, delta, weight, bias, out, eps, *strides),
+        *(width, kind == "layer", delta is not None, bias is not None, block),
+        num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread, up to D = 8192
+        enable_fp_fusion=False,
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _add_and_norm(
+        x, delta, weight, bias, out, eps, x_row, delta_row, out_row,
+        D: tl.constexpr, LAYER: tl.constexpr, ADDS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        dtype: tl.constexpr = x.dtype.element_ty
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        inside = column < D
+        values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+        if ADDS:
+            values += tl.load(delta + row * delta_row + column, mask=inside, other=0.0).to(tl.float32)
+        factors = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # on their way during the sums
+        if BIAS:
+            offsets = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        if ADDS:
+            rounded = values.to(dtype)
+            tl.store(x + row * x_row + column, rounded, mask=inside)
+            values = rounded.to(tl.float32)
+        if LAYER:
+            values = tl.where(inside, values - tl.sum(values) * (1.0 / D), 0.0)
+        scaled = values * tl.rsqrt(tl.sum(values * values) * (1.0 / D) + eps)
+        normed = scaled * factors if LAYER else scaled.to(dtype).to(tl.float32) * factors
+        if BIAS:
+            normed += offsets
+        tl.store(out + row * out_row + column, normed.to(dtype), mask=inside)

@@ -1,0 +1,85 @@
+"""A decode batch at fixed addresses: R rows of one token each, padded, so that a pass over it can be captured.
+
+Shapes: R rows of the bucket, P most pages of a row, S page size.
+The host sends one int32 table a pass; everything else is derived from it on the device, by operations that a graph
+captures as well. Padded rows have length 0, page 0 and a row of the sampler that belongs to nobody.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.decode_attention import choose_segments, partials_size
+from engine.model.inputs import PagedContext, PassInputs
+from engine.model.ops import StepContext
+from scheduler.batch import ON_DEVICE, Batch
+from scheduler.pages import pages_for
+
+TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; the last is the first page
+
+
+def bucket_sizes(max_num_seqs: int) -> list[int]:
+    """Powers of two and the numbers half way between them, up to max_num_seqs."""
+    sizes = {size for power in range(max_num_seqs.bit_length() + 1) for size in (1 << power, 3 << power)}
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+class Bucket:
+    """`inputs` is what the plan runs on; `load` puts a batch into it and `derive` stands before the plan's steps."""
+
+    def __init__(self, num_rows: int, max_model_len: int, context: StepContext):
+        device, sampler = context.rope.device, context.sampler
+        self.num_rows, self.page_size, self.last_tokens = num_rows, context.kv.page_size, sampler.last_tokens
+        self.pad_row = sampler.pad_row
+        max_pages = pages_for(max_model_len, self.page_size)
+        self.host = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.table = torch.zeros_like(self.host, device=device)
+        self.pages: list[tuple[int, ...]] = [()] * num_rows  # of each row in the host's table
+        num_segments = choose_segments(num_rows, context.num_kv_heads, max_model_len)
+        size = partials_size(num_rows, context.num_heads, context.spec.head_dim, num_segments)
+
+        def column() -> Tensor:
+            return torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+        self.inputs = PassInputs(
+            tokens=column(),
+            positions=column(),
+            places=column(),
+            context=PagedContext(
+                page_table=self.table[:, PAGES:],
+                lengths=torch.zeros(num_rows, dtype=torch.int32, device=device),
+                partials=torch.empty(size, dtype=torch.float32, device=device),
+                num_segments=num_segments,
+            ),
+            select=torch.arange(num_rows, device=device),
+            sampled_rows=(self.pad_row,) * num_rows,
+            sampled_rows_device=column(),
+            sampled_positions=column(),
+        )
+        self.load(Batch(()))
+
+    def load(self, batch: Batch) -> None:
+        """Sends a decode batch of at most R rows to the device."""
+        pad = [(0, 0, self.pad_row, 0)] * (self.num_rows - len(batch.rows))
+        rows = [(row.tokens[0], row.start, row.row, row.start + 1) for row in batch.rows]
+        self.host[:, :PAGES] = torch.tensor(rows + pad, dtype=torch.int32)
+        for place, row in enumerate(batch.rows):
+            if self.pages[place] != row.pages:
+                self.pages[place] = row.pages
+                self.host[place, PAGES : PAGES + len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
+        for place in range(len(batch.rows), self.num_rows):
+            if self.pages[place]:
+                self.pages[place] = ()
+                self.host[place, PAGES:] = 0
+        self.table.copy_(self.host, non_blocking=True)
+
+    def derive(self) -> None:
+        """Fills `inputs` from the table and the tokens that are still on the device."""
+        inputs, table = self.inputs, self.table
+        inputs.sampled_rows_device.copy_(table[:, ROW])
+        inputs.positions.copy_(table[:, START])
+        inputs.context.lengths.copy_(table[:, LENGTH])
+        torch.add(inputs.positions, 1, out=inputs.sampled_positions)
+        tokens = table[:, TOKEN].long()
+        inputs.tokens.copy_(torch.where(tokens == ON_DEVICE, self.last_tokens[inputs.sampled_rows_device], tokens))
+        page = inputs.context.page_table.gather(1, (inputs.positions // self.page_size)[:, None])[:, 0]
+        torch.add(page * self.page_size, inputs.positions % self.page_size, out=inputs.places)

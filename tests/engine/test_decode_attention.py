@@ -1,0 +1,308 @@
+"""Paged decode attention: Triton kernel (interpreted where there is no GPU) against float64, poisoned all around.
+
+Shapes: R rows, Q tokens a row, H/K query/KV heads, E head dim, P pages, S page size.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.runtime.interpreter
+from torch import Tensor
+
+from engine.kernels import decode_attention as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAGE_SIZE = 16
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of max|out|
+
+
+@pytest.fixture(autouse=True)
+def loops_over_loaded_bounds(monkeypatch):
+    """triton 3.6 interprets scalars as arrays of one element, which numpy 2.4 no longer takes as integers."""
+    patch = triton.runtime.interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(triton.runtime.interpreter, "_patch_lang_tensor", patch_lang_tensor)
+
+
+@dataclass
+class Example:
+    """Inputs of one call; `q` is a view into `attn` (T, (H + 2K) E), as the engine has it."""
+
+    attn: Tensor
+    q: Tensor  # (R, Q, H, E)
+    keys: Tensor  # (P * S, K, E)
+    values: Tensor
+    page_table: Tensor  # (R, max pages)
+    context_lens: Tensor  # (R,)
+    window: int | None = None
+
+    @property
+    def arguments(self) -> tuple:
+        """What follows q, and what follows out."""
+        caches = (self.keys, self.values, self.page_table, self.context_lens)
+        return caches, (self.q.shape[-1] ** -0.5, self.window, PAGE_SIZE)
+
+    def run(self, num_segments: int, min_segment: int = 1) -> Tensor:
+        """The kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
+        num_rows, num_queries, num_heads, head_dim = self.q.shape
+        q = as_queries(self.attn.clone(), self.q.shape)
+        size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
+        partials = torch.full((size,), float("nan"), device=q.device)
+        caches, shared = self.arguments
+        kernels.decode_attention(q, *caches, q, *shared, partials, num_segments, min_segment)
+        return q
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        out = torch.full(self.q.shape, float("nan"), dtype=dtype, device=self.q.device)
+        caches, shared = self.arguments
+        kernels.decode_attention_reference(self.q, *caches, out, *shared, dtype)
+        return out
+
+    def row(self, row: int) -> "Example":
+        """The row alone, in a batch of one."""
+        num_queries = self.q.shape[1]
+        attn = self.attn[row * num_queries : (row + 1) * num_queries].clone()
+        alone = {"page_table": self.page_table[row : row + 1], "context_lens": self.context_lens[row : row + 1]}
+        return replace(self, attn=attn, q=as_queries(attn, (1, *self.q.shape[1:])), **alone)
+
+
+def as_queries(attn: Tensor, shape: tuple) -> Tensor:
+    num_rows, num_queries, num_heads, head_dim = shape
+    return attn[:, : num_heads * head_dim].view(num_rows, num_queries, num_heads, head_dim)
+
+
+def example(
+    device: str,
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    context: int | list[int],
+    *,
+    num_queries: int = 1,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> Example:
+    """Random inputs. Pages lie in random order, unused places hold NaN, unused entries of the table name any page."""
+    contexts = context if isinstance(context, list) else [context] * num_rows
+    used = [-(-length // PAGE_SIZE) for length in contexts]
+    num_pages, widest = sum(used) + 2, max(*used, 1) + 2
+    generator = torch.Generator(device).manual_seed(seed)
+    order = 1 + torch.randperm(num_pages - 1, generator=generator, device=device)
+    page_table = torch.randint(num_pages, (num_rows, widest), generator=generator, device=device, dtype=torch.int32)
+    shape = (num_pages * PAGE_SIZE, num_kv_heads, head_dim)
+    keys, values = (torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(2))
+    for row, (length, first) in enumerate(zip(contexts, torch.tensor([0, *used]).cumsum(0).tolist())):
+        page_table[row, : used[row]] = order[first : first + used[row]]
+        places = (order[first : first + used[row], None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)).flatten()
+        seen = places[0 if window is None else max(0, length - num_queries + 1 - window) : length]
+        for cache in (keys, values):
+            cache[seen] = torch.randn((len(seen), *shape[1:]), generator=generator, device=device).to(dtype)
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    attn = torch.randn((num_rows * num_queries, width), generator=generator, device=device).to(dtype)
+    q = as_queries(attn, (num_rows, num_queries, num_heads, head_dim))
+    context_lens = torch.tensor(contexts, dtype=torch.int32, device=device)
+    return Example(attn, q, keys, values, page_table, context_lens, window)
+
+
+def assert_close(example: Example, out: Tensor, factor: float = 1.0) -> None:
+    expected = example.reference()
+    assert not expected.isnan().any() and not out.isnan().any()
+    difference = (out.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    assert difference <= factor * TOLERANCE[out.dtype]
+
+
+def make(heads: tuple, context: list, **options) -> Example:
+    num_heads, num_kv_heads, head_dim = heads
+    return example(DEVICE, len(context), num_heads, num_kv_heads, head_dim, context, **options)
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize(
+    ("heads", "context", "options"),
+    [
+        ((2, 2, 64), [1, 15, 16, 17], {}),
+        ((2, 2, 64), [63, 64, 65], {"dtype": torch.float32}),
+        ((8, 2, 128), [150, 3], {}),
+        ((8, 2, 128), [70], {"dtype": torch.bfloat16}),
+        ((4, 1, 80), [100], {"dtype": torch.float32}),
+        ((7, 1, 96), [130], {"num_queries": 3}),
+        ((16, 1, 64), [66, 5], {"num_queries": 3, "dtype": torch.float32}),
+        ((4, 2, 64), [140, 40, 7], {"window": 40}),
+        ((7, 1, 64), [140, 20], {"window": 20, "num_queries": 3}),
+        ((2, 1, 64), [90], {"window": 1, "num_queries": 3, "dtype": torch.bfloat16}),
+        ((2, 1, 64), [3, 20], {"window": 1000, "num_queries": 3}),
+    ],
+)
+def test_kernel_is_the_reference(heads, context, options, num_segments):
+    """One token, page borders, block borders, grouped heads, windows, several tokens a row; padded head sizes."""
+    inputs = make(heads, context, **options)
+    assert_close(inputs, inputs.run(num_segments))
+
+
+def test_the_reference_is_torchs_attention():
+    inputs = make((4, 2, 64), [50], num_queries=3, window=20, dtype=torch.float32)
+    places = inputs.page_table[0].cpu().long().repeat_interleave(PAGE_SIZE)[:50] * PAGE_SIZE
+    places = (places + torch.arange(50) % PAGE_SIZE).to(DEVICE)
+    k, v = (cache[places].nan_to_num(0.0).transpose(0, 1)[None] for cache in (inputs.keys, inputs.values))
+    key, query = torch.arange(50), torch.arange(47, 50)[:, None]
+    mask = (key <= query) & (key > query - 20)
+    q = inputs.q.transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(DEVICE), enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(inputs.reference(torch.float32), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100, "num_queries": 2}])
+def test_any_number_of_segments(options):
+    """Eight segments of 200 tokens leave some empty; min_segment makes fewer of them."""
+    inputs = make((4, 1, 64), [200, 33], dtype=torch.float32, **options)
+    for num_segments, min_segment in [(1, 1), (3, 1), (8, 1), (8, 100), (8, 1000)]:
+        assert_close(inputs, inputs.run(num_segments, min_segment))
+
+
+def test_more_segments_than_the_merge_reads_at_once():
+    inputs = make((2, 1, 64), [66 * 32], dtype=torch.float32)
+    inputs.keys[places_of(inputs, 0)[-32:]] *= 3.0  # the maximum comes last
+    assert_close(inputs, inputs.run(70), factor=4.0)
+
+
+def places_of(inputs: Example, row: int) -> Tensor:
+    """Where the row's context lies in the cache, in order."""
+    context = torch.arange(int(inputs.context_lens[row]), device=DEVICE)
+    return inputs.page_table[row].long()[context // PAGE_SIZE] * PAGE_SIZE + context % PAGE_SIZE
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("size", [0.0, 1.0, -1.0, 240.0, -240.0, -65504.0])
+def test_equal_keys_give_the_mean(size, num_segments):
+    """Scores that are all 0, or huge, or as low as fp16 goes."""
+    inputs = make((4, 1, 64), [130])
+    inputs.attn[:] = 240.0
+    inputs.keys[places_of(inputs, 0)] = size
+    out = inputs.run(num_segments)
+    mean = inputs.values[places_of(inputs, 0)].double().mean(0)
+    assert (out.double() - mean).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("place", [0, 15, 16, 63, 64, 129])
+def test_one_huge_score_takes_all(place, num_segments):
+    inputs = make((4, 1, 64), [130])
+    inputs.attn[:] = 100.0
+    places = places_of(inputs, 0)
+    inputs.keys[places] = -100.0
+    inputs.keys[places[place]] = 100.0
+    out = inputs.run(num_segments)
+    assert torch.equal(out, inputs.values[places[place]].expand_as(out))
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_scores_that_rise_or_fall_steeply(num_segments):
+    """The maximum moves at every turn, or never again after the first."""
+    for slope in (0.5, -0.5):
+        inputs = make((2, 1, 64), [200], dtype=torch.float32)
+        inputs.attn[:] = 1.0
+        inputs.keys[places_of(inputs, 0)] = (slope * torch.arange(200.0, device=DEVICE))[:, None, None]
+        assert_close(inputs, inputs.run(num_segments), factor=20.0)  # fp32 scores of 800
+
+
+@pytest.mark.parametrize("num_segments", [1, 3, 8])
+@pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}])
+def test_a_row_does_not_depend_on_its_batch(num_segments, options):
+    """Bitwise: alone, or in a batch with longer, shorter and padded rows."""
+    inputs = make((4, 2, 64), [150, 3, 0, 70], **options)
+    together = inputs.run(num_segments)
+    for row in range(4):
+        assert torch.equal(inputs.row(row).run(num_segments)[0], together[row])
+
+
+def test_bits_do_not_depend_on_pages():
+    inputs = make((4, 1, 64), [150])
+    order = torch.randperm(len(inputs.keys) // PAGE_SIZE, device=DEVICE)
+    places = (order[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=DEVICE)).flatten()
+    moved = replace(
+        inputs,
+        keys=inputs.keys[places].contiguous(),
+        values=inputs.values[places].contiguous(),
+        page_table=order.argsort()[inputs.page_table.long()].int(),
+    )
+    assert not torch.equal(moved.page_table, inputs.page_table)
+    assert torch.equal(moved.run(3), inputs.run(3))
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_padded_rows_are_zeros(num_queries, num_segments):
+    """Also the queries of a row that has fewer tokens than Q, and a batch of nothing but padding."""
+    inputs = make((4, 2, 64), [0, 40, num_queries - 1], num_queries=num_queries)
+    out = inputs.run(num_segments)
+    assert not out[0].any() and not out[2, :1].any()
+    assert_close(inputs, out)
+    assert not make((4, 2, 64), [0], num_queries=num_queries).run(num_segments).any()
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_entries_behind_the_context_are_never_followed(num_segments):
+    inputs = make((4, 2, 64), [40, 64, 0])
+    expected = inputs.run(num_segments)
+    for row, used in enumerate((3, 4, 0)):
+        inputs.page_table[row, used:] = 2**31 - 1
+    assert torch.equal(inputs.run(num_segments), expected)
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_in_place_and_elsewhere(num_segments):
+    """The keys and values beside q in its activation stay; a poisoned output of other strides gets the same bits."""
+    inputs = make((4, 2, 64), [70, 20], num_queries=2)
+    expected, before = inputs.run(num_segments), inputs.attn.clone()
+    elsewhere = torch.full((5, 2, 640), float("nan"), dtype=torch.float16, device=DEVICE)
+    out = elsewhere[1:3, :, 128:384].unflatten(2, (4, 64))
+    caches, shared = inputs.arguments
+    partials = torch.full((kernels.partials_size(4, 4, 64, num_segments) + 5,), float("nan"), device=DEVICE)
+    kernels.decode_attention(inputs.q, *caches, out, *shared, partials, num_segments)
+    assert torch.equal(out, expected) and torch.equal(inputs.attn, before)
+    assert elsewhere.isnan().sum() == elsewhere.numel() - out.numel()
+    kernels.decode_attention(inputs.q, *caches, inputs.q, *shared, partials, num_segments)
+    assert torch.equal(inputs.q, expected) and torch.equal(inputs.attn[:, 256:], before[:, 256:])
+
+
+def test_segments_fill_the_chip_once():
+    assert [kernels.choose_segments(rows, 8, 8192) for rows in (1, 2, 8, 16, 64, 256)] == [33, 16, 4, 2, 1, 1]
+    assert kernels.choose_segments(1, 8, 100) == 2 and kernels.choose_segments(1, 1, 1 << 20) == 128
+    assert kernels.partials_size(64, 32, 128, 1) == 0
+
+
+def test_calls_are_counted_by_kind():
+    inputs, before = make((1, 1, 64), [1]), dict(kernels.calls)
+    inputs.run(2)
+    inputs.reference()
+    assert kernels.calls == {"triton": before["triton"] + 1, "reference": before["reference"] + 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_segments", [1, 4])
+def test_a_captured_launch_serves_any_context(num_segments):
+    """Captured at one context, replayed at others: the bits of eager launches."""
+    inputs = make((8, 2, 128), [500, 200, 0], dtype=torch.bfloat16)
+    lengths = torch.tensor([[500, 200, 0], [1, 0, 0], [333, 64, 0]], dtype=torch.int32, device=DEVICE)
+    expected = []
+    for context_lens in lengths:
+        inputs.context_lens.copy_(context_lens)
+        expected.append(inputs.run(num_segments))
+    out = torch.full_like(inputs.q.contiguous(), float("nan"))
+    size = kernels.partials_size(3, 8, 128, num_segments)
+    partials, (caches, shared) = torch.full((size,), float("nan"), device=DEVICE), inputs.arguments
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.decode_attention(inputs.q, *caches, out, *shared, partials, num_segments)
+    for context_lens, bits in zip(lengths, expected):
+        inputs.context_lens.copy_(context_lens)
+        graph.replay()
+        assert torch.equal(out, bits)
