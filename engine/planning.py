@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.model.families import tensor_names
+from engine.model.fusion import fuse
 from engine.model.layout import ModelLayout, model_layout
 from engine.model.spec import DTYPE_BYTES, ModelSpec
 from engine.model.steps import activation_bytes, model_steps
@@ -56,7 +57,8 @@ def make_engine_plan(
     """
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
-    steps = model_steps(spec)
+    on_gpu = device_memory_bytes is not None
+    steps = fuse(model_steps(spec)) if on_gpu else model_steps(spec)
     sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
     offsets = lay_out_activations(make_plan(steps, RingLayout(0, 0, ())), sizes)
     total = max(offset + sizes[name] for name, offset in offsets.items())
@@ -71,7 +73,7 @@ def make_engine_plan(
         max_position=spec.max_position,
         resident=config.resident,
         memory_bytes=budget,
-        fixed=_fixed_claims(config, spec, tp_size, device_memory_bytes is not None, sizes, total),
+        fixed=_fixed_claims(config, spec, tp_size, on_gpu, sizes, total),
         ring_bytes=config.ring,
         max_model_len=config.max_model_len,
         num_pages=config.num_pages,

@@ -60,10 +60,13 @@ def embedding(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     embed_rows(ctx.embed, ctx.inputs.tokens, ctx.first_vocab, ctx.act["x"])
 
 
-def _norm_step(name: str) -> Callable:
+def _norm_step(name: str, delta: str | None = None) -> Callable:
+    """x_ = norm(x); with `delta`, an activation, after x += delta."""
+
     def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-        x, out, spec = ctx.act["x"], ctx.act["x_"], ctx.spec
-        residual_norm(x, None, weights[name], weights.get(name + "_bias"), spec.norm_eps, out, spec.norm)
+        x, spec = ctx.act["x"], ctx.spec
+        added = ctx.act[delta] if delta else None
+        residual_norm(x, added, weights[name], weights.get(name + "_bias"), spec.norm_eps, ctx.act["x_"], spec.norm)
 
     return step
 
@@ -170,6 +173,9 @@ STEPS: dict[str, Callable[[StepContext, Weights, int], None]] = {
     "parallel_add": parallel_add,
     "ffn_allreduce": _reduce_step("x_", "ffn_allreduce"),
     "ffn_residual": residual,
+    "attn_residual+ffn_norm": _norm_step("ffn_norm", delta="x_"),
+    "ffn_residual+attn_norm": _norm_step("attn_norm", delta="x_"),
+    "ffn_residual+final_norm": _norm_step("final_norm", delta="x_"),
     "final_norm": _norm_step("final_norm"),
     "select_rows": select_rows,
     "head": head,
