@@ -10,7 +10,7 @@ RANKS = $$($(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() 
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m penstock generate \
-	  --model demo --resident none --table --max-tokens 96 --temperature 0.6 --prompt "Return a new"
+	  --model demo --resident none --table --max-tokens 96 --ignore-eos --temperature 0.6 --prompt "Return a new"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

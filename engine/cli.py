@@ -32,6 +32,9 @@ EPILOG = """examples:
 RANK_0_SPEAKS_S = 5.0  # under torchrun: the time rank 0 has to say what all ranks found
 
 
+OWN_VARIABLES = (SELF_LAUNCHED, "PENSTOCK_COMMIT")  # the second goes into the records of benchmarks
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes are ValueErrors like all others: one line, not a page of usage before it."""
 
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in argv if not word.startswith("-")), None)
     try:
+        _check_environment()
         parser, chosen = _parsers(name)
         args = parser.parse_args(argv)
         return chosen.run(args, _config(args))
@@ -58,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit complain
         return 1
+
+
+def _check_environment() -> None:
+    """A PENSTOCK_ variable that means nothing is a user's mistake."""
+    unknown = [name for name in os.environ if name.startswith("PENSTOCK_") and name not in OWN_VARIABLES]
+    if unknown:
+        raise ValueError(f"environment variable {unknown[0]}: known are {', '.join(OWN_VARIABLES)}")
 
 
 def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
     with LLM(**config.to_dict()) as llm:
         llm.check(prompts, params)
+        print(llm.rank.topology.describe(), file=sys.stderr)
         printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         if speaks:
             llm.measure()

@@ -4,6 +4,7 @@ Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -
 Under torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -29,8 +30,11 @@ class LLM:
     file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
     """
 
-    def __init__(self, model: str = "demo", **options):
-        self.config = EngineConfig(model=model, **options)
+    def __init__(self, model: str = "demo", tensor_parallel_size: int | None = None, **options):
+        unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(EngineConfig)})
+        if unknown:
+            raise TypeError(f"LLM has no option {', '.join(unknown)}")
+        self.config = EngineConfig(model=model, tensor_parallel_size=tensor_parallel_size, **options)
         self.tokenizer = load_tokenizer(self.config)
         self.rank = Rank(self.config, resolve_launch(self.config.tensor_parallel_size))
         residency = self.rank.plan.residency

@@ -6,7 +6,6 @@ Imports neither torch nor transformers: it must answer on a laptop, at once. Wha
 import argparse
 import dataclasses
 import json
-import os
 from typing import Any
 
 from engine.config import EngineConfig
@@ -23,6 +22,7 @@ from engine.planning import (
     plan_rates,
 )
 from engine.step_cost import step_seconds
+from parallel.launch import resolve_launch
 from scheduler.demand import KV_LEN, show_bytes
 from scheduler.plan_table import render
 from scheduler.residency import Residency, plan_residency
@@ -62,7 +62,7 @@ def plan_of(config: EngineConfig) -> EnginePlan:
     """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
     path = find_model(config.model)
     spec = read_spec(read_config(path), str(path))
-    tp_size = config.tensor_parallel_size or int(os.environ.get("WORLD_SIZE", 1))
+    tp_size = resolve_launch(config.tensor_parallel_size).tp_size
     rates = plan_rates(config, tp_size, config.device)
     return make_engine_plan(config, spec, tp_size, rates.memory_bytes, rates)
 

@@ -2,6 +2,7 @@
 process says stop or is gone."""
 
 import json
+import sys
 
 from engine.config import EngineConfig
 from parallel.failure import exit_with_parent
@@ -16,5 +17,7 @@ def run(args, config: EngineConfig) -> int:
     from engine.runtime.rank import Rank  # imports torch: the parent is watched before that
     from parallel.launch import resolve_launch
 
-    Rank(EngineConfig(**json.loads(message)), resolve_launch()).serve()
+    rank = Rank(EngineConfig(**json.loads(message)), resolve_launch())
+    print(rank.topology.describe(), file=sys.stderr)
+    rank.serve()
     return 0

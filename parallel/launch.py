@@ -157,6 +157,9 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
     absent = [name for name in _REQUIRED if name not in env]
     if absent:
         raise ValueError(f"RANK and WORLD_SIZE are set, but not {', '.join(absent)}: use torchrun, or unset them")
+    bad = [name for name in _REQUIRED if name != "MASTER_ADDR" and not env[name].isdecimal()]
+    if bad:
+        raise ValueError(f"{bad[0]}={env[bad[0]]!r}: expected a number, as torchrun sets it")
     tp_size = int(env["WORLD_SIZE"])
     if tensor_parallel_size not in (None, tp_size):
         raise ValueError(

@@ -71,7 +71,7 @@ def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = 
     """
     if name_or_file in PROFILES:
         values = {"source": f"assumed: {name_or_file}", **PROFILES[name_or_file]}
-        return _with_link(_rates(values, name_or_file, tp_size), link_gb_s)
+        return with_link(_rates(values, name_or_file, tp_size), link_gb_s)
     path = Path(name_or_file)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -84,10 +84,11 @@ def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = 
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: is not a JSON object")
-    return _with_link(_rates({"source": f"assumed: {path.name}", **values}, str(path), tp_size), link_gb_s)
+    return with_link(_rates({"source": f"assumed: {path.name}", **values}, str(path), tp_size), link_gb_s)
 
 
-def _with_link(rates: Rates, link_gb_s: float | None) -> Rates:
+def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
+    """The rates with the link as given, if it is."""
     if link_gb_s is None:
         return rates
     return replace(rates, link_gb_s=link_gb_s, source=f"{rates.source}, link as given")

@@ -1,4 +1,4 @@
-"""docs/architecture.md names every module, and none that is not there; the README's figures stand in benchmarks/."""
+"""docs/architecture.md names every module, and none that is not there."""
 
 import re
 from pathlib import Path

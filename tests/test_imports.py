@@ -40,7 +40,10 @@ MAY_IMPORT = {
         *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
         *("parallel.launch", "scheduler"),
     ),
-    "engine.plan_command": ("engine.config", "engine.model", "engine.planning", "engine.step_cost", "scheduler"),
+    "engine.plan_command": (
+        *("engine.config", "engine.model", "engine.planning", "engine.step_cost"),
+        *("parallel.launch", "scheduler"),
+    ),
     "engine.generate_command": (
         *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.prompts"),
         *("parallel.launch", "scheduler"),

@@ -48,7 +48,7 @@ Weights = Mapping[str, Tensor]
 
 
 def linear(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
-    """out = x @ w.T (+ bias). The format "plain" is the only one; others dispatch here."""
+    """out = x @ w.T (+ bias). Weights have the format "plain" so far: one tensor by the weight's own name."""
     bias = weights.get(name + "_bias")
     if bias is None:
         torch.mm(x, weights[name].t(), out=out)

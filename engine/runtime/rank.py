@@ -33,7 +33,7 @@ from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, resolve_topology
 from scheduler.batch import Batch, BatchRow
 from scheduler.pages import RESERVED_PAGE
-from scheduler.time_model import PassShape, PassWork, Rates, predict_pass
+from scheduler.time_model import PassShape, PassWork, Rates, predict_pass, with_link
 
 BATCH, OUTPUTS, PROBE, STOP = 1, 2, 3, 4
 
@@ -133,9 +133,12 @@ class Rank:
         return output
 
     def probe(self) -> None:
-        """Rank 0: measures the rates on all ranks at once; later predictions, and the plan's, stand on them."""
+        """Rank 0: measures the rates on all ranks at once; later predictions, and the plan's, stand on them. What the
+        config says of them is kept: a whole profile, or the link."""
+        if self.config.device_profile is not None:
+            return
         self.collectives.broadcast_ints([PROBE])
-        self.rates = self._probe()
+        self.rates = with_link(self._probe(), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
     def _probe(self) -> Rates:

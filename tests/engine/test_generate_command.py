@@ -150,3 +150,17 @@ def test_a_reader_that_leaves_early_is_no_error(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdout", Closed())
     assert run("--prompt", "Return the") == 1
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_unknown_variables_of_ours_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("PENSTOCK_RESIDENT", "none")
+    assert main(["plan", "demo"]) == 2
+    assert "environment variable PENSTOCK_RESIDENT" in capsys.readouterr().err
+
+
+def test_rates_that_are_given_are_not_measured(capsys):
+    arguments = ["generate", "--max-tokens", "1", "--prompt", "a", "--device", "cpu"]
+    assert main([*arguments, "--link-gb-s", "3"]) == 0
+    assert "rates (measured, link as given): link 3 GB/s" in capsys.readouterr().err
+    assert main([*arguments, "--device-profile", "cpu"]) == 0
+    assert "rates (assumed: cpu)" in capsys.readouterr().err

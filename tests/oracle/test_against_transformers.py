@@ -127,6 +127,12 @@ def test_variant_matters(name, runs, tmp_path):
     assert relative_difference(off, logits).max() > CHANGED
 
 
+def test_only_dynamic_has_no_switch():
+    """Inside the trained length it is the default; every other variant is shown to matter."""
+    assert {name for name, variant in VARIANTS.items() if not variant.can_be_off} == {"llama_dynamic"}
+    assert {name for name, variant in VARIANTS.items() if variant.no_switch} == {"llama_dynamic"}
+
+
 def test_every_family_meets_every_residency():
     met = {(VARIANTS[case.variant].model_type, case.tp_size, case.resident) for case in fp32_cases()}
     families = {variant.model_type for variant in VARIANTS.values()}

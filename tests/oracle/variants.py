@@ -18,6 +18,7 @@ _THETA = {"rope_theta": 10000.0}
 _NO_ROPE = {"rope_parameters": {"rope_type": "default", **_THETA}}
 _AS_LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 _PLAIN_LLAMA = {**_AS_LLAMA, "attention_bias": False}
+_KV_WEIGHTS = ("k_proj.weight", "v_proj.weight")
 _WINDOW_FROM_LAYER_1 = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 _NO_WINDOW = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 
@@ -34,6 +35,21 @@ def _roll_kv_heads(head_dim: int) -> Callable[[Tensors], Tensors]:
     """Each group of query heads reads the keys of its neighbour."""
     rolled = "k_proj.weight"
     return lambda tensors: {n: t.roll(head_dim, dims=0) if n.endswith(rolled) else t for n, t in tensors.items()}
+
+
+def _one_kv_head_to_8(tensors: Tensors) -> Tensors:
+    """Every query head gets a KV head of its own; the first is the one that all shared."""
+    for name, t in tensors.items():
+        if name.endswith(_KV_WEIGHTS):
+            expanded = t.repeat(8, 1)
+            for head in range(8):
+                expanded[head * len(t) : (head + 1) * len(t)] = t.roll(head, dims=1)
+            tensors[name] = expanded
+    return tensors
+
+
+def _first_half_of_kv_heads(tensors: Tensors) -> Tensors:
+    return {name: t[: len(t) // 2].clone() if name.endswith(_KV_WEIGHTS) else t for name, t in tensors.items()}
 
 
 def _zero_last_ffn_column(tensors: Tensors) -> Tensors:
@@ -55,12 +71,13 @@ _WHOLE_ROTARY = _rope("default", partial_rotary_factor=1.0)
 @dataclass(frozen=True)
 class Variant:
     """`config` is laid over the family's base. `off_config` and `off_tensors` switch the variant off in the written
-    checkpoint, which must change the logits; neither where there is nothing to switch."""
+    checkpoint, which must change the logits; where there is nothing to switch, `no_switch` says why."""
 
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
     off_config: Mapping[str, Any] | None = None
     off_tensors: Callable[[Tensors], Tensors] | None = None
+    no_switch: str | None = None
 
     @property
     def can_be_off(self) -> bool:
@@ -97,8 +114,10 @@ VARIANTS: dict[str, Variant] = {
         _add_own_head("lm_head.weight", "model.embed_tokens.weight"),
         tie_word_embeddings=True,
     ),
-    "llama_mha": _llama({"hidden_act": "silu"}, num_key_value_heads=8, hidden_act="relu"),
-    "llama_mqa": _llama(num_key_value_heads=1),
+    "llama_mha": _llama(
+        {"num_key_value_heads": 4}, _first_half_of_kv_heads, num_key_value_heads=8, hidden_act="relu"
+    ),
+    "llama_mqa": _llama({"num_key_value_heads": 8}, _one_kv_head_to_8, num_key_value_heads=1),
     "llama_few_kv_heads": _llama(None, _roll_kv_heads(16), num_key_value_heads=2),
     "llama_uneven_kv_heads": _llama(
         None, _roll_kv_heads(8), hidden_size=96, num_attention_heads=12, num_key_value_heads=3
@@ -125,8 +144,11 @@ VARIANTS: dict[str, Variant] = {
             truncate=False,
         ),
     ),
-    # Dynamic is the default up to the trained length, which the longest sequence of the tests just reaches.
-    "llama_dynamic": _llama(max_position_embeddings=154, **_rope("dynamic", factor=4.0)),
+    "llama_dynamic": Variant(
+        "llama",
+        {"num_key_value_heads": 4, "max_position_embeddings": 154, **_rope("dynamic", factor=4.0)},
+        no_switch="dynamic is the default up to the trained length, which the longest sequence here just reaches",
+    ),
     "mistral_window": _mistral({"sliding_window": None}),
     "mistral_window_head_dim": _mistral({"sliding_window": None}, head_dim=24, num_key_value_heads=2),
     "mistral_no_window": _mistral({"sliding_window": 16}, sliding_window=None),
