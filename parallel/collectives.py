@@ -197,7 +197,6 @@ class Nccl(_Distributed):
 
 # torch 2.13 warns about the older name, 2.11 has no other.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-BY_DEVICE = {"cpu": ("gloo", Gloo), "cuda": ("nccl", Nccl)}
 
 
 @contextlib.contextmanager

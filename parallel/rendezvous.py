@@ -7,14 +7,16 @@ import itertools
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import BY_DEVICE, Collectives, Solo, peer_errors
+from parallel.collectives import Collectives, Gloo, Nccl, Solo, peer_errors
 from parallel.failure import PeerLost
+from parallel.symmetric import Symmetric
 from parallel.topology import Topology
 
 _POLL_S = 0.02
@@ -44,8 +46,7 @@ def connect(
     timeout = timedelta(seconds=timeout_s)
     store = _open_store(topology.rank, master_addr, master_port, timeout, listener)
     _meet(store, topology.rank, topology.tp_size, timeout_s, check)
-    backend, collectives = BY_DEVICE[topology.device.type]
-    device = topology.device if backend == "nccl" else None
+    backend, device = ("nccl", topology.device) if topology.device.type == "cuda" else ("gloo", None)
     if device is not None:
         torch.cuda.set_device(device)
     with peer_errors():
@@ -57,7 +58,19 @@ def connect(
             timeout=timeout,
             device_id=device,
         )
-        return collectives(timeout_s)
+        return _kind(topology)(timeout_s)
+
+
+def _kind(topology: Topology) -> type[Collectives]:
+    """Symmetric memory needs every GPU of the group to reach every other one; where it cannot, that is said once."""
+    if topology.device.type == "cpu":
+        return Gloo
+    others = [gpu for gpu in range(min(topology.tp_size, torch.cuda.device_count())) if gpu != topology.device.index]
+    if all(torch.cuda.can_device_access_peer(topology.device, gpu) for gpu in others):
+        return Symmetric
+    if topology.rank == 0:
+        warnings.warn("GPUs cannot reach each other's memory: all-reduces go through NCCL alone", stacklevel=3)
+    return Nccl
 
 
 def _prepare_environment(master_addr: str) -> None:

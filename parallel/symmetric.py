@@ -23,11 +23,13 @@ class Symmetric(Nccl):
 
     def __init__(self, timeout_s: float):
         super().__init__(timeout_s)
+        self.num_symmetric = 0  # sums that took this way
         self._name = dist.group.WORLD.group_name
         device = torch.device("cuda", torch.cuda.current_device())
-        self._buffer_of = {dtype: symm_mem.empty(TWO_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device) for dtype in DTYPES}
-        for buffer in self._buffer_of.values():
-            symm_mem.rendezvous(buffer, self._name)
+        self._buffers = {}
+        for dtype in DTYPES:
+            self._buffers[dtype] = symm_mem.empty(TWO_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
+            symm_mem.rendezvous(self._buffers[dtype], self._name)
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         nbytes = tensor.nbytes
@@ -35,7 +37,7 @@ class Symmetric(Nccl):
             super().all_reduce(tensor, label)
             return
         assert tensor.is_contiguous()
-        buffer, flat = self._buffer_of[tensor.dtype][: tensor.numel()], tensor.view(-1)
+        buffer, flat = self._buffers[tensor.dtype][: tensor.numel()], tensor.view(-1)
         if nbytes <= ONE_SHOT_BYTES:
             torch.ops.symm_mem.one_shot_all_reduce_copy_out(buffer, flat, "sum", self._name, flat)
         else:
@@ -46,8 +48,6 @@ class Symmetric(Nccl):
         self.reduced_bytes[label] += nbytes
         self.num_symmetric += 1
 
-    num_symmetric = 0
-
     def close(self) -> None:
-        self._buffer_of = {}
+        self._buffers = {}
         super().close()

@@ -56,9 +56,7 @@ def candidates() -> list[Config]:
     return [*unrolled, (4, 512, 2, 1), (1, 2048, 4, 1), (4, 1024, 4, 3), (8, 1024, 4, 4)]
 
 
-def _linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: Config | None = None
-) -> None:
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: Config | None = None) -> None:
     (num_tokens, width), num_columns = x.shape, weight.shape[0]
     given = [t for t in (x, weight, bias, out) if t is not None]
     assert 1 <= num_tokens <= MAX_T, f"the GEMV takes 1 to {MAX_T} rows, not {num_tokens}"
