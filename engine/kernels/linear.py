@@ -4,10 +4,12 @@ Shapes: T tokens in the batch, N output columns, D input width.
 Both add up in fp32, the bias too, and round once. At T = 1 a linear is a read of its weight: cuBLAS takes it at 90 % of
 the read rate, rows of it walked by whole programs at 99 %. A program owns BLOCK_N rows and walks D in BLOCK_D columns;
 all its warps lie along D, 16 bytes a thread and row, so a thread's x fits its weights without an exchange, and threads
-meet once, in the sum at the end. Weights pass the caches by, x stays. No partial sums in memory, no atomics.
+meet once, in the sum at the end. No partial sums in memory, no atomics.
 
-The block shape depends on (N, D) and the dtype alone: a row's bits do not depend on T, up to SMALL_T, nor on the batch.
-Tried, compiled for sm_90 only: no layout conversion in the loop; ld.global.v4 for weights and x.
+BLOCK_D and the warps depend on (N, D) alone, and nothing else changes the order of a row's sum: its bits depend neither
+on the other rows nor, up to SMALL_T, on T.
+Tried, compiled for sm_90 only: 16-byte loads and no layout conversion in the loop; 56, 80, 148 registers for 2, 4, 8
+rows a program at T = 1; 4 tokens times 8 rows spill. Not tried: D split over programs, x in registers over many rows.
 """
 
 import torch
@@ -21,7 +23,7 @@ except ImportError:  # a CPU install has no triton
 
 calls = {"reference": 0, "triton": 0}
 SMALL_T = 1  # up to here the GEMV is faster than cuBLAS
-MAX_T = 4  # more accumulators would not stay in registers
+MAX_T = 4
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
 
 
@@ -43,8 +45,9 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 
 def config(num_columns: int, width: int) -> Config:
-    """The block shape of a weight (N, D). With 1 stage the walk is unrolled and loads to registers; with more, copies to
-    shared memory run ahead of it."""
+    """The block shape for a weight (N, D). With 1 stage the walk is unrolled and loads to registers; with more, copies
+    to shared memory run ahead of it. BLOCK_D = 256 * num_warps is 16 bytes of bf16 a thread; with less, warps would
+    divide the rows between them, and x would have to be exchanged."""
     num_warps = 8 if width >= 8192 else 4
     block_n = 8 if num_columns >= 16384 else 4  # 4096 rows are 1024 programs, 7.8 on each SM of an H200
     return block_n, 256 * num_warps, num_warps, 1
@@ -65,11 +68,17 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
     assert len({t.dtype for t in given}) == 1, "linear: all tensors have one dtype"
     calls["triton"] += 1
     block_n, block_d, num_warps, num_stages = blocks or config(num_columns, width)
-    block_d = min(block_d, triton.next_power_of_2(width))
+    padded = triton.next_power_of_2(num_tokens)
+    if blocks is None:
+        block_n = min(block_n, 8 // padded)  # 64 accumulators a thread
+    block_d = min(block_d, max(triton.next_power_of_2(width), 256))
+    num_warps = max(min(num_warps, block_d // 256), 1)
+    turns = triton.cdiv(width, block_d)
+    unroll = next((factor for factor in (4, 7, 6, 5, 3, 2) if turns % factor == 0), 4)  # Llama's D have 4 and 7
     _gemv[(triton.cdiv(num_columns, block_n),)](
         *(x, weight, bias, out, x.stride(0), weight.stride(0), out.stride(0), num_tokens, num_columns, width),
-        **{"T": triton.next_power_of_2(num_tokens), "BIAS": bias is not None, "EVEN": width % block_d == 0},
-        **{"BLOCK_N": block_n, "BLOCK_D": block_d, "STAGES": num_stages, "UNROLL": 4 if num_stages == 1 else 1},
+        **{"T": padded, "BIAS": bias is not None, "EVEN": width % block_d == 0, "BLOCK_N": block_n},
+        **{"BLOCK_D": block_d, "STAGES": num_stages, "UNROLL": unroll if num_stages == 1 else 1},
         num_warps=num_warps,
     )
 
@@ -92,7 +101,7 @@ if triton is not None:
             inside = None if EVEN else d < width
             other = None if EVEN else 0.0
             w = tl.load(rows + d, mask=inside, other=other, eviction_policy="evict_first")  # (1, BLOCK_N, BLOCK_D)
-            values = tl.load(tokens + d, mask=inside, other=other, eviction_policy="evict_last")  # (T, 1, BLOCK_D)
+            values = tl.load(tokens + d, mask=inside, other=other)  # (T, 1, BLOCK_D)
             acc += w.to(tl.float32) * values.to(tl.float32)
         result = tl.sum(acc, 2)  # (T, BLOCK_N)
         if BIAS:

@@ -117,6 +117,15 @@ class Executor:
             self.lanes.run(self.plan.prologue, self.do)
         self.ring_is_filled = True
 
+    def stretch(self, nbytes: int) -> list[tuple[Tensor, Tensor]]:
+        """The copy lane's first copies of at least `nbytes` together (all, if they are fewer): (host span, slot)."""
+        copies, total = [], 0
+        for instruction in self.plan.instructions:
+            if isinstance(instruction, Prefetch) and total < nbytes:
+                copies.append((self.host_spans[instruction.group], self.slot(instruction)))
+                total += instruction.slot.nbytes
+        return copies
+
     def do(self, instruction: Instruction) -> None:
         if isinstance(instruction, Compute):
             if instruction.step == "sample":

@@ -1,6 +1,7 @@
 """What this rank's hardware does, measured in well under a second, all ranks at once: the rates that predict a pass.
 
-The link is measured on the real path, from the host arena (a buffer like it where nothing streams) to the ring.
+The link is measured on the real path, by a stretch of the copy lane: spans of the host arena into their slots of the
+ring (a buffer of its own where nothing streams).
 """
 
 import time
@@ -14,8 +15,7 @@ from engine.weights.host_arena import HostArena
 from parallel.collectives import Collectives
 from scheduler.time_model import Rates
 
-LINK_BYTES = 2**31  # sustained on a GPU: long enough that all ranks copy at once
-GPU_BYTES = 256 * 2**20
+GPU_BYTES = 2**30
 CPU_BYTES = 8 * 2**20
 OPS_A_STEP = 6  # kernels that an eager step launches, in the mean
 
@@ -34,37 +34,40 @@ def seconds(run: Callable[[], None], device: torch.device, repeats: int = 5) -> 
     return min(once() for _ in range(repeats))
 
 
-def link_gb_s(source: Tensor, target: Tensor, collectives: Collectives) -> float:
-    """1e9 bytes/s of copying `source` (host, uint8) to `target`, while all ranks do so; best of five."""
-    copies = -(-LINK_BYTES // source.nbytes) if target.device.type == "cuda" else 1
+def link_gb_s(copies: list[tuple[Tensor, Tensor]], collectives: Collectives) -> float:
+    """1e9 bytes/s of a sustained run of copies (host source, device target; uint8), while all ranks do so; best of
+    five."""
+    device = copies[0][1].device
 
-    def copy() -> None:
-        for _ in range(copies):
+    def run() -> None:
+        for source, target in copies:
             target.copy_(source, non_blocking=True)
 
     def once() -> float:
         collectives.barrier()
-        return seconds(copy, target.device, repeats=1)
+        return seconds(run, device, repeats=1)
 
-    return copies * source.nbytes / min(once() for _ in range(5)) / 1e9
+    return sum(source.nbytes for source, _ in copies) / min(once() for _ in range(5)) / 1e9
 
 
 def measure_rates(
-    host: Tensor | None, ring: Tensor, dtype: torch.dtype, hidden_size: int, collectives: Collectives
+    copies: list[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+    hidden_size: int,
+    collectives: Collectives,
+    device: torch.device,
 ) -> Rates:
-    """`host` (uint8) is a span of the registered arena, `ring` the device ring; both may be missing or small where
-    nothing streams. Link and reduces are the slowest rank's; all ranks must call this together."""
-    device = ring.device
+    """`copies` are spans of the registered arena and their slots in the ring; without any, a buffer like them serves.
+    Link and reduces are the slowest rank's; all ranks must call this together."""
     num_bytes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     arena = None
-    if host is None or not ring.nbytes:
+    if not copies:
         arena = HostArena(num_bytes)
         arena.tensor.fill_(1)
         if device.type == "cuda":
             arena.register()
-        host, ring = arena.tensor, aligned_bytes(num_bytes, device)
-    size = min(host.nbytes, ring.nbytes)
-    link = link_gb_s(host[:size], ring[:size], collectives)
+        copies = [(arena.tensor, aligned_bytes(num_bytes, device))]
+    link = link_gb_s(copies, collectives)
     data = torch.ones(num_bytes // 4, device=device)
     memory_s = seconds(lambda: data.sum(), device)
     side = 4096 if device.type == "cuda" else 256
@@ -75,6 +78,7 @@ def measure_rates(
     small_s = seconds(lambda: collectives.all_reduce(row, "probe"), device)
     large = torch.zeros(num_bytes // 8, device=device)
     large_s = seconds(lambda: collectives.all_reduce(large, "probe"), device)
+    del copies
     if arena is not None:
         arena.close()
     link, reduce_gb_s = _slowest([link, large.nbytes / max(large_s - small_s, 1e-9) / 1e9], collectives, device)

@@ -36,6 +36,7 @@ from scheduler.pages import RESERVED_PAGE
 from scheduler.time_model import PassShape, PassWork, Rates, predict_pass, with_link
 
 BATCH, OUTPUTS, PROBE, STOP = 1, 2, 3, 4
+LINK_BYTES = 2**31  # that the probe copies in one go: long enough that all ranks copy at once
 
 
 @dataclass
@@ -143,9 +144,9 @@ class Rank:
 
     def _probe(self) -> Rates:
         executor = self.worker.executor
-        dtype = getattr(torch, self.plan.dtype)
-        host = max(executor.host_spans.values(), key=len, default=None)
-        rates = measure_rates(host, executor.ring, dtype, self.plan.spec.hidden_size, self.collectives)
+        dtype, hidden_size = getattr(torch, self.plan.dtype), self.plan.spec.hidden_size
+        copies = executor.stretch(LINK_BYTES)
+        rates = measure_rates(copies, dtype, hidden_size, self.collectives, self.topology.device)
         executor.ring_is_filled = False  # the probe has copied over it
         if self.topology.device.type == "cpu":
             rates = dataclasses.replace(rates, step_latency_s=self._step_latency_s(rates))

@@ -58,7 +58,8 @@ def test_streamed_is_resident_bitwise(dtype):
             assert all(torch.equal(a, b) for a, b in zip(logits, streamed_logits, strict=True))
             prologue = sum(nbytes for _, nbytes in residency.streamed[: residency.ring.num_wrapped])
             assert counters.copied_bytes.total() == counters.num_passes * residency.streamed_bytes + prologue
-            assert embedding.calls["triton"] - gathered == counters.num_passes  # the tied head's host span
+            assert counters.steps["embedding"] == counters.num_passes
+            assert embedding.calls["triton"] > gathered  # from the tied head's host span; replays are not calls
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

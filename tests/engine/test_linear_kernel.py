@@ -1,0 +1,138 @@
+"""The GEMV of a small decode step against cuBLAS' way to round, float64, and its own rows in other batches."""
+
+import pytest
+import torch
+from kernel_proof import (
+    DEVICE,
+    DTYPES,
+    adversarial,
+    counted,
+    poisoned,
+    prove,
+    prove_faster,
+    prove_refusal,
+    same_bits,
+    within,
+)
+
+from engine.kernels import linear as module
+from engine.kernels.linear import candidates, config, linear, linear_reference
+
+SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
+SHAPES += [(3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168)]
+SMALL = (4, 16, 4, 1)  # several turns, unrolled and left over, and a masked one
+
+
+def kernel(x, weight, out, bias=None, blocks=SMALL):
+    module._linear_triton(x, weight, bias, out, blocks)
+
+
+def reference(x, weight, out, bias=None):
+    linear_reference(x, weight, bias, out)
+
+
+def inputs_of(dtype, num_tokens, num_columns=9, width=88, bias=False):
+    tensors = {
+        "x": adversarial(num_tokens, width, dtype),
+        "weight": adversarial(num_columns, width, dtype, seed=1),
+        "bias": torch.randn(num_columns, generator=torch.Generator().manual_seed(2)).to(dtype=dtype, device=DEVICE),
+        "out": poisoned((num_tokens, num_columns), dtype),
+    }
+    return tensors if bias else {name: t for name, t in tensors.items() if name != "bias"}
+
+
+def rounded_once(tensors, sums=16):
+    """Agreement with half an ulp of the result and what fp32 sums of so many roundings may lose to cancellation."""
+    sizes = tensors["x"].double().nan_to_num().abs() @ tensors["weight"].double().nan_to_num().abs().t()
+    if "bias" in tensors:
+        sizes += tensors["bias"].double().abs()
+    dtype = tensors["out"].dtype
+    return within(sums if dtype == torch.float32 else 1.01, scale=sums * sizes * in_fp32(dtype))
+
+
+def in_fp32(dtype):
+    return 1.0 if dtype == torch.float32 else torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens,bias", [(1, False), (1, True), (3, True)])
+def test_kernel_is_the_reference(dtype, num_tokens, bias):
+    tensors = inputs_of(dtype, num_tokens, bias=bias)
+    prove(kernel, reference, tensors, ("out",), rounded_once(tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens,num_columns,width", [(1, 1, 1), (2, 8, 64), (4, 17, 50)])
+def test_kernel_is_near_float64(dtype, num_tokens, num_columns, width):
+    tensors = inputs_of(dtype, num_tokens, num_columns, width, bias=True)
+    kernel(**tensors)
+    exact = tensors["x"].double() @ tensors["weight"].double().t() + tensors["bias"].double()
+    rounded_once(tensors)(tensors["out"], exact)
+
+
+def test_the_bias_is_added_before_the_rounding():
+    """256.5 + 0.75 is 258 in bf16; 256.5 alone would be 256, and 256.75 that again."""
+    x, weight = torch.ones(1, 2, device=DEVICE).bfloat16(), torch.tensor([[256.0, 0.5]], device=DEVICE).bfloat16()
+    out = poisoned((1, 1), torch.bfloat16)
+    kernel(x, weight, out, weight.new_full((1,), 0.75))
+    assert out.item() == 258.0
+
+
+@pytest.mark.parametrize("blocks", [None, (2, 256, 1, 3)], ids=str)
+def test_a_row_depends_neither_on_the_others_nor_on_how_many(blocks):
+    tensors = inputs_of(torch.float16, 4, width=600)
+    kernel(**tensors, blocks=blocks)
+    for num_tokens in (1, 2, 3):
+        few = {**tensors, "x": tensors["x"][-num_tokens:].clone(), "out": tensors["out"][:num_tokens].clone()}
+        kernel(**few, blocks=blocks)
+        assert same_bits(few["out"], tensors["out"][-num_tokens:])
+
+
+def test_block_shapes_fit_the_kernel():
+    for num_columns, width in SHAPES:
+        for block_n, block_d, num_warps, num_stages in [config(num_columns, width), *candidates()]:
+            assert num_columns // block_n >= 2 * 132 and num_stages >= 1
+            assert block_d >= 256 * num_warps, "the warps would not all lie along D"
+            assert block_n & (block_n - 1) == block_d & (block_d - 1) == 0
+
+
+def test_what_the_kernel_cannot_take_is_refused():
+    tensors = inputs_of(torch.float32, 2, bias=True)
+    prove_refusal(kernel, tensors)
+    with pytest.raises(AssertionError, match="1 to 4 rows, not 5"):
+        kernel(**inputs_of(torch.float32, 5))
+
+
+def test_calls_are_counted_by_kind():
+    few, many = (inputs_of(torch.float32, count) for count in (1, module.SMALL_T + 1))
+    with counted(module.calls, triton=1):
+        kernel(**few)
+    with counted(module.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
+        linear(few["x"], few["weight"], None, few["out"])
+    with counted(module.calls, reference=1):
+        linear(many["x"], many["weight"], None, many["out"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_columns,width", SHAPES)
+def test_real_shapes_are_near_float64(num_columns, width):
+    generator = torch.Generator("cuda").manual_seed(0)
+    for num_tokens in range(1, module.SMALL_T + 1):
+        rows = {"x": num_tokens, "weight": num_columns}
+        tensors = {n: torch.randn(r, width, generator=generator, device="cuda").bfloat16() for n, r in rows.items()}
+        tensors["out"] = poisoned((num_tokens, num_columns), torch.bfloat16)
+        linear(tensors["x"], tensors["weight"], None, tensors["out"])
+        kept = torch.randint(num_columns, (4096,), generator=generator, device="cuda")  # float64 of a head is 4 GiB
+        tensors |= {"weight": tensors["weight"][kept], "out": tensors["out"][:, kept]}
+        rounded_once(tensors)(tensors["out"], tensors["x"].double() @ tensors["weight"].double().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_columns,width", [shape for shape in SHAPES if shape[0] * shape[1] > 50 << 20])
+def test_kernel_is_faster(num_columns, width):
+    """Weights that the L2 cache cannot hold; scripts/benchmark_kernels.py rotates the others."""
+    weight = torch.randn(num_columns, width, dtype=torch.bfloat16, device="cuda")
+    x, out = weight.new_ones(1, width), weight.new_empty(1, num_columns)
+    label = f"linear {num_columns} x {width}"
+    run, replaced = (lambda: linear(x, weight, None, out)), (lambda: linear_reference(x, weight, None, out))
+    prove_faster(run, replaced, weight.nbytes, label)
