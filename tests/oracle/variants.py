@@ -114,9 +114,7 @@ VARIANTS: dict[str, Variant] = {
         _add_own_head("lm_head.weight", "model.embed_tokens.weight"),
         tie_word_embeddings=True,
     ),
-    "llama_mha": _llama(
-        {"num_key_value_heads": 4}, _first_half_of_kv_heads, num_key_value_heads=8, hidden_act="relu"
-    ),
+    "llama_mha": _llama({"num_key_value_heads": 4}, _first_half_of_kv_heads, num_key_value_heads=8, hidden_act="relu"),
     "llama_mqa": _llama({"num_key_value_heads": 8}, _one_kv_head_to_8, num_key_value_heads=1),
     "llama_few_kv_heads": _llama(None, _roll_kv_heads(16), num_key_value_heads=2),
     "llama_uneven_kv_heads": _llama(
