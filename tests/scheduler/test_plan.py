@@ -4,12 +4,18 @@ What is safe is judged by an oracle of another kind than the proof (plan_oracle.
 """
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from plan_oracle import is_hazardous
 
+from engine.config import EngineConfig
+from engine.model.spec import ModelSpec, RopeSpec
+from engine.model.steps import activation_bytes, model_steps
+from engine.planning import EnginePlan, make_engine_plan
+from parallel.shard import tp_sizes
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes
 from scheduler.plan_check import validate
 from scheduler.spread import spread_resident
@@ -27,7 +33,8 @@ from scheduler.step_plan import (
 )
 from scheduler.time_model import Rates, predict_timeline, timeline_s
 
-MANY = settings(max_examples=150, deadline=None)
+MANY = settings(max_examples=800, deadline=None)  # the properties together: 20 to 30 s on a free core
+RATES = Rates(1.0, 1.0, 1.0, 0.0, 1.0, "test")
 
 
 def steps_of(groups):
@@ -96,8 +103,7 @@ def pass_over_link(fraction, ring_of) -> float:
     copies_s = plan.streamed_bytes / 1e9
     step_s = 0.15 * copies_s / sum(nbytes for _, nbytes in groups) / 2  # for each MiB of a group with two readers
     sizes_of = dict(groups)
-    rates = Rates(1.0, 1.0, 1.0, 0.0, 1.0, "test")
-    return timeline_s(predict_timeline(plan, lambda s: step_s * sizes_of.get(s.group, 0), rates)) / copies_s
+    return timeline_s(predict_timeline(plan, lambda s: step_s * sizes_of.get(s.group, 0), RATES)) / copies_s
 
 
 @pytest.mark.parametrize("fraction", [0, 0.1, 0.25, 0.5, 0.75, 0.9])
@@ -241,3 +247,86 @@ def test_a_group_without_a_reader_is_refused():
     ring = lay_out_ring([(GroupId(0, "attn"), 256), (GroupId(9, "ffn"), 256), (GroupId(9, "x"), 256)], 256)
     with pytest.raises(ValueError, match="no step reads"):
         make_plan(steps_of([GroupId(0, "attn")]), ring)
+
+
+@st.composite
+def specs(draw) -> ModelSpec:
+    """Small models of any shape; qwen3's tensor names are there for all of them."""
+    num_kv_heads, head_dim, num_layers = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 8)), draw(st.integers(1, 5))
+    flags = ("gated", "qkv_bias", "o_bias", "ffn_up_bias", "ffn_down_bias", "qk_norm", "parallel_residual", "tied")
+    return ModelSpec(
+        family="qwen3",
+        num_layers=num_layers,
+        hidden_size=draw(st.integers(1, 96)),
+        num_heads=num_kv_heads * draw(st.integers(1, 4)),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        ffn_size=draw(st.integers(1, 200)),
+        vocab_size=draw(st.integers(1, 300)),
+        max_position=draw(st.integers(1, 128)),
+        norm=draw(st.sampled_from(("rms", "layer"))),
+        norm_eps=1e-6,
+        activation="silu",
+        windows=(None,) * num_layers,
+        rope=RopeSpec("default", 1e4, head_dim),
+        dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        **{flag: draw(st.booleans()) for flag in flags},
+    )
+
+
+@st.composite
+def engine_plans(draw) -> tuple[EngineConfig, EnginePlan]:
+    """Any residency, ring and tp_size. "auto" gets a budget between what all streamed and what all resident takes."""
+    spec = draw(specs())
+    tp_size = draw(st.sampled_from(tp_sizes(spec.num_heads)))
+    config = EngineConfig(
+        max_num_batched_tokens=draw(st.integers(1, 64)),
+        max_num_seqs=draw(st.integers(1, 16)),
+        page_size=draw(st.sampled_from((1, 8, 16))),
+    )
+
+    def plan(**changes) -> EnginePlan:
+        return make_engine_plan(replace(config, **changes), spec, tp_size, None, RATES)
+
+    sizes = [nbytes for _, nbytes in plan(resident="none").demand.groups]
+    ring = draw(st.none() | st.integers(max(sizes), sum(sizes) + 512))
+    resident = draw(st.sampled_from(("all", "none", "auto")) | st.floats(0, 1))
+    chosen = {"ring": ring, "resident": resident}
+    if resident == "auto":
+        least, most = (plan(ring=ring, resident=end).residency.claimed_bytes for end in ("none", "all"))
+        chosen["gpu_memory"] = draw(st.integers(least, max(least, most)))
+    return replace(config, **chosen), plan(**chosen)
+
+
+def bytes_alive(plan: StepPlan, ranges: dict[str, range]) -> list[dict[str, range]]:
+    """At each instruction the bytes of all activations that are alive in it, those it creates or destroys too."""
+    alive, found = set(), []
+    for step in where(plan, Compute):
+        effects = plan.instructions[step].effects
+        alive |= {name for name, _ in effects}
+        found.append({name: ranges[name] for name in alive})
+        alive -= {name for name, effect in effects if "x" in effect}
+    return found
+
+
+@MANY
+@given(engine_plans())
+def test_each_engine_plan_is_safe(case):
+    config, plan = case
+    residency, steps = plan.residency, plan.step_plan
+    validate(steps)
+    assert not is_hazardous(steps)
+    assert [i for i in steps.instructions if isinstance(i, Compute)] == model_steps(plan.spec)
+
+    streamed = [group.group for group in plan.layout.groups if group.group not in residency.resident]
+    assert sorted(i.group for i in steps.instructions if isinstance(i, Prefetch)) == sorted(streamed)
+    assert all(slot.nbytes == plan.layout.by_group[group].nbytes for group, slot in steps.ring.slots)
+    assert steps.ring.ring_bytes <= (config.ring or sum(slot.nbytes for _, slot in steps.ring.slots))
+    assert config.gpu_memory is None or residency.claimed_bytes <= config.gpu_memory
+
+    sizes = activation_bytes(plan.spec, plan.dtype, plan.tp_size, config.max_num_batched_tokens, config.max_num_seqs)
+    ranges = {name: range(at, at + sizes[name]) for name, at in plan.activation_offsets.items()}
+    assert all(r.start >= 0 and r.stop <= plan.activations_bytes for r in ranges.values())
+    for together in bytes_alive(steps, ranges):
+        for a, b in combinations(together.values(), 2):
+            assert a.stop <= b.start or b.stop <= a.start
