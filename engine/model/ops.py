@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.kernels.embedding import embed_rows
 from engine.kernels.gated_activation import gated_activation
+from engine.kernels.linear import linear
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
 from engine.model.attention import attend_
@@ -47,13 +48,9 @@ class StepContext:
 Weights = Mapping[str, Tensor]
 
 
-def linear(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
+def project(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
     """out = x @ w.T (+ bias). Weights have the format "plain" so far: one tensor by the weight's own name."""
-    bias = weights.get(name + "_bias")
-    if bias is None:
-        torch.mm(x, weights[name].t(), out=out)
-    else:
-        torch.addmm(bias, x, weights[name].t(), out=out)
+    linear(x, weights[name], weights.get(name + "_bias"), out)
 
 
 def embedding(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
@@ -79,7 +76,7 @@ def _reduce_step(activation: str, label: str) -> Callable:
 
 
 def attn_qkv(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    linear(weights, "qkv", ctx.act["x_"], ctx.act["attn"])
+    project(weights, "qkv", ctx.act["x_"], ctx.act["attn"])
 
 
 def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
@@ -107,7 +104,7 @@ def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 def _attn_output_step(out: str) -> Callable:
     def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
         heads = ctx.act["attn"][:, : ctx.num_heads * ctx.spec.head_dim]  # (T, H E)
-        linear(weights, "o", heads, ctx.act[out])
+        project(weights, "o", heads, ctx.act[out])
 
     return step
 
@@ -117,7 +114,7 @@ def residual(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def ffn_up(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    linear(weights, "gate_up" if ctx.spec.gated else "up", ctx.act["x_"], ctx.act["ffn"])
+    project(weights, "gate_up" if ctx.spec.gated else "up", ctx.act["x_"], ctx.act["ffn"])
 
 
 def activation(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
@@ -126,7 +123,7 @@ def activation(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def ffn_down(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    linear(weights, "down", ctx.act["ffn"][:, : weights["down"].shape[1]], ctx.act["x_"])
+    project(weights, "down", ctx.act["ffn"][:, : weights["down"].shape[1]], ctx.act["x_"])
 
 
 def parallel_add(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
@@ -138,7 +135,7 @@ def select_rows(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def head(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    torch.mm(ctx.act["rows"], weights["head"].t(), out=ctx.act["part"])
+    project(weights, "head", ctx.act["rows"], ctx.act["part"])
 
 
 def logits_gather(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
