@@ -71,7 +71,7 @@ def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[Sampling
         do(instruction)
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":
             run.logits.append(executor.context.act["logits"].clone())
-            run.places.append(executor.context.inputs.context.clone())
+            run.places.append(executor.context.inputs.context.places.clone())
 
     executor.do = watched
     try:

@@ -71,7 +71,7 @@ def decode_attention(
     count = size // (head_dim + 2)
     parts = partials[:size].split([count * head_dim, count, count])
     # a tile has 16 KiB at E = 128: two turns of K and V in flight, three programs an SM
-    shape = {"E": head_dim, "E_PADDED": triton.next_power_of_2(head_dim), "BLOCK": 128 // q.element_size()}
+    shape = {"E": head_dim, "E_PADDED": max(16, triton.next_power_of_2(head_dim)), "BLOCK": 128 // q.element_size()}
     ways = (num_segments, max(min_segment, 1), NO_WINDOW if window is None else window)
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # there tl.dot of bf16 is garbage
     _attend_segment[(num_kv_heads, num_segments, num_rows)](

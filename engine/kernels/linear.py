@@ -45,12 +45,13 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 
 def config(num_columns: int, width: int) -> Config:
-    """The block shape for a weight (N, D). With 1 stage the walk is unrolled and loads to registers; with more, copies
-    to shared memory run ahead of it. BLOCK_D = 256 * num_warps is 16 bytes of bf16 a thread; with less, warps would
-    divide the rows between them, and x would have to be exchanged."""
-    num_warps = 8 if width >= 8192 else 4
-    block_n = 8 if num_columns >= 16384 else 4  # 4096 rows are 1024 programs, 7.8 on each SM of an H200
-    return block_n, 256 * num_warps, num_warps, 1
+    """The block shape for a weight (N, D), as measured on an H200. With 1 stage the walk is unrolled and loads to
+    registers; with more, copies to shared memory run ahead of it, which pays where a program walks far or many follow
+    each other. BLOCK_D = 256 * num_warps is 16 bytes of bf16 a thread; with less, warps would divide the rows between
+    them, and x would have to be exchanged."""
+    if num_columns >= 65536:
+        return 8, 1024, 4, 4
+    return 4, 1024, 4, 3 if width >= 8192 else 1
 
 
 def candidates() -> list[Config]:

@@ -99,7 +99,7 @@ class Sampler:
         for name, value in _device_values(sampling, self.vocab_size).items():
             self.params[name][row].fill_(value)
         if self.asks["penalty"][row] and self.prompt_seen is None:
-            shape = (len(self.num_logprobs), self.vocab_size)
+            shape = (self.pad_row, self.vocab_size)
             self.prompt_seen = self._zeros(*shape, dtype=torch.bool)
             self.output_counts = self._zeros(*shape, dtype=torch.int32)
         if self.asks["penalty"][row]:

@@ -1,0 +1,112 @@
+"""The lowest id of a row's largest logit, read once in its own dtype: what greedy sampling needs, in a CUDA graph.
+
+Shapes: R rows, V vocab, N segments a row.
+Few rows are cut into segments, a program each, and a second launch merges them; many rows take a program each and one
+launch. Nothing is added up, so the split changes no token. -0.0 equals 0.0; a row of -inf gives 0.
+Tried, compiled for sm_90 only: 16-byte loads. Not tried: the last program of a row merging (a node less).
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"reference": 0, "triton": 0}
+BLOCK = 1024
+MAX_SEGMENTS = 128
+
+
+def choose_segments(num_rows: int, vocab_size: int, num_programs: int = 4 * 132) -> int:
+    """Segments a row: what fills `num_programs`, 4 on each SM of an H200, and a block each at least."""
+    return max(1, min(num_programs // max(num_rows, 1), -(-vocab_size // BLOCK), MAX_SEGMENTS))
+
+
+def argmax_rows(logits: Tensor, vocab_size: int, nan_rows: Tensor) -> Tensor:
+    """Tokens (R,) int64 of the first vocab_size columns of logits (R, V or more) of any float dtype; ties go to the
+    lowest id. A row with a NaN gives 0 and adds 1 to nan_rows () int64."""
+    takes = logits.is_cuda and triton is not None and logits.dtype != torch.float64
+    return (_argmax_rows_triton if takes else argmax_rows_reference)(logits, vocab_size, nan_rows)
+
+
+def argmax_rows_reference(logits: Tensor, vocab_size: int, nan_rows: Tensor) -> Tensor:
+    """The same in plain torch; torch.argmax does not promise which of a tie it takes."""
+    calls["reference"] += 1
+    scores = logits[:, :vocab_size]
+    ids = torch.arange(vocab_size, dtype=torch.int32, device=logits.device)
+    tokens = torch.where(scores == scores.amax(-1, keepdim=True), ids, vocab_size).amin(-1).long()
+    nan = tokens == vocab_size
+    nan_rows += nan.sum()
+    return tokens.masked_fill_(nan, 0)
+
+
+def _argmax_rows_triton(logits: Tensor, vocab_size: int, nan_rows: Tensor, num_segments: int | None = None) -> Tensor:
+    num_rows = logits.shape[0]
+    assert logits.stride(1) == 1, "argmax_rows: the last dim of the logits must have stride 1"
+    assert logits.dtype in (torch.bfloat16, torch.float16, torch.float32) and nan_rows.dtype == torch.int64
+    assert 1 <= vocab_size <= logits.shape[1]
+    calls["triton"] += 1
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if not num_rows:
+        return tokens
+    segments = num_segments or choose_segments(num_rows, vocab_size)
+    assert segments <= MAX_SEGMENTS
+    split = segments > 1
+    shape = (num_rows, segments) if split else (0,)
+    values = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
+    length = triton.cdiv(triton.cdiv(vocab_size, segments), BLOCK) * BLOCK
+    _argmax_segment[(segments, num_rows)](
+        *(logits, logits.stride(0), vocab_size, length, values, ids, tokens, nan_rows, split, BLOCK), num_warps=4
+    )
+    if split:
+        _merge_segments[(num_rows,)](
+            *(values, ids, tokens, nan_rows, segments, triton.next_power_of_2(segments)), num_warps=1
+        )
+    return tokens
+
+
+if triton is not None:
+
+    @triton.jit
+    def _write(row, token, has_nan, tokens, nan_rows):
+        tl.store(tokens + row, tl.where(has_nan, 0, token).to(tl.int64))
+        if has_nan:
+            tl.atomic_add(nan_rows, 1)
+
+    @triton.jit
+    def _argmax_segment(
+        logits, logits_row, vocab_size, length, values, ids, tokens, nan_rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        begin, lane = segment * length, tl.arange(0, BLOCK)
+        best = tl.full((BLOCK,), float("-inf"), tl.float32)
+        where = begin + lane  # of a lane that saw nothing above -inf; of an empty segment no id, so it loses every tie
+        nan = tl.zeros((BLOCK,), tl.int32)
+        for offset in tl.range(0, length, BLOCK, loop_unroll_factor=4):
+            column = begin + offset + lane
+            scores = tl.load(logits + row * logits_row + column, mask=column < vocab_size, other=float("-inf"))
+            scores = scores.to(tl.float32)
+            higher = scores > best
+            best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
+            nan |= (scores != scores).to(tl.int32)
+        top, has_nan = tl.max(best, 0), tl.max(nan, 0) > 0
+        token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
+        if SPLIT:
+            place = row * tl.num_programs(0) + segment
+            tl.store(values + place, top)
+            tl.store(ids + place, tl.where(has_nan, -1, token))
+        else:
+            _write(row, token, has_nan, tokens, nan_rows)
+
+    @triton.jit
+    def _merge_segments(values, ids, tokens, nan_rows, segments, PADDED: tl.constexpr):
+        row, segment = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
+        inside = segment < segments
+        best = tl.load(values + row * segments + segment, mask=inside, other=float("-inf"))
+        where = tl.load(ids + row * segments + segment, mask=inside, other=0x7FFFFFFF)
+        token = tl.min(tl.where(best == tl.max(best, 0), where, 0x7FFFFFFF), 0)
+        _write(row, token, tl.min(where, 0) < 0, tokens, nan_rows)
