@@ -10,7 +10,7 @@ import sys
 import time
 
 from engine.config import METAVARS, EngineConfig
-from engine.llm import LLM
+from engine.llm import LLM, load_tokenizer, refuse_text
 from engine.output import RequestOutput
 from engine.plan_command import describe, step_table
 from engine.prompts import read_prompts
@@ -40,7 +40,8 @@ def add_arguments(parser) -> None:
     for name, (kind, text) in SAMPLING_FLAGS.items():
         flag = "--" + name.replace("_", "-")
         settings = {"type": kind, "metavar": METAVARS[kind], "default": argparse.SUPPRESS}
-        parser.add_argument(flag, dest=f"sampling_{name}", help=text + _default(name), **settings)
+        flags = [flag, "--num-sequences"] if name == "n" else [flag]  # torchrun takes --n for one of its own
+        parser.add_argument(*flags, dest=f"sampling_{name}", help=text + _default(name), **settings)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
@@ -58,6 +59,9 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     speaks = resolve_launch(config.tensor_parallel_size).rank == 0
     # under torchrun all ranks have the same standard input, and only one may read it
     prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
+    if load_tokenizer(config) is None:  # said before the weights are loaded
+        for place, prompt in enumerate(prompts):
+            refuse_text(config, place, prompt, params)
     with LLM(**config.to_dict()) as llm:
         llm.check(prompts, params)
         print(llm.rank.topology.describe(), file=sys.stderr)
@@ -136,10 +140,12 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
     lines = [
         f"{num_tokens} tokens in {elapsed_s:.2f} s ({num_tokens / elapsed_s:.1f} tokens/s), "
         f"{ledger.num_passes} passes over {counters.num_tokens} tokens",
-        f"moved {moved / 2**30:.3f} GiB a rank over the link, "
-        f"{moved / max(ledger.num_passes, 1) / 2**20:.2f} MiB a pass, "
-        f"{moved / 1e9 / max(ledger.measured_s, 1e-9):.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured",
     ]
+    if moved:
+        lines.append(
+            f"moved {moved / 2**30:.3f} GiB a rank over the link, {moved / ledger.num_passes / 2**20:.2f} MiB a pass, "
+            f"{moved / 1e9 / ledger.measured_s:.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
+        )
     reduces = llm.rank.collectives
     if reduces.size > 1:
         lines.append(

@@ -121,11 +121,8 @@ class LLM:
     ) -> tuple[str | None, list[int], SamplingParams]:
         if not isinstance(prompt, str | list | tuple):
             raise ValueError(f"prompt {place}: {prompt!r} is neither a string nor a list of token ids")
-        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            what = "a text prompt" if isinstance(prompt, str) else "a stop string"
-            raise ValueError(
-                f"{self.config.model}: no tokenizer.json, so prompt {place} cannot have {what}; give token ids"
-            )
+        if self.tokenizer is None:
+            refuse_text(self.config, place, prompt, params)
         text = prompt if isinstance(prompt, str) else None
         if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"prompt {place}: {prompt!r} is not valid Unicode (a lone surrogate)")
@@ -192,6 +189,13 @@ class LLM:
             self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
         if request.finish_reason is not None:
             sequence.on_text(None)
+
+
+def refuse_text(config: EngineConfig, place: int, prompt: Prompt, params: SamplingParams) -> None:
+    """Without a tokenizer: raises ValueError for a text prompt or a stop string."""
+    if isinstance(prompt, str) or params.stop:
+        what = "a text prompt" if isinstance(prompt, str) else "a stop string"
+        raise ValueError(f"{config.model}: no tokenizer.json, so prompt {place} cannot have {what}; give token ids")
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -82,8 +82,8 @@ def _passes(rates: Rates, predictions: Sequence[Prediction], free_tokens: int) -
     lines = [f"rates ({rates.source}): {link}", f"{'predicted decode pass':<38}{'a pass':>12}{'tokens/s':>12}   bound"]
     for p in predictions:
         lines.append(f"  {p.label:<36}{show_time(p.time.total_s):>12}{p.tokens_s:>12.2f}   {_bound(p.time)}")
-    free = f"{free_tokens} tokens a pass are computed for nothing while the link binds"
-    return [*lines, f"  {free if free_tokens else 'no token is free: the link does not bind'}"]
+    free = f"up to {free_tokens} tokens a pass cost no extra time: the link binds"
+    return [*lines, f"  {free if free_tokens else 'every token costs time: the link does not bind'}"]
 
 
 def _bound(time: PassTime) -> str:

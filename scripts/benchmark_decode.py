@@ -2,8 +2,8 @@
 
 Where weights stream the bound is W / link: W are the bytes that cross in a pass, the link is the best of five sustained
 copies of 2 GiB from the same arena to the same ring, in the same process, with all ranks copying. Where nothing streams
-it is what must be read (weights and KV) over the read rate. The prediction is made before the first pass is timed.
-Run it plainly, or by torchrun over several ranks; the last line is one JSON object.
+it is what must be read (weights and KV) over the read rate. The prediction is the device profile's, from rates that
+were assumed, and is written down before anything is measured. Run it plainly, or by torchrun over several ranks; the last line is one JSON object.
 """
 
 import argparse
@@ -28,9 +28,11 @@ def main() -> None:
     limits = {"max_num_seqs": max(args.batch_size), "max_num_batched_tokens": args.max_num_batched_tokens}
     with LLM(args.model, **options, **limits, max_model_len=args.max_model_len, **lanes) as llm:
         speaks = llm.rank.topology.rank == 0
+        predictions = [predict(llm, num_seqs, args) for num_seqs in args.batch_size]
         if speaks:
+            print("predicted:", *(f"batch {n}: {s * 1e3:.2f} ms" for n, s in zip(args.batch_size, predictions)))
             llm.measure()
-        results = [measure_batch(llm, num_seqs, args) for num_seqs in args.batch_size]
+        results = [measure_batch(llm, n, predicted_s, args) for n, predicted_s in zip(args.batch_size, predictions)]
         if speaks:
             report = describe(llm, args) | {"passes": results}
             print_table(report)
@@ -57,16 +59,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_batch(llm: LLM, num_seqs: int, args: argparse.Namespace) -> dict | None:
+def predict(llm: LLM, num_seqs: int, args: argparse.Namespace) -> float:
+    """Seconds of a decode pass by the profile's rates, the context half way through the output."""
+    return decode_time(llm.rank.work, num_seqs, args.input_len + args.output_len // 2, llm.rank.rates).total_s
+
+
+def measure_batch(llm: LLM, num_seqs: int, predicted_s: float, args: argparse.Namespace) -> dict | None:
     """Median and best of the decode passes over `num_seqs` rows; on rank 0, None on the others."""
     vocab_size, speaks = llm.rank.plan.spec.vocab_size, llm.rank.topology.rank == 0
     generator = torch.Generator().manual_seed(num_seqs)
     prompts = torch.randint(0, vocab_size, (num_seqs, args.input_len), generator=generator).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
     context = args.input_len + args.output_len // 2
-    predicted_s = decode_time(llm.rank.work, num_seqs, context, llm.rank.rates).total_s
-    if speaks:
-        print(f"predicted before the run: batch {num_seqs}: {predicted_s * 1e3:.2f} ms a decode pass", flush=True)
     llm.generate(prompts, dataclasses.replace(params, max_tokens=2))  # libraries choose and load their kernels
     first = len(llm.rank.ledger.passes)
     llm.generate(prompts, params)

@@ -1,4 +1,4 @@
-"""Pure functions of logits: argmax, filters and log probabilities whose bits depend on nothing but their row.
+"""Pure functions of logits: filters and log probabilities whose bits depend on nothing but their row.
 
 R rows, V vocab, N most likely tokens. Sums are taken in integers, since the bits of a float sum depend on the shape
 of the batch, and ties go to the lower id, which torch.argmax and torch.topk do not promise on CUDA.
@@ -29,13 +29,6 @@ class Logprobs(NamedTuple):
         """Of one row, on the host: the sampled token's logprob and rank, and the `num_top` first (id, logprob)."""
         top = zip(self.top_ids[place, :num_top].tolist(), self.top_logprobs[place, :num_top].tolist())
         return self.sampled_logprob[place].item(), int(self.sampled_rank[place]), list(top)
-
-
-def first_argmax(scores: Tensor) -> Tensor:
-    """The lowest id of the largest score, (R, V) -> (R,) int64; V, which is no id, where a row has a NaN."""
-    vocab_size = scores.shape[-1]
-    ids = torch.arange(vocab_size, dtype=torch.int32, device=scores.device)
-    return torch.where(scores == scores.amax(-1, keepdim=True), ids, vocab_size).amin(-1).long()
 
 
 def kept(scores: Tensor, top_k: Tensor, drop_mass: Tensor, min_p: Tensor) -> Tensor:

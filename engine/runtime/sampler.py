@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels.argmax import argmax_rows
 from engine.kernels.philox import uniform
-from engine.runtime.logits import KEEP_ALL, Logprobs, first_argmax, kept, logprobs
+from engine.runtime.logits import KEEP_ALL, Logprobs, kept, logprobs
 from scheduler.request import RowSampling
 
 GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
@@ -120,6 +121,10 @@ class Sampler:
         rows (R,) int64 on the device and host_rows are the same, no row twice; positions (R,) int64 are those
         of the tokens that are being sampled (the length of the prompt for a request's first).
         """
+        if self.is_greedy(host_rows):
+            tokens = argmax_rows(logits, self.vocab_size, self.num_nan_rows)
+            self.last_tokens[rows] = tokens
+            return SampleOutput(tokens, None)
         num_top = max((self.num_logprobs[row] for row in host_rows), default=-1)
         size = max(1, CHUNK_ELEMENTS // self.vocab_size)
         parts = []
@@ -140,10 +145,7 @@ class Sampler:
     def _sample(self, raw: Tensor, rows: Tensor, host_rows: list[int], positions: Tensor) -> Tensor:
         scores = self.process(raw, rows, host_rows)
         scores = self._stage("draw", self._add_noise, host_rows, scores, rows, positions)
-        tokens = first_argmax(scores)  # (R,)
-        nan = tokens == self.vocab_size
-        self.num_nan_rows += nan.sum()
-        tokens.masked_fill_(nan, 0)
+        tokens = argmax_rows(scores, self.vocab_size, self.num_nan_rows)  # (R,)
         where = self._where("penalty", host_rows)
         if where is not None:
             index = rows[where] * self.vocab_size + tokens[where]

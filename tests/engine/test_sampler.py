@@ -261,7 +261,7 @@ def test_greedy_ties_go_to_the_lowest_id(device):
     logits[1, 99] = -0.0
     assert run(sampler, logits, [0, 1, 2]).tokens.tolist() == [17, 99, 0]
     assert run(sampler, logits.bfloat16(), [2, 1, 0]).tokens.tolist() == [17, 99, 0]
-    assert sampler.last_tokens.tolist() == [0, 99, 17]
+    assert sampler.last_tokens[:3].tolist() == [0, 99, 17]
 
 
 def test_greedy_neither_sorts_nor_draws(monkeypatch):
