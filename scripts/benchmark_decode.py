@@ -2,8 +2,10 @@
 
 Where weights stream the bound is W / link: W are the bytes that cross in a pass, the link is the best of five sustained
 copies of 2 GiB from the same arena to the same ring, in the same process, with all ranks copying. Where nothing streams
-it is what must be read (weights and KV) over the read rate. The prediction is the device profile's, from rates that
-were assumed, and is written down before anything is measured. Run it plainly, or by torchrun over several ranks; the last line is one JSON object.
+it is what must be read (weights and KV) over the read rate. Rates are measured after a warm-up: the first copies of a
+fresh machine reach 95 % of what later ones do. The prediction is the device profile's, from assumed rates, and is
+written down before anything is measured. Run it plainly, or by torchrun over several ranks; the last line is one JSON
+object.
 """
 
 import argparse
@@ -31,7 +33,6 @@ def main() -> None:
         predictions = [predict(llm, num_seqs, args) for num_seqs in args.batch_size]
         if speaks:
             print("predicted:", *(f"batch {n}: {s * 1e3:.2f} ms" for n, s in zip(args.batch_size, predictions)))
-            llm.measure()
         results = [measure_batch(llm, n, predicted_s, args) for n, predicted_s in zip(args.batch_size, predictions)]
         if speaks:
             report = describe(llm, args) | {"passes": results}
@@ -71,7 +72,9 @@ def measure_batch(llm: LLM, num_seqs: int, predicted_s: float, args: argparse.Na
     prompts = torch.randint(0, vocab_size, (num_seqs, args.input_len), generator=generator).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
     context = args.input_len + args.output_len // 2
-    llm.generate(prompts, dataclasses.replace(params, max_tokens=2))  # libraries choose and load their kernels
+    llm.generate(prompts, dataclasses.replace(params, max_tokens=4))  # libraries load kernels, passes are captured
+    if speaks:
+        llm.measure()
     first = len(llm.rank.ledger.passes)
     llm.generate(prompts, params)
     if not speaks:
