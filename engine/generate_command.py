@@ -13,6 +13,7 @@ from engine.config import METAVARS, EngineConfig
 from engine.llm import LLM, load_tokenizer, refuse_text
 from engine.output import RequestOutput
 from engine.plan_command import describe, step_table
+from engine.planning import find_model
 from engine.prompts import read_prompts
 from parallel.launch import resolve_launch
 from scheduler.request import SamplingParams
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     speaks = resolve_launch(config.tensor_parallel_size).rank == 0
     # under torchrun all ranks have the same standard input, and only one may read it
     prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
-    if load_tokenizer(config) is None:  # said before the weights are loaded
+    is_whole = config.load_format == "dummy" or find_model(config.model).is_dir()
+    if is_whole and load_tokenizer(config) is None:  # said before the weights are loaded
         for place, prompt in enumerate(prompts):
             refuse_text(config, place, prompt, params)
     with LLM(**config.to_dict()) as llm:

@@ -45,7 +45,7 @@ MAY_IMPORT = {
         *("parallel.launch", "scheduler"),
     ),
     "engine.generate_command": (
-        *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.prompts"),
+        *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.planning", "engine.prompts"),
         *("parallel.launch", "scheduler"),
     ),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),

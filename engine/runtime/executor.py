@@ -110,6 +110,7 @@ class Executor:
         self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
         self.lanes.run(self.plan.instructions, self.do)
         self.ring_is_filled = True
+        self.on_sampled = None  # it may be our own method: closing must free the ring at once
 
     def fill_ring(self) -> None:
         """The prologue: brings the first groups of a pass into the ring, if the last pass did not leave them there."""

@@ -15,7 +15,7 @@ from engine.weights.host_arena import HostArena
 from parallel.collectives import Collectives
 from scheduler.time_model import Rates
 
-GPU_BYTES = 2**30
+GPU_BYTES = 2**29
 CPU_BYTES = 8 * 2**20
 OPS_A_STEP = 6  # kernels that an eager step launches, in the mean
 

@@ -142,5 +142,6 @@ class Worker:
             torch.cuda.synchronize(self.device)
         if self.executor is not None and self.executor.decode is not None:
             self.executor.decode.close()
+            self.executor.decode = None
         self.executor = None
         self.weights.close()
