@@ -10,7 +10,7 @@ import sys
 import time
 
 from engine.config import METAVARS, EngineConfig
-from engine.llm import LLM, load_tokenizer, refuse_text
+from engine.llm import LLM, has_tokenizer, refuse_text
 from engine.output import RequestOutput
 from engine.plan_command import describe, step_table
 from engine.planning import find_model
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     # under torchrun all ranks have the same standard input, and only one may read it
     prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
     is_whole = config.load_format == "dummy" or find_model(config.model).is_dir()
-    if is_whole and load_tokenizer(config) is None:  # said before the weights are loaded
+    if is_whole and config.tokenizer is None and not has_tokenizer(config):  # said before the weights are loaded
         for place, prompt in enumerate(prompts):
             refuse_text(config, place, prompt, params)
     with LLM(**config.to_dict()) as llm:

@@ -7,6 +7,7 @@ Under torchrun every rank constructs an LLM and calls the same methods; rank 0 s
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.output import RequestOutput, Sequence
@@ -198,10 +199,20 @@ def refuse_text(config: EngineConfig, place: int, prompt: Prompt, params: Sampli
         raise ValueError(f"{config.model}: no tokenizer.json, so prompt {place} cannot have {what}; give token ids")
 
 
-def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """Of --tokenizer, else of the model's directory; None if there is no tokenizer.json (token ids still work)."""
+def tokenizer_directory(config: EngineConfig) -> Path:
+    """That of --tokenizer, else the model's."""
     path = find_model(config.tokenizer or config.model)
-    tokenizer = Tokenizer.load(path if path.is_dir() else path.parent)
+    return path if path.is_dir() else path.parent
+
+
+def has_tokenizer(config: EngineConfig) -> bool:
+    """Whether there is a tokenizer.json; it is not read."""
+    return Tokenizer.is_there(tokenizer_directory(config))
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """None if there is no tokenizer.json (token ids still work). Raises ValueError if --tokenizer named a place."""
+    tokenizer = Tokenizer.load(tokenizer_directory(config))
     if tokenizer is None and config.tokenizer is not None:
         raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer.json there")
     return tokenizer

@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+FILE = "tokenizer.json"
 CONTEXT_TOKENS = 64  # of the prompt that a stream decodes: a long prompt costs no more than a short one
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no UTF-8
 
@@ -26,14 +27,19 @@ class Tokenizer:
         backend.no_padding()
 
     @staticmethod
+    def is_there(path: str | Path) -> bool:
+        """Whether directory `path` has a tokenizer.json."""
+        return (Path(path) / FILE).is_file()
+
+    @staticmethod
     def load(path: str | Path) -> "Tokenizer | None":
         """The tokenizer of a checkpoint directory, or None if it has no tokenizer.json.
 
         Raises ValueError that names the file if it cannot be read as a tokenizer.
         """
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
+        if not Tokenizer.is_there(path):
             return None
+        file = Path(path) / FILE
         try:
             return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
         except Exception as error:  # the library raises plain Exception

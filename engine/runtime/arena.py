@@ -3,11 +3,6 @@
 import torch
 from torch import Tensor
 
-from engine.model.spec import ModelSpec
-from engine.model.steps import activation_bytes, activation_widths
-from scheduler.plan_check import lay_out_activations
-from scheduler.step_plan import StepPlan
-
 ALIGN = 4096
 
 
@@ -19,18 +14,15 @@ def aligned_bytes(nbytes: int, device: torch.device) -> Tensor:
 
 
 class ActivationArena:
-    """`cut` gives views; names whose lifetimes do not overlap share bytes. Created once and never moved."""
+    """`cut` gives views; names whose lifetimes do not overlap share bytes. Created once and never moved.
 
-    def __init__(
-        self, plan: StepPlan, spec: ModelSpec, dtype: torch.dtype, tp_size: int, max_tokens: int, max_rows: int, device
-    ):
-        name = str(dtype).removeprefix("torch.")
-        sizes = activation_bytes(spec, name, tp_size, max_tokens, max_rows)
-        self.offsets = lay_out_activations(plan, sizes)
-        self.widths = {name: activation_widths(spec, tp_size)[name] for name in self.offsets}
-        self.nbytes = max(offset + sizes[name] for name, offset in self.offsets.items())
-        self.data = aligned_bytes(self.nbytes, device)
-        self.dtype = dtype
+    `offsets` are bytes in the arena of `nbytes`, as planned; `widths` say what a name's rows are and how wide.
+    """
+
+    def __init__(self, offsets: dict[str, int], nbytes: int, widths: dict[str, tuple[str, int]], dtype, device):
+        self.offsets, self.dtype = offsets, dtype
+        self.widths = {name: widths[name] for name in offsets}
+        self.data = aligned_bytes(nbytes, device)
 
     def cut(self, num_tokens: int, num_rows: int) -> dict[str, Tensor]:
         """Every activation by name, (T, width) or (N, width)."""

@@ -6,14 +6,13 @@ copied to pinned memory, and then a step number, which the host polls: so it goe
 which end the graph, are still on the link.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from engine.runtime.sampler import SampleOutput
+from engine.runtime.sampler import SampleOutput, refuse_nan
 
 POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 WARM_UPS = 2  # a kernel's first launch compiles or loads it, which capture forbids
@@ -44,8 +43,7 @@ class Mailbox:
             polls += 1
             if polls % POLLS_A_CHECK == 0:
                 torch.cuda.current_stream().query()
-        if self.nan_rows[0]:
-            raise ValueError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
+        refuse_nan(self.nan_rows)
         return SampleOutput(self.tokens[:num_tokens].clone(), None)
 
 
@@ -55,7 +53,6 @@ class CapturedPass:
 
     graph: torch.cuda.CUDAGraph
     gains: list[tuple[Counter, Counter]]
-    capture_s: float
 
 
 class Graphs:
@@ -68,7 +65,6 @@ class Graphs:
 
     def capture(self, key: tuple[int, bool], run: Callable[[], None], counters: list[Counter]) -> None:
         """Runs `run` to warm up, then once under capture, and takes its counts as those of one replay."""
-        start = time.perf_counter()
         before = [counter.copy() for counter in counters]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -84,7 +80,7 @@ class Graphs:
             counter.clear()
             counter.update(old)
         torch.cuda.current_stream().wait_stream(self.stream)
-        self.passes[key] = CapturedPass(graph, gains, time.perf_counter() - start)
+        self.passes[key] = CapturedPass(graph, gains)
 
     def replay(self, key: tuple[int, bool]) -> None:
         captured = self.passes[key]

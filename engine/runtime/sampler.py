@@ -58,16 +58,22 @@ class PendingSample:
         """The output on the host. Raises ValueError if logits were NaN: a token drawn from them means nothing."""
         if self._event is not None:
             self._event.synchronize()
-        if self._num_nan_rows.item():
-            raise ValueError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
+        refuse_nan(self._num_nan_rows)
         return self._output
+
+
+def refuse_nan(num_nan_rows: Tensor) -> None:
+    """Raises ValueError if `num_nan_rows`, one integer on the host, is not 0."""
+    if num_nan_rows.item():
+        raise ValueError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
 
 
 class Sampler:
     """Sampling parameters and penalty state of max_num_seqs rows, on the device; all rows start as greedy.
 
-    `last_tokens` (max_num_seqs,) int64 is each row's last sampled token. `num_nan_rows` () int64 counts rows
-    sampled from logits with a NaN; they give token 0, and whoever reads the tokens has to look and raise.
+    `last_tokens` (max_num_seqs + 1,) int64 is each row's last sampled token, the last that of `pad_row`.
+    `num_nan_rows` () int64 counts rows sampled from logits with a NaN; they give token 0, and whoever reads the tokens
+    has to look and raise.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str):

@@ -13,6 +13,7 @@ from engine.model.families import tensor_names
 from engine.model.layout import GroupLayout, ModelLayout, expected_tensors, model_layout
 from engine.model.ops import StepContext
 from engine.model.rope import rope_table
+from engine.model.steps import activation_widths
 from engine.planning import EnginePlan
 from engine.runtime.arena import ActivationArena, aligned_bytes
 from engine.runtime.decode import DecodePasses
@@ -76,10 +77,8 @@ class Worker:
         plan, residency, device = self.plan, self.plan.residency, self.device
         dtype = getattr(torch, plan.dtype)
         ring = aligned_bytes(residency.ring.ring_bytes, device)
-        tp_size, max_rows = topology.tp_size, config.max_num_seqs
-        arena = ActivationArena(
-            plan.step_plan, plan.spec, dtype, tp_size, config.max_num_batched_tokens, max_rows, device
-        )
+        widths = activation_widths(plan.spec, topology.tp_size)
+        arena = ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, dtype, device)
         executor = Executor(
             plan=plan.step_plan,
             context=self._context(config, layout, topology, collectives, dtype),
@@ -93,7 +92,7 @@ class Worker:
         )
         if device.type == "cuda":
             use_graphs = not config.enforce_eager and not config.trace  # a trace needs events of its own
-            executor.decode = DecodePasses(executor, max_rows, residency.max_model_len, use_graphs)
+            executor.decode = DecodePasses(executor, config.max_num_seqs, residency.max_model_len, use_graphs)
         return executor
 
     def _context(self, config, layout: ModelLayout, topology: Topology, collectives, dtype: torch.dtype) -> StepContext:

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from engine.kernels import gated_activation as module
 from engine.kernels.gated_activation import ACTIVATIONS, gated_activation, gated_activation_reference
+from engine.model import config_fields
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # exp, in the interpreter
 KERNEL = module._gated_activation_triton
@@ -101,3 +102,8 @@ def test_kernel_is_faster(kind, num_tokens):
     nbytes = ffn.numel() * ffn.element_size() * 3 // 2
     label = f"gated_activation {kind} {num_tokens}"
     prove_faster(lambda: KERNEL(ffn, kind, True), lambda: gated_activation_reference(ffn, kind, True), nbytes, label)
+
+
+def test_every_activation_that_a_config_may_name_is_here():
+    """swish is read as silu."""
+    assert set(config_fields.ACTIVATIONS) - {"swish"} == set(ACTIVATIONS)

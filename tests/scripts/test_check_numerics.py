@@ -20,9 +20,10 @@ from oracle.faults import (
 
 from engine.llm import LLM
 from engine.model.ops import StepContext
-from engine.model.steps import model_steps
+from engine.model.steps import activation_bytes, activation_widths, model_steps
 from engine.runtime.arena import ActivationArena
 from scheduler.plan_build import make_plan
+from scheduler.plan_check import lay_out_activations
 from scheduler.step_plan import GroupId
 from scripts import check_numerics
 from scripts.check_numerics import Row, compare, first_fault
@@ -74,7 +75,10 @@ def other_residual(llm: LLM) -> None:
     spec = replace(spec, parallel_residual=not spec.parallel_residual)
     executor.plan = make_plan(model_steps(spec), executor.plan.ring)
     dtype, device = executor.arena.dtype, executor.arena.data.device
-    executor.arena = ActivationArena(executor.plan, spec, dtype, 1, len(TOKENS), len(TOKENS), device)
+    sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, len(TOKENS), len(TOKENS))
+    offsets = lay_out_activations(executor.plan, sizes)
+    nbytes = max(offset + sizes[name] for name, offset in offsets.items())
+    executor.arena = ActivationArena(offsets, nbytes, activation_widths(spec, 1), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
