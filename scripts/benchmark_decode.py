@@ -10,9 +10,6 @@ object.
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import statistics
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import torch
 
 from engine.llm import LLM
 from engine.planning import decode_time
+from engine.record import add_output_argument, keep, machine
 from scheduler.request import SamplingParams
 
 
@@ -37,10 +35,7 @@ def main() -> None:
         if speaks:
             report = describe(llm, args) | {"passes": results}
             print_table(report)
-            line = json.dumps(report)
-            if args.output_json:
-                Path(args.output_json).write_text(json.dumps(report, indent=1) + "\n")
-            print(line)
+            keep(report, args.output_json)
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--trace", default=None, help="write the lanes of all passes as Chrome/Perfetto JSON")
-    parser.add_argument("--output-json", default=None)
+    add_output_argument(parser)
     return parser.parse_args()
 
 
@@ -105,12 +100,9 @@ def describe(llm: LLM, args: argparse.Namespace) -> dict:
     """Hardware, versions, workload and rates, as every record in benchmarks/ has them."""
     device, counters = llm.rank.topology.device, llm.rank.worker.executor.counters
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {
         "benchmark": "decode",
-        "hardware": f"{llm.rank.topology.tp_size} x {name}",
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "commit": os.environ.get("PENSTOCK_COMMIT", "unknown"),
+        **machine(device, llm.rank.topology.tp_size),
         "model": Path(args.model).stem,
         "dtype": llm.rank.plan.dtype,
         "tp_size": llm.rank.topology.tp_size,

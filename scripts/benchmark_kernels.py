@@ -8,7 +8,6 @@ share means little. After 40 s what is left is skipped and counted. The last lin
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from engine.kernels import argmax, decode_attention, linear
 from engine.kernels.gated_activation import gated_activation
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
+from engine.record import add_output_argument, keep, machine
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 LAYER, HEAD = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (128256, 4096)
@@ -122,6 +122,7 @@ def measure(calls: Sequence[Callable[[], object]], num_calls: int, replays: int 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one token, fewer variants and replays")
+    add_output_argument(parser)
     args = parser.parse_args()
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("benchmark_kernels.py needs a CUDA GPU", file=sys.stderr)
@@ -139,8 +140,9 @@ def main() -> int:
         benchmark.linears(num_tokens, *shape, memory)
     passes = {str(variant or "best"): benchmark.pass_ms(variant) for variant in ("cuBLAS", "config()", None)}
     print(f"all linears of a pass at batch 1, ms: {passes}; {benchmark.skipped} skipped")
-    report = {"torch": torch.__version__, "read_gb_s": round(benchmark.read_rate * 1e-9, 1), "pass_ms": passes}
-    print(json.dumps({**report, "skipped": benchmark.skipped, "rows": benchmark.rows}))
+    record = {"benchmark": "kernels", **machine(torch.device(DEVICE))}
+    record |= {"read_gb_s": round(benchmark.read_rate * 1e-9, 1), "pass_ms": passes, "skipped": benchmark.skipped}
+    keep(record | {"rows": benchmark.rows}, args.output_json)
     return 0
 
 

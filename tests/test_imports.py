@@ -48,6 +48,7 @@ MAY_IMPORT = {
         *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.planning", "engine.prompts"),
         *("parallel.launch", "scheduler"),
     ),
+    "engine.record": ("engine.version",),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
     "penstock": ("engine.version", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
