@@ -1,4 +1,4 @@
-"""What every recorded measurement states beside its figures, and how it is printed and kept: the records of benchmarks/."""
+"""What every recorded measurement states beside its figures, and how it is kept: the records of benchmarks/."""
 
 import argparse
 import json
