@@ -1,6 +1,6 @@
 """LLM: prompts in, outputs out. The face of the engine in Python.
 
-Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (rank.step) -> text.
+Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (rank) -> text.
 Under torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
 """
 
@@ -16,6 +16,7 @@ from engine.runtime.rank import Rank
 from engine.runtime.sampler import SampleOutput
 from engine.tokenizer import Tokenizer
 from parallel.launch import resolve_launch
+from scheduler.batch import Batch
 from scheduler.batching import Scheduler
 from scheduler.request import FinishReason, Request, SamplingParams
 
@@ -165,15 +166,23 @@ class LLM:
         try:
             for sequence in sequences:
                 self.scheduler.add(sequence.request)
-            while (batch := self.scheduler.schedule()) is not None:
-                sampled = self.rank.step(batch)
-                tokens = sampled.tokens.tolist() if sampled else []
-                updated = self.scheduler.update(batch, tokens)
-                for place, request in enumerate(updated):
-                    self._advance(by_request[request.id], sampled, place)
+            while self.scheduler.has_unfinished:
+                batch = self.scheduler.schedule()
+                if batch is not None:
+                    self.rank.submit(batch)
+                if batch is None or self.rank.num_under_way > self.rank.lookahead:
+                    self._take_in(*self.rank.collect(), by_request)
         except BaseException:
-            self.scheduler.abort(sequence.request for sequence in sequences)
+            self.scheduler.abort()
+            self.rank.forget()
             raise
+
+    def _take_in(self, batch: Batch, sampled: SampleOutput | None, by_request: dict[int, Sequence]) -> None:
+        """Gives each sequence of a pass its token."""
+        tokens = sampled.tokens.tolist() if sampled else []
+        for place, request in enumerate(self.scheduler.update(batch, tokens)):
+            if request is not None:
+                self._advance(by_request[request.id], sampled, place)
 
     def _advance(self, sequence: Sequence, sampled: SampleOutput, place: int) -> None:
         """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""

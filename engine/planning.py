@@ -19,7 +19,7 @@ from scheduler.demand import Demand, show_bytes
 from scheduler.plan_build import make_plan
 from scheduler.plan_check import lay_out_activations
 from scheduler.residency import Residency, plan_residency
-from scheduler.step_plan import Compute, RingLayout, StepPlan
+from scheduler.step_plan import RingLayout, StepPlan
 from scheduler.time_model import PassShape, PassTime, PassWork, Rates, load_profile, predict_pass
 
 MIB = 2**20
@@ -137,7 +137,7 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
     residency, spec = residency or plan.residency, plan.spec
     layers, head = plan.layout.groups[:-1], plan.layout.groups[-1]
     heads = shard_heads(spec.num_heads, spec.num_kv_heads, plan.tp_size, 0).num_heads
-    steps = [i for i in plan.step_plan.instructions if isinstance(i, Compute)]
+    steps = plan.step_plan.steps
     reduces = sum(step.step.endswith("allreduce") for step in steps) if plan.tp_size > 1 else 0
     return PassWork(
         streamed_bytes=residency.streamed_bytes,

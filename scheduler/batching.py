@@ -6,10 +6,15 @@ admitted once all the pages it can ever need are free, so a running request neve
 
     budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
                        0                                                        max_num_batched_tokens
+
+Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
+ON_DEVICE; update() takes them in later, pass by pass. Only where a request ends by a token's value (end-of-sequence, a
+stop token) does it come too late: its row in the pass behind is computed for nothing.
 """
 
 import bisect
 import heapq
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from scheduler.batch import Batch, BatchRow
@@ -19,7 +24,7 @@ from scheduler.request import FinishReason, Request, RequestState, RowSampling
 
 
 class Scheduler:
-    """Holds all requests and decides each pass: add, then schedule and update in turn until none is left.
+    """Holds all requests and decides each pass: add, then schedule, and update once for each pass in the same order.
 
     Units: `max_num_batched_tokens` a pass, `max_model_len` prompt and output tokens of one request,
     `page_size` tokens a page, `num_pages` with the reserved page 0. `page_order_seed` shuffles the order in
@@ -49,7 +54,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # in the policy's order
         self._running: dict[int, Request] = {}  # by row, in order of admission
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
-        self._in_flight: tuple[Batch | None, list[Request]] = None, []
+        self._under_way: deque[tuple[Batch, list[Request]]] = deque()
 
     @property
     def num_waiting(self) -> int:
@@ -61,7 +66,8 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
+        """Whether a request is left, or a pass under way."""
+        return bool(self._waiting or self._running or self._under_way)
 
     def add(self, request: Request) -> None:
         """Let a new request wait for its row.
@@ -79,15 +85,14 @@ class Scheduler:
             )
         bisect.insort(self._waiting, request, key=self._order)
 
-    def abort(self, requests: Iterable[Request]) -> None:
-        """End those of `requests` that are waiting or running here."""
-        mine = [*self._waiting, *self._running.values()]
-        for request in requests:
-            if request in mine:
-                self.finish(request, FinishReason.ABORT)
+    def abort(self) -> None:
+        """End every request and forget the passes under way, one of which has failed."""
+        for request in [*self._waiting, *self._running.values()]:
+            self.finish(request, FinishReason.ABORT)
+        self._under_way.clear()
 
     def schedule(self) -> Batch | None:
-        """The next pass, or None when no request is left. If the pass fails, it can be scheduled anew."""
+        """The next pass, or None when there is nothing to compute before the next update."""
         rows: list[BatchRow] = []
         budget_tokens = self.max_num_batched_tokens
         for request in self._next_requests():
@@ -95,16 +100,22 @@ class Scheduler:
             budget_tokens -= len(rows[-1].tokens)
             if budget_tokens == 0:
                 break
-        assert rows or not self.has_unfinished, "nothing can run"
-        batch = Batch(tuple(rows)) if rows else None
-        self._in_flight = batch, [self._running[row.row] for row in rows]
+        assert rows or self._under_way or not self.has_unfinished, "nothing can run"
+        if not rows:
+            return None
+        batch = Batch(tuple(rows))
+        self._under_way.append((batch, [self._running[row.row] for row in rows]))
         return batch
 
     def _next_requests(self) -> Iterator[Request]:
         """Who computes, most urgent first; a waiting request is admitted when it is asked for."""
-        running = list(self._running.values())
-        yield from (request for request in running if request.output_token_ids)
-        yield from (request for request in running if not request.output_token_ids)
+        most = self.max_model_len
+        running = [
+            request for request in self._running.values() if request.num_tokens_ahead < request.most_tokens(most)
+        ]
+        decoding = [request.num_tokens_ahead > len(request.prompt_token_ids) for request in running]
+        yield from (request for request, decodes in zip(running, decoding) if decodes)
+        yield from (request for request, decodes in zip(running, decoding) if not decodes)
         while self._waiting and self._free_rows:
             num_pages = self._pages_needed(self._waiting[0])
             if num_pages > self.pool.num_free:
@@ -116,37 +127,37 @@ class Scheduler:
 
     def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
         start = request.num_computed_tokens
-        end = min(request.num_tokens, start + budget_tokens)
+        end = min(request.num_tokens_ahead, start + budget_tokens)
+        samples = end == request.num_tokens_ahead
+        tokens = tuple(request.tokens_between(start, end))
+        request.num_computed_tokens = end
+        request.num_unseen_tokens += samples
         return BatchRow(
             row=request.row,
-            tokens=tuple(request.tokens_between(start, end)),
+            tokens=tokens,
             start=start,
             pages=tuple(request.pages[: pages_for(end, self.page_size)]),
-            samples=end == request.num_tokens,
+            samples=samples,
             sampling=RowSampling.of(request) if start == 0 else None,
         )
 
-    def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request]:
-        """Take in the tokens of the pass that schedule() gave last.
+    def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
+        """Take in the tokens of the oldest pass under way.
 
-        `sampled` has one token id for each row with `samples`, in batch order. Returns the requests that got
-        a token, in that order; those now finished hold no row and pages. One ended meanwhile gets nothing.
+        `sampled` has one token id for each row with `samples`, in batch order. Returns the requests that got them, in
+        that order; those now finished hold no row and pages. For one that ended meanwhile there is None.
         """
-        in_flight, requests = self._in_flight
-        assert batch is in_flight, "not the batch that was scheduled last"
+        assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
         assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
-        self._in_flight = None, []
-        tokens, updated = iter(sampled), []
-        for row, request in zip(batch.rows, requests, strict=True):
-            token = next(tokens) if row.samples else None
-            if request.state is RequestState.FINISHED:
-                continue
-            request.num_computed_tokens += len(row.tokens)
-            if token is not None:
+        _, requests = self._under_way.popleft()
+        sampling = [request for row, request in zip(batch.rows, requests, strict=True) if row.samples]
+        alive = [None if request.state is RequestState.FINISHED else request for request in sampling]
+        for request, token in zip(alive, sampled, strict=True):
+            if request is not None:
+                request.num_unseen_tokens -= 1
                 request.output_token_ids.append(token)
-                updated.append(request)
                 self._finish_if_over(request, token)
-        return updated
+        return alive
 
     def _finish_if_over(self, request: Request, token: int) -> None:
         # As in vLLM, a stop token is kept in the output and wins over a length that is reached with it.
@@ -158,7 +169,8 @@ class Scheduler:
             self.finish(request, FinishReason.LENGTH)
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """End a request, waiting or running, and free its row and pages at once.
+        """End a request, waiting or running, and free its row and pages at once. (A pass under way may still write to
+        them; the next owner's passes come behind it.)
 
         A finished one only gets the new reason: the last token it may have can complete a stop string.
         """

@@ -16,6 +16,7 @@ from typing import ClassVar
 GREEDY_BELOW = 1e-5  # vLLM's bound: at lower temperatures only the most likely token is ever drawn
 MAX_LOGPROBS = 20
 INT32_MAX = 2**31 - 1  # what the packed batch can carry
+ON_DEVICE = -1  # stands for the row's last sampled token, which the host has not seen yet
 
 
 class FinishReason(StrEnum):
@@ -137,7 +138,8 @@ class Request:
 
     The caller sets the first five fields: `seed` is resolved, 0..2**64-1; `arrival` is a number that grows.
     Only the Scheduler changes the others. `pages` is the page table: page i holds the KV of positions
-    i * page_size and up. `row` is kept from admission to the end.
+    i * page_size and up. `row` is kept from admission to the end. What a pass under way computes counts as computed;
+    the `num_unseen_tokens` that such passes sample follow the known tokens.
     """
 
     id: int
@@ -147,6 +149,7 @@ class Request:
     arrival: float = 0
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_unseen_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     row: int | None = None
     finish_reason: FinishReason | None = None
@@ -169,11 +172,18 @@ class Request:
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
+    @property
+    def num_tokens_ahead(self) -> int:
+        """Tokens once the passes under way are done."""
+        return self.num_tokens + self.num_unseen_tokens
+
     def tokens_between(self, start: int, end: int) -> list[int]:
-        """tokens[start:end], without joining the whole sequence for each decoded token."""
+        """Tokens start..end of the sequence, without joining all of it for each decoded token. At most the last of them
+        is not seen yet: ON_DEVICE."""
         num_prompt = len(self.prompt_token_ids)
         outputs = self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
-        return self.prompt_token_ids[start:end] + outputs
+        known = self.prompt_token_ids[start:end] + outputs
+        return known if len(known) == end - start else [*known, ON_DEVICE]
 
     def check_length(self, max_model_len: int) -> None:
         """Raises ValueError if the prompt is empty or leaves no room for one output token (vLLM's rule)."""

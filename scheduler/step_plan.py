@@ -178,8 +178,13 @@ class StepPlan:
     ring: RingLayout
 
     @property
+    def steps(self) -> tuple[Compute, ...]:
+        """What computes, in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Compute))
+
+    @property
     def activations(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for i in self.instructions if isinstance(i, Compute) for name, _ in i.effects))
+        return tuple(dict.fromkeys(name for step in self.steps for name, _ in step.effects))
 
     @property
     def prologue(self) -> tuple[Instruction, ...]:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "engine.tokenizer": (),
     "engine.prompts": (),
     "engine.model": ("parallel", "engine.kernels", "scheduler.step_plan"),
-    "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.step_plan"),  # a batch, as data
+    "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.request", "scheduler.step_plan"),  # as data
     "engine.weights": ("engine.model.spec", "engine.model.layout", "engine.kernels", "parallel", "scheduler.step_plan"),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scheduler.batch import ON_DEVICE, Batch
+from scheduler.batch import Batch
+from scheduler.request import ON_DEVICE
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class PassInputs:
     tokens: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
     places: Tensor  # (T,) int64
+    token_rows: Tensor  # (T,) int64: the sampler's row of each token
     context: GatheredContext | PagedContext
     select: Tensor  # (N,) int64: which tokens are sampled from
     sampled_rows: tuple[int, ...]  # their places in the batch
@@ -82,13 +84,15 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor) -> PassInputs:
     context_positions = torch.arange(num_context, device=device) - context_starts[of_context]
 
     tokens = put([token for row in batch.rows for token in row.tokens])
+    token_rows = put([row.row for row in batch.rows])[of_token]
     if any(ON_DEVICE in row.tokens for row in batch.rows):
-        tokens = torch.where(tokens == ON_DEVICE, last_tokens[put([r.row for r in batch.rows])[of_token]], tokens)
+        tokens = torch.where(tokens == ON_DEVICE, last_tokens[token_rows], tokens)
     sampled = [(row, place) for row, place in zip(batch.rows, ranges) if row.samples]
     return PassInputs(
         tokens=tokens,
         positions=positions,
         places=_places(pages, of_token, positions, page_size),
+        token_rows=token_rows,
         context=GatheredContext(
             places=_places(pages, of_context, context_positions, page_size),
             query_starts=query_starts,

@@ -37,6 +37,7 @@ class StepContext:
     collectives: Collectives
     inputs: PassInputs | None = None
     act: Mapping[str, Tensor] | None = None
+    asked: object = None  # what the batch's rows ask the sampler for
     sampled: object = None  # the pass's SampleOutput
 
     def split_heads(self, attn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +150,7 @@ def sample(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     if not inputs.sampled_rows:
         return
     logits = ctx.act["logits"][:, : ctx.spec.vocab_size]
-    ctx.sampled = ctx.sampler(logits, inputs.sampled_rows_device, inputs.sampled_rows, inputs.sampled_positions)
+    ctx.sampled = ctx.sampler(logits, inputs.sampled_rows_device, inputs.sampled_positions, ctx.asked)
 
 
 STEPS: dict[str, Callable[[StepContext, Weights, int], None]] = {

@@ -1,9 +1,12 @@
 """A decode batch at fixed addresses: R rows of one token each, padded, so that a pass over it can be captured.
 
 Shapes: R rows of the bucket, P most pages of a row, S page size.
-The host sends one int32 table a pass; everything else is derived from it on the device, by operations that a graph
-captures as well. Padded rows have length 0, page 0 and a row of the sampler that belongs to nobody.
+The host sends one int32 table a pass, from two in turn: the next pass is prepared while the table of the one before may
+not have left yet. Everything else is derived from it on the device, by operations that a graph captures as well.
+Padded rows have length 0, page 0 and a row of the sampler that belongs to nobody.
 """
+
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -11,8 +14,9 @@ from torch import Tensor
 from engine.kernels.decode_attention import choose_segments, partials_size
 from engine.model.inputs import PagedContext, PassInputs
 from engine.model.ops import StepContext
-from scheduler.batch import ON_DEVICE, Batch
+from scheduler.batch import Batch
 from scheduler.pages import pages_for
+from scheduler.request import ON_DEVICE
 
 TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; the last is the first page
 
@@ -23,6 +27,26 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
+class HostTable:
+    """A table (R, PAGES + P) int32 in pinned memory, and whose pages stand in it."""
+
+    def __init__(self, num_rows: int, max_pages: int, pinned: bool):
+        self.table = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=pinned)
+        self.pages: list[tuple[int, ...]] = [()] * num_rows
+
+    def fill(self, batch: Batch, pad_row: int) -> None:
+        """Rows of the batch, then padded ones. Pages are written only where they changed."""
+        num_padded = len(self.pages) - len(batch.rows)
+        rows = [(row.tokens[0], row.start, row.row, row.start + 1) for row in batch.rows]
+        self.table[:, :PAGES] = torch.tensor(rows + [(0, 0, pad_row, 0)] * num_padded, dtype=torch.int32)
+        for place, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
+            known = self.pages[place]
+            if known != pages:
+                self.pages[place] = pages
+                self.table[place, PAGES:] = 0
+                self.table[place, PAGES : PAGES + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+
+
 class Bucket:
     """`inputs` is what the plan runs on; `load` puts a batch into it and `derive` stands before the plan's steps."""
 
@@ -31,19 +55,20 @@ class Bucket:
         self.num_rows, self.page_size, self.last_tokens = num_rows, context.kv.page_size, sampler.last_tokens
         self.pad_row = sampler.pad_row
         max_pages = pages_for(max_model_len, self.page_size)
-        self.host = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.table = torch.zeros_like(self.host, device=device)
-        self.pages: list[tuple[int, ...]] = [()] * num_rows  # of each row in the host's table
+        self.tables = deque(HostTable(num_rows, max_pages, pinned=device.type == "cuda") for _ in range(2))
+        self.table = torch.zeros_like(self.tables[0].table, device=device)
         num_segments = choose_segments(num_rows, context.num_kv_heads, max_model_len)
         size = partials_size(num_rows, context.num_heads, context.spec.head_dim, num_segments)
 
         def column() -> Tensor:
             return torch.zeros(num_rows, dtype=torch.int64, device=device)
 
+        rows = column()
         self.inputs = PassInputs(
             tokens=column(),
             positions=column(),
             places=column(),
+            token_rows=rows,
             context=PagedContext(
                 page_table=self.table[:, PAGES:],
                 lengths=torch.zeros(num_rows, dtype=torch.int32, device=device),
@@ -52,25 +77,16 @@ class Bucket:
             ),
             select=torch.arange(num_rows, device=device),
             sampled_rows=(self.pad_row,) * num_rows,
-            sampled_rows_device=column(),
+            sampled_rows_device=rows,
             sampled_positions=column(),
         )
         self.load(Batch(()))
 
     def load(self, batch: Batch) -> None:
         """Sends a decode batch of at most R rows to the device."""
-        pad = [(0, 0, self.pad_row, 0)] * (self.num_rows - len(batch.rows))
-        rows = [(row.tokens[0], row.start, row.row, row.start + 1) for row in batch.rows]
-        self.host[:, :PAGES] = torch.tensor(rows + pad, dtype=torch.int32)
-        for place, row in enumerate(batch.rows):
-            if self.pages[place] != row.pages:
-                self.pages[place] = row.pages
-                self.host[place, PAGES : PAGES + len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
-        for place in range(len(batch.rows), self.num_rows):
-            if self.pages[place]:
-                self.pages[place] = ()
-                self.host[place, PAGES:] = 0
-        self.table.copy_(self.host, non_blocking=True)
+        self.tables.rotate()
+        self.tables[0].fill(batch, self.pad_row)
+        self.table.copy_(self.tables[0].table, non_blocking=True)
 
     def derive(self) -> None:
         """Fills `inputs` from the table and the tokens that are still on the device."""

@@ -1,9 +1,10 @@
 """Runs a StepPlan: binds a batch, walks the instructions in their lanes, counts what crossed.
 
-`submit` enqueues a pass and `collect` waits for its tokens: two calls, so that a later pass can be prepared between.
+`submit` enqueues a pass and `collect` waits for the oldest one's tokens: two calls, so that a later pass can be
+prepared and enqueued between.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from engine.model.inputs import PassInputs, bind
 from engine.model.ops import STEPS, StepContext
 from engine.runtime.arena import ActivationArena
 from engine.runtime.lanes import Lanes
-from engine.runtime.sampler import PendingSample, SampleOutput
+from engine.runtime.sampler import Asked, PendingSample, SampleOutput
 from engine.runtime.trace import Tracer
 from scheduler.batch import Batch, is_decode
 from scheduler.step_plan import Compute, GroupId, Instruction, Prefetch, Release, StepPlan
@@ -56,7 +57,7 @@ class Executor:
         self.ring, self.arena, self.lanes, self.tracer, self.poison = ring, arena, lanes, tracer, poison
         self.counters = Counters()
         self.ring_is_filled = False
-        self.pending = None  # what collect() waits for
+        self.under_way = deque()  # what collect() waits for, pass by pass; None where no row samples
         self.decode = None  # DecodePasses, on a CUDA device
         self.on_sampled: Callable[[SampleOutput], None] | None = None
 
@@ -72,44 +73,57 @@ class Executor:
         for row in batch.rows:
             if row.sampling is not None:
                 self.context.sampler.set_row(row.row, row.sampling)
-        self.pending = None
         self.fill_ring()
+        self.tracer.begin_pass(batch.shape)
         if self.decode is not None and is_decode(batch):
-            self.tracer.begin_pass(batch.shape)
-            self.pending = self.decode.run(batch)
+            self.under_way.append(self.decode.run(batch))
         else:
-            self._run_bound(batch)
+            self.under_way.append(self._run_bound(batch))
         self.counters.num_passes += 1
         self.counters.num_tokens += batch.num_tokens
 
     def collect(self) -> SampleOutput | None:
-        """The last submitted pass's tokens, one for each row that samples, on the host; None if no row did. Returns
-        when they are there, which is before the pass's last copies are. Raises ValueError if logits were NaN."""
-        return None if self.pending is None else self.pending.wait()
+        """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
+        Returns when they are there, before the pass's last copies are. Raises ValueError if logits were NaN."""
+        pending = self.under_way.popleft()
+        return None if pending is None else pending.wait()
 
-    def _run_bound(self, batch: Batch) -> None:
+    def forget(self) -> None:
+        """After an interruption: gives up the passes under way."""
+        self.under_way.clear()
+        if self.decode is not None:
+            self.decode.mailbox.catch_up()
+
+    def _run_bound(self, batch: Batch) -> PendingSample | None:
         """A pass of any shape, eagerly."""
         context = self.context
-        context.inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens)
-        for row, place in zip(batch.rows, context.inputs.context.ranges):
-            tokens = context.inputs.tokens[place.first_query : place.first_query + place.num_queries]
-            context.sampler.observe(row.row, tokens)
-        self.tracer.begin_pass(batch.shape)
-        self.run_plan(context.inputs, self._keep)
+        inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens)
+        pending: list[PendingSample] = []
+        asked = context.sampler.asked([row.row for row in batch.rows])
+        self.run_plan(inputs, asked, lambda output: pending.append(self.pend(output)))
+        return pending[0] if pending else None
 
-    def _keep(self, output: SampleOutput) -> None:
-        self.pending = PendingSample(output, self.context.sampler.num_nan_rows)
+    def pend(self, output: SampleOutput) -> PendingSample:
+        return PendingSample(output, self.context.sampler.num_nan_rows)
 
-    def run_plan(self, inputs: PassInputs, on_sampled: Callable[[SampleOutput], None] | None) -> None:
+    def run_plan(
+        self, inputs: PassInputs, asked: Asked, on_sampled: Callable[[SampleOutput], None] | None, copies: bool = True
+    ) -> None:
         """Enqueues a pass over `inputs`. `on_sampled` takes its tokens, behind `sample` and before the pass is joined;
-        None leaves the sampling to the caller."""
+        None leaves the sampling to the caller. Without `copies` the compute lane runs alone, on what the ring holds."""
         context = self.context
-        context.inputs, context.sampled, self.on_sampled = inputs, None, on_sampled
+        context.inputs, context.asked, context.sampled, self.on_sampled = inputs, asked, None, on_sampled
         context.act = self.arena.cut(len(inputs.tokens), len(inputs.sampled_rows))
         context.sampler.num_nan_rows.zero_()
-        self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
-        self.lanes.run(self.plan.instructions, self.do)
-        self.ring_is_filled = True
+        if "penalty" in asked.stages:
+            context.sampler.observe(inputs.token_rows, inputs.tokens)
+        if copies:
+            self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
+            self.lanes.run(self.plan.instructions, self.do)
+            self.ring_is_filled = True
+        else:
+            for step in self.plan.steps:
+                self.do(step)
         self.on_sampled = None  # it may be our own method: closing must free the ring at once
 
     def fill_ring(self) -> None:

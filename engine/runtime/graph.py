@@ -1,4 +1,4 @@
-"""A decode pass as one CUDA graph a bucket: the executor runs the same plan once under capture.
+"""A decode pass as one CUDA graph: the executor runs the same plan once under capture.
 
 The copy lane becomes a side branch of memcpy nodes. Graphs keep raw addresses: weights, ring, activations, KV cache and
 the bucket's inputs never move, and every temporary lies in the one pool that all graphs share. What the sampler drew is
@@ -7,7 +7,7 @@ which end the graph, are still on the link.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -15,36 +15,63 @@ import torch
 from engine.runtime.sampler import SampleOutput, refuse_nan
 
 POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
-WARM_UPS = 2  # a kernel's first launch compiles or loads it, which capture forbids
 
 
 class Mailbox:
-    """Where captured passes put their tokens: pinned memory that the host polls. One for all graphs of an engine."""
+    """Where captured passes put their tokens: pinned memory that the host polls. One for all graphs of an engine.
+
+    A pass writes its letter, the tokens and in the last column the number of NaN rows, beside those of the passes
+    before it, so that up to DEPTH passes may be under way; the step number goes out last.
+    """
+
+    DEPTH = 4
 
     def __init__(self, max_num_seqs: int, device: torch.device):
-        self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=True)
-        self.nan_rows = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        shape = (self.DEPTH, max_num_seqs + 1)
+        self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=True)
         self.step = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self.device_letters = torch.zeros(shape, dtype=torch.int64, device=device)
         self.device_step = torch.zeros(1, dtype=torch.int64, device=device)
         self.num_sent = 0
 
     def send(self, tokens: torch.Tensor, nan_rows: torch.Tensor) -> None:
-        """Enqueues the copies; the step number goes last."""
-        self.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
-        self.nan_rows.copy_(nan_rows.view(1), non_blocking=True)
+        """Enqueues a letter; under capture, in each replay."""
         self.device_step.add_(1)
+        place = self.device_step % self.DEPTH
+        self.device_letters[:, : len(tokens)].index_copy_(0, place, tokens[None])
+        self.device_letters[:, -1].index_copy_(0, place, nan_rows.view(1))
+        self.letters.copy_(self.device_letters, non_blocking=True)
         self.step.copy_(self.device_step, non_blocking=True)
 
-    def wait(self, num_tokens: int) -> SampleOutput:
-        """The tokens of the last pass that was sent. Raises ValueError if logits were NaN, RuntimeError if the device
-        has failed."""
-        step, polls = self.step.numpy(), 0
-        while step[0] != self.num_sent:
+    def catch_up(self) -> None:
+        """After an interruption: counts what was sent, and waits for it."""
+        self.num_sent = int(self.device_step)
+
+    def expect(self, num_tokens: int) -> "PendingLetter":
+        """What to wait for after a pass that sends a letter was enqueued."""
+        self.num_sent += 1
+        return PendingLetter(self, self.num_sent, num_tokens)
+
+
+@dataclass
+class PendingLetter:
+    """The tokens of a pass, by its step number."""
+
+    mailbox: Mailbox
+    step: int
+    num_tokens: int
+
+    def wait(self) -> SampleOutput:
+        """Raises ValueError if logits were NaN, RuntimeError if the device has failed."""
+        came, polls = self.mailbox.step.numpy(), 0
+        while came[0] < self.step:
             polls += 1
             if polls % POLLS_A_CHECK == 0:
                 torch.cuda.current_stream().query()
-        refuse_nan(self.nan_rows)
-        return SampleOutput(self.tokens[:num_tokens].clone(), None)
+        assert came[0] < self.step + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
+        letter = self.mailbox.letters[self.step % Mailbox.DEPTH]
+        refuse_nan(letter[-1])
+        return SampleOutput(letter[: self.num_tokens].clone(), None)
 
 
 @dataclass
@@ -56,20 +83,22 @@ class CapturedPass:
 
 
 class Graphs:
-    """The captured passes of an engine, by bucket size and by whether they sample."""
+    """The captured passes of an engine, by a key of the caller's."""
 
     def __init__(self, device: torch.device):
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self.passes: dict[tuple[int, bool], CapturedPass] = {}
+        self.passes: dict[Hashable, CapturedPass] = {}
 
-    def capture(self, key: tuple[int, bool], run: Callable[[], None], counters: list[Counter]) -> None:
-        """Runs `run` to warm up, then once under capture, and takes its counts as those of one replay."""
+    def capture(
+        self, key: Hashable, warm_up: Callable[[], None], run: Callable[[], None], counters: list[Counter]
+    ) -> None:
+        """Runs `warm_up`, since a kernel's first launch compiles or loads it, which capture forbids; then `run` under
+        capture. Neither is counted; what `run` counts is what each replay will."""
         before = [counter.copy() for counter in counters]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UPS):
-                run()
+            warm_up()
         self.stream.synchronize()
         warm = [counter.copy() for counter in counters]
         graph = torch.cuda.CUDAGraph()
@@ -82,7 +111,7 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(self.stream)
         self.passes[key] = CapturedPass(graph, gains)
 
-    def replay(self, key: tuple[int, bool]) -> None:
+    def replay(self, key: Hashable) -> None:
         captured = self.passes[key]
         captured.graph.replay()
         for counter, gain in captured.gains:

@@ -1,7 +1,11 @@
 """One rank from its launch to its end: device, plan, checked source, group, worker; and what rank 0 tells the others.
 
-    rank 0   step(batch): sends the batch, runs it, returns its tokens      finish(outputs)      close()
-    others   follow(): runs the batches that arrive ------------------------^ returns outputs    ^ or None
+    rank 0   submit(batch): sends it and enqueues it   collect(): its tokens      finish(outputs)      close()
+    others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
+
+Where nothing streams, `lookahead` passes are enqueued before the oldest one's tokens are waited for, so that the host's
+work stands beside the device's. Where weights stream a pass for nothing would cost too much, and the wrapped copies
+hide the host anyway.
 
 Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
 """
@@ -11,6 +15,7 @@ import dataclasses
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +86,8 @@ class Rank:
         self.ledger = Ledger()
         self.work: PassWork = pass_work(self.plan)
         self.rates = self.plan.rates
+        self.submitted: deque[tuple[Batch, float]] = deque()  # passes under way, and when each was submitted
+        self.collected_s = 0.0
 
     def _join(self, prepared: tuple[EnginePlan, WeightSource] | None) -> None:
         """Meets the other ranks and loads. `prepared` is rank 0's; the others plan with what it tells them."""
@@ -123,15 +130,36 @@ class Rank:
         plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
         return plan, open_source(self.config, path, plan)
 
-    def step(self, batch: Batch) -> SampleOutput | None:
-        """Rank 0: runs a pass on all ranks and returns its tokens."""
-        start = time.perf_counter()
+    @property
+    def lookahead(self) -> int:
+        """How many passes may be under way when one more is submitted. (On a CPU a submitted pass has run.)"""
+        return 1 if self.topology.device.type == "cuda" and not self.work.streamed_bytes else 0
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self.submitted)
+
+    def submit(self, batch: Batch) -> None:
+        """Rank 0: enqueues a pass on all ranks."""
+        self.submitted.append((batch, time.perf_counter()))
         self.collectives.broadcast_ints([BATCH, *batch.pack()])
         self.worker.executor.submit(batch)
+
+    def collect(self) -> tuple[Batch, SampleOutput | None]:
+        """Rank 0: waits for the tokens of the oldest pass under way. A pass's time runs from when it was submitted, or
+        from the end of the pass before it if that came later."""
         output = self.worker.executor.collect()
-        measured_s = time.perf_counter() - start
+        batch, start_s = self.submitted.popleft()
+        now_s = time.perf_counter()
+        measured_s = now_s - max(start_s, self.collected_s)
+        self.collected_s = now_s
         self.ledger.add(batch.shape, measured_s, predict_pass(self.work, batch.shape, self.rates).total_s)
-        return output
+        return batch, output
+
+    def forget(self) -> None:
+        """Rank 0, after an error: gives up the passes under way."""
+        self.submitted.clear()
+        self.worker.executor.forget()
 
     def probe(self) -> None:
         """Rank 0: measures the rates on all ranks at once; later predictions, and the plan's, stand on them. What the
@@ -175,17 +203,19 @@ class Rank:
 
     def follow(self) -> list[dict] | None:
         """The other ranks: runs batches until rank 0 gives outputs, or None where it says stop."""
+        executor = self.worker.executor
         while True:
             kind, *message = self.collectives.broadcast_ints(None)
+            if kind == BATCH:
+                executor.submit(Batch.unpack(message))
+            while len(executor.under_way) > (self.lookahead if kind == BATCH else 0):
+                executor.collect()
             if kind == STOP:
                 return None
             if kind == OUTPUTS:
                 return json.loads(self.collectives.broadcast_bytes(None))
             if kind == PROBE:
                 self._probe()
-                continue
-            self.worker.executor.submit(Batch.unpack(message))
-            self.worker.executor.collect()
 
     def serve(self) -> None:
         """A self-launched rank's whole life: follow until rank 0 says stop."""

@@ -6,15 +6,15 @@ so a row's token depends neither on its row, nor on the batch, nor on tp_size. T
   - ties go to the lowest id; torch.argmax and torch.topk do not promise that on CUDA
   - probabilities are summed as integers. The bits of an fp32 sum or cumsum depend on the shape of the batch,
     and on CUDA also on how a row is aligned; integer addition is associative
-  - a stage runs on the rows that ask for it and leaves the bits of all others alone
+  - a stage runs if a row asks for it, and leaves the bits of rows that do not ask alone
 
-What it does not know: requests, stop conditions, text. Nothing here waits for the device; when all rows of a
-batch take the same stages no index is uploaded either, so that such a call can be captured.
+What it does not know: requests, stop conditions, text. Nothing here waits for the device or uploads anything: which
+rows ask lies there as well, so that a call can be captured for what it was asked.
 
 R rows, V vocab (whole, not this rank's part), N most likely tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,16 @@ from engine.runtime.logits import KEEP_ALL, Logprobs, kept, logprobs
 from scheduler.request import RowSampling
 
 GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
+STAGES = ("penalty", "draw", "filter")
 CHUNK_ELEMENTS = 1 << 22  # of logits taken at a time: bounds temporaries to about 40 bytes times this
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the rows of a batch ask for, all together: the stages that have to run, and the most logprobs (-1: none)."""
+
+    stages: frozenset[str] = frozenset()
+    num_logprobs: int = -1
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,8 @@ class Sampler:
         max_num_seqs += 1
         self.last_tokens = self._zeros(max_num_seqs, dtype=torch.int64)
         self.num_nan_rows = self._zeros(dtype=torch.int64)
-        self.num_logprobs = [-1] * max_num_seqs  # this and `asks` are the host's: branching needs no sync
-        self.asks = {stage: [asks] * max_num_seqs for stage, asks in _stages(GREEDY).items()}
+        self.asked_by = [Asked()] * max_num_seqs  # the host's copy: branching needs no sync
+        self.asks = {stage: self._zeros(max_num_seqs, dtype=torch.bool) for stage in STAGES}
         self.params = {
             name: self._zeros(max_num_seqs, dtype=torch.int64 if isinstance(value, int) else torch.float32)
             for name, value in _device_values(GREEDY, vocab_size).items()
@@ -92,87 +101,75 @@ class Sampler:
         self.prompt_seen: Tensor | None = None  # (max_num_seqs, V) bool
         self.output_counts: Tensor | None = None  # (max_num_seqs, V) int32
 
-    def is_greedy(self, host_rows: Sequence[int]) -> bool:
-        """Whether these rows take the most likely token, nothing else is asked, and so no stage runs."""
-        return all(
-            self.num_logprobs[row] < 0 and not any(asks[row] for asks in self.asks.values()) for row in host_rows
-        )
+    def asked(self, host_rows: Sequence[int]) -> Asked:
+        """What these rows ask for together."""
+        each = [self.asked_by[row] for row in host_rows]
+        stages = frozenset().union(*(asked.stages for asked in each))
+        return Asked(stages, max((asked.num_logprobs for asked in each), default=-1))
 
     def set_row(self, row: int, sampling: RowSampling) -> None:
         """Gives the row to a request, before its first chunk; what the row's former owner left is dropped."""
-        self.num_logprobs[row] = sampling.num_logprobs
-        for stage, asks in _stages(sampling).items():
-            self.asks[stage][row] = asks
+        self.asked_by[row] = asked = Asked(_stages(sampling), sampling.num_logprobs)
+        for stage, asks in self.asks.items():
+            asks[row].fill_(stage in asked.stages)
         for name, value in _device_values(sampling, self.vocab_size).items():
             self.params[name][row].fill_(value)
-        if self.asks["penalty"][row] and self.prompt_seen is None:
-            shape = (self.pad_row, self.vocab_size)
-            self.prompt_seen = self._zeros(*shape, dtype=torch.bool)
-            self.output_counts = self._zeros(*shape, dtype=torch.int32)
-        if self.asks["penalty"][row]:
+        if "penalty" in asked.stages:
+            if self.prompt_seen is None:
+                self.prompt_seen = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.bool)
+                self.output_counts = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.int32)
             self.prompt_seen[row].zero_()
             self.output_counts[row].zero_()
 
-    def observe(self, row: int, token_ids: Tensor) -> None:
-        """Notes computed tokens (any shape, int64, on the device, 0..V-1) for the repetition penalty.
+    def observe(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Notes computed tokens (T,) int64 of 0..V-1 and their rows (T,) for the repetition penalty; to be called
+        where a row asks for it.
 
         A prompt's have to be noted; an output's may be once more: only whether a token came matters.
         """
-        if self.asks["penalty"][row]:
-            self.prompt_seen[row].index_fill_(0, token_ids.flatten(), True)
+        seen, index = self.prompt_seen.view(-1), rows * self.vocab_size + token_ids
+        seen[index] = seen[index] | self.asks["penalty"][rows]
 
-    def __call__(self, logits: Tensor, rows: Tensor, host_rows: list[int], positions: Tensor) -> SampleOutput:
+    def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor, asked: Asked) -> SampleOutput:
         """Samples a token a row from logits (R, V) of any float dtype.
 
-        rows (R,) int64 on the device and host_rows are the same, no row twice; positions (R,) int64 are those
-        of the tokens that are being sampled (the length of the prompt for a request's first).
+        rows (R,) int64, none twice but for the pad row; positions (R,) int64 are those of the tokens that are being
+        sampled (the length of the prompt for a request's first). `asked` is what the rows ask for together, or more.
         """
-        if self.is_greedy(host_rows):
+        if asked == Asked():
             tokens = argmax_rows(logits, self.vocab_size, self.num_nan_rows)
             self.last_tokens[rows] = tokens
             return SampleOutput(tokens, None)
-        num_top = max((self.num_logprobs[row] for row in host_rows), default=-1)
         size = max(1, CHUNK_ELEMENTS // self.vocab_size)
         parts = []
-        for c in (slice(start, start + size) for start in range(0, len(host_rows), size) or (0,)):
+        for c in (slice(start, start + size) for start in range(0, len(rows), size) or (0,)):
             raw = logits[c].float()  # (R, V)
-            tokens = self._sample(raw, rows[c], host_rows[c], positions[c])
-            parts.append((tokens, *logprobs(raw, tokens, num_top)) if num_top >= 0 else (tokens,))
+            tokens = self._sample(raw, rows[c], positions[c], asked.stages)
+            others = logprobs(raw, tokens, asked.num_logprobs) if asked.num_logprobs >= 0 else ()
+            parts.append((tokens, *others))
         tokens, *others = (torch.cat(part) for part in zip(*parts, strict=True))
         self.last_tokens[rows] = tokens
         return SampleOutput(tokens, Logprobs(*others) if others else None)
 
-    def process(self, scores: Tensor, rows: Tensor, host_rows: list[int]) -> Tensor:
+    def process(self, scores: Tensor, rows: Tensor, stages: frozenset[str]) -> Tensor:
         """Penalties, temperature and filters as transformers' on scores (R, V) float32; dropped ones -inf."""
-        scores = self._stage("penalty", self._penalise, host_rows, scores, rows)
-        scores = self._stage("draw", self._temper, host_rows, scores, rows)
-        return self._stage("filter", self._filter, host_rows, scores, rows)
+        for stage, run in (("penalty", self._penalise), ("draw", self._temper), ("filter", self._filter)):
+            if stage in stages:
+                scores = torch.where(self._asks(stage, rows), run(scores, rows), scores)
+        return scores
 
-    def _sample(self, raw: Tensor, rows: Tensor, host_rows: list[int], positions: Tensor) -> Tensor:
-        scores = self.process(raw, rows, host_rows)
-        scores = self._stage("draw", self._add_noise, host_rows, scores, rows, positions)
+    def _sample(self, raw: Tensor, rows: Tensor, positions: Tensor, stages: frozenset[str]) -> Tensor:
+        scores = self.process(raw, rows, stages)
+        if "draw" in stages:
+            scores = torch.where(self._asks("draw", rows), self._add_noise(scores, rows, positions), scores)
         tokens = argmax_rows(scores, self.vocab_size, self.num_nan_rows)  # (R,)
-        where = self._where("penalty", host_rows)
-        if where is not None:
-            index = rows[where] * self.vocab_size + tokens[where]
-            self.output_counts.view(-1).scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+        if "penalty" in stages:
+            came = self.asks["penalty"][rows].int()
+            self.output_counts.view(-1).scatter_add_(0, rows * self.vocab_size + tokens, came)
         return tokens
 
-    def _stage(self, name: str, run: Callable, host_rows: list[int], scores: Tensor, *rest: Tensor) -> Tensor:
-        """Runs a stage on the rows that ask for it; scores (R, V) and the rest (R,) are its arguments."""
-        where = self._where(name, host_rows)
-        if where is None:
-            return scores
-        changed = run(scores[where], *(tensor[where] for tensor in rest))
-        return changed if isinstance(where, slice) else scores.index_copy(0, where, changed)
-
-    def _where(self, stage: str, host_rows: list[int]) -> Tensor | slice | None:
-        """An index of the places whose row asks: None for no place, a slice for all of them."""
-        places = [place for place, row in enumerate(host_rows) if self.asks[stage][row]]
-        if len(places) in (0, len(host_rows)):
-            return slice(None) if places else None
-        index = torch.tensor(places)
-        return index if self.device.type == "cpu" else index.pin_memory().to(self.device, non_blocking=True)
+    def _asks(self, stage: str, rows: Tensor) -> Tensor:
+        return self.asks[stage][rows][:, None]  # (R, 1)
 
     def _penalise(self, scores: Tensor, rows: Tensor) -> Tensor:
         counts = self.output_counts[rows]  # (R, V)
@@ -215,7 +212,8 @@ def _device_values(sampling: RowSampling, vocab_size: int) -> dict[str, float | 
     }
 
 
-def _stages(sampling: RowSampling) -> dict[str, bool]:
+def _stages(sampling: RowSampling) -> frozenset[str]:
     penalties = (sampling.repetition_penalty - 1.0, sampling.presence_penalty, sampling.frequency_penalty)
     draw, limited = sampling.temperature > 0.0, sampling.top_k or sampling.top_p < 1.0 or sampling.min_p
-    return {"penalty": any(penalties), "draw": draw, "filter": draw and bool(limited)}
+    asks = {"penalty": any(penalties), "draw": draw, "filter": draw and limited}
+    return frozenset(stage for stage in STAGES if asks[stage])

@@ -1,4 +1,5 @@
-"""LLM in Python, as vLLM's users know it, on one rank: prompts, parameters, outputs, stops, logprobs."""
+"""LLM in Python, as vLLM's users know it, on one rank: prompts, parameters, outputs, stops, logprobs; each with passes
+one after another, and with the next one submitted before the tokens of the one before it are known."""
 
 import math
 import shutil
@@ -13,9 +14,10 @@ from penstock import LLM, SamplingParams
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def llm():
-    with LLM("demo", **OPTIONS) as llm:
+@pytest.fixture(scope="module", params=[0, 1], ids=["in_turn", "ahead"])
+def llm(request):
+    with pytest.MonkeyPatch.context() as patch, LLM("demo", **OPTIONS) as llm:
+        patch.setattr(type(llm.rank), "lookahead", request.param)
         yield llm
 
 

@@ -22,11 +22,16 @@ def device(request) -> str:
 def run(sampler: Sampler, logits: torch.Tensor, rows: list[int], positions: list[int] | int = 0):
     positions = [positions] * len(rows) if isinstance(positions, int) else positions
     on_device = (torch.tensor(ints, dtype=torch.int64, device=sampler.device) for ints in (rows, positions))
-    return sampler(logits, next(on_device), rows, next(on_device))
+    return sampler(logits, next(on_device), next(on_device), sampler.asked(rows))
 
 
 def process(sampler: Sampler, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return sampler.process(logits, torch.tensor(rows, device=sampler.device), rows)
+    return sampler.process(logits, torch.tensor(rows, device=sampler.device), sampler.asked(rows).stages)
+
+
+def observe(sampler: Sampler, row: int, token_ids: torch.Tensor) -> None:
+    if "penalty" in sampler.asked([row]).stages:
+        sampler.observe(torch.full_like(token_ids, row), token_ids)
 
 
 def with_rows(samplings: list[RowSampling], device: str = "cpu", vocab_size: int = V) -> Sampler:
@@ -123,7 +128,7 @@ def test_penalties_over_steps_equal_transformers(fields, temperature, device):
     prompts = {3: [5, 9, 5, 70], 1: [0, 100, 44]}
     for row, prompt in prompts.items():
         for chunk in (prompt[:2], prompt[2:]):
-            sampler.observe(row, torch.tensor(chunk, device=device))
+            observe(sampler, row, torch.tensor(chunk, device=device))
     outputs = {row: [] for row in prompts}
     repetition = library.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
     for step in range(10):
@@ -146,7 +151,7 @@ def test_penalties_over_steps_equal_transformers(fields, temperature, device):
 
 def test_presence_and_frequency_look_at_output_only():
     sampler = with_rows([replace(GREEDY, presence_penalty=1.0, frequency_penalty=1.0)])
-    sampler.observe(0, torch.arange(V))
+    observe(sampler, 0, torch.arange(V))
     logits = random_logits(1)
     assert torch.equal(process(sampler, logits, [0]), logits)
 
@@ -155,7 +160,7 @@ def test_a_reset_row_forgets(device):
     sampling = replace(PLAIN, repetition_penalty=1.5, presence_penalty=1.0, seed=3)
     used, fresh = with_rows([GREEDY, sampling], device), with_rows([GREEDY, sampling], device)
     logits = random_logits(1).to(device)
-    used.observe(1, torch.arange(V // 2, device=device))
+    observe(used, 1, torch.arange(V // 2, device=device))
     first = [run(used, logits, [1], step).tokens.item() for step in range(5)]
     used.set_row(1, replace(sampling, presence_penalty=0.0))
     used.set_row(1, GREEDY)
@@ -163,18 +168,17 @@ def test_a_reset_row_forgets(device):
     run(used, logits, [1])
     used.set_row(1, sampling)
     assert torch.equal(process(used, logits, [1]), process(fresh, logits, [1]))
-    fresh.observe(1, torch.arange(V // 2, device=device))
+    observe(fresh, 1, torch.arange(V // 2, device=device))
     assert [run(fresh, logits, [1], step).tokens.item() for step in range(5)] == first
 
 
 def test_penalty_state_is_allocated_for_the_first_that_asks():
     sampler = with_rows([GREEDY, PLAIN])
-    sampler.observe(0, torch.tensor([1]))
     run(sampler, random_logits(2), [0, 1])
     assert sampler.output_counts is None and sampler.prompt_seen is None
     sampler.set_row(0, replace(GREEDY, frequency_penalty=0.1))
     run(sampler, random_logits(2), [1, 0])
-    assert sampler.output_counts.sum(-1).tolist() == [1, 0]
+    assert sampler.output_counts.sum(-1).tolist() == [1, 0, 0]  # the last is the pad row's
 
 
 def test_draws_follow_softmax():
@@ -227,7 +231,7 @@ def decode(order: list[int], rows: dict[int, int], vocab_size: int, device: str,
     sampler = Sampler(32, vocab_size, device)
     for request in order:
         sampler.set_row(rows[request], MIXED[request])
-        sampler.observe(rows[request], torch.arange(request, 50, 3, device=device))
+        observe(sampler, rows[request], torch.arange(request, 50, 3, device=device))
     logits = random_logits(len(MIXED) * steps, vocab_size).view(steps, len(MIXED), vocab_size)
     results: dict[int, list] = {request: [] for request in order}
     for step in range(steps):
@@ -282,7 +286,7 @@ def test_logprobs_are_of_the_raw_logits(device):
     sampling = replace(PLAIN, temperature=0.3, repetition_penalty=2.0, seed=5)
     samplings = [replace(sampling, num_logprobs=count) for count in (3, 0, -1)]
     sampler = with_rows(samplings, device)
-    sampler.observe(0, torch.arange(V, device=device))
+    observe(sampler, 0, torch.arange(V, device=device))
     logits = random_logits(3)
     output = run(sampler, logits.to(device), [0, 1, 2])
     reference, tokens = logits.double().log_softmax(-1), output.tokens.cpu()

@@ -3,7 +3,7 @@
 import pytest
 
 from scheduler.batching import Scheduler
-from scheduler.request import FinishReason, Request, RequestState, SamplingParams
+from scheduler.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
 
 EOS, STOP = 2, 5
 SETTINGS = {
@@ -183,26 +183,66 @@ def test_a_request_ended_during_the_pass_gets_nothing_from_it():
         sched.add(req)
     batch = sched.schedule()
     sched.finish(requests[0], FinishReason.ABORT)
-    assert sched.update(batch, [8, 9]) == [requests[1]]
+    assert sched.update(batch, [8, 9]) == [None, requests[1]]
     assert requests[0].output_token_ids == [] and requests[1].output_token_ids == [9]
     sched.check_integrity()
 
 
-def test_a_failed_pass_is_scheduled_anew():
+def test_a_pass_is_scheduled_before_the_tokens_of_the_one_before_it_are_known():
+    sched, req = scheduler(), request(num_prompt=3, max_tokens=3)
+    sched.add(req)
+    prompt, decode = sched.schedule(), sched.schedule()
+    (row,) = decode.rows
+    assert row.tokens == (ON_DEVICE,) and row.start == 3 and row.samples
+    assert sched.update(prompt, [7]) == [req] and req.output_token_ids == [7]
+    last = sched.schedule()
+    assert last.rows[0].tokens == (ON_DEVICE,) and last.rows[0].start == 4
+    assert sched.schedule() is None and sched.has_unfinished  # its third and last token is under way
+    sched.update(decode, [8])
+    sched.update(last, [9])
+    assert (req.output_token_ids, req.finish_reason) == ([7, 8, 9], "length")
+    assert not sched.has_unfinished
+
+
+def test_a_token_that_ends_a_request_is_found_one_pass_late():
+    sched, requests = scheduler(), [request(id, 2) for id in range(2)]
+    for req in requests:
+        sched.add(req)
+    first, second = sched.schedule(), sched.schedule()
+    sched.update(first, [EOS, 9])
+    assert requests[0].finish_reason == "stop"
+    assert sched.update(second, [8, 7]) == [None, requests[1]]
+    assert requests[0].output_token_ids == [EOS] and requests[1].output_token_ids == [9, 7]
+    sched.check_integrity()
+
+
+def test_updates_come_in_the_order_of_the_passes():
     sched = scheduler()
     for id, num_prompt in enumerate([3, 12]):
         sched.add(request(id, num_prompt))
-    failed = sched.schedule()
-    again = sched.schedule()
-    assert again == failed
-    with pytest.raises(AssertionError, match="not the batch that was scheduled last"):
-        sched.update(failed, [9])
-    sched.update(again, [9])
-    with pytest.raises(AssertionError, match="not the batch"):
-        sched.update(again, [9])
-    batch = sched.schedule()
+    first, second = sched.schedule(), sched.schedule()
+    with pytest.raises(AssertionError, match="not the oldest batch"):
+        sched.update(second, [9])
+    sched.update(first, [9])
     with pytest.raises(AssertionError, match="1 tokens for 2 rows"):
-        sched.update(batch, [9])
+        sched.update(second, [9])
+    sched.update(second, [9, 9])
+    with pytest.raises(AssertionError, match="not the oldest batch"):
+        sched.update(second, [9, 9])
+
+
+def test_abort_leaves_nothing_behind():
+    sched, requests = scheduler(max_num_seqs=2), [request(id) for id in range(3)]
+    for req in requests:
+        sched.add(req)
+    sched.schedule()
+    sched.schedule()
+    sched.abort()
+    sched.check_integrity()
+    assert not sched.has_unfinished and sched.schedule() is None
+    assert all(req.finish_reason == "abort" for req in requests)
+    sched.add(request(7))
+    assert run_pass(sched) == [(0, 0, 3, True)]
 
 
 def lose_a_page(sched):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.batch import ON_DEVICE, Batch, BatchRow
-from scheduler.request import RowSampling
+from scheduler.batch import Batch, BatchRow
+from scheduler.request import ON_DEVICE, RowSampling
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 COUNT = st.integers(0, 2**31 - 1)

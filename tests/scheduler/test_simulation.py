@@ -1,6 +1,9 @@
-"""Whole workloads, played on a model of the KV cache that knows which request wrote which position."""
+"""Whole workloads, played on a model of the KV cache that knows which request wrote which position. Passes are
+scheduled one by one, or before the tokens of the ones under way are known."""
 
+import dataclasses
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from scheduler.batch import Batch
 from scheduler.batching import Scheduler
 from scheduler.pages import RESERVED_PAGE
-from scheduler.request import FinishReason, Request, RequestState, SamplingParams
+from scheduler.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
 
 VOCAB, EOS, STOP = 50, 2, 5
 
@@ -53,33 +56,51 @@ def expected_output(request, max_model_len):
             return output, "length", None
 
 
-class Simulation:
-    """Drives a scheduler as the engine does, each batch going through its packed message."""
+def ends_with_what_comes(request: Request, max_model_len: int) -> bool:
+    """Whether its last token is under way."""
+    return request.num_tokens_ahead == request.most_tokens(max_model_len)
 
-    def __init__(self, scheduler: Scheduler):
-        self.scheduler = scheduler
+
+class Simulation:
+    """Drives a scheduler as the engine does, each batch going through its packed message, with up to `lookahead` passes
+    under way when one more is scheduled."""
+
+    def __init__(self, scheduler: Scheduler, lookahead: int = 0):
+        self.scheduler, self.lookahead = scheduler, lookahead
+        self.under_way: deque[tuple[Batch, list[int]]] = deque()
+        self.last_token: dict[int, int] = {}  # by row, on the device
         self.cache = Cache(scheduler.page_size)
         self.num_computed: dict[int, int] = {}  # by request id
         self.row_seed: dict[int, int] = {}  # what the sampler remembers of each row
 
-    def run_pass(self, while_computing=lambda: None) -> list[Request]:
+    def run_pass(self, while_computing=lambda: None) -> None:
         batch = self.scheduler.schedule()
+        if batch is not None:
+            self.submit(batch)
+        while_computing()
+        if batch is None or len(self.under_way) > self.lookahead:
+            self.scheduler.update(*self.under_way.popleft())
+        self.scheduler.check_integrity()
+
+    def submit(self, batch: Batch) -> None:
         message = batch.pack()
         assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len({row.row for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
         self.check_no_budget_is_wasted(batch)
         self.scheduler.check_integrity()
         sampled = [token for row in Batch.unpack(message).rows for token in self.compute(row)]
-        while_computing()
-        updated = self.scheduler.update(batch, sampled)
-        self.scheduler.check_integrity()
-        return updated
+        self.under_way.append((batch, sampled))
 
     def check_no_budget_is_wasted(self, batch: Batch):
         if batch.num_tokens == self.scheduler.max_num_batched_tokens:
             return
         ends = {row.row: row.start + len(row.tokens) for row in batch.rows}
-        assert ends == {row: request.num_tokens for row, request in self.scheduler._running.items()}
+        most = self.scheduler.max_model_len
+        running = {
+            row: r for row, r in self.scheduler._running.items() if row in ends or not ends_with_what_comes(r, most)
+        }
+        assert ends == {row: request.num_computed_tokens for row, request in running.items()}
+        assert all(request.num_computed_tokens + 1 == request.num_tokens_ahead for request in running.values())
         if self.scheduler.num_waiting and self.scheduler.num_running < self.scheduler.max_num_seqs:
             head = self.scheduler._waiting[0]
             num_places = head.most_tokens(self.scheduler.max_model_len) - 1
@@ -92,9 +113,12 @@ class Simulation:
         if row.sampling is not None:
             assert row.start == 0
             self.row_seed[row.row] = row.sampling.seed
-        tokens = self.cache.compute(row, request.id)
-        assert row.samples == (len(tokens) == request.num_tokens)
-        return [next_token(tokens, self.row_seed[row.row])] if row.samples else []
+        known = tuple(self.last_token[row.row] if token == ON_DEVICE else token for token in row.tokens)
+        tokens = self.cache.compute(dataclasses.replace(row, tokens=known), request.id)
+        if not row.samples:
+            return []
+        self.last_token[row.row] = next_token(tokens, self.row_seed[row.row])
+        return [self.last_token[row.row]]
 
 
 def random_request(rng, id, max_model_len, most_tokens):
@@ -123,12 +147,12 @@ def random_scheduler(rng):
     )
 
 
-def check_workload(seed):
+def check_workload(seed, lookahead):
     rng = random.Random(seed)
     scheduler = random_scheduler(rng)
     most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
     late = [random_request(rng, id, scheduler.max_model_len, most_tokens) for id in range(rng.randint(1, 12))]
-    requests, simulation = list(late), Simulation(scheduler)
+    requests, simulation = list(late), Simulation(scheduler, lookahead)
     while late or scheduler.has_unfinished:
         for _ in range(rng.randint(0 if scheduler.has_unfinished else 1, 3)):
             if late:
@@ -137,21 +161,25 @@ def check_workload(seed):
     for request in requests:
         outcome = request.output_token_ids, request.finish_reason, request.stop_reason
         assert outcome == expected_output(request, scheduler.max_model_len)
-        # Each token but the last was computed, once; Simulation.compute() saw that they came in order.
-        assert simulation.num_computed[request.id] == request.num_computed_tokens == request.num_tokens - 1
+        # Each token but the last was computed, once; Simulation.compute() saw that they came in order. Where a token's
+        # value ended the request, passes that were under way then computed for nothing.
+        assert simulation.num_computed[request.id] == request.num_computed_tokens
+        wasted = request.num_computed_tokens - (request.num_tokens - 1)
+        assert 0 <= wasted <= (lookahead if request.finish_reason == "stop" else 0)
         assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32))
-def test_every_request_gets_the_tokens_it_would_get_alone(seed):
-    check_workload(seed)
+@given(st.integers(0, 2**32), st.integers(0, 2))
+def test_every_request_gets_the_tokens_it_would_get_alone(seed, lookahead):
+    check_workload(seed, lookahead)
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("seed", range(50))
-def test_every_request_gets_the_tokens_it_would_get_alone_fixed_seeds(seed):
-    check_workload(seed)
+def test_every_request_gets_the_tokens_it_would_get_alone_fixed_seeds(seed, lookahead):
+    check_workload(seed, lookahead)
 
 
 def test_a_batch_four_times_the_page_pool_finishes():
@@ -169,13 +197,14 @@ def test_a_batch_four_times_the_page_pool_finishes():
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("seed", range(30))
-def test_ends_at_any_moment_leave_nothing_behind(seed):
+def test_ends_at_any_moment_leave_nothing_behind(seed, lookahead):
     rng = random.Random(seed)
     scheduler = random_scheduler(rng)
     most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
     requests = [random_request(rng, id, scheduler.max_model_len, most_tokens) for id in range(12)]
-    simulation = Simulation(scheduler)
+    simulation = Simulation(scheduler, lookahead)
 
     def end_some():
         for request in requests:
