@@ -95,7 +95,7 @@ class Sampler:
         self.asked_by = [Asked()] * max_num_seqs  # the host's copy: branching needs no sync
         self.asks = {stage: self._zeros(max_num_seqs, dtype=torch.bool) for stage in STAGES}
         self.params = {
-            name: self._zeros(max_num_seqs, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+            name: torch.full((max_num_seqs,), value, device=self.device)  # int64 or float32, as the value is
             for name, value in _device_values(GREEDY, vocab_size).items()
         }
         self.prompt_seen: Tensor | None = None  # (max_num_seqs, V) bool

@@ -330,3 +330,20 @@ def test_nan_logits_give_token_0_and_are_counted(sampling, device):
 def test_no_rows():
     output = run(with_rows([GREEDY]), torch.empty(0, V), [])
     assert output.tokens.shape == (0,) and output.logprobs is None
+
+
+def test_the_pad_row_may_stand_beside_rows_that_ask_for_anything(device):
+    """Rows of a bucket that belong to nobody go through every stage; they disturb no one and stay greedy."""
+    samplings = [replace(PLAIN, top_k=3, seed=4, repetition_penalty=1.5, frequency_penalty=0.5), GREEDY]
+    sampler, alone = (with_rows(samplings, device) for _ in range(2))
+    for step in range(4):
+        logits = random_logits(5, seed=step).to(device)
+        padded = sampler(
+            logits,
+            torch.tensor([0, 1, 2, 2, 2], device=device),
+            torch.full((5,), step, device=device),
+            sampler.asked([0, 1]),
+        )
+        expected = run(alone, logits[:2], [0, 1], step).tokens.tolist()
+        assert padded.tokens.tolist() == expected + logits[2:].argmax(-1).tolist()
+    assert torch.equal(sampler.output_counts, alone.output_counts)
