@@ -20,7 +20,7 @@ SINGLE = replace(FOUR, num_ranks=1, link_gb_s=[55.1], link_alone_gb_s=[55.1], li
         (26.0, "at the speed of PCIe 4 x16 or 5 x8"),
         (
             40.0,
-            "below the speed of PCIe 5 x16 or 6 x8, which is 47.2 to 59.9 GB/s, and above that of PCIe 4 x16 or 5 x8",
+            "below the speed of PCIe 5 x16 or 6 x8, which is 47.2 to 59.8 GB/s, and above that of PCIe 4 x16 or 5 x8",
         ),
         (55.3, "at the speed of PCIe 5 x16 or 6 x8"),
         (105.0, "at the speed of PCIe 6 x16"),
