@@ -1,7 +1,8 @@
 """The command line: subcommands, and flags made from EngineConfig's fields.
 
 A subcommand is a module with `add_arguments(parser)` and `run(args, config) -> int`; only the chosen one is
-imported, so that `plan` stays quick and free of torch.
+imported, so that `plan` stays quick and free of torch. One that needs few fields of the config names them in
+CONFIG_FIELDS, and has no flags for the others.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from parallel.failure import SELF_LAUNCHED
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "generate": ("engine.generate_command", "generate text from prompts"),
     "plan": ("engine.plan_command", "show what stays, what streams and the predicted speed; no GPU needed"),
+    "probe": ("engine.probe_command", "measure links, memory, compute and all-reduces, for `plan` and the engine"),
     "worker": ("engine.worker_command", None),
 }
 EPILOG = """examples:
   penstock plan --model benchmarks/shapes/Llama-3-70B.json -tp 2 --gpu-memory 24GiB
-  penstock generate --model demo --prompt 'Return a list of'"""
+  penstock generate --model demo --prompt 'Return a list of'
+  penstock probe -tp 2"""
 
 
 RANK_0_SPEAKS_S = 5.0  # under torchrun: the time rank 0 has to say what all ranks found
@@ -89,15 +92,19 @@ def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
         if command == name:
             chosen = importlib.import_module(module)
             chosen.add_arguments(sub.add_argument_group(command))
-            add_config_arguments(sub)
+            add_config_arguments(sub, getattr(chosen, "CONFIG_FIELDS", None))
     return parser, chosen
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of EngineConfig; the model may also stand alone. Defaults are the config's, not ours."""
-    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
+def add_config_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
+    """A flag for each field of EngineConfig, or for those of `names`; the model may also stand alone. Defaults are the
+    config's, not ours."""
+    if names is None:
+        parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     group = parser.add_argument_group("engine")
     for field in dataclasses.fields(EngineConfig):
+        if names is not None and field.name not in names:
+            continue
         option = "--" + field.name.replace("_", "-")
         text = field.metadata["help"].replace("%", "%%")
         if "default:" not in text and field.default is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.output import RequestOutput, Sequence
 from engine.planning import find_model
-from engine.runtime.rank import Rank
+from engine.runtime.rank import LINK_BYTES, Rank
 from engine.runtime.sampler import SampleOutput
 from engine.tokenizer import Tokenizer
 from parallel.launch import resolve_launch
@@ -77,12 +77,12 @@ class LLM:
             self.rank.finish([output.to_dict() for output in outputs])
         return outputs
 
-    def measure(self) -> None:
-        """Measures link, memory, compute and reduces (under a second), for predictions instead of the profile's rates.
-        On rank 0 only; the others answer from within `generate`."""
+    def measure(self, link_bytes: int = LINK_BYTES) -> None:
+        """Measures link, memory, compute and reduces (about a second), for predictions instead of the profile's rates;
+        the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
         with self.rank.together():
-            self.rank.probe()
+            self.rank.probe(link_bytes)
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""

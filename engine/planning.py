@@ -5,10 +5,11 @@ stands once. Everything is for one rank; all ranks plan alike (spans have the sa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import EngineConfig
+from engine.device_profile import ASSUMED, find_profile, read_device
 from engine.model.families import tensor_names
 from engine.model.fusion import fuse
 from engine.model.layout import ModelLayout, model_layout
@@ -94,10 +95,24 @@ def find_model(model: str) -> Path:
     return path
 
 
-def plan_rates(config: EngineConfig, tp_size: int, device: str) -> Rates:
-    """The profile that the config names (else by the type of device: h200 or cpu), with the link rate that it gives."""
-    name = config.device_profile or ("cpu" if device == "cpu" else "h200")
-    return load_profile(name, tp_size, config.link_gb_s)
+def plan_rates(config: EngineConfig, tp_size: int, device: str, device_name: str | None = None) -> Rates:
+    """The profile that the config names, else what `penstock probe` saved for this type of device, else a built-in one;
+    with the link rate that the config gives.
+
+    `device_name`, where it is known, must be that of the saved probe; if it is not, `source` says so. Raises ValueError
+    as load_profile does.
+    """
+    kind = "cpu" if device == "cpu" else "cuda"
+    if config.device_profile is not None:
+        return load_profile(config.device_profile, tp_size, config.link_gb_s)
+    saved = find_profile(kind, tp_size)
+    if saved is None:
+        return load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
+    measured = read_device(saved)
+    if device_name in (None, measured):
+        return load_profile(str(saved), tp_size, config.link_gb_s)
+    rates = load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
+    return replace(rates, source=f"{rates.source}; the saved probe is of {measured}, not {device_name}")
 
 
 def memory_budget(config: EngineConfig, device_memory_bytes: int | None) -> int | None:

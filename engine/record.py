@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from engine.version import VERSION
+from parallel.topology import device_name
 
 
 def machine(device: torch.device, num_devices: int = 1) -> dict[str, Any]:
     """Hardware, versions and commit (PENSTOCK_COMMIT, where no repository is at hand)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {"penstock": VERSION, "torch": torch.__version__, "cuda": torch.version.cuda}
     return {
-        "hardware": f"{num_devices} x {name}",
+        "hardware": f"{num_devices} x {device_name(device)}",
         "versions": versions | {"python": platform.python_version()},
         "commit": os.environ.get("PENSTOCK_COMMIT", "unknown"),
     }

@@ -6,6 +6,7 @@ before the arena is allocated. What it does not know: how ranks find each other 
 """
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,16 @@ class Topology:
 
     def describe(self) -> str:
         """One line, e.g. `rank 1 of 2: cuda:1 (NVIDIA H200), NUMA node 0, 48 CPUs`."""
-        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        name = f" ({device_name(self.device)})" if self.device.type == "cuda" else ""
         node = "unknown" if self.numa_node is None else self.numa_node
         numa = f", NUMA node {node}" if self.device.type == "cuda" else ""
         cpus = len(_affinity())
         return f"rank {self.rank} of {self.tp_size}: {self.device}{name}{numa}, {cpus} CPU{'s' * (cpus != 1)}"
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name; of a CPU its architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def resolve_topology(

@@ -67,6 +67,7 @@ def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = 
     """The rates of a rank among `tp_size`, from PROFILES or a JSON file with the fields of Rates; `link_gb_s` wins.
 
     A profile's `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum.
+    What stands under `probe`, the figures behind a measured profile, is not looked at.
     Raises ValueError, naming the file and the field, if the file cannot be read or a field is missing, unknown or bad.
     """
     if name_or_file in PROFILES:
@@ -95,7 +96,7 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
 
 
 def _rates(values: dict[str, Any], source: str, tp_size: int) -> Rates:
-    values = dict(values)
+    values = {name: value for name, value in values.items() if name != "probe"}
     known = {field.name for field in fields(Rates)}
     optional = {"step_latency_s", "pass_latency_s", "memory_bytes"}
     for name in values.keys() - known:

@@ -1,11 +1,12 @@
 """Time of a decode pass, streamed or resident, against the bound measured in the same run.
 
-Where weights stream the bound is W / link: W are the bytes that cross in a pass, the link is the best of five sustained
-copies of 2 GiB from the same arena to the same ring, in the same process, with all ranks copying. Where nothing streams
-it is what must be read (weights and KV) over the read rate. Rates are measured after a warm-up: the first copies of a
-fresh machine reach 95 % of what later ones do. The prediction is the device profile's, from assumed rates, and is
-written down before anything is measured. Run it plainly, or by torchrun over several ranks; the last line is one JSON
-object.
+Where weights stream the bound is W / link: W are the bytes that cross in a pass, the link is the best of three times
+that all copies of a pass were made by themselves, from the same arena to the same ring, in the same process, with all
+ranks copying (a shorter run would not do: four H200s reach 44.5 GB/s a rank over 2 GiB and sustain 40). Where nothing
+streams it is what must be read (weights and KV) over the read rate. Rates are measured after a warm-up: the first
+copies of a fresh machine reach 95 % of what later ones do. The prediction is the device profile's (that of a saved
+probe, else an assumed one) and is written down before anything is measured. Run it plainly, or by torchrun over several
+ranks; the last line is one JSON object.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def measure_batch(llm: LLM, num_seqs: int, predicted_s: float, args: argparse.Na
     context = args.input_len + args.output_len // 2
     llm.generate(prompts, dataclasses.replace(params, max_tokens=4))  # libraries load kernels, passes are captured
     if speaks:
-        llm.measure()
+        llm.measure(llm.rank.work.streamed_bytes)
     first = len(llm.rank.ledger.passes)
     llm.generate(prompts, params)
     if not speaks:

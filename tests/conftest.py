@@ -1,4 +1,4 @@
-"""Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
+"""Tests marked gpu are skipped, with the reason, where there is no CUDA device; the user's cache is out of reach."""
 
 import os
 
@@ -9,6 +9,14 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """No test sees or writes what the user has probed, nor does a process that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items):

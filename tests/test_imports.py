@@ -32,9 +32,12 @@ MAY_IMPORT = {
     "engine.weights": ("engine.model.spec", "engine.model.layout", "engine.kernels", "parallel", "scheduler.step_plan"),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
-        *("engine.config", "engine.planning", "engine.step_cost"),
+        *("engine.config", "engine.device_profile", "engine.planning", "engine.step_cost"),
     ),
-    "engine": ("engine.config", "engine.model", "engine.tokenizer", "engine.planning", "parallel.shard", "scheduler"),
+    "engine": (
+        *("engine.config", "engine.device_profile", "engine.model", "engine.planning", "engine.tokenizer"),
+        *("parallel.shard", "scheduler"),
+    ),
     "engine.cli": ("engine.config", "engine.version", "parallel.failure"),
     "engine.llm": (
         *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
@@ -48,16 +51,25 @@ MAY_IMPORT = {
         *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.planning", "engine.prompts"),
         *("parallel.launch", "scheduler"),
     ),
-    "engine.record": ("engine.version",),
+    "engine.device_profile": ("scheduler.time_model",),
+    "engine.probe_report": ("engine.device_profile",),
+    "engine.probe_command": (
+        *("engine.config", "engine.device_profile", "engine.probe_report", "engine.runtime.probe", "parallel"),
+    ),
+    "engine.record": ("engine.version", "parallel.topology"),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
     "penstock": ("engine.version", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "engine.server", "penstock")
 # A late import needs a reason: the parent is watched before torch comes in.
-LATE_IMPORTS = {"engine.worker_command": {"engine.runtime.rank", "parallel.launch"}}
+LATE_IMPORTS = {
+    "engine.worker_command": {"engine.runtime.rank", "parallel.launch"},
+    "engine.probe_command": {"engine.runtime.probe", "parallel.group"},
+}
 PURE = [
     *("engine.cli", "engine.config", "engine.planning", "engine.plan_command", "engine.step_cost", "penstock"),
+    *("engine.device_profile", "engine.probe_report"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps")),
     *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),

@@ -26,7 +26,8 @@ from engine.config import EngineConfig
 from engine.model.families import read_config, read_eos_token_ids, read_spec
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
 from engine.runtime.executor import Counters
-from engine.runtime.probe import measure_rates, seconds
+from engine.runtime.measure import seconds
+from engine.runtime.probe import measure_rates
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import chrome_events, predicted_spans, write_trace
 from engine.runtime.worker import Worker, open_source
@@ -35,13 +36,14 @@ from engine.weights.checkpoint import Checkpoint
 from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.rendezvous import connect
-from parallel.topology import bind_to_numa, resolve_topology
+from parallel.topology import bind_to_numa, device_name, resolve_topology
 from scheduler.batch import Batch, BatchRow
 from scheduler.pages import RESERVED_PAGE
 from scheduler.time_model import PassShape, PassWork, Rates, predict_pass, with_link
 
 BATCH, OUTPUTS, PROBE, STOP = 1, 2, 3, 4
-LINK_BYTES = 2**31  # that the probe copies in one go: long enough that all ranks copy at once
+MIB = 2**20
+LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 
 
 @dataclass
@@ -126,7 +128,8 @@ class Rank:
             raise ValueError(f"model={self.config.model!r} is a file: {where}")
         spec = read_spec(read_config(path), str(path))
         self.eos_token_ids = read_eos_token_ids(path, spec)
-        rates = plan_rates(self.config, self.topology.tp_size, self.topology.device.type)
+        device = self.topology.device
+        rates = plan_rates(self.config, self.topology.tp_size, device.type, device_name(device))
         plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
         return plan, open_source(self.config, path, plan)
 
@@ -161,20 +164,23 @@ class Rank:
         self.submitted.clear()
         self.worker.executor.forget()
 
-    def probe(self) -> None:
+    def probe(self, link_bytes: int = LINK_BYTES) -> None:
         """Rank 0: measures the rates on all ranks at once; later predictions, and the plan's, stand on them. What the
-        config says of them is kept: a whole profile, or the link."""
+        config says of them is kept: a whole profile, or the link. The link is measured over the copy lane's first
+        `link_bytes`: all of a pass's, if they are fewer."""
         if self.config.device_profile is not None:
             return
-        self.collectives.broadcast_ints([PROBE])
-        self.rates = with_link(self._probe(), self.config.link_gb_s)
+        link_mib = -(-link_bytes // MIB)  # messages are int32
+        self.collectives.broadcast_ints([PROBE, link_mib])
+        self.rates = with_link(self._probe(link_mib * MIB), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
-    def _probe(self) -> Rates:
+    def _probe(self, link_bytes: int) -> Rates:
         executor = self.worker.executor
+        in_graphs = executor.decode is not None and executor.decode.graphs is not None
         dtype, hidden_size = getattr(torch, self.plan.dtype), self.plan.spec.hidden_size
-        copies = executor.stretch(LINK_BYTES)
-        rates = measure_rates(copies, dtype, hidden_size, self.collectives, self.topology.device)
+        copies = executor.stretch(link_bytes)
+        rates = measure_rates(copies, dtype, hidden_size, self.collectives, self.topology.device, in_graphs)
         executor.ring_is_filled = False  # the probe has copied over it
         if self.topology.device.type == "cpu":
             rates = dataclasses.replace(rates, step_latency_s=self._step_latency_s(rates))
@@ -215,7 +221,7 @@ class Rank:
             if kind == OUTPUTS:
                 return json.loads(self.collectives.broadcast_bytes(None))
             if kind == PROBE:
-                self._probe()
+                self._probe(message[0] * MIB)
 
     def serve(self) -> None:
         """A self-launched rank's whole life: follow until rank 0 says stop."""

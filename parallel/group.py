@@ -1,0 +1,43 @@
+"""One piece of work over a group of ranks, without an engine: launched, met, done, left."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from parallel.collectives import Collectives
+from parallel.launch import WORKER_COMMAND, Launch
+from parallel.rendezvous import connect
+from parallel.topology import Topology, bind_to_numa, resolve_topology
+
+Result = TypeVar("Result")
+
+
+def run_in_group(
+    launch: Launch,
+    device: str,
+    work: Callable[[Topology, Collectives], Result],
+    message: str = "",
+    command: tuple[str, ...] = WORKER_COMMAND,
+) -> Result:
+    """Runs `work` on this rank, bound to its NUMA node, while the others run theirs; returns what it returns.
+
+    Rank 0 of a self-launch starts the others by `command`, with `message` (one line) on their stdin. `work` drops every
+    CUDA graph that it captured. Raises ValueError for a device that is not there, RankFailed if another rank ended.
+    """
+    topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank, device, launch.num_local_ranks)
+    launch.start(message, command)
+    try:
+        with launch.guard():
+            collectives = connect(
+                topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
+            )
+            try:
+                bind_to_numa(topology)
+                result = work(topology, collectives)
+                collectives.barrier()  # nobody leaves while another one still measures
+            except BaseException:
+                collectives.abandon()
+                raise
+            collectives.close()
+    finally:
+        launch.close()
+    return result

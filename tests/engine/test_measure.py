@@ -1,0 +1,70 @@
+"""How rates are measured: what is warmed up, who copies, which bytes; and copies in pieces beside the main thread."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from llm_runs import OPTIONS
+
+from engine.runtime import measure
+from engine.runtime.copies import copy_pieces, cut
+from engine.runtime.measure import link_buffers, link_gb_s, seconds
+from parallel.collectives import Solo
+from penstock import LLM
+
+CPU = torch.device("cpu")
+
+
+def test_the_best_of_several_behind_a_warm_up(monkeypatch):
+    ticks = itertools.accumulate([0, 5, 1, 2, 1, 9])  # runs of 5, 2 and 9 seconds
+    monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
+    calls = []
+    assert seconds(lambda: calls.append(1), CPU, repeats=3, warm_ups=2) == 2
+    assert len(calls) == 5
+
+
+def test_the_link_is_bytes_over_time_and_nothing_where_others_copy():
+    with link_buffers(2**20, CPU) as (source, target):
+        target.zero_()
+        assert link_gb_s([(source, target)], Solo(), range(1, 2)) == 0 and not target.any()
+        assert link_gb_s([(source, target)], Solo()) > 0.01 and target.eq(source).all() and source.all()
+
+
+def test_warm_ups_do_not_count(monkeypatch):
+    runs_s = iter([0.001, 4.0, 2.0, 3.0])
+    monkeypatch.setattr(measure, "seconds", lambda run, device, repeats, warm_ups: next(runs_s))
+    pair = torch.zeros(10**6, dtype=torch.uint8), torch.zeros(10**6, dtype=torch.uint8)
+    assert link_gb_s([pair, pair], Solo()) == pytest.approx(2e6 / 2.0 / 1e9)
+
+
+def test_a_whole_pass_can_be_asked_for(monkeypatch):
+    with LLM("demo", **OPTIONS) as llm:
+        executor, seen = llm.rank.worker.executor, []
+        stretch = executor.stretch
+        monkeypatch.setattr(executor, "stretch", lambda nbytes: seen.append(stretch(nbytes)) or seen[-1])
+        for nbytes in (1, llm.rank.work.streamed_bytes, 2**40):
+            llm.measure(nbytes)
+        sizes = [sum(source.nbytes for source, _ in copies) for copies in seen]
+        assert sizes[1:] == [llm.rank.work.streamed_bytes] * 2 and 0 < sizes[0] < sizes[1]
+
+
+def test_pieces_cover_the_buffer_round_and_round():
+    source, target = torch.arange(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
+    pieces = cut(source, target, 4, 15)
+    assert [len(piece) for piece, _ in pieces] == [4, 4, 2, 4, 4, 2]
+    nbytes, elapsed_s = copy_pieces(pieces, CPU)
+    assert nbytes == 20 and elapsed_s > 0 and target.equal(source)
+
+
+def test_endless_copies_end_when_asked():
+    stop = threading.Event()
+    pair = torch.ones(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
+
+    def endless():
+        for number in itertools.count():
+            if number == 3:
+                stop.set()
+            yield pair
+
+    assert copy_pieces(endless(), CPU, in_flight=2, stop=stop)[0] == 3 * 8

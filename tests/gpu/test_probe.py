@@ -1,0 +1,32 @@
+"""`penstock probe` on GPUs: links that are links, graphs that are faster than launches, both ways of a reduce."""
+
+import json
+
+import pytest
+import torch
+from commands import Command
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_probe(tmp_path, tp_size):
+    if torch.cuda.device_count() < tp_size:
+        pytest.skip(f"needs {tp_size} CUDA devices")
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = Command(tmp_path, "probe", "-tp", str(tp_size), "--json", **cache)
+    try:
+        done = command.finish()
+    finally:
+        command.kill()
+    assert done.exit_code == 0, done.stderr
+    profile = json.loads(done.stdout)
+    probe = profile["probe"]
+    assert profile == json.loads((tmp_path / "cache" / "penstock" / f"cuda-{tp_size}.json").read_text())
+    assert len(profile["link_gb_s"]) == tp_size and min(profile["link_gb_s"]) > 1
+    assert profile["memory_gb_s"] > 2 * max(profile["link_gb_s"]) and profile["gemm_tflops"] > 1
+    assert 0 < probe["node_s"] < probe["launch_s"] and profile["memory_bytes"] > 2**30
+    assert [row["bytes"] for row in probe["reduces"]] == ([4**n * 1024 for n in range(1, 9)] if tp_size > 1 else [])
+    for row in probe["reduces"]:
+        assert {"eager_s", "graph_s"} <= row.keys() and min(row.values()) > 1e-6
+        assert row["bytes"] > 2**20 or row["graph_s"] < row["eager_s"]
