@@ -23,7 +23,7 @@ from engine.runtime.bucket import bucket_sizes
 from scheduler.bound import against_bound
 from scripts.comparison import add_compare_arguments, check_compare, compare_throughput
 from scripts.engine_record import describe, say_machine
-from scripts.workload import Job, add_workload_arguments, greedy, positive, random_jobs
+from scripts.workload import Job, add_workload_arguments, greedy, positive, random_jobs, range_ratio
 
 
 def main() -> None:
@@ -33,9 +33,7 @@ def main() -> None:
     try:
         config = config_from_args(args)
         if args.compare and (args.random_range_ratio or args.n > 1):
-            raise ValueError(
-                "--compare: the others generate one output of one length; without --n, --random-range-ratio"
-            )
+            raise ValueError("--compare: all outputs have one length there; leave out --n and --random-range-ratio")
         check_compare(args.compare, config, allowed=("transformers-cb",))
     except ValueError as error:
         parser.error(str(error))
@@ -62,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-prompts", type=positive, default=1000, metavar="N", help="requests (default: 1000)")
     group.add_argument("--dataset-name", choices=("random",), default="random", help="random token ids")
     text = "both lengths vary by up to this fraction (default: 0)"
-    group.add_argument("--random-range-ratio", type=float, default=0.0, metavar="X", help=text)
+    group.add_argument("--random-range-ratio", type=range_ratio, default=0.0, metavar="X", help=text)
     add_workload_arguments(group, output_len=128)
     add_compare_arguments(group)
     add_output_argument(group)

@@ -41,15 +41,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def range_ratio(text: str) -> float:
+    """An argparse type: a number from 0, below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0, below 1")
+    return value
+
+
 def random_jobs(
     num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int, range_ratio: float = 0.0
 ) -> list[Job]:
-    """Both lengths are drawn from [length * (1 - range_ratio), length * (1 + range_ratio)], and are at least 1.
-
-    Raises ValueError if range_ratio is not in [0, 1).
-    """
-    if not 0.0 <= range_ratio < 1.0:
-        raise ValueError(f"--random-range-ratio {range_ratio}: expected a number from 0, below 1")
+    """Both lengths are drawn from [length * (1 - range_ratio), length * (1 + range_ratio)], and are at least 1."""
     rng = random.Random(seed)
 
     def length(middle: int) -> int:
