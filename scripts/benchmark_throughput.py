@@ -23,7 +23,7 @@ from engine.runtime.bucket import bucket_sizes
 from scheduler.bound import against_bound
 from scripts.comparison import add_compare_arguments, check_compare, compare_throughput
 from scripts.engine_record import describe, say_machine
-from scripts.workload import Job, add_workload_arguments, greedy, positive, random_jobs, range_ratio
+from scripts.workload import Job, add_workload_arguments, greedy, positive, random_jobs, ratio
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-prompts", type=positive, default=1000, metavar="N", help="requests (default: 1000)")
     group.add_argument("--dataset-name", choices=("random",), default="random", help="random token ids")
     text = "both lengths vary by up to this fraction (default: 0)"
-    group.add_argument("--random-range-ratio", type=range_ratio, default=0.0, metavar="X", help=text)
+    group.add_argument("--random-range-ratio", type=ratio, default=0.0, metavar="X", help=text)
     add_workload_arguments(group, output_len=128)
     add_compare_arguments(group)
     add_output_argument(group)

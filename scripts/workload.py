@@ -41,7 +41,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def range_ratio(text: str) -> float:
+def ratio(text: str) -> float:
     """An argparse type: a number from 0, below 1."""
     try:
         value = float(text)

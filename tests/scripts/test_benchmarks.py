@@ -139,7 +139,7 @@ def test_throughput_refuses(monkeypatch, capsys):
         (("--compare", "accelerate"), "--compare accelerate: expected some of transformers-cb"),
         (("--compare", "transformers-cb", "--random-range-ratio", "0.5"), "one length"),
         (("--dataset-name", "sharegpt"), "invalid choice"),
-        (("--random-range-ratio", "1.5"), "--random-range-ratio 1.5"),
+        (("--random-range-ratio", "1.5"), "--random-range-ratio: '1.5': expected a number from 0, below 1"),
     ):
         assert message in refused(monkeypatch, capsys, benchmark_throughput, *THROUGHPUT, *arguments)
 
