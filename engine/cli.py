@@ -1,4 +1,4 @@
-"""The command line: subcommands, and flags made from EngineConfig's fields.
+"""The command line: subcommands, each with flags of its own and the engine's (flags.py).
 
 A subcommand is a module with `add_arguments(parser)` and `run(args, config) -> int`; only the chosen one is
 imported, so that `plan` stays quick and free of torch. One that needs few fields of the config names them in
@@ -7,7 +7,6 @@ CONFIG_FIELDS, and has no flags for the others.
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import os
 import sys
@@ -15,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from engine.config import METAVARS, EngineConfig
+from engine.flags import add_config_arguments, config_from_args
 from engine.version import VERSION
 from parallel.failure import SELF_LAUNCHED
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_environment()
         parser, chosen = _parsers(name)
         args = parser.parse_args(argv)
-        return chosen.run(args, _config(args))
+        return chosen.run(args, config_from_args(args))
     except ValueError as error:
         if SELF_LAUNCHED in os.environ:
             raise  # rank 0 shows it, with its traceback: the user's own mistakes it found before it launched us
@@ -94,54 +93,3 @@ def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
             chosen.add_arguments(sub.add_argument_group(command))
             add_config_arguments(sub, getattr(chosen, "CONFIG_FIELDS", None))
     return parser, chosen
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
-    """A flag for each field of EngineConfig, or for those of `names`; the model may also stand alone. Defaults are the
-    config's, not ours."""
-    if names is None:
-        parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
-    group = parser.add_argument_group("engine")
-    for field in dataclasses.fields(EngineConfig):
-        if names is not None and field.name not in names:
-            continue
-        option = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"].replace("%", "%%")
-        if "default:" not in text and field.default is not None:
-            text += f" (default: {field.default})"
-        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-        if isinstance(field.default, bool):
-            settings["action"] = argparse.BooleanOptionalAction
-        else:
-            settings |= {"type": _typed(field.metadata["type"]), "choices": field.metadata["choices"]}
-            settings["metavar"] = None if field.metadata["choices"] else _metavar(field)
-        group.add_argument(option, *field.metadata["flags"], **settings)
-
-
-def _typed(parse):
-    """argparse hides a ValueError's words; they name the field and what is allowed."""
-    if parse is None or parse in (int, float):
-        return parse
-
-    def convert(text: str):
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _metavar(field: dataclasses.Field) -> str:
-    return METAVARS.get(field.metadata["type"], field.name.upper().split("_")[-1])
-
-
-def _config(args: argparse.Namespace) -> EngineConfig:
-    """The config of the flags that were given. Raises ValueError as EngineConfig does."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(EngineConfig) if hasattr(args, f.name)}
-    alone = getattr(args, "model_argument", None)
-    if alone is not None:
-        if given.get("model", alone) != alone:
-            raise ValueError(f"model={alone!r} and --model {given['model']!r}: which one?")
-        given["model"] = alone
-    return EngineConfig(**given)

@@ -1,4 +1,4 @@
-"""User configuration. One frozen dataclass; the command line's flags are made from its fields (cli.py).
+"""User configuration. One frozen dataclass; the command line's flags are made from its fields (flags.py).
 
 What was measured or derived (rates, residency, page counts) lives elsewhere: nothing changes a config.
 """

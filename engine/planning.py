@@ -17,11 +17,12 @@ from engine.model.spec import DTYPE_BYTES, ModelSpec
 from engine.model.steps import activation_bytes, model_steps
 from parallel.shard import local_vocab_size, shard_heads
 from scheduler.demand import Demand, show_bytes
+from scheduler.pass_work import PassShape, PassWork
 from scheduler.plan_build import make_plan
 from scheduler.plan_check import lay_out_activations
 from scheduler.residency import Residency, plan_residency
 from scheduler.step_plan import RingLayout, StepPlan
-from scheduler.time_model import PassShape, PassTime, PassWork, Rates, load_profile, predict_pass
+from scheduler.time_model import PassTime, Rates, load_profile, predict_pass
 
 MIB = 2**20
 # What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.

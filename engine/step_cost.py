@@ -11,8 +11,9 @@ from engine.model.spec import DTYPE_BYTES
 from engine.model.steps import activation_widths
 from engine.planning import EnginePlan, kv_token_bytes
 from parallel.shard import shard_heads
+from scheduler.pass_work import PassShape
 from scheduler.step_plan import Compute
-from scheduler.time_model import GB, PassShape, reduce_s
+from scheduler.time_model import GB, reduce_s
 
 MATRICES = {
     "attn_qkv": ("qkv",),
@@ -41,7 +42,7 @@ def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], floa
 
     def attention_s() -> float:
         kv_bytes = (shape.context_tokens + shape.num_tokens) * kv_token_bytes(spec, plan.dtype, plan.tp_size)
-        flops = 4 * heads * spec.head_dim * shape.context_tokens * shape.num_tokens / max(shape.num_rows, 1)
+        flops = 4 * heads * spec.head_dim * shape.attended_pairs
         return max(kv_bytes / spec.num_layers / bytes_s, flops / flops_s)
 
     def seconds(step: Compute) -> float:

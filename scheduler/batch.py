@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from scheduler.pass_work import PassShape
 from scheduler.request import RowSampling
-from scheduler.time_model import PassShape
 
 _SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row
 
@@ -50,7 +50,8 @@ class Batch:
     @property
     def shape(self) -> PassShape:
         """What the time model needs to know of it."""
-        return PassShape(self.num_tokens, len(self.rows), sum(row.start for row in self.rows))
+        pairs = sum(len(row.tokens) * (2 * row.start + len(row.tokens) + 1) // 2 for row in self.rows)
+        return PassShape(self.num_tokens, len(self.rows), sum(row.start for row in self.rows), pairs)
 
     def pack(self) -> list[int]:
         """The batch as one int32 message: its length, the number of rows, and the rows one after another."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from scheduler.pass_work import PassShape, PassWork
 from scheduler.step_plan import COMPUTE, COPY, Compute, Event, Prefetch, StepPlan
 
 GB = 10**9
@@ -121,31 +122,6 @@ def _is_rate(value: Any, zero: bool = False) -> bool:
 
 
 @dataclass(frozen=True)
-class PassShape:
-    """What a pass computes: tokens, rows, and the tokens of KV that its rows attend to, all rows together."""
-
-    num_tokens: int
-    num_rows: int
-    context_tokens: int
-
-
-@dataclass(frozen=True)
-class PassWork:
-    """What one rank does in a pass, apart from the shape. Bytes are weights read; FLOPs per token of the layers, per
-    row of the head, per pair of query and context token of attention; bytes per token of KV and of one reduce."""
-
-    streamed_bytes: int
-    resident_bytes: int
-    token_flops: int
-    row_flops: int
-    attention_flops: int
-    kv_token_bytes: int
-    num_reduces: int
-    reduce_token_bytes: int
-    num_steps: int
-
-
-@dataclass(frozen=True)
 class PassTime:
     """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch or
     reduce, whichever alone takes longest."""
@@ -161,14 +137,10 @@ class PassTime:
 
 def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
     """The time of one pass: the longer of the two lanes, and what neither hides."""
-    queries_a_row = shape.num_tokens / max(shape.num_rows, 1)
-    flops = shape.num_tokens * work.token_flops + shape.num_rows * work.row_flops
-    flops += shape.context_tokens * queries_a_row * work.attention_flops
-    kv_bytes = (shape.context_tokens + shape.num_tokens) * work.kv_token_bytes
     parts = {
         "link": work.streamed_bytes / (rates.link_gb_s * GB),
-        "memory": (work.streamed_bytes + work.resident_bytes + kv_bytes) / (rates.memory_gb_s * GB),
-        "compute": flops / (rates.gemm_tflops * 1e12),
+        "memory": work.read_bytes(shape) / (rates.memory_gb_s * GB),
+        "compute": work.flops(shape) / (rates.gemm_tflops * 1e12),
         "launch": work.num_steps * rates.step_latency_s,
         "reduce": work.num_reduces * reduce_s(shape.num_tokens * work.reduce_token_bytes, rates),
     }

@@ -38,7 +38,8 @@ MAY_IMPORT = {
         *("engine.config", "engine.device_profile", "engine.model", "engine.planning", "engine.tokenizer"),
         *("parallel.shard", "scheduler"),
     ),
-    "engine.cli": ("engine.config", "engine.version", "parallel.failure"),
+    "engine.flags": ("engine.config",),
+    "engine.cli": ("engine.flags", "engine.version", "parallel.failure"),
     "engine.llm": (
         *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
         *("parallel.launch", "scheduler"),
@@ -62,14 +63,15 @@ MAY_IMPORT = {
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "engine.server", "penstock")
-# A late import needs a reason: the parent is watched before torch comes in.
+# A late import needs a reason: the parent is watched before torch comes in; transformers only where it is compared.
 LATE_IMPORTS = {
     "engine.worker_command": {"engine.runtime.rank", "parallel.launch"},
     "engine.probe_command": {"engine.runtime.probe", "parallel.group"},
+    "scripts.comparison": {"scripts.baselines"},
 }
 PURE = [
-    *("engine.cli", "engine.config", "engine.planning", "engine.plan_command", "engine.step_cost", "penstock"),
-    *("engine.device_profile", "engine.probe_report"),
+    *("penstock", "engine.cli", "engine.config", "engine.device_profile", "engine.flags", "engine.probe_report"),
+    *("engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps")),
     *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),

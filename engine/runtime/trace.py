@@ -14,8 +14,9 @@ import torch
 
 from engine.planning import EnginePlan
 from engine.step_cost import step_seconds
+from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY, Instruction
-from scheduler.time_model import PassShape, predict_timeline
+from scheduler.time_model import predict_timeline
 
 
 @dataclass(frozen=True)

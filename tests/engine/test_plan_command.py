@@ -11,12 +11,14 @@ import pytest
 import penstock
 from engine import cli
 from engine.config import EngineConfig
+from engine.flags import config_from_args
 from engine.model.families import read_config, read_spec, tensor_names
 from engine.model.layout import model_layout
 from engine.planning import make_engine_plan, pass_work
 from engine.step_cost import step_seconds
+from scheduler.pass_work import PassShape
 from scheduler.plan_check import validate
-from scheduler.time_model import PassShape, load_profile, predict_pass, predict_timeline, timeline_s
+from scheduler.time_model import load_profile, predict_pass, predict_timeline, timeline_s
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"
@@ -162,10 +164,10 @@ def test_mistakes_are_one_line_and_status_two(capsys, arguments, message):
 def test_flags_are_the_config_s_fields(capsys):
     parser, _ = cli._parsers("plan")
     args = parser.parse_args(["plan", SMALL, "-tp", "2", "--max-num-seqs", "8", "--no-poison", "--resident", "0.5"])
-    config = cli._config(args)
+    config = config_from_args(args)
     expected = EngineConfig(model=SMALL, tensor_parallel_size=2, max_num_seqs=8, resident=0.5)
     assert config == expected
-    assert cli._config(parser.parse_args(["plan"])) == EngineConfig()
+    assert config_from_args(parser.parse_args(["plan"])) == EngineConfig()
     with pytest.raises(SystemExit):
         parser.parse_args(["plan", "--help"])
     shown = capsys.readouterr().out

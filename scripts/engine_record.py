@@ -1,0 +1,52 @@
+"""What a benchmark's record states of the engine that ran: machine, model shape, memory, and the rates measured."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.llm import LLM
+from engine.record import machine
+
+SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size")
+
+
+def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
+    """Fields of a record, on rank 0, after the runs. Bytes and rates are one rank's."""
+    rank, config = llm.rank, llm.config
+    device, executor, spec = rank.topology.device, rank.worker.executor, rank.plan.spec
+    cuda = device.type == "cuda"
+    return {
+        "benchmark": benchmark,
+        **machine(device, rank.topology.tp_size),
+        "model": Path(config.model).stem,
+        "model_shape": {name: getattr(spec, name) for name in SHAPE} | {"num_parameters": spec.num_parameters},
+        "load_format": config.load_format,
+        "dtype": rank.plan.dtype,
+        "tp_size": rank.topology.tp_size,
+        "resident": str(config.resident),
+        "graphs": executor.decode is not None and executor.decode.graphs is not None,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_model_len": rank.plan.residency.max_model_len,
+        "streamed_bytes_per_pass_and_rank": rank.work.streamed_bytes,
+        "ring_bytes": rank.plan.residency.ring.ring_bytes,
+        "host_bytes_per_rank": rank.worker.weights.host_bytes,
+        "copied_bytes_total": executor.counters.copied_bytes.total(),
+        "num_passes": executor.counters.num_passes,
+        "rates": rank.rates.source,
+        "link_gb_s": rank.rates.link_gb_s,
+        "memory_gb_s": rank.rates.memory_gb_s,
+        "gemm_tflops": rank.rates.gemm_tflops,
+        "step_latency_s": rank.rates.step_latency_s,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "claimed_device_memory_bytes": rank.plan.residency.claimed_bytes,
+    }
+
+
+def say_machine(report: dict[str, Any]) -> None:
+    """The lines above a benchmark's table."""
+    moved = f"{report['streamed_bytes_per_pass_and_rank'] / 1e9:.3f} GB a pass and rank over the link"
+    print(f"{report['model']} ({report['dtype']}) on {report['hardware']}, resident {report['resident']}: {moved}")
+    rates = f"link {report['link_gb_s']:.2f} GB/s, memory {report['memory_gb_s']:.0f} GB/s, "
+    print(f"{report['rates']} rates a rank: {rates}{report['gemm_tflops']:.3g} TFLOP/s")
