@@ -15,7 +15,7 @@ from scheduler.request import ON_DEVICE
 
 @dataclass(frozen=True)
 class RowRange:
-    """Where a row's queries and its context lie in the flat tensors, in tokens."""
+    """Where a row's queries and its gathered context lie in the flat tensors, in tokens."""
 
     first_query: int
     num_queries: int
@@ -25,7 +25,8 @@ class RowRange:
 
 @dataclass(frozen=True)
 class GatheredContext:
-    """What rows of any length attend to: `places` are page * S + offset of all their tokens, row after row."""
+    """What rows of any length attend to: `places` are page * S + offset of all their tokens, row after row. Rows of
+    `whole` have all their context in this pass and attend to it there: they have queries, and no gathered context."""
 
     places: Tensor  # (C,) int64
     query_starts: Tensor  # (R + 1,) int32
@@ -33,6 +34,7 @@ class GatheredContext:
     max_queries: int
     max_context: int
     ranges: tuple[RowRange, ...]
+    whole: tuple[RowRange, ...]
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class PassInputs:
     sampled_positions: Tensor  # (N,) int64: of the token that is being sampled
 
 
-def bind(batch: Batch, page_size: int, last_tokens: Tensor) -> PassInputs:
-    """Moves a batch to the device of `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE."""
+def bind(batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range = range(0)) -> PassInputs:
+    """Moves a batch to the device of `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE.
+    `whole_tokens`: how long rows are that attend without a gathered context, if they start in this pass."""
     device = last_tokens.device
-    ranges = _ranges(batch)
+    whole = [row.start == 0 and len(row.tokens) in whole_tokens for row in batch.rows]
+    ranges = _ranges(batch, whole)
     lengths = [row.num_queries for row in ranges]
     contexts = [row.num_context for row in ranges]
     num_tokens, num_context = sum(lengths), sum(contexts)
@@ -100,6 +104,7 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor) -> PassInputs:
             max_queries=max(lengths),
             max_context=max(contexts),
             ranges=ranges,
+            whole=tuple(row for row, alone in zip(ranges, whole) if alone),
         ),
         select=put([place.first_query + place.num_queries - 1 for _, place in sampled]),
         sampled_rows=tuple(row.row for row, _ in sampled),
@@ -108,10 +113,10 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor) -> PassInputs:
     )
 
 
-def _ranges(batch: Batch) -> tuple[RowRange, ...]:
+def _ranges(batch: Batch, whole: list[bool]) -> tuple[RowRange, ...]:
     ranges, query, context = [], 0, 0
-    for row in batch.rows:
-        num_context = row.start + len(row.tokens)
+    for row, alone in zip(batch.rows, whole):
+        num_context = 0 if alone else row.start + len(row.tokens)
         ranges.append(RowRange(query, len(row.tokens), context, num_context))
         query, context = query + len(row.tokens), context + num_context
     return tuple(ranges)

@@ -98,8 +98,8 @@ def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     """The result takes the place of q."""
-    q, _, _ = ctx.split_heads(ctx.act["attn"])
-    attend_(q, *ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx], ctx.kv.page_size)
+    q, k, v = ctx.split_heads(ctx.act["attn"])
+    attend_(q, k, v, ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx], ctx.kv.page_size)
 
 
 def _attn_output_step(out: str) -> Callable:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.model.attention import whole_tokens
 from engine.model.inputs import PassInputs, bind
 from engine.model.ops import STEPS, StepContext
 from engine.runtime.arena import ActivationArena
@@ -56,6 +57,7 @@ class Executor:
         self.plan, self.context, self.views, self.host_spans = plan, context, views, host_spans
         self.ring, self.arena, self.lanes, self.tracer, self.poison = ring, arena, lanes, tracer, poison
         self.counters = Counters()
+        self.whole_tokens = whole_tokens(context.spec, arena.dtype, context.rope.device)
         self.ring_is_filled = False
         self.under_way = deque()  # what collect() waits for, pass by pass; None where no row samples
         self.decode = None  # DecodePasses, on a CUDA device
@@ -97,7 +99,7 @@ class Executor:
     def _run_bound(self, batch: Batch) -> PendingSample | None:
         """A pass of any shape, eagerly."""
         context = self.context
-        inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens)
+        inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens, self.whole_tokens)
         pending: list[PendingSample] = []
         asked = context.sampler.asked([row.row for row in batch.rows])
         self.run_plan(inputs, asked, lambda output: pending.append(self.pend(output)))

@@ -1,0 +1,82 @@
+"""Rows that attend to their own keys beside rows that attend to gathered ones: the same as all of them gathered."""
+
+import random
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from engine.model import attention
+from engine.model.inputs import bind
+from scheduler.batch import Batch, BatchRow
+
+PAGE_SIZE, NUM_PAGES, H, K = 4, 2000, 4, 2
+
+
+def batch_of(rows: list[tuple[int, int]], seed: int) -> Batch:
+    """Rows of (start, tokens), their pages in any order."""
+    pages = list(range(1, NUM_PAGES))
+    random.Random(seed).shuffle(pages)
+    made = []
+    for place, (start, num_tokens) in enumerate(rows):
+        own = tuple(pages.pop() for _ in range(-(-(start + num_tokens) // PAGE_SIZE)))
+        made.append(BatchRow(place, tuple(range(num_tokens)), start, own, True, None))
+    return Batch(tuple(made))
+
+
+def attended(
+    batch: Batch, whole: range, window: int | None, dtype=torch.float32, device="cpu", head_dim: int = 8
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    cache = random(NUM_PAGES * PAGE_SIZE, K, head_dim), random(NUM_PAGES * PAGE_SIZE, K, head_dim)
+    q, k, v = random(batch.num_tokens, H + 2 * K, head_dim).split([H, K, K], dim=1)
+    inputs = bind(batch, PAGE_SIZE, torch.zeros(8, dtype=torch.int64, device=device), whole)
+    cache[0][inputs.places], cache[1][inputs.places] = k, v
+    assert len(inputs.context.whole) == sum(row.start == 0 and len(row.tokens) in whole for row in batch.rows)
+    attention.attend_(q, k, v, cache, inputs.context, window, PAGE_SIZE)
+    return q
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(0, 9)],
+        [(0, 16), (0, 9), (0, 30)],
+        [(5, 1), (0, 9), (7, 6), (0, 3), (0, 12), (11, 1)],
+        [(0, 3), (4, 1)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [None, 30])
+def test_whole_rows_are_the_gathered_ones(rows, window, monkeypatch):
+    monkeypatch.setattr(attention, "WHOLE_BACKENDS", [SDPBackend.MATH])
+    monkeypatch.setattr(attention, "WHOLE_STEP_TOKENS", 8)
+    batch = batch_of(rows, seed=3)
+    torch.testing.assert_close(attended(batch, range(8, 31), window), attended(batch, range(0), window))
+
+
+@pytest.mark.parametrize("windows, longest", [((None, None), 2**31), ((None, 4096), 4096), ((512,), 0)])
+def test_whole_rows_are_no_longer_than_the_narrowest_window(windows, longest):
+    class Spec:
+        pass
+
+    Spec.windows = windows
+    cuda = torch.device("cuda")
+    lengths = attention.whole_tokens(Spec, torch.bfloat16, cuda)
+    assert (lengths[-1] if lengths else 0) == longest
+    assert not attention.whole_tokens(Spec, torch.float32, cuda)
+    assert not attention.whole_tokens(Spec, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [[(0, 1024)], [(9, 1), (0, 1500), (700, 6), (0, 30), (0, 2048), (0, 1)]], ids=str)
+def test_whole_rows_on_a_gpu(rows, dtype):
+    """By the kernels that a GPU takes; both ways round to the dtype once."""
+    batch, settings = batch_of(rows, seed=3), {"window": None, "dtype": dtype, "device": "cuda", "head_dim": 128}
+    whole = attended(batch, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)
+    torch.testing.assert_close(whole, attended(batch, range(0), **settings), rtol=2e-2, atol=1e-2)
