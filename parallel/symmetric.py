@@ -37,7 +37,8 @@ class Symmetric(Nccl):
         """No rank may push before the buffers of all are empty."""
         flat = symm_mem.empty(NUM_HALVES * self.size * SLOT_WORDS, dtype=torch.int32, device=self._device)
         flat.fill_(EMPTY)
-        addresses = symm_mem.rendezvous(flat, self._name).buffer_ptrs
+        self._handle = symm_mem.rendezvous(flat, self._name)  # as long as it lives, peers' memory is mapped
+        addresses = self._handle.buffer_ptrs
         assert addresses[self.rank] == flat.data_ptr() and not any(address % 16 for address in addresses)
         others = tuple(addresses[(self.rank + step) % self.size] for step in range(1, self.size))
         half = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=self._device)
@@ -75,5 +76,5 @@ class Symmetric(Nccl):
         self.num_symmetric += 1
 
     def close(self) -> None:
-        self._buffers, self._peer_buffers = {}, None
+        self._buffers, self._peer_buffers, self._handle = {}, None, None
         super().close()
