@@ -14,7 +14,7 @@ from engine.model.families import tensor_names
 from engine.model.fusion import fuse
 from engine.model.layout import ModelLayout, model_layout
 from engine.model.spec import DTYPE_BYTES, ModelSpec
-from engine.model.steps import activation_bytes, model_steps
+from engine.model.steps import activation_bytes, model_steps, sums_over_ranks
 from parallel.shard import local_vocab_size, shard_heads
 from scheduler.demand import Demand, show_bytes
 from scheduler.pass_work import PassShape, PassWork
@@ -60,7 +60,7 @@ def make_engine_plan(
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
     on_gpu = device_memory_bytes is not None
-    steps = fuse(model_steps(spec)) if on_gpu else model_steps(spec)
+    steps = fuse(model_steps(spec), tp_size) if on_gpu else model_steps(spec)
     sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
     offsets = lay_out_activations(make_plan(steps, RingLayout(0, 0, ())), sizes)
     total = max(offset + sizes[name] for name, offset in offsets.items())
@@ -154,7 +154,7 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
     layers, head = plan.layout.groups[:-1], plan.layout.groups[-1]
     heads = shard_heads(spec.num_heads, spec.num_kv_heads, plan.tp_size, 0).num_heads
     steps = plan.step_plan.steps
-    reduces = sum(step.step.endswith("allreduce") for step in steps) if plan.tp_size > 1 else 0
+    reduces = sum(map(sums_over_ranks, steps)) if plan.tp_size > 1 else 0
     return PassWork(
         streamed_bytes=residency.streamed_bytes,
         resident_bytes=sum(g.nbytes for g in plan.layout.groups if g.group in residency.resident),

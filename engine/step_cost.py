@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from engine.model.spec import DTYPE_BYTES
-from engine.model.steps import activation_widths
+from engine.model.steps import activation_widths, sums_over_ranks
 from engine.planning import EnginePlan, kv_token_bytes
 from parallel.shard import shard_heads
 from scheduler.pass_work import PassShape
@@ -46,13 +46,15 @@ def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], floa
         return max(kv_bytes / spec.num_layers / bytes_s, flops / flops_s)
 
     def seconds(step: Compute) -> float:
+        summing_s = 0.0
+        if sums_over_ranks(step) and plan.tp_size > 1:
+            summing_s = reduce_s(shape.num_tokens * spec.hidden_size * element, rates)
         if step.step.endswith("allreduce"):
-            nbytes = shape.num_tokens * spec.hidden_size * element
-            return reduce_s(nbytes, rates) if plan.tp_size > 1 else 0.0
+            return summing_s
         elements = sum(weights.get((step.group, name), 0) for name in MATRICES.get(step.step, ()))
         per = shape.num_rows if step.step == "head" else shape.num_tokens
         cost = max((elements * element + touched_bytes(step)) / bytes_s, 2 * elements * per / flops_s)
         cost += attention_s() if step.step == "attention" else 0.0
-        return max(cost, rates.step_latency_s)
+        return summing_s + max(cost, rates.step_latency_s)
 
     return seconds

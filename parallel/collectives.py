@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.failure import PeerLost, RankFailed
+from parallel.push_reduce import PeerBuffers
 
 CONTROL_TIMEOUT = timedelta(days=30)  # a rank waits for the next batch for as long as rank 0 is idle
 FRAME_BYTES = 4096  # one broadcast carries the length and a short message; a longer one costs a second
@@ -47,6 +48,10 @@ class Collectives(Protocol):
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         """Sum a contiguous tensor over ranks, in place. Equal shapes go in, the same bits come out on all."""
+
+    def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
+        """What a kernel of the caller's needs to sum `rows` (T, D) over ranks, a program a row; counted as its
+        all-reduce. None, on all ranks alike, where such rows cannot be summed so: then call all_reduce."""
 
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
         """Write the ranks' `part` (N, V_loc) side by side, in rank order, into `out` (N, size * V_loc)."""
@@ -78,6 +83,9 @@ class Solo:
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         pass
+
+    def peer_buffers(self, rows: torch.Tensor, label: str = "") -> None:
+        return None
 
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(part)
@@ -118,6 +126,9 @@ class _Distributed:
             dist.all_reduce(tensor)
         self.num_reduces[label] += 1
         self.reduced_bytes[label] += tensor.nbytes
+
+    def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
+        return None
 
     def broadcast_ints(self, ints: list[int] | None) -> list[int]:
         data = array.array("i", ints or ()).tobytes() if self.rank == 0 else None

@@ -1,8 +1,9 @@
-"""All-reduces of small tensors through symmetric memory: every rank reads its peers' buffers over NVLink directly.
+"""All-reduces of small tensors through symmetric memory: ranks use each other's memory over NVLink directly.
 
-Small sums cost NCCL 17 us in a graph and 42 us eagerly on four H200s; one-shot through symmetric memory 8 us at 4 KiB,
-two-shot 14 us at 1 MiB. Which way a size takes is a table, the same for eager and captured passes and on all ranks: a
-crossover measured at start-up would change bits between runs, and ranks that choose differently hang.
+Small sums cost NCCL 17 us in a graph and 42 us eagerly on four H200s. Up to 256 KiB ranks push their parts to each
+other in one kernel (push_reduce.py), which a caller may also do in a kernel of its own; up to 16 MiB torch's two-shot
+reads them, 14 us at 1 MiB. Which way a size takes is a table, the same for eager and captured passes and on all ranks:
+a crossover measured at start-up would change bits between runs, and ranks that choose differently hang.
 Multicast (NVLS) is not used.
 """
 
@@ -11,43 +12,69 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from parallel.collectives import Nccl
+from parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, SLOT_WORDS, PeerBuffers, fits, fits_rows, push_reduce
 
-ONE_SHOT_BYTES = 256 * 2**10
 TWO_SHOT_BYTES = 16 * 2**20
-DTYPES = (torch.bfloat16, torch.float32)
-UNIT_BYTES = 16  # of a sum: shorter or ragged ones go to NCCL
+TWO_SHOT_DTYPES = (torch.bfloat16, torch.float32)
+UNIT_BYTES = 16  # of a two-shot sum on each rank: ragged ones go to NCCL
 
 
 class Symmetric(Nccl):
-    """Nccl, but that sums of at most TWO_SHOT_BYTES go through a symmetric buffer of that size."""
+    """Nccl, but that sums of at most TWO_SHOT_BYTES go through symmetric buffers."""
 
     def __init__(self, timeout_s: float):
         super().__init__(timeout_s)
         self.num_symmetric = 0  # sums that took this way
         self._name = dist.group.WORLD.group_name
-        device = torch.device("cuda", torch.cuda.current_device())
+        self._device = torch.device("cuda", torch.cuda.current_device())
         self._buffers = {}
-        for dtype in DTYPES:
-            self._buffers[dtype] = symm_mem.empty(TWO_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
+        for dtype in TWO_SHOT_DTYPES:
+            self._buffers[dtype] = symm_mem.empty(TWO_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=self._device)
             symm_mem.rendezvous(self._buffers[dtype], self._name)
+        self._peer_buffers = self._meet()
+
+    def _meet(self) -> PeerBuffers:
+        """No rank may push before the buffers of all are empty."""
+        flat = symm_mem.empty(NUM_HALVES * self.size * SLOT_WORDS, dtype=torch.int32, device=self._device)
+        flat.fill_(EMPTY)
+        self._handle = symm_mem.rendezvous(flat, self._name)  # as long as it lives, peers' memory is mapped
+        addresses = self._handle.buffer_ptrs
+        assert addresses[self.rank] == flat.data_ptr() and not any(address % 16 for address in addresses)
+        others = tuple(addresses[(self.rank + step) % self.size] for step in range(1, self.size))
+        half = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=self._device)
+        torch.cuda.synchronize()
+        self.barrier()
+        return PeerBuffers(self.rank, self.size, flat.view(NUM_HALVES, self.size, SLOT_WORDS), others, half)
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         nbytes = tensor.nbytes
-        if tensor.dtype not in DTYPES or nbytes > TWO_SHOT_BYTES or nbytes % (UNIT_BYTES * self.size):
+        if fits(tensor):
+            push_reduce(self._peer_buffers, tensor)
+            self._count(nbytes, label)
+        elif tensor.dtype in TWO_SHOT_DTYPES and nbytes <= TWO_SHOT_BYTES and nbytes % (UNIT_BYTES * self.size) == 0:
+            self._two_shot(tensor)
+            self._count(nbytes, label)
+        else:
             super().all_reduce(tensor, label)
-            return
+
+    def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
+        if not fits_rows(rows):
+            return None
+        self._count(rows.nbytes, label)
+        return self._peer_buffers
+
+    def _two_shot(self, tensor: torch.Tensor) -> None:
         assert tensor.is_contiguous()
         buffer, flat = self._buffers[tensor.dtype][: tensor.numel()], tensor.view(-1)
-        if nbytes <= ONE_SHOT_BYTES:
-            torch.ops.symm_mem.one_shot_all_reduce_copy_out(buffer, flat, "sum", self._name, flat)
-        else:
-            buffer.copy_(flat)
-            torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", self._name)
-            flat.copy_(buffer)
+        buffer.copy_(flat)
+        torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", self._name)
+        flat.copy_(buffer)
+
+    def _count(self, nbytes: int, label: str) -> None:
         self.num_reduces[label] += 1
         self.reduced_bytes[label] += nbytes
         self.num_symmetric += 1
 
     def close(self) -> None:
-        self._buffers = {}
+        self._buffers, self._peer_buffers, self._handle = {}, None, None
         super().close()

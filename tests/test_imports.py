@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "parallel": (),
     "scheduler": (),
     "engine.kernels": (),
+    "engine.kernels.reduce_residual_norm": ("engine.kernels.residual_norm", "parallel.push_reduce"),
     "engine.config": (),
     "engine.tokenizer": (),
     "engine.prompts": (),
@@ -76,7 +77,7 @@ PURE = [
     *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),
 ]
-THIRD_PARTY = {"engine": {"torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch"}, "scheduler": set()}
+THIRD_PARTY = {"engine": {"torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch", "triton"}, "scheduler": set()}
 PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "multiprocessing"}
 
 

@@ -46,16 +46,9 @@ def residual_norm_reference(x, delta, weight, bias, eps, out, kind) -> None:
 
 
 def _residual_norm_triton(x, delta, weight, bias, eps, out, kind) -> None:
-    if triton is None:
-        raise ValueError("residual_norm on a GPU needs triton; install it or use device='cpu'")
-    width = x.shape[1]
-    if width > MAX_WIDTH:
-        raise ValueError(f"hidden size {width}: the norm kernel takes rows of at most {MAX_WIDTH}")
-    given = [t for t in (x, delta, weight, bias, out) if t is not None]
-    assert kind in KINDS and (bias is None or kind == "layer"), f"no norm {kind!r} with bias={bias is not None}"
-    assert all(t.stride(-1) == 1 for t in given), "residual_norm: the last dim of every tensor must have stride 1"
-    assert len({t.dtype for t in given}) == 1, "residual_norm: all tensors have one dtype"
+    check_rows(x, delta, weight, bias, out, kind)
     calls["triton"] += 1
+    width = x.shape[1]
     block = triton.next_power_of_2(width)
     strides = (x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0))
     _add_and_norm[(x.shape[0],)](
@@ -66,7 +59,42 @@ def _residual_norm_triton(x, delta, weight, bias, eps, out, kind) -> None:
     )
 
 
+def check_rows(x, delta, weight, bias, out, kind) -> None:
+    """Raises ValueError if the kernel cannot take rows of this width at all."""
+    if triton is None:
+        raise ValueError("residual_norm on a GPU needs triton; install it or use device='cpu'")
+    if x.shape[1] > MAX_WIDTH:
+        raise ValueError(f"hidden size {x.shape[1]}: the norm kernel takes rows of at most {MAX_WIDTH}")
+    given = [t for t in (x, delta, weight, bias, out) if t is not None]
+    assert kind in KINDS and (bias is None or kind == "layer"), f"no norm {kind!r} with bias={bias is not None}"
+    assert all(t.stride(-1) == 1 for t in given), "residual_norm: the last dim of every tensor must have stride 1"
+    assert len({t.dtype for t in given}) == 1, "residual_norm: all tensors have one dtype"
+
+
 if triton is not None:
+
+    @triton.jit
+    def load_weights(weight, bias, column, inside, BIAS: tl.constexpr):
+        """Weight and bias in fp32."""
+        factors = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        offsets = 0.0
+        if BIAS:
+            offsets = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        return factors, offsets
+
+    @triton.jit
+    def norm_row(
+        values, inside, factors, offsets, eps,
+        dtype: tl.constexpr, D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
+    ):  # fmt: skip
+        """The norm of a row in fp32, 0 where it is not inside, rounded to dtype."""
+        if LAYER:
+            values = tl.where(inside, values - tl.sum(values) * (1.0 / D), 0.0)
+        scaled = values * tl.rsqrt(tl.sum(values * values) * (1.0 / D) + eps)
+        normed = scaled * factors if LAYER else scaled.to(dtype).to(tl.float32) * factors
+        if BIAS:
+            normed += offsets
+        return normed.to(dtype)
 
     @triton.jit
     def _add_and_norm(
@@ -79,17 +107,10 @@ if triton is not None:
         values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
         if ADDS:
             values += tl.load(delta + row * delta_row + column, mask=inside, other=0.0).to(tl.float32)
-        factors = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # on their way during the sums
-        if BIAS:
-            offsets = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        factors, offsets = load_weights(weight, bias, column, inside, BIAS)  # on their way during the sums
         if ADDS:
             rounded = values.to(dtype)
             tl.store(x + row * x_row + column, rounded, mask=inside)
             values = rounded.to(tl.float32)
-        if LAYER:
-            values = tl.where(inside, values - tl.sum(values) * (1.0 / D), 0.0)
-        scaled = values * tl.rsqrt(tl.sum(values * values) * (1.0 / D) + eps)
-        normed = scaled * factors if LAYER else scaled.to(dtype).to(tl.float32) * factors
-        if BIAS:
-            normed += offsets
-        tl.store(out + row * out_row + column, normed.to(dtype), mask=inside)
+        normed = norm_row(values, inside, factors, offsets, eps, dtype, D, LAYER, BIAS)
+        tl.store(out + row * out_row + column, normed, mask=inside)

@@ -4,26 +4,31 @@ PURE. A fused step's name joins its parts with "+", so that trace, table and STE
 pass, never a second forward. The fused step reads the norm's weights and so stands behind that group's acquire.
 """
 
-from itertools import pairwise
+from functools import reduce
 
 from scheduler.step_plan import Compute
 
-FUSED = {
+FUSED = (
     ("attn_residual", "ffn_norm"),
     ("ffn_residual", "attn_norm"),  # of the next layer
     ("ffn_residual", "final_norm"),
-}
+)
+FUSED_OVER_RANKS = (
+    ("attn_allreduce", "attn_residual", "ffn_norm"),
+    ("ffn_allreduce", "ffn_residual", "attn_norm"),
+    ("ffn_allreduce", "ffn_residual", "final_norm"),
+)
 
 
-def fuse(steps: list[Compute]) -> list[Compute]:
-    """The same steps with every pair of FUSED joined."""
+def fuse(steps: list[Compute], tp_size: int) -> list[Compute]:
+    """The same steps with every run of FUSED joined; where there are several ranks, every run of FUSED_OVER_RANKS."""
+    runs = FUSED if tp_size == 1 else FUSED_OVER_RANKS
     fused: list[Compute] = []
-    absorbed = False  # the step is the second part of the one before it
-    for step, following in pairwise([*steps, None]):
-        joins = following is not None and (step.step, following.step) in FUSED
-        if not absorbed:
-            fused.append(join(step, following) if joins else step)
-        absorbed = joins and not absorbed
+    for step in steps:
+        fused.append(step)
+        for run in runs:
+            if tuple(last.step for last in fused[-len(run) :]) == run:
+                fused[-len(run) :] = [reduce(join, fused[-len(run) :])]
     return fused
 
 

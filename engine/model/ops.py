@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.kernels.embedding import embed_rows
 from engine.kernels.gated_activation import gated_activation
 from engine.kernels.linear import linear
+from engine.kernels.reduce_residual_norm import reduce_residual_norm
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
 from engine.model.attention import attend_
@@ -72,6 +73,23 @@ def _norm_step(name: str, delta: str | None = None) -> Callable:
 def _reduce_step(activation: str, label: str) -> Callable:
     def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
         ctx.collectives.all_reduce(ctx.act[activation], label)
+
+    return step
+
+
+def _reduce_norm_step(label: str, name: str) -> Callable:
+    """x_ = norm(x += the sum of x_ over ranks): in one kernel for few rows, else in two."""
+    reduce, norm = _reduce_step("x_", label), _norm_step(name, delta="x_")
+
+    def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+        x, part, spec = ctx.act["x"], ctx.act["x_"], ctx.spec
+        peers = ctx.collectives.peer_buffers(part, label)
+        if peers is None:
+            reduce(ctx, weights, layer_idx)
+            norm(ctx, weights, layer_idx)
+        else:
+            bias = weights.get(name + "_bias")
+            reduce_residual_norm(peers, x, part, weights[name], bias, spec.norm_eps, part, spec.norm)
 
     return step
 
@@ -174,6 +192,9 @@ STEPS: dict[str, Callable[[StepContext, Weights, int], None]] = {
     "attn_residual+ffn_norm": _norm_step("ffn_norm", delta="x_"),
     "ffn_residual+attn_norm": _norm_step("attn_norm", delta="x_"),
     "ffn_residual+final_norm": _norm_step("final_norm", delta="x_"),
+    "attn_allreduce+attn_residual+ffn_norm": _reduce_norm_step("attn_allreduce", "ffn_norm"),
+    "ffn_allreduce+ffn_residual+attn_norm": _reduce_norm_step("ffn_allreduce", "attn_norm"),
+    "ffn_allreduce+ffn_residual+final_norm": _reduce_norm_step("ffn_allreduce", "final_norm"),
     "final_norm": _norm_step("final_norm"),
     "select_rows": select_rows,
     "head": head,

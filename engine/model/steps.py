@@ -27,6 +27,11 @@ def model_steps(spec: ModelSpec) -> list[Compute]:
     ]
 
 
+def sums_over_ranks(step: Compute) -> bool:
+    """Is the step an all-reduce, or one that holds one?"""
+    return any(part.endswith("allreduce") for part in step.step.split("+"))
+
+
 def _step(step: str, layer_idx: int, group: GroupId | None, **effects: str) -> Compute:
     return Compute(step, layer_idx, group, tuple(effects.items()))
 

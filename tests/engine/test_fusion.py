@@ -1,10 +1,11 @@
-"""The rewrite that fuses residual and norm: every family's plan stays valid, with the same activations and readers."""
+"""The rewrite that fuses reduce, residual and norm: every family's plan stays valid, with the same activations."""
 
 import pytest
 
 from engine.model.families import FAMILIES, read_spec
 from engine.model.fusion import fuse, join
-from engine.model.steps import model_steps
+from engine.model.ops import STEPS
+from engine.model.steps import model_steps, sums_over_ranks
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes
 from scheduler.plan_check import lifetimes
 from scheduler.step_plan import Acquire, Compute, GroupId, RingLayout
@@ -19,6 +20,11 @@ def steps(request):
     return model_steps(read_spec(request.param, "config.json"))
 
 
+@pytest.fixture(params=[1, 4], ids="tp{}".format)
+def tp_size(request):
+    return request.param
+
+
 def rings(steps):
     """Nothing streams; all does, in a ring that is ample, and in the smallest; every second group does."""
     groups = [(g, 512) for g in dict.fromkeys(s.group for s in steps) if g is not None]
@@ -30,9 +36,9 @@ def rings(steps):
     ]
 
 
-def test_each_plan_validates(steps):
+def test_each_plan_validates(steps, tp_size):
     """make_plan proves events, ring and lifetimes; a fused step's weights are acquired before it."""
-    fused = fuse(steps)
+    fused = fuse(steps, tp_size)
     for ring in rings(steps):
         plan = make_plan(fused, ring)
         for index, instruction in enumerate(plan.instructions):
@@ -40,22 +46,27 @@ def test_each_plan_validates(steps):
                 assert any(isinstance(i, Acquire) and i.group == instruction.group for i in plan.instructions[:index])
 
 
-def test_nothing_is_lost(steps):
+def test_nothing_is_lost(steps, tp_size):
     """The parts of the fused names are the steps, in order, and every residual has found its norm."""
-    fused = fuse(steps)
+    fused = fuse(steps, tp_size)
     assert [part for step in fused for part in step.step.split("+")] == [step.step for step in steps]
     assert not any(step.step.endswith("residual") for step in fused)
-    assert len(steps) - len(fused) == sum(step.step.endswith("residual") for step in steps) >= LAYERS
+    num_residuals = sum(step.step.endswith("residual") for step in steps)
+    assert len(steps) - len(fused) == num_residuals * (1 if tp_size == 1 else 2) >= LAYERS
+    assert {step.step for step in fused} <= set(STEPS)
+    assert sum(map(sums_over_ranks, fused)) == sum(map(sums_over_ranks, steps)) == num_residuals + 1
+    if tp_size > 1:
+        assert [step.step for step in fused if step.step.endswith("allreduce")] == ["embed_allreduce"]
     norms = {(s.step, s.layer_idx, s.group) for s in steps if s.step.endswith("norm")}
     assert norms == {
         (s.step.split("+")[-1], s.layer_idx, s.group) for s in fused if s.step.split("+")[-1].endswith("norm")
     }
-    assert fuse(fused) == fused
+    assert fuse(fused, tp_size) == fused
 
 
-def test_activations_live_as_long(steps):
+def test_activations_live_as_long(steps, tp_size):
     """x_ no longer dies between residual and norm; every other activation has the lifetimes it had."""
-    plain, fused = (make_plan(s, RingLayout(0, 0, ())) for s in (steps, fuse(steps)))
+    plain, fused = (make_plan(s, RingLayout(0, 0, ())) for s in (steps, fuse(steps, tp_size)))
     named = [
         {name: [(at(plan, s), at(plan, t)) for s, t in spans] for name, spans in lifetimes(plan).items()}
         for plan in (plain, fused)
@@ -71,12 +82,20 @@ def at(plan, index):
 
 
 def test_effects_of_a_pair():
-    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")))
+    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), tp_size=1)
     by_name = {step.step: step for step in steps}
     assert by_name["attn_residual+ffn_norm"].effects == (("x", "rw"), ("x_", "rw"))
     assert by_name["ffn_residual+final_norm"].effects == (("x", "rwx"), ("x_", "rw"))
     crossing = next(step for step in steps if step.step == "ffn_residual+attn_norm")
     assert (crossing.layer_idx, crossing.group) == (1, GroupId(1, "attn"))
+
+
+def test_effects_over_ranks():
+    """The parts' sum is written to x_, which lives on as the norm's result; the norm's group is the step's."""
+    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), tp_size=2)
+    step = next(step for step in steps if step.step == "ffn_allreduce+ffn_residual+attn_norm")
+    assert dict(step.effects) == {"x_": "rw", "x": "rw"}
+    assert (step.layer_idx, step.group) == (1, GroupId(1, "attn"))
 
 
 def test_steps_that_do_not_follow_each_other_cannot_be_joined():

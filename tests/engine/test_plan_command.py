@@ -78,9 +78,11 @@ def test_timeline_and_bounds_agree(capsys):
 
 
 @pytest.mark.parametrize("fraction, num_tokens", [(0.0, 1), (0.0, 2048), (0.5, 64), (1.0, 2048)])
-def test_the_replayed_plan_is_near_the_bounds(fraction, num_tokens):
+@pytest.mark.parametrize("tp_size", [1, 4])
+def test_the_replayed_plan_is_near_the_bounds(fraction, num_tokens, tp_size):
     config = EngineConfig(model=SMALL, resident=fraction)
-    made = make_engine_plan(config, spec_of(SMALL), 1, 141 * 10**9, load_profile("h200"))
+    made = make_engine_plan(config, spec_of(SMALL), tp_size, 141 * 10**9, load_profile("h200", tp_size))
+    assert pass_work(made).num_reduces == (65 if tp_size > 1 else 0)
     shape = PassShape(num_tokens, 1, num_tokens)
     replayed = timeline_s(predict_timeline(made.step_plan, step_seconds(made, shape), made.rates))
     assert replayed == pytest.approx(predict_pass(pass_work(made), shape, made.rates).total_s, rel=0.15)

@@ -1,0 +1,84 @@
+"""An all-reduce, the residual add and the norm behind it, for the few rows of a decode step, in one launch.
+
+Shapes: T tokens in the batch, D hidden, W 32-bit words of a row.
+It is parallel.push_reduce, with a program a row, and residual_norm: the sum of the ranks' parts is rounded as the
+all-reduce's result would be, and the reference is one after the other. Residual and weights are read while the parts
+are on their way. All ranks get the same bits; a row's bits do not depend on the batch.
+Tried, compiled for sm_90 only: 8 elements a thread, 16 bytes an access. Not tried: a row over several programs, which
+shortens the push and adds an exchange of the sum of squares.
+"""
+
+from torch import Tensor, int32
+
+from engine.kernels.residual_norm import check_rows, load_weights, norm_row
+from parallel.push_reduce import WORD_BYTES, PeerBuffers, collect, fits_rows, flip, load_part, push, sum_parts
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"triton": 0}
+MAX_WARPS = 16
+
+
+def reduce_residual_norm(
+    peers: PeerBuffers,
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    kind: str,
+    pushes: bool = True,
+    collects: bool = True,
+) -> None:
+    """x (T, D) += the sum over ranks of delta (T, D), contiguous, and out (T, D) = norm(x). `out` may be `delta`.
+
+    `kind` is "rms" or "layer"; `bias` goes with "layer". `pushes` and `collects` as in push_reduce.
+    """
+    check_rows(x, delta, weight, bias, out, kind)
+    assert delta.is_contiguous() and fits_rows(delta)
+    calls["triton"] += 1
+    width = x.shape[1]
+    block = triton.next_power_of_2(width * x.itemsize // WORD_BYTES)
+    if len(x):
+        _reduce_add_and_norm[(len(x),)](
+            *(x, delta.view(int32), weight, bias, out, eps, x.stride(0), out.stride(0)),
+            *(peers.words, peers.others, peers.half, peers.rank, peers.size),
+            *(width, kind == "layer", bias is not None),
+            *(triton.next_power_of_2(peers.size), block, pushes, collects),
+            num_warps=min(max(block // 128, 1), MAX_WARPS),
+            enable_fp_fusion=False,
+        )
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["rank"])
+    def _reduce_add_and_norm(
+        x, delta, weight, bias, out, eps, x_row, out_row, words, others, halves, rank, size,
+        D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
+        RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
+    ):  # fmt: skip
+        dtype: tl.constexpr = x.dtype.element_ty
+        PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
+        row, word = tl.program_id(0), tl.arange(0, BLOCK)
+        place, there = row * (D // PER_WORD) + word, word < D // PER_WORD
+        half = tl.load(halves + row)
+        own = load_part(delta, place, there)
+        if PUSHES:
+            push(own, others, place, there, half, rank, size)
+        if COLLECTS:
+            column = tl.arange(0, BLOCK * PER_WORD)
+            inside = column < D
+            values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+            factors, offsets = load_weights(weight, bias, column, inside, BIAS)
+            parts = collect(own, words, place, there, half, rank, size, RANKS)
+            values = (values + sum_parts(parts, dtype).to(tl.float32)).to(dtype)
+            tl.store(x + row * x_row + column, values, mask=inside)
+            normed = norm_row(values.to(tl.float32), inside, factors, offsets, eps, dtype, D, LAYER, BIAS)
+            tl.store(out + row * out_row + column, normed, mask=inside)
+            flip(halves, half)

@@ -1,0 +1,153 @@
+"""The sum of small tensors over ranks in one kernel: every rank writes its part into every other rank's memory.
+
+Shapes: W 32-bit words of a program, size ranks.
+A sum of a few KiB is all latency. To read peers' memory costs a barrier, a round trip and a second barrier; a write
+goes one way and is its own flag: a word that holds EMPTY has not arrived. A rank polls its own memory until no word is
+EMPTY, empties the words for a later call, sums in fp32 and rounds once. Data and flag are one aligned word of 32 bits,
+which is never seen half written, and polls are volatile loads (relaxed, of system scope, past L1): no fence is needed.
+EMPTY is a NaN in every dtype; a part that holds this very word sends another NaN. All ranks sum the same words in the
+same order, so they get the same bits, whatever stands beside an element.
+
+Calls take the halves of the buffer in turn; which is next stands in device memory, where each call, eager or replayed,
+flips it. Two are enough:
+
+    rank 0 | call n: push h0, poll, empty h0 | call n+1: push h1, poll h1 .................... | call n+2: push h0
+    rank 1 | call n: push h0, poll ................... empty h0 | call n+1: push h1, poll h1 ...
+                                                                            `-> rank 0 goes on
+
+A kernel starts when the one before it on its rank has ended. Rank 0 pushes call n+2 after its call n+1, which waited
+for a part of rank 1's call n+1, which started after rank 1's whole call n: h0 had been read and emptied. What a call
+sums may have any size, since halves belong to whole calls, not to places.
+
+A program waits for the same program of every peer, and pushes before it polls. MAX_PROGRAMS of them are on a device
+together, so none waits for one that cannot start. A rank that is gone leaves the others polling until they are ended.
+Tried, compiled for sm_90 only: accesses of 16 bytes; peers' addresses as arguments, since loaded ones delay the pushes.
+Not tried: threads that poll their own words alone, clusters.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"triton": 0}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_BYTES = 256 * 2**10  # of a part: beyond, what every rank sends to each other one takes longer than two steps
+MAX_PROGRAMS = 128  # an H200 has 132 SMs
+NUM_HALVES = 2
+WORD_BYTES = 4
+SLOT_WORDS = MOST_BYTES // WORD_BYTES
+BLOCK_WORDS = SLOT_WORDS // MAX_PROGRAMS
+EMPTY = -1  # all ones
+
+
+@dataclass(frozen=True)
+class PeerBuffers:
+    """Where the parts of a sum meet. `words` (NUM_HALVES, size, SLOT_WORDS) int32 is this rank's memory: a slot a rank,
+    which that rank writes. `others` are the addresses of the other ranks' `words`, the next rank's first. `half`
+    (MAX_PROGRAMS,) int32 holds the next call's half in every place: a program reads its own."""
+
+    rank: int
+    size: int
+    words: Tensor
+    others: tuple[int, ...]
+    half: Tensor
+
+
+def fits(part: Tensor) -> bool:
+    """Can such parts be summed by `push_reduce`?"""
+    return triton is not None and part.dtype in DTYPES and part.nbytes <= MOST_BYTES and part.nbytes % WORD_BYTES == 0
+
+
+def fits_rows(rows: Tensor) -> bool:
+    """Can such parts (T, D) be summed by a kernel with a program a row?"""
+    return fits(rows) and len(rows) <= MAX_PROGRAMS and rows.shape[1] * rows.itemsize % WORD_BYTES == 0
+
+
+def push_reduce(peers: PeerBuffers, part: Tensor, pushes: bool = True, collects: bool = True) -> None:
+    """Sums a contiguous `part` over ranks, in place, on the caller's stream. Ranks that share a process, as in a test,
+    all push before any collects."""
+    assert part.is_contiguous() and fits(part)
+    calls["triton"] += 1
+    words = part.view(-1).view(torch.int32)
+    if len(words):
+        _push_reduce[(triton.cdiv(len(words), BLOCK_WORDS),)](
+            *(part, words, peers.words, peers.others, peers.half, peers.rank, peers.size, len(words)),
+            *(triton.next_power_of_2(peers.size), BLOCK_WORDS, pushes, collects),
+            num_warps=4,
+        )
+
+
+if triton is not None:
+    _EMPTY = tl.constexpr(EMPTY)
+    _OTHER_NAN = tl.constexpr(0x7FFFFFFF)
+    _SLOT_WORDS = tl.constexpr(SLOT_WORDS)
+    _MAX_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
+
+    @triton.jit
+    def load_part(words, place, inside):
+        """This rank's words (W,), as they are sent."""
+        own = tl.load(words + place, mask=inside, other=0)
+        return tl.where(own == _EMPTY, _OTHER_NAN, own)
+
+    @triton.jit
+    def push(own, others, place, inside, half, rank, size):
+        """Writes `own` (W,) to `place` (W,) of this rank's slot in the memory of every other rank."""
+        slot = (half * size + rank) * _SLOT_WORDS
+        for peer in tl.static_range(len(others)):
+            there = tl.multiple_of(others[peer].to(tl.pointer_type(tl.int32)), 16) + slot
+            tl.store(there + place, own, mask=inside)
+
+    @triton.jit
+    def collect(own, words, place, inside, half, rank, size, RANKS: tl.constexpr):
+        """The words (RANKS, W) of all ranks, once they are there; empties them. All threads leave the loop together, so
+        none empties or flips what another has yet to read."""
+        peer = tl.arange(0, RANKS)[:, None]
+        slots = words + (half * size + peer) * _SLOT_WORDS + place[None, :]
+        awaited = (peer != rank) & (peer < size) & inside[None, :]
+        kept = tl.where(peer == rank, own[None, :], 0)
+        parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
+        while tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0:
+            parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
+        tl.store(slots, _EMPTY, mask=awaited)
+        return parts
+
+    @triton.jit
+    def sum_parts(parts, dtype: tl.constexpr):
+        """The sums of words (RANKS, W), one or two elements a word, rounded to dtype."""
+        if dtype.primitive_bitwidth == 32:
+            return tl.sum(parts.to(dtype, bitcast=True), 0)
+        low = tl.sum(parts.to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
+        high = tl.sum((parts >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
+        return tl.reshape(tl.join(low, high), (2 * low.shape[0],)).to(dtype)
+
+    @triton.jit
+    def flip(halves, half):
+        """Writes the next call's half to this program's place, and to its share of those that no program reads now."""
+        place = tl.arange(0, _MAX_PROGRAMS)
+        tl.store(halves + place, 1 - half, mask=place % tl.num_programs(0) == tl.program_id(0))
+
+    @triton.jit(do_not_specialize=["rank"])
+    def _push_reduce(
+        out, part, words, others, halves, rank, size, num_words,
+        RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
+    ):  # fmt: skip
+        dtype: tl.constexpr = out.dtype.element_ty
+        PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
+        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < num_words
+        half = tl.load(halves + tl.program_id(0))
+        own = load_part(part, place, inside)
+        if PUSHES:
+            push(own, others, place, inside, half, rank, size)
+        if COLLECTS:
+            parts = collect(own, words, place, inside, half, rank, size, RANKS)
+            element = tl.program_id(0) * BLOCK * PER_WORD + tl.arange(0, BLOCK * PER_WORD)
+            tl.store(out + element, sum_parts(parts, dtype), mask=element < num_words * PER_WORD)
+            flip(halves, half)

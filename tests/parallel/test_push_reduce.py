@@ -1,0 +1,110 @@
+"""Sums that ranks push to each other: against sums in fp32 and fp64, word for word, over many calls of many sizes."""
+
+import functools
+import random
+
+import pytest
+import torch
+from emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together, sum_of
+from kernel_proof import DEVICE, adversarial, counted, equal, same_bits, within
+
+from parallel import push_reduce as module
+from parallel.push_reduce import BLOCK_WORDS, DTYPES, EMPTY, MAX_PROGRAMS, MOST_BYTES, fits, fits_rows, push_reduce
+
+SIZES = (2, 3, 4, 8)
+
+
+def sum_everywhere(peers, parts):
+    """What each rank has in place of its part afterwards."""
+    summed = [part.clone() for part in parts]
+    run_together(functools.partial(push_reduce, *rank) for rank in zip(peers, summed))
+    return summed
+
+
+def parts_of(size, shape, dtype, seed=0):
+    return [adversarial(*shape, dtype, seed=100 * seed + rank) for rank in range(size)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_sum_of_all_parts_on_all_ranks(size, dtype):
+    """All kinds of rows; the length is no multiple of a block."""
+    peers, parts = connect_ranks(size), parts_of(size, (9, 130), dtype)
+    summed = sum_everywhere(peers, parts)
+    assert all(same_bits(summed[0], other) for other in summed[1:])
+    if size == 2:  # one addition has one order
+        equal(summed[0], sum_of(parts))
+    exact, sizes = sum(part.double() for part in parts), sum(part.double().abs() for part in parts)
+    in_fp32 = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    within(0.5 + size * in_fp32, scale=in_fp32 * sizes.nan_to_num())(summed[0], exact)
+    assert_at_rest(peers, 1)
+
+
+def test_calls_of_any_sizes_follow_each_other():
+    """Halves alternate by call, whatever was summed before: nothing of an earlier call is left or waited for."""
+    peers, sizes = connect_ranks(2), random.Random(0)
+    for index in range(9):
+        dtype = DTYPES[index % 3]
+        most = MOST_BYTES // dtype.itemsize if index == 4 else 3000
+        parts = parts_of(2, (1, 2 * sizes.randint(1, most // 2)), dtype, seed=index)
+        for summed in sum_everywhere(peers, parts):
+            equal(summed, sum_of(parts))
+        assert_at_rest(peers, index + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_part_that_holds_the_empty_word(dtype):
+    """Such words are NaNs, they arrive, and neighbours keep their values."""
+    parts = [torch.ones(8, dtype=dtype, device=DEVICE) for _ in range(3)]
+    per_word = 4 // dtype.itemsize
+    parts[1].view(torch.int32)[2] = EMPTY
+    expected = torch.full((8,), 3.0, dtype=dtype, device=DEVICE)
+    expected[2 * per_word : 3 * per_word] = float("nan")
+    for summed in sum_everywhere(connect_ranks(3), parts):
+        equal(summed, expected)
+
+
+def test_words_that_look_like_others():
+    """Every pattern of a bf16 beside a half of the empty word."""
+    patterns = torch.arange(1 << 16, device=DEVICE).to(torch.int16)
+    part = torch.stack([patterns, torch.full_like(patterns, -1)], 1).flatten().view(torch.bfloat16)
+    summed = sum_everywhere(connect_ranks(2), [part, torch.zeros_like(part)])
+    equal(summed[0], part)
+    assert same_bits(*summed)
+
+
+def test_an_element_does_not_depend_on_what_stands_beside_it():
+    peers, parts = connect_ranks(4), parts_of(4, (6, 2 * BLOCK_WORDS), torch.bfloat16)
+    whole = sum_everywhere(peers, parts)[0]
+    single = sum_everywhere(peers, [part[5:].clone() for part in parts])[0]
+    assert same_bits(whole[5:], single)
+
+
+def test_who_comes_early_waits_in_the_other_half():
+    """Rank 0 is a call ahead: its push does not touch what rank 1 has not yet read."""
+    peers = connect_ranks(2)
+    first, second = ([torch.full((64,), value + rank, device=DEVICE) for rank in range(2)] for value in (1.0, 10.0))
+    with no_hang():
+        push_reduce(peers[1], first[1], collects=False)
+        push_reduce(peers[0], first[0])
+        push_reduce(peers[0], second[0], collects=False)
+        push_reduce(peers[1], first[1], pushes=False)
+        push_reduce(peers[1], second[1])
+        push_reduce(peers[0], second[0], pushes=False)
+    assert all((part == 3.0).all() for part in first) and all((part == 21.0).all() for part in second)
+    assert_at_rest(peers, 2)
+
+
+def test_what_fits():
+    for dtype in DTYPES:
+        most = torch.empty(MAX_PROGRAMS, MOST_BYTES // MAX_PROGRAMS // dtype.itemsize, dtype=dtype)
+        assert fits(most) and fits_rows(most) and not fits(most.new_empty(most.numel() + 2))
+        assert not fits_rows(most.new_empty(MAX_PROGRAMS + 1, 2))
+    assert not fits(torch.empty(3, dtype=torch.bfloat16)) and not fits(torch.empty(4, dtype=torch.float64))
+    odd_rows = torch.empty(2, 3, dtype=torch.bfloat16)
+    assert fits(odd_rows) and not fits_rows(odd_rows)
+
+
+def test_calls_are_counted():
+    with counted(module.calls, triton=4):
+        sum_everywhere(connect_ranks(2), parts_of(2, (1, 8), torch.float32))
