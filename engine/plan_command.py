@@ -20,8 +20,8 @@ from engine.planning import (
     make_engine_plan,
     pass_work,
     plan_rates,
+    step_seconds,
 )
-from engine.step_cost import step_seconds
 from parallel.launch import resolve_launch
 from scheduler.demand import KV_LEN, show_bytes
 from scheduler.plan_table import render

@@ -2,14 +2,23 @@
 
 PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Two views:
 
-* `predict_pass`: the three bounds of a whole pass. Copies run beside compute, so the longer of the two lanes counts;
-  reduces stand on the compute lane; the wrapped copies cover sampling, so only `pass_latency_s` is left over.
+* `predict_pass`: the whole pass. Copies run beside compute, so the longer of the two lanes counts; the compute lane is
+  the sum of its steps; the wrapped copies cover sampling, so only `pass_latency_s` is left over.
 * `predict_timeline`: replays a StepPlan on two clocks, as the executor's lanes would run it.
 
-A roofline, not a simulation: kernels are taken to reach the profile's rates.
+Both stand on one cost, that of a step (`step_s`):
+
+    latency + sqrt(memory^2 + compute^2)
+
+`latency` is that of a graph's node, or the time of the all-reduce that the step holds; memory is the bytes that it
+reads and writes at the read rate, compute its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
+cannot keep both units busy all the time, and where its bytes alone would take as long as its FLOPs it takes 1.4 times
+as long (tests/engine/test_predictions.py compares with what was measured). An eager step takes no less than its
+launch by the host.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +33,9 @@ GB = 10**9
 class Rates:
     """What one rank's hardware does, all ranks active. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
 
-    `step_latency_s` is the least time of one compute step (its launch), `pass_latency_s` what of a pass nothing hides.
+    `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host
+    launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None:
+    there are no graphs), `reduce_latency_s` the same of an all-reduce, `pass_latency_s` what of a pass nothing hides.
     `memory_bytes` is the device's memory; None is a CPU's.
     """
 
@@ -35,20 +46,25 @@ class Rates:
     reduce_gb_s: float
     source: str
     step_latency_s: float = 0.0
+    node_latency_s: float | None = None
     pass_latency_s: float = 0.0
     memory_bytes: int | None = None
 
 
-# link_gb_s by the number of ranks that copy at once (measured on H200s): their links share the host.
+# h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their links
+# share the host; memory_gb_s and node_latency_s fit the linears of a decode pass, a captured one, of 1 and 4 ranks (a
+# kernel that only reads: 4130 to 4380 GB/s); gemm_tflops those of 2000 tokens; the reduces those of 4 KiB to 64 MiB on
+# four ranks in a graph; step_latency_s and pass_latency_s what the host takes for a launch and between two passes.
 PROFILES: dict[str, dict[str, Any]] = {
     "h200": {
         "link_gb_s": [55.1, 53.1, 48.1, 40.4],
-        "memory_gb_s": 4130.0,
-        "gemm_tflops": 790.0,
-        "reduce_latency_s": 45e-6,
+        "memory_gb_s": 4250.0,
+        "gemm_tflops": 720.0,
+        "reduce_latency_s": 8.5e-6,
         "reduce_gb_s": 200.0,
         "step_latency_s": 8e-6,
-        "pass_latency_s": 3e-4,
+        "node_latency_s": 2.5e-6,
+        "pass_latency_s": 2e-4,
         "memory_bytes": 141 * GB,
     },
     "cpu": {
@@ -97,7 +113,7 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
 def _rates(values: dict[str, Any], source: str, tp_size: int) -> Rates:
     values = dict(values)
     known = {field.name for field in fields(Rates)}
-    optional = {"step_latency_s", "pass_latency_s", "memory_bytes"}
+    optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "memory_bytes"}
     for name in values.keys() - known:
         raise ValueError(f"{source}: unknown field {name!r}; known: {', '.join(sorted(known))}")
     links = values.get("link_gb_s")
@@ -127,21 +143,65 @@ class PassShape:
     num_rows: int
     context_tokens: int
 
+    @property
+    def is_decode(self) -> bool:
+        """One token a row: what runs as a graph, where there are graphs."""
+        return self.num_tokens == self.num_rows
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one rank does in one step, apart from the shape. Bytes of weights, of activations a token and a sampled row
+    (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
+    bytes a token of the all-reduce that the step holds, 0 if none."""
+
+    step: str
+    weight_bytes: int = 0
+    token_bytes: int = 0
+    row_bytes: int = 0
+    kv_token_bytes: int = 0
+    token_flops: int = 0
+    row_flops: int = 0
+    attention_flops: int = 0
+    reduce_token_bytes: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it launches nothing, as an all-reduce of one rank."""
+        return self == StepWork(self.step)
+
+    def nbytes(self, shape: PassShape) -> int:
+        """Read and written in device memory."""
+        kv_bytes = (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
+        moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
+        return self.weight_bytes + moved_bytes + kv_bytes
+
+    def flops(self, shape: PassShape) -> float:
+        pairs = shape.context_tokens * shape.num_tokens / max(shape.num_rows, 1)
+        return shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops + pairs * self.attention_flops
+
 
 @dataclass(frozen=True)
 class PassWork:
-    """What one rank does in a pass, apart from the shape. Bytes are weights read; FLOPs per token of the layers, per
-    row of the head, per pair of query and context token of attention; bytes per token of KV and of one reduce."""
+    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, and
+    its steps that launch something, each with the number of times that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int
-    token_flops: int
-    row_flops: int
-    attention_flops: int
-    kv_token_bytes: int
-    num_reduces: int
-    reduce_token_bytes: int
-    num_steps: int
+    steps: tuple[tuple[StepWork, int], ...]
+
+    @property
+    def num_steps(self) -> int:
+        return sum(count for _, count in self.steps)
+
+    @property
+    def num_reduces(self) -> int:
+        return sum(count for work, count in self.steps if work.reduce_token_bytes)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Of one token in all layers."""
+        return sum(count * work.kv_token_bytes for work, count in self.steps)
 
 
 @dataclass(frozen=True)
@@ -160,27 +220,46 @@ class PassTime:
 
 def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
     """The time of one pass: the longer of the two lanes, and what neither hides."""
-    queries_a_row = shape.num_tokens / max(shape.num_rows, 1)
-    flops = shape.num_tokens * work.token_flops + shape.num_rows * work.row_flops
-    flops += shape.context_tokens * queries_a_row * work.attention_flops
-    kv_bytes = (shape.context_tokens + shape.num_tokens) * work.kv_token_bytes
     parts = {
         "link": work.streamed_bytes / (rates.link_gb_s * GB),
-        "memory": (work.streamed_bytes + work.resident_bytes + kv_bytes) / (rates.memory_gb_s * GB),
-        "compute": flops / (rates.gemm_tflops * 1e12),
-        "launch": work.num_steps * rates.step_latency_s,
-        "reduce": work.num_reduces * reduce_s(shape.num_tokens * work.reduce_token_bytes, rates),
+        "memory": sum(count * step.nbytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
+        "compute": sum(count * step.flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
+        "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
+        "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
     }
-    compute_lane_s = max(parts["memory"], parts["compute"], parts["launch"]) + parts["reduce"]
+    compute_lane_s = sum(count * step_s(step, shape, rates) for step, count in work.steps)
     total_s = max(parts["link"], compute_lane_s) + rates.pass_latency_s
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
     )
 
 
+def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
+    """Seconds of one step of a pass: its latency, and what it moves and computes."""
+    if work.is_idle:
+        return 0.0
+    moves_s = work.nbytes(shape) / (rates.memory_gb_s * GB)
+    busy_s = math.hypot(moves_s, work.flops(shape) / (rates.gemm_tflops * 1e12))
+    latency_s = _reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0
+    return max(latency_s + busy_s, 0.0 if _is_graph(shape, rates) else rates.step_latency_s)
+
+
 def reduce_s(nbytes: int, rates: Rates) -> float:
     """Seconds of one all-reduce of `nbytes`."""
     return rates.reduce_latency_s + nbytes / (rates.reduce_gb_s * GB)
+
+
+def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
+    return reduce_s(shape.num_tokens * work.reduce_token_bytes, rates) if work.reduce_token_bytes else 0.0
+
+
+def _is_graph(shape: PassShape, rates: Rates) -> bool:
+    return shape.is_decode and rates.node_latency_s is not None
+
+
+def _latency_s(shape: PassShape, rates: Rates) -> float:
+    """The least that a step costs which reduces nothing."""
+    return rates.node_latency_s if _is_graph(shape, rates) else rates.step_latency_s
 
 
 def free_tokens(work: PassWork, rates: Rates) -> int:

@@ -32,16 +32,19 @@ MAY_IMPORT = {
     "engine.weights": ("engine.model.spec", "engine.model.layout", "engine.kernels", "parallel", "scheduler.step_plan"),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
-        *("engine.config", "engine.planning", "engine.step_cost"),
+        *("engine.config", "engine.planning"),
     ),
-    "engine": ("engine.config", "engine.model", "engine.tokenizer", "engine.planning", "parallel.shard", "scheduler"),
+    "engine": (
+        *("engine.config", "engine.model", "engine.tokenizer", "engine.planning", "engine.step_cost"),
+        *("parallel.shard", "scheduler"),
+    ),
     "engine.cli": ("engine.config", "engine.version", "parallel.failure"),
     "engine.llm": (
         *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
         *("parallel.launch", "scheduler"),
     ),
     "engine.plan_command": (
-        *("engine.config", "engine.model", "engine.planning", "engine.step_cost"),
+        *("engine.config", "engine.model", "engine.planning"),
         *("parallel.launch", "scheduler"),
     ),
     "engine.generate_command": (

@@ -139,7 +139,8 @@ class Rank:
         if self.config.device_profile is not None:
             return
         self.collectives.broadcast_ints([PROBE])
-        self.rates = with_link(self._probe(), self.config.link_gb_s)
+        measured = dataclasses.replace(self._probe(), node_latency_s=self.rates.node_latency_s)  # no graph is timed
+        self.rates = with_link(measured, self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
     def _probe(self) -> Rates:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.planning import EnginePlan
-from engine.step_cost import step_seconds
+from engine.planning import EnginePlan, step_seconds
 from scheduler.step_plan import COMPUTE, COPY, Instruction
 from scheduler.time_model import PassShape, predict_timeline
 

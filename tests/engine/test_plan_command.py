@@ -13,8 +13,7 @@ from engine import cli
 from engine.config import EngineConfig
 from engine.model.families import read_config, read_spec, tensor_names
 from engine.model.layout import model_layout
-from engine.planning import make_engine_plan, pass_work
-from engine.step_cost import step_seconds
+from engine.planning import make_engine_plan, pass_work, step_seconds
 from scheduler.plan_check import validate
 from scheduler.time_model import PassShape, load_profile, predict_pass, predict_timeline, timeline_s
 
