@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.model.families import tensor_names
 from engine.model.fusion import fuse
 from engine.model.layout import ModelLayout, model_layout
-from engine.model.spec import DTYPE_BYTES, ModelSpec
+from engine.model.spec import ModelSpec
 from engine.model.steps import activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes, step_work
 from parallel.shard import local_vocab_size
@@ -45,8 +45,8 @@ PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and h
 @dataclass(frozen=True)
 class EnginePlan:
     """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
-    `activations_bytes`; `demand` is what the residency was planned from, to plan variants of it; `steps` are what the pass does on one
-    rank, with the number of times that each occurs."""
+    `activations_bytes`; `demand` is what the residency was planned from, to plan variants of it; `steps` are what a
+    rank does in a pass, each with the number of times that it occurs."""
 
     spec: ModelSpec
     dtype: str

@@ -51,8 +51,8 @@ class Rates:
     memory_bytes: int | None = None
 
 
-# h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their links
-# share the host; memory_gb_s and node_latency_s fit the linears of a decode pass, a captured one, of 1 and 4 ranks (a
+# h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their
+# links share the host; memory_gb_s and node_latency_s fit the linears of a captured decode pass on 1 and 4 ranks (a
 # kernel that only reads: 4130 to 4380 GB/s); gemm_tflops those of 2000 tokens; the reduces those of 4 KiB to 64 MiB on
 # four ranks in a graph; step_latency_s and pass_latency_s what the host takes for a launch and between two passes.
 PROFILES: dict[str, dict[str, Any]] = {
