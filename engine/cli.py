@@ -22,6 +22,8 @@ from parallel.failure import SELF_LAUNCHED
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "generate": ("engine.generate_command", "generate text from prompts"),
     "plan": ("engine.plan_command", "show what stays, what streams and the predicted speed; no GPU needed"),
+    "trace": ("engine.trace_command", "draw the two lanes of a pass, predicted beside measured"),
+    "profile": ("engine.profile_command", "show where the time of a decode and a prefill pass goes"),
     "worker": ("engine.worker_command", None),
 }
 EPILOG = """examples:

@@ -9,6 +9,7 @@ import pytest
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan
 from scheduler.step_plan import Compute, GroupId, RingLayout
 from scheduler.time_model import (
+    ATTENTION_SHARE,
     PassShape,
     PassWork,
     Rates,
@@ -99,7 +100,9 @@ def test_bytes_and_flops_follow_the_shape():
     step = dataclasses.replace(step, attention_flops=100)
     shape = PassShape(num_tokens=6, num_rows=2, context_tokens=50)
     assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + (50 + 6) * 1000
-    assert step.flops(shape) == 6 + 2 * 10 + 50 * 3 * 100  # three queries a row
+    pairs = 50 * 3 + 2 * (1 + 2 + 3)  # three queries a row, each attends to what is there, itself and those before
+    assert step.flops(shape) == 6 + 2 * 10 + pairs * 100
+    assert step.gemm_flops(shape) == pytest.approx(6 + 2 * 10 + pairs * 100 / ATTENTION_SHARE)
 
 
 def test_an_eager_step_is_no_shorter_than_its_launch():
