@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from engine.planning import EnginePlan
 from engine.runtime.trace import Span
 from engine.traced_run import pass_s
+from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY
-from scheduler.time_model import GB, PassShape
+from scheduler.time_model import GB
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,12 @@ from engine.model.steps import activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes, step_work
 from parallel.shard import local_vocab_size
 from scheduler.demand import Demand, show_bytes
+from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.plan_build import make_plan
 from scheduler.plan_check import lay_out_activations
 from scheduler.residency import Residency, plan_residency
 from scheduler.step_plan import Compute, RingLayout, StepPlan
-from scheduler.time_model import (
-    PassShape,
-    PassTime,
-    PassWork,
-    Rates,
-    StepWork,
-    load_profile,
-    predict_pass,
-    step_s,
-)
+from scheduler.time_model import PassTime, Rates, load_profile, predict_pass, step_s
 
 MIB = 2**20
 # What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.

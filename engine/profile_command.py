@@ -54,11 +54,12 @@ def table(title: str, profiled: PassProfile) -> str:
         slowest = profiled.slowest_rank
         lines[0] += f" (rank 0; the slowest, rank {slowest}: {profiled.rank_s[slowest] * 1e3:.3f} ms)"
     head = f"{'calls':>7}{'ms':>10}{'share':>9}{'at most':>10}{'predicted ms':>14}{'GB/s':>9}{'TFLOP/s':>9}"
-    lines.append(f"  {'step':<34}{head}")
+    width = max(len(step.step) for step in profiled.steps) + 1
+    lines.append(f"  {'step':<{width}}{head}")
     for step in profiled.steps:
         rates = "".join(f"{'' if rate is None else f'{rate:.1f}':>9}" for rate in (step.gb_s, step.tflops))
         times = f"{step.num_calls:>7}{step.seconds * 1e3:>10.3f}{step.share:>9.1%}{step.at_most:>8.2f} x"
-        lines.append(f"  {step.step:<34}{times}{step.predicted_s * 1e3:>14.3f}{rates}".rstrip())
+        lines.append(f"  {step.step:<{width}}{times}{step.predicted_s * 1e3:>14.3f}{rates}".rstrip())
     copy = profiled.copy_lane
     if copy is not None:
         moved = f"{copy.copied_bytes / 1e9:.3f} GB in {copy.busy_s * 1e3:.3f} ms, {copy.gb_s:.2f} GB/s"

@@ -11,8 +11,8 @@ from engine.model.layout import ModelLayout
 from engine.model.spec import DTYPE_BYTES, ModelSpec
 from engine.model.steps import activation_widths
 from parallel.shard import shard_heads
+from scheduler.pass_work import StepWork
 from scheduler.step_plan import Compute
-from scheduler.time_model import StepWork
 
 MATRICES = {
     "attn_qkv": ("qkv",),

@@ -13,8 +13,8 @@ from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.planning import EnginePlan
 from engine.runtime.trace import Span, read_spans
+from scheduler.pass_work import PassShape
 from scheduler.request import SamplingParams
-from scheduler.time_model import PassShape
 
 PASSES = ("decode", "prefill")
 TRACE = "trace.json"

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from scheduler.pass_work import PassShape
 from scheduler.request import RowSampling
-from scheduler.time_model import PassShape
 
 ON_DEVICE = -1  # stands for the row's last sampled token, which the host has not seen yet
 _SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row

@@ -1,12 +1,9 @@
-"""What a pass costs, predicted before it runs: from its bytes, FLOPs and reduces, and from the plan itself.
+"""What a pass costs, predicted before it runs, from its bytes, FLOPs and reduces.
 
-PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Two views:
-
-* `predict_pass`: the whole pass. Copies run beside compute, so the longer of the two lanes counts; the compute lane is
-  the sum of its steps; the wrapped copies cover sampling, so only `pass_latency_s` is left over.
-* `predict_timeline`: replays a StepPlan on two clocks, as the executor's lanes would run it.
-
-Both stand on one cost, that of a step (`step_s`):
+PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies run
+beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps; the wrapped copies
+cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan itself, with the same cost of a
+step (`step_s`):
 
     latency + sqrt(memory^2 + compute^2)
 
@@ -19,15 +16,13 @@ launch by the host.
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from scheduler.step_plan import COMPUTE, COPY, Compute, Event, Prefetch, StepPlan
+from scheduler.pass_work import PassShape, PassWork, StepWork
 
 GB = 10**9
-ATTENTION_SHARE = 1 / 3  # of the GEMM rate, that attention reaches; measured: 0.22 for a prompt of 2000 tokens
 
 
 @dataclass(frozen=True)
@@ -137,86 +132,6 @@ def _is_rate(value: Any, zero: bool = False) -> bool:
 
 
 @dataclass(frozen=True)
-class PassShape:
-    """What a pass computes: tokens, rows, and the tokens of KV that are there already, all rows together."""
-
-    num_tokens: int
-    num_rows: int
-    context_tokens: int
-
-    @property
-    def num_pairs(self) -> float:
-        """Pairs of a query and a token that it attends to, its own and those before; rows are taken to be alike."""
-        queries_a_row = self.num_tokens / max(self.num_rows, 1)
-        return self.context_tokens * queries_a_row + self.num_tokens * (queries_a_row + 1) / 2
-
-    @property
-    def is_decode(self) -> bool:
-        """One token a row: what runs as a graph, where there are graphs."""
-        return self.num_tokens == self.num_rows
-
-
-@dataclass(frozen=True)
-class StepWork:
-    """What one rank does in one step, apart from the shape. Bytes of weights, of activations a token and a sampled row
-    (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
-    bytes a token of the all-reduce that the step holds, 0 if none."""
-
-    step: str
-    weight_bytes: int = 0
-    token_bytes: int = 0
-    row_bytes: int = 0
-    kv_token_bytes: int = 0
-    token_flops: int = 0
-    row_flops: int = 0
-    attention_flops: int = 0
-    reduce_token_bytes: int = 0
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it launches nothing, as an all-reduce of one rank."""
-        return self == StepWork(self.step)
-
-    def nbytes(self, shape: PassShape) -> int:
-        """Read and written in device memory."""
-        kv_bytes = (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
-        moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
-        return self.weight_bytes + moved_bytes + kv_bytes
-
-    def flops(self, shape: PassShape) -> float:
-        linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
-        return linear_flops + shape.num_pairs * self.attention_flops
-
-    def gemm_flops(self, shape: PassShape) -> float:
-        """FLOPs of a GEMM that would take as long."""
-        extra = (1 / ATTENTION_SHARE - 1) * shape.num_pairs * self.attention_flops
-        return self.flops(shape) + extra
-
-
-@dataclass(frozen=True)
-class PassWork:
-    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, and
-    its steps that launch something, each with the number of times that it occurs."""
-
-    streamed_bytes: int
-    resident_bytes: int
-    steps: tuple[tuple[StepWork, int], ...]
-
-    @property
-    def num_steps(self) -> int:
-        return sum(count for _, count in self.steps)
-
-    @property
-    def num_reduces(self) -> int:
-        return sum(count for work, count in self.steps if work.reduce_token_bytes)
-
-    @property
-    def kv_token_bytes(self) -> int:
-        """Of one token in all layers."""
-        return sum(count * work.kv_token_bytes for work, count in self.steps)
-
-
-@dataclass(frozen=True)
 class PassTime:
     """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch or
     reduce, whichever alone takes longest."""
@@ -286,43 +201,3 @@ def free_tokens(work: PassWork, rates: Rates) -> int:
         fits = predict_pass(work, PassShape(middle, 1, 0), quiet).total_s <= link_s
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of one lane, in seconds from the start of the pass. An acquire's or a join's is the time waited."""
-
-    lane: str
-    name: str
-    start_s: float
-    end_s: float
-
-
-def predict_timeline(plan: StepPlan, compute_s: Callable[[Compute], float], rates: Rates) -> list[Span]:
-    """Replays the plan: each lane in its order, an instruction not before the events that it waits for.
-
-    `compute_s` gives the seconds of a compute step. The spans are in the plan's order; the last one's end, that of
-    the join, is the time of the pass (see `timeline_s`).
-    """
-    clock = {COMPUTE: 0.0, COPY: 0.0}
-    at: dict[Event, float] = {}
-    spans = []
-    for instruction in plan.instructions:
-        before = clock[instruction.lane]
-        start = end = max([before, *(at[event] for event in instruction.waits)])
-        if isinstance(instruction, Compute):
-            end = start + compute_s(instruction)
-        elif isinstance(instruction, Prefetch):
-            end = start + instruction.slot.nbytes / (rates.link_gb_s * GB)
-        else:
-            start = before
-        clock[instruction.lane] = end
-        if instruction.records is not None:
-            at[instruction.records] = end
-        spans.append(Span(instruction.lane, str(instruction), start, end))
-    return spans
-
-
-def timeline_s(spans: list[Span]) -> float:
-    """Seconds of the predicted pass."""
-    return max((span.end_s for span in spans), default=0.0)

@@ -33,7 +33,8 @@ from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, resolve_topology
 from scheduler.batch import Batch, BatchRow
 from scheduler.pages import RESERVED_PAGE
-from scheduler.time_model import PassShape, PassWork, Rates, predict_pass, with_link
+from scheduler.pass_work import PassShape, PassWork
+from scheduler.time_model import Rates, predict_pass, with_link
 
 BATCH, OUTPUTS, PROBE, STOP = 1, 2, 3, 4
 LINK_BYTES = 2**31  # that the probe copies in one go: long enough that all ranks copy at once

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from engine.planning import EnginePlan, step_seconds
+from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY, Instruction
-from scheduler.time_model import PassShape, predict_timeline
+from scheduler.timeline import predict_timeline
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from engine.config import EngineConfig
 from engine.model.families import read_config, read_spec, tensor_names
 from engine.model.layout import model_layout
 from engine.planning import make_engine_plan, pass_work, step_seconds
+from scheduler.pass_work import PassShape
 from scheduler.plan_check import validate
-from scheduler.time_model import PassShape, load_profile, predict_pass, predict_timeline, timeline_s
+from scheduler.time_model import load_profile, predict_pass
+from scheduler.timeline import predict_timeline, timeline_s
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"

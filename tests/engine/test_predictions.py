@@ -11,7 +11,9 @@ import pytest
 from engine.config import EngineConfig
 from engine.model.families import read_config, read_spec
 from engine.planning import EnginePlan, decode_time, make_engine_plan, pass_work, step_seconds
-from scheduler.time_model import PassShape, load_profile, predict_timeline, reduce_s, step_s, timeline_s
+from scheduler.pass_work import PassShape
+from scheduler.time_model import load_profile, reduce_s, step_s
+from scheduler.timeline import predict_timeline, timeline_s
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LINEARS = {"attn_qkv", "attn_output", "ffn_up", "ffn_down", "head"}

@@ -11,8 +11,9 @@ from engine.pass_profile import profile_pass
 from engine.planning import find_model, make_engine_plan
 from engine.profile_command import table
 from engine.runtime.trace import Span, label
+from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE
-from scheduler.time_model import PassShape, load_profile
+from scheduler.time_model import load_profile
 
 SHAPE = PassShape(2, 2, 100)
 STEP_S, COPY_S = 1e-3, 4e-3

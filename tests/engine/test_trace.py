@@ -13,9 +13,9 @@ import torch
 from engine.runtime.lanes import CudaLanes
 from engine.runtime.trace import RecordingTracer, Tracer, read_spans, write_trace
 from engine.runtime.trace import chrome_events as as_events
+from scheduler.pass_work import PassShape
 from scheduler.plan_build import lay_out_ring, make_plan
 from scheduler.step_plan import COMPUTE, COPY, Compute, GroupId, Prefetch
-from scheduler.time_model import PassShape
 
 SHAPE = PassShape(1, 1, 0)
 STEP_MS, COPY_MS = 1.0, 5.0

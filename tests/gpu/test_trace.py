@@ -1,4 +1,4 @@
-"""Traces on a GPU: a captured pass has a span for every instruction, in order, that together are as long as the pass."""
+"""Traces on a GPU: a captured pass has a span for every instruction, in order, together as long as the pass."""
 
 import pytest
 import torch
@@ -37,7 +37,6 @@ def test_every_pass_has_its_instructions(tmp_path, resident, enforce_eager):
     starts = []
     for index, shape in enumerate(shapes):
         mine = [span for span in spans if span.pass_index == index]
-        mine = mine[: len(instructions)]  # a prologue behind the pass is counted to it
         assert [span.name for span in mine] == [label(i) for i in instructions], (index, shape)
         assert all(span.end_s >= span.start_s for span in mine)
         for lane in (COMPUTE, COPY):
@@ -58,7 +57,7 @@ def test_the_spans_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
     """Between two events around a replay lie the spans and the few kernels that derive the inputs before them."""
     with LLM("demo", **OPTIONS, resident=resident, trace=str(tmp_path / "trace.json")) as llm:
         tokens_of(llm)
-        captured = llm.rank.worker.executor.decode.graphs.passes[2, True]
+        captured = next(iter(llm.rank.worker.executor.decode.graphs.passes.values()))
         tracer: RecordingTracer = llm.rank.worker.tracer
         for _ in range(3):
             around = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
