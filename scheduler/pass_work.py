@@ -17,7 +17,7 @@ class PassShape:
     context_tokens: int
 
     @property
-    def num_pairs(self) -> float:
+    def attended_pairs(self) -> float:
         """Pairs of a query and a token that it attends to, its own and those before; rows are taken to be alike."""
         queries_a_row = self.num_tokens / max(self.num_rows, 1)
         return self.context_tokens * queries_a_row + self.num_tokens * (queries_a_row + 1) / 2
@@ -57,11 +57,11 @@ class StepWork:
 
     def flops(self, shape: PassShape) -> float:
         linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
-        return linear_flops + shape.num_pairs * self.attention_flops
+        return linear_flops + shape.attended_pairs * self.attention_flops
 
     def gemm_flops(self, shape: PassShape) -> float:
         """FLOPs of a GEMM that would take as long."""
-        extra = (1 / ATTENTION_SHARE - 1) * shape.num_pairs * self.attention_flops
+        extra = (1 / ATTENTION_SHARE - 1) * shape.attended_pairs * self.attention_flops
         return self.flops(shape) + extra
 
 
