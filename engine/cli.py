@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "generate": ("engine.generate_command", "generate text from prompts"),
     "plan": ("engine.plan_command", "show what stays, what streams and the predicted speed; no GPU needed"),
     "probe": ("engine.probe_command", "measure links, memory, compute and all-reduces, for `plan` and the engine"),
+    "trace": ("engine.trace_command", "draw the two lanes of a pass, predicted beside measured"),
+    "profile": ("engine.profile_command", "show where the time of a decode and a prefill pass goes"),
     "worker": ("engine.worker_command", None),
 }
 EPILOG = """examples:

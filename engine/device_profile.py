@@ -13,7 +13,8 @@ from typing import Any
 
 from scheduler.time_model import PROFILES
 
-KERNELS_A_STEP = 6  # that a step launches, in the mean
+KERNELS_A_STEP = 6  # that an eager step costs the host, in the mean
+NODES_A_STEP = 2.3  # that a step of a captured pass costs beside its bytes; an H200 takes 2.5 us, and 1.1 for a node
 ASSUMED = {"cuda": "h200", "cpu": "cpu"}  # the built-in profile of a type of device
 
 
@@ -42,8 +43,8 @@ class Probe:
 
 
 def device_profile(probe: Probe) -> dict[str, Any]:
-    """A profile with the fields of Rates, and the probe itself under `probe`. Reduces and steps are those of decode
-    passes, so in graphs where there are graphs. What needs a model, pass_latency_s, is the built-in profile's."""
+    """A profile with the fields of Rates, and the probe itself under `probe`. Reduces are those of decode passes, so in
+    graphs where there are graphs. What needs a model, pass_latency_s, is the built-in profile's."""
     reduce_latency_s, reduce_gb_s = 0.0, min(probe.memory_gb_s)  # one rank: nothing is sent
     if probe.reduces:
         way = "eager_s" if probe.node_s is None else "graph_s"
@@ -56,7 +57,8 @@ def device_profile(probe: Probe) -> dict[str, Any]:
         "gemm_tflops": min(probe.gemm_tflops),
         "reduce_latency_s": reduce_latency_s,
         "reduce_gb_s": reduce_gb_s,
-        "step_latency_s": KERNELS_A_STEP * (probe.node_s or probe.launch_s),
+        "step_latency_s": KERNELS_A_STEP * probe.launch_s,
+        "node_latency_s": probe.node_s and NODES_A_STEP * probe.node_s,
         "pass_latency_s": PROFILES[ASSUMED[probe.device_type]]["pass_latency_s"],
         "memory_bytes": probe.memory_bytes,
         "probe": asdict(probe),

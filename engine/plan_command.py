@@ -20,15 +20,16 @@ from engine.planning import (
     make_engine_plan,
     pass_work,
     plan_rates,
+    step_seconds,
 )
-from engine.step_cost import step_seconds
 from parallel.launch import resolve_launch
 from scheduler.demand import KV_LEN, show_bytes
 from scheduler.pass_work import PassShape
 from scheduler.plan_table import render
 from scheduler.residency import Residency, plan_residency
 from scheduler.residency_table import Prediction, Variant, table
-from scheduler.time_model import free_tokens, predict_timeline, timeline_s
+from scheduler.time_model import free_tokens
+from scheduler.timeline import predict_timeline, timeline_s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@ PURE: no torch, so that `penstock plan` runs on a laptop; the engine itself call
 stands once. Everything is for one rank; all ranks plan alike (spans have the same sizes on every rank).
 """
 
-import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,16 +14,17 @@ from engine.device_profile import ASSUMED, find_profile, read_device
 from engine.model.families import tensor_names
 from engine.model.fusion import fuse
 from engine.model.layout import ModelLayout, model_layout
-from engine.model.spec import DTYPE_BYTES, ModelSpec
-from engine.model.steps import activation_bytes, model_steps, sums_over_ranks
-from parallel.shard import local_vocab_size, shard_heads
+from engine.model.spec import ModelSpec
+from engine.model.steps import activation_bytes, model_steps
+from engine.step_cost import kv_token_bytes, step_work
+from parallel.shard import local_vocab_size
 from scheduler.demand import Demand, show_bytes
-from scheduler.pass_work import PassShape, PassWork
+from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.plan_build import make_plan
 from scheduler.plan_check import lay_out_activations
 from scheduler.residency import Residency, plan_residency
-from scheduler.step_plan import RingLayout, StepPlan
-from scheduler.time_model import PassTime, Rates, load_profile, predict_pass
+from scheduler.step_plan import Compute, RingLayout, StepPlan
+from scheduler.time_model import PassTime, Rates, load_profile, predict_pass, step_s
 
 MIB = 2**20
 # What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
@@ -36,7 +38,8 @@ PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and h
 @dataclass(frozen=True)
 class EnginePlan:
     """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
-    `activations_bytes`; `demand` is what the residency was planned from, to plan variants of it."""
+    `activations_bytes`; `demand` is what the residency was planned from, to plan variants of it; `steps` are what a
+    rank does in a pass, each with the number of times that it occurs."""
 
     spec: ModelSpec
     dtype: str
@@ -46,6 +49,7 @@ class EnginePlan:
     demand: Demand
     residency: Residency
     step_plan: StepPlan
+    steps: tuple[tuple[StepWork, int], ...]
     activation_offsets: dict[str, int]
     activations_bytes: int
 
@@ -82,7 +86,9 @@ def make_engine_plan(
     )
     residency = plan_residency(demand)
     plan = make_plan(steps, residency.ring)
-    return EnginePlan(spec, dtype, tp_size, rates, layout, demand, residency, plan, offsets, total)
+    works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
+    counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
+    return EnginePlan(spec, dtype, tp_size, rates, layout, demand, residency, plan, counted, offsets, total)
 
 
 def find_model(model: str) -> Path:
@@ -98,12 +104,16 @@ def find_model(model: str) -> Path:
 
 def plan_rates(config: EngineConfig, tp_size: int, device: str, device_name: str | None = None) -> Rates:
     """The profile that the config names, else what `penstock probe` saved for this type of device, else a built-in one;
-    with the link rate that the config gives.
+    with the link rate that the config gives, and without graphs if it wants none.
 
     `device_name`, where it is known, must be that of the saved probe; if it is not, `source` says so. Raises ValueError
     as load_profile does.
     """
-    kind = "cpu" if device == "cpu" else "cuda"
+    rates = _load_rates(config, tp_size, "cpu" if device == "cpu" else "cuda", device_name)
+    return replace(rates, node_latency_s=None) if config.enforce_eager else rates
+
+
+def _load_rates(config: EngineConfig, tp_size: int, kind: str, device_name: str | None) -> Rates:
     if config.device_profile is not None:
         return load_profile(config.device_profile, tp_size, config.link_gb_s)
     saved = find_profile(kind, tp_size)
@@ -129,12 +139,6 @@ def memory_budget(config: EngineConfig, device_memory_bytes: int | None) -> int 
     return config.gpu_memory
 
 
-def kv_token_bytes(spec: ModelSpec, dtype: str, tp_size: int) -> int:
-    """Bytes of the keys and values of one token on one rank."""
-    kv_heads = len(shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).kv_heads)
-    return 2 * spec.num_layers * kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
-
-
 def _fixed_claims(
     config: EngineConfig, spec: ModelSpec, tp_size: int, on_gpu: bool, sizes: dict[str, int], activations: int
 ) -> tuple[tuple[str, int], ...]:
@@ -150,26 +154,15 @@ def _fixed_claims(
 
 def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
     """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
-    residency, spec = residency or plan.residency, plan.spec
-    layers, head = plan.layout.groups[:-1], plan.layout.groups[-1]
-    heads = shard_heads(spec.num_heads, spec.num_kv_heads, plan.tp_size, 0).num_heads
-    steps = plan.step_plan.steps
-    reduces = sum(map(sums_over_ranks, steps)) if plan.tp_size > 1 else 0
-    return PassWork(
-        streamed_bytes=residency.streamed_bytes,
-        resident_bytes=sum(g.nbytes for g in plan.layout.groups if g.group in residency.resident),
-        token_flops=2 * sum(_matrix_elements(group) for group in layers),
-        row_flops=2 * _matrix_elements(head),
-        attention_flops=4 * spec.num_layers * heads * spec.head_dim,
-        kv_token_bytes=kv_token_bytes(spec, plan.dtype, plan.tp_size),
-        num_reduces=reduces,
-        reduce_token_bytes=spec.hidden_size * DTYPE_BYTES[plan.dtype],
-        num_steps=len(steps),
-    )
+    residency = residency or plan.residency
+    resident_bytes = sum(group.nbytes for group in plan.layout.groups if group.group in residency.resident)
+    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps)
 
 
-def _matrix_elements(group) -> int:
-    return sum(math.prod(weight.shape) for weight in group.weights if len(weight.shape) == 2)
+def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], float]:
+    """The seconds of a step in a pass of this shape, for predict_timeline."""
+    work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
+    return lambda step: step_s(work(step), shape, plan.rates)
 
 
 def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:

@@ -1,19 +1,18 @@
-"""Seconds of each compute step of a plan, by roofline: what `predict_timeline` replays beside the measured trace.
+"""What one rank does in each compute step of a plan: bytes, FLOPs and reduces, which the time model turns into seconds.
 
-PURE. A step costs what its weights, FLOPs, KV, activations or reduce cost at the profile's rates, and never less
-than a launch. Unknown steps (a rewrite's, a new family's) count as element-wise ones.
+PURE. A fused step does what its parts do: its name joins theirs. Unknown steps (a new family's) count as element-wise
+ones.
 """
 
 import math
 from collections.abc import Callable
 
-from engine.model.spec import DTYPE_BYTES
+from engine.model.layout import ModelLayout
+from engine.model.spec import DTYPE_BYTES, ModelSpec
 from engine.model.steps import activation_widths, sums_over_ranks
-from engine.planning import EnginePlan, kv_token_bytes
 from parallel.shard import shard_heads
-from scheduler.pass_work import PassShape
+from scheduler.pass_work import StepWork
 from scheduler.step_plan import Compute
-from scheduler.time_model import GB, reduce_s
 
 MATRICES = {
     "attn_qkv": ("qkv",),
@@ -25,36 +24,42 @@ MATRICES = {
 }
 
 
-def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], float]:
-    """The cost function of a pass of this shape on one rank; predict_timeline takes it."""
-    rates, spec = plan.rates, plan.spec
-    bytes_s, flops_s = rates.memory_gb_s * GB, rates.gemm_tflops * 1e12
-    weights = {(g.group, w.name): math.prod(w.shape) for g in plan.layout.groups for w in g.weights}
-    widths = activation_widths(spec, plan.tp_size)
-    element = DTYPE_BYTES[plan.dtype]
-    heads = shard_heads(spec.num_heads, spec.num_kv_heads, plan.tp_size, 0).num_heads
-    num = {"tokens": shape.num_tokens, "rows": shape.num_rows}
+def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
+    """Gives the work of a step on one rank of `tp_size`."""
+    element = DTYPE_BYTES[dtype]
+    sizes = {(g.group, w.name): math.prod(w.shape) for g in layout.groups for w in g.weights}
+    widths = activation_widths(spec, tp_size)
+    pair_flops = 4 * shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).num_heads * spec.head_dim
+    layer_kv_bytes = kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
 
-    def touched_bytes(step: Compute) -> int:
-        """Activations, once for each letter that reads or writes."""
-        moved = ((num[widths[name][0]] * widths[name][1], sum(c in "rw" for c in e)) for name, e in step.effects)
-        return element * sum(size * times for size, times in moved)
+    def touched_bytes(step: Compute, unit: str) -> int:
+        """Of the activations with a row for each of `unit`, once for each letter that reads or writes."""
+        letters = {name: sum(letter in "rw" for letter in effect) for name, effect in step.effects}
+        return element * sum(widths[name][1] * n for name, n in letters.items() if widths[name][0] == unit)
 
-    def attention_s() -> float:
-        kv_bytes = (shape.context_tokens + shape.num_tokens) * kv_token_bytes(spec, plan.dtype, plan.tp_size)
-        flops = 4 * heads * spec.head_dim * shape.attended_pairs
-        return max(kv_bytes / spec.num_layers / bytes_s, flops / flops_s)
+    def work(step: Compute) -> StepWork:
+        parts = step.step.split("+")
+        is_reduce = sums_over_ranks(step) and len(parts) == 1
+        if tp_size == 1 and is_reduce:
+            return StepWork(step.step)  # nothing is launched
+        elements = sum(sizes.get((step.group, name), 0) for part in parts for name in MATRICES.get(part, ()))
+        attends = "attention" in parts
+        return StepWork(
+            step=step.step,
+            weight_bytes=elements * element,
+            token_bytes=0 if is_reduce else touched_bytes(step, "tokens"),  # its rate counts its reads and writes
+            row_bytes=touched_bytes(step, "rows"),
+            kv_token_bytes=layer_kv_bytes if attends else 0,
+            token_flops=0 if "head" in parts else 2 * elements,
+            row_flops=2 * elements if "head" in parts else 0,
+            attention_flops=pair_flops if attends else 0,
+            reduce_token_bytes=spec.hidden_size * element if sums_over_ranks(step) and tp_size > 1 else 0,
+        )
 
-    def seconds(step: Compute) -> float:
-        summing_s = 0.0
-        if sums_over_ranks(step) and plan.tp_size > 1:
-            summing_s = reduce_s(shape.num_tokens * spec.hidden_size * element, rates)
-        if step.step.endswith("allreduce"):
-            return summing_s
-        elements = sum(weights.get((step.group, name), 0) for name in MATRICES.get(step.step, ()))
-        per = shape.num_rows if step.step == "head" else shape.num_tokens
-        cost = max((elements * element + touched_bytes(step)) / bytes_s, 2 * elements * per / flops_s)
-        cost += attention_s() if step.step == "attention" else 0.0
-        return summing_s + max(cost, rates.step_latency_s)
+    return work
 
-    return seconds
+
+def kv_token_bytes(spec: ModelSpec, dtype: str, tp_size: int) -> int:
+    """Bytes of the keys and values of one token on one rank."""
+    kv_heads = len(shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).kv_heads)
+    return 2 * spec.num_layers * kv_heads * spec.head_dim * DTYPE_BYTES[dtype]

@@ -1,17 +1,19 @@
-"""What a pass computes, and what one rank has to move and to calculate for it: bytes and FLOPs, without any rate.
+"""What a pass has to do, apart from how fast: its shape, and the bytes, FLOPs and reduces of its steps.
 
-PURE. The time model predicts from it, benchmarks take their bounds from it.
+PURE. `engine/step_cost.py` fills StepWork in from a model's layout; `time_model.py` turns it into seconds.
 """
 
 from dataclasses import dataclass
 
+ATTENTION_SHARE = 1 / 3  # of the GEMM rate, that attention reaches; measured: 0.22 for a prompt of 2000 tokens
+
 
 @dataclass(frozen=True)
 class PassShape:
-    """What a pass computes: tokens, rows, and the tokens of KV that its rows attend to, all rows together.
+    """What a pass computes: tokens, rows, and the tokens of KV that are there already, all rows together.
 
-    `num_pairs` are the pairs of a token and one that it attends to (causally, itself included); None stands for rows
-    that are all alike.
+    `num_pairs` are the pairs of a query and a token that it attends to, its own and those before; None: all rows are
+    alike.
     """
 
     num_tokens: int
@@ -26,28 +28,76 @@ class PassShape:
         queries_a_row = self.num_tokens / max(self.num_rows, 1)
         return self.context_tokens * queries_a_row + self.num_tokens * (queries_a_row + 1) / 2
 
+    @property
+    def is_decode(self) -> bool:
+        """One token a row: what runs as a graph, where there are graphs."""
+        return self.num_tokens == self.num_rows
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one rank does in one step, apart from the shape. Bytes of weights, of activations a token and a sampled row
+    (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
+    bytes a token of the all-reduce that the step holds, 0 if none."""
+
+    step: str
+    weight_bytes: int = 0
+    token_bytes: int = 0
+    row_bytes: int = 0
+    kv_token_bytes: int = 0
+    token_flops: int = 0
+    row_flops: int = 0
+    attention_flops: int = 0
+    reduce_token_bytes: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it launches nothing, as an all-reduce of one rank."""
+        return self == StepWork(self.step)
+
+    def nbytes(self, shape: PassShape) -> int:
+        """Read and written in device memory."""
+        kv_bytes = (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
+        moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
+        return self.weight_bytes + moved_bytes + kv_bytes
+
+    def flops(self, shape: PassShape) -> float:
+        linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
+        return linear_flops + shape.attended_pairs * self.attention_flops
+
+    def gemm_flops(self, shape: PassShape) -> float:
+        """FLOPs of a GEMM that would take as long."""
+        extra = (1 / ATTENTION_SHARE - 1) * shape.attended_pairs * self.attention_flops
+        return self.flops(shape) + extra
+
 
 @dataclass(frozen=True)
 class PassWork:
-    """What one rank does in a pass, apart from the shape. Bytes are weights read; FLOPs per token of the layers, per
-    row of the head, per pair of query and context token of attention; bytes per token of KV and of one reduce."""
+    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, and
+    its steps that launch something, each with the number of times that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int
-    token_flops: int
-    row_flops: int
-    attention_flops: int
-    kv_token_bytes: int
-    num_reduces: int
-    reduce_token_bytes: int
-    num_steps: int
+    steps: tuple[tuple[StepWork, int], ...]
+
+    @property
+    def num_steps(self) -> int:
+        return sum(count for _, count in self.steps)
+
+    @property
+    def num_reduces(self) -> int:
+        return sum(count for work, count in self.steps if work.reduce_token_bytes)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Of one token in all layers."""
+        return sum(count * work.kv_token_bytes for work, count in self.steps)
 
     def read_bytes(self, shape: PassShape) -> int:
-        """From the device's memory: each weight once, and keys and values of context and new tokens."""
+        """What a pass cannot do without: each weight once, and keys and values of context and new tokens."""
         kv_bytes = (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
         return self.streamed_bytes + self.resident_bytes + kv_bytes
 
     def flops(self, shape: PassShape) -> float:
         """Of the linears and of causal attention."""
-        linears = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
-        return linears + shape.attended_pairs * self.attention_flops
+        return sum(count * work.flops(shape) for work, count in self.steps)

@@ -1,22 +1,26 @@
-"""What a pass costs, predicted before it runs: from its bytes, FLOPs and reduces, and from the plan itself.
+"""What a pass costs, predicted before it runs, from its bytes, FLOPs and reduces.
 
-PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Two views:
+PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies run
+beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps; the wrapped copies
+cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan itself, with the same cost of a
+step (`step_s`):
 
-* `predict_pass`: the three bounds of a whole pass. Copies run beside compute, so the longer of the two lanes counts;
-  reduces stand on the compute lane; the wrapped copies cover sampling, so only `pass_latency_s` is left over.
-* `predict_timeline`: replays a StepPlan on two clocks, as the executor's lanes would run it.
+    latency + sqrt(memory^2 + compute^2)
 
-A roofline, not a simulation: kernels are taken to reach the profile's rates.
+`latency` is that of a graph's node, or the time of the all-reduce that the step holds; memory is the bytes that it
+reads and writes at the read rate, compute its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
+cannot keep both units busy all the time, and where its bytes alone would take as long as its FLOPs it takes 1.4 times
+as long (tests/engine/test_predictions.py compares with what was measured). An eager step takes no less than its
+launch by the host.
 """
 
 import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from scheduler.pass_work import PassShape, PassWork
-from scheduler.step_plan import COMPUTE, COPY, Compute, Event, Prefetch, StepPlan
+from scheduler.pass_work import PassShape, PassWork, StepWork
 
 GB = 10**9
 
@@ -25,7 +29,9 @@ GB = 10**9
 class Rates:
     """What one rank's hardware does, all ranks active. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
 
-    `step_latency_s` is the least time of one compute step (its launch), `pass_latency_s` what of a pass nothing hides.
+    `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host
+    launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None:
+    there are no graphs), `reduce_latency_s` the same of an all-reduce, `pass_latency_s` what of a pass nothing hides.
     `memory_bytes` is the device's memory; None is a CPU's.
     """
 
@@ -36,20 +42,25 @@ class Rates:
     reduce_gb_s: float
     source: str
     step_latency_s: float = 0.0
+    node_latency_s: float | None = None
     pass_latency_s: float = 0.0
     memory_bytes: int | None = None
 
 
-# link_gb_s by the number of ranks that copy at once (measured on H200s): their links share the host.
+# h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their
+# links share the host; memory_gb_s and node_latency_s fit the linears of a captured decode pass on 1 and 4 ranks (a
+# kernel that only reads: 4130 to 4380 GB/s); gemm_tflops those of 2000 tokens; the reduces those of 4 KiB to 64 MiB on
+# four ranks in a graph; step_latency_s and pass_latency_s what the host takes for a launch and between two passes.
 PROFILES: dict[str, dict[str, Any]] = {
     "h200": {
         "link_gb_s": [55.1, 53.1, 48.1, 40.4],
-        "memory_gb_s": 4130.0,
-        "gemm_tflops": 790.0,
-        "reduce_latency_s": 45e-6,
+        "memory_gb_s": 4250.0,
+        "gemm_tflops": 720.0,
+        "reduce_latency_s": 8.5e-6,
         "reduce_gb_s": 200.0,
         "step_latency_s": 8e-6,
-        "pass_latency_s": 3e-4,
+        "node_latency_s": 2.5e-6,
+        "pass_latency_s": 2e-4,
         "memory_bytes": 141 * GB,
     },
     "cpu": {
@@ -99,7 +110,7 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
 def _rates(values: dict[str, Any], source: str, tp_size: int) -> Rates:
     values = {name: value for name, value in values.items() if name != "probe"}
     known = {field.name for field in fields(Rates)}
-    optional = {"step_latency_s", "pass_latency_s", "memory_bytes"}
+    optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "memory_bytes"}
     for name in values.keys() - known:
         raise ValueError(f"{source}: unknown field {name!r}; known: {', '.join(sorted(known))}")
     links = values.get("link_gb_s")
@@ -139,21 +150,44 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
     """The time of one pass: the longer of the two lanes, and what neither hides."""
     parts = {
         "link": work.streamed_bytes / (rates.link_gb_s * GB),
-        "memory": work.read_bytes(shape) / (rates.memory_gb_s * GB),
-        "compute": work.flops(shape) / (rates.gemm_tflops * 1e12),
-        "launch": work.num_steps * rates.step_latency_s,
-        "reduce": work.num_reduces * reduce_s(shape.num_tokens * work.reduce_token_bytes, rates),
+        "memory": sum(count * step.nbytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
+        "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
+        "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
+        "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
     }
-    compute_lane_s = max(parts["memory"], parts["compute"], parts["launch"]) + parts["reduce"]
+    compute_lane_s = sum(count * step_s(step, shape, rates) for step, count in work.steps)
     total_s = max(parts["link"], compute_lane_s) + rates.pass_latency_s
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
     )
 
 
+def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
+    """Seconds of one step of a pass: its latency, and what it moves and computes."""
+    if work.is_idle:
+        return 0.0
+    moves_s = work.nbytes(shape) / (rates.memory_gb_s * GB)
+    busy_s = math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
+    latency_s = _reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0
+    return max(latency_s + busy_s, 0.0 if _is_graph(shape, rates) else rates.step_latency_s)
+
+
 def reduce_s(nbytes: int, rates: Rates) -> float:
     """Seconds of one all-reduce of `nbytes`."""
     return rates.reduce_latency_s + nbytes / (rates.reduce_gb_s * GB)
+
+
+def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
+    return reduce_s(shape.num_tokens * work.reduce_token_bytes, rates) if work.reduce_token_bytes else 0.0
+
+
+def _is_graph(shape: PassShape, rates: Rates) -> bool:
+    return shape.is_decode and rates.node_latency_s is not None
+
+
+def _latency_s(shape: PassShape, rates: Rates) -> float:
+    """The least that a step costs which reduces nothing."""
+    return rates.node_latency_s if _is_graph(shape, rates) else rates.step_latency_s
 
 
 def free_tokens(work: PassWork, rates: Rates) -> int:
@@ -168,43 +202,3 @@ def free_tokens(work: PassWork, rates: Rates) -> int:
         fits = predict_pass(work, PassShape(middle, 1, 0), quiet).total_s <= link_s
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of one lane, in seconds from the start of the pass. An acquire's or a join's is the time waited."""
-
-    lane: str
-    name: str
-    start_s: float
-    end_s: float
-
-
-def predict_timeline(plan: StepPlan, compute_s: Callable[[Compute], float], rates: Rates) -> list[Span]:
-    """Replays the plan: each lane in its order, an instruction not before the events that it waits for.
-
-    `compute_s` gives the seconds of a compute step. The spans are in the plan's order; the last one's end, that of
-    the join, is the time of the pass (see `timeline_s`).
-    """
-    clock = {COMPUTE: 0.0, COPY: 0.0}
-    at: dict[Event, float] = {}
-    spans = []
-    for instruction in plan.instructions:
-        before = clock[instruction.lane]
-        start = end = max([before, *(at[event] for event in instruction.waits)])
-        if isinstance(instruction, Compute):
-            end = start + compute_s(instruction)
-        elif isinstance(instruction, Prefetch):
-            end = start + instruction.slot.nbytes / (rates.link_gb_s * GB)
-        else:
-            start = before
-        clock[instruction.lane] = end
-        if instruction.records is not None:
-            at[instruction.records] = end
-        spans.append(Span(instruction.lane, str(instruction), start, end))
-    return spans
-
-
-def timeline_s(spans: list[Span]) -> float:
-    """Seconds of the predicted pass."""
-    return max((span.end_s for span in spans), default=0.0)

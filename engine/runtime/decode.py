@@ -24,7 +24,7 @@ class DecodePasses:
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
         self.mailbox = Mailbox(max_num_seqs, device)
-        self.graphs = Graphs(device) if use_graphs else None
+        self.graphs = Graphs(device, executor.tracer) if use_graphs else None
 
     def run(self, batch: Batch) -> PendingLetter | PendingSample:
         """Enqueues the pass; what it returns waits for its tokens."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.runtime.sampler import SampleOutput, refuse_nan
+from engine.runtime.trace import Marked, Tracer
 
 POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 
@@ -76,16 +77,18 @@ class PendingLetter:
 
 @dataclass
 class CapturedPass:
-    """A graph, and what each replay adds to the counters that were watched while it was captured."""
+    """A graph, what each replay adds to the counters that were watched while it was captured, and the trace's marks."""
 
     graph: torch.cuda.CUDAGraph
     gains: list[tuple[Counter, Counter]]
+    marks: list[Marked]
 
 
 class Graphs:
     """The captured passes of an engine, by a key of the caller's."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, tracer: Tracer):
+        self.tracer = tracer
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.passes: dict[Hashable, CapturedPass] = {}
@@ -97,25 +100,27 @@ class Graphs:
         capture. Neither is counted; what `run` counts is what each replay will."""
         before = [counter.copy() for counter in counters]
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), self.tracer.aside():
             warm_up()
         self.stream.synchronize()
         warm = [counter.copy() for counter in counters]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        captured = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with self.tracer.aside() as marks, captured:
             run()
         gains = [(counter, counter - old) for counter, old in zip(counters, warm)]
         for counter, old in zip(counters, before):
             counter.clear()
             counter.update(old)
         torch.cuda.current_stream().wait_stream(self.stream)
-        self.passes[key] = CapturedPass(graph, gains)
+        self.passes[key] = CapturedPass(graph, gains, marks)
 
     def replay(self, key: Hashable) -> None:
         captured = self.passes[key]
         captured.graph.replay()
         for counter, gain in captured.gains:
             counter.update(gain)
+        self.tracer.replayed(captured.marks)
 
     def close(self) -> None:
         """Drops the graphs: before the process group, which hangs if a live graph holds its collectives."""

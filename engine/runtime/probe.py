@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from engine.device_profile import KERNELS_A_STEP, Probe
+from engine.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe
 from engine.runtime.measure import (
     CPU_BYTES,
     GPU_BYTES,
@@ -38,7 +38,7 @@ def measure_rates(
     in_graphs: bool,
 ) -> Rates:
     """`copies` are spans of the registered arena and their slots in the ring; without any, a buffer like them serves.
-    Launches and reduces are measured in CUDA graphs if passes are. Link and reduces are the slowest rank's; all ranks
+    Reduces are measured in CUDA graphs if decode passes are. Link and reduces are the slowest rank's; all ranks
     must call this together."""
     num_bytes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     if copies:
@@ -60,7 +60,8 @@ def measure_rates(
         reduce_latency_s=small_s,
         reduce_gb_s=reduce_gb_s,
         source="measured",
-        step_latency_s=KERNELS_A_STEP * launch_s(device, in_graphs),
+        step_latency_s=KERNELS_A_STEP * launch_s(device),
+        node_latency_s=NODES_A_STEP * launch_s(device, in_graph=True) if in_graphs else None,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
     )
 

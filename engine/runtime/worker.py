@@ -91,8 +91,8 @@ class Worker:
             poison=config.poison,
         )
         if device.type == "cuda":
-            use_graphs = not config.enforce_eager and not config.trace  # a trace needs events of its own
-            executor.decode = DecodePasses(executor, config.max_num_seqs, residency.max_model_len, use_graphs)
+            limits = (config.max_num_seqs, residency.max_model_len)
+            executor.decode = DecodePasses(executor, *limits, use_graphs=not config.enforce_eager)
         return executor
 
     def _context(self, config, layout: ModelLayout, topology: Topology, collectives, dtype: torch.dtype) -> StepContext:

@@ -14,11 +14,11 @@ from engine.config import EngineConfig
 from engine.flags import config_from_args
 from engine.model.families import read_config, read_spec, tensor_names
 from engine.model.layout import model_layout
-from engine.planning import make_engine_plan, pass_work
-from engine.step_cost import step_seconds
+from engine.planning import make_engine_plan, pass_work, step_seconds
 from scheduler.pass_work import PassShape
 from scheduler.plan_check import validate
-from scheduler.time_model import load_profile, predict_pass, predict_timeline, timeline_s
+from scheduler.time_model import load_profile, predict_pass
+from scheduler.timeline import predict_timeline, timeline_s
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"
@@ -69,7 +69,7 @@ def test_streamed_bytes_are_the_facts(capsys):
     large = plan_json(capsys, "--model", LARGE, "--resident", "none", "--gpu-memory", "24GiB", "-tp", "2")
     assert large["streamed_bytes"] == pytest.approx(139.0e9 / 2, rel=1e-3)
     assert large["rates"]["link_gb_s"] == 53.1
-    assert 9000 < small["free_tokens"] < 16000
+    assert 8000 < small["free_tokens"] < 16000
 
 
 def test_timeline_and_bounds_agree(capsys):

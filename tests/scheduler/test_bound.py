@@ -4,23 +4,18 @@ import pytest
 
 from scheduler.batch import Batch, BatchRow
 from scheduler.bound import against_bound, bound_of
-from scheduler.pass_work import PassShape, PassWork
+from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.time_model import Rates
 
 # 1 GB/s, 10 GB/s, 1 TFLOP/s
 RATES = Rates(link_gb_s=1.0, memory_gb_s=10.0, gemm_tflops=1.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
-RESIDENT = PassWork(
-    streamed_bytes=0,
-    resident_bytes=2 * 10**9,
-    token_flops=10**9,
-    row_flops=10**8,
-    attention_flops=1000,
-    kv_token_bytes=10**4,
-    num_reduces=0,
-    reduce_token_bytes=0,
-    num_steps=0,
+STEPS = (
+    (StepWork("linears", token_flops=5 * 10**8), 2),
+    (StepWork("attention", attention_flops=250, kv_token_bytes=2500), 4),
+    (StepWork("head", row_flops=10**8), 1),
 )
-STREAMED = PassWork(**{**RESIDENT.__dict__, "streamed_bytes": 10**9, "resident_bytes": 10**9})
+RESIDENT = PassWork(0, 2 * 10**9, STEPS)
+STREAMED = PassWork(10**9, 10**9, STEPS)
 
 
 def batch(*rows: tuple[int, int]) -> Batch:

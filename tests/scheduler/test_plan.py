@@ -31,7 +31,8 @@ from scheduler.step_plan import (
     Slot,
     StepPlan,
 )
-from scheduler.time_model import Rates, predict_timeline, timeline_s
+from scheduler.time_model import Rates
+from scheduler.timeline import predict_timeline, timeline_s
 
 MANY = settings(max_examples=800, deadline=None)  # the properties together: 20 to 30 s on a free core
 RATES = Rates(1.0, 1.0, 1.0, 0.0, 1.0, "test")

@@ -1,41 +1,24 @@
-"""Time model: profiles, the bounds of a pass by hand, and the replay of a plan on two clocks."""
+"""Time model: profiles, steps and passes by hand."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 
-from scheduler.pass_work import PassShape, PassWork
-from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan
-from scheduler.step_plan import Compute, GroupId, RingLayout
-from scheduler.time_model import (
-    Rates,
-    free_tokens,
-    load_profile,
-    predict_pass,
-    predict_timeline,
-    timeline_s,
-)
+from scheduler.pass_work import ATTENTION_SHARE, PassShape, PassWork, StepWork
+from scheduler.time_model import Rates, free_tokens, load_profile, predict_pass, step_s
 
 RATES = Rates(link_gb_s=50.0, memory_gb_s=4000.0, gemm_tflops=800.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
-WORK = PassWork(
-    streamed_bytes=10 * 10**9,
-    resident_bytes=6 * 10**9,
-    token_flops=16 * 10**9,
-    row_flops=10**9,
-    attention_flops=0,
-    kv_token_bytes=10**5,
-    num_reduces=0,
-    reduce_token_bytes=0,
-    num_steps=0,
-)
-
-
-def work(**changes) -> PassWork:
-    return PassWork(**{**WORK.__dict__, **changes})
+READ = StepWork("read", weight_bytes=10**9, token_flops=10**9, kv_token_bytes=10**5)
+REDUCE = StepWork("allreduce", reduce_token_bytes=1000)
+WORK = PassWork(streamed_bytes=10 * 10**9, resident_bytes=6 * 10**9, steps=((READ, 16),))
+RESIDENT = dataclasses.replace(WORK, streamed_bytes=0)
+DECODE = PassShape(1, 1, 1000)
 
 
 def rates(**changes) -> Rates:
-    return Rates(**{**RATES.__dict__, **changes})
+    return dataclasses.replace(RATES, **changes)
 
 
 def test_h200_link_is_shared_by_the_ranks():
@@ -90,91 +73,93 @@ def test_an_unknown_profile_lists_the_known_ones():
         load_profile("h2000")
 
 
+def test_a_step_takes_its_latency_and_what_it_moves_and_computes():
+    """By hand: 4e9 bytes at 4 TB/s are 1 ms, 800e9 FLOPs at 800 TFLOP/s another: together 1.414."""
+    read = StepWork("read", weight_bytes=4 * 10**9)
+    both = dataclasses.replace(read, token_flops=800 * 10**9)
+    assert step_s(read, DECODE, RATES) == pytest.approx(1e-3)
+    assert step_s(both, DECODE, RATES) == pytest.approx(math.sqrt(2) * 1e-3)
+    assert step_s(both, DECODE, rates(node_latency_s=3e-6)) == pytest.approx(math.sqrt(2) * 1e-3 + 3e-6)
+
+
+def test_bytes_and_flops_follow_the_shape():
+    step = StepWork("all", 1, token_bytes=10, row_bytes=100, kv_token_bytes=1000, token_flops=1, row_flops=10)
+    step = dataclasses.replace(step, attention_flops=100)
+    shape = PassShape(num_tokens=6, num_rows=2, context_tokens=50)
+    assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + (50 + 6) * 1000
+    pairs = 50 * 3 + 2 * (1 + 2 + 3)  # three queries a row, each attends to what is there, itself and those before
+    assert step.flops(shape) == 6 + 2 * 10 + pairs * 100
+    assert step.gemm_flops(shape) == pytest.approx(6 + 2 * 10 + pairs * 100 / ATTENTION_SHARE)
+
+
+def test_an_eager_step_is_no_shorter_than_its_launch():
+    """Decode passes are graphs, where there are graphs."""
+    tiny = StepWork("norm", token_bytes=8)
+    prefill = PassShape(2, 1, 2)
+    gpu, cpu = rates(step_latency_s=8e-6, node_latency_s=2e-6), rates(step_latency_s=8e-6)
+    assert step_s(tiny, DECODE, gpu) == pytest.approx(2e-6, rel=1e-3)
+    assert step_s(tiny, prefill, gpu) == step_s(tiny, prefill, cpu) == step_s(tiny, DECODE, cpu) == 8e-6
+    launches = PassWork(0, 0, ((tiny, 100),))
+    graph, eager = (predict_pass(launches, shape, gpu) for shape in (DECODE, prefill))
+    assert graph.bound == eager.bound == "launch"
+    assert (graph.launch_s, eager.launch_s) == pytest.approx((2e-4, 8e-4))
+    assert step_s(READ, prefill, gpu) > 2e-4  # what computes longer hides its launch
+
+
+def test_a_step_of_nothing_costs_nothing():
+    idle = StepWork("attn_allreduce")
+    assert idle.is_idle and not REDUCE.is_idle
+    assert step_s(idle, DECODE, rates(step_latency_s=1.0, node_latency_s=1.0)) == 0
+
+
 def test_a_streamed_pass_is_as_long_as_its_copies():
-    time = predict_pass(WORK, PassShape(1, 1, 1000), RATES)
+    time = predict_pass(WORK, DECODE, RATES)
     assert time.bound == "link"
     assert time.total_s == time.link_s == pytest.approx(10 / 50)
-    assert time.memory_s == pytest.approx((16e9 + 1001 * 1e5) / 4e12)
-    assert time.compute_s == pytest.approx(17e9 / 8e14)
+    assert time.memory_s == pytest.approx(16 * (1e9 + 1001 * 1e5) / 4e12)
+    assert time.compute_s == pytest.approx(16e9 / 8e14)
 
 
 def test_a_resident_pass_is_bound_by_memory_then_by_compute():
-    still = work(streamed_bytes=0)
-    few = predict_pass(still, PassShape(1, 1, 0), RATES)
-    many = predict_pass(still, PassShape(4000, 1, 0), RATES)
+    few, many = (predict_pass(RESIDENT, PassShape(n, 1, 0), RATES) for n in (1, 4000))
     assert (few.bound, many.bound) == ("memory", "compute")
-    assert many.total_s == pytest.approx((4000 * 16e9 + 1e9) / 8e14)
+    assert few.total_s == pytest.approx(few.memory_s, rel=0.01)
+    assert many.total_s == pytest.approx(math.hypot(many.memory_s, many.compute_s))
+
+
+def test_a_pass_is_the_sum_of_its_steps():
+    """The same cost as in the timeline, which replays them one by one."""
+    shape = PassShape(300, 4, 5000)
+    mixed = PassWork(0, 0, ((READ, 3), (REDUCE, 2), (StepWork("norm", token_bytes=10**6), 5)))
+    slow = rates(reduce_latency_s=1e-4, node_latency_s=1e-5, step_latency_s=2e-5)
+    expected = sum(count * step_s(step, shape, slow) for step, count in mixed.steps)
+    assert predict_pass(mixed, shape, slow).total_s == pytest.approx(expected)
+    assert (mixed.num_steps, mixed.num_reduces, mixed.kv_token_bytes) == (10, 2, 3 * 10**5)
 
 
 def test_reduces_add_to_the_compute_lane_only():
-    reducing = work(num_reduces=10, reduce_token_bytes=1000)
     slow = rates(reduce_latency_s=1e-3)
-    streamed = predict_pass(reducing, PassShape(1, 1, 0), slow)
-    resident = predict_pass(work(streamed_bytes=0, num_reduces=10, reduce_token_bytes=1000), PassShape(1, 1, 0), slow)
+    steps = (*WORK.steps, (REDUCE, 10))
+    streamed, resident = (predict_pass(dataclasses.replace(w, steps=steps), DECODE, slow) for w in (WORK, RESIDENT))
     assert streamed.total_s == streamed.link_s
     assert resident.reduce_s == pytest.approx(10 * (1e-3 + 1e-6))
-    assert resident.total_s == pytest.approx(resident.memory_s + resident.reduce_s)
+    assert resident.total_s == pytest.approx(predict_pass(RESIDENT, DECODE, slow).total_s + resident.reduce_s)
 
 
-def test_attention_flops_grow_with_queries_and_context():
-    attention = work(attention_flops=1000)
-    one = (
-        predict_pass(attention, PassShape(1, 1, 500), RATES).compute_s
-        - predict_pass(WORK, PassShape(1, 1, 500), RATES).compute_s
-    )
-    assert one == pytest.approx(501 * 1000 / 8e14)
+def test_a_reduce_s_latency_stands_in_a_node_s_place():
+    """A fused step reduces and does the rest on the way."""
+    fused = StepWork("allreduce+residual", token_bytes=4000, reduce_token_bytes=1000)
+    slow = rates(reduce_latency_s=1e-5, node_latency_s=1e-6)
+    assert step_s(fused, DECODE, slow) == pytest.approx(1e-5 + 1000 / 1e9 + 4000 / 4e12)
 
 
 def test_nothing_hides_the_latency_of_a_pass():
-    base = predict_pass(WORK, PassShape(1, 1, 0), RATES).total_s
-    assert predict_pass(WORK, PassShape(1, 1, 0), rates(pass_latency_s=0.5)).total_s == pytest.approx(base + 0.5)
+    base = predict_pass(WORK, DECODE, RATES).total_s
+    assert predict_pass(WORK, DECODE, rates(pass_latency_s=0.5)).total_s == pytest.approx(base + 0.5)
 
 
-def test_free_tokens_end_where_compute_reaches_the_link():
-    assert free_tokens(WORK, RATES) == int((0.2 * 8e14 - 1e9) / 16e9)
-    assert free_tokens(work(streamed_bytes=0), RATES) == 0
-    more = free_tokens(WORK, RATES) + 1
-    assert predict_pass(WORK, PassShape(more, 1, 0), RATES).bound == "compute"
-
-
-def two_layers():
-    """Four groups of 1e9 bytes, a step each, then a step without weights: (steps, streamed)."""
-    groups = [GroupId(i // 2, ("attn", "ffn")[i % 2]) for i in range(4)]
-    steps = [Compute(f"read {g}", g.layer_idx, g, ()) for g in groups] + [Compute("sample", 2, None, ())]
-    return steps, [(g, 10**9) for g in groups]
-
-
-def test_the_timeline_by_hand():
-    """1 s a copy, 0.25 s a step; the ring holds two, both wrapped, so that each copy waits for one release.
-
-    compute | g0 .25 | g1 .25 |  waits to 1.25 | g2 .25 | waits to 2.25 | g3 .25 | sample .25 | joins at 4.25
-    copy    | -- .25 | g2 to 1.25 | g3 to 2.25 | g0 to 3.25 | g1 to 4.25
-    """
-    steps, streamed = two_layers()
-    plan = make_plan(steps, lay_out_ring(streamed, 2 * 10**9))
-    spans = predict_timeline(plan, lambda step: 0.25, rates(link_gb_s=1.0))
-    assert len(spans) == len(plan.instructions)
-    named = {span.name: (span.start_s, span.end_s) for span in spans}
-    assert named["prefetch 1.attn"] == (0.25, 1.25)
-    assert named["prefetch 1.ffn"] == (1.25, 2.25)
-    assert named["prefetch 0.ffn (next pass)"] == (3.25, 4.25)
-    assert named["acquire 1.attn"] == (0.5, 1.25)
-    assert named["read 1.attn"] == (1.25, 1.5)
-    assert named["sample"] == (2.5, 2.75)
-    assert named["join"] == (2.75, 4.25)
-    assert timeline_s(spans) == spans[-1].end_s == 4.25
-
-
-def test_the_timeline_of_a_resident_pass_is_the_sum_of_its_steps():
-    steps, _ = two_layers()
-    spans = predict_timeline(make_plan(steps, RingLayout(0, 0, ())), lambda step: 0.25, RATES)
-    assert timeline_s(spans) == 1.25 and {span.lane for span in spans} == {"compute"}
-
-
-def test_lanes_never_overlap_themselves():
-    steps, streamed = two_layers()
-    plan = make_plan(steps, lay_out_ring(streamed, default_ring_bytes(streamed)))
-    spans = predict_timeline(plan, lambda step: 0.1, RATES)
-    for lane in ("compute", "copy"):
-        mine = [span for span in spans if span.lane == lane]
-        assert all(a.end_s <= b.start_s for a, b in zip(mine, mine[1:], strict=False))
+def test_free_tokens_end_where_the_compute_lane_reaches_the_link():
+    free = free_tokens(WORK, RATES)
+    times = [predict_pass(WORK, PassShape(n, 1, 0), RATES) for n in (free, free + 1)]
+    assert times[0].total_s == times[0].link_s < times[1].total_s
+    assert free_tokens(RESIDENT, RATES) == 0

@@ -1,0 +1,45 @@
+"""`penstock trace`: one pass of a short workload as a picture, the two lanes of each rank, predicted beside measured.
+
+The trace itself, all passes of it, is left as Chrome/Perfetto JSON. Tokens are random: see traced_run.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.runtime.trace import Span
+from engine.trace_plot import check_installed, draw, rows
+from engine.traced_run import PASSES, TRACE, TracedRun, add_workload_arguments, run_traced
+
+
+def add_arguments(parser) -> None:
+    add_workload_arguments(parser)
+    parser.add_argument("--pass", dest="kind", choices=PASSES, default="decode", help="the pass to draw")
+    parser.add_argument("--output", metavar="FILE", help="the PNG (default: beside the JSON of --trace)")
+    parser.add_argument("--start-ms", type=float, default=None, metavar="X", help="draw from here in the pass")
+    parser.add_argument("--end-ms", type=float, default=None, metavar="X", help="draw up to here")
+
+
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Raises ValueError for what cannot be run or drawn, before anything is loaded."""
+    check_installed()
+    trace = config.trace or TRACE
+    output = args.output or str(Path(trace).with_suffix(".png"))
+    if not Path(output).parent.is_dir():
+        raise ValueError(f"--output {output}: no such directory")
+    traced = run_traced(args, config)
+    if traced is not None:
+        index = traced.find(args.kind)
+        draw(lanes(traced, index), args.start_ms, args.end_ms, f"{config.model}: {traced.describe(index)}", output)
+        print(f"{traced.describe(index)}: {output}; all passes, for Perfetto: {trace}", file=sys.stderr)
+    return 0
+
+
+def lanes(traced: TracedRun, pass_index: int) -> list[tuple[str, list[Span]]]:
+    """The rows of the picture: what was measured on each rank, then what was predicted, which is the same for all."""
+    drawn = []
+    for rank in range(traced.plan.tp_size):
+        title = f"rank {rank} " if traced.plan.tp_size > 1 else ""
+        drawn += rows(title, traced.lanes(rank, pass_index))
+    return drawn + rows("predicted ", traced.lanes(0, pass_index, predicted=True))

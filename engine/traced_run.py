@@ -1,0 +1,91 @@
+"""A short workload under a trace, which `penstock trace` draws and `penstock profile` counts.
+
+Prompts of random token ids, so that any model and random weights will do. They run twice: the first time kernels are
+loaded and passes captured, and only passes of the second time are looked at.
+"""
+
+import argparse
+import random
+import statistics
+from dataclasses import dataclass, replace
+
+from engine.config import EngineConfig
+from engine.llm import LLM
+from engine.planning import EnginePlan
+from engine.runtime.trace import Span, read_spans
+from scheduler.pass_work import PassShape
+from scheduler.request import SamplingParams
+
+PASSES = ("decode", "prefill")
+TRACE = "trace.json"
+WARM_UP_TOKENS = 3
+
+
+def add_workload_arguments(parser) -> None:
+    """vLLM's names for them."""
+    parser.add_argument("--input-len", type=int, default=128, metavar="N", help="tokens a prompt (default: 128)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at once (default: 1)")
+    parser.add_argument("--output-len", type=int, default=8, metavar="N", help="tokens to generate (default: 8)")
+
+
+@dataclass(frozen=True)
+class TracedRun:
+    """`shapes` by pass index, `first_warm` the first pass that is warm; `spans` by rank and whether predicted."""
+
+    plan: EnginePlan
+    shapes: list[PassShape]
+    first_warm: int
+    spans: dict[tuple[int, bool], list[Span]]
+
+    def find(self, kind: str) -> int:
+        """The index of the warm pass of that kind with the most tokens; of several, the one of median time."""
+        warm = [i for i, s in enumerate(self.shapes) if i >= self.first_warm and s.is_decode == (kind == "decode")]
+        most = max(self.shapes[index].num_tokens for index in warm)
+        alike = [index for index in warm if self.shapes[index].num_tokens == most]
+        times = {index: pass_s(self.lanes(0, index)) for index in alike}
+        return next(index for index in alike if times[index] == statistics.median_low(times.values()))
+
+    def lanes(self, rank: int, pass_index: int, predicted: bool = False) -> list[Span]:
+        """A rank's spans of one pass, from its start: the ranks' clocks have nothing in common."""
+        spans = [span for span in self.spans[rank, predicted] if span.pass_index == pass_index]
+        begin_s = min(span.start_s for span in spans)
+        return [replace(span, start_s=span.start_s - begin_s, end_s=span.end_s - begin_s) for span in spans]
+
+    def describe(self, pass_index: int) -> str:
+        """`decode pass of 64 rows, 3136 tokens in the KV cache`."""
+        shape = self.shapes[pass_index]
+        rows = "1 row" if shape.num_rows == 1 else f"{shape.num_rows} rows"
+        what = f"decode pass of {rows}" if shape.is_decode else f"prefill pass of {shape.num_tokens} tokens, {rows}"
+        return f"{what}, {shape.context_tokens} tokens in the KV cache"
+
+
+def pass_s(spans: list[Span]) -> float:
+    """Seconds from the start of the first span to the end of the last."""
+    return max(span.end_s for span in spans) - min(span.start_s for span in spans)
+
+
+def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | None:
+    """Runs the workload and leaves its trace in config.trace, or TRACE. None on all ranks but 0.
+
+    Raises ValueError naming the flag that cannot be meant, and as LLM does.
+    """
+    for name, least in (("input_len", 2), ("output_len", 2), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value < least:
+            raise ValueError(f"{name}={value}: expected at least {least}, for a prefill and a decode pass")
+    config = replace(config, trace=config.trace or TRACE)
+    params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
+    with LLM(**config.to_dict()) as llm:
+        numbers = random.Random(config.seed)
+        vocabulary = range(llm.rank.plan.spec.vocab_size)
+        prompts = [numbers.choices(vocabulary, k=args.input_len) for _ in range(args.batch_size)]
+        llm.check(prompts, params)
+        speaks = llm.rank.topology.rank == 0
+        llm.generate(prompts, replace(params, max_tokens=min(WARM_UP_TOKENS, args.output_len)))
+        if speaks:
+            llm.measure()
+        shapes = llm.rank.worker.tracer.shapes
+        first_warm = len(shapes)
+        llm.generate(prompts, params)
+        plan = llm.rank.plan
+    return TracedRun(plan, shapes, first_warm, read_spans(config.trace)) if speaks else None

@@ -1,0 +1,71 @@
+"""`penstock trace` on the demo model: a picture of the pass that was asked for, and the trace as JSON."""
+
+import json
+
+import pytest
+
+from engine import cli, trace_plot
+from engine.runtime.trace import read_spans
+from engine.trace_plot import COLOURS, kind, rows
+from scheduler.step_plan import COMPUTE, COPY
+
+OPTIONS = ("--device", "cpu", "--input-len", "24", "--output-len", "4")
+
+
+@pytest.mark.parametrize("which, tokens", [("decode", 2), ("prefill", 48)])
+def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
+    drawn = []
+    plain_draw = trace_plot.draw
+    monkeypatch.setattr("engine.trace_command.draw", lambda *args: (drawn.append(args), plain_draw(*args)))
+    trace, picture = str(tmp_path / "t.json"), tmp_path / "picture.png"
+    where = ("--trace", trace, "--output", str(picture), "--pass", which, "--batch-size", "2")
+    assert cli.main(["trace", "demo", "--resident", "none", *where, *OPTIONS]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (lanes, _, _, title, _), *_ = drawn
+    assert [name for name, _ in lanes] == ["compute", "copy", "predicted compute", "predicted copy"]
+    assert ("decode pass of 2 rows" if which == "decode" else f"prefill pass of {tokens} tokens") in title
+    (index,) = {span.pass_index for _, spans in lanes for span in spans}
+    file = read_spans(trace)
+    assert max(span.pass_index for span in file[0, False]) >= index > 4  # a warm one
+    measured = [span.name for span in file[0, False] if span.pass_index == index and span.lane == COPY]
+    assert [span.name for span in dict(lanes)["copy"]] == measured
+    assert sorted(s.name for s in dict(lanes)["predicted compute"]) == sorted(s.name for s in dict(lanes)["compute"])
+    assert min(span.start_s for _, spans in lanes for span in spans) == 0
+    assert str(picture) in capsys.readouterr().err
+
+
+def test_the_picture_lies_beside_the_trace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["trace", "demo", "--resident", "all", "--start-ms", "0", "--end-ms", "2", *OPTIONS]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "trace.png"}
+    assert all(span.lane == COMPUTE for span in read_spans("trace.json")[0, False])
+
+
+def test_without_matplotlib_it_says_how_to_install_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trace_plot, "Figure", None)
+    assert cli.main(["trace", "nowhere", *OPTIONS]) == 2  # before the model is even looked for
+    assert "pip install 'penstock[plot]'" in capsys.readouterr().err
+
+
+def test_a_place_that_is_not_there_is_refused_first(capsys, tmp_path):
+    assert cli.main(["trace", "nowhere", "--output", str(tmp_path / "no" / "p.png"), *OPTIONS]) == 2
+    assert "no such directory" in capsys.readouterr().err
+
+
+def test_every_instruction_has_a_colour():
+    names = {
+        "acquire 3.ffn": "wait", "prefetch 0.attn (next pass)": "attn weights", "prefetch head": "head",
+        "attn_allreduce 1": "reduce", "attn_residual+ffn_norm 2": "attn", "rope 0": "attn", "ffn_up 9": "ffn",
+        "sample 32": "other",
+    }  # fmt: skip
+    assert {name: kind(name) for name in names} == names
+    assert set(names.values()) <= set(COLOURS)
+    assert rows("", []) == []
+
+
+def test_generate_still_leaves_a_trace(tmp_path):
+    file = tmp_path / "g.json"
+    options = ("--prompt", "Return", "--max-tokens", "2", "--device", "cpu", "--trace", str(file))
+    assert cli.main(["generate", "demo", *options]) == 0
+    assert {event["ph"] for event in json.loads(file.read_text())["traceEvents"]} == {"M", "X"}

@@ -1,0 +1,73 @@
+"""Traces on a GPU: a captured pass has a span for every instruction, in order, together as long as the pass."""
+
+import pytest
+import torch
+
+from engine.llm import LLM
+from engine.runtime.trace import RecordingTracer, label, read_spans
+from engine.traced_run import pass_s
+from scheduler.request import SamplingParams
+from scheduler.step_plan import COMPUTE, COPY
+
+pytestmark = pytest.mark.gpu
+PROMPTS = [[0, 5, 9], list(range(3, 60))]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "gpu_memory": "4GiB"}
+RESOLUTION_S = 2e-6  # of events
+
+
+def tokens_of(llm: LLM) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("resident", ["all", "none", 0.5])
+def test_every_pass_has_its_instructions(tmp_path, resident, enforce_eager):
+    trace = str(tmp_path / "trace.json")
+    with LLM("demo", **OPTIONS, resident=resident, enforce_eager=enforce_eager) as llm:
+        untraced = tokens_of(llm)
+    with LLM("demo", **OPTIONS, resident=resident, enforce_eager=enforce_eager, trace=trace) as llm:
+        graphs = llm.rank.worker.executor.decode.graphs
+        assert (graphs is None) == enforce_eager
+        assert tokens_of(llm) == untraced
+        assert enforce_eager or graphs.passes
+        shapes, instructions = list(llm.rank.worker.tracer.shapes), llm.rank.plan.step_plan.instructions
+        launching = {work.step for work, _ in llm.rank.plan.steps}
+    spans = read_spans(trace)[0, False]
+    starts = []
+    for index, shape in enumerate(shapes):
+        mine = [span for span in spans if span.pass_index == index]
+        assert [span.name for span in mine] == [label(i) for i in instructions], (index, shape)
+        assert all(span.end_s >= span.start_s for span in mine)
+        for lane in (COMPUTE, COPY):
+            own = [span for span in mine if span.lane == lane]
+            assert all(a.end_s <= b.start_s + RESOLUTION_S for a, b in zip(own, own[1:]))
+        copied = {s.name.split()[1]: s.end_s for s in mine if s.lane == COPY and "next pass" not in s.name}
+        for span in mine:
+            if span.name.startswith("acquire") and span.name.split()[1] in copied:
+                assert span.end_s >= copied[span.name.split()[1]] - RESOLUTION_S, span
+        starts.append(min(span.start_s for span in mine))
+    assert starts == sorted(set(starts)) and any(shape.is_decode for shape in shapes)
+    for step in launching:
+        assert sum(s.end_s - s.start_s for s in spans if s.name.split()[0] == step) > 0, step
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+def test_the_spans_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
+    """Between two events around a replay lie the spans and the few kernels that derive the inputs before them."""
+    with LLM("demo", **OPTIONS, resident=resident, trace=str(tmp_path / "trace.json")) as llm:
+        tokens_of(llm)
+        captured = next(iter(llm.rank.worker.executor.decode.graphs.passes.values()))
+        tracer: RecordingTracer = llm.rank.worker.tracer
+        for _ in range(3):
+            around = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            around[0].record()
+            captured.graph.replay()
+            around[1].record()
+            known = len(tracer.known)
+            tracer.replayed(captured.marks)
+            spans = tracer.known[known:]
+            graph_s = around[0].elapsed_time(around[1]) / 1e3
+            assert 0.5 * graph_s < pass_s(spans) <= graph_s + RESOLUTION_S
+            compute_s = sum(span.end_s - span.start_s for span in spans if span.lane == COMPUTE)
+            assert compute_s == pytest.approx(pass_s(spans), abs=len(spans) * 1e-7, rel=0.02)
