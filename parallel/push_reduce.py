@@ -122,10 +122,12 @@ if triton is not None:
     def sum_parts(parts, dtype: tl.constexpr):
         """The sums of words (RANKS, W), one or two elements a word, rounded to dtype."""
         if dtype.primitive_bitwidth == 32:
-            return tl.sum(parts.to(dtype, bitcast=True), 0)
-        low = tl.sum(parts.to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
-        high = tl.sum((parts >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
-        return tl.reshape(tl.join(low, high), (2 * low.shape[0],)).to(dtype)
+            total = tl.sum(parts.to(dtype, bitcast=True), 0)
+        else:
+            low = tl.sum(parts.to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
+            high = tl.sum((parts >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
+            total = tl.reshape(tl.join(low, high), (2 * low.shape[0],)).to(dtype)
+        return total
 
     @triton.jit
     def flip(halves, half):
