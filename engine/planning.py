@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.device_profile import ASSUMED, find_profile, read_device
 from engine.model.families import tensor_names
-from engine.model.fusion import fuse
+from engine.model.fusion import fuse, fuses_over_ranks
 from engine.model.layout import ModelLayout, model_layout
 from engine.model.spec import ModelSpec
 from engine.model.steps import activation_bytes, model_steps
@@ -64,7 +64,9 @@ def make_engine_plan(
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
     on_gpu = device_memory_bytes is not None
-    steps = fuse(model_steps(spec), tp_size) if on_gpu else model_steps(spec)
+    steps = model_steps(spec)
+    if on_gpu:
+        steps = fuse(steps, fuses_over_ranks(tp_size, spec.hidden_size))
     sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
     offsets = lay_out_activations(make_plan(steps, RingLayout(0, 0, ())), sizes)
     total = max(offset + sizes[name] for name, offset in offsets.items())

@@ -38,12 +38,12 @@ except ImportError:  # a CPU install has no triton
 
 calls = {"triton": 0}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_BYTES = 256 * 2**10  # of a part: beyond, what every rank sends to each other one takes longer than two steps
+MOST_BYTES = 2**20  # of a part: beyond, what every rank sends to each other one takes longer than two steps
 MAX_PROGRAMS = 128  # an H200 has 132 SMs
 NUM_HALVES = 2
 WORD_BYTES = 4
 SLOT_WORDS = MOST_BYTES // WORD_BYTES
-BLOCK_WORDS = SLOT_WORDS // MAX_PROGRAMS
+LEAST_BLOCK_WORDS = 512
 EMPTY = -1  # all ones
 
 
@@ -77,10 +77,11 @@ def push_reduce(peers: PeerBuffers, part: Tensor, pushes: bool = True, collects:
     calls["triton"] += 1
     words = part.view(-1).view(torch.int32)
     if len(words):
-        _push_reduce[(triton.cdiv(len(words), BLOCK_WORDS),)](
+        block = max(triton.next_power_of_2(triton.cdiv(len(words), MAX_PROGRAMS)), LEAST_BLOCK_WORDS)
+        _push_reduce[(triton.cdiv(len(words), block),)](
             *(part, words, peers.words, peers.others, peers.half, peers.rank, peers.size, len(words)),
-            *(triton.next_power_of_2(peers.size), BLOCK_WORDS, pushes, collects),
-            num_warps=4,
+            *(triton.next_power_of_2(peers.size), block, pushes, collects),
+            num_warps=block // 128,
         )
 
 

@@ -17,6 +17,8 @@ not with 8. Not tried: the last program of a head merging (a node less), program
 import torch
 from torch import Tensor
 
+from engine.kernels.overlap import options, wait_for_inputs
+
 try:
     import triton
     import triton.language as tl
@@ -81,13 +83,14 @@ def decode_attention(
         **{"Q": num_queries, "GROUP": group, "S": page_size, "SPLIT": split, **shape},
         M=max(16, triton.next_power_of_2(group * num_queries)),
         DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
+        **options(q.device),
         num_warps=4 if q.element_size() == 2 else 8,  # fp32 spills registers with 4
         num_stages=3,
     )
     if split:
         _merge_segments[(num_heads, num_queries, num_rows)](
             *(context_lens, out, parts, (out.stride(0), out.stride(1)), ways),
-            **{"CHUNK": min(64, triton.next_power_of_2(num_segments)), **shape},
+            **{"CHUNK": min(64, triton.next_power_of_2(num_segments)), **shape, **options(q.device)},
         )
 
 
@@ -154,7 +157,9 @@ if triton is not None:
         BLOCK: tl.constexpr,
         M: tl.constexpr,
         DOT: tl.constexpr,
+        OVERLAPS: tl.constexpr,
     ):
+        wait_for_inputs(OVERLAPS)
         kv_head, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         num_kv_heads, segments = tl.num_programs(0), tl.num_programs(1)
         q_row, q_token, out_row, out_token, table_row = strides
@@ -213,7 +218,9 @@ if triton is not None:
         E_PADDED: tl.constexpr,
         BLOCK: tl.constexpr,
         CHUNK: tl.constexpr,
+        OVERLAPS: tl.constexpr,
     ):
+        wait_for_inputs(OVERLAPS)
         head, token, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         num_heads, num_queries = tl.num_programs(0), tl.num_programs(1)
         context = tl.load(context_lens + row)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.overlap import options, wait_for_inputs
+
 try:
     import triton
     import triton.language as tl
@@ -71,7 +73,10 @@ def _gated_activation_triton(ffn: Tensor, kind: str, gated: bool) -> None:
     width = ffn.shape[1] // 2 if gated else ffn.shape[1]
     block = min(BLOCK, triton.next_power_of_2(width))
     _activate_rows[(ffn.shape[0], triton.cdiv(width, block))](
-        *(ffn, ffn.stride(0), width, kind, gated, block), num_warps=NUM_WARPS, enable_fp_fusion=False
+        *(ffn, ffn.stride(0), width, kind, gated, block),
+        **options(ffn.device),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
     )
 
 
@@ -118,7 +123,10 @@ if triton is not None:
             return _gelu_fast(x, dtype)
 
     @triton.jit
-    def _activate_rows(ffn, ffn_row, width, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    def _activate_rows(
+        ffn, ffn_row, width, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+    ):  # fmt: skip
+        wait_for_inputs(OVERLAPS)
         dtype: tl.constexpr = ffn.dtype.element_ty
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         place, inside = ffn + tl.program_id(0).to(tl.int64) * ffn_row + column, column < width

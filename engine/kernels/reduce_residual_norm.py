@@ -10,6 +10,7 @@ shortens the push and adds an exchange of the sum of squares.
 
 from torch import Tensor, int32
 
+from engine.kernels.overlap import options, wait_for_inputs
 from engine.kernels.residual_norm import check_rows, load_weights, norm_row
 from parallel.push_reduce import WORD_BYTES, PeerBuffers, collect, fits_rows, flip, load_part, push, sum_parts
 
@@ -50,6 +51,7 @@ def reduce_residual_norm(
             *(peers.words, peers.others, peers.half, peers.rank, peers.size),
             *(width, kind == "layer", bias is not None),
             *(triton.next_power_of_2(peers.size), block, pushes, collects),
+            **options(x.device),
             num_warps=min(max(block // 128, 1), MAX_WARPS),
             enable_fp_fusion=False,
         )
@@ -62,20 +64,23 @@ if triton is not None:
         x, delta, weight, bias, out, eps, x_row, out_row, words, others, halves, rank, size,
         D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
         RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
+        OVERLAPS: tl.constexpr,
     ):  # fmt: skip
         dtype: tl.constexpr = x.dtype.element_ty
         PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
         row, word = tl.program_id(0), tl.arange(0, BLOCK)
         place, there = row * (D // PER_WORD) + word, word < D // PER_WORD
+        column = tl.arange(0, BLOCK * PER_WORD)
+        inside = column < D
+        if COLLECTS:
+            factors, offsets = load_weights(weight, bias, column, inside, BIAS)
+        wait_for_inputs(OVERLAPS)
         half = tl.load(halves + row)
         own = load_part(delta, place, there)
         if PUSHES:
             push(own, others, place, there, half, rank, size)
         if COLLECTS:
-            column = tl.arange(0, BLOCK * PER_WORD)
-            inside = column < D
             values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-            factors, offsets = load_weights(weight, bias, column, inside, BIAS)
             parts = collect(own, words, place, there, half, rank, size, RANKS)
             values = (values + sum_parts(parts, dtype).to(tl.float32)).to(dtype)
             tl.store(x + row * x_row + column, values, mask=inside)

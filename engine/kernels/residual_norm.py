@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.overlap import options, wait_for_inputs
+
 try:
     import triton
     import triton.language as tl
@@ -54,6 +56,7 @@ def _residual_norm_triton(x, delta, weight, bias, eps, out, kind) -> None:
     _add_and_norm[(x.shape[0],)](
         *(x, delta, weight, bias, out, eps, *strides),
         *(width, kind == "layer", delta is not None, bias is not None, block),
+        **options(x.device),
         num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread, up to D = 8192
         enable_fp_fusion=False,
     )
@@ -100,14 +103,16 @@ if triton is not None:
     def _add_and_norm(
         x, delta, weight, bias, out, eps, x_row, delta_row, out_row,
         D: tl.constexpr, LAYER: tl.constexpr, ADDS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+        OVERLAPS: tl.constexpr,
     ):  # fmt: skip
         dtype: tl.constexpr = x.dtype.element_ty
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         inside = column < D
+        factors, offsets = load_weights(weight, bias, column, inside, BIAS)  # on their way during the sums
+        wait_for_inputs(OVERLAPS)
         values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
         if ADDS:
             values += tl.load(delta + row * delta_row + column, mask=inside, other=0.0).to(tl.float32)
-        factors, offsets = load_weights(weight, bias, column, inside, BIAS)  # on their way during the sums
         if ADDS:
             rounded = values.to(dtype)
             tl.store(x + row * x_row + column, rounded, mask=inside)

@@ -10,6 +10,8 @@ is safe. Tried: nothing else yet.
 import torch
 from torch import Tensor
 
+from engine.kernels.overlap import options, wait_for_inputs
+
 try:
     import triton
     import triton.language as tl
@@ -80,6 +82,7 @@ def _rope_append_triton(attn, table, positions, places, keys, values, num_heads,
         *(attn.stride(0), *table.stride()[:2], *keys.stride()[:2], *values.stride()[:2]),
         *(num_heads, num_kv_heads, dim, half, q_norm is not None),
         *(heads, triton.next_power_of_2(half), triton.next_power_of_2(dim - 2 * half) if dim > 2 * half else 0),
+        **options(attn.device),
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # a fused multiply-add would not round the product in fp32
     )
@@ -109,8 +112,9 @@ if triton is not None:
         attn, table, positions, places, keys, values, q_norm, k_norm, eps,
         attn_row, table_part, table_row, key_row, key_head, value_row, value_head,
         H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, NORMS: tl.constexpr,
-        HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+        HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, OVERLAPS: tl.constexpr,
     ):  # fmt: skip
+        wait_for_inputs(OVERLAPS)
         dtype: tl.constexpr = attn.dtype.element_ty
         token = tl.program_id(0).to(tl.int64)
         head, half = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)

@@ -20,9 +20,15 @@ FUSED_OVER_RANKS = (
 )
 
 
-def fuse(steps: list[Compute], tp_size: int) -> list[Compute]:
-    """The same steps with every run of FUSED joined; where there are several ranks, every run of FUSED_OVER_RANKS."""
-    runs = FUSED if tp_size == 1 else FUSED_OVER_RANKS
+def fuses_over_ranks(tp_size: int, hidden_size: int) -> bool:
+    """Whether reduces join their residuals. On four H200s a row of 2048 takes 3.3 us and not 4.2, 4096 the same or
+    0.6 less, 8192 6.3 and not 4.9: one program pushes and polls the whole row, where the reduce alone has several."""
+    return tp_size > 1 and hidden_size <= 4096
+
+
+def fuse(steps: list[Compute], over_ranks: bool) -> list[Compute]:
+    """The same steps with every run of FUSED joined; `over_ranks`: with every run of FUSED_OVER_RANKS."""
+    runs = FUSED_OVER_RANKS if over_ranks else FUSED
     fused: list[Compute] = []
     for step in steps:
         fused.append(step)

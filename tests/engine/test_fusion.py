@@ -20,8 +20,8 @@ def steps(request):
     return model_steps(read_spec(request.param, "config.json"))
 
 
-@pytest.fixture(params=[1, 4], ids="tp{}".format)
-def tp_size(request):
+@pytest.fixture(params=[False, True], ids=["pairs", "over_ranks"])
+def over_ranks(request):
     return request.param
 
 
@@ -36,9 +36,9 @@ def rings(steps):
     ]
 
 
-def test_each_plan_validates(steps, tp_size):
+def test_each_plan_validates(steps, over_ranks):
     """make_plan proves events, ring and lifetimes; a fused step's weights are acquired before it."""
-    fused = fuse(steps, tp_size)
+    fused = fuse(steps, over_ranks)
     for ring in rings(steps):
         plan = make_plan(fused, ring)
         for index, instruction in enumerate(plan.instructions):
@@ -46,27 +46,27 @@ def test_each_plan_validates(steps, tp_size):
                 assert any(isinstance(i, Acquire) and i.group == instruction.group for i in plan.instructions[:index])
 
 
-def test_nothing_is_lost(steps, tp_size):
+def test_nothing_is_lost(steps, over_ranks):
     """The parts of the fused names are the steps, in order, and every residual has found its norm."""
-    fused = fuse(steps, tp_size)
+    fused = fuse(steps, over_ranks)
     assert [part for step in fused for part in step.step.split("+")] == [step.step for step in steps]
     assert not any(step.step.endswith("residual") for step in fused)
     num_residuals = sum(step.step.endswith("residual") for step in steps)
-    assert len(steps) - len(fused) == num_residuals * (1 if tp_size == 1 else 2) >= LAYERS
+    assert len(steps) - len(fused) == num_residuals * (2 if over_ranks else 1) >= LAYERS
     assert {step.step for step in fused} <= set(STEPS)
     assert sum(map(sums_over_ranks, fused)) == sum(map(sums_over_ranks, steps)) == num_residuals + 1
-    if tp_size > 1:
+    if over_ranks:
         assert [step.step for step in fused if step.step.endswith("allreduce")] == ["embed_allreduce"]
     norms = {(s.step, s.layer_idx, s.group) for s in steps if s.step.endswith("norm")}
     assert norms == {
         (s.step.split("+")[-1], s.layer_idx, s.group) for s in fused if s.step.split("+")[-1].endswith("norm")
     }
-    assert fuse(fused, tp_size) == fused
+    assert fuse(fused, over_ranks) == fused
 
 
-def test_activations_live_as_long(steps, tp_size):
+def test_activations_live_as_long(steps, over_ranks):
     """x_ no longer dies between residual and norm; every other activation has the lifetimes it had."""
-    plain, fused = (make_plan(s, RingLayout(0, 0, ())) for s in (steps, fuse(steps, tp_size)))
+    plain, fused = (make_plan(s, RingLayout(0, 0, ())) for s in (steps, fuse(steps, over_ranks)))
     named = [
         {name: [(at(plan, s), at(plan, t)) for s, t in spans] for name, spans in lifetimes(plan).items()}
         for plan in (plain, fused)
@@ -82,7 +82,7 @@ def at(plan, index):
 
 
 def test_effects_of_a_pair():
-    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), tp_size=1)
+    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), over_ranks=False)
     by_name = {step.step: step for step in steps}
     assert by_name["attn_residual+ffn_norm"].effects == (("x", "rw"), ("x_", "rw"))
     assert by_name["ffn_residual+final_norm"].effects == (("x", "rwx"), ("x_", "rw"))
@@ -92,7 +92,7 @@ def test_effects_of_a_pair():
 
 def test_effects_over_ranks():
     """The parts' sum is written to x_, which lives on as the norm's result; the norm's group is the step's."""
-    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), tp_size=2)
+    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), over_ranks=True)
     step = next(step for step in steps if step.step == "ffn_allreduce+ffn_residual+attn_norm")
     assert dict(step.effects) == {"x_": "rw", "x": "rw"}
     assert (step.layer_idx, step.group) == (1, GroupId(1, "attn"))

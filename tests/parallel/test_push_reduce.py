@@ -9,7 +9,16 @@ from emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together,
 from kernel_proof import DEVICE, adversarial, counted, equal, same_bits, within
 
 from parallel import push_reduce as module
-from parallel.push_reduce import BLOCK_WORDS, DTYPES, EMPTY, MAX_PROGRAMS, MOST_BYTES, fits, fits_rows, push_reduce
+from parallel.push_reduce import (
+    DTYPES,
+    EMPTY,
+    LEAST_BLOCK_WORDS,
+    MAX_PROGRAMS,
+    MOST_BYTES,
+    fits,
+    fits_rows,
+    push_reduce,
+)
 
 SIZES = (2, 3, 4, 8)
 
@@ -74,7 +83,7 @@ def test_words_that_look_like_others():
 
 
 def test_an_element_does_not_depend_on_what_stands_beside_it():
-    peers, parts = connect_ranks(4), parts_of(4, (6, 2 * BLOCK_WORDS), torch.bfloat16)
+    peers, parts = connect_ranks(4), parts_of(4, (6, 2 * LEAST_BLOCK_WORDS), torch.bfloat16)
     whole = sum_everywhere(peers, parts)[0]
     single = sum_everywhere(peers, [part[5:].clone() for part in parts])[0]
     assert same_bits(whole[5:], single)

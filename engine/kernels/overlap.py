@@ -1,0 +1,37 @@
+"""Programmatic dependent launch: a kernel starts while the one before it on its stream still ends, and waits for it
+before it touches anything that a kernel wrote. What no kernel writes, weights above all, it may read before: so a
+short kernel's launch and the first weights of the next linear hide behind the end of the one before.
+
+Every kernel launched with `options` calls `wait_for_inputs` before its first store and its first load of activations,
+and then waits for all kernels before it, since the one before it has waited too. Kernels of libraries, copies and
+events between are waited for as ever. From compute capability 9.0 on; elsewhere nothing changes.
+Source: CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+
+@functools.cache
+def options(device: torch.device) -> dict[str, Any]:
+    """Of a kernel's launch, OVERLAPS among them, which the kernel takes as a tl.constexpr."""
+    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAPS": overlaps} | ({"launch_pdl": True} if overlaps else {})
+
+
+if triton is not None:
+
+    @triton.jit
+    def wait_for_inputs(OVERLAPS: tl.constexpr):
+        """Returns when all kernels before have ended; from then on the next one may start."""
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
