@@ -91,7 +91,7 @@ OURS: dict[str, str | Callable[[StepContext], Tensor]] = {
     **dict.fromkeys(("attn_norm", "attn_output", "ffn_norm", "ffn_down", "final_norm"), "x_"),
     **dict.fromkeys(("attn_qkv", "rope"), "attn"),
     "attn_output_beside": "y",
-    "attention": lambda ctx: ctx.split_heads(ctx.act["attn"])[0].flatten(1),
+    "attention": lambda ctx: ctx.heads()[:, : ctx.num_heads].flatten(1),
     "ffn_up": _up,
     "activation": lambda ctx: ctx.act["ffn"][:, : ctx.spec.ffn_size],
     "logits_gather": lambda ctx: ctx.act["logits"][:, : ctx.spec.vocab_size],

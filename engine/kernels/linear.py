@@ -26,6 +26,7 @@ except ImportError:  # a CPU install has no triton
 calls = {"reference": 0, "triton": 0}
 SMALL_T = 1  # up to here the GEMV is faster than cuBLAS
 MAX_T = 4
+PREFETCHED_LINES = 64  # of each row, 128 bytes each, while the kernel before still runs: 4096 columns of bf16
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
 
 
@@ -76,13 +77,13 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
         block_n = min(block_n, 8 // padded)  # 64 accumulators a thread
     block_d = min(block_d, max(triton.next_power_of_2(width), 256))
     num_warps = max(min(num_warps, block_d // 256), 1)
-    turns = triton.cdiv(width, block_d) - 1  # behind the first block
-    unroll = next((factor for factor in (4, 3, 7, 6, 5, 2) if turns % factor == 0), 4)
+    turns = triton.cdiv(width, block_d)
+    unroll = next((factor for factor in (4, 7, 6, 5, 3, 2) if turns % factor == 0), 4)  # Llama's D have 4 and 7
     _gemv[(triton.cdiv(num_columns, block_n),)](
         *(x, weight, bias, out, x.stride(0), weight.stride(0), out.stride(0), num_tokens, num_columns, width),
         **{"T": padded, "BIAS": bias is not None, "EVEN": width % block_d == 0, "BLOCK_N": block_n},
         **{"BLOCK_D": block_d, "STAGES": num_stages, "UNROLL": unroll if num_stages == 1 else 1},
-        **options(x.device),
+        **{"PREFETCHED": PREFETCHED_LINES, **options(x.device)},
         num_warps=num_warps,
     )
 
@@ -90,29 +91,35 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
 if triton is not None:
 
     @triton.jit
-    def _load_block(rows, start, width, EVEN: tl.constexpr, BLOCK_D: tl.constexpr, POLICY: tl.constexpr):
-        """BLOCK_D columns of rows (..., 1) of addresses, in fp32."""
-        d = start + tl.arange(0, BLOCK_D)[None, None, :]
-        inside = None if EVEN else d < width
-        return tl.load(rows + d, mask=inside, other=None if EVEN else 0.0, eviction_policy=POLICY).to(tl.float32)
+    def _prefetch(rows, width, LINE: tl.constexpr, LINES: tl.constexpr):
+        """Brings the first LINES cache lines of LINE elements of each of rows (1, BLOCK_N, 1) into the L2 cache."""
+        lines = rows + tl.minimum(tl.arange(0, LINES) * LINE, width - 1)[None, None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+        )
 
     @triton.jit
     def _gemv(
         x, weight, bias, out, x_row, weight_row, out_row, num_tokens, num_columns, width,
         T: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
-        OVERLAPS: tl.constexpr,
+        PREFETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         t = tl.minimum(tl.arange(0, T), num_tokens - 1).to(tl.int64)  # rows that are not there repeat the last
         rows = weight + tl.minimum(n, num_columns - 1).to(tl.int64)[None, :, None] * weight_row  # (1, BLOCK_N, 1)
         tokens = x + t[:, None, None] * x_row  # (T, 1, 1)
-        w = _load_block(rows, 0, width, EVEN, BLOCK_D, "evict_first")  # (1, BLOCK_N, BLOCK_D), before x is there
+        if OVERLAPS:  # the weights are there before x is
+            _prefetch(rows, width, 1024 // weight.dtype.element_ty.primitive_bitwidth, PREFETCHED)
         wait_for_inputs(OVERLAPS)
-        acc = w * _load_block(tokens, 0, width, EVEN, BLOCK_D, "")  # (T, BLOCK_N, BLOCK_D)
-        for start in tl.range(BLOCK_D, width, BLOCK_D, num_stages=STAGES, loop_unroll_factor=UNROLL):
-            w = _load_block(rows, start, width, EVEN, BLOCK_D, "evict_first")
-            acc += w * _load_block(tokens, start, width, EVEN, BLOCK_D, "")
+        acc = tl.zeros((T, BLOCK_N, BLOCK_D), tl.float32)
+        for start in tl.range(0, width, BLOCK_D, num_stages=STAGES, loop_unroll_factor=UNROLL):
+            d = start + tl.arange(0, BLOCK_D)[None, None, :]
+            inside = None if EVEN else d < width
+            other = None if EVEN else 0.0
+            w = tl.load(rows + d, mask=inside, other=other, eviction_policy="evict_first")  # (1, BLOCK_N, BLOCK_D)
+            values = tl.load(tokens + d, mask=inside, other=other)  # (T, 1, BLOCK_D)
+            acc += w.to(tl.float32) * values.to(tl.float32)
         result = tl.sum(acc, 2)  # (T, BLOCK_N)
         if BIAS:
             result += tl.load(bias + n, mask=n < num_columns, other=0.0).to(tl.float32)[None, :]

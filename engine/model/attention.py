@@ -39,14 +39,14 @@ def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> r
     return range(LEAST_WHOLE_TOKENS, min((w for w in spec.windows if w is not None), default=2**31) + 1)
 
 
-def attend_(
-    q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], context: Context, window: int | None, page_size: int
-) -> None:
-    """q (T, H, E) becomes its attention, causal, each row over its own context: the pages of `cache`, keys and values
-    (P * S, K, E) each, where the pass's own k and v (T, K, E) are already.
+def attend_(heads: Tensor, cache: tuple[Tensor, Tensor], context: Context, window: int | None, page_size: int) -> None:
+    """The q of heads (T, H + 2K, E) becomes its attention, causal, each row over its own context: the pages of `cache`,
+    keys and values (P * S, K, E) each, where the pass's own k and v are already.
 
     `window`: how many tokens a token sees, itself included; None = all before it.
     """
+    num_kv_heads = cache[0].shape[1]
+    q = heads[:, : heads.shape[1] - 2 * num_kv_heads]  # (T, H, E)
     if isinstance(context, PagedContext):
         scale, rows = q.shape[-1] ** -0.5, q[:, None]  # (R, 1, H, E)
         table = (context.page_table, context.lengths)
@@ -59,7 +59,7 @@ def attend_(
         out = attend(q, keys[context.places], values[context.places], context, window)
     for row in context.whole:
         tokens = slice(row.first_query, row.first_query + row.num_queries)
-        out[tokens] = attend_whole(q[tokens], k[tokens], v[tokens])
+        out[tokens] = attend_whole(heads[tokens], num_kv_heads)
     if out is not q:
         q.copy_(out)
 
@@ -78,13 +78,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: GatheredContext, window: in
     return out
 
 
-def attend_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of one row, q (n, H, E), over its own k, v (n, K, E): (n, H, E)."""
-    num_tokens, scale = q.shape[0], q.shape[-1] ** -0.5
-    padding = (0, 0, 0, 0, 0, -num_tokens % WHOLE_STEP_TOKENS)
-    q, k, v = (F.pad(part, padding).transpose(0, 1)[None] for part in (q, k, v))  # (1, H or K, n + padding, E)
+def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
+    """Causal attention of one row, heads (n, H + 2K, E), over its own keys and values: (n, H, E)."""
+    num_tokens, num_heads, head_dim = heads.shape
+    padding = -num_tokens % WHOLE_STEP_TOKENS
+    if padding:
+        padded = heads.new_empty(num_tokens + padding, num_heads, head_dim)
+        padded[:num_tokens], padded[num_tokens:] = heads, 0.0
+        heads = padded
+    parts = heads.split([num_heads - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (1, H or K, n + padding, E)
     with sdpa_kernel(WHOLE_BACKENDS, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5, enable_gqa=True)
     return out[0].transpose(0, 1)[:num_tokens]
 
 

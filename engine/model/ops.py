@@ -41,10 +41,10 @@ class StepContext:
     asked: object = None  # what the batch's rows ask the sampler for
     sampled: object = None  # the pass's SampleOutput
 
-    def split_heads(self, attn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """attn (T, (H + 2K) E) as views q (T, H, E), k and v (T, K, E)."""
-        heads = attn.view(attn.shape[0], self.num_heads + 2 * self.num_kv_heads, self.spec.head_dim)
-        return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+    def heads(self) -> Tensor:
+        """The activation attn as (T, H + 2K, E): q, k and v."""
+        attn = self.act["attn"]
+        return attn.view(len(attn), self.num_heads + 2 * self.num_kv_heads, self.spec.head_dim)
 
 
 Weights = Mapping[str, Tensor]
@@ -116,8 +116,7 @@ def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     """The result takes the place of q."""
-    q, k, v = ctx.split_heads(ctx.act["attn"])
-    attend_(q, k, v, ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx], ctx.kv.page_size)
+    attend_(ctx.heads(), ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx], ctx.kv.page_size)
 
 
 def _attn_output_step(out: str) -> Callable:

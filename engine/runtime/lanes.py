@@ -40,8 +40,11 @@ class CudaLanes:
                 for event in instruction.waits:
                     stream.wait_event(self.events[event])
                 span.waited()
-                with torch.cuda.stream(stream):
+                if instruction.lane == COMPUTE:
                     do(instruction)
+                else:
+                    with torch.cuda.stream(stream):
+                        do(instruction)
             if instruction.records is not None:
                 event = self.events.setdefault(instruction.records, torch.cuda.Event())
                 event.record(stream)

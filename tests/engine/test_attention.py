@@ -33,12 +33,12 @@ def attended(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     cache = random(NUM_PAGES * PAGE_SIZE, K, head_dim), random(NUM_PAGES * PAGE_SIZE, K, head_dim)
-    q, k, v = random(batch.num_tokens, H + 2 * K, head_dim).split([H, K, K], dim=1)
+    heads = random(batch.num_tokens, H + 2 * K, head_dim)
     inputs = bind(batch, PAGE_SIZE, torch.zeros(8, dtype=torch.int64, device=device), whole)
-    cache[0][inputs.places], cache[1][inputs.places] = k, v
+    cache[0][inputs.places], cache[1][inputs.places] = heads[:, H : H + K], heads[:, H + K :]
     assert len(inputs.context.whole) == sum(row.start == 0 and len(row.tokens) in whole for row in batch.rows)
-    attention.attend_(q, k, v, cache, inputs.context, window, PAGE_SIZE)
-    return q
+    attention.attend_(heads, cache, inputs.context, window, PAGE_SIZE)
+    return heads[:, :H]
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,10 @@ def rope_shifted(which: str, layer_idx: int | None = None) -> Fault:
         do()
         ctx.inputs = inputs
         if which == "q":
-            shifted = ctx.split_heads(attn)[0].clone()
+            shifted = ctx.heads()[:, : ctx.num_heads].clone()
             attn.copy_(before)
             do()
-            ctx.split_heads(attn)[0].copy_(shifted)
+            ctx.heads()[:, : ctx.num_heads].copy_(shifted)
 
     return around_step("rope", layer_idx, change)
 
