@@ -85,7 +85,7 @@ def decode_attention(
         DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
         **options(q.device),
         num_warps=4 if q.element_size() == 2 else 8,  # fp32 spills registers with 4
-        num_stages=3,
+        num_stages=2,
     )
     if split:
         _merge_segments[(num_heads, num_queries, num_rows)](

@@ -26,7 +26,6 @@ except ImportError:  # a CPU install has no triton
 calls = {"reference": 0, "triton": 0}
 SMALL_T = 1  # up to here the GEMV is faster than cuBLAS
 MAX_T = 4
-PREFETCHED_LINES = 64  # of each row, 128 bytes each, while the kernel before still runs: 4096 columns of bf16
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
 
 
@@ -83,7 +82,7 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
         *(x, weight, bias, out, x.stride(0), weight.stride(0), out.stride(0), num_tokens, num_columns, width),
         **{"T": padded, "BIAS": bias is not None, "EVEN": width % block_d == 0, "BLOCK_N": block_n},
         **{"BLOCK_D": block_d, "STAGES": num_stages, "UNROLL": unroll if num_stages == 1 else 1},
-        **{"PREFETCHED": PREFETCHED_LINES, **options(x.device)},
+        **options(x.device),
         num_warps=num_warps,
     )
 
@@ -91,26 +90,16 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
 if triton is not None:
 
     @triton.jit
-    def _prefetch(rows, width, LINE: tl.constexpr, LINES: tl.constexpr):
-        """Brings the first LINES cache lines of LINE elements of each of rows (1, BLOCK_N, 1) into the L2 cache."""
-        lines = rows + tl.minimum(tl.arange(0, LINES) * LINE, width - 1)[None, None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
     def _gemv(
         x, weight, bias, out, x_row, weight_row, out_row, num_tokens, num_columns, width,
         T: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
-        PREFETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
+        OVERLAPS: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         t = tl.minimum(tl.arange(0, T), num_tokens - 1).to(tl.int64)  # rows that are not there repeat the last
         rows = weight + tl.minimum(n, num_columns - 1).to(tl.int64)[None, :, None] * weight_row  # (1, BLOCK_N, 1)
         tokens = x + t[:, None, None] * x_row  # (T, 1, 1)
-        if OVERLAPS:  # the weights are there before x is
-            _prefetch(rows, width, 1024 // weight.dtype.element_ty.primitive_bitwidth, PREFETCHED)
         wait_for_inputs(OVERLAPS)
         acc = tl.zeros((T, BLOCK_N, BLOCK_D), tl.float32)
         for start in tl.range(0, width, BLOCK_D, num_stages=STAGES, loop_unroll_factor=UNROLL):
