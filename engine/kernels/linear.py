@@ -53,7 +53,7 @@ def config(num_columns: int, width: int) -> Config:
     them, and x would have to be exchanged."""
     if num_columns >= 65536:
         return 8, 1024, 4, 4
-    return 4, 1024, 4, 3 if width >= 8192 else 1
+    return 2, 1024, 4, 1
 
 
 def candidates() -> list[Config]:
