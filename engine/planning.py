@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.device_profile import ASSUMED, find_profile, read_device
 from engine.model.families import tensor_names
-from engine.model.fusion import fuse, fuses_over_ranks
+from engine.model.fusion import fuse, fused_runs
 from engine.model.layout import ModelLayout, model_layout
 from engine.model.spec import ModelSpec
 from engine.model.steps import activation_bytes, model_steps
@@ -66,7 +66,7 @@ def make_engine_plan(
     on_gpu = device_memory_bytes is not None
     steps = model_steps(spec)
     if on_gpu:
-        steps = fuse(steps, fuses_over_ranks(tp_size, spec.hidden_size))
+        steps = fuse(steps, fused_runs(tp_size, spec.hidden_size))
     sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
     offsets = lay_out_activations(make_plan(steps, RingLayout(0, 0, ())), sizes)
     total = max(offset + sizes[name] for name, offset in offsets.items())

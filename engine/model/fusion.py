@@ -8,27 +8,34 @@ from functools import reduce
 
 from scheduler.step_plan import Compute
 
-FUSED = (
+Runs = tuple[tuple[str, ...], ...]
+FUSED: Runs = (
     ("attn_residual", "ffn_norm"),
     ("ffn_residual", "attn_norm"),  # of the next layer
     ("ffn_residual", "final_norm"),
 )
-FUSED_OVER_RANKS = (
+FUSED_ON_ONE_RANK: Runs = (*FUSED, ("head", "logits_gather"))  # there is nothing to gather
+FUSED_OVER_RANKS: Runs = (
     ("attn_allreduce", "attn_residual", "ffn_norm"),
     ("ffn_allreduce", "ffn_residual", "attn_norm"),
     ("ffn_allreduce", "ffn_residual", "final_norm"),
 )
 
 
-def fuses_over_ranks(tp_size: int, hidden_size: int) -> bool:
-    """Whether reduces join their residuals. On four H200s a row of 2048 takes 3.3 us and not 4.2, 4096 the same or
-    0.6 less, 8192 6.3 and not 4.9: one program pushes and polls the whole row, where the reduce alone has several."""
-    return tp_size > 1 and hidden_size <= 4096
+MOST_FUSED_WIDTH = 4096
 
 
-def fuse(steps: list[Compute], over_ranks: bool) -> list[Compute]:
-    """The same steps with every run of FUSED joined; `over_ranks`: with every run of FUSED_OVER_RANKS."""
-    runs = FUSED_OVER_RANKS if over_ranks else FUSED
+def fused_runs(tp_size: int, hidden_size: int) -> Runs:
+    """What pays. Reduces join their residuals up to MOST_FUSED_WIDTH: on four H200s a row of 2048 takes 3.3 us and not
+    4.2, one of 4096 the same or 0.6 less, one of 8192 6.3 and not 4.9: one program pushes and polls a whole row, where
+    the reduce alone has several."""
+    if tp_size == 1:
+        return FUSED_ON_ONE_RANK
+    return FUSED_OVER_RANKS if hidden_size <= MOST_FUSED_WIDTH else FUSED
+
+
+def fuse(steps: list[Compute], runs: Runs) -> list[Compute]:
+    """The same steps with every run of these names joined."""
     fused: list[Compute] = []
     for step in steps:
         fused.append(step)
@@ -39,11 +46,14 @@ def fuse(steps: list[Compute], over_ranks: bool) -> list[Compute]:
 
 
 def join(first: Compute, second: Compute) -> Compute:
-    """One instruction that does both, with the layer and the group of the part that reads weights."""
-    assert first.group is None or first.group == second.group, f"{first} and {second} read different groups"
+    """One instruction that does both, with the layer and the group of the part that reads weights. An activation that
+    lives between them only is not there any more."""
+    assert first.group is None or second.group in (None, first.group), f"{first} and {second} read different groups"
     owner = second if second.group is not None else first
     before, after = dict(first.effects), dict(second.effects)
-    effects = tuple((name, _merged(before.get(name), after.get(name))) for name in {**before, **after})
+    inner = {name for name in before if "+" in before[name] and "x" in after.get(name, "")}
+    names = [name for name in {**before, **after} if name not in inner]
+    effects = tuple((name, _merged(before.get(name), after.get(name))) for name in names)
     return Compute(f"{first.step}+{second.step}", owner.layer_idx, owner.group, effects)
 
 

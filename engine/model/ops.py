@@ -152,8 +152,11 @@ def select_rows(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     torch.index_select(ctx.act["x_"], 0, ctx.inputs.select, out=ctx.act["rows"])
 
 
-def head(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    project(weights, "head", ctx.act["rows"], ctx.act["part"])
+def _head_step(out: str) -> Callable:
+    def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
+        project(weights, "head", ctx.act["rows"], ctx.act[out])
+
+    return step
 
 
 def logits_gather(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
@@ -196,7 +199,8 @@ STEPS: dict[str, Callable[[StepContext, Weights, int], None]] = {
     "ffn_allreduce+ffn_residual+final_norm": _reduce_norm_step("ffn_allreduce", "final_norm"),
     "final_norm": _norm_step("final_norm"),
     "select_rows": select_rows,
-    "head": head,
+    "head": _head_step("part"),
+    "head+logits_gather": _head_step("logits"),
     "logits_gather": logits_gather,
     "sample": sample,
 }

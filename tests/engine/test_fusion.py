@@ -3,7 +3,7 @@
 import pytest
 
 from engine.model.families import FAMILIES, read_spec
-from engine.model.fusion import fuse, join
+from engine.model.fusion import FUSED, FUSED_ON_ONE_RANK, FUSED_OVER_RANKS, fuse, join
 from engine.model.ops import STEPS
 from engine.model.steps import model_steps, sums_over_ranks
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes
@@ -20,8 +20,8 @@ def steps(request):
     return model_steps(read_spec(request.param, "config.json"))
 
 
-@pytest.fixture(params=[False, True], ids=["pairs", "over_ranks"])
-def over_ranks(request):
+@pytest.fixture(params=[FUSED, FUSED_ON_ONE_RANK, FUSED_OVER_RANKS], ids=["pairs", "one_rank", "over_ranks"])
+def runs(request):
     return request.param
 
 
@@ -36,9 +36,9 @@ def rings(steps):
     ]
 
 
-def test_each_plan_validates(steps, over_ranks):
+def test_each_plan_validates(steps, runs):
     """make_plan proves events, ring and lifetimes; a fused step's weights are acquired before it."""
-    fused = fuse(steps, over_ranks)
+    fused = fuse(steps, runs)
     for ring in rings(steps):
         plan = make_plan(fused, ring)
         for index, instruction in enumerate(plan.instructions):
@@ -46,33 +46,35 @@ def test_each_plan_validates(steps, over_ranks):
                 assert any(isinstance(i, Acquire) and i.group == instruction.group for i in plan.instructions[:index])
 
 
-def test_nothing_is_lost(steps, over_ranks):
+def test_nothing_is_lost(steps, runs):
     """The parts of the fused names are the steps, in order, and every residual has found its norm."""
-    fused = fuse(steps, over_ranks)
+    fused = fuse(steps, runs)
     assert [part for step in fused for part in step.step.split("+")] == [step.step for step in steps]
     assert not any(step.step.endswith("residual") for step in fused)
     num_residuals = sum(step.step.endswith("residual") for step in steps)
-    assert len(steps) - len(fused) == num_residuals * (2 if over_ranks else 1) >= LAYERS
+    saved = {FUSED: num_residuals, FUSED_ON_ONE_RANK: num_residuals + 1, FUSED_OVER_RANKS: 2 * num_residuals}[runs]
+    assert len(steps) - len(fused) == saved >= LAYERS
     assert {step.step for step in fused} <= set(STEPS)
     assert sum(map(sums_over_ranks, fused)) == sum(map(sums_over_ranks, steps)) == num_residuals + 1
-    if over_ranks:
+    if runs is FUSED_OVER_RANKS:
         assert [step.step for step in fused if step.step.endswith("allreduce")] == ["embed_allreduce"]
     norms = {(s.step, s.layer_idx, s.group) for s in steps if s.step.endswith("norm")}
     assert norms == {
         (s.step.split("+")[-1], s.layer_idx, s.group) for s in fused if s.step.split("+")[-1].endswith("norm")
     }
-    assert fuse(fused, over_ranks) == fused
+    assert fuse(fused, runs) == fused
 
 
-def test_activations_live_as_long(steps, over_ranks):
-    """x_ no longer dies between residual and norm; every other activation has the lifetimes it had."""
-    plain, fused = (make_plan(s, RingLayout(0, 0, ())) for s in (steps, fuse(steps, over_ranks)))
+def test_activations_live_as_long(steps, runs):
+    """x_ no longer dies between residual and norm; where nothing is gathered `part` is not there, and `rows` lives to
+    the end of the joined step; every other activation has the lifetimes it had."""
+    plain, fused = (make_plan(s, RingLayout(0, 0, ())) for s in (steps, fuse(steps, runs)))
     named = [
         {name: [(at(plan, s), at(plan, t)) for s, t in spans] for name, spans in lifetimes(plan).items()}
         for plan in (plain, fused)
     ]
-    assert plain.activations == fused.activations
-    for name in set(plain.activations) - {"x_"}:
+    assert set(plain.activations) - set(fused.activations) == ({"part"} if runs is FUSED_ON_ONE_RANK else set())
+    for name in set(fused.activations) - {"x_", "rows"}:
         assert named[0][name] == named[1][name]
 
 
@@ -82,7 +84,7 @@ def at(plan, index):
 
 
 def test_effects_of_a_pair():
-    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), over_ranks=False)
+    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), FUSED)
     by_name = {step.step: step for step in steps}
     assert by_name["attn_residual+ffn_norm"].effects == (("x", "rw"), ("x_", "rw"))
     assert by_name["ffn_residual+final_norm"].effects == (("x", "rwx"), ("x_", "rw"))
@@ -92,7 +94,7 @@ def test_effects_of_a_pair():
 
 def test_effects_over_ranks():
     """The parts' sum is written to x_, which lives on as the norm's result; the norm's group is the step's."""
-    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), over_ranks=True)
+    steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), FUSED_OVER_RANKS)
     step = next(step for step in steps if step.step == "ffn_allreduce+ffn_residual+attn_norm")
     assert dict(step.effects) == {"x_": "rw", "x": "rw"}
     assert (step.layer_idx, step.group) == (1, GroupId(1, "attn"))
