@@ -26,7 +26,14 @@ def run(sampler: Sampler, logits: torch.Tensor, rows: list[int], positions: list
 
 
 def process(sampler: Sampler, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return sampler.process(logits, torch.tensor(rows, device=sampler.device), sampler.asked(rows).stages)
+    """What the sampler draws from: logits after penalties, filters and temperature; dropped ones are -inf."""
+    stages, rows = sampler.asked(rows).stages, torch.tensor(rows, device=sampler.device)
+    if "penalty" in stages:
+        logits = sampler.penalise(logits, rows)
+    if "filter" in stages:
+        logits = logits.masked_fill(~sampler.limits(logits, rows).keep(logits), -torch.inf)
+    temperature = sampler.params["temperature"][rows][:, None]
+    return logits / torch.where(temperature > 0, temperature, 1.0)
 
 
 def observe(sampler: Sampler, row: int, token_ids: torch.Tensor) -> None:
@@ -272,10 +279,10 @@ def test_greedy_neither_sorts_nor_draws(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("not on this path")
 
-    monkeypatch.setattr(sampler_module, "kept", forbidden)
+    monkeypatch.setattr(sampler_module, "find_limits", forbidden)
     plain = with_rows([PLAIN, GREEDY])
     run(plain, random_logits(2), [0, 1])  # plain sampling never sorts
-    monkeypatch.setattr(sampler_module, "uniform", forbidden)
+    monkeypatch.setattr(sampler_module, "draw_rows", forbidden)
     sampler = with_rows([replace(GREEDY, top_k=5, top_p=0.5)] * 2)
     assert run(sampler, random_logits(2), [0, 1]).tokens.tolist() == random_logits(2).argmax(-1).tolist()
     with pytest.raises(AssertionError):
