@@ -96,7 +96,7 @@ class Sampler:
         self.last_tokens = self._zeros(max_num_seqs, dtype=torch.int64)
         self.num_nan_rows = self._zeros(dtype=torch.int64)
         self.asked_by = [Asked()] * max_num_seqs  # the host's copy: branching needs no sync
-        self.asks = {stage: self._zeros(max_num_seqs, dtype=torch.bool) for stage in STAGES}
+        self.asks_penalty = self._zeros(max_num_seqs, dtype=torch.bool)
         self.params = {
             name: torch.full((max_num_seqs,), value, device=self.device)  # int64 or float32, as the value is
             for name, value in _device_values(GREEDY, vocab_size).items()
@@ -113,8 +113,7 @@ class Sampler:
     def set_row(self, row: int, sampling: RowSampling) -> None:
         """Gives the row to a request, before its first chunk; what the row's former owner left is dropped."""
         self.asked_by[row] = asked = Asked(_stages(sampling), sampling.num_logprobs)
-        for stage, asks in self.asks.items():
-            asks[row].fill_(stage in asked.stages)
+        self.asks_penalty[row].fill_("penalty" in asked.stages)
         for name, value in _device_values(sampling, self.vocab_size).items():
             self.params[name][row].fill_(value)
         if "penalty" in asked.stages:
@@ -131,7 +130,7 @@ class Sampler:
         A prompt's have to be noted; an output's may be once more: only whether a token came matters.
         """
         seen, index = self.prompt_seen.view(-1), rows * self.vocab_size + token_ids
-        seen[index] = seen[index] | self.asks["penalty"][rows]
+        seen[index] = seen[index] | self.asks_penalty[rows]
 
     def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor, asked: Asked) -> SampleOutput:
         """Samples a token a row from logits (R, V) of any float dtype.
@@ -159,7 +158,7 @@ class Sampler:
         penalised = torch.where(seen, penalised, logits)
         penalised = penalised - self._param("frequency_penalty", rows) * counts
         penalised = penalised - self._param("presence_penalty", rows) * (counts > 0)
-        return torch.where(self.asks["penalty"][rows][:, None], penalised, logits)
+        return torch.where(self.asks_penalty[rows][:, None], penalised, logits)
 
     def limits(self, logits: Tensor, rows: Tensor) -> Limits:
         """What the rows' filters keep of logits (R, V)."""
@@ -176,7 +175,7 @@ class Sampler:
         else:
             tokens = argmax_rows(logits, self.vocab_size, self.num_nan_rows)
         if "penalty" in stages:
-            came = self.asks["penalty"][rows].int()
+            came = self.asks_penalty[rows].int()
             self.output_counts.view(-1).scatter_add_(0, rows * self.vocab_size + tokens, came)
         return tokens
 

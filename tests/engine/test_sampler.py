@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_proof import counted
 
+from engine.kernels import draw
+from engine.kernels import filter as filters
 from engine.runtime import sampler as sampler_module
 from engine.runtime.sampler import GREEDY, Sampler
 from scheduler.request import RowSampling
@@ -262,6 +265,23 @@ def test_a_row_does_not_see_its_batch(vocab_size, device, monkeypatch):
         for order in orders:
             found = decode(order, scattered, vocab_size, device)
             assert found == {request: expected[request] for request in order}
+
+
+def test_kernels_read_a_batch_whole_and_give_the_same_tokens(monkeypatch):
+    """Filters and draws by Triton, as on a GPU: in one call of each, unless a row asks for penalties."""
+    samplings = [GREEDY, replace(PLAIN, seed=3), replace(PLAIN, temperature=0.7, top_p=0.8, min_p=0.01, seed=4)]
+    logits, rows = random_logits(3).bfloat16(), [0, 1, 2]
+    penalised = [replace(GREEDY, repetition_penalty=1.3), *samplings[1:]]
+    expected = [run(with_rows(asked), logits, rows, 5).tokens.tolist() for asked in (samplings, penalised)]
+    monkeypatch.setattr(sampler_module, "reads_in_place", lambda logits: True)
+    monkeypatch.setattr(sampler_module, "draw_rows", draw._draw_rows_triton)
+    monkeypatch.setattr(sampler_module, "find_limits", filters._find_limits_triton)
+    monkeypatch.setattr(sampler_module, "CHUNK_ELEMENTS", 2 * V)
+    for asked, tokens, num_calls in ((samplings, expected[0], 1), (penalised, expected[1], 2)):
+        sampler = with_rows(asked)
+        with counted(draw.calls, triton=num_calls), counted(filters.calls, triton=num_calls):
+            assert run(sampler, logits, rows, 5).tokens.tolist() == tokens
+        assert sampler.last_tokens[rows].tolist() == tokens
 
 
 def test_greedy_ties_go_to_the_lowest_id(device):
