@@ -1,5 +1,5 @@
-"""Time of each kernel alone, in a CUDA graph: cuBLAS and the GEMV's block shapes, attention and argmax over segments,
-norm, activation, rope; shapes of Llama-3-8B in bf16.
+"""Time of each kernel alone, in a CUDA graph: cuBLAS and the GEMV's block shapes, attention, argmax and draw over
+segments, filters, norm, activation, rope; shapes of Llama-3-8B in bf16.
 
 Weights and KV pages are rotated through more memory than the L2 cache holds; the median of several replays counts. The
 share is of the read rate measured in the same run, the sum of 1 GiB; what few rows read stays in the L2 cache, so their
@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.kernels import argmax, decode_attention, linear
+from engine.kernels import argmax, decode_attention, draw, linear
+from engine.kernels import filter as filters
 from engine.kernels.gated_activation import gated_activation
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
@@ -83,6 +84,8 @@ class Benchmark:
         table, cache = x.new_ones(2, num_rows, HEAD_DIM // 2), x.new_zeros(2, num_rows, KV_HEADS, HEAD_DIM)
         rope = (attn, table, index, index, *cache, HEADS, KV_HEADS, None, None, 1e-5)
         self.add("rope_append", str(num_rows), "", 2 * attn.nbytes, [partial(rope_append, *rope)])
+
+    def sampling(self, num_rows: int) -> None:
         logits = torch.randn(min(1024 // num_rows + 1, 128), num_rows, VOCAB, device=DEVICE, dtype=DTYPE)
         nan_rows, chosen = torch.zeros((), dtype=torch.int64, device=DEVICE), argmax.choose_segments(num_rows, VOCAB)
         for count in (None, *sorted({1, 2, 8, 32, 126, chosen})):
@@ -90,6 +93,18 @@ class Benchmark:
             name = f"N={count}" + " chosen" * (count == chosen) if count else "torch"
             calls = [partial(run, part, VOCAB, nan_rows, *rest) for part in logits]
             self.add("argmax", str(num_rows), name, logits[0].nbytes, calls)
+        index = torch.arange(num_rows, device=DEVICE)
+        noise = draw.Noise(torch.full((num_rows,), 0.8, device=DEVICE), index, index)
+        for count in sorted({1, 2, 4, 8, 32, 126, chosen}):
+            name = f"N={count}" + " chosen" * (count == chosen)
+            calls = [partial(draw._draw_rows_triton, part, VOCAB, noise, nan_rows, None, count) for part in logits]
+            self.add("draw", str(num_rows), name, logits[0].nbytes, calls)
+        for name, top_k, top_p in (("top_p=0.9", VOCAB, 0.9), ("top_k=50", 50, 1.0), ("both", 50, 0.9)):
+            drop_mass = 1.0 - top_p if top_p < 1.0 else filters.KEEP_ALL
+            columns = (noise.temperatures.new_full((num_rows,), value) for value in (drop_mass, -torch.inf))
+            asked = filters.Filters(torch.full_like(index, top_k), *columns)
+            calls = [partial(filters.find_limits, part, VOCAB, noise.temperatures, asked) for part in logits]
+            self.add("filter", str(num_rows), name, logits[0].nbytes, calls)
 
     def pass_ms(self, variant: str | None) -> float:
         """All linears of a pass at batch 1, with one variant or the best of each shape."""
@@ -136,6 +151,7 @@ def main() -> int:
         benchmark.attention(num_rows, context, *cache)
     for num_rows in ROWS:
         benchmark.others(num_rows)
+        benchmark.sampling(num_rows)
     for num_tokens, shape in itertools.product(() if args.quick else (2, 4), SHAPES):
         benchmark.linears(num_tokens, *shape, memory)
     passes = {str(variant or "best"): benchmark.pass_ms(variant) for variant in ("cuBLAS", "config()", None)}

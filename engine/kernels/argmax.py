@@ -44,11 +44,18 @@ def argmax_rows_reference(logits: Tensor, vocab_size: int, nan_rows: Tensor) -> 
 
 
 def _argmax_rows_triton(logits: Tensor, vocab_size: int, nan_rows: Tensor, num_segments: int | None = None) -> Tensor:
+    calls["triton"] += 1
+    return over_segments(_argmax_segment, logits, vocab_size, nan_rows, num_segments)
+
+
+def over_segments(
+    kernel: object, logits: Tensor, vocab_size: int, nan_rows: Tensor, num_segments: int | None, **others: object
+) -> Tensor:
+    """Tokens (R,) int64 of a kernel that takes the best of each segment, and `others`; the merge is its last launch."""
     num_rows = logits.shape[0]
-    assert logits.stride(1) == 1, "argmax_rows: the last dim of the logits must have stride 1"
+    assert logits.stride(1) == 1, "the last dim of the logits must have stride 1"
     assert logits.dtype in (torch.bfloat16, torch.float16, torch.float32) and nan_rows.dtype == torch.int64
     assert 1 <= vocab_size <= logits.shape[1]
-    calls["triton"] += 1
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if not num_rows:
         return tokens
@@ -59,8 +66,9 @@ def _argmax_rows_triton(logits: Tensor, vocab_size: int, nan_rows: Tensor, num_s
     values = torch.empty(shape, dtype=torch.float32, device=logits.device)
     ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
     length = triton.cdiv(triton.cdiv(vocab_size, segments), BLOCK) * BLOCK
-    _argmax_segment[(segments, num_rows)](
-        *(logits, logits.stride(0), vocab_size, length, values, ids, tokens, nan_rows, split, BLOCK), num_warps=4
+    kernel[(segments, num_rows)](
+        *(logits, logits.stride(0), vocab_size, length, values, ids, tokens, nan_rows),
+        **{"SPLIT": split, "BLOCK": BLOCK, **others, "num_warps": 4},
     )
     if split:
         _merge_segments[(num_rows,)](
@@ -78,6 +86,18 @@ if triton is not None:
             tl.atomic_add(nan_rows, 1)
 
     @triton.jit
+    def hand_in(segment, row, best, where, nan, values, ids, tokens, nan_rows, SPLIT: tl.constexpr):
+        """What the lanes of a segment found: to the merge, or as the row's token."""
+        top, has_nan = tl.max(best, 0), tl.max(nan, 0) > 0
+        token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
+        if SPLIT:
+            place = row * tl.num_programs(0) + segment
+            tl.store(values + place, top)
+            tl.store(ids + place, tl.where(has_nan, -1, token))
+        else:
+            _write(row, token, has_nan, tokens, nan_rows)
+
+    @triton.jit
     def _argmax_segment(
         logits, logits_row, vocab_size, length, values, ids, tokens, nan_rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
@@ -93,14 +113,7 @@ if triton is not None:
             higher = scores > best
             best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
             nan |= (scores != scores).to(tl.int32)
-        top, has_nan = tl.max(best, 0), tl.max(nan, 0) > 0
-        token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
-        if SPLIT:
-            place = row * tl.num_programs(0) + segment
-            tl.store(values + place, top)
-            tl.store(ids + place, tl.where(has_nan, -1, token))
-        else:
-            _write(row, token, has_nan, tokens, nan_rows)
+        hand_in(segment, row, best, where, nan, values, ids, tokens, nan_rows, SPLIT)
 
     @triton.jit
     def _merge_segments(values, ids, tokens, nan_rows, segments, PADDED: tl.constexpr):

@@ -9,8 +9,7 @@ the known answers of its authors' library, Random123.
 A word is a uint32 held in an int64. A product of two words wraps around modulo 2**64 there; its sign is
 noise, but its bits are right, so a shift and a mask give the upper word.
 
-Temporaries: about 16 bytes a number. A fused kernel would keep the ten rounds in registers; it is worth
-writing once noise shows in a profile.
+Temporaries: about 16 bytes a number. The kernel of draw.py has the same integers in registers.
 
 R rows, V vocab, B blocks of four words: ceil(V / 4).
 """

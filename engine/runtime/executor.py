@@ -72,9 +72,7 @@ class Executor:
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
-        for row in batch.rows:
-            if row.sampling is not None:
-                self.context.sampler.set_row(row.row, row.sampling)
+        self.context.sampler.set_rows({row.row: row.sampling for row in batch.rows if row.sampling is not None})
         self.fill_ring()
         self.tracer.begin_pass(batch.shape)
         if self.decode is not None and is_decode(batch):

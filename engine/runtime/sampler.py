@@ -1,12 +1,13 @@
 """From logits to tokens, on the device: penalties, temperature, filters, one draw.
 
-A draw is the Gumbel-max trick: the argmax of scores + G, with G independent Gumbel(0, 1) noise, falls on
-token v with probability softmax(scores)[v]. The noise is a function of (seed, position, token id), by philox,
-so a row's token depends neither on its row, nor on the batch, nor on tp_size. Three rules keep that bitwise:
+A draw is the Gumbel-max trick: the argmax of logits / temperature + G, with G independent Gumbel(0, 1) noise, falls on
+token v with probability softmax(logits / temperature)[v]. The noise is a function of (seed, position, token id), by
+philox, so a row's token depends neither on its row, nor on the batch, nor on tp_size. Three rules keep that bitwise:
   - ties go to the lowest id; torch.argmax and torch.topk do not promise that on CUDA
   - probabilities are summed as integers. The bits of an fp32 sum or cumsum depend on the shape of the batch,
     and on CUDA also on how a row is aligned; integer addition is associative
   - a stage runs if a row asks for it, and leaves the bits of rows that do not ask alone
+On a GPU filters and draws read the logits where they lie, a few times; only penalties and logprobs make copies.
 
 What it does not know: requests, stop conditions, text. Nothing here waits for the device or uploads anything: which
 rows ask lies there as well, so that a call can be captured for what it was asked.
@@ -14,20 +15,22 @@ rows ask lies there as well, so that a call can be captured for what it was aske
 R rows, V vocab (whole, not this rank's part), N most likely tokens.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.kernels.argmax import argmax_rows
-from engine.kernels.philox import uniform
-from engine.runtime.logits import KEEP_ALL, Logprobs, kept, logprobs
+from engine.kernels.draw import Noise, draw_rows, reads_in_place
+from engine.kernels.filter import KEEP_ALL, Filters, Limits, find_limits
+from engine.runtime.logits import Logprobs, logprobs
 from scheduler.request import RowSampling
 
 GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
 STAGES = ("penalty", "draw", "filter")
-CHUNK_ELEMENTS = 1 << 22  # of logits taken at a time: bounds temporaries to about 40 bytes times this
+CHUNK_ELEMENTS = 1 << 22  # of logits copied at a time: bounds temporaries to about 40 bytes times this
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,10 @@ class Sampler:
         self.last_tokens = self._zeros(max_num_seqs, dtype=torch.int64)
         self.num_nan_rows = self._zeros(dtype=torch.int64)
         self.asked_by = [Asked()] * max_num_seqs  # the host's copy: branching needs no sync
-        self.asks = {stage: self._zeros(max_num_seqs, dtype=torch.bool) for stage in STAGES}
-        self.params = {
-            name: torch.full((max_num_seqs,), value, device=self.device)  # int64 or float32, as the value is
-            for name, value in _device_values(GREEDY, vocab_size).items()
-        }
+        floats, ints = _device_values(GREEDY, vocab_size)
+        self.floats = torch.tensor([[value] * max_num_seqs for value in floats.values()], device=self.device)
+        self.ints = torch.tensor([[value] * max_num_seqs for value in ints.values()], device=self.device)
+        self.params = dict(zip((*floats, *ints), (*self.floats, *self.ints), strict=True))  # (max_num_seqs + 1,) each
         self.prompt_seen: Tensor | None = None  # (max_num_seqs, V) bool
         self.output_counts: Tensor | None = None  # (max_num_seqs, V) int32
 
@@ -107,17 +109,21 @@ class Sampler:
         stages = frozenset().union(*(asked.stages for asked in each))
         return Asked(stages, max((asked.num_logprobs for asked in each), default=-1))
 
-    def set_row(self, row: int, sampling: RowSampling) -> None:
-        """Gives the row to a request, before its first chunk; what the row's former owner left is dropped."""
-        self.asked_by[row] = asked = Asked(_stages(sampling), sampling.num_logprobs)
-        for stage, asks in self.asks.items():
-            asks[row].fill_(stage in asked.stages)
-        for name, value in _device_values(sampling, self.vocab_size).items():
-            self.params[name][row].fill_(value)
-        if "penalty" in asked.stages:
-            if self.prompt_seen is None:
-                self.prompt_seen = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.bool)
-                self.output_counts = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.int32)
+    def set_rows(self, samplings: Mapping[int, RowSampling]) -> None:
+        """Gives rows to requests, before their first chunks; what the rows' former owners left is dropped."""
+        if not samplings:
+            return
+        for row, sampling in samplings.items():
+            self.asked_by[row] = Asked(_stages(sampling), sampling.num_logprobs)
+        values = [_device_values(sampling, self.vocab_size) for sampling in samplings.values()]
+        rows = self._put(list(samplings))
+        self.floats[:, rows] = self._put([list(floats.values()) for floats, _ in values]).T
+        self.ints[:, rows] = self._put([list(ints.values()) for _, ints in values]).T
+        penalised = [row for row in samplings if "penalty" in self.asked_by[row].stages]
+        if penalised and self.prompt_seen is None:
+            self.prompt_seen = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.bool)
+            self.output_counts = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.int32)
+        for row in penalised:
             self.prompt_seen[row].zero_()
             self.output_counts[row].zero_()
 
@@ -128,7 +134,7 @@ class Sampler:
         A prompt's have to be noted; an output's may be once more: only whether a token came matters.
         """
         seen, index = self.prompt_seen.view(-1), rows * self.vocab_size + token_ids
-        seen[index] = seen[index] | self.asks["penalty"][rows]
+        seen[index] = seen[index] | self._asks_penalty(rows)
 
     def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor, asked: Asked) -> SampleOutput:
         """Samples a token a row from logits (R, V) of any float dtype.
@@ -136,61 +142,59 @@ class Sampler:
         rows (R,) int64, none twice but for the pad row; positions (R,) int64 are those of the tokens that are being
         sampled (the length of the prompt for a request's first). `asked` is what the rows ask for together, or more.
         """
-        if asked == Asked():
-            tokens = argmax_rows(logits, self.vocab_size, self.num_nan_rows)
-            self.last_tokens[rows] = tokens
-            return SampleOutput(tokens, None)
-        size = max(1, CHUNK_ELEMENTS // self.vocab_size)
-        parts = []
-        for c in (slice(start, start + size) for start in range(0, len(rows), size) or (0,)):
-            raw = logits[c].float()  # (R, V)
-            tokens = self._sample(raw, rows[c], positions[c], asked.stages)
-            others = logprobs(raw, tokens, asked.num_logprobs) if asked.num_logprobs >= 0 else ()
-            parts.append((tokens, *others))
-        tokens, *others = (torch.cat(part) for part in zip(*parts, strict=True))
+        if "penalty" not in asked.stages and reads_in_place(logits):
+            tokens = self._sample(logits, rows, positions, asked.stages)
+        else:
+            parts = (self._sample(logits[c], rows[c], positions[c], asked.stages) for c in self._chunks(logits))
+            tokens = torch.cat(list(parts))
         self.last_tokens[rows] = tokens
-        return SampleOutput(tokens, Logprobs(*others) if others else None)
+        if asked.num_logprobs < 0:
+            return SampleOutput(tokens, None)
+        parts = (logprobs(logits[c].float(), tokens[c], asked.num_logprobs) for c in self._chunks(logits))
+        return SampleOutput(tokens, Logprobs(*(torch.cat(fields) for fields in zip(*parts, strict=True))))
 
-    def process(self, scores: Tensor, rows: Tensor, stages: frozenset[str]) -> Tensor:
-        """Penalties, temperature and filters as transformers' on scores (R, V) float32; dropped ones -inf."""
-        for stage, run in (("penalty", self._penalise), ("draw", self._temper), ("filter", self._filter)):
-            if stage in stages:
-                scores = torch.where(self._asks(stage, rows), run(scores, rows), scores)
-        return scores
-
-    def _sample(self, raw: Tensor, rows: Tensor, positions: Tensor, stages: frozenset[str]) -> Tensor:
-        scores = self.process(raw, rows, stages)
-        if "draw" in stages:
-            scores = torch.where(self._asks("draw", rows), self._add_noise(scores, rows, positions), scores)
-        tokens = argmax_rows(scores, self.vocab_size, self.num_nan_rows)  # (R,)
-        if "penalty" in stages:
-            came = self.asks["penalty"][rows].int()
-            self.output_counts.view(-1).scatter_add_(0, rows * self.vocab_size + tokens, came)
-        return tokens
-
-    def _asks(self, stage: str, rows: Tensor) -> Tensor:
-        return self.asks[stage][rows][:, None]  # (R, 1)
-
-    def _penalise(self, scores: Tensor, rows: Tensor) -> Tensor:
+    def penalise(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Logits (R, V) float32 after the penalties of the rows that ask for them."""
         counts = self.output_counts[rows]  # (R, V)
         seen = self.prompt_seen[rows] | (counts > 0)  # (R, V)
         repetition = self._param("repetition_penalty", rows)
-        penalised = torch.where(scores < 0, scores * repetition, scores / repetition)
-        scores = torch.where(seen, penalised, scores)
-        scores = scores - self._param("frequency_penalty", rows) * counts
-        return scores - self._param("presence_penalty", rows) * (counts > 0)
+        penalised = torch.where(logits < 0, logits * repetition, logits / repetition)
+        penalised = torch.where(seen, penalised, logits)
+        penalised = penalised - self._param("frequency_penalty", rows) * counts
+        penalised = penalised - self._param("presence_penalty", rows) * (counts > 0)
+        return torch.where(self._asks_penalty(rows)[:, None], penalised, logits)
 
-    def _temper(self, scores: Tensor, rows: Tensor) -> Tensor:
-        return scores / self._param("temperature", rows)
+    def limits(self, logits: Tensor, rows: Tensor) -> Limits:
+        """What the rows' filters keep of logits (R, V)."""
+        filters = Filters(*(self.params[name][rows] for name in Filters._fields))
+        return find_limits(logits, self.vocab_size, self.params["temperature"][rows], filters)
 
-    def _filter(self, scores: Tensor, rows: Tensor) -> Tensor:
-        limits = (self._param(name, rows) for name in ("top_k", "drop_mass", "min_p"))
-        return scores.masked_fill(~kept(scores, *limits), -torch.inf)
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, stages: frozenset[str]) -> Tensor:
+        if "penalty" in stages:
+            logits = self.penalise(logits.float(), rows)
+        if "draw" in stages:
+            noise = Noise(self.params["temperature"][rows], self.params["seed"][rows], positions)
+            limits = self.limits(logits, rows) if "filter" in stages else None
+            tokens = draw_rows(logits, self.vocab_size, noise, self.num_nan_rows, limits)  # (R,)
+        else:
+            tokens = argmax_rows(logits, self.vocab_size, self.num_nan_rows)
+        if "penalty" in stages:
+            came = self._asks_penalty(rows).int()
+            self.output_counts.view(-1).scatter_add_(0, rows * self.vocab_size + tokens, came)
+        return tokens
 
-    def _add_noise(self, scores: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        # 1 - u is as uniform as u, and log1p takes the noise's long upper tail from u near 0, where u is fine
-        u = uniform(self.params["seed"][rows], positions, self.vocab_size)  # (R, V)
-        return scores - u.neg_().log1p_().neg_().log_()
+    def _chunks(self, logits: Tensor) -> list[slice]:
+        """Rows to take at a time where float32 copies of logits are made."""
+        size = max(1, CHUNK_ELEMENTS // self.vocab_size)
+        return [slice(start, start + size) for start in range(0, len(logits), size) or (0,)]
+
+    def _asks_penalty(self, rows: Tensor) -> Tensor:
+        return self.params["asks_penalty"][rows] > 0  # (R,)
+
+    def _put(self, values: list) -> Tensor:
+        """Numbers on the device, int64 or float32 as they are; the host does not wait."""
+        tensor = torch.tensor(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _param(self, name: str, rows: Tensor) -> Tensor:
         return self.params[name][rows][:, None]  # (R, 1)
@@ -199,17 +203,21 @@ class Sampler:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
 
-def _device_values(sampling: RowSampling, vocab_size: int) -> dict[str, float | int]:
-    return {
+def _device_values(sampling: RowSampling, vocab_size: int) -> tuple[dict[str, float], dict[str, int]]:
+    floats = {
         "temperature": sampling.temperature,
-        "top_k": min(sampling.top_k, vocab_size) or vocab_size,
         "drop_mass": 1.0 - sampling.top_p if sampling.top_p < 1.0 else KEEP_ALL,
-        "min_p": sampling.min_p,
+        "log_min_p": math.log(sampling.min_p) if sampling.min_p else -math.inf,
         "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
-        "seed": sampling.seed - 2**64 if sampling.seed >= 2**63 else sampling.seed,
     }
+    ints = {
+        "top_k": min(sampling.top_k, vocab_size) or vocab_size,
+        "seed": sampling.seed - 2**64 if sampling.seed >= 2**63 else sampling.seed,
+        "asks_penalty": int("penalty" in _stages(sampling)),
+    }
+    return floats, ints
 
 
 def _stages(sampling: RowSampling) -> frozenset[str]:

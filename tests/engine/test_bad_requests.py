@@ -28,7 +28,7 @@ def llm():
 
 @pytest.fixture
 def nothing_runs(llm, monkeypatch):
-    monkeypatch.setattr(Rank, "step", lambda *_: pytest.fail("a pass ran before the mistake was found"))
+    monkeypatch.setattr(Rank, "submit", lambda *_: pytest.fail("a pass ran before the mistake was found"))
 
 
 LONG_IDS = [5] * 64

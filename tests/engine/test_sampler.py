@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_proof import counted
 
+from engine.kernels import draw
+from engine.kernels import filter as filters
 from engine.runtime import sampler as sampler_module
 from engine.runtime.sampler import GREEDY, Sampler
 from scheduler.request import RowSampling
@@ -26,7 +29,14 @@ def run(sampler: Sampler, logits: torch.Tensor, rows: list[int], positions: list
 
 
 def process(sampler: Sampler, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return sampler.process(logits, torch.tensor(rows, device=sampler.device), sampler.asked(rows).stages)
+    """What the sampler draws from: logits after penalties, filters and temperature; dropped ones are -inf."""
+    stages, rows = sampler.asked(rows).stages, torch.tensor(rows, device=sampler.device)
+    if "penalty" in stages:
+        logits = sampler.penalise(logits, rows)
+    if "filter" in stages:
+        logits = logits.masked_fill(~sampler.limits(logits, rows).keep(logits), -torch.inf)
+    temperature = sampler.params["temperature"][rows][:, None]
+    return logits / torch.where(temperature > 0, temperature, 1.0)
 
 
 def observe(sampler: Sampler, row: int, token_ids: torch.Tensor) -> None:
@@ -36,8 +46,7 @@ def observe(sampler: Sampler, row: int, token_ids: torch.Tensor) -> None:
 
 def with_rows(samplings: list[RowSampling], device: str = "cpu", vocab_size: int = V) -> Sampler:
     sampler = Sampler(len(samplings), vocab_size, device)
-    for row, sampling in enumerate(samplings):
-        sampler.set_row(row, sampling)
+    sampler.set_rows(dict(enumerate(samplings)))
     return sampler
 
 
@@ -162,11 +171,11 @@ def test_a_reset_row_forgets(device):
     logits = random_logits(1).to(device)
     observe(used, 1, torch.arange(V // 2, device=device))
     first = [run(used, logits, [1], step).tokens.item() for step in range(5)]
-    used.set_row(1, replace(sampling, presence_penalty=0.0))
-    used.set_row(1, GREEDY)
+    used.set_rows({1: replace(sampling, presence_penalty=0.0)})
+    used.set_rows({1: GREEDY})
     assert torch.equal(process(used, logits, [1]), logits)
     run(used, logits, [1])
-    used.set_row(1, sampling)
+    used.set_rows({1: sampling})
     assert torch.equal(process(used, logits, [1]), process(fresh, logits, [1]))
     observe(fresh, 1, torch.arange(V // 2, device=device))
     assert [run(fresh, logits, [1], step).tokens.item() for step in range(5)] == first
@@ -176,7 +185,7 @@ def test_penalty_state_is_allocated_for_the_first_that_asks():
     sampler = with_rows([GREEDY, PLAIN])
     run(sampler, random_logits(2), [0, 1])
     assert sampler.output_counts is None and sampler.prompt_seen is None
-    sampler.set_row(0, replace(GREEDY, frequency_penalty=0.1))
+    sampler.set_rows({0: replace(GREEDY, frequency_penalty=0.1)})
     run(sampler, random_logits(2), [1, 0])
     assert sampler.output_counts.sum(-1).tolist() == [1, 0, 0]  # the last is the pad row's
 
@@ -230,7 +239,7 @@ def decode(order: list[int], rows: dict[int, int], vocab_size: int, device: str,
     """All results, bit for bit, of the requests MIXED[order] in one batch; request i is on row rows[i]."""
     sampler = Sampler(32, vocab_size, device)
     for request in order:
-        sampler.set_row(rows[request], MIXED[request])
+        sampler.set_rows({rows[request]: MIXED[request]})
         observe(sampler, rows[request], torch.arange(request, 50, 3, device=device))
     logits = random_logits(len(MIXED) * steps, vocab_size).view(steps, len(MIXED), vocab_size)
     results: dict[int, list] = {request: [] for request in order}
@@ -257,6 +266,23 @@ def test_a_row_does_not_see_its_batch(vocab_size, device, monkeypatch):
             assert found == {request: expected[request] for request in order}
 
 
+def test_kernels_read_a_batch_whole_and_give_the_same_tokens(monkeypatch):
+    """Filters and draws by Triton, as on a GPU: in one call of each, unless a row asks for penalties."""
+    samplings = [GREEDY, replace(PLAIN, seed=3), replace(PLAIN, temperature=0.7, top_p=0.8, min_p=0.01, seed=4)]
+    logits, rows = random_logits(3).bfloat16(), [0, 1, 2]
+    penalised = [replace(GREEDY, repetition_penalty=1.3), *samplings[1:]]
+    expected = [run(with_rows(asked), logits, rows, 5).tokens.tolist() for asked in (samplings, penalised)]
+    monkeypatch.setattr(sampler_module, "reads_in_place", lambda logits: True)
+    monkeypatch.setattr(sampler_module, "draw_rows", draw._draw_rows_triton)
+    monkeypatch.setattr(sampler_module, "find_limits", filters._find_limits_triton)
+    monkeypatch.setattr(sampler_module, "CHUNK_ELEMENTS", 2 * V)
+    for asked, tokens, num_calls in ((samplings, expected[0], 1), (penalised, expected[1], 2)):
+        sampler = with_rows(asked)
+        with counted(draw.calls, triton=num_calls), counted(filters.calls, triton=num_calls):
+            assert run(sampler, logits, rows, 5).tokens.tolist() == tokens
+        assert sampler.last_tokens[rows].tolist() == tokens
+
+
 def test_greedy_ties_go_to_the_lowest_id(device):
     sampler = with_rows([GREEDY] * 3, device)
     logits = torch.full((3, V), -1.0, device=device)
@@ -272,10 +298,10 @@ def test_greedy_neither_sorts_nor_draws(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("not on this path")
 
-    monkeypatch.setattr(sampler_module, "kept", forbidden)
+    monkeypatch.setattr(sampler_module, "find_limits", forbidden)
     plain = with_rows([PLAIN, GREEDY])
     run(plain, random_logits(2), [0, 1])  # plain sampling never sorts
-    monkeypatch.setattr(sampler_module, "uniform", forbidden)
+    monkeypatch.setattr(sampler_module, "draw_rows", forbidden)
     sampler = with_rows([replace(GREEDY, top_k=5, top_p=0.5)] * 2)
     assert run(sampler, random_logits(2), [0, 1]).tokens.tolist() == random_logits(2).argmax(-1).tolist()
     with pytest.raises(AssertionError):

@@ -1,0 +1,130 @@
+"""A token a row from softmax(logits / temperature), filtered or not; the logits are read once, in their own dtype.
+
+The Gumbel-max trick: argmax of logit / temperature + noise, with independent Gumbel(0, 1) noise -log(-log(1 - u)) and u
+the number of philox.uniform. 1 - u is as uniform as u, and the noise's long upper tail comes from u near 0, where u is
+fine. Segments and merge are argmax's, and so is the token of a row with temperature 0.
+
+Shapes: R rows, V vocab.
+The integers are the same everywhere. The noise is a function of them and of the device's logarithm, within 1e-5 of the
+exact noise; -log(1 - u) is a series below 1/16, where 1 - u has few bits of u left. So a near tie within that error may
+fall otherwise on a CPU than on a GPU, but never between rows, batches, segments, ranks, graph and eager: products and
+sums are not fused, so that every variant of the kernel rounds alike.
+Tried, compiled for sm_90 only: 16-byte loads, no exchange between the layouts of words and logits, about 115
+instructions a logit, half of them for the two logarithms. Not tried: other segments than argmax's.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.kernels.argmax import argmax_rows_reference, over_segments
+from engine.kernels.filter import Limits
+from engine.kernels.philox import BELOW_ONE, uniform
+
+try:
+    import triton
+    import triton.language as tl
+
+    from engine.kernels.argmax import hand_in
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"reference": 0, "triton": 0}
+
+
+class Noise(NamedTuple):
+    """What each row's draw depends on beside its logits."""
+
+    temperatures: Tensor  # (R,) float32; 0 takes the most likely token
+    seeds: Tensor  # (R,) int64
+    positions: Tensor  # (R,) int64
+
+
+def reads_in_place(logits: Tensor) -> bool:
+    """Whether a kernel takes these logits; the reference makes temporaries of about 40 bytes a logit."""
+    return logits.is_cuda and triton is not None and logits.dtype != torch.float64
+
+
+def draw_rows(logits: Tensor, vocab_size: int, noise: Noise, nan_rows: Tensor, limits: Limits | None = None) -> Tensor:
+    """Tokens (R,) int64 of the first vocab_size columns of logits (R, V or more) of any float dtype; `limits` says
+    which may be drawn. Ties go to the lowest id. A row with a NaN gives 0 and adds 1 to nan_rows () int64."""
+    run = _draw_rows_triton if reads_in_place(logits) else draw_rows_reference
+    return run(logits, vocab_size, noise, nan_rows, limits)
+
+
+def draw_rows_reference(
+    logits: Tensor, vocab_size: int, noise: Noise, nan_rows: Tensor, limits: Limits | None = None
+) -> Tensor:
+    """The same in plain torch."""
+    calls["reference"] += 1
+    temperatures = noise.temperatures[:, None]
+    draws = temperatures > 0  # (R, 1)
+    logits = logits[:, :vocab_size].float()  # (R, V)
+    if limits is not None:
+        logits = logits.masked_fill(~limits.keep(logits), -torch.inf)
+    gumbel = uniform(noise.seeds, noise.positions, vocab_size).neg_().log1p_().neg_().log_().neg_()
+    scores = torch.where(draws, logits / torch.where(draws, temperatures, 1.0) + gumbel, logits)
+    return argmax_rows_reference(scores, vocab_size, nan_rows)
+
+
+def _draw_rows_triton(
+    logits: Tensor,
+    vocab_size: int,
+    noise: Noise,
+    nan_rows: Tensor,
+    limits: Limits | None = None,
+    num_segments: int | None = None,
+) -> Tensor:
+    others = {**noise._asdict(), **(limits or Limits(None, None))._asdict()}
+    assert all(t is None or t.shape == logits.shape[:1] and t.is_contiguous() for t in others.values())
+    calls["triton"] += 1
+    others |= {"LIMITED": limits is not None, "enable_fp_fusion": False}
+    return over_segments(_draw_segment, logits, vocab_size, nan_rows, num_segments, **others)
+
+
+if triton is not None:
+    LARGEST_U: tl.constexpr = tl.constexpr(BELOW_ONE)
+
+    @triton.jit
+    def _gumbel(word):
+        """The noise of uint32 words."""
+        u = tl.minimum((word.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), LARGEST_U)
+        series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
+        return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1.0 - u)))
+
+    @triton.jit
+    def words_of(seed, position, first, COUNT: tl.constexpr):
+        """The words (COUNT,) of token ids first, first + 1 ..; `first` and COUNT are multiples of 4."""
+        block = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
+        zero = block * 0
+        w0, w1, w2, w3 = tl.philox(seed, block, zero + position.to(tl.uint32), zero, zero)
+        return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (COUNT,))
+
+    @triton.jit
+    def _draw_segment(
+        logits, logits_row, vocab_size, length, values, ids, tokens, nan_rows, temperatures, seeds, positions,
+        least, last, LIMITED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        begin, lane = segment * length, tl.arange(0, BLOCK)
+        seed, position, temperature = tl.load(seeds + row), tl.load(positions + row), tl.load(temperatures + row)
+        draws = temperature > 0
+        if LIMITED:
+            least_kept, last_kept = tl.load(least + row), tl.load(last + row)
+        best = tl.full((BLOCK,), float("-inf"), tl.float32)
+        where = begin + lane  # as in argmax
+        nan = tl.zeros((BLOCK,), tl.int32)
+        for offset in tl.range(0, length, BLOCK):
+            column = begin + offset + lane
+            scores = tl.load(logits + row * logits_row + column, mask=column < vocab_size, other=float("-inf"))
+            scores = scores.to(tl.float32)
+            nan |= (scores != scores).to(tl.int32)
+            if LIMITED:
+                kept = (scores > least_kept) | ((scores == least_kept) & (column <= last_kept))
+                scores = tl.where(kept, scores, float("-inf"))
+            if draws:
+                scores = tl.div_rn(scores, temperature) + _gumbel(words_of(seed, position, begin + offset, BLOCK))
+            higher = scores > best
+            best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
+        hand_in(segment, row, best, where, nan, values, ids, tokens, nan_rows, SPLIT)
