@@ -1,0 +1,61 @@
+"""Streamed == resident and graph == eager, bit by bit, with poisoned slots, in every family, on one, two and four GPUs;
+and the tokens of several ranks are those of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.bitwise_ranks import HUNDREDS, LENGTHS
+from oracle.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox_parallel")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name in FAMILIES:
+        write_checkpoint(folder / name, name, "float32")
+    return folder
+
+
+def reports(checkpoints: Path, out: Path, num_ranks: int) -> list[dict]:
+    """What each rank found."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = [*launcher, "-m", "gpu.bitwise_ranks", str(checkpoints), str(out)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=280)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(checkpoints, tmp_path_factory) -> dict:
+    return reports(checkpoints, tmp_path_factory.mktemp("one"), 1)[0]
+
+
+def assert_same_bits(report: dict) -> None:
+    assert len(report) == 2 * len(FAMILIES) + 1
+    for case, found in report.items():
+        assert all(found["same"].values()), (case, found["same"])
+        assert found["num_passes"] >= (HUNDREDS if case == "hundreds" else max(LENGTHS))
+
+
+def test_one_rank(one_rank):
+    assert_same_bits(one_rank)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_several_ranks(checkpoints, one_rank, tmp_path, num_ranks):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    for report in reports(checkpoints, tmp_path, num_ranks):
+        assert_same_bits(report)
+        for case in one_rank:
+            if case.endswith("float32"):
+                assert report[case]["tokens"] == one_rank[case]["tokens"], case
