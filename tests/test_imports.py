@@ -69,11 +69,13 @@ MAY_IMPORT = {
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "engine.server", "penstock")
-# A late import needs a reason: the parent is watched before torch comes in; transformers only where it is compared.
+# A late import needs a reason: the parent is watched before torch comes in; transformers only where it is compared;
+# safetensors only where a checkpoint is written.
 LATE_IMPORTS = {
     "engine.worker_command": {"engine.runtime.rank", "parallel.launch"},
     "engine.probe_command": {"engine.runtime.probe", "parallel.group"},
     "scripts.comparison": {"scripts.baselines"},
+    "scripts.benchmark_startup": {"scripts.dummy_checkpoint"},
 }
 PURE = [
     *("penstock", "engine.cli", "engine.config", "engine.device_profile", "engine.flags", "engine.probe_report"),

@@ -9,6 +9,7 @@ Reader threads are our own: torchrun sets OMP_NUM_THREADS=1. After loading, the 
 import concurrent.futures
 import contextlib
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -36,9 +37,11 @@ class _Spans(Protocol):
 
 class LoadedWeights:
     """The spans of one rank, uint8, each as long as its GroupLayout says: `host_spans` are views of one arena
-    (registered for CUDA), `resident` views of one allocation on the device. `bytes_read` came from files."""
+    (registered for CUDA), `resident` views of one allocation on the device. `bytes_read` came from files. Loading began
+    and ended at these moments of time.perf_counter."""
 
-    def __init__(self, host: _Spans, resident: _Spans, bytes_read: int):
+    def __init__(self, host: _Spans, resident: _Spans, bytes_read: int, began_at_s: float):
+        self.began_at_s, self.ended_at_s = began_at_s, time.perf_counter()
         self.host_spans, self.resident, self.bytes_read = host.spans, resident.spans, bytes_read
         self.host_bytes, self.resident_bytes = host.nbytes, resident.nbytes
         self._host, self._resident = host, resident
@@ -67,6 +70,7 @@ def load_weights(
     limit cannot hold the arena, RuntimeError if CUDA cannot register it, and what the source raises; nothing stays
     allocated then.
     """
+    began_at_s = time.perf_counter()
     groups = (*layout.groups, layout.embed)
     on_host = streamed | ({layout.embed.group} if embed_on_host else set())
     host_groups = [group for group in groups if group.group in on_host]
@@ -85,7 +89,7 @@ def load_weights(
         host.finish()
         source.finish()
         undo.pop_all()
-    return LoadedWeights(host, resident, bytes_read)
+    return LoadedWeights(host, resident, bytes_read, began_at_s)
 
 
 class _HostSpans:
