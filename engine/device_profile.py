@@ -14,7 +14,7 @@ from typing import Any
 from scheduler.time_model import PROFILES
 
 KERNELS_A_STEP = 6  # that an eager step costs the host, in the mean
-NODES_A_STEP = 2.3  # that a step of a captured pass costs beside its bytes; an H200 takes 2.5 us, and 1.1 for a node
+NODES_A_STEP = 1.4  # that a step of a captured pass costs beside its bytes; an H200 takes 1.5 us, and 1.1 for a node
 ASSUMED = {"cuda": "h200", "cpu": "cpu"}  # the built-in profile of a type of device
 
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.decode_attention import choose_segments, partials_size
+from engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
 from engine.model.inputs import PagedContext, PassInputs
 from engine.model.ops import StepContext
 from scheduler.batch import Batch
 from scheduler.pages import pages_for
 from scheduler.request import ON_DEVICE
-
-TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; the last is the first page
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
@@ -60,25 +59,25 @@ class Bucket:
         num_segments = choose_segments(num_rows, context.num_kv_heads, max_model_len)
         size = partials_size(num_rows, context.num_heads, context.spec.head_dim, num_segments)
 
-        def column() -> Tensor:
-            return torch.zeros(num_rows, dtype=torch.int64, device=device)
+        def column(dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(num_rows, dtype=dtype, device=device)
 
-        rows = column()
+        self.derived = derived = DecodeInputs(*(column() for _ in range(5)), lengths=column(torch.int32))
         self.inputs = PassInputs(
-            tokens=column(),
-            positions=column(),
-            places=column(),
-            token_rows=rows,
+            tokens=derived.tokens,
+            positions=derived.positions,
+            places=derived.places,
+            token_rows=derived.rows,
             context=PagedContext(
                 page_table=self.table[:, PAGES:],
-                lengths=torch.zeros(num_rows, dtype=torch.int32, device=device),
+                lengths=derived.lengths,
                 partials=torch.empty(size, dtype=torch.float32, device=device),
                 num_segments=num_segments,
             ),
             select=torch.arange(num_rows, device=device),
             sampled_rows=(self.pad_row,) * num_rows,
-            sampled_rows_device=rows,
-            sampled_positions=column(),
+            sampled_rows_device=derived.rows,
+            sampled_positions=derived.sampled_positions,
         )
         self.load(Batch(()))
 
@@ -90,12 +89,4 @@ class Bucket:
 
     def derive(self) -> None:
         """Fills `inputs` from the table and the tokens that are still on the device."""
-        inputs, table = self.inputs, self.table
-        inputs.sampled_rows_device.copy_(table[:, ROW])
-        inputs.positions.copy_(table[:, START])
-        inputs.context.lengths.copy_(table[:, LENGTH])
-        torch.add(inputs.positions, 1, out=inputs.sampled_positions)
-        tokens = table[:, TOKEN].long()
-        inputs.tokens.copy_(torch.where(tokens == ON_DEVICE, self.last_tokens[inputs.sampled_rows_device], tokens))
-        page = inputs.context.page_table.gather(1, (inputs.positions // self.page_size)[:, None])[:, 0]
-        torch.add(page * self.page_size, inputs.positions % self.page_size, out=inputs.places)
+        derive_inputs(self.table, self.last_tokens, ON_DEVICE, self.page_size, self.derived)

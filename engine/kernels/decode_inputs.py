@@ -1,0 +1,95 @@
+"""What a decode pass reads of its rows, from the one table that the host sends: one launch for what is 14 in torch.
+
+Shapes: R rows, P pages of a row, S page size.
+A row of the table (R, PAGES + P) int32 is its token (or a number that stands for the row's last sampled one), the
+token's position, the row's place in the sampler, the length of its context, and its page table.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.kernels.overlap import options, wait_for_inputs
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"reference": 0, "triton": 0}
+TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; the last is the first page
+BLOCK = 128
+
+
+class DecodeInputs(NamedTuple):
+    """Of each row: (R,) int64, lengths int32."""
+
+    tokens: Tensor
+    positions: Tensor
+    places: Tensor  # page * S + offset
+    rows: Tensor
+    sampled_positions: Tensor
+    lengths: Tensor
+
+
+def derive_inputs(table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs) -> None:
+    """Fills `out` from the table, whose tokens `on_device` are those of last_tokens (rows of the sampler,) int64."""
+    run = _derive_inputs_triton if table.is_cuda and triton is not None else derive_inputs_reference
+    run(table, last_tokens, on_device, page_size, out)
+
+
+def derive_inputs_reference(
+    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs
+) -> None:
+    """The same in plain torch."""
+    calls["reference"] += 1
+    tokens, positions, rows, lengths = table[:, :PAGES].long().unbind(1)
+    pages = table[:, PAGES:].gather(1, (positions // page_size)[:, None])[:, 0]
+    values = DecodeInputs(
+        tokens=torch.where(tokens == on_device, last_tokens[rows], tokens),
+        positions=positions,
+        places=pages * page_size + positions % page_size,
+        rows=rows,
+        sampled_positions=positions + 1,
+        lengths=lengths,
+    )
+    for target, value in zip(out, values):
+        target.copy_(value)
+
+
+def _derive_inputs_triton(
+    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs
+) -> None:
+    assert table.dtype == torch.int32 and table.stride(1) == 1 and all(t.is_contiguous() for t in (last_tokens, *out))
+    calls["triton"] += 1
+    _derive[(triton.cdiv(len(table), BLOCK),)](
+        *(table, table.stride(0), last_tokens, *out, len(table), on_device, page_size, BLOCK), **options(table.device)
+    )
+
+
+if triton is not None:
+    _TOKEN, _START, _ROW, _LENGTH, _PAGES = (tl.constexpr(column) for column in (TOKEN, START, ROW, LENGTH, PAGES))
+
+    @triton.jit
+    def _derive(
+        table, table_row, last_tokens, tokens, positions, places, rows, sampled_positions, lengths, num_rows,
+        ON_DEVICE: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    ):  # fmt: skip
+        wait_for_inputs(OVERLAPS)
+        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = row < num_rows
+        entry = table + row.to(tl.int64) * table_row
+        token = tl.load(entry + _TOKEN, mask=inside, other=0).to(tl.int64)
+        position = tl.load(entry + _START, mask=inside, other=0).to(tl.int64)
+        owner = tl.load(entry + _ROW, mask=inside, other=0).to(tl.int64)
+        page = tl.load(entry + _PAGES + position // S, mask=inside, other=0).to(tl.int64)
+        waiting = token == ON_DEVICE
+        token = tl.where(waiting, tl.load(last_tokens + owner, mask=inside & waiting, other=0), token)
+        tl.store(tokens + row, token, mask=inside)
+        tl.store(positions + row, position, mask=inside)
+        tl.store(places + row, page * S + position % S, mask=inside)
+        tl.store(rows + row, owner, mask=inside)
+        tl.store(sampled_positions + row, position + 1, mask=inside)
+        tl.store(lengths + row, tl.load(entry + _LENGTH, mask=inside, other=0), mask=inside)
