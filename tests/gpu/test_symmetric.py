@@ -71,5 +71,5 @@ def test_sums_of_every_size(tmp_path):
         print(f"{dtype:>15} {nbytes:>9} bytes {microseconds:8.1f} us in a graph, symmetric: {bool(ways)}")
         assert close and same_on_both and graph_is_eager, (dtype, nbytes)
         least = 4096 if "16" in dtype else 30  # of which 28 bytes are whole elements, and whole words
-        most = 256 << 10 if dtype == "torch.float16" else 16 << 20
+        most = 1 << 20 if dtype == "torch.float16" else 16 << 20
         assert ways == (least <= nbytes <= most), (dtype, nbytes)
