@@ -17,15 +17,20 @@ INTRODUCTION = """# Benchmarks
 Rendered by `python scripts/render_benchmarks.py` from the records in `benchmarks/`; do not edit. Times of passes are
 medians, in ms. The bound is that of one rank, max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate), at
 rates measured in the same run; "by" says which term binds, the fraction is bound / time. Predictions are the time
-model's, from the rates which the plan had before anything was measured. Rates are a rank's. Where no TFLOP/s are given,
-FLOPs are not in the bound either.
+model's, from the rates which the plan had before anything was measured. Rates are a rank's.
 
 ![fraction of the bound](benchmarks/fraction.png)
 
 ![time of a decode pass](benchmarks/pass_time.png)
 """
-GENERIC = {"kernels": "Kernels", "link": "Link", "collectives": "Collectives"}  # kind of record: its section
-PASSES, THROUGHPUT = ("decode", "latency"), "throughput"
+GENERIC = {  # kind of record: its section
+    "kernels": "Kernels",
+    "link": "Link",
+    "collectives": "Collectives",
+    "startup": "Start-up",
+    "tests/gpu": "Tests on GPUs",
+}
+LATENCY, THROUGHPUT = "latency", "throughput"
 DECIMALS = 3
 
 
@@ -77,7 +82,7 @@ def render(records: list[Record]) -> str:
     for kind, title in GENERIC.items():
         tables = [generic(record) for record in records if record.kind == kind]
         sections.append(f"## {title}\n\n" + ("\n".join(tables) or "No record yet.\n"))
-    others = [record for record in records if record.kind not in (*PASSES, THROUGHPUT, *GENERIC)]
+    others = [record for record in records if record.kind not in (LATENCY, THROUGHPUT, *GENERIC)]
     tables = [generic(record) for record in others if has_rows(record)]
     names = [f"- {record.link}: {record.kind or 'no benchmark'}" for record in others if not has_rows(record)]
     sections.append("## Other records\n\n" + "\n".join([*tables, "\n".join(names)]) + "\n")
@@ -89,7 +94,7 @@ def decode_rows(records: list[Record]) -> list[Row]:
     rows = [
         record.facts() | {"streamed_bytes": record.content["streamed_bytes_per_pass_and_rank"]} | row
         for record in records
-        if record.kind in PASSES
+        if record.kind == LATENCY
         for row in record.content["passes"]
         if "decode_pass_s" in row
     ]
@@ -100,7 +105,7 @@ def prefill_rows(records: list[Record]) -> list[Row]:
     return [
         record.facts() | {"batch_size": row["batch_size"]} | row["first_token"]
         for record in records
-        if record.kind in PASSES
+        if record.kind == LATENCY
         for row in record.content["passes"]
         if "first_token" in row
     ]
@@ -116,7 +121,7 @@ def comparison_rows(records: list[Record]) -> list[Row]:
     for record in records:
         for row in record.content.get("comparisons", ()) if isinstance(record.content, dict) else ():
             ours = record.content
-            if record.kind in PASSES:
+            if record.kind == LATENCY:
                 ours = next((one for one in ours["passes"] if one["batch_size"] == row.get("batch_size")), {})
             bound = {name: ours.get(name) for name in ("bound", "fraction_of_bound")}
             times = {"ours_s": row.get("our_token_s", ours.get("elapsed_time"))}
