@@ -2,12 +2,15 @@
 `penstock probe`, in a few seconds and without a model.
 """
 
+import dataclasses
 import datetime
 from collections.abc import Iterable
 
 import torch
 
 from engine.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe
+from engine.planning import EnginePlan
+from engine.runtime.executor import Counters, Executor
 from engine.runtime.measure import (
     CPU_BYTES,
     GPU_BYTES,
@@ -18,15 +21,48 @@ from engine.runtime.measure import (
     link_buffers,
     link_gb_s,
     memory_gb_s,
+    seconds,
 )
 from engine.runtime.reduce_times import default_sizes, reduce_seconds, reduce_table
 from parallel.collectives import Collectives
 from parallel.topology import Topology, device_name
+from scheduler.batch import Batch, BatchRow
+from scheduler.pages import RESERVED_PAGE
+from scheduler.pass_work import PassWork
 from scheduler.time_model import Rates
 
 LINK_BYTES = 8 * 2**30  # in one run: memory that several ranks share holds a higher rate for a moment than for long
 WARM_BYTES = 32 * 2**30  # before the first run: the first copies of a fresh machine are slower
 GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = 2**30, CPU_BYTES, 4 * CPU_BYTES
+
+
+def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int) -> Rates:
+    """The rates of a running engine, the link's over the copy lane's first `link_bytes` (all of a pass's, if they are
+    fewer). All ranks must call this together; the ring is to be filled again behind it."""
+    collectives = executor.context.collectives
+    in_graphs = executor.decode is not None and executor.decode.graphs is not None
+    copies, dtype = executor.stretch(link_bytes), getattr(torch, plan.dtype)
+    rates = measure_rates(copies, dtype, plan.spec.hidden_size, collectives, device, in_graphs)
+    executor.ring_is_filled = False
+    if device.type == "cpu":
+        rates = dataclasses.replace(rates, step_latency_s=_step_latency_s(executor, work, rates, device))
+    executor.counters = Counters()  # they count what was asked for
+    collectives.num_reduces.clear()
+    collectives.reduced_bytes.clear()
+    return rates
+
+
+def _step_latency_s(executor: Executor, work: PassWork, rates: Rates, device: torch.device) -> float:
+    """On a CPU: what a step costs however little it computes, from passes over one token, which write to the reserved
+    page. (A GPU's lanes hide it, so there launches are timed.)"""
+    batch = Batch((BatchRow(row=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
+
+    def run() -> None:
+        executor.submit(batch)
+        executor.collect()
+
+    known_s = work.num_reduces * rates.reduce_latency_s + work.streamed_bytes / rates.link_gb_s / 1e9
+    return max(seconds(run, device, repeats=3) - known_s, 0.0) / work.num_steps
 
 
 def measure_rates(

@@ -25,9 +25,7 @@ import torch
 from engine.config import EngineConfig
 from engine.model.families import read_config, read_eos_token_ids, read_spec
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
-from engine.runtime.executor import Counters
-from engine.runtime.measure import seconds
-from engine.runtime.probe import measure_rates
+from engine.runtime.probe import probe_engine
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import chrome_events, predicted_spans, write_trace
 from engine.runtime.worker import Worker, open_source
@@ -37,8 +35,7 @@ from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, device_name, resolve_topology
-from scheduler.batch import Batch, BatchRow
-from scheduler.pages import RESERVED_PAGE
+from scheduler.batch import Batch
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
 
@@ -175,35 +172,11 @@ class Rank:
             return
         link_mib = -(-link_bytes // MIB)  # messages are int32
         self.collectives.broadcast_ints([PROBE, link_mib])
-        self.rates = with_link(self._probe(link_mib * MIB), self.config.link_gb_s)
+        self.rates = with_link(self._probe(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
-    def _probe(self, link_bytes: int) -> Rates:
-        executor = self.worker.executor
-        in_graphs = executor.decode is not None and executor.decode.graphs is not None
-        dtype, hidden_size = getattr(torch, self.plan.dtype), self.plan.spec.hidden_size
-        copies = executor.stretch(link_bytes)
-        rates = measure_rates(copies, dtype, hidden_size, self.collectives, self.topology.device, in_graphs)
-        executor.ring_is_filled = False  # the probe has copied over it
-        if self.topology.device.type == "cpu":
-            rates = dataclasses.replace(rates, step_latency_s=self._step_latency_s(rates))
-        executor.counters = Counters()  # they count what was asked for
-        self.collectives.num_reduces.clear()
-        self.collectives.reduced_bytes.clear()
-        return rates
-
-    def _step_latency_s(self, rates: Rates) -> float:
-        """On a CPU: what a step costs however little it computes, from passes over one token, which write to the
-        reserved page. (A GPU's lanes hide it, so there the probe times launches.)"""
-        executor = self.worker.executor
-        batch = Batch((BatchRow(row=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
-
-        def run() -> None:
-            executor.submit(batch)
-            executor.collect()
-
-        known_s = self.work.num_reduces * rates.reduce_latency_s + self.work.streamed_bytes / rates.link_gb_s / 1e9
-        return max(seconds(run, self.topology.device, repeats=3) - known_s, 0.0) / self.work.num_steps
+    def _probe(self, link_mib: int) -> Rates:
+        return probe_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
 
     def finish(self, outputs: list[dict]) -> None:
         """Rank 0: ends what the other ranks follow and gives them the outputs."""
@@ -224,7 +197,7 @@ class Rank:
             if kind == OUTPUTS:
                 return json.loads(self.collectives.broadcast_bytes(None))
             if kind == PROBE:
-                self._probe(message[0] * MIB)
+                self._probe(*message)
 
     def serve(self) -> None:
         """A self-launched rank's whole life: follow until rank 0 says stop."""
