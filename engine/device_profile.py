@@ -49,7 +49,7 @@ def device_profile(probe: Probe) -> dict[str, Any]:
     if probe.reduces:
         way = "eager_s" if probe.node_s is None else "graph_s"
         reduce_latency_s, largest = probe.reduces[0][way], probe.reduces[-1]
-        reduce_gb_s = largest["bytes"] / max(largest[way] - reduce_latency_s, 1e-9) / 1e9
+        reduce_gb_s = largest["bytes"] / sending_s(largest[way], reduce_latency_s) / 1e9
     return {
         "source": f"measured: {probe.device}, {ranks(probe.num_ranks)}, {probe.date}",
         "link_gb_s": probe.link_gb_s,
@@ -63,6 +63,12 @@ def device_profile(probe: Probe) -> dict[str, Any]:
         "memory_bytes": probe.memory_bytes,
         "probe": asdict(probe),
     }
+
+
+def sending_s(large_s: float, small_s: float) -> float:
+    """Seconds of a large all-reduce without its latency, that of a small one; no less than a tenth of it, since on a
+    busy machine the small one may have taken longer."""
+    return max(large_s - small_s, 0.1 * large_s)
 
 
 def ranks(number: int) -> str:

@@ -57,7 +57,7 @@ def meanings(probe: Probe) -> list[str]:
     lines += _together(probe)
     slowest = probe.link_gb_s[-1]
     ratio, tokens = min(probe.memory_gb_s) / slowest, min(probe.gemm_tflops) * 1e3 / slowest
-    lines.append(f"memory is read {ratio:.3g} times as fast as the link brings weights: X")
+    lines.append(f"memory is read {ratio:.3g} times as fast as the link brings weights")
     if probe.dtype != "float32":  # two bytes a weight, two FLOPs a token
         lines.append(f"while a weight crosses the link, GEMMs could use it for about {_round(tokens)} tokens")
     lines += _reduces(probe)

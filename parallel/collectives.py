@@ -37,8 +37,8 @@ _OWN_ERROR = re.compile(r"out of memory|invalid (argument|usage)|unhandled cuda 
 class Collectives(Protocol):
     """The ranks of one tensor-parallel group. All ranks make the same calls in the same order.
 
-    `num_reduces` and `reduced_bytes` count calls and bytes by label; `.total()` sums them (a replayed CUDA
-    graph is not counted). Every call raises PeerLost if another rank is gone or did not answer in time.
+    `num_reduces` and `reduced_bytes` count calls and bytes by label; `.total()` sums them (replays of a CUDA graph
+    are added by whoever replays it). Every call raises PeerLost if another rank is gone or did not answer in time.
     """
 
     rank: int

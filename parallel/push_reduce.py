@@ -154,3 +154,6 @@ if triton is not None:
             element = tl.program_id(0) * BLOCK * PER_WORD + tl.arange(0, BLOCK * PER_WORD)
             tl.store(out + element, sum_parts(parts, dtype), mask=element < num_words * PER_WORD)
             flip(halves, half)
+
+else:
+    collect = flip = load_part = push = sum_parts = None  # imported by the fused kernel

@@ -25,7 +25,7 @@ class Symmetric(Nccl):
 
     def __init__(self, timeout_s: float):
         super().__init__(timeout_s)
-        self.num_symmetric = 0  # sums that took this way
+        self.num_symmetric = 0  # sums that took this way, apart from replays
         self._name = dist.group.WORLD.group_name
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._buffers = {}

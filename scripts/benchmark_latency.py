@@ -31,6 +31,7 @@ from scheduler.pass_work import PassShape
 from scheduler.time_model import Rates
 from scripts.comparison import add_compare_arguments, check_compare, compare, print_comparisons
 from scripts.engine_record import describe, say_machine
+from scripts.entry import run_script
 from scripts.workload import Job, Measured, add_workload_arguments, greedy, positive, random_jobs
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -179,4 +180,4 @@ def print_table(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -32,6 +32,7 @@ from engine.record import add_output_argument, keep
 from parallel.launch import resolve_launch
 from scripts.benchmark_latency import PERCENTILES
 from scripts.engine_record import say_machine
+from scripts.entry import run_script
 from scripts.startup_phases import measure_start
 from scripts.workload import positive
 
@@ -165,4 +166,4 @@ def print_table(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -23,6 +23,7 @@ from engine.runtime.bucket import bucket_sizes
 from scheduler.bound import against_bound
 from scripts.comparison import add_compare_arguments, check_compare, compare_throughput
 from scripts.engine_record import describe, say_machine
+from scripts.entry import run_script
 from scripts.workload import Job, add_workload_arguments, greedy, positive, random_jobs, ratio
 
 
@@ -129,4 +130,4 @@ def say(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -1,7 +1,10 @@
-"""docs/architecture.md names every module, and none that is not there."""
+"""docs/architecture.md names every module, and none that is not there; README shows what `penstock plan` prints."""
 
 import re
+import shlex
 from pathlib import Path
+
+from engine.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TREES = ("parallel", "scheduler", "engine", "scripts")
@@ -20,6 +23,16 @@ def listed_modules() -> set[str]:
         elif name.endswith(".py"):
             paths.add("".join(folders.values()) + name)
     return paths
+
+
+def test_the_plan_in_the_readme_is_the_plan(capsys, monkeypatch):
+    """The block that starts with `$ penstock plan`, word for word."""
+    monkeypatch.chdir(ROOT)
+    command, shown = re.search(
+        r"```\n\$ penstock (plan .*)\n((?:.*\n)*?)```", (ROOT / "README.md").read_text()
+    ).groups()
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out.rstrip() == shown.rstrip()
 
 
 def test_the_tree_in_the_docs_is_the_tree():

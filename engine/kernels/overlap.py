@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel starts while the one before it on its stream still ends, and waits for it
-before it touches anything that a kernel wrote. What no kernel writes, weights above all, it may read before: so a
-short kernel's launch and the first weights of the next linear hide behind the end of the one before.
+before it touches anything that a kernel wrote: so its launch hides behind the end of the one before. What no kernel
+writes, such as a norm's weights, it may read before it waits.
 
 Every kernel launched with `options` calls `wait_for_inputs` before its first store and its first load of activations,
 and then waits for all kernels before it, since the one before it has waited too. Kernels of libraries, copies and
@@ -35,3 +35,6 @@ if triton is not None:
         if OVERLAPS:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
+
+else:
+    wait_for_inputs = None  # imported by every kernel

@@ -119,3 +119,6 @@ if triton is not None:
             values = rounded.to(tl.float32)
         normed = norm_row(values, inside, factors, offsets, eps, dtype, D, LAYER, BIAS)
         tl.store(out + row * out_row + column, normed, mask=inside)
+
+else:
+    load_weights = norm_row = None  # imported by the fused kernel

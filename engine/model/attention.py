@@ -27,14 +27,18 @@ from engine.model.spec import ModelSpec
 Context = GatheredContext | PagedContext
 
 LEAST_WHOLE_TOKENS, WHOLE_STEP_TOKENS = 1024, 512  # from where cuDNN pays, and what its lengths are multiples of
-WHOLE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
+calls = {"whole": 0, "gathered": 0}
 # torch 2.11 takes grouped heads as they come, later versions want to be told
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
-    """How long rows are that attend without a gathered context: no longer than the narrowest window."""
-    if not _has_varlen(device, dtype):
+    """How long rows are that attend without a gathered context: no longer than the narrowest window. None where cuDNN
+    cannot: it wants bf16 or fp16, heads of at most 128 in steps of 8, and pays from compute capability 9.0 on."""
+    if not _has_varlen(device, dtype) or spec.head_dim > 128 or spec.head_dim % 8:
+        return range(0)
+    if torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.is_available():
         return range(0)
     return range(LEAST_WHOLE_TOKENS, min((w for w in spec.windows if w is not None), default=2**31) + 1)
 
@@ -66,6 +70,7 @@ def attend_(heads: Tensor, cache: tuple[Tensor, Tensor], context: Context, windo
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: GatheredContext, window: int | None) -> Tensor:
     """Attention of q (T, H, E) over the gathered k, v (C, K, E): (T, H, E); rows without context hold anything."""
+    calls["gathered"] += 1
     scale = q.shape[-1] ** -0.5
     if _has_varlen(q.device, q.dtype):
         window_size = (-1 if window is None else window - 1, 0)
@@ -88,7 +93,8 @@ def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
         heads = padded
     parts = heads.split([num_heads - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
     q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (1, H or K, n + padding, E)
-    with sdpa_kernel(WHOLE_BACKENDS, set_priority=True):
+    calls["whole"] += 1
+    with sdpa_kernel(WHOLE_BACKEND):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5, enable_gqa=True)
     return out[0].transpose(0, 1)[:num_tokens]
 

@@ -2,8 +2,8 @@
 
 A pass over rows of one token each runs the same plan as any other, on a bucket's fixed inputs. It is captured with the
 sampling that its rows ask for: greedy, plain and filtered draws and penalties are graphs of their own, so that a greedy
-pass never sorts; only rows that want logprobs are sampled behind the graph, from the logits that it leaves. Without
-graphs the same padded pass runs eagerly, so that both have the same bits.
+pass never sorts. Only log probabilities are taken behind the graph, from the logits that it leaves. Without graphs the
+same padded pass runs eagerly, so that both have the same bits.
 """
 
 import torch
@@ -32,52 +32,55 @@ class DecodePasses:
         size = next(size for size in self.sizes if size >= num_rows)
         asked = self.executor.context.sampler.asked([row.row for row in batch.rows])
         if self.graphs is not None:
-            self._capture_up_to(size, asked)
+            self._capture_up_to(size, asked.stages)
         bucket = self._bucket(size)
         bucket.load(batch)
         if self.graphs is None:
-            self._run_plan(bucket, asked)
+            self._run_plan(bucket, asked.stages)
         else:
             self.executor.ring_is_filled = False
-            self.graphs.replay((size, asked))
+            self.graphs.replay((size, asked.stages))
             self.executor.ring_is_filled = True
-        return self.mailbox.expect(num_rows) if asked.num_logprobs < 0 else self._sample(bucket, num_rows, asked)
+        letter = self.mailbox.expect(num_rows)
+        return letter if asked.num_logprobs < 0 else self._score(bucket, num_rows, asked.num_logprobs)
 
     def _bucket(self, size: int) -> Bucket:
         if size not in self.buckets:
             self.buckets[size] = Bucket(size, self.max_model_len, self.executor.context)
         return self.buckets[size]
 
-    def _capture_up_to(self, size: int, asked: Asked) -> None:
+    def _capture_up_to(self, size: int, stages: frozenset[str]) -> None:
         """Captures what is missing of this bucket and all smaller ones, which come as rows end; the largest first, so
         that the others' temporaries fit into its memory."""
-        if (size, asked) in self.graphs.passes:
+        if (size, stages) in self.graphs.passes:
             return
         for smaller in reversed(self.sizes[: self.sizes.index(size) + 1]):
             bucket = self._bucket(smaller)
             bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
 
             def run(bucket: Bucket = bucket) -> None:
-                self._run_plan(bucket, asked)
+                self._run_plan(bucket, stages)
 
             def warm_up(bucket: Bucket = bucket) -> None:
                 bucket.derive()
-                self.executor.run_plan(bucket.inputs, asked, lambda output: None, copies=False)
+                self.executor.run_plan(bucket.inputs, Asked(stages), lambda output: None, copies=False)
 
-            self.graphs.capture((smaller, asked), warm_up, run, self.executor.counted)
+            self.graphs.capture((smaller, stages), warm_up, run, self.executor.counted)
 
-    def _run_plan(self, bucket: Bucket, asked: Asked) -> None:
+    def _run_plan(self, bucket: Bucket, stages: frozenset[str]) -> None:
         bucket.derive()
-        self.executor.run_plan(bucket.inputs, asked, self._send if asked.num_logprobs < 0 else None)
+        self.executor.run_plan(bucket.inputs, Asked(stages), self._send)
 
     def _send(self, output: SampleOutput) -> None:
         self.mailbox.send(output.tokens, self.executor.context.sampler.num_nan_rows)
 
-    def _sample(self, bucket: Bucket, num_rows: int, asked: Asked) -> PendingSample:
-        context, inputs = self.executor.context, bucket.inputs
-        logits = self.executor.arena.cut(bucket.num_rows, bucket.num_rows)["logits"]
-        rows, positions = inputs.sampled_rows_device[:num_rows], inputs.sampled_positions[:num_rows]
-        return self.executor.pend(context.sampler(logits[:num_rows, : context.spec.vocab_size], rows, positions, asked))
+    def _score(self, bucket: Bucket, num_rows: int, num_logprobs: int) -> PendingSample:
+        """The pass's tokens with their log probabilities. They stand behind its last copies, so where weights stream
+        the link idles until the host has them."""
+        sampler, num_padded = self.executor.context.sampler, bucket.num_rows
+        logits = self.executor.arena.cut(num_padded, num_padded)["logits"][:num_rows]
+        tokens = sampler.last_tokens[bucket.inputs.sampled_rows_device[:num_rows]]
+        return self.executor.pend(SampleOutput(tokens, sampler.score(logits, tokens, num_logprobs)))
 
     def close(self) -> None:
         if self.graphs is not None:

@@ -84,7 +84,8 @@ class Executor:
 
     def collect(self) -> SampleOutput | None:
         """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
-        Returns when they are there, before the pass's last copies are. Raises ValueError if logits were NaN."""
+        Returns when they are there, which (but for log probabilities of a decode pass) is before the pass's last copies
+        are. Raises ValueError if logits were NaN."""
         pending = self.under_way.popleft()
         return None if pending is None else pending.wait()
 
@@ -107,10 +108,10 @@ class Executor:
         return PendingSample(output, self.context.sampler.num_nan_rows)
 
     def run_plan(
-        self, inputs: PassInputs, asked: Asked, on_sampled: Callable[[SampleOutput], None] | None, copies: bool = True
+        self, inputs: PassInputs, asked: Asked, on_sampled: Callable[[SampleOutput], None], copies: bool = True
     ) -> None:
-        """Enqueues a pass over `inputs`. `on_sampled` takes its tokens, behind `sample` and before the pass is joined;
-        None leaves the sampling to the caller. Without `copies` the compute lane runs alone, on what the ring holds."""
+        """Enqueues a pass over `inputs`. `on_sampled` takes its tokens, if a row samples, behind `sample` and before
+        the pass is joined. Without `copies` the compute lane runs alone, on what the ring holds."""
         context = self.context
         context.inputs, context.asked, context.sampled, self.on_sampled = inputs, asked, None, on_sampled
         context.act = self.arena.cut(len(inputs.tokens), len(inputs.sampled_rows))
@@ -143,10 +144,7 @@ class Executor:
 
     def do(self, instruction: Instruction) -> None:
         if isinstance(instruction, Compute):
-            if instruction.step == "sample":
-                self._sample(instruction)
-            else:
-                self._compute(instruction)
+            self._compute(instruction)
         elif isinstance(instruction, Prefetch):
             self.counters.copied_bytes[instruction.group] += instruction.slot.nbytes
             self.slot(instruction).copy_(self.host_spans[instruction.group], non_blocking=True)
@@ -156,12 +154,8 @@ class Executor:
     def _compute(self, step: Compute) -> None:
         self.counters.steps[step.step] += 1
         STEPS[step.step](self.context, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
-
-    def _sample(self, step: Compute) -> None:
-        if self.on_sampled is not None:
-            self._compute(step)
-            if self.context.sampled is not None:
-                self.on_sampled(self.context.sampled)
+        if step.step == "sample" and self.context.sampled is not None:
+            self.on_sampled(self.context.sampled)
 
     def slot(self, instruction: Prefetch | Release) -> Tensor:
         return self.ring[instruction.slot.offset : instruction.slot.offset + instruction.slot.nbytes]

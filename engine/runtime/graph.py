@@ -19,7 +19,7 @@ POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 
 
 class Mailbox:
-    """Where captured passes put their tokens: pinned memory that the host polls. One for all graphs of an engine.
+    """Where decode passes put their tokens: pinned memory that the host polls. One for all of an engine.
 
     A pass writes its letter, the tokens and in the last column the number of NaN rows, beside those of the passes
     before it, so that up to DEPTH passes may be under way; the step number goes out last.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from engine.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe
+from engine.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe, sending_s
 from engine.planning import EnginePlan
 from engine.runtime.executor import Counters, Executor
 from engine.runtime.measure import (
@@ -88,7 +88,7 @@ def measure_rates(
         row, large = torch.zeros(hidden_size, device=device, dtype=dtype), torch.zeros(num_bytes // 8, device=device)
         small_s = reduce_seconds(collectives.all_reduce, row, collectives, in_graphs)
         large_s = reduce_seconds(collectives.all_reduce, large, collectives)
-        reduce_gb_s = large.nbytes / max(large_s - small_s, 1e-9) / 1e9
+        reduce_gb_s = large.nbytes / sending_s(large_s, small_s) / 1e9
     return Rates(
         link_gb_s=min(rate for (rate,) in all_ranks([link], collectives, device)),
         memory_gb_s=memory,

@@ -13,12 +13,10 @@ Rank 0 decides and the others have no scheduler. Messages are packed int32, or J
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -27,11 +25,10 @@ from engine.model.families import read_config, read_eos_token_ids, read_spec
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
 from engine.runtime.probe import probe_engine
 from engine.runtime.sampler import SampleOutput
-from engine.runtime.trace import chrome_events, predicted_spans, write_trace
+from engine.runtime.trace import join_traces, write_trace
 from engine.runtime.worker import Worker, open_source
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
-from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, device_name, resolve_topology
@@ -215,32 +212,13 @@ class Rank:
                     if self.launch.kind == "parent":
                         collectives.broadcast_ints([STOP])
                     if self.config.trace:
-                        self._write_trace(worker, collectives)
+                        join_traces(self.config.trace, worker.tracer, self.plan, collectives)
         finally:
             if worker is not None:
                 worker.close()
             if collectives is not None:
                 collectives.abandon() if self.failed else collectives.close()
             self.launch.close()
-
-    def _write_trace(self, worker: Worker, collectives: Collectives) -> None:
-        """Each rank leaves its part beside the file, and rank 0 joins them."""
-        if self.topology.device.type == "cuda":
-            torch.cuda.synchronize(self.topology.device)
-        rank, path = self.topology.rank, self.config.trace
-        measured = worker.tracer.spans()
-        predicted = predicted_spans(self.plan, worker.tracer.shapes, measured)
-        events = chrome_events(measured, f"rank {rank}", pid=2 * rank)
-        events += chrome_events(predicted, f"rank {rank}, predicted", pid=2 * rank + 1)
-        if rank > 0:
-            write_trace(f"{path}.rank{rank}", events)
-        collectives.barrier()
-        if rank == 0:
-            for other in range(1, self.topology.tp_size):
-                part = Path(f"{path}.rank{other}")
-                events += json.loads(part.read_text())["traceEvents"]
-                os.unlink(part)
-            write_trace(path, events)
 
 
 def device_memory_bytes(device: torch.device) -> int | None:

@@ -50,8 +50,8 @@ class SampleOutput:
 
 
 class PendingSample:
-    """A SampleOutput on its way to pinned host memory. The copies stand on the compute lane right behind the sampler,
-    before the pass is joined: so the next pass is prepared while the copies for it are still on the link."""
+    """A SampleOutput on its way to pinned host memory. In an eager pass the copies stand on the compute lane right
+    behind the sampler, before the pass is joined: the next is prepared while copies for it are still on the link."""
 
     def __init__(self, output: SampleOutput, num_nan_rows: Tensor):
         self._event = torch.cuda.Event() if output.tokens.is_cuda else None
@@ -148,10 +148,13 @@ class Sampler:
             parts = (self._sample(logits[c], rows[c], positions[c], asked.stages) for c in self._chunks(logits))
             tokens = torch.cat(list(parts))
         self.last_tokens[rows] = tokens
-        if asked.num_logprobs < 0:
-            return SampleOutput(tokens, None)
-        parts = (logprobs(logits[c].float(), tokens[c], asked.num_logprobs) for c in self._chunks(logits))
-        return SampleOutput(tokens, Logprobs(*(torch.cat(fields) for fields in zip(*parts, strict=True))))
+        return SampleOutput(tokens, self.score(logits, tokens, asked.num_logprobs) if asked.num_logprobs >= 0 else None)
+
+    def score(self, logits: Tensor, tokens: Tensor, num_logprobs: int) -> Logprobs:
+        """Log probabilities of tokens (R,), and of the most likely ones, under logits (R, V or more)."""
+        raw = logits[:, : self.vocab_size]
+        parts = (logprobs(raw[c].float(), tokens[c], num_logprobs) for c in self._chunks(raw))
+        return Logprobs(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def penalise(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Logits (R, V) float32 after the penalties of the rows that ask for them."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.planning import EnginePlan, step_seconds
+from parallel.collectives import Collectives
 from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY, Instruction
 from scheduler.timeline import predict_timeline
@@ -182,6 +183,25 @@ def chrome_events(spans: list[Span], process: str, pid: int) -> list[dict]:
         event |= {"ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6, "args": {"pass": span.pass_index}}
         events.append(event)
     return events
+
+
+def join_traces(path: str, tracer: "RecordingTracer", plan: EnginePlan, collectives: Collectives) -> None:
+    """Each rank leaves its part, as measured and as predicted, beside the file, and rank 0 joins them. All ranks call
+    this together, once their devices may be waited for."""
+    if tracer.cuda:
+        torch.cuda.synchronize(tracer.device)
+    rank, measured = collectives.rank, tracer.spans()
+    events = chrome_events(measured, f"rank {rank}", pid=2 * rank)
+    events += chrome_events(predicted_spans(plan, tracer.shapes, measured), f"rank {rank}, predicted", pid=2 * rank + 1)
+    if rank > 0:
+        write_trace(f"{path}.rank{rank}", events)
+    collectives.barrier()
+    if rank == 0:
+        for other in range(1, collectives.size):
+            part = Path(f"{path}.rank{other}")
+            events += json.loads(part.read_text())["traceEvents"]
+            part.unlink()
+        write_trace(path, events)
 
 
 def write_trace(path: str, events: list[dict]) -> None:

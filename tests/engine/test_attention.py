@@ -1,6 +1,7 @@
 """Rows that attend to their own keys beside rows that attend to gathered ones: the same as all of them gathered."""
 
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -53,23 +54,38 @@ def attended(
 )
 @pytest.mark.parametrize("window", [None, 30])
 def test_whole_rows_are_the_gathered_ones(rows, window, monkeypatch):
-    monkeypatch.setattr(attention, "WHOLE_BACKENDS", [SDPBackend.MATH])
+    monkeypatch.setattr(attention, "WHOLE_BACKEND", SDPBackend.MATH)
     monkeypatch.setattr(attention, "WHOLE_STEP_TOKENS", 8)
     batch = batch_of(rows, seed=3)
     torch.testing.assert_close(attended(batch, range(8, 31), window), attended(batch, range(0), window))
 
 
-@pytest.mark.parametrize("windows, longest", [((None, None), 2**31), ((None, 4096), 4096), ((512,), 0)])
-def test_whole_rows_are_no_longer_than_the_narrowest_window(windows, longest):
-    class Spec:
-        pass
+@dataclass
+class Spec:
+    windows: tuple[int | None, ...] = (None,)
+    head_dim: int = 128
 
-    Spec.windows = windows
+
+@pytest.mark.parametrize(
+    "spec, capability, longest",
+    [
+        (Spec((None, None)), (9, 0), 2**31),
+        (Spec((None, 4096)), (9, 0), 4096),
+        (Spec((512,)), (9, 0), 0),
+        (Spec(head_dim=256), (9, 0), 0),
+        (Spec(head_dim=20), (9, 0), 0),
+        (Spec(), (8, 0), 0),
+    ],
+)
+def test_which_rows_are_whole(spec, capability, longest, monkeypatch):
+    """No longer than the narrowest window, and only where cuDNN takes them: nothing falls back unseen."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     cuda = torch.device("cuda")
-    lengths = attention.whole_tokens(Spec, torch.bfloat16, cuda)
+    lengths = attention.whole_tokens(spec, torch.bfloat16, cuda)
     assert (lengths[-1] if lengths else 0) == longest
-    assert not attention.whole_tokens(Spec, torch.float32, cuda)
-    assert not attention.whole_tokens(Spec, torch.bfloat16, torch.device("cpu"))
+    assert not attention.whole_tokens(spec, torch.float32, cuda)
+    assert not attention.whole_tokens(spec, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -77,6 +93,8 @@ def test_whole_rows_are_no_longer_than_the_narrowest_window(windows, longest):
 @pytest.mark.parametrize("rows", [[(0, 1024)], [(9, 1), (0, 1500), (700, 6), (0, 30), (0, 2048), (0, 1)]], ids=str)
 def test_whole_rows_on_a_gpu(rows, dtype):
     """By the kernels that a GPU takes; both ways round to the dtype once."""
+    before = attention.calls["whole"]
     batch, settings = batch_of(rows, seed=3), {"window": None, "dtype": dtype, "device": "cuda", "head_dim": 128}
     whole = attended(batch, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)
+    assert attention.calls["whole"] - before == sum(start == 0 and length >= 1024 for start, length in rows)
     torch.testing.assert_close(whole, attended(batch, range(0), **settings), rtol=2e-2, atol=1e-2)

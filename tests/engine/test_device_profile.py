@@ -17,6 +17,7 @@ from engine.device_profile import (
     find_profile,
     profile_path,
     save_profile,
+    sending_s,
 )
 from engine.planning import plan_rates
 from scheduler.time_model import load_profile
@@ -128,3 +129,9 @@ def test_a_place_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--output FILE chooses another place"):
         save_profile(json.loads("{}"), tmp_path / "file" / "profile.json")
+
+
+def test_a_small_reduce_that_took_longer_than_a_large_one():
+    """Noise of a busy machine: the rate stays one that could be."""
+    assert sending_s(100e-6, 20e-6) == pytest.approx(80e-6)
+    assert sending_s(100e-6, 150e-6) == pytest.approx(10e-6)

@@ -91,7 +91,9 @@ def test_the_table_is_for_people(capsys, tmp_path):
     assert "copy lane" not in shown  # nothing streams
 
 
-@pytest.mark.parametrize("flag, value", [("input-len", "1"), ("output-len", "1"), ("batch-size", "0")])
+@pytest.mark.parametrize(
+    "flag, value", [("input-len", "1"), ("output-len", "1"), ("batch-size", "0"), ("batch-size", "257")]
+)
 def test_a_workload_without_both_kinds_of_pass_is_refused(capsys, tmp_path, monkeypatch, flag, value):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["profile", "demo", "--device", "cpu", f"--{flag}", value]) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engine.kernels import reduce_residual_norm
 from parallel.launch import run_rank
 from penstock import LLM, SamplingParams
 
@@ -39,9 +40,20 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         executor.submit = submit
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
+        check_what_ran(executor, options)
         copied = executor.counters.copied_bytes.total()
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
+
+
+def check_what_ran(executor, options: dict) -> None:
+    """Graphs were replayed, or were not, as asked; sums over ranks took the fused kernel, in graphs and without."""
+    if executor.decode is None:
+        return  # a CPU, to try this file
+    graphs = executor.decode.graphs
+    assert bool(graphs and graphs.passes) != options.get("enforce_eager", False)
+    if executor.context.collectives.size > 1:
+        assert reduce_residual_norm.calls["triton"] > 0
 
 
 def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...]) -> dict:

@@ -90,7 +90,7 @@ def test_sampled_rows_beside_greedy_ones_in_graphs(logprobs):
             runs.append([[o.outputs[0].token_ids for o in llm.generate(PROMPTS, params)] for _ in range(2)])
             if not enforce_eager:
                 alone = [llm.generate([prompt], own)[0].outputs[0].token_ids for prompt, own in zip(PROMPTS, params)]
-                stages = {asked.stages for _, asked in llm.rank.worker.executor.decode.graphs.passes}
+                stages = {asked for _, asked in llm.rank.worker.executor.decode.graphs.passes}
     assert runs[0] == runs[1] and runs[0][0] == runs[0][1]
     assert len(set(map(tuple, runs[0][0]))) == 3
     assert stages >= {frozenset(), frozenset({"draw", "filter"}), frozenset({"penalty"})} and len(stages) == 4
