@@ -55,6 +55,8 @@ class DecodePasses:
         if (size, stages) in self.graphs.passes:
             return
         for smaller in reversed(self.sizes[: self.sizes.index(size) + 1]):
+            if (smaller, stages) in self.graphs.passes:
+                break  # with all that are smaller still
             bucket = self._bucket(smaller)
             bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
 

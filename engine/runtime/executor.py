@@ -34,6 +34,12 @@ class Counters:
     copied_bytes: Counter = field(default_factory=Counter)  # by group
     steps: Counter = field(default_factory=Counter)  # calls by step
 
+    def clear(self) -> None:
+        """In place: captured passes count into these very objects."""
+        self.num_passes = self.num_tokens = 0
+        self.copied_bytes.clear()
+        self.steps.clear()
+
 
 class Executor:
     """Owns nothing but its lanes' order: plan, spans, ring and activations are given, at fixed addresses.

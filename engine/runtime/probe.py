@@ -10,7 +10,7 @@ import torch
 
 from engine.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe, sending_s
 from engine.planning import EnginePlan
-from engine.runtime.executor import Counters, Executor
+from engine.runtime.executor import Executor
 from engine.runtime.measure import (
     CPU_BYTES,
     GPU_BYTES,
@@ -46,7 +46,7 @@ def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: t
     executor.ring_is_filled = False
     if device.type == "cpu":
         rates = dataclasses.replace(rates, step_latency_s=_step_latency_s(executor, work, rates, device))
-    executor.counters = Counters()  # they count what was asked for
+    executor.counters.clear()  # they count what was asked for
     collectives.num_reduces.clear()
     collectives.reduced_bytes.clear()
     return rates
