@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_environment()
         parser, chosen = _parsers(name)
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # parse_args would point to the whole command's help
+            listed = " ".join(unknown)
+            raise ValueError(f"unrecognized arguments: {listed} (penstock {name} --help shows what there is)")
         return chosen.run(args, config_from_args(args))
     except ValueError as error:
         if SELF_LAUNCHED in os.environ:

@@ -22,7 +22,9 @@ def _read_file(file: str) -> list[Prompt]:
     """One prompt a line, or JSONL where the first line begins with a brace."""
     try:
         text = _read_stdin() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"--prompts-file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {file}: {error}") from None
     # not splitlines(): JSON strings and prose may hold U+2028 and its like
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
