@@ -1,13 +1,15 @@
-"""A lossless code for bf16 weights: 10.8 bits a weight where they are Gaussian, decoded at several times the link's rate.
+"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, decoded at several times the link's
+rate.
 
-Sign and mantissa carry no pattern; exponents do, about 2.6 bits of it. A tile of TILE weights has its own window of
-eleven consecutive exponents, the best one: three of them cost 2 bits, eight 2 + 3, and what lies outside, 2 bits and a
-patch of 24 that says where and what. So every 16-bit pattern survives, and tiles are decoded alone. The last weights,
-too few for a tile, are kept as they are, and so is a whole tensor that would not shrink, or is not bf16.
-`kernels/decode_weights.py` has the planes and decodes them.
+Signs and mantissas carry no pattern; exponents do, about 2.6 bits of it. A tile of TILE weights has its own window of
+eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3, and what lies outside 2 bits and
+a patch of 24, which says where and what. So every 16-bit pattern survives, and a tile is decoded alone. The last
+weights, too few for a tile, are kept as they are, and so is a whole tensor that would not shrink or is not bf16 (fp16
+has 5 bits of exponent in 16: it would stay above 13). Shapes: `kernels/decode_weights.py`, which decodes.
 
-A coded tensor is one uint8 blob. What lies where in it follows from a `CodeLayout`; every part starts at PART_BYTES.
-Compared: one level of 3 bits for seven exponents and an escape list is 11.2 bits where this is 10.8.
+A coded tensor is one uint8 blob; a `CodeLayout` says what lies where in it. Every part starts at PART_BYTES.
+What it cannot do: values that are often 0 among others of usual size cost a patch each, from a third of them on the
+tensor stays raw.
 """
 
 import dataclasses
@@ -29,12 +31,13 @@ from engine.kernels.decode_weights import (
     WINDOW,
     Planes,
     decode_weights,
+    num_escape_rows,
     stored_order,
 )
 
 PART_BYTES = 16
 ESCAPE_BITS, PATCH_BITS = 3, 24
-PARTS = (*Planes._fields, "rest")  # in a blob's order; the decoder may read a little past the escapes
+PARTS = (*Planes._fields, "rest")  # in a blob's order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class CodeLayout:
         if self.raw:
             return {"rest": (0, self.numel * self.dtype.itemsize)}
         tiles, patches = self.num_tiles, self.num_patches
-        escapes_bytes, starts_bytes = 12 * -(-self.num_escapes // 32), 4 * (tiles + 1)
+        escapes_bytes, starts_bytes = 12 * num_escape_rows(self.num_escapes), 4 * (tiles + 1)
         sizes = (TILE * tiles, TILE // 4 * tiles, escapes_bytes, patches, 2 * patches)
         sizes += (starts_bytes, starts_bytes, 2 * tiles, 2 * (self.numel - TILE * tiles))
         offsets = [0]
@@ -216,8 +219,8 @@ def _first_largest(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack_escapes(late: Tensor) -> Tensor:
-    """3-bit codes (uint8 each) as bytes, padded to 32 codes: eight are three bytes."""
-    eights = F.pad(late, (0, -len(late) % 32)).view(-1, 8)
+    """3-bit codes (uint8 each) as bytes, padded: eight are three bytes."""
+    eights = F.pad(late, (0, 32 * num_escape_rows(len(late)) - len(late))).view(-1, 8)
     low = eights[:, 0] | eights[:, 1] << 3 | eights[:, 2] << 6
     middle = eights[:, 2] >> 2 | eights[:, 3] << 1 | eights[:, 4] << 4 | eights[:, 5] << 7
     high = eights[:, 5] >> 1 | eights[:, 6] << 2 | eights[:, 7] << 5
