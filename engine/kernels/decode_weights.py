@@ -1,15 +1,15 @@
 """bf16 weights out of their coded planes (engine/weights/codec.py makes them), bit for bit.
 
 A tile is 128 lanes x 16 weights. `mantissas`: a byte of sign and mantissa for each weight. `codes`: 2 bits a weight, 0
-to 2 for the tile's three common exponents, 3 for an escape. `escapes`: 3 bits for each code 3, in order, for the other
-eight exponents of the tile's window of eleven. `patches`: the exponent of each weight outside the window, whose code is
-0, and `patch_places`, which of its tile's it is. `windows`: a tile's first exponent, and how many of the eight lie
-below the common ones.
+to 2 for the three common exponents of the tile's window of eleven, 3 for an escape. `escapes`: 3 bits for each code 3,
+in order, for the other eight. `patches`: which weights lie outside, and by how many times eleven their exponent, modulo
+256, is more than their code says. `windows`: a tile's first exponent, and how many of the eight lie below the common
+ones.
 
-All planes are in stored order, chosen for the decoder: a lane's mantissas are one 16-byte load, its codes one word, its
-weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the places from which
-they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a prefix sum of 128
-counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
+All but the patches are in stored order, chosen for the decoder: a lane's mantissas are one 16-byte load, its codes one
+word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the places
+from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a prefix sum
+of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
 Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, about 23 instructions a weight.
 Not tried: one level of 3 bits, whose first decoder reached 0.98 TB/s at 11.2 bits.
 """
@@ -32,6 +32,7 @@ LANES, LANE_WEIGHTS = 128, 16
 TILE = LANES * LANE_WEIGHTS  # weights
 COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3
 WINDOW = COMMON + ESCAPED
+PATCH_PLACE = 5  # bits before it, for up to 23 windows
 BLOCK_TILES = 1024  # that plain torch handles at a time: about 50 bytes a weight of temporaries
 NUM_WARPS = 4
 
@@ -42,8 +43,7 @@ class Planes(NamedTuple):
     mantissas: Tensor  # (N, LANES, LANE_WEIGHTS) uint8
     codes: Tensor  # (N, LANES, 4) uint8
     escapes: Tensor  # (G, 12) uint8: 32 a row, and padding to num_escape_rows
-    patches: Tensor  # (P,) uint8
-    patch_places: Tensor  # (P,) int16, in stored order
+    patches: Tensor  # (P,) int16: place in the tile << PATCH_PLACE | times
     escape_starts: Tensor  # (N + 1,) int32
     patch_starts: Tensor  # (N + 1,) int32
     windows: Tensor  # (N, 2) uint8: first exponent, how many below the common ones
@@ -92,11 +92,13 @@ def _decode_tiles(planes: Planes, first: int, out: Tensor) -> None:
     late = torch.zeros_like(start).expand_as(codes).clone()
     late[escaped] = _late_codes_reference(planes.escapes, int(escapes[0]), int(escapes[-1])).short()
     exponents = start + torch.where(escaped, late + COMMON * (late >= below).short(), below + codes)
-    patched = slice(int(patches[0]), int(patches[-1]))
-    tile = torch.repeat_interleave(torch.arange(len(out), device=out.device), patches.diff())
-    exponents[tile, planes.patch_places[patched].long()] = planes.patches[patched].short()
     mantissas = planes.mantissas[tiles].view(-1, TILE).short()
     out.copy_(natural_order((mantissas & 0x80) << 8 | exponents << 7 | mantissas & 0x7F))
+    patched = planes.patches[patches[0] : patches[-1]].int() & 0xFFFF
+    tile = torch.repeat_interleave(torch.arange(len(out), device=out.device), patches.diff())
+    places = tile, patched >> PATCH_PLACE
+    bits, more = out[places].int(), (patched & (1 << PATCH_PLACE) - 1) * WINDOW << 7
+    out[places] = (bits & ~0x7F80 | bits + more & 0x7F80).short()
 
 
 def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
@@ -113,7 +115,7 @@ def _decode_weights_triton(planes: Planes, out: Tensor) -> None:
     calls["triton"] += 1
     words = (plane.view(-1).view(torch.int32) for plane in planes[:3])
     _decode_tile[(len(planes.mantissas),)](
-        *(planes.mantissas, *words, *planes[3:], out.view(torch.int32), out.view(torch.int16), LANES),
+        *(*words, *planes[3:], out.view(torch.int32), out.view(torch.int16), LANES),
         **options(out.device),
         num_warps=NUM_WARPS,
     )
@@ -166,30 +168,19 @@ if triton is not None:
         return tl.reshape(words, (LANES, 4)).to(tl.int32, bitcast=True)
 
     @triton.jit
-    def _load_patches(patches, patch_places, mantissas, first, last, lane):
-        """Up to LANES patched weights (bits), and where in their tile they lie."""
-        mine = first + lane < last
-        exponent = tl.load(patches + first + lane, mask=mine, other=0).to(tl.int32)
-        place = tl.load(patch_places + first + lane, mask=mine, other=0).to(tl.int32)
-        mantissa = tl.load(mantissas + place, mask=mine, other=0).to(tl.int32)
-        natural = (place >> 3 & 1) << 10 | place >> 4 << 3 | place & 4 | (place & 1) << 1 | place >> 1 & 1
-        return (mantissa & 0x80) << 8 | exponent << 7 | mantissa & 0x7F, natural
-
-    @triton.jit
     def _decode_tile(
-        mantissas, mantissa_words, codes, escapes, patches, patch_places, escape_starts, patch_starts, windows,
-        out_words, out, LANES: tl.constexpr, OVERLAPS: tl.constexpr,
+        mantissas, codes, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
+        LANES: tl.constexpr, OVERLAPS: tl.constexpr,
     ):  # fmt: skip
         tile, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
         four = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
         word = tl.load(codes + tile * LANES + lane).to(tl.uint32, bitcast=True)
-        groups = tl.load(mantissa_words + tile * LANES * 4 + four).to(tl.uint32, bitcast=True)
+        groups = tl.load(mantissas + tile * LANES * 4 + four).to(tl.uint32, bitcast=True)
         escape_bit = tl.load(escape_starts + tile).to(tl.int64) * 3
         first, last = tl.load(patch_starts + tile), tl.load(patch_starts + tile + 1)
         start = tl.load(windows + tile * 2).to(tl.uint32) * 0x01010101
         below = tl.load(windows + tile * 2 + 1).to(tl.uint32) * 0x01010101
-        mantissas += tile * LANES * 16
-        patched, place = _load_patches(patches, patch_places, mantissas, first, last, lane)
+        patched = tl.load(patches + first + lane, mask=first + lane < last, other=0).to(tl.int32)
 
         marks = word & (word >> 1) & 0x55555555
         count = _count(marks).to(tl.int32)
@@ -213,5 +204,8 @@ if triton is not None:
         tl.store(out_words + LANES * 4 + four, words_1)
         for patch in tl.range(first, last, LANES):
             tl.debug_barrier()  # a patch lies where another thread has written
-            tl.store(out + place, patched.to(tl.int16), mask=patch + lane < last)
-            patched, place = _load_patches(patches, patch_places, mantissas, patch + LANES, last, lane)
+            place = out + (patched >> 5 & 0x7FF)
+            bits = tl.load(place, mask=patch + lane < last, other=0).to(tl.int32)
+            bits = bits & ~0x7F80 | bits + ((patched & 31) * 11 << 7) & 0x7F80
+            tl.store(place, bits.to(tl.int16), mask=patch + lane < last)
+            patched = tl.load(patches + patch + LANES + lane, mask=patch + LANES + lane < last, other=0).to(tl.int32)
