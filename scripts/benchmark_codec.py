@@ -4,7 +4,8 @@ floor; encode and decode rates in 1e9 bytes of bf16 a second; and the link rate 
 Distributions in several shapes, then checkpoints whole, read as bf16. The floor is 8 bits of sign and mantissa and the
 entropy of the exponents of a row (Miller and Madow's estimate). Every tensor is compared bit for bit with what its code
 decodes to. On a GPU decoding is timed in a CUDA graph, over more memory than the L2 cache holds, and the link is
-measured; on a CPU the reference decoder is timed, which says nothing about the kernel. The last line is one JSON object.
+measured; on a CPU the reference decoder is timed, which says nothing about the kernel. The last line is one JSON
+object.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def main() -> None:
     rows = [
         measure(source.__name__, f"{num_rows} x {width}", iter([source((num_rows, width), device).bfloat16()]), link)
         for source in SOURCES
-        for num_rows, width in ((min(num_rows, max_rows), width) for num_rows, width in SHAPES)
+        for num_rows, width in dict.fromkeys((min(num_rows, max_rows), width) for num_rows, width in SHAPES)
     ]
     rows += [measure(model, "checkpoint", checkpoint_tensors(model, device), link) for model in args.model]
     record = {"benchmark": "codec", **machine(device), "decoder": decoder, "link_gb_s": link and round(link, 2)}

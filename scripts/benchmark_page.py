@@ -24,7 +24,8 @@ FLOPs are not in the bound either.
 
 ![time of a decode pass](benchmarks/pass_time.png)
 """
-GENERIC = {"kernels": "Kernels", "link": "Link", "collectives": "Collectives"}  # kind of record: its section
+# kind of record: its section
+GENERIC = {"kernels": "Kernels", "link": "Link", "collectives": "Collectives", "codec": "Lossless code"}
 PASSES, THROUGHPUT = ("decode", "latency"), "throughput"
 DECIMALS = 3
 

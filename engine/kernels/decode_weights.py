@@ -10,7 +10,7 @@ All but the patches are in stored order, chosen for the decoder: a lane's mantis
 word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the places
 from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a prefix sum
 of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
-Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, about 23 instructions a weight.
+Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, about 20 instructions a weight.
 Not tried: one level of 3 bits, whose first decoder reached 0.98 TB/s at 11.2 bits.
 """
 
@@ -33,7 +33,7 @@ TILE = LANES * LANE_WEIGHTS  # weights
 COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3
 WINDOW = COMMON + ESCAPED
 PATCH_PLACE = 5  # bits before it, for up to 23 windows
-BLOCK_TILES = 1024  # that plain torch handles at a time: about 50 bytes a weight of temporaries
+BLOCK_TILES = 1024  # that plain torch handles at a time: up to 60 bytes a weight of temporaries
 NUM_WARPS = 4
 
 

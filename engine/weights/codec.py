@@ -106,7 +106,7 @@ class CodeLayout:
 def encode(weights: Tensor) -> tuple[CodeLayout, Tensor]:
     """A contiguous tensor of any shape and dtype as a blob on its device, and its layout.
 
-    Temporaries are about 100 bytes for each of BLOCK_TILES * TILE weights, and the parts once more.
+    Temporaries are those of BLOCK_TILES tiles, and the parts once more.
     """
     flat = weights.reshape(-1)
     raw = CodeLayout(tuple(weights.shape), weights.dtype, raw=True)
@@ -183,15 +183,14 @@ def _encode_tiles(tiles: Tensor) -> dict[str, Tensor]:
     place, times = away % WINDOW, natural_order(away // WINDOW)
     common = place - below[:, None]
     escaped = (common < 0) | (common >= COMMON)
-    codes = torch.where(escaped, COMMON, common).view(-1, LANES, 4, 4)  # (N, LANES, group, byte)
+    codes = torch.where(escaped, COMMON, common).byte().view(-1, LANES, 4, 4).unbind(2)  # (N, LANES, 4) of each group
     late = torch.where(common < 0, place, place - COMMON)
     patched = times > 0
-    patches = torch.arange(TILE, device=tiles.device) << PATCH_PLACE | times
     return {
         "mantissas": (stored >> 8 & 0x80 | stored & 0x7F).byte().view(-1),
-        "codes": sum(codes[:, :, group] << 2 * group for group in range(4)).byte().view(-1),
+        "codes": (codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6).view(-1),
         "escapes": late[escaped].byte(),
-        "patches": patches[patched].short(),
+        "patches": (patched.nonzero()[:, 1] << PATCH_PLACE | times[patched]).short(),
         "escape_starts": escaped.sum(1),
         "patch_starts": patched.sum(1),
         "windows": torch.stack([first, below], 1).byte().view(-1),
@@ -203,7 +202,7 @@ def choose_windows(exponents: Tensor) -> tuple[Tensor, Tensor]:
     below the common ones, (N,) int16 each. Of equals the lowest, so that every device chooses the same."""
     num_tiles = len(exponents)
     tile = torch.arange(num_tiles, device=exponents.device)[:, None] * 256
-    counts = torch.bincount((tile + exponents).view(-1), minlength=num_tiles * 256).view(num_tiles, 256)
+    counts = torch.bincount(exponents.long().add_(tile).view(-1), minlength=num_tiles * 256).view(num_tiles, 256)
     sums = F.pad(counts.cumsum(1), (1, 0))  # (N, 257)
     in_window, common = (sums[:, width:] - sums[:, :-width] for width in (WINDOW, COMMON))
     common, below = _first_largest(common.unfold(1, ESCAPED + 1, 1))  # (N, 246): the best place in each window
