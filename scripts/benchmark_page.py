@@ -27,6 +27,7 @@ GENERIC = {  # kind of record: its section
     "kernels": "Kernels",
     "link": "Link",
     "collectives": "Collectives",
+    "codec": "Lossless code",
     "startup": "Start-up",
     "tests/gpu": "Tests on GPUs",
 }

@@ -1,0 +1,211 @@
+"""bf16 weights out of their coded planes (engine/weights/codec.py makes them), bit for bit.
+
+A tile is 128 lanes x 16 weights. `mantissas`: a byte of sign and mantissa for each weight. `codes`: 2 bits a weight, 0
+to 2 for the three common exponents of the tile's window of eleven, 3 for an escape. `escapes`: 3 bits for each code 3,
+in order, for the other eight. `patches`: which weights lie outside, and by how many times eleven their exponent, modulo
+256, is more than their code says. `windows`: a tile's first exponent, and how many of the eight lie below the common
+ones.
+
+All but the patches are in stored order, chosen for the decoder: a lane's mantissas are one 16-byte load, its codes one
+word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the places
+from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a prefix sum
+of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
+Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, 20 instructions a weight, three
+4-byte gathers a lane; one level of 3 bits takes 10 and no gather, for 3.5 % more bytes. 2 warps a tile: 40 registers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.kernels.overlap import options, wait_for_inputs
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU install has no triton
+    triton = None
+
+calls = {"reference": 0, "triton": 0}
+LANES, LANE_WEIGHTS = 128, 16
+TILE = LANES * LANE_WEIGHTS  # weights
+COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3
+WINDOW = COMMON + ESCAPED
+PATCH_PLACE = 5  # bits before it, for up to 23 windows
+BLOCK_TILES = 1024  # that plain torch handles at a time: up to 60 bytes a weight of temporaries
+NUM_WARPS = 4
+
+
+class Planes(NamedTuple):
+    """N tiles, P patches; all contiguous, from 16-byte boundaries, on one device."""
+
+    mantissas: Tensor  # (N, LANES, LANE_WEIGHTS) uint8
+    codes: Tensor  # (N, LANES, 4) uint8
+    escapes: Tensor  # (G, 12) uint8: 32 a row, and padding to num_escape_rows
+    patches: Tensor  # (P,) int16: place in the tile << PATCH_PLACE | times
+    escape_starts: Tensor  # (N + 1,) int32
+    patch_starts: Tensor  # (N + 1,) int32
+    windows: Tensor  # (N, 2) uint8: first exponent, how many below the common ones
+
+
+def stored_order(tiles: Tensor) -> Tensor:
+    """(N, TILE) as the planes have it, (N, LANES, LANE_WEIGHTS). Eight of a lane's weights lie together and eight half
+    a tile on; of each four that lie together the middle ones are swapped."""
+    return tiles.view(-1, 2, LANES, 2, 2, 2).permute(0, 2, 1, 3, 5, 4).reshape(-1, LANES, LANE_WEIGHTS)
+
+
+def natural_order(stored: Tensor) -> Tensor:
+    """The inverse: (N, LANES, LANE_WEIGHTS) as (N, TILE)."""
+    return stored.view(-1, LANES, 2, 2, 2, 2).permute(0, 2, 1, 3, 5, 4).reshape(-1, TILE)
+
+
+def num_escape_rows(num_escapes: int) -> int:
+    """G: a lane reads three words from its first escape on, which may be the end."""
+    return num_escapes // 32 + 2
+
+
+def decode_weights(planes: Planes, out: Tensor) -> None:
+    """out (N * TILE,) bf16, contiguous, from a 16-byte boundary, = the weights that were coded."""
+    assert out.shape == (planes.mantissas.shape[0] * TILE,) and out.dtype == torch.bfloat16 and out.is_contiguous()
+    run = _decode_weights_triton if out.is_cuda else decode_weights_reference
+    if out.numel():
+        run(planes, out)
+
+
+def decode_weights_reference(planes: Planes, out: Tensor) -> None:
+    """The same in plain torch."""
+    calls["reference"] += 1
+    for first in range(0, planes.mantissas.shape[0], BLOCK_TILES):
+        _decode_tiles(planes, first, out.view(torch.int16).view(-1, TILE)[first : first + BLOCK_TILES])
+
+
+def _decode_tiles(planes: Planes, first: int, out: Tensor) -> None:
+    """Tiles from `first` on into out (N, TILE) int16."""
+    tiles = slice(first, first + out.shape[0])
+    escapes, patches = (
+        starts[first : first + out.shape[0] + 1].long() for starts in (planes.escape_starts, planes.patch_starts)
+    )
+    start, below = planes.windows[tiles].short().split(1, 1)  # (N, 1)
+    codes = torch.stack([planes.codes[tiles] >> shift & 3 for shift in (0, 2, 4, 6)], 2).view(-1, TILE)
+    escaped = codes == COMMON
+    late = torch.zeros_like(start).expand_as(codes).clone()
+    late[escaped] = _late_codes_reference(planes.escapes, int(escapes[0]), int(escapes[-1])).short()
+    exponents = start + torch.where(escaped, late + COMMON * (late >= below).short(), below + codes)
+    mantissas = planes.mantissas[tiles].view(-1, TILE).short()
+    out.copy_(natural_order((mantissas & 0x80) << 8 | exponents << 7 | mantissas & 0x7F))
+    patched = planes.patches[patches[0] : patches[-1]].int() & 0xFFFF
+    tile = torch.repeat_interleave(torch.arange(len(out), device=out.device), patches.diff())
+    places = tile, patched >> PATCH_PLACE
+    bits, more = out[places].int(), (patched & (1 << PATCH_PLACE) - 1) * WINDOW << 7
+    out[places] = (bits & ~0x7F80 | bits + more & 0x7F80).short()
+
+
+def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
+    """The 3-bit codes from one to another; eight of them are three bytes."""
+    eights = escapes.view(-1, 3)[first // 8 : -(-last // 8)].int()
+    words = eights[:, 0] | eights[:, 1] << 8 | eights[:, 2] << 16
+    codes = torch.stack([words >> shift & 7 for shift in range(0, 24, 3)], 1).view(-1)
+    return codes[first % 8 :][: last - first]
+
+
+def _decode_weights_triton(planes: Planes, out: Tensor) -> None:
+    if triton is None:
+        raise ValueError("decode_weights on a GPU needs triton; install it or use device='cpu'")
+    calls["triton"] += 1
+    words = (plane.view(-1).view(torch.int32) for plane in planes[:3])
+    _decode_tile[(len(planes.mantissas),)](
+        *(*words, *planes[3:], out.view(torch.int32), out.view(torch.int16), LANES),
+        **options(out.device),
+        num_warps=NUM_WARPS,
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _count(marks):
+        """Bits set in a word that has none but even ones."""
+        pairs = (marks & 0x11111111) + (marks >> 2 & 0x11111111)
+        return ((pairs + (pairs >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24
+
+    @triton.jit
+    def _bits_from(low, high, shift):
+        """The word that starts at a bit, 0 to 31, of two."""
+        return ((high.to(tl.uint64) << 32 | low) >> shift).to(tl.uint32)
+
+    @triton.jit
+    def _late_codes(bits, marks, G: tl.constexpr):
+        """The next four 3-bit codes in the bytes of a word, and the bits left; where no escape is marked, any code."""
+        late = bits & 7
+        for byte in tl.static_range(1, 4):
+            bits >>= (marks * 3 >> (2 * G + 8 * byte - 8)) & 3
+            late |= (bits & 7) << (8 * byte)
+        return late, bits >> ((marks * 3 >> (2 * G + 24)) & 3)
+
+    @triton.jit
+    def _four_weights(mantissas, codes, marks, late, start, below, G: tl.constexpr):
+        """Group G of a lane's weights as two words of two; start and below stand in every byte."""
+        above = late + (0x80808080 - below) >> 7 & 0x01010101
+        late_exponents = start + late + above * 3
+        escaped = (marks >> (2 * G) & 0x01010101) * 0xFF
+        common = start + below + (codes >> (2 * G) & 0x03030303)
+        exponents = common ^ ((common ^ late_exponents) & escaped)
+        low = (exponents & 0x00FF00FF) << 7 | mantissas & 0x007F007F | (mantissas & 0x00800080) << 8
+        high = exponents >> 1 & 0x7F807F80 | mantissas >> 8 & 0x007F007F | mantissas & 0x80008000
+        return low, high
+
+    @triton.jit
+    def _eight_weights(
+        mantissas_0, mantissas_1, codes, marks, bits, start, below, G: tl.constexpr, LANES: tl.constexpr
+    ):
+        """Groups G and G + 1 as the (LANES, 4) words that lie together in the output."""
+        late, bits = _late_codes(bits, marks, G)
+        low_0, high_0 = _four_weights(mantissas_0, codes, marks, late, start, below, G)
+        late, bits = _late_codes(bits, marks, G + 1)
+        low_1, high_1 = _four_weights(mantissas_1, codes, marks, late, start, below, G + 1)
+        words = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))
+        return tl.reshape(words, (LANES, 4)).to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def _decode_tile(
+        mantissas, codes, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
+        LANES: tl.constexpr, OVERLAPS: tl.constexpr,
+    ):  # fmt: skip
+        wait_for_inputs(OVERLAPS)  # the planes among them, where a kernel has coded them
+        tile, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
+        four = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
+        word = tl.load(codes + tile * LANES + lane).to(tl.uint32, bitcast=True)
+        groups = tl.load(mantissas + tile * LANES * 4 + four).to(tl.uint32, bitcast=True)
+        escape_bit = tl.load(escape_starts + tile).to(tl.int64) * 3
+        first, last = tl.load(patch_starts + tile), tl.load(patch_starts + tile + 1)
+        start = tl.load(windows + tile * 2).to(tl.uint32) * 0x01010101
+        below = tl.load(windows + tile * 2 + 1).to(tl.uint32) * 0x01010101
+        patched = tl.load(patches + first + lane, mask=first + lane < last, other=0).to(tl.int32)
+
+        marks = word & (word >> 1) & 0x55555555
+        count = _count(marks).to(tl.int32)
+        bit = (tl.cumsum(count, 0) - count) * 3 + (escape_bit & 31).to(tl.int32)
+        escapes += (escape_bit >> 5) + (bit >> 5)
+        word_0 = tl.load(escapes).to(tl.uint32, bitcast=True)
+        word_1 = tl.load(escapes + 1).to(tl.uint32, bitcast=True)
+        word_2 = tl.load(escapes + 2).to(tl.uint32, bitcast=True)
+        bits_0, bits_1 = _bits_from(word_0, word_1, bit & 31), _bits_from(word_1, word_2, bit & 31)
+        bits_1 = _bits_from(bits_0, bits_1, _count(marks & 0x05050505) * 3)
+        even, odd = tl.split(tl.reshape(groups, (LANES, 2, 2)))
+        group_0, group_2 = tl.split(even)
+        group_1, group_3 = tl.split(odd)
+        words_0 = _eight_weights(group_0, group_1, word, marks, bits_0, start, below, 0, LANES)
+        words_1 = _eight_weights(group_2, group_3, word, marks, bits_1, start, below, 2, LANES)
+
+        out_words += tile * LANES * 8
+        out += tile * LANES * 16
+        tl.store(out_words + four, words_0)
+        tl.store(out_words + LANES * 4 + four, words_1)
+        for patch in tl.range(first, last, LANES):
+            tl.debug_barrier()  # a patch lies where another thread has written
+            place = out + (patched >> 5 & 0x7FF)
+            bits = tl.load(place, mask=patch + lane < last, other=0).to(tl.int32)
+            bits = bits & ~0x7F80 | bits + ((patched & 31) * 11 << 7) & 0x7F80
+            tl.store(place, bits.to(tl.int16), mask=patch + lane < last)
+            patched = tl.load(patches + patch + LANES + lane, mask=patch + LANES + lane < last, other=0).to(tl.int32)
