@@ -1,5 +1,5 @@
-"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, decoded at several times the link's
-rate.
+"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decoded on a GPU. The engine
+does not use it yet.
 
 Signs and mantissas carry no pattern; exponents do, about 2.6 bits of it. A tile of TILE weights has its own window of
 eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3. A weight outside is coded as the
