@@ -69,6 +69,11 @@ def fault_in_a_pass(rank: int, fail: str) -> str:
     return _IN_A_PASS.format(rank=rank, fail=fail)
 
 
+def _hear_interrupts() -> None:
+    """A suite that was started in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Command:
     """A running `penstock ARGUMENTS` in `folder`, and after `finish` its exit code and output."""
 
@@ -88,6 +93,7 @@ class Command:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=_hear_interrupts,
         )
 
     def finish(self, stdin: str = "") -> "Command":
