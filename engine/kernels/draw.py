@@ -18,15 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.kernels.argmax import argmax_rows_reference, over_segments
+from engine.kernels.argmax import argmax_rows_reference, hand_in, over_segments, reads_in_place
 from engine.kernels.filter import Limits
 from engine.kernels.philox import BELOW_ONE, uniform
 
 try:
     import triton
     import triton.language as tl
-
-    from engine.kernels.argmax import hand_in
 except ImportError:  # a CPU install has no triton
     triton = None
 
@@ -39,11 +37,6 @@ class Noise(NamedTuple):
     temperatures: Tensor  # (R,) float32; 0 takes the most likely token
     seeds: Tensor  # (R,) int64
     positions: Tensor  # (R,) int64
-
-
-def reads_in_place(logits: Tensor) -> bool:
-    """Whether a kernel takes these logits; the reference makes temporaries of about 40 bytes a logit."""
-    return logits.is_cuda and triton is not None and logits.dtype != torch.float64
 
 
 def draw_rows(logits: Tensor, vocab_size: int, noise: Noise, nan_rows: Tensor, limits: Limits | None = None) -> Tensor:

@@ -62,6 +62,12 @@ class PassInputs:
     sampled_positions: Tensor  # (N,) int64: of the token that is being sampled
 
 
+def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on the device, which the host does not wait for."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def bind(batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range = range(0)) -> PassInputs:
     """Moves a batch to the device of `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE.
     `whole_tokens`: how long rows are that attend without a gathered context, if they start in this pass."""
@@ -73,8 +79,7 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range 
     num_tokens, num_context = sum(lengths), sum(contexts)
 
     def put(values, dtype=torch.int64) -> Tensor:
-        tensor = torch.tensor(values, dtype=dtype)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return to_device(values, dtype, device)
 
     query_starts = put([0, *(r.first_query + r.num_queries for r in ranges)], torch.int32)  # (R + 1,)
     context_starts = put([0, *(r.first_context + r.num_context for r in ranges)], torch.int32)

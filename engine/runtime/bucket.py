@@ -79,7 +79,6 @@ class Bucket:
             sampled_rows_device=derived.rows,
             sampled_positions=derived.sampled_positions,
         )
-        self.load(Batch(()))
 
     def load(self, batch: Batch) -> None:
         """Sends a decode batch of at most R rows to the device."""

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels.argmax import argmax_rows
-from engine.kernels.draw import Noise, draw_rows, reads_in_place
+from engine.kernels.argmax import argmax_rows, reads_in_place
+from engine.kernels.draw import Noise, draw_rows
 from engine.kernels.filter import KEEP_ALL, Filters, Limits, find_limits
+from engine.model.inputs import to_device
 from engine.runtime.logits import Logprobs, logprobs
 from scheduler.request import RowSampling
 
@@ -116,9 +117,9 @@ class Sampler:
         for row, sampling in samplings.items():
             self.asked_by[row] = Asked(_stages(sampling), sampling.num_logprobs)
         values = [_device_values(sampling, self.vocab_size) for sampling in samplings.values()]
-        rows = self._put(list(samplings))
-        self.floats[:, rows] = self._put([list(floats.values()) for floats, _ in values]).T
-        self.ints[:, rows] = self._put([list(ints.values()) for _, ints in values]).T
+        rows = to_device(list(samplings), torch.int64, self.device)
+        self.floats[:, rows] = to_device([list(floats.values()) for floats, _ in values], torch.float32, self.device).T
+        self.ints[:, rows] = to_device([list(ints.values()) for _, ints in values], torch.int64, self.device).T
         penalised = [row for row in samplings if "penalty" in self.asked_by[row].stages]
         if penalised and self.prompt_seen is None:
             self.prompt_seen = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.bool)
@@ -193,11 +194,6 @@ class Sampler:
 
     def _asks_penalty(self, rows: Tensor) -> Tensor:
         return self.params["asks_penalty"][rows] > 0  # (R,)
-
-    def _put(self, values: list) -> Tensor:
-        """Numbers on the device, int64 or float32 as they are; the host does not wait."""
-        tensor = torch.tensor(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _param(self, name: str, rows: Tensor) -> Tensor:
         return self.params[name][rows][:, None]  # (R, 1)
