@@ -74,6 +74,14 @@ def _hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float) -> None:
+    """A script, or `-m` and a module, of the tests or of Penstock under torchrun; raises if a rank fails."""
+    launcher = [sys.executable, *TORCHRUN[:-1], str(num_ranks)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = [*launcher, *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=timeout)
+
+
 class Command:
     """A running `penstock ARGUMENTS` in `folder`, and after `finish` its exit code and output."""
 

@@ -2,18 +2,15 @@
 and the tokens of several ranks are those of one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_ranks
 from gpu.bitwise_ranks import HUNDREDS, LENGTHS
 from oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox_parallel")
 
 
@@ -27,10 +24,7 @@ def checkpoints(tmp_path_factory) -> Path:
 
 def reports(checkpoints: Path, out: Path, num_ranks: int) -> list[dict]:
     """What each rank found."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    command = [*launcher, "-m", "gpu.bitwise_ranks", str(checkpoints), str(out)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=280)
+    run_ranks(num_ranks, "-m", "gpu.bitwise_ranks", checkpoints, out, timeout=280)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 

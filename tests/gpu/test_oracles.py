@@ -1,20 +1,16 @@
 """The oracles again on a GPU, in bf16: streamed == resident, bit for bit; tp 2 agrees with tp 1; the link was used."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import run_ranks
 
 from engine.kernels import embedding
 from engine.llm import LLM
 from scheduler.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[0, 5, 9], list(range(3, 120)), [0, 7]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "gpu_memory": "4GiB"}
@@ -138,11 +134,7 @@ def test_two_ranks_agree_with_one(tmp_path):
     """Logits of every pass, in bf16 up to the first near-tie, and tokens in fp32. Each rank moves its shard."""
     script = tmp_path / "rank.py"
     script.write_text(RANK_SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    }
-    subprocess.run([*launcher, str(script), str(tmp_path)], cwd=ROOT, env=env, check=True, timeout=240)
+    run_ranks(2, script, tmp_path, timeout=240)
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 4e-2)):
         tokens, logits, counters, _ = generate(dtype=dtype, resident="none")
         for rank in range(2):

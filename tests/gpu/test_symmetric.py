@@ -1,16 +1,12 @@
 """Sums through symmetric memory on two GPUs: right, counted, the same bits on both ranks, eagerly and in a graph."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import run_ranks
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).resolve().parents[2]
 RANK_SCRIPT = """
 import json, sys, torch
 from parallel.launch import resolve_launch
@@ -63,9 +59,7 @@ group.close()
 def test_sums_of_every_size(tmp_path):
     script, out = tmp_path / "rank.py", tmp_path / "rows.json"
     script.write_text(RANK_SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([*launcher, str(script), str(out)], env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120)
+    run_ranks(2, script, out, timeout=120)
     rows = json.loads(out.read_text())
     for dtype, nbytes, ways, close, same_on_both, graph_is_eager, microseconds in rows:
         print(f"{dtype:>15} {nbytes:>9} bytes {microseconds:8.1f} us in a graph, symmetric: {bool(ways)}")
