@@ -71,6 +71,10 @@ class EngineConfig:
         "what stays on the GPU: auto, all, none, or a fraction of the layers' bytes",
         type=parse_resident,
     )
+    weights_code: str = _option(
+        "auto", "lossless codes bfloat16 weights, a third fewer bytes; auto does where weights would stream",
+        ("auto", "none", "lossless"),
+    )
     load_format: str = _option("auto", "dummy fills random weights without a file", ("auto", "safetensors", "dummy"))
     max_model_len: int | None = _option(
         None, "longest sequence in tokens (default: what the model and memory allow)", type=int

@@ -23,10 +23,11 @@ from engine.planning import (
     step_seconds,
 )
 from parallel.launch import resolve_launch
+from scheduler.code_choice import choose_code
 from scheduler.demand import KV_LEN, show_bytes
 from scheduler.pass_work import PassShape
 from scheduler.plan_table import render
-from scheduler.residency import Residency, plan_residency
+from scheduler.residency import Residency
 from scheduler.residency_table import Prediction, Variant, table
 from scheduler.time_model import free_tokens
 from scheduler.timeline import predict_timeline, timeline_s
@@ -80,11 +81,15 @@ def predict(plan: EnginePlan, residency: Residency, num_seqs: int, context: int,
     return Prediction(label, num_seqs, decode_time(pass_work(plan, residency), num_seqs, context, plan.rates))
 
 
-def variant(plan: EnginePlan, context: int, label: str, **changes: Any) -> Variant | None:
+def variant(
+    plan: EnginePlan, context: int, label: str, weights_code: str | None = None, **changes: Any
+) -> Variant | None:
     """Another split of the same engine, or None where it does not fit."""
-    demand = dataclasses.replace(plan.demand, **changes)
+    demand, offer = dataclasses.replace(plan.demand, **changes), plan.offer
+    if weights_code is not None:
+        offer = dataclasses.replace(offer, choice=weights_code)
     try:
-        residency = plan_residency(demand)
+        _, residency = choose_code(offer, demand)
     except ValueError:
         return None
     context = min(context, residency.max_model_len)
@@ -96,16 +101,18 @@ def variant(plan: EnginePlan, context: int, label: str, **changes: Any) -> Varia
 
 
 def variants(plan: EnginePlan, context: int) -> list[Variant]:
-    """What one more GiB buys, and what other uses of the same memory give."""
+    """What one more GiB buys, what other uses of the same memory give, and what coded weights gain."""
     budget = plan.demand.memory_bytes
+    plain = [variant(plan, context, "weights_code=none", "none")] if plan.residency.coded else []
     if budget is None:
-        return []
+        return [each for each in plain if each is not None]
     asked = {"resident": "auto", "num_pages": None}
     made = [variant(plan, context, "one more GiB a rank", memory_bytes=budget + 2**30)]
     for num_seqs in (1, 16):
         if num_seqs < plan.demand.max_num_seqs:
             made.append(variant(plan, context, f"auto, max_num_seqs={num_seqs}", **asked, max_num_seqs=num_seqs))
     made += [variant(plan, context, f"resident={choice}", resident=choice) for choice in ("none", 0.5, "all")]
+    made += plain
     return [each for each in made if each is not None]
 
 
@@ -122,6 +129,7 @@ def summary(plan: EnginePlan, context: int) -> dict[str, Any]:
         "memory_bytes": residency.memory_bytes,
         "claims_bytes": dict(residency.claims),
         "resident": [str(group) for group, _ in plan.demand.groups if group in residency.resident],
+        "coded": [str(group) for group, _ in plan.demand.groups if group in residency.coded],
         "streamed": [str(group) for group, _ in residency.streamed],
         "embed_resident": residency.embed_resident,
         "ring_bytes": residency.ring.ring_bytes,

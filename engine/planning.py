@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.device_profile import ASSUMED, find_profile, read_device
+from engine.model.coded_size import planned_bytes
 from engine.model.families import tensor_names
 from engine.model.fusion import fuse, fused_runs
 from engine.model.layout import ModelLayout, model_layout
@@ -18,12 +19,13 @@ from engine.model.spec import ModelSpec
 from engine.model.steps import activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes, step_work
 from parallel.shard import local_vocab_size
+from scheduler.code_choice import CodeOffer, choose_code, settle
 from scheduler.demand import Demand, show_bytes
 from scheduler.pass_work import PassShape, PassWork, StepWork
-from scheduler.plan_build import make_plan
+from scheduler.plan_build import lay_out_decoded, make_plan
 from scheduler.plan_check import lay_out_activations
-from scheduler.residency import Residency, plan_residency
-from scheduler.step_plan import Compute, RingLayout, StepPlan
+from scheduler.residency import Residency
+from scheduler.step_plan import Compute, GroupId, RingLayout, StepPlan
 from scheduler.time_model import PassTime, Rates, load_profile, predict_pass, step_s
 
 MIB = 2**20
@@ -38,8 +40,9 @@ PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and h
 @dataclass(frozen=True)
 class EnginePlan:
     """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
-    `activations_bytes`; `demand` is what the residency was planned from, to plan variants of it; `steps` are what a
-    rank does in a pass, each with the number of times that it occurs."""
+    `activations_bytes`. `demand` is what was asked for, of plain weights, `offer` what coding them offers: to plan
+    variants; `kept` is the demand that was chosen, of which `residency` is. `steps` are what a rank does in a pass,
+    each with the number of times that it occurs."""
 
     spec: ModelSpec
     dtype: str
@@ -47,6 +50,8 @@ class EnginePlan:
     rates: Rates
     layout: ModelLayout
     demand: Demand
+    offer: CodeOffer
+    kept: Demand
     residency: Residency
     step_plan: StepPlan
     steps: tuple[tuple[StepWork, int], ...]
@@ -70,7 +75,6 @@ def make_engine_plan(
     sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
     offsets = lay_out_activations(make_plan(steps, RingLayout(0, 0, ())), sizes)
     total = max(offset + sizes[name] for name, offset in offsets.items())
-    budget = memory_budget(config, device_memory_bytes)
     demand = Demand(
         groups=tuple((group.group, group.nbytes) for group in layout.groups),
         embed_bytes=layout.embed.nbytes,
@@ -80,17 +84,56 @@ def make_engine_plan(
         max_num_seqs=config.max_num_seqs,
         max_position=spec.max_position,
         resident=config.resident,
-        memory_bytes=budget,
+        memory_bytes=memory_budget(config, device_memory_bytes),
         fixed=_fixed_claims(config, spec, tp_size, on_gpu, sizes, total),
         ring_bytes=config.ring,
         max_model_len=config.max_model_len,
         num_pages=config.num_pages,
     )
-    residency = plan_residency(demand)
-    plan = make_plan(steps, residency.ring)
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
     counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
-    return EnginePlan(spec, dtype, tp_size, rates, layout, demand, residency, plan, counted, offsets, total)
+    offer = _code_offer(config, spec, layout, dtype, steps, lambda kept: _pass_work(layout, kept, counted), rates)
+    kept, residency = choose_code(offer, demand)
+    plan = _step_plan(steps, layout, residency)
+    return EnginePlan(
+        spec, dtype, tp_size, rates, layout, demand, offer, kept, residency, plan, counted, offsets, total
+    )
+
+
+def _step_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> StepPlan:
+    decoded = {group.group: group.nbytes for group in layout.groups if group.group in residency.coded}
+    return make_plan(steps, residency.ring, decoded)
+
+
+def _code_offer(
+    config: EngineConfig,
+    spec: ModelSpec,
+    layout: ModelLayout,
+    dtype: str,
+    steps: list[Compute],
+    work: Callable[[Residency], PassWork],
+    rates: Rates,
+) -> CodeOffer:
+    """Only bfloat16 shrinks enough; a tied head is the embedding too, whose rows are gathered from it. Raises ValueError
+    if coding is asked for and impossible."""
+    if dtype != "bfloat16" and config.weights_code == "lossless":
+        raise ValueError(f"weights_code='lossless' codes bfloat16 weights, and dtype is {dtype}")
+    groups = layout.groups[: -1 if spec.tied else None] if dtype == "bfloat16" else ()
+    places = lay_out_decoded(steps, {group.group: group.nbytes for group in groups})
+    return CodeOffer(
+        choice=config.weights_code,
+        coded={group.group: planned_bytes(group) for group in groups},
+        buffer_bytes=max((place.offset + place.nbytes for place in places.values()), default=0),
+        pass_s=lambda residency: predict_pass(work(residency), PassShape(1, 1, 0), rates).total_s,
+    )
+
+
+def settle_plan(plan: EnginePlan, coded_bytes: dict[GroupId, int]) -> EnginePlan:
+    """The plan with the bytes that its coded groups really have, the most of any rank. Raises ValueError if they are
+    more than planned, and do not fit."""
+    kept, residency = settle((plan.kept, plan.residency), coded_bytes)
+    steps = _step_plan(list(plan.step_plan.steps), plan.layout, residency)
+    return replace(plan, kept=kept, residency=residency, step_plan=steps)
 
 
 def find_model(model: str) -> Path:
@@ -156,9 +199,13 @@ def _fixed_claims(
 
 def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
     """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
-    residency = residency or plan.residency
-    resident_bytes = sum(group.nbytes for group in plan.layout.groups if group.group in residency.resident)
-    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps)
+    return _pass_work(plan.layout, residency or plan.residency, plan.steps)
+
+
+def _pass_work(layout: ModelLayout, residency: Residency, steps: tuple[tuple[StepWork, int], ...]) -> PassWork:
+    embed_bytes = 0 if residency.streamed else layout.embed.nbytes  # it is no group: few of its rows are read
+    decoded_bytes = sum(group.nbytes for group in layout.groups if group.group in residency.coded)
+    return PassWork(residency.streamed_bytes, residency.resident_bytes - embed_bytes, steps, decoded_bytes)
 
 
 def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], float]:

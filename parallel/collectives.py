@@ -62,6 +62,9 @@ class Collectives(Protocol):
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Rank 0 gives bytes (the others None); all return them. The others wait without a timeout."""
 
+    def largest(self, ints: list[int]) -> list[int]:
+        """Of the values (int64) that the ranks give, as many each, the largest in every place."""
+
     def barrier(self) -> None:
         """Return when all ranks have come here, within the group's timeout."""
 
@@ -95,6 +98,9 @@ class Solo:
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         return bytes(data or b"")
+
+    def largest(self, ints: list[int]) -> list[int]:
+        return list(ints)
 
     def barrier(self) -> None:
         pass
@@ -150,6 +156,12 @@ class _Distributed:
         with self._peers():
             dist.broadcast(torch.frombuffer(rest, dtype=torch.uint8), 0, group=self._control)
         return bytes(rest)
+
+    def largest(self, ints: list[int]) -> list[int]:
+        values = torch.tensor(ints, dtype=torch.int64)
+        with self._peers():
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._control)
+        return values.tolist()
 
     def barrier(self) -> None:
         with self._peers():

@@ -1,8 +1,10 @@
 """What an engine asks of one rank's memory: the input of residency.py. PURE: sizes in bytes, lengths in tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from scheduler.plan_build import default_ring_bytes
+from scheduler.spread import spread_resident
 from scheduler.step_plan import GroupId
 
 KV_LEN = 2048  # tokens a sequence that the KV cache is sized for, before residency gets anything
@@ -13,8 +15,10 @@ class Demand:
     """What an engine asks of one rank's memory. Sizes are bytes a rank, lengths are tokens.
 
     `groups` are in the order of a pass, the head last. `embed_bytes` is 0 where the head's bytes serve (tied).
-    `fixed` are named claims that no choice changes (activations, workspace, context ...). `memory_bytes` None is
-    plain host memory (a CPU), which has no limit here. `max_model_len` None is as long as trained and as fits.
+    `resident` may name the groups that stay. `coded` has the bytes, coded, of groups that are kept so: of those that
+    stay all but what `plain` allows, which is bytes more than coded, or names. `fixed` are named claims that no choice
+    changes (activations, workspace, context ...). `memory_bytes` None is plain host memory (a CPU), which has no limit
+    here. `max_model_len` None is as long as trained and as fits.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -23,7 +27,9 @@ class Demand:
     page_size: int
     max_num_seqs: int
     max_position: int
-    resident: str | float = "auto"
+    resident: str | float | frozenset[GroupId] = "auto"
+    coded: Mapping[GroupId, int] = field(default_factory=dict)
+    plain: int | frozenset[GroupId] = 0
     memory_bytes: int | None = None
     fixed: tuple[tuple[str, int], ...] = ()
     ring_bytes: int | None = None
@@ -57,13 +63,30 @@ class Demand:
     def least_pages(self) -> int:
         return self.num_pages or self.pages(self.least_len) + 1
 
+    @property
+    def stored(self) -> tuple[tuple[GroupId, int], ...]:
+        """The groups with their bytes as they are kept, coded where they may be."""
+        return tuple((group, self.coded.get(group, nbytes)) for group, nbytes in self.groups)
+
     def streamed(self, resident: frozenset[GroupId]) -> list[tuple[GroupId, int]]:
         """What streams if `resident` stays, in the order of a pass."""
-        return [(group, nbytes) for group, nbytes in self.groups if group not in resident]
+        return [(group, nbytes) for group, nbytes in self.stored if group not in resident]
+
+    def plain_groups(self, resident: frozenset[GroupId]) -> frozenset[GroupId]:
+        """Those of `resident` that could be kept coded and are not."""
+        if isinstance(self.plain, frozenset):
+            return self.plain
+        sizes = [(g, nbytes - self.coded[g]) for g, nbytes in self.groups if g in resident and g in self.coded]
+        return spread_resident(sizes, self.plain)
+
+    def coded_groups(self, resident: frozenset[GroupId]) -> frozenset[GroupId]:
+        """What is kept coded, on the host or on the device."""
+        return frozenset(self.coded) - self.plain_groups(resident)
 
     def weights_bytes(self, resident: frozenset[GroupId]) -> int:
         """Device bytes of the weights that stay; the embedding stays only where all do."""
-        weights = sum(nbytes for group, nbytes in self.groups if group in resident)
+        plain, sizes = self.plain_groups(resident), dict(self.groups)
+        weights = sum(sizes[g] if g in plain else nbytes for g, nbytes in self.stored if g in resident)
         return weights + (self.embed_bytes if len(resident) == len(self.groups) else 0)
 
     def usual_ring_bytes(self, resident: frozenset[GroupId]) -> int:

@@ -73,12 +73,14 @@ class StepWork:
 
 @dataclass(frozen=True)
 class PassWork:
-    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, and
-    its steps that launch something, each with the number of times that it occurs."""
+    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, as they
+    are kept; the bytes that coded ones decode to; and its steps that launch something, each with the number of times
+    that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int
     steps: tuple[tuple[StepWork, int], ...]
+    decoded_bytes: int = 0
 
     @property
     def num_steps(self) -> int:

@@ -1,9 +1,13 @@
-"""Makes a StepPlan: gives streamed groups their slots in the ring and adds the copy lane to a model's steps."""
+"""Makes a StepPlan: gives streamed groups their slots in the ring, coded ones their places in the decode buffer, and adds
+the copy lane to a model's steps."""
+
+from collections.abc import Mapping
 
 from scheduler.plan_check import validate
 from scheduler.step_plan import (
     Acquire,
     Compute,
+    Decode,
     Fork,
     GroupId,
     Instruction,
@@ -62,17 +66,34 @@ def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapp
     return RingLayout(ring_bytes, wrapped, tuple(slots))
 
 
-def make_plan(steps: list[Compute], ring: RingLayout) -> StepPlan:
+def lay_out_decoded(steps: list[Compute], sizes: Mapping[GroupId, int]) -> dict[GroupId, Slot]:
+    """A place in the decode buffer for each coded group (its bytes decoded), the lowest that is free from its first
+    reader to its last. Groups whose readers do not interleave share one place."""
+    first, last = _readers(steps)
+    places: dict[GroupId, Slot] = {}
+    for group in sorted(sizes.keys() & first.keys(), key=first.get):
+        taken = sorted(place for other, place in places.items() if last[other] >= first[group])
+        offset = 0
+        for place in taken:
+            if offset + sizes[group] <= place.offset:
+                break
+            offset = max(offset, place.offset + place.nbytes)
+        places[group] = Slot(offset, sizes[group])
+    return places
+
+
+def make_plan(steps: list[Compute], ring: RingLayout, decoded: Mapping[GroupId, int] | None = None) -> StepPlan:
     """Adds the copy lane to a model's steps: each streamed group is acquired before its first reader and released
-    after its last, and each copy is issued as soon as the groups it overwrites are released.
+    after its last, and each copy is issued as soon as the groups it overwrites are released. Coded groups, whose bytes
+    `decoded` gives, are decoded before their first reader, which is their slot's only one.
 
     Raises ValueError if a streamed group has no reader; validates the plan that it returns.
     """
     slots = dict(ring.slots)
+    places = lay_out_decoded(steps, decoded or {})
     present = {group for group, _ in ring.slots[: ring.num_wrapped]}
-    last_reader = {step.group: index for index, step in enumerate(steps)}
+    first_reader, last_reader = _readers(steps)
     pending = _copies(ring)
-    acquired: set[GroupId] = set()
     released: set[GroupId] = set()
     plan: list[Instruction] = [Fork()] if pending else []
 
@@ -80,17 +101,24 @@ def make_plan(steps: list[Compute], ring: RingLayout) -> StepPlan:
         while pending and released.issuperset(pending[0].after):
             plan.append(pending.pop(0))
 
-    issue_copies()
-    for index, step in enumerate(steps):
-        group = step.group
-        if group in slots and group not in acquired:
-            plan.append(Acquire(group, slots[group], group in present))
-            acquired.add(group)
-        plan.append(step)
-        if group in slots and last_reader[group] == index:
+    def release(group: GroupId) -> None:
+        if group in slots:
             plan.append(Release(group, slots[group]))
             released.add(group)
             issue_copies()
+
+    issue_copies()
+    for index, step in enumerate(steps):
+        group = step.group
+        if group is not None and first_reader[group] == index:
+            if group in slots:
+                plan.append(Acquire(group, slots[group], group in present))
+            if group in places:
+                plan.append(Decode(group, places[group]))
+                release(group)
+        plan.append(step)
+        if group is not None and last_reader[group] == index and group not in places:
+            release(group)
     if pending:
         raise ValueError(f"{pending[0]} waits for groups that no step reads: {', '.join(map(str, pending[0].after))}")
     if ring.slots:
@@ -98,6 +126,13 @@ def make_plan(steps: list[Compute], ring: RingLayout) -> StepPlan:
     made = StepPlan(tuple(plan), ring)
     validate(made)
     return made
+
+
+def _readers(steps: list[Compute]) -> tuple[dict[GroupId, int], dict[GroupId, int]]:
+    """The indices of each group's first and last reader."""
+    last = {step.group: index for index, step in enumerate(steps) if step.group is not None}
+    first = {step.group: index for index, step in reversed(list(enumerate(steps))) if step.group is not None}
+    return first, last
 
 
 def _copies(ring: RingLayout) -> list[Prefetch]:

@@ -11,6 +11,7 @@ from scheduler.step_plan import (
     COPY,
     Acquire,
     Compute,
+    Decode,
     Event,
     GroupId,
     Instruction,
@@ -25,6 +26,7 @@ def validate(plan: StepPlan) -> None:
     """Raises ValueError, naming the instruction, if an event, the ring's contract or a lifetime is broken."""
     check_events(plan.instructions)
     check_ring(plan)
+    check_decoded(plan)
     check_lifetimes(plan.instructions)
     check_copies(plan)
 
@@ -73,6 +75,9 @@ class _RingProof:
         self.written: list[tuple[GroupId, Slot, int]] = [(g, s, 0) for g, s in self.present]  # and the copy's count
         self.read: list[tuple[GroupId, Slot, int]] = []  # and the reader's count
         self.held: set[GroupId] = set()
+        decoded = {decode.group for decode in plan.decodes}
+        steps = (step for step in plan.steps if step.group not in decoded)
+        self.readers = {reader for reader in (*plan.decodes, *steps) if reader.group in self.slots}
 
     def follow(self, instruction: Instruction) -> None:
         lane = instruction.lane
@@ -84,7 +89,7 @@ class _RingProof:
         elif isinstance(instruction, Acquire):
             self.held.add(instruction.group)
             self.read_slot(instruction, clock)
-        elif isinstance(instruction, Compute) and instruction.group in self.slots:
+        elif instruction in self.readers:
             if instruction.group not in self.held:
                 raise ValueError(f"{instruction} reads {instruction.group} outside of acquire and release")
             self.read_slot(instruction, clock)
@@ -126,6 +131,21 @@ class _RingProof:
         for group, slot in self.present:
             if not any((holder, place) == (group, slot) for holder, place, _ in self.written):
                 raise ValueError(f"the next pass expects {group} in the ring")
+
+
+def check_decoded(plan: StepPlan) -> None:
+    """The steps of a coded group read it, decoded in this pass, from its place in the decode buffer, and no other group
+    is decoded over it before the last of them. All on one lane: their order is enough."""
+    coded = {decode.group for decode in plan.decodes}
+    held: dict[GroupId, Slot] = {}
+    for instruction in plan.instructions:
+        if isinstance(instruction, Decode):
+            if instruction.group in held:
+                raise ValueError(f"{instruction} twice in one pass")
+            held = {group: place for group, place in held.items() if not place.overlaps(instruction.place)}
+            held[instruction.group] = instruction.place
+        elif isinstance(instruction, Compute) and instruction.group in coded and instruction.group not in held:
+            raise ValueError(f"{instruction} reads {instruction.group}, which is not in the decode buffer")
 
 
 def check_lifetimes(instructions: tuple[Instruction, ...]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from scheduler.demand import show_bytes
 from scheduler.plan_check import lifetimes
-from scheduler.step_plan import COPY, Acquire, Compute, Instruction, Join, Prefetch, Release, StepPlan
+from scheduler.step_plan import COPY, Acquire, Compute, Decode, Instruction, Join, Prefetch, Release, StepPlan
 
 ORDER = "+orwx"
 
@@ -71,6 +71,8 @@ def _weights(instruction: Instruction) -> str:
         return str(instruction.group or "")
     if isinstance(instruction, Acquire):
         return "in the ring" if instruction.present else f"waits ready({instruction.group})"
+    if isinstance(instruction, Decode):
+        return f"{show_bytes(instruction.place.nbytes)} decoded"
     if isinstance(instruction, Release):
         return f"records free({instruction.group})"
     return f"waits ready({instruction.last})" if isinstance(instruction, Join) else ""

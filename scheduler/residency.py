@@ -22,10 +22,12 @@ CPU_KV_BYTES = 2**30  # KV cache where no memory budget and no num_pages are giv
 
 @dataclass(frozen=True)
 class Residency:
-    """The decision for one rank, in bytes. `num_pages` counts the reserved page 0; `claims` are named parts of the
+    """The decision for one rank, in bytes. `coded` are the groups kept so, where they stay or where they stream from;
+    the bytes of `streamed` are those that cross the link. `num_pages` counts the reserved page 0; `claims` are named parts of the
     device's memory; `notes` say in a sentence each what was shrunk, and why."""
 
     resident: frozenset[GroupId]
+    coded: frozenset[GroupId]
     streamed: tuple[tuple[GroupId, int], ...]
     embed_resident: bool
     ring: RingLayout
@@ -70,6 +72,8 @@ def _choose(demand: Demand) -> frozenset[GroupId]:
     """The groups that stay. A fraction is of the layers' bytes; 1.0 is "all" and 0.0 is "none"."""
     everything = frozenset(group for group, _ in demand.groups)
     choice = demand.resident
+    if isinstance(choice, frozenset):
+        return choice
     if choice == "auto":
         if demand.memory_bytes is None or _fit(demand, everything) is not None:
             return everything
@@ -78,19 +82,20 @@ def _choose(demand: Demand) -> frozenset[GroupId]:
         return everything
     if choice == "none":
         return frozenset()
-    layers = demand.groups[:-1]
+    layers = demand.stored[:-1]
     return spread_resident(layers, int(choice * sum(nbytes for _, nbytes in layers)))
 
 
 def _fill(demand: Demand, head: bool) -> frozenset[GroupId]:
     """What stays in the memory that ring, fixed claims and the wished KV cache leave, with or without the head."""
-    layers, last = demand.groups[:-1], demand.groups[-1]
-    best = kept = frozenset([last[0]]) if head else frozenset()
-    others = demand.fixed_bytes + demand.wanted_pages * demand.page_bytes + (last[1] if head else 0)
+    layers, last = demand.stored[:-1], demand.stored[-1]
+    always = frozenset([last[0]]) if head else frozenset()
+    best = kept = always
+    claimed = demand.fixed_bytes + demand.wanted_pages * demand.page_bytes
     for _ in range(4):  # the ring depends on what streams: a few rounds settle both
-        target = demand.memory_bytes - others - demand.usual_ring_bytes(kept)
-        kept = spread_resident(layers, target) | (best & {last[0]})
-        used = demand.weights_bytes(kept) - (last[1] if head else 0) + others + demand.usual_ring_bytes(kept)
+        others = claimed + demand.usual_ring_bytes(kept) + demand.plain + (last[1] if head else 0)
+        kept = spread_resident(layers, demand.memory_bytes - others) | always
+        used = demand.weights_bytes(kept) + claimed + demand.usual_ring_bytes(kept)
         if used <= demand.memory_bytes and demand.weights_bytes(kept) > demand.weights_bytes(best):
             best = kept
     return best
@@ -151,6 +156,7 @@ def _assemble(demand: Demand, resident: frozenset[GroupId], ring_bytes: int, num
     claims.insert(0 if not streamed else len(claims), ("resident weights", weights))
     return Residency(
         resident=resident,
+        coded=demand.coded_groups(resident),
         streamed=tuple(streamed),
         embed_resident=embed_resident,
         ring=lay_out_ring(streamed, ring_bytes),

@@ -54,12 +54,15 @@ def show_time(seconds: float) -> str:
 
 
 def _memory(residency: Residency, page_size: int) -> list[str]:
+    num_coded = len(residency.coded & residency.resident)
     remarks = {
         "ring": f"{len(residency.ring.slots)} streamed groups pass through it, "
         f"{residency.ring.num_wrapped} of them copied ahead for the next pass",
         "KV cache": f"{residency.num_pages} pages of {page_size} tokens (page 0 is reserved)",
         "resident weights": f"{len(residency.resident)} of {len(residency.resident) + len(residency.streamed)} groups"
+        + (f", {num_coded} of them coded" if num_coded else "")
         + (", and the embedding" if residency.embed_resident else ""),
+        "decode buffer": "where coded groups are decoded to, one after the other",
     }
     budget = "no limit (plain memory)" if residency.memory_bytes is None else show_bytes(residency.memory_bytes)
     lines = [f"device memory a rank      {budget:>12}"]
@@ -69,10 +72,11 @@ def _memory(residency: Residency, page_size: int) -> list[str]:
     if residency.memory_bytes is not None:
         lines.append(f"  {'unused':<22}  {show_bytes(residency.memory_bytes - residency.claimed_bytes):>12}")
     embed = "" if residency.embed_resident else "   streamed groups; the embedding's rows are gathered from here"
+    coded = "   coded without loss" if residency.coded - residency.resident else ""
     return [
         *lines,
         f"host memory a rank        {show_bytes(residency.host_bytes):>12}{embed}",
-        f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}",
+        f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}{coded}",
         f"longest sequence          {residency.max_model_len:>12} tokens",
     ]
 

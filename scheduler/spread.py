@@ -15,9 +15,10 @@ def spread_resident(groups: Sequence[tuple[GroupId, int]], most_bytes: int) -> f
     by_name: dict[str, list[tuple[GroupId, int]]] = {}
     for group, nbytes in groups:
         by_name.setdefault(group.name, []).append((group, nbytes))
-    kinds = [(max(nbytes for _, nbytes in members), len(members)) for members in by_name.values()]
+    members_by_kind = sorted(by_name.values(), key=len)  # the few first: all counts but the last kind's are tried
+    kinds = [(max(nbytes for _, nbytes in members), len(members)) for members in members_by_kind]
     counts = _best_counts(kinds, max(most_bytes, 0))
-    chosen = (_every(members, count) for members, count in zip(by_name.values(), counts, strict=True))
+    chosen = (_every(members, count) for members, count in zip(members_by_kind, counts, strict=True))
     return frozenset(group for members in chosen for group, _ in members)
 
 

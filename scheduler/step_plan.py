@@ -13,6 +13,9 @@ Two lanes run side by side, and only events order them:
 Safety contract of the ring: the bytes of a slot may be written only after `free` of every group that held them,
 and read only after `ready` of the group that holds them. A pass starts with the first `num_wrapped` streamed groups
 in the ring and ends, joined, with them there again, so that passes of any kind follow each other freely.
+
+A coded group is decoded on the compute lane before its first step, into a place of the decode buffer that no group
+holds whose steps are still to come. Its slot is free as soon as it is decoded.
 """
 
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ class Event(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A byte range of the ring."""
+    """A byte range of the ring, or of the decode buffer."""
 
     offset: int
     nbytes: int
@@ -162,6 +165,17 @@ class Release(Instruction):
 
 
 @dataclass(frozen=True)
+class Decode(Instruction):
+    """Decodes a coded group, from its slot or from where it stays, to its place in the decode buffer."""
+
+    group: GroupId
+    place: Slot
+
+    def __str__(self) -> str:
+        return f"decode {self.group}"
+
+
+@dataclass(frozen=True)
 class RingLayout:
     """Where each streamed group lies in the ring: `slots` in the order of the pass."""
 
@@ -185,6 +199,15 @@ class StepPlan:
     @property
     def activations(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for step in self.steps for name, _ in step.effects))
+
+    @property
+    def decodes(self) -> tuple[Decode, ...]:
+        """What is decoded in a pass, in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Decode))
+
+    @property
+    def decode_buffer_bytes(self) -> int:
+        return max((i.place.offset + i.place.nbytes for i in self.decodes), default=0)
 
     @property
     def prologue(self) -> tuple[Instruction, ...]:

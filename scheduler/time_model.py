@@ -1,9 +1,9 @@
 """What a pass costs, predicted before it runs, from its bytes, FLOPs and reduces.
 
 PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies run
-beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps; the wrapped copies
-cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan itself, with the same cost of a
-step (`step_s`):
+beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps and of what is decoded;
+the wrapped copies cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan itself, with the
+same cost of a step (`step_s`):
 
     latency + sqrt(memory^2 + compute^2)
 
@@ -32,6 +32,7 @@ class Rates:
     `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host
     launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None:
     there are no graphs), `reduce_latency_s` the same of an all-reduce, `pass_latency_s` what of a pass nothing hides.
+    `decode_gb_s` are bytes written by the decoder of coded weights (None: not measured, see `decoding_gb_s`).
     `memory_bytes` is the device's memory; None is a CPU's.
     """
 
@@ -44,7 +45,13 @@ class Rates:
     step_latency_s: float = 0.0
     node_latency_s: float | None = None
     pass_latency_s: float = 0.0
+    decode_gb_s: float | None = None
     memory_bytes: int | None = None
+
+    @property
+    def decoding_gb_s(self) -> float:
+        """Measured, or as much of the memory rate as on an H200: 1.7 bytes move for one that is written."""
+        return self.decode_gb_s or 0.48 * self.memory_gb_s
 
 
 # h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their
@@ -61,6 +68,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "step_latency_s": 8e-6,
         "node_latency_s": 1.5e-6,
         "pass_latency_s": 2e-4,
+        "decode_gb_s": 2050.0,
         "memory_bytes": 141 * GB,
     },
     "cpu": {
@@ -71,6 +79,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "reduce_gb_s": 1.0,
         "step_latency_s": 2e-5,
         "pass_latency_s": 1e-3,
+        "decode_gb_s": 0.1,
     },
 }
 
@@ -110,7 +119,7 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
 def _rates(values: dict[str, Any], source: str, tp_size: int) -> Rates:
     values = {name: value for name, value in values.items() if name != "probe"}
     known = {field.name for field in fields(Rates)}
-    optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "memory_bytes"}
+    optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "decode_gb_s", "memory_bytes"}
     for name in values.keys() - known:
         raise ValueError(f"{source}: unknown field {name!r}; known: {', '.join(sorted(known))}")
     links = values.get("link_gb_s")
@@ -134,14 +143,15 @@ def _is_rate(value: Any, zero: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch or
-    reduce, whichever alone takes longest."""
+    """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch, reduce or
+    decode, whichever alone takes longest."""
 
     link_s: float
     memory_s: float
     compute_s: float
     launch_s: float
     reduce_s: float
+    decode_s: float
     total_s: float
     bound: str
 
@@ -154,8 +164,9 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
         "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
         "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
+        "decode": decode_s(work.decoded_bytes, rates),
     }
-    compute_lane_s = sum(count * step_s(step, shape, rates) for step, count in work.steps)
+    compute_lane_s = sum(count * step_s(step, shape, rates) for step, count in work.steps) + parts["decode"]
     total_s = max(parts["link"], compute_lane_s) + rates.pass_latency_s
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
@@ -170,6 +181,11 @@ def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     busy_s = math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
     latency_s = _reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0
     return max(latency_s + busy_s, 0.0 if _is_graph(shape, rates) else rates.step_latency_s)
+
+
+def decode_s(nbytes: int, rates: Rates) -> float:
+    """Seconds of decoding weights to `nbytes`."""
+    return nbytes / (rates.decoding_gb_s * GB)
 
 
 def reduce_s(nbytes: int, rates: Rates) -> float:

@@ -6,8 +6,8 @@ PURE.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scheduler.step_plan import COMPUTE, COPY, Compute, Event, Prefetch, StepPlan
-from scheduler.time_model import GB, Rates
+from scheduler.step_plan import COMPUTE, COPY, Compute, Decode, Event, Prefetch, StepPlan
+from scheduler.time_model import GB, Rates, decode_s
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ def predict_timeline(plan: StepPlan, compute_s: Callable[[Compute], float], rate
         start = end = max([before, *(at[event] for event in instruction.waits)])
         if isinstance(instruction, Compute):
             end = start + compute_s(instruction)
+        elif isinstance(instruction, Decode):
+            end = start + decode_s(instruction.place.nbytes, rates)
         elif isinstance(instruction, Prefetch):
             end = start + instruction.slot.nbytes / (rates.link_gb_s * GB)
         else:

@@ -7,6 +7,7 @@ prepared and enqueued between.
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,26 +19,37 @@ from engine.runtime.arena import ActivationArena
 from engine.runtime.lanes import Lanes
 from engine.runtime.sampler import Asked, PendingSample, SampleOutput
 from engine.runtime.trace import Tracer
+from engine.weights.coded_group import CodedGroup, decode_group
 from scheduler.batch import Batch, is_decode
-from scheduler.step_plan import Compute, GroupId, Instruction, Prefetch, Release, StepPlan
+from scheduler.step_plan import Compute, Decode, GroupId, Instruction, Prefetch, Release, StepPlan
 
 Weights = Mapping[str, Tensor]
 _NO_WEIGHTS: Weights = {}
 
 
+class Coded(NamedTuple):
+    """A coded group: its blob, resident or in its slot of the ring, and its place in the decode buffer, uint8 both."""
+
+    code: CodedGroup
+    blob: Tensor
+    place: Tensor
+
+
 @dataclass
 class Counters:
-    """What a run did. Bytes are those of the copy lane, host to device."""
+    """What a run did: bytes that the copy lane moved, host to device, bytes that were decoded, steps that ran."""
 
     num_passes: int = 0
     num_tokens: int = 0
     copied_bytes: Counter = field(default_factory=Counter)  # by group
+    decoded_bytes: Counter = field(default_factory=Counter)  # by group, as they are written
     steps: Counter = field(default_factory=Counter)  # calls by step
 
     def clear(self) -> None:
         """In place: captured passes count into these very objects."""
         self.num_passes = self.num_tokens = 0
         self.copied_bytes.clear()
+        self.decoded_bytes.clear()
         self.steps.clear()
 
 
@@ -45,7 +57,8 @@ class Executor:
     """Owns nothing but its lanes' order: plan, spans, ring and activations are given, at fixed addresses.
 
     `views`: every group's weights by name, resident or in its slot of the ring. `host_spans`: where the streamed groups
-    are copied from. `ring` (ring_bytes,) uint8. With `poison`, freed slots are filled with NaN.
+    are copied from. `ring` (ring_bytes,) uint8. `coded`: where coded groups lie and are decoded to. With `poison`, freed
+    slots are filled with NaN, and so is a place before a group is decoded to it.
     """
 
     def __init__(
@@ -58,10 +71,12 @@ class Executor:
         arena: ActivationArena,
         lanes: Lanes,
         tracer: Tracer,
+        coded: Mapping[GroupId, Coded],
         poison: bool = False,
     ):
         self.plan, self.context, self.views, self.host_spans = plan, context, views, host_spans
-        self.ring, self.arena, self.lanes, self.tracer, self.poison = ring, arena, lanes, tracer, poison
+        self.ring, self.arena, self.lanes, self.tracer = ring, arena, lanes, tracer
+        self.coded, self.poison = coded, poison
         self.counters = Counters()
         self.whole_tokens = whole_tokens(context.spec, arena.dtype, context.rope.device)
         self.ring_is_filled = False
@@ -72,8 +87,8 @@ class Executor:
     @property
     def counted(self) -> list[Counter]:
         """The counters that a pass adds to."""
-        reduces = self.context.collectives
-        return [self.counters.steps, self.counters.copied_bytes, reduces.num_reduces, reduces.reduced_bytes]
+        reduces, ours = self.context.collectives, self.counters
+        return [ours.steps, ours.copied_bytes, ours.decoded_bytes, reduces.num_reduces, reduces.reduced_bytes]
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
@@ -129,8 +144,12 @@ class Executor:
             self.lanes.run(self.plan.instructions, self.do)
             self.ring_is_filled = True
         else:
-            for step in self.plan.steps:
-                self.do(step)
+            ring = self.plan.ring
+            later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
+            for instruction in self.plan.instructions:
+                decodes = isinstance(instruction, Decode) and instruction.group not in later
+                if decodes or isinstance(instruction, Compute):
+                    self.do(instruction)
         self.on_sampled = None  # it may be our own method: closing must free the ring at once
 
     def fill_ring(self) -> None:
@@ -144,18 +163,29 @@ class Executor:
         copies, total = [], 0
         for instruction in self.plan.instructions:
             if isinstance(instruction, Prefetch) and total < nbytes:
-                copies.append((self.host_spans[instruction.group], self.slot(instruction)))
-                total += instruction.slot.nbytes
+                span = self.host_spans[instruction.group]
+                copies.append((span, self.slot(instruction)[: span.nbytes]))
+                total += span.nbytes
         return copies
 
     def do(self, instruction: Instruction) -> None:
         if isinstance(instruction, Compute):
             self._compute(instruction)
         elif isinstance(instruction, Prefetch):
-            self.counters.copied_bytes[instruction.group] += instruction.slot.nbytes
-            self.slot(instruction).copy_(self.host_spans[instruction.group], non_blocking=True)
+            span = self.host_spans[instruction.group]
+            self.counters.copied_bytes[instruction.group] += span.nbytes
+            self.slot(instruction)[: span.nbytes].copy_(span, non_blocking=True)
+        elif isinstance(instruction, Decode):
+            self._decode(instruction)
         elif isinstance(instruction, Release) and self.poison:
             self.slot(instruction).fill_(0xFF)  # all ones are a NaN in every float format
+
+    def _decode(self, instruction: Decode) -> None:
+        coded = self.coded[instruction.group]
+        if self.poison:
+            coded.place.fill_(0xFF)
+        decode_group(*coded)
+        self.counters.decoded_bytes[instruction.group] += coded.place.nbytes
 
     def _compute(self, step: Compute) -> None:
         self.counters.steps[step.step] += 1

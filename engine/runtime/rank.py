@@ -95,9 +95,9 @@ class Rank:
         agreed = {"memory_bytes": device_memory_bytes(topology.device)} if launch.rank == 0 else None
         told = json.loads(self.collectives.broadcast_bytes(json.dumps(agreed).encode() if agreed else None))
         plan, source = prepared or self._prepare(told["memory_bytes"])
-        self.plan: EnginePlan = plan
         bind_to_numa(topology)
         self.worker = Worker(self.config, plan, source, topology, self.collectives)
+        self.plan: EnginePlan = self.worker.plan
         if isinstance(source, Checkpoint):
             source.close()
         self.collectives.barrier()

@@ -14,10 +14,10 @@ from engine.model.layout import GroupLayout, ModelLayout, expected_tensors, mode
 from engine.model.ops import StepContext
 from engine.model.rope import rope_table
 from engine.model.steps import activation_widths
-from engine.planning import EnginePlan
+from engine.planning import EnginePlan, settle_plan
 from engine.runtime.arena import ActivationArena, aligned_bytes
 from engine.runtime.decode import DecodePasses
-from engine.runtime.executor import Executor
+from engine.runtime.executor import Coded, Executor
 from engine.runtime.kv_cache import KVCache
 from engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from engine.runtime.sampler import Sampler
@@ -29,7 +29,7 @@ from engine.weights.views import views
 from parallel.collectives import Collectives
 from parallel.shard import shard_heads
 from parallel.topology import Topology
-from scheduler.step_plan import GroupId
+from scheduler.step_plan import GroupId, Slot
 
 
 def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSource:
@@ -44,7 +44,8 @@ def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSou
 
 
 class Worker:
-    """`executor` runs batches once this is built; `close` frees every byte it holds."""
+    """`executor` runs batches once this is built; `close` frees every byte it holds. `plan` is the one that is given,
+    with the sizes that coded groups were found to have."""
 
     def __init__(
         self, config: EngineConfig, plan: EnginePlan, source: WeightSource, topology: Topology, collectives: Collectives
@@ -53,7 +54,13 @@ class Worker:
         self.tracer = RecordingTracer(self.device) if config.trace else Tracer()
         layout = model_layout(plan.spec, tensor_names(plan.spec), plan.dtype, topology.tp_size, topology.rank)
         self.weights = self._load(source, layout, topology)
-        self.executor = self._executor(config, layout, topology, collectives)
+        self.executor = None
+        try:
+            self.plan = self._settled(collectives)
+            self.executor = self._executor(config, layout, topology, collectives)
+        except BaseException:
+            self.close()
+            raise
 
     def _load(self, source: WeightSource, layout: ModelLayout, topology: Topology) -> LoadedWeights:
         streamed = {group for group, _ in self.plan.residency.streamed}
@@ -67,9 +74,18 @@ class Worker:
                 streamed,
                 embed_on_host,
                 self.device,
+                coded=self.plan.residency.coded,
                 progress=bar.update,
                 ranks_on_host=topology.tp_size,
             )
+
+    def _settled(self, collectives: Collectives) -> EnginePlan:
+        """The plan with the bytes that coded groups have, now that they are known. All ranks settle on the same one."""
+        groups = sorted(self.weights.codes)
+        if not groups:
+            return self.plan
+        largest = collectives.largest([self.weights.codes[group].nbytes for group in groups])
+        return settle_plan(self.plan, dict(zip(groups, largest)))
 
     def _executor(
         self, config: EngineConfig, layout: ModelLayout, topology: Topology, collectives: Collectives
@@ -77,17 +93,19 @@ class Worker:
         plan, residency, device = self.plan, self.plan.residency, self.device
         dtype = getattr(torch, plan.dtype)
         ring = aligned_bytes(residency.ring.ring_bytes, device)
+        coded = self._coded(ring, aligned_bytes(plan.step_plan.decode_buffer_bytes, device))
         widths = activation_widths(plan.spec, topology.tp_size)
         arena = ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, dtype, device)
         executor = Executor(
             plan=plan.step_plan,
             context=self._context(config, layout, topology, collectives, dtype),
-            views=self._views(layout, ring),
+            views=self._views(layout, ring, coded),
             host_spans=self.weights.host_spans,
             ring=ring,
             arena=arena,
             lanes=self._lanes(config),
             tracer=self.tracer,
+            coded=coded,
             poison=config.poison,
         )
         if device.type == "cuda":
@@ -123,11 +141,21 @@ class Worker:
         resident = self.weights.resident.get(group.group)
         return self.weights.host_spans[group.group] if resident is None else resident
 
-    def _views(self, layout: ModelLayout, ring: torch.Tensor) -> dict[GroupId, dict[str, torch.Tensor]]:
+    def _coded(self, ring: torch.Tensor, buffer: torch.Tensor) -> dict[GroupId, Coded]:
         slots = dict(self.plan.residency.ring.slots)
+        places = {decode.group: decode.place for decode in self.plan.step_plan.decodes}
+        coded = {}
+        for group, code in self.weights.codes.items():
+            blob = _cut(ring, slots[group])[: code.nbytes] if group in slots else self.weights.resident[group]
+            coded[group] = Coded(code, blob, _cut(buffer, places[group]))
+        return coded
+
+    def _views(
+        self, layout: ModelLayout, ring: torch.Tensor, coded: dict[GroupId, Coded]
+    ) -> dict[GroupId, dict[str, torch.Tensor]]:
         spans = {group.group: self.weights.resident.get(group.group) for group in layout.groups}
-        for group, slot in slots.items():
-            spans[group] = ring[slot.offset : slot.offset + slot.nbytes]
+        spans |= {group: _cut(ring, slot) for group, slot in self.plan.residency.ring.slots}
+        spans |= {group: place for group, (_, _, place) in coded.items()}
         return {group.group: views(group, spans[group.group]) for group in layout.groups}
 
     def _lanes(self, config: EngineConfig) -> Lanes:
@@ -144,3 +172,7 @@ class Worker:
             self.executor.decode = None
         self.executor = None
         self.weights.close()
+
+
+def _cut(memory: torch.Tensor, slot: Slot) -> torch.Tensor:
+    return memory[slot.offset : slot.offset + slot.nbytes]

@@ -1,0 +1,92 @@
+"""Whether weights are kept coded, and which of those that stay: by the predicted time of a decode pass of one row.
+
+PURE. Coded weights are fewer bytes, on the link and in memory, and cost their decoding in every pass. So what streams
+is coded where the link binds; of what stays, as much is plain as memory allows once nothing more has to stream for it.
+In between the two are weighed: a few more groups that stream may cost less than decoding many that stay.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from scheduler.demand import Demand, show_bytes
+from scheduler.residency import Residency, plan_residency
+from scheduler.step_plan import GroupId
+
+NUM_TRIED = 16  # ways to divide memory between more groups and plain ones
+LEAST_GAIN = 0.02  # of a pass, for which "auto" codes: loading takes longer
+
+Planned = tuple[Demand, Residency]
+
+
+@dataclass(frozen=True)
+class CodeOffer:
+    """What coding has to offer an engine: `coded` has the bytes of the groups that may be coded, `buffer_bytes` is what
+    decoding them needs; `pass_s` predicts a decode pass of one row. `choice` is that of `--weights-code`."""
+
+    choice: str
+    coded: Mapping[GroupId, int]
+    buffer_bytes: int
+    pass_s: Callable[[Residency], float]
+
+
+def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
+    """The demand that was chosen, coded or the plain one that is given, and its residency. "auto" codes only where
+    something would stream, and only if that is faster.
+
+    Raises ValueError, as plan_residency does for plain weights, if coded ones do not fit either.
+    """
+    if offer.choice == "none" or not offer.coded:
+        return demand, plan_residency(demand)
+    plain, refusal = None, None
+    try:
+        plain = demand, plan_residency(demand)
+    except ValueError as error:
+        refusal = error
+    if offer.choice == "auto" and plain is not None and not plain[1].streamed:
+        return plain
+    coded = _fastest(offer, demand)
+    if coded is None and plain is None:
+        raise refusal
+    if plain is None or coded is None:
+        return coded or plain
+    if offer.choice == "lossless":
+        return coded
+    return coded if offer.pass_s(coded[1]) < (1 - LEAST_GAIN) * offer.pass_s(plain[1]) else plain
+
+
+def _fastest(offer: CodeOffer, demand: Demand) -> Planned | None:
+    """Of those ways to divide memory that leave the KV cache as large as where all is coded, or as is wished for."""
+    demand = replace(demand, coded=offer.coded, fixed=(*demand.fixed, ("decode buffer", offer.buffer_bytes)))
+    most = sum(nbytes - offer.coded.get(group, nbytes) for group, nbytes in demand.groups)
+    parts = range(NUM_TRIED + 1) if demand.memory_bytes is not None else (NUM_TRIED,)
+    tried = [replace(demand, plain=most * part // NUM_TRIED) for part in parts]
+    planned = [(each, residency) for each in tried if (residency := _plan(each)) is not None]
+    if not planned:
+        return None
+    least_pages = min(planned[0][1].num_pages, demand.wanted_pages)
+    return min(
+        (each for each in planned if each[1].num_pages >= least_pages), key=lambda each: offer.pass_s(each[1])
+    )
+
+
+def _plan(demand: Demand) -> Residency | None:
+    try:
+        return plan_residency(demand)
+    except ValueError:
+        return None
+
+
+def settle(planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
+    """The same groups resident, coded and plain, with the bytes that they really have coded: ring and KV cache are
+    planned anew. Raises ValueError if they are so many that it does not fit."""
+    demand, residency = planned
+    coded = {group: sizes[group] for group in residency.coded}
+    settled = replace(demand, coded=coded, resident=residency.resident, plain=frozenset())
+    try:
+        return settled, plan_residency(settled)
+    except ValueError as error:
+        expected = sum(demand.coded[group] for group in residency.coded)
+        raise ValueError(
+            f"weights_code: {show_bytes(expected)} of coded weights were planned, they have "
+            f"{show_bytes(sum(coded.values()))}, and that does not fit: weights_code='none' keeps them plain"
+        ) from error
