@@ -32,7 +32,10 @@ MAY_IMPORT = {
     "engine.prompts": (),
     "engine.model": ("parallel", "engine.kernels", "scheduler.step_plan"),
     "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.request", "scheduler.step_plan"),  # as data
-    "engine.weights": ("engine.model.spec", "engine.model.layout", "engine.kernels", "parallel", "scheduler.step_plan"),
+    "engine.weights": (
+        *("engine.model.spec", "engine.model.layout", "engine.model.coded_size"),
+        *("engine.kernels", "parallel", "scheduler.step_plan"),
+    ),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
         *("engine.config", "engine.device_profile", "engine.planning"),
@@ -82,7 +85,8 @@ LATE_IMPORTS = {
 PURE = [
     *("penstock", "engine.cli", "engine.config", "engine.device_profile", "engine.flags", "engine.probe_report"),
     *("engine.planning", "engine.plan_command", "engine.step_cost"),
-    *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps")),
+    *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
+    "engine.kernels.code_tile",
     *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),
 ]

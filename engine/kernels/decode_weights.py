@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE
 from engine.kernels.overlap import options, wait_for_inputs
 
 try:
@@ -28,8 +29,6 @@ except ImportError:  # a CPU install has no triton
     triton = None
 
 calls = {"reference": 0, "triton": 0}
-LANES, LANE_WEIGHTS = 128, 16
-TILE = LANES * LANE_WEIGHTS  # weights
 COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3
 WINDOW = COMMON + ESCAPED
 PATCH_PLACE = 5  # bits before it, for up to 23 windows
@@ -42,7 +41,7 @@ class Planes(NamedTuple):
 
     mantissas: Tensor  # (N, LANES, LANE_WEIGHTS) uint8
     codes: Tensor  # (N, LANES, 4) uint8
-    escapes: Tensor  # (G, 12) uint8: 32 a row, and padding to num_escape_rows
+    escapes: Tensor  # (G, 12) uint8: ESCAPE_ROW a row, and padding to num_escape_rows
     patches: Tensor  # (P,) int16: place in the tile << PATCH_PLACE | times
     escape_starts: Tensor  # (N + 1,) int32
     patch_starts: Tensor  # (N + 1,) int32
@@ -58,11 +57,6 @@ def stored_order(tiles: Tensor) -> Tensor:
 def natural_order(stored: Tensor) -> Tensor:
     """The inverse: (N, LANES, LANE_WEIGHTS) as (N, TILE)."""
     return stored.view(-1, LANES, 2, 2, 2, 2).permute(0, 2, 1, 3, 5, 4).reshape(-1, TILE)
-
-
-def num_escape_rows(num_escapes: int) -> int:
-    """G: a lane reads three words from its first escape on, which may be the end."""
-    return num_escapes // 32 + 2
 
 
 def decode_weights(planes: Planes, out: Tensor) -> None:

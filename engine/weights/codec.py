@@ -1,5 +1,4 @@
-"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decoded on a GPU. The engine
-does not use it yet.
+"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decoded on a GPU.
 
 Signs and mantissas carry no pattern; exponents do, about 2.6 bits of it. A tile of TILE weights has its own window of
 eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3. A weight outside is coded as the
@@ -24,25 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.code_tile import ESCAPE_ROW, LANE_WEIGHTS, LANES, TILE, num_escape_rows
 from engine.kernels.decode_weights import (
     BLOCK_TILES,
     COMMON,
     ESCAPED,
-    LANE_WEIGHTS,
-    LANES,
     PATCH_PLACE,
-    TILE,
     WINDOW,
     Planes,
     decode_weights,
     natural_order,
-    num_escape_rows,
     stored_order,
 )
+from engine.model.coded_size import ESCAPE_BITS, PART_BYTES, part_bytes
+from parallel.shard import pad_to
 
-PART_BYTES = 16
-ESCAPE_BITS, PATCH_BITS = 3, 16
-PARTS = (*Planes._fields, "rest")  # in a blob's order
+PATCH_BITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +64,16 @@ class CodeLayout:
         """First byte and number of bytes of each part, by name."""
         if self.raw:
             return {"rest": (0, self.numel * self.dtype.itemsize)}
-        tiles, patches = self.num_tiles, self.num_patches
-        escapes_bytes, starts_bytes = 12 * num_escape_rows(self.num_escapes), 4 * (tiles + 1)
-        sizes = (TILE * tiles, TILE // 4 * tiles, escapes_bytes, 2 * patches)
-        sizes += (starts_bytes, starts_bytes, 2 * tiles, 2 * (self.numel - TILE * tiles))
-        offsets = [0]
-        for size in sizes:
-            offsets.append(_round_up(offsets[-1] + size))
-        return dict(zip(PARTS, zip(offsets, sizes)))
+        parts, offset = {}, 0
+        for name, size in part_bytes(self.numel, self.num_escapes, self.num_patches).items():
+            parts[name] = (offset, size)
+            offset = pad_to(offset + size, PART_BYTES)
+        return parts
 
     @property
     def nbytes(self) -> int:
         """Of the blob, everything counted."""
-        return _round_up(sum(list(self.parts.values())[-1]))
+        return pad_to(sum(self.parts["rest"]), PART_BYTES)
 
     @property
     def bits_per_weight(self) -> float:
@@ -105,26 +98,28 @@ class CodeLayout:
         )
 
 
-def encode(weights: Tensor) -> tuple[CodeLayout, Tensor]:
+def encode(weights: Tensor, out: Tensor | None = None) -> tuple[CodeLayout, Tensor]:
     """A contiguous tensor of any shape and dtype as a blob on its device, and its layout.
 
-    Temporaries are those of BLOCK_TILES tiles, and the parts once more.
+    The blob is the start of `out`, uint8 on that device, from a 16-byte boundary, as long as the weights padded to
+    PART_BYTES (or longer), which is allocated if it is not given: keep a copy to keep no more. Temporaries are those
+    of BLOCK_TILES tiles, and a byte an escape.
     """
     flat = weights.reshape(-1)
     raw = CodeLayout(tuple(weights.shape), weights.dtype, raw=True)
+    out = torch.empty(raw.nbytes, dtype=torch.uint8, device=weights.device) if out is None else out
     if weights.dtype != torch.bfloat16 or not raw.num_tiles:
-        return _filled(raw, {"rest": flat})
+        return raw, _filled(raw, {"rest": flat}, out)
     tiles = flat[: raw.num_tiles * TILE].view(torch.int16).view(-1, TILE)
-    blocks = [_encode_tiles(block) for block in tiles.split(BLOCK_TILES)]
-    parts = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    parts = _encode_blocks(tiles, out)
     counts = {"num_escapes": len(parts["escapes"]), "num_patches": len(parts["patches"])}
+    layout = dataclasses.replace(raw, raw=False, **counts)
+    if layout.nbytes >= raw.nbytes:
+        return raw, _filled(raw, {"rest": flat}, out)
     parts["escapes"] = _pack_escapes(parts["escapes"])
     for name in ("escape_starts", "patch_starts"):
         parts[name] = F.pad(parts[name].cumsum(0), (1, 0)).int()
-    layout = dataclasses.replace(raw, raw=False, **counts)
-    if layout.nbytes >= raw.nbytes:
-        return _filled(raw, {"rest": flat})
-    return _filled(layout, parts | {"rest": flat[tiles.numel() :]})
+    return layout, _filled(layout, parts | {"rest": flat[tiles.numel() :]}, out)
 
 
 def decode(layout: CodeLayout, blob: Tensor, out: Tensor) -> None:
@@ -176,8 +171,18 @@ def _check_planes(name: str, planes: Planes) -> None:
         raise ValueError(f"{name}: corrupt: the patches of its tiles do not follow each other")
 
 
-def _encode_tiles(tiles: Tensor) -> dict[str, Tensor]:
-    """(N, TILE) int16 as parts; the escapes not packed yet, and numbers a tile in place of starts."""
+def _encode_blocks(tiles: Tensor, out: Tensor) -> dict[str, Tensor]:
+    """(N, TILE) int16: mantissas and codes to the start of `out`, where they always lie; returns the other parts, the
+    escapes not packed yet, and numbers a tile in place of starts."""
+    num_bytes = TILE * len(tiles)
+    mantissas = out[:num_bytes].view(-1, LANES, LANE_WEIGHTS)
+    codes = out[num_bytes : num_bytes + num_bytes // 4].view(-1, LANES, 4)
+    blocks = [_encode_tiles(*block) for block in zip(*(part.split(BLOCK_TILES) for part in (tiles, mantissas, codes)))]
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _encode_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    """Of N tiles: mantissas (N, LANES, LANE_WEIGHTS) and codes (N, LANES, 4) into place."""
     stored = stored_order(tiles).view(-1, TILE)
     exponents = stored >> 7 & 0xFF
     first, below = choose_windows(exponents)
@@ -185,12 +190,12 @@ def _encode_tiles(tiles: Tensor) -> dict[str, Tensor]:
     place, times = away % WINDOW, natural_order(away // WINDOW)
     common = place - below[:, None]
     escaped = (common < 0) | (common >= COMMON)
-    codes = torch.where(escaped, COMMON, common).byte().view(-1, LANES, 4, 4).unbind(2)  # (N, LANES, 4) of each group
+    groups = torch.where(escaped, COMMON, common).byte().view(-1, LANES, 4, 4).unbind(2)  # (N, LANES, 4) of each group
+    codes.copy_(groups[0] | groups[1] << 2 | groups[2] << 4 | groups[3] << 6)
+    mantissas.copy_((stored >> 8 & 0x80 | stored & 0x7F).view(mantissas.shape))
     late = torch.where(common < 0, place, place - COMMON)
     patched = times > 0
     return {
-        "mantissas": (stored >> 8 & 0x80 | stored & 0x7F).byte().view(-1),
-        "codes": (codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6).view(-1),
         "escapes": late[escaped].byte(),
         "patches": (patched.nonzero()[:, 1] << PATCH_PLACE | times[patched]).short(),
         "escape_starts": escaped.sum(1),
@@ -221,20 +226,18 @@ def _first_largest(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pack_escapes(late: Tensor) -> Tensor:
     """3-bit codes (uint8 each) as bytes, padded: eight are three bytes."""
-    eights = F.pad(late, (0, 32 * num_escape_rows(len(late)) - len(late))).view(-1, 8)
+    eights = F.pad(late, (0, ESCAPE_ROW * num_escape_rows(len(late)) - len(late))).view(-1, 8)
     low = eights[:, 0] | eights[:, 1] << 3 | eights[:, 2] << 6
     middle = eights[:, 2] >> 2 | eights[:, 3] << 1 | eights[:, 4] << 4 | eights[:, 5] << 7
     high = eights[:, 5] >> 1 | eights[:, 6] << 2 | eights[:, 7] << 5
     return torch.stack([low, middle, high], 1).view(-1)
 
 
-def _filled(layout: CodeLayout, parts: dict[str, Tensor]) -> tuple[CodeLayout, Tensor]:
-    """The layout, and a blob of these parts; padding is zero."""
-    blob = torch.zeros(layout.nbytes, dtype=torch.uint8, device=parts["rest"].device)
+def _filled(layout: CodeLayout, parts: dict[str, Tensor], out: Tensor) -> Tensor:
+    """The blob at the start of `out`, of these parts and what is there already; padding is zero."""
+    blob = out[: layout.nbytes]
     for name, values in parts.items():
+        offset, nbytes = layout.parts[name]
+        blob[offset + nbytes : pad_to(offset + nbytes, PART_BYTES)].zero_()
         layout.part(blob, name).copy_(values.view(torch.uint8))
-    return layout, blob
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // PART_BYTES) * PART_BYTES
+    return blob

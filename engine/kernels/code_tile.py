@@ -1,0 +1,10 @@
+"""The tile of the lossless code of weights (decode_weights.py) in numbers. PURE: bytes are planned without torch."""
+
+LANES, LANE_WEIGHTS = 128, 16
+TILE = LANES * LANE_WEIGHTS  # weights
+ESCAPE_ROW = 32  # escapes: three words of 3-bit codes
+
+
+def num_escape_rows(num_escapes: int) -> int:
+    """A lane reads three words from its first escape on, which may be the end."""
+    return num_escapes // ESCAPE_ROW + 2

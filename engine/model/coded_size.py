@@ -1,0 +1,48 @@
+"""How many bytes coded weights take: counted where escapes and patches are known, planned before anything is read.
+
+PURE. `weights/codec.py` lays out its blobs by `part_bytes`; the planner asks `planned_bytes`.
+"""
+
+from engine.kernels.code_tile import TILE, num_escape_rows
+from engine.model.layout import ALIGN, GroupLayout, Weight
+from parallel.shard import pad_to
+
+PART_BYTES = 16  # every part of a blob starts at a multiple, and so does every blob in its group's
+WEIGHT_BITS = 10  # of a coded weight that is neither escaped nor patched
+ESCAPE_BITS = 3
+PLANNED_BITS = 11.25  # of a weight in a tile: Gaussian ones take 10.9, Student-t(4) 11.1
+CODED_DTYPE = "bfloat16"
+
+
+def part_bytes(num_weights: int, num_escapes: int, num_patches: int) -> dict[str, int]:
+    """The parts of a coded tensor of bf16 in their order, each without what pads it to PART_BYTES."""
+    tiles = num_weights // TILE
+    starts = 4 * (tiles + 1)
+    return {
+        "mantissas": TILE * tiles,
+        "codes": TILE // 4 * tiles,
+        "escapes": 12 * num_escape_rows(num_escapes),
+        "patches": 2 * num_patches,
+        "escape_starts": starts,
+        "patch_starts": starts,
+        "windows": 2 * tiles,
+        "rest": 2 * (num_weights - TILE * tiles),
+    }
+
+
+def planned_bytes(layout: GroupLayout) -> int:
+    """The bytes that a group's blob is planned with. It takes fewer where weights are Gaussian, Laplace or Student-t;
+    never more than the span."""
+    return pad_to(sum(_planned_weight_bytes(weight) for weight in layout.weights), ALIGN)
+
+
+def _planned_weight_bytes(weight: Weight) -> int:
+    """All that PLANNED_BITS leave beside WEIGHT_BITS, as escapes."""
+    part = weight.parts[0]
+    raw = pad_to(part.nbytes, PART_BYTES)
+    if part.dtype != CODED_DTYPE:
+        return raw
+    num_weights = part.nbytes // 2
+    escape_bits = int((PLANNED_BITS - WEIGHT_BITS) * TILE * (num_weights // TILE))
+    sizes = part_bytes(num_weights, escape_bits // ESCAPE_BITS, num_patches=0)
+    return min(raw, sum(pad_to(size, PART_BYTES) for size in sizes.values()))

@@ -1,0 +1,59 @@
+"""A group's weights as one blob: that of each weight (codec.py), one after the other. Raw weights lie in it too, so a
+group is moved by one copy, coded or not, and decoded into a span like any other."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.model.coded_size import PART_BYTES
+from engine.model.layout import ALIGN, GroupLayout
+from engine.weights.codec import CodeLayout, decode, encode
+from engine.weights.views import views
+from parallel.shard import pad_to
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """`offset` is the weight's first byte in the span, `blob_offset` that of its blob in the group's."""
+
+    code: CodeLayout
+    offset: int
+    blob_offset: int
+
+
+@dataclass(frozen=True)
+class CodedGroup:
+    """How a group's span is coded; `nbytes` is the length of its blob, a multiple of ALIGN and never more than the
+    span's."""
+
+    weights: tuple[CodedWeight, ...]
+    nbytes: int
+
+
+def encode_group(layout: GroupLayout, span: Tensor) -> tuple[CodedGroup, Tensor]:
+    """The blob of a span (uint8, on any device, layout.nbytes long), on its device.
+
+    The blob is the start of memory as long as the span: keep a copy to keep no more.
+    """
+    memory = torch.empty_like(span)
+    weights, end = [], 0
+    named = views(layout, span)
+    for weight in layout.weights:
+        code, blob = encode(named[weight.name], memory[end:])
+        weights.append(CodedWeight(code, weight.parts[0].offset, end))
+        end = pad_to(end + len(blob), PART_BYTES)
+    group = CodedGroup(tuple(weights), pad_to(end, ALIGN))
+    memory[end : group.nbytes].zero_()
+    return group, memory[: group.nbytes]
+
+
+def decode_group(group: CodedGroup, blob: Tensor, span: Tensor) -> None:
+    """Every weight, bit for bit, into its place in an uncoded span (uint8) on the blob's device; the gaps between
+    weights are not written. Both start at 256-byte boundaries, and may be longer. A weight takes one kernel, or one
+    device copy if it is raw, or both if it does not end with a tile; nothing is allocated and the host waits for
+    nothing, so that a CUDA graph can hold it (once the kernel has been compiled by a call)."""
+    for weight in group.weights:
+        code = weight.code
+        out = span[weight.offset :][: code.numel * code.dtype.itemsize].view(code.dtype).view(code.shape)
+        decode(code, blob[weight.blob_offset :][: code.nbytes], out)
