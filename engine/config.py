@@ -72,7 +72,8 @@ class EngineConfig:
         type=parse_resident,
     )
     weights_code: str = _option(
-        "auto", "lossless codes bfloat16 weights, a third fewer bytes; auto does where weights would stream",
+        "auto",
+        "lossless codes bfloat16 weights, a third fewer bytes; auto does where weights would stream",
         ("auto", "none", "lossless"),
     )
     load_format: str = _option("auto", "dummy fills random weights without a file", ("auto", "safetensors", "dummy"))

@@ -37,6 +37,7 @@ class Probe:
     link_together_gb_s: list[float]
     memory_gb_s: list[float]
     gemm_tflops: list[float]
+    decode_gb_s: list[float]
     launch_s: float
     node_s: float | None
     reduces: list[dict[str, float]]
@@ -60,6 +61,7 @@ def device_profile(probe: Probe) -> dict[str, Any]:
         "step_latency_s": KERNELS_A_STEP * probe.launch_s,
         "node_latency_s": probe.node_s and NODES_A_STEP * probe.node_s,
         "pass_latency_s": PROFILES[ASSUMED[probe.device_type]]["pass_latency_s"],
+        "decode_gb_s": min(probe.decode_gb_s),
         "memory_bytes": probe.memory_bytes,
         "probe": asdict(probe),
     }

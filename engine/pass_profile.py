@@ -70,6 +70,7 @@ def profile_pass(plan: EnginePlan, shape: PassShape, ranks: list[list[Span]], pr
     for work, count in plan.steps:
         nbytes[work.step] += count * work.nbytes(shape)
         flops[work.step] += count * work.flops(shape)
+    nbytes["decode"] = sum(plan.kept.coded[i.group] + i.place.nbytes for i in plan.step_plan.decodes)  # read, written
     steps = [
         StepShare(
             step=step,

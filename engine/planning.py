@@ -114,8 +114,8 @@ def _code_offer(
     work: Callable[[Residency], PassWork],
     rates: Rates,
 ) -> CodeOffer:
-    """Only bfloat16 shrinks enough; a tied head is the embedding too, whose rows are gathered from it. Raises ValueError
-    if coding is asked for and impossible."""
+    """Only bfloat16 shrinks enough; a tied head is the embedding too, whose rows are gathered from it. Raises
+    ValueError if coding is asked for and impossible."""
     if dtype != "bfloat16" and config.weights_code == "lossless":
         raise ValueError(f"weights_code='lossless' codes bfloat16 weights, and dtype is {dtype}")
     groups = layout.groups[: -1 if spec.tied else None] if dtype == "bfloat16" else ()

@@ -33,8 +33,9 @@ def _by_rank(probe: Probe) -> str:
     if probe.num_ranks > 1:
         rows.append(("links all at once, GB/s", probe.link_together_gb_s))
     rows += [("memory read, GB/s", probe.memory_gb_s), (f"GEMM {probe.dtype}, TFLOP/s", probe.gemm_tflops)]
-    head = f"{'rank':<24}" + "".join(f"{rank:>10}" for rank in range(probe.num_ranks))
-    return "\n".join([head, *(f"{name:<24}" + "".join(f"{rate:>10.4g}" for rate in rates) for name, rates in rows)])
+    rows.append(("decoding of coded weights, GB/s", probe.decode_gb_s))
+    head = f"{'rank':<32}" + "".join(f"{rank:>10}" for rank in range(probe.num_ranks))
+    return "\n".join([head, *(f"{name:<32}" + "".join(f"{rate:>10.4g}" for rate in rates) for name, rates in rows)])
 
 
 def reduce_lines(rows: list[dict[str, float]], ways: dict[str, str] = WAYS) -> str:
@@ -60,6 +61,7 @@ def meanings(probe: Probe) -> list[str]:
     lines.append(f"memory is read {ratio:.3g} times as fast as the link brings weights")
     if probe.dtype != "float32":  # two bytes a weight, two FLOPs a token
         lines.append(f"while a weight crosses the link, GEMMs could use it for about {_round(tokens)} tokens")
+    lines.append(_decoding(probe))
     lines += _reduces(probe)
     graph = "" if probe.node_s is None else f", {probe.node_s * 1e6:.1f} us in a graph"
     return [*lines, f"an operation that computes nothing takes {probe.launch_s * 1e6:.1f} us{graph}"]
@@ -108,6 +110,13 @@ def _together(probe: Probe) -> list[str]:
     got = f"{low} to {high}" if low != high else low
     binds = " what they share binds (the host's memory, or a PCIe switch):" if probe.device_type == "cuda" else ""
     return [f"{total}:{binds} each rank gets {got} of its link alone"]
+
+
+def _decoding(probe: Probe) -> str:
+    times = min(probe.decode_gb_s) / probe.link_gb_s[-1]
+    if times < 1:
+        return "coded weights are decoded more slowly than the link brings plain ones: coding does not pay"
+    return f"coded weights are decoded {times:.3g} times as fast as the link brings plain ones"
 
 
 def _reduces(probe: Probe) -> list[str]:

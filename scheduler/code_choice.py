@@ -64,9 +64,7 @@ def _fastest(offer: CodeOffer, demand: Demand) -> Planned | None:
     if not planned:
         return None
     least_pages = min(planned[0][1].num_pages, demand.wanted_pages)
-    return min(
-        (each for each in planned if each[1].num_pages >= least_pages), key=lambda each: offer.pass_s(each[1])
-    )
+    return min((each for each in planned if each[1].num_pages >= least_pages), key=lambda each: offer.pass_s(each[1]))
 
 
 def _plan(demand: Demand) -> Residency | None:

@@ -73,9 +73,9 @@ class StepWork:
 
 @dataclass(frozen=True)
 class PassWork:
-    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, as they
-    are kept; the bytes that coded ones decode to; and its steps that launch something, each with the number of times
-    that it occurs."""
+    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, as
+    they are kept; the bytes that coded ones decode to; and its steps that launch something, each with the number of
+    times that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int

@@ -1,5 +1,5 @@
-"""Makes a StepPlan: gives streamed groups their slots in the ring, coded ones their places in the decode buffer, and adds
-the copy lane to a model's steps."""
+"""Makes a StepPlan: gives streamed groups their slots in the ring and coded ones their places in the decode buffer, and
+adds the copy lane to a model's steps."""
 
 from collections.abc import Mapping
 

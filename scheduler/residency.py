@@ -23,8 +23,8 @@ CPU_KV_BYTES = 2**30  # KV cache where no memory budget and no num_pages are giv
 @dataclass(frozen=True)
 class Residency:
     """The decision for one rank, in bytes. `coded` are the groups kept so, where they stay or where they stream from;
-    the bytes of `streamed` are those that cross the link. `num_pages` counts the reserved page 0; `claims` are named parts of the
-    device's memory; `notes` say in a sentence each what was shrunk, and why."""
+    the bytes of `streamed` are those that cross the link. `num_pages` counts the reserved page 0; `claims` are named
+    parts of the device's memory; `notes` say in a sentence each what was shrunk, and why."""
 
     resident: frozenset[GroupId]
     coded: frozenset[GroupId]

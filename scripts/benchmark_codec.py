@@ -18,9 +18,9 @@ from torch import Tensor
 
 from engine.planning import find_model
 from engine.record import add_output_argument, keep, machine
-from engine.runtime.measure import GPU_BYTES, capture, link_buffers, link_gb_s, seconds
+from engine.runtime.measure import GPU_BYTES, decode_seconds, link_buffers, link_gb_s, seconds
 from engine.weights.checkpoint import FILE_DTYPES, Checkpoint
-from engine.weights.codec import CodeLayout, decode, encode
+from engine.weights.codec import CodeLayout, encode
 from parallel.collectives import Solo
 from parallel.launch import run_rank
 from parallel.shard import Piece
@@ -81,22 +81,13 @@ def floor_bits(weights: Tensor) -> float:
     return min(total, 16.0 * weights.numel())
 
 
-def decode_seconds(layout: CodeLayout, blob: Tensor, weights: Tensor) -> float:
+def proved_decode_s(layout: CodeLayout, blob: Tensor, weights: Tensor) -> float:
     """Of one decoding; the last one's bits are compared. Raises RuntimeError where they differ."""
     device = weights.device
     num_copies = max(1, GPU_BYTES // max(weights.nbytes, 2**20)) if device.type == "cuda" else 1
     pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(num_copies)]
 
-    def run() -> None:
-        for coded, out in pairs:
-            decode(layout, coded, out)
-
-    if device.type == "cuda":
-        graph = capture(run, device)
-        elapsed = seconds(graph.replay, device)
-        graph.reset()
-    else:
-        elapsed = seconds(run, device)
+    elapsed = decode_seconds(layout, pairs, device)
     if not all(torch.equal(out.view(torch.int16), weights.view(torch.int16)) for _, out in pairs):
         raise RuntimeError(f"{layout} does not decode to the weights that were coded")
     return elapsed / num_copies
@@ -109,7 +100,7 @@ def measure(source: str, shape: str, tensors: Iterator[Tensor], link: float | No
     for weights in tensors:
         layout, blob = encode(weights)
         encode_s += seconds(lambda weights=weights: encode(weights), weights.device, repeats=2, warm_ups=0)
-        decode_s += decode_seconds(layout, blob, weights)
+        decode_s += proved_decode_s(layout, blob, weights)
         bits, floor = bits + 8 * layout.nbytes, floor + floor_bits(weights)
         num_weights, num_raw = num_weights + weights.numel(), num_raw + layout.raw * weights.numel()
     row = {"source": source, "shape": shape, "bits": round(bits / num_weights, 3)}

@@ -7,7 +7,7 @@ later than the reader in the one run, and the reader no later than the copy in t
 
 from dataclasses import dataclass
 
-from scheduler.step_plan import COMPUTE, COPY, Compute, GroupId, Prefetch, Slot, StepPlan
+from scheduler.step_plan import COMPUTE, COPY, Compute, Decode, GroupId, Prefetch, Slot, StepPlan
 
 
 @dataclass
@@ -22,7 +22,27 @@ class Use:
 
 
 def is_hazardous(plan: StepPlan) -> bool:
-    return any(_hazard(plan, compute_s, copy_s) for compute_s, copy_s in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
+    speeds = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+    return _decodes_too_late(plan) or any(_hazard(plan, compute_s, copy_s) for compute_s, copy_s in speeds)
+
+
+def _decodes_too_late(plan: StepPlan) -> bool:
+    """Whether a step of a coded group finds another byte in its place than those its group was decoded to."""
+    coded, bytes_of = {i.group: i.place for i in plan.instructions if isinstance(i, Decode)}, {}
+    for instruction in plan.instructions:
+        group = getattr(instruction, "group", None)
+        if isinstance(instruction, Decode):
+            bytes_of |= dict.fromkeys(range(*_bounds(instruction.place)), group)
+        elif isinstance(instruction, Compute) and group in coded:
+            found = {bytes_of.get(byte) for byte in range(*_bounds(coded[group]))}
+            if found != {group}:
+                return True
+    return False
+
+
+def _bounds(place: Slot) -> tuple[int, int]:
+    """In units of 256 bytes, of which all sizes here are multiples."""
+    return place.offset // 256, (place.offset + place.nbytes) // 256
 
 
 def _hazard(plan: StepPlan, compute_s: float, copy_s: float) -> bool:
@@ -31,21 +51,22 @@ def _hazard(plan: StepPlan, compute_s: float, copy_s: float) -> bool:
     writes = [Use(0, g, s, -2.0, -1.0) for g, s in plan.ring.slots[: plan.ring.num_wrapped]]
     reads: list[Use] = []
     slots = dict(plan.ring.slots)
+    coded = {i.group for i in plan.instructions if isinstance(i, Decode)}
     for num_pass in range(2):
         at = {}
         for instruction in plan.instructions:
             lane = instruction.lane
             start = max([clock[lane], *(at.get(event, 0.0) for event in instruction.waits)])
             end = start
-            if isinstance(instruction, Compute):
+            if isinstance(instruction, Compute | Decode):
                 end = start + compute_s
-                if instruction.group in slots:
+                if instruction.group in slots and (isinstance(instruction, Decode) or instruction.group not in coded):
                     reads.append(Use(num_pass, instruction.group, slots[instruction.group], start, end))
             elif isinstance(instruction, Prefetch):
                 end = start + copy_s
                 writes.append(Use(num_pass + instruction.wrapped, instruction.group, instruction.slot, start, end))
             # A tick after each piece of work, so that what is ordered by an event is later, and what is not may tie.
-            clock[lane] = end + (1e-9 if isinstance(instruction, Compute | Prefetch) else 0.0)
+            clock[lane] = end + (1e-9 if isinstance(instruction, Compute | Decode | Prefetch) else 0.0)
             if instruction.records is not None:
                 at[instruction.records] = clock[lane]
     return any(_is_stale(read, writes) for read in reads)

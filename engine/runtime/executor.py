@@ -57,8 +57,8 @@ class Executor:
     """Owns nothing but its lanes' order: plan, spans, ring and activations are given, at fixed addresses.
 
     `views`: every group's weights by name, resident or in its slot of the ring. `host_spans`: where the streamed groups
-    are copied from. `ring` (ring_bytes,) uint8. `coded`: where coded groups lie and are decoded to. With `poison`, freed
-    slots are filled with NaN, and so is a place before a group is decoded to it.
+    are copied from. `ring` (ring_bytes,) uint8. `coded`: where coded groups lie and are decoded to. With `poison`,
+    freed slots are filled with NaN, and so is a place before a group is decoded to it.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.runtime.arena import aligned_bytes
+from engine.weights.codec import CodeLayout, decode, encode
 from engine.weights.host_arena import HostArena
 from parallel.collectives import Collectives
 
@@ -95,6 +96,32 @@ def memory_gb_s(device: torch.device) -> float:
     data = torch.ones((GPU_BYTES if device.type == "cuda" else CPU_BYTES) // 4, device=device)
     run_s = seconds(lambda: [data.sum() for _ in range(NUM_READS)], device)
     return NUM_READS * data.nbytes / run_s / 1e9
+
+
+def decode_gb_s(device: torch.device) -> float:
+    """1e9 bytes/s of bf16 that coded Gaussian weights are decoded to; on a GPU in a graph, from several matrices that
+    together are more than the L2 cache holds."""
+    nbytes, number = (GPU_BYTES // 4, 4) if device.type == "cuda" else (CPU_BYTES // 8, 1)
+    weights = torch.randn(nbytes // 2, device=device).to(torch.bfloat16)
+    layout, blob = encode(weights)
+    pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(number)]
+    run_s = decode_seconds(layout, pairs, device)
+    return number * nbytes / run_s / 1e9
+
+
+def decode_seconds(layout: CodeLayout, pairs: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    """Seconds of decoding all pairs (blob, where it is decoded to), on a GPU in a graph."""
+
+    def run() -> None:
+        for blob, out in pairs:
+            decode(layout, blob, out)
+
+    if device.type == "cpu":
+        return seconds(run, device)
+    graph = capture(run, device)
+    run_s = seconds(graph.replay, device)
+    graph.reset()
+    return run_s
 
 
 def gemm_tflops(dtype: torch.dtype, device: torch.device) -> float:

@@ -22,6 +22,7 @@ from scheduler.spread import spread_resident
 from scheduler.step_plan import (
     Acquire,
     Compute,
+    Decode,
     Fork,
     GroupId,
     Join,
@@ -331,3 +332,66 @@ def test_each_engine_plan_is_safe(case):
     for together in bytes_alive(steps, ranges):
         for a, b in combinations(together.values(), 2):
             assert a.stop <= b.start or b.stop <= a.start
+
+
+@st.composite
+def coded_cases(draw):
+    """A case with some groups coded, streamed or resident, and steps in which the readers of neighbours interleave."""
+    groups, streamed, ring = draw(cases(least=2))
+    decoded = {g: 256 * draw(st.integers(1, 4)) for g in groups if draw(st.booleans())}
+    assume(decoded)
+    steps = steps_of(groups)
+    if draw(st.booleans()):  # as in a parallel block: the next group's first reader comes before this one's last
+        ring = lay_out_ring(streamed, sum(nbytes for _, nbytes in streamed))
+        for first in range(3, len(steps) - 3, 6):
+            steps[first], steps[first + 1] = steps[first + 1], steps[first]
+    return steps, ring, decoded
+
+
+@MANY
+@given(coded_cases())
+def test_each_plan_with_coded_groups_is_safe(case):
+    steps, ring, decoded = case
+    plan = make_plan(steps, ring, decoded)
+    assert not is_hazardous(plan)
+    assert {i.group: i.place.nbytes for i in plan.decodes} == decoded
+    names = [str(i) for i in plan.instructions]
+    for group, _ in ring.slots:
+        if group in decoded:  # its slot is free at once
+            assert names.index(f"release {group}") == names.index(f"decode {group}") + 1
+
+
+@MANY
+@given(coded_cases(), st.data())
+def test_each_broken_decode_is_rejected(case, data):
+    steps, ring, decoded = case
+    plan = make_plan(steps, ring, decoded)
+    index = data.draw(st.sampled_from(where(plan, Decode)))
+    decode = plan.instructions[index]
+    others = [i.place for i in plan.decodes if i is not decode]
+    mutants = [
+        mutant(plan, index, decode, decode),  # twice
+        *(mutant(plan, index, replace(decode, place=place)) for place in others),  # where another one may be in use
+    ]
+    for broken in mutants[1:]:
+        assert rejected(broken) == is_hazardous(broken)
+    assert rejected(mutants[0])
+
+
+@given(coded_cases(), st.data())
+def test_a_slot_released_before_it_is_decoded_is_rejected(case, data):
+    steps, ring, decoded = case
+    plan = make_plan(steps, ring, decoded)
+    released = [i for i in where(plan, Release) if isinstance(plan.instructions[i - 1], Decode)]
+    assume(released)
+    index = data.draw(st.sampled_from(released))
+    decode, release = plan.instructions[index - 1 : index + 1]
+    swapped = (*plan.instructions[: index - 1], release, decode, *plan.instructions[index + 1 :])
+    assert rejected(StepPlan(swapped, plan.ring))
+
+
+def test_the_decode_buffer_holds_one_group_at_a_time():
+    """Serial layers: the largest group's bytes are enough."""
+    groups = [GroupId(i, name) for i in range(4) for name in ("attn", "ffn")]
+    decoded = {group: 1024 if group.name == "ffn" else 256 for group in groups}
+    assert make_plan(steps_of(groups), RingLayout(0, 0, ()), decoded).decode_buffer_bytes == 1024

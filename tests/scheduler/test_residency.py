@@ -210,7 +210,7 @@ def test_auto_keeps_the_head_where_its_place_in_the_ring_costs_as_much():
 
 def test_the_table_has_every_claim_with_its_unit():
     planned = plan_residency(demand(memory_bytes=12 * GIB))
-    time = PassTime(0.25, 0.004, 0.001, 0.002, 0.0, 0.25, "link")
+    time = PassTime(0.25, 0.004, 0.001, 0.002, 0.0, 0.0, 0.25, "link")
     one, best = Prediction("batch 1", 1, time), Prediction("batch 32", 32, time)
     text = table(planned, 16, load_profile("h200"), [one, best], [Variant("more", 0, one, best)], 9000)
     for name, nbytes in planned.claims:
