@@ -49,9 +49,11 @@ class Planes(NamedTuple):
 
 
 def stored_order(tiles: Tensor) -> Tensor:
-    """(N, TILE) as the planes have it, (N, LANES, LANE_WEIGHTS). Eight of a lane's weights lie together and eight half
-    a tile on; of each four that lie together the middle ones are swapped."""
-    return tiles.view(-1, 2, LANES, 2, 2, 2).permute(0, 2, 1, 3, 5, 4).reshape(-1, LANES, LANE_WEIGHTS)
+    """(N, TILE) bytes as the planes have them, (N, LANES, LANE_WEIGHTS). Eight of a lane's weights lie together and
+    eight half a tile on; of each four that lie together the middle ones are swapped."""
+    fours = tiles.view(torch.int32).view(-1, 2, LANES, 2).transpose(1, 2).contiguous()
+    swapped = fours & ~0xFFFF00 | fours >> 8 & 0xFF00 | (fours & 0xFF00) << 8
+    return swapped.view(torch.uint8).view(-1, LANES, LANE_WEIGHTS)
 
 
 def natural_order(stored: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ log-normally). It decodes in half the instructions, without a prefix sum. Patche
 0.09 bits more.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -32,13 +33,14 @@ from engine.kernels.decode_weights import (
     WINDOW,
     Planes,
     decode_weights,
-    natural_order,
     stored_order,
 )
 from engine.model.coded_size import ESCAPE_BITS, PART_BYTES, part_bytes
 from parallel.shard import pad_to
 
 PATCH_BITS = 16
+CPU_BLOCK_TILES = 256  # that are coded at a time: those that a cache holds
+LATE_PLACE, PATCHED = 2, 32  # where a marked exponent has its 3-bit code, and the bit that says that it is patched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +100,12 @@ class CodeLayout:
         )
 
 
-def encode(weights: Tensor, out: Tensor | None = None) -> tuple[CodeLayout, Tensor]:
+def encode(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -> tuple[CodeLayout, Tensor]:
     """A contiguous tensor of any shape and dtype as a blob on its device, and its layout.
 
     The blob is the start of `out`, uint8 on that device, from a 16-byte boundary, as long as the weights padded to
     PART_BYTES (or longer), which is allocated if it is not given: keep a copy to keep no more. Temporaries are those
-    of BLOCK_TILES tiles, and a byte an escape.
+    of a block of tiles, on a CPU for each of `num_threads`, and a byte an escape.
     """
     flat = weights.reshape(-1)
     raw = CodeLayout(tuple(weights.shape), weights.dtype, raw=True)
@@ -111,7 +113,7 @@ def encode(weights: Tensor, out: Tensor | None = None) -> tuple[CodeLayout, Tens
     if weights.dtype != torch.bfloat16 or not raw.num_tiles:
         return raw, _filled(raw, {"rest": flat}, out)
     tiles = flat[: raw.num_tiles * TILE].view(torch.int16).view(-1, TILE)
-    parts = _encode_blocks(tiles, out)
+    parts = _encode_blocks(tiles, out, num_threads)
     counts = {"num_escapes": len(parts["escapes"]), "num_patches": len(parts["patches"])}
     layout = dataclasses.replace(raw, raw=False, **counts)
     if layout.nbytes >= raw.nbytes:
@@ -171,57 +173,80 @@ def _check_planes(name: str, planes: Planes) -> None:
         raise ValueError(f"{name}: corrupt: the patches of its tiles do not follow each other")
 
 
-def _encode_blocks(tiles: Tensor, out: Tensor) -> dict[str, Tensor]:
+def _encode_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, Tensor]:
     """(N, TILE) int16: mantissas and codes to the start of `out`, where they always lie; returns the other parts, the
     escapes not packed yet, and numbers a tile in place of starts."""
     num_bytes = TILE * len(tiles)
     mantissas = out[:num_bytes].view(-1, LANES, LANE_WEIGHTS)
     codes = out[num_bytes : num_bytes + num_bytes // 4].view(-1, LANES, 4)
-    blocks = [_encode_tiles(*block) for block in zip(*(part.split(BLOCK_TILES) for part in (tiles, mantissas, codes)))]
-    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    on_cpu = out.device.type == "cpu"
+    step = CPU_BLOCK_TILES if on_cpu else BLOCK_TILES
+    blocks = [part.split(step) for part in (tiles, mantissas, codes)]
+    if on_cpu and num_threads > 1:
+        with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="encode") as threads:
+            encoded = list(threads.map(_encode_tiles, *blocks))
+    else:
+        encoded = list(map(_encode_tiles, *blocks))
+    return {name: torch.cat([block[name] for block in encoded]) for name in encoded[0]}
 
 
 def _encode_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str, Tensor]:
     """Of N tiles: mantissas (N, LANES, LANE_WEIGHTS) and codes (N, LANES, 4) into place."""
-    stored = stored_order(tiles).view(-1, TILE)
-    exponents = stored >> 7 & 0xFF
-    first, below = choose_windows(exponents)
-    away = exponents - first[:, None] & 0xFF
-    place, times = away % WINDOW, natural_order(away // WINDOW)
-    common = place - below[:, None]
-    escaped = (common < 0) | (common >= COMMON)
-    groups = torch.where(escaped, COMMON, common).byte().view(-1, LANES, 4, 4).unbind(2)  # (N, LANES, 4) of each group
-    codes.copy_(groups[0] | groups[1] << 2 | groups[2] << 4 | groups[3] << 6)
-    mantissas.copy_((stored >> 8 & 0x80 | stored & 0x7F).view(mantissas.shape))
-    late = torch.where(common < 0, place, place - COMMON)
-    patched = times > 0
+    exponents = tiles >> 7 & 0xFF
+    bins = exponents.int().add_(_first_bins(tiles))
+    counts = torch.bincount(bins.view(-1), minlength=256 * len(tiles)).view(-1, 256).int()
+    first, below = choose_windows(counts)
+    marks, times = _code_exponents(first, below)
+    mantissas.copy_(stored_order((tiles >> 8 & 0x80 | tiles & 0x7F).byte()))
+    marked = marks.view(-1).index_select(0, bins.view(-1)).view(-1, TILE)
+    patched = (marked >= PATCHED).nonzero().unbind(1)
+    stored = stored_order(marked).view(-1)
+    codes_of = stored & COMMON
+    groups = codes_of.view(torch.int32).view(-1, LANES, 4).unbind(2)  # (N, LANES) words of four codes
+    codes.view(torch.int32)[:, :, 0] = groups[0] | groups[1] << 2 | groups[2] << 4 | groups[3] << 6
+    times_at = times[patched[0], exponents[patched].long()]
     return {
-        "escapes": late[escaped].byte(),
-        "patches": (patched.nonzero()[:, 1] << PATCH_PLACE | times[patched]).short(),
-        "escape_starts": escaped.sum(1),
-        "patch_starts": patched.sum(1),
+        "escapes": stored[codes_of == COMMON] >> LATE_PLACE & 7,
+        "patches": (patched[1] << PATCH_PLACE | times_at).short(),
+        "escape_starts": (counts * (marks & COMMON == COMMON)).sum(1),
+        "patch_starts": (counts * (times > 0)).sum(1),
         "windows": torch.stack([first, below], 1).byte().view(-1),
     }
 
 
-def choose_windows(exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """For each tile of exponents (N, TILE) the cheapest window: its first exponent, and how many of its escapes' lie
-    below the common ones, (N,) int16 each. Of equals the lowest, so that every device chooses the same."""
-    num_tiles = len(exponents)
-    tile = torch.arange(num_tiles, device=exponents.device)[:, None] * 256
-    counts = torch.bincount(exponents.long().add_(tile).view(-1), minlength=num_tiles * 256).view(num_tiles, 256)
-    sums = F.pad(counts.cumsum(1), (1, 0))  # (N, 257)
+def _first_bins(tiles: Tensor) -> Tensor:
+    """Each of N tiles has 256 bins, one an exponent: (N, 1) int32."""
+    return torch.arange(0, 256 * len(tiles), 256, device=tiles.device, dtype=torch.int32)[:, None]
+
+
+def _code_exponents(first: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """What each exponent becomes in tiles of these windows: (N, 256) uint8 of its code, the 3-bit code of an escape at
+    LATE_PLACE, and PATCHED where it lies outside; and (N, 256) int32: how many windows away."""
+    away = torch.arange(256, device=first.device, dtype=torch.int32) - first[:, None] & 0xFF
+    place, times = away % WINDOW, away // WINDOW
+    common = place - below[:, None]
+    late = torch.where(common < 0, place, place - COMMON) << LATE_PLACE | COMMON
+    marks = torch.where((common < 0) | (common >= COMMON), late, common)
+    return (marks | (times > 0) * PATCHED).byte(), times
+
+
+def choose_windows(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For tiles that have each exponent so often, (N, 256) int32, the cheapest windows: the first exponent, and how
+    many of the escapes' lie below the common ones, (N,) int32 each. Of equals the lowest, so that every device chooses
+    the same."""
+    sums = F.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))  # (N, 257)
     in_window, common = (sums[:, width:] - sums[:, :-width] for width in (WINDOW, COMMON))
-    common, below = _first_largest(common.unfold(1, ESCAPED + 1, 1))  # (N, 246): the best place in each window
-    saved = PATCH_BITS * in_window + ESCAPE_BITS * common  # patched weights taken for escapes
-    first = _first_largest(saved)[1]
-    return first.short(), below.gather(1, first[:, None])[:, 0].short()
+    common = F.max_pool1d(_lowest_first(common).float(), ESCAPED + 1, stride=1).int()  # (N, 246): best in each window
+    saved = PATCH_BITS * in_window + ESCAPE_BITS * (common >> 8)  # patched weights taken for escapes
+    first = 255 - (_lowest_first(saved).amax(1, keepdim=True) & 255)
+    below = 255 - (common.gather(1, first.long()) & 255) - first
+    return first[:, 0], below[:, 0]
 
 
-def _first_largest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and index of the largest in the last dim, of equals the first; up to 256 of them."""
-    best = (values * 256 + torch.arange(255, 255 - values.shape[-1], -1, device=values.device)).amax(-1)
-    return best >> 8, 255 - (best & 255)
+def _lowest_first(values: Tensor) -> Tensor:
+    """(N, up to 256) as numbers in the order of the values, of equals the first largest: 255 less its place is in the
+    low 8 bits. Exact in float32, for values under 2**16."""
+    return values << 8 | torch.arange(255, 255 - values.shape[1], -1, device=values.device, dtype=torch.int32)
 
 
 def _pack_escapes(late: Tensor) -> Tensor:

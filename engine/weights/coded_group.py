@@ -1,6 +1,7 @@
 """A group's weights as one blob: that of each weight (codec.py), one after the other. Raw weights lie in it too, so a
 group is moved by one copy, coded or not, and decoded into a span like any other."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +32,23 @@ class CodedGroup:
     nbytes: int
 
 
-def encode_group(layout: GroupLayout, span: Tensor) -> tuple[CodedGroup, Tensor]:
-    """The blob of a span (uint8, on any device, layout.nbytes long), on its device.
+def encode_group(
+    layout: GroupLayout, span: Tensor, num_threads: int = 1, progress: Callable[[int], None] | None = None
+) -> tuple[CodedGroup, Tensor]:
+    """The blob of a span (uint8, on any device, layout.nbytes long), on its device; `num_threads` encode it on a CPU.
 
-    The blob is the start of memory as long as the span: keep a copy to keep no more.
+    The blob is the start of memory as long as the span: keep a copy to keep no more. `progress` is called with the
+    bytes of each weight when it is coded.
     """
     memory = torch.empty_like(span)
     weights, end = [], 0
     named = views(layout, span)
     for weight in layout.weights:
-        code, blob = encode(named[weight.name], memory[end:])
+        code, blob = encode(named[weight.name], memory[end:], num_threads)
         weights.append(CodedWeight(code, weight.parts[0].offset, end))
         end = pad_to(end + len(blob), PART_BYTES)
+        if progress:
+            progress(weight.parts[0].nbytes)
     group = CodedGroup(tuple(weights), pad_to(end, ALIGN))
     memory[end : group.nbytes].zero_()
     return group, memory[: group.nbytes]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+MAP_NORESERVE = 0x4000  # Linux; mmap has no name for it before Python 3.13
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -19,10 +20,11 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 class HostArena:
     """`nbytes` of zeroed host memory as one uint8 tensor on the CPU, aligned to a page.
 
-    Pages are taken when they are first touched. Raises MemoryError if the system refuses the mapping.
+    Pages are taken when they are first touched; of a `sparse` arena only some ever will be, so that it may be larger
+    than the host's memory. Raises MemoryError if the system refuses the mapping.
     """
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int, sparse: bool = False):
         self.nbytes = nbytes
         self._registered = False
         self._map = None
@@ -30,17 +32,26 @@ class HostArena:
         if nbytes == 0:
             return
         try:
-            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0)
+            self._map = mmap.mmap(-1, nbytes, flags=flags)
         except OSError as error:
             raise MemoryError(f"the system refuses {nbytes / GIB:.2f} GiB of host memory: {error}") from error
         with contextlib.suppress(OSError):  # a kernel without huge pages: slower first touch, nothing else
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
+    def trim(self, nbytes: int) -> None:
+        """Keeps the first `nbytes` and gives back the pages behind them. Not for registered memory."""
+        assert not self._registered and nbytes <= self.nbytes
+        unused = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if unused < self.nbytes:
+            self._map.madvise(mmap.MADV_DONTNEED, unused)
+        self.nbytes, self.tensor = nbytes, self.tensor[:nbytes]
+
     def register(self) -> None:
         """Makes the memory a source of asynchronous copies and readable by kernels; call it after filling.
         Raises RuntimeError, with what to do, if CUDA refuses."""
-        if self._map is None or self._registered:
+        if self.nbytes == 0 or self._registered:
             return
         error = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.nbytes, 0)
         if int(error) != 0:

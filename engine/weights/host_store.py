@@ -3,47 +3,46 @@
     source --read_piece--> span in an arena                           streamed; on a CPU also resident
     source --read_piece--> staging buffer --copy--> span on the GPU   resident on CUDA
 
+A group that is coded goes by way of a scratch span on the device, where it is encoded:
+
+    scratch span --encode--> blob --copy--> host arena, or memory of its own on the device
+
 Reader threads are our own: torchrun sets OMP_NUM_THREADS=1. After loading, the spans are read-only by contract.
 """
 
+import collections
 import concurrent.futures
 import contextlib
-import queue
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
 
+from engine.model.coded_size import planned_bytes
 from engine.model.layout import GroupLayout, ModelLayout
-from engine.weights.blocks import BLOCK_BYTES, Block, WeightSource, cut_blocks
-from engine.weights.host_arena import HostArena, check_host_memory
+from engine.weights.blocks import Block, WeightSource, cut_blocks
+from engine.weights.coded_group import CodedGroup, encode_group
+from engine.weights.host_arena import check_host_memory
+from engine.weights.span_memory import CudaSpans, HostSpans, SpanMemory, Staging, span_bytes
 from scheduler.step_plan import GroupId
 
-
-class _Spans(Protocol):
-    """Zeroed memory for some groups, to be filled block by block from many threads."""
-
-    spans: dict[GroupId, Tensor]
-    nbytes: int
-
-    def load(self, block: Block, source: WeightSource) -> int: ...
-
-    def finish(self) -> None: ...
-
-    def close(self) -> None: ...
+Blocks = dict[concurrent.futures.Future, int]  # being read; with their bytes
 
 
 class LoadedWeights:
-    """The spans of one rank, uint8, each as long as its GroupLayout says: `host_spans` are views of one arena
-    (registered for CUDA), `resident` views of one allocation on the device. `bytes_read` came from files. Loading began
-    and ended at these moments of time.perf_counter."""
+    """The spans of one rank, uint8, each as long as its GroupLayout says, or as its CodedGroup in `codes` does:
+    `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read` came from
+    files; `coded_from_bytes` of spans were coded in `encode_s`. Loading began and ended at these moments of
+    time.perf_counter."""
 
-    def __init__(self, host: _Spans, resident: _Spans, bytes_read: int, began_at_s: float):
+    def __init__(self, host: SpanMemory, resident: SpanMemory, coder: "_Coder", bytes_read: int, began_at_s: float):
         self.began_at_s, self.ended_at_s = began_at_s, time.perf_counter()
         self.host_spans, self.resident, self.bytes_read = host.spans, resident.spans, bytes_read
         self.host_bytes, self.resident_bytes = host.nbytes, resident.nbytes
+        self.codes, self.coded_from_bytes, self.encode_s = coder.codes, coder.from_bytes, coder.encode_s
         self._host, self._resident = host, resident
 
     def close(self) -> None:
@@ -62,120 +61,147 @@ def load_weights(
     num_threads: int = 8,
     progress: Callable[[int], None] | None = None,
     ranks_on_host: int = 1,
+    coded: AbstractSet[GroupId] = frozenset(),
 ) -> LoadedWeights:
     """Loads every group of `layout`: those in `streamed` (and the embedding, if `embed_on_host`) into the host arena,
-    the others onto `device`. Elements that no piece covers are zero.
+    the others onto `device`. Elements that no piece covers are zero. Those in `coded` are coded, wherever they lie.
 
-    `progress` is called in this thread, with bytes that add up to layout.nbytes. Raises ValueError if the cgroup's
-    limit cannot hold the arena, RuntimeError if CUDA cannot register it, and what the source raises; nothing stays
-    allocated then.
+    `progress` is called in this thread, with bytes of spans that add up to layout.nbytes. Raises ValueError if the
+    cgroup's limit cannot hold the arena (coded groups count as planned), RuntimeError if CUDA cannot register it, and
+    what the source raises; nothing stays allocated then.
     """
     began_at_s = time.perf_counter()
     groups = (*layout.groups, layout.embed)
     on_host = streamed | ({layout.embed.group} if embed_on_host else set())
     host_groups = [group for group in groups if group.group in on_host]
     device_groups = [group for group in groups if group.group not in on_host]
+    coded_groups = [group for group in groups if group.group in coded]
     is_cuda = device.type == "cuda"
     if is_cuda and device.index is None:  # reader threads have a current device of their own
         device = torch.device("cuda", torch.cuda.current_device())
-    check_host_memory(_span_bytes(host_groups if is_cuda else groups), ranks_on_host)
+    in_memory = host_groups if is_cuda else groups
+    needed = sum(planned_bytes(group) if group.group in coded else group.nbytes for group in in_memory)
+    check_host_memory(needed, ranks_on_host)
     with contextlib.ExitStack() as undo:
-        host = _HostSpans(host_groups, register=is_cuda)
+        host = HostSpans(host_groups, coded, register=is_cuda)
         undo.callback(host.close)
-        resident = _CudaSpans(device_groups, device, num_threads) if is_cuda else _HostSpans(device_groups)
+        resident = CudaSpans(device_groups, coded, device) if is_cuda else HostSpans(device_groups, coded)
         undo.callback(resident.close)
-        bytes_read = _load_blocks(source, groups, host, resident, num_threads, progress or (lambda nbytes: None))
+        memory = {group.group: host if group.group in on_host else resident for group in groups}
+        coder = _Coder(device, max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+        through_device = is_cuda and span_bytes(device_groups) + span_bytes(coded_groups) > 0
+        with _Reader(source, device if through_device else None, num_threads, progress) as reader:
+            blocks: Blocks = {}
+            for group in groups:
+                if group.group not in coded:
+                    blocks |= reader.begin(group, memory[group.group].spans[group.group])
+            reader.finish(blocks)
+            coder.load(coded_groups, reader, memory)
+            reader.report(layout.nbytes - reader.reported_bytes)  # gaps between tensors, and rows that are zero
         resident.finish()
         host.finish()
         source.finish()
         undo.pop_all()
-    return LoadedWeights(host, resident, bytes_read, began_at_s)
+    return LoadedWeights(host, resident, coder, reader.bytes_read, began_at_s)
 
 
-class _HostSpans:
-    """Spans in an arena, where blocks are read straight into place."""
+class _Reader:
+    """Threads that read blocks, onto `device` by way of staging buffers; a context manager, and an error inside cancels
+    what was not begun."""
 
-    def __init__(self, groups: Sequence[GroupLayout], register: bool = False):
-        self.nbytes = _span_bytes(groups)
-        self._arena, self._register = HostArena(self.nbytes), register
-        self.spans = _cut_spans(self._arena.tensor, groups)
+    def __init__(
+        self,
+        source: WeightSource,
+        device: torch.device | None,
+        num_threads: int,
+        progress: Callable[[int], None] | None,
+    ):
+        self.bytes_read = self.reported_bytes = 0
+        self._source, self._progress = source, progress
+        self._resources = contextlib.ExitStack()
+        self._staging = Staging(device, num_threads) if device else None
+        if self._staging:
+            self._resources.callback(self._staging.close)
+        self._resources.enter_context(_single_threaded_ops())
+        self._threads = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
+        self._resources.callback(self._threads.shutdown, cancel_futures=True)
 
-    def load(self, block: Block, source: WeightSource) -> int:
-        return block.fill(source, self.spans[block.group][block.offset : block.offset + block.nbytes])
+    def begin(self, group: GroupLayout, span: Tensor) -> Blocks:
+        return {self._threads.submit(self._load, block, span): block.nbytes for block in cut_blocks(group)}
 
-    def finish(self) -> None:
-        if self._register:
-            self._arena.register()
+    def finish(self, blocks: Blocks, reports: bool = True) -> None:
+        """Returns when they are read (on CUDA: and their copies under way)."""
+        for future in concurrent.futures.as_completed(blocks):
+            self.bytes_read += future.result()
+            if reports:
+                self.report(blocks[future])
 
-    def close(self) -> None:
-        self.spans = {}
-        self._arena.close()
+    def report(self, nbytes: int) -> None:
+        self.reported_bytes += nbytes
+        if self._progress:
+            self._progress(nbytes)
 
+    def __enter__(self) -> "_Reader":
+        return self
 
-class _CudaSpans:
-    """Spans in device memory, where blocks go by way of staging buffers: one for each thread, and two in flight."""
+    def __exit__(self, *exc: object) -> None:
+        self._resources.close()
 
-    def __init__(self, groups: Sequence[GroupLayout], device: torch.device, num_threads: int):
-        self.nbytes = _span_bytes(groups)
-        self._device = device
-        self.spans = _cut_spans(torch.zeros(self.nbytes, dtype=torch.uint8, device=device), groups)
-        torch.cuda.synchronize(device)  # the reader threads copy on a stream that does not wait for this one
-        self._staging = HostArena((num_threads + 2) * BLOCK_BYTES if self.nbytes else 0)
-        self._staging.register()
-        self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
-        for buffer in self._staging.tensor.split(BLOCK_BYTES) if self.nbytes else ():
-            self._free.put((buffer, torch.cuda.Event()))
-
-    def load(self, block: Block, source: WeightSource) -> int:
-        assert block.nbytes <= BLOCK_BYTES, "a row is longer than a staging buffer"
-        buffer, copied = self._free.get()
-        try:
-            copied.synchronize()
-            staged = buffer[: block.nbytes]
-            if not block.covered:
-                staged.zero_()
-            num_read = block.fill(source, staged)
-            span = self.spans[block.group]
-            span[block.offset : block.offset + block.nbytes].copy_(staged, non_blocking=True)
-            copied.record(torch.cuda.current_stream(self._device))
-        finally:
-            self._free.put((buffer, copied))
-        return num_read
-
-    def finish(self) -> None:
-        torch.cuda.synchronize(self._device)
-        self._staging.close()
-
-    def close(self) -> None:
-        self.finish()
-        self.spans = {}
+    def _load(self, block: Block, span: Tensor) -> int:
+        if span.is_cuda:
+            return self._staging.load(block, self._source, span)
+        return block.fill(self._source, span[block.offset : block.offset + block.nbytes])
 
 
-def _load_blocks(
-    source: WeightSource,
-    groups: Sequence[GroupLayout],
-    host: _Spans,
-    resident: _Spans,
-    num_threads: int,
-    progress: Callable[[int], None],
-) -> int:
-    """Returns the bytes read. The first error cancels what was not begun."""
-    bytes_read, left = 0, _span_bytes(groups)
-    executor = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
-    with _single_threaded_ops():
-        try:
-            futures = {}
-            for block in (block for group in groups for block in cut_blocks(group)):
-                spans = host if block.group in host.spans else resident
-                futures[executor.submit(spans.load, block, source)] = block.nbytes
-            for future in concurrent.futures.as_completed(futures):
-                bytes_read += future.result()
-                left -= futures[future]
-                progress(futures[future])
-        finally:
-            executor.shutdown(cancel_futures=True)
-    progress(left)  # the gaps between tensors, and rows that are zero
-    return bytes_read
+class _Coder:
+    """Codes groups by way of scratch spans on the device: on CUDA one is read while the one before it is encoded; on a
+    CPU, where encoding takes all cores and most of the time, there is but one."""
+
+    def __init__(self, device: torch.device, num_threads: int):
+        self.codes: dict[GroupId, CodedGroup] = {}
+        self.from_bytes, self.encode_s = 0, 0.0
+        self._device, self._num_threads = device, num_threads
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for an encoding
+
+    def load(self, groups: Sequence[GroupLayout], reader: _Reader, memory: dict[GroupId, SpanMemory]) -> None:
+        """Reads and codes the groups in order, each into its `memory`."""
+        size = max((group.nbytes for group in groups), default=0)
+        free = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2 if self._stream else 1)]
+        begun: collections.deque[tuple[GroupLayout, Tensor, Blocks]] = collections.deque()
+
+        def finish_oldest() -> None:
+            group, scratch, blocks = begun.popleft()
+            reader.finish(blocks, reports=False)
+            self._encode(group, scratch[: group.nbytes], memory[group.group], reader.report)
+            free.append(scratch)
+
+        for group in groups:
+            if not free:
+                finish_oldest()
+            scratch = free.pop()
+            scratch.zero_()
+            self._synchronize()
+            begun.append((group, scratch, reader.begin(group, scratch)))
+        while begun:
+            finish_oldest()
+        free.clear()
+        if self._stream:
+            torch.cuda.empty_cache()  # what encoding took belongs to ring and KV cache
+
+    def _encode(self, group: GroupLayout, span: Tensor, memory: SpanMemory, progress: Callable[[int], None]) -> None:
+        self._synchronize()
+        began_at_s = time.perf_counter()
+        with torch.cuda.stream(self._stream):
+            code, blob = encode_group(group, span, self._num_threads, progress)
+        self._synchronize()
+        self.encode_s += time.perf_counter() - began_at_s
+        self.from_bytes += group.nbytes
+        self.codes[group.group] = code
+        memory.keep(group.group, blob)
+
+    def _synchronize(self) -> None:
+        if self._stream:
+            torch.cuda.synchronize(self._device)
 
 
 @contextlib.contextmanager
@@ -187,12 +213,3 @@ def _single_threaded_ops() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _span_bytes(groups: Sequence[GroupLayout]) -> int:
-    return sum(group.nbytes for group in groups)
-
-
-def _cut_spans(memory: Tensor, groups: Sequence[GroupLayout]) -> dict[GroupId, Tensor]:
-    """The spans lie one after the other; each is a multiple of 256 bytes long, so all are aligned."""
-    return {group.group: span for group, span in zip(groups, memory.split([group.nbytes for group in groups]))}

@@ -80,13 +80,17 @@ def test_special_values_among_weights(share):
     assert not round_trip(sown(gaussian(5 * TILE), SPECIAL, share)).raw
 
 
+def count(exponents: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.bincount(tile, minlength=256) for tile in exponents]).int()
+
+
 def test_every_window():
     """Windows at both ends of the exponents and between, and every place of the common ones in them."""
     first, below = (grid.flatten() for grid in torch.meshgrid(torch.arange(0, 246, 7), torch.arange(9), indexing="ij"))
     exponents = torch.arange(WINDOW).repeat(TILE)[:TILE].expand(len(first), -1)
     exponents = torch.where(torch.arange(TILE) < TILE // 2, below[:, None] + torch.arange(TILE) % 3, exponents)
     tiles = from_bits(((first[:, None] + exponents) << 7 | 5).short())
-    found = choose_windows(tiles.view(torch.int16) >> 7 & 0xFF)
+    found = choose_windows(count(tiles.view(torch.int16) >> 7 & 0xFF))
     assert torch.equal(found[0].cpu().long(), first) and torch.equal(found[1].cpu().long(), below)
     layout = round_trip(tiles)
     assert layout.num_patches == 0 and layout.num_escapes > 0
@@ -97,7 +101,7 @@ def test_the_window_is_the_cheapest():
     hills = torch.randint(0, 246, (6, 3, 1), generator=GENERATOR)
     values = hills + (torch.randn(6, 3, TILE, generator=GENERATOR) * 4).long().abs()
     exponents = values.gather(1, torch.randint(3, (6, 1, TILE), generator=GENERATOR))[:, 0].clamp(0, 255)
-    for tile, first, below in zip(exponents, *choose_windows(exponents.short())):
+    for tile, first, below in zip(exponents, *choose_windows(count(exponents))):
         counts = torch.bincount(tile, minlength=256)
 
         def cost(first: int, below: int, counts: torch.Tensor = counts) -> int:
@@ -134,11 +138,23 @@ def test_what_does_not_shrink_is_kept():
 def test_more_tiles_than_are_handled_at_once(monkeypatch):
     weights = sown(scaled_rows(9, TILE), SPECIAL, 0.02)
     _, whole = encode(weights)
-    assert decode_weights.BLOCK_TILES > 9
+    assert decode_weights.BLOCK_TILES > 9 and codec.CPU_BLOCK_TILES > 9
     for module in (codec, decode_weights):
         monkeypatch.setattr(module, "BLOCK_TILES", 2)
+    monkeypatch.setattr(codec, "CPU_BLOCK_TILES", 2)
     round_trip(weights)
     assert torch.equal(encode(weights)[1], whole)
+    assert torch.equal(encode(weights, num_threads=3)[1], whole)
+
+
+def test_a_blob_into_given_memory():
+    """Whatever was there before: padding is zero, and nothing behind the blob is asked for."""
+    for weights in (sown(gaussian(5, 3001), SPECIAL, 0.01), gaussian(7, 11), from_bits(torch.randint(-9, 9, (4097,)))):
+        _, fresh = encode(weights, torch.zeros(2 * weights.numel() + 15, dtype=torch.uint8, device=DEVICE))
+        poisoned = torch.full((2 * weights.numel() + 15,), 0xA5, dtype=torch.uint8, device=DEVICE)
+        _, blob = encode(weights, poisoned)
+        assert blob.data_ptr() == poisoned.data_ptr() and torch.equal(blob, fresh)
+        assert (poisoned[-(-2 * weights.numel() // 16) * 16 :] == 0xA5).all()
 
 
 @settings(max_examples=25, deadline=None)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine.model.families import read_config, read_spec, tensor_names
 from engine.model.layout import expected_tensors, model_layout
 from engine.weights import blocks as blocks_module
-from engine.weights import host_store
+from engine.weights import span_memory
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.dummy import DummyWeights
 from engine.weights.host_arena import HostArena
@@ -161,7 +162,7 @@ def test_an_error_in_a_thread_is_raised_and_frees_the_arenas(saved, monkeypatch)
 def test_nothing_is_allocated_before_the_checkpoint_is_checked(saved, monkeypatch):
     """`load_weights` takes a source; a checkpoint with a missing tensor is refused before there is one."""
     directory, spec, names, _ = saved
-    monkeypatch.setattr(host_store, "HostArena", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(span_memory, "HostArena", lambda *_: pytest.fail("allocated"))
     expected = expected_tensors(spec, names) | {"one.more": (3,)}
     with Checkpoint.open(directory) as source, pytest.raises(ValueError, match=r"missing .*: one\.more$"):
         source.check(expected, names.ignorable)
@@ -214,21 +215,24 @@ def test_staging_buffers_are_zeroed_and_never_reused_in_flight(saved, monkeypatc
         return events[-1]
 
     monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(host_store, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(span_memory, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(torch.Tensor, "copy_", late_copy)
     monkeypatch.setattr(torch.cuda, "Event", make_event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: [event.synchronize() for event in events])
     monkeypatch.setattr(HostArena, "register", lambda arena: arena.tensor.fill_(255))
     groups = (*layout.groups, layout.embed)
-    spans = host_store._CudaSpans(groups, CPU, num_threads)
-    with Checkpoint.open(directory) as source:
-        host_store._load_blocks(source, groups, host_store._HostSpans(()), spans, num_threads, lambda nbytes: None)
-    spans.finish()
+    memory, staging = span_memory.CudaSpans(groups, frozenset(), CPU), span_memory.Staging(CPU, num_threads)
+    with Checkpoint.open(directory) as source, ThreadPoolExecutor(num_threads) as threads:
+        for group in groups:
+            for block in blocks_module.cut_blocks(group):
+                threads.submit(staging.load, block, source, memory.spans[group.group])
+    staging.close()
+    memory.finish()
     for group in groups:
         for weight in group.weights:
             expected = oracle(weight, tensors, torch.float32)
-            assert torch.equal(views(group, spans.spans[group.group])[weight.name], expected), weight.name
+            assert torch.equal(views(group, memory.spans[group.group])[weight.name], expected), weight.name
 
 
 def test_dummy_weights_do_not_depend_on_ranks_or_threads(saved):

@@ -1,0 +1,125 @@
+"""Where the spans of a rank's groups lie, host arena or device, and how blocks get onto a GPU.
+
+A group that is coded has a blob in place of its span, whose length is known only when it is there: blobs are kept one
+after the other, behind the spans.
+"""
+
+import queue
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.model.layout import GroupLayout
+from engine.weights.blocks import BLOCK_BYTES, Block, WeightSource
+from engine.weights.host_arena import HostArena
+from scheduler.step_plan import GroupId
+
+
+class SpanMemory(Protocol):
+    """Zeroed spans of the groups that are not coded, to be filled from many threads, and the blobs kept so far, uint8
+    each; `nbytes` of both together."""
+
+    spans: dict[GroupId, Tensor]
+    nbytes: int
+
+    def keep(self, group: GroupId, blob: Tensor) -> None:
+        """Copies a blob from the device that coded it; it may be overwritten then."""
+
+    def finish(self) -> None:
+        """After the last block and blob."""
+
+    def close(self) -> None: ...
+
+
+class HostSpans:
+    """In one arena, which never takes more than it holds."""
+
+    def __init__(
+        self, groups: Sequence[GroupLayout], coded: AbstractSet[GroupId] = frozenset(), register: bool = False
+    ):
+        plain = [group for group in groups if group.group not in coded]
+        self.nbytes = span_bytes(plain)
+        self._arena, self._register = HostArena(span_bytes(groups), sparse=len(plain) < len(groups)), register
+        self.spans = _cut_spans(self._arena.tensor[: self.nbytes], plain)
+
+    def keep(self, group: GroupId, blob: Tensor) -> None:
+        place = self._arena.tensor[self.nbytes : self.nbytes + len(blob)]
+        self.spans[group] = place.copy_(blob)
+        self.nbytes += len(blob)
+
+    def finish(self) -> None:
+        self._arena.trim(self.nbytes)
+        if self._register:
+            self._arena.register()
+
+    def close(self) -> None:
+        self.spans = {}
+        self._arena.close()
+
+
+class CudaSpans:
+    """In one allocation on the device, and one more for each blob."""
+
+    def __init__(self, groups: Sequence[GroupLayout], coded: AbstractSet[GroupId], device: torch.device):
+        plain = [group for group in groups if group.group not in coded]
+        self.nbytes = span_bytes(plain)
+        self._device = device
+        self.spans = _cut_spans(torch.zeros(self.nbytes, dtype=torch.uint8, device=device), plain)
+        torch.cuda.synchronize(device)  # the reader threads copy on a stream that does not wait for this one
+
+    def keep(self, group: GroupId, blob: Tensor) -> None:
+        self.spans[group] = blob.clone()
+        torch.cuda.synchronize(self._device)
+        self.nbytes += len(blob)
+
+    def finish(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        self.finish()
+        self.spans = {}
+
+
+class Staging:
+    """Registered buffers by way of which blocks reach a GPU: one for each thread, and two in flight."""
+
+    def __init__(self, device: torch.device, num_threads: int):
+        self._device = device
+        self._arena = HostArena((num_threads + 2) * BLOCK_BYTES)
+        self._arena.register()
+        self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
+        for buffer in self._arena.tensor.split(BLOCK_BYTES):
+            self._free.put((buffer, torch.cuda.Event()))
+
+    def load(self, block: Block, source: WeightSource, span: Tensor) -> int:
+        """Reads a block into its place in a span; returns the bytes read. The copy is ordered before what the device
+        is given after it has been synchronised."""
+        assert block.nbytes <= BLOCK_BYTES, "a row is longer than a staging buffer"
+        buffer, copied = self._free.get()
+        try:
+            copied.synchronize()
+            staged = buffer[: block.nbytes]
+            if not block.covered:
+                staged.zero_()
+            num_read = block.fill(source, staged)
+            span[block.offset : block.offset + block.nbytes].copy_(staged, non_blocking=True)
+            copied.record(torch.cuda.current_stream(self._device))
+        finally:
+            self._free.put((buffer, copied))
+        return num_read
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._arena.close()
+
+
+def span_bytes(groups: Sequence[GroupLayout]) -> int:
+    return sum(group.nbytes for group in groups)
+
+
+def _cut_spans(memory: Tensor, groups: Sequence[GroupLayout]) -> dict[GroupId, Tensor]:
+    """The spans lie one after the other; each is a multiple of 256 bytes long, so all are aligned."""
+    return {group.group: span for group, span in zip(groups, memory.split([group.nbytes for group in groups]))}
