@@ -31,32 +31,29 @@ class CodeOffer:
 
 def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
     """The demand that was chosen, coded or the plain one that is given, and its residency. "auto" codes only where
-    something would stream, and only if that is faster.
+    something would stream or nothing fit, and only if that is faster; "lossless" whatever does not stay plain.
 
-    Raises ValueError, as plan_residency does for plain weights, if coded ones do not fit either.
+    Raises ValueError, as plan_residency does, if what was asked for does not fit.
     """
     if offer.choice == "none" or not offer.coded:
         return demand, plan_residency(demand)
-    plain, refusal = None, None
-    try:
-        plain = demand, plan_residency(demand)
-    except ValueError as error:
-        refusal = error
-    if offer.choice == "auto" and plain is not None and not plain[1].streamed:
-        return plain
-    coded = _fastest(offer, demand)
-    if coded is None and plain is None:
-        raise refusal
-    if plain is None or coded is None:
-        return coded or plain
+    coded_demand = replace(demand, coded=offer.coded, fixed=(*demand.fixed, ("decode buffer", offer.buffer_bytes)))
     if offer.choice == "lossless":
-        return coded
-    return coded if offer.pass_s(coded[1]) < (1 - LEAST_GAIN) * offer.pass_s(plain[1]) else plain
+        return _fastest(offer, coded_demand) or (
+            coded_demand,
+            plan_residency(coded_demand),
+        )  # which says what would fit
+    plain = _plan(demand)
+    if plain is not None and not plain.streamed:
+        return demand, plain
+    coded = _fastest(offer, coded_demand)
+    if coded is None or (plain and offer.pass_s(coded[1]) > (1 - LEAST_GAIN) * offer.pass_s(plain)):
+        return demand, plan_residency(demand)
+    return coded
 
 
 def _fastest(offer: CodeOffer, demand: Demand) -> Planned | None:
     """Of those ways to divide memory that leave the KV cache as large as where all is coded, or as is wished for."""
-    demand = replace(demand, coded=offer.coded, fixed=(*demand.fixed, ("decode buffer", offer.buffer_bytes)))
     most = sum(nbytes - offer.coded.get(group, nbytes) for group, nbytes in demand.groups)
     parts = range(NUM_TRIED + 1) if demand.memory_bytes is not None else (NUM_TRIED,)
     tried = [replace(demand, plain=most * part // NUM_TRIED) for part in parts]

@@ -59,7 +59,7 @@ class Run:
 
     def digest(self) -> str:
         """Of every bit of the logits, and of the tokens."""
-        rows = b"".join(part.numpy().tobytes() for part in self.logits)
+        rows = b"".join(part.view(torch.uint8).numpy().tobytes() for part in self.logits)
         return hashlib.sha256(rows + repr(self.tokens).encode()).hexdigest()
 
 

@@ -1,0 +1,82 @@
+"""Coded == plain in every bit, streamed and resident, in every family, on one, two and four ranks; and counters show
+that coded bytes crossed and were decoded, so that nothing passes because nothing was coded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from coded_runs import CASES, OPTIONS, plan_of, run
+from oracle.checkpoints import write_checkpoint
+from streaming_runs import generate
+
+from engine.llm import LLM
+
+TESTS = Path(__file__).parents[1]
+FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox_parallel", "neox_serial")
+
+
+def assert_coded(facts: dict[str, dict], tied: bool) -> None:
+    """Every case has the plain one's bits, and did what its name says."""
+    assert not facts["plain"]["coded"] and not facts["plain"]["decoded"] and not facts["plain"]["copied"]
+    for case, found in facts.items():
+        assert found["digest"] == facts["plain"]["digest"], case
+        assert found["copied"] == found["expected_copied"], case
+        assert found["decoded"] == found["expected_decoded"], case
+        if case == "plain":
+            continue
+        assert found["coded_bytes"] < 0.74 * found["plain_bytes"], case  # tiny groups, of a few tiles
+        assert len(found["coded"]) <= found["num_groups"] - tied  # a tied head stays plain
+    assert len(facts["streamed"]["coded"]) == facts["streamed"]["num_groups"] - tied
+    assert not facts["streamed"]["coded_resident"] and set(facts["streamed"]["coded"]) <= set(
+        facts["streamed"]["copied"]
+    )
+    assert facts["resident"]["coded_resident"] and not facts["resident"]["copied"]
+    assert facts["mixed"]["coded_resident"] and facts["mixed"]["copied"]
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_one_rank(tmp_path, variant):
+    write_checkpoint(tmp_path, variant, "bfloat16")
+    assert_coded({case: run(str(tmp_path), case) for case in CASES}, variant == "llama_tied")
+
+
+@pytest.mark.parametrize(("num_ranks", "variants"), [(2, FAMILIES[:6]), (4, FAMILIES[:1])])
+def test_several_ranks(tmp_path, num_ranks, variants):
+    for variant in variants:
+        write_checkpoint(tmp_path / variant, variant, "bfloat16")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    env = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "coded_runs", str(tmp_path), *variants]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    for rank in range(num_ranks):
+        facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        for variant in variants:
+            assert_coded(facts[variant], variant == "llama_tied")
+
+
+def test_lanes_in_any_order(tmp_path):
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16")
+    with LLM(str(tmp_path), resident="all", weights_code="none", **OPTIONS) as llm:
+        expected = generate(llm)
+    for lanes, seed in (("earliest", 0), ("latest", 0), ("random", 1), ("random", 2)):
+        options = {"resident": "none", "weights_code": "lossless", "lanes": lanes, "seed": seed}
+        with LLM(str(tmp_path), **options, **OPTIONS) as llm:
+            assert generate(llm).same_bits(expected), (lanes, seed)
+
+
+def test_auto_codes_nothing_on_a_cpu(tmp_path):
+    """Decoding there is slower than copying."""
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16")
+    assert not plan_of(str(tmp_path), 1, resident="none").residency.coded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_only_bfloat16_is_coded(dtype):
+    with pytest.raises(ValueError, match=f"weights_code='lossless'.*{dtype}"):
+        LLM("demo", device="cpu", dtype=dtype, weights_code="lossless")
+    with LLM("demo", device="cpu", dtype=dtype, resident="none") as llm:
+        assert not llm.rank.plan.residency.coded
