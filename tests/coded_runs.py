@@ -30,27 +30,27 @@ CASES = {
 TIGHT = ("resident", "mixed")  # these have memory for coded groups only
 
 
-def plan_of(model: str, tp_size: int, **options) -> EnginePlan:
+def plan_of(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> EnginePlan:
+    """`memory_bytes` is that of a GPU, None on a CPU."""
     config = EngineConfig(model, **{**OPTIONS, **options})
     spec = read_spec(read_config(model), model)
-    return make_engine_plan(config, spec, tp_size, None, plan_rates(config, tp_size, "cpu"))
+    return make_engine_plan(config, spec, tp_size, memory_bytes, plan_rates(config, tp_size, config.device))
 
 
-def least_memory(model: str, tp_size: int, **options) -> int:
-    """The fewest bytes in which it fits: to a 256th of what plain weights need."""
-    plain = plan_of(model, tp_size, resident="all", weights_code="none").residency.claimed_bytes
+def least_memory(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> int:
+    """The fewest bytes in which it fits, to a KiB."""
 
-    def fits(part: int) -> bool:
+    def fits(num_kib: int) -> bool:
         try:
-            return bool(plan_of(model, tp_size, gpu_memory=plain * part // 256, **options))
+            return bool(plan_of(model, tp_size, memory_bytes, **{**options, "gpu_memory": num_kib * 2**10}))
         except ValueError:
             return False
 
-    low, high = 0, 512
+    low, high = 0, 2**22
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return plain * high // 256
+    return high * 2**10
 
 
 def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def test_one_rank(tmp_path, variant):
 @pytest.mark.parametrize(("num_ranks", "variants"), [(2, FAMILIES[:6]), (4, FAMILIES[:1])])
 def test_several_ranks(tmp_path, num_ranks, variants):
     for variant in variants:
-        write_checkpoint(tmp_path / variant, variant, "bfloat16")
+        write_checkpoint(tmp_path / variant, variant, "bfloat16", hidden_size=64 * num_ranks, intermediate_size=384)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     env = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     command = [*torchrun, "-m", "coded_runs", str(tmp_path), *variants]

@@ -9,26 +9,39 @@ import sys
 from pathlib import Path
 
 import torch
+from coded_runs import least_memory
 
-from engine.kernels import reduce_residual_norm
+from engine.kernels import decode_weights, reduce_residual_norm
 from parallel.launch import run_rank
 from penstock import LLM, SamplingParams
 
 LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
 PROMPTS = [list(range(3 + row, 40 + 5 * row)) for row in range(len(LENGTHS))]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "gpu_memory": "2GiB", "page_size": 4}
+PLAIN = {"weights_code": "none"}
 VARIANTS = {
-    "streamed": {"resident": "none", "poison": True},
-    "half streamed": {"resident": 0.5, "poison": True},
+    "streamed": {"resident": "none", "poison": True, **PLAIN},
+    "half streamed": {"resident": 0.5, "poison": True, **PLAIN},
     "eager": {"resident": "all", "enforce_eager": True},
-    "streamed, eager": {"resident": "none", "poison": True, "enforce_eager": True},
+    "streamed, eager": {"resident": "none", "poison": True, "enforce_eager": True, **PLAIN},
 }
+CODED = {"weights_code": "lossless", "poison": True, "num_pages": 200}
+CODED_VARIANTS = {  # bfloat16 only; in the last two some groups stay coded, as there is no memory for plain ones
+    "coded": {"resident": "none", **CODED},
+    "coded, eager": {"resident": "none", "enforce_eager": True, **CODED},
+    "coded resident": {"resident": "all", "gpu_memory": "least", **CODED},
+    "half coded resident": {"resident": 0.5, "gpu_memory": "least", **CODED},
+}
+GPU = {"memory_bytes": 141 * 10**9, "device": "cuda"} if torch.cuda.is_available() else {}
 HUNDREDS = 210
 
 
 def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Of every pass's sampled rows, on this rank, and all tokens."""
-    passes = []
+    passes, tp_size = [], int(os.environ.get("WORLD_SIZE", 1))
+    if options.get("gpu_memory") == "least":
+        del options["gpu_memory"]
+        options |= {"gpu_memory": least_memory(checkpoint, tp_size, **GPU, **OPTIONS | options)}
     with LLM(checkpoint, **OPTIONS | options) as llm:
         executor = llm.rank.worker.executor
         plain_submit = executor.submit
@@ -41,6 +54,7 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
         check_what_ran(executor, options)
+        check_what_was_coded(llm)
         copied = executor.counters.copied_bytes.total()
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
@@ -56,12 +70,22 @@ def check_what_ran(executor, options: dict) -> None:
         assert reduce_residual_norm.calls["triton"] > 0
 
 
+def check_what_was_coded(llm: LLM) -> None:
+    coded, counters = llm.rank.plan.residency.coded, llm.rank.worker.executor.counters
+    sizes = {group.group: group.nbytes for group in llm.rank.plan.layout.groups}
+    assert bool(coded) == (llm.config.weights_code == "lossless")
+    assert bool(coded & llm.rank.plan.residency.resident) == (llm.config.gpu_memory != 2**31)
+    assert counters.decoded_bytes == {group: sizes[group] * counters.num_passes for group in coded}
+    if llm.rank.worker.executor.decode is not None:
+        assert bool(decode_weights.calls["triton"]) >= bool(coded)
+
+
 def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...]) -> dict:
     """Which of these variants have the resident run's bits, in every pass; and its tokens."""
     passes, tokens = logits_of(checkpoint, lengths, dtype=dtype, resident="all")
     same = {}
     for name in variants:
-        others, _ = logits_of(checkpoint, lengths, dtype=dtype, **VARIANTS[name])
+        others, _ = logits_of(checkpoint, lengths, dtype=dtype, **(VARIANTS | CODED_VARIANTS)[name])
         same[name] = len(passes) == len(others) and all(torch.equal(a, b) for a, b in zip(passes, others))
     return {"same": same, "tokens": tokens, "num_passes": len(passes)}
 
@@ -70,13 +94,15 @@ def main() -> None:
     """argv: a folder with a checkpoint in each subfolder, and where each rank leaves its report. Several ranks compare
     fewer variants, and bf16 in the first family only: each of their engines takes a second to start."""
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    several = int(os.environ["WORLD_SIZE"]) > 1
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     variants = ("streamed", "eager") if several else tuple(VARIANTS)
+    coded = ("coded", "half coded resident") if several else tuple(CODED_VARIANTS)
     report = {}
     for place, checkpoint in enumerate(sorted(folder.iterdir())):
         for dtype in ("float32", "bfloat16")[: 1 if several and place else 2]:
-            report[f"{checkpoint.name} {dtype}"] = compare(str(checkpoint), dtype, LENGTHS, variants)
-    report["hundreds"] = compare(str(min(folder.iterdir())), "bfloat16", (HUNDREDS,), ("streamed",))
+            tried = variants + coded if dtype == "bfloat16" else variants
+            report[f"{checkpoint.name} {dtype}"] = compare(str(checkpoint), dtype, LENGTHS, tried)
+    report["hundreds"] = compare(str(min(folder.iterdir())), "bfloat16", (HUNDREDS,), ("streamed", "coded"))
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
 
 
