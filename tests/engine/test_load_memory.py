@@ -91,6 +91,6 @@ def test_peak_memory_of_coded_loading(large):
     print(f"coded: shard {shard / 1e6:.0f} MB, held {held / 1e6:.0f} MB, added {added / 1e6:.0f} MB")
     embed = 12288 * 1024 * 2
     assert held - embed < 0.7 * (shard - embed)
-    assert 0.95 * held < added < held + 2 * largest + 80e6, (
+    assert 0.95 * held < added < held + 2 * largest + 128e6, (
         "more than those, torch's own code and a block for each thread"
     )
