@@ -39,7 +39,7 @@ from engine.model.coded_size import ESCAPE_BITS, PART_BYTES, part_bytes
 from parallel.shard import pad_to
 
 PATCH_BITS = 16
-CPU_BLOCK_TILES = 256  # that are coded at a time: those that a cache holds
+CPU_BLOCK_TILES = 128  # that a thread codes at a time: those that a cache holds
 LATE_PLACE, PATCHED = 2, 32  # where a marked exponent has its 3-bit code, and the bit that says that it is patched
 
 
@@ -251,7 +251,12 @@ def _lowest_first(values: Tensor) -> Tensor:
 
 def _pack_escapes(late: Tensor) -> Tensor:
     """3-bit codes (uint8 each) as bytes, padded: eight are three bytes."""
-    eights = F.pad(late, (0, ESCAPE_ROW * num_escape_rows(len(late)) - len(late))).view(-1, 8)
+    whole, num_padded = len(late) // 8 * 8, ESCAPE_ROW * num_escape_rows(len(late))
+    last = F.pad(late[whole:], (0, num_padded - len(late)))  # only these, not to hold them all twice
+    return torch.cat([_pack_eights(part.view(-1, 8)) for part in (late[:whole], last)])
+
+
+def _pack_eights(eights: Tensor) -> Tensor:
     low = eights[:, 0] | eights[:, 1] << 3 | eights[:, 2] << 6
     middle = eights[:, 2] >> 2 | eights[:, 3] << 1 | eights[:, 4] << 4 | eights[:, 5] << 7
     high = eights[:, 5] >> 1 | eights[:, 6] << 2 | eights[:, 7] << 5

@@ -26,6 +26,32 @@ def test_arena_is_exact_zero_aligned_and_given_back():
     assert HostArena(0).tensor.numel() == 0
 
 
+def test_a_sparse_arena_takes_what_is_used_and_keeps_it():
+    """It may be larger than the machine; what a huge page took behind the used bytes is given back."""
+
+    def taken_bytes(arena):
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        start = f"{arena.tensor.data_ptr():x}-"
+        next(line for line in lines if line.startswith(start))
+        return int(next(line for line in lines if line.startswith("Rss:")).split()[1]) * 1024
+
+    arena = HostArena(2**42 + 1, sparse=True)
+    used = 5 * 2**20 + 7
+    arena.tensor[:used].fill_(3)
+    arena.trim(used)
+    assert arena.nbytes == len(arena.tensor) == used and (arena.tensor == 3).all()
+    assert used <= taken_bytes(arena) < used + 2 * 4096
+    arena.close()
+
+
+@pytest.mark.parametrize("used", [0, 1, 4096])
+def test_trimming_a_small_arena(used):
+    arena = HostArena(4096)
+    arena.trim(used)
+    assert arena.nbytes == len(arena.tensor) == used
+    arena.close()
+
+
 @pytest.mark.parametrize("code", [0, 2])
 def test_registration_is_checked_and_undone(monkeypatch, code):
     calls = []
