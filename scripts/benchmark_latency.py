@@ -106,7 +106,6 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
         run_once(llm, jobs, args.n)
     if speaks:
         llm.measure(llm.rank.work.streamed_bytes)
-    run_once(llm, random_jobs(1, args.input_len, 1, vocab_size, 0), 1)  # the probe has copied over the ring
     runs = [run_once(llm, jobs, args.n) for _ in range(args.num_iters)]
     if not speaks:
         return None

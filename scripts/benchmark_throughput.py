@@ -89,7 +89,6 @@ def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
     run(llm, shrinking(jobs, llm.config.max_num_seqs))
     if rank.topology.rank == 0:
         llm.measure(llm.rank.work.streamed_bytes)
-    run(llm, [dataclasses.replace(jobs[0], output_len=1)])  # the probe has copied over the ring
     first, start = len(rank.ledger.passes), time.perf_counter()
     outputs = run(llm, jobs, args.n)
     elapsed_s = time.perf_counter() - start

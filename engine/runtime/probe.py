@@ -38,14 +38,18 @@ GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = 2**30, CPU_BYTES, 4 * CPU_B
 
 def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int) -> Rates:
     """The rates of a running engine, the link's over the copy lane's first `link_bytes` (all of a pass's, if they are
-    fewer). All ranks must call this together; the ring is to be filled again behind it."""
+    fewer). All ranks must call this together. The ring, which this copies over, is filled again on all of them."""
     collectives = executor.context.collectives
     in_graphs = executor.decode is not None and executor.decode.graphs is not None
     copies, dtype = executor.stretch(link_bytes), getattr(torch, plan.dtype)
     rates = measure_rates(copies, dtype, plan.spec.hidden_size, collectives, device, in_graphs)
     executor.ring_is_filled = False
+    executor.fill_ring()
     if device.type == "cpu":
         rates = dataclasses.replace(rates, step_latency_s=_step_latency_s(executor, work, rates, device))
+    else:
+        torch.cuda.synchronize(device)
+    collectives.barrier()
     executor.counters.clear()  # they count what was asked for
     collectives.num_reduces.clear()
     collectives.reduced_bytes.clear()
