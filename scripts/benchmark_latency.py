@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from engine.flags import add_config_arguments, config_from_args
+from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
 from engine.record import add_output_argument, keep
 from scheduler.bound import against_bound
@@ -55,19 +55,16 @@ class Iteration:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
     most = max(args.batch_size) * args.n
-    try:
-        config = config_from_args(args, max_num_seqs=most)
-        if config.max_num_seqs < most:
-            raise ValueError(f"--max-num-seqs {config.max_num_seqs}: the largest batch has {most} sequences")
-        if args.compare_tokens < 2:
-            raise ValueError(f"--compare-tokens {args.compare_tokens}: expected at least 2, to time one after another")
-        check_compare(args.compare, config)
-    except ValueError as error:
-        parser.error(str(error))
+    config = config_from_args(args, max_num_seqs=most)
+    if config.max_num_seqs < most:
+        raise ValueError(f"--max-num-seqs {config.max_num_seqs}: the largest batch has {most} sequences")
+    if args.compare_tokens < 2:
+        raise ValueError(f"--compare-tokens {args.compare_tokens}: expected at least 2, to time one after another")
+    check_compare(args.compare, config)
     with LLM(**config.to_dict()) as llm:
         planned = llm.rank.rates
         rows = [measure_batch(llm, batch_size, planned, args) for batch_size in args.batch_size]

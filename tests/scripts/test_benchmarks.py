@@ -11,6 +11,7 @@ from commands import ROOT, TORCHRUN
 
 from engine.runtime.bucket import bucket_sizes
 from scripts import benchmark_latency, benchmark_throughput, comparison
+from scripts.entry import run_script
 from scripts.workload import random_jobs
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy", "--resident", "none")
@@ -26,11 +27,11 @@ def run(monkeypatch, capsys, script, *arguments: str) -> dict:
 
 
 def refused(monkeypatch, capsys, script, *arguments: str) -> str:
+    """What it says: one line."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        script.main()
-    assert ended.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    assert run_script(script.main) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def check_bound(fields: dict, time_s: float) -> None:
