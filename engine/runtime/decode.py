@@ -73,7 +73,8 @@ class DecodePasses:
 
             def warm_up(bucket: Bucket = bucket) -> None:
                 bucket.derive()
-                self.executor.run_plan(bucket.inputs, Asked(stages), lambda output: None, copies=False)
+                with self.executor.context.collectives.for_graphs():
+                    self.executor.run_plan(bucket.inputs, Asked(stages), lambda output: None, copies=False)
 
             self.graphs.capture((smaller, stages), warm_up, run, self.executor.counted)
 
