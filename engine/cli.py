@@ -12,9 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from engine.flags import add_config_arguments, config_from_args
+from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.version import VERSION
 from parallel.failure import SELF_LAUNCHED
 
@@ -37,13 +37,6 @@ RANK_0_SPEAKS_S = 5.0  # under torchrun: the time rank 0 has to say what all ran
 
 
 OWN_VARIABLES = (SELF_LAUNCHED, "PENSTOCK_COMMIT")  # the second goes into the records of benchmarks
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are ValueErrors like all others: one line, not a page of usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} ({self.prog} --help shows what there is)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

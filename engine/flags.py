@@ -2,9 +2,16 @@
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.config import METAVARS, EngineConfig
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are ValueErrors like all others: one line, not a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help shows what there is)")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:

@@ -2,11 +2,15 @@
 
 The spans are the plan's own, of the captured graph where decode passes are graphs; a mark in it costs about a
 microsecond, so a traced pass is a little longer than others, and the shares of the shortest steps a little too large.
+What lies between decode passes in a row is shown as well: `graph_s` is the median pass from its first mark to its last,
+`step_s` the median from the start of one to the start of the next, both of rank 0; `copy_gap_s` is how long the copy
+lane idles between two, on the rank where that is longest.
 """
 
 import argparse
 import dataclasses
 import json
+import statistics
 
 from engine.config import EngineConfig
 from engine.pass_profile import PassProfile, profile_pass
@@ -25,10 +29,12 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         return 0
     indices = {kind: traced.find(kind) for kind in PASSES}
     if args.json:
-        print(json.dumps({kind: as_json(profile(traced, index)) for kind, index in indices.items()}))
+        profiles = {kind: as_json(profile(traced, index)) for kind, index in indices.items()}
+        print(json.dumps(profiles | between(traced)))
         return 0
     for index in indices.values():
         print(table(traced.describe(index), profile(traced, index)) + "\n")
+    print("\n".join([*describe_steps(traced), *traced.describe_gaps()]) + "\n")
     print(f"predictions from {traced.plan.rates.source} rates; at most: the pass would be that much faster if the step")
     print("cost nothing")
     return 0
@@ -46,6 +52,22 @@ def as_json(profiled: PassProfile) -> dict:
     if profiled.copy_lane is not None:
         values["copy_lane"]["gb_s"] = profiled.copy_lane.gb_s
     return values
+
+
+def between(traced: TracedRun) -> dict:
+    """What lies between decode passes, as plain values; None where there is nothing to measure."""
+    steps = [traced.decode_steps(rank) for rank in range(traced.plan.tp_size)]
+    gaps_s = [step.copy_gaps_s for step in steps if step.copy_gaps_s]
+    gap = {"median": max(map(statistics.median, gaps_s)), "largest": max(map(max, gaps_s))} if gaps_s else None
+    return {"graph_s": steps[0].graph_s, "step_s": steps[0].step_s, "copy_gap_s": gap}
+
+
+def describe_steps(traced: TracedRun) -> list[str]:
+    step = traced.decode_steps(rank=0)
+    if step.step_s is None:
+        return []
+    marks = f"{step.graph_s * 1e3:.3f} ms from its first mark to its last"
+    return [f"a decode pass starts {step.step_s * 1e3:.3f} ms after the one before it, and takes {marks} (medians)"]
 
 
 def table(title: str, profiled: PassProfile) -> str:

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         index = traced.find(args.kind)
         draw(lanes(traced, index), args.start_ms, args.end_ms, f"{config.model}: {traced.describe(index)}", output)
         print(f"{traced.describe(index)}: {output}; all passes, for Perfetto: {trace}", file=sys.stderr)
+        for line in traced.describe_gaps():
+            print(line, file=sys.stderr)
     return 0
 
 

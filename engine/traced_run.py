@@ -15,6 +15,7 @@ from engine.planning import EnginePlan
 from engine.runtime.trace import Span, read_spans
 from scheduler.pass_work import PassShape
 from scheduler.request import SamplingParams
+from scheduler.step_plan import COPY
 
 PASSES = ("decode", "prefill")
 TRACE = "trace.json"
@@ -29,6 +30,17 @@ def add_workload_arguments(parser) -> None:
 
 
 @dataclass(frozen=True)
+class DecodeSteps:
+    """Decode passes in a row on one rank, in seconds. `graph_s`: from a pass's first mark to its last (median);
+    `step_s`: from the start of one to the start of the next (median; None if there is but one); `copy_gaps_s`: from the
+    end of the last copy of each to the start of the next one's first (none where nothing streams)."""
+
+    graph_s: float
+    step_s: float | None
+    copy_gaps_s: list[float]
+
+
+@dataclass(frozen=True)
 class TracedRun:
     """`shapes` by pass index, `first_warm` the first pass that is warm; `spans` by rank and whether predicted."""
 
@@ -39,11 +51,45 @@ class TracedRun:
 
     def find(self, kind: str) -> int:
         """The index of the warm pass of that kind with the most tokens; of several, the one of median time."""
-        warm = [i for i, s in enumerate(self.shapes) if i >= self.first_warm and s.is_decode == (kind == "decode")]
-        most = max(self.shapes[index].num_tokens for index in warm)
-        alike = [index for index in warm if self.shapes[index].num_tokens == most]
+        alike = self._alike(kind)
         times = {index: pass_s(self.lanes(0, index)) for index in alike}
         return next(index for index in alike if times[index] == statistics.median_low(times.values()))
+
+    def _alike(self, kind: str) -> list[int]:
+        """The warm passes of that kind with the most tokens."""
+        warm = [i for i, s in enumerate(self.shapes) if i >= self.first_warm and s.is_decode == (kind == "decode")]
+        most = max(self.shapes[index].num_tokens for index in warm)
+        return [index for index in warm if self.shapes[index].num_tokens == most]
+
+    def decode_steps(self, rank: int) -> DecodeSteps:
+        """Of the warm decode passes over all rows."""
+        passes = {index: [] for index in self._alike("decode")}
+        for span in self.spans[rank, False]:
+            if span.pass_index in passes:
+                passes[span.pass_index].append(span)
+        starts = {index: min(span.start_s for span in spans) for index, spans in passes.items()}
+        copies = {index: [span for span in spans if span.lane == COPY] for index, spans in passes.items()}
+        pairs = [(index, index + 1) for index in passes if index + 1 in passes]
+        return DecodeSteps(
+            graph_s=statistics.median(pass_s(spans) for spans in passes.values()),
+            step_s=statistics.median(starts[after] - starts[before] for before, after in pairs) if pairs else None,
+            copy_gaps_s=[
+                min(span.start_s for span in copies[after]) - max(span.end_s for span in copies[before])
+                for before, after in pairs
+                if copies[before]
+            ],
+        )
+
+    def describe_gaps(self) -> list[str]:
+        """A line a rank, where weights stream."""
+        lines = []
+        for rank in range(self.plan.tp_size):
+            gaps_s = self.decode_steps(rank).copy_gaps_s
+            if gaps_s:
+                who = f"rank {rank}: " if self.plan.tp_size > 1 else ""
+                idle = f"idles {statistics.median(gaps_s) * 1e3:.3f} ms between consecutive decode passes"
+                lines.append(f"{who}the copy lane {idle} (median of {len(gaps_s)})")
+        return lines
 
     def lanes(self, rank: int, pass_index: int, predicted: bool = False) -> list[Span]:
         """A rank's spans of one pass, from its start: the ranks' clocks have nothing in common."""

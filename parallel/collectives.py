@@ -53,6 +53,9 @@ class Collectives(Protocol):
         """What a kernel of the caller's needs to sum `rows` (T, D) over ranks, a program a row; counted as its
         all-reduce. None, on all ranks alike, where such rows cannot be summed so: then call all_reduce."""
 
+    def for_graphs(self) -> contextlib.AbstractContextManager[None]:
+        """Around a warm-up on the device before a capture: calls go the way that captured ones go."""
+
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
         """Write the ranks' `part` (N, V_loc) side by side, in rank order, into `out` (N, size * V_loc)."""
 
@@ -90,6 +93,9 @@ class Solo:
     def peer_buffers(self, rows: torch.Tensor, label: str = "") -> None:
         return None
 
+    def for_graphs(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(part)
 
@@ -112,8 +118,8 @@ class Solo:
         pass
 
 
-class _Distributed:
-    """What Gloo and Nccl share: counters and the control plane. Needs an initialised process group."""
+class Distributed:
+    """What Gloo and Nccl (nccl.py) share: counters and the control plane. Needs an initialised process group."""
 
     def __init__(self, timeout_s: float):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -129,11 +135,19 @@ class _Distributed:
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         assert tensor.is_contiguous()
         with self._peers():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._group)
         self.num_reduces[label] += 1
         self.reduced_bytes[label] += tensor.nbytes
 
     def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
+        return None
+
+    def for_graphs(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        """That tensors go over now; None: that of all."""
         return None
 
     def broadcast_ints(self, ints: list[int] | None) -> list[int]:
@@ -194,7 +208,7 @@ class _Distributed:
             raise
 
 
-class Gloo(_Distributed):
+class Gloo(Distributed):
     """CPU tensors (fp32, bf16, fp16, integers) over gloo; each addition is rounded to the tensor's dtype."""
 
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
@@ -202,24 +216,6 @@ class Gloo(_Distributed):
         with self._peers():
             dist.all_gather(parts, part.contiguous())
         torch.cat(parts, dim=-1, out=out)
-
-
-class Nccl(_Distributed):
-    """CUDA tensors over NCCL, on the caller's stream; host messages over a gloo group of its own."""
-
-    def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
-        stacked = part.new_empty((self.size, *part.shape))  # (size, N, V_loc)
-        with self._peers():
-            _all_gather_single(stacked, part.contiguous())
-        out.view(part.shape[0], self.size, part.shape[1]).copy_(stacked.transpose(0, 1))
-
-    def _abort(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            dist.group.WORLD.abort()
-
-
-# torch 2.13 warns about the older name, 2.11 has no other.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import Collectives, Gloo, Nccl, Solo, peer_errors
+from parallel.collectives import Collectives, Gloo, Solo, peer_errors
 from parallel.failure import PeerLost
+from parallel.nccl import Nccl
 from parallel.symmetric import Symmetric
 from parallel.topology import Topology
 

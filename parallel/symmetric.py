@@ -2,9 +2,9 @@
 
 On four H200s, in a graph, NCCL takes 22 us for a small sum. Up to 1 MiB ranks push their parts to each other in one
 kernel (push_reduce.py; 2.9 us for 16 KiB, where torch's one-shot takes 8), which a caller may also do in a kernel of
-its own; up to 16 MiB torch's two-shot reads them. Which way a size takes is a table, the same for eager and captured
-passes and on all ranks: a crossover measured at start-up would change bits between runs, and ranks that choose
-differently hang.
+its own; up to LARGEST_BYTES torch's two-shot reads them, in pieces that its buffer holds. Which way a size takes is a
+table, the same for eager and captured passes and on all ranks: a crossover measured at start-up would change bits
+between runs, and ranks that choose differently hang.
 Multicast (NVLS) is not used.
 """
 
@@ -12,16 +12,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from parallel.collectives import Nccl
+from parallel.nccl import Nccl
 from parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, SLOT_WORDS, PeerBuffers, fits, fits_rows, push_reduce
 
-TWO_SHOT_BYTES = 16 * 2**20
+TWO_SHOT_BYTES = 16 * 2**20  # of the buffer, and so of a piece
+LARGEST_BYTES = TWO_SHOT_BYTES  # of a sum: larger ones go through NCCL. More, and they go through the buffer in pieces
 TWO_SHOT_DTYPES = (torch.bfloat16, torch.float32)
 UNIT_BYTES = 16  # of a two-shot sum on each rank: ragged ones go to NCCL
 
 
 class Symmetric(Nccl):
-    """Nccl, but that sums of at most TWO_SHOT_BYTES go through symmetric buffers."""
+    """Nccl, but that sums of at most LARGEST_BYTES go through symmetric buffers."""
 
     def __init__(self, timeout_s: float):
         super().__init__(timeout_s)
@@ -48,15 +49,27 @@ class Symmetric(Nccl):
         return PeerBuffers(self.rank, self.size, flat.view(NUM_HALVES, self.size, SLOT_WORDS), others, half)
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
-        nbytes = tensor.nbytes
         if fits(tensor):
             push_reduce(self._peer_buffers, tensor)
-            self._count(nbytes, label)
-        elif tensor.dtype in TWO_SHOT_DTYPES and nbytes <= TWO_SHOT_BYTES and nbytes % (UNIT_BYTES * self.size) == 0:
-            self._two_shot(tensor)
-            self._count(nbytes, label)
+            self._count(tensor.nbytes, label)
+        elif pieces := self._pieces(tensor):
+            for piece in pieces:
+                self._two_shot(piece)
+            self._count(tensor.nbytes, label)
         else:
             super().all_reduce(tensor, label)
+
+    def _pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Whole rows that two-shot sums one after another; an element's sum does not depend on where it stands. None
+        where it cannot sum them."""
+        if tensor.dtype not in TWO_SHOT_DTYPES or tensor.nbytes > LARGEST_BYTES:
+            return ()
+        pieces = (tensor,)
+        if tensor.nbytes > TWO_SHOT_BYTES:
+            pieces = tensor.split(max(TWO_SHOT_BYTES // tensor[0].nbytes, 1))
+        sizes = [piece.nbytes for piece in pieces]
+        fit = max(sizes) <= TWO_SHOT_BYTES and not any(nbytes % (UNIT_BYTES * self.size) for nbytes in sizes)
+        return pieces if fit else ()
 
     def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
         if not fits_rows(rows):

@@ -8,6 +8,7 @@ run would not do: four H200s reach 44.5 GB/s a rank over 2 GiB and sustain 40); 
 
     max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)      of one rank (scheduler/bound.py)
 
+The graph of a decode pass is replayed alone as well, back to back, as it ran: `step_over_graph` is what the host adds.
 The prediction is that of the rates which the plan had, before anything was measured. Run it plainly, or by torchrun
 over several ranks; the last line is one JSON object.
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from engine.flags import add_config_arguments, config_from_args
+from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
 from engine.record import add_output_argument, keep
 from scheduler.bound import against_bound
@@ -55,19 +56,16 @@ class Iteration:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
     most = max(args.batch_size) * args.n
-    try:
-        config = config_from_args(args, max_num_seqs=most)
-        if config.max_num_seqs < most:
-            raise ValueError(f"--max-num-seqs {config.max_num_seqs}: the largest batch has {most} sequences")
-        if args.compare_tokens < 2:
-            raise ValueError(f"--compare-tokens {args.compare_tokens}: expected at least 2, to time one after another")
-        check_compare(args.compare, config)
-    except ValueError as error:
-        parser.error(str(error))
+    config = config_from_args(args, max_num_seqs=most)
+    if config.max_num_seqs < most:
+        raise ValueError(f"--max-num-seqs {config.max_num_seqs}: the largest batch has {most} sequences")
+    if args.compare_tokens < 2:
+        raise ValueError(f"--compare-tokens {args.compare_tokens}: expected at least 2, to time one after another")
+    check_compare(args.compare, config)
     with LLM(**config.to_dict()) as llm:
         planned = llm.rank.rates
         rows = [measure_batch(llm, batch_size, planned, args) for batch_size in args.batch_size]
@@ -106,7 +104,7 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
         run_once(llm, jobs, args.n)
     if speaks:
         llm.measure(llm.rank.work.streamed_bytes)
-    run_once(llm, random_jobs(1, args.input_len, 1, vocab_size, 0), 1)  # the probe has copied over the ring
+        graph_s = llm.rank.graph_s(batch_size * args.n)
     runs = [run_once(llm, jobs, args.n) for _ in range(args.num_iters)]
     if not speaks:
         return None
@@ -118,6 +116,7 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
         "latencies": latencies,
         "percentiles": {p: float(numpy.percentile(latencies, p)) for p in PERCENTILES},
         **decode,
+        **graph_fields(decode, graph_s),
         "first_token": first_token,
     }
     prompts = [job.prompt for job in jobs]
@@ -164,6 +163,13 @@ def decode_fields(llm: LLM, runs: list[Iteration], num_seqs: int, planned: Rates
     }
 
 
+def graph_fields(decode: dict, graph_s: float | None) -> dict:
+    """How much longer a decode pass takes than its graph alone, which was replayed back to back; none, none."""
+    if not decode or graph_s is None:
+        return {}
+    return {"graph_s": graph_s, "step_over_graph": decode["decode_pass_s"] / graph_s}
+
+
 def print_table(rows: list[dict]) -> None:
     titles = f"{'time ms':>10} {'bound ms':>10} {'bound':>8} {'fraction':>9} {'predicted ms':>13} {'tokens/s':>10}"
     print(f"{'batch':>6} {'':12}{titles} {'TFLOP/s':>8}")
@@ -177,6 +183,10 @@ def print_table(rows: list[dict]) -> None:
                     f"{part['fraction_of_bound']:>9.3f} {part['predicted_s'] * 1e3:>13.2f} "
                     f"{part['tokens_per_second']:>10.1f} {part['achieved_tflops']:>8.2f}"
                 )
+        if "graph_s" in row:
+            print(
+                f"{'':>6} {'graph alone':12}{row['graph_s'] * 1e3:>10.2f}   pass / graph {row['step_over_graph']:.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 import numpy
 
 from engine.config import EngineConfig
-from engine.flags import add_config_arguments, config_from_args
+from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.record import add_output_argument, keep
 from parallel.launch import resolve_launch
 from scripts.benchmark_latency import PERCENTILES
@@ -44,18 +44,15 @@ CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH")  # where compiled kernels are k
 
 def main() -> None:
     imported_at_s = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
     if args.child is not None:
         keep(measure_start(EngineConfig(**json.loads(args.child)), args.input_len, imported_at_s), None)
         return
-    try:
-        config = config_from_args(args)
-        by_torchrun = resolve_launch(config.tensor_parallel_size).kind == "torchrun"
-        check(args, config, by_torchrun)
-    except ValueError as error:
-        parser.error(str(error))
+    config = config_from_args(args)
+    by_torchrun = resolve_launch(config.tensor_parallel_size).kind == "torchrun"
+    check(args, config, by_torchrun)
     if by_torchrun:
         measured = measure_start(config, args.input_len, imported_at_s)
         starts = {WARM: [measured]} if measured else {}

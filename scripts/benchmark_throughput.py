@@ -16,7 +16,7 @@ import dataclasses
 import sys
 import time
 
-from engine.flags import add_config_arguments, config_from_args
+from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
 from engine.record import add_output_argument, keep
 from engine.runtime.bucket import bucket_sizes
@@ -28,16 +28,13 @@ from scripts.workload import Job, add_workload_arguments, greedy, positive, rand
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
-    try:
-        config = config_from_args(args)
-        if args.compare and (args.random_range_ratio or args.n > 1):
-            raise ValueError("--compare: all outputs have one length there; leave out --n and --random-range-ratio")
-        check_compare(args.compare, config, allowed=("transformers-cb",))
-    except ValueError as error:
-        parser.error(str(error))
+    config = config_from_args(args)
+    if args.compare and (args.random_range_ratio or args.n > 1):
+        raise ValueError("--compare: all outputs have one length there; leave out --n and --random-range-ratio")
+    check_compare(args.compare, config, allowed=("transformers-cb",))
     with LLM(**config.to_dict()) as llm:
         jobs = draw(args, llm)
         report = measure(llm, jobs, args)
@@ -89,7 +86,6 @@ def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
     run(llm, shrinking(jobs, llm.config.max_num_seqs))
     if rank.topology.rank == 0:
         llm.measure(llm.rank.work.streamed_bytes)
-    run(llm, [dataclasses.replace(jobs[0], output_len=1)])  # the probe has copied over the ring
     first, start = len(rank.ledger.passes), time.perf_counter()
     outputs = run(llm, jobs, args.n)
     elapsed_s = time.perf_counter() - start

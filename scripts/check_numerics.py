@@ -27,6 +27,7 @@ from engine.model.ops import StepContext
 from engine.planning import find_model
 from scheduler.request import SamplingParams
 from scheduler.step_plan import Compute
+from scripts.entry import run_script
 
 Key = tuple[int, str]  # layer_idx, step
 States = dict[Key, Tensor]  # (T, width), in our layout: q, k, v joined; gate and up joined
@@ -244,7 +245,7 @@ def main() -> int:
     args = parser.parse_args()
     tokenizer = load_tokenizer(EngineConfig(args.model))
     if tokenizer is None and args.token_ids is None:
-        parser.error(f"{args.model} has no tokenizer.json: give --token-ids")
+        raise ValueError(f"{args.model} has no tokenizer.json: give --token-ids")
     token_ids = args.token_ids or tokenizer.encode(args.prompt)
     rows = compare(args.model, token_ids, args.dtype, args.max_tokens, args.tolerance, resident=args.resident)
     print(HEADING, *rows, sep="\n")
@@ -255,4 +256,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

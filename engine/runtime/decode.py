@@ -29,7 +29,7 @@ class DecodePasses:
     def run(self, batch: Batch) -> PendingLetter | PendingSample:
         """Enqueues the pass; what it returns waits for its tokens."""
         num_rows = len(batch.rows)
-        size = next(size for size in self.sizes if size >= num_rows)
+        size = self._size(num_rows)
         asked = self.executor.context.sampler.asked([row.row for row in batch.rows])
         if self.graphs is not None:
             self._capture_up_to(size, asked.stages)
@@ -43,6 +43,14 @@ class DecodePasses:
             self.executor.ring_is_filled = True
         letter = self.mailbox.expect(num_rows)
         return letter if asked.num_logprobs < 0 else self._score(bucket, num_rows, asked.num_logprobs)
+
+    def greedy_graph(self, num_rows: int) -> torch.cuda.CUDAGraph | None:
+        """Of passes over so many rows, as it was last run; None if it was not captured yet, or with a trace's marks."""
+        takes = self.graphs.passes.get((self._size(num_rows), frozenset()), ()) if self.graphs is not None else ()
+        return takes[0].graph if len(takes) == 1 else None
+
+    def _size(self, num_rows: int) -> int:
+        return next(size for size in self.sizes if size >= num_rows)
 
     def _bucket(self, size: int) -> Bucket:
         if size not in self.buckets:
@@ -65,7 +73,8 @@ class DecodePasses:
 
             def warm_up(bucket: Bucket = bucket) -> None:
                 bucket.derive()
-                self.executor.run_plan(bucket.inputs, Asked(stages), lambda output: None, copies=False)
+                with self.executor.context.collectives.for_graphs():
+                    self.executor.run_plan(bucket.inputs, Asked(stages), lambda output: None, copies=False)
 
             self.graphs.capture((smaller, stages), warm_up, run, self.executor.counted)
 

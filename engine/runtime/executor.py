@@ -155,6 +155,7 @@ class Executor:
     def fill_ring(self) -> None:
         """The prologue: brings the first groups of a pass into the ring, if the last pass did not leave them there."""
         if not self.ring_is_filled:
+            self.tracer.begin_pass(None)
             self.lanes.run(self.plan.prologue, self.do)
         self.ring_is_filled = True
 

@@ -6,7 +6,7 @@ copied to pinned memory, and then a step number, which the host polls: so it goe
 which end the graph, are still on the link.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -85,13 +85,14 @@ class CapturedPass:
 
 
 class Graphs:
-    """The captured passes of an engine, by a key of the caller's."""
+    """The captured passes of an engine, by a key of the caller's; each in as many takes as the tracer wants, of which
+    the next one to be replayed stands last."""
 
     def __init__(self, device: torch.device, tracer: Tracer):
         self.tracer = tracer
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self.passes: dict[Hashable, CapturedPass] = {}
+        self.passes: dict[Hashable, deque[CapturedPass]] = {}
 
     def capture(
         self, key: Hashable, warm_up: Callable[[], None], run: Callable[[], None], counters: list[Counter]
@@ -103,20 +104,25 @@ class Graphs:
         with torch.cuda.stream(self.stream), self.tracer.aside():
             warm_up()
         self.stream.synchronize()
-        warm = [counter.copy() for counter in counters]
-        graph = torch.cuda.CUDAGraph()
-        captured = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with self.tracer.aside() as marks, captured:
-            run()
-        gains = [(counter, counter - old) for counter, old in zip(counters, warm)]
+        takes = deque(self._take(run, counters) for _ in range(self.tracer.num_takes))
         for counter, old in zip(counters, before):
             counter.clear()
             counter.update(old)
         torch.cuda.current_stream().wait_stream(self.stream)
-        self.passes[key] = CapturedPass(graph, gains, marks)
+        self.passes[key] = takes
+
+    def _take(self, run: Callable[[], None], counters: list[Counter]) -> CapturedPass:
+        before = [counter.copy() for counter in counters]
+        graph = torch.cuda.CUDAGraph()
+        captured = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with self.tracer.aside() as marks, captured:
+            run()
+        return CapturedPass(graph, [(counter, counter - old) for counter, old in zip(counters, before)], marks)
 
     def replay(self, key: Hashable) -> None:
-        captured = self.passes[key]
+        takes = self.passes[key]
+        takes.rotate()
+        captured = takes[0]
         captured.graph.replay()
         for counter, gain in captured.gains:
             counter.update(gain)
@@ -124,6 +130,7 @@ class Graphs:
 
     def close(self) -> None:
         """Drops the graphs: before the process group, which hangs if a live graph holds its collectives."""
-        for captured in self.passes.values():
-            captured.graph.reset()
+        for takes in self.passes.values():
+            for captured in takes:
+                captured.graph.reset()
         self.passes.clear()

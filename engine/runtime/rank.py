@@ -23,7 +23,7 @@ import torch
 from engine.config import EngineConfig
 from engine.model.families import read_config, read_eos_token_ids, read_spec
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
-from engine.runtime.probe import probe_engine
+from engine.runtime.probe import graph_alone_s, probe_engine
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import join_traces, write_trace
 from engine.runtime.worker import Worker, open_source
@@ -36,7 +36,7 @@ from scheduler.batch import Batch
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
 
-BATCH, OUTPUTS, PROBE, STOP = 1, 2, 3, 4
+BATCH, OUTPUTS, PROBE, STOP, GRAPH = 1, 2, 3, 4, 5
 MIB = 2**20
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 
@@ -175,6 +175,12 @@ class Rank:
     def _probe(self, link_mib: int) -> Rates:
         return probe_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
 
+    def graph_s(self, num_rows: int) -> float | None:
+        """Rank 0, between runs: seconds of the graph alone of a greedy decode pass; None where there is none."""
+        with self.together():
+            self.collectives.broadcast_ints([GRAPH, num_rows])
+            return graph_alone_s(self.worker.executor, num_rows, self.topology.device)
+
     def finish(self, outputs: list[dict]) -> None:
         """Rank 0: ends what the other ranks follow and gives them the outputs."""
         self.collectives.broadcast_ints([OUTPUTS])
@@ -195,6 +201,8 @@ class Rank:
                 return json.loads(self.collectives.broadcast_bytes(None))
             if kind == PROBE:
                 self._probe(*message)
+            if kind == GRAPH:
+                graph_alone_s(executor, *message, self.topology.device)
 
     def serve(self) -> None:
         """A self-launched rank's whole life: follow until rank 0 says stop."""

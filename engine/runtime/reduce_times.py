@@ -10,7 +10,8 @@ from functools import partial
 import torch
 
 from engine.runtime.measure import REPEATS, all_ranks, capture, seconds
-from parallel.collectives import Collectives, Nccl
+from parallel.collectives import Collectives
+from parallel.nccl import Nccl
 from parallel.symmetric import Symmetric
 
 KIB = 2**10
@@ -59,7 +60,10 @@ def reduce_seconds(reduce: Reduce, tensor: torch.Tensor, collectives: Collective
         for _ in range(num_calls):
             reduce(tensor, "probe")
 
-    graph = capture(calls, device) if in_graph else None
+    graph = None
+    if in_graph:
+        with collectives.for_graphs():
+            graph = capture(calls, device)
     run, runs_s = (graph.replay if in_graph else calls), []
     for _ in range(REPEATS):
         collectives.barrier()

@@ -8,8 +8,9 @@ a CPU between two readings of the clock. The span of an instruction that waits f
 import contextlib
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,8 +42,19 @@ class Marked:
     end: object
 
 
+@dataclass(frozen=True)
+class PassMarks:
+    """`begin` is a mark before the pass, behind all that came before it; an event there is never one of a graph."""
+
+    pass_index: int
+    begin: object
+    marks: list[Marked] = field(default_factory=list)
+
+
 class Tracer:
     """Does nothing: the tracer of a run without --trace."""
+
+    num_takes = 1  # how often a pass is captured, for replays in turn
 
     @contextlib.contextmanager
     def span(self, instruction: Instruction, stream=None) -> Iterator["Tracer"]:
@@ -51,8 +63,8 @@ class Tracer:
     def waited(self) -> None:
         """Within a span: what the instruction waited for is there."""
 
-    def begin_pass(self, shape: PassShape) -> None:
-        """The spans that follow are those of a pass of this shape."""
+    def begin_pass(self, shape: PassShape | None) -> None:
+        """The spans that follow are those of a pass of this shape; None: of copies that fill the ring."""
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[list[Marked]]:
@@ -66,24 +78,29 @@ class Tracer:
 class RecordingTracer(Tracer):
     """Keeps every span. `spans()` may be called once the device is idle.
 
-    Under capture a mark is an external event: a node of the graph that acts at each replay. The next replay overwrites
-    its time, so after each the device is waited for and the times are read: tracing costs time between passes, and
-    each mark about a microsecond within one.
+    Under capture a mark is an external event: a node of the graph that acts at each replay, and costs about a
+    microsecond. The graph's next replay overwrites its time, so there are two takes of each graph, replayed in turn:
+    when one has been launched, the passes before it are waited for and read while it runs. Nothing can wait for an
+    event of a graph; all passes before are behind the eager one that each pass begins with.
+
+        launch pass 5 (take 0) | begin 6, launch pass 6 (take 1), wait for begin 6, read pass 5 | begin 7, launch ...
     """
+
+    num_takes = 2
 
     def __init__(self, device: torch.device):
         self.device, self.cuda = device, device.type == "cuda"
         self.shapes: list[PassShape] = []
-        self.passes: list[tuple[int, list[Marked]]] = [(-1, [])]  # eager ones: to be read in the end
-        self.current = self.passes[0][1]
-        self.known: list[Span] = []  # of replays
+        self.under_way: deque[PassMarks] = deque()  # not read yet
+        self.current: list[Marked] = []
         self.last_end = None  # of the compute lane's last span in the current list
-        self.origin = self._mark(torch.cuda.current_stream(device) if self.cuda else None)
+        self.known: list[Span] = []
+        self.begin, self.begin_s = self._mark_begin(), 0.0  # of the last pass that was read, or of the trace
 
-    def begin_pass(self, shape: PassShape) -> None:
-        self.shapes.append(shape)
-        self.passes.append((len(self.shapes) - 1, []))
-        self.current, self.last_end = self.passes[-1][1], None
+    def begin_pass(self, shape: PassShape | None) -> None:
+        self.under_way.append(PassMarks(-1 if shape is None else len(self.shapes), self._mark_begin()))
+        self.shapes += () if shape is None else (shape,)
+        self.current, self.last_end = self.under_way[-1].marks, None
 
     @contextlib.contextmanager
     def span(self, instruction: Instruction, stream=None) -> Iterator["_OpenSpan"]:
@@ -103,28 +120,32 @@ class RecordingTracer(Tracer):
             self.current, self.last_end = kept, None
 
     def replayed(self, marks: list[Marked]) -> None:
-        torch.cuda.synchronize(self.device)
-        self.known += self._read(len(self.shapes) - 1, marks)
+        self.current += marks
+        self.under_way[-1].begin.synchronize()
+        while len(self.under_way) > 1:
+            self._read(self.under_way.popleft())
 
     def spans(self) -> list[Span]:
-        return self.known + [span for index, marks in self.passes for span in self._read(index, marks)]
+        while self.under_way:
+            self._read(self.under_way.popleft())
+        return self.known
 
-    def _read(self, pass_index: int, marks: list[Marked]) -> list[Span]:
-        """Times are taken from the first mark, which is near: elapsed times are single floats of milliseconds."""
-        if not marks:
-            return []
-        first = marks[0].start
-        first_s = self._seconds(self.origin, first)
-        return [
-            Span(
-                pass_index,
-                mark.instruction.lane,
-                label(mark.instruction),
-                first_s + self._seconds(first, mark.start),
-                first_s + self._seconds(first, mark.end),
-            )
-            for mark in marks
+    def _read(self, ended: PassMarks) -> None:
+        """Times are taken from the begin of the pass, and that from the one before it: an elapsed time is a single
+        float of milliseconds, exact only where it is short."""
+        self.begin_s += self._seconds(self.begin, ended.begin)
+        self.begin = ended.begin
+        at_s = {
+            mark: self.begin_s + self._seconds(self.begin, mark)
+            for mark in dict.fromkeys(mark for marked in ended.marks for mark in (marked.start, marked.end))
+        }
+        self.known += [
+            Span(ended.pass_index, one.instruction.lane, label(one.instruction), at_s[one.start], at_s[one.end])
+            for one in ended.marks
         ]
+
+    def _mark_begin(self):
+        return self._mark(torch.cuda.current_stream(self.device) if self.cuda else None)
 
     def _mark(self, stream):
         if not self.cuda:

@@ -2,16 +2,19 @@
 
 import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from llm_runs import OPTIONS
 
-from engine.runtime import measure
+from engine.runtime import measure, probe
 from engine.runtime.copies import copy_pieces, cut
 from engine.runtime.measure import link_buffers, link_gb_s, seconds
+from engine.runtime.trace import label
 from parallel.collectives import Solo
 from penstock import LLM
+from scheduler.step_plan import Prefetch
 
 CPU = torch.device("cpu")
 
@@ -47,6 +50,38 @@ def test_a_whole_pass_can_be_asked_for(monkeypatch):
             llm.measure(nbytes)
         sizes = [sum(source.nbytes for source, _ in copies) for copies in seen]
         assert sizes[1:] == [llm.rank.work.streamed_bytes] * 2 and 0 < sizes[0] < sizes[1]
+
+
+def test_the_ring_is_filled_again(tmp_path, monkeypatch):
+    """And its copies are in the trace, but belong to no pass."""
+    monkeypatch.setattr(probe, "_step_latency_s", lambda *_: 0.0)  # by passes, which would fill it too
+    with LLM("demo", **OPTIONS, trace=str(tmp_path / "trace.json")) as llm:
+        executor, plan = llm.rank.worker.executor, llm.rank.plan.step_plan
+        executor.ring.zero_()
+        llm.measure()
+        assert executor.ring_is_filled and executor.counters.copied_bytes.total() == 0
+        first = [group for group, _ in plan.ring.slots[: plan.ring.num_wrapped]]
+        for instruction in plan.prologue:
+            if isinstance(instruction, Prefetch):
+                assert executor.slot(instruction).equal(executor.host_spans[instruction.group])
+                first.remove(instruction.group)
+        assert not first
+        filling = [span.name for span in llm.rank.worker.tracer.spans() if span.pass_index < 0]
+        assert filling == [label(instruction) for instruction in plan.prologue]
+
+
+def test_a_graph_alone(monkeypatch):
+    """Replayed so and so often in a row, behind one that lines the ranks up; then its letters are forgotten."""
+    done, executor = [], SimpleNamespace(decode=None, context=SimpleNamespace(collectives=Solo()))
+    assert probe.graph_alone_s(executor, 3, CPU) is None
+    graph = SimpleNamespace(replay=lambda: done.append("replay"))
+    executor.decode = SimpleNamespace(greedy_graph=lambda num_rows: graph if num_rows == 3 else None)
+    executor.forget = lambda: done.append("forget")
+    assert probe.graph_alone_s(executor, 4, CPU) is None and done == []
+    ticks = iter([1.0, 5.0])
+    monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
+    assert probe.graph_alone_s(executor, 3, CPU) == 4.0 / probe.NUM_REPLAYS
+    assert done == ["replay"] * (1 + probe.NUM_REPLAYS) + ["forget"]
 
 
 def test_pieces_cover_the_buffer_round_and_round():

@@ -1,6 +1,8 @@
 """`penstock profile`: shares that add up, Amdahl's bound, rates by hand, and the command on the demo model."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,10 +11,11 @@ from engine.config import EngineConfig
 from engine.model.families import read_config, read_spec
 from engine.pass_profile import profile_pass
 from engine.planning import find_model, make_engine_plan
-from engine.profile_command import table
+from engine.profile_command import between, describe_steps, table
 from engine.runtime.trace import Span, label
+from engine.traced_run import TracedRun
 from scheduler.pass_work import PassShape
-from scheduler.step_plan import COMPUTE
+from scheduler.step_plan import COMPUTE, COPY
 from scheduler.time_model import load_profile
 
 SHAPE = PassShape(2, 2, 100)
@@ -79,6 +82,8 @@ def test_the_command_on_the_demo_model(capsys, tmp_path):
         assert {"attention", "ffn_down", "head", "sample"} <= {step["step"] for step in profiled["steps"]}
         assert profiled["copy_lane"]["copied_bytes"] > 0 and profiled["predicted_s"] > 0
         assert len(profiled["rank_s"]) == 1 and profiled["slowest_rank"] == 0
+    assert 0 < shown["graph_s"] <= shown["step_s"]
+    assert 0 <= shown["copy_gap_s"]["median"] <= shown["copy_gap_s"]["largest"] < shown["step_s"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
@@ -86,9 +91,57 @@ def test_the_table_is_for_people(capsys, tmp_path):
     options = ("--device", "cpu", "--resident", "all", "--trace", str(tmp_path / "t.json"), "--output-len", "3")
     assert cli.main(["profile", "demo", *options]) == 0
     shown = capsys.readouterr().out
-    for words in ("decode pass of 1 row", "prefill pass of 128 tokens", "at most", "ffn_up", " x ", "measured rates"):
+    for words in (
+        "decode pass of 1 row",
+        "prefill pass of 128 tokens",
+        "at most",
+        "ffn_up",
+        " x ",
+        "measured rates",
+        "the one before",
+    ):
         assert words in shown, words
     assert "copy lane" not in shown  # nothing streams
+
+
+def traced_by_hand() -> TracedRun:
+    """A prefill pass, a cold decode pass, a prefill pass, three decode passes of two rows and one of a single row. On
+    rank 0 a pass takes 10 ms, its copies the first 8; it starts 1, 2, ... ms after the one before, by its index. Rank 1
+    takes twice as long for everything."""
+    shapes = [PassShape(n, rows, 9) for n, rows in ((8, 2), (2, 2), (8, 2), (2, 2), (2, 2), (2, 2), (1, 1))]
+    spans, start_ms = [], 5.0
+    for index in range(len(shapes)):
+        start_ms += index
+        for lane, begin, end in ((COMPUTE, 0, 6), (COPY, 1, 4), (COPY, 4, 8), (COMPUTE, 6, 10)):
+            spans.append(Span(index, lane, "x", (start_ms + begin) / 1e3, (start_ms + end) / 1e3))
+        start_ms += 10
+    slower = [replace(span, start_s=2 * span.start_s, end_s=2 * span.end_s) for span in spans]
+    return TracedRun(SimpleNamespace(tp_size=2), shapes, 2, {(0, False): spans, (1, False): slower})
+
+
+def test_what_lies_between_decode_passes():
+    traced = traced_by_hand()
+    steps = traced.decode_steps(rank=0)
+    assert steps.graph_s == pytest.approx(10e-3) and steps.step_s == pytest.approx((14 + 15) / 2 * 1e-3)
+    assert steps.copy_gaps_s == pytest.approx([7e-3, 8e-3])  # the copies start 1 ms late and end 2 ms early
+    assert between(traced) == {
+        "graph_s": pytest.approx(10e-3),
+        "step_s": pytest.approx(14.5e-3),
+        "copy_gap_s": {"median": pytest.approx(15e-3), "largest": pytest.approx(16e-3)},
+    }
+    assert traced.describe_gaps() == [
+        "rank 0: the copy lane idles 7.500 ms between consecutive decode passes (median of 2)",
+        "rank 1: the copy lane idles 15.000 ms between consecutive decode passes (median of 2)",
+    ]
+    (line,) = describe_steps(traced)
+    assert "starts 14.500 ms after" in line and "takes 10.000 ms" in line
+
+
+def test_a_single_decode_pass_has_nothing_behind_it():
+    traced = traced_by_hand()
+    alone = replace(traced, shapes=traced.shapes[:4])
+    assert describe_steps(alone) == alone.describe_gaps() == []
+    assert between(alone) == {"graph_s": pytest.approx(10e-3), "step_s": None, "copy_gap_s": None}
 
 
 @pytest.mark.parametrize(

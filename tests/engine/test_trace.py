@@ -10,6 +10,7 @@ import contextlib
 import pytest
 import torch
 
+from engine.runtime.graph import Graphs
 from engine.runtime.lanes import CudaLanes
 from engine.runtime.trace import RecordingTracer, Tracer, read_spans, write_trace
 from engine.runtime.trace import chrome_events as as_events
@@ -22,31 +23,27 @@ STEP_MS, COPY_MS = 1.0, 5.0
 
 
 class Device:
-    """All that torch.cuda is asked for. Work is a list of (stream, what) and runs when the device is waited for."""
+    """All that torch.cuda is asked for. Work is a list of closures in one order, and runs as far as is waited for."""
 
     def __init__(self):
-        self.now_ms, self.work, self.graph, self.graph_work = 0.0, [], None, None
+        self.now_ms, self.work, self.capturing = 0.0, [], None
         self.main, self.copy = Stream(self), Stream(self)
         self.current = self.main
 
     def enqueue(self, what):
-        (self.work if self.graph_work is None else self.graph_work).append(what)
+        (self.work if self.capturing is None else self.capturing.work).append(what)
 
-    def synchronize(self, _=None):
-        for what in self.work:
-            what()
-        self.work = []
+    def synchronize(self, until=lambda: False):
+        while self.work and not until():
+            self.work.pop(0)()
 
     @contextlib.contextmanager
-    def capture(self):
-        self.graph_work, self.main.is_captured = [], True
+    def graph(self, graph, **_):
+        self.capturing, self.main.is_captured = graph, True
         yield
         assert not self.copy.is_captured or self.copy.is_joined, "unjoined work on the copy stream"
-        self.graph, self.graph_work = self.graph_work, None
+        self.capturing = None
         self.main.is_captured = self.copy.is_captured = False
-
-    def replay(self):
-        self.work += self.graph
 
     def run(self, milliseconds):
         self.enqueue(lambda: setattr(self, "now_ms", self.now_ms + milliseconds))
@@ -61,23 +58,54 @@ class Stream:
         if event.stream is not self:
             event.stream.is_joined = True
 
+    def wait_stream(self, _):
+        """Work runs in one order anyway."""
+
+    def synchronize(self):
+        self.device.synchronize()
+
 
 def event_type(device):
     class Event:
         def __init__(self, enable_timing=False, external=False):
-            self.timed, self.external, self.at_ms = enable_timing, external, None
+            self.timed, self.external, self.at_ms, self.num_ahead = enable_timing, external, None, 0
 
         def record(self, stream):
-            capturing = device.graph_work is not None
+            capturing = device.capturing is not None
             assert not self.external or (capturing and stream.is_captured), "invalid outside of the capture"
             assert not self.timed or self.external == capturing
             self.stream, self.is_captured, stream.is_joined = stream, stream.is_captured, False
-            device.enqueue(lambda: setattr(self, "at_ms", device.now_ms))
+            if capturing:
+                device.capturing.events.append(self)
+            else:
+                self.num_ahead += 1
+            device.enqueue(self.happen)
+
+        def happen(self):
+            self.at_ms, self.num_ahead = device.now_ms, self.num_ahead - 1
+
+        def synchronize(self):
+            assert not self.is_captured, "an event of a graph cannot be waited for"
+            device.synchronize(until=lambda: self.num_ahead == 0)
 
         def elapsed_time(self, end):
+            assert self.num_ahead == end.num_ahead == 0, "its time may be overwritten while it is read"
             return end.at_ms - self.at_ms
 
     return Event
+
+
+def graph_type(device):
+    class Graph:
+        def __init__(self):
+            self.work, self.events = [], []
+
+        def replay(self):
+            device.work += self.work
+            for event in self.events:
+                event.num_ahead += 1
+
+    return Graph
 
 
 @pytest.fixture
@@ -85,10 +113,13 @@ def device(monkeypatch):
     device = Device()
     monkeypatch.setattr(torch.cuda, "Event", event_type(device))
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: device.copy)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph_type(device))
+    monkeypatch.setattr(torch.cuda, "graph", device.graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: device.current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.graph_work is not None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing is not None)
+    monkeypatch.delattr(torch.cuda, "synchronize")
     return device
 
 
@@ -106,53 +137,71 @@ def run_pass(device, lanes, plan):
     lanes.run(plan.instructions, do)
 
 
-def test_a_graph_s_marks_are_its_nodes_and_are_read_after_each_replay(device):
-    tracer = RecordingTracer(torch.device("cuda"))
-    lanes, plan = CudaLanes(torch.device("cuda"), tracer), streamed_plan()
-    tracer.begin_pass(SHAPE)
-    with tracer.aside():
-        run_pass(device, lanes, plan)  # a warm-up
-    with tracer.aside() as marks, device.capture():
-        run_pass(device, lanes, plan)
-    assert [mark.instruction for mark in marks] == list(plan.instructions)
-    for index in range(2):
-        if index:
-            tracer.begin_pass(SHAPE)
-        device.replay()
-        tracer.replayed(marks)
-        device.run(100.0)  # between the passes
-    tracer.begin_pass(SHAPE)
-    run_pass(device, lanes, plan)  # an eager one after them
+def captured(device, tracer, plan):
+    lanes, graphs = CudaLanes(torch.device("cuda"), tracer), Graphs(torch.device("cuda"), tracer)
+    graphs.capture("decode", *[lambda: run_pass(device, lanes, plan)] * 2, counters=[])  # a warm-up, then the pass
+    return lanes, graphs
+
+
+def test_passes_that_follow_each_other_are_read_while_later_ones_run(device):
+    """Eager passes beside replays, all but the first enqueued before the one before it has ended."""
+    tracer, plan = RecordingTracer(torch.device("cuda")), streamed_plan()
+    lanes, graphs = captured(device, tracer, plan)
+    assert [len(graphs.passes[key]) for key in graphs.passes] == [2]
+    kinds = ["graph", "graph", "graph", "eager", "graph", "eager", "eager", "graph", "graph"]
+    for index, kind in enumerate(kinds):
+        tracer.begin_pass(SHAPE)
+        if kind == "graph":
+            graphs.replay("decode")
+            assert {span.pass_index for span in tracer.known} == set(range(index))
+            assert len(device.work) >= len(plan.instructions) or index == 0, "the pass just launched was waited for"
+        else:
+            run_pass(device, lanes, plan)
+        device.run(index)  # between the passes
     device.synchronize()
     spans = tracer.spans()
-    assert [span.pass_index for span in spans] == [i for i in range(3) for _ in plan.instructions]
-    for index in range(3):
+    assert spans == tracer.spans()
+    assert [span.pass_index for span in spans] == [i for i in range(len(kinds)) for _ in plan.instructions]
+    for index in range(len(kinds)):
         mine = [span for span in spans if span.pass_index == index]
         assert [s.name.split()[0] for s in mine] == [str(i).split()[0] for i in plan.instructions]
         times = {lane: [s.end_s - s.start_s for s in mine if s.lane == lane] for lane in (COMPUTE, COPY)}
         assert times[COPY] == pytest.approx([COPY_MS / 1e3] * len(times[COPY]))
         compute = [s for s in mine if s.lane == COMPUTE]
         assert all(a.end_s == pytest.approx(b.start_s) for a, b in zip(compute, compute[1:], strict=False))
-    starts = [min(s.start_s for s in spans if s.pass_index == index) for index in range(3)]
-    whole_s = (4 * STEP_MS + len(times[COPY]) * COPY_MS + 100.0) / 1e3
-    assert [b - a for a, b in zip(starts, starts[1:], strict=False)] == pytest.approx([whole_s] * 2)
+    starts = [min(s.start_s for s in spans if s.pass_index == index) for index in range(len(kinds))]
+    whole_s = (4 * STEP_MS + len(times[COPY]) * COPY_MS) / 1e3
+    gaps_s = [b - a - whole_s for a, b in zip(starts, starts[1:], strict=False)]
+    assert gaps_s == pytest.approx([index / 1e3 for index in range(len(kinds) - 1)])
 
 
-def test_a_warm_up_leaves_no_spans(device):
+def test_a_warm_up_and_captures_leave_no_spans(device):
     tracer = RecordingTracer(torch.device("cuda"))
     tracer.begin_pass(SHAPE)
-    with tracer.aside() as marks:
-        run_pass(device, CudaLanes(torch.device("cuda"), tracer), streamed_plan())
+    plan = streamed_plan()
+    _, graphs = captured(device, tracer, plan)
     device.synchronize()
-    assert len(marks) == len(streamed_plan().instructions) and tracer.spans() == []
+    assert tracer.spans() == []
+    for take in graphs.passes["decode"]:
+        assert [mark.instruction for mark in take.marks] == list(plan.instructions)
 
 
-def test_without_a_trace_nothing_is_marked(device):
-    tracer = Tracer()
-    with tracer.aside() as marks, device.capture():
-        run_pass(device, CudaLanes(torch.device("cuda"), tracer), streamed_plan())
-    tracer.replayed(marks)
-    assert marks == []
+def test_without_a_trace_nothing_is_marked_and_a_pass_is_captured_once(device):
+    _, graphs = captured(device, Tracer(), streamed_plan())
+    graphs.replay("decode")
+    (only,) = graphs.passes["decode"]
+    assert only.marks == []
+
+
+def test_copies_that_fill_the_ring_belong_to_no_pass(device):
+    tracer, plan = RecordingTracer(torch.device("cuda")), streamed_plan()
+    lanes = CudaLanes(torch.device("cuda"), tracer)
+    for shape, instructions in ((None, plan.prologue), (SHAPE, plan.instructions), (None, plan.prologue)):
+        tracer.begin_pass(shape)
+        lanes.run(instructions, lambda instruction: None)
+    device.synchronize()
+    indices = [-1] * len(plan.prologue) + [0] * len(plan.instructions) + [-1] * len(plan.prologue)
+    assert [span.pass_index for span in tracer.spans()] == indices and tracer.shapes == [SHAPE]
 
 
 def test_spans_come_back_from_the_file(tmp_path):

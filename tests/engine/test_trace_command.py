@@ -1,6 +1,7 @@
 """`penstock trace` on the demo model: a picture of the pass that was asked for, and the trace as JSON."""
 
 import json
+import re
 
 import pytest
 
@@ -31,14 +32,19 @@ def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
     assert [span.name for span in dict(lanes)["copy"]] == measured
     assert sorted(s.name for s in dict(lanes)["predicted compute"]) == sorted(s.name for s in dict(lanes)["compute"])
     assert min(span.start_s for _, spans in lanes for span in spans) == 0
-    assert str(picture) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(picture) in said
+    assert re.search(
+        r"^the copy lane idles \d+\.\d{3} ms between consecutive decode passes \(median of 2\)$", said, re.M
+    )
 
 
-def test_the_picture_lies_beside_the_trace(tmp_path, monkeypatch):
+def test_the_picture_lies_beside_the_trace(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["trace", "demo", "--resident", "all", "--start-ms", "0", "--end-ms", "2", *OPTIONS]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "trace.png"}
     assert all(span.lane == COMPUTE for span in read_spans("trace.json")[0, False])
+    assert "copy lane" not in capsys.readouterr().err  # nothing streams
 
 
 def test_without_matplotlib_it_says_how_to_install_it(capsys, tmp_path, monkeypatch):

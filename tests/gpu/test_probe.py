@@ -6,6 +6,8 @@ import pytest
 import torch
 from commands import Command
 
+from penstock import LLM, SamplingParams
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
 
@@ -30,3 +32,21 @@ def test_probe(tmp_path, tp_size):
     for row in probe["reduces"]:
         assert {"eager_s", "graph_s"} <= row.keys() and min(row.values()) > 1e-6
         assert row["bytes"] > 2**20 or row["graph_s"] < row["eager_s"]
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+def test_a_graph_alone(resident):
+    """As long as the passes of a run or shorter, and outputs are the same before and behind it."""
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    prompts = [[0, 5, 9], [7, 8]]
+    with LLM("demo", max_num_seqs=2, gpu_memory="4GiB", resident=resident) as llm:
+
+        def tokens() -> list[list[int]]:
+            return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+        assert llm.rank.graph_s(2) is None  # nothing is captured yet
+        before = [tokens(), tokens()]
+        graph_s = llm.rank.graph_s(2)
+        assert [tokens(), tokens()] == before and before[0] == before[1]
+        passes_s = sorted(measured_s for shape, measured_s, _ in llm.rank.ledger.passes if shape.is_decode)
+    assert 1e-5 < graph_s < 1.1 * passes_s[len(passes_s) // 2]

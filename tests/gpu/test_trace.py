@@ -1,5 +1,7 @@
 """Traces on a GPU: a captured pass has a span for every instruction, in order, together as long as the pass."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -57,17 +59,44 @@ def test_the_spans_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
     """Between two events around a replay lie the spans and the few kernels that derive the inputs before them."""
     with LLM("demo", **OPTIONS, resident=resident, trace=str(tmp_path / "trace.json")) as llm:
         tokens_of(llm)
-        captured = next(iter(llm.rank.worker.executor.decode.graphs.passes.values()))
-        tracer: RecordingTracer = llm.rank.worker.tracer
+        executor = llm.rank.worker.executor
+        graphs, tracer = executor.decode.graphs, executor.tracer
+        key, shape = next(iter(graphs.passes)), tracer.shapes[-1]
         for _ in range(3):
+            known = len(tracer.spans())
             around = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            tracer.begin_pass(shape)
             around[0].record()
-            captured.graph.replay()
+            graphs.replay(key)
             around[1].record()
-            known = len(tracer.known)
-            tracer.replayed(captured.marks)
-            spans = tracer.known[known:]
+            torch.cuda.synchronize()
+            spans = tracer.spans()[known:]
             graph_s = around[0].elapsed_time(around[1]) / 1e3
             assert 0.5 * graph_s < pass_s(spans) <= graph_s + RESOLUTION_S
             compute_s = sum(span.end_s - span.start_s for span in spans if span.lane == COMPUTE)
             assert compute_s == pytest.approx(pass_s(spans), abs=len(spans) * 1e-7, rel=0.02)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_passes_in_a_row_follow_each_other_on_each_lane(tmp_path, enforce_eager):
+    """Nothing is waited for between them, and still each pass has times of its own."""
+    trace = str(tmp_path / "trace.json")
+    with LLM("demo", **OPTIONS, resident="none", enforce_eager=enforce_eager, trace=trace) as llm:
+        tokens_of(llm)
+        tracer: RecordingTracer = llm.rank.worker.tracer
+        num_warm, num_read = len(tracer.shapes), len(tracer.known)
+        assert (num_read > 0) == (not enforce_eager), "graphs are read as they run, eager passes in the end"
+        tokens_of(llm)
+        shapes = list(tracer.shapes)
+    spans = read_spans(trace)[0, False]
+    pairs = [i for i in range(num_warm, len(shapes) - 1) if shapes[i].is_decode and shapes[i + 1].is_decode]
+    assert len(pairs) > 8
+    for index in pairs:
+        for lane in (COMPUTE, COPY):
+            before, after = ([s for s in spans if (s.pass_index, s.lane) == (i, lane)] for i in (index, index + 1))
+            assert len(before) == len(after) > 0
+            assert max(s.end_s for s in before) <= min(s.start_s for s in after) + RESOLUTION_S, (index, lane)
+    copies = {i: [s for s in spans if (s.pass_index, s.lane) == (i, COPY)] for i in range(num_warm, len(shapes))}
+    gaps_s = [copies[i + 1][0].start_s - copies[i][-1].end_s for i in pairs]
+    print(f"copy lane idle between passes, median: {statistics.median(gaps_s) * 1e6:.1f} us")
+    assert all(copies[i][-1].name.endswith("(next pass)") for i in pairs) and min(gaps_s) > -RESOLUTION_S

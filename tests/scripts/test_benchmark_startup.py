@@ -19,6 +19,7 @@ from engine.weights.dummy import DummyWeights
 from parallel.shard import Piece
 from scripts import benchmark_startup, startup_phases
 from scripts.benchmark_page import Record, generic, has_rows
+from scripts.entry import run_script
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-num-seqs", "6", "--resident", "none")
 PHASES = ["imports", "plan", "device", "weights", "engine", "first token"]
@@ -86,9 +87,10 @@ def test_refuses(monkeypatch, capsys, launcher, arguments, message):
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 1)):
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, capsys, *ENGINE, *arguments)
-    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["benchmark_startup.py", *ENGINE, *arguments])
+    assert run_script(benchmark_startup.main) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_start_that_fails_ends_the_benchmark(monkeypatch):

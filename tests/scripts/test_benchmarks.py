@@ -10,7 +10,9 @@ import pytest
 from commands import ROOT, TORCHRUN
 
 from engine.runtime.bucket import bucket_sizes
+from engine.runtime.rank import Rank
 from scripts import benchmark_latency, benchmark_throughput, comparison
+from scripts.entry import run_script
 from scripts.workload import random_jobs
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy", "--resident", "none")
@@ -26,11 +28,11 @@ def run(monkeypatch, capsys, script, *arguments: str) -> dict:
 
 
 def refused(monkeypatch, capsys, script, *arguments: str) -> str:
+    """What it says: one line."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        script.main()
-    assert ended.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    assert run_script(script.main) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def check_bound(fields: dict, time_s: float) -> None:
@@ -56,10 +58,19 @@ def test_latency(monkeypatch, capsys, tmp_path):
             record["streamed_bytes_per_pass_and_rank"] / row["decode_pass_s"] / 1e9
         )
         check_bound(row, row["decode_pass_s"])
+        assert "graph_s" not in row  # there are no graphs on a CPU
         first = row["first_token"]
         assert (first["num_passes"], first["num_tokens"]) == (1, 10 * num_seqs)
         check_bound(first, first["first_token_s"])
         assert first["first_token_s"] + 4 * row["decode_pass_best_s"] < max(row["latencies"])
+
+
+def test_a_pass_beside_its_graph_alone(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(Rank, "graph_s", lambda self, num_rows: asked.append(num_rows) or 1e-3)
+    (row,) = run(monkeypatch, capsys, benchmark_latency, *LATENCY, "--batch-size", "2", "--n", "2")["passes"]
+    assert asked == [4] and row["graph_s"] == 1e-3
+    assert row["step_over_graph"] == pytest.approx(row["decode_pass_s"] / 1e-3)
 
 
 def test_a_prompt_in_chunks_and_nothing_but_a_first_token(monkeypatch, capsys):

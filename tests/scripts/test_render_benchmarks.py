@@ -10,10 +10,11 @@ from scripts.benchmark_page import Record, read_records, render
 
 ROW = {"batch_size": 4, "bound": "link", "bound_s": 0.09, "fraction_of_bound": 0.9, "predicted_s": 0.11}
 ROW |= {"predicted_over_measured": 1.1, "tokens_per_second": 40.0, "achieved_tflops": 1.5}
+GRAPH = {"graph_s": 0.08, "step_over_graph": 1.25}
 LATENCY = {
     "benchmark": "latency", "hardware": "1 x H200", "commit": "abc1234", "model": "Tiny", "dtype": "bfloat16",
     "tp_size": 1, "resident": "none", "input_len": 8, "output_len": 3, "streamed_bytes_per_pass_and_rank": 5,
-    "passes": [ROW | {"decode_pass_s": 0.1, "first_token": ROW | {"first_token_s": 0.2, "num_passes": 2}}],
+    "passes": [ROW | GRAPH | {"decode_pass_s": 0.1, "first_token": ROW | {"first_token_s": 0.2, "num_passes": 2}}],
     "comparisons": [
         {"baseline": "accelerate", "batch_size": 4, "token_s": 0.8, "our_token_s": 0.1, "speedup": 8.0},
         {"baseline": "transformers", "error": "MemoryError: none | left"},
@@ -50,6 +51,7 @@ def test_a_latency_record_answers_three_questions():
     page = render([Record("tiny.json", LATENCY)])
     (decode,), (prefill,) = cells(page, "Streamed decode"), cells(page, "Prefill")
     assert (decode["pass"], decode["bound"], decode["by"], decode["fraction"]) == ("100.00", "90.00", "link", "0.900")
+    assert (decode["graph alone"], decode["pass / graph"]) == ("80.00", "1.250")
     assert (decode["hardware"], decode["commit"]) == ("1 x H200", "abc1234")
     assert (prefill["first token"], prefill["passes"], prefill["TFLOP/s"]) == ("200.00", "2", "1.50")
     ours, failed = cells(page, "Against others")

@@ -1,0 +1,49 @@
+"""What ranks on GPUs say to each other by NCCL alone, behind the Protocol of collectives.py."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import Distributed
+
+# torch 2.13 warns about the older name, 2.11 has no other.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Nccl(Distributed):
+    """CUDA tensors over NCCL, on the caller's stream; host messages over a gloo group of its own. Captured calls have a
+    communicator of their own: an eager call never meets one that a graph has under way."""
+
+    def __init__(self, timeout_s: float):
+        super().__init__(timeout_s)
+        self._graph_group = dist.new_group(backend="nccl", timeout=self._timeout)
+        self._warms_up = False
+
+    @contextlib.contextmanager
+    def for_graphs(self) -> Iterator[None]:
+        self._warms_up = True
+        try:
+            yield
+        finally:
+            self._warms_up = False
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return self._graph_group if self._warms_up or torch.cuda.is_current_stream_capturing() else None
+
+    def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
+        stacked = part.new_empty((self.size, *part.shape))  # (size, N, V_loc)
+        with self._peers():
+            _all_gather_single(stacked, part.contiguous(), group=self._group)
+        out.view(part.shape[0], self.size, part.shape[1]).copy_(stacked.transpose(0, 1))
+
+    def _abort(self) -> None:
+        for group in (self._graph_group, dist.group.WORLD):
+            with contextlib.suppress(RuntimeError):
+                group.abort()
+
+    def close(self) -> None:
+        super().close()
+        self._graph_group = None

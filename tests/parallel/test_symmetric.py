@@ -1,0 +1,94 @@
+"""Which way a sum over GPUs takes, by its size, without a GPU; and which communicator NCCL's calls take."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel import push_reduce, symmetric
+from parallel.nccl import Nccl
+from parallel.symmetric import Symmetric
+
+MIB = 2**20
+BIG = 256 * MIB
+GRAPHS = object()  # their communicator
+
+
+class Device(Symmetric):
+    """One of four ranks with the same parts. `took` says what each call did: its way, its bytes or communicator."""
+
+    def __init__(self, monkeypatch):
+        self.rank, self.size, self.took, self.capturing = 0, 4, [], False
+        self.num_reduces, self.reduced_bytes, self.num_symmetric = Counter(), Counter(), 0
+        self._graph_group, self._warms_up, self._broken, self._peer_buffers = GRAPHS, False, False, None
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: self.sum("nccl", tensor, group))
+        monkeypatch.setattr(symmetric, "push_reduce", lambda _, tensor: self.sum("push", tensor))
+        monkeypatch.setattr(symmetric, "fits", lambda tensor: tensor.nbytes <= push_reduce.MOST_BYTES)
+
+    def _two_shot(self, tensor):
+        assert tensor.is_contiguous()
+        self.sum("two-shot", tensor)
+
+    def sum(self, way, tensor, *group):
+        self.took.append((way, tensor.nbytes, *group))
+        tensor.mul_(4)
+
+
+@pytest.fixture
+def device(monkeypatch) -> Device:
+    return Device(monkeypatch)
+
+
+def summed(device, num_rows: int, width: int = 4096, dtype=torch.bfloat16) -> list[tuple]:
+    """The ways of a sum of rows, which must be right and count once."""
+    part = (torch.arange(num_rows * width) % 251).to(dtype).view(num_rows, width)
+    tensor, before = part.clone(), device.num_symmetric
+    device.took = []
+    device.all_reduce(tensor, "attn")
+    assert tensor.equal(4 * part)
+    assert device.num_symmetric - before == (device.took[0][0] != "nccl")
+    assert device.reduced_bytes["attn"] == part.nbytes and device.num_reduces["attn"] == 1
+    device.num_reduces.clear()
+    device.reduced_bytes.clear()
+    return device.took
+
+
+def test_small_ones_are_pushed_and_large_ones_are_nccl_s(device):
+    assert summed(device, 128) == [("push", MIB)]
+    assert summed(device, 129) == [("two-shot", 129 * 8192)]
+    assert summed(device, 2048) == [("two-shot", 16 * MIB)]
+    assert summed(device, 2049) == [("nccl", 2049 * 8192, None)]
+
+
+def test_sums_that_the_buffer_does_not_hold_are_cut_into_whole_rows(device, monkeypatch):
+    monkeypatch.setattr(symmetric, "LARGEST_BYTES", BIG)
+    assert summed(device, 2048) == [("two-shot", 16 * MIB)]
+    assert summed(device, 8192) == [("two-shot", 16 * MIB)] * 4
+    assert summed(device, 2049) == [("two-shot", 16 * MIB), ("two-shot", 8192)]
+    assert summed(device, 3000, width=5120) == [("two-shot", 1638 * 10240), ("two-shot", 1362 * 10240)]
+    assert summed(device, 20000, width=1024, dtype=torch.float16) == [("nccl", 20000 * 2048, None)]
+    assert summed(device, 1001, width=9001) == [("nccl", 1001 * 9001 * 2, None)]  # ragged rows
+    assert summed(device, 1, width=9 * MIB) == [("nccl", 18 * MIB, None)]  # a row that is too large
+    flat = torch.ones(17 * MIB // 2, dtype=torch.bfloat16)
+    device.all_reduce(flat)
+    assert flat.eq(4).all() and device.took[1:] == [("two-shot", 16 * MIB), ("two-shot", MIB)]
+
+
+def test_captured_calls_and_their_warm_up_have_a_communicator_of_their_own(device):
+    tensor = torch.zeros(3, 7)  # 84 bytes are ragged
+    reduce = Nccl.all_reduce
+    reduce(device, tensor)
+    with device.for_graphs():
+        reduce(device, tensor)
+        device.capturing = True
+        reduce(device, tensor)
+    reduce(device, tensor)
+    device.capturing = False
+    reduce(device, tensor)
+    assert [group for _, _, group in device.took] == [None, GRAPHS, GRAPHS, GRAPHS, None]
+    with pytest.raises(RuntimeError), device.for_graphs():
+        raise RuntimeError
+    reduce(device, tensor)
+    assert device.took[-1][-1] is None
