@@ -14,9 +14,10 @@ def new_directory(out: Path, source: Path, needed_bytes: int) -> Iterator[Path]:
     """A directory beside `out` to write in. It takes that name when the block ends and all is on the disk; after an
     error it is gone.
 
-    Raises ValueError naming --out if that is a file, a directory with something in it, or inside `source`, if there
-    are not `needed_bytes` free, or if another run writes there; and for an OSError in the block, in its words.
+    Raises ValueError naming --out if that is a file, a mount point, a directory with something in it, or inside
+    `source`, if there are not `needed_bytes` free, or if another run writes there; and for an OSError in the block.
     """
+    out = out.resolve()  # it is renamed to at the end: that must not meet a link
     partial = out.with_name(out.name + ".partial")
     _check(out, partial, source, needed_bytes)
     try:
@@ -35,12 +36,14 @@ def new_directory(out: Path, source: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def _check(out: Path, partial: Path, source: Path, needed_bytes: int) -> None:
-    if out.resolve().is_relative_to(source.resolve()):
+    if out.is_relative_to(source.resolve()):
         raise ValueError(f"--out {out}: lies in {source}, which is read")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out}: is not empty")
+    if os.path.ismount(out):
+        raise ValueError(f"--out {out}: is a mount point: name a directory in it")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no directory {out.parent}")
     if partial.exists():

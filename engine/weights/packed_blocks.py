@@ -46,10 +46,8 @@ class BlockReader:
             memory = self.weights(fd, tensor, block)[0].view(-1).view(torch.uint8).cpu()
         found = checksum(memory)
         if found != block.original_checksum:
-            expected = f"{block.original_checksum:08x}"
-            raise ValueError(
-                f"{_where(tensor, block)}: corrupt: the original's checksum is {expected}, not {found:08x}"
-            )
+            where = _where(tensor, block)
+            raise ValueError(f"{where}: corrupt: not what was packed: {found:08x}, not {block.original_checksum:08x}")
         return memory
 
     def _read(self, fd: int, block: PackedBlock) -> Tensor:

@@ -1,6 +1,6 @@
-"""Packed checkpoints as sources of weights: of a coded tensor only the blocks are read and decoded that a piece touches.
+"""Packed checkpoints as sources of weights: of a coded tensor those blocks are read and decoded that a piece touches.
 
-A block is whole rows: a cut through columns reads every block, on each rank, and finds the last one again.
+A block is whole rows: where columns are cut, every rank reads every block.
 """
 
 from pathlib import Path

@@ -61,7 +61,7 @@ class PackedBlock:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """`original`'s offset is that in the original file, `stored`'s that in the packed one, which both have as `file`."""
+    """`original`'s offset is that in the original file, `stored`'s that in the packed one, which is the file of both."""
 
     name: str
     original: TensorEntry

@@ -80,7 +80,7 @@ def read_header_text(file: Path) -> bytes:
 
 
 def parse_header(file: Path, text: bytes, size: int | None = None) -> dict[str, TensorEntry]:
-    """The tensors of a file with this header and `size` bytes (None: as many as it takes); `file` names it in errors."""
+    """The tensors of a file with this header and `size` bytes (None: as many as it takes); `file` is for errors."""
     header = _parse_json(file, text)
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, info, 8 + len(text), size) for name, info in header.items()}
