@@ -61,7 +61,7 @@ class PackedBlock:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """`original`'s offset is that in the original file, `stored`'s that in the packed one, which is the file of both."""
+    """`original` has its offset in the original file, `stored` in the packed one, which both name as theirs."""
 
     name: str
     original: TensorEntry
