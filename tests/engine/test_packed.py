@@ -73,7 +73,7 @@ def test_the_library_opens_packed_files(odd):
     (packed / "a.safetensors").rename(packed / "a.packed")  # with a dtype that the library does not know
     with safe_open(packed / "b.safetensors", "pt") as found, safe_open(original / "b.safetensors", "pt") as expected:
         assert set(found.keys()) == set(ODD["b.safetensors"])
-        for name in found.keys():
+        for name in ODD["b.safetensors"]:
             assert name in CODED or same_bits(found.get_tensor(name), expected.get_tensor(name)), name
         wide = found.get_tensor("wide")
         assert (
