@@ -10,7 +10,7 @@ import concurrent.futures
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 from engine.model.layout import GroupLayout, ModelLayout
 from engine.weights.blocks import BLOCK_BYTES, Block, WeightSource, cut_blocks
 from engine.weights.host_arena import HostArena, check_host_memory
-from engine.weights.threads import single_threaded_ops
 from scheduler.step_plan import GroupId
 
 
@@ -163,7 +162,7 @@ def _load_blocks(
     """Returns the bytes read. The first error cancels what was not begun."""
     bytes_read, left = 0, _span_bytes(groups)
     executor = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
-    with single_threaded_ops():
+    with _single_threaded_ops():
         try:
             futures = {}
             for block in (block for group in groups for block in cut_blocks(group)):
@@ -177,6 +176,17 @@ def _load_blocks(
             executor.shutdown(cancel_futures=True)
     progress(left)  # the gaps between tensors, and rows that are zero
     return bytes_read
+
+
+@contextlib.contextmanager
+def _single_threaded_ops() -> Iterator[None]:
+    """Each reader thread would otherwise start a team of threads of its own for a conversion or a sum."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _span_bytes(groups: Sequence[GroupLayout]) -> int:
