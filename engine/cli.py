@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "probe": ("engine.probe_command", "measure links, memory, compute and all-reduces, for `plan` and the engine"),
     "trace": ("engine.trace_command", "draw the two lanes of a pass, predicted beside measured"),
     "profile": ("engine.profile_command", "show where the time of a decode and a prefill pass goes"),
+    "pack": ("engine.pack_command", "write a checkpoint with its weights coded, or check one"),
+    "unpack": ("engine.unpack_command", "write a packed checkpoint's original again, byte for byte"),
     "worker": ("engine.worker_command", None),
 }
 EPILOG = """examples:

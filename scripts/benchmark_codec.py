@@ -19,8 +19,9 @@ from torch import Tensor
 from engine.planning import find_model
 from engine.record import add_output_argument, keep, machine
 from engine.runtime.measure import GPU_BYTES, decode_seconds, link_buffers, link_gb_s, seconds
-from engine.weights.checkpoint import FILE_DTYPES, Checkpoint
+from engine.weights.checkpoint import FILE_DTYPES
 from engine.weights.codec import CodeLayout, encode
+from engine.weights.packed_checkpoint import open_checkpoint
 from parallel.collectives import Solo
 from parallel.launch import run_rank
 from parallel.shard import Piece
@@ -59,7 +60,7 @@ SOURCES: tuple[Callable[[tuple[int, int], torch.device], Tensor], ...] = (
 
 def checkpoint_tensors(model: str, device: torch.device) -> Iterator[Tensor]:
     """Every tensor as bf16 (rows, columns) on the device. Raises ValueError naming one that is quantised."""
-    with Checkpoint.open(find_model(model)) as checkpoint:
+    with open_checkpoint(find_model(model), device) as checkpoint:
         for name, entry in checkpoint.entries.items():
             if entry.dtype not in FILE_DTYPES:
                 raise ValueError(f"--model {model}: {name} is {entry.dtype}, not one of {', '.join(FILE_DTYPES)}")

@@ -69,6 +69,13 @@ MAY_IMPORT = {
     "engine.trace_command": ("engine.config", "engine.runtime.trace", "engine.trace_plot", "engine.traced_run"),
     "engine.pass_profile": ("engine.planning", "engine.runtime.trace", "engine.traced_run", "scheduler"),
     "engine.profile_command": ("engine.config", "engine.pass_profile", "engine.traced_run"),
+    "engine.pack_command": (
+        *("engine.config", "engine.planning", "engine.weights", "parallel.topology", "scheduler.demand"),
+    ),
+    "engine.unpack_command": (
+        *("engine.config", "engine.pack_command", "engine.planning", "engine.weights", "parallel.topology"),
+        "scheduler.demand",
+    ),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
     "penstock": ("engine.version", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),

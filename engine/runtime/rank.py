@@ -126,7 +126,7 @@ class Rank:
         device = self.topology.device
         rates = plan_rates(self.config, self.topology.tp_size, device.type, device_name(device))
         plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
-        source = open_source(self.config, path, plan)
+        source = open_source(self.config, path, plan, device)
         self.planned_at_s = time.perf_counter()
         return plan, source
 

@@ -22,9 +22,9 @@ from engine.runtime.kv_cache import KVCache
 from engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from engine.runtime.sampler import Sampler
 from engine.runtime.trace import RecordingTracer, Tracer
-from engine.weights.checkpoint import Checkpoint
 from engine.weights.dummy import DummyWeights
 from engine.weights.host_store import LoadedWeights, WeightSource, load_weights
+from engine.weights.packed_checkpoint import open_checkpoint
 from engine.weights.views import views
 from parallel.collectives import Collectives
 from parallel.shard import shard_heads
@@ -32,13 +32,14 @@ from parallel.topology import Topology
 from scheduler.step_plan import GroupId, Slot
 
 
-def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSource:
-    """The checked checkpoint, or random weights. Raises ValueError naming the file and tensor that is wrong."""
+def open_source(config: EngineConfig, path: Path, plan: EnginePlan, device: torch.device) -> WeightSource:
+    """The checked checkpoint, a packed one decoded on `device`, or random weights. Raises ValueError naming the file
+    and tensor that is wrong."""
     names = tensor_names(plan.spec)
     expected = expected_tensors(plan.spec, names)
     if config.load_format == "dummy":
         return DummyWeights(expected, config.seed)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path, device)
     checkpoint.check(expected, names.ignorable)
     return checkpoint
 

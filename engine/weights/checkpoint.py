@@ -5,13 +5,14 @@ asked for are read, and nothing but the headers before every expected tensor is 
 What a tensor is for is not known here: pieces come from the layout.
 """
 
+import contextlib
 import ctypes
 import math
 import os
 import re
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -71,19 +72,15 @@ class Checkpoint:
         """
         entry = self.entries[piece.tensor]
         dtype = FILE_DTYPES[entry.dtype]
-        try:
+        with naming(entry.file, piece.tensor):
             if out.dtype == dtype:
-                self._read_rows(entry, piece.row, piece.col, out)
+                num_read = self._read_rows(piece.tensor, piece.row, piece.col, out)
             else:
-                self._read_converted(entry, piece, dtype, out)
-        except OSError as error:
-            raise OSError(f"{entry.file}: cannot read {piece.tensor}: {error}") from error
-        except EOFError as error:
-            raise ValueError(f"{entry.file}: the file ends inside {piece.tensor}: truncated?") from error
+                num_read = self._read_converted(piece, dtype, out)
         # One sum costs a fraction of the read, and NaN and inf survive it; only then is each value looked at.
         if not math.isfinite(out.sum().item()):
             self._look_closer(piece.tensor, entry, out)
-        return piece.num_rows * piece.num_cols * dtype.itemsize
+        return num_read
 
     def finish(self) -> None:
         """After the last read: warns once, naming the first tensors in which NaN or inf was found."""
@@ -113,27 +110,30 @@ class Checkpoint:
                 self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             return self._files[file]
 
-    def _read_rows(self, entry: TensorEntry, row: int, col: int, out: Tensor) -> None:
-        """Fills `out`, of the file's dtype, with the rectangle that starts at (row, col)."""
+    def _read_rows(self, name: str, row: int, col: int, out: Tensor) -> int:
+        """Fills `out`, of the file's dtype, with the rectangle that starts at (row, col); returns the bytes read."""
+        entry = self.entries[name]
         fd, itemsize = self._fd(entry.file), out.element_size()
         (num_rows, num_cols), pitch = out.shape, out.stride(0) * itemsize
         target = _bytes_of(out)
         row_bytes, file_pitch = num_cols * itemsize, entry.num_cols * itemsize
         start = entry.offset + row * file_pitch + col * itemsize
         if row_bytes == file_pitch and out.is_contiguous():
-            _read_exactly(fd, target, start)
-            return
-        for i in range(num_rows):
-            _read_exactly(fd, target[i * pitch : i * pitch + row_bytes], start + i * file_pitch)
+            read_exactly(fd, target, start)
+        else:
+            for i in range(num_rows):
+                read_exactly(fd, target[i * pitch : i * pitch + row_bytes], start + i * file_pitch)
+        return num_rows * row_bytes
 
-    def _read_converted(self, entry: TensorEntry, piece: Piece, dtype: torch.dtype, out: Tensor) -> None:
-        """Fills `out` through this thread's buffer, as many rows at a time as it holds."""
-        step = max(1, CONVERT_BYTES // (piece.num_cols * dtype.itemsize))
+    def _read_converted(self, piece: Piece, dtype: torch.dtype, out: Tensor) -> int:
+        """Fills `out` through this thread's buffer, as many rows at a time as it holds; returns the bytes read."""
+        step, num_read = max(1, CONVERT_BYTES // (piece.num_cols * dtype.itemsize)), 0
         for first in range(0, piece.num_rows, step):
             part = out[first : first + step]
             buffer = self._buffer(part.numel() * dtype.itemsize).view(dtype).view(part.shape)
-            self._read_rows(entry, piece.row + first, piece.col, buffer)
+            num_read += self._read_rows(piece.tensor, piece.row + first, piece.col, buffer)
             part.copy_(buffer)
+        return num_read
 
     def _buffer(self, nbytes: int) -> Tensor:
         held = getattr(self._local, "buffer", None)
@@ -162,7 +162,19 @@ def _bytes_of(out: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * (num_elements * out.element_size())).from_address(out.data_ptr())).cast("B")
 
 
-def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
+@contextlib.contextmanager
+def naming(file: Path, tensor: str) -> Iterator[None]:
+    """Around reads of a tensor: what goes wrong names it and its file, as OSError or, at the file's end, ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{file}: cannot read {tensor}: {error}") from error
+    except EOFError as error:
+        raise ValueError(f"{file}: the file ends inside {tensor}: truncated?") from error
+
+
+def read_exactly(fd: int, target: memoryview, offset: int) -> None:
+    """Fills `target` with the file's bytes from `offset` on. Raises EOFError where the file ends before."""
     done = os.preadv(fd, [target], offset)
     while done < len(target):
         num_read = os.preadv(fd, [target[done:]], offset + done)

@@ -54,6 +54,17 @@ def find_entries(directory: Path) -> dict[str, TensorEntry]:
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one file. Raises ValueError naming the file, and the tensor if one is at fault."""
+    return parse_header(file, read_header_text(file), file.stat().st_size)
+
+
+def read_metadata(file: Path) -> dict[str, object]:
+    """What the header says beside its tensors. Raises ValueError naming the file if it has no header."""
+    metadata = _parse_json(file, read_header_text(file)).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def read_header_text(file: Path) -> bytes:
+    """The header's bytes, padding included. Raises ValueError naming the file if it is too short for one."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         prefix = stream.read(8)
@@ -65,10 +76,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                 f"{file}: the header is said to have {header_bytes} bytes, more than the file ({size}): "
                 "truncated, or not a safetensors file"
             )
-        text = stream.read(header_bytes)
+        return stream.read(header_bytes)
+
+
+def parse_header(file: Path, text: bytes, size: int | None = None) -> dict[str, TensorEntry]:
+    """The tensors of a file with this header and `size` bytes (None: as many as it takes); `file` is for errors."""
     header = _parse_json(file, text)
     header.pop("__metadata__", None)
-    entries = {name: _entry(file, name, info, 8 + header_bytes, size) for name, info in header.items()}
+    entries = {name: _entry(file, name, info, 8 + len(text), size) for name, info in header.items()}
     _check_overlaps(entries)
     return entries
 
@@ -115,7 +130,7 @@ def _parse_json(file: Path, text: bytes) -> dict:
     return parsed
 
 
-def _entry(file: Path, name: str, info: object, data_start: int, size: int) -> TensorEntry:
+def _entry(file: Path, name: str, info: object, data_start: int, size: int | None) -> TensorEntry:
     try:
         dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
@@ -123,7 +138,7 @@ def _entry(file: Path, name: str, info: object, data_start: int, size: int) -> T
         sound = False
     if not sound or start > stop:
         raise ValueError(f"{file}: corrupt header: {name} is described as {str(info)[:200]}")
-    if data_start + stop > size:
+    if size is not None and data_start + stop > size:
         raise ValueError(f"{file}: truncated: {name} ends at byte {data_start + stop}, but the file has {size} bytes")
     bits = DTYPE_BITS.get(dtype)
     if bits is not None and (stop - start) * 8 != math.prod(shape) * bits:

@@ -1,0 +1,215 @@
+"""Broken packed checkpoints: whatever reads them refuses them by file and tensor, and leaves nothing behind."""
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_proof import DEVICE
+from odd_checkpoints import bf16, random_bytes, write_file
+
+from engine.cli import main
+from engine.pack_command import pack
+from engine.weights import packed_format, packing
+from engine.weights.packed_checkpoint import open_checkpoint
+from engine.weights.packed_format import BLOCKS, CHECKSUM, HEADER, PACKED, find_packed
+from engine.weights.safetensors_header import read_header_text
+from engine.weights.unpacking import verify_file
+from parallel.shard import Piece
+
+HERE = torch.device(DEVICE)
+SHAPE = (100, 96)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A packed checkpoint of two files, in blocks of 52 rows."""
+    directory = tmp_path_factory.mktemp("whole")
+    (directory / "plain").mkdir()
+    files = {"1.safetensors": {"coded": bf16(*SHAPE)}, "2.safetensors": {"raw": random_bytes("F32", (50,), 200)}}
+    for file, tensors in files.items():
+        write_file(directory / "plain" / file, tensors)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (directory / "plain/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BLOCK_BYTES", 10_000)
+        pack(directory / "plain", directory / "packed", HERE, verified=False)
+    return directory
+
+
+@pytest.fixture
+def packed(whole, tmp_path):
+    shutil.copytree(whole / "packed", tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def flip(directory: Path, tensor: str, block: int, byte: int) -> None:
+    found = find_packed(directory)[tensor]
+    with open(found.stored.file, "r+b") as file:
+        file.seek(found.blocks[block].offset + byte)
+        value = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([value ^ 4]))
+
+
+def change_metadata(file: Path, change: Callable[[dict], None], sign: bool = True) -> None:
+    """Writes the header anew, as long as it was; with the checksum that it should have then, or with the old one."""
+    text = read_header_text(file)
+    header = json.loads(text)
+    metadata = header["__metadata__"]
+    change(metadata)
+    if sign:
+        metadata[CHECKSUM] = packed_format._checksum(metadata[HEADER], metadata[BLOCKS])
+    changed = json.dumps(header, separators=(",", ":")).encode().ljust(len(text))
+    with open(file, "r+b") as stream:
+        stream.write(struct.pack("<Q", len(changed)) + changed)
+
+
+@pytest.mark.parametrize("byte", [0, 777, 5000])
+def test_a_flipped_bit_of_a_coded_block_is_found_by_all(packed, tmp_path, capsys, byte):
+    flip(packed, "coded", 1, byte)
+    where = r"1\.safetensors: coded, bytes 9984 to 19200: corrupt: the checksum is [0-9a-f]{8}, not "
+    out = torch.empty(SHAPE, dtype=torch.bfloat16)
+    with open_checkpoint(packed, HERE) as source:
+        source.read_piece(Piece("coded", 0, 52, 0, 96, 0), out[:52])  # the block before it is whole
+        for row in (99, 0):
+            with pytest.raises(ValueError, match=where):
+                source.read_piece(Piece("coded", row, 100 - row, 3, 1, 0), out[row:, :1])
+    assert re.search(where, refused(capsys, "pack", "--model", packed, "--verify"))
+    assert re.search(where, refused(capsys, "unpack", "--model", packed, "--out", tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["packed"]
+
+
+def test_a_flipped_bit_of_a_raw_tensor_is_found(packed, tmp_path, capsys):
+    flip(packed, "raw", 0, 100)
+    where = r"2\.safetensors: raw, bytes 0 to 200: corrupt: not what was packed"
+    assert re.search(where, refused(capsys, "pack", "--model", packed, "--verify"))
+    assert re.search(where, refused(capsys, "unpack", "--model", packed, "--out", tmp_path / "out"))
+
+
+def test_a_coder_that_errs_is_found(whole, tmp_path, monkeypatch, capsys):
+    """What it wrote has its checksum, and is not what was there."""
+    whole_encode = packing.encode
+    monkeypatch.setattr(packing, "encode", lambda weights: whole_encode(-weights))
+    arguments = ("pack", "--model", whole / "plain", "--out", tmp_path / "out")
+    assert "coded, bytes 0 to 19200: corrupt: not what was packed" in refused(capsys, *arguments, "--verify")
+    assert os.listdir(tmp_path) == []
+    assert main([str(argument) for argument in arguments]) == 0
+    error = refused(capsys, "unpack", "--model", tmp_path / "out", "--out", tmp_path / "original")
+    assert "1.safetensors: coded, bytes 0 to 19200: corrupt: not what was packed" in error
+
+
+def test_another_original_is_found(whole, packed, monkeypatch):
+    """The comparison with the model itself, where all checksums are right."""
+    source = whole / "plain/1.safetensors"
+    data = bytearray(source.read_bytes())
+    data[-1] ^= 1
+    (packed / "original").write_bytes(data)
+    with pytest.raises(ValueError, match=r"1\.safetensors: coded does not decode to what it is in .*/original"):
+        packing_verify(packed, packed / "original")
+    (packed / "original").write_bytes(source.read_bytes().replace(b"coded", b"c0ded"))
+    with pytest.raises(ValueError, match=r"1\.safetensors: its header is not that of .*/original"):
+        packing_verify(packed, packed / "original")
+
+
+def packing_verify(packed: Path, original: Path) -> None:
+    verify_file(packed / "1.safetensors", original, HERE, lambda nbytes: None)
+
+
+def set_value(key: str, value: object) -> Callable[[dict], None]:
+    return lambda metadata: metadata.update({key: value})
+
+
+def edit_blocks(change: Callable[[dict], object]) -> Callable[[dict], None]:
+    def edit(metadata: dict) -> None:
+        table = json.loads(metadata[BLOCKS])
+        change(table)
+        metadata[BLOCKS] = json.dumps(table)
+
+    return edit
+
+
+NOT_WHOLE = r"1\.safetensors: corrupt header: what it says of the packing is not whole"
+NO_SUCH_BLOCKS = r"1\.safetensors: corrupt header: coded does not have the blocks"
+OTHER_TENSORS = r"1\.safetensors: corrupt header: its tensors are not those of the original"
+CHANGES = {
+    "version": (set_value(PACKED, "2"), r"1\.safetensors: packed in version '2' of the format; 1 is read here"),
+    "no header": (set_value(HEADER, ""), r"1\.safetensors: corrupt header: "),
+    "no table": (set_value(BLOCKS, "[]"), NOT_WHOLE),
+    "no JSON": (set_value(BLOCKS, "{"), NOT_WHOLE),
+    "no block_bytes": (edit_blocks(lambda table: table.pop("block_bytes")), NOT_WHOLE),
+    "block_bytes of 0": (edit_blocks(lambda table: table.update(block_bytes=0)), NOT_WHOLE),
+    "negative": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(2, -1)), NOT_WHOLE),
+    "no number": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(0, "1")), NOT_WHOLE),
+    "a block less": (edit_blocks(lambda table: table["tensors"]["coded"].pop()), NO_SUCH_BLOCKS),
+    "other blocks": (edit_blocks(lambda table: table.update(block_bytes=192)), NO_SUCH_BLOCKS),
+    "more patches": (edit_blocks(lambda table: table["tensors"]["coded"][1].__setitem__(3, 10**6)), NO_SUCH_BLOCKS),
+    "long row": (edit_blocks(lambda table: table["tensors"]["coded"][1].append(1)), NO_SUCH_BLOCKS),
+    "other name": (edit_blocks(lambda table: table.update(tensors={"c": table["tensors"]["coded"]})), OTHER_TENSORS),
+    "other dtype": (lambda m: m.update({HEADER: m[HEADER].replace("BF16", "F16")}), NO_SUCH_BLOCKS),
+    "other original": (lambda m: m.update({HEADER: m[HEADER].replace("coded", "c0ded")}), OTHER_TENSORS),
+    "gap": (lambda m: m.update({HEADER: m[HEADER].replace("[0, 19200]", "[2, 19202]")}), OTHER_TENSORS),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_metadata_are_refused(packed, capsys, name):
+    change, message = CHANGES[name]
+    change_metadata(packed / "1.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(packed, HERE)
+    assert re.search(message, refused(capsys, "pack", "--model", packed, "--verify"))
+
+
+@pytest.mark.parametrize("name", ["a block less", "other original", "no header"])
+def test_metadata_have_a_checksum(packed, name):
+    change_metadata(packed / "1.safetensors", CHANGES[name][0], sign=False)
+    with pytest.raises(ValueError, match=NOT_WHOLE):
+        open_checkpoint(packed, HERE)
+
+
+def test_right_checksums_of_wrong_codes_are_refused(packed):
+    """The decoder would follow them out of bounds."""
+    block = find_packed(packed)["coded"].blocks[0]
+    with open(packed / "1.safetensors", "r+b") as file:
+        file.seek(block.offset)
+        blob = torch.frombuffer(bytearray(file.read(block.stored_bytes)), dtype=torch.uint8)
+        block.layout.part(blob, "codes").fill_(255)
+        file.seek(block.offset)
+        file.write(blob.numpy())
+    right = packing.checksum(blob)
+    change_metadata(packed / "1.safetensors", edit_blocks(lambda t: t["tensors"]["coded"][0].__setitem__(0, right)))
+    out = torch.empty(1, 96, dtype=torch.bfloat16)
+    with (
+        open_checkpoint(packed, HERE) as source,
+        pytest.raises(ValueError, match="coded, .*: corrupt: its tiles do not"),
+    ):
+        source.read_piece(Piece("coded", 0, 1, 0, 96, 0), out)
+
+
+def test_truncated_files_are_refused(packed, tmp_path):
+    file = packed / "1.safetensors"
+    with open_checkpoint(packed, HERE) as source:
+        os.truncate(file, file.stat().st_size - 1)
+        with pytest.raises(ValueError, match=r"1\.safetensors: the file ends inside coded: truncated"):
+            source.read_piece(Piece("coded", 99, 1, 0, 96, 0), torch.empty(1, 96, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"1\.safetensors: truncated: coded ends at byte"):
+        open_checkpoint(packed, HERE)
+
+
+def test_packed_and_plain_files_do_not_mix(whole, packed, capsys):
+    shutil.copyfile(whole / "plain/2.safetensors", packed / "2.safetensors")
+    message = r"2\.safetensors: not packed, but 1\.safetensors beside it is"
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(packed, HERE)
+    assert re.search(message, refused(capsys, "pack", "--model", packed, "--out", packed.with_name("out")))
