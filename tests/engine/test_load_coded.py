@@ -176,9 +176,10 @@ def test_coded_on_the_gpu_equals_plain_on_the_cpu(streams):
     coded = {group.group for group in layout.groups if group.group.name != "attn"}
     plain = load_weights(source, layout, streamed, streams != "none", CPU)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     loaded = load_weights(source, layout, streamed, streams != "none", torch.device(DEVICE), coded=coded)
     assert 0 <= torch.cuda.memory_allocated() - before - loaded.resident_bytes <= 2**20
+    assert torch.cuda.memory_reserved() - reserved <= loaded.resident_bytes + 2**21 * (len(loaded.resident) + 10)
     assert all(span.is_cuda for span in loaded.resident.values()) and set(loaded.codes) == coded
     assert all(not span.is_cuda for span in loaded.host_spans.values())
     for group in loaded.host_spans:  # registered memory: the device reads what was kept
