@@ -14,7 +14,6 @@ log-normally). It decodes in half the instructions, without a prefix sum. Patche
 0.09 bits more.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -24,23 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.code_tile import ESCAPE_ROW, LANE_WEIGHTS, LANES, TILE, num_escape_rows
-from engine.kernels.decode_weights import (
-    BLOCK_TILES,
-    COMMON,
-    ESCAPED,
-    PATCH_PLACE,
-    WINDOW,
-    Planes,
-    decode_weights,
-    stored_order,
-)
-from engine.model.coded_size import ESCAPE_BITS, PART_BYTES, part_bytes
+from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE
+from engine.kernels.decode_weights import Planes, decode_weights
+from engine.model.coded_size import PART_BYTES, part_bytes
+from engine.weights.encode_tiles import encode_blocks, pack_escapes
 from parallel.shard import pad_to
-
-PATCH_BITS = 16
-CPU_BLOCK_TILES = 128  # that a thread codes at a time: those that a cache holds
-LATE_PLACE, PATCHED = 2, 32  # where a marked exponent has its 3-bit code, and the bit that says that it is patched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +100,12 @@ def encode(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -> 
     if weights.dtype != torch.bfloat16 or not raw.num_tiles:
         return raw, _filled(raw, {"rest": flat}, out)
     tiles = flat[: raw.num_tiles * TILE].view(torch.int16).view(-1, TILE)
-    parts = _encode_blocks(tiles, out, num_threads)
+    parts = encode_blocks(tiles, out, num_threads)
     counts = {"num_escapes": len(parts["escapes"]), "num_patches": len(parts["patches"])}
     layout = dataclasses.replace(raw, raw=False, **counts)
     if layout.nbytes >= raw.nbytes:
         return raw, _filled(raw, {"rest": flat}, out)
-    parts["escapes"] = _pack_escapes(parts["escapes"])
+    parts["escapes"] = pack_escapes(parts["escapes"])
     for name in ("escape_starts", "patch_starts"):
         parts[name] = F.pad(parts[name].cumsum(0), (1, 0)).int()
     return layout, _filled(layout, parts | {"rest": flat[tiles.numel() :]}, out)
@@ -171,96 +158,6 @@ def _check_planes(name: str, planes: Planes) -> None:
     starts = planes.patch_starts
     if starts[0] != 0 or starts[-1] != len(planes.patches) or bool((starts.diff() < 0).any()):
         raise ValueError(f"{name}: corrupt: the patches of its tiles do not follow each other")
-
-
-def _encode_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, Tensor]:
-    """(N, TILE) int16: mantissas and codes to the start of `out`, where they always lie; returns the other parts, the
-    escapes not packed yet, and numbers a tile in place of starts."""
-    num_bytes = TILE * len(tiles)
-    mantissas = out[:num_bytes].view(-1, LANES, LANE_WEIGHTS)
-    codes = out[num_bytes : num_bytes + num_bytes // 4].view(-1, LANES, 4)
-    on_cpu = out.device.type == "cpu"
-    step = CPU_BLOCK_TILES if on_cpu else BLOCK_TILES
-    blocks = [part.split(step) for part in (tiles, mantissas, codes)]
-    if on_cpu and num_threads > 1:
-        with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="encode") as threads:
-            encoded = list(threads.map(_encode_tiles, *blocks))
-    else:
-        encoded = list(map(_encode_tiles, *blocks))
-    return {name: torch.cat([block[name] for block in encoded]) for name in encoded[0]}
-
-
-def _encode_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str, Tensor]:
-    """Of N tiles: mantissas (N, LANES, LANE_WEIGHTS) and codes (N, LANES, 4) into place."""
-    exponents = tiles >> 7 & 0xFF
-    bins = exponents.int().add_(_first_bins(tiles))
-    counts = torch.bincount(bins.view(-1), minlength=256 * len(tiles)).view(-1, 256).int()
-    first, below = choose_windows(counts)
-    marks, times = _code_exponents(first, below)
-    mantissas.copy_(stored_order((tiles >> 8 & 0x80 | tiles & 0x7F).byte()))
-    marked = marks.view(-1).index_select(0, bins.view(-1)).view(-1, TILE)
-    patched = (marked >= PATCHED).nonzero().unbind(1)
-    stored = stored_order(marked).view(-1)
-    codes_of = stored & COMMON
-    groups = codes_of.view(torch.int32).view(-1, LANES, 4).unbind(2)  # (N, LANES) words of four codes
-    codes.view(torch.int32)[:, :, 0] = groups[0] | groups[1] << 2 | groups[2] << 4 | groups[3] << 6
-    times_at = times[patched[0], exponents[patched].long()]
-    return {
-        "escapes": stored[codes_of == COMMON] >> LATE_PLACE & 7,
-        "patches": (patched[1] << PATCH_PLACE | times_at).short(),
-        "escape_starts": (counts * (marks & COMMON == COMMON)).sum(1),
-        "patch_starts": (counts * (times > 0)).sum(1),
-        "windows": torch.stack([first, below], 1).byte().view(-1),
-    }
-
-
-def _first_bins(tiles: Tensor) -> Tensor:
-    """Each of N tiles has 256 bins, one an exponent: (N, 1) int32."""
-    return torch.arange(0, 256 * len(tiles), 256, device=tiles.device, dtype=torch.int32)[:, None]
-
-
-def _code_exponents(first: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-    """What each exponent becomes in tiles of these windows: (N, 256) uint8 of its code, the 3-bit code of an escape at
-    LATE_PLACE, and PATCHED where it lies outside; and (N, 256) int32: how many windows away."""
-    away = torch.arange(256, device=first.device, dtype=torch.int32) - first[:, None] & 0xFF
-    place, times = away % WINDOW, away // WINDOW
-    common = place - below[:, None]
-    late = torch.where(common < 0, place, place - COMMON) << LATE_PLACE | COMMON
-    marks = torch.where((common < 0) | (common >= COMMON), late, common)
-    return (marks | (times > 0) * PATCHED).byte(), times
-
-
-def choose_windows(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For tiles that have each exponent so often, (N, 256) int32, the cheapest windows: the first exponent, and how
-    many of the escapes' lie below the common ones, (N,) int32 each. Of equals the lowest, so that every device chooses
-    the same."""
-    sums = F.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))  # (N, 257)
-    in_window, common = (sums[:, width:] - sums[:, :-width] for width in (WINDOW, COMMON))
-    common = F.max_pool1d(_lowest_first(common).float(), ESCAPED + 1, stride=1).int()  # (N, 246): best in each window
-    saved = PATCH_BITS * in_window + ESCAPE_BITS * (common >> 8)  # patched weights taken for escapes
-    first = 255 - (_lowest_first(saved).amax(1, keepdim=True) & 255)
-    below = 255 - (common.gather(1, first.long()) & 255) - first
-    return first[:, 0], below[:, 0]
-
-
-def _lowest_first(values: Tensor) -> Tensor:
-    """(N, up to 256) as numbers in the order of the values, of equals the first largest: 255 less its place is in the
-    low 8 bits. Exact in float32, for values under 2**16."""
-    return values << 8 | torch.arange(255, 255 - values.shape[1], -1, device=values.device, dtype=torch.int32)
-
-
-def _pack_escapes(late: Tensor) -> Tensor:
-    """3-bit codes (uint8 each) as bytes, padded: eight are three bytes."""
-    whole, num_padded = len(late) // 8 * 8, ESCAPE_ROW * num_escape_rows(len(late))
-    last = F.pad(late[whole:], (0, num_padded - len(late)))  # only these, not to hold them all twice
-    return torch.cat([_pack_eights(part.view(-1, 8)) for part in (late[:whole], last)])
-
-
-def _pack_eights(eights: Tensor) -> Tensor:
-    low = eights[:, 0] | eights[:, 1] << 3 | eights[:, 2] << 6
-    middle = eights[:, 2] >> 2 | eights[:, 3] << 1 | eights[:, 4] << 4 | eights[:, 5] << 7
-    high = eights[:, 5] >> 1 | eights[:, 6] << 2 | eights[:, 7] << 5
-    return torch.stack([low, middle, high], 1).view(-1)
 
 
 def _filled(layout: CodeLayout, parts: dict[str, Tensor], out: Tensor) -> Tensor:

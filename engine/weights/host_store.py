@@ -99,6 +99,8 @@ def load_weights(
             reader.finish(blocks)
             coder.load(coded_groups, reader, memory)
             reader.report(layout.nbytes - reader.reported_bytes)  # gaps between tensors, and rows that are zero
+        if is_cuda and coded_groups:
+            torch.cuda.empty_cache()  # what encoding took belongs to ring and KV cache
         resident.finish()
         host.finish()
         source.finish()
@@ -180,14 +182,11 @@ class _Coder:
             if not free:
                 finish_oldest()
             scratch = free.pop()
-            scratch.zero_()
+            scratch[: group.nbytes].zero_()
             self._synchronize()
             begun.append((group, scratch, reader.begin(group, scratch)))
         while begun:
             finish_oldest()
-        free.clear()
-        if self._stream:
-            torch.cuda.empty_cache()  # what encoding took belongs to ring and KV cache
 
     def _encode(self, group: GroupLayout, span: Tensor, memory: SpanMemory, progress: Callable[[int], None]) -> None:
         self._synchronize()

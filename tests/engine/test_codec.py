@@ -10,8 +10,9 @@ from kernel_proof import DEVICE, same_bits
 
 from engine.kernels import decode_weights
 from engine.kernels.decode_weights import COMMON, ESCAPED, TILE, WINDOW
-from engine.weights import codec
-from engine.weights.codec import CodeLayout, check, checksum, choose_windows, decode, encode
+from engine.weights import encode_tiles
+from engine.weights.codec import CodeLayout, check, checksum, decode, encode
+from engine.weights.encode_tiles import choose_windows
 
 GENERATOR = torch.Generator().manual_seed(0)
 NAN_PAYLOADS = [0x7F81, 0x7FC0, 0x7FFF, -0x7F, -1, -0x40]
@@ -138,10 +139,10 @@ def test_what_does_not_shrink_is_kept():
 def test_more_tiles_than_are_handled_at_once(monkeypatch):
     weights = sown(scaled_rows(9, TILE), SPECIAL, 0.02)
     _, whole = encode(weights)
-    assert decode_weights.BLOCK_TILES > 9 and codec.CPU_BLOCK_TILES > 9
-    for module in (codec, decode_weights):
+    assert decode_weights.BLOCK_TILES > 9 and encode_tiles.CPU_BLOCK_TILES > 9
+    for module in (encode_tiles, decode_weights):
         monkeypatch.setattr(module, "BLOCK_TILES", 2)
-    monkeypatch.setattr(codec, "CPU_BLOCK_TILES", 2)
+    monkeypatch.setattr(encode_tiles, "CPU_BLOCK_TILES", 2)
     round_trip(weights)
     assert torch.equal(encode(weights)[1], whole)
     assert torch.equal(encode(weights, num_threads=3)[1], whole)

@@ -97,12 +97,16 @@ def test_other_dtypes_are_kept_as_they_are(dtype):
         assert all(weight.code.raw for weight in code.weights) and code.nbytes <= planned_bytes(layout) <= layout.nbytes
 
 
-def test_what_does_not_shrink_is_raw_beside_what_does():
+def test_what_does_not_shrink_is_raw_beside_what_does(monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, 0xA5))
     noise = torch.randint(-0x8000, 0x8000, (3, TILE), generator=GENERATOR).short().view(torch.bfloat16)
     normal = (torch.randn(5, TILE, generator=GENERATOR) * 0.02).bfloat16()
-    code = round_trip(*group_of(torch.ones(100).bfloat16(), noise, normal, torch.randn(64, 33, generator=GENERATOR)))
+    layout, span = group_of(torch.ones(100).bfloat16(), noise, normal, torch.randn(64, 31, generator=GENERATOR))
+    code = round_trip(layout, span)
     assert [weight.code.raw for weight in code.weights] == [True, True, False, True]
     assert code.weights[1].code.nbytes == noise.nbytes
+    end = code.weights[3].blob_offset + code.weights[3].code.nbytes
+    assert end < code.nbytes and not encode_group(layout, span)[1][end:].any()
 
 
 def test_a_group_without_weights_is_empty():

@@ -1,5 +1,7 @@
 """Loading with coded groups: what they decode to is what a plain load holds, and memory holds blobs, no more."""
 
+import contextlib
+
 import pytest
 import torch
 from kernel_proof import DEVICE
@@ -167,6 +169,44 @@ def test_only_what_blobs_fill_is_registered(monkeypatch):
     spans.close()
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_two_scratch_spans_at_most(monkeypatch, overlaps):
+    """On CUDA the next group is read while one is encoded, on a CPU one after the other; the bits are the same."""
+    source, layout = model()
+    plain = load_weights(source, layout, set(layout.by_group), True, CPU, 2)
+    events, scratches = [], set()
+    whole_encode, whole_begin = host_store.encode_group, host_store._Reader.begin
+
+    def encode(group, span, *rest):
+        events.append(f"encode {layout.groups.index(group)}")
+        scratches.add(span.data_ptr())
+        return whole_encode(group, span, *rest)
+
+    def begin(reader, group, span):
+        events.append(f"read {layout.groups.index(group)}")
+        return whole_begin(reader, group, span)
+
+    monkeypatch.setattr(host_store, "encode_group", encode)
+    monkeypatch.setattr(host_store._Reader, "begin", begin)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    spans = HostSpans(layout.groups, coded=set(layout.by_group))
+    coder = host_store._Coder(CPU, 1)
+    coder._stream = "a stream" if overlaps else None
+    with host_store._Reader(source, None, 2, None) as reader:
+        coder.load(layout.groups, reader, dict.fromkeys(layout.by_group, spans))
+    if overlaps:
+        assert events[:2] == ["read 0", "read 1"] and events[-2:] == ["encode 3", "encode 4"]
+        assert events[2:-2] == ["encode 0", "read 2", "encode 1", "read 3", "encode 2", "read 4"]
+    else:
+        assert events == [f"{what} {place}" for place in range(5) for what in ("read", "encode")]
+    assert len(scratches) == 1 + overlaps
+    for group in layout.groups:
+        decoded = torch.zeros(group.nbytes, dtype=torch.uint8)
+        decode_group(coder.codes[group.group], spans.spans[group.group], decoded)
+        assert torch.equal(decoded, plain.host_spans[group.group])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("streams", ["none", "half", "all"])
 def test_coded_on_the_gpu_equals_plain_on_the_cpu(streams):
@@ -176,9 +216,10 @@ def test_coded_on_the_gpu_equals_plain_on_the_cpu(streams):
     coded = {group.group for group in layout.groups if group.group.name != "attn"}
     plain = load_weights(source, layout, streamed, streams != "none", CPU)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     loaded = load_weights(source, layout, streamed, streams != "none", torch.device(DEVICE), coded=coded)
     assert 0 <= torch.cuda.memory_allocated() - before - loaded.resident_bytes <= 2**20
+    assert torch.cuda.memory_reserved() - reserved <= loaded.resident_bytes + 2**21 * (len(loaded.resident) + 10)
     assert all(span.is_cuda for span in loaded.resident.values()) and set(loaded.codes) == coded
     assert all(not span.is_cuda for span in loaded.host_spans.values())
     for group in loaded.host_spans:  # registered memory: the device reads what was kept

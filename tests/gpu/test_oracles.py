@@ -48,7 +48,7 @@ def test_streamed_is_resident_bitwise(dtype):
     for resident in ("none", 0.5):
         for ring in rings:
             gathered = embedding.calls["triton"]
-            options = {"resident": resident, "ring": ring, "poison": True, "dtype": dtype}
+            options = {"resident": resident, "ring": ring, "poison": True, "dtype": dtype, "weights_code": "none"}
             streamed, streamed_logits, counters, residency = generate(**options)
             assert streamed == tokens
             assert all(torch.equal(a, b) for a, b in zip(logits, streamed_logits, strict=True))
@@ -62,8 +62,9 @@ def test_streamed_is_resident_bitwise(dtype):
 @pytest.mark.parametrize("resident", ["all", "none", 0.5])
 def test_graph_is_eager_bitwise(resident, dtype):
     """At the same padded shape: three rows in a bucket of three, then fewer as rows end."""
-    eager = generate(resident=resident, dtype=dtype, enforce_eager=True)
-    graph = generate(resident=resident, dtype=dtype)
+    options = {"resident": resident, "dtype": dtype, "weights_code": "none"}
+    eager = generate(**options, enforce_eager=True)
+    graph = generate(**options)
     assert graph[0] == eager[0]
     assert all(torch.equal(a, b) for a, b in zip(graph[1], eager[1], strict=True))
     assert graph[2].copied_bytes == eager[2].copied_bytes and graph[2].steps == eager[2].steps

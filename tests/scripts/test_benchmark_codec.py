@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from engine.runtime import measure
 from scripts import benchmark_codec
 from scripts.benchmark_page import Record, render
 
@@ -61,7 +62,7 @@ def test_the_floor_is_the_entropy():
 
 
 def test_a_wrong_decoder_is_not_timed(monkeypatch):
-    monkeypatch.setattr(benchmark_codec, "decode", lambda layout, blob, out: out.zero_())
+    monkeypatch.setattr(measure, "decode", lambda layout, blob, out: out.zero_())
     layout, blob = benchmark_codec.encode(torch.ones(2, 2048).bfloat16())
     with pytest.raises(RuntimeError, match="does not decode"):
-        benchmark_codec.decode_seconds(layout, blob, torch.ones(2, 2048).bfloat16())
+        benchmark_codec.proved_decode_s(layout, blob, torch.ones(2, 2048).bfloat16())
