@@ -168,19 +168,38 @@ class LLM:
                 self.scheduler.add(sequence.request)
             while self.scheduler.has_unfinished:
                 batch = self.scheduler.schedule()
+                if batch is not None and self.rank.must_wait:
+                    self._run_if_wanted(batch, by_request)
+                    continue
                 if batch is not None:
                     self.rank.submit(batch)
                 if batch is None or self.rank.num_under_way > self.rank.lookahead:
-                    self._take_in(*self.rank.collect(), by_request)
+                    self._take_in(*self._collect(), by_request)
         except BaseException:
             self.scheduler.abort()
             self.rank.forget()
             raise
 
-    def _take_in(self, batch: Batch, sampled: SampleOutput | None, by_request: dict[int, Sequence]) -> None:
+    def _run_if_wanted(self, batch: Batch, by_request: dict[int, Sequence]) -> None:
+        """Runs a prepared pass as soon as the tokens of the one under way are there; text is made beside it."""
+        self.rank.announce(batch)
+        requests, sampled = self._collect()
+        if self.scheduler.is_wanted(batch):
+            self.rank.run_announced(batch)
+        else:
+            self.scheduler.withdraw(batch)
+        self._take_in(requests, sampled, by_request)
+
+    def _collect(self) -> tuple[list[Request | None], SampleOutput | None]:
+        """Waits for the oldest pass; who got its tokens, and those."""
+        batch, sampled = self.rank.collect()
+        return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
+
+    def _take_in(
+        self, requests: list[Request | None], sampled: SampleOutput | None, by_request: dict[int, Sequence]
+    ) -> None:
         """Gives each sequence of a pass its token."""
-        tokens = sampled.tokens.tolist() if sampled else []
-        for place, request in enumerate(self.scheduler.update(batch, tokens)):
+        for place, request in enumerate(requests):
             if request is not None:
                 self._advance(by_request[request.id], sampled, place)
 

@@ -55,6 +55,7 @@ class Scheduler:
         self._running: dict[int, Request] = {}  # by row, in order of admission
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
+        self._num_free_rows = max_num_seqs  # when a pass was scheduled last
 
     @property
     def num_waiting(self) -> int:
@@ -105,7 +106,23 @@ class Scheduler:
             return None
         batch = Batch(tuple(rows))
         self._under_way.append((batch, [self._running[row.row] for row in rows]))
+        self._num_free_rows = len(self._free_rows)
         return batch
+
+    def is_wanted(self, batch: Batch) -> bool:
+        """Whether the pass that was scheduled last should still run, after an update: not if all its requests have
+        ended, nor if one that waits may take a row that has become free."""
+        assert batch is self._under_way[-1][0], "not the newest batch"
+        ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
+        return not ended and not (self._waiting and len(self._free_rows) > self._num_free_rows)
+
+    def withdraw(self, batch: Batch) -> None:
+        """The pass that was scheduled last does not run; its requests are scheduled anew, where they have not ended."""
+        assert batch is self._under_way[-1][0], "not the newest batch"
+        _, requests = self._under_way.pop()
+        for row, request in zip(batch.rows, requests, strict=True):
+            request.num_computed_tokens = row.start
+            request.num_unseen_tokens -= row.samples
 
     def _next_requests(self) -> Iterator[Request]:
         """Who computes, most urgent first; a waiting request is admitted when it is asked for."""

@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.model.families import read_config, read_spec
 from engine.planning import EnginePlan, make_engine_plan, plan_rates
+from engine.runtime.rank import Rank
 
 OPTIONS = {**streaming_runs.OPTIONS, "dtype": "bfloat16", "num_pages": 40}
 CASES = {
@@ -82,6 +83,8 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
 
 
 def main(folder: Path, variants: list[str]) -> None:
+    """Where weights stream, passes are prepared before the tokens of the one before them are known, as on a GPU."""
+    Rank.lookahead = property(lambda rank: int(rank.work.streamed_bytes > 0))
     tp_size = int(os.environ["WORLD_SIZE"])
     facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

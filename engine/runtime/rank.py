@@ -3,9 +3,9 @@
     rank 0   submit(batch): sends it and enqueues it   collect(): its tokens      finish(outputs)      close()
     others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
 
-Where nothing streams, `lookahead` passes are enqueued before the oldest one's tokens are waited for, so that the host's
-work stands beside the device's. Where weights stream a pass for nothing would cost too much, and the wrapped copies
-hide the host anyway.
+A pass is prepared while the one before it runs, so that the host's work stands beside the device's. Where nothing
+streams it is enqueued at once. Where weights stream, a pass for nothing would cost too much: it is announced, and runs
+once the tokens of the one before are there, while the wrapped copies are on the link.
 
 Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
 """
@@ -36,7 +36,7 @@ from scheduler.batch import Batch
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
 
-BATCH, OUTPUTS, PROBE, STOP, GRAPH = 1, 2, 3, 4, 5
+BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, GRAPH = range(1, 8)
 MIB = 2**20
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 
@@ -132,8 +132,13 @@ class Rank:
 
     @property
     def lookahead(self) -> int:
-        """How many passes may be under way when one more is submitted. (On a CPU a submitted pass has run.)"""
-        return 1 if self.topology.device.type == "cuda" and not self.work.streamed_bytes else 0
+        """How many passes may be under way when one more is prepared. (On a CPU a submitted pass has run.)"""
+        return 1 if self.topology.device.type == "cuda" else 0
+
+    @property
+    def must_wait(self) -> bool:
+        """Rank 0: whether the next pass is announced, and runs only once the tokens of the one under way are there."""
+        return bool(self.submitted) and self.work.streamed_bytes > 0
 
     @property
     def num_under_way(self) -> int:
@@ -143,6 +148,16 @@ class Rank:
         """Rank 0: enqueues a pass on all ranks."""
         self.submitted.append((batch, time.perf_counter()))
         self.collectives.broadcast_ints([BATCH, *batch.pack()])
+        self.worker.executor.submit(batch)
+
+    def announce(self, batch: Batch) -> None:
+        """Rank 0: sends a pass that may follow. One that is never run is forgotten with the next message."""
+        self.collectives.broadcast_ints([ANNOUNCED, *batch.pack()])
+
+    def run_announced(self, batch: Batch) -> None:
+        """Rank 0: enqueues on all ranks the pass that was announced last."""
+        self.submitted.append((batch, time.perf_counter()))
+        self.collectives.broadcast_ints([RUN])
         self.worker.executor.submit(batch)
 
     def collect(self) -> tuple[Batch, SampleOutput | None]:
@@ -188,12 +203,14 @@ class Rank:
 
     def follow(self) -> list[dict] | None:
         """The other ranks: runs batches until rank 0 gives outputs, or None where it says stop."""
-        executor = self.worker.executor
+        executor, batch = self.worker.executor, None
         while True:
             kind, *message = self.collectives.broadcast_ints(None)
-            if kind == BATCH:
-                executor.submit(Batch.unpack(message))
-            while len(executor.under_way) > (self.lookahead if kind == BATCH else 0):
+            if kind in (BATCH, ANNOUNCED):
+                batch = Batch.unpack(message)
+            if kind in (BATCH, RUN):
+                executor.submit(batch)
+            while len(executor.under_way) > (self.lookahead if kind in (BATCH, ANNOUNCED, RUN) else 0):
                 executor.collect()
             if kind == STOP:
                 return None

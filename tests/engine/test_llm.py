@@ -1,5 +1,6 @@
 """LLM in Python, as vLLM's users know it, on one rank: prompts, parameters, outputs, stops, logprobs; each with passes
-one after another, and with the next one submitted before the tokens of the one before it are known."""
+one after another, with the next one submitted before the tokens of the one before it are known, and with the next one
+prepared by then, and run or withdrawn."""
 
 import math
 import shutil
@@ -14,10 +15,11 @@ from penstock import LLM, SamplingParams
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["in_turn", "ahead"])
+@pytest.fixture(scope="module", params=[(0, 0.5), (1, "all"), (1, 0.5)], ids=["in_turn", "ahead", "prepared"])
 def llm(request):
-    with pytest.MonkeyPatch.context() as patch, LLM("demo", **OPTIONS) as llm:
-        patch.setattr(type(llm.rank), "lookahead", request.param)
+    lookahead, resident = request.param
+    with pytest.MonkeyPatch.context() as patch, LLM("demo", **{**OPTIONS, "resident": resident}) as llm:
+        patch.setattr(type(llm.rank), "lookahead", lookahead)
         yield llm
 
 

@@ -18,7 +18,7 @@ FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox
 def checkpoints(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     for name in FAMILIES:
-        write_checkpoint(folder / name, name, "float32")
+        write_checkpoint(folder / name, name, "float32", hidden_size=256, intermediate_size=384)
     return folder
 
 

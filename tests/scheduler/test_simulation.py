@@ -61,12 +61,16 @@ def ends_with_what_comes(request: Request, max_model_len: int) -> bool:
     return request.num_tokens_ahead == request.most_tokens(max_model_len)
 
 
+PREPARED = -1
+
+
 class Simulation:
     """Drives a scheduler as the engine does, each batch going through its packed message, with up to `lookahead` passes
-    under way when one more is scheduled."""
+    under way when one more is scheduled. PREPARED: with one under way, whose tokens decide whether the next runs."""
 
     def __init__(self, scheduler: Scheduler, lookahead: int = 0):
-        self.scheduler, self.lookahead = scheduler, lookahead
+        self.scheduler, self.lookahead = scheduler, abs(lookahead)
+        self.must_wait, self.num_withdrawn = lookahead == PREPARED, 0
         self.under_way: deque[tuple[Batch, list[int]]] = deque()
         self.last_token: dict[int, int] = {}  # by row, on the device
         self.cache = Cache(scheduler.page_size)
@@ -76,19 +80,33 @@ class Simulation:
     def run_pass(self, while_computing=lambda: None) -> None:
         batch = self.scheduler.schedule()
         if batch is not None:
-            self.submit(batch)
+            self.check(batch)
+            running = dict(self.scheduler._running)
+            if self.must_wait and self.under_way:
+                while_computing()
+                self.scheduler.update(*self.under_way.popleft())
+                if self.scheduler.is_wanted(batch):
+                    self.submit(batch, running)
+                else:
+                    self.scheduler.withdraw(batch)
+                    self.num_withdrawn += 1
+                self.scheduler.check_integrity()
+                return
+            self.submit(batch, running)
         while_computing()
         if batch is None or len(self.under_way) > self.lookahead:
             self.scheduler.update(*self.under_way.popleft())
         self.scheduler.check_integrity()
 
-    def submit(self, batch: Batch) -> None:
-        message = batch.pack()
+    def check(self, batch: Batch) -> None:
         assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len({row.row for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
         self.check_no_budget_is_wasted(batch)
         self.scheduler.check_integrity()
-        sampled = [token for row in Batch.unpack(message).rows for token in self.compute(row)]
+
+    def submit(self, batch: Batch, running: dict[int, Request]) -> None:
+        rows = Batch.unpack(batch.pack()).rows
+        sampled = [token for row in rows for token in self.compute(row, running[row.row])]
         self.under_way.append((batch, sampled))
 
     def check_no_budget_is_wasted(self, batch: Batch):
@@ -106,8 +124,7 @@ class Simulation:
             num_places = head.most_tokens(self.scheduler.max_model_len) - 1
             assert num_places > self.scheduler.pool.num_free * self.scheduler.page_size
 
-    def compute(self, row) -> list[int]:
-        request = self.scheduler._running[row.row]
+    def compute(self, row, request: Request) -> list[int]:
         assert len(row.tokens) > 0 and row.start == self.num_computed.get(request.id, 0)
         self.num_computed[request.id] = row.start + len(row.tokens)
         if row.sampling is not None:
@@ -165,18 +182,18 @@ def check_workload(seed, lookahead):
         # value ended the request, passes that were under way then computed for nothing.
         assert simulation.num_computed[request.id] == request.num_computed_tokens
         wasted = request.num_computed_tokens - (request.num_tokens - 1)
-        assert 0 <= wasted <= (lookahead if request.finish_reason == "stop" else 0)
+        assert 0 <= wasted <= (abs(lookahead) if request.finish_reason == "stop" else 0)
         assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 2))
+@given(st.integers(0, 2**32), st.integers(PREPARED, 2))
 def test_every_request_gets_the_tokens_it_would_get_alone(seed, lookahead):
     check_workload(seed, lookahead)
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
 @pytest.mark.parametrize("seed", range(50))
 def test_every_request_gets_the_tokens_it_would_get_alone_fixed_seeds(seed, lookahead):
     check_workload(seed, lookahead)
@@ -197,7 +214,7 @@ def test_a_batch_four_times_the_page_pool_finishes():
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
 @pytest.mark.parametrize("seed", range(30))
 def test_ends_at_any_moment_leave_nothing_behind(seed, lookahead):
     rng = random.Random(seed)
@@ -239,3 +256,23 @@ def test_order_of_pages_changes_no_decision():
 
     (shapes, pages), (shapes_shuffled, pages_shuffled) = decisions(None), decisions(3)
     assert shapes == shapes_shuffled and pages != pages_shuffled
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "stop", "num_withdrawn"),
+    [
+        ([5, 5], [], 0),  # both ends are foreseen
+        ([5, 9], [], 0),
+        ([5, 9, 4], [], 1),  # one waits for the row that is free after five
+        ([9, 9], range(VOCAB), 1),  # nobody foresaw the end of both
+    ],
+)
+def test_a_prepared_pass_is_withdrawn_only_where_it_must_be(max_tokens, stop, num_withdrawn):
+    scheduler = Scheduler(2, 32, 64, page_size=4, num_pages=40)
+    for id, most in enumerate(max_tokens):
+        params = SamplingParams(max_tokens=most, stop_token_ids=list(stop), ignore_eos=True)
+        scheduler.add(Request(id, [1, 2, 3], params, arrival=id))
+    simulation = Simulation(scheduler, PREPARED)
+    while scheduler.has_unfinished:
+        simulation.run_pass()
+    assert simulation.num_withdrawn == num_withdrawn
