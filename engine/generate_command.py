@@ -148,6 +148,13 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
             f"moved {moved / 2**30:.3f} GiB a rank over the link, {moved / ledger.num_passes / 2**20:.2f} MiB a pass, "
             f"{moved / 1e9 / ledger.measured_s:.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
         )
+    weights = llm.rank.worker.weights
+    if weights.codes:
+        share = sum(code.nbytes for code in weights.codes.values()) / weights.coded_from_bytes
+        lines.append(
+            f"{weights.coded_from_bytes / 2**30:.3f} GiB of weights a rank were coded without loss to {share:.1%} of that, "
+            f"at {weights.coded_from_bytes / 1e9 / weights.encode_s:.3g} GB/s"
+        )
     reduces = llm.rank.collectives
     if reduces.size > 1:
         lines.append(

@@ -50,15 +50,20 @@ class TracedRun:
     spans: dict[tuple[int, bool], list[Span]]
 
     def find(self, kind: str) -> int:
-        """The index of the warm pass of that kind with the most tokens; of several, the one of median time."""
+        """The index of the warm pass of that kind with the most tokens; of several, the one of median time. Raises
+        ValueError if there is none."""
         alike = self._alike(kind)
+        if not alike:
+            raise ValueError(
+                f"no {kind} pass ran: a longer max_model_len, or another input_len, would leave room for one"
+            )
         times = {index: pass_s(self.lanes(0, index)) for index in alike}
         return next(index for index in alike if times[index] == statistics.median_low(times.values()))
 
     def _alike(self, kind: str) -> list[int]:
         """The warm passes of that kind with the most tokens."""
         warm = [i for i, s in enumerate(self.shapes) if i >= self.first_warm and s.is_decode == (kind == "decode")]
-        most = max(self.shapes[index].num_tokens for index in warm)
+        most = max((self.shapes[index].num_tokens for index in warm), default=0)
         return [index for index in warm if self.shapes[index].num_tokens == most]
 
     def decode_steps(self, rank: int) -> DecodeSteps:
@@ -81,9 +86,9 @@ class TracedRun:
         )
 
     def describe_gaps(self) -> list[str]:
-        """A line a rank, where weights stream."""
+        """A line a rank, where weights stream and decode passes ran."""
         lines = []
-        for rank in range(self.plan.tp_size):
+        for rank in range(self.plan.tp_size if self._alike("decode") else 0):
             gaps_s = self.decode_steps(rank).copy_gaps_s
             if gaps_s:
                 who = f"rank {rank}: " if self.plan.tp_size > 1 else ""

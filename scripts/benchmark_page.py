@@ -53,7 +53,8 @@ class Record:
     def facts(self) -> Row:
         """What each of its rows states beside its own figures."""
         names = ("hardware", "commit", "model", "dtype", "tp_size", "resident", "input_len", "output_len")
-        return {name: self.content.get(name) for name in names} | {"record": self.link}
+        weights = "coded" if any(self.content.get("coded_groups", ())) else "plain"
+        return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -91,15 +92,25 @@ def render(records: list[Record]) -> str:
 
 
 def decode_rows(records: list[Record]) -> list[Row]:
-    """A row for each batch size of a record: its fields, those of the record, and the bytes that a pass streams."""
+    """A row for each batch size of a record: its fields, those of the record, the bytes that a pass streams, and the
+    rate at which plain weights would have had to come."""
     rows = [
-        record.facts() | {"streamed_bytes": record.content["streamed_bytes_per_pass_and_rank"]} | row
+        record.facts()
+        | {"streamed_bytes": record.content["streamed_bytes_per_pass_and_rank"]}
+        | {"plain_gb_s": plain_gb_s(record.content, row["decode_pass_s"])}
+        | row
         for record in records
         if record.kind == LATENCY
         for row in record.content["passes"]
         if "decode_pass_s" in row
     ]
     return sorted(rows, key=lambda row: (row["model"], row["tp_size"], str(row["resident"]), row["batch_size"]))
+
+
+def plain_gb_s(content: Row, seconds: float) -> float | None:
+    """None where nothing is coded."""
+    coded = any(content.get("coded_groups", ()))
+    return content["plain_streamed_bytes_per_pass_and_rank"] / seconds / 1e9 if coded else None
 
 
 def prefill_rows(records: list[Record]) -> list[Row]:
@@ -144,14 +155,27 @@ def ms(key: str) -> Callable[[Row], str]:
 
 
 MODEL: list[Column] = [(name, text(key)) for name, key in (("model", "model"), ("ranks", "tp_size"))]
-MODEL += [("resident", text("resident")), ("batch", text("batch_size")), ("prompt", text("input_len"))]
+MODEL += [
+    ("resident", text("resident")),
+    ("weights", text("weights")),
+    ("batch", text("batch_size")),
+    ("prompt", text("input_len")),
+]
 BOUND: list[Column] = [("bound", ms("bound_s")), ("by", text("bound")), ("fraction", number("fraction_of_bound"))]
 BOUND += [("predicted", ms("predicted_s")), ("predicted / time", number("predicted_over_measured", 2))]
 RATES: list[Column] = [("tokens/s", number("tokens_per_second", 1)), ("link GB/s", number("achieved_link_gb_s", 2))]
 RATES += [("read GB/s", number("achieved_memory_gb_s", 0)), ("TFLOP/s", number("achieved_tflops", 2))]
 SOURCE: list[Column] = [(name, text(name)) for name in ("hardware", "commit", "record")]
 GRAPH: list[Column] = [("graph alone", ms("graph_s")), ("pass / graph", number("step_over_graph"))]
-DECODE = [*MODEL, ("pass", ms("decode_pass_s")), *GRAPH, *BOUND, *RATES, *SOURCE]
+DECODE = [
+    *MODEL,
+    ("pass", ms("decode_pass_s")),
+    *GRAPH,
+    *BOUND,
+    *RATES,
+    ("plain GB/s", number("plain_gb_s", 2)),
+    *SOURCE,
+]
 PREFILL = [*MODEL, ("passes", text("num_passes")), ("first token", ms("first_token_s")), *BOUND, *RATES, *SOURCE]
 THROUGHPUTS: list[Column] = [
     *(column for column in MODEL if column[0] != "batch"),
