@@ -152,7 +152,7 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
     if weights.codes:
         share = sum(code.nbytes for code in weights.codes.values()) / weights.coded_from_bytes
         lines.append(
-            f"{weights.coded_from_bytes / 2**30:.3f} GiB of weights a rank were coded without loss to {share:.1%} of that, "
+            f"{weights.coded_from_bytes / 2**30:.3f} GiB of weights a rank were coded without loss to {share:.1%}, "
             f"at {weights.coded_from_bytes / 1e9 / weights.encode_s:.3g} GB/s"
         )
     reduces = llm.rank.collectives
