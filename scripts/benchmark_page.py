@@ -4,13 +4,11 @@ Every record is on the page: one of a kind that is not known here is a table of 
 """
 
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-Column = tuple[str, Callable[[Row], str]]
+from scripts.markdown_table import Column, Row, ms, number, table, text
 
 INTRODUCTION = """# Benchmarks
 
@@ -32,7 +30,6 @@ GENERIC = {  # kind of record: its section
     "tests/gpu": "Tests on GPUs",
 }
 LATENCY, THROUGHPUT = "latency", "throughput"
-DECIMALS = 3
 
 
 @dataclass(frozen=True)
@@ -142,18 +139,6 @@ def comparison_rows(records: list[Record]) -> list[Row]:
     return rows
 
 
-def text(key: str) -> Callable[[Row], str]:
-    return lambda row: cell(row.get(key))
-
-
-def number(key: str, decimals: int = DECIMALS, scale: float = 1.0) -> Callable[[Row], str]:
-    return lambda row: "" if row.get(key) is None else f"{row[key] * scale:.{decimals}f}"
-
-
-def ms(key: str) -> Callable[[Row], str]:
-    return number(key, 2, 1e3)
-
-
 MODEL: list[Column] = [(name, text(key)) for name, key in (("model", "model"), ("ranks", "tp_size"))]
 MODEL += [
     ("resident", text("resident")),
@@ -194,14 +179,29 @@ COMPARISONS: list[Column] = [
     *SOURCE,
 ]
 
-
-def table(rows: Iterable[Row], columns: list[Column]) -> str:
-    """A Markdown table; columns without any value are left out."""
-    lines = [[show(row) for _, show in columns] for row in rows]
-    used = [place for place in range(len(columns)) if any(line[place] for line in lines)]
-    head = [columns[place][0] for place in used]
-    body = [[line[place] for place in used] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(used), *body)) + "\n"
+RUN: list[Column] = [(name, text(name)) for name in ("hardware", "versions", "commit")]
+CODED: list[Column] = [
+    *(("weights", text("source")), ("shape", text("shape"))),
+    *(("bits a weight", number("bits", 2)), ("entropy floor", number("floor_bits", 2))),
+    *(("kept raw, %", number("raw_share", 2, 100)), ("encode GB/s", text("encode_gb_s"))),
+    *(("decode GB/s", text("decode_gb_s")), ("link, plain GB/s", text("effective_link_gb_s"))),
+]
+STARTS: list[Column] = [
+    *(("start", text("start")), ("phase", text("phase"))),
+    *(("s", number("seconds", 2)), ("since start, s", number("since_start_s", 2))),
+    *(("GB", number("bytes", 2, 1e-9)), ("GB/s", number("gb_s", 2)), ("graphs", text("num_graphs"))),
+]
+STARTED: list[Column] = [
+    *(("model", text("model")), ("load format", text("load_format")), ("from a checkpoint", text("checkpoint"))),
+    *(("dtype", text("dtype")), ("ranks", text("tp_size"))),
+    *(("resident", text("resident")), ("weights", text("weights")), ("prompt", text("input_len"))),
+    *(("cold start-up s", number("avg_cold_startup_time", 2)), ("warm s", number("avg_warm_startup_time", 2))),
+]
+# Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
+SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
+    "codec": ([*RUN, ("decoder", text("decoder")), ("link GB/s", text("link_gb_s"))], CODED),
+    "startup": ([*RUN, *STARTED], STARTS),
+}
 
 
 def has_rows(record: Record) -> bool:
@@ -210,20 +210,11 @@ def has_rows(record: Record) -> bool:
 
 
 def generic(record: Record) -> str:
-    """Any record with `rows`: what it states as a list, its rows as a table of their keys."""
-    stated = {key: value for key, value in record.content.items() if key not in ("benchmark", "rows")}
-    lines = [record.link + ":", *(f"{key} {cell(value)}," for key, value in stated.items())]
-    keys = dict.fromkeys(key for row in record.content.get("rows", ()) for key in row)
-    columns = [(key, text(key)) for key in keys]
-    return " ".join(lines).rstrip(",") + "\n\n" + table(record.content.get("rows", ()), columns)
-
-
-def cell(value: Any) -> str:
-    """A value as Markdown that does not break a table."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {cell(one)}" for key, one in value.items())
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    """Any record with `rows`: what it states in a line, its rows as a table; as SHOWN says, or all keys that it has."""
+    rows = record.content.get("rows", ())
+    stated = [(key, text(key)) for key in record.content if key not in ("benchmark", "rows")]
+    columns = [(key, text(key)) for key in dict.fromkeys(key for row in rows for key in row)]
+    stated, columns = SHOWN.get(record.kind, (stated, columns))
+    facts = record.facts() | record.content
+    said = ", ".join(f"{name} {show(facts)}" for name, show in stated if show(facts))
+    return f"{record.link}: {said}\n\n{table(rows, columns)}"

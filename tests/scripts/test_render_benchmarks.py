@@ -83,6 +83,56 @@ def test_any_record_with_rows_is_a_table_of_their_keys(kind, title):
     assert "hardware 2 x H200" in section(page, title)
 
 
+CODEC = {"benchmark": "codec", "hardware": "1 x H200", "decoder": "kernel, in a graph", "link_gb_s": 55.4}
+CODEC["rows"] = [
+    {"source": "gaussian", "shape": "4096 x 4096", "bits": 10.893, "floor_bits": 10.546, "raw_share": 0.0}
+    | {"encode_gb_s": 5.12, "decode_gb_s": 1987.654, "effective_link_gb_s": 81.4},
+    {"source": "demo", "shape": "checkpoint", "bits": 10.89, "floor_bits": 10.534, "raw_share": 0.0007}
+    | {"encode_gb_s": 0.1, "decode_gb_s": 0.114, "effective_link_gb_s": None},
+]
+STARTUP = {
+    "benchmark": "startup",
+    "model": "Tiny",
+    "tp_size": 2,
+    "coded_groups": [1, 2],
+    "model_shape": {"num_layers": 3},
+}
+STARTUP |= {"avg_cold_startup_time": 11.6281, "cold_startup_percentiles": {"50": 11.6281}}
+STARTUP["rows"] = [
+    {"start": "cold", "phase": "plan", "seconds": 0.2209, "since_start_s": 2.4128},
+    {
+        "start": "cold",
+        "phase": "weights",
+        "seconds": 7.51,
+        "since_start_s": 9.9276,
+        "bytes": 11180699392,
+        "gb_s": 1.4887,
+    },
+    {"start": "cold", "phase": "captures", "seconds": 3.8031, "num_graphs": 16},
+]
+
+
+def test_the_code_has_a_table_of_bits_and_rates():
+    page = render([Record("codec.json", CODEC)])
+    first, second = cells(page, "Lossless code")
+    assert (first["weights"], first["shape"]) == ("gaussian", "4096 x 4096")
+    assert (first["bits a weight"], first["entropy floor"], first["kept raw, %"]) == ("10.89", "10.55", "0.00")
+    assert (first["encode GB/s"], first["decode GB/s"], first["link, plain GB/s"]) == ("5.12", "1987.7", "81.4")
+    assert (second["kept raw, %"], second["link, plain GB/s"]) == ("0.07", "")
+    assert "1 x H200, decoder kernel, in a graph, link GB/s 55.4\n" in section(page, "Lossless code")
+
+
+def test_a_start_has_a_table_of_its_phases():
+    page = render([Record("startup.json", STARTUP)])
+    plan, weights, captures = cells(page, "Start-up")
+    assert (plan["start"], plan["phase"], plan["s"], plan["since start, s"]) == ("cold", "plan", "0.22", "2.41")
+    assert (weights["GB"], weights["GB/s"], plan["GB"]) == ("11.18", "1.49", "")
+    assert (captures["s"], captures["since start, s"], captures["graphs"]) == ("3.80", "", "16")
+    text = section(page, "Start-up")
+    assert "model Tiny, ranks 2, weights coded, cold start-up s 11.63\n" in text
+    assert "percentiles" not in text and "num_layers" not in text
+
+
 @pytest.mark.parametrize("content", [{"benchmark": "new", "rows": []}, {"rows": [1, 2]}, [1, 2], 3, {}])
 def test_a_record_of_an_unknown_kind_is_listed(content):
     assert "[some.json](../benchmarks/some.json)" in section(render([Record("some.json", content)]), "Other records")

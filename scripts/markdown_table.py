@@ -1,0 +1,41 @@
+"""Rows of records as Markdown tables. PURE: text from values."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]  # its name, and what it shows of a row
+
+DECIMALS = 3
+
+
+def text(key: str) -> Callable[[Row], str]:
+    return lambda row: cell(row.get(key))
+
+
+def number(key: str, decimals: int = DECIMALS, scale: float = 1.0) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(key) is None else f"{row[key] * scale:.{decimals}f}"
+
+
+def ms(key: str) -> Callable[[Row], str]:
+    return number(key, 2, 1e3)
+
+
+def table(rows: Iterable[Row], columns: list[Column]) -> str:
+    """A Markdown table; columns without any value are left out."""
+    lines = [[show(row) for _, show in columns] for row in rows]
+    used = [place for place in range(len(columns)) if any(line[place] for line in lines)]
+    head = [columns[place][0] for place in used]
+    body = [[line[place] for place in used] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(used), *body)) + "\n"
+
+
+def cell(value: Any) -> str:
+    """A value as Markdown that does not break a table."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {cell(one)}" for key, one in value.items())
+    return str(value).replace("|", "\\|").replace("\n", " ")
