@@ -1,6 +1,7 @@
 """One rank of test_bitwise.py: each family's logits, streamed, half streamed, eager and resident, bit by bit.
 
-Rows end one after another, so that passes of every bucket up to their number run; one run has hundreds of passes.
+Rows end one after another, so that passes of every bucket up to their number run, in one run up to 40; one has hundreds
+of passes.
 """
 
 import json
@@ -16,7 +17,8 @@ from parallel.launch import run_rank
 from penstock import LLM, SamplingParams
 
 LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
-PROMPTS = [list(range(3 + row, 40 + 5 * row)) for row in range(len(LENGTHS))]
+MANY_LENGTHS = tuple(range(2, 42))  # one row fewer in each pass, from the largest bucket to the smallest
+PROMPTS = [[(3 + row + place) % 128 for place in range(37 + 4 * (row % 8))] for row in range(len(MANY_LENGTHS))]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "gpu_memory": "2GiB", "page_size": 4}
 PLAIN = {"weights_code": "none"}
 VARIANTS = {
@@ -25,7 +27,7 @@ VARIANTS = {
     "eager": {"resident": "all", "enforce_eager": True},
     "streamed, eager": {"resident": "none", "poison": True, "enforce_eager": True, **PLAIN},
 }
-CODED = {"weights_code": "lossless", "poison": True, "num_pages": 200}
+CODED = {"weights_code": "lossless", "poison": True, "num_pages": 1200}
 CODED_VARIANTS = {  # bfloat16 only; in the last two some groups stay coded, as there is no memory for plain ones
     "coded": {"resident": "none", **CODED},
     "coded, eager": {"resident": "none", "enforce_eager": True, **CODED},
@@ -42,7 +44,7 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
     if options.get("gpu_memory") == "least":
         del options["gpu_memory"]
         options |= {"gpu_memory": least_memory(checkpoint, tp_size, **GPU, **OPTIONS | options)}
-    with LLM(checkpoint, **OPTIONS | options) as llm:
+    with LLM(checkpoint, **OPTIONS | {"max_num_seqs": max(8, len(lengths))} | options) as llm:
         executor = llm.rank.worker.executor
         plain_submit = executor.submit
 
@@ -102,6 +104,8 @@ def main() -> None:
         for dtype in ("float32", "bfloat16")[: 1 if several and place else 2]:
             tried = variants + coded if dtype == "bfloat16" else variants
             report[f"{checkpoint.name} {dtype}"] = compare(str(checkpoint), dtype, LENGTHS, tried)
+    buckets = ("streamed", "half streamed", "eager", "coded")
+    report["buckets"] = compare(str(min(folder.iterdir())), "bfloat16", MANY_LENGTHS, buckets)
     report["hundreds"] = compare(str(min(folder.iterdir())), "bfloat16", (HUNDREDS,), ("streamed", "coded"))
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
 

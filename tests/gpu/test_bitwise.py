@@ -34,7 +34,7 @@ def one_rank(checkpoints, tmp_path_factory) -> dict:
 
 
 def assert_same_bits(report: dict) -> None:
-    assert {name.split()[0] for name in report} == {*FAMILIES, "hundreds"}
+    assert {name.split()[0] for name in report} == {*FAMILIES, "buckets", "hundreds"}
     for case, found in report.items():
         assert all(found["same"].values()), (case, found["same"])
         assert found["num_passes"] >= (HUNDREDS if case == "hundreds" else max(LENGTHS))
