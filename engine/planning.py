@@ -24,7 +24,7 @@ from scheduler.demand import Demand, show_bytes
 from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.plan_build import lay_out_decoded, make_plan
 from scheduler.plan_check import lay_out_activations
-from scheduler.residency import Residency
+from scheduler.residency import Residency, plan_residency
 from scheduler.step_plan import Compute, GroupId, RingLayout, StepPlan
 from scheduler.time_model import PassTime, Rates, load_profile, predict_pass, step_s
 
@@ -129,9 +129,16 @@ def _code_offer(
 
 
 def settle_plan(plan: EnginePlan, coded_bytes: dict[GroupId, int]) -> EnginePlan:
-    """The plan with the bytes that its coded groups really have, the most of any rank. Raises ValueError if they are
-    more than planned, and do not fit."""
-    kept, residency = settle((plan.kept, plan.residency), coded_bytes)
+    """The plan with the bytes that its coded groups really have, the most of any rank. Raises what settle does."""
+    return _with(plan, *settle(plan.offer, (plan.kept, plan.residency), coded_bytes))
+
+
+def plain_plan(plan: EnginePlan) -> EnginePlan:
+    """The same engine with plain weights. Raises ValueError if it does not fit."""
+    return _with(plan, plan.demand, plan_residency(plan.demand))
+
+
+def _with(plan: EnginePlan, kept: Demand, residency: Residency) -> EnginePlan:
     steps = _step_plan(list(plan.step_plan.steps), plan.layout, residency)
     return replace(plan, kept=kept, residency=residency, step_plan=steps)
 
@@ -205,7 +212,8 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
 def _pass_work(layout: ModelLayout, residency: Residency, steps: tuple[tuple[StepWork, int], ...]) -> PassWork:
     embed_bytes = 0 if residency.streamed else layout.embed.nbytes  # it is no group: few of its rows are read
     decoded_bytes = sum(group.nbytes for group in layout.groups if group.group in residency.coded)
-    return PassWork(residency.streamed_bytes, residency.resident_bytes - embed_bytes, steps, decoded_bytes)
+    resident_bytes = residency.resident_bytes - embed_bytes
+    return PassWork(residency.streamed_bytes, resident_bytes, steps, len(residency.coded), decoded_bytes)
 
 
 def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], float]:

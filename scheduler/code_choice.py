@@ -39,10 +39,8 @@ def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
         return demand, plan_residency(demand)
     coded_demand = replace(demand, coded=offer.coded, fixed=(*demand.fixed, ("decode buffer", offer.buffer_bytes)))
     if offer.choice == "lossless":
-        return _fastest(offer, coded_demand) or (
-            coded_demand,
-            plan_residency(coded_demand),
-        )  # which says what would fit
+        coded = _fastest(offer, coded_demand) or (coded_demand, plan_residency(coded_demand))  # says what would fit
+        return coded if coded[1].coded else (demand, plan_residency(demand))
     plain = _plan(demand)
     if plain is not None and not plain.streamed:
         return demand, plain
@@ -71,17 +69,23 @@ def _plan(demand: Demand) -> Residency | None:
         return None
 
 
-def settle(planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
+class CodeDoesNotPay(ValueError):
+    """Weights were to be coded if that pays, and do not shrink enough: they are to be kept plain."""
+
+
+def settle(offer: CodeOffer, planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
     """The same groups resident, coded and plain, with the bytes that they really have coded: ring and KV cache are
-    planned anew. Raises ValueError if they are so many that it does not fit."""
+    planned anew. Raises CodeDoesNotPay where they hardly shrink or do not fit, and the choice is "auto"; ValueError
+    where they do not fit, and it is not."""
     demand, residency = planned
     coded = {group: sizes[group] for group in residency.coded}
     settled = replace(demand, coded=coded, resident=residency.resident, plain=frozenset())
+    expected, plain = (sum(each[group] for group in coded) for each in (demand.coded, dict(demand.groups)))
+    found = f"coded weights have {show_bytes(sum(coded.values()))}, where {show_bytes(expected)} were planned"
+    if offer.choice == "auto" and sum(coded.values()) > (1 - LEAST_GAIN) * plain:
+        raise CodeDoesNotPay(f"weights_code: {found}, and plain ones {show_bytes(plain)}")
     try:
         return settled, plan_residency(settled)
     except ValueError as error:
-        expected = sum(demand.coded[group] for group in residency.coded)
-        raise ValueError(
-            f"weights_code: {show_bytes(expected)} of coded weights were planned, they have "
-            f"{show_bytes(sum(coded.values()))}, and that does not fit: weights_code='none' keeps them plain"
-        ) from error
+        kind = CodeDoesNotPay if offer.choice == "auto" else ValueError
+        raise kind(f"weights_code: {found}: they do not fit; weights_code='none' keeps them plain") from error

@@ -74,12 +74,13 @@ class StepWork:
 @dataclass(frozen=True)
 class PassWork:
     """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, as
-    they are kept; the bytes that coded ones decode to; and its steps that launch something, each with the number of
-    times that it occurs."""
+    they are kept; how many groups are decoded, and to how many bytes; and its steps that launch something, each with
+    the number of times that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int
     steps: tuple[tuple[StepWork, int], ...]
+    num_decoded: int = 0
     decoded_bytes: int = 0
 
     @property

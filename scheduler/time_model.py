@@ -23,6 +23,7 @@ from typing import Any
 from scheduler.pass_work import PassShape, PassWork, StepWork
 
 GB = 10**9
+KERNELS_A_GROUP = 3  # that decode it, one a weight: a norm and two matrices
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
         "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
         "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
-        "decode": decode_s(work.decoded_bytes, rates),
+        "decode": decode_s(work.decoded_bytes, work.num_decoded, _latency_s(shape, rates), rates),
     }
     compute_lane_s = sum(count * step_s(step, shape, rates) for step, count in work.steps) + parts["decode"]
     total_s = max(parts["link"], compute_lane_s) + rates.pass_latency_s
@@ -183,9 +184,9 @@ def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     return max(latency_s + busy_s, 0.0 if _is_graph(shape, rates) else rates.step_latency_s)
 
 
-def decode_s(nbytes: int, rates: Rates) -> float:
-    """Seconds of decoding weights to `nbytes`."""
-    return nbytes / (rates.decoding_gb_s * GB)
+def decode_s(nbytes: int, num_groups: int, latency_s: float, rates: Rates) -> float:
+    """Seconds of decoding so many groups to `nbytes` together; a kernel's latency is that of a step."""
+    return nbytes / (rates.decoding_gb_s * GB) + num_groups * KERNELS_A_GROUP * latency_s
 
 
 def reduce_s(nbytes: int, rates: Rates) -> float:

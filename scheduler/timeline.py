@@ -35,7 +35,8 @@ def predict_timeline(plan: StepPlan, compute_s: Callable[[Compute], float], rate
         if isinstance(instruction, Compute):
             end = start + compute_s(instruction)
         elif isinstance(instruction, Decode):
-            end = start + decode_s(instruction.place.nbytes, rates)
+            latency_s = rates.step_latency_s if rates.node_latency_s is None else rates.node_latency_s
+            end = start + decode_s(instruction.place.nbytes, 1, latency_s, rates)
         elif isinstance(instruction, Prefetch):
             end = start + instruction.slot.nbytes / (rates.link_gb_s * GB)
         else:

@@ -101,7 +101,7 @@ def memory_gb_s(device: torch.device) -> float:
 def decode_gb_s(device: torch.device) -> float:
     """1e9 bytes/s of bf16 that coded Gaussian weights are decoded to; on a GPU in a graph, from several matrices that
     together are more than the L2 cache holds."""
-    nbytes, number = (GPU_BYTES // 4, 4) if device.type == "cuda" else (CPU_BYTES // 8, 1)
+    nbytes, number = (GPU_BYTES // 16, 4) if device.type == "cuda" else (CPU_BYTES // 8, 1)
     weights = torch.randn(nbytes // 2, device=device).to(torch.bfloat16)
     layout, blob = encode(weights)
     pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(number)]

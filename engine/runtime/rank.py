@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.model.families import read_config, read_eos_token_ids, read_spec
-from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plan_rates
+from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plain_plan, plan_rates
 from engine.runtime.probe import graph_alone_s, probe_engine
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import join_traces, write_trace
@@ -33,6 +34,7 @@ from parallel.launch import Launch
 from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, device_name, resolve_topology
 from scheduler.batch import Batch
+from scheduler.code_choice import CodeDoesNotPay
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
 
@@ -69,7 +71,9 @@ class Rank:
         self.failed = False
         prepared = None
         if launch.rank == 0:
-            prepared = self._prepare(device_memory_bytes(self.topology.device))
+            device = self.topology.device
+            rates = plan_rates(config, launch.tp_size, device.type, device_name(device))
+            prepared = self._prepare(device_memory_bytes(device), rates)
             if config.trace:
                 write_trace(config.trace, [])  # a path that cannot be written is refused now, not after the run
             launch.start(json.dumps(config.to_dict()))
@@ -92,11 +96,19 @@ class Rank:
         self.collectives = connect(
             topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
         )
-        agreed = {"memory_bytes": device_memory_bytes(topology.device)} if launch.rank == 0 else None
-        told = json.loads(self.collectives.broadcast_bytes(json.dumps(agreed).encode() if agreed else None))
-        plan, source = prepared or self._prepare(told["memory_bytes"])
+        agreed = None
+        if prepared:
+            rates = dataclasses.asdict(prepared[0].rates)
+            agreed = json.dumps({"memory_bytes": device_memory_bytes(topology.device), "rates": rates}).encode()
+        told = json.loads(self.collectives.broadcast_bytes(agreed))
+        plan, source = prepared or self._prepare(told["memory_bytes"], Rates(**told["rates"]))
         bind_to_numa(topology)
-        self.worker = Worker(self.config, plan, source, topology, self.collectives)
+        try:
+            self.worker = Worker(self.config, plan, source, topology, self.collectives)
+        except CodeDoesNotPay as error:  # on all ranks alike
+            if launch.rank == 0:
+                warnings.warn(f"{error}; loading them again, plain", stacklevel=2)
+            self.worker = Worker(self.config, plain_plan(plan), source, topology, self.collectives)
         self.plan: EnginePlan = self.worker.plan
         if isinstance(source, Checkpoint):
             source.close()
@@ -115,7 +127,7 @@ class Rank:
             self.failed = self.topology.tp_size > 1
             raise
 
-    def _prepare(self, memory_bytes: int | None) -> tuple[EnginePlan, WeightSource]:
+    def _prepare(self, memory_bytes: int | None, rates: Rates) -> tuple[EnginePlan, WeightSource]:
         """Plan and checked source: all that can be wrong with config, model and checkpoint comes to light here."""
         path = find_model(self.config.model)
         if path.is_file() and self.config.load_format != "dummy":
@@ -124,7 +136,6 @@ class Rank:
         spec = read_spec(read_config(path), str(path))
         self.eos_token_ids = read_eos_token_ids(path, spec)
         device = self.topology.device
-        rates = plan_rates(self.config, self.topology.tp_size, device.type, device_name(device))
         plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
         source = open_source(self.config, path, plan, device)
         self.planned_at_s = time.perf_counter()

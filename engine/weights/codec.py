@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE
+from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE, num_escape_rows
 from engine.kernels.decode_weights import Planes, decode_weights
 from engine.model.coded_size import PART_BYTES, part_bytes
 from engine.weights.encode_tiles import encode_blocks, pack_escapes
@@ -125,6 +125,12 @@ def decode(layout: CodeLayout, blob: Tensor, out: Tensor) -> None:
         flat[covered:].copy_(layout.part(blob, "rest").view(layout.dtype))
 
 
+def warm_up(device: torch.device) -> None:
+    """Compiles the decoder's kernel, which capture forbids."""
+    layout, blob = encode(torch.ones(TILE, dtype=torch.bfloat16, device=device))
+    decode(layout, blob, torch.empty(layout.shape, dtype=layout.dtype, device=device))
+
+
 def checksum(blob: Tensor) -> int:
     """CRC-32 of the bytes."""
     return zlib.crc32(blob.cpu().numpy())
@@ -155,6 +161,8 @@ def _check_planes(name: str, planes: Planes) -> None:
     escapes = sum((escapes >> shift & 1).sum(1) for shift in (0, 2, 4, 6))
     if not torch.equal(planes.escape_starts, F.pad(escapes.cumsum(0), (1, 0)).int()):
         raise ValueError(f"{name}: corrupt: its tiles do not have the escapes that their codes ask for")
+    if len(planes.escapes) != num_escape_rows(int(planes.escape_starts[-1])):
+        raise ValueError(f"{name}: corrupt: its codes ask for another number of escapes than there are")
     starts = planes.patch_starts
     if starts[0] != 0 or starts[-1] != len(planes.patches) or bool((starts.diff() < 0).any()):
         raise ValueError(f"{name}: corrupt: the patches of its tiles do not follow each other")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.model.coded_size import planned_bytes
 from engine.model.layout import GroupLayout, ModelLayout
+from engine.weights import codec
 from engine.weights.blocks import Block, WeightSource, cut_blocks
 from engine.weights.coded_group import CodedGroup, encode_group
 from engine.weights.host_arena import check_host_memory
@@ -100,6 +101,7 @@ def load_weights(
             coder.load(coded_groups, reader, memory)
             reader.report(layout.nbytes - reader.reported_bytes)  # gaps between tensors, and rows that are zero
         if is_cuda and coded_groups:
+            codec.warm_up(device)
             torch.cuda.empty_cache()  # what encoding took belongs to ring and KV cache
         resident.finish()
         host.finish()
@@ -167,24 +169,22 @@ class _Coder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for an encoding
 
     def load(self, groups: Sequence[GroupLayout], reader: _Reader, memory: dict[GroupId, SpanMemory]) -> None:
-        """Reads and codes the groups in order, each into its `memory`."""
-        size = max((group.nbytes for group in groups), default=0)
-        free = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2 if self._stream else 1)]
+        """Reads and codes the groups, each into its `memory`; the largest first, for which most is needed beside it:
+        there is least on the device then."""
         begun: collections.deque[tuple[GroupLayout, Tensor, Blocks]] = collections.deque()
 
         def finish_oldest() -> None:
             group, scratch, blocks = begun.popleft()
             reader.finish(blocks, reports=False)
-            self._encode(group, scratch[: group.nbytes], memory[group.group], reader.report)
-            free.append(scratch)
+            self._encode(group, scratch, memory[group.group], reader.report)
 
-        for group in groups:
-            if not free:
+        for group in sorted(groups, key=lambda group: -group.nbytes):
+            if len(begun) > (self._stream is not None):
                 finish_oldest()
-            scratch = free.pop()
-            scratch[: group.nbytes].zero_()
+            scratch = torch.zeros(group.nbytes, dtype=torch.uint8, device=self._device)
             self._synchronize()
             begun.append((group, scratch, reader.begin(group, scratch)))
+            del scratch  # it goes when it is coded
         while begun:
             finish_oldest()
 

@@ -21,7 +21,7 @@ if rank == 1:
     def load_nothing(*_):
         failing()
         raise OSError("the disk is gone")
-    host_store._load_blocks = load_nothing
+    host_store._Reader.begin = load_nothing
 """
 
 

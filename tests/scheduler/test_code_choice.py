@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.code_choice import CodeOffer, choose_code, settle
+from scheduler.code_choice import CodeDoesNotPay, CodeOffer, choose_code, settle
 from scheduler.demand import Demand
 from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.residency import Residency, plan_residency
@@ -38,7 +38,7 @@ def demand(**changes) -> Demand:
 def pass_s(residency: Residency, decode_gb_s: float = 2000.0) -> float:
     rates = replace(load_profile("h200"), decode_gb_s=decode_gb_s)
     decoded_bytes = sum(SIZES[group] for group in residency.coded)
-    work = PassWork(residency.streamed_bytes, residency.resident_bytes, STEPS, decoded_bytes)
+    work = PassWork(residency.streamed_bytes, residency.resident_bytes, STEPS, len(residency.coded), decoded_bytes)
     return predict_pass(work, PassShape(1, 1, 0), rates).total_s
 
 
@@ -109,14 +109,29 @@ def test_nothing_is_coded_in_memory_without_limit():
 def test_settling_keeps_the_choice_and_takes_the_bytes():
     planned = choose_code(offer("auto"), demand(memory_bytes=12 * GIB))
     sizes = {group: CODED[group] * 98 // 100 // 256 * 256 for group in planned[1].coded}
-    _, settled = settle(planned, sizes)
+    _, settled = settle(offer("auto"), planned, sizes)
     assert (settled.resident, settled.coded) == (planned[1].resident, planned[1].coded)
     assert settled.streamed_bytes == sum(sizes[group] for group, _ in planned[1].streamed)
     assert settled.ring.ring_bytes < planned[1].ring.ring_bytes and settled.num_pages >= planned[1].num_pages
     assert settled.claimed_bytes <= 12 * GIB
 
 
-def test_weights_that_do_not_shrink_as_planned_are_refused_where_they_do_not_fit():
-    planned = choose_code(offer("auto"), demand(memory_bytes=14 * GIB, resident="all"))
-    with pytest.raises(ValueError, match="weights_code.*planned.*none"):
-        settle(planned, {group: SIZES[group] for group in planned[1].coded})
+@pytest.mark.parametrize(("choice", "kind"), [("auto", CodeDoesNotPay), ("lossless", ValueError)])
+def test_weights_that_shrink_less_than_planned_are_refused_where_they_do_not_fit(choice, kind):
+    planned = choose_code(offer(choice), demand(memory_bytes=14 * GIB, resident="all"))
+    with pytest.raises(ValueError, match="weights_code.*planned.*none") as raised:
+        settle(offer(choice), planned, {group: SIZES[group] * 9 // 10 for group in planned[1].coded})
+    assert raised.type is kind
+
+
+def test_weights_that_do_not_shrink_stay_plain_unless_coding_is_asked_for():
+    asked = demand(memory_bytes=40 * GIB, resident="none")
+    planned = choose_code(offer("auto"), asked)
+    with pytest.raises(CodeDoesNotPay, match="plain ones"):
+        settle(offer("auto"), planned, SIZES)
+    assert settle(offer("lossless"), planned, SIZES)[1].streamed_bytes == sum(SIZES.values())
+
+
+def test_nothing_is_claimed_for_decoding_where_all_stays_plain():
+    asked = demand(memory_bytes=40 * GIB)
+    assert choose_code(offer("lossless"), asked) == (asked, plan_residency(asked))
