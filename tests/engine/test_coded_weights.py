@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from coded_runs import CASES, OPTIONS, plan_of, run
+from commands import run_ranks
 from oracle.checkpoints import write_checkpoint
+from safetensors.torch import load_file, save_file
 from streaming_runs import generate
 
 from engine.llm import LLM
@@ -82,3 +85,57 @@ def test_only_bfloat16_is_coded(dtype):
         LLM("demo", device="cpu", dtype=dtype, weights_code="lossless")
     with LLM("demo", device="cpu", dtype=dtype, resident="none") as llm:
         assert not llm.rank.plan.residency.coded
+
+
+SLOW_LINK = {"device_profile": "h200", "link_gb_s": 0.001}  # so that coding pays, by the plan
+
+
+def test_auto_codes_where_the_link_binds(tmp_path):
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16", **BIGGER)
+    with LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS) as llm:
+        assert llm.rank.plan.residency.coded
+        assert llm.rank.plan.residency.streamed_bytes < 0.72 * llm.rank.plan.layout.nbytes
+
+
+def test_auto_keeps_weights_plain_that_do_not_shrink(tmp_path):
+    """They are found out while loading, and loaded again; what runs is what runs without coding."""
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16", **BIGGER)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:  # any exponent but the largest: nothing to save
+            bits = torch.randint(-(2**15), 2**15, tensor.shape, generator=torch.Generator().manual_seed(0))
+            tensors[name] = (bits.short() & ~0x4000).view(torch.bfloat16)
+    save_file(tensors, file)
+    with pytest.warns(UserWarning, match="weights_code: coded weights have .* loading them again, plain"):
+        llm = LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS)
+    with llm:
+        assert not llm.rank.plan.residency.coded and not llm.rank.worker.weights.codes
+        assert ("decode buffer", 0) not in llm.rank.plan.residency.claims
+        assert llm.rank.plan.residency.streamed_bytes == sum(g.nbytes for g in llm.rank.plan.layout.groups)
+
+
+RATES_SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from engine.device_profile import device_profile, profile_path, save_profile
+from probes import CPU
+from dataclasses import replace
+os.environ["XDG_CACHE_HOME"] = f"{sys.argv[1]}/cache{os.environ['RANK']}"
+if os.environ["RANK"] == "1":  # one host was probed, the other was not
+    profile = device_profile(replace(CPU, num_ranks=2, link_gb_s=[0.001, 0.001]))
+    save_profile(profile, profile_path("cpu", 2))
+from engine.llm import LLM
+with LLM(sys.argv[2], device="cpu", resident="none") as llm:
+    found = [llm.rank.plan.rates.link_gb_s, len(llm.rank.plan.residency.coded)]
+Path(sys.argv[1], f"rates{os.environ['RANK']}.json").write_text(json.dumps(found))
+"""
+
+
+def test_all_ranks_plan_with_the_rates_of_rank_0(tmp_path):
+    write_checkpoint(tmp_path / "model", "llama_gqa", "bfloat16")
+    script = tmp_path / "rank.py"
+    script.write_text(RATES_SCRIPT)
+    run_ranks(2, script, tmp_path, tmp_path / "model", timeout=100)
+    first, second = (json.loads((tmp_path / f"rates{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first[0] > 1

@@ -63,10 +63,11 @@ def test_a_model_that_fits_stays(capsys):
 
 def test_streamed_bytes_are_the_facts(capsys):
     """8B: 15.01e9 bytes of layers and head, 70B: 139.0e9, split over two ranks."""
-    small = plan_json(capsys, "--model", SMALL, "--resident", "none", "--gpu-memory", "24GiB")
+    plain = ("--resident", "none", "--gpu-memory", "24GiB", "--weights-code", "none")
+    small = plan_json(capsys, "--model", SMALL, *plain)
     assert small["streamed_bytes"] == pytest.approx(15.01e9, rel=1e-3)
     assert small["predictions"][0]["total_s"] == pytest.approx(15.01 / 55.1, rel=0.01)
-    large = plan_json(capsys, "--model", LARGE, "--resident", "none", "--gpu-memory", "24GiB", "-tp", "2")
+    large = plan_json(capsys, "--model", LARGE, *plain, "-tp", "2")
     assert large["streamed_bytes"] == pytest.approx(139.0e9 / 2, rel=1e-3)
     assert large["rates"]["link_gb_s"] == 53.1
     assert 8000 < small["free_tokens"] < 16000

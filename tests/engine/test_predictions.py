@@ -21,9 +21,9 @@ LINEARS = {"attn_qkv", "attn_output", "ffn_up", "ffn_down", "head"}
 KIB, MIB = 2**10, 2**20
 
 
-def plan_of(model: str, tp_size: int, resident: str | float = "all") -> EnginePlan:
+def plan_of(model: str, tp_size: int, resident: str | float = "all", weights_code: str = "none") -> EnginePlan:
     path = BENCHMARKS / "shapes" / f"{model}.json"
-    config = EngineConfig(model=str(path), resident=resident)
+    config = EngineConfig(model=str(path), resident=resident, weights_code=weights_code)
     return make_engine_plan(config, read_spec(read_config(path), str(path)), tp_size, 141 * 10**9, rates(tp_size))
 
 
