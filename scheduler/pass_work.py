@@ -5,6 +5,7 @@ PURE. `engine/step_cost.py` fills StepWork in from a model's layout; `time_model
 
 from dataclasses import dataclass
 
+KV_SHARE = 0.72  # of the memory rate, at which decode attention reads keys and values; measured at 32k tokens
 ATTENTION_SHARE = 0.6  # of the GEMM rate, that prefill attention reaches; measured: 0.48 at 2000 tokens, 0.65 at 8000
 
 
@@ -57,9 +58,15 @@ class StepWork:
 
     def nbytes(self, shape: PassShape) -> int:
         """Read and written in device memory."""
-        kv_bytes = (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
-        return self.weight_bytes + moved_bytes + kv_bytes
+        return self.weight_bytes + moved_bytes + self._kv_bytes(shape)
+
+    def _kv_bytes(self, shape: PassShape) -> int:
+        return (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
+
+    def memory_bytes(self, shape: PassShape) -> float:
+        """Bytes that would take as long at the memory rate."""
+        return self.nbytes(shape) + (1 / KV_SHARE - 1) * self._kv_bytes(shape)
 
     def flops(self, shape: PassShape) -> float:
         linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops

@@ -161,7 +161,7 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
     """The time of one pass: the longer of the two lanes, and what neither hides."""
     parts = {
         "link": work.streamed_bytes / (rates.link_gb_s * GB),
-        "memory": sum(count * step.nbytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
+        "memory": sum(count * step.memory_bytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
         "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
         "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
@@ -178,7 +178,7 @@ def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     """Seconds of one step of a pass: its latency, and what it moves and computes."""
     if work.is_idle:
         return 0.0
-    moves_s = work.nbytes(shape) / (rates.memory_gb_s * GB)
+    moves_s = work.memory_bytes(shape) / (rates.memory_gb_s * GB)
     busy_s = math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
     latency_s = _reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0
     return max(latency_s + busy_s, 0.0 if _is_graph(shape, rates) else rates.step_latency_s)
