@@ -53,11 +53,13 @@ def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
 def _fastest(offer: CodeOffer, demand: Demand) -> Planned | None:
     """Of those ways to divide memory that leave the KV cache as large as where all is coded, or as is wished for."""
     most = sum(nbytes - offer.coded.get(group, nbytes) for group, nbytes in demand.groups)
-    parts = range(NUM_TRIED + 1) if demand.memory_bytes is not None else (NUM_TRIED,)
-    tried = [replace(demand, plain=most * part // NUM_TRIED) for part in parts]
-    planned = [(each, residency) for each in tried if (residency := _plan(each)) is not None]
-    if not planned:
+    coded = _plan(demand)
+    if coded is None:
         return None
+    parts = range(1, NUM_TRIED + 1) if demand.memory_bytes is not None else (NUM_TRIED,)
+    tried = [replace(demand, plain=most * part // NUM_TRIED) for part in parts if coded.resident]
+    planned = [(demand, coded)]
+    planned += [(each, residency) for each in tried if (residency := _plan(each)) is not None]
     least_pages = min(planned[0][1].num_pages, demand.wanted_pages)
     return min((each for each in planned if each[1].num_pages >= least_pages), key=lambda each: offer.pass_s(each[1]))
 

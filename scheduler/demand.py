@@ -1,5 +1,6 @@
 """What an engine asks of one rank's memory: the input of residency.py. PURE: sizes in bytes, lengths in tokens."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -63,7 +64,7 @@ class Demand:
     def least_pages(self) -> int:
         return self.num_pages or self.pages(self.least_len) + 1
 
-    @property
+    @functools.cached_property
     def stored(self) -> tuple[tuple[GroupId, int], ...]:
         """The groups with their bytes as they are kept, coded where they may be."""
         return tuple((group, self.coded.get(group, nbytes)) for group, nbytes in self.groups)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from scheduler.pass_work import ATTENTION_SHARE, PassShape, PassWork, StepWork
+from scheduler.pass_work import ATTENTION_SHARE, KV_SHARE, PassShape, PassWork, StepWork
 from scheduler.time_model import Rates, free_tokens, load_profile, predict_pass, step_s
 
 RATES = Rates(link_gb_s=50.0, memory_gb_s=4000.0, gemm_tflops=800.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
@@ -116,7 +116,7 @@ def test_a_streamed_pass_is_as_long_as_its_copies():
     time = predict_pass(WORK, DECODE, RATES)
     assert time.bound == "link"
     assert time.total_s == time.link_s == pytest.approx(10 / 50)
-    assert time.memory_s == pytest.approx(16 * (1e9 + 1001 * 1e5) / 4e12)
+    assert time.memory_s == pytest.approx(16 * (1e9 + 1001 * 1e5 / KV_SHARE) / 4e12)
     assert time.compute_s == pytest.approx(16e9 / 8e14)
 
 
