@@ -76,6 +76,10 @@ MAY_IMPORT = {
         *("engine.config", "engine.pack_command", "engine.planning", "engine.weights", "parallel.topology"),
         "scheduler.demand",
     ),
+    "engine.split": (
+        *("engine.config", "engine.llm", "engine.model", "engine.planning", "engine.runtime", "engine.step_cost"),
+        *("engine.weights", "parallel", "scheduler"),
+    ),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
     "penstock": ("engine.version", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
@@ -94,6 +98,7 @@ PURE = [
     *("engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
     "engine.kernels.code_tile",
+    *(f"engine.split.{name}" for name in ("ledger", "transfers", "report")),
     *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),
 ]
