@@ -1,10 +1,14 @@
 """What a split execution moves between its two sides in one prefill pass, by operation and layer, predicted from a
-config alone; and what the remedies leave of it.
+config alone; and what remedies leave of it. With --measure the pass is run and what crossed is counted beside it: with
+the checkpoint's weights, or random ones where --model is a config.json.
 
-    python scripts/transfer_report.py --model benchmarks/shapes/Llama-3.2-1B.json --tokens 1024
+    python scripts/transfer_report.py --model benchmarks/shapes/Llama-3.2-1B.json --tokens 1024 --attention repeated
+
+MiB are 2^20 bytes. The exit status is 1 if what was counted is not what was predicted.
 """
 
 import argparse
+import random
 import sys
 
 from engine.flags import Parser
@@ -12,46 +16,61 @@ from engine.model.families import read_config, read_spec
 from engine.model.spec import ModelSpec
 from engine.model.steps import model_steps
 from engine.planning import find_model
-from engine.split.report import remedy_table, transfer_table
-from engine.split.transfers import ATTENTION_WAYS, WIRE_DTYPES, PassRow, SplitConfig, predict
+from engine.split.flags import add_split_arguments
+from engine.split.ledger import TransferLedger
+from engine.split.report import difference, remedy_table, transfer_table
+from engine.split.transfers import PassRow, SplitConfig, predict
+from scheduler.request import SamplingParams
 from scripts.entry import run_script
 
 
 def main() -> int:
     args = arguments()
-    path = find_model(args.model)
-    spec = read_spec(read_config(path), str(path))
     if args.tokens < 1:
         raise ValueError(f"--tokens {args.tokens}: expected a positive number")
-    config, row, steps = (
-        SplitConfig(args.wire_dtype, args.attention),
-        PassRow(args.tokens, args.tokens, True),
-        model_steps(spec),
-    )
+    path = find_model(args.model)
+    spec = read_spec(read_config(path), str(path))
+    config, row, steps = SplitConfig(args.wire_dtype, args.attention), PassRow.prefill(args.tokens), model_steps(spec)
+    predicted = predict(steps, spec, [row], config)
+    counted = measure(args.model, spec, args.tokens, config) if args.measure else None
     print(heading(args.model, spec, args.tokens, config))
-    print(transfer_table(predict(steps, spec, [row], config), folded=not args.layers))
+    print(transfer_table(predicted, counted, folded=not args.layers))
+    if counted is not None:
+        print(difference(predicted, counted))
     print(f"\n{remedy_table(steps, spec, row)}")
-    return 0
+    return int(counted is not None and counted != predicted)
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint directory, config.json or 'demo'")
     parser.add_argument("--tokens", type=int, required=True, metavar="N", help="length of the prompt")
-    parser.add_argument(
-        "--wire-dtype", choices=WIRE_DTYPES, default=WIRE_DTYPES[0], help="dtype in which tensors cross"
-    )
-    ways = "; ".join(f"{way}: {text}" for way, text in ATTENTION_WAYS.items())
-    parser.add_argument("--attention", choices=tuple(ATTENTION_WAYS), default="scores", help=ways)
-    parser.add_argument("--layers", action="store_true", help="a line for each layer, also where layers are alike")
+    add_split_arguments(parser)
+    parser.add_argument("--measure", action="store_true", help="run the pass, and count what crosses")
     return parser.parse_args()
+
+
+def measure(model: str, spec: ModelSpec, num_tokens: int, config: SplitConfig) -> TransferLedger:
+    """What crosses in a prefill pass over random tokens. Raises ValueError if the model takes no such prompt."""
+    from engine.split.llm import SplitLLM  # imports torch: a prediction does without
+
+    options = {
+        "load_format": "auto" if find_model(model).is_dir() else "dummy",
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": num_tokens,
+        "max_model_len": num_tokens + 1,
+    }
+    prompt = random.Random(0).choices(range(spec.vocab_size), k=num_tokens)
+    with SplitLLM(model, config, **options) as llm:
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
+        return llm.counted
 
 
 def heading(model: str, spec: ModelSpec, num_tokens: int, config: SplitConfig) -> str:
     heads = f"{spec.num_heads} heads, {spec.num_kv_heads} KV heads of {spec.head_dim}"
     return (
-        f"{model}: {spec.num_layers} layers, hidden {spec.hidden_size}, {heads}, FFN {spec.ffn_size}; prefill of "
-        f"{num_tokens} tokens, {config.wire_dtype} on the wire, attention {config.attention}"
+        f"{model}: {spec.num_layers} layers, hidden {spec.hidden_size}, {heads}, FFN {spec.ffn_size}\n"
+        f"prefill of {num_tokens} tokens, {config.wire_dtype} on the wire, attention {config.attention}"
     )
 
 

@@ -42,10 +42,12 @@ TOKEN_ID_BYTES = 8
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How a split execution crosses. Raises ValueError, naming the field, for a value that is not known."""
+    """How a split execution crosses; `process`: the device side is a process of its own. Raises ValueError, naming the
+    field, for a value that is not known."""
 
     wire_dtype: str = WIRE_DTYPES[0]
     attention: str = SCORES
+    process: bool = False
 
     def __post_init__(self):
         for name, known in (("wire_dtype", WIRE_DTYPES), ("attention", tuple(ATTENTION_WAYS))):
@@ -69,6 +71,11 @@ class PassRow(NamedTuple):
     num_tokens: int
     num_context: int
     samples: bool
+
+    @staticmethod
+    def prefill(num_tokens: int) -> "PassRow":
+        """A whole prompt."""
+        return PassRow(num_tokens, num_tokens, True)
 
     @staticmethod
     def of(row: BatchRow) -> "PassRow":
