@@ -5,7 +5,7 @@ from itertools import groupby
 
 from engine.model.spec import ModelSpec
 from engine.split.ledger import Site, Transfer, TransferLedger, total
-from engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, PassRow, predict
+from engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, predict, prefill
 from scheduler.step_plan import Compute
 
 KIB, MIB = 2**10, 2**20
@@ -45,9 +45,12 @@ def difference(predicted: TransferLedger, counted: TransferLedger) -> str:
     return "counted equals predicted, byte for byte"
 
 
-def remedy_table(steps: Sequence[Compute], spec: ModelSpec, row: PassRow) -> str:
-    """What crosses in one pass over `row` originally, and with each remedy."""
-    ledgers = {name: predict(steps, spec, [row], config) for name, config in REMEDIES.items()}
+def remedy_table(steps: Sequence[Compute], spec: ModelSpec, num_tokens: int) -> str:
+    """What crosses in the prefill of a prompt originally, and with each remedy."""
+    ledgers = {
+        name: predict(steps, spec, prefill(num_tokens, chunk_tokens), config)
+        for name, (config, chunk_tokens) in REMEDIES.items()
+    }
     original = next(iter(ledgers.values())).total
     unit, divisor = _unit(original)
     sizes = (f"sent {unit}", f"received {unit}", f"total {unit}", f"saved {unit}")

@@ -55,13 +55,21 @@ class SplitConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
 
 
-# The last four remedy the first; with fused attention nothing is gained by repeating K and V.
+class Remedy(NamedTuple):
+    """A way to cross, and the tokens of a chunk in which the prompt is prefilled (None: in one pass)."""
+
+    config: SplitConfig
+    chunk_tokens: int | None = None
+
+
+# What the first is remedied by; where the device side attends, nothing is gained by repeating K and V.
 REMEDIES = {
-    "original": SplitConfig("float32", REPEATED),
-    "K, V not repeated": SplitConfig("float32", SCORES),
-    "bfloat16 wire": SplitConfig("bfloat16", REPEATED),
-    "fused attention": SplitConfig("float32", FUSED),
-    "bfloat16 wire, fused attention": SplitConfig("bfloat16", FUSED),
+    "original": Remedy(SplitConfig("float32", REPEATED)),
+    "K, V not repeated": Remedy(SplitConfig("float32", SCORES)),
+    "K, V not repeated, chunks of 256": Remedy(SplitConfig("float32", SCORES), 256),
+    "bfloat16 wire": Remedy(SplitConfig("bfloat16", REPEATED)),
+    "fused attention": Remedy(SplitConfig("float32", FUSED)),
+    "bfloat16 wire, fused attention": Remedy(SplitConfig("bfloat16", FUSED)),
 }
 
 
@@ -71,11 +79,6 @@ class PassRow(NamedTuple):
     num_tokens: int
     num_context: int
     samples: bool
-
-    @staticmethod
-    def prefill(num_tokens: int) -> "PassRow":
-        """A whole prompt."""
-        return PassRow(num_tokens, num_tokens, True)
 
     @staticmethod
     def of(row: BatchRow) -> "PassRow":
@@ -95,17 +98,27 @@ def linear_activations(spec: ModelSpec, step: Compute) -> tuple[str, int, str]:
     return reads, leading.get(reads, spec.hidden_size), writes
 
 
-def predict(steps: Iterable[Compute], spec: ModelSpec, rows: Sequence[PassRow], config: SplitConfig) -> TransferLedger:
-    """The calls of one pass over `rows`, with `steps` those of a plan whose steps are not fused."""
+def prefill(num_tokens: int, chunk_tokens: int | None = None) -> list[list[PassRow]]:
+    """The passes of one prompt, each with its row."""
+    chunk_tokens = chunk_tokens or num_tokens
+    ends = [min(start + chunk_tokens, num_tokens) for start in range(0, num_tokens, chunk_tokens)]
+    return [[PassRow(end - start, end, end == num_tokens)] for start, end in zip([0, *ends], ends)]
+
+
+def predict(
+    steps: Sequence[Compute], spec: ModelSpec, passes: Iterable[Sequence[PassRow]], config: SplitConfig
+) -> TransferLedger:
+    """The calls of passes over these rows, with `steps` those of a plan whose steps are not fused."""
     ledger = TransferLedger()
-    add_pass(ledger, steps, spec, rows, config)
+    for rows in passes:
+        add_pass(ledger, steps, spec, rows, config)
     return ledger
 
 
 def add_pass(
     ledger: TransferLedger, steps: Iterable[Compute], spec: ModelSpec, rows: Sequence[PassRow], config: SplitConfig
 ) -> None:
-    """The same, added to a ledger of more passes."""
+    """The same for one pass, added to those before."""
     element = DTYPE_BYTES[config.wire_dtype]
     widths = activation_widths(spec, tp_size=1)
     lengths = {"tokens": sum(row.num_tokens for row in rows), "rows": sum(row.samples for row in rows)}

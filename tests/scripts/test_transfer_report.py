@@ -59,6 +59,13 @@ def test_a_checkpoint_runs_with_its_weights_in_bfloat16(report):
     assert "counted equals predicted" in shown and "bfloat16 on the wire" in shown
 
 
+def test_a_prompt_in_chunks(report):
+    shown = report("--model", "demo", "--tokens", "40", "--chunk", "16", "--measure")
+    assert "counted equals predicted" in shown and "in chunks of 16" in shown
+    (line,) = [line.split() for line in shown.splitlines() if line.startswith("attn_qkv")]
+    assert line[1:5] == ["0", "to", "3", "12"], "three passes over four layers"
+
+
 def test_a_difference_is_the_exit_status(report, monkeypatch):
     call = InProcess.call
 
@@ -75,6 +82,7 @@ def test_a_difference_is_the_exit_status(report, monkeypatch):
     ("arguments", "message"),
     [
         (("--model", "demo", "--tokens", "0"), "--tokens 0"),
+        (("--model", "demo", "--tokens", "8", "--chunk", "0"), "--chunk 0"),
         (("--model", "nowhere", "--tokens", "8"), "nowhere"),
         (("--model", "demo", "--tokens", "100000", "--measure"), "max_model_len"),
     ],
