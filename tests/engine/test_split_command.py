@@ -15,12 +15,6 @@ def run(capsys, command: str, *arguments: str) -> tuple[str, str]:
     return capsys.readouterr()
 
 
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    """Also where there is a GPU: bits are compared."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
 def test_text_is_that_of_generate(capsys):
     expected, _ = run(capsys, "generate", "--device", "cpu", *SAMPLED)
     out, err = run(capsys, "split", "--attention", "fused", *SAMPLED)
