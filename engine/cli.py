@@ -25,9 +25,11 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "probe": ("engine.probe_command", "measure links, memory, compute and all-reduces, for `plan` and the engine"),
     "trace": ("engine.trace_command", "draw the two lanes of a pass, predicted beside measured"),
     "profile": ("engine.profile_command", "show where the time of a decode and a prefill pass goes"),
+    "split": ("engine.split_command", "generate with the large weights on an untrusted side, and count what crosses"),
     "pack": ("engine.pack_command", "write a checkpoint with its weights coded, or check one"),
     "unpack": ("engine.unpack_command", "write a packed checkpoint's original again, byte for byte"),
     "worker": ("engine.worker_command", None),
+    "split-device": ("engine.split_device_command", None),
 }
 EPILOG = """examples:
   penstock plan --model benchmarks/shapes/Llama-3-70B.json -tp 2 --gpu-memory 24GiB

@@ -34,6 +34,12 @@ SAMPLING_FLAGS = {
 
 
 def add_arguments(parser) -> None:
+    add_request_arguments(parser)
+    parser.add_argument("--table", action="store_true", help="print the step table of the plan before")
+
+
+def add_request_arguments(parser) -> None:
+    """Prompts, sampling parameters, and how outputs are shown."""
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument(
         "--prompts-file", metavar="FILE", help="one prompt a line, or JSONL with prompt or prompt_token_ids; - is stdin"
@@ -47,7 +53,6 @@ def add_arguments(parser) -> None:
     parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout, with token ids")
-    parser.add_argument("--table", action="store_true", help="print the step table of the plan before")
 
 
 def _default(name: str) -> str:
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         outputs = llm.generate(prompts, params, on_text=printer)
         elapsed_s = time.perf_counter() - start
         if speaks:
-            _say_outputs(outputs, args.json, printer)
+            say_outputs(outputs, args.json, printer)
             print(report(llm, outputs, elapsed_s), file=sys.stderr)
     return 0
 
@@ -126,7 +131,7 @@ def _say_plan(llm: LLM, args: argparse.Namespace) -> None:
     print(file=sys.stderr)
 
 
-def _say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinter | None) -> None:
+def say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinter | None) -> None:
     for output in outputs:
         if as_json:
             print(json.dumps(output.to_dict()), flush=True)

@@ -38,7 +38,7 @@ class LLM:
             raise TypeError(f"LLM has no option {', '.join(unknown)}")
         self.config = EngineConfig(model=model, tensor_parallel_size=tensor_parallel_size, **options)
         self.tokenizer = load_tokenizer(self.config)
-        self.rank = Rank(self.config, resolve_launch(self.config.tensor_parallel_size))
+        self.rank = self._start()
         residency = self.rank.plan.residency
         self.scheduler = Scheduler(
             max_num_seqs=self.config.max_num_seqs,
@@ -139,6 +139,9 @@ class LLM:
         # the place stands for the id: messages name the prompt
         Request(place, token_ids, params).check_length(self.scheduler.max_model_len)
         return text, token_ids, params
+
+    def _start(self) -> Rank:
+        return Rank(self.config, resolve_launch(self.config.tensor_parallel_size))
 
     def _check_open(self) -> None:
         if self.rank is None:

@@ -130,7 +130,6 @@ class Launch:
 
     def _child_environment(self, rank: int) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-        path = [str(_ROOT), *filter(None, [env.get("PYTHONPATH")])]
         return env | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -139,10 +138,15 @@ class Launch:
             "MASTER_PORT": str(self.master_port),
             "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"),
             "TORCH_CPP_LOG_LEVEL": env.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONPATH": python_path(),
             "PYTHONUNBUFFERED": "1",
             SELF_LAUNCHED: "1",
         }
+
+
+def python_path() -> str:
+    """PYTHONPATH of a child, which has to find what this process runs."""
+    return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:

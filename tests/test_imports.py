@@ -76,16 +76,24 @@ MAY_IMPORT = {
         *("engine.config", "engine.pack_command", "engine.planning", "engine.weights", "parallel.topology"),
         "scheduler.demand",
     ),
+    "engine.split": (
+        *("engine.config", "engine.kernels", "engine.llm", "engine.model", "engine.planning", "engine.runtime"),
+        *("engine.step_cost", "engine.weights", "parallel", "scheduler"),
+    ),
+    "engine.split_command": ("engine.config", "engine.generate_command", "engine.prompts", "engine.split"),
+    "engine.split_device_command": ("engine.config", "engine.split.channel", "parallel.failure"),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
     "penstock": ("engine.version", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "engine.server", "penstock")
-# A late import needs a reason: the parent is watched before torch comes in; transformers only where it is compared;
-# safetensors only where a checkpoint is written.
+# A late import needs a reason: the parent is watched before torch comes in; torch only where a report measures;
+# transformers only where it is compared; safetensors only where a checkpoint is written.
 LATE_IMPORTS = {
     "engine.worker_command": {"engine.runtime.rank", "parallel.launch"},
     "engine.probe_command": {"engine.runtime.probe", "parallel.group"},
+    "engine.split_device_command": {"engine.split.channel"},
+    "scripts.transfer_report": {"engine.split.llm"},
     "scripts.comparison": {"scripts.baselines"},
     "scripts.benchmark_startup": {"scripts.dummy_checkpoint"},
 }
@@ -94,6 +102,7 @@ PURE = [
     *("engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
     "engine.kernels.code_tile",
+    *(f"engine.split.{name}" for name in ("ledger", "transfers", "report", "flags")),
     *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),
 ]

@@ -110,10 +110,16 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, wi
     q = q[tokens].transpose(0, 1)[None]  # (1, H, q, E)
     k = k[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]  # (1, K, L, E)
     v = v[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]
-    query = torch.arange(row.num_context - row.num_queries, row.num_context, device=q.device)[:, None]
-    key = torch.arange(row.num_context, device=q.device)
+    mask = causal_mask(row, window, q.device)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out[tokens] = attended[0].transpose(0, 1)  # (q, H, E)
+
+
+def causal_mask(row: RowRange, window: int | None, device: torch.device) -> Tensor:
+    """Which of its context tokens each query of a row sees: (queries, context) bool."""
+    query = torch.arange(row.num_context - row.num_queries, row.num_context, device=device)[:, None]
+    key = torch.arange(row.num_context, device=device)
     mask = key <= query
     if window is not None:
         mask &= key > query - window
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    out[tokens] = attended[0].transpose(0, 1)  # (q, H, E)
+    return mask

@@ -7,6 +7,7 @@ alignment, so the bitwise equality of both depends on it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.model.families import TensorNames
@@ -92,6 +93,15 @@ def model_layout(spec: ModelSpec, names: TensorNames, dtype: str, tp_size: int, 
     groups.append(_pack(GroupId(spec.num_layers, "head"), cut.head(), dtype))
     embed = _pack(GroupId(-1, "embed"), [] if spec.tied else [cut.vocab("embed", names.embed)], dtype)
     return ModelLayout(tuple(groups), embed, dtype)
+
+
+def select_weights(layout: ModelLayout, wanted: Callable[[Weight], bool]) -> ModelLayout:
+    """The same groups with the wanted ones of their weights only."""
+
+    def selected(group: GroupLayout) -> GroupLayout:
+        return _pack(group.group, [weight for weight in group.weights if wanted(weight)], layout.dtype)
+
+    return ModelLayout(tuple(map(selected, layout.groups)), selected(layout.embed), layout.dtype)
 
 
 def expected_tensors(spec: ModelSpec, names: TensorNames) -> dict[str, tuple[int, ...]]:

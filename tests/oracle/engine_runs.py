@@ -28,7 +28,7 @@ def run_case(case: Case, checkpoint: str | Path, max_tokens: int = MAX_TOKENS) -
     counters say: num_passes, copied_bytes."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     with LLM(str(checkpoint), **case.options) as llm:
-        logits = _capture_logits(llm)
+        logits = capture_logits(llm)
         outputs = llm.generate(prompts(), params)
         counters = llm.rank.worker.executor.counters
         return {
@@ -39,7 +39,7 @@ def run_case(case: Case, checkpoint: str | Path, max_tokens: int = MAX_TOKENS) -
         }
 
 
-def _capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
+def capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
     """Logits of each row, position after position, as the sampler sees them. Row i runs prompt i, since there are as
     many rows as prompts."""
     executor, vocab_size = llm.rank.worker.executor, llm.rank.plan.spec.vocab_size

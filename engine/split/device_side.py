@@ -1,0 +1,121 @@
+"""The untrusted side of a split execution: it holds the large weights and computes what it is asked, one call at a
+time. It sees every tensor that it is sent, and keeps nothing between calls.
+
+Shapes: T tokens of a pass or a row, C context tokens of the row, N sampled rows, D hidden, H query heads, E head dim,
+G KV heads as they cross (K, or H where they were repeated).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.kernels.embedding import embed_rows
+from engine.model.attention import attend
+from engine.model.inputs import GatheredContext, RowRange
+from engine.model.layout import Weight, select_weights
+from engine.model.ops import project
+from engine.planning import EnginePlan, find_model
+from engine.runtime.worker import open_source
+from engine.split.ledger import Site
+from engine.split.transfers import is_call, site
+from engine.step_cost import MATRICES
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.host_store import LoadedWeights, load_weights
+from engine.weights.views import views
+from parallel.shard import ShardKind
+
+CPU = torch.device("cpu")
+
+
+class DeviceSide:
+    """Loads all weights but the norms. Raises ValueError naming file and tensor of what cannot be loaded."""
+
+    def __init__(self, config: EngineConfig, plan: EnginePlan):
+        self.spec, self.dtype = plan.spec, getattr(torch, plan.dtype)
+        self._weights, named = load_part(config, plan, trusted=False)
+        head = named[plan.layout.groups[-1].group]
+        self._embed = head["head"] if plan.spec.tied else named[plan.layout.embed.group]["embed"]  # (V, D)
+        self._linear = {
+            site(step): (next(name for name in MATRICES[step.step] if name in named[step.group]), named[step.group])
+            for step in plan.step_plan.steps
+            if is_call(step) and step.step in MATRICES
+        }
+
+    @torch.inference_mode()
+    def run(self, site: Site, tensors: Sequence[Tensor]) -> Tensor:
+        """The result of one call, in the compute dtype. Raises ValueError for an operation that is not known."""
+        tensors = [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+        if site in self._linear:
+            return self._project(*self._linear[site], *tensors)
+        if site.operation not in _OPERATIONS:
+            raise ValueError(f"no operation {site}")
+        return _OPERATIONS[site.operation](self, site.layer_idx, *tensors)
+
+    def _project(self, name: str, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), len(weights[name]))
+        project(weights, name, x, out)
+        return out
+
+    def _embedding(self, layer_idx: int, tokens: Tensor) -> Tensor:
+        out = self._embed.new_empty(len(tokens), self.spec.hidden_size)
+        embed_rows(self._embed, tokens, 0, out)
+        return out
+
+    def _attention(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of q (T, H, E), the last T of C tokens, over k and v (C, G, E): (T, H, E)."""
+        return attend(q, k, v, _one_row(len(q), len(k)), self.spec.windows[layer_idx])
+
+    def _scores(self, layer_idx: int, q: Tensor, k: Tensor) -> Tensor:
+        """q (T, H, E) times k (C, G, E): (H, T, C), neither scaled nor masked."""
+        (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+        grouped = q.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)  # (G, H / G * T, E)
+        return torch.bmm(grouped, k.permute(1, 2, 0)).view(num_heads, num_tokens, len(k))
+
+    def _values(self, layer_idx: int, probabilities: Tensor, v: Tensor) -> Tensor:
+        """Probabilities (H, T, C) times v (C, G, E): (T, H, E)."""
+        (num_heads, num_tokens, num_context), num_kv_heads = probabilities.shape, v.shape[1]
+        grouped = probabilities.reshape(num_kv_heads, -1, num_context)  # (G, H / G * T, C)
+        return torch.bmm(grouped, v.transpose(0, 1)).view(num_heads, num_tokens, -1).transpose(0, 1)
+
+    def close(self) -> None:
+        self._embed, self._linear = None, {}
+        self._weights.close()
+
+
+_OPERATIONS = {
+    "embedding": DeviceSide._embedding,
+    "attention": DeviceSide._attention,
+    "attention_scores": DeviceSide._scores,
+    "attention_values": DeviceSide._values,
+}
+
+
+def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[LoadedWeights, dict]:
+    """The weights of one side, on the CPU: the norms are the trusted side's, all others the device side's. Returns what
+    holds them, and by group their views by name."""
+
+    def is_wanted(weight: Weight) -> bool:
+        return (weight.kind == ShardKind.REPLICATED) == trusted
+
+    layout = select_weights(plan.layout, is_wanted)
+    source = open_source(config, find_model(config.model), plan, CPU)
+    loaded = load_weights(source, layout, set(), embed_on_host=False, device=CPU)
+    if isinstance(source, Checkpoint):
+        source.close()
+    groups = (*layout.groups, layout.embed)
+    return loaded, {group.group: views(group, loaded.resident[group.group]) for group in groups}
+
+
+def _one_row(num_queries: int, num_context: int) -> GatheredContext:
+    row = RowRange(0, num_queries, 0, num_context)
+    return GatheredContext(
+        places=torch.arange(num_context),
+        query_starts=torch.tensor([0, num_queries], dtype=torch.int32),
+        context_starts=torch.tensor([0, num_context], dtype=torch.int32),
+        max_queries=num_queries,
+        max_context=num_context,
+        ranges=(row,),
+        whole=(),
+    )

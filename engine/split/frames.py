@@ -1,0 +1,85 @@
+"""Tensors on a socket: a small binary header, then their raw bytes. Nothing is pickled.
+
+operation length (uint8), layer_idx (int16), number of tensors (uint8) | operation (ascii)
+for each tensor: dtype (uint8), number of dims (uint8) | dims (uint32 each)
+for each tensor: its bytes, in rows, of this machine's byte order
+"""
+
+import socket
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.split.ledger import Site
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
+_START, _TENSOR = struct.Struct("<BhB"), struct.Struct("<BB")
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+class Header(NamedTuple):
+    site: Site
+    shapes: tuple[Shape, ...]
+
+    @staticmethod
+    def of(site: Site, tensors: Sequence[Tensor]) -> "Header":
+        return Header(site, tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
+
+    def pack(self) -> bytes:
+        name = self.site.operation.encode("ascii")
+        parts = [_START.pack(len(name), self.site.layer_idx, len(self.shapes)), name]
+        for dtype, dims in self.shapes:
+            parts += [_TENSOR.pack(DTYPES.index(dtype), len(dims)), struct.pack(f"<{len(dims)}I", *dims)]
+        return b"".join(parts)
+
+
+def send(connection: socket.socket, site: Site, tensors: Sequence[Tensor]) -> None:
+    """Sends tensors of the dtypes in DTYPES, none of them empty, as one frame."""
+    connection.sendall(Header.of(site, tensors).pack())
+    for tensor in tensors:
+        data = bytearray(tensor.nbytes)
+        torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+        connection.sendall(data)
+
+
+def receive_header(connection: socket.socket) -> Header:
+    """Waits for the next frame. Raises EOFError where the other side has closed or broken the connection, ValueError
+    for what no `send` has sent."""
+    name_bytes, layer_idx, num_tensors = _START.unpack(_receive(connection, _START.size))
+    operation = _receive(connection, name_bytes).decode("ascii")
+    shapes = []
+    for _ in range(num_tensors):
+        dtype, num_dims = _TENSOR.unpack(_receive(connection, _TENSOR.size))
+        if dtype >= len(DTYPES):
+            raise ValueError(f"a frame with dtype {dtype}")
+        dims = struct.unpack(f"<{num_dims}I", _receive(connection, 4 * num_dims))
+        shapes.append((DTYPES[dtype], dims))
+    return Header(Site(operation, layer_idx), tuple(shapes))
+
+
+def receive_tensors(connection: socket.socket, header: Header) -> list[Tensor]:
+    """The tensors of the frame whose header was received: whoever does not trust it has looked at it by now."""
+    tensors = []
+    for dtype, dims in header.shapes:
+        count = torch.Size(dims).numel()
+        data = _receive(connection, count * dtype.itemsize)
+        tensors.append(torch.frombuffer(data, dtype=dtype).view(dims))
+    return tensors
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytearray:
+    data = bytearray(num_bytes)
+    rest = memoryview(data)
+    while rest:
+        try:
+            received = connection.recv_into(rest)
+        except ConnectionError as error:
+            raise EOFError(str(error)) from error
+        if not received:
+            raise EOFError("the connection is closed")
+        rest = rest[received:]
+    return data

@@ -1,0 +1,123 @@
+"""The trusted side of a split execution: it walks the same StepPlan, with norms, RoPE, residuals, KV cache, activations
+and sampling here, and each embedding, linear layer, attention matmul and head as a call to the device side.
+
+Shapes: T tokens of a row, C its context tokens, H/K query/KV heads, E head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.model.attention import causal_mask
+from engine.model.inputs import RowRange
+from engine.model.ops import StepContext
+from engine.model.rope import rope_table
+from engine.model.steps import activation_widths
+from engine.planning import EnginePlan
+from engine.runtime.arena import ActivationArena, aligned_bytes
+from engine.runtime.executor import Executor
+from engine.runtime.kv_cache import KVCache
+from engine.runtime.lanes import InterleavedLanes
+from engine.runtime.sampler import Sampler
+from engine.runtime.trace import Tracer
+from engine.split.channel import Channel
+from engine.split.device_side import CPU, load_part
+from engine.split.ledger import Site
+from engine.split.transfers import FUSED, REPEATED, is_call, linear_activations, site
+from parallel.collectives import Collectives
+from scheduler.step_plan import Compute, Instruction
+
+
+class SplitExecutor(Executor):
+    """Runs a plan's own steps as they are, and makes calls of the device side's. `attention` is a key of
+    ATTENTION_WAYS."""
+
+    def __init__(self, channel: Channel, attention: str, **parts):
+        super().__init__(**parts)
+        assert not any("+" in step.step for step in self.plan.steps), "a fused step may be of both sides"
+        self.channel, self.attention = channel, attention
+
+    def do(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Compute) and is_call(instruction):
+            self.counters.steps[instruction.step] += 1
+            self._call(instruction)
+        else:
+            super().do(instruction)
+
+    def _call(self, step: Compute) -> None:
+        act, inputs = self.context.act, self.context.inputs
+        if step.step == "embedding":
+            self.channel.call(site(step), [inputs.tokens], act["x"])
+        elif step.step == "attention":
+            self._attend_rows(step.layer_idx)
+        else:
+            reads, width, writes = linear_activations(self.context.spec, step)
+            if len(act[writes]):  # no row samples: nothing for the head
+                self.channel.call(site(step), [act[reads][:, :width]], act[writes])
+
+    def _attend_rows(self, layer_idx: int) -> None:
+        """The result takes the place of q."""
+        heads, context = self.context.heads(), self.context.inputs.context
+        k, v = (cached[context.places] for cached in self.context.kv.layer(layer_idx))  # (C of all rows, K, E)
+        for row in context.ranges:
+            tokens = slice(row.first_query, row.first_query + row.num_queries)
+            span = slice(row.first_context, row.first_context + row.num_context)
+            self._attend(layer_idx, row, heads[tokens, : self.context.num_heads], k[span], v[span])
+
+    def _attend(self, layer_idx: int, row: RowRange, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """q (T, H, E) becomes its attention over k and v (C, K, E)."""
+        num_tokens, num_heads, head_dim = q.shape
+        if self.attention == FUSED:
+            self.channel.call(Site("attention", layer_idx), [q, k, v], q)
+            return
+        if self.attention == REPEATED:
+            k, v = (each.repeat_interleave(num_heads // each.shape[1], dim=1) for each in (k, v))  # (C, H, E)
+        scores = q.new_empty(num_heads, num_tokens, len(k))
+        self.channel.call(Site("attention_scores", layer_idx), [q, k], scores)
+        mask = causal_mask(row, self.context.spec.windows[layer_idx], q.device)  # (T, C)
+        scaled = (scores.float() * head_dim**-0.5).masked_fill_(~mask, -torch.inf)
+        probabilities = scaled.softmax(-1).to(q.dtype)
+        self.channel.call(Site("attention_values", layer_idx), [probabilities, v], q)
+
+
+class HostSide:
+    """Loads the norms and nothing else; `executor` runs batches once this is built. It owns the channel."""
+
+    def __init__(
+        self, config: EngineConfig, plan: EnginePlan, channel: Channel, attention: str, collectives: Collectives
+    ):
+        spec, residency, dtype = plan.spec, plan.residency, getattr(torch, plan.dtype)
+        self.channel = channel
+        self._weights, named = load_part(config, plan, trusted=True)
+        sizes = (residency.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
+        tracer, widths = Tracer(), activation_widths(spec, tp_size=1)
+        context = StepContext(
+            spec=spec,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            first_vocab=0,
+            embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
+            rope=rope_table(spec.rope, residency.max_model_len, dtype, CPU),
+            kv=KVCache(spec.num_layers, *sizes, dtype, CPU),
+            sampler=Sampler(config.max_num_seqs, spec.vocab_size, CPU),
+            collectives=collectives,
+        )
+        self.executor = SplitExecutor(
+            channel,
+            attention,
+            plan=plan.step_plan,
+            context=context,
+            views=named,
+            host_spans={},
+            ring=aligned_bytes(0, CPU),
+            arena=ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, dtype, CPU),
+            lanes=InterleavedLanes(config.lanes, config.seed, tracer),
+            tracer=tracer,
+            coded={},
+        )
+
+    def close(self) -> None:
+        """Ends the device side; idempotent."""
+        self.channel.close()
+        self.executor = None
+        self._weights.close()

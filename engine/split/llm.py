@@ -1,0 +1,77 @@
+"""SplitLLM: the LLM of a split execution. It takes the same prompts and sampling parameters and gives the same outputs;
+what crossed between its sides stands in `counted`, what was to cross in `predicted`."""
+
+import torch
+
+from engine.config import EngineConfig
+from engine.llm import LLM
+from engine.planning import EnginePlan
+from engine.runtime.rank import Rank
+from engine.split.channel import Channel, InProcess, Subprocess
+from engine.split.device_side import DeviceSide
+from engine.split.host_side import HostSide
+from engine.split.ledger import TransferLedger
+from engine.split.transfers import PassRow, SplitConfig, add_pass
+from engine.weights.blocks import WeightSource
+from engine.weights.checkpoint import Checkpoint
+from parallel.collectives import Solo
+from parallel.launch import resolve_launch
+from scheduler.batch import Batch
+
+# What a split execution does not leave open: both sides compute on the CPU, and hold all of their weights plain.
+FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights_code": "none"}
+
+
+class SplitRank(Rank):
+    """One rank whose worker is the host side, and whose device side is another process or this one."""
+
+    def __init__(self, config: EngineConfig, split: SplitConfig):
+        self.split = split
+        self.predicted = TransferLedger()
+        super().__init__(config, resolve_launch(config.tensor_parallel_size))
+
+    def _join(self, prepared: tuple[EnginePlan, WeightSource]) -> None:
+        self.plan, source = prepared
+        if isinstance(source, Checkpoint):  # it was checked; each side opens its own
+            source.close()
+        self.collectives = Solo()
+        channel = self._channel()
+        try:
+            self.worker = HostSide(self.config, self.plan, channel, self.split.attention, self.collectives)
+        except BaseException:
+            channel.close()
+            raise
+
+    def _channel(self) -> Channel:
+        wire_dtype = getattr(torch, self.split.wire_dtype)
+        if self.split.process:
+            return Subprocess(self.config, wire_dtype)
+        return InProcess(DeviceSide(self.config, self.plan), wire_dtype)
+
+    def submit(self, batch: Batch) -> None:
+        rows = [PassRow.of(row) for row in batch.rows]
+        add_pass(self.predicted, self.plan.step_plan.steps, self.plan.spec, rows, self.split)
+        super().submit(batch)
+
+
+class SplitLLM(LLM):
+    """`options` are EngineConfig's fields, without those of FIXED. Raises ValueError as LLM does."""
+
+    def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
+        self._split = split or SplitConfig()
+        super().__init__(model, **options, **FIXED)
+
+    def _start(self) -> SplitRank:
+        return SplitRank(self.config, self._split)
+
+    @property
+    def counted(self) -> TransferLedger:
+        """What has crossed since this was made."""
+        self._check_open()
+        return self.rank.worker.channel.ledger
+
+    @property
+    def predicted(self) -> TransferLedger:
+        """What was to cross in the passes that ran."""
+        self._check_open()
+        return self.rank.predicted

@@ -1,0 +1,43 @@
+"""`penstock split`: text as `penstock generate` gives it, by a trusted host side that drives an untrusted device side,
+and a table of what crossed between them.
+
+Text goes to stdout (with --json one object a prompt), the table to stderr.
+"""
+
+import argparse
+import sys
+
+from engine.config import EngineConfig
+from engine.generate_command import TextPrinter, add_request_arguments, sampling_params, say_outputs
+from engine.prompts import read_prompts
+from engine.split.flags import add_split_arguments
+from engine.split.llm import FIXED, SplitLLM
+from engine.split.report import difference, transfer_table
+from engine.split.transfers import SplitConfig
+
+CONFIG_FIELDS = (
+    *("model", "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("page_size", "num_pages", "seed"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `split` beside the engine's own."""
+    add_request_arguments(parser)
+    add_split_arguments(parser)
+    parser.add_argument("--process", action="store_true", help="run the device side as a process of its own")
+
+
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    params, prompts = sampling_params(args), read_prompts(args.prompt, args.prompts_file)
+    options = {name: value for name, value in config.to_dict().items() if name not in FIXED}
+    with SplitLLM(split=SplitConfig(args.wire_dtype, args.attention, args.process), **options) as llm:
+        llm.check(prompts, params)
+        printer = TextPrinter(len(prompts), params.n) if not args.json and llm.tokenizer else None
+        outputs = llm.generate(prompts, params, on_text=printer)
+        say_outputs(outputs, args.json, printer)
+        counters = llm.rank.worker.executor.counters
+        shown = transfer_table(llm.predicted, llm.counted, folded=not args.layers)
+        print(f"{counters.num_passes} passes over {counters.num_tokens} tokens\n{shown}", file=sys.stderr)
+        print(difference(llm.predicted, llm.counted), file=sys.stderr)
+    return 0

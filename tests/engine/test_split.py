@@ -1,0 +1,228 @@
+"""A split execution gives what the plain engine gives, and moves what was predicted: families, wires, both channels."""
+
+import socket
+import sys
+
+import pytest
+import torch
+from oracle.cases import prompts
+from oracle.checkpoints import write_checkpoint
+from oracle.compare import choices, relative_difference, shared_prefix
+from oracle.engine_runs import capture_logits
+
+from engine.llm import LLM
+from engine.split import frames
+from engine.split.ledger import Site
+from engine.split.llm import SplitLLM
+from engine.split.transfers import FUSED, REPEATED, SCORES, SplitConfig
+from scheduler.request import SamplingParams
+
+# three rows of 5, 37 and 90 tokens: chunks, passes with rows of different kinds, then decode passes
+OPTIONS = {"max_num_batched_tokens": 48, "max_num_seqs": 3, "page_size": 8, "page_order_seed": 1, "max_model_len": 160}
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+VARIANTS = ("llama_biases", "llama_mqa", "llama_odd_sizes", "mistral_window", "qwen2_tied", "qwen3", "neox_parallel")
+SERIAL = "neox_serial"
+BF16_WIRE_TOLERANCE = 0.03  # of max|logit|: 8 bits of mantissa, over 3 layers of random weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The directory of a variant's checkpoint, written once."""
+    folder, written = tmp_path_factory.mktemp("checkpoints"), set()
+
+    def write(variant: str, dtype: str = "float32") -> str:
+        path = folder / f"{variant}-{dtype}"
+        if path not in written:
+            write_checkpoint(path, variant, dtype)
+            written.add(path)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint):
+    """Tokens and logits of the plain engine, once for each checkpoint."""
+    found = {}
+
+    def run(variant: str, dtype: str = "float32"):
+        if (variant, dtype) not in found:
+            with LLM(checkpoint(variant, dtype), device="cpu", **OPTIONS) as llm:
+                found[variant, dtype] = generate(llm)
+        return found[variant, dtype]
+
+    return run
+
+
+def generate(llm: LLM) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens (prompts, n) and logits (prompts, n, vocab)."""
+    logits = capture_logits(llm)
+    outputs = llm.generate(prompts(), GREEDY)
+    tokens = torch.tensor([output.outputs[0].token_ids for output in outputs])
+    return tokens, torch.stack([torch.stack(logits[row]) for row in sorted(logits)])
+
+
+def split(path: str, **config) -> SplitLLM:
+    return SplitLLM(path, SplitConfig(**config), **OPTIONS)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, SERIAL])
+def test_fused_attention_gives_the_plain_engine_to_the_last_bit(variant, checkpoint, plain):
+    with split(checkpoint(variant), attention=FUSED) as llm:
+        tokens, logits = generate(llm)
+        assert llm.predicted == llm.counted
+        assert llm.counted.operation("head").num_calls > 8
+    assert torch.equal(tokens, plain(variant)[0]) and torch.equal(logits, plain(variant)[1])
+
+
+@pytest.mark.parametrize("attention", [SCORES, REPEATED])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_softmax_on_the_host_side_gives_the_same_tokens(variant, attention, checkpoint, plain):
+    with split(checkpoint(variant), attention=attention) as llm:
+        tokens, logits = generate(llm)
+        assert llm.predicted == llm.counted
+    assert torch.equal(tokens, plain(variant)[0])
+    assert relative_difference(logits, plain(variant)[1]).max() < 1e-5
+
+
+@pytest.mark.parametrize("attention", [SCORES, FUSED])
+@pytest.mark.parametrize("variant", ["llama_biases", "neox_parallel"])
+def test_a_bfloat16_wire_stays_within_its_rounding(variant, attention, checkpoint, plain):
+    tokens, logits = plain(variant)
+    with split(checkpoint(variant), attention=attention, wire_dtype="bfloat16") as llm:
+        own_tokens, own_logits = generate(llm)
+        assert llm.predicted == llm.counted
+    same = shared_prefix(own_tokens, tokens)
+    apart = relative_difference(own_logits, logits)[same].max()
+    assert 1e-4 < apart < BF16_WIRE_TOLERANCE
+    chosen = choices(own_tokens, logits)
+    assert not (chosen.differ & same & (chosen.gaps > 2 * BF16_WIRE_TOLERANCE)).any()
+
+
+def test_a_bfloat16_wire_costs_a_bfloat16_model_nothing(checkpoint, plain):
+    variant = "llama_biases"
+    with split(checkpoint(variant, "bfloat16"), attention=FUSED, wire_dtype="bfloat16") as llm:
+        tokens, logits = generate(llm)
+    assert torch.equal(tokens, plain(variant, "bfloat16")[0]) and torch.equal(logits, plain(variant, "bfloat16")[1])
+
+
+def test_sampling_penalties_and_stops_are_the_plain_engines():
+    params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, repetition_penalty=1.2, max_tokens=12, n=2, logprobs=1)
+    asked = (["Return the", "Raise an error"], params)
+    with LLM("demo", device="cpu", max_num_seqs=4) as llm, split("demo", attention=FUSED) as other:
+        assert llm.generate(*asked) == other.generate(*asked)
+
+
+def test_the_host_side_holds_norms_and_the_device_side_all_else(checkpoint):
+    with split(checkpoint("qwen3")) as llm:
+        views = llm.rank.worker.executor.views.values()
+        assert {name for group in views for name in group} == {
+            "attn_norm",
+            "ffn_norm",
+            "final_norm",
+            "q_norm",
+            "k_norm",
+        }
+        device_side = llm.rank.worker.channel._device_side
+        assert {name for _, group in device_side._linear.values() for name in group} == {
+            *("qkv", "o", "gate_up", "down", "head")
+        }
+
+
+class CountingSocket:
+    """Stands between a channel and its socket."""
+
+    def __init__(self, connection):
+        self.connection, self.sent_bytes, self.received_bytes = connection, 0, 0
+        self.close = connection.close
+
+    def sendall(self, data) -> None:
+        self.connection.sendall(data)
+        self.sent_bytes += len(data)
+
+    def recv_into(self, buffer) -> int:
+        received = self.connection.recv_into(buffer)
+        self.received_bytes += received
+        return received
+
+
+def test_a_process_of_its_own_gives_the_same_bits_and_the_same_ledger(checkpoint, plain, monkeypatch):
+    headers = {"sent": 0, "received": 0}
+    pack, receive_header = frames.Header.pack, frames.receive_header
+
+    def counted_pack(header):
+        packed = pack(header)
+        headers["sent"] += len(packed)
+        return packed
+
+    def counted_receive(connection):
+        before = connection.received_bytes
+        header = receive_header(connection)
+        headers["received"] += connection.received_bytes - before
+        return header
+
+    with split(checkpoint("neox_parallel"), attention=FUSED, process=True) as llm:
+        channel = llm.rank.worker.channel
+        process, channel._connection = channel._process, CountingSocket(channel._connection)
+        monkeypatch.setattr(frames.Header, "pack", counted_pack)
+        monkeypatch.setattr("engine.split.channel.receive_header", counted_receive)
+        tokens, logits = generate(llm)
+        crossed, counted = channel._connection, llm.counted.total
+        assert llm.predicted == llm.counted
+        assert crossed.sent_bytes - headers["sent"] == counted.sent_bytes
+        assert crossed.received_bytes - headers["received"] == counted.received_bytes
+        assert headers["sent"] < 70 * counted.num_calls
+    assert process.returncode == 0
+    assert torch.equal(tokens, plain("neox_parallel")[0]) and torch.equal(logits, plain("neox_parallel")[1])
+
+
+def test_an_error_of_the_device_side_is_told_and_ends_it():
+    with split("demo", process=True) as llm:
+        channel, x, out = llm.rank.worker.channel, torch.ones(2, 256), torch.empty(2, 256)
+        channel.call(Site("attn_output", 0), [x], out)
+        with pytest.raises(RuntimeError, match=r"failed at .*nonsense.*no operation"):
+            channel.call(Site("nonsense", 0), [x], out)
+        with pytest.raises(RuntimeError, match="the device side is gone"):
+            channel.call(Site("attn_output", 0), [x], out)
+        assert channel.ledger.total.num_calls == 1
+
+
+LARGE = frames.Header(Site("embedding", -1), ((torch.float32, (2**32 - 1, 2**32 - 1)),)).pack()
+ANSWER = "connection.recv(1); connection.sendall({})"
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        (ANSWER.format(LARGE), r"answered .*4294967295.* where .* was asked for"),
+        (ANSWER.format(b"\x01\x00\x00\x01x\xff\x00"), "answered a frame with dtype 255"),
+        ("os.kill(os.getpid(), 9)", r"gone \(exit code -9\)"),
+        ("sys.exit(3)", r"gone \(exit code 3\)"),
+    ],
+    ids=["large", "garbage", "killed", "ended"],
+)
+def test_a_device_side_that_does_something_else_is_refused(does, message, monkeypatch):
+    take = "connection = socket.socket(fileno=json.loads(sys.stdin.readline())['socket'])"
+    command = (sys.executable, "-c", f"import json, os, socket, sys; {take}; {does}")
+    monkeypatch.setattr("engine.split.channel.DEVICE_COMMAND", command)
+    with split("demo", process=True) as llm:
+        for expected in (message, "the device side is gone"):
+            with pytest.raises(RuntimeError, match=expected):
+                llm.generate("Return")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+def test_a_frame_comes_out_as_it_went_in(dtype):
+    one, other = socket.socketpair()
+    tensors = [torch.arange(12).view(3, 4).to(dtype).t(), torch.ones(1, dtype=dtype)]
+    with one, other:
+        frames.send(one, Site("attn_qkv", -1), tensors)
+        header = frames.receive_header(other)
+        assert header == frames.Header.of(Site("attn_qkv", -1), tensors)
+        received = frames.receive_tensors(other, header)
+        one.close()
+        with pytest.raises(EOFError):
+            frames.receive_header(other)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, received, strict=True))

@@ -1,0 +1,48 @@
+"""`penstock split`: the text of `penstock generate`, and beside it what crossed."""
+
+import json
+
+import pytest
+
+from engine.cli import main
+
+ASKED = ("--prompt", "Return the", "--prompt", "Raise an error", "--max-tokens", "8", "--ignore-eos")
+SAMPLED = ("--temperature", "0.8", "--top-p", "0.9", "--seed", "4", "--n", "2")
+
+
+def run(capsys, command: str, *arguments: str) -> tuple[str, str]:
+    assert main([command, *ASKED, *arguments]) == 0
+    return capsys.readouterr()
+
+
+def test_text_is_that_of_generate(capsys):
+    expected, _ = run(capsys, "generate", "--device", "cpu", *SAMPLED)
+    out, err = run(capsys, "split", "--attention", "fused", *SAMPLED)
+    assert out == expected
+    assert "counted equals predicted, byte for byte" in err
+    (line,) = [line.split() for line in err.splitlines() if line.startswith("attn_qkv")]
+    assert line[1:5] == ["0", "to", "3", "32"] and line[-3] == "32", "4 layers, 8 passes: one call each"
+
+
+def test_json_and_all_layers(capsys):
+    expected, _ = run(capsys, "generate", "--device", "cpu", "--temperature", "0", "--json")
+    out, err = run(capsys, "split", "--temperature", "0", "--json", "--layers", "--wire-dtype", "bfloat16")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["Return the", "Raise an error"]
+    assert len(out.splitlines()) == len(expected.splitlines())
+    assert len([line for line in err.splitlines() if line.startswith("ffn_down")]) == 4
+    assert "attention_scores" in err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--wire-dtype", "float16"), "--wire-dtype"),
+        (("--attention", "flash"), "--attention"),
+        (("--device", "cuda"), "unrecognized arguments: --device"),
+        (("--max-model-len", "2"), "max_model_len is 2"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, wrong, message):
+    assert main(["split", *ASKED, *wrong]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and message in err[0]
