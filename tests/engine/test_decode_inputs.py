@@ -43,17 +43,7 @@ def writing(run, page_size: int):
 def test_kernel_is_the_reference(num_rows, page_size, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 16)
     kernel, reference = (writing(run, page_size) for run in (KERNEL, derive_inputs_reference))
-    prove(kernel, reference, tensors_of(table_of(num_rows, page_size)), DecodeInputs._fields, equal)
-
-
-@pytest.mark.parametrize("layout", TABLES, ids=lambda layout: layout.name)
-def test_rows_of_the_table_may_lie_apart(layout):
-    tensors = tensors_of(table_of(5, 3))
-    expected = {name: tensor.clone() for name, tensor in tensors.items()}
-    writing(derive_inputs_reference, 3)(**expected)
-    writing(KERNEL, 3)(**{**tensors, "table": layout.place(tensors["table"])[0]})
-    for name in DecodeInputs._fields:
-        equal(tensors[name], expected[name])
+    prove(kernel, reference, tensors_of(table_of(num_rows, page_size)), DecodeInputs._fields, equal, TABLES, ["table"])
 
 
 def test_strides_that_are_not_rows_are_refused():
