@@ -65,7 +65,7 @@ def decode_attention(
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
     dense = (q[0, 0], out[0, 0], page_table[0], keys, values)
-    assert all(t.is_contiguous() for t in dense), "decode_attention: heads, pages and the cache have no gaps: strides"
+    assert all(t.is_contiguous() for t in dense), "decode_attention: strides: heads, pages and cache have no gaps"
     assert num_heads % num_kv_heads == 0
     assert page_table.dtype == context_lens.dtype == torch.int32 and partials.dtype == torch.float32
     calls["triton"] += 1
