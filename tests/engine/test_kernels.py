@@ -32,7 +32,7 @@ TINY = {
 }
 OPTIONS = {"resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
 CODED = {"weights_code": "lossless"}
-OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # tests/gpu/test_kernel_ranks.py has these
+OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # tests/gpu/test_kernel_ranks.py runs these
 ALONE = [name for name in KERNELS if name not in OVER_RANKS]
 DTYPES = {"float32": 1e-5, "bfloat16": 4e-2}  # how far hidden states may drift from the reference's
 PROOFS = {"prove", "prove_refusal", "counted"}
