@@ -37,7 +37,7 @@ MISREADINGS = {  # what a kernel takes its tensors for, where that is wrong, and
     ),
     "bf16": (
         *(bf16_as_fp16, CONTIGUOUS, "bfloat16"),
-        ("residual_norm", "rope_append", "gated_activation", "decode_attention", "linear"),
+        ("residual_norm", "rope_append", "gated_activation", "decode_attention"),
     ),
 }
 FIRST_STEPS = {
