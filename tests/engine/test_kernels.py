@@ -4,19 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from engine_proof import (
-    DRAWN,
-    FILTERED,
-    GREEDY,
-    KERNELS,
-    PROMPT,
-    first_difference,
-    prove_calls,
-    prove_states_and_tokens,
-    run_with,
-    watched,
-)
+from engine_proof import PROMPT, first_difference, prove_calls, prove_states_and_tokens, run_with, watched
 from kernel_proof import DEVICE
+from kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS
 from oracle.checkpoints import write_checkpoint
 
 from engine.llm import LLM

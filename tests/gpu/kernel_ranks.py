@@ -6,7 +6,8 @@ Without the fused kernel a pass sums and then norms; without the pushed sum it g
 import sys
 
 import pytest
-from engine_proof import DRAWN, GREEDY, PROMPT, Run, first_difference, prove_calls, watched
+from engine_proof import PROMPT, Run, first_difference, prove_calls, watched
+from kernel_registry import DRAWN, GREEDY
 from torch import Tensor
 
 from engine.llm import LLM

@@ -5,8 +5,9 @@ They stand in the engine's own modules, where it finds its kernels, until the te
 
 import pytest
 import torch
-from engine_proof import KERNELS, as_on_a_gpu
+from engine_proof import as_on_a_gpu
 from kernel_proof import DEVICE, Layout, poisoned
+from kernel_registry import KERNELS
 from oracle.faults import Fault
 from torch import Tensor
 

@@ -6,8 +6,9 @@ takes for others, 4. another order of additions. Each is found, by step, and not
 import random
 
 import pytest
-from engine_proof import KERNELS, PROMPT, as_on_a_gpu, prove_calls, watched
+from engine_proof import PROMPT, as_on_a_gpu, prove_calls, watched
 from kernel_proof import CONTIGUOUS, DEVICE, Layout
+from kernel_registry import KERNELS
 from oracle.checkpoints import write_checkpoint
 from oracle.faults import attention_added_first, other_residual, residual_added_last
 from oracle.kernel_faults import (
