@@ -73,7 +73,8 @@ def fits_rows(rows: Tensor) -> bool:
 def push_reduce(peers: PeerBuffers, part: Tensor, pushes: bool = True, collects: bool = True) -> None:
     """Sums a contiguous `part` over ranks, in place, on the caller's stream. Ranks that share a process, as in a test,
     all push before any collects."""
-    assert part.is_contiguous() and fits(part)
+    assert part.is_contiguous(), "push_reduce: strides: a part has no gaps"
+    assert fits(part)
     calls["triton"] += 1
     words = part.view(-1).view(torch.int32)
     if len(words):

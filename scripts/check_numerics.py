@@ -8,7 +8,7 @@ is what rounding adds up to.
 
 Usage: python scripts/check_numerics.py --model demo --prompt "Return the" --max-tokens 8
        python scripts/check_numerics.py --model PATH --token-ids 5 17 3 --dtype bfloat16
-Exit status 1 if a step differs. Runs at tp_size 1; reference and engine are never in memory together.
+Exit status 1 if a step differs. Runs at tp_size 1, without graphs; reference and engine are never in memory together.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def compare(
 ) -> list[Row]:
     """Rows in the order of the plan, over the prompt and all but the last of `max_tokens` generated tokens. `mutate`
     may change the engine before it runs; `options` are LLM's."""
-    with LLM(model, dtype=dtype, tensor_parallel_size=1, **options) as llm:
+    with LLM(model, dtype=dtype, tensor_parallel_size=1, enforce_eager=True, **options) as llm:
         mutate(llm)
         ours = _watch(llm)
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
@@ -107,14 +107,23 @@ def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
 
     def watched(instruction) -> None:
         do(instruction)
-        if isinstance(instruction, Compute) and instruction.step in OURS:
-            take, ctx = OURS[instruction.step], executor.context
+        for key, step in _keys(instruction) if isinstance(instruction, Compute) else ():
+            take, ctx = OURS[step], executor.context
             state = ctx.act[take] if isinstance(take, str) else take(ctx)
-            key = (instruction.layer_idx, instruction.step.removesuffix("_beside"))
             kept.setdefault(key, []).append(state.cpu().clone())
 
     executor.do = watched
     return kept
+
+
+def _keys(instruction: Compute) -> Iterator[tuple[Key, str]]:
+    """The parts of a step, fused or not, whose results are there when it ends. A layer's last residual may be fused
+    with the next layer's first norm."""
+    parts = instruction.step.split("+")
+    for part in parts:
+        before = part == "ffn_residual" and parts[-1] in ("attn_norm", "final_norm")
+        if part in OURS:
+            yield (instruction.layer_idx - before, part.removesuffix("_beside")), part
 
 
 @dataclass

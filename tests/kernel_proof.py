@@ -1,8 +1,10 @@
 """What every kernel is held to, as far as a kernel alone goes: against its reference on tensors that lie in memory in
-every way, poisoned around and before; against float64; its calls counted; its time in a CUDA graph.
+every way, poisoned around and before; against float64; its calls counted; its time in a CUDA graph. What it is held to
+inside the engine is in engine_proof.py.
 
 Where there is no GPU the kernels run under Triton's interpreter, which drops the low bits when it casts to bf16 where
-hardware rounds to nearest; that is corrected here.
+hardware rounds to nearest; and triton 3.6 interprets scalars as arrays of one element, which numpy 2.4 no longer takes
+as integers. Both are corrected here.
 """
 
 import contextlib
@@ -87,15 +89,16 @@ def prove(
     outputs: Iterable[str],
     agree: Callable[[Tensor, Tensor], None],
     layouts: Iterable[Layout] = RESPECTED,
+    names: Iterable[str] | None = None,
 ) -> None:
     """Both are called with `inputs` as keywords; `outputs` are those they may change. The kernel is called as often as
-    there are layouts, and each tensor takes its turn with each. Memory around a tensor, and every tensor that is no
-    output, keep their bits."""
+    there are layouts, and each tensor of `names`, by default all of floats, takes its turn with each. Memory around a
+    tensor, and every tensor that is no output, keep their bits."""
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     reference(**expected)
-    layouts = list(layouts)
+    layouts, names = list(layouts), list(names or _floating(inputs))
     for turn in range(len(layouts)):
-        variant = {name: layouts[(index + turn) % len(layouts)] for index, name in enumerate(_floating(inputs))}
+        variant = {name: layouts[(index + turn) % len(layouts)] for index, name in enumerate(names)}
         laid = {name: variant.get(name, CONTIGUOUS).place(tensor) for name, tensor in inputs.items()}
         around = {name: memory.clone() for name, (_, memory) in laid.items()}
         kernel(**{name: view for name, (view, _) in laid.items()})
@@ -194,3 +197,12 @@ def _convert_float(values: np.ndarray, source, target, rounding):
 
 
 _interpreters_own, interpreter._convert_float = interpreter._convert_float, _convert_float
+
+
+def _patch_lang_tensor(tensor, scope) -> None:
+    """The interpreter's tensors, whose scalars may bound a loop."""
+    _interpreters_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+_interpreters_tensor, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, _patch_lang_tensor

@@ -64,8 +64,9 @@ def decode_attention(
         raise ValueError("paged decode attention needs triton; install it")
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
-    assert q[0, 0].is_contiguous() and out[0, 0].is_contiguous() and page_table[0].is_contiguous()
-    assert keys.is_contiguous() and values.is_contiguous() and num_heads % num_kv_heads == 0
+    dense = (q[0, 0], out[0, 0], page_table[0], keys, values)
+    assert all(t.is_contiguous() for t in dense), "decode_attention: strides: heads, pages and cache have no gaps"
+    assert num_heads % num_kv_heads == 0
     assert page_table.dtype == context_lens.dtype == torch.int32 and partials.dtype == torch.float32
     calls["triton"] += 1
     group, split = num_heads // num_kv_heads, num_segments > 1

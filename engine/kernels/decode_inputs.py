@@ -62,7 +62,8 @@ def derive_inputs_reference(
 def _derive_inputs_triton(
     table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs
 ) -> None:
-    assert table.dtype == torch.int32 and table.stride(1) == 1 and all(t.is_contiguous() for t in (last_tokens, *out))
+    assert table.stride(1) == 1, "decode_inputs: the last dim of the table must have stride 1"
+    assert table.dtype == torch.int32 and all(t.is_contiguous() for t in (last_tokens, *out))
     calls["triton"] += 1
     _derive[(triton.cdiv(len(table), BLOCK),)](
         *(table, table.stride(0), last_tokens, *out, len(table), on_device, page_size, BLOCK), **options(table.device)

@@ -108,6 +108,7 @@ def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
 def _decode_weights_triton(planes: Planes, out: Tensor) -> None:
     if triton is None:
         raise ValueError("decode_weights on a GPU needs triton; install it or use device='cpu'")
+    assert all(t.is_contiguous() for t in (*planes, out)), "decode_weights: strides: planes and result have no gaps"
     calls["triton"] += 1
     words = (plane.view(-1).view(torch.int32) for plane in planes[:3])
     _decode_tile[(len(planes.mantissas),)](

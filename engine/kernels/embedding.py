@@ -41,19 +41,23 @@ def embed_rows_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor)
 def _embed_rows_triton(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:
     if triton is None:
         raise ValueError("reading the embedding from host memory needs triton; install it or use resident='all'")
+    assert table.stride(1) == out.stride(1) == 1, "embed_rows: the last dim of table and out must have stride 1"
+    assert table.dtype == out.dtype and tokens.is_contiguous()
     calls["triton"] += 1
-    width = table.shape[1]
+    num_rows, width = table.shape
     block = 1024
-    _gather_rows[(tokens.shape[0], triton.cdiv(width, block))](table, tokens, out, first, table.shape[0], width, block)
+    _gather_rows[(tokens.shape[0], triton.cdiv(width, block))](
+        table, tokens, out, first, num_rows, width, table.stride(0), out.stride(0), block
+    )
 
 
 if triton is not None:
 
     @triton.jit
-    def _gather_rows(table, tokens, out, first, num_rows, width, BLOCK: tl.constexpr):
-        row = tl.program_id(0)
+    def _gather_rows(table, tokens, out, first, num_rows, width, table_row, out_row, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
         token = tl.load(tokens + row) - first
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         mine = (token >= 0) & (token < num_rows)
-        values = tl.load(table + token * width + columns, mask=mine & (columns < width), other=0.0)
-        tl.store(out + row * width + columns, values, mask=columns < width)
+        values = tl.load(table + token * table_row + columns, mask=mine & (columns < width), other=0.0)
+        tl.store(out + row * out_row + columns, values, mask=columns < width)

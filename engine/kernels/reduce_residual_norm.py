@@ -41,7 +41,8 @@ def reduce_residual_norm(
     `kind` is "rms" or "layer"; `bias` goes with "layer". `pushes` and `collects` as in push_reduce.
     """
     check_rows(x, delta, weight, bias, out, kind)
-    assert delta.is_contiguous() and fits_rows(delta)
+    assert delta.is_contiguous(), "reduce_residual_norm: strides: a part has no gaps"
+    assert fits_rows(delta)
     calls["triton"] += 1
     width = x.shape[1]
     block = triton.next_power_of_2(width * x.itemsize // WORD_BYTES)

@@ -28,9 +28,9 @@ class Mailbox:
     DEPTH = 4
 
     def __init__(self, max_num_seqs: int, device: torch.device):
-        shape = (self.DEPTH, max_num_seqs + 1)
-        self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=True)
-        self.step = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        shape, pinned = (self.DEPTH, max_num_seqs + 1), device.type == "cuda"
+        self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
+        self.step = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.device_letters = torch.zeros(shape, dtype=torch.int64, device=device)
         self.device_step = torch.zeros(1, dtype=torch.int64, device=device)
         self.num_sent = 0

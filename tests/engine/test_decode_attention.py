@@ -3,113 +3,30 @@
 Shapes: R rows, Q tokens a row, H/K query/KV heads, E head dim, P pages, S page size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.runtime.interpreter
+from kernel_proof import (
+    CONTIGUOUS,
+    DEVICE,
+    DTYPES,
+    Layout,
+    counted,
+    poisoned,
+    prove,
+    prove_faster,
+    prove_refusal,
+    within,
+)
+from paged_examples import PAGE_SIZE, Example, make, places_of, tensors_of
 from torch import Tensor
 
 from engine.kernels import decode_attention as kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAGE_SIZE = 16
+LAYOUTS = (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=1))
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of max|out|
-
-
-@pytest.fixture(autouse=True)
-def loops_over_loaded_bounds(monkeypatch):
-    """triton 3.6 interprets scalars as arrays of one element, which numpy 2.4 no longer takes as integers."""
-    patch = triton.runtime.interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(triton.runtime.interpreter, "_patch_lang_tensor", patch_lang_tensor)
-
-
-@dataclass
-class Example:
-    """Inputs of one call; `q` is a view into `attn` (T, (H + 2K) E), as the engine has it."""
-
-    attn: Tensor
-    q: Tensor  # (R, Q, H, E)
-    keys: Tensor  # (P * S, K, E)
-    values: Tensor
-    page_table: Tensor  # (R, max pages)
-    context_lens: Tensor  # (R,)
-    window: int | None = None
-
-    @property
-    def arguments(self) -> tuple:
-        """What follows q, and what follows out."""
-        caches = (self.keys, self.values, self.page_table, self.context_lens)
-        return caches, (self.q.shape[-1] ** -0.5, self.window, PAGE_SIZE)
-
-    def run(self, num_segments: int, min_segment: int = 1) -> Tensor:
-        """The kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
-        num_rows, num_queries, num_heads, head_dim = self.q.shape
-        q = as_queries(self.attn.clone(), self.q.shape)
-        size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
-        partials = torch.full((size,), float("nan"), device=q.device)
-        caches, shared = self.arguments
-        kernels.decode_attention(q, *caches, q, *shared, partials, num_segments, min_segment)
-        return q
-
-    def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        out = torch.full(self.q.shape, float("nan"), dtype=dtype, device=self.q.device)
-        caches, shared = self.arguments
-        kernels.decode_attention_reference(self.q, *caches, out, *shared, dtype)
-        return out
-
-    def row(self, row: int) -> "Example":
-        """The row alone, in a batch of one."""
-        num_queries = self.q.shape[1]
-        attn = self.attn[row * num_queries : (row + 1) * num_queries].clone()
-        alone = {"page_table": self.page_table[row : row + 1], "context_lens": self.context_lens[row : row + 1]}
-        return replace(self, attn=attn, q=as_queries(attn, (1, *self.q.shape[1:])), **alone)
-
-
-def as_queries(attn: Tensor, shape: tuple) -> Tensor:
-    num_rows, num_queries, num_heads, head_dim = shape
-    return attn[:, : num_heads * head_dim].view(num_rows, num_queries, num_heads, head_dim)
-
-
-def example(
-    device: str,
-    num_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    context: int | list[int],
-    *,
-    num_queries: int = 1,
-    window: int | None = None,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-) -> Example:
-    """Random inputs. Pages lie in random order, unused places hold NaN, unused entries of the table name any page."""
-    contexts = context if isinstance(context, list) else [context] * num_rows
-    used = [-(-length // PAGE_SIZE) for length in contexts]
-    num_pages, widest = sum(used) + 2, max(*used, 1) + 2
-    generator = torch.Generator(device).manual_seed(seed)
-    order = 1 + torch.randperm(num_pages - 1, generator=generator, device=device)
-    page_table = torch.randint(num_pages, (num_rows, widest), generator=generator, device=device, dtype=torch.int32)
-    shape = (num_pages * PAGE_SIZE, num_kv_heads, head_dim)
-    keys, values = (torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(2))
-    for row, (length, first) in enumerate(zip(contexts, torch.tensor([0, *used]).cumsum(0).tolist())):
-        page_table[row, : used[row]] = order[first : first + used[row]]
-        places = (order[first : first + used[row], None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)).flatten()
-        seen = places[0 if window is None else max(0, length - num_queries + 1 - window) : length]
-        for cache in (keys, values):
-            cache[seen] = torch.randn((len(seen), *shape[1:]), generator=generator, device=device).to(dtype)
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    attn = torch.randn((num_rows * num_queries, width), generator=generator, device=device).to(dtype)
-    q = as_queries(attn, (num_rows, num_queries, num_heads, head_dim))
-    context_lens = torch.tensor(contexts, dtype=torch.int32, device=device)
-    return Example(attn, q, keys, values, page_table, context_lens, window)
 
 
 def assert_close(example: Example, out: Tensor, factor: float = 1.0) -> None:
@@ -117,11 +34,6 @@ def assert_close(example: Example, out: Tensor, factor: float = 1.0) -> None:
     assert not expected.isnan().any() and not out.isnan().any()
     difference = (out.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     assert difference <= factor * TOLERANCE[out.dtype]
-
-
-def make(heads: tuple, context: list, **options) -> Example:
-    num_heads, num_kv_heads, head_dim = heads
-    return example(DEVICE, len(context), num_heads, num_kv_heads, head_dim, context, **options)
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])
@@ -171,12 +83,6 @@ def test_more_segments_than_the_merge_reads_at_once():
     inputs = make((2, 1, 64), [66 * 32], dtype=torch.float32)
     inputs.keys[places_of(inputs, 0)[-32:]] *= 3.0  # the maximum comes last
     assert_close(inputs, inputs.run(70), factor=4.0)
-
-
-def places_of(inputs: Example, row: int) -> Tensor:
-    """Where the row's context lies in the cache, in order."""
-    context = torch.arange(int(inputs.context_lens[row]), device=DEVICE)
-    return inputs.page_table[row].long()[context // PAGE_SIZE] * PAGE_SIZE + context % PAGE_SIZE
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])
@@ -279,11 +185,58 @@ def test_segments_fill_the_chip_once():
     assert kernels.partials_size(64, 32, 128, 1) == 0
 
 
+def kernel(q, keys, values, page_table, context_lens, out, num_segments=2, window=None):
+    num_rows, num_queries, num_heads, head_dim = q.shape
+    size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
+    rest = (head_dim**-0.5, window, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
+    kernels.decode_attention(q, keys, values, page_table, context_lens, out, *rest)
+
+
+def reference(q, keys, values, page_table, context_lens, out):
+    kernels.decode_attention_reference(
+        q, keys, values, page_table, context_lens, out, q.shape[3] ** -0.5, None, PAGE_SIZE
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_every_layout_of_queries_and_result(dtype):
+    """Heads lie together; tokens may lie apart, and start anywhere."""
+    inputs = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype)
+    near = within(TOLERANCE[dtype] / torch.finfo(dtype).eps, scale=1.0)
+    prove(kernel, reference, tensors_of(inputs), ("out",), near, LAYOUTS, ("q", "out"))
+
+
+def test_strides_that_are_not_rows_are_refused():
+    prove_refusal(kernel, tensors_of(make((4, 2, 64), [40, 20])), "q", "out", "keys", "values", "page_table")
+
+
 def test_calls_are_counted_by_kind():
-    inputs, before = make((1, 1, 64), [1]), dict(kernels.calls)
-    inputs.run(2)
-    inputs.reference()
-    assert kernels.calls == {"triton": before["triton"] + 1, "reference": before["reference"] + 1}
+    tensors = tensors_of(make((1, 1, 64), [1]))
+    with counted(kernels.calls, triton=1):
+        kernel(**tensors)
+    with counted(kernels.calls, reference=1):
+        reference(**tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows, context", [(1, 2048), (64, 1024)])
+def test_kernel_is_faster(num_rows, context):
+    """Than a gather of the pages and torch's attention over them, with Llama-3-8B's heads."""
+    inputs = make((32, 8, 128), [context] * num_rows, dtype=torch.bfloat16)
+    num_segments = kernels.choose_segments(num_rows, 8, context)
+    caches, _ = inputs.arguments
+    ordered = (inputs.q, *caches, torch.empty_like(inputs.q))
+    places = torch.stack([places_of(inputs, row) for row in range(num_rows)])
+
+    def gathered():
+        keys, values = (cache[places].transpose(1, 2) for cache in (inputs.keys, inputs.values))  # (R, K, C, E)
+        F.scaled_dot_product_attention(inputs.q.transpose(1, 2), keys, values, enable_gqa=True)
+
+    size = kernels.partials_size(num_rows, 32, 128, num_segments)
+    rest = (128**-0.5, None, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
+    nbytes = 2 * places.numel() * inputs.keys[0].nbytes
+    label = f"decode_attention {num_rows} x {context}"
+    prove_faster(lambda: kernels.decode_attention(*ordered, *rest), gathered, nbytes, label)
 
 
 @pytest.mark.gpu

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from kernel_proof import DEVICE, counted
+from kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, equal, prove, prove_faster, prove_refusal
 
 from engine.kernels import decode_inputs as module
-from engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs_reference
+from engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs, derive_inputs_reference
 
+KERNEL = module._derive_inputs_triton
 ON_DEVICE, NUM_PAGES = -1, 9
+TABLES = (CONTIGUOUS, Layout("misaligned", before=1), Layout("sliced", before=3, between=5))
 
 
 def table_of(num_rows: int, page_size: int) -> torch.Tensor:
@@ -25,28 +27,55 @@ def table_of(num_rows: int, page_size: int) -> torch.Tensor:
     return table.to(DEVICE)
 
 
-def derive(run, table: torch.Tensor, page_size: int) -> DecodeInputs:
+def tensors_of(table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The table and the columns that it fills, by name."""
+    columns = {name: torch.full((len(table),), -7, dtype=torch.int64, device=DEVICE) for name in DecodeInputs._fields}
     last_tokens = torch.arange(len(table), device=DEVICE) + 1000
-    columns = (torch.full((len(table),), -7, dtype=torch.int64, device=DEVICE) for _ in range(5))
-    out = DecodeInputs(*columns, lengths=torch.full((len(table),), -7, dtype=torch.int32, device=DEVICE))
-    run(table, last_tokens, ON_DEVICE, page_size, out)
-    return out
+    return {"table": table, "last_tokens": last_tokens, **columns, "lengths": columns["lengths"].int()}
+
+
+def writing(run, page_size: int):
+    return lambda table, last_tokens, **out: run(table, last_tokens, ON_DEVICE, page_size, DecodeInputs(**out))
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
 def test_kernel_is_the_reference(num_rows, page_size, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 16)
-    table = table_of(num_rows, page_size)
-    with counted(module.calls, triton=1, reference=1):
-        ours, expected = (
-            derive(run, table, page_size) for run in (module._derive_inputs_triton, derive_inputs_reference)
-        )
-    for name in DecodeInputs._fields:
-        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+    kernel, reference = (writing(run, page_size) for run in (KERNEL, derive_inputs_reference))
+    prove(kernel, reference, tensors_of(table_of(num_rows, page_size)), DecodeInputs._fields, equal, TABLES, ["table"])
+
+
+def test_strides_that_are_not_rows_are_refused():
+    prove_refusal(writing(KERNEL, 3), tensors_of(table_of(5, 3)), "table")
+
+
+def test_calls_are_counted_by_kind():
+    tensors = tensors_of(table_of(2, 3))
+    with counted(module.calls, triton=1):
+        writing(KERNEL, 3)(**tensors)
+    with counted(module.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
+        writing(derive_inputs, 3)(**tensors)
 
 
 def test_by_hand():
     table = torch.tensor([[5, 6, 1, 7, 30, 40, 0], [ON_DEVICE, 3, 0, 4, 20, 0, 0]], dtype=torch.int32, device=DEVICE)
-    out = derive(derive_inputs_reference, table, page_size=4)
-    assert [column.tolist() for column in out] == [[5, 1000], [6, 3], [40 * 4 + 2, 20 * 4 + 3], [1, 0], [7, 4], [7, 4]]
+    tensors = tensors_of(table)
+    writing(derive_inputs_reference, 4)(**tensors)
+    assert [tensors[name].tolist() for name in DecodeInputs._fields] == [
+        [5, 1000],
+        [6, 3],
+        [40 * 4 + 2, 20 * 4 + 3],
+        [1, 0],
+        [7, 4],
+        [7, 4],
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 256])
+def test_kernel_is_faster(num_rows):
+    tensors = tensors_of(table_of(num_rows, 16))
+    nbytes = sum(tensors[name].nbytes for name in DecodeInputs._fields)
+    runs = [lambda run=run: writing(run, 16)(**tensors) for run in (KERNEL, derive_inputs_reference)]
+    prove_faster(*runs, nbytes, f"decode_inputs {num_rows}")

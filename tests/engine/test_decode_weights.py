@@ -2,13 +2,21 @@
 
 import pytest
 import torch
-from kernel_proof import DEVICE, counted, poisoned, same_bits, time_per_call
+from kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, poisoned, prove, prove_refusal, same_bits, time_per_call
 
 from engine.kernels import decode_weights as module
-from engine.kernels.decode_weights import TILE, decode_weights, decode_weights_reference, natural_order, stored_order
+from engine.kernels.decode_weights import (
+    TILE,
+    Planes,
+    decode_weights,
+    decode_weights_reference,
+    natural_order,
+    stored_order,
+)
 from engine.weights.codec import encode
 
 KERNEL = module._decode_weights_triton
+DENSE = (CONTIGUOUS, Layout("viewed", before=64))
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -40,12 +48,35 @@ def test_decoders_give_the_bits_that_were_coded(kind):
     layout, blob = encode(weights)
     assert not layout.raw and (layout.num_escapes == 0) == (kind == "no escapes")
     for run, name in ((KERNEL, "triton"), (decode_weights_reference, "reference")):
-        memory = poisoned((len(weights) + 128,), torch.bfloat16)
-        before, out = memory.clone(), memory[64:-64]
+        out = torch.empty_like(weights)
         with counted(module.calls, **{name: 1}):
             run(layout.planes(blob), out)
         assert same_bits(out, weights)
-        assert same_bits(memory[:64], before[:64]) and same_bits(memory[-64:], before[-64:])
+
+
+def tensors_of(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    layout, blob = encode(weights)
+    return {**layout.planes(blob)._asdict(), "out": poisoned(tuple(weights.shape), torch.bfloat16)}
+
+
+def by_name(run):
+    return lambda out, **planes: run(Planes(**planes), out)
+
+
+def test_in_every_layout_that_is_allowed():
+    """Planes and result have no gaps, start at 16-byte boundaries, and nothing around the result is written."""
+
+    def agree(actual, expected):
+        assert same_bits(actual, expected)
+
+    tensors = tensors_of(weights_of("patched"))
+    assert all(tensor.numel() for tensor in tensors.values())
+    prove(by_name(KERNEL), by_name(decode_weights_reference), tensors, ("out",), agree, DENSE, tensors)
+
+
+def test_strides_with_gaps_are_refused():
+    tensors = tensors_of(weights_of("patched"))
+    prove_refusal(by_name(KERNEL), tensors, *tensors)
 
 
 def test_planes_that_lie_in_the_middle_of_memory():

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together, sum_of
-from kernel_proof import DEVICE, adversarial, counted, equal, poisoned, prove_refusal, same_bits
+from kernel_proof import DEVICE, adversarial, counted, equal, poisoned, prove, prove_refusal, same_bits, within
 from norm_oracle import assert_normed
 
 from engine.kernels import reduce_residual_norm as module
 from engine.kernels.reduce_residual_norm import reduce_residual_norm
+from engine.kernels.residual_norm import residual_norm_reference
 from engine.model.ops import STEPS
 from parallel.push_reduce import DTYPES, EMPTY, MAX_PROGRAMS, push_reduce
 
@@ -52,6 +53,28 @@ def test_all_ranks_have_the_sum_and_its_norm(size, kind, dtype, width):
     assert results[0][1][expected.isnan().any(-1)].isnan().all() and rows.sum() >= 6
     assert_normed(results[0][1][rows], expected[rows], weight, bias, 1e-5, kind)
     assert_at_rest(peers, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_in_every_layout(kind, dtype):
+    """Of all but the part, which is sent as it lies; against a sum, then the norm's reference."""
+    (part, other), x, weight, bias = inputs_of(2, kind, dtype, 40)
+    tensors = {"x": x, "delta": part, "weight": weight, "out": poisoned(x.shape, dtype)}
+    tensors |= {} if bias is None else {"bias": bias}
+
+    def kernel(x, delta, weight, out, bias=None):
+        here, there = connect_ranks(2)
+        with no_hang():
+            reduce_residual_norm(there, x.clone(), other, weight, bias, 1e-5, other.clone(), kind, collects=False)
+            reduce_residual_norm(here, x, delta, weight, bias, 1e-5, out, kind)
+
+    def reference(x, delta, weight, out, bias=None):
+        residual_norm_reference(x, sum_of([delta, other]), weight, bias, 1e-5, out, kind)
+
+    fp32 = dtype == torch.float32
+    near = within(8 if fp32 else 2, share=1.0 if fp32 else 0.05, scale=0.1 if kind == "layer" else 0.0)
+    prove(kernel, reference, tensors, ("x", "out"), near, names=tensors.keys() - {"delta"})
 
 
 def test_the_result_may_lie_apart():

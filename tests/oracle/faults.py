@@ -1,16 +1,18 @@
-"""Faults to put into a built engine: what a bug in loading, streaming, rotation or a reduce would do to it.
+"""Faults to put into a built engine: what a bug in loading, streaming, rotation, an addition or a reduce would do.
 
 Each is a function of the LLM, to be called before it generates. They change weights, collectives or the plan and leave
-the code of the steps alone; nothing is validated afterwards.
+the code of the steps alone; nothing is validated afterwards. Those of kernels are in kernel_faults.py.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
+from engine_proof import run_steps
 from torch import Tensor
 
 from engine.llm import LLM
 from engine.model.ops import StepContext
+from engine.model.steps import model_steps
 from engine.weights.views import views
 from scheduler.step_plan import Acquire, Compute, GroupId, Instruction, Prefetch
 
@@ -134,3 +136,30 @@ def lost_reduce(step: str, layer_idx: int) -> Fault:
         ctx.act[activation].copy_(own)
 
     return around_step(step, layer_idx, change)
+
+
+def other_residual(llm: LLM) -> None:
+    """GPT-NeoX as if its config said the other value of use_parallel_residual."""
+    spec = replace(llm.rank.plan.spec, parallel_residual=not llm.rank.plan.spec.parallel_residual)
+    run_steps(llm, spec, model_steps(spec))
+
+
+def attention_added_first(layer_idx: int) -> Fault:
+    """`ffn + (attn + x)` in one parallel layer, where transformers has `(ffn + attn) + x`."""
+    return around_step("parallel_add", layer_idx, lambda ctx, do: ctx.act["x"].add_(ctx.act["y"]))
+
+
+def residual_added_last(layer_idx: int) -> Fault:
+    """`(ffn + attn) + x` in one serial layer, where transformers has `ffn + (attn + x)`."""
+    kept: dict[str, Tensor] = {}
+
+    def change(instruction: Instruction, ctx: StepContext, do: Callable[[], None]) -> None:
+        step = instruction.step if isinstance(instruction, Compute) and instruction.layer_idx == layer_idx else None
+        if step == "attn_residual":
+            kept.update(x=ctx.act["x"].clone(), attn=ctx.act["x_"].clone())
+        if step == "ffn_residual":
+            ctx.act["x"].copy_(kept["x"] + (ctx.act["x_"] + kept["attn"]))
+        else:
+            do()
+
+    return around(change)

@@ -6,7 +6,18 @@ import random
 import pytest
 import torch
 from emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together, sum_of
-from kernel_proof import DEVICE, adversarial, counted, equal, same_bits, within
+from kernel_proof import (
+    CONTIGUOUS,
+    DEVICE,
+    Layout,
+    adversarial,
+    counted,
+    equal,
+    prove,
+    prove_refusal,
+    same_bits,
+    within,
+)
 
 from parallel import push_reduce as module
 from parallel.push_reduce import (
@@ -21,6 +32,7 @@ from parallel.push_reduce import (
 )
 
 SIZES = (2, 3, 4, 8)
+DENSE = (CONTIGUOUS, Layout("viewed", before=64), Layout("from any word", before=2))
 
 
 def sum_everywhere(peers, parts):
@@ -47,6 +59,24 @@ def test_the_sum_of_all_parts_on_all_ranks(size, dtype):
     in_fp32 = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
     within(0.5 + size * in_fp32, scale=in_fp32 * sizes.nan_to_num())(summed[0], exact)
     assert_at_rest(peers, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wherever_a_part_starts(dtype):
+    """At any word; memory around it is not written."""
+    part, other = parts_of(2, (3, 130), dtype)
+
+    def kernel(part):
+        here, there = connect_ranks(2)
+        with no_hang():
+            push_reduce(there, other, collects=False)
+            push_reduce(here, part)
+
+    prove(kernel, lambda part: part.copy_(sum_of([part, other])), {"part": part}, ("part",), equal, DENSE)
+
+
+def test_strides_with_gaps_are_refused():
+    prove_refusal(functools.partial(push_reduce, connect_ranks(2)[0]), {"part": torch.ones(4, 8, device=DEVICE)})
 
 
 def test_calls_of_any_sizes_follow_each_other():

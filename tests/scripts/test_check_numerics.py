@@ -2,14 +2,11 @@
 
 import random
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from oracle.checkpoints import VARIANTS, write_checkpoint
 from oracle.faults import (
-    Fault,
     around_step,
     half_lost,
     kv_heads_rolled,
@@ -18,12 +15,6 @@ from oracle.faults import (
     stale_layer,
 )
 
-from engine.llm import LLM
-from engine.model.ops import StepContext
-from engine.model.steps import activation_bytes, activation_widths, model_steps
-from engine.runtime.arena import ActivationArena
-from scheduler.plan_build import make_plan
-from scheduler.plan_check import lay_out_activations
 from scheduler.step_plan import GroupId
 from scripts import check_numerics
 from scripts.check_numerics import Row, compare, first_fault
@@ -67,54 +58,6 @@ def test_nothing_differs(checkpoint, variant):
 @pytest.mark.parametrize("variant", ["llama_gqa", "qwen3", "neox_parallel", "neox_serial"])
 def test_nothing_differs_in_half_precision(checkpoint, variant, dtype):
     assert first_fault(compare(checkpoint(variant), TOKENS, dtype, **RUN)) is None
-
-
-def other_residual(llm: LLM) -> None:
-    """GPT-NeoX as if its config said the other value of use_parallel_residual."""
-    executor, spec = llm.rank.worker.executor, llm.rank.plan.spec
-    spec = replace(spec, parallel_residual=not spec.parallel_residual)
-    executor.plan = make_plan(model_steps(spec), executor.plan.ring)
-    dtype, device = executor.arena.dtype, executor.arena.data.device
-    sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, len(TOKENS), len(TOKENS))
-    offsets = lay_out_activations(executor.plan, sizes)
-    nbytes = max(offset + sizes[name] for name, offset in offsets.items())
-    executor.arena = ActivationArena(offsets, nbytes, activation_widths(spec, 1), dtype, device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_names_serial_residual(checkpoint, dtype):
-    rows = compare(checkpoint("neox_parallel"), TOKENS, dtype, **RUN, mutate=other_residual)
-    assert named(rows) == (0, "attn_residual") and "no such step" in first_fault(rows).fault
-    norms = [row for row in rows if row.step == "ffn_norm"]
-    assert len(norms) == NUM_LAYERS and all("differs" in row.fault for row in norms)
-    assert dtype != "float32" or rows[-1].drift > 1e-3
-
-
-def test_names_parallel_residual(checkpoint):
-    rows = compare(checkpoint("neox_serial"), TOKENS, **RUN, mutate=other_residual)
-    assert named(rows) == (0, "ffn_norm")
-    absent = [(row.layer_idx, row.step) for row in rows if row.fault and "our plan has no" in row.fault]
-    assert absent == [(layer_idx, "attn_residual") for layer_idx in range(NUM_LAYERS)]
-
-
-def other_order(layer_idx: int) -> Fault:
-    """`mlp + (attn + x)` in one layer, where transformers has `(mlp + attn) + x`."""
-
-    def add_to_x(ctx: StepContext, do: Callable[[], None]) -> None:
-        ctx.act["x"].add_(ctx.act["y"])
-
-    return around_step("parallel_add", layer_idx, add_to_x)
-
-
-@pytest.mark.parametrize("layer_idx", range(NUM_LAYERS))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_names_another_order_of_additions(checkpoint, dtype, layer_idx):
-    """No tolerance would see it in one layer: the bits do."""
-    rows = compare(checkpoint("neox_parallel"), TOKENS, dtype, **RUN, mutate=other_order(layer_idx))
-    fault = first_fault(rows)
-    assert named(rows) == (layer_idx, "ffn_residual") and "order of additions" in fault.fault
-    assert [row for row in rows if row.fault] == [fault]
-    assert 0 < fault.step_error < check_numerics.TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("variant", ["mistral_window", "neox_parallel"])
