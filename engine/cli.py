@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             listed = " ".join(unknown)
             raise ValueError(f"unrecognized arguments: {listed} (penstock {name} --help shows what there is)")
         return chosen.run(args, config_from_args(args))
-    except ValueError as error:
+    except (ValueError, PermissionError) as error:
         if SELF_LAUNCHED in os.environ:
             raise  # rank 0 shows it, with its traceback: the user's own mistakes it found before it launched us
         if os.environ.get("RANK", "0") != "0":
             time.sleep(RANK_0_SPEAKS_S)  # by then torchrun has ended this process, if rank 0 failed too
-        print(f"penstock: error: {error}", file=sys.stderr)
+        denied = isinstance(error, PermissionError)
+        print(f"penstock: error: {f'{error.filename}: {error.strerror}' if denied else error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
         with contextlib.suppress(OSError):

@@ -95,10 +95,11 @@ def find_profile(device_type: str, tp_size: int) -> Path | None:
     """The saved probe of `tp_size` ranks, else of the next larger number (its link is known for fewer); or None."""
     directory, found = cache_directory(), {}
     if directory is not None:
-        for path in directory.glob(f"{device_type}-*.json"):
-            number = path.stem.removeprefix(f"{device_type}-")
-            if number.isdecimal() and int(number) >= tp_size:
-                found[int(number)] = path
+        with contextlib.suppress(PermissionError):  # a cache out of reach holds nothing
+            for path in directory.glob(f"{device_type}-*.json"):
+                number = path.stem.removeprefix(f"{device_type}-")
+                if number.isdecimal() and int(number) >= tp_size:
+                    found[int(number)] = path
     return found[min(found)] if found else None
 
 

@@ -120,9 +120,11 @@ def _find_family(config: Mapping[str, Any], source: str) -> Family:
         known = any(name in family.architectures for name in architectures)
         if known if model_type is None else model_type == family.name and (known or not architectures):
             return family
-    named = architectures[0] if architectures else model_type
+    name = architectures[0] if architectures else model_type
+    known = any(name in family.architectures for family in FAMILIES.values())
+    named = f"model_type {model_type!r} of a {name}" if known else f"architecture {name!r}"
     supported = ", ".join(f"{f.architectures[0]} ({f.name})" for f in FAMILIES.values())
-    raise ValueError(f"{source}: architecture {named!r} is not supported; supported: {supported}")
+    raise ValueError(f"{source}: {named} is not supported; supported: {supported}")
 
 
 def _common(fields: Fields, family: Family) -> dict[str, Any]:

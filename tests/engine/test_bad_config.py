@@ -22,6 +22,10 @@ def llama(**own) -> dict:
 BAD = [
     ({}, "architecture None is not supported; supported: LlamaForCausalLM (llama), MistralForCausalLM (mistral)"),
     ({"model_type": "mamba"}, "architecture 'mamba' is not supported"),
+    (
+        {"model_type": "gpt2", "architectures": ["LlamaForCausalLM"]},
+        "model_type 'gpt2' of a LlamaForCausalLM is not supported; supported: LlamaForCausalLM (llama), ",
+    ),
     ({"model_type": "mamba", "architectures": ["LlamaForCausalLM"]}, "is not supported; supported: Llama"),
     ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported"),
     (llama(architectures=["LlamaForSequenceClassification"]), "architecture 'LlamaForSequenceClassification'"),

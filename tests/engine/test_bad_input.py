@@ -212,3 +212,14 @@ def assert_one_line(captured: Any, message: str) -> None:
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     assert line.startswith("penstock: error: ") and re.search(message, line), line
+
+
+def test_a_file_out_of_reach_is_one_line(monkeypatch, capsys):
+    """root may read everything, so what the system would say is said here."""
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", "/secret/model")
+
+    monkeypatch.setattr("engine.plan_command.find_model", refuse)
+    assert main(["plan", "--model", "/secret/model"]) == 2
+    assert capsys.readouterr().err == "penstock: error: /secret/model: Permission denied\n"
