@@ -14,7 +14,7 @@ from engine.device_profile import ASSUMED, find_profile, read_device
 from engine.model.coded_size import planned_bytes
 from engine.model.families import tensor_names
 from engine.model.fusion import fuse, fused_runs
-from engine.model.layout import ModelLayout, model_layout
+from engine.model.layout import GroupLayout, ModelLayout, model_layout
 from engine.model.spec import ModelSpec
 from engine.model.steps import activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes, step_work
@@ -22,7 +22,7 @@ from parallel.shard import local_vocab_size
 from scheduler.code_choice import CodeOffer, choose_code, settle
 from scheduler.demand import Demand, show_bytes
 from scheduler.pass_work import PassShape, PassWork, StepWork
-from scheduler.plan_build import lay_out_decoded, make_plan
+from scheduler.plan_build import make_plan
 from scheduler.plan_check import lay_out_activations
 from scheduler.residency import Residency, plan_residency
 from scheduler.step_plan import Compute, GroupId, RingLayout, StepPlan
@@ -73,7 +73,9 @@ def make_engine_plan(
     if on_gpu:
         steps = fuse(steps, fused_runs(tp_size, spec.hidden_size))
     sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
-    offsets = lay_out_activations(make_plan(steps, RingLayout(0, 0, ())), sizes)
+    codable = _codable(config, spec, layout, dtype)
+    resident = make_plan(steps, RingLayout(0, 0, ()), {group.group: group.nbytes for group in codable})
+    offsets = lay_out_activations(resident, sizes)
     total = max(offset + sizes[name] for name, offset in offsets.items())
     demand = Demand(
         groups=tuple((group.group, group.nbytes) for group in layout.groups),
@@ -92,7 +94,12 @@ def make_engine_plan(
     )
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
     counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
-    offer = _code_offer(config, spec, layout, dtype, steps, lambda kept: _pass_work(layout, kept, counted), rates)
+    offer = CodeOffer(
+        choice=config.weights_code,
+        coded={group.group: planned_bytes(group) for group in codable},
+        buffer_bytes=resident.decode_buffer_bytes,
+        pass_s=lambda kept: predict_pass(_pass_work(layout, kept, counted), PassShape(1, 1, 0), rates).total_s,
+    )
     kept, residency = choose_code(offer, demand)
     plan = _step_plan(steps, layout, residency)
     return EnginePlan(
@@ -105,27 +112,14 @@ def _step_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) 
     return make_plan(steps, residency.ring, decoded)
 
 
-def _code_offer(
-    config: EngineConfig,
-    spec: ModelSpec,
-    layout: ModelLayout,
-    dtype: str,
-    steps: list[Compute],
-    work: Callable[[Residency], PassWork],
-    rates: Rates,
-) -> CodeOffer:
-    """Only bfloat16 shrinks enough; a tied head is the embedding too, whose rows are gathered from it. Raises
-    ValueError if coding is asked for and impossible."""
-    if dtype != "bfloat16" and config.weights_code == "lossless":
+def _codable(config: EngineConfig, spec: ModelSpec, layout: ModelLayout, dtype: str) -> tuple[GroupLayout, ...]:
+    """The groups that may be coded: only bfloat16 shrinks enough, and a tied head is the embedding too, whose rows are
+    gathered from it. Raises ValueError if coding is asked for and impossible."""
+    if dtype == "bfloat16":
+        return layout.groups[:-1] if spec.tied else layout.groups
+    if config.weights_code == "lossless":
         raise ValueError(f"weights_code='lossless' codes bfloat16 weights, and dtype is {dtype}")
-    groups = layout.groups[: -1 if spec.tied else None] if dtype == "bfloat16" else ()
-    places = lay_out_decoded(steps, {group.group: group.nbytes for group in groups})
-    return CodeOffer(
-        choice=config.weights_code,
-        coded={group.group: planned_bytes(group) for group in groups},
-        buffer_bytes=max((place.offset + place.nbytes for place in places.values()), default=0),
-        pass_s=lambda residency: predict_pass(work(residency), PassShape(1, 1, 0), rates).total_s,
-    )
+    return ()
 
 
 def settle_plan(plan: EnginePlan, coded_bytes: dict[GroupId, int]) -> EnginePlan:

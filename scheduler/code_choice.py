@@ -46,7 +46,7 @@ def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
         return demand, plain
     coded = _fastest(offer, coded_demand)
     if coded is None or (plain and offer.pass_s(coded[1]) > (1 - LEAST_GAIN) * offer.pass_s(plain)):
-        return demand, plan_residency(demand)
+        return demand, plain or plan_residency(demand)  # which says what would fit
     return coded
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from scheduler.step_plan import Slot
+
 ALIGN = 4096
 
 
@@ -11,6 +13,11 @@ def aligned_bytes(nbytes: int, device: torch.device) -> Tensor:
     raw = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device=device)
     start = -raw.data_ptr() % ALIGN
     return raw[start : start + nbytes]
+
+
+def slot_of(memory: Tensor, slot: Slot) -> Tensor:
+    """The bytes of the ring, or of the decode buffer, that a plan calls so."""
+    return memory[slot.offset : slot.offset + slot.nbytes]
 
 
 class ActivationArena:

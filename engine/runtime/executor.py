@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.model.attention import whole_tokens
 from engine.model.inputs import PassInputs, bind
 from engine.model.ops import STEPS, StepContext
-from engine.runtime.arena import ActivationArena
+from engine.runtime.arena import ActivationArena, slot_of
 from engine.runtime.lanes import Lanes
 from engine.runtime.sampler import Asked, PendingSample, SampleOutput
 from engine.runtime.trace import Tracer
@@ -195,4 +195,4 @@ class Executor:
             self.on_sampled(self.context.sampled)
 
     def slot(self, instruction: Prefetch | Release) -> Tensor:
-        return self.ring[instruction.slot.offset : instruction.slot.offset + instruction.slot.nbytes]
+        return slot_of(self.ring, instruction.slot)

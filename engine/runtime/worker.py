@@ -15,7 +15,7 @@ from engine.model.ops import StepContext
 from engine.model.rope import rope_table
 from engine.model.steps import activation_widths
 from engine.planning import EnginePlan, settle_plan
-from engine.runtime.arena import ActivationArena, aligned_bytes
+from engine.runtime.arena import ActivationArena, aligned_bytes, slot_of
 from engine.runtime.decode import DecodePasses
 from engine.runtime.executor import Coded, Executor
 from engine.runtime.kv_cache import KVCache
@@ -29,7 +29,7 @@ from engine.weights.views import views
 from parallel.collectives import Collectives
 from parallel.shard import shard_heads
 from parallel.topology import Topology
-from scheduler.step_plan import GroupId, Slot
+from scheduler.step_plan import GroupId
 
 
 def open_source(config: EngineConfig, path: Path, plan: EnginePlan, device: torch.device) -> WeightSource:
@@ -147,15 +147,15 @@ class Worker:
         places = {decode.group: decode.place for decode in self.plan.step_plan.decodes}
         coded = {}
         for group, code in self.weights.codes.items():
-            blob = _cut(ring, slots[group])[: code.nbytes] if group in slots else self.weights.resident[group]
-            coded[group] = Coded(code, blob, _cut(buffer, places[group]))
+            blob = slot_of(ring, slots[group])[: code.nbytes] if group in slots else self.weights.resident[group]
+            coded[group] = Coded(code, blob, slot_of(buffer, places[group]))
         return coded
 
     def _views(
         self, layout: ModelLayout, ring: torch.Tensor, coded: dict[GroupId, Coded]
     ) -> dict[GroupId, dict[str, torch.Tensor]]:
         spans = {group.group: self.weights.resident.get(group.group) for group in layout.groups}
-        spans |= {group: _cut(ring, slot) for group, slot in self.plan.residency.ring.slots}
+        spans |= {group: slot_of(ring, slot) for group, slot in self.plan.residency.ring.slots}
         spans |= {group: place for group, (_, _, place) in coded.items()}
         return {group.group: views(group, spans[group.group]) for group in layout.groups}
 
@@ -173,7 +173,3 @@ class Worker:
             self.executor.decode = None
         self.executor = None
         self.weights.close()
-
-
-def _cut(memory: torch.Tensor, slot: Slot) -> torch.Tensor:
-    return memory[slot.offset : slot.offset + slot.nbytes]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.code_tile import TILE
+from engine.model.coded_size import WEIGHT_BITS
 from engine.weights.blocks import BLOCK_BYTES
 from engine.weights.checkpoint import naming, read_exactly
 from engine.weights.codec import checksum, encode
@@ -27,8 +28,6 @@ from engine.weights.packed_format import (
 )
 from engine.weights.safetensors_header import TensorEntry, parse_header, read_header_text
 from engine.weights.threads import in_order
-
-LEAST_BITS = 10  # of a coded weight: 8 of sign and mantissa, 2 of its code
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Packed:
 
 def least_bytes(entries: dict[str, TensorEntry]) -> int:
     """What the tensors take at least once they are packed."""
-    return sum(entry.nbytes * LEAST_BITS // 16 if _is_codable(entry) else entry.nbytes for entry in entries.values())
+    return sum(entry.nbytes * WEIGHT_BITS // 16 if _is_codable(entry) else entry.nbytes for entry in entries.values())
 
 
 def pack_file(file: Path, target: Path, device: torch.device, progress: Callable[[int], None]) -> Packed:

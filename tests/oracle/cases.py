@@ -1,5 +1,6 @@
 """Which variants run at which tp_size, residency and dtype; and how the engine is set up for each."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ MAX_NUM_BATCHED_TOKENS = 48
 # 5 + 37 + 6 of 90 tokens, then 2 + 46, then 2 + 38: the longest prompt samples its first token in the third pass.
 NUM_PASSES = 3 + MAX_TOKENS - 1
 _SMALLEST_VOCAB = 128
+# What scripts/check_numerics.py runs in tests: `compare(checkpoint, TOKENS, **RUN)`.
+NUM_LAYERS = 3  # of every variant
+TOKENS = random.Random(3).choices(range(_SMALLEST_VOCAB), k=40)
+RUN = {"max_tokens": 4, "device": "cpu", "resident": "none", "lanes": "random", "max_num_batched_tokens": 24}
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@ it is parallel, 2. a kernel that is never called, 3. inputs that are not contigu
 takes for others, 4. another order of additions. Each is found, by step, and nothing is found without it.
 """
 
-import random
-
 import pytest
 from engine_proof import PROMPT, as_on_a_gpu, prove_calls, watched
 from kernel_proof import CONTIGUOUS, DEVICE, Layout
 from kernel_registry import KERNELS
+from oracle.cases import NUM_LAYERS, RUN, TOKENS
 from oracle.checkpoints import write_checkpoint
 from oracle.faults import attention_added_first, other_residual, residual_added_last
 from oracle.kernel_faults import (
@@ -24,9 +23,6 @@ from oracle.kernel_faults import (
 from engine.llm import LLM
 from scripts.check_numerics import TOLERANCES, Row, compare, first_fault
 
-LAYERS = 3  # of every variant
-TOKENS = random.Random(3).choices(range(128), k=40)
-RUN = {"max_tokens": 4, "device": "cpu", "resident": "none", "lanes": "random", "max_num_batched_tokens": 24}
 NARROW = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}  # interpreted
 SHORT = {"max_tokens": 2, "device": DEVICE, "resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8}
 GAPS, MISALIGNED = Layout("sliced", before=16, between=16), Layout("misaligned", before=1)
@@ -76,7 +72,7 @@ def test_1_serial_residual_where_it_is_parallel(checkpoint, dtype):
     rows = compare(checkpoint("neox_parallel"), TOKENS, dtype, **RUN, mutate=other_residual)
     assert named(rows) == (0, "attn_residual") and "no such step" in first_fault(rows).fault
     norms = [row for row in rows if row.step == "ffn_norm"]
-    assert len(norms) == LAYERS and all("differs" in row.fault for row in norms)
+    assert len(norms) == NUM_LAYERS and all("differs" in row.fault for row in norms)
     assert dtype != "float32" or rows[-1].drift > 1e-3
 
 
@@ -85,7 +81,7 @@ def test_1_parallel_residual_where_it_is_serial(checkpoint):
     rows = compare(checkpoint("neox_serial"), TOKENS, **RUN, mutate=other_residual)
     assert named(rows) == (0, "ffn_norm")
     absent = [(row.layer_idx, row.step) for row in rows if row.fault and "our plan has no" in row.fault]
-    assert absent == [(layer_idx, "attn_residual") for layer_idx in range(LAYERS)]
+    assert absent == [(layer_idx, "attn_residual") for layer_idx in range(NUM_LAYERS)]
 
 
 @pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.names])
@@ -123,7 +119,7 @@ def test_3_kernel_takes_its_inputs_for_others(checkpoint, monkeypatch, kind, nam
     assert named(rows) == FIRST_STEPS[name]
 
 
-@pytest.mark.parametrize("layer_idx", range(LAYERS))
+@pytest.mark.parametrize("layer_idx", range(NUM_LAYERS))
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
     "variant, fault", [("neox_parallel", attention_added_first), ("neox_serial", residual_added_last)]

@@ -1,10 +1,10 @@
 """check_numerics finds nothing wrong with the engine, and names layer and step of what is put into it."""
 
-import random
 import sys
 
 import pytest
 import torch
+from oracle.cases import NUM_LAYERS, RUN, TOKENS
 from oracle.checkpoints import VARIANTS, write_checkpoint
 from oracle.faults import (
     around_step,
@@ -19,9 +19,6 @@ from scheduler.step_plan import GroupId
 from scripts import check_numerics
 from scripts.check_numerics import Row, compare, first_fault
 
-NUM_LAYERS = 3  # of every variant
-TOKENS = random.Random(3).choices(range(128), k=40)
-RUN = {"max_tokens": 4, "device": "cpu", "resident": "none", "lanes": "random", "max_num_batched_tokens": 24}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
