@@ -84,9 +84,7 @@ class EngineConfig:
     max_num_batched_tokens: int = _option(
         8192, "most tokens in one pass; longer prompts are prefilled in chunks", type=int
     )
-    attention_sinks: int = _option(
-        0, "first tokens that stay in the KV cache beside the attention window", type=int
-    )
+    attention_sinks: int = _option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
     attention_window: int | None = _option(
         None,
         "keep only so many recent tokens in the KV cache, for sequences of any length (default: all)",

@@ -17,9 +17,9 @@ from engine.planning import (
     best_batch,
     decode_time,
     find_model,
+    longest_sequence,
     make_engine_plan,
     pass_work,
-    longest_sequence,
     plan_rates,
     step_seconds,
 )

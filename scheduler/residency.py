@@ -149,9 +149,8 @@ def _assemble(demand: Demand, resident: frozenset[GroupId], ring_bytes: int, num
     weights = demand.weights_bytes(resident)
     max_model_len = min(demand.full_len, (num_pages - 1) * demand.page_size)
     if demand.max_model_len is not None and max_model_len < demand.max_model_len:
-        raise ValueError(
-            f"num_pages={num_pages}: {max_model_len} tokens fit, and {demand.len_option} asks for {demand.max_model_len}"
-        )
+        asked = f"{demand.len_option}={demand.max_model_len} is asked"
+        raise ValueError(f"num_pages={num_pages}: {max_model_len} tokens fit, and {asked}")
     claims = [("ring", ring_bytes), *demand.fixed, ("KV cache", num_pages * demand.page_bytes)]
     claims.insert(0 if not streamed else len(claims), ("resident weights", weights))
     return Residency(

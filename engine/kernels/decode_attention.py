@@ -71,10 +71,11 @@ def decode_attention(
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
     dense = (q[0, 0], out[0, 0], page_table[0], keys, values)
-    assert all(t.is_contiguous() for t in dense), "decode_attention: strides: heads, pages and cache have no gaps"
+    dense = dense if key_rope is None else (*dense, key_rope)
+    assert all(t.is_contiguous() for t in dense), "decode_attention: strides: heads, pages, cache, table have no gaps"
     assert num_heads % num_kv_heads == 0
     assert page_table.dtype == context_lens.dtype == torch.int32 and partials.dtype == torch.float32
-    assert key_rope is None or (key_rope.is_contiguous() and key_rope.dtype == keys.dtype)
+    assert key_rope is None or key_rope.dtype == keys.dtype
     calls["triton"] += 1
     group, split = num_heads // num_kv_heads, num_segments > 1
     size = partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
@@ -212,8 +213,9 @@ if triton is not None:
         pages = tl.load(table + (key + MARGIN) // S, mask=key < end, other=0)
         for start in tl.range(begin, end, BLOCK):
             key = start + tl.arange(0, BLOCK)
-            place = pages.to(tl.int64) * S + (key + MARGIN) % S
-            pages = tl.load(table + (key + MARGIN + BLOCK) // S, mask=key + BLOCK < end, other=0)  # a turn ahead of k and v
+            entry, ahead = key + MARGIN, key + BLOCK < end
+            place = pages.to(tl.int64) * S + entry % S
+            pages = tl.load(table + (entry + BLOCK) // S, mask=ahead, other=0)  # a turn ahead of k and v
             columns_kv = (place * num_kv_heads + kv_head)[:, None] * E + e[None, :]  # (BLOCK, E)
             inside = (key < end)[:, None] & (e < E)[None, :]
             k = tl.load(keys + columns_kv, mask=inside, other=0.0)

@@ -115,9 +115,9 @@ def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, window: int | None, out: Tensor) -> None:
     """Heads first for scaled_dot_product_attention; the mask is aligned to the end of the context, which is_causal
-    is not."""
+    is not. A copy of q, since its fp32 kernel on a GPU wants 16-byte alignment."""
     tokens = slice(row.first_query, row.first_query + row.num_queries)
-    q = q[tokens].transpose(0, 1)[None]  # (1, H, q, E)
+    q = q[tokens].clone().transpose(0, 1)[None]  # (1, H, q, E)
     k = k[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]  # (1, K, L, E)
     v = v[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]
     mask = causal_mask(row, window, q.device)
