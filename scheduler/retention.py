@@ -68,7 +68,7 @@ class KeepAll:
 class SinksAndWindow:
     """The first `num_sinks` tokens (N) and at most `window_tokens` (M) recent ones. The oldest of these are evicted by
     whole pages, about a quarter of the window at a time (C): a prompt longer than the cache is computed in chunks of as
-    many tokens. Raises ValueError if a page is no smaller than the window."""
+    many tokens. Raises ValueError if the window is smaller than a page."""
 
     num_sinks: int
     window_tokens: int
@@ -76,10 +76,10 @@ class SinksAndWindow:
     shifts = True
 
     def __post_init__(self):
-        if self.window_tokens <= self.page_size:
+        if self.window_tokens < self.page_size:
             raise ValueError(
-                f"attention_window={self.window_tokens}: expected more than page_size={self.page_size} tokens, which"
-                " are evicted at a time at least"
+                f"attention_window={self.window_tokens}: expected at least page_size={self.page_size} tokens, since"
+                " whole pages are evicted"
             )
 
     @property
