@@ -248,24 +248,30 @@ def test_calls_are_counted_by_kind():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [0, 64])
 @pytest.mark.parametrize("num_rows, context", [(1, 2048), (64, 1024)])
-def test_kernel_is_faster(num_rows, context):
-    """Than a gather of the pages and torch's attention over them, with Llama-3-8B's heads."""
-    inputs = make((32, 8, 128), [context] * num_rows, dtype=torch.bfloat16)
+def test_kernel_is_faster(num_rows, context, pairs):
+    """Than a gather of the pages, their rotation if they rotate, and torch's attention over them, with Llama-3-8B's
+    heads."""
+    inputs = make((32, 8, 128), [context] * num_rows, pairs=pairs, dtype=torch.bfloat16)
     num_segments = kernels.choose_segments(num_rows, 8, context)
     caches, _ = inputs.arguments
     ordered = (inputs.q, *caches, torch.empty_like(inputs.q))
     places = torch.stack([places_of(inputs, row) for row in range(num_rows)])
 
     def gathered():
-        keys, values = (cache[places].transpose(1, 2) for cache in (inputs.keys, inputs.values))  # (R, K, C, E)
+        keys, values = (cache[places] for cache in (inputs.keys, inputs.values))  # (R, C, K, E)
+        if pairs:
+            rotate_(keys.flatten(0, 1), *inputs.key_rope.repeat(1, num_rows, 1))
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         F.scaled_dot_product_attention(inputs.q.transpose(1, 2), keys, values, enable_gqa=True)
 
     size = kernels.partials_size(num_rows, 32, 128, num_segments)
     rest = (128**-0.5, None, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
     nbytes = 2 * places.numel() * inputs.keys[0].nbytes
-    label = f"decode_attention {num_rows} x {context}"
-    prove_faster(lambda: kernels.decode_attention(*ordered, *rest), gathered, nbytes, label)
+    label = f"decode_attention {num_rows} x {context}" + " rotating" * (pairs > 0)
+    run = functools.partial(kernels.decode_attention, *ordered, *rest, **inputs.reading)
+    prove_faster(run, gathered, nbytes, label)
 
 
 @pytest.mark.gpu
