@@ -46,9 +46,11 @@ def by_kernels(patch: pytest.MonkeyPatch, *names: str, misread=None) -> Fault:
 
 
 def _misreading(kernel, misread):
-    def run(*arguments):
-        takes = (isinstance(argument, Tensor) and argument.is_floating_point() for argument in arguments)
-        return kernel(*(misread(given) if floats else given for floats, given in zip(takes, arguments)))
+    def seen(given):
+        return misread(given) if isinstance(given, Tensor) and given.is_floating_point() else given
+
+    def run(*arguments, **named):
+        return kernel(*map(seen, arguments), **{name: seen(given) for name, given in named.items()})
 
     return run
 
