@@ -57,7 +57,7 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
         check_what_ran(executor, options)
         check_what_was_coded(llm, decode_weights.calls["triton"] > decoded)
-        copied = executor.counters.copied_bytes.total()
+        copied = executor.copied.total.sent_bytes
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
 
