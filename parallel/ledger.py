@@ -6,7 +6,7 @@ messages are not among them.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
@@ -78,9 +78,9 @@ class TransferLedger:
         """For JSON: `total`, `operations` by name, and a row for each of the `sites`."""
         names = dict.fromkeys(site.operation for site in self._moved)
         return {
-            "total": asdict(self.total),
-            "operations": {name: asdict(self.operation(name)) for name in names},
-            "sites": [site._asdict() | asdict(moved) for site, moved in self.sites.items()],
+            "total": vars(self.total),
+            "operations": {name: vars(self.operation(name)) for name in names},
+            "sites": [site._asdict() | vars(moved) for site, moved in self.sites.items()],
         }
 
     def copy(self) -> "TransferLedger":
