@@ -84,6 +84,12 @@ class EngineConfig:
     max_num_batched_tokens: int = _option(
         8192, "most tokens in one pass; longer prompts are prefilled in chunks", type=int
     )
+    attention_sinks: int = _option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
+    attention_window: int | None = _option(
+        None,
+        "keep only so many recent tokens in the KV cache, for sequences of any length (default: all)",
+        type=int,
+    )
     page_size: int = _option(16, "tokens in one page of the KV cache", type=int)
     num_pages: int | None = _option(None, "KV pages (default: what memory allows)", type=int)
     page_order_seed: int | None = _option(None, "debug: hand out KV pages in this shuffled order", type=int)
@@ -116,12 +122,17 @@ class EngineConfig:
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "attention_window",
             "page_size",
             "num_pages",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: expected a positive integer")
+        if self.attention_sinks < 0:
+            raise ValueError(f"attention_sinks={self.attention_sinks!r}: expected a number of tokens, or 0")
+        if self.attention_sinks and self.attention_window is None:
+            raise ValueError(f"attention_sinks={self.attention_sinks}: there are none without an attention_window")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r}: expected a fraction above 0, at most 1"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.output import RequestOutput, Sequence
-from engine.planning import find_model
+from engine.planning import find_model, longest_sequence
 from engine.runtime.rank import LINK_BYTES, Rank
 from engine.runtime.sampler import SampleOutput
 from engine.tokenizer import Tokenizer
@@ -43,11 +43,12 @@ class LLM:
         self.scheduler = Scheduler(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            max_model_len=residency.max_model_len,
+            max_model_len=longest_sequence(self.config, self.rank.plan),
             page_size=self.config.page_size,
             num_pages=residency.num_pages,
             eos_token_ids=self.rank.eos_token_ids,
             page_order_seed=self.config.page_order_seed,
+            retention=self.rank.plan.retention,
         )
         self._request_ids = itertools.count()
 

@@ -73,7 +73,7 @@ class Sequence:
         self.stream = tokenizer.stream(request.prompt_token_ids) if tokenizer else None
         self.stops = StopStrings(request.params.stop)
         self.on_text = on_text
-        self.text = ""
+        self._pieces: list[str] = []  # a string would be copied for each token of a long text
         self.logprobs: list[dict[int, Logprob]] = []
 
     def push(self, token: int) -> str | None:
@@ -102,7 +102,7 @@ class Sequence:
 
     def output(self) -> CompletionOutput:
         request = self.request
-        output = CompletionOutput(self.index, self.text, list(request.output_token_ids))
+        output = CompletionOutput(self.index, "".join(self._pieces), list(request.output_token_ids))
         output.finish_reason = None if request.finish_reason is None else FinishReason(request.finish_reason).value
         output.stop_reason = request.stop_reason
         if request.params.logprobs is not None:
@@ -116,5 +116,5 @@ class Sequence:
 
     def _emit(self, text: str) -> None:
         if text:
-            self.text += text
+            self._pieces.append(text)
             self.on_text(text)

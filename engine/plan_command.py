@@ -17,6 +17,7 @@ from engine.planning import (
     best_batch,
     decode_time,
     find_model,
+    longest_sequence,
     make_engine_plan,
     pass_work,
     plan_rates,
@@ -29,6 +30,7 @@ from scheduler.pass_work import PassShape
 from scheduler.plan_table import render
 from scheduler.residency import Residency
 from scheduler.residency_table import Prediction, Variant, table
+from scheduler.retention import SinksAndWindow
 from scheduler.time_model import free_tokens
 from scheduler.timeline import predict_timeline, timeline_s
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     plan = plan_of(config)
     context = min(args.context, plan.residency.max_model_len)
     if args.json:
-        print(json.dumps(summary(plan, context)))
+        print(json.dumps(summary(config, plan, context)))
         return 0
     print(describe(config, plan, args.context))
     if args.table:
@@ -116,7 +118,7 @@ def variants(plan: EnginePlan, context: int) -> list[Variant]:
     return [each for each in made if each is not None]
 
 
-def summary(plan: EnginePlan, context: int) -> dict[str, Any]:
+def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, Any]:
     """The plan as plain values; units are in the names, everything is a rank's but tokens_s."""
     residency = plan.residency
     best = best_batch(plan, plan.demand, residency, context)
@@ -134,7 +136,8 @@ def summary(plan: EnginePlan, context: int) -> dict[str, Any]:
         "embed_resident": residency.embed_resident,
         "ring_bytes": residency.ring.ring_bytes,
         "num_pages": residency.num_pages,
-        "max_model_len": residency.max_model_len,
+        "max_model_len": longest_sequence(config, plan),
+        "max_context": residency.max_model_len,
         "host_bytes": residency.host_bytes,
         "streamed_bytes": residency.streamed_bytes,
         "free_tokens": free_tokens(pass_work(plan), plan.rates),
@@ -179,4 +182,6 @@ def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) ->
     text = table(
         residency, config.page_size, plan.rates, rows, variants(plan, context), free_tokens(pass_work(plan), plan.rates)
     )
-    return text + (f"\nnote: context cut from {asked} to {context}, the longest sequence" if asked > context else "")
+    if isinstance(plan.retention, SinksAndWindow):
+        text += f"\nnote: {plan.retention.describe()}"
+    return text + (f"\nnote: context cut from {asked} to {context}, the longest one" if asked > context else "")

@@ -24,7 +24,9 @@ from scheduler.demand import Demand, show_bytes
 from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.plan_build import make_plan
 from scheduler.plan_check import lay_out_activations
+from scheduler.request import INT32_MAX
 from scheduler.residency import Residency, plan_residency
+from scheduler.retention import KeepAll, Retention, SinksAndWindow
 from scheduler.step_plan import Compute, GroupId, RingLayout, StepPlan
 from scheduler.time_model import PassTime, Rates, load_profile, predict_pass, step_s
 
@@ -52,6 +54,7 @@ class EnginePlan:
     demand: Demand
     offer: CodeOffer
     kept: Demand
+    retention: Retention
     residency: Residency
     step_plan: StepPlan
     steps: tuple[tuple[StepWork, int], ...]
@@ -67,6 +70,8 @@ def make_engine_plan(
     Raises ValueError, with what would fit, if the config asks for more than there is, and if tp_size cannot be.
     """
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    retention = _retention(config, spec)
+    cached = retention.num_pages(INT32_MAX) * config.page_size if retention.shifts else None
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
     on_gpu = device_memory_bytes is not None
     steps = model_steps(spec)
@@ -84,12 +89,13 @@ def make_engine_plan(
         page_bytes=config.page_size * kv_token_bytes(spec, dtype, tp_size) * (spec.num_layers + 1) // spec.num_layers,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
-        max_position=spec.max_position,
+        max_position=cached or spec.max_position,
         resident=config.resident,
         memory_bytes=memory_budget(config, device_memory_bytes),
         fixed=_fixed_claims(config, spec, tp_size, on_gpu, sizes, total),
         ring_bytes=config.ring,
-        max_model_len=config.max_model_len,
+        max_model_len=cached or config.max_model_len,
+        len_option="attention_window" if cached else "max_model_len",
         num_pages=config.num_pages,
     )
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
@@ -103,8 +109,30 @@ def make_engine_plan(
     kept, residency = choose_code(offer, demand)
     plan = _step_plan(steps, layout, residency)
     return EnginePlan(
-        spec, dtype, tp_size, rates, layout, demand, offer, kept, residency, plan, counted, offsets, total
+        spec, dtype, tp_size, rates, layout, demand, offer, kept, retention, residency, plan, counted, offsets, total
     )
+
+
+def _retention(config: EngineConfig, spec: ModelSpec) -> Retention:
+    """Raises ValueError for more positions than the model knows."""
+    if config.attention_window is None:
+        return KeepAll(config.page_size)
+    made = SinksAndWindow(config.attention_sinks, config.attention_window, config.page_size)
+    narrowest = min((window for window in spec.windows if window is not None), default=spec.max_position)
+    if made.max_cached > min(narrowest, spec.max_position):
+        trained = "was trained for" if narrowest >= spec.max_position else "has layers that see"
+        raise ValueError(
+            f"attention_sinks={config.attention_sinks} and attention_window={config.attention_window} are"
+            f" {made.max_cached} tokens, and the model {trained} {min(narrowest, spec.max_position)}"
+        )
+    return made
+
+
+def longest_sequence(config: EngineConfig, plan: EnginePlan) -> int:
+    """Tokens of a request at most: without a bound of their own where the cache drops old ones."""
+    if plan.retention.shifts:
+        return config.max_model_len or INT32_MAX
+    return plan.residency.max_model_len
 
 
 def _step_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> StepPlan:

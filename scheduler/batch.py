@@ -15,9 +15,10 @@ class BatchRow:
     """The tokens that one request computes in a pass.
 
     `row` is its place in the batch, 0..max_num_seqs-1, kept for the request's whole life. `tokens` stand at
-    positions start, start + 1, ...; ON_DEVICE among them is the row's last sampled token. `pages` is the page
-    table up to the last of these positions. `samples` is false for a chunk that is not the prompt's last.
-    `sampling` is set in the request's first pass only, and drops what the row's former owner left.
+    start, start + 1, ... of the sequence; ON_DEVICE among them is the row's last sampled token. Of the tokens before
+    them `num_evicted` are not cached any more. `pages` is the page table up to the last of these tokens. `samples` is
+    false for a chunk that is not the prompt's last. `sampling` is set in the request's first pass only, and drops what
+    the row's former owner left.
     """
 
     row: int
@@ -26,6 +27,12 @@ class BatchRow:
     pages: tuple[int, ...]
     samples: bool
     sampling: RowSampling | None
+    num_evicted: int = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens that are cached before the pass; the positions of the row's own go on from there."""
+        return self.start - self.num_evicted
 
 
 def is_decode(batch: "Batch") -> bool:
@@ -50,15 +57,16 @@ class Batch:
     @property
     def shape(self) -> PassShape:
         """What the time model needs to know of it."""
-        pairs = sum(len(row.tokens) * (2 * row.start + len(row.tokens) + 1) // 2 for row in self.rows)
-        return PassShape(self.num_tokens, len(self.rows), sum(row.start for row in self.rows), pairs)
+        pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
+        return PassShape(self.num_tokens, len(self.rows), sum(row.num_cached for row in self.rows), pairs)
 
     def pack(self) -> list[int]:
         """The batch as one int32 message: its length, the number of rows, and the rows one after another."""
         message = [0, len(self.rows)]
         for row in self.rows:
             flags = row.samples * _SAMPLES | (row.sampling is not None) * _HAS_SAMPLING
-            message += (row.row, row.start, flags, len(row.tokens), len(row.pages), *row.tokens, *row.pages)
+            counts = (len(row.tokens), len(row.pages))
+            message += (row.row, row.start, row.num_evicted, flags, *counts, *row.tokens, *row.pages)
             if row.sampling is not None:
                 message += row.sampling.pack()
         message[0] = len(message)
@@ -84,7 +92,7 @@ def _take(ints: Iterator[int], count: int) -> tuple[int, ...]:
 
 
 def _unpack_row(ints: Iterator[int]) -> BatchRow:
-    row, start, flags, num_tokens, num_pages = _take(ints, 5)
+    row, start, num_evicted, flags, num_tokens, num_pages = _take(ints, 6)
     tokens, pages = _take(ints, num_tokens), _take(ints, num_pages)
     sampling = RowSampling.unpack(_take(ints, RowSampling.PACKED_LEN)) if flags & _HAS_SAMPLING else None
-    return BatchRow(row, tokens, start, pages, bool(flags & _SAMPLES), sampling)
+    return BatchRow(row, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted)

@@ -18,9 +18,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from scheduler.batch import Batch, BatchRow
-from scheduler.pages import PagePool, pages_for
+from scheduler.pages import PagePool
 from scheduler.policy import POLICIES
 from scheduler.request import FinishReason, Request, RequestState, RowSampling
+from scheduler.retention import KeepAll, Retention
 
 
 class Scheduler:
@@ -28,7 +29,8 @@ class Scheduler:
 
     Units: `max_num_batched_tokens` a pass, `max_model_len` prompt and output tokens of one request,
     `page_size` tokens a page, `num_pages` with the reserved page 0. `page_order_seed` shuffles the order in
-    which pages are handed out. Raises ValueError for an unknown policy or fewer than 2 pages.
+    which pages are handed out. `retention` says which tokens of a row stay cached: all, if it is not given. Raises
+    ValueError for an unknown policy or fewer than 2 pages.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         policy: str = "fcfs",
         page_order_seed: int | None = None,
+        retention: Retention | None = None,
     ):
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}")
@@ -49,6 +52,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.page_size = page_size
         self.pool = PagePool(num_pages, page_order_seed)
+        self._retention = retention or KeepAll(page_size)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._order = POLICIES[policy]
         self._waiting: list[Request] = []  # in the policy's order
@@ -144,7 +148,7 @@ class Scheduler:
 
     def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
         start = request.num_computed_tokens
-        end = min(request.num_tokens_ahead, start + budget_tokens)
+        end = self._retention.pass_end(start, min(request.num_tokens_ahead, start + budget_tokens))
         samples = end == request.num_tokens_ahead
         tokens = tuple(request.tokens_between(start, end))
         request.num_computed_tokens = end
@@ -153,9 +157,10 @@ class Scheduler:
             row=request.row,
             tokens=tokens,
             start=start,
-            pages=tuple(request.pages[: pages_for(end, self.page_size)]),
+            pages=self._retention.page_table(request.pages, end),
             samples=samples,
             sampling=RowSampling.of(request) if start == 0 else None,
+            num_evicted=self._retention.num_evicted(end),
         )
 
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
@@ -202,7 +207,7 @@ class Scheduler:
 
     def _pages_needed(self, request: Request) -> int:
         # The last token is sampled and never computed, so it has no KV.
-        return pages_for(request.most_tokens(self.max_model_len) - 1, self.page_size)
+        return self._retention.num_pages(request.most_tokens(self.max_model_len) - 1)
 
     def check_integrity(self) -> None:
         """Assert that rows and pages are each held once, by running requests only."""

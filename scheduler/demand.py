@@ -19,7 +19,7 @@ class Demand:
     `resident` may name the groups that stay. `coded` has the bytes, coded, of groups that are kept so: of those that
     stay all but what `plain` allows, which is bytes more than coded, or names. `fixed` are named claims that no choice
     changes (activations, workspace, context ...). `memory_bytes` None is plain host memory (a CPU), which has no limit
-    here. `max_model_len` None is as long as trained and as fits.
+    here. `max_model_len` None is as long as trained and as fits; `len_option` is the name of the option that says so.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -35,6 +35,7 @@ class Demand:
     fixed: tuple[tuple[str, int], ...] = ()
     ring_bytes: int | None = None
     max_model_len: int | None = None
+    len_option: str = "max_model_len"
     num_pages: int | None = None
 
     @property

@@ -137,8 +137,8 @@ class Request:
     """One sequence on its way through the engine (the caller expands n > 1 into n requests).
 
     The caller sets the first five fields: `seed` is resolved, 0..2**64-1; `arrival` is a number that grows.
-    Only the Scheduler changes the others. `pages` is the page table: page i holds the KV of positions
-    i * page_size and up. `row` is kept from admission to the end. What a pass under way computes counts as computed;
+    Only the Scheduler changes the others. `pages` are all that hold its KV, or ever will: what lies where is the
+    retention's to say. `row` is kept from admission to the end. What a pass under way computes counts as computed;
     the `num_unseen_tokens` that such passes sample follow the known tokens.
     """
 

@@ -149,9 +149,8 @@ def _assemble(demand: Demand, resident: frozenset[GroupId], ring_bytes: int, num
     weights = demand.weights_bytes(resident)
     max_model_len = min(demand.full_len, (num_pages - 1) * demand.page_size)
     if demand.max_model_len is not None and max_model_len < demand.max_model_len:
-        raise ValueError(
-            f"num_pages={num_pages}: {max_model_len} tokens fit, and max_model_len={demand.max_model_len} is asked"
-        )
+        asked = f"{demand.len_option}={demand.max_model_len} is asked"
+        raise ValueError(f"num_pages={num_pages}: {max_model_len} tokens fit, and {asked}")
     claims = [("ring", ring_bytes), *demand.fixed, ("KV cache", num_pages * demand.page_bytes)]
     claims.insert(0 if not streamed else len(claims), ("resident weights", weights))
     return Residency(
@@ -199,7 +198,7 @@ def _refusal(demand: Demand, resident: frozenset[GroupId]) -> str:
     if resident and _fit(replace(demand, resident="none"), frozenset()) is not None:
         fits.append("resident=auto")
     if left > 0:
-        fits.append(f"max_model_len up to {left * demand.page_size}, or num_pages up to {left + 1}")
+        fits.append(f"{demand.len_option} up to {left * demand.page_size}, or num_pages up to {left + 1}")
     fits += ["a smaller max_num_batched_tokens or max_num_seqs (activations, workspace)", "more ranks"]
     asked = f"resident={demand.resident} needs {show_bytes(need)} of memory a rank ({listed})"
     return f"{asked}, and there are {show_bytes(demand.memory_bytes)}. What would fit: {'; '.join(fits)}"

@@ -77,7 +77,7 @@ def _memory(residency: Residency, page_size: int) -> list[str]:
         *lines,
         f"host memory a rank        {show_bytes(residency.host_bytes):>12}{embed}",
         f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}{coded}",
-        f"longest sequence          {residency.max_model_len:>12} tokens",
+        f"longest context           {residency.max_model_len:>12} tokens",
     ]
 
 

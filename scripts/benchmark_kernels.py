@@ -70,9 +70,12 @@ class Benchmark:
             size = decode_attention.partials_size(num_rows, HEADS, HEAD_DIM, count)
             rest = (lens, q, HEAD_DIM**-0.5, None, PAGE_SIZE, torch.empty(size, device=DEVICE), count)
             tables = pages.split(num_rows)[: len(pages) // num_rows][:128]
-            calls = [partial(decode_attention.decode_attention, q, keys, values, table, *rest) for table in tables]
-            name = f"N={count}" + " chosen" * (count == chosen)
-            self.add("decode_attention", f"{num_rows} x {context}", name, nbytes, calls)
+            rope = torch.rand(2, context, HEAD_DIM // 2, dtype=DTYPE, device=DEVICE)
+            for how, key_rope in {"": None, **({" rotating": rope} if count == chosen else {})}.items():
+                run = partial(decode_attention.decode_attention, key_rope=key_rope)
+                name = f"N={count}" + " chosen" * (count == chosen) + how
+                calls = [partial(run, q, keys, values, table, *rest) for table in tables]
+                self.add("decode_attention", f"{num_rows} x {context}", name, nbytes, calls)
 
     def others(self, num_rows: int) -> None:
         x, delta, out = torch.zeros(3, num_rows, HIDDEN, dtype=DTYPE, device=DEVICE)

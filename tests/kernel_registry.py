@@ -100,8 +100,8 @@ def _on_few_rows(x: Tensor, *rest) -> None:
     (_LINEAR if 1 <= len(x) <= linear.SMALL_T else _CUBLAS)(x, *rest)
 
 
-def _attend_by_reference(*arguments) -> None:
-    decode_attention.decode_attention_reference(*arguments[:9])  # without workspace and segments
+def _attend_by_reference(*arguments, **reading) -> None:
+    decode_attention.decode_attention_reference(*arguments[:9], **reading)  # without workspace and segments
 
 
 def _embed_by_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:

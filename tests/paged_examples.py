@@ -25,12 +25,19 @@ class Example:
     page_table: Tensor  # (R, max pages)
     context_lens: Tensor  # (R,)
     window: int | None = None
+    margin: int = 0
+    key_rope: Tensor | None = None  # (2, L, F)
 
     @property
     def arguments(self) -> tuple:
         """What follows q, and what follows out."""
         caches = (self.keys, self.values, self.page_table, self.context_lens)
         return caches, (self.q.shape[-1] ** -0.5, self.window, PAGE_SIZE)
+
+    @property
+    def reading(self) -> dict:
+        """How keys are read."""
+        return {"margin": self.margin, "key_rope": self.key_rope}
 
     def run(self, num_segments: int, min_segment: int = 1) -> Tensor:
         """The kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
@@ -39,13 +46,13 @@ class Example:
         size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
         partials = torch.full((size,), float("nan"), device=q.device)
         caches, shared = self.arguments
-        kernels.decode_attention(q, *caches, q, *shared, partials, num_segments, min_segment)
+        kernels.decode_attention(q, *caches, q, *shared, partials, num_segments, min_segment, **self.reading)
         return q
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
         out = torch.full(self.q.shape, float("nan"), dtype=dtype, device=self.q.device)
         caches, shared = self.arguments
-        kernels.decode_attention_reference(self.q, *caches, out, *shared, dtype)
+        kernels.decode_attention_reference(self.q, *caches, out, *shared, dtype, **self.reading)
         return out
 
     def row(self, row: int) -> "Example":
@@ -71,12 +78,15 @@ def example(
     *,
     num_queries: int = 1,
     window: int | None = None,
+    margin: int = 0,
+    pairs: int = 0,
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> Example:
-    """Random inputs. Pages lie in random order, unused places hold NaN, unused entries of the table name any page."""
+    """Random inputs. Pages lie in random order, unused places hold NaN, unused entries of the table name any page.
+    `pairs`: how many of a key's pairs are rotated when it is read."""
     contexts = context if isinstance(context, list) else [context] * num_rows
-    used = [-(-length // PAGE_SIZE) for length in contexts]
+    used = [-(-(length + margin) // PAGE_SIZE) if length else 0 for length in contexts]
     num_pages, widest = sum(used) + 2, max(*used, 1) + 2
     generator = torch.Generator(device).manual_seed(seed)
     order = 1 + torch.randperm(num_pages - 1, generator=generator, device=device)
@@ -86,14 +96,16 @@ def example(
     for row, (length, first) in enumerate(zip(contexts, torch.tensor([0, *used]).cumsum(0).tolist())):
         page_table[row, : used[row]] = order[first : first + used[row]]
         places = (order[first : first + used[row], None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)).flatten()
-        seen = places[0 if window is None else max(0, length - num_queries + 1 - window) : length]
+        seen = places[margin:][0 if window is None else max(0, length - num_queries + 1 - window) : length]
         for cache in (keys, values):
             cache[seen] = torch.randn((len(seen), *shape[1:]), generator=generator, device=device).to(dtype)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     attn = torch.randn((num_rows * num_queries, width), generator=generator, device=device).to(dtype)
     q = as_queries(attn, (num_rows, num_queries, num_heads, head_dim))
     context_lens = torch.tensor(contexts, dtype=torch.int32, device=device)
-    return Example(attn, q, keys, values, page_table, context_lens, window)
+    angles = 100 * torch.rand((max(contexts), pairs), generator=generator, device=device)
+    key_rope = torch.stack([angles.cos(), angles.sin()]).to(dtype) if pairs else None
+    return Example(attn, q, keys, values, page_table, context_lens, window, margin, key_rope)
 
 
 def make(heads: tuple, context: list, **options) -> Example:
@@ -103,8 +115,8 @@ def make(heads: tuple, context: list, **options) -> Example:
 
 def places_of(inputs: Example, row: int) -> Tensor:
     """Where the row's context lies in the cache, in order."""
-    context = torch.arange(int(inputs.context_lens[row]), device=DEVICE)
-    return inputs.page_table[row].long()[context // PAGE_SIZE] * PAGE_SIZE + context % PAGE_SIZE
+    entry = torch.arange(int(inputs.context_lens[row]), device=DEVICE) + inputs.margin
+    return inputs.page_table[row].long()[entry // PAGE_SIZE] * PAGE_SIZE + entry % PAGE_SIZE
 
 
 def tensors_of(inputs: Example) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
+from engine.kernels.rope_append import rotate_
 
 try:
     import triton
@@ -53,21 +54,28 @@ def decode_attention(
     partials: Tensor,
     num_segments: int,
     min_segment: int = 1,
+    margin: int = 0,
+    key_rope: Tensor | None = None,
 ) -> None:
     """out (R, Q, H, E) = attention of q (R, Q, H, E) over each row's pages of keys and values (P * S, K, E).
 
     page_table (R, max pages) int32: entries behind a row's context may be anything. context_lens (R,) int32 include
     the row's Q tokens, which are the last of its context; 0: a padded row, whose result is zeros. `out` may be `q`.
-    partials: fp32, partials_size numbers. No segment is shorter than min_segment tokens.
+    partials: fp32, partials_size numbers. No segment is shorter than min_segment tokens. The first `margin` entries of
+    a row's first page are no tokens. key_rope (2, L, F): cos and sin by which keys are rotated here, each by its place
+    in its row's context, 0, 1, ... L - 1; the first 2F dims rotate, by halves. Products and sums are rounded to the
+    dtype of the keys, as where they are rotated before they are cached.
     """
     if triton is None:
         raise ValueError("paged decode attention needs triton; install it")
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
     dense = (q[0, 0], out[0, 0], page_table[0], keys, values)
-    assert all(t.is_contiguous() for t in dense), "decode_attention: strides: heads, pages and cache have no gaps"
+    dense = dense if key_rope is None else (*dense, key_rope)
+    assert all(t.is_contiguous() for t in dense), "decode_attention: strides: heads, pages, cache, table have no gaps"
     assert num_heads % num_kv_heads == 0
     assert page_table.dtype == context_lens.dtype == torch.int32 and partials.dtype == torch.float32
+    assert key_rope is None or key_rope.dtype == keys.dtype
     calls["triton"] += 1
     group, split = num_heads // num_kv_heads, num_segments > 1
     size = partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
@@ -76,12 +84,13 @@ def decode_attention(
     # a tile has 16 KiB at E = 128: two turns of K and V in flight, three programs an SM
     shape = {"E": head_dim, "E_PADDED": max(16, triton.next_power_of_2(head_dim)), "BLOCK": 128 // q.element_size()}
     ways = (num_segments, max(min_segment, 1), NO_WINDOW if window is None else window)
+    pairs, length = (0, 0) if key_rope is None else (key_rope.shape[2], key_rope.shape[1])
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # there tl.dot of bf16 is garbage
     _attend_segment[(num_kv_heads, num_segments, num_rows)](
-        *(q, keys, values, page_table, context_lens, out, parts),
+        *(q, keys, values, page_table, context_lens, out, parts, key_rope, length),
         (q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0)),
         *(scale * 1.4426950408889634, ways),  # log2(e), for exp2
-        **{"Q": num_queries, "GROUP": group, "S": page_size, "SPLIT": split, **shape},
+        **{"Q": num_queries, "GROUP": group, "S": page_size, "MARGIN": margin, "F": pairs, "SPLIT": split, **shape},
         M=max(16, triton.next_power_of_2(group * num_queries)),
         DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
         **options(q.device),
@@ -106,6 +115,8 @@ def decode_attention_reference(
     window: int | None,
     page_size: int,
     dtype: torch.dtype = torch.float32,
+    margin: int = 0,
+    key_rope: Tensor | None = None,
 ) -> None:
     """The same in plain torch, row by row, in `dtype`."""
     calls["reference"] += 1
@@ -113,8 +124,11 @@ def decode_attention_reference(
     for row, context in enumerate(context_lens.tolist()):
         reach = NO_WINDOW if window is None else window
         key = torch.arange(max(0, context - num_queries + 1 - reach), context, device=q.device)  # (C,) what is seen
-        places = page_table[row].long()[key // page_size] * page_size + key % page_size
-        k, v = (cache[places].to(dtype).repeat_interleave(group, dim=1) for cache in (keys, values))  # (C, H, E)
+        places = page_table[row].long()[(key + margin) // page_size] * page_size + (key + margin) % page_size
+        k, v = keys[places], values[places]  # (C, K, E)
+        if key_rope is not None:
+            rotate_(k, *key_rope[:, key])
+        k, v = (part.to(dtype).repeat_interleave(group, dim=1) for part in (k, v))  # (C, H, E)
         query = torch.arange(context - num_queries, context, device=q.device)[:, None]
         hidden = (key > query) | (key <= query - reach)  # (Q, C)
         scores = torch.einsum("qhe,che->hqc", q[row].to(dtype), k) * scale
@@ -138,6 +152,17 @@ if triton is not None:
         return tl.where(top == float("-inf"), 0.0, top)
 
     @triton.jit
+    def _rotated(k, source, rope, sines, e, inside, F: tl.constexpr):
+        """k (BLOCK, E), read from `source`, rotated by the rows (F,) of cos at `rope` and of sin `sines` behind it."""
+        dtype: tl.constexpr = k.dtype
+        turns = inside & (e < 2 * F)[None, :]
+        across = tl.where(e < F, F, -F)[None, :]  # from an element to its pair's other one
+        other = tl.load(source + across, mask=turns, other=0.0).to(tl.float32) * tl.where(e < F, -1.0, 1.0)[None, :]
+        cos = tl.load(rope + (e % F)[None, :], mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(rope + sines + (e % F)[None, :], mask=turns, other=0.0).to(tl.float32)
+        return ((k.to(tl.float32) * cos).to(dtype).to(tl.float32) + (other * sin).to(dtype).to(tl.float32)).to(dtype)
+
+    @triton.jit
     def _attend_segment(
         q,
         keys,
@@ -146,12 +171,16 @@ if triton is not None:
         context_lens,
         out,
         parts,
+        rope,
+        rope_part,
         strides,
         scale,
         ways,
         Q: tl.constexpr,
         GROUP: tl.constexpr,
         S: tl.constexpr,
+        MARGIN: tl.constexpr,
+        F: tl.constexpr,
         SPLIT: tl.constexpr,
         E: tl.constexpr,
         E_PADDED: tl.constexpr,
@@ -181,14 +210,18 @@ if triton is not None:
         acc = tl.zeros((M, E_PADDED), tl.float32)
         key = begin + tl.arange(0, BLOCK)
         table = page_table + row * table_row
-        pages = tl.load(table + key // S, mask=key < end, other=0)
+        pages = tl.load(table + (key + MARGIN) // S, mask=key < end, other=0)
         for start in tl.range(begin, end, BLOCK):
             key = start + tl.arange(0, BLOCK)
-            place = pages.to(tl.int64) * S + key % S
-            pages = tl.load(table + (key + BLOCK) // S, mask=key + BLOCK < end, other=0)  # a turn ahead of k and v
+            entry, ahead = key + MARGIN, key + BLOCK < end
+            place = pages.to(tl.int64) * S + entry % S
+            pages = tl.load(table + (entry + BLOCK) // S, mask=ahead, other=0)  # a turn ahead of k and v
             columns_kv = (place * num_kv_heads + kv_head)[:, None] * E + e[None, :]  # (BLOCK, E)
             inside = (key < end)[:, None] & (e < E)[None, :]
-            k = tl.load(keys + columns_kv, mask=inside, other=0.0).to(DOT)
+            k = tl.load(keys + columns_kv, mask=inside, other=0.0)
+            if F:
+                k = _rotated(k, keys + columns_kv, rope + key[:, None] * F, rope_part * F, e, inside, F)
+            k = k.to(DOT)
             v = tl.load(values + columns_kv, mask=inside, other=0.0).to(DOT)
             scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale  # (M, BLOCK)
             seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - ways[2])

@@ -1,8 +1,9 @@
 """What a decode pass reads of its rows, from the one table that the host sends: one launch for what is 14 in torch.
 
 Shapes: R rows, P pages of a row, S page size.
-A row of the table (R, PAGES + P) int32 is its token (or a number that stands for the row's last sampled one), the
-token's position, the row's place in the sampler, the length of its context, and its page table.
+A row of the table (R, PAGES + P) int32 is its token (or a number that stands for the row's last sampled one), where
+that is in its sequence, the row's place in the sampler, the length of its context with the token, which is the last in
+it, and its page table, of whose first page `margin` entries are empty.
 """
 
 from typing import NamedTuple
@@ -34,25 +35,29 @@ class DecodeInputs(NamedTuple):
     lengths: Tensor
 
 
-def derive_inputs(table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs) -> None:
+def derive_inputs(
+    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
+) -> None:
     """Fills `out` from the table, whose tokens `on_device` are those of last_tokens (rows of the sampler,) int64."""
     run = _derive_inputs_triton if table.is_cuda and triton is not None else derive_inputs_reference
-    run(table, last_tokens, on_device, page_size, out)
+    run(table, last_tokens, on_device, page_size, out, margin)
 
 
 def derive_inputs_reference(
-    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs
+    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
 ) -> None:
     """The same in plain torch."""
     calls["reference"] += 1
-    tokens, positions, rows, lengths = table[:, :PAGES].long().unbind(1)
-    pages = table[:, PAGES:].gather(1, (positions // page_size)[:, None])[:, 0]
+    tokens, starts, rows, lengths = table[:, :PAGES].long().unbind(1)
+    positions = (lengths - 1).clamp_(min=0)
+    entries = positions + margin
+    pages = table[:, PAGES:].gather(1, (entries // page_size)[:, None])[:, 0]
     values = DecodeInputs(
         tokens=torch.where(tokens == on_device, last_tokens[rows], tokens),
         positions=positions,
-        places=pages * page_size + positions % page_size,
+        places=pages * page_size + entries % page_size,
         rows=rows,
-        sampled_positions=positions + 1,
+        sampled_positions=starts + 1,
         lengths=lengths,
     )
     for target, value in zip(out, values):
@@ -60,13 +65,14 @@ def derive_inputs_reference(
 
 
 def _derive_inputs_triton(
-    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs
+    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
 ) -> None:
     assert table.stride(1) == 1, "decode_inputs: the last dim of the table must have stride 1"
     assert table.dtype == torch.int32 and all(t.is_contiguous() for t in (last_tokens, *out))
     calls["triton"] += 1
     _derive[(triton.cdiv(len(table), BLOCK),)](
-        *(table, table.stride(0), last_tokens, *out, len(table), on_device, page_size, BLOCK), **options(table.device)
+        *(table, table.stride(0), last_tokens, *out, len(table), on_device, page_size, margin, BLOCK),
+        **options(table.device),
     )
 
 
@@ -76,21 +82,23 @@ if triton is not None:
     @triton.jit
     def _derive(
         table, table_row, last_tokens, tokens, positions, places, rows, sampled_positions, lengths, num_rows,
-        ON_DEVICE: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+        ON_DEVICE: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
     ):  # fmt: skip
         wait_for_inputs(OVERLAPS)
         row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = row < num_rows
         entry = table + row.to(tl.int64) * table_row
         token = tl.load(entry + _TOKEN, mask=inside, other=0).to(tl.int64)
-        position = tl.load(entry + _START, mask=inside, other=0).to(tl.int64)
+        start = tl.load(entry + _START, mask=inside, other=0).to(tl.int64)
         owner = tl.load(entry + _ROW, mask=inside, other=0).to(tl.int64)
-        page = tl.load(entry + _PAGES + position // S, mask=inside, other=0).to(tl.int64)
+        length = tl.load(entry + _LENGTH, mask=inside, other=0)
+        position = tl.maximum(length - 1, 0).to(tl.int64)
+        page = tl.load(entry + _PAGES + (position + MARGIN) // S, mask=inside, other=0).to(tl.int64)
         waiting = token == ON_DEVICE
         token = tl.where(waiting, tl.load(last_tokens + owner, mask=inside & waiting, other=0), token)
         tl.store(tokens + row, token, mask=inside)
         tl.store(positions + row, position, mask=inside)
-        tl.store(places + row, page * S + position % S, mask=inside)
+        tl.store(places + row, page * S + (position + MARGIN) % S, mask=inside)
         tl.store(rows + row, owner, mask=inside)
-        tl.store(sampled_positions + row, position + 1, mask=inside)
-        tl.store(lengths + row, tl.load(entry + _LENGTH, mask=inside, other=0), mask=inside)
+        tl.store(sampled_positions + row, start + 1, mask=inside)
+        tl.store(lengths + row, length, mask=inside)

@@ -34,14 +34,18 @@ def rope_append(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    appends_rotated: bool = True,
 ) -> None:
     """Rotates q and k in attn (T, (H + 2K) E) in place and writes k and v to keys and values (P * S, K, E) at places
-    (T,). `table` (2, L, F) holds cos and sin; `q_norm`, `k_norm` (E,) are both there or both None."""
+    (T,), k as it was before the rotation if not `appends_rotated`. `table` (2, L, F) holds cos and sin; `q_norm`,
+    `k_norm` (E,) are both there or both None."""
     run = _rope_append_triton if attn.is_cuda else rope_append_reference
-    run(attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps)
+    run(attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated)
 
 
-def rope_append_reference(attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps):
+def rope_append_reference(
+    attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
+):
     """The same in plain torch."""
     calls["reference"] += 1
     heads = attn.unflatten(1, (num_heads + 2 * num_kv_heads, keys.shape[2]))  # (T, H + 2K, E)
@@ -52,8 +56,12 @@ def rope_append_reference(attn, table, positions, places, keys, values, num_head
             x32 = part.float()
             scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
             part.copy_(weight * scaled.to(part.dtype))
+    if not appends_rotated:
+        keys.index_copy_(0, places, k)
+    for part in (q, k):
         rotate_(part, cos, sin)
-    keys.index_copy_(0, places, k)
+    if appends_rotated:
+        keys.index_copy_(0, places, k)
     values.index_copy_(0, places, v)
 
 
@@ -66,7 +74,9 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     heads[..., half : 2 * half] = second * cos + first * sin
 
 
-def _rope_append_triton(attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps):
+def _rope_append_triton(
+    attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
+):
     if triton is None:
         raise ValueError("rope_append on a GPU needs triton; install it or use device='cpu'")
     dim, half, total = keys.shape[2], table.shape[2], num_heads + 2 * num_kv_heads
@@ -80,7 +90,7 @@ def _rope_append_triton(attn, table, positions, places, keys, values, num_heads,
     _rotate_and_append[(attn.shape[0], triton.cdiv(total, heads))](
         *(attn, table, positions, places, keys, values, q_norm, k_norm, eps),
         *(attn.stride(0), *table.stride()[:2], *keys.stride()[:2], *values.stride()[:2]),
-        *(num_heads, num_kv_heads, dim, half, q_norm is not None),
+        *(num_heads, num_kv_heads, dim, half, q_norm is not None, appends_rotated),
         *(heads, triton.next_power_of_2(half), triton.next_power_of_2(dim - 2 * half) if dim > 2 * half else 0),
         **options(attn.device),
         num_warps=NUM_WARPS,
@@ -111,7 +121,7 @@ if triton is not None:
     def _rotate_and_append(
         attn, table, positions, places, keys, values, q_norm, k_norm, eps,
         attn_row, table_part, table_row, key_row, key_head, value_row, value_head,
-        H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, NORMS: tl.constexpr,
+        H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, NORMS: tl.constexpr, ROTATED: tl.constexpr,
         HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, OVERLAPS: tl.constexpr,
     ):  # fmt: skip
         wait_for_inputs(OVERLAPS)
@@ -145,10 +155,12 @@ if triton is not None:
                 tl.store(row + rest[None, :], others.to(dtype), mask=beside & turns)
         turned = (first * cos).to(dtype).to(tl.float32) + (-second * sin).to(dtype).to(tl.float32)
         turned_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
-        first, second = tl.where(turns, turned, first).to(dtype), tl.where(turns, turned_second, second).to(dtype)
-        tl.store(row + half[None, :], first, mask=paired & turns)
-        tl.store(row + half[None, :] + F, second, mask=paired & turns)
-        _append(first, key, value, half, paired, is_k, is_v)
-        _append(second, key, value, half + F, paired, is_k, is_v)
+        turned, turned_second = turned.to(dtype), turned_second.to(dtype)
+        tl.store(row + half[None, :], turned, mask=paired & turns)
+        tl.store(row + half[None, :] + F, turned_second, mask=paired & turns)
+        if ROTATED:
+            first, second = tl.where(turns, turned, first).to(dtype), tl.where(turns, turned_second, second).to(dtype)
+        _append(first.to(dtype), key, value, half, paired, is_k, is_v)
+        _append(second.to(dtype), key, value, half + F, paired, is_k, is_v)
         if REST:
             _append(others.to(dtype), key, value, rest, beside, is_k, is_v)

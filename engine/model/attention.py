@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from engine.kernels.decode_attention import decode_attention
-from engine.model.inputs import GatheredContext, PagedContext, RowRange
+from engine.kernels.rope_append import rotate_
+from engine.model.inputs import CachedLayer, GatheredContext, PagedContext, RowRange
 from engine.model.spec import ModelSpec
 
 Context = GatheredContext | PagedContext
@@ -43,29 +44,38 @@ def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> r
     return range(LEAST_WHOLE_TOKENS, min((w for w in spec.windows if w is not None), default=2**31) + 1)
 
 
-def attend_(heads: Tensor, cache: tuple[Tensor, Tensor], context: Context, window: int | None, page_size: int) -> None:
+def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | None) -> None:
     """The q of heads (T, H + 2K, E) becomes its attention, causal, each row over its own context: the pages of `cache`,
-    keys and values (P * S, K, E) each, where the pass's own k and v are already.
+    where the pass's own k and v are already.
 
     `window`: how many tokens a token sees, itself included; None = all before it.
     """
-    num_kv_heads = cache[0].shape[1]
+    num_kv_heads = cache.keys.shape[1]
     q = heads[:, : heads.shape[1] - 2 * num_kv_heads]  # (T, H, E)
     if isinstance(context, PagedContext):
         scale, rows = q.shape[-1] ** -0.5, q[:, None]  # (R, 1, H, E)
         table = (context.page_table, context.lengths)
         workspace = (context.partials, context.num_segments)
-        decode_attention(rows, *cache, *table, rows, scale, window, page_size, *workspace)
+        where = {"margin": cache.margin, "key_rope": cache.key_rope}
+        pages = (cache.keys, cache.values, *table)
+        decode_attention(rows, *pages, rows, scale, window, cache.page_size, *workspace, **where)
         return
     out = q
     if context.max_context:
-        keys, values = cache
-        out = attend(q, keys[context.places], values[context.places], context, window)
+        out = attend(q, *gather(cache, context), context, window)
     for row in context.whole:
         tokens = slice(row.first_query, row.first_query + row.num_queries)
         out[tokens] = attend_whole(heads[tokens], num_kv_heads)
     if out is not q:
         q.copy_(out)
+
+
+def gather(cache: CachedLayer, context: GatheredContext) -> tuple[Tensor, Tensor]:
+    """Keys, rotated, and values of the context: (C, K, E) each."""
+    keys, values = cache.keys[context.places], cache.values[context.places]
+    if cache.key_rope is not None:
+        rotate_(keys, *cache.key_rope[:, context.positions])
+    return keys, values
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: GatheredContext, window: int | None) -> Tensor:
@@ -105,9 +115,9 @@ def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, window: int | None, out: Tensor) -> None:
     """Heads first for scaled_dot_product_attention; the mask is aligned to the end of the context, which is_causal
-    is not."""
+    is not. A copy of q, since its fp32 kernel on a GPU wants 16-byte alignment."""
     tokens = slice(row.first_query, row.first_query + row.num_queries)
-    q = q[tokens].transpose(0, 1)[None]  # (1, H, q, E)
+    q = q[tokens].clone().transpose(0, 1)[None]  # (1, H, q, E)
     k = k[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]  # (1, K, L, E)
     v = v[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]
     mask = causal_mask(row, window, q.device)

@@ -5,6 +5,7 @@ The host sends a few small tensors; everything as long as T or C is made from th
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ class RowRange:
 
 @dataclass(frozen=True)
 class GatheredContext:
-    """What rows of any length attend to: `places` are page * S + offset of all their tokens, row after row. Rows of
-    `whole` have all their context in this pass and attend to it there: they have queries, and no gathered context."""
+    """What rows of any length attend to: `places` are page * S + offset of all their tokens, row after row, `positions`
+    their positions. Rows of `whole` have all their context in this pass and attend to it there: they have queries, and
+    no gathered context."""
 
     places: Tensor  # (C,) int64
+    positions: Tensor  # (C,) int64
     query_starts: Tensor  # (R + 1,) int32
     context_starts: Tensor  # (R + 1,) int32
     max_queries: int
@@ -47,9 +50,22 @@ class PagedContext:
     num_segments: int
 
 
+class CachedLayer(NamedTuple):
+    """A layer's keys and values (P * S, K, E). The first `margin` entries of a row's first page are empty. `key_rope`
+    is the table (2, L, F) that keys are rotated with when they are read, each by its position; None: they were, before
+    they were cached."""
+
+    keys: Tensor
+    values: Tensor
+    page_size: int
+    margin: int = 0
+    key_rope: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class PassInputs:
-    """A batch on the device. `places` are page * S + offset of the batch's own tokens."""
+    """A batch on the device. `positions` are places in the cache, in order of age: they go into the rotation. `places`
+    are page * S + offset of the batch's own tokens."""
 
     tokens: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
@@ -59,7 +75,7 @@ class PassInputs:
     select: Tensor  # (N,) int64: which tokens are sampled from
     sampled_rows: tuple[int, ...]  # their places in the batch
     sampled_rows_device: Tensor  # (N,) int64
-    sampled_positions: Tensor  # (N,) int64: of the token that is being sampled
+    sampled_positions: Tensor  # (N,) int64: where in its sequence the token is that is being sampled
 
 
 def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -68,9 +84,12 @@ def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def bind(batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range = range(0)) -> PassInputs:
+def bind(
+    batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range = range(0), margin: int = 0
+) -> PassInputs:
     """Moves a batch to the device of `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE.
-    `whole_tokens`: how long rows are that attend without a gathered context, if they start in this pass."""
+    `whole_tokens`: how long rows are that attend without a gathered context, if they start in this pass. `margin`:
+    entries of a row's first page that are empty."""
     device = last_tokens.device
     whole = [row.start == 0 and len(row.tokens) in whole_tokens for row in batch.rows]
     ranges = _ranges(batch, whole)
@@ -87,9 +106,8 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range 
     pages = put([[*row.pages, *[0] * (widest - len(row.pages))] for row in batch.rows])  # (R, P)
     of_token = torch.repeat_interleave(put(lengths), output_size=num_tokens)  # (T,) row of each token
     of_context = torch.repeat_interleave(put(contexts), output_size=num_context)  # (C,)
-    positions = (
-        torch.arange(num_tokens, device=device) - query_starts[of_token] + put([r.start for r in batch.rows])[of_token]
-    )
+    num_cached = put([row.num_cached for row in batch.rows])
+    positions = torch.arange(num_tokens, device=device) - query_starts[of_token] + num_cached[of_token]
     context_positions = torch.arange(num_context, device=device) - context_starts[of_context]
 
     tokens = put([token for row in batch.rows for token in row.tokens])
@@ -100,10 +118,11 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range 
     return PassInputs(
         tokens=tokens,
         positions=positions,
-        places=_places(pages, of_token, positions, page_size),
+        places=_places(pages, of_token, positions + margin, page_size),
         token_rows=token_rows,
         context=GatheredContext(
-            places=_places(pages, of_context, context_positions, page_size),
+            places=_places(pages, of_context, context_positions + margin, page_size),
+            positions=context_positions,
             query_starts=query_starts,
             context_starts=context_starts,
             max_queries=max(lengths),
@@ -121,11 +140,11 @@ def bind(batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range 
 def _ranges(batch: Batch, whole: list[bool]) -> tuple[RowRange, ...]:
     ranges, query, context = [], 0, 0
     for row, alone in zip(batch.rows, whole):
-        num_context = 0 if alone else row.start + len(row.tokens)
+        num_context = 0 if alone else row.num_cached + len(row.tokens)
         ranges.append(RowRange(query, len(row.tokens), context, num_context))
         query, context = query + len(row.tokens), context + num_context
     return tuple(ranges)
 
 
-def _places(pages: Tensor, rows: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    return pages[rows, positions // page_size] * page_size + positions % page_size
+def _places(pages: Tensor, rows: Tensor, entries: Tensor, page_size: int) -> Tensor:
+    return pages[rows, entries // page_size] * page_size + entries % page_size

@@ -100,23 +100,26 @@ def attn_qkv(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     """Norms of q and k where the family has them, rotation, and the append to the KV cache."""
+    cache = ctx.kv.layer(layer_idx)
     rope_append(
         ctx.act["attn"],
         ctx.rope,
         ctx.inputs.positions,
         ctx.inputs.places,
-        *ctx.kv.layer(layer_idx),
+        cache.keys,
+        cache.values,
         ctx.num_heads,
         ctx.num_kv_heads,
         weights.get("q_norm"),
         weights.get("k_norm"),
         ctx.spec.norm_eps,
+        appends_rotated=cache.key_rope is None,
     )
 
 
 def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
     """The result takes the place of q."""
-    attend_(ctx.heads(), ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx], ctx.kv.page_size)
+    attend_(ctx.heads(), ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx])
 
 
 def _attn_output_step(out: str) -> Callable:

@@ -36,7 +36,7 @@ class HostTable:
     def fill(self, batch: Batch, pad_row: int) -> None:
         """Rows of the batch, then padded ones. Pages are written only where they changed."""
         num_padded = len(self.pages) - len(batch.rows)
-        rows = [(row.tokens[0], row.start, row.row, row.start + 1) for row in batch.rows]
+        rows = [(row.tokens[0], row.start, row.row, row.num_cached + 1) for row in batch.rows]
         self.table[:, :PAGES] = torch.tensor(rows + [(0, 0, pad_row, 0)] * num_padded, dtype=torch.int32)
         for place, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
             known = self.pages[place]
@@ -49,14 +49,14 @@ class HostTable:
 class Bucket:
     """`inputs` is what the plan runs on; `load` puts a batch into it and `derive` stands before the plan's steps."""
 
-    def __init__(self, num_rows: int, max_model_len: int, context: StepContext):
+    def __init__(self, num_rows: int, max_context: int, context: StepContext):
         device, sampler = context.rope.device, context.sampler
-        self.num_rows, self.page_size, self.last_tokens = num_rows, context.kv.page_size, sampler.last_tokens
+        self.num_rows, self.kv, self.last_tokens = num_rows, context.kv, sampler.last_tokens
         self.pad_row = sampler.pad_row
-        max_pages = pages_for(max_model_len, self.page_size)
+        max_pages = pages_for(max_context, self.kv.page_size)
         self.tables = deque(HostTable(num_rows, max_pages, pinned=device.type == "cuda") for _ in range(2))
         self.table = torch.zeros_like(self.tables[0].table, device=device)
-        num_segments = choose_segments(num_rows, context.num_kv_heads, max_model_len)
+        num_segments = choose_segments(num_rows, context.num_kv_heads, max_context)
         size = partials_size(num_rows, context.num_heads, context.spec.head_dim, num_segments)
 
         def column(dtype: torch.dtype = torch.int64) -> Tensor:
@@ -88,4 +88,4 @@ class Bucket:
 
     def derive(self) -> None:
         """Fills `inputs` from the table and the tokens that are still on the device."""
-        derive_inputs(self.table, self.last_tokens, ON_DEVICE, self.page_size, self.derived)
+        derive_inputs(self.table, self.last_tokens, ON_DEVICE, self.kv.page_size, self.derived, self.kv.margin)

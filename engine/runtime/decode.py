@@ -18,8 +18,8 @@ from scheduler.batch import Batch
 class DecodePasses:
     """Runs decode batches for an executor on a CUDA device. Buckets and graphs are made when first needed."""
 
-    def __init__(self, executor: Executor, max_num_seqs: int, max_model_len: int, use_graphs: bool):
-        self.executor, self.max_model_len = executor, max_model_len
+    def __init__(self, executor: Executor, max_num_seqs: int, max_context: int, use_graphs: bool):
+        self.executor, self.max_context = executor, max_context
         device = executor.context.rope.device
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
@@ -54,7 +54,7 @@ class DecodePasses:
 
     def _bucket(self, size: int) -> Bucket:
         if size not in self.buckets:
-            self.buckets[size] = Bucket(size, self.max_model_len, self.executor.context)
+            self.buckets[size] = Bucket(size, self.max_context, self.executor.context)
         return self.buckets[size]
 
     def _capture_up_to(self, size: int, stages: frozenset[str]) -> None:

@@ -136,7 +136,8 @@ class Executor:
     def _run_bound(self, batch: Batch) -> PendingSample | None:
         """A pass of any shape, eagerly."""
         context = self.context
-        inputs = bind(batch, context.kv.page_size, context.sampler.last_tokens, self.whole_tokens)
+        kv, last_tokens = context.kv, context.sampler.last_tokens
+        inputs = bind(batch, kv.page_size, last_tokens, self.whole_tokens, kv.margin)
         pending: list[PendingSample] = []
         asked = context.sampler.asked([row.row for row in batch.rows])
         self.run_plan(inputs, asked, lambda output: pending.append(self.pend(output)))

@@ -7,17 +7,29 @@ Which pages a row has is the scheduler's business; page 0 belongs to nobody.
 import torch
 from torch import Tensor
 
+from engine.model.inputs import CachedLayer
+
 
 class KVCache:
-    """One allocation (layers, 2, P * S, K, E), created once and never moved."""
+    """One allocation (layers, 2, P * S, K, E), created once and never moved. `margin` and `key_rope` are those of
+    every layer (CachedLayer)."""
 
     def __init__(
-        self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype, device
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        margin: int = 0,
+        key_rope: Tensor | None = None,
     ):
-        self.page_size = page_size
+        self.page_size, self.margin, self.key_rope = page_size, margin, key_rope
         shape = (num_layers, 2, num_pages * page_size, num_kv_heads, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
 
-    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values, (P * S, K, E) each."""
-        return self.data[layer_idx, 0], self.data[layer_idx, 1]
+    def layer(self, layer_idx: int) -> CachedLayer:
+        keys, values = self.data[layer_idx]
+        return CachedLayer(keys, values, self.page_size, self.margin, self.key_rope)

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,18 +47,20 @@ LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all
 
 @dataclass
 class PassTimes:
-    """What rank 0's passes took, and what the time model said they would. Times in seconds."""
+    """What rank 0's passes took, and what the time model said they would. Times in seconds. Each pass is appended to
+    `passes` if somebody has put a list there: it grows for as long as the engine runs."""
 
     num_passes: int = 0
     measured_s: float = 0.0
     predicted_s: float = 0.0
-    passes: list[tuple[PassShape, float, float]] = field(default_factory=list)  # shape, measured, predicted
+    passes: list[tuple[PassShape, float, float]] | None = None  # shape, measured, predicted
 
     def add(self, shape: PassShape, measured_s: float, predicted_s: float) -> None:
         self.num_passes += 1
         self.measured_s += measured_s
         self.predicted_s += predicted_s
-        self.passes.append((shape, measured_s, predicted_s))
+        if self.passes is not None:
+            self.passes.append((shape, measured_s, predicted_s))
 
 
 class Rank:

@@ -119,14 +119,17 @@ class Worker:
         heads = shard_heads(spec.num_heads, spec.num_kv_heads, topology.tp_size, topology.rank)
         num_kv_heads = len(heads.kv_heads)
         embed = self._embed(layout)
-        kv = KVCache(spec.num_layers, residency.num_pages, config.page_size, num_kv_heads, spec.head_dim, dtype, device)
+        rope = rope_table(spec.rope, residency.max_model_len, dtype, device)
+        sizes = (spec.num_layers, residency.num_pages, config.page_size, num_kv_heads, spec.head_dim)
+        retention = self.plan.retention
+        kv = KVCache(*sizes, dtype, device, retention.margin, rope if retention.shifts else None)
         return StepContext(
             spec=spec,
             num_heads=heads.num_heads,
             num_kv_heads=num_kv_heads,
             first_vocab=topology.rank * embed.shape[0],
             embed=embed,
-            rope=rope_table(spec.rope, residency.max_model_len, dtype, device),
+            rope=rope,
             kv=kv,
             sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
             collectives=collectives,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.model.attention import causal_mask
+from engine.model.attention import causal_mask, gather
 from engine.model.inputs import RowRange
 from engine.model.ops import StepContext
 from engine.model.rope import rope_table
@@ -58,7 +58,7 @@ class SplitExecutor(Executor):
     def _attend_rows(self, layer_idx: int) -> None:
         """The result takes the place of q."""
         heads, context = self.context.heads(), self.context.inputs.context
-        k, v = (cached[context.places] for cached in self.context.kv.layer(layer_idx))  # (C of all rows, K, E)
+        k, v = gather(self.context.kv.layer(layer_idx), context)  # (C of all rows, K, E)
         for row in context.ranges:
             tokens = slice(row.first_query, row.first_query + row.num_queries)
             span = slice(row.first_context, row.first_context + row.num_context)
@@ -89,7 +89,8 @@ class HostSide:
         spec, residency, dtype = plan.spec, plan.residency, getattr(torch, plan.dtype)
         self.channel = channel
         self._weights, named = load_part(config, plan, trusted=True)
-        sizes = (residency.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
+        sizes = (spec.num_layers, residency.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
+        rope, retention = rope_table(spec.rope, residency.max_model_len, dtype, CPU), plan.retention
         tracer, widths = Tracer(), activation_widths(spec, tp_size=1)
         context = StepContext(
             spec=spec,
@@ -97,8 +98,8 @@ class HostSide:
             num_kv_heads=spec.num_kv_heads,
             first_vocab=0,
             embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
-            rope=rope_table(spec.rope, residency.max_model_len, dtype, CPU),
-            kv=KVCache(spec.num_layers, *sizes, dtype, CPU),
+            rope=rope,
+            kv=KVCache(*sizes, dtype, CPU, retention.margin, rope if retention.shifts else None),
             sampler=Sampler(config.max_num_seqs, spec.vocab_size, CPU),
             collectives=collectives,
         )

@@ -82,7 +82,7 @@ class PassRow(NamedTuple):
 
     @staticmethod
     def of(row: BatchRow) -> "PassRow":
-        return PassRow(len(row.tokens), row.start + len(row.tokens), row.samples)
+        return PassRow(len(row.tokens), row.num_cached + len(row.tokens), row.samples)
 
 
 def is_call(step: Compute) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from engine.model import attention
-from engine.model.inputs import bind
+from engine.model.inputs import CachedLayer, bind
 from scheduler.batch import Batch, BatchRow
 
 PAGE_SIZE, NUM_PAGES, H, K = 4, 2000, 4, 2
@@ -38,7 +38,7 @@ def attended(
     inputs = bind(batch, PAGE_SIZE, torch.zeros(8, dtype=torch.int64, device=device), whole)
     cache[0][inputs.places], cache[1][inputs.places] = heads[:, H : H + K], heads[:, H + K :]
     assert len(inputs.context.whole) == sum(row.start == 0 and len(row.tokens) in whole for row in batch.rows)
-    attention.attend_(heads, cache, inputs.context, window, PAGE_SIZE)
+    attention.attend_(heads, CachedLayer(*cache, PAGE_SIZE), inputs.context, window)
     return heads[:, :H]
 
 

@@ -3,6 +3,7 @@
 Shapes: R rows, Q tokens a row, H/K query/KV heads, E head dim, P pages, S page size.
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from paged_examples import PAGE_SIZE, Example, make, places_of, tensors_of
 from torch import Tensor
 
 from engine.kernels import decode_attention as kernels
+from engine.kernels.rope_append import rotate_
 
 LAYOUTS = (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=1))
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of max|out|
@@ -51,10 +53,15 @@ def assert_close(example: Example, out: Tensor, factor: float = 1.0) -> None:
         ((7, 1, 64), [140, 20], {"window": 20, "num_queries": 3}),
         ((2, 1, 64), [90], {"window": 1, "num_queries": 3, "dtype": torch.bfloat16}),
         ((2, 1, 64), [3, 20], {"window": 1000, "num_queries": 3}),
+        ((4, 2, 64), [1, 4, 20, 100], {"margin": 12}),
+        ((4, 2, 64), [1, 4, 150], {"margin": 12, "pairs": 32, "dtype": torch.float32}),
+        ((4, 1, 80), [100], {"margin": 5, "pairs": 10, "dtype": torch.bfloat16}),
+        ((7, 1, 96), [130, 0], {"pairs": 48, "num_queries": 3}),
     ],
 )
 def test_kernel_is_the_reference(heads, context, options, num_segments):
-    """One token, page borders, block borders, grouped heads, windows, several tokens a row; padded head sizes."""
+    """One token, page borders, block borders, grouped heads, windows, several tokens a row; padded head sizes; pages
+    that begin late, keys that are rotated when they are read."""
     inputs = make(heads, context, **options)
     assert_close(inputs, inputs.run(num_segments))
 
@@ -69,6 +76,22 @@ def test_the_reference_is_torchs_attention():
     q = inputs.q.transpose(1, 2)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(DEVICE), enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(inputs.reference(torch.float32), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
+    """Bit for bit, but for the rounding of a sum of two products in float32."""
+    inputs = make((4, 2, 64), [100, 7], margin=12, pairs=24, dtype=dtype)
+    keys = inputs.keys.clone()
+    for row, length in enumerate(inputs.context_lens.tolist()):
+        places = places_of(inputs, row)
+        rotated = keys[places]
+        rotate_(rotated, *inputs.key_rope[:, :length])
+        keys[places] = rotated
+    before = replace(inputs, keys=keys, key_rope=None).run(num_segments)
+    error = (inputs.run(num_segments) - before).abs().max()
+    assert error <= (1e-6 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 100, "num_queries": 2}])
@@ -120,7 +143,7 @@ def test_scores_that_rise_or_fall_steeply(num_segments):
 
 
 @pytest.mark.parametrize("num_segments", [1, 3, 8])
-@pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}])
+@pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}, {"margin": 12, "pairs": 32}])
 def test_a_row_does_not_depend_on_its_batch(num_segments, options):
     """Bitwise: alone, or in a batch with longer, shorter and padded rows."""
     inputs = make((4, 2, 64), [150, 3, 0, 70], **options)
@@ -185,16 +208,16 @@ def test_segments_fill_the_chip_once():
     assert kernels.partials_size(64, 32, 128, 1) == 0
 
 
-def kernel(q, keys, values, page_table, context_lens, out, num_segments=2, window=None):
+def kernel(q, keys, values, page_table, context_lens, out, num_segments=2, window=None, **reading):
     num_rows, num_queries, num_heads, head_dim = q.shape
     size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
     rest = (head_dim**-0.5, window, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
-    kernels.decode_attention(q, keys, values, page_table, context_lens, out, *rest)
+    kernels.decode_attention(q, keys, values, page_table, context_lens, out, *rest, **reading)
 
 
-def reference(q, keys, values, page_table, context_lens, out):
+def reference(q, keys, values, page_table, context_lens, out, **reading):
     kernels.decode_attention_reference(
-        q, keys, values, page_table, context_lens, out, q.shape[3] ** -0.5, None, PAGE_SIZE
+        q, keys, values, page_table, context_lens, out, q.shape[3] ** -0.5, None, PAGE_SIZE, **reading
     )
 
 
@@ -204,10 +227,16 @@ def test_in_every_layout_of_queries_and_result(dtype):
     inputs = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype)
     near = within(TOLERANCE[dtype] / torch.finfo(dtype).eps, scale=1.0)
     prove(kernel, reference, tensors_of(inputs), ("out",), near, LAYOUTS, ("q", "out"))
+    rotating = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype, margin=3, pairs=8)
+    run, slow = (functools.partial(each, margin=3) for each in (kernel, reference))
+    tensors = {**tensors_of(rotating), "key_rope": rotating.key_rope}
+    prove(run, slow, tensors, ("out",), near, LAYOUTS, ("q", "out", "key_rope"))
 
 
 def test_strides_that_are_not_rows_are_refused():
-    prove_refusal(kernel, tensors_of(make((4, 2, 64), [40, 20])), "q", "out", "keys", "values", "page_table")
+    inputs = make((4, 2, 64), [40, 20], pairs=8)
+    tensors = {**tensors_of(inputs), "key_rope": inputs.key_rope}
+    prove_refusal(kernel, tensors, "q", "out", "keys", "values", "page_table", "key_rope")
 
 
 def test_calls_are_counted_by_kind():
@@ -219,24 +248,30 @@ def test_calls_are_counted_by_kind():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [0, 64])
 @pytest.mark.parametrize("num_rows, context", [(1, 2048), (64, 1024)])
-def test_kernel_is_faster(num_rows, context):
-    """Than a gather of the pages and torch's attention over them, with Llama-3-8B's heads."""
-    inputs = make((32, 8, 128), [context] * num_rows, dtype=torch.bfloat16)
+def test_kernel_is_faster(num_rows, context, pairs):
+    """Than a gather of the pages, their rotation if they rotate, and torch's attention over them, with Llama-3-8B's
+    heads."""
+    inputs = make((32, 8, 128), [context] * num_rows, pairs=pairs, dtype=torch.bfloat16)
     num_segments = kernels.choose_segments(num_rows, 8, context)
     caches, _ = inputs.arguments
     ordered = (inputs.q, *caches, torch.empty_like(inputs.q))
     places = torch.stack([places_of(inputs, row) for row in range(num_rows)])
 
     def gathered():
-        keys, values = (cache[places].transpose(1, 2) for cache in (inputs.keys, inputs.values))  # (R, K, C, E)
+        keys, values = (cache[places] for cache in (inputs.keys, inputs.values))  # (R, C, K, E)
+        if pairs:
+            rotate_(keys.flatten(0, 1), *inputs.key_rope.repeat(1, num_rows, 1))
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         F.scaled_dot_product_attention(inputs.q.transpose(1, 2), keys, values, enable_gqa=True)
 
     size = kernels.partials_size(num_rows, 32, 128, num_segments)
     rest = (128**-0.5, None, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
     nbytes = 2 * places.numel() * inputs.keys[0].nbytes
-    label = f"decode_attention {num_rows} x {context}"
-    prove_faster(lambda: kernels.decode_attention(*ordered, *rest), gathered, nbytes, label)
+    label = f"decode_attention {num_rows} x {context}" + " rotating" * (pairs > 0)
+    run = functools.partial(kernels.decode_attention, *ordered, *rest, **inputs.reading)
+    prove_faster(run, gathered, nbytes, label)
 
 
 @pytest.mark.gpu

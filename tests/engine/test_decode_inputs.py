@@ -12,16 +12,17 @@ ON_DEVICE, NUM_PAGES = -1, 9
 TABLES = (CONTIGUOUS, Layout("misaligned", before=1), Layout("sliced", before=3, between=5))
 
 
-def table_of(num_rows: int, page_size: int) -> torch.Tensor:
-    """Rows of all lengths; every third waits for its token; the last is padding. Numbers behind a row's pages are
-    huge, and so would be what is read of them."""
+def table_of(num_rows: int, page_size: int, margin: int = 0) -> torch.Tensor:
+    """Rows of all lengths, every fourth of a sequence whose first tokens are not cached any more; every third waits for
+    its token; the last is padding. Numbers behind a row's pages are huge, and so would be what is read of them."""
     generator = torch.Generator().manual_seed(num_rows)
     table = torch.full((num_rows, PAGES + NUM_PAGES), 2**30, dtype=torch.int32)
-    starts = torch.randint(0, NUM_PAGES * page_size, (num_rows,), generator=generator)
+    lengths = torch.randint(0, NUM_PAGES * page_size - margin, (num_rows,), generator=generator) + 1
     table[:, 0] = torch.where(torch.arange(num_rows) % 3 == 0, ON_DEVICE, torch.arange(num_rows) + 7)
-    table[:, 1], table[:, 2], table[:, 3] = starts, torch.randperm(num_rows, generator=generator), starts + 1
-    for row, start in enumerate(starts.tolist()):
-        held = start // page_size + 1
+    starts = lengths - 1 + torch.where(torch.arange(num_rows) % 4 == 1, 10**6, 0)
+    table[:, 1], table[:, 2], table[:, 3] = starts, torch.randperm(num_rows, generator=generator), lengths
+    for row, length in enumerate(lengths.tolist()):
+        held = (length - 1 + margin) // page_size + 1
         table[row, PAGES : PAGES + held] = torch.randint(1, 10**6, (held,), generator=generator)
     table[-1] = 0
     return table.to(DEVICE)
@@ -34,16 +35,17 @@ def tensors_of(table: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"table": table, "last_tokens": last_tokens, **columns, "lengths": columns["lengths"].int()}
 
 
-def writing(run, page_size: int):
-    return lambda table, last_tokens, **out: run(table, last_tokens, ON_DEVICE, page_size, DecodeInputs(**out))
+def writing(run, page_size: int, margin: int = 0):
+    return lambda table, last_tokens, **out: run(table, last_tokens, ON_DEVICE, page_size, DecodeInputs(**out), margin)
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("page_size, margin", [(1, 0), (3, 0), (16, 0), (3, 2), (16, 12)])
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
-def test_kernel_is_the_reference(num_rows, page_size, monkeypatch):
+def test_kernel_is_the_reference(num_rows, page_size, margin, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 16)
-    kernel, reference = (writing(run, page_size) for run in (KERNEL, derive_inputs_reference))
-    prove(kernel, reference, tensors_of(table_of(num_rows, page_size)), DecodeInputs._fields, equal, TABLES, ["table"])
+    kernel, reference = (writing(run, page_size, margin) for run in (KERNEL, derive_inputs_reference))
+    tensors = tensors_of(table_of(num_rows, page_size, margin))
+    prove(kernel, reference, tensors, DecodeInputs._fields, equal, TABLES, ["table"])
 
 
 def test_strides_that_are_not_rows_are_refused():
@@ -70,6 +72,14 @@ def test_by_hand():
         [7, 4],
         [7, 4],
     ]
+
+
+def test_by_hand_behind_a_margin_and_evicted_tokens():
+    """The tenth token of a sequence, of which five are cached with it; three entries of the first page are empty."""
+    table = torch.tensor([[5, 9, 0, 5, 30, 40]], dtype=torch.int32, device=DEVICE)
+    tensors = tensors_of(table)
+    writing(derive_inputs_reference, 4, margin=3)(**tensors)
+    assert [tensors[name].tolist() for name in DecodeInputs._fields] == [[5], [4], [40 * 4 + 3], [0], [10], [5]]
 
 
 @pytest.mark.gpu

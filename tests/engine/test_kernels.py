@@ -56,6 +56,8 @@ def plain(checkpoints):
 def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant, dtype):
     """And the kernel ran: in one of the two runs for each step that has to call it, in the other never."""
     kernel, coded = KERNELS[name], name == "decode_weights"
+    if coded and dtype != "bfloat16":
+        pytest.skip("only bfloat16 is coded")
     costly = DEVICE == "cpu" and name in ("linear", "filter", "decode_weights")
     if costly and (variant, dtype) != ("neox_parallel", "bfloat16" if coded else "float32"):
         pytest.skip("seconds in the interpreter: once is enough there")

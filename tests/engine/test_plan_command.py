@@ -190,3 +190,12 @@ def test_the_version_is_said_once(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--version"])
     assert end.value.code == 0 and penstock.__version__ in capsys.readouterr().out
+
+
+def test_with_a_window_it_says_what_stays(capsys):
+    arguments = ("--model", "demo", "--device", "cpu", "--attention-sinks", "4", "--attention-window", "200")
+    shown = plan_json(capsys, *arguments)
+    assert (shown["max_context"], shown["max_model_len"]) == (16 + 208, 2**31 - 1)
+    text = plan(capsys, *arguments)
+    assert "their first 4 tokens and 200 recent ones stay cached, of which the oldest 48 are evicted at a time" in text
+    assert "evicted" not in plan(capsys, "--model", "demo", "--device", "cpu")

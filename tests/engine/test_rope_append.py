@@ -49,7 +49,9 @@ def inputs_of(shape, dtype, num_tokens=3):
     return tensors, sizes | ({} if norms else {"q_norm": None, "k_norm": None})
 
 
-def exact(attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps):
+def exact(
+    attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
+):
     """By the formula, a token and a head at a time."""
     dim, pairs = keys.shape[2], table.shape[2]
     for token, row in enumerate(attn.view(len(attn), -1, dim)):
@@ -58,28 +60,35 @@ def exact(attn, table, positions, places, keys, values, num_heads, num_kv_heads,
             weight = q_norm if index < num_heads else k_norm
             if weight is not None:
                 head *= weight / (head.square().mean() + eps).sqrt()
+            if index >= num_heads and not appends_rotated:
+                keys[places[token], index - num_heads] = head
             turned = torch.complex(head[:pairs], head[pairs : 2 * pairs]) * torch.complex(cos, sin)
             head[:pairs], head[pairs : 2 * pairs] = turned.real, turned.imag
-        keys[places[token]] = row[num_heads : num_heads + num_kv_heads]
+        if appends_rotated:
+            keys[places[token]] = row[num_heads : num_heads + num_kv_heads]
         values[places[token]] = row[num_heads + num_kv_heads :]
 
 
+@pytest.mark.parametrize("appends_rotated", [True, False], ids=["rotated", "as it was"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_is_the_reference(shape, dtype):
+def test_kernel_is_the_reference(shape, dtype, appends_rotated):
     """Bit for bit without norms; with them, the sums of squares are added in another order."""
     tensors, sizes = inputs_of(shape, dtype)
+    sizes["appends_rotated"] = appends_rotated
     share = 1.0 if dtype == torch.float32 else 0.1
     agree = within(2, share, scale=1.0) if SHAPES[shape][4] else equal
     kernel, reference = (functools.partial(run, **sizes) for run in (KERNEL, rope_append_reference))
     prove(kernel, reference, tensors, ("attn", "keys", "values"), agree)
 
 
+@pytest.mark.parametrize("appends_rotated", [True, False], ids=["rotated", "as it was"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_is_near_float64(shape, dtype):
+def test_kernel_is_near_float64(shape, dtype, appends_rotated):
     """All kinds of rows. Four roundings of values up to the head's largest."""
     tensors, sizes = inputs_of(shape, dtype, num_tokens=8)
+    sizes["appends_rotated"] = appends_rotated
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
     exact(**wide, **sizes)
     KERNEL(**tensors, **sizes)
@@ -98,6 +107,20 @@ def test_calls_are_counted_by_kind():
         KERNEL(**tensors, **sizes)
     with counted(module.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
         rope_append(**tensors, **sizes)
+
+
+def test_keys_rotated_later_are_the_rotated_ones():
+    """The keys as they were, rotated by their positions, are the keys that are appended rotated: bit for bit."""
+    tensors, sizes = inputs_of("normed partial", torch.bfloat16)
+    later = {name: tensor.clone() for name, tensor in tensors.items()}
+    rope_append(**tensors, **sizes)
+    rope_append(**later, **sizes, appends_rotated=False)
+    places, table = tensors["places"], tensors["table"]
+    keys = later["keys"][places]
+    assert not torch.equal(keys, tensors["keys"][places])
+    module.rotate_(keys, *table[:, tensors["positions"]])
+    equal(keys, tensors["keys"][places])
+    equal(later["attn"], tensors["attn"])
 
 
 @pytest.mark.gpu

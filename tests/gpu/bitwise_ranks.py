@@ -35,6 +35,7 @@ CODED_VARIANTS = {  # bfloat16 only; in the last two some groups stay coded, as 
     "coded resident": {"resident": "all", "gpu_memory": "least", **CODED},
     "half coded resident": {"resident": 0.5, "gpu_memory": "least", **CODED},
 }
+SINKS = {"attention_sinks": 2, "attention_window": 30}  # shorter than the prompts
 GPU = {"memory_bytes": 141 * 10**9, "device": "cuda"} if torch.cuda.is_available() else {}
 HUNDREDS = 210
 
@@ -88,12 +89,12 @@ def check_what_was_coded(llm: LLM, decoder_ran: bool) -> None:
         assert decoder_ran == bool(coded)
 
 
-def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...]) -> dict:
+def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...], **options) -> dict:
     """Which of these variants have the resident run's bits, in every pass; and its tokens."""
-    passes, tokens = logits_of(checkpoint, lengths, dtype=dtype, resident="all")
+    passes, tokens = logits_of(checkpoint, lengths, dtype=dtype, resident="all", **options)
     same = {}
     for name in variants:
-        others, _ = logits_of(checkpoint, lengths, dtype=dtype, **(VARIANTS | CODED_VARIANTS)[name])
+        others, _ = logits_of(checkpoint, lengths, dtype=dtype, **(VARIANTS | CODED_VARIANTS)[name], **options)
         same[name] = len(passes) == len(others) and all(torch.equal(a, b) for a, b in zip(passes, others))
     return {"same": same, "tokens": tokens, "num_passes": len(passes)}
 
@@ -110,6 +111,8 @@ def main() -> None:
         for dtype in ("float32", "bfloat16")[: 1 if several and place else 2]:
             tried = variants + coded if dtype == "bfloat16" else variants
             report[f"{checkpoint.name} {dtype}"] = compare(str(checkpoint), dtype, LENGTHS, tried)
+        if checkpoint.name in ("llama_gqa", "neox_parallel")[several:]:
+            report[f"{checkpoint.name} sinks"] = compare(str(checkpoint), "bfloat16", LENGTHS, variants, **SINKS)
     buckets = ("streamed", "half streamed", "eager", "coded")
     report["buckets"] = compare(str(min(folder.iterdir())), "bfloat16", MANY_LENGTHS, buckets)
     report["hundreds"] = compare(str(min(folder.iterdir())), "bfloat16", (HUNDREDS,), ("streamed", "coded"))

@@ -1,0 +1,228 @@
+"""The engine with attention sinks, held to the oracle far past the trained length.
+
+The oracle is fed the engine's own tokens. Where every token is the oracle's best, greedy generation by the oracle gives
+the same tokens, by induction.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from oracle.checkpoints import write_checkpoint
+from oracle.sink_faults import CHUNK, SINKS, WINDOW, WRONG
+from oracle.sink_oracle import eviction_chunk, held_indices, sink_logits
+from oracle.variants import VARIANTS
+from torch import Tensor
+
+from engine.llm import LLM
+from engine.output import CompletionOutput
+from scheduler.request import SamplingParams
+
+TRAINED = 64  # positions
+TINY = {"num_hidden_layers": 2, "max_position_embeddings": TRAINED}
+OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 4, "page_order_seed": 5, "poison": True}
+NUM_LOGPROBS = 5
+TOLERANCE = 1e-4  # of a log probability; logits are up to about 5
+LOUD = 100 * TOLERANCE
+NEAR_TIE = 1e-4  # top-2 gap over max|logit| under which the runner-up is no fault
+TOKENS = random.Random(9).choices(range(128), k=200)
+PROMPT = TOKENS[:5]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    sinks: int
+    window: int
+    page_size: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"attention_sinks": self.sinks, "attention_window": self.window, "page_size": self.page_size}
+
+    def held(self, num_tokens: int) -> list[list[int]]:
+        return held_indices(num_tokens, self.sinks, self.window, eviction_chunk(self.window, self.page_size))
+
+    def __str__(self) -> str:
+        return f"{self.sinks}+{self.window}by{self.page_size}"
+
+
+USUAL = Schedule(4, 40, 16)
+SCHEDULES = [
+    Schedule(4, 40, 4),  # chunks of two pages
+    Schedule(16, 32, 16),  # the sinks fill a page
+    Schedule(6, 40, 8),  # they share one
+    Schedule(13, 40, 8),  # they share their second
+    Schedule(0, 40, 8),
+    Schedule(4, 43, 8),  # the cache ends inside a page
+    Schedule(1, 16, 16),  # a page is all that goes
+    Schedule(5, 59, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(directory, transformers model) of a variant, made once."""
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def get(variant: str):
+        if variant not in made:
+            made[variant] = str(folder / variant), write_checkpoint(folder / variant, variant, **TINY)
+        return made[variant]
+
+    return get
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=NUM_LOGPROBS)
+
+
+def generate(directory: str, schedule: Schedule, prompts: list[list[int]], params, **options: Any):
+    """The sequences of each prompt."""
+    with LLM(directory, **OPTIONS | schedule.options | options) as llm:
+        return [output.outputs for output in llm.generate(prompts, params)]
+
+
+def fed(prompt: list[int], output: CompletionOutput) -> list[int]:
+    """All tokens but the last, which nothing attended to."""
+    return prompt + output.token_ids[:-1]
+
+
+def reference_logits(model, schedule: Schedule, prompt: list[int], output: CompletionOutput) -> Tensor:
+    """(generated, vocab)"""
+    tokens = fed(prompt, output)
+    return sink_logits(model, tokens, schedule.held(len(tokens)))[len(prompt) - 1 :]
+
+
+def wrong_choices(output: CompletionOutput, reference: Tensor) -> list[int]:
+    """Where a greedy token is not the reference's best, nor the second of two as good as equal."""
+    values, tokens = reference.topk(2, dim=-1)
+    near = values[:, 0] - values[:, 1] < NEAR_TIE * reference.abs().amax(-1)
+    chosen = torch.tensor(output.token_ids)
+    right = (chosen == tokens[:, 0]) | near & (chosen == tokens[:, 1])
+    return (~right).nonzero().flatten().tolist()
+
+
+def logprob_error(output: CompletionOutput, reference: Tensor) -> float:
+    """Max|difference| over the sequence, of all tokens whose log probabilities were asked for."""
+    assert len(output.logprobs) == len(reference) and all(len(place) >= NUM_LOGPROBS for place in output.logprobs)
+    entries = [
+        (row, token, entry.logprob) for row, by_id in enumerate(output.logprobs) for token, entry in by_id.items()
+    ]
+    rows, tokens, ours = zip(*entries)
+    return float((torch.tensor(ours) - reference.log_softmax(-1)[rows, tokens]).abs().max())
+
+
+def check(model, schedule: Schedule, prompt: list[int], output: CompletionOutput, num_tokens: int) -> None:
+    assert len(output.token_ids) == num_tokens
+    reference = reference_logits(model, schedule, prompt, output)
+    assert not (wrong := wrong_choices(output, reference)), f"another token at {wrong[:10]}"
+    assert logprob_error(output, reference) <= TOLERANCE
+
+
+def check_greedy(models, variant: str, schedule: Schedule, num_tokens: int, **options: Any) -> None:
+    directory, model = models(variant)
+    ((output,),) = generate(directory, schedule, [PROMPT], greedy(num_tokens), **options)
+    check(model, schedule, PROMPT, output, num_tokens)
+
+
+@pytest.mark.parametrize(
+    "num_tokens, tp_size, resident", [(3000, 1, "all"), (2000, 2, "none")], ids=["tp1-all", "tp2-none"]
+)
+def test_thousands_of_tokens(models, num_tokens, tp_size, resident):
+    check_greedy(models, "llama_gqa", USUAL, num_tokens, tensor_parallel_size=tp_size, resident=resident)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
+def test_thousands_of_tokens_on_a_gpu(models, enforce_eager):
+    check_greedy(models, "llama_gqa", USUAL, 3000, device="cuda", resident="none", enforce_eager=enforce_eager)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_schedules(models, schedule):
+    check_greedy(models, "llama_gqa", schedule, 300, resident="none" if schedule.page_size == 8 else "all")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(models, variant):
+    """Where layers have windows of their own no more is held than fits, so that sinks are always in sight."""
+    _, model = models(variant)
+    schedule = Schedule(2, 14, 4) if getattr(model.config, "sliding_window", None) else Schedule(3, 45, 8)
+    check_greedy(models, variant, schedule, 160, resident="none")
+
+
+@pytest.mark.parametrize("variant", ["neox_parallel"])
+def test_variants_on_two_ranks(models, variant):
+    check_greedy(models, variant, Schedule(3, 45, 8), 160, tensor_parallel_size=2, resident="all")
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [7, 16, 64, 8192])
+@pytest.mark.parametrize("schedule", [USUAL, Schedule(3, 37, 4), Schedule(0, 40, 8)], ids=str)
+def test_prompt_longer_than_the_cache(models, schedule, max_num_batched_tokens):
+    directory, model = models("llama_gqa")
+    ((output,),) = generate(
+        directory, schedule, [TOKENS], greedy(30), resident="all", max_num_batched_tokens=max_num_batched_tokens
+    )
+    check(model, schedule, TOKENS, output, 30)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(4, 40, 8), Schedule(3, 21, 4)], ids=str)
+def test_prompts_of_every_length_in_one_batch(models, schedule):
+    """Up to twice the cache; more than there are rows, so that rows are used again."""
+    directory, model = models("llama_gqa")
+    prompts = [TOKENS[:n] for n in range(1, 2 * (schedule.sinks + schedule.window))]
+    options = {"resident": "all", "max_num_seqs": 24, "max_num_batched_tokens": 100}
+    outputs = generate(directory, schedule, prompts, greedy(12), **options)
+    for prompt, (output,) in zip(prompts, outputs):
+        check(model, schedule, prompt, output, 12)
+
+
+def test_sampled_together_and_alone(models):
+    """Rows at different places of their schedules, two of them of one prompt: a row's tokens are its own affair."""
+    directory, model = models("llama_gqa")
+    schedule, options = Schedule(4, 40, 8), {"resident": "none", "max_num_batched_tokens": 48}
+    lengths, num_tokens, seeds = (3, 61, 150, 44), (200, 90, 120, 31), (11, 22, 33, 44)
+    prompts = [TOKENS[-n:] for n in lengths]
+    shared = {"temperature": 1.0, "ignore_eos": True, "logprobs": NUM_LOGPROBS}
+    asked = [
+        SamplingParams(n=2 if place == 1 else 1, max_tokens=n, seed=seed, **shared)
+        for place, (n, seed) in enumerate(zip(num_tokens, seeds))
+    ]
+    with LLM(directory, **OPTIONS | schedule.options | options) as llm:
+        for prompt, params, together in zip(prompts, asked, llm.generate(prompts, asked)):
+            for index, output in enumerate(together.outputs):
+                own = SamplingParams(max_tokens=params.max_tokens, seed=params.seed + index, **shared)
+                (alone,) = llm.generate([prompt], own)[0].outputs
+                assert output.token_ids == alone.token_ids
+                assert len(output.token_ids) == params.max_tokens
+                reference = reference_logits(model, schedule, prompt, output)
+                assert logprob_error(output, reference) <= TOLERANCE
+
+
+def test_comparison_passes_without_sinks(models):
+    """As long as nothing would be evicted, an engine that knows no sinks agrees."""
+    directory, model = models("llama_gqa")
+    with LLM(directory, **OPTIONS) as llm:
+        (output,) = llm.generate([PROMPT], greedy(40))[0].outputs
+    check(model, Schedule(4, TRAINED - 4, 16), PROMPT, output, 40)
+
+
+@pytest.fixture(scope="module")
+def generated(models):
+    """What the engine generates by the schedule that the wrong references miss."""
+    schedule = Schedule(SINKS, WINDOW, page_size=CHUNK)
+    assert eviction_chunk(WINDOW, CHUNK) == CHUNK
+    directory, model = models("llama_gqa")
+    ((output,),) = generate(directory, schedule, [PROMPT], greedy(300), resident="all")
+    check(model, schedule, PROMPT, output, 300)
+    return output
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_comparison_fails_with_a_wrong_reference(models, generated, mistake):
+    _, model = models("llama_gqa")
+    reference = WRONG[mistake](model, fed(PROMPT, generated))[len(PROMPT) - 1 :]
+    assert logprob_error(generated, reference) > LOUD
+    assert wrong_choices(generated, reference)
