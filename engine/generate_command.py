@@ -1,6 +1,7 @@
 """`penstock generate`: prompts in, text out as it is generated; the plan before and what was moved after.
 
-Text goes to stdout (with --json one object a prompt), everything else to stderr. Under torchrun rank 0 speaks.
+Text goes to stdout (with --json one object a prompt), everything else to stderr: with --json the last line says in JSON
+what each rank has moved. Under torchrun rank 0 speaks.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def add_request_arguments(parser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
-    parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout, with token ids")
+    text = "one JSON object a prompt on stdout, with token ids; one on stderr of what was moved"
+    parser.add_argument("--json", action="store_true", help=text)
 
 
 def _default(name: str) -> str:
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         if speaks:
             say_outputs(outputs, args.json, printer)
             print(report(llm, outputs, elapsed_s), file=sys.stderr)
+            say_transfers(llm, args.json)
     return 0
 
 
@@ -140,18 +143,24 @@ def say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinte
                 print(*sequence.token_ids)
 
 
+def say_transfers(llm: LLM, as_json: bool) -> None:
+    """A line of its own, and not on stdout: who reads that finds a prompt in every line."""
+    if as_json:
+        print(json.dumps({"transfers": llm.rank.transfers}), file=sys.stderr)
+
+
 def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
     """What was moved and how long it took, beside what the time model said."""
-    ledger, counters = llm.rank.ledger, llm.rank.worker.executor.counters
-    moved, num_tokens = counters.copied_bytes.total(), sum(len(s.token_ids) for o in outputs for s in o.outputs)
+    times, executor = llm.rank.times, llm.rank.worker.executor
+    moved, num_tokens = executor.copied.total.sent_bytes, sum(len(s.token_ids) for o in outputs for s in o.outputs)
     lines = [
         f"{num_tokens} tokens in {elapsed_s:.2f} s ({num_tokens / elapsed_s:.1f} tokens/s), "
-        f"{ledger.num_passes} passes over {counters.num_tokens} tokens",
+        f"{times.num_passes} passes over {executor.counters.num_tokens} tokens",
     ]
     if moved:
         lines.append(
-            f"moved {moved / 2**30:.3f} GiB a rank over the link, {moved / ledger.num_passes / 2**20:.2f} MiB a pass, "
-            f"{moved / 1e9 / ledger.measured_s:.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
+            f"moved {moved / 2**30:.3f} GiB a rank over the link, {moved / times.num_passes / 2**20:.2f} MiB a pass, "
+            f"{moved / 1e9 / times.measured_s:.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
         )
     weights = llm.rank.worker.weights
     if weights.codes:
@@ -160,12 +169,10 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
             f"{weights.coded_from_bytes / 2**30:.3f} GiB of weights a rank were coded without loss to {share:.1%}, "
             f"at {weights.coded_from_bytes / 1e9 / weights.encode_s:.3g} GB/s"
         )
-    reduces = llm.rank.collectives
-    if reduces.size > 1:
-        lines.append(
-            f"{reduces.num_reduces.total()} all-reduces, {reduces.reduced_bytes.total() / 2**20:.2f} MiB a rank"
-        )
+    if llm.rank.topology.tp_size > 1:
+        reduced = executor.reduced.total
+        lines.append(f"{reduced.num_calls} all-reduces, {reduced.sent_bytes / 2**20:.2f} MiB a rank")
     lines.append(
-        f"passes took {ledger.measured_s:.3f} s, predicted {ledger.predicted_s:.3f} s ({llm.rank.rates.source} rates)"
+        f"passes took {times.measured_s:.3f} s, predicted {times.predicted_s:.3f} s ({llm.rank.rates.source} rates)"
     )
     return "\n".join(lines)

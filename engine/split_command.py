@@ -1,14 +1,14 @@
 """`penstock split`: text as `penstock generate` gives it, by a trusted host side that drives an untrusted device side,
 and a table of what crossed between them.
 
-Text goes to stdout (with --json one object a prompt), the table to stderr.
+Text goes to stdout (with --json one object a prompt), the table to stderr, with --json in JSON as well.
 """
 
 import argparse
 import sys
 
 from engine.config import EngineConfig
-from engine.generate_command import TextPrinter, add_request_arguments, sampling_params, say_outputs
+from engine.generate_command import TextPrinter, add_request_arguments, sampling_params, say_outputs, say_transfers
 from engine.prompts import read_prompts
 from engine.split.flags import add_split_arguments
 from engine.split.llm import FIXED, SplitLLM
@@ -40,4 +40,5 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         shown = transfer_table(llm.predicted, llm.counted, folded=not args.layers)
         print(f"{counters.num_passes} passes over {counters.num_tokens} tokens\n{shown}", file=sys.stderr)
         print(difference(llm.predicted, llm.counted), file=sys.stderr)
+        say_transfers(llm, args.json)
     return 0

@@ -11,7 +11,6 @@ import array
 import atexit
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Protocol
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.failure import PeerLost, RankFailed
+from parallel.ledger import Site, TransferLedger
 from parallel.push_reduce import PeerBuffers
 
 CONTROL_TIMEOUT = timedelta(days=30)  # a rank waits for the next batch for as long as rank 0 is idle
@@ -37,14 +37,13 @@ _OWN_ERROR = re.compile(r"out of memory|invalid (argument|usage)|unhandled cuda 
 class Collectives(Protocol):
     """The ranks of one tensor-parallel group. All ranks make the same calls in the same order.
 
-    `num_reduces` and `reduced_bytes` count calls and bytes by label; `.total()` sums them (replays of a CUDA graph
-    are added by whoever replays it). Every call raises PeerLost if another rank is gone or did not answer in time.
+    `ledger` is this rank's: here it counts all-reduces, at the site that `label` names (replays of a CUDA graph are
+    added by whoever replays it). Every call raises PeerLost if another rank is gone or did not answer in time.
     """
 
     rank: int
     size: int
-    num_reduces: Counter[str]
-    reduced_bytes: Counter[str]
+    ledger: TransferLedger
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         """Sum a contiguous tensor over ranks, in place. Equal shapes go in, the same bits come out on all."""
@@ -68,6 +67,9 @@ class Collectives(Protocol):
     def largest(self, ints: list[int]) -> list[int]:
         """Of the values (int64) that the ranks give, as many each, the largest in every place."""
 
+    def gather_bytes(self, data: bytes) -> list[bytes] | None:
+        """Every rank gives bytes; rank 0 gets them all, by rank, the others None."""
+
     def barrier(self) -> None:
         """Return when all ranks have come here, within the group's timeout."""
 
@@ -84,8 +86,7 @@ class Solo:
     rank, size = 0, 1
 
     def __init__(self):
-        self.num_reduces: Counter[str] = Counter()
-        self.reduced_bytes: Counter[str] = Counter()
+        self.ledger = TransferLedger()
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         pass
@@ -108,6 +109,9 @@ class Solo:
     def largest(self, ints: list[int]) -> list[int]:
         return list(ints)
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        return [bytes(data)]
+
     def barrier(self) -> None:
         pass
 
@@ -119,12 +123,11 @@ class Solo:
 
 
 class Distributed:
-    """What Gloo and Nccl (nccl.py) share: counters and the control plane. Needs an initialised process group."""
+    """What Gloo and Nccl (nccl.py) share: the ledger and the control plane. Needs an initialised process group."""
 
     def __init__(self, timeout_s: float):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.num_reduces: Counter[str] = Counter()
-        self.reduced_bytes: Counter[str] = Counter()
+        self.ledger = TransferLedger()
         self._timeout = timedelta(seconds=timeout_s)
         self._broken = False
         self._buffer = bytearray(FRAME_BYTES)
@@ -136,8 +139,10 @@ class Distributed:
         assert tensor.is_contiguous()
         with self._peers():
             dist.all_reduce(tensor, group=self._group)
-        self.num_reduces[label] += 1
-        self.reduced_bytes[label] += tensor.nbytes
+        self._count(tensor.nbytes, label)
+
+    def _count(self, nbytes: int, label: str) -> None:
+        self.ledger.add(Site(label, -1), nbytes)
 
     def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
         return None
@@ -176,6 +181,15 @@ class Distributed:
         with self._peers():
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self._control)
         return values.tolist()
+
+    def gather_bytes(self, data: bytes) -> list[bytes] | None:
+        (longest,) = self.largest([len(data)])
+        frame = bytearray(len(data).to_bytes(_LENGTH_BYTES, "little") + data.ljust(longest, b"\0"))
+        own = torch.frombuffer(frame, dtype=torch.uint8)
+        frames = [torch.empty_like(own) for _ in range(self.size)] if self.rank == 0 else None
+        with self._peers():
+            dist.gather(own, frames, 0, group=self._control)
+        return None if frames is None else [_unframed(one.numpy().tobytes()) for one in frames]
 
     def barrier(self) -> None:
         with self._peers():
@@ -216,6 +230,11 @@ class Gloo(Distributed):
         with self._peers():
             dist.all_gather(parts, part.contiguous())
         torch.cat(parts, dim=-1, out=out)
+
+
+def _unframed(frame: bytes) -> bytes:
+    length = int.from_bytes(frame[:_LENGTH_BYTES], "little")
+    return frame[_LENGTH_BYTES : _LENGTH_BYTES + length]
 
 
 @contextlib.contextmanager

@@ -51,11 +51,11 @@ class Symmetric(Nccl):
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         if fits(tensor):
             push_reduce(self._peer_buffers, tensor)
-            self._count(tensor.nbytes, label)
+            self._count_symmetric(tensor.nbytes, label)
         elif pieces := self._pieces(tensor):
             for piece in pieces:
                 self._two_shot(piece)
-            self._count(tensor.nbytes, label)
+            self._count_symmetric(tensor.nbytes, label)
         else:
             super().all_reduce(tensor, label)
 
@@ -74,7 +74,7 @@ class Symmetric(Nccl):
     def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
         if not fits_rows(rows):
             return None
-        self._count(rows.nbytes, label)
+        self._count_symmetric(rows.nbytes, label)
         return self._peer_buffers
 
     def _two_shot(self, tensor: torch.Tensor) -> None:
@@ -84,9 +84,8 @@ class Symmetric(Nccl):
         torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", self._name)
         flat.copy_(buffer)
 
-    def _count(self, nbytes: int, label: str) -> None:
-        self.num_reduces[label] += 1
-        self.reduced_bytes[label] += nbytes
+    def _count_symmetric(self, nbytes: int, label: str) -> None:
+        self._count(nbytes, label)
         self.num_symmetric += 1
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ def main() -> None:
         run(llm, args.input_len, 2 * llm.rank.plan.retention.max_cached)
         if llm.rank.topology.rank == 0:
             llm.measure(llm.rank.work.streamed_bytes)
-        llm.rank.ledger.passes = stretches
+        llm.rank.times.passes = stretches
         run(llm, args.input_len, args.output_len)
         if llm.rank.topology.rank > 0:
             return

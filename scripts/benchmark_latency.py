@@ -124,10 +124,10 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
 
 
 def run_once(llm: LLM, jobs: list[Job], n: int) -> Iteration:
-    llm.rank.ledger.passes, start = [], time.perf_counter()
+    llm.rank.times.passes, start = [], time.perf_counter()
     outputs = llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs])
     latency_s = time.perf_counter() - start
-    passes = [(shape, measured_s) for shape, measured_s, _ in llm.rank.ledger.passes]
+    passes = [(shape, measured_s) for shape, measured_s, _ in llm.rank.times.passes]
     return Iteration(latency_s, passes, [output.outputs[0].token_ids for output in outputs])
 
 

@@ -86,12 +86,12 @@ def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
     run(llm, shrinking(jobs, llm.config.max_num_seqs))
     if rank.topology.rank == 0:
         llm.measure(llm.rank.work.streamed_bytes)
-    rank.ledger.passes, start = [], time.perf_counter()
+    rank.times.passes, start = [], time.perf_counter()
     outputs = run(llm, jobs, args.n)
     elapsed_s = time.perf_counter() - start
     if rank.topology.rank > 0:
         return None
-    passes = rank.ledger.passes
+    passes = rank.times.passes
     num_prompt_tokens = sum(len(job.prompt) for job in jobs)
     num_output_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     return {

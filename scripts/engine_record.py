@@ -12,8 +12,9 @@ SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "
 
 
 def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
-    """Fields of a record, on rank 0, after the runs. Bytes and rates are one rank's; of the coded groups, those that
-    stay and those that stream are counted; plain bytes are what groups would have uncoded."""
+    """Fields of a record, on rank 0, after the runs. Bytes and rates are one rank's, those of `transfers` every rank's;
+    of the coded groups, those that stay and those that stream are counted; plain bytes are what groups would have
+    uncoded."""
     rank, config = llm.rank, llm.config
     device, executor, spec = rank.topology.device, rank.worker.executor, rank.plan.spec
     cuda, residency, weights = device.type == "cuda", rank.plan.residency, rank.worker.weights
@@ -41,7 +42,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "resident_bytes_per_rank": weights.resident_bytes,
         "coded_from_bytes_per_rank": weights.coded_from_bytes,
         "encode_s": weights.encode_s,
-        "copied_bytes_total": executor.counters.copied_bytes.total(),
+        "transfers": [without_sites(one) for one in rank.transfers],
         "num_passes": executor.counters.num_passes,
         "rates": rank.rates.source,
         "link_gb_s": rank.rates.link_gb_s,
@@ -52,6 +53,13 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "claimed_device_memory_bytes": residency.claimed_bytes,
     }
+
+
+def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
+    """What a rank has moved, by operation: a record has no use for every layer."""
+    parts = {kind: transfers[kind] for kind in ("weights", "all_reduces")}
+    totals = {kind: {name: part[name] for name in ("total", "operations")} for kind, part in parts.items()}
+    return {"rank": transfers["rank"]} | totals
 
 
 def say_machine(report: dict[str, Any]) -> None:

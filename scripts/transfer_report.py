@@ -17,9 +17,9 @@ from engine.model.spec import ModelSpec
 from engine.model.steps import model_steps
 from engine.planning import find_model
 from engine.split.flags import add_split_arguments
-from engine.split.ledger import TransferLedger
 from engine.split.report import difference, remedy_table, transfer_table
 from engine.split.transfers import SplitConfig, predict, prefill
+from parallel.ledger import TransferLedger
 from scheduler.request import SamplingParams
 from scripts.entry import run_script
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import streaming_runs
-from streaming_runs import generate
+from streaming_runs import copied_bytes, generate
 
 from engine.config import EngineConfig
 from engine.llm import LLM
@@ -71,7 +71,7 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
             "coded_resident": len(coded & residency.resident),
             "coded_bytes": sum(weights.codes[group].nbytes for group in coded),
             "plain_bytes": sum(sizes[group] for group in coded),
-            "copied": {str(group): nbytes for group, nbytes in counters.copied_bytes.items()},
+            "copied": copied_bytes(llm.rank.worker.executor),
             "decoded": {str(group): nbytes for group, nbytes in counters.decoded_bytes.items()},
             "expected_copied": {
                 str(group): weights.host_spans[group].nbytes

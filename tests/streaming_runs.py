@@ -24,6 +24,7 @@ from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.model.families import read_config, read_spec
 from engine.planning import make_engine_plan, plan_rates
+from engine.runtime.executor import Executor
 from scheduler.plan_build import default_ring_bytes, minimum_ring_bytes
 from scheduler.request import SamplingParams
 from scheduler.step_plan import Compute
@@ -114,24 +115,34 @@ def recorded_gemms() -> Iterator[Counter]:
         torch.mm, torch.addmm = plain["mm"], plain["addmm"]
 
 
+def copied_bytes(executor: Executor) -> dict[str, int]:
+    """By group, those that were copied; nothing came back."""
+    ledger = executor.copied
+    assert ledger.total.received_bytes == 0
+    sites = {group: site for group, site in executor.copy_sites.items() if site in ledger.sites}
+    return {str(group): ledger.at(site).sent_bytes for group, site in sites.items()}
+
+
 def facts_of(model: str, resident: str | float, ring: str, lanes: str) -> dict[str, Any]:
     tp_size = int(os.environ["WORLD_SIZE"])
     own = {"resident": resident, "ring": ring_bytes(model, ring, resident, tp_size), "lanes": lanes}
     with LLM(model, **own, **OPTIONS) as llm, recorded_gemms() as gemms:
         digest = generate(llm).digest()
         worker = llm.rank.worker
-        counters, reduces = worker.executor.counters, llm.rank.collectives
+        counters, executor = worker.executor.counters, worker.executor
         return {
             "digest": digest,
             "num_passes": counters.num_passes,
             "num_tokens": counters.num_tokens,
-            "copied": {str(group): nbytes for group, nbytes in counters.copied_bytes.items()},
+            "copied": copied_bytes(executor),
             "wrapped": llm.rank.plan.residency.ring.num_wrapped,
             "host_bytes": worker.weights.host_bytes,
             "resident_bytes": worker.weights.resident_bytes,
             "gemms": sorted([*shape, count] for shape, count in gemms.items()),
-            "reduces": dict(reduces.num_reduces),
-            "reduced_bytes": dict(reduces.reduced_bytes),
+            "reduces": {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()},
+            "reduced_bytes": {site.operation: moved.sent_bytes for site, moved in executor.reduced.sites.items()},
+            "ledger": llm.rank.ledger.to_dict(),
+            "transfers": llm.rank.transfers,
         }
 
 

@@ -102,8 +102,8 @@ PURE = [
     *("engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
     "engine.kernels.code_tile",
-    *(f"engine.split.{name}" for name in ("ledger", "transfers", "report", "flags")),
-    *("parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
+    *(f"engine.split.{name}" for name in ("transfers", "report", "flags")),
+    *("parallel.ledger", "parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),
 ]
 THIRD_PARTY = {"engine": {"torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch", "triton"}, "scheduler": set()}

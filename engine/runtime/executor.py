@@ -16,10 +16,12 @@ from engine.model.attention import whole_tokens
 from engine.model.inputs import PassInputs, bind
 from engine.model.ops import STEPS, StepContext
 from engine.runtime.arena import ActivationArena, slot_of
+from engine.runtime.graph import Counts
 from engine.runtime.lanes import Lanes
 from engine.runtime.sampler import Asked, PendingSample, SampleOutput
 from engine.runtime.trace import Tracer
 from engine.weights.coded_group import CodedGroup, decode_group
+from parallel.ledger import Site, TransferLedger
 from scheduler.batch import Batch, is_decode
 from scheduler.step_plan import Compute, Decode, GroupId, Instruction, Prefetch, Release, StepPlan
 
@@ -37,18 +39,16 @@ class Coded(NamedTuple):
 
 @dataclass
 class Counters:
-    """What a run did: bytes that the copy lane moved, host to device, bytes that were decoded, steps that ran."""
+    """What a run did, beside what the rank's ledger says was moved: bytes that were decoded, steps that ran."""
 
     num_passes: int = 0
     num_tokens: int = 0
-    copied_bytes: Counter = field(default_factory=Counter)  # by group
     decoded_bytes: Counter = field(default_factory=Counter)  # by group, as they are written
     steps: Counter = field(default_factory=Counter)  # calls by step
 
     def clear(self) -> None:
         """In place: captured passes count into these very objects."""
         self.num_passes = self.num_tokens = 0
-        self.copied_bytes.clear()
         self.decoded_bytes.clear()
         self.steps.clear()
 
@@ -78,6 +78,7 @@ class Executor:
         self.ring, self.arena, self.lanes, self.tracer = ring, arena, lanes, tracer
         self.coded, self.poison = coded, poison
         self.counters = Counters()
+        self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
         self.whole_tokens = whole_tokens(context.spec, arena.dtype, context.rope.device)
         self.ring_is_filled = False
         self.under_way = deque()  # what collect() waits for, pass by pass; None where no row samples
@@ -85,10 +86,26 @@ class Executor:
         self.on_sampled: Callable[[SampleOutput], None] | None = None
 
     @property
-    def counted(self) -> list[Counter]:
-        """The counters that a pass adds to."""
-        reduces, ours = self.context.collectives, self.counters
-        return [ours.steps, ours.copied_bytes, ours.decoded_bytes, reduces.num_reduces, reduces.reduced_bytes]
+    def ledger(self) -> TransferLedger:
+        """What this rank moved: a call is a copy of a streamed group, or an all-reduce."""
+        return self.context.collectives.ledger
+
+    @property
+    def copied(self) -> TransferLedger:
+        """Its part for the copy lane: by group, host to device."""
+        sites = set(self.copy_sites.values())
+        return self.ledger.only(lambda site: site in sites)
+
+    @property
+    def reduced(self) -> TransferLedger:
+        """Its part for all-reduces: by step, all layers together."""
+        sites = set(self.copy_sites.values())
+        return self.ledger.only(lambda site: site not in sites)
+
+    @property
+    def counted(self) -> list[Counts]:
+        """What a pass adds to."""
+        return [self.counters.steps, self.counters.decoded_bytes, self.ledger]
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
@@ -175,7 +192,7 @@ class Executor:
             self._compute(instruction)
         elif isinstance(instruction, Prefetch):
             span = self.host_spans[instruction.group]
-            self.counters.copied_bytes[instruction.group] += span.nbytes
+            self.ledger.add(self.copy_sites[instruction.group], span.nbytes)
             self.slot(instruction)[: span.nbytes].copy_(span, non_blocking=True)
         elif isinstance(instruction, Decode):
             self._decode(instruction)

@@ -6,9 +6,10 @@ copied to pinned memory, and then a step number, which the host polls: so it goe
 which end the graph, are still on the link.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 
@@ -75,12 +76,24 @@ class PendingLetter:
         return SampleOutput(letter[: self.num_tokens].clone(), None)
 
 
+class Counts(Protocol):
+    """What a pass counts into, as a Counter does; only changed in place."""
+
+    def copy(self) -> Self: ...
+
+    def __sub__(self, before: Self) -> Self: ...
+
+    def update(self, gain: Self) -> None: ...
+
+    def clear(self) -> None: ...
+
+
 @dataclass
 class CapturedPass:
-    """A graph, what each replay adds to the counters that were watched while it was captured, and the trace's marks."""
+    """A graph, what each replay adds to the counts that were watched while it was captured, and the trace's marks."""
 
     graph: torch.cuda.CUDAGraph
-    gains: list[tuple[Counter, Counter]]
+    gains: list[tuple[Counts, Counts]]
     marks: list[Marked]
 
 
@@ -95,37 +108,37 @@ class Graphs:
         self.passes: dict[Hashable, deque[CapturedPass]] = {}
 
     def capture(
-        self, key: Hashable, warm_up: Callable[[], None], run: Callable[[], None], counters: list[Counter]
+        self, key: Hashable, warm_up: Callable[[], None], run: Callable[[], None], counts: list[Counts]
     ) -> None:
         """Runs `warm_up`, since a kernel's first launch compiles or loads it, which capture forbids; then `run` under
         capture. Neither is counted; what `run` counts is what each replay will."""
-        before = [counter.copy() for counter in counters]
+        before = [count.copy() for count in counts]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), self.tracer.aside():
             warm_up()
         self.stream.synchronize()
-        takes = deque(self._take(run, counters) for _ in range(self.tracer.num_takes))
-        for counter, old in zip(counters, before):
-            counter.clear()
-            counter.update(old)
+        takes = deque(self._take(run, counts) for _ in range(self.tracer.num_takes))
+        for count, old in zip(counts, before):
+            count.clear()
+            count.update(old)
         torch.cuda.current_stream().wait_stream(self.stream)
         self.passes[key] = takes
 
-    def _take(self, run: Callable[[], None], counters: list[Counter]) -> CapturedPass:
-        before = [counter.copy() for counter in counters]
+    def _take(self, run: Callable[[], None], counts: list[Counts]) -> CapturedPass:
+        before = [count.copy() for count in counts]
         graph = torch.cuda.CUDAGraph()
         captured = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         with self.tracer.aside() as marks, captured:
             run()
-        return CapturedPass(graph, [(counter, counter - old) for counter, old in zip(counters, before)], marks)
+        return CapturedPass(graph, [(count, count - old) for count, old in zip(counts, before)], marks)
 
     def replay(self, key: Hashable) -> None:
         takes = self.passes[key]
         takes.rotate()
         captured = takes[0]
         captured.graph.replay()
-        for counter, gain in captured.gains:
-            counter.update(gain)
+        for count, gain in captured.gains:
+            count.update(gain)
         self.tracer.replayed(captured.marks)
 
     def close(self) -> None:

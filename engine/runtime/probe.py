@@ -55,8 +55,7 @@ def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: t
         torch.cuda.synchronize(device)
     collectives.barrier()
     executor.counters.clear()  # they count what was asked for
-    collectives.num_reduces.clear()
-    collectives.reduced_bytes.clear()
+    executor.ledger.clear()
     return rates
 
 

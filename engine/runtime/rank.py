@@ -18,6 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from engine.runtime.worker import Worker, open_source
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
 from parallel.launch import Launch
+from parallel.ledger import TransferLedger
 from parallel.rendezvous import connect
 from parallel.topology import bind_to_numa, device_name, resolve_topology
 from scheduler.batch import Batch
@@ -44,7 +46,7 @@ LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all
 
 
 @dataclass
-class Ledger:
+class PassTimes:
     """What rank 0's passes took, and what the time model said they would. Times in seconds. Each pass is appended to
     `passes` if somebody has put a list there: it grows for as long as the engine runs."""
 
@@ -86,7 +88,8 @@ class Rank:
             self.failed = True
             self.close()
             raise
-        self.ledger = Ledger()
+        self.times = PassTimes()
+        self.transfers: list[dict] = []
         self.work: PassWork = pass_work(self.plan)
         self.rates = self.plan.rates
         self.submitted: deque[tuple[Batch, float]] = deque()  # passes under way, and when each was submitted
@@ -181,7 +184,7 @@ class Rank:
         now_s = time.perf_counter()
         measured_s = now_s - max(start_s, self.collected_s)
         self.collected_s = now_s
-        self.ledger.add(batch.shape, measured_s, predict_pass(self.work, batch.shape, self.rates).total_s)
+        self.times.add(batch.shape, measured_s, predict_pass(self.work, batch.shape, self.rates).total_s)
         return batch, output
 
     def forget(self) -> None:
@@ -209,10 +212,27 @@ class Rank:
             self.collectives.broadcast_ints([GRAPH, num_rows])
             return graph_alone_s(self.worker.executor, num_rows, self.topology.device)
 
+    @property
+    def ledger(self) -> TransferLedger:
+        """What this rank has moved so far; a measurement of rates clears it."""
+        return self.collectives.ledger
+
     def finish(self, outputs: list[dict]) -> None:
-        """Rank 0: ends what the other ranks follow and gives them the outputs."""
+        """Rank 0: ends what the other ranks follow and gives them the outputs; `transfers` is then what each rank's
+        ledger says, by rank, as each has counted for itself."""
         self.collectives.broadcast_ints([OUTPUTS])
         self.collectives.broadcast_bytes(json.dumps(outputs).encode())
+        self.transfers = [json.loads(data) for data in self._gather_transfers()]
+
+    def _gather_transfers(self) -> list[bytes] | None:
+        """All ranks together; to rank 0."""
+        return self.collectives.gather_bytes(json.dumps(self.own_transfers()).encode())
+
+    def own_transfers(self) -> dict[str, Any]:
+        """This rank's ledger for JSON: the weights that were copied, by group, and the all-reduces, by step."""
+        executor = self.worker.executor
+        parts = {"weights": executor.copied.to_dict(), "all_reduces": executor.reduced.to_dict()}
+        return {"rank": self.topology.rank} | parts
 
     def follow(self) -> list[dict] | None:
         """The other ranks: runs batches until rank 0 gives outputs, or None where it says stop."""
@@ -228,7 +248,9 @@ class Rank:
             if kind == STOP:
                 return None
             if kind == OUTPUTS:
-                return json.loads(self.collectives.broadcast_bytes(None))
+                outputs = json.loads(self.collectives.broadcast_bytes(None))
+                self._gather_transfers()
+                return outputs
             if kind == PROBE:
                 self._probe(*message)
             if kind == GRAPH:

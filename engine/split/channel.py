@@ -19,8 +19,8 @@ from engine.model.families import read_config, read_spec
 from engine.planning import find_model, make_engine_plan, plan_rates
 from engine.split.device_side import DeviceSide
 from engine.split.frames import Header, receive_header, receive_tensors, send
-from engine.split.ledger import Site, TransferLedger
 from parallel.launch import WORKER_COMMAND, python_path
+from parallel.ledger import Site, TransferLedger
 
 DEVICE_COMMAND = (*WORKER_COMMAND[:-1], "split-device")
 FAILED = "failed"  # the operation of an answer that is an error's text

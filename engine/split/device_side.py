@@ -18,12 +18,12 @@ from engine.model.layout import Weight, select_weights
 from engine.model.ops import project
 from engine.planning import EnginePlan, find_model
 from engine.runtime.worker import open_source
-from engine.split.ledger import Site
 from engine.split.transfers import is_call, site
 from engine.step_cost import MATRICES
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.host_store import LoadedWeights, load_weights
 from engine.weights.views import views
+from parallel.ledger import Site
 from parallel.shard import ShardKind
 
 CPU = torch.device("cpu")

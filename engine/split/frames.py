@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.split.ledger import Site
+from parallel.ledger import Site
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
 _START, _TENSOR = struct.Struct("<BhB"), struct.Struct("<BB")

@@ -22,9 +22,9 @@ from engine.runtime.sampler import Sampler
 from engine.runtime.trace import Tracer
 from engine.split.channel import Channel
 from engine.split.device_side import CPU, load_part
-from engine.split.ledger import Site
 from engine.split.transfers import FUSED, REPEATED, is_call, linear_activations, site
 from parallel.collectives import Collectives
+from parallel.ledger import Site
 from scheduler.step_plan import Compute, Instruction
 
 

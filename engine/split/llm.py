@@ -1,6 +1,8 @@
 """SplitLLM: the LLM of a split execution. It takes the same prompts and sampling parameters and gives the same outputs;
 what crossed between its sides stands in `counted`, what was to cross in `predicted`."""
 
+from typing import Any
+
 import torch
 
 from engine.config import EngineConfig
@@ -10,12 +12,12 @@ from engine.runtime.rank import Rank
 from engine.split.channel import Channel, InProcess, Subprocess
 from engine.split.device_side import DeviceSide
 from engine.split.host_side import HostSide
-from engine.split.ledger import TransferLedger
 from engine.split.transfers import PassRow, SplitConfig, add_pass
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
 from parallel.collectives import Solo
 from parallel.launch import resolve_launch
+from parallel.ledger import TransferLedger
 from scheduler.batch import Batch
 
 # What a split execution does not leave open: both sides compute on the CPU, and hold all of their weights plain.
@@ -48,6 +50,13 @@ class SplitRank(Rank):
             return Subprocess(self.config, wire_dtype)
         return InProcess(DeviceSide(self.config, self.plan), wire_dtype)
 
+    @property
+    def ledger(self) -> TransferLedger:
+        return self.worker.channel.ledger
+
+    def own_transfers(self) -> dict[str, Any]:
+        return {"rank": self.topology.rank, "calls": self.ledger.to_dict()}
+
     def submit(self, batch: Batch) -> None:
         rows = [PassRow.of(row) for row in batch.rows]
         add_pass(self.predicted, self.plan.step_plan.steps, self.plan.spec, rows, self.split)
@@ -68,7 +77,7 @@ class SplitLLM(LLM):
     def counted(self) -> TransferLedger:
         """What has crossed since this was made."""
         self._check_open()
-        return self.rank.worker.channel.ledger
+        return self.rank.ledger
 
     @property
     def predicted(self) -> TransferLedger:

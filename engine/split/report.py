@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from engine.model.spec import ModelSpec
-from engine.split.ledger import Site, Transfer, TransferLedger, total
 from engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, predict, prefill
+from parallel.ledger import Site, Transfer, TransferLedger, total
 from scheduler.step_plan import Compute
 
 KIB, MIB = 2**10, 2**20

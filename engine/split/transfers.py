@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from engine.model.spec import DTYPE_BYTES, ModelSpec
 from engine.model.steps import activation_widths
-from engine.split.ledger import Site, TransferLedger
 from engine.step_cost import MATRICES
+from parallel.ledger import Site, TransferLedger
 from parallel.shard import local_ffn_size
 from scheduler.batch import BatchRow
 from scheduler.step_plan import Compute

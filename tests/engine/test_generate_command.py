@@ -10,6 +10,7 @@ import pytest
 from engine.cli import main
 from engine.config import EngineConfig
 from engine.generate_command import SAMPLING_FLAGS
+from parallel.ledger import Site, TransferLedger
 from penstock import LLM, SamplingParams
 from scheduler.request import SamplingParams as Params
 
@@ -51,6 +52,26 @@ def test_json_is_one_object_a_prompt(capsys, expected):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [output.to_dict() for output in expected[:2]]
     assert lines[0]["prompt_token_ids"] and lines[0]["outputs"][0]["token_ids"]
+
+
+def test_json_of_what_was_moved_is_no_line_of_stdout(capsys, expected):
+    """The last line on stderr; the prologue is the measurement's, which comes before and is not counted."""
+    assert run("--prompt", "Return the", "--resident", "0.5", "--json", "--device", "cpu") == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["outputs"] for line in out.splitlines()] == [expected[0].to_dict()["outputs"]]
+    predicted = TransferLedger()
+    with LLM("demo", resident=0.5, device="cpu") as llm:
+        for group, nbytes in llm.rank.plan.residency.streamed:
+            for _ in range(8):  # passes: one for each token
+                predicted.add(Site(group.name, group.layer_idx), nbytes)
+    assert predicted.total.num_calls >= 5 * 8
+    (transfers,) = json.loads(err.splitlines()[-1])["transfers"]
+    told = [transfers["weights"][part] for part in ("total", "operations")]
+    assert told == [predicted.to_dict()[part] for part in ("total", "operations")]
+    assert sorted(map(str, transfers["weights"]["sites"])) == sorted(map(str, predicted.to_dict()["sites"]))
+    assert transfers["rank"] == 0 and transfers["all_reduces"] == TransferLedger().to_dict()
+    assert run("--prompt", "Return the") == 0
+    assert "transfers" not in "".join(capsys.readouterr())
 
 
 def test_several_prompts_print_in_order(capsys, expected):

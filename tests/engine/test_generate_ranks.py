@@ -9,6 +9,15 @@ from commands import SLOW, TORCHRUN, Command
 
 pytestmark = pytest.mark.timeout(120)
 GREEDY = ("--temperature", "0", "--ignore-eos")
+# Ranks move alike: so that one's figures are not another's, each counts something of its own in every pass.
+COUNTS_MORE = """
+from parallel.ledger import Site
+submit = Executor.submit
+def submit_and_count(self, batch):
+    self.ledger.add(Site("own", rank), 1 + rank)
+    return submit(self, batch)
+Executor.submit = submit_and_count
+"""
 
 
 @pytest.fixture
@@ -59,6 +68,27 @@ def assert_trace(file, num_passes: int) -> None:
         for lane, expected in (("compute", "attn_qkv 3"), ("copy", "prefetch 3.ffn")):
             assert all(span["dur"] >= 0 and span["ts"] >= 0 for span in lanes[lane])
             assert sum(span["name"] == expected for span in lanes[lane]) >= num_passes
+
+
+@pytest.mark.parametrize("options", [("-tp", "2"), ()], ids=["self-launched", "torchrun"])
+def test_json_says_what_each_rank_moved(command, options):
+    launcher = () if options else TORCHRUN
+    more = ("--resident", "none", "--max-tokens", "4", "--json", "--prompt", "Return the", *GREEDY)
+    done = command("generate", *options, *more, launcher=launcher, fault=COUNTS_MORE).finish()
+    assert done.exit_code == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["Return the"]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith('{"transfers":')]
+    transfers = json.loads(line)["transfers"]
+    assert [one["rank"] for one in transfers] == [0, 1]
+    for rank, one in enumerate(transfers):
+        reduces = one["all_reduces"]["operations"]
+        assert reduces.pop("own") == {"num_calls": 4, "sent_bytes": 4 * (1 + rank), "received_bytes": 0}
+        assert {"num_calls": 4, "sent_bytes": 4 * (1 + rank), "operation": "own", "layer_idx": rank}.items() <= (
+            one["all_reduces"]["sites"][0].items()
+        )
+        calls = {name: moved["num_calls"] for name, moved in reduces.items()}
+        assert calls == {"embed_allreduce": 4, "attn_allreduce": 16, "ffn_allreduce": 16}
+        assert one["weights"]["total"]["num_calls"] == 4 * (4 * 2 + 1) and one["weights"]["total"]["sent_bytes"] > 2**20
 
 
 def test_rank_0_alone_speaks_under_torchrun(command):

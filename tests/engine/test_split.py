@@ -12,9 +12,9 @@ from oracle.engine_runs import capture_logits
 
 from engine.llm import LLM
 from engine.split import frames
-from engine.split.ledger import Site
 from engine.split.llm import SplitLLM
 from engine.split.transfers import FUSED, REPEATED, SCORES, SplitConfig
+from parallel.ledger import Site
 from scheduler.request import SamplingParams
 
 # three rows of 5, 37 and 90 tokens: chunks, passes with rows of different kinds, then decode passes

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from engine.cli import main
+from engine.model.families import read_config, read_spec
+from engine.planning import find_model
 
 ASKED = ("--prompt", "Return the", "--prompt", "Raise an error", "--max-tokens", "8", "--ignore-eos")
 SAMPLED = ("--temperature", "0.8", "--top-p", "0.9", "--seed", "4", "--n", "2")
@@ -31,6 +33,12 @@ def test_json_and_all_layers(capsys):
     assert len(out.splitlines()) == len(expected.splitlines())
     assert len([line for line in err.splitlines() if line.startswith("ffn_down")]) == 4
     assert "attention_scores" in err
+    (transfers,) = json.loads(err.splitlines()[-1])["transfers"]
+    crossed = transfers["calls"]["operations"]["attn_qkv"]
+    num_tokens, element = sum(len(json.loads(line)["prompt_token_ids"]) + 7 for line in out.splitlines()), 2
+    spec = read_spec(read_config(find_model("demo")), "demo")
+    assert crossed["num_calls"] == 8 * spec.num_layers
+    assert crossed["sent_bytes"] == num_tokens * spec.num_layers * spec.hidden_size * element
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 
 from engine.model.families import read_config, read_spec
 from engine.model.steps import model_steps
-from engine.split.ledger import Site, Transfer
 from engine.split.report import difference, transfer_table
 from engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, PassRow, SplitConfig, predict, prefill
+from parallel.ledger import Site, Transfer
 
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 MIB = 2**20

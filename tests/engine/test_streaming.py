@@ -9,6 +9,7 @@ from oracle.checkpoints import write_checkpoint
 from streaming_runs import OPTIONS, PROMPTS, RINGS, Run, generate, ring_bytes
 
 from engine.llm import LLM
+from parallel.ledger import Site, TransferLedger
 from scheduler.request import SamplingParams
 from scheduler.step_plan import Compute, Instruction, Prefetch
 
@@ -40,19 +41,22 @@ def resident(checkpoint):
         if variant not in runs:
             with LLM(checkpoint(variant), resident="all", **OPTIONS) as llm:
                 runs[variant] = generate(llm)
-                assert not llm.rank.worker.executor.counters.copied_bytes and not llm.rank.plan.residency.streamed
+                assert llm.rank.ledger == TransferLedger() and not llm.rank.plan.residency.streamed
         return runs[variant]
 
     return run
 
 
 def assert_copied(llm: LLM, num_prologues: int = 1) -> None:
-    """Every streamed group crossed once a pass, the first ones once more for each time the ring was filled anew."""
-    plan, counters = llm.rank.plan.residency, llm.rank.worker.executor.counters
-    expected = {group: nbytes * counters.num_passes for group, nbytes in plan.streamed}
-    for group, nbytes in plan.streamed[: plan.ring.num_wrapped]:
-        expected[group] += nbytes * num_prologues
-    assert expected and counters.copied_bytes == expected
+    """Every streamed group crossed once a pass, the first ones once more for each time the ring was filled anew; and
+    that is all that one rank moves."""
+    plan, num_passes = llm.rank.plan.residency, llm.rank.worker.executor.counters.num_passes
+    predicted = TransferLedger()
+    for place, (group, nbytes) in enumerate(plan.streamed):
+        for _ in range(num_passes + (num_prologues if place < plan.ring.num_wrapped else 0)):
+            predicted.add(Site(group.name, group.layer_idx), nbytes)
+    assert predicted.total.sent_bytes > 0 and llm.rank.ledger == predicted
+    assert llm.rank.worker.executor.copied == predicted
 
 
 @pytest.mark.parametrize("ring", RINGS)
@@ -182,7 +186,7 @@ def test_after_an_exception(checkpoint, resident, where, ring, num_pass):
         executor.do = do
         llm.scheduler.check_integrity()
         assert not llm.scheduler.has_unfinished and not executor.ring_is_filled
-        executor.counters.copied_bytes.clear()
+        executor.ledger.clear()
         executor.counters.num_passes = 0
         for _ in range(2):
             assert generate(llm).same_bits(resident("llama_gqa"))

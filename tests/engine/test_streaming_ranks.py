@@ -121,3 +121,18 @@ def test_reduces(ranks, model, case):
         assert facts["reduces"] == {label: number * facts["num_passes"] for label, number in times.items()}
         hidden_bytes = facts["num_tokens"] * HIDDEN * 4
         assert facts["reduced_bytes"] == {label: number * hidden_bytes for label, number in times.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", MODELS)
+def test_rank_0_hears_what_each_rank_has_moved(ranks, model, case):
+    """It is all that is in their ledgers; copies and all-reduces apart."""
+    transfers = ranks[0][f"{model}-{case}"]["transfers"]
+    assert [told["rank"] for told in transfers] == list(range(RANKS))
+    assert [facts[f"{model}-{case}"]["transfers"] for facts in ranks[1:]] == [[]]
+    for told, facts in zip(transfers, (facts[f"{model}-{case}"] for facts in ranks)):
+        weights, reduces = told["weights"], told["all_reduces"]
+        assert weights["total"]["sent_bytes"] == sum(facts["copied"].values())
+        assert {name: moved["sent_bytes"] for name, moved in reduces["operations"].items()} == facts["reduced_bytes"]
+        by_site = sorted(facts["ledger"]["sites"], key=str)
+        assert sorted([*weights["sites"], *reduces["sites"]], key=str) == by_site and by_site

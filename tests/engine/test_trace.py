@@ -1,4 +1,4 @@
-"""Spans of captured passes without a GPU: streams and events that follow CUDA's rules of capture, and a clock.
+"""Spans and counts of captured passes without a GPU: streams and events that follow CUDA's rules of capture; a clock.
 
 The rules: an external event may be recorded only on a stream that is part of the capture, which a stream is from its
 first wait for an event of the capture on; when capture ends, every stream must have been joined. An event that is a
@@ -6,6 +6,7 @@ node gets its time anew at each replay.
 """
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from engine.runtime.graph import Graphs
 from engine.runtime.lanes import CudaLanes
 from engine.runtime.trace import RecordingTracer, Tracer, read_spans, write_trace
 from engine.runtime.trace import chrome_events as as_events
+from parallel.ledger import Site, Transfer, TransferLedger
 from scheduler.pass_work import PassShape
 from scheduler.plan_build import lay_out_ring, make_plan
 from scheduler.step_plan import COMPUTE, COPY, Compute, GroupId, Prefetch
@@ -139,8 +141,37 @@ def run_pass(device, lanes, plan):
 
 def captured(device, tracer, plan):
     lanes, graphs = CudaLanes(torch.device("cuda"), tracer), Graphs(torch.device("cuda"), tracer)
-    graphs.capture("decode", *[lambda: run_pass(device, lanes, plan)] * 2, counters=[])  # a warm-up, then the pass
+    graphs.capture("decode", *[lambda: run_pass(device, lanes, plan)] * 2, counts=[])  # a warm-up, then the pass
     return lanes, graphs
+
+
+@pytest.mark.parametrize("traced", [False, True])  # a trace wants a pass captured twice
+def test_replays_count_what_their_capture_did(device, traced):
+    """A counter and a ledger alike; neither a warm-up nor a capture counts, and each graph adds its own."""
+    tracer = RecordingTracer(torch.device("cuda")) if traced else Tracer()
+    graphs, steps, ledger = Graphs(torch.device("cuda"), tracer), Counter(head=5), TransferLedger()
+    attn, reduce = Site("attn", 0), Site("attn_allreduce", -1)
+    ledger.add(attn, 100)
+
+    def count(nbytes: int) -> None:
+        steps["attention"] += 1
+        for _ in range(2):
+            ledger.add(attn, 100)
+        ledger.add(reduce, nbytes)
+
+    for nbytes in (8, 16):
+        graphs.capture(nbytes, *[lambda nbytes=nbytes: count(nbytes)] * 2, counts=[steps, ledger])
+    assert steps == Counter(head=5) and ledger.sites == {attn: Transfer(1, 100)}
+    for nbytes in (8, 16, 16):
+        tracer.begin_pass(SHAPE)
+        graphs.replay(nbytes)
+    assert steps == Counter(head=5, attention=3)
+    assert ledger.sites == {attn: Transfer(7, 700), reduce: Transfer(3, 40)}
+    ledger.clear()  # in place: graphs go on counting into it
+    for _ in range(2):
+        tracer.begin_pass(SHAPE)
+        graphs.replay(8)
+    assert ledger.sites == {attn: Transfer(4, 400), reduce: Transfer(2, 16)}
 
 
 def test_passes_that_follow_each_other_are_read_while_later_ones_run(device):

@@ -7,6 +7,7 @@ of passes.
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -58,18 +59,23 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
         check_what_ran(executor, options)
         check_what_was_coded(llm, decode_weights.calls["triton"] > decoded)
-        copied = executor.counters.copied_bytes.total()
+        copied = executor.copied.total.sent_bytes
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
 
 
 def check_what_ran(executor, options: dict) -> None:
-    """Graphs were replayed, or were not, as asked; sums over ranks took the fused kernel, in graphs and without."""
+    """Graphs were replayed, or were not, as asked; sums over ranks took the fused kernel, in graphs and without, and
+    replays count theirs: as many a pass as the plan has."""
+    steps = Counter(part for step in executor.plan.steps for part in step.step.split("+") if part.endswith("allreduce"))
+    several = executor.context.collectives.size > 1
+    predicted = {name: number * executor.counters.num_passes for name, number in steps.items() if several}
+    assert {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()} == predicted
     if executor.decode is None:
         return  # a CPU, to try this file
     graphs = executor.decode.graphs
     assert bool(graphs and graphs.passes) != options.get("enforce_eager", False)
-    if executor.context.collectives.size > 1:
+    if several:
         assert reduce_residual_norm.calls["triton"] > 0
 
 

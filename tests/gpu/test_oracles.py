@@ -1,6 +1,7 @@
 """The oracles again on a GPU, in bf16: streamed == resident, bit for bit; tp 2 agrees with tp 1; the link was used."""
 
 import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from commands import run_ranks
 
 from engine.kernels import embedding
 from engine.llm import LLM
+from engine.runtime.executor import Counters
+from parallel.ledger import Site, TransferLedger
 from scheduler.request import SamplingParams
+from scheduler.residency import Residency
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[0, 5, 9], list(range(3, 120)), [0, 7]]
@@ -19,13 +23,23 @@ import os, sys, torch
 from gpu.test_oracles import generate
 
 for dtype in ("float32", "bfloat16"):
-    tokens, logits, counters, _ = generate(dtype=dtype, resident="none", weights_code="none")
-    torch.save([tokens, logits, counters.copied_bytes.total()], f"{sys.argv[1]}/{dtype}.{os.environ['RANK']}")
+    run = generate(dtype=dtype, resident="none", weights_code="none")
+    copied_bytes = run.copied.total.sent_bytes
+    torch.save([run.tokens, run.logits, copied_bytes], f"{sys.argv[1]}/{dtype}.{os.environ['RANK']}")
 """
 
 
-def generate(**options):
+class Run(NamedTuple):
     """Tokens and logits of every pass, and what the run did."""
+
+    tokens: list[list[int]]
+    logits: list[torch.Tensor]
+    counters: Counters
+    copied: TransferLedger
+    residency: Residency
+
+
+def generate(**options) -> Run:
     logits = []
     with LLM("demo", **(SMALL | options)) as llm:
         executor = llm.rank.worker.executor
@@ -36,24 +50,29 @@ def generate(**options):
             logits.append(executor.arena.cut(1, batch.num_sampled)["logits"].to("cpu", copy=True))
 
         executor.submit = submit
-        outputs = llm.generate(PROMPTS, GREEDY)
-        return [o.outputs[0].token_ids for o in outputs], logits, executor.counters, llm.rank.plan.residency
+        tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
+        if llm.rank.topology.rank == 0:
+            assert llm.rank.transfers[0]["weights"] == executor.copied.to_dict()
+        return Run(tokens, logits, executor.counters, executor.copied, llm.rank.plan.residency)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_streamed_is_resident_bitwise(dtype):
-    tokens, logits, counters, _ = generate(resident="all", dtype=dtype)
-    assert counters.copied_bytes.total() == 0
+    tokens, logits, _, copied, _ = generate(resident="all", dtype=dtype)
+    assert copied == TransferLedger()
     rings = [None, 1_500_000 * (2 if dtype == "float32" else 1), "32MiB"]
     for resident in ("none", 0.5):
         for ring in rings:
             gathered = embedding.calls["triton"]
             options = {"resident": resident, "ring": ring, "poison": True, "dtype": dtype, "weights_code": "none"}
-            streamed, streamed_logits, counters, residency = generate(**options)
+            streamed, streamed_logits, counters, copied, residency = generate(**options)
             assert streamed == tokens
             assert all(torch.equal(a, b) for a, b in zip(logits, streamed_logits, strict=True))
-            prologue = sum(nbytes for _, nbytes in residency.streamed[: residency.ring.num_wrapped])
-            assert counters.copied_bytes.total() == counters.num_passes * residency.streamed_bytes + prologue
+            predicted = TransferLedger()
+            for place, (group, nbytes) in enumerate(residency.streamed):
+                for _ in range(counters.num_passes + (place < residency.ring.num_wrapped)):  # and in the prologue
+                    predicted.add(Site(group.name, group.layer_idx), nbytes)
+            assert copied == predicted
             assert counters.steps["embedding"] == counters.num_passes
             assert embedding.calls["triton"] > gathered  # from the tied head's host span; replays are not calls
 
@@ -65,9 +84,9 @@ def test_graph_is_eager_bitwise(resident, dtype):
     options = {"resident": resident, "dtype": dtype, "weights_code": "none"}
     eager = generate(**options, enforce_eager=True)
     graph = generate(**options)
-    assert graph[0] == eager[0]
-    assert all(torch.equal(a, b) for a, b in zip(graph[1], eager[1], strict=True))
-    assert graph[2].copied_bytes == eager[2].copied_bytes and graph[2].steps == eager[2].steps
+    assert graph.tokens == eager.tokens
+    assert all(torch.equal(a, b) for a, b in zip(graph.logits, eager.logits, strict=True))
+    assert graph.copied == eager.copied and graph.counters.steps == eager.counters.steps
 
 
 SAMPLED = [
@@ -106,7 +125,7 @@ def test_hundreds_of_passes_ahead(resident):
             if lookahead is not None:
                 patch.setattr(type(llm.rank), "lookahead", lookahead)
             runs.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
-            assert llm.rank.ledger.num_passes > 200
+            assert llm.rank.times.num_passes > 200
             llm.scheduler.check_integrity()
     assert runs[0] == runs[1] and len({len(tokens) for tokens in runs[0]}) > 3
 
@@ -114,8 +133,8 @@ def test_hundreds_of_passes_ahead(resident):
 def test_cpu_and_gpu_agree_in_fp32():
     cpu = generate(device="cpu", dtype="float32", resident="all", gpu_memory=None)
     gpu = generate(dtype="float32", resident="none")
-    assert cpu[0] == gpu[0]
-    for ours, reference in zip(gpu[1], cpu[1], strict=True):
+    assert cpu.tokens == gpu.tokens
+    for ours, reference in zip(gpu.logits, cpu.logits, strict=True):
         assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()
 
 
@@ -136,10 +155,10 @@ def test_two_ranks_agree_with_one(tmp_path):
     script.write_text(RANK_SCRIPT)
     run_ranks(2, script, tmp_path, timeout=240)
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 4e-2)):
-        tokens, logits, counters, _ = generate(dtype=dtype, resident="none", weights_code="none")
+        tokens, logits, _, all_copied, _ = generate(dtype=dtype, resident="none", weights_code="none")
         for rank in range(2):
             rank_tokens, rank_logits, copied = torch.load(tmp_path / f"{dtype}.{rank}")
-            assert 0.5 <= copied / counters.copied_bytes.total() <= 0.52
+            assert 0.5 <= copied / all_copied.total.sent_bytes <= 0.52
             assert dtype == "bfloat16" or rank_tokens == tokens
             for ours, theirs in zip(logits, rank_logits, strict=True):
                 theirs = theirs[:, : ours.shape[1]]

@@ -25,17 +25,17 @@ _LAUNCH_TIMEOUT_S = 540
 
 def run_case(case: Case, checkpoint: str | Path, max_tokens: int = MAX_TOKENS) -> dict[str, Tensor]:
     """Greedy generation for all prompts at once. Returns tokens (prompts, n), logits (prompts, n, vocab) and what the
-    counters say: num_passes, copied_bytes."""
+    counters and the ledger say: num_passes, copied_bytes."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     with LLM(str(checkpoint), **case.options) as llm:
         logits = capture_logits(llm)
         outputs = llm.generate(prompts(), params)
-        counters = llm.rank.worker.executor.counters
+        executor = llm.rank.worker.executor
         return {
             "tokens": torch.tensor([output.outputs[0].token_ids for output in outputs]),
             "logits": torch.stack([torch.stack(logits[row]) for row in sorted(logits)]),
-            "num_passes": torch.tensor(counters.num_passes),
-            "copied_bytes": torch.tensor(counters.copied_bytes.total()),
+            "num_passes": torch.tensor(executor.counters.num_passes),
+            "copied_bytes": torch.tensor(executor.copied.total.sent_bytes),
         }
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from parallel.collectives import Solo, peer_errors
 from parallel.failure import PeerLost, RankFailed
+from parallel.ledger import TransferLedger
 from parallel.rendezvous import connect
 from parallel.topology import Topology
 
@@ -37,7 +38,7 @@ def main():
         group = connect(topology, launch.master_addr, launch.master_port, timeout_s=50)
         got = {"tensors": {name: tensors(group, getattr(torch, name)) for name in dtypes}}
         got |= {"rank": group.rank, "size": group.size, **messages(group, lists)}
-        got |= {"reduces": dict(group.num_reduces), "bytes": dict(group.reduced_bytes)}
+        got |= {"ledger": group.ledger.to_dict()}
         group.close()
         group.close()
     with open(f"{folder}/{launch.rank}.json", "w") as file:
@@ -58,7 +59,11 @@ def messages(group, lists):
     give = group.rank == 0
     data = group.broadcast_bytes(bytes(range(256)) * 40 if give else None)
     group.barrier()
-    return {"lists": [group.broadcast_ints(ints if give else None) for ints in lists], "data": data.hex()}
+    own = [b"", bytes(range(group.rank + 3)), bytes([group.rank]) * 5000 * (2 - group.rank)]
+    gathered = [group.gather_bytes(one) for one in own]
+    heard = None if gathered == [None] * 3 else [[one.hex() for one in ones] for ones in gathered]
+    heard_lists = [group.broadcast_ints(ints if give else None) for ints in lists]
+    return {"gathered": heard, "lists": heard_lists, "data": data.hex()}
 
 sys.exit(run_rank(main))
 """
@@ -93,11 +98,16 @@ def test_host_messages_reach_all_ranks(got):
         assert bytes.fromhex(rank["data"]) == bytes(range(256)) * 40
 
 
-def test_counters_count_one_group(got):
-    moved = 6 * (4 + 2 + 2 + 4)
+def test_rank_0_gets_the_bytes_of_all(got):
+    own = [[b"", bytes(range(rank + 3)), bytes([rank]) * 5000 * (2 - rank)] for rank in (0, 1)]
+    assert got[0]["gathered"] == [[one.hex() for one in ones] for ones in zip(*own)]
+    assert got[1]["gathered"] is None
+
+
+def test_a_ledger_counts_one_group(got):
+    moved = {"num_calls": len(DTYPES), "sent_bytes": 6 * (4 + 2 + 2 + 4), "received_bytes": 0}
     for rank in got:
-        assert rank["reduces"] == {"attn": len(DTYPES), "ffn": len(DTYPES)}
-        assert rank["bytes"] == {"attn": moved, "ffn": moved}
+        assert rank["ledger"]["operations"] == {"attn": moved, "ffn": moved}
 
 
 def test_solo_moves_nothing():
@@ -108,7 +118,7 @@ def test_solo_moves_nothing():
     group.all_gather_columns(part, out)
     assert torch.equal(part, torch.ones(2, 3)) and torch.equal(out, part)
     assert group.broadcast_ints([1, 2]) == [1, 2] and group.broadcast_bytes(b"ab") == b"ab"
-    assert group.num_reduces.total() == 0 and group.reduced_bytes.total() == 0
+    assert group.gather_bytes(b"ab") == [b"ab"] and group.ledger == TransferLedger()
     group.barrier()
     group.close()
 

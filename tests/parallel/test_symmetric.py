@@ -1,12 +1,11 @@
 """Which way a sum over GPUs takes, by its size, without a GPU; and which communicator NCCL's calls take."""
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from parallel import push_reduce, symmetric
+from parallel.ledger import Site, Transfer, TransferLedger
 from parallel.nccl import Nccl
 from parallel.symmetric import Symmetric
 
@@ -20,7 +19,7 @@ class Device(Symmetric):
 
     def __init__(self, monkeypatch):
         self.rank, self.size, self.took, self.capturing = 0, 4, [], False
-        self.num_reduces, self.reduced_bytes, self.num_symmetric = Counter(), Counter(), 0
+        self.ledger, self.num_symmetric = TransferLedger(), 0
         self._graph_group, self._warms_up, self._broken, self._peer_buffers = GRAPHS, False, False, None
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: self.sum("nccl", tensor, group))
@@ -49,9 +48,8 @@ def summed(device, num_rows: int, width: int = 4096, dtype=torch.bfloat16) -> li
     device.all_reduce(tensor, "attn")
     assert tensor.equal(4 * part)
     assert device.num_symmetric - before == (device.took[0][0] != "nccl")
-    assert device.reduced_bytes["attn"] == part.nbytes and device.num_reduces["attn"] == 1
-    device.num_reduces.clear()
-    device.reduced_bytes.clear()
+    assert device.ledger.sites == {Site("attn", -1): Transfer(1, part.nbytes)}
+    device.ledger.clear()
     return device.took
 
 

@@ -47,6 +47,14 @@ def test_latency(monkeypatch, capsys, tmp_path):
     assert json.loads(file.read_text()) == record and record["benchmark"] == "latency"
     assert {"hardware", "versions", "commit", "model_shape", "link_gb_s"} <= record.keys()
     assert record["rates"] == "measured" and record["max_num_seqs"] == 3
+    (transfers,) = record["transfers"]
+    num_passes = record["num_passes"]  # since the rates were measured, with the ring filled
+    assert transfers["weights"]["total"] == {
+        "num_calls": num_passes * (4 * 2 + 1),
+        "sent_bytes": num_passes * record["streamed_bytes_per_pass_and_rank"],
+        "received_bytes": 0,
+    }
+    assert transfers["weights"].keys() == {"total", "operations"} and num_passes > 0
     one, three = record["passes"]
     assert {name: record[name] for name in benchmark_latency.VLLM_FIELDS} == {
         name: one[name] for name in benchmark_latency.VLLM_FIELDS
