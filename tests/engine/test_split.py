@@ -123,7 +123,7 @@ def test_the_host_side_holds_norms_and_the_device_side_all_else(checkpoint):
             "q_norm",
             "k_norm",
         }
-        device_side = llm.rank.worker.channel._device_side
+        device_side = llm.rank.worker.channel.device_side
         assert {name for _, group in device_side._linear.values() for name in group} == {
             *("qkv", "o", "gate_up", "down", "head")
         }
