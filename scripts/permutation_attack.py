@@ -217,7 +217,7 @@ def measure(model: str, prompts: Sequence[list[int]], layers: Sequence[int] | No
     for layer_idx in layers:
         if layer_idx not in range(spec.num_layers):
             raise ValueError(f"--layers {layer_idx}: {model} has layers 0 to {spec.num_layers - 1}")
-    counts: dict[Attacked, Tensor] = {}
+    counts: dict[Attacked, list[tuple[int, int]]] = {}
     with attacker_llm(model, spec.vocab_size, max(map(len, prompts))) as llm:
         candidates = candidates_of(llm, spec.vocab_size)
         for token_ids in prompts:
@@ -225,14 +225,15 @@ def measure(model: str, prompts: Sequence[list[int]], layers: Sequence[int] | No
             run_attacks(attacks, candidates)
             for attack in attacks:
                 key = attack.site, attack.is_permuted, attack.matching
-                counts[key] = counts.get(key, 0) + torch.tensor(recovered(attack.found, token_ids))
-    return [as_row(key, (count / sum(map(len, prompts))).tolist()) for key, count in counts.items()]
+                counts.setdefault(key, []).append(recovered(attack.found, token_ids))
+    num_tokens = sum(map(len, prompts))
+    return [as_row(key, *(sum(found) / num_tokens for found in zip(*each))) for key, each in counts.items()]
 
 
-def as_row(key: Attacked, shares: list[float]) -> Row:
+def as_row(key: Attacked, positions: float, multiset: float) -> Row:
     site, is_permuted, matching = key
     named = {"site": SITES[site.operation], "layer": site.layer_idx, "permuted": is_permuted, "matching": matching}
-    return named | dict(zip(("positions", "multiset"), shares, strict=True))
+    return named | {"positions": positions, "multiset": multiset}
 
 
 def attack_table(rows: Sequence[Row]) -> str:

@@ -50,7 +50,9 @@ LEAST_KEY_BYTES = 16
 class SplitConfig:
     """How a split execution crosses; `process`: the device side is a process of its own. `permute`: some of
     PERMUTED, or their names in a string with commas; the device side sees these in another order. `permute_key`: the
-    key of the permutations in hex; None draws one. Raises ValueError, naming the field, for a value that is not known."""
+    key of the permutations in hex; None draws one.
+
+    Raises ValueError, naming the field, for a value that is not known."""
 
     wire_dtype: str = WIRE_DTYPES[0]
     attention: str = SCORES
