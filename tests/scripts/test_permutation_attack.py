@@ -56,7 +56,7 @@ def test_what_leaks_where(model):
             matching: found.get((site, layer_idx, True, matching)) for matching in (L1, SORTED, ANY_ROW, IN_ORDER)
         }
         assert clear == (1, 1), "in the clear all is found"
-        assert permuted[L1][0] < 0.5, "permuted, plain L1 does not find it"
+        assert permuted[L1][0] <= 0.5, "permuted, plain L1 does not find all"
         if site == "attention states":
             assert permuted[SORTED] == (1, 1), "head_dim is undone by sorting"
         elif (site, layer_idx) in alone:
