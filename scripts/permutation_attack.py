@@ -2,10 +2,11 @@
 
 The attacker is the device side. It knows the weights (norms too) and which tensor belongs to which call; it knows
 neither the prompt nor the key. Token by token it computes, for every token of the vocabulary behind the tokens that it
-has found so far, what a site would have seen, and takes the one that is nearest to what the site did see:
+has found so far, what a site would have seen, and takes the one that is nearest to what the site did see (D hidden,
+H/K query/KV heads, E head dim; below T tokens of the prompt, V of the vocabulary, N rows to match):
 
     QKV input          x_ (D) of a token          in attn_qkv
-    attention states   q, k, v (H + 2K, E)        in attention, after RoPE
+    attention states   q, k and v (H + 2K, E)     in attention, after RoPE
     MLP input          x_ (D) of a token          in ffn_up
 
     L1                 |candidate - row i|, for position i
