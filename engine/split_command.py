@@ -12,8 +12,9 @@ from engine.generate_command import TextPrinter, add_request_arguments, sampling
 from engine.prompts import read_prompts
 from engine.split.flags import add_split_arguments
 from engine.split.llm import FIXED, SplitLLM
+from engine.split.permutation import NOTICE
 from engine.split.report import difference, transfer_table
-from engine.split.transfers import SplitConfig
+from engine.split.transfers import PERMUTED, SplitConfig
 
 CONFIG_FIELDS = (
     *("model", "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
@@ -26,13 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_arguments(parser)
     add_split_arguments(parser)
     parser.add_argument("--process", action="store_true", help="run the device side as a process of its own")
+    kinds = "; ".join(f"{name}: {text}" for name, text in PERMUTED.items())
+    text = f"permute what the device side sees ({kinds}); {NOTICE}".replace("%", "%%")
+    parser.add_argument("--permute", default=(), metavar="NAMES", help=text)
+    parser.add_argument("--permute-key", metavar="HEX", help="the key of the permutations, for tests (default: drawn)")
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     params, prompts = sampling_params(args), read_prompts(args.prompt, args.prompts_file)
     options = {name: value for name, value in config.to_dict().items() if name not in FIXED}
-    with SplitLLM(split=SplitConfig(args.wire_dtype, args.attention, args.process), **options) as llm:
+    split = SplitConfig(args.wire_dtype, args.attention, args.process, args.permute, args.permute_key)
+    with SplitLLM(split=split, **options) as llm:
         llm.check(prompts, params)
+        if split.permute:
+            print(f"permuted: {', '.join(split.permute)}. This is {NOTICE}", file=sys.stderr)
         printer = TextPrinter(len(prompts), params.n) if not args.json and llm.tokenizer else None
         outputs = llm.generate(prompts, params, on_text=printer)
         say_outputs(outputs, args.json, printer)

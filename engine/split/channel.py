@@ -46,17 +46,17 @@ class InProcess:
 
     def __init__(self, device_side: DeviceSide, wire_dtype: torch.dtype):
         self.ledger = TransferLedger()
-        self._device_side, self._wire_dtype = device_side, wire_dtype
+        self.device_side, self._wire_dtype = device_side, wire_dtype
 
     def call(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
         sent = [to_wire(tensor, self._wire_dtype) for tensor in tensors]
-        answer = to_wire(self._device_side.run(site, sent), self._wire_dtype)
+        answer = to_wire(self.device_side.run(site, sent), self._wire_dtype)
         _check_answer(Header.of(site, [answer]), site, self._wire_dtype, out)
         self.ledger.add(site, sum(tensor.nbytes for tensor in sent), answer.nbytes)
         out.copy_(answer)
 
     def close(self) -> None:
-        self._device_side.close()
+        self.device_side.close()
 
 
 class Subprocess:

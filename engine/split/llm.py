@@ -1,6 +1,7 @@
 """SplitLLM: the LLM of a split execution. It takes the same prompts and sampling parameters and gives the same outputs;
 what crossed between its sides stands in `counted`, what was to cross in `predicted`."""
 
+import secrets
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from engine.runtime.rank import Rank
 from engine.split.channel import Channel, InProcess, Subprocess
 from engine.split.device_side import DeviceSide
 from engine.split.host_side import HostSide
+from engine.split.permutation import PermutedChannel
 from engine.split.transfers import PassRow, SplitConfig, add_pass
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
@@ -22,6 +24,7 @@ from scheduler.batch import Batch
 
 # What a split execution does not leave open: both sides compute on the CPU, and hold all of their weights plain.
 FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights_code": "none"}
+DRAWN_KEY_BYTES = 32
 
 
 class SplitRank(Rank):
@@ -63,15 +66,31 @@ class SplitRank(Rank):
         super().submit(batch)
 
 
+class PermutedRank(SplitRank):
+    """A SplitRank whose channel permutes; it is told whose tokens a pass computes."""
+
+    def _channel(self) -> PermutedChannel:
+        given = self.split.permute_key
+        key = secrets.token_bytes(DRAWN_KEY_BYTES) if given is None else bytes.fromhex(given)
+        self.permuted = PermutedChannel(super()._channel(), self.split.permute, key)
+        return self.permuted
+
+    def submit(self, batch: Batch) -> None:
+        self.permuted.begin_pass(batch)
+        super().submit(batch)
+
+
 class SplitLLM(LLM):
-    """`options` are EngineConfig's fields, without those of FIXED. Raises ValueError as LLM does."""
+    """`options` are EngineConfig's fields, without those of FIXED. Raises ValueError as LLM does. What `split.permute`
+    does is obfuscation, not confidentiality (permutation.py)."""
 
     def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
         self._split = split or SplitConfig()
         super().__init__(model, **options, **FIXED)
 
     def _start(self) -> SplitRank:
-        return SplitRank(self.config, self._split)
+        rank = PermutedRank if self._split.permute else SplitRank
+        return rank(self.config, self._split)
 
     @property
     def counted(self) -> TransferLedger:

@@ -18,7 +18,7 @@ head dim, I FFN width, V vocab. Token ids cross as int64, all else in the wire d
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.model.spec import DTYPE_BYTES, ModelSpec
@@ -38,21 +38,49 @@ ATTENTION_WAYS = {
 }
 ATTENTION_OPERATIONS = ("attention_scores", "attention_values", "attention")
 TOKEN_ID_BYTES = 8
+ROWS, HEAD_DIM = "rows", "head_dim"
+PERMUTED = {
+    ROWS: "token rows, for the embedding and the linear layers",
+    HEAD_DIM: "the dims of heads, for attention",
+}
+LEAST_KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How a split execution crosses; `process`: the device side is a process of its own. Raises ValueError, naming the
-    field, for a value that is not known."""
+    """How a split execution crosses; `process`: the device side is a process of its own. `permute`: some of
+    PERMUTED, or their names in a string with commas; the device side sees these in another order. `permute_key`: the
+    key of the permutations in hex; None draws one.
+
+    Raises ValueError, naming the field, for a value that is not known."""
 
     wire_dtype: str = WIRE_DTYPES[0]
     attention: str = SCORES
     process: bool = False
+    permute: tuple[str, ...] | str = ()
+    permute_key: str | None = field(default=None, repr=False)  # a secret
 
     def __post_init__(self):
         for name, known in (("wire_dtype", WIRE_DTYPES), ("attention", tuple(ATTENTION_WAYS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+        names = self.permute.split(",") if isinstance(self.permute, str) else self.permute
+        if not isinstance(names, list | tuple) or not all(name in tuple(PERMUTED) for name in names):
+            raise ValueError(f"permute={self.permute!r}: expected {' or '.join(PERMUTED)}, or both with a comma")
+        object.__setattr__(self, "permute", tuple(name for name in PERMUTED if name in names))
+        if self.permute_key is not None:
+            self._check_key()
+
+    def _check_key(self) -> None:
+        """Does not show the value, which is a secret."""
+        if not self.permute:
+            raise ValueError("permute_key: nothing is permuted without permute")
+        try:
+            num_bytes = len(bytes.fromhex(self.permute_key))
+        except (TypeError, ValueError):
+            raise ValueError("permute_key: expected an even number of hex digits") from None
+        if num_bytes < LEAST_KEY_BYTES:
+            raise ValueError(f"permute_key: {num_bytes} bytes, expected at least {LEAST_KEY_BYTES}")
 
 
 class Remedy(NamedTuple):

@@ -5,21 +5,16 @@ import sys
 
 import pytest
 import torch
-from oracle.cases import prompts
 from oracle.checkpoints import write_checkpoint
 from oracle.compare import choices, relative_difference, shared_prefix
-from oracle.engine_runs import capture_logits
+from split_runs import OPTIONS, generate, split
 
 from engine.llm import LLM
 from engine.split import frames
-from engine.split.llm import SplitLLM
-from engine.split.transfers import FUSED, REPEATED, SCORES, SplitConfig
+from engine.split.transfers import FUSED, REPEATED, SCORES
 from parallel.ledger import Site
 from scheduler.request import SamplingParams
 
-# three rows of 5, 37 and 90 tokens: chunks, passes with rows of different kinds, then decode passes
-OPTIONS = {"max_num_batched_tokens": 48, "max_num_seqs": 3, "page_size": 8, "page_order_seed": 1, "max_model_len": 160}
-GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 VARIANTS = ("llama_biases", "llama_mqa", "llama_odd_sizes", "mistral_window", "qwen2_tied", "qwen3", "neox_parallel")
 SERIAL = "neox_serial"
 BF16_WIRE_TOLERANCE = 0.03  # of max|logit|: 8 bits of mantissa, over 3 layers of random weights
@@ -52,18 +47,6 @@ def plain(checkpoint):
         return found[variant, dtype]
 
     return run
-
-
-def generate(llm: LLM) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens (prompts, n) and logits (prompts, n, vocab)."""
-    logits = capture_logits(llm)
-    outputs = llm.generate(prompts(), GREEDY)
-    tokens = torch.tensor([output.outputs[0].token_ids for output in outputs])
-    return tokens, torch.stack([torch.stack(logits[row]) for row in sorted(logits)])
-
-
-def split(path: str, **config) -> SplitLLM:
-    return SplitLLM(path, SplitConfig(**config), **OPTIONS)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, SERIAL])
@@ -123,7 +106,7 @@ def test_the_host_side_holds_norms_and_the_device_side_all_else(checkpoint):
             "q_norm",
             "k_norm",
         }
-        device_side = llm.rank.worker.channel._device_side
+        device_side = llm.rank.worker.channel.device_side
         assert {name for _, group in device_side._linear.values() for name in group} == {
             *("qkv", "o", "gate_up", "down", "head")
         }

@@ -7,6 +7,7 @@ import pytest
 from engine.cli import main
 from engine.model.families import read_config, read_spec
 from engine.planning import find_model
+from engine.split.permutation import NOTICE
 
 ASKED = ("--prompt", "Return the", "--prompt", "Raise an error", "--max-tokens", "8", "--ignore-eos")
 SAMPLED = ("--temperature", "0.8", "--top-p", "0.9", "--seed", "4", "--n", "2")
@@ -41,11 +42,30 @@ def test_json_and_all_layers(capsys):
     assert crossed["sent_bytes"] == num_tokens * spec.num_layers * spec.hidden_size * element
 
 
+def test_permuted_text_is_the_same_and_the_command_says_what_this_is(capsys):
+    arguments = ("--temperature", "0", "--dtype", "float32")
+    expected, unpermuted = run(capsys, "split", *arguments)
+    out, err = run(capsys, "split", *arguments, "--permute", "rows,head_dim", "--permute-key", "0f" * 16)
+    assert out == expected
+    (notice,) = [line for line in err.splitlines() if line not in unpermuted.splitlines()]
+    assert notice.startswith("permuted: rows, head_dim.") and NOTICE in notice
+    assert "0f0f" not in err
+
+
+def test_help_says_what_permuting_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["split", "--help"])
+    assert NOTICE in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (("--wire-dtype", "float16"), "--wire-dtype"),
         (("--attention", "flash"), "--attention"),
+        (("--permute", "dims"), "permute='dims'"),
+        (("--permute-key", "00" * 16), "permute_key: nothing is permuted"),
+        (("--permute", "rows", "--permute-key", "0012"), "permute_key: 2 bytes"),
         (("--device", "cuda"), "unrecognized arguments: --device"),
         (("--max-model-len", "2"), "max_model_len is 2"),
     ],
