@@ -74,6 +74,7 @@ def main() -> None:
         raise ValueError("--attention-window: without one a sequence ends where the KV cache does")
     with LLM(**config.to_dict()) as llm:
         planned, stretches = llm.rank.rates, Stretches(args.every, llm.rank.topology.device)
+        first = first_evicting(args, llm.rank.plan.retention.max_cached)
         run(llm, args.input_len, 2 * llm.rank.plan.retention.max_cached)
         if llm.rank.topology.rank == 0:
             llm.measure(llm.rank.work.streamed_bytes)
@@ -81,7 +82,8 @@ def main() -> None:
         run(llm, args.input_len, args.output_len)
         if llm.rank.topology.rank > 0:
             return
-        report = describe(llm, "endless") | figures(llm, stretches, args, planned)
+        workload = {name: getattr(args, name) for name in ("input_len", "output_len", "every")}
+        report = describe(llm, "endless") | workload | figures(llm, stretches, first, planned)
     say_machine(report)
     say(report)
     keep(report, args.output_json)
@@ -103,21 +105,24 @@ def run(llm: LLM, input_len: int, output_len: int) -> None:
     llm.generate([job.prompt], [greedy(job)])
 
 
-def figures(llm: LLM, stretches: Stretches, args: argparse.Namespace, planned: Rates) -> dict:
-    """The record's own fields. Raises ValueError if there were too few tokens for two stretches with evictions."""
-    retention, rank, rows = llm.rank.plan.retention, llm.rank, stretches.rows
-    evicting = [row for row in rows if row["output_tokens"] - args.every + args.input_len >= retention.max_cached]
-    if len(evicting) < 2:
+def first_evicting(args: argparse.Namespace, max_cached: int) -> int:
+    """The first stretch that begins when the cache is full. Raises ValueError if there will not be two of them."""
+    num_stretches = (args.output_len - 1) // args.every  # the first token comes from the prefill
+    first = -(-max(max_cached - args.input_len, 0) // args.every)
+    if num_stretches - first < 2:
         raise ValueError(
             f"--output-len {args.output_len}: expected two stretches of {args.every} tokens (--every) beyond the"
-            f" {retention.max_cached} that are cached"
+            f" {max_cached} that are cached"
         )
+    return first
+
+
+def figures(llm: LLM, stretches: Stretches, first_evicting: int, planned: Rates) -> dict:
+    """The record's own fields."""
+    retention, rank, evicting = llm.rank.plan.retention, llm.rank, stretches.rows[first_evicting:]
     first, last = evicting[0], evicting[-1]
     median_s = statistics.median(row["decode_pass_s"] for row in evicting)
     return {
-        "input_len": args.input_len,
-        "output_len": args.output_len,
-        "every": args.every,
         "attention_sinks": retention.num_sinks,
         "attention_window": retention.window_tokens,
         "eviction_tokens": retention.eviction_tokens,
@@ -127,7 +132,7 @@ def figures(llm: LLM, stretches: Stretches, args: argparse.Namespace, planned: R
         "resident_set_growth_bytes": last["resident_set_bytes"] - first["resident_set_bytes"],
         "device_growth_bytes": _difference(last["device_bytes"], first["device_bytes"]),
         **against_bound(rank.work, [stretches.shape], median_s, rank.rates, planned),
-        "rows": rows,
+        "rows": stretches.rows,
     }
 
 

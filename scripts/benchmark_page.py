@@ -27,6 +27,7 @@ GENERIC = {  # kind of record: its section
     "collectives": "Collectives",
     "codec": "Lossless code",
     "startup": "Start-up",
+    "endless": "Sequences without an end",
     "tests/gpu": "Tests on GPUs",
 }
 LATENCY, THROUGHPUT = "latency", "throughput"
@@ -197,10 +198,24 @@ STARTED: list[Column] = [
     *(("resident", text("resident")), ("weights", text("weights")), ("prompt", text("input_len"))),
     *(("cold start-up s", number("avg_cold_startup_time", 2)), ("warm s", number("avg_warm_startup_time", 2))),
 ]
+ENDLESS: list[Column] = [
+    *(("model", text("model")), ("dtype", text("dtype")), ("ranks", text("tp_size")), ("resident", text("resident"))),
+    *(("weights", text("weights")), ("sinks", text("attention_sinks")), ("window", text("attention_window"))),
+    *(("evicted at a time", text("eviction_tokens")), ("KV MiB a rank", number("kv_bytes_per_rank", 1, 2**-20))),
+    *(("a token, ms", ms("decode_pass_s")), ("last over first", number("last_pass_over_first"))),
+    *(("process grew by MiB", number("resident_set_growth_bytes", 1, 2**-20)),),
+    *(("device grew by MiB", number("device_growth_bytes", 1, 2**-20)), *BOUND),
+]
+STRETCHES: list[Column] = [
+    *(("output tokens", text("output_tokens")), ("a token, ms", ms("decode_pass_s"))),
+    *(("mean", ms("mean_decode_pass_s")), ("process MiB", number("resident_set_bytes", 1, 2**-20))),
+    ("device MiB", number("device_bytes", 1, 2**-20)),
+]
 # Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
 SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
     "codec": ([*RUN, ("decoder", text("decoder")), ("link GB/s", text("link_gb_s"))], CODED),
     "startup": ([*RUN, *STARTED], STARTS),
+    "endless": ([*RUN, *ENDLESS], STRETCHES),
 }
 
 
