@@ -237,10 +237,10 @@ if triton is not None:
                 angles = rope + key[:, None] * F
                 cos = _columns(angles, f, there, F).to(tl.float32)
                 sin = _columns(angles + rope_part * F, f, there, F).to(tl.float32)
-                first, second = _columns(keys + start_of, f, there, F), _columns(keys + start_of + F, f, there, F)
-                turned = _turned(first, cos, -second.to(tl.float32), sin).to(DOT)
+                k_first, k_second = _columns(keys + start_of, f, there, F), _columns(keys + start_of + F, f, there, F)
+                turned = _turned(k_first, cos, -k_second.to(tl.float32), sin).to(DOT)
                 scores = tl.dot(q_first, tl.trans(turned), input_precision="ieee")
-                turned = _turned(second, cos, first.to(tl.float32), sin).to(DOT)
+                turned = _turned(k_second, cos, k_first.to(tl.float32), sin).to(DOT)
                 scores = tl.dot(q_second, tl.trans(turned), scores, input_precision="ieee")
                 if REST:
                     k = _columns(keys + start_of + 2 * F, beside, there, E - 2 * F).to(DOT)
