@@ -27,6 +27,7 @@ GENERIC = {  # kind of record: its section
     "collectives": "Collectives",
     "codec": "Lossless code",
     "startup": "Start-up",
+    "sink_perplexity": "Attention sinks",
     "tests/gpu": "Tests on GPUs",
 }
 LATENCY, THROUGHPUT = "latency", "throughput"
@@ -197,10 +198,20 @@ STARTED: list[Column] = [
     *(("resident", text("resident")), ("weights", text("weights")), ("prompt", text("input_len"))),
     *(("cold start-up s", number("avg_cold_startup_time", 2)), ("warm s", number("avg_warm_startup_time", 2))),
 ]
+SINKS: list[Column] = [
+    *(("attends by", text("variant")), ("first tokens", text("sinks")), ("recent tokens", text("window"))),
+    *(("evicted at a time", text("evicted_at_a_time")), ("perplexity, trained length", number("perplexity_within", 2))),
+    *(("past it", number("perplexity_past", 2)), ("s", number("seconds", 1))),
+]
+SINKS_RUN: list[Column] = [
+    *(("model", text("model")), ("dtype", text("dtype")), ("text", text("text"))),
+    *(("trained length", text("trained_length")), ("attention", text("attention"))),
+]
 # Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
 SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
     "codec": ([*RUN, ("decoder", text("decoder")), ("link GB/s", text("link_gb_s"))], CODED),
     "startup": ([*RUN, *STARTED], STARTS),
+    "sink_perplexity": ([*RUN, *SINKS_RUN], SINKS),
 }
 
 
