@@ -28,6 +28,7 @@ GENERIC = {  # kind of record: its section
     "codec": "Lossless code",
     "startup": "Start-up",
     "endless": "Sequences without an end",
+    "sink_perplexity": "Attention sinks",
     "tests/gpu": "Tests on GPUs",
 }
 LATENCY, THROUGHPUT = "latency", "throughput"
@@ -211,11 +212,21 @@ STRETCHES: list[Column] = [
     *(("mean", ms("mean_decode_pass_s")), ("process MiB", number("resident_set_bytes", 1, 2**-20))),
     ("device MiB", number("device_bytes", 1, 2**-20)),
 ]
+SINKS: list[Column] = [
+    *(("attends by", text("variant")), ("first tokens", text("sinks")), ("recent tokens", text("window"))),
+    *(("evicted at a time", text("evicted_at_a_time")), ("perplexity, trained length", number("perplexity_within", 2))),
+    *(("past it", number("perplexity_past", 2)), ("s", number("seconds", 1))),
+]
+SINKS_RUN: list[Column] = [
+    *(("model", text("model")), ("dtype", text("dtype")), ("text", text("text"))),
+    *(("trained length", text("trained_length")), ("attention", text("attention"))),
+]
 # Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
 SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
     "codec": ([*RUN, ("decoder", text("decoder")), ("link GB/s", text("link_gb_s"))], CODED),
     "startup": ([*RUN, *STARTED], STARTS),
     "endless": ([*RUN, *ENDLESS], STRETCHES),
+    "sink_perplexity": ([*RUN, *SINKS_RUN], SINKS),
 }
 
 

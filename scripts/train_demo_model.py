@@ -43,6 +43,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT_PERCENT = 5  # share of modules
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "turtledemo", "__pycache__"}
 BOS, EOS, TURN_END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
@@ -248,7 +249,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=2048, help="tokens in the vocabulary")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    parser.add_argument("--held-out-percent", type=int, default=5, help="share of modules kept for measuring")
+    parser.add_argument(
+        "--held-out-percent", type=int, default=HELD_OUT_PERCENT, help="share of modules kept for measuring"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     parser.add_argument("--seed", type=int, default=0)
