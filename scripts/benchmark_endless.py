@@ -123,8 +123,6 @@ def figures(llm: LLM, stretches: Stretches, first_evicting: int, planned: Rates)
     first, last = evicting[0], evicting[-1]
     median_s = statistics.median(row["decode_pass_s"] for row in evicting)
     return {
-        "attention_sinks": retention.num_sinks,
-        "attention_window": retention.window_tokens,
         "eviction_tokens": retention.eviction_tokens,
         "kv_bytes_per_rank": rank.worker.executor.context.kv.data.nbytes,
         "decode_pass_s": median_s,

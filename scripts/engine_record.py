@@ -34,6 +34,8 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "max_model_len": residency.max_model_len,
+        "attention_sinks": config.attention_sinks,
+        "attention_window": config.attention_window,
         "streamed_bytes_per_pass_and_rank": rank.work.streamed_bytes,
         "plain_streamed_bytes_per_pass_and_rank": sum(plain[group] for group, _ in residency.streamed),
         "decoded_bytes_per_pass_and_rank": rank.work.decoded_bytes,
