@@ -30,7 +30,6 @@ from scheduler.pass_work import PassShape
 from scheduler.plan_table import render
 from scheduler.residency import Residency
 from scheduler.residency_table import Prediction, Variant, table
-from scheduler.retention import SinksAndWindow
 from scheduler.time_model import free_tokens
 from scheduler.timeline import predict_timeline, timeline_s
 
@@ -182,6 +181,6 @@ def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) ->
     text = table(
         residency, config.page_size, plan.rates, rows, variants(plan, context), free_tokens(pass_work(plan), plan.rates)
     )
-    if isinstance(plan.retention, SinksAndWindow):
+    if plan.retention.describe():
         text += f"\nnote: {plan.retention.describe()}"
     return text + (f"\nnote: context cut from {asked} to {context}, the longest one" if asked > context else "")

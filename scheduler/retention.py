@@ -23,11 +23,13 @@ from scheduler.pages import pages_for
 
 class Retention(Protocol):
     """`margin`: entries of a row's first page that stay empty. `shifts`: whether a token's position changes while it is
-    kept, so that keys are cached un-rotated. `max_cached`: most tokens that a row holds; None: as many as there are."""
+    kept, so that keys are cached un-rotated."""
 
     margin: int
     shifts: bool
-    max_cached: int | None
+
+    def describe(self) -> str:
+        """What a user should know of it, in a clause; empty: nothing."""
 
     def num_pages(self, num_tokens: int) -> int:
         """Pages of a sequence at its longest, `num_tokens` of it computed."""
@@ -49,7 +51,9 @@ class KeepAll:
     page_size: int
     margin = 0
     shifts = False
-    max_cached = None
+
+    def describe(self) -> str:
+        return ""
 
     def num_pages(self, num_tokens: int) -> int:
         return pages_for(num_tokens, self.page_size)
