@@ -18,7 +18,7 @@ from engine.split.transfers import PERMUTED, SplitConfig
 
 CONFIG_FIELDS = (
     *("model", "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
-    *("page_size", "num_pages", "seed"),
+    *("attention_sinks", "attention_window", "page_size", "num_pages", "seed"),
 )
 
 
