@@ -142,7 +142,9 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "free_tokens": free_tokens(pass_work(plan), plan.rates),
         "predictions": [_as_json(predict(plan, residency, n, context, "")) for n in sorted({1, best} - {0})],
         "timeline_s": timeline_s(predict_timeline(plan.step_plan, _batch_one(plan, context), plan.rates)),
-        "notes": residency.notes,
+        "attention_sinks": config.attention_sinks,
+        "attention_window": config.attention_window,
+        "notes": [*residency.notes, *filter(None, [plan.retention.describe()])],
     }
 
 

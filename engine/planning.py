@@ -16,7 +16,7 @@ from engine.model.families import tensor_names
 from engine.model.fusion import fuse, fused_runs
 from engine.model.layout import GroupLayout, ModelLayout, model_layout
 from engine.model.spec import ModelSpec
-from engine.model.steps import activation_bytes, model_steps
+from engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes, step_work
 from parallel.shard import local_vocab_size
 from scheduler.code_choice import CodeOffer, choose_code, settle
@@ -71,7 +71,6 @@ def make_engine_plan(
     """
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     retention = _retention(config, spec)
-    cached = retention.num_pages(INT32_MAX) * config.page_size if retention.shifts else None
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
     on_gpu = device_memory_bytes is not None
     steps = model_steps(spec)
@@ -89,14 +88,15 @@ def make_engine_plan(
         page_bytes=config.page_size * kv_token_bytes(spec, dtype, tp_size) * (spec.num_layers + 1) // spec.num_layers,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
-        max_position=cached or spec.max_position,
+        max_position=spec.max_position,
         resident=config.resident,
         memory_bytes=memory_budget(config, device_memory_bytes),
         fixed=_fixed_claims(config, spec, tp_size, on_gpu, sizes, total),
         ring_bytes=config.ring,
-        max_model_len=cached or config.max_model_len,
-        len_option="attention_window" if cached else "max_model_len",
+        max_model_len=_most_cached(config, retention),
+        len_option="max_model_len" if retention.max_cached is None else "attention_sinks+attention_window",
         num_pages=config.num_pages,
+        retention=retention,
     )
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
     counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
@@ -130,9 +130,15 @@ def _retention(config: EngineConfig, spec: ModelSpec) -> Retention:
 
 def longest_sequence(config: EngineConfig, plan: EnginePlan) -> int:
     """Tokens of a request at most: without a bound of their own where the cache drops old ones."""
-    if plan.retention.shifts:
-        return config.max_model_len or INT32_MAX
-    return plan.residency.max_model_len
+    if plan.retention.max_cached is None:
+        return plan.residency.max_model_len
+    return min(config.max_model_len or INT32_MAX, INT32_MAX)
+
+
+def _most_cached(config: EngineConfig, retention: Retention) -> int | None:
+    """Tokens of a sequence that must fit; None: as many as do."""
+    bounds = [bound for bound in (config.max_model_len, retention.max_cached) if bound is not None]
+    return min(bounds, default=None)
 
 
 def _step_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> StepPlan:
@@ -219,6 +225,9 @@ def _fixed_claims(
     logits = config.max_num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
     # One activation that an operation made before it is copied in; the sampler's float32 logits, twice; penalties.
     temporaries = max(sizes.values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
+    if config.attention_window is not None:  # copies, products and angles of the keys that are rotated at a time
+        dtype = spec.dtype if config.dtype == "auto" else config.dtype
+        temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
     claims = [("activations", activations), ("workspace", temporaries + (GEMM_WORKSPACE_BYTES if on_gpu else 0))]
     if on_gpu:
         claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from scheduler.plan_build import default_ring_bytes
+from scheduler.retention import KeepAll, Retention
 from scheduler.spread import spread_resident
 from scheduler.step_plan import GroupId
 
@@ -20,6 +21,7 @@ class Demand:
     stay all but what `plain` allows, which is bytes more than coded, or names. `fixed` are named claims that no choice
     changes (activations, workspace, context ...). `memory_bytes` None is plain host memory (a CPU), which has no limit
     here. `max_model_len` None is as long as trained and as fits; `len_option` is the name of the option that says so.
+    `retention` says in how many pages a sequence is kept: in one for all of its tokens, if it is not given.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -37,6 +39,7 @@ class Demand:
     max_model_len: int | None = None
     len_option: str = "max_model_len"
     num_pages: int | None = None
+    retention: Retention | None = None
 
     @property
     def fixed_bytes(self) -> int:
@@ -53,7 +56,11 @@ class Demand:
         return self.max_model_len or min(self.max_position, KV_LEN)
 
     def pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+        return (self.retention or KeepAll(self.page_size)).num_pages(num_tokens)
+
+    def tokens_in(self, num_pages: int) -> int:
+        """Of one sequence, in so many pages and the reserved one."""
+        return (num_pages - 1) * self.page_size - (self.retention.margin if self.retention else 0)
 
     @property
     def wanted_pages(self) -> int:

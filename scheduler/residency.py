@@ -147,7 +147,7 @@ def _assemble(demand: Demand, resident: frozenset[GroupId], ring_bytes: int, num
         not demand.embed_bytes and demand.groups[-1][0] in resident
     )
     weights = demand.weights_bytes(resident)
-    max_model_len = min(demand.full_len, (num_pages - 1) * demand.page_size)
+    max_model_len = min(demand.full_len, demand.tokens_in(num_pages))
     if demand.max_model_len is not None and max_model_len < demand.max_model_len:
         asked = f"{demand.len_option}={demand.max_model_len} is asked"
         raise ValueError(f"num_pages={num_pages}: {max_model_len} tokens fit, and {asked}")
@@ -193,12 +193,12 @@ def _refusal(demand: Demand, resident: frozenset[GroupId]) -> str:
     parts = [("resident weights", weights), ("ring", ring), *demand.fixed, (held, kv)]
     need = sum(nbytes for _, nbytes in parts)
     listed = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in parts if nbytes)
-    left = (demand.memory_bytes - need + kv) // demand.page_bytes - 1
+    left = (demand.memory_bytes - need + kv) // demand.page_bytes
     fits = [f"gpu_memory of at least {show_bytes(need)}"]
     if resident and _fit(replace(demand, resident="none"), frozenset()) is not None:
         fits.append("resident=auto")
-    if left > 0:
-        fits.append(f"{demand.len_option} up to {left * demand.page_size}, or num_pages up to {left + 1}")
+    if left > 1 and demand.tokens_in(left) > 0:
+        fits.append(f"{demand.len_option} up to {demand.tokens_in(left)}, or num_pages up to {left}")
     fits += ["a smaller max_num_batched_tokens or max_num_seqs (activations, workspace)", "more ranks"]
     asked = f"resident={demand.resident} needs {show_bytes(need)} of memory a rank ({listed})"
     return f"{asked}, and there are {show_bytes(demand.memory_bytes)}. What would fit: {'; '.join(fits)}"

@@ -22,11 +22,11 @@ from scheduler.pages import pages_for
 
 
 class Retention(Protocol):
-    """`margin`: entries of a row's first page that stay empty. `shifts`: whether a token's position changes while it is
-    kept, so that keys are cached un-rotated."""
+    """`margin`: entries of a row's first page that stay empty. `max_cached`: tokens that a row holds at most, however
+    long its sequence is: their positions change, and keys are cached un-rotated. None: it holds all of them."""
 
     margin: int
-    shifts: bool
+    max_cached: int | None
 
     def describe(self) -> str:
         """What a user should know of it, in a clause; empty: nothing."""
@@ -50,7 +50,7 @@ class KeepAll:
 
     page_size: int
     margin = 0
-    shifts = False
+    max_cached = None
 
     def describe(self) -> str:
         return ""
@@ -77,7 +77,6 @@ class SinksAndWindow:
     num_sinks: int
     window_tokens: int
     page_size: int
-    shifts = True
 
     def __post_init__(self):
         if self.window_tokens < self.page_size:
@@ -102,8 +101,8 @@ class SinksAndWindow:
 
     def describe(self) -> str:
         return (
-            f"sequences of any length: their first {self.num_sinks} tokens and {self.window_tokens} recent ones stay"
-            f" cached, of which the oldest {self.eviction_tokens} are evicted at a time"
+            f"of a sequence the first {self.num_sinks} tokens and {self.window_tokens} recent ones stay cached, of"
+            f" which the oldest {self.eviction_tokens} are evicted at a time"
         )
 
     def num_pages(self, num_tokens: int) -> int:
@@ -119,5 +118,6 @@ class SinksAndWindow:
         num_evicted = self.num_evicted(num_tokens)
         used = pages_for(self.margin + num_tokens - num_evicted, self.page_size)
         sinks = pages_for(self.num_sinks, self.page_size)
-        window, oldest = pages[sinks:], num_evicted // self.page_size
-        return (*pages[: min(used, sinks)], *(window[(oldest + place) % len(window)] for place in range(used - sinks)))
+        window = pages[sinks:]
+        oldest = num_evicted // self.page_size % max(len(window), 1)
+        return (*pages[:sinks], *window[oldest:], *window[:oldest])[:used]

@@ -10,8 +10,8 @@ Sources: Dao et al. 2023, "Flash-Decoding"; vLLM's PagedAttention.
 Launches depend on the bucket alone; lengths and pages are read on the device. A row's bits depend on its own q, keys,
 values, length, Q, window, N and min_segment; not on R, the other rows, where its pages lie, or what the workspace held.
 choose_segments depends on R, so a row's last bits may differ from bucket to bucket.
-Keys that are rotated here are read in halves, each its own tl.dot: 149 us for 64 rows of 2048 tokens, where rotated
-keys take 126; read twice, in two orders, 227; halves joined for one tl.dot, 197.
+Keys that are rotated here are read in halves, each its own tl.dot: 133 us for 64 rows of 2048 tokens, where rotated
+keys take 128; read twice, in two orders, 227; halves joined for one tl.dot, 197.
 Tried: 3 stages, where only 3 programs fit an SM: 25 us and not 21 for 256 rows of 64 tokens, 142 and not 126 for 64 of
 2048; fp32 spills with 4 warps, not with 8. Not tried: the last program of a head merging (a node less).
 """
@@ -101,6 +101,7 @@ def decode_attention(
         **options(q.device),
         num_warps=4 if q.element_size() == 2 else 8,  # fp32 spills registers with 4
         num_stages=3 if pairs and head_dim <= 128 else 2,  # as many as a wide head has room for
+        **({"enable_fp_fusion": False} if pairs else {}),  # a fused multiply-add would not round a rotation's product
     )
     if split:
         _merge_segments[(num_heads, num_queries, num_rows)](

@@ -24,6 +24,7 @@ from engine.kernels.decode_attention import decode_attention
 from engine.kernels.rope_append import rotate_
 from engine.model.inputs import CachedLayer, GatheredContext, PagedContext, RowRange
 from engine.model.spec import ModelSpec
+from engine.model.steps import KEYS_AT_ONCE
 
 Context = GatheredContext | PagedContext
 
@@ -74,7 +75,8 @@ def gather(cache: CachedLayer, context: GatheredContext) -> tuple[Tensor, Tensor
     """Keys, rotated, and values of the context: (C, K, E) each."""
     keys, values = cache.keys[context.places], cache.values[context.places]
     if cache.key_rope is not None:
-        rotate_(keys, *cache.key_rope[:, context.positions])
+        for part, positions in zip(keys.split(KEYS_AT_ONCE), context.positions.split(KEYS_AT_ONCE)):
+            rotate_(part, *cache.key_rope[:, positions])
     return keys, values
 
 

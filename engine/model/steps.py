@@ -9,6 +9,8 @@ from engine.model.spec import DTYPE_BYTES, ModelSpec
 from parallel.shard import local_ffn_size, local_vocab_size, pad_to, shard_heads
 from scheduler.step_plan import Compute, GroupId
 
+KEYS_AT_ONCE = 4096  # tokens whose keys, cached un-rotated, are rotated at a time: it bounds the temporaries
+
 
 def model_steps(spec: ModelSpec) -> list[Compute]:
     """All steps of a pass, from the embedding to the sampled tokens."""

@@ -53,7 +53,7 @@ class Bucket:
         device, sampler = context.rope.device, context.sampler
         self.num_rows, self.kv, self.last_tokens = num_rows, context.kv, sampler.last_tokens
         self.pad_row = sampler.pad_row
-        max_pages = pages_for(max_context, self.kv.page_size)
+        max_pages = pages_for(self.kv.margin + max_context, self.kv.page_size)
         self.tables = deque(HostTable(num_rows, max_pages, pinned=device.type == "cuda") for _ in range(2))
         self.table = torch.zeros_like(self.tables[0].table, device=device)
         num_segments = choose_segments(num_rows, context.num_kv_heads, max_context)

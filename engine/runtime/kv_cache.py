@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.model.inputs import CachedLayer
+from engine.planning import EnginePlan
 
 
 class KVCache:
@@ -33,3 +34,10 @@ class KVCache:
     def layer(self, layer_idx: int) -> CachedLayer:
         keys, values = self.data[layer_idx]
         return CachedLayer(keys, values, self.page_size, self.margin, self.key_rope)
+
+
+def make_cache(plan: EnginePlan, page_size: int, num_kv_heads: int, rope: Tensor) -> KVCache:
+    """That of a plan, on the device and in the dtype of its rotations `rope` (2, L, F)."""
+    sizes = (plan.spec.num_layers, plan.residency.num_pages, page_size, num_kv_heads, plan.spec.head_dim)
+    key_rope = None if plan.retention.max_cached is None else rope
+    return KVCache(*sizes, rope.dtype, rope.device, plan.retention.margin, key_rope)

@@ -18,7 +18,7 @@ from engine.planning import EnginePlan, settle_plan
 from engine.runtime.arena import ActivationArena, aligned_bytes, slot_of
 from engine.runtime.decode import DecodePasses
 from engine.runtime.executor import Coded, Executor
-from engine.runtime.kv_cache import KVCache
+from engine.runtime.kv_cache import make_cache
 from engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from engine.runtime.sampler import Sampler
 from engine.runtime.trace import RecordingTracer, Tracer
@@ -120,9 +120,6 @@ class Worker:
         num_kv_heads = len(heads.kv_heads)
         embed = self._embed(layout)
         rope = rope_table(spec.rope, residency.max_model_len, dtype, device)
-        sizes = (spec.num_layers, residency.num_pages, config.page_size, num_kv_heads, spec.head_dim)
-        retention = self.plan.retention
-        kv = KVCache(*sizes, dtype, device, retention.margin, rope if retention.shifts else None)
         return StepContext(
             spec=spec,
             num_heads=heads.num_heads,
@@ -130,7 +127,7 @@ class Worker:
             first_vocab=topology.rank * embed.shape[0],
             embed=embed,
             rope=rope,
-            kv=kv,
+            kv=make_cache(self.plan, config.page_size, num_kv_heads, rope),
             sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
             collectives=collectives,
         )

@@ -16,7 +16,7 @@ from engine.model.steps import activation_widths
 from engine.planning import EnginePlan
 from engine.runtime.arena import ActivationArena, aligned_bytes
 from engine.runtime.executor import Executor
-from engine.runtime.kv_cache import KVCache
+from engine.runtime.kv_cache import make_cache
 from engine.runtime.lanes import InterleavedLanes
 from engine.runtime.sampler import Sampler
 from engine.runtime.trace import Tracer
@@ -89,8 +89,7 @@ class HostSide:
         spec, residency, dtype = plan.spec, plan.residency, getattr(torch, plan.dtype)
         self.channel = channel
         self._weights, named = load_part(config, plan, trusted=True)
-        sizes = (spec.num_layers, residency.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
-        rope, retention = rope_table(spec.rope, residency.max_model_len, dtype, CPU), plan.retention
+        rope = rope_table(spec.rope, residency.max_model_len, dtype, CPU)
         tracer, widths = Tracer(), activation_widths(spec, tp_size=1)
         context = StepContext(
             spec=spec,
@@ -99,7 +98,7 @@ class HostSide:
             first_vocab=0,
             embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
             rope=rope,
-            kv=KVCache(*sizes, dtype, CPU, retention.margin, rope if retention.shifts else None),
+            kv=make_cache(plan, config.page_size, spec.num_kv_heads, rope),
             sampler=Sampler(config.max_num_seqs, spec.vocab_size, CPU),
             collectives=collectives,
         )

@@ -173,7 +173,7 @@ OPTIONS = [
     Bad("more than a layer sees", r"attention_window=100 are 100 tokens, and the model has layers that see 64",
         config(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64),
         {"attention_window": 100}),
-    Bad("pages of a window", r"num_pages=3: 32 tokens fit, and attention_window=112 is asked",
+    Bad("pages of a window", r"num_pages=3: 32 tokens fit, and attention_sinks\+attention_window=100 is asked",
         options={"num_pages": 3, "attention_window": 100}),
     Bad("pages", r"num_pages=1: expected at least 2 \(page 0 is reserved", options={"num_pages": 1}),
     Bad("too few pages", r"num_pages=3: 32 tokens fit, and max_model_len=100 is asked",

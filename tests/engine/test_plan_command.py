@@ -1,6 +1,7 @@
 """`penstock plan` on a config alone: no torch, in under two seconds, with figures that can be checked by hand."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -195,7 +196,12 @@ def test_the_version_is_said_once(capsys):
 def test_with_a_window_it_says_what_stays(capsys):
     arguments = ("--model", "demo", "--device", "cpu", "--attention-sinks", "4", "--attention-window", "200")
     shown = plan_json(capsys, *arguments)
-    assert (shown["max_context"], shown["max_model_len"]) == (16 + 208, 2**31 - 1)
+    assert (shown["max_context"], shown["max_model_len"]) == (204, 2**31 - 1)
     text = plan(capsys, *arguments)
-    assert "their first 4 tokens and 200 recent ones stay cached, of which the oldest 48 are evicted at a time" in text
+    kept = "of a sequence the first 4 tokens and 200 recent ones stay cached"
+    note = f"{kept}, of which the oldest 48 are evicted at a time"
+    assert f"note: {note}" in text and shown["notes"][-1] == note
+    assert re.search("longest context +204 tokens", text)
+    short = plan_json(capsys, *arguments, "--max-model-len", "100", "--num-pages", "8")
+    assert (short["max_context"], short["max_model_len"]) == (100, 100)
     assert "evicted" not in plan(capsys, "--model", "demo", "--device", "cpu")

@@ -68,12 +68,14 @@ def test_a_row_is_what_it_is_alone(params):
         assert tokens == together[place][0]
 
 
-def test_decode_passes_of_a_gpu_give_the_tokens(windowed, monkeypatch):
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_decode_passes_of_a_gpu_give_the_tokens(params, monkeypatch):
     """Padded buckets over the paged cache, with the kernels' references."""
+    plain = outputs_of(SINKS, params=params)
     for name in ("decode_attention", "decode_inputs"):
         KERNELS[name].put_in(monkeypatch, KERNELS[name].reference)
-    padded = outputs_of(SINKS, change=as_on_a_gpu)
-    assert [tokens for tokens, _ in padded] == [tokens for tokens, _ in windowed]
+    padded = outputs_of(SINKS, params=params, change=as_on_a_gpu)
+    assert [tokens for tokens, _ in padded] == [tokens for tokens, _ in plain]
 
 
 @pytest.mark.parametrize("name", ["decode_attention", "decode_inputs", "rope_append"])

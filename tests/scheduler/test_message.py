@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.batch import Batch, BatchRow
+from scheduler.pass_work import PassShape
 from scheduler.request import ON_DEVICE, RowSampling
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -16,7 +17,7 @@ SAMPLING = st.builds(
     RowSampling, NUMBER, NUMBER, COUNT, NUMBER, NUMBER, NUMBER, NUMBER, st.integers(0, 2**64 - 1), INT32
 )
 INTS = st.lists(INT32, max_size=6).map(tuple)
-ROWS = st.builds(BatchRow, COUNT, INTS, COUNT, INTS, st.booleans(), st.none() | SAMPLING)
+ROWS = st.builds(BatchRow, COUNT, INTS, COUNT, INTS, st.booleans(), st.none() | SAMPLING, COUNT)
 BATCHES = st.builds(Batch, st.lists(ROWS, max_size=5).map(tuple))
 
 
@@ -46,3 +47,9 @@ def test_counts_of_a_batch():
     row = BatchRow(0, (1, 2, 3), 0, (1,), False, None)
     batch = Batch((row, dataclasses.replace(row, row=1, tokens=(ON_DEVICE,), samples=True)))
     assert (batch.num_tokens, batch.num_sampled) == (4, 1)
+    assert batch.shape == PassShape(4, 2, 0, 3 + 2 + 1 + 1)
+
+
+def test_evicted_tokens_are_no_context():
+    row = BatchRow(0, (7, 8), 100, (1, 2), True, None, num_evicted=90)
+    assert row.num_cached == 10 and Batch((row,)).shape == PassShape(2, 1, 10, 11 + 12)
