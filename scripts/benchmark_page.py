@@ -29,6 +29,7 @@ GENERIC = {  # kind of record: its section
     "startup": "Start-up",
     "endless": "Sequences without an end",
     "sink_perplexity": "Attention sinks",
+    "permutation_attack": "Attack on permuted execution",
     "tests/gpu": "Tests on GPUs",
 }
 LATENCY, THROUGHPUT = "latency", "throughput"

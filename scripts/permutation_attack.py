@@ -20,11 +20,11 @@ Source: "Hidden No More: Attacking and Defending Private Third-Party LLM Inferen
     python scripts/permutation_attack.py --prompt "Return the number of items"
 
 `positions` are the tokens found in their place, `multiset` those found in any place, as shares of all tokens. It takes
-a pass over the whole vocabulary for each token and each of the found prefixes that differ.
+a pass over the whole vocabulary for each token and each of the found prefixes that differ. The last line is one JSON
+object.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +38,7 @@ from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
 from engine.model.families import read_config, read_spec
 from engine.planning import find_model
+from engine.record import add_output_argument, keep, machine
 from engine.split.channel import InProcess
 from engine.split.device_side import DeviceSide
 from engine.split.llm import SplitLLM
@@ -254,15 +255,14 @@ def main() -> None:
     args = arguments()
     prompts = args.token_ids or tokenize(args.model, args.prompt or PROMPTS)
     rows = measure(args.model, prompts, args.layers)
-    if args.json:
-        print(json.dumps({"model": args.model, "prompt_tokens": [len(prompt) for prompt in prompts], "attacks": rows}))
-        return
     print(
         f"{args.model}: {len(prompts)} prompts of {', '.join(str(len(prompt)) for prompt in prompts)} tokens, found by"
     )
     print("who knows the weights: in place / in any place\n")
     print(attack_table(rows))
     print(f"--permute {','.join(PERMUTED)} is {NOTICE}.")
+    record = {"benchmark": "permutation_attack", **machine(torch.device("cpu")), "model": args.model}
+    keep(record | {"prompt_tokens": [len(prompt) for prompt in prompts], "rows": rows}, args.output_json)
 
 
 def arguments() -> argparse.Namespace:
@@ -274,7 +274,7 @@ def arguments() -> argparse.Namespace:
     prompt.add_argument("--token-ids", type=int, nargs="+", action="append", metavar="ID", help=told)
     told = "where to look (default: the first, the middle and the last)"
     parser.add_argument("--layers", type=int, nargs="+", metavar="N", help=told)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    add_output_argument(parser)
     return parser.parse_args()
 
 

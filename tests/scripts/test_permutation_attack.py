@@ -128,14 +128,16 @@ def test_the_table_on_the_demo_model(script):
     whole = "100% / 100%"
     assert lines["QKV input"][2] == lines["attention states"][2] == lines["MLP input"][2] == whole
     assert lines["QKV input"][5] == lines["attention states"][6] == lines["MLP input"][4] == whole
-    assert "not confidentiality" in shown[-1]
+    assert "not confidentiality" in shown[-2]
 
 
-def test_figures_as_json(script, model):
-    prompts = ("--token-ids", "5", "9", "--token-ids", "3")
-    shown = json.loads(script("--model", model, *prompts, "--json", "--layers", "1"))
-    assert shown["prompt_tokens"] == [2, 1] and len(shown["attacks"]) == NUM_ATTACKS
-    for row in shown["attacks"]:
+def test_figures_as_a_record(script, model, tmp_path):
+    prompts, path = ("--token-ids", "5", "9", "--token-ids", "3"), tmp_path / "record.json"
+    shown = script("--model", model, *prompts, "--layers", "1", "--output-json", str(path)).splitlines()
+    record = json.loads(path.read_text())
+    assert json.loads(shown[-1]) == record and record["benchmark"] == "permutation_attack"
+    assert record["prompt_tokens"] == [2, 1] and len(record["rows"]) == NUM_ATTACKS
+    for row in record["rows"]:
         assert set(row) == {"site", "layer", "permuted", "matching", "positions", "multiset"} and row["layer"] == 1
         assert row["permuted"] or row["positions"] == row["multiset"] == 1
 
