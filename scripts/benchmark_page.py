@@ -52,7 +52,8 @@ class Record:
 
     def facts(self) -> Row:
         """What each of its rows states beside its own figures."""
-        names = ("hardware", "commit", "model", "dtype", "tp_size", "resident", "input_len", "output_len")
+        names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
+        names += ("input_len", "output_len", "attention_window")
         weights = "coded" if any(self.content.get("coded_groups", ())) else "plain"
         return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
 
@@ -148,6 +149,7 @@ MODEL += [
     ("weights", text("weights")),
     ("batch", text("batch_size")),
     ("prompt", text("input_len")),
+    ("attention window", text("attention_window")),
 ]
 BOUND: list[Column] = [("bound", ms("bound_s")), ("by", text("bound")), ("fraction", number("fraction_of_bound"))]
 BOUND += [("predicted", ms("predicted_s")), ("predicted / time", number("predicted_over_measured", 2))]
