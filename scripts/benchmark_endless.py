@@ -112,7 +112,7 @@ def first_evicting(args: argparse.Namespace, max_cached: int) -> int:
     if num_stretches - first < 2:
         raise ValueError(
             f"--output-len {args.output_len}: expected two stretches of {args.every} tokens (--every) beyond the"
-            f" {max_cached} that are cached"
+            f" {max_cached} that are cached: more tokens, or a smaller --every"
         )
     return first
 

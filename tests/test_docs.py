@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from engine.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,3 +40,9 @@ def test_the_plan_in_the_readme_is_the_plan(capsys, monkeypatch):
 def test_the_tree_in_the_docs_is_the_tree():
     there = {str(p.relative_to(ROOT)) for tree in TREES for p in (ROOT / tree).rglob("*.py") if p.name != "__init__.py"}
     assert listed_modules() == there | {"penstock.py"}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

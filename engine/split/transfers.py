@@ -78,7 +78,7 @@ class SplitConfig:
         try:
             num_bytes = len(bytes.fromhex(self.permute_key))
         except (TypeError, ValueError):
-            raise ValueError("permute_key: expected an even number of hex digits") from None
+            raise ValueError("permute_key: expected hex digits, an even number of them") from None
         if num_bytes < LEAST_KEY_BYTES:
             raise ValueError(f"permute_key: {num_bytes} bytes, expected at least {LEAST_KEY_BYTES}")
 
