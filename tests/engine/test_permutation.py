@@ -311,7 +311,7 @@ def test_who_does_not_permute_has_no_such_channel():
         ({"permute": ["rows", ["head_dim"]]}, "permute="),
         ({"permute_key": KEY.hex()}, "permute_key: nothing is permuted"),
         ({"permute": "rows", "permute_key": KEY[:15].hex()}, "permute_key: 15 bytes, expected at least 16"),
-        ({"permute": "rows", "permute_key": "5ec4e7" * 6 + "0"}, "permute_key: expected hex digits, an even number of them"),
+        ({"permute": "rows", "permute_key": "5ec4e7" * 6 + "0"}, "permute_key: expected hex digits, an even number"),
         ({"permute": "rows", "permute_key": 12}, "permute_key: expected"),
     ],
 )
