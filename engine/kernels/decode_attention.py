@@ -170,33 +170,11 @@ if triton is not None:
 
     @triton.jit
     def _attend_segment(
-        q,
-        keys,
-        values,
-        page_table,
-        context_lens,
-        out,
-        parts,
-        rope,
-        rope_part,
-        strides,
-        scale,
-        ways,
-        Q: tl.constexpr,
-        GROUP: tl.constexpr,
-        S: tl.constexpr,
-        MARGIN: tl.constexpr,
-        SPLIT: tl.constexpr,
-        E: tl.constexpr,
-        E_PADDED: tl.constexpr,
-        BLOCK: tl.constexpr,
-        F: tl.constexpr,
-        F_PADDED: tl.constexpr,
-        REST: tl.constexpr,
-        M: tl.constexpr,
-        DOT: tl.constexpr,
-        OVERLAPS: tl.constexpr,
-    ):
+        q, keys, values, page_table, context_lens, out, parts, rope, rope_part, strides, scale, ways,
+        Q: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, SPLIT: tl.constexpr,
+        E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr, F_PADDED: tl.constexpr,
+        REST: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr, OVERLAPS: tl.constexpr,
+    ):  # fmt: skip
         wait_for_inputs(OVERLAPS)
         kv_head, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         num_kv_heads, segments = tl.num_programs(0), tl.num_programs(1)
