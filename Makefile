@@ -12,9 +12,8 @@ demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m penstock generate \
 	  --model demo --resident none --table --max-tokens 96 --ignore-eos --temperature 0.6 --prompt "Return a new"
 
-# whole files go to two workers: a file's fixtures are made once
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
