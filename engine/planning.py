@@ -91,7 +91,7 @@ def make_engine_plan(
         max_position=spec.max_position,
         resident=config.resident,
         memory_bytes=memory_budget(config, device_memory_bytes),
-        fixed=_fixed_claims(config, spec, tp_size, on_gpu, sizes, total),
+        fixed=_fixed_claims(config, spec, dtype, tp_size, on_gpu, sizes, total),
         ring_bytes=config.ring,
         max_model_len=_most_cached(config, retention),
         len_option="max_model_len" if retention.max_cached is None else "attention_sinks+attention_window",
@@ -220,13 +220,18 @@ def memory_budget(config: EngineConfig, device_memory_bytes: int | None) -> int 
 
 
 def _fixed_claims(
-    config: EngineConfig, spec: ModelSpec, tp_size: int, on_gpu: bool, sizes: dict[str, int], activations: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: str,
+    tp_size: int,
+    on_gpu: bool,
+    sizes: dict[str, int],
+    activations: int,
 ) -> tuple[tuple[str, int], ...]:
     logits = config.max_num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
     # One activation that an operation made before it is copied in; the sampler's float32 logits, twice; penalties.
     temporaries = max(sizes.values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
     if config.attention_window is not None:  # copies, products and angles of the keys that are rotated at a time
-        dtype = spec.dtype if config.dtype == "auto" else config.dtype
         temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
     claims = [("activations", activations), ("workspace", temporaries + (GEMM_WORKSPACE_BYTES if on_gpu else 0))]
     if on_gpu:

@@ -21,7 +21,7 @@ class Demand:
     stay all but what `plain` allows, which is bytes more than coded, or names. `fixed` are named claims that no choice
     changes (activations, workspace, context ...). `memory_bytes` None is plain host memory (a CPU), which has no limit
     here. `max_model_len` None is as long as trained and as fits; `len_option` is the name of the option that says so.
-    `retention` says in how many pages a sequence is kept: in one for all of its tokens, if it is not given.
+    `retention` says how many pages a sequence needs: enough for all of its tokens, if it is not given.
     """
 
     groups: tuple[tuple[GroupId, int], ...]

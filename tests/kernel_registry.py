@@ -147,3 +147,4 @@ KERNELS: dict[str, EngineKernel] = {
         lambda step, ctx: step.step.endswith("norm") and _fits(step, ctx),
     ),
 }
+OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # one process never launches them: tests/gpu/test_kernel_ranks.py

@@ -6,11 +6,10 @@ import subprocess
 import sys
 
 from commands import ROOT
-from kernel_registry import KERNELS
+from kernel_registry import KERNELS, OVER_RANKS
 from oracle.checkpoints import write_checkpoint
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # which one process never launches
 
 
 def test_kernels_compile_where_there_is_no_gpu(tmp_path):

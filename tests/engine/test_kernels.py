@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from engine_proof import PROMPT, first_difference, prove_calls, prove_states_and_tokens, run_with, watched
 from kernel_proof import DEVICE
-from kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS
+from kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS, OVER_RANKS
 from oracle.checkpoints import write_checkpoint
 
 from engine.llm import LLM
@@ -22,7 +22,6 @@ TINY = {
 }
 OPTIONS = {"resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
 CODED = {"weights_code": "lossless"}
-OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # tests/gpu/test_kernel_ranks.py runs these
 ALONE = [name for name in KERNELS if name not in OVER_RANKS]
 DTYPES = {"float32": 1e-5, "bfloat16": 4e-2}  # how far hidden states may drift from the reference's
 PROOFS = {"prove", "prove_refusal", "counted"}
