@@ -1,6 +1,8 @@
-"""Tests marked gpu are skipped, with the reason, where there is no CUDA device; the user's cache is out of reach."""
+"""Tests marked gpu are skipped, with the reason, where there is no CUDA device; the user's cache is out of reach; a
+test has the same random tensors whichever tests run before it."""
 
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests share two cores with their ranks
 
@@ -17,6 +19,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of any scope
+def pytest_runtest_setup():
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def pytest_collection_modifyitems(items):

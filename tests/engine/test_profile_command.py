@@ -83,7 +83,7 @@ def test_the_command_on_the_demo_model(capsys, tmp_path):
         assert profiled["copy_lane"]["copied_bytes"] > 0 and profiled["predicted_s"] > 0
         assert len(profiled["rank_s"]) == 1 and profiled["slowest_rank"] == 0
     assert 0 < shown["graph_s"] <= shown["step_s"]
-    assert 0 <= shown["copy_gap_s"]["median"] <= shown["copy_gap_s"]["largest"] < shown["step_s"]
+    assert 0 <= shown["copy_gap_s"]["median"] <= shown["copy_gap_s"]["largest"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 

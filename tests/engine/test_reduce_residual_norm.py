@@ -73,7 +73,7 @@ def test_in_every_layout(kind, dtype):
         residual_norm_reference(x, sum_of([delta, other]), weight, bias, 1e-5, out, kind)
 
     fp32 = dtype == torch.float32
-    near = within(8 if fp32 else 2, share=1.0 if fp32 else 0.05, scale=0.1 if kind == "layer" else 0.0)
+    near = within(8 if fp32 else 2, share=1.0 if fp32 else 0.05, scale=1.0 if kind == "layer" else 0.0)
     prove(kernel, reference, tensors, ("x", "out"), near, names=tensors.keys() - {"delta"})
 
 

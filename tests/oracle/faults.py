@@ -64,8 +64,13 @@ def edit_weight(group: GroupId, name: str, edit: Callable[[Tensor, StepContext],
 
 
 def skipped_prefetch(group: GroupId) -> Fault:
-    """The group's slot keeps what was in it before."""
-    return around(lambda i, ctx, do: None if isinstance(i, Prefetch) and i.group == group else do())
+    """The group's slot keeps what was in it before: zeros at first, not what an engine of the same model left there."""
+
+    def fault(llm: LLM) -> None:
+        llm.rank.worker.executor.ring.zero_()
+        around(lambda i, ctx, do: None if isinstance(i, Prefetch) and i.group == group else do())(llm)
+
+    return fault
 
 
 def stale_layer(group: GroupId, other: GroupId) -> Fault:
