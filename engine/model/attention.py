@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from engine.kernels.decode_attention import decode_attention
 from engine.kernels.rope_append import rotate_
@@ -31,8 +30,12 @@ Context = GatheredContext | PagedContext
 LEAST_WHOLE_TOKENS, WHOLE_STEP_TOKENS = 1024, 512  # from where cuDNN pays, and what its lengths are multiples of
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"whole": 0, "gathered": 0}
-# torch 2.11 takes grouped heads as they come, later versions want to be told
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes with it: 1.5 s of every rank's start
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped heads as they come, later versions want to be told
+    _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
