@@ -25,6 +25,7 @@ from parallel.push_reduce import PeerBuffers
 CONTROL_TIMEOUT = timedelta(days=30)  # a rank waits for the next batch for as long as rank 0 is idle
 FRAME_BYTES = 4096  # one broadcast carries the length and a short message; a longer one costs a second
 _LENGTH_BYTES = 8
+DIRECT_BYTES = 1 << 16  # up to which gloo sends a tensor faster to all ranks at once than around its ring
 _PEER_ERROR = re.compile(
     r"connection (closed|reset|refused|was likely closed)|connect.*(timeout|failed)|broken pipe|timed? ?out"
     r"|wait timeout|socket closed|remote process|ncclRemoteError|failed to (recv|pass monitoredBarrier)"
@@ -223,13 +224,29 @@ class Distributed:
 
 
 class Gloo(Distributed):
-    """CPU tensors (fp32, bf16, fp16, integers) over gloo; each addition is rounded to the tensor's dtype."""
+    """CPU tensors (fp32, bf16, fp16, integers) over gloo. A large sum goes around gloo's ring, where each addition is
+    rounded to the tensor's dtype; a small one is sent whole to all ranks, and added up in fp32 by each."""
+
+    def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
+        if tensor.nbytes > DIRECT_BYTES:
+            super().all_reduce(tensor, label)
+            return
+        assert tensor.is_contiguous()
+        torch.sum(self._parts(tensor), 0, dtype=tensor.dtype, out=tensor)
+        self._count(tensor.nbytes, label)
 
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
-        parts = [part.new_empty(part.shape) for _ in range(self.size)]
+        torch.cat([*self._parts(part)], dim=-1, out=out)
+
+    def _parts(self, own: torch.Tensor) -> torch.Tensor:
+        """What each rank gives, by rank: (size, *own.shape)."""
+        parts = own.new_empty(self.size, *own.shape)
         with self._peers():
-            dist.all_gather(parts, part.contiguous())
-        torch.cat(parts, dim=-1, out=out)
+            if own.nbytes <= DIRECT_BYTES:
+                dist.all_to_all_single(parts, own.expand_as(parts).contiguous())
+            else:
+                dist.all_gather([*parts], own.contiguous())
+        return parts
 
 
 def _unframed(frame: bytes) -> bytes:

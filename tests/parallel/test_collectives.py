@@ -26,9 +26,12 @@ LISTS = [[], [7, -8], LONG, *(list(range(n)) for n in (1021, 1022, 1023))]  # ar
 RANK = """
 import json, sys
 import torch
+from parallel.collectives import DIRECT_BYTES
 from parallel.launch import resolve_launch, run_rank
 from parallel.rendezvous import connect
 from parallel.topology import resolve_topology
+
+WIDTHS = [DIRECT_BYTES // 4, DIRECT_BYTES // 4 + 1, DIRECT_BYTES]  # on both sides of the border in dtypes of 4 and 2
 
 def main():
     folder, lists, dtypes = json.loads(sys.argv[1])
@@ -53,6 +56,13 @@ def tensors(group, dtype):
     kept = part.clone()
     group.all_reduce(part, "attn")
     group.all_reduce(kept, "ffn")
+    for width in WIDTHS:
+        row = (torch.arange(width)[None] % 7 + group.rank).to(dtype)
+        rows = torch.full((1, 2 * width), 99, dtype=dtype)
+        group.all_gather_columns(row, rows)
+        assert torch.equal(rows, torch.cat([torch.arange(width)[None] % 7 + rank for rank in (0, 1)], -1).to(dtype))
+        group.all_reduce(row, "large")
+        assert torch.equal(row, (torch.arange(width)[None] % 7 * 2 + 1).to(dtype))
     return [part.tolist(), columns.tolist(), strided.tolist()]
 
 def messages(group, lists):
@@ -107,7 +117,9 @@ def test_rank_0_gets_the_bytes_of_all(got):
 def test_a_ledger_counts_one_group(got):
     moved = {"num_calls": len(DTYPES), "sent_bytes": 6 * (4 + 2 + 2 + 4), "received_bytes": 0}
     for rank in got:
-        assert rank["ledger"]["operations"] == {"attn": moved, "ffn": moved}
+        operations = rank["ledger"]["operations"]
+        assert operations.pop("large")["num_calls"] == 3 * len(DTYPES)
+        assert operations == {"attn": moved, "ffn": moved}
 
 
 def test_solo_moves_nothing():
