@@ -29,6 +29,7 @@ GENERIC = {  # kind of record: its section
     "startup": "Start-up",
     "endless": "Sequences without an end",
     "sink_perplexity": "Attention sinks",
+    "split": "Split execution",
     "permutation_attack": "Attack on permuted execution",
     "tests/gpu": "Tests on GPUs",
 }
@@ -224,12 +225,21 @@ SINKS_RUN: list[Column] = [
     *(("model", text("model")), ("dtype", text("dtype")), ("text", text("text"))),
     *(("trained length", text("trained_length")), ("attention", text("attention"))),
 ]
+SPLIT: list[Column] = [
+    *(("wire", text("wire_dtype")), ("attention", text("attention")), ("own process", text("process"))),
+    *(("permuted", text("permute")), ("calls", text("num_calls")), ("sent MiB", number("sent_bytes", 2, 2**-20))),
+    *(("received MiB", number("received_bytes", 2, 2**-20)), ("ms a call", ms("call_s"))),
+    *(("times the plain engine's time", number("over_plain", 2)), ("same texts", text("same_texts"))),
+    *(("of", text("num_texts")), ("log probability off by", text("logprob_difference"))),
+]
+SPLIT_RUN: list[Column] = [("model", text("model")), ("dtype", text("dtype")), ("tokens a text", text("output_len"))]
 # Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
 SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
     "codec": ([*RUN, ("decoder", text("decoder")), ("link GB/s", text("link_gb_s"))], CODED),
     "startup": ([*RUN, *STARTED], STARTS),
     "endless": ([*RUN, *ENDLESS], STRETCHES),
     "sink_perplexity": ([*RUN, *SINKS_RUN], SINKS),
+    "split": ([*RUN, *SPLIT_RUN], SPLIT),
 }
 
 

@@ -1,0 +1,93 @@
+"""What each way of a split execution costs beside the plain engine, and how far its outputs are from that engine's.
+
+The engine computes on the CPU, in float32, with everything resident. Every way generates the same greedy texts, twice,
+and the second run counts: calls and bytes that crossed, seconds a call, how many texts are the plain engine's to the
+last token, and the largest difference of a log probability before texts part. The bound of a way is the plain engine,
+which computes the same in the same run. The last line is one JSON object.
+
+    python scripts/benchmark_split.py --model demo --max-tokens 64
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from typing import Any
+
+from engine.flags import Parser
+from engine.llm import LLM
+from engine.output import CompletionOutput
+from engine.record import add_output_argument, keep
+from engine.split.llm import FIXED, SplitLLM
+from engine.split.transfers import ATTENTION_WAYS, PERMUTED, WIRE_DTYPES, SplitConfig
+from scheduler.request import SamplingParams
+from scripts.engine_record import describe
+from scripts.entry import run_script
+from scripts.workload import positive
+
+PROMPTS = ("Return the", "Raise an error", "def main(", "import os", "This class")
+WAYS = [SplitConfig(*way) for way in itertools.product(WIRE_DTYPES, ATTENTION_WAYS, (False, True))]
+WAYS += [SplitConfig(attention=attention, permute=tuple(PERMUTED)) for attention in ATTENTION_WAYS]
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="checkpoint directory, or 'demo' (default)")
+    parser.add_argument("--prompt", action="append", help=f"repeatable (default: {len(PROMPTS)} short ones)")
+    text = "tokens to generate from each (default: 64)"
+    parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help=text)
+    add_output_argument(parser)
+    args = parser.parse_args()
+    prompts = args.prompt or list(PROMPTS)
+    options = {"dtype": "float32", "max_num_seqs": len(prompts)}
+    with LLM(args.model, **options, **FIXED) as llm:
+        generate(llm, prompts, args.max_tokens)
+        plain, plain_s = generate(llm, prompts, args.max_tokens)
+        report = describe(llm, "split") | {"prompts": prompts, "output_len": args.max_tokens, "plain_s": plain_s}
+    report["rows"] = [row_of(args, way, prompts, options, plain, plain_s) for way in WAYS]
+    keep(report, args.output_json)
+
+
+def generate(llm: LLM, prompts: list[str], max_tokens: int) -> tuple[list[CompletionOutput], float]:
+    """Greedy outputs, and the seconds that they took."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    return [output.outputs[0] for output in outputs], time.perf_counter() - start
+
+
+def row_of(args, way: SplitConfig, prompts, options, plain: list[CompletionOutput], plain_s: float) -> dict[str, Any]:
+    """The figures of one way; those of its calls are of the second run."""
+    with SplitLLM(args.model, way, **options) as llm:
+        generate(llm, prompts, args.max_tokens)
+        before = llm.counted.total
+        outputs, seconds = generate(llm, prompts, args.max_tokens)
+        moved = llm.counted.total
+    num_calls = moved.num_calls - before.num_calls
+    return {
+        "wire_dtype": way.wire_dtype,
+        "attention": way.attention,
+        "process": way.process,
+        "permute": ",".join(way.permute),
+        "num_calls": num_calls,
+        "sent_bytes": moved.sent_bytes - before.sent_bytes,
+        "received_bytes": moved.received_bytes - before.received_bytes,
+        "seconds": seconds,
+        "call_s": seconds / num_calls,
+        "over_plain": seconds / plain_s,
+        "same_texts": sum(one.token_ids == other.token_ids for one, other in zip(outputs, plain)),
+        "num_texts": len(plain),
+        "logprob_difference": max(map(logprob_difference, outputs, plain)),
+    }
+
+
+def logprob_difference(output: CompletionOutput, plain: CompletionOutput) -> float:
+    """The largest, up to the first token that differs."""
+    same = itertools.takewhile(lambda place: place[0] == place[1], zip(output.token_ids, plain.token_ids))
+    num_same = sum(1 for _ in same)
+    pairs = zip(output.logprobs[:num_same], plain.logprobs[:num_same], output.token_ids)
+    return max((abs(ours[token].logprob - theirs[token].logprob) for ours, theirs, token in pairs), default=0.0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
