@@ -1,5 +1,6 @@
 """Tests marked gpu are skipped, with the reason, where there is no CUDA device; the user's cache is out of reach; a
-test has the same random tensors whichever tests run before it."""
+test has the same random tensors and examples in every run, whichever tests run before it (--hypothesis-profile
+new-examples looks for others)."""
 
 import os
 import random
@@ -8,9 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
+
+settings.register_profile("new-examples", deadline=None)
+settings.register_profile("same-examples", parent=settings.get_profile("new-examples"), derandomize=True)
+settings.load_profile("same-examples")
 
 
 @pytest.fixture(autouse=True, scope="session")

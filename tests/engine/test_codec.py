@@ -158,7 +158,7 @@ def test_a_blob_into_given_memory():
         assert (poisoned[-(-2 * weights.numel() // 16) * 16 :] == 0xA5).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     numel=st.integers(0, 3 * TILE + 40),
     scale=st.integers(-120, 110),

@@ -84,7 +84,7 @@ def test_the_library_opens_packed_files(odd):
 DTYPES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_file_comes_back(tmp_path_factory, data):
     tensors = {}

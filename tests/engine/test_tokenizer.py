@@ -181,7 +181,7 @@ def run_stops(chunks: list[str], stops: tuple[str, ...]) -> tuple[str, str | Non
     return emitted + text, matched
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.lists(st.text("abc", max_size=5), max_size=10),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=4).map(tuple),
@@ -190,7 +190,7 @@ def test_stop_strings_equal_search_in_the_whole_text(chunks, stops):
     assert run_stops(chunks, stops) == first_stop("".join(chunks), stops)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3).map(tuple))
 def test_stop_strings_hold_back_only_what_could_be_one(text, stops):
     strings, emitted = StopStrings(stops), ""

@@ -8,6 +8,10 @@ import torch
 from oracle.variants import VARIANTS
 
 TP_SIZES = (1, 2, 4)
+ROPE_ONLY = (  # variants that shard as another one does: two ranks are enough for them
+    *("llama_theta", "llama_linear", "llama_llama3", "llama_yarn", "llama_yarn_mscale", "llama_dynamic"),
+    *("qwen2_yarn", "neox_partial_rotary", "neox_linear"),
+)
 RESIDENCIES = ("all", "none", 0.5)
 LANES = ("earliest", "latest", "random")
 PROMPT_LENGTHS = (5, 37, 90)
@@ -62,11 +66,14 @@ def prompts() -> list[list[int]]:
 
 
 def fp32_cases() -> list[Case]:
-    """On one rank every variant with each residency; on more, the residencies take turns, but two variants meet all."""
+    """On one rank every variant with each residency; on more, the residencies take turns, but two variants meet all;
+    on four, those alone that shard in a way of their own."""
     whole = ("llama_gqa", "neox_parallel")
     cases = [Case(variant, 1, resident) for variant in VARIANTS for resident in RESIDENCIES]
     for n in TP_SIZES[1:]:
         for turn, variant in enumerate(VARIANTS):
+            if n == TP_SIZES[-1] and variant in ROPE_ONLY:
+                continue
             turns = RESIDENCIES if variant in whole else [RESIDENCIES[(turn + n // 2) % len(RESIDENCIES)]]
             cases += [Case(variant, n, resident) for resident in turns]
     return cases

@@ -21,7 +21,7 @@ def test_broken_lifetimes_are_rejected(effects, message):
         make_plan([Compute("only", 0, None, effects)], RingLayout(0, 0, ()))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 9)), min_size=1, max_size=7))
 def test_activations_alive_together_never_overlap(lives):
     names = {f"a{i}": (min(a, b), max(a, b) + 1, size) for i, (a, b, size) in enumerate(lives)}

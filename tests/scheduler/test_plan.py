@@ -35,7 +35,7 @@ from scheduler.step_plan import (
 from scheduler.time_model import Rates
 from scheduler.timeline import predict_timeline, timeline_s
 
-MANY = settings(max_examples=800, deadline=None)  # the properties together: 20 to 30 s on a free core
+MANY = settings(max_examples=400)  # the properties together: 10 to 15 s on a free core
 RATES = Rates(1.0, 1.0, 1.0, 0.0, 1.0, "test")
 
 

@@ -83,7 +83,7 @@ def test_one_is_all():
     assert plan_residency(demand(resident=1.0)) == plan_residency(demand(resident="all"))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.floats(0, 1))
 def test_a_fraction_is_the_most_whole_groups_not_above_it_spread_evenly(num_layers, attn, ffn, fraction):
     groups = layers(num_layers, attn, ffn)
@@ -98,7 +98,7 @@ def test_a_fraction_is_the_most_whole_groups_not_above_it_spread_evenly(num_laye
             assert abs(before - depth * count / num_layers) < 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(1, 10),
     st.integers(1, 60 * 2**20),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.batching import Scheduler
@@ -39,7 +39,6 @@ def entries(retention, pages: tuple[int, ...], count: int) -> list[tuple[int, in
     return [(pages[place // retention.page_size], place % retention.page_size) for place in places]
 
 
-@settings(deadline=None)
 @given(retentions(), st.lists(st.integers(1, 40), min_size=1, max_size=30), st.randoms())
 def test_passes_of_any_length_write_and_read_what_the_simulation_holds(retention, asked, random):
     """Each pass of as many tokens as it may have: its rows are where its own token is the last of those that are held,
@@ -66,7 +65,6 @@ def test_passes_of_any_length_write_and_read_what_the_simulation_holds(retention
     assert len(memory) <= len(pages) * retention.page_size
 
 
-@settings(deadline=None)
 @given(retentions(), st.integers(1, 3000))
 def test_pages_are_as_many_as_are_ever_used(retention, num_tokens):
     used = max(len(retention.page_table(range(100), end)) for end in range(1, num_tokens + 1))
@@ -74,7 +72,6 @@ def test_pages_are_as_many_as_are_ever_used(retention, num_tokens):
     assert used <= -(-retention.num_sinks // retention.page_size) - (-retention.window_tokens // retention.page_size)
 
 
-@settings(deadline=None)
 @given(retentions(), st.integers(1, 500))
 def test_the_window_is_never_shorter_than_it_says(retention, num_tokens):
     """Three quarters of it, or all but a page where it has few."""
@@ -83,7 +80,6 @@ def test_the_window_is_never_shorter_than_it_says(retention, num_tokens):
     assert min(num_tokens, least) <= held <= retention.max_cached
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 300))
 def test_all_are_kept(page_size, num_tokens):
     retention, pages = KeepAll(page_size), list(range(5, 400))

@@ -187,7 +187,7 @@ def check_workload(seed, lookahead):
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.integers(PREPARED, 2))
 def test_every_request_gets_the_tokens_it_would_get_alone(seed, lookahead):
     check_workload(seed, lookahead)
