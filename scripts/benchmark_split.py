@@ -1,17 +1,19 @@
 """What each way of a split execution costs beside the plain engine, and how far its outputs are from that engine's.
 
-The engine computes on the CPU, in float32, with everything resident. Every way generates the same greedy texts, twice,
-and the second run counts: calls and bytes that crossed, seconds a call, how many texts are the plain engine's to the
-last token, and the largest difference of a log probability before texts part. The bound of a way is the plain engine,
-which computes the same in the same run. The last line is one JSON object.
+The engine computes on the CPU, in float32, with everything resident. Every way generates the same greedy texts, some
+times over: calls and bytes that crossed in one of these runs, seconds a call in the median one, how many texts are the
+plain engine's to the last token, and the largest difference of a log probability before texts part. The bound of a way
+is the plain engine, which computes the same in the same run. The last line is one JSON object.
 
     python scripts/benchmark_split.py --model demo --max-tokens 64
 """
 
 import argparse
 import itertools
+import statistics
 import sys
 import time
+from dataclasses import asdict, astuple
 from typing import Any
 
 from engine.flags import Parser
@@ -20,6 +22,7 @@ from engine.output import CompletionOutput
 from engine.record import add_output_argument, keep
 from engine.split.llm import FIXED, SplitLLM
 from engine.split.transfers import ATTENTION_WAYS, PERMUTED, WIRE_DTYPES, SplitConfig
+from parallel.ledger import Transfer
 from scheduler.request import SamplingParams
 from scripts.engine_record import describe
 from scripts.entry import run_script
@@ -28,6 +31,7 @@ from scripts.workload import positive
 PROMPTS = ("Return the", "Raise an error", "def main(", "import os", "This class")
 WAYS = [SplitConfig(*way) for way in itertools.product(WIRE_DTYPES, ATTENTION_WAYS, (False, True))]
 WAYS += [SplitConfig(attention=attention, permute=tuple(PERMUTED)) for attention in ATTENTION_WAYS]
+NUM_RUNS = 5  # that count, behind one to warm up
 
 
 def main() -> None:
@@ -41,7 +45,6 @@ def main() -> None:
     prompts = args.prompt or list(PROMPTS)
     options = {"dtype": "float32", "max_num_seqs": len(prompts)}
     with LLM(args.model, **options, **FIXED) as llm:
-        generate(llm, prompts, args.max_tokens)
         plain, plain_s = generate(llm, prompts, args.max_tokens)
         report = describe(llm, "split") | {"prompts": prompts, "output_len": args.max_tokens, "plain_s": plain_s}
     report["rows"] = [row_of(args, way, prompts, options, plain, plain_s) for way in WAYS]
@@ -49,31 +52,30 @@ def main() -> None:
 
 
 def generate(llm: LLM, prompts: list[str], max_tokens: int) -> tuple[list[CompletionOutput], float]:
-    """Greedy outputs, and the seconds that they took."""
+    """Greedy outputs, and the seconds of the median run."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, params)
-    return [output.outputs[0] for output in outputs], time.perf_counter() - start
+    seconds = []
+    for _ in range(1 + NUM_RUNS):
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds.append(time.perf_counter() - start)
+    return [output.outputs[0] for output in outputs], statistics.median(seconds[1:])
 
 
-def row_of(args, way: SplitConfig, prompts, options, plain: list[CompletionOutput], plain_s: float) -> dict[str, Any]:
-    """The figures of one way; those of its calls are of the second run."""
+def row_of(args: argparse.Namespace, way: SplitConfig, prompts, options, plain, plain_s: float) -> dict[str, Any]:
+    """The figures of one way."""
     with SplitLLM(args.model, way, **options) as llm:
-        generate(llm, prompts, args.max_tokens)
-        before = llm.counted.total
         outputs, seconds = generate(llm, prompts, args.max_tokens)
         moved = llm.counted.total
-    num_calls = moved.num_calls - before.num_calls
+    moved = Transfer(*(number // (1 + NUM_RUNS) for number in astuple(moved)))  # every run moves the same
     return {
         "wire_dtype": way.wire_dtype,
         "attention": way.attention,
         "process": way.process,
         "permute": ",".join(way.permute),
-        "num_calls": num_calls,
-        "sent_bytes": moved.sent_bytes - before.sent_bytes,
-        "received_bytes": moved.received_bytes - before.received_bytes,
+        **asdict(moved),
         "seconds": seconds,
-        "call_s": seconds / num_calls,
+        "call_s": seconds / moved.num_calls,
         "over_plain": seconds / plain_s,
         "same_texts": sum(one.token_ids == other.token_ids for one, other in zip(outputs, plain)),
         "num_texts": len(plain),
