@@ -13,7 +13,8 @@ demo: $(VENV)/installed
 	  --model demo --resident none --table --max-tokens 96 --ignore-eos --temperature 0.6 --prompt "Return a new"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import time
 import pytest
 from commands import SLOW, TORCHRUN, Command
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 GREEDY = ("--temperature", "0", "--ignore-eos")
 # Ranks move alike: so that one's figures are not another's, each counts something of its own in every pass.
 COUNTS_MORE = """

@@ -11,7 +11,7 @@ from commands import GONE_S, SLOW, TORCHRUN, Command, fault_in_a_pass
 from engine.cli import main
 from parallel.children import Children
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 RAISE = "raise KeyError('the shard is bent')"
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 OPTIONS = ("generate", "--prompt", "Return the", "--ignore-eos", "--max-tokens", "200", "--resident", "none")

@@ -9,7 +9,7 @@ from engine import cli
 from engine.device_profile import cache_directory
 from scheduler.time_model import load_profile
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 
 
 def test_the_suite_has_a_cache_of_its_own(tmp_path_factory):

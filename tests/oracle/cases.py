@@ -15,10 +15,7 @@ ROPE_ONLY = (  # variants that shard as another one does: two ranks are enough f
 RESIDENCIES = ("all", "none", 0.5)
 LANES = ("earliest", "latest", "random")
 PROMPT_LENGTHS = (5, 37, 90)
-MAX_TOKENS = 64
 MAX_NUM_BATCHED_TOKENS = 48
-# 5 + 37 + 6 of 90 tokens, then 2 + 46, then 2 + 38: the longest prompt samples its first token in the third pass.
-NUM_PASSES = 3 + MAX_TOKENS - 1
 _SMALLEST_VOCAB = 128
 # What scripts/check_numerics.py runs in tests: `compare(checkpoint, TOKENS, **RUN)`.
 NUM_LAYERS = 3  # of every variant
@@ -42,6 +39,16 @@ class Case:
     def checkpoint(self) -> str:
         """The name of the directory with the checkpoint that it runs."""
         return f"{self.variant}-{self.dtype}"
+
+    @property
+    def max_tokens(self) -> int:
+        """More ranks take longer, and differ in sums alone, which are many in every token."""
+        return 64 if self.tp_size == 1 else 24
+
+    @property
+    def num_passes(self) -> int:
+        """5 + 37 + 6 of 90 tokens, then 2 + 46, then 2 + 38: the longest prompt samples first in the third pass."""
+        return 3 + self.max_tokens - 1
 
     @property
     def options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from oracle.cases import MAX_TOKENS, Case, fp32_cases, half_cases, prompts
+from oracle.cases import Case, fp32_cases, half_cases, prompts
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,10 +23,10 @@ _LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--npr
 _LAUNCH_TIMEOUT_S = 540
 
 
-def run_case(case: Case, checkpoint: str | Path, max_tokens: int = MAX_TOKENS) -> dict[str, Tensor]:
-    """Greedy generation for all prompts at once. Returns tokens (prompts, n), logits (prompts, n, vocab) and what the
-    counters and the ledger say: num_passes, copied_bytes."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def run_case(case: Case, checkpoint: str | Path, max_tokens: int | None = None) -> dict[str, Tensor]:
+    """Greedy generation for all prompts at once, of as many tokens as the case says, or `max_tokens`. Returns tokens
+    (prompts, n), logits (prompts, n, vocab) and what the counters and the ledger say: num_passes, copied_bytes."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens or case.max_tokens, ignore_eos=True)
     with LLM(str(checkpoint), **case.options) as llm:
         logits = capture_logits(llm)
         outputs = llm.generate(prompts(), params)

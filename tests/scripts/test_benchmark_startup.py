@@ -21,6 +21,7 @@ from scripts import benchmark_startup, startup_phases
 from scripts.benchmark_page import Record, generic, has_rows
 from scripts.entry import run_script
 
+pytestmark = pytest.mark.alone
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-num-seqs", "6", "--resident", "none")
 PHASES = ["imports", "plan", "device", "weights", "engine", "first token"]
 
