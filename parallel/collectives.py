@@ -225,7 +225,7 @@ class Distributed:
 
 class Gloo(Distributed):
     """CPU tensors (fp32, bf16, fp16, integers) over gloo. A large sum goes around gloo's ring, where each addition is
-    rounded to the tensor's dtype; a small one is sent whole to all ranks, and added up in fp32 by each."""
+    rounded to the tensor's dtype; a small one is sent whole to all ranks, and each adds it up and rounds it once."""
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         if tensor.nbytes > DIRECT_BYTES:

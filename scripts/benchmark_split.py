@@ -46,6 +46,8 @@ def main() -> None:
     options = {"dtype": "float32", "max_num_seqs": len(prompts)}
     with LLM(args.model, **options, **FIXED) as llm:
         plain, plain_s = generate(llm, prompts, args.max_tokens)
+        if (shortest := min(len(output.token_ids) for output in plain)) < args.max_tokens:
+            raise ValueError(f"--max-tokens {args.max_tokens}: {args.model} has room for {shortest} behind a prompt")
         report = describe(llm, "split") | {"prompts": prompts, "output_len": args.max_tokens, "plain_s": plain_s}
     report["rows"] = [row_of(args, way, prompts, options, plain, plain_s) for way in WAYS]
     keep(report, args.output_json)

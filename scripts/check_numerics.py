@@ -11,7 +11,6 @@ Usage: python scripts/check_numerics.py --model demo --prompt "Return the" --max
 Exit status 1 if a step differs. Runs at tp_size 1, without graphs; reference and engine are never in memory together.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine.config import EngineConfig
+from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
 from engine.model.ops import StepContext
 from engine.planning import find_model
@@ -242,7 +242,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="checkpoint directory, or 'demo'")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="Return the number of items, or None if there is no")

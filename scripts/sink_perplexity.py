@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
 from engine.model.families import read_config, read_spec
 from engine.planning import find_model
@@ -186,7 +187,7 @@ def print_mass(record: dict[str, Any]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="checkpoint directory with a tokenizer, or 'demo'")
     parser.add_argument("--num-tokens", type=int, default=20_000, help="tokens of the text that are scored")
     parser.add_argument("--sinks", type=int, default=4, help="first tokens that stay cached")
@@ -204,9 +205,9 @@ def main() -> None:
         check_installed()
     record = run(args)
     print_mass(record)
+    keep(record, args.output_json)
     if args.plot:
         draw(record, args.plot)
-    keep(record, args.output_json)
 
 
 if __name__ == "__main__":

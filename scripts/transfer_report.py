@@ -31,6 +31,8 @@ def main() -> int:
             raise ValueError(f"{flag} {value}: expected a positive number")
     path = find_model(args.model)
     spec = read_spec(read_config(path), str(path))
+    if args.tokens > spec.max_position:
+        raise ValueError(f"--tokens {args.tokens}: {args.model} is trained to {spec.max_position} positions")
     config, steps = SplitConfig(args.wire_dtype, args.attention), model_steps(spec)
     predicted = predict(steps, spec, prefill(args.tokens, args.chunk), config)
     counted = measure(args, spec, config) if args.measure else None

@@ -31,7 +31,7 @@ LEAST_WHOLE_TOKENS, WHOLE_STEP_TOKENS = 1024, 512  # from where cuDNN pays, and 
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"whole": 0, "gathered": 0}
 
-if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes with it: 1.5 s of every rank's start
+if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes with it: 1 to 2 s of every rank's start
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 takes grouped heads as they come, later versions want to be told

@@ -5,6 +5,7 @@ What it does not know: what an operation computes, what the host side does betwe
 
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -99,7 +100,7 @@ class Subprocess:
             header = receive_header(self._connection)
         except ValueError as error:
             raise RuntimeError(f"the device side answered {error}") from error
-        if header.site.operation == FAILED and len(header.shapes) == 1 and _text_bytes(header) <= MOST_TEXT_BYTES:
+        if header.site.operation == FAILED and len(header.shapes) == 1 and 0 < _text_bytes(header) <= MOST_TEXT_BYTES:
             (text,) = receive_tensors(self._connection, header)
             raise RuntimeError(f"the device side failed at {site}: {bytes(text.tolist()).decode(errors='replace')}")
         _check_answer(header, site, self._wire_dtype, out)
@@ -160,4 +161,4 @@ def _check_answer(header: Header, site: Site, wire_dtype: torch.dtype, out: Tens
 
 def _text_bytes(header: Header) -> int:
     ((dtype, dims),) = header.shapes
-    return torch.Size(dims).numel() if dtype == torch.uint8 else MOST_TEXT_BYTES + 1
+    return math.prod(dims) if dtype == torch.uint8 else MOST_TEXT_BYTES + 1

@@ -5,6 +5,7 @@ for each tensor: dtype (uint8), number of dims (uint8) | dims (uint32 each)
 for each tensor: its bytes, in rows, of this machine's byte order
 """
 
+import math
 import socket
 import struct
 from collections.abc import Sequence
@@ -65,8 +66,7 @@ def receive_tensors(connection: socket.socket, header: Header) -> list[Tensor]:
     """The tensors of the frame whose header was received: whoever does not trust it has looked at it by now."""
     tensors = []
     for dtype, dims in header.shapes:
-        count = torch.Size(dims).numel()
-        data = _receive(connection, count * dtype.itemsize)
+        data = _receive(connection, math.prod(dims) * dtype.itemsize)
         tensors.append(torch.frombuffer(data, dtype=dtype).view(dims))
     return tensors
 

@@ -85,6 +85,10 @@ class SplitLLM(LLM):
     does is obfuscation, not confidentiality (permutation.py)."""
 
     def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
+        if not isinstance(split, SplitConfig | None):
+            raise ValueError(f"split={split!r}: expected a SplitConfig")
+        for name in FIXED.keys() & options.keys():
+            raise ValueError(f"{name}={options[name]!r}: a split execution has {FIXED[name]!r} there")
         self._split = split or SplitConfig()
         super().__init__(model, **options, **FIXED)
 

@@ -64,6 +64,8 @@ class SplitConfig:
         for name, known in (("wire_dtype", WIRE_DTYPES), ("attention", tuple(ATTENTION_WAYS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if not isinstance(self.process, bool):
+            raise ValueError(f"process={self.process!r}: expected True or False")
         names = self.permute.split(",") if isinstance(self.permute, str) else self.permute
         if not isinstance(names, list | tuple) or not all(name in tuple(PERMUTED) for name in names):
             raise ValueError(f"permute={self.permute!r}: expected {' or '.join(PERMUTED)}, or both with a comma")

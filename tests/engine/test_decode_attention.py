@@ -13,6 +13,7 @@ from kernel_proof import (
     CONTIGUOUS,
     DEVICE,
     DTYPES,
+    PERMUTED,
     Layout,
     counted,
     poisoned,
@@ -237,6 +238,9 @@ def test_strides_that_are_not_rows_are_refused():
     inputs = make((4, 2, 64), [40, 20], pairs=8)
     tensors = {**tensors_of(inputs), "key_rope": inputs.key_rope}
     prove_refusal(kernel, tensors, "q", "out", "keys", "values", "page_table", "key_rope")
+    for name in ("keys", "values", "key_rope"):
+        with pytest.raises(AssertionError, match="stride"):
+            kernel(**{**tensors, name: PERMUTED.place(tensors[name])[0]})
 
 
 def test_calls_are_counted_by_kind():

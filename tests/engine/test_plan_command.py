@@ -39,6 +39,7 @@ def spec_of(path):
     return read_spec(read_config(path), path)
 
 
+@pytest.mark.alone
 def test_it_needs_neither_torch_nor_transformers_and_two_seconds():
     code = (
         "import sys\nfrom engine.cli import main\n"

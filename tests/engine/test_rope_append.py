@@ -7,6 +7,7 @@ import torch
 from kernel_proof import (
     DEVICE,
     DTYPES,
+    PERMUTED,
     adversarial,
     counted,
     equal,
@@ -80,6 +81,7 @@ def test_kernel_is_the_reference(shape, dtype, appends_rotated):
     agree = within(2, share, scale=1.0) if SHAPES[shape][4] else equal
     kernel, reference = (functools.partial(run, **sizes) for run in (KERNEL, rope_append_reference))
     prove(kernel, reference, tensors, ("attn", "keys", "values"), agree)
+    prove(kernel, reference, tensors, ("attn", "keys", "values"), agree, [PERMUTED], ("table", "keys", "values"))
 
 
 @pytest.mark.parametrize("appends_rotated", [True, False], ids=["rotated", "as it was"])

@@ -11,7 +11,9 @@ from split_runs import OPTIONS, generate, split
 
 from engine.llm import LLM
 from engine.split import frames
-from engine.split.transfers import FUSED, REPEATED, SCORES
+from engine.split.channel import FAILED
+from engine.split.llm import SplitLLM
+from engine.split.transfers import FUSED, REPEATED, SCORES, SplitConfig
 from parallel.ledger import Site
 from scheduler.request import SamplingParams
 
@@ -171,6 +173,7 @@ def test_an_error_of_the_device_side_is_told_and_ends_it():
 
 
 LARGE = frames.Header(Site("embedding", -1), ((torch.float32, (2**32 - 1, 2**32 - 1)),)).pack()
+WRAPPING = [frames.Header(Site(FAILED, 0), ((torch.uint8, dims),)).pack() for dims in ((2**31, 2**31, 4), (0, 5))]
 ANSWER = "connection.recv(1); connection.sendall({})"
 
 
@@ -178,11 +181,12 @@ ANSWER = "connection.recv(1); connection.sendall({})"
     ("does", "message"),
     [
         (ANSWER.format(LARGE), r"answered .*4294967295.* where .* was asked for"),
+        *((ANSWER.format(text), r"answered .*failed.* where .* was asked for") for text in WRAPPING),
         (ANSWER.format(b"\x01\x00\x00\x01x\xff\x00"), "answered a frame with dtype 255"),
         ("os.kill(os.getpid(), 9)", r"gone \(exit code -9\)"),
         ("sys.exit(3)", r"gone \(exit code 3\)"),
     ],
-    ids=["large", "garbage", "killed", "ended"],
+    ids=["large", "a text of 2**64 bytes", "an empty text", "garbage", "killed", "ended"],
 )
 def test_a_device_side_that_does_something_else_is_refused(does, message, monkeypatch):
     take = "connection = socket.socket(fileno=json.loads(sys.stdin.readline())['socket'])"
@@ -209,3 +213,17 @@ def test_a_frame_comes_out_as_it_went_in(dtype):
         with pytest.raises(EOFError):
             frames.receive_header(other)
     assert all(torch.equal(a, b) for a, b in zip(tensors, received, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: SplitLLM("demo", tensor_parallel_size=2), "tensor_parallel_size=2: a split execution has 1 there"),
+        (lambda: SplitLLM("demo", device="cuda"), "device='cuda': a split execution has 'cpu' there"),
+        (lambda: SplitLLM("demo", "fused"), "split='fused': expected a SplitConfig"),
+        (lambda: SplitConfig(process="yes"), "process='yes': expected True or False"),
+    ],
+)
+def test_what_a_split_execution_does_not_take_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -153,9 +153,13 @@ def test_variants(models, variant):
     check_greedy(models, variant, schedule, 160, resident="none")
 
 
-@pytest.mark.parametrize("variant", ["neox_parallel"])
-def test_variants_on_two_ranks(models, variant):
-    check_greedy(models, variant, Schedule(3, 45, 8), 160, tensor_parallel_size=2, resident="all")
+@pytest.mark.parametrize(
+    "variant, tp_size, resident",
+    [("neox_parallel", 2, "all"), ("qwen3", 2, 0.5), ("mistral_window", 2, "none"), ("llama_gqa", 4, "none")],
+)
+def test_variants_on_several_ranks(models, variant, tp_size, resident):
+    schedule = Schedule(2, 14, 4) if variant == "mistral_window" else Schedule(3, 45, 8)
+    check_greedy(models, variant, schedule, 100, tensor_parallel_size=tp_size, resident=resident)
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [7, 16, 64, 8192])

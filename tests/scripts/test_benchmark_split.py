@@ -46,3 +46,10 @@ def test_a_difference_counts_until_texts_part():
     plain = output((3, -1.0), (5, -2.0), (7, -1.0))
     assert logprob_difference(output((3, -1.5), (5, -1.75), (8, -9.0)), plain) == 0.5
     assert logprob_difference(output((4, -1.5)), plain) == 0.0
+
+
+def test_texts_that_end_early_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark_split", "--max-tokens", "600", "--prompt", "Return the"])
+    monkeypatch.setattr(benchmark_split, "generate", lambda *_: ([CompletionOutput(0, "", [7] * 509)], 1.0))
+    with pytest.raises(ValueError, match="--max-tokens 600: demo has room for 509 behind a prompt"):
+        benchmark_split.main()

@@ -84,7 +84,8 @@ def test_a_difference_is_the_exit_status(report, monkeypatch):
         (("--model", "demo", "--tokens", "0"), "--tokens 0"),
         (("--model", "demo", "--tokens", "8", "--chunk", "0"), "--chunk 0"),
         (("--model", "nowhere", "--tokens", "8"), "nowhere"),
-        (("--model", "demo", "--tokens", "100000", "--measure"), "max_model_len"),
+        (("--model", "demo", "--tokens", "100000"), "--tokens 100000: demo is trained to 512 positions"),
+        (("--model", "demo", "--tokens", "512", "--measure"), "max_model_len"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, report):
