@@ -139,8 +139,11 @@ class Distributed:
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         assert tensor.is_contiguous()
         with self._peers():
-            dist.all_reduce(tensor, group=self._group)
+            self._sum(tensor)
         self._count(tensor.nbytes, label)
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        dist.all_reduce(tensor, group=self._group)
 
     def _count(self, nbytes: int, label: str) -> None:
         self.ledger.add(Site(label, -1), nbytes)
@@ -227,25 +230,24 @@ class Gloo(Distributed):
     """CPU tensors (fp32, bf16, fp16, integers) over gloo. A large sum goes around gloo's ring, where each addition is
     rounded to the tensor's dtype; a small one is sent whole to all ranks, and each adds it up and rounds it once."""
 
-    def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
+    def _sum(self, tensor: torch.Tensor) -> None:
         if tensor.nbytes > DIRECT_BYTES:
-            super().all_reduce(tensor, label)
-            return
-        assert tensor.is_contiguous()
-        torch.sum(self._parts(tensor), 0, dtype=tensor.dtype, out=tensor)
-        self._count(tensor.nbytes, label)
+            super()._sum(tensor)
+        else:
+            torch.sum(self._parts(tensor), 0, dtype=tensor.dtype, out=tensor)
 
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
-        torch.cat([*self._parts(part)], dim=-1, out=out)
+        with self._peers():
+            parts = self._parts(part)
+        torch.cat([*parts], dim=-1, out=out)
 
     def _parts(self, own: torch.Tensor) -> torch.Tensor:
         """What each rank gives, by rank: (size, *own.shape)."""
         parts = own.new_empty(self.size, *own.shape)
-        with self._peers():
-            if own.nbytes <= DIRECT_BYTES:
-                dist.all_to_all_single(parts, own.expand_as(parts).contiguous())
-            else:
-                dist.all_gather([*parts], own.contiguous())
+        if own.nbytes <= DIRECT_BYTES:
+            dist.all_to_all_single(parts, own.expand_as(parts).contiguous())
+        else:
+            dist.all_gather([*parts], own.contiguous())
         return parts
 
 

@@ -3,7 +3,6 @@ test has the same random tensors and examples in every run, whichever tests run 
 new-examples looks for others)."""
 
 import os
-import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests share two cores with their ranks
 
@@ -30,7 +29,6 @@ def own_cache(tmp_path_factory):
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of any scope
 def pytest_runtest_setup():
     torch.manual_seed(0)
-    random.seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -57,12 +57,13 @@ def tensors(group, dtype):
     group.all_reduce(part, "attn")
     group.all_reduce(kept, "ffn")
     for width in WIDTHS:
-        row = (torch.arange(width)[None] % 7 + group.rank).to(dtype)
+        given = torch.arange(width)[None] % 7
+        row = (given + group.rank).to(dtype)
         rows = torch.full((1, 2 * width), 99, dtype=dtype)
         group.all_gather_columns(row, rows)
-        assert torch.equal(rows, torch.cat([torch.arange(width)[None] % 7 + rank for rank in (0, 1)], -1).to(dtype))
+        assert torch.equal(rows, torch.cat([given, given + 1], -1).to(dtype))
         group.all_reduce(row, "large")
-        assert torch.equal(row, (torch.arange(width)[None] % 7 * 2 + 1).to(dtype))
+        assert torch.equal(row, (given * 2 + 1).to(dtype))
     return [part.tolist(), columns.tolist(), strided.tolist()]
 
 def messages(group, lists):
