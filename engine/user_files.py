@@ -1,0 +1,131 @@
+"""Files that a user names, read with bounds: what is no file, too large, a git-lfs pointer or no sound JSON is refused.
+
+Torch-free. Every error is a ValueError of one line that names the file, and the field where one is at fault.
+"""
+
+import contextlib
+import json
+import math
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_JSON_BYTES = 256 * 2**20  # of a file; the largest index and tokenizer files that are published have under 40 MiB
+MAX_JSON_DEPTH = 64
+MAX_DIGITS = 20  # of an integer: 2**64 has as many
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+class _TooLarge:
+    """A number beyond what a field can hold, found while JSON is read: `text` is its beginning."""
+
+    def __init__(self, text: str):
+        self.text = text if len(text) <= MAX_DIGITS else f"{text[:MAX_DIGITS]}... ({len(text)} characters)"
+
+
+@contextlib.contextmanager
+def open_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading. Raises ValueError if there is none, for a pipe, a device or a directory, and
+    for a git-lfs pointer; an OSError while it is read is a ValueError too."""
+    path = Path(path)
+    try:
+        check_regular(path)
+        with open(path, "rb") as stream:
+            check_no_pointer(path, stream.read(len(_LFS_POINTER)))
+            stream.seek(0)
+            yield stream
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError for what is no regular file: to open a pipe would wait for its writer, and a device has no end.
+    Raises OSError if there is nothing."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
+        raise ValueError(f"{path}: is {kind}, and a file is expected")
+
+
+def check_no_pointer(path: Path, start: bytes) -> None:
+    """Raises ValueError if a file that starts so is what git leaves where git-lfs did not fetch the file itself."""
+    if start.startswith(_LFS_POINTER):
+        raise ValueError(f"{path}: is a git-lfs pointer, the file itself was not fetched: run `git lfs pull` there")
+
+
+def read_bytes(path: str | Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """A whole file. Raises ValueError as open_file does, and if it has more than `most_bytes`."""
+    with open_file(path) as stream:
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path}: has more than {most_bytes} bytes, the most that are read of such a file")
+    return content
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises ValueError as read_bytes and parse_json do."""
+    content = parse_json(read_bytes(path), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is not a JSON object")
+    return content
+
+
+def parse_json(text: bytes | str, where: str) -> Any:
+    """JSON as Python has it. Raises ValueError, beginning with `where`, if it is not UTF-8, not JSON, or nested deeper
+    than MAX_JSON_DEPTH, or has a name twice in one object or a number of over 20 digits or beyond a float."""
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        content = json.loads(
+            decoded, parse_int=_integer, parse_float=_float, object_pairs_hook=lambda pairs: _object(pairs, where)
+        )
+    except RecursionError:
+        raise ValueError(f"{where}: is nested deeper than {MAX_JSON_DEPTH} objects and lists") from None
+    except _TwiceNamed as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: is not JSON: {error}") from None
+    _check(content, where)
+    return content
+
+
+class _TwiceNamed(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice, _ = (Counter(name for name, _ in pairs) - Counter(content)).popitem()
+        raise _TwiceNamed(f"{where}: {twice[:200]!r} is there twice")
+    return content
+
+
+def _integer(text: str) -> int | _TooLarge:
+    return int(text) if len(text.lstrip("-")) <= MAX_DIGITS else _TooLarge(text)
+
+
+def _float(text: str) -> float | _TooLarge:
+    return number if math.isfinite(number := float(text)) else _TooLarge(text)
+
+
+def _check(content: Any, where: str) -> None:
+    """Refuses numbers and depths by the field that has them, without recursion."""
+    left: list[tuple[Any, str, int]] = [(content, "", 0)]
+    while left:
+        value, field, depth = left.pop()
+        if isinstance(value, _TooLarge):
+            raise ValueError(f"{where}: {field or 'it'} is {value.text}, a number that is too large")
+        if isinstance(value, dict | list):
+            if depth == MAX_JSON_DEPTH:
+                raise ValueError(f"{where}: {field[:200]} is nested deeper than {MAX_JSON_DEPTH} objects and lists")
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [
+                (one, f"{field}.{name}" if field else f"{name}", depth + 1) for name, one in inner if _is_open(one)
+            ]
+
+
+def _is_open(value: Any) -> bool:
+    return isinstance(value, dict | list | _TooLarge)

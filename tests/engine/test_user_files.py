@@ -1,0 +1,65 @@
+"""Files that a user names: what is no file, is too large or no sound JSON is refused by one line that names it."""
+
+import os
+import re
+
+import pytest
+
+from engine.user_files import MAX_JSON_DEPTH, open_file, parse_json, read_bytes, read_json
+
+
+def write(tmp_path, text: str | bytes):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path):
+    assert read_json(write(tmp_path, '{"a": [1, -2.5, 1e-400, Infinity]}')) == {"a": [1, -2.5, 0.0, float("inf")]}
+    assert read_json(write(tmp_path, b'\xef\xbb\xbf{"a": 18446744073709551615}')) == {"a": 2**64 - 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        (b"\xff{}", "is not JSON"),
+        ('{"a": 1, "a": 2}', "'a' is there twice"),
+        ('{"a": {"b": 1' + "0" * 400 + "}}", r"a\.b is 1000.*too large"),
+        ('{"a": [0, 1' + "0" * 5000 + "]}", r"a\.1 is 1000.*\(5001 characters\), a number that is too large"),
+        ('{"a": 1e400}', r"a is 1e400, a number that is too large"),
+        ('{"a": ' + "[" * 100 + "]" * 100 + "}", f"nested deeper than {MAX_JSON_DEPTH}"),
+        ("[" * 100_000, f"nested deeper than {MAX_JSON_DEPTH}"),
+        ('{"a":' * 100_000, f"nested deeper than {MAX_JSON_DEPTH}"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer.*git lfs pull"),
+    ],
+)
+def test_unsound_json_is_refused_by_file_and_field(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{message}") as refused:
+        read_json(path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in [(tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a directory")]:
+        with pytest.raises(ValueError, match=f"^{path}: is {kind}, and a file is expected"):
+            read_bytes(path)
+    with pytest.raises(ValueError, match="missing.json: No such file"), open_file(tmp_path / "missing.json"):
+        raise AssertionError("opened")
+    with pytest.raises(ValueError, match="File name too long"):
+        read_bytes(tmp_path / ("a" * 300))
+
+
+def test_a_file_is_read_up_to_a_bound(tmp_path):
+    path = write(tmp_path, b"x" * 11)
+    assert read_bytes(path, 11) == b"x" * 11
+    with pytest.raises(ValueError, match="has more than 10 bytes"):
+        read_bytes(path, 10)
+
+
+def test_text_that_is_no_file_is_named_as_its_reader_says():
+    with pytest.raises(ValueError, match="^prompts, line 3: is not JSON"):
+        parse_json("{", "prompts, line 3")
