@@ -98,7 +98,7 @@ class _TwiceNamed(Exception):
 def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        twice, _ = (Counter(name for name, _ in pairs) - Counter(content)).popitem()
+        twice, _ = (Counter(name for name, _ in pairs) - Counter(content.keys())).popitem()
         raise _TwiceNamed(f"{where}: {twice[:200]!r} is there twice")
     return content
 
