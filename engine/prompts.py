@@ -1,10 +1,16 @@
 """Prompts from the command line, a file or standard input."""
 
-import json
+import os
+import stat
 import sys
 from pathlib import Path
+from typing import BinaryIO
+
+from engine.user_files import check_no_pointer, check_regular, parse_json
 
 Prompt = str | list[int]
+MOST_BYTES = 2**30  # of a file of prompts
+_PIECE_BYTES = 2**20
 
 
 def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
@@ -21,11 +27,15 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
 def _read_file(file: str) -> list[Prompt]:
     """One prompt a line, or JSONL where the first line begins with a brace."""
     try:
-        text = _read_stdin() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+        text = _read(file).decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"--prompts-file {file}: {error.strerror}") from None
+        raise ValueError(f"--prompts-file {file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {file}: {error}") from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"--prompts-file {file}: line {line} has a NUL byte; expected text in UTF-8")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     # not splitlines(): JSON strings and prose may hold U+2028 and its like
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("{"):
@@ -33,18 +43,41 @@ def _read_file(file: str) -> list[Prompt]:
     return [line for _, line in lines]
 
 
-def _read_stdin() -> str:
-    return "" if sys.stdin is None else sys.stdin.read()  # None: it was closed
+def _read(file: str) -> bytearray:
+    """The bytes of a file, of standard input, or of a pipe that the shell opened, as for `<(command)`."""
+    if file == "-":
+        return bytearray() if sys.stdin is None else _bounded(sys.stdin.buffer, file)  # None: it was closed
+    if not _is_open_pipe(file):
+        check_regular(Path(file))
+    with open(file, "rb") as stream:
+        return _bounded(stream, file)
+
+
+def _is_open_pipe(file: str) -> bool:
+    """Whether this is a pipe without a name (/dev/fd/63): one with a name has to wait for its writer."""
+    return stat.S_ISFIFO(os.stat(file).st_mode) and not os.path.exists(os.path.realpath(file))
+
+
+def _bounded(stream: BinaryIO, file: str) -> bytearray:
+    """All of a stream, which may have no end."""
+    content = bytearray()
+    while piece := stream.read(_PIECE_BYTES):
+        content += piece
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"--prompts-file {file}: has more than {MOST_BYTES} bytes, the most that are read")
+    check_no_pointer(Path(file), content[:_PIECE_BYTES])
+    return content
 
 
 def _parse(line: str, where: str) -> Prompt:
     """`{"prompt": text}` or `{"prompt_token_ids": [ids]}`; other fields are the user's own."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+    fields = parse_json(line, where)
     given = [fields.get(key) for key in ("prompt", "prompt_token_ids")] if isinstance(fields, dict) else []
     prompt = next((value for value in given if value is not None), None)
-    if isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)):
+    if isinstance(prompt, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"{where}: prompt is not valid Unicode (a lone surrogate)")
+        return prompt
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):  # True is none
         return prompt
     raise ValueError(f'{where}: expected an object with "prompt" (text) or "prompt_token_ids" (a list of integers)')

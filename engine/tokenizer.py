@@ -1,8 +1,8 @@
 """Text to token ids and back, on the `tokenizers` library alone.
 
-`Tokenizer` reads a checkpoint's tokenizer.json; `TextStream` gives out text as its tokens arrive;
-`StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates are
-not rendered here.
+`Tokenizer` is what a checkpoint's files describe (tokenizer_files.py); `TextStream` gives out text as its tokens
+arrive; `StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates
+are not rendered here.
 """
 
 import os.path
@@ -12,16 +12,17 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-FILE = "tokenizer.json"
+from engine.tokenizer_files import FILE, library_errors, load_backend
+
 CONTEXT_TOKENS = 64  # of the prompt that a stream decodes: a long prompt costs no more than a short one
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no UTF-8
 
 
 class Tokenizer:
-    """A tokenizer.json; `file` names it in messages."""
+    """A tokenizer of the library; `file` names it in messages."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self.backend = backend
+    def __init__(self, backend: tokenizers.Tokenizer, file: str | Path = FILE):
+        self.backend, self.file = backend, file
         # a file may carry the limits of its training; prompts are never cut nor padded behind the user's back
         backend.no_truncation()
         backend.no_padding()
@@ -29,29 +30,29 @@ class Tokenizer:
     @staticmethod
     def is_there(path: str | Path) -> bool:
         """Whether directory `path` has a tokenizer.json."""
-        return (Path(path) / FILE).is_file()
+        return os.path.lexists(Path(path) / FILE)
 
     @staticmethod
     def load(path: str | Path) -> "Tokenizer | None":
         """The tokenizer of a checkpoint directory, or None if it has no tokenizer.json.
 
-        Raises ValueError that names the file if it cannot be read as a tokenizer.
+        Raises ValueError that names the file if one of the tokenizer's files cannot be read as what it is.
         """
         if not Tokenizer.is_there(path):
             return None
-        file = Path(path) / FILE
-        try:
-            return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{file}: not a tokenizer.json: {error}") from error
+        return Tokenizer(load_backend(Path(path)), Path(path) / FILE)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the file's post-processor adds."""
-        return self.backend.encode(text).ids
+        """Token ids, with the special tokens that the file's post-processor adds. Raises ValueError that names the file
+        if it cannot encode this text."""
+        with library_errors(f"{self.file}: cannot encode a text of {len(text)} characters"):
+            return self.backend.encode(text).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens; bytes that are no UTF-8 become U+FFFD. Unknown ids give no text."""
-        return self.backend.decode(list(token_ids), skip_special_tokens=True)
+        """Text without special tokens; bytes that are no UTF-8 become U+FFFD. Unknown ids give no text. Raises
+        ValueError that names the file if it cannot decode these ids."""
+        with library_errors(f"{self.file}: cannot decode {len(token_ids)} tokens"):
+            return self.backend.decode(list(token_ids), skip_special_tokens=True)
 
     def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
         """A decoder of the tokens that follow this prompt."""
@@ -76,8 +77,9 @@ class TextStream:
         """The text that this token completes: often "", for a part of a character or a special token."""
         self._held.append(token_id)
         try:
-            text = self._stream.step(self._tokenizer.backend, token_id)
-        except Exception:  # the library raises plain Exception: text that was given out would change
+            with library_errors("a token"):
+                text = self._stream.step(self._tokenizer.backend, token_id)
+        except ValueError:  # text that was given out would change
             text = self._tokenizer.decode(self._held)
             self._restart(self._held)
             return text

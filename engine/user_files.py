@@ -8,7 +8,7 @@ import json
 import math
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,17 +65,18 @@ def read_bytes(path: str | Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
     return content
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, ignored: Collection[str] = ()) -> dict[str, Any]:
     """A file that holds one JSON object. Raises ValueError as read_bytes and parse_json do."""
-    content = parse_json(read_bytes(path), str(path))
+    content = parse_json(read_bytes(path), str(path), ignored)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is not a JSON object")
     return content
 
 
-def parse_json(text: bytes | str, where: str) -> Any:
-    """JSON as Python has it. Raises ValueError, beginning with `where`, if it is not UTF-8, not JSON, or nested deeper
-    than MAX_JSON_DEPTH, or has a name twice in one object or a number of over 20 digits or beyond a float."""
+def parse_json(text: bytes | str, where: str, ignored: Collection[str] = ()) -> Any:
+    """JSON as Python has it, without the fields of the whole that are `ignored`, whatever they hold. Raises ValueError,
+    beginning with `where`, if it is not UTF-8, not JSON, or nested deeper than MAX_JSON_DEPTH, or has a name twice in
+    one object or a number of over 20 digits or beyond a float."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         content = json.loads(
@@ -87,6 +88,8 @@ def parse_json(text: bytes | str, where: str) -> Any:
         raise ValueError(str(error)) from None
     except ValueError as error:
         raise ValueError(f"{where}: is not JSON: {error}") from None
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in ignored}
     _check(content, where)
     return content
 

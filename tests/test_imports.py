@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "engine.kernels": (),
     "engine.kernels.reduce_residual_norm": ("engine.kernels", "parallel.push_reduce"),
     "engine.config": (),
-    "engine.tokenizer": (),
-    "engine.prompts": (),
+    "engine.tokenizer": ("engine.tokenizer_files",),
+    "engine.tokenizer_files": ("engine.user_files",),
+    "engine.prompts": ("engine.user_files",),
     "engine.model": ("parallel", "engine.kernels", "scheduler.step_plan"),
     "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.request", "scheduler.step_plan"),  # as data
     "engine.weights": (

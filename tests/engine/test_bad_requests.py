@@ -200,7 +200,7 @@ def test_nan_weights_are_warned_of_and_nan_logits_end_the_run(tmp_path, capfd):
         (["demo", "--model", "other"], "model='demo' and --model 'other': which one?"),
         (["--prompts-file", "nowhere.txt"], "--prompts-file nowhere.txt: .*No such file"),
         (["--prompts-file", "empty"], r"no prompt: give --prompt TEXT, --prompts-file FILE, or standard input"),
-        (["--prompts-file", "bad.jsonl"], r"bad\.jsonl, line 2: not JSON: "),
+        (["--prompts-file", "bad.jsonl"], r"bad\.jsonl, line 2: is not JSON: "),
         (
             ["--prompts-file", "no.jsonl"],
             r'no\.jsonl, line 1: expected an object with "prompt" \(text\) or "prompt_token',

@@ -27,7 +27,7 @@ def expected():
 
 def run(*arguments: str, stdin: str = "", monkeypatch=None) -> int:
     if monkeypatch is not None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
     return main(["generate", *GREEDY, *arguments])
 
 
@@ -93,12 +93,18 @@ JSONL = """{"prompt": "Return the", "id": 7}
 
 
 @pytest.mark.parametrize("way", ["file", "-", "stdin alone"])
-@pytest.mark.parametrize("text, places", [(LINES, [0, 1]), (JSONL, [0, 2, 1]), ("\ufeff" + LINES, [0, 1])])
+@pytest.mark.parametrize(
+    "text, places",
+    [
+        *((LINES, [0, 1]), (JSONL, [0, 2, 1]), ("\ufeff" + LINES, [0, 1]), ("\ufeff" + JSONL, [0, 2, 1])),
+        *((text.replace("\n", "\r\n"), places) for text, places in ((LINES, [0, 1]), (JSONL, [0, 2, 1]))),
+    ],
+)
 def test_prompts_from_a_file_or_standard_input(capsys, monkeypatch, tmp_path, expected, way, text, places):
     file = tmp_path / "prompts"
-    file.write_text(text, encoding="utf-8")
+    file.write_bytes(text.encode())
     options = {"file": ["--prompts-file", str(file)], "-": ["--prompts-file", "-"], "stdin alone": []}[way]
-    assert run(*options, "--json", stdin=text.removeprefix("\ufeff"), monkeypatch=monkeypatch) == 0
+    assert run(*options, "--json", stdin=text, monkeypatch=monkeypatch) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["outputs"] for line in lines] == [expected[place].to_dict()["outputs"] for place in places]
 

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizer_backends import byte_fallback, byte_level
 
 from engine.tokenizer import StopStrings, Tokenizer
 
@@ -21,34 +21,6 @@ TEXTS = [
     "x\ufffdy",
     "",
 ]
-
-
-def byte_level() -> tokenizers.Tokenizer:
-    """Byte-level BPE as Llama 3's: a character of several bytes is several tokens, unless merged."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["hello world, hello there; naïve café 🎉"] * 4, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return backend
-
-
-def byte_fallback() -> tokenizers.Tokenizer:
-    """As Llama 2's: word borders are "▁", unknown characters are byte tokens, a leading space is stripped."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"helowrdabc,!"]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return backend
 
 
 def demo() -> tokenizers.Tokenizer:

@@ -19,6 +19,13 @@ def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path):
     assert read_json(write(tmp_path, b'\xef\xbb\xbf{"a": 18446744073709551615}')) == {"a": 2**64 - 1}
 
 
+def test_a_field_that_nobody_reads_may_hold_anything(tmp_path):
+    path = write(tmp_path, '{"a": 1, "longest": 1000000000000000019884624838656, "b": {"longest": 2}}')
+    assert read_json(path, ignored=("longest",)) == {"a": 1, "b": {"longest": 2}}
+    with pytest.raises(ValueError, match="longest is 1000.*too large"):
+        read_json(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
