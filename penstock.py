@@ -8,6 +8,7 @@
 import importlib
 import sys
 
+from engine.streams import guarded_streams
 from engine.version import VERSION as __version__
 from parallel.failure import run_rank
 
@@ -26,8 +27,10 @@ def __dir__() -> list[str]:
 
 
 def main() -> int:
-    """The command line. Returns the exit status; an exception is shown once and ends the process."""
-    return run_rank(importlib.import_module("engine.cli").main)
+    """The command line. Returns the exit status; an exception is shown once and ends the process. Raises SystemExit,
+    with one line and status 1, if standard output takes no more."""
+    with guarded_streams():
+        return run_rank(importlib.import_module("engine.cli").main)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ CONFIG_FIELDS, and has no flags for the others.
 """
 
 import argparse
-import contextlib
 import importlib
 import os
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.flags import Parser, add_config_arguments, config_from_args
+from engine.streams import mistake
 from engine.version import VERSION
 from parallel.failure import SELF_LAUNCHED
 
@@ -55,18 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             listed = " ".join(unknown)
             raise ValueError(f"unrecognized arguments: {listed} (penstock {name} --help shows what there is)")
         return chosen.run(args, config_from_args(args))
-    except (ValueError, PermissionError) as error:
-        if SELF_LAUNCHED in os.environ:
+    except (ValueError, OSError, MemoryError) as error:
+        text = mistake(error)
+        if text is None or SELF_LAUNCHED in os.environ:
             raise  # rank 0 shows it, with its traceback: the user's own mistakes it found before it launched us
-        if os.environ.get("RANK", "0") != "0":
+        if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
             time.sleep(RANK_0_SPEAKS_S)  # by then torchrun has ended this process, if rank 0 failed too
-        denied = isinstance(error, PermissionError)
-        print(f"penstock: error: {f'{error.filename}: {error.strerror}' if denied else error}", file=sys.stderr)
+        print(f"penstock: error: {text}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit complain
-        return 1
 
 
 def _check_environment() -> None:

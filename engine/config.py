@@ -9,9 +9,25 @@ import re
 import typing
 from dataclasses import dataclass
 
+from scheduler.request import INT32_MAX, SEEDS, shown
+
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
           "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
 
+
+# The largest values of the fields that count something, from 1 on: more can only be a mistake, and would take hours or
+# all memory to say so.
+_MOST = {
+    "tensor_parallel_size": 256,
+    "max_model_len": INT32_MAX,
+    "max_num_seqs": 2**16,
+    "max_num_batched_tokens": 2**20,
+    "attention_window": INT32_MAX,
+    "page_size": 2**16,
+    "num_pages": INT32_MAX,
+}
+_MOST_BYTES = 2**60
+_LINK_GB_S = (1e-3, 1e6)
 
 METAVARS = {int: "N", float: "X"}  # how --help shows a value of this type
 
@@ -25,8 +41,8 @@ def parse_bytes(value: int | str) -> int:
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"{value!r} is not a number of bytes (examples: 25769803776, 24GiB, 24GB)")
         num_bytes = int((float(match[1]) if "." in match[1] else int(match[1])) * _UNITS[match[2].lower()])
-    if num_bytes <= 0:
-        raise ValueError(f"{value!r}: a number of bytes must be positive")
+    if not 0 < num_bytes <= _MOST_BYTES:
+        raise ValueError(f"{shown(value)}: a number of bytes must be positive, and at most {_MOST_BYTES} (1 EiB)")
     return num_bytes
 
 
@@ -36,10 +52,10 @@ def parse_resident(value: str | float) -> str | float:
         return value
     try:
         fraction = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         fraction = -1.0
     if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"resident={value!r}: expected auto, all, none or a fraction between 0 and 1")
+        raise ValueError(f"resident={shown(value)}: expected auto, all, none or a fraction between 0 and 1")
     return fraction
 
 
@@ -117,28 +133,26 @@ class EngineConfig:
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         object.__setattr__(self, "resident", parse_resident(self.resident))
-        for name in (
-            "tensor_parallel_size",
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "attention_window",
-            "page_size",
-            "num_pages",
-        ):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}: expected a positive integer")
-        if self.attention_sinks < 0:
-            raise ValueError(f"attention_sinks={self.attention_sinks!r}: expected a number of tokens, or 0")
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name}={shown(value)}: expected a positive integer, at most {most}")
+        for name in ("seed", "page_order_seed"):
+            value = getattr(self, name)
+            if value is not None and not SEEDS[0] <= value <= SEEDS[1]:
+                raise ValueError(f"{name}={shown(value)}: expected an integer of 64 bits")
+        if not 0 <= self.attention_sinks <= INT32_MAX:
+            sinks = shown(self.attention_sinks)
+            raise ValueError(f"attention_sinks={sinks}: expected a number of tokens, or 0, at most {INT32_MAX}")
         if self.attention_sinks and self.attention_window is None:
             raise ValueError(f"attention_sinks={self.attention_sinks}: there are none without an attention_window")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(
-                f"gpu_memory_utilization={self.gpu_memory_utilization!r}: expected a fraction above 0, at most 1"
+                f"gpu_memory_utilization={shown(self.gpu_memory_utilization)}: expected a fraction above 0, at most 1"
             )
-        if self.link_gb_s is not None and not 0 < self.link_gb_s < float("inf"):
-            raise ValueError(f"link_gb_s={self.link_gb_s!r}: expected a positive rate")
+        if self.link_gb_s is not None and not _LINK_GB_S[0] <= self.link_gb_s <= _LINK_GB_S[1]:
+            least, most = _LINK_GB_S
+            raise ValueError(f"link_gb_s={shown(self.link_gb_s)}: expected a positive rate, from {least:g} to {most:g}")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             if choices and getattr(self, field.name) not in choices:
@@ -152,7 +166,7 @@ class EngineConfig:
         fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
         if not fits or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{field.name}={value!r}: expected {expected}")
+            raise ValueError(f"{field.name}={shown(value)}: expected {expected}")
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them; EngineConfig(**d) is the inverse."""

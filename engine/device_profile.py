@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scheduler.time_model import PROFILES
+from engine.streams import visible
+from engine.user_files import read_json
+from scheduler.time_model import PROFILES, Rates, load_profile, profile_rates
 
 KERNELS_A_STEP = 6  # that an eager step costs the host, in the mean
 NODES_A_STEP = 1.4  # that a step of a captured pass costs beside its bytes; an H200 takes 1.5 us, and 1.1 for a node
@@ -103,12 +105,27 @@ def find_profile(device_type: str, tp_size: int) -> Path | None:
     return found[min(found)] if found else None
 
 
+def load_rates(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
+    """The rates of a rank among `tp_size`, from PROFILES or a JSON file with the fields of Rates; `link_gb_s` wins.
+
+    Raises ValueError, naming the file and the field, if the file cannot be read, and as profile_rates does.
+    """
+    if name_or_file in PROFILES:
+        return load_profile(name_or_file, tp_size, link_gb_s)
+    path = Path(name_or_file)
+    if not path.exists():
+        known = ", ".join(PROFILES)
+        raise ValueError(f"device_profile={name_or_file!r}: neither one of {known} nor a file")
+    values = {"source": f"assumed: {path.name}", **read_json(path)}
+    if not isinstance(values["source"], str):
+        raise ValueError(f"{path}: source={values['source']!r}: expected text")
+    return profile_rates(values | {"source": visible(values["source"])}, str(path), tp_size, link_gb_s)
+
+
 def read_device(path: Path) -> str:
     """The name of the device that a saved probe measured. Raises ValueError naming the file if it has none."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["probe"]["device"])
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        return str(read_json(path)["probe"]["device"])
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path}: is no saved probe: run `penstock probe` again, or delete it") from None
 

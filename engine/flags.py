@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from typing import Any, NoReturn
 
 from engine.config import METAVARS, EngineConfig
@@ -41,6 +42,7 @@ def _typed(parse):
     if parse is None or parse in (int, float):
         return parse
 
+    @functools.wraps(parse)
     def convert(text: str):
         try:
             return parse(text)

@@ -23,11 +23,13 @@ from engine.planning import (
     plan_rates,
     step_seconds,
 )
+from engine.streams import visible
 from parallel.launch import resolve_launch
 from scheduler.code_choice import choose_code
 from scheduler.demand import KV_LEN, show_bytes
 from scheduler.pass_work import PassShape
 from scheduler.plan_table import render
+from scheduler.request import INT32_MAX
 from scheduler.residency import Residency
 from scheduler.residency_table import Prediction, Variant, table
 from scheduler.time_model import free_tokens
@@ -44,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     """Prints the plan; returns the exit status. Raises ValueError for what cannot be planned."""
-    if args.context < 1:
-        raise ValueError(f"context={args.context}: expected a positive number of tokens")
+    if not 1 <= args.context <= INT32_MAX:
+        raise ValueError(f"context={args.context}: expected a positive number of tokens, at most {INT32_MAX}")
     plan = plan_of(config)
     context = min(args.context, plan.residency.max_model_len)
     if args.json:
@@ -66,9 +68,20 @@ def plan_of(config: EngineConfig) -> EnginePlan:
     """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
     path = find_model(config.model)
     spec = read_spec(read_config(path), str(path))
-    tp_size = resolve_launch(config.tensor_parallel_size).tp_size
+    tp_size = _planned_ranks(config)
     rates = plan_rates(config, tp_size, config.device)
     return make_engine_plan(config, spec, tp_size, rates.memory_bytes, rates)
+
+
+def _planned_ranks(config: EngineConfig) -> int:
+    """As many as are asked for, else torchrun's, else one. Nothing is launched: where a cluster has set only a part of
+    torchrun's environment, that says nothing about the plan."""
+    if config.tensor_parallel_size is not None:
+        return config.tensor_parallel_size
+    try:
+        return resolve_launch().tp_size
+    except ValueError:
+        return 1
 
 
 def step_table(plan: EnginePlan) -> str:
@@ -168,7 +181,7 @@ def _heading(config: EngineConfig, plan: EnginePlan) -> str:
     else:
         share, whole = f"{config.gpu_memory_utilization:.0%}", show_bytes(plan.rates.memory_bytes)
         budget = f"device memory {share} of {whole} ({plan.rates.source})"
-    return f"{config.model} ({plan.spec.family}): {size}, {ranks}, {weights}\n{budget}\n"
+    return f"{visible(config.model)} ({plan.spec.family}): {size}, {ranks}, {weights}\n{budget}\n"
 
 
 def _count(number: int) -> str:

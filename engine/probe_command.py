@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.device_profile import Probe, device_profile, profile_path, save_profile
 from engine.probe_report import report
+from engine.user_files import check_output
 from parallel.failure import SELF_LAUNCHED, exit_with_parent
 from parallel.launch import WORKER_COMMAND, resolve_launch
 
@@ -28,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
-    """Raises ValueError if the profile cannot be kept; what was measured has been printed by then."""
+    """Raises ValueError if the profile cannot be kept: of --output before anything is measured, of the cache once that
+    has been printed."""
+    if args.output is not None:
+        check_output("--output", args.output)
     if SELF_LAUNCHED in os.environ:
         config = EngineConfig(**json.loads(exit_with_parent()))
     from engine.runtime.probe import run_probe  # imports torch: the parent is watched before that
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
 def _finish(probe: Probe, args: argparse.Namespace) -> None:
     profile = device_profile(probe)
-    path = Path(args.output) if args.output else profile_path(probe.device_type, probe.num_ranks)
+    path = Path(args.output) if args.output is not None else profile_path(probe.device_type, probe.num_ranks)
     print(json.dumps(profile) if args.json else report(probe), flush=True)
     if path is None:
         raise ValueError("there is no home directory to keep the profile in; --output FILE chooses a place")

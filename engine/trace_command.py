@@ -4,6 +4,7 @@ The trace itself, all passes of it, is left as Chrome/Perfetto JSON. Tokens are 
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from engine.config import EngineConfig
 from engine.runtime.trace import Span
 from engine.trace_plot import check_installed, draw, rows
 from engine.traced_run import PASSES, TRACE, TracedRun, add_workload_arguments, run_traced
+from engine.user_files import check_output
 
 
 def add_arguments(parser) -> None:
@@ -25,9 +27,9 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     """Raises ValueError for what cannot be run or drawn, before anything is loaded."""
     check_installed()
     trace = config.trace or TRACE
-    output = args.output or str(Path(trace).with_suffix(".png"))
-    if not Path(output).parent.is_dir():
-        raise ValueError(f"--output {output}: no such directory")
+    output = str(Path(trace).with_suffix(".png")) if args.output is None else args.output
+    check_output("--output", output)
+    _check_times(args.start_ms, args.end_ms)
     traced = run_traced(args, config)
     if traced is not None:
         index = traced.find(args.kind)
@@ -36,6 +38,14 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         for line in traced.describe_gaps():
             print(line, file=sys.stderr)
     return 0
+
+
+def _check_times(start_ms: float | None, end_ms: float | None) -> None:
+    for flag, value in (("--start-ms", start_ms), ("--end-ms", end_ms)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{flag} {value}: expected a finite number")
+    if start_ms is not None and end_ms is not None and start_ms >= end_ms:
+        raise ValueError(f"--start-ms {start_ms:g}: expected less than --end-ms {end_ms:g}")
 
 
 def lanes(traced: TracedRun, pass_index: int) -> list[tuple[str, list[Span]]]:

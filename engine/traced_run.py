@@ -20,6 +20,7 @@ from scheduler.step_plan import COPY
 PASSES = ("decode", "prefill")
 TRACE = "trace.json"
 WARM_UP_TOKENS = 3
+MOST = 2**20  # of any number below: random tokens are made for as many
 
 
 def add_workload_arguments(parser) -> None:
@@ -122,8 +123,10 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
     """
     for name, least in (("input_len", 2), ("output_len", 2), ("batch_size", 1)):
         value = getattr(args, name)
-        if value < least:
-            raise ValueError(f"{name}={value}: expected at least {least}, for a prefill and a decode pass")
+        if not least <= value <= MOST:
+            raise ValueError(
+                f"{name}={value}: expected at least {least}, for a prefill and a decode pass, and at most {MOST}"
+            )
     if args.batch_size > config.max_num_seqs:
         raise ValueError(f"batch_size={args.batch_size}: max_num_seqs is {config.max_num_seqs}")
     config = replace(config, trace=config.trace or TRACE)
@@ -131,6 +134,7 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
     with LLM(**config.to_dict()) as llm:
         numbers = random.Random(config.seed)
         vocabulary = range(llm.rank.plan.spec.vocab_size)
+        llm.check([0] * args.input_len, params)  # before as many are made for each row
         prompts = [numbers.choices(vocabulary, k=args.input_len) for _ in range(args.batch_size)]
         llm.check(prompts, params)
         speaks = llm.rank.topology.rank == 0

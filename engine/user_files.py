@@ -6,6 +6,7 @@ Torch-free. Every error is a ValueError of one line that names the file, and the
 import contextlib
 import json
 import math
+import os
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -48,6 +49,23 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
         raise ValueError(f"{path}: is {kind}, and a file is expected")
+
+
+def check_output(flag: str, path: str | Path) -> None:
+    """Raises ValueError, naming flag and file, if no file can be written there, so that it is said before the work for
+    it is done: a directory that is not there is not made."""
+    path = Path(path)
+    try:
+        if not path.exists() and not path.parent.is_dir():
+            raise ValueError(f"{path}: no such directory")
+        if path.exists():
+            check_regular(path)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{path}: Permission denied")
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
 
 
 def check_no_pointer(path: Path, start: bytes) -> None:

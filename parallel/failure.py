@@ -90,7 +90,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
 def _leave(text: str, code: int) -> None:
     """Show `text` on stderr (marked for rank 0 if it launched us) and end at once."""
     mark = FAILURE_MARK + "\n" if SELF_LAUNCHED in os.environ else ""
-    with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep us alive
+    with contextlib.suppress(OSError, ValueError, SystemExit):  # a closed pipe must not keep us alive
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(mark + text.rstrip() + "\n")

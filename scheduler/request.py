@@ -15,7 +15,9 @@ from typing import ClassVar
 
 GREEDY_BELOW = 1e-5  # vLLM's bound: at lower temperatures only the most likely token is ever drawn
 MAX_LOGPROBS = 20
+MAX_N = 16384  # vLLM's bound: more sequences of a prompt are a mistake, and take for ever
 INT32_MAX = 2**31 - 1  # what the packed batch can carry
+SEEDS = (-(2**63), 2**64 - 1)  # 64 bits, signed or not
 ON_DEVICE = -1  # stands for the row's last sampled token, which the host has not seen yet
 
 
@@ -58,13 +60,13 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        self._check_int("n", 1, INT32_MAX, "an integer of at least 1")
+        self._check_int("n", 1, MAX_N, f"an integer from 1 to {MAX_N}")
         self._check_float("temperature", lambda x: x >= 0, "a finite number of at least 0")
         self._check_float("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        self._check_int("top_k", -1, INT32_MAX, "a positive integer, or 0 or -1 (off)")
+        self._check_int("top_k", -1, INT32_MAX, f"a positive integer of at most {INT32_MAX}, or 0 or -1 (off)")
         self._check_float("min_p", lambda x: 0 <= x <= 1, "a number from 0 to 1")
-        self._check_int("max_tokens", 1, INT32_MAX, "an integer of at least 1, or None", optional=True)
-        self._check_int("seed", -(2**63), 2**64 - 1, "an integer of 64 bits, or None", optional=True)
+        self._check_int("max_tokens", 1, INT32_MAX, f"an integer from 1 to {INT32_MAX}, or None", optional=True)
+        self._check_int("seed", *SEEDS, "an integer of 64 bits, or None", optional=True)
         self._check_float("repetition_penalty", lambda x: x > 0, "a finite number above 0")
         for name in ("presence_penalty", "frequency_penalty"):
             self._check_float(name, lambda x: -2 <= x <= 2, "a number from -2 to 2")
@@ -107,7 +109,7 @@ class SamplingParams:
         self._set_tuple("stop", str, lambda item: isinstance(item, str) and item != "", expected)
 
     def _check_stop_token_ids(self):
-        expected = "a list of token ids (integers of at least 0), or None"
+        expected = f"a list of token ids (integers from 0 to {INT32_MAX}), or None"
         self._set_tuple("stop_token_ids", (), lambda item: _is_int(item) and 0 <= item <= INT32_MAX, expected)
 
     def _set_tuple(self, name: str, single: type | tuple, allowed, expected: str):
@@ -125,7 +127,15 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     def _refuse(self, name: str, expected: str):
-        raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        raise ValueError(f"{name}={shown(getattr(self, name))}: expected {expected}")
+
+
+def shown(value: object) -> str:
+    """A value as messages name it. Python writes no integer of over 4300 digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "(a number of over 4300 digits)"
 
 
 def _is_int(value: object) -> bool:

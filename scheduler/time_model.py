@@ -14,10 +14,8 @@ as long (tests/engine/test_predictions.py compares with what was measured). An e
 launch by the host.
 """
 
-import json
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from scheduler.pass_work import PassShape, PassWork, StepWork
@@ -85,29 +83,19 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
-    """The rates of a rank among `tp_size`, from PROFILES or a JSON file with the fields of Rates; `link_gb_s` wins.
+def load_profile(name: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
+    """The rates of PROFILES for a rank among `tp_size`; `link_gb_s` wins."""
+    return profile_rates({"source": f"assumed: {name}", **PROFILES[name]}, name, tp_size, link_gb_s)
+
+
+def profile_rates(values: dict[str, Any], where: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
+    """The rates of a rank among `tp_size` from the fields of Rates; `link_gb_s` wins.
 
     A profile's `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum.
     What stands under `probe`, the figures behind a measured profile, is not looked at.
-    Raises ValueError, naming the file and the field, if the file cannot be read or a field is missing, unknown or bad.
+    Raises ValueError, naming `where` they stand and the field, if a field is missing, unknown or bad.
     """
-    if name_or_file in PROFILES:
-        values = {"source": f"assumed: {name_or_file}", **PROFILES[name_or_file]}
-        return with_link(_rates(values, name_or_file, tp_size), link_gb_s)
-    path = Path(name_or_file)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(PROFILES)
-        raise ValueError(
-            f"device_profile={name_or_file!r}: neither one of {known} nor a file ({error.strerror})"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: is not a JSON object")
-    return with_link(_rates({"source": f"assumed: {path.name}", **values}, str(path), tp_size), link_gb_s)
+    return with_link(_rates(values, where, tp_size), link_gb_s)
 
 
 def with_link(rates: Rates, link_gb_s: float | None) -> Rates:

@@ -5,12 +5,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.streams import guarded_streams, mistake
+
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """The exit status of `main`; 2 for a ValueError, which rank 0 shows."""
-    try:
-        return main() or 0
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
+    """The exit status of `main`; 2 for a user's mistake, which rank 0 shows. Raises SystemExit, with one line and
+    status 1, if standard output takes no more."""
+    program = Path(sys.argv[0]).name
+    with guarded_streams(program):
+        try:
+            return main() or 0
+        except (ValueError, OSError, MemoryError) as error:
+            text = mistake(error)
+            if text is None:
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{program}: error: {text}", file=sys.stderr)
+            return 2

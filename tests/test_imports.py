@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "scheduler": (),
     "engine.kernels": (),
     "engine.kernels.reduce_residual_norm": ("engine.kernels", "parallel.push_reduce"),
-    "engine.config": (),
+    "engine.config": ("scheduler.request",),
     "engine.tokenizer": ("engine.tokenizer_files",),
     "engine.tokenizer_files": ("engine.user_files",),
     "engine.prompts": ("engine.user_files",),
@@ -39,35 +39,39 @@ MAY_IMPORT = {
     ),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
-        *("engine.config", "engine.device_profile", "engine.planning"),
+        *("engine.config", "engine.device_profile", "engine.planning", "engine.user_files"),
     ),
     "engine": (
         *("engine.config", "engine.device_profile", "engine.model", "engine.planning", "engine.step_cost"),
         *("engine.tokenizer", "parallel.shard", "scheduler"),
     ),
     "engine.flags": ("engine.config",),
-    "engine.cli": ("engine.flags", "engine.version", "parallel.failure"),
+    "engine.streams": ("parallel.failure",),
+    "engine.cli": ("engine.flags", "engine.streams", "engine.version", "parallel.failure"),
     "engine.llm": (
         *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
         *("parallel.launch", "scheduler"),
     ),
     "engine.plan_command": (
-        *("engine.config", "engine.model", "engine.planning"),
+        *("engine.config", "engine.model", "engine.planning", "engine.streams"),
         *("parallel.launch", "scheduler"),
     ),
     "engine.generate_command": (
         *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.planning", "engine.prompts"),
         *("parallel.launch", "scheduler"),
     ),
-    "engine.device_profile": ("scheduler.time_model",),
+    "engine.device_profile": ("engine.streams", "engine.user_files", "scheduler.time_model"),
     "engine.probe_report": ("engine.device_profile",),
     "engine.probe_command": (
         *("engine.config", "engine.device_profile", "engine.probe_report", "engine.runtime.probe", "parallel"),
+        "engine.user_files",
     ),
     "engine.record": ("engine.version", "parallel.topology"),
     "engine.traced_run": ("engine.config", "engine.llm", "engine.planning", "engine.runtime.trace", "scheduler"),
     "engine.trace_plot": ("engine.runtime.trace", "scheduler"),
-    "engine.trace_command": ("engine.config", "engine.runtime.trace", "engine.trace_plot", "engine.traced_run"),
+    "engine.trace_command": (
+        *("engine.config", "engine.runtime.trace", "engine.trace_plot", "engine.traced_run", "engine.user_files"),
+    ),
     "engine.pass_profile": ("engine.planning", "engine.runtime.trace", "engine.traced_run", "scheduler"),
     "engine.profile_command": ("engine.config", "engine.pass_profile", "engine.traced_run"),
     "engine.pack_command": (
@@ -84,7 +88,7 @@ MAY_IMPORT = {
     "engine.split_command": ("engine.config", "engine.generate_command", "engine.prompts", "engine.split"),
     "engine.split_device_command": ("engine.config", "engine.split.channel", "parallel.failure"),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
-    "penstock": ("engine.version", "parallel.failure"),
+    "penstock": ("engine.streams", "engine.version", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "engine.server", "penstock")
@@ -102,7 +106,7 @@ PURE = [
     *("penstock", "engine.cli", "engine.config", "engine.device_profile", "engine.flags", "engine.probe_report"),
     *("engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
-    "engine.kernels.code_tile",
+    *("engine.kernels.code_tile", "engine.streams"),
     *(f"engine.split.{name}" for name in ("transfers", "report", "flags")),
     *("parallel.ledger", "parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),

@@ -3,6 +3,8 @@
 It runs the batches it is given and decides nothing. Nothing is allocated before plan and checkpoint are checked.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from engine.weights.views import views
 from parallel.collectives import Collectives
 from parallel.shard import shard_heads
 from parallel.topology import Topology
+from scheduler.demand import show_bytes
 from scheduler.step_plan import GroupId
 
 
@@ -44,6 +47,23 @@ def open_source(config: EngineConfig, path: Path, plan: EnginePlan, device: torc
     return checkpoint
 
 
+_SMALLER = "max_num_seqs, max_num_batched_tokens, num_pages or page_size"
+
+
+@contextlib.contextmanager
+def _host_memory(plan: EnginePlan) -> Iterator[None]:
+    """Raises MemoryError, with what was planned, where torch's RuntimeError says that the system has no more memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+            raise
+        claims = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in plan.residency.claims)
+        raise MemoryError(
+            f"the system refuses so much host memory ({claims}): a smaller {_SMALLER} asks for less"
+        ) from None
+
+
 class Worker:
     """`executor` runs batches once this is built; `close` frees every byte it holds. `plan` is the one that is given,
     with the sizes that coded groups were found to have."""
@@ -54,14 +74,15 @@ class Worker:
         self.plan, self.device = plan, topology.device
         self.tracer = RecordingTracer(self.device) if config.trace else Tracer()
         layout = model_layout(plan.spec, tensor_names(plan.spec), plan.dtype, topology.tp_size, topology.rank)
-        self.weights = self._load(source, layout, topology)
-        self.executor = None
-        try:
-            self.plan = self._settled(collectives)
-            self.executor = self._executor(config, layout, topology, collectives)
-        except BaseException:
-            self.close()
-            raise
+        with _host_memory(plan):
+            self.weights = self._load(source, layout, topology)
+            self.executor = None
+            try:
+                self.plan = self._settled(collectives)
+                self.executor = self._executor(config, layout, topology, collectives)
+            except BaseException:
+                self.close()
+                raise
 
     def _load(self, source: WeightSource, layout: ModelLayout, topology: Topology) -> LoadedWeights:
         streamed = {group for group, _ in self.plan.residency.streamed}

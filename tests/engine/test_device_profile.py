@@ -15,12 +15,12 @@ from engine.device_profile import (
     cache_directory,
     device_profile,
     find_profile,
+    load_rates,
     profile_path,
     save_profile,
     sending_s,
 )
 from engine.planning import plan_rates
-from scheduler.time_model import load_profile
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def keep(probe: Probe) -> Path:
 
 @pytest.mark.parametrize("tp_size, link", [(1, 55.1), (2, 53.0), (4, 40.0), (8, 20.0)])
 def test_a_probe_is_a_profile(tp_size, link):
-    rates = load_profile(str(keep(FOUR)), tp_size)
+    rates = load_rates(str(keep(FOUR)), tp_size)
     assert rates.link_gb_s == pytest.approx(link)
     assert rates.source == "measured: NVIDIA H200, 4 ranks, 2026-11-21"
     assert (rates.memory_gb_s, rates.gemm_tflops, rates.memory_bytes) == (4100.0, 730.0, 141 * 10**9)
@@ -45,14 +45,14 @@ def test_a_probe_is_a_profile(tp_size, link):
 
 def test_decode_s_reduces_and_steps_are_in_graphs_where_there_are_graphs():
     for probe, latency_s, large_s, node_s in ((FOUR, 8e-6, 332e-6, 1.4e-6), (CPU, 40e-6, 330e-6, None)):
-        rates = load_profile(str(keep(probe)))
+        rates = load_rates(str(keep(probe)))
         assert rates.reduce_latency_s + 64 * 2**20 / rates.reduce_gb_s / 1e9 == pytest.approx(large_s)
         assert rates.reduce_latency_s == pytest.approx(latency_s) and rates.step_latency_s == pytest.approx(15e-6)
         assert rates.node_latency_s == (node_s and pytest.approx(node_s))
 
 
 def test_one_rank_reduces_for_nothing():
-    rates = load_profile(str(keep(replace(FOUR, num_ranks=1, reduces=[]))))
+    rates = load_rates(str(keep(replace(FOUR, num_ranks=1, reduces=[]))))
     assert rates.reduce_latency_s == 0 and rates.source.startswith("measured: NVIDIA H200, 1 rank,")
 
 
@@ -135,3 +135,43 @@ def test_a_small_reduce_that_took_longer_than_a_large_one():
     """Noise of a busy machine: the rate stays one that could be."""
     assert sending_s(100e-6, 20e-6) == pytest.approx(80e-6)
     assert sending_s(100e-6, 150e-6) == pytest.approx(10e-6)
+
+
+def test_a_profile_from_a_file(tmp_path):
+    file = tmp_path / "mine.json"
+    values = {"memory_gb_s": 900, "gemm_tflops": 150, "reduce_latency_s": 0, "reduce_gb_s": 20}
+    file.write_text(json.dumps({**values, "link_gb_s": [25, 20], "source": "measured on a desk"}))
+    assert load_rates(str(file), 2).link_gb_s == 20
+    assert load_rates(str(file), 1).source == "measured on a desk"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"link_gb_s": 1}', "gemm_tflops|memory_gb_s|reduce_gb_s|reduce_latency_s"),
+        ('{"link_gbs": 1}', "unknown field 'link_gbs'"),
+    ],
+)
+def test_a_bad_profile_names_file_and_field(tmp_path, content, message):
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_rates(str(file))
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["link_gb_s", "memory_gb_s", "gemm_tflops", "reduce_latency_s", "reduce_gb_s"])
+@pytest.mark.parametrize("value", [-1, "fast", True, None, [], [1, -1], float("inf")])
+def test_a_bad_value_is_named(tmp_path, field, value):
+    good = dict.fromkeys(("link_gb_s", "memory_gb_s", "gemm_tflops", "reduce_latency_s", "reduce_gb_s"), 1)
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(good | {field: value}))
+    with pytest.raises(ValueError, match=field):
+        load_rates(str(file))
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ValueError, match="h200, cpu"):
+        load_rates("h2000")

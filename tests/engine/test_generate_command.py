@@ -10,6 +10,7 @@ import pytest
 from engine.cli import main
 from engine.config import EngineConfig
 from engine.generate_command import SAMPLING_FLAGS
+from engine.streams import guarded_streams
 from parallel.ledger import Site, TransferLedger
 from penstock import LLM, SamplingParams
 from scheduler.request import SamplingParams as Params
@@ -170,14 +171,15 @@ def test_version(capsys):
     assert leaving.value.code == 0 and capsys.readouterr().out.startswith("penstock 0.")
 
 
-def test_a_reader_that_leaves_early_is_no_error(monkeypatch, capfd):
+def test_a_reader_that_leaves_early_ends_the_run(monkeypatch):
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    assert run("--prompt", "Return the") == 1
-    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(SystemExit) as leaving, guarded_streams():
+        run("--prompt", "Return the")
+    assert leaving.value.code == "penstock: error: standard output: Broken pipe"
 
 
 def test_unknown_variables_of_ours_are_refused(monkeypatch, capsys):

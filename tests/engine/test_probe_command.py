@@ -6,8 +6,7 @@ import pytest
 from commands import TORCHRUN, Command
 
 from engine import cli
-from engine.device_profile import cache_directory
-from scheduler.time_model import load_profile
+from engine.device_profile import cache_directory, load_rates
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 
@@ -22,7 +21,7 @@ def test_alone_in_words_and_the_planner_takes_it(capsys, monkeypatch, tmp_path):
     shown = capsys.readouterr()
     assert "1 rank of " in shown.out and "no GPU: the link is a copy within host memory" in shown.out
     assert f"kept in {tmp_path}/penstock/cpu-1.json" in shown.err
-    rates = load_profile(str(tmp_path / "penstock" / "cpu-1.json"))
+    rates = load_rates(str(tmp_path / "penstock" / "cpu-1.json"))
     assert rates.link_gb_s > 0.1 and rates.memory_gb_s > 0.1 and rates.gemm_tflops > 0 and rates.step_latency_s > 0
     assert cli.main(["plan", "--model", "demo", "--device", "cpu", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["rates"]
@@ -44,7 +43,8 @@ def test_an_output_of_its_own_is_a_profile_and_leaves_the_cache(capsys, monkeypa
     "arguments, message",
     [
         (["--model", "demo"], "unrecognized arguments: --model demo"),
-        (["--device", "cpu", "--output", "/dev/null/x.json"], "/dev/null/x.json: cannot be written"),
+        (["--device", "cpu", "--output", "/dev/null/x.json"], "--output /dev/null/x.json: no such directory"),
+        (["--device", "cpu", "--output", ""], "--output .: is a directory, and a file is expected"),
     ],
 )
 def test_mistakes_are_one_line_and_status_two(capsys, arguments, message):

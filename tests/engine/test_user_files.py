@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from engine.user_files import MAX_JSON_DEPTH, open_file, parse_json, read_bytes, read_json
+from engine.user_files import MAX_JSON_DEPTH, check_output, open_file, parse_json, read_bytes, read_json
 
 
 def write(tmp_path, text: str | bytes):
@@ -33,6 +33,7 @@ def test_a_field_that_nobody_reads_may_hold_anything(tmp_path):
         ("[1]", "is not a JSON object"),
         (b"\xff{}", "is not JSON"),
         ('{"a": 1, "a": 2}', "'a' is there twice"),
+        ('{"b": {}, "a": "x", "a": "y"}', "'a' is there twice"),
         ('{"a": {"b": 1' + "0" * 400 + "}}", r"a\.b is 1000.*too large"),
         ('{"a": [0, 1' + "0" * 5000 + "]}", r"a\.1 is 1000.*\(5001 characters\), a number that is too large"),
         ('{"a": 1e400}', r"a is 1e400, a number that is too large"),
@@ -70,3 +71,22 @@ def test_a_file_is_read_up_to_a_bound(tmp_path):
 def test_text_that_is_no_file_is_named_as_its_reader_says():
     with pytest.raises(ValueError, match="^prompts, line 3: is not JSON"):
         parse_json("{", "prompts, line 3")
+
+
+def test_a_place_where_no_file_can_be_written_is_refused_by_flag(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("kept")
+    for path, message in (
+        (tmp_path, "is a directory, and a file is expected"),
+        (tmp_path / "pipe", "is a pipe, and a file is expected"),
+        ("/dev/null", "is a device, and a file is expected"),
+        (tmp_path / "no" / "file", "no such directory"),
+        (tmp_path / "file" / "file", "no such directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(ValueError, match=f"^--output {re.escape(str(path))}: {message}$"):
+            check_output("--output", path)
+    check_output("--output", tmp_path / "new")
+    check_output("--output", tmp_path / "file")
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "file"}
+    assert (tmp_path / "file").read_text() == "kept"

@@ -8,16 +8,18 @@ import pytest
 from scheduler.request import FinishReason, Request, RequestState, RowSampling, SamplingParams
 
 NAN, INF = math.nan, math.inf
-INT = "an integer of at least 1"
 BAD_VALUES = {
-    "n": (INT, [0, -1, 1.0, True, "1", None, 2**31]),
+    "n": ("an integer from 1 to 16384", [0, -1, 1.0, True, "1", None, 16385, 10**6, 2**31]),
     "temperature": ("finite number of at least 0", [-0.1, NAN, INF, "hot", None, True, 10**400]),
     "top_p": ("above 0, at most 1", [0, -0.5, 1.01, NAN, INF, None, "0.9", True]),
-    "top_k": ("positive integer, or 0 or -1", [-2, 1.5, True, None, "5", 2**31]),
+    "top_k": ("positive integer of at most 2147483647, or 0 or -1", [-2, 1.5, True, None, "5", 2**31]),
     "min_p": ("from 0 to 1", [-0.01, 1.01, NAN, None, False]),
-    "max_tokens": ("at least 1, or None", [0, -5, 2.0, True, "16", NAN]),
+    "max_tokens": ("from 1 to 2147483647, or None", [0, -5, 2.0, True, "16", NAN, 2**31]),
     "stop": ("string that is not empty", ["", [""], ["a", ""], [1], 5, ["a", None], b"a"]),
-    "stop_token_ids": ("list of token ids", [[-1], [1.0], [True], ["a"], 5, "ab", [2**31], [None]]),
+    "stop_token_ids": (
+        "list of token ids (integers from 0 to 2147483647)",
+        [[-1], [1.0], [True], ["a"], 5, "ab", [2**31], [None]],
+    ),
     "seed": ("integer of 64 bits", [2**64, -(2**63) - 1, 1.0, "1", True]),
     "repetition_penalty": ("finite number above 0", [0, -1.0, NAN, INF, None, True]),
     "presence_penalty": ("from -2 to 2", [-2.1, 2.1, NAN, None, True]),
@@ -26,12 +28,12 @@ BAD_VALUES = {
     "ignore_eos": ("True or False", [None, 1, "yes"]),
 }
 GOOD_VALUES = {
-    "n": [1, 7],
+    "n": [1, 7, 16384],
     "temperature": [0, 0.0, 1e-9, 2, 100.0],
     "top_p": [1e-6, 1, 1.0],
     "top_k": [1, 128256],
     "min_p": [0, 1],
-    "max_tokens": [1, None, 10**6],
+    "max_tokens": [1, None, 10**6, 2**31 - 1],
     "seed": [0, 2**64 - 1, -(2**63), None],
     "repetition_penalty": [0.1, 1, 5.0],
     "presence_penalty": [-2, 2.0],
@@ -50,6 +52,12 @@ def test_bad_value_is_refused_by_name(name, value, expected):
         SamplingParams(**{name: value})
     assert str(error.value).startswith(f"{name}={value!r}: expected ")
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_VALUES if name not in ("stop", "stop_token_ids", "ignore_eos")])
+def test_a_number_that_python_does_not_write_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"^{name}=\(a number of over 4300 digits\): expected "):
+        SamplingParams(**{name: 10**5000})
 
 
 def test_every_field_is_in_the_table_of_bad_values():

@@ -1,7 +1,6 @@
 """Time model: profiles, steps and passes by hand."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -31,46 +30,6 @@ def test_h200_link_is_shared_by_the_ranks():
 def test_a_given_link_wins_and_is_said():
     given = load_profile("h200", 4, link_gb_s=25.0)
     assert given.link_gb_s == 25.0 and "as given" in given.source
-
-
-def test_a_profile_from_a_file(tmp_path):
-    file = tmp_path / "mine.json"
-    values = {"memory_gb_s": 900, "gemm_tflops": 150, "reduce_latency_s": 0, "reduce_gb_s": 20}
-    file.write_text(json.dumps({**values, "link_gb_s": [25, 20], "source": "measured on a desk"}))
-    assert load_profile(str(file), 2).link_gb_s == 20
-    assert load_profile(str(file), 1).source == "measured on a desk"
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("{", "is not JSON"),
-        ("[]", "is not a JSON object"),
-        ('{"link_gb_s": 1}', "gemm_tflops|memory_gb_s|reduce_gb_s|reduce_latency_s"),
-        ('{"link_gbs": 1}', "unknown field 'link_gbs'"),
-    ],
-)
-def test_a_bad_profile_names_file_and_field(tmp_path, content, message):
-    file = tmp_path / "bad.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        load_profile(str(file))
-    assert str(file) in str(error.value)
-
-
-@pytest.mark.parametrize("field", ["link_gb_s", "memory_gb_s", "gemm_tflops", "reduce_latency_s", "reduce_gb_s"])
-@pytest.mark.parametrize("value", [-1, "fast", True, None, [], [1, -1], float("inf")])
-def test_a_bad_value_is_named(tmp_path, field, value):
-    good = dict.fromkeys(("link_gb_s", "memory_gb_s", "gemm_tflops", "reduce_latency_s", "reduce_gb_s"), 1)
-    file = tmp_path / "bad.json"
-    file.write_text(json.dumps(good | {field: value}))
-    with pytest.raises(ValueError, match=field):
-        load_profile(str(file))
-
-
-def test_an_unknown_profile_lists_the_known_ones():
-    with pytest.raises(ValueError, match="h200, cpu"):
-        load_profile("h2000")
 
 
 def test_a_step_takes_its_latency_and_what_it_moves_and_computes():
