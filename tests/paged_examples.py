@@ -46,7 +46,7 @@ class Example:
         size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
         partials = torch.full((size,), float("nan"), device=q.device)
         caches, shared = self.arguments
-        kernels.decode_attention(q, *caches, q, *shared, partials, num_segments, min_segment, **self.reading)
+        kernels._decode_attention_triton(q, *caches, q, *shared, partials, num_segments, min_segment, **self.reading)
         return q
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:

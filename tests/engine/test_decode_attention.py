@@ -28,6 +28,7 @@ from torch import Tensor
 from engine.kernels import decode_attention as kernels
 from engine.kernels.rope_append import rotate_
 
+KERNEL = kernels._decode_attention_triton
 LAYOUTS = (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=1))
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of max|out|
 
@@ -196,10 +197,10 @@ def test_in_place_and_elsewhere(num_segments):
     out = elsewhere[1:3, :, 128:384].unflatten(2, (4, 64))
     caches, shared = inputs.arguments
     partials = torch.full((kernels.partials_size(4, 4, 64, num_segments) + 5,), float("nan"), device=DEVICE)
-    kernels.decode_attention(inputs.q, *caches, out, *shared, partials, num_segments)
+    KERNEL(inputs.q, *caches, out, *shared, partials, num_segments)
     assert torch.equal(out, expected) and torch.equal(inputs.attn, before)
     assert elsewhere.isnan().sum() == elsewhere.numel() - out.numel()
-    kernels.decode_attention(inputs.q, *caches, inputs.q, *shared, partials, num_segments)
+    KERNEL(inputs.q, *caches, inputs.q, *shared, partials, num_segments)
     assert torch.equal(inputs.q, expected) and torch.equal(inputs.attn[:, 256:], before[:, 256:])
 
 
@@ -209,11 +210,11 @@ def test_segments_fill_the_chip_once():
     assert kernels.partials_size(64, 32, 128, 1) == 0
 
 
-def kernel(q, keys, values, page_table, context_lens, out, num_segments=2, window=None, **reading):
+def kernel(q, keys, values, page_table, context_lens, out, num_segments=2, window=None, run=KERNEL, **reading):
     num_rows, num_queries, num_heads, head_dim = q.shape
     size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
     rest = (head_dim**-0.5, window, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
-    kernels.decode_attention(q, keys, values, page_table, context_lens, out, *rest, **reading)
+    run(q, keys, values, page_table, context_lens, out, *rest, **reading)
 
 
 def reference(q, keys, values, page_table, context_lens, out, **reading):
@@ -249,6 +250,8 @@ def test_calls_are_counted_by_kind():
         kernel(**tensors)
     with counted(kernels.calls, reference=1):
         reference(**tensors)
+    with counted(kernels.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
+        kernel(**tensors, run=kernels.decode_attention)
 
 
 @pytest.mark.gpu
@@ -274,7 +277,7 @@ def test_kernel_is_faster(num_rows, context, pairs):
     rest = (128**-0.5, None, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
     nbytes = 2 * places.numel() * inputs.keys[0].nbytes
     label = f"decode_attention {num_rows} x {context}" + " rotating" * (pairs > 0)
-    run = functools.partial(kernels.decode_attention, *ordered, *rest, **inputs.reading)
+    run = functools.partial(KERNEL, *ordered, *rest, **inputs.reading)
     prove_faster(run, gathered, nbytes, label)
 
 
@@ -293,7 +296,7 @@ def test_a_captured_launch_serves_any_context(num_segments):
     partials, (caches, shared) = torch.full((size,), float("nan"), device=DEVICE), inputs.arguments
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.decode_attention(inputs.q, *caches, out, *shared, partials, num_segments)
+        KERNEL(inputs.q, *caches, out, *shared, partials, num_segments)
     for context_lens, bits in zip(lengths, expected):
         inputs.context_lens.copy_(context_lens)
         graph.replay()

@@ -1,5 +1,6 @@
 """check_numerics finds nothing wrong with the engine, and names layer and step of what is put into it."""
 
+import functools
 import sys
 
 import pytest
@@ -86,9 +87,12 @@ def test_command(checkpoint, monkeypatch, capsys):
     assert table[0].split() == ["layer", "step", "drift", "step", "bits"]
     assert [line.split()[1] for line in table[2:5]] == ["embedding", "attn_norm", "attn_qkv"]
     assert table[-1] == "first layer and step that differ: none"
-    monkeypatch.setattr(sys, "argv", [*command, "--tolerance", "1e-12"])
+    faulty = functools.partial(compare, mutate=half_lost(2, "o"))
+    monkeypatch.setattr(check_numerics, "compare", faulty)
     assert check_numerics.main() == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("first layer and step that differ: layer 0, attn_qkv: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("first layer and step that differ: layer 2, attn_output")
+    monkeypatch.setattr(sys, "argv", [*command, "--tolerance", "1e3"])
+    assert check_numerics.main() == 0
 
 
 def test_command_with_text(monkeypatch, capsys):
