@@ -42,6 +42,7 @@ def named(rows: list[Row]) -> tuple[int, str] | None:
     return first and (first.layer_idx, first.step)
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_differs(checkpoint, variant):
     rows = compare(checkpoint(variant), TOKENS, **RUN)
@@ -52,6 +53,7 @@ def test_nothing_differs(checkpoint, variant):
     assert 0 < max(row.drift for row in rows) < 1e-5  # zero everywhere: nothing of ours would have been compared
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("variant", ["llama_gqa", "qwen3", "neox_parallel", "neox_serial"])
 def test_nothing_differs_in_half_precision(checkpoint, variant, dtype):
@@ -79,6 +81,7 @@ def test_names_the_step(checkpoint, variant, fault, expected):
     assert named(compare(checkpoint(variant), TOKENS, **RUN, mutate=fault)) == expected
 
 
+@pytest.mark.tolerance
 def test_command(checkpoint, monkeypatch, capsys):
     command = ["check_numerics.py", "--model", checkpoint("llama_gqa"), "--token-ids", *map(str, TOKENS)]
     monkeypatch.setattr(sys, "argv", command)
