@@ -98,7 +98,7 @@ class EngineConfig:
     )
     max_num_seqs: int = _option(256, "most sequences in one pass", type=int)
     max_num_batched_tokens: int = _option(
-        8192, "most tokens in one pass; longer prompts are prefilled in chunks", type=int
+        8192, "most tokens in one pass, at least max_num_seqs; longer prompts are prefilled in chunks", type=int
     )
     attention_sinks: int = _option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
     attention_window: int | None = _option(
@@ -144,6 +144,11 @@ class EngineConfig:
         if not 0 <= self.attention_sinks <= INT32_MAX:
             sinks = shown(self.attention_sinks)
             raise ValueError(f"attention_sinks={sinks}: expected a number of tokens, or 0, at most {INT32_MAX}")
+        if self.max_num_seqs is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}:"
+                " each sequence computes at least a token in a pass; raise the one or lower the other"
+            )
         if self.attention_sinks and self.attention_window is None:
             raise ValueError(f"attention_sinks={self.attention_sinks}: there are none without an attention_window")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

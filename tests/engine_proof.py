@@ -20,7 +20,7 @@ from engine.model.fusion import FUSED_ON_ONE_RANK, fuse
 from engine.model.spec import ModelSpec
 from engine.model.steps import activation_bytes, activation_widths, model_steps
 from engine.runtime.arena import ActivationArena
-from engine.runtime.decode import DecodePasses
+from engine.runtime.worker import pad_decode_passes
 from scheduler.plan_build import make_plan
 from scheduler.plan_check import lay_out_activations
 from scheduler.request import SamplingParams
@@ -85,8 +85,7 @@ def as_on_a_gpu(llm: LLM) -> None:
     """A CPU's engine fuses steps as a GPU's does, and decodes in padded buckets over the paged cache."""
     executor, spec = llm.rank.worker.executor, llm.rank.plan.spec
     run_steps(llm, spec, fuse(model_steps(spec), FUSED_ON_ONE_RANK))
-    limits = (llm.config.max_num_seqs, llm.rank.plan.residency.max_model_len)
-    executor.decode = DecodePasses(executor, *limits, use_graphs=False)
+    pad_decode_passes(executor, llm.config, llm.rank.plan)
 
 
 def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
@@ -99,7 +98,7 @@ def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
     sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, *most)
     offsets = lay_out_activations(executor.plan, sizes)
     nbytes = max(offset + sizes[name] for name, offset in offsets.items())
-    executor.arena = ActivationArena(offsets, nbytes, activation_widths(spec, 1), dtype, device)
+    executor.arena = ActivationArena(offsets, nbytes, activation_widths(spec, 1), *most, dtype, device)
 
 
 def first_difference(run: Run, other: Run, tolerance: float) -> str | None:

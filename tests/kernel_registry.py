@@ -123,7 +123,7 @@ KERNELS: dict[str, EngineKernel] = {
     "rope_append": _kernel(rope_append, "rope_append", "rope"),
     "decode_attention": EngineKernel(
         *(decode_attention, ("attention",), _paged),
-        kernel=decode_attention.decode_attention,
+        kernel=decode_attention._decode_attention_triton,
         reference=_attend_by_reference,
         names=((attention, "decode_attention"),),
     ),

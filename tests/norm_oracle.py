@@ -2,6 +2,7 @@
 
 import torch
 from kernel_proof import within
+from rounding import norm_ulps
 from torch import Tensor
 
 
@@ -13,6 +14,7 @@ def assert_normed(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, e
     factor = weight / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     exact = centred * factor + (0.0 if bias is None else bias.double())
     cancelled = (wide.nan_to_num().abs().amax(-1, keepdim=True) * factor.nan_to_num()) if kind == "layer" else 0.0
-    ulps = 8 if out.dtype == torch.float32 else 1.6
+    sums = norm_ulps(x.shape[-1])
+    ulps = sums if out.dtype == torch.float32 else 1.6
     in_fp32 = torch.finfo(torch.float32).eps / torch.finfo(out.dtype).eps
-    within(ulps, scale=4 * in_fp32 * cancelled)(out, exact)
+    within(ulps, scale=sums / ulps * in_fp32 * cancelled)(out, exact)

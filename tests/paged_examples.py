@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from kernel_proof import DEVICE, poisoned
+from rounding import attention_apart
 from torch import Tensor
 
 from engine.kernels import decode_attention as kernels
@@ -46,7 +47,7 @@ class Example:
         size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
         partials = torch.full((size,), float("nan"), device=q.device)
         caches, shared = self.arguments
-        kernels.decode_attention(q, *caches, q, *shared, partials, num_segments, min_segment, **self.reading)
+        kernels._decode_attention_triton(q, *caches, q, *shared, partials, num_segments, min_segment, **self.reading)
         return q
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -54,6 +55,22 @@ class Example:
         caches, shared = self.arguments
         kernels.decode_attention_reference(self.q, *caches, out, *shared, dtype, **self.reading)
         return out
+
+    def apart(self) -> Tensor:
+        """How far two ways to the result may be from each other: (R, 1, 1, 1)."""
+        bounds, group = [], self.q.shape[2] // self.keys.shape[1]
+        for row, (q, length) in enumerate(zip(self.q, self.context_lens.tolist())):
+            places = self.page_table[row].long().repeat_interleave(PAGE_SIZE) * PAGE_SIZE
+            places = (places + torch.arange(len(places), device=places.device) % PAGE_SIZE)[self.margin :][:length]
+            keys, values = (cache[places].nan_to_num(0.0).abs() for cache in (self.keys, self.values))
+            if self.key_rope is not None:  # a rotated pair is at most as large as both together
+                keys = keys + keys.roll(self.key_rope.shape[2], dims=-1) + keys.roll(-self.key_rope.shape[2], dims=-1)
+            largest = float(values.max()) if length else 0.0
+            heads = q.abs().unflatten(1, (-1, group)).movedim(1, 0).flatten(1, 2)  # (K, Q * H / K, E)
+            parts = zip(heads, keys.transpose(0, 1)) if length else ()
+            scale = q.shape[-1] ** -0.5
+            bounds.append(max((attention_apart(*part, largest, scale, q.dtype) for part in parts), default=0.0))
+        return torch.tensor(bounds, dtype=torch.float64, device=self.q.device)[:, None, None, None]
 
     def row(self, row: int) -> "Example":
         """The row alone, in a batch of one."""

@@ -68,6 +68,31 @@ def decode_attention(
     in its row's context, 0, 1, ... L - 1; the first 2F dims rotate, by halves. Products and sums are rounded to the
     dtype of the keys, as where they are rotated before they are cached.
     """
+    ends = (scale, window, page_size)
+    if q.is_cuda:
+        workspace = (partials, num_segments, min_segment)
+        _decode_attention_triton(q, keys, values, page_table, context_lens, out, *ends, *workspace, margin, key_rope)
+    else:
+        reading = {"margin": margin, "key_rope": key_rope}
+        decode_attention_reference(q, keys, values, page_table, context_lens, out, *ends, **reading)
+
+
+def _decode_attention_triton(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int | None,
+    page_size: int,
+    partials: Tensor,
+    num_segments: int,
+    min_segment: int = 1,
+    margin: int = 0,
+    key_rope: Tensor | None = None,
+) -> None:
     if triton is None:
         raise ValueError("paged decode attention needs triton; install it")
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]

@@ -23,17 +23,34 @@ def slot_of(memory: Tensor, slot: Slot) -> Tensor:
 class ActivationArena:
     """`cut` gives views; names whose lifetimes do not overlap share bytes. Created once and never moved.
 
-    `offsets` are bytes in the arena of `nbytes`, as planned; `widths` say what a name's rows are and how wide.
+    `offsets` are bytes in the arena of `nbytes`, as planned for `most_tokens` and `most_rows`; `widths` say what a
+    name's rows are and how wide.
     """
 
-    def __init__(self, offsets: dict[str, int], nbytes: int, widths: dict[str, tuple[str, int]], dtype, device):
+    def __init__(
+        self,
+        offsets: dict[str, int],
+        nbytes: int,
+        widths: dict[str, tuple[str, int]],
+        most_tokens: int,
+        most_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self.offsets, self.dtype = offsets, dtype
+        self.most = {"tokens": most_tokens, "rows": most_rows}
         self.widths = {name: widths[name] for name in offsets}
+        for name, (unit, width) in self.widths.items():
+            end = offsets[name] + self.most[unit] * width * dtype.itemsize
+            assert end <= nbytes, f"{name} was planned for fewer {unit}"
         self.data = aligned_bytes(nbytes, device)
 
     def cut(self, num_tokens: int, num_rows: int) -> dict[str, Tensor]:
-        """Every activation by name, (T, width) or (N, width)."""
+        """Every activation by name, (T, width) or (N, width): never more than was planned, since the next activation
+        lies behind."""
         lengths = {"tokens": num_tokens, "rows": num_rows}
+        for unit, length in lengths.items():
+            assert length <= self.most[unit], f"{length} {unit}, and the arena has room for {self.most[unit]}"
         views = {}
         for name, (unit, width) in self.widths.items():
             nbytes = lengths[unit] * width * self.dtype.itemsize

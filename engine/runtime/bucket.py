@@ -27,23 +27,24 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 class HostTable:
-    """A table (R, PAGES + P) int32 in pinned memory, and whose pages stand in it."""
+    """A table (R, PAGES + P) int32 in pinned memory, and whose pages stand in it: None where that is not known."""
 
     def __init__(self, num_rows: int, max_pages: int, pinned: bool):
         self.table = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=pinned)
-        self.pages: list[tuple[int, ...]] = [()] * num_rows
+        self.pages: list[tuple[int, ...] | None] = [()] * num_rows
 
     def fill(self, batch: Batch, pad_row: int) -> None:
-        """Rows of the batch, then padded ones. Pages are written only where they changed."""
+        """Rows of the batch, then padded ones. Pages are written only where they changed, and an interrupt anywhere
+        leaves none that is taken for written."""
         num_padded = len(self.pages) - len(batch.rows)
         rows = [(row.tokens[0], row.start, row.row, row.num_cached + 1) for row in batch.rows]
         self.table[:, :PAGES] = torch.tensor(rows + [(0, 0, pad_row, 0)] * num_padded, dtype=torch.int32)
         for place, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
-            known = self.pages[place]
-            if known != pages:
-                self.pages[place] = pages
+            if self.pages[place] != pages:
+                self.pages[place] = None
                 self.table[place, PAGES:] = 0
                 self.table[place, PAGES : PAGES + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+                self.pages[place] = pages
 
 
 class Bucket:

@@ -16,15 +16,16 @@ from scheduler.batch import Batch
 
 
 class DecodePasses:
-    """Runs decode batches for an executor on a CUDA device. Buckets and graphs are made when first needed."""
+    """Runs decode batches for an executor. Buckets and graphs, which only a CUDA device has, are made when first
+    needed."""
 
     def __init__(self, executor: Executor, max_num_seqs: int, max_context: int, use_graphs: bool):
-        self.executor, self.max_context = executor, max_context
-        device = executor.context.rope.device
+        assert max_num_seqs <= min(executor.arena.most.values()), "a bucket would be larger than the activations"
+        self.executor, self.max_context, self.device = executor, max_context, executor.device
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
-        self.mailbox = Mailbox(max_num_seqs, device)
-        self.graphs = Graphs(device, executor.tracer) if use_graphs else None
+        self.mailbox = Mailbox(max_num_seqs, self.device)
+        self.graphs = Graphs(self.device, executor.tracer) if use_graphs else None
 
     def run(self, batch: Batch) -> PendingLetter | PendingSample:
         """Enqueues the pass; what it returns waits for its tokens."""
@@ -95,5 +96,5 @@ class DecodePasses:
 
     def close(self) -> None:
         if self.graphs is not None:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
             self.graphs.close()

@@ -16,6 +16,7 @@ from engine.model.attention import whole_tokens
 from engine.model.inputs import PassInputs, bind
 from engine.model.ops import STEPS, StepContext
 from engine.runtime.arena import ActivationArena, slot_of
+from engine.runtime.binding import on_own_device
 from engine.runtime.graph import Counts
 from engine.runtime.lanes import Lanes
 from engine.runtime.sampler import Asked, PendingSample, SampleOutput
@@ -77,12 +78,13 @@ class Executor:
         self.plan, self.context, self.views, self.host_spans = plan, context, views, host_spans
         self.ring, self.arena, self.lanes, self.tracer = ring, arena, lanes, tracer
         self.coded, self.poison = coded, poison
+        self.device = context.rope.device
         self.counters = Counters()
         self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
-        self.whole_tokens = whole_tokens(context.spec, arena.dtype, context.rope.device)
+        self.whole_tokens = whole_tokens(context.spec, arena.dtype, self.device)
         self.ring_is_filled = False
         self.under_way = deque()  # what collect() waits for, pass by pass; None where no row samples
-        self.decode = None  # DecodePasses, on a CUDA device
+        self.decode = None  # DecodePasses, where decode passes are padded
         self.on_sampled: Callable[[SampleOutput], None] | None = None
 
     @property
@@ -107,6 +109,7 @@ class Executor:
         """What a pass adds to."""
         return [self.counters.steps, self.counters.decoded_bytes, self.ledger]
 
+    @on_own_device
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
@@ -120,6 +123,7 @@ class Executor:
         self.counters.num_passes += 1
         self.counters.num_tokens += batch.num_tokens
 
+    @on_own_device
     def collect(self) -> SampleOutput | None:
         """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
         Returns when they are there, which (but for log probabilities of a decode pass) is before the pass's last copies
@@ -127,6 +131,7 @@ class Executor:
         pending = self.under_way.popleft()
         return None if pending is None else pending.wait()
 
+    @on_own_device
     def forget(self) -> None:
         """After an interruption: gives up the passes under way."""
         self.under_way.clear()
@@ -146,6 +151,7 @@ class Executor:
     def pend(self, output: SampleOutput) -> PendingSample:
         return PendingSample(output, self.context.sampler.num_nan_rows)
 
+    @on_own_device
     def run_plan(
         self, inputs: PassInputs, asked: Asked, on_sampled: Callable[[SampleOutput], None], copies: bool = True
     ) -> None:
@@ -170,6 +176,7 @@ class Executor:
                     self.do(instruction)
         self.on_sampled = None  # it may be our own method: closing must free the ring at once
 
+    @on_own_device
     def fill_ring(self) -> None:
         """The prologue: brings the first groups of a pass into the ring, if the last pass did not leave them there."""
         if not self.ring_is_filled:

@@ -10,6 +10,7 @@ import torch
 
 from engine.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe, sending_s
 from engine.planning import EnginePlan
+from engine.runtime.binding import on_own_device
 from engine.runtime.executor import Executor
 from engine.runtime.measure import (
     CPU_BYTES,
@@ -38,6 +39,7 @@ NUM_REPLAYS = 20  # of a graph alone
 GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = 2**30, CPU_BYTES, 4 * CPU_BYTES
 
 
+@on_own_device
 def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int) -> Rates:
     """The rates of a running engine, the link's over the copy lane's first `link_bytes` (all of a pass's, if they are
     fewer). All ranks must call this together. The ring, which this copies over, is filled again on all of them."""
@@ -59,6 +61,7 @@ def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: t
     return rates
 
 
+@on_own_device
 def graph_alone_s(executor: Executor, num_rows: int, device: torch.device) -> float | None:
     """Seconds of the graph of a greedy decode pass over `num_rows` rows, replayed back to back as it last ran, on the
     slowest rank; None where none is captured. All ranks must call this together, with no pass under way: the pages that

@@ -121,7 +121,7 @@ class Sampler:
         self.floats[:, rows] = to_device([list(floats.values()) for floats, _ in values], torch.float32, self.device).T
         self.ints[:, rows] = to_device([list(ints.values()) for _, ints in values], torch.int64, self.device).T
         penalised = [row for row in samplings if "penalty" in self.asked_by[row].stages]
-        if penalised and self.prompt_seen is None:
+        if penalised and self.output_counts is None:  # made last: an interrupt between leaves neither
             self.prompt_seen = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.bool)
             self.output_counts = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.int32)
         for row in penalised:

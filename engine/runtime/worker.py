@@ -18,6 +18,7 @@ from engine.model.rope import rope_table
 from engine.model.steps import activation_widths
 from engine.planning import EnginePlan, settle_plan
 from engine.runtime.arena import ActivationArena, aligned_bytes, slot_of
+from engine.runtime.binding import on_own_device
 from engine.runtime.decode import DecodePasses
 from engine.runtime.executor import Coded, Executor
 from engine.runtime.kv_cache import make_cache
@@ -64,6 +65,13 @@ def _host_memory(plan: EnginePlan) -> Iterator[None]:
         ) from None
 
 
+def pad_decode_passes(executor: Executor, config: EngineConfig, plan: EnginePlan) -> None:
+    """From now on decode passes run in padded buckets, on a CUDA device as graphs. A CPU has nothing from it: there
+    only tests do so, over the very code of a GPU."""
+    use_graphs = executor.device.type == "cuda" and not config.enforce_eager
+    executor.decode = DecodePasses(executor, config.max_num_seqs, plan.residency.max_model_len, use_graphs)
+
+
 class Worker:
     """`executor` runs batches once this is built; `close` frees every byte it holds. `plan` is the one that is given,
     with the sizes that coded groups were found to have."""
@@ -73,10 +81,15 @@ class Worker:
     ):
         self.plan, self.device = plan, topology.device
         self.tracer = RecordingTracer(self.device) if config.trace else Tracer()
+        self.executor = None
+        self._build(config, source, topology, collectives)
+
+    @on_own_device
+    def _build(self, config: EngineConfig, source: WeightSource, topology: Topology, collectives: Collectives) -> None:
+        plan = self.plan
         layout = model_layout(plan.spec, tensor_names(plan.spec), plan.dtype, topology.tp_size, topology.rank)
         with _host_memory(plan):
             self.weights = self._load(source, layout, topology)
-            self.executor = None
             try:
                 self.plan = self._settled(collectives)
                 self.executor = self._executor(config, layout, topology, collectives)
@@ -117,7 +130,8 @@ class Worker:
         ring = aligned_bytes(residency.ring.ring_bytes, device)
         coded = self._coded(ring, aligned_bytes(plan.step_plan.decode_buffer_bytes, device))
         widths = activation_widths(plan.spec, topology.tp_size)
-        arena = ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, dtype, device)
+        most = (config.max_num_batched_tokens, config.max_num_seqs)
+        arena = ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, device)
         executor = Executor(
             plan=plan.step_plan,
             context=self._context(config, layout, topology, collectives, dtype),
@@ -131,8 +145,7 @@ class Worker:
             poison=config.poison,
         )
         if device.type == "cuda":
-            limits = (config.max_num_seqs, residency.max_model_len)
-            executor.decode = DecodePasses(executor, *limits, use_graphs=not config.enforce_eager)
+            pad_decode_passes(executor, config, plan)
         return executor
 
     def _context(self, config, layout: ModelLayout, topology: Topology, collectives, dtype: torch.dtype) -> StepContext:
@@ -185,6 +198,7 @@ class Worker:
             return CudaLanes(self.device, self.tracer)
         return InterleavedLanes(config.lanes, config.seed, self.tracer)
 
+    @on_own_device
     def close(self) -> None:
         """Waits for the device, then frees; idempotent."""
         if self.device.type == "cuda":

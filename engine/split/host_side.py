@@ -91,6 +91,7 @@ class HostSide:
         self._weights, named = load_part(config, plan, trusted=True)
         rope = rope_table(spec.rope, residency.max_model_len, dtype, CPU)
         tracer, widths = Tracer(), activation_widths(spec, tp_size=1)
+        most = (config.max_num_batched_tokens, config.max_num_seqs)
         context = StepContext(
             spec=spec,
             num_heads=spec.num_heads,
@@ -110,7 +111,7 @@ class HostSide:
             views=named,
             host_spans={},
             ring=aligned_bytes(0, CPU),
-            arena=ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, dtype, CPU),
+            arena=ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, CPU),
             lanes=InterleavedLanes(config.lanes, config.seed, tracer),
             tracer=tracer,
             coded={},

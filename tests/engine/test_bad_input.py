@@ -180,6 +180,8 @@ OPTIONS = [
         options={"num_pages": 3, "max_model_len": 100}),
     Bad("rows", r"max_num_seqs=0: expected a positive integer", options={"max_num_seqs": 0}),
     Bad("tokens", r"max_num_batched_tokens=0: expected a positive integer", options={"max_num_batched_tokens": 0}),
+    Bad("fewer tokens than rows", r"max_num_batched_tokens=7 is less than max_num_seqs=8: .*; raise the one or lower",
+        options={"max_num_batched_tokens": 7, "max_num_seqs": 8}),
     Bad("page_size", r"page_size=0: expected a positive integer", options={"page_size": 0}),
     Bad("link", r"link_gb_s=-1\.0: expected a positive rate", options={"link_gb_s": -1.0}),
     Bad("profile", r"(?i)device_profile|no such|profile", options={"device_profile": "h9000"}),

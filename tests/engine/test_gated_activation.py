@@ -36,6 +36,7 @@ def test_kernel_is_the_reference(kind, gated):
         prove(kernel, reference, {"ffn": ffn}, ("ffn",), equal if kind == "relu" else near)
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_roundings_are_those_of_transformers(kind):
     """Almost all of many values have the same bits, which no rounding left out or added allows."""
@@ -47,6 +48,7 @@ def test_roundings_are_those_of_transformers(kind):
         within(math.inf, share)(ffn[:, :2048], expected[:, :2048])
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_kernel_is_as_near_to_float64_as_the_reference(kind, dtype):
@@ -67,6 +69,7 @@ def test_kernel_is_as_near_to_float64_as_the_reference(kind, dtype):
         ).all()
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_the_reference_is_transformers(kind):
     x = torch.randn(4, 32).bfloat16()

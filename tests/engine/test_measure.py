@@ -73,7 +73,7 @@ def test_the_ring_is_filled_again(tmp_path, monkeypatch):
 
 def test_a_graph_alone(monkeypatch):
     """Replayed so and so often in a row, behind one that lines the ranks up; then its letters are forgotten."""
-    done, executor = [], SimpleNamespace(decode=None, context=SimpleNamespace(collectives=Solo()))
+    done, executor = [], SimpleNamespace(decode=None, device=CPU, context=SimpleNamespace(collectives=Solo()))
     assert probe.graph_alone_s(executor, 3, CPU) is None
     graph = SimpleNamespace(replay=lambda: done.append("replay"))
     executor.decode = SimpleNamespace(greedy_graph=lambda num_rows: graph if num_rows == 3 else None)

@@ -8,6 +8,7 @@ import torch
 from emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together, sum_of
 from kernel_proof import DEVICE, adversarial, counted, equal, poisoned, prove, prove_refusal, same_bits, within
 from norm_oracle import assert_normed
+from rounding import norm_ulps
 
 from engine.kernels import reduce_residual_norm as module
 from engine.kernels.reduce_residual_norm import reduce_residual_norm
@@ -55,6 +56,7 @@ def test_all_ranks_have_the_sum_and_its_norm(size, kind, dtype, width):
     assert_at_rest(peers, 1)
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_in_every_layout(kind, dtype):
@@ -73,7 +75,7 @@ def test_in_every_layout(kind, dtype):
         residual_norm_reference(x, sum_of([delta, other]), weight, bias, 1e-5, out, kind)
 
     fp32 = dtype == torch.float32
-    near = within(8 if fp32 else 2, share=1.0 if fp32 else 0.05, scale=1.0 if kind == "layer" else 0.0)
+    near = within(norm_ulps(40) if fp32 else 2, share=1.0 if fp32 else 0.05, scale=1.0 if kind == "layer" else 0.0)
     prove(kernel, reference, tensors, ("x", "out"), near, names=tensors.keys() - {"delta"})
 
 

@@ -127,6 +127,7 @@ PENALTIES = [
 ]
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("fields", PENALTIES, ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_penalties_over_steps_equal_transformers(fields, temperature, device):
@@ -308,6 +309,7 @@ def test_greedy_neither_sorts_nor_draws(monkeypatch):
         run(plain, random_logits(2), [0, 1])
 
 
+@pytest.mark.tolerance
 def test_logprobs_are_of_the_raw_logits(device):
     sampling = replace(PLAIN, temperature=0.3, repetition_penalty=2.0, seed=5)
     samplings = [replace(sampling, num_logprobs=count) for count in (3, 0, -1)]

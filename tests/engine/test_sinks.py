@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine_proof import as_on_a_gpu, prove_calls, prove_states_and_tokens, run_with
 from kernel_proof import DEVICE
-from kernel_registry import DRAWN, KERNELS
+from kernel_registry import DRAWN
 from oracle.checkpoints import write_checkpoint
 
 from engine.model.inputs import bind
@@ -59,6 +59,7 @@ def test_streamed_is_resident_bit_for_bit(windowed, options):
     assert outputs_of({**SINKS, **options}) == windowed
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_row_is_what_it_is_alone(params):
     """Whatever its neighbours evict, and however its prompt was cut: tokens are equal, sums may be added otherwise."""
@@ -68,12 +69,11 @@ def test_a_row_is_what_it_is_alone(params):
         assert tokens == together[place][0]
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_decode_passes_of_a_gpu_give_the_tokens(params, monkeypatch):
-    """Padded buckets over the paged cache, with the kernels' references."""
+def test_decode_passes_of_a_gpu_give_the_tokens(params):
+    """Padded buckets over the paged cache."""
     plain = outputs_of(SINKS, params=params)
-    for name in ("decode_attention", "decode_inputs"):
-        KERNELS[name].put_in(monkeypatch, KERNELS[name].reference)
     padded = outputs_of(SINKS, params=params, change=as_on_a_gpu)
     assert [tokens for tokens, _ in padded] == [tokens for tokens, _ in plain]
 

@@ -20,7 +20,14 @@ _SMALLEST_VOCAB = 128
 # What scripts/check_numerics.py runs in tests: `compare(checkpoint, TOKENS, **RUN)`.
 NUM_LAYERS = 3  # of every variant
 TOKENS = random.Random(3).choices(range(_SMALLEST_VOCAB), k=40)
-RUN = {"max_tokens": 4, "device": "cpu", "resident": "none", "lanes": "random", "max_num_batched_tokens": 24}
+RUN = {
+    "max_tokens": 4,
+    "device": "cpu",
+    "resident": "none",
+    "lanes": "random",
+    "max_num_batched_tokens": 24,
+    "max_num_seqs": 4,
+}
 
 
 @dataclass(frozen=True)

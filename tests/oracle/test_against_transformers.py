@@ -70,7 +70,12 @@ def runs(request, tmp_path_factory):
 
 
 def each_case(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+    """A variant on one rank, streamed, stands for all where order of sums is the question; two ranks add up partial
+    ones, too."""
+    alike = {case for case in cases if (case.tp_size, case.resident) == (1, "none")}
+    alike |= {case for case in cases if case.tp_size == 2 and case.variant in ("llama_gqa", "neox_parallel")}
+    marks = {case: [pytest.mark.tolerance] if case in alike else [] for case in cases}
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=marks[case]) for case in cases])
 
 
 @each_case(fp32_cases())

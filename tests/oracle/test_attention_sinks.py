@@ -145,6 +145,7 @@ def test_schedules(models, schedule):
     check_greedy(models, "llama_gqa", schedule, 300, resident="none" if schedule.page_size == 8 else "all")
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(models, variant):
     """Where layers have windows of their own no more is held than fits, so that sinks are always in sight."""
@@ -162,6 +163,7 @@ def test_variants_on_several_ranks(models, variant, tp_size, resident):
     check_greedy(models, variant, schedule, 100, tensor_parallel_size=tp_size, resident=resident)
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("max_num_batched_tokens", [7, 16, 64, 8192])
 @pytest.mark.parametrize("schedule", [USUAL, Schedule(3, 37, 4), Schedule(0, 40, 8)], ids=str)
 def test_prompt_longer_than_the_cache(models, schedule, max_num_batched_tokens):

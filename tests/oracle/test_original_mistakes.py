@@ -94,7 +94,6 @@ def test_2_kernel_never_called(checkpoint, monkeypatch, name):
     with LLM(checkpoint("neox_parallel", **NARROW), enforce_eager=True, num_pages=16, **options) as llm:
         if DEVICE == "cpu":
             as_on_a_gpu(llm)
-            never_called(monkeypatch, "decode_attention")(llm)  # it has no other way by itself
         never_called(monkeypatch, name)(llm)
         run = watched(llm, PROMPT, kernel.params)
     with pytest.raises(AssertionError, match=f"^{name}: 0 of {run.due[name]} calls"):

@@ -70,6 +70,7 @@ def test_schedule_holds_the_sinks_and_the_newest(sinks, window, chunk):
         assert token < sinks + window or room <= len(newest) <= window
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_is_transformers_while_nothing_is_evicted(models, variant):
     """Also shows the rotation of every rope type, GQA and the layers' own windows, counted in places."""
@@ -78,12 +79,14 @@ def test_is_transformers_while_nothing_is_evicted(models, variant):
     assert difference(logits, plain_logits(model)) < TOLERANCE
 
 
+@pytest.mark.tolerance
 def test_is_transformers_without_sinks_while_nothing_is_evicted(models):
     model = models("llama_gqa")
     logits = sink_logits(model, TOKENS, held_indices(len(TOKENS), 0, len(TOKENS), 16))
     assert difference(logits, plain_logits(model)) < TOLERANCE
 
 
+@pytest.mark.tolerance
 def test_is_a_sliding_window_without_sinks_one_evicted_at_a_time(models):
     """transformers' own window of 16, rotated by positions in the sequence: only distances count."""
     model = models("mistral_window")
@@ -101,6 +104,7 @@ def test_layer_windows_matter_only_where_more_is_held(models):
     assert differences[0] == 0 and differences[1] > CHANGED
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("variant", ["llama_gqa", "llama_yarn", "neox_partial_rotary"])
 def test_places_matter_only_with_sinks(models, variant):
     """Without sinks the held are neighbours, and their distances are the same by either count."""

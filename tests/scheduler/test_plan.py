@@ -281,9 +281,10 @@ def engine_plans(draw) -> tuple[EngineConfig, EnginePlan]:
     """Any residency, ring and tp_size. "auto" gets a budget between what all streamed and what all resident takes."""
     spec = draw(specs())
     tp_size = draw(st.sampled_from(tp_sizes(spec.num_heads)))
+    max_num_seqs = draw(st.integers(1, 16))
     config = EngineConfig(
-        max_num_batched_tokens=draw(st.integers(1, 64)),
-        max_num_seqs=draw(st.integers(1, 16)),
+        max_num_batched_tokens=draw(st.integers(max_num_seqs, 64)),
+        max_num_seqs=max_num_seqs,
         page_size=draw(st.sampled_from((1, 8, 16))),
     )
 

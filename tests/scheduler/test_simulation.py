@@ -153,9 +153,10 @@ def random_request(rng, id, max_model_len, most_tokens):
 
 def random_scheduler(rng):
     page_size, max_model_len = rng.choice([1, 2, 3, 8, 16]), rng.randint(2, 60)
+    max_num_seqs = rng.randint(1, 8)
     return Scheduler(
-        max_num_seqs=rng.randint(1, 8),
-        max_num_batched_tokens=rng.choice([1, 2, 7, 16, 100]),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(max_num_seqs, rng.choice([1, 2, 7, 16, 100])),
         max_model_len=max_model_len,
         page_size=page_size,
         num_pages=2 + rng.randint(1, 120) // page_size,

@@ -1,5 +1,6 @@
 """check_numerics finds nothing wrong with the engine, and names layer and step of what is put into it."""
 
+import functools
 import sys
 
 import pytest
@@ -41,6 +42,7 @@ def named(rows: list[Row]) -> tuple[int, str] | None:
     return first and (first.layer_idx, first.step)
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_differs(checkpoint, variant):
     rows = compare(checkpoint(variant), TOKENS, **RUN)
@@ -51,6 +53,7 @@ def test_nothing_differs(checkpoint, variant):
     assert 0 < max(row.drift for row in rows) < 1e-5  # zero everywhere: nothing of ours would have been compared
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("variant", ["llama_gqa", "qwen3", "neox_parallel", "neox_serial"])
 def test_nothing_differs_in_half_precision(checkpoint, variant, dtype):
@@ -78,6 +81,7 @@ def test_names_the_step(checkpoint, variant, fault, expected):
     assert named(compare(checkpoint(variant), TOKENS, **RUN, mutate=fault)) == expected
 
 
+@pytest.mark.tolerance
 def test_command(checkpoint, monkeypatch, capsys):
     command = ["check_numerics.py", "--model", checkpoint("llama_gqa"), "--token-ids", *map(str, TOKENS)]
     monkeypatch.setattr(sys, "argv", command)
@@ -86,9 +90,12 @@ def test_command(checkpoint, monkeypatch, capsys):
     assert table[0].split() == ["layer", "step", "drift", "step", "bits"]
     assert [line.split()[1] for line in table[2:5]] == ["embedding", "attn_norm", "attn_qkv"]
     assert table[-1] == "first layer and step that differ: none"
-    monkeypatch.setattr(sys, "argv", [*command, "--tolerance", "1e-12"])
+    faulty = functools.partial(compare, mutate=half_lost(2, "o"))
+    monkeypatch.setattr(check_numerics, "compare", faulty)
     assert check_numerics.main() == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("first layer and step that differ: layer 0, attn_qkv: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("first layer and step that differ: layer 2, attn_output")
+    monkeypatch.setattr(sys, "argv", [*command, "--tolerance", "1e3"])
+    assert check_numerics.main() == 0
 
 
 def test_command_with_text(monkeypatch, capsys):
