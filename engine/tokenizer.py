@@ -5,6 +5,7 @@
 not rendered here.
 """
 
+import functools
 import os.path
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,12 @@ class Tokenizer:
             return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{file}: not a tokenizer.json: {error}") from error
+
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens, which text never has, by what they are written as."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the file's post-processor adds."""

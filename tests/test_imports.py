@@ -47,9 +47,11 @@ MAY_IMPORT = {
     "engine.flags": ("engine.config",),
     "engine.cli": ("engine.flags", "engine.version", "parallel.failure"),
     "engine.llm": (
-        *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
-        *("parallel.launch", "scheduler"),
+        *("engine.config", "engine.loop", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
+        *("engine.turns", "parallel.launch", "scheduler"),
     ),
+    "engine.loop": ("engine.output", "engine.runtime", "scheduler"),
+    "engine.turns": (),
     "engine.plan_command": (
         *("engine.config", "engine.model", "engine.planning"),
         *("parallel.launch", "scheduler"),
@@ -64,7 +66,9 @@ MAY_IMPORT = {
         *("engine.config", "engine.device_profile", "engine.probe_report", "engine.runtime.probe", "parallel"),
     ),
     "engine.record": ("engine.version", "parallel.topology"),
-    "engine.traced_run": ("engine.config", "engine.llm", "engine.planning", "engine.runtime.trace", "scheduler"),
+    "engine.traced_run": (
+        *("engine.config", "engine.llm", "engine.output", "engine.planning", "engine.runtime.trace", "scheduler"),
+    ),
     "engine.trace_plot": ("engine.runtime.trace", "scheduler"),
     "engine.trace_command": ("engine.config", "engine.runtime.trace", "engine.trace_plot", "engine.traced_run"),
     "engine.pass_profile": ("engine.planning", "engine.runtime.trace", "engine.traced_run", "scheduler"),
