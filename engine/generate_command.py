@@ -12,7 +12,7 @@ import time
 
 from engine.config import METAVARS, EngineConfig
 from engine.llm import LLM, has_tokenizer, refuse_text
-from engine.output import RequestOutput
+from engine.output import RequestOutput, describe_errors
 from engine.plan_command import describe, step_table
 from engine.planning import find_model
 from engine.prompts import read_prompts
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
             say_outputs(outputs, args.json, printer)
             print(report(llm, outputs, elapsed_s), file=sys.stderr)
             say_transfers(llm, args.json)
-    return 0
+    return say_errors(outputs) if speaks else 0
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -141,6 +141,14 @@ def say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinte
         elif printer is None:
             for sequence in output.outputs:
                 print(*sequence.token_ids)
+
+
+def say_errors(outputs: list[RequestOutput]) -> int:
+    """A line for each sequence that has not ended by itself; the exit status, 1 if there are any."""
+    errors = describe_errors(outputs)
+    for error in errors:
+        print(f"penstock: error: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def say_transfers(llm: LLM, as_json: bool) -> None:

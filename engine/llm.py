@@ -1,27 +1,29 @@
 """LLM: prompts in, outputs out. The face of the engine in Python.
 
-Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (rank) -> text.
+Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (rank) -> text (loop).
 Under torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable
+import operator
+import warnings
 from pathlib import Path
+from typing import Any
 
 from engine.config import EngineConfig
-from engine.output import RequestOutput, Sequence
+from engine.loop import Loop
+from engine.output import Listener, OnText, RequestOutput, Sequence
 from engine.planning import find_model, longest_sequence
 from engine.runtime.rank import LINK_BYTES, Rank
-from engine.runtime.sampler import SampleOutput
 from engine.tokenizer import Tokenizer
+from engine.turns import Turns, in_turn
 from parallel.launch import resolve_launch
-from scheduler.batch import Batch
 from scheduler.batching import Scheduler
-from scheduler.request import FinishReason, Request, SamplingParams
+from scheduler.request import Request, SamplingParams
 
-Prompt = str | list[int]
-OnText = Callable[[int, int, str | None], None]
+Prompt = str | list[int]  # or an array of token ids: numpy's, torch's, or what else has `tolist`
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
@@ -30,6 +32,10 @@ class LLM:
 
     A context manager: leaving it frees everything and ends the ranks that it launched. Raises ValueError, naming the
     file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
+
+    Threads may share it: their calls run one after another, `close` too. A call inside another one, in its `on_text`,
+    raises RuntimeError at once and leaves that one as it is; only `check` is free. (`on_text` must not wait for another
+    thread's call either: that one waits for the call that `on_text` belongs to.)
     """
 
     def __init__(self, model: str = "demo", tensor_parallel_size: int | None = None, **options):
@@ -37,8 +43,10 @@ class LLM:
         if unknown:
             raise TypeError(f"LLM has no option {', '.join(unknown)}")
         self.config = EngineConfig(model=model, tensor_parallel_size=tensor_parallel_size, **options)
+        self.turns = Turns()
         self.tokenizer = load_tokenizer(self.config)
         self.rank = self._start()
+        self.vocab_size = self.rank.plan.spec.vocab_size
         residency = self.rank.plan.residency
         self.scheduler = Scheduler(
             max_num_seqs=self.config.max_num_seqs,
@@ -52,6 +60,7 @@ class LLM:
         )
         self._request_ids = itertools.count()
 
+    @in_turn
     def generate(
         self,
         prompts: Prompt | list[Prompt],
@@ -63,21 +72,29 @@ class LLM:
         `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end.
         Outputs are in the order of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that
         cannot be meant; RuntimeError if this LLM is closed, or ended with an earlier error of several ranks.
+
+        A sequence that fails (its logits are NaN) has finish_reason "error", and the others are as they would be. What
+        `on_text` raises ends its prompt's sequences, with finish_reason "abort", and it hears no more of them; when all
+        others have ended, rank 0 raises it (the first, if there are several), with the outputs as its attribute
+        `outputs`, and the other ranks return them. An interrupt ends the whole call at once.
         """
         self._check_open()
         asked = self._read(prompts, sampling_params)
-        sequences = [self._expand(place, *one, on_text) for place, one in enumerate(asked)]
+        listener = Listener(on_text)
+        groups = [self._expand(place, *one, listener) for place, one in enumerate(asked)]
         with self.rank.together():
             if self.rank.topology.rank > 0:
                 return [RequestOutput.from_dict(output) for output in self.rank.follow()]
-            self._run([sequence for group in sequences for sequence in group])
+            Loop(self.scheduler, self.rank, groups, listener).run()
             outputs = [
                 RequestOutput(str(place), prompt, token_ids, [sequence.output() for sequence in group])
-                for place, ((prompt, token_ids, _), group) in enumerate(zip(asked, sequences))
+                for place, ((prompt, token_ids, _), group) in enumerate(zip(asked, groups))
             ]
             self.rank.finish([output.to_dict() for output in outputs])
+        listener.reraise(outputs)
         return outputs
 
+    @in_turn
     def measure(self, link_bytes: int = LINK_BYTES) -> None:
         """Measures link, memory, compute and reduces (about a second), for predictions instead of the profile's rates;
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
@@ -90,8 +107,9 @@ class LLM:
         self._check_open()
         self._read(prompts, sampling_params)
 
+    @in_turn
     def close(self) -> None:
-        """Frees everything; idempotent."""
+        """Frees everything; idempotent. Calls of other threads that wait for their turn after it raise RuntimeError."""
         if self.rank is not None:
             rank, self.rank = self.rank, None
             rank.close()
@@ -105,7 +123,8 @@ class LLM:
 
     def _read(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
         """Checks everything that a user gives, on every rank alike."""
-        if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and isinstance(prompts[0], int)):
+        prompts = _as_list(prompts)
+        if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and _is_number(prompts[0])):
             prompts = [prompts]
         if not isinstance(prompts, list | tuple):
             raise ValueError(f"prompts={prompts!r}: expected a string, a list of token ids, or a list of such prompts")
@@ -122,6 +141,7 @@ class LLM:
     def _read_one(
         self, place: int, prompt: Prompt, params: SamplingParams
     ) -> tuple[str | None, list[int], SamplingParams]:
+        prompt = _as_list(prompt)
         if not isinstance(prompt, str | list | tuple):
             raise ValueError(f"prompt {place}: {prompt!r} is neither a string nor a list of token ids")
         if self.tokenizer is None:
@@ -129,17 +149,23 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"prompt {place}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        token_ids = self.tokenizer.encode(prompt) if text is not None else list(prompt)
-        vocab_size = self.rank.plan.spec.vocab_size
-        for token in token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise ValueError(f"prompt {place}: token id {token!r} is not in 0..{vocab_size - 1}")
-        for token in params.stop_token_ids:
-            if token >= vocab_size:
-                raise ValueError(f"prompt {place}: stop_token_ids: {token} is not in 0..{vocab_size - 1}")
+        token_ids = self.tokenizer.encode(prompt) if text is not None else _as_tokens(place, prompt)
+        for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
+            wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+            if wrong is not None:
+                raise ValueError(f"prompt {place}: {what} {wrong} is not in 0..{self.vocab_size - 1}")
+        self._warn_of_stops(params.stop)
         # the place stands for the id: messages name the prompt
         Request(place, token_ids, params).check_length(self.scheduler.max_model_len)
         return text, token_ids, params
+
+    def _warn_of_stops(self, stops: tuple[str, ...]) -> None:
+        for stop in stops:
+            parts = [special for special in self.tokenizer.special_ids if special in stop]
+            if parts and stop not in parts:
+                where = f"stop={stop!r} has the special token {parts[0]!r}, which is no part of any text"
+                number = self.tokenizer.special_ids[parts[0]]
+                warnings.warn(f"{where}: give it alone, or stop_token_ids=[{number}], to end there", stacklevel=2)
 
     def _start(self) -> Rank:
         return Rank(self.config, resolve_launch(self.config.tensor_parallel_size))
@@ -149,79 +175,22 @@ class LLM:
             raise RuntimeError("this LLM is closed")
 
     def _expand(
-        self, place: int, _: str | None, token_ids: list[int], params: SamplingParams, on_text
+        self, place: int, _: str | None, token_ids: list[int], params: SamplingParams, listener: Listener
     ) -> list[Sequence]:
-        """The n sequences of a prompt, each with a seed of its own."""
+        """The n sequences of a prompt, each with a seed of its own. A stop string that is a special token, which is no
+        part of any text, ends them as a stop token id does."""
+        special_ids = self.tokenizer.special_ids if params.stop else {}
+        special_stops = {special_ids[stop]: stop for stop in params.stop if stop in special_ids}
+        if special_stops:
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *special_stops))
         sequences = []
         for index in range(params.n):
             number = next(self._request_ids)
             own = params.seed + index if params.seed is not None else (self.config.seed + 1) * _GOLDEN + number
             request = Request(number, token_ids, params, seed=own & _MASK, arrival=number)
-
-            def emit(text: str | None, index: int = index) -> None:
-                if on_text is not None:
-                    on_text(place, index, text)
-
-            sequences.append(Sequence(request, index, self.tokenizer, emit))
+            tell = functools.partial(listener.tell, place, index)
+            sequences.append(Sequence(request, index, self.tokenizer, tell, special_stops))
         return sequences
-
-    def _run(self, sequences: list[Sequence]) -> None:
-        by_request = {sequence.request.id: sequence for sequence in sequences}
-        try:
-            for sequence in sequences:
-                self.scheduler.add(sequence.request)
-            while self.scheduler.has_unfinished:
-                batch = self.scheduler.schedule()
-                if batch is not None and self.rank.must_wait:
-                    self._run_if_wanted(batch, by_request)
-                    continue
-                if batch is not None:
-                    self.rank.submit(batch)
-                if batch is None or self.rank.num_under_way > self.rank.lookahead:
-                    self._take_in(*self._collect(), by_request)
-        except BaseException:
-            self.scheduler.abort()
-            self.rank.forget()
-            raise
-
-    def _run_if_wanted(self, batch: Batch, by_request: dict[int, Sequence]) -> None:
-        """Runs a prepared pass as soon as the tokens of the one under way are there; text is made beside it."""
-        self.rank.announce(batch)
-        requests, sampled = self._collect()
-        if self.scheduler.is_wanted(batch):
-            self.rank.run_announced(batch)
-        else:
-            self.scheduler.withdraw(batch)
-        self._take_in(requests, sampled, by_request)
-
-    def _collect(self) -> tuple[list[Request | None], SampleOutput | None]:
-        """Waits for the oldest pass; who got its tokens, and those."""
-        batch, sampled = self.rank.collect()
-        return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
-
-    def _take_in(
-        self, requests: list[Request | None], sampled: SampleOutput | None, by_request: dict[int, Sequence]
-    ) -> None:
-        """Gives each sequence of a pass its token."""
-        for place, request in enumerate(requests):
-            if request is not None:
-                self._advance(by_request[request.id], sampled, place)
-
-    def _advance(self, sequence: Sequence, sampled: SampleOutput, place: int) -> None:
-        """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""
-        request = sequence.request
-        token = request.output_token_ids[-1]
-        if request.params.logprobs is not None:
-            sequence.add_logprobs(token, *sampled.logprobs.at(place, request.params.logprobs))
-        stop = None
-        if request.finish_reason != FinishReason.STOP:
-            stop = sequence.push(token)
-        if stop is None and request.finish_reason is not None:
-            stop = sequence.flush()
-        if stop is not None:
-            self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
-        if request.finish_reason is not None:
-            sequence.on_text(None)
 
 
 def refuse_text(config: EngineConfig, place: int, prompt: Prompt, params: SamplingParams) -> None:
@@ -248,3 +217,21 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     if tokenizer is None and config.tokenizer is not None:
         raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer.json there")
     return tokenizer
+
+
+def _as_list(value: Any) -> Any:
+    """An array, of numpy or torch, as the lists and numbers of Python; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(_as_list(value), "__index__")
+
+
+def _as_tokens(place: int, prompt: list | tuple) -> list[int]:
+    """Integers, numpy's and torch's too, as Python's. Raises ValueError for anything else, also for bools."""
+    token_ids = [token if type(token) is int else _as_list(token) for token in prompt]
+    for token in token_ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise ValueError(f"prompt {place}: token id {token!r} is not an integer")
+    return list(map(operator.index, token_ids))

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from engine.tokenizer import StopStrings, Tokenizer
 from scheduler.request import FinishReason, Request
 
+OnText = Callable[[int, int, str | None], None]
+
 
 @dataclass(frozen=True)
 class Logprob:
@@ -22,7 +24,8 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One sequence. `logprobs` has for each token a mapping of token id to Logprob: the sampled and the top ones."""
+    """One sequence. `logprobs` has for each token a mapping of token id to Logprob: the sampled and the top ones. Where
+    `finish_reason` is "error" or "abort", `error` says why, and the rest is what there was by then."""
 
     index: int
     text: str
@@ -31,6 +34,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -59,22 +63,69 @@ def _logprobs(places: list[dict] | None) -> list[dict[int, Logprob]] | None:
     return [{int(token): Logprob(**logprob) for token, logprob in place.items()} for place in places]
 
 
+def describe_errors(outputs: list[RequestOutput]) -> list[str]:
+    """A line for each sequence that has not ended by itself."""
+    ended = [(output, sequence) for output in outputs for sequence in output.outputs if sequence.error is not None]
+    return [f"prompt {output.request_id}, output {sequence.index}: {sequence.error}" for output, sequence in ended]
+
+
+def without_errors(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """The outputs, for who wants all or none. Raises ValueError for the first sequence that has not ended by itself."""
+    for error in describe_errors(outputs):
+        raise ValueError(error)
+    return outputs
+
+
+class Listener:
+    """A call's `on_text`. What it raises is kept, by prompt and in that order, and it hears no more of that prompt."""
+
+    def __init__(self, on_text: OnText | None):
+        self.on_text = on_text
+        self.raised: list[tuple[int, Exception]] = []
+        self._deaf: set[int] = set()
+
+    def tell(self, prompt: int, index: int, text: str | None) -> None:
+        if self.on_text is None or prompt in self._deaf:
+            return
+        try:
+            self.on_text(prompt, index, text)
+        except Exception as error:
+            self._deaf.add(prompt)
+            self.raised.append((prompt, error))
+
+    def reraise(self, outputs: list[RequestOutput]) -> None:
+        """Raises the first of what was raised, if any, with the call's outputs as its attribute `outputs`."""
+        if not self.raised:
+            return
+        prompt, first = self.raised[0]
+        others = f" and for {len(self.raised) - 1} more" if len(self.raised) > 1 else ""
+        first.add_note(f"raised by on_text for prompt {prompt}{others}; its `outputs` has what all prompts gave")
+        first.outputs = outputs
+        raise first
+
+
 class Sequence:
     """The text of one request as it grows; finds stop strings across the borders of tokens.
 
     `on_text` is called with each piece of text that can no longer become part of a stop string; by the caller with
-    None at the end.
+    None at the end. `special_stops`: stop strings that are special tokens, by the request's stop token ids.
     """
 
     def __init__(
-        self, request: Request, index: int, tokenizer: Tokenizer | None, on_text: Callable[[str | None], None]
+        self,
+        request: Request,
+        index: int,
+        tokenizer: Tokenizer | None,
+        on_text: Callable[[str | None], None],
+        special_stops: dict[int, str],
     ):
-        self.request, self.index, self.tokenizer = request, index, tokenizer
+        self.request, self.index, self.tokenizer, self.special_stops = request, index, tokenizer, special_stops
         self.stream = tokenizer.stream(request.prompt_token_ids) if tokenizer else None
         self.stops = StopStrings(request.params.stop)
         self.on_text = on_text
         self._pieces: list[str] = []  # a string would be copied for each token of a long text
         self.logprobs: list[dict[int, Logprob]] = []
+        self.error: str | None = None
 
     def push(self, token: int) -> str | None:
         """Takes in a sampled token. Returns the stop string that it completed, if any."""
@@ -93,6 +144,11 @@ class Sequence:
         self._emit(emitted + rest)
         return stop
 
+    def fail(self, error: str) -> None:
+        """The sequence has ended for this reason: gives out what was held back."""
+        self.error = error
+        self.flush()
+
     def add_logprobs(self, token: int, logprob: float, rank: int, top: list[tuple[int, float]]) -> None:
         """The sampled token's, and those of the most likely ones (id, logprob; the first has rank 1)."""
         place = {token: Logprob(logprob, rank, self._decoded(token))}
@@ -104,7 +160,8 @@ class Sequence:
         request = self.request
         output = CompletionOutput(self.index, "".join(self._pieces), list(request.output_token_ids))
         output.finish_reason = None if request.finish_reason is None else FinishReason(request.finish_reason).value
-        output.stop_reason = request.stop_reason
+        output.stop_reason = self.special_stops.get(request.stop_reason, request.stop_reason)
+        output.error = self.error
         if request.params.logprobs is not None:
             output.logprobs = self.logprobs
             tokens = request.output_token_ids

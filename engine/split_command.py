@@ -8,7 +8,14 @@ import argparse
 import sys
 
 from engine.config import EngineConfig
-from engine.generate_command import TextPrinter, add_request_arguments, sampling_params, say_outputs, say_transfers
+from engine.generate_command import (
+    TextPrinter,
+    add_request_arguments,
+    sampling_params,
+    say_errors,
+    say_outputs,
+    say_transfers,
+)
 from engine.prompts import read_prompts
 from engine.split.flags import add_split_arguments
 from engine.split.llm import FIXED, SplitLLM
@@ -49,4 +56,4 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         print(f"{counters.num_passes} passes over {counters.num_tokens} tokens\n{shown}", file=sys.stderr)
         print(difference(llm.predicted, llm.counted), file=sys.stderr)
         say_transfers(llm, args.json)
-    return 0
+    return say_errors(outputs)

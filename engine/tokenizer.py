@@ -5,6 +5,7 @@ arrive; `StopStrings` cuts that text at the first stop string, also one that lie
 are not rendered here.
 """
 
+import functools
 import os.path
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,12 @@ class Tokenizer:
         if not Tokenizer.is_there(path):
             return None
         return Tokenizer(load_backend(Path(path)), Path(path) / FILE)
+
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens, which text never has, by what they are written as."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the file's post-processor adds. Raises ValueError that names the file

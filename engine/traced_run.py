@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig
 from engine.llm import LLM
+from engine.output import without_errors
 from engine.planning import EnginePlan
 from engine.runtime.trace import Span, read_spans
 from scheduler.pass_work import PassShape
@@ -138,11 +139,11 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
         prompts = [numbers.choices(vocabulary, k=args.input_len) for _ in range(args.batch_size)]
         llm.check(prompts, params)
         speaks = llm.rank.topology.rank == 0
-        llm.generate(prompts, replace(params, max_tokens=min(WARM_UP_TOKENS, args.output_len)))
+        without_errors(llm.generate(prompts, replace(params, max_tokens=min(WARM_UP_TOKENS, args.output_len))))
         if speaks:
             llm.measure()
         shapes = llm.rank.worker.tracer.shapes
         first_warm = len(shapes)
-        llm.generate(prompts, params)
+        without_errors(llm.generate(prompts, params))
         plan = llm.rank.plan
     return TracedRun(plan, shapes, first_warm, read_spans(config.trace)) if speaks else None

@@ -79,9 +79,17 @@ class Scheduler:
         """Let a new request wait for its row.
 
         Raises ValueError if its prompt is empty or leaves no room for an output token, or if the request
-        at its longest needs more pages than there are.
+        at its longest needs more pages than there are; the request has then ended, with FinishReason.ERROR.
         """
         assert request.state is RequestState.WAITING and request.num_computed_tokens == 0
+        try:
+            self._check_possible(request)
+        except ValueError:
+            request.finish_reason = FinishReason.ERROR
+            raise
+        bisect.insort(self._waiting, request, key=self._order)
+
+    def _check_possible(self, request: Request) -> None:
         request.check_length(self.max_model_len)
         most_tokens, num_pages = request.most_tokens(self.max_model_len), self._pages_needed(request)
         if num_pages > self.pool.num_usable:
@@ -89,7 +97,6 @@ class Scheduler:
                 f"request {request.id}: {most_tokens} tokens (prompt and max_tokens) need {num_pages} pages"
                 f" of {self.page_size} tokens, and there are {self.pool.num_usable}"
             )
-        bisect.insort(self._waiting, request, key=self._order)
 
     def abort(self) -> None:
         """End every request and forget the passes under way, one of which has failed."""
@@ -167,8 +174,9 @@ class Scheduler:
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
         """Take in the tokens of the oldest pass under way.
 
-        `sampled` has one token id for each row with `samples`, in batch order. Returns the requests that got them, in
-        that order; those now finished hold no row and pages. For one that ended meanwhile there is None.
+        `sampled` has one token id for each row with `samples`, in batch order; a negative one means that there was none
+        to be had, which ends the request with FinishReason.ERROR. Returns the requests that got them, in that order;
+        those now finished hold no row and pages. For one that ended meanwhile there is None.
         """
         assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
         assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
@@ -178,11 +186,15 @@ class Scheduler:
         for request, token in zip(alive, sampled, strict=True):
             if request is not None:
                 request.num_unseen_tokens -= 1
-                request.output_token_ids.append(token)
-                self._finish_if_over(request, token)
+                self._append(request, token)
         return alive
 
-    def _finish_if_over(self, request: Request, token: int) -> None:
+    def _append(self, request: Request, token: int) -> None:
+        """Gives a request its next token, and ends it if that was its last."""
+        if token < 0:
+            self.finish(request, FinishReason.ERROR)
+            return
+        request.output_token_ids.append(token)
         # As in vLLM, a stop token is kept in the output and wins over a length that is reached with it.
         if token in self._eos_token_ids and not request.params.ignore_eos:
             self.finish(request, FinishReason.STOP)

@@ -27,6 +27,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"  # it could not go on; who knows why says it beside this
 
 
 class RequestState(Enum):
@@ -117,6 +118,8 @@ class SamplingParams:
         value = getattr(self, name)
         if value is None:
             value = ()
+        elif hasattr(value, "tolist"):  # an array, of numpy or torch
+            value = value.tolist()
         elif isinstance(value, single):
             value = (value,)
         if not isinstance(value, list | tuple | set | frozenset) or not all(map(allowed, value)):

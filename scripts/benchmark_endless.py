@@ -19,6 +19,7 @@ import torch
 
 from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
+from engine.output import without_errors
 from engine.record import add_output_argument, keep
 from scheduler.bound import against_bound
 from scheduler.pass_work import PassShape
@@ -102,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(llm: LLM, input_len: int, output_len: int) -> None:
     (job,) = random_jobs(1, input_len, output_len, llm.rank.plan.spec.vocab_size, llm.config.seed)
-    llm.generate([job.prompt], [greedy(job)])
+    without_errors(llm.generate([job.prompt], [greedy(job)]))
 
 
 def first_evicting(args: argparse.Namespace, max_cached: int) -> int:

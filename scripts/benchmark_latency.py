@@ -26,6 +26,7 @@ import numpy
 
 from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
+from engine.output import without_errors
 from engine.record import add_output_argument, keep
 from scheduler.bound import against_bound
 from scheduler.pass_work import PassShape
@@ -125,7 +126,7 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
 
 def run_once(llm: LLM, jobs: list[Job], n: int) -> Iteration:
     llm.rank.times.passes, start = [], time.perf_counter()
-    outputs = llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs])
+    outputs = without_errors(llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs]))
     latency_s = time.perf_counter() - start
     passes = [(shape, measured_s) for shape, measured_s, _ in llm.rank.times.passes]
     return Iteration(latency_s, passes, [output.outputs[0].token_ids for output in outputs])

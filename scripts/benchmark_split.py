@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.flags import Parser
 from engine.llm import LLM
-from engine.output import CompletionOutput
+from engine.output import CompletionOutput, without_errors
 from engine.record import add_output_argument, keep
 from engine.split.llm import FIXED, SplitLLM
 from engine.split.transfers import ATTENTION_WAYS, PERMUTED, WIRE_DTYPES, SplitConfig
@@ -59,7 +59,7 @@ def generate(llm: LLM, prompts: list[str], max_tokens: int) -> tuple[list[Comple
     seconds = []
     for _ in range(1 + NUM_RUNS):
         start = time.perf_counter()
-        outputs = llm.generate(prompts, params)
+        outputs = without_errors(llm.generate(prompts, params))
         seconds.append(time.perf_counter() - start)
     return [output.outputs[0] for output in outputs], statistics.median(seconds[1:])
 

@@ -18,6 +18,7 @@ import time
 
 from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
+from engine.output import without_errors
 from engine.record import add_output_argument, keep
 from engine.runtime.bucket import bucket_sizes
 from scheduler.bound import against_bound
@@ -113,7 +114,7 @@ def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
 
 
 def run(llm: LLM, jobs: list[Job], n: int = 1) -> list:
-    return llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs])
+    return without_errors(llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs]))
 
 
 def say(report: dict) -> None:

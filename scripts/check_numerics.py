@@ -24,6 +24,7 @@ from engine.config import EngineConfig
 from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
 from engine.model.ops import StepContext
+from engine.output import without_errors
 from engine.planning import find_model
 from scheduler.request import SamplingParams
 from scheduler.step_plan import Compute
@@ -67,7 +68,7 @@ def compare(
         mutate(llm)
         ours = _watch(llm)
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        generated = llm.generate([token_ids], params)[0].outputs[0].token_ids
+        generated = without_errors(llm.generate([token_ids], params))[0].outputs[0].token_ids
         device = llm.rank.topology.device
     states = {key: torch.cat(parts) for key, parts in ours.items()}
     loading = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}

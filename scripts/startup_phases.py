@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.llm import LLM
+from engine.output import without_errors
 from engine.runtime.rank import Rank
 from scheduler.batch import Batch, BatchRow
 from scheduler.pages import RESERVED_PAGE
@@ -40,7 +41,7 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
     with LLM(**config.to_dict()) as llm:
         ready_at_s = time.perf_counter()
         (job,) = random_jobs(1, input_len, 1, llm.rank.plan.spec.vocab_size, config.seed)
-        llm.generate(job.prompt, greedy(job))
+        without_errors(llm.generate(job.prompt, greedy(job)))
         first_token_at_s = time.perf_counter()
         captures_s = measure_captures(llm.rank, config.max_num_seqs)
         if llm.rank.topology.rank > 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.llm import LLM
 from engine.model.inputs import PassInputs, bind
-from engine.runtime.sampler import Asked, refuse_nan
+from engine.runtime.sampler import NAN_LOGITS, Asked, SampleOutput
 from scheduler.batch import Batch, BatchRow
 from scheduler.retention import Retention, SinksAndWindow
 
@@ -62,12 +62,13 @@ def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
     targets = torch.tensor(following, device=sampler.device)
     scored: list[Tensor] = []
 
-    def score(_) -> None:
+    def score(output: SampleOutput) -> None:
+        if (output.tokens < 0).any():
+            raise ValueError(NAN_LOGITS)
         scored.append(sampler.score(executor.context.act["logits"], targets, num_logprobs=0).sampled_logprob.cpu())
 
     executor.fill_ring()
     executor.run_plan(_with_selected(inputs, len(following), sampler.pad_row), Asked(), score)
-    refuse_nan(sampler.num_nan_rows)
     return scored[0]
 
 

@@ -57,12 +57,23 @@ def refusal(run) -> str:
     return "nothing was raised"
 
 
+def aborted_by_on_text(llm: LLM) -> dict[str, Any]:
+    """Outputs of a call whose on_text raises for the first prompt, and whether that was raised here."""
+    params, raised = SamplingParams(temperature=0, ignore_eos=True), False
+    try:
+        outputs = llm.generate([LONG, "Return the"], params, on_text=lambda prompt, *_: 1 // prompt)
+    except ZeroDivisionError as error:
+        outputs, raised = error.outputs, True
+    return {"aborted": [output.to_dict() for output in outputs], "raised": raised}
+
+
 def run_rank(folder: Path) -> None:
     """Two engines one after another, with mistakes on all ranks alike in between."""
     facts = {"unlike_world": refusal(lambda: LLM("demo", tensor_parallel_size=4, **OPTIONS))}
     with LLM("demo", **OPTIONS) as llm:
         facts["first"] = run_requests(llm)
         facts["bad_prompt"] = refusal(lambda: llm.generate([[0, 99999]]))
+        facts |= aborted_by_on_text(llm)
         facts["again"] = [
             output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0, ignore_eos=True))
         ]

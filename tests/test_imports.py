@@ -49,9 +49,11 @@ MAY_IMPORT = {
     "engine.streams": ("parallel.failure",),
     "engine.cli": ("engine.flags", "engine.streams", "engine.version", "parallel.failure"),
     "engine.llm": (
-        *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
-        *("parallel.launch", "scheduler"),
+        *("engine.config", "engine.loop", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
+        *("engine.turns", "parallel.launch", "scheduler"),
     ),
+    "engine.loop": ("engine.output", "engine.runtime", "scheduler"),
+    "engine.turns": (),
     "engine.plan_command": (
         *("engine.config", "engine.model", "engine.planning", "engine.streams"),
         *("parallel.launch", "scheduler"),
@@ -67,7 +69,9 @@ MAY_IMPORT = {
         "engine.user_files",
     ),
     "engine.record": ("engine.version", "parallel.topology"),
-    "engine.traced_run": ("engine.config", "engine.llm", "engine.planning", "engine.runtime.trace", "scheduler"),
+    "engine.traced_run": (
+        *("engine.config", "engine.llm", "engine.output", "engine.planning", "engine.runtime.trace", "scheduler"),
+    ),
     "engine.trace_plot": ("engine.runtime.trace", "scheduler"),
     "engine.trace_command": (
         *("engine.config", "engine.runtime.trace", "engine.trace_plot", "engine.traced_run", "engine.user_files"),

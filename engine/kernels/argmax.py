@@ -30,36 +30,34 @@ def reads_in_place(logits: Tensor) -> bool:
     return logits.is_cuda and triton is not None and logits.dtype != torch.float64
 
 
-def argmax_rows(logits: Tensor, vocab_size: int, nan_rows: Tensor) -> Tensor:
+def argmax_rows(logits: Tensor, vocab_size: int) -> Tensor:
     """Tokens (R,) int64 of the first vocab_size columns of logits (R, V or more) of any float dtype; ties go to the
-    lowest id. A row with a NaN gives 0 and adds 1 to nan_rows () int64."""
+    lowest id. A row with a NaN gives -1, which is no token."""
     run = _argmax_rows_triton if reads_in_place(logits) else argmax_rows_reference
-    return run(logits, vocab_size, nan_rows)
+    return run(logits, vocab_size)
 
 
-def argmax_rows_reference(logits: Tensor, vocab_size: int, nan_rows: Tensor) -> Tensor:
+def argmax_rows_reference(logits: Tensor, vocab_size: int) -> Tensor:
     """The same in plain torch; torch.argmax does not promise which of a tie it takes."""
     calls["reference"] += 1
     scores = logits[:, :vocab_size]
     ids = torch.arange(vocab_size, dtype=torch.int32, device=logits.device)
     tokens = torch.where(scores == scores.amax(-1, keepdim=True), ids, vocab_size).amin(-1).long()
-    nan = tokens == vocab_size
-    nan_rows += nan.sum()
-    return tokens.masked_fill_(nan, 0)
+    return tokens.masked_fill_(tokens == vocab_size, -1)
 
 
-def _argmax_rows_triton(logits: Tensor, vocab_size: int, nan_rows: Tensor, num_segments: int | None = None) -> Tensor:
+def _argmax_rows_triton(logits: Tensor, vocab_size: int, num_segments: int | None = None) -> Tensor:
     calls["triton"] += 1
-    return over_segments(_argmax_segment, logits, vocab_size, nan_rows, num_segments)
+    return over_segments(_argmax_segment, logits, vocab_size, num_segments)
 
 
 def over_segments(
-    kernel: object, logits: Tensor, vocab_size: int, nan_rows: Tensor, num_segments: int | None, **others: object
+    kernel: object, logits: Tensor, vocab_size: int, num_segments: int | None, **others: object
 ) -> Tensor:
     """Tokens (R,) int64 of a kernel that takes the best of each segment, and `others`; the merge is its last launch."""
     num_rows = logits.shape[0]
     assert logits.stride(1) == 1, "the last dim of the logits must have stride 1"
-    assert logits.dtype in (torch.bfloat16, torch.float16, torch.float32) and nan_rows.dtype == torch.int64
+    assert logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
     assert 1 <= vocab_size <= logits.shape[1]
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if not num_rows:
@@ -72,39 +70,32 @@ def over_segments(
     ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
     length = triton.cdiv(triton.cdiv(vocab_size, segments), BLOCK) * BLOCK
     kernel[(segments, num_rows)](
-        *(logits, logits.stride(0), vocab_size, length, values, ids, tokens, nan_rows),
+        *(logits, logits.stride(0), vocab_size, length, values, ids, tokens),
         **{"SPLIT": split, "BLOCK": BLOCK, **others, "num_warps": 4},
     )
     if split:
-        _merge_segments[(num_rows,)](
-            *(values, ids, tokens, nan_rows, segments, triton.next_power_of_2(segments)), num_warps=1
-        )
+        _merge_segments[(num_rows,)](*(values, ids, tokens, segments, triton.next_power_of_2(segments)), num_warps=1)
     return tokens
 
 
 if triton is not None:
 
     @triton.jit
-    def _write(row, token, has_nan, tokens, nan_rows):
-        tl.store(tokens + row, tl.where(has_nan, 0, token).to(tl.int64))
-        if has_nan:
-            tl.atomic_add(nan_rows, 1)
-
-    @triton.jit
-    def hand_in(segment, row, best, where, nan, values, ids, tokens, nan_rows, SPLIT: tl.constexpr):
-        """What the lanes of a segment found: to the merge, or as the row's token."""
-        top, has_nan = tl.max(best, 0), tl.max(nan, 0) > 0
+    def hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT: tl.constexpr):
+        """What the lanes of a segment found: to the merge, or as the row's token; -1 where they found a NaN."""
+        top = tl.max(best, 0)
         token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
+        token = tl.where(tl.max(nan, 0) > 0, -1, token)
         if SPLIT:
             place = row * tl.num_programs(0) + segment
             tl.store(values + place, top)
-            tl.store(ids + place, tl.where(has_nan, -1, token))
+            tl.store(ids + place, token)
         else:
-            _write(row, token, has_nan, tokens, nan_rows)
+            tl.store(tokens + row, token.to(tl.int64))
 
     @triton.jit
     def _argmax_segment(
-        logits, logits_row, vocab_size, length, values, ids, tokens, nan_rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+        logits, logits_row, vocab_size, length, values, ids, tokens, SPLIT: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
         begin, lane = segment * length, tl.arange(0, BLOCK)
@@ -118,16 +109,16 @@ if triton is not None:
             higher = scores > best
             best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
             nan |= (scores != scores).to(tl.int32)
-        hand_in(segment, row, best, where, nan, values, ids, tokens, nan_rows, SPLIT)
+        hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)
 
     @triton.jit
-    def _merge_segments(values, ids, tokens, nan_rows, segments, PADDED: tl.constexpr):
+    def _merge_segments(values, ids, tokens, segments, PADDED: tl.constexpr):
         row, segment = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
         inside = segment < segments
         best = tl.load(values + row * segments + segment, mask=inside, other=float("-inf"))
         where = tl.load(ids + row * segments + segment, mask=inside, other=0x7FFFFFFF)
         token = tl.min(tl.where(best == tl.max(best, 0), where, 0x7FFFFFFF), 0)
-        _write(row, token, tl.min(where, 0) < 0, tokens, nan_rows)
+        tl.store(tokens + row, tl.where(tl.min(where, 0) < 0, -1, token).to(tl.int64))
 
 else:
     hand_in = None  # imported by the draw

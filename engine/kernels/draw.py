@@ -39,16 +39,14 @@ class Noise(NamedTuple):
     positions: Tensor  # (R,) int64
 
 
-def draw_rows(logits: Tensor, vocab_size: int, noise: Noise, nan_rows: Tensor, limits: Limits | None = None) -> Tensor:
+def draw_rows(logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None) -> Tensor:
     """Tokens (R,) int64 of the first vocab_size columns of logits (R, V or more) of any float dtype; `limits` says
-    which may be drawn. Ties go to the lowest id. A row with a NaN gives 0 and adds 1 to nan_rows () int64."""
+    which may be drawn. Ties go to the lowest id. A row with a NaN gives -1, which is no token."""
     run = _draw_rows_triton if reads_in_place(logits) else draw_rows_reference
-    return run(logits, vocab_size, noise, nan_rows, limits)
+    return run(logits, vocab_size, noise, limits)
 
 
-def draw_rows_reference(
-    logits: Tensor, vocab_size: int, noise: Noise, nan_rows: Tensor, limits: Limits | None = None
-) -> Tensor:
+def draw_rows_reference(logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None) -> Tensor:
     """The same in plain torch."""
     calls["reference"] += 1
     temperatures = noise.temperatures[:, None]
@@ -58,14 +56,13 @@ def draw_rows_reference(
         logits = logits.masked_fill(~limits.keep(logits), -torch.inf)
     gumbel = uniform(noise.seeds, noise.positions, vocab_size).neg_().log1p_().neg_().log_().neg_()
     scores = torch.where(draws, logits / torch.where(draws, temperatures, 1.0) + gumbel, logits)
-    return argmax_rows_reference(scores, vocab_size, nan_rows)
+    return argmax_rows_reference(scores, vocab_size)
 
 
 def _draw_rows_triton(
     logits: Tensor,
     vocab_size: int,
     noise: Noise,
-    nan_rows: Tensor,
     limits: Limits | None = None,
     num_segments: int | None = None,
 ) -> Tensor:
@@ -73,7 +70,7 @@ def _draw_rows_triton(
     assert all(t is None or t.shape == logits.shape[:1] and t.is_contiguous() for t in others.values())
     calls["triton"] += 1
     others |= {"LIMITED": limits is not None, "enable_fp_fusion": False}
-    return over_segments(_draw_segment, logits, vocab_size, nan_rows, num_segments, **others)
+    return over_segments(_draw_segment, logits, vocab_size, num_segments, **others)
 
 
 if triton is not None:
@@ -96,7 +93,7 @@ if triton is not None:
 
     @triton.jit
     def _draw_segment(
-        logits, logits_row, vocab_size, length, values, ids, tokens, nan_rows, temperatures, seeds, positions,
+        logits, logits_row, vocab_size, length, values, ids, tokens, temperatures, seeds, positions,
         least, last, LIMITED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -120,4 +117,4 @@ if triton is not None:
                 scores = tl.div_rn(scores, temperature) + _gumbel(words_of(seed, position, begin + offset, BLOCK))
             higher = scores > best
             best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
-        hand_in(segment, row, best, where, nan, values, ids, tokens, nan_rows, SPLIT)
+        hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)

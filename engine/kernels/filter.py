@@ -31,7 +31,7 @@ calls = {"reference": 0, "triton": 0}
 KEEP_ALL = -1.0  # a mass to drop that no token is in
 BLOCK, SCAN_BLOCK = 1024, 8192
 DIGIT = 2  # bits that a launch finds
-STATE_FIELDS = 8  # of a row, int64; the last is scratch
+STATE_FIELDS = 8  # of a row, int64, 7 of them used
 SEARCHED_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}  # of the value as float32
 
 
@@ -105,7 +105,7 @@ def _find_limits_triton(
     segments = num_segments or choose_segments(num_rows, vocab_size)
     length = triton.cdiv(triton.cdiv(vocab_size, segments), BLOCK) * BLOCK
     state = torch.zeros(2, num_rows, STATE_FIELDS, dtype=torch.int64, device=device)  # of the count, of the mass
-    tops = argmax_rows(logits, vocab_size, state[0, 0, -1])
+    tops = argmax_rows(logits, vocab_size)  # -1 for a row with a NaN: read as 0
     rows = (logits, logits.stride(0), vocab_size, mass_scale(vocab_size), tops, temperatures, *filters, *state)
     bits = SEARCHED_BITS[logits.dtype]
     for count in (True, False):
@@ -152,7 +152,7 @@ if triton is not None:
         if asks & (temperature > 0):
             state = (by_count if COUNT else by_mass) + row * FIELDS
             begin, lane = segment * length, tl.arange(0, BLOCK)
-            peak = tl.load(logits + row * logits_row + tl.load(tops + row)).to(tl.float32)
+            peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
             log2_slope = LOG2_E / temperature
             least = tl.load(by_count + row * FIELDS + FOUND).to(tl.uint32)
             step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
@@ -213,7 +213,7 @@ if triton is not None:
         if temperature > 0:
             state = by_mass + row * FIELDS
             found = tl.maximum(tl.load(by_count + row * FIELDS + FOUND), tl.load(state + FOUND)).to(tl.uint32)
-            peak = tl.load(logits + row * logits_row + tl.load(tops + row)).to(tl.float32)
+            peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
             log2_slope = LOG2_E / temperature
             if found > 0:
                 least = _value(found, BITS)

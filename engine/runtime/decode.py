@@ -43,7 +43,7 @@ class DecodePasses:
             self.graphs.replay((size, asked.stages))
             self.executor.ring_is_filled = True
         letter = self.mailbox.expect(num_rows)
-        return letter if asked.num_logprobs < 0 else self._score(bucket, num_rows, asked.num_logprobs)
+        return letter if asked.num_logprobs < 0 else self._score(bucket, letter, asked.num_logprobs)
 
     def greedy_graph(self, num_rows: int) -> torch.cuda.CUDAGraph | None:
         """Of passes over so many rows, as it was last run; None if it was not captured yet, or with a trace's marks."""
@@ -84,15 +84,15 @@ class DecodePasses:
         self.executor.run_plan(bucket.inputs, Asked(stages), self._send)
 
     def _send(self, output: SampleOutput) -> None:
-        self.mailbox.send(output.tokens, self.executor.context.sampler.num_nan_rows)
+        self.mailbox.send(output.tokens)
 
-    def _score(self, bucket: Bucket, num_rows: int, num_logprobs: int) -> PendingSample:
+    def _score(self, bucket: Bucket, letter: PendingLetter, num_logprobs: int) -> PendingSample:
         """The pass's tokens with their log probabilities. They stand behind its last copies, so where weights stream
         the link idles until the host has them."""
         sampler, num_padded = self.executor.context.sampler, bucket.num_rows
-        logits = self.executor.arena.cut(num_padded, num_padded)["logits"][:num_rows]
-        tokens = sampler.last_tokens[bucket.inputs.sampled_rows_device[:num_rows]]
-        return self.executor.pend(SampleOutput(tokens, sampler.score(logits, tokens, num_logprobs)))
+        logits = self.executor.arena.cut(num_padded, num_padded)["logits"][: letter.num_tokens]
+        tokens = letter.on_device
+        return PendingSample(SampleOutput(tokens, sampler.score(logits, tokens, num_logprobs)))
 
     def close(self) -> None:
         if self.graphs is not None:

@@ -127,7 +127,7 @@ class Executor:
     def collect(self) -> SampleOutput | None:
         """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
         Returns when they are there, which (but for log probabilities of a decode pass) is before the pass's last copies
-        are. Raises ValueError if logits were NaN."""
+        are."""
         pending = self.under_way.popleft()
         return None if pending is None else pending.wait()
 
@@ -145,11 +145,8 @@ class Executor:
         inputs = bind(batch, kv.page_size, last_tokens, self.whole_tokens, kv.margin)
         pending: list[PendingSample] = []
         asked = context.sampler.asked([row.row for row in batch.rows])
-        self.run_plan(inputs, asked, lambda output: pending.append(self.pend(output)))
+        self.run_plan(inputs, asked, lambda output: pending.append(PendingSample(output)))
         return pending[0] if pending else None
-
-    def pend(self, output: SampleOutput) -> PendingSample:
-        return PendingSample(output, self.context.sampler.num_nan_rows)
 
     @on_own_device
     def run_plan(
@@ -160,7 +157,6 @@ class Executor:
         context = self.context
         context.inputs, context.asked, context.sampled, self.on_sampled = inputs, asked, None, on_sampled
         context.act = self.arena.cut(len(inputs.tokens), len(inputs.sampled_rows))
-        context.sampler.num_nan_rows.zero_()
         if "penalty" in asked.stages:
             context.sampler.observe(inputs.token_rows, inputs.tokens)
         if copies:

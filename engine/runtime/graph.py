@@ -13,7 +13,7 @@ from typing import Protocol, Self
 
 import torch
 
-from engine.runtime.sampler import SampleOutput, refuse_nan
+from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import Marked, Tracer
 
 POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
@@ -22,26 +22,25 @@ POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 class Mailbox:
     """Where decode passes put their tokens: pinned memory that the host polls. One for all of an engine.
 
-    A pass writes its letter, the tokens and in the last column the number of NaN rows, beside those of the passes
-    before it, so that up to DEPTH passes may be under way; the step number goes out last.
+    A pass writes its letter, the tokens, beside those of the passes before it, so that up to DEPTH passes may be under
+    way; the step number goes out last.
     """
 
     DEPTH = 4
 
     def __init__(self, max_num_seqs: int, device: torch.device):
-        shape, pinned = (self.DEPTH, max_num_seqs + 1), device.type == "cuda"
+        shape, pinned = (self.DEPTH, max_num_seqs), device.type == "cuda"
         self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
         self.step = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.device_letters = torch.zeros(shape, dtype=torch.int64, device=device)
         self.device_step = torch.zeros(1, dtype=torch.int64, device=device)
         self.num_sent = 0
 
-    def send(self, tokens: torch.Tensor, nan_rows: torch.Tensor) -> None:
+    def send(self, tokens: torch.Tensor) -> None:
         """Enqueues a letter; under capture, in each replay."""
         self.device_step.add_(1)
         place = self.device_step % self.DEPTH
         self.device_letters[:, : len(tokens)].index_copy_(0, place, tokens[None])
-        self.device_letters[:, -1].index_copy_(0, place, nan_rows.view(1))
         self.letters.copy_(self.device_letters, non_blocking=True)
         self.step.copy_(self.device_step, non_blocking=True)
 
@@ -63,8 +62,13 @@ class PendingLetter:
     step: int
     num_tokens: int
 
+    @property
+    def on_device(self) -> torch.Tensor:
+        """The tokens, for what is enqueued behind the pass and before the next one."""
+        return self.mailbox.device_letters[self.step % Mailbox.DEPTH, : self.num_tokens]
+
     def wait(self) -> SampleOutput:
-        """Raises ValueError if logits were NaN, RuntimeError if the device has failed."""
+        """Raises RuntimeError if the device has failed."""
         came, polls = self.mailbox.step.numpy(), 0
         while came[0] < self.step:
             polls += 1
@@ -72,7 +76,6 @@ class PendingLetter:
                 torch.cuda.current_stream().query()
         assert came[0] < self.step + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
         letter = self.mailbox.letters[self.step % Mailbox.DEPTH]
-        refuse_nan(letter[-1])
         return SampleOutput(letter[: self.num_tokens].clone(), None)
 
 

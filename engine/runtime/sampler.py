@@ -31,6 +31,7 @@ from scheduler.request import RowSampling
 
 GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
 STAGES = ("penalty", "draw", "filter")
+NAN_LOGITS = "the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype"
 CHUNK_ELEMENTS = 1 << 22  # of logits copied at a time: bounds temporaries to about 40 bytes times this
 
 
@@ -44,7 +45,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """`tokens` (R,) int64 lie in 0..V-1 whatever the logits; `logprobs` is None if no row asked for them."""
+    """`tokens` (R,) int64 lie in 0..V-1, or are -1, which is no token: what would be drawn from logits with a NaN means
+    nothing, and neither do such a row's `logprobs`. None if no row asked for them."""
 
     tokens: Tensor
     logprobs: Logprobs | None
@@ -54,11 +56,10 @@ class PendingSample:
     """A SampleOutput on its way to pinned host memory. In an eager pass the copies stand on the compute lane right
     behind the sampler, before the pass is joined: the next is prepared while copies for it are still on the link."""
 
-    def __init__(self, output: SampleOutput, num_nan_rows: Tensor):
+    def __init__(self, output: SampleOutput):
         self._event = torch.cuda.Event() if output.tokens.is_cuda else None
         logprobs = None if output.logprobs is None else Logprobs(*map(self._to_host, output.logprobs))
         self._output = SampleOutput(self._to_host(output.tokens), logprobs)
-        self._num_nan_rows = self._to_host(num_nan_rows)
         if self._event is not None:
             self._event.record()
 
@@ -68,25 +69,17 @@ class PendingSample:
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def wait(self) -> SampleOutput:
-        """The output on the host. Raises ValueError if logits were NaN: a token drawn from them means nothing."""
+        """The output on the host."""
         if self._event is not None:
             self._event.synchronize()
-        refuse_nan(self._num_nan_rows)
         return self._output
-
-
-def refuse_nan(num_nan_rows: Tensor) -> None:
-    """Raises ValueError if `num_nan_rows`, one integer on the host, is not 0."""
-    if num_nan_rows.item():
-        raise ValueError("the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype")
 
 
 class Sampler:
     """Sampling parameters and penalty state of max_num_seqs rows, on the device; all rows start as greedy.
 
     `last_tokens` (max_num_seqs + 1,) int64 is each row's last sampled token, the last that of `pad_row`.
-    `num_nan_rows` () int64 counts rows sampled from logits with a NaN; they give token 0, and whoever reads the tokens
-    has to look and raise.
+    Where there was none, for a NaN, it is 0: a pass that was submitted ahead computes it for nothing.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str):
@@ -95,7 +88,6 @@ class Sampler:
         self.pad_row = max_num_seqs  # always greedy, and nobody's: padded rows of a bucket are sampled into it
         max_num_seqs += 1
         self.last_tokens = self._zeros(max_num_seqs, dtype=torch.int64)
-        self.num_nan_rows = self._zeros(dtype=torch.int64)
         self.asked_by = [Asked()] * max_num_seqs  # the host's copy: branching needs no sync
         floats, ints = _device_values(GREEDY, vocab_size)
         self.floats = torch.tensor([[value] * max_num_seqs for value in floats.values()], device=self.device)
@@ -148,12 +140,12 @@ class Sampler:
         else:
             parts = (self._sample(logits[c], rows[c], positions[c], asked.stages) for c in self._chunks(logits))
             tokens = torch.cat(list(parts))
-        self.last_tokens[rows] = tokens
+        self.last_tokens[rows] = tokens.clamp(min=0)
         return SampleOutput(tokens, self.score(logits, tokens, asked.num_logprobs) if asked.num_logprobs >= 0 else None)
 
     def score(self, logits: Tensor, tokens: Tensor, num_logprobs: int) -> Logprobs:
         """Log probabilities of tokens (R,), and of the most likely ones, under logits (R, V or more)."""
-        raw = logits[:, : self.vocab_size]
+        raw, tokens = logits[:, : self.vocab_size], tokens.clamp(min=0)
         parts = (logprobs(raw[c].float(), tokens[c], num_logprobs) for c in self._chunks(raw))
         return Logprobs(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
@@ -179,12 +171,12 @@ class Sampler:
         if "draw" in stages:
             noise = Noise(self.params["temperature"][rows], self.params["seed"][rows], positions)
             limits = self.limits(logits, rows) if "filter" in stages else None
-            tokens = draw_rows(logits, self.vocab_size, noise, self.num_nan_rows, limits)  # (R,)
+            tokens = draw_rows(logits, self.vocab_size, noise, limits)  # (R,)
         else:
-            tokens = argmax_rows(logits, self.vocab_size, self.num_nan_rows)
+            tokens = argmax_rows(logits, self.vocab_size)
         if "penalty" in stages:
             came = self._asks_penalty(rows).int()
-            self.output_counts.view(-1).scatter_add_(0, rows * self.vocab_size + tokens, came)
+            self.output_counts.view(-1).scatter_add_(0, rows * self.vocab_size + tokens.clamp(min=0), came)
         return tokens
 
     def _chunks(self, logits: Tensor) -> list[slice]:

@@ -15,15 +15,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 16)
 
 
-def no_nan():
-    return torch.zeros((), dtype=torch.int64, device=DEVICE)
-
-
-def by_kernel(logits, vocab_size, num_segments):
-    nan_rows = no_nan()
-    return module._argmax_rows_triton(logits, vocab_size, nan_rows, num_segments), nan_rows
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_segments", SPLITS)
 def test_kernel_is_the_reference(dtype, num_segments):
@@ -31,11 +22,11 @@ def test_kernel_is_the_reference(dtype, num_segments):
     logits = adversarial(9, 50, dtype)
 
     def writing(run, *rest):
-        return lambda logits, tokens, nan_rows: tokens.copy_(run(logits, 47, nan_rows, *rest))
+        return lambda logits, tokens: tokens.copy_(run(logits, 47, *rest))
 
-    inputs = {"logits": logits, "tokens": logits.new_zeros(9, dtype=torch.int64), "nan_rows": no_nan()[None]}
+    inputs = {"logits": logits, "tokens": logits.new_zeros(9, dtype=torch.int64)}
     kernel = writing(module._argmax_rows_triton, num_segments)
-    prove(kernel, writing(argmax_rows_reference), inputs, ("tokens", "nan_rows"), equal)
+    prove(kernel, writing(argmax_rows_reference), inputs, ("tokens",), equal)
 
 
 @pytest.mark.parametrize("num_segments", SPLITS)
@@ -52,22 +43,14 @@ def test_tokens_are_the_samplers(vocab_size, num_segments):
     logits[5, vocab_size:] = torch.nan
     scores = logits[:, :vocab_size].float()
     expected = (scores == scores.amax(-1, keepdim=True)).int().argmax(-1)  # the first 1 of a CPU tensor
-    tokens, nan_rows = by_kernel(logits, vocab_size, num_segments)
-    nan = scores.isnan().any(-1)
-    assert tokens.tolist() == expected.masked_fill(nan, 0).tolist()
-    assert nan_rows.item() == nan.sum() == 2
-
-
-def test_nan_rows_are_added_up():
-    logits, nan_rows = adversarial(8, 40, torch.float32), no_nan()
-    for _ in range(3):
-        module._argmax_rows_triton(logits, 40, nan_rows, 2)
-    assert nan_rows.item() == 3
+    tokens = module._argmax_rows_triton(logits, vocab_size, num_segments)
+    assert tokens.tolist() == expected.masked_fill(scores.isnan().any(-1), -1).tolist()
+    assert (tokens == -1).nonzero().flatten().tolist() == [3, 4]
 
 
 def test_no_rows_give_no_tokens():
-    tokens, nan_rows = by_kernel(torch.empty(0, 40, device=DEVICE), 40, None)
-    assert tokens.shape == (0,) and tokens.dtype == torch.int64 and not nan_rows
+    tokens = module._argmax_rows_triton(torch.empty(0, 40, device=DEVICE), 40)
+    assert tokens.shape == (0,) and tokens.dtype == torch.int64
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 64, 256, 1024])
@@ -80,25 +63,25 @@ def test_segments_fill_the_gpu_and_are_not_empty_blocks(monkeypatch, num_rows):
 
 def test_what_the_kernel_cannot_take_is_refused():
     logits = torch.randn(3, 40, device=DEVICE)
-    prove_refusal(lambda logits: by_kernel(logits, 40, 2), {"logits": logits})
+    prove_refusal(lambda logits: module._argmax_rows_triton(logits, 40, 2), {"logits": logits})
     with pytest.raises(AssertionError):
-        by_kernel(logits, 41, 2)
+        module._argmax_rows_triton(logits, 41, 2)
 
 
 def test_calls_are_counted_by_kind():
     logits = torch.randn(2, 40, device=DEVICE)
     with counted(module.calls, triton=1):
-        by_kernel(logits, 40, 2)
+        module._argmax_rows_triton(logits, 40, 2)
     with counted(module.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
-        assert argmax_rows(logits, 40, no_nan()).tolist() == logits.argmax(-1).tolist()
+        assert argmax_rows(logits, 40).tolist() == logits.argmax(-1).tolist()
     with counted(module.calls, reference=1):
-        argmax_rows(logits.double(), 40, no_nan())
+        argmax_rows(logits.double(), 40)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 64, 256])
 def test_kernel_is_faster(monkeypatch, num_rows):
     monkeypatch.setattr(module, "BLOCK", 1024)
-    logits, nan_rows = torch.randn(num_rows, 128256, dtype=torch.bfloat16, device="cuda"), no_nan()
-    runs = [lambda run=run: run(logits, 128256, nan_rows) for run in (argmax_rows, argmax_rows_reference)]
+    logits = torch.randn(num_rows, 128256, dtype=torch.bfloat16, device="cuda")
+    runs = [lambda run=run: run(logits, 128256) for run in (argmax_rows, argmax_rows_reference)]
     prove_faster(*runs, logits.nbytes, f"argmax {num_rows}")

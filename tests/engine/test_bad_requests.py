@@ -1,11 +1,13 @@
 """What a user can get wrong in Python, in a prompt or in a flag, and models that run only in part."""
 
+import json
 import math
 import re
 import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import TORCHRUN, Command
@@ -39,10 +41,21 @@ BAD_PROMPTS = [
     ("Return the " * 40, r"request 0: the prompt has \d+ tokens, and at most 63 fit"),
     ([[-1]], r"prompt 0: token id -1 is not in 0\.\.2047"),
     ([[1, 2048]], r"prompt 0: token id 2048 is not in 0\.\.2047"),
-    (["a", [1, True]], r"prompt 1: token id True is not in"),
-    ([[1.0, 2.0]], r"prompt 0: token id 1\.0 is not in"),
-    ([["a", "b"]], r"prompt 0: token id 'a' is not in"),
-    ([1, "a"], r"prompt 0: token id 'a' is not in"),
+    ([[1, -(2**40)]], r"prompt 0: token id -1099511627776 is not in 0\.\.2047"),
+    (["a", [1, True]], r"prompt 1: token id True is not an integer"),
+    ([True], r"prompt 0: token id True is not an integer"),
+    ([[1.0, 2.0]], r"prompt 0: token id 1\.0 is not an integer"),
+    ([["a", "b"]], r"prompt 0: token id 'a' is not an integer"),
+    ([1, "a"], r"prompt 0: token id 'a' is not an integer"),
+    (np.array([1, 2048]), r"prompt 0: token id 2048 is not in 0\.\.2047"),
+    ([[np.int64(2048)]], r"prompt 0: token id 2048 is not in 0\.\.2047"),
+    ([np.array([True, False])], r"prompt 0: token id True is not an integer"),
+    ([[np.True_]], r"prompt 0: token id True is not an integer"),
+    ([np.array([1.0, 2.0])], r"prompt 0: token id 1\.0 is not an integer"),
+    (["a", np.array([[1], [2]])], r"prompt 1: token id \[1\] is not an integer"),
+    (np.float64(1), r"prompts=1\.0: expected a string"),
+    (["a", torch.tensor(1)], r"prompt 1: 1 is neither a string nor a list"),
+    ([torch.tensor([False])], r"prompt 0: token id False is not an integer"),
     ([None], r"prompt 0: None is neither a string nor a list of token ids"),
     ([{"prompt": "a"}], r"prompt 0: \{'prompt': 'a'\} is neither"),
     (None, r"prompts=None: expected a string, a list of token ids, or a list of such prompts"),
@@ -66,6 +79,7 @@ def test_bad_prompt(llm, nothing_runs, prompts, message):
         ([SamplingParams()] * 2, r"1 prompts but 2 sampling_params"),
         ({"temperature": 0}, r"sampling_params=\{'temperature': 0\}: expected SamplingParams, or a list of them"),
         ([None], r"sampling_params=\[None\]: expected SamplingParams"),
+        (SamplingParams(stop_token_ids=np.array([5, 2048])), r"prompt 0: stop_token_ids: 2048 is not in 0\.\.2047"),
         (SamplingParams(stop_token_ids=[2048]), r"prompt 0: stop_token_ids: 2048 is not in 0\.\.2047"),
     ],
 )
@@ -87,7 +101,7 @@ BAD_SAMPLING = [
     *(("logprobs", value) for value in (-1, 21, 1.0, True)),
     *(("seed", value) for value in (2**64, 1.5, "x")),
     *(("stop", value) for value in ("", ["a", ""], [1], 5)),
-    *(("stop_token_ids", value) for value in ([-1], ["a"], [1.0], 3)),
+    *(("stop_token_ids", value) for value in ([-1], ["a"], [1.0], 3, np.array([1.0]), np.int64(3))),
     ("ignore_eos", 1),
 ]
 
@@ -174,7 +188,7 @@ def spoilt(directory: Path) -> Path:
     return directory
 
 
-def test_nan_weights_are_warned_of_and_nan_logits_end_the_run(tmp_path, capfd):
+def test_nan_weights_are_warned_of_and_nan_logits_end_each_sequence(tmp_path, capfd):
     directory = spoilt(tmp_path / "model")
     with pytest.warns(
         UserWarning, match=r"model: model\.layers\.3\.mlp\.down_proj\.weight has NaN; the output will be"
@@ -182,10 +196,21 @@ def test_nan_weights_are_warned_of_and_nan_logits_end_the_run(tmp_path, capfd):
         llm = LLM(directory, **OPTIONS)
     with llm:
         for _ in range(2):
-            with pytest.raises(ValueError, match="the logits are NaN: the weights hold NaN or inf"):
-                llm.generate("Return the")
+            for output in llm.generate(["Return the"] * 6, SamplingParams(logprobs=2)):
+                (sequence,) = output.outputs
+                assert (sequence.finish_reason, sequence.token_ids, sequence.text) == ("error", [], "")
+                assert sequence.error.startswith("the logits are NaN: the weights hold NaN or inf")
         llm.scheduler.check_integrity()
         assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["generate", str(directory), *FLAGS, "--prompt", "Return the", "--n", "2", "--json"]) == 1
+    captured = capfd.readouterr()
+    outputs = json.loads(captured.out)["outputs"]
+    assert [one["finish_reason"] for one in outputs] == ["error"] * 2
+    for index, one in enumerate(outputs):
+        assert f"penstock: error: prompt 0, output {index}: {one['error']}\n" in captured.err
 
 
 @pytest.mark.parametrize(

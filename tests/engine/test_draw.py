@@ -22,10 +22,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(argmax, "BLOCK", 64)
 
 
-def no_nan():
-    return torch.zeros((), dtype=torch.int64, device=DEVICE)
-
-
 def noise_of(temperatures: list[float], seed: int = 0) -> Noise:
     count = len(temperatures)
     seeds = torch.randint(-(2**62), 2**62, (count,), generator=torch.Generator().manual_seed(seed))
@@ -34,13 +30,12 @@ def noise_of(temperatures: list[float], seed: int = 0) -> Noise:
 
 
 def by_kernel(logits, vocab_size, noise, limits=None, num_segments=None):
-    nan_rows = no_nan()
-    return draw._draw_rows_triton(logits, vocab_size, noise, nan_rows, limits, num_segments), nan_rows
+    return draw._draw_rows_triton(logits, vocab_size, noise, limits, num_segments)
 
 
 def assert_same_but_near_ties(tokens, logits, noise, limits=None):
     """Where a token is not the reference's, its exact score is within the errors of the noise of the best."""
-    expected = draw_rows_reference(logits, logits.shape[1], noise, no_nan(), limits)
+    expected = draw_rows_reference(logits, logits.shape[1], noise, limits)
     temperatures = noise.temperatures.double()[:, None]
     u = uniform(noise.seeds, noise.positions, logits.shape[1]).double()
     scores = logits.double() / torch.where(temperatures > 0, temperatures, 1.0)
@@ -98,9 +93,9 @@ def test_tokens_are_the_references(dtype, num_segments):
     generator = torch.Generator().manual_seed(num_segments)
     logits = (3 * torch.randn(12, 197, generator=generator)).to(dtype=dtype, device=DEVICE)
     noise = noise_of([1.0, 0.7, 0.0, 1e-5, 1e4, 1.3] * 2, seed=num_segments)
-    tokens, nan_rows = by_kernel(logits, 197, noise, num_segments=num_segments)
+    tokens = by_kernel(logits, 197, noise, num_segments=num_segments)
     assert_same_but_near_ties(tokens, logits, noise)
-    assert len(set(tokens.tolist())) > 6 and nan_rows == 0
+    assert len(set(tokens.tolist())) > 6 and tokens.min() >= 0
 
 
 def test_only_limits_are_drawn_from():
@@ -108,38 +103,37 @@ def test_only_limits_are_drawn_from():
     least = torch.tensor([2.0, 1.0, 2.0, -torch.inf] * 2, device=DEVICE)
     last = torch.tensor([40, 60, 90, 90] * 2, dtype=torch.int32, device=DEVICE)
     noise = noise_of([5.0] * 7 + [0.0])
-    tokens, _ = by_kernel(logits, 90, noise, Limits(least, last), 2)
+    tokens = by_kernel(logits, 90, noise, Limits(least, last), 2)
     assert_same_but_near_ties(tokens, logits, noise, Limits(least, last))
     logits[:, 3] = torch.nan
-    tokens, nan_rows = by_kernel(logits, 90, noise, Limits(least, last), 2)
-    assert not tokens.any() and nan_rows == 8
+    assert by_kernel(logits, 90, noise, Limits(least, last), 2).tolist() == [-1] * 8
 
 
 def test_segments_and_the_batch_change_no_token():
     logits = torch.randn(6, 180, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     noise = noise_of([0.9, 1.0, 0.0, 2.0, 30.0, 0.5])
-    first, _ = by_kernel(logits, 180, noise, num_segments=1)
+    first = by_kernel(logits, 180, noise, num_segments=1)
     for num_segments in (2, 8):
-        assert torch.equal(by_kernel(logits, 180, noise, num_segments=num_segments)[0], first)
+        assert torch.equal(by_kernel(logits, 180, noise, num_segments=num_segments), first)
     for row in range(6):
         alone = Noise(*(column[row : row + 1] for column in noise))
-        assert by_kernel(logits[row : row + 1], 180, alone)[0] == first[row]
+        assert by_kernel(logits[row : row + 1], 180, alone) == first[row]
     everything = Limits(torch.full((6,), -torch.inf, device=DEVICE), torch.full((6,), 180, device=DEVICE).int())
-    assert torch.equal(by_kernel(logits, 180, noise, everything)[0], first)
+    assert torch.equal(by_kernel(logits, 180, noise, everything), first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_do_not_draw_are_argmaxs(dtype):
     """Ties, zeros of both signs, NaN at the end, -inf; beside rows that draw from a single token or from NaN."""
     logits = adversarial(9, 50, dtype)
-    logits[6] = -torch.inf
+    logits[6], logits[7, 46] = -torch.inf, torch.nan
     for temperatures in ([0.0] * 9, [1.0, 0.0, 0.0] * 3):
-        nan_rows, noise = no_nan(), noise_of(temperatures)
-        expected, found = argmax_rows_reference(logits, 47, no_nan()), by_kernel(logits, 47, noise, num_segments=2)
+        noise = noise_of(temperatures)
+        expected, found = argmax_rows_reference(logits, 47), by_kernel(logits, 47, noise, num_segments=2)
         still = noise.temperatures == 0
-        assert torch.equal(found[0][still], expected[still])
-        draw_rows_reference(logits, 47, noise, nan_rows)
-        assert found[1] == nan_rows
+        assert torch.equal(found[still], expected[still])
+        drawn = draw_rows_reference(logits, 47, noise)
+        assert torch.equal(found < 0, drawn < 0) and (drawn < 0).any()
 
 
 @pytest.mark.parametrize("num_segments", SPLITS)
@@ -149,8 +143,8 @@ def test_infinities_and_nan(num_segments):
     logits[1, 60] = torch.inf
     logits[2, 69] = torch.nan
     logits[3] = torch.where(torch.arange(70, device=DEVICE) == 33, 1.0, -torch.inf)
-    tokens, nan_rows = by_kernel(logits, 70, noise_of([1.0] * 5), num_segments=num_segments)
-    assert tokens[:4].tolist() == [0, 60, 0, 33] and nan_rows == 1
+    tokens = by_kernel(logits, 70, noise_of([1.0] * 5), num_segments=num_segments)
+    assert tokens[:4].tolist() == [0, 60, -1, 33] and tokens[4] >= 0
 
 
 def test_draws_follow_softmax():
@@ -167,10 +161,10 @@ def test_memory_around_the_logits_is_not_read_as_logits():
     """In any layout the same tokens; what lies around is NaN."""
     logits = 3 * torch.randn(7, 61, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     noise = noise_of([1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 0.8])
-    first = by_kernel(logits, 61, noise)[0]
+    first = by_kernel(logits, 61, noise)
 
     def kernel(logits, tokens):
-        tokens.copy_(by_kernel(logits, 61, noise, num_segments=2)[0])
+        tokens.copy_(by_kernel(logits, 61, noise, num_segments=2))
 
     def reference(logits, tokens):
         tokens.copy_(first)
@@ -181,7 +175,7 @@ def test_memory_around_the_logits_is_not_read_as_logits():
 
 
 def test_no_rows_give_no_tokens():
-    tokens, _ = by_kernel(torch.empty(0, 40, device=DEVICE), 40, noise_of([]))
+    tokens = by_kernel(torch.empty(0, 40, device=DEVICE), 40, noise_of([]))
     assert tokens.shape == (0,) and tokens.dtype == torch.int64
 
 
@@ -190,16 +184,16 @@ def test_calls_are_counted_by_kind():
     with counted(draw.calls, triton=1):
         by_kernel(logits, 40, noise)
     with counted(draw.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
-        draw_rows(logits, 40, noise, no_nan())
+        draw_rows(logits, 40, noise)
     with counted(draw.calls, reference=1):
-        draw_rows(logits.double(), 40, noise, no_nan())
+        draw_rows(logits.double(), 40, noise)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 32])
 def test_kernel_is_faster(monkeypatch, num_rows):
     monkeypatch.setattr(argmax, "BLOCK", 1024)
-    logits, nan_rows = torch.randn(num_rows, 128256, dtype=torch.bfloat16, device="cuda"), no_nan()
+    logits = torch.randn(num_rows, 128256, dtype=torch.bfloat16, device="cuda")
     noise = noise_of([0.8] * num_rows)
-    runs = [lambda run=run: run(logits, 128256, noise, nan_rows) for run in (draw_rows, draw_rows_reference)]
+    runs = [lambda run=run: run(logits, 128256, noise) for run in (draw_rows, draw_rows_reference)]
     prove_faster(*runs, logits.nbytes, f"draw {num_rows}")

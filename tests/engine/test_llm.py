@@ -2,11 +2,17 @@
 one after another, with the next one submitted before the tokens of the one before it are known, and with the next one
 prepared by then, and run or withdrawn."""
 
+import dataclasses
+import json
 import math
+import re
 import shutil
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from llm_runs import LONG, OPTIONS, REQUESTS, tokens_of
 
 from engine.planning import find_model
@@ -44,6 +50,22 @@ def test_token_ids_and_strings_mean_the_same(llm):
     assert [output.prompt for output in mixed] == [None, "Return the", None]
     assert [output.prompt_token_ids for output in mixed] == [ids] * 3
     assert mixed[0].outputs[0].text == text.outputs[0].text
+
+
+def test_token_ids_of_numpy_and_torch(llm):
+    """Arrays of one dim are prompts, of two dims several; scalars are integers."""
+    ids = llm.tokenizer.encode("Return the")
+    (expected,) = llm.generate(ids, GREEDY)
+    arrays = [np.array(ids), np.array(ids, dtype=np.uint16), torch.tensor(ids)]
+    scalars = [[np.int64(token) for token in ids], list(torch.tensor(ids)), tuple(np.array(ids, dtype=np.int32))]
+    for prompt in arrays + scalars:
+        (output,) = llm.generate(prompt, GREEDY)
+        assert output == expected and {type(token) for token in output.prompt_token_ids} == {int}
+    outputs = llm.generate([*arrays, *scalars], GREEDY) + llm.generate(np.array([ids, ids]), GREEDY)
+    assert tokens_of(outputs) == 8 * tokens_of([expected])
+    stops = np.array([2047, expected.outputs[0].token_ids[3]])
+    (output,) = llm.generate(ids, SamplingParams(temperature=0, ignore_eos=True, stop_token_ids=stops))
+    assert output.outputs[0].stop_reason == stops[1] and type(output.outputs[0].stop_reason) is int
 
 
 def test_no_prompts(llm):
@@ -136,6 +158,35 @@ def test_stop_token_ids(llm):
     assert (sequence.finish_reason, sequence.stop_reason) == ("stop", token)
     assert sequence.token_ids == ids[: ids.index(token) + 1]  # the token stays, its text does not
     assert "Return the" + sequence.text == llm.tokenizer.decode(output.prompt_token_ids + sequence.token_ids[:-1])
+
+
+def test_a_stop_string_that_is_a_special_token(llm, tmp_path):
+    """It is no part of the text, and ends it as its id does. One that has more than the token never ends it, and says
+    so; one that is spelled by the text's own tokens ends it as ever."""
+    (plain,) = llm.generate("Return the", GREEDY)
+    ids = plain.outputs[0].token_ids
+    token = next(token for place, token in enumerate(ids) if place > 3 and token not in ids[:place])
+    name = llm.tokenizer.backend.id_to_token(token)
+    model = copy_of_demo(tmp_path / "model")
+    fields = json.loads((model / "tokenizer.json").read_text())
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": token, "content": name})
+    (model / "tokenizer.json").write_text(json.dumps(fields))
+    with LLM(model, **OPTIONS) as other:
+        (whole,) = other.generate(plain.prompt_token_ids, GREEDY)
+        assert name not in whole.outputs[0].text and whole.outputs[0].token_ids == ids
+        stops = SamplingParams(temperature=0, ignore_eos=True, stop=["never there", name])
+        (ended,) = other.generate(plain.prompt_token_ids, stops)
+        assert ended.outputs[0].token_ids == ids[: ids.index(token) + 1]
+        assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("stop", name)
+        assert whole.outputs[0].text.startswith(ended.outputs[0].text) and len(ended.outputs[0].text) > 3
+        message = rf"stop={re.escape(repr(name + '!'))} has the special token {re.escape(repr(name))}, .*\[{token}\]"
+        with pytest.warns(UserWarning, match=message):
+            (output,) = other.generate(plain.prompt_token_ids, dataclasses.replace(stops, stop=name + "!"))
+        assert output == whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (output,) = llm.generate("Return the", dataclasses.replace(stops, stop="<|eot_id|>"))
+    assert output == plain
 
 
 def test_end_of_sequence_and_ignore_eos(llm, tmp_path):

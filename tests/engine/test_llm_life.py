@@ -41,8 +41,10 @@ def test_calls_do_not_disturb_each_other(llm):
     assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_usable
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["on_text", "pass"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("on_text", KeyboardInterrupt), ("pass", ZeroDivisionError), ("pass", KeyboardInterrupt)],
+)
 def test_an_interruption_leaves_the_engine_usable(llm, monkeypatch, error, where):
     expected = tokens_of(llm.generate([LONG, "Return the"], GREEDY))
     calls = itertools.count()

@@ -49,7 +49,7 @@ def assert_same(outputs: list[dict], expected: list[dict]) -> None:
                 assert {int(token) for token in place} == {int(token) for token in place_two}
 
 
-def test_self_launched_ranks(one_rank):
+def test_self_launched_ranks(one_rank, monkeypatch):
     """One launch: the same requests twice over (seeds of the engine's own go on), an error that ends it, another
     launch in the same process."""
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
@@ -58,8 +58,14 @@ def test_self_launched_ranks(one_rank):
         with pytest.raises(ValueError, match="prompt 0: token id 99999 is not in 0..2047"):
             llm.generate([[0, 99999]])  # refused before the other rank hears of it
         assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
+        with pytest.raises(ZeroDivisionError) as caught:
+            llm.generate([LONG, "Return the"], GREEDY, on_text=lambda prompt, *_: 1 // prompt)
+        assert [output.outputs[0].finish_reason for output in caught.value.outputs] == ["abort", "length"]
+        assert tokens_of(caught.value.outputs)[1] == one_rank[0]["outputs"][0]["token_ids"]
+        assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
+        monkeypatch.setattr(llm.scheduler, "update", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            llm.generate(LONG, GREEDY, on_text=lambda *_: 1 / 0)
+            llm.generate(LONG, GREEDY)
         with pytest.raises(RuntimeError, match="an earlier error"):
             llm.generate(LONG, GREEDY)
     assert not dist.is_initialized()
@@ -70,9 +76,19 @@ def test_self_launched_ranks(one_rank):
 
 
 def test_torchrun_gives_every_rank_the_same_outputs(torchrun, one_rank):
-    assert torchrun[0] == torchrun[1]
+    own = {"raised": None}
+    assert torchrun[0] | own == torchrun[1] | own
     assert_same(torchrun[0]["first"], one_rank[: len(REQUESTS)])
     assert_same(torchrun[0]["second"], one_rank[: len(REQUESTS)])
+
+
+def test_what_on_text_raises_under_torchrun_is_rank_0s_alone(torchrun, one_rank):
+    """Both have the same outputs, of which one was aborted, and go on together."""
+    assert [rank["raised"] for rank in torchrun] == [True, False]
+    aborted, other = torchrun[0]["aborted"]
+    assert (aborted["outputs"][0]["finish_reason"], other["outputs"][0]["finish_reason"]) == ("abort", "length")
+    assert aborted["outputs"][0]["error"].startswith("on_text raised ZeroDivisionError(")
+    assert other["outputs"][0]["token_ids"] == one_rank[0]["outputs"][0]["token_ids"]
 
 
 def test_mistakes_under_torchrun_are_found_on_all_ranks_alike(torchrun):

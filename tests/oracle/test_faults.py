@@ -23,6 +23,7 @@ from oracle.faults import (
 )
 
 from engine.llm import LLM
+from engine.output import without_errors
 from scheduler.plan_build import minimum_ring_bytes
 from scheduler.request import SamplingParams
 from scheduler.step_plan import GroupId
@@ -64,7 +65,7 @@ def models(tmp_path_factory):
 
 
 def logits_of(llm: LLM) -> tuple[torch.Tensor, list[int]]:
-    """The logits of every sampled token (n, vocab), and the tokens."""
+    """The logits of every sampled token (n, vocab), and the tokens. Raises ValueError if they were refused as NaN."""
     executor, logits = llm.rank.worker.executor, []
     do = executor.do
 
@@ -74,7 +75,7 @@ def logits_of(llm: LLM) -> tuple[torch.Tensor, list[int]]:
             logits.append(executor.context.act["logits"][:, : llm.rank.plan.spec.vocab_size].clone())
 
     executor.do = capture
-    tokens = llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids
+    tokens = without_errors(llm.generate([PROMPT], GREEDY))[0].outputs[0].token_ids
     return torch.cat(logits), tokens
 
 

@@ -270,3 +270,26 @@ def test_check_integrity_detects(harm):
     harm(sched)
     with pytest.raises(AssertionError):
         sched.check_integrity()
+
+
+def test_no_token_to_be_had_ends_the_request_with_an_error():
+    """It keeps the tokens that it has; the other goes on, and its row and pages are free."""
+    sched = scheduler()
+    first, second = request(0), request(1)
+    sched.add(first)
+    sched.add(second)
+    run_pass(sched, token=9)
+    batch = sched.schedule()
+    assert sched.update(batch, [-1, 11]) == [first, second]
+    sched.check_integrity()
+    assert (first.finish_reason, first.output_token_ids, first.row, first.pages) == ("error", [9], None, [])
+    assert (second.state, second.output_token_ids) == (RequestState.RUNNING, [9, 11])
+    assert run_pass(sched) == [(1, 4, 1, True)]
+
+
+def test_a_refused_request_has_ended():
+    sched = scheduler(num_pages=2)
+    refused = request(num_prompt=3, max_tokens=20)
+    with pytest.raises(ValueError, match="request 0: 23 tokens .* need 6 pages of 4 tokens, and there are 1"):
+        sched.add(refused)
+    assert refused.finish_reason is FinishReason.ERROR and not sched.has_unfinished

@@ -112,7 +112,7 @@ def test_params_are_frozen_and_know_their_names():
 
 
 def test_finish_reasons_are_plain_strings():
-    assert [f"{reason}" for reason in FinishReason] == ["stop", "length", "abort"]
+    assert [f"{reason}" for reason in FinishReason] == ["stop", "length", "abort", "error"]
     assert FinishReason.STOP == "stop"
 
 

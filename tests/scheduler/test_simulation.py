@@ -14,7 +14,7 @@ from scheduler.batching import Scheduler
 from scheduler.pages import RESERVED_PAGE
 from scheduler.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
 
-VOCAB, EOS, STOP = 50, 2, 5
+VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
 
 
 class Cache:
@@ -38,15 +38,19 @@ class Cache:
 
 
 def next_token(tokens, seed):
-    """What the model and sampler would give: a function of the sequence alone."""
-    return random.Random(f"{tokens} {seed}").randrange(VOCAB)
+    """What the model and sampler would give: a function of the sequence alone; now and then none, for odd seeds."""
+    token = random.Random(f"{tokens} {seed}").randrange(VOCAB)
+    return -1 if token == NAN and seed % 2 else token
 
 
 def expected_output(request, max_model_len):
     """The request on its own: the oracle of its tokens and of how it ends."""
     output, params = [], request.params
     while True:
-        output.append(token := next_token(request.prompt_token_ids + output, request.seed))
+        token = next_token(request.prompt_token_ids + output, request.seed)
+        if token < 0:
+            return output, "error", None
+        output.append(token)
         if token == EOS and not params.ignore_eos:
             return output, "stop", None
         if token in params.stop_token_ids:
@@ -134,8 +138,9 @@ class Simulation:
         tokens = self.cache.compute(dataclasses.replace(row, tokens=known), request.id)
         if not row.samples:
             return []
-        self.last_token[row.row] = next_token(tokens, self.row_seed[row.row])
-        return [self.last_token[row.row]]
+        token = next_token(tokens, self.row_seed[row.row])
+        self.last_token[row.row] = max(token, 0)
+        return [token]
 
 
 def random_request(rng, id, max_model_len, most_tokens):
@@ -179,11 +184,12 @@ def check_workload(seed, lookahead):
     for request in requests:
         outcome = request.output_token_ids, request.finish_reason, request.stop_reason
         assert outcome == expected_output(request, scheduler.max_model_len)
-        # Each token but the last was computed, once; Simulation.compute() saw that they came in order. Where a token's
-        # value ended the request, passes that were under way then computed for nothing.
+        # Each token but the last was computed, once, and that too if nothing could be sampled after it;
+        # Simulation.compute() saw that they came in order. Where a token's value ended the request, passes that were
+        # under way then computed for nothing.
         assert simulation.num_computed[request.id] == request.num_computed_tokens
-        wasted = request.num_computed_tokens - (request.num_tokens - 1)
-        assert 0 <= wasted <= (abs(lookahead) if request.finish_reason == "stop" else 0)
+        wasted = request.num_computed_tokens - (request.num_tokens - (request.finish_reason != "error"))
+        assert 0 <= wasted <= (0 if request.finish_reason == "length" else abs(lookahead))
         assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 

@@ -1,0 +1,105 @@
+"""One call's sequences, pass after pass until all have ended: schedule, submit, collect, text.
+
+A sequence fails alone. One whose logits are NaN, or that can never run, ends with FinishReason.ERROR; what `on_text`
+raises ends its prompt's sequences with FinishReason.ABORT. The others go on as if a stop had ended those.
+"""
+
+from engine.output import Listener, Sequence
+from engine.runtime.rank import Rank
+from engine.runtime.sampler import NAN_LOGITS, SampleOutput
+from scheduler.batch import Batch
+from scheduler.batching import Scheduler
+from scheduler.request import FinishReason, Request
+
+
+class Loop:
+    """Rank 0's. `groups` has the sequences of each prompt, which speak to `listener`."""
+
+    def __init__(self, scheduler: Scheduler, rank: Rank, groups: list[list[Sequence]], listener: Listener):
+        self.scheduler, self.rank, self.groups, self.listener = scheduler, rank, groups, listener
+        self._sequences = {sequence.request.id: sequence for group in groups for sequence in group}
+        self._num_aborted = 0  # prompts for which on_text has raised and that have ended for it
+
+    def run(self) -> None:
+        """Until all have ended. Whatever else is raised, an interrupt too, ends all and leaves the engine usable."""
+        try:
+            self._add()
+            while self.scheduler.has_unfinished:
+                batch = self.scheduler.schedule()
+                if batch is not None and self.rank.must_wait:
+                    self._run_if_wanted(batch)
+                    continue
+                if batch is not None:
+                    self.rank.submit(batch)
+                if batch is None or self.rank.num_under_way > self.rank.lookahead:
+                    self._take_in(*self._collect())
+        except BaseException:
+            self.scheduler.abort()
+            self.rank.forget()
+            raise
+
+    def _add(self) -> None:
+        refused = []
+        for sequence in self._sequences.values():
+            try:
+                self.scheduler.add(sequence.request)
+            except ValueError as error:
+                sequence.fail(str(error))
+                refused.append(sequence)
+        for sequence in refused:
+            sequence.on_text(None)
+        self._abort_unheard()
+
+    def _run_if_wanted(self, batch: Batch) -> None:
+        """Runs a prepared pass as soon as the tokens of the one under way are there; text is made beside it."""
+        self.rank.announce(batch)
+        requests, sampled = self._collect()
+        if self.scheduler.is_wanted(batch):
+            self.rank.run_announced(batch)
+        else:
+            self.scheduler.withdraw(batch)
+        self._take_in(requests, sampled)
+
+    def _collect(self) -> tuple[list[Request | None], SampleOutput | None]:
+        """Waits for the oldest pass; who got its tokens, and those."""
+        batch, sampled = self.rank.collect()
+        return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
+
+    def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> None:
+        """Gives each sequence of a pass its token."""
+        for place, request in enumerate(requests):
+            if request is not None:
+                self._advance(self._sequences[request.id], sampled, place)
+        self._abort_unheard()
+
+    def _advance(self, sequence: Sequence, sampled: SampleOutput, place: int) -> None:
+        request = sequence.request
+        if request.finish_reason == FinishReason.ERROR:
+            sequence.fail(NAN_LOGITS)
+        else:
+            self._push(sequence, sampled, place)
+        if request.finish_reason is not None:
+            sequence.on_text(None)
+
+    def _push(self, sequence: Sequence, sampled: SampleOutput, place: int) -> None:
+        """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""
+        request = sequence.request
+        token = request.output_token_ids[-1]
+        if request.params.logprobs is not None:
+            sequence.add_logprobs(token, *sampled.logprobs.at(place, request.params.logprobs))
+        stop = None
+        if request.finish_reason != FinishReason.STOP:
+            stop = sequence.push(token)
+        if stop is None and request.finish_reason is not None:
+            stop = sequence.flush()
+        if stop is not None:
+            self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
+
+    def _abort_unheard(self) -> None:
+        """Ends the sequences of the prompts for which `on_text` has raised since the last time."""
+        for prompt, error in self.listener.raised[self._num_aborted :]:
+            self._num_aborted += 1
+            for sequence in self.groups[prompt]:
+                if sequence.request.finish_reason is None:
+                    self.scheduler.finish(sequence.request, FinishReason.ABORT)
+                    sequence.fail(f"on_text raised {error!r}")

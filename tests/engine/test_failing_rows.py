@@ -1,0 +1,116 @@
+"""A sequence whose logits are NaN, or that can never run, ends with an error of its own; the others have the bits of a
+run in which a stop ended it there: with passes in turn, ahead and prepared, on one rank and two."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from failing_rows import (
+    OPTIONS,
+    PARAMS,
+    PROMPTS,
+    assert_at_rest,
+    assert_others_are_as_if_stopped,
+    assert_same_bits,
+    choose_token,
+    ending_at,
+    fill_all_pages,
+    poison,
+    run,
+)
+from oracle.checkpoints import write_checkpoint
+
+from engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
+from engine.runtime.graph import Mailbox
+from engine.runtime.rank import Rank
+from penstock import LLM, SamplingParams
+
+ON_CPU = OPTIONS | {"device": "cpu", "dtype": "float32"}
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+WARNS = pytest.warns(UserWarning, match=r"embed_tokens\.weight has NaN")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    write_checkpoint(folder := tmp_path_factory.mktemp("checkpoints") / "clean", "llama_gqa")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(checkpoint):
+    """The token that is NaN, and the one at which a stop ends its sequence instead."""
+    with LLM(checkpoint, **ON_CPU) as llm:
+        return choose_token(llm.generate(PROMPTS, PARAMS))
+
+
+@pytest.fixture(scope="module")
+def poisoned(checkpoint, tokens):
+    return poison(checkpoint, checkpoint.parent / "poisoned", tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "resident"), [(0, 0.5), (1, "all"), (1, 0.5)], ids=["in_turn", "ahead", "prepared"]
+)
+def test_a_row_fails_alone(checkpoint, tokens, poisoned, monkeypatch, lookahead, resident):
+    """Twice over. What pages hold from their last owner, be it NaN everywhere, does not reach the next."""
+    monkeypatch.setattr(Rank, "lookahead", lookahead)
+    with LLM(checkpoint, resident=resident, **ON_CPU) as llm:
+        stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
+    with WARNS, LLM(poisoned, resident=resident, **ON_CPU) as llm:
+        for _ in range(2):
+            failed = run(llm, PARAMS)
+            assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
+            assert_same_bits(failed, stopped)
+            assert_at_rest(llm)
+            llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
+            assert fill_all_pages(llm) == filled
+
+
+@pytest.mark.timeout(120)
+def test_a_row_fails_alone_on_two_ranks(checkpoint, tokens, poisoned):
+    with LLM(checkpoint, **ON_CPU) as llm:
+        stopped, filled = llm.generate(PROMPTS, ending_at(tokens[1])), fill_all_pages(llm)
+    with WARNS, LLM(poisoned, tensor_parallel_size=2, **ON_CPU) as llm:
+        for _ in range(2):
+            assert_others_are_as_if_stopped(llm.generate(PROMPTS, PARAMS), stopped)
+            assert_at_rest(llm)
+            assert fill_all_pages(llm) == filled
+
+
+def test_an_impossible_request_found_late_fails_alone(checkpoint, monkeypatch):
+    with LLM(checkpoint, **ON_CPU) as llm:
+        expected = llm.generate(PROMPTS, GREEDY)
+        needed, told = llm.scheduler._pages_needed, []
+
+        def too_many_for_one(request) -> int:
+            return needed(request) + 1000 * (request.prompt_token_ids == PROMPTS[1])
+
+        monkeypatch.setattr(llm.scheduler, "_pages_needed", too_many_for_one)
+        outputs = llm.generate(PROMPTS, GREEDY, on_text=lambda *one: told.append(one))
+        (one,) = outputs[1].outputs
+        assert (one.finish_reason, one.token_ids) == ("error", []) and "need 1011 pages of 4 tokens" in one.error
+        assert told[0] == (1, 0, None) and len(told) == 4  # there is no tokenizer: no text, but each end
+        assert [outputs[place] for place in (0, 2, 3)] == [expected[place] for place in (0, 2, 3)]
+        monkeypatch.undo()
+        assert llm.generate(PROMPTS, GREEDY) == expected
+        assert_at_rest(llm)
+
+
+def test_errors_are_carried_as_json():
+    sequences = [CompletionOutput(0, "a", [5], "length"), CompletionOutput(1, "", [], "error", error="it is NaN")]
+    output = RequestOutput("3", None, [1, 2], sequences)
+    assert RequestOutput.from_dict(json.loads(json.dumps(output.to_dict()))) == output
+    assert describe_errors([output]) == ["prompt 3, output 1: it is NaN"]
+    with pytest.raises(ValueError, match="^prompt 3, output 1: it is NaN$"):
+        without_errors([output])
+    well = dataclasses.replace(output, outputs=sequences[:1])
+    assert without_errors([well]) == [well]
+
+
+def test_a_letter_says_which_rows_have_no_token():
+    mailbox = Mailbox(4, torch.device("cpu"))
+    for tokens in ([7, -1, 3, 0], [-1, 5, -1]):
+        mailbox.send(torch.tensor(tokens))
+        letter = mailbox.expect(len(tokens) - 1)
+        assert letter.wait().tokens.tolist() == letter.on_device.tolist() == tokens[:-1]
