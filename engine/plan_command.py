@@ -9,7 +9,6 @@ import json
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.model.families import read_config, read_spec
 from engine.model.spec import DTYPE_BYTES
 from engine.model.steps import activation_widths
 from engine.planning import (
@@ -24,6 +23,7 @@ from engine.planning import (
     step_seconds,
 )
 from engine.streams import visible
+from engine.weights.read_model import read_model_to_plan
 from parallel.launch import resolve_launch
 from scheduler.code_choice import choose_code
 from scheduler.demand import KV_LEN, show_bytes
@@ -66,11 +66,12 @@ def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:
 
 def plan_of(config: EngineConfig) -> EnginePlan:
     """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
-    path = find_model(config.model)
-    spec = read_spec(read_config(path), str(path))
+    model = read_model_to_plan(find_model(config.model), dummy=config.load_format == "dummy")
     tp_size = _planned_ranks(config)
     rates = plan_rates(config, tp_size, config.device)
-    return make_engine_plan(config, spec, tp_size, rates.memory_bytes, rates)
+    plan = make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates)
+    notes = (*model.notes, *plan.residency.notes)
+    return dataclasses.replace(plan, residency=dataclasses.replace(plan.residency, notes=notes))
 
 
 def _planned_ranks(config: EngineConfig) -> int:

@@ -4,6 +4,7 @@ PURE: no torch, so that `penstock plan` runs on a laptop; the engine itself call
 stands once. Everything is for one rank; all ranks plan alike (spans have the same sizes on every rank).
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from engine.model.layout import GroupLayout, ModelLayout, model_layout
 from engine.model.spec import ModelSpec
 from engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes, step_work
+from engine.user_files import named_errors, refuse_cache_root
 from parallel.shard import local_vocab_size
 from scheduler.code_choice import CodeOffer, choose_code, settle
 from scheduler.demand import Demand, show_bytes
@@ -174,11 +176,13 @@ def _with(plan: EnginePlan, kept: Demand, residency: Residency) -> EnginePlan:
 def find_model(model: str) -> Path:
     """The directory or config.json that `model` names; "demo" is the model inside the package.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, and for the root of a Hugging Face cache.
     """
-    path = Path(__file__).parent / "demo_model" if model == "demo" else Path(model).expanduser()
-    if not path.exists():
-        raise ValueError(f"model={model!r}: no such file or directory (nothing is downloaded; 'demo' is built in)")
+    with named_errors(model):
+        path = Path(__file__).parent / "demo_model" if model == "demo" else Path(os.path.expanduser(model))
+        if not path.exists():
+            raise ValueError(f"model={model!r}: no such file or directory (nothing is downloaded; 'demo' is built in)")
+        refuse_cache_root(path)
     return path
 
 

@@ -7,7 +7,8 @@ from engine.config import EngineConfig
 from engine.pack_command import bar
 from engine.planning import find_model
 from engine.weights.new_directory import copy_files, new_directory, other_files
-from engine.weights.packed_format import find_packed, original_header
+from engine.weights.packed_format import find_packed
+from engine.weights.packed_metadata import read_packing
 from engine.weights.unpacking import unpack_file
 from parallel.topology import resolve_topology
 from scheduler.demand import show_bytes
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     files = sorted({tensor.stored.file for tensor in tensors.values()})
     others = other_files(model, set(files))
     tensors_bytes = sum(tensor.original.nbytes for tensor in tensors.values())
-    num_bytes = tensors_bytes + sum(8 + len(original_header(file)) for file in files)
+    num_bytes = tensors_bytes + sum(8 + len(read_packing(file).text) for file in files)
     with new_directory(out, model, num_bytes + sum((model / name).stat().st_size for name in others)) as partial:
         with bar("unpacking", tensors_bytes) as shown:
             for file in files:

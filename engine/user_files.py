@@ -28,23 +28,41 @@ class _TooLarge:
 
 
 @contextlib.contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Around what is done with a file or directory: an OSError is a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def open_file(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a regular file for reading. Raises ValueError if there is none, for a pipe, a device or a directory, and
     for a git-lfs pointer; an OSError while it is read is a ValueError too."""
     path = Path(path)
-    try:
+    with named_errors(path):
         check_regular(path)
         with open(path, "rb") as stream:
             check_no_pointer(path, stream.read(len(_LFS_POINTER)))
             stream.seek(0)
             yield stream
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+def refuse_cache_root(path: Path) -> None:
+    """Raises ValueError for the directory in which a Hugging Face cache keeps all snapshots of a model."""
+    snapshots = path / "snapshots"
+    if snapshots.is_dir() and not (path / "config.json").exists():
+        hashes = sorted(each.name for each in snapshots.iterdir())
+        there = f" (there: {', '.join(hashes[:3])})" if hashes else ""
+        raise ValueError(f"{path}: is a model's root in a Hugging Face cache: give {snapshots}/HASH{there}")
 
 
 def check_regular(path: Path) -> None:
     """Raises ValueError for what is no regular file: to open a pipe would wait for its writer, and a device has no end.
     Raises OSError if there is nothing."""
+    if "\0" in str(path):
+        raise ValueError(f"{path}: no file can have such a name")
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
@@ -119,7 +137,7 @@ class _TwiceNamed(Exception):
 def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        twice, _ = (Counter(name for name, _ in pairs) - Counter(content.keys())).popitem()
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise _TwiceNamed(f"{where}: {twice[:200]!r} is there twice")
     return content
 

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.config import EngineConfig
-from engine.model.families import read_config, read_spec, tensor_names
+from engine.model.families import config_file, read_config, read_spec, tensor_names
 from engine.model.layout import expected_tensors
 from engine.planning import find_model
 from engine.weights.dummy import DummyWeights
@@ -46,7 +46,7 @@ def load(name: str, config: EngineConfig, dtype: str, device: torch.device) -> P
         values = read_config(path)
         their_config = AutoConfig.for_model(**values)
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(their_config)]
-        weights = dummy_state(values, str(path), config.seed, getattr(torch, dtype))
+        weights = dummy_state(values, str(config_file(path)), config.seed, getattr(torch, dtype))
         model = architecture.from_pretrained(None, config=their_config, state_dict=weights, dtype=getattr(torch, dtype))
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.model.families import read_config, read_spec, tensor_names
+from engine.model.families import config_file, read_config, read_spec, tensor_names
 from engine.model.layout import expected_tensors
 from engine.planning import find_model
 from engine.weights.dummy import DummyWeights
@@ -27,7 +27,7 @@ def write_checkpoint(model: str, seed: int, directory: Path, file_bytes: int = F
     read_config and read_spec do, OSError if the files cannot be written."""
     path = find_model(model)
     config = read_config(path)
-    spec = read_spec(config, str(path))
+    spec = read_spec(config, str(config_file(path)))
     shapes = expected_tensors(spec, tensor_names(spec))
     source, dtype = DummyWeights(shapes, seed), getattr(torch, spec.dtype)
     weight_map, total = {}, 0

@@ -36,7 +36,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
-from engine.model.families import read_config, read_spec
+from engine.model.families import config_file, read_config, read_spec
 from engine.planning import find_model
 from engine.record import add_output_argument, keep, machine
 from engine.split.channel import InProcess
@@ -214,7 +214,7 @@ def measure(model: str, prompts: Sequence[list[int]], layers: Sequence[int] | No
     """A row for each attack, shares of the tokens of all prompts. `layers`: None for first, middle and last. Raises
     ValueError for a layer that the model lacks."""
     path = find_model(model)
-    spec = read_spec(read_config(path), str(path))
+    spec = read_spec(read_config(path), str(config_file(path)))
     layers = sorted({0, spec.num_layers // 2, spec.num_layers - 1}) if layers is None else layers
     for layer_idx in layers:
         if layer_idx not in range(spec.num_layers):

@@ -39,7 +39,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
-from engine.model.families import read_config, read_spec
+from engine.model.families import config_file, read_config, read_spec
 from engine.planning import find_model
 from engine.record import add_output_argument, keep, machine
 from scheduler.batch import BatchRow
@@ -155,7 +155,7 @@ def measure_mass(model: str, trained: int, tokens: list[int], num_first: int) ->
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The record; prints each row as it comes."""
     path = find_model(args.model)
-    trained = read_spec(read_config(path), str(path)).max_position
+    trained = read_spec(read_config(path), str(config_file(path))).max_position
     tokenizer = load_tokenizer(EngineConfig(args.model))
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer.json, and so cannot read a text")

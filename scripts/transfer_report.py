@@ -12,13 +12,13 @@ import random
 import sys
 
 from engine.flags import Parser
-from engine.model.families import read_config, read_spec
 from engine.model.spec import ModelSpec
 from engine.model.steps import model_steps
 from engine.planning import find_model
 from engine.split.flags import add_split_arguments
 from engine.split.report import difference, remedy_table, transfer_table
 from engine.split.transfers import SplitConfig, predict, prefill
+from engine.weights.read_model import read_model_to_plan
 from parallel.ledger import TransferLedger
 from scheduler.request import SamplingParams
 from scripts.entry import run_script
@@ -29,8 +29,7 @@ def main() -> int:
     for flag, value in (("--tokens", args.tokens), ("--chunk", args.chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value}: expected a positive number")
-    path = find_model(args.model)
-    spec = read_spec(read_config(path), str(path))
+    spec = read_model_to_plan(find_model(args.model)).spec
     if args.tokens > spec.max_position:
         raise ValueError(f"--tokens {args.tokens}: {args.model} is trained to {spec.max_position} positions")
     config, steps = SplitConfig(args.wire_dtype, args.attention), model_steps(spec)

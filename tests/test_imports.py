@@ -31,11 +31,11 @@ MAY_IMPORT = {
     "engine.tokenizer": ("engine.tokenizer_files",),
     "engine.tokenizer_files": ("engine.user_files",),
     "engine.prompts": ("engine.user_files",),
-    "engine.model": ("parallel", "engine.kernels", "scheduler.step_plan"),
+    "engine.model": ("parallel", "engine.kernels", "engine.user_files", "scheduler.step_plan"),
     "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.request", "scheduler.step_plan"),  # as data
     "engine.weights": (
-        *("engine.model.spec", "engine.model.layout", "engine.model.coded_size"),
-        *("engine.kernels", "parallel", "scheduler.step_plan"),
+        *("engine.model.spec", "engine.model.layout", "engine.model.coded_size", "engine.model.families"),
+        *("engine.model.config_fields", "engine.user_files", "engine.kernels", "parallel", "scheduler.step_plan"),
     ),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     ),
     "engine": (
         *("engine.config", "engine.device_profile", "engine.model", "engine.planning", "engine.step_cost"),
-        *("engine.tokenizer", "parallel.shard", "scheduler"),
+        *("engine.tokenizer", "engine.user_files", "parallel.shard", "scheduler"),
     ),
     "engine.flags": ("engine.config",),
     "engine.streams": ("parallel.failure",),
@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "engine.loop": ("engine.output", "engine.runtime", "scheduler"),
     "engine.turns": (),
     "engine.plan_command": (
-        *("engine.config", "engine.model", "engine.planning", "engine.streams"),
+        *("engine.config", "engine.model", "engine.planning", "engine.streams", "engine.weights.read_model"),
         *("parallel.launch", "scheduler"),
     ),
     "engine.generate_command": (
@@ -110,7 +110,8 @@ PURE = [
     *("penstock", "engine.cli", "engine.config", "engine.device_profile", "engine.flags", "engine.probe_report"),
     *("engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
-    *("engine.kernels.code_tile", "engine.streams"),
+    *(f"engine.weights.{name}" for name in ("safetensors_header", "packed_metadata", "read_model")),
+    *("engine.user_files", "engine.kernels.code_tile", "engine.streams"),
     *(f"engine.split.{name}" for name in ("transfers", "report", "flags")),
     *("parallel.ledger", "parallel.shard", "parallel.failure", "parallel.children", "parallel.launch"),
     *(name for name in FILES if name.split(".")[0] == "scheduler"),

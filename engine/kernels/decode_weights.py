@@ -63,7 +63,10 @@ def natural_order(stored: Tensor) -> Tensor:
 
 def decode_weights(planes: Planes, out: Tensor) -> None:
     """out (N * TILE,) bf16, contiguous, from a 16-byte boundary, = the weights that were coded."""
-    assert out.shape == (planes.mantissas.shape[0] * TILE,) and out.dtype == torch.bfloat16 and out.is_contiguous()
+    num_tiles = len(planes.mantissas)
+    of_each_tile = (planes.codes, planes.windows, planes.escape_starts[1:], planes.patch_starts[1:])
+    assert all(len(plane) == num_tiles for plane in of_each_tile), "a plane is too short for its tiles"
+    assert out.shape == (num_tiles * TILE,) and out.dtype == torch.bfloat16 and out.is_contiguous()
     run = _decode_weights_triton if out.is_cuda else decode_weights_reference
     if out.numel():
         run(planes, out)

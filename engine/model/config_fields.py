@@ -10,6 +10,10 @@ from typing import Any
 
 from engine.model.spec import DTYPE_BYTES, RopeSpec
 
+MAX_LAYERS = 1024  # the deepest model that is published has under 200
+MAX_SIZE = 2**31 - 1  # of anything else that is counted
+MAX_NUMBER = 1e30
+MAX_SHOWN = 200  # characters of a value that a message shows
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 # The parameters that a kind needs; yarn's have defaults. Dynamic equals default up to the trained length.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
@@ -46,10 +50,12 @@ class Fields:
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.source}: {message}")
 
-    def size(self, key: str, at_least: int = 1) -> int:
+    def size(self, key: str, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
         value = self.values.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise self.error(f"{key} must be an integer of at least {at_least}, not {value!r}")
+            raise self.error(f"{key} must be an integer of at least {at_least}, not {shown(value)}")
+        if value > at_most:
+            raise self.error(f"{key} = {shown(value)} is not supported: it can be {at_most} at most")
         return value
 
     def size_or(self, key: str, other: int | None) -> int | None:
@@ -58,26 +64,39 @@ class Fields:
     def number(self, key: str) -> float:
         value = self.values.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.error(f"{key} must be a positive number, not {value!r}")
+            raise self.error(f"{key} must be a positive number, not {shown(value)}")
+        if value > MAX_NUMBER:
+            raise self.error(f"{key} = {shown(value)} is not supported: it can be {MAX_NUMBER:g} at most")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
         if not isinstance(value, bool):
-            raise self.error(f"{key} must be true or false, not {value!r}")
+            raise self.error(f"{key} must be true or false, not {shown(value)}")
         return value
 
     def refuse(self, refused: Mapping[str, tuple[Any, ...]]) -> None:
         for key, off in refused.items():
             if self.values.get(key) not in off:
-                raise self.error(f"{key} = {self.values[key]!r} is not supported")
+                raise self.error(f"{key} = {shown(self.values[key])} is not supported")
+
+
+def shown(value: Any) -> str:
+    """As a message shows it, on one line and not too long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def choice(fields: Fields, key: str, value: Any, choices: Collection[str]) -> str:
     """`value`. Raises ValueError, with the supported ones, for any other."""
     if not isinstance(value, str) or value not in choices:
-        raise fields.error(f"{key} {value!r} is not supported; supported: {', '.join(choices)}")
+        raise fields.error(f"{key} {shown(value)} is not supported; supported: {', '.join(choices)}")
     return value
+
+
+def states_dtype(config: Mapping[str, Any]) -> bool:
+    """Whether a config says in which dtype its checkpoint is; null says nothing."""
+    return bool(config.get("dtype") or config.get("torch_dtype"))
 
 
 def read_dtype(fields: Fields) -> str:
@@ -91,9 +110,9 @@ def read_token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
     bos, eos = fields.values.get("bos_token_id"), fields.values.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if type(bos) not in (int, type(None)):
-        raise fields.error(f"bos_token_id must be an integer or null, not {bos!r}")
+        raise fields.error(f"bos_token_id must be an integer or null, not {shown(bos)}")
     if any(type(i) is not int for i in ids):
-        raise fields.error(f"eos_token_id must be an integer, a list of integers or null, not {eos!r}")
+        raise fields.error(f"eos_token_id must be an integer, a list of integers or null, not {shown(eos)}")
     return bos, tuple(ids)
 
 
@@ -123,12 +142,26 @@ def read_rope(fields: Fields, head_dim: int, theta_key: str = "rope_theta", part
     return RopeSpec(kind, rope.number("rope_theta"), rotary_dim, **own)
 
 
+def scaled_length(fields: Fields, rope: RopeSpec) -> int:
+    """The longest sequence in tokens: max_position_embeddings, or the length that linear and yarn scale to, if that is
+    more: `factor` times max_position_embeddings, or times yarn's original length. For llama3 the config states the
+    scaled length; dynamic keeps the trained one."""
+    trained = fields.size("max_position_embeddings")
+    base = {"linear": trained, "yarn": rope.original_max_position}.get(rope.kind)
+    if base is None:
+        return trained
+    length = int(base * rope.factor)
+    if length > MAX_SIZE:
+        raise fields.error(f"rope_parameters: factor = {rope.factor:g} makes {base} tokens more than {MAX_SIZE}")
+    return max(trained, length)
+
+
 def _rope_values(fields: Fields, theta_key: str, part_key: str) -> Fields:
     """The parameters in one dict, later ones winning: defaults, keys outside, the dict itself."""
     values = fields.values
     inner = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(inner, Mapping):
-        raise fields.error(f"rope_parameters must be an object, not {inner!r}")
+        raise fields.error(f"rope_parameters must be an object, not {shown(inner)}")
     nested = [value for value in inner.values() if isinstance(value, Mapping)]
     if nested:
         if any(value != nested[0] for value in nested):

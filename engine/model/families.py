@@ -5,7 +5,6 @@ tensor names, transformers' defaults for keys that its config leaves out, and a 
 apart. What would change the math and is not implemented is refused by name; nothing is guessed.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from engine.model.config_fields import (
     ACTIVATIONS,
+    MAX_LAYERS,
     REFUSED,
     Fields,
     choice,
@@ -23,25 +23,11 @@ from engine.model.config_fields import (
     read_rope,
     read_token_ids,
     read_windows,
+    scaled_length,
+    shown,
 )
-from engine.model.spec import ModelSpec
-
-
-@dataclass(frozen=True)
-class TensorNames:
-    """Where a family's checkpoint keeps what. `embed` and `head` are whole names; the others lack .weight / .bias."""
-
-    embed: str
-    head: str
-    final_norm: str
-    layer_prefix: str  # with {} for the layer's index
-    in_layer: tuple[tuple[str, str], ...]  # our name -> the checkpoint's, inside a layer
-    ignorable: tuple[str, ...]  # regexes, to match whole names: tensors that may be left over
-
-    def layer(self, layer_idx: int) -> dict[str, str]:
-        """Our names -> the checkpoint's whole names, without suffix, in one layer."""
-        prefix = self.layer_prefix.format(layer_idx)
-        return {ours: prefix + theirs for ours, theirs in self.in_layer}
+from engine.model.spec import ModelSpec, TensorNames
+from engine.user_files import read_json
 
 
 @dataclass(frozen=True)
@@ -56,37 +42,27 @@ class Family:
     rope_keys: tuple[str, ...] = ("rope_theta",)  # where theta, and the part of a head that rotates, may also stand
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The content of a config.json, or of the one in directory `path`.
-
-    Raises ValueError, naming the file, if it is missing, not JSON, or not an object.
-    """
+def config_file(path: str | Path) -> Path:
+    """The config.json that `path` is, or that directory `path` should have."""
     path = Path(path)
-    return _read_object(path / "config.json" if path.is_dir() else path)
+    return path / "config.json" if path.is_dir() else path
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The content of a config.json, or of the one in directory `path`. Raises ValueError as read_json does."""
+    return read_json(config_file(path))
 
 
 def read_eos_token_ids(path: str | Path, spec: ModelSpec) -> tuple[int, ...]:
     """The ids that end a sequence: the config's, and those of a generation_config.json in directory `path`.
 
-    Raises ValueError as read_config does, and if they are no ids.
+    Raises ValueError as read_json does, and if they are no ids.
     """
     file = Path(path) / "generation_config.json"
-    if not file.is_file():
+    if not file.exists():
         return spec.eos_token_ids
-    _, eos = read_token_ids(Fields(_read_object(file), str(file)))
+    _, eos = read_token_ids(Fields(read_json(file), str(file)))
     return tuple(sorted({*spec.eos_token_ids, *eos}))
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: is not a JSON object")
-    return content
 
 
 def read_spec(config: Mapping[str, Any], source: str) -> ModelSpec:
@@ -106,23 +82,34 @@ def read_spec(config: Mapping[str, Any], source: str) -> ModelSpec:
 
 def tensor_names(spec: ModelSpec) -> TensorNames:
     """The checkpoint's names for `spec`; a tied model's head may be left over."""
-    names = FAMILIES[spec.family].names
-    tied = (re.escape(names.head), r"lm_head\.weight") if spec.tied else ()
-    return replace(names, ignorable=names.ignorable + tied)
+    tied = (re.escape(FAMILIES[spec.family].names.head), r"lm_head\.weight") if spec.tied else ()
+    return replace(spec.names, ignorable=spec.names.ignorable + tied)
+
+
+def without_prefix(names: TensorNames) -> TensorNames:
+    """The names in a checkpoint that was saved from the body of a model, without its head."""
+    return replace(
+        names,
+        prefix="",
+        embed=names.embed.removeprefix(names.prefix),
+        final_norm=names.final_norm.removeprefix(names.prefix),
+        layer_prefix=names.layer_prefix.removeprefix(names.prefix),
+        ignorable=tuple(pattern.removeprefix(re.escape(names.prefix)) for pattern in names.ignorable),
+    )
 
 
 def _find_family(config: Mapping[str, Any], source: str) -> Family:
     """model_type chooses, or else the architecture; another head on a known body is refused as well."""
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise ValueError(f"{source}: architectures must be a list, not {architectures!r}")
+        raise ValueError(f"{source}: architectures must be a list, not {shown(architectures)}")
     for family in FAMILIES.values():
         known = any(name in family.architectures for name in architectures)
         if known if model_type is None else model_type == family.name and (known or not architectures):
             return family
     name = architectures[0] if architectures else model_type
     known = any(name in family.architectures for family in FAMILIES.values())
-    named = f"model_type {model_type!r} of a {name}" if known else f"architecture {name!r}"
+    named = f"model_type {shown(model_type)} of a {name}" if known else f"architecture {shown(name)}"
     supported = ", ".join(f"{f.architectures[0]} ({f.name})" for f in FAMILIES.values())
     raise ValueError(f"{source}: {named} is not supported; supported: {supported}")
 
@@ -133,21 +120,23 @@ def _common(fields: Fields, family: Family) -> dict[str, Any]:
         raise fields.error(f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
     head_dim = fields.size_or("head_dim", hidden // heads)
     bos, eos = read_token_ids(fields)
+    rope = read_rope(fields, head_dim, *family.rope_keys)
     activation = choice(fields, "hidden_act", fields.values.get("hidden_act"), ACTIVATIONS)
     return {
         "family": family.name,
-        "num_layers": fields.size("num_hidden_layers"),
+        "num_layers": fields.size("num_hidden_layers", at_most=MAX_LAYERS),
         "hidden_size": hidden,
         "num_heads": heads,
         "num_kv_heads": fields.size_or("num_key_value_heads", heads),
         "head_dim": head_dim,
         "ffn_size": fields.size("intermediate_size"),
         "vocab_size": fields.size("vocab_size"),
-        "max_position": fields.size("max_position_embeddings"),
+        "max_position": scaled_length(fields, rope),
         "activation": "silu" if activation == "swish" else activation,
         "tied": fields.flag("tie_word_embeddings"),
-        "rope": read_rope(fields, head_dim, *family.rope_keys),
+        "rope": rope,
         "dtype": read_dtype(fields),
+        "names": family.names,
         "bos_token_id": bos,
         "eos_token_ids": eos,
     }
@@ -197,6 +186,7 @@ def _gpt_neox(fields: Fields) -> dict[str, Any]:
 
 
 _LLAMA_NAMES = TensorNames(
+    prefix="model.",
     embed="model.embed_tokens.weight",
     head="lm_head.weight",
     final_norm="model.norm",
@@ -211,6 +201,7 @@ _LLAMA_NAMES = TensorNames(
     ignorable=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
 )
 _NEOX_NAMES = TensorNames(
+    prefix="gpt_neox.",
     embed="gpt_neox.embed_in.weight",
     head="embed_out.weight",
     final_norm="gpt_neox.final_layer_norm",
@@ -253,3 +244,4 @@ _FAMILIES = (
     Family("gpt_neox", ("GPTNeoXForCausalLM",), _NEOX_NAMES, _NEOX, _gpt_neox, _NEOX_ROPE),
 )
 FAMILIES = {family.name: family for family in _FAMILIES}
+HEADS = frozenset(family.names.head for family in _FAMILIES)

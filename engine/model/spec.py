@@ -1,12 +1,30 @@
 """What a model is, as data. PURE: no torch, no files; `families.py` fills it in from a config.json.
 
-A `ModelSpec` says everything that changes the math or the bytes of a pass and nothing else; every later
-component (layout, plan, planner, kernels) reads it and never the config again.
+A `ModelSpec` says everything that changes the math or the bytes of a pass, and by which names the checkpoint's tensors
+go; every later component (layout, plan, planner, kernels) reads it and never the config again.
 """
 
 from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """Where a checkpoint keeps what. `embed` and `head` are whole names; the others lack .weight / .bias."""
+
+    prefix: str  # of all names but the head's; a model that was saved without its head has none
+    embed: str
+    head: str
+    final_norm: str
+    layer_prefix: str  # with {} for the layer's index
+    in_layer: tuple[tuple[str, str], ...]  # our name -> the checkpoint's, inside a layer
+    ignorable: tuple[str, ...]  # regexes, to match whole names: tensors that may be left over
+
+    def layer(self, layer_idx: int) -> dict[str, str]:
+        """Our names -> the checkpoint's whole names, without suffix, in one layer."""
+        prefix = self.layer_prefix.format(layer_idx)
+        return {ours: prefix + theirs for ours, theirs in self.in_layer}
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class ModelSpec:
     head_dim: int  # E
     ffn_size: int
     vocab_size: int
-    max_position: int  # trained length in tokens
+    max_position: int  # longest sequence in tokens: the trained length, as scaled by `rope`
     norm: str  # "rms" or "layer" (LayerNorm with bias)
     norm_eps: float
     activation: str  # transformers' names: silu, gelu, gelu_new, gelu_pytorch_tanh, relu, ...
@@ -58,7 +76,8 @@ class ModelSpec:
     tied: bool  # head shares the embedding's bytes
     windows: tuple[int | None, ...]  # per layer: sliding window in tokens (own token included), or None
     rope: RopeSpec
-    dtype: str  # of the checkpoint as its config says: float32, bfloat16, float16
+    dtype: str  # of the checkpoint: float32, bfloat16, float16
+    names: TensorNames
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

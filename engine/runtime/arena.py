@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from engine.weights.views import byte_range
 from scheduler.step_plan import Slot
 
 ALIGN = 4096
@@ -17,7 +18,7 @@ def aligned_bytes(nbytes: int, device: torch.device) -> Tensor:
 
 def slot_of(memory: Tensor, slot: Slot) -> Tensor:
     """The bytes of the ring, or of the decode buffer, that a plan calls so."""
-    return memory[slot.offset : slot.offset + slot.nbytes]
+    return byte_range(memory, slot.offset, slot.nbytes)
 
 
 class ActivationArena:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.model.families import read_config, read_eos_token_ids, read_spec
+from engine.model.families import read_eos_token_ids
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plain_plan, plan_rates
 from engine.runtime.probe import graph_alone_s, probe_engine
 from engine.runtime.sampler import SampleOutput
@@ -31,6 +31,7 @@ from engine.runtime.trace import join_traces, write_trace
 from engine.runtime.worker import Worker, open_source
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.read_model import read_model
 from parallel.launch import Launch
 from parallel.ledger import TransferLedger
 from parallel.rendezvous import connect
@@ -138,7 +139,7 @@ class Rank:
         if path.is_file() and self.config.load_format != "dummy":
             where = "give the checkpoint's directory (a config.json is enough with load_format='dummy')"
             raise ValueError(f"model={self.config.model!r} is a file: {where}")
-        spec = read_spec(read_config(path), str(path))
+        spec = read_model(path, dummy=self.config.load_format == "dummy").spec
         self.eos_token_ids = read_eos_token_ids(path, spec)
         device = self.topology.device
         plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.model.families import read_config, read_spec
 from engine.planning import find_model, make_engine_plan, plan_rates
 from engine.split.device_side import DeviceSide
 from engine.split.frames import Header, receive_header, receive_tensors, send
+from engine.weights.read_model import read_model
 from parallel.launch import WORKER_COMMAND, python_path
 from parallel.ledger import Site, TransferLedger
 
@@ -123,8 +123,7 @@ class Subprocess:
 
 def run_device_side(config: EngineConfig, wire_dtype: str, connection: socket.socket) -> None:
     """What a device side that is a process of its own does, from loading to its end."""
-    path = find_model(config.model)
-    spec = read_spec(read_config(path), str(path))
+    spec = read_model(find_model(config.model), dummy=config.load_format == "dummy").spec
     plan = make_engine_plan(config, spec, tp_size=1, device_memory_bytes=None, rates=plan_rates(config, 1, "cpu"))
     serve(connection, DeviceSide(config, plan), getattr(torch, wire_dtype))
 

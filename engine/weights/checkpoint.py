@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.weights.safetensors_header import TensorEntry, find_entries
+from engine.weights.safetensors_header import DTYPES, TensorEntry, find_entries
+from engine.weights.views import TORCH_DTYPES
 from parallel.shard import Piece
 
-FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FILE_DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in DTYPES.items()}
 CONVERT_BYTES = (
     8 * 2**20
 )  # a thread's buffer for conversion: 8 threads must stay well under the 200 MB that loading has

@@ -27,6 +27,7 @@ from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE, num_escape_rows
 from engine.kernels.decode_weights import Planes, decode_weights
 from engine.model.coded_size import PART_BYTES, part_bytes
 from engine.weights.encode_tiles import encode_blocks, pack_escapes
+from engine.weights.views import byte_range
 from parallel.shard import pad_to
 
 
@@ -70,8 +71,7 @@ class CodeLayout:
 
     def part(self, blob: Tensor, name: str) -> Tensor:
         """The bytes of a part, a view."""
-        offset, nbytes = self.parts[name]
-        return blob[offset : offset + nbytes]
+        return byte_range(blob, *self.parts[name])
 
     def planes(self, blob: Tensor) -> Planes:
         """What the decoder takes, views of a blob from a 16-byte boundary."""
@@ -136,6 +136,13 @@ def checksum(blob: Tensor) -> int:
     return zlib.crc32(blob.cpu().numpy())
 
 
+def check_bytes(name: str, blob: Tensor, expected: int) -> None:
+    """Raises ValueError naming the tensor unless its bytes have this checksum."""
+    found = checksum(blob)
+    if found != expected:
+        raise ValueError(f"{name}: corrupt: the checksum is {found:08x}, not {expected:08x}")
+
+
 def check(name: str, layout: CodeLayout, blob: Tensor, expected: int) -> None:
     """Raises ValueError naming the tensor unless the blob has this layout and checksum."""
     if blob.dtype != torch.uint8 or blob.ndim != 1 or not blob.is_contiguous():
@@ -148,9 +155,7 @@ def check(name: str, layout: CodeLayout, blob: Tensor, expected: int) -> None:
         raise ValueError(
             f"{name}: corrupt: {len(blob)} bytes, but {layout.nbytes} for {layout.dtype} of shape {layout.shape}"
         )
-    found = checksum(blob)
-    if found != expected:
-        raise ValueError(f"{name}: corrupt: the checksum is {found:08x}, not {expected:08x}")
+    check_bytes(name, blob, expected)
     if not layout.raw:
         _check_planes(name, layout.planes(blob))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.model.coded_size import PART_BYTES
 from engine.model.layout import ALIGN, GroupLayout
 from engine.weights.codec import CodeLayout, decode, encode
-from engine.weights.views import views
+from engine.weights.views import byte_range, views
 from parallel.shard import pad_to
 
 
@@ -62,5 +62,5 @@ def decode_group(group: CodedGroup, blob: Tensor, span: Tensor) -> None:
     nothing, so that a CUDA graph can hold it (once the kernel has been compiled by a call)."""
     for weight in group.weights:
         code = weight.code
-        out = span[weight.offset :][: code.numel * code.dtype.itemsize].view(code.dtype).view(code.shape)
-        decode(code, blob[weight.blob_offset :][: code.nbytes], out)
+        out = byte_range(span, weight.offset, code.numel * code.dtype.itemsize).view(code.dtype).view(code.shape)
+        decode(code, byte_range(blob, weight.blob_offset, code.nbytes), out)

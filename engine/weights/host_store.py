@@ -29,6 +29,7 @@ from engine.weights.coded_group import CodedGroup, encode_group
 from engine.weights.host_arena import check_host_memory
 from engine.weights.span_memory import CudaSpans, HostSpans, SpanMemory, Staging, span_bytes
 from engine.weights.threads import single_threaded_ops
+from engine.weights.views import byte_range
 from scheduler.step_plan import GroupId
 
 Blocks = dict[concurrent.futures.Future, int]  # being read; with their bytes
@@ -155,7 +156,7 @@ class _Reader:
     def _load(self, block: Block, span: Tensor) -> int:
         if span.is_cuda:
             return self._staging.load(block, self._source, span)
-        return block.fill(self._source, span[block.offset : block.offset + block.nbytes])
+        return block.fill(self._source, byte_range(span, block.offset, block.nbytes))
 
 
 class _Coder:

@@ -3,16 +3,19 @@
 import contextlib
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 2**30
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def new_directory(out: Path, source: Path, needed_bytes: int) -> Iterator[Path]:
     """A directory beside `out` to write in. It takes that name when the block ends and all is on the disk; after an
-    error it is gone.
+    error, or a signal that asks the process to end, it is gone.
 
     Raises ValueError naming --out if that is a file, a mount point, a directory with something in it, or inside
     `source`, if there are not `needed_bytes` free, or if another run writes there; and for an OSError in the block.
@@ -21,18 +24,41 @@ def new_directory(out: Path, source: Path, needed_bytes: int) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     _check(out, partial, source, needed_bytes)
     try:
-        partial.mkdir()
-        try:
-            yield partial
-            for path in (*partial.rglob("*"), partial):
-                _sync(path)
-            partial.rename(out)
-            _sync(out.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with _exit_on_signals():
+            partial.mkdir()
+            try:
+                yield partial
+                for path in (*partial.rglob("*"), partial):
+                    _sync(path)
+                partial.rename(out)
+                _sync(out.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         raise ValueError(f"--out {out}: {error}") from error
+
+
+@contextlib.contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, with the status that a shell shows for them, instead of ending the process
+    on the spot. One that is ignored (nohup) or handled already stays so, as do both outside the main thread."""
+    caught = [number for number in ENDING_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        caught = []
+
+    def leave(number: int, _) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)  # another one must not interrupt the clean-up
+        raise SystemExit(128 + number)
+
+    for number in caught:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _check(out: Path, partial: Path, source: Path, needed_bytes: int) -> None:

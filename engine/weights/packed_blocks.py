@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.weights.checkpoint import read_exactly
-from engine.weights.codec import check, checksum, decode
+from engine.weights.codec import check, check_bytes, checksum, decode
 from engine.weights.packed_format import PackedBlock, PackedTensor
 
 
@@ -20,40 +20,41 @@ class BlockReader:
         self._local = threading.local()
         self._launching = threading.Lock()
 
-    def weights(self, fd: int, tensor: PackedTensor, block: PackedBlock) -> tuple[Tensor, int]:
-        """A block of a coded tensor, bf16 (rows, columns) on the device, and the bytes read: none for the block that
-        this thread had last.
+    def read(self, fd: int, tensor: PackedTensor, block: PackedBlock) -> tuple[Tensor, int]:
+        """A whole block that is what its checksum says, and the bytes read: none for the block that this thread had
+        last. Of a coded tensor bf16 (rows, columns) on the device, of any other its bytes, uint8 on the CPU.
 
         Raises ValueError naming file and tensor if it is corrupt, OSError and EOFError if it cannot be read.
         """
         if getattr(self._local, "last", None) == (tensor.name, block.start):
-            return self._local.weights, 0
+            return self._local.values, 0
         self._local.last = None
-        blob = self._read(fd, block)
-        check(_where(tensor, block), block.layout, blob, block.checksum)
-        weights = self._buffer("decoded", block.nbytes, self._device).view(torch.bfloat16).view(block.layout.shape)
-        blob = blob.to(self._device)
-        with self._on_device():
-            decode(block.layout, blob, weights)
-        self._local.last, self._local.weights = (tensor.name, block.start), weights
-        return weights, block.stored_bytes
+        stored = self._buffer("stored", block.stored_bytes, torch.device("cpu"))
+        read_exactly(fd, memoryview(stored.numpy()), block.offset)
+        if block.layout is None:
+            check_bytes(_where(tensor, block), stored, block.checksum)
+            values = stored
+        else:
+            check(_where(tensor, block), block.layout, stored, block.checksum)
+            values = self._decode(block, stored)
+        self._local.last, self._local.values = (tensor.name, block.start), values
+        return values, block.stored_bytes
 
     def original(self, fd: int, tensor: PackedTensor, block: PackedBlock) -> Tensor:
-        """The bytes that the block had in the original, uint8 on the CPU, by their checksum. Raises as `weights`."""
-        if block.layout is None:
-            memory = self._read(fd, block)
-        else:
-            memory = self.weights(fd, tensor, block)[0].view(-1).view(torch.uint8).cpu()
+        """The bytes that the block had in the original, uint8 on the CPU, by their checksum. Raises as `read`."""
+        memory = self.read(fd, tensor, block)[0].view(-1).view(torch.uint8).cpu()
         found = checksum(memory)
         if found != block.original_checksum:
             where = _where(tensor, block)
             raise ValueError(f"{where}: corrupt: not what was packed: {found:08x}, not {block.original_checksum:08x}")
         return memory
 
-    def _read(self, fd: int, block: PackedBlock) -> Tensor:
-        memory = self._buffer("stored", block.stored_bytes, torch.device("cpu"))
-        read_exactly(fd, memoryview(memory.numpy()), block.offset)
-        return memory
+    def _decode(self, block: PackedBlock, stored: Tensor) -> Tensor:
+        weights = self._buffer("decoded", block.nbytes, self._device).view(torch.bfloat16).view(block.layout.shape)
+        blob = stored.to(self._device)
+        with self._on_device():
+            decode(block.layout, blob, weights)
+        return weights
 
     def _buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
         held = getattr(self._local, name, None)

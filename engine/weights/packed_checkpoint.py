@@ -1,6 +1,6 @@
-"""Packed checkpoints as sources of weights: of a coded tensor those blocks are read and decoded that a piece touches.
+"""Packed checkpoints as sources of weights: of a tensor those blocks are read and checked that a piece touches.
 
-A block is whole rows: where columns are cut, every rank reads every block.
+A block is read whole, and of a coded tensor it is whole rows: where columns are cut, every rank reads every block.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def open_checkpoint(directory: str | Path, device: torch.device) -> Checkpoint:
 
 class PackedCheckpoint(Checkpoint):
     """A Checkpoint whose `entries` are the original's where a tensor is coded. `read_piece` also raises ValueError
-    naming file and tensor of a corrupt block; it returns the coded bytes read."""
+    naming file and tensor of a corrupt block; it returns the bytes read, those of whole blocks."""
 
     def __init__(self, directory: Path, tensors: dict[str, PackedTensor], device: torch.device):
         entries = {name: tensor.original if tensor.coded else tensor.stored for name, tensor in tensors.items()}
@@ -36,15 +36,33 @@ class PackedCheckpoint(Checkpoint):
 
     def _read_rows(self, name: str, row: int, col: int, out: Tensor) -> int:
         tensor = self._tensors[name]
-        if not tensor.coded:
-            return super()._read_rows(name, row, col, out)
-        fd, step = self._fd(tensor.stored.file), tensor.blocks[0].layout.shape[0]
-        stop, num_read = row + out.shape[0], 0
+        fd = self._fd(tensor.stored.file)
+        return (self._read_coded if tensor.coded else self._read_bytes)(fd, tensor, row, col, out)
+
+    def _read_coded(self, fd: int, tensor: PackedTensor, row: int, col: int, out: Tensor) -> int:
+        step, stop, num_read = tensor.blocks[0].layout.shape[0], row + out.shape[0], 0
         for index in range(row // step, -(-stop // step)):
             block, first = tensor.blocks[index], index * step
-            weights, block_bytes = self._blocks.weights(fd, tensor, block)
+            weights, block_bytes = self._blocks.read(fd, tensor, block)
             start, end = max(row, first), min(stop, first + step)
             part = weights[start - first : end - first, col : col + out.shape[1]]
             out[start - row : end - row].copy_(part)
+            num_read += block_bytes
+        return num_read
+
+    def _read_bytes(self, fd: int, tensor: PackedTensor, row: int, col: int, out: Tensor) -> int:
+        """A block may begin and end inside a row: rows that follow each other in file and memory go as one."""
+        itemsize, num_cols = out.element_size(), tensor.original.num_cols
+        rows = out.view(1, -1) if out.is_contiguous() and out.shape[1] == num_cols else out
+        starts = range((row * num_cols + col) * itemsize, tensor.original.nbytes, num_cols * itemsize)
+        return sum(self._read_range(fd, tensor, start, target) for start, target in zip(starts, rows.view(torch.uint8)))
+
+    def _read_range(self, fd: int, tensor: PackedTensor, start: int, target: Tensor) -> int:
+        """Fills `target`, uint8 in a row, with the tensor's bytes from `start` on."""
+        step, stop, num_read = tensor.blocks[0].nbytes, start + len(target), 0
+        for block in tensor.blocks[start // step : -(-stop // step)]:
+            memory, block_bytes = self._blocks.read(fd, tensor, block)
+            first, last = max(start, block.start), min(stop, block.start + block.nbytes)
+            target[first - start : last - start].copy_(memory[first - block.start : last - block.start])
             num_read += block_bytes
         return num_read

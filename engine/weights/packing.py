@@ -18,7 +18,6 @@ from engine.weights.codec import checksum, encode
 from engine.weights.packed_format import (
     CODED,
     PLAIN,
-    Row,
     StoredTensor,
     cut,
     has_gaps,
@@ -26,7 +25,8 @@ from engine.weights.packed_format import (
     reserve_bytes,
     stored_order,
 )
-from engine.weights.safetensors_header import TensorEntry, parse_header, read_header_text
+from engine.weights.packed_metadata import Row
+from engine.weights.safetensors_header import MAX_HEADER_BYTES, TensorEntry, parse_header, read_header_text
 from engine.weights.threads import in_order
 
 
@@ -61,6 +61,8 @@ def pack_file(file: Path, target: Path, device: torch.device, progress: Callable
     if has_gaps(entries.values(), size - 8 - len(text)):
         raise ValueError(f"{file}: not packed: some of its bytes belong to no tensor")
     reserved = reserve_bytes(text.decode(), entries, BLOCK_BYTES)
+    if reserved > MAX_HEADER_BYTES:
+        raise ValueError(f"{file}: not packed: a packed file's header could not hold its own of {len(text)} bytes")
     with open(file, "rb") as source, open(target, "wb") as sink:
         sink.seek(reserved)
         stored = list(_store_tensors(source.fileno(), entries, sink, device, progress))

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.model.layout import GroupLayout
 from engine.weights.blocks import BLOCK_BYTES, Block, WeightSource
 from engine.weights.host_arena import HostArena
+from engine.weights.views import byte_range
 from scheduler.step_plan import GroupId
 
 
@@ -46,7 +47,7 @@ class HostSpans:
         self.spans = _cut_spans(self._arena.tensor[: self.nbytes], plain)
 
     def keep(self, group: GroupId, blob: Tensor) -> None:
-        place = self._arena.tensor[self.nbytes : self.nbytes + len(blob)]
+        place = byte_range(self._arena.tensor, self.nbytes, len(blob))
         self.spans[group] = place.copy_(blob)
         self.nbytes += len(blob)
 
@@ -105,7 +106,7 @@ class Staging:
             if not block.covered:
                 staged.zero_()
             num_read = block.fill(source, staged)
-            span[block.offset : block.offset + block.nbytes].copy_(staged, non_blocking=True)
+            byte_range(span, block.offset, block.nbytes).copy_(staged, non_blocking=True)
             copied.record(torch.cuda.current_stream(self._device))
         finally:
             self._free.put((buffer, copied))

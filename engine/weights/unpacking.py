@@ -10,7 +10,8 @@ from torch import Tensor
 
 from engine.weights.checkpoint import naming, read_exactly
 from engine.weights.packed_blocks import BlockReader
-from engine.weights.packed_format import PackedBlock, PackedTensor, original_header, read_packed
+from engine.weights.packed_format import PackedBlock, PackedTensor, read_packed
+from engine.weights.packed_metadata import read_packing
 from engine.weights.threads import in_order
 
 Use = Callable[[PackedTensor, PackedBlock, Tensor], None]
@@ -19,7 +20,7 @@ Use = Callable[[PackedTensor, PackedBlock, Tensor], None]
 def unpack_file(file: Path, target: Path, device: torch.device, progress: Callable[[int], None]) -> None:
     """Writes the original of a packed file, decoded on `device`; `progress` is called with bytes that add up to the
     tensors'. Raises ValueError naming file and tensor that are corrupt, and OSError if reading or writing fails."""
-    text = original_header(file)
+    text = read_packing(file).text
     with open(target, "wb") as sink:
         sink.write(struct.pack("<Q", len(text)) + text)
         sink.flush()
@@ -36,7 +37,7 @@ def verify_file(file: Path, original: Path | None, device: torch.device, progres
     if original is None:
         _use_blocks(file, device, lambda tensor, block, memory: None, progress)
         return
-    text = original_header(file)
+    text = read_packing(file).text
     with open(original, "rb") as source:
         if source.read(8 + len(text)) != struct.pack("<Q", len(text)) + text:
             raise ValueError(f"{file}: its header is not that of {original}")

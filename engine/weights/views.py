@@ -8,6 +8,13 @@ from engine.model.layout import GroupLayout
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def byte_range(memory: Tensor, offset: int, nbytes: int) -> Tensor:
+    """`nbytes` bytes of `memory` (uint8, in a row) from `offset`, a view. All of them: a slice past the end would be
+    shorter without a word, and a kernel that counts on its length would read on."""
+    assert 0 <= offset <= offset + nbytes <= len(memory), (offset, nbytes, len(memory))
+    return memory[offset : offset + nbytes]
+
+
 def views(layout: GroupLayout, span: Tensor) -> dict[str, Tensor]:
     """`span` is uint8, (layout.nbytes,) or longer; the views share its memory and have the parts' dtypes and shapes.
 
@@ -17,6 +24,6 @@ def views(layout: GroupLayout, span: Tensor) -> dict[str, Tensor]:
     for weight in layout.weights:
         for part in weight.parts:
             name = weight.name if weight.format == "plain" else f"{weight.name}.{part.name}"
-            part_bytes = span[part.offset : part.offset + part.nbytes]
+            part_bytes = byte_range(span, part.offset, part.nbytes)
             named[name] = part_bytes.view(TORCH_DTYPES[part.dtype]).view(part.shape)
     return named

@@ -1,10 +1,15 @@
 """A config that cannot be run is refused, and the message names the file and the value."""
 
+import os
+
 import pytest
 
+from engine.cli import main
 from engine.model.config_fields import REFUSED
-from engine.model.families import read_config, read_spec
+from engine.model.families import read_config, read_eos_token_ids, read_spec
 from engine.model.spec import ModelSpec
+from engine.planning import find_model
+from engine.weights.read_model import read_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}
 
@@ -57,7 +62,13 @@ BAD = [
     (llama(eos_token_id="</s>"), "eos_token_id must be an integer, a list of integers or null, not '</s>'"),
     (llama(eos_token_id=[1, None]), "eos_token_id must be"),
     (llama(bos_token_id="<s>"), "bos_token_id must be an integer or null, not '<s>'"),
+    (llama(num_hidden_layers=1025), "num_hidden_layers = 1025 is not supported: it can be 1024 at most"),
+    (llama(vocab_size=2**31), "vocab_size = 2147483648 is not supported: it can be 2147483647 at most"),
+    (llama(rms_norm_eps=10**400), "rms_norm_eps = 1000"),
+    (llama(rms_norm_eps=1e31), "rms_norm_eps = 1e+31 is not supported: it can be 1e+30 at most"),
+    (llama(hidden_act="x" * 10**6), f"hidden_act '{'x' * 199}... is not supported; supported: silu"),
     # rotary embedding
+    (llama(rope_scaling={"type": "linear", "factor": 1e29}), "factor = 1e+29 makes 2048 tokens more than 2147483647"),
     (llama(rope_scaling={"type": "longrope"}), "rope_type 'longrope' is not supported; supported: default, linear"),
     (llama(rope_parameters={"rope_type": None}), "rope_type None is not supported"),
     (llama(rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}), "mrope_section = [2, 3, 3] is not supported"),
@@ -108,14 +119,78 @@ def test_dropout_is_accepted():
     assert read_spec(small("gpt_neox", **dropout), "") == read_spec(small("gpt_neox"), "")
 
 
-def test_unreadable_config_names_the_file(tmp_path):
+@pytest.mark.parametrize("read", [read_config, lambda path: read_model(path, dummy=True)], ids=["config", "model"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[1]", "is not a JSON object"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        (
+            b'{"rope_scaling": {"factor": 1' + b"0" * 400 + b"}}",
+            r"rope_scaling\.factor is 10*\.\.\. \(401 characters\)",
+        ),
+        (b'{"vocab_size": 1' + b"0" * 5000 + b"}", r"vocab_size is 10*\.\.\. \(5001 characters\)"),
+        (b'{"a": ' + b"[" * 100_000, "is nested deeper than 64"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_unreadable_config_names_the_file(tmp_path, read, content, message):
     file = tmp_path / "config.json"
-    with pytest.raises(ValueError, match=f"{file}: cannot be read: No such file"):
+    file.write_bytes(content)
+    for path in (tmp_path, file, str(file)):
+        with pytest.raises(ValueError, match=f"^{file}: {message}"):
+            read(path)
+
+
+def test_what_is_no_config_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'}: No such file"):
         read_config(tmp_path)
-    with pytest.raises(ValueError, match="nowhere: cannot be read"):
+    with pytest.raises(ValueError, match="nowhere: No such file"):
         read_config(tmp_path / "nowhere")
-    for content, message in ((b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "is not a JSON object")):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json: is a pipe, and a file is expected"):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match="^/dev/zero: is a device, and a file is expected"):
+        read_config("/dev/zero")
+
+
+def test_a_generation_config_is_read_like_any_other(tmp_path):
+    spec, file = read_spec(llama(), ""), tmp_path / "generation_config.json"
+    for content, message in ((b"{", "is not JSON"), (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs"),
+                             (b'{"eos_token_id": 1' + b"0" * 400 + b"}", "eos_token_id is 10")):  # fmt: skip
         file.write_bytes(content)
-        for path in (tmp_path, file, str(file)):
-            with pytest.raises(ValueError, match=f"{file}: {message}"):
-                read_config(path)
+        with pytest.raises(ValueError, match=f"^{file}: {message}"):
+            read_eos_token_ids(tmp_path, spec)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"^{file}: is a pipe"):
+        read_eos_token_ids(tmp_path, spec)
+
+
+@pytest.mark.parametrize(
+    "command", [["plan"], ["generate", "--prompt", "x", "--tokenizer", "demo"]], ids=lambda c: c[0]
+)
+def test_commands_name_the_config_s_file_and_field(tmp_path, capsys, command):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -1}')
+    assert main([*command, "--model", str(tmp_path)]) == 2
+    message = f"error: {tmp_path / 'config.json'}: hidden_size must be an integer of at least 1, not -1"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "generate", "pack"])
+def test_a_cache_s_root_gets_a_hint(tmp_path, capsys, command):
+    more = {"plan": [], "generate": ["--prompt", "x"], "pack": ["--out", str(tmp_path / "out")]}[command]
+    root = tmp_path / "models--org--name"
+    for part in ("blobs", "refs", "snapshots/0123abc"):
+        (root / part).mkdir(parents=True)
+    assert main([command, "--model", str(root), *more]) == 2
+    hint = f"{root}: is a model's root in a Hugging Face cache: give {root}/snapshots/HASH (there: 0123abc)"
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["~no-such-user/model", "a" * 5000, "a\0b"])
+def test_a_path_that_cannot_be_is_refused(model):
+    with pytest.raises(ValueError, match="no such file or directory|File name too long"):
+        find_model(model)

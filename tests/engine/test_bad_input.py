@@ -112,7 +112,7 @@ CHECKPOINTS = [
     Bad("corrupt header", r"model\.safetensors: corrupt header: ", corrupt_header),
     Bad("header longer than the file", r"model\.safetensors: the header is said to have 8589934592 b", lengthen_header),
     Bad("corrupt tokenizer", r"tokenizer\.json: not a tokenizer\.json: ", text("tokenizer.json", b'{"model": ')),
-    Bad("no config", r"config\.json: cannot be read: No such file", without("config.json")),
+    Bad("no config", r"config\.json: No such file", without("config.json")),
     Bad("corrupt config", r"config\.json: is not JSON: ", text("config.json", b'{"model_type": ')),
     Bad("architecture", r"architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM \(llama\), ",
         config(model_type="mamba", architectures=["MambaForCausalLM"])),

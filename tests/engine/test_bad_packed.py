@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import struct
@@ -15,9 +16,11 @@ from odd_checkpoints import bf16, random_bytes, write_file
 
 from engine.cli import main
 from engine.pack_command import pack
-from engine.weights import packed_format, packing
+from engine.planning import find_model
+from engine.weights import packing
 from engine.weights.packed_checkpoint import open_checkpoint
-from engine.weights.packed_format import BLOCKS, CHECKSUM, HEADER, PACKED, find_packed
+from engine.weights.packed_format import find_packed
+from engine.weights.packed_metadata import BLOCKS, CHECKSUM, HEADER, PACKED, checksum
 from engine.weights.safetensors_header import read_header_text
 from engine.weights.unpacking import verify_file
 from parallel.shard import Piece
@@ -69,7 +72,7 @@ def change_metadata(file: Path, change: Callable[[dict], None], sign: bool = Tru
     metadata = header["__metadata__"]
     change(metadata)
     if sign:
-        metadata[CHECKSUM] = packed_format._checksum(metadata[HEADER], metadata[BLOCKS])
+        metadata[CHECKSUM] = checksum(metadata[HEADER], metadata[BLOCKS])
     changed = json.dumps(header, separators=(",", ":")).encode().ljust(len(text))
     with open(file, "r+b") as stream:
         stream.write(struct.pack("<Q", len(changed)) + changed)
@@ -90,11 +93,74 @@ def test_a_flipped_bit_of_a_coded_block_is_found_by_all(packed, tmp_path, capsys
     assert os.listdir(tmp_path) == ["packed"]
 
 
-def test_a_flipped_bit_of_a_raw_tensor_is_found(packed, tmp_path, capsys):
-    flip(packed, "raw", 0, 100)
-    where = r"2\.safetensors: raw, bytes 0 to 200: corrupt: not what was packed"
-    assert re.search(where, refused(capsys, "pack", "--model", packed, "--verify"))
-    assert re.search(where, refused(capsys, "unpack", "--model", packed, "--out", tmp_path / "out"))
+KINDS = {  # every way in which a tensor can be kept
+    "coded": bf16(110, 96),  # its last block, of less than a tile, is raw in its blob
+    "flat": bf16(7001, seed=1),
+    "grows": random_bytes("BF16", (90, 100), 18_000),
+    "small": bf16(20, 50, seed=3),
+    "half": random_bytes("F16", (60, 150), 18_000),
+    "float": random_bytes("F32", (40, 300), 48_000),
+    "norm": bf16(96, seed=4),
+    "bias": random_bytes("F32", (50,), 200),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kinds")
+    (directory / "plain").mkdir()
+    write_file(directory / "plain/model.safetensors", KINDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BLOCK_BYTES", 10_000)
+        pack(directory / "plain", directory / "packed", HERE, verified=False)
+    return directory / "packed"
+
+
+def load(directory: Path, name: str, dtype: torch.dtype, num_parts: int = 1) -> None:
+    """The whole tensor, as so many ranges of columns."""
+    with open_checkpoint(directory, HERE) as source:
+        entry = source.entries[name]
+        width = entry.num_cols // num_parts
+        for part in range(num_parts):
+            out = torch.empty(entry.shape[0], width, dtype=dtype)
+            source.read_piece(Piece(name, 0, entry.shape[0], part * width, width, 0), out)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_flipped_byte_of_any_tensor_is_refused_on_load_and_by_verify(kinds, tmp_path, name):
+    """Whether it is converted or not, and in whichever pieces it is read; at both ends of the tensor and between."""
+    shutil.copytree(kinds, tmp_path / "packed")
+    stored = find_packed(kinds)[name].stored
+    file, generator = tmp_path / "packed/model.safetensors", random.Random(name)
+    whole = file.read_bytes()
+    for place in (0, stored.nbytes - 1, *(generator.randrange(stored.nbytes) for _ in range(6))):
+        flipped = bytearray(whole)
+        flipped[stored.offset + place] ^= 1 << generator.randrange(8)
+        file.write_bytes(flipped)
+        where = (
+            rf"model\.safetensors: {name}, bytes \d+ to \d+: corrupt: the checksum is [0-9a-f]{{8}}, not [0-9a-f]{{8}}"
+        )
+        for dtype in (torch.bfloat16, torch.float32):
+            for num_parts in (1, 2) if len(KINDS[name].shape) > 1 else (1,):
+                with pytest.raises(ValueError, match=where):
+                    load(tmp_path / "packed", name, dtype, num_parts)
+        with pytest.raises(ValueError, match=where):
+            verify_file(file, None, HERE, lambda nbytes: None)
+    file.write_bytes(whole)
+    load(tmp_path / "packed", name, torch.float32)
+
+
+def test_a_flipped_byte_of_a_packed_model_ends_the_command(tmp_path, capsys):
+    """Its norms and, where there are any, its biases and tensors of fp32 are not coded."""
+    pack(find_model("demo"), tmp_path / "demo", HERE, verified=False)
+    stored = find_packed(tmp_path / "demo")["model.layers.1.input_layernorm.weight"].stored
+    with open(stored.file, "r+b") as file:
+        file.seek(stored.offset + 11)
+        value = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([value ^ 1]))
+    error = refused(capsys, "generate", "--model", tmp_path / "demo", "--prompt", "Return", "--device", DEVICE)
+    assert "model.safetensors: model.layers.1.input_layernorm.weight, bytes 0 to" in error and "corrupt" in error
 
 
 def test_a_coder_that_errs_is_found(whole, tmp_path, monkeypatch, capsys):
@@ -149,12 +215,17 @@ CHANGES = {
     "no JSON": (set_value(BLOCKS, "{"), NOT_WHOLE),
     "no block_bytes": (edit_blocks(lambda table: table.pop("block_bytes")), NOT_WHOLE),
     "block_bytes of 0": (edit_blocks(lambda table: table.update(block_bytes=0)), NOT_WHOLE),
+    "huge blocks": (edit_blocks(lambda table: table.update(block_bytes=2**31)), NOT_WHOLE),
+    "deep JSON": (set_value(BLOCKS, "[" * 1000), NOT_WHOLE),
+    "huge number": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(2, 10**400)), NOT_WHOLE),
+    "empty row": (edit_blocks(lambda table: table["tensors"]["coded"][0].clear()), NOT_WHOLE),
     "negative": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(2, -1)), NOT_WHOLE),
     "no number": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(0, "1")), NOT_WHOLE),
     "a block less": (edit_blocks(lambda table: table["tensors"]["coded"].pop()), NO_SUCH_BLOCKS),
     "other blocks": (edit_blocks(lambda table: table.update(block_bytes=192)), NO_SUCH_BLOCKS),
     "more patches": (edit_blocks(lambda table: table["tensors"]["coded"][1].__setitem__(3, 10**6)), NO_SUCH_BLOCKS),
-    "long row": (edit_blocks(lambda table: table["tensors"]["coded"][1].append(1)), NO_SUCH_BLOCKS),
+    "long row": (edit_blocks(lambda table: table["tensors"]["coded"][1].append(1)), NOT_WHOLE),
+    "short row": (edit_blocks(lambda table: table["tensors"]["coded"].__setitem__(0, [7])), NO_SUCH_BLOCKS),
     "other name": (edit_blocks(lambda table: table.update(tensors={"c": table["tensors"]["coded"]})), OTHER_TENSORS),
     "other dtype": (lambda m: m.update({HEADER: m[HEADER].replace("BF16", "F16")}), NO_SUCH_BLOCKS),
     "other original": (lambda m: m.update({HEADER: m[HEADER].replace("coded", "c0ded")}), OTHER_TENSORS),
@@ -169,6 +240,16 @@ def test_changed_metadata_are_refused(packed, capsys, name):
     with pytest.raises(ValueError, match=message):
         open_checkpoint(packed, HERE)
     assert re.search(message, refused(capsys, "pack", "--model", packed, "--verify"))
+
+
+@pytest.mark.timeout(20)
+def test_a_tensor_that_is_said_to_be_huge_is_refused_at_once(packed):
+    """2^48 blocks of one byte, of a dtype whose size is not known; and blocks that grow as long as a sparse file."""
+    file = packed / "2.safetensors"
+    text = '{"raw":{"dtype":"F7","shape":[50],"data_offsets":[0,281474976710656]}}'
+    change_metadata(file, lambda m: m.update({HEADER: text, BLOCKS: '{"block_bytes":1,"tensors":{"raw":[[1]]}}'}))
+    with pytest.raises(ValueError, match=r"2\.safetensors: corrupt header: raw does not have the blocks"):
+        open_checkpoint(packed, HERE)
 
 
 @pytest.mark.parametrize("name", ["a block less", "other original", "no header"])

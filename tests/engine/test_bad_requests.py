@@ -171,7 +171,7 @@ def test_ignorable_tensors_are_skipped(tmp_path, llm):
     directory = Path(shutil.copytree(find_model("demo"), tmp_path / "model"))
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
-    weights["lm_head.weight"] = torch.zeros(2048, 256)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, directory / "model.safetensors")
     params = SamplingParams(temperature=0)
     with warnings.catch_warnings():

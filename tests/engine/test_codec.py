@@ -1,6 +1,7 @@
 """The lossless code: every bit pattern survives, sizes are what was promised, broken blobs are refused by name."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_proof import DEVICE, same_bits
 
 from engine.kernels import decode_weights
+from engine.kernels.code_tile import ESCAPE_ROW
 from engine.kernels.decode_weights import COMMON, ESCAPED, TILE, WINDOW
 from engine.weights import encode_tiles
 from engine.weights.codec import CodeLayout, check, checksum, decode, encode
@@ -220,3 +222,77 @@ def test_parts_that_contradict_are_refused(part, message):
     layout.part(blob, part)[1] += 0x51
     with pytest.raises(ValueError, match=f"w: corrupt: .*{message}"):
         check("w", layout, blob, checksum(blob))
+
+
+def lies(layout, blob, part, change):
+    """The blob with a part of it changed, as a tensor of int32."""
+    blob = blob.clone()
+    change(layout.part(blob, part).view(torch.int32))
+    return layout, blob
+
+
+def with_escape_rows(layout, blob, more):
+    """A blob that has more or fewer rows of escapes than its codes ask for; all else is as it was."""
+    other = dataclasses.replace(layout, num_escapes=layout.num_escapes + more * ESCAPE_ROW)
+    changed = torch.zeros(other.nbytes, dtype=torch.uint8, device=blob.device)
+    for name, (_, nbytes) in other.parts.items():
+        kept = layout.part(blob, name)[:nbytes]
+        other.part(changed, name)[: len(kept)].copy_(kept)
+    return other, changed
+
+
+def raise_first_patch(starts):
+    starts[0] += 1
+
+
+def raise_patches_end(starts):
+    starts[-1] += 1
+
+
+def cross_patches(starts):
+    starts[1], starts[2] = starts[1:3].flip(0) + torch.tensor([1, 0], device=starts.device)
+
+
+def lower_escape_start(starts):
+    starts[1] -= 1
+
+
+def raise_escapes_end(starts):
+    starts[-1] += 1
+
+
+CONTRADICTIONS = {  # each is wrong in one way only, and a kernel would follow it past the end of a part
+    "patches do not begin at 0": (partial(lies, part="patch_starts", change=raise_first_patch), "patches"),
+    "patches end past the last": (partial(lies, part="patch_starts", change=raise_patches_end), "patches"),
+    "patches go backwards": (partial(lies, part="patch_starts", change=cross_patches), "patches"),
+    "a tile's escapes begin early": (partial(lies, part="escape_starts", change=lower_escape_start), "escapes"),
+    "escapes end past the last": (partial(lies, part="escape_starts", change=raise_escapes_end), "escapes"),
+    "a row of escapes less": (partial(with_escape_rows, more=-1), "another number of escapes"),
+    "a row of escapes more": (partial(with_escape_rows, more=1), "another number of escapes"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_each_contradiction_of_parts_is_refused(name):
+    spoil, message = CONTRADICTIONS[name]
+    layout, blob = encode(sown(gaussian(4, 2048), SPECIAL, 0.01))
+    starts = layout.planes(blob).patch_starts.tolist()
+    assert 0 < starts[1] <= starts[2] < starts[3] and layout.num_escapes > 2 * ESCAPE_ROW
+    check("w", layout, blob, checksum(blob))
+    spoiled, changed = spoil(layout, blob)
+    with pytest.raises(ValueError, match=f"w: corrupt: .*{message}"):
+        check("w", spoiled, changed, checksum(changed))
+
+
+def test_a_blob_or_result_that_is_too_short_is_never_read():
+    """A slice would be shorter without a word, and the kernel read on behind it."""
+    layout, blob = encode(sown(gaussian(3, 2048), SPECIAL, 0.01))
+    out = torch.empty(layout.shape, dtype=layout.dtype, device=DEVICE)
+    for nbytes in (0, layout.parts["windows"][0] + 2, layout.nbytes // 2):
+        with pytest.raises(AssertionError):
+            decode(layout, blob[:nbytes], out)
+    planes = layout.planes(blob)
+    for name in ("codes", "windows", "escape_starts", "patch_starts"):
+        short = planes._replace(**{name: getattr(planes, name)[:-1]})
+        with pytest.raises(AssertionError, match="a plane is too short for its tiles"):
+            decode_weights.decode_weights(short, out.view(-1))

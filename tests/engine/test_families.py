@@ -105,7 +105,7 @@ def spec_of(auto) -> dict:
         "head_dim": _head_dim(auto),
         "ffn_size": auto.intermediate_size,
         "vocab_size": auto.vocab_size,
-        "max_position": auto.max_position_embeddings,
+        "max_position": _max_position_of(auto, auto_rope),
         "norm": "layer" if neox else "rms",
         "norm_eps": auto.layer_norm_eps if neox else auto.rms_norm_eps,
         "activation": auto.hidden_act.replace("swish", "silu"),
@@ -123,6 +123,14 @@ def spec_of(auto) -> dict:
         "bos_token_id": auto.bos_token_id,
         "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     }
+
+
+def _max_position_of(auto, rope: dict) -> int:
+    """transformers sets no bound; what linear and yarn scale to counts, if it is more than the config has."""
+    base = {"linear": auto.max_position_embeddings, "yarn": rope["original_max_position"]}.get(rope["kind"])
+    return (
+        auto.max_position_embeddings if base is None else max(auto.max_position_embeddings, int(base * rope["factor"]))
+    )
 
 
 def _head_dim(auto) -> int:
@@ -167,11 +175,31 @@ def _load(config: dict, folder: Path) -> tuple[ModelSpec, object]:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["model_type"])
 def test_spec_equals_what_transformers_reads(config, tmp_path):
     spec, auto = _load(config, tmp_path)
-    assert asdict(spec) == spec_of(auto)
+    assert asdict(spec) == spec_of(auto) | {"names": asdict(FAMILIES[auto.model_type].names)}
     if (kind := spec.rope.kind) != "default":
         theirs, factor = ROPE_INIT_FUNCTIONS[kind](auto)
         ours, our_factor = inverse_frequencies(spec.rope)
         assert torch.equal(ours, theirs) and our_factor == factor
+
+
+RECIPE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LENGTHS = [  # max_position_embeddings, rope, longest sequence
+    (64, RECIPE, 256),  # as model cards say: the length is left alone
+    (256, RECIPE, 256),  # as configs that are published with it say
+    (80, RECIPE, 256),
+    (512, RECIPE, 512),  # never less than the config has
+    (256, {**RECIPE, "factor": None}, 256),
+    (64, {"rope_type": "linear", "factor": 2.5}, 160),
+    (64, {"rope_type": "dynamic", "factor": 4.0}, 64),
+    (64, {"rope_type": "llama3", **LLAMA3}, 64),
+    (64, {"rope_type": "default"}, 64),
+]
+
+
+@pytest.mark.parametrize("length, rope, longest", LENGTHS)
+def test_the_longest_sequence_is_the_scaled_length(length, rope, longest):
+    for key in ("rope_scaling", "rope_parameters"):
+        assert read_spec(small("qwen2", max_position_embeddings=length, **{key: rope}), "").max_position == longest
 
 
 def test_cases_cover_every_family_kind_and_switch():

@@ -1,8 +1,12 @@
 """penstock pack and unpack as commands: what they print, what they refuse, and that they leave all or nothing."""
 
+import concurrent.futures
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from engine.planning import find_model
 from engine.weights import new_directory, packing, unpacking
 
 DEMO = find_model("demo")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -165,3 +170,63 @@ def test_all_is_on_the_disk_before_it_has_its_name(plain, tmp_path, monkeypatch)
     assert run("pack", "--model", plain, "--out", tmp_path / "out") == 0
     before = {name for name, there in synced if not there}
     assert before == {"model.safetensors", "config.json", "out.partial"} and synced[-1] == (tmp_path.name, True)
+
+
+ENDING = """
+import os, signal, sys
+from engine import pack_command, unpack_command
+from engine.cli import main
+
+def end(*_, **__):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    signal.pause()
+
+pack_command.copy_files = unpack_command.copy_files = end
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_run_that_is_asked_to_end_leaves_nothing(plain, packed, tmp_path, number):
+    """So that the next one is not in its way."""
+    for command, model in (("pack", plain), ("unpack", packed)):
+        arguments = [command, "--model", model, "--out", tmp_path / "out", "--device", "cpu"]
+        script = [sys.executable, "-c", ENDING, int(number), *arguments]
+        done = subprocess.run([*map(str, script)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (128 + number, "")
+        assert sorted(os.listdir(tmp_path)) == ["packed", "plain"]
+
+
+def test_signals_are_as_they_were_after_a_run(plain, tmp_path):
+    """One that is ignored, as nohup does, is ignored in the run too."""
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with new_directory.new_directory(tmp_path / "out", plain, 0):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (tmp_path / "out").is_dir()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
+def test_it_may_run_in_a_thread(plain, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, "pack", "--model", plain, "--out", tmp_path / "out").result() == 0
+
+
+def test_a_header_that_a_packed_one_cannot_hold_is_refused(plain, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packing, "MAX_HEADER_BYTES", 1000)
+    error = refused(capsys, "pack", "--model", plain, "--out", tmp_path / "out")
+    assert re.search(
+        r"model\.safetensors: not packed: a packed file's header could not hold its own of \d+ bytes", error
+    )
+    assert sorted(os.listdir(tmp_path)) == ["plain"]
+
+
+def test_pointers_are_not_packed(plain, tmp_path, capsys):
+    (plain / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    error = refused(capsys, "pack", "--model", plain, "--out", tmp_path / "out")
+    assert "model.safetensors: is a git-lfs pointer" in error

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plan_oracle import is_hazardous
 
 from engine.config import EngineConfig
+from engine.model.families import FAMILIES
 from engine.model.spec import ModelSpec, RopeSpec
 from engine.model.steps import activation_bytes, model_steps
 from engine.planning import EnginePlan, make_engine_plan
@@ -272,6 +273,7 @@ def specs(draw) -> ModelSpec:
         windows=(None,) * num_layers,
         rope=RopeSpec("default", 1e4, head_dim),
         dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        names=FAMILIES["qwen3"].names,
         **{flag: draw(st.booleans()) for flag in flags},
     )
 

@@ -1,0 +1,127 @@
+"""A model as all its files say it: config.json, the checkpoint's headers, and what states that weights are quantised.
+
+Torch-free, so that `penstock plan` knows what the engine will. The headers decide what config.json leaves open or gets
+wrong: the dtype where it names none, whether a tied model has a head of its own all the same (transformers reads it
+then, if it differs from the embedding), and under which of a family's names the tensors are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.model.config_fields import shown, states_dtype
+from engine.model.families import config_file, read_config, read_spec, without_prefix
+from engine.model.spec import ModelSpec, TensorNames
+from engine.user_files import open_file, read_json
+from engine.weights.packed_metadata import Packing, find_packings
+from engine.weights.safetensors_header import DTYPES, TensorEntry, has_weights
+
+COMPARED_BYTES = 8 * 2**20  # at a time
+# Beside config.json: files that state a quantisation, and their fields that name it where they are not null.
+QUANTISED = {
+    "hf_quant_config.json": ("quant_algo", "kv_cache_quant_algo"),
+    "quantize_config.json": ("bits",),
+    "quant_config.json": ("bits", "w_bit"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """`notes` say, each on a line, what config.json leaves open and what was taken for it."""
+
+    spec: ModelSpec
+    notes: tuple[str, ...] = ()
+
+
+def read_model(path: str | Path, dummy: bool = False) -> Model:
+    """The model of a checkpoint's directory; with `dummy` that of a config.json, or of a directory's, whatever lies
+    beside it. Raises ValueError as read_spec and find_packings do, and naming the file, for weights that are quantised
+    or lack their head."""
+    path = Path(path)
+    spec, has_dtype = _read_spec(path)
+    if not dummy:
+        return _as_stored(path, spec, has_dtype)
+    return Model(spec, () if has_dtype else (f"{config_file(path)} names no dtype: {spec.dtype} is assumed",))
+
+
+def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
+    """The same, but where there are no weights, or none that can be read, that of config.json alone. Raises ValueError
+    as read_model does for that."""
+    path, model = Path(path), read_model(path, dummy=True)
+    if dummy or not path.is_dir() or not has_weights(path):
+        return model
+    try:
+        return read_model(path)
+    except ValueError as error:
+        return replace(model, notes=(*model.notes, f"planned without the weights, which cannot be loaded: {error}"))
+
+
+def _read_spec(path: Path) -> tuple[ModelSpec, bool]:
+    """And whether the config names a dtype."""
+    file, config = config_file(path), read_config(path)
+    spec = read_spec(config, str(file))
+    for name, fields in QUANTISED.items():
+        if (file.parent / name).exists():
+            _refuse_quantised(file.parent / name, fields)
+    return spec, states_dtype(config)
+
+
+def _refuse_quantised(file: Path, fields: tuple[str, ...]) -> None:
+    stated: dict[str, Any] = read_json(file)
+    inner = stated.get("quantization")
+    for field in fields:
+        value = inner.get(field) if isinstance(inner, dict) else stated.get(field)
+        if value is not None:
+            raise ValueError(f"{file}: {field} = {shown(value)} is not supported: quantised weights are not read")
+
+
+def _as_stored(directory: Path, spec: ModelSpec, has_dtype: bool) -> Model:
+    entries, packings = find_packings(directory)
+    names, notes = _names(directory, spec, entries), []
+    tied = spec.tied
+    if tied and names.head in entries and names.embed not in entries:
+        names = replace(names, embed=names.head)  # the same matrix, saved once
+    elif tied and names.head in entries and not _are_equal(entries, packings, names.head, names.embed):
+        tied = False
+        notes.append(f"{names.head} is not the embedding, though tie_word_embeddings is true: it is a head of its own")
+    dtype = spec.dtype if has_dtype else _first_dtype(entries)
+    if not has_dtype:
+        notes.append(f"{config_file(directory)} names no dtype: {dtype}, as the weights are")
+    return Model(replace(spec, names=names, tied=tied, dtype=dtype), tuple(notes))
+
+
+def _names(directory: Path, spec: ModelSpec, entries: Mapping[str, TensorEntry]) -> TensorNames:
+    """The family's, or those without its prefix if no tensor has it."""
+    names, bare = spec.names, without_prefix(spec.names)
+    if bare.embed not in entries or any(name.startswith(names.prefix) for name in entries):
+        return names
+    if not spec.tied and names.head not in entries:
+        raise ValueError(
+            f"{directory}: {names.head} is missing: the tensors are named without {names.prefix!r}, as a model is saved"
+            " without its head, and tie_word_embeddings is false"
+        )
+    return bare
+
+
+def _first_dtype(entries: Mapping[str, TensorEntry]) -> str:
+    """That of the first tensor of floats, by file and name, as transformers chooses it; float32 if there is none."""
+    ordered = sorted(entries.items(), key=lambda item: (item[1].file, item[0]))
+    return next((DTYPES[entry.dtype] for _, entry in ordered if entry.dtype in DTYPES), "float32")
+
+
+def _are_equal(entries: Mapping[str, TensorEntry], packings: Mapping[Path, Packing], name: str, other: str) -> bool:
+    """Whether two tensors have the same bytes; of a packed checkpoint, the same checksums of them."""
+    first, second = entries[name], entries[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if packings:
+        return packings[first.file].original_checksums(name) == packings[second.file].original_checksums(other)
+    with open_file(first.file) as left, open_file(second.file) as right:
+        left.seek(first.offset)
+        right.seek(second.offset)
+        for start in range(0, first.nbytes, COMPARED_BYTES):
+            num_bytes = min(COMPARED_BYTES, first.nbytes - start)
+            if left.read(num_bytes) != right.read(num_bytes):
+                return False
+    return True
