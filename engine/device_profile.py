@@ -1,7 +1,9 @@
-"""What `penstock probe` measured, kept as a device profile in the user's cache: saved by a probe, found by the planner.
+"""Device profiles: the built-in ones, files that a user names, and what `penstock probe` measured, kept in the user's
+cache: saved by a probe, found by the planner.
 
-PURE. A file is chosen by the type of device and the number of ranks (`cuda-2.json`), since a planner without torch
-cannot ask for the device's name; the name stands in the file, and the engine compares it with the device it runs on.
+PURE. A saved file is chosen by the type of device and the number of ranks (`cuda-2.json`), since a planner without
+torch cannot ask for the device's name; the name stands in the file, and the engine compares it with the device it runs
+on.
 """
 
 import contextlib
@@ -11,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scheduler.time_model import PROFILES
+from engine.user_files import read_json
+from scheduler.time_model import PROFILES, Rates, profile_rates, with_link
 
-KERNELS_A_STEP = 6  # that an eager step costs the host, in the mean
+KERNELS_A_STEP = 10  # that an eager step costs the host, in the mean
 NODES_A_STEP = 1.4  # that a step of a captured pass costs beside its bytes; an H200 takes 1.5 us, and 1.1 for a node
 ASSUMED = {"cuda": "h200", "cpu": "cpu"}  # the built-in profile of a type of device
 
@@ -103,14 +106,29 @@ def find_profile(device_type: str, tp_size: int) -> Path | None:
     return found[min(found)] if found else None
 
 
+def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
+    """The rates of a rank among `tp_size`, from PROFILES or a JSON file with the fields of Rates; `link_gb_s` wins.
+
+    Raises ValueError, naming the file and the field, if the file cannot be read or as profile_rates does.
+    """
+    if name_or_file in PROFILES:
+        values = {"source": f"assumed: {name_or_file}", **PROFILES[name_or_file]}
+        return with_link(profile_rates(values, name_or_file, tp_size), link_gb_s)
+    path = Path(name_or_file)
+    if not path.exists():
+        raise ValueError(f"device_profile={name_or_file!r}: neither one of {', '.join(PROFILES)} nor a file")
+    values = {"source": f"assumed: {path.name}", **read_json(path)}
+    return with_link(profile_rates(values, str(path), tp_size), link_gb_s)
+
+
 def read_device(path: Path) -> str:
     """The name of the device that a saved probe measured. Raises ValueError naming the file if it has none."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["probe"]["device"])
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError):
+        return str(read_json(path)["probe"]["device"])
+    except (TypeError, KeyError):
         raise ValueError(f"{path}: is no saved probe: run `penstock probe` again, or delete it") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; run `penstock probe` again, or delete it") from None
 
 
 def save_profile(profile: dict[str, Any], path: Path) -> None:

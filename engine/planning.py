@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.device_profile import ASSUMED, find_profile, read_device
+from engine.device_profile import ASSUMED, find_profile, load_profile, read_device
 from engine.model.coded_size import planned_bytes
 from engine.model.families import tensor_names
 from engine.model.fusion import fuse, fused_runs
@@ -28,7 +28,7 @@ from scheduler.request import INT32_MAX
 from scheduler.residency import Residency, plan_residency
 from scheduler.retention import KeepAll, Retention, SinksAndWindow
 from scheduler.step_plan import Compute, GroupId, RingLayout, StepPlan
-from scheduler.time_model import PassTime, Rates, load_profile, predict_pass, step_s
+from scheduler.time_model import PassTime, Rates, launch_s, predict_pass, step_s
 
 MIB = 2**20
 # What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
@@ -252,10 +252,10 @@ def _pass_work(layout: ModelLayout, residency: Residency, steps: tuple[tuple[Ste
     return PassWork(residency.streamed_bytes, resident_bytes, steps, len(residency.coded), decoded_bytes)
 
 
-def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], float]:
-    """The seconds of a step in a pass of this shape, for predict_timeline."""
+def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute], float], Rates, float]:
+    """What predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a launch."""
     work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
-    return lambda step: step_s(work(step), shape, plan.rates)
+    return lambda step: step_s(work(step), shape, plan.rates), plan.rates, launch_s(shape, plan.rates)
 
 
 def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:

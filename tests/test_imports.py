@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "engine.tokenizer": (),
     "engine.prompts": (),
     "engine.model": ("parallel", "engine.kernels", "scheduler.step_plan"),
+    "engine.model.attention": ("engine.kernels", "engine.model", "scheduler.pass_work"),  # what the time model knows
     "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.request", "scheduler.step_plan"),  # as data
     "engine.weights": (
         *("engine.model.spec", "engine.model.layout", "engine.model.coded_size"),
@@ -58,7 +59,7 @@ MAY_IMPORT = {
         *("engine.config", "engine.llm", "engine.output", "engine.plan_command", "engine.planning", "engine.prompts"),
         *("parallel.launch", "scheduler"),
     ),
-    "engine.device_profile": ("scheduler.time_model",),
+    "engine.device_profile": ("engine.user_files", "scheduler.time_model"),
     "engine.probe_report": ("engine.device_profile",),
     "engine.probe_command": (
         *("engine.config", "engine.device_profile", "engine.probe_report", "engine.runtime.probe", "parallel"),

@@ -6,8 +6,7 @@ import pytest
 from commands import TORCHRUN, Command
 
 from engine import cli
-from engine.device_profile import cache_directory
-from scheduler.time_model import load_profile
+from engine.device_profile import cache_directory, load_profile
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 
