@@ -1,7 +1,9 @@
-"""What `penstock probe` measured, kept as a device profile in the user's cache: saved by a probe, found by the planner.
+"""Device profiles: the built-in ones, files that a user names, and what `penstock probe` measured, kept in the user's
+cache: saved by a probe, found by the planner.
 
-PURE. A file is chosen by the type of device and the number of ranks (`cuda-2.json`), since a planner without torch
-cannot ask for the device's name; the name stands in the file, and the engine compares it with the device it runs on.
+PURE. A saved file is chosen by the type of device and the number of ranks (`cuda-2.json`), since a planner without
+torch cannot ask for the device's name; the name stands in the file, and the engine compares it with the device it runs
+on.
 """
 
 import contextlib
@@ -13,9 +15,9 @@ from typing import Any
 
 from engine.streams import visible
 from engine.user_files import read_json
-from scheduler.time_model import PROFILES, Rates, load_profile, profile_rates
+from scheduler.time_model import PROFILES, Rates, profile_rates, with_link
 
-KERNELS_A_STEP = 6  # that an eager step costs the host, in the mean
+KERNELS_A_STEP = 10  # that an eager step costs the host, in the mean
 NODES_A_STEP = 1.4  # that a step of a captured pass costs beside its bytes; an H200 takes 1.5 us, and 1.1 for a node
 ASSUMED = {"cuda": "h200", "cpu": "cpu"}  # the built-in profile of a type of device
 
@@ -105,29 +107,31 @@ def find_profile(device_type: str, tp_size: int) -> Path | None:
     return found[min(found)] if found else None
 
 
-def load_rates(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
+def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
     """The rates of a rank among `tp_size`, from PROFILES or a JSON file with the fields of Rates; `link_gb_s` wins.
 
-    Raises ValueError, naming the file and the field, if the file cannot be read, and as profile_rates does.
+    Raises ValueError, naming the file and the field, if the file cannot be read or as profile_rates does.
     """
     if name_or_file in PROFILES:
-        return load_profile(name_or_file, tp_size, link_gb_s)
+        values = {"source": f"assumed: {name_or_file}", **PROFILES[name_or_file]}
+        return with_link(profile_rates(values, name_or_file, tp_size), link_gb_s)
     path = Path(name_or_file)
     if not path.exists():
-        known = ", ".join(PROFILES)
-        raise ValueError(f"device_profile={name_or_file!r}: neither one of {known} nor a file")
+        raise ValueError(f"device_profile={name_or_file!r}: neither one of {', '.join(PROFILES)} nor a file")
     values = {"source": f"assumed: {path.name}", **read_json(path)}
     if not isinstance(values["source"], str):
         raise ValueError(f"{path}: source={values['source']!r}: expected text")
-    return profile_rates(values | {"source": visible(values["source"])}, str(path), tp_size, link_gb_s)
+    return with_link(profile_rates(values | {"source": visible(values["source"])}, str(path), tp_size), link_gb_s)
 
 
 def read_device(path: Path) -> str:
     """The name of the device that a saved probe measured. Raises ValueError naming the file if it has none."""
     try:
         return str(read_json(path)["probe"]["device"])
-    except (ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         raise ValueError(f"{path}: is no saved probe: run `penstock probe` again, or delete it") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; run `penstock probe` again, or delete it") from None
 
 
 def save_profile(profile: dict[str, Any], path: Path) -> None:

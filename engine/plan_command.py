@@ -155,15 +155,11 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "streamed_bytes": residency.streamed_bytes,
         "free_tokens": free_tokens(pass_work(plan), plan.rates),
         "predictions": [_as_json(predict(plan, residency, n, context, "")) for n in sorted({1, best} - {0})],
-        "timeline_s": timeline_s(predict_timeline(plan.step_plan, _batch_one(plan, context), plan.rates)),
+        "timeline_s": timeline_s(predict_timeline(plan.step_plan, *step_seconds(plan, PassShape(1, 1, context)))),
         "attention_sinks": config.attention_sinks,
         "attention_window": config.attention_window,
         "notes": [*residency.notes, *filter(None, [plan.retention.describe()])],
     }
-
-
-def _batch_one(plan: EnginePlan, context: int):
-    return step_seconds(plan, PassShape(1, 1, context))
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:

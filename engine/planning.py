@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.device_profile import ASSUMED, find_profile, load_rates, read_device
+from engine.device_profile import ASSUMED, find_profile, load_profile, read_device
 from engine.model.coded_size import planned_bytes
 from engine.model.families import tensor_names
 from engine.model.fusion import fuse, fused_runs
@@ -30,7 +30,7 @@ from scheduler.request import INT32_MAX
 from scheduler.residency import Residency, plan_residency
 from scheduler.retention import KeepAll, Retention, SinksAndWindow
 from scheduler.step_plan import Compute, GroupId, RingLayout, StepPlan
-from scheduler.time_model import PassTime, Rates, predict_pass, step_s
+from scheduler.time_model import PassTime, Rates, launch_s, predict_pass, step_s
 
 MIB = 2**20
 # What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
@@ -191,7 +191,7 @@ def plan_rates(config: EngineConfig, tp_size: int, device: str, device_name: str
     with the link rate that the config gives, and without graphs if it wants none.
 
     `device_name`, where it is known, must be that of the saved probe; if it is not, `source` says so. Raises ValueError
-    as load_rates does.
+    as load_profile does.
     """
     rates = _load_rates(config, tp_size, "cpu" if device == "cpu" else "cuda", device_name)
     return replace(rates, node_latency_s=None) if config.enforce_eager else rates
@@ -199,14 +199,14 @@ def plan_rates(config: EngineConfig, tp_size: int, device: str, device_name: str
 
 def _load_rates(config: EngineConfig, tp_size: int, kind: str, device_name: str | None) -> Rates:
     if config.device_profile is not None:
-        return load_rates(config.device_profile, tp_size, config.link_gb_s)
+        return load_profile(config.device_profile, tp_size, config.link_gb_s)
     saved = find_profile(kind, tp_size)
     if saved is None:
-        return load_rates(ASSUMED[kind], tp_size, config.link_gb_s)
+        return load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
     measured = read_device(saved)
     if device_name in (None, measured):
-        return load_rates(str(saved), tp_size, config.link_gb_s)
-    rates = load_rates(ASSUMED[kind], tp_size, config.link_gb_s)
+        return load_profile(str(saved), tp_size, config.link_gb_s)
+    rates = load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
     return replace(rates, source=f"{rates.source}; the saved probe is of {measured}, not {device_name}")
 
 
@@ -256,10 +256,10 @@ def _pass_work(layout: ModelLayout, residency: Residency, steps: tuple[tuple[Ste
     return PassWork(residency.streamed_bytes, resident_bytes, steps, len(residency.coded), decoded_bytes)
 
 
-def step_seconds(plan: EnginePlan, shape: PassShape) -> Callable[[Compute], float]:
-    """The seconds of a step in a pass of this shape, for predict_timeline."""
+def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute], float], Rates, float]:
+    """What predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a launch."""
     work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
-    return lambda step: step_s(work(step), shape, plan.rates)
+    return lambda step: step_s(work(step), shape, plan.rates), plan.rates, launch_s(shape, plan.rates)
 
 
 def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from scheduler.pass_work import PassShape
+from scheduler.pass_work import LEAST_WHOLE_TOKENS, PassShape
 from scheduler.request import RowSampling
 
 _SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row
@@ -57,8 +57,10 @@ class Batch:
     @property
     def shape(self) -> PassShape:
         """What the time model needs to know of it."""
+        cached = sum(row.num_cached for row in self.rows)
         pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
-        return PassShape(self.num_tokens, len(self.rows), sum(row.num_cached for row in self.rows), pairs)
+        whole = sum(len(row.tokens) for row in self.rows if not row.start and len(row.tokens) >= LEAST_WHOLE_TOKENS)
+        return PassShape(self.num_tokens, len(self.rows), cached, pairs, cached + self.num_tokens - whole)
 
     def pack(self) -> list[int]:
         """The batch as one int32 message: its length, the number of rows, and the rows one after another."""

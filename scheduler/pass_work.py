@@ -7,20 +7,25 @@ from dataclasses import dataclass
 
 KV_SHARE = 0.72  # of the memory rate, at which decode attention reads keys and values; measured at 32k tokens
 ATTENTION_SHARE = 0.6  # of the GEMM rate, that prefill attention reaches; measured: 0.48 at 2000 tokens, 0.65 at 8000
+# Passes with a prompt in them copy the keys and values that their rows attend to before they attend, entry by entry, at
+# this share of the memory rate.
+GATHER_SHARE = 0.25
+LEAST_WHOLE_TOKENS = 1024  # of a row that starts in a pass: from here on it attends to its own keys, and copies none
 
 
 @dataclass(frozen=True)
 class PassShape:
     """What a pass computes: tokens, rows, and the tokens of KV that are there already, all rows together.
 
-    `num_pairs` are the pairs of a query and a token that it attends to, its own and those before; None: all rows are
-    alike.
+    `num_pairs` are the pairs of a query and a token that it attends to, its own and those before; `num_gathered` are
+    the tokens whose keys and values are copied if the pass is no decode pass. None: all rows are alike.
     """
 
     num_tokens: int
     num_rows: int
     context_tokens: int
     num_pairs: int | None = None
+    num_gathered: int | None = None
 
     @property
     def attended_pairs(self) -> float:
@@ -28,6 +33,16 @@ class PassShape:
             return self.num_pairs
         queries_a_row = self.num_tokens / max(self.num_rows, 1)
         return self.context_tokens * queries_a_row + self.num_tokens * (queries_a_row + 1) / 2
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Whose keys and values are copied: those of all rows, but in a decode pass, and of rows that are whole."""
+        if self.is_decode:
+            return 0
+        if self.num_gathered is not None:
+            return self.num_gathered
+        is_whole = not self.context_tokens and self.num_tokens >= LEAST_WHOLE_TOKENS * self.num_rows
+        return 0 if is_whole else self.context_tokens + self.num_tokens
 
     @property
     def is_decode(self) -> bool:
@@ -59,14 +74,19 @@ class StepWork:
     def nbytes(self, shape: PassShape) -> int:
         """Read and written in device memory."""
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
-        return self.weight_bytes + moved_bytes + self._kv_bytes(shape)
+        return self.weight_bytes + moved_bytes + self._kv_bytes(shape) + self._gathered_bytes(shape)
 
     def _kv_bytes(self, shape: PassShape) -> int:
         return (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
 
+    def _gathered_bytes(self, shape: PassShape) -> int:
+        """Read and written."""
+        return 2 * shape.gathered_tokens * self.kv_token_bytes
+
     def memory_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long at the memory rate."""
-        return self.nbytes(shape) + (1 / KV_SHARE - 1) * self._kv_bytes(shape)
+        slow_bytes = (1 / KV_SHARE - 1) * self._kv_bytes(shape) + (1 / GATHER_SHARE - 1) * self._gathered_bytes(shape)
+        return self.nbytes(shape) + slow_bytes
 
     def flops(self, shape: PassShape) -> float:
         linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops

@@ -10,11 +10,12 @@ same cost of a step (`step_s`):
 `latency` is that of a graph's node, or the time of the all-reduce that the step holds; memory is the bytes that it
 reads and writes at the read rate, compute its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
 cannot keep both units busy all the time, and where its bytes alone would take as long as its FLOPs it takes 1.4 times
-as long (tests/engine/test_predictions.py compares with what was measured). An eager step takes no less than its
-launch by the host.
+as long (tests/engine/test_predictions.py compares with what was measured). Steps that the host launches one by one
+take no less than their launches.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -56,7 +57,8 @@ class Rates:
 # h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their
 # links share the host; memory_gb_s and node_latency_s fit the linears of a captured decode pass on 1 and 4 ranks (a
 # kernel that only reads: 4130 to 4380 GB/s); gemm_tflops those of 2000 tokens; the reduces those of 4 KiB to 64 MiB on
-# four ranks in a graph; step_latency_s and pass_latency_s what the host takes for a launch and between two passes.
+# four ranks in a graph; step_latency_s and pass_latency_s what the host takes for an eager step (36 to 96 us, from run
+# to run) and between two passes.
 PROFILES: dict[str, dict[str, Any]] = {
     "h200": {
         "link_gb_s": [55.1, 53.1, 48.1, 40.4],
@@ -64,7 +66,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "gemm_tflops": 720.0,
         "reduce_latency_s": 4e-6,
         "reduce_gb_s": 200.0,
-        "step_latency_s": 8e-6,
+        "step_latency_s": 6e-5,
         "node_latency_s": 1.5e-6,
         "pass_latency_s": 2e-4,
         "decode_gb_s": 2050.0,
@@ -83,21 +85,6 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_profile(name: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
-    """The rates of PROFILES for a rank among `tp_size`; `link_gb_s` wins."""
-    return profile_rates({"source": f"assumed: {name}", **PROFILES[name]}, name, tp_size, link_gb_s)
-
-
-def profile_rates(values: dict[str, Any], where: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
-    """The rates of a rank among `tp_size` from the fields of Rates; `link_gb_s` wins.
-
-    A profile's `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum.
-    What stands under `probe`, the figures behind a measured profile, is not looked at.
-    Raises ValueError, naming `where` they stand and the field, if a field is missing, unknown or bad.
-    """
-    return with_link(_rates(values, where, tp_size), link_gb_s)
-
-
 def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
     """The rates with the link as given, if it is."""
     if link_gb_s is None:
@@ -105,12 +92,18 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
     return replace(rates, link_gb_s=link_gb_s, source=f"{rates.source}, link as given")
 
 
-def _rates(values: dict[str, Any], source: str, tp_size: int) -> Rates:
+def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
+    """The rates of a rank among `tp_size`, from a profile's values: the fields of Rates.
+
+    `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum. What stands
+    under `probe`, the figures behind a measured profile, is not looked at. Raises ValueError, beginning with `where`
+    and naming the field, if one is missing, unknown or bad.
+    """
     values = {name: value for name, value in values.items() if name != "probe"}
     known = {field.name for field in fields(Rates)}
     optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "decode_gb_s", "memory_bytes"}
     for name in values.keys() - known:
-        raise ValueError(f"{source}: unknown field {name!r}; known: {', '.join(sorted(known))}")
+        raise ValueError(f"{where}: unknown field {name!r}; known: {', '.join(sorted(known))}")
     links = values.get("link_gb_s")
     if isinstance(links, list) and links and all(map(_is_rate, links)):
         values["link_gb_s"] = links[tp_size - 1] if tp_size <= len(links) else links[-1] * len(links) / tp_size
@@ -120,7 +113,7 @@ def _rates(values: dict[str, Any], source: str, tp_size: int) -> Rates:
             continue
         if not _is_rate(value, zero=name.endswith("_latency_s")):
             raise ValueError(
-                f"{source}: {name}={value!r}: expected a {'number' if value is None else 'positive number'}"
+                f"{where}: {name}={value!r}: expected a {'number' if value is None else 'positive number'}"
             )
     return Rates(**values)
 
@@ -148,33 +141,59 @@ class PassTime:
 def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
     """The time of one pass: the longer of the two lanes, and what neither hides."""
     parts = {
-        "link": work.streamed_bytes / (rates.link_gb_s * GB),
+        "link": link_s(work.streamed_bytes, rates),
         "memory": sum(count * step.memory_bytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
         "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
         "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
-        "decode": decode_s(work.decoded_bytes, work.num_decoded, _latency_s(shape, rates), rates),
+        "decode": decode_s(work.decoded_bytes, work.num_decoded, rates),
     }
-    compute_lane_s = sum(count * step_s(step, shape, rates) for step, count in work.steps) + parts["decode"]
-    total_s = max(parts["link"], compute_lane_s) + rates.pass_latency_s
+    total_s = pass_s(work.streamed_bytes, steps_s(work.steps, shape, rates), parts["decode"], rates)
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
     )
 
 
+def pass_s(streamed_bytes: int, all_steps_s: float, all_decode_s: float, rates: Rates) -> float:
+    """Seconds of a pass, by what its copies, its steps and its decoding take."""
+    return max(link_s(streamed_bytes, rates), all_steps_s + all_decode_s) + rates.pass_latency_s
+
+
+def link_s(nbytes: int, rates: Rates) -> float:
+    """Seconds of a copy of `nbytes` from the host."""
+    return nbytes / (rates.link_gb_s * GB)
+
+
+def steps_s(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> float:
+    """Seconds of all steps of a pass: of what they do, or of their launches where these take longer."""
+    launches_s = launch_s(shape, rates) * sum(count for step, count in steps if not step.is_idle)
+    return max(sum(count * step_s(step, shape, rates) for step, count in steps), launches_s)
+
+
+def launch_s(shape: PassShape, rates: Rates) -> float:
+    """Seconds that the host takes to launch a step beside a GPU that does those before; none of a graph."""
+    return 0.0 if _is_graph(shape, rates) or rates.node_latency_s is None else rates.step_latency_s
+
+
 def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
-    """Seconds of one step of a pass: its latency, and what it moves and computes."""
+    """Seconds of one step of a pass: its latency, and what it moves and computes. A CPU launches nothing ahead: there a
+    step takes no less than its latency."""
     if work.is_idle:
         return 0.0
+    return max(_device_s(work, shape, rates), rates.step_latency_s if rates.node_latency_s is None else 0.0)
+
+
+def _device_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     moves_s = work.memory_bytes(shape) / (rates.memory_gb_s * GB)
     busy_s = math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
-    latency_s = _reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0
-    return max(latency_s + busy_s, 0.0 if _is_graph(shape, rates) else rates.step_latency_s)
+    return busy_s + (_reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0)
 
 
-def decode_s(nbytes: int, num_groups: int, latency_s: float, rates: Rates) -> float:
-    """Seconds of decoding so many groups to `nbytes` together; a kernel's latency is that of a step."""
-    return nbytes / (rates.decoding_gb_s * GB) + num_groups * KERNELS_A_GROUP * latency_s
+def decode_s(nbytes: int, num_groups: int, rates: Rates) -> float:
+    """Seconds of decoding so many groups to `nbytes` together: a group has KERNELS_A_GROUP nodes of a graph, or takes
+    as long as a step takes the host where there are no graphs."""
+    latency_s = rates.step_latency_s if rates.node_latency_s is None else KERNELS_A_GROUP * rates.node_latency_s
+    return nbytes / (rates.decoding_gb_s * GB) + num_groups * latency_s
 
 
 def reduce_s(nbytes: int, rates: Rates) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scheduler.step_plan import COMPUTE, COPY, Compute, Decode, Event, Prefetch, StepPlan
-from scheduler.time_model import GB, Rates, decode_s
+from scheduler.time_model import Rates, decode_s, link_s
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,28 @@ class Span:
     end_s: float
 
 
-def predict_timeline(plan: StepPlan, compute_s: Callable[[Compute], float], rates: Rates) -> list[Span]:
+def predict_timeline(
+    plan: StepPlan, compute_s: Callable[[Compute], float], rates: Rates, launch_s: float = 0.0
+) -> list[Span]:
     """Replays the plan: each lane in its order, an instruction not before the events that it waits for.
 
-    `compute_s` gives the seconds of a compute step. The spans are in the plan's order; the last one's end, that of
-    the join, is the time of the pass (see `timeline_s`).
+    `compute_s` gives the seconds of a compute step, which the host launches in `launch_s`, one after another. The spans
+    are in the plan's order; the last one's end, that of the join, is the time of the pass (see `timeline_s`).
     """
-    clock = {COMPUTE: 0.0, COPY: 0.0}
+    clock, host_s = {COMPUTE: 0.0, COPY: 0.0}, 0.0
     at: dict[Event, float] = {}
     spans = []
     for instruction in plan.instructions:
         before = clock[instruction.lane]
         start = end = max([before, *(at[event] for event in instruction.waits)])
         if isinstance(instruction, Compute):
+            host_s += launch_s
+            start = max(start, host_s)
             end = start + compute_s(instruction)
         elif isinstance(instruction, Decode):
-            latency_s = rates.step_latency_s if rates.node_latency_s is None else rates.node_latency_s
-            end = start + decode_s(instruction.place.nbytes, 1, latency_s, rates)
+            end = start + decode_s(instruction.place.nbytes, 1, rates)
         elif isinstance(instruction, Prefetch):
-            end = start + instruction.slot.nbytes / (rates.link_gb_s * GB)
+            end = start + link_s(instruction.slot.nbytes, rates)
         else:
             start = before
         clock[instruction.lane] = end

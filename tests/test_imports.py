@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "engine.tokenizer_files": ("engine.user_files",),
     "engine.prompts": ("engine.user_files",),
     "engine.model": ("parallel", "engine.kernels", "engine.user_files", "scheduler.step_plan"),
+    "engine.model.attention": ("engine.kernels", "engine.model", "scheduler.pass_work"),  # what the time model knows
     "engine.model.inputs": ("engine.model", "scheduler.batch", "scheduler.request", "scheduler.step_plan"),  # as data
     "engine.weights": (
         *("engine.model.spec", "engine.model.layout", "engine.model.coded_size", "engine.model.families"),

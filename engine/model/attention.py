@@ -24,10 +24,11 @@ from engine.kernels.rope_append import rotate_
 from engine.model.inputs import CachedLayer, GatheredContext, PagedContext, RowRange
 from engine.model.spec import ModelSpec
 from engine.model.steps import KEYS_AT_ONCE
+from scheduler.pass_work import LEAST_WHOLE_TOKENS
 
 Context = GatheredContext | PagedContext
 
-LEAST_WHOLE_TOKENS, WHOLE_STEP_TOKENS = 1024, 512  # from where cuDNN pays, and what its lengths are multiples of
+WHOLE_STEP_TOKENS = 512  # what cuDNN's lengths are multiples of; it pays from LEAST_WHOLE_TOKENS on
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"whole": 0, "gathered": 0}
 

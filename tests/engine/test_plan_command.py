@@ -12,13 +12,14 @@ import pytest
 import penstock
 from engine import cli
 from engine.config import EngineConfig
+from engine.device_profile import load_profile
 from engine.flags import config_from_args
 from engine.model.families import read_config, read_spec, tensor_names
 from engine.model.layout import model_layout
 from engine.planning import make_engine_plan, pass_work, step_seconds
 from scheduler.pass_work import PassShape
 from scheduler.plan_check import validate
-from scheduler.time_model import load_profile, predict_pass
+from scheduler.time_model import predict_pass
 from scheduler.timeline import predict_timeline, timeline_s
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def test_the_replayed_plan_is_near_the_bounds(fraction, num_tokens, tp_size):
     made = make_engine_plan(config, spec_of(SMALL), tp_size, 141 * 10**9, load_profile("h200", tp_size))
     assert pass_work(made).num_reduces == (65 if tp_size > 1 else 0)
     shape = PassShape(num_tokens, 1, num_tokens)
-    replayed = timeline_s(predict_timeline(made.step_plan, step_seconds(made, shape), made.rates))
+    replayed = timeline_s(predict_timeline(made.step_plan, *step_seconds(made, shape)))
     assert replayed == pytest.approx(predict_pass(pass_work(made), shape, made.rates).total_s, rel=0.15)
 
 

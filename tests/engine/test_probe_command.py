@@ -6,7 +6,7 @@ import pytest
 from commands import TORCHRUN, Command
 
 from engine import cli
-from engine.device_profile import cache_directory, load_rates
+from engine.device_profile import cache_directory, load_profile
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 
@@ -21,7 +21,7 @@ def test_alone_in_words_and_the_planner_takes_it(capsys, monkeypatch, tmp_path):
     shown = capsys.readouterr()
     assert "1 rank of " in shown.out and "no GPU: the link is a copy within host memory" in shown.out
     assert f"kept in {tmp_path}/penstock/cpu-1.json" in shown.err
-    rates = load_rates(str(tmp_path / "penstock" / "cpu-1.json"))
+    rates = load_profile(str(tmp_path / "penstock" / "cpu-1.json"))
     assert rates.link_gb_s > 0.1 and rates.memory_gb_s > 0.1 and rates.gemm_tflops > 0 and rates.step_latency_s > 0
     assert cli.main(["plan", "--model", "demo", "--device", "cpu", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["rates"]

@@ -8,6 +8,7 @@ import pytest
 
 from engine import cli
 from engine.config import EngineConfig
+from engine.device_profile import load_profile
 from engine.model.families import read_config, read_spec
 from engine.pass_profile import profile_pass
 from engine.planning import find_model, make_engine_plan
@@ -16,7 +17,6 @@ from engine.runtime.trace import Span, label
 from engine.traced_run import TracedRun
 from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY
-from scheduler.time_model import load_profile
 
 SHAPE = PassShape(2, 2, 100)
 STEP_S, COPY_S = 1e-3, 4e-3

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from engine.device_profile import load_profile
 from scheduler.code_choice import CodeDoesNotPay, CodeOffer, choose_code, settle
 from scheduler.demand import Demand
 from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.residency import Residency, plan_residency
 from scheduler.step_plan import GroupId
-from scheduler.time_model import load_profile, predict_pass
+from scheduler.time_model import predict_pass
 
 GIB = 2**30
 ATTN, FFN, HEAD = 84 * 2**20, 352 * 2**20, 1050 * 2**20

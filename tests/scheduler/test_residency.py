@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.device_profile import load_profile
 from scheduler.demand import Demand, show_bytes
 from scheduler.plan_build import default_ring_bytes, minimum_ring_bytes
 from scheduler.residency import CPU_KV_BYTES, plan_residency
 from scheduler.residency_table import Prediction, Variant, table
 from scheduler.spread import spread_resident
 from scheduler.step_plan import GroupId
-from scheduler.time_model import PassTime, load_profile
+from scheduler.time_model import PassTime
 
 GIB = 2**30
 ATTN, FFN, HEAD = 84 * 2**20, 352 * 2**20, 1050 * 2**20

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from scheduler.pass_work import ATTENTION_SHARE, KV_SHARE, PassShape, PassWork, StepWork
-from scheduler.time_model import Rates, free_tokens, load_profile, predict_pass, step_s
+from engine.device_profile import load_profile
+from scheduler.pass_work import ATTENTION_SHARE, GATHER_SHARE, KV_SHARE, PassShape, PassWork, StepWork
+from scheduler.time_model import Rates, free_tokens, predict_pass, step_s, steps_s
 
 RATES = Rates(link_gb_s=50.0, memory_gb_s=4000.0, gemm_tflops=800.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
 READ = StepWork("read", weight_bytes=10**9, token_flops=10**9, kv_token_bytes=10**5)
@@ -45,24 +46,57 @@ def test_bytes_and_flops_follow_the_shape():
     step = StepWork("all", 1, token_bytes=10, row_bytes=100, kv_token_bytes=1000, token_flops=1, row_flops=10)
     step = dataclasses.replace(step, attention_flops=100)
     shape = PassShape(num_tokens=6, num_rows=2, context_tokens=50)
-    assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + (50 + 6) * 1000
+    assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + (50 + 6) * 1000 + 2 * 56 * 1000  # all of it copied before
     pairs = 50 * 3 + 2 * (1 + 2 + 3)  # three queries a row, each attends to what is there, itself and those before
     assert step.flops(shape) == 6 + 2 * 10 + pairs * 100
     assert step.gemm_flops(shape) == pytest.approx(6 + 2 * 10 + pairs * 100 / ATTENTION_SHARE)
 
 
-def test_an_eager_step_is_no_shorter_than_its_launch():
+def test_what_the_host_launches_is_no_shorter_than_its_launches():
     """Decode passes are graphs, where there are graphs."""
     tiny = StepWork("norm", token_bytes=8)
     prefill = PassShape(2, 1, 2)
     gpu, cpu = rates(step_latency_s=8e-6, node_latency_s=2e-6), rates(step_latency_s=8e-6)
-    assert step_s(tiny, DECODE, gpu) == pytest.approx(2e-6, rel=1e-3)
-    assert step_s(tiny, prefill, gpu) == step_s(tiny, prefill, cpu) == step_s(tiny, DECODE, cpu) == 8e-6
+    assert (step_s(tiny, DECODE, gpu), step_s(tiny, prefill, gpu)) == pytest.approx((2e-6, 2e-6), rel=1e-3)
+    assert step_s(tiny, prefill, cpu) == step_s(tiny, DECODE, cpu) == 8e-6
     launches = PassWork(0, 0, ((tiny, 100),))
     graph, eager = (predict_pass(launches, shape, gpu) for shape in (DECODE, prefill))
     assert graph.bound == eager.bound == "launch"
     assert (graph.launch_s, eager.launch_s) == pytest.approx((2e-4, 8e-4))
-    assert step_s(READ, prefill, gpu) > 2e-4  # what computes longer hides its launch
+    assert (graph.total_s, eager.total_s) == pytest.approx((2e-4, 8e-4), rel=1e-3)
+    assert steps_s(((READ, 1), (tiny, 5)), prefill, gpu) > 2e-4  # what computes longer hides launches
+
+
+def test_the_host_runs_ahead_of_a_gpu_and_not_of_a_cpu():
+    """By hand: a step of 1 ms and ten of nothing, launched for 50 us each."""
+    steps = ((StepWork("read", weight_bytes=4 * 10**9), 1), (StepWork("norm", token_bytes=1), 10))
+    prefill = PassShape(2, 1, 2)
+    gpu, cpu = rates(step_latency_s=5e-5, node_latency_s=0.0), rates(step_latency_s=5e-5)
+    assert steps_s(steps, prefill, gpu) == pytest.approx(1e-3, rel=1e-3)
+    assert steps_s(steps, prefill, replace_latency(gpu, 2e-4)) == pytest.approx(11 * 2e-4)
+    assert steps_s(steps, prefill, cpu) == pytest.approx(1e-3 + 10 * 5e-5)
+
+
+def replace_latency(given: Rates, step_latency_s: float) -> Rates:
+    return dataclasses.replace(given, step_latency_s=step_latency_s)
+
+
+@pytest.mark.parametrize(
+    "shape, gathered",
+    [
+        (PassShape(4, 4, 400), 0),  # decode passes read pages where they lie
+        (PassShape(1024, 1, 0), 0),  # a long row that starts here attends to its own keys
+        (PassShape(1023, 1, 0), 1023),
+        (PassShape(1024, 1, 512), 1536),
+        (PassShape(2046, 2, 0), 2046),
+        (PassShape(1030, 7, 600, num_gathered=606), 606),
+    ],
+)
+def test_what_is_copied_before_it_is_attended_to(shape, gathered):
+    step = StepWork("attention", kv_token_bytes=1000)
+    assert shape.gathered_tokens == gathered
+    in_use = (shape.context_tokens + shape.num_tokens) * 1000
+    assert step.memory_bytes(shape) == pytest.approx(in_use / KV_SHARE + 2 * gathered * 1000 / GATHER_SHARE)
 
 
 def test_a_step_of_nothing_costs_nothing():

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
+
+from engine.device_profile import load_profile
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan
 from scheduler.step_plan import Compute, GroupId, RingLayout
-from scheduler.time_model import load_profile
 from scheduler.timeline import predict_timeline, timeline_s
 
 RATES = load_profile("h200")
@@ -42,6 +44,15 @@ def test_the_timeline_of_a_resident_pass_is_the_sum_of_its_steps():
     steps, _ = two_layers()
     spans = predict_timeline(make_plan(steps, RingLayout(0, 0, ())), lambda step: 0.25, RATES)
     assert timeline_s(spans) == 1.25 and {span.lane for span in spans} == {"compute"}
+
+
+def test_a_step_starts_no_sooner_than_it_was_launched():
+    """Launched at 0.3, 0.6, ... 1.5 s, and each takes 0.25 s, the last one 1 s."""
+    steps, _ = two_layers()
+    plan = make_plan(steps, RingLayout(0, 0, ()))
+    spans = predict_timeline(plan, lambda step: 1.0 if step.step == "sample" else 0.25, RATES, launch_s=0.3)
+    assert [span.start_s for span in spans] == pytest.approx([0.3, 0.6, 0.9, 1.2, 1.5])
+    assert timeline_s(spans) == pytest.approx(2.5)
 
 
 def test_lanes_never_overlap_themselves():
