@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from engine_proof import as_on_a_gpu
 from failing_rows import (
     OPTIONS,
     PARAMS,
@@ -19,6 +20,7 @@ from failing_rows import (
     poison,
     run,
 )
+from kernel_registry import KERNELS
 from oracle.checkpoints import write_checkpoint
 
 from engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
@@ -65,6 +67,29 @@ def test_a_row_fails_alone(checkpoint, tokens, poisoned, monkeypatch, lookahead,
             assert_at_rest(llm)
             llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
             assert fill_all_pages(llm) == filled
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_row_fails_alone_in_the_decode_passes_of_a_gpu(checkpoint, tokens, poisoned, monkeypatch, lookahead):
+    """Padded, over the paged cache, with tokens by letter; kernels by their references. Log probabilities, which are
+    taken behind such a pass, and penalties do not mind a row without a token."""
+    monkeypatch.setattr(Rank, "lookahead", lookahead)
+    for kernel in KERNELS.values():
+        if kernel.names:
+            kernel.put_in(monkeypatch, kernel.reference)
+    with LLM(checkpoint, **ON_CPU) as llm:
+        as_on_a_gpu(llm)
+        stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
+    with WARNS, LLM(poisoned, **ON_CPU) as llm:
+        as_on_a_gpu(llm)
+        for _ in range(2):
+            failed = run(llm, PARAMS)
+            assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
+            assert_same_bits(failed, stopped)
+            assert_at_rest(llm)
+            llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
+            assert fill_all_pages(llm) == filled
+        assert llm.rank.worker.executor.decode.mailbox.num_sent > 10
 
 
 @pytest.mark.timeout(120)
