@@ -129,8 +129,8 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"prompt {place}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        token_ids = self.tokenizer.encode(prompt) if text is not None else list(prompt)
         vocab_size = self.rank.plan.spec.vocab_size
+        token_ids = self.tokenizer.encode(prompt, vocab_size) if text is not None else list(prompt)
         for token in token_ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
                 raise ValueError(f"prompt {place}: token id {token!r} is not in 0..{vocab_size - 1}")

@@ -72,6 +72,8 @@ class Sequence:
         self.request, self.index, self.tokenizer = request, index, tokenizer
         self.stream = tokenizer.stream(request.prompt_token_ids) if tokenizer else None
         self.stops = StopStrings(request.params.stop)
+        special = tokenizer.special_ids if tokenizer else {}  # which the text does not show
+        self.stop_tokens = {special[stop]: stop for stop in request.params.stop if stop in special}
         self.on_text = on_text
         self._pieces: list[str] = []  # a string would be copied for each token of a long text
         self.logprobs: list[dict[int, Logprob]] = []
@@ -80,6 +82,8 @@ class Sequence:
         """Takes in a sampled token. Returns the stop string that it completed, if any."""
         if self.stream is None:
             return None
+        if token in self.stop_tokens:
+            return self.flush() or self.stop_tokens[token]
         emitted, stop = self.stops.push(self.stream.push(token))
         self._emit(emitted)
         return stop

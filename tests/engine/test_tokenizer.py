@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_backends import byte_fallback, byte_level
 
+from engine.output import Sequence
 from engine.tokenizer import StopStrings, Tokenizer
+from scheduler.request import Request, SamplingParams
 
 DEMO = Path(__file__).parents[2] / "engine" / "demo_model"
 TEXTS = [
@@ -114,6 +116,28 @@ def test_stream_outlives_revised_text():
     good = [byte(value) for value in "é".encode()]
     texts = streamed(tokenizer, tokenizer.encode("h"), [*good, byte(0xFF), letter, letter, *good])
     assert "".join(texts).startswith("é") and "".join(texts).endswith("aaé")
+
+
+def test_an_id_that_the_model_does_not_know_is_refused_by_its_token(tokenizer):
+    ids = tokenizer.encode("hello")
+    assert tokenizer.encode("hello", max(ids) + 1) == ids and tokenizer.encode("", 2) in ([0], [1])
+    with pytest.raises(
+        ValueError, match=rf"^tokenizer.json: token '.+' .* id {max(ids)}, .* ids are 0\.\.{max(ids) - 1}:"
+    ):
+        tokenizer.encode("hello", max(ids))
+
+
+@pytest.mark.parametrize("held", ["", "x"])
+def test_a_special_token_is_a_stop_string_too(held):
+    """The text does not show it; what was held back for another stop string comes out."""
+    tokenizer, emitted = Tokenizer(byte_level()), []
+    prompt, output = tokenizer.encode("hello"), tokenizer.encode(" world" + held)[1:]
+    params = SamplingParams(stop=["xy", "</s>"])
+    sequence = Sequence(Request(0, prompt, params), 0, tokenizer, emitted.append)
+    assert [sequence.push(token) for token in output] == [None] * len(output)
+    assert "".join(emitted) == " world"
+    assert sequence.push(tokenizer.special_ids["</s>"]) == "</s>"
+    assert "".join(emitted) == " world" + held == sequence.output().text
 
 
 def test_unknown_ids_give_no_text(tokenizer):
