@@ -149,7 +149,7 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"prompt {place}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        token_ids = self.tokenizer.encode(prompt) if text is not None else _as_tokens(place, prompt)
+        token_ids = self.tokenizer.encode(prompt, self.vocab_size) if text is not None else _as_tokens(place, prompt)
         for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
             wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if wrong is not None:

@@ -6,6 +6,7 @@ Text goes to stdout (with --json one object a prompt), the table to stderr, with
 
 import argparse
 import sys
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.generate_command import (
@@ -16,12 +17,14 @@ from engine.generate_command import (
     say_outputs,
     say_transfers,
 )
-from engine.prompts import read_prompts
+from engine.prompts import Prompt, read_prompts
+from engine.split.channel import DeviceSideFailed
 from engine.split.flags import add_split_arguments
 from engine.split.llm import FIXED, SplitLLM
 from engine.split.permutation import NOTICE
 from engine.split.report import difference, transfer_table
 from engine.split.transfers import PERMUTED, SplitConfig
+from scheduler.request import SamplingParams
 
 CONFIG_FIELDS = (
     *("model", "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
@@ -34,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_arguments(parser)
     add_split_arguments(parser)
     parser.add_argument("--process", action="store_true", help="run the device side as a process of its own")
+    text = "seconds that the process has for each answer beside its work (default: %(default)g)"
+    parser.add_argument("--timeout-s", type=float, default=SplitConfig.timeout_s, metavar="NUMBER", help=text)
     kinds = "; ".join(f"{name}: {text}" for name, text in PERMUTED.items())
     text = f"permute what the device side sees ({kinds}); {NOTICE}".replace("%", "%%")
     parser.add_argument("--permute", default=(), metavar="NAMES", help=text)
@@ -43,7 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     params, prompts = sampling_params(args), read_prompts(args.prompt, args.prompts_file)
     options = {name: value for name, value in config.to_dict().items() if name not in FIXED}
-    split = SplitConfig(args.wire_dtype, args.attention, args.process, args.permute, args.permute_key)
+    split = SplitConfig(
+        args.wire_dtype, args.attention, args.process, args.permute, args.permute_key, timeout_s=args.timeout_s
+    )
+    try:
+        return _generate(args, split, options, prompts, params)
+    except DeviceSideFailed as error:  # nobody's mistake here, and no traceback of ours says more
+        print(f"penstock: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _generate(
+    args: argparse.Namespace, split: SplitConfig, options: dict[str, Any], prompts: list[Prompt], params: SamplingParams
+) -> int:
     with SplitLLM(split=split, **options) as llm:
         llm.check(prompts, params)
         if split.permute:

@@ -49,11 +49,16 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder().items()
         return {token.content: token_id for token_id, token in added if token.special}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, vocab_size: int | None = None) -> list[int]:
         """Token ids, with the special tokens that the file's post-processor adds. Raises ValueError that names the file
-        if it cannot encode this text."""
+        if it cannot encode this text, or has an id in it that no model of `vocab_size` ids knows."""
         with library_errors(f"{self.file}: cannot encode a text of {len(text)} characters"):
-            return self.backend.encode(text).ids
+            ids = self.backend.encode(text).ids
+        if vocab_size is not None and max(ids, default=0) >= vocab_size:
+            token = self.backend.id_to_token(max(ids))
+            known = f"the model's ids are 0..{vocab_size - 1}: is it this model's tokenizer?"
+            raise ValueError(f"{self.file}: token {token!r} of the prompt has id {max(ids)}, and {known}")
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens; bytes that are no UTF-8 become U+FFFD. Unknown ids give no text. Raises

@@ -90,7 +90,9 @@ MAY_IMPORT = {
         *("engine.config", "engine.kernels", "engine.llm", "engine.model", "engine.planning", "engine.runtime"),
         *("engine.step_cost", "engine.weights", "parallel", "scheduler"),
     ),
-    "engine.split_command": ("engine.config", "engine.generate_command", "engine.prompts", "engine.split"),
+    "engine.split_command": (
+        *("engine.config", "engine.generate_command", "engine.prompts", "engine.split", "scheduler.request"),
+    ),
     "engine.split_device_command": ("engine.config", "engine.split.channel", "parallel.failure"),
     "engine.worker_command": ("engine.config", "engine.runtime.rank", "parallel"),
     "penstock": ("engine.streams", "engine.version", "parallel.failure"),

@@ -4,12 +4,11 @@ What it does not know: what an operation computes, what the host side does betwe
 """
 
 import contextlib
-import json
+import dataclasses
+import itertools
 import math
-import os
 import socket
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -17,16 +16,21 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.planning import find_model, make_engine_plan, plan_rates
+from engine.split.deadline import LEAST_LOAD_BYTES_S, Until, call_s, load_s
+from engine.split.device_process import DeviceProcess, shown
 from engine.split.device_side import DeviceSide
-from engine.split.frames import Header, receive_header, receive_tensors, send
+from engine.split.frames import Connection, Header, receive_header, receive_tensors, send
 from engine.weights.read_model import read_model
-from parallel.launch import WORKER_COMMAND, python_path
 from parallel.ledger import Site, TransferLedger
 
-DEVICE_COMMAND = (*WORKER_COMMAND[:-1], "split-device")
+READY = Site("ready", -1)  # of the frame that says that the weights are there
 FAILED = "failed"  # the operation of an answer that is an error's text
 MOST_TEXT_BYTES = 2**16
-CLOSE_S = 5.0
+MOST_HEADER_SHOWN = 400  # characters
+
+
+class DeviceSideFailed(RuntimeError):
+    """The device side failed, is gone, took too long or answered what it was not asked."""
 
 
 class Channel(Protocol):
@@ -36,7 +40,7 @@ class Channel(Protocol):
 
     def call(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
         """Has the device side compute `site` of `tensors`; its answer, of the shape of `out`, is written there. Floats
-        cross in the wire dtype. Raises RuntimeError if the device side fails, is gone or answers something else."""
+        cross in the wire dtype. Raises DeviceSideFailed; no call after that is answered."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -52,7 +56,8 @@ class InProcess:
     def call(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
         sent = [to_wire(tensor, self._wire_dtype) for tensor in tensors]
         answer = to_wire(self.device_side.run(site, sent), self._wire_dtype)
-        _check_answer(Header.of(site, [answer]), site, self._wire_dtype, out)
+        _check_header(Header.of(site, [answer]), _expected(site, self._wire_dtype, out))
+        _check_values(answer, site)
         self.ledger.add(site, sum(tensor.nbytes for tensor in sent), answer.nbytes)
         out.copy_(answer)
 
@@ -61,64 +66,77 @@ class InProcess:
 
 
 class Subprocess:
-    """The device side is a process of its own at the other end of a local socket. It ends with this one."""
+    """The device side is a process of its own at the other end of a local socket, and not trusted. It has `timeout_s`
+    seconds to get ready and for each call, beside those that loading `weights_bytes` and the call's own work take at
+    most (deadline.py). Whatever goes wrong ends it."""
 
-    def __init__(self, config: EngineConfig, wire_dtype: torch.dtype):
+    def __init__(self, config: EngineConfig, wire_dtype: torch.dtype, timeout_s: float, weights_bytes: int):
         self.ledger = TransferLedger()
-        self._wire_dtype = wire_dtype
-        self._connection, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                DEVICE_COMMAND,
-                stdin=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": python_path()},
-                start_new_session=True,  # Ctrl-C is this process's to handle
-            )
-            wire_name = str(wire_dtype).removeprefix("torch.")
-            told = {"config": config.to_dict(), "wire_dtype": wire_name, "socket": theirs.fileno()}
-        with contextlib.suppress(BrokenPipeError):  # it died at once: the first call says so
-            self._process.stdin.write(json.dumps(told).encode() + b"\n")
-            self._process.stdin.flush()
+        self._wire_dtype, self._timeout_s, self._weights_bytes = wire_dtype, timeout_s, weights_bytes
+        self._is_ready, self._failure, self._numbers = False, None, itertools.count(1)
+        # paths as this process finds them; rates decide nothing there, and prompts are not its business
+        own = {"model": str(find_model(config.model).absolute()), "tokenizer": None, "device_profile": "cpu"}
+        told = dataclasses.replace(config, **own).to_dict()
+        self._process = DeviceProcess({"config": told, "wire_dtype": str(wire_dtype).removeprefix("torch.")})
+        self._connection = self._process.connection
 
     def call(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
+        if self._failure is not None:
+            raise DeviceSideFailed(f"the device side is gone: {self._failure}")
         sent = [to_wire(tensor, self._wire_dtype) for tensor in tensors]
         try:
-            send(self._connection, site, sent)
-            answer = self._answer(site, out)
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"the device side is gone ({self._exit()})") from error
-        except BaseException:
-            self._connection.close()  # what is still in it belongs to no later call
+            self._await_ready()
+            answer = self._exchange(site, sent, out)
+        except BaseException as error:
+            self._failure = str(error) if isinstance(error, DeviceSideFailed) else f"a call ended by {error!r}"
+            self._process.kill()  # what is still in the connection belongs to no later call
             raise
         self.ledger.add(site, sum(tensor.nbytes for tensor in sent), answer.nbytes)
         out.copy_(answer)
 
-    def _answer(self, site: Site, out: Tensor) -> Tensor:
-        """Nothing is allocated for an answer that was not asked for: this side does not trust the other."""
-        try:
-            header = receive_header(self._connection)
-        except ValueError as error:
-            raise RuntimeError(f"the device side answered {error}") from error
-        if header.site.operation == FAILED and len(header.shapes) == 1 and 0 < _text_bytes(header) <= MOST_TEXT_BYTES:
-            (text,) = receive_tensors(self._connection, header)
-            raise RuntimeError(f"the device side failed at {site}: {bytes(text.tolist()).decode(errors='replace')}")
-        _check_answer(header, site, self._wire_dtype, out)
-        return receive_tensors(self._connection, header)[0]
+    def _await_ready(self) -> None:
+        if not self._is_ready:
+            why = f"for {self._weights_bytes / 2**30:.3g} GiB of weights at {LEAST_LOAD_BYTES_S / 1e6:.0f} MB/s"
+            with self._within(load_s(self._weights_bytes), "is not ready", why) as connection:
+                _check_header(self._header(connection), Header(READY, ()))
+            self._is_ready = True
 
-    def _exit(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return f"exit code {self._process.wait(CLOSE_S)}"
-        return "it closed the connection"
+    def _exchange(self, site: Site, sent: list[Tensor], out: Tensor) -> Tensor:
+        """Nothing is allocated for an answer that was not asked for: this side does not trust the other."""
+        expected = _expected(site, self._wire_dtype, out, next(self._numbers) % 2**32)
+        with self._within(call_s(sent, out), f"has not answered {site}", "for the work of this call") as connection:
+            send(connection, site, sent, expected.number)
+            header = self._header(connection)
+            if is_text(header):
+                (text,) = receive_tensors(connection, header)
+                said = bytes(text.tolist()).decode(errors="replace")
+                raise DeviceSideFailed(f"the device side failed at {site}: {shown(said)}")
+            _check_header(header, expected)
+            (answer,) = receive_tensors(connection, header)
+        _check_values(answer, site)
+        return answer
+
+    @contextlib.contextmanager
+    def _within(self, work_s: float, late: str, why: str) -> Iterator[Connection]:
+        """The connection for as long as the work may take. Raises DeviceSideFailed after that, or if it breaks."""
+        limit_s = self._timeout_s + work_s
+        try:
+            yield Until(self._connection, limit_s)
+        except TimeoutError:
+            parts = f"timeout_s={self._timeout_s:g}, and {work_s:.3g} s {why}"
+            raise DeviceSideFailed(f"the device side {late} after {limit_s:.4g} s ({parts})") from None
+        except (EOFError, OSError) as error:
+            raise DeviceSideFailed(f"the device side is gone ({self._process.how_it_ended()})") from error
+
+    @staticmethod
+    def _header(connection: Connection) -> Header:
+        try:
+            return receive_header(connection)
+        except ValueError as error:
+            raise DeviceSideFailed(f"the device side answered {error}") from error
 
     def close(self) -> None:
-        self._connection.close()
-        try:
-            self._process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdin.close()
+        self._process.close()
 
 
 def run_device_side(config: EngineConfig, wire_dtype: str, connection: socket.socket) -> None:
@@ -129,9 +147,10 @@ def run_device_side(config: EngineConfig, wire_dtype: str, connection: socket.so
 
 
 def serve(connection: socket.socket, device_side: DeviceSide, wire_dtype: torch.dtype) -> None:
-    """The device side's whole life: answers calls until the host side closes the connection. An error is told to the
-    host side, and raised."""
+    """The device side's whole life: says that it is ready, and answers calls until the host side closes the connection.
+    An error is told to the host side, and raised."""
     with connection:
+        send(connection, READY, [])
         while True:
             try:
                 header = receive_header(connection)
@@ -141,10 +160,10 @@ def serve(connection: socket.socket, device_side: DeviceSide, wire_dtype: torch.
             try:
                 answer = to_wire(device_side.run(header.site, tensors), wire_dtype)
             except Exception as error:
-                text = repr(error).encode()[:MOST_TEXT_BYTES]
-                send(connection, Site(FAILED, header.site.layer_idx), [torch.frombuffer(text, dtype=torch.uint8)])
+                text = torch.frombuffer(repr(error).encode()[:MOST_TEXT_BYTES], dtype=torch.uint8)
+                send(connection, Site(FAILED, header.site.layer_idx), [text], header.number)
                 raise
-            send(connection, header.site, [answer])
+            send(connection, header.site, [answer], header.number)
 
 
 def to_wire(tensor: Tensor, wire_dtype: torch.dtype) -> Tensor:
@@ -152,12 +171,25 @@ def to_wire(tensor: Tensor, wire_dtype: torch.dtype) -> Tensor:
     return tensor.to(wire_dtype) if tensor.is_floating_point() else tensor
 
 
-def _check_answer(header: Header, site: Site, wire_dtype: torch.dtype, out: Tensor) -> None:
-    expected = Header(site, ((wire_dtype, tuple(out.shape)),))
-    if header != expected:
-        raise RuntimeError(f"the device side answered {header} where {expected} was asked for")
-
-
-def _text_bytes(header: Header) -> int:
+def is_text(header: Header) -> bool:
+    """Whether an error's text follows, of a size that is believed."""
+    if header.site.operation != FAILED or len(header.shapes) != 1:
+        return False
     ((dtype, dims),) = header.shapes
-    return math.prod(dims) if dtype == torch.uint8 else MOST_TEXT_BYTES + 1
+    return dtype == torch.uint8 and 0 < math.prod(dims) <= MOST_TEXT_BYTES
+
+
+def _expected(site: Site, wire_dtype: torch.dtype, out: Tensor, number: int = 0) -> Header:
+    return Header(site, ((wire_dtype, tuple(out.shape)),), number)
+
+
+def _check_header(header: Header, expected: Header) -> None:
+    if header != expected:
+        told = repr(header)
+        told = told if len(told) <= MOST_HEADER_SHOWN else f"{told[:MOST_HEADER_SHOWN]}..."
+        raise DeviceSideFailed(f"the device side answered {told} where {expected} was asked for")
+
+
+def _check_values(answer: Tensor, site: Site) -> None:
+    if not answer.isfinite().all():
+        raise DeviceSideFailed(f"the device side answered {site} with NaN or infinity")

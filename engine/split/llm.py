@@ -50,7 +50,7 @@ class SplitRank(Rank):
     def _channel(self) -> Channel:
         wire_dtype = getattr(torch, self.split.wire_dtype)
         if self.split.process:
-            return Subprocess(self.config, wire_dtype)
+            return Subprocess(self.config, wire_dtype, self.split.timeout_s, self.plan.layout.nbytes)
         return InProcess(DeviceSide(self.config, self.plan), wire_dtype)
 
     @property

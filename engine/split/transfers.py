@@ -44,13 +44,15 @@ PERMUTED = {
     HEAD_DIM: "the dims of heads, for attention",
 }
 LEAST_KEY_BYTES = 16
+MOST_TIMEOUT_S = 10**6
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How a split execution crosses; `process`: the device side is a process of its own. `permute`: some of
-    PERMUTED, or their names in a string with commas; the device side sees these in another order. `permute_key`: the
-    key of the permutations in hex; None draws one.
+    """How a split execution crosses; `process`: the device side is a process of its own, which has `timeout_s` seconds
+    for each answer beside what its work takes on the slowest machine (deadline.py). `permute`: some of PERMUTED, or
+    their names in a string with commas; the device side sees these in another order. `permute_key`: the key of the
+    permutations in hex; None draws one.
 
     Raises ValueError, naming the field, for a value that is not known."""
 
@@ -59,6 +61,7 @@ class SplitConfig:
     process: bool = False
     permute: tuple[str, ...] | str = ()
     permute_key: str | None = field(default=None, repr=False)  # a secret
+    timeout_s: float = 60.0
 
     def __post_init__(self):
         for name, known in (("wire_dtype", WIRE_DTYPES), ("attention", tuple(ATTENTION_WAYS))):
@@ -66,6 +69,9 @@ class SplitConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
         if not isinstance(self.process, bool):
             raise ValueError(f"process={self.process!r}: expected True or False")
+        is_number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
+        if not is_number or not 0 < self.timeout_s <= MOST_TIMEOUT_S:
+            raise ValueError(f"timeout_s={self.timeout_s!r}: expected seconds, above 0 and at most {MOST_TIMEOUT_S}")
         names = self.permute.split(",") if isinstance(self.permute, str) else self.permute
         if not isinstance(names, list | tuple) or not all(name in tuple(PERMUTED) for name in names):
             raise ValueError(f"permute={self.permute!r}: expected {' or '.join(PERMUTED)}, or both with a comma")

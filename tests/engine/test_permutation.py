@@ -272,7 +272,7 @@ def test_the_key_does_not_reach_the_device_process(monkeypatch):
             told.append(repr((command, options)).encode())
             self.stdin = Kept(self.stdin, told)
 
-    monkeypatch.setattr("engine.split.channel.subprocess.Popen", Popen)
+    monkeypatch.setattr("engine.split.device_process.subprocess.Popen", Popen)
     asked = [[*range(100, 140)]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     options = {"dtype": "float32", "max_model_len": 100}
     with SplitLLM("demo", SplitConfig(permute=ALL, permute_key=KEY.hex(), process=True), **options) as llm:

@@ -116,6 +116,15 @@ def test_stream_outlives_revised_text():
     assert "".join(texts).startswith("é") and "".join(texts).endswith("aaé")
 
 
+def test_an_id_that_the_model_does_not_know_is_refused_by_its_token(tokenizer):
+    ids = tokenizer.encode("hello")
+    assert tokenizer.encode("hello", max(ids) + 1) == ids and tokenizer.encode("", 2) in ([0], [1])
+    with pytest.raises(
+        ValueError, match=rf"^tokenizer.json: token '.+' .* id {max(ids)}, .* ids are 0\.\.{max(ids) - 1}:"
+    ):
+        tokenizer.encode("hello", max(ids))
+
+
 def test_unknown_ids_give_no_text(tokenizer):
     assert tokenizer.decode([10**6]) == ""
 
