@@ -133,9 +133,9 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
     config = replace(config, trace=config.trace or TRACE)
     params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
     with LLM(**config.to_dict()) as llm:
+        llm.check([0] * args.input_len, params)  # before as many are made for each row
         numbers = random.Random(config.seed)
         vocabulary = range(llm.rank.plan.spec.vocab_size)
-        llm.check([0] * args.input_len, params)  # before as many are made for each row
         prompts = [numbers.choices(vocabulary, k=args.input_len) for _ in range(args.batch_size)]
         llm.check(prompts, params)
         speaks = llm.rank.topology.rank == 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from engine.flags import Parser
 from engine.planning import find_model
 from engine.record import add_output_argument, keep, machine
 from engine.runtime.measure import GPU_BYTES, decode_seconds, link_buffers, link_gb_s, seconds
@@ -26,6 +27,7 @@ from parallel.collectives import Solo
 from parallel.launch import run_rank
 from parallel.shard import Piece
 from parallel.topology import resolve_topology
+from scripts.entry import run_script
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (4096, 3584))  # the last: two ranks' cut of a row in four
 CPU_ROWS = 256  # of each shape; bits a weight do not depend on it
@@ -121,7 +123,7 @@ def measured_link(device: torch.device) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--model", nargs="*", default=["demo"], help="directories of safetensors checkpoints")
     parser.add_argument("--rows", type=int, default=None, help=f"of each shape (default: all, on a CPU {CPU_ROWS})")
@@ -152,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(main))
+    sys.exit(run_rank(lambda: run_script(main)))

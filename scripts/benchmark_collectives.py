@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from engine.flags import Parser
 from engine.probe_report import WAYS, reduce_lines
 from engine.record import add_output_argument, keep, machine
 from engine.runtime.copies import copy_pieces, cut
@@ -23,6 +24,7 @@ from parallel.collectives import Collectives
 from parallel.group import run_in_group
 from parallel.launch import resolve_launch, run_rank
 from parallel.topology import Topology
+from scripts.entry import run_script
 
 GPU_PIECE_BYTES, CPU_PIECE_BYTES = 64 * 2**20, 2**20
 NUM_PIECES, IN_FLIGHT = 4, 2
@@ -45,7 +47,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--size-kib", type=int, nargs="+", default=None, help="default: 4 to 65536 (on a CPU 1024)")
@@ -86,4 +88,4 @@ def beside_copies(
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(main))
+    sys.exit(run_rank(lambda: run_script(main)))

@@ -17,12 +17,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.flags import Parser
 from engine.kernels import argmax, decode_attention, draw, linear
 from engine.kernels import filter as filters
 from engine.kernels.gated_activation import gated_activation
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
 from engine.record import add_output_argument, keep, machine
+from scripts.entry import run_script
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 LAYER, HEAD = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (128256, 4096)
@@ -138,7 +140,7 @@ def measure(calls: Sequence[Callable[[], object]], num_calls: int, replays: int 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one token, fewer variants and replays")
     add_output_argument(parser)
     args = parser.parse_args()
@@ -166,4 +168,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

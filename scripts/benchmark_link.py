@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from engine.flags import Parser
 from engine.probe_report import show_size
 from engine.record import add_output_argument, keep, machine
 from engine.runtime.copies import copy_pieces, cut
@@ -25,6 +26,7 @@ from parallel.collectives import Collectives
 from parallel.group import run_in_group
 from parallel.launch import resolve_launch, run_rank
 from parallel.topology import Topology
+from scripts.entry import run_script
 
 MIB = 2**20
 PERIOD_S = 1e-3  # from one all-reduce to the next
@@ -154,7 +156,7 @@ def print_row(row: dict) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--piece-mib", type=int, nargs="*", default=[1, 4, 16, 64, 256], help="beside the whole buffer")
     parser.add_argument("--in-flight", type=int, nargs="*", default=[1, 2, 4], help="limits of pieces to try")
@@ -182,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(main))
+    sys.exit(run_rank(lambda: run_script(main)))

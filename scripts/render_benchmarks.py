@@ -7,16 +7,19 @@ penstock[plot]).
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+from engine.flags import Parser
 from scripts.benchmark_page import read_records, render
 from scripts.benchmark_plots import draw_all
+from scripts.entry import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=ROOT / "benchmarks", metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", metavar="FOLDER", help="of page and pictures")
     args = parser.parse_args()
@@ -28,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

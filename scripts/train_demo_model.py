@@ -30,6 +30,7 @@ import math
 import platform
 import re
 import shutil
+import sys
 import sysconfig
 import tempfile
 import time
@@ -41,6 +42,9 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from engine.flags import Parser
+from scripts.entry import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_PERCENT = 5  # share of modules
@@ -240,7 +244,7 @@ def greedy_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str) ->
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the demo model on the text that ships with CPython.")
+    parser = Parser(description="Train the demo model on the text that ships with CPython.")
     parser.add_argument("--out", type=Path, default=ROOT / "engine" / "demo_model", help="checkpoint folder")
     parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "demo_model.json")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
@@ -305,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

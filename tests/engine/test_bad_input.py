@@ -178,6 +178,22 @@ OPTIONS = [
     Bad("pages", r"num_pages=1: expected at least 2 \(page 0 is reserved", options={"num_pages": 1}),
     Bad("too few pages", r"num_pages=3: 32 tokens fit, and max_model_len=100 is asked",
         options={"num_pages": 3, "max_model_len": 100}),
+    Bad("too many ranks", r"tensor_parallel_size=257: expected a positive integer, at most 256",
+        options={"tensor_parallel_size": 257}),
+    Bad("too many rows", r"max_num_seqs=65537: expected a positive integer, at most 65536",
+        options={"max_num_seqs": 65537}),
+    Bad("too many tokens", r"max_num_batched_tokens=1048577: expected a positive integer, at most 1048576",
+        options={"max_num_batched_tokens": 2**20 + 1}),
+    Bad("a huge page", r"page_size=65537: expected a positive integer, at most 65536", options={"page_size": 65537}),
+    Bad("huge pages", r"num_pages=2147483648: expected a positive integer, at most", options={"num_pages": 2**31}),
+    Bad("a huge seed", r"^(?:penstock: error: )?seed=18446744073709551616: expected an integer of 64 bits",
+        options={"seed": 2**64}),
+    Bad("a huge order", r"page_order_seed=-9223372036854775809: expected an integer of 64 bits",
+        options={"page_order_seed": -(2**63) - 1}),
+    Bad("too much memory", r"gpu_memory: '?1152921504606846977'?: .* at most 1152921504606846976 \(1 EiB\)",
+        options={"gpu_memory": 2**60 + 1}),
+    Bad("a link beyond all", r"link_gb_s=10000000\.0: expected a positive rate, from 0\.001 to 1e\+06",
+        options={"link_gb_s": 1e7}),
     Bad("rows", r"max_num_seqs=0: expected a positive integer", options={"max_num_seqs": 0}),
     Bad("tokens", r"max_num_batched_tokens=0: expected a positive integer", options={"max_num_batched_tokens": 0}),
     Bad("fewer tokens than rows", r"max_num_batched_tokens=7 is less than max_num_seqs=8: .*; raise the one or lower",
@@ -191,6 +207,31 @@ OPTIONS = [
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
     ),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["max_num_seqs", "seed", "page_order_seed", "gpu_memory", "ring", "resident", "link_gb_s", "trace"]
+)
+def test_a_number_that_python_does_not_write_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"^{name}(=|: )\(a number of over 4300 digits\): "):
+        LLM(**{name: 10**5000})
+
+
+def test_memory_that_the_system_refuses_is_one_line_that_says_what_it_is_for(capfd):
+    """More than there are addresses: no machine has them."""
+    arguments = ["generate", "--prompt", "a", "--num-pages", str(2**31 - 1), "--page-size", "65536"]
+    assert main(arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.search(r"^penstock: error: the system refuses so much host memory \(.*KV cache \d.*num_pages", line)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_a_trace_goes_to_a_file(tmp_path, kind, nothing_begins):
+    path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "directory": tmp_path}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"^--trace {path}: is a {kind}, and a file is expected$"):
+        LLM(trace=path)
 
 
 @pytest.fixture

@@ -59,6 +59,27 @@ def test_a_place_that_is_not_there_is_refused_first(capsys, tmp_path):
     assert "no such directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "times, message",
+    [
+        (["--start-ms", "nan"], "--start-ms nan: expected a finite number"),
+        (["--end-ms", "inf"], "--end-ms inf: expected a finite number"),
+        (["--start-ms", "2", "--end-ms", "2"], "--start-ms 2: expected less than --end-ms 2"),
+    ],
+)
+def test_times_that_cannot_be_drawn_are_refused_first(capsys, tmp_path, monkeypatch, times, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["trace", "nowhere", *times, *OPTIONS]) == 2
+    assert capsys.readouterr().err == f"penstock: error: {message}\n"
+
+
+def test_a_prompt_longer_than_the_model_is_refused_before_others_are_made(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.traced_run.random", None)  # which makes the tokens
+    assert cli.main(["trace", "demo", "--device", "cpu", "--input-len", "1048576"]) == 2
+    assert "the prompt has 1048576 tokens, and at most 511 fit" in capsys.readouterr().err
+
+
 def test_every_instruction_has_a_colour():
     names = {
         "acquire 3.ffn": "wait", "prefetch 0.attn (next pass)": "attn weights", "prefetch head": "head",

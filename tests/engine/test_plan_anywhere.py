@@ -1,0 +1,45 @@
+"""`penstock plan` starts nothing: it runs in a cluster's environment, and shows names as they are."""
+
+import json
+
+import pytest
+
+from engine import cli
+from engine.planning import find_model
+from scheduler.time_model import PROFILES
+
+
+@pytest.mark.parametrize(
+    "environment, flags, tp_size",
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, [], 1),  # a pod's, without torchrun
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ["-tp", "4"], 4),
+        ({"RANK": "x", "WORLD_SIZE": "y", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, [], 1),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, [], 2),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["-tp", "4"], 4),
+    ],
+)
+def test_the_environment_of_a_launcher_stops_no_plan(capsys, monkeypatch, environment, flags, tp_size):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["plan", "--model", "demo", "--json", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["tp_size"] == tp_size
+
+
+def test_a_mistake_in_a_pod_is_said_at_once(capsys, monkeypatch):
+    """Only torchrun's ranks wait for rank 0, which has found the same one."""
+    monkeypatch.setattr(cli.time, "sleep", lambda s: pytest.fail("waited"))
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert cli.main(["plan", "--model", "nowhere"]) == 2
+    assert "no such file or directory" in capsys.readouterr().err
+
+
+def test_terminal_escapes_in_a_path_and_a_profile_are_seen(capsys, tmp_path):
+    model = tmp_path / "a\x1b[31m"
+    model.write_text(find_model("demo").joinpath("config.json").read_text())
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(PROFILES["h200"] | {"source": "mine\x1b[2J"}))
+    assert cli.main(["plan", "--model", str(model), "--device-profile", str(profile)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and r"a\x1b[31m (llama)" in shown and r"rates (mine\x1b[2J)" in shown
