@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 256 * 2**20  # of a file; the largest index and tokenizer files that are published have under 40 MiB
+MAX_JSON_VALUES = 4_000_000  # each takes up to 200 bytes; the largest tokenizer files have 2 million
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 20  # of an integer: 2**64 has as many
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -111,10 +112,15 @@ def read_json(path: str | Path, ignored: Collection[str] = ()) -> dict[str, Any]
 
 def parse_json(text: bytes | str, where: str, ignored: Collection[str] = ()) -> Any:
     """JSON as Python has it, without the fields of the whole that are `ignored`, whatever they hold. Raises ValueError,
-    beginning with `where`, if it is not UTF-8, not JSON, or nested deeper than MAX_JSON_DEPTH, or has a name twice in
-    one object or a number of over 20 digits or beyond a float."""
+    beginning with `where`, if it is not UTF-8, not JSON, has more than MAX_JSON_VALUES or is nested deeper than
+    MAX_JSON_DEPTH, or has a name twice in one object or a number of over 20 digits or beyond a float."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    except ValueError as error:
+        raise ValueError(f"{where}: is not JSON: {error}") from None
+    if sum(map(decoded.count, ",[{")) > MAX_JSON_VALUES:
+        raise ValueError(f"{where}: has more than {MAX_JSON_VALUES} values, the most that are read")
+    try:
         content = json.loads(
             decoded, parse_int=_integer, parse_float=_float, object_pairs_hook=lambda pairs: _object(pairs, where)
         )
@@ -151,20 +157,20 @@ def _float(text: str) -> float | _TooLarge:
 
 
 def _check(content: Any, where: str) -> None:
-    """Refuses numbers and depths by the field that has them, without recursion."""
-    left: list[tuple[Any, str, int]] = [(content, "", 0)]
-    while left:
-        value, field, depth = left.pop()
-        if isinstance(value, _TooLarge):
-            raise ValueError(f"{where}: {field or 'it'} is {value.text}, a number that is too large")
-        if isinstance(value, dict | list):
-            if depth == MAX_JSON_DEPTH:
-                raise ValueError(f"{where}: {field[:200]} is nested deeper than {MAX_JSON_DEPTH} objects and lists")
-            inner = value.items() if isinstance(value, dict) else enumerate(value)
-            left += [
-                (one, f"{field}.{name}" if field else f"{name}", depth + 1) for name, one in inner if _is_open(one)
-            ]
-
-
-def _is_open(value: Any) -> bool:
-    return isinstance(value, dict | list | _TooLarge)
+    """Refuses numbers and depths by the field that has them. One iterator for each object or list that is open: without
+    recursion, and in little memory."""
+    path, opened = [], [iter([("", content)])]
+    while opened:
+        name, value = next(opened[-1], (None, None))
+        if name is None:
+            opened.pop()
+            path = path[:-1]
+        elif isinstance(value, _TooLarge):
+            field = ".".join(map(str, [*path[1:], name]))[:200] or "it"
+            raise ValueError(f"{where}: {field} is {value.text}, a number that is too large")
+        elif isinstance(value, dict | list):
+            path = [*path, name]
+            if len(opened) > MAX_JSON_DEPTH:
+                field = ".".join(map(str, path[1:]))[:200]
+                raise ValueError(f"{where}: {field} is nested deeper than {MAX_JSON_DEPTH} objects and lists")
+            opened.append(iter(value.items() if isinstance(value, dict) else enumerate(value)))

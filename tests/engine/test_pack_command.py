@@ -186,15 +186,14 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_run_that_is_asked_to_end_leaves_nothing(plain, packed, tmp_path, number):
+@pytest.mark.parametrize("command, number", [("pack", signal.SIGTERM), ("unpack", signal.SIGHUP)])
+def test_a_run_that_is_asked_to_end_leaves_nothing(plain, packed, tmp_path, command, number):
     """So that the next one is not in its way."""
-    for command, model in (("pack", plain), ("unpack", packed)):
-        arguments = [command, "--model", model, "--out", tmp_path / "out", "--device", "cpu"]
-        script = [sys.executable, "-c", ENDING, int(number), *arguments]
-        done = subprocess.run([*map(str, script)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert (done.returncode, done.stderr) == (128 + number, "")
-        assert sorted(os.listdir(tmp_path)) == ["packed", "plain"]
+    arguments = [command, "--model", {"pack": plain, "unpack": packed}[command], "--out", tmp_path / "out"]
+    script = [sys.executable, "-c", ENDING, int(number), *arguments, "--device", "cpu"]
+    done = subprocess.run([*map(str, script)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (128 + number, "")
+    assert sorted(os.listdir(tmp_path)) == ["packed", "plain"]
 
 
 def test_signals_are_as_they_were_after_a_run(plain, tmp_path):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from engine import user_files
 from engine.user_files import MAX_JSON_DEPTH, check_output, open_file, parse_json, read_bytes, read_json
 
 
@@ -59,6 +60,26 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
         raise AssertionError("opened")
     with pytest.raises(ValueError, match="File name too long"):
         read_bytes(tmp_path / ("a" * 300))
+
+
+def test_as_many_values_are_read_as_fit_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(user_files, "MAX_JSON_VALUES", 10)
+    assert read_json(write(tmp_path, '{"a": [[], {}, 1, 2, 3]}')) == {"a": [[], {}, 1, 2, 3]}
+    for text in ('{"a": [[], {}, 1, 2, 3, [], []]}', '{"a": [' + "1," * 10 + "1]}", "[" * 11):
+        with pytest.raises(ValueError, match=r"config\.json: has more than 10 values"):
+            read_json(write(tmp_path, text))
+
+
+def test_a_field_is_named_by_its_whole_path():
+    text = '{"a": [{"b": {}}, {"c": [1, {}, {"d": 1e999}]}], "e": 1}'
+    with pytest.raises(ValueError, match=r"^x: a\.1\.c\.2\.d is 1e999, a number that is too large"):
+        parse_json(text, "x")
+    with pytest.raises(ValueError, match=r"^x: it is 1e999"):
+        parse_json("1e999", "x")
+    deepest = "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH
+    assert parse_json(deepest, "x") is not None
+    with pytest.raises(ValueError, match=r"^x: 0\.0\..* is nested deeper"):
+        parse_json(f"[{deepest}]", "x")
 
 
 def test_a_file_is_read_up_to_a_bound(tmp_path):
