@@ -41,7 +41,7 @@ class LLM:
         self.rank = self._start()
         residency = self.rank.plan.residency
         self.scheduler = Scheduler(
-            max_num_seqs=self.config.max_num_seqs,
+            max_num_seqs=self.rank.plan.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_model_len=longest_sequence(self.config, self.rank.plan),
             page_size=self.config.page_size,

@@ -85,7 +85,7 @@ def as_on_a_gpu(llm: LLM) -> None:
     """A CPU's engine fuses steps as a GPU's does, and decodes in padded buckets over the paged cache."""
     executor, spec = llm.rank.worker.executor, llm.rank.plan.spec
     run_steps(llm, spec, fuse(model_steps(spec), FUSED_ON_ONE_RANK))
-    limits = (llm.config.max_num_seqs, llm.rank.plan.residency.max_model_len)
+    limits = (llm.rank.plan.max_num_seqs, llm.rank.plan.residency.max_model_len)
     executor.decode = DecodePasses(executor, *limits, use_graphs=False)
 
 
@@ -95,7 +95,7 @@ def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
     decoded = {group.group: group.nbytes for group in llm.rank.plan.layout.groups if group.group in executor.coded}
     executor.plan = make_plan(steps, executor.plan.ring, decoded)
     dtype, device = executor.arena.dtype, executor.arena.data.device
-    most = (config.max_num_batched_tokens, config.max_num_seqs)
+    most = (config.max_num_batched_tokens, llm.rank.plan.max_num_seqs)
     sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, *most)
     offsets = lay_out_activations(executor.plan, sizes)
     nbytes = max(offset + sizes[name] for name, offset in offsets.items())

@@ -39,11 +39,11 @@ MAY_IMPORT = {
     ),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
-        *("engine.config", "engine.device_profile", "engine.planning"),
+        *("engine.config", "engine.device_profile", "engine.memory_claims", "engine.planning"),
     ),
     "engine": (
         *("engine.config", "engine.device_profile", "engine.model", "engine.planning", "engine.step_cost"),
-        *("engine.tokenizer", "parallel.shard", "scheduler"),
+        *("engine.memory_claims", "engine.tokenizer", "parallel.shard", "scheduler"),
     ),
     "engine.flags": ("engine.config",),
     "engine.cli": ("engine.flags", "engine.version", "parallel.failure"),
@@ -100,7 +100,7 @@ LATE_IMPORTS = {
 }
 PURE = [
     *("penstock", "engine.cli", "engine.config", "engine.device_profile", "engine.flags", "engine.probe_report"),
-    *("engine.planning", "engine.plan_command", "engine.step_cost"),
+    *("engine.memory_claims", "engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
     "engine.kernels.code_tile",
     *(f"engine.split.{name}" for name in ("transfers", "report", "flags")),

@@ -110,7 +110,7 @@ class Worker:
             poison=config.poison,
         )
         if device.type == "cuda":
-            limits = (config.max_num_seqs, residency.max_model_len)
+            limits = (plan.max_num_seqs, residency.max_model_len)
             executor.decode = DecodePasses(executor, *limits, use_graphs=not config.enforce_eager)
         return executor
 
@@ -128,7 +128,7 @@ class Worker:
             embed=embed,
             rope=rope,
             kv=make_cache(self.plan, config.page_size, num_kv_heads, rope),
-            sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
+            sampler=Sampler(self.plan.max_num_seqs, spec.vocab_size, device),
             collectives=collectives,
         )
 
