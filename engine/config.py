@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from scheduler.request import INT32_MAX, SEEDS, shown
 
+MOST_PLANNED_SEQS = 256  # of max_num_seqs, where it is not set
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
           "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
 
@@ -96,7 +97,9 @@ class EngineConfig:
     max_model_len: int | None = _option(
         None, "longest sequence in tokens (default: what the model and memory allow)", type=int
     )
-    max_num_seqs: int = _option(256, "most sequences in one pass", type=int)
+    max_num_seqs: int | None = _option(
+        None, "most sequences in one pass (default: those of the job, else planned; at most 256)", type=int
+    )
     max_num_batched_tokens: int = _option(
         8192, "most tokens in one pass, at least max_num_seqs; longer prompts are prefilled in chunks", type=int
     )
@@ -172,6 +175,18 @@ class EngineConfig:
         if not fits or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
             raise ValueError(f"{field.name}={shown(value)}: expected {expected}")
+
+    def for_job(self, num_seqs: int) -> "EngineConfig":
+        """The same config for a job of so many sequences, in which max_num_seqs is their number if it is not set, as
+        far as one pass takes them."""
+        if self.max_num_seqs is not None or not num_seqs:
+            return self
+        return dataclasses.replace(self, max_num_seqs=min(num_seqs, self.most_seqs))
+
+    @property
+    def most_seqs(self) -> int:
+        """The most sequences in one pass: as set, or as may be planned."""
+        return self.max_num_seqs or min(MOST_PLANNED_SEQS, self.max_num_batched_tokens)
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them; EngineConfig(**d) is the inverse."""

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     if is_whole and config.tokenizer is None and not has_tokenizer(config):  # said before the weights are loaded
         for place, prompt in enumerate(prompts):
             refuse_text(config, place, prompt, params)
-    with LLM(**config.to_dict()) as llm:
+    with LLM(**config.for_job(len(prompts) * params.n).to_dict()) as llm:
         llm.check(prompts, params)
         print(llm.rank.topology.describe(), file=sys.stderr)
         printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None

@@ -49,7 +49,7 @@ class LLM:
         self.vocab_size = self.rank.plan.spec.vocab_size
         residency = self.rank.plan.residency
         self.scheduler = Scheduler(
-            max_num_seqs=self.config.max_num_seqs,
+            max_num_seqs=self.rank.plan.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_model_len=longest_sequence(self.config, self.rank.plan),
             page_size=self.config.page_size,

@@ -13,11 +13,11 @@ from engine.model.spec import DTYPE_BYTES
 from engine.model.steps import activation_widths
 from engine.planning import (
     EnginePlan,
-    best_batch,
     decode_time,
     find_model,
     longest_sequence,
     make_engine_plan,
+    most_seqs,
     pass_work,
     plan_rates,
     step_seconds,
@@ -25,13 +25,13 @@ from engine.planning import (
 from engine.streams import visible
 from engine.weights.read_model import read_model_to_plan
 from parallel.launch import resolve_launch
-from scheduler.code_choice import choose_code
-from scheduler.demand import KV_LEN, show_bytes
+from scheduler.code_choice import Planned, choose_code
+from scheduler.demand import KV_LEN, Demand, show_bytes
 from scheduler.pass_work import PassShape
 from scheduler.plan_table import render
 from scheduler.request import INT32_MAX
 from scheduler.residency import Residency
-from scheduler.residency_table import Prediction, Variant, table
+from scheduler.residency_table import Prediction, Variant, gives_up, table
 from scheduler.time_model import free_tokens
 from scheduler.timeline import predict_timeline, timeline_s
 
@@ -96,45 +96,57 @@ def predict(plan: EnginePlan, residency: Residency, num_seqs: int, context: int,
     return Prediction(label, num_seqs, decode_time(pass_work(plan, residency), num_seqs, context, plan.rates))
 
 
-def variant(
-    plan: EnginePlan, context: int, label: str, weights_code: str | None = None, **changes: Any
-) -> Variant | None:
-    """Another split of the same engine, or None where it does not fit."""
-    demand, offer = dataclasses.replace(plan.demand, **changes), plan.offer
-    if weights_code is not None:
-        offer = dataclasses.replace(offer, choice=weights_code)
-    try:
-        _, residency = choose_code(offer, demand)
-    except ValueError:
-        return None
+def as_variant(plan: EnginePlan, planned: Planned, context: int, label: str) -> Variant | None:
+    """Another split of the same engine; None where not one sequence of the context fits."""
+    demand, residency = planned
     context = min(context, residency.max_model_len)
-    best = best_batch(plan, demand, residency, context)
+    best = most_seqs(demand, residency, context)
     if not best:
         return None
     one, many = (predict(plan, residency, n, context, label) for n in (1, best))
-    return Variant(label, residency.streamed_bytes, one, many)
+    return Variant(label, residency.streamed_bytes, residency.max_model_len, one, many)
+
+
+def variant(plan: EnginePlan, demand: Demand, context: int, label: str, choice: str | None = None) -> Variant | None:
+    """The split of another demand, with the same choice of code or another; None where it does not fit."""
+    offer = plan.offer if choice is None else dataclasses.replace(plan.offer, choice=choice)
+    try:
+        return as_variant(plan, choose_code(offer, demand), context, label)
+    except ValueError:
+        return None
 
 
 def variants(plan: EnginePlan, context: int) -> list[Variant]:
-    """What one more GiB buys, what other uses of the same memory give, and what coded weights gain."""
-    budget = plan.demand.memory_bytes
-    plain = [variant(plan, context, "weights_code=none", "none")] if plan.residency.coded else []
-    if budget is None:
-        return [each for each in plain if each is not None]
-    asked = {"resident": "auto", "num_pages": None}
-    made = [variant(plan, context, "one more GiB a rank", memory_bytes=budget + 2**30)]
-    for num_seqs in (1, 16):
-        if num_seqs < plan.demand.max_num_seqs:
-            made.append(variant(plan, context, f"auto, max_num_seqs={num_seqs}", **asked, max_num_seqs=num_seqs))
-    made += [variant(plan, context, f"resident={choice}", resident=choice) for choice in ("none", 0.5, "all")]
-    made += plain
+    """What one more GiB buys, what other uses of the same memory give, and the code that was not chosen."""
+    demand, made = plan.demand, []
+    if demand.memory_bytes is not None:
+        larger = dataclasses.replace(demand, memory_bytes=demand.memory_bytes + 2**30)
+        made.append(variant(plan, larger, context, "one more GiB a rank"))
+        free = dataclasses.replace(demand, resident="auto", num_pages=None)
+        for num_seqs in (1, 16):
+            if num_seqs < plan.max_num_seqs:
+                made.append(variant(plan, free.asked_for(num_seqs), context, f"auto, max_num_seqs={num_seqs}"))
+        for choice in ("none", 0.5, "all"):
+            made.append(variant(plan, dataclasses.replace(demand, resident=choice), context, f"resident={choice}"))
+    if demand.coded and (demand.memory_bytes is not None or plan.residency.streamed):
+        other = "none" if plan.residency.coded else "lossless"
+        made.append(variant(plan, demand, context, f"weights_code={other}", other))
     return [each for each in made if each is not None]
+
+
+def why_num_seqs(plan: EnginePlan) -> str:
+    """Where the number of sequences comes from."""
+    if not plan.demand.plans_num_seqs:
+        return "max_num_seqs as asked"
+    if plan.max_num_seqs == plan.demand.max_num_seqs:
+        return "as many as are planned without max_num_seqs"
+    return f"planned: the most tokens/s at {plan.kept.kv_len} tokens each; max_num_seqs says otherwise"
 
 
 def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, Any]:
     """The plan as plain values; units are in the names, everything is a rank's but tokens_s."""
     residency = plan.residency
-    best = best_batch(plan, plan.demand, residency, context)
+    best = most_seqs(plan.kept, residency, context)
     return {
         "num_parameters": plan.spec.num_parameters,
         "dtype": plan.dtype,
@@ -151,6 +163,8 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "num_pages": residency.num_pages,
         "max_model_len": longest_sequence(config, plan),
         "max_context": residency.max_model_len,
+        "max_num_seqs": plan.max_num_seqs,
+        "max_num_seqs_is": why_num_seqs(plan),
         "host_bytes": residency.host_bytes,
         "streamed_bytes": residency.streamed_bytes,
         "free_tokens": free_tokens(pass_work(plan), plan.rates),
@@ -158,7 +172,7 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "timeline_s": timeline_s(predict_timeline(plan.step_plan, *step_seconds(plan, PassShape(1, 1, context)))),
         "attention_sinks": config.attention_sinks,
         "attention_window": config.attention_window,
-        "notes": [*residency.notes, *filter(None, [plan.retention.describe()])],
+        "notes": [*residency.notes, *plan.notes],
     }
 
 
@@ -186,13 +200,13 @@ def _count(number: int) -> str:
 
 
 def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) -> str:
-    residency, best = plan.residency, best_batch(plan, plan.demand, plan.residency, context)
-    rows = [predict(plan, residency, 1, context, f"batch 1 at {context} tokens of context")]
-    if best > 1:
-        rows.append(predict(plan, residency, best, context, f"batch {best}, the best that fits"))
-    text = table(
-        residency, config.page_size, plan.rates, rows, variants(plan, context), free_tokens(pass_work(plan), plan.rates)
-    )
-    if plan.retention.describe():
-        text += f"\nnote: {plan.retention.describe()}"
+    this = as_variant(plan, (plan.kept, plan.residency), context, f"batch 1 at {context} tokens of context")
+    rows = [] if this is None else [this.one]
+    if this is not None and this.best.num_seqs > 1:
+        rows.append(dataclasses.replace(this.best, label=f"batch {this.best.num_seqs}, the most that fit"))
+    others = [(each, gives_up(this, each)) for each in variants(plan, context)] if this else []
+    seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(plan)}"
+    free = free_tokens(pass_work(plan), plan.rates)
+    text = table(plan.residency, config.page_size, seqs, plan.rates, rows, others, free)
+    text += "".join(f"\nnote: {note}" for note in plan.notes)
     return text + (f"\nnote: context cut from {asked} to {context}, the longest one" if asked > context else "")

@@ -12,41 +12,32 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.device_profile import ASSUMED, find_profile, load_profile, read_device
+from engine.memory_claims import DeviceMemory, MemoryClaims, describe_memory, engine_steps, memory_budget
 from engine.model.coded_size import planned_bytes
 from engine.model.families import tensor_names
-from engine.model.fusion import fuse, fused_runs
 from engine.model.layout import GroupLayout, ModelLayout, model_layout
 from engine.model.spec import ModelSpec
-from engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes, step_work
 from engine.user_files import named_errors, refuse_cache_root
-from parallel.shard import local_vocab_size
 from scheduler.code_choice import CodeOffer, choose_code, settle
-from scheduler.demand import Demand, show_bytes
+from scheduler.demand import Demand
+from scheduler.family import Cost
 from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.plan_build import make_plan
-from scheduler.plan_check import lay_out_activations
 from scheduler.request import INT32_MAX
-from scheduler.residency import Residency, plan_residency
+from scheduler.residency import Residency
 from scheduler.retention import KeepAll, Retention, SinksAndWindow
-from scheduler.step_plan import Compute, GroupId, RingLayout, StepPlan
+from scheduler.search import plan_fastest
+from scheduler.step_plan import Compute, GroupId, StepPlan
 from scheduler.time_model import PassTime, Rates, launch_s, predict_pass, step_s
-
-MIB = 2**20
-# What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
-CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
-COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
-GRAPHS_BYTES = 256 * MIB
-GEMM_WORKSPACE_BYTES = 64 * MIB
-PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
 
 @dataclass(frozen=True)
 class EnginePlan:
     """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
-    `activations_bytes`. `demand` is what was asked for, of plain weights, `offer` what coding them offers: to plan
-    variants; `kept` is the demand that was chosen, of which `residency` is. `steps` are what a rank does in a pass,
-    each with the number of times that it occurs."""
+    `activations_bytes`. `demand` is what was asked for and `offer` how weights may be coded, to plan variants; `kept`
+    is the demand with what was settled, of which `residency` is. `steps` are what a rank does in a pass, each with the
+    number of times that it occurs. `notes` say in a sentence each what a user should know of it."""
 
     spec: ModelSpec
     dtype: str
@@ -62,56 +53,80 @@ class EnginePlan:
     steps: tuple[tuple[StepWork, int], ...]
     activation_offsets: dict[str, int]
     activations_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most sequences in one pass: as asked for, or as planned."""
+        return self.kept.max_num_seqs
 
 
 def make_engine_plan(
-    config: EngineConfig, spec: ModelSpec, tp_size: int, device_memory_bytes: int | None, rates: Rates
+    config: EngineConfig,
+    spec: ModelSpec,
+    tp_size: int,
+    device_memory: DeviceMemory | int | None,
+    rates: Rates,
 ) -> EnginePlan:
-    """Plans one rank of `tp_size`. `device_memory_bytes` is the device's whole memory, None on a CPU.
+    """Plans one rank of `tp_size`. `device_memory` None is a CPU; a number is that of a device that is all free.
 
     Raises ValueError, with what would fit, if the config asks for more than there is, and if tp_size cannot be.
     """
+    if isinstance(device_memory, int):
+        device_memory = DeviceMemory(device_memory, device_memory)
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
-    retention = _retention(config, spec)
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
-    on_gpu = device_memory_bytes is not None
-    steps = model_steps(spec)
-    if on_gpu:
-        steps = fuse(steps, fused_runs(tp_size, spec.hidden_size))
-    sizes = activation_bytes(spec, dtype, tp_size, config.max_num_batched_tokens, config.max_num_seqs)
-    codable = _codable(config, spec, layout, dtype)
-    resident = make_plan(steps, RingLayout(0, 0, ()), {group.group: group.nbytes for group in codable})
-    offsets = lay_out_activations(resident, sizes)
-    total = max(offset + sizes[name] for name, offset in offsets.items())
-    demand = Demand(
+    claims = MemoryClaims(config, spec, dtype, tp_size, device_memory is not None, layout)
+    steps = engine_steps(spec, tp_size, device_memory is not None)
+    works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
+    counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
+    demand = _demand(config, claims, memory_budget(config, device_memory))
+    offer = CodeOffer(config.weights_code, Cost(counted, rates))
+    kept, residency = choose_code(offer, demand)
+    offsets, total = claims.activations(kept.max_num_seqs)
+    return EnginePlan(
+        spec=spec,
+        dtype=dtype,
+        tp_size=tp_size,
+        rates=rates,
+        layout=layout,
+        demand=demand,
+        offer=offer,
+        kept=kept,
+        retention=demand.retention,
+        residency=residency,
+        step_plan=_step_plan(steps, layout, residency),
+        steps=counted,
+        activation_offsets=offsets,
+        activations_bytes=total,
+        notes=tuple(filter(None, [demand.retention.describe(), describe_memory(config, device_memory)])),
+    )
+
+
+def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> Demand:
+    spec, layout = claims.spec, claims.layout
+    retention = _retention(config, spec)
+    token_bytes = kv_token_bytes(spec, claims.dtype, claims.tp_size)
+    return Demand(
         groups=tuple((group.group, group.nbytes) for group in layout.groups),
         embed_bytes=layout.embed.nbytes,
         # attention gathers the context of all rows, one layer at a time: one layer more than the cache itself has
-        page_bytes=config.page_size * kv_token_bytes(spec, dtype, tp_size) * (spec.num_layers + 1) // spec.num_layers,
+        page_bytes=config.page_size * token_bytes * (spec.num_layers + 1) // spec.num_layers,
         page_size=config.page_size,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=config.most_seqs,
         max_position=spec.max_position,
         resident=config.resident,
-        memory_bytes=memory_budget(config, device_memory_bytes),
-        fixed=_fixed_claims(config, spec, dtype, tp_size, on_gpu, sizes, total),
+        coded={group.group: planned_bytes(group) for group in _codable(config, spec, layout, claims.dtype)},
+        buffer_bytes=claims.decode_buffer,
+        memory_bytes=budget,
+        fixed=claims.fixed(config.most_seqs),
+        fixed_of=claims.fixed,
+        plans_num_seqs=config.max_num_seqs is None,
         ring_bytes=config.ring,
         max_model_len=_most_cached(config, retention),
         len_option="max_model_len" if retention.max_cached is None else "attention_sinks+attention_window",
         num_pages=config.num_pages,
         retention=retention,
-    )
-    works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
-    counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
-    offer = CodeOffer(
-        choice=config.weights_code,
-        coded={group.group: planned_bytes(group) for group in codable},
-        buffer_bytes=resident.decode_buffer_bytes,
-        pass_s=lambda kept: predict_pass(_pass_work(layout, kept, counted), PassShape(1, 1, 0), rates).total_s,
-    )
-    kept, residency = choose_code(offer, demand)
-    plan = _step_plan(steps, layout, residency)
-    return EnginePlan(
-        spec, dtype, tp_size, rates, layout, demand, offer, kept, retention, residency, plan, counted, offsets, total
     )
 
 
@@ -164,8 +179,8 @@ def settle_plan(plan: EnginePlan, coded_bytes: dict[GroupId, int]) -> EnginePlan
 
 
 def plain_plan(plan: EnginePlan) -> EnginePlan:
-    """The same engine with plain weights. Raises ValueError if it does not fit."""
-    return _with(plan, plan.demand, plan_residency(plan.demand))
+    """The same engine, for as many sequences, with plain weights. Raises ValueError if it does not fit."""
+    return _with(plan, *plan_fastest(plan.demand.asked_for(plan.max_num_seqs), plan.offer.cost, coded=False))
 
 
 def _with(plan: EnginePlan, kept: Demand, residency: Residency) -> EnginePlan:
@@ -210,50 +225,13 @@ def _load_rates(config: EngineConfig, tp_size: int, kind: str, device_name: str 
     return replace(rates, source=f"{rates.source}; the saved probe is of {measured}, not {device_name}")
 
 
-def memory_budget(config: EngineConfig, device_memory_bytes: int | None) -> int | None:
-    """Bytes a rank may use: gpu_memory, else the utilization's share; None (a CPU) has no limit.
-
-    Raises ValueError if gpu_memory is more than the device has.
-    """
-    if config.gpu_memory is None:
-        return None if device_memory_bytes is None else int(device_memory_bytes * config.gpu_memory_utilization)
-    if device_memory_bytes is not None and config.gpu_memory > device_memory_bytes:
-        asked, there = show_bytes(config.gpu_memory), show_bytes(device_memory_bytes)
-        raise ValueError(f"gpu_memory={asked}: the device has {there}")
-    return config.gpu_memory
-
-
-def _fixed_claims(
-    config: EngineConfig,
-    spec: ModelSpec,
-    dtype: str,
-    tp_size: int,
-    on_gpu: bool,
-    sizes: dict[str, int],
-    activations: int,
-) -> tuple[tuple[str, int], ...]:
-    logits = config.max_num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
-    # One activation that an operation made before it is copied in; the sampler's float32 logits, twice; penalties.
-    temporaries = max(sizes.values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
-    if config.attention_window is not None:  # copies, products and angles of the keys that are rotated at a time
-        temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
-    claims = [("activations", activations), ("workspace", temporaries + (GEMM_WORKSPACE_BYTES if on_gpu else 0))]
-    if on_gpu:
-        claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
-        claims += [("collectives", COLLECTIVES_BYTES)] if tp_size > 1 else []
-    return tuple(claims)
-
-
 def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
     """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
-    return _pass_work(plan.layout, residency or plan.residency, plan.steps)
-
-
-def _pass_work(layout: ModelLayout, residency: Residency, steps: tuple[tuple[StepWork, int], ...]) -> PassWork:
-    embed_bytes = 0 if residency.streamed else layout.embed.nbytes  # it is no group: few of its rows are read
-    decoded_bytes = sum(group.nbytes for group in layout.groups if group.group in residency.coded)
+    residency = residency or plan.residency
+    embed_bytes = plan.layout.embed.nbytes if residency.embed_resident else 0  # no group: few of its rows are read
+    decoded_bytes = sum(group.nbytes for group in plan.layout.groups if group.group in residency.coded)
     resident_bytes = residency.resident_bytes - embed_bytes
-    return PassWork(residency.streamed_bytes, resident_bytes, steps, len(residency.coded), decoded_bytes)
+    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps, len(residency.coded), decoded_bytes)
 
 
 def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute], float], Rates, float]:
@@ -268,12 +246,6 @@ def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates
 
 
 def most_seqs(demand: Demand, residency: Residency, context_tokens: int) -> int:
-    """Sequences of that many tokens that decode at once: as the KV cache and max_num_seqs allow."""
+    """Sequences of that many tokens that decode at once, as the KV cache and max_num_seqs allow; tokens/s rise with
+    each, since a pass over one more takes longer by less than its share."""
     return min(demand.max_num_seqs, (residency.num_pages - 1) // demand.pages(context_tokens))
-
-
-def best_batch(plan: EnginePlan, demand: Demand, residency: Residency, context_tokens: int) -> int:
-    """The number of sequences with the most tokens/s among those that fit; 0 if not one does."""
-    work, most = pass_work(plan, residency), most_seqs(demand, residency, context_tokens)
-    batches = range(1, most + 1)
-    return max(batches, key=lambda n: n / decode_time(work, n, context_tokens, plan.rates).total_s, default=0)

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     params, prompts = sampling_params(args), read_prompts(args.prompt, args.prompts_file)
+    config = config.for_job(len(prompts) * params.n)
     options = {name: value for name, value in config.to_dict().items() if name not in FIXED}
     split = SplitConfig(
         args.wire_dtype, args.attention, args.process, args.permute, args.permute_key, timeout_s=args.timeout_s

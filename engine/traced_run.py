@@ -128,9 +128,9 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
             raise ValueError(
                 f"{name}={value}: expected at least {least}, for a prefill and a decode pass, and at most {MOST}"
             )
+    config = replace(config.for_job(args.batch_size), trace=config.trace or TRACE)
     if args.batch_size > config.max_num_seqs:
         raise ValueError(f"batch_size={args.batch_size}: max_num_seqs is {config.max_num_seqs}")
-    config = replace(config, trace=config.trace or TRACE)
     params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
     with LLM(**config.to_dict()) as llm:
         llm.check([0] * args.input_len, params)  # before as many are made for each row

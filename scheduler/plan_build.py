@@ -1,7 +1,7 @@
 """Makes a StepPlan: gives streamed groups their slots in the ring and coded ones their places in the decode buffer, and
 adds the copy lane to a model's steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from scheduler.plan_check import validate
 from scheduler.step_plan import (
@@ -27,14 +27,17 @@ def minimum_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
     return max((nbytes for _, nbytes in streamed), default=0)
 
 
-def default_ring_bytes(streamed: list[tuple[GroupId, int]], num_wrapped: int = NUM_WRAPPED) -> int:
-    """A ring in which a copy never has to wait for the group that is being read: any three groups in a row fit, and
-    the last group of a pass beside the first ones of the next and its own predecessor."""
-    sizes = [nbytes for _, nbytes in streamed]
+def default_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
+    """A ring in which a copy never has to wait for the group that is being read (usual_ring_bytes)."""
+    return usual_ring_bytes([nbytes for _, nbytes in streamed])
+
+
+def usual_ring_bytes(sizes: Sequence[int], num_wrapped: int = NUM_WRAPPED) -> int:
+    """Of groups of these bytes, in the order of a pass: any three in a row fit, and the last group of a pass beside the
+    first ones of the next and its own predecessor."""
     if len(sizes) <= 3:
         return sum(sizes)
-    windows = [sum(sizes[i : i + 3]) for i in range(len(sizes) - 2)]
-    return max(*windows, sum(sizes[:num_wrapped]) + sizes[-1] + sizes[-2])
+    return max(*map(sum, zip(sizes, sizes[1:], sizes[2:])), sum(sizes[:num_wrapped]) + sizes[-1] + sizes[-2])
 
 
 def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int = NUM_WRAPPED) -> RingLayout:

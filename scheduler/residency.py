@@ -1,23 +1,18 @@
-"""Which groups stay on the device and which stream, how large the ring is and how many KV pages there are.
+"""The residency of a split: how large the ring is, how many KV pages there are, and what of it was shrunk.
 
 PURE: bytes in, a `Residency` out, before a byte of weights is loaded. Claims on a rank's memory, in order:
 
     | ring | workspace, activations, context, collectives, graphs | KV cache | resident groups | what is left: KV |
 
-With `resident="all"`, or where all weights fit beside one full sequence, the weights come first and the KV cache
-gets the rest. Why "auto" knows only these two: with R bytes left for KV and residency and W bytes of weights, tokens/s
-goes as (R - r W) / (1 - r) in the resident fraction r, which rises with r if R > W and falls otherwise. It knows
-bytes and no rates; what a pass costs is time_model.py's, and what a table shows is residency_table.py's.
+Where nothing streams the weights come first. Which groups stay is search.py's; what a pass costs is time_model.py's,
+and what a table shows is residency_table.py's.
 """
 
 from dataclasses import dataclass, replace
 
-from scheduler.demand import KV_LEN, Demand, show_bytes
+from scheduler.demand import CPU_KV_BYTES, Demand, Split, show_bytes
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, minimum_ring_bytes
-from scheduler.spread import spread_resident
 from scheduler.step_plan import GroupId, RingLayout
-
-CPU_KV_BYTES = 2**30  # KV cache where no memory budget and no num_pages are given
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,10 @@ class Residency:
     notes: tuple[str, ...]
 
     @property
+    def split(self) -> Split:
+        return Split(self.resident, self.coded, self.embed_resident)
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes that cross the link in one pass."""
         return sum(nbytes for _, nbytes in self.streamed)
@@ -49,72 +48,37 @@ class Residency:
         return sum(nbytes for _, nbytes in self.claims)
 
 
-def plan_residency(demand: Demand) -> Residency:
-    """Decides for one rank.
-
-    Raises ValueError, with what was asked, what there is and what would fit, if the demand does not fit, and if
-    max_model_len, ring or num_pages cannot be meant.
-    """
+def check_demand(demand: Demand) -> None:
+    """Raises ValueError if max_model_len or num_pages cannot be meant."""
     if demand.max_model_len is not None and demand.max_model_len > demand.max_position:
         raise ValueError(
             f"max_model_len={demand.max_model_len}: the model was trained for {demand.max_position} tokens"
         )
     if demand.num_pages is not None and demand.num_pages < 2:
         raise ValueError(f"num_pages={demand.num_pages}: expected at least 2 (page 0 is reserved for padding)")
-    resident = _choose(demand)
-    planned = _fit(demand, resident)
+
+
+def plan_residency(demand: Demand, split: Split) -> Residency:
+    """The residency of one rank that keeps just this. What memory is left goes to the KV cache.
+
+    Raises ValueError, with what was asked, what there is and what would fit, if the split does not fit even with the
+    smallest ring and KV cache, and if max_model_len, ring or num_pages cannot be meant.
+    """
+    check_demand(demand)
+    planned = _fit(demand, split)
     if planned is None:
-        raise ValueError(_refusal(demand, resident))
+        raise ValueError(_refusal(demand, split))
     return planned
 
 
-def _choose(demand: Demand) -> frozenset[GroupId]:
-    """The groups that stay. A fraction is of the layers' bytes; 1.0 is "all" and 0.0 is "none"."""
-    everything = frozenset(group for group, _ in demand.groups)
-    choice = demand.resident
-    if isinstance(choice, frozenset):
-        return choice
-    if choice == "auto":
-        if demand.memory_bytes is None or _fit(demand, everything) is not None:
-            return everything
-        return max((_fill(demand, head) for head in (False, True)), key=lambda resident: _worth(demand, resident))
-    if choice == "all" or choice == 1.0:
-        return everything
-    if choice == "none":
-        return frozenset()
-    layers = demand.stored[:-1]
-    return spread_resident(layers, int(choice * sum(nbytes for _, nbytes in layers)))
-
-
-def _fill(demand: Demand, head: bool) -> frozenset[GroupId]:
-    """What stays in the memory that ring, fixed claims and the wished KV cache leave, with or without the head."""
-    layers, last = demand.stored[:-1], demand.stored[-1]
-    always = frozenset([last[0]]) if head else frozenset()
-    best = kept = always
-    claimed = demand.fixed_bytes + demand.wanted_pages * demand.page_bytes
-    for _ in range(4):  # the ring depends on what streams: a few rounds settle both
-        others = claimed + demand.usual_ring_bytes(kept) + demand.plain + (last[1] if head else 0)
-        kept = spread_resident(layers, demand.memory_bytes - others) | always
-        used = demand.weights_bytes(kept) + claimed + demand.usual_ring_bytes(kept)
-        if used <= demand.memory_bytes and demand.weights_bytes(kept) > demand.weights_bytes(best):
-            best = kept
-    return best
-
-
-def _worth(demand: Demand, resident: frozenset[GroupId]) -> float:
-    """Tokens/s of the largest batch, but for a factor: sequences in the KV cache over bytes that cross the link."""
-    planned = _fit(demand, resident)
-    return min(planned.num_pages, demand.wanted_pages) / planned.streamed_bytes if planned else -1.0
-
-
-def _fit(demand: Demand, resident: frozenset[GroupId]) -> Residency | None:
-    """The residency that keeps just these groups, or None where it does not fit even with the smallest ring and KV."""
-    streamed = demand.streamed(resident)
+def _fit(demand: Demand, split: Split) -> Residency | None:
+    """None where it does not fit even with the smallest ring and KV."""
+    streamed = demand.streamed(split)
     notes: list[str] = []
     ring_bytes = _ring_bytes(demand, streamed, notes)
-    num_pages = demand.wanted_pages
+    num_pages = demand.wanted_pages(demand.max_num_seqs)
     if demand.memory_bytes is not None:
-        room = demand.memory_bytes - demand.fixed_bytes - demand.weights_bytes(resident)
+        room = demand.memory_bytes - _sum(demand.claims(split)) - demand.weights_bytes(split)
         ring_room = room - demand.least_pages * demand.page_bytes
         if ring_room < (minimum_ring_bytes(streamed) if demand.ring_bytes is None else ring_bytes):
             return None
@@ -125,8 +89,12 @@ def _fit(demand: Demand, resident: frozenset[GroupId]) -> Residency | None:
         num_pages = demand.num_pages or min(most, (room - ring_bytes) // demand.page_bytes)
     elif demand.num_pages is None:
         num_pages = min(num_pages, max(demand.least_pages, CPU_KV_BYTES // demand.page_bytes + 1))
-    made = _assemble(demand, resident, ring_bytes, num_pages)
+    made = _assemble(demand, split, ring_bytes, num_pages)
     return replace(made, notes=(*notes, *_kv_notes(demand, made)))
+
+
+def _sum(claims: tuple[tuple[str, int], ...]) -> int:
+    return sum(nbytes for _, nbytes in claims)
 
 
 def _ring_bytes(demand: Demand, streamed: list[tuple[GroupId, int]], notes: list[str]) -> int:
@@ -141,28 +109,24 @@ def _ring_bytes(demand: Demand, streamed: list[tuple[GroupId, int]], notes: list
     return min(wanted, total)
 
 
-def _assemble(demand: Demand, resident: frozenset[GroupId], ring_bytes: int, num_pages: int) -> Residency:
-    streamed = demand.streamed(resident)
-    embed_resident = len(resident) == len(demand.groups) or (
-        not demand.embed_bytes and demand.groups[-1][0] in resident
-    )
-    weights = demand.weights_bytes(resident)
+def _assemble(demand: Demand, split: Split, ring_bytes: int, num_pages: int) -> Residency:
+    streamed, weights = demand.streamed(split), demand.weights_bytes(split)
     max_model_len = min(demand.full_len, demand.tokens_in(num_pages))
     if demand.max_model_len is not None and max_model_len < demand.max_model_len:
         asked = f"{demand.len_option}={demand.max_model_len} is asked"
         raise ValueError(f"num_pages={num_pages}: {max_model_len} tokens fit, and {asked}")
-    claims = [("ring", ring_bytes), *demand.fixed, ("KV cache", num_pages * demand.page_bytes)]
+    claims = [("ring", ring_bytes), *demand.claims(split), ("KV cache", num_pages * demand.page_bytes)]
     claims.insert(0 if not streamed else len(claims), ("resident weights", weights))
     return Residency(
-        resident=resident,
-        coded=demand.coded_groups(resident),
+        resident=split.resident,
+        coded=split.coded,
         streamed=tuple(streamed),
-        embed_resident=embed_resident,
+        embed_resident=split.embed_resident,
         ring=lay_out_ring(streamed, ring_bytes),
         num_pages=num_pages,
         max_model_len=max_model_len,
         resident_bytes=weights,
-        host_bytes=sum(nbytes for _, nbytes in streamed) + (0 if embed_resident else demand.embed_bytes),
+        host_bytes=sum(nbytes for _, nbytes in streamed) + (0 if split.embed_resident else demand.embed_bytes),
         memory_bytes=demand.memory_bytes,
         claims=tuple(claims),
         notes=(),
@@ -176,26 +140,25 @@ def _kv_notes(demand: Demand, made: Residency) -> list[str]:
         notes.append(
             f"max_model_len shrunk from the trained {demand.full_len} to {made.max_model_len}, which fit in {where}"
         )
-    length = min(made.max_model_len, KV_LEN)
-    num_seqs = (made.num_pages - 1) // demand.pages(length)
+    num_seqs = demand.seqs_in(made.num_pages)
     if num_seqs < demand.max_num_seqs:
-        asked = f"max_num_seqs={demand.max_num_seqs} asked; the others wait"
-        notes.append(f"the KV cache holds {num_seqs} sequences of {length} tokens at once ({asked})")
+        asked = f"max_num_seqs={demand.max_num_seqs}; the others wait"
+        notes.append(f"the KV cache holds {num_seqs} sequences of {demand.kv_len} tokens at once ({asked})")
     return notes
 
 
-def _refusal(demand: Demand, resident: frozenset[GroupId]) -> str:
+def _refusal(demand: Demand, split: Split) -> str:
     """What was asked, what there is, and what would fit."""
-    streamed = demand.streamed(resident)
-    ring = demand.ring_bytes or minimum_ring_bytes(streamed)
-    kv, weights = demand.least_pages * demand.page_bytes, demand.weights_bytes(resident)
+    ring = demand.ring_bytes or minimum_ring_bytes(demand.streamed(split))
+    kv, weights = demand.least_pages * demand.page_bytes, demand.weights_bytes(split)
     held = f"KV of {demand.least_len} tokens" if demand.num_pages is None else f"num_pages={demand.num_pages}"
-    parts = [("resident weights", weights), ("ring", ring), *demand.fixed, (held, kv)]
-    need = sum(nbytes for _, nbytes in parts)
+    parts = [("resident weights", weights), ("ring", ring), *demand.claims(split), (held, kv)]
+    need = _sum(tuple(parts))
     listed = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in parts if nbytes)
     left = (demand.memory_bytes - need + kv) // demand.page_bytes
     fits = [f"gpu_memory of at least {show_bytes(need)}"]
-    if resident and _fit(replace(demand, resident="none"), frozenset()) is not None:
+    nothing = Split(frozenset(), split.coded, embed_resident=False)
+    if split.resident and demand.resident != "auto" and _fit(demand, nothing) is not None:
         fits.append("resident=auto")
     if left > 1 and demand.tokens_in(left) > 0:
         fits.append(f"{demand.len_option} up to {demand.tokens_in(left)}, or num_pages up to {left}")

@@ -7,6 +7,8 @@ from scheduler.demand import show_bytes
 from scheduler.residency import Residency
 from scheduler.time_model import PassTime, Rates
 
+LEAST_SHARE = 0.005  # of tokens/s, that is worth a word
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -24,24 +26,42 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Variant:
-    """The same engine with another split: batch 1 and the best batch, or None where it does not fit."""
+    """The same engine with another split: its longest context, batch 1 and the most sequences that fit."""
 
     label: str
     streamed_bytes: int
+    max_model_len: int
     one: Prediction
     best: Prediction
+
+
+def gives_up(this: Variant, other: Variant) -> str:
+    """What who takes the other split gives up of this one."""
+    lost = []
+    if other.max_model_len < this.max_model_len:
+        lost.append(f"contexts over {other.max_model_len} tokens")
+    if other.best.num_seqs < this.best.num_seqs:
+        lost.append(f"{this.best.num_seqs - other.best.num_seqs} sequences at once")
+    for name, mine, theirs in (("", this.best, other.best), (" of one sequence", this.one, other.one)):
+        share = 1 - theirs.tokens_s / mine.tokens_s
+        if share >= LEAST_SHARE:
+            lost.append(f"{share:.0%} of the tokens/s{name}")
+    return ", ".join(lost) or "nothing of these"
 
 
 def table(
     residency: Residency,
     page_size: int,
+    num_seqs: str,
     rates: Rates,
     predictions: Sequence[Prediction],
-    variants: Sequence[Variant],
+    variants: Sequence[tuple[Variant, str]],
     free_tokens: int,
 ) -> str:
-    """What stays and what streams, a rank; what a pass takes and what holds it; what other splits would give."""
-    lines = [*_memory(residency, page_size), "", *_passes(rates, predictions, free_tokens)]
+    """What stays and what streams, a rank; what a pass takes and what holds it; what other splits would give, and what
+    they give up."""
+    lines = [*_memory(residency, page_size), f"most sequences a pass     {num_seqs}", ""]
+    lines += _passes(rates, predictions, free_tokens)
     if variants:
         lines += ["", *_variants(variants)]
     lines += ["", *(f"note: {note}" for note in residency.notes)] if residency.notes else []
@@ -87,16 +107,17 @@ def _passes(rates: Rates, predictions: Sequence[Prediction], free_tokens: int) -
     for p in predictions:
         lines.append(f"  {p.label:<36}{show_time(p.time.total_s):>12}{p.tokens_s:>12.2f}   {_bound(p.time)}")
     free = f"up to {free_tokens} tokens a pass cost no extra time: the link binds"
-    return [*lines, f"  {free if free_tokens else 'every token costs time: the link does not bind'}"]
+    return [*lines, f"  {free if free_tokens > 1 else 'every token costs time: the link does not bind'}"]
 
 
 def _bound(time: PassTime) -> str:
     return f"{time.bound} ({show_time(getattr(time, time.bound + '_s'))})"
 
 
-def _variants(variants: Sequence[Variant]) -> list[str]:
-    lines = [f"{'other splits':<38}{'streamed':>12}{'batch 1':>12}{'best batch':>12}   tokens/s"]
-    for v in variants:
-        rates = f"{v.one.tokens_s:>12.2f}{v.best.tokens_s:>12.2f}   at batch {v.best.num_seqs}"
-        lines.append(f"  {v.label:<36}{show_bytes(v.streamed_bytes):>12}{rates}")
+def _variants(variants: Sequence[tuple[Variant, str]]) -> list[str]:
+    titles = f"{'batch 1':>10}{'best batch':>12}   {'at batch':<10}{'longest':>8}   gives up"
+    lines = [f"{'other splits, tokens/s':<26}{'streamed':>12}{titles}"]
+    for v, lost in variants:
+        rates = f"{v.one.tokens_s:>10.2f}{v.best.tokens_s:>12.2f}   {v.best.num_seqs:<10}{v.max_model_len:>8}"
+        lines.append(f"  {v.label:<24}{show_bytes(v.streamed_bytes):>12}{rates}   {lost}")
     return lines

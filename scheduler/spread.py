@@ -1,36 +1,48 @@
-"""Which groups stay, given how many bytes may: as many as fit, spread evenly over depth.
+"""Which groups stay, given how many of each name, or how many bytes: spread evenly over depth.
 
 Streamed groups must lie evenly over a pass: a run of resident layers is time in which the link idles once the ring is
 full. PURE; groups of the same name are taken to be of the same size (the largest counts).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from scheduler.step_plan import GroupId
 
-
-def spread_resident(groups: Sequence[tuple[GroupId, int]], most_bytes: int) -> frozenset[GroupId]:
-    """The whole groups (id, bytes) with the most bytes together that are not above `most_bytes`: a count for each
-    name, and the groups of a name spread evenly over depth."""
-    by_name: dict[str, list[tuple[GroupId, int]]] = {}
-    for group, nbytes in groups:
-        by_name.setdefault(group.name, []).append((group, nbytes))
-    members_by_kind = sorted(by_name.values(), key=len)  # the few first: all counts but the last kind's are tried
-    kinds = [(max(nbytes for _, nbytes in members), len(members)) for members in members_by_kind]
-    counts = _best_counts(kinds, max(most_bytes, 0))
-    chosen = (_every(members, count) for members, count in zip(members_by_kind, counts, strict=True))
-    return frozenset(group for members in chosen for group, _ in members)
+T = TypeVar("T")
 
 
-def _every(members: list[tuple[GroupId, int]], count: int) -> list[tuple[GroupId, int]]:
+def every(members: Sequence[T], count: int) -> list[T]:
     """`count` of the members at even distances."""
     total = len(members)
     return [member for i, member in enumerate(members) if (i + 1) * count // total > i * count // total]
 
 
+def by_name(groups: Sequence[GroupId]) -> dict[str, list[GroupId]]:
+    """The groups of each name, in order."""
+    found: dict[str, list[GroupId]] = {}
+    for group in groups:
+        found.setdefault(group.name, []).append(group)
+    return found
+
+
+def spread(groups: Sequence[GroupId], counts: Mapping[str, int]) -> frozenset[GroupId]:
+    """As many groups of each name as `counts` says."""
+    return frozenset(g for name, members in by_name(groups).items() for g in every(members, counts[name]))
+
+
+def counts_within(groups: Sequence[tuple[GroupId, int]], most_bytes: int) -> dict[str, int]:
+    """For each name how many of its groups (id, bytes) stay, so that they have the most bytes together that are not
+    above `most_bytes`."""
+    sizes = dict(groups)
+    members = sorted(by_name([group for group, _ in groups]).items(), key=lambda item: len(item[1]))  # see _best_counts
+    kinds = [(max(sizes[group] for group in of_name), len(of_name)) for _, of_name in members]
+    return dict(zip((name for name, _ in members), _best_counts(kinds, max(most_bytes, 0)), strict=True))
+
+
 def _best_counts(kinds: list[tuple[int, int]], most_bytes: int) -> list[int]:
     """For each kind (bytes, how many there are) a count, with the largest sum of bytes that fits; ties go to the
-    counts that are most alike, so that whole layers stay or stream."""
+    counts that are most alike, so that whole layers stay or stream. All counts but the last kind's are tried."""
     if not kinds:
         return []
     (nbytes, total), rest = kinds[0], kinds[1:]

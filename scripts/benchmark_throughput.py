@@ -32,7 +32,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
-    config = config_from_args(args)
+    config = config_from_args(args).for_job(args.num_prompts * args.n)
     if args.compare and (args.random_range_ratio or args.n > 1):
         raise ValueError("--compare: all outputs have one length there; leave out --n and --random-range-ratio")
     check_compare(args.compare, config, allowed=("transformers-cb",))
@@ -84,7 +84,7 @@ def shrinking(jobs: list[Job], most: int) -> list[Job]:
 def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
     """The record's figures; None on ranks other than 0."""
     rank, planned = llm.rank, llm.rank.rates
-    run(llm, shrinking(jobs, llm.config.max_num_seqs))
+    run(llm, shrinking(jobs, llm.rank.plan.max_num_seqs))
     if rank.topology.rank == 0:
         llm.measure(llm.rank.work.streamed_bytes)
     rank.times.passes, start = [], time.perf_counter()

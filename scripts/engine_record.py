@@ -31,7 +31,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "weights_code": config.weights_code,
         "coded_groups": [len(residency.coded & residency.resident), len(residency.coded - residency.resident)],
         "graphs": executor.decode is not None and executor.decode.graphs is not None,
-        "max_num_seqs": config.max_num_seqs,
+        "max_num_seqs": rank.plan.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "max_model_len": residency.max_model_len,
         "attention_sinks": config.attention_sinks,

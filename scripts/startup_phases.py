@@ -43,7 +43,7 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
         (job,) = random_jobs(1, input_len, 1, llm.rank.plan.spec.vocab_size, config.seed)
         without_errors(llm.generate(job.prompt, greedy(job)))
         first_token_at_s = time.perf_counter()
-        captures_s = measure_captures(llm.rank, config.max_num_seqs)
+        captures_s = measure_captures(llm.rank, llm.rank.plan.max_num_seqs)
         if llm.rank.topology.rank > 0:
             return None
         weights = llm.rank.worker.weights

@@ -94,7 +94,7 @@ def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
     decoded = {group.group: group.nbytes for group in llm.rank.plan.layout.groups if group.group in executor.coded}
     executor.plan = make_plan(steps, executor.plan.ring, decoded)
     dtype, device = executor.arena.dtype, executor.arena.data.device
-    most = (config.max_num_batched_tokens, config.max_num_seqs)
+    most = (config.max_num_batched_tokens, llm.rank.plan.max_num_seqs)
     sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, *most)
     offsets = lay_out_activations(executor.plan, sizes)
     nbytes = max(offset + sizes[name] for name, offset in offsets.items())

@@ -40,11 +40,11 @@ MAY_IMPORT = {
     ),
     "engine.runtime": (
         *("engine.model", "engine.weights", "engine.kernels", "parallel", "scheduler"),
-        *("engine.config", "engine.device_profile", "engine.planning", "engine.user_files"),
+        *("engine.config", "engine.device_profile", "engine.memory_claims", "engine.planning", "engine.user_files"),
     ),
     "engine": (
         *("engine.config", "engine.device_profile", "engine.model", "engine.planning", "engine.step_cost"),
-        *("engine.tokenizer", "engine.user_files", "parallel.shard", "scheduler"),
+        *("engine.memory_claims", "engine.tokenizer", "engine.user_files", "parallel.shard", "scheduler"),
     ),
     "engine.flags": ("engine.config",),
     "engine.streams": ("parallel.failure",),
@@ -111,7 +111,7 @@ LATE_IMPORTS = {
 }
 PURE = [
     *("penstock", "engine.cli", "engine.config", "engine.device_profile", "engine.flags", "engine.probe_report"),
-    *("engine.planning", "engine.plan_command", "engine.step_cost"),
+    *("engine.memory_claims", "engine.planning", "engine.plan_command", "engine.step_cost"),
     *(f"engine.model.{name}" for name in ("spec", "families", "config_fields", "layout", "steps", "coded_size")),
     *(f"engine.weights.{name}" for name in ("safetensors_header", "packed_metadata", "read_model")),
     *("engine.user_files", "engine.kernels.code_tile", "engine.streams"),

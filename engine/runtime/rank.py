@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
+from engine.memory_claims import DeviceMemory
 from engine.model.families import read_eos_token_ids
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plain_plan, plan_rates
 from engine.runtime.probe import graph_alone_s, probe_engine
@@ -32,6 +33,7 @@ from engine.runtime.worker import Worker, open_source
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.read_model import read_model
+from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.ledger import TransferLedger
 from parallel.rendezvous import connect
@@ -43,6 +45,7 @@ from scheduler.time_model import Rates, predict_pass, with_link
 
 BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, GRAPH = range(1, 8)
 MIB = 2**20
+LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 
 
@@ -78,7 +81,8 @@ class Rank:
         if launch.rank == 0:
             device = self.topology.device
             rates = plan_rates(config, launch.tp_size, device.type, device_name(device))
-            prepared = self._prepare(device_memory_bytes(device), rates)
+            self.planned_memory = device_memory(device)
+            prepared = self._prepare(self.planned_memory, rates)
             if config.trace:
                 write_trace(config.trace, [])  # a path that cannot be written is refused now, not after the run
             launch.start(json.dumps(config.to_dict()))
@@ -97,17 +101,26 @@ class Rank:
         self.collected_s = 0.0
 
     def _join(self, prepared: tuple[EnginePlan, WeightSource] | None) -> None:
-        """Meets the other ranks and loads. `prepared` is rank 0's; the others plan with what it tells them."""
+        """Meets the other ranks and loads. `prepared` is rank 0's; the others plan with what it tells them, and all
+        with the least memory of any."""
         launch, topology = self.launch, self.topology
+        own = self.planned_memory if prepared else device_memory(topology.device)  # without the ranks' own buffers
         self.collectives = connect(
             topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
         )
+        memory = least_memory(own, self.collectives)
         agreed = None
         if prepared:
             rates = dataclasses.asdict(prepared[0].rates)
-            agreed = json.dumps({"memory_bytes": device_memory_bytes(topology.device), "rates": rates}).encode()
+            agreed = json.dumps({"max_num_seqs": self.config.max_num_seqs, "rates": rates}).encode()
         told = json.loads(self.collectives.broadcast_bytes(agreed))
-        plan, source = prepared or self._prepare(told["memory_bytes"], Rates(**told["rates"]))
+        if prepared:
+            plan, source = prepared
+            if memory != self.planned_memory:
+                plan = make_engine_plan(self.config, plan.spec, launch.tp_size, memory, plan.rates)
+        else:
+            self.config = dataclasses.replace(self.config, max_num_seqs=told["max_num_seqs"])  # it knows the job
+            plan, source = self._prepare(memory, Rates(**told["rates"]))
         bind_to_numa(topology)
         try:
             self.worker = Worker(self.config, plan, source, topology, self.collectives)
@@ -133,7 +146,7 @@ class Rank:
             self.failed = self.topology.tp_size > 1
             raise
 
-    def _prepare(self, memory_bytes: int | None, rates: Rates) -> tuple[EnginePlan, WeightSource]:
+    def _prepare(self, memory: DeviceMemory | None, rates: Rates) -> tuple[EnginePlan, WeightSource]:
         """Plan and checked source: all that can be wrong with config, model and checkpoint comes to light here."""
         path = find_model(self.config.model)
         if path.is_file() and self.config.load_format != "dummy":
@@ -142,7 +155,7 @@ class Rank:
         spec = read_model(path, dummy=self.config.load_format == "dummy").spec
         self.eos_token_ids = read_eos_token_ids(path, spec)
         device = self.topology.device
-        plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory_bytes, rates)
+        plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory, rates)
         source = open_source(self.config, path, plan, device)
         self.planned_at_s = time.perf_counter()
         return plan, source
@@ -282,6 +295,18 @@ class Rank:
             self.launch.close()
 
 
-def device_memory_bytes(device: torch.device) -> int | None:
-    """The whole memory of a GPU, None for a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """Of a GPU, None for a CPU. What this process holds and does not use, and its context, count as free."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return DeviceMemory(total, min(total, free + cached + LEAST_CONTEXT_BYTES))
+
+
+def least_memory(own: DeviceMemory | None, collectives: Collectives) -> DeviceMemory | None:
+    """The least of all ranks, which must call this together."""
+    if own is None:
+        return None
+    total, free = collectives.largest([-own.total_bytes, -own.free_bytes])
+    return DeviceMemory(-total, -free)

@@ -69,7 +69,7 @@ def pad_decode_passes(executor: Executor, config: EngineConfig, plan: EnginePlan
     """From now on decode passes run in padded buckets, on a CUDA device as graphs. A CPU has nothing from it: there
     only tests do so, over the very code of a GPU."""
     use_graphs = executor.device.type == "cuda" and not config.enforce_eager
-    executor.decode = DecodePasses(executor, config.max_num_seqs, plan.residency.max_model_len, use_graphs)
+    executor.decode = DecodePasses(executor, plan.max_num_seqs, plan.residency.max_model_len, use_graphs)
 
 
 class Worker:
@@ -162,7 +162,7 @@ class Worker:
             embed=embed,
             rope=rope,
             kv=make_cache(self.plan, config.page_size, num_kv_heads, rope),
-            sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
+            sampler=Sampler(self.plan.max_num_seqs, spec.vocab_size, device),
             collectives=collectives,
         )
 

@@ -100,7 +100,7 @@ class HostSide:
             embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
             rope=rope,
             kv=make_cache(plan, config.page_size, spec.num_kv_heads, rope),
-            sampler=Sampler(config.max_num_seqs, spec.vocab_size, CPU),
+            sampler=Sampler(plan.max_num_seqs, spec.vocab_size, CPU),
             collectives=collectives,
         )
         self.executor = SplitExecutor(

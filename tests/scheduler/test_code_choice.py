@@ -7,10 +7,10 @@ import pytest
 from engine.device_profile import load_profile
 from scheduler.code_choice import CodeDoesNotPay, CodeOffer, choose_code, settle
 from scheduler.demand import Demand
-from scheduler.pass_work import PassShape, PassWork, StepWork
-from scheduler.residency import Residency, plan_residency
+from scheduler.family import Cost
+from scheduler.pass_work import StepWork
+from scheduler.residency import Residency
 from scheduler.step_plan import GroupId
-from scheduler.time_model import predict_pass
 
 GIB = 2**30
 ATTN, FFN, HEAD = 84 * 2**20, 352 * 2**20, 1050 * 2**20
@@ -18,6 +18,7 @@ GROUPS = (*((GroupId(i, name), n) for i in range(32) for name, n in (("attn", AT
 GROUPS += ((GroupId(32, "head"), HEAD),)
 SIZES = dict(GROUPS)
 CODED = {group: nbytes * 7 // 10 for group, nbytes in GROUPS}
+LARGEST = {"attn": ATTN, "ffn": FFN, "head": HEAD}
 STEPS = ((StepWork("linear", weight_bytes=sum(SIZES.values()) // 64), 64),)
 
 
@@ -30,88 +31,101 @@ def demand(**changes) -> Demand:
         page_size=16,
         max_num_seqs=4,
         max_position=8192,
+        coded=CODED,
+        buffer_bytes=lambda names: max(LARGEST[name] for name in names),
         memory_bytes=12 * GIB,
         fixed=(("activations", GIB),),
     )
     return replace(base, **changes)
 
 
-def pass_s(residency: Residency, decode_gb_s: float = 2000.0) -> float:
-    rates = replace(load_profile("h200"), decode_gb_s=decode_gb_s)
-    decoded_bytes = sum(SIZES[group] for group in residency.coded)
-    work = PassWork(residency.streamed_bytes, residency.resident_bytes, STEPS, len(residency.coded), decoded_bytes)
-    return predict_pass(work, PassShape(1, 1, 0), rates).total_s
+def offer(choice: str, decode_gb_s: float = 2000.0) -> CodeOffer:
+    return CodeOffer(choice, Cost(STEPS, replace(load_profile("h200"), decode_gb_s=decode_gb_s)))
 
 
-def offer(choice: str, decode_gb_s: float = 2000.0, coded=CODED) -> CodeOffer:
-    return CodeOffer(choice, coded, HEAD, lambda residency: pass_s(residency, decode_gb_s))
+def chosen(choice: str, decode_gb_s: float = 2000.0, **changes) -> Residency:
+    return choose_code(offer(choice, decode_gb_s), demand(**changes))[1]
 
 
-def test_none_and_nothing_to_code_plan_as_before():
-    assert choose_code(offer("none"), demand()) == (demand(), plan_residency(demand()))
-    assert choose_code(offer("lossless", coded={}), demand()) == (demand(), plan_residency(demand()))
+def pass_s(residency: Residency) -> float:
+    """Of one row."""
+    return 1 / offer("auto").tokens_s((demand(), residency), 1)
+
+
+def test_none_and_nothing_to_code_plan_plain():
+    assert not chosen("none").coded
+    assert chosen("lossless", coded={}) == chosen("auto", coded={}) == chosen("none")
 
 
 def test_auto_leaves_alone_what_does_not_stream():
-    _, residency = choose_code(offer("auto"), demand(memory_bytes=40 * GIB))
-    assert not residency.coded and not residency.streamed
+    residency = chosen("auto", memory_bytes=40 * GIB)
+    assert not residency.coded and not residency.streamed and residency.embed_resident
 
 
 def test_auto_codes_what_streams_and_all_that_would_cost_more_plain():
-    asked = demand(memory_bytes=8 * GIB)
-    kept, residency = choose_code(offer("auto"), asked)
-    plain = plan_residency(asked)
+    residency, plain = chosen("auto", memory_bytes=8 * GIB), chosen("none", memory_bytes=8 * GIB)
     assert residency.streamed and {group for group, _ in residency.streamed} <= residency.coded
     assert residency.streamed_bytes < 0.7 * plain.streamed_bytes - 0.1 * GIB  # more stays as well
     assert pass_s(residency) < 0.7 * pass_s(plain)
-    assert residency.claimed_bytes <= asked.memory_bytes
-    assert ("decode buffer", HEAD) in residency.claims and kept.coded == CODED
+    assert residency.claimed_bytes <= 8 * GIB
+
+
+@pytest.mark.parametrize("gib", [6, 8, 10, 12, 13, 14])
+def test_the_decode_buffer_is_that_of_what_is_coded(gib):
+    residency = chosen("auto", memory_bytes=gib * GIB)
+    largest = max((SIZES[group] for group in residency.coded), default=0)
+    assert dict(residency.claims).get("decode buffer", 0) == largest
 
 
 def test_auto_does_not_code_where_decoding_is_slow():
-    _, residency = choose_code(offer("auto", decode_gb_s=0.1), demand(memory_bytes=8 * GIB))
-    assert not residency.coded
-    assert choose_code(offer("lossless", decode_gb_s=0.1), demand(memory_bytes=8 * GIB))[1].coded
+    assert not chosen("auto", decode_gb_s=0.1, memory_bytes=8 * GIB).coded
+    assert chosen("lossless", decode_gb_s=0.1, memory_bytes=8 * GIB).coded
 
 
 def test_a_model_that_fits_only_coded_stays():
-    asked = demand(memory_bytes=14 * GIB, resident="all")
+    asked = {"memory_bytes": 14 * GIB, "resident": "all"}
     with pytest.raises(ValueError, match="resident=all needs"):
-        choose_code(offer("none"), asked)
-    _, residency = choose_code(offer("auto"), asked)
-    assert not residency.streamed and residency.coded
-    assert residency.claimed_bytes <= asked.memory_bytes
+        chosen("none", **asked)
+    residency = chosen("auto", **asked)
+    assert not residency.streamed and residency.coded and residency.embed_resident
+    assert residency.claimed_bytes <= 14 * GIB
 
 
 @pytest.mark.parametrize("gib", [13, 14, 15])
 def test_what_memory_is_left_keeps_groups_plain(gib):
-    """The more memory, the fewer bytes are decoded and the faster a pass; the KV cache does not pay for it."""
-    asked, more = (demand(memory_bytes=n * GIB, max_num_seqs=1) for n in (gib, gib + 1))
-    (_, few), (_, many) = (choose_code(offer("auto"), each) for each in (asked, more))
+    """The more memory, the fewer bytes are decoded and the faster a pass."""
+    few, many = (chosen("lossless", memory_bytes=n * GIB, max_num_seqs=1) for n in (gib, gib + 1))
     assert pass_s(many) < pass_s(few)
     assert sum(map(SIZES.get, many.coded)) < sum(map(SIZES.get, few.coded))
-    assert few.num_pages >= asked.wanted_pages and few.claimed_bytes <= asked.memory_bytes
+    assert few.num_pages >= demand().pages(8192) + 1 and few.claimed_bytes <= gib * GIB
 
 
 def test_plain_groups_are_spread_over_depth():
-    _, residency = choose_code(offer("auto"), demand(memory_bytes=15 * GIB, resident="all", max_num_seqs=1))
+    residency = chosen("auto", memory_bytes=15 * GIB, resident="all", max_num_seqs=1)
     coded = sorted(group.layer_idx for group in residency.coded if group.name == "ffn")
     assert 4 < len(coded) < 32
     assert max(b - a for a, b in zip(coded, coded[1:])) - min(b - a for a, b in zip(coded, coded[1:])) <= 1
 
 
-def test_nothing_is_coded_in_memory_without_limit():
-    _, residency = choose_code(offer("lossless"), demand(memory_bytes=None, resident="all"))
-    assert not residency.coded
-    _, residency = choose_code(offer("lossless"), demand(memory_bytes=None, resident="none"))
-    assert residency.coded == set(SIZES)
+def test_nothing_that_stays_is_coded_in_memory_without_limit():
+    assert not chosen("lossless", memory_bytes=None, resident="all").coded
+    assert chosen("lossless", memory_bytes=None, resident="none").coded == set(SIZES)
+
+
+def test_coding_must_gain_more_than_its_loading_takes():
+    """At the rate of decoding where both are as fast, auto leaves weights plain."""
+    rates = [rate for rate in range(20, 200, 2) if chosen("auto", float(rate), memory_bytes=8 * GIB).coded]
+    slowest = chosen("lossless", float(rates[0]), memory_bytes=8 * GIB)
+    plain = chosen("none", memory_bytes=8 * GIB)
+    gains = [offer("auto", float(rates[0])).tokens_s((demand(), each)) for each in (slowest, plain)]
+    assert 1.005 < gains[0] / gains[1] < 1.05
 
 
 def test_settling_keeps_the_choice_and_takes_the_bytes():
     planned = choose_code(offer("auto"), demand(memory_bytes=12 * GIB))
     sizes = {group: CODED[group] * 98 // 100 // 256 * 256 for group in planned[1].coded}
     _, settled = settle(offer("auto"), planned, sizes)
-    assert (settled.resident, settled.coded) == (planned[1].resident, planned[1].coded)
+    assert settled.split == planned[1].split
     assert settled.streamed_bytes == sum(sizes[group] for group, _ in planned[1].streamed)
     assert settled.ring.ring_bytes < planned[1].ring.ring_bytes and settled.num_pages >= planned[1].num_pages
     assert settled.claimed_bytes <= 12 * GIB
@@ -134,5 +148,5 @@ def test_weights_that_do_not_shrink_stay_plain_unless_coding_is_asked_for():
 
 
 def test_nothing_is_claimed_for_decoding_where_all_stays_plain():
-    asked = demand(memory_bytes=40 * GIB)
-    assert choose_code(offer("lossless"), asked) == (asked, plan_residency(asked))
+    residency = chosen("lossless", memory_bytes=40 * GIB)
+    assert not residency.coded and residency == chosen("none", memory_bytes=40 * GIB)

@@ -19,7 +19,7 @@ from engine.planning import EnginePlan, make_engine_plan
 from parallel.shard import tp_sizes
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes
 from scheduler.plan_check import validate
-from scheduler.spread import spread_resident
+from scheduler.spread import counts_within, spread
 from scheduler.step_plan import (
     Acquire,
     Compute,
@@ -99,7 +99,8 @@ def pass_over_link(fraction, ring_of) -> float:
     """Predicted time of a pass over that of its copies alone: Llama-3-8B's sizes in MiB, compute 15 % of the copies."""
     sizes = {"attn": 80, "ffn": 336}
     groups = [(GroupId(i, name), nbytes) for i in range(32) for name, nbytes in sizes.items()]
-    resident = spread_resident(groups, int(fraction * sum(nbytes for _, nbytes in groups)))
+    counts = counts_within(groups, int(fraction * sum(nbytes for _, nbytes in groups)))
+    resident = spread([group for group, _ in groups], counts)
     groups.append((GroupId(32, "head"), 1002))
     streamed = [(g, nbytes) for g, nbytes in groups if g not in resident]
     plan = make_plan(steps_of([g for g, _ in groups]), lay_out_ring(streamed, ring_of(streamed)))

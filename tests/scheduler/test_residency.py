@@ -7,11 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.device_profile import load_profile
-from scheduler.demand import Demand, show_bytes
+from scheduler.demand import CPU_KV_BYTES, Demand, show_bytes
+from scheduler.family import Cost
+from scheduler.pass_work import StepWork
 from scheduler.plan_build import default_ring_bytes, minimum_ring_bytes
-from scheduler.residency import CPU_KV_BYTES, plan_residency
-from scheduler.residency_table import Prediction, Variant, table
-from scheduler.spread import spread_resident
+from scheduler.residency import Residency
+from scheduler.residency_table import Prediction, Variant, gives_up, table
+from scheduler.search import plan_fastest
+from scheduler.spread import counts_within, spread
 from scheduler.step_plan import GroupId
 from scheduler.time_model import PassTime
 
@@ -36,6 +39,12 @@ def demand(num_layers=32, **changes) -> Demand:
         fixed=(("activations", GIB // 2), ("context", GIB)),
     )
     return replace(base, **changes)
+
+
+def plan_residency(asked: Demand) -> Residency:
+    """Of plain weights, on an H200."""
+    steps = ((StepWork("linear", weight_bytes=(ATTN + FFN) // 2), 64),)
+    return plan_fastest(asked, Cost(steps, load_profile("h200")), coded=False)[1]
 
 
 def resident_layer_bytes(planned, asked):
@@ -89,7 +98,7 @@ def test_one_is_all():
 def test_a_fraction_is_the_most_whole_groups_not_above_it_spread_evenly(num_layers, attn, ffn, fraction):
     groups = layers(num_layers, attn, ffn)
     most = int(fraction * num_layers * (attn + ffn))
-    chosen = spread_resident(groups, most)
+    chosen = spread([group for group, _ in groups], counts_within(groups, most))
     counts = {name: sum(g.name == name for g in chosen) for name in ("attn", "ffn")}
     possible = [a * attn + f * ffn for a in range(num_layers + 1) for f in range(num_layers + 1)]
     assert counts["attn"] * attn + counts["ffn"] * ffn == max(n for n in possible if n <= most)
@@ -209,15 +218,38 @@ def test_auto_keeps_the_head_where_its_place_in_the_ring_costs_as_much():
     assert GroupId(32, "head") in planned.resident
 
 
+def variant(label: str, num_seqs: int, pass_s: float, max_model_len: int = 8192) -> Variant:
+    """Whose passes all take as long."""
+    time = PassTime(pass_s, 0.004, 0.001, 0.002, 0.0, 0.0, pass_s, "link")
+    return Variant(label, 0, max_model_len, Prediction("batch 1", 1, time), Prediction("best", num_seqs, time))
+
+
 def test_the_table_has_every_claim_with_its_unit():
     planned = plan_residency(demand(memory_bytes=12 * GIB))
-    time = PassTime(0.25, 0.004, 0.001, 0.002, 0.0, 0.0, 0.25, "link")
-    one, best = Prediction("batch 1", 1, time), Prediction("batch 32", 32, time)
-    text = table(planned, 16, load_profile("h200"), [one, best], [Variant("more", 0, one, best)], 9000)
+    more = variant("more", 32, 0.25, max_model_len=4096)
+    predictions = [more.one, more.best]
+    text = table(planned, 16, "32 as asked", load_profile("h200"), predictions, [(more, "a leg")], 9000)
     for name, nbytes in planned.claims:
         assert name in text and show_bytes(nbytes) in text
-    assert "link (250.00 ms)" in text and "128.00" in text and "9000 tokens" in text
+    assert "link (250.00 ms)" in text and "128.00" in text and "9000 tokens" in text and "32 as asked" in text
     assert "assumed: h200" in text and all(note in text for note in planned.notes)
+    (row,) = [line for line in text.splitlines() if line.startswith("  more ")]
+    assert "4096" in row and row.endswith("a leg")
+
+
+@pytest.mark.parametrize(
+    "other, lost",
+    [
+        (variant("same", 32, 0.25), "nothing of these"),
+        (variant("faster", 32, 0.2), "nothing of these"),
+        (variant("short", 32, 0.2, max_model_len=2048), "contexts over 2048 tokens"),
+        (variant("few", 16, 0.1), "16 sequences at once"),
+        (variant("one", 1, 0.2), "31 sequences at once, 96% of the tokens/s"),
+        (variant("slow", 32, 0.5), "50% of the tokens/s, 50% of the tokens/s of one sequence"),
+    ],
+)
+def test_what_another_split_gives_up(other, lost):
+    assert gives_up(variant("this", 32, 0.25), other) == lost
 
 
 @pytest.mark.parametrize("nbytes, text", [(0, "0 bytes"), (2**20, "1.00 MiB"), (3 * GIB, "3.00 GiB")])

@@ -1,0 +1,192 @@
+"""The search against brute force: each number of groups that stay and of those that are coded is laid out and tried."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from engine.device_profile import load_profile
+from scheduler.code_choice import CodeOffer, choose_code
+from scheduler.demand import Demand, Split
+from scheduler.family import Cost
+from scheduler.pass_work import PassShape, PassWork, StepWork
+from scheduler.plan_build import default_ring_bytes
+from scheduler.search import most_per_second, plan_fastest
+from scheduler.spread import by_name, every
+from scheduler.step_plan import GroupId
+from scheduler.time_model import Rates, predict_pass
+
+H200 = load_profile("h200")
+
+
+@st.composite
+def demands(draw) -> tuple[Demand, Cost]:
+    """Models of 2 to 8 layers of odd sizes, in memory between what their ring and what all of them takes."""
+    num_layers = draw(st.integers(2, 8))
+    attn, ffn, head = (draw(st.integers(1, most)) for most in (40, 160, 400))
+    groups = [(GroupId(i, name), n * 10007) for i in range(num_layers) for name, n in (("attn", attn), ("ffn", ffn))]
+    groups.append((GroupId(num_layers, "head"), head * 10007))
+    codable = [group for group, _ in groups if group.name != "head" or draw(st.booleans())]
+    share = draw(st.floats(0.5, 0.9))
+    largest = {group.name: nbytes for group, nbytes in groups}
+    total = sum(nbytes for _, nbytes in groups)
+    asked = Demand(
+        groups=tuple(groups),
+        embed_bytes=draw(st.sampled_from((0, head * 10007))),
+        page_bytes=draw(st.integers(1, 10**5)),
+        page_size=16,
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_position=draw(st.integers(1, 100)),
+        coded={group: int(dict(groups)[group] * share) + 1 for group in codable},
+        buffer_bytes=lambda names: max(largest[name] for name in names),
+        memory_bytes=int(total * draw(st.floats(0.2, 1.3))) + 1000,
+        fixed_of=lambda n: (("workspace", 1000 * n),),
+        plans_num_seqs=draw(st.booleans()),
+    )
+    rates = replace(
+        H200,
+        link_gb_s=10 ** draw(st.floats(-2, 3)),
+        decode_gb_s=10 ** draw(st.floats(-1, 3)),
+        pass_latency_s=draw(st.sampled_from((0.0, 1e-4))),
+    )
+    steps = ((StepWork("linear", weight_bytes=total // 8, token_flops=total * draw(st.integers(0, 3000))), 8),)
+    return replace(asked, fixed=asked.fixed_of(asked.max_num_seqs)), Cost(steps, rates)
+
+
+def splits(asked: Demand, coded: bool):
+    """The whole family, laid out."""
+    kinds = by_name([group for group, _ in asked.groups])
+    for counts in itertools.product(*(range(len(members) + 1) for members in kinds.values())):
+        staying = [every(members, count) for members, count in zip(kinds.values(), counts)]
+        resident = frozenset(itertools.chain(*staying))
+        if not coded:
+            yield Split(resident, frozenset(), False)
+            continue
+        for plain in itertools.product(*(range(len(members) + 1) for members in staying)):
+            kept_plain = itertools.chain(*(every(members, count) for members, count in zip(staying, plain)))
+            yield Split(resident, frozenset(asked.coded) - frozenset(kept_plain), False)
+
+
+def seconds_of(asked: Demand, cost: Cost, split: Split, num_seqs: int) -> float:
+    decoded = sum(nbytes for group, nbytes in asked.groups if group in split.coded)
+    streamed = sum(nbytes for _, nbytes in asked.streamed(split))
+    work = PassWork(streamed, 0, cost.steps, len(split.coded), decoded)
+    shape = PassShape(num_seqs, num_seqs, num_seqs * asked.kv_len)
+    return predict_pass(work, shape, cost.rates).total_s
+
+
+def needed_bytes(asked: Demand, split: Split) -> int:
+    claims = sum(nbytes for _, nbytes in asked.claims(split))
+    return asked.weights_bytes(split) + default_ring_bytes(asked.streamed(split)) + claims
+
+
+def brute_force(asked: Demand, cost: Cost, coded: bool) -> float:
+    """The most tokens/s of any split and number of sequences; 0 where none fits."""
+    best, tried = 0.0, list(splits(asked, coded))
+    for num_seqs in range(1, asked.max_num_seqs + 1):
+        settled = asked.planned_for(num_seqs)
+        left = settled.memory_bytes - settled.wanted_pages(num_seqs) * settled.page_bytes
+        fitting = (split for split in tried if needed_bytes(settled, split) <= left)
+        best = max(best, num_seqs / min((seconds_of(asked, cost, s, num_seqs) for s in fitting), default=math.inf))
+    return best
+
+
+@settings(max_examples=40)
+@given(demands())
+def test_plain_splits_are_the_best_there_are(case):
+    check(*case, coded=False)
+
+
+@settings(max_examples=15)
+@given(demands())
+def test_coded_splits_are_the_best_there_are(case):
+    asked, cost = case
+    assume(len(asked.groups) <= 9)  # 4 layers: over 100,000 splits else
+    check(asked, cost, coded=True)
+
+
+def check(asked: Demand, cost: Cost, coded: bool) -> None:
+    best = brute_force(asked, cost, coded)
+    assume(best)
+    settled, residency = plan_fastest(asked, cost, coded)
+    num_seqs = settled.seqs_in(residency.num_pages)
+    assert residency.claimed_bytes <= asked.memory_bytes
+    assert num_seqs / seconds_of(asked, cost, residency.split, num_seqs) >= 0.99 * best
+    assert settled.max_num_seqs == (num_seqs if asked.plans_num_seqs else asked.max_num_seqs)
+
+
+@settings(max_examples=60)
+@given(
+    demands(), st.sampled_from(("auto", "none", "lossless")), st.floats(1.0, 3.0), st.sampled_from(("link", "memory"))
+)
+def test_more_memory_or_a_faster_link_is_never_slower(case, choice, factor, what):
+    asked, cost = case
+    if what == "memory":
+        more, faster = replace(asked, memory_bytes=int(asked.memory_bytes * factor)), cost
+    else:
+        more, faster = asked, Cost(cost.steps, replace(cost.rates, link_gb_s=cost.rates.link_gb_s * factor))
+    try:
+        before = choose_code(offer := CodeOffer(choice, cost), asked)
+    except ValueError:
+        assume(False)
+    after_offer = CodeOffer(choice, faster)
+    assert after_offer.tokens_s(choose_code(after_offer, more)) >= 0.99 * offer.tokens_s(before)
+
+
+@given(st.lists(st.floats(0, 3), min_size=1, max_size=60), st.integers(0, 60))
+def test_the_best_number_is_found_in_few_steps(steps, fitting):
+    """Of any times that never fall."""
+    times = [t + 0.01 for t in itertools.accumulate(steps)]
+    times = [t if n < fitting else math.inf for n, t in enumerate(times)]
+    found = most_per_second(len(times), lambda n: times[n - 1])
+    best = max(n / t for n, t in enumerate(times, 1))
+    assert (found is None and best == 0) or found / times[found - 1] >= best * 0.999
+
+
+def test_a_large_number_is_not_counted_to():
+    asked = []
+
+    def seconds(n: int) -> float:
+        asked.append(n)
+        return 1 + n / 1000 if n <= 70_000 else math.inf
+
+    assert most_per_second(10**9, seconds) == pytest.approx(70_000, rel=0.001)
+    assert len(asked) < 400
+
+
+def plan(gib: float, cost: Cost, groups, **changes):
+    asked = Demand(
+        groups=groups,
+        embed_bytes=2**30,
+        page_bytes=2**21,
+        page_size=16,
+        max_num_seqs=1,
+        max_position=2048,
+        memory_bytes=int(gib * 2**30),
+    )
+    return plan_fastest(replace(asked, **changes), cost, coded=False)[1]
+
+
+def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
+    """Where all but the embedding fits all but the embedding stays, and no ring is claimed."""
+    groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
+    groups += ((GroupId(4, "head"), 1 << 30),)
+    cost = Cost((), H200)
+    held = (sum(nbytes for _, nbytes in groups) + 129 * 2**21) / 2**30
+    tight, roomy = plan(held, cost, groups), plan(held + 1, cost, groups)
+    assert not tight.streamed and not tight.embed_resident and tight.host_bytes == 2**30
+    assert tight.ring.ring_bytes == 0 and roomy.embed_resident and roomy.host_bytes == 0
+    assert plan(held - 0.01, cost, groups).streamed
+
+
+def test_the_ring_that_was_asked_for_is_kept_to():
+    groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
+    groups += ((GroupId(4, "head"), 1 << 30),)
+    small = plan(2.0, Cost((), H200), groups, ring_bytes=400 * 2**20)
+    assert small.ring.ring_bytes <= 400 * 2**20 and GroupId(4, "head") in small.resident
+    with pytest.raises(ValueError, match="ring=.*the largest streamed group has"):
+        plan(1.0, Cost((), H200), groups, ring_bytes=2**20)
+    assert isinstance(H200, Rates)
