@@ -130,7 +130,7 @@ class Worker:
         ring = aligned_bytes(residency.ring.ring_bytes, device)
         coded = self._coded(ring, aligned_bytes(plan.step_plan.decode_buffer_bytes, device))
         widths = activation_widths(plan.spec, topology.tp_size)
-        most = (config.max_num_batched_tokens, config.max_num_seqs)
+        most = (config.max_num_batched_tokens, plan.max_num_seqs)
         arena = ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, device)
         executor = Executor(
             plan=plan.step_plan,

@@ -91,7 +91,7 @@ class HostSide:
         self._weights, named = load_part(config, plan, trusted=True)
         rope = rope_table(spec.rope, residency.max_model_len, dtype, CPU)
         tracer, widths = Tracer(), activation_widths(spec, tp_size=1)
-        most = (config.max_num_batched_tokens, config.max_num_seqs)
+        most = (config.max_num_batched_tokens, plan.max_num_seqs)
         context = StepContext(
             spec=spec,
             num_heads=spec.num_heads,
