@@ -108,14 +108,14 @@ def _tokens_to_add(directory: Path, config: dict[str, Any], backend: tokenizers.
     else:
         by_id = _by_id(own, f"{file}: added_tokens_decoder")
     tokens = {token.content: token for _, token in sorted(by_id.items())}
-    for text, token in named.items():
-        tokens.setdefault(text, token).special = True
+    for text in tokens.keys() & named.keys():
+        tokens[text].special = True
     known = {token.content for token in backend.get_added_tokens_decoder().values()} | tokens.keys()
-    return [*tokens.values(), *(token for text, token in extra.items() if text not in known)]
+    return [*tokens.values(), *(token for text, token in (named | extra).items() if text not in known)]
 
 
 def _by_id(tokens: Any, where: str) -> dict[int, AddedToken]:
-    if not isinstance(tokens, dict) or not all(name.isdecimal() for name in tokens):
+    if not isinstance(tokens, dict) or not all(name.isdecimal() and len(name) < 10 for name in tokens):
         raise ValueError(f"{where}: expected tokens by their ids")
     return {int(name): _token(token, f"{where}.{name}") for name, token in tokens.items()}
 

@@ -71,6 +71,10 @@ CASES = {
         byte_level(),
         {"tokenizer_config.json": FAST | SPECIAL_TOOL, "special_tokens_map.json": {"pad_token": token("<pad>")}},
     ),
+    "a name for the file's own": (
+        byte_fallback(normalized=True),
+        {"tokenizer_config.json": FAST | SPECIAL_TOOL | {"eos_token": "</s>", "pad_token": "<pad>"}},
+    ),
     "a map": (
         byte_level(),
         {"tokenizer_config.json": FAST, "special_tokens_map.json": {"pad_token": token("<pad>", lstrip=True)}},
