@@ -6,16 +6,19 @@ Under torchrun every rank constructs an LLM and calls the same methods; rank 0 s
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.output import RequestOutput, Sequence
 from engine.planning import find_model, longest_sequence
+from engine.runtime.calls import Call, digest
 from engine.runtime.rank import LINK_BYTES, Rank
 from engine.runtime.sampler import SampleOutput
 from engine.tokenizer import Tokenizer
 from parallel.launch import resolve_launch
+from parallel.rendezvous import meet
 from scheduler.batch import Batch
 from scheduler.batching import Scheduler
 from scheduler.request import FinishReason, Request, SamplingParams
@@ -37,7 +40,8 @@ class LLM:
         if unknown:
             raise TypeError(f"LLM has no option {', '.join(unknown)}")
         self.config = EngineConfig(model=model, tensor_parallel_size=tensor_parallel_size, **options)
-        self.tokenizer = load_tokenizer(self.config)
+        self._launch = resolve_launch(tensor_parallel_size)
+        self.tokenizer = self._load_tokenizer()
         self.rank = self._start()
         residency = self.rank.plan.residency
         self.scheduler = Scheduler(
@@ -51,6 +55,7 @@ class LLM:
             retention=self.rank.plan.retention,
         )
         self._request_ids = itertools.count()
+        self._finalizer = weakref.finalize(self, self.rank.close)
 
     def generate(
         self,
@@ -65,7 +70,7 @@ class LLM:
         cannot be meant; RuntimeError if this LLM is closed, or ended with an earlier error of several ranks.
         """
         self._check_open()
-        asked = self._read(prompts, sampling_params)
+        asked = self._read_for_all(prompts, sampling_params)
         sequences = [self._expand(place, *one, on_text) for place, one in enumerate(asked)]
         with self.rank.together():
             if self.rank.topology.rank > 0:
@@ -82,8 +87,7 @@ class LLM:
         """Measures link, memory, compute and reduces (about a second), for predictions instead of the profile's rates;
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
-        with self.rank.together():
-            self.rank.probe(link_bytes)
+        self.rank.probe(link_bytes)
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""
@@ -91,10 +95,10 @@ class LLM:
         self._read(prompts, sampling_params)
 
     def close(self) -> None:
-        """Frees everything; idempotent."""
+        """Frees everything; idempotent. Garbage collection does it too, and the end of the process."""
         if self.rank is not None:
-            rank, self.rank = self.rank, None
-            rank.close()
+            self.rank = None
+            self._finalizer()
 
     def __enter__(self) -> "LLM":
         self._check_open()
@@ -102,6 +106,18 @@ class LLM:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+    def _read_for_all(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
+        """What `_read` gives, once all ranks have agreed on this call. What one of them refuses, all refuse."""
+        asked, refusal = [], ""
+        try:
+            asked = self._read(prompts, sampling_params)
+        except ValueError as error:
+            if self._launch.kind != "torchrun":
+                raise
+            refusal = str(error) or "a ValueError without a message"
+        self.rank.begin(Call("generate", digest(asked), refusal))
+        return asked
 
     def _read(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
         """Checks everything that a user gives, on every rank alike."""
@@ -141,8 +157,20 @@ class LLM:
         Request(place, token_ids, params).check_length(self.scheduler.max_model_len)
         return text, token_ids, params
 
+    def _load_tokenizer(self) -> Tokenizer | None:
+        """Under torchrun the other ranks hear of it if this one cannot."""
+        launch = self._launch
+        try:
+            with launch.guard():
+                if launch.kind == "torchrun":
+                    meet(launch)
+                return load_tokenizer(self.config)
+        except BaseException:
+            launch.close()
+            raise
+
     def _start(self) -> Rank:
-        return Rank(self.config, resolve_launch(self.config.tensor_parallel_size))
+        return Rank(self.config, self._launch)
 
     def _check_open(self) -> None:
         if self.rank is None:

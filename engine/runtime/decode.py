@@ -23,7 +23,7 @@ class DecodePasses:
         device = executor.context.rope.device
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
-        self.mailbox = Mailbox(max_num_seqs, device)
+        self.mailbox = Mailbox(max_num_seqs, device, executor.context.collectives.check)
         self.graphs = Graphs(device, executor.tracer) if use_graphs else None
 
     def run(self, batch: Batch) -> PendingLetter | PendingSample:

@@ -28,7 +28,8 @@ class Mailbox:
 
     DEPTH = 4
 
-    def __init__(self, max_num_seqs: int, device: torch.device):
+    def __init__(self, max_num_seqs: int, device: torch.device, check: Callable[[], None] = lambda: None):
+        self.check = check  # raises PeerLost if another rank has failed
         shape, pinned = (self.DEPTH, max_num_seqs + 1), device.type == "cuda"
         self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
         self.step = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
@@ -64,12 +65,13 @@ class PendingLetter:
     num_tokens: int
 
     def wait(self) -> SampleOutput:
-        """Raises ValueError if logits were NaN, RuntimeError if the device has failed."""
+        """Raises ValueError if logits were NaN, RuntimeError if the device, PeerLost if another rank has failed."""
         came, polls = self.mailbox.step.numpy(), 0
         while came[0] < self.step:
             polls += 1
             if polls % POLLS_A_CHECK == 0:
                 torch.cuda.current_stream().query()
+                self.mailbox.check()
         assert came[0] < self.step + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
         letter = self.mailbox.letters[self.step % Mailbox.DEPTH]
         refuse_nan(letter[-1])
