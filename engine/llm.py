@@ -56,6 +56,7 @@ class LLM:
         )
         self._request_ids = itertools.count()
         self._finalizer = weakref.finalize(self, self.rank.close)
+        self._finalizer.atexit = False  # the rank sees to that
 
     def generate(
         self,

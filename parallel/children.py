@@ -54,14 +54,15 @@ class Child:
             self.process.stdin.flush()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
-            if line.rstrip("\n") == FAILURE_MARK:
-                self._failure = []
-            elif self._failure is not None:
-                self._failure.append(line)
-            else:
-                self._tail.append(line)
-                print(f"[rank {self.rank}] {line}", end="", file=sys.stderr, flush=True)
+        with self.process.stdout as lines:
+            for line in lines:
+                if line.rstrip("\n") == FAILURE_MARK:
+                    self._failure = []
+                elif self._failure is not None:
+                    self._failure.append(line)
+                else:
+                    self._tail.append(line)
+                    print(f"[rank {self.rank}] {line}", end="", file=sys.stderr, flush=True)
 
     def failure(self) -> RankFailed:
         """Why it ended; only after it has."""

@@ -138,8 +138,8 @@ class Solo:
 
 class Distributed:
     """What Gloo and Nccl (nccl.py) share: the ledger, the control plane, and how waiting ends when a rank has failed.
-    Needs an initialised process group. `connections` are the group's, for `stop` to cut; `abort_word` (1,) int32 in host
-    memory is read by kernels of ours that wait for other ranks: 1 ends them."""
+    Needs an initialised process group. `connections` are the group's, for `stop` to cut; `abort_word` (1,) int32 in
+    host memory is read by kernels of ours that wait for other ranks: 1 ends them."""
 
     uses_gpus = False
 

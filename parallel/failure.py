@@ -33,8 +33,8 @@ class PeerLost(RuntimeError):
 
 
 class RankFailed(RuntimeError):
-    """`rank` ended the run. `cause` completes "rank N ..."; `traceback_text` is that rank's own, or empty. `stopped`: its
-    process is there and does nothing, so that no launcher will speak of it."""
+    """`rank` ended the run. `cause` completes "rank N ..."; `traceback_text` is that rank's own, or empty. `stopped`:
+    its process is there and does nothing, so that no launcher will speak of it."""
 
     def __init__(self, rank: int, cause: str, traceback_text: str = "", stopped: bool = False):
         self.rank, self.cause, self.traceback_text, self.stopped = rank, cause, traceback_text.strip(), stopped

@@ -34,6 +34,7 @@ class Guard:
         self._actions: list[Callable[[], None]] = []
         self._inside: set[int] = set()  # threads
         self._lock = threading.Lock()
+        self._told = False  # somebody raises it
         self._shown = self._closed = False
 
     @contextlib.contextmanager
@@ -53,6 +54,11 @@ class Guard:
                 except PeerLost:  # the interrupt, of which there is but one
                     self._come_out(me)
 
+    @property
+    def busy(self) -> bool:
+        """Is another thread inside?"""
+        return bool(self._inside - {threading.get_ident()})
+
     def on_failure(self, action: Callable[[], None]) -> None:
         """To be done at once when a failure is known, in a thread of its own."""
         self._actions.append(action)
@@ -68,9 +74,16 @@ class Guard:
         self._start(self._get_out if self._inside else self._show_late)
 
     def wait(self, seconds: float) -> RankFailed | None:
-        """The failure, as soon as it is known."""
+        """The failure, as soon as it is known, for the caller to raise."""
+        self._told = True
         self._known.wait(seconds)
         return self.failure
+
+    def check(self) -> None:
+        """Raises the failure, if there is one."""
+        if self.failure is not None:
+            self._told = True
+            raise self.failure
 
     def show(self, failure: RankFailed) -> None:
         """On stderr, once."""
@@ -100,7 +113,8 @@ class Guard:
 
     def _show_late(self) -> None:
         time.sleep(self.show_after_s)
-        self.show(self.failure)
+        if not self._told:
+            self.show(self.failure)
 
     def _end_process(self) -> None:
         if not self._wait_for_exit(EXIT_S):

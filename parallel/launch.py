@@ -46,8 +46,8 @@ class Launch:
     """This process' place among the ranks, and for rank 0 of a self-launch its children.
 
     `kind` is solo, torchrun, parent (rank 0 of a self-launch) or child. Only a parent has `listener`, the
-    bound socket where ranks meet; `store` is where they have met (rendezvous.py). Every kind may call every method; only
-    a parent starts and ends processes.
+    bound socket where ranks meet; `store` is where they have met (rendezvous.py). Every kind may call every
+    method; only a parent starts and ends processes.
     """
 
     kind: str
@@ -125,15 +125,14 @@ class Launch:
 
     def check(self) -> None:
         """Raise RankFailed if another rank has failed, RuntimeError if an earlier error has ended the others."""
-        if self._guard.failure is not None:
-            raise self._guard.failure
+        self._guard.check()
         if self._failed:
             raise RuntimeError("the other ranks were ended after an earlier error")
 
     @property
     def healthy(self) -> bool:
-        """Whether the other ranks, as far as this one knows, still follow."""
-        return self._guard.failure is None and not self._failed
+        """Whether the other ranks, as far as this one knows, still follow, and no other thread works with them."""
+        return self._guard.failure is None and not self._failed and not self._guard.busy
 
     def explain(self, error: PeerLost) -> Exception:
         """What to raise for a lost peer: RankFailed with its exit status and traceback, once that is known.

@@ -83,7 +83,7 @@ class Pulse:
         self._thread.start()
 
     def say_failed(self, failure: RankFailed) -> None:
-        """This rank has failed: tells the others, unless they know of an earlier failure. Returns when rank 0 has it."""
+        """This rank has failed: tells the others, unless there was an earlier failure. Returns when rank 0 has it."""
         with self._lock:
             if self.failure is not None:
                 return

@@ -1,5 +1,5 @@
-"""How ranks meet: a store at one address, where each says who it is; a pulse between them; then a process group, and the
-Collectives that the devices of all of them allow.
+"""How ranks meet: a store at one address, where each says who it is; a pulse between them; then a process group, and
+the Collectives that the devices of all of them allow.
 
 What it does not know: who starts the ranks (launch.py), and what they say to each other afterwards.
 """

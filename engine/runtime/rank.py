@@ -3,8 +3,8 @@
     rank 0   submit(batch): sends it and enqueues it   collect(): its tokens      finish(outputs)      close()
     others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
 
-Under torchrun every rank makes the calls (`generate` and those of `Rank` that several ranks answer). They are numbered: rank
-0 says that one begins, all say what they were given (calls.py), and one that a rank refuses no rank runs.
+Under torchrun every rank makes the calls (`generate` and those of `Rank` that several ranks answer). They are numbered:
+rank 0 says that one begins, all say what they were given (calls.py), and one that a rank refuses no rank runs.
 
 A pass is prepared while the one before it runs, so that the host's work stands beside the device's. Where nothing
 streams it is enqueued at once. Where weights stream, a pass for nothing would cost too much: it is announced, and runs
@@ -13,6 +13,7 @@ once the tokens of the one before are there, while the wrapped copies are on the
 Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -81,6 +82,7 @@ class Rank:
             self.failed = True
             self.close()
             raise
+        atexit.register(self.close)  # later than the collectives' own, so before it
         self.num_calls = 0
         self.stopped = False  # rank 0 has said so
         self.times = PassTimes()
@@ -256,8 +258,8 @@ class Rank:
         return probe_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
 
     def graph_s(self, num_rows: int) -> float | None:
-        """Rank 0, between runs: seconds of the graph alone of a greedy decode pass; None where there is none, and on the
-        other ranks, which need not call it."""
+        """Rank 0, between runs: seconds of the graph alone of a greedy decode pass; None where there is none, and on
+        the other ranks, which need not call it."""
         if self.topology.rank > 0:
             return self._answer(GRAPH, "graph_s")
         with self.together():
@@ -321,6 +323,7 @@ class Rank:
 
     def close(self) -> None:
         """Frees everything and leaves the group, in the order in which that cannot hang. Idempotent."""
+        atexit.unregister(self.close)
         worker, collectives = self.worker, self.collectives
         try:
             if worker is not None and self.launch.healthy and not self.failed:
