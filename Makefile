@@ -1,12 +1,13 @@
 # make demo: install what is needed and run the main job on the embedded model.
 # make test: install the test extra as well and run linter and suite.
+# make soak: every way and time for a rank to die, one after another, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # two ranks, but one on a machine with one GPU
 RANKS = $$($(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)")
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test soak lint wheel clean
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m penstock generate \
@@ -15,6 +16,9 @@ demo: $(VENV)/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
+
+soak: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
