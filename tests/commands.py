@@ -36,7 +36,8 @@ class Hook(importlib.abc.MetaPathFinder):
             with open(f"{FOLDER}/rank_of{os.getpid()}", "w") as file:
                 file.write(os.environ.get("RANK", "0"))
             open(f"{FOLDER}/pid{os.getpid()}", "w").close()
-            exec(FAULT, {"rank": int(os.environ.get("RANK", 0)), "Executor": module.Executor, "failing": failing, "folder": FOLDER})
+            given = {"failing": failing, "folder": FOLDER}
+            exec(FAULT, given | {"rank": int(os.environ.get("RANK", 0)), "Executor": module.Executor})
         spec.loader.exec_module = execute
         return spec
 
@@ -85,7 +86,7 @@ def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float) -> None:
 
 
 class Command:
-    """A running `penstock ARGUMENTS`, or another `program`, in `folder`, and after `finish` its exit code and output."""
+    """A running `penstock ARGUMENTS`, or another `program`, in `folder`; after `finish` its exit code and output."""
 
     def __init__(
         self,
