@@ -124,8 +124,9 @@ if triton is not None:
         turn, aborted = 0, 0
         while (tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0) & (aborted == 0):
             parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
-            turn = (turn + 1) % _POLLS_A_CHECK
-            if turn == 0:
+            turn += 1
+            if turn == _POLLS_A_CHECK:
+                turn = 0
                 aborted = tl.load(abort_word, volatile=True)
         tl.store(slots, _EMPTY, mask=awaited)
         return parts

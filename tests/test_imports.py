@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "engine.cli": ("engine.flags", "engine.version", "parallel.failure"),
     "engine.llm": (
         *("engine.config", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
-        *("parallel.launch", "scheduler"),
+        *("parallel.launch", "parallel.rendezvous", "scheduler"),
     ),
     "engine.plan_command": (
         *("engine.config", "engine.model", "engine.planning"),
