@@ -1,5 +1,6 @@
 # make demo: install what is needed and run the main job on the embedded model.
 # make test: install the test extra as well and run linter and suite.
+# make soak: every way and time for a rank to die, one after another, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ RANKS = $$($(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() 
 # the orders in which torch, MKL and numpy add up where a CPU has no wide vectors
 OLD_CPU = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test soak lint wheel clean
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m penstock generate \
@@ -19,6 +20,9 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 2 --dist loadfile
+
+soak: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import functools
 import itertools
 import operator
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from engine.config import EngineConfig
 from engine.loop import Loop
 from engine.output import Listener, OnText, RequestOutput, Sequence
 from engine.planning import find_model, longest_sequence
+from engine.runtime.calls import Call, digest
 from engine.runtime.rank import LINK_BYTES, Rank
 from engine.tokenizer import Tokenizer
 from engine.turns import Turns, in_turn
 from parallel.launch import resolve_launch
+from parallel.rendezvous import meet
 from scheduler.batching import Scheduler
 from scheduler.request import Request, SamplingParams
 
@@ -44,7 +47,8 @@ class LLM:
             raise TypeError(f"LLM has no option {', '.join(unknown)}")
         self.config = EngineConfig(model=model, tensor_parallel_size=tensor_parallel_size, **options)
         self.turns = Turns()
-        self.tokenizer = load_tokenizer(self.config)
+        self._launch = resolve_launch(tensor_parallel_size)
+        self.tokenizer = self._load_tokenizer()
         self.rank = self._start()
         self.vocab_size = self.rank.plan.spec.vocab_size
         residency = self.rank.plan.residency
@@ -59,6 +63,8 @@ class LLM:
             retention=self.rank.plan.retention,
         )
         self._request_ids = itertools.count()
+        self._finalizer = weakref.finalize(self, self.rank.close)
+        self._finalizer.atexit = False  # the rank sees to that
 
     @in_turn
     def generate(
@@ -79,7 +85,7 @@ class LLM:
         `outputs`, and the other ranks return them. An interrupt ends the whole call at once.
         """
         self._check_open()
-        asked = self._read(prompts, sampling_params)
+        asked = self._read_for_all(prompts, sampling_params)
         listener = Listener(on_text)
         groups = [self._expand(place, *one, listener) for place, one in enumerate(asked)]
         with self.rank.together():
@@ -99,8 +105,7 @@ class LLM:
         """Measures link, memory, compute and reduces (about a second), for predictions instead of the profile's rates;
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
-        with self.rank.together():
-            self.rank.probe(link_bytes)
+        self.rank.probe(link_bytes)
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""
@@ -109,10 +114,11 @@ class LLM:
 
     @in_turn
     def close(self) -> None:
-        """Frees everything; idempotent. Calls of other threads that wait for their turn after it raise RuntimeError."""
+        """Frees everything; idempotent. Garbage collection does it too, and the end of the process. Calls of other
+        threads that wait for their turn after it raise RuntimeError."""
         if self.rank is not None:
-            rank, self.rank = self.rank, None
-            rank.close()
+            self.rank = None
+            self._finalizer()
 
     def __enter__(self) -> "LLM":
         self._check_open()
@@ -120,6 +126,18 @@ class LLM:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+    def _read_for_all(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
+        """What `_read` gives, once all ranks have agreed on this call. What one of them refuses, all refuse."""
+        asked, refusal = [], ""
+        try:
+            asked = self._read(prompts, sampling_params)
+        except ValueError as error:
+            if self._launch.kind != "torchrun":
+                raise
+            refusal = str(error) or "a ValueError without a message"
+        self.rank.begin(Call("generate", digest(asked), refusal))
+        return asked
 
     def _read(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
         """Checks everything that a user gives, on every rank alike."""
@@ -167,8 +185,20 @@ class LLM:
                 number = self.tokenizer.special_ids[parts[0]]
                 warnings.warn(f"{where}: give it alone, or stop_token_ids=[{number}], to end there", stacklevel=2)
 
+    def _load_tokenizer(self) -> Tokenizer | None:
+        """Under torchrun the other ranks hear of it if this one cannot."""
+        launch = self._launch
+        try:
+            with launch.guard():
+                if launch.kind == "torchrun":
+                    meet(launch)
+                return load_tokenizer(self.config)
+        except BaseException:
+            launch.close()
+            raise
+
     def _start(self) -> Rank:
-        return Rank(self.config, resolve_launch(self.config.tensor_parallel_size))
+        return Rank(self.config, self._launch)
 
     def _check_open(self) -> None:
         if self.rank is None:

@@ -1,32 +1,29 @@
 """The child ranks of a self-launch, as rank 0 sees them: started, listened to, watched, ended.
 
     reader thread a child   passes its output on as `[rank 1] ...`; after FAILURE_MARK it is kept
-    one watchdog thread     polls exit codes. The first child that failed is the failure; one that only lost
-                            its peers (PEER_LOST_EXIT) is so if nothing else turns up. Then
+    one watchdog thread     polls exit codes, and whether a child is stopped. The first child that failed is the
+                            failure; one that only lost its peers (PEER_LOST_EXIT), or that says it has failed and
+                            does not end, is so if nothing else turns up
 
-        0 s     the other children are ended (those in a NCCL call would wait for ever)
-        0..5 s  rank 0 in guard(): it gets PeerLost from gloo, asks here, raises RankFailed
-        5 s     still in guard(), so in NCCL or in a long computation: message, os._exit(1)
-                (not in guard(): message at once; its next guard() raises)
-
-What it does not know: sockets, environment, the order of ranks' work (launch.py).
+What it does not know: sockets, environment, the order of ranks' work (launch.py), what becomes of rank 0 (guard.py).
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from parallel.failure import FAILURE_MARK, PEER_LOST_EXIT, RankFailed, describe_exit
+from parallel.processes import STOPPED, process_state
+from parallel.pulse import STOPPED_S, stopped_for
 
 POLL_S = 0.05
+STATE_POLL_S = 0.5
 EXIT_STATUS_S = 3.0  # from a broken connection to the exit status of the child that broke it
 LOST_GRACE_S = 1.5  # a child that lost its peers ended before the one that caused it: this long at most
-GUARD_GRACE_S = 5.0
 CLOSE_S = 5.0
 _TAIL_LINES = 200
 
@@ -38,6 +35,7 @@ class Child:
         self.rank = rank
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._failure: list[str] | None = None
+        self.stopped_since: float | None = None
         # A session of its own: Ctrl-C is rank 0's to handle, the children end when rank 0 does.
         self.process = subprocess.Popen(
             command,
@@ -56,14 +54,15 @@ class Child:
             self.process.stdin.flush()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
-            if line.rstrip("\n") == FAILURE_MARK:
-                self._failure = []
-            elif self._failure is not None:
-                self._failure.append(line)
-            else:
-                self._tail.append(line)
-                print(f"[rank {self.rank}] {line}", end="", file=sys.stderr, flush=True)
+        with self.process.stdout as lines:
+            for line in lines:
+                if line.rstrip("\n") == FAILURE_MARK:
+                    self._failure = []
+                elif self._failure is not None:
+                    self._failure.append(line)
+                else:
+                    self._tail.append(line)
+                    print(f"[rank {self.rank}] {line}", end="", file=sys.stderr, flush=True)
 
     def failure(self) -> RankFailed:
         """Why it ended; only after it has."""
@@ -73,6 +72,14 @@ class Child:
             _, found, rest = text.rpartition("Traceback (most recent call last):")
             text = found + rest if found else ""
         return RankFailed(self.rank, describe_exit(self.process.returncode), text)
+
+    def is_stopped(self) -> bool:
+        """Has it been stopped for STOPPED_S, as far as it was looked at?"""
+        if process_state(self.process.pid) != STOPPED:
+            self.stopped_since = None
+        elif self.stopped_since is None:
+            self.stopped_since = time.monotonic()
+        return self.stopped_since is not None and time.monotonic() - self.stopped_since > STOPPED_S
 
     def wait(self, deadline: float) -> bool:
         """Has it ended by `deadline` (time.monotonic seconds)?"""
@@ -88,17 +95,15 @@ class Child:
 
 
 class Children:
-    """The children of one launch (none for the other kinds). `failure` is set once, by the watchdog."""
+    """The children of one launch (none for the other kinds). `on_failure` is called once, by the watchdog."""
 
-    def __init__(self):
-        self.failure: RankFailed | None = None
-        self._children: list[Child] = []
-        self._known = threading.Event()
+    def __init__(self, on_failure: Callable[[RankFailed], None]):
         self.aborted = False
+        self._on_failure = on_failure
+        self._children: list[Child] = []
         self._ending = threading.Event()
-        self._guards = 0
-        self._shown = False
-        self._lost_since: float | None = None
+        self._suspected: RankFailed | None = None
+        self._suspected_at: float | None = None
 
     def start(self, rank: int, command: list[str], env: dict[str, str], message: str) -> None:
         self._children.append(Child(rank, command, env, message))
@@ -107,35 +112,28 @@ class Children:
         """Begin to notice children that die, until close() or abort()."""
         threading.Thread(target=self._watch, name="rank-watchdog", daemon=True).start()
 
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Rank 0 is busy with the others: if it does not come out after a failure, the process is ended."""
-        self._guards += 1
-        try:
-            yield
-        finally:
-            self._guards -= 1
+    def suspect(self, failure: RankFailed) -> None:
+        """This is the failure, unless an exit status says more of it soon."""
+        if self._suspected is None:
+            self._suspected_at = time.monotonic()
+            self._suspected = failure
 
-    def wait_for_failure(self) -> RankFailed | None:
-        """The failure, as soon as an exit status shows it (3 s at most); None without children."""
-        if self._children and not self._ending.is_set():
-            self._known.wait(EXIT_STATUS_S)
-        if self.failure is None and not self._ending.is_set():
-            # Ended, and yet with exit code 0: no failure in itself, but rank 0 still needed it.
-            early = [child for child in self._children if child.process.poll() is not None]
-            self.failure = early[0].failure() if early else None
-        return self.failure
+    def early(self) -> RankFailed | None:
+        """Of a child that has ended, if with exit code 0: no failure in itself, but rank 0 still needed it."""
+        early = [] if self._ending.is_set() else [child for child in self._children if child.process.poll() is not None]
+        return early[0].failure() if early else None
 
-    def close(self) -> None:
-        """Wait 5 s for all to end by themselves, then end them. What failed meanwhile is shown on stderr."""
+    def close(self) -> RankFailed | None:
+        """Wait 5 s for all to end by themselves, then end them; the failure that came to light meanwhile."""
         if self._ending.is_set():
-            return
+            return None
         self._ending.set()
-        deadline = time.monotonic() + CLOSE_S
+        deadline, failed = time.monotonic() + CLOSE_S, None
         for child in self._children:
             if child.wait(deadline) and child.process.returncode != 0:
-                self._show(self.failure or child.failure())
+                failed = failed or child.failure()
         self._end()
+        return failed
 
     def abort(self) -> None:
         """End all now."""
@@ -143,6 +141,11 @@ class Children:
             self.aborted = True
             self._ending.set()
             self._end()
+
+    def kill(self) -> None:
+        """After a failure: one that is stopped would hear nothing else."""
+        for child in self._children:
+            child.process.kill()
 
     def _end(self) -> None:
         for ask in ("ask_to_end", "terminate", "kill"):
@@ -156,36 +159,27 @@ class Children:
             child.ask_to_end()
 
     def _watch(self) -> None:
+        looked_at = time.monotonic()
         while not self._ending.wait(POLL_S):
-            if culprit := self._find_culprit():
-                self.failure = culprit.failure()
-                self._known.set()
-                self._after_failure()
+            failure = self._find_ended()
+            if failure is None and time.monotonic() - looked_at > STATE_POLL_S:
+                looked_at = time.monotonic()
+                failure = self._find_stopped()
+            if failure is not None:
+                self._on_failure(failure)
                 return
 
-    def _find_culprit(self) -> Child | None:
+    def _find_ended(self) -> RankFailed | None:
         ended = [child for child in self._children if child.process.poll()]  # None and 0 are no failure
         for child in ended:
             if child.process.returncode != PEER_LOST_EXIT:
-                return child
-        if ended and self._lost_since is None:
-            self._lost_since = time.monotonic()
-        return ended[0] if ended and time.monotonic() - self._lost_since > LOST_GRACE_S else None
+                return child.failure()
+        if ended and self._suspected_at is None:
+            self._suspected_at = time.monotonic()
+        if self._suspected_at is None or time.monotonic() - self._suspected_at < LOST_GRACE_S:
+            return None
+        return self._suspected or ended[0].failure()
 
-    def _after_failure(self) -> None:
-        for child in self._children:
-            child.process.terminate()
-        deadline = time.monotonic() + GUARD_GRACE_S
-        was_guarded = self._guards > 0
-        while self._guards and time.monotonic() < deadline:
-            if self._ending.wait(POLL_S):
-                return
-        if self._guards or not was_guarded:
-            self._show(self.failure)
-        if self._guards:
-            os._exit(1)
-
-    def _show(self, failure: RankFailed) -> None:
-        if not self._shown:
-            self._shown = True
-            print(f"penstock: {failure}", file=sys.stderr, flush=True)
+    def _find_stopped(self) -> RankFailed | None:
+        stopped = [child for child in self._children if child.is_stopped()]
+        return RankFailed(stopped[0].rank, stopped_for(STOPPED_S), stopped=True) if stopped else None

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from parallel.connections import Connections
 from parallel.failure import PeerLost, RankFailed
 from parallel.ledger import Site, TransferLedger
 from parallel.push_reduce import PeerBuffers
@@ -46,6 +47,9 @@ class Collectives(Protocol):
     size: int
     ledger: TransferLedger
 
+    def check(self) -> None:
+        """Raise PeerLost if another rank has failed: for what polls a device that may wait for that rank."""
+
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         """Sum a contiguous tensor over ranks, in place. Equal shapes go in, the same bits come out on all."""
 
@@ -71,6 +75,9 @@ class Collectives(Protocol):
     def gather_bytes(self, data: bytes) -> list[bytes] | None:
         """Every rank gives bytes; rank 0 gets them all, by rank, the others None."""
 
+    def share_frames(self, frame: bytes) -> list[bytes]:
+        """Every rank gives as many bytes; all get them all, by rank."""
+
     def barrier(self) -> None:
         """Return when all ranks have come here, within the group's timeout."""
 
@@ -88,6 +95,9 @@ class Solo:
 
     def __init__(self):
         self.ledger = TransferLedger()
+
+    def check(self) -> None:
+        pass
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         pass
@@ -113,6 +123,9 @@ class Solo:
     def gather_bytes(self, data: bytes) -> list[bytes]:
         return [bytes(data)]
 
+    def share_frames(self, frame: bytes) -> list[bytes]:
+        return [bytes(frame)]
+
     def barrier(self) -> None:
         pass
 
@@ -124,17 +137,34 @@ class Solo:
 
 
 class Distributed:
-    """What Gloo and Nccl (nccl.py) share: the ledger and the control plane. Needs an initialised process group."""
+    """What Gloo and Nccl (nccl.py) share: the ledger, the control plane, and how waiting ends when a rank has failed.
+    Needs an initialised process group. `connections` are the group's, for `stop` to cut; `abort_word` (1,) int32 in
+    host memory is read by kernels of ours that wait for other ranks: 1 ends them."""
+
+    uses_gpus = False
 
     def __init__(self, timeout_s: float):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.ledger = TransferLedger()
+        self.connections = Connections()
+        self.abort_word = torch.zeros(1, dtype=torch.int32, pin_memory=self.uses_gpus)
         self._timeout = timedelta(seconds=timeout_s)
-        self._broken = False
+        self._broken = self._stopped = False
         self._buffer = bytearray(FRAME_BYTES)
         self._frame = torch.frombuffer(self._buffer, dtype=torch.uint8)  # the same memory
         self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         atexit.register(self.abandon)
+
+    def check(self) -> None:
+        if self._stopped:
+            raise PeerLost("another rank has failed")
+
+    def stop(self) -> None:
+        """From another thread: ends all waiting for other ranks, on the device and here. Nothing is summed any more."""
+        self._stopped = True
+        self.abort_word.fill_(1)
+        self.connections.cut()
+        self._abort()
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         assert tensor.is_contiguous()
@@ -195,6 +225,13 @@ class Distributed:
             dist.gather(own, frames, 0, group=self._control)
         return None if frames is None else [_unframed(one.numpy().tobytes()) for one in frames]
 
+    def share_frames(self, frame: bytes) -> list[bytes]:
+        own = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+        frames = [torch.empty_like(own) for _ in range(self.size)]
+        with self._peers():
+            dist.all_gather(frames, own, group=self._control)
+        return [one.numpy().tobytes() for one in frames]
+
     def barrier(self) -> None:
         with self._peers():
             dist.monitored_barrier(self._control, timeout=self._timeout)
@@ -219,8 +256,10 @@ class Distributed:
     @contextlib.contextmanager
     def _peers(self) -> Iterator[None]:
         try:
+            self.check()
             with peer_errors():
                 yield
+            self.check()  # a sum that was given up is none
         except PeerLost:
             self._broken = True
             raise

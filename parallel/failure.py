@@ -4,9 +4,9 @@ child rank can watch its parent before its slow imports begin.
 A rank dies in one of three ways, and its peers must not talk before it does:
 
     the rank that failed   traceback to stderr, exit 1 (or a signal, and nothing at all)
-    its peers              PeerLost at the next collective: wait to be ended by the launcher, else exit
-                           PEER_LOST_EXIT with one line
-    rank 0 (self-launch)   RankFailed, which names the rank, the cause and carries that rank's traceback
+    its peers              RankFailed, which names the rank, the cause and carries that rank's traceback; a child
+                           of rank 0 exits PEER_LOST_EXIT with it
+    nobody knows who       PeerLost, which only says that a connection is gone
 
 What it does not know: which processes there are (launch.py), nor what a collective is (collectives.py).
 """
@@ -24,21 +24,20 @@ from collections.abc import Callable
 SELF_LAUNCHED = "PENSTOCK_SELF_LAUNCHED"  # environment variable: this process is a child of rank 0
 PEER_LOST_EXIT = 75
 FAILURE_MARK = "\x1epenstock: failure"  # a child's stderr after this line is its failure, shown once by rank 0
-LAUNCHER_WAIT_S = 8.0
+LAUNCHER_WAIT_S = 5.0
 _PARENT_POLL_S = 1.0
 
 
 class PeerLost(RuntimeError):
     """Another rank is gone, or did not answer in time: a consequence, never the cause of a failure."""
 
-    waited = False  # the launcher has had its time to end this process
-
 
 class RankFailed(RuntimeError):
-    """`rank` ended the run. `cause` completes "rank N ..."; `traceback_text` is that rank's own, or empty."""
+    """`rank` ended the run. `cause` completes "rank N ..."; `traceback_text` is that rank's own, or empty. `stopped`:
+    its process is there and does nothing, so that no launcher will speak of it."""
 
-    def __init__(self, rank: int, cause: str, traceback_text: str = ""):
-        self.rank, self.cause, self.traceback_text = rank, cause, traceback_text.strip()
+    def __init__(self, rank: int, cause: str, traceback_text: str = "", stopped: bool = False):
+        self.rank, self.cause, self.traceback_text, self.stopped = rank, cause, traceback_text.strip(), stopped
         super().__init__(f"rank {rank} {cause}" + (f":\n{self.traceback_text}" if self.traceback_text else ""))
 
 
@@ -55,36 +54,37 @@ def describe_exit(code: int) -> str:
     return f"was killed by {name}"
 
 
-def wait_for_launcher(error: PeerLost) -> None:
-    """Give torchrun up to 8 s to report the first failure and to end this process; once for an error."""
-    if not error.waited:
-        error.waited = True
-        time.sleep(LAUNCHER_WAIT_S)
+def wait_for_launcher() -> None:
+    """Give torchrun 5 s to report the first failure and to end this process."""
+    time.sleep(LAUNCHER_WAIT_S)
 
 
 def run_rank(main: Callable[[], int | None]) -> int:
     """Run `main` as this process' whole work and return its exit code (None is 0).
 
     An exception is shown once and ends the process by `os._exit`, so that no destructor (a process group, a
-    CUDA context) can block the exit: PeerLost with one line, after torchrun has had time to show the first
-    failure; RankFailed with its message alone; any other with its traceback. SystemExit passes.
+    CUDA context) can block the exit: PeerLost with one line; RankFailed with its message alone; any other with
+    its traceback. SystemExit passes.
     """
     try:
         return main() or 0
     except PeerLost as error:
-        if SELF_LAUNCHED not in os.environ and "RANK" in os.environ:
-            wait_for_launcher(error)
         _leave(
             f"penstock: rank {os.environ.get('RANK', '0')} stops, another rank is gone: {error}",
             PEER_LOST_EXIT,
         )
     except RankFailed as error:
-        _leave(f"penstock: {error}", 1)
+        _leave(f"penstock: {error}", exit_after(error))
     except KeyboardInterrupt:
         _leave("penstock: interrupted", 130)
     except Exception:
         _leave(traceback.format_exc(), 1)
     raise AssertionError("unreachable")
+
+
+def exit_after(_: RankFailed) -> int:
+    """The exit code of this rank when another one has failed: rank 0 must not take a child of its own for the first."""
+    return PEER_LOST_EXIT if SELF_LAUNCHED in os.environ else 1
 
 
 def _leave(text: str, code: int) -> None:

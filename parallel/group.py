@@ -27,9 +27,7 @@ def run_in_group(
     launch.start(message, command)
     try:
         with launch.guard():
-            collectives = connect(
-                topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
-            )
+            collectives = connect(topology, launch)
             try:
                 bind_to_numa(topology)
                 result = work(topology, collectives)

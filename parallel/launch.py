@@ -13,12 +13,14 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parallel.children import Children
+from parallel.children import EXIT_STATUS_S, Children
 from parallel.failure import (
+    LAUNCHER_WAIT_S,
     SELF_LAUNCHED,
     PeerLost,
     RankFailed,
@@ -26,6 +28,9 @@ from parallel.failure import (
     run_rank,
     wait_for_launcher,
 )
+from parallel.guard import Guard
+from parallel.processes import Process
+from parallel.pulse import Pulse
 
 __all__ = ["Launch", "PeerLost", "RankFailed", "exit_with_parent", "resolve_launch", "run_rank"]
 
@@ -33,6 +38,7 @@ __all__ = ["Launch", "PeerLost", "RankFailed", "exit_with_parent", "resolve_laun
 WORKER_COMMAND = (sys.executable, "-P", "-m", "penstock", "worker")
 _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ROOT = Path(__file__).resolve().parent.parent  # where `penstock` and `parallel` are found
+LEFT = "has left: its LLM was closed"
 
 
 @dataclass
@@ -40,7 +46,8 @@ class Launch:
     """This process' place among the ranks, and for rank 0 of a self-launch its children.
 
     `kind` is solo, torchrun, parent (rank 0 of a self-launch) or child. Only a parent has `listener`, the
-    bound socket where ranks meet. Every kind may call every method; only a parent starts and ends processes.
+    bound socket where ranks meet; `store` is where they have met (rendezvous.py). Every kind may call every
+    method; only a parent starts and ends processes.
     """
 
     kind: str
@@ -51,7 +58,16 @@ class Launch:
     master_addr: str = "127.0.0.1"
     master_port: int = 0
     listener: socket.socket | None = None
-    _children: Children = field(default_factory=Children, repr=False, compare=False)
+    store: object | None = field(default=None, repr=False, compare=False)
+    _failed: bool = field(default=False, repr=False, compare=False)
+    _pulse: Pulse | None = field(default=None, repr=False, compare=False)
+    _guard: Guard = field(default_factory=Guard, repr=False, compare=False)
+
+    def __post_init__(self):
+        self._children = Children(self._guard.fail)
+        self.on_failure(self._children.kill)
+        if self.kind == "torchrun":
+            self._guard.show_after_s = LAUNCHER_WAIT_S
 
     def start(self, message: str, command: tuple[str, ...] | list[str] = WORKER_COMMAND) -> None:
         """Start the other ranks of a self-launch, each with `message` (one line) on its stdin.
@@ -71,58 +87,97 @@ class Launch:
             raise
         self._children.watch()
 
+    def hear(self, processes: list[Process], share: Callable[[str | None], str], addresses: list[str]) -> None:
+        """From now on each rank hears whether the others live. All ranks call it: `processes` by rank; `share` gives
+        what rank 0 puts in to all; `addresses` are rank 0's, none where all ranks share a host."""
+        self._pulse = Pulse(self.rank, processes, self._suspect)
+        if self.rank == 0:
+            share(self._pulse.host(addresses))
+        else:
+            self._pulse.join(share(None))
+
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """Around all that ranks do together, from `start` to the shutdown message.
 
-        Raises RankFailed instead of PeerLost, on entry too. Any exception, also this rank's own, ends the
-        children: after it the ranks no longer agree on what comes next. So check a user's input before, and
-        never yield from a generator in here (GeneratorExit is an exception too).
-        While rank 0 stays in here for some seconds after a child died (NCCL waits for ever, a long
-        computation), the whole process is ended with the message that RankFailed would have had.
+        Raises RankFailed instead of PeerLost, on entry too. Any exception, also this rank's own, is told
+        to the others and ends them: after it the ranks no longer agree on what comes next. So check a user's input
+        before, and never yield from a generator in here (GeneratorExit is an exception too).
+        A failure elsewhere gets this thread out (guard.py).
         """
-        with self._children.guarded():
-            try:
+        try:
+            with self.leaving():
                 self.check()
                 yield
-            except PeerLost as error:
-                raise self.explain(error) from None
-            except BaseException:
-                self.abort()
-                raise
+        except PeerLost as error:
+            raise self.explain(error) from None
+        except BaseException as error:
+            self.give_up(error)
+            raise
+
+    def leaving(self) -> contextlib.AbstractContextManager[None]:
+        """Around what may wait for other ranks but needs none of them: it cannot hang after a failure."""
+        return self._guard.inside()
+
+    def on_failure(self, action: Callable[[], None]) -> None:
+        """What to do at once, in another thread, when another rank has failed: so that nothing waits for it."""
+        self._guard.on_failure(action)
 
     def check(self) -> None:
-        """Raise RankFailed if a child has died, RuntimeError if an earlier error has ended the children."""
-        if self._children.failure is not None:
-            raise self._children.failure
-        if self._children.aborted:
+        """Raise RankFailed if another rank has failed, RuntimeError if an earlier error has ended the others."""
+        self._guard.check()
+        if self._failed:
             raise RuntimeError("the other ranks were ended after an earlier error")
 
     @property
     def healthy(self) -> bool:
-        """Whether the other ranks, as far as this one knows, still follow."""
-        return self._children.failure is None and not self._children.aborted
+        """Whether the other ranks, as far as this one knows, still follow, and no other thread works with them."""
+        return self._guard.failure is None and not self._failed and not self._guard.busy
 
     def explain(self, error: PeerLost) -> Exception:
         """What to raise for a lost peer: RankFailed with its exit status and traceback, once that is known.
 
-        Under torchrun the error itself, after up to 8 s in which torchrun ends this process.
+        Under torchrun after 5 s in which torchrun, which may have seen the failure too, ends this process.
         """
-        if self.kind == "torchrun":
-            wait_for_launcher(error)
-        failure = self._children.wait_for_failure()
-        self.abort()
+        if self.tp_size == 1:
+            return error
+        failure = self._guard.wait(EXIT_STATUS_S) or self._children.early()
+        if failure is None and self._pulse is not None and self._pulse.left:
+            failure = RankFailed(min(self._pulse.left), LEFT)
+        self.give_up(failure or error)
+        if self.kind == "torchrun" and not (failure and failure.stopped):
+            wait_for_launcher()
         return failure or error
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the others why this rank follows no longer, and end the children. Idempotent."""
+        if self.tp_size > 1 and not self._failed:
+            self._failed = True
+            if self._pulse is not None and self._guard.failure is None:
+                self._pulse.say_failed(error if isinstance(error, RankFailed) else _described(self.rank, error))
+        self.abort()
 
     def close(self) -> None:
         """After the engine's shutdown message: wait for the children to end, then make them. Idempotent."""
-        self._children.close()
+        self._guard.close()
+        if self._pulse is not None:
+            self._pulse.leave()
+        if failed := self._children.close():
+            self._guard.show(self._guard.failure or failed)
+        self.store = None
         self._close_listener()
 
     def abort(self) -> None:
         """End the children now, whatever they are doing. Idempotent."""
         self._children.abort()
         self._close_listener()
+
+    def _suspect(self, failure: RankFailed) -> None:
+        """The pulse has heard of a failure. Of a child its exit status may say more."""
+        if self.kind == "parent" and not failure.stopped:
+            self._children.suspect(failure)
+        else:
+            self._guard.fail(failure)
 
     def _close_listener(self) -> None:
         if self.listener is not None:
@@ -144,6 +199,15 @@ class Launch:
         }
 
 
+def _described(rank: int, error: BaseException) -> RankFailed:
+    """An exception of this rank's, as the others raise it."""
+    if isinstance(error, KeyboardInterrupt):
+        return RankFailed(rank, "was interrupted")
+    if isinstance(error, PeerLost):
+        return RankFailed(rank, f"lost the connection to another rank ({error})")
+    return RankFailed(rank, "failed", "".join(traceback.format_exception(error)))
+
+
 def python_path() -> str:
     """PYTHONPATH of a child, which has to find what this process runs."""
     return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -152,11 +216,13 @@ def python_path() -> str:
 def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
     """Who this process is, from torchrun's environment or the number of ranks asked for. Starts nothing.
 
-    Raises ValueError if the number is unlike torchrun's WORLD_SIZE, or if that environment is incomplete.
+    Raises ValueError if the number is unlike torchrun's WORLD_SIZE, if that environment is incomplete, or if ranks are
+    to meet over a network interface that is not there.
     """
     env = os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env:
         tp_size = tensor_parallel_size or 1
+        _check_interfaces(tp_size)
         return Launch("parent" if tp_size > 1 else "solo", tp_size=tp_size, num_local_ranks=tp_size)
     absent = [name for name in _REQUIRED if name not in env]
     if absent:
@@ -169,6 +235,7 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
         raise ValueError(
             f"tensor_parallel_size={tensor_parallel_size}, but torchrun started WORLD_SIZE={tp_size} ranks"
         )
+    _check_interfaces(tp_size)
     return Launch(
         "child" if SELF_LAUNCHED in env else "torchrun",
         rank=int(env["RANK"]),
@@ -178,6 +245,16 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
         master_addr=env["MASTER_ADDR"],
         master_port=int(env["MASTER_PORT"]),
     )
+
+
+def _check_interfaces(tp_size: int) -> None:
+    """GLOO_SOCKET_IFNAME may name several, which gloo takes in turn."""
+    there = [name for _, name in socket.if_nameindex()]
+    asked = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    for name in asked.split(",") if asked and tp_size > 1 else ():
+        if name not in there:
+            found = ", ".join(there)
+            raise ValueError(f"GLOO_SOCKET_IFNAME={asked}: this host has no network interface {name!r}, but {found}")
 
 
 def _listen(port: str) -> socket.socket:

@@ -16,6 +16,8 @@ class Nccl(Distributed):
     """CUDA tensors over NCCL, on the caller's stream; host messages over a gloo group of its own. Captured calls have a
     communicator of their own: an eager call never meets one that a graph has under way."""
 
+    uses_gpus = True
+
     def __init__(self, timeout_s: float):
         super().__init__(timeout_s)
         self._graph_group = dist.new_group(backend="nccl", timeout=self._timeout)
@@ -40,7 +42,7 @@ class Nccl(Distributed):
         out.view(part.shape[0], self.size, part.shape[1]).copy_(stacked.transpose(0, 1))
 
     def _abort(self) -> None:
-        for group in (self._graph_group, dist.group.WORLD):
+        for group in filter(None, (self._graph_group, dist.group.WORLD)):
             with contextlib.suppress(RuntimeError):
                 group.abort()
 

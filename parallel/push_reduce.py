@@ -20,7 +20,8 @@ for a part of rank 1's call n+1, which started after rank 1's whole call n: h0 h
 sums may have any size, since halves belong to whole calls, not to places.
 
 A program waits for the same program of every peer, and pushes before it polls. MAX_PROGRAMS of them are on a device
-together, so none waits for one that cannot start. A rank that is gone leaves the others polling until they are ended.
+together, so none waits for one that cannot start. A rank that is gone leaves the others polling until the abort word,
+in their own host memory, is 1; they read it in one of POLLS_A_CHECK turns. What they sum then means nothing.
 Tried, compiled for sm_90 only: accesses of 16 bytes; peers' addresses as arguments, since loaded ones delay the pushes.
 Not tried: threads that poll their own words alone, clusters.
 """
@@ -45,19 +46,22 @@ WORD_BYTES = 4
 SLOT_WORDS = MOST_BYTES // WORD_BYTES
 LEAST_BLOCK_WORDS = 512
 EMPTY = -1  # all ones
+POLLS_A_CHECK = 1024  # a turn takes less than a microsecond; the word is read over PCIe
 
 
 @dataclass(frozen=True)
 class PeerBuffers:
     """Where the parts of a sum meet. `words` (NUM_HALVES, size, SLOT_WORDS) int32 is this rank's memory: a slot a rank,
     which that rank writes. `others` are the addresses of the other ranks' `words`, the next rank's first. `half`
-    (MAX_PROGRAMS,) int32 holds the next call's half in every place: a program reads its own."""
+    (MAX_PROGRAMS,) int32 holds the next call's half in every place: a program reads its own. `abort_word` (1,) int32 is
+    in host memory that the device reads."""
 
     rank: int
     size: int
     words: Tensor
     others: tuple[int, ...]
     half: Tensor
+    abort_word: Tensor
 
 
 def fits(part: Tensor) -> bool:
@@ -80,7 +84,8 @@ def push_reduce(peers: PeerBuffers, part: Tensor, pushes: bool = True, collects:
     if len(words):
         block = max(triton.next_power_of_2(triton.cdiv(len(words), MAX_PROGRAMS)), LEAST_BLOCK_WORDS)
         _push_reduce[(triton.cdiv(len(words), block),)](
-            *(part, words, peers.words, peers.others, peers.half, peers.rank, peers.size, len(words)),
+            *(part, words, peers.words, peers.others, peers.half, peers.abort_word),
+            *(peers.rank, peers.size, len(words)),
             *(triton.next_power_of_2(peers.size), block, pushes, collects),
             num_warps=block // 128,
         )
@@ -90,6 +95,7 @@ if triton is not None:
     _EMPTY = tl.constexpr(EMPTY)
     _OTHER_NAN = tl.constexpr(0x7FFFFFFF)
     _SLOT_WORDS = tl.constexpr(SLOT_WORDS)
+    _POLLS_A_CHECK = tl.constexpr(POLLS_A_CHECK)
     _MAX_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
 
     @triton.jit
@@ -107,16 +113,21 @@ if triton is not None:
             tl.store(there + place, own, mask=inside)
 
     @triton.jit
-    def collect(own, words, place, inside, half, rank, size, RANKS: tl.constexpr):
-        """The words (RANKS, W) of all ranks, once they are there; empties them. All threads leave the loop together, so
-        none empties or flips what another has yet to read."""
+    def collect(own, words, place, inside, half, abort_word, rank, size, RANKS: tl.constexpr):
+        """The words (RANKS, W) of all ranks, once they are there, or this rank is to wait no longer; empties them. All
+        threads leave the loop together, so none empties or flips what another has yet to read."""
         peer = tl.arange(0, RANKS)[:, None]
         slots = words + (half * size + peer) * _SLOT_WORDS + place[None, :]
         awaited = (peer != rank) & (peer < size) & inside[None, :]
         kept = tl.where(peer == rank, own[None, :], 0)
         parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
-        while tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0:
+        turn, aborted = 0, 0
+        while (tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0) & (aborted == 0):
             parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
+            turn += 1
+            if turn == _POLLS_A_CHECK:
+                turn = 0
+                aborted = tl.load(abort_word, volatile=True)
         tl.store(slots, _EMPTY, mask=awaited)
         return parts
 
@@ -139,7 +150,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rank"])
     def _push_reduce(
-        out, part, words, others, halves, rank, size, num_words,
+        out, part, words, others, halves, abort_word, rank, size, num_words,
         RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
     ):  # fmt: skip
         dtype: tl.constexpr = out.dtype.element_ty
@@ -151,7 +162,7 @@ if triton is not None:
         if PUSHES:
             push(own, others, place, inside, half, rank, size)
         if COLLECTS:
-            parts = collect(own, words, place, inside, half, rank, size, RANKS)
+            parts = collect(own, words, place, inside, half, abort_word, rank, size, RANKS)
             element = tl.program_id(0) * BLOCK * PER_WORD + tl.arange(0, BLOCK * PER_WORD)
             tl.store(out + element, sum_parts(parts, dtype), mask=element < num_words * PER_WORD)
             flip(halves, half)

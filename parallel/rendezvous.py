@@ -1,9 +1,11 @@
-"""How ranks meet: a store at one address, then a process group over it, then the Collectives of the device.
+"""How ranks meet: a store at one address, where each says who it is; a pulse between them; then a process group, and
+the Collectives that the devices of all of them allow.
 
 What it does not know: who starts the ranks (launch.py), and what they say to each other afterwards.
 """
 
 import itertools
+import json
 import os
 import socket
 import time
@@ -14,64 +16,117 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import Collectives, Gloo, Solo, peer_errors
+from parallel.collectives import Collectives, Distributed, Gloo, Solo, peer_errors
+from parallel.connections import Connections
 from parallel.failure import PeerLost
+from parallel.launch import Launch
 from parallel.nccl import Nccl
+from parallel.processes import Process, this_process
+from parallel.reach import Reach, all_reach_each_other, reach_of
 from parallel.symmetric import Symmetric
 from parallel.topology import Topology
 
+MEETING_S = 600.0
 _POLL_S = 0.02
 _generation = itertools.count()  # keys of an earlier group in a launcher's store must not be read again
 
 
-def connect(
-    topology: Topology,
-    master_addr: str,
-    master_port: int,
-    *,
-    timeout_s: float = 600.0,
-    listener: socket.socket | None = None,
-    check: Callable[[], None] | None = None,
-) -> Collectives:
-    """Join the group of `topology.tp_size` ranks that meet at `master_addr:master_port`.
+def meet(launch: Launch, timeout_s: float = MEETING_S) -> dist.Store:
+    """The store of the ranks of `launch`, once all of them are there and hear each other; idempotent.
 
-    `timeout_s` bounds the meeting, every tensor collective and every barrier. `listener` is the bound socket
-    of a self-launch (rank 0 takes it over); `check` is called while rank 0 waits and may raise. Raises
-    ValueError if the port is in use or this process has a group already, PeerLost if ranks are missing.
+    Raises ValueError if the port is in use or this process has a group already, PeerLost if ranks are missing after
+    `timeout_s`, and what `launch.check` raises.
     """
-    if topology.tp_size == 1:
+    if launch.store is None:
+        if dist.is_initialized():
+            raise ValueError("this process belongs to a process group already: close it (or the other LLM) first")
+        _prepare_environment(launch.master_addr)
+        store = _open_store(launch, timedelta(seconds=timeout_s))
+        meeting = Meeting(store, launch.rank, launch.tp_size, timeout_s, launch.check)
+        people = [Process(**one) for one in meeting.tell("process", this_process().to_dict())]
+        addresses = _addresses(launch) if len({one.host for one in people}) > 1 else []
+        try:
+            launch.hear(people, lambda text: meeting.tell("pulse", text)[0], addresses)
+        except OSError as error:
+            raise PeerLost(f"rank 0 cannot be reached: {error}") from None
+        launch.store = store
+    return launch.store
+
+
+def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) -> Collectives:
+    """Joins the group of the ranks of `launch`; meets them, if that has not been.
+
+    `timeout_s` bounds the meeting, every tensor collective and every barrier. Raises as `meet` does.
+    """
+    if launch.tp_size == 1:
         return Solo()
-    if dist.is_initialized():
-        raise ValueError("this process belongs to a process group already: close it (or the other LLM) first")
-    _prepare_environment(master_addr)
-    timeout = timedelta(seconds=timeout_s)
-    store = _open_store(topology.rank, master_addr, master_port, timeout, listener)
-    _meet(store, topology.rank, topology.tp_size, timeout_s, check)
+    store = meet(launch, timeout_s)
+    meeting = Meeting(store, launch.rank, launch.tp_size, timeout_s, launch.check)
+    kind = _kind([Reach(**one) for one in meeting.tell("reach", reach_of(topology.device).to_dict())], topology)
     backend, device = ("nccl", topology.device) if topology.device.type == "cuda" else ("gloo", None)
     if device is not None:
         torch.cuda.set_device(device)
+    connections = Connections()
     with peer_errors():
         dist.init_process_group(
             backend,
             store=store,
-            rank=topology.rank,
-            world_size=topology.tp_size,
-            timeout=timeout,
+            rank=launch.rank,
+            world_size=launch.tp_size,
+            timeout=timedelta(seconds=timeout_s),
             device_id=device,
         )
-        return _kind(topology)(timeout_s)
+        collectives = kind(timeout_s)
+    ports = meeting.tell("ports", connections.ports())
+    theirs = {(there, here) for rank, ends in enumerate(ports) if rank != launch.rank for here, there in ends}
+    connections.keep(theirs.__contains__)
+    collectives.connections = connections
+    launch.on_failure(collectives.stop)
+    return collectives
 
 
-def _kind(topology: Topology) -> type[Collectives]:
-    """Symmetric memory needs every GPU of the group to reach every other one; where it cannot, that is said once."""
+class Meeting:
+    """What ranks tell each other by way of the store. All tell the same things."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, check: Callable[[], None]):
+        self.store, self.rank, self.size, self.timeout_s, self.check = store, rank, size, timeout_s, check
+
+    def tell(self, what: str, own: object) -> list:
+        """What each rank tells (JSON), by rank. torch's own rendezvous could not be stopped if one had died."""
+        deadline = time.monotonic() + self.timeout_s
+        with peer_errors():
+            self.store.set(f"{what}/{self.rank}", json.dumps(own))
+        while missing := self._missing(what):
+            self.check()
+            if time.monotonic() > deadline:
+                raise PeerLost(f"ranks {missing} did not connect within {self.timeout_s:g} s")
+            time.sleep(_POLL_S)
+        with peer_errors():
+            return [json.loads(self.store.get(f"{what}/{rank}")) for rank in range(self.size)]
+
+    def _missing(self, what: str) -> list[int]:
+        with peer_errors():
+            return [rank for rank in range(self.size) if not self.store.check([f"{what}/{rank}"])]
+
+
+def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:
+    """The same on all ranks. Symmetric memory needs every GPU to reach every other one; where it cannot, that is said
+    once."""
     if topology.device.type == "cpu":
         return Gloo
-    others = [gpu for gpu in range(min(topology.tp_size, torch.cuda.device_count())) if gpu != topology.device.index]
-    if all(torch.cuda.can_device_access_peer(topology.device, gpu) for gpu in others):
+    if all_reach_each_other(reaches):
         return Symmetric
     if topology.rank == 0:
         warnings.warn("GPUs cannot reach each other's memory: all-reduces go through NCCL alone", stacklevel=3)
     return Nccl
+
+
+def _addresses(launch: Launch) -> list[str]:
+    """Where ranks on other hosts may find this one: the address by which it sees the store, then its name."""
+    family, kind, _, _, address = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return [probe.getsockname()[0], socket.gethostname()]
 
 
 def _prepare_environment(master_addr: str) -> None:
@@ -81,42 +136,27 @@ def _prepare_environment(master_addr: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _open_store(rank: int, addr: str, port: int, timeout: timedelta, listener: socket.socket | None) -> dist.Store:
-    """The store where ranks meet: torchrun's agent hosts it, else rank 0 does."""
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    options = {} if listener is None else {"master_listen_fd": listener.detach()}
+def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store where ranks meet: torchrun's agent hosts it, else rank 0 does. A failure ends what waits for it."""
+    hosts = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    options = {} if launch.listener is None else {"master_listen_fd": launch.listener.detach()}
+    connections = Connections()
     try:
         with peer_errors():
             store = dist.TCPStore(
-                addr,
-                port,
-                is_master=hosts or listener is not None,
+                launch.master_addr,
+                launch.master_port,
+                is_master=hosts or launch.listener is not None,
                 timeout=timeout,
                 wait_for_workers=False,
                 **options,
             )
     except RuntimeError as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
-            raise ValueError(f"MASTER_PORT={port} is in use on this host") from None
+            raise ValueError(f"MASTER_PORT={launch.master_port} is in use on this host") from None
         raise
+    connections.keep(lambda ports: ports[1] == launch.master_port)
+    launch.on_failure(connections.cut)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    generation = 0 if listener is not None else next(_generation)
+    generation = 0 if launch.listener is not None else next(_generation)
     return dist.PrefixStore(f"penstock/{attempt}/{generation}", store)
-
-
-def _meet(store: dist.Store, rank: int, size: int, timeout_s: float, check: Callable[[], None] | None) -> None:
-    """Rank 0 returns when all are there: torch's own rendezvous could not be stopped if one had died."""
-    deadline = time.monotonic() + timeout_s
-    with peer_errors():
-        store.set(f"here/{rank}", "1")
-    while rank == 0 and (missing := _missing(store, size)):
-        if check is not None:
-            check()
-        if time.monotonic() > deadline:
-            raise PeerLost(f"ranks {missing} did not connect within {timeout_s:g} s")
-        time.sleep(_POLL_S)
-
-
-def _missing(store: dist.Store, size: int) -> list[int]:
-    with peer_errors():
-        return [rank for rank in range(size) if not store.check([f"here/{rank}"])]

@@ -46,7 +46,8 @@ class Symmetric(Nccl):
         half = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=self._device)
         torch.cuda.synchronize()
         self.barrier()
-        return PeerBuffers(self.rank, self.size, flat.view(NUM_HALVES, self.size, SLOT_WORDS), others, half)
+        words = flat.view(NUM_HALVES, self.size, SLOT_WORDS)
+        return PeerBuffers(self.rank, self.size, words, others, half, self.abort_word)
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         if fits(tensor):

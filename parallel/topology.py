@@ -17,13 +17,19 @@ _SYS = Path("/sys")
 
 @dataclass(frozen=True)
 class Topology:
-    """Where one rank computes. `numa_node` is None where it is unknown or does not matter (CPU)."""
+    """Where one rank computes. `numa_node` is None where it is unknown or does not matter (CPU), `num_local_ranks`, of
+    this host, where the launcher does not say."""
 
     rank: int
     tp_size: int
     local_rank: int
     device: torch.device
     numa_node: int | None = None
+    num_local_ranks: int | None = None
+
+    @property
+    def ranks_on_host(self) -> int:
+        return self.num_local_ranks or self.tp_size
 
     def describe(self) -> str:
         """One line, e.g. `rank 1 of 2: cuda:1 (NVIDIA H200), NUMA node 0, 48 CPUs`."""
@@ -53,14 +59,15 @@ def resolve_topology(
     if device == "cuda" and num_gpus == 0:
         raise ValueError("device=cuda: no CUDA device is visible to torch")
     if num_gpus == 0:
-        return Topology(rank, tp_size, local_rank, torch.device("cpu"))
+        return Topology(rank, tp_size, local_rank, torch.device("cpu"), num_local_ranks=num_local_ranks)
     needed = max(num_local_ranks or 0, local_rank + 1)
     if needed > num_gpus:
         raise ValueError(
             f"device={device}: {needed} ranks on this host need {needed} GPUs, {num_gpus} visible "
             "(lower tensor_parallel_size, or device=cpu)"
         )
-    return Topology(rank, tp_size, local_rank, torch.device("cuda", local_rank), read_numa_node(local_rank))
+    device = torch.device("cuda", local_rank)
+    return Topology(rank, tp_size, local_rank, device, read_numa_node(local_rank), num_local_ranks)
 
 
 def read_numa_node(gpu: int, sys: Path = _SYS) -> int | None:

@@ -33,8 +33,11 @@ class Hook(importlib.abc.MetaPathFinder):
         exec_module = spec.loader.exec_module
         def execute(module):
             exec_module(module)
+            with open(f"{FOLDER}/rank_of{os.getpid()}", "w") as file:
+                file.write(os.environ.get("RANK", "0"))
             open(f"{FOLDER}/pid{os.getpid()}", "w").close()
-            exec(FAULT, {"rank": int(os.environ.get("RANK", 0)), "Executor": module.Executor, "failing": failing})
+            given = {"failing": failing, "folder": FOLDER}
+            exec(FAULT, given | {"rank": int(os.environ.get("RANK", 0)), "Executor": module.Executor})
         spec.loader.exec_module = execute
         return spec
 
@@ -83,10 +86,16 @@ def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float) -> None:
 
 
 class Command:
-    """A running `penstock ARGUMENTS` in `folder`, and after `finish` its exit code and output."""
+    """A running `penstock ARGUMENTS`, or another `program`, in `folder`; after `finish` its exit code and output."""
 
     def __init__(
-        self, folder: Path, *arguments: str, launcher: tuple[str, ...] = (), fault: str = "", **environment: str
+        self,
+        folder: Path,
+        *arguments: str,
+        launcher: tuple[str, ...] = (),
+        program: tuple[str, ...] = PENSTOCK,
+        fault: str = "",
+        **environment: str,
     ):
         self.folder = folder
         site = folder / "site"
@@ -95,7 +104,7 @@ class Command:
         env = {name: value for name, value in os.environ.items() if name not in _LAUNCH_NAMES}
         path = os.pathsep.join(map(str, (site, ROOT)))
         self.process = subprocess.Popen(
-            [sys.executable, *launcher, *PENSTOCK, *map(str, arguments)],
+            [sys.executable, *launcher, *program, *map(str, arguments)],
             cwd=folder,
             env=env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
             stdin=subprocess.PIPE,

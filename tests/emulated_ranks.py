@@ -18,7 +18,8 @@ def connect_ranks(size: int) -> list[PeerBuffers]:
     words = [torch.full(shape, EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(size)]
     others = [tuple(words[(rank + step) % size].data_ptr() for step in range(1, size)) for rank in range(size)]
     halves = torch.zeros(size, MAX_PROGRAMS, dtype=torch.int32, device=DEVICE)
-    return [PeerBuffers(rank, size, words[rank], others[rank], halves[rank]) for rank in range(size)]
+    goes_on = torch.zeros(1, dtype=torch.int32, pin_memory=torch.device(DEVICE).type == "cuda")
+    return [PeerBuffers(rank, size, words[rank], others[rank], halves[rank], goes_on) for rank in range(size)]
 
 
 def run_together(ranks: Iterable[Callable[..., None]]) -> None:

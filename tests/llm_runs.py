@@ -67,8 +67,26 @@ def aborted_by_on_text(llm: LLM) -> dict[str, Any]:
     return {"aborted": [output.to_dict() for output in outputs], "raised": raised}
 
 
+def mistakes_of_one(llm: LLM, rank: int) -> dict[str, Any]:
+    """Ranks that are given different things; each of these calls is refused, and the next one is answered."""
+    greedy = SamplingParams(temperature=0, ignore_eos=True)
+    facts = {
+        "refused_by_one": refusal(lambda: llm.generate([[0, 99999]] if rank == 1 else "Return the")),
+        "refused_by_rank_0": refusal(lambda: llm.generate(["Return the"] if rank == 1 else 5)),
+        "other_prompts": refusal(lambda: llm.generate(f"Rank {rank}")),
+        "other_call": refusal(lambda: llm.generate("def") if rank == 0 else llm.measure()),
+        "other_graph_s": refusal(lambda: llm.generate("def") if rank == 0 else llm.rank.graph_s(1)),
+    }
+    facts["measured"] = refusal(llm.measure)
+    if rank == 0:
+        llm.measure()  # the others answer within generate
+    facts["follows"] = tokens_of(llm.generate("Return the" if rank == 0 else [], greedy))
+    facts["own"] = tokens_of(llm.generate("Return the", greedy))
+    return facts
+
+
 def run_rank(folder: Path) -> None:
-    """Two engines one after another, with mistakes on all ranks alike in between."""
+    """Two engines one after another, with mistakes in between: on all ranks alike, then on one alone."""
     facts = {"unlike_world": refusal(lambda: LLM("demo", tensor_parallel_size=4, **OPTIONS))}
     with LLM("demo", **OPTIONS) as llm:
         facts["first"] = run_requests(llm)
@@ -77,6 +95,7 @@ def run_rank(folder: Path) -> None:
         facts["again"] = [
             output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0, ignore_eos=True))
         ]
+        facts |= mistakes_of_one(llm, int(os.environ["RANK"]))
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
         facts["second"] = run_requests(llm)
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

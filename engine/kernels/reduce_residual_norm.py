@@ -49,7 +49,7 @@ def reduce_residual_norm(
     if len(x):
         _reduce_add_and_norm[(len(x),)](
             *(x, delta.view(int32), weight, bias, out, eps, x.stride(0), out.stride(0)),
-            *(peers.words, peers.others, peers.half, peers.rank, peers.size),
+            *(peers.words, peers.others, peers.half, peers.abort_word, peers.rank, peers.size),
             *(width, kind == "layer", bias is not None),
             *(triton.next_power_of_2(peers.size), block, pushes, collects),
             **options(x.device),
@@ -62,7 +62,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rank"])
     def _reduce_add_and_norm(
-        x, delta, weight, bias, out, eps, x_row, out_row, words, others, halves, rank, size,
+        x, delta, weight, bias, out, eps, x_row, out_row, words, others, halves, abort_word, rank, size,
         D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
         RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
         OVERLAPS: tl.constexpr,
@@ -82,7 +82,7 @@ if triton is not None:
             push(own, others, place, there, half, rank, size)
         if COLLECTS:
             values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-            parts = collect(own, words, place, there, half, rank, size, RANKS)
+            parts = collect(own, words, place, there, half, abort_word, rank, size, RANKS)
             values = (values + sum_parts(parts, dtype).to(tl.float32)).to(dtype)
             tl.store(x + row * x_row + column, values, mask=inside)
             normed = norm_row(values.to(tl.float32), inside, factors, offsets, eps, dtype, D, LAYER, BIAS)

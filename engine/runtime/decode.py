@@ -24,7 +24,7 @@ class DecodePasses:
         self.executor, self.max_context, self.device = executor, max_context, executor.device
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
-        self.mailbox = Mailbox(max_num_seqs, self.device)
+        self.mailbox = Mailbox(max_num_seqs, self.device, executor.context.collectives.check)
         self.graphs = Graphs(self.device, executor.tracer) if use_graphs else None
 
     def run(self, batch: Batch) -> PendingLetter | PendingSample:

@@ -28,7 +28,8 @@ class Mailbox:
 
     DEPTH = 4
 
-    def __init__(self, max_num_seqs: int, device: torch.device):
+    def __init__(self, max_num_seqs: int, device: torch.device, check: Callable[[], None] = lambda: None):
+        self.check = check  # raises PeerLost if another rank has failed
         shape, pinned = (self.DEPTH, max_num_seqs), device.type == "cuda"
         self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
         self.step = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
@@ -68,12 +69,13 @@ class PendingLetter:
         return self.mailbox.device_letters[self.step % Mailbox.DEPTH, : self.num_tokens]
 
     def wait(self) -> SampleOutput:
-        """Raises RuntimeError if the device has failed."""
+        """Raises RuntimeError if the device, PeerLost if another rank has failed."""
         came, polls = self.mailbox.step.numpy(), 0
         while came[0] < self.step:
             polls += 1
             if polls % POLLS_A_CHECK == 0:
                 torch.cuda.current_stream().query()
+                self.mailbox.check()
         assert came[0] < self.step + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
         letter = self.mailbox.letters[self.step % Mailbox.DEPTH]
         return SampleOutput(letter[: self.num_tokens].clone(), None)

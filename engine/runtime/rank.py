@@ -3,6 +3,9 @@
     rank 0   submit(batch): sends it and enqueues it   collect(): its tokens      finish(outputs)      close()
     others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
 
+Under torchrun every rank makes the calls (`generate` and those of `Rank` that several ranks answer). They are numbered:
+rank 0 says that one begins, all say what they were given (calls.py), and one that a rank refuses no rank runs.
+
 A pass is prepared while the one before it runs, so that the host's work stands beside the device's. Where nothing
 streams it is enqueued at once. Where weights stream, a pass for nothing would cost too much: it is announced, and runs
 once the tokens of the one before are there, while the wrapped copies are on the link.
@@ -10,6 +13,7 @@ once the tokens of the one before are there, while the wrapped copies are on the
 Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -26,6 +30,7 @@ from engine.config import EngineConfig
 from engine.memory_claims import DeviceMemory
 from engine.model.families import read_eos_token_ids
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plain_plan, plan_rates
+from engine.runtime.calls import Call, objection
 from engine.runtime.probe import graph_alone_s, probe_engine
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import join_traces, write_trace
@@ -36,14 +41,14 @@ from engine.weights.read_model import read_model
 from parallel.collectives import Collectives
 from parallel.launch import Launch
 from parallel.ledger import TransferLedger
-from parallel.rendezvous import connect
+from parallel.rendezvous import connect, meet
 from parallel.topology import bind_to_numa, device_name, resolve_topology
 from scheduler.batch import Batch
 from scheduler.code_choice import CodeDoesNotPay
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
 
-BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, GRAPH = range(1, 8)
+BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, GRAPH, CALL = range(1, 9)
 MIB = 2**20
 LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
@@ -72,11 +77,33 @@ class Rank:
 
     def __init__(self, config: EngineConfig, launch: Launch):
         self.config, self.launch = config, launch
+        self.collectives = self.worker = None
+        self.failed = False
+        try:
+            with launch.guard():
+                self._start()
+        except BaseException:
+            self.failed = True
+            self.close()
+            raise
+        atexit.register(self.close)  # later than the collectives' own, so before it
+        self.num_calls = 0
+        self.stopped = False  # rank 0 has said so
+        self.times = PassTimes()
+        self.transfers: list[dict] = []
+        self.work: PassWork = pass_work(self.plan)
+        self.rates = self.plan.rates
+        self.submitted: deque[tuple[Batch, float]] = deque()  # passes under way, and when each was submitted
+        self.collected_s = 0.0
+
+    def _start(self) -> None:
+        """Under torchrun ranks meet first: so each hears why another one does not go on."""
+        config, launch = self.config, self.launch
+        if launch.kind == "torchrun":
+            meet(launch)
         self.topology = resolve_topology(
             launch.rank, launch.tp_size, launch.local_rank, config.device, launch.num_local_ranks
         )
-        self.collectives = self.worker = None
-        self.failed = False
         prepared = None
         if launch.rank == 0:
             device = self.topology.device
@@ -86,28 +113,14 @@ class Rank:
             if config.trace:
                 write_trace(config.trace, [])  # a path that cannot be written is refused now, not after the run
             launch.start(json.dumps(config.to_dict()))
-        try:
-            with launch.guard():
-                self._join(prepared)
-        except BaseException:
-            self.failed = True
-            self.close()
-            raise
-        self.times = PassTimes()
-        self.transfers: list[dict] = []
-        self.work: PassWork = pass_work(self.plan)
-        self.rates = self.plan.rates
-        self.submitted: deque[tuple[Batch, float]] = deque()  # passes under way, and when each was submitted
-        self.collected_s = 0.0
+        self._join(prepared)
 
     def _join(self, prepared: tuple[EnginePlan, WeightSource] | None) -> None:
         """Meets the other ranks and loads. `prepared` is rank 0's; the others plan with what it tells them, and all
         with the least memory of any."""
         launch, topology = self.launch, self.topology
         own = self.planned_memory if prepared else device_memory(topology.device)  # without the ranks' own buffers
-        self.collectives = connect(
-            topology, launch.master_addr, launch.master_port, listener=launch.listener, check=launch.check
-        )
+        self.collectives = connect(topology, launch)
         memory = least_memory(own, self.collectives)
         agreed = None
         if prepared:
@@ -133,6 +146,38 @@ class Rank:
             source.close()
         self.collectives.barrier()
 
+    def begin(self, call: Call) -> None:
+        """Before a call of LLM runs under torchrun: raises the ValueError with which a rank refuses it, or finds that
+        ranks make different calls, on all ranks alike. Otherwise there is nothing to agree on."""
+        if self.launch.kind != "torchrun":
+            return
+        self.num_calls += 1
+        with self.together():
+            if self.launch.rank == 0:
+                self.collectives.broadcast_ints([CALL])
+            elif self._await(CALL) == STOP:
+                raise RuntimeError(f"call {self.num_calls} ({call.name}): rank 0 has closed its LLM")
+            refused = self._exchange(call)
+        if refused:
+            raise ValueError(refused)
+
+    def _exchange(self, call: Call) -> str:
+        """All ranks: why they cannot run this call, alike on all; empty if they can. Rank 0's number counts on."""
+        frames = self.collectives.share_frames(dataclasses.replace(call, number=self.num_calls).pack())
+        calls = [Call.unpack(frame) for frame in frames]
+        self.num_calls = calls[0].number
+        return objection(calls)
+
+    def _answer(self, awaited: int, name: str) -> None:
+        """The other ranks, where they make a call that only rank 0 begins: their part in it."""
+        with self.together():
+            kind = self._await(awaited)
+            refused = self._exchange(Call(name)) if kind == CALL else ""
+        if refused:
+            raise ValueError(refused)
+        if kind == STOP:
+            raise RuntimeError(f"{name}: rank 0 has closed its LLM")
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Around what ranks do together. With several ranks an error in here ends the engine: they no longer agree on
@@ -143,7 +188,9 @@ class Rank:
             with self.launch.guard():
                 yield
         except BaseException:
-            self.failed = self.topology.tp_size > 1
+            if self.topology.tp_size > 1:
+                self.failed = True
+                self.close()  # so that another engine can be made here
             raise
 
     def _prepare(self, memory: DeviceMemory | None, rates: Rates) -> tuple[EnginePlan, WeightSource]:
@@ -194,6 +241,7 @@ class Rank:
         """Rank 0: waits for the tokens of the oldest pass under way. A pass's time runs from when it was submitted, or
         from the end of the pass before it if that came later."""
         output = self.worker.executor.collect()
+        self.collectives.check()  # sums that were given up are no tokens
         batch, start_s = self.submitted.popleft()
         now_s = time.perf_counter()
         measured_s = now_s - max(start_s, self.collected_s)
@@ -207,21 +255,27 @@ class Rank:
         self.worker.executor.forget()
 
     def probe(self, link_bytes: int = LINK_BYTES) -> None:
-        """Rank 0: measures the rates on all ranks at once; later predictions, and the plan's, stand on them. What the
-        config says of them is kept: a whole profile, or the link. The link is measured over the copy lane's first
-        `link_bytes`: all of a pass's, if they are fewer."""
+        """Rank 0, between runs: measures the rates on all ranks at once; later predictions, and the plan's, stand on
+        them. What the config says of them is kept: a whole profile, or the link. The link is measured over the copy
+        lane's first `link_bytes`: all of a pass's, if they are fewer. The other ranks need not call it."""
         if self.config.device_profile is not None:
             return
+        if self.topology.rank > 0:
+            return self._answer(PROBE, "measure")
         link_mib = -(-link_bytes // MIB)  # messages are int32
-        self.collectives.broadcast_ints([PROBE, link_mib])
-        self.rates = with_link(self._probe(link_mib), self.config.link_gb_s)
+        with self.together():
+            self.collectives.broadcast_ints([PROBE, link_mib])
+            self.rates = with_link(self._probe(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
     def _probe(self, link_mib: int) -> Rates:
         return probe_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
 
     def graph_s(self, num_rows: int) -> float | None:
-        """Rank 0, between runs: seconds of the graph alone of a greedy decode pass; None where there is none."""
+        """Rank 0, between runs: seconds of the graph alone of a greedy decode pass; None where there is none, and on
+        the other ranks, which need not call it."""
+        if self.topology.rank > 0:
+            return self._answer(GRAPH, "graph_s")
         with self.together():
             self.collectives.broadcast_ints([GRAPH, num_rows])
             return graph_alone_s(self.worker.executor, num_rows, self.topology.device)
@@ -250,6 +304,14 @@ class Rank:
 
     def follow(self) -> list[dict] | None:
         """The other ranks: runs batches until rank 0 gives outputs, or None where it says stop."""
+        if self._await(OUTPUTS) == STOP:
+            return None
+        outputs = json.loads(self.collectives.broadcast_bytes(None))
+        self._gather_transfers()
+        return outputs
+
+    def _await(self, awaited: int) -> int:
+        """The other ranks: does what rank 0 says until that is `awaited`, STOP, or CALL; which of them."""
         executor, batch = self.worker.executor, None
         while True:
             kind, *message = self.collectives.broadcast_ints(None)
@@ -259,16 +321,13 @@ class Rank:
                 executor.submit(batch)
             while len(executor.under_way) > (self.lookahead if kind in (BATCH, ANNOUNCED, RUN) else 0):
                 executor.collect()
-            if kind == STOP:
-                return None
-            if kind == OUTPUTS:
-                outputs = json.loads(self.collectives.broadcast_bytes(None))
-                self._gather_transfers()
-                return outputs
             if kind == PROBE:
                 self._probe(*message)
             if kind == GRAPH:
                 graph_alone_s(executor, *message, self.topology.device)
+            self.stopped |= kind == STOP
+            if kind in (awaited, STOP, CALL):
+                return kind
 
     def serve(self) -> None:
         """A self-launched rank's whole life: follow until rank 0 says stop."""
@@ -278,21 +337,36 @@ class Rank:
 
     def close(self) -> None:
         """Frees everything and leaves the group, in the order in which that cannot hang. Idempotent."""
-        worker, self.worker = self.worker, None
-        collectives, self.collectives = self.collectives, None
+        atexit.unregister(self.close)
+        worker, collectives = self.worker, self.collectives
         try:
             if worker is not None and self.launch.healthy and not self.failed:
                 with self.launch.guard():
-                    if self.launch.kind == "parent":
-                        collectives.broadcast_ints([STOP])
-                    if self.config.trace:
-                        join_traces(self.config.trace, worker.tracer, self.plan, collectives)
+                    self._say_farewell(worker)
         finally:
-            if worker is not None:
-                worker.close()
-            if collectives is not None:
-                collectives.abandon() if self.failed else collectives.close()
+            self.worker = self.collectives = None
+            with self.launch.leaving():
+                if worker is not None:
+                    worker.close()
+                if collectives is not None:
+                    collectives.close() if self.launch.healthy and not self.failed else collectives.abandon()
             self.launch.close()
+
+    def _say_farewell(self, worker: Worker) -> None:
+        """What ranks still do together. Under torchrun they leave when they like, unless there is a trace to join."""
+        follows = self.launch.rank > 0 and self.launch.kind == "torchrun" and self.config.trace and not self.stopped
+        if (
+            self.launch.kind == "parent"
+            or self.launch.kind == "torchrun"
+            and self.launch.rank == 0
+            and self.config.trace
+        ):
+            self.collectives.broadcast_ints([STOP])
+        elif follows and self._await(STOP) == CALL:
+            self._exchange(Call("close"))
+            raise RuntimeError("this rank closes its LLM while rank 0 makes another call")
+        if self.config.trace:
+            join_traces(self.config.trace, worker.tracer, self.plan, self.collectives)
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:

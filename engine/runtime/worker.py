@@ -111,7 +111,7 @@ class Worker:
                 self.device,
                 coded=self.plan.residency.coded,
                 progress=bar.update,
-                ranks_on_host=topology.tp_size,
+                ranks_on_host=topology.ranks_on_host,
             )
 
     def _settled(self, collectives: Collectives) -> EnginePlan:

@@ -1,5 +1,6 @@
 """LLM over two ranks gives what one rank gives, in fp32: self-launched, and under torchrun on every rank."""
 
+import gc
 import json
 import os
 import subprocess
@@ -96,3 +97,43 @@ def test_mistakes_under_torchrun_are_found_on_all_ranks_alike(torchrun):
         assert rank["unlike_world"] == "tensor_parallel_size=4, but torchrun started WORLD_SIZE=2 ranks"
         assert rank["bad_prompt"] == "prompt 0: token id 99999 is not in 0..2047"
         assert len(rank["again"][0]["outputs"][0]["token_ids"]) == 16
+
+
+def test_mistakes_of_one_rank_are_refused_on_all(torchrun, one_rank):
+    """By the same message, which names the call; and no rank gets another call's outputs afterwards."""
+    alike = "under torchrun all ranks make the same calls"
+    for rank in torchrun:
+        assert rank["refused_by_one"] == (
+            "call 4 (generate): refused by rank 1: prompt 0: token id 99999 is not in 0..2047"
+        )
+        assert rank["refused_by_rank_0"].startswith(
+            "call 5 (generate): refused by rank 0: prompts=5: expected a string"
+        )
+        assert rank["other_prompts"] == (
+            f"call 6 (generate): rank 1 was given other prompts or parameters than rank 0; {alike}"
+        )
+        assert rank["other_call"] == f"call 7 (generate): rank 1 calls measure instead; {alike}"
+        assert rank["other_graph_s"] == f"call 8 (generate): rank 1 calls graph_s instead; {alike}"
+        assert rank["measured"] == "nothing was raised"
+        assert rank["follows"] == rank["own"] == [one_rank[0]["outputs"][0]["token_ids"]]
+
+
+def test_an_llm_that_is_dropped_ends_its_ranks(one_rank):
+    """As garbage, without close(), and after a failure; then another one can be made."""
+    llm = LLM("demo", tensor_parallel_size=2, **OPTIONS)
+    (child,) = llm._launch._children._children
+    assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
+    with pytest.raises(ValueError, match="close it"):
+        LLM("demo", tensor_parallel_size=2, **OPTIONS)
+    del llm
+    gc.collect()
+    assert child.process.poll() == 0
+    llm = LLM("demo", tensor_parallel_size=2, **OPTIONS)
+    with pytest.raises(ZeroDivisionError):
+        llm.generate(LONG, GREEDY, on_text=lambda *_: 1 / 0)
+    failed, llm = llm, LLM("demo", tensor_parallel_size=2, **OPTIONS)  # that one is still there
+    assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
+    with pytest.raises(RuntimeError, match="an earlier error"):
+        failed.generate(LONG, GREEDY)
+    llm.close()
+    assert not dist.is_initialized()

@@ -167,7 +167,7 @@ def latencies(group, num_rows, width):
 def main():
     launch = resolve_launch()
     topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank)
-    group = connect(topology, launch.master_addr, launch.master_port)
+    group = connect(topology, launch)
     cases = [Case(group, *case) for case in CASES]
     right = {}
     for case in cases:

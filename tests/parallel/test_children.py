@@ -97,6 +97,21 @@ def test_a_guard_after_a_failure_raises_it(no_torchrun, capsys):
         pass
 
 
+def test_a_network_interface_that_is_not_there(no_torchrun, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,nope0")
+    with pytest.raises(
+        ValueError, match=r"GLOO_SOCKET_IFNAME=lo,nope0: this host has no network interface 'nope0', but"
+    ):
+        resolve_launch(2)
+    assert resolve_launch(1).kind == "solo"
+    for name, value in zip(TORCHRUN_NAMES, ("1", "1", "2", "node0", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME"):
+        resolve_launch()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert resolve_launch().rank == 1
+
+
 @pytest.mark.parametrize("port", ["many", "70000", "-1"])
 def test_a_port_that_is_none(no_torchrun, monkeypatch, port):
     monkeypatch.setenv("MASTER_PORT", port)

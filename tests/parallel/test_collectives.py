@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from parallel.collectives import Solo, peer_errors
 from parallel.failure import PeerLost, RankFailed
+from parallel.launch import Launch
 from parallel.ledger import TransferLedger
 from parallel.rendezvous import connect
 from parallel.topology import Topology
@@ -35,15 +36,16 @@ WIDTHS = [DIRECT_BYTES // 4, DIRECT_BYTES // 4 + 1, DIRECT_BYTES]  # on both sid
 
 def main():
     folder, lists, dtypes = json.loads(sys.argv[1])
-    launch = resolve_launch(2)
-    topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank, "cpu")
     for _ in range(2):  # a second group in the same processes, as one LLM after another
-        group = connect(topology, launch.master_addr, launch.master_port, timeout_s=50)
+        launch = resolve_launch(2)
+        topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank, "cpu")
+        group = connect(topology, launch, timeout_s=50)
         got = {"tensors": {name: tensors(group, getattr(torch, name)) for name in dtypes}}
         got |= {"rank": group.rank, "size": group.size, **messages(group, lists)}
         got |= {"ledger": group.ledger.to_dict()}
         group.close()
         group.close()
+        launch.close()
     with open(f"{folder}/{launch.rank}.json", "w") as file:
         json.dump(got, file)
 
@@ -124,7 +126,7 @@ def test_a_ledger_counts_one_group(got):
 
 
 def test_solo_moves_nothing():
-    group = connect(Topology(0, 1, 0, torch.device("cpu")), "127.0.0.1", 0)
+    group = connect(Topology(0, 1, 0, torch.device("cpu")), Launch("solo"))
     assert isinstance(group, Solo)
     part, out = torch.ones(2, 3), torch.zeros(2, 3)
     group.all_reduce(part, "attn")

@@ -46,8 +46,7 @@ def group_of(launch):
     from parallel.topology import resolve_topology
     topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank, "cpu")
     print(topology.describe(), file=sys.stderr)
-    where = (launch.master_addr, launch.master_port)
-    return connect(topology, *where, timeout_s=50, listener=launch.listener, check=launch.check)
+    return connect(topology, launch, timeout_s=50)
 
 def reduce_once(group):
     import torch

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import threading
 
 import pytest
 import torch
@@ -132,6 +133,26 @@ def test_who_comes_early_waits_in_the_other_half():
         push_reduce(peers[0], second[0], pushes=False)
     assert all((part == 3.0).all() for part in first) and all((part == 21.0).all() for part in second)
     assert_at_rest(peers, 2)
+
+
+def test_the_abort_word_ends_a_wait_for_a_rank_that_is_gone():
+    """What comes out means nothing; that something does is all."""
+    peers = connect_ranks(2)
+    part = torch.ones(4 * LEAST_BLOCK_WORDS, device=DEVICE)
+    peers[0].abort_word.fill_(1)
+    with no_hang():
+        push_reduce(peers[0], part)
+
+
+def test_an_abort_word_that_is_not_set_ends_nothing():
+    """A part that comes late, after the word was read many times."""
+    peers, part = connect_ranks(2), torch.ones(64, device=DEVICE)
+    late = threading.Timer(1.0, peers[0].words[0, 1, :64].copy_, [part.view(torch.int32)])
+    late.start()
+    with no_hang():
+        push_reduce(peers[0], part)
+    late.join()
+    assert (part == 2).all()
 
 
 def test_what_fits():

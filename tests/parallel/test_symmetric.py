@@ -20,7 +20,8 @@ class Device(Symmetric):
     def __init__(self, monkeypatch):
         self.rank, self.size, self.took, self.capturing = 0, 4, [], False
         self.ledger, self.num_symmetric = TransferLedger(), 0
-        self._graph_group, self._warms_up, self._broken, self._peer_buffers = GRAPHS, False, False, None
+        self._graph_group, self._warms_up, self._peer_buffers = GRAPHS, False, None
+        self._broken = self._stopped = False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: self.sum("nccl", tensor, group))
         monkeypatch.setattr(symmetric, "push_reduce", lambda _, tensor: self.sum("push", tensor))

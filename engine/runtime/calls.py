@@ -1,0 +1,67 @@
+"""What ranks that make the same calls under torchrun tell each other before a call runs: what each was given, or why it
+refuses. So that no rank gets the outputs of another call than its own. No torch.
+"""
+
+import hashlib
+import struct
+from array import array
+from dataclasses import dataclass
+from typing import Self
+
+from scheduler.request import SamplingParams
+
+_DIGEST_BYTES = 16
+_FRAME = struct.Struct(f"<q16s{_DIGEST_BYTES}s984s")  # number, name, digest, refusal
+
+Asked = list[tuple[str | None, list[int], SamplingParams]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rank's part in a call. `digest` is of what it was given, empty for a rank that takes what rank 0 was given;
+    `refusal` is the message of the ValueError with which it refuses; `number` counts the rank's calls."""
+
+    name: str
+    digest: bytes = b""
+    refusal: str = ""
+    number: int = 0
+
+    def pack(self) -> bytes:
+        """As many bytes on every rank; a longer refusal is cut."""
+        return _FRAME.pack(self.number, self.name.encode(), self.digest, self.refusal.encode(errors="replace"))
+
+    @classmethod
+    def unpack(cls, frame: bytes) -> Self:
+        number, *parts = _FRAME.unpack(frame)
+        name, digest, refusal = (part.rstrip(b"\0") for part in parts)
+        return cls(name.decode(), digest, refusal.decode(errors="ignore"), number)
+
+
+def digest(asked: Asked) -> bytes:
+    """Of checked prompts; empty for a rank that gives none and takes rank 0's."""
+    if not asked:
+        return b""
+    found = hashlib.blake2b(digest_size=_DIGEST_BYTES - 1)
+    for text, token_ids, params in asked:
+        found.update(array("q", token_ids).tobytes())
+        found.update(repr((text, len(token_ids), params)).encode(errors="replace"))
+    return found.digest() + b"\1"  # no zero byte at its end: a frame is padded with those
+
+
+def objection(calls: list[Call]) -> str:
+    """Why the ranks cannot run a call, given what each says, by rank; empty if they can. The same on all ranks."""
+    first = calls[0]
+    if first.refusal and all(call.refusal == first.refusal for call in calls):
+        return first.refusal
+    which, alike = f"call {first.number} ({first.name})", "under torchrun all ranks make the same calls"
+    for rank, call in enumerate(calls):
+        if call.name != first.name:
+            return f"{which}: rank {rank} calls {call.name} instead; {alike}"
+        if call.refusal:
+            return f"{which}: refused by rank {rank}: {call.refusal}"
+    for rank, call in enumerate(calls):
+        if call.number != first.number:
+            return f"{which}: for rank {rank} it is call {call.number}; {alike}"
+        if call.digest not in (b"", first.digest):
+            return f"{which}: rank {rank} was given other prompts or parameters than rank 0; {alike}"
+    return ""

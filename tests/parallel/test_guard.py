@@ -1,0 +1,80 @@
+"""How a thread gets out when another rank has failed: by an exception, and with its process where none helps."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from parallel import guard as module
+from parallel.failure import PeerLost, RankFailed
+from parallel.guard import Guard
+
+pytestmark = pytest.mark.timeout(60)
+FAILURE = RankFailed(1, "was killed by SIGKILL")
+STUCK = """
+import time
+from parallel.failure import RankFailed
+from parallel.guard import Guard
+guard = Guard()
+with guard.inside():
+    guard.fail(RankFailed(1, "was killed by SIGKILL"))
+    time.sleep(60)  # runs no Python
+"""
+
+
+def fail_soon(guard: Guard) -> None:
+    threading.Timer(0.2, guard.fail, [FAILURE]).start()
+
+
+def test_a_long_computation_in_python_gets_an_exception(monkeypatch):
+    monkeypatch.setattr(module, "INTERRUPT_S", 0.1)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the process would have ended"))
+    guard = Guard()
+    fail_soon(guard)
+    with pytest.raises(PeerLost), guard.inside():
+        while True:
+            time.sleep(0.01)
+    assert guard.wait(0) is FAILURE and not guard.busy
+    time.sleep(0.3)  # nothing comes afterwards
+
+
+def test_actions_are_done_before_anybody_is_interrupted():
+    guard, done = Guard(), threading.Event()
+    guard.on_failure(lambda: 1 / 0)
+    guard.on_failure(done.set)
+    fail_soon(guard)
+    with guard.inside():
+        assert done.wait(10)
+    assert guard.wait(10) is FAILURE
+
+
+def test_only_the_first_failure_counts_and_none_after_the_end(capsys):
+    guard = Guard()
+    guard.fail(FAILURE)
+    guard.fail(RankFailed(2, "ended early with exit code 75"))
+    assert guard.wait(0) is FAILURE
+    with pytest.raises(RankFailed, match="rank 1 was killed"):
+        guard.check()
+    closed = Guard()
+    closed.close()
+    closed.fail(FAILURE)
+    closed.check()
+
+
+def test_a_failure_while_nobody_is_inside_is_shown(capsys):
+    guard = Guard()
+    guard.fail(FAILURE)
+    deadline, said = time.monotonic() + 10, ""
+    while not said and time.monotonic() < deadline:
+        said = capsys.readouterr().err
+    assert said == "penstock: rank 1 was killed by SIGKILL\n"
+
+
+def test_what_runs_no_python_ends_with_the_process():
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", STUCK], env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and done.stderr == "penstock: rank 1 was killed by SIGKILL\n"
