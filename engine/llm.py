@@ -77,7 +77,9 @@ class LLM:
 
         `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end.
         Outputs are in the order of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that
-        cannot be meant; RuntimeError if this LLM is closed, or ended with an earlier error of several ranks.
+        cannot be meant, under torchrun on all ranks alike, also if they are given different ones (a rank that gives no
+        prompts takes rank 0's); RankFailed if another rank has failed; RuntimeError if this LLM is closed, or ended
+        with an earlier error of several ranks.
 
         A sequence that fails (its logits are NaN) has finish_reason "error", and the others are as they would be. What
         `on_text` raises ends its prompt's sequences, with finish_reason "abort", and it hears no more of them; when all

@@ -21,6 +21,7 @@ from parallel.failure import PeerLost, RankFailed, exit_after
 
 INTERRUPT_S = 1.0
 EXIT_S = 2.5
+LEAVE_S = 20.0  # to free what was held, after the exception
 _POLL_S = 0.05
 
 
@@ -44,7 +45,7 @@ class Guard:
         outermost = me not in self._inside
         self._inside.add(me)
         if outermost and self.failure is not None:  # leaving after it must not hang either
-            self._start(self._end_process)
+            self._start(lambda: self._end_process(LEAVE_S))
         try:
             yield
         finally:
@@ -109,15 +110,15 @@ class Guard:
     def _get_out(self) -> None:
         if not self._wait_for_exit(INTERRUPT_S):
             self._interrupt()
-            self._end_process()
+            self._end_process(EXIT_S)
 
     def _show_late(self) -> None:
         time.sleep(self.show_after_s)
         if not self._told:
             self.show(self.failure)
 
-    def _end_process(self) -> None:
-        if not self._wait_for_exit(EXIT_S):
+    def _end_process(self, seconds: float) -> None:
+        if not self._wait_for_exit(seconds):
             self._start(lambda: self.show(self.failure))  # stderr may be a pipe that nobody reads
             time.sleep(_POLL_S)
             os._exit(exit_after(self.failure))
@@ -130,7 +131,7 @@ class Guard:
 
     def _interrupt(self) -> None:
         with self._lock:
-            for thread in self._inside:
+            for thread in list(self._inside):
                 _raise_in(thread, PeerLost)
 
     def _come_out(self, thread: int) -> None:

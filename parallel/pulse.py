@@ -98,7 +98,7 @@ class Pulse:
             return
         self._leaving = True
         self._send_all(_line({"leaves": self.rank}))
-        if self._thread.ident is not None:
+        if self._thread.ident not in (None, threading.get_ident()):  # the garbage collector runs in any thread
             self._thread.join(_LEAVE_S)
         for peer in list(self._sockets):
             self._drop(peer)
