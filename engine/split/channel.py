@@ -142,7 +142,7 @@ class Subprocess:
 def run_device_side(config: EngineConfig, wire_dtype: str, connection: socket.socket) -> None:
     """What a device side that is a process of its own does, from loading to its end."""
     spec = read_model(find_model(config.model), dummy=config.load_format == "dummy").spec
-    plan = make_engine_plan(config, spec, tp_size=1, memory=None, rates=plan_rates(config, 1, "cpu"))
+    plan = make_engine_plan(config, spec, tp_size=1, device_memory=None, rates=plan_rates(config, 1, "cpu"))
     serve(connection, DeviceSide(config, plan), getattr(torch, wire_dtype))
 
 
