@@ -29,6 +29,7 @@ from parallel.failure import (
     wait_for_launcher,
 )
 from parallel.guard import Guard
+from parallel.interfaces import check_interfaces
 from parallel.processes import Process
 from parallel.pulse import Pulse
 
@@ -217,12 +218,13 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
     """Who this process is, from torchrun's environment or the number of ranks asked for. Starts nothing.
 
     Raises ValueError if the number is unlike torchrun's WORLD_SIZE, if that environment is incomplete, or if ranks are
-    to meet over a network interface that is not there.
+    to meet over a network interface that will not do.
     """
     env = os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env:
         tp_size = tensor_parallel_size or 1
-        _check_interfaces(tp_size)
+        if tp_size > 1:
+            check_interfaces()
         return Launch("parent" if tp_size > 1 else "solo", tp_size=tp_size, num_local_ranks=tp_size)
     absent = [name for name in _REQUIRED if name not in env]
     if absent:
@@ -235,7 +237,8 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
         raise ValueError(
             f"tensor_parallel_size={tensor_parallel_size}, but torchrun started WORLD_SIZE={tp_size} ranks"
         )
-    _check_interfaces(tp_size)
+    if tp_size > 1:
+        check_interfaces()
     return Launch(
         "child" if SELF_LAUNCHED in env else "torchrun",
         rank=int(env["RANK"]),
@@ -245,16 +248,6 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
         master_addr=env["MASTER_ADDR"],
         master_port=int(env["MASTER_PORT"]),
     )
-
-
-def _check_interfaces(tp_size: int) -> None:
-    """GLOO_SOCKET_IFNAME may name several, which gloo takes in turn."""
-    there = [name for _, name in socket.if_nameindex()]
-    asked = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    for name in asked.split(",") if asked and tp_size > 1 else ():
-        if name not in there:
-            found = ", ".join(there)
-            raise ValueError(f"GLOO_SOCKET_IFNAME={asked}: this host has no network interface {name!r}, but {found}")
 
 
 def _listen(port: str) -> socket.socket:

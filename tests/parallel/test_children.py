@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from parallel import children
+from parallel import children, interfaces
 from parallel.launch import Launch, PeerLost, RankFailed, resolve_launch
 
 pytestmark = pytest.mark.timeout(60)
@@ -104,6 +104,13 @@ def test_a_network_interface_that_is_not_there(no_torchrun, monkeypatch):
     ):
         resolve_launch(2)
     assert resolve_launch(1).kind == "solo"
+    monkeypatch.setattr(interfaces, "has_address", lambda name: False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME=lo: the network interface 'lo' has no address"):
+        resolve_launch(2)
+    monkeypatch.undo()
+    assert interfaces.has_address("lo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope0")
     for name, value in zip(TORCHRUN_NAMES, ("1", "1", "2", "node0", "29500"), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME"):
