@@ -1,5 +1,5 @@
-"""The network interface that ranks are told to meet over. What gloo says of one that will not do is a traceback of every
-rank."""
+"""The network interface that ranks are told to meet over. What gloo says of one that will not do is a traceback of
+every rank."""
 
 import fcntl
 import os
