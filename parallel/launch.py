@@ -101,9 +101,10 @@ class Launch:
     def guard(self) -> Iterator[None]:
         """Around all that ranks do together, from `start` to the shutdown message.
 
-        Raises RankFailed instead of PeerLost, on entry too. Any exception, also this rank's own, is told
-        to the others and ends them: after it the ranks no longer agree on what comes next. So check a user's input
-        before, and never yield from a generator in here (GeneratorExit is an exception too).
+        Raises RankFailed instead of PeerLost, on entry too, and instead of whatever else comes of another rank's
+        failure. Any exception, also this rank's own, is told to the others and ends them: after it the ranks no longer
+        agree on what comes next. So check a user's input before, and never yield from a generator in here
+        (GeneratorExit is an exception too).
         A failure elsewhere gets this thread out (guard.py).
         """
         try:
@@ -114,6 +115,8 @@ class Launch:
             raise self.explain(error) from None
         except BaseException as error:
             self.give_up(error)
+            if isinstance(error, Exception) and (failure := self._guard.wait(0)):
+                raise failure from None  # it comes of it: an interrupt may look otherwise by now
             raise
 
     def leaving(self) -> contextlib.AbstractContextManager[None]:

@@ -79,6 +79,15 @@ def test_a_child_that_fails_at_the_end_is_shown_once(no_torchrun, capsys):
     assert capsys.readouterr().err == "penstock: rank 1 failed with exit code 3\n"
 
 
+def test_what_is_raised_after_a_failure_is_the_failure(no_torchrun):
+    """An interrupt that became another error on its way, or the NaNs of a sum that was given up."""
+    launch = resolve_launch(2)
+    with pytest.raises(RankFailed, match="rank 1 failed with exit code 3"), launch.guard():
+        launch.start("{}", [sys.executable, "-c", "import sys; sys.exit(3)"])
+        assert launch._guard.wait(30)
+        raise ZeroDivisionError
+
+
 def test_a_guard_after_a_failure_raises_it(no_torchrun, capsys):
     launch = resolve_launch(2)
     with pytest.raises(ZeroDivisionError), launch.guard():
