@@ -19,6 +19,7 @@ ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "yarn": (),
     "dynamic": ("factor",),
 }
+MOST_LAYERS = 512  # the deepest published models have under 200
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # Keys that change the math or the tensors where they are on, and the values that mean off. Dropout does neither.
@@ -78,6 +79,14 @@ def choice(fields: Fields, key: str, value: Any, choices: Collection[str]) -> st
     if not isinstance(value, str) or value not in choices:
         raise fields.error(f"{key} {value!r} is not supported; supported: {', '.join(choices)}")
     return value
+
+
+def read_num_layers(fields: Fields) -> int:
+    """Raises ValueError for more than MOST_LAYERS: planning takes time for each."""
+    num_layers = fields.size("num_hidden_layers")
+    if num_layers > MOST_LAYERS:
+        raise fields.error(f"num_hidden_layers = {num_layers} is not supported: at most {MOST_LAYERS} are")
+    return num_layers
 
 
 def read_dtype(fields: Fields) -> str:
@@ -172,7 +181,7 @@ def read_windows(fields: Fields, window: int | None, first: int = 0, mixed: bool
 
     Raises ValueError for layer types that are unknown, too few, or contradict the window.
     """
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = read_num_layers(fields)
     default = [SLIDING if window and layer >= first else FULL for layer in range(num_layers)]
     types = fields.values.get("layer_types") or default
     if not isinstance(types, list) or len(types) != num_layers:

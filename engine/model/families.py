@@ -20,6 +20,7 @@ from engine.model.config_fields import (
     no_windows,
     optional_windows,
     read_dtype,
+    read_num_layers,
     read_rope,
     read_token_ids,
     read_windows,
@@ -136,7 +137,7 @@ def _common(fields: Fields, family: Family) -> dict[str, Any]:
     activation = choice(fields, "hidden_act", fields.values.get("hidden_act"), ACTIVATIONS)
     return {
         "family": family.name,
-        "num_layers": fields.size("num_hidden_layers"),
+        "num_layers": read_num_layers(fields),
         "hidden_size": hidden,
         "num_heads": heads,
         "num_kv_heads": fields.size_or("num_key_value_heads", heads),
