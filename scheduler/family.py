@@ -17,19 +17,21 @@ to size, bounds a time from below: most splits are dismissed by that, and nothin
 """
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import NamedTuple
 
 from scheduler.demand import Demand, Split
+from scheduler.kinds import Kind, find_kinds
 from scheduler.pass_work import PassShape, StepWork
 from scheduler.plan_build import usual_ring_bytes
-from scheduler.spread import by_name, counts_within, every, spread
+from scheduler.spread import every, spread
 from scheduler.time_model import GB, Rates, decode_s, pass_s, steps_s
 
-MOST_COUNTS = 128  # of a kind, that are tried
 LOOK_BACK = 8  # plain groups of a kind, that are given up for those of another
 
 
@@ -62,29 +64,12 @@ class Found(NamedTuple):
     left_bytes: float = 0
 
 
-class Kind(NamedTuple):
-    """Groups of one name: `kept_bytes` and `decode_s` are those of a coded one, if the family is coded; `stay` are the
-    numbers that may stay, ascending."""
-
-    name: str
-    total: int
-    plain_bytes: int
-    kept_bytes: int
-    decode_s: float
-    stay: tuple[int, ...]
-
-    @property
-    def extra_bytes(self) -> int:
-        """That a plain one has more."""
-        return self.plain_bytes - self.kept_bytes
-
-
 class Family:
     """All splits of a demand, either with all groups plain or with those coded that may be."""
 
     def __init__(self, demand: Demand, cost: Cost, coded: bool):
         self.demand, self.cost, self.coded = demand, cost, coded
-        self.kinds = _kinds(demand, cost.rates, coded)
+        self.kinds = find_kinds(demand, cost.rates, coded)
         self._order = [group.name for group, _ in demand.groups]
         self._rings: dict[tuple[int, ...], int | None] = {}
         self._buffers: dict[frozenset[str], int] = {}
@@ -129,8 +114,11 @@ class Family:
     def _try(self, stay: tuple[int, ...], streamed: int, room: float, base_s: float, best: Found) -> Found:
         """The split with these numbers and as many plain groups as `room` allows; `best` if it cannot be better."""
         rates = self.cost.rates
+        room_left = room - self._least_ring(stay, streamed)
+        if room_left < 0:
+            return best
         kept_s = sum(count * kind.decode_s for count, kind in zip(stay, self.kinds))
-        least_decode_s = self._all_decode_s - min(kept_s, room * self._most_saved if kept_s else 0.0)
+        least_decode_s = self._all_decode_s - min(kept_s, room_left * self._most_saved if kept_s else 0.0)
         if (pass_s(streamed, base_s, least_decode_s, rates), streamed) >= best[:2]:
             return best
         ring_bytes = self._ring(stay)
@@ -159,16 +147,26 @@ class Family:
 
     def _streamed_sizes(self, stay: tuple[int, ...]) -> list[int]:
         """In the order of a pass."""
-        patterns = {kind.name: iter(self._pattern(place, stay[place])) for place, kind in enumerate(self.kinds)}
-        return [size for name in self._order if (size := next(patterns[name]))]
+        sizes = functools.reduce(functools.partial(map, add), map(self._pattern, range(len(stay)), stay))
+        return list(filter(None, sizes))
 
     def _pattern(self, place: int, stay: int) -> list[int]:
-        """Of each group of a kind the bytes that stream, 0 if it stays."""
+        """Of each group of the model the bytes that stream, if it is of this kind; 0 of all others."""
         if (place, stay) not in self._patterns:
             kind = self.kinds[place]
             stays = set(every(range(kind.total), stay))
-            self._patterns[place, stay] = [0 if i in stays else kind.kept_bytes for i in range(kind.total)]
+            streamed = iter([0 if i in stays else kind.kept_bytes for i in range(kind.total)])
+            self._patterns[place, stay] = [next(streamed) if name == kind.name else 0 for name in self._order]
         return self._patterns[place, stay]
+
+    def _least_ring(self, stay: tuple[int, ...], streamed: int) -> float:
+        """Bytes that the ring has at least: those of the largest group, or of three groups in the mean. (All of them
+        together count a group three times, but for the two at either end.)"""
+        if self.demand.ring_bytes is not None:
+            return 0
+        number = sum(kind.total - count for count, kind in zip(stay, self.kinds))
+        largest = max((kind.kept_bytes for count, kind in zip(stay, self.kinds) if count < kind.total), default=0)
+        return streamed if number <= 3 else max(largest, (3 * streamed - 6 * largest) / (number - 2))
 
     def _plain(self, stay: tuple[int, ...], room: float) -> tuple[tuple[int, ...], float, float] | None:
         """Of the groups that stay how many of each kind are plain, so that the least is decoded, the seconds that this
@@ -243,35 +241,3 @@ class Family:
         tied = not demand.embed_bytes and groups[-1] in resident
         must = demand.resident in ("all", 1.0)
         return Split(resident, coded, tied or (all_stay and (must or found.left_bytes >= demand.embed_bytes)))
-
-
-def _kinds(demand: Demand, rates: Rates, coded: bool) -> list[Kind]:
-    """The largest last."""
-    allowed = _allowed(demand, coded)
-    sizes, kinds = dict(demand.groups), []
-    for name, members in by_name([group for group, _ in demand.groups]).items():
-        plain = kept = max(sizes[group] for group in members)
-        is_coded = coded and any(group in demand.coded for group in members)
-        if is_coded:
-            kept = max(demand.coded[group] for group in members)
-        kinds.append(
-            Kind(name, len(members), plain, kept, decode_s(plain, 1, rates) if is_coded else 0.0, allowed[name])
-        )
-    return sorted(kinds, key=lambda kind: kind.total * kind.plain_bytes)
-
-
-def _allowed(demand: Demand, coded: bool) -> dict[str, tuple[int, ...]]:
-    """How many groups of each name may stay. A fraction is of the layers' bytes, as they are kept."""
-    totals = {name: len(members) for name, members in by_name([group for group, _ in demand.groups]).items()}
-    if demand.resident == "auto":
-        if demand.memory_bytes is None:
-            return {name: (total,) for name, total in totals.items()}
-        steps = {name: range(0, total, -(-total // MOST_COUNTS)) for name, total in totals.items()}
-        return {name: (*steps[name], total) for name, total in totals.items()}
-    if demand.resident in ("all", 1.0):
-        return {name: (total,) for name, total in totals.items()}
-    if demand.resident == "none":
-        return dict.fromkeys(totals, (0,))
-    layers = [(g, demand.coded.get(g, nbytes) if coded else nbytes) for g, nbytes in demand.groups[:-1]]
-    counts = counts_within(layers, int(demand.resident * sum(nbytes for _, nbytes in layers)))
-    return {name: (counts.get(name, 0),) for name in totals}

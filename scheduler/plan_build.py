@@ -2,6 +2,7 @@
 adds the copy lane to a model's steps."""
 
 from collections.abc import Mapping, Sequence
+from operator import add
 
 from scheduler.plan_check import validate
 from scheduler.step_plan import (
@@ -37,7 +38,8 @@ def usual_ring_bytes(sizes: Sequence[int], num_wrapped: int = NUM_WRAPPED) -> in
     first ones of the next and its own predecessor."""
     if len(sizes) <= 3:
         return sum(sizes)
-    return max(*map(sum, zip(sizes, sizes[1:], sizes[2:])), sum(sizes[:num_wrapped]) + sizes[-1] + sizes[-2])
+    windows = map(add, map(add, sizes, sizes[1:]), sizes[2:])
+    return max(max(windows), sum(sizes[:num_wrapped]) + sizes[-1] + sizes[-2])
 
 
 def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int = NUM_WRAPPED) -> RingLayout:

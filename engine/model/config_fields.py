@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.model.spec import DTYPE_BYTES, RopeSpec
 
-MAX_LAYERS = 1024  # the deepest model that is published has under 200
+MAX_LAYERS = 512  # planning takes time for each; the deepest published models have under 200
 MAX_SIZE = 2**31 - 1  # of anything else that is counted
 MAX_NUMBER = 1e30
 MAX_SHOWN = 200  # characters of a value that a message shows
@@ -205,7 +205,7 @@ def read_windows(fields: Fields, window: int | None, first: int = 0, mixed: bool
 
     Raises ValueError for layer types that are unknown, too few, or contradict the window.
     """
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.size("num_hidden_layers", at_most=MAX_LAYERS)
     default = [SLIDING if window and layer >= first else FULL for layer in range(num_layers)]
     types = fields.values.get("layer_types") or default
     if not isinstance(types, list) or len(types) != num_layers:

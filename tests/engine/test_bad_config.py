@@ -37,6 +37,8 @@ BAD = [
     (llama(architectures="LlamaForCausalLM"), "architectures must be a list"),
     # sizes
     (llama(num_hidden_layers=0), "num_hidden_layers must be an integer of at least 1, not 0"),
+    (llama(num_hidden_layers=513), "num_hidden_layers = 513 is not supported: it can be 512 at most"),
+    (llama(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 is not supported: it can be 512 at most"),
     (llama(hidden_size=-64), "hidden_size must be"),
     (llama(vocab_size="101"), "vocab_size must be an integer of at least 1, not '101'"),
     (llama(intermediate_size=96.0), "intermediate_size must be"),

@@ -116,7 +116,7 @@ def test_bad_sampling_value(name, value):
     "name, value",
     [
         *(("tensor_parallel_size", value) for value in ("2", 2.0, True)),
-        *(("max_num_seqs", value) for value in (None, "many", True)),
+        *(("max_num_seqs", value) for value in ("many", 2.0, True)),
         *(("gpu_memory", value) for value in (1.5, True, b"1")),
         *(("seed", value) for value in (None, "x", 0.5)),
         *(("poison", value) for value in (1, "yes")),

@@ -57,7 +57,7 @@ def test_it_needs_neither_torch_nor_transformers_and_two_seconds():
 
 
 def test_a_model_that_fits_stays(capsys):
-    shown = plan_json(capsys, "--model", SMALL, "--gpu-memory", "24GiB")
+    shown = plan_json(capsys, "--model", SMALL, "--gpu-memory", "24GiB", "--max-num-seqs", "8")
     assert shown["streamed"] == [] and shown["embed_resident"] and shown["host_bytes"] == 0
     assert len(shown["resident"]) == 65
     assert [p["bound"] for p in shown["predictions"]] == ["memory", "memory"]
@@ -100,7 +100,7 @@ def test_a_link_as_given_slows_the_pass_in_proportion(capsys):
 
 
 def test_context_bounds_the_best_batch(capsys):
-    arguments = ("--model", SMALL, "--gpu-memory", "24GiB")
+    arguments = ("--model", SMALL, "--gpu-memory", "24GiB", "--max-num-seqs", "256")
     short, long = (plan_json(capsys, *arguments, "--context", n)["predictions"][-1] for n in ("1024", "4096"))
     assert short["num_seqs"] > 3 * long["num_seqs"] and short["tokens_s"] > long["tokens_s"]
 
@@ -116,7 +116,8 @@ def test_text_has_what_a_user_asks_for(capsys):
     text = plan(capsys, LARGE, "-tp", "2", "--gpu-memory", "24GiB")
     for words in (
         "2 ranks", "24.00 GiB", "ring", "KV cache", "resident weights", "host memory a rank", "tokens/s", "link (",
-        "assumed: h200", "batch 1", "one more GiB", "device memory as asked", "note:",
+        "assumed: h200", "batch 1", "one more GiB", "device memory as asked", "most sequences a pass",
+        "planned:", "gives up", "longest",
     ):  # fmt: skip
         assert words in text, words
 

@@ -121,6 +121,17 @@ def test_streamed_passes_are_the_records(name, resident):
         assert predicted.total_s == pytest.approx(row["decode_pass_s"], rel=0.05)
 
 
+def test_passes_that_decode_what_stays_are_the_records():
+    """70B on one GPU, which holds it only with a third of its groups coded."""
+    record = record_of("decode_llama3_70b_coded_resident_1rank")
+    plan = plan_of("Llama-3-70B", 1, "all", "lossless")
+    assert not plan.residency.streamed and plan.residency.coded
+    decoded = (record["coded_groups"][0], record["decoded_bytes_per_pass_and_rank"])
+    for row in record["passes"]:
+        predicted_s = plan.offer.cost.pass_s(row["batch_size"], record["input_len"], 0, *decoded)
+        assert predicted_s == pytest.approx(row["decode_pass_s"], rel=0.06)
+
+
 @pytest.mark.parametrize("tp_size, batch", [(1, 1), (1, 256), (4, 64)])
 def test_the_replayed_plan_is_the_pass(tp_size, batch):
     """Where nothing streams both are the sum of the same steps."""

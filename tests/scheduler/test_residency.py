@@ -52,7 +52,7 @@ def resident_layer_bytes(planned, asked):
 
 
 def test_everything_stays_where_it_fits():
-    planned = plan_residency(demand())
+    planned = plan_residency(demand(max_num_seqs=8))
     assert planned.streamed == () and planned.embed_resident and planned.host_bytes == 0
     assert planned.ring.ring_bytes == 0 and planned.max_model_len == 8192
     assert planned.claims[0] == ("resident weights", planned.resident_bytes)
