@@ -157,8 +157,8 @@ def _refusal(demand: Demand, split: Split) -> str:
     listed = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in parts if nbytes)
     left = (demand.memory_bytes - need + kv) // demand.page_bytes
     fits = [f"gpu_memory of at least {show_bytes(need)}"]
-    nothing = Split(frozenset(), split.coded, embed_resident=False)
-    if split.resident and demand.resident != "auto" and _fit(demand, nothing) is not None:
+    nothing = [Split(frozenset(), coded, embed_resident=False) for coded in (split.coded, frozenset())]
+    if split.resident and demand.resident != "auto" and any(_fit(demand, one) is not None for one in nothing):
         fits.append("resident=auto")
     if left > 1 and demand.tokens_in(left) > 0:
         fits.append(f"{demand.len_option} up to {demand.tokens_in(left)}, or num_pages up to {left}")

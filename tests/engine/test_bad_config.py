@@ -64,7 +64,6 @@ BAD = [
     (llama(eos_token_id="</s>"), "eos_token_id must be an integer, a list of integers or null, not '</s>'"),
     (llama(eos_token_id=[1, None]), "eos_token_id must be"),
     (llama(bos_token_id="<s>"), "bos_token_id must be an integer or null, not '<s>'"),
-    (llama(num_hidden_layers=1025), "num_hidden_layers = 1025 is not supported: it can be 1024 at most"),
     (llama(vocab_size=2**31), "vocab_size = 2147483648 is not supported: it can be 2147483647 at most"),
     (llama(rms_norm_eps=10**400), "rms_norm_eps = 1000"),
     (llama(rms_norm_eps=1e31), "rms_norm_eps = 1e+31 is not supported: it can be 1e+30 at most"),
