@@ -125,7 +125,7 @@ def run_device_side(config: EngineConfig, wire_dtype: str, connection: socket.so
     """What a device side that is a process of its own does, from loading to its end."""
     path = find_model(config.model)
     spec = read_spec(read_config(path), str(path))
-    plan = make_engine_plan(config, spec, tp_size=1, device_memory_bytes=None, rates=plan_rates(config, 1, "cpu"))
+    plan = make_engine_plan(config, spec, tp_size=1, device_memory=None, rates=plan_rates(config, 1, "cpu"))
     serve(connection, DeviceSide(config, plan), getattr(torch, wire_dtype))
 
 
