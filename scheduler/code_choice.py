@@ -46,15 +46,21 @@ def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
         return plan_fastest(demand, offer.cost, coded=False)
     if offer.choice == "lossless":
         return plan_fastest(demand, offer.cost, coded=True)
+    coded = _plan_coded(offer, demand)
     try:
         plain = plan_fastest(demand, offer.cost, coded=False)
-    except ValueError:
-        return plan_fastest(demand, offer.cost, coded=True)  # or it says what would fit
+    except ValueError:  # which says what would fit
+        if coded is None:
+            raise
+        return coded
+    return coded if coded and offer.tokens_s(coded) > (1 + LEAST_GAIN) * offer.tokens_s(plain) else plain
+
+
+def _plan_coded(offer: CodeOffer, demand: Demand) -> Planned | None:
     try:
-        coded = plan_fastest(demand, offer.cost, coded=True)
+        return plan_fastest(demand, offer.cost, coded=True)
     except ValueError:
-        return plain
-    return coded if offer.tokens_s(coded) > (1 + LEAST_GAIN) * offer.tokens_s(plain) else plain
+        return None
 
 
 class CodeDoesNotPay(ValueError):

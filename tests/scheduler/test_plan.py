@@ -17,7 +17,7 @@ from engine.model.spec import ModelSpec, RopeSpec
 from engine.model.steps import activation_bytes, model_steps
 from engine.planning import EnginePlan, make_engine_plan
 from parallel.shard import tp_sizes
-from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes
+from scheduler.plan_build import default_ring_bytes, lay_out_ring, make_plan, minimum_ring_bytes, usual_ring_bytes
 from scheduler.plan_check import validate
 from scheduler.spread import counts_within, spread
 from scheduler.step_plan import (
@@ -239,6 +239,20 @@ def test_mutations_are_not_vacuous():
     for index, _ in waits:
         broken = mutant(plan, index, replace(plan.instructions[index], after=()))
         assert is_hazardous(broken) and rejected(broken)
+
+
+@pytest.mark.parametrize(
+    "sizes, nbytes",
+    [
+        ([], 0),
+        ([3, 4, 5], 12),
+        ([1, 9, 8, 7, 1, 1, 1], 24),  # three in a row, of which one is read, one is there, and one arrives
+        ([5, 6, 1, 1, 1, 7, 8], 26),  # the last one, the one before it, and the first two of the next pass
+    ],
+)
+def test_the_usual_ring_by_hand(sizes, nbytes):
+    assert usual_ring_bytes(sizes) == nbytes
+    assert default_ring_bytes([(GroupId(i, "ffn"), size) for i, size in enumerate(sizes)]) == nbytes
 
 
 def test_nothing_streams():

@@ -178,6 +178,27 @@ def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
     assert plan(held - 0.01, cost, groups).streamed
 
 
+@pytest.mark.parametrize("attn_share, ffn_share", [(0.5, 0.9), (0.9, 0.5), (0.7, 0.7)])
+def test_of_many_layers_those_are_plain_that_save_most(attn_share, ffn_share):
+    """All stay, and memory holds some of them plain: as good as the best of all numbers."""
+    groups = tuple((GroupId(i, name), n << 20) for i in range(60) for name, n in (("attn", 84), ("ffn", 352)))
+    groups += ((GroupId(60, "head"), 1 << 30),)
+    shares = {"attn": attn_share, "ffn": ffn_share, "head": 0.7}
+    coded = {group: int(nbytes * shares[group.name]) for group, nbytes in groups}
+    extra = {group.name: nbytes - coded[group] for group, nbytes in groups}
+    saved = {group.name: nbytes for group, nbytes in groups}
+    room = int(0.4 * sum(nbytes - coded[group] for group, nbytes in groups))
+    asked = Demand(groups, 0, 1, 16, 1, 16, "all", coded, memory_bytes=sum(coded.values()) + room + 2)
+    _, residency = plan_fastest(asked, Cost((), H200), coded=True)
+    plain_bytes = sum(nbytes for group, nbytes in groups if group not in residency.coded)
+    best = max(
+        attn * saved["attn"] + min(60, left // extra["ffn"]) * saved["ffn"] + head * saved["head"]
+        for attn, head in itertools.product(range(61), range(2))
+        if (left := room - attn * extra["attn"] - head * extra["head"]) >= 0
+    )
+    assert plain_bytes >= 0.99 * best
+
+
 def test_the_ring_that_was_asked_for_is_kept_to():
     groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
     groups += ((GroupId(4, "head"), 1 << 30),)

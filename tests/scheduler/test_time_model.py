@@ -7,7 +7,7 @@ import pytest
 
 from engine.device_profile import load_profile
 from scheduler.pass_work import ATTENTION_SHARE, GATHER_SHARE, KV_SHARE, PassShape, PassWork, StepWork
-from scheduler.time_model import Rates, free_tokens, predict_pass, step_s, steps_s
+from scheduler.time_model import Rates, decode_s, free_tokens, predict_pass, step_s, steps_s
 
 RATES = Rates(link_gb_s=50.0, memory_gb_s=4000.0, gemm_tflops=800.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
 READ = StepWork("read", weight_bytes=10**9, token_flops=10**9, kv_token_bytes=10**5)
@@ -97,6 +97,13 @@ def test_what_is_copied_before_it_is_attended_to(shape, gathered):
     assert shape.gathered_tokens == gathered
     in_use = (shape.context_tokens + shape.num_tokens) * 1000
     assert step.memory_bytes(shape) == pytest.approx(in_use / KV_SHARE + 2 * gathered * 1000 / GATHER_SHARE)
+
+
+def test_a_decoded_group_has_three_kernels():
+    """A norm and two matrices; without graphs it takes as long as a step takes the host."""
+    graphs, eager = rates(decode_gb_s=1000.0, node_latency_s=2e-6), rates(decode_gb_s=1000.0, step_latency_s=5e-5)
+    assert decode_s(10**9, 10, graphs) == pytest.approx(1e-3 + 10 * 3 * 2e-6)
+    assert decode_s(10**9, 10, eager) == pytest.approx(1e-3 + 10 * 5e-5)
 
 
 def test_a_step_of_nothing_costs_nothing():
