@@ -1,6 +1,5 @@
 """The table that a decode pass is sent by: whole, whatever it held and wherever its filling was interrupted."""
 
-import sys
 from itertools import count
 
 import pytest
@@ -52,27 +51,37 @@ def test_a_table_is_the_same_whatever_it_held():
 
 
 class Interrupted:
-    """A KeyboardInterrupt before the instruction of `function` with a number, counted as they run."""
+    """A table's memory, or what stands in it, for which a KeyboardInterrupt comes before a use; `left` counts the uses
+    that both have until then."""
 
-    def __init__(self, function, number: int):
-        self.code, self.left = function.__code__, number
+    def __init__(self, held, left: list[int]):
+        self.held, self.left = held, left
 
-    def __enter__(self) -> None:
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
+    def _use(self) -> None:
+        if self.left[0] == 0:
+            raise KeyboardInterrupt
+        self.left[0] -= 1
 
-    def __exit__(self, *exc) -> None:
-        sys.settrace(self.before)
+    def __len__(self) -> int:
+        return len(self.held)
 
-    def trace(self, frame, event, arg):
-        if frame.f_code is not self.code:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-        return self.trace
+    def __getitem__(self, key):
+        self._use()
+        return self.held[key]
+
+    def __setitem__(self, key, value) -> None:
+        self._use()
+        self.held[key] = value
+
+
+def fill_interrupted(table: HostTable, batch: Batch, number: int) -> None:
+    """Fills it up to the use of its memory, or of what it remembers, with this number."""
+    memory, pages, left = table.table, table.pages, [number]
+    table.table, table.pages = Interrupted(memory, left), Interrupted(pages, left)
+    try:
+        table.fill(batch, PAD_ROW)
+    finally:
+        table.table, table.pages = memory, pages
 
 
 @pytest.mark.parametrize("after", [FIRST, SECOND, THIRD], ids=["the old rows", "the new rows", "others"])
@@ -83,29 +92,31 @@ def test_a_table_that_was_interrupted_is_not_believed(after):
         table = new_table()
         table.fill(FIRST, PAD_ROW)
         try:
-            with Interrupted(HostTable.fill, number):
-                table.fill(SECOND, PAD_ROW)
+            fill_interrupted(table, SECOND, number)
         except KeyboardInterrupt:
-            assert torch.equal(filled(table, after), expected), f"interrupted before instruction {number}"
+            assert torch.equal(filled(table, after), expected), f"interrupted before use {number}"
         else:
             break
-    assert number > 100 and torch.equal(table.table, filled(new_table(), SECOND))
+    assert number > 10 and torch.equal(table.table, filled(new_table(), SECOND))
 
 
-def test_penalties_survive_an_interrupt_while_their_state_is_made():
+@pytest.mark.parametrize("allocated", [0, 1])
+def test_penalties_survive_an_interrupt_while_their_state_is_made(allocated, monkeypatch):
     asked = {0: RowSampling(0.0, 1.0, 0, 0.0, 1.5, 0.0, 0.0, 0, -1)}
-    for number in count():
-        sampler = Sampler(2, 8, "cpu")
-        try:
-            with Interrupted(Sampler.set_rows, number):
-                sampler.set_rows(asked)
-        except KeyboardInterrupt:
-            sampler.set_rows(asked)
-        else:
-            break
-        rows = torch.zeros(1, dtype=torch.int64)
-        assert sampler(torch.eye(8)[:1], rows, rows, sampler.asked([0])).tokens.tolist() == [0]
-    assert number > 100
+    sampler = Sampler(2, 8, "cpu")
+    allocate, left = sampler._zeros, iter(range(allocated))
+
+    def interrupted(*shape, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return allocate(*shape, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sampler, "_zeros", interrupted)
+        sampler.set_rows(asked)
+    sampler.set_rows(asked)
+    rows = torch.zeros(1, dtype=torch.int64)
+    assert sampler(torch.eye(8)[:1], rows, rows, sampler.asked([0])).tokens.tolist() == [0]
 
 
 def test_pages_begin_where_the_kernel_reads_them():
