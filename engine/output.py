@@ -3,6 +3,7 @@
 Field names are vLLM's. `to_dict` and `from_dict` carry outputs to the other ranks as JSON.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,8 +100,9 @@ class Listener:
             return
         prompt, first = self.raised[0]
         others = f" and for {len(self.raised) - 1} more" if len(self.raised) > 1 else ""
-        first.add_note(f"raised by on_text for prompt {prompt}{others}; its `outputs` has what all prompts gave")
-        first.outputs = outputs
+        with contextlib.suppress(Exception):  # a class of the user's may allow neither
+            first.add_note(f"raised by on_text for prompt {prompt}{others}; its `outputs` has what all prompts gave")
+            first.outputs = outputs
         raise first
 
 

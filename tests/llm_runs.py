@@ -96,6 +96,8 @@ def run_rank(folder: Path) -> None:
             output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0, ignore_eos=True))
         ]
         facts |= mistakes_of_one(llm, int(os.environ["RANK"]))
+    unlike = {"load_format": "dummy"} if os.environ["RANK"] == "1" else {}
+    facts["other_config"] = refusal(lambda: LLM("demo", **OPTIONS | unlike))
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
         facts["second"] = run_requests(llm)
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

@@ -104,7 +104,8 @@ def _find_family(config: Mapping[str, Any], source: str) -> Family:
     if not isinstance(architectures, list):
         raise ValueError(f"{source}: architectures must be a list, not {shown(architectures)}")
     for family in FAMILIES.values():
-        known = any(name in family.architectures for name in architectures)
+        bodies = [name.replace("ForCausalLM", "Model") for name in family.architectures]  # as AutoModel saves them
+        known = any(name in (*family.architectures, *bodies) for name in architectures)
         if known if model_type is None else model_type == family.name and (known or not architectures):
             return family
     name = architectures[0] if architectures else model_type

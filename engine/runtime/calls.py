@@ -1,17 +1,23 @@
-"""What ranks that make the same calls under torchrun tell each other before a call runs: what each was given, or why it
-refuses. So that no rank gets the outputs of another call than its own. No torch.
+"""What ranks that make the same calls under torchrun tell each other: before they load, how each was configured, and
+before a call runs, what each was given, or why it refuses. So that no rank gets the outputs of another call than its
+own. No torch.
 """
 
 import hashlib
+import json
 import struct
 from array import array
 from dataclasses import dataclass
 from typing import Self
 
+from engine.config import EngineConfig
 from scheduler.request import SamplingParams
 
 _DIGEST_BYTES = 16
 _FRAME = struct.Struct(f"<q16s{_DIGEST_BYTES}s984s")  # number, name, digest, refusal
+_CONFIG_BYTES = 4096
+# What ranks may be given differently: paths of their own hosts, and what rank 0 settles for all.
+_OWN_FIELDS = {"model", "tokenizer", "trace", "device_profile", "link_gb_s", "max_num_seqs", "tensor_parallel_size"}
 
 Asked = list[tuple[str | None, list[int], SamplingParams]]
 
@@ -64,4 +70,22 @@ def objection(calls: list[Call]) -> str:
             return f"{which}: for rank {rank} it is call {call.number}; {alike}"
         if call.digest not in (b"", first.digest):
             return f"{which}: rank {rank} was given other prompts or parameters than rank 0; {alike}"
+    return ""
+
+
+def pack_config(config: EngineConfig) -> bytes:
+    """The fields that ranks must have alike, as many bytes on every rank."""
+    told = json.dumps({name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}).encode()
+    assert len(told) <= _CONFIG_BYTES
+    return told.ljust(_CONFIG_BYTES)
+
+
+def config_objection(frames: list[bytes]) -> str:
+    """Why ranks cannot run together, given how each was configured, by rank; empty if they can."""
+    first, *others = map(json.loads, frames)
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                alike = "under torchrun all ranks are configured alike"
+                return f"{name}={value!r} on rank 0, but {other[name]!r} on rank {rank}: {alike}"
     return ""

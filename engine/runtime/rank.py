@@ -30,7 +30,7 @@ from engine.config import EngineConfig
 from engine.memory_claims import DeviceMemory
 from engine.model.families import read_eos_token_ids
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plain_plan, plan_rates
-from engine.runtime.calls import Call, objection
+from engine.runtime.calls import Call, config_objection, objection, pack_config
 from engine.runtime.probe import graph_alone_s, probe_engine
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import join_traces, write_trace
@@ -81,11 +81,14 @@ class Rank:
         self.failed = False
         try:
             with launch.guard():
-                self._start()
+                refused = self._start()
         except BaseException:
             self.failed = True
             self.close()
             raise
+        if refused:
+            self.close()
+            raise ValueError(refused)
         atexit.register(self.close)  # later than the collectives' own, so before it
         self.num_calls = 0
         self.stopped = False  # rank 0 has said so
@@ -96,8 +99,9 @@ class Rank:
         self.submitted: deque[tuple[Batch, float]] = deque()  # passes under way, and when each was submitted
         self.collected_s = 0.0
 
-    def _start(self) -> None:
-        """Under torchrun ranks meet first: so each hears why another one does not go on."""
+    def _start(self) -> str:
+        """Under torchrun ranks meet first: so each hears why another one does not go on. Returns why they cannot run
+        together, alike on all ranks; empty if they can."""
         config, launch = self.config, self.launch
         if launch.kind == "torchrun":
             meet(launch)
@@ -113,15 +117,19 @@ class Rank:
             if config.trace:
                 write_trace(config.trace, [])  # a path that cannot be written is refused now, not after the run
             launch.start(json.dumps(config.to_dict()))
-        self._join(prepared)
+        return self._join(prepared)
 
-    def _join(self, prepared: tuple[EnginePlan, WeightSource] | None) -> None:
+    def _join(self, prepared: tuple[EnginePlan, WeightSource] | None) -> str:
         """Meets the other ranks and loads. `prepared` is rank 0's; the others plan with what it tells them, and all
-        with the least memory of any."""
+        with the least memory of any. Returns what _start does."""
         launch, topology = self.launch, self.topology
         own = self.planned_memory if prepared else device_memory(topology.device)  # without the ranks' own buffers
         self.collectives = connect(topology, launch)
         memory = least_memory(own, self.collectives)
+        if launch.kind == "torchrun":
+            frames = self.collectives.share_frames(pack_config(self.config))
+            if refused := config_objection(frames):
+                return refused
         agreed = None
         if prepared:
             rates = dataclasses.asdict(prepared[0].rates)
@@ -145,6 +153,7 @@ class Rank:
         if isinstance(source, Checkpoint):
             source.close()
         self.collectives.barrier()
+        return ""
 
     def begin(self, call: Call) -> None:
         """Before a call of LLM runs under torchrun: raises the ValueError with which a rank refuses it, or finds that

@@ -118,6 +118,13 @@ def test_mistakes_of_one_rank_are_refused_on_all(torchrun, one_rank):
         assert rank["follows"] == rank["own"] == [one_rank[0]["outputs"][0]["token_ids"]]
 
 
+def test_ranks_that_are_configured_differently_are_refused_on_all(torchrun):
+    """And an engine can be made afterwards. Else one would compute with other weights, in silence."""
+    alike = "under torchrun all ranks are configured alike"
+    for rank in torchrun:
+        assert rank["other_config"] == f"load_format='auto' on rank 0, but 'dummy' on rank 1: {alike}"
+
+
 def interrupt(*_) -> None:
     raise KeyboardInterrupt
 

@@ -3,6 +3,7 @@
 import pytest
 from llm_runs import LONG, OPTIONS
 
+from engine.output import Listener
 from penstock import LLM, SamplingParams
 
 PROMPTS = ["Return the", LONG, "def", "Raise an error"]
@@ -82,3 +83,20 @@ def test_interrupts_end_the_call(llm, expected):
         llm.generate(PROMPTS, PARAMS, on_text=interrupt)
     assert not hasattr(caught.value, "outputs")
     assert llm.generate(PROMPTS, PARAMS) == expected
+
+
+class Closed(Exception):
+    """One that takes no attributes."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+
+def test_an_exception_that_takes_no_attributes_is_raised_as_it_is():
+    def raising(*_):
+        raise Closed
+
+    listener = Listener(raising)
+    listener.tell(0, 0, "text")
+    with pytest.raises(Closed):
+        listener.reraise([])

@@ -176,7 +176,6 @@ def test_a_tied_model_that_was_saved_without_its_head_loads(tmp_path, variant):
     write_checkpoint(tmp_path / "whole", variant, **TIED)
     expected = generate(tmp_path / "whole")
     AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "body")
-    change_config(tmp_path / "body", architectures=..., dtype=...)
     names = read_model(tmp_path / "body").spec.names
     assert names.prefix == "" and not names.embed.startswith(("model.", "gpt_neox."))
     assert generate(tmp_path / "body") == expected
