@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from penstock import LLM, SamplingParams
 EMBEDDING = "model.embed_tokens.weight"
 NAN = "the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype"
 FAILS = 0  # which prompt
+WARNS = pytest.warns(UserWarning, match=r"embed_tokens\.weight has NaN")
 # Fewer rows than prompts, and a budget smaller than some: chunks run beside the row that fails, and one waits for it.
 OPTIONS = {"max_num_seqs": 3, "max_num_batched_tokens": 16, "max_model_len": 96, "page_size": 4}
 PROMPTS = [random.Random(length).choices(range(128), k=length) for length in (5, 37, 9, 50)]
@@ -114,3 +116,15 @@ def fill_all_pages(llm: LLM) -> list[list[int]]:
     assert num_pages == llm.scheduler.pool.num_usable
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, presence_penalty=0.5)
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+def assert_fails_alone_twice(llm: LLM, stopped: Run, filled: list[list[int]]) -> None:
+    """The poisoned model's prompts are as in `stopped`, bit for bit; what pages hold from their last owner, be it NaN
+    everywhere, does not reach the next, which gives the tokens `filled`."""
+    for _ in range(2):
+        failed = run(llm, PARAMS)
+        assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
+        assert_same_bits(failed, stopped)
+        assert_at_rest(llm)
+        llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
+        assert fill_all_pages(llm) == filled

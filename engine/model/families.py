@@ -35,7 +35,7 @@ class Family:
     """`defaults` are those of transformers' config class; `read` gives the ModelSpec fields that are not common."""
 
     name: str  # model_type in config.json
-    architectures: tuple[str, ...]
+    architectures: tuple[str, ...]  # with a head, and without one as AutoModel saves it
     names: TensorNames
     defaults: Mapping[str, Any]
     read: Callable[[Fields], dict[str, Any]]
@@ -104,8 +104,7 @@ def _find_family(config: Mapping[str, Any], source: str) -> Family:
     if not isinstance(architectures, list):
         raise ValueError(f"{source}: architectures must be a list, not {shown(architectures)}")
     for family in FAMILIES.values():
-        bodies = [name.replace("ForCausalLM", "Model") for name in family.architectures]  # as AutoModel saves them
-        known = any(name in (*family.architectures, *bodies) for name in architectures)
+        known = any(name in family.architectures for name in architectures)
         if known if model_type is None else model_type == family.name and (known or not architectures):
             return family
     name = architectures[0] if architectures else model_type
@@ -238,11 +237,11 @@ _NEOX = {
 }
 _NEOX_ROPE = ("rotary_emb_base", "rotary_pct")
 _FAMILIES = (
-    Family("llama", ("LlamaForCausalLM",), _LLAMA_NAMES, _LLAMA, _llama),
-    Family("mistral", ("MistralForCausalLM",), _LLAMA_NAMES, _MISTRAL, _mistral),
-    Family("qwen2", ("Qwen2ForCausalLM",), _LLAMA_NAMES, _QWEN2, _qwen2),
-    Family("qwen3", ("Qwen3ForCausalLM",), _LLAMA_NAMES, _QWEN3, _qwen3),
-    Family("gpt_neox", ("GPTNeoXForCausalLM",), _NEOX_NAMES, _NEOX, _gpt_neox, _NEOX_ROPE),
+    Family("llama", ("LlamaForCausalLM", "LlamaModel"), _LLAMA_NAMES, _LLAMA, _llama),
+    Family("mistral", ("MistralForCausalLM", "MistralModel"), _LLAMA_NAMES, _MISTRAL, _mistral),
+    Family("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), _LLAMA_NAMES, _QWEN2, _qwen2),
+    Family("qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), _LLAMA_NAMES, _QWEN3, _qwen3),
+    Family("gpt_neox", ("GPTNeoXForCausalLM", "GPTNeoXModel"), _NEOX_NAMES, _NEOX, _gpt_neox, _NEOX_ROPE),
 )
 FAMILIES = {family.name: family for family in _FAMILIES}
 HEADS = frozenset(family.names.head for family in _FAMILIES)

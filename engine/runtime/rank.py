@@ -363,15 +363,10 @@ class Rank:
 
     def _say_farewell(self, worker: Worker) -> None:
         """What ranks still do together. Under torchrun they leave when they like, unless there is a trace to join."""
-        follows = self.launch.rank > 0 and self.launch.kind == "torchrun" and self.config.trace and not self.stopped
-        if (
-            self.launch.kind == "parent"
-            or self.launch.kind == "torchrun"
-            and self.launch.rank == 0
-            and self.config.trace
-        ):
+        joins = self.launch.kind == "torchrun" and self.config.trace
+        if self.launch.kind == "parent" or (joins and self.launch.rank == 0):
             self.collectives.broadcast_ints([STOP])
-        elif follows and self._await(STOP) == CALL:
+        elif joins and not self.stopped and self._await(STOP) == CALL:
             self._exchange(Call("close"))
             raise RuntimeError("this rank closes its LLM while rank 0 makes another call")
         if self.config.trace:

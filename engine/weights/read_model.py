@@ -39,20 +39,20 @@ def read_model(path: str | Path, dummy: bool = False) -> Model:
     beside it. Raises ValueError as read_spec and find_packings do, and naming the file, for weights that are quantised
     or lack their head."""
     path = Path(path)
-    spec, has_dtype = _read_spec(path)
-    if not dummy:
-        return _as_stored(path, spec, has_dtype)
-    return Model(spec, () if has_dtype else (f"{config_file(path)} names no dtype: {spec.dtype} is assumed",))
+    told = _read_spec(path)
+    return _as_configured(path, *told) if dummy else _as_stored(path, *told)
 
 
 def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
     """The same, but where there are no weights, or none that can be read, that of config.json alone. Raises ValueError
     as read_model does for that."""
-    path, model = Path(path), read_model(path, dummy=True)
+    path = Path(path)
+    told = _read_spec(path)
+    model = _as_configured(path, *told)
     if dummy or not path.is_dir() or not has_weights(path):
         return model
     try:
-        return read_model(path)
+        return _as_stored(path, *told)
     except ValueError as error:
         return replace(model, notes=(*model.notes, f"planned without the weights, which cannot be loaded: {error}"))
 
@@ -74,6 +74,10 @@ def _refuse_quantised(file: Path, fields: tuple[str, ...]) -> None:
         value = inner.get(field) if isinstance(inner, dict) else stated.get(field)
         if value is not None:
             raise ValueError(f"{file}: {field} = {shown(value)} is not supported: quantised weights are not read")
+
+
+def _as_configured(path: Path, spec: ModelSpec, has_dtype: bool) -> Model:
+    return Model(spec, () if has_dtype else (f"{config_file(path)} names no dtype: {spec.dtype} is assumed",))
 
 
 def _as_stored(directory: Path, spec: ModelSpec, has_dtype: bool) -> Model:

@@ -11,9 +11,10 @@ from failing_rows import (
     OPTIONS,
     PARAMS,
     PROMPTS,
+    WARNS,
     assert_at_rest,
+    assert_fails_alone_twice,
     assert_others_are_as_if_stopped,
-    assert_same_bits,
     choose_token,
     ending_at,
     fill_all_pages,
@@ -21,6 +22,7 @@ from failing_rows import (
     run,
 )
 from kernel_registry import KERNELS
+from llm_runs import WAYS
 from oracle.checkpoints import write_checkpoint
 
 from engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
@@ -30,7 +32,6 @@ from penstock import LLM, SamplingParams
 
 ON_CPU = OPTIONS | {"device": "cpu", "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-WARNS = pytest.warns(UserWarning, match=r"embed_tokens\.weight has NaN")
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +52,14 @@ def poisoned(checkpoint, tokens):
     return poison(checkpoint, checkpoint.parent / "poisoned", tokens[0])
 
 
-@pytest.mark.parametrize(
-    ("lookahead", "resident"), [(0, 0.5), (1, "all"), (1, 0.5)], ids=["in_turn", "ahead", "prepared"]
-)
+@pytest.mark.parametrize(("lookahead", "resident"), WAYS.values(), ids=WAYS)
 def test_a_row_fails_alone(checkpoint, tokens, poisoned, monkeypatch, lookahead, resident):
     """Twice over. What pages hold from their last owner, be it NaN everywhere, does not reach the next."""
     monkeypatch.setattr(Rank, "lookahead", lookahead)
     with LLM(checkpoint, resident=resident, **ON_CPU) as llm:
         stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
     with WARNS, LLM(poisoned, resident=resident, **ON_CPU) as llm:
-        for _ in range(2):
-            failed = run(llm, PARAMS)
-            assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
-            assert_same_bits(failed, stopped)
-            assert_at_rest(llm)
-            llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
-            assert fill_all_pages(llm) == filled
+        assert_fails_alone_twice(llm, stopped, filled)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
@@ -82,13 +75,7 @@ def test_a_row_fails_alone_in_the_decode_passes_of_a_gpu(checkpoint, tokens, poi
         stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
     with WARNS, LLM(poisoned, **ON_CPU) as llm:
         as_on_a_gpu(llm)
-        for _ in range(2):
-            failed = run(llm, PARAMS)
-            assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
-            assert_same_bits(failed, stopped)
-            assert_at_rest(llm)
-            llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
-            assert fill_all_pages(llm) == filled
+        assert_fails_alone_twice(llm, stopped, filled)
         assert llm.rank.worker.executor.decode.mailbox.num_sent > 10
 
 

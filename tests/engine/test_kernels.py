@@ -7,7 +7,7 @@ import pytest
 from engine_proof import PROMPT, first_difference, prove_calls, prove_states_and_tokens, run_with, watched
 from kernel_proof import DEVICE
 from kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS, OVER_RANKS
-from oracle.checkpoints import write_checkpoint
+from oracle.checkpoints import write_checkpoints
 
 from engine.llm import LLM
 
@@ -29,10 +29,7 @@ PROOFS = {"prove", "prove_refusal", "counted"}
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for variant in VARIANTS:
-        write_checkpoint(folder / variant, variant, **TINY)
-    return folder
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"), VARIANTS, **TINY)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llm_runs import LONG, OPTIONS, REQUESTS, tokens_of
+from llm_runs import LONG, OPTIONS, REQUESTS, WAYS, llm_that_runs, tokens_of
 
 from engine.planning import find_model
 from penstock import LLM, SamplingParams
@@ -21,11 +21,9 @@ from penstock import LLM, SamplingParams
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=[(0, 0.5), (1, "all"), (1, 0.5)], ids=["in_turn", "ahead", "prepared"])
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def llm(request):
-    lookahead, resident = request.param
-    with pytest.MonkeyPatch.context() as patch, LLM("demo", **{**OPTIONS, "resident": resident}) as llm:
-        patch.setattr(type(llm.rank), "lookahead", lookahead)
+    with llm_that_runs(*request.param) as llm:
         yield llm
 
 

@@ -1,7 +1,7 @@
 """What `on_text` raises ends its prompt, and nothing else: the call goes on and raises it at its end."""
 
 import pytest
-from llm_runs import LONG, OPTIONS
+from llm_runs import LONG, WAYS, llm_that_runs
 
 from engine.output import Listener
 from penstock import LLM, SamplingParams
@@ -14,11 +14,9 @@ class Gone(Exception):
     """A user's own."""
 
 
-@pytest.fixture(scope="module", params=[(0, 0.5), (1, "all"), (1, 0.5)], ids=["in_turn", "ahead", "prepared"])
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def llm(request):
-    lookahead, resident = request.param
-    with pytest.MonkeyPatch.context() as patch, LLM("demo", **{**OPTIONS, "resident": resident}) as llm:
-        patch.setattr(type(llm.rank), "lookahead", lookahead)
+    with llm_that_runs(*request.param) as llm:
         yield llm
 
 

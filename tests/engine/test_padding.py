@@ -9,7 +9,7 @@ import torch
 from engine_proof import as_on_a_gpu
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracle.checkpoints import write_checkpoint
+from oracle.checkpoints import write_checkpoints
 from torch import Tensor
 
 from engine.llm import LLM
@@ -29,10 +29,7 @@ FILLS = ((float("nan"), 0), (-3.0, 77))  # of padded rows: their activations, an
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for variant in VARIANTS:
-        write_checkpoint(folder / variant, variant, **TINY)
-    return folder
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"), VARIANTS, **TINY)
 
 
 @dataclass

@@ -12,9 +12,9 @@ from failing_rows import (
     OPTIONS,
     PARAMS,
     PROMPTS,
-    assert_at_rest,
+    WARNS,
+    assert_fails_alone_twice,
     assert_others_are_as_if_stopped,
-    assert_same_bits,
     choose_token,
     ending_at,
     fill_all_pages,
@@ -30,7 +30,6 @@ pytestmark = pytest.mark.gpu
 SIZES = {"hidden_size": 256, "intermediate_size": 384}
 PAGES = {"num_pages": 1 + OPTIONS["max_num_seqs"] * OPTIONS["max_model_len"] // OPTIONS["page_size"]}
 ON_GPU = OPTIONS | PAGES | {"gpu_memory": "2GiB", "weights_code": "none"}
-WARNS = pytest.warns(UserWarning, match=r"embed_tokens\.weight has NaN")
 RANK_SCRIPT = """
 import sys
 from gpu.test_failing_rows import run_rank
@@ -55,13 +54,7 @@ def test_a_row_fails_alone(tmp_path, dtype):
             with LLM(clean, **options) as llm:
                 stopped, filled = run(llm, ending_at(following)), fill_all_pages(llm)
             with WARNS, LLM(poisoned, **options) as llm:
-                for _ in range(2):
-                    failed = run(llm, PARAMS)
-                    assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
-                    assert_same_bits(failed, stopped)
-                    assert_at_rest(llm)
-                    llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
-                    assert fill_all_pages(llm) == filled
+                assert_fails_alone_twice(llm, stopped, filled)
                 graphs = llm.rank.worker.executor.decode.graphs
                 assert bool(graphs and graphs.passes) != enforce_eager
 

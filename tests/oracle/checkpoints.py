@@ -6,6 +6,7 @@ Tests import this as `oracle.checkpoints` (pytest has tests/ on its path):
 
 import json
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def write_checkpoint(
     sharded = list(VARIANTS).index(variant_name) % 2
     model.save_pretrained(directory, max_shard_size="500KB" if sharded else "5GB")
     return model
+
+
+def write_checkpoints(folder: Path, variants: Iterable[str], **config_overrides: Any) -> Path:
+    """One for each variant, in a directory of its name; returns the folder."""
+    for variant in variants:
+        write_checkpoint(folder / variant, variant, **config_overrides)
+    return folder
 
 
 @torch.no_grad()
