@@ -219,7 +219,7 @@ class LLM:
         for index in range(params.n):
             number = next(self._request_ids)
             own = params.seed + index if params.seed is not None else (self.config.seed + 1) * _GOLDEN + number
-            request = Request(number, token_ids, params, seed=own & _MASK, arrival=number)
+            request = Request(number, token_ids, params, seed=own & _MASK)
             tell = functools.partial(listener.tell, place, index)
             sequences.append(Sequence(request, index, self.tokenizer, tell, special_stops))
         return sequences

@@ -2,7 +2,9 @@
 
 `Scheduler` runs on rank 0; what it decides is a `Batch`, which reaches the other ranks as one packed message.
 It knows token counts, rows and pages, and neither text nor tensors. There is no preemption: a request is
-admitted once all the pages it can ever need are free, so a running request never runs out of them.
+admitted once all the pages it can ever need are free, so a running request never runs out of them. Waiting requests
+are served in the order in which they came; the head of the line is never overtaken because a later, smaller one would
+fit, so nobody starves.
 
     budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
                        0                                                        max_num_batched_tokens
@@ -12,14 +14,12 @@ ON_DEVICE; update() takes them in later, pass by pass. Only where a request ends
 stop token) does it come too late: its row in the pass behind is computed for nothing.
 """
 
-import bisect
 import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from scheduler.batch import Batch, BatchRow
 from scheduler.pages import PagePool
-from scheduler.policy import POLICIES
 from scheduler.request import FinishReason, Request, RequestState, RowSampling
 from scheduler.retention import KeepAll, Retention
 
@@ -30,7 +30,7 @@ class Scheduler:
     Units: `max_num_batched_tokens` a pass, `max_model_len` prompt and output tokens of one request,
     `page_size` tokens a page, `num_pages` with the reserved page 0. `page_order_seed` shuffles the order in
     which pages are handed out. `retention` says which tokens of a row stay cached: all, if it is not given. Raises
-    ValueError for an unknown policy or fewer than 2 pages.
+    ValueError for fewer than 2 pages.
     """
 
     def __init__(
@@ -41,12 +41,9 @@ class Scheduler:
         page_size: int,
         num_pages: int,
         eos_token_ids: Iterable[int] = (),
-        policy: str = "fcfs",
         page_order_seed: int | None = None,
         retention: Retention | None = None,
     ):
-        if policy not in POLICIES:
-            raise ValueError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}")
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -55,8 +52,7 @@ class Scheduler:
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._order = POLICIES[policy]
-        self._waiting: list[Request] = []  # in the policy's order
+        self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}  # by row, in order of admission
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
@@ -87,7 +83,7 @@ class Scheduler:
         except ValueError:
             request.finish_reason = FinishReason.ERROR
             raise
-        bisect.insort(self._waiting, request, key=self._order)
+        self._waiting.append(request)
 
     def _check_possible(self, request: Request) -> None:
         request.check_length(self.max_model_len)
@@ -148,8 +144,8 @@ class Scheduler:
         while self._waiting and self._free_rows:
             num_pages = self._pages_needed(self._waiting[0])
             if num_pages > self.pool.num_free:
-                return  # the head of the line waits for pages; overtaking it could starve it
-            request = self._waiting.pop(0)
+                return
+            request = self._waiting.popleft()
             request.row, request.pages = heapq.heappop(self._free_rows), self.pool.allocate(num_pages)
             self._running[request.row] = request
             yield request

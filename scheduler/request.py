@@ -149,7 +149,7 @@ def _is_int(value: object) -> bool:
 class Request:
     """One sequence on its way through the engine (the caller expands n > 1 into n requests).
 
-    The caller sets the first five fields: `seed` is resolved, 0..2**64-1; `arrival` is a number that grows.
+    The caller sets the first four fields: `seed` is resolved, 0..2**64-1.
     Only the Scheduler changes the others. `pages` are all that hold its KV, or ever will: what lies where is the
     retention's to say. `row` is kept from admission to the end. What a pass under way computes counts as computed;
     the `num_unseen_tokens` that such passes sample follow the known tokens.
@@ -159,7 +159,6 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int = 0
-    arrival: float = 0
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_unseen_tokens: int = 0

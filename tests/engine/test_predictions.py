@@ -187,7 +187,7 @@ def test_a_mix_of_uneven_requests_takes_about_what_was_measured():
     work, seconds = pass_work(plan), Counter()
     scheduler = Scheduler(256, 8192, 8192, 16, plan.residency.num_pages, eos_token_ids=(), retention=plan.retention)
     for number, job in enumerate(random_jobs(512, 512, 128, vocab_size=1000, seed=0, range_ratio=0.8)):
-        scheduler.add(Request(number, job.prompt, greedy(job), seed=0, arrival=number))
+        scheduler.add(Request(number, job.prompt, greedy(job), seed=0))
     while scheduler.has_unfinished:
         batch = scheduler.schedule()
         seconds[is_decode(batch)] += predict_pass(work, batch.shape, rates(1)).total_s

@@ -22,7 +22,7 @@ def scheduler(**changes):
 
 def request(id=0, num_prompt=3, max_tokens=4, **params):
     prompt = list(range(100, 100 + num_prompt))
-    return Request(id, prompt, SamplingParams(max_tokens=max_tokens, **params), arrival=id)
+    return Request(id, prompt, SamplingParams(max_tokens=max_tokens, **params))
 
 
 def shape(batch):
@@ -125,6 +125,15 @@ def test_the_last_sampled_token_needs_no_page():
     assert run_pass(sched) == [(0, 0, 3, True)]
     assert run_pass(sched) == [(0, 3, 1, True)]
     assert not sched.has_unfinished
+
+
+def test_waiting_requests_are_served_in_the_order_in_which_they_came():
+    sched, order = scheduler(max_num_seqs=1), []
+    for id, num_prompt in ((3, 9), (0, 2), (2, 5)):
+        sched.add(request(id, num_prompt, max_tokens=1))
+    while (batch := sched.schedule()) is not None:
+        order += [request.id for request in sched.update(batch, [9] * batch.num_sampled)]
+    assert order == [3, 0, 2]
 
 
 def test_the_head_of_the_line_is_not_overtaken():

@@ -153,7 +153,7 @@ def random_request(rng, id, max_model_len, most_tokens):
     stop = rng.choice([[], [STOP], [EOS, STOP]])
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=rng.random() < 0.5)
     prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
-    return Request(id, prompt, params, seed=rng.randrange(2**64), arrival=rng.choice([0, id]))
+    return Request(id, prompt, params, seed=rng.randrange(2**64))
 
 
 def random_scheduler(rng):
@@ -209,7 +209,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone_fixed_seeds(seed, look
 def test_a_batch_four_times_the_page_pool_finishes():
     scheduler = Scheduler(8, 32, 64, page_size=4, num_pages=17)
     params = SamplingParams(max_tokens=4, ignore_eos=True)
-    requests = [Request(id, [1] * 13, params, arrival=id) for id in range(16)]
+    requests = [Request(id, [1] * 13, params) for id in range(16)]
     for request in requests:
         scheduler.add(request)  # 16 tokens with KV: 4 pages each, 64 in all, and there are 16
     most_running, simulation = 0, Simulation(scheduler)
@@ -253,7 +253,7 @@ def test_order_of_pages_changes_no_decision():
     def decisions(page_order_seed):
         scheduler = Scheduler(4, 16, 40, 4, 30, page_order_seed=page_order_seed)
         for id in range(8):
-            scheduler.add(Request(id, [1] * (3 * id + 1), SamplingParams(max_tokens=6), arrival=id))
+            scheduler.add(Request(id, [1] * (3 * id + 1), SamplingParams(max_tokens=6)))
         batches = []
         while (batch := scheduler.schedule()) is not None:
             batches.append(batch)
@@ -278,7 +278,7 @@ def test_a_prepared_pass_is_withdrawn_only_where_it_must_be(max_tokens, stop, nu
     scheduler = Scheduler(2, 32, 64, page_size=4, num_pages=40)
     for id, most in enumerate(max_tokens):
         params = SamplingParams(max_tokens=most, stop_token_ids=list(stop), ignore_eos=True)
-        scheduler.add(Request(id, [1, 2, 3], params, arrival=id))
+        scheduler.add(Request(id, [1, 2, 3], params))
     simulation = Simulation(scheduler, PREPARED)
     while scheduler.has_unfinished:
         simulation.run_pass()
