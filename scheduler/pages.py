@@ -1,4 +1,4 @@
-"""Which KV pages are in use: a free list and reference counts over page numbers.
+"""Which KV pages are in use: a free list over page numbers.
 
 It knows neither what a page holds nor who holds it.
 """
@@ -16,7 +16,7 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 
 
 class PagePool:
-    """Pages 1..num_pages-1, each free or held by one or more holders.
+    """Pages 1..num_pages-1, each free or held by one holder.
 
     `order_seed` shuffles the order in which pages are handed out: results must not depend on it.
     Raises ValueError when there is no page beside the reserved one.
@@ -26,7 +26,7 @@ class PagePool:
         if num_pages < 2:
             raise ValueError(f"num_pages={num_pages}: expected at least 2 (page 0 is reserved for padding)")
         self.num_pages = num_pages
-        self._num_holders = [0] * num_pages
+        self._is_held = [False] * num_pages
         self._free = list(range(num_pages - 1, RESERVED_PAGE, -1))  # a stack: the lowest is handed out first
         if order_seed is not None:
             random.Random(order_seed).shuffle(self._free)
@@ -41,32 +41,25 @@ class PagePool:
         return len(self._free)
 
     def allocate(self, num_pages: int) -> list[int]:
-        """That many free pages, each with one holder. The caller looks at `num_free` first."""
+        """That many free pages, now held. The caller looks at `num_free` first."""
         assert 0 <= num_pages <= self.num_free, f"{num_pages} pages asked, {self.num_free} free"
         pages = [self._free.pop() for _ in range(num_pages)]
         for page in pages:
-            self._num_holders[page] = 1
+            self._is_held[page] = True
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
-        """One more holder for each of these pages, which must be in use."""
-        for page in pages:
-            assert self._num_holders[page] > 0, f"page {page} is free and cannot be shared"
-            self._num_holders[page] += 1
-
     def release(self, pages: Iterable[int]) -> None:
-        """One holder less for each of these pages; a page without holders is free again."""
+        """Frees these pages, which must be held."""
         for page in pages:
-            assert self._num_holders[page] > 0, f"page {page} is released twice"
-            self._num_holders[page] -= 1
-            if self._num_holders[page] == 0:
-                self._free.append(page)
+            assert self._is_held[page], f"page {page} is released twice"
+            self._is_held[page] = False
+            self._free.append(page)
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Assert that each page is either free, once, or held as often as `held` names it."""
+        """Assert that each page is either free or named in `held`, once."""
         times_free, times_held = Counter(self._free), Counter(held)
         assert times_free[RESERVED_PAGE] == times_held[RESERVED_PAGE] == 0, "the reserved page got out"
         for page in range(RESERVED_PAGE + 1, self.num_pages):
-            holders = self._num_holders[page]
-            assert times_held[page] == holders, f"page {page}: {times_held[page]} holders, counted {holders}"
-            assert times_free[page] == (holders == 0), f"page {page}: {times_free[page]} times free"
+            is_held = self._is_held[page]
+            assert times_held[page] == is_held, f"page {page}: {times_held[page]} holders, and it is held: {is_held}"
+            assert times_free[page] == (not is_held), f"page {page}: {times_free[page]} times free"

@@ -1,7 +1,6 @@
-"""The page pool against a model of it: plain counts per page."""
+"""The page pool against a model of it: the set of pages in use."""
 
 import random
-from collections import Counter
 
 import pytest
 
@@ -34,26 +33,12 @@ def test_order_seed_shuffles_reproducibly():
     assert all(sorted(order) == orders[0] for order in orders)
 
 
-def test_shared_pages_are_free_after_their_last_release():
-    pool = PagePool(4)
-    pages = pool.allocate(2)
-    pool.share(pages[:1])
-    pool.release(pages)
-    assert pool.num_free == 2
-    pool.check_integrity(pages[:1])
-    pool.release(pages[:1])
-    assert pool.num_free == 3
-    pool.check_integrity([])
-
-
 def test_misuse_is_loud():
     pool = PagePool(4)
     (page,) = pool.allocate(1)
     pool.release([page])
     with pytest.raises(AssertionError, match=f"page {page} is released twice"):
         pool.release([page])
-    with pytest.raises(AssertionError, match=f"page {page} is free and cannot be shared"):
-        pool.share([page])
     with pytest.raises(AssertionError, match="page 0 is released twice"):
         pool.release([RESERVED_PAGE])
 
@@ -85,20 +70,18 @@ def test_check_integrity_detects_holders_that_do_not_add_up(held):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_use_against_counts(seed):
+def test_random_use_against_a_set(seed):
     rng = random.Random(seed)
     pool = PagePool(rng.randint(2, 30), order_seed=rng.choice([None, seed]))
-    held: Counter[int] = Counter()
+    held: set[int] = set()
     for _ in range(300):
-        in_use = sorted(held.elements())
-        action = rng.choice(["allocate", "share", "release"])
-        if action == "allocate":
+        if rng.random() < 0.5:
             pages = pool.allocate(rng.randint(0, pool.num_free))
-            assert not any(held[page] for page in pages) and RESERVED_PAGE not in pages
+            assert held.isdisjoint(pages) and RESERVED_PAGE not in pages
             held.update(pages)
-        elif in_use:
-            pages = rng.sample(in_use, rng.randint(1, len(in_use)))
-            (pool.share if action == "share" else pool.release)(pages)
-            (held.update if action == "share" else held.subtract)(pages)
-        pool.check_integrity(held.elements())
-        assert pool.num_free == pool.num_usable - sum(count > 0 for count in held.values())
+        else:
+            pages = rng.sample(sorted(held), rng.randint(0, len(held)))
+            pool.release(pages)
+            held.difference_update(pages)
+        pool.check_integrity(held)
+        assert pool.num_free == pool.num_usable - len(held)
