@@ -31,6 +31,10 @@ LAYER, HEAD = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (12825
 SHAPES = [*LAYER, HEAD, (3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168)]
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, MAX_CONTEXT = 4096, 14336, 128256, 32, 8, 128, 16, 8192
 ROWS, CONTEXTS, SEGMENTS, CACHE_TOKENS = (1, 64, 256), (64, 2048), (1, 2, 4, 8, 16, 32, 64), 256 * 2048
+BLOCKS = [  # of the GEMV, beside what it chooses
+    *((2, 1024, 4, 1), (4, 1024, 4, 1), (8, 1024, 4, 1), (2, 2048, 8, 1), (4, 2048, 8, 1), (8, 2048, 8, 1)),
+    *((4, 512, 2, 1), (1, 2048, 4, 1), (4, 1024, 4, 3), (8, 1024, 4, 4)),
+]
 TRAFFIC, DEADLINE = 2 << 30, 40.0  # bytes read by a graph, about; seconds
 
 
@@ -52,15 +56,15 @@ class Benchmark:
         self.rows.append(dict(zip(keys, (kernel, shape, variant, round(us, 2), round(rate, 1), round(share, 3)))))
         print(f"{kernel:18}{shape:20}{variant:20}{us:9.2f}{rate:8.0f}{share:7.1%}", flush=True)
 
-    def linears(self, num_tokens: int, num_columns: int, width: int, memory: Tensor) -> None:
+    def linears(self, num_columns: int, width: int, memory: Tensor) -> None:
+        """Of one token: more are cuBLAS'."""
         weights = memory[: len(memory) // (num_columns * width) * num_columns * width].view(-1, num_columns, width)
-        x, out = (torch.randn(num_tokens, n, dtype=DTYPE, device=DEVICE) for n in (width, num_columns))
-        blocks = [c for c in linear.candidates() if c[0] * num_tokens <= 16]  # more would spill
+        x, out = (torch.randn(1, n, dtype=DTYPE, device=DEVICE) for n in (width, num_columns))
         runs = {"cuBLAS": (linear.linear_reference,), "config()": (linear._linear_triton,)}
-        runs |= {str(c): (linear._linear_triton, c) for c in (blocks[1::4] if self.quick else blocks)}
+        runs |= {str(c): (linear._linear_triton, c) for c in (BLOCKS[1::4] if self.quick else BLOCKS)}
         for name, (run, *rest) in runs.items():
             calls = [partial(run, x, weight, None, out, *rest) for weight in weights]
-            self.add("linear", f"{num_tokens}: {num_columns} x {width}", name, weights[0].nbytes, calls)
+            self.add("linear", f"1: {num_columns} x {width}", name, weights[0].nbytes, calls)
 
     def attention(self, num_rows: int, context: int, keys: Tensor, values: Tensor) -> None:
         q = torch.randn(num_rows, 1, HEADS, HEAD_DIM, dtype=DTYPE, device=DEVICE)
@@ -141,7 +145,7 @@ def measure(calls: Sequence[Callable[[], object]], num_calls: int, replays: int 
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one token, fewer variants and replays")
+    parser.add_argument("--quick", action="store_true", help="fewer variants and replays")
     add_output_argument(parser)
     args = parser.parse_args()
     if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -151,14 +155,12 @@ def main() -> int:
     memory = torch.randn(HEAD[0] * HEAD[1], dtype=DTYPE, device=DEVICE)
     cache = torch.randn(2, CACHE_TOKENS, KV_HEADS, HEAD_DIM, dtype=DTYPE, device=DEVICE)
     for shape in SHAPES:
-        benchmark.linears(1, *shape, memory)
+        benchmark.linears(*shape, memory)
     for num_rows, context in itertools.product(ROWS, CONTEXTS):
         benchmark.attention(num_rows, context, *cache)
     for num_rows in ROWS:
         benchmark.others(num_rows)
         benchmark.sampling(num_rows)
-    for num_tokens, shape in itertools.product(() if args.quick else (2, 4), SHAPES):
-        benchmark.linears(num_tokens, *shape, memory)
     passes = {str(variant or "best"): benchmark.pass_ms(variant) for variant in ("cuBLAS", "config()", None)}
     print(f"all linears of a pass at batch 1, ms: {passes}; {benchmark.skipped} skipped")
     record = {"benchmark": "kernels", **machine(torch.device(DEVICE))}

@@ -80,7 +80,7 @@ def _paged(step: Compute, ctx: StepContext) -> bool:
     return isinstance(ctx.inputs.context, PagedContext)
 
 
-def _few_rows(step: Compute, ctx: StepContext) -> bool:
+def _one_row(step: Compute, ctx: StepContext) -> bool:
     return len(ctx.act["rows"] if "head" in step.step else ctx.inputs.tokens) == 1
 
 
@@ -96,8 +96,8 @@ def _fits(step: Compute, ctx: StepContext) -> bool:
     return ctx.collectives.size > 1 and push_reduce.fits_rows(ctx.act["x"])
 
 
-def _on_few_rows(x: Tensor, *rest) -> None:
-    (_LINEAR if 1 <= len(x) <= linear.SMALL_T else _CUBLAS)(x, *rest)
+def _as_the_engine(x: Tensor, *rest) -> None:
+    (_LINEAR if len(x) == 1 else _CUBLAS)(x, *rest)
 
 
 def _attend_by_reference(*arguments, **reading) -> None:
@@ -130,8 +130,8 @@ KERNELS: dict[str, EngineKernel] = {
     "gated_activation": _kernel(gated_activation, "gated_activation", "activation"),
     "linear": _kernel(
         *(linear, "linear", "attn_qkv", "attn_output", "attn_output_beside", "ffn_up", "ffn_down", "head"),
-        condition=_few_rows,
-        kernel=_on_few_rows,
+        condition=_one_row,
+        kernel=_as_the_engine,
         params=SHORT,
     ),
     "argmax": _kernel(argmax, "argmax_rows", "sample", condition=_is_greedy, exact=True, params=GREEDY),
