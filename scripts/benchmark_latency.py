@@ -9,6 +9,7 @@ run would not do: four H200s reach 44.5 GB/s a rank over 2 GiB and sustain 40); 
     max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)      of one rank (scheduler/bound.py)
 
 The graph of a decode pass is replayed alone as well, back to back, as it ran: `step_over_graph` is what the host adds.
+(With several ranks under torchrun only: ranks that are launched by `-tp` run no script.)
 The prediction is that of the rates which the plan had, before anything was measured. Run it plainly, or by torchrun
 over several ranks; the last line is one JSON object.
 
@@ -34,6 +35,7 @@ from scheduler.time_model import Rates
 from scripts.comparison import add_compare_arguments, check_compare, compare, print_comparisons
 from scripts.engine_record import describe, say_machine
 from scripts.entry import run_script
+from scripts.graph_alone import graph_alone_s
 from scripts.workload import Job, Measured, add_workload_arguments, greedy, positive, random_jobs
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -103,9 +105,8 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
     jobs = random_jobs(batch_size, args.input_len, args.output_len, vocab_size, llm.config.seed + batch_size)
     for _ in range(args.num_iters_warmup):
         run_once(llm, jobs, args.n)
-    if speaks:
-        llm.measure(llm.rank.work.streamed_bytes)
-        graph_s = llm.rank.graph_s(batch_size * args.n)
+    llm.measure(llm.rank.work.streamed_bytes)
+    graph_s = graph_alone_s(llm, batch_size * args.n)
     runs = [run_once(llm, jobs, args.n) for _ in range(args.num_iters)]
     if not speaks:
         return None

@@ -87,7 +87,6 @@ def mistakes_of_one(llm: LLM, rank: int) -> dict[str, Any]:
         "refused_by_rank_0": refusal(lambda: llm.generate(["Return the"] if rank == 1 else 5)),
         "other_prompts": refusal(lambda: llm.generate(f"Rank {rank}")),
         "other_call": refusal(lambda: llm.generate("def") if rank == 0 else llm.measure()),
-        "other_graph_s": refusal(lambda: llm.generate("def") if rank == 0 else llm.rank.graph_s(1)),
     }
     facts["measured"] = refusal(llm.measure)
     if rank == 0:

@@ -45,11 +45,6 @@ class DecodePasses:
         letter = self.mailbox.expect(num_rows)
         return letter if asked.num_logprobs < 0 else self._score(bucket, letter, asked.num_logprobs)
 
-    def greedy_graph(self, num_rows: int) -> torch.cuda.CUDAGraph | None:
-        """Of passes over so many rows, as it was last run; None if it was not captured yet, or with a trace's marks."""
-        takes = self.graphs.passes.get((self._size(num_rows), frozenset()), ()) if self.graphs is not None else ()
-        return takes[0].graph if len(takes) == 1 else None
-
     def _size(self, num_rows: int) -> int:
         return next(size for size in self.sizes if size >= num_rows)
 

@@ -35,7 +35,6 @@ from scheduler.time_model import Rates
 
 LINK_BYTES = 8 * 2**30  # in one run: memory that several ranks share holds a higher rate for a moment than for long
 WARM_BYTES = 32 * 2**30  # before the first run: the first copies of a fresh machine are slower
-NUM_REPLAYS = 20  # of a graph alone
 GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = 2**30, CPU_BYTES, 4 * CPU_BYTES
 
 
@@ -59,22 +58,6 @@ def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: t
     executor.counters.clear()  # they count what was asked for
     executor.ledger.clear()
     return rates
-
-
-@on_own_device
-def graph_alone_s(executor: Executor, num_rows: int, device: torch.device) -> float | None:
-    """Seconds of the graph of a greedy decode pass over `num_rows` rows, replayed back to back as it last ran, on the
-    slowest rank; None where none is captured. All ranks must call this together, with no pass under way: the pages that
-    it writes to must be nobody's."""
-    graph = None if executor.decode is None else executor.decode.greedy_graph(num_rows)
-    if graph is None:
-        return None
-    collectives = executor.context.collectives
-    collectives.barrier()
-    graph.replay()  # lines the ranks up
-    own_s = seconds(lambda: [graph.replay() for _ in range(NUM_REPLAYS)], device, repeats=1, warm_ups=0)
-    executor.forget()  # its letters
-    return max(rank_s for (rank_s,) in all_ranks([own_s], collectives, device)) / NUM_REPLAYS
 
 
 def _step_latency_s(executor: Executor, work: PassWork, rates: Rates, device: torch.device) -> float:

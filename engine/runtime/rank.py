@@ -31,7 +31,7 @@ from engine.memory_claims import DeviceMemory
 from engine.model.families import read_eos_token_ids
 from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work, plain_plan, plan_rates
 from engine.runtime.calls import Call, config_objection, objection, pack_config
-from engine.runtime.probe import graph_alone_s, probe_engine
+from engine.runtime.probe import probe_engine
 from engine.runtime.sampler import SampleOutput
 from engine.runtime.trace import join_traces, write_trace
 from engine.runtime.worker import Worker, open_source
@@ -48,7 +48,7 @@ from scheduler.code_choice import CodeDoesNotPay
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
 
-BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, GRAPH, CALL = range(1, 9)
+BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, CALL = range(1, 8)
 MIB = 2**20
 LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
@@ -177,15 +177,15 @@ class Rank:
         self.num_calls = calls[0].number
         return objection(calls)
 
-    def _answer(self, awaited: int, name: str) -> None:
-        """The other ranks, where they make a call that only rank 0 begins: their part in it."""
+    def _answer_probe(self) -> None:
+        """The other ranks, where they call `measure`, which only rank 0 begins: their part in it."""
         with self.together():
-            kind = self._await(awaited)
-            refused = self._exchange(Call(name)) if kind == CALL else ""
+            kind = self._await(PROBE)
+            refused = self._exchange(Call("measure")) if kind == CALL else ""
         if refused:
             raise ValueError(refused)
         if kind == STOP:
-            raise RuntimeError(f"{name}: rank 0 has closed its LLM")
+            raise RuntimeError("measure: rank 0 has closed its LLM")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -270,7 +270,7 @@ class Rank:
         if self.config.device_profile is not None:
             return
         if self.topology.rank > 0:
-            return self._answer(PROBE, "measure")
+            return self._answer_probe()
         link_mib = -(-link_bytes // MIB)  # messages are int32
         with self.together():
             self.collectives.broadcast_ints([PROBE, link_mib])
@@ -279,15 +279,6 @@ class Rank:
 
     def _probe(self, link_mib: int) -> Rates:
         return probe_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
-
-    def graph_s(self, num_rows: int) -> float | None:
-        """Rank 0, between runs: seconds of the graph alone of a greedy decode pass; None where there is none, and on
-        the other ranks, which need not call it."""
-        if self.topology.rank > 0:
-            return self._answer(GRAPH, "graph_s")
-        with self.together():
-            self.collectives.broadcast_ints([GRAPH, num_rows])
-            return graph_alone_s(self.worker.executor, num_rows, self.topology.device)
 
     @property
     def ledger(self) -> TransferLedger:
@@ -332,8 +323,6 @@ class Rank:
                 executor.collect()
             if kind == PROBE:
                 self._probe(*message)
-            if kind == GRAPH:
-                graph_alone_s(executor, *message, self.topology.device)
             self.stopped |= kind == STOP
             if kind in (awaited, STOP, CALL):
                 return kind

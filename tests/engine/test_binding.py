@@ -149,17 +149,6 @@ def test_measuring_runs_on_it(rank, current, monkeypatch):
     monkeypatch.setattr(probe, "_step_latency_s", lambda *args: 0.0)
     rank.probe()
     assert seen == [OWN]
-    monkeypatch.setattr(probe, "seconds", lambda *args, **rest: seen.append(current.device) or 1.0)
-    rank.worker.executor.decode = type("Decode", (), {"greedy_graph": lambda self, num_rows: Replayed()})()
-    rank.worker.executor.forget = lambda: None
-    rank.graph_s(1)
-    assert seen == [OWN, OWN]
-    rank.worker.executor.decode = None
-
-
-class Replayed:
-    def replay(self) -> None:
-        pass
 
 
 def test_an_engine_is_built_and_freed_on_it(current, monkeypatch):

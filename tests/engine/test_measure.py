@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,20 +68,6 @@ def test_the_ring_is_filled_again(tmp_path, monkeypatch):
         assert not first
         filling = [span.name for span in llm.rank.worker.tracer.spans() if span.pass_index < 0]
         assert filling == [label(instruction) for instruction in plan.prologue]
-
-
-def test_a_graph_alone(monkeypatch):
-    """Replayed so and so often in a row, behind one that lines the ranks up; then its letters are forgotten."""
-    done, executor = [], SimpleNamespace(decode=None, device=CPU, context=SimpleNamespace(collectives=Solo()))
-    assert probe.graph_alone_s(executor, 3, CPU) is None
-    graph = SimpleNamespace(replay=lambda: done.append("replay"))
-    executor.decode = SimpleNamespace(greedy_graph=lambda num_rows: graph if num_rows == 3 else None)
-    executor.forget = lambda: done.append("forget")
-    assert probe.graph_alone_s(executor, 4, CPU) is None and done == []
-    ticks = iter([1.0, 5.0])
-    monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
-    assert probe.graph_alone_s(executor, 3, CPU) == 4.0 / probe.NUM_REPLAYS
-    assert done == ["replay"] * (1 + probe.NUM_REPLAYS) + ["forget"]
 
 
 def test_pieces_cover_the_buffer_round_and_round():

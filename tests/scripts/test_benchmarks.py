@@ -10,7 +10,6 @@ import pytest
 from commands import ROOT, TORCHRUN
 
 from engine.runtime.bucket import bucket_sizes
-from engine.runtime.rank import Rank
 from scripts import benchmark_latency, benchmark_throughput, comparison
 from scripts.entry import run_script
 from scripts.workload import random_jobs
@@ -75,7 +74,7 @@ def test_latency(monkeypatch, capsys, tmp_path):
 
 def test_a_pass_beside_its_graph_alone(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(Rank, "graph_s", lambda self, num_rows: asked.append(num_rows) or 1e-3)
+    monkeypatch.setattr(benchmark_latency, "graph_alone_s", lambda llm, num_rows: asked.append(num_rows) or 1e-3)
     (row,) = run(monkeypatch, capsys, benchmark_latency, *LATENCY, "--batch-size", "2", "--n", "2")["passes"]
     assert asked == [4] and row["graph_s"] == 1e-3
     assert row["step_over_graph"] == pytest.approx(row["decode_pass_s"] / 1e-3)
