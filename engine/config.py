@@ -1,4 +1,5 @@
-"""User configuration. One frozen dataclass; the command line's flags are made from its fields (flags.py).
+"""User configuration. A frozen dataclass, with a group of its own for the search for faults; the command line's flags
+are made from their fields (flags.py).
 
 What was measured or derived (rates, residency, page counts) lives elsewhere: nothing changes a config.
 """
@@ -8,6 +9,7 @@ import os
 import re
 import typing
 from dataclasses import dataclass
+from typing import Self
 
 from scheduler.request import INT32_MAX, SEEDS, shown
 
@@ -65,9 +67,64 @@ def _option(default, help: str, choices: tuple[str, ...] | None = None, flags: t
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flags": flags, "type": type})
 
 
+def _check_types(config) -> None:
+    """Raises ValueError for a field of another type than it is declared with; a path becomes its text."""
+    for field in dataclasses.fields(config):
+        value, kinds = getattr(config, field.name), typing.get_args(field.type) or (field.type,)
+        if isinstance(value, os.PathLike) and str in kinds:
+            value = os.fspath(value)
+            object.__setattr__(config, field.name, value)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{field.name}={shown(value)}: expected {expected}")
+
+
+def _check_choices(config) -> None:
+    """Raises ValueError for a value that is not one of its field's choices."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(choices)}")
+
+
+def _check_seed(name: str, value: int | None) -> None:
+    if value is not None and not SEEDS[0] <= value <= SEEDS[1]:
+        raise ValueError(f"{name}={shown(value)}: expected an integer of 64 bits")
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """What makes faults of the engine loud. Outputs are the same bits with any of it; it only costs time.
+
+    Raises ValueError, naming the field, when a value cannot be meant.
+    """
+
+    lanes: str = _option(
+        "earliest", "CPU only: order in which the two lanes interleave", ("earliest", "latest", "random")
+    )
+    poison: bool = _option(False, "fill freed slots with NaN so that a broken contract is loud")
+    page_order_seed: int | None = _option(None, "hand out KV pages in this shuffled order", type=int)
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_seed("page_order_seed", self.page_order_seed)
+        _check_choices(self)
+
+    @classmethod
+    def of(cls, values: dict) -> Self:
+        """The inverse of `dataclasses.asdict`; what is missing has its default. Raises ValueError for other names."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ValueError(f"debug={values!r}: there is no {name!r}; expected some of {', '.join(names)}")
+        return cls(**values)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything a user may choose about an engine. Names and defaults are vLLM's where they exist.
+    """Everything a user may choose about an engine. Names and defaults are vLLM's where they exist. `debug` may be
+    given as a dict, and is kept as a DebugConfig.
 
     Raises ValueError, naming the field, when a value cannot be meant.
     """
@@ -111,23 +168,20 @@ class EngineConfig:
     )
     page_size: int = _option(16, "tokens in one page of the KV cache", type=int)
     num_pages: int | None = _option(None, "KV pages (default: what memory allows)", type=int)
-    page_order_seed: int | None = _option(None, "debug: hand out KV pages in this shuffled order", type=int)
     ring: int | str | None = _option(None, "bytes of the ring that holds streamed groups (default: planned)")
     enforce_eager: bool = _option(False, "launch kernels one by one instead of replaying decode passes as CUDA graphs")
     seed: int = _option(0, "base of every random choice that names no seed of its own", type=int)
-    lanes: str = _option(
-        "earliest", "CPU only: order in which the two lanes interleave", ("earliest", "latest", "random")
-    )
-    poison: bool = _option(False, "debug: fill freed slots with NaN so that a broken contract is loud")
     trace: str | None = _option(None, "write a Chrome/Perfetto trace of the passes to this file")
     device_profile: str | None = _option(None, "rates to plan with: h200, cpu or a JSON file (default: by device)")
     link_gb_s: float | None = _option(
         None, "host-to-device rate a rank in 1e9 bytes/s, instead of the profile's", type=float
     )
+    debug: DebugConfig | dict = DebugConfig()
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            self._check_type(field)
+        _check_types(self)
+        if isinstance(self.debug, dict):
+            object.__setattr__(self, "debug", DebugConfig.of(self.debug))
         for name, parse in (("gpu_memory", parse_bytes), ("ring", parse_bytes)):
             value = getattr(self, name)
             if value is not None:
@@ -140,10 +194,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise ValueError(f"{name}={shown(value)}: expected a positive integer, at most {most}")
-        for name in ("seed", "page_order_seed"):
-            value = getattr(self, name)
-            if value is not None and not SEEDS[0] <= value <= SEEDS[1]:
-                raise ValueError(f"{name}={shown(value)}: expected an integer of 64 bits")
+        _check_seed("seed", self.seed)
         if not 0 <= self.attention_sinks <= INT32_MAX:
             sinks = shown(self.attention_sinks)
             raise ValueError(f"attention_sinks={sinks}: expected a number of tokens, or 0, at most {INT32_MAX}")
@@ -161,20 +212,7 @@ class EngineConfig:
         if self.link_gb_s is not None and not _LINK_GB_S[0] <= self.link_gb_s <= _LINK_GB_S[1]:
             least, most = _LINK_GB_S
             raise ValueError(f"link_gb_s={shown(self.link_gb_s)}: expected a positive rate, from {least:g} to {most:g}")
-        for field in dataclasses.fields(self):
-            choices = field.metadata["choices"]
-            if choices and getattr(self, field.name) not in choices:
-                raise ValueError(f"{field.name}={getattr(self, field.name)!r}: expected one of {', '.join(choices)}")
-
-    def _check_type(self, field: dataclasses.Field) -> None:
-        value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
-        if isinstance(value, os.PathLike) and str in kinds:
-            value = os.fspath(value)
-            object.__setattr__(self, field.name, value)
-        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
-        if not fits or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{field.name}={shown(value)}: expected {expected}")
+        _check_choices(self)
 
     def for_job(self, num_seqs: int) -> "EngineConfig":
         """The same config for a job of so many sequences, in which max_num_seqs is their number if it is not set, as

@@ -1,11 +1,15 @@
-"""Command-line flags made from EngineConfig's fields, for the command line and the benchmarks alike."""
+"""Flags made from the fields of EngineConfig and DebugConfig, for the command line and the benchmarks alike."""
 
 import argparse
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from engine.config import METAVARS, EngineConfig
+from engine.config import METAVARS, DebugConfig, EngineConfig
+
+ENGINE = tuple(field for field in dataclasses.fields(EngineConfig) if field.name != "debug")
+DEBUG = dataclasses.fields(DebugConfig)
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,14 +20,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
-    """A flag for each field of EngineConfig, or for those of `names`; the model may also stand alone. Defaults are the
-    config's, not ours."""
+    """A flag for each field of EngineConfig and of its debug group, or for those of `names`; the model may also stand
+    alone. Defaults are the config's, not ours."""
     if names is None:
         parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
-    group = parser.add_argument_group("engine")
-    for field in dataclasses.fields(EngineConfig):
-        if names is not None and field.name not in names:
-            continue
+    for title, fields in (("engine", ENGINE), ("debug", DEBUG)):
+        _add_flags(parser.add_argument_group(title), [f for f in fields if names is None or f.name in names])
+
+
+def _add_flags(group: argparse._ArgumentGroup, fields: Iterable[dataclasses.Field]) -> None:
+    for field in fields:
         option = "--" + field.name.replace("_", "-")
         text = field.metadata["help"].replace("%", "%%")
         if "default:" not in text and field.default is not None:
@@ -59,10 +65,12 @@ def _metavar(field: dataclasses.Field) -> str:
 def config_from_args(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
     """The config of the flags that were given; `defaults` stand for flags that were not. Raises ValueError as
     EngineConfig does, and if the model was given twice."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(EngineConfig) if hasattr(args, f.name)}
+    given, debug = (
+        {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)} for fields in (ENGINE, DEBUG)
+    )
     alone = getattr(args, "model_argument", None)
     if alone is not None:
         if given.get("model", alone) != alone:
             raise ValueError(f"model={alone!r} and --model {given['model']!r}: which one?")
         given["model"] = alone
-    return EngineConfig(**defaults | given)
+    return EngineConfig(**defaults | given, debug=DebugConfig(**debug))

@@ -31,7 +31,8 @@ _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
 class LLM:
-    """A loaded model. `options` are EngineConfig's fields (tensor_parallel_size, dtype, gpu_memory, resident, ...).
+    """A loaded model. `options` are EngineConfig's fields (tensor_parallel_size, dtype, gpu_memory, resident, ...);
+    `debug` takes a DebugConfig, or its fields as a dict.
 
     A context manager: leaving it frees everything and ends the ranks that it launched. Raises ValueError, naming the
     file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
@@ -59,7 +60,7 @@ class LLM:
             page_size=self.config.page_size,
             num_pages=residency.num_pages,
             eos_token_ids=self.rank.eos_token_ids,
-            page_order_seed=self.config.page_order_seed,
+            page_order_seed=self.config.debug.page_order_seed,
             retention=self.rank.plan.retention,
         )
         self._request_ids = itertools.count()

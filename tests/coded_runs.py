@@ -24,9 +24,9 @@ from engine.runtime.rank import Rank
 OPTIONS = {**streaming_runs.OPTIONS, "dtype": "bfloat16", "num_pages": 40}
 CASES = {
     "plain": {"resident": "all", "weights_code": "none"},
-    "streamed": {"resident": "none", "weights_code": "lossless", "lanes": "random"},
+    "streamed": {"resident": "none", "weights_code": "lossless", "debug": {"lanes": "random", "poison": True}},
     "resident": {"resident": "all", "weights_code": "lossless"},
-    "mixed": {"resident": 0.5, "weights_code": "lossless", "lanes": "latest"},
+    "mixed": {"resident": 0.5, "weights_code": "lossless", "debug": {"lanes": "latest", "poison": True}},
 }
 TIGHT = ("resident", "mixed")  # these have memory for coded groups only
 

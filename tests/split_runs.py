@@ -10,7 +10,8 @@ from engine.split.transfers import SplitConfig
 from scheduler.request import SamplingParams
 
 # three rows of 5, 37 and 90 tokens: chunks, passes with rows of different kinds, then decode passes
-OPTIONS = {"max_num_batched_tokens": 48, "max_num_seqs": 3, "page_size": 8, "page_order_seed": 1, "max_model_len": 160}
+OPTIONS = {"max_num_batched_tokens": 48, "max_num_seqs": 3, "page_size": 8, "max_model_len": 160}
+OPTIONS["debug"] = {"page_order_seed": 1}
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 

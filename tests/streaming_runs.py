@@ -30,7 +30,8 @@ from scheduler.request import SamplingParams
 from scheduler.step_plan import Compute
 
 MODELS = ("llama_gqa", "neox_parallel")
-OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_batched_tokens": 48, "max_num_seqs": 3, "poison": True}
+OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_batched_tokens": 48, "max_num_seqs": 3}
+OPTIONS["debug"] = {"poison": True}
 # Three rows, a prompt in chunks, rows that end at different times, and a request that waits for one of them.
 LENGTHS, MAX_TOKENS = (5, 37, 70, 20), (9, 4, 5, 6)
 PROMPTS = [torch.randint(0, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
@@ -125,8 +126,12 @@ def copied_bytes(executor: Executor) -> dict[str, int]:
 
 def facts_of(model: str, resident: str | float, ring: str, lanes: str) -> dict[str, Any]:
     tp_size = int(os.environ["WORLD_SIZE"])
-    own = {"resident": resident, "ring": ring_bytes(model, ring, resident, tp_size), "lanes": lanes}
-    with LLM(model, **own, **OPTIONS) as llm, recorded_gemms() as gemms:
+    own = {
+        "resident": resident,
+        "ring": ring_bytes(model, ring, resident, tp_size),
+        "debug": {"lanes": lanes, "poison": True},
+    }
+    with LLM(model, **OPTIONS | own) as llm, recorded_gemms() as gemms:
         digest = generate(llm).digest()
         worker = llm.rank.worker
         counters, executor = worker.executor.counters, worker.executor

@@ -75,7 +75,9 @@ def objection(calls: list[Call]) -> str:
 
 def pack_config(config: EngineConfig) -> bytes:
     """The fields that ranks must have alike, as many bytes on every rank."""
-    told = json.dumps({name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}).encode()
+    fields = config.to_dict()
+    fields |= fields.pop("debug")
+    told = json.dumps({name: value for name, value in fields.items() if name not in _OWN_FIELDS}).encode()
     assert len(told) <= _CONFIG_BYTES
     return told.ljust(_CONFIG_BYTES)
 

@@ -142,7 +142,7 @@ class Worker:
             lanes=self._lanes(config),
             tracer=self.tracer,
             coded=coded,
-            poison=config.poison,
+            poison=config.debug.poison,
         )
         if device.type == "cuda":
             pad_decode_passes(executor, config, plan)
@@ -196,7 +196,7 @@ class Worker:
     def _lanes(self, config: EngineConfig) -> Lanes:
         if self.device.type == "cuda":
             return CudaLanes(self.device, self.tracer)
-        return InterleavedLanes(config.lanes, config.seed, self.tracer)
+        return InterleavedLanes(config.debug.lanes, config.seed, self.tracer)
 
     @on_own_device
     def close(self) -> None:

@@ -112,7 +112,7 @@ class HostSide:
             host_spans={},
             ring=aligned_bytes(0, CPU),
             arena=ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, CPU),
-            lanes=InterleavedLanes(config.lanes, config.seed, tracer),
+            lanes=InterleavedLanes(config.debug.lanes, config.seed, tracer),
             tracer=tracer,
             coded={},
         )

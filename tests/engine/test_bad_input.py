@@ -155,7 +155,7 @@ OPTIONS = [
     Bad("dtype", r"dtype='int8': expected one of auto, float32, bfloat16, float16|--dtype: invalid choice: 'int8'",
         options={"dtype": "int8"}),
     Bad("lanes", r"lanes='never': expected one of earliest, latest, random|--lanes: invalid choice",
-        options={"lanes": "never"}),
+        options={"debug": {"lanes": "never"}}),
     Bad("load_format", r"load_format='pt': expected one of auto, safetensors, dummy|--load-format: invalid choice",
         options={"load_format": "pt"}),
     Bad("longer than trained", r"max_model_len=513: the model was trained for 512 tokens",
@@ -189,7 +189,7 @@ OPTIONS = [
     Bad("a huge seed", r"^(?:penstock: error: )?seed=18446744073709551616: expected an integer of 64 bits",
         options={"seed": 2**64}),
     Bad("a huge order", r"page_order_seed=-9223372036854775809: expected an integer of 64 bits",
-        options={"page_order_seed": -(2**63) - 1}),
+        options={"debug": {"page_order_seed": -(2**63) - 1}}),
     Bad("too much memory", r"gpu_memory: '?1152921504606846977'?: .* at most 1152921504606846976 \(1 EiB\)",
         options={"gpu_memory": 2**60 + 1}),
     Bad("a link beyond all", r"link_gb_s=10000000\.0: expected a positive rate, from 0\.001 to 1e\+06",
@@ -209,12 +209,15 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["max_num_seqs", "seed", "page_order_seed", "gpu_memory", "ring", "resident", "link_gb_s", "trace"]
-)
+@pytest.mark.parametrize("name", ["max_num_seqs", "seed", "gpu_memory", "ring", "resident", "link_gb_s", "trace"])
 def test_a_number_that_python_does_not_write_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"^{name}(=|: )\(a number of over 4300 digits\): "):
         LLM(**{name: 10**5000})
+
+
+def test_nor_one_of_the_debug_options():
+    with pytest.raises(ValueError, match=r"^page_order_seed=\(a number of over 4300 digits\): "):
+        LLM(debug={"page_order_seed": 10**5000})
 
 
 def test_memory_that_the_system_refuses_is_one_line_that_says_what_it_is_for(capfd):
@@ -258,7 +261,9 @@ def test_is_refused(bad, tmp_path, monkeypatch, capfd, nothing_begins):
     with pytest.raises(ValueError, match=bad.message) as refused:
         LLM(**options)
     assert "\n" not in str(refused.value)
-    flags = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    values = {**options, **options.get("debug", {})}
+    values.pop("debug", None)
+    flags = [part for name, value in values.items() for part in ("--" + name.replace("_", "-"), str(value))]
     for more in ([], ["-tp", "2"]) if "tensor_parallel_size" not in options else ([],):
         capfd.readouterr()
         assert main(["generate", *flags, *more, "--prompt", "a"]) == 2

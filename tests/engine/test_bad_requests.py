@@ -119,10 +119,10 @@ def test_bad_sampling_value(name, value):
         *(("max_num_seqs", value) for value in ("many", 2.0, True)),
         *(("gpu_memory", value) for value in (1.5, True, b"1")),
         *(("seed", value) for value in (None, "x", 0.5)),
-        *(("poison", value) for value in (1, "yes")),
+        *(("debug", value) for value in (1, "poison", None)),
         *(("resident", value) for value in (None, True, [])),
         *(("model", value) for value in (None, 5)),
-        *(("trace", 1), ("tokenizer", 1), ("page_order_seed", "x"), ("gpu_memory_utilization", "0.9"), ("dtype", None)),
+        *(("trace", 1), ("tokenizer", 1), ("gpu_memory_utilization", "0.9"), ("dtype", None)),
     ],
 )
 def test_option_of_another_type(name, value):
@@ -130,7 +130,15 @@ def test_option_of_another_type(name, value):
         LLM(**{name: value})
 
 
+@pytest.mark.parametrize("name, value", [("poison", 1), ("poison", "yes"), ("page_order_seed", "x"), ("lanes", None)])
+def test_debug_option_of_another_type(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}=.*: expected "):
+        LLM(debug={name: value})
+
+
 def test_unknown_names():
+    with pytest.raises(ValueError, match=r"^debug={'verbose': True}: there is no 'verbose'; expected some of lanes, "):
+        LLM("demo", debug={"verbose": True})
     with pytest.raises(TypeError, match="tensor_parallel"):
         LLM("demo", tensor_parallel=2)
     with pytest.raises(TypeError, match="max_new_tokens"):

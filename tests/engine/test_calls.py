@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.runtime.calls import Call, digest, objection
+from engine.config import EngineConfig
+from engine.runtime.calls import Call, config_objection, digest, objection, pack_config
 from scheduler.request import SamplingParams
 
 ASKED = [("a", [1, 2], SamplingParams()), (None, [3], SamplingParams(seed=1))]
@@ -54,3 +55,13 @@ def test_another_call_is_found():
 def test_a_long_refusal_is_cut():
     long = Call("generate", refusal="é" * 5000, number=1)
     assert travelled(long, long).strip("é") == "" and len(travelled(long, long)) > 400
+
+
+def test_configs_that_differ_are_found_by_field():
+    def objection_to(**options) -> str:
+        return config_objection([pack_config(EngineConfig()), pack_config(EngineConfig(**options))])
+
+    assert objection_to(model="elsewhere", max_num_seqs=3) == ""
+    alike = "under torchrun all ranks are configured alike"
+    assert objection_to(page_size=8) == f"page_size=16 on rank 0, but 8 on rank 1: {alike}"
+    assert objection_to(debug={"poison": True}) == f"poison=False on rank 0, but True on rank 1: {alike}"

@@ -68,8 +68,13 @@ def test_lanes_in_any_order(tmp_path):
     with LLM(str(tmp_path), resident="all", weights_code="none", **OPTIONS) as llm:
         expected = generate(llm)
     for lanes, seed in (("earliest", 0), ("latest", 0), ("random", 1), ("random", 2)):
-        options = {"resident": "none", "weights_code": "lossless", "lanes": lanes, "seed": seed}
-        with LLM(str(tmp_path), **options, **OPTIONS) as llm:
+        options = {
+            "resident": "none",
+            "weights_code": "lossless",
+            "debug": {"lanes": lanes, "poison": True},
+            "seed": seed,
+        }
+        with LLM(str(tmp_path), **OPTIONS | options) as llm:
             assert generate(llm).same_bits(expected), (lanes, seed)
 
 

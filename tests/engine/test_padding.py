@@ -22,7 +22,7 @@ from scheduler.step_plan import Compute, Instruction
 
 VARIANTS = ("qwen3", "neox_parallel")
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-OPTIONS = {"device": "cpu", "dtype": "float32", "page_size": 4, "max_model_len": 32, "poison": True}
+OPTIONS = {"device": "cpu", "dtype": "float32", "page_size": 4, "max_model_len": 32, "debug": {"poison": True}}
 LARGE = 1e30  # in logits, whose NaN is refused in any row
 FILLS = ((float("nan"), 0), (-3.0, 77))  # of padded rows: their activations, and their token
 

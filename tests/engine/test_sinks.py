@@ -49,8 +49,8 @@ def test_a_window_that_does_not_changes_what_comes(windowed):
 @pytest.mark.parametrize(
     "options",
     [
-        {"resident": "none", "lanes": "random", "poison": True},
-        {"resident": 0.5, "lanes": "latest", "poison": True, "page_order_seed": 4},
+        {"resident": "none", "debug": {"lanes": "random", "poison": True}},
+        {"resident": 0.5, "debug": {"lanes": "latest", "poison": True, "page_order_seed": 4}},
         {"resident": "none", "tensor_parallel_size": 1, "max_num_batched_tokens": 63},
     ],
     ids=["streamed", "half streamed", "another budget"],

@@ -3,6 +3,7 @@ the counters show what was copied, so that nothing passes because nothing stream
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 from oracle.checkpoints import write_checkpoint
@@ -17,6 +18,10 @@ MODELS = ("llama_gqa", "llama_tied", "neox_parallel", "neox_serial")
 RESIDENCIES = ("none", 0.3, 0.5, 0.8)
 LANES = [("earliest", 0), ("latest", 0), *(("random", seed) for seed in range(4))]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def in_order(lanes: str) -> dict[str, Any]:
+    return OPTIONS | {"debug": {"lanes": lanes, "poison": True}}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def test_streamed_equals_resident(checkpoint, resident, variant, residency, ring
     model = checkpoint(variant)
     ring_size = ring_bytes(model, ring, residency)
     for lanes, seed in LANES:
-        with LLM(model, resident=residency, ring=ring_size, lanes=lanes, seed=seed, **OPTIONS) as llm:
+        with LLM(model, resident=residency, ring=ring_size, seed=seed, **in_order(lanes)) as llm:
             assert generate(llm).same_bits(resident(variant)), (lanes, seed)
             assert_copied(llm)
             assert len(llm.rank.worker.executor.ring) == ring_size
@@ -79,7 +84,7 @@ def test_other_families_streamed(checkpoint, resident, variant, residency, ring)
     model = checkpoint(variant)
     ring_size = ring_bytes(model, ring, residency)
     for lanes, seed in LANES:
-        with LLM(model, resident=residency, ring=ring_size, lanes=lanes, seed=seed, **OPTIONS) as llm:
+        with LLM(model, resident=residency, ring=ring_size, seed=seed, **in_order(lanes)) as llm:
             assert generate(llm).same_bits(resident(variant)), (lanes, seed)
             assert_copied(llm)
 
@@ -93,7 +98,7 @@ def test_rings_differ(checkpoint):
 def test_demo_model_streamed():
     with LLM("demo", resident="all", **OPTIONS) as llm:
         expected = generate(llm)
-    with LLM("demo", resident="none", lanes="random", **OPTIONS) as llm:
+    with LLM("demo", resident="none", **in_order("random")) as llm:
         assert generate(llm).same_bits(expected)
         assert_copied(llm)
 
@@ -102,7 +107,8 @@ def test_demo_model_streamed():
 def test_page_order(checkpoint, resident, residency):
     runs = [resident("llama_gqa")]
     for seed in range(3):
-        with LLM(checkpoint("llama_gqa"), resident=residency, page_order_seed=seed, page_size=4, **OPTIONS) as llm:
+        options = OPTIONS | {"page_size": 4, "debug": {"page_order_seed": seed, "poison": True}}
+        with LLM(checkpoint("llama_gqa"), resident=residency, **options) as llm:
             runs.append(generate(llm))
             llm.scheduler.check_integrity()
     assert all(run.same_bits(runs[0]) for run in runs)
@@ -135,7 +141,7 @@ def test_batch_of_four_page_pools(checkpoint, residency):
 def test_passes_of_any_kind_follow_each_other(checkpoint, resident):
     """Chunks, mixed passes and decodes, of one request or several, on one filling of the ring."""
     expected = resident("llama_gqa")
-    with LLM(checkpoint("llama_gqa"), resident=0.3, lanes="random", **OPTIONS) as llm:
+    with LLM(checkpoint("llama_gqa"), resident=0.3, **in_order("random")) as llm:
         shapes = []
         submit = llm.rank.worker.executor.submit
 
@@ -170,7 +176,7 @@ def is_copy(layer_idx: int, wrapped: bool):
 def test_after_an_exception(checkpoint, resident, where, ring, num_pass):
     """The pass leaves the ring in some state: it is filled anew, and the outputs are the same."""
     model = checkpoint("llama_gqa")
-    options = {"ring": ring_bytes(model, ring, "none"), "resident": "none", "lanes": "latest", **OPTIONS}
+    options = {"ring": ring_bytes(model, ring, "none"), "resident": "none", **in_order("latest")}
     with LLM(model, **options) as llm:
         executor = llm.rank.worker.executor
         do = executor.do

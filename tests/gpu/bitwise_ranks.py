@@ -23,12 +23,12 @@ PROMPTS = [[(3 + row + place) % 128 for place in range(37 + 4 * (row % 8))] for 
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "gpu_memory": "2GiB", "page_size": 4}
 PLAIN = {"weights_code": "none"}
 VARIANTS = {
-    "streamed": {"resident": "none", "poison": True, **PLAIN},
-    "half streamed": {"resident": 0.5, "poison": True, **PLAIN},
+    "streamed": {"resident": "none", "debug": {"poison": True}, **PLAIN},
+    "half streamed": {"resident": 0.5, "debug": {"poison": True}, **PLAIN},
     "eager": {"resident": "all", "enforce_eager": True},
-    "streamed, eager": {"resident": "none", "poison": True, "enforce_eager": True, **PLAIN},
+    "streamed, eager": {"resident": "none", "debug": {"poison": True}, "enforce_eager": True, **PLAIN},
 }
-CODED = {"weights_code": "lossless", "poison": True, "num_pages": 1200}
+CODED = {"weights_code": "lossless", "debug": {"poison": True}, "num_pages": 1200}
 CODED_VARIANTS = {  # bfloat16 only; in the last two some groups stay coded, as there is no memory for plain ones
     "coded": {"resident": "none", **CODED},
     "coded, eager": {"resident": "none", "enforce_eager": True, **CODED},

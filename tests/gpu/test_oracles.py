@@ -64,7 +64,13 @@ def test_streamed_is_resident_bitwise(dtype):
     for resident in ("none", 0.5):
         for ring in rings:
             gathered = embedding.calls["triton"]
-            options = {"resident": resident, "ring": ring, "poison": True, "dtype": dtype, "weights_code": "none"}
+            options = {
+                "resident": resident,
+                "ring": ring,
+                "debug": {"poison": True},
+                "dtype": dtype,
+                "weights_code": "none",
+            }
             streamed, streamed_logits, counters, copied, residency = generate(**options)
             assert streamed == tokens
             assert all(torch.equal(a, b) for a, b in zip(logits, streamed_logits, strict=True))

@@ -24,7 +24,7 @@ RUN = {
     "max_tokens": 4,
     "device": "cpu",
     "resident": "none",
-    "lanes": "random",
+    "debug": {"lanes": "random"},
     "max_num_batched_tokens": 24,
     "max_num_seqs": 4,
 }
@@ -68,9 +68,7 @@ class Case:
             "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
             "max_num_seqs": len(PROMPT_LENGTHS),
             "page_size": (8, 16)[turn % 2],
-            "page_order_seed": turn,
-            "lanes": LANES[turn // 2 % len(LANES)],
-            "poison": True,
+            "debug": {"page_order_seed": turn, "lanes": LANES[turn // 2 % len(LANES)], "poison": True},
         }
 
 

@@ -22,7 +22,8 @@ from scheduler.request import SamplingParams
 
 TRAINED = 64  # positions
 TINY = {"num_hidden_layers": 2, "max_position_embeddings": TRAINED}
-OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 4, "page_order_seed": 5, "poison": True}
+OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 4}
+OPTIONS["debug"] = {"page_order_seed": 5, "poison": True}
 NUM_LOGPROBS = 5
 TOLERANCE = 1e-4  # of a log probability; logits are up to about 5
 LOUD = 100 * TOLERANCE

@@ -133,11 +133,12 @@ def smallest_ring(models):
 def test_slot_read_early(models, smallest_ring, variant, group, lanes):
     """Seen by its stale bytes, and beyond doubt where freed slots are poisoned. Copies that are always early hide it:
     the other orders of the lanes are there to show it."""
-    options = {"ring": smallest_ring(variant), "lanes": lanes}
-    assert run(models(variant), **options, poison=True) < TOLERANCE
-    assert run(models(variant), early_read(group), **options) > LOUD
-    assert run(models(variant), early_read(group), **options, poison=True) == math.inf
-    assert run(models(variant), early_read(group), **options | {"lanes": "earliest"}, poison=True) < TOLERANCE
+    ring, poisoned = smallest_ring(variant), {"lanes": lanes, "poison": True}
+    assert run(models(variant), ring=ring, debug=poisoned) < TOLERANCE
+    assert run(models(variant), early_read(group), ring=ring, debug={"lanes": lanes}) > LOUD
+    assert run(models(variant), early_read(group), ring=ring, debug=poisoned) == math.inf
+    early = poisoned | {"lanes": "earliest"}
+    assert run(models(variant), early_read(group), ring=ring, debug=early) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -145,7 +146,8 @@ def test_slot_read_early(models, smallest_ring, variant, group, lanes):
 @pytest.mark.parametrize("lanes", ["latest", "random"])
 def test_slot_read_early_in_the_usual_ring(models, variant, group, lanes):
     """One order at random may be harmless, a few of them are not."""
-    errors = (run(models(variant), early_read(group), lanes=lanes, poison=True, seed=seed) for seed in range(4))
+    poisoned = {"lanes": lanes, "poison": True}
+    errors = (run(models(variant), early_read(group), debug=poisoned, seed=seed) for seed in range(4))
     assert math.inf in errors
 
 
@@ -153,9 +155,9 @@ def test_slot_read_early_in_the_usual_ring(models, variant, group, lanes):
 @pytest.mark.parametrize("lanes", ["earliest", "random"])
 def test_slot_written_early(models, smallest_ring, variant, lanes):
     """The next group is copied over the one that is being read."""
-    options = {"ring": smallest_ring(variant), "lanes": lanes}
-    assert run(models(variant), early_write(FFN), **options) > LOUD
-    assert run(models(variant), early_write(FFN), **options | {"lanes": "latest"}) < TOLERANCE
+    ring = smallest_ring(variant)
+    assert run(models(variant), early_write(FFN), ring=ring, debug={"lanes": lanes}) > LOUD
+    assert run(models(variant), early_write(FFN), ring=ring, debug={"lanes": "latest"}) < TOLERANCE
 
 
 @pytest.fixture(scope="module")

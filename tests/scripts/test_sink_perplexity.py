@@ -55,7 +55,7 @@ def of_following(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
 def test_scores_are_what_generation_reports(variant, prompt, num_generated):
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=num_generated, ignore_eos=True, logprobs=0)
     options = {"attention_sinks": variant.sinks, "attention_window": variant.window, "page_size": PAGE_SIZE}
-    options |= {"device": "cpu", "dtype": "float32", "max_num_seqs": 2, "page_order_seed": 1}
+    options |= {"device": "cpu", "dtype": "float32", "max_num_seqs": 2, "debug": {"page_order_seed": 1}}
     with longer_model("demo", 600) as model, LLM(model, **options) as llm:
         (output,) = llm.generate([prompt], params)[0].outputs
     reported = [place[token].logprob for place, token in zip(output.logprobs, output.token_ids)]
