@@ -23,8 +23,10 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "generate": ("engine.generate_command", "generate text from prompts"),
     "plan": ("engine.plan_command", "show what stays, what streams and the predicted speed; no GPU needed"),
     "probe": ("engine.probe_command", "measure links, memory, compute and all-reduces, for `plan` and the engine"),
-    "trace": ("engine.trace_command", "draw the two lanes of a pass, predicted beside measured"),
-    "profile": ("engine.profile_command", "show where the time of a decode and a prefill pass goes"),
+    "profile": (
+        "engine.profile_command",
+        "show where the time of a decode and a prefill pass goes, and draw its lanes",
+    ),
     "split": ("engine.split_command", "generate with the large weights on an untrusted side, and count what crosses"),
     "pack": ("engine.pack_command", "write a checkpoint with its weights coded, or check one"),
     "unpack": ("engine.unpack_command", "write a packed checkpoint's original again, byte for byte"),

@@ -5,29 +5,47 @@ microsecond, so a traced pass is a little longer than others, and the shares of 
 What lies between decode passes in a row is shown as well: `graph_s` is the median pass from its first mark to its last,
 `step_s` the median from the start of one to the start of the next, both of rank 0; `copy_gap_s` is how long the copy
 lane idles between two, on the rank where that is longest.
+
+With --plot one of the passes is drawn as well, the two lanes of each rank, predicted beside measured. The trace itself,
+all passes of it, is left as Chrome/Perfetto JSON.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
+import sys
 
 from engine.config import EngineConfig
 from engine.pass_profile import PassProfile, profile_pass
-from engine.traced_run import PASSES, TracedRun, add_workload_arguments, run_traced
+from engine.runtime.trace import Span
+from engine.trace_plot import check_installed, draw, rows
+from engine.traced_run import PASSES, TRACE, TracedRun, add_workload_arguments, run_traced
+from engine.user_files import check_output
 
 
 def add_arguments(parser) -> None:
     add_workload_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--plot", metavar="FILE", help="draw the lanes of a pass there, as a PNG")
+    parser.add_argument("--pass", dest="kind", choices=PASSES, help="the pass to draw (default: decode)")
+    parser.add_argument("--start-ms", type=float, metavar="X", help="draw from here in the pass")
+    parser.add_argument("--end-ms", type=float, metavar="X", help="draw up to here")
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
-    """Raises ValueError for what cannot be run."""
+    """Raises ValueError for what cannot be run or drawn, before anything is loaded."""
+    _check_plot(args)
     traced = run_traced(args, config)
     if traced is None:
         return 0
     indices = {kind: traced.find(kind) for kind in PASSES}
+    if args.plot is not None:
+        index = indices[args.kind or PASSES[0]]
+        draw(lanes(traced, index), args.start_ms, args.end_ms, f"{config.model}: {traced.describe(index)}", args.plot)
+        trace = config.trace or TRACE
+        print(f"{traced.describe(index)}: {args.plot}; all passes, for Perfetto: {trace}", file=sys.stderr)
     if args.json:
         profiles = {kind: as_json(profile(traced, index)) for kind, index in indices.items()}
         print(json.dumps(profiles | between(traced)))
@@ -38,6 +56,31 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     print(f"predictions from {traced.plan.rates.source} rates; at most: the pass would be that much faster if the step")
     print("cost nothing")
     return 0
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    """Raises ValueError for a picture that cannot be drawn."""
+    given = {"--pass": args.kind, "--start-ms": args.start_ms, "--end-ms": args.end_ms}
+    flag = next((flag for flag, value in given.items() if value is not None), None)
+    if args.plot is None and flag is not None:
+        raise ValueError(f"{flag}: says what is drawn, and there is no --plot")
+    for flag, value in list(given.items())[1:]:
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{flag} {value}: expected a finite number")
+    if args.start_ms is not None and args.end_ms is not None and args.start_ms >= args.end_ms:
+        raise ValueError(f"--start-ms {args.start_ms:g}: expected less than --end-ms {args.end_ms:g}")
+    if args.plot is not None:
+        check_installed()
+        check_output("--plot", args.plot)
+
+
+def lanes(traced: TracedRun, pass_index: int) -> list[tuple[str, list[Span]]]:
+    """The rows of the picture: what was measured on each rank, then what was predicted, which is the same for all."""
+    drawn = []
+    for rank in range(traced.plan.tp_size):
+        title = f"rank {rank} " if traced.plan.tp_size > 1 else ""
+        drawn += rows(title, traced.lanes(rank, pass_index))
+    return drawn + rows("predicted ", traced.lanes(0, pass_index, predicted=True))
 
 
 def profile(traced: TracedRun, pass_index: int) -> PassProfile:

@@ -70,4 +70,4 @@ def draw(
     try:
         figure.savefig(path, dpi=130, bbox_inches="tight", format="png")
     except OSError as error:
-        raise ValueError(f"--output {path}: {error.strerror}") from None
+        raise ValueError(f"--plot {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""A short workload under a trace, which `penstock trace` draws and `penstock profile` counts.
+"""A short workload under a trace, which `penstock profile` counts and draws.
 
 Prompts of random token ids, so that any model and random weights will do. They run twice: the first time kernels are
 loaded and passes captured, and only passes of the second time are looked at.

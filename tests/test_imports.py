@@ -74,11 +74,11 @@ MAY_IMPORT = {
         *("engine.config", "engine.llm", "engine.output", "engine.planning", "engine.runtime.trace", "scheduler"),
     ),
     "engine.trace_plot": ("engine.runtime.trace", "scheduler"),
-    "engine.trace_command": (
-        *("engine.config", "engine.runtime.trace", "engine.trace_plot", "engine.traced_run", "engine.user_files"),
-    ),
     "engine.pass_profile": ("engine.planning", "engine.runtime.trace", "engine.traced_run", "scheduler"),
-    "engine.profile_command": ("engine.config", "engine.pass_profile", "engine.traced_run"),
+    "engine.profile_command": (
+        *("engine.config", "engine.pass_profile", "engine.runtime.trace", "engine.trace_plot", "engine.traced_run"),
+        "engine.user_files",
+    ),
     "engine.pack_command": (
         *("engine.config", "engine.planning", "engine.weights", "parallel.topology", "scheduler.demand"),
     ),

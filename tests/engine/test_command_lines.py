@@ -67,6 +67,7 @@ BOUNDS = {
 }
 NEEDED = {"generate": ("--prompt", "a"), "split": ("--prompt", "a")} | dict.fromkeys(("pack", "unpack"), ("--out", "o"))
 BYTES = ("gpu_memory", "ring")
+WRITERS = (("probe", "--output"), ("profile", "--plot"), ("generate", "--prompt", "a", "--trace"))
 
 FILES = {
     "empty": b"",
@@ -154,11 +155,8 @@ def file_rows() -> list[Row]:
             command = ("plan",) if name == "config.json" else ("generate", "--prompt", "a")
             rows.append(Row((*command, "--model", f"{FOLDER}/{name}-{kind}".replace("/dev/zero", "zero")), (name,)))
         if kind in ("directory", "fifo", "/dev/zero"):
-            for command in ("probe", "trace"):
-                rows.append(Row((command, "--output", path), named))
-            rows.append(Row(("generate", "--prompt", "a", "--trace", path), named))
-    rows += [Row((command, "--output", f"{FOLDER}/no/file"), ("--output",)) for command in ("probe", "trace")]
-    rows.append(Row(("generate", "--prompt", "a", "--trace", f"{FOLDER}/no/file"), ("--trace",)))
+            rows += [Row((*writes, path), named) for writes in WRITERS]
+    rows += [Row((*writes, f"{FOLDER}/no/file"), writes[-1:]) for writes in WRITERS]
     rows.append(Row(("generate", "--prompt", "a", "--tokenizer", f"{FOLDER}/directory"), ("tokenizer",)))
     return rows
 

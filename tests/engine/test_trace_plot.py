@@ -1,4 +1,4 @@
-"""`penstock trace` on the demo model: a picture of the pass that was asked for, and the trace as JSON."""
+"""`penstock profile --plot` on the demo model: a picture of the pass that was asked for, and the trace as JSON."""
 
 import json
 import re
@@ -17,10 +17,10 @@ OPTIONS = ("--device", "cpu", "--input-len", "24", "--output-len", "4")
 def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
     drawn = []
     plain_draw = trace_plot.draw
-    monkeypatch.setattr("engine.trace_command.draw", lambda *args: (drawn.append(args), plain_draw(*args)))
+    monkeypatch.setattr("engine.profile_command.draw", lambda *args: (drawn.append(args), plain_draw(*args)))
     trace, picture = str(tmp_path / "t.json"), tmp_path / "picture.png"
-    where = ("--trace", trace, "--output", str(picture), "--pass", which, "--batch-size", "2")
-    assert cli.main(["trace", "demo", "--resident", "none", *where, *OPTIONS]) == 0
+    where = ("--trace", trace, "--plot", str(picture), "--pass", which, "--batch-size", "2")
+    assert cli.main(["profile", "demo", "--resident", "none", *where, *OPTIONS]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     (lanes, _, _, title, _), *_ = drawn
     assert [name for name, _ in lanes] == ["compute", "copy", "predicted compute", "predicted copy"]
@@ -32,30 +32,32 @@ def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
     assert [span.name for span in dict(lanes)["copy"]] == measured
     assert sorted(s.name for s in dict(lanes)["predicted compute"]) == sorted(s.name for s in dict(lanes)["compute"])
     assert min(span.start_s for _, spans in lanes for span in spans) == 0
-    said = capsys.readouterr().err
-    assert str(picture) in said
-    assert re.search(
-        r"^the copy lane idles \d+\.\d{3} ms between consecutive decode passes \(median of 2\)$", said, re.M
-    )
+    said = capsys.readouterr()
+    assert f"{picture}; all passes, for Perfetto: {trace}" in said.err
+    idle = r"^the copy lane idles \d+\.\d{3} ms between consecutive decode passes \(median of 2\)$"
+    assert re.search(idle, said.out, re.M)
 
 
-def test_the_picture_lies_beside_the_trace(capsys, tmp_path, monkeypatch):
+def test_a_part_of_a_pass_without_copies(capsys, tmp_path, monkeypatch):
+    """And the profile as JSON stands alone on standard output."""
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["trace", "demo", "--resident", "all", "--start-ms", "0", "--end-ms", "2", *OPTIONS]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "trace.png"}
+    part = ("--plot", "part.png", "--start-ms", "0", "--end-ms", "2", "--json")
+    assert cli.main(["profile", "demo", "--resident", "all", *part, *OPTIONS]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "part.png"}
     assert all(span.lane == COMPUTE for span in read_spans("trace.json")[0, False])
-    assert "copy lane" not in capsys.readouterr().err  # nothing streams
+    said = capsys.readouterr()
+    assert {"decode", "prefill"} < json.loads(said.out).keys() and "copy lane" not in said.err  # nothing streams
 
 
 def test_without_matplotlib_it_says_how_to_install_it(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trace_plot, "Figure", None)
-    assert cli.main(["trace", "nowhere", *OPTIONS]) == 2  # before the model is even looked for
+    assert cli.main(["profile", "nowhere", "--plot", "p.png", *OPTIONS]) == 2  # before the model is even looked for
     assert "pip install 'penstock[plot]'" in capsys.readouterr().err
 
 
 def test_a_place_that_is_not_there_is_refused_first(capsys, tmp_path):
-    assert cli.main(["trace", "nowhere", "--output", str(tmp_path / "no" / "p.png"), *OPTIONS]) == 2
+    assert cli.main(["profile", "nowhere", "--plot", str(tmp_path / "no" / "p.png"), *OPTIONS]) == 2
     assert "no such directory" in capsys.readouterr().err
 
 
@@ -69,14 +71,21 @@ def test_a_place_that_is_not_there_is_refused_first(capsys, tmp_path):
 )
 def test_times_that_cannot_be_drawn_are_refused_first(capsys, tmp_path, monkeypatch, times, message):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["trace", "nowhere", *times, *OPTIONS]) == 2
+    assert cli.main(["profile", "nowhere", "--plot", "p.png", *times, *OPTIONS]) == 2
     assert capsys.readouterr().err == f"penstock: error: {message}\n"
+
+
+@pytest.mark.parametrize("flag, value", [("--pass", "decode"), ("--start-ms", "0"), ("--end-ms", "1")])
+def test_what_is_drawn_needs_a_picture(capsys, tmp_path, monkeypatch, flag, value):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["profile", "nowhere", flag, value, *OPTIONS]) == 2
+    assert capsys.readouterr().err == f"penstock: error: {flag}: says what is drawn, and there is no --plot\n"
 
 
 def test_a_prompt_longer_than_the_model_is_refused_before_others_are_made(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("engine.traced_run.random", None)  # which makes the tokens
-    assert cli.main(["trace", "demo", "--device", "cpu", "--input-len", "1048576"]) == 2
+    assert cli.main(["profile", "demo", "--device", "cpu", "--input-len", "1048576"]) == 2
     assert "the prompt has 1048576 tokens, and at most 511 fit" in capsys.readouterr().err
 
 
