@@ -98,7 +98,6 @@ class Children:
     """The children of one launch (none for the other kinds). `on_failure` is called once, by the watchdog."""
 
     def __init__(self, on_failure: Callable[[RankFailed], None]):
-        self.aborted = False
         self._on_failure = on_failure
         self._children: list[Child] = []
         self._ending = threading.Event()
@@ -138,7 +137,6 @@ class Children:
     def abort(self) -> None:
         """End all now."""
         if self._children and not self._ending.is_set():
-            self.aborted = True
             self._ending.set()
             self._end()
 

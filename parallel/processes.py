@@ -29,12 +29,12 @@ def this_process() -> Process:
     return Process(host_id(), os.getpid())
 
 
-def process_state(pid: int, proc: Path = _PROC) -> str:
+def process_state(pid: int) -> str:
     """The state of a process on this host."""
     try:
-        letter = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+        letter = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return GONE if (proc / "self").exists() else UNKNOWN
+        return GONE if (_PROC / "self").exists() else UNKNOWN
     return {"T": STOPPED, "Z": GONE, "X": GONE}.get(letter, ALIVE)
 
 

@@ -33,13 +33,13 @@ def default_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
     return usual_ring_bytes([nbytes for _, nbytes in streamed])
 
 
-def usual_ring_bytes(sizes: Sequence[int], num_wrapped: int = NUM_WRAPPED) -> int:
+def usual_ring_bytes(sizes: Sequence[int]) -> int:
     """Of groups of these bytes, in the order of a pass: any three in a row fit, and the last group of a pass beside the
     first ones of the next and its own predecessor."""
     if len(sizes) <= 3:
         return sum(sizes)
     windows = map(add, map(add, sizes, sizes[1:]), sizes[2:])
-    return max(max(windows), sum(sizes[:num_wrapped]) + sizes[-1] + sizes[-2])
+    return max(max(windows), sum(sizes[:NUM_WRAPPED]) + sizes[-1] + sizes[-2])
 
 
 def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int = NUM_WRAPPED) -> RingLayout:

@@ -105,7 +105,7 @@ def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
     for name in values.keys() - known:
         raise ValueError(f"{where}: unknown field {name!r}; known: {', '.join(sorted(known))}")
     links = values.get("link_gb_s")
-    if isinstance(links, list) and links and all(map(_is_rate, links)):
+    if isinstance(links, list) and links and all(_is_rate(link, zero=False) for link in links):
         values["link_gb_s"] = links[tp_size - 1] if tp_size <= len(links) else links[-1] * len(links) / tp_size
     for name in known - {"source"}:
         value = values.get(name)
@@ -118,7 +118,7 @@ def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
     return Rates(**values)
 
 
-def _is_rate(value: Any, zero: bool = False) -> bool:
+def _is_rate(value: Any, zero: bool) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and (value > 0 or (zero and value == 0)) and value < float("inf")
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from engine.flags import Parser
 from engine.planning import find_model
-from engine.record import add_output_argument, keep, machine
 from engine.runtime.measure import GPU_BYTES, decode_seconds, link_buffers, link_gb_s, seconds
 from engine.weights.checkpoint import FILE_DTYPES
 from engine.weights.codec import CodeLayout, encode
@@ -28,6 +27,7 @@ from parallel.launch import run_rank
 from parallel.shard import Piece
 from parallel.topology import resolve_topology
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep, machine
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (4096, 3584))  # the last: two ranks' cut of a row in four
 CPU_ROWS = 256  # of each shape; bits a weight do not depend on it

@@ -16,15 +16,15 @@ import torch
 
 from engine.flags import Parser
 from engine.probe_report import WAYS, reduce_lines
-from engine.record import add_output_argument, keep, machine
-from engine.runtime.copies import copy_pieces, cut
 from engine.runtime.measure import link_buffers
-from engine.runtime.reduce_times import bus_gb_s, default_sizes, reduce_table
+from engine.runtime.reduce_times import default_sizes, reduce_table
 from parallel.collectives import Collectives
 from parallel.group import run_in_group
 from parallel.launch import resolve_launch, run_rank
 from parallel.topology import Topology
+from scripts.copies import copy_pieces, cut
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep, machine
 
 GPU_PIECE_BYTES, CPU_PIECE_BYTES = 64 * 2**20, 2**20
 NUM_PIECES, IN_FLIGHT = 4, 2
@@ -85,6 +85,11 @@ def beside_copies(
             stop.set()
         nbytes, seconds = copying.result()
     return rows, nbytes / seconds / 1e9
+
+
+def bus_gb_s(nbytes: int, reduce_s: float, num_ranks: int) -> float:
+    """1e9 bytes/s that each rank sends at least, as NCCL's tests count: 2 (n - 1) / n of the tensor."""
+    return 2 * (num_ranks - 1) / num_ranks * nbytes / reduce_s / 1e9
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ memory, as it grows.
 All engine flags work. The token's time is that of its decode pass, the median over each stretch of --every tokens;
 memory is the process's resident set and what the device's allocator holds at the end of each stretch. What must stay
 flat is stated as the last stretch against the first one behind the first eviction. Rates are measured once the cache
-is full; the bound is that of a pass over the fullest cache (scheduler/bound.py). The last line is one JSON object.
+is full; the bound is that of a pass over the fullest cache (scripts/bound.py). The last line is one JSON object.
 
     python scripts/benchmark_endless.py --model demo --attention-sinks 4 --attention-window 252 --output-len 100000
 """
@@ -20,12 +20,12 @@ import torch
 from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
 from engine.output import without_errors
-from engine.record import add_output_argument, keep
-from scheduler.bound import against_bound
 from scheduler.pass_work import PassShape
 from scheduler.time_model import Rates
+from scripts.bound import against_bound
 from scripts.engine_record import describe, say_machine
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep
 from scripts.workload import greedy, positive, random_jobs
 
 

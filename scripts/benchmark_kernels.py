@@ -23,8 +23,8 @@ from engine.kernels import filter as filters
 from engine.kernels.gated_activation import gated_activation
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
-from engine.record import add_output_argument, keep, machine
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep, machine
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 LAYER, HEAD = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (128256, 4096)

@@ -6,7 +6,7 @@ too (--load-format dummy, --resident, -tp, --trace, ...). Several batch sizes sh
 warm-up, link, memory and GEMM rates are measured on all ranks at once, the link over all copies of a pass (a shorter
 run would not do: four H200s reach 44.5 GB/s a rank over 2 GiB and sustain 40); a pass is bound by
 
-    max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)      of one rank (scheduler/bound.py)
+    max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)      of one rank (scripts/bound.py)
 
 The graph of a decode pass is replayed alone as well, back to back, as it ran: `step_over_graph` is what the host adds.
 (With several ranks under torchrun only: ranks that are launched by `-tp` run no script.)
@@ -28,14 +28,14 @@ import numpy
 from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
 from engine.output import without_errors
-from engine.record import add_output_argument, keep
-from scheduler.bound import against_bound
 from scheduler.pass_work import PassShape
 from scheduler.time_model import Rates
+from scripts.bound import against_bound
 from scripts.comparison import add_compare_arguments, check_compare, compare, print_comparisons
 from scripts.engine_record import describe, say_machine
 from scripts.entry import run_script
 from scripts.graph_alone import graph_alone_s
+from scripts.record import add_output_argument, keep
 from scripts.workload import Job, Measured, add_workload_arguments, greedy, positive, random_jobs
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)

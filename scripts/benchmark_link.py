@@ -19,14 +19,14 @@ from torch import Tensor
 
 from engine.flags import Parser
 from engine.probe_report import show_size
-from engine.record import add_output_argument, keep, machine
-from engine.runtime.copies import copy_pieces, cut
 from engine.runtime.measure import CPU_BYTES, GPU_BYTES, all_ranks, link_buffers
 from parallel.collectives import Collectives
 from parallel.group import run_in_group
 from parallel.launch import resolve_launch, run_rank
 from parallel.topology import Topology
+from scripts.copies import copy_pieces, cut
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep, machine
 
 MIB = 2**20
 PERIOD_S = 1e-3  # from one all-reduce to the next

@@ -19,13 +19,13 @@ from typing import Any
 from engine.flags import Parser
 from engine.llm import LLM
 from engine.output import CompletionOutput, without_errors
-from engine.record import add_output_argument, keep
 from engine.split.llm import FIXED, SplitLLM
 from engine.split.transfers import ATTENTION_WAYS, PERMUTED, WIRE_DTYPES, SplitConfig
 from parallel.ledger import Transfer
 from scheduler.request import SamplingParams
 from scripts.engine_record import describe
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep
 from scripts.workload import positive
 
 PROMPTS = ("Return the", "Raise an error", "def main(", "import os", "This class")

@@ -28,11 +28,11 @@ import numpy
 
 from engine.config import EngineConfig
 from engine.flags import Parser, add_config_arguments, config_from_args
-from engine.record import add_output_argument, keep
 from parallel.launch import resolve_launch
 from scripts.benchmark_latency import PERCENTILES
 from scripts.engine_record import say_machine
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep
 from scripts.startup_phases import measure_start
 from scripts.workload import positive
 

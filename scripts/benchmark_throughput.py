@@ -4,7 +4,7 @@ The flags and the fields elapsed_time, num_requests, total_num_tokens, requests_
 those of `vllm bench throughput` (tokens are those of prompts and outputs); all engine flags work too. Tokens are drawn
 greedily. A warm-up with a batch that shrinks from the largest to a single row comes first, then the rates are measured
 on all ranks at once. A pass is bound by max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate) of one
-rank (scheduler/bound.py); the run by the sum over its passes, whatever lies between them. Run it plainly, or by
+rank (scripts/bound.py); the run by the sum over its passes, whatever lies between them. Run it plainly, or by
 torchrun over several ranks; the last line is one JSON object.
 
     torchrun --nproc-per-node 2 scripts/benchmark_throughput.py --model benchmarks/shapes/Llama-3-8B.json \\
@@ -19,12 +19,12 @@ import time
 from engine.flags import Parser, add_config_arguments, config_from_args
 from engine.llm import LLM
 from engine.output import without_errors
-from engine.record import add_output_argument, keep
 from engine.runtime.bucket import bucket_sizes
-from scheduler.bound import against_bound
+from scripts.bound import against_bound
 from scripts.comparison import add_compare_arguments, check_compare, compare_throughput
 from scripts.engine_record import describe, say_machine
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep
 from scripts.workload import Job, add_workload_arguments, greedy, positive, random_jobs, ratio
 
 

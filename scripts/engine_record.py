@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.llm import LLM
-from engine.record import machine
+from scripts.record import machine
 
 SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size")
 

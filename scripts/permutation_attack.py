@@ -38,7 +38,6 @@ from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
 from engine.model.families import config_file, read_config, read_spec
 from engine.planning import find_model
-from engine.record import add_output_argument, keep, machine
 from engine.split.channel import InProcess
 from engine.split.device_side import DeviceSide
 from engine.split.llm import SplitLLM
@@ -50,6 +49,7 @@ from scheduler.request import SamplingParams
 from scheduler.step_plan import Compute, Instruction
 from scripts.entry import run_script
 from scripts.markdown_table import Row, table, text
+from scripts.record import add_output_argument, keep, machine
 
 QKV, ATTENTION, MLP = "attn_qkv", "attention", "ffn_up"  # operations of the device side, and steps of the plan
 SITES = {QKV: "QKV input", ATTENTION: "attention states", MLP: "MLP input"}

@@ -41,10 +41,10 @@ from engine.flags import Parser
 from engine.llm import LLM, load_tokenizer
 from engine.model.families import config_file, read_config, read_spec
 from engine.planning import find_model
-from engine.record import add_output_argument, keep, machine
 from scheduler.batch import BatchRow
 from scripts.attention_mass import summarise, verdict, watched_masses
 from scripts.entry import run_script
+from scripts.record import add_output_argument, keep, machine
 from scripts.sink_plot import check_installed, draw
 from scripts.teacher_forcing import cached_row, logprobs_of, recomputed_row
 from scripts.train_demo_model import HELD_OUT_PERCENT, collect_docs, is_held_out

@@ -69,7 +69,6 @@ MAY_IMPORT = {
         *("engine.config", "engine.device_profile", "engine.probe_report", "engine.runtime.probe", "parallel"),
         "engine.user_files",
     ),
-    "engine.record": ("engine.version", "parallel.topology"),
     "engine.traced_run": (
         *("engine.config", "engine.llm", "engine.output", "engine.planning", "engine.runtime.trace", "scheduler"),
     ),
@@ -98,7 +97,7 @@ MAY_IMPORT = {
     "penstock": ("engine.streams", "engine.version", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock", "scripts"),
 }
-NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "engine.server", "penstock")
+NOBODY_IMPORTS = ("scripts", "tests", "engine.cli", "penstock")
 # A late import needs a reason: the parent is watched before torch comes in; torch only where a report measures;
 # transformers only where it is compared; safetensors only where a checkpoint is written.
 LATE_IMPORTS = {

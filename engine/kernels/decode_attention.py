@@ -30,11 +30,12 @@ except ImportError:  # a CPU install has no triton
 
 calls = {"reference": 0, "triton": 0}
 NO_WINDOW = 1 << 30
+NUM_PROGRAMS = 2 * 132  # 2 on each SM of an H200
 
 
-def choose_segments(num_rows: int, num_kv_heads: int, max_context: int, num_programs: int = 2 * 132) -> int:
-    """Segments a row in a bucket: what fills `num_programs`, 2 on each SM of an H200, at most one a 64 tokens."""
-    return max(1, min(num_programs // (num_rows * num_kv_heads), -(-max_context // 64), 128))
+def choose_segments(num_rows: int, num_kv_heads: int, max_context: int) -> int:
+    """Segments a row in a bucket: what fills NUM_PROGRAMS, at most one a 64 tokens."""
+    return max(1, min(NUM_PROGRAMS // (num_rows * num_kv_heads), -(-max_context // 64), 128))
 
 
 def partials_size(num_tokens: int, num_heads: int, head_dim: int, num_segments: int) -> int:

@@ -71,10 +71,6 @@ class ModelLayout:
     dtype: str
 
     @property
-    def by_group(self) -> dict[GroupId, GroupLayout]:
-        return {layout.group: layout for layout in self.groups}
-
-    @property
     def nbytes(self) -> int:
         return sum(layout.nbytes for layout in self.groups) + self.embed.nbytes
 

@@ -70,9 +70,7 @@ def link_buffers(nbytes: int, device: torch.device) -> Iterator[tuple[Tensor, Te
         arena.close()
 
 
-def link_gb_s(
-    copies: Copies, collectives: Collectives, ranks: range | None = None, repeats: int = REPEATS, warm_ups: int = 1
-) -> float:
+def link_gb_s(copies: Copies, collectives: Collectives, ranks: range | None = None, warm_ups: int = 1) -> float:
     """1e9 bytes/s of a run of copies (source, target; uint8) while `ranks` (None: all) do so and the others idle behind
     a barrier, where the rate is 0. All ranks must call this together."""
     device, best_s = copies[0][1].device, float("inf")
@@ -82,7 +80,7 @@ def link_gb_s(
         for source, target in copies:
             target.copy_(source, non_blocking=True)
 
-    for place in range(warm_ups + repeats):
+    for place in range(warm_ups + REPEATS):
         collectives.barrier()
         if is_active:
             run_s = seconds(run, device, repeats=1, warm_ups=0)

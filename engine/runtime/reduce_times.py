@@ -72,8 +72,3 @@ def reduce_seconds(reduce: Reduce, tensor: torch.Tensor, collectives: Collective
         graph.reset()
     slowest = [max(times) for times in zip(*all_ranks(runs_s, collectives, device))]
     return min(slowest) / num_calls
-
-
-def bus_gb_s(nbytes: int, reduce_s: float, num_ranks: int) -> float:
-    """1e9 bytes/s that each rank sends at least, as NCCL's tests count: 2 (n - 1) / n of the tensor."""
-    return 2 * (num_ranks - 1) / num_ranks * nbytes / reduce_s / 1e9

@@ -65,10 +65,6 @@ class CodeLayout:
         """Of the blob, everything counted."""
         return pad_to(sum(self.parts["rest"]), PART_BYTES)
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.numel
-
     def part(self, blob: Tensor, name: str) -> Tensor:
         """The bytes of a part, a view."""
         return byte_range(blob, *self.parts[name])

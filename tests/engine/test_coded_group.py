@@ -6,6 +6,7 @@ import zlib
 import pytest
 import torch
 from kernel_proof import DEVICE
+from layouts import by_group
 
 from engine.kernels import decode_weights
 from engine.kernels.code_tile import TILE
@@ -43,7 +44,7 @@ def spans_of(family: str, dtype: str, tp_size: int, rank: int) -> list[tuple[Gro
     names = tensor_names(spec)
     layout = model_layout(spec, names, dtype, tp_size, rank)
     source = Normal(expected_tensors(spec, names))
-    loaded = load_weights(source, layout, set(layout.by_group), True, torch.device("cpu"), 1)
+    loaded = load_weights(source, layout, set(by_group(layout)), True, torch.device("cpu"), 1)
     return [(group, loaded.host_spans[group.group].to(DEVICE)) for group in (*layout.groups, layout.embed)]
 
 

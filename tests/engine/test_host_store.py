@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
+from layouts import by_group
 from safetensors.torch import load_file, save_file
 
 from engine.model.families import read_config, read_spec, tensor_names
@@ -123,7 +124,7 @@ def test_spans_equal_the_library_for_every_rank(saved, monkeypatch, dtype, block
 def test_nothing_streams_or_everything_does(saved):
     directory, spec, names, _ = saved
     layout = model_layout(spec, names, "float32", 1, 0)
-    for streamed, on_host in ((set(), False), (set(layout.by_group), True)):
+    for streamed, on_host in ((set(), False), (set(by_group(layout)), True)):
         with Checkpoint.open(directory) as source:
             loaded = load_weights(source, layout, streamed, on_host, CPU)
         assert loaded.host_bytes == (layout.nbytes if on_host else 0)
@@ -180,7 +181,7 @@ def test_nan_in_a_weight_is_warned_of(saved, tmp_path):
         Checkpoint.open(tmp_path) as source,
         pytest.warns(UserWarning, match=f"{down} has NaN"),
     ):
-        load_weights(source, layout, set(layout.by_group), True, CPU).close()
+        load_weights(source, layout, set(by_group(layout)), True, CPU).close()
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -246,7 +247,7 @@ def test_dummy_weights_do_not_depend_on_ranks_or_threads(saved):
         DummyWeights(shapes).read_piece(piece, whole[name].view(shape[0], num_cols))
     for tp_size, rank, num_threads in ((1, 0, 1), (2, 1, 3), (4, 0, 2), (4, 3, 2)):
         layout = model_layout(spec, names, "bfloat16", tp_size, rank)
-        loaded = load_weights(DummyWeights(shapes), layout, set(layout.by_group), True, CPU, num_threads)
+        loaded = load_weights(DummyWeights(shapes), layout, set(by_group(layout)), True, CPU, num_threads)
         assert loaded.bytes_read == 0
         for group in (*layout.groups, layout.embed):
             for weight in group.weights:

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from kernel_proof import DEVICE
+from layouts import by_group
 
 from engine.model.coded_size import planned_bytes
 from engine.model.families import read_spec, tensor_names
@@ -100,14 +101,14 @@ def test_host_memory_is_asked_for_as_planned(monkeypatch):
     asked = []
     monkeypatch.setattr(host_store, "check_host_memory", lambda *sizes: asked.append(sizes))
     coded = {group.group for group in layout.groups[:2]}
-    load_weights(source, layout, set(layout.by_group), True, CPU, 2, ranks_on_host=3, coded=coded)
+    load_weights(source, layout, set(by_group(layout)), True, CPU, 2, ranks_on_host=3, coded=coded)
     plain = sum(group.nbytes for group in groups_of(layout) if group.group not in coded)
     assert asked == [(plain + sum(planned_bytes(group) for group in layout.groups[:2]), 3)]
 
 
 def test_blobs_larger_than_planned_are_kept():
     source, layout = model(source=RandomBits)
-    coded = set(layout.by_group)
+    coded = set(by_group(layout))
     plain = load_weights(source, layout, coded, True, CPU, 2)
     loaded = load_weights(source, layout, coded, True, CPU, 2, coded=coded)
     assert_decodes_to(loaded, plain, layout)
@@ -138,7 +139,7 @@ def test_an_error_frees_the_arenas(monkeypatch, fails):
         monkeypatch.setattr(host_store, "encode_group", broken)
     num_threads = torch.get_num_threads()
     with pytest.raises(ValueError, match="no such luck"):
-        load_weights(source, layout, {layout.groups[0].group}, True, CPU, 2, coded=set(layout.by_group))
+        load_weights(source, layout, {layout.groups[0].group}, True, CPU, 2, coded=set(by_group(layout)))
     assert len(opened) == 2 and set(map(id, opened)) == set(map(id, closed))
     assert all(arena.tensor.numel() == 0 for arena in opened) and torch.get_num_threads() == num_threads
 
@@ -173,7 +174,7 @@ def test_only_what_blobs_fill_is_registered(monkeypatch):
 def test_two_scratch_spans_at_most(monkeypatch, overlaps):
     """On CUDA the next group is read while one is encoded, on a CPU one after the other; the bits are the same."""
     source, layout = model()
-    plain = load_weights(source, layout, set(layout.by_group), True, CPU, 2)
+    plain = load_weights(source, layout, set(by_group(layout)), True, CPU, 2)
     events = []
     whole_encode, whole_begin = host_store.encode_group, host_store._Reader.begin
 
@@ -189,11 +190,11 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
     monkeypatch.setattr(host_store._Reader, "begin", begin)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    spans = HostSpans(layout.groups, coded=set(layout.by_group))
+    spans = HostSpans(layout.groups, coded=set(by_group(layout)))
     coder = host_store._Coder(CPU, 1)
     coder._stream = "a stream" if overlaps else None
     with host_store._Reader(source, None, 2, None) as reader:
-        coder.load(layout.groups, reader, dict.fromkeys(layout.by_group, spans))
+        coder.load(layout.groups, reader, dict.fromkeys(by_group(layout), spans))
     a, b, c, d, e = sorted(range(5), key=lambda place: -layout.groups[place].nbytes)
     if overlaps:
         assert events[:2] == [f"read {a}", f"read {b}"] and events[-2:] == [f"encode {d}", f"encode {e}"]

@@ -37,7 +37,7 @@ LOAD_AND_MEASURE = """
     before = peak_bytes()
     with Checkpoint.open(directory) as source:
         source.check(expected_tensors(spec, names), names.ignorable)
-        groups = set(layout.by_group)
+        groups = {group.group for group in layout.groups}
         coded = groups if coded else set()
         loaded = load_weights(source, layout, groups, True, torch.device("cpu"), num_threads=8, coded=coded)
     largest = max(group.nbytes for group in layout.groups)

@@ -1,14 +1,12 @@
-"""How rates are measured: what is warmed up, who copies, which bytes; and copies in pieces beside the main thread."""
+"""How rates are measured: what is warmed up, who copies, which bytes."""
 
 import itertools
-import threading
 
 import pytest
 import torch
 from llm_runs import OPTIONS
 
 from engine.runtime import measure, probe
-from engine.runtime.copies import copy_pieces, cut
 from engine.runtime.measure import link_buffers, link_gb_s, seconds
 from engine.runtime.trace import label
 from parallel.collectives import Solo
@@ -68,24 +66,3 @@ def test_the_ring_is_filled_again(tmp_path, monkeypatch):
         assert not first
         filling = [span.name for span in llm.rank.worker.tracer.spans() if span.pass_index < 0]
         assert filling == [label(instruction) for instruction in plan.prologue]
-
-
-def test_pieces_cover_the_buffer_round_and_round():
-    source, target = torch.arange(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
-    pieces = cut(source, target, 4, 15)
-    assert [len(piece) for piece, _ in pieces] == [4, 4, 2, 4, 4, 2]
-    nbytes, elapsed_s = copy_pieces(pieces, CPU)
-    assert nbytes == 20 and elapsed_s > 0 and target.equal(source)
-
-
-def test_endless_copies_end_when_asked():
-    stop = threading.Event()
-    pair = torch.ones(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
-
-    def endless():
-        for number in itertools.count():
-            if number == 3:
-                stop.set()
-            yield pair
-
-    assert copy_pieces(endless(), CPU, in_flight=2, stop=stop)[0] == 3 * 8

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from engine_proof import run_steps
+from layouts import by_group
 from torch import Tensor
 
 from engine.llm import LLM
@@ -57,7 +58,7 @@ def edit_weight(group: GroupId, name: str, edit: Callable[[Tensor, StepContext],
 
     def fault(llm: LLM) -> None:
         executor = llm.rank.worker.executor
-        layout = llm.rank.plan.layout.by_group[group]
+        layout = by_group(llm.rank.plan.layout)[group]
         edit(views(layout, executor.host_spans[group])[name], executor.context)
 
     return fault

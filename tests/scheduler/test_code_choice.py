@@ -49,7 +49,8 @@ def chosen(choice: str, decode_gb_s: float = 2000.0, **changes) -> Residency:
 
 def pass_s(residency: Residency) -> float:
     """Of one row."""
-    return 1 / offer("auto").tokens_s((demand(), residency), 1)
+    code = len(residency.coded), sum(dict(demand().groups)[group] for group in residency.coded)
+    return offer("auto").cost.pass_s(1, demand().kv_len, residency.streamed_bytes, *code)
 
 
 def test_none_and_nothing_to_code_plan_plain():

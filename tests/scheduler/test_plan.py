@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from layouts import by_group
 from plan_oracle import is_hazardous
 
 from engine.config import EngineConfig
@@ -340,7 +341,7 @@ def test_each_engine_plan_is_safe(case):
 
     streamed = [group.group for group in plan.layout.groups if group.group not in residency.resident]
     assert sorted(i.group for i in steps.instructions if isinstance(i, Prefetch)) == sorted(streamed)
-    assert all(slot.nbytes == plan.layout.by_group[group].nbytes for group, slot in steps.ring.slots)
+    assert all(slot.nbytes == by_group(plan.layout)[group].nbytes for group, slot in steps.ring.slots)
     assert steps.ring.ring_bytes <= (config.ring or sum(slot.nbytes for _, slot in steps.ring.slots))
     assert config.gpu_memory is None or residency.claimed_bytes <= config.gpu_memory
 

@@ -2,7 +2,7 @@
 
     bound of a pass = max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)
 
-PURE, and the only place where benchmarks take a bound, a fraction of it, achieved GB/s or FLOP/s from. Reduces and
+The only place where benchmarks take a bound, a fraction of it, achieved GB/s or FLOP/s from. Reduces and
 launches are no part of it: they are costs, not limits. Everything is one rank's.
 """
 

@@ -3,9 +3,9 @@
 import pytest
 
 from scheduler.batch import Batch, BatchRow
-from scheduler.bound import against_bound, bound_of
 from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.time_model import Rates
+from scripts.bound import against_bound, bound_of
 
 # 1 GB/s, 10 GB/s, 1 TFLOP/s
 RATES = Rates(link_gb_s=1.0, memory_gb_s=10.0, gemm_tflops=1.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
