@@ -234,12 +234,34 @@ def test_names_that_are_imported_late_exist(target):
     assert importlib.util.find_spec(target) is not None
 
 
-def test_nothing_needs_triton_to_be_imported():
-    """A CPU install has none: kernels are not defined there, and whoever imports them has to live with that."""
-    names = [name for name in FILES if name.split(".")[0] in OURS[:3] and name != "engine.trace_plot"]
-    lines = ["import importlib, sys", "sys.modules['triton'] = None", f"[importlib.import_module(n) for n in {names}]"]
+def test_triton_has_one_door():
+    """Beside it only parallel, which imports nothing of ours."""
+    whoever = {name for name in FILES if any(target.split(".")[0] == "triton" for target in IMPORTS[name])}
+    assert whoever == {"engine.kernels.triton_door", "parallel.push_reduce"}
+
+
+def without_triton(*lines: str) -> subprocess.CompletedProcess:
+    """A process of these lines in which Triton cannot be imported, as on a CPU install."""
+    program = "\n".join(["import importlib, sys", "sys.modules['triton'] = None", *lines])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], env=env, capture_output=True, text=True, timeout=120
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_nothing_needs_triton_to_be_imported():
+    """What would launch a kernel is refused; there is no launch of what stands in for one."""
+    names = [name for name in FILES if name.split(".")[0] in OURS[:3] and name != "engine.trace_plot"]
+    done = without_triton(
+        f"[importlib.import_module(name) for name in {names}]",
+        "import torch",
+        "from engine.kernels.gated_activation import _activate_rows, _gated_activation_triton, gated_activation",
+        "gated_activation(torch.ones(1, 4), 'silu', True)",
+        "for run in (lambda: _gated_activation_triton(torch.ones(1, 4), 'silu', True), lambda: _activate_rows[(1,)]):",
+        "    try:",
+        "        run()",
+        "    except (ValueError, TypeError) as error:",
+        "        print(error)",
     )
     assert done.returncode == 0, done.stderr
+    refused, no_launch = done.stdout.splitlines()
+    assert refused == "gated_activation on a GPU needs triton; install it or use device='cpu'"
+    assert no_launch == "'_Absent' object is not subscriptable"

@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 SMALL_T = 1  # up to here the GEMV is faster than cuBLAS
@@ -31,7 +26,7 @@ Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out (T, N) = x (T, D) @ weight (N, D).T + bias (N,). Rows of x, weight and out may lie apart."""
-    if x.is_cuda and triton is not None and 1 <= x.shape[0] <= SMALL_T:
+    if x.is_cuda and HAS_TRITON and 1 <= x.shape[0] <= SMALL_T:
         _linear_triton(x, weight, bias, out)
     else:
         linear_reference(x, weight, bias, out)
@@ -87,7 +82,7 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
     )
 
 
-if triton is not None:
+if HAS_TRITON:
 
     @triton.jit
     def _gemv(
