@@ -80,7 +80,7 @@ class MemoryClaims:
         sizes = {group.group.name: group.nbytes for group in self.layout.groups}
         groups = {step.group for step in self._steps if step.group is not None and step.group.name in names}
         places = lay_out_decoded(self._steps, {group: sizes[group.name] for group in groups})
-        return max((place.offset + place.nbytes for place in places.values()), default=0)
+        return max((place.end for place in places.values()), default=0)
 
 
 def engine_steps(spec: ModelSpec, tp_size: int, on_gpu: bool) -> list[Compute]:

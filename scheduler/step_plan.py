@@ -48,8 +48,12 @@ class Slot(NamedTuple):
     offset: int
     nbytes: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
     def overlaps(self, other: "Slot") -> bool:
-        return self.offset < other.offset + other.nbytes and other.offset < self.offset + self.nbytes
+        return self.offset < other.end and other.offset < self.end
 
 
 COMPUTE, COPY = "compute", "copy"
@@ -207,7 +211,7 @@ class StepPlan:
 
     @property
     def decode_buffer_bytes(self) -> int:
-        return max((i.place.offset + i.place.nbytes for i in self.decodes), default=0)
+        return max((i.place.end for i in self.decodes), default=0)
 
     @property
     def prologue(self) -> tuple[Instruction, ...]:
