@@ -77,15 +77,25 @@ class Instruction:
 @dataclass(frozen=True)
 class Compute(Instruction):
     """One step of the model. `effects` says what it does to each activation it touches, in the table's letters:
-    + create, r read, w write, x destroy."""
+    + create, r read, w write, x destroy. The name of a fused step joins those of its parts."""
 
     step: str
     layer_idx: int
     group: GroupId | None
     effects: tuple[tuple[str, str], ...]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The model's steps that it does, one unless it is fused."""
+        return tuple(self.step.split("+"))
+
     def __str__(self) -> str:
         return self.step
+
+
+def fused_name(*parts: str) -> str:
+    """The step of which these are the parts."""
+    return "+".join(parts)
 
 
 @dataclass(frozen=True)
