@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.user_files import check_no_pointer, check_regular, parse_json
+from scheduler.units import GIB, MIB
 
 Prompt = str | list[int]
-MOST_BYTES = 2**30  # of a file of prompts
-_PIECE_BYTES = 2**20
+MOST_BYTES = GIB  # of a file of prompts
+_PIECE_BYTES = MIB
 
 
 def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:

@@ -47,9 +47,9 @@ from scheduler.batch import Batch
 from scheduler.code_choice import CodeDoesNotPay
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
+from scheduler.units import MIB
 
 BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, GRAPH, CALL = range(1, 9)
-MIB = 2**20
 LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 

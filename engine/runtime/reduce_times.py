@@ -13,8 +13,8 @@ from engine.runtime.measure import REPEATS, all_ranks, capture, seconds
 from parallel.collectives import Collectives
 from parallel.nccl import Nccl
 from parallel.symmetric import Symmetric
+from scheduler.units import KIB, gb_s
 
-KIB = 2**10
 SIZES = tuple(KIB * 4**power for power in range(1, 9))  # 4 KiB to 64 MiB
 CPU_SIZES = SIZES[:5]  # to 1 MiB
 RUN_BYTES = 2**28  # reduced in one timed run, about
@@ -76,4 +76,4 @@ def reduce_seconds(reduce: Reduce, tensor: torch.Tensor, collectives: Collective
 
 def bus_gb_s(nbytes: int, reduce_s: float, num_ranks: int) -> float:
     """1e9 bytes/s that each rank sends at least, as NCCL's tests count: 2 (n - 1) / n of the tensor."""
-    return 2 * (num_ranks - 1) / num_ranks * nbytes / reduce_s / 1e9
+    return gb_s(2 * (num_ranks - 1) / num_ranks * nbytes, reduce_s)

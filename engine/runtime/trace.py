@@ -21,6 +21,7 @@ from parallel.collectives import Collectives
 from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY, Instruction
 from scheduler.timeline import predict_timeline
+from scheduler.units import us
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def chrome_events(spans: list[Span], process: str, pid: int) -> list[dict]:
         events.append({"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": lane}})
     for span in spans:
         event = {"ph": "X", "pid": pid, "tid": int(span.lane == COPY), "name": span.name}
-        event |= {"ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6, "args": {"pass": span.pass_index}}
+        event |= {"ts": us(span.start_s), "dur": us(span.end_s - span.start_s), "args": {"pass": span.pass_index}}
         events.append(event)
     return events
 
