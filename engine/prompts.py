@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.user_files import check_no_pointer, check_regular, parse_json
+from engine.user_files import check_no_pointer, check_regular, has_lone_surrogate, parse_json
 from scheduler.units import GIB, MIB
 
 Prompt = str | list[int]
@@ -76,7 +76,7 @@ def _parse(line: str, where: str) -> Prompt:
     given = [fields.get(key) for key in ("prompt", "prompt_token_ids")] if isinstance(fields, dict) else []
     prompt = next((value for value in given if value is not None), None)
     if isinstance(prompt, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        if has_lone_surrogate(prompt):
             raise ValueError(f"{where}: prompt is not valid Unicode (a lone surrogate)")
         return prompt
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):  # True is none

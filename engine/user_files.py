@@ -89,6 +89,11 @@ def check_output(flag: str, path: str | Path) -> None:
         raise ValueError(f"{flag} {error}") from error
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text is none: Python's strings, and JSON's escapes, may hold half of a surrogate pair."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_no_pointer(path: Path, start: bytes) -> None:
     """Raises ValueError if a file that starts so is what git leaves where git-lfs did not fetch the file itself."""
     if start.startswith(_LFS_POINTER):

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "engine.cli": ("engine.flags", "engine.streams", "engine.version", "parallel.failure"),
     "engine.llm": (
         *("engine.config", "engine.loop", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
-        *("engine.turns", "parallel.launch", "parallel.rendezvous", "scheduler"),
+        *("engine.turns", "engine.user_files", "parallel.launch", "parallel.rendezvous", "scheduler"),
     ),
     "engine.loop": ("engine.output", "engine.runtime", "scheduler"),
     "engine.turns": (),

@@ -73,21 +73,9 @@ def decode_attention(
 
 
 def _decode_attention_triton(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-    page_size: int,
-    partials: Tensor,
-    num_segments: int,
-    min_segment: int = 1,
-    margin: int = 0,
-    key_rope: Tensor | None = None,
-) -> None:
+    q, keys, values, page_table, context_lens, out, scale, window, page_size, partials, num_segments, min_segment=1,
+    margin=0, key_rope=None,
+) -> None:  # fmt: skip
     require_triton("paged decode attention")
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
@@ -130,19 +118,9 @@ def _decode_attention_triton(
 
 
 def decode_attention_reference(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-    page_size: int,
-    dtype: torch.dtype = torch.float32,
-    margin: int = 0,
-    key_rope: Tensor | None = None,
-) -> None:
+    q, keys, values, page_table, context_lens, out, scale, window, page_size, dtype=torch.float32, margin=0,
+    key_rope=None,
+) -> None:  # fmt: skip
     """The same in plain torch, row by row, in `dtype`."""
     calls["reference"] += 1
     num_queries, group = q.shape[1], q.shape[2] // keys.shape[1]

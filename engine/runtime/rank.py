@@ -33,8 +33,9 @@ from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work,
 from engine.runtime.calls import Call, config_objection, objection, pack_config
 from engine.runtime.probe import graph_alone_s, probe_engine
 from engine.runtime.sampler import SampleOutput
-from engine.runtime.trace import join_traces, write_trace
+from engine.runtime.trace import join_traces
 from engine.runtime.worker import Worker, open_source
+from engine.user_files import check_output
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.read_model import read_model
@@ -115,7 +116,7 @@ class Rank:
             self.planned_memory = device_memory(device)
             prepared = self._prepare(self.planned_memory, rates)
             if config.trace:
-                write_trace(config.trace, [])  # a path that cannot be written is refused now, not after the run
+                check_output("--trace", config.trace)
             launch.start(json.dumps(config.to_dict()))
         return self._join(prepared)
 
