@@ -11,11 +11,12 @@ import typing
 from dataclasses import dataclass
 from typing import Self
 
-from scheduler.request import INT32_MAX, SEEDS, shown
+from scheduler.request import INT32_MAX, SEEDS
+from scheduler.units import GB, GIB, KIB, MIB, TIB, show_value
 
 MOST_PLANNED_SEQS = 256  # of max_num_seqs, where it is not set
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-          "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
+          "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12}  # fmt: skip
 
 
 # The largest values of the fields that count something, from 1 on: more can only be a mistake, and would take hours or
@@ -45,7 +46,7 @@ def parse_bytes(value: int | str) -> int:
             raise ValueError(f"{value!r} is not a number of bytes (examples: 25769803776, 24GiB, 24GB)")
         num_bytes = int((float(match[1]) if "." in match[1] else int(match[1])) * _UNITS[match[2].lower()])
     if not 0 < num_bytes <= _MOST_BYTES:
-        raise ValueError(f"{shown(value)}: a number of bytes must be positive, and at most {_MOST_BYTES} (1 EiB)")
+        raise ValueError(f"{show_value(value)}: a number of bytes must be positive, and at most {_MOST_BYTES} (1 EiB)")
     return num_bytes
 
 
@@ -58,7 +59,7 @@ def parse_resident(value: str | float) -> str | float:
     except (TypeError, ValueError, OverflowError):
         fraction = -1.0
     if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"resident={shown(value)}: expected auto, all, none or a fraction between 0 and 1")
+        raise ValueError(f"resident={show_value(value)}: expected auto, all, none or a fraction between 0 and 1")
     return fraction
 
 
@@ -77,7 +78,7 @@ def _check_types(config) -> None:
         fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
         if not fits or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{field.name}={shown(value)}: expected {expected}")
+            raise ValueError(f"{field.name}={show_value(value)}: expected {expected}")
 
 
 def _check_choices(config) -> None:
@@ -90,7 +91,7 @@ def _check_choices(config) -> None:
 
 def _check_seed(name: str, value: int | None) -> None:
     if value is not None and not SEEDS[0] <= value <= SEEDS[1]:
-        raise ValueError(f"{name}={shown(value)}: expected an integer of 64 bits")
+        raise ValueError(f"{name}={show_value(value)}: expected an integer of 64 bits")
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,10 @@ class EngineConfig:
         for name, most in _MOST.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name}={shown(value)}: expected a positive integer, at most {most}")
+                raise ValueError(f"{name}={show_value(value)}: expected a positive integer, at most {most}")
         _check_seed("seed", self.seed)
         if not 0 <= self.attention_sinks <= INT32_MAX:
-            sinks = shown(self.attention_sinks)
+            sinks = show_value(self.attention_sinks)
             raise ValueError(f"attention_sinks={sinks}: expected a number of tokens, or 0, at most {INT32_MAX}")
         if self.max_num_seqs is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
@@ -206,12 +207,12 @@ class EngineConfig:
         if self.attention_sinks and self.attention_window is None:
             raise ValueError(f"attention_sinks={self.attention_sinks}: there are none without an attention_window")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ValueError(
-                f"gpu_memory_utilization={shown(self.gpu_memory_utilization)}: expected a fraction above 0, at most 1"
-            )
+            share = show_value(self.gpu_memory_utilization)
+            raise ValueError(f"gpu_memory_utilization={share}: expected a fraction above 0, at most 1")
         if self.link_gb_s is not None and not _LINK_GB_S[0] <= self.link_gb_s <= _LINK_GB_S[1]:
             least, most = _LINK_GB_S
-            raise ValueError(f"link_gb_s={shown(self.link_gb_s)}: expected a positive rate, from {least:g} to {most:g}")
+            rate = show_value(self.link_gb_s)
+            raise ValueError(f"link_gb_s={rate}: expected a positive rate, from {least:g} to {most:g}")
         _check_choices(self)
 
     def for_job(self, num_seqs: int) -> "EngineConfig":

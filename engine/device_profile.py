@@ -16,6 +16,7 @@ from typing import Any
 from engine.streams import visible
 from engine.user_files import read_json
 from scheduler.time_model import PROFILES, Rates, profile_rates, with_link
+from scheduler.units import gb_s
 
 KERNELS_A_STEP = 10  # that an eager step costs the host, in the mean
 NODES_A_STEP = 1.4  # that a step of a captured pass costs beside its bytes; an H200 takes 1.5 us, and 1.1 for a node
@@ -54,7 +55,7 @@ def device_profile(probe: Probe) -> dict[str, Any]:
     if probe.reduces:
         way = "eager_s" if probe.node_s is None else "graph_s"
         reduce_latency_s, largest = probe.reduces[0][way], probe.reduces[-1]
-        reduce_gb_s = largest["bytes"] / sending_s(largest[way], reduce_latency_s) / 1e9
+        reduce_gb_s = gb_s(largest["bytes"], sending_s(largest[way], reduce_latency_s))
     return {
         "source": f"measured: {probe.device}, {ranks(probe.num_ranks)}, {probe.date}",
         "link_gb_s": probe.link_gb_s,

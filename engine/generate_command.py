@@ -18,6 +18,7 @@ from engine.planning import find_model
 from engine.prompts import read_prompts
 from parallel.launch import resolve_launch
 from scheduler.request import SamplingParams
+from scheduler.units import GIB, MIB, gb_s
 
 # how each field of SamplingParams is parsed and explained; its default is the dataclass's
 SAMPLING_FLAGS = {
@@ -167,19 +168,19 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
     ]
     if moved:
         lines.append(
-            f"moved {moved / 2**30:.3f} GiB a rank over the link, {moved / times.num_passes / 2**20:.2f} MiB a pass, "
-            f"{moved / 1e9 / times.measured_s:.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
+            f"moved {moved / GIB:.3f} GiB a rank over the link, {moved / times.num_passes / MIB:.2f} MiB a pass, "
+            f"{gb_s(moved, times.measured_s):.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
         )
     weights = llm.rank.worker.weights
     if weights.codes:
         share = sum(code.nbytes for code in weights.codes.values()) / weights.coded_from_bytes
         lines.append(
-            f"{weights.coded_from_bytes / 2**30:.3f} GiB of weights a rank were coded without loss to {share:.1%}, "
-            f"at {weights.coded_from_bytes / 1e9 / weights.encode_s:.3g} GB/s"
+            f"{weights.coded_from_bytes / GIB:.3f} GiB of weights a rank were coded without loss to {share:.1%}, "
+            f"at {gb_s(weights.coded_from_bytes, weights.encode_s):.3g} GB/s"
         )
     if llm.rank.topology.tp_size > 1:
         reduced = executor.reduced.total
-        lines.append(f"{reduced.num_calls} all-reduces, {reduced.sent_bytes / 2**20:.2f} MiB a rank")
+        lines.append(f"{reduced.num_calls} all-reduces, {reduced.sent_bytes / MIB:.2f} MiB a rank")
     lines.append(
         f"passes took {times.measured_s:.3f} s, predicted {times.predicted_s:.3f} s ({llm.rank.rates.source} rates)"
     )

@@ -21,6 +21,7 @@ from engine.runtime.calls import Call, digest
 from engine.runtime.rank import LINK_BYTES, Rank
 from engine.tokenizer import Tokenizer
 from engine.turns import Turns, in_turn
+from engine.user_files import has_lone_surrogate
 from parallel.launch import resolve_launch
 from parallel.rendezvous import meet
 from scheduler.batching import Scheduler
@@ -168,7 +169,7 @@ class LLM:
         if self.tokenizer is None:
             refuse_text(self.config, place, prompt, params)
         text = prompt if isinstance(prompt, str) else None
-        if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if text is not None and has_lone_surrogate(text):
             raise ValueError(f"prompt {place}: {prompt!r} is not valid Unicode (a lone surrogate)")
         token_ids = self.tokenizer.encode(prompt, self.vocab_size) if text is not None else _as_tokens(place, prompt)
         for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):

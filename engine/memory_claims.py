@@ -14,12 +14,12 @@ from engine.model.spec import ModelSpec
 from engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
 from engine.step_cost import kv_token_bytes
 from parallel.shard import local_vocab_size
-from scheduler.demand import Claims, show_bytes
+from scheduler.demand import Claims
 from scheduler.plan_build import lay_out_decoded, make_plan
 from scheduler.plan_check import lay_out_activations
 from scheduler.step_plan import Compute, RingLayout, StepPlan
+from scheduler.units import MIB, show_bytes
 
-MIB = 2**20
 # What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
 CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
@@ -80,7 +80,7 @@ class MemoryClaims:
         sizes = {group.group.name: group.nbytes for group in self.layout.groups}
         groups = {step.group for step in self._steps if step.group is not None and step.group.name in names}
         places = lay_out_decoded(self._steps, {group: sizes[group.name] for group in groups})
-        return max((place.offset + place.nbytes for place in places.values()), default=0)
+        return max((place.end for place in places.values()), default=0)
 
 
 def engine_steps(spec: ModelSpec, tp_size: int, on_gpu: bool) -> list[Compute]:

@@ -20,7 +20,7 @@ from engine.weights.packing import Packed, least_bytes, pack_file
 from engine.weights.safetensors_header import find_entries
 from engine.weights.unpacking import verify_file
 from parallel.topology import resolve_topology
-from scheduler.demand import show_bytes
+from scheduler.units import show_bytes
 
 CONFIG_FIELDS = ("model", "device")
 

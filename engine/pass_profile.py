@@ -12,7 +12,7 @@ from engine.runtime.trace import Span
 from engine.traced_run import pass_s
 from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY
-from scheduler.time_model import GB
+from scheduler.units import GB, gb_s
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CopyLane:
     @property
     def gb_s(self) -> float:
         """Of the time that it was busy."""
-        return self.copied_bytes / self.busy_s / GB
+        return gb_s(self.copied_bytes, self.busy_s)
 
 
 @dataclass(frozen=True)

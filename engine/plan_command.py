@@ -26,7 +26,7 @@ from engine.streams import visible
 from engine.weights.read_model import read_model_to_plan
 from parallel.launch import resolve_launch
 from scheduler.code_choice import Planned, choose_code
-from scheduler.demand import KV_LEN, Demand, show_bytes
+from scheduler.demand import KV_LEN, Demand
 from scheduler.pass_work import PassShape
 from scheduler.plan_table import render
 from scheduler.request import INT32_MAX
@@ -34,6 +34,7 @@ from scheduler.residency import Residency
 from scheduler.residency_table import Prediction, Variant, gives_up, table
 from scheduler.time_model import free_tokens
 from scheduler.timeline import predict_timeline, timeline_s
+from scheduler.units import GIB, show_bytes, show_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +121,7 @@ def variants(plan: EnginePlan, context: int) -> list[Variant]:
     """What one more GiB buys, what other uses of the same memory give, and the code that was not chosen."""
     demand, made = plan.demand, []
     if demand.memory_bytes is not None:
-        larger = dataclasses.replace(demand, memory_bytes=demand.memory_bytes + 2**30)
+        larger = dataclasses.replace(demand, memory_bytes=demand.memory_bytes + GIB)
         made.append(variant(plan, larger, context, "one more GiB a rank"))
         free = dataclasses.replace(demand, resident="auto", num_pages=None)
         for num_seqs in (1, 16):
@@ -183,7 +184,7 @@ def _as_json(prediction: Prediction) -> dict[str, Any]:
 
 def _heading(config: EngineConfig, plan: EnginePlan) -> str:
     ranks = "1 rank" if plan.tp_size == 1 else f"{plan.tp_size} ranks"
-    size = f"{plan.spec.num_layers} layers, {_count(plan.spec.num_parameters)} weights, {plan.dtype}"
+    size = f"{plan.spec.num_layers} layers, {show_count(plan.spec.num_parameters)} weights, {plan.dtype}"
     weights = f"{show_bytes(plan.layout.nbytes)} of weights a rank"
     if config.gpu_memory is not None:
         budget = "device memory as asked"
@@ -193,10 +194,6 @@ def _heading(config: EngineConfig, plan: EnginePlan) -> str:
         share, whole = f"{config.gpu_memory_utilization:.0%}", show_bytes(plan.rates.memory_bytes)
         budget = f"device memory {share} of {whole} ({plan.rates.source})"
     return f"{visible(config.model)} ({plan.spec.family}): {size}, {ranks}, {weights}\n{budget}\n"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
 
 
 def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) -> str:

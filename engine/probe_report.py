@@ -3,6 +3,7 @@ the numbers do not show.
 """
 
 from engine.device_profile import Probe, ranks
+from scheduler.units import KIB, show_size, us
 
 # 1e9 bytes/s one way before packet headers, and what has them
 PCIE = (
@@ -15,7 +16,7 @@ PCIE = (
 )
 LEAST, MOST = 0.75, 0.95  # the share of it that copies reach
 SAME = 0.95  # rates this near to each other are one
-REDUCE_BYTES = 16 * 2**10  # a decode pass's, with few rows
+REDUCE_BYTES = 16 * KIB  # a decode pass's, with few rows
 WAYS = {"eager_s": "eager", "graph_s": "in a graph", "nccl_eager_s": "NCCL eager", "nccl_graph_s": "NCCL in a graph"}
 
 
@@ -43,13 +44,9 @@ def reduce_lines(rows: list[dict[str, float]], ways: dict[str, str] = WAYS) -> s
     shown = {key: title for key, title in ways.items() if key in rows[0]}
     lines = [f"{'all-reduce, us':<14}" + "".join(f"{title:>{len(title) + 3}}" for title in shown.values())]
     for row in rows:
-        times = (f"{row[key] * 1e6:>{len(title) + 3}.1f}" for key, title in shown.items())
+        times = (f"{us(row[key]):>{len(title) + 3}.1f}" for key, title in shown.items())
         lines.append(f"{show_size(row['bytes']):<14}" + "".join(times))
     return "\n".join(lines)
-
-
-def show_size(nbytes: float) -> str:
-    return f"{nbytes / 2**20:g} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:g} KiB"
 
 
 def meanings(probe: Probe) -> list[str]:
@@ -63,8 +60,8 @@ def meanings(probe: Probe) -> list[str]:
         lines.append(f"while a weight crosses the link, GEMMs could use it for about {_round(tokens)} tokens")
     lines.append(_decoding(probe))
     lines += _reduces(probe)
-    graph = "" if probe.node_s is None else f", {probe.node_s * 1e6:.1f} us in a graph"
-    return [*lines, f"an operation that computes nothing takes {probe.launch_s * 1e6:.1f} us{graph}"]
+    graph = "" if probe.node_s is None else f", {us(probe.node_s):.1f} us in a graph"
+    return [*lines, f"an operation that computes nothing takes {us(probe.launch_s):.1f} us{graph}"]
 
 
 def _links(probe: Probe) -> list[str]:
@@ -124,10 +121,10 @@ def _reduces(probe: Probe) -> list[str]:
     for row in probe.reduces:
         if row["bytes"] != REDUCE_BYTES:
             continue
-        shown = [f"{row[key] * 1e6:.1f} us {title}" for key, title in list(WAYS.items())[:2] if key in row]
+        shown = [f"{us(row[key]):.1f} us {title}" for key, title in list(WAYS.items())[:2] if key in row]
         text = f"an all-reduce of {show_size(REDUCE_BYTES)} takes {', '.join(shown)}"
         if "nccl_graph_s" in row:
-            text += f"; by NCCL {row['nccl_graph_s'] * 1e6:.1f} us in a graph"
+            text += f"; by NCCL {us(row['nccl_graph_s']):.1f} us in a graph"
         lines.append(text)
     return lines
 

@@ -23,6 +23,7 @@ from engine.runtime.trace import Span
 from engine.trace_plot import check_installed, draw, rows
 from engine.traced_run import PASSES, TRACE, TracedRun, add_workload_arguments, run_traced
 from engine.user_files import check_output
+from scheduler.units import GB, ms
 
 
 def add_arguments(parser) -> None:
@@ -109,24 +110,24 @@ def describe_steps(traced: TracedRun) -> list[str]:
     step = traced.decode_steps(rank=0)
     if step.step_s is None:
         return []
-    marks = f"{step.graph_s * 1e3:.3f} ms from its first mark to its last"
-    return [f"a decode pass starts {step.step_s * 1e3:.3f} ms after the one before it, and takes {marks} (medians)"]
+    marks = f"{ms(step.graph_s):.3f} ms from its first mark to its last"
+    return [f"a decode pass starts {ms(step.step_s):.3f} ms after the one before it, and takes {marks} (medians)"]
 
 
 def table(title: str, profiled: PassProfile) -> str:
-    lines = [f"{title}: {profiled.pass_s * 1e3:.3f} ms, predicted {profiled.predicted_s * 1e3:.3f} ms"]
+    lines = [f"{title}: {ms(profiled.pass_s):.3f} ms, predicted {ms(profiled.predicted_s):.3f} ms"]
     if len(profiled.rank_s) > 1:
         slowest = profiled.slowest_rank
-        lines[0] += f" (rank 0; the slowest, rank {slowest}: {profiled.rank_s[slowest] * 1e3:.3f} ms)"
+        lines[0] += f" (rank 0; the slowest, rank {slowest}: {ms(profiled.rank_s[slowest]):.3f} ms)"
     head = f"{'calls':>7}{'ms':>10}{'share':>9}{'at most':>10}{'predicted ms':>14}{'GB/s':>9}{'TFLOP/s':>9}"
     width = max(len(step.step) for step in profiled.steps) + 1
     lines.append(f"  {'step':<{width}}{head}")
     for step in profiled.steps:
         rates = "".join(f"{'' if rate is None else f'{rate:.1f}':>9}" for rate in (step.gb_s, step.tflops))
-        times = f"{step.num_calls:>7}{step.seconds * 1e3:>10.3f}{step.share:>9.1%}{step.at_most:>8.2f} x"
-        lines.append(f"  {step.step:<{width}}{times}{step.predicted_s * 1e3:>14.3f}{rates}".rstrip())
+        times = f"{step.num_calls:>7}{ms(step.seconds):>10.3f}{step.share:>9.1%}{step.at_most:>8.2f} x"
+        lines.append(f"  {step.step:<{width}}{times}{ms(step.predicted_s):>14.3f}{rates}".rstrip())
     copy = profiled.copy_lane
     if copy is not None:
-        moved = f"{copy.copied_bytes / 1e9:.3f} GB in {copy.busy_s * 1e3:.3f} ms, {copy.gb_s:.2f} GB/s"
-        lines.append(f"  copy lane: {moved}, idle for {copy.idle_s * 1e3:.3f} ms")
+        moved = f"{copy.copied_bytes / GB:.3f} GB in {ms(copy.busy_s):.3f} ms, {copy.gb_s:.2f} GB/s"
+        lines.append(f"  copy lane: {moved}, idle for {ms(copy.idle_s):.3f} ms")
     return "\n".join(lines)

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.user_files import check_no_pointer, check_regular, parse_json
+from engine.user_files import check_no_pointer, check_regular, has_lone_surrogate, parse_json
+from scheduler.units import GIB, MIB
 
 Prompt = str | list[int]
-MOST_BYTES = 2**30  # of a file of prompts
-_PIECE_BYTES = 2**20
+MOST_BYTES = GIB  # of a file of prompts
+_PIECE_BYTES = MIB
 
 
 def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
@@ -75,7 +76,7 @@ def _parse(line: str, where: str) -> Prompt:
     given = [fields.get(key) for key in ("prompt", "prompt_token_ids")] if isinstance(fields, dict) else []
     prompt = next((value for value in given if value is not None), None)
     if isinstance(prompt, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        if has_lone_surrogate(prompt):
             raise ValueError(f"{where}: prompt is not valid Unicode (a lone surrogate)")
         return prompt
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):  # True is none

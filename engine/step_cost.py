@@ -38,7 +38,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
         return element * sum(widths[name][1] * n for name, n in letters.items() if widths[name][0] == unit)
 
     def work(step: Compute) -> StepWork:
-        parts = step.step.split("+")
+        parts = step.parts
         is_reduce = sums_over_ranks(step) and len(parts) == 1
         if tp_size == 1 and is_reduce:
             return StepWork(step.step)  # nothing is launched

@@ -5,6 +5,7 @@ Grey on the compute lane is waiting for a copy. Needs matplotlib, which `pip ins
 
 from engine.runtime.trace import Span
 from scheduler.step_plan import COMPUTE, COPY
+from scheduler.units import ms
 
 try:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def draw(
     axes = figure.add_subplot()
     for row, (_, spans) in enumerate(lanes):
         for name, colour in COLOURS.items():
-            bars = [(s.start_s * 1e3, (s.end_s - s.start_s) * 1e3) for s in spans if kind(s.name) == name]
+            bars = [(ms(s.start_s), ms(s.end_s - s.start_s)) for s in spans if kind(s.name) == name]
             axes.broken_barh(bars, (-row - 0.4, 0.8), color=colour, edgecolor="white", linewidth=0.3)
     axes.set_yticks([-row for row in range(len(lanes))], [name for name, _ in lanes])
     axes.set_xlim(start_ms, end_ms)

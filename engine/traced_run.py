@@ -17,6 +17,7 @@ from engine.runtime.trace import Span, read_spans
 from scheduler.pass_work import PassShape
 from scheduler.request import SamplingParams
 from scheduler.step_plan import COPY
+from scheduler.units import ms
 
 PASSES = ("decode", "prefill")
 TRACE = "trace.json"
@@ -94,7 +95,7 @@ class TracedRun:
             gaps_s = self.decode_steps(rank).copy_gaps_s
             if gaps_s:
                 who = f"rank {rank}: " if self.plan.tp_size > 1 else ""
-                idle = f"idles {statistics.median(gaps_s) * 1e3:.3f} ms between consecutive decode passes"
+                idle = f"idles {ms(statistics.median(gaps_s)):.3f} ms between consecutive decode passes"
                 lines.append(f"{who}the copy lane {idle} (median of {len(gaps_s)})")
         return lines
 

@@ -11,7 +11,7 @@ from engine.weights.packed_format import find_packed
 from engine.weights.packed_metadata import read_packing
 from engine.weights.unpacking import unpack_file
 from parallel.topology import resolve_topology
-from scheduler.demand import show_bytes
+from scheduler.units import show_bytes
 
 CONFIG_FIELDS = ("model", "device")
 

@@ -13,7 +13,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_JSON_BYTES = 256 * 2**20  # of a file; the largest index and tokenizer files that are published have under 40 MiB
+from scheduler.units import MIB
+
+MAX_JSON_BYTES = 256 * MIB  # of a file; the largest index and tokenizer files that are published have under 40 MiB
 MAX_JSON_VALUES = 4_000_000  # each takes up to 200 bytes; the largest tokenizer files have 2 million
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 20  # of an integer: 2**64 has as many
@@ -85,6 +87,11 @@ def check_output(flag: str, path: str | Path) -> None:
         raise ValueError(f"{flag} {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{flag} {error}") from error
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text is none: Python's strings, and JSON's escapes, may hold half of a surrogate pair."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_no_pointer(path: Path, start: bytes) -> None:

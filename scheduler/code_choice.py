@@ -7,11 +7,12 @@ one against the other; here all that streams is coded, or nothing is.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from scheduler.demand import Demand, show_bytes
+from scheduler.demand import Demand
 from scheduler.family import Cost
 from scheduler.residency import Residency, plan_residency
 from scheduler.search import plan_fastest
 from scheduler.step_plan import GroupId
+from scheduler.units import show_bytes
 
 LEAST_GAIN = 0.005  # of the tokens/s, for which "auto" codes: loading takes longer
 LEAST_SHRINK = 0.02  # of the bytes, that coding must save once they are known

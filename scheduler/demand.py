@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from scheduler.plan_build import default_ring_bytes
 from scheduler.retention import KeepAll, Retention
 from scheduler.step_plan import GroupId
+from scheduler.units import GIB
 
 KV_LEN = 2048  # tokens a sequence that the KV cache is sized for, before residency gets anything
-CPU_KV_BYTES = 2**30  # KV cache where no memory budget and no num_pages are given
+CPU_KV_BYTES = GIB  # KV cache where no memory budget and no num_pages are given
 
 Claims = tuple[tuple[str, int], ...]  # named parts of a device's memory
 
@@ -125,11 +126,3 @@ class Demand:
     def usual_ring_bytes(self, split: Split) -> int:
         """The ring as asked for, or the one in which no copy waits."""
         return self.ring_bytes or default_ring_bytes(self.streamed(split))
-
-
-def show_bytes(nbytes: float) -> str:
-    """In GiB, or in MiB under a tenth of one, or in bytes; always labelled."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if abs(nbytes) >= size / 10:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} bytes"

@@ -30,7 +30,8 @@ from scheduler.kinds import Kind, find_kinds
 from scheduler.pass_work import PassShape, StepWork
 from scheduler.plan_build import usual_ring_bytes
 from scheduler.spread import every, spread
-from scheduler.time_model import GB, Rates, decode_s, pass_s, steps_s
+from scheduler.time_model import Rates, decode_s, pass_s, steps_s
+from scheduler.units import GB
 
 LOOK_BACK = 8  # plain groups of a kind, that are given up for those of another
 

@@ -4,6 +4,7 @@ adds the copy lane to a model's steps."""
 from collections.abc import Mapping, Sequence
 from operator import add
 
+from scheduler.first_fit import first_fit
 from scheduler.plan_check import validate
 from scheduler.step_plan import (
     Acquire,
@@ -64,7 +65,7 @@ def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapp
     ):
         wrapped += 1
     if len(slots) > wrapped:
-        front = max(slot.offset + slot.nbytes for _, slot in slots[:wrapped])
+        front = max(slot.end for _, slot in slots[:wrapped])
         group, last = slots[-1]
         if last.offset < front and front + last.nbytes <= ring_bytes:
             slots[-1] = (group, Slot(front, last.nbytes))
@@ -75,16 +76,8 @@ def lay_out_decoded(steps: list[Compute], sizes: Mapping[GroupId, int]) -> dict[
     """A place in the decode buffer for each coded group (its bytes decoded), the lowest that is free from its first
     reader to its last. Groups whose readers do not interleave share one place."""
     first, last = _readers(steps)
-    places: dict[GroupId, Slot] = {}
-    for group in sorted(sizes.keys() & first.keys(), key=first.get):
-        taken = sorted(place for other, place in places.items() if last[other] >= first[group])
-        offset = 0
-        for place in taken:
-            if offset + sizes[group] <= place.offset:
-                break
-            offset = max(offset, place.offset + place.nbytes)
-        places[group] = Slot(offset, sizes[group])
-    return places
+    in_order = sorted(sizes.keys() & first.keys(), key=first.get)
+    return first_fit({g: sizes[g] for g in in_order}, lambda group, earlier: last[earlier] >= first[group])
 
 
 def make_plan(steps: list[Compute], ring: RingLayout, decoded: Mapping[GroupId, int] | None = None) -> StepPlan:

@@ -6,6 +6,7 @@ of the events it waits for, is reached. Bytes may be written only when every ear
 read only when their copy is.
 """
 
+from scheduler.first_fit import first_fit
 from scheduler.step_plan import (
     COMPUTE,
     COPY,
@@ -103,7 +104,7 @@ class _RingProof:
 
     def write(self, copy: Prefetch, clock: tuple[int, int]) -> None:
         slot = copy.slot
-        if slot.offset < 0 or slot.offset + slot.nbytes > self.ring.ring_bytes or self.slots.get(copy.group) != slot:
+        if slot.offset < 0 or slot.end > self.ring.ring_bytes or self.slots.get(copy.group) != slot:
             raise ValueError(f"{copy} goes to {slot}, which the layout of the ring does not give it")
         for group, place, count in self.read:
             if place.overlaps(slot) and clock[0] < count:
@@ -183,13 +184,6 @@ def lay_out_activations(plan: StepPlan, sizes: dict[str, int]) -> dict[str, int]
     def clash(a: str, b: str) -> bool:
         return any(s <= t2 and s2 <= t for s, t in spans[a] for s2, t2 in spans[b])
 
-    offsets: dict[str, int] = {}
-    for name in sorted(spans, key=lambda n: (-sizes[n], n)):
-        taken = sorted((offsets[o], offsets[o] + sizes[o]) for o in offsets if clash(name, o))
-        place = 0
-        for start, stop in taken:
-            if place + sizes[name] <= start:
-                break
-            place = max(place, stop)
-        offsets[name] = place
-    return offsets
+    largest_first = sorted(spans, key=lambda n: (-sizes[n], n))
+    slots = first_fit({name: sizes[name] for name in largest_first}, clash)
+    return {name: slot.offset for name, slot in slots.items()}

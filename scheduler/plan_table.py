@@ -7,9 +7,9 @@ w write, x destroy), the weights it reads, and beside it what the copy lane is g
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from scheduler.demand import show_bytes
 from scheduler.plan_check import lifetimes
 from scheduler.step_plan import COPY, Acquire, Compute, Decode, Instruction, Join, Prefetch, Release, StepPlan
+from scheduler.units import show_bytes
 
 ORDER = "+orwx"
 

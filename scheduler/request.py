@@ -13,6 +13,8 @@ from enum import Enum, StrEnum, auto
 from numbers import Integral, Real
 from typing import ClassVar
 
+from scheduler.units import show_value
+
 GREEDY_BELOW = 1e-5  # vLLM's bound: at lower temperatures only the most likely token is ever drawn
 MAX_LOGPROBS = 20
 MAX_N = 16384  # vLLM's bound: more sequences of a prompt are a mistake, and take for ever
@@ -130,15 +132,7 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     def _refuse(self, name: str, expected: str):
-        raise ValueError(f"{name}={shown(getattr(self, name))}: expected {expected}")
-
-
-def shown(value: object) -> str:
-    """A value as messages name it. Python writes no integer of over 4300 digits."""
-    try:
-        return repr(value)
-    except ValueError:
-        return "(a number of over 4300 digits)"
+        raise ValueError(f"{name}={show_value(getattr(self, name))}: expected {expected}")
 
 
 def _is_int(value: object) -> bool:

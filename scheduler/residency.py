@@ -10,9 +10,10 @@ and what a table shows is residency_table.py's.
 
 from dataclasses import dataclass, replace
 
-from scheduler.demand import CPU_KV_BYTES, Demand, Split, show_bytes
+from scheduler.demand import CPU_KV_BYTES, Demand, Split
 from scheduler.plan_build import default_ring_bytes, lay_out_ring, minimum_ring_bytes
 from scheduler.step_plan import GroupId, RingLayout
+from scheduler.units import show_bytes
 
 
 @dataclass(frozen=True)

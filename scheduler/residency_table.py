@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.demand import show_bytes
 from scheduler.residency import Residency
 from scheduler.time_model import PassTime, Rates
+from scheduler.units import show_bytes, show_time
 
 LEAST_SHARE = 0.005  # of tokens/s, that is worth a word
 
@@ -66,11 +66,6 @@ def table(
         lines += ["", *_variants(variants)]
     lines += ["", *(f"note: {note}" for note in residency.notes)] if residency.notes else []
     return "\n".join(lines)
-
-
-def show_time(seconds: float) -> str:
-    """In s or ms."""
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
 def _memory(residency: Residency, page_size: int) -> list[str]:

@@ -48,8 +48,12 @@ class Slot(NamedTuple):
     offset: int
     nbytes: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
     def overlaps(self, other: "Slot") -> bool:
-        return self.offset < other.offset + other.nbytes and other.offset < self.offset + self.nbytes
+        return self.offset < other.end and other.offset < self.end
 
 
 COMPUTE, COPY = "compute", "copy"
@@ -73,15 +77,25 @@ class Instruction:
 @dataclass(frozen=True)
 class Compute(Instruction):
     """One step of the model. `effects` says what it does to each activation it touches, in the table's letters:
-    + create, r read, w write, x destroy."""
+    + create, r read, w write, x destroy. The name of a fused step joins those of its parts."""
 
     step: str
     layer_idx: int
     group: GroupId | None
     effects: tuple[tuple[str, str], ...]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The model's steps that it does, one unless it is fused."""
+        return tuple(self.step.split("+"))
+
     def __str__(self) -> str:
         return self.step
+
+
+def fused_name(*parts: str) -> str:
+    """The step of which these are the parts."""
+    return "+".join(parts)
 
 
 @dataclass(frozen=True)
@@ -207,7 +221,7 @@ class StepPlan:
 
     @property
     def decode_buffer_bytes(self) -> int:
-        return max((i.place.offset + i.place.nbytes for i in self.decodes), default=0)
+        return max((i.place.end for i in self.decodes), default=0)
 
     @property
     def prologue(self) -> tuple[Instruction, ...]:

@@ -20,8 +20,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from scheduler.pass_work import PassShape, PassWork, StepWork
+from scheduler.units import GB
 
-GB = 10**9
 KERNELS_A_GROUP = 3  # that decode it, one a weight: a norm and two matrices
 
 

@@ -26,6 +26,7 @@ from parallel.collectives import Solo
 from parallel.launch import run_rank
 from parallel.shard import Piece
 from parallel.topology import resolve_topology
+from scheduler.units import MIB
 from scripts.entry import run_script
 from scripts.record import add_output_argument, keep, machine
 
@@ -87,7 +88,7 @@ def floor_bits(weights: Tensor) -> float:
 def proved_decode_s(layout: CodeLayout, blob: Tensor, weights: Tensor) -> float:
     """Of one decoding; the last one's bits are compared. Raises RuntimeError where they differ."""
     device = weights.device
-    num_copies = max(1, GPU_BYTES // max(weights.nbytes, 2**20)) if device.type == "cuda" else 1
+    num_copies = max(1, GPU_BYTES // max(weights.nbytes, MIB)) if device.type == "cuda" else 1
     pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(num_copies)]
 
     elapsed = decode_seconds(layout, pairs, device)

@@ -22,11 +22,12 @@ from parallel.collectives import Collectives
 from parallel.group import run_in_group
 from parallel.launch import resolve_launch, run_rank
 from parallel.topology import Topology
+from scheduler.units import KIB, MIB, gb_s
 from scripts.copies import copy_pieces, cut
 from scripts.entry import run_script
 from scripts.record import add_output_argument, keep, machine
 
-GPU_PIECE_BYTES, CPU_PIECE_BYTES = 64 * 2**20, 2**20
+GPU_PIECE_BYTES, CPU_PIECE_BYTES = 64 * MIB, MIB
 NUM_PIECES, IN_FLIGHT = 4, 2
 BESIDE = {f"{key}_beside_copies": f"{title}, copies" for key, title in WAYS.items()}
 
@@ -58,7 +59,7 @@ def parse_args() -> argparse.Namespace:
 def measure(topology: Topology, collectives: Collectives, args: argparse.Namespace) -> dict:
     """The record, on every rank."""
     device, dtype = topology.device, getattr(torch, args.dtype)
-    sizes = default_sizes(device) if args.size_kib is None else tuple(size * 2**10 for size in args.size_kib)
+    sizes = default_sizes(device) if args.size_kib is None else tuple(size * KIB for size in args.size_kib)
     rows = reduce_table(collectives, device, sizes, dtype)
     beside, copies_gb_s = beside_copies(collectives, device, sizes, dtype)
     for row, loaded in zip(rows, beside):
@@ -84,12 +85,12 @@ def beside_copies(
         finally:
             stop.set()
         nbytes, seconds = copying.result()
-    return rows, nbytes / seconds / 1e9
+    return rows, gb_s(nbytes, seconds)
 
 
 def bus_gb_s(nbytes: int, reduce_s: float, num_ranks: int) -> float:
     """1e9 bytes/s that each rank sends at least, as NCCL's tests count: 2 (n - 1) / n of the tensor."""
-    return 2 * (num_ranks - 1) / num_ranks * nbytes / reduce_s / 1e9
+    return gb_s(2 * (num_ranks - 1) / num_ranks * nbytes, reduce_s)
 
 
 if __name__ == "__main__":

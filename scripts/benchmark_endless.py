@@ -22,6 +22,7 @@ from engine.llm import LLM
 from engine.output import without_errors
 from scheduler.pass_work import PassShape
 from scheduler.time_model import Rates
+from scheduler.units import MIB, ms
 from scripts.bound import against_bound
 from scripts.engine_record import describe, say_machine
 from scripts.entry import run_script
@@ -142,14 +143,14 @@ def _difference(last: int | None, first: int | None) -> int | None:
 def say(report: dict) -> None:
     print(f"{'output tokens':>14}{'ms a token':>12}{'resident set MiB':>18}{'device MiB':>12}")
     for row in report["rows"]:
-        device = "" if row["device_bytes"] is None else f"{row['device_bytes'] / 2**20:.1f}"
-        resident_set = row["resident_set_bytes"] / 2**20
-        print(f"{row['output_tokens']:>14}{row['decode_pass_s'] * 1e3:>12.3f}{resident_set:>18.1f}{device:>12}")
+        device = "" if row["device_bytes"] is None else f"{row['device_bytes'] / MIB:.1f}"
+        resident_set = row["resident_set_bytes"] / MIB
+        print(f"{row['output_tokens']:>14}{ms(row['decode_pass_s']):>12.3f}{resident_set:>18.1f}{device:>12}")
     kept = f"{report['attention_sinks']} sinks and a window of {report['attention_window']}"
-    print(f"{kept}: {report['kv_bytes_per_rank'] / 2**20:.1f} MiB of KV cache a rank")
-    growth = report["resident_set_growth_bytes"] / 2**20
+    print(f"{kept}: {report['kv_bytes_per_rank'] / MIB:.1f} MiB of KV cache a rank")
+    growth = report["resident_set_growth_bytes"] / MIB
     print(f"last stretch over first: {report['last_pass_over_first']:.3f}; resident set grew by {growth:.1f} MiB")
-    print(f"bound {report['bound_s'] * 1e3:.3f} ms ({report['bound']}), fraction {report['fraction_of_bound']:.3f}")
+    print(f"bound {ms(report['bound_s']):.3f} ms ({report['bound']}), fraction {report['fraction_of_bound']:.3f}")
 
 
 if __name__ == "__main__":

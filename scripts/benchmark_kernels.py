@@ -23,6 +23,7 @@ from engine.kernels import filter as filters
 from engine.kernels.gated_activation import gated_activation
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
+from scheduler.units import GB, gb_s, us
 from scripts.entry import run_script
 from scripts.record import add_output_argument, keep, machine
 
@@ -43,7 +44,7 @@ class Benchmark:
         self.quick, self.start, self.rows, self.skipped = quick, time.monotonic(), [], 0
         memory = torch.ones(1 << 28, device=DEVICE)
         self.read_rate = memory.nbytes / measure([partial(torch.sum, memory)], 4)
-        print(f"{'kernel':18}{'shape':20}{'variant':20}{'us':>9}{'GB/s':>8}  share of {self.read_rate * 1e-9:.0f} GB/s")
+        print(f"{'kernel':18}{'shape':20}{'variant':20}{'us':>9}{'GB/s':>8}  share of {self.read_rate / GB:.0f} GB/s")
 
     def add(self, kernel: str, shape: str, variant: str, nbytes: int, calls: Sequence[Callable]) -> None:
         """`calls` do the same in different parts of the memory; one touches `nbytes`."""
@@ -51,10 +52,10 @@ class Benchmark:
             self.skipped += 1
             return
         seconds = measure(calls, max(2, min(TRAFFIC // nbytes, 128)), 3 if self.quick else 7)
-        us, rate, share = seconds * 1e6, nbytes / seconds * 1e-9, nbytes / seconds / self.read_rate
+        time_us, rate, share = us(seconds), gb_s(nbytes, seconds), nbytes / seconds / self.read_rate
         keys = ("kernel", "shape", "variant", "us", "gb_s", "share")
-        self.rows.append(dict(zip(keys, (kernel, shape, variant, round(us, 2), round(rate, 1), round(share, 3)))))
-        print(f"{kernel:18}{shape:20}{variant:20}{us:9.2f}{rate:8.0f}{share:7.1%}", flush=True)
+        self.rows.append(dict(zip(keys, (kernel, shape, variant, round(time_us, 2), round(rate, 1), round(share, 3)))))
+        print(f"{kernel:18}{shape:20}{variant:20}{time_us:9.2f}{rate:8.0f}{share:7.1%}", flush=True)
 
     def linears(self, num_columns: int, width: int, memory: Tensor) -> None:
         """Of one token: more are cuBLAS'."""
@@ -164,7 +165,7 @@ def main() -> int:
     passes = {str(variant or "best"): benchmark.pass_ms(variant) for variant in ("cuBLAS", "config()", None)}
     print(f"all linears of a pass at batch 1, ms: {passes}; {benchmark.skipped} skipped")
     record = {"benchmark": "kernels", **machine(torch.device(DEVICE))}
-    record |= {"read_gb_s": round(benchmark.read_rate * 1e-9, 1), "pass_ms": passes, "skipped": benchmark.skipped}
+    record |= {"read_gb_s": round(benchmark.read_rate / GB, 1), "pass_ms": passes, "skipped": benchmark.skipped}
     keep(record | {"rows": benchmark.rows}, args.output_json)
     return 0
 

@@ -30,6 +30,7 @@ from engine.llm import LLM
 from engine.output import without_errors
 from scheduler.pass_work import PassShape
 from scheduler.time_model import Rates
+from scheduler.units import ms
 from scripts.bound import against_bound
 from scripts.comparison import add_compare_arguments, check_compare, compare, print_comparisons
 from scripts.engine_record import describe, say_machine
@@ -176,19 +177,17 @@ def print_table(rows: list[dict]) -> None:
     titles = f"{'time ms':>10} {'bound ms':>10} {'bound':>8} {'fraction':>9} {'predicted ms':>13} {'tokens/s':>10}"
     print(f"{'batch':>6} {'':12}{titles} {'TFLOP/s':>8}")
     for row in rows:
-        print(f"{row['batch_size']:>6} {'request':12}{row['avg_latency'] * 1e3:>10.2f}")
+        print(f"{row['batch_size']:>6} {'request':12}{ms(row['avg_latency']):>10.2f}")
         parts = [("first token", "first_token_s", row["first_token"]), ("decode pass", "decode_pass_s", row)]
         for name, key, part in parts:
             if key in part:
                 print(
-                    f"{'':>6} {name:12}{part[key] * 1e3:>10.2f} {part['bound_s'] * 1e3:>10.2f} {part['bound']:>8} "
-                    f"{part['fraction_of_bound']:>9.3f} {part['predicted_s'] * 1e3:>13.2f} "
+                    f"{'':>6} {name:12}{ms(part[key]):>10.2f} {ms(part['bound_s']):>10.2f} {part['bound']:>8} "
+                    f"{part['fraction_of_bound']:>9.3f} {ms(part['predicted_s']):>13.2f} "
                     f"{part['tokens_per_second']:>10.1f} {part['achieved_tflops']:>8.2f}"
                 )
         if "graph_s" in row:
-            print(
-                f"{'':>6} {'graph alone':12}{row['graph_s'] * 1e3:>10.2f}   pass / graph {row['step_over_graph']:.3f}"
-            )
+            print(f"{'':>6} {'graph alone':12}{ms(row['graph_s']):>10.2f}   pass / graph {row['step_over_graph']:.3f}")
 
 
 if __name__ == "__main__":

@@ -18,20 +18,19 @@ import torch
 from torch import Tensor
 
 from engine.flags import Parser
-from engine.probe_report import show_size
 from engine.runtime.measure import CPU_BYTES, GPU_BYTES, all_ranks, link_buffers
 from parallel.collectives import Collectives
 from parallel.group import run_in_group
 from parallel.launch import resolve_launch, run_rank
 from parallel.topology import Topology
+from scheduler.units import KIB, MIB, gb_s, show_size
 from scripts.copies import copy_pieces, cut
 from scripts.entry import run_script
 from scripts.record import add_output_argument, keep, machine
 
-MIB = 2**20
 PERIOD_S = 1e-3  # from one all-reduce to the next
 MARGIN = 1.25  # reduces go on for so much longer than the copies alone take
-REDUCE_BYTES = (16 * 2**10, 256 * 2**10)
+REDUCE_BYTES = (16 * KIB, 256 * KIB)
 NUM_READS = 4  # enqueued at a time
 ALONE, TOGETHER = "alone", "together"
 
@@ -74,7 +73,7 @@ class Benchmark:
         for active in actives:
             for _ in range(self.repeats):
                 seconds = self._once(case, self.collectives.rank in active)
-                own = max(own, self._copied_bytes() / seconds / 1e9)
+                own = max(own, gb_s(self._copied_bytes(), seconds))
         return [rate for (rate,) in all_ranks([own], self.collectives, self.device)]
 
     def _copied_bytes(self) -> int:

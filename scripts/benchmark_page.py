@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scheduler.units import GB, MIB, gb_s
 from scripts.markdown_table import Column, Row, ms, number, table, text
 
 INTRODUCTION = """# Benchmarks
@@ -112,7 +113,7 @@ def decode_rows(records: list[Record]) -> list[Row]:
 def plain_gb_s(content: Row, seconds: float) -> float | None:
     """None where nothing is coded."""
     coded = any(content.get("coded_groups", ()))
-    return content["plain_streamed_bytes_per_pass_and_rank"] / seconds / 1e9 if coded else None
+    return gb_s(content["plain_streamed_bytes_per_pass_and_rank"], seconds) if coded else None
 
 
 def prefill_rows(records: list[Record]) -> list[Row]:
@@ -195,7 +196,7 @@ CODED: list[Column] = [
 STARTS: list[Column] = [
     *(("start", text("start")), ("phase", text("phase"))),
     *(("s", number("seconds", 2)), ("since start, s", number("since_start_s", 2))),
-    *(("GB", number("bytes", 2, 1e-9)), ("GB/s", number("gb_s", 2)), ("graphs", text("num_graphs"))),
+    *(("GB", number("bytes", 2, 1 / GB)), ("GB/s", number("gb_s", 2)), ("graphs", text("num_graphs"))),
 ]
 STARTED: list[Column] = [
     *(("model", text("model")), ("load format", text("load_format")), ("from a checkpoint", text("checkpoint"))),
@@ -206,15 +207,15 @@ STARTED: list[Column] = [
 ENDLESS: list[Column] = [
     *(("model", text("model")), ("dtype", text("dtype")), ("ranks", text("tp_size")), ("resident", text("resident"))),
     *(("weights", text("weights")), ("sinks", text("attention_sinks")), ("window", text("attention_window"))),
-    *(("evicted at a time", text("eviction_tokens")), ("KV MiB a rank", number("kv_bytes_per_rank", 1, 2**-20))),
+    *(("evicted at a time", text("eviction_tokens")), ("KV MiB a rank", number("kv_bytes_per_rank", 1, 1 / MIB))),
     *(("a token, ms", ms("decode_pass_s")), ("last over first", number("last_pass_over_first"))),
-    *(("process grew by MiB", number("resident_set_growth_bytes", 1, 2**-20)),),
-    *(("device grew by MiB", number("device_growth_bytes", 1, 2**-20)), *BOUND),
+    *(("process grew by MiB", number("resident_set_growth_bytes", 1, 1 / MIB)),),
+    *(("device grew by MiB", number("device_growth_bytes", 1, 1 / MIB)), *BOUND),
 ]
 STRETCHES: list[Column] = [
     *(("output tokens", text("output_tokens")), ("a token, ms", ms("decode_pass_s"))),
-    *(("mean", ms("mean_decode_pass_s")), ("process MiB", number("resident_set_bytes", 1, 2**-20))),
-    ("device MiB", number("device_bytes", 1, 2**-20)),
+    *(("mean", ms("mean_decode_pass_s")), ("process MiB", number("resident_set_bytes", 1, 1 / MIB))),
+    ("device MiB", number("device_bytes", 1, 1 / MIB)),
 ]
 SINKS: list[Column] = [
     *(("attends by", text("variant")), ("first tokens", text("sinks")), ("recent tokens", text("window"))),
@@ -227,8 +228,8 @@ SINKS_RUN: list[Column] = [
 ]
 SPLIT: list[Column] = [
     *(("wire", text("wire_dtype")), ("attention", text("attention")), ("own process", text("process"))),
-    *(("permuted", text("permute")), ("calls", text("num_calls")), ("sent MiB", number("sent_bytes", 2, 2**-20))),
-    *(("received MiB", number("received_bytes", 2, 2**-20)), ("ms a call", ms("call_s"))),
+    *(("permuted", text("permute")), ("calls", text("num_calls")), ("sent MiB", number("sent_bytes", 2, 1 / MIB))),
+    *(("received MiB", number("received_bytes", 2, 1 / MIB)), ("ms a call", ms("call_s"))),
     *(("times the plain engine's time", number("over_plain", 2)), ("same texts", text("same_texts"))),
     *(("of", text("num_texts")), ("log probability off by", text("logprob_difference"))),
 ]

@@ -9,6 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
+from scheduler.units import ms
 from scripts.benchmark_page import Record, Row, decode_rows, prefill_rows, throughput_rows
 
 matplotlib.use("Agg")
@@ -44,8 +45,8 @@ def draw_pass_times(rows: list[Row], path: Path) -> None:
     for place, name in enumerate(dict.fromkeys(map(series, rows))):
         points = [row for row in rows if series(row) == name]
         batches, colour = [row["batch_size"] for row in points], f"C{place % 10}"
-        axes.plot(batches, [row["decode_pass_s"] * 1e3 for row in points], "o-", color=colour, label=name)
-        axes.plot(batches, [row["bound_s"] * 1e3 for row in points], "_--", color=colour, markersize=12)
+        axes.plot(batches, [ms(row["decode_pass_s"]) for row in points], "o-", color=colour, label=name)
+        axes.plot(batches, [ms(row["bound_s"]) for row in points], "_--", color=colour, markersize=12)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_yscale("log")

@@ -29,6 +29,7 @@ import numpy
 from engine.config import EngineConfig
 from engine.flags import Parser, add_config_arguments, config_from_args
 from parallel.launch import resolve_launch
+from scheduler.units import GB, gb_s
 from scripts.benchmark_latency import PERCENTILES
 from scripts.engine_record import say_machine
 from scripts.entry import run_script
@@ -108,7 +109,7 @@ def measure_starts(config: EngineConfig, args: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=args.checkpoint_dir) as directory:
         began_s = time.perf_counter()
         nbytes = write_checkpoint(config.model, config.seed, Path(directory))
-        print(f"{nbytes / 1e9:.2f} GB written in {time.perf_counter() - began_s:.1f} s", flush=True)
+        print(f"{nbytes / GB:.2f} GB written in {time.perf_counter() - began_s:.1f} s", flush=True)
         return start_all(dataclasses.replace(config, model=directory), args)
 
 
@@ -150,14 +151,14 @@ def summarise(starts: dict[str, list[dict]]) -> dict[str, Any]:
 def median_row(kind: str, phase: str, records: list[dict]) -> dict[str, Any]:
     each = [record["phases"][phase] for record in records]
     row = {"start": kind, "phase": phase} | {key: statistics.median(one[key] for one in each) for key in each[0]}
-    return row | ({"gb_s": row["bytes"] / row["seconds"] / 1e9} if "bytes" in row else {})
+    return row | ({"gb_s": gb_s(row["bytes"], row["seconds"])} if "bytes" in row else {})
 
 
 def print_table(rows: list[dict]) -> None:
     print(f"{'start':6} {'phase':12} {'s':>9} {'since start':>12} {'GB':>8} {'GB/s':>8} {'graphs':>7}")
     for row in rows:
         since = f"{row['since_start_s']:.3f}" if "since_start_s" in row else ""
-        size, rate = (f"{row['bytes'] / 1e9:.3f}", f"{row['gb_s']:.2f}") if "bytes" in row else ("", "")
+        size, rate = (f"{row['bytes'] / GB:.3f}", f"{row['gb_s']:.2f}") if "bytes" in row else ("", "")
         numbers = f"{row['seconds']:9.3f} {since:>12} {size:>8} {rate:>8} {row.get('num_graphs', ''):>7}"
         print(f"{row['start']:6} {row['phase']:12} {numbers}")
 

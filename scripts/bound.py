@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from scheduler.pass_work import PassShape, PassWork
-from scheduler.time_model import GB, Rates, predict_pass
+from scheduler.time_model import Rates, predict_pass
+from scheduler.units import GB, gb_s
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def against_bound(
         "fraction_of_bound": bound.bound_s / measured_s,
         "predicted_s": predicted_s,
         "predicted_over_measured": predicted_s / measured_s,
-        "achieved_link_gb_s": bound.streamed_bytes / measured_s / GB,
-        "achieved_memory_gb_s": bound.read_bytes / measured_s / GB,
+        "achieved_link_gb_s": gb_s(bound.streamed_bytes, measured_s),
+        "achieved_memory_gb_s": gb_s(bound.read_bytes, measured_s),
         "achieved_tflops": bound.flops / measured_s / 1e12,
     }

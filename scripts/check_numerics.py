@@ -120,7 +120,7 @@ def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
 def _keys(instruction: Compute) -> Iterator[tuple[Key, str]]:
     """The parts of a step, fused or not, whose results are there when it ends. A layer's last residual may be fused
     with the next layer's first norm."""
-    parts = instruction.step.split("+")
+    parts = instruction.parts
     for part in parts:
         before = part == "ffn_residual" and parts[-1] in ("attn_norm", "final_norm")
         if part in OURS:

@@ -14,6 +14,7 @@ import torch
 
 from engine.config import EngineConfig
 from parallel.launch import resolve_launch
+from scheduler.units import ms
 from scripts.workload import Measured
 
 # name -> the libraries that it needs
@@ -112,6 +113,6 @@ def print_comparisons(rows: Sequence[dict]) -> None:
         if "error" in row:
             print(f"{row['baseline']:16} {row['error']}")
             continue
-        ours = f"{row['our_token_s'] * 1e3:>9.2f} {row['speedup']:>8.2f}" if row["speedup"] else f"{'-':>9} {'-':>8}"
+        ours = f"{ms(row['our_token_s']):>9.2f} {row['speedup']:>8.2f}" if row["speedup"] else f"{'-':>9} {'-':>8}"
         equal = f"{row['equal_tokens']} of {row['num_tokens']}"
-        print(f"{row['baseline']:16} {row['batch_size']:>6} {row['token_s'] * 1e3:>10.2f} {ours} {equal:>13}")
+        print(f"{row['baseline']:16} {row['batch_size']:>6} {ms(row['token_s']):>10.2f} {ours} {equal:>13}")

@@ -17,8 +17,9 @@ from engine.planning import find_model
 from engine.weights.dummy import DummyWeights
 from engine.weights.safetensors_header import INDEX
 from parallel.shard import Piece
+from scheduler.units import GB
 
-FILE_BYTES = 5 * 10**9
+FILE_BYTES = 5 * GB
 
 
 def write_checkpoint(model: str, seed: int, directory: Path, file_bytes: int = FILE_BYTES) -> int:

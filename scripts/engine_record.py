@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from engine.llm import LLM
+from scheduler.units import GB
 from scripts.record import machine
 
 SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size")
@@ -66,7 +67,7 @@ def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
 
 def say_machine(report: dict[str, Any]) -> None:
     """The lines above a benchmark's table."""
-    moved = f"{report['streamed_bytes_per_pass_and_rank'] / 1e9:.3f} GB a pass and rank over the link"
+    moved = f"{report['streamed_bytes_per_pass_and_rank'] / GB:.3f} GB a pass and rank over the link"
     if any(report["coded_groups"]):
         moved += ", {} resident and {} streamed groups coded".format(*report["coded_groups"])
     print(f"{report['model']} ({report['dtype']}) on {report['hardware']}, resident {report['resident']}: {moved}")

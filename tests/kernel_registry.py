@@ -59,7 +59,7 @@ class EngineKernel:
         if isinstance(instruction, Decode):
             weights = executor.coded[instruction.group].code.weights if "decode" in self.steps else ()
             return sum(not weight.code.raw for weight in weights)
-        if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.step.split("+")):
+        if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0
         return int(self.condition(instruction, executor.context))
 

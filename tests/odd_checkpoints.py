@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 
 
 class Raw(NamedTuple):
@@ -76,3 +77,12 @@ def write_odd(directory: Path) -> dict[str, Raw]:
     (directory / "below/other.safetensors").write_bytes(b"not one")
     (directory / "below/linked").symlink_to("../config.json")
     return {name: raw for tensors in ODD.values() for name, raw in tensors.items()}
+
+
+def write_indexed(directory, shards):
+    """`shards`: file name -> tensors; the index says what it should."""
+    for name, tensors in shards.items():
+        save_file(tensors, directory / name)
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map

@@ -42,7 +42,7 @@ def _decodes_too_late(plan: StepPlan) -> bool:
 
 def _bounds(place: Slot) -> tuple[int, int]:
     """In units of 256 bytes, of which all sizes here are multiples."""
-    return place.offset // 256, (place.offset + place.nbytes) // 256
+    return place.offset // 256, place.end // 256
 
 
 def _hazard(plan: StepPlan, compute_s: float, copy_s: float) -> bool:

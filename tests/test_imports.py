@@ -21,7 +21,8 @@ FILES = {
     for path in ROOT.glob(pattern)
 }
 
-# The row with the longest matching prefix says what a module may import of ours beside its own package.
+FOR_ALL = "scheduler.units"  # but for parallel and the kernels, which import nothing of the scheduler's
+# The row with the longest matching prefix says what else a module may import of ours beside its own package.
 MAY_IMPORT = {
     "parallel": (),
     "scheduler": (),
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "engine.cli": ("engine.flags", "engine.streams", "engine.version", "parallel.failure"),
     "engine.llm": (
         *("engine.config", "engine.loop", "engine.output", "engine.planning", "engine.runtime", "engine.tokenizer"),
-        *("engine.turns", "parallel.launch", "parallel.rendezvous", "scheduler"),
+        *("engine.turns", "engine.user_files", "parallel.launch", "parallel.rendezvous", "scheduler"),
     ),
     "engine.loop": ("engine.output", "engine.runtime", "scheduler"),
     "engine.turns": (),
@@ -172,7 +173,8 @@ def test_directions(name):
     package = row if row in FILES and FILES[row].name == "__init__.py" else name
     package = name if row == "engine" else package
     for target in OWN[name]:
-        allowed = is_within(target, package) or any(is_within(target, other) for other in MAY_IMPORT[row])
+        units = target == FOR_ALL and not any(is_within(name, apart) for apart in ("parallel", "engine.kernels"))
+        allowed = units or is_within(target, package) or any(is_within(target, other) for other in MAY_IMPORT[row])
         assert allowed, f"{name} may not import {target}"
         assert target in FILES, f"{name} imports {target}, which is not there"
 
@@ -233,12 +235,34 @@ def test_names_that_are_imported_late_exist(target):
     assert importlib.util.find_spec(target) is not None
 
 
-def test_nothing_needs_triton_to_be_imported():
-    """A CPU install has none: kernels are not defined there, and whoever imports them has to live with that."""
-    names = [name for name in FILES if name.split(".")[0] in OURS[:3] and name != "engine.trace_plot"]
-    lines = ["import importlib, sys", "sys.modules['triton'] = None", f"[importlib.import_module(n) for n in {names}]"]
+def test_triton_has_one_door():
+    """Beside it only parallel, which imports nothing of ours."""
+    whoever = {name for name in FILES if any(target.split(".")[0] == "triton" for target in IMPORTS[name])}
+    assert whoever == {"engine.kernels.triton_door", "parallel.push_reduce"}
+
+
+def without_triton(*lines: str) -> subprocess.CompletedProcess:
+    """A process of these lines in which Triton cannot be imported, as on a CPU install."""
+    program = "\n".join(["import importlib, sys", "sys.modules['triton'] = None", *lines])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], env=env, capture_output=True, text=True, timeout=120
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_nothing_needs_triton_to_be_imported():
+    """What would launch a kernel is refused; there is no launch of what stands in for one."""
+    names = [name for name in FILES if name.split(".")[0] in OURS[:3] and name != "engine.trace_plot"]
+    done = without_triton(
+        f"[importlib.import_module(name) for name in {names}]",
+        "import torch",
+        "from engine.kernels.gated_activation import _activate_rows, _gated_activation_triton, gated_activation",
+        "gated_activation(torch.ones(1, 4), 'silu', True)",
+        "for run in (lambda: _gated_activation_triton(torch.ones(1, 4), 'silu', True), lambda: _activate_rows[(1,)]):",
+        "    try:",
+        "        run()",
+        "    except (ValueError, TypeError) as error:",
+        "        print(error)",
     )
     assert done.returncode == 0, done.stderr
+    refused, no_launch = done.stdout.splitlines()
+    assert refused == "gated_activation on a GPU needs triton; install it or use device='cpu'"
+    assert no_launch == "'_Absent' object is not subscriptable"

@@ -9,11 +9,7 @@ Tried, compiled for sm_90 only: 16-byte loads. Not tried: the last program of a 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 BLOCK = 1024
@@ -27,7 +23,7 @@ def choose_segments(num_rows: int, vocab_size: int, num_programs: int = 4 * 132)
 
 def reads_in_place(logits: Tensor) -> bool:
     """Whether kernels take these logits: they read them once, where references make temporaries of their size."""
-    return logits.is_cuda and triton is not None and logits.dtype != torch.float64
+    return logits.is_cuda and HAS_TRITON and logits.dtype != torch.float64
 
 
 def argmax_rows(logits: Tensor, vocab_size: int) -> Tensor:
@@ -78,47 +74,44 @@ def over_segments(
     return tokens
 
 
-if triton is not None:
+@triton.jit
+def hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT: tl.constexpr):
+    """What the lanes of a segment found: to the merge, or as the row's token; -1 where they found a NaN."""
+    top = tl.max(best, 0)
+    token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
+    token = tl.where(tl.max(nan, 0) > 0, -1, token)
+    if SPLIT:
+        place = row * tl.num_programs(0) + segment
+        tl.store(values + place, top)
+        tl.store(ids + place, token)
+    else:
+        tl.store(tokens + row, token.to(tl.int64))
 
-    @triton.jit
-    def hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT: tl.constexpr):
-        """What the lanes of a segment found: to the merge, or as the row's token; -1 where they found a NaN."""
-        top = tl.max(best, 0)
-        token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
-        token = tl.where(tl.max(nan, 0) > 0, -1, token)
-        if SPLIT:
-            place = row * tl.num_programs(0) + segment
-            tl.store(values + place, top)
-            tl.store(ids + place, token)
-        else:
-            tl.store(tokens + row, token.to(tl.int64))
 
-    @triton.jit
-    def _argmax_segment(
-        logits, logits_row, vocab_size, length, values, ids, tokens, SPLIT: tl.constexpr, BLOCK: tl.constexpr
-    ):  # fmt: skip
-        segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        begin, lane = segment * length, tl.arange(0, BLOCK)
-        best = tl.full((BLOCK,), float("-inf"), tl.float32)
-        where = begin + lane  # of a lane that saw nothing above -inf; of an empty segment no id, so it loses every tie
-        nan = tl.zeros((BLOCK,), tl.int32)
-        for offset in tl.range(0, length, BLOCK, loop_unroll_factor=4):
-            column = begin + offset + lane
-            scores = tl.load(logits + row * logits_row + column, mask=column < vocab_size, other=float("-inf"))
-            scores = scores.to(tl.float32)
-            higher = scores > best
-            best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
-            nan |= (scores != scores).to(tl.int32)
-        hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)
+@triton.jit
+def _argmax_segment(
+    logits, logits_row, vocab_size, length, values, ids, tokens, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin, lane = segment * length, tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    where = begin + lane  # of a lane that saw nothing above -inf; of an empty segment no id, so it loses every tie
+    nan = tl.zeros((BLOCK,), tl.int32)
+    for offset in tl.range(0, length, BLOCK, loop_unroll_factor=4):
+        column = begin + offset + lane
+        scores = tl.load(logits + row * logits_row + column, mask=column < vocab_size, other=float("-inf"))
+        scores = scores.to(tl.float32)
+        higher = scores > best
+        best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
+        nan |= (scores != scores).to(tl.int32)
+    hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)
 
-    @triton.jit
-    def _merge_segments(values, ids, tokens, segments, PADDED: tl.constexpr):
-        row, segment = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
-        inside = segment < segments
-        best = tl.load(values + row * segments + segment, mask=inside, other=float("-inf"))
-        where = tl.load(ids + row * segments + segment, mask=inside, other=0x7FFFFFFF)
-        token = tl.min(tl.where(best == tl.max(best, 0), where, 0x7FFFFFFF), 0)
-        tl.store(tokens + row, tl.where(tl.min(where, 0) < 0, -1, token).to(tl.int64))
 
-else:
-    hand_in = None  # imported by the draw
+@triton.jit
+def _merge_segments(values, ids, tokens, segments, PADDED: tl.constexpr):
+    row, segment = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
+    inside = segment < segments
+    best = tl.load(values + row * segments + segment, mask=inside, other=float("-inf"))
+    where = tl.load(ids + row * segments + segment, mask=inside, other=0x7FFFFFFF)
+    token = tl.min(tl.where(best == tl.max(best, 0), where, 0x7FFFFFFF), 0)
+    tl.store(tokens + row, tl.where(tl.min(where, 0) < 0, -1, token).to(tl.int64))

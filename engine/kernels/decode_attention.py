@@ -21,12 +21,7 @@ from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
 from engine.kernels.rope_append import rotate_
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 NO_WINDOW = 1 << 30
@@ -79,23 +74,10 @@ def decode_attention(
 
 
 def _decode_attention_triton(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-    page_size: int,
-    partials: Tensor,
-    num_segments: int,
-    min_segment: int = 1,
-    margin: int = 0,
-    key_rope: Tensor | None = None,
-) -> None:
-    if triton is None:
-        raise ValueError("paged decode attention needs triton; install it")
+    q, keys, values, page_table, context_lens, out, scale, window, page_size, partials, num_segments, min_segment=1,
+    margin=0, key_rope=None,
+) -> None:  # fmt: skip
+    require_triton("paged decode attention")
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
     dense = (q[0, 0], out[0, 0], page_table[0], keys, values)
@@ -137,19 +119,9 @@ def _decode_attention_triton(
 
 
 def decode_attention_reference(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-    page_size: int,
-    dtype: torch.dtype = torch.float32,
-    margin: int = 0,
-    key_rope: Tensor | None = None,
-) -> None:
+    q, keys, values, page_table, context_lens, out, scale, window, page_size, dtype=torch.float32, margin=0,
+    key_rope=None,
+) -> None:  # fmt: skip
     """The same in plain torch, row by row, in `dtype`."""
     calls["reference"] += 1
     num_queries, group = q.shape[1], q.shape[2] // keys.shape[1]
@@ -168,143 +140,146 @@ def decode_attention_reference(
         out[row] = torch.einsum("hqc,che->qhe", weights, v).to(out.dtype)
 
 
-if triton is not None:
+@triton.jit
+def _split(context, Q, ways, BLOCK: tl.constexpr):
+    """First token that one of the row's queries sees, and tokens a segment."""
+    segments, shortest, window = ways
+    first = tl.maximum(context - Q + 1 - window, 0)
+    length = tl.maximum(tl.cdiv(context - first, segments), shortest)
+    return first, tl.cdiv(length, BLOCK) * BLOCK
 
-    @triton.jit
-    def _split(context, Q, ways, BLOCK: tl.constexpr):
-        """First token that one of the row's queries sees, and tokens a segment."""
-        segments, shortest, window = ways
-        first = tl.maximum(context - Q + 1 - window, 0)
-        length = tl.maximum(tl.cdiv(context - first, segments), shortest)
-        return first, tl.cdiv(length, BLOCK) * BLOCK
 
-    @triton.jit
-    def _finite(top):
-        """-inf, where nothing was seen yet, as 0: -inf - -inf is no number."""
-        return tl.where(top == float("-inf"), 0.0, top)
+@triton.jit
+def _finite(top):
+    """-inf, where nothing was seen yet, as 0: -inf - -inf is no number."""
+    return tl.where(top == float("-inf"), 0.0, top)
 
-    @triton.jit
-    def _columns(rows, column, there, size):
-        """The columns below `size` of rows (N, 1) that are there, else 0: (N, columns)."""
-        return tl.load(rows + column[None, :], mask=there[:, None] & (column < size)[None, :], other=0.0)
 
-    @triton.jit
-    def _turned(x, cos, y, sin):
-        """x cos + y sin in float32, rounded after each operation to the dtype of x."""
-        dtype: tl.constexpr = x.dtype
-        return ((x.to(tl.float32) * cos).to(dtype).to(tl.float32) + (y * sin).to(dtype).to(tl.float32)).to(dtype)
+@triton.jit
+def _columns(rows, column, there, size):
+    """The columns below `size` of rows (N, 1) that are there, else 0: (N, columns)."""
+    return tl.load(rows + column[None, :], mask=there[:, None] & (column < size)[None, :], other=0.0)
 
-    @triton.jit
-    def _attend_segment(
-        q, keys, values, page_table, context_lens, out, parts, rope, rope_part, strides, scale, ways,
-        Q: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, SPLIT: tl.constexpr,
-        E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr, F_PADDED: tl.constexpr,
-        REST: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr, OVERLAPS: tl.constexpr,
-    ):  # fmt: skip
-        wait_for_inputs(OVERLAPS)
-        kv_head, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-        num_kv_heads, segments = tl.num_programs(0), tl.num_programs(1)
-        q_row, q_token, out_row, out_token, table_row = strides
-        context = tl.load(context_lens + row)
-        first, length = _split(context, Q, ways, BLOCK)
-        begin = first + segment * length
-        end = tl.minimum(begin + length, context)
-        if SPLIT and begin >= end:  # the merge does not look at empty segments
-            return
-        packed, e = tl.arange(0, M), tl.arange(0, E_PADDED)
-        token, head = packed // GROUP, kv_head * GROUP + packed % GROUP
-        wanted = (token < Q)[:, None] & (e < E)[None, :]  # (M, E)
-        columns = head[:, None] * E + e[None, :]
-        q_rows = q + row * q_row + token[:, None] * q_token + head[:, None] * E
+
+@triton.jit
+def _turned(x, cos, y, sin):
+    """x cos + y sin in float32, rounded after each operation to the dtype of x."""
+    dtype: tl.constexpr = x.dtype
+    return ((x.to(tl.float32) * cos).to(dtype).to(tl.float32) + (y * sin).to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _attend_segment(
+    q, keys, values, page_table, context_lens, out, parts, rope, rope_part, strides, scale, ways,
+    Q: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, SPLIT: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr, F_PADDED: tl.constexpr,
+    REST: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
+    kv_head, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_kv_heads, segments = tl.num_programs(0), tl.num_programs(1)
+    q_row, q_token, out_row, out_token, table_row = strides
+    context = tl.load(context_lens + row)
+    first, length = _split(context, Q, ways, BLOCK)
+    begin = first + segment * length
+    end = tl.minimum(begin + length, context)
+    if SPLIT and begin >= end:  # the merge does not look at empty segments
+        return
+    packed, e = tl.arange(0, M), tl.arange(0, E_PADDED)
+    token, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+    wanted = (token < Q)[:, None] & (e < E)[None, :]  # (M, E)
+    columns = head[:, None] * E + e[None, :]
+    q_rows = q + row * q_row + token[:, None] * q_token + head[:, None] * E
+    if F:
+        f = tl.arange(0, F_PADDED)
+        q_first = _columns(q_rows, f, token < Q, F).to(DOT)
+        q_second = _columns(q_rows + F, f, token < Q, F).to(DOT)
+        if REST:
+            beside = tl.arange(0, REST)
+            q_rest = _columns(q_rows + 2 * F, beside, token < Q, E - 2 * F).to(DOT)
+    else:
+        q_tile = _columns(q_rows, e, token < Q, E).to(DOT)
+    position = context - Q + token  # (M,)
+
+    top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, E_PADDED), tl.float32)
+    key = begin + tl.arange(0, BLOCK)
+    table = page_table + row * table_row
+    pages = tl.load(table + (key + MARGIN) // S, mask=key < end, other=0)
+    for start in tl.range(begin, end, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        entry, ahead = key + MARGIN, key + BLOCK < end
+        place = pages.to(tl.int64) * S + entry % S
+        pages = tl.load(table + (entry + BLOCK) // S, mask=ahead, other=0)  # a turn ahead of k and v
+        start_of, there = (place * num_kv_heads + kv_head)[:, None] * E, key < end
         if F:
-            f = tl.arange(0, F_PADDED)
-            q_first = _columns(q_rows, f, token < Q, F).to(DOT)
-            q_second = _columns(q_rows + F, f, token < Q, F).to(DOT)
+            angles = rope + key[:, None] * F
+            cos = _columns(angles, f, there, F).to(tl.float32)
+            sin = _columns(angles + rope_part * F, f, there, F).to(tl.float32)
+            k_first, k_second = _columns(keys + start_of, f, there, F), _columns(keys + start_of + F, f, there, F)
+            turned = _turned(k_first, cos, -k_second.to(tl.float32), sin).to(DOT)
+            scores = tl.dot(q_first, tl.trans(turned), input_precision="ieee")
+            turned = _turned(k_second, cos, k_first.to(tl.float32), sin).to(DOT)
+            scores = tl.dot(q_second, tl.trans(turned), scores, input_precision="ieee")
             if REST:
-                beside = tl.arange(0, REST)
-                q_rest = _columns(q_rows + 2 * F, beside, token < Q, E - 2 * F).to(DOT)
+                k = _columns(keys + start_of + 2 * F, beside, there, E - 2 * F).to(DOT)
+                scores = tl.dot(q_rest, tl.trans(k), scores, input_precision="ieee")
         else:
-            q_tile = _columns(q_rows, e, token < Q, E).to(DOT)
-        position = context - Q + token  # (M,)
+            k = _columns(keys + start_of, e, there, E).to(DOT)
+            scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")  # (M, BLOCK)
+        v = _columns(values + start_of, e, there, E).to(DOT)
+        scores *= scale
+        seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - ways[2])
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights, decay = tl.exp2(scores - _finite(higher)[:, None]), tl.exp2(top - _finite(higher))
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(DOT), v, acc * decay[:, None], input_precision="ieee")
+        top = higher
 
-        top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-        acc = tl.zeros((M, E_PADDED), tl.float32)
-        key = begin + tl.arange(0, BLOCK)
-        table = page_table + row * table_row
-        pages = tl.load(table + (key + MARGIN) // S, mask=key < end, other=0)
-        for start in tl.range(begin, end, BLOCK):
-            key = start + tl.arange(0, BLOCK)
-            entry, ahead = key + MARGIN, key + BLOCK < end
-            place = pages.to(tl.int64) * S + entry % S
-            pages = tl.load(table + (entry + BLOCK) // S, mask=ahead, other=0)  # a turn ahead of k and v
-            start_of, there = (place * num_kv_heads + kv_head)[:, None] * E, key < end
-            if F:
-                angles = rope + key[:, None] * F
-                cos = _columns(angles, f, there, F).to(tl.float32)
-                sin = _columns(angles + rope_part * F, f, there, F).to(tl.float32)
-                k_first, k_second = _columns(keys + start_of, f, there, F), _columns(keys + start_of + F, f, there, F)
-                turned = _turned(k_first, cos, -k_second.to(tl.float32), sin).to(DOT)
-                scores = tl.dot(q_first, tl.trans(turned), input_precision="ieee")
-                turned = _turned(k_second, cos, k_first.to(tl.float32), sin).to(DOT)
-                scores = tl.dot(q_second, tl.trans(turned), scores, input_precision="ieee")
-                if REST:
-                    k = _columns(keys + start_of + 2 * F, beside, there, E - 2 * F).to(DOT)
-                    scores = tl.dot(q_rest, tl.trans(k), scores, input_precision="ieee")
-            else:
-                k = _columns(keys + start_of, e, there, E).to(DOT)
-                scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")  # (M, BLOCK)
-            v = _columns(values + start_of, e, there, E).to(DOT)
-            scores *= scale
-            seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - ways[2])
-            scores = tl.where(seen, scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weights, decay = tl.exp2(scores - _finite(higher)[:, None]), tl.exp2(top - _finite(higher))
-            total = total * decay + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(DOT), v, acc * decay[:, None], input_precision="ieee")
-            top = higher
+    if SPLIT:
+        index = ((row * Q + token) * (num_kv_heads * GROUP) + head) * segments + segment  # (M,)
+        tl.store(parts[0] + index[:, None] * E + e[None, :], acc, mask=wanted)
+        tl.store(parts[1] + index, top, mask=token < Q)
+        tl.store(parts[2] + index, total, mask=token < Q)
+    else:
+        result = (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + row * out_row + token[:, None] * out_token + columns, result, mask=wanted)
 
-        if SPLIT:
-            index = ((row * Q + token) * (num_kv_heads * GROUP) + head) * segments + segment  # (M,)
-            tl.store(parts[0] + index[:, None] * E + e[None, :], acc, mask=wanted)
-            tl.store(parts[1] + index, top, mask=token < Q)
-            tl.store(parts[2] + index, total, mask=token < Q)
-        else:
-            result = (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
-            tl.store(out + row * out_row + token[:, None] * out_token + columns, result, mask=wanted)
 
-    @triton.jit
-    def _merge_segments(
-        context_lens,
-        out,
-        parts,
-        strides,
-        ways,
-        E: tl.constexpr,
-        E_PADDED: tl.constexpr,
-        BLOCK: tl.constexpr,
-        CHUNK: tl.constexpr,
-        OVERLAPS: tl.constexpr,
-    ):
-        wait_for_inputs(OVERLAPS)
-        head, token, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-        num_heads, num_queries = tl.num_programs(0), tl.num_programs(1)
-        context = tl.load(context_lens + row)
-        first, length = _split(context, num_queries, ways, BLOCK)
-        filled = tl.cdiv(context - first, length)
-        index = ((row * num_queries + token) * num_heads + head) * ways[0]
-        e, top, total = tl.arange(0, E_PADDED), float("-inf"), 0.0
-        acc = tl.zeros((E_PADDED,), tl.float32)
-        for start in tl.range(0, filled, CHUNK):
-            segment = start + tl.arange(0, CHUNK)
-            inside = segment < filled
-            maxima = tl.load(parts[1] + index + segment, mask=inside, other=float("-inf"))
-            sums = tl.load(parts[2] + index + segment, mask=inside, other=0.0)
-            rows = parts[0] + (index + segment)[:, None] * E + e[None, :]  # (CHUNK, E)
-            weighted = tl.load(rows, mask=inside[:, None] & (e < E)[None, :], other=0.0)
-            higher = tl.maximum(top, tl.max(maxima, 0))
-            factor, decay = tl.exp2(maxima - _finite(higher)), tl.exp2(top - _finite(higher))
-            total = total * decay + tl.sum(sums * factor, 0)
-            acc = acc * decay + tl.sum(weighted * factor[:, None], 0)
-            top = higher
-        result = (acc / tl.where(total == 0.0, 1.0, total)).to(out.dtype.element_ty)
-        tl.store(out + row * strides[0] + token * strides[1] + head * E + e, result, mask=e < E)
+@triton.jit
+def _merge_segments(
+    context_lens,
+    out,
+    parts,
+    strides,
+    ways,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    wait_for_inputs(OVERLAPS)
+    head, token, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_heads, num_queries = tl.num_programs(0), tl.num_programs(1)
+    context = tl.load(context_lens + row)
+    first, length = _split(context, num_queries, ways, BLOCK)
+    filled = tl.cdiv(context - first, length)
+    index = ((row * num_queries + token) * num_heads + head) * ways[0]
+    e, top, total = tl.arange(0, E_PADDED), float("-inf"), 0.0
+    acc = tl.zeros((E_PADDED,), tl.float32)
+    for start in tl.range(0, filled, CHUNK):
+        segment = start + tl.arange(0, CHUNK)
+        inside = segment < filled
+        maxima = tl.load(parts[1] + index + segment, mask=inside, other=float("-inf"))
+        sums = tl.load(parts[2] + index + segment, mask=inside, other=0.0)
+        rows = parts[0] + (index + segment)[:, None] * E + e[None, :]  # (CHUNK, E)
+        weighted = tl.load(rows, mask=inside[:, None] & (e < E)[None, :], other=0.0)
+        higher = tl.maximum(top, tl.max(maxima, 0))
+        factor, decay = tl.exp2(maxima - _finite(higher)), tl.exp2(top - _finite(higher))
+        total = total * decay + tl.sum(sums * factor, 0)
+        acc = acc * decay + tl.sum(weighted * factor[:, None], 0)
+        top = higher
+    result = (acc / tl.where(total == 0.0, 1.0, total)).to(out.dtype.element_ty)
+    tl.store(out + row * strides[0] + token * strides[1] + head * E + e, result, mask=e < E)

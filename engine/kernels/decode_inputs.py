@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; the last is the first page
@@ -39,7 +34,7 @@ def derive_inputs(
     table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
 ) -> None:
     """Fills `out` from the table, whose tokens `on_device` are those of last_tokens (rows of the sampler,) int64."""
-    run = _derive_inputs_triton if table.is_cuda and triton is not None else derive_inputs_reference
+    run = _derive_inputs_triton if table.is_cuda and HAS_TRITON else derive_inputs_reference
     run(table, last_tokens, on_device, page_size, out, margin)
 
 
@@ -76,29 +71,29 @@ def _derive_inputs_triton(
     )
 
 
-if triton is not None:
-    _TOKEN, _START, _ROW, _LENGTH, _PAGES = (tl.constexpr(column) for column in (TOKEN, START, ROW, LENGTH, PAGES))
+_TOKEN, _START, _ROW, _LENGTH, _PAGES = (tl.constexpr(column) for column in (TOKEN, START, ROW, LENGTH, PAGES))
 
-    @triton.jit
-    def _derive(
-        table, table_row, last_tokens, tokens, positions, places, rows, sampled_positions, lengths, num_rows,
-        ON_DEVICE: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-    ):  # fmt: skip
-        wait_for_inputs(OVERLAPS)
-        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = row < num_rows
-        entry = table + row.to(tl.int64) * table_row
-        token = tl.load(entry + _TOKEN, mask=inside, other=0).to(tl.int64)
-        start = tl.load(entry + _START, mask=inside, other=0).to(tl.int64)
-        owner = tl.load(entry + _ROW, mask=inside, other=0).to(tl.int64)
-        length = tl.load(entry + _LENGTH, mask=inside, other=0)
-        position = tl.maximum(length - 1, 0).to(tl.int64)
-        page = tl.load(entry + _PAGES + (position + MARGIN) // S, mask=inside, other=0).to(tl.int64)
-        waiting = token == ON_DEVICE
-        token = tl.where(waiting, tl.load(last_tokens + owner, mask=inside & waiting, other=0), token)
-        tl.store(tokens + row, token, mask=inside)
-        tl.store(positions + row, position, mask=inside)
-        tl.store(places + row, page * S + (position + MARGIN) % S, mask=inside)
-        tl.store(rows + row, owner, mask=inside)
-        tl.store(sampled_positions + row, start + 1, mask=inside)
-        tl.store(lengths + row, length, mask=inside)
+
+@triton.jit
+def _derive(
+    table, table_row, last_tokens, tokens, positions, places, rows, sampled_positions, lengths, num_rows,
+    ON_DEVICE: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    entry = table + row.to(tl.int64) * table_row
+    token = tl.load(entry + _TOKEN, mask=inside, other=0).to(tl.int64)
+    start = tl.load(entry + _START, mask=inside, other=0).to(tl.int64)
+    owner = tl.load(entry + _ROW, mask=inside, other=0).to(tl.int64)
+    length = tl.load(entry + _LENGTH, mask=inside, other=0)
+    position = tl.maximum(length - 1, 0).to(tl.int64)
+    page = tl.load(entry + _PAGES + (position + MARGIN) // S, mask=inside, other=0).to(tl.int64)
+    waiting = token == ON_DEVICE
+    token = tl.where(waiting, tl.load(last_tokens + owner, mask=inside & waiting, other=0), token)
+    tl.store(tokens + row, token, mask=inside)
+    tl.store(positions + row, position, mask=inside)
+    tl.store(places + row, page * S + (position + MARGIN) % S, mask=inside)
+    tl.store(rows + row, owner, mask=inside)
+    tl.store(sampled_positions + row, start + 1, mask=inside)
+    tl.store(lengths + row, length, mask=inside)

@@ -21,12 +21,7 @@ from torch import Tensor
 
 from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE
 from engine.kernels.overlap import options, wait_for_inputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3
@@ -109,8 +104,7 @@ def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
 
 
 def _decode_weights_triton(planes: Planes, out: Tensor) -> None:
-    if triton is None:
-        raise ValueError("decode_weights on a GPU needs triton; install it or use device='cpu'")
+    require_triton("decode_weights on a GPU", "device='cpu'")
     assert all(t.is_contiguous() for t in (*planes, out)), "decode_weights: strides: planes and result have no gaps"
     calls["triton"] += 1
     words = (plane.view(-1).view(torch.int32) for plane in planes[:3])
@@ -121,91 +115,92 @@ def _decode_weights_triton(planes: Planes, out: Tensor) -> None:
     )
 
 
-if triton is not None:
+@triton.jit
+def _count(marks):
+    """Bits set in a word that has none but even ones."""
+    pairs = (marks & 0x11111111) + (marks >> 2 & 0x11111111)
+    return ((pairs + (pairs >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24
 
-    @triton.jit
-    def _count(marks):
-        """Bits set in a word that has none but even ones."""
-        pairs = (marks & 0x11111111) + (marks >> 2 & 0x11111111)
-        return ((pairs + (pairs >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24
 
-    @triton.jit
-    def _bits_from(low, high, shift):
-        """The word that starts at a bit, 0 to 31, of two."""
-        return ((high.to(tl.uint64) << 32 | low) >> shift).to(tl.uint32)
+@triton.jit
+def _bits_from(low, high, shift):
+    """The word that starts at a bit, 0 to 31, of two."""
+    return ((high.to(tl.uint64) << 32 | low) >> shift).to(tl.uint32)
 
-    @triton.jit
-    def _late_codes(bits, marks, G: tl.constexpr):
-        """The next four 3-bit codes in the bytes of a word, and the bits left; where no escape is marked, any code."""
-        late = bits & 7
-        for byte in tl.static_range(1, 4):
-            bits >>= (marks * 3 >> (2 * G + 8 * byte - 8)) & 3
-            late |= (bits & 7) << (8 * byte)
-        return late, bits >> ((marks * 3 >> (2 * G + 24)) & 3)
 
-    @triton.jit
-    def _four_weights(mantissas, codes, marks, late, start, below, G: tl.constexpr):
-        """Group G of a lane's weights as two words of two; start and below stand in every byte."""
-        above = late + (0x80808080 - below) >> 7 & 0x01010101
-        late_exponents = start + late + above * 3
-        escaped = (marks >> (2 * G) & 0x01010101) * 0xFF
-        common = start + below + (codes >> (2 * G) & 0x03030303)
-        exponents = common ^ ((common ^ late_exponents) & escaped)
-        low = (exponents & 0x00FF00FF) << 7 | mantissas & 0x007F007F | (mantissas & 0x00800080) << 8
-        high = exponents >> 1 & 0x7F807F80 | mantissas >> 8 & 0x007F007F | mantissas & 0x80008000
-        return low, high
+@triton.jit
+def _late_codes(bits, marks, G: tl.constexpr):
+    """The next four 3-bit codes in the bytes of a word, and the bits left; where no escape is marked, any code."""
+    late = bits & 7
+    for byte in tl.static_range(1, 4):
+        bits >>= (marks * 3 >> (2 * G + 8 * byte - 8)) & 3
+        late |= (bits & 7) << (8 * byte)
+    return late, bits >> ((marks * 3 >> (2 * G + 24)) & 3)
 
-    @triton.jit
-    def _eight_weights(
-        mantissas_0, mantissas_1, codes, marks, bits, start, below, G: tl.constexpr, LANES: tl.constexpr
-    ):
-        """Groups G and G + 1 as the (LANES, 4) words that lie together in the output."""
-        late, bits = _late_codes(bits, marks, G)
-        low_0, high_0 = _four_weights(mantissas_0, codes, marks, late, start, below, G)
-        late, bits = _late_codes(bits, marks, G + 1)
-        low_1, high_1 = _four_weights(mantissas_1, codes, marks, late, start, below, G + 1)
-        words = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))
-        return tl.reshape(words, (LANES, 4)).to(tl.int32, bitcast=True)
 
-    @triton.jit
-    def _decode_tile(
-        mantissas, codes, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
-        LANES: tl.constexpr, OVERLAPS: tl.constexpr,
-    ):  # fmt: skip
-        wait_for_inputs(OVERLAPS)  # the planes among them, where a kernel has coded them
-        tile, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
-        four = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
-        word = tl.load(codes + tile * LANES + lane).to(tl.uint32, bitcast=True)
-        groups = tl.load(mantissas + tile * LANES * 4 + four).to(tl.uint32, bitcast=True)
-        escape_bit = tl.load(escape_starts + tile).to(tl.int64) * 3
-        first, last = tl.load(patch_starts + tile), tl.load(patch_starts + tile + 1)
-        start = tl.load(windows + tile * 2).to(tl.uint32) * 0x01010101
-        below = tl.load(windows + tile * 2 + 1).to(tl.uint32) * 0x01010101
-        patched = tl.load(patches + first + lane, mask=first + lane < last, other=0).to(tl.int32)
+@triton.jit
+def _four_weights(mantissas, codes, marks, late, start, below, G: tl.constexpr):
+    """Group G of a lane's weights as two words of two; start and below stand in every byte."""
+    above = late + (0x80808080 - below) >> 7 & 0x01010101
+    late_exponents = start + late + above * 3
+    escaped = (marks >> (2 * G) & 0x01010101) * 0xFF
+    common = start + below + (codes >> (2 * G) & 0x03030303)
+    exponents = common ^ ((common ^ late_exponents) & escaped)
+    low = (exponents & 0x00FF00FF) << 7 | mantissas & 0x007F007F | (mantissas & 0x00800080) << 8
+    high = exponents >> 1 & 0x7F807F80 | mantissas >> 8 & 0x007F007F | mantissas & 0x80008000
+    return low, high
 
-        marks = word & (word >> 1) & 0x55555555
-        count = _count(marks).to(tl.int32)
-        bit = (tl.cumsum(count, 0) - count) * 3 + (escape_bit & 31).to(tl.int32)
-        escapes += (escape_bit >> 5) + (bit >> 5)
-        word_0 = tl.load(escapes).to(tl.uint32, bitcast=True)
-        word_1 = tl.load(escapes + 1).to(tl.uint32, bitcast=True)
-        word_2 = tl.load(escapes + 2).to(tl.uint32, bitcast=True)
-        bits_0, bits_1 = _bits_from(word_0, word_1, bit & 31), _bits_from(word_1, word_2, bit & 31)
-        bits_1 = _bits_from(bits_0, bits_1, _count(marks & 0x05050505) * 3)
-        even, odd = tl.split(tl.reshape(groups, (LANES, 2, 2)))
-        group_0, group_2 = tl.split(even)
-        group_1, group_3 = tl.split(odd)
-        words_0 = _eight_weights(group_0, group_1, word, marks, bits_0, start, below, 0, LANES)
-        words_1 = _eight_weights(group_2, group_3, word, marks, bits_1, start, below, 2, LANES)
 
-        out_words += tile * LANES * 8
-        out += tile * LANES * 16
-        tl.store(out_words + four, words_0)
-        tl.store(out_words + LANES * 4 + four, words_1)
-        for patch in tl.range(first, last, LANES):
-            tl.debug_barrier()  # a patch lies where another thread has written
-            place = out + (patched >> 5 & 0x7FF)
-            bits = tl.load(place, mask=patch + lane < last, other=0).to(tl.int32)
-            bits = bits & ~0x7F80 | bits + ((patched & 31) * 11 << 7) & 0x7F80
-            tl.store(place, bits.to(tl.int16), mask=patch + lane < last)
-            patched = tl.load(patches + patch + LANES + lane, mask=patch + LANES + lane < last, other=0).to(tl.int32)
+@triton.jit
+def _eight_weights(mantissas_0, mantissas_1, codes, marks, bits, start, below, G: tl.constexpr, LANES: tl.constexpr):
+    """Groups G and G + 1 as the (LANES, 4) words that lie together in the output."""
+    late, bits = _late_codes(bits, marks, G)
+    low_0, high_0 = _four_weights(mantissas_0, codes, marks, late, start, below, G)
+    late, bits = _late_codes(bits, marks, G + 1)
+    low_1, high_1 = _four_weights(mantissas_1, codes, marks, late, start, below, G + 1)
+    words = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))
+    return tl.reshape(words, (LANES, 4)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _decode_tile(
+    mantissas, codes, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
+    LANES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAPS)  # the planes among them, where a kernel has coded them
+    tile, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
+    four = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
+    word = tl.load(codes + tile * LANES + lane).to(tl.uint32, bitcast=True)
+    groups = tl.load(mantissas + tile * LANES * 4 + four).to(tl.uint32, bitcast=True)
+    escape_bit = tl.load(escape_starts + tile).to(tl.int64) * 3
+    first, last = tl.load(patch_starts + tile), tl.load(patch_starts + tile + 1)
+    start = tl.load(windows + tile * 2).to(tl.uint32) * 0x01010101
+    below = tl.load(windows + tile * 2 + 1).to(tl.uint32) * 0x01010101
+    patched = tl.load(patches + first + lane, mask=first + lane < last, other=0).to(tl.int32)
+
+    marks = word & (word >> 1) & 0x55555555
+    count = _count(marks).to(tl.int32)
+    bit = (tl.cumsum(count, 0) - count) * 3 + (escape_bit & 31).to(tl.int32)
+    escapes += (escape_bit >> 5) + (bit >> 5)
+    word_0 = tl.load(escapes).to(tl.uint32, bitcast=True)
+    word_1 = tl.load(escapes + 1).to(tl.uint32, bitcast=True)
+    word_2 = tl.load(escapes + 2).to(tl.uint32, bitcast=True)
+    bits_0, bits_1 = _bits_from(word_0, word_1, bit & 31), _bits_from(word_1, word_2, bit & 31)
+    bits_1 = _bits_from(bits_0, bits_1, _count(marks & 0x05050505) * 3)
+    even, odd = tl.split(tl.reshape(groups, (LANES, 2, 2)))
+    group_0, group_2 = tl.split(even)
+    group_1, group_3 = tl.split(odd)
+    words_0 = _eight_weights(group_0, group_1, word, marks, bits_0, start, below, 0, LANES)
+    words_1 = _eight_weights(group_2, group_3, word, marks, bits_1, start, below, 2, LANES)
+
+    out_words += tile * LANES * 8
+    out += tile * LANES * 16
+    tl.store(out_words + four, words_0)
+    tl.store(out_words + LANES * 4 + four, words_1)
+    for patch in tl.range(first, last, LANES):
+        tl.debug_barrier()  # a patch lies where another thread has written
+        place = out + (patched >> 5 & 0x7FF)
+        bits = tl.load(place, mask=patch + lane < last, other=0).to(tl.int32)
+        bits = bits & ~0x7F80 | bits + ((patched & 31) * 11 << 7) & 0x7F80
+        tl.store(place, bits.to(tl.int16), mask=patch + lane < last)
+        patched = tl.load(patches + patch + LANES + lane, mask=patch + LANES + lane < last, other=0).to(tl.int32)

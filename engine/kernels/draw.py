@@ -21,12 +21,7 @@ from torch import Tensor
 from engine.kernels.argmax import argmax_rows_reference, hand_in, over_segments, reads_in_place
 from engine.kernels.filter import Limits
 from engine.kernels.philox import BELOW_ONE, uniform
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import tl, triton
 
 calls = {"reference": 0, "triton": 0}
 
@@ -73,48 +68,50 @@ def _draw_rows_triton(
     return over_segments(_draw_segment, logits, vocab_size, num_segments, **others)
 
 
-if triton is not None:
-    LARGEST_U: tl.constexpr = tl.constexpr(BELOW_ONE)
+LARGEST_U: tl.constexpr = tl.constexpr(BELOW_ONE)
 
-    @triton.jit
-    def _gumbel(word):
-        """The noise of uint32 words."""
-        u = tl.minimum((word.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), LARGEST_U)
-        series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
-        return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1.0 - u)))
 
-    @triton.jit
-    def words_of(seed, position, first, COUNT: tl.constexpr):
-        """The words (COUNT,) of token ids first, first + 1 ..; `first` and COUNT are multiples of 4."""
-        block = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
-        zero = block * 0
-        w0, w1, w2, w3 = tl.philox(seed, block, zero + position.to(tl.uint32), zero, zero)
-        return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (COUNT,))
+@triton.jit
+def _gumbel(word):
+    """The noise of uint32 words."""
+    u = tl.minimum((word.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), LARGEST_U)
+    series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
+    return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1.0 - u)))
 
-    @triton.jit
-    def _draw_segment(
-        logits, logits_row, vocab_size, length, values, ids, tokens, temperatures, seeds, positions,
-        least, last, LIMITED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        begin, lane = segment * length, tl.arange(0, BLOCK)
-        seed, position, temperature = tl.load(seeds + row), tl.load(positions + row), tl.load(temperatures + row)
-        draws = temperature > 0
+
+@triton.jit
+def words_of(seed, position, first, COUNT: tl.constexpr):
+    """The words (COUNT,) of token ids first, first + 1 ..; `first` and COUNT are multiples of 4."""
+    block = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox(seed, block, zero + position.to(tl.uint32), zero, zero)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (COUNT,))
+
+
+@triton.jit
+def _draw_segment(
+    logits, logits_row, vocab_size, length, values, ids, tokens, temperatures, seeds, positions,
+    least, last, LIMITED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin, lane = segment * length, tl.arange(0, BLOCK)
+    seed, position, temperature = tl.load(seeds + row), tl.load(positions + row), tl.load(temperatures + row)
+    draws = temperature > 0
+    if LIMITED:
+        least_kept, last_kept = tl.load(least + row), tl.load(last + row)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    where = begin + lane  # as in argmax
+    nan = tl.zeros((BLOCK,), tl.int32)
+    for offset in tl.range(0, length, BLOCK):
+        column = begin + offset + lane
+        scores = tl.load(logits + row * logits_row + column, mask=column < vocab_size, other=float("-inf"))
+        scores = scores.to(tl.float32)
+        nan |= (scores != scores).to(tl.int32)
         if LIMITED:
-            least_kept, last_kept = tl.load(least + row), tl.load(last + row)
-        best = tl.full((BLOCK,), float("-inf"), tl.float32)
-        where = begin + lane  # as in argmax
-        nan = tl.zeros((BLOCK,), tl.int32)
-        for offset in tl.range(0, length, BLOCK):
-            column = begin + offset + lane
-            scores = tl.load(logits + row * logits_row + column, mask=column < vocab_size, other=float("-inf"))
-            scores = scores.to(tl.float32)
-            nan |= (scores != scores).to(tl.int32)
-            if LIMITED:
-                kept = (scores > least_kept) | ((scores == least_kept) & (column <= last_kept))
-                scores = tl.where(kept, scores, float("-inf"))
-            if draws:
-                scores = tl.div_rn(scores, temperature) + _gumbel(words_of(seed, position, begin + offset, BLOCK))
-            higher = scores > best
-            best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
-        hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)
+            kept = (scores > least_kept) | ((scores == least_kept) & (column <= last_kept))
+            scores = tl.where(kept, scores, float("-inf"))
+        if draws:
+            scores = tl.div_rn(scores, temperature) + _gumbel(words_of(seed, position, begin + offset, BLOCK))
+        higher = scores > best
+        best, where = tl.where(higher, scores, best), tl.where(higher, column, where)
+    hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)

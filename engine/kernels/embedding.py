@@ -9,11 +9,7 @@ Tried: nothing else yet.
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 
@@ -39,8 +35,7 @@ def embed_rows_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor)
 
 
 def _embed_rows_triton(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:
-    if triton is None:
-        raise ValueError("reading the embedding from host memory needs triton; install it or use resident='all'")
+    require_triton("reading the embedding from host memory", "resident='all'")
     assert table.stride(1) == out.stride(1) == 1, "embed_rows: the last dim of table and out must have stride 1"
     assert table.dtype == out.dtype and tokens.is_contiguous()
     calls["triton"] += 1
@@ -51,13 +46,11 @@ def _embed_rows_triton(table: Tensor, tokens: Tensor, first: int, out: Tensor) -
     )
 
 
-if triton is not None:
-
-    @triton.jit
-    def _gather_rows(table, tokens, out, first, num_rows, width, table_row, out_row, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        token = tl.load(tokens + row) - first
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mine = (token >= 0) & (token < num_rows)
-        values = tl.load(table + token * table_row + columns, mask=mine & (columns < width), other=0.0)
-        tl.store(out + row * out_row + columns, values, mask=columns < width)
+@triton.jit
+def _gather_rows(table, tokens, out, first, num_rows, width, table_row, out_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row) - first
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mine = (token >= 0) & (token < num_rows)
+    values = tl.load(table + token * table_row + columns, mask=mine & (columns < width), other=0.0)
+    tl.store(out + row * out_row + columns, values, mask=columns < width)

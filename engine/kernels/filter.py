@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.argmax import argmax_rows, choose_segments
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 KEEP_ALL = -1.0  # a mass to drop that no token is in
@@ -59,7 +54,7 @@ class Limits(NamedTuple):
 def find_limits(logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters) -> Limits:
     """Of the first vocab_size columns of logits (R, V or more) of any float dtype; temperatures (R,) float32, 0 where
     nothing is drawn. Limits of a row with a NaN mean nothing."""
-    takes = logits.is_cuda and triton is not None and logits.dtype in SEARCHED_BITS
+    takes = logits.is_cuda and HAS_TRITON and logits.dtype in SEARCHED_BITS
     return (_find_limits_triton if takes else find_limits_reference)(logits, vocab_size, temperatures, filters)
 
 
@@ -117,125 +112,130 @@ def _find_limits_triton(
     return limits
 
 
-if triton is not None:
-    # Fields of a row's state, int64: the sums at or above four values, the value found so far, what may lie above it
-    # (less than GOAL), what does.
-    SUMS = tl.constexpr(0)
-    LOG2_E = tl.constexpr(1.4426950408889634)
-    FOUND, GOAL, BEFORE, FIELDS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(STATE_FIELDS)
+# Fields of a row's state, int64: the sums at or above four values, the value found so far, what may lie above it
+# (less than GOAL), what does.
+SUMS = tl.constexpr(0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+FOUND, GOAL, BEFORE, FIELDS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(STATE_FIELDS)
 
-    @triton.jit
-    def _key(value, BITS: tl.constexpr):
-        """The order of float32 as uint32, of which the upper BITS count; -0.0 is 0.0."""
-        bits = (value + 0.0).to(tl.uint32, bitcast=True)
-        key = bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
-        return key >> (32 - BITS) << (32 - BITS)
 
-    @triton.jit
-    def _value(key, BITS: tl.constexpr):
-        bits = tl.where(key >> 31 == 1, key ^ 0x80000000, (key ^ 0xFFFFFFFF) >> (32 - BITS) << (32 - BITS))
-        return bits.to(tl.float32, bitcast=True)
+@triton.jit
+def _key(value, BITS: tl.constexpr):
+    """The order of float32 as uint32, of which the upper BITS count; -0.0 is 0.0."""
+    bits = (value + 0.0).to(tl.uint32, bitcast=True)
+    key = bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
+    return key >> (32 - BITS) << (32 - BITS)
 
-    @triton.jit
-    def _mass(logit, peak, log2_slope, scale):
-        return (tl.where(logit == peak, 1.0, tl.exp2((logit - peak) * log2_slope)) * scale).to(tl.int64)
 
-    @triton.jit(do_not_specialize=["shift"])
-    def _sum_above(
-        logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
-        length, shift, COUNT: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Adds up tokens or mass at or above FOUND and the three values that follow it in steps of 1 << shift."""
-        segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        temperature = tl.load(temperatures + row)
-        asks = tl.load(top_k + row) < vocab_size if COUNT else tl.load(drop_mass + row) >= 0
-        if asks & (temperature > 0):
-            state = (by_count if COUNT else by_mass) + row * FIELDS
-            begin, lane = segment * length, tl.arange(0, BLOCK)
-            peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
-            log2_slope = LOG2_E / temperature
-            least = tl.load(by_count + row * FIELDS + FOUND).to(tl.uint32)
-            step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
-            value1 = tl.load(state + FOUND).to(tl.uint32) + step
-            value2 = value1 + step
-            value3 = value2 + step
-            zero = tl.zeros((BLOCK,), tl.int64)
-            sum0, sum1, sum2, sum3 = zero, zero, zero, zero
-            for offset in tl.range(0, length, BLOCK):
-                column = begin + offset + lane
-                inside = column < vocab_size
-                logit = tl.load(logits + row * logits_row + column, mask=inside, other=float("-inf")).to(tl.float32)
-                key = _key(logit, BITS)
-                amount = inside.to(tl.int64)
-                if not COUNT:
-                    amount = tl.where(inside & (key >= least), _mass(logit, peak, log2_slope, scale), 0)
-                if FIRST:
-                    sum0 += amount
-                sum1 += tl.where(key >= value1, amount, 0)
-                sum2 += tl.where(key >= value2, amount, 0)
-                sum3 += tl.where(key >= value3, amount, 0)
-            if FIRST:
-                tl.atomic_add(state + SUMS, tl.sum(sum0, 0), sem="relaxed")
-            tl.atomic_add(state + SUMS + 1, tl.sum(sum1, 0), sem="relaxed")
-            tl.atomic_add(state + SUMS + 2, tl.sum(sum2, 0), sem="relaxed")
-            tl.atomic_add(state + SUMS + 3, tl.sum(sum3, 0), sem="relaxed")
+@triton.jit
+def _value(key, BITS: tl.constexpr):
+    bits = tl.where(key >> 31 == 1, key ^ 0x80000000, (key ^ 0xFFFFFFFF) >> (32 - BITS) << (32 - BITS))
+    return bits.to(tl.float32, bitcast=True)
 
-    @triton.jit(do_not_specialize=["shift"])
-    def _narrow(
-        top_k, drop_mass, log_min_p, by_count, by_mass, shift, COUNT: tl.constexpr, FIRST: tl.constexpr
-    ):  # fmt: skip
-        """Two more bits of FOUND. Where nobody asks the sums are 0, and so are the bits."""
-        row = tl.program_id(0).to(tl.int64)
+
+@triton.jit
+def _mass(logit, peak, log2_slope, scale):
+    return (tl.where(logit == peak, 1.0, tl.exp2((logit - peak) * log2_slope)) * scale).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["shift"])
+def _sum_above(
+    logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
+    length, shift, COUNT: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up tokens or mass at or above FOUND and the three values that follow it in steps of 1 << shift."""
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    temperature = tl.load(temperatures + row)
+    asks = tl.load(top_k + row) < vocab_size if COUNT else tl.load(drop_mass + row) >= 0
+    if asks & (temperature > 0):
         state = (by_count if COUNT else by_mass) + row * FIELDS
-        goal = tl.load(top_k + row) if COUNT else tl.load(state + GOAL)
-        if FIRST and not COUNT:
-            total = tl.load(state + SUMS)
-            dropped = tl.load(drop_mass + row).to(tl.float64) * total.to(tl.float64)
-            goal = tl.maximum(total - dropped.to(tl.int64), 1)  # the most likely token is kept whatever is asked
-            tl.store(state + GOAL, goal)
-        sum1, sum2, sum3 = tl.load(state + SUMS + 1), tl.load(state + SUMS + 2), tl.load(state + SUMS + 3)
-        digit = (sum1 >= goal).to(tl.int64) + (sum2 >= goal).to(tl.int64) + (sum3 >= goal).to(tl.int64)
-        above = tl.where(digit == 0, sum1, tl.where(digit == 1, sum2, sum3))
-        tl.store(state + FOUND, tl.load(state + FOUND) + (digit << shift))
-        tl.store(state + BEFORE, tl.where(digit == 3, tl.load(state + BEFORE), above))
-        tl.store(state + SUMS + tl.arange(0, 4), tl.zeros((4,), tl.int64))
+        begin, lane = segment * length, tl.arange(0, BLOCK)
+        peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
+        log2_slope = LOG2_E / temperature
+        least = tl.load(by_count + row * FIELDS + FOUND).to(tl.uint32)
+        step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
+        value1 = tl.load(state + FOUND).to(tl.uint32) + step
+        value2 = value1 + step
+        value3 = value2 + step
+        zero = tl.zeros((BLOCK,), tl.int64)
+        sum0, sum1, sum2, sum3 = zero, zero, zero, zero
+        for offset in tl.range(0, length, BLOCK):
+            column = begin + offset + lane
+            inside = column < vocab_size
+            logit = tl.load(logits + row * logits_row + column, mask=inside, other=float("-inf")).to(tl.float32)
+            key = _key(logit, BITS)
+            amount = inside.to(tl.int64)
+            if not COUNT:
+                amount = tl.where(inside & (key >= least), _mass(logit, peak, log2_slope, scale), 0)
+            if FIRST:
+                sum0 += amount
+            sum1 += tl.where(key >= value1, amount, 0)
+            sum2 += tl.where(key >= value2, amount, 0)
+            sum3 += tl.where(key >= value3, amount, 0)
+        if FIRST:
+            tl.atomic_add(state + SUMS, tl.sum(sum0, 0), sem="relaxed")
+        tl.atomic_add(state + SUMS + 1, tl.sum(sum1, 0), sem="relaxed")
+        tl.atomic_add(state + SUMS + 2, tl.sum(sum2, 0), sem="relaxed")
+        tl.atomic_add(state + SUMS + 3, tl.sum(sum3, 0), sem="relaxed")
 
-    @triton.jit
-    def _write_limits(
-        logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
-        leasts, lasts, BITS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """From the values found; ties at the border of top_p are counted up to the last that is kept."""
-        row = tl.program_id(0).to(tl.int64)
-        temperature = tl.load(temperatures + row)
-        least = tl.full((), float("-inf"), tl.float32)
-        last = vocab_size + tl.zeros((), tl.int32)
-        if temperature > 0:
-            state = by_mass + row * FIELDS
-            found = tl.maximum(tl.load(by_count + row * FIELDS + FOUND), tl.load(state + FOUND)).to(tl.uint32)
-            peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
-            log2_slope = LOG2_E / temperature
-            if found > 0:
-                least = _value(found, BITS)
-            if tl.load(drop_mass + row) >= 0:
-                room = tl.load(state + GOAL) - tl.load(state + BEFORE)  # mass, at least 1
-                each = _mass(least, peak, log2_slope, scale)
-                admitted = tl.where(each > 0, (room + each - 1) // tl.maximum(each, 1), vocab_size)
-                begin, seen = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-                while (begin < vocab_size) & (seen < admitted):
-                    column = begin + tl.arange(0, BLOCK)
-                    inside = column < vocab_size
-                    logit = tl.load(logits + row * logits_row + column, mask=inside, other=0.0).to(tl.float32)
-                    tied = (inside & (_key(logit, BITS) == found)).to(tl.int32)
-                    count = tl.sum(tied, 0)
-                    if seen + count >= admitted:
-                        kept = (tied > 0) & (seen + tl.cumsum(tied, 0) <= admitted)
-                        last = tl.max(tl.where(kept, column, 0), 0)
-                    seen += count
-                    begin += BLOCK
-            floor = peak + tl.load(log_min_p + row) * temperature
-            if floor > least:
-                least = floor
-                last = vocab_size + tl.zeros((), tl.int32)
-        tl.store(leasts + row, least)
-        tl.store(lasts + row, last)
+
+@triton.jit(do_not_specialize=["shift"])
+def _narrow(
+    top_k, drop_mass, log_min_p, by_count, by_mass, shift, COUNT: tl.constexpr, FIRST: tl.constexpr
+):  # fmt: skip
+    """Two more bits of FOUND. Where nobody asks the sums are 0, and so are the bits."""
+    row = tl.program_id(0).to(tl.int64)
+    state = (by_count if COUNT else by_mass) + row * FIELDS
+    goal = tl.load(top_k + row) if COUNT else tl.load(state + GOAL)
+    if FIRST and not COUNT:
+        total = tl.load(state + SUMS)
+        dropped = tl.load(drop_mass + row).to(tl.float64) * total.to(tl.float64)
+        goal = tl.maximum(total - dropped.to(tl.int64), 1)  # the most likely token is kept whatever is asked
+        tl.store(state + GOAL, goal)
+    sum1, sum2, sum3 = tl.load(state + SUMS + 1), tl.load(state + SUMS + 2), tl.load(state + SUMS + 3)
+    digit = (sum1 >= goal).to(tl.int64) + (sum2 >= goal).to(tl.int64) + (sum3 >= goal).to(tl.int64)
+    above = tl.where(digit == 0, sum1, tl.where(digit == 1, sum2, sum3))
+    tl.store(state + FOUND, tl.load(state + FOUND) + (digit << shift))
+    tl.store(state + BEFORE, tl.where(digit == 3, tl.load(state + BEFORE), above))
+    tl.store(state + SUMS + tl.arange(0, 4), tl.zeros((4,), tl.int64))
+
+
+@triton.jit
+def _write_limits(
+    logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
+    leasts, lasts, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From the values found; ties at the border of top_p are counted up to the last that is kept."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperatures + row)
+    least = tl.full((), float("-inf"), tl.float32)
+    last = vocab_size + tl.zeros((), tl.int32)
+    if temperature > 0:
+        state = by_mass + row * FIELDS
+        found = tl.maximum(tl.load(by_count + row * FIELDS + FOUND), tl.load(state + FOUND)).to(tl.uint32)
+        peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
+        log2_slope = LOG2_E / temperature
+        if found > 0:
+            least = _value(found, BITS)
+        if tl.load(drop_mass + row) >= 0:
+            room = tl.load(state + GOAL) - tl.load(state + BEFORE)  # mass, at least 1
+            each = _mass(least, peak, log2_slope, scale)
+            admitted = tl.where(each > 0, (room + each - 1) // tl.maximum(each, 1), vocab_size)
+            begin, seen = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+            while (begin < vocab_size) & (seen < admitted):
+                column = begin + tl.arange(0, BLOCK)
+                inside = column < vocab_size
+                logit = tl.load(logits + row * logits_row + column, mask=inside, other=0.0).to(tl.float32)
+                tied = (inside & (_key(logit, BITS) == found)).to(tl.int32)
+                count = tl.sum(tied, 0)
+                if seen + count >= admitted:
+                    kept = (tied > 0) & (seen + tl.cumsum(tied, 0) <= admitted)
+                    last = tl.max(tl.where(kept, column, 0), 0)
+                seen += count
+                begin += BLOCK
+        floor = peak + tl.load(log_min_p + row) * temperature
+        if floor > least:
+            least = floor
+            last = vocab_size + tl.zeros((), tl.int32)
+    tl.store(leasts + row, least)
+    tl.store(lasts + row, last)

@@ -16,12 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 BLOCK = 1024  # 8 elements a thread: 16 bytes in bf16
@@ -65,8 +60,7 @@ def gated_activation_reference(ffn: Tensor, kind: str, gated: bool) -> None:
 
 
 def _gated_activation_triton(ffn: Tensor, kind: str, gated: bool) -> None:
-    if triton is None:
-        raise ValueError("gated_activation on a GPU needs triton; install it or use device='cpu'")
+    require_triton("gated_activation on a GPU", "device='cpu'")
     assert kind in ACTIVATIONS, f"no activation {kind!r}"
     assert ffn.stride(1) == 1, "gated_activation: the last dim must have stride 1"
     calls["triton"] += 1
@@ -80,60 +74,62 @@ def _gated_activation_triton(ffn: Tensor, kind: str, gated: bool) -> None:
     )
 
 
-if triton is not None:
+@triton.jit
+def _tanh(x):
+    """Within 1e-7, which is all that 1 + tanh keeps."""
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(x < 0.0, -size, size)
 
-    @triton.jit
-    def _tanh(x):
-        """Within 1e-7, which is all that 1 + tanh keeps."""
-        shrunk = tl.exp(-2.0 * tl.abs(x))
-        size = (1.0 - shrunk) / (1.0 + shrunk)
-        return tl.where(x < 0.0, -size, size)
 
-    @triton.jit
-    def _gelu_new(x, dtype: tl.constexpr):
-        """torch's pow(x, 3.0) is x * x * x, each product rounded (in fp16 on a CPU it is rounded once)."""
-        cube = ((x * x).to(dtype).to(tl.float32) * x).to(dtype).to(tl.float32)
-        term = (0.044715 * cube).to(dtype).to(tl.float32)
-        inner = (0.7978845608028654 * (x + term).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        outer = (1.0 + _tanh(inner).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        return (0.5 * x).to(dtype).to(tl.float32) * outer
+@triton.jit
+def _gelu_new(x, dtype: tl.constexpr):
+    """torch's pow(x, 3.0) is x * x * x, each product rounded (in fp16 on a CPU it is rounded once)."""
+    cube = ((x * x).to(dtype).to(tl.float32) * x).to(dtype).to(tl.float32)
+    term = (0.044715 * cube).to(dtype).to(tl.float32)
+    inner = (0.7978845608028654 * (x + term).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    outer = (1.0 + _tanh(inner).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    return (0.5 * x).to(dtype).to(tl.float32) * outer
 
-    @triton.jit
-    def _gelu_fast(x, dtype: tl.constexpr):
-        square = ((0.044715 * x).to(dtype).to(tl.float32) * x).to(dtype).to(tl.float32)
-        factor = (1.0 + square).to(dtype).to(tl.float32)
-        inner = ((x * 0.7978845608).to(dtype).to(tl.float32) * factor).to(dtype).to(tl.float32)
-        outer = (1.0 + _tanh(inner).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        return (0.5 * x).to(dtype).to(tl.float32) * outer
 
-    @triton.jit
-    def _activate(x, KIND: tl.constexpr, dtype: tl.constexpr):
-        """fp32 in and out; the caller rounds."""
-        if KIND == "silu":
-            return x / (1.0 + tl.exp(-x))
-        elif KIND == "relu":
-            return tl.where(x <= 0.0, 0.0, x)  # NaN stays
-        elif KIND == "gelu":
-            return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        elif KIND == "gelu_pytorch_tanh":
-            return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
-        elif KIND == "gelu_new":
-            return _gelu_new(x, dtype)
-        else:
-            return _gelu_fast(x, dtype)
+@triton.jit
+def _gelu_fast(x, dtype: tl.constexpr):
+    square = ((0.044715 * x).to(dtype).to(tl.float32) * x).to(dtype).to(tl.float32)
+    factor = (1.0 + square).to(dtype).to(tl.float32)
+    inner = ((x * 0.7978845608).to(dtype).to(tl.float32) * factor).to(dtype).to(tl.float32)
+    outer = (1.0 + _tanh(inner).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    return (0.5 * x).to(dtype).to(tl.float32) * outer
 
-    @triton.jit
-    def _activate_rows(
-        ffn, ffn_row, width, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
-    ):  # fmt: skip
-        wait_for_inputs(OVERLAPS)
-        dtype: tl.constexpr = ffn.dtype.element_ty
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        place, inside = ffn + tl.program_id(0).to(tl.int64) * ffn_row + column, column < width
-        gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
-        result = _activate(gate, KIND, dtype).to(dtype)
-        if GATED:
-            result = (result.to(tl.float32) * up).to(dtype)
-        tl.store(place, result, mask=inside)
+
+@triton.jit
+def _activate(x, KIND: tl.constexpr, dtype: tl.constexpr):
+    """fp32 in and out; the caller rounds."""
+    if KIND == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif KIND == "relu":
+        return tl.where(x <= 0.0, 0.0, x)  # NaN stays
+    elif KIND == "gelu":
+        return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_pytorch_tanh":
+        return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
+    elif KIND == "gelu_new":
+        return _gelu_new(x, dtype)
+    else:
+        return _gelu_fast(x, dtype)
+
+
+@triton.jit
+def _activate_rows(
+    ffn, ffn_row, width, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
+    dtype: tl.constexpr = ffn.dtype.element_ty
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place, inside = ffn + tl.program_id(0).to(tl.int64) * ffn_row + column, column < width
+    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
+    result = _activate(gate, KIND, dtype).to(dtype)
+    if GATED:
+        result = (result.to(tl.float32) * up).to(dtype)
+    tl.store(place, result, mask=inside)

@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
@@ -28,7 +23,7 @@ Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out (T, N) = x (T, D) @ weight (N, D).T + bias (N,). Rows of x, weight and out may lie apart."""
-    if x.is_cuda and triton is not None and x.shape[0] == 1:
+    if x.is_cuda and HAS_TRITON and x.shape[0] == 1:
         _linear_triton(x, weight, bias, out)
     else:
         linear_reference(x, weight, bias, out)
@@ -75,27 +70,25 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
     )
 
 
-if triton is not None:
-
-    @triton.jit
-    def _gemv(
-        x, weight, bias, out, weight_row, num_columns, width,
-        BIAS: tl.constexpr, EVEN: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
-        OVERLAPS: tl.constexpr,
-    ):  # fmt: skip
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows = weight + tl.minimum(n, num_columns - 1).to(tl.int64)[:, None] * weight_row  # (BLOCK_N, 1)
-        wait_for_inputs(OVERLAPS)
-        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for start in tl.range(0, width, BLOCK_D, num_stages=STAGES, loop_unroll_factor=UNROLL):
-            d = start + tl.arange(0, BLOCK_D)[None, :]
-            inside = None if EVEN else d < width
-            other = None if EVEN else 0.0
-            w = tl.load(rows + d, mask=inside, other=other, eviction_policy="evict_first")  # (BLOCK_N, BLOCK_D)
-            values = tl.load(x + d, mask=inside, other=other)  # (1, BLOCK_D)
-            acc += w.to(tl.float32) * values.to(tl.float32)
-        result = tl.sum(acc, 1)  # (BLOCK_N,)
-        if BIAS:
-            result += tl.load(bias + n, mask=n < num_columns, other=0.0).to(tl.float32)
-        tl.store(out + n, result.to(out.dtype.element_ty), mask=n < num_columns)
+@triton.jit
+def _gemv(
+    x, weight, bias, out, weight_row, num_columns, width,
+    BIAS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = weight + tl.minimum(n, num_columns - 1).to(tl.int64)[:, None] * weight_row  # (BLOCK_N, 1)
+    wait_for_inputs(OVERLAPS)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in tl.range(0, width, BLOCK_D, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        inside = None if EVEN else d < width
+        other = None if EVEN else 0.0
+        w = tl.load(rows + d, mask=inside, other=other, eviction_policy="evict_first")  # (BLOCK_N, BLOCK_D)
+        values = tl.load(x + d, mask=inside, other=other)  # (1, BLOCK_D)
+        acc += w.to(tl.float32) * values.to(tl.float32)
+    result = tl.sum(acc, 1)  # (BLOCK_N,)
+    if BIAS:
+        result += tl.load(bias + n, mask=n < num_columns, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < num_columns)

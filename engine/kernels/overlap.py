@@ -14,11 +14,7 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import tl, triton
 
 
 @functools.cache
@@ -28,14 +24,9 @@ def options(device: torch.device) -> dict[str, Any]:
     return {"OVERLAPS": overlaps} | ({"launch_pdl": True} if overlaps else {})
 
 
-if triton is not None:
-
-    @triton.jit
-    def wait_for_inputs(OVERLAPS: tl.constexpr):
-        """Returns when all kernels before have ended; from then on the next one may start."""
-        if OVERLAPS:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-
-else:
-    wait_for_inputs = None  # imported by every kernel
+@triton.jit
+def wait_for_inputs(OVERLAPS: tl.constexpr):
+    """Returns when all kernels before have ended; from then on the next one may start."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

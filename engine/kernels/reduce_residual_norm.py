@@ -12,13 +12,8 @@ from torch import Tensor, int32
 
 from engine.kernels.overlap import options, wait_for_inputs
 from engine.kernels.residual_norm import check_rows, load_weights, norm_row
+from engine.kernels.triton_door import tl, triton
 from parallel.push_reduce import WORD_BYTES, PeerBuffers, collect, fits_rows, flip, load_part, push, sum_parts
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
 
 calls = {"triton": 0}
 MAX_WARPS = 16
@@ -58,33 +53,31 @@ def reduce_residual_norm(
         )
 
 
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["rank"])
-    def _reduce_add_and_norm(
-        x, delta, weight, bias, out, eps, x_row, out_row, words, others, halves, abort_word, rank, size,
-        D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
-        RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
-        OVERLAPS: tl.constexpr,
-    ):  # fmt: skip
-        dtype: tl.constexpr = x.dtype.element_ty
-        PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
-        row, word = tl.program_id(0), tl.arange(0, BLOCK)
-        place, there = row * (D // PER_WORD) + word, word < D // PER_WORD
-        column = tl.arange(0, BLOCK * PER_WORD)
-        inside = column < D
-        if COLLECTS:
-            factors, offsets = load_weights(weight, bias, column, inside, BIAS)
-        wait_for_inputs(OVERLAPS)
-        half = tl.load(halves + row)
-        own = load_part(delta, place, there)
-        if PUSHES:
-            push(own, others, place, there, half, rank, size)
-        if COLLECTS:
-            values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-            parts = collect(own, words, place, there, half, abort_word, rank, size, RANKS)
-            values = (values + sum_parts(parts, dtype).to(tl.float32)).to(dtype)
-            tl.store(x + row * x_row + column, values, mask=inside)
-            normed = norm_row(values.to(tl.float32), inside, factors, offsets, eps, dtype, D, LAYER, BIAS)
-            tl.store(out + row * out_row + column, normed, mask=inside)
-            flip(halves, half)
+@triton.jit(do_not_specialize=["rank"])
+def _reduce_add_and_norm(
+    x, delta, weight, bias, out, eps, x_row, out_row, words, others, halves, abort_word, rank, size,
+    D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = x.dtype.element_ty
+    PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
+    row, word = tl.program_id(0), tl.arange(0, BLOCK)
+    place, there = row * (D // PER_WORD) + word, word < D // PER_WORD
+    column = tl.arange(0, BLOCK * PER_WORD)
+    inside = column < D
+    if COLLECTS:
+        factors, offsets = load_weights(weight, bias, column, inside, BIAS)
+    wait_for_inputs(OVERLAPS)
+    half = tl.load(halves + row)
+    own = load_part(delta, place, there)
+    if PUSHES:
+        push(own, others, place, there, half, rank, size)
+    if COLLECTS:
+        values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+        parts = collect(own, words, place, there, half, abort_word, rank, size, RANKS)
+        values = (values + sum_parts(parts, dtype).to(tl.float32)).to(dtype)
+        tl.store(x + row * x_row + column, values, mask=inside)
+        normed = norm_row(values.to(tl.float32), inside, factors, offsets, eps, dtype, D, LAYER, BIAS)
+        tl.store(out + row * out_row + column, normed, mask=inside)
+        flip(halves, half)

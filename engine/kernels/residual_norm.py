@@ -11,12 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 MAX_WIDTH = 16384  # more would not stay in registers
@@ -64,8 +59,7 @@ def _residual_norm_triton(x, delta, weight, bias, eps, out, kind) -> None:
 
 def check_rows(x, delta, weight, bias, out, kind) -> None:
     """Raises ValueError if the kernel cannot take rows of this width at all."""
-    if triton is None:
-        raise ValueError("residual_norm on a GPU needs triton; install it or use device='cpu'")
+    require_triton("residual_norm on a GPU", "device='cpu'")
     if x.shape[1] > MAX_WIDTH:
         raise ValueError(f"hidden size {x.shape[1]}: the norm kernel takes rows of at most {MAX_WIDTH}")
     given = [t for t in (x, delta, weight, bias, out) if t is not None]
@@ -74,51 +68,48 @@ def check_rows(x, delta, weight, bias, out, kind) -> None:
     assert len({t.dtype for t in given}) == 1, "residual_norm: all tensors have one dtype"
 
 
-if triton is not None:
+@triton.jit
+def load_weights(weight, bias, column, inside, BIAS: tl.constexpr):
+    """Weight and bias in fp32."""
+    factors = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    offsets = 0.0
+    if BIAS:
+        offsets = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return factors, offsets
 
-    @triton.jit
-    def load_weights(weight, bias, column, inside, BIAS: tl.constexpr):
-        """Weight and bias in fp32."""
-        factors = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        offsets = 0.0
-        if BIAS:
-            offsets = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        return factors, offsets
 
-    @triton.jit
-    def norm_row(
-        values, inside, factors, offsets, eps,
-        dtype: tl.constexpr, D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
-    ):  # fmt: skip
-        """The norm of a row in fp32, 0 where it is not inside, rounded to dtype."""
-        if LAYER:
-            values = tl.where(inside, values - tl.sum(values) * (1.0 / D), 0.0)
-        scaled = values * tl.rsqrt(tl.sum(values * values) * (1.0 / D) + eps)
-        normed = scaled * factors if LAYER else scaled.to(dtype).to(tl.float32) * factors
-        if BIAS:
-            normed += offsets
-        return normed.to(dtype)
+@triton.jit
+def norm_row(
+    values, inside, factors, offsets, eps,
+    dtype: tl.constexpr, D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The norm of a row in fp32, 0 where it is not inside, rounded to dtype."""
+    if LAYER:
+        values = tl.where(inside, values - tl.sum(values) * (1.0 / D), 0.0)
+    scaled = values * tl.rsqrt(tl.sum(values * values) * (1.0 / D) + eps)
+    normed = scaled * factors if LAYER else scaled.to(dtype).to(tl.float32) * factors
+    if BIAS:
+        normed += offsets
+    return normed.to(dtype)
 
-    @triton.jit
-    def _add_and_norm(
-        x, delta, weight, bias, out, eps, x_row, delta_row, out_row,
-        D: tl.constexpr, LAYER: tl.constexpr, ADDS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
-        OVERLAPS: tl.constexpr,
-    ):  # fmt: skip
-        dtype: tl.constexpr = x.dtype.element_ty
-        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        inside = column < D
-        factors, offsets = load_weights(weight, bias, column, inside, BIAS)  # on their way during the sums
-        wait_for_inputs(OVERLAPS)
-        values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-        if ADDS:
-            values += tl.load(delta + row * delta_row + column, mask=inside, other=0.0).to(tl.float32)
-        if ADDS:
-            rounded = values.to(dtype)
-            tl.store(x + row * x_row + column, rounded, mask=inside)
-            values = rounded.to(tl.float32)
-        normed = norm_row(values, inside, factors, offsets, eps, dtype, D, LAYER, BIAS)
-        tl.store(out + row * out_row + column, normed, mask=inside)
 
-else:
-    load_weights = norm_row = None  # imported by the fused kernel
+@triton.jit
+def _add_and_norm(
+    x, delta, weight, bias, out, eps, x_row, delta_row, out_row,
+    D: tl.constexpr, LAYER: tl.constexpr, ADDS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = x.dtype.element_ty
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < D
+    factors, offsets = load_weights(weight, bias, column, inside, BIAS)  # on their way during the sums
+    wait_for_inputs(OVERLAPS)
+    values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        values += tl.load(delta + row * delta_row + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        rounded = values.to(dtype)
+        tl.store(x + row * x_row + column, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+    normed = norm_row(values, inside, factors, offsets, eps, dtype, D, LAYER, BIAS)
+    tl.store(out + row * out_row + column, normed, mask=inside)

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.overlap import options, wait_for_inputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
+from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 TILE, NUM_WARPS = 1024, 2  # elements of a program: 16 a thread, 16 bytes of each half in bf16
@@ -77,8 +72,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
 def _rope_append_triton(
     attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
 ):
-    if triton is None:
-        raise ValueError("rope_append on a GPU needs triton; install it or use device='cpu'")
+    require_triton("rope_append on a GPU", "device='cpu'")
     dim, half, total = keys.shape[2], table.shape[2], num_heads + 2 * num_kv_heads
     assert attn.shape[1] == total * dim and 2 * half <= dim, "attn is not (T, (H + 2K) E), or more rotates than E"
     assert (q_norm is None) == (k_norm is None), "norms of q and k come together"
@@ -98,69 +92,70 @@ def _rope_append_triton(
     )
 
 
-if triton is not None:
+@triton.jit
+def _load(row, column, inside):
+    return tl.load(row + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    @triton.jit
-    def _load(row, column, inside):
-        return tl.load(row + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    @triton.jit
-    def _norm_part(x, scale, q_norm, k_norm, column, size, is_q, is_v, dtype: tl.constexpr):
-        """Some columns of q and k heads, normed; v as it is."""
-        q_weight = tl.load(q_norm + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
-        k_weight = tl.load(k_norm + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
-        normed = (x * scale[:, None]).to(dtype).to(tl.float32) * tl.where(is_q[:, None], q_weight, k_weight)
-        return tl.where(is_v[:, None], x, normed.to(dtype).to(tl.float32))
+@triton.jit
+def _norm_part(x, scale, q_norm, k_norm, column, size, is_q, is_v, dtype: tl.constexpr):
+    """Some columns of q and k heads, normed; v as it is."""
+    q_weight = tl.load(q_norm + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+    k_weight = tl.load(k_norm + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+    normed = (x * scale[:, None]).to(dtype).to(tl.float32) * tl.where(is_q[:, None], q_weight, k_weight)
+    return tl.where(is_v[:, None], x, normed.to(dtype).to(tl.float32))
 
-    @triton.jit
-    def _append(x, key, value, column, inside, is_k, is_v):
-        tl.store(key + column[None, :], x, mask=inside & is_k[:, None])
-        tl.store(value + column[None, :], x, mask=inside & is_v[:, None])
 
-    @triton.jit
-    def _rotate_and_append(
-        attn, table, positions, places, keys, values, q_norm, k_norm, eps,
-        attn_row, table_part, table_row, key_row, key_head, value_row, value_head,
-        H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, NORMS: tl.constexpr, ROTATED: tl.constexpr,
-        HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, OVERLAPS: tl.constexpr,
-    ):  # fmt: skip
-        wait_for_inputs(OVERLAPS)
-        dtype: tl.constexpr = attn.dtype.element_ty
-        token = tl.program_id(0).to(tl.int64)
-        head, half = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
-        is_q, is_k, is_v = head < H, (head >= H) & (head < H + K), head >= H + K
-        there, turns = (head < H + 2 * K)[:, None], (head < H + K)[:, None]
-        row = attn + token * attn_row + head[:, None] * E
-        paired = there & (half < F)[None, :]
-        first, second = _load(row, half, paired), _load(row, half + F, paired)
-        angles = table + tl.load(positions + token) * table_row + half
-        cos = tl.load(angles, mask=half < F, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(angles + table_part, mask=half < F, other=0.0).to(tl.float32)[None, :]
-        place = tl.load(places + token)
-        key = keys + place * key_row + (head - H)[:, None] * key_head
-        value = values + place * value_row + (head - H - K)[:, None] * value_head
+@triton.jit
+def _append(x, key, value, column, inside, is_k, is_v):
+    tl.store(key + column[None, :], x, mask=inside & is_k[:, None])
+    tl.store(value + column[None, :], x, mask=inside & is_v[:, None])
+
+
+@triton.jit
+def _rotate_and_append(
+    attn, table, positions, places, keys, values, q_norm, k_norm, eps,
+    attn_row, table_part, table_row, key_row, key_head, value_row, value_head,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, NORMS: tl.constexpr, ROTATED: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
+    dtype: tl.constexpr = attn.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    head, half = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
+    is_q, is_k, is_v = head < H, (head >= H) & (head < H + K), head >= H + K
+    there, turns = (head < H + 2 * K)[:, None], (head < H + K)[:, None]
+    row = attn + token * attn_row + head[:, None] * E
+    paired = there & (half < F)[None, :]
+    first, second = _load(row, half, paired), _load(row, half + F, paired)
+    angles = table + tl.load(positions + token) * table_row + half
+    cos = tl.load(angles, mask=half < F, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(angles + table_part, mask=half < F, other=0.0).to(tl.float32)[None, :]
+    place = tl.load(places + token)
+    key = keys + place * key_row + (head - H)[:, None] * key_head
+    value = values + place * value_row + (head - H - K)[:, None] * value_head
+    if REST:
+        rest = 2 * F + tl.arange(0, REST)
+        beside = there & (rest < E)[None, :]
+        others = _load(row, rest, beside)
+    if NORMS:
+        squares = tl.sum(first * first + second * second, axis=1)
         if REST:
-            rest = 2 * F + tl.arange(0, REST)
-            beside = there & (rest < E)[None, :]
-            others = _load(row, rest, beside)
-        if NORMS:
-            squares = tl.sum(first * first + second * second, axis=1)
-            if REST:
-                squares += tl.sum(others * others, axis=1)
-            scale = tl.rsqrt(squares * (1.0 / E) + eps)
-            first = _norm_part(first, scale, q_norm, k_norm, half, F, is_q, is_v, dtype)
-            second = _norm_part(second, scale, q_norm, k_norm, half + F, 2 * F, is_q, is_v, dtype)
-            if REST:
-                others = _norm_part(others, scale, q_norm, k_norm, rest, E, is_q, is_v, dtype)
-                tl.store(row + rest[None, :], others.to(dtype), mask=beside & turns)
-        turned = (first * cos).to(dtype).to(tl.float32) + (-second * sin).to(dtype).to(tl.float32)
-        turned_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
-        turned, turned_second = turned.to(dtype), turned_second.to(dtype)
-        tl.store(row + half[None, :], turned, mask=paired & turns)
-        tl.store(row + half[None, :] + F, turned_second, mask=paired & turns)
-        if ROTATED:
-            first, second = tl.where(turns, turned, first).to(dtype), tl.where(turns, turned_second, second).to(dtype)
-        _append(first.to(dtype), key, value, half, paired, is_k, is_v)
-        _append(second.to(dtype), key, value, half + F, paired, is_k, is_v)
+            squares += tl.sum(others * others, axis=1)
+        scale = tl.rsqrt(squares * (1.0 / E) + eps)
+        first = _norm_part(first, scale, q_norm, k_norm, half, F, is_q, is_v, dtype)
+        second = _norm_part(second, scale, q_norm, k_norm, half + F, 2 * F, is_q, is_v, dtype)
         if REST:
-            _append(others.to(dtype), key, value, rest, beside, is_k, is_v)
+            others = _norm_part(others, scale, q_norm, k_norm, rest, E, is_q, is_v, dtype)
+            tl.store(row + rest[None, :], others.to(dtype), mask=beside & turns)
+    turned = (first * cos).to(dtype).to(tl.float32) + (-second * sin).to(dtype).to(tl.float32)
+    turned_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
+    turned, turned_second = turned.to(dtype), turned_second.to(dtype)
+    tl.store(row + half[None, :], turned, mask=paired & turns)
+    tl.store(row + half[None, :] + F, turned_second, mask=paired & turns)
+    if ROTATED:
+        first, second = tl.where(turns, turned, first).to(dtype), tl.where(turns, turned_second, second).to(dtype)
+    _append(first.to(dtype), key, value, half, paired, is_k, is_v)
+    _append(second.to(dtype), key, value, half + F, paired, is_k, is_v)
+    if REST:
+        _append(others.to(dtype), key, value, rest, beside, is_k, is_v)

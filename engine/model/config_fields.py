@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from engine.model.spec import DTYPE_BYTES, RopeSpec
+from scheduler.units import show_value
 
 MAX_LAYERS = 512  # planning takes time for each; the deepest published models have under 200
 MAX_SIZE = 2**31 - 1  # of anything else that is counted
 MAX_NUMBER = 1e30
-MAX_SHOWN = 200  # characters of a value that a message shows
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 # The parameters that a kind needs; yarn's have defaults. Dynamic equals default up to the trained length.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
@@ -53,9 +53,9 @@ class Fields:
     def size(self, key: str, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
         value = self.values.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise self.error(f"{key} must be an integer of at least {at_least}, not {shown(value)}")
+            raise self.error(f"{key} must be an integer of at least {at_least}, not {show_value(value)}")
         if value > at_most:
-            raise self.error(f"{key} = {shown(value)} is not supported: it can be {at_most} at most")
+            raise self.error(f"{key} = {show_value(value)} is not supported: it can be {at_most} at most")
         return value
 
     def size_or(self, key: str, other: int | None) -> int | None:
@@ -64,33 +64,27 @@ class Fields:
     def number(self, key: str) -> float:
         value = self.values.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.error(f"{key} must be a positive number, not {shown(value)}")
+            raise self.error(f"{key} must be a positive number, not {show_value(value)}")
         if value > MAX_NUMBER:
-            raise self.error(f"{key} = {shown(value)} is not supported: it can be {MAX_NUMBER:g} at most")
+            raise self.error(f"{key} = {show_value(value)} is not supported: it can be {MAX_NUMBER:g} at most")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
         if not isinstance(value, bool):
-            raise self.error(f"{key} must be true or false, not {shown(value)}")
+            raise self.error(f"{key} must be true or false, not {show_value(value)}")
         return value
 
     def refuse(self, refused: Mapping[str, tuple[Any, ...]]) -> None:
         for key, off in refused.items():
             if self.values.get(key) not in off:
-                raise self.error(f"{key} = {shown(self.values[key])} is not supported")
-
-
-def shown(value: Any) -> str:
-    """As a message shows it, on one line and not too long."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+                raise self.error(f"{key} = {show_value(self.values[key])} is not supported")
 
 
 def choice(fields: Fields, key: str, value: Any, choices: Collection[str]) -> str:
     """`value`. Raises ValueError, with the supported ones, for any other."""
     if not isinstance(value, str) or value not in choices:
-        raise fields.error(f"{key} {shown(value)} is not supported; supported: {', '.join(choices)}")
+        raise fields.error(f"{key} {show_value(value)} is not supported; supported: {', '.join(choices)}")
     return value
 
 
@@ -110,9 +104,9 @@ def read_token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
     bos, eos = fields.values.get("bos_token_id"), fields.values.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if type(bos) not in (int, type(None)):
-        raise fields.error(f"bos_token_id must be an integer or null, not {shown(bos)}")
+        raise fields.error(f"bos_token_id must be an integer or null, not {show_value(bos)}")
     if any(type(i) is not int for i in ids):
-        raise fields.error(f"eos_token_id must be an integer, a list of integers or null, not {shown(eos)}")
+        raise fields.error(f"eos_token_id must be an integer, a list of integers or null, not {show_value(eos)}")
     return bos, tuple(ids)
 
 
@@ -161,7 +155,7 @@ def _rope_values(fields: Fields, theta_key: str, part_key: str) -> Fields:
     values = fields.values
     inner = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(inner, Mapping):
-        raise fields.error(f"rope_parameters must be an object, not {shown(inner)}")
+        raise fields.error(f"rope_parameters must be an object, not {show_value(inner)}")
     nested = [value for value in inner.values() if isinstance(value, Mapping)]
     if nested:
         if any(value != nested[0] for value in nested):

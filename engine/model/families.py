@@ -24,10 +24,10 @@ from engine.model.config_fields import (
     read_token_ids,
     read_windows,
     scaled_length,
-    shown,
 )
 from engine.model.spec import ModelSpec, TensorNames
 from engine.user_files import read_json
+from scheduler.units import show_value
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ def _find_family(config: Mapping[str, Any], source: str) -> Family:
     """model_type chooses, or else the architecture; another head on a known body is refused as well."""
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise ValueError(f"{source}: architectures must be a list, not {shown(architectures)}")
+        raise ValueError(f"{source}: architectures must be a list, not {show_value(architectures)}")
     for family in FAMILIES.values():
         known = any(name in family.architectures for name in architectures)
         if known if model_type is None else model_type == family.name and (known or not architectures):
             return family
     name = architectures[0] if architectures else model_type
     known = any(name in family.architectures for family in FAMILIES.values())
-    named = f"model_type {shown(model_type)} of a {name}" if known else f"architecture {shown(name)}"
+    named = f"model_type {show_value(model_type)} of a {name}" if known else f"architecture {show_value(name)}"
     supported = ", ".join(f"{f.architectures[0]} ({f.name})" for f in FAMILIES.values())
     raise ValueError(f"{source}: {named} is not supported; supported: {supported}")
 

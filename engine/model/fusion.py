@@ -1,26 +1,27 @@
 """Rewrites the steps of a pass: neighbours that one kernel does together become one instruction.
 
-PURE. A fused step's name joins its parts with "+", so that trace, table and STEPS tell what it holds; it is the same
-pass, never a second forward. The fused step reads the norm's weights and so stands behind that group's acquire.
+PURE. The tables below are the only place that says what is fused; ops.STEPS has a step for each of their rows. A fused
+step's name joins its parts, so that trace and table tell what it holds; it is the same pass, never a second forward. It
+reads the norm's weights and so stands behind that group's acquire.
 """
 
 from functools import reduce
 
-from scheduler.step_plan import Compute
+from scheduler.step_plan import Compute, fused_name
 
 Runs = tuple[tuple[str, ...], ...]
-FUSED: Runs = (
+FUSED: Runs = (  # a residual, and a norm
     ("attn_residual", "ffn_norm"),
     ("ffn_residual", "attn_norm"),  # of the next layer
     ("ffn_residual", "final_norm"),
 )
-FUSED_ON_ONE_RANK: Runs = (*FUSED, ("head", "logits_gather"))  # there is nothing to gather
-FUSED_OVER_RANKS: Runs = (
+FUSED_OVER_RANKS: Runs = (  # and the reduce before them
     ("attn_allreduce", "attn_residual", "ffn_norm"),
     ("ffn_allreduce", "ffn_residual", "attn_norm"),
     ("ffn_allreduce", "ffn_residual", "final_norm"),
 )
-
+WHOLE_HEAD = ("head", "logits_gather")  # on one rank there is nothing to gather
+FUSED_ON_ONE_RANK: Runs = (*FUSED, WHOLE_HEAD)
 
 MOST_FUSED_WIDTH = 4096
 
@@ -54,7 +55,7 @@ def join(first: Compute, second: Compute) -> Compute:
     inner = {name for name in before if "+" in before[name] and "x" in after.get(name, "")}
     names = [name for name in {**before, **after} if name not in inner]
     effects = tuple((name, _merged(before.get(name), after.get(name))) for name in names)
-    return Compute(f"{first.step}+{second.step}", owner.layer_idx, owner.group, effects)
+    return Compute(fused_name(first.step, second.step), owner.layer_idx, owner.group, effects)
 
 
 def _merged(first: str | None, second: str | None) -> str:

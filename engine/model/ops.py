@@ -17,9 +17,11 @@ from engine.kernels.reduce_residual_norm import reduce_residual_norm
 from engine.kernels.residual_norm import residual_norm
 from engine.kernels.rope_append import rope_append
 from engine.model.attention import attend_
+from engine.model.fusion import FUSED, FUSED_OVER_RANKS, WHOLE_HEAD
 from engine.model.inputs import PassInputs
 from engine.model.spec import ModelSpec
 from parallel.collectives import Collectives
+from scheduler.step_plan import fused_name
 
 
 @dataclass
@@ -194,16 +196,13 @@ STEPS: dict[str, Callable[[StepContext, Weights, int], None]] = {
     "parallel_add": parallel_add,
     "ffn_allreduce": _reduce_step("x_", "ffn_allreduce"),
     "ffn_residual": residual,
-    "attn_residual+ffn_norm": _norm_step("ffn_norm", delta="x_"),
-    "ffn_residual+attn_norm": _norm_step("attn_norm", delta="x_"),
-    "ffn_residual+final_norm": _norm_step("final_norm", delta="x_"),
-    "attn_allreduce+attn_residual+ffn_norm": _reduce_norm_step("attn_allreduce", "ffn_norm"),
-    "ffn_allreduce+ffn_residual+attn_norm": _reduce_norm_step("ffn_allreduce", "attn_norm"),
-    "ffn_allreduce+ffn_residual+final_norm": _reduce_norm_step("ffn_allreduce", "final_norm"),
     "final_norm": _norm_step("final_norm"),
     "select_rows": select_rows,
     "head": _head_step("part"),
-    "head+logits_gather": _head_step("logits"),
     "logits_gather": logits_gather,
     "sample": sample,
+    # the rows of fusion.py
+    **{fused_name(residual, norm): _norm_step(norm, delta="x_") for residual, norm in FUSED},
+    **{fused_name(*run): _reduce_norm_step(run[0], run[-1]) for run in FUSED_OVER_RANKS},
+    fused_name(*WHOLE_HEAD): _head_step("logits"),
 }

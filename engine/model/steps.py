@@ -31,7 +31,7 @@ def model_steps(spec: ModelSpec) -> list[Compute]:
 
 def sums_over_ranks(step: Compute) -> bool:
     """Is the step an all-reduce, or one that holds one?"""
-    return any(part.endswith("allreduce") for part in step.step.split("+"))
+    return any(part.endswith("allreduce") for part in step.parts)
 
 
 def _step(step: str, layer_idx: int, group: GroupId | None, **effects: str) -> Compute:

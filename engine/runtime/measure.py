@@ -13,9 +13,10 @@ from engine.runtime.arena import aligned_bytes
 from engine.weights.codec import CodeLayout, decode, encode
 from engine.weights.host_arena import HostArena
 from parallel.collectives import Collectives
+from scheduler.units import MIB, gb_s
 
 REPEATS = 3
-GPU_BYTES, CPU_BYTES = 2**29, 8 * 2**20  # more than a GPU's L2 cache holds
+GPU_BYTES, CPU_BYTES = 2**29, 8 * MIB  # more than a GPU's L2 cache holds
 GPU_SIDE, CPU_SIDE = 8192, 256  # of the matrices that are multiplied
 NUM_READS, NUM_GEMMS, NUM_LAUNCHES = 8, 3, 100  # in one timed run, so that starting and ending it does not count
 Copies = list[tuple[Tensor, Tensor]]
@@ -86,14 +87,14 @@ def link_gb_s(copies: Copies, collectives: Collectives, ranks: range | None = No
             run_s = seconds(run, device, repeats=1, warm_ups=0)
             best_s = min(best_s, run_s) if place >= warm_ups else best_s
     collectives.barrier()
-    return sum(source.nbytes for source, _ in copies) / best_s / 1e9
+    return gb_s(sum(source.nbytes for source, _ in copies), best_s)
 
 
 def memory_gb_s(device: torch.device) -> float:
     """1e9 bytes/s that a sum reads."""
     data = torch.ones((GPU_BYTES if device.type == "cuda" else CPU_BYTES) // 4, device=device)
     run_s = seconds(lambda: [data.sum() for _ in range(NUM_READS)], device)
-    return NUM_READS * data.nbytes / run_s / 1e9
+    return gb_s(NUM_READS * data.nbytes, run_s)
 
 
 def decode_gb_s(device: torch.device) -> float:
@@ -104,7 +105,7 @@ def decode_gb_s(device: torch.device) -> float:
     layout, blob = encode(weights)
     pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(number)]
     run_s = decode_seconds(layout, pairs, device)
-    return number * nbytes / run_s / 1e9
+    return gb_s(number * nbytes, run_s)
 
 
 def decode_seconds(layout: CodeLayout, pairs: list[tuple[Tensor, Tensor]], device: torch.device) -> float:

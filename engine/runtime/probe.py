@@ -32,10 +32,11 @@ from scheduler.batch import Batch, BatchRow
 from scheduler.pages import RESERVED_PAGE
 from scheduler.pass_work import PassWork
 from scheduler.time_model import Rates
+from scheduler.units import GB, GIB, gb_s
 
-LINK_BYTES = 8 * 2**30  # in one run: memory that several ranks share holds a higher rate for a moment than for long
-WARM_BYTES = 32 * 2**30  # before the first run: the first copies of a fresh machine are slower
-GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = 2**30, CPU_BYTES, 4 * CPU_BYTES
+LINK_BYTES = 8 * GIB  # in one run: memory that several ranks share holds a higher rate for a moment than for long
+WARM_BYTES = 32 * GIB  # before the first run: the first copies of a fresh machine are slower
+GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = GIB, CPU_BYTES, 4 * CPU_BYTES
 
 
 @on_own_device
@@ -69,7 +70,7 @@ def _step_latency_s(executor: Executor, work: PassWork, rates: Rates, device: to
         executor.submit(batch)
         executor.collect()
 
-    known_s = work.num_reduces * rates.reduce_latency_s + work.streamed_bytes / rates.link_gb_s / 1e9
+    known_s = work.num_reduces * rates.reduce_latency_s + work.streamed_bytes / rates.link_gb_s / GB
     return max(seconds(run, device, repeats=3) - known_s, 0.0) / work.num_steps
 
 
@@ -96,7 +97,7 @@ def measure_rates(
         row, large = torch.zeros(hidden_size, device=device, dtype=dtype), torch.zeros(num_bytes // 8, device=device)
         small_s = reduce_seconds(collectives.all_reduce, row, collectives, in_graphs)
         large_s = reduce_seconds(collectives.all_reduce, large, collectives)
-        reduce_gb_s = large.nbytes / sending_s(large_s, small_s) / 1e9
+        reduce_gb_s = gb_s(large.nbytes, sending_s(large_s, small_s))
     return Rates(
         link_gb_s=min(rate for (rate,) in all_ranks([link], collectives, device)),
         memory_gb_s=memory,

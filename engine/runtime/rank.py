@@ -33,8 +33,9 @@ from engine.planning import EnginePlan, find_model, make_engine_plan, pass_work,
 from engine.runtime.calls import Call, config_objection, objection, pack_config
 from engine.runtime.probe import probe_engine
 from engine.runtime.sampler import SampleOutput
-from engine.runtime.trace import join_traces, write_trace
+from engine.runtime.trace import join_traces
 from engine.runtime.worker import Worker, open_source
+from engine.user_files import check_output
 from engine.weights.blocks import WeightSource
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.read_model import read_model
@@ -47,9 +48,9 @@ from scheduler.batch import Batch
 from scheduler.code_choice import CodeDoesNotPay
 from scheduler.pass_work import PassShape, PassWork
 from scheduler.time_model import Rates, predict_pass, with_link
+from scheduler.units import MIB
 
 BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, CALL = range(1, 8)
-MIB = 2**20
 LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 
@@ -115,7 +116,7 @@ class Rank:
             self.planned_memory = device_memory(device)
             prepared = self._prepare(self.planned_memory, rates)
             if config.trace:
-                write_trace(config.trace, [])  # a path that cannot be written is refused now, not after the run
+                check_output("--trace", config.trace)
             launch.start(json.dumps(config.to_dict()))
         return self._join(prepared)
 

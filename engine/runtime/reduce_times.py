@@ -13,8 +13,8 @@ from engine.runtime.measure import REPEATS, all_ranks, capture, seconds
 from parallel.collectives import Collectives
 from parallel.nccl import Nccl
 from parallel.symmetric import Symmetric
+from scheduler.units import KIB
 
-KIB = 2**10
 SIZES = tuple(KIB * 4**power for power in range(1, 9))  # 4 KiB to 64 MiB
 CPU_SIZES = SIZES[:5]  # to 1 MiB
 RUN_BYTES = 2**28  # reduced in one timed run, about

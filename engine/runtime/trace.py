@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 from engine.planning import EnginePlan, step_seconds
-from engine.user_files import check_regular
+from engine.user_files import check_output, named_errors
 from parallel.collectives import Collectives
 from scheduler.pass_work import PassShape
 from scheduler.step_plan import COMPUTE, COPY, Instruction
 from scheduler.timeline import predict_timeline
+from scheduler.units import us
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def chrome_events(spans: list[Span], process: str, pid: int) -> list[dict]:
         events.append({"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": lane}})
     for span in spans:
         event = {"ph": "X", "pid": pid, "tid": int(span.lane == COPY), "name": span.name}
-        event |= {"ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6, "args": {"pass": span.pass_index}}
+        event |= {"ts": us(span.start_s), "dur": us(span.end_s - span.start_s), "args": {"pass": span.pass_index}}
         events.append(event)
     return events
 
@@ -227,16 +228,10 @@ def join_traces(path: str, tracer: "RecordingTracer", plan: EnginePlan, collecti
 
 
 def write_trace(path: str, events: list[dict]) -> None:
-    """Raises ValueError naming the file if it cannot be written, or is a pipe or a device."""
-    try:
-        if Path(path).exists():
-            check_regular(Path(path))
-        with open(path, "w") as file:
-            json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
-    except ValueError as error:
-        raise ValueError(f"--trace {error}") from None
-    except OSError as error:
-        raise ValueError(f"--trace {path}: {error.strerror}") from None
+    """Raises ValueError, naming flag and file, if it cannot be written, or is a pipe or a device."""
+    check_output("--trace", path)
+    with named_errors(f"--trace {path}"), open(path, "w") as file:
+        json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
 
 
 def read_spans(path: str) -> dict[tuple[int, bool], list[Span]]:

@@ -32,8 +32,8 @@ from engine.weights.views import views
 from parallel.collectives import Collectives
 from parallel.shard import shard_heads
 from parallel.topology import Topology
-from scheduler.demand import show_bytes
 from scheduler.step_plan import GroupId
+from scheduler.units import show_bytes
 
 
 def open_source(config: EngineConfig, path: Path, plan: EnginePlan, device: torch.device) -> WeightSource:

@@ -17,11 +17,12 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.planning import find_model, make_engine_plan, plan_rates
 from engine.split.deadline import LEAST_LOAD_BYTES_S, Until, call_s, load_s
-from engine.split.device_process import DeviceProcess, shown
+from engine.split.device_process import DeviceProcess
 from engine.split.device_side import DeviceSide
 from engine.split.frames import Connection, Header, receive_header, receive_tensors, send
 from engine.weights.read_model import read_model
 from parallel.ledger import Site, TransferLedger
+from scheduler.units import show_bytes, show_text
 
 READY = Site("ready", -1)  # of the frame that says that the weights are there
 FAILED = "failed"  # the operation of an answer that is an error's text
@@ -96,7 +97,7 @@ class Subprocess:
 
     def _await_ready(self) -> None:
         if not self._is_ready:
-            why = f"for {self._weights_bytes / 2**30:.3g} GiB of weights at {LEAST_LOAD_BYTES_S / 1e6:.0f} MB/s"
+            why = f"for {show_bytes(self._weights_bytes)} of weights at {LEAST_LOAD_BYTES_S / 1e6:.0f} MB/s"
             with self._within(load_s(self._weights_bytes), "is not ready", why) as connection:
                 _check_header(self._header(connection), Header(READY, ()))
             self._is_ready = True
@@ -110,7 +111,7 @@ class Subprocess:
             if is_text(header):
                 (text,) = receive_tensors(connection, header)
                 said = bytes(text.tolist()).decode(errors="replace")
-                raise DeviceSideFailed(f"the device side failed at {site}: {shown(said)}")
+                raise DeviceSideFailed(f"the device side failed at {site}: {show_text(said)}")
             _check_header(header, expected)
             (answer,) = receive_tensors(connection, header)
         _check_values(answer, site)

@@ -14,10 +14,10 @@ import weakref
 from typing import Any, BinaryIO
 
 from parallel.launch import WORKER_COMMAND, python_path
+from scheduler.units import show_text
 
 DEVICE_COMMAND = (*WORKER_COMMAND[:-1], "split-device")
 CLOSE_S = 5.0
-MOST_SHOWN = 200  # characters of a text of the other side's
 # All that it sees of the environment: where its programs and libraries are, and what the bits of a sum depend on.
 PASSED = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 PASSED += ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
@@ -59,7 +59,7 @@ class DeviceProcess:
         self.kill()
         lines = self._tail.decode(errors="replace").split("\n")
         said = next((line for line in reversed(lines) if line.strip()), None)
-        return ended if said is None else f"{ended}, its last words: {shown(said)}"
+        return ended if said is None else f"{ended}, its last words: {show_text(said)}"
 
     def close(self) -> None:
         """Has it end by itself, and makes it if it does not. Idempotent."""
@@ -83,11 +83,6 @@ def _end(process: subprocess.Popen, owner: int) -> None:
     process.wait()
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-
-
-def shown(text: str) -> str:
-    """A text of the other side's, quoted, in one short line without anything that a terminal would obey."""
-    return ascii(text[:MOST_SHOWN]) + (f"... ({len(text)} characters)" if len(text) > MOST_SHOWN else "")
 
 
 def _environment() -> dict[str, str]:

@@ -34,7 +34,7 @@ class SplitExecutor(Executor):
 
     def __init__(self, channel: Channel, attention: str, **parts):
         super().__init__(**parts)
-        assert not any("+" in step.step for step in self.plan.steps), "a fused step may be of both sides"
+        assert not any(len(step.parts) > 1 for step in self.plan.steps), "a fused step may be of both sides"
         self.channel, self.attention = channel, attention
 
     def do(self, instruction: Instruction) -> None:

@@ -7,8 +7,8 @@ from engine.model.spec import ModelSpec
 from engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, predict, prefill
 from parallel.ledger import Site, Transfer, TransferLedger, total
 from scheduler.step_plan import Compute
+from scheduler.units import KIB, MIB
 
-KIB, MIB = 2**10, 2**20
 LEAST_MIB_BYTES = 16 * MIB  # less than this in all is shown in KiB
 Line = list[str]
 

@@ -12,8 +12,9 @@ from engine.model.layout import GroupLayout, Weight
 from engine.weights.views import TORCH_DTYPES
 from parallel.shard import Piece
 from scheduler.step_plan import GroupId
+from scheduler.units import MIB
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 8 * MIB
 
 
 class WeightSource(Protocol):

@@ -21,11 +21,10 @@ from torch import Tensor
 from engine.weights.safetensors_header import DTYPES, TensorEntry, find_entries
 from engine.weights.views import TORCH_DTYPES
 from parallel.shard import Piece
+from scheduler.units import MIB
 
 FILE_DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in DTYPES.items()}
-CONVERT_BYTES = (
-    8 * 2**20
-)  # a thread's buffer for conversion: 8 threads must stay well under the 200 MB that loading has
+CONVERT_BYTES = 8 * MIB  # a thread's buffer for conversion: 8 threads must stay well under the 200 MB that loading has
 NUM_NAMED = 5  # tensors that a message lists
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from scheduler.units import show_bytes
+
 MAP_NORESERVE = 0x4000  # Linux; mmap has no name for it before Python 3.13
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -35,7 +36,7 @@ class HostArena:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0)
             self._map = mmap.mmap(-1, nbytes, flags=flags)
         except OSError as error:
-            raise MemoryError(f"the system refuses {nbytes / GIB:.2f} GiB of host memory: {error}") from error
+            raise MemoryError(f"the system refuses {show_bytes(nbytes)} of host memory: {error}") from error
         with contextlib.suppress(OSError):  # a kernel without huge pages: slower first touch, nothing else
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -56,7 +57,7 @@ class HostArena:
         error = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.nbytes, 0)
         if int(error) != 0:
             raise RuntimeError(
-                f"CUDA cannot register {self.nbytes / GIB:.2f} GiB of host memory ({error}): raise the limit of locked "
+                f"CUDA cannot register {show_bytes(self.nbytes)} of host memory ({error}): raise the limit of locked "
                 "memory (ulimit -l unlimited) and of the container's memory (cgroup), or keep more of the model "
                 "resident, or use more ranks"
             )
@@ -69,7 +70,7 @@ class HostArena:
             error = torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
             self._registered = False
             if int(error) != 0:
-                raise RuntimeError(f"CUDA cannot unregister {self.nbytes / GIB:.2f} GiB of host memory ({error})")
+                raise RuntimeError(f"CUDA cannot unregister {show_bytes(self.nbytes)} of host memory ({error})")
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._map = None
 
@@ -77,20 +78,20 @@ class HostArena:
 def check_host_memory(nbytes: int, ranks_on_host: int = 1) -> None:
     """Raises ValueError if `nbytes` for this rank, or for all ranks together, cannot fit below the cgroup's limit;
     where no limit is set, warns if there seems to be too little. (MemTotal is no limit: some machines grow.)"""
-    asked = f"{nbytes / GIB:.2f} GiB" + (f" on each of {ranks_on_host} ranks" if ranks_on_host > 1 else "")
+    asked = show_bytes(nbytes) + (f" on each of {ranks_on_host} ranks" if ranks_on_host > 1 else "")
     advice = "allow more, keep more of the model resident, use a smaller dtype, or spread it over more hosts"
     limit, in_use = cgroup_memory()
     if limit is not None:
         if nbytes * ranks_on_host > limit or nbytes > limit - in_use:
             raise ValueError(
-                f"the weights need {asked} of host memory, but the cgroup's limit is {limit / GIB:.2f} GiB, of which "
-                f"{in_use / GIB:.2f} GiB are in use: {advice}"
+                f"the weights need {asked} of host memory, but the cgroup's limit is {show_bytes(limit)}, of which "
+                f"{show_bytes(in_use)} are in use: {advice}"
             )
         return
     available = _fields(Path("/proc/meminfo"), scale=1024).get("MemAvailable:")
     if available is not None and nbytes > available:
         warnings.warn(
-            f"the weights need {asked} of host memory, but only {available / GIB:.2f} GiB seem to be free: {advice}",
+            f"the weights need {asked} of host memory, but only {show_bytes(available)} seem to be free: {advice}",
             stacklevel=2,
         )
 

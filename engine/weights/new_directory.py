@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-GIB = 2**30
+from scheduler.units import show_bytes
+
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -77,7 +78,7 @@ def _check(out: Path, partial: Path, source: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(out.parent).free
     if free_bytes < needed_bytes:
         raise ValueError(
-            f"--out {out}: needs {needed_bytes / GIB:.2f} GiB of disk space, there are {free_bytes / GIB:.2f} GiB"
+            f"--out {out}: needs {show_bytes(needed_bytes)} of disk space, there are {show_bytes(free_bytes)}"
         )
 
 

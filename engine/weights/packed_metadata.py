@@ -17,10 +17,11 @@ from typing import Any
 
 from engine.user_files import parse_json
 from engine.weights.safetensors_header import TensorEntry, find_entries, parse_header, read_metadata
+from scheduler.units import GIB
 
 PACKED, HEADER, BLOCKS, CHECKSUM = (f"penstock_{name}" for name in ("packed", "header", "blocks", "checksum"))
 VERSION = "1"
-MAX_BLOCK_BYTES = 2**30  # a reader has some of them in memory
+MAX_BLOCK_BYTES = GIB  # a reader has some of them in memory
 
 Row = tuple[int, ...]
 

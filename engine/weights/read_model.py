@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.model.config_fields import shown, states_dtype
+from engine.model.config_fields import states_dtype
 from engine.model.families import config_file, read_config, read_spec, without_prefix
 from engine.model.spec import ModelSpec, TensorNames
 from engine.user_files import open_file, read_json
 from engine.weights.packed_metadata import Packing, find_packings
 from engine.weights.safetensors_header import DTYPES, TensorEntry, has_weights
+from scheduler.units import MIB, show_value
 
-COMPARED_BYTES = 8 * 2**20  # at a time
+COMPARED_BYTES = 8 * MIB  # at a time
 # Beside config.json: files that state a quantisation, and their fields that name it where they are not null.
 QUANTISED = {
     "hf_quant_config.json": ("quant_algo", "kv_cache_quant_algo"),
@@ -73,7 +74,7 @@ def _refuse_quantised(file: Path, fields: tuple[str, ...]) -> None:
     for field in fields:
         value = inner.get(field) if isinstance(inner, dict) else stated.get(field)
         if value is not None:
-            raise ValueError(f"{file}: {field} = {shown(value)} is not supported: quantised weights are not read")
+            raise ValueError(f"{file}: {field} = {show_value(value)} is not supported: quantised weights are not read")
 
 
 def _as_configured(path: Path, spec: ModelSpec, has_dtype: bool) -> Model:

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from odd_checkpoints import write_indexed
 from safetensors.torch import save_file
 
 from engine.weights.checkpoint import Checkpoint
@@ -25,15 +26,6 @@ def make_tensors():
 def write_raw(file, header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
-def write_indexed(directory, shards):
-    """`shards`: file name -> tensors; the index says what it should."""
-    for name, tensors in shards.items():
-        save_file(tensors, directory / name)
-    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return weight_map
 
 
 def truncated_file(directory):

@@ -201,7 +201,7 @@ OPTIONS = [
     Bad("page_size", r"page_size=0: expected a positive integer", options={"page_size": 0}),
     Bad("link", r"link_gb_s=-1\.0: expected a positive rate", options={"link_gb_s": -1.0}),
     Bad("profile", r"(?i)device_profile|no such|profile", options={"device_profile": "h9000"}),
-    Bad("trace", r"--trace /nowhere/trace\.json: No such file or directory", options={"trace": "/nowhere/trace.json"}),
+    Bad("trace", r"--trace /nowhere/trace\.json: no such directory", options={"trace": "/nowhere/trace.json"}),
     pytest.param(
         Bad("no cuda", r"device=cuda: no CUDA device is visible to torch", options={"device": "cuda"}),
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),

@@ -1,11 +1,11 @@
 """Reading of safetensors: rectangles against the safetensors library, and values that are not finite."""
 
-import json
 import os
 import warnings
 
 import pytest
 import torch
+from odd_checkpoints import write_indexed
 from safetensors.torch import load_file, save_file
 
 from engine.weights import checkpoint as checkpoint_module
@@ -19,15 +19,6 @@ IGNORABLE = (r".*\.inv_freq", r"head\.weight")
 def make_tensors(dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
-
-
-def write_indexed(directory, shards):
-    """`shards`: file name -> tensors; the index says what it should."""
-    for name, tensors in shards.items():
-        save_file(tensors, directory / name)
-    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return weight_map
 
 
 def open_checked(directory):

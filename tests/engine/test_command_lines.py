@@ -20,9 +20,9 @@ from engine.planning import find_model
 from engine.runtime import rank as rank_module
 from parallel.launch import Launch
 from scheduler.time_model import PROFILES
+from scheduler.units import GIB
 
 COMMANDS = [name for name, (_, text) in cli.COMMANDS.items() if text is not None]
-GIB = 2**30
 HANGS_S = 60  # a guard against what never ends; no bound on speed
 FOLDER = "FOLDER"  # stands in a row for the folder of the unfit files
 

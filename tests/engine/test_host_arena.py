@@ -69,7 +69,7 @@ def test_registration_is_checked_and_undone(monkeypatch, code):
     arena = HostArena(2**20)
     pointer = arena.tensor.data_ptr()
     if code:
-        with pytest.raises(RuntimeError, match=r"cannot register 0\.00 GiB .*ulimit -l unlimited"):
+        with pytest.raises(RuntimeError, match=r"cannot register 1\.00 MiB .*ulimit -l unlimited"):
             arena.register()
     else:
         arena.register()

@@ -17,8 +17,8 @@ from engine.model.spec import ModelSpec
 from engine.planning import EnginePlan, decode_time, make_engine_plan, most_seqs, pass_work
 from engine.runtime import rank as runtime
 from scheduler.plan_build import default_ring_bytes
+from scheduler.units import GIB
 
-GIB = 2**30
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 HUGE = 10**13  # bytes of a device that holds everything
 

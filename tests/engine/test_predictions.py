@@ -20,11 +20,11 @@ from scheduler.pass_work import PassShape
 from scheduler.request import Request
 from scheduler.time_model import predict_pass, reduce_s, step_s
 from scheduler.timeline import predict_timeline, timeline_s
+from scheduler.units import KIB, MIB
 from scripts.workload import greedy, random_jobs
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LINEARS = {"attn_qkv", "attn_output", "ffn_up", "ffn_down", "head"}
-KIB, MIB = 2**10, 2**20
 
 
 def plan_of(model: str, tp_size: int, resident: str | float = "all", weights_code: str = "none") -> EnginePlan:

@@ -68,7 +68,7 @@ SLEEP = "time.sleep(1000)"
 ANSWER = "ready(); connection.sendall({}); " + SLEEP
 SOON_S = 0.2
 LATE = r"has not answered Site\(.*attn_output.*\) after [\d.]+ s \(timeout_s=0\.2, and [\d.]+ s for the work of this"
-NOT_READY = r"is not ready after 0\.2 s \(timeout_s=0\.2, and 0 s for 0 GiB of weights at 20 MB/s\)"
+NOT_READY = r"is not ready after 0\.2 s \(timeout_s=0\.2, and 0 s for 0 bytes of weights at 20 MB/s\)"
 OTHER = r"answered Header\(.* where Header\(.*attn_output.* was asked for"
 TEXT = r"failed at Site\(operation='attn_output', layer_idx=0\): '"
 

@@ -9,9 +9,9 @@ from engine.model.steps import model_steps
 from engine.split.report import difference, transfer_table
 from engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, PassRow, SplitConfig, predict, prefill
 from parallel.ledger import Site, Transfer
+from scheduler.units import MIB
 
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
-MIB = 2**20
 WHOLE = (PassRow(1024, 1024, True),)
 
 

@@ -12,8 +12,8 @@ from parallel.group import run_in_group
 from parallel.launch import resolve_launch, run_rank
 from parallel.symmetric import Symmetric
 from parallel.topology import Topology
+from scheduler.units import MIB
 
-MIB = 2**20
 SIZES = (30, 4096, 262144, MIB, 16 * MIB, 64 * MIB)
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of two ranks: one rounding
 REPLAYS = 20

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import is_alive
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,14 +153,6 @@ class Run:
         assert first in self.stderr, self.stderr
         for complaint in ("PeerLost", "Connection closed", "Connection reset", "another rank is gone"):
             assert complaint not in self.stderr[: self.stderr.index(first)], self.stderr
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 @pytest.fixture

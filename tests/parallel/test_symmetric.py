@@ -8,8 +8,8 @@ from parallel import push_reduce, symmetric
 from parallel.ledger import Site, Transfer, TransferLedger
 from parallel.nccl import Nccl
 from parallel.symmetric import Symmetric
+from scheduler.units import MIB
 
-MIB = 2**20
 BIG = 256 * MIB
 GRAPHS = object()  # their communicator
 

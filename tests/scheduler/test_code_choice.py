@@ -11,9 +11,9 @@ from scheduler.family import Cost
 from scheduler.pass_work import StepWork
 from scheduler.residency import Residency
 from scheduler.step_plan import GroupId
+from scheduler.units import GIB, MIB
 
-GIB = 2**30
-ATTN, FFN, HEAD = 84 * 2**20, 352 * 2**20, 1050 * 2**20
+ATTN, FFN, HEAD = 84 * MIB, 352 * MIB, 1050 * MIB
 GROUPS = (*((GroupId(i, name), n) for i in range(32) for name, n in (("attn", ATTN), ("ffn", FFN))),)
 GROUPS += ((GroupId(32, "head"), HEAD),)
 SIZES = dict(GROUPS)
@@ -27,7 +27,7 @@ def demand(**changes) -> Demand:
     base = Demand(
         groups=GROUPS,
         embed_bytes=HEAD,
-        page_bytes=2 * 2**20,
+        page_bytes=2 * MIB,
         page_size=16,
         max_num_seqs=4,
         max_position=8192,

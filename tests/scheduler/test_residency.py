@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.device_profile import load_profile
-from scheduler.demand import CPU_KV_BYTES, Demand, show_bytes
+from scheduler.demand import CPU_KV_BYTES, Demand
 from scheduler.family import Cost
 from scheduler.pass_work import StepWork
 from scheduler.plan_build import default_ring_bytes, minimum_ring_bytes
@@ -17,9 +17,9 @@ from scheduler.search import plan_fastest
 from scheduler.spread import counts_within, spread
 from scheduler.step_plan import GroupId
 from scheduler.time_model import PassTime
+from scheduler.units import GIB, MIB, show_bytes
 
-GIB = 2**30
-ATTN, FFN, HEAD = 84 * 2**20, 352 * 2**20, 1050 * 2**20
+ATTN, FFN, HEAD = 84 * MIB, 352 * MIB, 1050 * MIB
 
 
 def layers(num_layers=32, attn=ATTN, ffn=FFN):
@@ -31,7 +31,7 @@ def demand(num_layers=32, **changes) -> Demand:
     base = Demand(
         groups=(*layers(num_layers), (GroupId(num_layers, "head"), HEAD)),
         embed_bytes=HEAD,
-        page_bytes=2 * 2**20,
+        page_bytes=2 * MIB,
         page_size=16,
         max_num_seqs=256,
         max_position=8192,
@@ -111,7 +111,7 @@ def test_a_fraction_is_the_most_whole_groups_not_above_it_spread_evenly(num_laye
 @settings(max_examples=150)
 @given(
     st.integers(1, 10),
-    st.integers(1, 60 * 2**20),
+    st.integers(1, 60 * MIB),
     st.sampled_from(["auto", "all", "none", 0.25, 0.6]),
     st.integers(1, 64),
     st.one_of(st.none(), st.integers(1, 4096)),
@@ -210,7 +210,7 @@ def test_a_cpu_has_no_limit_but_bounds_its_kv():
     assert plan_residency(demand(memory_bytes=None)).streamed == ()
     planned = plan_residency(demand(memory_bytes=None, resident="none"))
     assert planned.ring.ring_bytes > 0 and len(planned.streamed) == 65
-    assert planned.num_pages * 2 * 2**20 <= CPU_KV_BYTES + 2 * 2**20
+    assert planned.num_pages * 2 * MIB <= CPU_KV_BYTES + 2 * MIB
 
 
 def test_auto_keeps_the_head_where_its_place_in_the_ring_costs_as_much():
@@ -250,8 +250,3 @@ def test_the_table_has_every_claim_with_its_unit():
 )
 def test_what_another_split_gives_up(other, lost):
     assert gives_up(variant("this", 32, 0.25), other) == lost
-
-
-@pytest.mark.parametrize("nbytes, text", [(0, "0 bytes"), (2**20, "1.00 MiB"), (3 * GIB, "3.00 GiB")])
-def test_bytes_are_labelled(nbytes, text):
-    assert show_bytes(nbytes) == text

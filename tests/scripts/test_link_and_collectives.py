@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.units import MIB
 from scripts import benchmark_collectives
-from scripts.benchmark_link import MIB, REDUCE_BYTES, cases
+from scripts.benchmark_link import REDUCE_BYTES, cases
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[2]
