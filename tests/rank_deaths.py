@@ -1,4 +1,4 @@
-"""A user's script on two ranks, one of which dies in one of four ways at one of four times. It catches what LLM
+"""A user's script on two ranks, one of which dies in one of four ways at one of five times. It catches what LLM
 raises.
 
     python tests/rank_deaths.py '{"case": {...}, "folder": ...}', or under torchrun
@@ -38,6 +38,16 @@ def fail(after_s=0.0):
     {do}
 """
 _WHEN = {
+    # As it reads its own options: by then both have imported what they need, which may take long.
+    "meeting": """
+import engine.config
+def fail_with_both_there(self):
+    while sum(name.startswith("pid") for name in os.listdir(folder)) < 2:
+        time.sleep(0.05)
+    fail()
+if rank == {victim}:
+    engine.config.EngineConfig.__post_init__ = fail_with_both_there
+""",
     "loading": """
 import engine.weights.host_store as host_store
 if rank == {victim}:

@@ -19,6 +19,7 @@ LAUNCHERS, FAULTS, TIMES = (
     ("idle", "loading", "pass", "between"),
 )
 CASES = [Case(*one) for one in itertools.product(LAUNCHERS, FAULTS, TIMES)]
+CASES += [Case("torchrun", fault, "meeting", victim) for fault in FAULTS for victim in (0, 1)]
 CASES += [
     Case("self", *one, victim=0) for one in itertools.product(("stay", "kill", "stop"), ("loading", "pass", "between"))
 ]
@@ -29,6 +30,7 @@ IN_CI = {
     "self-rank1-stop-pass",
     "self-rank1-stop-idle",
     "self-rank0-stop-pass",
+    "torchrun-rank1-stay-meeting",
     "torchrun-rank1-stay-pass",
     "torchrun-rank1-stay-loading",
     "torchrun-rank1-kill-between",
