@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine import cli
+from engine import cli, streams
 from engine.planning import find_model
 from scheduler.time_model import PROFILES
 
@@ -58,13 +58,20 @@ def test_a_network_interface_is_nothing_to_a_plan(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["tp_size"] == 2
 
 
-def test_a_mistake_in_a_pod_is_said_at_once(capsys, monkeypatch):
-    """Only torchrun's ranks wait for rank 0, which has found the same one."""
-    monkeypatch.setattr(cli.time, "sleep", lambda s: pytest.fail("waited"))
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4")):
+@pytest.mark.parametrize(
+    "environment, waits",
+    [({"RANK": "3", "WORLD_SIZE": "4"}, 0), (WHOLE, 0), (WHOLE | {"RANK": "1", "LOCAL_RANK": "1"}, 1)],
+    ids=["pod", "rank 0", "rank 1"],
+)
+def test_only_ranks_of_torchrun_wait_for_rank_0_which_may_have_found_the_same(capsys, monkeypatch, environment, waits):
+    waited = []
+    monkeypatch.setattr(streams, "wait_for_launcher", lambda: waited.append(capsys.readouterr().err))
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["plan", "--model", "nowhere"]) == 2
-    assert "no such file or directory" in capsys.readouterr().err
+    assert waited == [""] * waits
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("penstock: error: ") and "no such file or directory" in line
 
 
 def test_terminal_escapes_in_a_path_and_a_profile_are_seen(capsys, tmp_path):
