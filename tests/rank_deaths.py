@@ -123,7 +123,7 @@ def main(case: Case, folder: Path) -> None:
     try:
         use(case, folder, rank)
     except Exception as error:
-        answer = {"error": type(error).__name__, "text": str(error), "at": time.time()}
+        answer = {"error": type(error).__name__, "text": str(error)}
         if case.again:
             with LLM("demo", 2, **OPTIONS) as llm:
                 answer["again"] = llm.generate("Return the", PARAMS)[0].outputs[0].token_ids
