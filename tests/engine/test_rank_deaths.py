@@ -1,6 +1,6 @@
-"""A rank dies: every other one ends, or raises the first cause. Ways to die x times x launchers; some of them run in CI,
-all under `make soak`. That it takes 10 s at most is held on the clock of those who wait (tests/parallel/test_limits.py):
-here a busy machine may take longer, so that HANG_S only tells slow from never.
+"""A rank dies: every other one ends, or raises the first cause. Ways to die x times x launchers; some of them run in
+CI, all under `make soak`. That it takes 10 s at most is held on the clock of those who wait (test_limits.py): here a
+busy machine may take longer, so that HANG_S only tells slow from never.
 
 Before ranks meet none knows another: one that is killed then torchrun's own agent answers for, and one that is stopped
 then nobody can hear of.
