@@ -9,12 +9,11 @@ import argparse
 import importlib
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from engine.flags import Parser, add_config_arguments, config_from_args
-from engine.streams import mistake
+from engine.streams import say_mistake
 from engine.version import VERSION
 from parallel.failure import SELF_LAUNCHED
 
@@ -39,9 +38,6 @@ EPILOG = """examples:
   penstock probe -tp 2"""
 
 
-RANK_0_SPEAKS_S = 5.0  # under torchrun: the time rank 0 has to say what all ranks found
-
-
 OWN_VARIABLES = (SELF_LAUNCHED, "PENSTOCK_COMMIT")  # the second goes into the records of benchmarks
 
 
@@ -58,12 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"unrecognized arguments: {listed} (penstock {name} --help shows what there is)")
         return chosen.run(args, config_from_args(args))
     except (ValueError, OSError, MemoryError) as error:
-        text = mistake(error)
-        if text is None or SELF_LAUNCHED in os.environ:
-            raise  # rank 0 shows it, with its traceback: the user's own mistakes it found before it launched us
-        if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
-            time.sleep(RANK_0_SPEAKS_S)  # by then torchrun has ended this process, if rank 0 failed too
-        print(f"penstock: error: {text}", file=sys.stderr)
+        if not say_mistake(error):
+            raise
         return 2
 
 

@@ -4,12 +4,14 @@ Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -
 Under torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import operator
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from engine.runtime.rank import LINK_BYTES, Rank
 from engine.tokenizer import Tokenizer
 from engine.turns import Turns, in_turn
 from engine.user_files import has_lone_surrogate
-from parallel.launch import resolve_launch
-from parallel.rendezvous import meet
+from parallel.launch import Launch, resolve_launch
+from parallel.rendezvous import read_together
 from scheduler.batching import Scheduler
 from scheduler.request import Request, SamplingParams
 
@@ -44,12 +46,8 @@ class LLM:
     """
 
     def __init__(self, model: str = "demo", tensor_parallel_size: int | None = None, **options):
-        unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(EngineConfig)})
-        if unknown:
-            raise TypeError(f"LLM has no option {', '.join(unknown)}")
-        self.config = EngineConfig(model=model, tensor_parallel_size=tensor_parallel_size, **options)
+        self._configure({"model": model, "tensor_parallel_size": tensor_parallel_size} | options)
         self.turns = Turns()
-        self._launch = resolve_launch(tensor_parallel_size)
         self.tokenizer = self._load_tokenizer()
         self.rank = self._start()
         self.vocab_size = self.rank.plan.spec.vocab_size
@@ -189,17 +187,21 @@ class LLM:
                 number = self.tokenizer.special_ids[parts[0]]
                 warnings.warn(f"{where}: give it alone, or stop_token_ids=[{number}], to end there", stacklevel=2)
 
+    def _configure(self, options: dict[str, Any]) -> None:
+        """Sets `config` and `_launch`. Under torchrun the other ranks hear of it if this one's options are refused."""
+        launch = resolve_launch()
+
+        def read() -> tuple[EngineConfig, Launch]:
+            config = config_of(options)
+            return config, launch.of_size(config.tensor_parallel_size)
+
+        with _closing_on_error(launch):
+            self.config, self._launch = read_together(launch, read)
+
     def _load_tokenizer(self) -> Tokenizer | None:
-        """Under torchrun the other ranks hear of it if this one cannot."""
-        launch = self._launch
-        try:
-            with launch.guard():
-                if launch.kind == "torchrun":
-                    meet(launch)
-                return load_tokenizer(self.config)
-        except BaseException:
-            launch.close()
-            raise
+        """The other ranks hear of it if this one cannot."""
+        with _closing_on_error(self._launch), self._launch.guard():
+            return load_tokenizer(self.config)
 
     def _start(self) -> Rank:
         return Rank(self.config, self._launch)
@@ -225,6 +227,23 @@ class LLM:
             tell = functools.partial(listener.tell, place, index)
             sequences.append(Sequence(request, index, self.tokenizer, tell, special_stops))
         return sequences
+
+
+@contextlib.contextmanager
+def _closing_on_error(launch: Launch) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        launch.close()
+        raise
+
+
+def config_of(options: dict[str, Any]) -> EngineConfig:
+    """Raises TypeError for what is no option, ValueError as EngineConfig does."""
+    unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(EngineConfig)})
+    if unknown:
+        raise TypeError(f"LLM has no option {', '.join(unknown)}")
+    return EngineConfig(**options)
 
 
 def refuse_text(config: EngineConfig, place: int, prompt: Prompt, params: SamplingParams) -> None:

@@ -68,22 +68,22 @@ def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:
 def plan_of(config: EngineConfig) -> EnginePlan:
     """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
     model = read_model_to_plan(find_model(config.model), dummy=config.load_format == "dummy")
-    tp_size = _planned_ranks(config)
+    tp_size, passed_over = _planned_ranks(config)
     rates = plan_rates(config, tp_size, config.device)
     plan = make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates)
-    notes = (*model.notes, *plan.residency.notes)
+    notes = (*model.notes, *plan.residency.notes, *passed_over)
     return dataclasses.replace(plan, residency=dataclasses.replace(plan.residency, notes=notes))
 
 
-def _planned_ranks(config: EngineConfig) -> int:
-    """As many as are asked for, else torchrun's, else one. Nothing is launched: where a cluster has set only a part of
-    torchrun's environment, that says nothing about the plan."""
+def _planned_ranks(config: EngineConfig) -> tuple[int, list[str]]:
+    """As many as are asked for, else torchrun's, else one; and a note if torchrun's was passed over. Nothing is
+    launched: a cluster may have set only a part of torchrun's environment."""
     if config.tensor_parallel_size is not None:
-        return config.tensor_parallel_size
+        return config.tensor_parallel_size, []
     try:
-        return resolve_launch().tp_size
-    except ValueError:
-        return 1
+        return resolve_launch().tp_size, []
+    except ValueError as error:
+        return 1, [f"planned for one rank; {visible(str(error))} (-tp plans for more)"]
 
 
 def step_table(plan: EnginePlan) -> str:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from parallel.failure import SELF_LAUNCHED
+from parallel.failure import SELF_LAUNCHED, wait_for_launcher
 
 MOST_CHARACTERS = 2000  # of a message: a value of a megabyte says no more than its two ends
 
@@ -37,6 +37,21 @@ def guarded_streams(program: str = "penstock") -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()  # at exit, Python would answer with a traceback
+
+
+def say_mistake(error: Exception, program: str = "penstock") -> bool:
+    """Says on standard error, in one line, what a user can mend. False: the exception needs its traceback.
+
+    Ranks of torchrun that all have the same mistake say it once: where rank 0 has it too, the launcher ends the others
+    while they wait. What a child of rank 0 has found rank 0 shows: the user's own mistakes it found before it launched.
+    """
+    text = mistake(error)
+    if text is None or SELF_LAUNCHED in os.environ:
+        return False
+    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
+        wait_for_launcher()
+    print(f"{program}: error: {text}", file=sys.stderr)
+    return True
 
 
 def mistake(error: Exception) -> str | None:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from parallel.collectives import Collectives
 from parallel.launch import WORKER_COMMAND, Launch
-from parallel.rendezvous import connect
+from parallel.rendezvous import connect, read_together
 from parallel.topology import Topology, bind_to_numa, resolve_topology
 
 Result = TypeVar("Result")
@@ -23,9 +23,10 @@ def run_in_group(
     Rank 0 of a self-launch starts the others by `command`, with `message` (one line) on their stdin. `work` drops every
     CUDA graph that it captured. Raises ValueError for a device that is not there, RankFailed if another rank ended.
     """
-    topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank, device, launch.num_local_ranks)
-    launch.start(message, command)
+    place = launch.rank, launch.tp_size, launch.local_rank, device, launch.num_local_ranks
     try:
+        topology = read_together(launch, lambda: resolve_topology(*place))
+        launch.start(message, command)
         with launch.guard():
             collectives = connect(topology, launch)
             try:

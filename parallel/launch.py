@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ WORKER_COMMAND = (sys.executable, "-P", "-m", "penstock", "worker")
 _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ROOT = Path(__file__).resolve().parent.parent  # where `penstock` and `parallel` are found
 LEFT = "has left: its LLM was closed"
+_POLL_S = 0.02
 
 
 @dataclass
@@ -73,11 +75,13 @@ class Launch:
     def start(self, message: str, command: tuple[str, ...] | list[str] = WORKER_COMMAND) -> None:
         """Start the other ranks of a self-launch, each with `message` (one line) on its stdin.
 
-        Raises ValueError, naming MASTER_PORT, if the user chose a port that is in use; no child runs then.
+        Raises ValueError, naming MASTER_PORT, if the user chose a port that is in use, and as check_interfaces does; no
+        child runs then.
         """
         if self.kind != "parent":
             return
         assert "\n" not in message
+        check_interfaces()
         self.listener = _listen(os.environ.get("MASTER_PORT", "0"))
         self.master_port = self.listener.getsockname()[1]
         try:
@@ -88,23 +92,40 @@ class Launch:
             raise
         self._children.watch()
 
+    def of_size(self, tensor_parallel_size: int | None) -> "Launch":
+        """The launch of as many ranks: this one, or where no launcher is, that of a parent.
+
+        Raises ValueError if torchrun started another number.
+        """
+        if tensor_parallel_size in (None, self.tp_size):
+            return self
+        if self.kind != "solo":
+            raise ValueError(
+                f"tensor_parallel_size={tensor_parallel_size}, but torchrun started WORLD_SIZE={self.tp_size} ranks"
+            )
+        return Launch("parent", tp_size=tensor_parallel_size, num_local_ranks=tensor_parallel_size)
+
     def hear(self, processes: list[Process], share: Callable[[str | None], str], addresses: list[str]) -> None:
-        """From now on each rank hears whether the others live. All ranks call it: `processes` by rank; `share` gives
-        what rank 0 puts in to all; `addresses` are rank 0's, none where all ranks share a host."""
+        """From now on each rank hears whether the others live, and rank 0 is heard by all when this returns there. All
+        ranks call it: `processes` by rank; `share` gives what rank 0 puts in to all; `addresses` are rank 0's, none
+        where all ranks share a host."""
         self._pulse = Pulse(self.rank, processes, self._suspect)
-        if self.rank == 0:
-            share(self._pulse.host(addresses))
-        else:
+        if self.rank > 0:
             self._pulse.join(share(None))
+            return
+        share(self._pulse.host(addresses))
+        while not self._pulse.is_whole:
+            self.check()
+            time.sleep(_POLL_S)
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, own: bool = False) -> Iterator[None]:
         """Around all that ranks do together, from `start` to the shutdown message.
 
         Raises RankFailed instead of PeerLost, on entry too, and instead of whatever else comes of another rank's
         failure. Any exception, also this rank's own, is told to the others and ends them: after it the ranks no longer
         agree on what comes next. So check a user's input before, and never yield from a generator in here
-        (GeneratorExit is an exception too).
+        (GeneratorExit is an exception too). `own`: what is raised in here comes of nothing else, and stays what it is.
         A failure elsewhere gets this thread out (guard.py).
         """
         try:
@@ -115,7 +136,7 @@ class Launch:
             raise self.explain(error) from None
         except BaseException as error:
             self.give_up(error)
-            if isinstance(error, Exception) and (failure := self._guard.wait(0)):
+            if isinstance(error, Exception) and (failure := self._guard.wait(0)) and not own:
                 raise failure from None  # it comes of it: an interrupt may look otherwise by now
             raise
 
@@ -220,15 +241,16 @@ def python_path() -> str:
 def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
     """Who this process is, from torchrun's environment or the number of ranks asked for. Starts nothing.
 
-    Raises ValueError if the number is unlike torchrun's WORLD_SIZE, if that environment is incomplete, or if ranks are
-    to meet over a network interface that will not do.
+    Raises ValueError if that environment is incomplete, or the number unlike its WORLD_SIZE.
     """
+    return _launched().of_size(tensor_parallel_size)
+
+
+def _launched() -> Launch:
+    """Who this process is as its environment says; one rank where that says nothing."""
     env = os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env:
-        tp_size = tensor_parallel_size or 1
-        if tp_size > 1:
-            check_interfaces()
-        return Launch("parent" if tp_size > 1 else "solo", tp_size=tp_size, num_local_ranks=tp_size)
+        return Launch("solo")
     absent = [name for name in _REQUIRED if name not in env]
     if absent:
         raise ValueError(f"RANK and WORLD_SIZE are set, but not {', '.join(absent)}: use torchrun, or unset them")
@@ -236,12 +258,6 @@ def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
     if bad:
         raise ValueError(f"{bad[0]}={env[bad[0]]!r}: expected a number, as torchrun sets it")
     tp_size = int(env["WORLD_SIZE"])
-    if tensor_parallel_size not in (None, tp_size):
-        raise ValueError(
-            f"tensor_parallel_size={tensor_parallel_size}, but torchrun started WORLD_SIZE={tp_size} ranks"
-        )
-    if tp_size > 1:
-        check_interfaces()
     return Launch(
         "child" if SELF_LAUNCHED in env else "torchrun",
         rank=int(env["RANK"]),

@@ -68,6 +68,11 @@ class Pulse:
         port = self._listener.getsockname()[1]
         return json.dumps({"addresses": addresses or ["127.0.0.1"], "port": port, "token": self._token})
 
+    @property
+    def is_whole(self) -> bool:
+        """Rank 0: whether every other rank has joined, and hears what this one says."""
+        return len(self._sockets) == len(self._quiet_s)
+
     def join(self, where: str) -> None:
         """The other ranks: begins. Raises OSError if rank 0 cannot be reached."""
         told = json.loads(where)
@@ -127,7 +132,7 @@ class Pulse:
                 self._take(hello["rank"], rest)
             else:
                 connection.close()
-        if len(self._sockets) == len(self._quiet_s):
+        if self.is_whole:
             self._stop_listening()
 
     def _add(self, peer: int, connection: socket.socket) -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from parallel.collectives import Collectives, Distributed, Gloo, Solo, peer_errors
 from parallel.connections import Connections
 from parallel.failure import PeerLost
+from parallel.interfaces import check_interfaces
 from parallel.launch import Launch
 from parallel.nccl import Nccl
 from parallel.processes import Process, this_process
@@ -26,20 +28,36 @@ from parallel.reach import Reach, all_reach_each_other, reach_of
 from parallel.symmetric import Symmetric
 from parallel.topology import Topology
 
+Result = TypeVar("Result")
 MEETING_S = 600.0
 _POLL_S = 0.02
 _generation = itertools.count()  # keys of an earlier group in a launcher's store must not be read again
 
 
-def meet(launch: Launch, timeout_s: float = MEETING_S) -> dist.Store:
+def read_together(launch: Launch, read: Callable[[], Result]) -> Result:
+    """What `read` makes of what this rank was given. Under torchrun ranks meet before, so that each hears why another
+    one does not go on.
+
+    Raises what `read` raises, though other ranks may have failed: if all were given the same mistake, all raise it. The
+    others raise RankFailed.
+    """
+    if launch.kind != "torchrun":
+        return read()
+    found = []
+    with launch.guard(own=True):
+        meet(launch, read=lambda: found.append(read()))
+    return found[0]
+
+
+def meet(launch: Launch, timeout_s: float = MEETING_S, read: Callable[[], None] | None = None) -> dist.Store:
     """The store of the ranks of `launch`, once all of them are there and hear each other; idempotent.
 
     Raises ValueError if the port is in use or this process has a group already, PeerLost if ranks are missing after
-    `timeout_s`, and what `launch.check` raises.
+    `timeout_s`, and what `launch.check`, check_interfaces and `read` raise.
     """
     if launch.store is None:
-        if dist.is_initialized():
-            raise ValueError("this process belongs to a process group already: close it (or the other LLM) first")
+        if not _agent_has_store():  # the older group may hold its port
+            _check_no_group()
         _prepare_environment(launch.master_addr)
         store = _open_store(launch, timedelta(seconds=timeout_s))
         meeting = Meeting(store, launch.rank, launch.tp_size, timeout_s, launch.check)
@@ -49,8 +67,34 @@ def meet(launch: Launch, timeout_s: float = MEETING_S) -> dist.Store:
             launch.hear(people, lambda text: meeting.tell("pulse", text)[0], addresses)
         except OSError as error:
             raise PeerLost(f"rank 0 cannot be reached: {error}") from None
+        _end_meeting(meeting, _mistake(launch, read))
         launch.store = store
     return launch.store
+
+
+def _mistake(launch: Launch, read: Callable[[], None] | None) -> Exception | None:
+    """What this rank may have wrong for itself alone."""
+    try:
+        _check_no_group()
+        if launch.tp_size > 1:
+            check_interfaces()
+        if read is not None:
+            read()
+    except Exception as error:
+        return error
+    return None
+
+
+def _end_meeting(meeting: "Meeting", mistake: Exception | None) -> None:
+    """Raises the mistake, but not before all ranks hear each other and know their own: what they hear then is another
+    rank's."""
+    try:
+        meeting.tell("knows", True)
+    except Exception:
+        if mistake is None:
+            raise
+    if mistake is not None:
+        raise mistake
 
 
 def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) -> Collectives:
@@ -129,6 +173,16 @@ def _addresses(launch: Launch) -> list[str]:
         return [probe.getsockname()[0], socket.gethostname()]
 
 
+def _check_no_group() -> None:
+    if dist.is_initialized():
+        raise ValueError("this process belongs to a process group already: close it (or the other LLM) first")
+
+
+def _agent_has_store() -> bool:
+    """Whether torchrun's agent hosts the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _prepare_environment(master_addr: str) -> None:
     os.environ["NCCL_GRAPH_REGISTER"] = "0"  # captured reduces must not register their buffers
     if master_addr in ("127.0.0.1", "localhost") and os.path.exists("/sys/class/net/lo"):
@@ -138,7 +192,7 @@ def _prepare_environment(master_addr: str) -> None:
 
 def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
     """The store where ranks meet: torchrun's agent hosts it, else rank 0 does. A failure ends what waits for it."""
-    hosts = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = launch.rank == 0 and not _agent_has_store()
     options = {} if launch.listener is None else {"master_listen_fd": launch.listener.detach()}
     connections = Connections()
     try:

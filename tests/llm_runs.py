@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from engine.output import RequestOutput
+from parallel import launch
+from parallel.failure import RankFailed
 from penstock import LLM, SamplingParams
 
 OPTIONS = {
@@ -96,22 +98,57 @@ def mistakes_of_one(llm: LLM, rank: int) -> dict[str, Any]:
     return facts
 
 
+def refused_options(mistakes: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The kind and the message of what LLM raises for each of these options."""
+    launch.wait_for_launcher = lambda: None  # torchrun ends nobody here
+    found = {}
+    for name, options in mistakes.items():
+        try:
+            LLM("demo", **OPTIONS | options)
+        except (TypeError, ValueError, RankFailed) as error:
+            found[name] = [type(error).__name__, str(error)]
+    return found
+
+
+def options_of_one(rank: int) -> dict[str, list[str]]:
+    """Options that are refused on rank 1, which lives on, and then on rank 0."""
+    mistakes = {
+        "other_size": {"tensor_parallel_size": 4},
+        "no_number": {"max_model_len": "many"},
+        "no_option": {"no_such": 1},
+        "no_tokenizer": {"tokenizer": "nowhere"},
+    }
+    found = refused_options({name: options if rank == 1 else {} for name, options in mistakes.items()})
+    found |= refused_options({"rank_0": {"resident": 7} if rank == 0 else {}})
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    os.environ["GLOO_SOCKET_IFNAME"] = "nope0" if rank == 1 else "lo"
+    found |= refused_options({"interface": {}})
+    os.environ["GLOO_SOCKET_IFNAME"] = interface or "lo"
+    return found
+
+
 def run_rank(folder: Path) -> None:
     """Two engines one after another, with mistakes in between: on all ranks alike, then on one alone."""
-    facts = {"unlike_world": refusal(lambda: LLM("demo", tensor_parallel_size=4, **OPTIONS))}
+    rank = int(os.environ["RANK"])
+    facts = {
+        "unlike_world": refusal(lambda: LLM("demo", tensor_parallel_size=4, **OPTIONS)),
+        "bad_option": [refusal(lambda: LLM("demo", **OPTIONS | {"resident": 7})) for _ in range(5)],
+        "options_of_one": options_of_one(rank),
+    }
     with LLM("demo", **OPTIONS) as llm:
+        facts["held"] = refused_options({"second": {}})
         facts["first"] = run_requests(llm)
         facts["bad_prompt"] = refusal(lambda: llm.generate([[0, 99999]]))
         facts |= aborted_by_on_text(llm)
         facts["again"] = [
             output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0, ignore_eos=True))
         ]
-        facts |= mistakes_of_one(llm, int(os.environ["RANK"]))
-    unlike = {"load_format": "dummy"} if os.environ["RANK"] == "1" else {}
+        facts |= mistakes_of_one(llm, rank)
+    unlike = {"load_format": "dummy"} if rank == 1 else {}
     facts["other_config"] = refusal(lambda: LLM("demo", **OPTIONS | unlike))
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
         facts["second"] = run_requests(llm)
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))
+    (folder / f"rank{rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A user's script on two ranks, one of which dies in one of four ways at one of four times. It catches what LLM
+"""A user's script on two ranks, one of which dies in one of four ways at one of five times. It catches what LLM
 raises.
 
     python tests/rank_deaths.py '{"case": {...}, "folder": ...}', or under torchrun
@@ -17,13 +17,13 @@ from penstock import LLM, SamplingParams
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "resident": "none"}
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-STAY_S = 25.0
+STAY_S = 150.0  # longer than anybody waits for the others: nothing may come of its end
 
 # What goes wrong, and in a rank that raises in the course of being a child and lives on: a close that hangs.
 _DO = {
     "raise": "raise KeyError('the shard is bent')",
     "stay": "import engine.runtime.rank as it, os\n"
-    "    if 'PENSTOCK_SELF_LAUNCHED' in os.environ: it.Rank.close = lambda self: time.sleep(60)\n"
+    "    if 'PENSTOCK_SELF_LAUNCHED' in os.environ: it.Rank.close = lambda self: time.sleep(150)\n"
     "    raise KeyError('the shard is bent')",
     "kill": "os.kill(os.getpid(), signal.SIGKILL)",
     "stop": "os.kill(os.getpid(), signal.SIGSTOP)",
@@ -38,6 +38,16 @@ def fail(after_s=0.0):
     {do}
 """
 _WHEN = {
+    # As it reads its own options: by then both have imported what they need, which may take long.
+    "meeting": """
+import engine.config
+def fail_with_both_there(self):
+    while sum(name.startswith("pid") for name in os.listdir(folder)) < 2:
+        time.sleep(0.05)
+    fail()
+if rank == {victim}:
+    engine.config.EngineConfig.__post_init__ = fail_with_both_there
+""",
     "loading": """
 import engine.weights.host_store as host_store
 if rank == {victim}:
@@ -113,7 +123,7 @@ def main(case: Case, folder: Path) -> None:
     try:
         use(case, folder, rank)
     except Exception as error:
-        answer = {"error": type(error).__name__, "text": str(error), "at": time.time()}
+        answer = {"error": type(error).__name__, "text": str(error)}
         if case.again:
             with LLM("demo", 2, **OPTIONS) as llm:
                 answer["again"] = llm.generate("Return the", PARAMS)[0].outputs[0].token_ids

@@ -77,7 +77,7 @@ def test_self_launched_ranks(one_rank, monkeypatch):
 
 
 def test_torchrun_gives_every_rank_the_same_outputs(torchrun, one_rank):
-    own = {"raised": None}
+    own = {"raised": None, "options_of_one": None}
     assert torchrun[0] | own == torchrun[1] | own
     assert_same(torchrun[0]["first"], one_rank[: len(REQUESTS)])
     assert_same(torchrun[0]["second"], one_rank[: len(REQUESTS)])
@@ -122,6 +122,31 @@ def test_ranks_that_are_configured_differently_are_refused_on_all(torchrun):
     alike = "under torchrun all ranks are configured alike"
     for rank in torchrun:
         assert rank["other_config"] == f"load_format='auto' on rank 0, but 'dummy' on rank 1: {alike}"
+
+
+def test_options_that_one_rank_is_refused_end_the_others_too(torchrun):
+    """Its own error there, RankFailed with it on the other; the next LLM is made."""
+    words = {
+        "other_size": "ValueError: tensor_parallel_size=4, but torchrun started WORLD_SIZE=2 ranks",
+        "no_number": "ValueError: max_model_len='many': expected int or None",
+        "no_option": "TypeError: LLM has no option no_such",
+        "no_tokenizer": "ValueError: model='nowhere': no such file or directory",
+        "interface": "ValueError: GLOO_SOCKET_IFNAME=nope0: this host has no network interface 'nope0'",
+        "rank_0": "ValueError: resident=7: expected auto, all, none or a fraction between 0 and 1",
+    }
+    for name, expected in words.items():
+        refused, other = torchrun if name == "rank_0" else torchrun[::-1]
+        kind, text = refused["options_of_one"][name]
+        assert f"{kind}: {text}".startswith(expected)
+        kind, text = other["options_of_one"][name]
+        assert kind == "RankFailed" and text.startswith(f"rank {int(name != 'rank_0')} failed:\n") and expected in text
+
+
+def test_options_that_all_ranks_are_refused_are_the_same_error_on_all(torchrun):
+    for rank in torchrun:
+        assert set(rank["bad_option"]) == {"resident=7: expected auto, all, none or a fraction between 0 and 1"}
+        kind, text = rank["held"]["second"]
+        assert kind == "ValueError" and text.startswith("this process belongs to a process group already")
 
 
 def interrupt(*_) -> None:

@@ -1,5 +1,10 @@
-"""A rank dies: every other one ends, or raises the first cause, within 10 s. Ways to die x times x launchers; some of
-them run in CI, all under `make soak`."""
+"""A rank dies: every other one ends, or raises the first cause. Ways to die x times x launchers; some of them run in
+CI, all under `make soak`. That it takes 10 s at most is held on the clock of those who wait (test_limits.py): here a
+busy machine may take longer, so that HANG_S only tells slow from never.
+
+Before ranks meet none knows another: one that is killed then torchrun's own agent answers for, and one that is stopped
+then nobody can hear of.
+"""
 
 import itertools
 import json
@@ -8,10 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from commands import GONE_S, TORCHRUN, Command, is_alive
+from commands import TORCHRUN, Command, is_alive
 from rank_deaths import Case
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(200)]
+HANG_S = 60.0
 SCRIPT = Path(__file__).parents[1] / "rank_deaths.py"
 LAUNCHERS, FAULTS, TIMES = (
     ("self", "torchrun"),
@@ -19,6 +25,7 @@ LAUNCHERS, FAULTS, TIMES = (
     ("idle", "loading", "pass", "between"),
 )
 CASES = [Case(*one) for one in itertools.product(LAUNCHERS, FAULTS, TIMES)]
+CASES += [Case("torchrun", fault, "meeting", victim) for fault in FAULTS for victim in (0, 1)]
 CASES += [
     Case("self", *one, victim=0) for one in itertools.product(("stay", "kill", "stop"), ("loading", "pass", "between"))
 ]
@@ -29,6 +36,7 @@ IN_CI = {
     "self-rank1-stop-pass",
     "self-rank1-stop-idle",
     "self-rank0-stop-pass",
+    "torchrun-rank1-stay-meeting",
     "torchrun-rank1-stay-pass",
     "torchrun-rank1-stay-loading",
     "torchrun-rank1-kill-between",
@@ -62,16 +70,14 @@ def start(tmp_path):
 @pytest.mark.parametrize("case", [*map(marked, CASES)])
 def test_every_other_rank_ends_or_says_why(start, tmp_path, case):
     run = start(case)
-    wait_until(lambda: (tmp_path / "failed_at").exists(), 60, run)
+    wait_until(lambda: (tmp_path / "failed_at").exists(), HANG_S, run)
     survivor, answer = 1 - case.victim, tmp_path / f"answer{1 - case.victim}.json"
     ranks = {int((tmp_path / f"rank_of{pid}").read_text()): pid for pid in run.pids()}
-    since = time.time() - run.failed_at()
     again_s = 30 if case.again else 0  # to make another one
-    wait_until(lambda: answer.exists() or not is_alive(ranks[survivor]), GONE_S + again_s - since, run)
+    wait_until(lambda: answer.exists() or not is_alive(ranks[survivor]), HANG_S + again_s, run)
     if answer.exists():
         said = json.loads(answer.read_text())
         assert said["error"] == "RankFailed" and case.cause() in said["text"]
-        assert said["at"] - run.failed_at() < GONE_S
         assert len(said.get("again", ())) == (8 if case.again else 0)
     else:
         assert survivor == 1 or case.launcher == "torchrun", run.finish().stderr  # or it could have answered

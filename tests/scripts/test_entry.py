@@ -1,18 +1,16 @@
 """How scripts end: as the command line does."""
 
+import os
 import re
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, TORCHRUN
 
 from scripts.entry import run_script
 
-SCRIPTS = {
-    path.name: path.read_text()
-    for path in (Path(__file__).resolve().parents[2] / "scripts").glob("*.py")
-    if "__main__" in path.read_text()
-}
+SCRIPTS = {path.name: path.read_text() for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -30,16 +28,40 @@ def test_every_script_says_a_mistake_in_one_line(name):
         (MemoryError("the system refuses 3 TiB"), "the system refuses 3 TiB"),
     ],
 )
-def test_a_mistake_is_said_by_rank_0(monkeypatch, capsys, error, text):
+def test_a_mistake_is_one_line(monkeypatch, capsys, error, text):
     def fail() -> None:
         raise error
 
     monkeypatch.setattr(sys, "argv", ["/some/where/script.py"])
     assert run_script(fail) == 2
     assert capsys.readouterr().err == f"script.py: error: {text}\n"
-    monkeypatch.setenv("RANK", "1")
-    assert run_script(fail) == 2
-    assert capsys.readouterr().err == ""
+
+
+# Rank 0 of a launch in which only the others have a mistake works on, until the launcher ends it.
+MISTAKEN = """
+import os, sys, time
+from parallel import failure
+from scripts.entry import run_script
+failure.LAUNCHER_WAIT_S = float(sys.argv[2])
+def main():
+    if sys.argv[1] == "alone" and os.environ["RANK"] == "0":
+        time.sleep(100)
+    raise ValueError("--n 0: expected more")
+sys.exit(run_script(main))
+"""
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("who, wait_s", [("all", "90"), ("alone", "0.1")])
+def test_ranks_say_a_mistake_once_whoever_has_it(tmp_path, who, wait_s):
+    """All have it: rank 0 says it, and the launcher ends the other one, which waits for that. (The waits are such that
+    a slow machine makes no difference.)"""
+    script = tmp_path / "mistaken.py"
+    script.write_text(MISTAKEN)
+    command = [sys.executable, *TORCHRUN, script, who, wait_s]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("mistaken.py: error: --n 0: expected more\n") == 1
 
 
 def test_a_bug_keeps_its_traceback_and_a_status_passes():
