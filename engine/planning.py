@@ -67,8 +67,10 @@ def make_engine_plan(
     tp_size: int,
     device_memory: DeviceMemory | int | None,
     rates: Rates,
+    notes: tuple[str, ...] = (),
 ) -> EnginePlan:
     """Plans one rank of `tp_size`. `device_memory` None is a CPU; a number is that of a device that is all free.
+    `notes` are those of the model, which come first among the plan's.
 
     Raises ValueError, with what would fit, if the config asks for more than there is, and if tp_size cannot be.
     """
@@ -99,7 +101,7 @@ def make_engine_plan(
         steps=counted,
         activation_offsets=offsets,
         activations_bytes=total,
-        notes=tuple(filter(None, [demand.retention.describe(), describe_memory(config, device_memory)])),
+        notes=(*notes, *filter(None, [demand.retention.describe(), describe_memory(config, device_memory)])),
     )
 
 
