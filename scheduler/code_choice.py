@@ -27,13 +27,7 @@ class CodeOffer:
     cost: Cost
 
     def tokens_s(self, planned: Planned, num_seqs: int | None = None) -> float:
-        """Predicted tokens/s of the sequences that are planned, as far as they fit, or of so many."""
-        demand, residency = planned
-        sizes = dict(demand.groups)
-        decoded_bytes = sum(sizes[group] for group in residency.coded)
-        num_seqs = num_seqs or max(demand.seqs_in(residency.num_pages), 1)
-        code = (len(residency.coded), decoded_bytes)
-        return num_seqs / self.cost.pass_s(num_seqs, demand.kv_len, residency.streamed_bytes, *code)
+        return self.cost.tokens_s(*planned, num_seqs)
 
 
 def choose_code(offer: CodeOffer, demand: Demand) -> Planned:

@@ -1,6 +1,8 @@
 """Plans of whole engines: more memory or a faster link is never slower, the fastest split of known shapes, memory that
 others hold, and random configurations."""
 
+import contextlib
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -54,16 +56,40 @@ def pass_ms(made: EnginePlan) -> float:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("max_num_seqs", [None, 1, 64])
-def test_more_memory_is_never_slower(model, max_num_seqs):
-    found = []
-    for gib in (8, 10, 14, 15, 16, 17, 18, 19, 24, 48, 49, 80, 100, 141):
-        try:
-            made = plan(model, gib, max_num_seqs=max_num_seqs, max_model_len=2048)
-        except ValueError:
-            continue
-        found.append(tokens_s(made))
-    assert all(more >= 0.99 * less for less, more in zip(found, found[1:])) and len(found) > 5
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 1, "max_model_len": 2048},
+        {"max_num_seqs": 64, "max_model_len": 2048},
+        {"max_model_len": 2048},
+        {},  # the number of sequences is planned, and what memory takes is the longest context
+        {"tp_size": 2},
+    ],
+    ids=str,
+)
+def test_more_memory_is_never_slower(model, options):
+    """In predicted tokens/s of all sequences together, at the number that was asked for or planned."""
+    check_speeds(model, options)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_more_memory_is_never_slower_for_one_prompt(model):
+    """`generate` plans for the sequences of its job: so the tokens/s are those of its one sequence."""
+    job = EngineConfig().for_job(1)
+    assert job.max_num_seqs == 1
+    plans = check_speeds(model, {"max_num_seqs": job.max_num_seqs})
+    assert {most_seqs(made.kept, made.residency, made.kept.kv_len) for made in plans} == {1}
+
+
+def check_speeds(model: str, options: dict) -> list[EnginePlan]:
+    """The plans of ever more memory, as far as the model fits."""
+    plans = []
+    for gib in (8, 10, 11, 11.25, 12, 14, 15, 16, 17, 18, 19, 21, 24, 32, 48, 49, 64, 80, 100, 120, 141):
+        with contextlib.suppress(ValueError):
+            plans.append(plan(model, gib, **options))
+    found = [tokens_s(made) for made in plans]
+    assert all(more >= 0.99 * less for less, more in zip(itertools.accumulate(found, max), found)) and len(found) > 5
+    return plans
 
 
 @pytest.mark.parametrize("model", MODELS)
