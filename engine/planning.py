@@ -17,7 +17,7 @@ from engine.model.coded_size import planned_bytes
 from engine.model.families import tensor_names
 from engine.model.layout import GroupLayout, ModelLayout, model_layout
 from engine.model.spec import ModelSpec
-from engine.step_cost import kv_token_bytes, step_work
+from engine.step_cost import step_work
 from engine.user_files import named_errors, refuse_cache_root
 from scheduler.code_choice import CodeOffer, choose_code, settle
 from scheduler.demand import Demand
@@ -108,12 +108,10 @@ def make_engine_plan(
 def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> Demand:
     spec, layout = claims.spec, claims.layout
     retention = _retention(config, spec)
-    token_bytes = kv_token_bytes(spec, claims.dtype, claims.tp_size)
     return Demand(
         groups=tuple((group.group, group.nbytes) for group in layout.groups),
         embed_bytes=layout.embed.nbytes,
-        # attention gathers the context of all rows, one layer at a time: one layer more than the cache itself has
-        page_bytes=config.page_size * token_bytes * (spec.num_layers + 1) // spec.num_layers,
+        page_bytes=claims.page_bytes,
         page_size=config.page_size,
         max_num_seqs=config.most_seqs,
         max_position=spec.max_position,

@@ -7,6 +7,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ import torch
 from engine.config import EngineConfig
 from engine.device_profile import load_profile
 from engine.memory_claims import DeviceMemory
+from engine.model.attention import gather
 from engine.model.families import read_config, read_spec
 from engine.model.spec import ModelSpec
 from engine.planning import EnginePlan, decode_time, make_engine_plan, most_seqs, pass_work
 from engine.runtime import rank as runtime
+from engine.runtime.kv_cache import make_cache
 from scheduler.plan_build import default_ring_bytes
 
 GIB = 2**30
@@ -141,6 +144,20 @@ def test_a_job_says_its_number():
     assert EngineConfig(max_num_batched_tokens=50).for_job(1000).max_num_seqs == 50
     assert EngineConfig(max_num_seqs=7).for_job(3).max_num_seqs == 7
     assert EngineConfig().for_job(0).max_num_seqs is None  # not known
+
+
+@pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3-70B", 4), ("wide", 2)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_claim_of_the_kv_cache_is_what_is_allocated(model, tp_size, dtype):
+    """The cache, and what attention copies of it in a layer where every page is in use."""
+    made = plan(model, 30, tp_size, dtype=dtype, page_size=32)
+    spec, num_pages = made.spec, made.residency.num_pages
+    angles = torch.empty(2, 8, spec.rope.rotary_dim // 2, dtype=getattr(torch, dtype), device="meta")
+    cache = make_cache(made, 32, max(spec.num_kv_heads // tp_size, 1), angles)
+    every = torch.empty(num_pages * 32, dtype=torch.int64, device="meta")
+    gathered = gather(cache.layer(0), SimpleNamespace(places=every))
+    allocated = sum(tensor.nbytes for tensor in (cache.data, *gathered))
+    assert dict(made.residency.claims)["KV cache"] == allocated
 
 
 def test_memory_that_others_hold_is_not_planned_with():
