@@ -25,6 +25,7 @@ CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
 GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
+GATHERED_LAYERS = 1  # at a time, in which keys and values are there twice
 PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
 
@@ -74,6 +75,13 @@ class MemoryClaims:
             claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
             claims += [("collectives", COLLECTIVES_BYTES)] if tp_size > 1 else []
         return tuple(claims)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a KV page in all layers (KVCache), and of its copy where a pass with a prompt gathers what it attends to
+        (attention.gather), one layer at a time."""
+        layer_bytes = kv_token_bytes(self.spec, self.dtype, self.tp_size) // self.spec.num_layers
+        return self.config.page_size * layer_bytes * (self.spec.num_layers + GATHERED_LAYERS)
 
     def decode_buffer(self, names: frozenset[str]) -> int:
         """Bytes of the decode buffer if groups of these names are coded."""

@@ -70,9 +70,7 @@ def plan_of(config: EngineConfig) -> EnginePlan:
     model = read_model_to_plan(find_model(config.model), dummy=config.load_format == "dummy")
     tp_size, passed_over = _planned_ranks(config)
     rates = plan_rates(config, tp_size, config.device)
-    plan = make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates)
-    notes = (*model.notes, *plan.residency.notes, *passed_over)
-    return dataclasses.replace(plan, residency=dataclasses.replace(plan.residency, notes=notes))
+    return make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates, (*model.notes, *passed_over))
 
 
 def _planned_ranks(config: EngineConfig) -> tuple[int, list[str]]:

@@ -17,7 +17,7 @@ from engine.model.coded_size import planned_bytes
 from engine.model.families import tensor_names
 from engine.model.layout import GroupLayout, ModelLayout, model_layout
 from engine.model.spec import ModelSpec
-from engine.step_cost import kv_token_bytes, step_work
+from engine.step_cost import step_work
 from engine.user_files import named_errors, refuse_cache_root
 from scheduler.code_choice import CodeOffer, choose_code, settle
 from scheduler.demand import Demand
@@ -67,8 +67,10 @@ def make_engine_plan(
     tp_size: int,
     device_memory: DeviceMemory | int | None,
     rates: Rates,
+    notes: tuple[str, ...] = (),
 ) -> EnginePlan:
     """Plans one rank of `tp_size`. `device_memory` None is a CPU; a number is that of a device that is all free.
+    `notes` are those of the model, which come first among the plan's.
 
     Raises ValueError, with what would fit, if the config asks for more than there is, and if tp_size cannot be.
     """
@@ -99,19 +101,17 @@ def make_engine_plan(
         steps=counted,
         activation_offsets=offsets,
         activations_bytes=total,
-        notes=tuple(filter(None, [demand.retention.describe(), describe_memory(config, device_memory)])),
+        notes=(*notes, *filter(None, [demand.retention.describe(), describe_memory(config, device_memory)])),
     )
 
 
 def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> Demand:
     spec, layout = claims.spec, claims.layout
     retention = _retention(config, spec)
-    token_bytes = kv_token_bytes(spec, claims.dtype, claims.tp_size)
     return Demand(
         groups=tuple((group.group, group.nbytes) for group in layout.groups),
         embed_bytes=layout.embed.nbytes,
-        # attention gathers the context of all rows, one layer at a time: one layer more than the cache itself has
-        page_bytes=config.page_size * token_bytes * (spec.num_layers + 1) // spec.num_layers,
+        page_bytes=claims.page_bytes,
         page_size=config.page_size,
         max_num_seqs=config.most_seqs,
         max_position=spec.max_position,

@@ -17,7 +17,6 @@ from engine.user_files import parse_json, read_bytes, read_json
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 _MAP_FILE, _ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
-_NOT_READ = ("model_max_length", "max_length", "chat_template")  # the first is often 1e30, written as an integer
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -58,7 +57,7 @@ def library_errors(where: str) -> Iterator[None]:
 
 def _read(file: Path) -> dict[str, Any]:
     """Fields of a JSON file that need not be there."""
-    return read_json(file, ignored=_NOT_READ) if file.exists() else {}
+    return read_json(file, keep_too_large=True) if file.exists() else {}  # model_max_length is often 1e30
 
 
 def _is_llama(directory: Path, config: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,11 +23,17 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
-class _TooLarge:
-    """A number beyond what a field can hold, found while JSON is read: `text` is its beginning."""
+class TooLarge(float):
+    """A number in JSON beyond what a field can hold: infinite, so that no check of a size or a rate takes it, and shown
+    as it stands in the file."""
 
-    def __init__(self, text: str):
-        self.text = text if len(text) <= MAX_DIGITS else f"{text[:MAX_DIGITS]}... ({len(text)} characters)"
+    def __new__(cls, text: str) -> "TooLarge":
+        number = super().__new__(cls, "-inf" if text.startswith("-") else "inf")
+        number.text = text if len(text) <= MAX_DIGITS else f"{text[:MAX_DIGITS]}... ({len(text)} characters)"
+        return number
+
+    def __repr__(self) -> str:
+        return f"{self.text}, a number that is too large"
 
 
 @contextlib.contextmanager
@@ -109,18 +115,19 @@ def read_bytes(path: str | Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
     return content
 
 
-def read_json(path: str | Path, ignored: Collection[str] = ()) -> dict[str, Any]:
+def read_json(path: str | Path, keep_too_large: bool = False) -> dict[str, Any]:
     """A file that holds one JSON object. Raises ValueError as read_bytes and parse_json do."""
-    content = parse_json(read_bytes(path), str(path), ignored)
+    content = parse_json(read_bytes(path), str(path), keep_too_large)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is not a JSON object")
     return content
 
 
-def parse_json(text: bytes | str, where: str, ignored: Collection[str] = ()) -> Any:
-    """JSON as Python has it, without the fields of the whole that are `ignored`, whatever they hold. Raises ValueError,
-    beginning with `where`, if it is not UTF-8, not JSON, has more than MAX_JSON_VALUES or is nested deeper than
-    MAX_JSON_DEPTH, or has a name twice in one object or a number of over 20 digits or beyond a float."""
+def parse_json(text: bytes | str, where: str, keep_too_large: bool = False) -> Any:
+    """JSON as Python has it. Raises ValueError, beginning with `where`, if it is not UTF-8, not JSON, has more than
+    MAX_JSON_VALUES or is nested deeper than MAX_JSON_DEPTH, or has a name twice in one object or a number of over 20
+    digits or beyond a float. `keep_too_large` is for objects of which only some fields are read: such a number is a
+    TooLarge there, and only who reads it refuses it."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     except ValueError as error:
@@ -137,9 +144,7 @@ def parse_json(text: bytes | str, where: str, ignored: Collection[str] = ()) -> 
         raise ValueError(str(error)) from None
     except ValueError as error:
         raise ValueError(f"{where}: is not JSON: {error}") from None
-    if isinstance(content, dict):
-        content = {name: value for name, value in content.items() if name not in ignored}
-    _check(content, where)
+    _check(content, where, keep_too_large)
     return content
 
 
@@ -155,15 +160,15 @@ def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     return content
 
 
-def _integer(text: str) -> int | _TooLarge:
-    return int(text) if len(text.lstrip("-")) <= MAX_DIGITS else _TooLarge(text)
+def _integer(text: str) -> int | TooLarge:
+    return int(text) if len(text.lstrip("-")) <= MAX_DIGITS else TooLarge(text)
 
 
-def _float(text: str) -> float | _TooLarge:
-    return number if math.isfinite(number := float(text)) else _TooLarge(text)
+def _float(text: str) -> float:
+    return number if math.isfinite(number := float(text)) else TooLarge(text)
 
 
-def _check(content: Any, where: str) -> None:
+def _check(content: Any, where: str, keep_too_large: bool) -> None:
     """Refuses numbers and depths by the field that has them. One iterator for each object or list that is open: without
     recursion, and in little memory."""
     path, opened = [], [iter([("", content)])]
@@ -172,9 +177,10 @@ def _check(content: Any, where: str) -> None:
         if name is None:
             opened.pop()
             path = path[:-1]
-        elif isinstance(value, _TooLarge):
-            field = ".".join(map(str, [*path[1:], name]))[:200] or "it"
-            raise ValueError(f"{where}: {field} is {value.text}, a number that is too large")
+        elif isinstance(value, TooLarge):
+            if not keep_too_large:
+                field = ".".join(map(str, [*path[1:], name]))[:200] or "it"
+                raise ValueError(f"{where}: {field} is {value!r}")
         elif isinstance(value, dict | list):
             path = [*path, name]
             if len(opened) > MAX_JSON_DEPTH:

@@ -29,12 +29,7 @@ class CodeOffer:
 
     def tokens_s(self, planned: Planned) -> float:
         """Predicted tokens/s of the sequences that are planned, as far as they fit."""
-        demand, residency = planned
-        sizes = dict(demand.groups)
-        decoded_bytes = sum(sizes[group] for group in residency.coded)
-        num_seqs = max(demand.seqs_in(residency.num_pages), 1)
-        code = (len(residency.coded), decoded_bytes)
-        return num_seqs / self.cost.pass_s(num_seqs, demand.kv_len, residency.streamed_bytes, *code)
+        return self.cost.tokens_s(*planned)
 
 
 def choose_code(offer: CodeOffer, demand: Demand) -> Planned:

@@ -123,6 +123,9 @@ class Demand:
         names = frozenset(group.name for group in split.coded)
         return (*self.fixed, ("decode buffer", self.buffer_bytes(names))) if names else self.fixed
 
+    def claims_bytes(self, split: Split) -> int:
+        return sum(nbytes for _, nbytes in self.claims(split))
+
     def usual_ring_bytes(self, split: Split) -> int:
         """The ring as asked for, or the one in which no copy waits."""
         return self.ring_bytes or default_ring_bytes(self.streamed(split))

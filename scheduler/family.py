@@ -29,6 +29,7 @@ from scheduler.demand import Demand, Split
 from scheduler.kinds import Kind, find_kinds
 from scheduler.pass_work import PassShape, StepWork
 from scheduler.plan_build import usual_ring_bytes
+from scheduler.residency import Residency
 from scheduler.spread import every, spread
 from scheduler.time_model import Rates, decode_s, pass_s, steps_s
 from scheduler.units import GB
@@ -51,6 +52,14 @@ class Cost:
     ) -> float:
         decoding_s = decode_s(decoded_bytes, num_decoded, self.rates)
         return pass_s(streamed_bytes, self.steps_s(num_seqs, context_tokens), decoding_s, self.rates)
+
+    def tokens_s(self, demand: Demand, residency: Residency, num_seqs: int | None = None) -> float:
+        """Predicted tokens/s of the sequences that are planned, as far as they fit, or of so many."""
+        sizes = dict(demand.groups)
+        decoded_bytes = sum(sizes[group] for group in residency.coded)
+        num_seqs = num_seqs or max(demand.seqs_in(residency.num_pages), 1)
+        code = (len(residency.coded), decoded_bytes)
+        return num_seqs / self.pass_s(num_seqs, demand.kv_len, residency.streamed_bytes, *code)
 
 
 class Found(NamedTuple):
@@ -227,7 +236,8 @@ class Family:
 
     def _used_bytes(self, found: Found) -> int:
         split = self.split(found)
-        return self.demand.weights_bytes(split) + self.demand.usual_ring_bytes(split)
+        demand = self.demand
+        return demand.weights_bytes(split) + demand.usual_ring_bytes(split) + demand.claims_bytes(split)
 
     def split(self, found: Found) -> Split:
         """The groups behind the numbers."""

@@ -79,7 +79,7 @@ def _fit(demand: Demand, split: Split) -> Residency | None:
     ring_bytes = _ring_bytes(demand, streamed, notes)
     num_pages = demand.wanted_pages(demand.max_num_seqs)
     if demand.memory_bytes is not None:
-        room = demand.memory_bytes - _sum(demand.claims(split)) - demand.weights_bytes(split)
+        room = demand.memory_bytes - demand.claims_bytes(split) - demand.weights_bytes(split)
         ring_room = room - demand.least_pages * demand.page_bytes
         if ring_room < (minimum_ring_bytes(streamed) if demand.ring_bytes is None else ring_bytes):
             return None
@@ -92,10 +92,6 @@ def _fit(demand: Demand, split: Split) -> Residency | None:
         num_pages = min(num_pages, max(demand.least_pages, CPU_KV_BYTES // demand.page_bytes + 1))
     made = _assemble(demand, split, ring_bytes, num_pages)
     return replace(made, notes=(*notes, *_kv_notes(demand, made)))
-
-
-def _sum(claims: tuple[tuple[str, int], ...]) -> int:
-    return sum(nbytes for _, nbytes in claims)
 
 
 def _ring_bytes(demand: Demand, streamed: list[tuple[GroupId, int]], notes: list[str]) -> int:
@@ -154,7 +150,7 @@ def _refusal(demand: Demand, split: Split) -> str:
     kv, weights = demand.least_pages * demand.page_bytes, demand.weights_bytes(split)
     held = f"KV of {demand.least_len} tokens" if demand.num_pages is None else f"num_pages={demand.num_pages}"
     parts = [("resident weights", weights), ("ring", ring), *demand.claims(split), (held, kv)]
-    need = _sum(tuple(parts))
+    need = sum(nbytes for _, nbytes in parts)
     listed = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in parts if nbytes)
     left = (demand.memory_bytes - need + kv) // demand.page_bytes
     fits = [f"gpu_memory of at least {show_bytes(need)}"]

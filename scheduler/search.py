@@ -6,11 +6,12 @@ gives more tokens/s than high / time(low): they are looked at only as long as th
 the fastest split of a number of sequences takes is family.py's.
 """
 
+import bisect
 import heapq
 import math
 from collections.abc import Callable
 
-from scheduler.demand import CPU_KV_BYTES, Demand
+from scheduler.demand import CPU_KV_BYTES, Demand, Split
 from scheduler.family import Cost, Family, Found
 from scheduler.residency import Residency, check_demand, plan_residency
 
@@ -20,18 +21,21 @@ TOLERANCE = 0.003  # of the tokens/s, that a number of sequences may be from the
 def plan_fastest(demand: Demand, cost: Cost, coded: bool) -> tuple[Demand, Residency]:
     """The demand, with the number of sequences that was planned if it was not asked for, and the residency with the
     most tokens/s, all groups plain or those coded that may be. Where not even one full sequence fits, the one that
-    leaves the KV cache most.
+    leaves the KV cache most; also where that gives more tokens/s, if both number and length of sequences are open.
 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
     check_demand(demand)
     family = Family(demand, cost, coded)
-    best = _best(family)
+    best, least = _best(family), family.split(family.smallest())
     if best is None:
-        return _plan_smallest(family)
+        return _plan_most(demand, least)
     num_seqs, found = best
     settled = demand.planned_for(num_seqs)
-    return settled, plan_residency(settled, family.split(found))
+    planned = settled, plan_residency(settled, family.split(found))
+    if _may_shorten(demand, num_seqs) and _holds(demand.planned_for(num_seqs + 1), least):
+        return max((planned, _plan_most(demand, least)), key=lambda each: cost.tokens_s(*each))
+    return planned
 
 
 def _best(family: Family) -> tuple[int, Found] | None:
@@ -55,14 +59,27 @@ def _most_seqs(demand: Demand) -> int:
     return demand.max_num_seqs if num_pages is None else max(demand.seqs_in(num_pages), 1)
 
 
-def _plan_smallest(family: Family) -> tuple[Demand, Residency]:
-    """As many sequences as the least split leaves memory for."""
-    split, num_seqs = family.split(family.smallest()), 1
-    if family.demand.plans_num_seqs:
-        planned = plan_residency(family.demand.planned_for(1), split)
-        num_seqs = max((planned.num_pages - 1) // family.demand.pages(family.demand.kv_len), 1)
-    settled = family.demand.planned_for(min(num_seqs, family.demand.max_num_seqs))
+def _may_shorten(demand: Demand, num_seqs: int) -> bool:
+    """Whether there may be more sequences than these, in place of the longest one."""
+    is_open = demand.plans_num_seqs and demand.max_model_len is None and demand.memory_bytes is not None
+    return is_open and num_seqs < demand.max_num_seqs
+
+
+def _plan_most(demand: Demand, split: Split) -> tuple[Demand, Residency]:
+    """As many sequences as this split leaves memory for."""
+    more = range(2, demand.max_num_seqs + 1)
+    num_seqs = 1 + bisect.bisect_left(more, True, key=lambda n: not _holds(demand.planned_for(n), split))
+    settled = demand.planned_for(num_seqs)
     return settled, plan_residency(settled, split)
+
+
+def _holds(demand: Demand, split: Split) -> bool:
+    """Whether as many sequences as are asked for fit beside this, each of kv_len tokens and none of them longer."""
+    num_pages = demand.max_num_seqs * demand.pages(demand.kv_len) + 1
+    if demand.num_pages is not None or demand.memory_bytes is None:
+        return num_pages <= (demand.num_pages or num_pages)
+    held = demand.weights_bytes(split) + demand.usual_ring_bytes(split) + demand.claims_bytes(split)
+    return held + num_pages * demand.page_bytes <= demand.memory_bytes
 
 
 def most_per_second(most: int, seconds: Callable[[int], float]) -> int | None:

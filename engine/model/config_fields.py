@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from engine.model.spec import DTYPE_BYTES, RopeSpec
+from engine.user_files import TooLarge
 from scheduler.units import show_value
 
 MAX_LAYERS = 512  # planning takes time for each; the deepest published models have under 200
@@ -50,8 +51,15 @@ class Fields:
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.source}: {message}")
 
+    def get(self, key: str, other: Any = None) -> Any:
+        """The value, whatever it is. Raises ValueError for a number that is too large for a field that is read."""
+        value = self.values.get(key, other)
+        if isinstance(value, TooLarge):
+            raise self.error(f"{key} is {value!r}")
+        return value
+
     def size(self, key: str, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
-        value = self.values.get(key)
+        value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
             raise self.error(f"{key} must be an integer of at least {at_least}, not {show_value(value)}")
         if value > at_most:
@@ -59,10 +67,10 @@ class Fields:
         return value
 
     def size_or(self, key: str, other: int | None) -> int | None:
-        return other if self.values.get(key) is None else self.size(key)
+        return other if self.get(key) is None else self.size(key)
 
     def number(self, key: str) -> float:
-        value = self.values.get(key)
+        value = self.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.error(f"{key} must be a positive number, not {show_value(value)}")
         if value > MAX_NUMBER:
@@ -70,14 +78,14 @@ class Fields:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        value = self.values.get(key)
+        value = self.get(key)
         if not isinstance(value, bool):
             raise self.error(f"{key} must be true or false, not {show_value(value)}")
         return value
 
     def refuse(self, refused: Mapping[str, tuple[Any, ...]]) -> None:
         for key, off in refused.items():
-            if self.values.get(key) not in off:
+            if self.get(key) not in off:
                 raise self.error(f"{key} = {show_value(self.values[key])} is not supported")
 
 
@@ -95,13 +103,13 @@ def states_dtype(config: Mapping[str, Any]) -> bool:
 
 def read_dtype(fields: Fields) -> str:
     """Raises ValueError for a dtype that is not supported; a missing one is float32."""
-    value = fields.values.get("dtype") or fields.values.get("torch_dtype") or "float32"
+    value = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     return choice(fields, "dtype", str(value).removeprefix("torch."), DTYPE_BYTES)
 
 
 def read_token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
     """bos_token_id, and eos_token_id as a tuple. Raises ValueError if they are neither integers nor null."""
-    bos, eos = fields.values.get("bos_token_id"), fields.values.get("eos_token_id")
+    bos, eos = fields.get("bos_token_id"), fields.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if type(bos) not in (int, type(None)):
         raise fields.error(f"bos_token_id must be an integer or null, not {show_value(bos)}")
@@ -117,7 +125,7 @@ def read_rope(fields: Fields, head_dim: int, theta_key: str = "rope_theta", part
     Raises ValueError for an unknown kind, a missing or bad parameter, or a rotary part that is odd or too large.
     """
     rope = _rope_values(fields, theta_key, part_key or "partial_rotary_factor")
-    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
     choice(fields, "rope_type", kind, ROPE_KINDS)
     part = rope.number("partial_rotary_factor")
     if part != 1 and not part_key:
@@ -178,18 +186,16 @@ def _yarn_values(rope: Fields, implied_factor: float) -> dict[str, Any]:
     """A null factor is the ratio of the lengths; a zero beta or mscale counts as left out, as in transformers."""
 
     def get(key: str, default: float | None = None) -> float | None:
-        return rope.number(key) if rope.values.get(key) else default
+        return rope.number(key) if rope.get(key) else default
 
     return {
-        "factor": implied_factor if rope.values.get("factor", 0) is None else rope.number("factor"),
+        "factor": implied_factor if rope.get("factor", 0) is None else rope.number("factor"),
         "beta_fast": get("beta_fast", 32.0),
         "beta_slow": get("beta_slow", 1.0),
         "mscale": get("mscale"),
         "mscale_all_dim": get("mscale_all_dim"),
-        "attention_factor": rope.number("attention_factor")
-        if rope.values.get("attention_factor") is not None
-        else None,
-        "truncate": bool(rope.values.get("truncate", True)),
+        "attention_factor": rope.number("attention_factor") if rope.get("attention_factor") is not None else None,
+        "truncate": bool(rope.get("truncate", True)),
     }
 
 
@@ -201,7 +207,7 @@ def read_windows(fields: Fields, window: int | None, first: int = 0, mixed: bool
     """
     num_layers = fields.size("num_hidden_layers", at_most=MAX_LAYERS)
     default = [SLIDING if window and layer >= first else FULL for layer in range(num_layers)]
-    types = fields.values.get("layer_types") or default
+    types = fields.get("layer_types") or default
     if not isinstance(types, list) or len(types) != num_layers:
         raise fields.error(f"layer_types must be a list of num_hidden_layers = {num_layers} names")
     for name in types:
@@ -213,7 +219,7 @@ def read_windows(fields: Fields, window: int | None, first: int = 0, mixed: bool
 
 def no_windows(fields: Fields) -> tuple[None, ...]:
     """No layer has a window. Raises ValueError for a config that sets one: transformers ignores it, others do not."""
-    if fields.values.get("use_sliding_window") is not False:
+    if fields.get("use_sliding_window") is not False:
         fields.refuse({"sliding_window": (None,)})
     return read_windows(fields, None)
 

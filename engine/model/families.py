@@ -50,7 +50,7 @@ def config_file(path: str | Path) -> Path:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The content of a config.json, or of the one in directory `path`. Raises ValueError as read_json does."""
-    return read_json(config_file(path))
+    return read_json(config_file(path), keep_too_large=True)
 
 
 def read_eos_token_ids(path: str | Path, spec: ModelSpec) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def read_eos_token_ids(path: str | Path, spec: ModelSpec) -> tuple[int, ...]:
     file = Path(path) / "generation_config.json"
     if not file.exists():
         return spec.eos_token_ids
-    _, eos = read_token_ids(Fields(read_json(file), str(file)))
+    _, eos = read_token_ids(Fields(read_json(file, keep_too_large=True), str(file)))
     return tuple(sorted({*spec.eos_token_ids, *eos}))
 
 
@@ -116,12 +116,12 @@ def _find_family(config: Mapping[str, Any], source: str) -> Family:
 
 def _common(fields: Fields, family: Family) -> dict[str, Any]:
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
-    if fields.values.get("head_dim") is None and hidden % heads:
+    if fields.get("head_dim") is None and hidden % heads:
         raise fields.error(f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
     head_dim = fields.size_or("head_dim", hidden // heads)
     bos, eos = read_token_ids(fields)
     rope = read_rope(fields, head_dim, *family.rope_keys)
-    activation = choice(fields, "hidden_act", fields.values.get("hidden_act"), ACTIVATIONS)
+    activation = choice(fields, "hidden_act", fields.get("hidden_act"), ACTIVATIONS)
     return {
         "family": family.name,
         "num_layers": fields.size("num_hidden_layers", at_most=MAX_LAYERS),

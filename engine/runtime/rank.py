@@ -139,7 +139,7 @@ class Rank:
         if prepared:
             plan, source = prepared
             if memory != self.planned_memory:
-                plan = make_engine_plan(self.config, plan.spec, launch.tp_size, memory, plan.rates)
+                plan = self._plan(memory, plan.rates)
         else:
             self.config = dataclasses.replace(self.config, max_num_seqs=told["max_num_seqs"])  # it knows the job
             plan, source = self._prepare(memory, Rates(**told["rates"]))
@@ -209,13 +209,15 @@ class Rank:
         if path.is_file() and self.config.load_format != "dummy":
             where = "give the checkpoint's directory (a config.json is enough with load_format='dummy')"
             raise ValueError(f"model={self.config.model!r} is a file: {where}")
-        spec = read_model(path, dummy=self.config.load_format == "dummy").spec
-        self.eos_token_ids = read_eos_token_ids(path, spec)
-        device = self.topology.device
-        plan = make_engine_plan(self.config, spec, self.topology.tp_size, memory, rates)
-        source = open_source(self.config, path, plan, device)
+        self.model = read_model(path, dummy=self.config.load_format == "dummy")
+        self.eos_token_ids = read_eos_token_ids(path, self.model.spec)
+        plan = self._plan(memory, rates)
+        source = open_source(self.config, path, plan, self.topology.device)
         self.planned_at_s = time.perf_counter()
         return plan, source
+
+    def _plan(self, memory: DeviceMemory | None, rates: Rates) -> EnginePlan:
+        return make_engine_plan(self.config, self.model.spec, self.topology.tp_size, memory, rates, self.model.notes)
 
     @property
     def lookahead(self) -> int:

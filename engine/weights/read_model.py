@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.model.config_fields import states_dtype
-from engine.model.families import config_file, read_config, read_spec, without_prefix
+from engine.model.families import FAMILIES, config_file, read_config, read_spec, without_prefix
 from engine.model.spec import ModelSpec, TensorNames
 from engine.user_files import open_file, read_json
 from engine.weights.packed_metadata import Packing, find_packings
@@ -29,7 +29,7 @@ QUANTISED = {
 
 @dataclass(frozen=True)
 class Model:
-    """`notes` say, each on a line, what config.json leaves open and what was taken for it."""
+    """`notes` say, each on a line, what config.json leaves open or states otherwise, and what was taken for it."""
 
     spec: ModelSpec
     notes: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ def read_model(path: str | Path, dummy: bool = False) -> Model:
     beside it. Raises ValueError as read_spec and find_packings do, and naming the file, for weights that are quantised
     or lack their head."""
     path = Path(path)
-    told = _read_spec(path)
+    told = _read_config(path)
     return _as_configured(path, *told) if dummy else _as_stored(path, *told)
 
 
@@ -48,7 +48,7 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
     """The same, but where there are no weights, or none that can be read, that of config.json alone. Raises ValueError
     as read_model does for that."""
     path = Path(path)
-    told = _read_spec(path)
+    told = _read_config(path)
     model = _as_configured(path, *told)
     if dummy or not path.is_dir() or not has_weights(path):
         return model
@@ -58,18 +58,28 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
         return replace(model, notes=(*model.notes, f"planned without the weights, which cannot be loaded: {error}"))
 
 
-def _read_spec(path: Path) -> tuple[ModelSpec, bool]:
+def _read_config(path: Path) -> tuple[Model, bool]:
     """And whether the config names a dtype."""
     file, config = config_file(path), read_config(path)
     spec = read_spec(config, str(file))
     for name, fields in QUANTISED.items():
         if (file.parent / name).exists():
             _refuse_quantised(file.parent / name, fields)
-    return spec, states_dtype(config)
+    return Model(spec, _length_notes(file, config, spec)), states_dtype(config)
+
+
+def _length_notes(file: Path, config: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:
+    """Whether a scaled rotary embedding makes the longest sequence another one than max_position_embeddings."""
+    stated = config.get("max_position_embeddings", FAMILIES[spec.family].defaults["max_position_embeddings"])
+    if spec.max_position == stated:
+        return ()
+    scaling = f"{spec.rope.kind} rope_scaling of factor {spec.rope.factor:g}"
+    note = f"sequences of up to {spec.max_position} tokens by {scaling}, though max_position_embeddings is {stated}"
+    return (f"{file}: {note}",)
 
 
 def _refuse_quantised(file: Path, fields: tuple[str, ...]) -> None:
-    stated: dict[str, Any] = read_json(file)
+    stated: dict[str, Any] = read_json(file, keep_too_large=True)
     inner = stated.get("quantization")
     for field in fields:
         value = inner.get(field) if isinstance(inner, dict) else stated.get(field)
@@ -77,13 +87,17 @@ def _refuse_quantised(file: Path, fields: tuple[str, ...]) -> None:
             raise ValueError(f"{file}: {field} = {show_value(value)} is not supported: quantised weights are not read")
 
 
-def _as_configured(path: Path, spec: ModelSpec, has_dtype: bool) -> Model:
-    return Model(spec, () if has_dtype else (f"{config_file(path)} names no dtype: {spec.dtype} is assumed",))
+def _as_configured(path: Path, model: Model, has_dtype: bool) -> Model:
+    if has_dtype:
+        return model
+    note = f"{config_file(path)} names no dtype: {model.spec.dtype} is assumed"
+    return replace(model, notes=(*model.notes, note))
 
 
-def _as_stored(directory: Path, spec: ModelSpec, has_dtype: bool) -> Model:
+def _as_stored(directory: Path, model: Model, has_dtype: bool) -> Model:
     entries, packings = find_packings(directory)
-    names, notes = _names(directory, spec, entries), []
+    spec, notes = model.spec, list(model.notes)
+    names = _names(directory, spec, entries)
     tied = spec.tied
     if tied and names.head in entries and names.embed not in entries:
         names = replace(names, embed=names.head)  # the same matrix, saved once

@@ -110,7 +110,7 @@ def parse_header(file: Path, text: bytes, size: int | None = None) -> dict[str, 
 
 
 def _indexed_entries(index: Path) -> dict[str, TensorEntry]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, keep_too_large=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: corrupt: no weight_map from tensor to file name")
     _check_lengths(f"{index}: corrupt", weight_map)

@@ -1,10 +1,13 @@
 """Plans of whole engines: more memory or a faster link is never slower, the fastest split of known shapes, memory that
 others hold, and random configurations."""
 
+import contextlib
+import itertools
 import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ import torch
 from engine.config import EngineConfig
 from engine.device_profile import load_profile
 from engine.memory_claims import DeviceMemory
+from engine.model.attention import gather
 from engine.model.families import read_config, read_spec
 from engine.model.spec import ModelSpec
 from engine.planning import EnginePlan, decode_time, make_engine_plan, most_seqs, pass_work
 from engine.runtime import rank as runtime
+from engine.runtime.kv_cache import make_cache
 from scheduler.plan_build import default_ring_bytes
 from scheduler.units import GIB
 
@@ -54,16 +59,40 @@ def pass_ms(made: EnginePlan) -> float:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("max_num_seqs", [None, 1, 64])
-def test_more_memory_is_never_slower(model, max_num_seqs):
-    found = []
-    for gib in (8, 10, 14, 15, 16, 17, 18, 19, 24, 48, 49, 80, 100, 141):
-        try:
-            made = plan(model, gib, max_num_seqs=max_num_seqs, max_model_len=2048)
-        except ValueError:
-            continue
-        found.append(tokens_s(made))
-    assert all(more >= 0.99 * less for less, more in zip(found, found[1:])) and len(found) > 5
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 1, "max_model_len": 2048},
+        {"max_num_seqs": 64, "max_model_len": 2048},
+        {"max_model_len": 2048},
+        {},  # the number of sequences is planned, and what memory takes is the longest context
+        {"tp_size": 2},
+    ],
+    ids=str,
+)
+def test_more_memory_is_never_slower(model, options):
+    """In predicted tokens/s of all sequences together, at the number that was asked for or planned."""
+    check_speeds(model, options)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_more_memory_is_never_slower_for_one_prompt(model):
+    """`generate` plans for the sequences of its job: so the tokens/s are those of its one sequence."""
+    job = EngineConfig().for_job(1)
+    assert job.max_num_seqs == 1
+    plans = check_speeds(model, {"max_num_seqs": job.max_num_seqs})
+    assert {most_seqs(made.kept, made.residency, made.kept.kv_len) for made in plans} == {1}
+
+
+def check_speeds(model: str, options: dict) -> list[EnginePlan]:
+    """The plans of ever more memory, as far as the model fits."""
+    plans = []
+    for gib in (8, 10, 11, 11.25, 12, 14, 15, 16, 17, 18, 19, 21, 24, 32, 48, 49, 64, 80, 100, 120, 141):
+        with contextlib.suppress(ValueError):
+            plans.append(plan(model, gib, **options))
+    found = [tokens_s(made) for made in plans]
+    assert all(more >= 0.99 * less for less, more in zip(itertools.accumulate(found, max), found)) and len(found) > 5
+    return plans
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -115,6 +144,20 @@ def test_a_job_says_its_number():
     assert EngineConfig(max_num_batched_tokens=50).for_job(1000).max_num_seqs == 50
     assert EngineConfig(max_num_seqs=7).for_job(3).max_num_seqs == 7
     assert EngineConfig().for_job(0).max_num_seqs is None  # not known
+
+
+@pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3-70B", 4), ("wide", 2)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_claim_of_the_kv_cache_is_what_is_allocated(model, tp_size, dtype):
+    """The cache, and what attention copies of it in a layer where every page is in use."""
+    made = plan(model, 30, tp_size, dtype=dtype, page_size=32)
+    spec, num_pages = made.spec, made.residency.num_pages
+    angles = torch.empty(2, 8, spec.rope.rotary_dim // 2, dtype=getattr(torch, dtype), device="meta")
+    cache = make_cache(made, 32, max(spec.num_kv_heads // tp_size, 1), angles)
+    every = torch.empty(num_pages * 32, dtype=torch.int64, device="meta")
+    gathered = gather(cache.layer(0), SimpleNamespace(places=every))
+    allocated = sum(tensor.nbytes for tensor in (cache.data, *gathered))
+    assert dict(made.residency.claims)["KV cache"] == allocated
 
 
 def test_memory_that_others_hold_is_not_planned_with():

@@ -132,6 +132,19 @@ def test_passes_that_decode_what_stays_are_the_records():
         assert predicted_s == pytest.approx(row["decode_pass_s"], rel=0.06)
 
 
+CODED = ("decode_llama3_70b_coded_resident_1rank", "decode_llama3_8b_coded_1rank", "decode_llama3_8b_coded_4ranks",
+         "decode_llama3_70b_coded_2ranks", "decode_llama3_70b_24gib_coded_2ranks")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_a_decoder_that_nobody_measured_is_as_fast_as_those_measured(name):
+    """From the memory rate of that run alone."""
+    measured = record_of(name)
+    assert measured["rates"] == "measured"
+    unknown = replace(rates(1), memory_gb_s=measured["memory_gb_s"], decode_gb_s=None)
+    assert unknown.decoding_gb_s == pytest.approx(measured["decode_gb_s"], rel=0.09)
+
+
 @pytest.mark.parametrize("tp_size, batch", [(1, 1), (1, 256), (4, 64)])
 def test_the_replayed_plan_is_the_pass(tp_size, batch):
     """Where nothing streams both are the sum of the same steps."""

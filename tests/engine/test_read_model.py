@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from engine import cli
 from engine.pack_command import pack
+from engine.planning import find_model
 from engine.weights import packing
 from engine.weights import read_model as read_model_module
 from engine.weights.checkpoint import Checkpoint
@@ -270,6 +271,67 @@ def test_plan_goes_on_without_weights_that_cannot_be_read(tmp_path, capsys):
     assert "model.safetensors: is a git-lfs pointer" in note
     with pytest.raises(ValueError, match=r"model\.safetensors: is a git-lfs pointer"):
         read_model(tmp_path)
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    "scaling, stated, length",
+    [
+        (YARN, 128, 512),
+        ({"rope_type": "linear", "factor": 2.0}, 128, 256),
+        (YARN, 512, None),
+        (YARN, 1024, None),  # transformers and vLLM take what is more
+        ({"rope_type": "dynamic", "factor": 4.0}, 128, None),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 128, None),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
+)
+def test_a_length_that_is_not_the_stated_one_is_said(tmp_path, scaling, stated, length):
+    config = json.loads((find_model("demo") / "config.json").read_text())
+    config |= {"rope_scaling": scaling, "max_position_embeddings": stated}
+    config.pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = read_model(tmp_path, dummy=True)
+    assert model.spec.max_position == (length or stated)
+    by = f"by {scaling['rope_type']} rope_scaling of factor {scaling['factor']:g}"
+    note = f"sequences of up to {length} tokens {by}, though max_position_embeddings is {stated}"
+    assert model.notes == ((f"{tmp_path / 'config.json'}: {note}",) if length else ())
+
+
+def test_a_length_of_a_config_that_states_none_is_beside_the_family_s(tmp_path):
+    config = {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (note, _) = read_model(tmp_path, dummy=True).notes
+    assert "up to 4096 tokens" in note and note.endswith("max_position_embeddings is 2048")
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_generate_says_each_note_once(tmp_path, capsys, tp_size):
+    head, embed = FAMILIES["qwen2"]
+    tensors = write(tmp_path, "qwen2", "bfloat16", **TIED)
+    change_config(tmp_path, dtype=..., rope_parameters=..., rope_scaling=YARN, max_position_embeddings=128)
+    rewrite(tmp_path, {**tensors, head: -tensors[embed]})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt_token_ids": PROMPT}))
+    arguments = ["--model", str(tmp_path), "--device", "cpu", "-tp", str(tp_size)]
+    expected = read_model(tmp_path).notes
+    for note, part in zip(expected, ("up to 512 tokens", "a head of its own", "names no dtype"), strict=True):
+        assert part in note
+    assert cli.main(["generate", *arguments, "--prompts-file", str(prompts), "--max-tokens", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert cli.main(["plan", *arguments]) == 0
+    shown = capsys.readouterr().out
+    for note in expected:
+        assert note not in out
+        for text in (err, shown):
+            assert text.count(note) == 1 and f"\nnote: {note}\n" in f"{text}\n"
+    if tp_size == 1:
+        with LLM(str(tmp_path), device="cpu", max_num_seqs=2) as llm:
+            assert llm.rank.plan.notes == expected
 
 
 # --- quantisation -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from engine import user_files
-from engine.user_files import MAX_JSON_DEPTH, check_output, open_file, parse_json, read_bytes, read_json
+from engine.user_files import MAX_JSON_DEPTH, TooLarge, check_output, open_file, parse_json, read_bytes, read_json
 
 
 def write(tmp_path, text: str | bytes):
@@ -20,9 +20,12 @@ def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path):
     assert read_json(write(tmp_path, b'\xef\xbb\xbf{"a": 18446744073709551615}')) == {"a": 2**64 - 1}
 
 
-def test_a_field_that_nobody_reads_may_hold_anything(tmp_path):
-    path = write(tmp_path, '{"a": 1, "longest": 1000000000000000019884624838656, "b": {"longest": 2}}')
-    assert read_json(path, ignored=("longest",)) == {"a": 1, "b": {"longest": 2}}
+def test_a_field_that_nobody_reads_may_hold_any_number(tmp_path):
+    path = write(tmp_path, '{"a": 1, "longest": 1000000000000000019884624838656, "b": {"least": [-1e999]}}')
+    content = read_json(path, keep_too_large=True)
+    assert content == {"a": 1, "longest": float("inf"), "b": {"least": [float("-inf")]}}
+    assert all(type(value) is TooLarge for value in (content["longest"], *content["b"]["least"]))
+    assert repr(content["longest"]) == "10000000000000000198... (31 characters), a number that is too large"
     with pytest.raises(ValueError, match="longest is 1000.*too large"):
         read_json(path)
 
