@@ -30,7 +30,9 @@ LINEARS = {"attn_qkv", "attn_output", "ffn_up", "ffn_down", "head"}
 def plan_of(model: str, tp_size: int, resident: str | float = "all", weights_code: str = "none") -> EnginePlan:
     path = BENCHMARKS / "shapes" / f"{model}.json"
     config = EngineConfig(model=str(path), resident=resident, weights_code=weights_code)
-    return make_engine_plan(config, read_spec(read_config(path), str(path)), tp_size, 141 * 10**9, rates(tp_size))
+    return make_engine_plan(
+        config, read_spec(read_config(path), str(path)), tp_size, rates(tp_size).memory_bytes, rates(tp_size)
+    )
 
 
 def rates(tp_size: int):
@@ -143,6 +145,14 @@ def test_a_decoder_that_nobody_measured_is_as_fast_as_those_measured(name):
     assert measured["rates"] == "measured"
     unknown = replace(rates(1), memory_gb_s=measured["memory_gb_s"], decode_gb_s=None)
     assert unknown.decoding_gb_s == pytest.approx(measured["decode_gb_s"], rel=0.09)
+
+
+@pytest.mark.parametrize("name", ["link_gb_s", "memory_gb_s", "gemm_tflops"])
+def test_the_built_in_cpu_is_no_faster_than_a_small_one_that_was_measured(name):
+    """Nor half as fast: two cores."""
+    record = record_of("endless_demo_cpu")
+    assert record["rates"] == "measured"
+    assert 0.5 <= getattr(load_profile("cpu"), name) / record[name] <= 1
 
 
 @pytest.mark.parametrize("tp_size, batch", [(1, 1), (1, 256), (4, 64)])

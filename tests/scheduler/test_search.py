@@ -199,6 +199,34 @@ def test_of_many_layers_those_are_plain_that_save_most(attn_share, ffn_share):
     assert plain_bytes >= 0.99 * best
 
 
+def long_demand(gib: float, **changes) -> Demand:
+    """Whose longest sequence has 64 times what its sequences are taken to have, 64 MiB, and no weights that could stay
+    beside one. A sequence costs 16 MiB more."""
+    asked = Demand(
+        groups=tuple((GroupId(i, name), 1 << 30) for i in range(8) for name in ("attn", "ffn")),
+        embed_bytes=0,
+        page_bytes=2**19,
+        page_size=16,
+        max_num_seqs=256,
+        max_position=2**17,
+        memory_bytes=int(gib * 2**30),
+        fixed_of=lambda n: (("workspace", n << 24),),
+        plans_num_seqs=True,
+    )
+    return replace(asked, fixed=asked.fixed_of(256), **changes)
+
+
+@pytest.mark.parametrize("gib, full", [(5.0, False), (7.9, False), (8.2, False), (8.9, False), (9.1, True)])
+def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
+    """By hand: a ring of 4 GiB, a page, and 80 MiB for each sequence; the longest one alone takes 4 GiB and 16 MiB."""
+    settled, residency = plan_fastest(long_demand(gib), Cost((), H200), coded=False)
+    held = int((gib * 1024 - 4 * 1024 - 0.5) // 80)
+    assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == held
+    assert (residency.max_model_len == 2**17) == full
+    (asked, _) = plan_fastest(long_demand(8.2, max_model_len=2**17), Cost((), H200), coded=False)
+    assert asked.max_num_seqs == 12  # beside the longest, which was asked for
+
+
 def test_the_ring_that_was_asked_for_is_kept_to():
     groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
     groups += ((GroupId(4, "head"), 1 << 30),)

@@ -163,3 +163,4 @@ def test_free_tokens_end_where_the_compute_lane_reaches_the_link():
     times = [predict_pass(WORK, PassShape(n, 1, 0), RATES) for n in (free, free + 1)]
     assert times[0].total_s == times[0].link_s < times[1].total_s
     assert free_tokens(RESIDENT, RATES) == 0
+    assert free_tokens(WORK, rates(pass_latency_s=0.5)) == free  # which neither lane hides
