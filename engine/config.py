@@ -11,8 +11,8 @@ import typing
 from dataclasses import dataclass
 from typing import Self
 
-from scheduler.request import INT32_MAX, SEEDS
-from scheduler.units import GB, GIB, KIB, MIB, TIB, show_value
+from penstock.scheduler.batching.request import INT32_MAX, SEEDS
+from penstock.scheduler.units import GB, GIB, KIB, MIB, TIB, show_value
 
 MOST_PLANNED_SEQS = 256  # of max_num_seqs, where it is not set
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,

@@ -15,19 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.config import EngineConfig
-from engine.loop import Loop
-from engine.output import Listener, OnText, RequestOutput, Sequence
-from engine.planning import find_model, longest_sequence
-from engine.runtime.calls import Call, digest
-from engine.runtime.rank import LINK_BYTES, Rank
-from engine.tokenizer import Tokenizer
-from engine.turns import Turns, in_turn
-from engine.user_files import has_lone_surrogate
-from parallel.launch import Launch, resolve_launch
-from parallel.rendezvous import read_together
-from scheduler.batching import Scheduler
-from scheduler.request import Request, SamplingParams
+from penstock.engine.config import EngineConfig
+from penstock.engine.loop import Loop
+from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
+from penstock.engine.planning.engine_plan import find_model, longest_sequence
+from penstock.engine.runtime.calls import Call, digest
+from penstock.engine.runtime.engine import LINK_BYTES, Rank
+from penstock.engine.text.tokenizer import Tokenizer
+from penstock.engine.turns import Turns, in_turn
+from penstock.engine.user_files import has_lone_surrogate
+from penstock.parallel.launch import Launch, resolve_launch
+from penstock.parallel.rendezvous import read_together
+from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.batching.scheduler import Scheduler
 
 Prompt = str | list[int]  # or an array of token ids: numpy's, torch's, or what else has `tolist`
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1

@@ -4,12 +4,12 @@ A sequence fails alone. One whose logits are NaN, or that can never run, ends wi
 raises ends its prompt's sequences with FinishReason.ABORT. The others go on as if a stop had ended those.
 """
 
-from engine.output import Listener, Sequence
-from engine.runtime.rank import Rank
-from engine.runtime.sampler import NAN_LOGITS, SampleOutput
-from scheduler.batch import Batch
-from scheduler.batching import Scheduler
-from scheduler.request import FinishReason, Request
+from penstock.engine.compute.sampler import NAN_LOGITS, SampleOutput
+from penstock.engine.output import Listener, Sequence
+from penstock.engine.runtime.engine import Rank
+from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.request import FinishReason, Request
+from penstock.scheduler.batching.scheduler import Scheduler
 
 
 class Loop:

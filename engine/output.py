@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.tokenizer import StopStrings, Tokenizer
-from scheduler.request import FinishReason, Request
+from penstock.engine.text.tokenizer import StopStrings, Tokenizer
+from penstock.scheduler.batching.request import FinishReason, Request
 
 OnText = Callable[[int, int, str | None], None]
 

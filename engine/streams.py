@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from parallel.failure import SELF_LAUNCHED, wait_for_launcher
+from penstock.parallel.failure import SELF_LAUNCHED, wait_for_launcher
 
 MOST_CHARACTERS = 2000  # of a message: a value of a megabyte says no more than its two ends
 

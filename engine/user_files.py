@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from scheduler.units import MIB
+from penstock.scheduler.units import MIB
 
 MAX_JSON_BYTES = 256 * MIB  # of a file; the largest index and tokenizer files that are published have under 40 MiB
 MAX_JSON_VALUES = 4_000_000  # each takes up to 200 bytes; the largest tokenizer files have 2 million

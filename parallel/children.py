@@ -16,9 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from parallel.failure import FAILURE_MARK, PEER_LOST_EXIT, RankFailed, describe_exit
-from parallel.processes import STOPPED, process_state
-from parallel.pulse import STOPPED_S, stopped_for
+from penstock.parallel.failure import FAILURE_MARK, PEER_LOST_EXIT, RankFailed, describe_exit
+from penstock.parallel.processes import STOPPED, process_state
+from penstock.parallel.pulse import STOPPED_S, stopped_for
 
 POLL_S = 0.05
 STATE_POLL_S = 0.5

@@ -17,11 +17,10 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-
-from parallel.connections import Connections
-from parallel.failure import PeerLost, RankFailed
-from parallel.ledger import Site, TransferLedger
-from parallel.push_reduce import PeerBuffers
+from penstock.parallel.connections import Connections
+from penstock.parallel.failure import PeerLost, RankFailed
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.parallel.push_reduce import PeerBuffers
 
 CONTROL_TIMEOUT = timedelta(days=30)  # a rank waits for the next batch for as long as rank 0 is idle
 FRAME_BYTES = 4096  # one broadcast carries the length and a short message; a longer one costs a second

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from parallel.collectives import Collectives
-from parallel.launch import WORKER_COMMAND, Launch
-from parallel.rendezvous import connect, read_together
-from parallel.topology import Topology, bind_to_numa, resolve_topology
+from penstock.parallel.collectives import Collectives
+from penstock.parallel.launch import WORKER_COMMAND, Launch
+from penstock.parallel.rendezvous import connect, read_together
+from penstock.parallel.topology import Topology, bind_to_numa, resolve_topology
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from parallel.failure import PeerLost, RankFailed, exit_after
+from penstock.parallel.failure import PeerLost, RankFailed, exit_after
 
 INTERRUPT_S = 1.0
 EXIT_S = 2.5

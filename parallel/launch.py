@@ -10,6 +10,7 @@ What it does not know: what the ranks do, and what the message to them means.
 """
 
 import contextlib
+import importlib.util
 import os
 import socket
 import sys
@@ -19,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parallel.children import EXIT_STATUS_S, Children
-from parallel.failure import (
+from penstock.parallel.children import EXIT_STATUS_S, Children
+from penstock.parallel.failure import (
     LAUNCHER_WAIT_S,
     SELF_LAUNCHED,
     PeerLost,
@@ -29,17 +30,16 @@ from parallel.failure import (
     run_rank,
     wait_for_launcher,
 )
-from parallel.guard import Guard
-from parallel.interfaces import check_interfaces
-from parallel.processes import Process
-from parallel.pulse import Pulse
+from penstock.parallel.guard import Guard
+from penstock.parallel.interfaces import check_interfaces
+from penstock.parallel.processes import Process
+from penstock.parallel.pulse import Pulse
 
 __all__ = ["Launch", "PeerLost", "RankFailed", "exit_with_parent", "resolve_launch", "run_rank"]
 
 # -P: the child finds what this process runs, whatever lies in the working directory.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "penstock", "worker")
 _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_ROOT = Path(__file__).resolve().parent.parent  # where `penstock` and `parallel` are found
 LEFT = "has left: its LLM was closed"
 _POLL_S = 0.02
 
@@ -234,8 +234,9 @@ def _described(rank: int, error: BaseException) -> RankFailed:
 
 
 def python_path() -> str:
-    """PYTHONPATH of a child, which has to find what this process runs."""
-    return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """PYTHONPATH of a child, which has to find what this process runs: the folder that holds `penstock`, first."""
+    package = Path(importlib.util.find_spec(__name__.partition(".")[0]).origin).resolve()
+    return os.pathsep.join([str(package.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:

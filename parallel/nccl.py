@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-
-from parallel.collectives import Distributed
+from penstock.parallel.collectives import Distributed
 
 # torch 2.13 warns about the older name, 2.11 has no other.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

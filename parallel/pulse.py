@@ -23,8 +23,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from parallel.failure import RankFailed
-from parallel.processes import GONE, STOPPED, UNKNOWN, Process
+from penstock.parallel.failure import RankFailed
+from penstock.parallel.processes import GONE, STOPPED, UNKNOWN, Process
 
 BEAT_S = 0.5
 STOPPED_S = 4.0

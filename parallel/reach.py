@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-
-from parallel.processes import host_id
+from penstock.parallel.processes import host_id
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,16 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-
-from parallel.collectives import Collectives, Distributed, Gloo, Solo, peer_errors
-from parallel.connections import Connections
-from parallel.failure import PeerLost
-from parallel.interfaces import check_interfaces
-from parallel.launch import Launch
-from parallel.nccl import Nccl
-from parallel.processes import Process, this_process
-from parallel.reach import Reach, all_reach_each_other, reach_of
-from parallel.symmetric import Symmetric
-from parallel.topology import Topology
+from penstock.parallel.collectives import Collectives, Distributed, Gloo, Solo, peer_errors
+from penstock.parallel.connections import Connections
+from penstock.parallel.failure import PeerLost
+from penstock.parallel.interfaces import check_interfaces
+from penstock.parallel.launch import Launch
+from penstock.parallel.nccl import Nccl
+from penstock.parallel.processes import Process, this_process
+from penstock.parallel.reach import Reach, all_reach_each_other, reach_of
+from penstock.parallel.symmetric import Symmetric
+from penstock.parallel.topology import Topology
 
 Result = TypeVar("Result")
 MEETING_S = 600.0

@@ -11,9 +11,17 @@ Multicast (NVLS) is not used.
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
-
-from parallel.nccl import Nccl
-from parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, SLOT_WORDS, PeerBuffers, fits, fits_rows, push_reduce
+from penstock.parallel.nccl import Nccl
+from penstock.parallel.push_reduce import (
+    EMPTY,
+    MAX_PROGRAMS,
+    NUM_HALVES,
+    SLOT_WORDS,
+    PeerBuffers,
+    fits,
+    fits_rows,
+    push_reduce,
+)
 
 TWO_SHOT_BYTES = 16 * 2**20  # of the buffer, and so of a piece
 LARGEST_BYTES = TWO_SHOT_BYTES  # of a sum: larger ones go through NCCL. More, and they go through the buffer in pieces

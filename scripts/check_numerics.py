@@ -6,8 +6,8 @@ makes of them is compared with what we made (`step`: what this step alone adds).
 in every bit, in every dtype: nothing but another order can change them. `drift` is judged in float32 only: elsewhere it
 is what rounding adds up to.
 
-Usage: python scripts/check_numerics.py --model demo --prompt "Return the" --max-tokens 8
-       python scripts/check_numerics.py --model PATH --token-ids 5 17 3 --dtype bfloat16
+Usage: python -m scripts.check_numerics --model demo --prompt "Return the" --max-tokens 8
+       python -m scripts.check_numerics --model PATH --token-ids 5 17 3 --dtype bfloat16
 Exit status 1 if a step differs. Runs at tp_size 1, without graphs; reference and engine are never in memory together.
 """
 
@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from penstock.engine.commands.flags import Parser
+from penstock.engine.compute.ops import StepContext
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM, load_tokenizer
+from penstock.engine.output import without_errors
+from penstock.engine.planning.engine_plan import find_model
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.passes.pass_plan import Compute
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from engine.config import EngineConfig
-from engine.flags import Parser
-from engine.llm import LLM, load_tokenizer
-from engine.model.ops import StepContext
-from engine.output import without_errors
-from engine.planning import find_model
-from scheduler.request import SamplingParams
-from scheduler.step_plan import Compute
-from scripts.entry import run_script
+from scripts.bench.entry import run_script
 
 Key = tuple[int, str]  # layer_idx, step
 States = dict[Key, Tensor]  # (T, width), in our layout: q, k, v joined; gate and up joined

@@ -15,8 +15,8 @@ bits per byte are measured on them.
 What it does not know: anything but the tone of Python's documentation. What it states is often wrong, it
 knows English only, and it has never seen more than 512 tokens at once.
 
-Usage: python scripts/train_demo_model.py --compile     (15 to 30 minutes on two CPU cores)
-       python scripts/train_demo_model.py --steps 300   (a rough version in two)
+Usage: python -m scripts.train_demo_model --compile     (15 to 30 minutes on two CPU cores)
+       python -m scripts.train_demo_model --steps 300   (a rough version in two)
 On a machine that has other work, set OMP_WAIT_POLICY=PASSIVE: threads that spin at barriers cost it most of
 its speed. The seed fixes data order and initial weights; another CPython, torch or CPU gives slightly other
 figures.
@@ -40,11 +40,11 @@ from pydoc_data.topics import topics
 
 import torch
 import transformers
+from penstock.engine.commands.flags import Parser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.flags import Parser
-from scripts.entry import run_script
+from scripts.bench.entry import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_PERCENT = 5  # share of modules

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.text.tokenizer import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engine.planning import find_model
-from engine.tokenizer import Tokenizer
 from scripts.train_demo_model import MAX_FOLDER_BYTES, clean, folder_bytes, is_held_out
 
 FOLDER = find_model("demo")

@@ -9,10 +9,9 @@ it, and its page table, of whose first page `margin` entries are empty.
 from typing import NamedTuple
 
 import torch
+from penstock.engine.kernels.overlap import options, wait_for_inputs
+from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
-
-from engine.kernels.overlap import options, wait_for_inputs
-from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; the last is the first page

@@ -17,11 +17,10 @@ Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between lay
 from typing import NamedTuple
 
 import torch
+from penstock.engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE
+from penstock.engine.kernels.overlap import options, wait_for_inputs
+from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
-
-from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE
-from engine.kernels.overlap import options, wait_for_inputs
-from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3

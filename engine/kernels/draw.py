@@ -16,12 +16,11 @@ instructions a logit, half of them for the two logarithms. Not tried: other segm
 from typing import NamedTuple
 
 import torch
+from penstock.engine.kernels.argmax import argmax_rows_reference, hand_in, over_segments, reads_in_place
+from penstock.engine.kernels.filter import Limits
+from penstock.engine.kernels.philox import BELOW_ONE, uniform
+from penstock.engine.kernels.triton_door import tl, triton
 from torch import Tensor
-
-from engine.kernels.argmax import argmax_rows_reference, hand_in, over_segments, reads_in_place
-from engine.kernels.filter import Limits
-from engine.kernels.philox import BELOW_ONE, uniform
-from engine.kernels.triton_door import tl, triton
 
 calls = {"reference": 0, "triton": 0}
 

@@ -7,9 +7,8 @@ Tried: nothing else yet.
 """
 
 import torch
+from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
-
-from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 

@@ -17,10 +17,9 @@ Not tried: the last program of a row narrowing, which would save half the launch
 from typing import NamedTuple
 
 import torch
+from penstock.engine.kernels.argmax import argmax_rows, choose_segments
+from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
-
-from engine.kernels.argmax import argmax_rows, choose_segments
-from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 KEEP_ALL = -1.0  # a mass to drop that no token is in

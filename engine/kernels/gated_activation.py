@@ -13,10 +13,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from penstock.engine.kernels.overlap import options, wait_for_inputs
+from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
-
-from engine.kernels.overlap import options, wait_for_inputs
-from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 BLOCK = 1024  # 8 elements a thread: 16 bytes in bf16

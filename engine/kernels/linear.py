@@ -12,10 +12,9 @@ conversion in the loop; 56, 80, 148 registers for 2, 4, 8 weight rows a program.
 """
 
 import torch
+from penstock.engine.kernels.overlap import options, wait_for_inputs
+from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
-
-from engine.kernels.overlap import options, wait_for_inputs
-from engine.kernels.triton_door import HAS_TRITON, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages

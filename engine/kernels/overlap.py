@@ -13,8 +13,7 @@ import functools
 from typing import Any
 
 import torch
-
-from engine.kernels.triton_door import tl, triton
+from penstock.engine.kernels.triton_door import tl, triton
 
 
 @functools.cache

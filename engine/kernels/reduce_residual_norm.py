@@ -1,19 +1,18 @@
 """An all-reduce, the residual add and the norm behind it, for the few rows of a decode step, in one launch.
 
 Shapes: T tokens in the batch, D hidden, W 32-bit words of a row.
-It is parallel.push_reduce, with a program a row, and residual_norm: the sum of the ranks' parts is rounded as the
+It is parallel/push_reduce.py, with a program a row, and residual_norm: the sum of the ranks' parts is rounded as the
 all-reduce's result would be, and the reference is one after the other. Residual and weights are read while the parts
 are on their way. All ranks get the same bits; a row's bits do not depend on the batch.
 Tried, compiled for sm_90 only: 8 elements a thread, 16 bytes an access. Not tried: a row over several programs, which
 shortens the push and adds an exchange of the sum of squares.
 """
 
+from penstock.engine.kernels.overlap import options, wait_for_inputs
+from penstock.engine.kernels.residual_norm import check_rows, load_weights, norm_row
+from penstock.engine.kernels.triton_door import tl, triton
+from penstock.parallel.push_reduce import WORD_BYTES, PeerBuffers, collect, fits_rows, flip, load_part, push, sum_parts
 from torch import Tensor, int32
-
-from engine.kernels.overlap import options, wait_for_inputs
-from engine.kernels.residual_norm import check_rows, load_weights, norm_row
-from engine.kernels.triton_door import tl, triton
-from parallel.push_reduce import WORD_BYTES, PeerBuffers, collect, fits_rows, flip, load_part, push, sum_parts
 
 calls = {"triton": 0}
 MAX_WARPS = 16

@@ -8,10 +8,9 @@ in which a row is summed, depends on D alone: a row's bits do not depend on the 
 
 import torch
 import torch.nn.functional as F
+from penstock.engine.kernels.overlap import options, wait_for_inputs
+from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
-
-from engine.kernels.overlap import options, wait_for_inputs
-from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 MAX_WIDTH = 16384  # more would not stay in registers

@@ -8,10 +8,9 @@ is safe. Tried: nothing else yet.
 """
 
 import torch
+from penstock.engine.kernels.overlap import options, wait_for_inputs
+from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
-
-from engine.kernels.overlap import options, wait_for_inputs
-from engine.kernels.triton_door import require_triton, tl, triton
 
 calls = {"reference": 0, "triton": 0}
 TILE, NUM_WARPS = 1024, 2  # elements of a program: 16 a thread, 16 bytes of each half in bf16

@@ -3,9 +3,9 @@
 PURE. `weights/codec.py` lays out its blobs by `part_bytes`; the planner asks `planned_bytes`.
 """
 
-from engine.kernels.code_tile import TILE, num_escape_rows
-from engine.model.layout import ALIGN, GroupLayout, Weight
-from parallel.shard import pad_to
+from penstock.engine.kernels.code_tile import TILE, num_escape_rows
+from penstock.engine.model.layout import ALIGN, GroupLayout, Weight
+from penstock.engine.model.shard import pad_to
 
 PART_BYTES = 16  # every part of a blob starts at a multiple, and so does every blob in its group's
 WEIGHT_BITS = 10  # of a coded weight that is neither escaped nor patched

@@ -8,9 +8,9 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from engine.model.spec import DTYPE_BYTES, RopeSpec
-from engine.user_files import TooLarge
-from scheduler.units import show_value
+from penstock.engine.model.spec import DTYPE_BYTES, RopeSpec
+from penstock.engine.user_files import TooLarge
+from penstock.scheduler.units import show_value
 
 MAX_LAYERS = 512  # planning takes time for each; the deepest published models have under 200
 MAX_SIZE = 2**31 - 1  # of anything else that is counted

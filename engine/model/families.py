@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.model.config_fields import (
+from penstock.engine.model.config_fields import (
     ACTIVATIONS,
     MAX_LAYERS,
     REFUSED,
@@ -25,9 +25,9 @@ from engine.model.config_fields import (
     read_windows,
     scaled_length,
 )
-from engine.model.spec import ModelSpec, TensorNames
-from engine.user_files import read_json
-from scheduler.units import show_value
+from penstock.engine.model.spec import ModelSpec, TensorNames
+from penstock.engine.user_files import read_json
+from penstock.scheduler.units import show_value
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ reads the norm's weights and so stands behind that group's acquire.
 
 from functools import reduce
 
-from scheduler.step_plan import Compute, fused_name
+from penstock.scheduler.passes.pass_plan import Compute, fused_name
 
 Runs = tuple[tuple[str, ...], ...]
 FUSED: Runs = (  # a residual, and a norm

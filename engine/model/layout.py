@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.model.families import TensorNames
-from engine.model.spec import DTYPE_BYTES, ModelSpec
-from parallel.shard import (
+from penstock.engine.model.families import TensorNames
+from penstock.engine.model.shard import (
     Piece,
     ShardKind,
     check_tp_size,
@@ -22,7 +21,8 @@ from parallel.shard import (
     pad_to,
     shard_heads,
 )
-from scheduler.step_plan import GroupId
+from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
+from penstock.scheduler.passes.pass_plan import GroupId
 
 ALIGN = 256
 

@@ -5,9 +5,9 @@ the step table: + create, r read, w write, x destroy. The residual is added once
 transformers' order of additions.
 """
 
-from engine.model.spec import DTYPE_BYTES, ModelSpec
-from parallel.shard import local_ffn_size, local_vocab_size, pad_to, shard_heads
-from scheduler.step_plan import Compute, GroupId
+from penstock.engine.model.shard import local_ffn_size, local_vocab_size, pad_to, shard_heads
+from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
+from penstock.scheduler.passes.pass_plan import Compute, GroupId
 
 KEYS_AT_ONCE = 4096  # tokens whose keys, cached un-rotated, are rotated at a time: it bounds the temporaries
 

@@ -9,15 +9,14 @@ Padded rows have length 0, page 0 and a row of the sampler that belongs to nobod
 from collections import deque
 
 import torch
+from penstock.engine.compute.inputs import PagedContext, PassInputs
+from penstock.engine.compute.ops import StepContext
+from penstock.engine.kernels.decode_attention import choose_segments, partials_size
+from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
+from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.pages import pages_for
+from penstock.scheduler.batching.request import ON_DEVICE
 from torch import Tensor
-
-from engine.kernels.decode_attention import choose_segments, partials_size
-from engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
-from engine.model.inputs import PagedContext, PassInputs
-from engine.model.ops import StepContext
-from scheduler.batch import Batch
-from scheduler.pages import pages_for
-from scheduler.request import ON_DEVICE
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:

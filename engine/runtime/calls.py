@@ -10,8 +10,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Self
 
-from engine.config import EngineConfig
-from scheduler.request import SamplingParams
+from penstock.engine.config import EngineConfig
+from penstock.scheduler.batching.request import SamplingParams
 
 _DIGEST_BYTES = 16
 _FRAME = struct.Struct(f"<q16s{_DIGEST_BYTES}s984s")  # number, name, digest, refusal

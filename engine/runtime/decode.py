@@ -7,12 +7,11 @@ same padded pass runs eagerly, so that both have the same bits.
 """
 
 import torch
-
-from engine.runtime.bucket import Bucket, bucket_sizes
-from engine.runtime.executor import Executor
-from engine.runtime.graph import Graphs, Mailbox, PendingLetter
-from engine.runtime.sampler import Asked, PendingSample, SampleOutput
-from scheduler.batch import Batch
+from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
+from penstock.engine.runtime.bucket import Bucket, bucket_sizes
+from penstock.engine.runtime.executor import Executor
+from penstock.engine.runtime.graph import Graphs, Mailbox, PendingLetter
+from penstock.scheduler.batching.batch import Batch
 
 
 class DecodePasses:

@@ -10,21 +10,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from penstock.engine.compute.arena import ActivationArena, slot_of
+from penstock.engine.compute.attention import whole_tokens
+from penstock.engine.compute.inputs import PassInputs, bind
+from penstock.engine.compute.ops import STEPS, StepContext
+from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
+from penstock.engine.runtime.binding import on_own_device
+from penstock.engine.runtime.graph import Counts
+from penstock.engine.runtime.lanes import Lanes
+from penstock.engine.runtime.trace import Tracer
+from penstock.engine.weights.coded_group import CodedGroup, decode_group
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.scheduler.batching.batch import Batch, is_decode
+from penstock.scheduler.passes.pass_plan import Compute, Decode, GroupId, Instruction, Prefetch, Release, StepPlan
 from torch import Tensor
-
-from engine.model.attention import whole_tokens
-from engine.model.inputs import PassInputs, bind
-from engine.model.ops import STEPS, StepContext
-from engine.runtime.arena import ActivationArena, slot_of
-from engine.runtime.binding import on_own_device
-from engine.runtime.graph import Counts
-from engine.runtime.lanes import Lanes
-from engine.runtime.sampler import Asked, PendingSample, SampleOutput
-from engine.runtime.trace import Tracer
-from engine.weights.coded_group import CodedGroup, decode_group
-from parallel.ledger import Site, TransferLedger
-from scheduler.batch import Batch, is_decode
-from scheduler.step_plan import Compute, Decode, GroupId, Instruction, Prefetch, Release, StepPlan
 
 Weights = Mapping[str, Tensor]
 _NO_WEIGHTS: Weights = {}

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
-
-from engine.runtime.sampler import SampleOutput
-from engine.runtime.trace import Marked, Tracer
+from penstock.engine.compute.sampler import SampleOutput
+from penstock.engine.runtime.trace import Marked, Tracer
 
 POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 

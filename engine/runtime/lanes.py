@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-
-from engine.runtime.trace import Tracer
-from scheduler.step_plan import COMPUTE, COPY, Event, Instruction
+from penstock.engine.runtime.trace import Tracer
+from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Event, Instruction
 
 Do = Callable[[Instruction], None]
 

@@ -7,12 +7,7 @@ import datetime
 from collections.abc import Iterable
 
 import torch
-
-from engine.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe, sending_s
-from engine.planning import EnginePlan
-from engine.runtime.binding import on_own_device
-from engine.runtime.executor import Executor
-from engine.runtime.measure import (
+from penstock.engine.measure.rates import (
     CPU_BYTES,
     GPU_BYTES,
     Copies,
@@ -25,14 +20,18 @@ from engine.runtime.measure import (
     memory_gb_s,
     seconds,
 )
-from engine.runtime.reduce_times import default_sizes, reduce_seconds, reduce_table
-from parallel.collectives import Collectives
-from parallel.topology import Topology, device_name
-from scheduler.batch import Batch, BatchRow
-from scheduler.pages import RESERVED_PAGE
-from scheduler.pass_work import PassWork
-from scheduler.time_model import Rates
-from scheduler.units import GB, GIB, gb_s
+from penstock.engine.measure.reduce_times import default_sizes, reduce_seconds, reduce_table
+from penstock.engine.planning.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe, sending_s
+from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.runtime.binding import on_own_device
+from penstock.engine.runtime.executor import Executor
+from penstock.parallel.collectives import Collectives
+from penstock.parallel.topology import Topology, device_name
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.pages import RESERVED_PAGE
+from penstock.scheduler.cost.pass_work import PassWork
+from penstock.scheduler.cost.time_model import Rates
+from penstock.scheduler.units import GB, GIB, gb_s
 
 LINK_BYTES = 8 * GIB  # in one run: memory that several ranks share holds a higher rate for a moment than for long
 WARM_BYTES = 32 * GIB  # before the first run: the first copies of a fresh machine are slower

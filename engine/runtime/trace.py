@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-from engine.planning import EnginePlan, step_seconds
-from engine.user_files import check_output, named_errors
-from parallel.collectives import Collectives
-from scheduler.pass_work import PassShape
-from scheduler.step_plan import COMPUTE, COPY, Instruction
-from scheduler.timeline import predict_timeline
-from scheduler.units import us
+from penstock.engine.planning.engine_plan import EnginePlan, step_seconds
+from penstock.engine.user_files import check_output, named_errors
+from penstock.parallel.collectives import Collectives
+from penstock.scheduler.cost.pass_work import PassShape
+from penstock.scheduler.cost.timeline import predict_timeline
+from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Instruction
+from penstock.scheduler.units import us
 
 
 @dataclass(frozen=True)

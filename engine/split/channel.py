@@ -12,17 +12,16 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+from penstock.engine.config import EngineConfig
+from penstock.engine.planning.engine_plan import find_model, make_engine_plan, plan_rates
+from penstock.engine.split.deadline import LEAST_LOAD_BYTES_S, Until, call_s, load_s
+from penstock.engine.split.device_process import DeviceProcess
+from penstock.engine.split.device_side import DeviceSide
+from penstock.engine.split.frames import Connection, Header, receive_header, receive_tensors, send
+from penstock.engine.weights.read_model import read_model
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.scheduler.units import show_bytes, show_text
 from torch import Tensor
-
-from engine.config import EngineConfig
-from engine.planning import find_model, make_engine_plan, plan_rates
-from engine.split.deadline import LEAST_LOAD_BYTES_S, Until, call_s, load_s
-from engine.split.device_process import DeviceProcess
-from engine.split.device_side import DeviceSide
-from engine.split.frames import Connection, Header, receive_header, receive_tensors, send
-from engine.weights.read_model import read_model
-from parallel.ledger import Site, TransferLedger
-from scheduler.units import show_bytes, show_text
 
 READY = Site("ready", -1)  # of the frame that says that the weights are there
 FAILED = "failed"  # the operation of an answer that is an error's text

@@ -13,8 +13,8 @@ import threading
 import weakref
 from typing import Any, BinaryIO
 
-from parallel.launch import WORKER_COMMAND, python_path
-from scheduler.units import show_text
+from penstock.parallel.launch import WORKER_COMMAND, python_path
+from penstock.scheduler.units import show_text
 
 DEVICE_COMMAND = (*WORKER_COMMAND[:-1], "split-device")
 CLOSE_S = 5.0

@@ -8,23 +8,22 @@ G KV heads as they cross (K, or H where they were repeated).
 from collections.abc import Sequence
 
 import torch
+from penstock.engine.compute.attention import attend
+from penstock.engine.compute.inputs import GatheredContext, RowRange
+from penstock.engine.compute.ops import project
+from penstock.engine.config import EngineConfig
+from penstock.engine.kernels.embedding import embed_rows
+from penstock.engine.model.layout import Weight, select_weights
+from penstock.engine.model.shard import ShardKind
+from penstock.engine.planning.engine_plan import EnginePlan, find_model
+from penstock.engine.planning.step_cost import MATRICES
+from penstock.engine.runtime.build import open_source
+from penstock.engine.split.transfers import is_call, site
+from penstock.engine.weights.checkpoint import Checkpoint
+from penstock.engine.weights.host_store import LoadedWeights, load_weights
+from penstock.engine.weights.views import views
+from penstock.parallel.ledger import Site
 from torch import Tensor
-
-from engine.config import EngineConfig
-from engine.kernels.embedding import embed_rows
-from engine.model.attention import attend
-from engine.model.inputs import GatheredContext, RowRange
-from engine.model.layout import Weight, select_weights
-from engine.model.ops import project
-from engine.planning import EnginePlan, find_model
-from engine.runtime.worker import open_source
-from engine.split.transfers import is_call, site
-from engine.step_cost import MATRICES
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.host_store import LoadedWeights, load_weights
-from engine.weights.views import views
-from parallel.ledger import Site
-from parallel.shard import ShardKind
 
 CPU = torch.device("cpu")
 

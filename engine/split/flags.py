@@ -2,7 +2,7 @@
 
 import argparse
 
-from engine.split.transfers import ATTENTION_WAYS, WIRE_DTYPES, SplitConfig
+from penstock.engine.split.transfers import ATTENTION_WAYS, WIRE_DTYPES, SplitConfig
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from penstock.parallel.ledger import Site
 from torch import Tensor
-
-from parallel.ledger import Site
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
 _START, _TENSOR = struct.Struct("<IBhB"), struct.Struct("<BB")

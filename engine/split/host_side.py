@@ -5,27 +5,26 @@ Shapes: T tokens of a row, C its context tokens, H/K query/KV heads, E head dim.
 """
 
 import torch
+from penstock.engine.compute.arena import ActivationArena, aligned_bytes
+from penstock.engine.compute.attention import causal_mask, gather
+from penstock.engine.compute.inputs import RowRange
+from penstock.engine.compute.kv_cache import make_cache
+from penstock.engine.compute.ops import StepContext
+from penstock.engine.compute.rope import rope_table
+from penstock.engine.compute.sampler import Sampler
+from penstock.engine.config import EngineConfig
+from penstock.engine.model.steps import activation_widths
+from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.runtime.executor import Executor
+from penstock.engine.runtime.lanes import InterleavedLanes
+from penstock.engine.runtime.trace import Tracer
+from penstock.engine.split.channel import Channel
+from penstock.engine.split.device_side import CPU, load_part
+from penstock.engine.split.transfers import FUSED, REPEATED, is_call, linear_activations, site
+from penstock.parallel.collectives import Collectives
+from penstock.parallel.ledger import Site
+from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
-
-from engine.config import EngineConfig
-from engine.model.attention import causal_mask, gather
-from engine.model.inputs import RowRange
-from engine.model.ops import StepContext
-from engine.model.rope import rope_table
-from engine.model.steps import activation_widths
-from engine.planning import EnginePlan
-from engine.runtime.arena import ActivationArena, aligned_bytes
-from engine.runtime.executor import Executor
-from engine.runtime.kv_cache import make_cache
-from engine.runtime.lanes import InterleavedLanes
-from engine.runtime.sampler import Sampler
-from engine.runtime.trace import Tracer
-from engine.split.channel import Channel
-from engine.split.device_side import CPU, load_part
-from engine.split.transfers import FUSED, REPEATED, is_call, linear_activations, site
-from parallel.collectives import Collectives
-from parallel.ledger import Site
-from scheduler.step_plan import Compute, Instruction
 
 
 class SplitExecutor(Executor):

@@ -5,22 +5,21 @@ import secrets
 from typing import Any
 
 import torch
-
-from engine.config import EngineConfig
-from engine.llm import LLM
-from engine.planning import EnginePlan
-from engine.runtime.rank import Rank
-from engine.split.channel import Channel, InProcess, Subprocess
-from engine.split.device_side import DeviceSide
-from engine.split.host_side import HostSide
-from engine.split.permutation import PermutedChannel
-from engine.split.transfers import PassRow, SplitConfig, add_pass
-from engine.weights.blocks import WeightSource
-from engine.weights.checkpoint import Checkpoint
-from parallel.collectives import Solo
-from parallel.launch import resolve_launch
-from parallel.ledger import TransferLedger
-from scheduler.batch import Batch
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM
+from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.runtime.engine import Rank
+from penstock.engine.split.channel import Channel, InProcess, Subprocess
+from penstock.engine.split.device_side import DeviceSide
+from penstock.engine.split.host_side import HostSide
+from penstock.engine.split.permutation import PermutedChannel
+from penstock.engine.split.transfers import PassRow, SplitConfig, add_pass
+from penstock.engine.weights.blocks import WeightSource
+from penstock.engine.weights.checkpoint import Checkpoint
+from penstock.parallel.collectives import Solo
+from penstock.parallel.launch import resolve_launch
+from penstock.parallel.ledger import TransferLedger
+from penstock.scheduler.batching.batch import Batch
 
 # What a split execution does not leave open: both sides compute on the CPU, and hold all of their weights plain.
 FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights_code": "none"}

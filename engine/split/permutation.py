@@ -2,8 +2,8 @@
 
 OBFUSCATION FOR RESEARCH, NOT CONFIDENTIALITY. Who knows the weights finds the prompt in such states: published attacks
 recover 97 to 100 % of prompts ("Hidden No More: Attacking and Defending Private Third-Party LLM Inference", ICML 2025,
-arXiv:2505.18332), and scripts/permutation_attack.py does the same here. What is not hidden at all: token ids (the
-embedding sees them, in another order), their number, which call and request a tensor belongs to, the one row of a
+arXiv:2505.18332), and scripts/research/permutation_attack.py does the same here. What is not hidden at all: token ids
+(the embedding sees them, in another order), their number, which call and request a tensor belongs to, the one row of a
 decode pass, the row that the head gets, scores and probabilities.
 
 The key stays in this process. A permutation is a function of the key, the request's number, the site and where the pass
@@ -20,12 +20,11 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
+from penstock.engine.split.channel import Channel
+from penstock.engine.split.transfers import HEAD_DIM, ROWS
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.scheduler.batching.batch import Batch
 from torch import Tensor
-
-from engine.split.channel import Channel
-from engine.split.transfers import HEAD_DIM, ROWS
-from parallel.ledger import Site, TransferLedger
-from scheduler.batch import Batch
 
 NOTICE = (
     "obfuscation for research, not confidentiality: published attacks recover 97 to 100 % of prompts from such states"

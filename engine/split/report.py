@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from engine.model.spec import ModelSpec
-from engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, predict, prefill
-from parallel.ledger import Site, Transfer, TransferLedger, total
-from scheduler.step_plan import Compute
-from scheduler.units import KIB, MIB
+from penstock.engine.model.spec import ModelSpec
+from penstock.engine.split.transfers import ATTENTION_OPERATIONS, REMEDIES, predict, prefill
+from penstock.parallel.ledger import Site, Transfer, TransferLedger, total
+from penstock.scheduler.passes.pass_plan import Compute
+from penstock.scheduler.units import KIB, MIB
 
 LEAST_MIB_BYTES = 16 * MIB  # less than this in all is shown in KiB
 Line = list[str]

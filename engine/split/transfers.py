@@ -21,13 +21,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.model.spec import DTYPE_BYTES, ModelSpec
-from engine.model.steps import activation_widths
-from engine.step_cost import MATRICES
-from parallel.ledger import Site, TransferLedger
-from parallel.shard import local_ffn_size
-from scheduler.batch import BatchRow
-from scheduler.step_plan import Compute
+from penstock.engine.model.shard import local_ffn_size
+from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
+from penstock.engine.model.steps import activation_widths
+from penstock.engine.planning.step_cost import MATRICES
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.scheduler.batching.batch import BatchRow
+from penstock.scheduler.passes.pass_plan import Compute
 
 WIRE_DTYPES = ("float32", "bfloat16")
 SCORES, FUSED, REPEATED = "scores", "fused", "repeated"

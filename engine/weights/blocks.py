@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from penstock.engine.model.layout import GroupLayout, Weight
+from penstock.engine.model.shard import Piece
+from penstock.engine.weights.views import TORCH_DTYPES
+from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.units import MIB
 from torch import Tensor
-
-from engine.model.layout import GroupLayout, Weight
-from engine.weights.views import TORCH_DTYPES
-from parallel.shard import Piece
-from scheduler.step_plan import GroupId
-from scheduler.units import MIB
 
 BLOCK_BYTES = 8 * MIB
 

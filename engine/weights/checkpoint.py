@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from penstock.engine.model.shard import Piece
+from penstock.engine.weights.headers import DTYPES, TensorEntry, find_entries
+from penstock.engine.weights.views import TORCH_DTYPES
+from penstock.scheduler.units import MIB
 from torch import Tensor
-
-from engine.weights.safetensors_header import DTYPES, TensorEntry, find_entries
-from engine.weights.views import TORCH_DTYPES
-from parallel.shard import Piece
-from scheduler.units import MIB
 
 FILE_DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in DTYPES.items()}
 CONVERT_BYTES = 8 * MIB  # a thread's buffer for conversion: 8 threads must stay well under the 200 MB that loading has

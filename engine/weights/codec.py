@@ -21,14 +21,13 @@ import zlib
 
 import torch
 import torch.nn.functional as F
+from penstock.engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE, num_escape_rows
+from penstock.engine.kernels.decode_weights import Planes, decode_weights
+from penstock.engine.model.coded_size import PART_BYTES, part_bytes
+from penstock.engine.model.shard import pad_to
+from penstock.engine.weights.encode_tiles import encode_blocks, pack_escapes
+from penstock.engine.weights.views import byte_range
 from torch import Tensor
-
-from engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE, num_escape_rows
-from engine.kernels.decode_weights import Planes, decode_weights
-from engine.model.coded_size import PART_BYTES, part_bytes
-from engine.weights.encode_tiles import encode_blocks, pack_escapes
-from engine.weights.views import byte_range
-from parallel.shard import pad_to
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from penstock.engine.model.coded_size import PART_BYTES
+from penstock.engine.model.layout import ALIGN, GroupLayout
+from penstock.engine.model.shard import pad_to
+from penstock.engine.weights.codec import CodeLayout, decode, encode
+from penstock.engine.weights.views import byte_range, views
 from torch import Tensor
-
-from engine.model.coded_size import PART_BYTES
-from engine.model.layout import ALIGN, GroupLayout
-from engine.weights.codec import CodeLayout, decode, encode
-from engine.weights.views import byte_range, views
-from parallel.shard import pad_to
 
 
 @dataclass(frozen=True)

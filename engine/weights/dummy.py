@@ -9,9 +9,8 @@ import threading
 from collections.abc import Mapping
 
 import torch
+from penstock.engine.model.shard import Piece
 from torch import Tensor
-
-from parallel.shard import Piece
 
 PERIOD = 2**20 + 7  # prime: rows of a matrix repeat only after PERIOD rows
 

@@ -8,11 +8,10 @@ import concurrent.futures
 
 import torch
 import torch.nn.functional as F
+from penstock.engine.kernels.code_tile import ESCAPE_ROW, LANE_WEIGHTS, LANES, TILE, num_escape_rows
+from penstock.engine.kernels.decode_weights import BLOCK_TILES, COMMON, ESCAPED, PATCH_PLACE, WINDOW, stored_order
+from penstock.engine.model.coded_size import ESCAPE_BITS
 from torch import Tensor
-
-from engine.kernels.code_tile import ESCAPE_ROW, LANE_WEIGHTS, LANES, TILE, num_escape_rows
-from engine.kernels.decode_weights import BLOCK_TILES, COMMON, ESCAPED, PATCH_PLACE, WINDOW, stored_order
-from engine.model.coded_size import ESCAPE_BITS
 
 PATCH_BITS = 16
 CPU_BLOCK_TILES = 128  # that a thread codes at a time: those that a cache holds

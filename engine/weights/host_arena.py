@@ -10,8 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
-
-from scheduler.units import show_bytes
+from penstock.scheduler.units import show_bytes
 
 MAP_NORESERVE = 0x4000  # Linux; mmap has no name for it before Python 3.13
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63

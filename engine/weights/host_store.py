@@ -19,18 +19,17 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
+from penstock.engine.model.coded_size import planned_bytes
+from penstock.engine.model.layout import GroupLayout, ModelLayout
+from penstock.engine.weights import codec
+from penstock.engine.weights.blocks import Block, WeightSource, cut_blocks
+from penstock.engine.weights.coded_group import CodedGroup, encode_group
+from penstock.engine.weights.host_arena import check_host_memory
+from penstock.engine.weights.span_memory import CudaSpans, HostSpans, SpanMemory, Staging, span_bytes
+from penstock.engine.weights.threads import single_threaded_ops
+from penstock.engine.weights.views import byte_range
+from penstock.scheduler.passes.pass_plan import GroupId
 from torch import Tensor
-
-from engine.model.coded_size import planned_bytes
-from engine.model.layout import GroupLayout, ModelLayout
-from engine.weights import codec
-from engine.weights.blocks import Block, WeightSource, cut_blocks
-from engine.weights.coded_group import CodedGroup, encode_group
-from engine.weights.host_arena import check_host_memory
-from engine.weights.span_memory import CudaSpans, HostSpans, SpanMemory, Staging, span_bytes
-from engine.weights.threads import single_threaded_ops
-from engine.weights.views import byte_range
-from scheduler.step_plan import GroupId
 
 Blocks = dict[concurrent.futures.Future, int]  # being read; with their bytes
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from scheduler.units import show_bytes
+from penstock.scheduler.units import show_bytes
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 

@@ -5,11 +5,10 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from penstock.engine.weights.checkpoint import read_exactly
+from penstock.engine.weights.codec import check, check_bytes, checksum, decode
+from penstock.engine.weights.packed_format import PackedBlock, PackedTensor
 from torch import Tensor
-
-from engine.weights.checkpoint import read_exactly
-from engine.weights.codec import check, check_bytes, checksum, decode
-from engine.weights.packed_format import PackedBlock, PackedTensor
 
 
 class BlockReader:

@@ -6,11 +6,10 @@ A block is read whole, and of a coded tensor it is whole rows: where columns are
 from pathlib import Path
 
 import torch
+from penstock.engine.weights.checkpoint import Checkpoint
+from penstock.engine.weights.packed_blocks import BlockReader
+from penstock.engine.weights.packed_format import PackedTensor, find_packed
 from torch import Tensor
-
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.packed_blocks import BlockReader
-from engine.weights.packed_format import PackedTensor, find_packed
 
 
 def open_checkpoint(directory: str | Path, device: torch.device) -> Checkpoint:

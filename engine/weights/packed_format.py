@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from engine.weights.codec import CodeLayout
-from engine.weights.packed_metadata import Packing, Row, dump, find_packings, read_packing, write_packing
-from engine.weights.safetensors_header import DTYPE_BITS, TensorEntry, read_header
+from penstock.engine.weights.codec import CodeLayout
+from penstock.engine.weights.headers import DTYPE_BITS, TensorEntry, read_header
+from penstock.engine.weights.packed_metadata import Packing, Row, dump, find_packings, read_packing, write_packing
 
 CODED, PLAIN = "U8", "BF16"  # the dtype of a coded tensor, and what it was
 ALIGN_BYTES = 16

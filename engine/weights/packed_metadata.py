@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.user_files import parse_json
-from engine.weights.safetensors_header import TensorEntry, find_entries, parse_header, read_metadata
-from scheduler.units import GIB
+from penstock.engine.user_files import parse_json
+from penstock.engine.weights.headers import TensorEntry, find_entries, parse_header, read_metadata
+from penstock.scheduler.units import GIB
 
 PACKED, HEADER, BLOCKS, CHECKSUM = (f"penstock_{name}" for name in ("packed", "header", "blocks", "checksum"))
 VERSION = "1"

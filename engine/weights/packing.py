@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
-
-from engine.kernels.code_tile import TILE
-from engine.model.coded_size import WEIGHT_BITS
-from engine.weights.blocks import BLOCK_BYTES
-from engine.weights.checkpoint import naming, read_exactly
-from engine.weights.codec import checksum, encode
-from engine.weights.packed_format import (
+from penstock.engine.kernels.code_tile import TILE
+from penstock.engine.model.coded_size import WEIGHT_BITS
+from penstock.engine.weights.blocks import BLOCK_BYTES
+from penstock.engine.weights.checkpoint import naming, read_exactly
+from penstock.engine.weights.codec import checksum, encode
+from penstock.engine.weights.headers import MAX_HEADER_BYTES, TensorEntry, parse_header, read_header_text
+from penstock.engine.weights.packed_format import (
     CODED,
     PLAIN,
     StoredTensor,
@@ -25,9 +24,9 @@ from engine.weights.packed_format import (
     reserve_bytes,
     stored_order,
 )
-from engine.weights.packed_metadata import Row
-from engine.weights.safetensors_header import MAX_HEADER_BYTES, TensorEntry, parse_header, read_header_text
-from engine.weights.threads import in_order
+from penstock.engine.weights.packed_metadata import Row
+from penstock.engine.weights.threads import in_order
+from torch import Tensor
 
 
 @dataclass(frozen=True)

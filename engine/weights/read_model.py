@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.model.config_fields import states_dtype
-from engine.model.families import FAMILIES, config_file, read_config, read_spec, without_prefix
-from engine.model.spec import ModelSpec, TensorNames
-from engine.user_files import open_file, read_json
-from engine.weights.packed_metadata import Packing, find_packings
-from engine.weights.safetensors_header import DTYPES, TensorEntry, has_weights
-from scheduler.units import MIB, show_value
+from penstock.engine.model.config_fields import states_dtype
+from penstock.engine.model.families import FAMILIES, config_file, read_config, read_spec, without_prefix
+from penstock.engine.model.spec import ModelSpec, TensorNames
+from penstock.engine.user_files import open_file, read_json
+from penstock.engine.weights.headers import DTYPES, TensorEntry, has_weights
+from penstock.engine.weights.packed_metadata import Packing, find_packings
+from penstock.scheduler.units import MIB, show_value
 
 COMPARED_BYTES = 8 * MIB  # at a time
 # Beside config.json: files that state a quantisation, and their fields that name it where they are not null.

@@ -10,13 +10,12 @@ from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 import torch
+from penstock.engine.model.layout import GroupLayout
+from penstock.engine.weights.blocks import BLOCK_BYTES, Block, WeightSource
+from penstock.engine.weights.host_arena import HostArena
+from penstock.engine.weights.views import byte_range
+from penstock.scheduler.passes.pass_plan import GroupId
 from torch import Tensor
-
-from engine.model.layout import GroupLayout
-from engine.weights.blocks import BLOCK_BYTES, Block, WeightSource
-from engine.weights.host_arena import HostArena
-from engine.weights.views import byte_range
-from scheduler.step_plan import GroupId
 
 
 class SpanMemory(Protocol):

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from penstock.engine.weights.checkpoint import naming, read_exactly
+from penstock.engine.weights.packed_blocks import BlockReader
+from penstock.engine.weights.packed_format import PackedBlock, PackedTensor, read_packed
+from penstock.engine.weights.packed_metadata import read_packing
+from penstock.engine.weights.threads import in_order
 from torch import Tensor
-
-from engine.weights.checkpoint import naming, read_exactly
-from engine.weights.packed_blocks import BlockReader
-from engine.weights.packed_format import PackedBlock, PackedTensor, read_packed
-from engine.weights.packed_metadata import read_packing
-from engine.weights.threads import in_order
 
 Use = Callable[[PackedTensor, PackedBlock, Tensor], None]
 

@@ -1,9 +1,8 @@
 """Tensors by name as views of a group's span, wherever it lies: resident, in a ring slot, or in the host arena."""
 
 import torch
+from penstock.engine.model.layout import GroupLayout
 from torch import Tensor
-
-from engine.model.layout import GroupLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TORCHRUN, Command
+from penstock.engine.commands.cli import main
+from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.runtime.engine import Rank
 from safetensors.torch import load_file, save_file
 
-from engine.cli import main
-from engine.planning import find_model
-from engine.runtime.rank import Rank
 from penstock import LLM, SamplingParams
+from tests.support.commands import TORCHRUN, Command
 
 OPTIONS = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64}
 FLAGS = ("--max-model-len", "64", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")

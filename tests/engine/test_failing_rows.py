@@ -6,8 +6,13 @@ import json
 
 import pytest
 import torch
-from engine_proof import as_on_a_gpu
-from failing_rows import (
+from penstock.engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
+from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.graph import Mailbox
+
+from penstock import LLM, SamplingParams
+from tests.support.engine_proof import as_on_a_gpu
+from tests.support.failing_rows import (
     OPTIONS,
     PARAMS,
     PROMPTS,
@@ -21,14 +26,9 @@ from failing_rows import (
     poison,
     run,
 )
-from kernel_registry import KERNELS
-from llm_runs import WAYS
-from oracle.checkpoints import write_checkpoint
-
-from engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
-from engine.runtime.graph import Mailbox
-from engine.runtime.rank import Rank
-from penstock import LLM, SamplingParams
+from tests.support.kernel_registry import KERNELS
+from tests.support.llm_runs import WAYS
+from tests.support.oracle.checkpoints import write_checkpoint
 
 ON_CPU = OPTIONS | {"device": "cpu", "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llm_runs import LONG, OPTIONS, REQUESTS, WAYS, llm_that_runs, tokens_of
+from penstock.engine.planning.engine_plan import find_model
 
-from engine.planning import find_model
 from penstock import LLM, SamplingParams
+from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, WAYS, llm_that_runs, tokens_of
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 

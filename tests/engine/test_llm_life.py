@@ -6,9 +6,9 @@ import threading
 import weakref
 
 import pytest
-from llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
 
 from penstock import LLM, SamplingParams
+from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 

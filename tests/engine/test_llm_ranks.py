@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
 
 from penstock import LLM, SamplingParams
+from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +29,8 @@ def torchrun(tmp_path_factory):
     """What each rank of one launch wrote."""
     folder = tmp_path_factory.mktemp("torchrun")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, ROOT / "tests/llm_runs.py", folder]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    command = [sys.executable, *launch, ROOT / "tests/support/llm_runs.py", folder]
+    path = str(ROOT)
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]

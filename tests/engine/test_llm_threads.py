@@ -6,10 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from llm_runs import LONG, OPTIONS, tokens_of
+from penstock.engine.turns import Turns
 
-from engine.turns import Turns
 from penstock import LLM, SamplingParams
+from tests.support.llm_runs import LONG, OPTIONS, tokens_of
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=10)
 PROMPTS = ["Return the", LONG, "def", [5, 6, 7]]

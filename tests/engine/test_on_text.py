@@ -1,10 +1,10 @@
 """What `on_text` raises ends its prompt, and nothing else: the call goes on and raises it at its end."""
 
 import pytest
-from llm_runs import LONG, WAYS, llm_that_runs
+from penstock.engine.output import Listener
 
-from engine.output import Listener
 from penstock import LLM, SamplingParams
+from tests.support.llm_runs import LONG, WAYS, llm_that_runs
 
 PROMPTS = ["Return the", LONG, "def", "Raise an error"]
 PARAMS = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12, n=2)

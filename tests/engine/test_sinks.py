@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from engine_proof import as_on_a_gpu, prove_calls, prove_states_and_tokens, run_with
-from kernel_proof import DEVICE
-from kernel_registry import DRAWN
-from oracle.checkpoints import write_checkpoint
+from penstock.engine.compute.inputs import bind
+from penstock.engine.split.llm import SplitLLM
+from penstock.engine.split.transfers import ATTENTION_WAYS, SplitConfig
+from penstock.scheduler.batching.batch import Batch, BatchRow
 
-from engine.model.inputs import bind
-from engine.split.llm import SplitLLM
-from engine.split.transfers import ATTENTION_WAYS, SplitConfig
 from penstock import LLM, SamplingParams
-from scheduler.batch import Batch, BatchRow
+from tests.support.engine_proof import as_on_a_gpu, prove_calls, prove_states_and_tokens, run_with
+from tests.support.kernel_proof import DEVICE
+from tests.support.kernel_registry import DRAWN
+from tests.support.oracle.checkpoints import write_checkpoint
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 3, "max_num_batched_tokens": 64, "page_size": 4}
 SINKS = {"attention_sinks": 3, "attention_window": 21}

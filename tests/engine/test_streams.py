@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT, Command
+from penstock.engine.commands import cli
+from penstock.engine.commands.generate import TextPrinter
+from penstock.engine.streams import MOST_CHARACTERS, guarded_streams, mistake, one_line, visible
 
-from engine import cli
-from engine.generate_command import TextPrinter
-from engine.streams import MOST_CHARACTERS, guarded_streams, mistake, one_line, visible
+from tests.support.commands import ROOT, Command
 
 HOSTILE = "a\x1b[31m\x9b2J\r\n\u202e\u2028\x00z"
 SEEN = r"a\x1b[31m\x9b2J\r\n\u202e\u2028\x00z"

@@ -4,9 +4,16 @@ import os
 import re
 
 import pytest
-
-from engine import user_files
-from engine.user_files import MAX_JSON_DEPTH, TooLarge, check_output, open_file, parse_json, read_bytes, read_json
+from penstock.engine import user_files
+from penstock.engine.user_files import (
+    MAX_JSON_DEPTH,
+    TooLarge,
+    check_output,
+    open_file,
+    parse_json,
+    read_bytes,
+    read_json,
+)
 
 
 def write(tmp_path, text: str | bytes):

@@ -1,11 +1,12 @@
 """The oracle against transformers on a GPU: every variant in fp32, and in bf16 by the kernels that bf16 takes there."""
 
 import pytest
-from oracle.cases import Case
-from oracle.checkpoints import write_checkpoint
-from oracle.compare import choices, reference_logits, relative_difference
-from oracle.engine_runs import run_case
-from oracle.variants import VARIANTS
+
+from tests.support.oracle.cases import Case
+from tests.support.oracle.checkpoints import write_checkpoint
+from tests.support.oracle.compare import choices, reference_logits, relative_difference
+from tests.support.oracle.engine_runs import run_case
+from tests.support.oracle.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2}

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-from engine.llm import LLM
-from scheduler.request import SamplingParams
+from penstock.engine.llm import LLM
+from penstock.scheduler.batching.request import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_ranks
-from gpu.bitwise_ranks import HUNDREDS, LENGTHS
-from oracle.checkpoints import write_checkpoint
+
+from tests.support.commands import run_ranks
+from tests.support.gpu.bitwise_ranks import HUNDREDS, LENGTHS
+from tests.support.oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox_parallel")
@@ -24,7 +25,7 @@ def checkpoints(tmp_path_factory) -> Path:
 
 def reports(checkpoints: Path, out: Path, num_ranks: int) -> list[dict]:
     """What each rank found."""
-    run_ranks(num_ranks, "-m", "gpu.bitwise_ranks", checkpoints, out, timeout=280)
+    run_ranks(num_ranks, "-m", "tests.support.gpu.bitwise_ranks", checkpoints, out, timeout=280)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_ranks
-from failing_rows import (
+from penstock.engine.output import RequestOutput
+
+from penstock import LLM
+from tests.support.commands import run_ranks
+from tests.support.failing_rows import (
     OPTIONS,
     PARAMS,
     PROMPTS,
@@ -21,10 +24,7 @@ from failing_rows import (
     poison,
     run,
 )
-from oracle.checkpoints import write_checkpoint
-
-from engine.output import RequestOutput
-from penstock import LLM
+from tests.support.oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
 SIZES = {"hidden_size": 256, "intermediate_size": 384}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from commands import run_ranks
-from oracle.checkpoints import write_checkpoint
+
+from tests.support.commands import run_ranks
+from tests.support.oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -12,4 +13,4 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["qwen3", "neox_parallel"])
 def test_real_ranks(tmp_path, variant):
     write_checkpoint(tmp_path, variant, hidden_size=256, intermediate_size=384)
-    run_ranks(2, "-m", "gpu.kernel_ranks", tmp_path, timeout=240)
+    run_ranks(2, "-m", "tests.support.gpu.kernel_ranks", tmp_path, timeout=240)

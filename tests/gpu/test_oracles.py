@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from commands import run_ranks
+from penstock.engine.kernels import embedding
+from penstock.engine.llm import LLM
+from penstock.engine.runtime.executor import Counters
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.residency.decide import Residency
 
-from engine.kernels import embedding
-from engine.llm import LLM
-from engine.runtime.executor import Counters
-from parallel.ledger import Site, TransferLedger
-from scheduler.request import SamplingParams
-from scheduler.residency import Residency
+from tests.support.commands import run_ranks
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[0, 5, 9], list(range(3, 120)), [0, 7]]

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from commands import Command
 
 from penstock import LLM, SamplingParams
-from scripts.graph_alone import graph_alone_s
+from scripts.bench.graph_alone import graph_alone_s
+from tests.support.commands import Command
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 

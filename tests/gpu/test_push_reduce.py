@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from commands import run_ranks
+from penstock.engine.model.fusion import MOST_FUSED_WIDTH
 
-from engine.model.fusion import MOST_FUSED_WIDTH
+from tests.support.commands import run_ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_real_ranks(tmp_path):
     ranks, out = min(torch.cuda.device_count(), 4), tmp_path / "report.json"
-    run_ranks(ranks, "-m", "gpu.push_reduce_ranks", out, timeout=180)
+    run_ranks(ranks, "-m", "tests.support.gpu.push_reduce_ranks", out, timeout=180)
     report = json.loads(out.read_text())
     assert report["right"] and all(report["right"].values()), report["right"]
     assert report["wrong_replays"] == 0

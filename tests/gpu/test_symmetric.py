@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_ranks
+
+from tests.support.commands import run_ranks
 
 pytestmark = pytest.mark.gpu
-RANK_SCRIPT = Path(__file__).with_name("symmetric_ranks.py")
+RANK_SCRIPT = Path(__file__).parents[1] / "support/gpu/symmetric_ranks.py"
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])

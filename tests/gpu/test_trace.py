@@ -4,12 +4,11 @@ import statistics
 
 import pytest
 import torch
-
-from engine.llm import LLM
-from engine.runtime.trace import RecordingTracer, label, read_spans
-from engine.traced_run import pass_s
-from scheduler.request import SamplingParams
-from scheduler.step_plan import COMPUTE, COPY
+from penstock.engine.llm import LLM
+from penstock.engine.profile.traced_run import pass_s
+from penstock.engine.runtime.trace import RecordingTracer, label, read_spans
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[0, 5, 9], list(range(3, 60))]

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from oracle.cases import RESIDENCIES, TP_SIZES, Case, fp32_cases, half_cases
-from oracle.checkpoints import write_checkpoint, write_off
-from oracle.compare import choices, reference_logits, relative_difference, shared_prefix
-from oracle.engine_runs import launch_cases, run_case
-from oracle.variants import VARIANTS
 from safetensors.torch import load_file
+
+from tests.support.oracle.cases import RESIDENCIES, TP_SIZES, Case, fp32_cases, half_cases
+from tests.support.oracle.checkpoints import write_checkpoint, write_off
+from tests.support.oracle.compare import choices, reference_logits, relative_difference, shared_prefix
+from tests.support.oracle.engine_runs import launch_cases, run_case
+from tests.support.oracle.variants import VARIANTS
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a tp_size waits for the launch that serves all of it
 TOLERANCE = 1e-5

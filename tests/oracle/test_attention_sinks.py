@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from oracle.checkpoints import write_checkpoint
-from oracle.sink_faults import CHUNK, SINKS, WINDOW, WRONG
-from oracle.sink_oracle import eviction_chunk, held_indices, sink_logits
-from oracle.variants import VARIANTS
+from penstock.engine.llm import LLM
+from penstock.engine.output import CompletionOutput
+from penstock.scheduler.batching.request import SamplingParams
 from torch import Tensor
 
-from engine.llm import LLM
-from engine.output import CompletionOutput
-from scheduler.request import SamplingParams
+from tests.support.oracle.checkpoints import write_checkpoint
+from tests.support.oracle.sink_faults import CHUNK, SINKS, WINDOW, WRONG
+from tests.support.oracle.sink_oracle import eviction_chunk, held_indices, sink_logits
+from tests.support.oracle.variants import VARIANTS
 
 TRAINED = 64  # positions
 TINY = {"num_hidden_layers": 2, "max_position_embeddings": TRAINED}

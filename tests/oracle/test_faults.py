@@ -9,8 +9,14 @@ import random
 
 import pytest
 import torch
-from oracle.checkpoints import write_checkpoint
-from oracle.faults import (
+from penstock.engine.llm import LLM
+from penstock.engine.output import without_errors
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.passes.build import minimum_ring_bytes
+from penstock.scheduler.passes.pass_plan import GroupId
+
+from tests.support.oracle.checkpoints import write_checkpoint
+from tests.support.oracle.faults import (
     Fault,
     early_read,
     early_write,
@@ -21,12 +27,6 @@ from oracle.faults import (
     skipped_prefetch,
     stale_layer,
 )
-
-from engine.llm import LLM
-from engine.output import without_errors
-from scheduler.plan_build import minimum_ring_bytes
-from scheduler.request import SamplingParams
-from scheduler.step_plan import GroupId
 
 TOLERANCE = 1e-5
 LOUD = 100 * TOLERANCE

@@ -4,13 +4,16 @@ takes for others, 4. another order of additions. Each is found, by step, and not
 """
 
 import pytest
-from engine_proof import PROMPT, as_on_a_gpu, prove_calls, watched
-from kernel_proof import CONTIGUOUS, DEVICE, Layout
-from kernel_registry import KERNELS
-from oracle.cases import NUM_LAYERS, RUN, TOKENS
-from oracle.checkpoints import write_checkpoint
-from oracle.faults import attention_added_first, other_residual, residual_added_last
-from oracle.kernel_faults import (
+from penstock.engine.llm import LLM
+
+from scripts.check_numerics import TOLERANCES, Row, compare, first_fault
+from tests.support.engine_proof import PROMPT, as_on_a_gpu, prove_calls, watched
+from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout
+from tests.support.kernel_registry import KERNELS
+from tests.support.oracle.cases import NUM_LAYERS, RUN, TOKENS
+from tests.support.oracle.checkpoints import write_checkpoint
+from tests.support.oracle.faults import attention_added_first, other_residual, residual_added_last
+from tests.support.oracle.kernel_faults import (
     bf16_as_fp16,
     by_kernels,
     from_16_bytes,
@@ -19,9 +22,6 @@ from oracle.kernel_faults import (
     together,
     without_gaps,
 )
-
-from engine.llm import LLM
-from scripts.check_numerics import TOLERANCES, Row, compare, first_fault
 
 NARROW = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}  # interpreted
 SHORT = {"max_tokens": 2, "device": DEVICE, "resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8}

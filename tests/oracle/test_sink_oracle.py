@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
-from oracle.checkpoints import write_checkpoint
-from oracle.compare import relative_difference
-from oracle.sink_faults import CHUNK, SINKS, WINDOW, WRONG
-from oracle.sink_oracle import eviction_chunk, held_indices, sink_logits
-from oracle.variants import VARIANTS
+
+from tests.support.oracle.checkpoints import write_checkpoint
+from tests.support.oracle.compare import relative_difference
+from tests.support.oracle.sink_faults import CHUNK, SINKS, WINDOW, WRONG
+from tests.support.oracle.sink_oracle import eviction_chunk, held_indices, sink_logits
+from tests.support.oracle.variants import VARIANTS
 
 TOLERANCE = 1e-5
 CHANGED = 1e-3

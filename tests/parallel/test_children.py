@@ -6,9 +6,8 @@ import sys
 import time
 
 import pytest
-
-from parallel import children, interfaces
-from parallel.launch import Launch, PeerLost, RankFailed, resolve_launch
+from penstock.parallel import children, interfaces
+from penstock.parallel.launch import Launch, PeerLost, RankFailed, resolve_launch
 
 pytestmark = pytest.mark.timeout(60)
 TORCHRUN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
-from parallel.collectives import Solo, peer_errors
-from parallel.failure import PeerLost, RankFailed
-from parallel.launch import Launch
-from parallel.ledger import TransferLedger
-from parallel.rendezvous import connect
-from parallel.topology import Topology
+from penstock.parallel.collectives import Solo, peer_errors
+from penstock.parallel.failure import PeerLost, RankFailed
+from penstock.parallel.launch import Launch
+from penstock.parallel.ledger import TransferLedger
+from penstock.parallel.rendezvous import connect
+from penstock.parallel.topology import Topology
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,10 +26,10 @@ LISTS = [[], [7, -8], LONG, *(list(range(n)) for n in (1021, 1022, 1023))]  # ar
 RANK = """
 import json, sys
 import torch
-from parallel.collectives import DIRECT_BYTES
-from parallel.launch import resolve_launch, run_rank
-from parallel.rendezvous import connect
-from parallel.topology import resolve_topology
+from penstock.parallel.collectives import DIRECT_BYTES
+from penstock.parallel.launch import resolve_launch, run_rank
+from penstock.parallel.rendezvous import connect
+from penstock.parallel.topology import resolve_topology
 
 WIDTHS = [DIRECT_BYTES // 4, DIRECT_BYTES // 4 + 1, DIRECT_BYTES]  # on both sides of the border in dtypes of 4 and 2
 

@@ -8,17 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
-
-from parallel import guard as module
-from parallel.failure import PeerLost, RankFailed
-from parallel.guard import Guard
+from penstock.parallel import guard as module
+from penstock.parallel.failure import PeerLost, RankFailed
+from penstock.parallel.guard import Guard
 
 pytestmark = pytest.mark.timeout(60)
 FAILURE = RankFailed(1, "was killed by SIGKILL")
 STUCK = """
 import time
-from parallel.failure import RankFailed
-from parallel.guard import Guard
+from penstock.parallel.failure import RankFailed
+from penstock.parallel.guard import Guard
 guard = Guard()
 with guard.inside():
     guard.fail(RankFailed(1, "was killed by SIGKILL"))

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import is_alive
+
+from tests.support.commands import is_alive
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +25,8 @@ TORCHRUN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 
 WORKER = """
 import json, os, signal, sys, time
-from parallel.failure import SELF_LAUNCHED
-from parallel.launch import exit_with_parent, resolve_launch, run_rank
+from penstock.parallel.failure import SELF_LAUNCHED
+from penstock.parallel.launch import exit_with_parent, resolve_launch, run_rank
 
 def main():
     child = SELF_LAUNCHED in os.environ
@@ -43,8 +44,8 @@ def failing(folder):
         file.write(str(time.time()))
 
 def group_of(launch):
-    from parallel.rendezvous import connect
-    from parallel.topology import resolve_topology
+    from penstock.parallel.rendezvous import connect
+    from penstock.parallel.topology import resolve_topology
     topology = resolve_topology(launch.rank, launch.tp_size, launch.local_rank, "cpu")
     print(topology.describe(), file=sys.stderr)
     return connect(topology, launch, timeout_s=50)

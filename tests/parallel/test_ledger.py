@@ -2,7 +2,7 @@
 
 import json
 
-from parallel.ledger import Site, Transfer, TransferLedger
+from penstock.parallel.ledger import Site, Transfer, TransferLedger
 
 ATTN, FFN, REDUCE = Site("attn", 0), Site("ffn", 0), Site("attn_allreduce", -1)
 

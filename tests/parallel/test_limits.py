@@ -6,13 +6,12 @@ import threading
 import time
 
 import pytest
-
-from parallel import guard as guard_module
-from parallel.children import EXIT_STATUS_S, LOST_GRACE_S
-from parallel.failure import LAUNCHER_WAIT_S, PeerLost, RankFailed
-from parallel.guard import Guard
-from parallel.processes import GONE, STOPPED, Process
-from parallel.pulse import BEAT_S, Pulse
+from penstock.parallel import guard as guard_module
+from penstock.parallel.children import EXIT_STATUS_S, LOST_GRACE_S
+from penstock.parallel.failure import LAUNCHER_WAIT_S, PeerLost, RankFailed
+from penstock.parallel.guard import Guard
+from penstock.parallel.processes import GONE, STOPPED, Process
+from penstock.parallel.pulse import BEAT_S, Pulse
 
 pytestmark = pytest.mark.timeout(60)
 GONE_S = 10.0

@@ -10,11 +10,10 @@ import sys
 import time
 
 import pytest
-
-from parallel import pulse as module
-from parallel.failure import RankFailed
-from parallel.processes import ALIVE, GONE, STOPPED, UNKNOWN, Process, process_state, this_process
-from parallel.pulse import ENDED, Pulse
+from penstock.parallel import pulse as module
+from penstock.parallel.failure import RankFailed
+from penstock.parallel.processes import ALIVE, GONE, STOPPED, UNKNOWN, Process, process_state, this_process
+from penstock.parallel.pulse import ENDED, Pulse
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -6,8 +6,20 @@ import threading
 
 import pytest
 import torch
-from emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together, sum_of
-from kernel_proof import (
+from penstock.parallel import push_reduce as module
+from penstock.parallel.push_reduce import (
+    DTYPES,
+    EMPTY,
+    LEAST_BLOCK_WORDS,
+    MAX_PROGRAMS,
+    MOST_BYTES,
+    fits,
+    fits_rows,
+    push_reduce,
+)
+
+from tests.support.emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together, sum_of
+from tests.support.kernel_proof import (
     CONTIGUOUS,
     DEVICE,
     Layout,
@@ -18,18 +30,6 @@ from kernel_proof import (
     prove_refusal,
     same_bits,
     within,
-)
-
-from parallel import push_reduce as module
-from parallel.push_reduce import (
-    DTYPES,
-    EMPTY,
-    LEAST_BLOCK_WORDS,
-    MAX_PROGRAMS,
-    MOST_BYTES,
-    fits,
-    fits_rows,
-    push_reduce,
 )
 
 SIZES = (2, 3, 4, 8)

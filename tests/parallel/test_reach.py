@@ -4,13 +4,12 @@ import warnings
 
 import pytest
 import torch
-
-from parallel import rendezvous
-from parallel.collectives import Gloo
-from parallel.nccl import Nccl
-from parallel.reach import Reach, reach_of
-from parallel.symmetric import Symmetric
-from parallel.topology import Topology
+from penstock.parallel import rendezvous
+from penstock.parallel.collectives import Gloo
+from penstock.parallel.nccl import Nccl
+from penstock.parallel.reach import Reach, reach_of
+from penstock.parallel.symmetric import Symmetric
+from penstock.parallel.topology import Topology
 
 
 def group(size: int, hosts: int = 1, blind: tuple[tuple[int, int], ...] = ()) -> list[Reach]:

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-
-from parallel import push_reduce, symmetric
-from parallel.ledger import Site, Transfer, TransferLedger
-from parallel.nccl import Nccl
-from parallel.symmetric import Symmetric
-from scheduler.units import MIB
+from penstock.parallel import push_reduce, symmetric
+from penstock.parallel.ledger import Site, Transfer, TransferLedger
+from penstock.parallel.nccl import Nccl
+from penstock.parallel.symmetric import Symmetric
+from penstock.scheduler.units import MIB
 
 BIG = 256 * MIB
 GRAPHS = object()  # their communicator

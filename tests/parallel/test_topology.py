@@ -5,9 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from parallel import topology
-from parallel.topology import Topology, bind_to_numa, parse_cpu_list, read_numa_node, resolve_topology
+from penstock.parallel import topology
+from penstock.parallel.topology import Topology, bind_to_numa, parse_cpu_list, read_numa_node, resolve_topology
 
 
 @pytest.fixture

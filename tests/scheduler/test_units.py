@@ -1,8 +1,7 @@
 """Units, and how sizes, times, counts and values are shown."""
 
 import pytest
-
-from scheduler.units import (
+from penstock.scheduler.units import (
     GIB,
     KIB,
     MIB,

@@ -5,9 +5,13 @@ import sys
 
 import pytest
 import torch
-from oracle.cases import NUM_LAYERS, RUN, TOKENS
-from oracle.checkpoints import VARIANTS, write_checkpoint
-from oracle.faults import (
+from penstock.scheduler.passes.pass_plan import GroupId
+
+from scripts import check_numerics
+from scripts.check_numerics import Row, compare, first_fault
+from tests.support.oracle.cases import NUM_LAYERS, RUN, TOKENS
+from tests.support.oracle.checkpoints import VARIANTS, write_checkpoint
+from tests.support.oracle.faults import (
     around_step,
     half_lost,
     kv_heads_rolled,
@@ -15,10 +19,6 @@ from oracle.faults import (
     skipped_prefetch,
     stale_layer,
 )
-
-from scheduler.step_plan import GroupId
-from scripts import check_numerics
-from scripts.check_numerics import Row, compare, first_fault
 
 DTYPES = ("float32", "bfloat16", "float16")
 

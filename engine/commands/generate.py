@@ -1,0 +1,187 @@
+"""`penstock generate`: prompts in, text out as it is generated; the plan before and what was moved after.
+
+Text goes to stdout (with --json one object a prompt), everything else to stderr: with --json the last line says in JSON
+what each rank has moved. Under torchrun rank 0 speaks.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+from penstock.engine.commands.plan import describe, step_table
+from penstock.engine.commands.prompts import read_prompts
+from penstock.engine.config import METAVARS, EngineConfig
+from penstock.engine.llm import LLM, has_tokenizer, refuse_text
+from penstock.engine.output import RequestOutput, describe_errors
+from penstock.engine.planning.engine_plan import find_model
+from penstock.parallel.launch import resolve_launch
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.units import GIB, MIB, gb_s
+
+# how each field of SamplingParams is parsed and explained; its default is the dataclass's
+SAMPLING_FLAGS = {
+    "max_tokens": (int, "most tokens to generate"),
+    "temperature": (float, "0 takes the most likely token"),
+    "top_p": (float, "sample among the most likely tokens of this joint probability"),
+    "top_k": (int, "sample among this many most likely tokens; 0 is off"),
+    "min_p": (float, "sample among tokens at least this likely, relative to the most likely one"),
+    "n": (int, "sequences for each prompt"),
+    "repetition_penalty": (float, "above 1 discourages tokens of prompt and output"),
+    "presence_penalty": (float, "above 0 discourages tokens that were generated"),
+    "frequency_penalty": (float, "the same, for each time that they were"),
+    "logprobs": (int, "log probabilities of this many tokens, in --json"),
+}
+
+
+def add_arguments(parser) -> None:
+    add_request_arguments(parser)
+    parser.add_argument("--table", action="store_true", help="print the step table of the plan before")
+
+
+def add_request_arguments(parser) -> None:
+    """Prompts, sampling parameters, and how outputs are shown."""
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument(
+        "--prompts-file", metavar="FILE", help="one prompt a line, or JSONL with prompt or prompt_token_ids; - is stdin"
+    )
+    for name, (kind, text) in SAMPLING_FLAGS.items():
+        flag = "--" + name.replace("_", "-")
+        settings = {"type": kind, "metavar": METAVARS[kind], "default": argparse.SUPPRESS}
+        flags = [flag, "--num-sequences"] if name == "n" else [flag]  # torchrun takes --n for one of its own
+        parser.add_argument(*flags, dest=f"sampling_{name}", help=text + _default(name), **settings)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
+    parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
+    text = "one JSON object a prompt on stdout, with token ids; one on stderr of what was moved"
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def _default(name: str) -> str:
+    default = next(field.default for field in dataclasses.fields(SamplingParams) if field.name == name)
+    return "" if default is None else f" (default: {default})"
+
+
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    params = sampling_params(args)
+    speaks = resolve_launch(config.tensor_parallel_size).rank == 0
+    # under torchrun all ranks have the same standard input, and only one may read it
+    prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
+    is_whole = config.load_format == "dummy" or find_model(config.model).is_dir()
+    if is_whole and config.tokenizer is None and not has_tokenizer(config):  # said before the weights are loaded
+        for place, prompt in enumerate(prompts):
+            refuse_text(config, place, prompt, params)
+    with LLM(**config.for_job(len(prompts) * params.n).to_dict()) as llm:
+        llm.check(prompts, params)
+        print(llm.rank.topology.describe(), file=sys.stderr)
+        printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
+        if speaks:
+            llm.measure()
+            _say_plan(llm, args)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, on_text=printer)
+        elapsed_s = time.perf_counter() - start
+        if speaks:
+            say_outputs(outputs, args.json, printer)
+            print(report(llm, outputs, elapsed_s), file=sys.stderr)
+            say_transfers(llm, args.json)
+    return say_errors(outputs) if speaks else 0
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises ValueError naming the field, as SamplingParams does."""
+    given = {name: getattr(args, f"sampling_{name}") for name in SAMPLING_FLAGS if hasattr(args, f"sampling_{name}")}
+    return SamplingParams(**given, stop=args.stop, stop_token_ids=args.stop_token_ids, ignore_eos=args.ignore_eos)
+
+
+class TextPrinter:
+    """Writes text as it comes: of the first sequence at once, of later ones when those before them have ended."""
+
+    def __init__(self, num_prompts: int, n: int):
+        self.order = [(prompt, index) for prompt in range(num_prompts) for index in range(n)]
+        self.waiting: dict[tuple[int, int], str] = {}
+        self.ended: set[tuple[int, int]] = set()
+        self.place = 0
+        self._title()
+
+    def __call__(self, prompt: int, index: int, text: str | None) -> None:
+        key = (prompt, index)
+        if text is None:
+            self.ended.add(key)
+        else:
+            self.waiting[key] = self.waiting.get(key, "") + text
+        while self.place < len(self.order):
+            current = self.order[self.place]
+            sys.stdout.write(self.waiting.pop(current, ""))
+            sys.stdout.flush()
+            if current not in self.ended:
+                return
+            sys.stdout.write("\n")
+            self.place += 1
+            self._title()
+
+    def _title(self) -> None:
+        if len(self.order) > 1 and self.place < len(self.order):
+            prompt, index = self.order[self.place]
+            print(f"--- prompt {prompt}, output {index}", flush=True)
+
+
+def _say_plan(llm: LLM, args: argparse.Namespace) -> None:
+    plan = llm.rank.plan
+    print(describe(llm.config, plan, plan.residency.max_model_len), file=sys.stderr)
+    if args.table:
+        print(step_table(plan), file=sys.stderr)
+    print(file=sys.stderr)
+
+
+def say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinter | None) -> None:
+    for output in outputs:
+        if as_json:
+            print(json.dumps(output.to_dict()), flush=True)
+        elif printer is None:
+            for sequence in output.outputs:
+                print(*sequence.token_ids)
+
+
+def say_errors(outputs: list[RequestOutput]) -> int:
+    """A line for each sequence that has not ended by itself; the exit status, 1 if there are any."""
+    errors = describe_errors(outputs)
+    for error in errors:
+        print(f"penstock: error: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def say_transfers(llm: LLM, as_json: bool) -> None:
+    """A line of its own, and not on stdout: who reads that finds a prompt in every line."""
+    if as_json:
+        print(json.dumps({"transfers": llm.rank.transfers}), file=sys.stderr)
+
+
+def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
+    """What was moved and how long it took, beside what the time model said."""
+    times, executor = llm.rank.times, llm.rank.worker.executor
+    moved, num_tokens = executor.copied.total.sent_bytes, sum(len(s.token_ids) for o in outputs for s in o.outputs)
+    lines = [
+        f"{num_tokens} tokens in {elapsed_s:.2f} s ({num_tokens / elapsed_s:.1f} tokens/s), "
+        f"{times.num_passes} passes over {executor.counters.num_tokens} tokens",
+    ]
+    if moved:
+        lines.append(
+            f"moved {moved / GIB:.3f} GiB a rank over the link, {moved / times.num_passes / MIB:.2f} MiB a pass, "
+            f"{gb_s(moved, times.measured_s):.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
+        )
+    weights = llm.rank.worker.weights
+    if weights.codes:
+        share = sum(code.nbytes for code in weights.codes.values()) / weights.coded_from_bytes
+        lines.append(
+            f"{weights.coded_from_bytes / GIB:.3f} GiB of weights a rank were coded without loss to {share:.1%}, "
+            f"at {gb_s(weights.coded_from_bytes, weights.encode_s):.3g} GB/s"
+        )
+    if llm.rank.topology.tp_size > 1:
+        reduced = executor.reduced.total
+        lines.append(f"{reduced.num_calls} all-reduces, {reduced.sent_bytes / MIB:.2f} MiB a rank")
+    lines.append(
+        f"passes took {times.measured_s:.3f} s, predicted {times.predicted_s:.3f} s ({llm.rank.rates.source} rates)"
+    )
+    return "\n".join(lines)

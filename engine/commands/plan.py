@@ -1,0 +1,207 @@
+"""`penstock plan`: what stays, what streams and how fast that is, from a config.json alone.
+
+Imports neither torch nor transformers: it must answer on a laptop, at once. What it knows is planning.py's.
+"""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from penstock.engine.config import EngineConfig
+from penstock.engine.model.spec import DTYPE_BYTES
+from penstock.engine.model.steps import activation_widths
+from penstock.engine.planning.engine_plan import (
+    EnginePlan,
+    decode_time,
+    find_model,
+    longest_sequence,
+    make_engine_plan,
+    most_seqs,
+    pass_work,
+    plan_rates,
+    step_seconds,
+)
+from penstock.engine.streams import visible
+from penstock.engine.weights.read_model import read_model_to_plan
+from penstock.parallel.launch import resolve_launch
+from penstock.scheduler.batching.request import INT32_MAX
+from penstock.scheduler.cost.pass_work import PassShape
+from penstock.scheduler.cost.time_model import free_tokens
+from penstock.scheduler.cost.timeline import predict_timeline, timeline_s
+from penstock.scheduler.passes.pass_table import render
+from penstock.scheduler.residency.compression_choice import Planned, choose_code
+from penstock.scheduler.residency.decide import Residency
+from penstock.scheduler.residency.demand import KV_LEN, Demand
+from penstock.scheduler.residency.residency_table import Prediction, Variant, gives_up, table
+from penstock.scheduler.units import GIB, show_bytes, show_count
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `plan` beside the engine's own."""
+    text = f"context of each sequence in the predictions (default: {KV_LEN})"
+    parser.add_argument("--context", type=int, default=KV_LEN, metavar="TOKENS", help=text)
+    parser.add_argument("--table", action="store_true", help="print the step table of a pass as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Prints the plan; returns the exit status. Raises ValueError for what cannot be planned."""
+    if not 1 <= args.context <= INT32_MAX:
+        raise ValueError(f"context={args.context}: expected a positive number of tokens, at most {INT32_MAX}")
+    plan = plan_of(config)
+    context = min(args.context, plan.residency.max_model_len)
+    if args.json:
+        print(json.dumps(summary(config, plan, context)))
+        return 0
+    print(describe(config, plan, args.context))
+    if args.table:
+        print(f"\nstep table of a pass:\n{step_table(plan)}")
+    return 0
+
+
+def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:
+    """The plan in words and tables: memory, predicted passes for `context` tokens a sequence, other splits."""
+    return _heading(config, plan) + "\n" + _report(config, plan, min(context, plan.residency.max_model_len), context)
+
+
+def plan_of(config: EngineConfig) -> EnginePlan:
+    """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
+    model = read_model_to_plan(find_model(config.model), dummy=config.load_format == "dummy")
+    tp_size, passed_over = _planned_ranks(config)
+    rates = plan_rates(config, tp_size, config.device)
+    return make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates, (*model.notes, *passed_over))
+
+
+def _planned_ranks(config: EngineConfig) -> tuple[int, list[str]]:
+    """As many as are asked for, else torchrun's, else one; and a note if torchrun's was passed over. Nothing is
+    launched: a cluster may have set only a part of torchrun's environment."""
+    if config.tensor_parallel_size is not None:
+        return config.tensor_parallel_size, []
+    try:
+        return resolve_launch().tp_size, []
+    except ValueError as error:
+        return 1, [f"planned for one rank; {visible(str(error))} (-tp plans for more)"]
+
+
+def step_table(plan: EnginePlan) -> str:
+    """The step table, with the bytes of each activation's rows."""
+    element = DTYPE_BYTES[plan.dtype]
+    widths = activation_widths(plan.spec, plan.tp_size)
+    return render(plan.step_plan, {name: (unit, width * element) for name, (unit, width) in widths.items()})
+
+
+def predict(plan: EnginePlan, residency: Residency, num_seqs: int, context: int, label: str) -> Prediction:
+    return Prediction(label, num_seqs, decode_time(pass_work(plan, residency), num_seqs, context, plan.rates))
+
+
+def as_variant(plan: EnginePlan, planned: Planned, context: int, label: str) -> Variant | None:
+    """Another split of the same engine; None where not one sequence of the context fits."""
+    demand, residency = planned
+    context = min(context, residency.max_model_len)
+    best = most_seqs(demand, residency, context)
+    if not best:
+        return None
+    one, many = (predict(plan, residency, n, context, label) for n in (1, best))
+    return Variant(label, residency.streamed_bytes, residency.max_model_len, one, many)
+
+
+def variant(plan: EnginePlan, demand: Demand, context: int, label: str, choice: str | None = None) -> Variant | None:
+    """The split of another demand, with the same choice of code or another; None where it does not fit."""
+    offer = plan.offer if choice is None else dataclasses.replace(plan.offer, choice=choice)
+    try:
+        return as_variant(plan, choose_code(offer, demand), context, label)
+    except ValueError:
+        return None
+
+
+def variants(plan: EnginePlan, context: int) -> list[Variant]:
+    """What one more GiB buys, what other uses of the same memory give, and the code that was not chosen."""
+    demand, made = plan.demand, []
+    if demand.memory_bytes is not None:
+        larger = dataclasses.replace(demand, memory_bytes=demand.memory_bytes + GIB)
+        made.append(variant(plan, larger, context, "one more GiB a rank"))
+        free = dataclasses.replace(demand, resident="auto", num_pages=None)
+        for num_seqs in (1, 16):
+            if num_seqs < plan.max_num_seqs:
+                made.append(variant(plan, free.asked_for(num_seqs), context, f"auto, max_num_seqs={num_seqs}"))
+        for choice in ("none", 0.5, "all"):
+            made.append(variant(plan, dataclasses.replace(demand, resident=choice), context, f"resident={choice}"))
+    if demand.coded and (demand.memory_bytes is not None or plan.residency.streamed):
+        other = "none" if plan.residency.coded else "lossless"
+        made.append(variant(plan, demand, context, f"weights_code={other}", other))
+    return [each for each in made if each is not None]
+
+
+def why_num_seqs(plan: EnginePlan) -> str:
+    """Where the number of sequences comes from."""
+    if not plan.demand.plans_num_seqs:
+        return "max_num_seqs as asked"
+    if plan.max_num_seqs == plan.demand.max_num_seqs:
+        return "as many as are planned without max_num_seqs"
+    return f"planned: the most tokens/s at {plan.kept.kv_len} tokens each; max_num_seqs says otherwise"
+
+
+def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, Any]:
+    """The plan as plain values; units are in the names, everything is a rank's but tokens_s."""
+    residency = plan.residency
+    best = most_seqs(plan.kept, residency, context)
+    return {
+        "num_parameters": plan.spec.num_parameters,
+        "dtype": plan.dtype,
+        "tp_size": plan.tp_size,
+        "context_tokens": context,
+        "rates": dataclasses.asdict(plan.rates),
+        "memory_bytes": residency.memory_bytes,
+        "claims_bytes": dict(residency.claims),
+        "resident": [str(group) for group, _ in plan.demand.groups if group in residency.resident],
+        "coded": [str(group) for group, _ in plan.demand.groups if group in residency.coded],
+        "streamed": [str(group) for group, _ in residency.streamed],
+        "embed_resident": residency.embed_resident,
+        "ring_bytes": residency.ring.ring_bytes,
+        "num_pages": residency.num_pages,
+        "max_model_len": longest_sequence(config, plan),
+        "max_context": residency.max_model_len,
+        "max_num_seqs": plan.max_num_seqs,
+        "max_num_seqs_is": why_num_seqs(plan),
+        "host_bytes": residency.host_bytes,
+        "streamed_bytes": residency.streamed_bytes,
+        "free_tokens": free_tokens(pass_work(plan), plan.rates),
+        "predictions": [_as_json(predict(plan, residency, n, context, "")) for n in sorted({1, best} - {0})],
+        "timeline_s": timeline_s(predict_timeline(plan.step_plan, *step_seconds(plan, PassShape(1, 1, context)))),
+        "attention_sinks": config.attention_sinks,
+        "attention_window": config.attention_window,
+        "notes": [*residency.notes, *plan.notes],
+    }
+
+
+def _as_json(prediction: Prediction) -> dict[str, Any]:
+    times = dataclasses.asdict(prediction.time)
+    return {"num_seqs": prediction.num_seqs, "tokens_s": prediction.tokens_s, **times}
+
+
+def _heading(config: EngineConfig, plan: EnginePlan) -> str:
+    ranks = "1 rank" if plan.tp_size == 1 else f"{plan.tp_size} ranks"
+    size = f"{plan.spec.num_layers} layers, {show_count(plan.spec.num_parameters)} weights, {plan.dtype}"
+    weights = f"{show_bytes(plan.layout.nbytes)} of weights a rank"
+    if config.gpu_memory is not None:
+        budget = "device memory as asked"
+    elif plan.rates.memory_bytes is None:
+        budget = f"device memory unlimited ({plan.rates.source})"
+    else:
+        share, whole = f"{config.gpu_memory_utilization:.0%}", show_bytes(plan.rates.memory_bytes)
+        budget = f"device memory {share} of {whole} ({plan.rates.source})"
+    return f"{visible(config.model)} ({plan.spec.family}): {size}, {ranks}, {weights}\n{budget}\n"
+
+
+def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) -> str:
+    this = as_variant(plan, (plan.kept, plan.residency), context, f"batch 1 at {context} tokens of context")
+    rows = [] if this is None else [this.one]
+    if this is not None and this.best.num_seqs > 1:
+        rows.append(dataclasses.replace(this.best, label=f"batch {this.best.num_seqs}, the most that fit"))
+    others = [(each, gives_up(this, each)) for each in variants(plan, context)] if this else []
+    seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(plan)}"
+    free = free_tokens(pass_work(plan), plan.rates)
+    text = table(plan.residency, config.page_size, seqs, plan.rates, rows, others, free)
+    text += "".join(f"\nnote: {note}" for note in plan.notes)
+    return text + (f"\nnote: context cut from {asked} to {context}, the longest one" if asked > context else "")

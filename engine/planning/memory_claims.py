@@ -1,0 +1,136 @@
+"""What a rank's device memory holds beside weights, ring and KV cache, and how much of it there is.
+
+PURE. Activations, logits and what sampling keeps follow from the number of sequences in a pass, which may be planned:
+so everything here is asked for by that number. Layers are alike, so that two of them say where activations lie.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+from penstock.engine.config import EngineConfig
+from penstock.engine.model.fusion import fuse, fused_runs
+from penstock.engine.model.layout import ModelLayout
+from penstock.engine.model.shard import local_vocab_size
+from penstock.engine.model.spec import ModelSpec
+from penstock.engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
+from penstock.engine.planning.step_cost import kv_token_bytes
+from penstock.scheduler.passes.build import lay_out_decoded, make_plan
+from penstock.scheduler.passes.check import lay_out_activations
+from penstock.scheduler.passes.pass_plan import Compute, RingLayout, StepPlan
+from penstock.scheduler.residency.demand import Claims
+from penstock.scheduler.units import MIB, show_bytes
+
+# What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
+CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
+COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
+GRAPHS_BYTES = 256 * MIB
+GEMM_WORKSPACE_BYTES = 64 * MIB
+GATHERED_LAYERS = 1  # at a time, in which keys and values are there twice
+PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
+
+
+@dataclass(frozen=True)
+class MemoryClaims:
+    """Of one rank of `tp_size`."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    dtype: str
+    tp_size: int
+    on_gpu: bool
+    layout: ModelLayout
+
+    @functools.cached_property
+    def _steps(self) -> list[Compute]:
+        """Of a pass over two layers."""
+        num_layers = min(self.spec.num_layers, 2)
+        return engine_steps(
+            replace(self.spec, num_layers=num_layers, windows=self.spec.windows[:num_layers]), self.tp_size, self.on_gpu
+        )
+
+    @functools.cached_property
+    def _lifetimes(self) -> StepPlan:
+        return make_plan(self._steps, RingLayout(0, 0, ()))
+
+    def activations(self, num_seqs: int) -> tuple[dict[str, int], int]:
+        """Byte offsets of the activations in their arena, and its bytes."""
+        sizes = self._sizes(num_seqs)
+        offsets = lay_out_activations(self._lifetimes, sizes)
+        return offsets, max(offset + sizes[name] for name, offset in offsets.items())
+
+    def _sizes(self, num_seqs: int) -> dict[str, int]:
+        return activation_bytes(self.spec, self.dtype, self.tp_size, self.config.max_num_batched_tokens, num_seqs)
+
+    def fixed(self, num_seqs: int) -> Claims:
+        """Named parts of memory that no split changes."""
+        spec, tp_size = self.spec, self.tp_size
+        logits = num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
+        # One activation that an operation made before it is copied in; the sampler's float32 logits, twice; penalties.
+        temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
+        if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
+            temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
+        workspace = temporaries + (GEMM_WORKSPACE_BYTES if self.on_gpu else 0)
+        claims = [("activations", self.activations(num_seqs)[1]), ("workspace", workspace)]
+        if self.on_gpu:
+            claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
+            claims += [("collectives", COLLECTIVES_BYTES)] if tp_size > 1 else []
+        return tuple(claims)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a KV page in all layers (KVCache), and of its copy where a pass with a prompt gathers what it attends to
+        (attention.gather), one layer at a time."""
+        layer_bytes = kv_token_bytes(self.spec, self.dtype, self.tp_size) // self.spec.num_layers
+        return self.config.page_size * layer_bytes * (self.spec.num_layers + GATHERED_LAYERS)
+
+    def decode_buffer(self, names: frozenset[str]) -> int:
+        """Bytes of the decode buffer if groups of these names are coded."""
+        sizes = {group.group.name: group.nbytes for group in self.layout.groups}
+        groups = {step.group for step in self._steps if step.group is not None and step.group.name in names}
+        places = lay_out_decoded(self._steps, {group: sizes[group.name] for group in groups})
+        return max((place.end for place in places.values()), default=0)
+
+
+def engine_steps(spec: ModelSpec, tp_size: int, on_gpu: bool) -> list[Compute]:
+    """The steps of a pass as the engine runs them: fused on a GPU."""
+    steps = model_steps(spec)
+    return fuse(steps, fused_runs(tp_size, spec.hidden_size)) if on_gpu else steps
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Of a rank's GPU, the least of all ranks: `free_bytes` is what others leave of it, the engine's own included."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+def memory_budget(config: EngineConfig, device: DeviceMemory | None) -> int | None:
+    """Bytes a rank may use: gpu_memory, else the utilization's share of the device's memory, but no more than is free;
+    None (a CPU) has no limit.
+
+    Raises ValueError if gpu_memory is more than there is, or than is free.
+    """
+    if device is None:
+        return config.gpu_memory
+    if config.gpu_memory is None:
+        return min(int(device.total_bytes * config.gpu_memory_utilization), device.free_bytes)
+    if config.gpu_memory > device.free_bytes:
+        asked, there = show_bytes(config.gpu_memory), show_bytes(device.total_bytes)
+        free = "" if device.free_bytes == device.total_bytes else f", of which {show_bytes(device.free_bytes)} are free"
+        raise ValueError(f"gpu_memory={asked}: the device has {there}{free}")
+    return config.gpu_memory
+
+
+def describe_memory(config: EngineConfig, device: DeviceMemory | None) -> str | None:
+    """Whether others hold memory that the plan would have used, in a sentence."""
+    if device is None or config.gpu_memory is not None:
+        return None
+    share = int(device.total_bytes * config.gpu_memory_utilization)
+    if share <= device.free_bytes:
+        return None
+    held = show_bytes(device.total_bytes - device.free_bytes)
+    return (
+        f"other processes hold {held} of a GPU's memory: planned with the {show_bytes(device.free_bytes)} that are"
+        f" free, not with {show_bytes(share)}"
+    )

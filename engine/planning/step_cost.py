@@ -1,0 +1,65 @@
+"""What one rank does in each compute step of a plan: bytes, FLOPs and reduces, which the time model turns into seconds.
+
+PURE. A fused step does what its parts do: its name joins theirs. Unknown steps (a new family's) count as element-wise
+ones.
+"""
+
+import math
+from collections.abc import Callable
+
+from penstock.engine.model.layout import ModelLayout
+from penstock.engine.model.shard import shard_heads
+from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
+from penstock.engine.model.steps import activation_widths, sums_over_ranks
+from penstock.scheduler.cost.pass_work import StepWork
+from penstock.scheduler.passes.pass_plan import Compute
+
+MATRICES = {
+    "attn_qkv": ("qkv",),
+    "attn_output": ("o",),
+    "attn_output_beside": ("o",),
+    "ffn_up": ("gate_up", "up"),
+    "ffn_down": ("down",),
+    "head": ("head",),
+}
+
+
+def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
+    """Gives the work of a step on one rank of `tp_size`."""
+    element = DTYPE_BYTES[dtype]
+    sizes = {(g.group, w.name): math.prod(w.shape) for g in layout.groups for w in g.weights}
+    widths = activation_widths(spec, tp_size)
+    pair_flops = 4 * shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).num_heads * spec.head_dim
+    layer_kv_bytes = kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
+
+    def touched_bytes(step: Compute, unit: str) -> int:
+        """Of the activations with a row for each of `unit`, once for each letter that reads or writes."""
+        letters = {name: sum(letter in "rw" for letter in effect) for name, effect in step.effects}
+        return element * sum(widths[name][1] * n for name, n in letters.items() if widths[name][0] == unit)
+
+    def work(step: Compute) -> StepWork:
+        parts = step.parts
+        is_reduce = sums_over_ranks(step) and len(parts) == 1
+        if tp_size == 1 and is_reduce:
+            return StepWork(step.step)  # nothing is launched
+        elements = sum(sizes.get((step.group, name), 0) for part in parts for name in MATRICES.get(part, ()))
+        attends = "attention" in parts
+        return StepWork(
+            step=step.step,
+            weight_bytes=elements * element,
+            token_bytes=0 if is_reduce else touched_bytes(step, "tokens"),  # its rate counts its reads and writes
+            row_bytes=touched_bytes(step, "rows"),
+            kv_token_bytes=layer_kv_bytes if attends else 0,
+            token_flops=0 if "head" in parts else 2 * elements,
+            row_flops=2 * elements if "head" in parts else 0,
+            attention_flops=pair_flops if attends else 0,
+            reduce_token_bytes=spec.hidden_size * element if sums_over_ranks(step) and tp_size > 1 else 0,
+        )
+
+    return work
+
+
+def kv_token_bytes(spec: ModelSpec, dtype: str, tp_size: int) -> int:
+    """Bytes of the keys and values of one token on one rank."""
+    kv_heads = len(shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).kv_heads)
+    return 2 * spec.num_layers * kv_heads * spec.head_dim * DTYPE_BYTES[dtype]

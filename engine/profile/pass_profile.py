@@ -1,0 +1,108 @@
+"""Where the time of a pass goes: the share of each instruction, and what the pass could gain from it at most.
+
+A profile is made from the plan's own spans of one real pass. Amdahl's bound ranks what is worth work: an instruction
+with the share s makes the pass at most 1 / (1 - s) times faster, even if it cost nothing at all.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.profile.traced_run import pass_s
+from penstock.engine.runtime.trace import Span
+from penstock.scheduler.cost.pass_work import PassShape
+from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
+from penstock.scheduler.units import GB, gb_s
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """All calls of one instruction in a pass, over all layers. `at_most` is Amdahl's bound; rates are None where the
+    plan knows no bytes or FLOPs."""
+
+    step: str
+    num_calls: int
+    seconds: float
+    share: float
+    at_most: float
+    predicted_s: float
+    gb_s: float | None
+    tflops: float | None
+
+
+@dataclass(frozen=True)
+class CopyLane:
+    """What the copy lane did in a pass, and for how long it did nothing."""
+
+    copied_bytes: int
+    busy_s: float
+    idle_s: float
+
+    @property
+    def gb_s(self) -> float:
+        """Of the time that it was busy."""
+        return gb_s(self.copied_bytes, self.busy_s)
+
+
+@dataclass(frozen=True)
+class PassProfile:
+    """`steps` of rank 0's compute lane, the dearest first; `copy_lane` None where nothing streams; `rank_s` the
+    seconds of the pass on each rank."""
+
+    shape: PassShape
+    pass_s: float
+    predicted_s: float
+    steps: list[StepShare]
+    copy_lane: CopyLane | None
+    rank_s: list[float]
+
+    @property
+    def slowest_rank(self) -> int:
+        return self.rank_s.index(max(self.rank_s))
+
+
+def profile_pass(plan: EnginePlan, shape: PassShape, ranks: list[list[Span]], predicted: list[Span]) -> PassProfile:
+    """`ranks` are the measured spans of the pass on each rank, `predicted` the time model's for one."""
+    measured, whole_s = ranks[0], pass_s(ranks[0])
+    seconds, expected = _seconds_by_step(measured), _seconds_by_step(predicted)
+    calls = Counter(step_name(span) for span in measured if span.lane == COMPUTE)
+    nbytes, flops = Counter(), Counter()
+    for work, count in plan.steps:
+        nbytes[work.step] += count * work.nbytes(shape)
+        flops[work.step] += count * work.flops(shape)
+    nbytes["decode"] = sum(plan.kept.coded[i.group] + i.place.nbytes for i in plan.step_plan.decodes)  # read, written
+    steps = [
+        StepShare(
+            step=step,
+            num_calls=calls[step],
+            seconds=spent_s,
+            share=spent_s / whole_s,
+            at_most=1 / (1 - spent_s / whole_s),
+            predicted_s=expected[step],
+            gb_s=_rate(nbytes[step], spent_s, GB),
+            tflops=_rate(flops[step], spent_s, 1e12),
+        )
+        for step, spent_s in seconds.most_common()
+    ]
+    copies = [span for span in measured if span.lane == COPY]
+    busy_s = sum(span.end_s - span.start_s for span in copies)
+    copy_lane = CopyLane(plan.step_plan.streamed_bytes, busy_s, whole_s - busy_s) if copies else None
+    return PassProfile(shape, whole_s, pass_s(predicted), steps, copy_lane, [pass_s(spans) for spans in ranks])
+
+
+def step_name(span: Span) -> str:
+    """Its label without layer or group."""
+    return span.name.split()[0]
+
+
+def _seconds_by_step(spans: list[Span]) -> Counter:
+    """Of the compute lane."""
+    seconds = Counter()
+    for span in spans:
+        if span.lane == COMPUTE:
+            seconds[step_name(span)] += span.end_s - span.start_s
+    return seconds
+
+
+def _rate(amount: float, seconds: float, unit: float) -> float | None:
+    return amount / seconds / unit if amount and seconds else None

@@ -1,0 +1,172 @@
+"""Text to token ids and back, on the `tokenizers` library alone.
+
+`Tokenizer` is what a checkpoint's files describe (tokenizer_files.py); `TextStream` gives out text as its tokens
+arrive; `StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates
+are not rendered here.
+"""
+
+import functools
+import os.path
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from penstock.engine.text.tokenizer_files import FILE, library_errors, load_backend
+from tokenizers.decoders import DecodeStream
+
+CONTEXT_TOKENS = 64  # of the prompt that a stream decodes: a long prompt costs no more than a short one
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no UTF-8
+
+
+class Tokenizer:
+    """A tokenizer of the library; `file` names it in messages."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, file: str | Path = FILE):
+        self.backend, self.file = backend, file
+        # a file may carry the limits of its training; prompts are never cut nor padded behind the user's back
+        backend.no_truncation()
+        backend.no_padding()
+
+    @staticmethod
+    def is_there(path: str | Path) -> bool:
+        """Whether directory `path` has a tokenizer.json."""
+        return os.path.lexists(Path(path) / FILE)
+
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer | None":
+        """The tokenizer of a checkpoint directory, or None if it has no tokenizer.json.
+
+        Raises ValueError that names the file if one of the tokenizer's files cannot be read as what it is.
+        """
+        if not Tokenizer.is_there(path):
+            return None
+        return Tokenizer(load_backend(Path(path)), Path(path) / FILE)
+
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens, which text never has, by what they are written as."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added if token.special}
+
+    def encode(self, text: str, vocab_size: int | None = None) -> list[int]:
+        """Token ids, with the special tokens that the file's post-processor adds. Raises ValueError that names the file
+        if it cannot encode this text, or has an id in it that no model of `vocab_size` ids knows."""
+        with library_errors(f"{self.file}: cannot encode a text of {len(text)} characters"):
+            ids = self.backend.encode(text).ids
+        if vocab_size is not None and max(ids, default=0) >= vocab_size:
+            token = self.backend.id_to_token(max(ids))
+            known = f"the model's ids are 0..{vocab_size - 1}: is it this model's tokenizer?"
+            raise ValueError(f"{self.file}: token {token!r} of the prompt has id {max(ids)}, and {known}")
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens; bytes that are no UTF-8 become U+FFFD. Unknown ids give no text. Raises
+        ValueError that names the file if it cannot decode these ids."""
+        with library_errors(f"{self.file}: cannot decode {len(token_ids)} tokens"):
+            return self.backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
+        """A decoder of the tokens that follow this prompt."""
+        return TextStream(self, prompt_ids)
+
+
+class TextStream:
+    """Text of an output, token by token.
+
+    All that `push` and `finish` return, joined, is what decode(prompt + output) has after decode(prompt).
+    A character is given out when its last byte has come; bytes that never make one, when text follows or at
+    the end. (A decoder with byte_fallback can revise text: bad bytes after good ones spoil the whole run.
+    What was given out stays, and the stream goes on with the tokens that were still held back.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
+        self._tokenizer = tokenizer
+        recent = list(prompt_ids[-CONTEXT_TOKENS:])
+        self._restart(recent if tokenizer.decode(recent) else list(prompt_ids))
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes: often "", for a part of a character or a special token."""
+        self._held.append(token_id)
+        try:
+            with library_errors("a token"):
+                text = self._stream.step(self._tokenizer.backend, token_id)
+        except ValueError:  # text that was given out would change
+            text = self._tokenizer.decode(self._held)
+            self._restart(self._held)
+            return text
+        if text is None:
+            return ""
+        self._given, self._held = self._held, []
+        unclear, self._unclear = self._unclear, ""
+        return _after(unclear, text)
+
+    def finish(self) -> str:
+        """The text that is still held back; the stream ends here."""
+        held, self._held = self._held, []
+        return _after(self._tokenizer.decode(self._given), self._tokenizer.decode(self._given + held))
+
+    def _restart(self, context: list[int]) -> None:
+        self._given, self._held = context, []  # tokens whose text is the last given out, and those after them
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        text = self._tokenizer.decode(context)
+        # a context that ends inside a character is given out by DecodeStream once more, with that character
+        self._unclear = text if text.endswith(REPLACEMENT) else ""
+
+
+class StopStrings:
+    """Cuts streamed text before the first stop string, the one that begins earliest, wherever tokens end.
+
+    text | given out | held back: could begin a stop string |
+    """
+
+    def __init__(self, stops: tuple[str, ...]):
+        assert all(stops), "a stop string is empty"
+        self._stops = stops
+        self._held = ""
+        self._matched: str | None = None
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that is safe to give out, and the stop string once it is found; after that nothing comes out.
+
+        Of stop strings that begin at the same place the shortest wins, and a match waits while text before it
+        could still become a stop string.
+        """
+        if self._matched is not None:
+            return "", self._matched
+        self._held += text
+        found, stop = self._first_match()
+        pending = self._first_pending()
+        if stop is not None and found <= pending:
+            return self._cut(found, stop)
+        text, self._held = self._held[:pending], self._held[pending:]
+        return text, None
+
+    def flush(self) -> tuple[str, str | None]:
+        """At the end of the text: the rest of it, and the stop string if a match was still waiting."""
+        if self._matched is not None:
+            return "", self._matched
+        return self._cut(*self._first_match())
+
+    def _cut(self, end: int, stop: str | None) -> tuple[str, str | None]:
+        text, self._held, self._matched = self._held[:end], "", stop
+        return text, stop
+
+    def _first_match(self) -> tuple[int, str | None]:
+        """Where the first stop string begins, and which it is; (length of the text, None) without one."""
+        matches = [(self._held.find(stop), len(stop), stop) for stop in self._stops if stop in self._held]
+        start, _, stop = min(matches, default=(len(self._held), 0, None))
+        return start, stop
+
+    def _first_pending(self) -> int:
+        """Where the earliest text begins that ends with the held text and is a part of a stop string."""
+        text = self._held
+        longest = max(map(len, self._stops), default=0)
+        for start in range(max(0, len(text) - longest + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stops):
+                return start
+        return len(text)
+
+
+def _after(before: str, text: str) -> str:
+    """What text has after the beginning that it shares with `before`."""
+    return text[len(os.path.commonprefix((before, text))) :]

@@ -1,0 +1,100 @@
+"""What one pass computes: rows of tokens, and the packed message that carries them to the other ranks."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from penstock.scheduler.batching.request import RowSampling
+from penstock.scheduler.cost.pass_work import LEAST_WHOLE_TOKENS, PassShape
+
+_SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """The tokens that one request computes in a pass.
+
+    `row` is its place in the batch, 0..max_num_seqs-1, kept for the request's whole life. `tokens` stand at
+    start, start + 1, ... of the sequence; ON_DEVICE among them is the row's last sampled token. Of the tokens before
+    them `num_evicted` are not cached any more. `pages` is the page table up to the last of these tokens. `samples` is
+    false for a chunk that is not the prompt's last. `sampling` is set in the request's first pass only, and drops what
+    the row's former owner left.
+    """
+
+    row: int
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    samples: bool
+    sampling: RowSampling | None
+    num_evicted: int = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens that are cached before the pass; the positions of the row's own go on from there."""
+        return self.start - self.num_evicted
+
+
+def is_decode(batch: "Batch") -> bool:
+    """Whether every row computes one token and samples the next."""
+    return all(row.samples and len(row.tokens) == 1 for row in batch.rows)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass computes."""
+
+    rows: tuple[BatchRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(row.samples for row in self.rows)
+
+    @property
+    def shape(self) -> PassShape:
+        """What the time model needs to know of it."""
+        cached = sum(row.num_cached for row in self.rows)
+        pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
+        whole = sum(len(row.tokens) for row in self.rows if not row.start and len(row.tokens) >= LEAST_WHOLE_TOKENS)
+        return PassShape(self.num_tokens, len(self.rows), cached, pairs, cached + self.num_tokens - whole)
+
+    def pack(self) -> list[int]:
+        """The batch as one int32 message: its length, the number of rows, and the rows one after another."""
+        message = [0, len(self.rows)]
+        for row in self.rows:
+            flags = row.samples * _SAMPLES | (row.sampling is not None) * _HAS_SAMPLING
+            counts = (len(row.tokens), len(row.pages))
+            message += (row.row, row.start, row.num_evicted, flags, *counts, *row.tokens, *row.pages)
+            if row.sampling is not None:
+                message += row.sampling.pack()
+        message[0] = len(message)
+        return message
+
+    @staticmethod
+    def unpack(message: Sequence[int]) -> "Batch":
+        """The batch that `pack` made into this message. Raises ValueError if it is not whole."""
+        if len(message) < 2 or message[0] != len(message):
+            raise ValueError(f"batch message of {len(message)} integers does not state its own length")
+        ints = iter(message[2:])
+        batch = Batch(tuple(_unpack_row(ints) for _ in range(message[1])))
+        if next(ints, None) is not None:
+            raise ValueError("batch message goes on after its last row")
+        return batch
+
+
+def _take(ints: Iterator[int], count: int) -> tuple[int, ...]:
+    taken = tuple(itertools.islice(ints, max(count, 0)))
+    if len(taken) != count:
+        raise ValueError("batch message ends inside a row")
+    return taken
+
+
+def _unpack_row(ints: Iterator[int]) -> BatchRow:
+    row, start, num_evicted, flags, num_tokens, num_pages = _take(ints, 6)
+    tokens, pages = _take(ints, num_tokens), _take(ints, num_pages)
+    sampling = RowSampling.unpack(_take(ints, RowSampling.PACKED_LEN)) if flags & _HAS_SAMPLING else None
+    return BatchRow(row, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted)

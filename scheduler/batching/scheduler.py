@@ -1,0 +1,227 @@
+"""Which tokens run in the next pass: continuous batching with chunked prefill.
+
+`Scheduler` runs on rank 0; what it decides is a `Batch`, which reaches the other ranks as one packed message.
+It knows token counts, rows and pages, and neither text nor tensors. There is no preemption: a request is
+admitted once all the pages it can ever need are free, so a running request never runs out of them. Waiting requests
+are served in the order in which they came; the head of the line is never overtaken because a later, smaller one would
+fit, so nobody starves.
+
+    budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
+                       0                                                        max_num_batched_tokens
+
+Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
+ON_DEVICE; update() takes them in later, pass by pass. Only where a request ends by a token's value (end-of-sequence, a
+stop token) does it come too late: its row in the pass behind is computed for nothing.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.pages import PagePool
+from penstock.scheduler.batching.request import FinishReason, Request, RequestState, RowSampling
+from penstock.scheduler.batching.retention import KeepAll, Retention
+
+
+class Scheduler:
+    """Holds all requests and decides each pass: add, then schedule, and update once for each pass in the same order.
+
+    Units: `max_num_batched_tokens` a pass, `max_model_len` prompt and output tokens of one request,
+    `page_size` tokens a page, `num_pages` with the reserved page 0. `page_order_seed` shuffles the order in
+    which pages are handed out. `retention` says which tokens of a row stay cached: all, if it is not given. Raises
+    ValueError for fewer than 2 pages.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        page_size: int,
+        num_pages: int,
+        eos_token_ids: Iterable[int] = (),
+        page_order_seed: int | None = None,
+        retention: Retention | None = None,
+    ):
+        assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.page_size = page_size
+        self.pool = PagePool(num_pages, page_order_seed)
+        self._retention = retention or KeepAll(page_size)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, Request] = {}  # by row, in order of admission
+        self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
+        self._under_way: deque[tuple[Batch, list[Request]]] = deque()
+        self._num_free_rows = max_num_seqs  # when a pass was scheduled last
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a request is left, or a pass under way."""
+        return bool(self._waiting or self._running or self._under_way)
+
+    def add(self, request: Request) -> None:
+        """Let a new request wait for its row.
+
+        Raises ValueError if its prompt is empty or leaves no room for an output token, or if the request
+        at its longest needs more pages than there are; the request has then ended, with FinishReason.ERROR.
+        """
+        assert request.state is RequestState.WAITING and request.num_computed_tokens == 0
+        try:
+            self._check_possible(request)
+        except ValueError:
+            request.finish_reason = FinishReason.ERROR
+            raise
+        self._waiting.append(request)
+
+    def _check_possible(self, request: Request) -> None:
+        request.check_length(self.max_model_len)
+        most_tokens, num_pages = request.most_tokens(self.max_model_len), self._pages_needed(request)
+        if num_pages > self.pool.num_usable:
+            raise ValueError(
+                f"request {request.id}: {most_tokens} tokens (prompt and max_tokens) need {num_pages} pages"
+                f" of {self.page_size} tokens, and there are {self.pool.num_usable}"
+            )
+
+    def abort(self) -> None:
+        """End every request and forget the passes under way, one of which has failed."""
+        for request in [*self._waiting, *self._running.values()]:
+            self.finish(request, FinishReason.ABORT)
+        self._under_way.clear()
+
+    def schedule(self) -> Batch | None:
+        """The next pass, or None when there is nothing to compute before the next update."""
+        rows: list[BatchRow] = []
+        budget_tokens = self.max_num_batched_tokens
+        for request in self._next_requests():
+            rows.append(self._next_tokens(request, budget_tokens))
+            budget_tokens -= len(rows[-1].tokens)
+            if budget_tokens == 0:
+                break
+        assert rows or self._under_way or not self.has_unfinished, "nothing can run"
+        if not rows:
+            return None
+        batch = Batch(tuple(rows))
+        self._under_way.append((batch, [self._running[row.row] for row in rows]))
+        self._num_free_rows = len(self._free_rows)
+        return batch
+
+    def is_wanted(self, batch: Batch) -> bool:
+        """Whether the pass that was scheduled last should still run, after an update: not if all its requests have
+        ended, nor if one that waits may take a row that has become free."""
+        assert batch is self._under_way[-1][0], "not the newest batch"
+        ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
+        return not ended and not (self._waiting and len(self._free_rows) > self._num_free_rows)
+
+    def withdraw(self, batch: Batch) -> None:
+        """The pass that was scheduled last does not run; its requests are scheduled anew, where they have not ended."""
+        assert batch is self._under_way[-1][0], "not the newest batch"
+        _, requests = self._under_way.pop()
+        for row, request in zip(batch.rows, requests, strict=True):
+            request.num_computed_tokens = row.start
+            request.num_unseen_tokens -= row.samples
+
+    def _next_requests(self) -> Iterator[Request]:
+        """Who computes, most urgent first; a waiting request is admitted when it is asked for."""
+        most = self.max_model_len
+        running = [
+            request for request in self._running.values() if request.num_tokens_ahead < request.most_tokens(most)
+        ]
+        decoding = [request.num_tokens_ahead > len(request.prompt_token_ids) for request in running]
+        yield from (request for request, decodes in zip(running, decoding) if decodes)
+        yield from (request for request, decodes in zip(running, decoding) if not decodes)
+        while self._waiting and self._free_rows:
+            num_pages = self._pages_needed(self._waiting[0])
+            if num_pages > self.pool.num_free:
+                return
+            request = self._waiting.popleft()
+            request.row, request.pages = heapq.heappop(self._free_rows), self.pool.allocate(num_pages)
+            self._running[request.row] = request
+            yield request
+
+    def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
+        start = request.num_computed_tokens
+        end = self._retention.pass_end(start, min(request.num_tokens_ahead, start + budget_tokens))
+        samples = end == request.num_tokens_ahead
+        tokens = tuple(request.tokens_between(start, end))
+        request.num_computed_tokens = end
+        request.num_unseen_tokens += samples
+        return BatchRow(
+            row=request.row,
+            tokens=tokens,
+            start=start,
+            pages=self._retention.page_table(request.pages, end),
+            samples=samples,
+            sampling=RowSampling.of(request) if start == 0 else None,
+            num_evicted=self._retention.num_evicted(end),
+        )
+
+    def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
+        """Take in the tokens of the oldest pass under way.
+
+        `sampled` has one token id for each row with `samples`, in batch order; a negative one means that there was none
+        to be had, which ends the request with FinishReason.ERROR. Returns the requests that got them, in that order;
+        those now finished hold no row and pages. For one that ended meanwhile there is None.
+        """
+        assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
+        assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
+        _, requests = self._under_way.popleft()
+        sampling = [request for row, request in zip(batch.rows, requests, strict=True) if row.samples]
+        alive = [None if request.state is RequestState.FINISHED else request for request in sampling]
+        for request, token in zip(alive, sampled, strict=True):
+            if request is not None:
+                request.num_unseen_tokens -= 1
+                self._append(request, token)
+        return alive
+
+    def _append(self, request: Request, token: int) -> None:
+        """Gives a request its next token, and ends it if that was its last."""
+        if token < 0:
+            self.finish(request, FinishReason.ERROR)
+            return
+        request.output_token_ids.append(token)
+        # As in vLLM, a stop token is kept in the output and wins over a length that is reached with it.
+        if token in self._eos_token_ids and not request.params.ignore_eos:
+            self.finish(request, FinishReason.STOP)
+        elif token in request.params.stop_token_ids:
+            self.finish(request, FinishReason.STOP, stop_reason=token)
+        elif request.num_tokens >= request.most_tokens(self.max_model_len):
+            self.finish(request, FinishReason.LENGTH)
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a request, waiting or running, and free its row and pages at once. (A pass under way may still write to
+        them; the next owner's passes come behind it.)
+
+        A finished one only gets the new reason: the last token it may have can complete a stop string.
+        """
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        elif request.state is RequestState.RUNNING:
+            del self._running[request.row]
+            heapq.heappush(self._free_rows, request.row)
+            self.pool.release(request.pages)
+            request.row, request.pages = None, []
+        request.finish_reason, request.stop_reason = reason, stop_reason
+
+    def _pages_needed(self, request: Request) -> int:
+        # The last token is sampled and never computed, so it has no KV.
+        return self._retention.num_pages(request.most_tokens(self.max_model_len) - 1)
+
+    def check_integrity(self) -> None:
+        """Assert that rows and pages are each held once, by running requests only."""
+        self.pool.check_integrity(page for request in self._running.values() for page in request.pages)
+        assert sorted([*self._running, *self._free_rows]) == list(range(self.max_num_seqs)), "rows are lost"
+        for row, request in self._running.items():
+            assert request.row == row and len(request.pages) == self._pages_needed(request)
+        assert all(r.state is RequestState.WAITING and not r.pages for r in self._waiting)

@@ -1,0 +1,231 @@
+"""What a pass costs, predicted before it runs, from its bytes, FLOPs and reduces.
+
+PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies run
+beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps and of what is decoded;
+the wrapped copies cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan itself, with the
+same cost of a step (`step_s`):
+
+    latency + sqrt(memory^2 + compute^2)
+
+`latency` is that of a graph's node, or the time of the all-reduce that the step holds; memory is the bytes that it
+reads and writes at the read rate, compute its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
+cannot keep both units busy all the time, and where its bytes alone would take as long as its FLOPs it takes 1.4 times
+as long (tests/engine/test_predictions.py compares with what was measured). Steps that the host launches one by one
+take no less than their launches.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
+from penstock.scheduler.units import GB
+
+KERNELS_A_GROUP = 3  # that decode it, one a weight: a norm and two matrices
+# Of the memory rate, at which the decoder writes where nobody has measured it (1.7 bytes move for one that is written).
+# H200s had 0.44 to 0.49: decode_gb_s and memory_gb_s of benchmarks/*coded*.json.
+DECODE_SHARE = 0.48
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one rank's hardware does, all ranks active. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
+
+    `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host
+    launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None:
+    there are no graphs), `reduce_latency_s` the same of an all-reduce, `pass_latency_s` what of a pass nothing hides.
+    `decode_gb_s` are bytes written by the decoder of coded weights (None: not measured, see `decoding_gb_s`).
+    `memory_bytes` is the device's memory; None is a CPU's.
+    """
+
+    link_gb_s: float
+    memory_gb_s: float
+    gemm_tflops: float
+    reduce_latency_s: float
+    reduce_gb_s: float
+    source: str
+    step_latency_s: float = 0.0
+    node_latency_s: float | None = None
+    pass_latency_s: float = 0.0
+    decode_gb_s: float | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def decoding_gb_s(self) -> float:
+        """Measured, or a share of the memory rate."""
+        return self.decode_gb_s or DECODE_SHARE * self.memory_gb_s
+
+
+# h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their
+# links share the host; memory_gb_s and node_latency_s fit the linears of a captured decode pass on 1 and 4 ranks (a
+# kernel that only reads: 4130 to 4380 GB/s); gemm_tflops those of 2000 tokens; the reduces those of 4 KiB to 64 MiB on
+# four ranks in a graph; step_latency_s and pass_latency_s what the host takes for an eager step (36 to 96 us, from run
+# to run) and between two passes.
+PROFILES: dict[str, dict[str, Any]] = {
+    "h200": {
+        "link_gb_s": [55.1, 53.1, 48.1, 40.4],
+        "memory_gb_s": 4250.0,
+        "gemm_tflops": 720.0,
+        "reduce_latency_s": 4e-6,
+        "reduce_gb_s": 200.0,
+        "step_latency_s": 6e-5,
+        "node_latency_s": 1.5e-6,
+        "pass_latency_s": 2e-4,
+        "decode_gb_s": 2050.0,
+        "memory_bytes": 141 * GB,
+    },
+    "cpu": {
+        "link_gb_s": [8.0, 5.0],
+        "memory_gb_s": 15.0,
+        "gemm_tflops": 0.1,
+        "reduce_latency_s": 2e-4,
+        "reduce_gb_s": 1.0,
+        "step_latency_s": 2e-5,
+        "pass_latency_s": 1e-3,
+        "decode_gb_s": 0.1,
+    },
+}
+
+
+def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
+    """The rates with the link as given, if it is."""
+    if link_gb_s is None:
+        return rates
+    return replace(rates, link_gb_s=link_gb_s, source=f"{rates.source}, link as given")
+
+
+def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
+    """The rates of a rank among `tp_size`, from a profile's values: the fields of Rates.
+
+    `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum. What stands
+    under `probe`, the figures behind a measured profile, is not looked at. Raises ValueError, beginning with `where`
+    and naming the field, if one is missing, unknown or bad.
+    """
+    values = {name: value for name, value in values.items() if name != "probe"}
+    known = {field.name for field in fields(Rates)}
+    optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "decode_gb_s", "memory_bytes"}
+    for name in values.keys() - known:
+        raise ValueError(f"{where}: unknown field {name!r}; known: {', '.join(sorted(known))}")
+    links = values.get("link_gb_s")
+    if isinstance(links, list) and links and all(_is_rate(link, zero=False) for link in links):
+        values["link_gb_s"] = links[tp_size - 1] if tp_size <= len(links) else links[-1] * len(links) / tp_size
+    for name in known - {"source"}:
+        value = values.get(name)
+        if value is None and name in optional:
+            continue
+        if not _is_rate(value, zero=name.endswith("_latency_s")):
+            raise ValueError(
+                f"{where}: {name}={value!r}: expected a {'number' if value is None else 'positive number'}"
+            )
+    return Rates(**values)
+
+
+def _is_rate(value: Any, zero: bool) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (value > 0 or (zero and value == 0)) and value < float("inf")
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch, reduce or
+    decode, whichever alone takes longest."""
+
+    link_s: float
+    memory_s: float
+    compute_s: float
+    launch_s: float
+    reduce_s: float
+    decode_s: float
+    total_s: float
+    bound: str
+
+
+def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
+    """The time of one pass: the longer of the two lanes, and what neither hides."""
+    parts = {
+        "link": link_s(work.streamed_bytes, rates),
+        "memory": sum(count * step.memory_bytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
+        "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
+        "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
+        "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
+        "decode": decode_s(work.decoded_bytes, work.num_decoded, rates),
+    }
+    total_s = pass_s(work.streamed_bytes, steps_s(work.steps, shape, rates), parts["decode"], rates)
+    return PassTime(
+        **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
+    )
+
+
+def pass_s(streamed_bytes: int, all_steps_s: float, all_decode_s: float, rates: Rates) -> float:
+    """Seconds of a pass, by what its copies, its steps and its decoding take."""
+    return max(link_s(streamed_bytes, rates), all_steps_s + all_decode_s) + rates.pass_latency_s
+
+
+def link_s(nbytes: int, rates: Rates) -> float:
+    """Seconds of a copy of `nbytes` from the host."""
+    return nbytes / (rates.link_gb_s * GB)
+
+
+def steps_s(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> float:
+    """Seconds of all steps of a pass: of what they do, or of their launches where these take longer."""
+    launches_s = launch_s(shape, rates) * sum(count for step, count in steps if not step.is_idle)
+    return max(sum(count * step_s(step, shape, rates) for step, count in steps), launches_s)
+
+
+def launch_s(shape: PassShape, rates: Rates) -> float:
+    """Seconds that the host takes to launch a step beside a GPU that does those before; none of a graph."""
+    return 0.0 if _is_graph(shape, rates) or rates.node_latency_s is None else rates.step_latency_s
+
+
+def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
+    """Seconds of one step of a pass: its latency, and what it moves and computes. A CPU launches nothing ahead: there a
+    step takes no less than its latency."""
+    if work.is_idle:
+        return 0.0
+    return max(_device_s(work, shape, rates), rates.step_latency_s if rates.node_latency_s is None else 0.0)
+
+
+def _device_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
+    moves_s = work.memory_bytes(shape) / (rates.memory_gb_s * GB)
+    busy_s = math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
+    return busy_s + (_reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0)
+
+
+def decode_s(nbytes: int, num_groups: int, rates: Rates) -> float:
+    """Seconds of decoding so many groups to `nbytes` together: a group has KERNELS_A_GROUP nodes of a graph, or takes
+    as long as a step takes the host where there are no graphs."""
+    latency_s = rates.step_latency_s if rates.node_latency_s is None else KERNELS_A_GROUP * rates.node_latency_s
+    return nbytes / (rates.decoding_gb_s * GB) + num_groups * latency_s
+
+
+def reduce_s(nbytes: int, rates: Rates) -> float:
+    """Seconds of one all-reduce of `nbytes`."""
+    return rates.reduce_latency_s + nbytes / (rates.reduce_gb_s * GB)
+
+
+def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
+    return reduce_s(shape.num_tokens * work.reduce_token_bytes, rates) if work.reduce_token_bytes else 0.0
+
+
+def _is_graph(shape: PassShape, rates: Rates) -> bool:
+    return shape.is_decode and rates.node_latency_s is not None
+
+
+def _latency_s(shape: PassShape, rates: Rates) -> float:
+    """The least that a step costs which reduces nothing."""
+    return rates.node_latency_s if _is_graph(shape, rates) else rates.step_latency_s
+
+
+def free_tokens(work: PassWork, rates: Rates) -> int:
+    """T*: the tokens of a pass (prefill, no context) that cost nothing because the link binds; 0 if nothing streams."""
+    if not work.streamed_bytes:
+        return 0
+    low, high = 0, 1 << 24
+    link_s = work.streamed_bytes / (rates.link_gb_s * GB)
+    quiet = replace(rates, pass_latency_s=0.0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = predict_pass(work, PassShape(middle, 1, 0), quiet).total_s <= link_s
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low

@@ -1,0 +1,146 @@
+"""Makes a StepPlan: gives streamed groups their slots in the ring and coded ones their places in the decode buffer, and
+adds the copy lane to a model's steps."""
+
+from collections.abc import Mapping, Sequence
+from operator import add
+
+from penstock.scheduler.passes.check import validate
+from penstock.scheduler.passes.first_fit import first_fit
+from penstock.scheduler.passes.pass_plan import (
+    Acquire,
+    Compute,
+    Decode,
+    Fork,
+    GroupId,
+    Instruction,
+    Join,
+    Prefetch,
+    Release,
+    RingLayout,
+    Slot,
+    StepPlan,
+)
+
+NUM_WRAPPED = 2  # groups copied for the next pass while head and sampling run: one layer's attn and ffn
+
+
+def minimum_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
+    """The smallest ring that can run at all: nothing overlaps with compute where groups are as large as it."""
+    return max((nbytes for _, nbytes in streamed), default=0)
+
+
+def default_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
+    """A ring in which a copy never has to wait for the group that is being read (usual_ring_bytes)."""
+    return usual_ring_bytes([nbytes for _, nbytes in streamed])
+
+
+def usual_ring_bytes(sizes: Sequence[int]) -> int:
+    """Of groups of these bytes, in the order of a pass: any three in a row fit, and the last group of a pass beside the
+    first ones of the next and its own predecessor."""
+    if len(sizes) <= 3:
+        return sum(sizes)
+    windows = map(add, map(add, sizes, sizes[1:]), sizes[2:])
+    return max(max(windows), sum(sizes[:NUM_WRAPPED]) + sizes[-1] + sizes[-2])
+
+
+def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int = NUM_WRAPPED) -> RingLayout:
+    """Gives every streamed group (id, bytes; in the order of a pass) its slot in a ring of `ring_bytes`.
+
+    Slots follow each other and start again at 0 where the end is reached. The last group of a pass avoids the front,
+    where the next pass's first groups go while it is still in use. Raises ValueError if a group does not fit.
+    """
+    for group, nbytes in streamed:
+        if nbytes > ring_bytes:
+            raise ValueError(f"ring of {ring_bytes} bytes cannot hold group {group} of {nbytes} bytes")
+    slots: list[tuple[GroupId, Slot]] = []
+    offset = 0
+    for group, nbytes in streamed:
+        if offset + nbytes > ring_bytes:
+            offset = 0
+        slots.append((group, Slot(offset, nbytes)))
+        offset += nbytes
+    wrapped = 0  # the first groups that are in the ring together
+    while wrapped < min(num_wrapped, len(slots)) and not any(
+        slot.overlaps(slots[wrapped][1]) for _, slot in slots[:wrapped]
+    ):
+        wrapped += 1
+    if len(slots) > wrapped:
+        front = max(slot.end for _, slot in slots[:wrapped])
+        group, last = slots[-1]
+        if last.offset < front and front + last.nbytes <= ring_bytes:
+            slots[-1] = (group, Slot(front, last.nbytes))
+    return RingLayout(ring_bytes, wrapped, tuple(slots))
+
+
+def lay_out_decoded(steps: list[Compute], sizes: Mapping[GroupId, int]) -> dict[GroupId, Slot]:
+    """A place in the decode buffer for each coded group (its bytes decoded), the lowest that is free from its first
+    reader to its last. Groups whose readers do not interleave share one place."""
+    first, last = _readers(steps)
+    in_order = sorted(sizes.keys() & first.keys(), key=first.get)
+    return first_fit({g: sizes[g] for g in in_order}, lambda group, earlier: last[earlier] >= first[group])
+
+
+def make_plan(steps: list[Compute], ring: RingLayout, decoded: Mapping[GroupId, int] | None = None) -> StepPlan:
+    """Adds the copy lane to a model's steps: each streamed group is acquired before its first reader and released
+    after its last, and each copy is issued as soon as the groups it overwrites are released. Coded groups, whose bytes
+    `decoded` gives, are decoded before their first reader, which is their slot's only one.
+
+    Raises ValueError if a streamed group has no reader; validates the plan that it returns.
+    """
+    slots = dict(ring.slots)
+    places = lay_out_decoded(steps, decoded or {})
+    present = {group for group, _ in ring.slots[: ring.num_wrapped]}
+    first_reader, last_reader = _readers(steps)
+    pending = _copies(ring)
+    released: set[GroupId] = set()
+    plan: list[Instruction] = [Fork()] if pending else []
+
+    def issue_copies() -> None:
+        while pending and released.issuperset(pending[0].after):
+            plan.append(pending.pop(0))
+
+    def release(group: GroupId) -> None:
+        if group in slots:
+            plan.append(Release(group, slots[group]))
+            released.add(group)
+            issue_copies()
+
+    issue_copies()
+    for index, step in enumerate(steps):
+        group = step.group
+        if group is not None and first_reader[group] == index:
+            if group in slots:
+                plan.append(Acquire(group, slots[group], group in present))
+            if group in places:
+                plan.append(Decode(group, places[group]))
+                release(group)
+        plan.append(step)
+        if group is not None and last_reader[group] == index and group not in places:
+            release(group)
+    if pending:
+        raise ValueError(f"{pending[0]} waits for groups that no step reads: {', '.join(map(str, pending[0].after))}")
+    if ring.slots:
+        plan.append(Join(ring.slots[ring.num_wrapped - 1][0]))
+    made = StepPlan(tuple(plan), ring)
+    validate(made)
+    return made
+
+
+def _readers(steps: list[Compute]) -> tuple[dict[GroupId, int], dict[GroupId, int]]:
+    """The indices of each group's first and last reader."""
+    last = {step.group: index for index, step in enumerate(steps) if step.group is not None}
+    first = {step.group: index for index, step in reversed(list(enumerate(steps))) if step.group is not None}
+    return first, last
+
+
+def _copies(ring: RingLayout) -> list[Prefetch]:
+    """The copy lane of a pass, in order: the groups that are not yet in the ring, then the first ones again."""
+    order = [*ring.slots[ring.num_wrapped :], *ring.slots[: ring.num_wrapped]]
+    held = list(ring.slots[: ring.num_wrapped])  # who has bytes in the ring, not yet overwritten
+    copies = []
+    for index, (group, slot) in enumerate(order):
+        after = tuple(holder for holder, place in held if place.overlaps(slot))
+        held = [(holder, place) for holder, place in held if not place.overlaps(slot)] + [(group, slot)]
+        wrapped = index >= len(order) - ring.num_wrapped
+        copies.append(Prefetch(group, slot, after, first=index == 0, wrapped=wrapped))
+    return copies

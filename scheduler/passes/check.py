@@ -1,0 +1,189 @@
+"""Proves that a StepPlan is safe, and lays out its activations.
+
+The proof follows, over two passes in a row, what each lane is known to be behind. A clock (c, k) says that the first
+c compute and k copy instructions have finished; an instruction starts when its lane's clock, joined with the clocks
+of the events it waits for, is reached. Bytes may be written only when every earlier reader is behind that clock, and
+read only when their copy is.
+"""
+
+from penstock.scheduler.passes.first_fit import first_fit
+from penstock.scheduler.passes.pass_plan import (
+    COMPUTE,
+    COPY,
+    Acquire,
+    Compute,
+    Decode,
+    Event,
+    GroupId,
+    Instruction,
+    Prefetch,
+    Release,
+    Slot,
+    StepPlan,
+)
+
+
+def validate(plan: StepPlan) -> None:
+    """Raises ValueError, naming the instruction, if an event, the ring's contract or a lifetime is broken."""
+    check_events(plan.instructions)
+    check_ring(plan)
+    check_decoded(plan)
+    check_lifetimes(plan.instructions)
+    check_copies(plan)
+
+
+def check_copies(plan: StepPlan) -> None:
+    """Every pass has the same copy lane, so that passes of any kind follow each other: each streamed group once, in
+    order, the first ones of the next pass last."""
+    copies = [(i.group, i.slot, i.wrapped) for i in plan.instructions if isinstance(i, Prefetch)]
+    first, num = plan.ring.slots, plan.ring.num_wrapped
+    expected = [(*entry, False) for entry in first[num:]] + [(*entry, True) for entry in first[:num]]
+    if copies != expected:
+        raise ValueError("the copy lane is not each streamed group once, in order, the next pass's first ones last")
+
+
+def check_events(instructions: tuple[Instruction, ...]) -> None:
+    """Every event is recorded once, and before (in order of issue) anything waits for it: a wait for an event that was
+    not yet recorded returns at once on a GPU."""
+    recorded: set[Event] = set()
+    for instruction in instructions:
+        for event in instruction.waits:
+            if event not in recorded:
+                raise ValueError(f"{instruction} waits for {event}, which nothing before it records")
+        if instruction.records is not None:
+            if instruction.records in recorded:
+                raise ValueError(f"{instruction} records {instruction.records} twice in one pass")
+            recorded.add(instruction.records)
+
+
+def check_ring(plan: StepPlan) -> None:
+    """Proves the safety contract of the ring over two passes, the wrap-around between them included."""
+    proof = _RingProof(plan)
+    for _ in range(2):
+        for instruction in plan.instructions:
+            proof.follow(instruction)
+        proof.end_pass()
+
+
+class _RingProof:
+    def __init__(self, plan: StepPlan):
+        self.ring = plan.ring
+        self.slots = dict(plan.ring.slots)
+        self.present = plan.ring.slots[: plan.ring.num_wrapped]
+        self.count = {COMPUTE: 0, COPY: 0}  # instructions so far
+        self.behind = {COMPUTE: (0, 0), COPY: (0, 0)}  # the clock that each lane has reached
+        self.clock_of: dict[Event, tuple[int, int]] = {}
+        self.written: list[tuple[GroupId, Slot, int]] = [(g, s, 0) for g, s in self.present]  # and the copy's count
+        self.read: list[tuple[GroupId, Slot, int]] = []  # and the reader's count
+        self.held: set[GroupId] = set()
+        decoded = {decode.group for decode in plan.decodes}
+        steps = (step for step in plan.steps if step.group not in decoded)
+        self.readers = {reader for reader in (*plan.decodes, *steps) if reader.group in self.slots}
+
+    def follow(self, instruction: Instruction) -> None:
+        lane = instruction.lane
+        clocks = [self.behind[lane], *(self.clock_of[event] for event in instruction.waits)]
+        clock = (max(c for c, _ in clocks), max(k for _, k in clocks))
+        self.count[lane] += 1
+        if isinstance(instruction, Prefetch):
+            self.write(instruction, clock)
+        elif isinstance(instruction, Acquire):
+            self.held.add(instruction.group)
+            self.read_slot(instruction, clock)
+        elif instruction in self.readers:
+            if instruction.group not in self.held:
+                raise ValueError(f"{instruction} reads {instruction.group} outside of acquire and release")
+            self.read_slot(instruction, clock)
+        elif isinstance(instruction, Release):
+            if instruction.group not in self.held:
+                raise ValueError(f"{instruction} without acquire")
+            self.held.discard(instruction.group)
+        self.behind[lane] = (self.count[COMPUTE], clock[1]) if lane == COMPUTE else (clock[0], self.count[COPY])
+        if instruction.records is not None:
+            self.clock_of[instruction.records] = self.behind[lane]
+
+    def write(self, copy: Prefetch, clock: tuple[int, int]) -> None:
+        slot = copy.slot
+        if slot.offset < 0 or slot.end > self.ring.ring_bytes or self.slots.get(copy.group) != slot:
+            raise ValueError(f"{copy} goes to {slot}, which the layout of the ring does not give it")
+        for group, place, count in self.read:
+            if place.overlaps(slot) and clock[0] < count:
+                raise ValueError(f"{copy} may overwrite {group} while it is read: no wait for free({group})")
+        for group in self.held:
+            if self.slots[group].overlaps(slot):
+                raise ValueError(f"{copy} overwrites {group} between its acquire and its release")
+        self.written = [w for w in self.written if not w[1].overlaps(slot)]
+        self.written.append((copy.group, slot, self.count[COPY]))
+
+    def read_slot(self, reader: Instruction, clock: tuple[int, int]) -> None:
+        group = reader.group
+        copied = [count for holder, place, count in self.written if (holder, place) == (group, self.slots.get(group))]
+        if not copied:
+            raise ValueError(f"{reader} reads {group}, which is not in the ring")
+        if clock[1] < copied[-1]:
+            raise ValueError(f"{reader} may read {group} before it has arrived: no wait for ready({group})")
+        self.read.append((group, self.slots[group], self.count[COMPUTE]))
+
+    def end_pass(self) -> None:
+        if self.held:
+            raise ValueError(f"the pass ends with {', '.join(map(str, sorted(self.held)))} not released")
+        if self.behind[COMPUTE][1] < self.count[COPY]:
+            raise ValueError("the pass ends before its last copy is joined")
+        for group, slot in self.present:
+            if not any((holder, place) == (group, slot) for holder, place, _ in self.written):
+                raise ValueError(f"the next pass expects {group} in the ring")
+
+
+def check_decoded(plan: StepPlan) -> None:
+    """The steps of a coded group read it, decoded in this pass, from its place in the decode buffer, and no other group
+    is decoded over it before the last of them. All on one lane: their order is enough."""
+    coded = {decode.group for decode in plan.decodes}
+    held: dict[GroupId, Slot] = {}
+    for instruction in plan.instructions:
+        if isinstance(instruction, Decode):
+            if instruction.group in held:
+                raise ValueError(f"{instruction} twice in one pass")
+            held = {group: place for group, place in held.items() if not place.overlaps(instruction.place)}
+            held[instruction.group] = instruction.place
+        elif isinstance(instruction, Compute) and instruction.group in coded and instruction.group not in held:
+            raise ValueError(f"{instruction} reads {instruction.group}, which is not in the decode buffer")
+
+
+def check_lifetimes(instructions: tuple[Instruction, ...]) -> None:
+    """Activations are created once while dead, touched only while alive, and destroyed by the end of the pass."""
+    alive: set[str] = set()
+    for instruction in instructions:
+        for name, effect in getattr(instruction, "effects", ()):
+            if ("+" in effect) == (name in alive):
+                raise ValueError(f"{instruction} {'creates' if '+' in effect else 'touches'} {name} at the wrong time")
+            alive.add(name)
+            if "x" in effect:
+                alive.discard(name)
+    if alive:
+        raise ValueError(f"the pass ends with {', '.join(sorted(alive))} alive")
+
+
+def lifetimes(plan: StepPlan) -> dict[str, list[tuple[int, int]]]:
+    """For each activation its intervals [first, last] in instruction indices, from creation to destruction."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    born: dict[str, int] = {}
+    for index, instruction in enumerate(plan.instructions):
+        for name, effect in getattr(instruction, "effects", ()):
+            if "+" in effect:
+                born[name] = index
+            if "x" in effect:
+                spans.setdefault(name, []).append((born.pop(name), index))
+    return spans
+
+
+def lay_out_activations(plan: StepPlan, sizes: dict[str, int]) -> dict[str, int]:
+    """A byte offset for each activation (`sizes` in bytes), the largest first, at the lowest place where no activation
+    that is alive at the same time lies. The total is max(offset + size)."""
+    spans = lifetimes(plan)
+
+    def clash(a: str, b: str) -> bool:
+        return any(s <= t2 and s2 <= t for s, t in spans[a] for s2, t2 in spans[b])
+
+    largest_first = sorted(spans, key=lambda n: (-sizes[n], n))
+    slots = first_fit({name: sizes[name] for name in largest_first}, clash)
+    return {name: slot.offset for name, slot in slots.items()}

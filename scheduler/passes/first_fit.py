@@ -1,0 +1,22 @@
+"""Byte ranges by first fit: what is never in use together may lie over each other."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from penstock.scheduler.passes.pass_plan import Slot
+
+Key = TypeVar("Key")
+
+
+def first_fit(sizes: Mapping[Key, int], clash: Callable[[Key, Key], bool]) -> dict[Key, Slot]:
+    """A range for each key (its size in bytes), in the order of `sizes`: the lowest where no earlier one lies that it
+    clashes with."""
+    slots: dict[Key, Slot] = {}
+    for key, nbytes in sizes.items():
+        offset = 0
+        for taken in sorted(slot for other, slot in slots.items() if clash(key, other)):
+            if offset + nbytes <= taken.offset:
+                break
+            offset = max(offset, taken.end)
+        slots[key] = Slot(offset, nbytes)
+    return slots

@@ -1,0 +1,81 @@
+"""Whether weights are kept coded, and which of those that stay: by predicted tokens/s.
+
+PURE. Coded weights are fewer bytes, on the link and in memory, and cost their decoding in every pass. family.py weighs
+one against the other; here all that streams is coded, or nothing is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.residency.decide import Residency, plan_residency
+from penstock.scheduler.residency.demand import Demand
+from penstock.scheduler.residency.family import Cost
+from penstock.scheduler.residency.search import plan_fastest
+from penstock.scheduler.units import show_bytes
+
+LEAST_GAIN = 0.005  # of the tokens/s, for which "auto" codes: loading takes longer
+LEAST_SHRINK = 0.02  # of the bytes, that coding must save once they are known
+
+Planned = tuple[Demand, Residency]
+
+
+@dataclass(frozen=True)
+class CodeOffer:
+    """`choice` is that of `--weights-code`; `cost` predicts what decode passes take."""
+
+    choice: str
+    cost: Cost
+
+    def tokens_s(self, planned: Planned) -> float:
+        """Predicted tokens/s of the sequences that are planned, as far as they fit."""
+        return self.cost.tokens_s(*planned)
+
+
+def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
+    """The demand, its number of sequences settled, and the residency with the most tokens/s. "auto" codes what streams
+    only if that is faster; "lossless" always does, and of what stays whatever does not stay plain.
+
+    Raises ValueError, as plan_residency does, if what was asked for does not fit.
+    """
+    if offer.choice == "none" or not demand.coded:
+        return plan_fastest(demand, offer.cost, coded=False)
+    if offer.choice == "lossless":
+        return plan_fastest(demand, offer.cost, coded=True)
+    coded = _plan_coded(offer, demand)
+    try:
+        plain = plan_fastest(demand, offer.cost, coded=False)
+    except ValueError:  # which says what would fit
+        if coded is None:
+            raise
+        return coded
+    return coded if coded and offer.tokens_s(coded) > (1 + LEAST_GAIN) * offer.tokens_s(plain) else plain
+
+
+def _plan_coded(offer: CodeOffer, demand: Demand) -> Planned | None:
+    try:
+        return plan_fastest(demand, offer.cost, coded=True)
+    except ValueError:
+        return None
+
+
+class CodeDoesNotPay(ValueError):
+    """Weights were to be coded if that pays, and do not shrink enough: they are to be kept plain."""
+
+
+def settle(offer: CodeOffer, planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
+    """The same split with the bytes that its coded groups really have: ring and KV cache are planned anew. Raises
+    CodeDoesNotPay where they hardly shrink or do not fit, and the choice is "auto"; ValueError where they do not fit,
+    and it is not."""
+    demand, residency = planned
+    coded = {group: sizes[group] for group in residency.coded}
+    settled = replace(demand, coded=coded)
+    expected, plain = (sum(each[group] for group in coded) for each in (demand.coded, dict(demand.groups)))
+    found = f"coded weights have {show_bytes(sum(coded.values()))}, where {show_bytes(expected)} were planned"
+    if offer.choice == "auto" and sum(coded.values()) > (1 - LEAST_SHRINK) * plain:
+        raise CodeDoesNotPay(f"weights_code: {found}, and plain ones {show_bytes(plain)}")
+    try:
+        return settled, plan_residency(settled, residency.split)
+    except ValueError as error:
+        kind = CodeDoesNotPay if offer.choice == "auto" else ValueError
+        raise kind(f"weights_code: {found}: they do not fit; weights_code='none' keeps them plain") from error

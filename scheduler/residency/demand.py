@@ -1,0 +1,131 @@
+"""What an engine asks of one rank's memory: the input of search.py and residency.py. PURE: sizes in bytes, lengths in
+tokens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from penstock.scheduler.batching.retention import KeepAll, Retention
+from penstock.scheduler.passes.build import default_ring_bytes
+from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.units import GIB
+
+KV_LEN = 2048  # tokens a sequence that the KV cache is sized for, before residency gets anything
+CPU_KV_BYTES = GIB  # KV cache where no memory budget and no num_pages are given
+
+Claims = tuple[tuple[str, int], ...]  # named parts of a device's memory
+
+
+@dataclass(frozen=True)
+class Split:
+    """The groups that stay, the groups that are kept coded (where they stay or where they stream from), and whether the
+    embedding stays."""
+
+    resident: frozenset[GroupId]
+    coded: frozenset[GroupId]
+    embed_resident: bool
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What an engine asks of one rank's memory. Sizes are bytes a rank, lengths are tokens.
+
+    `groups` are in the order of a pass, the head last, and those of one name are alike. `embed_bytes` is 0 where the
+    head's bytes serve (tied). `coded` has the bytes, coded, of groups that may be kept so, `buffer_bytes` those of the
+    decode buffer if groups of these names are. `fixed` are named claims that no split changes (activations, workspace,
+    context ...), `fixed_of` has them for another number of sequences. That number is to be planned, at most
+    `max_num_seqs`, if `plans_num_seqs`. `memory_bytes` None is plain host memory (a CPU), which has no limit here.
+    `max_model_len` None is as long as trained and as fits; `len_option` is the name of the option that says so.
+    `retention` says how many pages a sequence needs: enough for all of its tokens, if it is not given.
+    """
+
+    groups: tuple[tuple[GroupId, int], ...]
+    embed_bytes: int
+    page_bytes: int
+    page_size: int
+    max_num_seqs: int
+    max_position: int
+    resident: str | float = "auto"
+    coded: Mapping[GroupId, int] = field(default_factory=dict)
+    buffer_bytes: Callable[[frozenset[str]], int] = lambda names: 0
+    memory_bytes: int | None = None
+    fixed: Claims = ()
+    fixed_of: Callable[[int], Claims] | None = None
+    plans_num_seqs: bool = False
+    ring_bytes: int | None = None
+    max_model_len: int | None = None
+    len_option: str = "max_model_len"
+    num_pages: int | None = None
+    retention: Retention | None = None
+
+    def planned_for(self, num_seqs: int) -> "Demand":
+        """With this number of sequences, if it is to be planned; the same where it was asked for."""
+        return self.asked_for(num_seqs) if self.plans_num_seqs else self
+
+    def asked_for(self, num_seqs: int) -> "Demand":
+        """The same of this number of sequences."""
+        fixed = self.fixed if self.fixed_of is None else self.fixed_of(num_seqs)
+        return replace(self, max_num_seqs=num_seqs, fixed=fixed, plans_num_seqs=False)
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.fixed)
+
+    @property
+    def full_len(self) -> int:
+        """Tokens of the longest sequence that is wished for."""
+        return self.max_model_len or self.max_position
+
+    @property
+    def least_len(self) -> int:
+        """Tokens of the longest sequence that must fit: an unset max_model_len may shrink to this."""
+        return self.max_model_len or min(self.max_position, KV_LEN)
+
+    @property
+    def kv_len(self) -> int:
+        """Tokens that each of several sequences is taken to have."""
+        longest = self.full_len if self.num_pages is None else min(self.full_len, self.tokens_in(self.num_pages))
+        return max(min(longest, KV_LEN), 1)
+
+    def pages(self, num_tokens: int) -> int:
+        return (self.retention or KeepAll(self.page_size)).num_pages(num_tokens)
+
+    def tokens_in(self, num_pages: int) -> int:
+        """Of one sequence, in so many pages and the reserved one."""
+        return (num_pages - 1) * self.page_size - (self.retention.margin if self.retention else 0)
+
+    def seqs_in(self, num_pages: int) -> int:
+        """Sequences of kv_len tokens that so many pages hold at once, of those that are asked for."""
+        return min(self.max_num_seqs, (num_pages - 1) // self.pages(self.kv_len))
+
+    def wanted_pages(self, num_seqs: int) -> int:
+        """Pages of so many sequences of kv_len tokens, of one full sequence at least, and the reserved one."""
+        return self.num_pages or max(num_seqs * self.pages(self.kv_len), self.pages(self.full_len)) + 1
+
+    @property
+    def least_pages(self) -> int:
+        return self.num_pages or self.pages(self.least_len) + 1
+
+    def size(self, group: GroupId, nbytes: int, split: Split) -> int:
+        """Bytes of a group, plain `nbytes`, as it is kept."""
+        return self.coded[group] if group in split.coded else nbytes
+
+    def streamed(self, split: Split) -> list[tuple[GroupId, int]]:
+        """What streams, in the order of a pass."""
+        return [(g, self.size(g, nbytes, split)) for g, nbytes in self.groups if g not in split.resident]
+
+    def weights_bytes(self, split: Split) -> int:
+        """Device bytes of the weights that stay."""
+        groups = sum(self.size(group, nbytes, split) for group, nbytes in self.groups if group in split.resident)
+        return groups + (self.embed_bytes if split.embed_resident else 0)
+
+    def claims(self, split: Split) -> Claims:
+        """What is neither ring nor weights nor KV cache."""
+        names = frozenset(group.name for group in split.coded)
+        return (*self.fixed, ("decode buffer", self.buffer_bytes(names))) if names else self.fixed
+
+    def claims_bytes(self, split: Split) -> int:
+        return sum(nbytes for _, nbytes in self.claims(split))
+
+    def usual_ring_bytes(self, split: Split) -> int:
+        """The ring as asked for, or the one in which no copy waits."""
+        return self.ring_bytes or default_ring_bytes(self.streamed(split))

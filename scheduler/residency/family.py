@@ -1,0 +1,254 @@
+"""The splits of one demand: how many groups of each kind stay, and how many of those are kept coded.
+
+PURE. The groups of one name are alike and spread evenly, so a split is a few numbers. Of kind k there are L groups of b
+bytes, c bytes coded, which takes d seconds to decode; s of them stream and p of those that stay are plain. A decode
+pass of n sequences takes
+
+    time = max(sum of s c / link,  steps(n) + sum of (L - p) d) + latency
+
+and the split fits if
+
+    ring(s) + buffer + sum of (L - s) c + sum of p (b - c)  <=  memory - fixed(n) - KV(n)
+
+where ring is that of these streamed groups and buffer that of the kinds that are coded. Weights that are not coded have
+c = b and d = 0. All numbers are tried but that of the largest kind. Memory bounds how many of that stay from above, and
+the link does from below, by the best time so far: few numbers are between. What could at most be plain, all kinds cut
+to size, bounds a time from below: most splits are dismissed by that, and nothing is laid out before one is chosen.
+"""
+
+import bisect
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import add
+from typing import NamedTuple
+
+from penstock.scheduler.cost.pass_work import PassShape, StepWork
+from penstock.scheduler.cost.time_model import Rates, decode_s, pass_s, steps_s
+from penstock.scheduler.passes.build import usual_ring_bytes
+from penstock.scheduler.residency.decide import Residency
+from penstock.scheduler.residency.demand import Demand, Split
+from penstock.scheduler.residency.kinds import Kind, find_kinds
+from penstock.scheduler.residency.spread import every, spread
+from penstock.scheduler.units import GB
+
+LOOK_BACK = 8  # plain groups of a kind, that are given up for those of another
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a decode pass takes: the work of its steps, each with the number of times that it occurs, and the rates."""
+
+    steps: tuple[tuple[StepWork, int], ...]
+    rates: Rates
+
+    def steps_s(self, num_seqs: int, context_tokens: int) -> float:
+        return steps_s(self.steps, PassShape(num_seqs, num_seqs, num_seqs * context_tokens), self.rates)
+
+    def pass_s(
+        self, num_seqs: int, context_tokens: int, streamed_bytes: int, num_decoded: int, decoded_bytes: int
+    ) -> float:
+        decoding_s = decode_s(decoded_bytes, num_decoded, self.rates)
+        return pass_s(streamed_bytes, self.steps_s(num_seqs, context_tokens), decoding_s, self.rates)
+
+    def tokens_s(self, demand: Demand, residency: Residency, num_seqs: int | None = None) -> float:
+        """Predicted tokens/s of the sequences that are planned, as far as they fit, or of so many."""
+        sizes = dict(demand.groups)
+        decoded_bytes = sum(sizes[group] for group in residency.coded)
+        num_seqs = num_seqs or max(demand.seqs_in(residency.num_pages), 1)
+        code = (len(residency.coded), decoded_bytes)
+        return num_seqs / self.pass_s(num_seqs, demand.kv_len, residency.streamed_bytes, *code)
+
+
+class Found(NamedTuple):
+    """Numbers by kind, in the family's order: groups that stay, and those of them that are plain. Compares by time,
+    then by what streams and what is decoded."""
+
+    seconds: float
+    streamed_bytes: int
+    decode_s: float
+    stay: tuple[int, ...] = ()
+    plain: tuple[int, ...] = ()
+    left_bytes: float = 0
+
+
+class Family:
+    """All splits of a demand, either with all groups plain or with those coded that may be."""
+
+    def __init__(self, demand: Demand, cost: Cost, coded: bool):
+        self.demand, self.cost, self.coded = demand, cost, coded
+        self.kinds = find_kinds(demand, cost.rates, coded)
+        self._order = [group.name for group, _ in demand.groups]
+        self._rings: dict[tuple[int, ...], int | None] = {}
+        self._buffers: dict[frozenset[str], int] = {}
+        self._patterns: dict[tuple[int, int], list[int]] = {}
+        codable = [kind for kind in self.kinds if kind.decode_s]
+        self._all_decode_s = sum(kind.total * kind.decode_s for kind in codable)
+        self._most_saved = max((k.decode_s / k.extra_bytes for k in codable if k.extra_bytes), default=0.0)  # a byte
+
+    def memory_for(self, num_seqs: int) -> float:
+        """Bytes that so many sequences leave to weights, ring and decode buffer."""
+        demand = self.demand.planned_for(num_seqs)
+        if demand.memory_bytes is None:
+            return math.inf
+        return demand.memory_bytes - demand.fixed_bytes - demand.wanted_pages(num_seqs) * demand.page_bytes
+
+    def fastest(self, num_seqs: int) -> Found | None:
+        """The fastest split of so many sequences; None where none fits."""
+        memory = self.memory_for(num_seqs)
+        base_s = self.cost.steps_s(num_seqs, self.demand.kv_len)
+        best = Found(math.inf, 0, 0.0)
+        *first, last = self.kinds
+        for counts in itertools.product(*(reversed(kind.stay) for kind in first)):
+            held = sum(count * kind.kept_bytes for count, kind in zip(counts, first))
+            streamed = sum((kind.total - count) * kind.kept_bytes for count, kind in zip(counts, first))
+            for count in self._counts(last, memory - held, streamed, best.seconds):
+                stay = (*counts, count)
+                room = memory - held - count * last.kept_bytes
+                best = min(best, self._try(stay, streamed + (last.total - count) * last.kept_bytes, room, base_s, best))
+        return best if best.stay else None
+
+    def _counts(self, kind: Kind, room: float, streamed: int, best_s: float) -> Sequence[int]:
+        """How many of the largest kind may stay: no more than there is room for, no fewer than the link allows."""
+        if room < 0:
+            return ()
+        nbytes = max(kind.kept_bytes, 1)
+        first = 0
+        if best_s < math.inf:
+            link_bytes = (best_s - self.cost.rates.pass_latency_s) * self.cost.rates.link_gb_s * GB
+            first = bisect.bisect_left(kind.stay, kind.total - (link_bytes - streamed) / nbytes - 1e-6)
+        return kind.stay[first : bisect.bisect_right(kind.stay, room / nbytes)][::-1]
+
+    def _try(self, stay: tuple[int, ...], streamed: int, room: float, base_s: float, best: Found) -> Found:
+        """The split with these numbers and as many plain groups as `room` allows; `best` if it cannot be better."""
+        rates = self.cost.rates
+        room_left = room - self._least_ring(stay, streamed)
+        if room_left < 0:
+            return best
+        kept_s = sum(count * kind.decode_s for count, kind in zip(stay, self.kinds))
+        least_decode_s = self._all_decode_s - min(kept_s, room_left * self._most_saved if kept_s else 0.0)
+        if (pass_s(streamed, base_s, least_decode_s, rates), streamed) >= best[:2]:
+            return best
+        ring_bytes = self._ring(stay)
+        if ring_bytes is None or ring_bytes > room:
+            return best
+        room -= ring_bytes
+        if streamed == 0 and self.demand.resident in ("all", 1.0):
+            room -= self.demand.embed_bytes
+        plain = self._plain(stay, room)
+        if plain is None:
+            return best
+        counts, saved_s, left = plain
+        decoding_s = self._all_decode_s - saved_s
+        return Found(pass_s(streamed, base_s, decoding_s, rates), streamed, decoding_s, stay, counts, left)
+
+    def _ring(self, stay: tuple[int, ...]) -> int | None:
+        """Bytes of the ring; None if the one that is asked for is too small."""
+        if stay not in self._rings:
+            sizes = self._streamed_sizes(stay)
+            ring = usual_ring_bytes(sizes)
+            if self.demand.ring_bytes is not None:
+                asked = min(self.demand.ring_bytes, sum(sizes))
+                ring = asked if asked >= max(sizes, default=0) else None
+            self._rings[stay] = ring
+        return self._rings[stay]
+
+    def _streamed_sizes(self, stay: tuple[int, ...]) -> list[int]:
+        """In the order of a pass."""
+        sizes = functools.reduce(functools.partial(map, add), map(self._pattern, range(len(stay)), stay))
+        return list(filter(None, sizes))
+
+    def _pattern(self, place: int, stay: int) -> list[int]:
+        """Of each group of the model the bytes that stream, if it is of this kind; 0 of all others."""
+        if (place, stay) not in self._patterns:
+            kind = self.kinds[place]
+            stays = set(every(range(kind.total), stay))
+            streamed = iter([0 if i in stays else kind.kept_bytes for i in range(kind.total)])
+            self._patterns[place, stay] = [next(streamed) if name == kind.name else 0 for name in self._order]
+        return self._patterns[place, stay]
+
+    def _least_ring(self, stay: tuple[int, ...], streamed: int) -> float:
+        """Bytes that the ring has at least: those of the largest group, or of three groups in the mean. (All of them
+        together count a group three times, but for the two at either end.)"""
+        if self.demand.ring_bytes is not None:
+            return 0
+        number = sum(kind.total - count for count, kind in zip(stay, self.kinds))
+        largest = max((kind.kept_bytes for count, kind in zip(stay, self.kinds) if count < kind.total), default=0)
+        return streamed if number <= 3 else max(largest, (3 * streamed - 6 * largest) / (number - 2))
+
+    def _plain(self, stay: tuple[int, ...], room: float) -> tuple[tuple[int, ...], float, float] | None:
+        """Of the groups that stay how many of each kind are plain, so that the least is decoded, the seconds that this
+        saves and the bytes that are left; None if not even the decode buffer fits. The kinds that are coded at all
+        decide how large that is, and a kind is wholly plain only if all of it stays."""
+        best = None
+        wholly = [kind.decode_s > 0 and kind.total == count for count, kind in zip(stay, self.kinds)]
+        for plain_kinds in itertools.product(*([False, True] if may else [False] for may in wholly)):
+            coded = [bool(kind.decode_s) and not all_plain for kind, all_plain in zip(self.kinds, plain_kinds)]
+            left = room - self._buffer(frozenset(kind.name for kind, is_coded in zip(self.kinds, coded) if is_coded))
+            left -= sum(kind.total * kind.extra_bytes for kind, all_plain in zip(self.kinds, plain_kinds) if all_plain)
+            if left < 0:
+                continue
+            counts, left = self._most_plain([n if c else 0 for n, c in zip(stay, coded)], left)
+            counts = tuple(n if is_coded else s for n, s, is_coded in zip(counts, stay, coded))
+            saved_s = sum(n * kind.decode_s for n, kind in zip(counts, self.kinds))
+            if best is None or saved_s > best[1]:
+                best = (counts, saved_s, left)
+        return best
+
+    def _most_plain(self, most: Sequence[int], room: float) -> tuple[list[int], float]:
+        """Up to `most` groups of each kind, so that the most seconds are saved in `room` bytes; and what is left. Kinds
+        are filled in turn, those first that save most a byte; a few groups less of one may let another one fill up."""
+        in_turn = sorted((place for place, n in enumerate(most) if n), key=self._saved_a_byte, reverse=True)
+        best, best_s = ([0] * len(most), room), -1.0
+
+        def fill(turn: int, counts: list[int], left: float, saved_s: float) -> None:
+            nonlocal best, best_s
+            if turn == len(in_turn):
+                if saved_s > best_s:
+                    best, best_s = (counts.copy(), left), saved_s
+                return
+            place = in_turn[turn]
+            extra, group_s = self.kinds[place].extra_bytes, self.kinds[place].decode_s
+            fits = most[place] if extra <= 0 else int(min(most[place], left // extra))
+            least = fits if turn == len(in_turn) - 1 else max(fits - LOOK_BACK, 0)
+            for count in range(fits, least - 1, -1):
+                counts[place] = count
+                fill(turn + 1, counts, left - count * extra, saved_s + count * group_s)
+
+        fill(0, [0] * len(most), room, 0.0)
+        return best
+
+    def _saved_a_byte(self, place: int) -> float:
+        kind = self.kinds[place]
+        return kind.decode_s / kind.extra_bytes if kind.extra_bytes > 0 else math.inf
+
+    def _buffer(self, names: frozenset[str]) -> int:
+        if names not in self._buffers:
+            self._buffers[names] = self.demand.buffer_bytes(names) if names else 0
+        return self._buffers[names]
+
+    def smallest(self) -> Found:
+        """Of the splits in which all of a kind stays or nothing, the one that leaves most to the KV cache."""
+        ends = itertools.product(*({kind.stay[0], kind.stay[-1]} for kind in self.kinds))
+        return min((Found(0.0, 0, 0.0, stay, tuple(0 for _ in stay)) for stay in ends), key=self._used_bytes)
+
+    def _used_bytes(self, found: Found) -> int:
+        split = self.split(found)
+        demand = self.demand
+        return demand.weights_bytes(split) + demand.usual_ring_bytes(split) + demand.claims_bytes(split)
+
+    def split(self, found: Found) -> Split:
+        """The groups behind the numbers."""
+        demand, groups = self.demand, [group for group, _ in self.demand.groups]
+        resident = spread(groups, {kind.name: n for kind, n in zip(self.kinds, found.stay)})
+        coded = frozenset()
+        if self.coded:
+            plain_counts = dict(zip((kind.name for kind in self.kinds), found.plain))
+            staying = [group for group in groups if group in resident]
+            coded = frozenset(demand.coded) - spread(staying, plain_counts)
+        all_stay = len(resident) == len(groups)
+        tied = not demand.embed_bytes and groups[-1] in resident
+        must = demand.resident in ("all", 1.0)
+        return Split(resident, coded, tied or (all_stay and (must or found.left_bytes >= demand.embed_bytes)))

@@ -1,0 +1,64 @@
+"""The kinds of groups that a demand has, and how many groups of each may stay. PURE.
+
+The groups of one name are alike: they are counted, not told apart.
+"""
+
+from typing import NamedTuple
+
+from penstock.scheduler.cost.time_model import Rates, decode_s
+from penstock.scheduler.residency.demand import Demand
+from penstock.scheduler.residency.spread import by_name, counts_within
+
+MOST_ALL, MOST_COUNTS = 128, 48  # up to how many groups of a kind every number is tried, and how many numbers else
+
+
+class Kind(NamedTuple):
+    """Groups of one name: `kept_bytes` and `decode_s` are those of a coded one, if the family is coded; `stay` are the
+    numbers that may stay, ascending."""
+
+    name: str
+    total: int
+    plain_bytes: int
+    kept_bytes: int
+    decode_s: float
+    stay: tuple[int, ...]
+
+    @property
+    def extra_bytes(self) -> int:
+        """That a plain one has more."""
+        return self.plain_bytes - self.kept_bytes
+
+
+def find_kinds(demand: Demand, rates: Rates, coded: bool) -> list[Kind]:
+    """The kinds of a demand, all groups plain or those coded that may be; the largest kind last."""
+    allowed = _allowed(demand, coded)
+    sizes, kinds = dict(demand.groups), []
+    for name, members in by_name([group for group, _ in demand.groups]).items():
+        plain = kept = max(sizes[group] for group in members)
+        is_coded = coded and any(group in demand.coded for group in members)
+        if is_coded:
+            kept = max(demand.coded[group] for group in members)
+        kinds.append(
+            Kind(name, len(members), plain, kept, decode_s(plain, 1, rates) if is_coded else 0.0, allowed[name])
+        )
+    return sorted(kinds, key=lambda kind: kind.total * kind.plain_bytes)
+
+
+def _allowed(demand: Demand, coded: bool) -> dict[str, tuple[int, ...]]:
+    """How many groups of each name may stay. A fraction is of the layers' bytes, as they are kept."""
+    totals = {name: len(members) for name, members in by_name([group for group, _ in demand.groups]).items()}
+    if demand.resident == "auto":
+        if demand.memory_bytes is None:
+            return {name: (total,) for name, total in totals.items()}
+        return {name: (*range(0, total, _step(total)), total) for name, total in totals.items()}
+    if demand.resident in ("all", 1.0):
+        return {name: (total,) for name, total in totals.items()}
+    if demand.resident == "none":
+        return dict.fromkeys(totals, (0,))
+    layers = [(g, demand.coded.get(g, nbytes) if coded else nbytes) for g, nbytes in demand.groups[:-1]]
+    counts = counts_within(layers, int(demand.resident * sum(nbytes for _, nbytes in layers)))
+    return {name: (counts.get(name, 0),) for name in totals}
+
+
+def _step(total: int) -> int:
+    return 1 if total <= MOST_ALL else -(-total // MOST_COUNTS)

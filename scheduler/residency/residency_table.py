@@ -1,0 +1,118 @@
+"""Shows a Residency and its predicted passes as text. PURE; every figure has its unit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.scheduler.cost.time_model import PassTime, Rates
+from penstock.scheduler.residency.decide import Residency
+from penstock.scheduler.units import show_bytes, show_time
+
+LEAST_SHARE = 0.005  # of tokens/s, that is worth a word
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Decode passes of `num_seqs` sequences; `label` says which they are."""
+
+    label: str
+    num_seqs: int
+    time: PassTime
+
+    @property
+    def tokens_s(self) -> float:
+        """Tokens per second."""
+        return self.num_seqs / self.time.total_s
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The same engine with another split: its longest context, batch 1 and the most sequences that fit."""
+
+    label: str
+    streamed_bytes: int
+    max_model_len: int
+    one: Prediction
+    best: Prediction
+
+
+def gives_up(this: Variant, other: Variant) -> str:
+    """What who takes the other split gives up of this one."""
+    lost = []
+    if other.max_model_len < this.max_model_len:
+        lost.append(f"contexts over {other.max_model_len} tokens")
+    if other.best.num_seqs < this.best.num_seqs:
+        lost.append(f"{this.best.num_seqs - other.best.num_seqs} sequences at once")
+    for name, mine, theirs in (("", this.best, other.best), (" of one sequence", this.one, other.one)):
+        share = 1 - theirs.tokens_s / mine.tokens_s
+        if share >= LEAST_SHARE:
+            lost.append(f"{share:.0%} of the tokens/s{name}")
+    return ", ".join(lost) or "nothing of these"
+
+
+def table(
+    residency: Residency,
+    page_size: int,
+    num_seqs: str,
+    rates: Rates,
+    predictions: Sequence[Prediction],
+    variants: Sequence[tuple[Variant, str]],
+    free_tokens: int,
+) -> str:
+    """What stays and what streams, a rank; what a pass takes and what holds it; what other splits would give, and what
+    they give up."""
+    lines = [*_memory(residency, page_size), f"most sequences a pass     {num_seqs}", ""]
+    lines += _passes(rates, predictions, free_tokens)
+    if variants:
+        lines += ["", *_variants(variants)]
+    lines += ["", *(f"note: {note}" for note in residency.notes)] if residency.notes else []
+    return "\n".join(lines)
+
+
+def _memory(residency: Residency, page_size: int) -> list[str]:
+    num_coded = len(residency.coded & residency.resident)
+    remarks = {
+        "ring": f"{len(residency.ring.slots)} streamed groups pass through it, "
+        f"{residency.ring.num_wrapped} of them copied ahead for the next pass",
+        "KV cache": f"{residency.num_pages} pages of {page_size} tokens (page 0 is reserved)",
+        "resident weights": f"{len(residency.resident)} of {len(residency.resident) + len(residency.streamed)} groups"
+        + (f", {num_coded} of them coded" if num_coded else "")
+        + (", and the embedding" if residency.embed_resident else ""),
+        "decode buffer": "where coded groups are decoded to, one after the other",
+    }
+    budget = "no limit (plain memory)" if residency.memory_bytes is None else show_bytes(residency.memory_bytes)
+    lines = [f"device memory a rank      {budget:>12}"]
+    for name, nbytes in residency.claims:
+        if nbytes:
+            lines.append(f"  {name:<22}  {show_bytes(nbytes):>12}   {remarks.get(name, '')}".rstrip())
+    if residency.memory_bytes is not None:
+        lines.append(f"  {'unused':<22}  {show_bytes(residency.memory_bytes - residency.claimed_bytes):>12}")
+    embed = "" if residency.embed_resident else "   streamed groups; the embedding's rows are gathered from here"
+    coded = "   coded without loss" if residency.coded - residency.resident else ""
+    return [
+        *lines,
+        f"host memory a rank        {show_bytes(residency.host_bytes):>12}{embed}",
+        f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}{coded}",
+        f"longest context           {residency.max_model_len:>12} tokens",
+    ]
+
+
+def _passes(rates: Rates, predictions: Sequence[Prediction], free_tokens: int) -> list[str]:
+    link = f"link {rates.link_gb_s:g} GB/s, memory {rates.memory_gb_s:g} GB/s, {rates.gemm_tflops:g} TFLOP/s a rank"
+    lines = [f"rates ({rates.source}): {link}", f"{'predicted decode pass':<38}{'a pass':>12}{'tokens/s':>12}   bound"]
+    for p in predictions:
+        lines.append(f"  {p.label:<36}{show_time(p.time.total_s):>12}{p.tokens_s:>12.2f}   {_bound(p.time)}")
+    free = f"up to {free_tokens} tokens a pass cost no extra time: the link binds"
+    return [*lines, f"  {free if free_tokens > 1 else 'every token costs time: the link does not bind'}"]
+
+
+def _bound(time: PassTime) -> str:
+    return f"{time.bound} ({show_time(getattr(time, time.bound + '_s'))})"
+
+
+def _variants(variants: Sequence[tuple[Variant, str]]) -> list[str]:
+    titles = f"{'batch 1':>10}{'best batch':>12}   {'at batch':<10}{'longest':>8}   gives up"
+    lines = [f"{'other splits, tokens/s':<26}{'streamed':>12}{titles}"]
+    for v, lost in variants:
+        rates = f"{v.one.tokens_s:>10.2f}{v.best.tokens_s:>12.2f}   {v.best.num_seqs:<10}{v.max_model_len:>8}"
+        lines.append(f"  {v.label:<24}{show_bytes(v.streamed_bytes):>12}{rates}   {lost}")
+    return lines

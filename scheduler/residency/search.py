@@ -1,0 +1,104 @@
+"""The split with the most predicted tokens/s, and for how many sequences.
+
+PURE. The number of sequences that is asked for need not be the best: a few less may let all weights stay, and then the
+others wait. A pass over more sequences never takes less, so of the numbers between two that are known, low < high, none
+gives more tokens/s than high / time(low): they are looked at only as long as that is more than the best so far. What
+the fastest split of a number of sequences takes is family.py's.
+"""
+
+import bisect
+import heapq
+import math
+from collections.abc import Callable
+
+from penstock.scheduler.residency.decide import Residency, check_demand, plan_residency
+from penstock.scheduler.residency.demand import CPU_KV_BYTES, Demand, Split
+from penstock.scheduler.residency.family import Cost, Family, Found
+
+TOLERANCE = 0.003  # of the tokens/s, that a number of sequences may be from the best one
+
+
+def plan_fastest(demand: Demand, cost: Cost, coded: bool) -> tuple[Demand, Residency]:
+    """The demand, with the number of sequences that was planned if it was not asked for, and the residency with the
+    most tokens/s, all groups plain or those coded that may be. Where not even one full sequence fits, the one that
+    leaves the KV cache most; also where that gives more tokens/s, if both number and length of sequences are open.
+
+    Raises ValueError, as plan_residency does, if nothing fits.
+    """
+    check_demand(demand)
+    family = Family(demand, cost, coded)
+    best, least = _best(family), family.split(family.smallest())
+    if best is None:
+        return _plan_most(demand, least)
+    num_seqs, found = best
+    settled = demand.planned_for(num_seqs)
+    planned = settled, plan_residency(settled, family.split(found))
+    if _may_shorten(demand, num_seqs) and _holds(demand.planned_for(num_seqs + 1), least):
+        return max((planned, _plan_most(demand, least)), key=lambda each: cost.tokens_s(*each))
+    return planned
+
+
+def _best(family: Family) -> tuple[int, Found] | None:
+    """The number of sequences with the most tokens/s, and its fastest split; None where nothing fits."""
+    found: dict[int, Found | None] = {}
+
+    def seconds(num_seqs: int) -> float:
+        if num_seqs not in found:
+            found[num_seqs] = family.fastest(num_seqs)
+        return found[num_seqs].seconds if found[num_seqs] else math.inf
+
+    num_seqs = most_per_second(_most_seqs(family.demand), seconds)
+    return (num_seqs, found[num_seqs]) if num_seqs else None
+
+
+def _most_seqs(demand: Demand) -> int:
+    """Of max_num_seqs, as far as the number of pages is known."""
+    num_pages = demand.num_pages
+    if num_pages is None and demand.memory_bytes is None:
+        num_pages = CPU_KV_BYTES // demand.page_bytes + 1
+    return demand.max_num_seqs if num_pages is None else max(demand.seqs_in(num_pages), 1)
+
+
+def _may_shorten(demand: Demand, num_seqs: int) -> bool:
+    """Whether there may be more sequences than these, in place of the longest one."""
+    is_open = demand.plans_num_seqs and demand.max_model_len is None and demand.memory_bytes is not None
+    return is_open and num_seqs < demand.max_num_seqs
+
+
+def _plan_most(demand: Demand, split: Split) -> tuple[Demand, Residency]:
+    """As many sequences as this split leaves memory for."""
+    more = range(2, demand.max_num_seqs + 1)
+    num_seqs = 1 + bisect.bisect_left(more, True, key=lambda n: not _holds(demand.planned_for(n), split))
+    settled = demand.planned_for(num_seqs)
+    return settled, plan_residency(settled, split)
+
+
+def _holds(demand: Demand, split: Split) -> bool:
+    """Whether as many sequences as are asked for fit beside this, each of kv_len tokens and none of them longer."""
+    num_pages = demand.max_num_seqs * demand.pages(demand.kv_len) + 1
+    if demand.num_pages is not None or demand.memory_bytes is None:
+        return num_pages <= (demand.num_pages or num_pages)
+    held = demand.weights_bytes(split) + demand.usual_ring_bytes(split) + demand.claims_bytes(split)
+    return held + num_pages * demand.page_bytes <= demand.memory_bytes
+
+
+def most_per_second(most: int, seconds: Callable[[int], float]) -> int | None:
+    """The n of 1 .. most with the greatest n / seconds(n), to TOLERANCE. `seconds` never falls, and is infinite from
+    where nothing fits; None if nothing ever does."""
+    if seconds(1) == math.inf:
+        return None
+    low, high = 1, most + 1
+    while high - low > 1:  # the largest that fits; often all do
+        middle = most if high > most else (low + high) // 2
+        low, high = (middle, high) if seconds(middle) < math.inf else (low, middle)
+    best = max((1, low), key=lambda n: n / seconds(n))
+    between = [(-(low - 1) / seconds(1), 1, low)]
+    while between:
+        bound, start, end = heapq.heappop(between)
+        if end - start < 2 or -bound <= best / seconds(best) * (1 + TOLERANCE):
+            continue
+        middle = (start + end) // 2
+        best = max((best, middle), key=lambda n: n / seconds(n))
+        for a, b in ((start, middle), (middle, end)):
+            heapq.heappush(between, (-(b - 1) / seconds(a), a, b))
+    return best

@@ -1,0 +1,66 @@
+"""The bound of passes that ran, the least time that their bytes and FLOPs allow, and how near to it they came.
+
+    bound of a pass = max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)
+
+The only place where benchmarks take a bound, a fraction of it, achieved GB/s or FLOP/s from. Reduces and
+launches are no part of it: they are costs, not limits. Everything is one rank's.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.scheduler.cost.pass_work import PassShape, PassWork
+from penstock.scheduler.cost.time_model import Rates, predict_pass
+from penstock.scheduler.units import GB, gb_s
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Of one pass, or of several in a row. `term` (link, memory or compute) is what binds for most of `bound_s`."""
+
+    term: str
+    bound_s: float
+    streamed_bytes: int
+    read_bytes: int
+    flops: float
+
+
+def bound_of(work: PassWork, shapes: Sequence[PassShape], rates: Rates) -> Bound:
+    """The sum of the passes' bounds; at least one pass."""
+    seconds: Counter[str] = Counter()
+    for shape in shapes:
+        terms = {
+            "link": work.streamed_bytes / (rates.link_gb_s * GB),
+            "memory": work.read_bytes(shape) / (rates.memory_gb_s * GB),
+            "compute": work.flops(shape) / (rates.gemm_tflops * 1e12),
+        }
+        term = max(terms, key=terms.get)
+        seconds[term] += terms[term]
+    return Bound(
+        term=seconds.most_common(1)[0][0],
+        bound_s=seconds.total(),
+        streamed_bytes=work.streamed_bytes * len(shapes),
+        read_bytes=sum(map(work.read_bytes, shapes)),
+        flops=sum(map(work.flops, shapes)),
+    )
+
+
+def against_bound(
+    work: PassWork, shapes: Sequence[PassShape], measured_s: float, measured_rates: Rates, planned_rates: Rates
+) -> dict[str, Any]:
+    """A record's fields for passes of these shapes that took `measured_s` together: the bound by the rates measured
+    beside them, the prediction by those that the plan had."""
+    bound = bound_of(work, shapes, measured_rates)
+    predicted_s = sum(predict_pass(work, shape, planned_rates).total_s for shape in shapes)
+    return {
+        "bound": bound.term,
+        "bound_s": bound.bound_s,
+        "fraction_of_bound": bound.bound_s / measured_s,
+        "predicted_s": predicted_s,
+        "predicted_over_measured": predicted_s / measured_s,
+        "achieved_link_gb_s": gb_s(bound.streamed_bytes, measured_s),
+        "achieved_memory_gb_s": gb_s(bound.read_bytes, measured_s),
+        "achieved_tflops": bound.flops / measured_s / 1e12,
+    }

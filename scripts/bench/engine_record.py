@@ -1,0 +1,75 @@
+"""What a benchmark's record states of the engine that ran: machine, model shape, memory, and the rates measured."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from penstock.engine.llm import LLM
+from penstock.scheduler.units import GB
+
+from scripts.bench.record import machine
+
+SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size")
+
+
+def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
+    """Fields of a record, on rank 0, after the runs. Bytes and rates are one rank's, those of `transfers` every rank's;
+    of the coded groups, those that stay and those that stream are counted; plain bytes are what groups would have
+    uncoded."""
+    rank, config = llm.rank, llm.config
+    device, executor, spec = rank.topology.device, rank.worker.executor, rank.plan.spec
+    cuda, residency, weights = device.type == "cuda", rank.plan.residency, rank.worker.weights
+    plain = {group.group: group.nbytes for group in rank.plan.layout.groups}
+    return {
+        "benchmark": benchmark,
+        **machine(device, rank.topology.tp_size),
+        "model": Path(config.model).stem,
+        "model_shape": {name: getattr(spec, name) for name in SHAPE} | {"num_parameters": spec.num_parameters},
+        "load_format": config.load_format,
+        "dtype": rank.plan.dtype,
+        "tp_size": rank.topology.tp_size,
+        "resident": str(config.resident),
+        "weights_code": config.weights_code,
+        "coded_groups": [len(residency.coded & residency.resident), len(residency.coded - residency.resident)],
+        "graphs": executor.decode is not None and executor.decode.graphs is not None,
+        "max_num_seqs": rank.plan.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_model_len": residency.max_model_len,
+        "attention_sinks": config.attention_sinks,
+        "attention_window": config.attention_window,
+        "streamed_bytes_per_pass_and_rank": rank.work.streamed_bytes,
+        "plain_streamed_bytes_per_pass_and_rank": sum(plain[group] for group, _ in residency.streamed),
+        "decoded_bytes_per_pass_and_rank": rank.work.decoded_bytes,
+        "ring_bytes": residency.ring.ring_bytes,
+        "host_bytes_per_rank": weights.host_bytes,
+        "resident_bytes_per_rank": weights.resident_bytes,
+        "coded_from_bytes_per_rank": weights.coded_from_bytes,
+        "encode_s": weights.encode_s,
+        "transfers": [without_sites(one) for one in rank.transfers],
+        "num_passes": executor.counters.num_passes,
+        "rates": rank.rates.source,
+        "link_gb_s": rank.rates.link_gb_s,
+        "memory_gb_s": rank.rates.memory_gb_s,
+        "gemm_tflops": rank.rates.gemm_tflops,
+        "decode_gb_s": rank.rates.decode_gb_s,
+        "step_latency_s": rank.rates.step_latency_s,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "claimed_device_memory_bytes": residency.claimed_bytes,
+    }
+
+
+def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
+    """What a rank has moved, by operation: a record has no use for every layer."""
+    parts = {kind: transfers[kind] for kind in ("weights", "all_reduces")}
+    totals = {kind: {name: part[name] for name in ("total", "operations")} for kind, part in parts.items()}
+    return {"rank": transfers["rank"]} | totals
+
+
+def say_machine(report: dict[str, Any]) -> None:
+    """The lines above a benchmark's table."""
+    moved = f"{report['streamed_bytes_per_pass_and_rank'] / GB:.3f} GB a pass and rank over the link"
+    if any(report["coded_groups"]):
+        moved += ", {} resident and {} streamed groups coded".format(*report["coded_groups"])
+    print(f"{report['model']} ({report['dtype']}) on {report['hardware']}, resident {report['resident']}: {moved}")
+    rates = f"link {report['link_gb_s']:.2f} GB/s, memory {report['memory_gb_s']:.0f} GB/s, "
+    print(f"{report['rates']} rates a rank: {rates}{report['gemm_tflops']:.3g} TFLOP/s")

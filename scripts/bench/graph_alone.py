@@ -1,0 +1,42 @@
+"""The graph of a decode pass replayed alone, back to back, as it last ran: what is left of a pass without the host."""
+
+import torch
+from penstock.engine.llm import LLM
+from penstock.engine.measure.rates import all_ranks, seconds
+from penstock.engine.runtime.binding import on_own_device
+from penstock.engine.runtime.decode import DecodePasses
+from penstock.engine.runtime.executor import Executor
+
+NUM_REPLAYS = 20
+
+
+def graph_alone_s(llm: LLM, num_rows: int) -> float | None:
+    """Seconds of a greedy decode pass over `num_rows` rows, on the slowest rank; None where no graph is captured, and
+    where ranks were launched by rank 0: they run no script. Between calls of `generate`; under torchrun on all ranks
+    together."""
+    rank = llm.rank
+    if rank.launch.kind == "parent":
+        return None
+    with rank.together():
+        return replay_s(rank.worker.executor, num_rows)
+
+
+@on_own_device
+def replay_s(executor: Executor, num_rows: int) -> float | None:
+    """The same, for ranks that have come together. No pass is under way: the pages that it writes to are nobody's."""
+    graph = None if executor.decode is None else greedy_graph(executor.decode, num_rows)
+    if graph is None:
+        return None
+    collectives, device = executor.context.collectives, executor.device
+    collectives.barrier()
+    graph.replay()  # lines the ranks up
+    own_s = seconds(lambda: [graph.replay() for _ in range(NUM_REPLAYS)], device, repeats=1, warm_ups=0)
+    executor.forget()  # its letters
+    return max(rank_s for (rank_s,) in all_ranks([own_s], collectives, device)) / NUM_REPLAYS
+
+
+def greedy_graph(decode: DecodePasses, num_rows: int) -> torch.cuda.CUDAGraph | None:
+    """Of passes over so many rows, as it was last run; None if it was not captured yet, or with a trace's marks."""
+    size = next(size for size in decode.sizes if size >= num_rows)
+    takes = decode.graphs.passes.get((size, frozenset()), ()) if decode.graphs is not None else ()
+    return takes[0].graph if len(takes) == 1 else None

@@ -1,0 +1,261 @@
+"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. PURE: text from records.
+
+Every record is on the page: one of a kind that is not known here is a table of its `rows`, or else its file name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.scheduler.units import GB, MIB, gb_s
+
+from scripts.report.markdown_table import Column, Row, ms, number, table, text
+
+INTRODUCTION = """# Benchmarks
+
+Rendered by `python -m scripts.report.render` from the records in `benchmarks/`; do not edit. Times of passes are
+medians, in ms. The bound is that of one rank, max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate), at
+rates measured in the same run; "by" says which term binds, the fraction is bound / time. Predictions are the time
+model's, from the rates which the plan had before anything was measured. Rates are a rank's.
+
+![fraction of the bound](benchmarks/fraction.png)
+
+![time of a decode pass](benchmarks/pass_time.png)
+"""
+GENERIC = {  # kind of record: its section
+    "kernels": "Kernels",
+    "link": "Link",
+    "collectives": "Collectives",
+    "codec": "Lossless code",
+    "startup": "Start-up",
+    "endless": "Sequences without an end",
+    "sink_perplexity": "Attention sinks",
+    "split": "Split execution",
+    "permutation_attack": "Attack on permuted execution",
+    "tests/gpu": "Tests on GPUs",
+}
+LATENCY, THROUGHPUT = "latency", "throughput"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One file of benchmarks/; `kind` is what its `benchmark` field says, None where it has none."""
+
+    name: str
+    content: Any
+
+    @property
+    def kind(self) -> str | None:
+        return self.content.get("benchmark") if isinstance(self.content, dict) else None
+
+    @property
+    def link(self) -> str:
+        return f"[{self.name}](../benchmarks/{self.name})"
+
+    def facts(self) -> Row:
+        """What each of its rows states beside its own figures."""
+        names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
+        names += ("input_len", "output_len", "attention_window")
+        weights = "coded" if any(self.content.get("coded_groups", ())) else "plain"
+        return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records of a folder by name. Raises ValueError naming a file that is not JSON."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            records.append(Record(path.name, json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"{path}: is not JSON: {error}") from None
+    return records
+
+
+def render(records: list[Record]) -> str:
+    """The page."""
+    decodes, sections = decode_rows(records), []
+    streamed = [row for row in decodes if row["streamed_bytes"]]
+    resident = [row for row in decodes if not row["streamed_bytes"]]
+    for title, rows, columns in (
+        ("Streamed decode", streamed, DECODE),
+        ("Resident decode", resident, DECODE),
+        ("Prefill", prefill_rows(records), PREFILL),
+        ("Throughput", throughput_rows(records), THROUGHPUTS),
+        ("Against others", comparison_rows(records), COMPARISONS),
+    ):
+        sections.append(f"## {title}\n\n" + (table(rows, columns) if rows else "No record yet.\n"))
+    for kind, title in GENERIC.items():
+        tables = [generic(record) for record in records if record.kind == kind]
+        sections.append(f"## {title}\n\n" + ("\n".join(tables) or "No record yet.\n"))
+    others = [record for record in records if record.kind not in (LATENCY, THROUGHPUT, *GENERIC)]
+    tables = [generic(record) for record in others if has_rows(record)]
+    names = [f"- {record.link}: {record.kind or 'no benchmark'}" for record in others if not has_rows(record)]
+    sections.append("## Other records\n\n" + "\n".join([*tables, "\n".join(names)]) + "\n")
+    return "\n".join([INTRODUCTION, *sections])
+
+
+def decode_rows(records: list[Record]) -> list[Row]:
+    """A row for each batch size of a record: its fields, those of the record, the bytes that a pass streams, and the
+    rate at which plain weights would have had to come."""
+    rows = [
+        record.facts()
+        | {"streamed_bytes": record.content["streamed_bytes_per_pass_and_rank"]}
+        | {"plain_gb_s": plain_gb_s(record.content, row["decode_pass_s"])}
+        | row
+        for record in records
+        if record.kind == LATENCY
+        for row in record.content["passes"]
+        if "decode_pass_s" in row
+    ]
+    return sorted(rows, key=lambda row: (row["model"], row["tp_size"], str(row["resident"]), row["batch_size"]))
+
+
+def plain_gb_s(content: Row, seconds: float) -> float | None:
+    """None where nothing is coded."""
+    coded = any(content.get("coded_groups", ()))
+    return gb_s(content["plain_streamed_bytes_per_pass_and_rank"], seconds) if coded else None
+
+
+def prefill_rows(records: list[Record]) -> list[Row]:
+    return [
+        record.facts() | {"batch_size": row["batch_size"]} | row["first_token"]
+        for record in records
+        if record.kind == LATENCY
+        for row in record.content["passes"]
+        if "first_token" in row
+    ]
+
+
+def throughput_rows(records: list[Record]) -> list[Row]:
+    return [record.content | record.facts() for record in records if record.kind == THROUGHPUT]
+
+
+def comparison_rows(records: list[Record]) -> list[Row]:
+    """With the bound of our own pass, or run, that was compared."""
+    rows = []
+    for record in records:
+        for row in record.content.get("comparisons", ()) if isinstance(record.content, dict) else ():
+            ours = record.content
+            if record.kind == LATENCY:
+                ours = next((one for one in ours["passes"] if one["batch_size"] == row.get("batch_size")), {})
+            bound = {name: ours.get(name) for name in ("bound", "fraction_of_bound")}
+            times = {"ours_s": row.get("our_token_s", ours.get("elapsed_time"))}
+            times["theirs_s"] = row.get("token_s", row.get("elapsed_time"))
+            rows.append(record.facts() | bound | times | row)
+    return rows
+
+
+MODEL: list[Column] = [(name, text(key)) for name, key in (("model", "model"), ("ranks", "tp_size"))]
+MODEL += [
+    ("resident", text("resident")),
+    ("weights", text("weights")),
+    ("batch", text("batch_size")),
+    ("prompt", text("input_len")),
+    ("attention window", text("attention_window")),
+]
+BOUND: list[Column] = [("bound", ms("bound_s")), ("by", text("bound")), ("fraction", number("fraction_of_bound"))]
+BOUND += [("predicted", ms("predicted_s")), ("predicted / time", number("predicted_over_measured", 2))]
+RATES: list[Column] = [("tokens/s", number("tokens_per_second", 1)), ("link GB/s", number("achieved_link_gb_s", 2))]
+RATES += [("read GB/s", number("achieved_memory_gb_s", 0)), ("TFLOP/s", number("achieved_tflops", 2))]
+SOURCE: list[Column] = [(name, text(name)) for name in ("hardware", "commit", "record")]
+GRAPH: list[Column] = [("graph alone", ms("graph_s")), ("pass / graph", number("step_over_graph"))]
+DECODE = [
+    *MODEL,
+    ("pass", ms("decode_pass_s")),
+    *GRAPH,
+    *BOUND,
+    *RATES,
+    ("plain GB/s", number("plain_gb_s", 2)),
+    *SOURCE,
+]
+PREFILL = [*MODEL, ("passes", text("num_passes")), ("first token", ms("first_token_s")), *BOUND, *RATES, *SOURCE]
+THROUGHPUTS: list[Column] = [
+    *(column for column in MODEL if column[0] != "batch"),
+    *(("output", text("output_len")), ("requests", text("num_requests")), ("time", ms("elapsed_time"))),
+    *BOUND,
+    *(("requests/s", number("requests_per_second", 2)), ("output tokens/s", number("output_tokens_per_second", 1))),
+    *RATES,
+    *SOURCE,
+]
+COMPARISONS: list[Column] = [
+    *MODEL,
+    *(("against", text("baseline")), ("theirs", ms("theirs_s")), ("ours", ms("ours_s"))),
+    *(("times faster", number("speedup", 2)), ("first token, times faster", number("first_token_speedup", 2))),
+    *(("equal tokens", text("equal_tokens")), ("of", text("num_tokens")), ("error", text("error"))),
+    *(("ours bound by", text("bound")), ("fraction", number("fraction_of_bound"))),
+    *SOURCE,
+]
+
+RUN: list[Column] = [(name, text(name)) for name in ("hardware", "versions", "commit")]
+CODED: list[Column] = [
+    *(("weights", text("source")), ("shape", text("shape"))),
+    *(("bits a weight", number("bits", 2)), ("entropy floor", number("floor_bits", 2))),
+    *(("kept raw, %", number("raw_share", 2, 100)), ("encode GB/s", text("encode_gb_s"))),
+    *(("decode GB/s", text("decode_gb_s")), ("link, plain GB/s", text("effective_link_gb_s"))),
+]
+STARTS: list[Column] = [
+    *(("start", text("start")), ("phase", text("phase"))),
+    *(("s", number("seconds", 2)), ("since start, s", number("since_start_s", 2))),
+    *(("GB", number("bytes", 2, 1 / GB)), ("GB/s", number("gb_s", 2)), ("graphs", text("num_graphs"))),
+]
+STARTED: list[Column] = [
+    *(("model", text("model")), ("load format", text("load_format")), ("from a checkpoint", text("checkpoint"))),
+    *(("dtype", text("dtype")), ("ranks", text("tp_size"))),
+    *(("resident", text("resident")), ("weights", text("weights")), ("prompt", text("input_len"))),
+    *(("cold start-up s", number("avg_cold_startup_time", 2)), ("warm s", number("avg_warm_startup_time", 2))),
+]
+ENDLESS: list[Column] = [
+    *(("model", text("model")), ("dtype", text("dtype")), ("ranks", text("tp_size")), ("resident", text("resident"))),
+    *(("weights", text("weights")), ("sinks", text("attention_sinks")), ("window", text("attention_window"))),
+    *(("evicted at a time", text("eviction_tokens")), ("KV MiB a rank", number("kv_bytes_per_rank", 1, 1 / MIB))),
+    *(("a token, ms", ms("decode_pass_s")), ("last over first", number("last_pass_over_first"))),
+    *(("process grew by MiB", number("resident_set_growth_bytes", 1, 1 / MIB)),),
+    *(("device grew by MiB", number("device_growth_bytes", 1, 1 / MIB)), *BOUND),
+]
+STRETCHES: list[Column] = [
+    *(("output tokens", text("output_tokens")), ("a token, ms", ms("decode_pass_s"))),
+    *(("mean", ms("mean_decode_pass_s")), ("process MiB", number("resident_set_bytes", 1, 1 / MIB))),
+    ("device MiB", number("device_bytes", 1, 1 / MIB)),
+]
+SINKS: list[Column] = [
+    *(("attends by", text("variant")), ("first tokens", text("sinks")), ("recent tokens", text("window"))),
+    *(("evicted at a time", text("evicted_at_a_time")), ("perplexity, trained length", number("perplexity_within", 2))),
+    *(("past it", number("perplexity_past", 2)), ("s", number("seconds", 1))),
+]
+SINKS_RUN: list[Column] = [
+    *(("model", text("model")), ("dtype", text("dtype")), ("text", text("text"))),
+    *(("trained length", text("trained_length")), ("attention", text("attention"))),
+]
+SPLIT: list[Column] = [
+    *(("wire", text("wire_dtype")), ("attention", text("attention")), ("own process", text("process"))),
+    *(("permuted", text("permute")), ("calls", text("num_calls")), ("sent MiB", number("sent_bytes", 2, 1 / MIB))),
+    *(("received MiB", number("received_bytes", 2, 1 / MIB)), ("ms a call", ms("call_s"))),
+    *(("times the plain engine's time", number("over_plain", 2)), ("same texts", text("same_texts"))),
+    *(("of", text("num_texts")), ("log probability off by", text("logprob_difference"))),
+]
+SPLIT_RUN: list[Column] = [("model", text("model")), ("dtype", text("dtype")), ("tokens a text", text("output_len"))]
+# Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
+SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
+    "codec": ([*RUN, ("decoder", text("decoder")), ("link GB/s", text("link_gb_s"))], CODED),
+    "startup": ([*RUN, *STARTED], STARTS),
+    "endless": ([*RUN, *ENDLESS], STRETCHES),
+    "sink_perplexity": ([*RUN, *SINKS_RUN], SINKS),
+    "split": ([*RUN, *SPLIT_RUN], SPLIT),
+}
+
+
+def has_rows(record: Record) -> bool:
+    rows = record.content.get("rows") if isinstance(record.content, dict) else None
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
+
+
+def generic(record: Record) -> str:
+    """Any record with `rows`: what it states in a line, its rows as a table; as SHOWN says, or all keys that it has."""
+    rows = record.content.get("rows", ())
+    stated = [(key, text(key)) for key in record.content if key not in ("benchmark", "rows")]
+    columns = [(key, text(key)) for key in dict.fromkeys(key for row in rows for key in row)]
+    stated, columns = SHOWN.get(record.kind, (stated, columns))
+    facts = record.facts() | record.content
+    said = ", ".join(f"{name} {show(facts)}" for name, show in stated if show(facts))
+    return f"{record.link}: {said}\n\n{table(rows, columns)}"

@@ -1,0 +1,84 @@
+"""Log probabilities of a given text by the engine itself: chunk by chunk, through the plan that generates.
+
+A chunk is the row that the scheduler would make of it, by the engine's own retention, but that every one of its tokens
+is sampled from and scored against the one that follows. What is evicted by then is a function of the place in the
+sequence alone, so these are the log probabilities that the engine reports when it generates the same tokens one by one.
+One rank, one sequence at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from penstock.engine.compute.inputs import PassInputs, bind
+from penstock.engine.compute.sampler import NAN_LOGITS, Asked, SampleOutput
+from penstock.engine.llm import LLM
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.retention import Retention, SinksAndWindow
+from torch import Tensor
+
+FIRST_PAGE = 1  # page 0 is nobody's
+
+
+def logprobs_of(llm: LLM, tokens: Sequence[int], row_of: Callable[..., BatchRow]) -> Tensor:
+    """(T - 1,) float32 on the host: of each token but the first, given those before it. `row_of(retention, tokens,
+    start, end)` is `cached_row` or `recomputed_row`; its rows, all of whose tokens may be sampled from, are as long as
+    the engine's passes can be."""
+    retention = llm.rank.plan.retention
+    chunk_tokens = min(llm.config.max_num_batched_tokens, llm.rank.plan.max_num_seqs)
+    parts, start, last = [], 0, len(tokens) - 1
+    while start < last:
+        end = retention.pass_end(start, min(start + chunk_tokens, last))
+        parts.append(_score(llm, row_of(retention, tokens, start, end), tokens[start + 1 : end + 1]))
+        start = end
+    return torch.cat(parts)
+
+
+def cached_row(retention: Retention, tokens: Sequence[int], start: int, end: int) -> BatchRow:
+    """As in generation: what came before is cached, but for what was evicted."""
+    return _row(retention, tokens, start, end, retention.num_evicted(end))
+
+
+def recomputed_row(retention: SinksAndWindow, tokens: Sequence[int], start: int, end: int) -> BatchRow:
+    """A new sequence of the tokens that would be cached: computed anew, so that none has seen an evicted one."""
+    num_sinks = retention.num_sinks
+    held = [*tokens[:num_sinks], *tokens[num_sinks + retention.num_evicted(end) : end]]
+    return _row(retention, held, 0, len(held), 0)
+
+
+def _row(retention: Retention, tokens: Sequence[int], start: int, end: int, num_evicted: int) -> BatchRow:
+    pages = range(FIRST_PAGE, FIRST_PAGE + retention.num_pages(end))
+    table = retention.page_table(pages, end)
+    return BatchRow(0, tuple(tokens[start:end]), start, table, samples=True, sampling=None, num_evicted=num_evicted)
+
+
+@torch.inference_mode()
+def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
+    """Of the tokens that follow the row's last ones."""
+    executor = llm.rank.worker.executor
+    kv, sampler = executor.context.kv, executor.context.sampler
+    inputs = bind(Batch((row,)), kv.page_size, sampler.last_tokens, executor.whole_tokens, kv.margin)
+    targets = torch.tensor(following, device=sampler.device)
+    scored: list[Tensor] = []
+
+    def score(output: SampleOutput) -> None:
+        if (output.tokens < 0).any():
+            raise ValueError(NAN_LOGITS)
+        scored.append(sampler.score(executor.context.act["logits"], targets, num_logprobs=0).sampled_logprob.cpu())
+
+    executor.fill_ring()
+    executor.run_plan(_with_selected(inputs, len(following), sampler.pad_row), Asked(), score)
+    return scored[0]
+
+
+def _with_selected(inputs: PassInputs, num_rows: int, pad_row: int) -> PassInputs:
+    """The last `num_rows` tokens are sampled from, into the sampler's row of nobody."""
+    device, num_tokens = inputs.tokens.device, len(inputs.tokens)
+    select = torch.arange(num_tokens - num_rows, num_tokens, device=device)
+    return replace(
+        inputs,
+        select=select,
+        sampled_rows=(pad_row,) * num_rows,
+        sampled_rows_device=torch.full_like(select, pad_row),
+        sampled_positions=inputs.positions[select] + 1,
+    )

@@ -1,0 +1,198 @@
+"""`penstock generate` on one rank in this process: prompts in, text or JSON out, --help."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import pytest
+from penstock.engine.commands.cli import main
+from penstock.engine.commands.generate import SAMPLING_FLAGS
+from penstock.engine.config import DebugConfig, EngineConfig
+from penstock.engine.streams import guarded_streams
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.scheduler.batching.request import SamplingParams as Params
+
+from penstock import LLM, SamplingParams
+
+GREEDY = ("--temperature", "0", "--ignore-eos", "--max-tokens", "8")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The greedy answers, as the library gives them."""
+    prompts = ["Return the", "Raise an error", [0, 376, 268]]
+    with LLM("demo") as llm:
+        return llm.generate(prompts, SamplingParams(temperature=0, ignore_eos=True, max_tokens=8))
+
+
+def run(*arguments: str, stdin: str = "", monkeypatch=None) -> int:
+    if monkeypatch is not None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    return main(["generate", *GREEDY, *arguments])
+
+
+def test_one_prompt_gives_its_text_alone(capsys, expected):
+    assert run("--model", "demo", "--prompt", "Return the") == 0
+    out, err = capsys.readouterr()
+    assert out == expected[0].outputs[0].text + "\n"
+    for part in ("4 layers", "predicted decode pass", "8 tokens in", "passes took"):
+        assert part in err
+    assert "moved" not in err, "nothing streams on a CPU by default"
+
+
+def test_the_model_may_stand_alone(capsys, expected):
+    assert run("demo", "--prompt", "Return the", "--resident", "none", "--table") == 0
+    out, err = capsys.readouterr()
+    assert out == expected[0].outputs[0].text + "\n"
+    assert "attn_residual" in err and "moved 0.000 GiB" not in err  # the step table; weights crossed the link
+
+
+def test_json_is_one_object_a_prompt(capsys, expected):
+    assert run("--prompt", "Return the", "--prompt", "Raise an error", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [output.to_dict() for output in expected[:2]]
+    assert lines[0]["prompt_token_ids"] and lines[0]["outputs"][0]["token_ids"]
+
+
+def test_json_of_what_was_moved_is_no_line_of_stdout(capsys, expected):
+    """The last line on stderr; the prologue is the measurement's, which comes before and is not counted."""
+    assert run("--prompt", "Return the", "--resident", "0.5", "--json", "--device", "cpu") == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["outputs"] for line in out.splitlines()] == [expected[0].to_dict()["outputs"]]
+    predicted = TransferLedger()
+    with LLM("demo", resident=0.5, device="cpu") as llm:
+        for group, nbytes in llm.rank.plan.residency.streamed:
+            for _ in range(8):  # passes: one for each token
+                predicted.add(Site(group.name, group.layer_idx), nbytes)
+    assert predicted.total.num_calls >= 5 * 8
+    (transfers,) = json.loads(err.splitlines()[-1])["transfers"]
+    told = [transfers["weights"][part] for part in ("total", "operations")]
+    assert told == [predicted.to_dict()[part] for part in ("total", "operations")]
+    assert sorted(map(str, transfers["weights"]["sites"])) == sorted(map(str, predicted.to_dict()["sites"]))
+    assert transfers["rank"] == 0 and transfers["all_reduces"] == TransferLedger().to_dict()
+    assert run("--prompt", "Return the") == 0
+    assert "transfers" not in "".join(capsys.readouterr())
+
+
+def test_several_prompts_print_in_order(capsys, expected):
+    assert run("--prompt", "Return the", "--prompt", "Raise an error", "--n", "2") == 0
+    blocks = [
+        f"--- prompt {place}, output {index}\n{output.outputs[0].text}\n"
+        for place, output in enumerate(expected[:2])
+        for index in range(2)
+    ]
+    assert capsys.readouterr().out == "".join(blocks)
+
+
+LINES = "Return the\n\n  \nRaise an error\n"
+JSONL = """{"prompt": "Return the", "id": 7}
+{"prompt": null, "prompt_token_ids": [0, 376, 268]}
+
+{"prompt": "Raise an error"}
+"""
+
+
+@pytest.mark.parametrize("way", ["file", "-", "stdin alone"])
+@pytest.mark.parametrize(
+    "text, places",
+    [
+        *((LINES, [0, 1]), (JSONL, [0, 2, 1]), ("\ufeff" + LINES, [0, 1]), ("\ufeff" + JSONL, [0, 2, 1])),
+        *((text.replace("\n", "\r\n"), places) for text, places in ((LINES, [0, 1]), (JSONL, [0, 2, 1]))),
+    ],
+)
+def test_prompts_from_a_file_or_standard_input(capsys, monkeypatch, tmp_path, expected, way, text, places):
+    file = tmp_path / "prompts"
+    file.write_bytes(text.encode())
+    options = {"file": ["--prompts-file", str(file)], "-": ["--prompts-file", "-"], "stdin alone": []}[way]
+    assert run(*options, "--json", stdin=text, monkeypatch=monkeypatch) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["outputs"] for line in lines] == [expected[place].to_dict()["outputs"] for place in places]
+
+
+def test_standard_input_is_not_read_beside_other_prompts(capsys, monkeypatch, expected):
+    assert run("--prompt", "Return the", stdin="Raise an error", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == expected[0].outputs[0].text + "\n"
+
+
+def test_every_sampling_flag_arrives(monkeypatch):
+    """By another value than the default, for each field of SamplingParams but seed, which is the engine's."""
+    values = {"n": 2, "max_tokens": 3, "temperature": 0.5, "top_p": 0.25, "top_k": 4, "min_p": 0.125}
+    values |= {"repetition_penalty": 1.5, "presence_penalty": 0.75, "frequency_penalty": -0.5, "logprobs": 6}
+    assert set(values) == set(SAMPLING_FLAGS)
+    flags = [text for name, value in values.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    seen = []
+    monkeypatch.setattr(LLM, "generate", lambda self, prompts, params, on_text: seen.append(params) or [])
+    monkeypatch.setattr(LLM, "measure", lambda self: None)
+    more = ["--stop", "x", "--stop", "yz", "--stop-token-ids", "5", "6", "--ignore-eos"]
+    assert main(["generate", "--prompt", "a", *flags, *more, "--seed", "9"]) == 0
+    assert seen == [Params(**values, stop=["x", "yz"], stop_token_ids=[5, 6], ignore_eos=True)]
+
+
+def test_stop_strings(capsys, expected):
+    text = expected[0].outputs[0].text
+    assert run("--prompt", "Return the", "--stop", text[5:8]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[5:8])] + "\n"
+
+
+def test_a_seed_repeats_the_text(capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", "--prompt", "Return the", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_help_explains_every_field(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    for command in ("generate", "plan"):
+        with pytest.raises(SystemExit) as leaving:
+            main([command, "--help"])
+        assert leaving.value.code == 0
+        text = capsys.readouterr().out
+        for field in (*dataclasses.fields(EngineConfig), *dataclasses.fields(DebugConfig)):
+            if field.name == "debug":
+                continue  # DebugConfig itself
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert " ".join(field.metadata["help"].split()[:3]) in " ".join(text.split())
+        assert "-tp" in text and "(default: 8192)" in text and "(default: None)" not in text
+        assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_of_the_whole_hides_the_worker(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "generate" in text and "plan" in text and "examples:" in text
+    assert "worker" not in text and "SUPPRESS" not in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0 and capsys.readouterr().out.startswith("penstock 0.")
+
+
+def test_a_reader_that_leaves_early_ends_the_run(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as leaving, guarded_streams():
+        run("--prompt", "Return the")
+    assert leaving.value.code == "penstock: error: standard output: Broken pipe"
+
+
+def test_unknown_variables_of_ours_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("PENSTOCK_RESIDENT", "none")
+    assert main(["plan", "demo"]) == 2
+    assert "environment variable PENSTOCK_RESIDENT" in capsys.readouterr().err
+
+
+def test_rates_that_are_given_are_not_measured(capsys):
+    arguments = ["generate", "--max-tokens", "1", "--prompt", "a", "--device", "cpu"]
+    assert main([*arguments, "--link-gb-s", "3"]) == 0
+    assert "rates (measured, link as given): link 3 GB/s" in capsys.readouterr().err
+    assert main([*arguments, "--device-profile", "cpu"]) == 0
+    assert "rates (assumed: cpu)" in capsys.readouterr().err

@@ -1,0 +1,26 @@
+"""Every kernel compiles for a GPU of compute capability 9.0, in the shapes in which the engine launches it."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.support.commands import ROOT
+from tests.support.kernel_registry import KERNELS, OVER_RANKS
+from tests.support.oracle.checkpoints import write_checkpoint
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def test_kernels_compile_where_there_is_no_gpu(tmp_path):
+    checkpoints = [tmp_path / variant for variant in ("qwen3", "neox_parallel")]
+    for checkpoint in checkpoints:
+        write_checkpoint(checkpoint, checkpoint.name, **TINY, max_position_embeddings=256)
+    script = ROOT / "tests/support/compile_kernels.py"
+    own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, script, *checkpoints]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert compiled.keys() >= {kernel.module.__name__ for name, kernel in KERNELS.items() if name not in OVER_RANKS}
+    assert "_merge_segments" in compiled["penstock.engine.kernels.decode_attention"]

@@ -1,0 +1,325 @@
+"""Paged decode attention: Triton kernel (interpreted where there is no GPU) against float64, poisoned all around.
+
+Shapes: R rows, Q tokens a row, H/K query/KV heads, E head dim, P pages, S page size.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from penstock.engine.kernels import decode_attention as kernels
+from penstock.engine.kernels.rope_append import rotate_
+from torch import Tensor
+
+from tests.support.kernel_proof import (
+    CONTIGUOUS,
+    DEVICE,
+    DTYPES,
+    PERMUTED,
+    Layout,
+    counted,
+    poisoned,
+    prove,
+    prove_faster,
+    prove_refusal,
+)
+from tests.support.paged_examples import PAGE_SIZE, Example, make, places_of, tensors_of
+from tests.support.rounding import sums_apart
+
+KERNEL = kernels._decode_attention_triton
+LAYOUTS = (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=1))
+
+
+def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) -> None:
+    """To the reference in float64, if nothing else is expected."""
+    expected = example.reference() if expected is None else expected
+    assert not expected.isnan().any() and not out.isnan().any()
+    assert ((out.double() - expected.double()).abs() <= example.apart()).all()
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize(
+    ("heads", "context", "options"),
+    [
+        ((2, 2, 64), [1, 15, 16, 17], {}),
+        ((2, 2, 64), [63, 64, 65], {"dtype": torch.float32}),
+        ((8, 2, 128), [150, 3], {}),
+        ((8, 2, 128), [70], {"dtype": torch.bfloat16}),
+        ((4, 1, 80), [100], {"dtype": torch.float32}),
+        ((7, 1, 96), [130], {"num_queries": 3}),
+        ((16, 1, 64), [66, 5], {"num_queries": 3, "dtype": torch.float32}),
+        ((4, 2, 64), [140, 40, 7], {"window": 40}),
+        ((7, 1, 64), [140, 20], {"window": 20, "num_queries": 3}),
+        ((2, 1, 64), [90], {"window": 1, "num_queries": 3, "dtype": torch.bfloat16}),
+        ((2, 1, 64), [3, 20], {"window": 1000, "num_queries": 3}),
+        ((4, 2, 64), [1, 4, 20, 100], {"margin": 12}),
+        ((4, 2, 64), [1, 4, 150], {"margin": 12, "pairs": 32, "dtype": torch.float32}),
+        ((4, 1, 80), [100], {"margin": 5, "pairs": 10, "dtype": torch.bfloat16}),
+        ((7, 1, 96), [130, 0], {"pairs": 48, "num_queries": 3}),
+    ],
+)
+def test_kernel_is_the_reference(heads, context, options, num_segments):
+    """One token, page borders, block borders, grouped heads, windows, several tokens a row; padded head sizes; pages
+    that begin late, keys that are rotated when they are read."""
+    inputs = make(heads, context, **options)
+    assert_close(inputs, inputs.run(num_segments))
+
+
+@pytest.mark.tolerance
+def test_the_reference_is_torchs_attention():
+    inputs = make((4, 2, 64), [50], num_queries=3, window=20, dtype=torch.float32)
+    places = inputs.page_table[0].cpu().long().repeat_interleave(PAGE_SIZE)[:50] * PAGE_SIZE
+    places = (places + torch.arange(50) % PAGE_SIZE).to(DEVICE)
+    k, v = (cache[places].nan_to_num(0.0).transpose(0, 1)[None] for cache in (inputs.keys, inputs.values))
+    key, query = torch.arange(50), torch.arange(47, 50)[:, None]
+    mask = (key <= query) & (key > query - 20)
+    q = inputs.q.transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(DEVICE), enable_gqa=True).transpose(1, 2)
+    assert_close(inputs, inputs.reference(torch.float32), expected)
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
+    """But for the order of sums."""
+    inputs = make((4, 2, 64), [100, 7], margin=12, pairs=24, dtype=dtype)
+    keys = inputs.keys.clone()
+    for row, length in enumerate(inputs.context_lens.tolist()):
+        places = places_of(inputs, row)
+        rotated = keys[places]
+        rotate_(rotated, *inputs.key_rope[:, :length])
+        keys[places] = rotated
+    before = replace(inputs, keys=keys, key_rope=None).run(num_segments)
+    assert_close(inputs, inputs.run(num_segments), before)
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("options", [{}, {"window": 100, "num_queries": 2}])
+def test_any_number_of_segments(options):
+    """Eight segments of 200 tokens leave some empty; min_segment makes fewer of them."""
+    inputs = make((4, 1, 64), [200, 33], dtype=torch.float32, **options)
+    for num_segments, min_segment in [(1, 1), (3, 1), (8, 1), (8, 100), (8, 1000)]:
+        assert_close(inputs, inputs.run(num_segments, min_segment))
+
+
+@pytest.mark.tolerance
+def test_more_segments_than_the_merge_reads_at_once():
+    inputs = make((2, 1, 64), [66 * 32], dtype=torch.float32)
+    inputs.keys[places_of(inputs, 0)[-32:]] *= 3.0  # the maximum comes last
+    assert_close(inputs, inputs.run(70))
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("size", [0.0, 1.0, -1.0, 240.0, -240.0, -65504.0])
+def test_equal_keys_give_the_mean(size, num_segments):
+    """Scores that are all 0, or huge, or as low as fp16 goes."""
+    inputs = make((4, 1, 64), [130])
+    inputs.attn[:] = 240.0
+    inputs.keys[places_of(inputs, 0)] = size
+    out = inputs.run(num_segments)
+    values = inputs.values[places_of(inputs, 0)].double()
+    largest, half = float(values.abs().max()), torch.finfo(torch.float16)
+    assert (out.double() - values.mean(0)).abs().max() <= sums_apart(130, largest) + half.eps * largest
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("num_segments", [1, 2])
+def test_float32_products_keep_their_bits(num_segments):
+    """Queries of 13 bits, of which ten would make equal scores; values of 13 bits come out as they are."""
+    inputs = make((1, 1, 64), [2], dtype=torch.float32)
+    first, second = places_of(inputs, 0)
+    inputs.attn[:], inputs.keys[first], inputs.keys[second] = 0.0, 0.0, 0.0
+    inputs.q[0, 0, 0, :2] = torch.tensor([4097.0, 4096.0])
+    inputs.keys[first, 0, 0] = inputs.keys[second, 0, 1] = 1.0
+    inputs.values[first], inputs.values[second] = 1.0, 0.0
+    assert abs(inputs.run(num_segments) - torch.tensor(0.125).sigmoid().item()).max() < 1e-4
+    inputs.values[first] = inputs.values[second] = 1 + 2**-12
+    assert abs(inputs.run(num_segments) - (1 + 2**-12)).max() < 2**-20
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("place", [0, 15, 16, 63, 64, 129])
+def test_one_huge_score_takes_all(place, num_segments):
+    inputs = make((4, 1, 64), [130])
+    inputs.attn[:] = 100.0
+    places = places_of(inputs, 0)
+    inputs.keys[places] = -100.0
+    inputs.keys[places[place]] = 100.0
+    out = inputs.run(num_segments)
+    assert torch.equal(out, inputs.values[places[place]].expand_as(out))
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_scores_that_rise_or_fall_steeply(num_segments):
+    """The maximum moves at every turn, or never again after the first."""
+    for slope in (0.5, -0.5):
+        inputs = make((2, 1, 64), [200], dtype=torch.float32)
+        inputs.attn[:] = 1.0
+        inputs.keys[places_of(inputs, 0)] = (slope * torch.arange(200.0, device=DEVICE))[:, None, None]
+        assert_close(inputs, inputs.run(num_segments))
+
+
+@pytest.mark.parametrize("num_segments", [1, 3, 8])
+@pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}, {"margin": 12, "pairs": 32}])
+def test_a_row_does_not_depend_on_its_batch(num_segments, options):
+    """Bitwise: alone, or in a batch with longer, shorter and padded rows."""
+    inputs = make((4, 2, 64), [150, 3, 0, 70], **options)
+    together = inputs.run(num_segments)
+    for row in range(4):
+        assert torch.equal(inputs.row(row).run(num_segments)[0], together[row])
+
+
+def test_bits_do_not_depend_on_pages():
+    inputs = make((4, 1, 64), [150])
+    order = torch.randperm(len(inputs.keys) // PAGE_SIZE, device=DEVICE)
+    places = (order[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=DEVICE)).flatten()
+    moved = replace(
+        inputs,
+        keys=inputs.keys[places].contiguous(),
+        values=inputs.values[places].contiguous(),
+        page_table=order.argsort()[inputs.page_table.long()].int(),
+    )
+    assert not torch.equal(moved.page_table, inputs.page_table)
+    assert torch.equal(moved.run(3), inputs.run(3))
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_padded_rows_are_zeros(num_queries, num_segments):
+    """Also the queries of a row that has fewer tokens than Q, and a batch of nothing but padding."""
+    inputs = make((4, 2, 64), [0, 40, num_queries - 1], num_queries=num_queries)
+    out = inputs.run(num_segments)
+    assert not out[0].any() and not out[2, :1].any()
+    assert_close(inputs, out)
+    assert not make((4, 2, 64), [0], num_queries=num_queries).run(num_segments).any()
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_entries_behind_the_context_are_never_followed(num_segments):
+    inputs = make((4, 2, 64), [40, 64, 0])
+    expected = inputs.run(num_segments)
+    for row, used in enumerate((3, 4, 0)):
+        inputs.page_table[row, used:] = 2**31 - 1
+    assert torch.equal(inputs.run(num_segments), expected)
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_in_place_and_elsewhere(num_segments):
+    """The keys and values beside q in its activation stay; a poisoned output of other strides gets the same bits."""
+    inputs = make((4, 2, 64), [70, 20], num_queries=2)
+    expected, before = inputs.run(num_segments), inputs.attn.clone()
+    elsewhere = torch.full((5, 2, 640), float("nan"), dtype=torch.float16, device=DEVICE)
+    out = elsewhere[1:3, :, 128:384].unflatten(2, (4, 64))
+    caches, shared = inputs.arguments
+    partials = torch.full((kernels.partials_size(4, 4, 64, num_segments) + 5,), float("nan"), device=DEVICE)
+    KERNEL(inputs.q, *caches, out, *shared, partials, num_segments)
+    assert torch.equal(out, expected) and torch.equal(inputs.attn, before)
+    assert elsewhere.isnan().sum() == elsewhere.numel() - out.numel()
+    KERNEL(inputs.q, *caches, inputs.q, *shared, partials, num_segments)
+    assert torch.equal(inputs.q, expected) and torch.equal(inputs.attn[:, 256:], before[:, 256:])
+
+
+def test_segments_fill_the_chip_once():
+    assert [kernels.choose_segments(rows, 8, 8192) for rows in (1, 2, 8, 16, 64, 256)] == [33, 16, 4, 2, 1, 1]
+    assert kernels.choose_segments(1, 8, 100) == 2 and kernels.choose_segments(1, 1, 1 << 20) == 128
+    assert kernels.partials_size(64, 32, 128, 1) == 0
+
+
+def kernel(q, keys, values, page_table, context_lens, out, num_segments=2, window=None, run=KERNEL, **reading):
+    num_rows, num_queries, num_heads, head_dim = q.shape
+    size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
+    rest = (head_dim**-0.5, window, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
+    run(q, keys, values, page_table, context_lens, out, *rest, **reading)
+
+
+def reference(q, keys, values, page_table, context_lens, out, **reading):
+    kernels.decode_attention_reference(
+        q, keys, values, page_table, context_lens, out, q.shape[3] ** -0.5, None, PAGE_SIZE, **reading
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_every_layout_of_queries_and_result(dtype):
+    """Heads lie together; tokens may lie apart, and start anywhere."""
+    inputs = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype)
+    near = functools.partial(assert_close, inputs)
+    prove(kernel, reference, tensors_of(inputs), ("out",), near, LAYOUTS, ("q", "out"))
+    rotating = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype, margin=3, pairs=8)
+    run, slow = (functools.partial(each, margin=3) for each in (kernel, reference))
+    tensors = {**tensors_of(rotating), "key_rope": rotating.key_rope}
+    near = functools.partial(assert_close, rotating)
+    prove(run, slow, tensors, ("out",), near, LAYOUTS, ("q", "out", "key_rope"))
+
+
+def test_strides_that_are_not_rows_are_refused():
+    inputs = make((4, 2, 64), [40, 20], pairs=8)
+    tensors = {**tensors_of(inputs), "key_rope": inputs.key_rope}
+    prove_refusal(kernel, tensors, "q", "out", "keys", "values", "page_table", "key_rope")
+    for name in ("keys", "values", "key_rope"):
+        with pytest.raises(AssertionError, match="stride"):
+            kernel(**{**tensors, name: PERMUTED.place(tensors[name])[0]})
+
+
+def test_calls_are_counted_by_kind():
+    tensors = tensors_of(make((1, 1, 64), [1]))
+    with counted(kernels.calls, triton=1):
+        kernel(**tensors)
+    with counted(kernels.calls, reference=1):
+        reference(**tensors)
+    with counted(kernels.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
+        kernel(**tensors, run=kernels.decode_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [0, 64])
+@pytest.mark.parametrize("num_rows, context", [(1, 2048), (64, 1024)])
+def test_kernel_is_faster(num_rows, context, pairs):
+    """Than a gather of the pages, their rotation if they rotate, and torch's attention over them, with Llama-3-8B's
+    heads."""
+    inputs = make((32, 8, 128), [context] * num_rows, pairs=pairs, dtype=torch.bfloat16)
+    num_segments = kernels.choose_segments(num_rows, 8, context)
+    caches, _ = inputs.arguments
+    ordered = (inputs.q, *caches, torch.empty_like(inputs.q))
+    places = torch.stack([places_of(inputs, row) for row in range(num_rows)])
+
+    def gathered():
+        keys, values = (cache[places] for cache in (inputs.keys, inputs.values))  # (R, C, K, E)
+        if pairs:
+            rotate_(keys.flatten(0, 1), *inputs.key_rope.repeat(1, num_rows, 1))
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        F.scaled_dot_product_attention(inputs.q.transpose(1, 2), keys, values, enable_gqa=True)
+
+    size = kernels.partials_size(num_rows, 32, 128, num_segments)
+    rest = (128**-0.5, None, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
+    nbytes = 2 * places.numel() * inputs.keys[0].nbytes
+    label = f"decode_attention {num_rows} x {context}" + " rotating" * (pairs > 0)
+    run = functools.partial(KERNEL, *ordered, *rest, **inputs.reading)
+    prove_faster(run, gathered, nbytes, label)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_segments", [1, 4])
+def test_a_captured_launch_serves_any_context(num_segments):
+    """Captured at one context, replayed at others: the bits of eager launches."""
+    inputs = make((8, 2, 128), [500, 200, 0], dtype=torch.bfloat16)
+    lengths = torch.tensor([[500, 200, 0], [1, 0, 0], [333, 64, 0]], dtype=torch.int32, device=DEVICE)
+    expected = []
+    for context_lens in lengths:
+        inputs.context_lens.copy_(context_lens)
+        expected.append(inputs.run(num_segments))
+    out = torch.full_like(inputs.q.contiguous(), float("nan"))
+    size = kernels.partials_size(3, 8, 128, num_segments)
+    partials, (caches, shared) = torch.full((size,), float("nan"), device=DEVICE), inputs.arguments
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        KERNEL(inputs.q, *caches, out, *shared, partials, num_segments)
+    for context_lens, bits in zip(lengths, expected):
+        inputs.context_lens.copy_(context_lens)
+        graph.replay()
+        assert torch.equal(out, bits)

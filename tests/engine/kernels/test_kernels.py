@@ -1,0 +1,106 @@
+"""Every kernel inside the engine: hidden states and tokens are its reference's, and every step that has to calls it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from penstock.engine.llm import LLM
+
+from tests.support.engine_proof import PROMPT, first_difference, prove_calls, prove_states_and_tokens, run_with, watched
+from tests.support.kernel_proof import DEVICE
+from tests.support.kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS, OVER_RANKS
+from tests.support.oracle.checkpoints import write_checkpoints
+
+ROOT = Path(__file__).resolve().parents[3]
+VARIANTS = ("qwen3", "neox_parallel")  # RMSNorm, norms of q and k, gated; LayerNorm, biases, partial rotation
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+OPTIONS = {"resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
+CODED = {"weights_code": "lossless"}
+ALONE = [name for name in KERNELS if name not in OVER_RANKS]
+DTYPES = {"float32": 1e-5, "bfloat16": 4e-2}  # how far hidden states may drift from the reference's
+PROOFS = {"prove", "prove_refusal", "counted"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"), VARIANTS, **TINY)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoints):
+    """A run with no kernel replaced, made once."""
+    made = {}
+
+    def get(variant, params=DRAWN, **options):
+        key = (variant, params, *options.items())
+        if key not in made:
+            made[key] = run_with(str(checkpoints / variant), params=params, **OPTIONS | options)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ALONE)
+def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant, dtype):
+    """And the kernel ran: in one of the two runs for each step that has to call it, in the other never."""
+    kernel, coded = KERNELS[name], name == "decode_weights"
+    if coded and dtype != "bfloat16":
+        pytest.skip("only bfloat16 is coded")
+    costly = DEVICE == "cpu" and name in ("linear", "filter", "decode_weights")
+    if costly and (variant, dtype) != ("neox_parallel", "bfloat16" if coded else "float32"):
+        pytest.skip("seconds in the interpreter: once is enough there")
+    options = {"dtype": dtype, **(CODED if coded else {"weights_code": "none"})}
+    first = plain(variant, kernel.params, **options)
+    other = run_with(str(checkpoints / variant), name, params=kernel.params, **OPTIONS | options)
+    if kernel.exact or dtype == "float32":
+        prove_states_and_tokens(first, other, 0.0 if kernel.exact else DTYPES[dtype])
+    else:
+        assert first_difference(first, other, DTYPES[dtype]) is None  # a token may fall otherwise
+    by_kernel, by_reference = (other, first) if DEVICE == "cpu" else (first, other)
+    prove_calls(by_kernel, [name])
+    assert by_reference.made[name]["triton"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize("params", [GREEDY, FILTERED], ids=["greedy", "sampled"])
+def test_every_kernel_runs_in_the_demo_model(params, eager):
+    """Streamed and coded. A captured pass calls its kernels when it is warmed up and captured, not when it is
+    replayed."""
+    options = {"resident": "none", "weights_code": "lossless", "max_num_seqs": 1, "gpu_memory": "4GiB"}
+    with LLM("demo", dtype="bfloat16", enforce_eager=eager, **options) as llm:
+        run = watched(llm, PROMPT, params, states=False)
+        graphs = llm.rank.worker.executor.decode.graphs
+        assert eager if graphs is None else graphs.passes
+    sampling = {"argmax"} if params is GREEDY else {"draw", "filter"}
+    prove_calls(run, [name for name in ALONE if name not in {"argmax", "draw", "filter"} - sampling])
+
+
+def test_no_kernel_is_left_out():
+    """A kernel is a module that counts its calls."""
+    files = [*(ROOT / "engine/kernels").glob("*.py"), *(ROOT / "parallel").glob("*.py")]
+    assert {file.stem for file in files if "\ncalls = {" in file.read_text()} == set(KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_has_the_proofs_of_a_kernel_alone(name):
+    """Its own tests use layouts, refusal, counters and the time in a graph; of sums over ranks, which one process
+    cannot time, tests/gpu/test_push_reduce.py has it; decode_weights has a copy for its measure, for want of another
+    way."""
+    files = [path for path in ROOT.glob("tests/**/test_*.py") if path.stem in (f"test_{name}", f"test_{name}_kernel")]
+    (file,) = [path for path in files if path.parent.name in ("kernels", "parallel")]
+    called = {node.func.id for node in ast.walk(ast.parse(file.read_text())) if _calls_a_name(node)}
+    timed = set() if name in OVER_RANKS else {"time_per_call" if name == "decode_weights" else "prove_faster"}
+    assert called >= PROOFS | timed
+
+
+def _calls_a_name(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)

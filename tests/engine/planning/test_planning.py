@@ -1,0 +1,262 @@
+"""Plans of whole engines: more memory or a faster link is never slower, the fastest split of known shapes, memory that
+others hold, and random configurations."""
+
+import contextlib
+import itertools
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from penstock.engine.compute.attention import gather
+from penstock.engine.compute.kv_cache import make_cache
+from penstock.engine.config import EngineConfig
+from penstock.engine.model.families import read_config, read_spec
+from penstock.engine.model.spec import ModelSpec
+from penstock.engine.planning.device_profile import load_profile
+from penstock.engine.planning.engine_plan import EnginePlan, decode_time, make_engine_plan, most_seqs, pass_work
+from penstock.engine.planning.memory_claims import DeviceMemory
+from penstock.engine.runtime import engine as runtime
+from penstock.scheduler.passes.build import default_ring_bytes
+from penstock.scheduler.units import GIB
+
+SHAPES = Path(__file__).parents[3] / "benchmarks" / "shapes"
+HUGE = 10**13  # bytes of a device that holds everything
+
+
+def spec_of(shape: str) -> ModelSpec:
+    path = SHAPES / f"{shape}.json"
+    return read_spec(read_config(path), str(path))
+
+
+WIDE_VOCABULARY = replace(
+    spec_of("Llama-3-8B"), num_layers=4, windows=(None,) * 4, vocab_size=256_000, hidden_size=2048, head_dim=64
+)
+MODELS = {
+    **{shape: spec_of(shape) for shape in ("Llama-3-8B", "Llama-3-70B", "Llama-3.1-8B", "Llama-3.2-1B")},
+    "wide": WIDE_VOCABULARY,
+}
+
+
+def plan(model: str, gib: float, tp_size: int = 1, link_gb_s: float | None = None, **options) -> EnginePlan:
+    rates = load_profile("h200", tp_size, link_gb_s)
+    config = EngineConfig(model=model, gpu_memory=int(gib * GIB), **options)
+    return make_engine_plan(config, MODELS[model], tp_size, HUGE, rates)
+
+
+def tokens_s(made: EnginePlan) -> float:
+    num_seqs = most_seqs(made.kept, made.residency, made.kept.kv_len)
+    return num_seqs / decode_time(pass_work(made), num_seqs, made.kept.kv_len, made.rates).total_s
+
+
+def pass_ms(made: EnginePlan) -> float:
+    """Of one sequence without context."""
+    return decode_time(pass_work(made), 1, 0, made.rates).total_s * 1e3
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 1, "max_model_len": 2048},
+        {"max_num_seqs": 64, "max_model_len": 2048},
+        {"max_model_len": 2048},
+        {},  # the number of sequences is planned, and what memory takes is the longest context
+        {"tp_size": 2},
+    ],
+    ids=str,
+)
+def test_more_memory_is_never_slower(model, options):
+    """In predicted tokens/s of all sequences together, at the number that was asked for or planned."""
+    check_speeds(model, options)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_more_memory_is_never_slower_for_one_prompt(model):
+    """`generate` plans for the sequences of its job: so the tokens/s are those of its one sequence."""
+    job = EngineConfig().for_job(1)
+    assert job.max_num_seqs == 1
+    plans = check_speeds(model, {"max_num_seqs": job.max_num_seqs})
+    assert {most_seqs(made.kept, made.residency, made.kept.kv_len) for made in plans} == {1}
+
+
+def check_speeds(model: str, options: dict) -> list[EnginePlan]:
+    """The plans of ever more memory, as far as the model fits."""
+    plans = []
+    for gib in (8, 10, 11, 11.25, 12, 14, 15, 16, 17, 18, 19, 21, 24, 32, 48, 49, 64, 80, 100, 120, 141):
+        with contextlib.suppress(ValueError):
+            plans.append(plan(model, gib, **options))
+    found = [tokens_s(made) for made in plans]
+    assert all(more >= 0.99 * less for less, more in zip(itertools.accumulate(found, max), found)) and len(found) > 5
+    return plans
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_faster_link_is_never_slower(model):
+    for gib in (10, 17, 40):
+        found = [tokens_s(plan(model, gib, link_gb_s=link, max_model_len=2048)) for link in (5.0, 25.0, 55.0, 200.0)]
+        assert all(faster >= 0.99 * slower for slower, faster in zip(found, found[1:]))
+
+
+@pytest.mark.parametrize(
+    "model, gib, options, most_ms",
+    [
+        ("Llama-3-8B", 17, {}, 4.21),
+        ("Llama-3-8B", 17, {"weights_code": "none"}, 4.21),
+        ("Llama-3-8B", 16, {"weights_code": "none"}, 26.1),
+        ("Llama-3-8B", 14, {"weights_code": "none"}, 69.0),
+        ("Llama-3-70B", 80, {}, 395.0),
+    ],
+)
+def test_the_fastest_split_for_one_sequence(model, gib, options, most_ms):
+    """What brute force over all numbers of groups finds."""
+    assert pass_ms(plan(model, gib, max_num_seqs=1, **options)) <= most_ms
+
+
+def test_all_but_an_embedding_that_does_not_fit_stays():
+    """Four layers with a vocabulary of 256,000: its rows are gathered from the host, and nothing streams."""
+    roomy = plan("wide", 10, max_num_seqs=1)
+    least = roomy.residency.claimed_bytes - roomy.residency.num_pages * roomy.demand.page_bytes
+    least += roomy.demand.wanted_pages(1) * roomy.demand.page_bytes
+    tight = plan("wide", (least - roomy.layout.embed.nbytes // 2) / GIB, max_num_seqs=1)
+    assert roomy.residency.embed_resident and not tight.residency.embed_resident
+    assert not tight.residency.streamed and not tight.residency.coded
+    assert pass_ms(tight) == pass_ms(roomy)
+
+
+def test_the_number_of_sequences_is_planned_where_none_is_given():
+    open_plan, asked = plan("Llama-3-8B", 18), plan("Llama-3-8B", 18, max_num_seqs=256)
+    assert 1 < open_plan.max_num_seqs < 256 == asked.max_num_seqs
+    assert tokens_s(open_plan) >= tokens_s(asked)  # which claims memory for the activations of 256 rows
+    assert plan("Llama-3-8B", 100).max_num_seqs == 256
+    assert plan("Llama-3-8B", 100, max_num_batched_tokens=40).max_num_seqs <= 40
+    held = most_seqs(open_plan.kept, open_plan.residency, 2048)
+    assert held == open_plan.max_num_seqs
+
+
+def test_a_job_says_its_number():
+    assert EngineConfig().for_job(3).max_num_seqs == 3
+    assert EngineConfig().for_job(1000).max_num_seqs == 256
+    assert EngineConfig(max_num_batched_tokens=50).for_job(1000).max_num_seqs == 50
+    assert EngineConfig(max_num_seqs=7).for_job(3).max_num_seqs == 7
+    assert EngineConfig().for_job(0).max_num_seqs is None  # not known
+
+
+@pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3-70B", 4), ("wide", 2)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_claim_of_the_kv_cache_is_what_is_allocated(model, tp_size, dtype):
+    """The cache, and what attention copies of it in a layer where every page is in use."""
+    made = plan(model, 30, tp_size, dtype=dtype, page_size=32)
+    spec, num_pages = made.spec, made.residency.num_pages
+    angles = torch.empty(2, 8, spec.rope.rotary_dim // 2, dtype=getattr(torch, dtype), device="meta")
+    cache = make_cache(made, 32, max(spec.num_kv_heads // tp_size, 1), angles)
+    every = torch.empty(num_pages * 32, dtype=torch.int64, device="meta")
+    gathered = gather(cache.layer(0), SimpleNamespace(places=every))
+    allocated = sum(tensor.nbytes for tensor in (cache.data, *gathered))
+    assert dict(made.residency.claims)["KV cache"] == allocated
+
+
+def test_memory_that_others_hold_is_not_planned_with():
+    config = EngineConfig(model="x")
+    spec, rates = MODELS["Llama-3-8B"], load_profile("h200")
+    alone = make_engine_plan(config, spec, 1, DeviceMemory(24 * GIB, 24 * GIB), rates)
+    beside = make_engine_plan(config, spec, 1, DeviceMemory(24 * GIB, 9 * GIB), rates)
+    assert alone.residency.memory_bytes == int(24 * GIB * 0.9) and not alone.notes
+    assert beside.residency.claimed_bytes <= beside.residency.memory_bytes == 9 * GIB
+    (note,) = beside.notes
+    assert note.startswith("other processes hold 15.00 GiB") and "9.00 GiB that are free" in note
+    assert not make_engine_plan(config, spec, 1, DeviceMemory(24 * GIB, 22 * GIB), rates).notes
+    asked = replace(config, gpu_memory="10GiB")
+    with pytest.raises(ValueError, match="gpu_memory=10.00 GiB: the device has 24.00 GiB, of which 9.00 GiB are free"):
+        make_engine_plan(asked, spec, 1, DeviceMemory(24 * GIB, 9 * GIB), rates)
+
+
+def test_the_least_memory_of_all_ranks_counts():
+    class Other:
+        """A group of two: the other rank has a smaller GPU, of which more is free."""
+
+        def largest(self, ints):
+            return [max(own, other) for own, other in zip(ints, (-20 * GIB, -19 * GIB), strict=True)]
+
+    assert runtime.least_memory(DeviceMemory(24 * GIB, 9 * GIB), Other()) == DeviceMemory(20 * GIB, 9 * GIB)
+    assert runtime.least_memory(None, Other()) is None
+
+
+def test_what_this_process_holds_unused_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GIB)
+    found = runtime.device_memory(torch.device("cuda:0"))
+    assert found == DeviceMemory(24 * GIB, 7 * GIB + runtime.LEAST_CONTEXT_BYTES)
+    assert runtime.device_memory(torch.device("cpu")) is None
+
+
+def random_case(rng: random.Random) -> tuple[ModelSpec, int, int, dict]:
+    """A model, ranks, device memory and options; what cannot be is among them."""
+    kv_heads, head_dim, num_layers = rng.choice((1, 2, 8)), rng.choice((64, 128)), rng.randint(1, 40)
+    heads = kv_heads * rng.choice((1, 4, 8))
+    spec = replace(
+        rng.choice(list(MODELS.values())),
+        num_layers=num_layers,
+        windows=(None,) * num_layers,
+        num_kv_heads=kv_heads,
+        num_heads=heads,
+        head_dim=head_dim,
+        hidden_size=heads * head_dim,
+        ffn_size=rng.randint(100, 30_000),
+        vocab_size=rng.choice((1000, 32_000, 256_000)),
+        max_position=rng.choice((512, 8192, 131_072)),
+        tied=rng.random() < 0.3,
+        parallel_residual=rng.random() < 0.2,
+        dtype=rng.choice(("bfloat16", "bfloat16", "float32")),
+    )
+    options = {
+        "gpu_memory": int(2 ** rng.uniform(29, 37)),
+        "resident": rng.choice(("auto", "auto", "auto", "all", "none", 0.5)),
+        "weights_code": rng.choice(("auto", "auto", "none")),
+        "max_num_seqs": rng.choice((None, None, 1, 16, 256, 8192)),
+        "max_model_len": rng.choice((None, None, 256)),
+        "ring": rng.choice((None, None, None, "300MiB")),
+        "num_pages": rng.choice((None, None, None, 500)),
+    }
+    return spec, rng.choice((1, 1, 2, 4)), 2**38, options
+
+
+def check_plan(made: EnginePlan) -> None:
+    """Bytes add up and nothing is over the memory."""
+    residency, groups = made.residency, dict(made.demand.groups)
+    assert residency.claimed_bytes <= residency.memory_bytes
+    names = {group for group, _ in residency.streamed}
+    assert names.isdisjoint(residency.resident) and names | residency.resident == groups.keys()
+    held = {group: made.kept.coded[group] if group in residency.coded else groups[group] for group in groups}
+    kept = residency.resident_bytes + residency.host_bytes
+    assert kept == sum(held.values()) + made.layout.embed.nbytes
+    assert made.step_plan.streamed_bytes == residency.streamed_bytes
+    assert residency.ring.ring_bytes <= max(default_ring_bytes(list(residency.streamed)), made.demand.ring_bytes or 0)
+    assert dict(residency.claims)["KV cache"] == residency.num_pages * made.demand.page_bytes
+    assert made.step_plan.decode_buffer_bytes <= dict(residency.claims).get("decode buffer", 0)
+    assert made.activations_bytes == dict(residency.claims)["activations"]
+    assert 1 <= made.max_num_seqs <= made.demand.max_num_seqs
+
+
+def check_random(seed: int) -> bool:
+    """Whether there is a plan. A refusal is one line."""
+    spec, tp_size, memory, options = random_case(random.Random(seed))
+    start = time.process_time()
+    try:
+        made = make_engine_plan(EngineConfig(**options), spec, tp_size, memory, load_profile("h200", tp_size))
+        check_plan(made)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return False
+    finally:
+        assert time.process_time() - start < 10
+    return True
+
+
+def test_random_configurations():
+    """More by hand: `python -c "import test_planning as t; print(sum(map(t.check_random, range(3000))))"`."""
+    assert sum(map(check_random, range(100))) > 50

@@ -1,0 +1,220 @@
+"""The h200 profile against what H200s measured: linears in a graph, all-reduces, decode passes, streamed passes.
+
+Figures without a file are those of docs/log.md; the others are records of benchmarks/.
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from penstock.engine.config import EngineConfig
+from penstock.engine.model.families import read_config, read_spec
+from penstock.engine.planning.device_profile import load_profile
+from penstock.engine.planning.engine_plan import EnginePlan, decode_time, make_engine_plan, pass_work, step_seconds
+from penstock.scheduler.batching.batch import Batch, BatchRow, is_decode
+from penstock.scheduler.batching.request import Request
+from penstock.scheduler.batching.scheduler import Scheduler
+from penstock.scheduler.cost.pass_work import PassShape
+from penstock.scheduler.cost.time_model import predict_pass, reduce_s, step_s
+from penstock.scheduler.cost.timeline import predict_timeline, timeline_s
+from penstock.scheduler.units import KIB, MIB
+
+from scripts.bench.workload import greedy, random_jobs
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+LINEARS = {"attn_qkv", "attn_output", "ffn_up", "ffn_down", "head"}
+
+
+def plan_of(model: str, tp_size: int, resident: str | float = "all", weights_code: str = "none") -> EnginePlan:
+    path = BENCHMARKS / "shapes" / f"{model}.json"
+    config = EngineConfig(model=str(path), resident=resident, weights_code=weights_code)
+    return make_engine_plan(
+        config, read_spec(read_config(path), str(path)), tp_size, rates(tp_size).memory_bytes, rates(tp_size)
+    )
+
+
+def rates(tp_size: int):
+    return load_profile("h200", tp_size)
+
+
+@pytest.mark.parametrize(
+    "model, tp_size, num_tokens, measured_ms",
+    [
+        ("Llama-3-8B", 1, 1, 3.84),  # one token: the engine's own linear; more: cuBLAS
+        ("Llama-3-8B", 1, 64, 4.29),
+        ("Llama-3-8B", 1, 256, 6.50),
+        ("Llama-3-8B", 1, 2000, 41.7),
+        ("Llama-3-8B", 4, 1, 1.20),
+        ("Llama-3-70B", 4, 1, 8.55),
+    ],
+)
+def test_linears_of_a_pass_in_a_graph(model, tp_size, num_tokens, measured_ms):
+    shape = PassShape(num_tokens, num_tokens, 0)
+    steps = [(step, count) for step, count in plan_of(model, tp_size).steps if step.step.split("+")[0] in LINEARS]
+    predicted_s = sum(count * step_s(step, shape, rates(tp_size)) for step, count in steps)
+    assert predicted_s * 1e3 == pytest.approx(measured_ms, rel=0.11)
+
+
+@pytest.mark.parametrize(
+    "nbytes, measured_us", [(4 * KIB, 2.7), (16 * KIB, 2.9), (64 * KIB, 3.4), (256 * KIB, 5.1), (64 * MIB, 321)]
+)
+def test_reduces_of_four_ranks(nbytes, measured_us):
+    """In a pass ranks wait for each other a little: small ones are taken to be longer than they are by themselves."""
+    assert reduce_s(nbytes, rates(4)) * 1e6 == pytest.approx(measured_us, rel=0.1, abs=1.5)
+
+
+def record_of(name: str) -> dict:
+    return json.loads((BENCHMARKS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, most",
+    [
+        ("decode_llama3_8b_resident_1rank", 256),
+        ("decode_llama31_8b_32k_resident_1rank", 8),
+        ("decode_llama3_8b_resident_2ranks", 64),
+        ("decode_llama3_8b_resident_4ranks", 1),  # 64 rows take a quarter longer than this model says
+        ("decode_llama3_70b_resident_4ranks", 1),
+    ],
+)
+def test_resident_decode_passes_are_the_records(name, most):
+    record = record_of(name)
+    work, context = pass_work(plan_of(record["model"], record["tp_size"])), record["input_len"] + 17
+    rows = [row for row in record["passes"] if row["batch_size"] <= most]
+    for row in rows:
+        predicted_s = decode_time(work, row["batch_size"], context, rates(record["tp_size"])).total_s
+        assert predicted_s == pytest.approx(row["decode_pass_s"], rel=0.1)
+    assert rows
+
+
+@pytest.mark.parametrize("name", ["prefill_llama3_8b_2000_resident_1rank", "prefill_llama3_8b_8k_resident_1rank"])
+def test_prefill_passes_are_the_records(name):
+    record = record_of(name)
+    predicted = predict_pass(pass_work(plan_of(record["model"], 1)), PassShape(record["input_len"], 1, 0), rates(1))
+    assert predicted.total_s == pytest.approx(record["passes"][0]["first_token"]["first_token_s"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name, resident",
+    [
+        ("decode_llama3_8b_coded_1rank", "none"),
+        ("decode_llama3_70b_coded_2ranks", "none"),
+        ("decode_llama3_8b_streamed_1rank", "none"),
+        ("decode_llama3_8b_half_1rank", 0.5),
+        ("decode_llama3_8b_streamed_2ranks", "none"),
+        ("decode_llama3_8b_streamed_4ranks", "none"),
+        ("decode_llama3_70b_streamed_2ranks", "none"),
+        ("decode_llama3_70b_streamed_4ranks", "none"),
+    ],
+)
+def test_streamed_passes_are_the_records(name, resident):
+    """At the link rate of that machine: hosts differ in what several links get. Coded weights are planned with a few
+    bytes more than they have."""
+    record = record_of(name)
+    plan = plan_of(record["model"], record["tp_size"], resident, record.get("weights_code", "none"))
+    work = pass_work(plan)
+    for row in record["passes"]:
+        link_gb_s = record["streamed_bytes_per_pass_and_rank"] / row["bound_s"] / 1e9
+        linked = replace(rates(record["tp_size"]), link_gb_s=link_gb_s)
+        predicted = decode_time(work, row["batch_size"], record["input_len"], linked)
+        assert predicted.bound == "link"
+        assert predicted.total_s == pytest.approx(row["decode_pass_s"], rel=0.05)
+
+
+def test_passes_that_decode_what_stays_are_the_records():
+    """70B on one GPU, which holds it only with a third of its groups coded."""
+    record = record_of("decode_llama3_70b_coded_resident_1rank")
+    plan = plan_of("Llama-3-70B", 1, "all", "lossless")
+    assert not plan.residency.streamed and plan.residency.coded
+    decoded = (record["coded_groups"][0], record["decoded_bytes_per_pass_and_rank"])
+    for row in record["passes"]:
+        predicted_s = plan.offer.cost.pass_s(row["batch_size"], record["input_len"], 0, *decoded)
+        assert predicted_s == pytest.approx(row["decode_pass_s"], rel=0.06)
+
+
+CODED = ("decode_llama3_70b_coded_resident_1rank", "decode_llama3_8b_coded_1rank", "decode_llama3_8b_coded_4ranks",
+         "decode_llama3_70b_coded_2ranks", "decode_llama3_70b_24gib_coded_2ranks")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_a_decoder_that_nobody_measured_is_as_fast_as_those_measured(name):
+    """From the memory rate of that run alone."""
+    measured = record_of(name)
+    assert measured["rates"] == "measured"
+    unknown = replace(rates(1), memory_gb_s=measured["memory_gb_s"], decode_gb_s=None)
+    assert unknown.decoding_gb_s == pytest.approx(measured["decode_gb_s"], rel=0.09)
+
+
+@pytest.mark.parametrize("name", ["link_gb_s", "memory_gb_s", "gemm_tflops"])
+def test_the_built_in_cpu_is_no_faster_than_a_small_one_that_was_measured(name):
+    """Nor half as fast: two cores."""
+    record = record_of("endless_demo_cpu")
+    assert record["rates"] == "measured"
+    assert 0.5 <= getattr(load_profile("cpu"), name) / record[name] <= 1
+
+
+@pytest.mark.parametrize("tp_size, batch", [(1, 1), (1, 256), (4, 64)])
+def test_the_replayed_plan_is_the_pass(tp_size, batch):
+    """Where nothing streams both are the sum of the same steps."""
+    plan = plan_of("Llama-3-8B", tp_size)
+    shape = PassShape(batch, batch, 49 * batch)
+    replayed = timeline_s(predict_timeline(plan.step_plan, *step_seconds(plan, shape)))
+    whole = decode_time(pass_work(plan), batch, 49, plan.rates).total_s
+    assert replayed + plan.rates.pass_latency_s == pytest.approx(whole)
+
+
+def mixed(num_rows: int, context: int, chunk: int) -> PassShape:
+    """Decoding rows of `context` cached tokens each, and the first chunk of a prompt."""
+    rows = [BatchRow(row, (0,), context, (), True, None) for row in range(num_rows)]
+    return Batch((*rows, BatchRow(num_rows, (0,) * chunk, 0, (), chunk > 0, None))).shape
+
+
+def prompts(num_tokens: int, number: int = 1) -> PassShape:
+    return PassShape(number * num_tokens, number, 0)
+
+
+@pytest.mark.parametrize(
+    "shape, eager_ms, captured_ms, host_us",
+    [
+        (prompts(64), 27.1, 5.1, 96),
+        (prompts(128), 27.8, 5.7, 96),
+        (prompts(256), 29.2, 7.9, 96),
+        (prompts(512), 30.8, 12.6, 96),
+        (prompts(128, 4), 16.8, 12.2, 60),
+        (prompts(1024), 23.5, 23.1, 60),
+        (prompts(2048), 47.5, 48.4, 60),
+        (mixed(64, 1024, 512), 34.1, 32.9, 60),
+        (mixed(200, 600, 512), 55.8, 54.7, 60),
+        (mixed(255, 600, 64), 55.5, 54.0, 60),
+    ],
+)
+def test_passes_with_prompts_are_those_measured(shape, eager_ms, captured_ms, host_us):
+    """8B, one H200, everything resident: launched one by one as it is, and the same instructions captured in a graph,
+    where a launch takes as long as a node. What the host takes for a launch was not the same in all runs."""
+    work = pass_work(plan_of("Llama-3-8B", 1))
+    eager, captured = (replace(rates(1), step_latency_s=latency_s) for latency_s in (host_us * 1e-6, 1.5e-6))
+    assert predict_pass(work, shape, captured).total_s * 1e3 == pytest.approx(captured_ms, rel=0.1)
+    assert predict_pass(work, shape, eager).total_s * 1e3 == pytest.approx(eager_ms, rel=0.1)
+
+
+def test_the_built_in_rate_of_launches_is_among_those_measured():
+    assert 36e-6 <= rates(1).step_latency_s <= 96e-6
+
+
+def test_a_mix_of_uneven_requests_takes_about_what_was_measured():
+    """512 requests of 512 tokens +- 80 % and 128 generated ones +- 80 % on one H200, 8B, everything resident: decode
+    passes took 3.0 s, those with a prompt in them 14.4 s. What runs in which pass is the scheduler's choice."""
+    plan = plan_of("Llama-3-8B", 1)
+    work, seconds = pass_work(plan), Counter()
+    scheduler = Scheduler(256, 8192, 8192, 16, plan.residency.num_pages, eos_token_ids=(), retention=plan.retention)
+    for number, job in enumerate(random_jobs(512, 512, 128, vocab_size=1000, seed=0, range_ratio=0.8)):
+        scheduler.add(Request(number, job.prompt, greedy(job), seed=0))
+    while scheduler.has_unfinished:
+        batch = scheduler.schedule()
+        seconds[is_decode(batch)] += predict_pass(work, batch.shape, rates(1)).total_s
+        scheduler.update(batch, [7] * batch.num_sampled)
+    assert seconds[True] == pytest.approx(3.0, rel=0.3)
+    assert seconds[False] == pytest.approx(14.4, rel=0.2)
+    assert seconds.total() == pytest.approx(17.4, rel=0.2)

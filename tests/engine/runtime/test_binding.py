@@ -1,0 +1,183 @@
+"""An engine's device is the current one wherever the engine reaches it: whatever a user's thread was left with."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from penstock.engine.compute.inputs import bind
+from penstock.engine.compute.sampler import Asked, PendingSample
+from penstock.engine.llm import LLM
+from penstock.engine.runtime import probe
+from penstock.engine.runtime.binding import bound_to
+from penstock.engine.runtime.build import Worker
+from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.graph import PendingLetter
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.request import RowSampling
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.engine_proof import as_on_a_gpu
+
+OWN, ANOTHER = torch.device("cuda", 1), torch.device("cuda", 0)
+OPTIONS = {"device": "cpu", "dtype": "float32", "resident": "none", "max_num_seqs": 2, "max_num_batched_tokens": 16}
+GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
+PENALISED = replace(GREEDY, repetition_penalty=1.5, num_logprobs=1)
+
+
+class CurrentDevice(threading.local):
+    """What torch has of each thread: that which was set last, and the first where none was."""
+
+    device = ANOTHER
+
+    def bind(self, device: torch.device) -> "Bound":
+        return Bound(self, device)
+
+
+class Bound:
+    def __init__(self, current: CurrentDevice, device: torch.device):
+        self.current, self.device = current, device
+
+    def __enter__(self) -> None:
+        self.before, self.current.device = self.current.device, self.device
+
+    def __exit__(self, *exc) -> None:
+        self.current.device = self.before
+
+
+class OnDevice(TorchDispatchMode):
+    """Notes operations that run while another device is the current one."""
+
+    def __init__(self, current: CurrentDevice):
+        super().__init__()
+        self.current, self.num_run, self.elsewhere = current, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_run += 1
+        if self.current.device != OWN:
+            self.elsewhere.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def current(monkeypatch) -> CurrentDevice:
+    current = CurrentDevice()
+    monkeypatch.setattr(torch.cuda, "device", current.bind)
+    return current
+
+
+@pytest.fixture(params=["plain", "padded"])
+def rank(request, current) -> Iterator[Rank]:
+    """Of a CPU, that takes itself for the second GPU's where it binds."""
+    with LLM("demo", **OPTIONS) as llm:
+        if request.param == "padded":
+            as_on_a_gpu(llm)
+        worker = llm.rank.worker
+        worker.device = worker.executor.device = OWN
+        yield llm.rank
+        worker.device = worker.executor.device = torch.device("cpu")
+
+
+def a_prompt(sampling: RowSampling) -> Batch:
+    return Batch((BatchRow(0, (5, 6, 7), 0, (1,), True, sampling),))
+
+
+def a_token(start: int) -> Batch:
+    return Batch((BatchRow(0, (8,), start, (1,), True, None),))
+
+
+def run_passes(rank: Rank) -> None:
+    """Every way of a pass: with a prompt, of one token, announced, with penalties and logprobs, given up."""
+    for sampling in (GREEDY, PENALISED):
+        rank.submit(a_prompt(sampling))
+        rank.collect()
+        rank.submit(a_token(3))
+        rank.collect()
+        rank.announce(a_token(4))
+        rank.run_announced(a_token(4))
+        rank.forget()
+
+
+def test_passes_run_on_the_engines_own_device(rank, current):
+    with OnDevice(current) as noted:
+        run_passes(rank)
+    assert noted.num_run > 100 and noted.elsewhere == []
+    assert current.device == ANOTHER, "the user's own choice stays"
+
+
+def test_so_do_passes_of_another_thread(rank, current):
+    noted = []
+
+    def run() -> None:
+        with OnDevice(current) as mode:
+            run_passes(rank)
+        noted.append(mode)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert noted[0].num_run > 100 and noted[0].elsewhere == []
+
+
+def test_a_plan_that_is_run_by_itself_too(rank, current):
+    """As for the scores of a given text."""
+    executor = rank.worker.executor
+    inputs = bind(a_prompt(GREEDY), rank.config.page_size, executor.context.sampler.last_tokens)
+    executor.ring_is_filled = False
+    for run in (executor.fill_ring, lambda: executor.run_plan(inputs, Asked(), lambda output: None)):
+        with torch.inference_mode(), OnDevice(current) as noted:
+            run()
+        assert noted.num_run > 0 and noted.elsewhere == []
+
+
+def test_the_token_is_waited_for_on_it(rank, current, monkeypatch):
+    waited = []
+    for kind in (PendingSample, PendingLetter):
+        wait = kind.wait
+        monkeypatch.setattr(kind, "wait", lambda self, wait=wait: waited.append(current.device) or wait(self))
+    for batch in (a_prompt(GREEDY), a_token(3)):
+        rank.submit(batch)
+        rank.collect()
+    assert waited == [OWN, OWN]
+
+
+def test_measuring_runs_on_it(rank, current, monkeypatch):
+    """The rates themselves are measured elsewhere in the tests."""
+    seen = []
+    monkeypatch.setattr(probe, "measure_rates", lambda *args: seen.append(current.device) or rank.rates)
+    monkeypatch.setattr(probe, "_step_latency_s", lambda *args: 0.0)
+    rank.probe()
+    assert seen == [OWN]
+
+
+def test_an_engine_is_built_and_freed_on_it(current, monkeypatch):
+    seen = []
+
+    def noted(name: str) -> None:
+        plain = getattr(Worker, name)
+
+        def run(self, *args):
+            seen.append((name, current.device))
+            return plain(self, *args)
+
+        monkeypatch.setattr(Worker, name, run)
+
+    for name in ("_load", "_executor"):
+        noted(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penstock.engine.runtime.binding.bound_to", lambda device: current.bind(OWN))
+        with LLM("demo", **OPTIONS) as llm:
+            weights = llm.rank.worker.weights
+            close = weights.close
+            weights.close = lambda: seen.append(("close", current.device)) or close()
+    assert seen == [("_load", OWN), ("_executor", OWN), ("close", OWN)]
+    assert current.device == ANOTHER
+
+
+def test_a_cpu_binds_nothing(current):
+    with bound_to(torch.device("cpu")):
+        assert current.device == ANOTHER
+    with bound_to(OWN):
+        assert current.device == OWN
+    assert current.device == ANOTHER

@@ -1,0 +1,184 @@
+"""Decode passes as a GPU has them, over the same buckets, tables, arena and mailbox, on a CPU: what padding holds never
+reaches a real row."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from penstock.engine.compute.arena import ActivationArena
+from penstock.engine.compute.inputs import PassInputs
+from penstock.engine.llm import LLM
+from penstock.engine.runtime.decode import DecodePasses
+from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.passes.pass_plan import Compute, Instruction
+from torch import Tensor
+
+from tests.support.engine_proof import as_on_a_gpu
+from tests.support.oracle.checkpoints import write_checkpoints
+
+VARIANTS = ("qwen3", "neox_parallel")
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+OPTIONS = {"device": "cpu", "dtype": "float32", "page_size": 4, "max_model_len": 32, "debug": {"poison": True}}
+LARGE = 1e30  # in logits, whose NaN is refused in any row
+FILLS = ((float("nan"), 0), (-3.0, 77))  # of padded rows: their activations, and their token
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"), VARIANTS, **TINY)
+
+
+@dataclass
+class Filling:
+    """Fills the padded rows of an engine's decode passes with `value`, whatever a step has made of them, and their
+    inputs with `token`; without a value they keep what they have. `logits` are those of the real rows, pass by pass."""
+
+    llm: LLM
+    value: float | None = None
+    token: int = 0
+    logits: list[Tensor] = field(default_factory=list)
+    num_rows: int | None = None  # of the decode pass that runs
+
+    def __enter__(self) -> "Filling":
+        executor = self.llm.rank.worker.executor
+        self.run, self.do, self.run_plan = executor.decode.run, executor.do, executor.run_plan
+        executor.decode.run, executor.do, executor.run_plan = self.watched_run, self.watched_do, self.watched_plan
+        return self
+
+    def __exit__(self, *exc) -> None:
+        executor = self.llm.rank.worker.executor
+        executor.decode.run, executor.do, executor.run_plan = self.run, self.do, self.run_plan
+
+    def watched_run(self, batch: Batch):
+        self.num_rows = len(batch.rows)
+        pending = self.run(batch)
+        self.num_rows = None
+        return pending
+
+    def watched_plan(self, inputs: PassInputs, *rest) -> None:
+        if self.num_rows is not None and self.value is not None:
+            context = self.llm.rank.worker.executor.context
+            for values in (inputs.tokens, inputs.sampled_positions):
+                values[self.num_rows :] = self.token
+            context.sampler.last_tokens[context.sampler.pad_row] = self.token
+            context.kv.data[:, :, : context.kv.page_size] = self.value
+            inputs.context.partials.fill_(self.value)
+        self.run_plan(inputs, *rest)
+
+    def watched_do(self, instruction: Instruction) -> None:
+        self.do(instruction)
+        if self.num_rows is None or not isinstance(instruction, Compute):
+            return
+        act = self.llm.rank.worker.executor.context.act
+        for name, effect in instruction.effects:
+            if "x" not in effect and set(effect) & set("+w"):
+                if self.value is not None:
+                    act[name][self.num_rows :] = LARGE if name == "logits" else self.value
+                if name == "logits":
+                    self.logits.append(act[name][: self.num_rows].clone())
+
+
+def asked_for(num_prompts: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts and outputs of several lengths, so that rows come and go; greedy, drawn and filtered."""
+    rng = random.Random(seed)
+    prompts = [rng.choices(range(128), k=rng.randint(1, 4)) for _ in range(num_prompts)]
+    ways = ({"temperature": 0}, {"temperature": 1.0, "seed": seed}, {"temperature": 0.8, "top_p": 0.9, "seed": seed})
+    lengths = [rng.randint(4, 9) for _ in prompts]
+    return prompts, [SamplingParams(max_tokens=n, ignore_eos=True, **rng.choice(ways)) for n in lengths]
+
+
+def tokens_of(llm: LLM, asked: tuple) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(*asked)]
+
+
+@pytest.mark.tolerance
+@settings(max_examples=12, deadline=None)
+@given(
+    variant=st.sampled_from(VARIANTS),
+    max_num_seqs=st.integers(1, 12),
+    budget=st.integers(1, 24),
+    num_prompts=st.integers(1, 14),
+    resident=st.sampled_from(["all", "none", 0.5]),
+    seed=st.integers(0, 99),
+)
+@example(variant="qwen3", max_num_seqs=8, budget=5, num_prompts=7, resident="all", seed=0)
+@example(variant="qwen3", max_num_seqs=8, budget=7, num_prompts=7, resident="none", seed=0)
+@example(variant="neox_parallel", max_num_seqs=12, budget=12, num_prompts=11, resident="none", seed=1)
+def test_what_padding_holds_never_reaches_a_real_row(
+    checkpoints, variant, max_num_seqs, budget, num_prompts, resident, seed
+):
+    """Logits keep their bits, and tokens are those of passes without padding; or the budget is refused."""
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget, "resident": resident}
+    try:
+        llm = LLM(str(checkpoints / variant), **OPTIONS | limits)
+    except ValueError as refused:
+        assert budget < max_num_seqs and "max_num_batched_tokens" in str(refused) and "max_num_seqs" in str(refused)
+        return
+    with llm:
+        asked = asked_for(num_prompts, seed)
+        unpadded = tokens_of(llm, asked)
+        as_on_a_gpu(llm)
+        with Filling(llm) as plain:
+            assert tokens_of(llm, asked) == unpadded
+        assert len(plain.logits) > 0
+        for value, token in FILLS:
+            with Filling(llm, value, token) as filled:
+                assert tokens_of(llm, asked) == unpadded
+            pairs = zip(plain.logits, filled.logits, strict=True)
+            assert all(torch.equal(first, second) for first, second in pairs)
+
+
+def test_padding_was_there(checkpoints):
+    """What the property is about does happen: rows fewer than their bucket, and filled as they are meant to be."""
+    with LLM(str(checkpoints / "qwen3"), max_num_seqs=8, max_num_batched_tokens=32, **OPTIONS) as llm:
+        as_on_a_gpu(llm)
+        decode, seen = llm.rank.worker.executor.decode, []
+        with Filling(llm, *FILLS[0]) as filling:
+            run_plan = llm.rank.worker.executor.run_plan
+
+            def noted(inputs: PassInputs, *rest) -> None:
+                run_plan(inputs, *rest)
+                seen.append((filling.num_rows, len(inputs.tokens)))
+
+            llm.rank.worker.executor.run_plan = noted
+            tokens_of(llm, asked_for(7, seed=0))
+        assert (7, 8) in seen and set(decode.buckets) == {size for num_rows, size in seen if num_rows}
+
+
+def arena(most_tokens: int = 6, most_rows: int = 2, nbytes: int = 256 + 128) -> ActivationArena:
+    """x (T, 8) and logits (N, 16) float32 behind it."""
+    widths = {"x": ("tokens", 8), "logits": ("rows", 16)}
+    where = {"x": 0, "logits": 256}
+    return ActivationArena(where, nbytes, widths, most_tokens, most_rows, torch.float32, torch.device("cpu"))
+
+
+def test_an_activation_is_never_cut_longer_than_it_was_planned():
+    """Not even into the gap behind it, or where the arena goes on."""
+    made = arena()
+    views = made.cut(6, 2)
+    assert views["x"].shape == (6, 8) and views["logits"].shape == (2, 16)
+    views["x"].fill_(1.0)
+    views["logits"].fill_(2.0)
+    assert made.cut(6, 2)["x"].eq(1.0).all()
+    with pytest.raises(AssertionError, match="^7 tokens, and the arena has room for 6"):
+        made.cut(7, 2)
+    with pytest.raises(AssertionError, match="^3 rows, and the arena has room for 2"):
+        made.cut(6, 3)
+
+
+def test_an_arena_holds_what_it_was_planned_for():
+    with pytest.raises(AssertionError, match="^logits was planned for fewer rows"):
+        arena(nbytes=256 + 127)
+
+
+def test_a_bucket_is_never_larger_than_the_activations(checkpoints):
+    with LLM(str(checkpoints / "qwen3"), max_num_seqs=4, max_num_batched_tokens=6, **OPTIONS) as llm:
+        executor = llm.rank.worker.executor
+        DecodePasses(executor, 4, 32, use_graphs=False)
+        for most in (5, 7):
+            with pytest.raises(AssertionError, match="a bucket would be larger than the activations"):
+                DecodePasses(executor, most, 32, use_graphs=False)

@@ -1,0 +1,95 @@
+"""A rank dies: every other one ends, or raises the first cause. Ways to die x times x launchers; some of them run in
+CI, all under `make soak`. That it takes 10 s at most is held on the clock of those who wait (test_limits.py): here a
+busy machine may take longer, so that HANG_S only tells slow from never.
+
+Before ranks meet none knows another: one that is killed then torchrun's own agent answers for, and one that is stopped
+then nobody can hear of.
+"""
+
+import itertools
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import TORCHRUN, Command, is_alive
+from tests.support.rank_deaths import Case
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(200)]
+HANG_S = 60.0
+SCRIPT = Path(__file__).parents[2] / "rank_deaths.py"
+LAUNCHERS, FAULTS, TIMES = (
+    ("self", "torchrun"),
+    ("raise", "stay", "kill", "stop"),
+    ("idle", "loading", "pass", "between"),
+)
+CASES = [Case(*one) for one in itertools.product(LAUNCHERS, FAULTS, TIMES)]
+CASES += [Case("torchrun", fault, "meeting", victim) for fault in FAULTS for victim in (0, 1)]
+CASES += [
+    Case("self", *one, victim=0) for one in itertools.product(("stay", "kill", "stop"), ("loading", "pass", "between"))
+]
+IN_CI = {
+    "self-rank1-raise-between",
+    "self-rank1-stay-pass",
+    "self-rank1-kill-loading",
+    "self-rank1-stop-pass",
+    "self-rank1-stop-idle",
+    "self-rank0-stop-pass",
+    "torchrun-rank1-stay-meeting",
+    "torchrun-rank1-stay-pass",
+    "torchrun-rank1-stay-loading",
+    "torchrun-rank1-kill-between",
+    "torchrun-rank1-stop-pass",
+}
+
+
+# where all ranks can go on, another LLM is made
+CASES = [replace(one, again=one.when == "pass" and (one.launcher == "self" or one.fault == "stay")) for one in CASES]
+
+
+def marked(case: Case):
+    return pytest.param(case, id=case.name, marks=[pytest.mark.alone] if case.name in IN_CI else [])
+
+
+@pytest.fixture
+def start(tmp_path):
+    running = []
+
+    def start(case: Case) -> Command:
+        told = json.dumps({"case": asdict(case), "folder": str(tmp_path)})
+        launcher = TORCHRUN if case.launcher == "torchrun" else ()
+        running.append(Command(tmp_path, SCRIPT, told, launcher=launcher, program=(), fault=case.faults()))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.kill()
+
+
+@pytest.mark.parametrize("case", [*map(marked, CASES)])
+def test_every_other_rank_ends_or_says_why(start, tmp_path, case):
+    run = start(case)
+    wait_until(lambda: (tmp_path / "failed_at").exists(), HANG_S, run)
+    survivor, answer = 1 - case.victim, tmp_path / f"answer{1 - case.victim}.json"
+    ranks = {int((tmp_path / f"rank_of{pid}").read_text()): pid for pid in run.pids()}
+    again_s = 30 if case.again else 0  # to make another one
+    wait_until(lambda: answer.exists() or not is_alive(ranks[survivor]), HANG_S + again_s, run)
+    if answer.exists():
+        said = json.loads(answer.read_text())
+        assert said["error"] == "RankFailed" and case.cause() in said["text"]
+        assert len(said.get("again", ())) == (8 if case.again else 0)
+    else:
+        assert survivor == 1 or case.launcher == "torchrun", run.finish().stderr  # or it could have answered
+    if case.launcher == "self" and case.victim == 1:
+        assert not is_alive(ranks[1])
+
+
+def wait_until(is_so, seconds: float, run: Command) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > deadline or run.process.poll() is not None and not is_so():
+            run.kill()
+            raise AssertionError(f"not within {seconds:.1f} s: {run.process.communicate()[1].decode()}")
+        time.sleep(0.05)

@@ -1,0 +1,146 @@
+"""Coded == plain in every bit, streamed and resident, in every family, on one, two and four ranks; and counters show
+that coded bytes crossed and were decoded, so that nothing passes because nothing was coded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from penstock.engine.llm import LLM
+from safetensors.torch import load_file, save_file
+
+from tests.support.coded_runs import CASES, OPTIONS, plan_of, run
+from tests.support.commands import run_ranks
+from tests.support.oracle.checkpoints import write_checkpoint
+from tests.support.streaming_runs import generate
+
+TESTS = Path(__file__).parents[2]
+FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox_parallel", "neox_serial")
+
+BIGGER = {"hidden_size": 256, "intermediate_size": 384}  # whose shards are more than a tile or two
+
+
+def assert_coded(facts: dict[str, dict], tied: bool) -> None:
+    """Every case has the plain one's bits, and did what its name says."""
+    assert not facts["plain"]["coded"] and not facts["plain"]["decoded"] and not facts["plain"]["copied"]
+    for case, found in facts.items():
+        assert found["digest"] == facts["plain"]["digest"], case
+        assert found["copied"] == found["expected_copied"], case
+        assert found["decoded"] == found["expected_decoded"], case
+        if case == "plain":
+            continue
+        assert found["coded_bytes"] < 0.74 * found["plain_bytes"], case  # tiny groups, of a few tiles
+        assert len(found["coded"]) <= found["num_groups"] - tied  # a tied head stays plain
+    assert len(facts["streamed"]["coded"]) == facts["streamed"]["num_groups"] - tied
+    assert not facts["streamed"]["coded_resident"] and set(facts["streamed"]["coded"]) <= set(
+        facts["streamed"]["copied"]
+    )
+    assert facts["resident"]["coded_resident"] and not facts["resident"]["copied"]
+    assert facts["mixed"]["coded_resident"] and facts["mixed"]["copied"]
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_one_rank(tmp_path, variant):
+    write_checkpoint(tmp_path, variant, "bfloat16")
+    assert_coded({case: run(str(tmp_path), case) for case in CASES}, variant == "llama_tied")
+
+
+@pytest.mark.parametrize(("num_ranks", "variants"), [(2, FAMILIES[:6]), (4, FAMILIES[:1])])
+def test_several_ranks(tmp_path, num_ranks, variants):
+    for variant in variants:
+        write_checkpoint(tmp_path / variant, variant, "bfloat16", **BIGGER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "tests.support.coded_runs", str(tmp_path), *variants]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    for rank in range(num_ranks):
+        facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        for variant in variants:
+            assert_coded(facts[variant], variant == "llama_tied")
+
+
+def test_lanes_in_any_order(tmp_path):
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16")
+    with LLM(str(tmp_path), resident="all", weights_code="none", **OPTIONS) as llm:
+        expected = generate(llm)
+    for lanes, seed in (("earliest", 0), ("latest", 0), ("random", 1), ("random", 2)):
+        options = {
+            "resident": "none",
+            "weights_code": "lossless",
+            "debug": {"lanes": lanes, "poison": True},
+            "seed": seed,
+        }
+        with LLM(str(tmp_path), **OPTIONS | options) as llm:
+            assert generate(llm).same_bits(expected), (lanes, seed)
+
+
+def test_auto_codes_nothing_on_a_cpu(tmp_path):
+    """Decoding there is slower than copying."""
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16")
+    assert not plan_of(str(tmp_path), 1, resident="none").residency.coded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_only_bfloat16_is_coded(dtype):
+    with pytest.raises(ValueError, match=f"weights_code='lossless'.*{dtype}"):
+        LLM("demo", device="cpu", dtype=dtype, weights_code="lossless")
+    with LLM("demo", device="cpu", dtype=dtype, resident="none") as llm:
+        assert not llm.rank.plan.residency.coded
+
+
+SLOW_LINK = {"device_profile": "h200", "link_gb_s": 0.001}  # so that coding pays, by the plan
+
+
+def test_auto_codes_where_the_link_binds(tmp_path):
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16", **BIGGER)
+    with LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS) as llm:
+        assert llm.rank.plan.residency.coded
+        assert llm.rank.plan.residency.streamed_bytes < 0.72 * llm.rank.plan.layout.nbytes
+
+
+def test_auto_keeps_weights_plain_that_do_not_shrink(tmp_path):
+    """They are found out while loading, and loaded again; what runs is what runs without coding."""
+    write_checkpoint(tmp_path, "llama_gqa", "bfloat16", **BIGGER)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:  # any exponent but the largest: nothing to save
+            bits = torch.randint(-(2**15), 2**15, tensor.shape, generator=torch.Generator().manual_seed(0))
+            tensors[name] = (bits.short() & ~0x4000).view(torch.bfloat16)
+    save_file(tensors, file)
+    with pytest.warns(UserWarning, match="weights_code: coded weights have .* loading them again, plain"):
+        llm = LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS)
+    with llm:
+        assert not llm.rank.plan.residency.coded and not llm.rank.worker.weights.codes
+        assert ("decode buffer", 0) not in llm.rank.plan.residency.claims
+        assert llm.rank.plan.residency.streamed_bytes == sum(g.nbytes for g in llm.rank.plan.layout.groups)
+
+
+RATES_SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from penstock.engine.planning.device_profile import device_profile, profile_path, save_profile
+from tests.support.probes import CPU
+from dataclasses import replace
+os.environ["XDG_CACHE_HOME"] = f"{sys.argv[1]}/cache{os.environ['RANK']}"
+if os.environ["RANK"] == "1":  # one host was probed, the other was not
+    profile = device_profile(replace(CPU, num_ranks=2, link_gb_s=[0.001, 0.001]))
+    save_profile(profile, profile_path("cpu", 2))
+from penstock.engine.llm import LLM
+with LLM(sys.argv[2], device="cpu", resident="none") as llm:
+    found = [llm.rank.plan.rates.link_gb_s, len(llm.rank.plan.residency.coded)]
+Path(sys.argv[1], f"rates{os.environ['RANK']}.json").write_text(json.dumps(found))
+"""
+
+
+def test_all_ranks_plan_with_the_rates_of_rank_0(tmp_path):
+    write_checkpoint(tmp_path / "model", "llama_gqa", "bfloat16")
+    script = tmp_path / "rank.py"
+    script.write_text(RATES_SCRIPT)
+    run_ranks(2, script, tmp_path, tmp_path / "model", timeout=100)
+    first, second = (json.loads((tmp_path / f"rates{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first[0] > 1

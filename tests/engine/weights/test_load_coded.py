@@ -1,0 +1,230 @@
+"""Loading with coded groups: what they decode to is what a plain load holds, and memory holds blobs, no more."""
+
+import contextlib
+
+import pytest
+import torch
+from penstock.engine.model.coded_size import planned_bytes
+from penstock.engine.model.families import read_spec, tensor_names
+from penstock.engine.model.layout import ModelLayout, expected_tensors, model_layout
+from penstock.engine.weights import host_store
+from penstock.engine.weights.coded_group import decode_group
+from penstock.engine.weights.dummy import DummyWeights
+from penstock.engine.weights.host_arena import HostArena
+from penstock.engine.weights.host_store import LoadedWeights, load_weights
+from penstock.engine.weights.span_memory import HostSpans
+from penstock.scheduler.passes.pass_plan import GroupId
+
+from tests.support.kernel_proof import DEVICE
+from tests.support.layouts import by_group
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 259,
+    "attention_bias": True,
+}
+
+
+class RandomBits(DummyWeights):
+    """What never shrinks."""
+
+    def read_piece(self, piece, out):
+        generator = torch.Generator().manual_seed(piece.row)
+        out.view(torch.int16).random_(-0x8000, 0x8000, generator=generator)
+        return 0
+
+
+def model(tp_size: int = 1, rank: int = 0, source=DummyWeights, **changes) -> tuple[DummyWeights, ModelLayout]:
+    spec = read_spec({**CONFIG, **changes, "dtype": "bfloat16"}, "test")
+    names = tensor_names(spec)
+    return source(expected_tensors(spec, names)), model_layout(spec, names, "bfloat16", tp_size, rank)
+
+
+def groups_of(layout: ModelLayout):
+    return (*layout.groups, layout.embed)
+
+
+def spans_of(loaded: LoadedWeights) -> dict[GroupId, torch.Tensor]:
+    return loaded.host_spans | loaded.resident
+
+
+def assert_decodes_to(loaded: LoadedWeights, plain: LoadedWeights, layout: ModelLayout) -> None:
+    """Bit for bit, the gaps too: they are zero."""
+    found, expected = spans_of(loaded), spans_of(plain)
+    for group in groups_of(layout):
+        span = found[group.group]
+        if group.group in loaded.codes:
+            code = loaded.codes[group.group]
+            assert len(span) == code.nbytes and span.dtype == torch.uint8
+            decoded = torch.zeros_like(expected[group.group], device=span.device)
+            decode_group(code, span, decoded)
+            span = decoded
+        assert torch.equal(span.cpu(), expected[group.group].cpu()), group.group
+
+
+@pytest.mark.parametrize("tp_size, rank", [(1, 0), (2, 1), (4, 3)])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_mixed_loads_equal_plain_ones(tp_size, rank, tied, every):
+    source, layout = model(tp_size, rank, tie_word_embeddings=tied)
+    groups = groups_of(layout)
+    streamed = {group.group for group in layout.groups[1:4]}
+    coded = {group.group for group in layout.groups[::every]}
+    progress = []
+    plain = load_weights(source, layout, streamed, True, CPU, 2)
+    loaded = load_weights(source, layout, streamed, True, CPU, 2, progress.append, coded=coded)
+    assert plain.codes == {} and plain.coded_from_bytes == plain.encode_s == 0
+    assert set(loaded.codes) == coded and sum(progress) == layout.nbytes and min(progress) >= 0
+    assert loaded.coded_from_bytes == sum(group.nbytes for group in groups if group.group in coded)
+    assert 0 < loaded.encode_s < loaded.ended_at_s - loaded.began_at_s
+    assert set(loaded.host_spans) == set(plain.host_spans) and set(loaded.resident) == set(plain.resident)
+    assert_decodes_to(loaded, plain, layout)
+    assert loaded.host_bytes == sum(len(span) for span in loaded.host_spans.values())
+    assert loaded.resident_bytes == sum(len(span) for span in loaded.resident.values())
+    assert all(span.data_ptr() % 256 == 0 for span in spans_of(loaded).values() if len(span))
+    if every == 1:
+        assert loaded.host_bytes - layout.embed.nbytes < 0.8 * (plain.host_bytes - layout.embed.nbytes)
+        full = [group for group in layout.groups if group.group.name != "ffn"]  # the others have zeros among weights
+        assert all(loaded.codes[group.group].nbytes <= planned_bytes(group) for group in full)
+    loaded.close()
+    assert loaded.host_spans == {} and loaded.resident == {}
+
+
+def test_host_memory_is_asked_for_as_planned(monkeypatch):
+    source, layout = model()
+    asked = []
+    monkeypatch.setattr(host_store, "check_host_memory", lambda *sizes: asked.append(sizes))
+    coded = {group.group for group in layout.groups[:2]}
+    load_weights(source, layout, set(by_group(layout)), True, CPU, 2, ranks_on_host=3, coded=coded)
+    plain = sum(group.nbytes for group in groups_of(layout) if group.group not in coded)
+    assert asked == [(plain + sum(planned_bytes(group) for group in layout.groups[:2]), 3)]
+
+
+def test_blobs_larger_than_planned_are_kept():
+    source, layout = model(source=RandomBits)
+    coded = set(by_group(layout))
+    plain = load_weights(source, layout, coded, True, CPU, 2)
+    loaded = load_weights(source, layout, coded, True, CPU, 2, coded=coded)
+    assert_decodes_to(loaded, plain, layout)
+    largest = layout.groups[1]
+    assert planned_bytes(largest) < loaded.codes[largest.group].nbytes <= largest.nbytes
+
+
+@pytest.mark.parametrize("fails", ["reading", "coding"])
+def test_an_error_frees_the_arenas(monkeypatch, fails):
+    opened, closed = [], []
+    whole_init, whole_close = HostArena.__init__, HostArena.close
+    monkeypatch.setattr(
+        HostArena, "__init__", lambda arena, *a, **k: (opened.append(arena), whole_init(arena, *a, **k))[1]
+    )
+    monkeypatch.setattr(HostArena, "close", lambda arena: (closed.append(arena), whole_close(arena)))
+
+    class Broken(DummyWeights):
+        def read_piece(self, piece, out):
+            if "layers.1.mlp.up" in piece.tensor:
+                raise ValueError("no such luck")
+            return super().read_piece(piece, out)
+
+    def broken(*_):
+        raise ValueError("no such luck")
+
+    source, layout = model(source=Broken if fails == "reading" else DummyWeights)
+    if fails == "coding":
+        monkeypatch.setattr(host_store, "encode_group", broken)
+    num_threads = torch.get_num_threads()
+    with pytest.raises(ValueError, match="no such luck"):
+        load_weights(source, layout, {layout.groups[0].group}, True, CPU, 2, coded=set(by_group(layout)))
+    assert len(opened) == 2 and set(map(id, opened)) == set(map(id, closed))
+    assert all(arena.tensor.numel() == 0 for arena in opened) and torch.get_num_threads() == num_threads
+
+
+def test_only_what_blobs_fill_is_registered(monkeypatch):
+    registered = []
+
+    class Cudart:
+        def cudaHostRegister(self, pointer, nbytes, flags):
+            registered.append((pointer, nbytes))
+            return 0
+
+        def cudaHostUnregister(self, pointer):
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    _, layout = model()
+    first, second = (group.group for group in layout.groups[:2])
+    spans = HostSpans(layout.groups[:3], coded={first, second}, register=True)
+    assert set(spans.spans) == {layout.groups[2].group} and spans.nbytes == layout.groups[2].nbytes
+    for group, nbytes in ((second, 512), (first, 256)):
+        spans.keep(group, torch.full((nbytes,), 7, dtype=torch.uint8))
+    spans.finish()
+    pointer = spans.spans[layout.groups[2].group].data_ptr()
+    assert spans.nbytes == layout.groups[2].nbytes + 768 and registered == [(pointer, spans.nbytes)]
+    assert spans.spans[first].data_ptr() == pointer + layout.groups[2].nbytes + 512
+    assert (spans.spans[first] == 7).all() and not spans.spans[layout.groups[2].group].any()
+    spans.close()
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_two_scratch_spans_at_most(monkeypatch, overlaps):
+    """On CUDA the next group is read while one is encoded, on a CPU one after the other; the bits are the same."""
+    source, layout = model()
+    plain = load_weights(source, layout, set(by_group(layout)), True, CPU, 2)
+    events = []
+    whole_encode, whole_begin = host_store.encode_group, host_store._Reader.begin
+
+    def encode(group, span, *rest):
+        events.append(f"encode {layout.groups.index(group)}")
+        return whole_encode(group, span, *rest)
+
+    def begin(reader, group, span):
+        events.append(f"read {layout.groups.index(group)}")
+        return whole_begin(reader, group, span)
+
+    monkeypatch.setattr(host_store, "encode_group", encode)
+    monkeypatch.setattr(host_store._Reader, "begin", begin)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    spans = HostSpans(layout.groups, coded=set(by_group(layout)))
+    coder = host_store._Coder(CPU, 1)
+    coder._stream = "a stream" if overlaps else None
+    with host_store._Reader(source, None, 2, None) as reader:
+        coder.load(layout.groups, reader, dict.fromkeys(by_group(layout), spans))
+    a, b, c, d, e = sorted(range(5), key=lambda place: -layout.groups[place].nbytes)
+    if overlaps:
+        assert events[:2] == [f"read {a}", f"read {b}"] and events[-2:] == [f"encode {d}", f"encode {e}"]
+        assert events[2:-2] == [f"encode {a}", f"read {c}", f"encode {b}", f"read {d}", f"encode {c}", f"read {e}"]
+    else:
+        assert events == [f"{what} {place}" for place in (a, b, c, d, e) for what in ("read", "encode")]
+    for group in layout.groups:
+        decoded = torch.zeros(group.nbytes, dtype=torch.uint8)
+        decode_group(coder.codes[group.group], spans.spans[group.group], decoded)
+        assert torch.equal(decoded, plain.host_spans[group.group])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streams", ["none", "half", "all"])
+def test_coded_on_the_gpu_equals_plain_on_the_cpu(streams):
+    source, layout = model(hidden_size=1024, intermediate_size=3072, vocab_size=8000)
+    num_streamed = {"none": 0, "half": 2, "all": 5}[streams]
+    streamed = {group.group for group in layout.groups[:num_streamed]}
+    coded = {group.group for group in layout.groups if group.group.name != "attn"}
+    plain = load_weights(source, layout, streamed, streams != "none", CPU)
+    torch.cuda.empty_cache()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    loaded = load_weights(source, layout, streamed, streams != "none", torch.device(DEVICE), coded=coded)
+    assert 0 <= torch.cuda.memory_allocated() - before - loaded.resident_bytes <= 2**20
+    assert torch.cuda.memory_reserved() - reserved <= loaded.resident_bytes + 2**21 * (len(loaded.resident) + 10)
+    assert all(span.is_cuda for span in loaded.resident.values()) and set(loaded.codes) == coded
+    assert all(not span.is_cuda for span in loaded.host_spans.values())
+    for group in loaded.host_spans:  # registered memory: the device reads what was kept
+        loaded.host_spans[group] = loaded.host_spans[group].to(DEVICE, non_blocking=True)
+    assert_decodes_to(loaded, plain, layout)
+    print(f"{streams}: {loaded.coded_from_bytes / loaded.encode_s * 1e-9:.2f} GB/s encoded")
+    loaded.close()
+    plain.close()

@@ -1,8 +1,0 @@
-"""What only tests ask of a layout."""
-
-from engine.model.layout import GroupLayout, ModelLayout
-from scheduler.step_plan import GroupId
-
-
-def by_group(layout: ModelLayout) -> dict[GroupId, GroupLayout]:
-    return {group.group: group for group in layout.groups}

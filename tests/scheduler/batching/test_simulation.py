@@ -1,0 +1,284 @@
+"""Whole workloads, played on a model of the KV cache that knows which request wrote which position. Passes are
+scheduled one by one, or before the tokens of the ones under way are known."""
+
+import dataclasses
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.pages import RESERVED_PAGE
+from penstock.scheduler.batching.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
+from penstock.scheduler.batching.scheduler import Scheduler
+
+VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
+
+
+class Cache:
+    """Pages that remember the (request, position, token) last written to each place in them."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.places: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    def place(self, row, position):
+        return row.pages[position // self.page_size], position % self.page_size
+
+    def compute(self, row, request_id: int) -> list[int]:
+        """Write this pass's tokens, then read back all the tokens that attention would see."""
+        assert RESERVED_PAGE not in row.pages
+        for position, token in enumerate(row.tokens, row.start):
+            self.places[self.place(row, position)] = request_id, position, token
+        seen = [self.places[self.place(row, position)] for position in range(row.start + len(row.tokens))]
+        assert [entry[:2] for entry in seen] == [(request_id, position) for position in range(len(seen))]
+        return [token for _, _, token in seen]
+
+
+def next_token(tokens, seed):
+    """What the model and sampler would give: a function of the sequence alone; now and then none, for odd seeds."""
+    token = random.Random(f"{tokens} {seed}").randrange(VOCAB)
+    return -1 if token == NAN and seed % 2 else token
+
+
+def expected_output(request, max_model_len):
+    """The request on its own: the oracle of its tokens and of how it ends."""
+    output, params = [], request.params
+    while True:
+        token = next_token(request.prompt_token_ids + output, request.seed)
+        if token < 0:
+            return output, "error", None
+        output.append(token)
+        if token == EOS and not params.ignore_eos:
+            return output, "stop", None
+        if token in params.stop_token_ids:
+            return output, "stop", token
+        full = len(request.prompt_token_ids) + len(output) == max_model_len
+        if full or len(output) == params.max_tokens:
+            return output, "length", None
+
+
+def ends_with_what_comes(request: Request, max_model_len: int) -> bool:
+    """Whether its last token is under way."""
+    return request.num_tokens_ahead == request.most_tokens(max_model_len)
+
+
+PREPARED = -1
+
+
+class Simulation:
+    """Drives a scheduler as the engine does, each batch going through its packed message, with up to `lookahead` passes
+    under way when one more is scheduled. PREPARED: with one under way, whose tokens decide whether the next runs."""
+
+    def __init__(self, scheduler: Scheduler, lookahead: int = 0):
+        self.scheduler, self.lookahead = scheduler, abs(lookahead)
+        self.must_wait, self.num_withdrawn = lookahead == PREPARED, 0
+        self.under_way: deque[tuple[Batch, list[int]]] = deque()
+        self.last_token: dict[int, int] = {}  # by row, on the device
+        self.cache = Cache(scheduler.page_size)
+        self.num_computed: dict[int, int] = {}  # by request id
+        self.row_seed: dict[int, int] = {}  # what the sampler remembers of each row
+
+    def run_pass(self, while_computing=lambda: None) -> None:
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.check(batch)
+            running = dict(self.scheduler._running)
+            if self.must_wait and self.under_way:
+                while_computing()
+                self.scheduler.update(*self.under_way.popleft())
+                if self.scheduler.is_wanted(batch):
+                    self.submit(batch, running)
+                else:
+                    self.scheduler.withdraw(batch)
+                    self.num_withdrawn += 1
+                self.scheduler.check_integrity()
+                return
+            self.submit(batch, running)
+        while_computing()
+        if batch is None or len(self.under_way) > self.lookahead:
+            self.scheduler.update(*self.under_way.popleft())
+        self.scheduler.check_integrity()
+
+    def check(self, batch: Batch) -> None:
+        assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert len({row.row for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
+        self.check_no_budget_is_wasted(batch)
+        self.scheduler.check_integrity()
+
+    def submit(self, batch: Batch, running: dict[int, Request]) -> None:
+        rows = Batch.unpack(batch.pack()).rows
+        sampled = [token for row in rows for token in self.compute(row, running[row.row])]
+        self.under_way.append((batch, sampled))
+
+    def check_no_budget_is_wasted(self, batch: Batch):
+        if batch.num_tokens == self.scheduler.max_num_batched_tokens:
+            return
+        ends = {row.row: row.start + len(row.tokens) for row in batch.rows}
+        most = self.scheduler.max_model_len
+        running = {
+            row: r for row, r in self.scheduler._running.items() if row in ends or not ends_with_what_comes(r, most)
+        }
+        assert ends == {row: request.num_computed_tokens for row, request in running.items()}
+        assert all(request.num_computed_tokens + 1 == request.num_tokens_ahead for request in running.values())
+        if self.scheduler.num_waiting and self.scheduler.num_running < self.scheduler.max_num_seqs:
+            head = self.scheduler._waiting[0]
+            num_places = head.most_tokens(self.scheduler.max_model_len) - 1
+            assert num_places > self.scheduler.pool.num_free * self.scheduler.page_size
+
+    def compute(self, row, request: Request) -> list[int]:
+        assert len(row.tokens) > 0 and row.start == self.num_computed.get(request.id, 0)
+        self.num_computed[request.id] = row.start + len(row.tokens)
+        if row.sampling is not None:
+            assert row.start == 0
+            self.row_seed[row.row] = row.sampling.seed
+        known = tuple(self.last_token[row.row] if token == ON_DEVICE else token for token in row.tokens)
+        tokens = self.cache.compute(dataclasses.replace(row, tokens=known), request.id)
+        if not row.samples:
+            return []
+        token = next_token(tokens, self.row_seed[row.row])
+        self.last_token[row.row] = max(token, 0)
+        return [token]
+
+
+def random_request(rng, id, max_model_len, most_tokens):
+    num_prompt = rng.randint(1, min(max_model_len, most_tokens) - 1)
+    max_tokens = rng.choice([1, 2, rng.randint(1, 30), None])
+    if max_tokens is None and most_tokens < max_model_len:
+        max_tokens = 40
+    if max_tokens is not None:
+        max_tokens = min(max_tokens, most_tokens - num_prompt)
+    stop = rng.choice([[], [STOP], [EOS, STOP]])
+    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=rng.random() < 0.5)
+    prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
+    return Request(id, prompt, params, seed=rng.randrange(2**64))
+
+
+def random_scheduler(rng):
+    page_size, max_model_len = rng.choice([1, 2, 3, 8, 16]), rng.randint(2, 60)
+    max_num_seqs = rng.randint(1, 8)
+    return Scheduler(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(max_num_seqs, rng.choice([1, 2, 7, 16, 100])),
+        max_model_len=max_model_len,
+        page_size=page_size,
+        num_pages=2 + rng.randint(1, 120) // page_size,
+        eos_token_ids=[EOS],
+        page_order_seed=rng.choice([None, rng.randrange(100)]),
+    )
+
+
+def check_workload(seed, lookahead):
+    rng = random.Random(seed)
+    scheduler = random_scheduler(rng)
+    most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
+    late = [random_request(rng, id, scheduler.max_model_len, most_tokens) for id in range(rng.randint(1, 12))]
+    requests, simulation = list(late), Simulation(scheduler, lookahead)
+    while late or scheduler.has_unfinished:
+        for _ in range(rng.randint(0 if scheduler.has_unfinished else 1, 3)):
+            if late:
+                scheduler.add(late.pop(0))
+        simulation.run_pass()
+    for request in requests:
+        outcome = request.output_token_ids, request.finish_reason, request.stop_reason
+        assert outcome == expected_output(request, scheduler.max_model_len)
+        # Each token but the last was computed, once, and that too if nothing could be sampled after it;
+        # Simulation.compute() saw that they came in order. Where a token's value ended the request, passes that were
+        # under way then computed for nothing.
+        assert simulation.num_computed[request.id] == request.num_computed_tokens
+        wasted = request.num_computed_tokens - (request.num_tokens - (request.finish_reason != "error"))
+        assert 0 <= wasted <= (0 if request.finish_reason == "length" else abs(lookahead))
+        assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**32), st.integers(PREPARED, 2))
+def test_every_request_gets_the_tokens_it_would_get_alone(seed, lookahead):
+    check_workload(seed, lookahead)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
+@pytest.mark.parametrize("seed", range(50))
+def test_every_request_gets_the_tokens_it_would_get_alone_fixed_seeds(seed, lookahead):
+    check_workload(seed, lookahead)
+
+
+def test_a_batch_four_times_the_page_pool_finishes():
+    scheduler = Scheduler(8, 32, 64, page_size=4, num_pages=17)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    requests = [Request(id, [1] * 13, params) for id in range(16)]
+    for request in requests:
+        scheduler.add(request)  # 16 tokens with KV: 4 pages each, 64 in all, and there are 16
+    most_running, simulation = 0, Simulation(scheduler)
+    while scheduler.has_unfinished:
+        simulation.run_pass()
+        most_running = max(most_running, scheduler.num_running)
+    assert most_running == 4
+    assert all(len(request.output_token_ids) == 4 for request in requests)
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
+@pytest.mark.parametrize("seed", range(30))
+def test_ends_at_any_moment_leave_nothing_behind(seed, lookahead):
+    rng = random.Random(seed)
+    scheduler = random_scheduler(rng)
+    most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
+    requests = [random_request(rng, id, scheduler.max_model_len, most_tokens) for id in range(12)]
+    simulation = Simulation(scheduler, lookahead)
+
+    def end_some():
+        for request in requests:
+            if request.state is not RequestState.FINISHED and rng.random() < 0.05:
+                scheduler.finish(request, FinishReason.ABORT)
+
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_unfinished:
+        simulation.run_pass(while_computing=end_some)
+        end_some()
+        scheduler.check_integrity()
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert all(request.row is None and request.pages == [] for request in requests)
+    for request in requests:
+        expected, reason, _ = expected_output(request, scheduler.max_model_len)
+        assert request.output_token_ids == expected[: len(request.output_token_ids)]
+        assert request.finish_reason in (reason, FinishReason.ABORT)
+
+
+def test_order_of_pages_changes_no_decision():
+    def decisions(page_order_seed):
+        scheduler = Scheduler(4, 16, 40, 4, 30, page_order_seed=page_order_seed)
+        for id in range(8):
+            scheduler.add(Request(id, [1] * (3 * id + 1), SamplingParams(max_tokens=6)))
+        batches = []
+        while (batch := scheduler.schedule()) is not None:
+            batches.append(batch)
+            scheduler.update(batch, [9] * batch.num_sampled)
+        shapes = [[(row.row, row.start, row.tokens, row.samples) for row in b.rows] for b in batches]
+        return shapes, [row.pages for batch in batches for row in batch.rows]
+
+    (shapes, pages), (shapes_shuffled, pages_shuffled) = decisions(None), decisions(3)
+    assert shapes == shapes_shuffled and pages != pages_shuffled
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "stop", "num_withdrawn"),
+    [
+        ([5, 5], [], 0),  # both ends are foreseen
+        ([5, 9], [], 0),
+        ([5, 9, 4], [], 1),  # one waits for the row that is free after five
+        ([9, 9], range(VOCAB), 1),  # nobody foresaw the end of both
+    ],
+)
+def test_a_prepared_pass_is_withdrawn_only_where_it_must_be(max_tokens, stop, num_withdrawn):
+    scheduler = Scheduler(2, 32, 64, page_size=4, num_pages=40)
+    for id, most in enumerate(max_tokens):
+        params = SamplingParams(max_tokens=most, stop_token_ids=list(stop), ignore_eos=True)
+        scheduler.add(Request(id, [1, 2, 3], params))
+    simulation = Simulation(scheduler, PREPARED)
+    while scheduler.has_unfinished:
+        simulation.run_pass()
+    assert simulation.num_withdrawn == num_withdrawn

@@ -1,0 +1,235 @@
+"""The search against brute force: each number of groups that stay and of those that are coded is laid out and tried."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from penstock.engine.planning.device_profile import load_profile
+from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
+from penstock.scheduler.cost.time_model import predict_pass
+from penstock.scheduler.passes.build import default_ring_bytes
+from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.residency.compression_choice import CodeOffer, choose_code
+from penstock.scheduler.residency.demand import Demand, Split
+from penstock.scheduler.residency.family import Cost
+from penstock.scheduler.residency.search import most_per_second, plan_fastest
+from penstock.scheduler.residency.spread import by_name, every
+
+H200 = load_profile("h200")
+
+
+@st.composite
+def demands(draw) -> tuple[Demand, Cost]:
+    """Models of 2 to 8 layers of odd sizes, in memory between what their ring and what all of them takes."""
+    num_layers = draw(st.integers(2, 8))
+    attn, ffn, head = (draw(st.integers(1, most)) for most in (40, 160, 400))
+    groups = [(GroupId(i, name), n * 10007) for i in range(num_layers) for name, n in (("attn", attn), ("ffn", ffn))]
+    groups.append((GroupId(num_layers, "head"), head * 10007))
+    codable = [group for group, _ in groups if group.name != "head" or draw(st.booleans())]
+    share = draw(st.floats(0.5, 0.9))
+    largest = {group.name: nbytes for group, nbytes in groups}
+    total = sum(nbytes for _, nbytes in groups)
+    asked = Demand(
+        groups=tuple(groups),
+        embed_bytes=draw(st.sampled_from((0, head * 10007))),
+        page_bytes=draw(st.integers(1, 10**5)),
+        page_size=16,
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_position=draw(st.integers(1, 100)),
+        coded={group: int(dict(groups)[group] * share) + 1 for group in codable},
+        buffer_bytes=lambda names: max(largest[name] for name in names),
+        memory_bytes=int(total * draw(st.floats(0.2, 1.3))) + 1000,
+        fixed_of=lambda n: (("workspace", 1000 * n),),
+        plans_num_seqs=draw(st.booleans()),
+    )
+    rates = replace(
+        H200,
+        link_gb_s=10 ** draw(st.floats(-2, 3)),
+        decode_gb_s=10 ** draw(st.floats(-1, 3)),
+        pass_latency_s=draw(st.sampled_from((0.0, 1e-4))),
+    )
+    steps = ((StepWork("linear", weight_bytes=total // 8, token_flops=total * draw(st.integers(0, 3000))), 8),)
+    return replace(asked, fixed=asked.fixed_of(asked.max_num_seqs)), Cost(steps, rates)
+
+
+def splits(asked: Demand, coded: bool):
+    """The whole family, laid out."""
+    kinds = by_name([group for group, _ in asked.groups])
+    for counts in itertools.product(*(range(len(members) + 1) for members in kinds.values())):
+        staying = [every(members, count) for members, count in zip(kinds.values(), counts)]
+        resident = frozenset(itertools.chain(*staying))
+        if not coded:
+            yield Split(resident, frozenset(), False)
+            continue
+        for plain in itertools.product(*(range(len(members) + 1) for members in staying)):
+            kept_plain = itertools.chain(*(every(members, count) for members, count in zip(staying, plain)))
+            yield Split(resident, frozenset(asked.coded) - frozenset(kept_plain), False)
+
+
+def seconds_of(asked: Demand, cost: Cost, split: Split, num_seqs: int) -> float:
+    decoded = sum(nbytes for group, nbytes in asked.groups if group in split.coded)
+    streamed = sum(nbytes for _, nbytes in asked.streamed(split))
+    work = PassWork(streamed, 0, cost.steps, len(split.coded), decoded)
+    shape = PassShape(num_seqs, num_seqs, num_seqs * asked.kv_len)
+    return predict_pass(work, shape, cost.rates).total_s
+
+
+def needed_bytes(asked: Demand, split: Split) -> int:
+    claims = sum(nbytes for _, nbytes in asked.claims(split))
+    return asked.weights_bytes(split) + default_ring_bytes(asked.streamed(split)) + claims
+
+
+def brute_force(asked: Demand, cost: Cost, coded: bool) -> float:
+    """The most tokens/s of any split and number of sequences; 0 where none fits."""
+    best, tried = 0.0, list(splits(asked, coded))
+    for num_seqs in range(1, asked.max_num_seqs + 1):
+        settled = asked.planned_for(num_seqs)
+        left = settled.memory_bytes - settled.wanted_pages(num_seqs) * settled.page_bytes
+        fitting = (split for split in tried if needed_bytes(settled, split) <= left)
+        best = max(best, num_seqs / min((seconds_of(asked, cost, s, num_seqs) for s in fitting), default=math.inf))
+    return best
+
+
+@settings(max_examples=40)
+@given(demands())
+def test_plain_splits_are_the_best_there_are(case):
+    check(*case, coded=False)
+
+
+@settings(max_examples=20)
+@given(demands())
+def test_coded_splits_are_the_best_there_are(case):
+    check(*case, coded=True)
+
+
+def check(asked: Demand, cost: Cost, coded: bool) -> None:
+    best = brute_force(asked, cost, coded)
+    assume(best)
+    settled, residency = plan_fastest(asked, cost, coded)
+    num_seqs = settled.seqs_in(residency.num_pages)
+    assert residency.claimed_bytes <= asked.memory_bytes
+    assert num_seqs / seconds_of(asked, cost, residency.split, num_seqs) >= 0.99 * best
+    assert settled.max_num_seqs == (num_seqs if asked.plans_num_seqs else asked.max_num_seqs)
+
+
+@settings(max_examples=60)
+@given(demands(), st.sampled_from(("auto", "none")), st.floats(1.0, 3.0), st.sampled_from(("link", "memory")))
+def test_more_memory_or_a_faster_link_is_never_slower(case, choice, factor, what):
+    asked, cost = case
+    if what == "memory":
+        more, faster = replace(asked, memory_bytes=int(asked.memory_bytes * factor)), cost
+    else:
+        more, faster = asked, Cost(cost.steps, replace(cost.rates, link_gb_s=cost.rates.link_gb_s * factor))
+    try:
+        before = choose_code(offer := CodeOffer(choice, cost), asked)
+    except ValueError:
+        assume(False)
+    after_offer = CodeOffer(choice, faster)
+    assert after_offer.tokens_s(choose_code(after_offer, more)) >= 0.99 * offer.tokens_s(before)
+
+
+@given(st.lists(st.floats(0, 3), min_size=1, max_size=60), st.integers(0, 60))
+def test_the_best_number_is_found_in_few_steps(steps, fitting):
+    """Of any times that never fall."""
+    times = [t + 0.01 for t in itertools.accumulate(steps)]
+    times = [t if n < fitting else math.inf for n, t in enumerate(times)]
+    found = most_per_second(len(times), lambda n: times[n - 1])
+    best = max(n / t for n, t in enumerate(times, 1))
+    assert (found is None and best == 0) or found / times[found - 1] > best * 0.996
+
+
+def test_a_large_number_is_not_counted_to():
+    asked = []
+
+    def seconds(n: int) -> float:
+        asked.append(n)
+        return 1 + n / 1000 if n <= 70_000 else math.inf
+
+    assert most_per_second(10**9, seconds) == pytest.approx(70_000, rel=0.003)
+    assert len(set(asked)) < 800
+
+
+def plan(gib: float, cost: Cost, groups, **changes):
+    asked = Demand(
+        groups=groups,
+        embed_bytes=2**30,
+        page_bytes=2**21,
+        page_size=16,
+        max_num_seqs=1,
+        max_position=2048,
+        memory_bytes=int(gib * 2**30),
+    )
+    return plan_fastest(replace(asked, **changes), cost, coded=False)[1]
+
+
+def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
+    """Where all but the embedding fits all but the embedding stays, and no ring is claimed."""
+    groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
+    groups += ((GroupId(4, "head"), 1 << 30),)
+    cost = Cost((), H200)
+    held = (sum(nbytes for _, nbytes in groups) + 129 * 2**21) / 2**30
+    tight, roomy = plan(held, cost, groups), plan(held + 1, cost, groups)
+    assert not tight.streamed and not tight.embed_resident and tight.host_bytes == 2**30
+    assert tight.ring.ring_bytes == 0 and roomy.embed_resident and roomy.host_bytes == 0
+    assert plan(held - 0.01, cost, groups).streamed
+
+
+@pytest.mark.parametrize("attn_share, ffn_share", [(0.5, 0.9), (0.9, 0.5), (0.7, 0.7)])
+def test_of_many_layers_those_are_plain_that_save_most(attn_share, ffn_share):
+    """All stay, and memory holds some of them plain: as good as the best of all numbers."""
+    groups = tuple((GroupId(i, name), n << 20) for i in range(60) for name, n in (("attn", 84), ("ffn", 352)))
+    groups += ((GroupId(60, "head"), 1 << 30),)
+    shares = {"attn": attn_share, "ffn": ffn_share, "head": 0.7}
+    coded = {group: int(nbytes * shares[group.name]) for group, nbytes in groups}
+    extra = {group.name: nbytes - coded[group] for group, nbytes in groups}
+    saved = {group.name: nbytes for group, nbytes in groups}
+    room = int(0.4 * sum(nbytes - coded[group] for group, nbytes in groups))
+    asked = Demand(groups, 0, 1, 16, 1, 16, "all", coded, memory_bytes=sum(coded.values()) + room + 2)
+    _, residency = plan_fastest(asked, Cost((), H200), coded=True)
+    plain_bytes = sum(nbytes for group, nbytes in groups if group not in residency.coded)
+    best = max(
+        attn * saved["attn"] + min(60, left // extra["ffn"]) * saved["ffn"] + head * saved["head"]
+        for attn, head in itertools.product(range(61), range(2))
+        if (left := room - attn * extra["attn"] - head * extra["head"]) >= 0
+    )
+    assert plain_bytes >= 0.99 * best
+
+
+def long_demand(gib: float, **changes) -> Demand:
+    """Whose longest sequence has 64 times what its sequences are taken to have, 64 MiB, and no weights that could stay
+    beside one. A sequence costs 16 MiB more."""
+    asked = Demand(
+        groups=tuple((GroupId(i, name), 1 << 30) for i in range(8) for name in ("attn", "ffn")),
+        embed_bytes=0,
+        page_bytes=2**19,
+        page_size=16,
+        max_num_seqs=256,
+        max_position=2**17,
+        memory_bytes=int(gib * 2**30),
+        fixed_of=lambda n: (("workspace", n << 24),),
+        plans_num_seqs=True,
+    )
+    return replace(asked, fixed=asked.fixed_of(256), **changes)
+
+
+@pytest.mark.parametrize("gib, full", [(5.0, False), (7.9, False), (8.2, False), (8.9, False), (9.1, True)])
+def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
+    """By hand: a ring of 4 GiB, a page, and 80 MiB for each sequence; the longest one alone takes 4 GiB and 16 MiB."""
+    settled, residency = plan_fastest(long_demand(gib), Cost((), H200), coded=False)
+    held = int((gib * 1024 - 4 * 1024 - 0.5) // 80)
+    assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == held
+    assert (residency.max_model_len == 2**17) == full
+    (asked, _) = plan_fastest(long_demand(8.2, max_model_len=2**17), Cost((), H200), coded=False)
+    assert asked.max_num_seqs == 12  # beside the longest, which was asked for
+
+
+def test_the_ring_that_was_asked_for_is_kept_to():
+    groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
+    groups += ((GroupId(4, "head"), 1 << 30),)
+    small = plan(2.0, Cost((), H200), groups, ring_bytes=400 * 2**20)
+    assert small.ring.ring_bytes <= 400 * 2**20 and GroupId(4, "head") in small.resident
+    with pytest.raises(ValueError, match="ring=.*the largest streamed group has"):
+        plan(1.0, Cost((), H200), groups, ring_bytes=2**20)

@@ -1,0 +1,76 @@
+"""Bytes, FLOPs and bounds of passes, by hand and by counting."""
+
+import pytest
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
+from penstock.scheduler.cost.time_model import Rates
+
+from scripts.bench.bound import against_bound, bound_of
+
+# 1 GB/s, 10 GB/s, 1 TFLOP/s
+RATES = Rates(link_gb_s=1.0, memory_gb_s=10.0, gemm_tflops=1.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
+STEPS = (
+    (StepWork("linears", token_flops=5 * 10**8), 2),
+    (StepWork("attention", attention_flops=250, kv_token_bytes=2500), 4),
+    (StepWork("head", row_flops=10**8), 1),
+)
+RESIDENT = PassWork(0, 2 * 10**9, STEPS)
+STREAMED = PassWork(10**9, 10**9, STEPS)
+
+
+def batch(*rows: tuple[int, int]) -> Batch:
+    """Of (tokens, start) each."""
+    return Batch(
+        tuple(BatchRow(place, (0,) * length, start, (), True, None) for place, (length, start) in enumerate(rows))
+    )
+
+
+def pairs(*rows: tuple[int, int]) -> int:
+    """Counted: a token attends to all before it and to itself."""
+    return sum(1 for length, start in rows for token in range(start, start + length) for _ in range(token + 1))
+
+
+@pytest.mark.parametrize("rows", [[(5, 0)], [(1, 7)], [(1, 40), (1, 3)], [(6, 2), (1, 30), (4, 0)]])
+def test_pairs_of_a_batch_are_counted_row_by_row(rows):
+    shape = batch(*rows).shape
+    assert shape.attended_pairs == pairs(*rows)
+    flops = sum(length for length, _ in rows) * 10**9 + len(rows) * 10**8 + 1000 * pairs(*rows)
+    assert RESIDENT.flops(shape) == flops
+
+
+def test_rows_that_are_whole_copy_nothing():
+    assert batch((1024, 0), (1, 300), (1023, 0), (1024, 8)).shape.gathered_tokens == 301 + 1023 + 1032
+    assert batch((1, 300), (1, 20)).shape.gathered_tokens == 0
+
+
+@pytest.mark.parametrize("length, start, num_rows", [(5, 0, 1), (1, 9, 4), (3, 2, 2)])
+def test_rows_that_are_alike_need_no_count(length, start, num_rows):
+    rows = [(length, start)] * num_rows
+    assert PassShape(length * num_rows, num_rows, start * num_rows).attended_pairs == pairs(*rows)
+
+
+def test_a_pass_is_bound_by_what_takes_longest():
+    few, many = PassShape(1, 1, 100, 101), PassShape(1000, 1, 0, 500500)
+    link, memory, compute = (
+        bound_of(*one, RATES) for one in ((STREAMED, [few]), (RESIDENT, [few]), (RESIDENT, [many]))
+    )
+    assert (link.term, link.bound_s) == ("link", 1.0)
+    assert (memory.term, memory.bound_s) == ("memory", pytest.approx((2e9 + 101 * 1e4) / 1e10))
+    assert (compute.term, compute.bound_s) == ("compute", pytest.approx((1e12 + 1e8 + 1000 * 500500) / 1e12))
+
+
+def test_passes_in_a_row_add_up_each_by_its_own_bound():
+    few, many = PassShape(1, 1, 100, 101), PassShape(1000, 1, 0, 500500)
+    both = bound_of(RESIDENT, [few, many, few], RATES)
+    each = [bound_of(RESIDENT, [shape], RATES) for shape in (few, many)]
+    assert both.term == "compute" and both.bound_s == pytest.approx(2 * each[0].bound_s + each[1].bound_s)
+    assert both.read_bytes == 2 * each[0].read_bytes + each[1].read_bytes
+
+
+def test_a_record_s_fields():
+    planned = Rates(**{**RATES.__dict__, "link_gb_s": 0.8})
+    fields = against_bound(STREAMED, [PassShape(1, 1, 0, 1)] * 2, 2.5, RATES, planned)
+    assert fields["bound"] == "link" and fields["bound_s"] == 2.0 and fields["fraction_of_bound"] == 0.8
+    assert fields["predicted_s"] == 2.5 and fields["predicted_over_measured"] == 1.0
+    assert fields["achieved_link_gb_s"] == 0.8
+    assert fields["achieved_tflops"] == pytest.approx(2 * (1e9 + 1e8 + 1000) / 2.5 / 1e12)

@@ -1,0 +1,72 @@
+"""How scripts end: as the command line does."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scripts.bench.entry import run_script
+from tests.support.commands import ROOT, TORCHRUN
+
+SCRIPTS = {path.name: path.read_text() for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_says_a_mistake_in_one_line(name):
+    """No page of usage before it, and no traceback."""
+    assert re.search(r"sys\.exit\((run_rank\(lambda: )?run_script\(main\)", SCRIPTS[name])
+    assert "ArgumentParser(" not in SCRIPTS[name]
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (ValueError("--n 0: expected\nmore"), r"--n 0: expected\nmore"),
+        (FileNotFoundError(2, "No such file or directory", "a\x1b[2J"), r"a\x1b[2J: No such file or directory"),
+        (MemoryError("the system refuses 3 TiB"), "the system refuses 3 TiB"),
+    ],
+)
+def test_a_mistake_is_one_line(monkeypatch, capsys, error, text):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/some/where/script.py"])
+    assert run_script(fail) == 2
+    assert capsys.readouterr().err == f"script.py: error: {text}\n"
+
+
+# Rank 0 of a launch in which only the others have a mistake works on, until the launcher ends it.
+MISTAKEN = """
+import os, sys, time
+from penstock.parallel import failure
+from scripts.bench.entry import run_script
+failure.LAUNCHER_WAIT_S = float(sys.argv[2])
+def main():
+    if sys.argv[1] == "alone" and os.environ["RANK"] == "0":
+        time.sleep(100)
+    raise ValueError("--n 0: expected more")
+sys.exit(run_script(main))
+"""
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("who, wait_s", [("all", "90"), ("alone", "0.1")])
+def test_ranks_say_a_mistake_once_whoever_has_it(tmp_path, who, wait_s):
+    """All have it: rank 0 says it, and the launcher ends the other one, which waits for that. (The waits are such that
+    a slow machine makes no difference.)"""
+    script = tmp_path / "mistaken.py"
+    script.write_text(MISTAKEN)
+    command = [sys.executable, *TORCHRUN, script, who, wait_s]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("mistaken.py: error: --n 0: expected more\n") == 1
+
+
+def test_a_bug_keeps_its_traceback_and_a_status_passes():
+    with pytest.raises(KeyError):
+        run_script(lambda: {}["x"])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        run_script(lambda: (_ for _ in ()).throw(OSError(9, "Bad file descriptor")))
+    assert run_script(lambda: None) == 0 and run_script(lambda: 3) == 3

@@ -1,0 +1,46 @@
+"""A graph alone: which one, how often it is replayed, and where there is none to replay."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+from penstock.engine.measure import rates as measure
+from penstock.parallel.collectives import Solo
+
+from scripts.bench.graph_alone import NUM_REPLAYS, graph_alone_s
+
+CPU = torch.device("cpu")
+
+
+def llm_of(decode, done, kind="solo"):
+    executor = SimpleNamespace(decode=decode, device=CPU, context=SimpleNamespace(collectives=Solo()))
+    executor.forget = lambda: done.append("forget")
+    rank = SimpleNamespace(launch=SimpleNamespace(kind=kind), worker=SimpleNamespace(executor=executor))
+    rank.together = nullcontext
+    return SimpleNamespace(rank=rank)
+
+
+def decode_of(done, num_takes=1):
+    """Buckets of 1, 2 and 4 rows; of 4 a greedy graph is captured."""
+    take = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("replay")))
+    passes = {(4, frozenset()): [take] * num_takes, (2, frozenset({"draw"})): [take]}
+    return SimpleNamespace(sizes=[1, 2, 4], graphs=SimpleNamespace(passes=passes))
+
+
+def test_a_graph_alone(monkeypatch):
+    """Replayed so and so often in a row, behind one that lines the ranks up; then its letters are forgotten."""
+    done = []
+    ticks = iter([1.0, 5.0])
+    monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
+    assert graph_alone_s(llm_of(decode_of(done), done), 3) == 4.0 / NUM_REPLAYS
+    assert done == ["replay"] * (1 + NUM_REPLAYS) + ["forget"]
+
+
+def test_none_where_there_is_none():
+    """No padded passes, no graphs, none captured of that size, one with a trace's marks, and ranks without a script."""
+    done = []
+    eager = SimpleNamespace(sizes=[1, 2, 4], graphs=None)
+    for decode, num_rows in ((None, 3), (eager, 3), (decode_of(done), 2), (decode_of(done, num_takes=2), 3)):
+        assert graph_alone_s(llm_of(decode, done), num_rows) is None
+    assert graph_alone_s(llm_of(decode_of(done), done, kind="parent"), 3) is None
+    assert done == []

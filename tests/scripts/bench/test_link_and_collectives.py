@@ -1,0 +1,77 @@
+"""The benchmarks of link and collectives on two gloo ranks, small: every case is measured and recorded."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from penstock.scheduler.units import MIB
+
+from scripts.bench import collectives as benchmark_collectives
+from scripts.bench.link import REDUCE_BYTES, cases
+
+pytestmark = pytest.mark.timeout(120)
+ROOT = Path(__file__).resolve().parents[3]
+RANK = """
+import sys
+from penstock.parallel.launch import run_rank
+from scripts.bench import collectives as benchmark_collectives, link as benchmark_link
+
+def main():
+    for script, *arguments in (
+        (benchmark_link, "--piece-mib", "1", "64", "--in-flight", "2", "--buffer-mib", "2", "--total-mib", "4"),
+        (benchmark_collectives, "--size-kib", "4", "64", "--dtype", "float32"),
+    ):
+        sys.argv = [script.__name__, "--device", "cpu", *arguments, "--output-json", f"{script.__name__}.json"]
+        script.main()
+
+sys.exit(run_rank(main))
+"""
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "rank.py").write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    kept = [json.loads((folder / f"scripts.bench.{name}.json").read_text()) for name in ("link", "collectives")]
+    assert printed == kept  # rank 0 speaks, once a script
+    return kept
+
+
+def test_link(records):
+    record = records[0]
+    assert record["benchmark"] == "link" and record["tp_size"] == 2 and record["hardware"].startswith("2 x ")
+    named = ("direction", "ranks", "piece_bytes", "in_flight", "load")
+    seen = {tuple(row[name] for name in named): row for row in record["rows"]}
+    assert len(seen) == len(record["rows"]) == len(cases([MIB], [2], 2))
+    for piece, direction, ranks in itertools.product((MIB, None), ("h2d", "d2h"), ("alone", "together")):
+        assert (direction, ranks, piece, None, "none") in seen  # 64 MiB is more than the buffer
+    for load, in_flight in itertools.product(("reads", *REDUCE_BYTES), (None, 2)):
+        assert ("h2d", "together", MIB, in_flight, load) in seen
+    for row in record["rows"]:
+        assert len(row["rates_gb_s"]) == 2 and row["gb_s"] == min(row["rates_gb_s"]) > 0.001
+        assert row["sum_gb_s"] == pytest.approx(sum(row["rates_gb_s"])) and 0 < row["fraction_of_best"] <= 1
+    assert sum(row["fraction_of_best"] == 1 for row in record["rows"]) == 4  # directions x ranks
+
+
+def test_collectives(records):
+    record = records[1]
+    assert record["benchmark"] == "collectives" and record["collectives"] == "Gloo" and record["copies_gb_s"] > 0.01
+    assert [row["bytes"] for row in record["rows"]] == [4096, 65536]
+    for row in record["rows"]:
+        assert row["bus_gb_s"] == pytest.approx(row["bytes"] / row["eager_s"] / 1e9)  # 2 (n - 1) / n is 1
+        assert row["eager_s"] > 1e-5 and row["eager_s_beside_copies"] > 1e-5
+
+
+def test_one_rank_has_no_collectives(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark_collectives.py"])
+    assert benchmark_collectives.main() == 2
+    assert "torchrun" in capsys.readouterr().err

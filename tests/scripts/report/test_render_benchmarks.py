@@ -1,0 +1,158 @@
+"""The page of the records: all of them are on it, and the one in docs/ is theirs."""
+
+import json
+import sys
+
+import pytest
+
+from scripts.report.page import Record, read_records, render
+from tests.support.commands import ROOT
+
+ROW = {"batch_size": 4, "bound": "link", "bound_s": 0.09, "fraction_of_bound": 0.9, "predicted_s": 0.11}
+ROW |= {"predicted_over_measured": 1.1, "tokens_per_second": 40.0, "achieved_tflops": 1.5}
+GRAPH = {"graph_s": 0.08, "step_over_graph": 1.25}
+LATENCY = {
+    "benchmark": "latency", "hardware": "1 x H200", "commit": "abc1234", "model": "Tiny", "dtype": "bfloat16",
+    "tp_size": 1, "resident": "none", "input_len": 8, "output_len": 3, "streamed_bytes_per_pass_and_rank": 5,
+    "passes": [ROW | GRAPH | {"decode_pass_s": 0.1, "first_token": ROW | {"first_token_s": 0.2, "num_passes": 2}}],
+    "comparisons": [
+        {"baseline": "accelerate", "batch_size": 4, "token_s": 0.8, "our_token_s": 0.1, "speedup": 8.0},
+        {"baseline": "transformers", "error": "MemoryError: none | left"},
+    ],
+}  # fmt: skip
+
+
+def section(page: str, title: str) -> str:
+    return page.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def cells(page: str, title: str) -> list[dict[str, str]]:
+    """The rows of a section's table by column."""
+    lines = [line[2:-2].split(" | ") for line in section(page, title).splitlines() if line.startswith("| ")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_the_page_in_docs_is_that_of_the_records():
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert page == render(read_records(ROOT / "benchmarks")), "run python -m scripts.report.render"
+
+
+def test_every_record_is_there():
+    records = read_records(ROOT / "benchmarks")
+    page = render(records)
+    assert len(records) >= 10
+    assert [record.name for record in records if f"[{record.name}](../benchmarks/{record.name})" not in page] == []
+    passes = [row for record in records if record.kind == "latency" for row in record.content["passes"]]
+    num_passes = sum("decode_pass_s" in row for row in passes)
+    assert len(cells(page, "Streamed decode") + cells(page, "Resident decode")) >= num_passes > 0
+
+
+def test_a_latency_record_answers_three_questions():
+    page = render([Record("tiny.json", LATENCY)])
+    (decode,), (prefill,) = cells(page, "Streamed decode"), cells(page, "Prefill")
+    assert (decode["pass"], decode["bound"], decode["by"], decode["fraction"]) == ("100.00", "90.00", "link", "0.900")
+    assert (decode["graph alone"], decode["pass / graph"]) == ("80.00", "1.250")
+    assert (decode["hardware"], decode["commit"]) == ("1 x H200", "abc1234")
+    assert (prefill["first token"], prefill["passes"], prefill["TFLOP/s"]) == ("200.00", "2", "1.50")
+    ours, failed = cells(page, "Against others")
+    assert (ours["theirs"], ours["ours"], ours["times faster"], ours["fraction"]) == (
+        "800.00",
+        "100.00",
+        "8.00",
+        "0.900",
+    )
+    assert failed["error"] == "MemoryError: none \\| left"
+    assert "No record yet" in section(page, "Resident decode")
+
+
+def test_nothing_streamed_is_resident_decode():
+    page = render([Record("tiny.json", LATENCY | {"streamed_bytes_per_pass_and_rank": 0})])
+    assert len(cells(page, "Resident decode")) == 1 and "No record yet" in section(page, "Streamed decode")
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [("link", "Link"), ("collectives", "Collectives"), ("new", "Other records"), (None, "Other records")],
+)
+def test_any_record_with_rows_is_a_table_of_their_keys(kind, title):
+    rows = [{"bytes": 1024, "gb_s": 1 / 3}, {"bytes": 2048, "note": "a|b", "gb_s": None}]
+    page = render([Record("some.json", {"benchmark": kind, "hardware": "2 x H200", "rows": rows})])
+    first, second = cells(page, title)
+    assert first == {"bytes": "1024", "gb_s": "0.33333", "note": ""}
+    assert second == {"bytes": "2048", "gb_s": "", "note": "a\\|b"}
+    assert "hardware 2 x H200" in section(page, title)
+
+
+CODEC = {"benchmark": "codec", "hardware": "1 x H200", "decoder": "kernel, in a graph", "link_gb_s": 55.4}
+CODEC["rows"] = [
+    {"source": "gaussian", "shape": "4096 x 4096", "bits": 10.893, "floor_bits": 10.546, "raw_share": 0.0}
+    | {"encode_gb_s": 5.12, "decode_gb_s": 1987.654, "effective_link_gb_s": 81.4},
+    {"source": "demo", "shape": "checkpoint", "bits": 10.89, "floor_bits": 10.534, "raw_share": 0.0007}
+    | {"encode_gb_s": 0.1, "decode_gb_s": 0.114, "effective_link_gb_s": None},
+]
+STARTUP = {
+    "benchmark": "startup",
+    "model": "Tiny",
+    "tp_size": 2,
+    "coded_groups": [1, 2],
+    "model_shape": {"num_layers": 3},
+}
+STARTUP |= {"avg_cold_startup_time": 11.6281, "cold_startup_percentiles": {"50": 11.6281}}
+STARTUP["rows"] = [
+    {"start": "cold", "phase": "plan", "seconds": 0.2209, "since_start_s": 2.4128},
+    {
+        "start": "cold",
+        "phase": "weights",
+        "seconds": 7.51,
+        "since_start_s": 9.9276,
+        "bytes": 11180699392,
+        "gb_s": 1.4887,
+    },
+    {"start": "cold", "phase": "captures", "seconds": 3.8031, "num_graphs": 16},
+]
+
+
+def test_the_code_has_a_table_of_bits_and_rates():
+    page = render([Record("codec.json", CODEC)])
+    first, second = cells(page, "Lossless code")
+    assert (first["weights"], first["shape"]) == ("gaussian", "4096 x 4096")
+    assert (first["bits a weight"], first["entropy floor"], first["kept raw, %"]) == ("10.89", "10.55", "0.00")
+    assert (first["encode GB/s"], first["decode GB/s"], first["link, plain GB/s"]) == ("5.12", "1987.7", "81.4")
+    assert (second["kept raw, %"], second["link, plain GB/s"]) == ("0.07", "")
+    assert "1 x H200, decoder kernel, in a graph, link GB/s 55.4\n" in section(page, "Lossless code")
+
+
+def test_a_start_has_a_table_of_its_phases():
+    page = render([Record("startup.json", STARTUP)])
+    plan, weights, captures = cells(page, "Start-up")
+    assert (plan["start"], plan["phase"], plan["s"], plan["since start, s"]) == ("cold", "plan", "0.22", "2.41")
+    assert (weights["GB"], weights["GB/s"], plan["GB"]) == ("11.18", "1.49", "")
+    assert (captures["s"], captures["since start, s"], captures["graphs"]) == ("3.80", "", "16")
+    text = section(page, "Start-up")
+    assert "model Tiny, ranks 2, weights coded, cold start-up s 11.63\n" in text
+    assert "percentiles" not in text and "num_layers" not in text
+
+
+@pytest.mark.parametrize("content", [{"benchmark": "new", "rows": []}, {"rows": [1, 2]}, [1, 2], 3, {}])
+def test_a_record_of_an_unknown_kind_is_listed(content):
+    assert "[some.json](../benchmarks/some.json)" in section(render([Record("some.json", content)]), "Other records")
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json: is not JSON"):
+        read_records(tmp_path)
+
+
+def test_the_command_writes_page_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from scripts.report import render as render_benchmarks
+
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "tiny.json").write_text(json.dumps(LATENCY))
+    places = ("--records", str(tmp_path / "records"), "--output", str(tmp_path / "docs"))
+    monkeypatch.setattr(sys, "argv", ["render_benchmarks.py", *places])
+    render_benchmarks.main()
+    assert "tiny.json" in (tmp_path / "docs/benchmarks.md").read_text()
+    for name in ("fraction", "pass_time"):
+        assert (tmp_path / f"docs/benchmarks/{name}.png").stat().st_size > 1000

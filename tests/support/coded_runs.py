@@ -1,0 +1,94 @@
+"""The same requests with plain and with coded weights, and all that can be counted about them; in this process, or on
+the ranks of torchrun:
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.support.coded_runs FOLDER VARIANT ...
+
+FOLDER holds a checkpoint for each VARIANT; each rank writes FOLDER/rankN.json, {variant: {case: facts}}.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM
+from penstock.engine.model.families import read_config, read_spec
+from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan, plan_rates
+from penstock.engine.runtime.engine import Rank
+
+from tests.support import streaming_runs
+from tests.support.streaming_runs import copied_bytes, generate
+
+OPTIONS = {**streaming_runs.OPTIONS, "dtype": "bfloat16", "num_pages": 40}
+CASES = {
+    "plain": {"resident": "all", "weights_code": "none"},
+    "streamed": {"resident": "none", "weights_code": "lossless", "debug": {"lanes": "random", "poison": True}},
+    "resident": {"resident": "all", "weights_code": "lossless"},
+    "mixed": {"resident": 0.5, "weights_code": "lossless", "debug": {"lanes": "latest", "poison": True}},
+}
+TIGHT = ("resident", "mixed")  # these have memory for coded groups only
+
+
+def plan_of(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> EnginePlan:
+    """`memory_bytes` is that of a GPU, None on a CPU."""
+    config = EngineConfig(model, **{**OPTIONS, **options})
+    spec = read_spec(read_config(model), model)
+    return make_engine_plan(config, spec, tp_size, memory_bytes, plan_rates(config, tp_size, config.device))
+
+
+def least_memory(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> int:
+    """The fewest bytes in which it fits, to a KiB."""
+
+    def fits(num_kib: int) -> bool:
+        try:
+            return bool(plan_of(model, tp_size, memory_bytes, **{**options, "gpu_memory": num_kib * 2**10}))
+        except ValueError:
+            return False
+
+    low, high = 0, 2**22
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high * 2**10
+
+
+def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
+    options = dict(CASES[case])
+    if case in TIGHT:
+        options["gpu_memory"] = least_memory(model, tp_size, **options)
+    with LLM(model, **{**OPTIONS, **options}) as llm:
+        digest = generate(llm).digest()
+        plan, counters, weights = llm.rank.plan, llm.rank.worker.executor.counters, llm.rank.worker.weights
+        coded, residency = plan.residency.coded, plan.residency
+        sizes = {group.group: group.nbytes for group in plan.layout.groups}
+        return {
+            "digest": digest,
+            "num_passes": counters.num_passes,
+            "num_groups": len(sizes),
+            "coded": sorted(map(str, coded)),
+            "coded_resident": len(coded & residency.resident),
+            "coded_bytes": sum(weights.codes[group].nbytes for group in coded),
+            "plain_bytes": sum(sizes[group] for group in coded),
+            "copied": copied_bytes(llm.rank.worker.executor),
+            "decoded": {str(group): nbytes for group, nbytes in counters.decoded_bytes.items()},
+            "expected_copied": {
+                str(group): weights.host_spans[group].nbytes
+                * (counters.num_passes + (place < residency.ring.num_wrapped))
+                for place, (group, _) in enumerate(residency.streamed)
+            },
+            "expected_decoded": {str(group): sizes[group] * counters.num_passes for group in coded},
+        }
+
+
+def main(folder: Path, variants: list[str]) -> None:
+    """Where weights stream, passes are prepared before the tokens of the one before them are known, as on a GPU."""
+    Rank.lookahead = property(lambda rank: int(rank.work.streamed_bytes > 0))
+    tp_size = int(os.environ["WORLD_SIZE"])
+    facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

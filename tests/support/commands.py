@@ -1,0 +1,151 @@
+"""Penstock's command line as a user runs it: in processes of its own, and with faults put into ranks.
+
+    done = Command(folder, "generate", "-tp", "2", "--prompt", "Return the").finish()
+
+A fault is Python text that is run in each rank when the executor's module has been imported: as `rank`, `Executor`
+and `failing()`, which notes the time, it has what it needs.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GONE_S = 10.0
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+PENSTOCK = ("-m", "penstock")
+_LAUNCH_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_SITE = '''
+import importlib.abc, importlib.util, os, signal, sys, time
+
+class Hook(importlib.abc.MetaPathFinder):
+    """Runs the fault once the executor's module has been imported: nothing heavy before its time."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "penstock.engine.runtime.executor":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        exec_module = spec.loader.exec_module
+        def execute(module):
+            exec_module(module)
+            with open(f"{FOLDER}/rank_of{os.getpid()}", "w") as file:
+                file.write(os.environ.get("RANK", "0"))
+            open(f"{FOLDER}/pid{os.getpid()}", "w").close()
+            given = {"failing": failing, "folder": FOLDER}
+            exec(FAULT, given | {"rank": int(os.environ.get("RANK", 0)), "Executor": module.Executor})
+        spec.loader.exec_module = execute
+        return spec
+
+def failing():
+    with open(f"{FOLDER}/failed_at", "w") as file:
+        file.write(str(time.time()))
+
+sys.meta_path.insert(0, Hook())
+'''
+# Runs FAIL on rank FAILING in the 12th pass: some of those before are the probe's, and all must have met by then.
+_IN_A_PASS = """
+import itertools, os, signal
+passes, submit = itertools.count(1), Executor.submit
+def submit_or_fail(self, batch):
+    if next(passes) == 12 and rank == {rank}:
+        failing()
+        {fail}
+    return submit(self, batch)
+Executor.submit = submit_or_fail
+"""
+SLOW = """
+import time
+submit = Executor.submit
+def submit_slowly(self, batch):
+    time.sleep(0.05)
+    return submit(self, batch)
+Executor.submit = submit_slowly
+"""
+
+
+def fault_in_a_pass(rank: int, fail: str) -> str:
+    return _IN_A_PASS.format(rank=rank, fail=fail)
+
+
+def _hear_interrupts() -> None:
+    """A suite that was started in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float) -> None:
+    """A script, or `-m` and a module, of the tests or of Penstock under torchrun; raises if a rank fails."""
+    launcher = [sys.executable, *TORCHRUN[:-1], str(num_ranks)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [*launcher, *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=timeout)
+
+
+class Command:
+    """A running `penstock ARGUMENTS`, or another `program`, in `folder`; after `finish` its exit code and output."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        launcher: tuple[str, ...] = (),
+        program: tuple[str, ...] = PENSTOCK,
+        fault: str = "",
+        **environment: str,
+    ):
+        self.folder = folder
+        site = folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(f"FOLDER, FAULT = {str(folder)!r}, {fault!r}\n{_SITE}")
+        env = {name: value for name, value in os.environ.items() if name not in _LAUNCH_NAMES}
+        path = os.pathsep.join(map(str, (site, ROOT)))
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, *program, *map(str, arguments)],
+            cwd=folder,
+            env=env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=_hear_interrupts,
+        )
+
+    def finish(self, stdin: str = "") -> "Command":
+        """Waits for its end, and then until every rank is gone: no longer than GONE_S after the failure."""
+        stdout, stderr = self.process.communicate(stdin.encode(), timeout=60)
+        self.stdout, self.stderr = stdout.decode(), stderr.decode()
+        self.exit_code = self.process.returncode
+        self.wait_until_gone(self.failed_at())
+        return self
+
+    def wait_until_gone(self, since: float) -> None:
+        while alive := [pid for pid in self.pids() if is_alive(pid)]:
+            assert time.time() - since < GONE_S, f"still there: {alive}"
+            time.sleep(0.02)
+
+    def pids(self) -> list[int]:
+        """Of all ranks that came as far as the executor."""
+        return [int(path.name[3:]) for path in self.folder.glob("pid*")]
+
+    def failed_at(self) -> float:
+        file = self.folder / "failed_at"
+        return float(file.read_text()) if file.exists() else time.time()
+
+    def kill(self) -> None:
+        """For the end of a test that failed: nothing may stay behind."""
+        for pid in [self.process.pid, *self.pids()] if self.process.poll() is None else self.pids():
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie is not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False

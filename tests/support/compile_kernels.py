@@ -1,0 +1,75 @@
+"""Compiles every kernel that the engine launches for a Hopper GPU, on a machine that has none, and runs none of them.
+
+    python tests/support/compile_kernels.py CHECKPOINT...
+
+The real engine runs as on a GPU, on CPU tensors, and each launch stops when its kernel is compiled. In the interpreter
+kernels may do what Triton's compiler refuses, such as a name whose type changes from one turn of a loop to the next.
+What the engine computes is garbage. Prints the modules of the kernels that were compiled, and their names, in JSON.
+"""
+
+import itertools
+import json
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+
+import pytest
+import torch
+from penstock.engine.llm import LLM
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tests.support.engine_proof import PROMPT, as_on_a_gpu
+from tests.support.kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS
+
+OPTIONS = {"device": "cpu", "resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
+WAYS = (
+    {"dtype": "float32"},
+    {"dtype": "bfloat16", "weights_code": "lossless"},
+    {"dtype": "bfloat16", "weights_code": "none", "attention_sinks": 2, "attention_window": 5, "page_size": 4},
+    {"dtype": "float32", "attention_sinks": 2, "attention_window": 200},  # attention in several segments
+)
+
+
+class Hopper:
+    """The driver of a GPU that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(checkpoints: list[str]) -> None:
+    compiled, run = {}, JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **named):
+        compiled.setdefault(self.fn.__module__, set()).add(self.fn.__name__)
+        return run(self, *arguments, grid=grid, warmup=True, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        driver.set_active(Hopper())
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(torch, "empty", torch.zeros)  # nothing is ever written: tokens have to be tokens
+        patch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+        for kernel in KERNELS.values():
+            if kernel.names:
+                kernel.put_in(patch, kernel.kernel)
+            if hasattr(kernel.module, "options"):
+                patch.setattr(kernel.module, "options", lambda device: {"OVERLAPS": True, "launch_pdl": True})
+        for checkpoint, options in itertools.product(checkpoints, WAYS):
+            with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:
+                as_on_a_gpu(llm)
+                for params in (GREEDY, DRAWN, FILTERED):
+                    llm.generate([PROMPT], params)
+    print(json.dumps({module: sorted(names) for module, names in compiled.items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Several ranks in one process and on one device, whose kernels push to each other: one phase after the other."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from penstock.parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, SLOT_WORDS, PeerBuffers
+from torch import Tensor
+
+from tests.support.kernel_proof import DEVICE
+
+HANG_S = 30
+
+
+def connect_ranks(size: int) -> list[PeerBuffers]:
+    shape = (NUM_HALVES, size, SLOT_WORDS)
+    words = [torch.full(shape, EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(size)]
+    others = [tuple(words[(rank + step) % size].data_ptr() for step in range(1, size)) for rank in range(size)]
+    halves = torch.zeros(size, MAX_PROGRAMS, dtype=torch.int32, device=DEVICE)
+    goes_on = torch.zeros(1, dtype=torch.int32, pin_memory=torch.device(DEVICE).type == "cuda")
+    return [PeerBuffers(rank, size, words[rank], others[rank], halves[rank], goes_on) for rank in range(size)]
+
+
+def run_together(ranks: Iterable[Callable[..., None]]) -> None:
+    """One call on every rank: all push, then all collect."""
+    ranks = list(ranks)
+    with no_hang():
+        for rank in ranks:
+            rank(pushes=True, collects=False)
+        for rank in ranks:
+            rank(pushes=False, collects=True)
+
+
+def assert_at_rest(peers: list[PeerBuffers], num_calls: int) -> None:
+    """Every word is empty again and every place names the next half."""
+    for buffers in peers:
+        assert (buffers.words == EMPTY).all()
+        assert (buffers.half == num_calls % NUM_HALVES).all()
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """In rank order in fp32, rounded once."""
+    total = 0.0
+    for part in parts:
+        total = total + part.float()
+    return total.to(part.dtype)
+
+
+@contextlib.contextmanager
+def no_hang() -> Iterator[None]:
+    """An interpreted kernel that waits for words that never come fails."""
+
+    def fail(*_):
+        raise AssertionError(f"still waiting for a part after {HANG_S} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(HANG_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,149 @@
+"""Every kernel's place in the engine: how it is run, what it replaces, its counter, and the steps that call it.
+
+A new kernel is a row of KERNELS; engine_proof.py holds it to its reference and to its calls in real runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import pytest
+from penstock.engine.compute import attention
+from penstock.engine.compute.inputs import PagedContext
+from penstock.engine.compute.ops import StepContext
+from penstock.engine.kernels import (
+    argmax,
+    decode_attention,
+    decode_inputs,
+    decode_weights,
+    draw,
+    embedding,
+    filter,
+    gated_activation,
+    linear,
+    reduce_residual_norm,
+    residual_norm,
+    rope_append,
+)
+from penstock.engine.runtime.executor import Executor
+from penstock.parallel import push_reduce
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.passes.pass_plan import Compute, Decode, Instruction
+from torch import Tensor
+
+Condition = Callable[[Compute, StepContext], bool]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+DRAWN = replace(GREEDY, temperature=1.5, seed=3)  # tokens differ from each other, and hang on every logit
+FILTERED = replace(DRAWN, top_p=0.8)
+SHORT = replace(DRAWN, max_tokens=2)  # of kernels that take seconds where they are interpreted
+
+
+@dataclass(frozen=True)
+class EngineKernel:
+    """A kernel's place in the engine. `kernel` and `reference` have one signature, and the engine finds them by
+    `names`; a reference of None is other kernels or a library. Each step with a part of `steps` in its name calls the
+    kernel once, where `condition` holds. `exact`: the reference's very bits."""
+
+    module: ModuleType  # whose `calls` count
+    steps: tuple[str, ...]
+    condition: Condition = lambda step, ctx: True
+    kernel: Callable | None = None
+    reference: Callable | None = None
+    names: tuple[tuple[ModuleType, str], ...] = ()
+    exact: bool = False
+    params: SamplingParams = DRAWN  # of a request that takes it
+
+    def calls_at(self, instruction: Instruction, executor: Executor) -> int:
+        """How often the instruction, as it is about to run, has to call the kernel."""
+        if isinstance(instruction, Decode):
+            weights = executor.coded[instruction.group].code.weights if "decode" in self.steps else ()
+            return sum(not weight.code.raw for weight in weights)
+        if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
+            return 0
+        return int(self.condition(instruction, executor.context))
+
+    def put_in(self, patch: pytest.MonkeyPatch, run: Callable) -> None:
+        """The engine calls `run` wherever it would have called the kernel or its reference."""
+        for module, name in self.names:
+            patch.setattr(module, name, run)
+
+
+def _kernel(module: ModuleType, stem: str, *steps: str, **rest) -> EngineKernel:
+    """Of a module that chooses by device between _STEM_triton and STEM_reference."""
+    names = (f"_{stem}_triton", f"{stem}_reference")
+    ways = dict(zip(("kernel", "reference"), (getattr(module, name) for name in names)))
+    return EngineKernel(module, steps, **{**ways, "names": tuple((module, name) for name in names), **rest})
+
+
+def _paged(step: Compute, ctx: StepContext) -> bool:
+    return isinstance(ctx.inputs.context, PagedContext)
+
+
+def _one_row(step: Compute, ctx: StepContext) -> bool:
+    return len(ctx.act["rows"] if "head" in step.step else ctx.inputs.tokens) == 1
+
+
+def _is_greedy(step: Compute, ctx: StepContext) -> bool:
+    return bool(ctx.inputs.sampled_rows) and "draw" not in ctx.asked.stages
+
+
+def _asks(*stages: str) -> Condition:
+    return lambda step, ctx: bool(ctx.inputs.sampled_rows) and ctx.asked.stages >= {*stages}
+
+
+def _fits(step: Compute, ctx: StepContext) -> bool:
+    return ctx.collectives.size > 1 and push_reduce.fits_rows(ctx.act["x"])
+
+
+def _as_the_engine(x: Tensor, *rest) -> None:
+    (_LINEAR if len(x) == 1 else _CUBLAS)(x, *rest)
+
+
+def _attend_by_reference(*arguments, **reading) -> None:
+    decode_attention.decode_attention_reference(*arguments[:9], **reading)  # without workspace and segments
+
+
+def _embed_by_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:
+    _EMBED(table.to(out.device), tokens, first, out)
+
+
+_LINEAR, _CUBLAS, _EMBED = linear._linear_triton, linear.linear_reference, embedding.embed_rows_reference
+KERNELS: dict[str, EngineKernel] = {
+    "embedding": _kernel(
+        *(embedding, "embed_rows", "embedding"),
+        condition=lambda step, ctx: not ctx.embed.is_cuda,
+        reference=_embed_by_reference,
+        exact=True,
+    ),
+    "residual_norm": _kernel(
+        *(residual_norm, "residual_norm", "attn_norm", "ffn_norm", "final_norm"),
+        condition=lambda step, ctx: "allreduce" not in step.step or not _fits(step, ctx),
+    ),
+    "rope_append": _kernel(rope_append, "rope_append", "rope"),
+    "decode_attention": EngineKernel(
+        *(decode_attention, ("attention",), _paged),
+        kernel=decode_attention._decode_attention_triton,
+        reference=_attend_by_reference,
+        names=((attention, "decode_attention"),),
+    ),
+    "gated_activation": _kernel(gated_activation, "gated_activation", "activation"),
+    "linear": _kernel(
+        *(linear, "linear", "attn_qkv", "attn_output", "attn_output_beside", "ffn_up", "ffn_down", "head"),
+        condition=_one_row,
+        kernel=_as_the_engine,
+        params=SHORT,
+    ),
+    "argmax": _kernel(argmax, "argmax_rows", "sample", condition=_is_greedy, exact=True, params=GREEDY),
+    "draw": _kernel(draw, "draw_rows", "sample", condition=_asks("draw")),
+    "filter": _kernel(filter, "find_limits", "sample", condition=_asks("draw", "filter"), params=FILTERED),
+    # before the pass's first step
+    "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_paged, exact=True),
+    "decode_weights": _kernel(decode_weights, "decode_weights", "decode", exact=True, params=SHORT),
+    "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
+    "reduce_residual_norm": EngineKernel(
+        reduce_residual_norm,
+        ("attn_allreduce", "ffn_allreduce"),
+        lambda step, ctx: step.step.endswith("norm") and _fits(step, ctx),
+    ),
+}
+OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # one process never launches them: tests/gpu/test_kernel_ranks.py

@@ -1,0 +1,8 @@
+"""What only tests ask of a layout."""
+
+from penstock.engine.model.layout import GroupLayout, ModelLayout
+from penstock.scheduler.passes.pass_plan import GroupId
+
+
+def by_group(layout: ModelLayout) -> dict[GroupId, GroupLayout]:
+    return {group.group: group for group in layout.groups}

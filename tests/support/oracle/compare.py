@@ -1,0 +1,57 @@
+"""The reference's logits for what the engine generated, and how far the engine's are from them.
+
+The reference is fed the engine's own tokens (one forward pass for each prompt, batch of one, no cache). Where every
+token is the reference's best, greedy generation by the reference gives the same tokens, by induction.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.support.oracle.cases import prompts
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """(prompts, n, vocab) fp32, for tokens (prompts, n) that the engine generated."""
+    rows = []
+    for prompt, generated in zip(prompts(), tokens.tolist()):
+        logits = model(torch.tensor([[*prompt, *generated[:-1]]]), use_cache=False).logits
+        rows.append(logits[0, len(prompt) - 1 :].float())
+    return torch.stack(rows)
+
+
+def relative_difference(logits: Tensor, reference: Tensor) -> Tensor:
+    """max|difference| / max|logit| at each position: (...,) for (..., vocab)."""
+    difference = (logits.float() - reference).abs().amax(-1)
+    return difference / reference.abs().amax(-1)
+
+
+def shared_prefix(tokens: Tensor, others: Tensor) -> Tensor:
+    """(prompts, n) bool: where all earlier tokens are the same."""
+    same = (tokens == others).cumprod(dim=-1).roll(1, dims=-1).bool()
+    same[:, 0] = True
+    return same
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where the engine chose another token than the reference's best, and where it may: `gaps` are the reference's
+    top-2 gaps over max|logit|."""
+
+    differ: Tensor  # (prompts, n) bool
+    gaps: Tensor  # (prompts, n)
+
+    def num_near_ties(self, gap: float) -> int:
+        return int((self.gaps < gap).sum())
+
+    def wrong(self, gap: float) -> Tensor:
+        """(k, 2): prompt and position of each other token where the gap is not under `gap`."""
+        return (self.differ & (self.gaps >= gap)).nonzero()
+
+
+def choices(tokens: Tensor, reference: Tensor) -> Choices:
+    first, second = reference.topk(2, dim=-1).values.unbind(-1)
+    return Choices(tokens != reference.argmax(-1), (first - second) / reference.abs().amax(-1))

@@ -1,0 +1,88 @@
+"""Runs cases on the real engine and keeps tokens and logits: in this process, or on the ranks of one torchrun launch.
+
+    python -m torch.distributed.run --standalone --nproc-per-node N -m oracle.engine_runs FOLDER CASE_ID...
+
+A rank goes over all cases, one LLM after another; rank 0 writes FOLDER/CASE_ID.safetensors after each.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from penstock.engine.llm import LLM
+from penstock.scheduler.batching.request import SamplingParams
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.support.oracle.cases import Case, fp32_cases, half_cases, prompts
+
+_LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+_LAUNCH_TIMEOUT_S = 540
+
+
+def run_case(case: Case, checkpoint: str | Path, max_tokens: int | None = None) -> dict[str, Tensor]:
+    """Greedy generation for all prompts at once, of as many tokens as the case says, or `max_tokens`. Returns tokens
+    (prompts, n), logits (prompts, n, vocab) and what the counters and the ledger say: num_passes, copied_bytes."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens or case.max_tokens, ignore_eos=True)
+    with LLM(str(checkpoint), **case.options) as llm:
+        logits = capture_logits(llm)
+        outputs = llm.generate(prompts(), params)
+        executor = llm.rank.worker.executor
+        return {
+            "tokens": torch.tensor([output.outputs[0].token_ids for output in outputs]),
+            "logits": torch.stack([torch.stack(logits[row]) for row in sorted(logits)]),
+            "num_passes": torch.tensor(executor.counters.num_passes),
+            "copied_bytes": torch.tensor(executor.copied.total.sent_bytes),
+        }
+
+
+def capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
+    """Logits of each row, position after position, as the sampler sees them. Row i runs prompt i, since there are as
+    many rows as prompts."""
+    executor, vocab_size = llm.rank.worker.executor, llm.rank.plan.spec.vocab_size
+    submit, logits = executor.submit, {row: [] for row in range(len(prompts()))}
+
+    def submit_and_capture(batch) -> None:
+        submit(batch)
+        rows = [row for row in batch.rows if row.samples]
+        gathered = executor.arena.cut(1, len(rows))["logits"][:, :vocab_size].to("cpu", copy=True)
+        for row, row_logits in zip(rows, gathered):
+            position = row.start + len(row.tokens)
+            assert position == len(prompts()[row.row]) + len(logits[row.row]), "a position was skipped or sampled twice"
+            logits[row.row].append(row_logits)
+
+    executor.submit = submit_and_capture
+    return logits
+
+
+def launch_cases(cases: Iterable[Case], folder: Path) -> str:
+    """Runs all cases, of one tp_size, on one launch of ranks, and returns what it wrote to stderr. FOLDER holds their
+    checkpoints and receives their results, those of the cases that finished."""
+    cases = list(cases)
+    (tp_size,) = {case.tp_size for case in cases}
+    command = [*_LAUNCH, str(tp_size), "-m", __name__, str(folder), *(case.id for case in cases)]
+    tests = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as ranks:
+        try:
+            return ranks.communicate(timeout=_LAUNCH_TIMEOUT_S)[1]
+        except subprocess.TimeoutExpired:
+            ranks.terminate()  # torchrun ends its ranks before itself
+            return ranks.communicate()[1] + f"\nended after {_LAUNCH_TIMEOUT_S} s"
+
+
+def main() -> None:
+    folder, *ids = sys.argv[1:]
+    cases = {case.id: case for case in (*fp32_cases(), *half_cases())}
+    for case_id in ids:
+        case = cases[case_id]
+        result = run_case(case, Path(folder) / case.checkpoint)
+        if os.environ["RANK"] == "0":
+            save_file(result, Path(folder) / f"{case_id}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

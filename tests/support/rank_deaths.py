@@ -1,0 +1,150 @@
+"""A user's script on two ranks, one of which dies in one of four ways at one of five times. It catches what LLM
+raises.
+
+    python tests/support/rank_deaths.py '{"case": {...}, "folder": ...}', or under torchrun
+
+A rank that gets an exception leaves FOLDER/answerN.json. `Case.faults()` is for commands.Command.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock import LLM, SamplingParams
+
+OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "resident": "none"}
+PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+STAY_S = 150.0  # longer than anybody waits for the others: nothing may come of its end
+
+# What goes wrong, and in a rank that raises in the course of being a child and lives on: a close that hangs.
+_DO = {
+    "raise": "raise KeyError('the shard is bent')",
+    "stay": "import penstock.engine.runtime.engine as it, os\n"
+    "    if 'PENSTOCK_SELF_LAUNCHED' in os.environ: it.Rank.close = lambda self: time.sleep(150)\n"
+    "    raise KeyError('the shard is bent')",
+    "kill": "os.kill(os.getpid(), signal.SIGKILL)",
+    "stop": "os.kill(os.getpid(), signal.SIGSTOP)",
+}
+_FAIL = """
+import os, signal, time
+if os.path.exists(folder + "/failed_at"):
+    rank = -1  # of another launch: once is enough
+def fail(after_s=0.0):
+    time.sleep(after_s)
+    failing()
+    {do}
+"""
+_WHEN = {
+    # As it reads its own options: by then both have imported what they need, which may take long.
+    "meeting": """
+import penstock.engine.config
+def fail_with_both_there(self):
+    while sum(name.startswith("pid") for name in os.listdir(folder)) < 2:
+        time.sleep(0.05)
+    fail()
+if rank == {victim}:
+    engine.config.EngineConfig.__post_init__ = fail_with_both_there
+""",
+    "loading": """
+import penstock.engine.weights.host_store as host_store
+if rank == {victim}:
+    host_store._Reader.begin = lambda *_: fail()
+""",
+    "pass": """
+passes, submit = [], Executor.submit
+def submit_or_fail(self, batch):
+    passes.append(batch)
+    if len(passes) == 4 and rank == {victim}:
+        fail()
+    return submit(self, batch)
+Executor.submit = submit_or_fail
+""",
+}
+# The second call: the victim fails as it comes, while the other is elsewhere (idle) or waits in that call (between).
+# Under torchrun rank 1 awaits two messages a call.
+_SECOND = """
+import sys
+calls, build = [], Executor.__init__
+def build_and_put(self, *given, **named):
+    build(self, *given, **named)
+    Executor.__init__ = build
+    Rank = sys.modules["penstock.engine.runtime.engine"].Rank
+    name = "_await" if rank else "begin"
+    do = getattr(Rank, name)
+    def do_or_fail(self, what):
+        calls.append(what)
+        if rank == {victim} and len(calls) == (3 if {torchrun} and rank else 2):
+            with self.together():
+                fail({after_s})
+        return do(self, what)
+    setattr(Rank, name, do_or_fail)
+Executor.__init__ = build_and_put
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One death."""
+
+    launcher: str  # self or torchrun
+    fault: str
+    when: str
+    victim: int = 1
+    again: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            ["torchrun" if self.launcher == "torchrun" else "self", f"rank{self.victim}", self.fault, self.when]
+        )
+
+    def faults(self) -> str:
+        """Text for commands.Command."""
+        after_s = 1.5 if self.when == "between" else 0.0
+        text = _WHEN.get(self.when, _SECOND).format(
+            victim=self.victim, after_s=after_s, torchrun=self.launcher == "torchrun"
+        )
+        return _FAIL.format(do=_DO[self.fault]) + text
+
+    def cause(self) -> str:
+        """What every other rank has to say."""
+        if self.fault in ("raise", "stay"):
+            return "KeyError: 'the shard is bent'"
+        if self.fault == "stop":
+            return f"rank {self.victim} was stopped (SIGSTOP)"
+        return f"rank {self.victim} " + ("was killed by SIGKILL" if self.launcher == "self" else "ended without a word")
+
+
+def main(case: Case, folder: Path) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        use(case, folder, rank)
+    except Exception as error:
+        answer = {"error": type(error).__name__, "text": str(error)}
+        if case.again:
+            with LLM("demo", 2, **OPTIONS) as llm:
+                answer["again"] = llm.generate("Return the", PARAMS)[0].outputs[0].token_ids
+        (folder / f"answer{rank}.json").write_text(json.dumps(answer))
+        if rank == case.victim and case.fault == "raise":
+            raise
+        time.sleep(STAY_S if rank == case.victim else 0)
+        sys.exit(3)
+
+
+def use(case: Case, folder: Path, rank: int) -> None:
+    llm = LLM("demo", 2, **OPTIONS)
+    llm.generate("Return the", PARAMS)
+    if case.when == "idle" and rank != case.victim:
+        while not (folder / "failed_at").exists():
+            time.sleep(0.1)
+        time.sleep(1.0)
+    llm.generate("Return the", PARAMS)
+    raise AssertionError("nothing was raised")
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    main(Case(**told["case"]), Path(told["folder"]))

@@ -1,0 +1,163 @@
+"""The same requests at different residencies, rings and lane orders, and all that can be counted about them; in this
+process, or on the ranks of torchrun:
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.support.streaming_runs FOLDER
+
+FOLDER holds a checkpoint for each of MODELS; each rank writes FOLDER/rankN.json, {case: facts}.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM
+from penstock.engine.model.families import read_config, read_spec
+from penstock.engine.planning.engine_plan import make_engine_plan, plan_rates
+from penstock.engine.runtime.executor import Executor
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.passes.build import default_ring_bytes, minimum_ring_bytes
+from penstock.scheduler.passes.pass_plan import Compute
+from torch import Tensor
+
+MODELS = ("llama_gqa", "neox_parallel")
+OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_batched_tokens": 48, "max_num_seqs": 3}
+OPTIONS["debug"] = {"poison": True}
+# Three rows, a prompt in chunks, rows that end at different times, and a request that waits for one of them.
+LENGTHS, MAX_TOKENS = (5, 37, 70, 20), (9, 4, 5, 6)
+PROMPTS = [torch.randint(0, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
+PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in MAX_TOKENS]
+RINGS = ("minimum", "between", "default", "everything")
+# (resident, ring, lanes): on several ranks each of them runs for each of MODELS
+RANK_CASES = (
+    ("all", "default", "earliest"),
+    ("none", "minimum", "latest"),
+    ("none", "default", "random"),
+    (0.5, "between", "random"),
+    (0.8, "everything", "latest"),
+)
+
+
+@dataclass
+class Run:
+    """What one `generate` gave: logits of every pass that sampled, tokens by prompt, and the KV places of each pass."""
+
+    logits: list[Tensor]
+    tokens: list[list[int]]
+    places: list[Tensor]
+
+    def same_bits(self, other: "Run") -> bool:
+        pairs = zip(self.logits, other.logits, strict=True)
+        return self.tokens == other.tokens and all(torch.equal(a, b) for a, b in pairs)
+
+    def digest(self) -> str:
+        """Of every bit of the logits, and of the tokens."""
+        rows = b"".join(part.view(torch.uint8).numpy().tobytes() for part in self.logits)
+        return hashlib.sha256(rows + repr(self.tokens).encode()).hexdigest()
+
+
+def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[SamplingParams] = PARAMS) -> Run:
+    executor, run = llm.rank.worker.executor, Run([], [], [])
+    do = executor.do
+
+    def watched(instruction) -> None:
+        do(instruction)
+        if isinstance(instruction, Compute) and instruction.step == "logits_gather":
+            run.logits.append(executor.context.act["logits"].clone())
+            run.places.append(executor.context.inputs.context.places.clone())
+
+    executor.do = watched
+    try:
+        run.tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    finally:
+        executor.do = do
+    return run
+
+
+def ring_bytes(model: str, ring: str, resident: str | float, tp_size: int = 1) -> int | None:
+    """Bytes of a ring by its name, None where nothing streams; planned, without loading."""
+    config = EngineConfig(model, resident=resident, **OPTIONS)
+    spec = read_spec(read_config(model), model)
+    plan = make_engine_plan(config, spec, tp_size, None, plan_rates(config, tp_size, "cpu"))
+    streamed = list(plan.residency.streamed)
+    if not streamed:
+        return None
+    least, usual = minimum_ring_bytes(streamed), default_ring_bytes(streamed)
+    sizes = {"minimum": least, "between": (least + usual) // 2, "default": usual}
+    return sizes.get(ring, sum(nbytes for _, nbytes in streamed))
+
+
+@contextlib.contextmanager
+def recorded_gemms() -> Iterator[Counter]:
+    """Counts matrix products by (in, out) of the weight."""
+    shapes: Counter[tuple[int, int]] = Counter()
+    plain = {"mm": torch.mm, "addmm": torch.addmm}
+
+    def counted(name: str, weight: int) -> Callable:
+        def product(*args, **kwargs):
+            shapes[tuple(args[weight].shape)] += 1
+            return plain[name](*args, **kwargs)
+
+        return product
+
+    torch.mm, torch.addmm = counted("mm", 1), counted("addmm", 2)
+    try:
+        yield shapes
+    finally:
+        torch.mm, torch.addmm = plain["mm"], plain["addmm"]
+
+
+def copied_bytes(executor: Executor) -> dict[str, int]:
+    """By group, those that were copied; nothing came back."""
+    ledger = executor.copied
+    assert ledger.total.received_bytes == 0
+    sites = {group: site for group, site in executor.copy_sites.items() if site in ledger.sites}
+    return {str(group): ledger.at(site).sent_bytes for group, site in sites.items()}
+
+
+def facts_of(model: str, resident: str | float, ring: str, lanes: str) -> dict[str, Any]:
+    tp_size = int(os.environ["WORLD_SIZE"])
+    own = {
+        "resident": resident,
+        "ring": ring_bytes(model, ring, resident, tp_size),
+        "debug": {"lanes": lanes, "poison": True},
+    }
+    with LLM(model, **OPTIONS | own) as llm, recorded_gemms() as gemms:
+        digest = generate(llm).digest()
+        worker = llm.rank.worker
+        counters, executor = worker.executor.counters, worker.executor
+        return {
+            "digest": digest,
+            "num_passes": counters.num_passes,
+            "num_tokens": counters.num_tokens,
+            "copied": copied_bytes(executor),
+            "wrapped": llm.rank.plan.residency.ring.num_wrapped,
+            "host_bytes": worker.weights.host_bytes,
+            "resident_bytes": worker.weights.resident_bytes,
+            "gemms": sorted([*shape, count] for shape, count in gemms.items()),
+            "reduces": {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()},
+            "reduced_bytes": {site.operation: moved.sent_bytes for site, moved in executor.reduced.sites.items()},
+            "ledger": llm.rank.ledger.to_dict(),
+            "transfers": llm.rank.transfers,
+        }
+
+
+def main(folder: Path) -> None:
+    facts = {
+        f"{model}-{resident}-{ring}-{lanes}": facts_of(str(folder / model), resident, ring, lanes)
+        for model in MODELS
+        for resident, ring, lanes in RANK_CASES
+    }
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
