@@ -146,7 +146,7 @@ class EngineConfig:
         "what stays on the GPU: auto, all, none, or a fraction of the layers' bytes",
         type=parse_resident,
     )
-    weights_code: str = _option(
+    weights_compression: str = _option(
         "auto",
         "lossless codes bfloat16 weights, a third fewer bytes; auto does where weights would stream",
         ("auto", "none", "lossless"),

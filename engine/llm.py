@@ -20,7 +20,7 @@ from penstock.engine.loop import Loop
 from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
 from penstock.engine.planning.engine_plan import find_model, longest_sequence
 from penstock.engine.runtime.calls import Call, digest
-from penstock.engine.runtime.engine import LINK_BYTES, Rank
+from penstock.engine.runtime.engine import LINK_BYTES, Engine
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.turns import Turns, in_turn
 from penstock.engine.user_files import has_lone_surrogate
@@ -49,21 +49,21 @@ class LLM:
         self._configure({"model": model, "tensor_parallel_size": tensor_parallel_size} | options)
         self.turns = Turns()
         self.tokenizer = self._load_tokenizer()
-        self.rank = self._start()
-        self.vocab_size = self.rank.plan.spec.vocab_size
-        residency = self.rank.plan.residency
+        self.engine = self._start()
+        self.vocab_size = self.engine.plan.spec.vocab_size
+        residency = self.engine.plan.residency
         self.scheduler = Scheduler(
-            max_num_seqs=self.rank.plan.max_num_seqs,
+            max_num_seqs=self.engine.plan.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            max_model_len=longest_sequence(self.config, self.rank.plan),
+            max_model_len=longest_sequence(self.config, self.engine.plan),
             page_size=self.config.page_size,
             num_pages=residency.num_pages,
-            eos_token_ids=self.rank.eos_token_ids,
+            eos_token_ids=self.engine.eos_token_ids,
             page_order_seed=self.config.debug.page_order_seed,
-            retention=self.rank.plan.retention,
+            retention=self.engine.plan.retention,
         )
         self._request_ids = itertools.count()
-        self._finalizer = weakref.finalize(self, self.rank.close)
+        self._finalizer = weakref.finalize(self, self.engine.close)
         self._finalizer.atexit = False  # the rank sees to that
 
     @in_turn
@@ -90,15 +90,15 @@ class LLM:
         asked = self._read_for_all(prompts, sampling_params)
         listener = Listener(on_text)
         groups = [self._expand(place, *one, listener) for place, one in enumerate(asked)]
-        with self.rank.together():
-            if self.rank.topology.rank > 0:
-                return [RequestOutput.from_dict(output) for output in self.rank.follow()]
-            Loop(self.scheduler, self.rank, groups, listener).run()
+        with self.engine.together():
+            if self.engine.topology.rank > 0:
+                return [RequestOutput.from_dict(output) for output in self.engine.follow()]
+            Loop(self.scheduler, self.engine, groups, listener).run()
             outputs = [
                 RequestOutput(str(place), prompt, token_ids, [sequence.output() for sequence in group])
                 for place, ((prompt, token_ids, _), group) in enumerate(zip(asked, groups))
             ]
-            self.rank.finish([output.to_dict() for output in outputs])
+            self.engine.finish([output.to_dict() for output in outputs])
         listener.reraise(outputs)
         return outputs
 
@@ -107,7 +107,7 @@ class LLM:
         """Measures link, memory, compute and reduces (about a second), for predictions instead of the profile's rates;
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
-        self.rank.probe(link_bytes)
+        self.engine.probe(link_bytes)
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""
@@ -118,8 +118,8 @@ class LLM:
     def close(self) -> None:
         """Frees everything; idempotent. Garbage collection does it too, and the end of the process. Calls of other
         threads that wait for their turn after it raise RuntimeError."""
-        if self.rank is not None:
-            self.rank = None
+        if self.engine is not None:
+            self.engine = None
             self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -138,7 +138,7 @@ class LLM:
             if self._launch.kind != "torchrun":
                 raise
             refusal = str(error) or "a ValueError without a message"
-        self.rank.begin(Call("generate", digest(asked), refusal))
+        self.engine.begin(Call("generate", digest(asked), refusal))
         return asked
 
     def _read(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
@@ -203,11 +203,11 @@ class LLM:
         with _closing_on_error(self._launch), self._launch.guard():
             return load_tokenizer(self.config)
 
-    def _start(self) -> Rank:
-        return Rank(self.config, self._launch)
+    def _start(self) -> Engine:
+        return Engine(self.config, self._launch)
 
     def _check_open(self) -> None:
-        if self.rank is None:
+        if self.engine is None:
             raise RuntimeError("this LLM is closed")
 
     def _expand(

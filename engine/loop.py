@@ -6,7 +6,7 @@ raises ends its prompt's sequences with FinishReason.ABORT. The others go on as 
 
 from penstock.engine.compute.sampler import NAN_LOGITS, SampleOutput
 from penstock.engine.output import Listener, Sequence
-from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.engine import Engine
 from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import FinishReason, Request
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -15,8 +15,8 @@ from penstock.scheduler.batching.scheduler import Scheduler
 class Loop:
     """Rank 0's. `groups` has the sequences of each prompt, which speak to `listener`."""
 
-    def __init__(self, scheduler: Scheduler, rank: Rank, groups: list[list[Sequence]], listener: Listener):
-        self.scheduler, self.rank, self.groups, self.listener = scheduler, rank, groups, listener
+    def __init__(self, scheduler: Scheduler, engine: Engine, groups: list[list[Sequence]], listener: Listener):
+        self.scheduler, self.engine, self.groups, self.listener = scheduler, engine, groups, listener
         self._sequences = {sequence.request.id: sequence for group in groups for sequence in group}
         self._num_aborted = 0  # prompts for which on_text has raised and that have ended for it
 
@@ -26,16 +26,16 @@ class Loop:
             self._add()
             while self.scheduler.has_unfinished:
                 batch = self.scheduler.schedule()
-                if batch is not None and self.rank.must_wait:
+                if batch is not None and self.engine.must_wait:
                     self._run_if_wanted(batch)
                     continue
                 if batch is not None:
-                    self.rank.submit(batch)
-                if batch is None or self.rank.num_under_way > self.rank.lookahead:
+                    self.engine.submit(batch)
+                if batch is None or self.engine.num_under_way > self.engine.lookahead:
                     self._take_in(*self._collect())
         except BaseException:
             self.scheduler.abort()
-            self.rank.forget()
+            self.engine.forget()
             raise
 
     def _add(self) -> None:
@@ -52,17 +52,17 @@ class Loop:
 
     def _run_if_wanted(self, batch: Batch) -> None:
         """Runs a prepared pass as soon as the tokens of the one under way are there; text is made beside it."""
-        self.rank.announce(batch)
+        self.engine.announce(batch)
         requests, sampled = self._collect()
         if self.scheduler.is_wanted(batch):
-            self.rank.run_announced(batch)
+            self.engine.run_announced(batch)
         else:
             self.scheduler.withdraw(batch)
         self._take_in(requests, sampled)
 
     def _collect(self) -> tuple[list[Request | None], SampleOutput | None]:
         """Waits for the oldest pass; who got its tokens, and those."""
-        batch, sampled = self.rank.collect()
+        batch, sampled = self.engine.collect()
         return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
 
     def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> None:

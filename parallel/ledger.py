@@ -1,5 +1,5 @@
-"""What crossed a link: calls and bytes by site. PURE. One ledger counts what a rank of the engine moves, weights to its
-device and sums over ranks; another what crosses between the two sides of a split execution.
+"""What crossed a link: calls and bytes by site. Torch-free. One ledger counts what a rank of the engine moves, weights
+to its device and sums over ranks; another what crosses between the two sides of a split execution.
 
 Bytes are those of tensors in the dtype in which they cross; the headers of a socket's frames and the ranks' control
 messages are not among them.

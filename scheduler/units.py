@@ -1,4 +1,4 @@
-"""Units of bytes, times and rates, and all of these, counts and values as text. PURE.
+"""Units of bytes, times and rates, and all of these, counts and values as text. Torch-free.
 
 Memory is counted in powers of two (GiB), what crosses a link and its rate in powers of ten (GB, GB/s).
 """

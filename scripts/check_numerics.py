@@ -69,7 +69,7 @@ def compare(
         ours = _watch(llm)
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         generated = without_errors(llm.generate([token_ids], params))[0].outputs[0].token_ids
-        device = llm.rank.topology.device
+        device = llm.engine.topology.device
     states = {key: torch.cat(parts) for key, parts in ours.items()}
     loading = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     reference = AutoModelForCausalLM.from_pretrained(find_model(model), **loading).to(device).eval()
@@ -102,7 +102,7 @@ OURS: dict[str, str | Callable[[StepContext], Tensor]] = {
 
 def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
     """Keeps the activations of every pass from now on, by step; a single request's passes are in order of position."""
-    executor = llm.rank.worker.executor
+    executor = llm.engine.worker.executor
     kept: dict[Key, list[Tensor]] = {}
     do = executor.do
 

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
             refuse_text(config, place, prompt, params)
     with LLM(**config.for_job(len(prompts) * params.n).to_dict()) as llm:
         llm.check(prompts, params)
-        print(llm.rank.topology.describe(), file=sys.stderr)
+        print(llm.engine.topology.describe(), file=sys.stderr)
         printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         if speaks:
             llm.measure()
@@ -128,7 +128,7 @@ class TextPrinter:
 
 
 def _say_plan(llm: LLM, args: argparse.Namespace) -> None:
-    plan = llm.rank.plan
+    plan = llm.engine.plan
     print(describe(llm.config, plan, plan.residency.max_model_len), file=sys.stderr)
     if args.table:
         print(step_table(plan), file=sys.stderr)
@@ -155,12 +155,12 @@ def say_errors(outputs: list[RequestOutput]) -> int:
 def say_transfers(llm: LLM, as_json: bool) -> None:
     """A line of its own, and not on stdout: who reads that finds a prompt in every line."""
     if as_json:
-        print(json.dumps({"transfers": llm.rank.transfers}), file=sys.stderr)
+        print(json.dumps({"transfers": llm.engine.transfers}), file=sys.stderr)
 
 
 def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
     """What was moved and how long it took, beside what the time model said."""
-    times, executor = llm.rank.times, llm.rank.worker.executor
+    times, executor = llm.engine.times, llm.engine.worker.executor
     moved, num_tokens = executor.copied.total.sent_bytes, sum(len(s.token_ids) for o in outputs for s in o.outputs)
     lines = [
         f"{num_tokens} tokens in {elapsed_s:.2f} s ({num_tokens / elapsed_s:.1f} tokens/s), "
@@ -169,19 +169,19 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
     if moved:
         lines.append(
             f"moved {moved / GIB:.3f} GiB a rank over the link, {moved / times.num_passes / MIB:.2f} MiB a pass, "
-            f"{gb_s(moved, times.measured_s):.2f} GB/s of {llm.rank.rates.link_gb_s:.2f} GB/s measured"
+            f"{gb_s(moved, times.measured_s):.2f} GB/s of {llm.engine.rates.link_gb_s:.2f} GB/s measured"
         )
-    weights = llm.rank.worker.weights
+    weights = llm.engine.worker.weights
     if weights.codes:
-        share = sum(code.nbytes for code in weights.codes.values()) / weights.coded_from_bytes
+        share = sum(code.nbytes for code in weights.codes.values()) / weights.compressed_from_bytes
         lines.append(
-            f"{weights.coded_from_bytes / GIB:.3f} GiB of weights a rank were coded without loss to {share:.1%}, "
-            f"at {gb_s(weights.coded_from_bytes, weights.encode_s):.3g} GB/s"
+            f"{weights.compressed_from_bytes / GIB:.3f} GiB of weights a rank were compressed without loss"
+            f" to {share:.1%}, at {gb_s(weights.compressed_from_bytes, weights.compress_s):.3g} GB/s"
         )
-    if llm.rank.topology.tp_size > 1:
+    if llm.engine.topology.tp_size > 1:
         reduced = executor.reduced.total
         lines.append(f"{reduced.num_calls} all-reduces, {reduced.sent_bytes / MIB:.2f} MiB a rank")
     lines.append(
-        f"passes took {times.measured_s:.3f} s, predicted {times.predicted_s:.3f} s ({llm.rank.rates.source} rates)"
+        f"passes took {times.measured_s:.3f} s, predicted {times.predicted_s:.3f} s ({llm.engine.rates.source} rates)"
     )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""`penstock pack`: writes a coded checkpoint once, which loads like the original with less to read; or checks one.
+"""`penstock pack`: writes a compressed checkpoint once, which loads like the original with less to read; or checks one.
 
 --out DIR            packs --model into DIR
---out DIR --verify   and decodes all of it again, bit for bit, before DIR has its name
---verify             decodes the packed checkpoint --model: all its checksums, of what is there and what it was
+--out DIR --verify   and decompresses all of it again, bit for bit, before DIR has its name
+--verify             decompresses the packed checkpoint --model: all its checksums, of what is there and what it was
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONFIG_FIELDS = ("model", "device")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `pack` beside the engine's own."""
     parser.add_argument("--out", metavar="DIR", help="write the packed checkpoint there; what it holds must be nothing")
-    text = "decode all that was written and compare it with the model; without --out, check a model that is packed"
+    text = "decompress all that was written and compare it with the model; without --out, check a model that is packed"
     parser.add_argument("--verify", action="store_true", help=text)
 
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         if packed is None:
             raise ValueError(f"--model {model}: is not packed (--out DIR packs it)")
         num_bytes = verify(model, None, packed, device)
-        print(f"{model}: {len(packed)} tensors, {show_bytes(num_bytes)} once decoded, all with their checksums")
+        print(f"{model}: {len(packed)} tensors, {show_bytes(num_bytes)} once decompressed, all with their checksums")
         return 0
     if packed is not None:
         raise ValueError(f"--model {model}: is packed already (--verify alone checks it, penstock unpack undoes it)")
@@ -69,8 +69,9 @@ def pack(model: Path, out: Path, device: torch.device, verified: bool) -> Packed
 
 
 def verify(directory: Path, original: Path | None, tensors: dict[str, PackedTensor], device: torch.device) -> int:
-    """Decodes every tensor of the packed checkpoint in `directory`, and compares it with its checksums and with the
-    checkpoint in `original`, if one is given. Returns the bytes decoded. Raises ValueError naming file and tensor."""
+    """Decompresses every tensor of the packed checkpoint in `directory`, and compares it with its checksums and with
+    the checkpoint in `original`, if one is given. Returns the bytes decompressed. Raises ValueError naming file and
+    tensor."""
     total = sum(tensor.original.nbytes for tensor in tensors.values())
     with bar("verifying", total) as shown:
         for file in sorted({tensor.stored.file for tensor in tensors.values()}):

@@ -88,7 +88,7 @@ def step_table(plan: EnginePlan) -> str:
     """The step table, with the bytes of each activation's rows."""
     element = DTYPE_BYTES[plan.dtype]
     widths = activation_widths(plan.spec, plan.tp_size)
-    return render(plan.step_plan, {name: (unit, width * element) for name, (unit, width) in widths.items()})
+    return render(plan.pass_plan, {name: (unit, width * element) for name, (unit, width) in widths.items()})
 
 
 def predict(plan: EnginePlan, residency: Residency, num_seqs: int, context: int, label: str) -> Prediction:
@@ -127,9 +127,9 @@ def variants(plan: EnginePlan, context: int) -> list[Variant]:
                 made.append(variant(plan, free.asked_for(num_seqs), context, f"auto, max_num_seqs={num_seqs}"))
         for choice in ("none", 0.5, "all"):
             made.append(variant(plan, dataclasses.replace(demand, resident=choice), context, f"resident={choice}"))
-    if demand.coded and (demand.memory_bytes is not None or plan.residency.streamed):
-        other = "none" if plan.residency.coded else "lossless"
-        made.append(variant(plan, demand, context, f"weights_code={other}", other))
+    if demand.compressed and (demand.memory_bytes is not None or plan.residency.streamed):
+        other = "none" if plan.residency.compressed else "lossless"
+        made.append(variant(plan, demand, context, f"weights_compression={other}", other))
     return [each for each in made if each is not None]
 
 
@@ -155,7 +155,7 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "memory_bytes": residency.memory_bytes,
         "claims_bytes": dict(residency.claims),
         "resident": [str(group) for group, _ in plan.demand.groups if group in residency.resident],
-        "coded": [str(group) for group, _ in plan.demand.groups if group in residency.coded],
+        "compressed": [str(group) for group, _ in plan.demand.groups if group in residency.compressed],
         "streamed": [str(group) for group, _ in residency.streamed],
         "embed_resident": residency.embed_resident,
         "ring_bytes": residency.ring.ring_bytes,
@@ -168,7 +168,7 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "streamed_bytes": residency.streamed_bytes,
         "free_tokens": free_tokens(pass_work(plan), plan.rates),
         "predictions": [_as_json(predict(plan, residency, n, context, "")) for n in sorted({1, best} - {0})],
-        "timeline_s": timeline_s(predict_timeline(plan.step_plan, *step_seconds(plan, PassShape(1, 1, context)))),
+        "timeline_s": timeline_s(predict_timeline(plan.pass_plan, *step_seconds(plan, PassShape(1, 1, context)))),
         "attention_sinks": config.attention_sinks,
         "attention_window": config.attention_window,
         "notes": [*residency.notes, *plan.notes],

@@ -69,7 +69,7 @@ def _generate(
         printer = TextPrinter(len(prompts), params.n) if not args.json and llm.tokenizer else None
         outputs = llm.generate(prompts, params, on_text=printer)
         say_outputs(outputs, args.json, printer)
-        counters = llm.rank.worker.executor.counters
+        counters = llm.engine.worker.executor.counters
         shown = transfer_table(llm.predicted, llm.counted, folded=not args.layers)
         print(f"{counters.num_passes} passes over {counters.num_tokens} tokens\n{shown}", file=sys.stderr)
         print(difference(llm.predicted, llm.counted), file=sys.stderr)

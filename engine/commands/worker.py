@@ -14,10 +14,10 @@ def add_arguments(parser) -> None:
 
 def run(args, config: EngineConfig) -> int:
     message = exit_with_parent()
-    from penstock.engine.runtime.engine import Rank  # imports torch: the parent is watched before that
+    from penstock.engine.runtime.engine import Engine  # imports torch: the parent is watched before that
     from penstock.parallel.launch import resolve_launch
 
-    rank = Rank(EngineConfig(**json.loads(message)), resolve_launch())
-    print(rank.topology.describe(), file=sys.stderr)
-    rank.serve()
+    engine = Engine(EngineConfig(**json.loads(message)), resolve_launch())
+    print(engine.topology.describe(), file=sys.stderr)
+    engine.serve()
     return 0

@@ -16,7 +16,7 @@ def aligned_bytes(nbytes: int, device: torch.device) -> Tensor:
 
 
 def slot_of(memory: Tensor, slot: Slot) -> Tensor:
-    """The bytes of the ring, or of the decode buffer, that a plan calls so."""
+    """The bytes of the ring, or of the decompression buffer, that a plan calls so."""
     return byte_range(memory, slot.offset, slot.nbytes)
 
 

@@ -110,7 +110,7 @@ def bind(
     context_positions = torch.arange(num_context, device=device) - context_starts[of_context]
 
     tokens = put([token for row in batch.rows for token in row.tokens])
-    token_rows = put([row.row for row in batch.rows])[of_token]
+    token_rows = put([row.index for row in batch.rows])[of_token]
     if any(ON_DEVICE in row.tokens for row in batch.rows):
         tokens = torch.where(tokens == ON_DEVICE, last_tokens[token_rows], tokens)
     sampled = [(row, place) for row, place in zip(batch.rows, ranges) if row.samples]
@@ -130,8 +130,8 @@ def bind(
             whole=tuple(row for row, alone in zip(ranges, whole) if alone),
         ),
         select=put([place.first_query + place.num_queries - 1 for _, place in sampled]),
-        sampled_rows=tuple(row.row for row, _ in sampled),
-        sampled_rows_device=put([row.row for row, _ in sampled]),
+        sampled_rows=tuple(row.index for row, _ in sampled),
+        sampled_rows_device=put([row.index for row, _ in sampled]),
         sampled_positions=put([row.start + len(row.tokens) for row, _ in sampled]),
     )
 

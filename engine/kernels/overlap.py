@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel starts while the one before it on its stream still ends, and waits for it
 before it touches anything that a kernel wrote: so its launch hides behind the end of the one before. What that one does
 not write, such as a norm's weights, it may read before it waits: all kernels before that one have ended. (Where weights
-are coded, kernels decode them, but a group's norm is never the last of it: see coded_group.py.)
+are compressed, kernels decompress them, but a group's norm is never the last of it: see compressed_group.py.)
 
 Every kernel launched with `options` calls `wait_for_inputs` before its first store and its first load of activations,
 and then waits for all kernels before it, since the one before it has waited too. Kernels of libraries, copies and

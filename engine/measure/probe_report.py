@@ -1,5 +1,5 @@
-"""The figures of a probe as tables, and what they mean in plain words. PURE: numbers in, text out; nothing is said that
-the numbers do not show.
+"""The figures of a probe as tables, and what they mean in plain words. Torch-free: numbers in, text out; nothing is
+said that the numbers do not show.
 """
 
 from penstock.engine.planning.device_profile import Probe, ranks
@@ -34,7 +34,7 @@ def _by_rank(probe: Probe) -> str:
     if probe.num_ranks > 1:
         rows.append(("links all at once, GB/s", probe.link_together_gb_s))
     rows += [("memory read, GB/s", probe.memory_gb_s), (f"GEMM {probe.dtype}, TFLOP/s", probe.gemm_tflops)]
-    rows.append(("decoding of coded weights, GB/s", probe.decode_gb_s))
+    rows.append(("decompressing of compressed weights, GB/s", probe.decompress_gb_s))
     head = f"{'rank':<32}" + "".join(f"{rank:>10}" for rank in range(probe.num_ranks))
     return "\n".join([head, *(f"{name:<32}" + "".join(f"{rate:>10.4g}" for rate in rates) for name, rates in rows)])
 
@@ -58,7 +58,7 @@ def meanings(probe: Probe) -> list[str]:
     lines.append(f"memory is read {ratio:.3g} times as fast as the link brings weights")
     if probe.dtype != "float32":  # two bytes a weight, two FLOPs a token
         lines.append(f"while a weight crosses the link, GEMMs could use it for about {_round(tokens)} tokens")
-    lines.append(_decoding(probe))
+    lines.append(_decompression(probe))
     lines += _reduces(probe)
     graph = "" if probe.node_s is None else f", {us(probe.node_s):.1f} us in a graph"
     return [*lines, f"an operation that computes nothing takes {us(probe.launch_s):.1f} us{graph}"]
@@ -109,11 +109,11 @@ def _together(probe: Probe) -> list[str]:
     return [f"{total}:{binds} each rank gets {got} of its link alone"]
 
 
-def _decoding(probe: Probe) -> str:
-    times = min(probe.decode_gb_s) / probe.link_gb_s[-1]
+def _decompression(probe: Probe) -> str:
+    times = min(probe.decompress_gb_s) / probe.link_gb_s[-1]
     if times < 1:
-        return "coded weights are decoded more slowly than the link brings plain ones: coding does not pay"
-    return f"coded weights are decoded {times:.3g} times as fast as the link brings plain ones"
+        return "compressed weights are decompressed more slowly than the link brings plain ones: coding does not pay"
+    return f"compressed weights are decompressed {times:.3g} times as fast as the link brings plain ones"
 
 
 def _reduces(probe: Probe) -> list[str]:

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 from penstock.engine.compute.arena import aligned_bytes
-from penstock.engine.weights.codec import CodeLayout, decode, encode
+from penstock.engine.weights.codec import CompressedLayout, compress, decompress
 from penstock.engine.weights.host_arena import HostArena
 from penstock.parallel.collectives import Collectives
 from penstock.scheduler.units import MIB, gb_s
@@ -96,23 +96,23 @@ def memory_gb_s(device: torch.device) -> float:
     return gb_s(NUM_READS * data.nbytes, run_s)
 
 
-def decode_gb_s(device: torch.device) -> float:
-    """1e9 bytes/s of bf16 that coded Gaussian weights are decoded to; on a GPU in a graph, from several matrices that
-    together are more than the L2 cache holds."""
+def decompress_gb_s(device: torch.device) -> float:
+    """1e9 bytes/s of bf16 that compressed Gaussian weights are decompressed to; on a GPU in a graph, from several
+    matrices that together are more than the L2 cache holds."""
     nbytes, number = (GPU_BYTES // 16, 4) if device.type == "cuda" else (CPU_BYTES // 8, 1)
     weights = torch.randn(nbytes // 2, device=device).to(torch.bfloat16)
-    layout, blob = encode(weights)
+    layout, blob = compress(weights)
     pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(number)]
-    run_s = decode_seconds(layout, pairs, device)
+    run_s = decompress_seconds(layout, pairs, device)
     return gb_s(number * nbytes, run_s)
 
 
-def decode_seconds(layout: CodeLayout, pairs: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Seconds of decoding all pairs (blob, where it is decoded to), on a GPU in a graph."""
+def decompress_seconds(layout: CompressedLayout, pairs: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    """Seconds of decompressing all pairs (blob, where it is decompressed to), on a GPU in a graph."""
 
     def run() -> None:
         for blob, out in pairs:
-            decode(layout, blob, out)
+            decompress(layout, blob, out)
 
     if device.type == "cpu":
         return seconds(run, device)

@@ -1,7 +1,7 @@
 """Checked reads of a config.json: typed values, activation, dtype, token ids, rotary embedding, sliding windows.
 
-PURE. What families share in reading a config; what sets a family apart is in families.py. Defaults and precedence of
-old and new keys are transformers' own.
+Torch-free. What families share in reading a config; what sets a family apart is in families.py. Defaults and precedence
+of old and new keys are transformers' own.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Rewrites the steps of a pass: neighbours that one kernel does together become one instruction.
 
-PURE. The tables below are the only place that says what is fused; ops.STEPS has a step for each of their rows. A fused
-step's name joins its parts, so that trace and table tell what it holds; it is the same pass, never a second forward. It
-reads the norm's weights and so stands behind that group's acquire.
+Torch-free. The tables below are the only place that says what is fused; ops.STEPS has a step for each of their rows. A
+fused step's name joins its parts, so that trace and table tell what it holds; it is the same pass, never a second
+forward. It reads the norm's weights and so stands behind that group's acquire.
 """
 
 from functools import reduce

@@ -1,6 +1,6 @@
 """Which weights a group has, how they are cut for a rank, and at which byte each lies in the group's span.
 
-PURE. One description serves the planner (sizes before a byte is loaded), the checkpoint reader (what to read to
+Torch-free. One description serves the planner (sizes before a byte is loaded), the checkpoint reader (what to read to
 where), the host arena, the ring (spans are copied whole) and the views that operations get. A group is one
 contiguous span and every tensor in it starts at ALIGN bytes, resident and streamed alike: cuBLAS picks kernels by
 alignment, so the bitwise equality of both depends on it.
@@ -54,7 +54,7 @@ class Weight:
 class GroupLayout:
     """A group's weights with their byte ranges; `nbytes` is the length of its span."""
 
-    group: GroupId
+    id: GroupId
     weights: tuple[Weight, ...]
     nbytes: int
 
@@ -95,7 +95,7 @@ def select_weights(layout: ModelLayout, wanted: Callable[[Weight], bool]) -> Mod
     """The same groups with the wanted ones of their weights only."""
 
     def selected(group: GroupLayout) -> GroupLayout:
-        return _pack(group.group, [weight for weight in group.weights if wanted(weight)], layout.dtype)
+        return _pack(group.id, [weight for weight in group.weights if wanted(weight)], layout.dtype)
 
     return ModelLayout(tuple(map(selected, layout.groups)), selected(layout.embed), layout.dtype)
 

@@ -1,4 +1,4 @@
-"""How a weight is cut over tensor-parallel ranks. PURE: sizes in, local shapes and the slices to read out.
+"""How a weight is cut over tensor-parallel ranks. Torch-free: sizes in, local shapes and the slices to read out.
 
 The shard dimension of a weight is said once, as a `ShardKind`; local shape and the slices of the checkpoint
 tensor follow from it here. Nothing in this file knows a model family or a file format.

@@ -1,7 +1,7 @@
 """The steps of a pass, as data: which instruction touches which activation with which group's weights.
 
-PURE. A family with another topology is another list of the same instructions. The letters of `effects` are those of
-the step table: + create, r read, w write, x destroy. The residual is added once, after the reduce, and in
+Torch-free. A family with another topology is another list of the same instructions. The letters of `effects` are those
+of the step table: + create, r read, w write, x destroy. The residual is added once, after the reduce, and in
 transformers' order of additions.
 """
 

@@ -1,9 +1,9 @@
 """Device profiles: the built-in ones, files that a user names, and what `penstock probe` measured, kept in the user's
 cache: saved by a probe, found by the planner.
 
-PURE. A saved file is chosen by the type of device and the number of ranks (`cuda-2.json`), since a planner without
-torch cannot ask for the device's name; the name stands in the file, and the engine compares it with the device it runs
-on.
+Torch-free. A saved file is chosen by the type of device and the number of ranks (`cuda-2.json`), since a planner
+without torch cannot ask for the device's name; the name stands in the file, and the engine compares it with the device
+it runs on.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Probe:
     link_together_gb_s: list[float]
     memory_gb_s: list[float]
     gemm_tflops: list[float]
-    decode_gb_s: list[float]
+    decompress_gb_s: list[float]
     launch_s: float
     node_s: float | None
     reduces: list[dict[str, float]]
@@ -66,7 +66,7 @@ def device_profile(probe: Probe) -> dict[str, Any]:
         "step_latency_s": KERNELS_A_STEP * probe.launch_s,
         "node_latency_s": probe.node_s and NODES_A_STEP * probe.node_s,
         "pass_latency_s": PROFILES[ASSUMED[probe.device_type]]["pass_latency_s"],
-        "decode_gb_s": min(probe.decode_gb_s),
+        "decompress_gb_s": min(probe.decompress_gb_s),
         "memory_bytes": probe.memory_bytes,
         "probe": asdict(probe),
     }

@@ -1,6 +1,6 @@
 """Plans an engine before a byte is loaded: layout, residency, step plan and predicted passes, from config and spec.
 
-PURE: no torch, so that `penstock plan` runs on a laptop; the engine itself calls the same function, so the truth
+Torch-free: no torch, so that `penstock plan` runs on a laptop; the engine itself calls the same function, so the truth
 stands once. Everything is for one rank; all ranks plan alike (spans have the same sizes on every rank).
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.model.coded_size import planned_bytes
+from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import tensor_names
 from penstock.engine.model.layout import GroupLayout, ModelLayout, model_layout
 from penstock.engine.model.spec import ModelSpec
@@ -30,7 +30,7 @@ from penstock.scheduler.batching.retention import KeepAll, Retention, SinksAndWi
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import PassTime, Rates, launch_s, predict_pass, step_s
 from penstock.scheduler.passes.build import make_plan
-from penstock.scheduler.passes.pass_plan import Compute, GroupId, StepPlan
+from penstock.scheduler.passes.pass_plan import Compute, GroupId, PassPlan
 from penstock.scheduler.residency.compression_choice import CodeOffer, choose_code, settle
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand
@@ -41,9 +41,9 @@ from penstock.scheduler.residency.search import plan_fastest
 @dataclass(frozen=True)
 class EnginePlan:
     """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
-    `activations_bytes`. `demand` is what was asked for and `offer` how weights may be coded, to plan variants; `kept`
-    is the demand with what was settled, of which `residency` is. `steps` are what a rank does in a pass, each with the
-    number of times that it occurs. `notes` say in a sentence each what a user should know of it."""
+    `activations_bytes`. `demand` is what was asked for and `offer` how weights may be compressed, to plan variants;
+    `kept` is the demand with what was settled, of which `residency` is. `steps` are what a rank does in a pass, each
+    with the number of times that it occurs. `notes` say in a sentence each what a user should know of it."""
 
     spec: ModelSpec
     dtype: str
@@ -55,7 +55,7 @@ class EnginePlan:
     kept: Demand
     retention: Retention
     residency: Residency
-    step_plan: StepPlan
+    pass_plan: PassPlan
     steps: tuple[tuple[StepWork, int], ...]
     activation_offsets: dict[str, int]
     activations_bytes: int
@@ -89,7 +89,7 @@ def make_engine_plan(
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
     counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
     demand = _demand(config, claims, memory_budget(config, device_memory))
-    offer = CodeOffer(config.weights_code, Cost(counted, rates))
+    offer = CodeOffer(config.weights_compression, Cost(counted, rates))
     kept, residency = choose_code(offer, demand)
     offsets, total = claims.activations(kept.max_num_seqs)
     return EnginePlan(
@@ -103,7 +103,7 @@ def make_engine_plan(
         kept=kept,
         retention=demand.retention,
         residency=residency,
-        step_plan=_step_plan(steps, layout, residency),
+        pass_plan=_step_plan(steps, layout, residency),
         steps=counted,
         activation_offsets=offsets,
         activations_bytes=total,
@@ -115,15 +115,15 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
     spec, layout = claims.spec, claims.layout
     retention = _retention(config, spec)
     return Demand(
-        groups=tuple((group.group, group.nbytes) for group in layout.groups),
+        groups=tuple((group.id, group.nbytes) for group in layout.groups),
         embed_bytes=layout.embed.nbytes,
         page_bytes=claims.page_bytes,
         page_size=config.page_size,
         max_num_seqs=config.most_seqs,
         max_position=spec.max_position,
         resident=config.resident,
-        coded={group.group: planned_bytes(group) for group in _codable(config, spec, layout, claims.dtype)},
-        buffer_bytes=claims.decode_buffer,
+        compressed={group.id: planned_bytes(group) for group in _codable(config, spec, layout, claims.dtype)},
+        buffer_bytes=claims.decompression_buffer,
         memory_bytes=budget,
         fixed=claims.fixed(config.most_seqs),
         fixed_of=claims.fixed,
@@ -164,34 +164,34 @@ def _most_cached(config: EngineConfig, retention: Retention) -> int | None:
     return min(bounds, default=None)
 
 
-def _step_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> StepPlan:
-    decoded = {group.group: group.nbytes for group in layout.groups if group.group in residency.coded}
-    return make_plan(steps, residency.ring, decoded)
+def _step_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> PassPlan:
+    decompressed = {group.id: group.nbytes for group in layout.groups if group.id in residency.compressed}
+    return make_plan(steps, residency.ring, decompressed)
 
 
 def _codable(config: EngineConfig, spec: ModelSpec, layout: ModelLayout, dtype: str) -> tuple[GroupLayout, ...]:
-    """The groups that may be coded: only bfloat16 shrinks enough, and a tied head is the embedding too, whose rows are
-    gathered from it. Raises ValueError if coding is asked for and impossible."""
+    """The groups that may be compressed: only bfloat16 shrinks enough, and a tied head is the embedding too, whose rows
+    are gathered from it. Raises ValueError if coding is asked for and impossible."""
     if dtype == "bfloat16":
         return layout.groups[:-1] if spec.tied else layout.groups
-    if config.weights_code == "lossless":
-        raise ValueError(f"weights_code='lossless' codes bfloat16 weights, and dtype is {dtype}")
+    if config.weights_compression == "lossless":
+        raise ValueError(f"weights_compression='lossless' codes bfloat16 weights, and dtype is {dtype}")
     return ()
 
 
-def settle_plan(plan: EnginePlan, coded_bytes: dict[GroupId, int]) -> EnginePlan:
-    """The plan with the bytes that its coded groups really have, the most of any rank. Raises what settle does."""
-    return _with(plan, *settle(plan.offer, (plan.kept, plan.residency), coded_bytes))
+def settle_plan(plan: EnginePlan, compressed_bytes: dict[GroupId, int]) -> EnginePlan:
+    """The plan with the bytes that its compressed groups really have, the most of any rank. Raises what settle does."""
+    return _with(plan, *settle(plan.offer, (plan.kept, plan.residency), compressed_bytes))
 
 
 def plain_plan(plan: EnginePlan) -> EnginePlan:
     """The same engine, for as many sequences, with plain weights. Raises ValueError if it does not fit."""
-    return _with(plan, *plan_fastest(plan.demand.asked_for(plan.max_num_seqs), plan.offer.cost, coded=False))
+    return _with(plan, *plan_fastest(plan.demand.asked_for(plan.max_num_seqs), plan.offer.cost, compressed=False))
 
 
 def _with(plan: EnginePlan, kept: Demand, residency: Residency) -> EnginePlan:
-    steps = _step_plan(list(plan.step_plan.steps), plan.layout, residency)
-    return replace(plan, kept=kept, residency=residency, step_plan=steps)
+    steps = _step_plan(list(plan.pass_plan.steps), plan.layout, residency)
+    return replace(plan, kept=kept, residency=residency, pass_plan=steps)
 
 
 def find_model(model: str) -> Path:
@@ -235,9 +235,9 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
     """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
     residency = residency or plan.residency
     embed_bytes = plan.layout.embed.nbytes if residency.embed_resident else 0  # no group: few of its rows are read
-    decoded_bytes = sum(group.nbytes for group in plan.layout.groups if group.group in residency.coded)
+    decompressed_bytes = sum(group.nbytes for group in plan.layout.groups if group.id in residency.compressed)
     resident_bytes = residency.resident_bytes - embed_bytes
-    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps, len(residency.coded), decoded_bytes)
+    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps, len(residency.compressed), decompressed_bytes)
 
 
 def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute], float], Rates, float]:

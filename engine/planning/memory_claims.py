@@ -1,7 +1,8 @@
 """What a rank's device memory holds beside weights, ring and KV cache, and how much of it there is.
 
-PURE. Activations, logits and what sampling keeps follow from the number of sequences in a pass, which may be planned:
-so everything here is asked for by that number. Layers are alike, so that two of them say where activations lie.
+Torch-free. Activations, logits and what sampling keeps follow from the number of sequences in a pass, which may be
+planned: so everything here is asked for by that number. Layers are alike, so that two of them say where activations
+lie.
 """
 
 import functools
@@ -14,9 +15,9 @@ from penstock.engine.model.shard import local_vocab_size
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
 from penstock.engine.planning.step_cost import kv_token_bytes
-from penstock.scheduler.passes.build import lay_out_decoded, make_plan
+from penstock.scheduler.passes.build import lay_out_decompressed, make_plan
 from penstock.scheduler.passes.check import lay_out_activations
-from penstock.scheduler.passes.pass_plan import Compute, RingLayout, StepPlan
+from penstock.scheduler.passes.pass_plan import Compute, PassPlan, RingLayout
 from penstock.scheduler.residency.demand import Claims
 from penstock.scheduler.units import MIB, show_bytes
 
@@ -49,7 +50,7 @@ class MemoryClaims:
         )
 
     @functools.cached_property
-    def _lifetimes(self) -> StepPlan:
+    def _lifetimes(self) -> PassPlan:
         return make_plan(self._steps, RingLayout(0, 0, ()))
 
     def activations(self, num_seqs: int) -> tuple[dict[str, int], int]:
@@ -83,11 +84,11 @@ class MemoryClaims:
         layer_bytes = kv_token_bytes(self.spec, self.dtype, self.tp_size) // self.spec.num_layers
         return self.config.page_size * layer_bytes * (self.spec.num_layers + GATHERED_LAYERS)
 
-    def decode_buffer(self, names: frozenset[str]) -> int:
-        """Bytes of the decode buffer if groups of these names are coded."""
-        sizes = {group.group.name: group.nbytes for group in self.layout.groups}
+    def decompression_buffer(self, names: frozenset[str]) -> int:
+        """Bytes of the decompression buffer if groups of these names are compressed."""
+        sizes = {group.id.name: group.nbytes for group in self.layout.groups}
         groups = {step.group for step in self._steps if step.group is not None and step.group.name in names}
-        places = lay_out_decoded(self._steps, {group: sizes[group.name] for group in groups})
+        places = lay_out_decompressed(self._steps, {group: sizes[group.name] for group in groups})
         return max((place.end for place in places.values()), default=0)
 
 

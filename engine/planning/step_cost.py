@@ -1,7 +1,7 @@
 """What one rank does in each compute step of a plan: bytes, FLOPs and reduces, which the time model turns into seconds.
 
-PURE. A fused step does what its parts do: its name joins theirs. Unknown steps (a new family's) count as element-wise
-ones.
+Torch-free. A fused step does what its parts do: its name joins theirs. Unknown steps (a new family's) count as
+element-wise ones.
 """
 
 import math
@@ -27,7 +27,7 @@ MATRICES = {
 def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
     """Gives the work of a step on one rank of `tp_size`."""
     element = DTYPE_BYTES[dtype]
-    sizes = {(g.group, w.name): math.prod(w.shape) for g in layout.groups for w in g.weights}
+    sizes = {(g.id, w.name): math.prod(w.shape) for g in layout.groups for w in g.weights}
     widths = activation_widths(spec, tp_size)
     pair_flops = 4 * shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).num_heads * spec.head_dim
     layer_kv_bytes = kv_token_bytes(spec, dtype, tp_size) // spec.num_layers

@@ -70,7 +70,9 @@ def profile_pass(plan: EnginePlan, shape: PassShape, ranks: list[list[Span]], pr
     for work, count in plan.steps:
         nbytes[work.step] += count * work.nbytes(shape)
         flops[work.step] += count * work.flops(shape)
-    nbytes["decode"] = sum(plan.kept.coded[i.group] + i.place.nbytes for i in plan.step_plan.decodes)  # read, written
+    nbytes["decompress"] = sum(
+        plan.kept.compressed[i.group] + i.place.nbytes for i in plan.pass_plan.decompressions
+    )  # read, written
     steps = [
         StepShare(
             step=step,
@@ -86,7 +88,7 @@ def profile_pass(plan: EnginePlan, shape: PassShape, ranks: list[list[Span]], pr
     ]
     copies = [span for span in measured if span.lane == COPY]
     busy_s = sum(span.end_s - span.start_s for span in copies)
-    copy_lane = CopyLane(plan.step_plan.streamed_bytes, busy_s, whole_s - busy_s) if copies else None
+    copy_lane = CopyLane(plan.pass_plan.streamed_bytes, busy_s, whole_s - busy_s) if copies else None
     return PassProfile(shape, whole_s, pass_s(predicted), steps, copy_lane, [pass_s(spans) for spans in ranks])
 
 

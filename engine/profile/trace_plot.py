@@ -15,7 +15,7 @@ except ImportError:  # it is an extra
 
 COLOURS = {
     "wait": "#d9d9d9", "attn weights": "#4e79a7", "ffn weights": "#f28e2b", "head": "#b07aa1",
-    "decode": "#59a14f", "attn": "#76b7b2", "ffn": "#ffbe7d", "reduce": "#e15759", "other": "#9c755f",
+    "decompress": "#59a14f", "attn": "#76b7b2", "ffn": "#ffbe7d", "reduce": "#e15759", "other": "#9c755f",
 }  # fmt: skip
 
 
@@ -29,8 +29,8 @@ def kind(name: str) -> str:
     """The colour's key of an instruction's label."""
     if name.startswith(("acquire", "join", "fork", "release")):
         return "wait"
-    if name.startswith("decode"):
-        return "decode"
+    if name.startswith("decompress"):
+        return "decompress"
     if name.startswith("prefetch"):
         return next((f"{group} weights" for group in ("attn", "ffn") if f".{group}" in name), "head")
     if "allreduce" in name:

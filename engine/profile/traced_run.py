@@ -136,15 +136,15 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
     with LLM(**config.to_dict()) as llm:
         llm.check([0] * args.input_len, params)  # before as many are made for each row
         numbers = random.Random(config.seed)
-        vocabulary = range(llm.rank.plan.spec.vocab_size)
+        vocabulary = range(llm.engine.plan.spec.vocab_size)
         prompts = [numbers.choices(vocabulary, k=args.input_len) for _ in range(args.batch_size)]
         llm.check(prompts, params)
-        speaks = llm.rank.topology.rank == 0
+        speaks = llm.engine.topology.rank == 0
         without_errors(llm.generate(prompts, replace(params, max_tokens=min(WARM_UP_TOKENS, args.output_len))))
         if speaks:
             llm.measure()
-        shapes = llm.rank.worker.tracer.shapes
+        shapes = llm.engine.worker.tracer.shapes
         first_warm = len(shapes)
         without_errors(llm.generate(prompts, params))
-        plan = llm.rank.plan
+        plan = llm.engine.plan
     return TracedRun(plan, shapes, first_warm, read_spans(config.trace)) if speaks else None

@@ -36,7 +36,7 @@ class HostTable:
         """Rows of the batch, then padded ones. Pages are written only where they changed, and an interrupt anywhere
         leaves none that is taken for written."""
         num_padded = len(self.pages) - len(batch.rows)
-        rows = [(row.tokens[0], row.start, row.row, row.num_cached + 1) for row in batch.rows]
+        rows = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in batch.rows]
         self.table[:, :PAGES] = torch.tensor(rows + [(0, 0, pad_row, 0)] * num_padded, dtype=torch.int32)
         for place, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
             if self.pages[place] != pages:

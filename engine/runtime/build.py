@@ -21,7 +21,7 @@ from penstock.engine.model.steps import activation_widths
 from penstock.engine.planning.engine_plan import EnginePlan, settle_plan
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.decode import DecodePasses
-from penstock.engine.runtime.executor import Coded, Executor
+from penstock.engine.runtime.executor import Compressed, Executor
 from penstock.engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from penstock.engine.runtime.trace import RecordingTracer, Tracer
 from penstock.engine.weights.dummy import DummyWeights
@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 
 def open_source(config: EngineConfig, path: Path, plan: EnginePlan, device: torch.device) -> WeightSource:
-    """The checked checkpoint, a packed one decoded on `device`, or random weights. Raises ValueError naming the file
-    and tensor that is wrong."""
+    """The checked checkpoint, a packed one decompressed on `device`, or random weights. Raises ValueError naming the
+    file and tensor that is wrong."""
     names = tensor_names(plan.spec)
     expected = expected_tensors(plan.spec, names)
     if config.load_format == "dummy":
@@ -73,7 +73,7 @@ def pad_decode_passes(executor: Executor, config: EngineConfig, plan: EnginePlan
 
 class Worker:
     """`executor` runs batches once this is built; `close` frees every byte it holds. `plan` is the one that is given,
-    with the sizes that coded groups were found to have."""
+    with the sizes that compressed groups were found to have."""
 
     def __init__(
         self, config: EngineConfig, plan: EnginePlan, source: WeightSource, topology: Topology, collectives: Collectives
@@ -108,13 +108,14 @@ class Worker:
                 streamed,
                 embed_on_host,
                 self.device,
-                coded=self.plan.residency.coded,
+                compressed=self.plan.residency.compressed,
                 progress=bar.update,
                 ranks_on_host=topology.ranks_on_host,
             )
 
     def _settled(self, collectives: Collectives) -> EnginePlan:
-        """The plan with the bytes that coded groups have, now that they are known. All ranks settle on the same one."""
+        """The plan with the bytes that compressed groups have, now that they are known. All ranks settle on the same
+        one."""
         groups = sorted(self.weights.codes)
         if not groups:
             return self.plan
@@ -127,20 +128,20 @@ class Worker:
         plan, residency, device = self.plan, self.plan.residency, self.device
         dtype = getattr(torch, plan.dtype)
         ring = aligned_bytes(residency.ring.ring_bytes, device)
-        coded = self._coded(ring, aligned_bytes(plan.step_plan.decode_buffer_bytes, device))
+        compressed = self._compressed(ring, aligned_bytes(plan.pass_plan.decompression_buffer_bytes, device))
         widths = activation_widths(plan.spec, topology.tp_size)
         most = (config.max_num_batched_tokens, plan.max_num_seqs)
         arena = ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, device)
         executor = Executor(
-            plan=plan.step_plan,
+            plan=plan.pass_plan,
             context=self._context(config, layout, topology, collectives, dtype),
-            views=self._views(layout, ring, coded),
+            views=self._views(layout, ring, compressed),
             host_spans=self.weights.host_spans,
             ring=ring,
             arena=arena,
             lanes=self._lanes(config),
             tracer=self.tracer,
-            coded=coded,
+            compressed=compressed,
             poison=config.debug.poison,
         )
         if device.type == "cuda":
@@ -172,25 +173,25 @@ class Worker:
         return views(group, self._span(group))[name]
 
     def _span(self, group: GroupLayout) -> torch.Tensor:
-        resident = self.weights.resident.get(group.group)
-        return self.weights.host_spans[group.group] if resident is None else resident
+        resident = self.weights.resident.get(group.id)
+        return self.weights.host_spans[group.id] if resident is None else resident
 
-    def _coded(self, ring: torch.Tensor, buffer: torch.Tensor) -> dict[GroupId, Coded]:
+    def _compressed(self, ring: torch.Tensor, buffer: torch.Tensor) -> dict[GroupId, Compressed]:
         slots = dict(self.plan.residency.ring.slots)
-        places = {decode.group: decode.place for decode in self.plan.step_plan.decodes}
-        coded = {}
+        places = {step.group: step.place for step in self.plan.pass_plan.decompressions}
+        compressed = {}
         for group, code in self.weights.codes.items():
             blob = slot_of(ring, slots[group])[: code.nbytes] if group in slots else self.weights.resident[group]
-            coded[group] = Coded(code, blob, slot_of(buffer, places[group]))
-        return coded
+            compressed[group] = Compressed(code, blob, slot_of(buffer, places[group]))
+        return compressed
 
     def _views(
-        self, layout: ModelLayout, ring: torch.Tensor, coded: dict[GroupId, Coded]
+        self, layout: ModelLayout, ring: torch.Tensor, compressed: dict[GroupId, Compressed]
     ) -> dict[GroupId, dict[str, torch.Tensor]]:
-        spans = {group.group: self.weights.resident.get(group.group) for group in layout.groups}
+        spans = {group.id: self.weights.resident.get(group.id) for group in layout.groups}
         spans |= {group: slot_of(ring, slot) for group, slot in self.plan.residency.ring.slots}
-        spans |= {group: place for group, (_, _, place) in coded.items()}
-        return {group.group: views(group, spans[group.group]) for group in layout.groups}
+        spans |= {group: place for group, (_, _, place) in compressed.items()}
+        return {group.id: views(group, spans[group.id]) for group in layout.groups}
 
     def _lanes(self, config: EngineConfig) -> Lanes:
         if self.device.type == "cuda":

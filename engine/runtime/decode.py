@@ -30,7 +30,7 @@ class DecodePasses:
         """Enqueues the pass; what it returns waits for its tokens."""
         num_rows = len(batch.rows)
         size = self._size(num_rows)
-        asked = self.executor.context.sampler.asked([row.row for row in batch.rows])
+        asked = self.executor.context.sampler.asked([row.index for row in batch.rows])
         if self.graphs is not None:
             self._capture_up_to(size, asked.stages)
         bucket = self._bucket(size)

@@ -3,8 +3,9 @@
     rank 0   submit(batch): sends it and enqueues it   collect(): its tokens      finish(outputs)      close()
     others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
 
-Under torchrun every rank makes the calls (`generate` and those of `Rank` that several ranks answer). They are numbered:
-rank 0 says that one begins, all say what they were given (calls.py), and one that a rank refuses no rank runs.
+Under torchrun every rank makes the calls (`generate` and those of `Engine` that several ranks answer). They are
+numbered: rank 0 says that one begins, all say what they were given (calls.py), and one that a rank refuses no rank
+runs.
 
 A pass is prepared while the one before it runs, so that the host's work stands beside the device's. Where nothing
 streams it is enqueued at once. Where weights stream, a pass for nothing would cost too much: it is announced, and runs
@@ -53,7 +54,7 @@ from penstock.parallel.topology import bind_to_numa, device_name, resolve_topolo
 from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import Rates, predict_pass, with_link
-from penstock.scheduler.residency.compression_choice import CodeDoesNotPay
+from penstock.scheduler.residency.compression_choice import CompressionDoesNotPay
 from penstock.scheduler.units import MIB
 
 BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, CALL = range(1, 8)
@@ -79,7 +80,7 @@ class PassTimes:
             self.passes.append((shape, measured_s, predicted_s))
 
 
-class Rank:
+class Engine:
     """A running rank. Raises ValueError for what a user got wrong, before anything is allocated or launched."""
 
     def __init__(self, config: EngineConfig, launch: Launch):
@@ -152,7 +153,7 @@ class Rank:
         bind_to_numa(topology)
         try:
             self.worker = Worker(self.config, plan, source, topology, self.collectives)
-        except CodeDoesNotPay as error:  # on all ranks alike
+        except CompressionDoesNotPay as error:  # on all ranks alike
             if launch.rank == 0:
                 warnings.warn(f"{error}; loading them again, plain", stacklevel=2)
             self.worker = Worker(self.config, plain_plan(plan), source, topology, self.collectives)

@@ -1,4 +1,4 @@
-"""Runs a StepPlan: binds a batch, walks the instructions in their lanes, counts what crossed.
+"""Runs a PassPlan: binds a batch, walks the instructions in their lanes, counts what crossed.
 
 `submit` enqueues a pass and `collect` waits for the oldest one's tokens: two calls, so that a later pass can be
 prepared and enqueued between.
@@ -19,37 +19,38 @@ from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.graph import Counts
 from penstock.engine.runtime.lanes import Lanes
 from penstock.engine.runtime.trace import Tracer
-from penstock.engine.weights.coded_group import CodedGroup, decode_group
+from penstock.engine.weights.compressed_group import CompressedGroup, decompress_group
 from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.batching.batch import Batch, is_decode
-from penstock.scheduler.passes.pass_plan import Compute, Decode, GroupId, Instruction, Prefetch, Release, StepPlan
+from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId, Instruction, PassPlan, Prefetch, Release
 from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 _NO_WEIGHTS: Weights = {}
 
 
-class Coded(NamedTuple):
-    """A coded group: its blob, resident or in its slot of the ring, and its place in the decode buffer, uint8 both."""
+class Compressed(NamedTuple):
+    """A compressed group: its blob, resident or in its slot of the ring, and its place in the decompression buffer,
+    uint8 both."""
 
-    code: CodedGroup
+    code: CompressedGroup
     blob: Tensor
     place: Tensor
 
 
 @dataclass
 class Counters:
-    """What a run did, beside what the rank's ledger says was moved: bytes that were decoded, steps that ran."""
+    """What a run did, beside what the rank's ledger says was moved: bytes that were decompressed, steps that ran."""
 
     num_passes: int = 0
     num_tokens: int = 0
-    decoded_bytes: Counter = field(default_factory=Counter)  # by group, as they are written
+    decompressed_bytes: Counter = field(default_factory=Counter)  # by group, as they are written
     steps: Counter = field(default_factory=Counter)  # calls by step
 
     def clear(self) -> None:
         """In place: captured passes count into these very objects."""
         self.num_passes = self.num_tokens = 0
-        self.decoded_bytes.clear()
+        self.decompressed_bytes.clear()
         self.steps.clear()
 
 
@@ -57,13 +58,13 @@ class Executor:
     """Owns nothing but its lanes' order: plan, spans, ring and activations are given, at fixed addresses.
 
     `views`: every group's weights by name, resident or in its slot of the ring. `host_spans`: where the streamed groups
-    are copied from. `ring` (ring_bytes,) uint8. `coded`: where coded groups lie and are decoded to. With `poison`,
-    freed slots are filled with NaN, and so is a place before a group is decoded to it.
+    are copied from. `ring` (ring_bytes,) uint8. `compressed`: where compressed groups lie and are decompressed to. With
+    `poison`, freed slots are filled with NaN, and so is a place before a group is decompressed to it.
     """
 
     def __init__(
         self,
-        plan: StepPlan,
+        plan: PassPlan,
         context: StepContext,
         views: Mapping[GroupId, Weights],
         host_spans: Mapping[GroupId, Tensor],
@@ -71,12 +72,12 @@ class Executor:
         arena: ActivationArena,
         lanes: Lanes,
         tracer: Tracer,
-        coded: Mapping[GroupId, Coded],
+        compressed: Mapping[GroupId, Compressed],
         poison: bool = False,
     ):
         self.plan, self.context, self.views, self.host_spans = plan, context, views, host_spans
         self.ring, self.arena, self.lanes, self.tracer = ring, arena, lanes, tracer
-        self.coded, self.poison = coded, poison
+        self.compressed, self.poison = compressed, poison
         self.device = context.rope.device
         self.counters = Counters()
         self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
@@ -106,13 +107,13 @@ class Executor:
     @property
     def counted(self) -> list[Counts]:
         """What a pass adds to."""
-        return [self.counters.steps, self.counters.decoded_bytes, self.ledger]
+        return [self.counters.steps, self.counters.decompressed_bytes, self.ledger]
 
     @on_own_device
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
-        self.context.sampler.set_rows({row.row: row.sampling for row in batch.rows if row.sampling is not None})
+        self.context.sampler.set_rows({row.index: row.sampling for row in batch.rows if row.sampling is not None})
         self.fill_ring()
         self.tracer.begin_pass(batch.shape)
         if self.decode is not None and is_decode(batch):
@@ -143,7 +144,7 @@ class Executor:
         kv, last_tokens = context.kv, context.sampler.last_tokens
         inputs = bind(batch, kv.page_size, last_tokens, self.whole_tokens, kv.margin)
         pending: list[PendingSample] = []
-        asked = context.sampler.asked([row.row for row in batch.rows])
+        asked = context.sampler.asked([row.index for row in batch.rows])
         self.run_plan(inputs, asked, lambda output: pending.append(PendingSample(output)))
         return pending[0] if pending else None
 
@@ -166,8 +167,8 @@ class Executor:
             ring = self.plan.ring
             later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
             for instruction in self.plan.instructions:
-                decodes = isinstance(instruction, Decode) and instruction.group not in later
-                if decodes or isinstance(instruction, Compute):
+                decompresses = isinstance(instruction, Decompress) and instruction.group not in later
+                if decompresses or isinstance(instruction, Compute):
                     self.do(instruction)
         self.on_sampled = None  # it may be our own method: closing must free the ring at once
 
@@ -196,17 +197,17 @@ class Executor:
             span = self.host_spans[instruction.group]
             self.ledger.add(self.copy_sites[instruction.group], span.nbytes)
             self.slot(instruction)[: span.nbytes].copy_(span, non_blocking=True)
-        elif isinstance(instruction, Decode):
-            self._decode(instruction)
+        elif isinstance(instruction, Decompress):
+            self._decompress(instruction)
         elif isinstance(instruction, Release) and self.poison:
             self.slot(instruction).fill_(0xFF)  # all ones are a NaN in every float format
 
-    def _decode(self, instruction: Decode) -> None:
-        coded = self.coded[instruction.group]
+    def _decompress(self, instruction: Decompress) -> None:
+        compressed = self.compressed[instruction.group]
         if self.poison:
-            coded.place.fill_(0xFF)
-        decode_group(*coded)
-        self.counters.decoded_bytes[instruction.group] += coded.place.nbytes
+            compressed.place.fill_(0xFF)
+        decompress_group(*compressed)
+        self.counters.decompressed_bytes[instruction.group] += compressed.place.nbytes
 
     def _compute(self, step: Compute) -> None:
         self.counters.steps[step.step] += 1

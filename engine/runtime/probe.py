@@ -12,7 +12,7 @@ from penstock.engine.measure.rates import (
     GPU_BYTES,
     Copies,
     all_ranks,
-    decode_gb_s,
+    decompress_gb_s,
     gemm_tflops,
     launch_s,
     link_buffers,
@@ -46,8 +46,8 @@ def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: t
     in_graphs = executor.decode is not None and executor.decode.graphs is not None
     copies, dtype = executor.stretch(link_bytes), getattr(torch, plan.dtype)
     rates = measure_rates(copies, dtype, plan.spec.hidden_size, collectives, device, in_graphs)
-    if plan.residency.coded:
-        rates = dataclasses.replace(rates, decode_gb_s=decode_gb_s(device))
+    if plan.residency.compressed:
+        rates = dataclasses.replace(rates, decompress_gb_s=decompress_gb_s(device))
     executor.ring_is_filled = False
     executor.fill_ring()
     if device.type == "cpu":
@@ -63,7 +63,7 @@ def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: t
 def _step_latency_s(executor: Executor, work: PassWork, rates: Rates, device: torch.device) -> float:
     """On a CPU: what a step costs however little it computes, from passes over one token, which write to the reserved
     page. (A GPU's lanes hide it, so there launches are timed.)"""
-    batch = Batch((BatchRow(row=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
+    batch = Batch((BatchRow(index=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
 
     def run() -> None:
         executor.submit(batch)
@@ -115,9 +115,9 @@ def run_probe(topology: Topology, collectives: Collectives, dtype: str) -> Probe
     device, size = topology.device, topology.tp_size
     on_gpu = device.type == "cuda"
     by_ranks, alone, together = _links(collectives, device)
-    own = [memory_gb_s(device), gemm_tflops(getattr(torch, dtype), device), decode_gb_s(device), launch_s(device)]
+    own = [memory_gb_s(device), gemm_tflops(getattr(torch, dtype), device), decompress_gb_s(device), launch_s(device)]
     own.append(launch_s(device, in_graph=True) if on_gpu else 0.0)
-    memory, gemm, decode, launch, node = zip(*all_ranks(own, collectives, device))
+    memory, gemm, decompression, launch, node = zip(*all_ranks(own, collectives, device))
     return Probe(
         device=device_name(device),
         device_type=device.type,
@@ -130,7 +130,7 @@ def run_probe(topology: Topology, collectives: Collectives, dtype: str) -> Probe
         link_together_gb_s=_rounded(together),
         memory_gb_s=_rounded(memory),
         gemm_tflops=_rounded(gemm),
-        decode_gb_s=_rounded(decode),
+        decompress_gb_s=_rounded(decompression),
         launch_s=max(launch),
         node_s=max(node) if on_gpu else None,
         reduces=reduce_table(collectives, device, default_sizes(device), getattr(torch, dtype)) if size > 1 else [],

@@ -183,8 +183,8 @@ def predicted_spans(plan: EnginePlan, shapes: list[PassShape], measured: list[Sp
     for index, start_s in begins.items():
         if index < 0:
             continue
-        timeline = predict_timeline(plan.step_plan, *step_seconds(plan, shapes[index]))
-        for instruction, span in zip(plan.step_plan.instructions, timeline, strict=True):
+        timeline = predict_timeline(plan.pass_plan, *step_seconds(plan, shapes[index]))
+        for instruction, span in zip(plan.pass_plan.instructions, timeline, strict=True):
             spans.append(Span(index, span.lane, label(instruction), start_s + span.start_s, start_s + span.end_s))
     return spans
 

@@ -34,11 +34,11 @@ class DeviceSide:
     def __init__(self, config: EngineConfig, plan: EnginePlan):
         self.spec, self.dtype = plan.spec, getattr(torch, plan.dtype)
         self._weights, named = load_part(config, plan, trusted=False)
-        head = named[plan.layout.groups[-1].group]
-        self._embed = head["head"] if plan.spec.tied else named[plan.layout.embed.group]["embed"]  # (V, D)
+        head = named[plan.layout.groups[-1].id]
+        self._embed = head["head"] if plan.spec.tied else named[plan.layout.embed.id]["embed"]  # (V, D)
         self._linear = {
             site(step): (next(name for name in MATRICES[step.step] if name in named[step.group]), named[step.group])
-            for step in plan.step_plan.steps
+            for step in plan.pass_plan.steps
             if is_call(step) and step.step in MATRICES
         }
 
@@ -104,7 +104,7 @@ def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[Lo
     if isinstance(source, Checkpoint):
         source.close()
     groups = (*layout.groups, layout.embed)
-    return loaded, {group.group: views(group, loaded.resident[group.group]) for group in groups}
+    return loaded, {group.id: views(group, loaded.resident[group.id]) for group in groups}
 
 
 def _one_row(num_queries: int, num_context: int) -> GatheredContext:

@@ -1,4 +1,4 @@
-"""The flags of a split execution, for the command line and the report alike. PURE."""
+"""The flags of a split execution, for the command line and the report alike. Torch-free."""
 
 import argparse
 

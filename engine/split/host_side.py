@@ -1,4 +1,4 @@
-"""The trusted side of a split execution: it walks the same StepPlan, with norms, RoPE, residuals, KV cache, activations
+"""The trusted side of a split execution: it walks the same PassPlan, with norms, RoPE, residuals, KV cache, activations
 and sampling here, and each embedding, linear layer, attention matmul and head as a call to the device side.
 
 Shapes: T tokens of a row, C its context tokens, H/K query/KV heads, E head dim.
@@ -105,7 +105,7 @@ class HostSide:
         self.executor = SplitExecutor(
             channel,
             attention,
-            plan=plan.step_plan,
+            plan=plan.pass_plan,
             context=context,
             views=named,
             host_spans={},
@@ -113,7 +113,7 @@ class HostSide:
             arena=ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, CPU),
             lanes=InterleavedLanes(config.debug.lanes, config.seed, tracer),
             tracer=tracer,
-            coded={},
+            compressed={},
         )
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.planning.engine_plan import EnginePlan
-from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.engine import Engine
 from penstock.engine.split.channel import Channel, InProcess, Subprocess
 from penstock.engine.split.device_side import DeviceSide
 from penstock.engine.split.host_side import HostSide
@@ -22,11 +22,11 @@ from penstock.parallel.ledger import TransferLedger
 from penstock.scheduler.batching.batch import Batch
 
 # What a split execution does not leave open: both sides compute on the CPU, and hold all of their weights plain.
-FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights_code": "none"}
+FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights_compression": "none"}
 DRAWN_KEY_BYTES = 32
 
 
-class SplitRank(Rank):
+class SplitEngine(Engine):
     """One rank whose worker is the host side, and whose device side is another process or this one."""
 
     def __init__(self, config: EngineConfig, split: SplitConfig):
@@ -61,12 +61,12 @@ class SplitRank(Rank):
 
     def submit(self, batch: Batch) -> None:
         rows = [PassRow.of(row) for row in batch.rows]
-        add_pass(self.predicted, self.plan.step_plan.steps, self.plan.spec, rows, self.split)
+        add_pass(self.predicted, self.plan.pass_plan.steps, self.plan.spec, rows, self.split)
         super().submit(batch)
 
 
-class PermutedRank(SplitRank):
-    """A SplitRank whose channel permutes; it is told whose tokens a pass computes."""
+class PermutedRank(SplitEngine):
+    """A SplitEngine whose channel permutes; it is told whose tokens a pass computes."""
 
     def _channel(self) -> PermutedChannel:
         given = self.split.permute_key
@@ -91,18 +91,18 @@ class SplitLLM(LLM):
         self._split = split or SplitConfig()
         super().__init__(model, **options, **FIXED)
 
-    def _start(self) -> SplitRank:
-        rank = PermutedRank if self._split.permute else SplitRank
+    def _start(self) -> SplitEngine:
+        rank = PermutedRank if self._split.permute else SplitEngine
         return rank(self.config, self._split)
 
     @property
     def counted(self) -> TransferLedger:
         """What has crossed since this was made."""
         self._check_open()
-        return self.rank.ledger
+        return self.engine.ledger
 
     @property
     def predicted(self) -> TransferLedger:
         """What was to cross in the passes that ran."""
         self._check_open()
-        return self.rank.predicted
+        return self.engine.predicted

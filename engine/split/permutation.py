@@ -77,8 +77,8 @@ class PermutedChannel:
         """Before the calls of each pass: whose tokens its rows are. Each request gets a number of its own."""
         for row in batch.rows:
             if row.sampling is not None:  # the request's first pass
-                self._request_in[row.row] = next(self._numbers)
-        self._segments = [Segment(self._request_in[row.row], row.start, len(row.tokens)) for row in batch.rows]
+                self._request_in[row.index] = next(self._numbers)
+        self._segments = [Segment(self._request_in[row.index], row.start, len(row.tokens)) for row in batch.rows]
         self._num_attended.clear()
 
     def call(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:

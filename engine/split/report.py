@@ -1,4 +1,4 @@
-"""Transfer ledgers as text: by operation and layer, and what each remedy leaves. PURE."""
+"""Transfer ledgers as text: by operation and layer, and what each remedy leaves. Torch-free."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""What a split execution will move, from a model's steps and the rows of a pass. PURE.
+"""What a split execution will move, from a model's steps and the rows of a pass. Torch-free.
 
 The host side walks the plan. Norms, RoPE, residuals, the KV cache, activations, softmax and sampling are its own; each
 embedding, linear layer, attention matmul (or fused attention) and head is a call to the device side:

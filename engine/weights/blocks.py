@@ -1,5 +1,5 @@
 """Cuts the loading of a layout into blocks: ranges of rows of one weight that lie contiguously in its group's span.
-Threads share the work by them, and no buffer is larger than one. PURE but for the reading itself."""
+Threads share the work by them, and no buffer is larger than one. Torch-free but for the reading itself."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
             pieces = _clip(weight, first, stop)
             if pieces:
                 offset = part.offset + first * row_bytes
-                yield Block(layout.group, offset, dtype, (stop - first, num_cols), pieces)
+                yield Block(layout.id, offset, dtype, (stop - first, num_cols), pieces)
 
 
 def _clip(weight: Weight, first: int, stop: int) -> tuple[Piece, ...]:

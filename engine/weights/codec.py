@@ -1,17 +1,18 @@
-"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decoded on a GPU.
+"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decompressed on a GPU.
 
 Signs and mantissas carry no pattern; exponents do, about 2.6 bits of it. A tile of TILE weights has its own window of
-eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3. A weight outside is coded as the
-exponent that is whole windows away, and a patch of 16 bits says which weight and how many windows. So every 16-bit
-pattern survives, and a tile is decoded alone. The last weights, too few for a tile, are kept as they are, and so is a
-whole tensor that would not shrink or is not bf16 (of fp16, 11 bits are sign and mantissa: it would stay above 13.5).
+eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3. A weight outside is compressed
+as the exponent that is whole windows away, and a patch of 16 bits says which weight and how many windows. So every
+16-bit pattern survives, and a tile is decompressed alone. The last weights, too few for a tile, are kept as they are,
+and so is a whole tensor that would not shrink or is not bf16 (of fp16, 11 bits are sign and mantissa: it would stay
+above 13.5).
 
-A coded tensor is one uint8 blob; a `CodeLayout` says what lies where in it. Every part starts at PART_BYTES.
-Shapes: `kernels/decode_weights.py`, which decodes.
+A compressed tensor is one uint8 blob; a `CompressedLayout` says what lies where in it. Every part starts at PART_BYTES.
+Shapes: `kernels/decompress_weights.py`, which decompresses.
 Tried: one level of 3 bits for a window of eight exponents, with the same patches: 11.27 bits at most where this has
 10.92 (Gaussian, over all scales), 11.41 where this has 11.08 (Student-t(4)), 11.23 where this has 10.85 (rows scaled
-log-normally). It decodes in half the instructions, without a prefix sum. Patches with all bits of a weight: 0.01 to
-0.09 bits more.
+log-normally). It decompresses in half the instructions, without a prefix sum. Patches with all bits of a weight: 0.01
+to 0.09 bits more.
 """
 
 import dataclasses
@@ -21,18 +22,18 @@ import zlib
 
 import torch
 import torch.nn.functional as F
-from penstock.engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE, num_escape_rows
-from penstock.engine.kernels.decode_weights import Planes, decode_weights
-from penstock.engine.model.coded_size import PART_BYTES, part_bytes
+from penstock.engine.kernels.codec_tile import LANE_WEIGHTS, LANES, TILE, num_escape_rows
+from penstock.engine.kernels.decompress_weights import Planes, decompress_weights
+from penstock.engine.model.compressed_size import PART_BYTES, part_bytes
 from penstock.engine.model.shard import pad_to
-from penstock.engine.weights.encode_tiles import encode_blocks, pack_escapes
+from penstock.engine.weights.compress_tiles import encode_blocks, pack_escapes
 from penstock.engine.weights.views import byte_range
 from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeLayout:
-    """Where a coded tensor's parts lie in its blob. A raw one is its own bytes, and has no escapes or patches."""
+class CompressedLayout:
+    """Where a compressed tensor's parts lie in its blob. A raw one is its own bytes, and has no escapes or patches."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -69,7 +70,7 @@ class CodeLayout:
         return byte_range(blob, *self.parts[name])
 
     def planes(self, blob: Tensor) -> Planes:
-        """What the decoder takes, views of a blob from a 16-byte boundary."""
+        """What the decompressor takes, views of a blob from a 16-byte boundary."""
         parts = Planes(*(self.part(blob, name) for name in Planes._fields))
         return Planes(
             parts.mantissas.view(-1, LANES, LANE_WEIGHTS),
@@ -82,7 +83,7 @@ class CodeLayout:
         )
 
 
-def encode(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -> tuple[CodeLayout, Tensor]:
+def compress(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -> tuple[CompressedLayout, Tensor]:
     """A contiguous tensor of any shape and dtype as a blob on its device, and its layout.
 
     The blob is the start of `out`, uint8 on that device, from a 16-byte boundary, as long as the weights padded to
@@ -90,7 +91,7 @@ def encode(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -> 
     of a block of tiles, on a CPU for each of `num_threads`, and a byte an escape.
     """
     flat = weights.reshape(-1)
-    raw = CodeLayout(tuple(weights.shape), weights.dtype, raw=True)
+    raw = CompressedLayout(tuple(weights.shape), weights.dtype, raw=True)
     out = torch.empty(raw.nbytes, dtype=torch.uint8, device=weights.device) if out is None else out
     if weights.dtype != torch.bfloat16 or not raw.num_tiles:
         return raw, _filled(raw, {"rest": flat}, out)
@@ -106,8 +107,9 @@ def encode(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -> 
     return layout, _filled(layout, parts | {"rest": flat[tiles.numel() :]}, out)
 
 
-def decode(layout: CodeLayout, blob: Tensor, out: Tensor) -> None:
-    """The tensor that was encoded, bit for bit, into `out`, contiguous, of its shape and dtype, on the blob's device.
+def decompress(layout: CompressedLayout, blob: Tensor, out: Tensor) -> None:
+    """The tensor that was compressed, bit for bit, into `out`, contiguous, of its shape and dtype, on the blob's
+    device.
 
     The blob is trusted: `check` refuses one that is not what it should be.
     """
@@ -115,15 +117,15 @@ def decode(layout: CodeLayout, blob: Tensor, out: Tensor) -> None:
     flat = out.view(-1)
     covered = 0 if layout.raw else layout.num_tiles * TILE
     if covered:
-        decode_weights(layout.planes(blob), flat[:covered])
+        decompress_weights(layout.planes(blob), flat[:covered])
     if covered < layout.numel:
         flat[covered:].copy_(layout.part(blob, "rest").view(layout.dtype))
 
 
 def warm_up(device: torch.device) -> None:
-    """Compiles the decoder's kernel, which capture forbids."""
-    layout, blob = encode(torch.ones(TILE, dtype=torch.bfloat16, device=device))
-    decode(layout, blob, torch.empty(layout.shape, dtype=layout.dtype, device=device))
+    """Compiles the decompressor's kernel, which capture forbids."""
+    layout, blob = compress(torch.ones(TILE, dtype=torch.bfloat16, device=device))
+    decompress(layout, blob, torch.empty(layout.shape, dtype=layout.dtype, device=device))
 
 
 def checksum(blob: Tensor) -> int:
@@ -138,14 +140,16 @@ def check_bytes(name: str, blob: Tensor, expected: int) -> None:
         raise ValueError(f"{name}: corrupt: the checksum is {found:08x}, not {expected:08x}")
 
 
-def check(name: str, layout: CodeLayout, blob: Tensor, expected: int) -> None:
+def check(name: str, layout: CompressedLayout, blob: Tensor, expected: int) -> None:
     """Raises ValueError naming the tensor unless the blob has this layout and checksum."""
     if blob.dtype != torch.uint8 or blob.ndim != 1 or not blob.is_contiguous():
-        raise ValueError(f"{name}: coded weights are bytes in a row, not {blob.dtype} of shape {tuple(blob.shape)}")
+        raise ValueError(
+            f"{name}: compressed weights are bytes in a row, not {blob.dtype} of shape {tuple(blob.shape)}"
+        )
     if not layout.raw and layout.dtype != torch.bfloat16:
-        raise ValueError(f"{name}: {layout.dtype} is kept raw, only torch.bfloat16 is coded")
+        raise ValueError(f"{name}: {layout.dtype} is kept raw, only torch.bfloat16 is compressed")
     if len(blob) < layout.nbytes:
-        raise ValueError(f"{name}: truncated: {len(blob)} of {layout.nbytes} bytes of coded weights")
+        raise ValueError(f"{name}: truncated: {len(blob)} of {layout.nbytes} bytes of compressed weights")
     if len(blob) > layout.nbytes:
         raise ValueError(
             f"{name}: corrupt: {len(blob)} bytes, but {layout.nbytes} for {layout.dtype} of shape {layout.shape}"
@@ -156,7 +160,7 @@ def check(name: str, layout: CodeLayout, blob: Tensor, expected: int) -> None:
 
 
 def _check_planes(name: str, planes: Planes) -> None:
-    """What the decoder would follow out of bounds; a right checksum of wrong bytes is for those who write them."""
+    """What the decompressor would follow out of bounds; a right checksum of wrong bytes is for those who write them."""
     escapes = (planes.codes & planes.codes >> 1 & 0x55).view(-1, LANES * 4)
     escapes = sum((escapes >> shift & 1).sum(1) for shift in (0, 2, 4, 6))
     if not torch.equal(planes.escape_starts, F.pad(escapes.cumsum(0), (1, 0)).int()):
@@ -168,7 +172,7 @@ def _check_planes(name: str, planes: Planes) -> None:
         raise ValueError(f"{name}: corrupt: the patches of its tiles do not follow each other")
 
 
-def _filled(layout: CodeLayout, parts: dict[str, Tensor], out: Tensor) -> Tensor:
+def _filled(layout: CompressedLayout, parts: dict[str, Tensor], out: Tensor) -> Tensor:
     """The blob at the start of `out`, of these parts and what is there already; padding is zero."""
     blob = out[: layout.nbytes]
     for name, values in parts.items():

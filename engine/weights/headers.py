@@ -1,4 +1,4 @@
-"""Headers of safetensors files: which tensors there are, and at which bytes. PURE but for reading the files.
+"""Headers of safetensors files: which tensors there are, and at which bytes. Torch-free but for reading the files.
 
 A file is 8 bytes of header length (little endian), the header as JSON, then the data; offsets in the header count
 from the data's start. Everything that a header can get wrong is refused here, before a byte of data is read.

@@ -3,9 +3,9 @@
     source --read_piece--> span in an arena                           streamed; on a CPU also resident
     source --read_piece--> staging buffer --copy--> span on the GPU   resident on CUDA
 
-A group that is coded goes by way of a scratch span on the device, where it is encoded:
+A group that is compressed goes by way of a scratch span on the device, where it is compressed:
 
-    scratch span --encode--> blob --copy--> host arena, or memory of its own on the device
+    scratch span --compress--> blob --copy--> host arena, or memory of its own on the device
 
 Reader threads are our own: torchrun sets OMP_NUM_THREADS=1. After loading, the spans are read-only by contract.
 """
@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
-from penstock.engine.model.coded_size import planned_bytes
+from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.layout import GroupLayout, ModelLayout
 from penstock.engine.weights import codec
 from penstock.engine.weights.blocks import Block, WeightSource, cut_blocks
-from penstock.engine.weights.coded_group import CodedGroup, encode_group
+from penstock.engine.weights.compressed_group import CompressedGroup, compress_group
 from penstock.engine.weights.host_arena import check_host_memory
 from penstock.engine.weights.span_memory import CudaSpans, HostSpans, SpanMemory, Staging, span_bytes
 from penstock.engine.weights.threads import single_threaded_ops
@@ -35,16 +35,16 @@ Blocks = dict[concurrent.futures.Future, int]  # being read; with their bytes
 
 
 class LoadedWeights:
-    """The spans of one rank, uint8, each as long as its GroupLayout says, or as its CodedGroup in `codes` does:
+    """The spans of one rank, uint8, each as long as its GroupLayout says, or as its CompressedGroup in `codes` does:
     `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read` came from
-    files; `coded_from_bytes` of spans were coded in `encode_s`. Loading began and ended at these moments of
+    files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading began and ended at these moments of
     time.perf_counter."""
 
     def __init__(self, host: SpanMemory, resident: SpanMemory, coder: "_Coder", bytes_read: int, began_at_s: float):
         self.began_at_s, self.ended_at_s = began_at_s, time.perf_counter()
         self.host_spans, self.resident, self.bytes_read = host.spans, resident.spans, bytes_read
         self.host_bytes, self.resident_bytes = host.nbytes, resident.nbytes
-        self.codes, self.coded_from_bytes, self.encode_s = coder.codes, coder.from_bytes, coder.encode_s
+        self.codes, self.compressed_from_bytes, self.compress_s = coder.codes, coder.from_bytes, coder.compress_s
         self._host, self._resident = host, resident
 
     def close(self) -> None:
@@ -63,46 +63,47 @@ def load_weights(
     num_threads: int = 8,
     progress: Callable[[int], None] | None = None,
     ranks_on_host: int = 1,
-    coded: AbstractSet[GroupId] = frozenset(),
+    compressed: AbstractSet[GroupId] = frozenset(),
 ) -> LoadedWeights:
     """Loads every group of `layout`: those in `streamed` (and the embedding, if `embed_on_host`) into the host arena,
-    the others onto `device`. Elements that no piece covers are zero. Those in `coded` are coded, wherever they lie.
+    the others onto `device`. Elements that no piece covers are zero. Those in `compressed` are compressed, wherever
+    they lie.
 
     `progress` is called in this thread, with bytes of spans that add up to layout.nbytes. Raises ValueError if the
-    cgroup's limit cannot hold the arena (coded groups count as planned), RuntimeError if CUDA cannot register it, and
-    what the source raises; nothing stays allocated then.
+    cgroup's limit cannot hold the arena (compressed groups count as planned), RuntimeError if CUDA cannot register it,
+    and what the source raises; nothing stays allocated then.
     """
     began_at_s = time.perf_counter()
     groups = (*layout.groups, layout.embed)
-    on_host = streamed | ({layout.embed.group} if embed_on_host else set())
-    host_groups = [group for group in groups if group.group in on_host]
-    device_groups = [group for group in groups if group.group not in on_host]
-    coded_groups = [group for group in groups if group.group in coded]
+    on_host = streamed | ({layout.embed.id} if embed_on_host else set())
+    host_groups = [group for group in groups if group.id in on_host]
+    device_groups = [group for group in groups if group.id not in on_host]
+    compressed_groups = [group for group in groups if group.id in compressed]
     is_cuda = device.type == "cuda"
     if is_cuda and device.index is None:  # reader threads have a current device of their own
         device = torch.device("cuda", torch.cuda.current_device())
     in_memory = host_groups if is_cuda else groups
-    needed = sum(planned_bytes(group) if group.group in coded else group.nbytes for group in in_memory)
+    needed = sum(planned_bytes(group) if group.id in compressed else group.nbytes for group in in_memory)
     check_host_memory(needed, ranks_on_host)
     with contextlib.ExitStack() as undo:
-        host = HostSpans(host_groups, coded, register=is_cuda)
+        host = HostSpans(host_groups, compressed, register=is_cuda)
         undo.callback(host.close)
-        resident = CudaSpans(device_groups, coded, device) if is_cuda else HostSpans(device_groups, coded)
+        resident = CudaSpans(device_groups, compressed, device) if is_cuda else HostSpans(device_groups, compressed)
         undo.callback(resident.close)
-        memory = {group.group: host if group.group in on_host else resident for group in groups}
+        memory = {group.id: host if group.id in on_host else resident for group in groups}
         coder = _Coder(device, max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
-        through_device = is_cuda and span_bytes(device_groups) + span_bytes(coded_groups) > 0
+        through_device = is_cuda and span_bytes(device_groups) + span_bytes(compressed_groups) > 0
         with _Reader(source, device if through_device else None, num_threads, progress) as reader:
             blocks: Blocks = {}
             for group in groups:
-                if group.group not in coded:
-                    blocks |= reader.begin(group, memory[group.group].spans[group.group])
+                if group.id not in compressed:
+                    blocks |= reader.begin(group, memory[group.id].spans[group.id])
             reader.finish(blocks)
-            coder.load(coded_groups, reader, memory)
+            coder.load(compressed_groups, reader, memory)
             reader.report(layout.nbytes - reader.reported_bytes)  # gaps between tensors, and rows that are zero
-        if is_cuda and coded_groups:
+        if is_cuda and compressed_groups:
             codec.warm_up(device)
-            torch.cuda.empty_cache()  # what encoding took belongs to ring and KV cache
+            torch.cuda.empty_cache()  # what compressing took belongs to ring and KV cache
         resident.finish()
         host.finish()
         source.finish()
@@ -159,14 +160,14 @@ class _Reader:
 
 
 class _Coder:
-    """Codes groups by way of scratch spans on the device: on CUDA one is read while the one before it is encoded; on a
-    CPU, where encoding takes all cores and most of the time, there is but one."""
+    """Codes groups by way of scratch spans on the device: on CUDA one is read while the one before it is compressed; on
+    a CPU, where compressing takes all cores and most of the time, there is but one."""
 
     def __init__(self, device: torch.device, num_threads: int):
-        self.codes: dict[GroupId, CodedGroup] = {}
-        self.from_bytes, self.encode_s = 0, 0.0
+        self.codes: dict[GroupId, CompressedGroup] = {}
+        self.from_bytes, self.compress_s = 0, 0.0
         self._device, self._num_threads = device, num_threads
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for an encoding
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for an compressing
 
     def load(self, groups: Sequence[GroupLayout], reader: _Reader, memory: dict[GroupId, SpanMemory]) -> None:
         """Reads and codes the groups, each into its `memory`; the largest first, for which most is needed beside it:
@@ -176,7 +177,7 @@ class _Coder:
         def finish_oldest() -> None:
             group, scratch, blocks = begun.popleft()
             reader.finish(blocks, reports=False)
-            self._encode(group, scratch, memory[group.group], reader.report)
+            self._compress(group, scratch, memory[group.id], reader.report)
 
         for group in sorted(groups, key=lambda group: -group.nbytes):
             if len(begun) > (self._stream is not None):
@@ -184,20 +185,20 @@ class _Coder:
             scratch = torch.zeros(group.nbytes, dtype=torch.uint8, device=self._device)
             self._synchronize()
             begun.append((group, scratch, reader.begin(group, scratch)))
-            del scratch  # it goes when it is coded
+            del scratch  # it goes when it is compressed
         while begun:
             finish_oldest()
 
-    def _encode(self, group: GroupLayout, span: Tensor, memory: SpanMemory, progress: Callable[[int], None]) -> None:
+    def _compress(self, group: GroupLayout, span: Tensor, memory: SpanMemory, progress: Callable[[int], None]) -> None:
         self._synchronize()
         began_at_s = time.perf_counter()
         with torch.cuda.stream(self._stream):
-            code, blob = encode_group(group, span, self._num_threads, progress)
+            code, blob = compress_group(group, span, self._num_threads, progress)
         self._synchronize()
-        self.encode_s += time.perf_counter() - began_at_s
+        self.compress_s += time.perf_counter() - began_at_s
         self.from_bytes += group.nbytes
-        self.codes[group.group] = code
-        memory.keep(group.group, blob)
+        self.codes[group.id] = code
+        memory.keep(group.id, blob)
 
     def _synchronize(self) -> None:
         if self._stream:

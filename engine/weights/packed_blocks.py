@@ -1,4 +1,4 @@
-"""Blocks of packed tensors read from their file, checked, and decoded on a device."""
+"""Blocks of packed tensors read from their file, checked, and decompressed on a device."""
 
 import contextlib
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from penstock.engine.weights.checkpoint import read_exactly
-from penstock.engine.weights.codec import check, check_bytes, checksum, decode
+from penstock.engine.weights.codec import check, check_bytes, checksum, decompress
 from penstock.engine.weights.packed_format import PackedBlock, PackedTensor
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class BlockReader:
 
     def read(self, fd: int, tensor: PackedTensor, block: PackedBlock) -> tuple[Tensor, int]:
         """A whole block that is what its checksum says, and the bytes read: none for the block that this thread had
-        last. Of a coded tensor bf16 (rows, columns) on the device, of any other its bytes, uint8 on the CPU.
+        last. Of a compressed tensor bf16 (rows, columns) on the device, of any other its bytes, uint8 on the CPU.
 
         Raises ValueError naming file and tensor if it is corrupt, OSError and EOFError if it cannot be read.
         """
@@ -35,7 +35,7 @@ class BlockReader:
             values = stored
         else:
             check(_where(tensor, block), block.layout, stored, block.checksum)
-            values = self._decode(block, stored)
+            values = self._decompress(block, stored)
         self._local.last, self._local.values = (tensor.name, block.start), values
         return values, block.stored_bytes
 
@@ -48,11 +48,11 @@ class BlockReader:
             raise ValueError(f"{where}: corrupt: not what was packed: {found:08x}, not {block.original_checksum:08x}")
         return memory
 
-    def _decode(self, block: PackedBlock, stored: Tensor) -> Tensor:
-        weights = self._buffer("decoded", block.nbytes, self._device).view(torch.bfloat16).view(block.layout.shape)
+    def _decompress(self, block: PackedBlock, stored: Tensor) -> Tensor:
+        weights = self._buffer("decompressed", block.nbytes, self._device).view(torch.bfloat16).view(block.layout.shape)
         blob = stored.to(self._device)
         with self._on_device():
-            decode(block.layout, blob, weights)
+            decompress(block.layout, blob, weights)
         return weights
 
     def _buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
@@ -64,7 +64,7 @@ class BlockReader:
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Kernels go to the thread's current GPU, and are compiled by one thread; a CPU decodes in all at once."""
+        """Kernels go to the thread's current GPU, and are compiled by one thread; a CPU decompresses in all at once."""
         if self._device.type != "cuda":
             yield
             return

@@ -1,6 +1,6 @@
 """Packed checkpoints as sources of weights: of a tensor those blocks are read and checked that a piece touches.
 
-A block is read whole, and of a coded tensor it is whole rows: where columns are cut, every rank reads every block.
+A block is read whole, and of a compressed tensor it is whole rows: where columns are cut, every rank reads every block.
 """
 
 from pathlib import Path
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 def open_checkpoint(directory: str | Path, device: torch.device) -> Checkpoint:
-    """The checkpoint in a directory, plain or packed; a packed one is decoded on `device`. Raises as both do."""
+    """The checkpoint in a directory, plain or packed; a packed one is decompressed on `device`. Raises as both do."""
     tensors = find_packed(Path(directory))
     return Checkpoint.open(directory) if tensors is None else PackedCheckpoint(Path(directory), tensors, device)
 
 
 class PackedCheckpoint(Checkpoint):
-    """A Checkpoint whose `entries` are the original's where a tensor is coded. `read_piece` also raises ValueError
+    """A Checkpoint whose `entries` are the original's where a tensor is compressed. `read_piece` also raises ValueError
     naming file and tensor of a corrupt block; it returns the bytes read, those of whole blocks."""
 
     def __init__(self, directory: Path, tensors: dict[str, PackedTensor], device: torch.device):
-        entries = {name: tensor.original if tensor.coded else tensor.stored for name, tensor in tensors.items()}
+        entries = {name: tensor.original if tensor.compressed else tensor.stored for name, tensor in tensors.items()}
         super().__init__(directory, entries)
         self._tensors, self._device, self._blocks = tensors, device, BlockReader(device)
 
@@ -36,9 +36,9 @@ class PackedCheckpoint(Checkpoint):
     def _read_rows(self, name: str, row: int, col: int, out: Tensor) -> int:
         tensor = self._tensors[name]
         fd = self._fd(tensor.stored.file)
-        return (self._read_coded if tensor.coded else self._read_bytes)(fd, tensor, row, col, out)
+        return (self._read_compressed if tensor.compressed else self._read_bytes)(fd, tensor, row, col, out)
 
-    def _read_coded(self, fd: int, tensor: PackedTensor, row: int, col: int, out: Tensor) -> int:
+    def _read_compressed(self, fd: int, tensor: PackedTensor, row: int, col: int, out: Tensor) -> int:
         step, stop, num_read = tensor.blocks[0].layout.shape[0], row + out.shape[0], 0
         for index in range(row // step, -(-stop // step)):
             block, first = tensor.blocks[index], index * step

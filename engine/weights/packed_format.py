@@ -1,9 +1,9 @@
 """The format of a packed checkpoint: for each safetensors file of the original one of the same name, with the same
-tensors, of which those that shrink are coded. PURE but for reading headers.
+tensors, of which those that shrink are compressed. Torch-free but for reading headers.
 
-A coded tensor is bytes (U8, one dimension): the blobs of its blocks in a row, whole rows of the original of about
+A compressed tensor is bytes (U8, one dimension): the blobs of its blocks in a row, whole rows of the original of about
 `block_bytes` each. Any other tensor is there as it was, checked in blocks too. So an index remains true, any reader of
-safetensors can open the file, and a reader that takes a coded tensor for the original stumbles over its shape. The
+safetensors can open the file, and a reader that takes a compressed tensor for the original stumbles over its shape. The
 header's metadata say the rest (packed_metadata.py). Tensors lie in the order of their elements' sizes, so that each is
 aligned.
 """
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from penstock.engine.weights.codec import CodeLayout
+from penstock.engine.weights.codec import CompressedLayout
 from penstock.engine.weights.headers import DTYPE_BITS, TensorEntry, read_header
 from penstock.engine.weights.packed_metadata import Packing, Row, dump, find_packings, read_packing, write_packing
 
-CODED, PLAIN = "U8", "BF16"  # the dtype of a coded tensor, and what it was
+CODED, PLAIN = "U8", "BF16"  # the dtype of a compressed tensor, and what it was
 ALIGN_BYTES = 16
 
 
@@ -33,7 +33,7 @@ class PackedBlock:
     offset: int
     checksum: int
     original_checksum: int
-    layout: CodeLayout | None
+    layout: CompressedLayout | None
 
     @property
     def stored_bytes(self) -> int:
@@ -50,7 +50,7 @@ class PackedTensor:
     blocks: tuple[PackedBlock, ...]
 
     @property
-    def coded(self) -> bool:
+    def compressed(self) -> bool:
         return self.stored.dtype != self.original.dtype
 
 
@@ -65,15 +65,15 @@ class StoredTensor:
     rows: tuple[Row, ...]
 
 
-def step_bytes(entry: TensorEntry, coded: bool, block_bytes: int) -> int:
-    """Bytes of each block of a tensor but the last: whole rows if it is coded."""
+def step_bytes(entry: TensorEntry, compressed: bool, block_bytes: int) -> int:
+    """Bytes of each block of a tensor but the last: whole rows if it is compressed."""
     row_bytes = entry.num_cols * torch.bfloat16.itemsize
-    return max(1, block_bytes // row_bytes) * row_bytes if coded else block_bytes
+    return max(1, block_bytes // row_bytes) * row_bytes if compressed else block_bytes
 
 
-def cut(entry: TensorEntry, coded: bool, block_bytes: int) -> Iterator[tuple[int, int]]:
+def cut(entry: TensorEntry, compressed: bool, block_bytes: int) -> Iterator[tuple[int, int]]:
     """First byte and number of bytes of each block of a tensor."""
-    step = step_bytes(entry, coded, block_bytes)
+    step = step_bytes(entry, compressed, block_bytes)
     return ((start, min(step, entry.nbytes - start)) for start in range(0, entry.nbytes, step))
 
 
@@ -131,13 +131,17 @@ def _tensors(file: Path, packing: Packing) -> dict[str, PackedTensor]:
 
 
 def _packed_tensor(name: str, original: TensorEntry, stored: TensorEntry, packing: Packing) -> PackedTensor:
-    coded, rows = (stored.dtype, original.dtype) == (CODED, PLAIN) and original.nbytes > 0, packing.rows[name]
-    num_blocks = -(-original.nbytes // step_bytes(original, coded, packing.block_bytes))
-    blocks, offset, sound = [], stored.offset, coded or (stored.dtype, stored.shape) == (original.dtype, original.shape)
-    if len(rows) == num_blocks and all(len(row) in ((2, 4) if coded else (1,)) for row in rows):
-        for (start, nbytes), row in zip(cut(original, coded, packing.block_bytes), rows):
-            layout = _layout(original.num_cols, nbytes, row) if coded else None
-            blocks.append(PackedBlock(start, nbytes, offset, row[0], row[1] if coded else row[0], layout))
+    compressed, rows = (stored.dtype, original.dtype) == (CODED, PLAIN) and original.nbytes > 0, packing.rows[name]
+    num_blocks = -(-original.nbytes // step_bytes(original, compressed, packing.block_bytes))
+    blocks, offset, sound = (
+        [],
+        stored.offset,
+        compressed or (stored.dtype, stored.shape) == (original.dtype, original.shape),
+    )
+    if len(rows) == num_blocks and all(len(row) in ((2, 4) if compressed else (1,)) for row in rows):
+        for (start, nbytes), row in zip(cut(original, compressed, packing.block_bytes), rows):
+            layout = _layout(original.num_cols, nbytes, row) if compressed else None
+            blocks.append(PackedBlock(start, nbytes, offset, row[0], row[1] if compressed else row[0], layout))
             offset += blocks[-1].stored_bytes
             sound = sound and blocks[-1].stored_bytes < nbytes + ALIGN_BYTES  # a block never grows
     if not sound or offset != stored.offset + stored.nbytes:
@@ -145,9 +149,9 @@ def _packed_tensor(name: str, original: TensorEntry, stored: TensorEntry, packin
     return PackedTensor(name, original, stored, tuple(blocks))
 
 
-def _layout(num_cols: int, nbytes: int, row: Row) -> CodeLayout:
+def _layout(num_cols: int, nbytes: int, row: Row) -> CompressedLayout:
     shape = (nbytes // torch.bfloat16.itemsize // num_cols, num_cols)
-    return CodeLayout(shape, torch.bfloat16, len(row) == 2, *row[2:])
+    return CompressedLayout(shape, torch.bfloat16, len(row) == 2, *row[2:])
 
 
 def _round_up(nbytes: int) -> int:

@@ -3,10 +3,10 @@
     penstock_packed     the version of this format
     penstock_header     the original file's header, to the last space
     penstock_blocks     block_bytes, and for each tensor a row of numbers a block: the checksum of what is here; if
-                        coded, that of what it was; if the block is not raw, its number of escapes and of patches
+                        compressed, that of what it was; if the block is not raw, its number of escapes and of patches
     penstock_checksum   of the two before, in hexadecimal
 
-Checksums are CRC-32. PURE but for reading headers.
+Checksums are CRC-32. Torch-free but for reading headers.
 """
 
 import json

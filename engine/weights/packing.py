@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from penstock.engine.kernels.code_tile import TILE
-from penstock.engine.model.coded_size import WEIGHT_BITS
+from penstock.engine.kernels.codec_tile import TILE
+from penstock.engine.model.compressed_size import WEIGHT_BITS
 from penstock.engine.weights.blocks import BLOCK_BYTES
 from penstock.engine.weights.checkpoint import naming, read_exactly
-from penstock.engine.weights.codec import checksum, encode
+from penstock.engine.weights.codec import checksum, compress
 from penstock.engine.weights.headers import MAX_HEADER_BYTES, TensorEntry, parse_header, read_header_text
 from penstock.engine.weights.packed_format import (
     CODED,
@@ -52,7 +52,7 @@ def least_bytes(entries: dict[str, TensorEntry]) -> int:
 def pack_file(file: Path, target: Path, device: torch.device, progress: Callable[[int], None]) -> Packed:
     """Writes `target`, a packed safetensors file; `progress` is called with bytes that add up to the tensors'.
 
-    Blocks are coded on `device`. Raises ValueError naming the file, and the tensor, that cannot be packed, and
+    Blocks are compressed on `device`. Raises ValueError naming the file, and the tensor, that cannot be packed, and
     OSError if reading or writing fails.
     """
     text, size = read_header_text(file), file.stat().st_size
@@ -83,13 +83,13 @@ def pack_file(file: Path, target: Path, device: torch.device, progress: Callable
 class _Block:
     entry: TensorEntry
     name: str
-    coded: bool
+    compressed: bool
     start: int
     nbytes: int
 
 
-def _blocks(name: str, entry: TensorEntry, coded: bool) -> list[_Block]:
-    return [_Block(entry, name, coded, *place) for place in cut(entry, coded, BLOCK_BYTES)]
+def _blocks(name: str, entry: TensorEntry, compressed: bool) -> list[_Block]:
+    return [_Block(entry, name, compressed, *place) for place in cut(entry, compressed, BLOCK_BYTES)]
 
 
 def _store_tensors(
@@ -104,14 +104,14 @@ def _store_tensors(
             for block in blocks:
                 rows.append(_write(sink, next(packed)))
                 progress(block.nbytes)
-            coded = _is_codable(entry)
-            if coded and sink.tell() - begin >= entry.nbytes:
-                coded = False
+            compressed = _is_codable(entry)
+            if compressed and sink.tell() - begin >= entry.nbytes:
+                compressed = False
                 sink.seek(begin)
-                rows = [_write(sink, pack_block(block)) for block in _blocks(name, entry, coded)]
+                rows = [_write(sink, pack_block(block)) for block in _blocks(name, entry, compressed)]
             nbytes = sink.tell() - begin
-            shape = (nbytes,) if coded else entry.shape
-            yield StoredTensor(name, CODED if coded else entry.dtype, shape, nbytes, tuple(rows))
+            shape = (nbytes,) if compressed else entry.shape
+            yield StoredTensor(name, CODED if compressed else entry.dtype, shape, nbytes, tuple(rows))
 
 
 def _is_codable(entry: TensorEntry) -> bool:
@@ -124,9 +124,9 @@ def _pack_block(fd: int, device: torch.device, block: _Block) -> tuple[Row, Tens
     with naming(block.entry.file, block.name):
         read_exactly(fd, memoryview(memory.numpy()), block.entry.offset + block.start)
     original = checksum(memory)
-    if not block.coded:
+    if not block.compressed:
         return (original,), memory
-    layout, blob = encode(memory.view(torch.bfloat16).to(device))
+    layout, blob = compress(memory.view(torch.bfloat16).to(device))
     blob = blob.cpu()
     counts = () if layout.raw else (layout.num_escapes, layout.num_patches)
     return (checksum(blob), original, *counts), blob

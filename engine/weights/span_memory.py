@@ -1,7 +1,7 @@
 """Where the spans of a rank's groups lie, host arena or device, and how blocks get onto a GPU.
 
-A group that is coded has a blob in place of its span, whose length is known only when it is there: blobs are kept one
-after the other, behind the spans.
+A group that is compressed has a blob in place of its span, whose length is known only when it is there: blobs are kept
+one after the other, behind the spans.
 """
 
 import queue
@@ -19,14 +19,14 @@ from torch import Tensor
 
 
 class SpanMemory(Protocol):
-    """Zeroed spans of the groups that are not coded, to be filled from many threads, and the blobs kept so far, uint8
-    each; `nbytes` of both together."""
+    """Zeroed spans of the groups that are not compressed, to be filled from many threads, and the blobs kept so far,
+    uint8 each; `nbytes` of both together."""
 
     spans: dict[GroupId, Tensor]
     nbytes: int
 
     def keep(self, group: GroupId, blob: Tensor) -> None:
-        """Copies a blob from the device that coded it; it may be overwritten then."""
+        """Copies a blob from the device that compressed it; it may be overwritten then."""
 
     def finish(self) -> None:
         """After the last block and blob."""
@@ -38,9 +38,9 @@ class HostSpans:
     """In one arena, which never takes more than it holds."""
 
     def __init__(
-        self, groups: Sequence[GroupLayout], coded: AbstractSet[GroupId] = frozenset(), register: bool = False
+        self, groups: Sequence[GroupLayout], compressed: AbstractSet[GroupId] = frozenset(), register: bool = False
     ):
-        plain = [group for group in groups if group.group not in coded]
+        plain = [group for group in groups if group.id not in compressed]
         self.nbytes = span_bytes(plain)
         self._arena, self._register = HostArena(span_bytes(groups), sparse=len(plain) < len(groups)), register
         self.spans = _cut_spans(self._arena.tensor[: self.nbytes], plain)
@@ -63,8 +63,8 @@ class HostSpans:
 class CudaSpans:
     """In one allocation on the device, and one more for each blob."""
 
-    def __init__(self, groups: Sequence[GroupLayout], coded: AbstractSet[GroupId], device: torch.device):
-        plain = [group for group in groups if group.group not in coded]
+    def __init__(self, groups: Sequence[GroupLayout], compressed: AbstractSet[GroupId], device: torch.device):
+        plain = [group for group in groups if group.id not in compressed]
         self.nbytes = span_bytes(plain)
         self._device = device
         self.spans = _cut_spans(torch.zeros(self.nbytes, dtype=torch.uint8, device=device), plain)
@@ -122,4 +122,4 @@ def span_bytes(groups: Sequence[GroupLayout]) -> int:
 
 def _cut_spans(memory: Tensor, groups: Sequence[GroupLayout]) -> dict[GroupId, Tensor]:
     """The spans lie one after the other; each is a multiple of 256 bytes long, so all are aligned."""
-    return {group.group: span for group, span in zip(groups, memory.split([group.nbytes for group in groups]))}
+    return {group.id: span for group, span in zip(groups, memory.split([group.nbytes for group in groups]))}

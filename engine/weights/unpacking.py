@@ -17,8 +17,8 @@ Use = Callable[[PackedTensor, PackedBlock, Tensor], None]
 
 
 def unpack_file(file: Path, target: Path, device: torch.device, progress: Callable[[int], None]) -> None:
-    """Writes the original of a packed file, decoded on `device`; `progress` is called with bytes that add up to the
-    tensors'. Raises ValueError naming file and tensor that are corrupt, and OSError if reading or writing fails."""
+    """Writes the original of a packed file, decompressed on `device`; `progress` is called with bytes that add up to
+    the tensors'. Raises ValueError naming file and tensor that are corrupt, and OSError if reading or writing fails."""
     text = read_packing(file).text
     with open(target, "wb") as sink:
         sink.write(struct.pack("<Q", len(text)) + text)
@@ -31,8 +31,8 @@ def unpack_file(file: Path, target: Path, device: torch.device, progress: Callab
 
 
 def verify_file(file: Path, original: Path | None, device: torch.device, progress: Callable[[int], None]) -> None:
-    """Decodes all of a packed file and compares it with its checksums, and with `original` bit for bit if there is one.
-    Raises as unpack_file does, and ValueError naming the original and the tensor that is not the same."""
+    """Decompresses all of a packed file and compares it with its checksums, and with `original` bit for bit if there is
+    one. Raises as unpack_file does, and ValueError naming the original and the tensor that is not the same."""
     if original is None:
         _use_blocks(file, device, lambda tensor, block, memory: None, progress)
         return
@@ -47,7 +47,7 @@ def verify_file(file: Path, original: Path | None, device: torch.device, progres
                 start = tensor.original.offset + block.start
                 read_exactly(source.fileno(), memoryview(expected.numpy()), start)
             if not torch.equal(memory, expected):
-                raise ValueError(f"{file}: {tensor.name} does not decode to what it is in {original}")
+                raise ValueError(f"{file}: {tensor.name} does not decompress to what it is in {original}")
 
         _use_blocks(file, device, compare, progress)
 

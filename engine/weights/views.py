@@ -17,7 +17,7 @@ def byte_range(memory: Tensor, offset: int, nbytes: int) -> Tensor:
 def views(layout: GroupLayout, span: Tensor) -> dict[str, Tensor]:
     """`span` is uint8, (layout.nbytes,) or longer; the views share its memory and have the parts' dtypes and shapes.
 
-    A plain weight goes by its own name, a part of a coded one by "weight.part".
+    A plain weight goes by its own name, a part of a compressed one by "weight.part".
     """
     named = {}
     for weight in layout.weights:

@@ -21,7 +21,7 @@ class BatchRow:
     the row's former owner left.
     """
 
-    row: int
+    index: int
     tokens: tuple[int, ...]
     start: int
     pages: tuple[int, ...]
@@ -68,7 +68,7 @@ class Batch:
         for row in self.rows:
             flags = row.samples * _SAMPLES | (row.sampling is not None) * _HAS_SAMPLING
             counts = (len(row.tokens), len(row.pages))
-            message += (row.row, row.start, row.num_evicted, flags, *counts, *row.tokens, *row.pages)
+            message += (row.index, row.start, row.num_evicted, flags, *counts, *row.tokens, *row.pages)
             if row.sampling is not None:
                 message += row.sampling.pack()
         message[0] = len(message)

@@ -1,5 +1,5 @@
-"""Which of a sequence's tokens keep their keys and values, and in which of its pages they lie. PURE: tokens and pages
-are ints.
+"""Which of a sequence's tokens keep their keys and values, and in which of its pages they lie. Torch-free: tokens and
+pages are ints.
 
 What a row holds is cached in order of age; a token's position is its place in that order. `KeepAll` keeps all, so that
 positions never change. `SinksAndWindow` is StreamingLLM (Xiao et al. 2023, "Efficient Streaming Language Models with

@@ -113,7 +113,7 @@ class Scheduler:
         if not rows:
             return None
         batch = Batch(tuple(rows))
-        self._under_way.append((batch, [self._running[row.row] for row in rows]))
+        self._under_way.append((batch, [self._running[row.index] for row in rows]))
         self._num_free_rows = len(self._free_rows)
         return batch
 
@@ -158,7 +158,7 @@ class Scheduler:
         request.num_computed_tokens = end
         request.num_unseen_tokens += samples
         return BatchRow(
-            row=request.row,
+            index=request.row,
             tokens=tokens,
             start=start,
             pages=self._retention.page_table(request.pages, end),

@@ -1,6 +1,7 @@
 """What a pass has to do, apart from how fast: its shape, and the bytes, FLOPs and reduces of its steps.
 
-PURE. `engine/planning/step_cost.py` fills StepWork in from a model's layout; `time_model.py` turns it into seconds.
+Torch-free. `engine/planning/step_cost.py` fills StepWork in from a model's layout; `time_model.py` turns it into
+seconds.
 """
 
 from dataclasses import dataclass
@@ -101,14 +102,14 @@ class StepWork:
 @dataclass(frozen=True)
 class PassWork:
     """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, as
-    they are kept; how many groups are decoded, and to how many bytes; and its steps that launch something, each with
-    the number of times that it occurs."""
+    they are kept; how many groups are decompressed, and to how many bytes; and its steps that launch something, each
+    with the number of times that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int
     steps: tuple[tuple[StepWork, int], ...]
-    num_decoded: int = 0
-    decoded_bytes: int = 0
+    num_decompressed: int = 0
+    decompressed_bytes: int = 0
 
     @property
     def num_steps(self) -> int:

@@ -1,9 +1,9 @@
 """What a pass costs, predicted before it runs, from its bytes, FLOPs and reduces.
 
-PURE. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies run
-beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps and of what is decoded;
-the wrapped copies cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan itself, with the
-same cost of a step (`step_s`):
+Torch-free. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies
+run beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps and of what is
+decompressed; the wrapped copies cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan
+itself, with the same cost of a step (`step_s`):
 
     latency + sqrt(memory^2 + compute^2)
 
@@ -22,9 +22,9 @@ from typing import Any
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.units import GB
 
-KERNELS_A_GROUP = 3  # that decode it, one a weight: a norm and two matrices
-# Of the memory rate, at which the decoder writes where nobody has measured it (1.7 bytes move for one that is written).
-# H200s had 0.44 to 0.49: decode_gb_s and memory_gb_s of benchmarks/*coded*.json.
+KERNELS_A_GROUP = 3  # that decompress it, one a weight: a norm and two matrices
+# Of the memory rate, at which the decompressor writes where nobody has measured it (1.7 bytes move for one that is
+# written). H200s had 0.44 to 0.49: decompress_gb_s and memory_gb_s of benchmarks/*compressed*.json.
 DECODE_SHARE = 0.48
 
 
@@ -35,8 +35,8 @@ class Rates:
     `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host
     launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None:
     there are no graphs), `reduce_latency_s` the same of an all-reduce, `pass_latency_s` what of a pass nothing hides.
-    `decode_gb_s` are bytes written by the decoder of coded weights (None: not measured, see `decoding_gb_s`).
-    `memory_bytes` is the device's memory; None is a CPU's.
+    `decompress_gb_s` are bytes written by the decompressor of compressed weights (None: not measured, see
+    `decompressing_gb_s`). `memory_bytes` is the device's memory; None is a CPU's.
     """
 
     link_gb_s: float
@@ -48,13 +48,13 @@ class Rates:
     step_latency_s: float = 0.0
     node_latency_s: float | None = None
     pass_latency_s: float = 0.0
-    decode_gb_s: float | None = None
+    decompress_gb_s: float | None = None
     memory_bytes: int | None = None
 
     @property
-    def decoding_gb_s(self) -> float:
+    def decompressing_gb_s(self) -> float:
         """Measured, or a share of the memory rate."""
-        return self.decode_gb_s or DECODE_SHARE * self.memory_gb_s
+        return self.decompress_gb_s or DECODE_SHARE * self.memory_gb_s
 
 
 # h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their
@@ -72,7 +72,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "step_latency_s": 6e-5,
         "node_latency_s": 1.5e-6,
         "pass_latency_s": 2e-4,
-        "decode_gb_s": 2050.0,
+        "decompress_gb_s": 2050.0,
         "memory_bytes": 141 * GB,
     },
     "cpu": {
@@ -83,7 +83,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "reduce_gb_s": 1.0,
         "step_latency_s": 2e-5,
         "pass_latency_s": 1e-3,
-        "decode_gb_s": 0.1,
+        "decompress_gb_s": 0.1,
     },
 }
 
@@ -104,7 +104,7 @@ def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
     """
     values = {name: value for name, value in values.items() if name != "probe"}
     known = {field.name for field in fields(Rates)}
-    optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "decode_gb_s", "memory_bytes"}
+    optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "decompress_gb_s", "memory_bytes"}
     for name in values.keys() - known:
         raise ValueError(f"{where}: unknown field {name!r}; known: {', '.join(sorted(known))}")
     links = values.get("link_gb_s")
@@ -129,14 +129,14 @@ def _is_rate(value: Any, zero: bool) -> bool:
 @dataclass(frozen=True)
 class PassTime:
     """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch, reduce or
-    decode, whichever alone takes longest."""
+    decompress, whichever alone takes longest."""
 
     link_s: float
     memory_s: float
     compute_s: float
     launch_s: float
     reduce_s: float
-    decode_s: float
+    decompress_s: float
     total_s: float
     bound: str
 
@@ -149,17 +149,17 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
         "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
         "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
-        "decode": decode_s(work.decoded_bytes, work.num_decoded, rates),
+        "decompress": decompress_s(work.decompressed_bytes, work.num_decompressed, rates),
     }
-    total_s = pass_s(work.streamed_bytes, steps_s(work.steps, shape, rates), parts["decode"], rates)
+    total_s = pass_s(work.streamed_bytes, steps_s(work.steps, shape, rates), parts["decompress"], rates)
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
     )
 
 
-def pass_s(streamed_bytes: int, all_steps_s: float, all_decode_s: float, rates: Rates) -> float:
-    """Seconds of a pass, by what its copies, its steps and its decoding take."""
-    return max(link_s(streamed_bytes, rates), all_steps_s + all_decode_s) + rates.pass_latency_s
+def pass_s(streamed_bytes: int, all_steps_s: float, all_decompress_s: float, rates: Rates) -> float:
+    """Seconds of a pass, by what its copies, its steps and its decompressing take."""
+    return max(link_s(streamed_bytes, rates), all_steps_s + all_decompress_s) + rates.pass_latency_s
 
 
 def link_s(nbytes: int, rates: Rates) -> float:
@@ -192,11 +192,11 @@ def _device_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     return busy_s + (_reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0)
 
 
-def decode_s(nbytes: int, num_groups: int, rates: Rates) -> float:
-    """Seconds of decoding so many groups to `nbytes` together: a group has KERNELS_A_GROUP nodes of a graph, or takes
-    as long as a step takes the host where there are no graphs."""
+def decompress_s(nbytes: int, num_groups: int, rates: Rates) -> float:
+    """Seconds of decompressing so many groups to `nbytes` together: a group has KERNELS_A_GROUP nodes of a graph, or
+    takes as long as a step takes the host where there are no graphs."""
     latency_s = rates.step_latency_s if rates.node_latency_s is None else KERNELS_A_GROUP * rates.node_latency_s
-    return nbytes / (rates.decoding_gb_s * GB) + num_groups * latency_s
+    return nbytes / (rates.decompressing_gb_s * GB) + num_groups * latency_s
 
 
 def reduce_s(nbytes: int, rates: Rates) -> float:

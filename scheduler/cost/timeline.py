@@ -1,13 +1,13 @@
 """The plan itself, replayed on two clocks, as the executor's lanes would run it: what a trace is drawn beside.
 
-PURE.
+Torch-free.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock.scheduler.cost.time_model import Rates, decode_s, link_s
-from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Compute, Decode, Event, Prefetch, StepPlan
+from penstock.scheduler.cost.time_model import Rates, decompress_s, link_s
+from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Compute, Decompress, Event, PassPlan, Prefetch
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Span:
 
 
 def predict_timeline(
-    plan: StepPlan, compute_s: Callable[[Compute], float], rates: Rates, launch_s: float = 0.0
+    plan: PassPlan, compute_s: Callable[[Compute], float], rates: Rates, launch_s: float = 0.0
 ) -> list[Span]:
     """Replays the plan: each lane in its order, an instruction not before the events that it waits for.
 
@@ -38,8 +38,8 @@ def predict_timeline(
             host_s += launch_s
             start = max(start, host_s)
             end = start + compute_s(instruction)
-        elif isinstance(instruction, Decode):
-            end = start + decode_s(instruction.place.nbytes, 1, rates)
+        elif isinstance(instruction, Decompress):
+            end = start + decompress_s(instruction.place.nbytes, 1, rates)
         elif isinstance(instruction, Prefetch):
             end = start + link_s(instruction.slot.nbytes, rates)
         else:

@@ -1,5 +1,5 @@
-"""Makes a StepPlan: gives streamed groups their slots in the ring and coded ones their places in the decode buffer, and
-adds the copy lane to a model's steps."""
+"""Makes a PassPlan: gives streamed groups their slots in the ring and compressed ones their places in the decompression
+buffer, and adds the copy lane to a model's steps."""
 
 from collections.abc import Mapping, Sequence
 from operator import add
@@ -9,16 +9,16 @@ from penstock.scheduler.passes.first_fit import first_fit
 from penstock.scheduler.passes.pass_plan import (
     Acquire,
     Compute,
-    Decode,
+    Decompress,
     Fork,
     GroupId,
     Instruction,
     Join,
+    PassPlan,
     Prefetch,
     Release,
     RingLayout,
     Slot,
-    StepPlan,
 )
 
 NUM_WRAPPED = 2  # groups copied for the next pass while head and sampling run: one layer's attn and ffn
@@ -72,23 +72,23 @@ def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapp
     return RingLayout(ring_bytes, wrapped, tuple(slots))
 
 
-def lay_out_decoded(steps: list[Compute], sizes: Mapping[GroupId, int]) -> dict[GroupId, Slot]:
-    """A place in the decode buffer for each coded group (its bytes decoded), the lowest that is free from its first
-    reader to its last. Groups whose readers do not interleave share one place."""
+def lay_out_decompressed(steps: list[Compute], sizes: Mapping[GroupId, int]) -> dict[GroupId, Slot]:
+    """A place in the decompression buffer for each compressed group (its bytes decompressed), the lowest that is free
+    from its first reader to its last. Groups whose readers do not interleave share one place."""
     first, last = _readers(steps)
     in_order = sorted(sizes.keys() & first.keys(), key=first.get)
     return first_fit({g: sizes[g] for g in in_order}, lambda group, earlier: last[earlier] >= first[group])
 
 
-def make_plan(steps: list[Compute], ring: RingLayout, decoded: Mapping[GroupId, int] | None = None) -> StepPlan:
+def make_plan(steps: list[Compute], ring: RingLayout, decompressed: Mapping[GroupId, int] | None = None) -> PassPlan:
     """Adds the copy lane to a model's steps: each streamed group is acquired before its first reader and released
-    after its last, and each copy is issued as soon as the groups it overwrites are released. Coded groups, whose bytes
-    `decoded` gives, are decoded before their first reader, which is their slot's only one.
+    after its last, and each copy is issued as soon as the groups it overwrites are released. Compressed groups, whose
+    bytes `decompressed` gives, are decompressed before their first reader, which is their slot's only one.
 
     Raises ValueError if a streamed group has no reader; validates the plan that it returns.
     """
     slots = dict(ring.slots)
-    places = lay_out_decoded(steps, decoded or {})
+    places = lay_out_decompressed(steps, decompressed or {})
     present = {group for group, _ in ring.slots[: ring.num_wrapped]}
     first_reader, last_reader = _readers(steps)
     pending = _copies(ring)
@@ -112,7 +112,7 @@ def make_plan(steps: list[Compute], ring: RingLayout, decoded: Mapping[GroupId, 
             if group in slots:
                 plan.append(Acquire(group, slots[group], group in present))
             if group in places:
-                plan.append(Decode(group, places[group]))
+                plan.append(Decompress(group, places[group]))
                 release(group)
         plan.append(step)
         if group is not None and last_reader[group] == index and group not in places:
@@ -121,7 +121,7 @@ def make_plan(steps: list[Compute], ring: RingLayout, decoded: Mapping[GroupId, 
         raise ValueError(f"{pending[0]} waits for groups that no step reads: {', '.join(map(str, pending[0].after))}")
     if ring.slots:
         plan.append(Join(ring.slots[ring.num_wrapped - 1][0]))
-    made = StepPlan(tuple(plan), ring)
+    made = PassPlan(tuple(plan), ring)
     validate(made)
     return made
 

@@ -1,4 +1,4 @@
-"""Proves that a StepPlan is safe, and lays out its activations.
+"""Proves that a PassPlan is safe, and lays out its activations.
 
 The proof follows, over two passes in a row, what each lane is known to be behind. A clock (c, k) says that the first
 c compute and k copy instructions have finished; an instruction starts when its lane's clock, joined with the clocks
@@ -12,27 +12,27 @@ from penstock.scheduler.passes.pass_plan import (
     COPY,
     Acquire,
     Compute,
-    Decode,
+    Decompress,
     Event,
     GroupId,
     Instruction,
+    PassPlan,
     Prefetch,
     Release,
     Slot,
-    StepPlan,
 )
 
 
-def validate(plan: StepPlan) -> None:
+def validate(plan: PassPlan) -> None:
     """Raises ValueError, naming the instruction, if an event, the ring's contract or a lifetime is broken."""
     check_events(plan.instructions)
     check_ring(plan)
-    check_decoded(plan)
+    check_decompressed(plan)
     check_lifetimes(plan.instructions)
     check_copies(plan)
 
 
-def check_copies(plan: StepPlan) -> None:
+def check_copies(plan: PassPlan) -> None:
     """Every pass has the same copy lane, so that passes of any kind follow each other: each streamed group once, in
     order, the first ones of the next pass last."""
     copies = [(i.group, i.slot, i.wrapped) for i in plan.instructions if isinstance(i, Prefetch)]
@@ -56,7 +56,7 @@ def check_events(instructions: tuple[Instruction, ...]) -> None:
             recorded.add(instruction.records)
 
 
-def check_ring(plan: StepPlan) -> None:
+def check_ring(plan: PassPlan) -> None:
     """Proves the safety contract of the ring over two passes, the wrap-around between them included."""
     proof = _RingProof(plan)
     for _ in range(2):
@@ -66,7 +66,7 @@ def check_ring(plan: StepPlan) -> None:
 
 
 class _RingProof:
-    def __init__(self, plan: StepPlan):
+    def __init__(self, plan: PassPlan):
         self.ring = plan.ring
         self.slots = dict(plan.ring.slots)
         self.present = plan.ring.slots[: plan.ring.num_wrapped]
@@ -76,9 +76,9 @@ class _RingProof:
         self.written: list[tuple[GroupId, Slot, int]] = [(g, s, 0) for g, s in self.present]  # and the copy's count
         self.read: list[tuple[GroupId, Slot, int]] = []  # and the reader's count
         self.held: set[GroupId] = set()
-        decoded = {decode.group for decode in plan.decodes}
-        steps = (step for step in plan.steps if step.group not in decoded)
-        self.readers = {reader for reader in (*plan.decodes, *steps) if reader.group in self.slots}
+        decompressed = {decompress.group for decompress in plan.decompresses}
+        steps = (step for step in plan.steps if step.group not in decompressed)
+        self.readers = {reader for reader in (*plan.decompresses, *steps) if reader.group in self.slots}
 
     def follow(self, instruction: Instruction) -> None:
         lane = instruction.lane
@@ -134,19 +134,19 @@ class _RingProof:
                 raise ValueError(f"the next pass expects {group} in the ring")
 
 
-def check_decoded(plan: StepPlan) -> None:
-    """The steps of a coded group read it, decoded in this pass, from its place in the decode buffer, and no other group
-    is decoded over it before the last of them. All on one lane: their order is enough."""
-    coded = {decode.group for decode in plan.decodes}
+def check_decompressed(plan: PassPlan) -> None:
+    """The steps of a compressed group read it, decompressed in this pass, from its place in the decompression buffer,
+    and no other group is decompressed over it before the last of them. All on one lane: their order is enough."""
+    compressed = {decompress.group for decompress in plan.decompresses}
     held: dict[GroupId, Slot] = {}
     for instruction in plan.instructions:
-        if isinstance(instruction, Decode):
+        if isinstance(instruction, Decompress):
             if instruction.group in held:
                 raise ValueError(f"{instruction} twice in one pass")
             held = {group: place for group, place in held.items() if not place.overlaps(instruction.place)}
             held[instruction.group] = instruction.place
-        elif isinstance(instruction, Compute) and instruction.group in coded and instruction.group not in held:
-            raise ValueError(f"{instruction} reads {instruction.group}, which is not in the decode buffer")
+        elif isinstance(instruction, Compute) and instruction.group in compressed and instruction.group not in held:
+            raise ValueError(f"{instruction} reads {instruction.group}, which is not in the decompression buffer")
 
 
 def check_lifetimes(instructions: tuple[Instruction, ...]) -> None:
@@ -163,7 +163,7 @@ def check_lifetimes(instructions: tuple[Instruction, ...]) -> None:
         raise ValueError(f"the pass ends with {', '.join(sorted(alive))} alive")
 
 
-def lifetimes(plan: StepPlan) -> dict[str, list[tuple[int, int]]]:
+def lifetimes(plan: PassPlan) -> dict[str, list[tuple[int, int]]]:
     """For each activation its intervals [first, last] in instruction indices, from creation to destruction."""
     spans: dict[str, list[tuple[int, int]]] = {}
     born: dict[str, int] = {}
@@ -176,7 +176,7 @@ def lifetimes(plan: StepPlan) -> dict[str, list[tuple[int, int]]]:
     return spans
 
 
-def lay_out_activations(plan: StepPlan, sizes: dict[str, int]) -> dict[str, int]:
+def lay_out_activations(plan: PassPlan, sizes: dict[str, int]) -> dict[str, int]:
     """A byte offset for each activation (`sizes` in bytes), the largest first, at the lowest place where no activation
     that is alive at the same time lies. The total is max(offset + size)."""
     spans = lifetimes(plan)

@@ -1,4 +1,4 @@
-"""A pass over the model as data: the StepPlan and the instructions of its two lanes.
+"""A pass over the model as data: the PassPlan and the instructions of its two lanes.
 
 One plan for each kind of pass; tokens and rows are bound when it runs. It is made once (plan_build.py), validated
 (plan_check.py), then read by the executor, the lifetime checker, the trace, the time model and the table. No second
@@ -14,8 +14,8 @@ Safety contract of the ring: the bytes of a slot may be written only after `free
 and read only after `ready` of the group that holds them. A pass starts with the first `num_wrapped` streamed groups
 in the ring and ends, joined, with them there again, so that passes of any kind follow each other freely.
 
-A coded group is decoded on the compute lane before its first step, into a place of the decode buffer that no group
-holds whose steps are still to come. Its slot is free as soon as it is decoded.
+A compressed group is decompressed on the compute lane before its first step, into a place of the decompression buffer
+that no group holds whose steps are still to come. Its slot is free as soon as it is decompressed.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Event(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A byte range of the ring, or of the decode buffer."""
+    """A byte range of the ring, or of the decompression buffer."""
 
     offset: int
     nbytes: int
@@ -179,14 +179,15 @@ class Release(Instruction):
 
 
 @dataclass(frozen=True)
-class Decode(Instruction):
-    """Decodes a coded group, from its slot or from where it stays, to its place in the decode buffer."""
+class Decompress(Instruction):
+    """Decompresses a compressed group, from its slot or from where it stays, to its place in the decompression
+    buffer."""
 
     group: GroupId
     place: Slot
 
     def __str__(self) -> str:
-        return f"decode {self.group}"
+        return f"decompress {self.group}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class RingLayout:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class PassPlan:
     """A validated pass. `activations` are the names that the table's columns show, in order of creation."""
 
     instructions: tuple[Instruction, ...]
@@ -215,13 +216,13 @@ class StepPlan:
         return tuple(dict.fromkeys(name for step in self.steps for name, _ in step.effects))
 
     @property
-    def decodes(self) -> tuple[Decode, ...]:
-        """What is decoded in a pass, in order."""
-        return tuple(i for i in self.instructions if isinstance(i, Decode))
+    def decompresses(self) -> tuple[Decompress, ...]:
+        """What is decompressed in a pass, in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Decompress))
 
     @property
-    def decode_buffer_bytes(self) -> int:
-        return max((i.place.end for i in self.decodes), default=0)
+    def decompression_buffer_bytes(self) -> int:
+        return max((i.place.end for i in self.decompresses), default=0)
 
     @property
     def prologue(self) -> tuple[Instruction, ...]:

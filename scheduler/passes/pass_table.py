@@ -1,4 +1,4 @@
-"""Draws a StepPlan as a step table: the table is the plan. PURE.
+"""Draws a PassPlan as a step table: the table is the plan. Torch-free.
 
 One row for each compute instruction, a column for each activation with its letters (+ create, o keep, r read,
 w write, x destroy), the weights it reads, and beside it what the copy lane is given at that point.
@@ -12,12 +12,12 @@ from penstock.scheduler.passes.pass_plan import (
     COPY,
     Acquire,
     Compute,
-    Decode,
+    Decompress,
     Instruction,
     Join,
+    PassPlan,
     Prefetch,
     Release,
-    StepPlan,
 )
 from penstock.scheduler.units import show_bytes
 
@@ -35,7 +35,7 @@ class Row:
     copy: tuple[str, ...]
 
 
-def render(plan: StepPlan, token_bytes: Mapping[str, tuple[str, int]], layer_idx: int = 0) -> str:
+def render(plan: PassPlan, token_bytes: Mapping[str, tuple[str, int]], layer_idx: int = 0) -> str:
     """The table of a plan: everything before, in and after layer `layer_idx`, the other layers as one "..." row.
 
     `token_bytes` gives for each activation what its rows are ("tokens" or "rows") and the bytes of one. Ends with
@@ -54,7 +54,7 @@ def render(plan: StepPlan, token_bytes: Mapping[str, tuple[str, int]], layer_idx
 LEGEND = "+ create, o keep, r read, w write, x destroy; a copy waits for `free` of the groups named after <-"
 
 
-def _rows(plan: StepPlan) -> list[Row]:
+def _rows(plan: PassPlan) -> list[Row]:
     """Every compute-lane instruction with the letters of all activations: "o" where one is alive but untouched."""
     spans, rows = lifetimes(plan), []
     for index, instruction in enumerate(plan.instructions):
@@ -81,8 +81,8 @@ def _weights(instruction: Instruction) -> str:
         return str(instruction.group or "")
     if isinstance(instruction, Acquire):
         return "in the ring" if instruction.present else f"waits ready({instruction.group})"
-    if isinstance(instruction, Decode):
-        return f"{show_bytes(instruction.place.nbytes)} decoded"
+    if isinstance(instruction, Decompress):
+        return f"{show_bytes(instruction.place.nbytes)} decompressed"
     if isinstance(instruction, Release):
         return f"records free({instruction.group})"
     return f"waits ready({instruction.last})" if isinstance(instruction, Join) else ""
@@ -116,7 +116,7 @@ def _ellipsis(hidden: list[Row]) -> Row:
     return Row(first, name, {}, "", (f"{num_copies} more copies",) if num_copies else ())
 
 
-def _sizes(plan: StepPlan, columns: list[str], token_bytes: Mapping[str, tuple[str, int]]) -> list[str]:
+def _sizes(plan: PassPlan, columns: list[str], token_bytes: Mapping[str, tuple[str, int]]) -> list[str]:
     """Bytes of each activation, and where its first life begins and ends."""
     spans = lifetimes(plan)
     lines = []

@@ -1,7 +1,7 @@
-"""Whether weights are kept coded, and which of those that stay: by predicted tokens/s.
+"""Whether weights are kept compressed, and which of those that stay: by predicted tokens/s.
 
-PURE. Coded weights are fewer bytes, on the link and in memory, and cost their decoding in every pass. family.py weighs
-one against the other; here all that streams is coded, or nothing is.
+Torch-free. Compressed weights are fewer bytes, on the link and in memory, and cost their decompressing in every pass.
+family.py weighs one against the other; here all that streams is compressed, or nothing is.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Planned = tuple[Demand, Residency]
 
 @dataclass(frozen=True)
 class CodeOffer:
-    """`choice` is that of `--weights-code`; `cost` predicts what decode passes take."""
+    """`choice` is that of `--weights-compression`; `cost` predicts what decode passes take."""
 
     choice: str
     cost: Cost
@@ -38,44 +38,46 @@ def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
 
     Raises ValueError, as plan_residency does, if what was asked for does not fit.
     """
-    if offer.choice == "none" or not demand.coded:
-        return plan_fastest(demand, offer.cost, coded=False)
+    if offer.choice == "none" or not demand.compressed:
+        return plan_fastest(demand, offer.cost, compressed=False)
     if offer.choice == "lossless":
-        return plan_fastest(demand, offer.cost, coded=True)
-    coded = _plan_coded(offer, demand)
+        return plan_fastest(demand, offer.cost, compressed=True)
+    compressed = _plan_compressed(offer, demand)
     try:
-        plain = plan_fastest(demand, offer.cost, coded=False)
+        plain = plan_fastest(demand, offer.cost, compressed=False)
     except ValueError:  # which says what would fit
-        if coded is None:
+        if compressed is None:
             raise
-        return coded
-    return coded if coded and offer.tokens_s(coded) > (1 + LEAST_GAIN) * offer.tokens_s(plain) else plain
+        return compressed
+    return compressed if compressed and offer.tokens_s(compressed) > (1 + LEAST_GAIN) * offer.tokens_s(plain) else plain
 
 
-def _plan_coded(offer: CodeOffer, demand: Demand) -> Planned | None:
+def _plan_compressed(offer: CodeOffer, demand: Demand) -> Planned | None:
     try:
-        return plan_fastest(demand, offer.cost, coded=True)
+        return plan_fastest(demand, offer.cost, compressed=True)
     except ValueError:
         return None
 
 
-class CodeDoesNotPay(ValueError):
-    """Weights were to be coded if that pays, and do not shrink enough: they are to be kept plain."""
+class CompressionDoesNotPay(ValueError):
+    """Weights were to be compressed if that pays, and do not shrink enough: they are to be kept plain."""
 
 
 def settle(offer: CodeOffer, planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
-    """The same split with the bytes that its coded groups really have: ring and KV cache are planned anew. Raises
-    CodeDoesNotPay where they hardly shrink or do not fit, and the choice is "auto"; ValueError where they do not fit,
-    and it is not."""
+    """The same split with the bytes that its compressed groups really have: ring and KV cache are planned anew. Raises
+    CompressionDoesNotPay where they hardly shrink or do not fit, and the choice is "auto"; ValueError where they do not
+    fit, and it is not."""
     demand, residency = planned
-    coded = {group: sizes[group] for group in residency.coded}
-    settled = replace(demand, coded=coded)
-    expected, plain = (sum(each[group] for group in coded) for each in (demand.coded, dict(demand.groups)))
-    found = f"coded weights have {show_bytes(sum(coded.values()))}, where {show_bytes(expected)} were planned"
-    if offer.choice == "auto" and sum(coded.values()) > (1 - LEAST_SHRINK) * plain:
-        raise CodeDoesNotPay(f"weights_code: {found}, and plain ones {show_bytes(plain)}")
+    compressed = {group: sizes[group] for group in residency.compressed}
+    settled = replace(demand, compressed=compressed)
+    expected, plain = (sum(each[group] for group in compressed) for each in (demand.compressed, dict(demand.groups)))
+    found = f"compressed weights have {show_bytes(sum(compressed.values()))}, where {show_bytes(expected)} were planned"
+    if offer.choice == "auto" and sum(compressed.values()) > (1 - LEAST_SHRINK) * plain:
+        raise CompressionDoesNotPay(f"weights_compression: {found}, and plain ones {show_bytes(plain)}")
     try:
         return settled, plan_residency(settled, residency.split)
     except ValueError as error:
-        kind = CodeDoesNotPay if offer.choice == "auto" else ValueError
-        raise kind(f"weights_code: {found}: they do not fit; weights_code='none' keeps them plain") from error
+        kind = CompressionDoesNotPay if offer.choice == "auto" else ValueError
+        raise kind(
+            f"weights_compression: {found}: they do not fit; weights_compression='none' keeps them plain"
+        ) from error

@@ -1,6 +1,6 @@
 """The residency of a split: how large the ring is, how many KV pages there are, and what of it was shrunk.
 
-PURE: bytes in, a `Residency` out, before a byte of weights is loaded. Claims on a rank's memory, in order:
+Torch-free: bytes in, a `Residency` out, before a byte of weights is loaded. Claims on a rank's memory, in order:
 
     | ring | workspace, activations, context, collectives, graphs | KV cache | resident groups | what is left: KV |
 
@@ -18,12 +18,12 @@ from penstock.scheduler.units import show_bytes
 
 @dataclass(frozen=True)
 class Residency:
-    """The decision for one rank, in bytes. `coded` are the groups kept so, where they stay or where they stream from;
-    the bytes of `streamed` are those that cross the link. `num_pages` counts the reserved page 0; `claims` are named
-    parts of the device's memory; `notes` say in a sentence each what was shrunk, and why."""
+    """The decision for one rank, in bytes. `compressed` are the groups kept so, where they stay or where they stream
+    from; the bytes of `streamed` are those that cross the link. `num_pages` counts the reserved page 0; `claims` are
+    named parts of the device's memory; `notes` say in a sentence each what was shrunk, and why."""
 
     resident: frozenset[GroupId]
-    coded: frozenset[GroupId]
+    compressed: frozenset[GroupId]
     streamed: tuple[tuple[GroupId, int], ...]
     embed_resident: bool
     ring: RingLayout
@@ -37,7 +37,7 @@ class Residency:
 
     @property
     def split(self) -> Split:
-        return Split(self.resident, self.coded, self.embed_resident)
+        return Split(self.resident, self.compressed, self.embed_resident)
 
     @property
     def streamed_bytes(self) -> int:
@@ -116,7 +116,7 @@ def _assemble(demand: Demand, split: Split, ring_bytes: int, num_pages: int) -> 
     claims.insert(0 if not streamed else len(claims), ("resident weights", weights))
     return Residency(
         resident=split.resident,
-        coded=split.coded,
+        compressed=split.compressed,
         streamed=tuple(streamed),
         embed_resident=split.embed_resident,
         ring=lay_out_ring(streamed, ring_bytes),
@@ -154,7 +154,7 @@ def _refusal(demand: Demand, split: Split) -> str:
     listed = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in parts if nbytes)
     left = (demand.memory_bytes - need + kv) // demand.page_bytes
     fits = [f"gpu_memory of at least {show_bytes(need)}"]
-    nothing = [Split(frozenset(), coded, embed_resident=False) for coded in (split.coded, frozenset())]
+    nothing = [Split(frozenset(), compressed, embed_resident=False) for compressed in (split.compressed, frozenset())]
     if split.resident and demand.resident != "auto" and any(_fit(demand, one) is not None for one in nothing):
         fits.append("resident=auto")
     if left > 1 and demand.tokens_in(left) > 0:

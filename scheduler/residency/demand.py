@@ -1,5 +1,5 @@
-"""What an engine asks of one rank's memory: the input of search.py and residency.py. PURE: sizes in bytes, lengths in
-tokens."""
+"""What an engine asks of one rank's memory: the input of search.py and residency.py. Torch-free: sizes in bytes,
+lengths in tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,11 +17,11 @@ Claims = tuple[tuple[str, int], ...]  # named parts of a device's memory
 
 @dataclass(frozen=True)
 class Split:
-    """The groups that stay, the groups that are kept coded (where they stay or where they stream from), and whether the
-    embedding stays."""
+    """The groups that stay, the groups that are kept compressed (where they stay or where they stream from), and
+    whether the embedding stays."""
 
     resident: frozenset[GroupId]
-    coded: frozenset[GroupId]
+    compressed: frozenset[GroupId]
     embed_resident: bool
 
 
@@ -30,12 +30,12 @@ class Demand:
     """What an engine asks of one rank's memory. Sizes are bytes a rank, lengths are tokens.
 
     `groups` are in the order of a pass, the head last, and those of one name are alike. `embed_bytes` is 0 where the
-    head's bytes serve (tied). `coded` has the bytes, coded, of groups that may be kept so, `buffer_bytes` those of the
-    decode buffer if groups of these names are. `fixed` are named claims that no split changes (activations, workspace,
-    context ...), `fixed_of` has them for another number of sequences. That number is to be planned, at most
-    `max_num_seqs`, if `plans_num_seqs`. `memory_bytes` None is plain host memory (a CPU), which has no limit here.
-    `max_model_len` None is as long as trained and as fits; `len_option` is the name of the option that says so.
-    `retention` says how many pages a sequence needs: enough for all of its tokens, if it is not given.
+    head's bytes serve (tied). `compressed` has the bytes, compressed, of groups that may be kept so, `buffer_bytes`
+    those of the decompression buffer if groups of these names are. `fixed` are named claims that no split changes
+    (activations, workspace, context ...), `fixed_of` has them for another number of sequences. That number is to be
+    planned, at most `max_num_seqs`, if `plans_num_seqs`. `memory_bytes` None is plain host memory (a CPU), which has no
+    limit here. `max_model_len` None is as long as trained and as fits; `len_option` is the name of the option that says
+    so. `retention` says how many pages a sequence needs: enough for all of its tokens, if it is not given.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -45,7 +45,7 @@ class Demand:
     max_num_seqs: int
     max_position: int
     resident: str | float = "auto"
-    coded: Mapping[GroupId, int] = field(default_factory=dict)
+    compressed: Mapping[GroupId, int] = field(default_factory=dict)
     buffer_bytes: Callable[[frozenset[str]], int] = lambda names: 0
     memory_bytes: int | None = None
     fixed: Claims = ()
@@ -107,7 +107,7 @@ class Demand:
 
     def size(self, group: GroupId, nbytes: int, split: Split) -> int:
         """Bytes of a group, plain `nbytes`, as it is kept."""
-        return self.coded[group] if group in split.coded else nbytes
+        return self.compressed[group] if group in split.compressed else nbytes
 
     def streamed(self, split: Split) -> list[tuple[GroupId, int]]:
         """What streams, in the order of a pass."""
@@ -120,8 +120,8 @@ class Demand:
 
     def claims(self, split: Split) -> Claims:
         """What is neither ring nor weights nor KV cache."""
-        names = frozenset(group.name for group in split.coded)
-        return (*self.fixed, ("decode buffer", self.buffer_bytes(names))) if names else self.fixed
+        names = frozenset(group.name for group in split.compressed)
+        return (*self.fixed, ("decompression buffer", self.buffer_bytes(names))) if names else self.fixed
 
     def claims_bytes(self, split: Split) -> int:
         return sum(nbytes for _, nbytes in self.claims(split))

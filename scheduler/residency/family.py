@@ -1,8 +1,8 @@
-"""The splits of one demand: how many groups of each kind stay, and how many of those are kept coded.
+"""The splits of one demand: how many groups of each kind stay, and how many of those are kept compressed.
 
-PURE. The groups of one name are alike and spread evenly, so a split is a few numbers. Of kind k there are L groups of b
-bytes, c bytes coded, which takes d seconds to decode; s of them stream and p of those that stay are plain. A decode
-pass of n sequences takes
+Torch-free. The groups of one name are alike and spread evenly, so a split is a few numbers. Of kind k there are L
+groups of b bytes, c bytes compressed, which takes d seconds to decompress; s of them stream and p of those that stay
+are plain. A decompress pass of n sequences takes
 
     time = max(sum of s c / link,  steps(n) + sum of (L - p) d) + latency
 
@@ -10,10 +10,11 @@ and the split fits if
 
     ring(s) + buffer + sum of (L - s) c + sum of p (b - c)  <=  memory - fixed(n) - KV(n)
 
-where ring is that of these streamed groups and buffer that of the kinds that are coded. Weights that are not coded have
-c = b and d = 0. All numbers are tried but that of the largest kind. Memory bounds how many of that stay from above, and
-the link does from below, by the best time so far: few numbers are between. What could at most be plain, all kinds cut
-to size, bounds a time from below: most splits are dismissed by that, and nothing is laid out before one is chosen.
+where ring is that of these streamed groups and buffer that of the kinds that are compressed. Weights that are not
+compressed have c = b and d = 0. All numbers are tried but that of the largest kind. Memory bounds how many of that stay
+from above, and the link does from below, by the best time so far: few numbers are between. What could at most be plain,
+all kinds cut to size, bounds a time from below: most splits are dismissed by that, and nothing is laid out before one
+is chosen.
 """
 
 import bisect
@@ -26,7 +27,7 @@ from operator import add
 from typing import NamedTuple
 
 from penstock.scheduler.cost.pass_work import PassShape, StepWork
-from penstock.scheduler.cost.time_model import Rates, decode_s, pass_s, steps_s
+from penstock.scheduler.cost.time_model import Rates, decompress_s, pass_s, steps_s
 from penstock.scheduler.passes.build import usual_ring_bytes
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand, Split
@@ -48,48 +49,50 @@ class Cost:
         return steps_s(self.steps, PassShape(num_seqs, num_seqs, num_seqs * context_tokens), self.rates)
 
     def pass_s(
-        self, num_seqs: int, context_tokens: int, streamed_bytes: int, num_decoded: int, decoded_bytes: int
+        self, num_seqs: int, context_tokens: int, streamed_bytes: int, num_decompressed: int, decompressed_bytes: int
     ) -> float:
-        decoding_s = decode_s(decoded_bytes, num_decoded, self.rates)
+        decoding_s = decompress_s(decompressed_bytes, num_decompressed, self.rates)
         return pass_s(streamed_bytes, self.steps_s(num_seqs, context_tokens), decoding_s, self.rates)
 
     def tokens_s(self, demand: Demand, residency: Residency, num_seqs: int | None = None) -> float:
         """Predicted tokens/s of the sequences that are planned, as far as they fit, or of so many."""
         sizes = dict(demand.groups)
-        decoded_bytes = sum(sizes[group] for group in residency.coded)
+        decompressed_bytes = sum(sizes[group] for group in residency.compressed)
         num_seqs = num_seqs or max(demand.seqs_in(residency.num_pages), 1)
-        code = (len(residency.coded), decoded_bytes)
+        code = (len(residency.compressed), decompressed_bytes)
         return num_seqs / self.pass_s(num_seqs, demand.kv_len, residency.streamed_bytes, *code)
 
 
 class Found(NamedTuple):
     """Numbers by kind, in the family's order: groups that stay, and those of them that are plain. Compares by time,
-    then by what streams and what is decoded."""
+    then by what streams and what is decompressed."""
 
     seconds: float
     streamed_bytes: int
-    decode_s: float
+    decompress_s: float
     stay: tuple[int, ...] = ()
     plain: tuple[int, ...] = ()
     left_bytes: float = 0
 
 
 class Family:
-    """All splits of a demand, either with all groups plain or with those coded that may be."""
+    """All splits of a demand, either with all groups plain or with those compressed that may be."""
 
-    def __init__(self, demand: Demand, cost: Cost, coded: bool):
-        self.demand, self.cost, self.coded = demand, cost, coded
-        self.kinds = find_kinds(demand, cost.rates, coded)
+    def __init__(self, demand: Demand, cost: Cost, compressed: bool):
+        self.demand, self.cost, self.compressed = demand, cost, compressed
+        self.kinds = find_kinds(demand, cost.rates, compressed)
         self._order = [group.name for group, _ in demand.groups]
         self._rings: dict[tuple[int, ...], int | None] = {}
         self._buffers: dict[frozenset[str], int] = {}
         self._patterns: dict[tuple[int, int], list[int]] = {}
-        codable = [kind for kind in self.kinds if kind.decode_s]
-        self._all_decode_s = sum(kind.total * kind.decode_s for kind in codable)
-        self._most_saved = max((k.decode_s / k.extra_bytes for k in codable if k.extra_bytes), default=0.0)  # a byte
+        codable = [kind for kind in self.kinds if kind.decompress_s]
+        self._all_decode_s = sum(kind.total * kind.decompress_s for kind in codable)
+        self._most_saved = max(
+            (k.decompress_s / k.extra_bytes for k in codable if k.extra_bytes), default=0.0
+        )  # a byte
 
     def memory_for(self, num_seqs: int) -> float:
-        """Bytes that so many sequences leave to weights, ring and decode buffer."""
+        """Bytes that so many sequences leave to weights, ring and decompression buffer."""
         demand = self.demand.planned_for(num_seqs)
         if demand.memory_bytes is None:
             return math.inf
@@ -127,7 +130,7 @@ class Family:
         room_left = room - self._least_ring(stay, streamed)
         if room_left < 0:
             return best
-        kept_s = sum(count * kind.decode_s for count, kind in zip(stay, self.kinds))
+        kept_s = sum(count * kind.decompress_s for count, kind in zip(stay, self.kinds))
         least_decode_s = self._all_decode_s - min(kept_s, room_left * self._most_saved if kept_s else 0.0)
         if (pass_s(streamed, base_s, least_decode_s, rates), streamed) >= best[:2]:
             return best
@@ -179,20 +182,22 @@ class Family:
         return streamed if number <= 3 else max(largest, (3 * streamed - 6 * largest) / (number - 2))
 
     def _plain(self, stay: tuple[int, ...], room: float) -> tuple[tuple[int, ...], float, float] | None:
-        """Of the groups that stay how many of each kind are plain, so that the least is decoded, the seconds that this
-        saves and the bytes that are left; None if not even the decode buffer fits. The kinds that are coded at all
-        decide how large that is, and a kind is wholly plain only if all of it stays."""
+        """Of the groups that stay how many of each kind are plain, so that the least is decompressed, the seconds that
+        this saves and the bytes that are left; None if not even the decompression buffer fits. The kinds that are
+        compressed at all decide how large that is, and a kind is wholly plain only if all of it stays."""
         best = None
-        wholly = [kind.decode_s > 0 and kind.total == count for count, kind in zip(stay, self.kinds)]
+        wholly = [kind.decompress_s > 0 and kind.total == count for count, kind in zip(stay, self.kinds)]
         for plain_kinds in itertools.product(*([False, True] if may else [False] for may in wholly)):
-            coded = [bool(kind.decode_s) and not all_plain for kind, all_plain in zip(self.kinds, plain_kinds)]
-            left = room - self._buffer(frozenset(kind.name for kind, is_coded in zip(self.kinds, coded) if is_coded))
+            compressed = [bool(kind.decompress_s) and not all_plain for kind, all_plain in zip(self.kinds, plain_kinds)]
+            left = room - self._buffer(
+                frozenset(kind.name for kind, is_compressed in zip(self.kinds, compressed) if is_compressed)
+            )
             left -= sum(kind.total * kind.extra_bytes for kind, all_plain in zip(self.kinds, plain_kinds) if all_plain)
             if left < 0:
                 continue
-            counts, left = self._most_plain([n if c else 0 for n, c in zip(stay, coded)], left)
-            counts = tuple(n if is_coded else s for n, s, is_coded in zip(counts, stay, coded))
-            saved_s = sum(n * kind.decode_s for n, kind in zip(counts, self.kinds))
+            counts, left = self._most_plain([n if c else 0 for n, c in zip(stay, compressed)], left)
+            counts = tuple(n if is_compressed else s for n, s, is_compressed in zip(counts, stay, compressed))
+            saved_s = sum(n * kind.decompress_s for n, kind in zip(counts, self.kinds))
             if best is None or saved_s > best[1]:
                 best = (counts, saved_s, left)
         return best
@@ -210,7 +215,7 @@ class Family:
                     best, best_s = (counts.copy(), left), saved_s
                 return
             place = in_turn[turn]
-            extra, group_s = self.kinds[place].extra_bytes, self.kinds[place].decode_s
+            extra, group_s = self.kinds[place].extra_bytes, self.kinds[place].decompress_s
             fits = most[place] if extra <= 0 else int(min(most[place], left // extra))
             least = fits if turn == len(in_turn) - 1 else max(fits - LOOK_BACK, 0)
             for count in range(fits, least - 1, -1):
@@ -222,7 +227,7 @@ class Family:
 
     def _saved_a_byte(self, place: int) -> float:
         kind = self.kinds[place]
-        return kind.decode_s / kind.extra_bytes if kind.extra_bytes > 0 else math.inf
+        return kind.decompress_s / kind.extra_bytes if kind.extra_bytes > 0 else math.inf
 
     def _buffer(self, names: frozenset[str]) -> int:
         if names not in self._buffers:
@@ -243,12 +248,12 @@ class Family:
         """The groups behind the numbers."""
         demand, groups = self.demand, [group for group, _ in self.demand.groups]
         resident = spread(groups, {kind.name: n for kind, n in zip(self.kinds, found.stay)})
-        coded = frozenset()
-        if self.coded:
+        compressed = frozenset()
+        if self.compressed:
             plain_counts = dict(zip((kind.name for kind in self.kinds), found.plain))
             staying = [group for group in groups if group in resident]
-            coded = frozenset(demand.coded) - spread(staying, plain_counts)
+            compressed = frozenset(demand.compressed) - spread(staying, plain_counts)
         all_stay = len(resident) == len(groups)
         tied = not demand.embed_bytes and groups[-1] in resident
         must = demand.resident in ("all", 1.0)
-        return Split(resident, coded, tied or (all_stay and (must or found.left_bytes >= demand.embed_bytes)))
+        return Split(resident, compressed, tied or (all_stay and (must or found.left_bytes >= demand.embed_bytes)))

@@ -1,11 +1,11 @@
-"""The kinds of groups that a demand has, and how many groups of each may stay. PURE.
+"""The kinds of groups that a demand has, and how many groups of each may stay. Torch-free.
 
 The groups of one name are alike: they are counted, not told apart.
 """
 
 from typing import NamedTuple
 
-from penstock.scheduler.cost.time_model import Rates, decode_s
+from penstock.scheduler.cost.time_model import Rates, decompress_s
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.spread import by_name, counts_within
 
@@ -13,14 +13,14 @@ MOST_ALL, MOST_COUNTS = 128, 48  # up to how many groups of a kind every number 
 
 
 class Kind(NamedTuple):
-    """Groups of one name: `kept_bytes` and `decode_s` are those of a coded one, if the family is coded; `stay` are the
-    numbers that may stay, ascending."""
+    """Groups of one name: `kept_bytes` and `decompress_s` are those of a compressed one, if the family is compressed;
+    `stay` are the numbers that may stay, ascending."""
 
     name: str
     total: int
     plain_bytes: int
     kept_bytes: int
-    decode_s: float
+    decompress_s: float
     stay: tuple[int, ...]
 
     @property
@@ -29,22 +29,24 @@ class Kind(NamedTuple):
         return self.plain_bytes - self.kept_bytes
 
 
-def find_kinds(demand: Demand, rates: Rates, coded: bool) -> list[Kind]:
-    """The kinds of a demand, all groups plain or those coded that may be; the largest kind last."""
-    allowed = _allowed(demand, coded)
+def find_kinds(demand: Demand, rates: Rates, compressed: bool) -> list[Kind]:
+    """The kinds of a demand, all groups plain or those compressed that may be; the largest kind last."""
+    allowed = _allowed(demand, compressed)
     sizes, kinds = dict(demand.groups), []
     for name, members in by_name([group for group, _ in demand.groups]).items():
         plain = kept = max(sizes[group] for group in members)
-        is_coded = coded and any(group in demand.coded for group in members)
-        if is_coded:
-            kept = max(demand.coded[group] for group in members)
+        is_compressed = compressed and any(group in demand.compressed for group in members)
+        if is_compressed:
+            kept = max(demand.compressed[group] for group in members)
         kinds.append(
-            Kind(name, len(members), plain, kept, decode_s(plain, 1, rates) if is_coded else 0.0, allowed[name])
+            Kind(
+                name, len(members), plain, kept, decompress_s(plain, 1, rates) if is_compressed else 0.0, allowed[name]
+            )
         )
     return sorted(kinds, key=lambda kind: kind.total * kind.plain_bytes)
 
 
-def _allowed(demand: Demand, coded: bool) -> dict[str, tuple[int, ...]]:
+def _allowed(demand: Demand, compressed: bool) -> dict[str, tuple[int, ...]]:
     """How many groups of each name may stay. A fraction is of the layers' bytes, as they are kept."""
     totals = {name: len(members) for name, members in by_name([group for group, _ in demand.groups]).items()}
     if demand.resident == "auto":
@@ -55,7 +57,7 @@ def _allowed(demand: Demand, coded: bool) -> dict[str, tuple[int, ...]]:
         return {name: (total,) for name, total in totals.items()}
     if demand.resident == "none":
         return dict.fromkeys(totals, (0,))
-    layers = [(g, demand.coded.get(g, nbytes) if coded else nbytes) for g, nbytes in demand.groups[:-1]]
+    layers = [(g, demand.compressed.get(g, nbytes) if compressed else nbytes) for g, nbytes in demand.groups[:-1]]
     counts = counts_within(layers, int(demand.resident * sum(nbytes for _, nbytes in layers)))
     return {name: (counts.get(name, 0),) for name in totals}
 

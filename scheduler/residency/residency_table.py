@@ -1,4 +1,4 @@
-"""Shows a Residency and its predicted passes as text. PURE; every figure has its unit."""
+"""Shows a Residency and its predicted passes as text. Torch-free; every figure has its unit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,15 +69,15 @@ def table(
 
 
 def _memory(residency: Residency, page_size: int) -> list[str]:
-    num_coded = len(residency.coded & residency.resident)
+    num_compressed = len(residency.compressed & residency.resident)
     remarks = {
         "ring": f"{len(residency.ring.slots)} streamed groups pass through it, "
         f"{residency.ring.num_wrapped} of them copied ahead for the next pass",
         "KV cache": f"{residency.num_pages} pages of {page_size} tokens (page 0 is reserved)",
         "resident weights": f"{len(residency.resident)} of {len(residency.resident) + len(residency.streamed)} groups"
-        + (f", {num_coded} of them coded" if num_coded else "")
+        + (f", {num_compressed} of them compressed" if num_compressed else "")
         + (", and the embedding" if residency.embed_resident else ""),
-        "decode buffer": "where coded groups are decoded to, one after the other",
+        "decompression buffer": "where compressed groups are decompressed to, one after the other",
     }
     budget = "no limit (plain memory)" if residency.memory_bytes is None else show_bytes(residency.memory_bytes)
     lines = [f"device memory a rank      {budget:>12}"]
@@ -87,11 +87,11 @@ def _memory(residency: Residency, page_size: int) -> list[str]:
     if residency.memory_bytes is not None:
         lines.append(f"  {'unused':<22}  {show_bytes(residency.memory_bytes - residency.claimed_bytes):>12}")
     embed = "" if residency.embed_resident else "   streamed groups; the embedding's rows are gathered from here"
-    coded = "   coded without loss" if residency.coded - residency.resident else ""
+    compressed = "   compressed without loss" if residency.compressed - residency.resident else ""
     return [
         *lines,
         f"host memory a rank        {show_bytes(residency.host_bytes):>12}{embed}",
-        f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}{coded}",
+        f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}{compressed}",
         f"longest context           {residency.max_model_len:>12} tokens",
     ]
 

@@ -1,9 +1,9 @@
 """The split with the most predicted tokens/s, and for how many sequences.
 
-PURE. The number of sequences that is asked for need not be the best: a few less may let all weights stay, and then the
-others wait. A pass over more sequences never takes less, so of the numbers between two that are known, low < high, none
-gives more tokens/s than high / time(low): they are looked at only as long as that is more than the best so far. What
-the fastest split of a number of sequences takes is family.py's.
+Torch-free. The number of sequences that is asked for need not be the best: a few less may let all weights stay, and
+then the others wait. A pass over more sequences never takes less, so of the numbers between two that are known, low <
+high, none gives more tokens/s than high / time(low): they are looked at only as long as that is more than the best so
+far. What the fastest split of a number of sequences takes is family.py's.
 """
 
 import bisect
@@ -18,15 +18,15 @@ from penstock.scheduler.residency.family import Cost, Family, Found
 TOLERANCE = 0.003  # of the tokens/s, that a number of sequences may be from the best one
 
 
-def plan_fastest(demand: Demand, cost: Cost, coded: bool) -> tuple[Demand, Residency]:
+def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
     """The demand, with the number of sequences that was planned if it was not asked for, and the residency with the
-    most tokens/s, all groups plain or those coded that may be. Where not even one full sequence fits, the one that
+    most tokens/s, all groups plain or those compressed that may be. Where not even one full sequence fits, the one that
     leaves the KV cache most; also where that gives more tokens/s, if both number and length of sequences are open.
 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
     check_demand(demand)
-    family = Family(demand, cost, coded)
+    family = Family(demand, cost, compressed)
     best, least = _best(family), family.split(family.smallest())
     if best is None:
         return _plan_most(demand, least)

@@ -1,7 +1,7 @@
 """Which groups stay, given how many of each name, or how many bytes: spread evenly over depth.
 
 Streamed groups must lie evenly over a pass: a run of resident layers is time in which the link idles once the ring is
-full. PURE; groups of the same name are taken to be of the same size (the largest counts).
+full. Torch-free; groups of the same name are taken to be of the same size (the largest counts).
 """
 
 from collections.abc import Mapping, Sequence

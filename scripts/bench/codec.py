@@ -1,11 +1,12 @@
 """The lossless code of weights (engine/weights/codec.py): bits a weight with everything counted, beside the entropy
-floor; encode and decode rates in 1e9 bytes of bf16 a second; and the link rate that the code makes of a link's own.
+floor; compress and decompression rates in 1e9 bytes of bf16 a second; and the link rate that the code makes of a link's
+own.
 
 Distributions in several shapes, then checkpoints whole, read as bf16. The floor is 8 bits of sign and mantissa and the
 entropy of the exponents of a row (Miller and Madow's estimate). Every tensor is compared bit for bit with what its code
-decodes to. On a GPU decoding is timed in a CUDA graph, over more memory than the L2 cache holds, and the link is
-measured; on a CPU the reference decoder is timed, which says nothing about the kernel. The last line is one JSON
-object.
+decompresses to. On a GPU decompressing is timed in a CUDA graph, over more memory than the L2 cache holds, and the link
+is measured; on a CPU the reference decompressor is timed, which says nothing about the kernel. The last line is one
+JSON object.
 """
 
 import argparse
@@ -15,11 +16,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from penstock.engine.commands.flags import Parser
-from penstock.engine.measure.rates import GPU_BYTES, decode_seconds, link_buffers, link_gb_s, seconds
+from penstock.engine.measure.rates import GPU_BYTES, decompress_seconds, link_buffers, link_gb_s, seconds
 from penstock.engine.model.shard import Piece
 from penstock.engine.planning.engine_plan import find_model
 from penstock.engine.weights.checkpoint import FILE_DTYPES
-from penstock.engine.weights.codec import CodeLayout, encode
+from penstock.engine.weights.codec import CompressedLayout, compress
 from penstock.engine.weights.packed_checkpoint import open_checkpoint
 from penstock.parallel.collectives import Solo
 from penstock.parallel.launch import run_rank
@@ -85,32 +86,32 @@ def floor_bits(weights: Tensor) -> float:
     return min(total, 16.0 * weights.numel())
 
 
-def proved_decode_s(layout: CodeLayout, blob: Tensor, weights: Tensor) -> float:
-    """Of one decoding; the last one's bits are compared. Raises RuntimeError where they differ."""
+def proved_decode_s(layout: CompressedLayout, blob: Tensor, weights: Tensor) -> float:
+    """Of one decompressing; the last one's bits are compared. Raises RuntimeError where they differ."""
     device = weights.device
     num_copies = max(1, GPU_BYTES // max(weights.nbytes, MIB)) if device.type == "cuda" else 1
     pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(num_copies)]
 
-    elapsed = decode_seconds(layout, pairs, device)
+    elapsed = decompress_seconds(layout, pairs, device)
     if not all(torch.equal(out.view(torch.int16), weights.view(torch.int16)) for _, out in pairs):
-        raise RuntimeError(f"{layout} does not decode to the weights that were coded")
+        raise RuntimeError(f"{layout} does not decompress to the weights that were compressed")
     return elapsed / num_copies
 
 
 def measure(source: str, shape: str, tensors: Iterator[Tensor], link: float | None) -> dict:
-    """A row of the record: the sums over these tensors, each of them decoded into place and compared."""
-    bits = floor = encode_s = decode_s = 0.0
+    """A row of the record: the sums over these tensors, each of them decompressed into place and compared."""
+    bits = floor = compress_s = decompress_s = 0.0
     num_weights = num_raw = 0
     for weights in tensors:
-        layout, blob = encode(weights)
-        encode_s += seconds(lambda weights=weights: encode(weights), weights.device, repeats=2, warm_ups=0)
-        decode_s += proved_decode_s(layout, blob, weights)
+        layout, blob = compress(weights)
+        compress_s += seconds(lambda weights=weights: compress(weights), weights.device, repeats=2, warm_ups=0)
+        decompress_s += proved_decode_s(layout, blob, weights)
         bits, floor = bits + 8 * layout.nbytes, floor + floor_bits(weights)
         num_weights, num_raw = num_weights + weights.numel(), num_raw + layout.raw * weights.numel()
     row = {"source": source, "shape": shape, "bits": round(bits / num_weights, 3)}
     row |= {"floor_bits": round(floor / num_weights, 3), "raw_share": round(num_raw / num_weights, 4)}
-    row |= {"encode_gb_s": round(2e-9 * num_weights / encode_s, 3)}
-    row |= {"decode_gb_s": round(2e-9 * num_weights / decode_s, 3)}
+    row |= {"compress_gb_s": round(2e-9 * num_weights / compress_s, 3)}
+    row |= {"decompress_gb_s": round(2e-9 * num_weights / decompress_s, 3)}
     row |= {"effective_link_gb_s": None if link is None else round(link * 16 * num_weights / bits, 1)}
     cells = (*list(row.values())[:7], row["effective_link_gb_s"] or "")
     print("{:14}{:>14}{:9.3f}{:9.3f}{:8.2%}{:10.2f}{:10.2f}{:>10}".format(*cells), flush=True)
@@ -141,16 +142,21 @@ def main() -> None:
         link = link or measured_link(device)
     max_rows = max_rows or (CPU_ROWS if device.type == "cpu" else max(rows for rows, _ in SHAPES))
     torch.manual_seed(0)
-    decoder = "kernel, in a graph" if device.type == "cuda" else "reference on a CPU"
-    print(f"link {link or 'unknown'} GB/s; decoder: {decoder}; GB/s are of bf16")
-    print(f"{'source':14}{'shape':>14}{'bits':>9}{'floor':>9}{'raw':>8}{'encode':>10}{'decode':>10}{'link':>10}")
+    decompressor = "kernel, in a graph" if device.type == "cuda" else "reference on a CPU"
+    print(f"link {link or 'unknown'} GB/s; decompressor: {decompressor}; GB/s are of bf16")
+    print(f"{'source':14}{'shape':>14}{'bits':>9}{'floor':>9}{'raw':>8}{'compress':>10}{'decompress':>10}{'link':>10}")
     rows = [
         measure(source.__name__, f"{num_rows} x {width}", iter([source((num_rows, width), device).bfloat16()]), link)
         for source in SOURCES
         for num_rows, width in dict.fromkeys((min(num_rows, max_rows), width) for num_rows, width in SHAPES)
     ]
     rows += [measure(model, "checkpoint", checkpoint_tensors(model, device), link) for model in args.model]
-    record = {"benchmark": "codec", **machine(device), "decoder": decoder, "link_gb_s": link and round(link, 2)}
+    record = {
+        "benchmark": "codec",
+        **machine(device),
+        "decompressor": decompressor,
+        "link_gb_s": link and round(link, 2),
+    }
     keep(record | {"rows": rows}, args.output_json)
 
 

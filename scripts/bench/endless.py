@@ -75,14 +75,14 @@ def main() -> None:
     if config.attention_window is None:
         raise ValueError("--attention-window: without one a sequence ends where the KV cache does")
     with LLM(**config.to_dict()) as llm:
-        planned, stretches = llm.rank.rates, Stretches(args.every, llm.rank.topology.device)
-        first = first_evicting(args, llm.rank.plan.retention.max_cached)
-        run(llm, args.input_len, 2 * llm.rank.plan.retention.max_cached)
-        if llm.rank.topology.rank == 0:
-            llm.measure(llm.rank.work.streamed_bytes)
-        llm.rank.times.passes = stretches
+        planned, stretches = llm.engine.rates, Stretches(args.every, llm.engine.topology.device)
+        first = first_evicting(args, llm.engine.plan.retention.max_cached)
+        run(llm, args.input_len, 2 * llm.engine.plan.retention.max_cached)
+        if llm.engine.topology.rank == 0:
+            llm.measure(llm.engine.work.streamed_bytes)
+        llm.engine.times.passes = stretches
         run(llm, args.input_len, args.output_len)
-        if llm.rank.topology.rank > 0:
+        if llm.engine.topology.rank > 0:
             return
         workload = {name: getattr(args, name) for name in ("input_len", "output_len", "every")}
         report = describe(llm, "endless") | workload | figures(llm, stretches, first, planned)
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(llm: LLM, input_len: int, output_len: int) -> None:
-    (job,) = random_jobs(1, input_len, output_len, llm.rank.plan.spec.vocab_size, llm.config.seed)
+    (job,) = random_jobs(1, input_len, output_len, llm.engine.plan.spec.vocab_size, llm.config.seed)
     without_errors(llm.generate([job.prompt], [greedy(job)]))
 
 
@@ -121,7 +121,7 @@ def first_evicting(args: argparse.Namespace, max_cached: int) -> int:
 
 def figures(llm: LLM, stretches: Stretches, first_evicting: int, planned: Rates) -> dict:
     """The record's own fields."""
-    retention, rank, evicting = llm.rank.plan.retention, llm.rank, stretches.rows[first_evicting:]
+    retention, rank, evicting = llm.engine.plan.retention, llm.engine, stretches.rows[first_evicting:]
     first, last = evicting[0], evicting[-1]
     median_s = statistics.median(row["decode_pass_s"] for row in evicting)
     return {

@@ -14,12 +14,12 @@ SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "
 
 def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
     """Fields of a record, on rank 0, after the runs. Bytes and rates are one rank's, those of `transfers` every rank's;
-    of the coded groups, those that stay and those that stream are counted; plain bytes are what groups would have
-    uncoded."""
-    rank, config = llm.rank, llm.config
+    of the compressed groups, those that stay and those that stream are counted; plain bytes are what groups would have
+    uncompressed."""
+    rank, config = llm.engine, llm.config
     device, executor, spec = rank.topology.device, rank.worker.executor, rank.plan.spec
     cuda, residency, weights = device.type == "cuda", rank.plan.residency, rank.worker.weights
-    plain = {group.group: group.nbytes for group in rank.plan.layout.groups}
+    plain = {group.id: group.nbytes for group in rank.plan.layout.groups}
     return {
         "benchmark": benchmark,
         **machine(device, rank.topology.tp_size),
@@ -29,8 +29,11 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "dtype": rank.plan.dtype,
         "tp_size": rank.topology.tp_size,
         "resident": str(config.resident),
-        "weights_code": config.weights_code,
-        "coded_groups": [len(residency.coded & residency.resident), len(residency.coded - residency.resident)],
+        "weights_compression": config.weights_compression,
+        "compressed_groups": [
+            len(residency.compressed & residency.resident),
+            len(residency.compressed - residency.resident),
+        ],
         "graphs": executor.decode is not None and executor.decode.graphs is not None,
         "max_num_seqs": rank.plan.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -39,19 +42,19 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "attention_window": config.attention_window,
         "streamed_bytes_per_pass_and_rank": rank.work.streamed_bytes,
         "plain_streamed_bytes_per_pass_and_rank": sum(plain[group] for group, _ in residency.streamed),
-        "decoded_bytes_per_pass_and_rank": rank.work.decoded_bytes,
+        "decompressed_bytes_per_pass_and_rank": rank.work.decompressed_bytes,
         "ring_bytes": residency.ring.ring_bytes,
         "host_bytes_per_rank": weights.host_bytes,
         "resident_bytes_per_rank": weights.resident_bytes,
-        "coded_from_bytes_per_rank": weights.coded_from_bytes,
-        "encode_s": weights.encode_s,
+        "compressed_from_bytes_per_rank": weights.compressed_from_bytes,
+        "compress_s": weights.compress_s,
         "transfers": [without_sites(one) for one in rank.transfers],
         "num_passes": executor.counters.num_passes,
         "rates": rank.rates.source,
         "link_gb_s": rank.rates.link_gb_s,
         "memory_gb_s": rank.rates.memory_gb_s,
         "gemm_tflops": rank.rates.gemm_tflops,
-        "decode_gb_s": rank.rates.decode_gb_s,
+        "decompress_gb_s": rank.rates.decompress_gb_s,
         "step_latency_s": rank.rates.step_latency_s,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "claimed_device_memory_bytes": residency.claimed_bytes,
@@ -68,8 +71,8 @@ def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
 def say_machine(report: dict[str, Any]) -> None:
     """The lines above a benchmark's table."""
     moved = f"{report['streamed_bytes_per_pass_and_rank'] / GB:.3f} GB a pass and rank over the link"
-    if any(report["coded_groups"]):
-        moved += ", {} resident and {} streamed groups coded".format(*report["coded_groups"])
+    if any(report["compressed_groups"]):
+        moved += ", {} resident and {} streamed groups compressed".format(*report["compressed_groups"])
     print(f"{report['model']} ({report['dtype']}) on {report['hardware']}, resident {report['resident']}: {moved}")
     rates = f"link {report['link_gb_s']:.2f} GB/s, memory {report['memory_gb_s']:.0f} GB/s, "
     print(f"{report['rates']} rates a rank: {rates}{report['gemm_tflops']:.3g} TFLOP/s")

@@ -14,7 +14,7 @@ def graph_alone_s(llm: LLM, num_rows: int) -> float | None:
     """Seconds of a greedy decode pass over `num_rows` rows, on the slowest rank; None where no graph is captured, and
     where ranks were launched by rank 0: they run no script. Between calls of `generate`; under torchrun on all ranks
     together."""
-    rank = llm.rank
+    rank = llm.engine
     if rank.launch.kind == "parent":
         return None
     with rank.together():

@@ -71,12 +71,12 @@ def main() -> None:
         raise ValueError(f"--compare-tokens {args.compare_tokens}: expected at least 2, to time one after another")
     check_compare(args.compare, config)
     with LLM(**config.to_dict()) as llm:
-        planned = llm.rank.rates
+        planned = llm.engine.rates
         rows = [measure_batch(llm, batch_size, planned, args) for batch_size in args.batch_size]
-        if llm.rank.topology.rank > 0:
+        if llm.engine.topology.rank > 0:
             return
         report = describe(llm, "latency") | {"input_len": args.input_len, "output_len": args.output_len, "n": args.n}
-        dtype, device = llm.rank.plan.dtype, llm.rank.topology.device
+        dtype, device = llm.engine.plan.dtype, llm.engine.topology.device
     report |= {name: rows[0][0][name] for name in VLLM_FIELDS} | {"passes": [row for row, _ in rows]}
     say_machine(report)
     print_table(report["passes"])
@@ -102,11 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Namespace) -> tuple[dict, Measured] | None:
     """A row of the record, and what others are compared with; None on ranks other than 0."""
-    speaks, vocab_size = llm.rank.topology.rank == 0, llm.rank.plan.spec.vocab_size
+    speaks, vocab_size = llm.engine.topology.rank == 0, llm.engine.plan.spec.vocab_size
     jobs = random_jobs(batch_size, args.input_len, args.output_len, vocab_size, llm.config.seed + batch_size)
     for _ in range(args.num_iters_warmup):
         run_once(llm, jobs, args.n)
-    llm.measure(llm.rank.work.streamed_bytes)
+    llm.measure(llm.engine.work.streamed_bytes)
     graph_s = graph_alone_s(llm, batch_size * args.n)
     runs = [run_once(llm, jobs, args.n) for _ in range(args.num_iters)]
     if not speaks:
@@ -127,10 +127,10 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
 
 
 def run_once(llm: LLM, jobs: list[Job], n: int) -> Iteration:
-    llm.rank.times.passes, start = [], time.perf_counter()
+    llm.engine.times.passes, start = [], time.perf_counter()
     outputs = without_errors(llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs]))
     latency_s = time.perf_counter() - start
-    passes = [(shape, measured_s) for shape, measured_s, _ in llm.rank.times.passes]
+    passes = [(shape, measured_s) for shape, measured_s, _ in llm.engine.times.passes]
     return Iteration(latency_s, passes, [output.outputs[0].token_ids for output in outputs])
 
 
@@ -146,7 +146,7 @@ def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates) -> dict:
         "num_passes": len(shapes),
         "num_tokens": num_tokens,
         "tokens_per_second": num_tokens / median_s,
-        **against_bound(llm.rank.work, shapes, median_s, llm.rank.rates, planned),
+        **against_bound(llm.engine.work, shapes, median_s, llm.engine.rates, planned),
     }
 
 
@@ -162,7 +162,7 @@ def decode_fields(llm: LLM, runs: list[Iteration], num_seqs: int, planned: Rates
         "decode_pass_best_s": min(seconds for _, seconds in decodes),
         "num_timed_passes": len(decodes),
         "tokens_per_second": num_seqs / median_s,
-        **against_bound(llm.rank.work, [middle], median_s, llm.rank.rates, planned),
+        **against_bound(llm.engine.work, [middle], median_s, llm.engine.rates, planned),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
-from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.engine import Engine
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.pages import RESERVED_PAGE
 
@@ -41,16 +41,16 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
     began_at_s = process_start_s()
     with LLM(**config.to_dict()) as llm:
         ready_at_s = time.perf_counter()
-        (job,) = random_jobs(1, input_len, 1, llm.rank.plan.spec.vocab_size, config.seed)
+        (job,) = random_jobs(1, input_len, 1, llm.engine.plan.spec.vocab_size, config.seed)
         without_errors(llm.generate(job.prompt, greedy(job)))
         first_token_at_s = time.perf_counter()
-        captures_s = measure_captures(llm.rank, llm.rank.plan.max_num_seqs)
-        if llm.rank.topology.rank > 0:
+        captures_s = measure_captures(llm.engine, llm.engine.plan.max_num_seqs)
+        if llm.engine.topology.rank > 0:
             return None
-        weights = llm.rank.worker.weights
+        weights = llm.engine.worker.weights
         ends = {
             "imports": imported_at_s,
-            "plan": llm.rank.planned_at_s,
+            "plan": llm.engine.planned_at_s,
             "device": weights.began_at_s,
             "weights": weights.ended_at_s,
             "engine": ready_at_s,
@@ -59,7 +59,7 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
         phases = cut_phases(began_at_s, ends)
         phases["weights"]["bytes"] = weights.host_bytes + weights.resident_bytes
         if captures_s is not None:
-            num_graphs = len(llm.rank.worker.executor.decode.graphs.passes)
+            num_graphs = len(llm.engine.worker.executor.decode.graphs.passes)
             phases["captures"] = {"seconds": captures_s, "num_graphs": num_graphs}
         startup_s = ready_at_s - imported_at_s + (captures_s or 0.0)
         read = {"bytes_read_per_rank": weights.bytes_read, "input_len": input_len}
@@ -75,25 +75,25 @@ def cut_phases(began_at_s: float, ends: dict[str, float]) -> dict[str, Phase]:
     }
 
 
-def measure_captures(rank: Rank, num_rows: int) -> float | None:
+def measure_captures(engine: Engine, num_rows: int) -> float | None:
     """Seconds to capture greedy decode passes of up to `num_rows` rows; None without graphs, on all ranks. Where other
     ranks have an LLM of their own, all call this together."""
-    decode = rank.worker.executor.decode
+    decode = engine.worker.executor.decode
     if decode is None or decode.graphs is None:
         return None
-    with rank.together():
-        if rank.topology.rank > 0:
-            rank.follow()
+    with engine.together():
+        if engine.topology.rank > 0:
+            engine.follow()
             return None
-        first_s, second_s = full_pass_s(rank, num_rows), full_pass_s(rank, num_rows)
-        rank.finish([])
+        first_s, second_s = full_pass_s(engine, num_rows), full_pass_s(engine, num_rows)
+        engine.finish([])
     return first_s - second_s
 
 
-def full_pass_s(rank: Rank, num_rows: int) -> float:
+def full_pass_s(engine: Engine, num_rows: int) -> float:
     """Seconds of a decode pass over that many rows, none of which is a request's: they write to the reserved page."""
     rows = [BatchRow(row, (0,), 0, (RESERVED_PAGE,), samples=True, sampling=None) for row in range(num_rows)]
     start = time.perf_counter()
-    rank.submit(Batch(tuple(rows)))
-    rank.collect()
+    engine.submit(Batch(tuple(rows)))
+    engine.collect()
     return time.perf_counter() - start

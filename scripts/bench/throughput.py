@@ -40,10 +40,10 @@ def main() -> None:
     with LLM(**config.to_dict()) as llm:
         jobs = draw(args, llm)
         report = measure(llm, jobs, args)
-        if llm.rank.topology.rank > 0:
+        if llm.engine.topology.rank > 0:
             return
         report = describe(llm, "throughput") | report
-        dtype, device = llm.rank.plan.dtype, llm.rank.topology.device
+        dtype, device = llm.engine.plan.dtype, llm.engine.topology.device
     say_machine(report)
     say(report)
     if args.compare:
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def draw(args: argparse.Namespace, llm: LLM) -> list[Job]:
     lengths = (args.input_len, args.output_len)
-    vocab_size = llm.rank.plan.spec.vocab_size
+    vocab_size = llm.engine.plan.spec.vocab_size
     return random_jobs(args.num_prompts, *lengths, vocab_size, llm.config.seed, args.random_range_ratio)
 
 
@@ -84,10 +84,10 @@ def shrinking(jobs: list[Job], most: int) -> list[Job]:
 
 def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
     """The record's figures; None on ranks other than 0."""
-    rank, planned = llm.rank, llm.rank.rates
-    run(llm, shrinking(jobs, llm.rank.plan.max_num_seqs))
+    rank, planned = llm.engine, llm.engine.rates
+    run(llm, shrinking(jobs, llm.engine.plan.max_num_seqs))
     if rank.topology.rank == 0:
-        llm.measure(llm.rank.work.streamed_bytes)
+        llm.measure(llm.engine.work.streamed_bytes)
     rank.times.passes, start = [], time.perf_counter()
     outputs = run(llm, jobs, args.n)
     elapsed_s = time.perf_counter() - start

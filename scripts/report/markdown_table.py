@@ -1,4 +1,4 @@
-"""Rows of records as Markdown tables. PURE: text from values."""
+"""Rows of records as Markdown tables. Torch-free: text from values."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

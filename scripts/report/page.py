@@ -1,4 +1,5 @@
-"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. PURE: text from records.
+"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. Torch-free: text from
+records.
 
 Every record is on the page: one of a kind that is not known here is a table of its `rows`, or else its file name.
 """
@@ -57,7 +58,7 @@ class Record:
         """What each of its rows states beside its own figures."""
         names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
         names += ("input_len", "output_len", "attention_window")
-        weights = "coded" if any(self.content.get("coded_groups", ())) else "plain"
+        weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"
         return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
 
 
@@ -112,9 +113,9 @@ def decode_rows(records: list[Record]) -> list[Row]:
 
 
 def plain_gb_s(content: Row, seconds: float) -> float | None:
-    """None where nothing is coded."""
-    coded = any(content.get("coded_groups", ()))
-    return gb_s(content["plain_streamed_bytes_per_pass_and_rank"], seconds) if coded else None
+    """None where nothing is compressed."""
+    compressed = any(content.get("compressed_groups", ()))
+    return gb_s(content["plain_streamed_bytes_per_pass_and_rank"], seconds) if compressed else None
 
 
 def prefill_rows(records: list[Record]) -> list[Row]:
@@ -191,8 +192,8 @@ RUN: list[Column] = [(name, text(name)) for name in ("hardware", "versions", "co
 CODED: list[Column] = [
     *(("weights", text("source")), ("shape", text("shape"))),
     *(("bits a weight", number("bits", 2)), ("entropy floor", number("floor_bits", 2))),
-    *(("kept raw, %", number("raw_share", 2, 100)), ("encode GB/s", text("encode_gb_s"))),
-    *(("decode GB/s", text("decode_gb_s")), ("link, plain GB/s", text("effective_link_gb_s"))),
+    *(("kept raw, %", number("raw_share", 2, 100)), ("encode GB/s", text("compress_gb_s"))),
+    *(("decode GB/s", text("decompress_gb_s")), ("link, plain GB/s", text("effective_link_gb_s"))),
 ]
 STARTS: list[Column] = [
     *(("start", text("start")), ("phase", text("phase"))),

@@ -23,8 +23,8 @@ SINKS, TRACE = 0.3, 2.0  # share of all attention from which we speak of sinks; 
 def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
     """By layer, a list that grows by (T, H, num_first) with each pass over one sequence: what each query and head gives
     to each of the first tokens."""
-    executor = llm.rank.worker.executor
-    masses: list[list[Tensor]] = [[] for _ in range(llm.rank.plan.spec.num_layers)]
+    executor = llm.engine.worker.executor
+    masses: list[list[Tensor]] = [[] for _ in range(llm.engine.plan.spec.num_layers)]
     do = executor.do
 
     def watched(instruction: Instruction) -> None:

@@ -141,7 +141,7 @@ def observe(model: str, token_ids: list[int], permute: Sequence[str]) -> Seen:
 
 
 def device_side_of(llm: SplitLLM) -> DeviceSide:
-    channel = llm.rank.worker.channel
+    channel = llm.engine.worker.channel
     inner = channel.channel if isinstance(channel, PermutedChannel) else channel
     assert isinstance(inner, InProcess)
     return inner.device_side
@@ -152,13 +152,13 @@ def attacker_llm(model: str, vocab_size: int, most_tokens: int) -> LLM:
     of its own, all behind the prefix's pages."""
     sizes = {"max_num_seqs": vocab_size, "max_num_batched_tokens": max(vocab_size, most_tokens)}
     pages = {"page_size": 1, "num_pages": 1 + most_tokens + vocab_size, "max_model_len": most_tokens + 1}
-    whole = {"device": "cpu", "tensor_parallel_size": 1, "resident": "all", "weights_code": "none"}
+    whole = {"device": "cpu", "tensor_parallel_size": 1, "resident": "all", "weights_compression": "none"}
     return LLM(model, dtype="float32", **sizes, **pages, **whole)
 
 
 def candidates_of(llm: LLM, vocab_size: int) -> Candidates:
     """Gives the states of all tokens behind a prefix, as the device side would see them unpermuted."""
-    executor, do = llm.rank.worker.executor, llm.rank.worker.executor.do
+    executor, do = llm.engine.worker.executor, llm.engine.worker.executor.do
     states: States = {}
 
     def watched(instruction: Instruction) -> None:

@@ -137,7 +137,7 @@ def measure(variant: Variant, model: str, trained: int, tokens: list[int]) -> tu
         began_s = time.perf_counter()
         logprobs = logprobs_of(llm, tokens, variant.row_of)
         seconds = time.perf_counter() - began_s
-        evicted = getattr(llm.rank.plan.retention, "eviction_tokens", None)
+        evicted = getattr(llm.engine.plan.retention, "eviction_tokens", None)
     row = {"variant": variant.name, "sinks": variant.sinks, "window": variant.window, "evicted_at_a_time": evicted}
     row |= {"perplexity_within": perplexity(logprobs[:trained]), "perplexity_past": perplexity(logprobs[trained:])}
     return row | {"seconds": round(seconds, 1)}, [perplexity(block) for block in logprobs.split(BLOCK_TOKENS)]

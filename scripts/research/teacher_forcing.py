@@ -24,8 +24,8 @@ def logprobs_of(llm: LLM, tokens: Sequence[int], row_of: Callable[..., BatchRow]
     """(T - 1,) float32 on the host: of each token but the first, given those before it. `row_of(retention, tokens,
     start, end)` is `cached_row` or `recomputed_row`; its rows, all of whose tokens may be sampled from, are as long as
     the engine's passes can be."""
-    retention = llm.rank.plan.retention
-    chunk_tokens = min(llm.config.max_num_batched_tokens, llm.rank.plan.max_num_seqs)
+    retention = llm.engine.plan.retention
+    chunk_tokens = min(llm.config.max_num_batched_tokens, llm.engine.plan.max_num_seqs)
     parts, start, last = [], 0, len(tokens) - 1
     while start < last:
         end = retention.pass_end(start, min(start + chunk_tokens, last))
@@ -55,7 +55,7 @@ def _row(retention: Retention, tokens: Sequence[int], start: int, end: int, num_
 @torch.inference_mode()
 def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
     """Of the tokens that follow the row's last ones."""
-    executor = llm.rank.worker.executor
+    executor = llm.engine.worker.executor
     kv, sampler = executor.context.kv, executor.context.sampler
     inputs = bind(Batch((row,)), kv.page_size, sampler.last_tokens, executor.whole_tokens, kv.margin)
     targets = torch.tensor(following, device=sampler.device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from penstock.engine.commands.cli import main
 from penstock.engine.planning.engine_plan import find_model
-from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.engine import Engine
 from safetensors.torch import load_file, save_file
 
 from penstock import LLM, SamplingParams
@@ -30,7 +30,7 @@ def llm():
 
 @pytest.fixture
 def nothing_runs(llm, monkeypatch):
-    monkeypatch.setattr(Rank, "submit", lambda *_: pytest.fail("a pass ran before the mistake was found"))
+    monkeypatch.setattr(Engine, "submit", lambda *_: pytest.fail("a pass ran before the mistake was found"))
 
 
 LONG_IDS = [5] * 64

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from penstock.engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
-from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.engine import Engine
 from penstock.engine.runtime.graph import Mailbox
 
 from penstock import LLM, SamplingParams
@@ -55,7 +55,7 @@ def poisoned(checkpoint, tokens):
 @pytest.mark.parametrize(("lookahead", "resident"), WAYS.values(), ids=WAYS)
 def test_a_row_fails_alone(checkpoint, tokens, poisoned, monkeypatch, lookahead, resident):
     """Twice over. What pages hold from their last owner, be it NaN everywhere, does not reach the next."""
-    monkeypatch.setattr(Rank, "lookahead", lookahead)
+    monkeypatch.setattr(Engine, "lookahead", lookahead)
     with LLM(checkpoint, resident=resident, **ON_CPU) as llm:
         stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
     with WARNS, LLM(poisoned, resident=resident, **ON_CPU) as llm:
@@ -66,7 +66,7 @@ def test_a_row_fails_alone(checkpoint, tokens, poisoned, monkeypatch, lookahead,
 def test_a_row_fails_alone_in_the_decode_passes_of_a_gpu(checkpoint, tokens, poisoned, monkeypatch, lookahead):
     """Padded, over the paged cache, with tokens by letter; kernels by their references. Log probabilities, which are
     taken behind such a pass, and penalties do not mind a row without a token."""
-    monkeypatch.setattr(Rank, "lookahead", lookahead)
+    monkeypatch.setattr(Engine, "lookahead", lookahead)
     for kernel in KERNELS.values():
         if kernel.names:
             kernel.put_in(monkeypatch, kernel.reference)
@@ -76,7 +76,7 @@ def test_a_row_fails_alone_in_the_decode_passes_of_a_gpu(checkpoint, tokens, poi
     with WARNS, LLM(poisoned, **ON_CPU) as llm:
         as_on_a_gpu(llm)
         assert_fails_alone_twice(llm, stopped, filled)
-        assert llm.rank.worker.executor.decode.mailbox.num_sent > 10
+        assert llm.engine.worker.executor.decode.mailbox.num_sent > 10
 
 
 @pytest.mark.timeout(120)

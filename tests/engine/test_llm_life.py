@@ -53,7 +53,7 @@ def test_an_interruption_leaves_the_engine_usable(llm, monkeypatch, error, where
         if next(calls) == 7:
             raise error
 
-    executor = llm.rank.worker.executor
+    executor = llm.engine.worker.executor
     do = executor.do
     if where == "pass":
         monkeypatch.setattr(executor, "do", lambda instruction: (interrupt_late(), do(instruction)))
@@ -81,11 +81,11 @@ def test_leaving_frees_everything():
     with LLM("demo", **OPTIONS) as llm:
         llm.generate("Return the", GREEDY)
         held = [
-            weakref.ref(llm.rank.worker),
-            weakref.ref(llm.rank.worker.executor),
-            weakref.ref(llm.rank.worker.executor.ring),
+            weakref.ref(llm.engine.worker),
+            weakref.ref(llm.engine.worker.executor),
+            weakref.ref(llm.engine.worker.executor.ring),
         ]
-        arena = [weakref.ref(span) for span in llm.rank.worker.weights.host_spans.values()]
+        arena = [weakref.ref(span) for span in llm.engine.worker.weights.host_spans.values()]
         assert arena
     assert [ref() for ref in held + arena] == [None] * len(held + arena)
     assert len(os.listdir("/proc/self/fd")) == files and threading.active_count() == threads

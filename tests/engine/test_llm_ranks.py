@@ -55,7 +55,7 @@ def test_self_launched_ranks(one_rank, monkeypatch):
     launch in the same process."""
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
         assert_same([*run_requests(llm), *run_requests(llm)], one_rank)
-        assert llm.rank.collectives.size == 2 and llm.rank.ledger.operation("attn_allreduce").num_calls > 0
+        assert llm.engine.collectives.size == 2 and llm.engine.ledger.operation("attn_allreduce").num_calls > 0
         with pytest.raises(ValueError, match="prompt 0: token id 99999 is not in 0..2047"):
             llm.generate([[0, 99999]])  # refused before the other rank hears of it
         assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]

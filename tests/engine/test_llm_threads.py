@@ -116,7 +116,7 @@ def test_closing_waits_for_the_call_that_runs(expected):
         closing = pool.submit(llm.close)
         wait_until(llm.turns._line.locked)
         waiting = pool.submit(llm.generate, "def", GREEDY)
-        assert llm.rank is not None and not running.done() and not closing.done()
+        assert llm.engine is not None and not running.done() and not closing.done()
         go_on.set()
         assert tokens_of(running.result(60)) == expected[1] and closing.result(60) is None
         error = waiting.exception(60)  # or it had its turn before the one that closes

@@ -29,7 +29,7 @@ from tests.support.oracle.checkpoints import write_checkpoint
 pytestmark = pytest.mark.gpu
 SIZES = {"hidden_size": 256, "intermediate_size": 384}
 PAGES = {"num_pages": 1 + OPTIONS["max_num_seqs"] * OPTIONS["max_model_len"] // OPTIONS["page_size"]}
-ON_GPU = OPTIONS | PAGES | {"gpu_memory": "2GiB", "weights_code": "none"}
+ON_GPU = OPTIONS | PAGES | {"gpu_memory": "2GiB", "weights_compression": "none"}
 RANK_SCRIPT = """
 import sys
 from gpu.test_failing_rows import run_rank
@@ -55,7 +55,7 @@ def test_a_row_fails_alone(tmp_path, dtype):
                 stopped, filled = run(llm, ending_at(following)), fill_all_pages(llm)
             with WARNS, LLM(poisoned, **options) as llm:
                 assert_fails_alone_twice(llm, stopped, filled)
-                graphs = llm.rank.worker.executor.decode.graphs
+                graphs = llm.engine.worker.executor.decode.graphs
                 assert bool(graphs and graphs.passes) != enforce_eager
 
 

@@ -23,7 +23,7 @@ import os, sys, torch
 from gpu.test_oracles import generate
 
 for dtype in ("float32", "bfloat16"):
-    run = generate(dtype=dtype, resident="none", weights_code="none")
+    run = generate(dtype=dtype, resident="none", weights_compression="none")
     copied_bytes = run.copied.total.sent_bytes
     torch.save([run.tokens, run.logits, copied_bytes], f"{sys.argv[1]}/{dtype}.{os.environ['RANK']}")
 """
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 def generate(**options) -> Run:
     logits = []
     with LLM("demo", **(SMALL | options)) as llm:
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         plain_submit = executor.submit
 
         def submit(batch):
@@ -51,9 +51,9 @@ def generate(**options) -> Run:
 
         executor.submit = submit
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
-        if llm.rank.topology.rank == 0:
-            assert llm.rank.transfers[0]["weights"] == executor.copied.to_dict()
-        return Run(tokens, logits, executor.counters, executor.copied, llm.rank.plan.residency)
+        if llm.engine.topology.rank == 0:
+            assert llm.engine.transfers[0]["weights"] == executor.copied.to_dict()
+        return Run(tokens, logits, executor.counters, executor.copied, llm.engine.plan.residency)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -69,7 +69,7 @@ def test_streamed_is_resident_bitwise(dtype):
                 "ring": ring,
                 "debug": {"poison": True},
                 "dtype": dtype,
-                "weights_code": "none",
+                "weights_compression": "none",
             }
             streamed, streamed_logits, counters, copied, residency = generate(**options)
             assert streamed == tokens
@@ -87,7 +87,7 @@ def test_streamed_is_resident_bitwise(dtype):
 @pytest.mark.parametrize("resident", ["all", "none", 0.5])
 def test_graph_is_eager_bitwise(resident, dtype):
     """At the same padded shape: three rows in a bucket of three, then fewer as rows end."""
-    options = {"resident": resident, "dtype": dtype, "weights_code": "none"}
+    options = {"resident": resident, "dtype": dtype, "weights_compression": "none"}
     eager = generate(**options, enforce_eager=True)
     graph = generate(**options)
     assert graph.tokens == eager.tokens
@@ -112,7 +112,7 @@ def test_sampled_rows_beside_greedy_ones_in_graphs(logprobs):
             runs.append([[o.outputs[0].token_ids for o in llm.generate(PROMPTS, params)] for _ in range(2)])
             if not enforce_eager:
                 alone = [llm.generate([prompt], own)[0].outputs[0].token_ids for prompt, own in zip(PROMPTS, params)]
-                stages = {asked for _, asked in llm.rank.worker.executor.decode.graphs.passes}
+                stages = {asked for _, asked in llm.engine.worker.executor.decode.graphs.passes}
     assert runs[0] == runs[1] and runs[0][0] == runs[0][1]
     assert len(set(map(tuple, runs[0][0]))) == 3
     assert stages >= {frozenset(), frozenset({"draw", "filter"}), frozenset({"penalty"})} and len(stages) == 4
@@ -131,7 +131,7 @@ def test_hundreds_of_passes_ahead(resident):
             if lookahead is not None:
                 patch.setattr(type(llm.rank), "lookahead", lookahead)
             runs.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
-            assert llm.rank.times.num_passes > 200
+            assert llm.engine.times.num_passes > 200
             llm.scheduler.check_integrity()
     assert runs[0] == runs[1] and len({len(tokens) for tokens in runs[0]}) > 3
 
@@ -161,7 +161,7 @@ def test_two_ranks_agree_with_one(tmp_path):
     script.write_text(RANK_SCRIPT)
     run_ranks(2, script, tmp_path, timeout=240)
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 4e-2)):
-        tokens, logits, _, all_copied, _ = generate(dtype=dtype, resident="none", weights_code="none")
+        tokens, logits, _, all_copied, _ = generate(dtype=dtype, resident="none", weights_compression="none")
         for rank in range(2):
             rank_tokens, rank_logits, copied = torch.load(tmp_path / f"{dtype}.{rank}")
             assert 0.5 <= copied / all_copied.total.sent_bytes <= 0.52

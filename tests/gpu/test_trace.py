@@ -28,12 +28,12 @@ def test_every_pass_has_its_instructions(tmp_path, resident, enforce_eager):
     with LLM("demo", **OPTIONS, resident=resident, enforce_eager=enforce_eager) as llm:
         untraced = tokens_of(llm)
     with LLM("demo", **OPTIONS, resident=resident, enforce_eager=enforce_eager, trace=trace) as llm:
-        graphs = llm.rank.worker.executor.decode.graphs
+        graphs = llm.engine.worker.executor.decode.graphs
         assert (graphs is None) == enforce_eager
         assert tokens_of(llm) == untraced
         assert enforce_eager or graphs.passes
-        shapes, instructions = list(llm.rank.worker.tracer.shapes), llm.rank.plan.step_plan.instructions
-        launching = {work.step for work, _ in llm.rank.plan.steps}
+        shapes, instructions = list(llm.engine.worker.tracer.shapes), llm.engine.plan.pass_plan.instructions
+        launching = {work.step for work, _ in llm.engine.plan.steps}
     spans = read_spans(trace)[0, False]
     starts = []
     for index, shape in enumerate(shapes):
@@ -58,7 +58,7 @@ def test_the_spans_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
     """Between two events around a replay lie the spans and the few kernels that derive the inputs before them."""
     with LLM("demo", **OPTIONS, resident=resident, trace=str(tmp_path / "trace.json")) as llm:
         tokens_of(llm)
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         graphs, tracer = executor.decode.graphs, executor.tracer
         key, shape = next(iter(graphs.passes)), tracer.shapes[-1]
         for _ in range(3):
@@ -82,7 +82,7 @@ def test_passes_in_a_row_follow_each_other_on_each_lane(tmp_path, enforce_eager)
     trace = str(tmp_path / "trace.json")
     with LLM("demo", **OPTIONS, resident="none", enforce_eager=enforce_eager, trace=trace) as llm:
         tokens_of(llm)
-        tracer: RecordingTracer = llm.rank.worker.tracer
+        tracer: RecordingTracer = llm.engine.worker.tracer
         num_warm, num_read = len(tracer.shapes), len(tracer.known)
         assert (num_read > 0) == (not enforce_eager), "graphs are read as they run, eager passes in the end"
         tokens_of(llm)

@@ -66,13 +66,13 @@ def models(tmp_path_factory):
 
 def logits_of(llm: LLM) -> tuple[torch.Tensor, list[int]]:
     """The logits of every sampled token (n, vocab), and the tokens. Raises ValueError if they were refused as NaN."""
-    executor, logits = llm.rank.worker.executor, []
+    executor, logits = llm.engine.worker.executor, []
     do = executor.do
 
     def capture(instruction) -> None:
         do(instruction)
         if getattr(instruction, "step", None) == "logits_gather":
-            logits.append(executor.context.act["logits"][:, : llm.rank.plan.spec.vocab_size].clone())
+            logits.append(executor.context.act["logits"][:, : llm.engine.plan.spec.vocab_size].clone())
 
     executor.do = capture
     tokens = without_errors(llm.generate([PROMPT], GREEDY))[0].outputs[0].token_ids
@@ -122,7 +122,7 @@ def smallest_ring(models):
 
     def ring_bytes(variant: str) -> int:
         with LLM(models(variant)[0], **OPTIONS) as llm:
-            return minimum_ring_bytes(llm.rank.plan.residency.streamed)
+            return minimum_ring_bytes(llm.engine.plan.residency.streamed)
 
     return ring_bytes
 
@@ -174,5 +174,5 @@ def test_missing_reduce_on_one_rank(two_ranks, lost):
     if lost is not None:
         lost_reduce(*lost)(llm)
     error = error_of(llm, reference)
-    del llm.rank.worker.executor.do  # what the fault and the capture laid over the class's
+    del llm.engine.worker.executor.do  # what the fault and the capture laid over the class's
     assert error > LOUD if lost else error < TOLERANCE

@@ -89,7 +89,11 @@ def test_2_kernel_never_called(checkpoint, monkeypatch, name):
     """Mistake 2: the kernel is there and its own tests pass, but the engine computes without it. No state and no token
     shows that: the calls do. (That they pass where the kernel runs is in tests/engine/test_kernels.py.)"""
     kernel = KERNELS[name]
-    options = {"dtype": "bfloat16", "weights_code": "lossless"} if name == "decode_weights" else {"dtype": "float32"}
+    options = (
+        {"dtype": "bfloat16", "weights_compression": "lossless"}
+        if name == "decompress_weights"
+        else {"dtype": "float32"}
+    )
     options |= {name: value for name, value in SHORT.items() if name != "max_tokens"}
     with LLM(checkpoint("neox_parallel", **NARROW), enforce_eager=True, num_pages=16, **options) as llm:
         if DEVICE == "cpu":

@@ -27,8 +27,8 @@ from tests.support.kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS
 OPTIONS = {"device": "cpu", "resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
 WAYS = (
     {"dtype": "float32"},
-    {"dtype": "bfloat16", "weights_code": "lossless"},
-    {"dtype": "bfloat16", "weights_code": "none", "attention_sinks": 2, "attention_window": 5, "page_size": 4},
+    {"dtype": "bfloat16", "weights_compression": "lossless"},
+    {"dtype": "bfloat16", "weights_compression": "none", "attention_sinks": 2, "attention_window": 5, "page_size": 4},
     {"dtype": "float32", "attention_sinks": 2, "attention_window": 200},  # attention in several segments
 )
 

@@ -66,7 +66,7 @@ def watched(llm: LLM, prompt: list[int], params: SamplingParams, states: bool = 
 def watch(llm: LLM, run: Run, states: bool) -> None:
     """Notes in `run` what every instruction has to call and, with `states`, what it writes. A captured pass runs its
     instructions when it is captured, not when it is replayed."""
-    executor = llm.rank.worker.executor
+    executor = llm.engine.worker.executor
     do = executor.do
 
     def noted(instruction: Instruction) -> None:
@@ -83,18 +83,18 @@ def watch(llm: LLM, run: Run, states: bool) -> None:
 
 def as_on_a_gpu(llm: LLM) -> None:
     """A CPU's engine fuses steps as a GPU's does, and decodes in padded buckets over the paged cache."""
-    executor, spec = llm.rank.worker.executor, llm.rank.plan.spec
+    executor, spec = llm.engine.worker.executor, llm.engine.plan.spec
     run_steps(llm, spec, fuse(model_steps(spec), FUSED_ON_ONE_RANK))
-    pad_decode_passes(executor, llm.config, llm.rank.plan)
+    pad_decode_passes(executor, llm.config, llm.engine.plan)
 
 
 def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
     """The engine runs these steps from now on, in an arena laid out for them."""
-    executor, config = llm.rank.worker.executor, llm.config
-    decoded = {group.group: group.nbytes for group in llm.rank.plan.layout.groups if group.group in executor.coded}
+    executor, config = llm.engine.worker.executor, llm.config
+    decoded = {group.id: group.nbytes for group in llm.engine.plan.layout.groups if group.id in executor.compressed}
     executor.plan = make_plan(steps, executor.plan.ring, decoded)
     dtype, device = executor.arena.dtype, executor.arena.data.device
-    most = (config.max_num_batched_tokens, llm.rank.plan.max_num_seqs)
+    most = (config.max_num_batched_tokens, llm.engine.plan.max_num_seqs)
     sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, *most)
     offsets = lay_out_activations(executor.plan, sizes)
     nbytes = max(offset + sizes[name] for name, offset in offsets.items())

@@ -38,7 +38,7 @@ class Run:
 
 
 def run(llm: LLM, params: list[SamplingParams]) -> Run:
-    executor, logits = llm.rank.worker.executor, []
+    executor, logits = llm.engine.worker.executor, []
     submit = executor.submit
 
     def submit_and_keep(batch) -> None:
@@ -126,5 +126,5 @@ def assert_fails_alone_twice(llm: LLM, stopped: Run, filled: list[list[int]]) ->
         assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
         assert_same_bits(failed, stopped)
         assert_at_rest(llm)
-        llm.rank.worker.executor.context.kv.data.fill_(torch.nan)
+        llm.engine.worker.executor.context.kv.data.fill_(torch.nan)
         assert fill_all_pages(llm) == filled

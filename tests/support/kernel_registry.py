@@ -15,7 +15,7 @@ from penstock.engine.kernels import (
     argmax,
     decode_attention,
     decode_inputs,
-    decode_weights,
+    decompress_weights,
     draw,
     embedding,
     filter,
@@ -28,7 +28,7 @@ from penstock.engine.kernels import (
 from penstock.engine.runtime.executor import Executor
 from penstock.parallel import push_reduce
 from penstock.scheduler.batching.request import SamplingParams
-from penstock.scheduler.passes.pass_plan import Compute, Decode, Instruction
+from penstock.scheduler.passes.pass_plan import Compute, Decompress, Instruction
 from torch import Tensor
 
 Condition = Callable[[Compute, StepContext], bool]
@@ -55,8 +55,8 @@ class EngineKernel:
 
     def calls_at(self, instruction: Instruction, executor: Executor) -> int:
         """How often the instruction, as it is about to run, has to call the kernel."""
-        if isinstance(instruction, Decode):
-            weights = executor.coded[instruction.group].code.weights if "decode" in self.steps else ()
+        if isinstance(instruction, Decompress):
+            weights = executor.compressed[instruction.group].code.weights if "decode" in self.steps else ()
             return sum(not weight.code.raw for weight in weights)
         if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0
@@ -138,7 +138,7 @@ KERNELS: dict[str, EngineKernel] = {
     "filter": _kernel(filter, "find_limits", "sample", condition=_asks("draw", "filter"), params=FILTERED),
     # before the pass's first step
     "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_paged, exact=True),
-    "decode_weights": _kernel(decode_weights, "decode_weights", "decode", exact=True, params=SHORT),
+    "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decode", exact=True, params=SHORT),
     "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
     "reduce_residual_norm": EngineKernel(
         reduce_residual_norm,

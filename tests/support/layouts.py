@@ -5,4 +5,4 @@ from penstock.scheduler.passes.pass_plan import GroupId
 
 
 def by_group(layout: ModelLayout) -> dict[GroupId, GroupLayout]:
-    return {group.group: group for group in layout.groups}
+    return {group.id: group for group in layout.groups}

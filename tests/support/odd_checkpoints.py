@@ -47,7 +47,7 @@ ODD = {
         "wide": bf16(200, 96),
         "scalar": random_bytes("F32", (), 4),
         "empty": Raw("BF16", (0, 96), b""),
-        "noise": random_bytes("BF16", (90, 100), 18_000),  # grows when it is coded
+        "noise": random_bytes("BF16", (90, 100), 18_000),  # grows when it is compressed
         "flat": bf16(7001, seed=1),
         "eight": random_bytes("F8_E4M3", (5, 5), 25),
     },

@@ -1,4 +1,4 @@
-"""Judges whether a StepPlan is safe, by another way than plan_check.py: it is run, twice in a row, on two clocks.
+"""Judges whether a PassPlan is safe, by another way than plan_check.py: it is run, twice in a row, on two clocks.
 
 Once with copies that take no time (a copy comes as early as its waits allow) and once with copies that take for ever.
 If a wait is missing, one of the two shows it: with no path of events between a copy and a reader, the copy starts no
@@ -7,7 +7,7 @@ later than the reader in the one run, and the reader no later than the copy in t
 
 from dataclasses import dataclass
 
-from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Compute, Decode, GroupId, Prefetch, Slot, StepPlan
+from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Compute, Decompress, GroupId, PassPlan, Prefetch, Slot
 
 
 @dataclass
@@ -21,20 +21,20 @@ class Use:
     end: float
 
 
-def is_hazardous(plan: StepPlan) -> bool:
+def is_hazardous(plan: PassPlan) -> bool:
     speeds = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
     return _decodes_too_late(plan) or any(_hazard(plan, compute_s, copy_s) for compute_s, copy_s in speeds)
 
 
-def _decodes_too_late(plan: StepPlan) -> bool:
-    """Whether a step of a coded group finds another byte in its place than those its group was decoded to."""
-    coded, bytes_of = {i.group: i.place for i in plan.instructions if isinstance(i, Decode)}, {}
+def _decodes_too_late(plan: PassPlan) -> bool:
+    """Whether a step of a compressed group finds another byte in its place than those its group was decompressed to."""
+    compressed, bytes_of = {i.group: i.place for i in plan.instructions if isinstance(i, Decompress)}, {}
     for instruction in plan.instructions:
         group = getattr(instruction, "group", None)
-        if isinstance(instruction, Decode):
+        if isinstance(instruction, Decompress):
             bytes_of |= dict.fromkeys(range(*_bounds(instruction.place)), group)
-        elif isinstance(instruction, Compute) and group in coded:
-            found = {bytes_of.get(byte) for byte in range(*_bounds(coded[group]))}
+        elif isinstance(instruction, Compute) and group in compressed:
+            found = {bytes_of.get(byte) for byte in range(*_bounds(compressed[group]))}
             if found != {group}:
                 return True
     return False
@@ -45,28 +45,30 @@ def _bounds(place: Slot) -> tuple[int, int]:
     return place.offset // 256, place.end // 256
 
 
-def _hazard(plan: StepPlan, compute_s: float, copy_s: float) -> bool:
+def _hazard(plan: PassPlan, compute_s: float, copy_s: float) -> bool:
     """Whether a reader finds bytes that are not its own, or a copy writes while someone reads."""
     clock = {COMPUTE: 0.0, COPY: 0.0}
     writes = [Use(0, g, s, -2.0, -1.0) for g, s in plan.ring.slots[: plan.ring.num_wrapped]]
     reads: list[Use] = []
     slots = dict(plan.ring.slots)
-    coded = {i.group for i in plan.instructions if isinstance(i, Decode)}
+    compressed = {i.group for i in plan.instructions if isinstance(i, Decompress)}
     for num_pass in range(2):
         at = {}
         for instruction in plan.instructions:
             lane = instruction.lane
             start = max([clock[lane], *(at.get(event, 0.0) for event in instruction.waits)])
             end = start
-            if isinstance(instruction, Compute | Decode):
+            if isinstance(instruction, Compute | Decompress):
                 end = start + compute_s
-                if instruction.group in slots and (isinstance(instruction, Decode) or instruction.group not in coded):
+                if instruction.group in slots and (
+                    isinstance(instruction, Decompress) or instruction.group not in compressed
+                ):
                     reads.append(Use(num_pass, instruction.group, slots[instruction.group], start, end))
             elif isinstance(instruction, Prefetch):
                 end = start + copy_s
                 writes.append(Use(num_pass + instruction.wrapped, instruction.group, instruction.slot, start, end))
             # A tick after each piece of work, so that what is ordered by an event is later, and what is not may tie.
-            clock[lane] = end + (1e-9 if isinstance(instruction, Compute | Decode | Prefetch) else 0.0)
+            clock[lane] = end + (1e-9 if isinstance(instruction, Compute | Decompress | Prefetch) else 0.0)
             if instruction.records is not None:
                 at[instruction.records] = clock[lane]
     return any(_is_stale(read, writes) for read in reads)

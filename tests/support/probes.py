@@ -16,7 +16,7 @@ FOUR = Probe(
     link_together_gb_s=[41.0, 40.5, 40.0, 40.2],
     memory_gb_s=[4100.0, 4130.0, 4120.0, 4110.0],
     gemm_tflops=[740.0, 730.0, 735.0, 745.0],
-    decode_gb_s=[2010.0, 2000.0, 2020.0, 2005.0],
+    decompress_gb_s=[2010.0, 2000.0, 2020.0, 2005.0],
     launch_s=2.5e-6,
     node_s=1e-6,
     reduces=[
@@ -25,4 +25,4 @@ FOUR = Probe(
         {"bytes": 64 * 2**20, "eager_s": 330e-6, "graph_s": 332e-6, "nccl_eager_s": 325e-6, "nccl_graph_s": 332e-6},
     ],
 )
-CPU = replace(FOUR, decode_gb_s=[0.1] * 4, device="x86_64", device_type="cpu", node_s=None, memory_bytes=None)
+CPU = replace(FOUR, decompress_gb_s=[0.1] * 4, device="x86_64", device_type="cpu", node_s=None, memory_bytes=None)

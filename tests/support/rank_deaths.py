@@ -23,7 +23,7 @@ STAY_S = 150.0  # longer than anybody waits for the others: nothing may come of 
 _DO = {
     "raise": "raise KeyError('the shard is bent')",
     "stay": "import penstock.engine.runtime.engine as it, os\n"
-    "    if 'PENSTOCK_SELF_LAUNCHED' in os.environ: it.Rank.close = lambda self: time.sleep(150)\n"
+    "    if 'PENSTOCK_SELF_LAUNCHED' in os.environ: it.Engine.close = lambda self: time.sleep(150)\n"
     "    raise KeyError('the shard is bent')",
     "kill": "os.kill(os.getpid(), signal.SIGKILL)",
     "stop": "os.kill(os.getpid(), signal.SIGSTOP)",
@@ -80,7 +80,7 @@ def build_and_put(self, *given, **named):
             with self.together():
                 fail({after_s})
         return do(self, what)
-    setattr(Rank, name, do_or_fail)
+    setattr(Engine, name, do_or_fail)
 Executor.__init__ = build_and_put
 """
 

@@ -65,7 +65,7 @@ class Run:
 
 
 def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[SamplingParams] = PARAMS) -> Run:
-    executor, run = llm.rank.worker.executor, Run([], [], [])
+    executor, run = llm.engine.worker.executor, Run([], [], [])
     do = executor.do
 
     def watched(instruction) -> None:
@@ -132,21 +132,21 @@ def facts_of(model: str, resident: str | float, ring: str, lanes: str) -> dict[s
     }
     with LLM(model, **OPTIONS | own) as llm, recorded_gemms() as gemms:
         digest = generate(llm).digest()
-        worker = llm.rank.worker
+        worker = llm.engine.worker
         counters, executor = worker.executor.counters, worker.executor
         return {
             "digest": digest,
             "num_passes": counters.num_passes,
             "num_tokens": counters.num_tokens,
             "copied": copied_bytes(executor),
-            "wrapped": llm.rank.plan.residency.ring.num_wrapped,
+            "wrapped": llm.engine.plan.residency.ring.num_wrapped,
             "host_bytes": worker.weights.host_bytes,
             "resident_bytes": worker.weights.resident_bytes,
             "gemms": sorted([*shape, count] for shape, count in gemms.items()),
             "reduces": {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()},
             "reduced_bytes": {site.operation: moved.sent_bytes for site, moved in executor.reduced.sites.items()},
-            "ledger": llm.rank.ledger.to_dict(),
-            "transfers": llm.rank.transfers,
+            "ledger": llm.engine.ledger.to_dict(),
+            "transfers": llm.engine.transfers,
         }
 
 

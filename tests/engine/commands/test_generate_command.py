@@ -62,7 +62,7 @@ def test_json_of_what_was_moved_is_no_line_of_stdout(capsys, expected):
     assert [json.loads(line)["outputs"] for line in out.splitlines()] == [expected[0].to_dict()["outputs"]]
     predicted = TransferLedger()
     with LLM("demo", resident=0.5, device="cpu") as llm:
-        for group, nbytes in llm.rank.plan.residency.streamed:
+        for group, nbytes in llm.engine.plan.residency.streamed:
             for _ in range(8):  # passes: one for each token
                 predicted.add(Site(group.name, group.layer_idx), nbytes)
     assert predicted.total.num_calls >= 5 * 8

@@ -80,7 +80,7 @@ def test_a_model_that_fits_stays(capsys):
 
 def test_streamed_bytes_are_the_facts(capsys):
     """8B: 15.01e9 bytes of layers and head, 70B: 139.0e9, split over two ranks."""
-    plain = ("--resident", "none", "--gpu-memory", "24GiB", "--weights-code", "none")
+    plain = ("--resident", "none", "--gpu-memory", "24GiB", "--weights-compression", "none")
     small = plan_json(capsys, "--model", SMALL, *plain)
     assert small["streamed_bytes"] == pytest.approx(15.01e9, rel=1e-3)
     assert small["predictions"][0]["total_s"] == pytest.approx(15.01 / 55.1, rel=0.01)
@@ -102,7 +102,7 @@ def test_the_replayed_plan_is_near_the_bounds(fraction, num_tokens, tp_size):
     made = make_engine_plan(config, spec_of(SMALL), tp_size, 141 * 10**9, load_profile("h200", tp_size))
     assert pass_work(made).num_reduces == (65 if tp_size > 1 else 0)
     shape = PassShape(num_tokens, 1, num_tokens)
-    replayed = timeline_s(predict_timeline(made.step_plan, *step_seconds(made, shape)))
+    replayed = timeline_s(predict_timeline(made.pass_plan, *step_seconds(made, shape)))
     assert replayed == pytest.approx(predict_pass(pass_work(made), shape, made.rates).total_s, rel=0.15)
 
 
@@ -153,9 +153,9 @@ def test_the_engine_gets_what_was_planned(tp_size, resident):
     config = EngineConfig(model="demo", resident=resident, device="cpu", max_num_seqs=4, max_num_batched_tokens=64)
     spec = spec_of(ROOT / "engine" / "demo_model")
     made = make_engine_plan(config, spec, tp_size, None, load_profile("cpu", tp_size))
-    validate(made.step_plan)
+    validate(made.pass_plan)
     assert made.layout == model_layout(spec, tensor_names(spec), spec.dtype, tp_size, 0)
-    assert made.step_plan.streamed_bytes == made.residency.streamed_bytes
+    assert made.pass_plan.streamed_bytes == made.residency.streamed_bytes
     assert made.residency.resident_bytes + made.residency.host_bytes == made.layout.nbytes
     claims = dict(made.residency.claims)
     assert claims["activations"] == made.activations_bytes and "context" not in claims

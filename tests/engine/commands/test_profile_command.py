@@ -31,7 +31,7 @@ def plan():
 def spans_of(plan, slower: float = 1.0) -> list[Span]:
     """Every instruction of the compute lane takes STEP_S, every copy COPY_S, each lane without a gap."""
     clocks, spans = {}, []
-    for instruction in plan.step_plan.instructions:
+    for instruction in plan.pass_plan.instructions:
         start_s = clocks.get(instruction.lane, 0.5)
         end_s = start_s + (STEP_S if instruction.lane == COMPUTE else COPY_S) * slower
         clocks[instruction.lane] = end_s
@@ -60,7 +60,7 @@ def test_shares_bounds_and_rates_by_hand(plan):
 
 def test_the_copy_lane_and_the_slowest_rank(plan):
     profiled = profile_pass(plan, SHAPE, [spans_of(plan), spans_of(plan, slower=1.5)], spans_of(plan))
-    num_copies = len(plan.step_plan.ring.slots)
+    num_copies = len(plan.pass_plan.ring.slots)
     lane = profiled.copy_lane
     assert lane.copied_bytes == plan.residency.streamed_bytes > 0
     assert lane.busy_s == pytest.approx(num_copies * COPY_S)

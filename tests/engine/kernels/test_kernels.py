@@ -21,7 +21,7 @@ TINY = {
     "max_position_embeddings": 64,
 }
 OPTIONS = {"resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
-CODED = {"weights_code": "lossless"}
+CODED = {"weights_compression": "lossless"}
 ALONE = [name for name in KERNELS if name not in OVER_RANKS]
 DTYPES = {"float32": 1e-5, "bfloat16": 4e-2}  # how far hidden states may drift from the reference's
 PROOFS = {"prove", "prove_refusal", "counted"}
@@ -51,13 +51,13 @@ def plain(checkpoints):
 @pytest.mark.parametrize("name", ALONE)
 def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant, dtype):
     """And the kernel ran: in one of the two runs for each step that has to call it, in the other never."""
-    kernel, coded = KERNELS[name], name == "decode_weights"
-    if coded and dtype != "bfloat16":
-        pytest.skip("only bfloat16 is coded")
-    costly = DEVICE == "cpu" and name in ("linear", "filter", "decode_weights")
-    if costly and (variant, dtype) != ("neox_parallel", "bfloat16" if coded else "float32"):
+    kernel, compressed = KERNELS[name], name == "decompress_weights"
+    if compressed and dtype != "bfloat16":
+        pytest.skip("only bfloat16 is compressed")
+    costly = DEVICE == "cpu" and name in ("linear", "filter", "decompress_weights")
+    if costly and (variant, dtype) != ("neox_parallel", "bfloat16" if compressed else "float32"):
         pytest.skip("seconds in the interpreter: once is enough there")
-    options = {"dtype": dtype, **(CODED if coded else {"weights_code": "none"})}
+    options = {"dtype": dtype, **(CODED if compressed else {"weights_compression": "none"})}
     first = plain(variant, kernel.params, **options)
     other = run_with(str(checkpoints / variant), name, params=kernel.params, **OPTIONS | options)
     if kernel.exact or dtype == "float32":
@@ -73,12 +73,12 @@ def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant,
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 @pytest.mark.parametrize("params", [GREEDY, FILTERED], ids=["greedy", "sampled"])
 def test_every_kernel_runs_in_the_demo_model(params, eager):
-    """Streamed and coded. A captured pass calls its kernels when it is warmed up and captured, not when it is
+    """Streamed and compressed. A captured pass calls its kernels when it is warmed up and captured, not when it is
     replayed."""
-    options = {"resident": "none", "weights_code": "lossless", "max_num_seqs": 1, "gpu_memory": "4GiB"}
+    options = {"resident": "none", "weights_compression": "lossless", "max_num_seqs": 1, "gpu_memory": "4GiB"}
     with LLM("demo", dtype="bfloat16", enforce_eager=eager, **options) as llm:
         run = watched(llm, PROMPT, params, states=False)
-        graphs = llm.rank.worker.executor.decode.graphs
+        graphs = llm.engine.worker.executor.decode.graphs
         assert eager if graphs is None else graphs.passes
     sampling = {"argmax"} if params is GREEDY else {"draw", "filter"}
     prove_calls(run, [name for name in ALONE if name not in {"argmax", "draw", "filter"} - sampling])
@@ -93,12 +93,12 @@ def test_no_kernel_is_left_out():
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_has_the_proofs_of_a_kernel_alone(name):
     """Its own tests use layouts, refusal, counters and the time in a graph; of sums over ranks, which one process
-    cannot time, tests/gpu/test_push_reduce.py has it; decode_weights has a copy for its measure, for want of another
-    way."""
+    cannot time, tests/gpu/test_push_reduce.py has it; decompress_weights has a copy for its measure, for want of
+    another way."""
     files = [path for path in ROOT.glob("tests/**/test_*.py") if path.stem in (f"test_{name}", f"test_{name}_kernel")]
     (file,) = [path for path in files if path.parent.name in ("kernels", "parallel")]
     called = {node.func.id for node in ast.walk(ast.parse(file.read_text())) if _calls_a_name(node)}
-    timed = set() if name in OVER_RANKS else {"time_per_call" if name == "decode_weights" else "prove_faster"}
+    timed = set() if name in OVER_RANKS else {"time_per_call" if name == "decompress_weights" else "prove_faster"}
     assert called >= PROOFS | timed
 
 

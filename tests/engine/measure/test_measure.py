@@ -42,20 +42,20 @@ def test_warm_ups_do_not_count(monkeypatch):
 
 def test_a_whole_pass_can_be_asked_for(monkeypatch):
     with LLM("demo", **OPTIONS) as llm:
-        executor, seen = llm.rank.worker.executor, []
+        executor, seen = llm.engine.worker.executor, []
         stretch = executor.stretch
         monkeypatch.setattr(executor, "stretch", lambda nbytes: seen.append(stretch(nbytes)) or seen[-1])
-        for nbytes in (1, llm.rank.work.streamed_bytes, 2**40):
+        for nbytes in (1, llm.engine.work.streamed_bytes, 2**40):
             llm.measure(nbytes)
         sizes = [sum(source.nbytes for source, _ in copies) for copies in seen]
-        assert sizes[1:] == [llm.rank.work.streamed_bytes] * 2 and 0 < sizes[0] < sizes[1]
+        assert sizes[1:] == [llm.engine.work.streamed_bytes] * 2 and 0 < sizes[0] < sizes[1]
 
 
 def test_the_ring_is_filled_again(tmp_path, monkeypatch):
     """And its copies are in the trace, but belong to no pass."""
     monkeypatch.setattr(probe, "_step_latency_s", lambda *_: 0.0)  # by passes, which would fill it too
     with LLM("demo", **OPTIONS, trace=str(tmp_path / "trace.json")) as llm:
-        executor, plan = llm.rank.worker.executor, llm.rank.plan.step_plan
+        executor, plan = llm.engine.worker.executor, llm.engine.plan.pass_plan
         executor.ring.zero_()
         llm.measure()
         assert executor.ring_is_filled and executor.ledger == TransferLedger()
@@ -65,5 +65,5 @@ def test_the_ring_is_filled_again(tmp_path, monkeypatch):
                 assert executor.slot(instruction).equal(executor.host_spans[instruction.group])
                 first.remove(instruction.group)
         assert not first
-        filling = [span.name for span in llm.rank.worker.tracer.spans() if span.pass_index < 0]
+        filling = [span.name for span in llm.engine.worker.tracer.spans() if span.pass_index < 0]
         assert filling == [label(instruction) for instruction in plan.prologue]

@@ -105,9 +105,9 @@ def test_a_faster_link_is_never_slower(model):
     "model, gib, options, most_ms",
     [
         ("Llama-3-8B", 17, {}, 4.21),
-        ("Llama-3-8B", 17, {"weights_code": "none"}, 4.21),
-        ("Llama-3-8B", 16, {"weights_code": "none"}, 26.1),
-        ("Llama-3-8B", 14, {"weights_code": "none"}, 69.0),
+        ("Llama-3-8B", 17, {"weights_compression": "none"}, 4.21),
+        ("Llama-3-8B", 16, {"weights_compression": "none"}, 26.1),
+        ("Llama-3-8B", 14, {"weights_compression": "none"}, 69.0),
         ("Llama-3-70B", 80, {}, 395.0),
     ],
 )
@@ -123,7 +123,7 @@ def test_all_but_an_embedding_that_does_not_fit_stays():
     least += roomy.demand.wanted_pages(1) * roomy.demand.page_bytes
     tight = plan("wide", (least - roomy.layout.embed.nbytes // 2) / GIB, max_num_seqs=1)
     assert roomy.residency.embed_resident and not tight.residency.embed_resident
-    assert not tight.residency.streamed and not tight.residency.coded
+    assert not tight.residency.streamed and not tight.residency.compressed
     assert pass_ms(tight) == pass_ms(roomy)
 
 
@@ -216,7 +216,7 @@ def random_case(rng: random.Random) -> tuple[ModelSpec, int, int, dict]:
     options = {
         "gpu_memory": int(2 ** rng.uniform(29, 37)),
         "resident": rng.choice(("auto", "auto", "auto", "all", "none", 0.5)),
-        "weights_code": rng.choice(("auto", "auto", "none")),
+        "weights_compression": rng.choice(("auto", "auto", "none")),
         "max_num_seqs": rng.choice((None, None, 1, 16, 256, 8192)),
         "max_model_len": rng.choice((None, None, 256)),
         "ring": rng.choice((None, None, None, "300MiB")),
@@ -231,13 +231,13 @@ def check_plan(made: EnginePlan) -> None:
     assert residency.claimed_bytes <= residency.memory_bytes
     names = {group for group, _ in residency.streamed}
     assert names.isdisjoint(residency.resident) and names | residency.resident == groups.keys()
-    held = {group: made.kept.coded[group] if group in residency.coded else groups[group] for group in groups}
+    held = {group: made.kept.compressed[group] if group in residency.compressed else groups[group] for group in groups}
     kept = residency.resident_bytes + residency.host_bytes
     assert kept == sum(held.values()) + made.layout.embed.nbytes
-    assert made.step_plan.streamed_bytes == residency.streamed_bytes
+    assert made.pass_plan.streamed_bytes == residency.streamed_bytes
     assert residency.ring.ring_bytes <= max(default_ring_bytes(list(residency.streamed)), made.demand.ring_bytes or 0)
     assert dict(residency.claims)["KV cache"] == residency.num_pages * made.demand.page_bytes
-    assert made.step_plan.decode_buffer_bytes <= dict(residency.claims).get("decode buffer", 0)
+    assert made.pass_plan.decompression_buffer_bytes <= dict(residency.claims).get("decompression buffer", 0)
     assert made.activations_bytes == dict(residency.claims)["activations"]
     assert 1 <= made.max_num_seqs <= made.demand.max_num_seqs
 

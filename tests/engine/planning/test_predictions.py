@@ -27,9 +27,9 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 LINEARS = {"attn_qkv", "attn_output", "ffn_up", "ffn_down", "head"}
 
 
-def plan_of(model: str, tp_size: int, resident: str | float = "all", weights_code: str = "none") -> EnginePlan:
+def plan_of(model: str, tp_size: int, resident: str | float = "all", weights_compression: str = "none") -> EnginePlan:
     path = BENCHMARKS / "shapes" / f"{model}.json"
-    config = EngineConfig(model=str(path), resident=resident, weights_code=weights_code)
+    config = EngineConfig(model=str(path), resident=resident, weights_compression=weights_compression)
     return make_engine_plan(
         config, read_spec(read_config(path), str(path)), tp_size, rates(tp_size).memory_bytes, rates(tp_size)
     )
@@ -99,8 +99,8 @@ def test_prefill_passes_are_the_records(name):
 @pytest.mark.parametrize(
     "name, resident",
     [
-        ("decode_llama3_8b_coded_1rank", "none"),
-        ("decode_llama3_70b_coded_2ranks", "none"),
+        ("decode_llama3_8b_compressed_1rank", "none"),
+        ("decode_llama3_70b_compressed_2ranks", "none"),
         ("decode_llama3_8b_streamed_1rank", "none"),
         ("decode_llama3_8b_half_1rank", 0.5),
         ("decode_llama3_8b_streamed_2ranks", "none"),
@@ -110,10 +110,10 @@ def test_prefill_passes_are_the_records(name):
     ],
 )
 def test_streamed_passes_are_the_records(name, resident):
-    """At the link rate of that machine: hosts differ in what several links get. Coded weights are planned with a few
-    bytes more than they have."""
+    """At the link rate of that machine: hosts differ in what several links get. Compressed weights are planned with a
+    few bytes more than they have."""
     record = record_of(name)
-    plan = plan_of(record["model"], record["tp_size"], resident, record.get("weights_code", "none"))
+    plan = plan_of(record["model"], record["tp_size"], resident, record.get("weights_compression", "none"))
     work = pass_work(plan)
     for row in record["passes"]:
         link_gb_s = record["streamed_bytes_per_pass_and_rank"] / row["bound_s"] / 1e9
@@ -124,27 +124,30 @@ def test_streamed_passes_are_the_records(name, resident):
 
 
 def test_passes_that_decode_what_stays_are_the_records():
-    """70B on one GPU, which holds it only with a third of its groups coded."""
-    record = record_of("decode_llama3_70b_coded_resident_1rank")
+    """70B on one GPU, which holds it only with a third of its groups compressed."""
+    record = record_of("decode_llama3_70b_compressed_resident_1rank")
     plan = plan_of("Llama-3-70B", 1, "all", "lossless")
-    assert not plan.residency.streamed and plan.residency.coded
-    decoded = (record["coded_groups"][0], record["decoded_bytes_per_pass_and_rank"])
+    assert not plan.residency.streamed and plan.residency.compressed
+    decoded = (record["compressed_groups"][0], record["decompressed_bytes_per_pass_and_rank"])
     for row in record["passes"]:
         predicted_s = plan.offer.cost.pass_s(row["batch_size"], record["input_len"], 0, *decoded)
         assert predicted_s == pytest.approx(row["decode_pass_s"], rel=0.06)
 
 
-CODED = ("decode_llama3_70b_coded_resident_1rank", "decode_llama3_8b_coded_1rank", "decode_llama3_8b_coded_4ranks",
-         "decode_llama3_70b_coded_2ranks", "decode_llama3_70b_24gib_coded_2ranks")  # fmt: skip
+COMPRESSED = (
+    *("decode_llama3_70b_compressed_resident_1rank", "decode_llama3_8b_compressed_1rank"),
+    *("decode_llama3_8b_compressed_4ranks", "decode_llama3_70b_compressed_2ranks"),
+    "decode_llama3_70b_24gib_compressed_2ranks",
+)
 
 
-@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("name", COMPRESSED)
 def test_a_decoder_that_nobody_measured_is_as_fast_as_those_measured(name):
     """From the memory rate of that run alone."""
     measured = record_of(name)
     assert measured["rates"] == "measured"
-    unknown = replace(rates(1), memory_gb_s=measured["memory_gb_s"], decode_gb_s=None)
-    assert unknown.decoding_gb_s == pytest.approx(measured["decode_gb_s"], rel=0.09)
+    unknown = replace(rates(1), memory_gb_s=measured["memory_gb_s"], decompress_gb_s=None)
+    assert unknown.decompressing_gb_s == pytest.approx(measured["decompress_gb_s"], rel=0.09)
 
 
 @pytest.mark.parametrize("name", ["link_gb_s", "memory_gb_s", "gemm_tflops"])
@@ -160,7 +163,7 @@ def test_the_replayed_plan_is_the_pass(tp_size, batch):
     """Where nothing streams both are the sum of the same steps."""
     plan = plan_of("Llama-3-8B", tp_size)
     shape = PassShape(batch, batch, 49 * batch)
-    replayed = timeline_s(predict_timeline(plan.step_plan, *step_seconds(plan, shape)))
+    replayed = timeline_s(predict_timeline(plan.pass_plan, *step_seconds(plan, shape)))
     whole = decode_time(pass_work(plan), batch, 49, plan.rates).total_s
     assert replayed + plan.rates.pass_latency_s == pytest.approx(whole)
 

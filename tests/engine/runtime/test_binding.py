@@ -12,7 +12,7 @@ from penstock.engine.llm import LLM
 from penstock.engine.runtime import probe
 from penstock.engine.runtime.binding import bound_to
 from penstock.engine.runtime.build import Worker
-from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.engine import Engine
 from penstock.engine.runtime.graph import PendingLetter
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import RowSampling
@@ -68,14 +68,14 @@ def current(monkeypatch) -> CurrentDevice:
 
 
 @pytest.fixture(params=["plain", "padded"])
-def rank(request, current) -> Iterator[Rank]:
+def rank(request, current) -> Iterator[Engine]:
     """Of a CPU, that takes itself for the second GPU's where it binds."""
     with LLM("demo", **OPTIONS) as llm:
         if request.param == "padded":
             as_on_a_gpu(llm)
-        worker = llm.rank.worker
+        worker = llm.engine.worker
         worker.device = worker.executor.device = OWN
-        yield llm.rank
+        yield llm.engine
         worker.device = worker.executor.device = torch.device("cpu")
 
 
@@ -87,7 +87,7 @@ def a_token(start: int) -> Batch:
     return Batch((BatchRow(0, (8,), start, (1,), True, None),))
 
 
-def run_passes(rank: Rank) -> None:
+def run_passes(engine: Engine) -> None:
     """Every way of a pass: with a prompt, of one token, announced, with penalties and logprobs, given up."""
     for sampling in (GREEDY, PENALISED):
         rank.submit(a_prompt(sampling))
@@ -168,7 +168,7 @@ def test_an_engine_is_built_and_freed_on_it(current, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("penstock.engine.runtime.binding.bound_to", lambda device: current.bind(OWN))
         with LLM("demo", **OPTIONS) as llm:
-            weights = llm.rank.worker.weights
+            weights = llm.engine.worker.weights
             close = weights.close
             weights.close = lambda: seen.append(("close", current.device)) or close()
     assert seen == [("_load", OWN), ("_executor", OWN), ("close", OWN)]

@@ -44,13 +44,13 @@ class Filling:
     num_rows: int | None = None  # of the decode pass that runs
 
     def __enter__(self) -> "Filling":
-        executor = self.llm.rank.worker.executor
+        executor = self.llm.engine.worker.executor
         self.run, self.do, self.run_plan = executor.decode.run, executor.do, executor.run_plan
         executor.decode.run, executor.do, executor.run_plan = self.watched_run, self.watched_do, self.watched_plan
         return self
 
     def __exit__(self, *exc) -> None:
-        executor = self.llm.rank.worker.executor
+        executor = self.llm.engine.worker.executor
         executor.decode.run, executor.do, executor.run_plan = self.run, self.do, self.run_plan
 
     def watched_run(self, batch: Batch):
@@ -61,7 +61,7 @@ class Filling:
 
     def watched_plan(self, inputs: PassInputs, *rest) -> None:
         if self.num_rows is not None and self.value is not None:
-            context = self.llm.rank.worker.executor.context
+            context = self.llm.engine.worker.executor.context
             for values in (inputs.tokens, inputs.sampled_positions):
                 values[self.num_rows :] = self.token
             context.sampler.last_tokens[context.sampler.pad_row] = self.token
@@ -73,7 +73,7 @@ class Filling:
         self.do(instruction)
         if self.num_rows is None or not isinstance(instruction, Compute):
             return
-        act = self.llm.rank.worker.executor.context.act
+        act = self.llm.engine.worker.executor.context.act
         for name, effect in instruction.effects:
             if "x" not in effect and set(effect) & set("+w"):
                 if self.value is not None:
@@ -136,15 +136,15 @@ def test_padding_was_there(checkpoints):
     """What the property is about does happen: rows fewer than their bucket, and filled as they are meant to be."""
     with LLM(str(checkpoints / "qwen3"), max_num_seqs=8, max_num_batched_tokens=32, **OPTIONS) as llm:
         as_on_a_gpu(llm)
-        decode, seen = llm.rank.worker.executor.decode, []
+        decode, seen = llm.engine.worker.executor.decode, []
         with Filling(llm, *FILLS[0]) as filling:
-            run_plan = llm.rank.worker.executor.run_plan
+            run_plan = llm.engine.worker.executor.run_plan
 
             def noted(inputs: PassInputs, *rest) -> None:
                 run_plan(inputs, *rest)
                 seen.append((filling.num_rows, len(inputs.tokens)))
 
-            llm.rank.worker.executor.run_plan = noted
+            llm.engine.worker.executor.run_plan = noted
             tokens_of(llm, asked_for(7, seed=0))
         assert (7, 8) in seen and set(decode.buckets) == {size for num_rows, size in seen if num_rows}
 
@@ -177,7 +177,7 @@ def test_an_arena_holds_what_it_was_planned_for():
 
 def test_a_bucket_is_never_larger_than_the_activations(checkpoints):
     with LLM(str(checkpoints / "qwen3"), max_num_seqs=4, max_num_batched_tokens=6, **OPTIONS) as llm:
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         DecodePasses(executor, 4, 32, use_graphs=False)
         for most in (5, 7):
             with pytest.raises(AssertionError, match="a bucket would be larger than the activations"):

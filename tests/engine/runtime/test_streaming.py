@@ -46,7 +46,7 @@ def resident(checkpoint):
         if variant not in runs:
             with LLM(checkpoint(variant), resident="all", **OPTIONS) as llm:
                 runs[variant] = generate(llm)
-                assert llm.rank.ledger == TransferLedger() and not llm.rank.plan.residency.streamed
+                assert llm.engine.ledger == TransferLedger() and not llm.engine.plan.residency.streamed
         return runs[variant]
 
     return run
@@ -55,13 +55,13 @@ def resident(checkpoint):
 def assert_copied(llm: LLM, num_prologues: int = 1) -> None:
     """Every streamed group crossed once a pass, the first ones once more for each time the ring was filled anew; and
     that is all that one rank moves."""
-    plan, num_passes = llm.rank.plan.residency, llm.rank.worker.executor.counters.num_passes
+    plan, num_passes = llm.engine.plan.residency, llm.engine.worker.executor.counters.num_passes
     predicted = TransferLedger()
     for place, (group, nbytes) in enumerate(plan.streamed):
         for _ in range(num_passes + (num_prologues if place < plan.ring.num_wrapped else 0)):
             predicted.add(Site(group.name, group.layer_idx), nbytes)
-    assert predicted.total.sent_bytes > 0 and llm.rank.ledger == predicted
-    assert llm.rank.worker.executor.copied == predicted
+    assert predicted.total.sent_bytes > 0 and llm.engine.ledger == predicted
+    assert llm.engine.worker.executor.copied == predicted
 
 
 @pytest.mark.parametrize("ring", RINGS)
@@ -74,8 +74,8 @@ def test_streamed_equals_resident(checkpoint, resident, variant, residency, ring
         with LLM(model, resident=residency, ring=ring_size, seed=seed, **in_order(lanes)) as llm:
             assert generate(llm).same_bits(resident(variant)), (lanes, seed)
             assert_copied(llm)
-            assert len(llm.rank.worker.executor.ring) == ring_size
-            assert (llm.rank.worker.weights.resident_bytes > 0) == (residency != "none")
+            assert len(llm.engine.worker.executor.ring) == ring_size
+            assert (llm.engine.worker.weights.resident_bytes > 0) == (residency != "none")
 
 
 @pytest.mark.parametrize("variant", MODELS[2:])
@@ -143,13 +143,13 @@ def test_passes_of_any_kind_follow_each_other(checkpoint, resident):
     expected = resident("llama_gqa")
     with LLM(checkpoint("llama_gqa"), resident=0.3, **in_order("random")) as llm:
         shapes = []
-        submit = llm.rank.worker.executor.submit
+        submit = llm.engine.worker.executor.submit
 
         def watched(batch) -> None:
             shapes.append((batch.num_tokens, len(batch.rows), batch.num_sampled))
             submit(batch)
 
-        llm.rank.worker.executor.submit = watched
+        llm.engine.worker.executor.submit = watched
         for prompt in (PROMPTS[0], PROMPTS[2], PROMPTS[1][:1]):
             assert generate(llm).same_bits(expected)
             llm.generate([prompt], GREEDY)
@@ -178,7 +178,7 @@ def test_after_an_exception(checkpoint, resident, where, ring, num_pass):
     model = checkpoint("llama_gqa")
     options = {"ring": ring_bytes(model, ring, "none"), "resident": "none", **in_order("latest")}
     with LLM(model, **options) as llm:
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         do = executor.do
 
         def broken(instruction: Instruction) -> None:

@@ -130,8 +130,8 @@ class Call(NamedTuple):
 
 def watch(llm: SplitLLM) -> list[Call]:
     """The device side's calls from now on."""
-    calls, batches, executor = [], [], llm.rank.worker.executor
-    channel = llm.rank.worker.channel
+    calls, batches, executor = [], [], llm.engine.worker.executor
+    channel = llm.engine.worker.channel
     device_side = (channel if isinstance(channel, InProcess) else channel.channel).device_side
     run, submit = device_side.run, executor.submit
 
@@ -161,7 +161,7 @@ def put_in_order(call: Call, permute: str, place: int) -> list[Tensor]:
     if operation in OF_HEAD_DIM and "head_dim" in permute:
         row = call.batch.rows[place]
         orders = [
-            name and permutation(KEY, row.row, Site(name, layer_idx), row.start, call.tensors[1].shape[-1])
+            name and permutation(KEY, row.index, Site(name, layer_idx), row.start, call.tensors[1].shape[-1])
             for name in OF_HEAD_DIM[operation]
         ]
         return [t if order is None else t[..., order] for t, order in zip(call.tensors, orders, strict=True)]
@@ -169,7 +169,7 @@ def put_in_order(call: Call, permute: str, place: int) -> list[Tensor]:
         return call.tensors
     (tensor,) = call.tensors
     parts = tensor.split([len(row.tokens) for row in call.batch.rows])
-    orders = [permutation(KEY, row.row, call.site, row.start, len(row.tokens)) for row in call.batch.rows]
+    orders = [permutation(KEY, row.index, call.site, row.start, len(row.tokens)) for row in call.batch.rows]
     return [torch.cat([part[order] for part, order in zip(parts, orders, strict=True)])]
 
 
@@ -276,7 +276,7 @@ def test_the_key_does_not_reach_the_device_process(monkeypatch):
     asked = [[*range(100, 140)]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     options = {"dtype": "float32", "max_model_len": 100}
     with SplitLLM("demo", SplitConfig(permute=ALL, permute_key=KEY.hex(), process=True), **options) as llm:
-        channel = llm.rank.worker.channel.channel
+        channel = llm.engine.worker.channel.channel
         channel._connection = Kept(channel._connection, told)
         output = llm.generate(*asked)
         assert llm.predicted == llm.counted
@@ -299,7 +299,7 @@ def test_a_key_is_drawn_for_each_engine(monkeypatch):
 
 def test_who_does_not_permute_has_no_such_channel():
     with SplitLLM("demo") as llm:
-        assert isinstance(llm.rank.worker.channel, InProcess)
+        assert isinstance(llm.engine.worker.channel, InProcess)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_sampling_penalties_and_stops_are_the_plain_engines():
 
 def test_the_host_side_holds_norms_and_the_device_side_all_else(checkpoint):
     with split(checkpoint("qwen3")) as llm:
-        views = llm.rank.worker.executor.views.values()
+        views = llm.engine.worker.executor.views.values()
         assert {name for group in views for name in group} == {
             "attn_norm",
             "ffn_norm",
@@ -108,7 +108,7 @@ def test_the_host_side_holds_norms_and_the_device_side_all_else(checkpoint):
             "q_norm",
             "k_norm",
         }
-        device_side = llm.rank.worker.channel.device_side
+        device_side = llm.engine.worker.channel.device_side
         assert {name for _, group in device_side._linear.values() for name in group} == {
             *("qkv", "o", "gate_up", "down", "head")
         }
@@ -148,7 +148,7 @@ def test_a_process_of_its_own_gives_the_same_bits_and_the_same_ledger(checkpoint
         return header
 
     with split(checkpoint("neox_parallel"), attention=FUSED, process=True) as llm:
-        channel = llm.rank.worker.channel
+        channel = llm.engine.worker.channel
         process, channel._connection = channel._process.process, CountingSocket(channel._connection)
         monkeypatch.setattr(frames.Header, "pack", counted_pack)
         monkeypatch.setattr("penstock.engine.split.channel.receive_header", counted_receive)

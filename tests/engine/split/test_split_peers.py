@@ -212,7 +212,7 @@ def test_the_host_side_outlives_a_device_side_that_fails(monkeypatch, capfd):
 
 def test_an_error_of_the_device_side_is_told_and_ends_it():
     with SplitLLM("demo", SplitConfig(process=True)) as llm:
-        channel, x, out = llm.rank.worker.channel, torch.ones(2, 256), torch.empty(2, 256)
+        channel, x, out = llm.engine.worker.channel, torch.ones(2, 256), torch.empty(2, 256)
         channel.call(Site("attn_output", 0), [x], out)
         with pytest.raises(RuntimeError, match=r"failed at .*nonsense.*no operation"):
             channel.call(Site("nonsense", 0), [x], out)

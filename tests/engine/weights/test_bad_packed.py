@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
     """A packed checkpoint of two files, in blocks of 52 rows."""
     directory = tmp_path_factory.mktemp("whole")
     (directory / "plain").mkdir()
-    files = {"1.safetensors": {"coded": bf16(*SHAPE)}, "2.safetensors": {"raw": random_bytes("F32", (50,), 200)}}
+    files = {"1.safetensors": {"compressed": bf16(*SHAPE)}, "2.safetensors": {"raw": random_bytes("F32", (50,), 200)}}
     for file, tensors in files.items():
         write_file(directory / "plain" / file, tensors)
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
@@ -79,22 +79,22 @@ def change_metadata(file: Path, change: Callable[[dict], None], sign: bool = Tru
 
 
 @pytest.mark.parametrize("byte", [0, 777, 5000])
-def test_a_flipped_bit_of_a_coded_block_is_found_by_all(packed, tmp_path, capsys, byte):
-    flip(packed, "coded", 1, byte)
-    where = r"1\.safetensors: coded, bytes 9984 to 19200: corrupt: the checksum is [0-9a-f]{8}, not "
+def test_a_flipped_bit_of_a_compressed_block_is_found_by_all(packed, tmp_path, capsys, byte):
+    flip(packed, "compressed", 1, byte)
+    where = r"1\.safetensors: compressed, bytes 9984 to 19200: corrupt: the checksum is [0-9a-f]{8}, not "
     out = torch.empty(SHAPE, dtype=torch.bfloat16)
     with open_checkpoint(packed, HERE) as source:
-        source.read_piece(Piece("coded", 0, 52, 0, 96, 0), out[:52])  # the block before it is whole
+        source.read_piece(Piece("compressed", 0, 52, 0, 96, 0), out[:52])  # the block before it is whole
         for row in (99, 0):
             with pytest.raises(ValueError, match=where):
-                source.read_piece(Piece("coded", row, 100 - row, 3, 1, 0), out[row:, :1])
+                source.read_piece(Piece("compressed", row, 100 - row, 3, 1, 0), out[row:, :1])
     assert re.search(where, refused(capsys, "pack", "--model", packed, "--verify"))
     assert re.search(where, refused(capsys, "unpack", "--model", packed, "--out", tmp_path / "out"))
     assert os.listdir(tmp_path) == ["packed"]
 
 
 KINDS = {  # every way in which a tensor can be kept
-    "coded": bf16(110, 96),  # its last block, of less than a tile, is raw in its blob
+    "compressed": bf16(110, 96),  # its last block, of less than a tile, is raw in its blob
     "flat": bf16(7001, seed=1),
     "grows": random_bytes("BF16", (90, 100), 18_000),
     "small": bf16(20, 50, seed=3),
@@ -151,7 +151,7 @@ def test_one_flipped_byte_of_any_tensor_is_refused_on_load_and_by_verify(kinds, 
 
 
 def test_a_flipped_byte_of_a_packed_model_ends_the_command(tmp_path, capsys):
-    """Its norms and, where there are any, its biases and tensors of fp32 are not coded."""
+    """Its norms and, where there are any, its biases and tensors of fp32 are not compressed."""
     pack(find_model("demo"), tmp_path / "demo", HERE, verified=False)
     stored = find_packed(tmp_path / "demo")["model.layers.1.input_layernorm.weight"].stored
     with open(stored.file, "r+b") as file:
@@ -165,14 +165,14 @@ def test_a_flipped_byte_of_a_packed_model_ends_the_command(tmp_path, capsys):
 
 def test_a_coder_that_errs_is_found(whole, tmp_path, monkeypatch, capsys):
     """What it wrote has its checksum, and is not what was there."""
-    whole_encode = packing.encode
-    monkeypatch.setattr(packing, "encode", lambda weights: whole_encode(-weights))
+    whole_compress = packing.encode
+    monkeypatch.setattr(packing, "compress", lambda weights: whole_compress(-weights))
     arguments = ("pack", "--model", whole / "plain", "--out", tmp_path / "out")
-    assert "coded, bytes 0 to 19200: corrupt: not what was packed" in refused(capsys, *arguments, "--verify")
+    assert "compressed, bytes 0 to 19200: corrupt: not what was packed" in refused(capsys, *arguments, "--verify")
     assert os.listdir(tmp_path) == []
     assert main([str(argument) for argument in arguments]) == 0
     error = refused(capsys, "unpack", "--model", tmp_path / "out", "--out", tmp_path / "original")
-    assert "1.safetensors: coded, bytes 0 to 19200: corrupt: not what was packed" in error
+    assert "1.safetensors: compressed, bytes 0 to 19200: corrupt: not what was packed" in error
 
 
 def test_another_original_is_found(whole, packed, monkeypatch):
@@ -181,9 +181,11 @@ def test_another_original_is_found(whole, packed, monkeypatch):
     data = bytearray(source.read_bytes())
     data[-1] ^= 1
     (packed / "original").write_bytes(data)
-    with pytest.raises(ValueError, match=r"1\.safetensors: coded does not decode to what it is in .*/original"):
+    with pytest.raises(
+        ValueError, match=r"1\.safetensors: compressed does not decompress to what it is in .*/original"
+    ):
         packing_verify(packed, packed / "original")
-    (packed / "original").write_bytes(source.read_bytes().replace(b"coded", b"c0ded"))
+    (packed / "original").write_bytes(source.read_bytes().replace(b"compressed", b"c0ded"))
     with pytest.raises(ValueError, match=r"1\.safetensors: its header is not that of .*/original"):
         packing_verify(packed, packed / "original")
 
@@ -206,7 +208,7 @@ def edit_blocks(change: Callable[[dict], object]) -> Callable[[dict], None]:
 
 
 NOT_WHOLE = r"1\.safetensors: corrupt header: what it says of the packing is not whole"
-NO_SUCH_BLOCKS = r"1\.safetensors: corrupt header: coded does not have the blocks"
+NO_SUCH_BLOCKS = r"1\.safetensors: corrupt header: compressed does not have the blocks"
 OTHER_TENSORS = r"1\.safetensors: corrupt header: its tensors are not those of the original"
 CHANGES = {
     "version": (set_value(PACKED, "2"), r"1\.safetensors: packed in version '2' of the format; 1 is read here"),
@@ -217,18 +219,24 @@ CHANGES = {
     "block_bytes of 0": (edit_blocks(lambda table: table.update(block_bytes=0)), NOT_WHOLE),
     "huge blocks": (edit_blocks(lambda table: table.update(block_bytes=2**31)), NOT_WHOLE),
     "deep JSON": (set_value(BLOCKS, "[" * 1000), NOT_WHOLE),
-    "huge number": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(2, 10**400)), NOT_WHOLE),
-    "empty row": (edit_blocks(lambda table: table["tensors"]["coded"][0].clear()), NOT_WHOLE),
-    "negative": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(2, -1)), NOT_WHOLE),
-    "no number": (edit_blocks(lambda table: table["tensors"]["coded"][0].__setitem__(0, "1")), NOT_WHOLE),
-    "a block less": (edit_blocks(lambda table: table["tensors"]["coded"].pop()), NO_SUCH_BLOCKS),
+    "huge number": (edit_blocks(lambda table: table["tensors"]["compressed"][0].__setitem__(2, 10**400)), NOT_WHOLE),
+    "empty row": (edit_blocks(lambda table: table["tensors"]["compressed"][0].clear()), NOT_WHOLE),
+    "negative": (edit_blocks(lambda table: table["tensors"]["compressed"][0].__setitem__(2, -1)), NOT_WHOLE),
+    "no number": (edit_blocks(lambda table: table["tensors"]["compressed"][0].__setitem__(0, "1")), NOT_WHOLE),
+    "a block less": (edit_blocks(lambda table: table["tensors"]["compressed"].pop()), NO_SUCH_BLOCKS),
     "other blocks": (edit_blocks(lambda table: table.update(block_bytes=192)), NO_SUCH_BLOCKS),
-    "more patches": (edit_blocks(lambda table: table["tensors"]["coded"][1].__setitem__(3, 10**6)), NO_SUCH_BLOCKS),
-    "long row": (edit_blocks(lambda table: table["tensors"]["coded"][1].append(1)), NOT_WHOLE),
-    "short row": (edit_blocks(lambda table: table["tensors"]["coded"].__setitem__(0, [7])), NO_SUCH_BLOCKS),
-    "other name": (edit_blocks(lambda table: table.update(tensors={"c": table["tensors"]["coded"]})), OTHER_TENSORS),
+    "more patches": (
+        edit_blocks(lambda table: table["tensors"]["compressed"][1].__setitem__(3, 10**6)),
+        NO_SUCH_BLOCKS,
+    ),
+    "long row": (edit_blocks(lambda table: table["tensors"]["compressed"][1].append(1)), NOT_WHOLE),
+    "short row": (edit_blocks(lambda table: table["tensors"]["compressed"].__setitem__(0, [7])), NO_SUCH_BLOCKS),
+    "other name": (
+        edit_blocks(lambda table: table.update(tensors={"c": table["tensors"]["compressed"]})),
+        OTHER_TENSORS,
+    ),
     "other dtype": (lambda m: m.update({HEADER: m[HEADER].replace("BF16", "F16")}), NO_SUCH_BLOCKS),
-    "other original": (lambda m: m.update({HEADER: m[HEADER].replace("coded", "c0ded")}), OTHER_TENSORS),
+    "other original": (lambda m: m.update({HEADER: m[HEADER].replace("compressed", "c0ded")}), OTHER_TENSORS),
     "gap": (lambda m: m.update({HEADER: m[HEADER].replace("[0, 19200]", "[2, 19202]")}), OTHER_TENSORS),
 }
 
@@ -260,8 +268,8 @@ def test_metadata_have_a_checksum(packed, name):
 
 
 def test_right_checksums_of_wrong_codes_are_refused(packed):
-    """The decoder would follow them out of bounds."""
-    block = find_packed(packed)["coded"].blocks[0]
+    """The decompressor would follow them out of bounds."""
+    block = find_packed(packed)["compressed"].blocks[0]
     with open(packed / "1.safetensors", "r+b") as file:
         file.seek(block.offset)
         blob = torch.frombuffer(bytearray(file.read(block.stored_bytes)), dtype=torch.uint8)
@@ -269,22 +277,24 @@ def test_right_checksums_of_wrong_codes_are_refused(packed):
         file.seek(block.offset)
         file.write(blob.numpy())
     right = packing.checksum(blob)
-    change_metadata(packed / "1.safetensors", edit_blocks(lambda t: t["tensors"]["coded"][0].__setitem__(0, right)))
+    change_metadata(
+        packed / "1.safetensors", edit_blocks(lambda t: t["tensors"]["compressed"][0].__setitem__(0, right))
+    )
     out = torch.empty(1, 96, dtype=torch.bfloat16)
     with (
         open_checkpoint(packed, HERE) as source,
-        pytest.raises(ValueError, match="coded, .*: corrupt: its tiles do not"),
+        pytest.raises(ValueError, match="compressed, .*: corrupt: its tiles do not"),
     ):
-        source.read_piece(Piece("coded", 0, 1, 0, 96, 0), out)
+        source.read_piece(Piece("compressed", 0, 1, 0, 96, 0), out)
 
 
 def test_truncated_files_are_refused(packed, tmp_path):
     file = packed / "1.safetensors"
     with open_checkpoint(packed, HERE) as source:
         os.truncate(file, file.stat().st_size - 1)
-        with pytest.raises(ValueError, match=r"1\.safetensors: the file ends inside coded: truncated"):
-            source.read_piece(Piece("coded", 99, 1, 0, 96, 0), torch.empty(1, 96, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"1\.safetensors: truncated: coded ends at byte"):
+        with pytest.raises(ValueError, match=r"1\.safetensors: the file ends inside compressed: truncated"):
+            source.read_piece(Piece("compressed", 99, 1, 0, 96, 0), torch.empty(1, 96, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"1\.safetensors: truncated: compressed ends at byte"):
         open_checkpoint(packed, HERE)
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.engine.kernels import decode_weights
-from penstock.engine.kernels.code_tile import ESCAPE_ROW
-from penstock.engine.kernels.decode_weights import COMMON, ESCAPED, TILE, WINDOW
-from penstock.engine.weights import encode_tiles
-from penstock.engine.weights.codec import CodeLayout, check, checksum, decode, encode
-from penstock.engine.weights.encode_tiles import choose_windows
+from penstock.engine.kernels import decompress_weights
+from penstock.engine.kernels.codec_tile import ESCAPE_ROW
+from penstock.engine.kernels.decompress_weights import COMMON, ESCAPED, TILE, WINDOW
+from penstock.engine.weights import compress_tiles
+from penstock.engine.weights.codec import CompressedLayout, check, checksum, compress, decompress
+from penstock.engine.weights.compress_tiles import choose_windows
 
 from tests.support.kernel_proof import DEVICE, same_bits
 
@@ -21,7 +21,7 @@ NAN_PAYLOADS = [0x7F81, 0x7FC0, 0x7FFF, -0x7F, -1, -0x40]
 SPECIAL = [0, -0x8000, 1, 0x7F, -0x7FFF, 0x80, 0x7F80, -0x80, *NAN_PAYLOADS]  # zeros, subnormals, infinities, NaNs
 
 
-def bits_per_weight(layout: CodeLayout) -> float:
+def bits_per_weight(layout: CompressedLayout) -> float:
     return 8 * layout.nbytes / layout.numel
 
 
@@ -46,11 +46,11 @@ def scaled_rows(*shape: int) -> torch.Tensor:
     return gaussian(*shape) * torch.randn(shape[0], 1, generator=GENERATOR).exp().bfloat16().to(DEVICE)
 
 
-def round_trip(weights: torch.Tensor) -> CodeLayout:
-    layout, blob = encode(weights)
+def round_trip(weights: torch.Tensor) -> CompressedLayout:
+    layout, blob = compress(weights)
     assert blob.dtype == torch.uint8 and blob.device == weights.device and len(blob) == layout.nbytes
     out = torch.full_like(weights, 7.0)
-    decode(layout, blob, out)
+    decompress(layout, blob, out)
     assert same_bits(out, weights)
     check("w", layout, blob, checksum(blob))
     return layout
@@ -64,7 +64,7 @@ def sown(weights: torch.Tensor, values: list[int], share: float) -> torch.Tensor
     return torch.where(where, from_bits(values).view(torch.int16)[chosen], bits).view(torch.bfloat16)
 
 
-def test_every_pattern_survives_coded():
+def test_every_pattern_survives_compressed():
     """Among weights that shrink, so that the code and not the raw flag carries them."""
     weights = torch.cat([every_pattern(), gaussian(12 * 65536)])
     weights = weights[torch.randperm(len(weights), generator=GENERATOR).to(DEVICE)]
@@ -144,22 +144,22 @@ def test_what_does_not_shrink_is_kept():
 
 def test_more_tiles_than_are_handled_at_once(monkeypatch):
     weights = sown(scaled_rows(9, TILE), SPECIAL, 0.02)
-    _, whole = encode(weights)
-    assert decode_weights.BLOCK_TILES > 9 and encode_tiles.CPU_BLOCK_TILES > 9
-    for module in (encode_tiles, decode_weights):
+    _, whole = compress(weights)
+    assert decompress_weights.BLOCK_TILES > 9 and compress_tiles.CPU_BLOCK_TILES > 9
+    for module in (compress_tiles, decompress_weights):
         monkeypatch.setattr(module, "BLOCK_TILES", 2)
-    monkeypatch.setattr(encode_tiles, "CPU_BLOCK_TILES", 2)
+    monkeypatch.setattr(compress_tiles, "CPU_BLOCK_TILES", 2)
     round_trip(weights)
-    assert torch.equal(encode(weights)[1], whole)
-    assert torch.equal(encode(weights, num_threads=3)[1], whole)
+    assert torch.equal(compress(weights)[1], whole)
+    assert torch.equal(compress(weights, num_threads=3)[1], whole)
 
 
 def test_a_blob_into_given_memory():
     """Whatever was there before: padding is zero, and nothing behind the blob is asked for."""
     for weights in (sown(gaussian(5, 3001), SPECIAL, 0.01), gaussian(7, 11), from_bits(torch.randint(-9, 9, (4097,)))):
-        _, fresh = encode(weights, torch.zeros(2 * weights.numel() + 15, dtype=torch.uint8, device=DEVICE))
+        _, fresh = compress(weights, torch.zeros(2 * weights.numel() + 15, dtype=torch.uint8, device=DEVICE))
         poisoned = torch.full((2 * weights.numel() + 15,), 0xA5, dtype=torch.uint8, device=DEVICE)
-        _, blob = encode(weights, poisoned)
+        _, blob = compress(weights, poisoned)
         assert blob.data_ptr() == poisoned.data_ptr() and torch.equal(blob, fresh)
         assert (poisoned[-(-2 * weights.numel() // 16) * 16 :] == 0xA5).all()
 
@@ -190,7 +190,7 @@ def test_bits_a_weight(weights, target, shape):
 
 
 def test_parts_lie_apart_and_aligned():
-    layout, blob = encode(sown(gaussian(5, 3001), SPECIAL, 0.01))
+    layout, blob = compress(sown(gaussian(5, 3001), SPECIAL, 0.01))
     end = 0
     for offset, nbytes in layout.parts.values():
         assert offset % 16 == 0 and end <= offset < end + 16
@@ -199,13 +199,13 @@ def test_parts_lie_apart_and_aligned():
 
 
 def test_broken_blobs_are_refused():
-    layout, blob = encode(sown(gaussian(3, 2048), SPECIAL, 0.01))
+    layout, blob = compress(sown(gaussian(3, 2048), SPECIAL, 0.01))
     good = checksum(blob)
     with pytest.raises(ValueError, match=r"layers\.0\.w: truncated: \d+ of \d+ bytes"):
         check("layers.0.w", layout, blob[:-16], good)
     with pytest.raises(ValueError, match=r"w: corrupt: .* torch.bfloat16 of shape \(2, 2048\)"):
         check("w", dataclasses.replace(layout, shape=(2, 2048)), blob, good)
-    with pytest.raises(ValueError, match="w: coded weights are bytes in a row, not torch.bfloat16"):
+    with pytest.raises(ValueError, match="w: compressed weights are bytes in a row, not torch.bfloat16"):
         check("w", layout, blob.view(torch.bfloat16), good)
     with pytest.raises(ValueError, match="w: torch.float16 is kept raw"):
         check("w", dataclasses.replace(layout, dtype=torch.float16), blob, good)
@@ -221,8 +221,8 @@ def test_broken_blobs_are_refused():
     ("part", "message"), [("escape_starts", "escapes"), ("codes", "escapes"), ("patch_starts", "patches")]
 )
 def test_parts_that_contradict_are_refused(part, message):
-    """A decoder would read or write past the end, right checksum or not."""
-    layout, blob = encode(sown(gaussian(3, 2048), SPECIAL, 0.01))
+    """A decompressor would read or write past the end, right checksum or not."""
+    layout, blob = compress(sown(gaussian(3, 2048), SPECIAL, 0.01))
     layout.part(blob, part)[1] += 0x51
     with pytest.raises(ValueError, match=f"w: corrupt: .*{message}"):
         check("w", layout, blob, checksum(blob))
@@ -279,7 +279,7 @@ CONTRADICTIONS = {  # each is wrong in one way only, and a kernel would follow i
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_each_contradiction_of_parts_is_refused(name):
     spoil, message = CONTRADICTIONS[name]
-    layout, blob = encode(sown(gaussian(4, 2048), SPECIAL, 0.01))
+    layout, blob = compress(sown(gaussian(4, 2048), SPECIAL, 0.01))
     starts = layout.planes(blob).patch_starts.tolist()
     assert 0 < starts[1] <= starts[2] < starts[3] and layout.num_escapes > 2 * ESCAPE_ROW
     check("w", layout, blob, checksum(blob))
@@ -290,13 +290,13 @@ def test_each_contradiction_of_parts_is_refused(name):
 
 def test_a_blob_or_result_that_is_too_short_is_never_read():
     """A slice would be shorter without a word, and the kernel read on behind it."""
-    layout, blob = encode(sown(gaussian(3, 2048), SPECIAL, 0.01))
+    layout, blob = compress(sown(gaussian(3, 2048), SPECIAL, 0.01))
     out = torch.empty(layout.shape, dtype=layout.dtype, device=DEVICE)
     for nbytes in (0, layout.parts["windows"][0] + 2, layout.nbytes // 2):
         with pytest.raises(AssertionError):
-            decode(layout, blob[:nbytes], out)
+            decompress(layout, blob[:nbytes], out)
     planes = layout.planes(blob)
     for name in ("codes", "windows", "escape_starts", "patch_starts"):
         short = planes._replace(**{name: getattr(planes, name)[:-1]})
         with pytest.raises(AssertionError, match="a plane is too short for its tiles"):
-            decode_weights.decode_weights(short, out.view(-1))
+            decompress_weights.decompress_weights(short, out.view(-1))

@@ -96,27 +96,27 @@ def test_spans_equal_the_library_for_every_rank(saved, monkeypatch, dtype, block
     for tp_size in (1, 2, 4):
         for rank in range(tp_size):
             layout = model_layout(spec, names, dtype, tp_size, rank)
-            streamed = {group.group for group in layout.groups[rank % 2 :: 2]}
+            streamed = {group.id for group in layout.groups[rank % 2 :: 2]}
             progress = []
             with Checkpoint.open(directory) as source:
                 source.check(expected_tensors(spec, names), names.ignorable)
                 embed_on_host = rank % 2 == 0
                 loaded = load_weights(source, layout, streamed, embed_on_host, CPU, 2, progress.append)
-            on_host = streamed | ({layout.embed.group} if embed_on_host else set())
+            on_host = streamed | ({layout.embed.id} if embed_on_host else set())
             assert set(loaded.host_spans) == on_host
             assert loaded.bytes_read == piece_bytes(layout, itemsize=4)
             assert sum(progress) == layout.nbytes
             assert loaded.host_bytes == sum(g.nbytes for g in (*layout.groups, layout.embed) if g.group in on_host)
             assert loaded.host_bytes + loaded.resident_bytes == layout.nbytes
             for group in (*layout.groups, layout.embed):
-                span = (loaded.host_spans if group.group in on_host else loaded.resident)[group.group]
+                span = (loaded.host_spans if group.id in on_host else loaded.resident)[group.id]
                 assert span.dtype == torch.uint8 and span.shape == (group.nbytes,)
                 assert span.data_ptr() % 256 == 0 or group.nbytes == 0
                 found = views(group, span)
                 assert list(found) == [weight.name for weight in group.weights]
                 for weight in group.weights:
                     expected = oracle(weight, tensors, getattr(torch, dtype))
-                    assert torch.equal(found[weight.name], expected), (group.group, weight.name)
+                    assert torch.equal(found[weight.name], expected), (group.id, weight.name)
             loaded.close()
             assert loaded.host_spans == {} and loaded.resident == {}
 
@@ -156,7 +156,7 @@ def test_an_error_in_a_thread_is_raised_and_frees_the_arenas(saved, monkeypatch)
     layout = model_layout(spec, names, "float32", 1, 0)
     source = Broken(expected_tensors(spec, names))
     with pytest.raises(ValueError, match="no such luck"):
-        load_weights(source, layout, {layout.groups[0].group}, True, CPU)
+        load_weights(source, layout, {layout.groups[0].id}, True, CPU)
     assert len(closed) == 2
 
 
@@ -227,13 +227,13 @@ def test_staging_buffers_are_zeroed_and_never_reused_in_flight(saved, monkeypatc
     with Checkpoint.open(directory) as source, ThreadPoolExecutor(num_threads) as threads:
         for group in groups:
             for block in blocks_module.cut_blocks(group):
-                threads.submit(staging.load, block, source, memory.spans[group.group])
+                threads.submit(staging.load, block, source, memory.spans[group.id])
     staging.close()
     memory.finish()
     for group in groups:
         for weight in group.weights:
             expected = oracle(weight, tensors, torch.float32)
-            assert torch.equal(views(group, memory.spans[group.group])[weight.name], expected), weight.name
+            assert torch.equal(views(group, memory.spans[group.id])[weight.name], expected), weight.name
 
 
 def test_dummy_weights_do_not_depend_on_ranks_or_threads(saved):
@@ -251,5 +251,5 @@ def test_dummy_weights_do_not_depend_on_ranks_or_threads(saved):
         assert loaded.bytes_read == 0
         for group in (*layout.groups, layout.embed):
             for weight in group.weights:
-                found = views(group, loaded.host_spans[group.group])[weight.name]
+                found = views(group, loaded.host_spans[group.id])[weight.name]
                 assert torch.equal(found, oracle(weight, whole, torch.bfloat16)), (tp_size, rank, weight.name)

@@ -28,7 +28,7 @@ LOAD_AND_MEASURE = """
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
-    directory, dtype, tp_size, rank, coded = *sys.argv[1:3], *map(int, sys.argv[3:])
+    directory, dtype, tp_size, rank, compressed = *sys.argv[1:3], *map(int, sys.argv[3:])
     spec = read_spec(read_config(directory), directory)
     names = tensor_names(spec)
     layout = model_layout(spec, names, dtype, tp_size, rank)
@@ -36,9 +36,9 @@ LOAD_AND_MEASURE = """
     before = peak_bytes()
     with Checkpoint.open(directory) as source:
         source.check(expected_tensors(spec, names), names.ignorable)
-        groups = {group.group for group in layout.groups}
-        coded = groups if coded else set()
-        loaded = load_weights(source, layout, groups, True, torch.device("cpu"), num_threads=8, coded=coded)
+        groups = {group.id for group in layout.groups}
+        compressed = groups if compressed else set()
+        loaded = load_weights(source, layout, groups, True, torch.device("cpu"), num_threads=8, compressed=compressed)
     largest = max(group.nbytes for group in layout.groups)
     print(peak_bytes() - before, layout.nbytes, loaded.bytes_read, loaded.host_bytes, largest)
 """
@@ -67,9 +67,9 @@ def large(tmp_path_factory):
     return directory
 
 
-def measured(large, dtype: str, tp_size: int, rank: int, coded: bool = False) -> list[int]:
+def measured(large, dtype: str, tp_size: int, rank: int, compressed: bool = False) -> list[int]:
     """The line that the process prints."""
-    arguments = [sys.executable, "-c", textwrap.dedent(LOAD_AND_MEASURE), large, dtype, tp_size, rank, int(coded)]
+    arguments = [sys.executable, "-c", textwrap.dedent(LOAD_AND_MEASURE), large, dtype, tp_size, rank, int(compressed)]
     result = subprocess.run(list(map(str, arguments)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return list(map(int, result.stdout.split()))
@@ -84,10 +84,10 @@ def test_peak_memory_of_loading(large, dtype, tp_size, rank):
     assert added < 1.05 * shard + (16e6 if dtype == "bfloat16" else 100e6), "more than this code needs"
 
 
-def test_peak_memory_of_coded_loading(large):
-    """What is held, and two groups: the one that is coded and what becomes of it."""
-    added, shard, _, held, largest = measured(large, "bfloat16", 1, 0, coded=True)
-    print(f"coded: shard {shard / 1e6:.0f} MB, held {held / 1e6:.0f} MB, added {added / 1e6:.0f} MB")
+def test_peak_memory_of_compressed_loading(large):
+    """What is held, and two groups: the one that is compressed and what becomes of it."""
+    added, shard, _, held, largest = measured(large, "bfloat16", 1, 0, compressed=True)
+    print(f"compressed: shard {shard / 1e6:.0f} MB, held {held / 1e6:.0f} MB, added {added / 1e6:.0f} MB")
     embed = 12288 * 1024 * 2
     assert held - embed < 0.7 * (shard - embed)
     assert 0.95 * held < added < held + 2 * largest + 128e6, (

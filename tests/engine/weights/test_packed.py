@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.engine.commands.cli import main
 from penstock.engine.commands.pack import pack
-from penstock.engine.kernels import decode_weights
+from penstock.engine.kernels import decompress_weights
 from penstock.engine.model.families import read_config, read_spec, tensor_names
 from penstock.engine.model.layout import expected_tensors, model_layout
 from penstock.engine.model.shard import Piece
@@ -61,7 +61,7 @@ def test_the_original_comes_back(odd):
     assert files_of(packed) == files_of(original)
     assert_unpacks(packed, original)
     tensors = find_packed(packed)
-    assert {name for name, tensor in tensors.items() if tensor.coded} == CODED
+    assert {name for name, tensor in tensors.items() if tensor.compressed} == CODED
     assert [block.layout.shape for block in tensors["wide"].blocks] == [(52, 96)] * 3 + [(44, 96)]
     assert [block.layout.shape for block in tensors["cube"].blocks] == [(2, 2000), (2, 2000), (1, 2000)]
     assert [block.layout.raw for block in tensors["flat"].blocks] == [False, True]  # the last is less than a tile
@@ -147,7 +147,7 @@ def test_every_rank_loads_the_same(tmp_path, variant):
             for directory in (tmp_path / "plain", tmp_path / "packed"):
                 with open_checkpoint(directory, HERE) as source:
                     source.check(expected_tensors(spec, names), names.ignorable)
-                    loaded = load_weights(source, layout, {layout.groups[0].group}, True, HERE, 2)
+                    loaded = load_weights(source, layout, {layout.groups[0].id}, True, HERE, 2)
                 groups = {**loaded.host_spans, **loaded.resident}
                 spans.append({group: span.cpu().clone() for group, span in groups.items()})
                 loaded.close()
@@ -156,7 +156,7 @@ def test_every_rank_loads_the_same(tmp_path, variant):
                 assert torch.equal(span, spans[1][group]), (tp_size, rank, group)
 
 
-def test_values_that_are_not_finite_are_found_in_coded_blocks(tmp_path):
+def test_values_that_are_not_finite_are_found_in_compressed_blocks(tmp_path):
     (tmp_path / "plain").mkdir()
     raw = bf16(100, 96)
     data = bytearray(raw.data)
@@ -175,11 +175,11 @@ def test_values_that_are_not_finite_are_found_in_coded_blocks(tmp_path):
 def test_a_packed_model_generates_the_same(tmp_path, resident):
     pack(find_model("demo"), tmp_path / "demo", HERE, verified=False)
     options = {"resident": resident, "max_model_len": 64, "device": DEVICE}
-    decoded, outputs = sum(decode_weights.calls.values()), []
+    decompressed, outputs = sum(decompress_weights.calls.values()), []
     for model in ("demo", str(tmp_path / "demo")):
         with LLM(model, **options) as llm:
             params = SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True)
             (output,) = llm.generate("Return the", params)
             outputs.append(json.dumps(output.to_dict()["outputs"]))
     assert outputs[0] == outputs[1]
-    assert sum(decode_weights.calls.values()) - decoded >= 29  # blocks, of as many coded tensors
+    assert sum(decompress_weights.calls.values()) - decompressed >= 29  # blocks, of as many compressed tensors

@@ -331,7 +331,7 @@ def test_generate_says_each_note_once(tmp_path, capsys, tp_size):
             assert text.count(note) == 1 and f"\nnote: {note}\n" in f"{text}\n"
     if tp_size == 1:
         with LLM(str(tmp_path), device="cpu", max_num_seqs=2) as llm:
-            assert llm.rank.plan.notes == expected
+            assert llm.engine.plan.notes == expected
 
 
 # --- quantisation -----------------------------------------------------------------------------------------------------

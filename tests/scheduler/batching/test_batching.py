@@ -26,7 +26,7 @@ def request(id=0, num_prompt=3, max_tokens=4, **params):
 
 def shape(batch):
     """(row, start, tokens, samples) of each row."""
-    return [(row.row, row.start, len(row.tokens), row.samples) for row in batch.rows]
+    return [(row.index, row.start, len(row.tokens), row.samples) for row in batch.rows]
 
 
 def run_pass(sched, token=9):

@@ -103,19 +103,19 @@ class Simulation:
 
     def check(self, batch: Batch) -> None:
         assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert len({row.row for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
+        assert len({row.index for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
         self.check_no_budget_is_wasted(batch)
         self.scheduler.check_integrity()
 
     def submit(self, batch: Batch, running: dict[int, Request]) -> None:
         rows = Batch.unpack(batch.pack()).rows
-        sampled = [token for row in rows for token in self.compute(row, running[row.row])]
+        sampled = [token for row in rows for token in self.compute(row, running[row.index])]
         self.under_way.append((batch, sampled))
 
     def check_no_budget_is_wasted(self, batch: Batch):
         if batch.num_tokens == self.scheduler.max_num_batched_tokens:
             return
-        ends = {row.row: row.start + len(row.tokens) for row in batch.rows}
+        ends = {row.index: row.start + len(row.tokens) for row in batch.rows}
         most = self.scheduler.max_model_len
         running = {
             row: r for row, r in self.scheduler._running.items() if row in ends or not ends_with_what_comes(r, most)
@@ -132,13 +132,13 @@ class Simulation:
         self.num_computed[request.id] = row.start + len(row.tokens)
         if row.sampling is not None:
             assert row.start == 0
-            self.row_seed[row.row] = row.sampling.seed
-        known = tuple(self.last_token[row.row] if token == ON_DEVICE else token for token in row.tokens)
+            self.row_seed[row.index] = row.sampling.seed
+        known = tuple(self.last_token[row.index] if token == ON_DEVICE else token for token in row.tokens)
         tokens = self.cache.compute(dataclasses.replace(row, tokens=known), request.id)
         if not row.samples:
             return []
-        token = next_token(tokens, self.row_seed[row.row])
-        self.last_token[row.row] = max(token, 0)
+        token = next_token(tokens, self.row_seed[row.index])
+        self.last_token[row.index] = max(token, 0)
         return [token]
 
 
@@ -257,7 +257,7 @@ def test_order_of_pages_changes_no_decision():
         while (batch := scheduler.schedule()) is not None:
             batches.append(batch)
             scheduler.update(batch, [9] * batch.num_sampled)
-        shapes = [[(row.row, row.start, row.tokens, row.samples) for row in b.rows] for b in batches]
+        shapes = [[(row.index, row.start, row.tokens, row.samples) for row in b.rows] for b in batches]
         return shapes, [row.pages for batch in batches for row in batch.rows]
 
     (shapes, pages), (shapes_shuffled, pages_shuffled) = decisions(None), decisions(3)

@@ -6,7 +6,7 @@ import math
 import pytest
 from penstock.engine.planning.device_profile import load_profile
 from penstock.scheduler.cost.pass_work import ATTENTION_SHARE, GATHER_SHARE, KV_SHARE, PassShape, PassWork, StepWork
-from penstock.scheduler.cost.time_model import Rates, decode_s, free_tokens, predict_pass, step_s, steps_s
+from penstock.scheduler.cost.time_model import Rates, decompress_s, free_tokens, predict_pass, step_s, steps_s
 
 RATES = Rates(link_gb_s=50.0, memory_gb_s=4000.0, gemm_tflops=800.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
 READ = StepWork("read", weight_bytes=10**9, token_flops=10**9, kv_token_bytes=10**5)
@@ -100,9 +100,12 @@ def test_what_is_copied_before_it_is_attended_to(shape, gathered):
 
 def test_a_decoded_group_has_three_kernels():
     """A norm and two matrices; without graphs it takes as long as a step takes the host."""
-    graphs, eager = rates(decode_gb_s=1000.0, node_latency_s=2e-6), rates(decode_gb_s=1000.0, step_latency_s=5e-5)
-    assert decode_s(10**9, 10, graphs) == pytest.approx(1e-3 + 10 * 3 * 2e-6)
-    assert decode_s(10**9, 10, eager) == pytest.approx(1e-3 + 10 * 5e-5)
+    graphs, eager = (
+        rates(decompress_gb_s=1000.0, node_latency_s=2e-6),
+        rates(decompress_gb_s=1000.0, step_latency_s=5e-5),
+    )
+    assert decompress_s(10**9, 10, graphs) == pytest.approx(1e-3 + 10 * 3 * 2e-6)
+    assert decompress_s(10**9, 10, eager) == pytest.approx(1e-3 + 10 * 5e-5)
 
 
 def test_a_step_of_nothing_costs_nothing():

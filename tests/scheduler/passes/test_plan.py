@@ -1,4 +1,4 @@
-"""StepPlan: each plan made is safe, and each way to break the contract is found by validate().
+"""PassPlan: each plan made is safe, and each way to break the contract is found by validate().
 
 What is safe is judged by an oracle of another kind than the proof (plan_oracle.py).
 """
@@ -28,15 +28,15 @@ from penstock.scheduler.passes.check import validate
 from penstock.scheduler.passes.pass_plan import (
     Acquire,
     Compute,
-    Decode,
+    Decompress,
     Fork,
     GroupId,
     Join,
+    PassPlan,
     Prefetch,
     Release,
     RingLayout,
     Slot,
-    StepPlan,
 )
 from penstock.scheduler.residency.spread import counts_within, spread
 
@@ -70,7 +70,7 @@ def cases(draw, least=1):
     return groups, streamed, lay_out_ring(streamed, ring_bytes, draw(st.integers(1, 3)))
 
 
-def rejected(plan: StepPlan) -> bool:
+def rejected(plan: PassPlan) -> bool:
     try:
         validate(plan)
     except ValueError:
@@ -78,11 +78,11 @@ def rejected(plan: StepPlan) -> bool:
     return False
 
 
-def mutant(plan: StepPlan, index: int, *instead) -> StepPlan:
-    return StepPlan((*plan.instructions[:index], *instead, *plan.instructions[index + 1 :]), plan.ring)
+def mutant(plan: PassPlan, index: int, *instead) -> PassPlan:
+    return PassPlan((*plan.instructions[:index], *instead, *plan.instructions[index + 1 :]), plan.ring)
 
 
-def where(plan: StepPlan, kind) -> list[int]:
+def where(plan: PassPlan, kind) -> list[int]:
     return [i for i, instruction in enumerate(plan.instructions) if isinstance(instruction, kind)]
 
 
@@ -164,7 +164,7 @@ def test_a_release_before_the_last_reader_is_rejected(case, data):
     last = max(i for i in where(plan, Compute) if plan.instructions[i].group == release.group)
     moved = [i for i in plan.instructions if i != release]
     moved.insert(last, release)
-    assert rejected(StepPlan(tuple(moved), plan.ring))
+    assert rejected(PassPlan(tuple(moved), plan.ring))
 
 
 @MANY
@@ -177,7 +177,7 @@ def test_an_event_waited_for_before_it_is_recorded_is_rejected(case, data):
     recorder = max(i for i, other in enumerate(plan.instructions) if other.records in waiter.waits)
     moved = [*plan.instructions[:index], *plan.instructions[index + 1 :]]
     moved.insert(recorder, waiter)
-    assert rejected(StepPlan(tuple(moved), plan.ring))
+    assert rejected(PassPlan(tuple(moved), plan.ring))
 
 
 @MANY
@@ -199,7 +199,7 @@ def test_a_slot_reused_early_is_rejected(case, data):
 
     instructions = [moved(i) if isinstance(i, Prefetch | Acquire | Release) else i for i in plan.instructions]
     layout = replace(ring, slots=tuple((g, slot if g == copy.group else s) for g, s in ring.slots))
-    broken = StepPlan(tuple(instructions), layout)
+    broken = PassPlan(tuple(instructions), layout)
     if is_hazardous(broken):
         assert rejected(broken)
 
@@ -220,7 +220,7 @@ def test_a_wrong_wrap_around_is_rejected(case, data):
     assert rejected(mutant(plan, index, replace(copy, group=other[0], slot=other[1])))  # another group wraps
     more = replace(plan.ring, num_wrapped=min(plan.ring.num_wrapped + 1, len(plan.ring.slots)))
     if more.num_wrapped > plan.ring.num_wrapped:
-        assert rejected(StepPlan(plan.instructions, more))
+        assert rejected(PassPlan(plan.instructions, more))
 
 
 @MANY
@@ -232,7 +232,7 @@ def test_whatever_the_proof_accepts_is_safe(case, data):
     for _ in range(data.draw(st.integers(1, 3))):
         a, b = (data.draw(st.integers(0, len(instructions) - 1)) for _ in range(2))
         instructions[a], instructions[b] = instructions[b], instructions[a]
-    broken = StepPlan(tuple(instructions), plan.ring)
+    broken = PassPlan(tuple(instructions), plan.ring)
     assert rejected(broken) or not is_hazardous(broken)
 
 
@@ -325,7 +325,7 @@ def engine_plans(draw) -> tuple[EngineConfig, EnginePlan]:
     return replace(config, **chosen), plan(**chosen)
 
 
-def bytes_alive(plan: StepPlan, ranges: dict[str, range]) -> list[dict[str, range]]:
+def bytes_alive(plan: PassPlan, ranges: dict[str, range]) -> list[dict[str, range]]:
     """At each instruction the bytes of all activations that are alive in it, those it creates or destroys too."""
     alive, found = set(), []
     for step in where(plan, Compute):
@@ -340,12 +340,12 @@ def bytes_alive(plan: StepPlan, ranges: dict[str, range]) -> list[dict[str, rang
 @given(engine_plans())
 def test_each_engine_plan_is_safe(case):
     config, plan = case
-    residency, steps = plan.residency, plan.step_plan
+    residency, steps = plan.residency, plan.pass_plan
     validate(steps)
     assert not is_hazardous(steps)
     assert [i for i in steps.instructions if isinstance(i, Compute)] == model_steps(plan.spec)
 
-    streamed = [group.group for group in plan.layout.groups if group.group not in residency.resident]
+    streamed = [group.id for group in plan.layout.groups if group.id not in residency.resident]
     assert sorted(i.group for i in steps.instructions if isinstance(i, Prefetch)) == sorted(streamed)
     assert all(slot.nbytes == by_group(plan.layout)[group].nbytes for group, slot in steps.ring.slots)
     assert steps.ring.ring_bytes <= (config.ring or sum(slot.nbytes for _, slot in steps.ring.slots))
@@ -360,63 +360,64 @@ def test_each_engine_plan_is_safe(case):
 
 
 @st.composite
-def coded_cases(draw):
-    """A case with some groups coded, streamed or resident, and steps in which the readers of neighbours interleave."""
+def compressed_cases(draw):
+    """A case with some groups compressed, streamed or resident, and steps in which the readers of neighbours
+    interleave."""
     groups, streamed, ring = draw(cases(least=2))
-    decoded = {g: 256 * draw(st.integers(1, 4)) for g in groups if draw(st.booleans())}
-    assume(decoded)
+    decompressed = {g: 256 * draw(st.integers(1, 4)) for g in groups if draw(st.booleans())}
+    assume(decompressed)
     steps = steps_of(groups)
     if draw(st.booleans()):  # as in a parallel block: the next group's first reader comes before this one's last
         ring = lay_out_ring(streamed, sum(nbytes for _, nbytes in streamed))
         for first in range(3, len(steps) - 3, 6):
             steps[first], steps[first + 1] = steps[first + 1], steps[first]
-    return steps, ring, decoded
+    return steps, ring, decompressed
 
 
 @MANY
-@given(coded_cases())
-def test_each_plan_with_coded_groups_is_safe(case):
-    steps, ring, decoded = case
-    plan = make_plan(steps, ring, decoded)
+@given(compressed_cases())
+def test_each_plan_with_compressed_groups_is_safe(case):
+    steps, ring, decompressed = case
+    plan = make_plan(steps, ring, decompressed)
     assert not is_hazardous(plan)
-    assert {i.group: i.place.nbytes for i in plan.decodes} == decoded
+    assert {i.group: i.place.nbytes for i in plan.decompresses} == decompressed
     names = [str(i) for i in plan.instructions]
     for group, _ in ring.slots:
-        if group in decoded:  # its slot is free at once
-            assert names.index(f"release {group}") == names.index(f"decode {group}") + 1
+        if group in decompressed:  # its slot is free at once
+            assert names.index(f"release {group}") == names.index(f"decompress {group}") + 1
 
 
 @MANY
-@given(coded_cases(), st.data())
+@given(compressed_cases(), st.data())
 def test_each_broken_decode_is_rejected(case, data):
-    steps, ring, decoded = case
-    plan = make_plan(steps, ring, decoded)
-    index = data.draw(st.sampled_from(where(plan, Decode)))
-    decode = plan.instructions[index]
-    others = [i.place for i in plan.decodes if i is not decode]
+    steps, ring, decompressed = case
+    plan = make_plan(steps, ring, decompressed)
+    index = data.draw(st.sampled_from(where(plan, Decompress)))
+    decompress = plan.instructions[index]
+    others = [i.place for i in plan.decompresses if i is not decompress]
     mutants = [
-        mutant(plan, index, decode, decode),  # twice
-        *(mutant(plan, index, replace(decode, place=place)) for place in others),  # where another one may be in use
+        mutant(plan, index, decompress, decompress),  # twice
+        *(mutant(plan, index, replace(decompress, place=place)) for place in others),  # where another one may be in use
     ]
     for broken in mutants[1:]:
         assert rejected(broken) == is_hazardous(broken)
     assert rejected(mutants[0])
 
 
-@given(coded_cases(), st.data())
+@given(compressed_cases(), st.data())
 def test_a_slot_released_before_it_is_decoded_is_rejected(case, data):
-    steps, ring, decoded = case
-    plan = make_plan(steps, ring, decoded)
-    released = [i for i in where(plan, Release) if isinstance(plan.instructions[i - 1], Decode)]
+    steps, ring, decompressed = case
+    plan = make_plan(steps, ring, decompressed)
+    released = [i for i in where(plan, Release) if isinstance(plan.instructions[i - 1], Decompress)]
     assume(released)
     index = data.draw(st.sampled_from(released))
-    decode, release = plan.instructions[index - 1 : index + 1]
-    swapped = (*plan.instructions[: index - 1], release, decode, *plan.instructions[index + 1 :])
-    assert rejected(StepPlan(swapped, plan.ring))
+    decompress, release = plan.instructions[index - 1 : index + 1]
+    swapped = (*plan.instructions[: index - 1], release, decompress, *plan.instructions[index + 1 :])
+    assert rejected(PassPlan(swapped, plan.ring))
 
 
 def test_the_decode_buffer_holds_one_group_at_a_time():
     """Serial layers: the largest group's bytes are enough."""
     groups = [GroupId(i, name) for i in range(4) for name in ("attn", "ffn")]
-    decoded = {group: 1024 if group.name == "ffn" else 256 for group in groups}
-    assert make_plan(steps_of(groups), RingLayout(0, 0, ()), decoded).decode_buffer_bytes == 1024
+    decompressed = {group: 1024 if group.name == "ffn" else 256 for group in groups}
+    assert make_plan(steps_of(groups), RingLayout(0, 0, ()), decompressed).decompression_buffer_bytes == 1024

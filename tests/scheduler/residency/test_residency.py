@@ -43,7 +43,7 @@ def demand(num_layers=32, **changes) -> Demand:
 def plan_residency(asked: Demand) -> Residency:
     """Of plain weights, on an H200."""
     steps = ((StepWork("linear", weight_bytes=(ATTN + FFN) // 2), 64),)
-    return plan_fastest(asked, Cost(steps, load_profile("h200")), coded=False)[1]
+    return plan_fastest(asked, Cost(steps, load_profile("h200")), compressed=False)[1]
 
 
 def resident_layer_bytes(planned, asked):

@@ -1,4 +1,5 @@
-"""The search against brute force: each number of groups that stay and of those that are coded is laid out and tried."""
+"""The search against brute force: each number of groups that stay and of those that are compressed is laid out and
+tried."""
 
 import itertools
 import math
@@ -39,7 +40,7 @@ def demands(draw) -> tuple[Demand, Cost]:
         page_size=16,
         max_num_seqs=draw(st.integers(1, 6)),
         max_position=draw(st.integers(1, 100)),
-        coded={group: int(dict(groups)[group] * share) + 1 for group in codable},
+        compressed={group: int(dict(groups)[group] * share) + 1 for group in codable},
         buffer_bytes=lambda names: max(largest[name] for name in names),
         memory_bytes=int(total * draw(st.floats(0.2, 1.3))) + 1000,
         fixed_of=lambda n: (("workspace", 1000 * n),),
@@ -48,31 +49,31 @@ def demands(draw) -> tuple[Demand, Cost]:
     rates = replace(
         H200,
         link_gb_s=10 ** draw(st.floats(-2, 3)),
-        decode_gb_s=10 ** draw(st.floats(-1, 3)),
+        decompress_gb_s=10 ** draw(st.floats(-1, 3)),
         pass_latency_s=draw(st.sampled_from((0.0, 1e-4))),
     )
     steps = ((StepWork("linear", weight_bytes=total // 8, token_flops=total * draw(st.integers(0, 3000))), 8),)
     return replace(asked, fixed=asked.fixed_of(asked.max_num_seqs)), Cost(steps, rates)
 
 
-def splits(asked: Demand, coded: bool):
+def splits(asked: Demand, compressed: bool):
     """The whole family, laid out."""
     kinds = by_name([group for group, _ in asked.groups])
     for counts in itertools.product(*(range(len(members) + 1) for members in kinds.values())):
         staying = [every(members, count) for members, count in zip(kinds.values(), counts)]
         resident = frozenset(itertools.chain(*staying))
-        if not coded:
+        if not compressed:
             yield Split(resident, frozenset(), False)
             continue
         for plain in itertools.product(*(range(len(members) + 1) for members in staying)):
             kept_plain = itertools.chain(*(every(members, count) for members, count in zip(staying, plain)))
-            yield Split(resident, frozenset(asked.coded) - frozenset(kept_plain), False)
+            yield Split(resident, frozenset(asked.compressed) - frozenset(kept_plain), False)
 
 
 def seconds_of(asked: Demand, cost: Cost, split: Split, num_seqs: int) -> float:
-    decoded = sum(nbytes for group, nbytes in asked.groups if group in split.coded)
+    decompressed = sum(nbytes for group, nbytes in asked.groups if group in split.compressed)
     streamed = sum(nbytes for _, nbytes in asked.streamed(split))
-    work = PassWork(streamed, 0, cost.steps, len(split.coded), decoded)
+    work = PassWork(streamed, 0, cost.steps, len(split.compressed), decompressed)
     shape = PassShape(num_seqs, num_seqs, num_seqs * asked.kv_len)
     return predict_pass(work, shape, cost.rates).total_s
 
@@ -82,9 +83,9 @@ def needed_bytes(asked: Demand, split: Split) -> int:
     return asked.weights_bytes(split) + default_ring_bytes(asked.streamed(split)) + claims
 
 
-def brute_force(asked: Demand, cost: Cost, coded: bool) -> float:
+def brute_force(asked: Demand, cost: Cost, compressed: bool) -> float:
     """The most tokens/s of any split and number of sequences; 0 where none fits."""
-    best, tried = 0.0, list(splits(asked, coded))
+    best, tried = 0.0, list(splits(asked, compressed))
     for num_seqs in range(1, asked.max_num_seqs + 1):
         settled = asked.planned_for(num_seqs)
         left = settled.memory_bytes - settled.wanted_pages(num_seqs) * settled.page_bytes
@@ -96,19 +97,19 @@ def brute_force(asked: Demand, cost: Cost, coded: bool) -> float:
 @settings(max_examples=40)
 @given(demands())
 def test_plain_splits_are_the_best_there_are(case):
-    check(*case, coded=False)
+    check(*case, compressed=False)
 
 
 @settings(max_examples=20)
 @given(demands())
-def test_coded_splits_are_the_best_there_are(case):
-    check(*case, coded=True)
+def test_compressed_splits_are_the_best_there_are(case):
+    check(*case, compressed=True)
 
 
-def check(asked: Demand, cost: Cost, coded: bool) -> None:
-    best = brute_force(asked, cost, coded)
+def check(asked: Demand, cost: Cost, compressed: bool) -> None:
+    best = brute_force(asked, cost, compressed)
     assume(best)
-    settled, residency = plan_fastest(asked, cost, coded)
+    settled, residency = plan_fastest(asked, cost, compressed)
     num_seqs = settled.seqs_in(residency.num_pages)
     assert residency.claimed_bytes <= asked.memory_bytes
     assert num_seqs / seconds_of(asked, cost, residency.split, num_seqs) >= 0.99 * best
@@ -162,7 +163,7 @@ def plan(gib: float, cost: Cost, groups, **changes):
         max_position=2048,
         memory_bytes=int(gib * 2**30),
     )
-    return plan_fastest(replace(asked, **changes), cost, coded=False)[1]
+    return plan_fastest(replace(asked, **changes), cost, compressed=False)[1]
 
 
 def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
@@ -183,13 +184,13 @@ def test_of_many_layers_those_are_plain_that_save_most(attn_share, ffn_share):
     groups = tuple((GroupId(i, name), n << 20) for i in range(60) for name, n in (("attn", 84), ("ffn", 352)))
     groups += ((GroupId(60, "head"), 1 << 30),)
     shares = {"attn": attn_share, "ffn": ffn_share, "head": 0.7}
-    coded = {group: int(nbytes * shares[group.name]) for group, nbytes in groups}
-    extra = {group.name: nbytes - coded[group] for group, nbytes in groups}
+    compressed = {group: int(nbytes * shares[group.name]) for group, nbytes in groups}
+    extra = {group.name: nbytes - compressed[group] for group, nbytes in groups}
     saved = {group.name: nbytes for group, nbytes in groups}
-    room = int(0.4 * sum(nbytes - coded[group] for group, nbytes in groups))
-    asked = Demand(groups, 0, 1, 16, 1, 16, "all", coded, memory_bytes=sum(coded.values()) + room + 2)
-    _, residency = plan_fastest(asked, Cost((), H200), coded=True)
-    plain_bytes = sum(nbytes for group, nbytes in groups if group not in residency.coded)
+    room = int(0.4 * sum(nbytes - compressed[group] for group, nbytes in groups))
+    asked = Demand(groups, 0, 1, 16, 1, 16, "all", compressed, memory_bytes=sum(compressed.values()) + room + 2)
+    _, residency = plan_fastest(asked, Cost((), H200), compressed=True)
+    plain_bytes = sum(nbytes for group, nbytes in groups if group not in residency.compressed)
     best = max(
         attn * saved["attn"] + min(60, left // extra["ffn"]) * saved["ffn"] + head * saved["head"]
         for attn, head in itertools.product(range(61), range(2))
@@ -218,11 +219,11 @@ def long_demand(gib: float, **changes) -> Demand:
 @pytest.mark.parametrize("gib, full", [(5.0, False), (7.9, False), (8.2, False), (8.9, False), (9.1, True)])
 def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
     """By hand: a ring of 4 GiB, a page, and 80 MiB for each sequence; the longest one alone takes 4 GiB and 16 MiB."""
-    settled, residency = plan_fastest(long_demand(gib), Cost((), H200), coded=False)
+    settled, residency = plan_fastest(long_demand(gib), Cost((), H200), compressed=False)
     held = int((gib * 1024 - 4 * 1024 - 0.5) // 80)
     assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == held
     assert (residency.max_model_len == 2**17) == full
-    (asked, _) = plan_fastest(long_demand(8.2, max_model_len=2**17), Cost((), H200), coded=False)
+    (asked, _) = plan_fastest(long_demand(8.2, max_model_len=2**17), Cost((), H200), compressed=False)
     assert asked.max_num_seqs == 12  # beside the longest, which was asked for
 
 

@@ -30,7 +30,7 @@ def test_every_source_is_measured(run, monkeypatch):
     rows = {(row["source"], row["shape"]): row for row in record["rows"]}
     assert len(rows) == len(record["rows"]) == 2 * 5 + 1
     for (source, _), row in rows.items():
-        assert row["encode_gb_s"] > 0 and row["decode_gb_s"] > 0
+        assert row["compress_gb_s"] > 0 and row["decompress_gb_s"] > 0
         assert row["effective_link_gb_s"] == pytest.approx(50 * 16 / row["bits"], abs=0.1)
         assert row["raw_share"] == (1 if source == "random_bits" else pytest.approx(0, abs=0.01))
         assert row["floor_bits"] <= row["bits"] < row["floor_bits"] + 0.5

@@ -151,10 +151,10 @@ class SlowFirst:
 
 def test_captures_are_what_the_first_full_pass_takes_longer():
     with LLM("demo", device="cpu", dtype="float32", max_num_seqs=5) as llm:
-        assert startup_phases.measure_captures(llm.rank, 5) is None
-        llm.rank.worker.executor.decode = decode = SlowFirst(llm.rank.worker.executor)
-        assert startup_phases.measure_captures(llm.rank, 5) == pytest.approx(decode.CAPTURE_S, abs=0.2)
-        assert decode.num_rows == [5, 5] and llm.rank.num_under_way == 0
+        assert startup_phases.measure_captures(llm.engine, 5) is None
+        llm.engine.worker.executor.decode = decode = SlowFirst(llm.engine.worker.executor)
+        assert startup_phases.measure_captures(llm.engine, 5) == pytest.approx(decode.CAPTURE_S, abs=0.2)
+        assert decode.num_rows == [5, 5] and llm.engine.num_under_way == 0
 
 
 @pytest.mark.gpu

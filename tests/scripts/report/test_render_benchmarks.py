@@ -86,15 +86,15 @@ def test_any_record_with_rows_is_a_table_of_their_keys(kind, title):
 CODEC = {"benchmark": "codec", "hardware": "1 x H200", "decoder": "kernel, in a graph", "link_gb_s": 55.4}
 CODEC["rows"] = [
     {"source": "gaussian", "shape": "4096 x 4096", "bits": 10.893, "floor_bits": 10.546, "raw_share": 0.0}
-    | {"encode_gb_s": 5.12, "decode_gb_s": 1987.654, "effective_link_gb_s": 81.4},
+    | {"compress_gb_s": 5.12, "decompress_gb_s": 1987.654, "effective_link_gb_s": 81.4},
     {"source": "demo", "shape": "checkpoint", "bits": 10.89, "floor_bits": 10.534, "raw_share": 0.0007}
-    | {"encode_gb_s": 0.1, "decode_gb_s": 0.114, "effective_link_gb_s": None},
+    | {"compress_gb_s": 0.1, "decompress_gb_s": 0.114, "effective_link_gb_s": None},
 ]
 STARTUP = {
     "benchmark": "startup",
     "model": "Tiny",
     "tp_size": 2,
-    "coded_groups": [1, 2],
+    "compressed_groups": [1, 2],
     "model_shape": {"num_layers": 3},
 }
 STARTUP |= {"avg_cold_startup_time": 11.6281, "cold_startup_percentiles": {"50": 11.6281}}
@@ -129,7 +129,7 @@ def test_a_start_has_a_table_of_its_phases():
     assert (weights["GB"], weights["GB/s"], plan["GB"]) == ("11.18", "1.49", "")
     assert (captures["s"], captures["since start, s"], captures["graphs"]) == ("3.80", "", "16")
     text = section(page, "Start-up")
-    assert "model Tiny, ranks 2, weights coded, cold start-up s 11.63\n" in text
+    assert "model Tiny, ranks 2, weights compressed, cold start-up s 11.63\n" in text
     assert "percentiles" not in text and "num_layers" not in text
 
 

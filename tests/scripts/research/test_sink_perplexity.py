@@ -96,10 +96,10 @@ def test_a_window_that_holds_everything_is_full_attention():
 def test_masses_are_those_of_transformers(reference):
     """In two passes, the second of which reads keys that the first has cached."""
     with engine_of(FULL, "demo", TRAINED, len(TOKENS)) as llm:
-        do = llm.rank.worker.executor.do
+        do = llm.engine.worker.executor.do
         with watched_masses(llm, 4) as passes:
             logprobs_of(llm, [*TOKENS, 5], cached_row)
-        assert llm.rank.worker.executor.do == do
+        assert llm.engine.worker.executor.do == do
     attentions = reference(torch.tensor([TOKENS]), output_attentions=True).attentions
     assert len(passes) == len(attentions) == 4
     for parts, attention in zip(passes, attentions):

@@ -11,29 +11,29 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from penstock.engine.kernels import decode_weights, reduce_residual_norm
+from penstock.engine.kernels import decompress_weights, reduce_residual_norm
 from penstock.parallel.launch import run_rank
 
 from penstock import LLM, SamplingParams
-from tests.support.coded_runs import least_memory
+from tests.support.compressed_runs import least_memory
 
 LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
 MANY_LENGTHS = tuple(range(2, 42))  # one row fewer in each pass, from the largest bucket to the smallest
 PROMPTS = [[(3 + row + place) % 128 for place in range(37 + 4 * (row % 8))] for row in range(len(MANY_LENGTHS))]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "gpu_memory": "2GiB", "page_size": 4}
-PLAIN = {"weights_code": "none"}
+PLAIN = {"weights_compression": "none"}
 VARIANTS = {
     "streamed": {"resident": "none", "debug": {"poison": True}, **PLAIN},
     "half streamed": {"resident": 0.5, "debug": {"poison": True}, **PLAIN},
     "eager": {"resident": "all", "enforce_eager": True},
     "streamed, eager": {"resident": "none", "debug": {"poison": True}, "enforce_eager": True, **PLAIN},
 }
-CODED = {"weights_code": "lossless", "debug": {"poison": True}, "num_pages": 1200}
-CODED_VARIANTS = {  # bfloat16 only; in the last two some groups stay coded, as there is no memory for plain ones
-    "coded": {"resident": "none", **CODED},
-    "coded, eager": {"resident": "none", "enforce_eager": True, **CODED},
-    "coded resident": {"resident": "all", "gpu_memory": "least", **CODED},
-    "half coded resident": {"resident": 0.5, "gpu_memory": "least", **CODED},
+CODED = {"weights_compression": "lossless", "debug": {"poison": True}, "num_pages": 1200}
+CODED_VARIANTS = {  # bfloat16 only; in the last two some groups stay compressed, as there is no memory for plain ones
+    "compressed": {"resident": "none", **CODED},
+    "compressed, eager": {"resident": "none", "enforce_eager": True, **CODED},
+    "compressed resident": {"resident": "all", "gpu_memory": "least", **CODED},
+    "half compressed resident": {"resident": 0.5, "gpu_memory": "least", **CODED},
 }
 SINKS = {"attention_sinks": 2, "attention_window": 30}  # shorter than the prompts
 GPU = {"memory_bytes": 141 * 10**9, "device": "cuda"} if torch.cuda.is_available() else {}
@@ -42,12 +42,12 @@ HUNDREDS = 210
 
 def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Of every pass's sampled rows, on this rank, and all tokens."""
-    passes, tp_size, decoded = [], int(os.environ.get("WORLD_SIZE", 1)), decode_weights.calls["triton"]
+    passes, tp_size, decoded = [], int(os.environ.get("WORLD_SIZE", 1)), decompress_weights.calls["triton"]
     if options.get("gpu_memory") == "least":
         del options["gpu_memory"]
         options |= {"gpu_memory": least_memory(checkpoint, tp_size, **GPU, **OPTIONS | options)}
     with LLM(checkpoint, **OPTIONS | {"max_num_seqs": max(8, len(lengths))} | options) as llm:
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         plain_submit = executor.submit
 
         def submit(batch) -> None:
@@ -58,7 +58,7 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
         check_what_ran(executor, options)
-        check_what_was_coded(llm, decode_weights.calls["triton"] > decoded)
+        check_what_was_compressed(llm, decompress_weights.calls["triton"] > decoded)
         copied = executor.copied.total.sent_bytes
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
@@ -79,14 +79,14 @@ def check_what_ran(executor, options: dict) -> None:
         assert reduce_residual_norm.calls["triton"] > 0
 
 
-def check_what_was_coded(llm: LLM, decoder_ran: bool) -> None:
-    coded, counters = llm.rank.plan.residency.coded, llm.rank.worker.executor.counters
-    sizes = {group.group: group.nbytes for group in llm.rank.plan.layout.groups}
-    assert bool(coded) == (llm.config.weights_code == "lossless")
-    assert bool(coded & llm.rank.plan.residency.resident) == (llm.config.gpu_memory != 2**31)
-    assert counters.decoded_bytes == {group: sizes[group] * counters.num_passes for group in coded}
-    if llm.rank.worker.executor.decode is not None:
-        assert decoder_ran == bool(coded)
+def check_what_was_compressed(llm: LLM, decoder_ran: bool) -> None:
+    compressed, counters = llm.engine.plan.residency.compressed, llm.engine.worker.executor.counters
+    sizes = {group.id: group.nbytes for group in llm.engine.plan.layout.groups}
+    assert bool(compressed) == (llm.config.weights_compression == "lossless")
+    assert bool(compressed & llm.engine.plan.residency.resident) == (llm.config.gpu_memory != 2**31)
+    assert counters.decompressed_bytes == {group: sizes[group] * counters.num_passes for group in compressed}
+    if llm.engine.worker.executor.decode is not None:
+        assert decoder_ran == bool(compressed)
 
 
 def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...], **options) -> dict:
@@ -105,17 +105,17 @@ def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     variants = ("streamed", "eager") if several else tuple(VARIANTS)
-    coded = ("coded", "half coded resident") if several else tuple(CODED_VARIANTS)
+    compressed = ("compressed", "half compressed resident") if several else tuple(CODED_VARIANTS)
     report = {}
     for place, checkpoint in enumerate(sorted(folder.iterdir())):
         for dtype in ("float32", "bfloat16")[: 1 if several and place else 2]:
-            tried = variants + coded if dtype == "bfloat16" else variants
+            tried = variants + compressed if dtype == "bfloat16" else variants
             report[f"{checkpoint.name} {dtype}"] = compare(str(checkpoint), dtype, LENGTHS, tried)
         if checkpoint.name in ("llama_gqa", "neox_parallel")[several:]:
             report[f"{checkpoint.name} sinks"] = compare(str(checkpoint), "bfloat16", LENGTHS, variants, **SINKS)
-    buckets = ("streamed", "half streamed", "eager", "coded")
+    buckets = ("streamed", "half streamed", "eager", "compressed")
     report["buckets"] = compare(str(min(folder.iterdir())), "bfloat16", MANY_LENGTHS, buckets)
-    report["hundreds"] = compare(str(min(folder.iterdir())), "bfloat16", (HUNDREDS,), ("streamed", "coded"))
+    report["hundreds"] = compare(str(min(folder.iterdir())), "bfloat16", (HUNDREDS,), ("streamed", "compressed"))
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
 
 

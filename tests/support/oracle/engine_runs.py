@@ -30,7 +30,7 @@ def run_case(case: Case, checkpoint: str | Path, max_tokens: int | None = None) 
     with LLM(str(checkpoint), **case.options) as llm:
         logits = capture_logits(llm)
         outputs = llm.generate(prompts(), params)
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         return {
             "tokens": torch.tensor([output.outputs[0].token_ids for output in outputs]),
             "logits": torch.stack([torch.stack(logits[row]) for row in sorted(logits)]),
@@ -42,7 +42,7 @@ def run_case(case: Case, checkpoint: str | Path, max_tokens: int | None = None) 
 def capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
     """Logits of each row, position after position, as the sampler sees them. Row i runs prompt i, since there are as
     many rows as prompts."""
-    executor, vocab_size = llm.rank.worker.executor, llm.rank.plan.spec.vocab_size
+    executor, vocab_size = llm.engine.worker.executor, llm.engine.plan.spec.vocab_size
     submit, logits = executor.submit, {row: [] for row in range(len(prompts()))}
 
     def submit_and_capture(batch) -> None:
@@ -51,8 +51,10 @@ def capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
         gathered = executor.arena.cut(1, len(rows))["logits"][:, :vocab_size].to("cpu", copy=True)
         for row, row_logits in zip(rows, gathered):
             position = row.start + len(row.tokens)
-            assert position == len(prompts()[row.row]) + len(logits[row.row]), "a position was skipped or sampled twice"
-            logits[row.row].append(row_logits)
+            assert position == len(prompts()[row.index]) + len(logits[row.index]), (
+                "a position was skipped or sampled twice"
+            )
+            logits[row.index].append(row_logits)
 
     executor.submit = submit_and_capture
     return logits

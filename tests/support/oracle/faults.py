@@ -25,7 +25,7 @@ def around(change: Change) -> Fault:
     """`change(instruction, ctx, do)` runs in place of every instruction; do() is the real one."""
 
     def fault(llm: LLM) -> None:
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         real = executor.do
         executor.do = lambda instruction: change(instruction, executor.context, lambda: real(instruction))
 
@@ -47,7 +47,7 @@ def around_step(step: str, layer_idx: int, change: Callable[[StepContext, Callab
 
 def edit_plan(edit: Callable[[Instruction], Instruction]) -> Fault:
     def fault(llm: LLM) -> None:
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         executor.plan = replace(executor.plan, instructions=tuple(map(edit, executor.plan.instructions)))
 
     return fault
@@ -57,8 +57,8 @@ def edit_weight(group: GroupId, name: str, edit: Callable[[Tensor, StepContext],
     """Changes a streamed group's weight in the host arena, in place."""
 
     def fault(llm: LLM) -> None:
-        executor = llm.rank.worker.executor
-        layout = by_group(llm.rank.plan.layout)[group]
+        executor = llm.engine.worker.executor
+        layout = by_group(llm.engine.plan.layout)[group]
         edit(views(layout, executor.host_spans[group])[name], executor.context)
 
     return fault
@@ -68,7 +68,7 @@ def skipped_prefetch(group: GroupId) -> Fault:
     """The group's slot keeps what was in it before: zeros at first, not what an engine of the same model left there."""
 
     def fault(llm: LLM) -> None:
-        llm.rank.worker.executor.ring.zero_()
+        llm.engine.worker.executor.ring.zero_()
         around(lambda i, ctx, do: None if isinstance(i, Prefetch) and i.group == group else do())(llm)
 
     return fault
@@ -78,7 +78,7 @@ def stale_layer(group: GroupId, other: GroupId) -> Fault:
     """Another layer's bytes are copied."""
 
     def fault(llm: LLM) -> None:
-        executor = llm.rank.worker.executor
+        executor = llm.engine.worker.executor
         executor.host_spans = {**executor.host_spans, group: executor.host_spans[other]}
 
     return fault
@@ -146,7 +146,7 @@ def lost_reduce(step: str, layer_idx: int) -> Fault:
 
 def other_residual(llm: LLM) -> None:
     """GPT-NeoX as if its config said the other value of use_parallel_residual."""
-    spec = replace(llm.rank.plan.spec, parallel_residual=not llm.rank.plan.spec.parallel_residual)
+    spec = replace(llm.engine.plan.spec, parallel_residual=not llm.engine.plan.spec.parallel_residual)
     run_steps(llm, spec, model_steps(spec))
 
 

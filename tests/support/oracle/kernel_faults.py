@@ -64,7 +64,7 @@ def laid_out(layout: Layout) -> Fault:
     """Activations lie in memory as `layout` says."""
 
     def fault(llm: LLM) -> None:
-        arena = llm.rank.worker.executor.arena
+        arena = llm.engine.worker.executor.arena
         cut = arena.cut
 
         def place(plain: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""The decoder of coded weights: the kernel and the reference give the bits that were coded."""
+"""The decompressor of compressed weights: the kernel and the reference give the bits that were compressed."""
 
 import pytest
 import torch
-from penstock.engine.kernels import decode_weights as module
-from penstock.engine.kernels.decode_weights import (
+from penstock.engine.kernels import decompress_weights as module
+from penstock.engine.kernels.decompress_weights import (
     TILE,
     Planes,
-    decode_weights,
-    decode_weights_reference,
+    decompress_weights,
+    decompress_weights_reference,
     natural_order,
     stored_order,
 )
-from penstock.engine.weights.codec import encode
+from penstock.engine.weights.codec import compress
 
 from tests.support.kernel_proof import (
     CONTIGUOUS,
@@ -25,7 +25,7 @@ from tests.support.kernel_proof import (
     time_per_call,
 )
 
-KERNEL = module._decode_weights_triton
+KERNEL = module._decompress_weights_triton
 DENSE = (CONTIGUOUS, Layout("viewed", before=64))
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -35,7 +35,7 @@ def bits(*shape: int) -> torch.Tensor:
 
 
 def weights_of(kind: str, num_tiles: int = 3) -> torch.Tensor:
-    """(num_tiles * TILE,) bf16, coded and not raw."""
+    """(num_tiles * TILE,) bf16, compressed and not raw."""
     values = (torch.randn(num_tiles, TILE, generator=GENERATOR) * 0.02).bfloat16().view(torch.int16)
     if kind == "patched":  # from none in a tile to more than a program writes at once
         values[1, ::3] = bits(len(values[1, ::3]))
@@ -53,11 +53,11 @@ def weights_of(kind: str, num_tiles: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "patched", "no escapes", "escapes only", "ends"])
-def test_decoders_give_the_bits_that_were_coded(kind):
+def test_decoders_give_the_bits_that_were_compressed(kind):
     weights = weights_of(kind)
-    layout, blob = encode(weights)
+    layout, blob = compress(weights)
     assert not layout.raw and (layout.num_escapes == 0) == (kind == "no escapes")
-    for run, name in ((KERNEL, "triton"), (decode_weights_reference, "reference")):
+    for run, name in ((KERNEL, "triton"), (decompress_weights_reference, "reference")):
         out = torch.empty_like(weights)
         with counted(module.calls, **{name: 1}):
             run(layout.planes(blob), out)
@@ -65,7 +65,7 @@ def test_decoders_give_the_bits_that_were_coded(kind):
 
 
 def tensors_of(weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    layout, blob = encode(weights)
+    layout, blob = compress(weights)
     return {**layout.planes(blob)._asdict(), "out": poisoned(tuple(weights.shape), torch.bfloat16)}
 
 
@@ -81,7 +81,7 @@ def test_in_every_layout_that_is_allowed():
 
     tensors = tensors_of(weights_of("patched"))
     assert all(tensor.numel() for tensor in tensors.values())
-    prove(by_name(KERNEL), by_name(decode_weights_reference), tensors, ("out",), agree, DENSE, tensors)
+    prove(by_name(KERNEL), by_name(decompress_weights_reference), tensors, ("out",), agree, DENSE, tensors)
 
 
 def test_strides_with_gaps_are_refused():
@@ -92,7 +92,7 @@ def test_strides_with_gaps_are_refused():
 def test_planes_that_lie_in_the_middle_of_memory():
     """As in a group's blob."""
     weights = weights_of("gaussian")
-    layout, blob = encode(weights)
+    layout, blob = compress(weights)
     memory = torch.full((len(blob) + 4096,), 0xFF, dtype=torch.uint8, device=DEVICE)
     memory[2048 : 2048 + len(blob)] = blob
     out = torch.empty_like(weights)
@@ -101,12 +101,12 @@ def test_planes_that_lie_in_the_middle_of_memory():
 
 
 def test_no_tiles():
-    layout, blob = encode(weights_of("gaussian"))
+    layout, blob = compress(weights_of("gaussian"))
     planes = layout.planes(blob)
     none = {name: getattr(planes, name)[:0] for name in ("mantissas", "codes", "windows")}
     none |= {name: getattr(planes, name)[:1] for name in ("escape_starts", "patch_starts")}
     with counted(module.calls):
-        decode_weights(planes._replace(**none), torch.empty(0).bfloat16())
+        decompress_weights(planes._replace(**none), torch.empty(0).bfloat16())
 
 
 def test_stored_order_is_a_permutation_and_its_inverse_undoes_it():
@@ -120,10 +120,10 @@ def test_stored_order_is_a_permutation_and_its_inverse_undoes_it():
 
 @pytest.mark.gpu
 def test_takes_at_most_as_long_as_two_and_a_half_copies():
-    """Of the decoded weights, on the device; on an H200 that is 0.8 TB/s of bf16 written."""
+    """Of the decompressed weights, on the device; on an H200 that is 0.8 TB/s of bf16 written."""
     weights = weights_of("gaussian", 65536)
-    layout, blob = encode(weights)
+    layout, blob = compress(weights)
     planes, out = layout.planes(blob), torch.empty_like(weights)
     ours, copy = time_per_call(lambda: KERNEL(planes, out)), time_per_call(lambda: out.copy_(weights))
-    print(f"decode_weights: {weights.nbytes / ours * 1e-9:.0f} GB/s of bf16, a copy {weights.nbytes / copy * 1e-9:.0f}")
+    print(f"{weights.nbytes / ours * 1e-9:.0f} GB/s of bf16, a copy {weights.nbytes / copy * 1e-9:.0f}")
     assert ours < 2.5 * copy

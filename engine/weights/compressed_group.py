@@ -1,65 +1,65 @@
 """A group's weights as one blob: that of each weight (codec.py), one after the other. Raw weights lie in it too, so a
-group is moved by one copy, coded or not, and decoded into a span like any other."""
+group is moved by one copy, compressed or not, and decompressed into a span like any other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from penstock.engine.model.coded_size import PART_BYTES
+from penstock.engine.model.compressed_size import PART_BYTES
 from penstock.engine.model.layout import ALIGN, GroupLayout
 from penstock.engine.model.shard import pad_to
-from penstock.engine.weights.codec import CodeLayout, decode, encode
+from penstock.engine.weights.codec import CompressedLayout, compress, decompress
 from penstock.engine.weights.views import byte_range, views
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class CodedWeight:
+class CompressedWeight:
     """`offset` is the weight's first byte in the span, `blob_offset` that of its blob in the group's."""
 
-    code: CodeLayout
+    code: CompressedLayout
     offset: int
     blob_offset: int
 
 
 @dataclass(frozen=True)
-class CodedGroup:
-    """How a group's span is coded; `nbytes` is the length of its blob, a multiple of ALIGN and never more than the
+class CompressedGroup:
+    """How a group's span is compressed; `nbytes` is the length of its blob, a multiple of ALIGN and never more than the
     span's."""
 
-    weights: tuple[CodedWeight, ...]
+    weights: tuple[CompressedWeight, ...]
     nbytes: int
 
 
-def encode_group(
+def compress_group(
     layout: GroupLayout, span: Tensor, num_threads: int = 1, progress: Callable[[int], None] | None = None
-) -> tuple[CodedGroup, Tensor]:
-    """The blob of a span (uint8, on any device, layout.nbytes long), on its device; `num_threads` encode it on a CPU.
+) -> tuple[CompressedGroup, Tensor]:
+    """The blob of a span (uint8, on any device, layout.nbytes long), on its device; `num_threads` compress it on a CPU.
 
     The blob is the start of memory as long as the span: keep a copy to keep no more. `progress` is called with the
-    bytes of each weight when it is coded.
+    bytes of each weight when it is compressed.
     """
     assert not any("norm" in weight.name for weight in layout.weights[-1:]), "kernels read norms before they wait"
     memory = torch.empty_like(span)
     weights, end = [], 0
     named = views(layout, span)
     for weight in layout.weights:
-        code, blob = encode(named[weight.name], memory[end:], num_threads)
-        weights.append(CodedWeight(code, weight.parts[0].offset, end))
+        code, blob = compress(named[weight.name], memory[end:], num_threads)
+        weights.append(CompressedWeight(code, weight.parts[0].offset, end))
         end = pad_to(end + len(blob), PART_BYTES)
         if progress:
             progress(weight.parts[0].nbytes)
-    group = CodedGroup(tuple(weights), pad_to(end, ALIGN))
+    group = CompressedGroup(tuple(weights), pad_to(end, ALIGN))
     memory[end : group.nbytes].zero_()
     return group, memory[: group.nbytes]
 
 
-def decode_group(group: CodedGroup, blob: Tensor, span: Tensor) -> None:
-    """Every weight, bit for bit, into its place in an uncoded span (uint8) on the blob's device; the gaps between
+def decompress_group(group: CompressedGroup, blob: Tensor, span: Tensor) -> None:
+    """Every weight, bit for bit, into its place in an uncompressed span (uint8) on the blob's device; the gaps between
     weights are not written. Both start at 256-byte boundaries, and may be longer. A weight takes one kernel, or one
     device copy if it is raw, or both if it does not end with a tile; nothing is allocated and the host waits for
     nothing, so that a CUDA graph can hold it (once the kernel has been compiled by a call)."""
     for weight in group.weights:
         code = weight.code
         out = byte_range(span, weight.offset, code.numel * code.dtype.itemsize).view(code.dtype).view(code.shape)
-        decode(code, byte_range(blob, weight.blob_offset, code.nbytes), out)
+        decompress(code, byte_range(blob, weight.blob_offset, code.nbytes), out)

@@ -1,4 +1,4 @@
-"""bf16 weights out of their coded planes (engine/weights/codec.py makes them), bit for bit.
+"""bf16 weights out of their compressed planes (engine/weights/codec.py makes them), bit for bit.
 
 A tile is 128 lanes x 16 weights. `mantissas`: a byte of sign and mantissa for each weight. `codes`: 2 bits a weight, 0
 to 2 for the three common exponents of the tile's window of eleven, 3 for an escape. `escapes`: 3 bits for each code 3,
@@ -6,10 +6,10 @@ in order, for the other eight. `patches`: which weights lie outside, and by how 
 256, is more than their code says. `windows`: a tile's first exponent, and how many of the eight lie below the common
 ones.
 
-All but the patches are in stored order, chosen for the decoder: a lane's mantissas are one 16-byte load, its codes one
-word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the places
-from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a prefix sum
-of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
+All but the patches are in stored order, chosen for the decompressor: a lane's mantissas are one 16-byte load, its codes
+one word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the
+places from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a
+prefix sum of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
 Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, 20 instructions a weight, three
 4-byte gathers a lane; one level of 3 bits takes 10 and no gather, for 3.5 % more bytes. 2 warps a tile: 40 registers.
 """
@@ -17,7 +17,7 @@ Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between lay
 from typing import NamedTuple
 
 import torch
-from penstock.engine.kernels.code_tile import LANE_WEIGHTS, LANES, TILE
+from penstock.engine.kernels.codec_tile import LANE_WEIGHTS, LANES, TILE
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
@@ -55,25 +55,25 @@ def natural_order(stored: Tensor) -> Tensor:
     return stored.view(-1, LANES, 2, 2, 2, 2).permute(0, 2, 1, 3, 5, 4).reshape(-1, TILE)
 
 
-def decode_weights(planes: Planes, out: Tensor) -> None:
-    """out (N * TILE,) bf16, contiguous, from a 16-byte boundary, = the weights that were coded."""
+def decompress_weights(planes: Planes, out: Tensor) -> None:
+    """out (N * TILE,) bf16, contiguous, from a 16-byte boundary, = the weights that were compressed."""
     num_tiles = len(planes.mantissas)
     of_each_tile = (planes.codes, planes.windows, planes.escape_starts[1:], planes.patch_starts[1:])
     assert all(len(plane) == num_tiles for plane in of_each_tile), "a plane is too short for its tiles"
     assert out.shape == (num_tiles * TILE,) and out.dtype == torch.bfloat16 and out.is_contiguous()
-    run = _decode_weights_triton if out.is_cuda else decode_weights_reference
+    run = _decompress_weights_triton if out.is_cuda else decompress_weights_reference
     if out.numel():
         run(planes, out)
 
 
-def decode_weights_reference(planes: Planes, out: Tensor) -> None:
+def decompress_weights_reference(planes: Planes, out: Tensor) -> None:
     """The same in plain torch."""
     calls["reference"] += 1
     for first in range(0, planes.mantissas.shape[0], BLOCK_TILES):
-        _decode_tiles(planes, first, out.view(torch.int16).view(-1, TILE)[first : first + BLOCK_TILES])
+        _decompress_tiles(planes, first, out.view(torch.int16).view(-1, TILE)[first : first + BLOCK_TILES])
 
 
-def _decode_tiles(planes: Planes, first: int, out: Tensor) -> None:
+def _decompress_tiles(planes: Planes, first: int, out: Tensor) -> None:
     """Tiles from `first` on into out (N, TILE) int16."""
     tiles = slice(first, first + out.shape[0])
     escapes, patches = (
@@ -102,12 +102,12 @@ def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
     return codes[first % 8 :][: last - first]
 
 
-def _decode_weights_triton(planes: Planes, out: Tensor) -> None:
-    require_triton("decode_weights on a GPU", "device='cpu'")
-    assert all(t.is_contiguous() for t in (*planes, out)), "decode_weights: strides: planes and result have no gaps"
+def _decompress_weights_triton(planes: Planes, out: Tensor) -> None:
+    require_triton("decompress_weights on a GPU", "device='cpu'")
+    assert all(t.is_contiguous() for t in (*planes, out)), "decompress_weights: strides: planes and result have no gaps"
     calls["triton"] += 1
     words = (plane.view(-1).view(torch.int32) for plane in planes[:3])
-    _decode_tile[(len(planes.mantissas),)](
+    _decompress_tile[(len(planes.mantissas),)](
         *(*words, *planes[3:], out.view(torch.int32), out.view(torch.int16), LANES),
         **options(out.device),
         num_warps=NUM_WARPS,
@@ -162,11 +162,11 @@ def _eight_weights(mantissas_0, mantissas_1, codes, marks, bits, start, below, G
 
 
 @triton.jit
-def _decode_tile(
+def _decompress_tile(
     mantissas, codes, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
     LANES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)  # the planes among them, where a kernel has coded them
+    wait_for_inputs(OVERLAPS)  # the planes among them, where a kernel has compressed them
     tile, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
     four = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     word = tl.load(codes + tile * LANES + lane).to(tl.uint32, bitcast=True)

@@ -5,13 +5,13 @@ import zlib
 
 import pytest
 import torch
-from penstock.engine.kernels import decode_weights
-from penstock.engine.kernels.code_tile import TILE
-from penstock.engine.model.coded_size import PLANNED_BITS, planned_bytes
+from penstock.engine.kernels import decompress_weights
+from penstock.engine.kernels.codec_tile import TILE
+from penstock.engine.model.compressed_size import PLANNED_BITS, planned_bytes
 from penstock.engine.model.families import read_spec, tensor_names
 from penstock.engine.model.layout import GroupLayout, Part, Weight, expected_tensors, model_layout
 from penstock.engine.model.shard import ShardKind
-from penstock.engine.weights.coded_group import CodedGroup, decode_group, encode_group
+from penstock.engine.weights.compressed_group import CompressedGroup, compress_group, decompress_group
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.host_store import load_weights
 from penstock.engine.weights.views import views
@@ -45,7 +45,7 @@ def spans_of(family: str, dtype: str, tp_size: int, rank: int) -> list[tuple[Gro
     layout = model_layout(spec, names, dtype, tp_size, rank)
     source = Normal(expected_tensors(spec, names))
     loaded = load_weights(source, layout, set(by_group(layout)), True, torch.device("cpu"), 1)
-    return [(group, loaded.host_spans[group.group].to(DEVICE)) for group in (*layout.groups, layout.embed)]
+    return [(group, loaded.host_spans[group.id].to(DEVICE)) for group in (*layout.groups, layout.embed)]
 
 
 def group_of(*tensors: torch.Tensor) -> tuple[GroupLayout, torch.Tensor]:
@@ -62,14 +62,14 @@ def group_of(*tensors: torch.Tensor) -> tuple[GroupLayout, torch.Tensor]:
     return layout, span
 
 
-def round_trip(layout: GroupLayout, span: torch.Tensor) -> CodedGroup:
-    """Decodes into poisoned memory: weights are as they were, and nothing else is touched."""
-    code, blob = encode_group(layout, span)
+def round_trip(layout: GroupLayout, span: torch.Tensor) -> CompressedGroup:
+    """Decompresses into poisoned memory: weights are as they were, and nothing else is touched."""
+    code, blob = compress_group(layout, span)
     assert blob.dtype == torch.uint8 and blob.device == span.device and len(blob) == code.nbytes
     assert code.nbytes % 256 == 0 and code.nbytes <= layout.nbytes
     assert [weight.offset for weight in code.weights] == [weight.parts[0].offset for weight in layout.weights]
     out = torch.full_like(span, 0x5A)
-    decode_group(code, blob.clone(), out)
+    decompress_group(code, blob.clone(), out)
     for weight in layout.weights:
         part = slice(weight.parts[0].offset, weight.parts[0].offset + weight.parts[0].nbytes)
         assert torch.equal(out[part], span[part]), weight.name
@@ -81,14 +81,14 @@ def round_trip(layout: GroupLayout, span: torch.Tensor) -> CodedGroup:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_every_group_of_every_rank(family, tp_size):
-    num_coded = num_raw = 0
+    num_compressed = num_raw = 0
     for rank in range(tp_size):
         for layout, span in spans_of(family, "bfloat16", tp_size, rank):
             code = round_trip(layout, span)
             num_raw += sum(weight.code.raw for weight in code.weights)
-            num_coded += sum(not weight.code.raw for weight in code.weights)
+            num_compressed += sum(not weight.code.raw for weight in code.weights)
             assert code.nbytes < layout.nbytes or all(weight.code.raw for weight in code.weights)
-    assert num_coded >= 3 * tp_size and num_raw >= 2 * tp_size
+    assert num_compressed >= 3 * tp_size and num_raw >= 2 * tp_size
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -107,22 +107,22 @@ def test_what_does_not_shrink_is_raw_beside_what_does(monkeypatch):
     assert [weight.code.raw for weight in code.weights] == [True, True, False, True]
     assert code.weights[1].code.nbytes == noise.nbytes
     end = code.weights[3].blob_offset + code.weights[3].code.nbytes
-    assert end < code.nbytes and not encode_group(layout, span)[1][end:].any()
+    assert end < code.nbytes and not compress_group(layout, span)[1][end:].any()
 
 
 def test_a_group_without_weights_is_empty():
-    assert round_trip(*group_of()) == CodedGroup((), 0)
+    assert round_trip(*group_of()) == CompressedGroup((), 0)
 
 
 def test_a_kernel_a_weight():
     """Raw weights take a copy."""
     noise = torch.randint(-0x8000, 0x8000, (3, TILE), generator=GENERATOR).short().view(torch.bfloat16)
     layout, span = group_of(noise, *((torch.randn(2, TILE, generator=GENERATOR)).bfloat16() for _ in range(2)))
-    code, blob = encode_group(layout, span)
+    code, blob = compress_group(layout, span)
     name = "triton" if DEVICE == "cuda" else "reference"
-    before = decode_weights.calls[name]
-    decode_group(code, blob, span)
-    assert decode_weights.calls[name] == before + 2
+    before = decompress_weights.calls[name]
+    decompress_group(code, blob, span)
+    assert decompress_weights.calls[name] == before + 2
 
 
 def gaussian(*shape):
@@ -163,12 +163,12 @@ def test_planned_bytes_of_a_large_matrix():
 def test_decoding_is_captured():
     """Replayed into poisoned memory, and for another blob at the same place."""
     for layout, span in spans_of("llama", "bfloat16", 1, 0):
-        code, blob = encode_group(layout, span)
+        code, blob = compress_group(layout, span)
         blob, out = blob.clone(), torch.full_like(span, 0x5A)
-        decode_group(code, blob, out)
+        decompress_group(code, blob, out)
         graph, expected = torch.cuda.CUDAGraph(), out.clone()
         with torch.cuda.graph(graph):
-            decode_group(code, blob, out)
+            decompress_group(code, blob, out)
         out.fill_(0x5A)
         graph.replay()
         assert torch.equal(out, expected) and not (out == 0x5A).all()

@@ -1,4 +1,5 @@
-"""What is kept coded: only where it makes passes faster, never more than memory holds, and plain what memory allows."""
+"""What is kept compressed: only where it makes passes faster, never more than memory holds, and plain what memory
+allows."""
 
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import pytest
 from penstock.engine.planning.device_profile import load_profile
 from penstock.scheduler.cost.pass_work import StepWork
 from penstock.scheduler.passes.pass_plan import GroupId
-from penstock.scheduler.residency.compression_choice import CodeDoesNotPay, CodeOffer, choose_code, settle
+from penstock.scheduler.residency.compression_choice import CodeOffer, CompressionDoesNotPay, choose_code, settle
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.family import Cost
@@ -30,7 +31,7 @@ def demand(**changes) -> Demand:
         page_size=16,
         max_num_seqs=4,
         max_position=8192,
-        coded=CODED,
+        compressed=CODED,
         buffer_bytes=lambda names: max(LARGEST[name] for name in names),
         memory_bytes=12 * GIB,
         fixed=(("activations", GIB),),
@@ -38,95 +39,98 @@ def demand(**changes) -> Demand:
     return replace(base, **changes)
 
 
-def offer(choice: str, decode_gb_s: float = 2000.0) -> CodeOffer:
-    return CodeOffer(choice, Cost(STEPS, replace(load_profile("h200"), decode_gb_s=decode_gb_s)))
+def offer(choice: str, decompress_gb_s: float = 2000.0) -> CodeOffer:
+    return CodeOffer(choice, Cost(STEPS, replace(load_profile("h200"), decompress_gb_s=decompress_gb_s)))
 
 
-def chosen(choice: str, decode_gb_s: float = 2000.0, **changes) -> Residency:
-    return choose_code(offer(choice, decode_gb_s), demand(**changes))[1]
+def chosen(choice: str, decompress_gb_s: float = 2000.0, **changes) -> Residency:
+    return choose_code(offer(choice, decompress_gb_s), demand(**changes))[1]
 
 
 def pass_s(residency: Residency) -> float:
     """Of one row."""
-    code = len(residency.coded), sum(dict(demand().groups)[group] for group in residency.coded)
+    code = len(residency.compressed), sum(dict(demand().groups)[group] for group in residency.compressed)
     return offer("auto").cost.pass_s(1, demand().kv_len, residency.streamed_bytes, *code)
 
 
 def test_none_and_nothing_to_code_plan_plain():
-    assert not chosen("none").coded
-    assert chosen("lossless", coded={}) == chosen("auto", coded={}) == chosen("none")
+    assert not chosen("none").compressed
+    assert chosen("lossless", compressed={}) == chosen("auto", compressed={}) == chosen("none")
 
 
 def test_auto_leaves_alone_what_does_not_stream():
     residency = chosen("auto", memory_bytes=40 * GIB)
-    assert not residency.coded and not residency.streamed and residency.embed_resident
+    assert not residency.compressed and not residency.streamed and residency.embed_resident
 
 
 def test_auto_codes_what_streams_and_all_that_would_cost_more_plain():
     residency, plain = chosen("auto", memory_bytes=8 * GIB), chosen("none", memory_bytes=8 * GIB)
-    assert residency.streamed and {group for group, _ in residency.streamed} <= residency.coded
+    assert residency.streamed and {group for group, _ in residency.streamed} <= residency.compressed
     assert residency.streamed_bytes < 0.7 * plain.streamed_bytes - 0.1 * GIB  # more stays as well
     assert pass_s(residency) < 0.7 * pass_s(plain)
     assert residency.claimed_bytes <= 8 * GIB
 
 
 @pytest.mark.parametrize("gib", [6, 8, 10, 12, 13, 14])
-def test_the_decode_buffer_is_that_of_what_is_coded(gib):
+def test_the_decode_buffer_is_that_of_what_is_compressed(gib):
     residency = chosen("auto", memory_bytes=gib * GIB)
-    largest = max((SIZES[group] for group in residency.coded), default=0)
-    assert dict(residency.claims).get("decode buffer", 0) == largest
+    largest = max((SIZES[group] for group in residency.compressed), default=0)
+    assert dict(residency.claims).get("decompression buffer", 0) == largest
 
 
 def test_auto_does_not_code_where_decoding_is_slow():
-    assert not chosen("auto", decode_gb_s=0.1, memory_bytes=8 * GIB).coded
-    assert chosen("lossless", decode_gb_s=0.1, memory_bytes=8 * GIB).coded
+    assert not chosen("auto", decompress_gb_s=0.1, memory_bytes=8 * GIB).compressed
+    assert chosen("lossless", decompress_gb_s=0.1, memory_bytes=8 * GIB).compressed
 
 
-def test_a_model_that_fits_only_coded_stays():
+def test_a_model_that_fits_only_compressed_stays():
     asked = {"memory_bytes": 14 * GIB, "resident": "all"}
     with pytest.raises(ValueError, match="resident=all needs"):
         chosen("none", **asked)
     residency = chosen("auto", **asked)
-    assert not residency.streamed and residency.coded and residency.embed_resident
+    assert not residency.streamed and residency.compressed and residency.embed_resident
     assert residency.claimed_bytes <= 14 * GIB
 
 
 @pytest.mark.parametrize("gib", [13, 14, 15])
 def test_what_memory_is_left_keeps_groups_plain(gib):
-    """The more memory, the fewer bytes are decoded and the faster a pass."""
+    """The more memory, the fewer bytes are decompressed and the faster a pass."""
     few, many = (chosen("lossless", memory_bytes=n * GIB, max_num_seqs=1) for n in (gib, gib + 1))
     assert pass_s(many) < pass_s(few)
-    assert sum(map(SIZES.get, many.coded)) < sum(map(SIZES.get, few.coded))
+    assert sum(map(SIZES.get, many.compressed)) < sum(map(SIZES.get, few.compressed))
     assert few.num_pages >= demand().pages(8192) + 1 and few.claimed_bytes <= gib * GIB
 
 
 def test_plain_groups_are_spread_over_depth():
     residency = chosen("auto", memory_bytes=15 * GIB, resident="all", max_num_seqs=1)
-    coded = sorted(group.layer_idx for group in residency.coded if group.name == "ffn")
-    assert 4 < len(coded) < 32
-    assert max(b - a for a, b in zip(coded, coded[1:])) - min(b - a for a, b in zip(coded, coded[1:])) <= 1
+    compressed = sorted(group.layer_idx for group in residency.compressed if group.name == "ffn")
+    assert 4 < len(compressed) < 32
+    assert (
+        max(b - a for a, b in zip(compressed, compressed[1:])) - min(b - a for a, b in zip(compressed, compressed[1:]))
+        <= 1
+    )
 
 
-def test_nothing_that_stays_is_coded_in_memory_without_limit():
-    assert not chosen("lossless", memory_bytes=None, resident="all").coded
-    assert chosen("lossless", memory_bytes=None, resident="none").coded == set(SIZES)
+def test_nothing_that_stays_is_compressed_in_memory_without_limit():
+    assert not chosen("lossless", memory_bytes=None, resident="all").compressed
+    assert chosen("lossless", memory_bytes=None, resident="none").compressed == set(SIZES)
 
 
 def test_coding_must_gain_more_than_its_loading_takes():
-    """At the rate of decoding where both are as fast, auto leaves weights plain."""
+    """At the rate of decompressing where both are as fast, auto leaves weights plain."""
     asked, low, high = {"memory_bytes": 8 * GIB, "max_num_seqs": 1}, 20.0, 200.0
     while high - low > 0.05:
         middle = (low + high) / 2
-        low, high = (low, middle) if chosen("auto", middle, **asked).coded else (middle, high)
+        low, high = (low, middle) if chosen("auto", middle, **asked).compressed else (middle, high)
     plain = offer("none").tokens_s((demand(**asked), chosen("none", **asked)))
     for rate in (low, high):
-        coded = offer("auto", rate).tokens_s((demand(**asked), chosen("lossless", rate, **asked)))
-        assert coded / plain == pytest.approx(1.005, abs=0.002)
+        compressed = offer("auto", rate).tokens_s((demand(**asked), chosen("lossless", rate, **asked)))
+        assert compressed / plain == pytest.approx(1.005, abs=0.002)
 
 
 def test_settling_keeps_the_choice_and_takes_the_bytes():
     planned = choose_code(offer("auto"), demand(memory_bytes=12 * GIB))
-    sizes = {group: CODED[group] * 98 // 100 // 256 * 256 for group in planned[1].coded}
+    sizes = {group: CODED[group] * 98 // 100 // 256 * 256 for group in planned[1].compressed}
     _, settled = settle(offer("auto"), planned, sizes)
     assert settled.split == planned[1].split
     assert settled.streamed_bytes == sum(sizes[group] for group, _ in planned[1].streamed)
@@ -134,22 +138,22 @@ def test_settling_keeps_the_choice_and_takes_the_bytes():
     assert settled.claimed_bytes <= 12 * GIB
 
 
-@pytest.mark.parametrize(("choice", "kind"), [("auto", CodeDoesNotPay), ("lossless", ValueError)])
+@pytest.mark.parametrize(("choice", "kind"), [("auto", CompressionDoesNotPay), ("lossless", ValueError)])
 def test_weights_that_shrink_less_than_planned_are_refused_where_they_do_not_fit(choice, kind):
     planned = choose_code(offer(choice), demand(memory_bytes=14 * GIB, resident="all"))
-    with pytest.raises(ValueError, match="weights_code.*planned.*none") as raised:
-        settle(offer(choice), planned, {group: SIZES[group] * 9 // 10 for group in planned[1].coded})
+    with pytest.raises(ValueError, match="weights_compression.*planned.*none") as raised:
+        settle(offer(choice), planned, {group: SIZES[group] * 9 // 10 for group in planned[1].compressed})
     assert raised.type is kind
 
 
 def test_weights_that_do_not_shrink_stay_plain_unless_coding_is_asked_for():
     asked = demand(memory_bytes=40 * GIB, resident="none")
     planned = choose_code(offer("auto"), asked)
-    with pytest.raises(CodeDoesNotPay, match="plain ones"):
+    with pytest.raises(CompressionDoesNotPay, match="plain ones"):
         settle(offer("auto"), planned, SIZES)
     assert settle(offer("lossless"), planned, SIZES)[1].streamed_bytes == sum(SIZES.values())
 
 
 def test_nothing_is_claimed_for_decoding_where_all_stays_plain():
     residency = chosen("lossless", memory_bytes=40 * GIB)
-    assert not residency.coded and residency == chosen("none", memory_bytes=40 * GIB)
+    assert not residency.compressed and residency == chosen("none", memory_bytes=40 * GIB)

@@ -1,14 +1,14 @@
-"""How many bytes coded weights take: counted where escapes and patches are known, planned before anything is read.
+"""How many bytes compressed weights take: counted where escapes and patches are known, planned before anything is read.
 
-PURE. `weights/codec.py` lays out its blobs by `part_bytes`; the planner asks `planned_bytes`.
+Torch-free. `weights/codec.py` lays out its blobs by `part_bytes`; the planner asks `planned_bytes`.
 """
 
-from penstock.engine.kernels.code_tile import TILE, num_escape_rows
+from penstock.engine.kernels.codec_tile import TILE, num_escape_rows
 from penstock.engine.model.layout import ALIGN, GroupLayout, Weight
 from penstock.engine.model.shard import pad_to
 
 PART_BYTES = 16  # every part of a blob starts at a multiple, and so does every blob in its group's
-WEIGHT_BITS = 10  # of a coded weight that is neither escaped nor patched
+WEIGHT_BITS = 10  # of a compressed weight that is neither escaped nor patched
 ESCAPE_BITS = 3
 # Of a weight in a tile: Gaussian ones take 10.76 to 10.89, Student-t(4) 10.95 to 11.04, Laplace 11.12 to 11.19.
 PLANNED_BITS = 11.25
@@ -17,7 +17,7 @@ CODED_DTYPE = "bfloat16"
 
 
 def part_bytes(num_weights: int, num_escapes: int, num_patches: int) -> dict[str, int]:
-    """The parts of a coded tensor of bf16 in their order, each without what pads it to PART_BYTES."""
+    """The parts of a compressed tensor of bf16 in their order, each without what pads it to PART_BYTES."""
     tiles = num_weights // TILE
     starts = 4 * (tiles + 1)
     return {

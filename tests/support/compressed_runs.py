@@ -1,7 +1,7 @@
-"""The same requests with plain and with coded weights, and all that can be counted about them; in this process, or on
-the ranks of torchrun:
+"""The same requests with plain and with compressed weights, and all that can be counted about them; in this process, or
+on the ranks of torchrun:
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.support.coded_runs FOLDER VARIANT ...
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.support.compressed_runs FOLDER VARIANT ...
 
 FOLDER holds a checkpoint for each VARIANT; each rank writes FOLDER/rankN.json, {variant: {case: facts}}.
 """
@@ -16,19 +16,19 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan, plan_rates
-from penstock.engine.runtime.engine import Rank
+from penstock.engine.runtime.engine import Engine
 
 from tests.support import streaming_runs
 from tests.support.streaming_runs import copied_bytes, generate
 
 OPTIONS = {**streaming_runs.OPTIONS, "dtype": "bfloat16", "num_pages": 40}
 CASES = {
-    "plain": {"resident": "all", "weights_code": "none"},
-    "streamed": {"resident": "none", "weights_code": "lossless", "debug": {"lanes": "random", "poison": True}},
-    "resident": {"resident": "all", "weights_code": "lossless"},
-    "mixed": {"resident": 0.5, "weights_code": "lossless", "debug": {"lanes": "latest", "poison": True}},
+    "plain": {"resident": "all", "weights_compression": "none"},
+    "streamed": {"resident": "none", "weights_compression": "lossless", "debug": {"lanes": "random", "poison": True}},
+    "resident": {"resident": "all", "weights_compression": "lossless"},
+    "mixed": {"resident": 0.5, "weights_compression": "lossless", "debug": {"lanes": "latest", "poison": True}},
 }
-TIGHT = ("resident", "mixed")  # these have memory for coded groups only
+TIGHT = ("resident", "mixed")  # these have memory for compressed groups only
 
 
 def plan_of(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> EnginePlan:
@@ -60,31 +60,31 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
         options["gpu_memory"] = least_memory(model, tp_size, **options)
     with LLM(model, **{**OPTIONS, **options}) as llm:
         digest = generate(llm).digest()
-        plan, counters, weights = llm.rank.plan, llm.rank.worker.executor.counters, llm.rank.worker.weights
-        coded, residency = plan.residency.coded, plan.residency
-        sizes = {group.group: group.nbytes for group in plan.layout.groups}
+        plan, counters, weights = llm.engine.plan, llm.engine.worker.executor.counters, llm.engine.worker.weights
+        compressed, residency = plan.residency.compressed, plan.residency
+        sizes = {group.id: group.nbytes for group in plan.layout.groups}
         return {
             "digest": digest,
             "num_passes": counters.num_passes,
             "num_groups": len(sizes),
-            "coded": sorted(map(str, coded)),
-            "coded_resident": len(coded & residency.resident),
-            "coded_bytes": sum(weights.codes[group].nbytes for group in coded),
-            "plain_bytes": sum(sizes[group] for group in coded),
-            "copied": copied_bytes(llm.rank.worker.executor),
-            "decoded": {str(group): nbytes for group, nbytes in counters.decoded_bytes.items()},
+            "compressed": sorted(map(str, compressed)),
+            "compressed_resident": len(compressed & residency.resident),
+            "compressed_bytes": sum(weights.codes[group].nbytes for group in compressed),
+            "plain_bytes": sum(sizes[group] for group in compressed),
+            "copied": copied_bytes(llm.engine.worker.executor),
+            "decompressed": {str(group): nbytes for group, nbytes in counters.decompressed_bytes.items()},
             "expected_copied": {
                 str(group): weights.host_spans[group].nbytes
                 * (counters.num_passes + (place < residency.ring.num_wrapped))
                 for place, (group, _) in enumerate(residency.streamed)
             },
-            "expected_decoded": {str(group): sizes[group] * counters.num_passes for group in coded},
+            "expected_decoded": {str(group): sizes[group] * counters.num_passes for group in compressed},
         }
 
 
 def main(folder: Path, variants: list[str]) -> None:
     """Where weights stream, passes are prepared before the tokens of the one before them are known, as on a GPU."""
-    Rank.lookahead = property(lambda rank: int(rank.work.streamed_bytes > 0))
+    Engine.lookahead = property(lambda rank: int(rank.work.streamed_bytes > 0))
     tp_size = int(os.environ["WORLD_SIZE"])
     facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

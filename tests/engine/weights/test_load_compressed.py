@@ -1,14 +1,15 @@
-"""Loading with coded groups: what they decode to is what a plain load holds, and memory holds blobs, no more."""
+"""Loading with compressed groups: what they decompress to is what a plain load holds, and memory holds blobs, no
+more."""
 
 import contextlib
 
 import pytest
 import torch
-from penstock.engine.model.coded_size import planned_bytes
+from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import read_spec, tensor_names
 from penstock.engine.model.layout import ModelLayout, expected_tensors, model_layout
 from penstock.engine.weights import host_store
-from penstock.engine.weights.coded_group import decode_group
+from penstock.engine.weights.compressed_group import decompress_group
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.host_arena import HostArena
 from penstock.engine.weights.host_store import LoadedWeights, load_weights
@@ -58,14 +59,14 @@ def assert_decodes_to(loaded: LoadedWeights, plain: LoadedWeights, layout: Model
     """Bit for bit, the gaps too: they are zero."""
     found, expected = spans_of(loaded), spans_of(plain)
     for group in groups_of(layout):
-        span = found[group.group]
-        if group.group in loaded.codes:
-            code = loaded.codes[group.group]
+        span = found[group.id]
+        if group.id in loaded.codes:
+            code = loaded.codes[group.id]
             assert len(span) == code.nbytes and span.dtype == torch.uint8
-            decoded = torch.zeros_like(expected[group.group], device=span.device)
-            decode_group(code, span, decoded)
-            span = decoded
-        assert torch.equal(span.cpu(), expected[group.group].cpu()), group.group
+            decompressed = torch.zeros_like(expected[group.id], device=span.device)
+            decompress_group(code, span, decompressed)
+            span = decompressed
+        assert torch.equal(span.cpu(), expected[group.id].cpu()), group.id
 
 
 @pytest.mark.parametrize("tp_size, rank", [(1, 0), (2, 1), (4, 3)])
@@ -74,15 +75,15 @@ def assert_decodes_to(loaded: LoadedWeights, plain: LoadedWeights, layout: Model
 def test_mixed_loads_equal_plain_ones(tp_size, rank, tied, every):
     source, layout = model(tp_size, rank, tie_word_embeddings=tied)
     groups = groups_of(layout)
-    streamed = {group.group for group in layout.groups[1:4]}
-    coded = {group.group for group in layout.groups[::every]}
+    streamed = {group.id for group in layout.groups[1:4]}
+    compressed = {group.id for group in layout.groups[::every]}
     progress = []
     plain = load_weights(source, layout, streamed, True, CPU, 2)
-    loaded = load_weights(source, layout, streamed, True, CPU, 2, progress.append, coded=coded)
-    assert plain.codes == {} and plain.coded_from_bytes == plain.encode_s == 0
-    assert set(loaded.codes) == coded and sum(progress) == layout.nbytes and min(progress) >= 0
-    assert loaded.coded_from_bytes == sum(group.nbytes for group in groups if group.group in coded)
-    assert 0 < loaded.encode_s < loaded.ended_at_s - loaded.began_at_s
+    loaded = load_weights(source, layout, streamed, True, CPU, 2, progress.append, compressed=compressed)
+    assert plain.codes == {} and plain.compressed_from_bytes == plain.compress_s == 0
+    assert set(loaded.codes) == compressed and sum(progress) == layout.nbytes and min(progress) >= 0
+    assert loaded.compressed_from_bytes == sum(group.nbytes for group in groups if group.id in compressed)
+    assert 0 < loaded.compress_s < loaded.ended_at_s - loaded.began_at_s
     assert set(loaded.host_spans) == set(plain.host_spans) and set(loaded.resident) == set(plain.resident)
     assert_decodes_to(loaded, plain, layout)
     assert loaded.host_bytes == sum(len(span) for span in loaded.host_spans.values())
@@ -90,8 +91,8 @@ def test_mixed_loads_equal_plain_ones(tp_size, rank, tied, every):
     assert all(span.data_ptr() % 256 == 0 for span in spans_of(loaded).values() if len(span))
     if every == 1:
         assert loaded.host_bytes - layout.embed.nbytes < 0.8 * (plain.host_bytes - layout.embed.nbytes)
-        full = [group for group in layout.groups if group.group.name != "ffn"]  # the others have zeros among weights
-        assert all(loaded.codes[group.group].nbytes <= planned_bytes(group) for group in full)
+        full = [group for group in layout.groups if group.id.name != "ffn"]  # the others have zeros among weights
+        assert all(loaded.codes[group.id].nbytes <= planned_bytes(group) for group in full)
     loaded.close()
     assert loaded.host_spans == {} and loaded.resident == {}
 
@@ -100,17 +101,17 @@ def test_host_memory_is_asked_for_as_planned(monkeypatch):
     source, layout = model()
     asked = []
     monkeypatch.setattr(host_store, "check_host_memory", lambda *sizes: asked.append(sizes))
-    coded = {group.group for group in layout.groups[:2]}
-    load_weights(source, layout, set(by_group(layout)), True, CPU, 2, ranks_on_host=3, coded=coded)
-    plain = sum(group.nbytes for group in groups_of(layout) if group.group not in coded)
+    compressed = {group.id for group in layout.groups[:2]}
+    load_weights(source, layout, set(by_group(layout)), True, CPU, 2, ranks_on_host=3, compressed=compressed)
+    plain = sum(group.nbytes for group in groups_of(layout) if group.id not in compressed)
     assert asked == [(plain + sum(planned_bytes(group) for group in layout.groups[:2]), 3)]
 
 
 def test_blobs_larger_than_planned_are_kept():
     source, layout = model(source=RandomBits)
-    coded = set(by_group(layout))
-    plain = load_weights(source, layout, coded, True, CPU, 2)
-    loaded = load_weights(source, layout, coded, True, CPU, 2, coded=coded)
+    compressed = set(by_group(layout))
+    plain = load_weights(source, layout, compressed, True, CPU, 2)
+    loaded = load_weights(source, layout, compressed, True, CPU, 2, compressed=compressed)
     assert_decodes_to(loaded, plain, layout)
     largest = layout.groups[1]
     assert planned_bytes(largest) < loaded.codes[largest.group].nbytes <= largest.nbytes
@@ -136,10 +137,10 @@ def test_an_error_frees_the_arenas(monkeypatch, fails):
 
     source, layout = model(source=Broken if fails == "reading" else DummyWeights)
     if fails == "coding":
-        monkeypatch.setattr(host_store, "encode_group", broken)
+        monkeypatch.setattr(host_store, "compress_group", broken)
     num_threads = torch.get_num_threads()
     with pytest.raises(ValueError, match="no such luck"):
-        load_weights(source, layout, {layout.groups[0].group}, True, CPU, 2, coded=set(by_group(layout)))
+        load_weights(source, layout, {layout.groups[0].id}, True, CPU, 2, compressed=set(by_group(layout)))
     assert len(opened) == 2 and set(map(id, opened)) == set(map(id, closed))
     assert all(arena.tensor.numel() == 0 for arena in opened) and torch.get_num_threads() == num_threads
 
@@ -157,74 +158,81 @@ def test_only_what_blobs_fill_is_registered(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
     _, layout = model()
-    first, second = (group.group for group in layout.groups[:2])
-    spans = HostSpans(layout.groups[:3], coded={first, second}, register=True)
-    assert set(spans.spans) == {layout.groups[2].group} and spans.nbytes == layout.groups[2].nbytes
+    first, second = (group.id for group in layout.groups[:2])
+    spans = HostSpans(layout.groups[:3], compressed={first, second}, register=True)
+    assert set(spans.spans) == {layout.groups[2].id} and spans.nbytes == layout.groups[2].nbytes
     for group, nbytes in ((second, 512), (first, 256)):
         spans.keep(group, torch.full((nbytes,), 7, dtype=torch.uint8))
     spans.finish()
-    pointer = spans.spans[layout.groups[2].group].data_ptr()
+    pointer = spans.spans[layout.groups[2].id].data_ptr()
     assert spans.nbytes == layout.groups[2].nbytes + 768 and registered == [(pointer, spans.nbytes)]
     assert spans.spans[first].data_ptr() == pointer + layout.groups[2].nbytes + 512
-    assert (spans.spans[first] == 7).all() and not spans.spans[layout.groups[2].group].any()
+    assert (spans.spans[first] == 7).all() and not spans.spans[layout.groups[2].id].any()
     spans.close()
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_two_scratch_spans_at_most(monkeypatch, overlaps):
-    """On CUDA the next group is read while one is encoded, on a CPU one after the other; the bits are the same."""
+    """On CUDA the next group is read while one is compressed, on a CPU one after the other; the bits are the same."""
     source, layout = model()
     plain = load_weights(source, layout, set(by_group(layout)), True, CPU, 2)
     events = []
-    whole_encode, whole_begin = host_store.encode_group, host_store._Reader.begin
+    whole_compress, whole_begin = host_store.compress_group, host_store._Reader.begin
 
-    def encode(group, span, *rest):
-        events.append(f"encode {layout.groups.index(group)}")
-        return whole_encode(group, span, *rest)
+    def compress(group, span, *rest):
+        events.append(f"compress {layout.groups.index(group)}")
+        return whole_compress(group, span, *rest)
 
     def begin(reader, group, span):
         events.append(f"read {layout.groups.index(group)}")
         return whole_begin(reader, group, span)
 
-    monkeypatch.setattr(host_store, "encode_group", encode)
+    monkeypatch.setattr(host_store, "compress_group", compress)
     monkeypatch.setattr(host_store._Reader, "begin", begin)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    spans = HostSpans(layout.groups, coded=set(by_group(layout)))
+    spans = HostSpans(layout.groups, compressed=set(by_group(layout)))
     coder = host_store._Coder(CPU, 1)
     coder._stream = "a stream" if overlaps else None
     with host_store._Reader(source, None, 2, None) as reader:
         coder.load(layout.groups, reader, dict.fromkeys(by_group(layout), spans))
     a, b, c, d, e = sorted(range(5), key=lambda place: -layout.groups[place].nbytes)
     if overlaps:
-        assert events[:2] == [f"read {a}", f"read {b}"] and events[-2:] == [f"encode {d}", f"encode {e}"]
-        assert events[2:-2] == [f"encode {a}", f"read {c}", f"encode {b}", f"read {d}", f"encode {c}", f"read {e}"]
+        assert events[:2] == [f"read {a}", f"read {b}"] and events[-2:] == [f"compress {d}", f"compress {e}"]
+        assert events[2:-2] == [
+            f"compress {a}",
+            f"read {c}",
+            f"compress {b}",
+            f"read {d}",
+            f"compress {c}",
+            f"read {e}",
+        ]
     else:
-        assert events == [f"{what} {place}" for place in (a, b, c, d, e) for what in ("read", "encode")]
+        assert events == [f"{what} {place}" for place in (a, b, c, d, e) for what in ("read", "compress")]
     for group in layout.groups:
-        decoded = torch.zeros(group.nbytes, dtype=torch.uint8)
-        decode_group(coder.codes[group.group], spans.spans[group.group], decoded)
-        assert torch.equal(decoded, plain.host_spans[group.group])
+        decompressed = torch.zeros(group.nbytes, dtype=torch.uint8)
+        decompress_group(coder.codes[group.id], spans.spans[group.id], decompressed)
+        assert torch.equal(decompressed, plain.host_spans[group.id])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("streams", ["none", "half", "all"])
-def test_coded_on_the_gpu_equals_plain_on_the_cpu(streams):
+def test_compressed_on_the_gpu_equals_plain_on_the_cpu(streams):
     source, layout = model(hidden_size=1024, intermediate_size=3072, vocab_size=8000)
     num_streamed = {"none": 0, "half": 2, "all": 5}[streams]
-    streamed = {group.group for group in layout.groups[:num_streamed]}
-    coded = {group.group for group in layout.groups if group.group.name != "attn"}
+    streamed = {group.id for group in layout.groups[:num_streamed]}
+    compressed = {group.id for group in layout.groups if group.id.name != "attn"}
     plain = load_weights(source, layout, streamed, streams != "none", CPU)
     torch.cuda.empty_cache()
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    loaded = load_weights(source, layout, streamed, streams != "none", torch.device(DEVICE), coded=coded)
+    loaded = load_weights(source, layout, streamed, streams != "none", torch.device(DEVICE), compressed=compressed)
     assert 0 <= torch.cuda.memory_allocated() - before - loaded.resident_bytes <= 2**20
     assert torch.cuda.memory_reserved() - reserved <= loaded.resident_bytes + 2**21 * (len(loaded.resident) + 10)
-    assert all(span.is_cuda for span in loaded.resident.values()) and set(loaded.codes) == coded
+    assert all(span.is_cuda for span in loaded.resident.values()) and set(loaded.codes) == compressed
     assert all(not span.is_cuda for span in loaded.host_spans.values())
     for group in loaded.host_spans:  # registered memory: the device reads what was kept
         loaded.host_spans[group] = loaded.host_spans[group].to(DEVICE, non_blocking=True)
     assert_decodes_to(loaded, plain, layout)
-    print(f"{streams}: {loaded.coded_from_bytes / loaded.encode_s * 1e-9:.2f} GB/s encoded")
+    print(f"{streams}: {loaded.compressed_from_bytes / loaded.compress_s * 1e-9:.2f} GB/s compressed")
     loaded.close()
     plain.close()

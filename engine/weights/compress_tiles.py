@@ -8,9 +8,9 @@ import concurrent.futures
 
 import torch
 import torch.nn.functional as F
-from penstock.engine.kernels.code_tile import ESCAPE_ROW, LANE_WEIGHTS, LANES, TILE, num_escape_rows
-from penstock.engine.kernels.decode_weights import BLOCK_TILES, COMMON, ESCAPED, PATCH_PLACE, WINDOW, stored_order
-from penstock.engine.model.coded_size import ESCAPE_BITS
+from penstock.engine.kernels.codec_tile import ESCAPE_ROW, LANE_WEIGHTS, LANES, TILE, num_escape_rows
+from penstock.engine.kernels.decompress_weights import BLOCK_TILES, COMMON, ESCAPED, PATCH_PLACE, WINDOW, stored_order
+from penstock.engine.model.compressed_size import ESCAPE_BITS
 from torch import Tensor
 
 PATCH_BITS = 16
@@ -28,14 +28,14 @@ def encode_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, Ten
     step = CPU_BLOCK_TILES if on_cpu else BLOCK_TILES
     blocks = [part.split(step) for part in (tiles, mantissas, codes)]
     if on_cpu and num_threads > 1:
-        with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="encode") as threads:
-            encoded = list(threads.map(_encode_tiles, *blocks))
+        with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="compress") as threads:
+            compressed = list(threads.map(_compress_tiles, *blocks))
     else:
-        encoded = list(map(_encode_tiles, *blocks))
-    return {name: torch.cat([block[name] for block in encoded]) for name in encoded[0]}
+        compressed = list(map(_compress_tiles, *blocks))
+    return {name: torch.cat([block[name] for block in compressed]) for name in compressed[0]}
 
 
-def _encode_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str, Tensor]:
+def _compress_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str, Tensor]:
     """Of N tiles: mantissas (N, LANES, LANE_WEIGHTS) and codes (N, LANES, 4) into place."""
     exponents = tiles >> 7 & 0xFF
     bins = exponents.int().add_(_first_bins(tiles))

@@ -1,5 +1,5 @@
-"""Coded == plain in every bit, streamed and resident, in every family, on one, two and four ranks; and counters show
-that coded bytes crossed and were decoded, so that nothing passes because nothing was coded."""
+"""Compressed == plain in every bit, streamed and resident, in every family, on one, two and four ranks; and counters
+show that compressed bytes crossed and were decompressed, so that nothing passes because nothing was compressed."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import torch
 from penstock.engine.llm import LLM
 from safetensors.torch import load_file, save_file
 
-from tests.support.coded_runs import CASES, OPTIONS, plan_of, run
 from tests.support.commands import run_ranks
+from tests.support.compressed_runs import CASES, OPTIONS, plan_of, run
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.streaming_runs import generate
 
@@ -23,29 +23,29 @@ FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox
 BIGGER = {"hidden_size": 256, "intermediate_size": 384}  # whose shards are more than a tile or two
 
 
-def assert_coded(facts: dict[str, dict], tied: bool) -> None:
+def assert_compressed(facts: dict[str, dict], tied: bool) -> None:
     """Every case has the plain one's bits, and did what its name says."""
-    assert not facts["plain"]["coded"] and not facts["plain"]["decoded"] and not facts["plain"]["copied"]
+    assert not facts["plain"]["compressed"] and not facts["plain"]["decompressed"] and not facts["plain"]["copied"]
     for case, found in facts.items():
         assert found["digest"] == facts["plain"]["digest"], case
         assert found["copied"] == found["expected_copied"], case
-        assert found["decoded"] == found["expected_decoded"], case
+        assert found["decompressed"] == found["expected_decoded"], case
         if case == "plain":
             continue
-        assert found["coded_bytes"] < 0.74 * found["plain_bytes"], case  # tiny groups, of a few tiles
-        assert len(found["coded"]) <= found["num_groups"] - tied  # a tied head stays plain
-    assert len(facts["streamed"]["coded"]) == facts["streamed"]["num_groups"] - tied
-    assert not facts["streamed"]["coded_resident"] and set(facts["streamed"]["coded"]) <= set(
+        assert found["compressed_bytes"] < 0.74 * found["plain_bytes"], case  # tiny groups, of a few tiles
+        assert len(found["compressed"]) <= found["num_groups"] - tied  # a tied head stays plain
+    assert len(facts["streamed"]["compressed"]) == facts["streamed"]["num_groups"] - tied
+    assert not facts["streamed"]["compressed_resident"] and set(facts["streamed"]["compressed"]) <= set(
         facts["streamed"]["copied"]
     )
-    assert facts["resident"]["coded_resident"] and not facts["resident"]["copied"]
-    assert facts["mixed"]["coded_resident"] and facts["mixed"]["copied"]
+    assert facts["resident"]["compressed_resident"] and not facts["resident"]["copied"]
+    assert facts["mixed"]["compressed_resident"] and facts["mixed"]["copied"]
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_one_rank(tmp_path, variant):
     write_checkpoint(tmp_path, variant, "bfloat16")
-    assert_coded({case: run(str(tmp_path), case) for case in CASES}, variant == "llama_tied")
+    assert_compressed({case: run(str(tmp_path), case) for case in CASES}, variant == "llama_tied")
 
 
 @pytest.mark.parametrize(("num_ranks", "variants"), [(2, FAMILIES[:6]), (4, FAMILIES[:1])])
@@ -54,23 +54,23 @@ def test_several_ranks(tmp_path, num_ranks, variants):
         write_checkpoint(tmp_path / variant, variant, "bfloat16", **BIGGER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "tests.support.coded_runs", str(tmp_path), *variants]
+    command = [*torchrun, "-m", "tests.support.compressed_runs", str(tmp_path), *variants]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     for rank in range(num_ranks):
         facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for variant in variants:
-            assert_coded(facts[variant], variant == "llama_tied")
+            assert_compressed(facts[variant], variant == "llama_tied")
 
 
 def test_lanes_in_any_order(tmp_path):
     write_checkpoint(tmp_path, "llama_gqa", "bfloat16")
-    with LLM(str(tmp_path), resident="all", weights_code="none", **OPTIONS) as llm:
+    with LLM(str(tmp_path), resident="all", weights_compression="none", **OPTIONS) as llm:
         expected = generate(llm)
     for lanes, seed in (("earliest", 0), ("latest", 0), ("random", 1), ("random", 2)):
         options = {
             "resident": "none",
-            "weights_code": "lossless",
+            "weights_compression": "lossless",
             "debug": {"lanes": lanes, "poison": True},
             "seed": seed,
         }
@@ -79,17 +79,17 @@ def test_lanes_in_any_order(tmp_path):
 
 
 def test_auto_codes_nothing_on_a_cpu(tmp_path):
-    """Decoding there is slower than copying."""
+    """Decompressing there is slower than copying."""
     write_checkpoint(tmp_path, "llama_gqa", "bfloat16")
-    assert not plan_of(str(tmp_path), 1, resident="none").residency.coded
+    assert not plan_of(str(tmp_path), 1, resident="none").residency.compressed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_only_bfloat16_is_coded(dtype):
-    with pytest.raises(ValueError, match=f"weights_code='lossless'.*{dtype}"):
-        LLM("demo", device="cpu", dtype=dtype, weights_code="lossless")
+def test_only_bfloat16_is_compressed(dtype):
+    with pytest.raises(ValueError, match=f"weights_compression='lossless'.*{dtype}"):
+        LLM("demo", device="cpu", dtype=dtype, weights_compression="lossless")
     with LLM("demo", device="cpu", dtype=dtype, resident="none") as llm:
-        assert not llm.rank.plan.residency.coded
+        assert not llm.engine.plan.residency.compressed
 
 
 SLOW_LINK = {"device_profile": "h200", "link_gb_s": 0.001}  # so that coding pays, by the plan
@@ -98,8 +98,8 @@ SLOW_LINK = {"device_profile": "h200", "link_gb_s": 0.001}  # so that coding pay
 def test_auto_codes_where_the_link_binds(tmp_path):
     write_checkpoint(tmp_path, "llama_gqa", "bfloat16", **BIGGER)
     with LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS) as llm:
-        assert llm.rank.plan.residency.coded
-        assert llm.rank.plan.residency.streamed_bytes < 0.72 * llm.rank.plan.layout.nbytes
+        assert llm.engine.plan.residency.compressed
+        assert llm.engine.plan.residency.streamed_bytes < 0.72 * llm.engine.plan.layout.nbytes
 
 
 def test_auto_keeps_weights_plain_that_do_not_shrink(tmp_path):
@@ -112,12 +112,12 @@ def test_auto_keeps_weights_plain_that_do_not_shrink(tmp_path):
             bits = torch.randint(-(2**15), 2**15, tensor.shape, generator=torch.Generator().manual_seed(0))
             tensors[name] = (bits.short() & ~0x4000).view(torch.bfloat16)
     save_file(tensors, file)
-    with pytest.warns(UserWarning, match="weights_code: coded weights have .* loading them again, plain"):
+    with pytest.warns(UserWarning, match="weights_compression: compressed weights have .* loading them again, plain"):
         llm = LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS)
     with llm:
-        assert not llm.rank.plan.residency.coded and not llm.rank.worker.weights.codes
-        assert ("decode buffer", 0) not in llm.rank.plan.residency.claims
-        assert llm.rank.plan.residency.streamed_bytes == sum(g.nbytes for g in llm.rank.plan.layout.groups)
+        assert not llm.engine.plan.residency.compressed and not llm.engine.worker.weights.codes
+        assert ("decompression buffer", 0) not in llm.engine.plan.residency.claims
+        assert llm.engine.plan.residency.streamed_bytes == sum(g.nbytes for g in llm.engine.plan.layout.groups)
 
 
 RATES_SCRIPT = """
@@ -132,7 +132,7 @@ if os.environ["RANK"] == "1":  # one host was probed, the other was not
     save_profile(profile, profile_path("cpu", 2))
 from penstock.engine.llm import LLM
 with LLM(sys.argv[2], device="cpu", resident="none") as llm:
-    found = [llm.rank.plan.rates.link_gb_s, len(llm.rank.plan.residency.coded)]
+    found = [llm.engine.plan.rates.link_gb_s, len(llm.engine.plan.residency.compressed)]
 Path(sys.argv[1], f"rates{os.environ['RANK']}.json").write_text(json.dumps(found))
 """
 

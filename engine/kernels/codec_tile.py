@@ -1,4 +1,5 @@
-"""The tile of the lossless code of weights (decode_weights.py) in numbers. PURE: bytes are planned without torch."""
+"""The tile of the lossless code of weights (decompress_weights.py) in numbers. Torch-free: bytes are planned without
+torch."""
 
 LANES, LANE_WEIGHTS = 128, 16
 TILE = LANES * LANE_WEIGHTS  # weights
