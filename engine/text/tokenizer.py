@@ -1,8 +1,8 @@
-"""Text to token ids and back, on the `tokenizers` library alone.
+"""Turns text into token ids and back, with the `tokenizers` library alone.
 
-`Tokenizer` is what a checkpoint's files describe (tokenizer_files.py); `TextStream` gives out text as its tokens
-arrive; `StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates
-are not rendered here.
+`Tokenizer` is made from a checkpoint's files (tokenizer_files.py); `TextStream` gives out text as its tokens arrive;
+`StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates are not rendered
+here.
 """
 
 import functools
@@ -71,12 +71,12 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of an output, token by token.
+    """The text of an output, token by token.
 
-    All that `push` and `finish` return, joined, is what decode(prompt + output) has after decode(prompt).
-    A character is given out when its last byte has come; bytes that never make one, when text follows or at
-    the end. (A decoder with byte_fallback can revise text: bad bytes after good ones spoil the whole run.
-    What was given out stays, and the stream goes on with the tokens that were still held back.)
+    All that `push` and `finish` return, joined, is what decode(prompt + output) has after decode(prompt). A character
+    is given out when its last byte has come; bytes that never make one are given out when text follows, or at the end.
+    (A decoder with byte_fallback can revise text: bad bytes after good ones spoil the whole run. What was given out
+    stays, and the stream goes on with the tokens that were still held back.)
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
@@ -128,8 +128,8 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that is safe to give out, and the stop string once it is found; after that nothing comes out.
 
-        Of stop strings that begin at the same place the shortest wins, and a match waits while text before it
-        could still become a stop string.
+        Of stop strings that begin at the same character the shortest wins, and a match waits while text before it could
+        still become a stop string.
         """
         if self._matched is not None:
             return "", self._matched
@@ -168,5 +168,5 @@ class StopStrings:
 
 
 def _after(before: str, text: str) -> str:
-    """What text has after the beginning that it shares with `before`."""
+    """The part of `text` after the beginning that it shares with `before`."""
     return text[len(os.path.commonprefix((before, text))) :]

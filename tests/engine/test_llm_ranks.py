@@ -46,8 +46,8 @@ def assert_same(outputs: list[dict], expected: list[dict]) -> None:
             assert one | numbers == two | numbers
             assert one["cumulative_logprob"] == pytest.approx(two["cumulative_logprob"], abs=1e-3)
             assert (one["logprobs"] is None) == (two["logprobs"] is None)
-            for place, place_two in zip(one["logprobs"] or (), two["logprobs"] or ()):
-                assert {int(token) for token in place} == {int(token) for token in place_two}
+            for position, position_two in zip(one["logprobs"] or (), two["logprobs"] or ()):
+                assert {int(token) for token in position} == {int(token) for token in position_two}
 
 
 def test_self_launched_ranks(one_rank, monkeypatch):

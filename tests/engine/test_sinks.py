@@ -64,9 +64,9 @@ def test_streamed_is_resident_bit_for_bit(windowed, options):
 def test_a_row_is_what_it_is_alone(params):
     """Whatever its neighbours evict, and however its prompt was cut: tokens are equal, sums may be added otherwise."""
     together = outputs_of({**SINKS, "resident": "all"}, params=params)
-    for place, prompt in enumerate(PROMPTS):
-        ((tokens, _),) = outputs_of({**SINKS, "max_num_batched_tokens": 7 + place}, [prompt], params)
-        assert tokens == together[place][0]
+    for index, prompt in enumerate(PROMPTS):
+        ((tokens, _),) = outputs_of({**SINKS, "max_num_batched_tokens": 7 + index}, [prompt], params)
+        assert tokens == together[index][0]
 
 
 @pytest.mark.tolerance
@@ -91,7 +91,7 @@ def test_kernels_are_their_references(tmp_path, name):
 
 
 def test_noise_is_drawn_by_the_place_in_the_sequence():
-    """And not by the place in the cache, which comes again and again."""
+    """And not by the address in the cache, which comes again and again."""
     row = BatchRow(1, (9,), start=100, pages=(4, 2, 3), samples=True, sampling=None, num_evicted=92)
     inputs = bind(Batch((row,)), 4, torch.zeros(4, dtype=torch.int64), margin=1)
     assert inputs.positions.tolist() == [8] and inputs.sampled_positions.tolist() == [101]

@@ -59,8 +59,8 @@ def choose_token(outputs: list[RequestOutput]) -> tuple[int, int]:
     given = {token for prompt in PROMPTS for token in prompt}
     return next(
         (token, following)
-        for place, (token, following) in enumerate(zip(mine[2:], mine[3:]), 2)
-        if token not in others | given | set(mine[:place]) and following not in mine[: place + 1]
+        for index, (token, following) in enumerate(zip(mine[2:], mine[3:]), 2)
+        if token not in others | given | set(mine[:index]) and following not in mine[: index + 1]
     )
 
 

@@ -71,9 +71,9 @@ calls, build = [], Executor.__init__
 def build_and_put(self, *given, **named):
     build(self, *given, **named)
     Executor.__init__ = build
-    Rank = sys.modules["penstock.engine.runtime.engine"].Rank
+    Engine = sys.modules["penstock.engine.runtime.engine"].Engine
     name = "_await" if rank else "begin"
-    do = getattr(Rank, name)
+    do = getattr(Engine, name)
     def do_or_fail(self, what):
         calls.append(what)
         if rank == {victim} and len(calls) == (3 if {torchrun} and rank else 2):

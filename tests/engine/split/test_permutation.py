@@ -52,9 +52,9 @@ def test_other_inputs_give_other_permutations(one, other):
 
 @given(inputs, st.integers(0, 3), st.data())
 @settings(max_examples=50)
-def test_each_input_counts(one, place, data):
+def test_each_input_counts(one, index, data):
     other = list(one)
-    other[place] = data.draw(inputs.map(lambda drawn: drawn[place]).filter(lambda value: value != one[place]))
+    other[index] = data.draw(inputs.map(lambda drawn: drawn[index]).filter(lambda value: value != one[index]))
     assert not torch.equal(permutation(*one, SIZE), permutation(*other, SIZE))
 
 
@@ -155,11 +155,11 @@ OF_HEAD_DIM = {
 }
 
 
-def put_in_order(call: Call, permute: str, place: int) -> list[Tensor]:
-    """What the device side has to see of an unpermuted call. `place`: the row of the batch that attends."""
+def put_in_order(call: Call, permute: str, index: int) -> list[Tensor]:
+    """What the device side has to see of an unpermuted call. `index`: that of the row of the batch that attends."""
     operation, layer_idx = call.site
     if operation in OF_HEAD_DIM and "head_dim" in permute:
-        row = call.batch.rows[place]
+        row = call.batch.rows[index]
         orders = [
             name and permutation(KEY, row.index, Site(name, layer_idx), row.start, call.tensors[1].shape[-1])
             for name in OF_HEAD_DIM[operation]

@@ -58,8 +58,8 @@ def text(content):
 
 def trickle(content):
     try:
-        for place in range(len(content)):
-            connection.sendall(content[place : place + 1])
+        for index in range(len(content)):
+            connection.sendall(content[index : index + 1])
             time.sleep(0.05)
     except OSError:  # nobody listens any more
         time.sleep(1000)
