@@ -107,7 +107,7 @@ class LLM:
         """Measures link, memory, compute and reduces (about a second), for predictions instead of the profile's rates;
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
-        self.engine.probe(link_bytes)
+        self.engine.measure(link_bytes)
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""

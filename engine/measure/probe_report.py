@@ -66,7 +66,7 @@ def meanings(probe: Probe) -> list[str]:
 
 
 def _links(probe: Probe) -> list[str]:
-    """What speed each link alone has, ranks with the same answer together; then which one is slower than another."""
+    """Sentences about the speed of each link alone, one for all ranks with the same; then about a slower one."""
     same: dict[str, list[int]] = {}
     for rank, rate in enumerate(probe.link_alone_gb_s):
         same.setdefault(pcie_speed(rate), []).append(rank)

@@ -40,7 +40,7 @@ from penstock.engine.planning.engine_plan import (
 from penstock.engine.planning.memory_claims import DeviceMemory
 from penstock.engine.runtime.build import Worker, open_source
 from penstock.engine.runtime.calls import Call, config_objection, objection, pack_config
-from penstock.engine.runtime.probe import probe_engine
+from penstock.engine.runtime.probe import measure_engine
 from penstock.engine.runtime.trace import join_traces
 from penstock.engine.user_files import check_output
 from penstock.engine.weights.blocks import WeightSource
@@ -57,7 +57,7 @@ from penstock.scheduler.cost.time_model import Rates, predict_pass, with_link
 from penstock.scheduler.residency.compression_choice import CompressionDoesNotPay
 from penstock.scheduler.units import MIB
 
-BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, CALL = range(1, 8)
+BATCH, ANNOUNCED, RUN, OUTPUTS, MEASURE, STOP, CALL = range(1, 8)
 LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 
@@ -186,10 +186,10 @@ class Engine:
         self.num_calls = calls[0].number
         return objection(calls)
 
-    def _answer_probe(self) -> None:
+    def _answer_measure(self) -> None:
         """Does the other ranks' part of `measure`, which only rank 0 begins."""
         with self.together():
-            kind = self._await(PROBE)
+            kind = self._await(MEASURE)
             refused = self._exchange(Call("measure")) if kind == CALL else ""
         if refused:
             raise ValueError(refused)
@@ -275,22 +275,22 @@ class Engine:
         self.submitted.clear()
         self.worker.executor.forget()
 
-    def probe(self, link_bytes: int = LINK_BYTES) -> None:
+    def measure(self, link_bytes: int = LINK_BYTES) -> None:
         """Measures the rates on all ranks at once; on rank 0, between runs. Later predictions, and the plan's, use
         them. Rates that the config gives are kept: a whole profile, or the link. The link is measured over the copy
         lane's first `link_bytes`, or all of a pass's if they are fewer. The other ranks need not call it."""
         if self.config.device_profile is not None:
             return
         if self.topology.rank > 0:
-            return self._answer_probe()
+            return self._answer_measure()
         link_mib = -(-link_bytes // MIB)  # messages are int32
         with self.together():
-            self.collectives.broadcast_ints([PROBE, link_mib])
-            self.rates = with_link(self._probe(link_mib), self.config.link_gb_s)
+            self.collectives.broadcast_ints([MEASURE, link_mib])
+            self.rates = with_link(self._measure(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
-    def _probe(self, link_mib: int) -> Rates:
-        return probe_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
+    def _measure(self, link_mib: int) -> Rates:
+        return measure_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
 
     @property
     def ledger(self) -> TransferLedger:
@@ -333,8 +333,8 @@ class Engine:
                 executor.submit(batch)
             while len(executor.under_way) > (self.lookahead if kind in (BATCH, ANNOUNCED, RUN) else 0):
                 executor.collect()
-            if kind == PROBE:
-                self._probe(*message)
+            if kind == MEASURE:
+                self._measure(*message)
             self.stopped |= kind == STOP
             if kind in (awaited, STOP, CALL):
                 return kind

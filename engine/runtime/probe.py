@@ -39,7 +39,9 @@ GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = GIB, CPU_BYTES, 4 * CPU_BYT
 
 
 @on_own_device
-def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int) -> Rates:
+def measure_engine(
+    executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int
+) -> Rates:
     """The rates of a running engine, the link's over the copy lane's first `link_bytes` (all of a pass's, if they are
     fewer). All ranks must call this together. The ring, which this copies over, is filled again on all of them."""
     collectives = executor.context.collectives

@@ -142,7 +142,7 @@ class StopStrings:
         return text, None
 
     def flush(self) -> tuple[str, str | None]:
-        """At the end of the text: the rest of it, and the stop string if a match was still waiting."""
+        """The rest of the text at its end, and the stop string if a match was still waiting."""
         if self._matched is not None:
             return "", self._matched
         return self._cut(*self._first_match())
@@ -152,13 +152,15 @@ class StopStrings:
         return text, stop
 
     def _first_match(self) -> tuple[int, str | None]:
-        """Where the first stop string begins, and which it is; (length of the text, None) without one."""
+        """The index at which the first stop string begins, and that string; (length of the text, None) if there is
+        none."""
         matches = [(self._held.find(stop), len(stop), stop) for stop in self._stops if stop in self._held]
         start, _, stop = min(matches, default=(len(self._held), 0, None))
         return start, stop
 
     def _first_pending(self) -> int:
-        """Where the earliest text begins that ends with the held text and is a part of a stop string."""
+        """The index from which on the held text could be the beginning of a stop string; its length if there is
+        none."""
         text = self._held
         longest = max(map(len, self._stops), default=0)
         for start in range(max(0, len(text) - longest + 1), len(text)):

@@ -96,7 +96,7 @@ def _prepends_space(normalizer: Any) -> bool:
 
 
 def _tokens_to_add(directory: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> list[AddedToken]:
-    """All added tokens by id, with what the other files say of them, then special tokens that are none of these."""
+    """All added tokens by id, changed as the other files say, then special tokens that are not among them."""
     own, file = config.get("added_tokens_decoder"), directory / CONFIG_FILE
     if own is None:
         config = config | _read(directory / _MAP_FILE)

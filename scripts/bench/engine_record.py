@@ -1,4 +1,4 @@
-"""What a benchmark's record states of the engine that ran: machine, model shape, memory, and the rates measured."""
+"""Facts that a record states about the engine that ran: machine, model shape, memory, and the rates measured."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
 
 
 def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
-    """What a rank has moved, by operation: a record has no use for every layer."""
+    """A rank's ledger by operation: a record has no use for every layer."""
     parts = {kind: transfers[kind] for kind in ("weights", "all_reduces")}
     totals = {kind: {name: part[name] for name in ("total", "operations")} for kind, part in parts.items()}
     return {"rank": transfers["rank"]} | totals

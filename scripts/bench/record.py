@@ -1,4 +1,4 @@
-"""What every recorded measurement states beside its figures, and how it is kept: the records of benchmarks/."""
+"""Facts that every record of benchmarks/ states beside its figures, and how a record is saved."""
 
 import argparse
 import json

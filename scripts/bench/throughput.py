@@ -74,7 +74,7 @@ def draw(args: argparse.Namespace, llm: LLM) -> list[Job]:
 
 
 def shrinking(jobs: list[Job], most: int) -> list[Job]:
-    """As many jobs as run at once, ending one after another so that each size of a decode pass comes up."""
+    """Jobs, as many as run at once, that end one after another so that each size of a decode pass comes up."""
     sizes = bucket_sizes(min(len(jobs), most))
     return [
         dataclasses.replace(job, output_len=1 + sum(size > index for size in sizes))

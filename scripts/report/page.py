@@ -54,7 +54,7 @@ class Record:
         return f"[{self.name}](../benchmarks/{self.name})"
 
     def facts(self) -> Row:
-        """What each of its rows states beside its own figures."""
+        """Facts of the record that each of its rows states beside its own figures."""
         names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
         names += ("input_len", "output_len", "attention_window")
         weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"

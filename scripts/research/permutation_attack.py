@@ -66,7 +66,7 @@ Attacked = tuple[Site, bool, str]  # is it permuted, and how rows are matched
 
 @dataclass
 class Seen:
-    """What the device side saw of a prompt's prefill, in the rows in which it saw it."""
+    """Tensors that the device side saw in a prompt's prefill, in the order in which it saw their rows."""
 
     inputs: States = field(default_factory=dict)
     values: States = field(default_factory=dict)  # (T, K, E) each, of attention

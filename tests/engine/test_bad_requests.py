@@ -1,4 +1,4 @@
-"""What a user can get wrong in Python, in a prompt or in a flag, and models that run only in part."""
+"""Mistakes of users in Python, in a prompt or in a flag, and models that run only in part."""
 
 import json
 import math

@@ -159,8 +159,8 @@ def test_stop_token_ids(llm):
 
 
 def test_a_stop_string_that_is_a_special_token(llm, tmp_path):
-    """It is no part of the text, and ends it as its id does. One that has more than the token never ends it, and says
-    so; one that is spelled by the text's own tokens ends it as ever."""
+    """A special token is no part of the text, and ends it as its id does. A stop that has more than the token never
+    ends it, and says so; one that is spelled by the text's own tokens ends it as ever."""
     (plain,) = llm.generate("Return the", GREEDY)
     ids = plain.outputs[0].token_ids
     token = next(token for index, token in enumerate(ids) if index > 3 and token not in ids[:index])

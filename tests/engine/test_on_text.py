@@ -1,4 +1,4 @@
-"""What `on_text` raises ends its prompt, and nothing else: the call goes on and raises it at its end."""
+"""An exception of `on_text` ends its prompt, and nothing else: the call goes on and raises it at its end."""
 
 import pytest
 from penstock.engine.output import Listener
@@ -68,7 +68,7 @@ def test_its_prompt_is_aborted_and_the_others_are_as_they_would_be(llm, expected
 
 
 def test_one_that_has_ended_keeps_its_end(llm, expected):
-    """Where all of a prompt's sequences end in the same pass, what is raised there has nothing left to abort."""
+    """All sequences of a prompt end in the same pass, so that the exception has nothing left to abort."""
     outputs = outputs_of(llm, Raises({2}, at_end=True))
     assert outputs == expected
 

@@ -110,7 +110,7 @@ class Case:
         return _FAIL.format(do=_DO[self.fault]) + text
 
     def cause(self) -> str:
-        """What every other rank has to say."""
+        """The message that every other rank has to give."""
         if self.fault in ("raise", "stay"):
             return "KeyError: 'the shard is bent'"
         if self.fault == "stop":

@@ -116,7 +116,7 @@ def test_standard_input_is_not_read_beside_other_prompts(capsys, monkeypatch, ex
 
 
 def test_every_sampling_flag_arrives(monkeypatch):
-    """By another value than the default, for each field of SamplingParams but seed, which is the engine's."""
+    """Each field of SamplingParams gets another value than its default, but for seed, which is the engine's."""
     values = {"n": 2, "max_tokens": 3, "temperature": 0.5, "top_p": 0.25, "top_k": 4, "min_p": 0.125}
     values |= {"repetition_penalty": 1.5, "presence_penalty": 0.75, "frequency_penalty": -0.5, "logprobs": 6}
     assert set(values) == set(SAMPLING_FLAGS)

@@ -52,7 +52,7 @@ def test_a_whole_pass_can_be_asked_for(monkeypatch):
 
 
 def test_the_ring_is_filled_again(tmp_path, monkeypatch):
-    """And its copies are in the trace, but belong to no pass."""
+    """Its copies are in the trace, but belong to no pass."""
     monkeypatch.setattr(probe, "_step_latency_s", lambda *_: 0.0)  # by passes, which would fill it too
     with LLM("demo", **OPTIONS, trace=str(tmp_path / "trace.json")) as llm:
         executor, plan = llm.engine.worker.executor, llm.engine.plan.pass_plan

@@ -1,4 +1,4 @@
-"""What a probe's figures mean, in words: said where they show it, and not said where they do not."""
+"""A probe's figures in words: each sentence is there if the figures show it, and only then."""
 
 from dataclasses import replace
 

@@ -39,7 +39,7 @@ def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
 
 
 def test_a_part_of_a_pass_without_copies(capsys, tmp_path, monkeypatch):
-    """And the profile as JSON stands alone on standard output."""
+    """The profile as JSON is all that is on standard output."""
     monkeypatch.chdir(tmp_path)
     part = ("--plot", "part.png", "--start-ms", "0", "--end-ms", "2", "--json")
     assert cli.main(["profile", "demo", "--resident", "all", *part, *OPTIONS]) == 0
@@ -56,7 +56,7 @@ def test_without_matplotlib_it_says_how_to_install_it(capsys, tmp_path, monkeypa
     assert "pip install 'penstock[plot]'" in capsys.readouterr().err
 
 
-def test_a_place_that_is_not_there_is_refused_first(capsys, tmp_path):
+def test_a_directory_that_is_not_there_is_refused_first(capsys, tmp_path):
     assert cli.main(["profile", "nowhere", "--plot", str(tmp_path / "no" / "p.png"), *OPTIONS]) == 2
     assert "no such directory" in capsys.readouterr().err
 

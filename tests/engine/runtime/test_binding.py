@@ -27,7 +27,7 @@ PENALISED = replace(GREEDY, repetition_penalty=1.5, num_logprobs=1)
 
 
 class CurrentDevice(threading.local):
-    """What torch has of each thread: that which was set last, and the first where none was."""
+    """The current device of each thread, as torch keeps it: the one that was set last, or the first."""
 
     device = ANOTHER
 
@@ -147,7 +147,7 @@ def test_measuring_runs_on_it(engine, current, monkeypatch):
     seen = []
     monkeypatch.setattr(probe, "measure_rates", lambda *args: seen.append(current.device) or engine.rates)
     monkeypatch.setattr(probe, "_step_latency_s", lambda *args: 0.0)
-    engine.probe()
+    engine.measure()
     assert seen == [OWN]
 
 

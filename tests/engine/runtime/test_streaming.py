@@ -90,7 +90,7 @@ def test_other_families_streamed(checkpoint, resident, variant, residency, ring)
 
 
 def test_rings_differ(checkpoint):
-    """In the smallest nothing overlaps, in the largest everything is there at once."""
+    """The smallest ring lets nothing overlap; the largest holds everything at once."""
     sizes = [ring_bytes(checkpoint("llama_gqa"), ring, "none") for ring in RINGS]
     assert sizes == sorted(set(sizes))
 

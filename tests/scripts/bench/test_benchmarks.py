@@ -29,7 +29,7 @@ def run(monkeypatch, capsys, script, *arguments: str) -> dict:
 
 
 def refused(monkeypatch, capsys, script, *arguments: str) -> str:
-    """What it says: one line."""
+    """The message of a refusal: one line."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
     assert run_script(script.main) == 2
     (line,) = capsys.readouterr().err.splitlines()

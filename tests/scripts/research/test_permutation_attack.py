@@ -69,8 +69,7 @@ def test_what_leaks_where(model):
 
 
 def test_candidates_are_what_the_device_side_sees(model):
-    """At each site the row of the true token, behind the true prefix, is what was seen there, and no other token's row
-    is."""
+    """The row of the true token, behind the true prefix, is what was seen at each site, and no other token's row is."""
     seen = observe(model, TOKENS, ())
     with attacker_llm(model, 128, len(TOKENS)) as llm:
         candidates = candidates_of(llm, 128)

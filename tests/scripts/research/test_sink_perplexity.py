@@ -94,7 +94,7 @@ def test_a_window_that_holds_everything_is_full_attention():
 @pytest.mark.tolerance
 @torch.no_grad()
 def test_masses_are_those_of_transformers(reference):
-    """In two passes, the second of which reads keys that the first has cached."""
+    """The engine runs two passes, of which the second reads keys that the first has cached."""
     with engine_of(FULL, "demo", TRAINED, len(TOKENS)) as llm:
         do = llm.engine.worker.executor.do
         with watched_masses(llm, 4) as passes:
