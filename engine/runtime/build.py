@@ -179,9 +179,9 @@ class Worker:
         slots = dict(self.plan.residency.ring.slots)
         outs = {step.group: step.place for step in self.plan.pass_plan.decompressions}
         compressed = {}
-        for group, layout in self.weights.codes.items():
-            blob = slot_of(ring, slots[group])[: layout.nbytes] if group in slots else self.weights.resident[group]
-            compressed[group] = Compressed(layout, blob, slot_of(buffer, outs[group]))
+        for group_id, group in self.weights.codes.items():
+            held = slot_of(ring, slots[group_id]) if group_id in slots else self.weights.resident[group_id]
+            compressed[group_id] = Compressed(group, held[: group.nbytes], slot_of(buffer, outs[group_id]))
         return compressed
 
     def _views(

@@ -33,7 +33,7 @@ class Compressed(NamedTuple):
     """A compressed group: its blob, resident or in its slot of the ring, and `out`, its slot in the decompression
     buffer; both uint8."""
 
-    layout: CompressedGroup
+    group: CompressedGroup
     blob: Tensor
     out: Tensor
 
