@@ -1,7 +1,7 @@
-"""User configuration. A frozen dataclass, with a group of its own for the search for faults; the command line's flags
-are made from their fields (flags.py).
+"""User configuration: a frozen dataclass, and a second one of debug options; the command line's flags are made from
+their fields (flags.py).
 
-What was measured or derived (rates, residency, page counts) lives elsewhere: nothing changes a config.
+Measured and derived values (rates, residency, page counts) live elsewhere: nothing changes a config.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
           "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12}  # fmt: skip
 
 
-# The largest values of the fields that count something, from 1 on: more can only be a mistake, and would take hours or
-# all memory to say so.
+# The largest values of the fields that count something, from 1 on: more can only be a mistake, which would show only
+# after hours, or when all memory is taken.
 _MOST = {
     "tensor_parallel_size": 256,
     "max_model_len": INT32_MAX,
@@ -37,7 +37,7 @@ METAVARS = {int: "N", float: "X"}  # how --help shows a value of this type
 
 
 def parse_bytes(value: int | str) -> int:
-    """`"24GiB"`, `"24 GB"`, `"1048576"` or an int, in bytes. Raises ValueError for anything else."""
+    """The bytes of `"24GiB"`, `"24 GB"`, `"1048576"` or an int. Raises ValueError for anything else."""
     if isinstance(value, int):
         num_bytes = value
     else:
@@ -51,7 +51,7 @@ def parse_bytes(value: int | str) -> int:
 
 
 def parse_resident(value: str | float) -> str | float:
-    """`"auto"`, `"all"`, `"none"`, or a fraction of the layers' bytes in 0..1. Raises ValueError otherwise."""
+    """Reads `"auto"`, `"all"`, `"none"`, or a fraction of the layers' bytes in 0..1. Raises ValueError otherwise."""
     if value in ("auto", "all", "none"):
         return value
     try:
@@ -96,7 +96,7 @@ def _check_seed(name: str, value: int | None) -> None:
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """What makes faults of the engine loud. Outputs are the same bits with any of it; it only costs time.
+    """Options that make the engine's own faults loud. Outputs keep the same bits with any of them; they only cost time.
 
     Raises ValueError, naming the field, when a value cannot be meant.
     """
@@ -114,7 +114,8 @@ class DebugConfig:
 
     @classmethod
     def of(cls, values: dict) -> Self:
-        """The inverse of `dataclasses.asdict`; what is missing has its default. Raises ValueError for other names."""
+        """The inverse of `dataclasses.asdict`; missing fields have their defaults. Raises ValueError for other
+        names."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -124,8 +125,8 @@ class DebugConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything a user may choose about an engine. Names and defaults are vLLM's where they exist. `debug` may be
-    given as a dict, and is kept as a DebugConfig.
+    """All that a user may choose about an engine. Names and defaults are vLLM's where they exist. `debug` may be given
+    as a dict, and is kept as a DebugConfig.
 
     Raises ValueError, naming the field, when a value cannot be meant.
     """
@@ -148,7 +149,7 @@ class EngineConfig:
     )
     weights_compression: str = _option(
         "auto",
-        "lossless codes bfloat16 weights, a third fewer bytes; auto does where weights would stream",
+        "lossless compresses bfloat16 weights to two thirds of their bytes; auto does so where weights would stream",
         ("auto", "none", "lossless"),
     )
     load_format: str = _option("auto", "dummy fills random weights without a file", ("auto", "safetensors", "dummy"))
@@ -216,15 +217,15 @@ class EngineConfig:
         _check_choices(self)
 
     def for_job(self, num_seqs: int) -> "EngineConfig":
-        """The same config for a job of so many sequences, in which max_num_seqs is their number if it is not set, as
-        far as one pass takes them."""
+        """The config for a job of so many sequences: if max_num_seqs is not set it is their number, as far as one pass
+        takes them."""
         if self.max_num_seqs is not None or not num_seqs:
             return self
         return dataclasses.replace(self, max_num_seqs=min(num_seqs, self.most_seqs))
 
     @property
     def most_seqs(self) -> int:
-        """The most sequences in one pass: as set, or as may be planned."""
+        """The most sequences in one pass: max_num_seqs if it is set, else the most that may be planned."""
         return self.max_num_seqs or min(MOST_PLANNED_SEQS, self.max_num_batched_tokens)
 
     def to_dict(self) -> dict:

@@ -1,7 +1,7 @@
-"""LLM: prompts in, outputs out. The face of the engine in Python.
+"""LLM takes prompts and returns outputs: the face of the engine in Python.
 
-Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (rank) -> text (loop).
-Under torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
+Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (engine) -> text (loop). Under
+torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ class LLM:
     file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
 
     Threads may share it: their calls run one after another, `close` too. A call inside another one, in its `on_text`,
-    raises RuntimeError at once and leaves that one as it is; only `check` is free. (`on_text` must not wait for another
-    thread's call either: that one waits for the call that `on_text` belongs to.)
+    raises RuntimeError at once and leaves that one as it is; only `check` may be called. (`on_text` must not wait for
+    another thread's call either, which itself waits for the call that `on_text` belongs to.)
     """
 
     def __init__(self, model: str = "demo", tensor_parallel_size: int | None = None, **options):
@@ -64,7 +64,7 @@ class LLM:
         )
         self._request_ids = itertools.count()
         self._finalizer = weakref.finalize(self, self.engine.close)
-        self._finalizer.atexit = False  # the rank sees to that
+        self._finalizer.atexit = False  # the engine does that itself
 
     @in_turn
     def generate(
@@ -81,22 +81,22 @@ class LLM:
         prompts takes rank 0's); RankFailed if another rank has failed; RuntimeError if this LLM is closed, or ended
         with an earlier error of several ranks.
 
-        A sequence that fails (its logits are NaN) has finish_reason "error", and the others are as they would be. What
-        `on_text` raises ends its prompt's sequences, with finish_reason "abort", and it hears no more of them; when all
-        others have ended, rank 0 raises it (the first, if there are several), with the outputs as its attribute
-        `outputs`, and the other ranks return them. An interrupt ends the whole call at once.
+        A sequence that fails (its logits are NaN) has finish_reason "error", and the others are as they would be
+        without it. If `on_text` raises, this ends its prompt's sequences, with finish_reason "abort", and it is not
+        called for them again; when all others have ended, rank 0 raises the first of these exceptions, with the outputs
+        as its attribute `outputs`, and the other ranks return the outputs. An interrupt ends the whole call at once.
         """
         self._check_open()
         asked = self._read_for_all(prompts, sampling_params)
         listener = Listener(on_text)
-        groups = [self._expand(place, *one, listener) for place, one in enumerate(asked)]
+        groups = [self._expand(index, *one, listener) for index, one in enumerate(asked)]
         with self.engine.together():
             if self.engine.topology.rank > 0:
                 return [RequestOutput.from_dict(output) for output in self.engine.follow()]
             Loop(self.scheduler, self.engine, groups, listener).run()
             outputs = [
-                RequestOutput(str(place), prompt, token_ids, [sequence.output() for sequence in group])
-                for place, ((prompt, token_ids, _), group) in enumerate(zip(asked, groups))
+                RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in group])
+                for index, ((prompt, token_ids, _), group) in enumerate(zip(asked, groups))
             ]
             self.engine.finish([output.to_dict() for output in outputs])
         listener.reraise(outputs)
@@ -107,7 +107,7 @@ class LLM:
         """Measures link, memory, compute and reduces (about a second), for predictions instead of the profile's rates;
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
-        self.engine.probe(link_bytes)
+        self.engine.measure(link_bytes)
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""
@@ -130,7 +130,7 @@ class LLM:
         self.close()
 
     def _read_for_all(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
-        """What `_read` gives, once all ranks have agreed on this call. What one of them refuses, all refuse."""
+        """The result of `_read`, once all ranks have agreed on this call. All refuse what one of them refuses."""
         asked, refusal = [], ""
         try:
             asked = self._read(prompts, sampling_params)
@@ -156,27 +156,27 @@ class LLM:
             raise ValueError(f"sampling_params={sampling_params!r}: expected SamplingParams, or a list of them")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
-        return [self._read_one(place, *one) for place, one in enumerate(zip(prompts, sampling_params))]
+        return [self._read_one(index, *one) for index, one in enumerate(zip(prompts, sampling_params))]
 
     def _read_one(
-        self, place: int, prompt: Prompt, params: SamplingParams
+        self, index: int, prompt: Prompt, params: SamplingParams
     ) -> tuple[str | None, list[int], SamplingParams]:
         prompt = _as_list(prompt)
         if not isinstance(prompt, str | list | tuple):
-            raise ValueError(f"prompt {place}: {prompt!r} is neither a string nor a list of token ids")
+            raise ValueError(f"prompt {index}: {prompt!r} is neither a string nor a list of token ids")
         if self.tokenizer is None:
-            refuse_text(self.config, place, prompt, params)
+            refuse_text(self.config, index, prompt, params)
         text = prompt if isinstance(prompt, str) else None
         if text is not None and has_lone_surrogate(text):
-            raise ValueError(f"prompt {place}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        token_ids = self.tokenizer.encode(prompt, self.vocab_size) if text is not None else _as_tokens(place, prompt)
+            raise ValueError(f"prompt {index}: {prompt!r} is not valid Unicode (a lone surrogate)")
+        token_ids = self.tokenizer.encode(prompt, self.vocab_size) if text is not None else _as_tokens(index, prompt)
         for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
             wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if wrong is not None:
-                raise ValueError(f"prompt {place}: {what} {wrong} is not in 0..{self.vocab_size - 1}")
+                raise ValueError(f"prompt {index}: {what} {wrong} is not in 0..{self.vocab_size - 1}")
         self._warn_of_stops(params.stop)
-        # the place stands for the id: messages name the prompt
-        Request(place, token_ids, params).check_length(self.scheduler.max_model_len)
+        # the index stands for the id: messages name the prompt
+        Request(index, token_ids, params).check_length(self.scheduler.max_model_len)
         return text, token_ids, params
 
     def _warn_of_stops(self, stops: tuple[str, ...]) -> None:
@@ -188,7 +188,7 @@ class LLM:
                 warnings.warn(f"{where}: give it alone, or stop_token_ids=[{number}], to end there", stacklevel=2)
 
     def _configure(self, options: dict[str, Any]) -> None:
-        """Sets `config` and `_launch`. Under torchrun the other ranks hear of it if this one's options are refused."""
+        """Sets `config` and `_launch`. Under torchrun the other ranks are told if this one's options are refused."""
         launch = resolve_launch()
 
         def read() -> tuple[EngineConfig, Launch]:
@@ -199,7 +199,7 @@ class LLM:
             self.config, self._launch = read_together(launch, read)
 
     def _load_tokenizer(self) -> Tokenizer | None:
-        """The other ranks hear of it if this one cannot."""
+        """Loads the tokenizer; the other ranks are told if this one cannot."""
         with _closing_on_error(self._launch), self._launch.guard():
             return load_tokenizer(self.config)
 
@@ -211,7 +211,7 @@ class LLM:
             raise RuntimeError("this LLM is closed")
 
     def _expand(
-        self, place: int, _: str | None, token_ids: list[int], params: SamplingParams, listener: Listener
+        self, prompt: int, _: str | None, token_ids: list[int], params: SamplingParams, listener: Listener
     ) -> list[Sequence]:
         """The n sequences of a prompt, each with a seed of its own. A stop string that is a special token, which is no
         part of any text, ends them as a stop token id does."""
@@ -224,7 +224,7 @@ class LLM:
             number = next(self._request_ids)
             own = params.seed + index if params.seed is not None else (self.config.seed + 1) * _GOLDEN + number
             request = Request(number, token_ids, params, seed=own & _MASK)
-            tell = functools.partial(listener.tell, place, index)
+            tell = functools.partial(listener.tell, prompt, index)
             sequences.append(Sequence(request, index, self.tokenizer, tell, special_stops))
         return sequences
 
@@ -239,22 +239,22 @@ def _closing_on_error(launch: Launch) -> Iterator[None]:
 
 
 def config_of(options: dict[str, Any]) -> EngineConfig:
-    """Raises TypeError for what is no option, ValueError as EngineConfig does."""
+    """The config of these options. Raises TypeError for an unknown option, ValueError as EngineConfig does."""
     unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(EngineConfig)})
     if unknown:
         raise TypeError(f"LLM has no option {', '.join(unknown)}")
     return EngineConfig(**options)
 
 
-def refuse_text(config: EngineConfig, place: int, prompt: Prompt, params: SamplingParams) -> None:
-    """Without a tokenizer: raises ValueError for a text prompt or a stop string."""
+def refuse_text(config: EngineConfig, index: int, prompt: Prompt, params: SamplingParams) -> None:
+    """Raises ValueError for a text prompt or a stop string, where there is no tokenizer."""
     if isinstance(prompt, str) or params.stop:
         what = "a text prompt" if isinstance(prompt, str) else "a stop string"
-        raise ValueError(f"{config.model}: no tokenizer.json, so prompt {place} cannot have {what}; give token ids")
+        raise ValueError(f"{config.model}: no tokenizer.json, so prompt {index} cannot have {what}; give token ids")
 
 
 def tokenizer_directory(config: EngineConfig) -> Path:
-    """That of --tokenizer, else the model's."""
+    """The directory that --tokenizer names, else the model's."""
     path = find_model(config.tokenizer or config.model)
     return path if path.is_dir() else path.parent
 
@@ -265,7 +265,8 @@ def has_tokenizer(config: EngineConfig) -> bool:
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """None if there is no tokenizer.json (token ids still work). Raises ValueError if --tokenizer named a place."""
+    """The model's tokenizer, or None if there is no tokenizer.json (token ids still work). Raises ValueError if
+    --tokenizer named a directory without one."""
     tokenizer = Tokenizer.load(tokenizer_directory(config))
     if tokenizer is None and config.tokenizer is not None:
         raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer.json there")
@@ -273,7 +274,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
 
 
 def _as_list(value: Any) -> Any:
-    """An array, of numpy or torch, as the lists and numbers of Python; anything else as it is."""
+    """A value as it is, but an array of numpy or torch as Python's lists and numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -281,10 +282,11 @@ def _is_number(value: Any) -> bool:
     return hasattr(_as_list(value), "__index__")
 
 
-def _as_tokens(place: int, prompt: list | tuple) -> list[int]:
-    """Integers, numpy's and torch's too, as Python's. Raises ValueError for anything else, also for bools."""
+def _as_tokens(index: int, prompt: list | tuple) -> list[int]:
+    """Token ids as Python's integers, from these or numpy's or torch's. Raises ValueError for others, also for
+    bools."""
     token_ids = [token if type(token) is int else _as_list(token) for token in prompt]
     for token in token_ids:
         if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise ValueError(f"prompt {place}: token id {token!r} is not an integer")
+            raise ValueError(f"prompt {index}: token id {token!r} is not an integer")
     return list(map(operator.index, token_ids))

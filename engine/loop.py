@@ -1,7 +1,7 @@
-"""One call's sequences, pass after pass until all have ended: schedule, submit, collect, text.
+"""Runs one call's sequences, pass after pass until all have ended: schedule, submit, collect, text.
 
-A sequence fails alone. One whose logits are NaN, or that can never run, ends with FinishReason.ERROR; what `on_text`
-raises ends its prompt's sequences with FinishReason.ABORT. The others go on as if a stop had ended those.
+A sequence fails alone. If its logits are NaN, or it can never run, it ends with FinishReason.ERROR; if `on_text`
+raises, its prompt's sequences end with FinishReason.ABORT. The others go on as if a stop had ended those.
 """
 
 from penstock.engine.compute.sampler import NAN_LOGITS, SampleOutput
@@ -13,7 +13,7 @@ from penstock.scheduler.batching.scheduler import Scheduler
 
 
 class Loop:
-    """Rank 0's. `groups` has the sequences of each prompt, which speak to `listener`."""
+    """The loop of rank 0. `groups` has the sequences of each prompt, whose text goes to `listener`."""
 
     def __init__(self, scheduler: Scheduler, engine: Engine, groups: list[list[Sequence]], listener: Listener):
         self.scheduler, self.engine, self.groups, self.listener = scheduler, engine, groups, listener
@@ -21,7 +21,7 @@ class Loop:
         self._num_aborted = 0  # prompts for which on_text has raised and that have ended for it
 
     def run(self) -> None:
-        """Until all have ended. Whatever else is raised, an interrupt too, ends all and leaves the engine usable."""
+        """Runs until all have ended. Any other exception, an interrupt too, ends all and leaves the engine usable."""
         try:
             self._add()
             while self.scheduler.has_unfinished:
@@ -51,7 +51,7 @@ class Loop:
         self._abort_unheard()
 
     def _run_if_wanted(self, batch: Batch) -> None:
-        """Runs a prepared pass as soon as the tokens of the one under way are there; text is made beside it."""
+        """Runs a prepared pass as soon as the tokens of the one under way are there; text is made while it runs."""
         self.engine.announce(batch)
         requests, sampled = self._collect()
         if self.scheduler.is_wanted(batch):
@@ -61,32 +61,32 @@ class Loop:
         self._take_in(requests, sampled)
 
     def _collect(self) -> tuple[list[Request | None], SampleOutput | None]:
-        """Waits for the oldest pass; who got its tokens, and those."""
+        """Waits for the oldest pass. Returns the requests that got its tokens, and the tokens."""
         batch, sampled = self.engine.collect()
         return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
 
     def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> None:
         """Gives each sequence of a pass its token."""
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             if request is not None:
-                self._advance(self._sequences[request.id], sampled, place)
+                self._advance(self._sequences[request.id], sampled, index)
         self._abort_unheard()
 
-    def _advance(self, sequence: Sequence, sampled: SampleOutput, place: int) -> None:
+    def _advance(self, sequence: Sequence, sampled: SampleOutput, index: int) -> None:
         request = sequence.request
         if request.finish_reason == FinishReason.ERROR:
             sequence.fail(NAN_LOGITS)
         else:
-            self._push(sequence, sampled, place)
+            self._push(sequence, sampled, index)
         if request.finish_reason is not None:
             sequence.on_text(None)
 
-    def _push(self, sequence: Sequence, sampled: SampleOutput, place: int) -> None:
+    def _push(self, sequence: Sequence, sampled: SampleOutput, index: int) -> None:
         """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""
         request = sequence.request
         token = request.output_token_ids[-1]
         if request.params.logprobs is not None:
-            sequence.add_logprobs(token, *sampled.logprobs.at(place, request.params.logprobs))
+            sequence.add_logprobs(token, *sampled.logprobs.at(index, request.params.logprobs))
         stop = None
         if request.finish_reason != FinishReason.STOP:
             stop = sequence.push(token)

@@ -1,4 +1,4 @@
-"""What `generate` returns, and how one sequence's text grows token by token.
+"""Outputs of `generate`, and how one sequence's text grows token by token.
 
 Field names are vLLM's. `to_dict` and `from_dict` carry outputs to the other ranks as JSON.
 """
@@ -16,7 +16,7 @@ OnText = Callable[[int, int, str | None], None]
 
 @dataclass(frozen=True)
 class Logprob:
-    """Of one token at one place. `rank` counts from 1."""
+    """The log probability of one token at one position. `rank`, among all tokens there, counts from 1."""
 
     logprob: float
     rank: int | None
@@ -57,11 +57,11 @@ class RequestOutput:
         return RequestOutput(**{**data, "outputs": outputs})
 
 
-def _logprobs(places: list[dict] | None) -> list[dict[int, Logprob]] | None:
-    """JSON has string keys only."""
-    if places is None:
+def _logprobs(positions: list[dict] | None) -> list[dict[int, Logprob]] | None:
+    """Log probabilities from JSON, whose keys are strings."""
+    if positions is None:
         return None
-    return [{int(token): Logprob(**logprob) for token, logprob in place.items()} for place in places]
+    return [{int(token): Logprob(**logprob) for token, logprob in position.items()} for position in positions]
 
 
 def describe_errors(outputs: list[RequestOutput]) -> list[str]:
@@ -71,14 +71,15 @@ def describe_errors(outputs: list[RequestOutput]) -> list[str]:
 
 
 def without_errors(outputs: list[RequestOutput]) -> list[RequestOutput]:
-    """The outputs, for who wants all or none. Raises ValueError for the first sequence that has not ended by itself."""
+    """The outputs, if all sequences ended by themselves. Raises ValueError for the first that did not."""
     for error in describe_errors(outputs):
         raise ValueError(error)
     return outputs
 
 
 class Listener:
-    """A call's `on_text`. What it raises is kept, by prompt and in that order, and it hears no more of that prompt."""
+    """A call's `on_text`. Exceptions that it raises are kept with their prompts, in order, and it is called no more for
+    such a prompt."""
 
     def __init__(self, on_text: OnText | None):
         self.on_text = on_text
@@ -95,7 +96,7 @@ class Listener:
             self.raised.append((prompt, error))
 
     def reraise(self, outputs: list[RequestOutput]) -> None:
-        """Raises the first of what was raised, if any, with the call's outputs as its attribute `outputs`."""
+        """Raises the first exception that was kept, if any, with the call's outputs as its attribute `outputs`."""
         if not self.raised:
             return
         prompt, first = self.raised[0]
@@ -130,7 +131,7 @@ class Sequence:
         self.error: str | None = None
 
     def push(self, token: int) -> str | None:
-        """Takes in a sampled token. Returns the stop string that it completed, if any."""
+        """Adds a sampled token. Returns the stop string that it completed, if any."""
         if self.stream is None:
             return None
         emitted, stop = self.stops.push(self.stream.push(token))
@@ -138,7 +139,8 @@ class Sequence:
         return stop
 
     def flush(self) -> str | None:
-        """The sequence has ended: gives out what was held back. A stop string may still come to light in it."""
+        """Gives out the text that was held back, when the sequence has ended. Returns a stop string found in it, if
+        any."""
         if self.stream is None:
             return None
         emitted, _ = self.stops.push(self.stream.finish())
@@ -147,16 +149,17 @@ class Sequence:
         return stop
 
     def fail(self, error: str) -> None:
-        """The sequence has ended for this reason: gives out what was held back."""
+        """Ends the sequence for this reason, and gives out the text that was held back."""
         self.error = error
         self.flush()
 
     def add_logprobs(self, token: int, logprob: float, rank: int, top: list[tuple[int, float]]) -> None:
-        """The sampled token's, and those of the most likely ones (id, logprob; the first has rank 1)."""
-        place = {token: Logprob(logprob, rank, self._decoded(token))}
+        """Adds log probabilities of the sampled token and of the most likely ones (id, logprob; the first has rank
+        1)."""
+        position = {token: Logprob(logprob, rank, self._decoded(token))}
         for top_rank, (top_id, top_logprob) in enumerate(top, 1):
-            place.setdefault(top_id, Logprob(top_logprob, top_rank, self._decoded(top_id)))
-        self.logprobs.append(place)
+            position.setdefault(top_id, Logprob(top_logprob, top_rank, self._decoded(top_id)))
+        self.logprobs.append(position)
 
     def output(self) -> CompletionOutput:
         request = self.request
@@ -167,7 +170,7 @@ class Sequence:
         if request.params.logprobs is not None:
             output.logprobs = self.logprobs
             tokens = request.output_token_ids
-            output.cumulative_logprob = sum(place[token].logprob for place, token in zip(self.logprobs, tokens))
+            output.cumulative_logprob = sum(position[token].logprob for position, token in zip(self.logprobs, tokens))
         return output
 
     def _decoded(self, token: int) -> str | None:

@@ -1,8 +1,8 @@
-"""Standard output and standard error of a process of ours, and how a user's mistake is said there.
+"""Standard output and standard error of our processes, and how a user's mistake is shown there.
 
 A character that the output's encoding does not have is replaced. Control characters in names of files, tensors and
-flags are seen on standard error, not obeyed. A standard output that takes no more (closed, full, a reader that left)
-ends the run with one line and status 1. What is generated goes to standard output as it is. Torch-free.
+flags are shown on standard error as escapes. If standard output can take no more (closed, full, its reader gone) the
+run ends with one line and status 1. Generated text goes to standard output as it is. Torch-free.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ MOST_CHARACTERS = 2000  # of a message: a value of a megabyte says no more than 
 
 @contextlib.contextmanager
 def guarded_streams(program: str = "penstock") -> Iterator[None]:
-    """For the whole work of a process: what it prints goes through the streams that this module describes. Raises
-    SystemExit, whose message begins with `program`, as soon as standard output takes no more."""
-    if SELF_LAUNCHED in os.environ:  # its parent shows what it says
+    """Sends all that a process prints through the streams that this module describes. Raises SystemExit, whose message
+    begins with `program`, as soon as standard output takes no more."""
+    if SELF_LAUNCHED in os.environ:  # its parent shows what it prints
         yield
         return
     _hold_descriptors()
@@ -40,10 +40,10 @@ def guarded_streams(program: str = "penstock") -> Iterator[None]:
 
 
 def say_mistake(error: Exception, program: str = "penstock") -> bool:
-    """Says on standard error, in one line, what a user can mend. False: the exception needs its traceback.
+    """Shows a user's mistake on standard error, in one line. False if it is none: then it needs its traceback.
 
-    Ranks of torchrun that all have the same mistake say it once: where rank 0 has it too, the launcher ends the others
-    while they wait. What a child of rank 0 has found rank 0 shows: the user's own mistakes it found before it launched.
+    Ranks of torchrun that all have the same mistake show it once: if rank 0 has it too, the launcher ends the others
+    while they wait. A child of rank 0 shows nothing: rank 0 found the user's mistakes before it launched it.
     """
     text = mistake(error)
     if text is None or SELF_LAUNCHED in os.environ:
@@ -55,8 +55,7 @@ def say_mistake(error: Exception, program: str = "penstock") -> bool:
 
 
 def mistake(error: Exception) -> str | None:
-    """What an exception tells a user who can mend it, in one line; None: it is a bug of ours, and needs its
-    traceback."""
+    """The one line for a user who can mend what was raised; None if it is our own bug, which needs its traceback."""
     if isinstance(error, OSError):
         return one_line(f"{error.filename}: {error.strerror}") if error.filename is not None else None
     if isinstance(error, MemoryError):
@@ -65,7 +64,7 @@ def mistake(error: Exception) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """The text with all that is not printable as Python writes it (`\\n`, `\\x1b`, `\\u202e`), cut in its middle."""
+    """The text with unprintable characters as Python escapes them (`\\n`, `\\x1b`, `\\u202e`), cut in its middle."""
     if len(text) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         text = f"{text[:half]} ... {text[-half:]}"
@@ -73,7 +72,7 @@ def one_line(text: str) -> str:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with what is neither printable nor in `keep` as Python writes it."""
+    """The text with characters that are neither printable nor in `keep` as Python escapes them."""
     if text.isprintable():
         return text
     return "".join(
@@ -83,7 +82,8 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def _hold_descriptors() -> None:
-    """If 0, 1 or 2 is closed, the next file or socket would get its number, and what others print."""
+    """Opens descriptors 0, 1 and 2 if they are closed: else the next file or socket would get one of these numbers, and
+    what others print."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -94,7 +94,7 @@ def _end(program: str, why: str | None) -> NoReturn:
 
 
 class _Stream:
-    """A text stream in all that is not said otherwise."""
+    """A text stream; subclasses change what they define."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -104,7 +104,7 @@ class _Stream:
 
 
 class _Messages(_Stream):
-    """Standard error: lines, tabs and a progress bar's return to the beginning of its line, but no other control."""
+    """Standard error: it passes newlines, tabs and a progress bar's carriage return, and escapes other controls."""
 
     def write(self, text: str) -> int:
         begin = "\r" if text.startswith("\r") else ""
@@ -113,7 +113,7 @@ class _Messages(_Stream):
 
 
 class _Output(_Stream):
-    """Standard output. Its failure is no OSError, which many a library passes over."""
+    """Standard output. It fails with SystemExit: many libraries ignore an OSError."""
 
     def __init__(self, stream: Any, program: str):
         super().__init__(stream)
@@ -138,7 +138,7 @@ class _Output(_Stream):
             _end(self._program, error.strerror)
 
     def _discard(self) -> None:
-        """What is still in the buffer goes nowhere: nor may the flush at exit complain."""
+        """Discards what is still in the buffer, so that the flush at exit does not fail too."""
         with contextlib.suppress(OSError):  # a stream without a descriptor
             descriptor = os.open(os.devnull, os.O_WRONLY)
             os.dup2(descriptor, self._stream.fileno())

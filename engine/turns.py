@@ -1,4 +1,4 @@
-"""Calls of several threads on one object, one after another."""
+"""Runs calls of several threads on one object one after another."""
 
 import functools
 import threading
@@ -7,15 +7,16 @@ from typing import Any
 
 
 class Turns:
-    """Whose call of an object runs. Both locks are held by `with` alone: an interrupt at any moment releases them."""
+    """The order of calls of one object. Both locks are held by `with` alone, so an interrupt at any moment frees
+    them."""
 
     def __init__(self):
         self._line = threading.Lock()  # held by the thread that has waited longest
         self._turn = threading.RLock()
 
     def take(self, name: str, call: Callable[[], Any]) -> Any:
-        """Runs `call` once no other one runs. Raises RuntimeError, at once, inside a call of this same thread: it would
-        wait for itself."""
+        """Runs `call` once no other one runs. Raises RuntimeError, at once, inside another call of the same thread,
+        which would wait for itself."""
         if self._turn._is_owned():  # as threading.Condition asks its lock
             raise RuntimeError(
                 f"{name}() was called inside another call of the same object, such as in its on_text; "

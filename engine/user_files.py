@@ -1,4 +1,4 @@
-"""Files that a user names, read with bounds: what is no file, too large, a git-lfs pointer or no sound JSON is refused.
+"""Reads files that a user names, within bounds: non-files, too large ones, git-lfs pointers and bad JSON are refused.
 
 Torch-free. Every error is a ValueError of one line that names the file, and the field where one is at fault.
 """
@@ -38,7 +38,7 @@ class TooLarge(float):
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Around what is done with a file or directory: an OSError is a ValueError that names it."""
+    """A context for work on a file or directory: it turns an OSError into a ValueError that names it."""
     try:
         yield
     except OSError as error:
@@ -68,8 +68,8 @@ def refuse_cache_root(path: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises ValueError for what is no regular file: to open a pipe would wait for its writer, and a device has no end.
-    Raises OSError if there is nothing."""
+    """Raises ValueError if the path is no regular file: opening a pipe would wait for its writer, and a device has no
+    end. Raises OSError if nothing is there."""
     if "\0" in str(path):
         raise ValueError(f"{path}: no file can have such a name")
     mode = path.stat().st_mode
@@ -79,8 +79,8 @@ def check_regular(path: Path) -> None:
 
 
 def check_output(flag: str, path: str | Path) -> None:
-    """Raises ValueError, naming flag and file, if no file can be written there, so that it is said before the work for
-    it is done: a directory that is not there is not made."""
+    """Raises ValueError, naming flag and file, if no file can be written there. It is called before the work whose
+    result the file will hold. Directories are not made."""
     path = Path(path)
     try:
         if not path.exists() and not path.parent.is_dir():
@@ -96,12 +96,12 @@ def check_output(flag: str, path: str | Path) -> None:
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether a text is none: Python's strings, and JSON's escapes, may hold half of a surrogate pair."""
+    """Whether a string has half of a surrogate pair, as Python's strings and JSON's escapes may, and so is no text."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_no_pointer(path: Path, start: bytes) -> None:
-    """Raises ValueError if a file that starts so is what git leaves where git-lfs did not fetch the file itself."""
+    """Raises ValueError if a file that starts so is a pointer, which git leaves if git-lfs did not fetch the file."""
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"{path}: is a git-lfs pointer, the file itself was not fetched: run `git lfs pull` there")
 
@@ -124,10 +124,10 @@ def read_json(path: str | Path, keep_too_large: bool = False) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str, where: str, keep_too_large: bool = False) -> Any:
-    """JSON as Python has it. Raises ValueError, beginning with `where`, if it is not UTF-8, not JSON, has more than
-    MAX_JSON_VALUES or is nested deeper than MAX_JSON_DEPTH, or has a name twice in one object or a number of over 20
-    digits or beyond a float. `keep_too_large` is for objects of which only some fields are read: such a number is a
-    TooLarge there, and only who reads it refuses it."""
+    """Parses JSON to Python's values. Raises ValueError, beginning with `where`, if it is not UTF-8, not JSON, has more
+    than MAX_JSON_VALUES or is nested deeper than MAX_JSON_DEPTH, or has a name twice in one object or a number of over
+    20 digits or beyond a float. `keep_too_large` is for objects of which only some fields are read: such a number is
+    then a TooLarge, which only the reader of its field refuses."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     except ValueError as error:

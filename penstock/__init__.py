@@ -2,7 +2,7 @@
 
     from penstock import LLM, SamplingParams
 
-Names are resolved when they are asked for: `penstock plan` must not import torch. In a checkout, known by the setup.cfg
+Names are resolved when they are used: `penstock plan` must not import torch. In a checkout, known by the setup.cfg
 beside this folder, `penstock.engine`, `penstock.parallel` and `penstock.scheduler` are the folders at its top.
 """
 

@@ -1,10 +1,10 @@
-"""Compare every step of our plan with transformers, layer by layer, and name the first that differs.
+"""Compares every step of our plan with transformers, layer by layer, and names the first that differs.
 
 The engine runs first and its activations are kept. Then transformers runs twice over the same tokens: by itself
-(`drift`: how far the two are apart by then), and on our activations: each of its modules gets our inputs, and what it
-makes of them is compared with what we made (`step`: what this step alone adds). Additions of the residual have to agree
-in every bit, in every dtype: nothing but another order can change them. `drift` is judged in float32 only: elsewhere it
-is what rounding adds up to.
+(`drift`: how far the two are apart by then), and on our activations: each of its modules gets our inputs, and its
+outputs are compared with ours (`step`: the difference that this step alone makes). Additions of the residual have to
+agree in every bit, in every dtype: nothing but another order can change them. `drift` is judged in float32 only:
+elsewhere it is what rounding adds up to.
 
 Usage: python -m scripts.check_numerics --model demo --prompt "Return the" --max-tokens 8
        python -m scripts.check_numerics --model PATH --token-ids 5 17 3 --dtype bfloat16
@@ -62,8 +62,8 @@ def compare(
     mutate: Callable[[LLM], None] = lambda llm: None,
     **options,
 ) -> list[Row]:
-    """Rows in the order of the plan, over the prompt and all but the last of `max_tokens` generated tokens. `mutate`
-    may change the engine before it runs; `options` are LLM's."""
+    """A row for each step, in the order of the plan, over the prompt and all but the last of `max_tokens` generated
+    tokens. `mutate` may change the engine before it runs; `options` are LLM's."""
     with LLM(model, dtype=dtype, tensor_parallel_size=1, enforce_eager=True, **options) as llm:
         mutate(llm)
         ours = _watch(llm)

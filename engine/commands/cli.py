@@ -1,4 +1,4 @@
-"""The command line: subcommands, each with flags of its own and the engine's (flags.py).
+"""The command line: subcommands, each with its own flags and the engine's (flags.py).
 
 A subcommand is a module with `add_arguments(parser)` and `run(args, config) -> int`; only the chosen one is
 imported, so that `plan` stays quick and free of torch. One that needs few fields of the config names them in
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_environment() -> None:
-    """A PENSTOCK_ variable that means nothing is a user's mistake."""
+    """Raises ValueError for a PENSTOCK_ variable that has no meaning."""
     unknown = [name for name in os.environ if name.startswith("PENSTOCK_") and name not in OWN_VARIABLES]
     if unknown:
         raise ValueError(f"environment variable {unknown[0]}: known are {', '.join(OWN_VARIABLES)}")

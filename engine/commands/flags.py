@@ -1,4 +1,4 @@
-"""Flags made from the fields of EngineConfig and DebugConfig, for the command line and the benchmarks alike."""
+"""Flags made from the fields of EngineConfig and DebugConfig, for the command line and the benchmarks."""
 
 import argparse
 import dataclasses
@@ -13,15 +13,15 @@ DEBUG = dataclasses.fields(DebugConfig)
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are ValueErrors like all others: one line, not a page of usage before it."""
+    """A parser that raises ValueError for mistakes, as all else does: one line, without a page of usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help shows what there is)")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
-    """A flag for each field of EngineConfig and of its debug group, or for those of `names`; the model may also stand
-    alone. Defaults are the config's, not ours."""
+    """A flag for each field of EngineConfig and of its debug group, or for those of `names`; the model may also be
+    given without a flag. Defaults are those of the config."""
     if names is None:
         parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     for title, fields in (("engine", ENGINE), ("debug", DEBUG)):
@@ -44,7 +44,7 @@ def _add_flags(group: argparse._ArgumentGroup, fields: Iterable[dataclasses.Fiel
 
 
 def _typed(parse):
-    """argparse hides a ValueError's words; they name the field and what is allowed."""
+    """A type for argparse that shows the message of `parse`'s ValueError, which argparse would hide."""
     if parse is None or parse in (int, float):
         return parse
 
@@ -63,7 +63,7 @@ def _metavar(field: dataclasses.Field) -> str:
 
 
 def config_from_args(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
-    """The config of the flags that were given; `defaults` stand for flags that were not. Raises ValueError as
+    """The config of the flags that were given; `defaults` replace flags that were not. Raises ValueError as
     EngineConfig does, and if the model was given twice."""
     given, debug = (
         {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)} for fields in (ENGINE, DEBUG)

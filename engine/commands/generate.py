@@ -1,7 +1,7 @@
-"""`penstock generate`: prompts in, text out as it is generated; the plan before and what was moved after.
+"""`penstock generate` prints the text of prompts as it is generated; the plan before it and the bytes moved after it.
 
-Text goes to stdout (with --json one object a prompt), everything else to stderr: with --json the last line says in JSON
-what each rank has moved. Under torchrun rank 0 speaks.
+Text goes to stdout (with --json one object a prompt), everything else to stderr: with --json the last line has, in
+JSON, the bytes that each rank has moved. Under torchrun rank 0 prints.
 """
 
 import argparse
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     # under torchrun all ranks have the same standard input, and only one may read it
     prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
     is_whole = config.load_format == "dummy" or find_model(config.model).is_dir()
-    if is_whole and config.tokenizer is None and not has_tokenizer(config):  # said before the weights are loaded
-        for place, prompt in enumerate(prompts):
-            refuse_text(config, place, prompt, params)
+    if is_whole and config.tokenizer is None and not has_tokenizer(config):  # refused before the weights are loaded
+        for index, prompt in enumerate(prompts):
+            refuse_text(config, index, prompt, params)
     with LLM(**config.for_job(len(prompts) * params.n).to_dict()) as llm:
         llm.check(prompts, params)
         print(llm.engine.topology.describe(), file=sys.stderr)
@@ -96,13 +96,13 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 class TextPrinter:
-    """Writes text as it comes: of the first sequence at once, of later ones when those before them have ended."""
+    """Prints text as it comes: that of the first sequence at once, of others when those before them have ended."""
 
     def __init__(self, num_prompts: int, n: int):
         self.order = [(prompt, index) for prompt in range(num_prompts) for index in range(n)]
         self.waiting: dict[tuple[int, int], str] = {}
         self.ended: set[tuple[int, int]] = set()
-        self.place = 0
+        self.current = 0  # index in `order` of the sequence that is being printed
         self._title()
 
     def __call__(self, prompt: int, index: int, text: str | None) -> None:
@@ -111,19 +111,19 @@ class TextPrinter:
             self.ended.add(key)
         else:
             self.waiting[key] = self.waiting.get(key, "") + text
-        while self.place < len(self.order):
-            current = self.order[self.place]
-            sys.stdout.write(self.waiting.pop(current, ""))
+        while self.current < len(self.order):
+            key = self.order[self.current]
+            sys.stdout.write(self.waiting.pop(key, ""))
             sys.stdout.flush()
-            if current not in self.ended:
+            if key not in self.ended:
                 return
             sys.stdout.write("\n")
-            self.place += 1
+            self.current += 1
             self._title()
 
     def _title(self) -> None:
-        if len(self.order) > 1 and self.place < len(self.order):
-            prompt, index = self.order[self.place]
+        if len(self.order) > 1 and self.current < len(self.order):
+            prompt, index = self.order[self.current]
             print(f"--- prompt {prompt}, output {index}", flush=True)
 
 
@@ -145,7 +145,7 @@ def say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinte
 
 
 def say_errors(outputs: list[RequestOutput]) -> int:
-    """A line for each sequence that has not ended by itself; the exit status, 1 if there are any."""
+    """Prints a line for each sequence that has not ended by itself. Returns the exit status, 1 if there are any."""
     errors = describe_errors(outputs)
     for error in errors:
         print(f"penstock: error: {error}", file=sys.stderr)
@@ -153,13 +153,13 @@ def say_errors(outputs: list[RequestOutput]) -> int:
 
 
 def say_transfers(llm: LLM, as_json: bool) -> None:
-    """A line of its own, and not on stdout: who reads that finds a prompt in every line."""
+    """Prints the ledgers on a line of stderr: on stdout, every line is a prompt's."""
     if as_json:
         print(json.dumps({"transfers": llm.engine.transfers}), file=sys.stderr)
 
 
 def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
-    """What was moved and how long it took, beside what the time model said."""
+    """Lines about the bytes that were moved and the time that it took, beside the prediction."""
     times, executor = llm.engine.times, llm.engine.worker.executor
     moved, num_tokens = executor.copied.total.sent_bytes, sum(len(s.token_ids) for o in outputs for s in o.outputs)
     lines = [
@@ -173,7 +173,7 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
         )
     weights = llm.engine.worker.weights
     if weights.codes:
-        share = sum(code.nbytes for code in weights.codes.values()) / weights.compressed_from_bytes
+        share = sum(group.nbytes for group in weights.codes.values()) / weights.compressed_from_bytes
         lines.append(
             f"{weights.compressed_from_bytes / GIB:.3f} GiB of weights a rank were compressed without loss"
             f" to {share:.1%}, at {gb_s(weights.compressed_from_bytes, weights.compress_s):.3g} GB/s"

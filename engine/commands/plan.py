@@ -1,6 +1,7 @@
-"""`penstock plan`: what stays, what streams and how fast that is, from a config.json alone.
+"""`penstock plan` shows what stays, what streams and how fast that is, from a config.json alone.
 
-Imports neither torch nor transformers: it must answer on a laptop, at once. What it knows is planning.py's.
+It imports neither torch nor transformers, so that it answers at once, also on a laptop. engine/planning makes the plan;
+this file shows it.
 """
 
 import argparse
@@ -68,14 +69,14 @@ def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:
 def plan_of(config: EngineConfig) -> EnginePlan:
     """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
     model = read_model_to_plan(find_model(config.model), dummy=config.load_format == "dummy")
-    tp_size, passed_over = _planned_ranks(config)
+    tp_size, rank_notes = _planned_ranks(config)
     rates = plan_rates(config, tp_size, config.device)
-    return make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates, (*model.notes, *passed_over))
+    return make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates, (*model.notes, *rank_notes))
 
 
 def _planned_ranks(config: EngineConfig) -> tuple[int, list[str]]:
-    """As many as are asked for, else torchrun's, else one; and a note if torchrun's was passed over. Nothing is
-    launched: a cluster may have set only a part of torchrun's environment."""
+    """The number of ranks that is asked for, else torchrun's, else one; and a note if torchrun's was ignored. Nothing
+    is launched: a cluster may have set only a part of torchrun's environment."""
     if config.tensor_parallel_size is not None:
         return config.tensor_parallel_size, []
     try:
@@ -96,7 +97,7 @@ def predict(plan: EnginePlan, residency: Residency, num_seqs: int, context: int,
 
 
 def as_variant(plan: EnginePlan, planned: Planned, context: int, label: str) -> Variant | None:
-    """Another split of the same engine; None where not one sequence of the context fits."""
+    """Another split of the same engine's memory; None if not one sequence of the context fits."""
     demand, residency = planned
     context = min(context, residency.max_model_len)
     best = most_seqs(demand, residency, context)
@@ -107,7 +108,7 @@ def as_variant(plan: EnginePlan, planned: Planned, context: int, label: str) -> 
 
 
 def variant(plan: EnginePlan, demand: Demand, context: int, label: str, choice: str | None = None) -> Variant | None:
-    """The split of another demand, with the same choice of code or another; None where it does not fit."""
+    """The split of another demand, with the same choice of compression or another; None if it does not fit."""
     offer = plan.offer if choice is None else dataclasses.replace(plan.offer, choice=choice)
     try:
         return as_variant(plan, choose_code(offer, demand), context, label)
@@ -116,7 +117,7 @@ def variant(plan: EnginePlan, demand: Demand, context: int, label: str, choice: 
 
 
 def variants(plan: EnginePlan, context: int) -> list[Variant]:
-    """What one more GiB buys, what other uses of the same memory give, and the code that was not chosen."""
+    """Other splits: with one more GiB, with other uses of the same memory, and with the other compression."""
     demand, made = plan.demand, []
     if demand.memory_bytes is not None:
         larger = dataclasses.replace(demand, memory_bytes=demand.memory_bytes + GIB)
@@ -134,7 +135,7 @@ def variants(plan: EnginePlan, context: int) -> list[Variant]:
 
 
 def why_num_seqs(plan: EnginePlan) -> str:
-    """Where the number of sequences comes from."""
+    """A phrase that says where the number of sequences comes from."""
     if not plan.demand.plans_num_seqs:
         return "max_num_seqs as asked"
     if plan.max_num_seqs == plan.demand.max_num_seqs:
@@ -143,7 +144,7 @@ def why_num_seqs(plan: EnginePlan) -> str:
 
 
 def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, Any]:
-    """The plan as plain values; units are in the names, everything is a rank's but tokens_s."""
+    """The plan as plain values; units are in the names; all but tokens_s is for one rank."""
     residency = plan.residency
     best = most_seqs(plan.kept, residency, context)
     return {

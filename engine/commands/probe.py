@@ -1,5 +1,5 @@
-"""`penstock probe`: measures what the hardware of a group of ranks does, says what that means, and keeps it, so that
-`penstock plan` and the engine plan with it. It needs no model. Rank 0 speaks.
+"""`penstock probe` measures the hardware of a group of ranks, says what the figures mean, and saves them, so that
+`penstock plan` and the engine plan with them. It needs no model. Rank 0 prints.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
-    """Raises ValueError if the profile cannot be kept: of --output before anything is measured, of the cache once that
-    has been printed."""
+    """Measures and saves. Raises ValueError if the profile cannot be saved: to --output before anything is measured, in
+    the cache after it was printed."""
     if args.output is not None:
         check_output("--output", args.output)
     if SELF_LAUNCHED in os.environ:
@@ -57,6 +57,6 @@ def _finish(probe: Probe, args: argparse.Namespace) -> None:
     path = Path(args.output) if args.output is not None else profile_path(probe.device_type, probe.num_ranks)
     print(json.dumps(profile) if args.json else report(probe), flush=True)
     if path is None:
-        raise ValueError("there is no home directory to keep the profile in; --output FILE chooses a place")
+        raise ValueError("there is no home directory to keep the profile in; give --output FILE")
     save_profile(profile, path)
     print(f"kept in {path}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""`penstock profile`: the share of each instruction of a real decode pass and a real prefill pass, with Amdahl's bound.
+"""`penstock profile` shows the share of each instruction in a real decode pass and prefill pass, with Amdahl's bound.
 
-The spans are the plan's own, of the captured graph where decode passes are graphs; a mark in it costs about a
+An interval is one instruction of the plan, also inside the captured graph of a decode pass; a mark costs about a
 microsecond, so a traced pass is a little longer than others, and the shares of the shortest steps a little too large.
 What lies between decode passes in a row is shown as well: `graph_s` is the median pass from its first mark to its last,
-`step_s` the median from the start of one to the start of the next, both of rank 0; `copy_gap_s` is how long the copy
+`period_s` the median from the start of one to the start of the next, both of rank 0; `copy_gap_s` is how long the copy
 lane idles between two, on the rank where that is longest.
 
 With --plot one of the passes is drawn as well, the two lanes of each rank, predicted beside measured. The trace itself,
@@ -21,7 +21,7 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.profile.pass_profile import PassProfile, profile_pass
 from penstock.engine.profile.trace_plot import check_installed, draw, rows
 from penstock.engine.profile.traced_run import PASSES, TRACE, TracedRun, add_workload_arguments, run_traced
-from penstock.engine.runtime.trace import Span
+from penstock.engine.runtime.trace import Interval
 from penstock.engine.user_files import check_output
 from penstock.scheduler.units import GB, ms
 
@@ -36,7 +36,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
-    """Raises ValueError for what cannot be run or drawn, before anything is loaded."""
+    """Runs, prints and draws. Raises ValueError, before anything is loaded, for what cannot be run or drawn."""
     _check_plot(args)
     traced = run_traced(args, config)
     if traced is None:
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         return 0
     for index in indices.values():
         print(table(traced.describe(index), profile(traced, index)) + "\n")
-    print("\n".join([*describe_steps(traced), *traced.describe_gaps()]) + "\n")
-    print(f"predictions from {traced.plan.rates.source} rates; at most: the pass would be that much faster if the step")
+    print("\n".join([*describe_decode(traced), *traced.describe_gaps()]) + "\n")
+    print(f"predictions from {traced.plan.rates.source} rates; at most: how much faster the pass would be if the step")
     print("cost nothing")
     return 0
 
@@ -75,7 +75,7 @@ def _check_plot(args: argparse.Namespace) -> None:
         check_output("--plot", args.plot)
 
 
-def lanes(traced: TracedRun, pass_index: int) -> list[tuple[str, list[Span]]]:
+def lanes(traced: TracedRun, pass_index: int) -> list[tuple[str, list[Interval]]]:
     """The rows of the picture: what was measured on each rank, then what was predicted, which is the same for all."""
     drawn = []
     for rank in range(traced.plan.tp_size):
@@ -99,19 +99,19 @@ def as_json(profiled: PassProfile) -> dict:
 
 
 def between(traced: TracedRun) -> dict:
-    """What lies between decode passes, as plain values; None where there is nothing to measure."""
-    steps = [traced.decode_steps(rank) for rank in range(traced.plan.tp_size)]
-    gaps_s = [step.copy_gaps_s for step in steps if step.copy_gaps_s]
+    """Times between decode passes, as plain values; None where there is nothing to measure."""
+    ranks = [traced.decode_times(rank) for rank in range(traced.plan.tp_size)]
+    gaps_s = [times.copy_gaps_s for times in ranks if times.copy_gaps_s]
     gap = {"median": max(map(statistics.median, gaps_s)), "largest": max(map(max, gaps_s))} if gaps_s else None
-    return {"graph_s": steps[0].graph_s, "step_s": steps[0].step_s, "copy_gap_s": gap}
+    return {"graph_s": ranks[0].graph_s, "period_s": ranks[0].period_s, "copy_gap_s": gap}
 
 
-def describe_steps(traced: TracedRun) -> list[str]:
-    step = traced.decode_steps(rank=0)
-    if step.step_s is None:
+def describe_decode(traced: TracedRun) -> list[str]:
+    times = traced.decode_times(rank=0)
+    if times.period_s is None:
         return []
-    marks = f"{ms(step.graph_s):.3f} ms from its first mark to its last"
-    return [f"a decode pass starts {ms(step.step_s):.3f} ms after the one before it, and takes {marks} (medians)"]
+    marks = f"{ms(times.graph_s):.3f} ms from its first mark to its last"
+    return [f"a decode pass starts {ms(times.period_s):.3f} ms after the one before it, and takes {marks} (medians)"]
 
 
 def table(title: str, profiled: PassProfile) -> str:

@@ -1,4 +1,4 @@
-"""Prompts from the command line, a file or standard input."""
+"""Reads prompts from the command line, a file or standard input."""
 
 import os
 import stat
@@ -15,8 +15,8 @@ _PIECE_BYTES = MIB
 
 
 def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
-    """`texts`, then those of `file` ("-" is standard input), which is also read where neither is given and it is no
-    terminal. Raises ValueError, naming file and line, if there is no prompt or one cannot be read."""
+    """Prompts: `texts`, then those of `file` ("-" is standard input, which is also read if neither is given and it is
+    no terminal). Raises ValueError, naming file and line, if there is no prompt or one cannot be read."""
     if file is None and not texts and sys.stdin is not None and not sys.stdin.isatty():
         file = "-"
     prompts: list[Prompt] = [*texts, *(_read_file(file) if file is not None else ())]
@@ -26,7 +26,7 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
 
 
 def _read_file(file: str) -> list[Prompt]:
-    """One prompt a line, or JSONL where the first line begins with a brace."""
+    """Reads one prompt a line, or JSONL if the first line begins with a brace."""
     try:
         text = _read(file).decode("utf-8-sig")
     except OSError as error:
@@ -60,7 +60,7 @@ def _is_open_pipe(file: str) -> bool:
 
 
 def _bounded(stream: BinaryIO, file: str) -> bytearray:
-    """All of a stream, which may have no end."""
+    """Reads a whole stream. Raises ValueError beyond MOST_BYTES: it may have no end."""
     content = bytearray()
     while piece := stream.read(_PIECE_BYTES):
         content += piece
@@ -71,7 +71,7 @@ def _bounded(stream: BinaryIO, file: str) -> bytearray:
 
 
 def _parse(line: str, where: str) -> Prompt:
-    """`{"prompt": text}` or `{"prompt_token_ids": [ids]}`; other fields are the user's own."""
+    """Parses `{"prompt": text}` or `{"prompt_token_ids": [ids]}`; other fields are the user's own."""
     fields = parse_json(line, where)
     given = [fields.get(key) for key in ("prompt", "prompt_token_ids")] if isinstance(fields, dict) else []
     prompt = next((value for value in given if value is not None), None)
@@ -79,6 +79,6 @@ def _parse(line: str, where: str) -> Prompt:
         if has_lone_surrogate(prompt):
             raise ValueError(f"{where}: prompt is not valid Unicode (a lone surrogate)")
         return prompt
-    if isinstance(prompt, list) and all(type(token) is int for token in prompt):  # True is none
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):  # True is no integer here
         return prompt
     raise ValueError(f'{where}: expected an object with "prompt" (text) or "prompt_token_ids" (a list of integers)')

@@ -1,5 +1,5 @@
-"""`penstock split`: text as `penstock generate` gives it, by a trusted host side that drives an untrusted device side,
-and a table of what crossed between them.
+"""`penstock split` prints the text of `penstock generate`, computed by a trusted host side that drives an untrusted
+device side, and a table of what crossed between them.
 
 Text goes to stdout (with --json one object a prompt), the table to stderr, with --json in JSON as well.
 """
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     )
     try:
         return _generate(args, split, options, prompts, params)
-    except DeviceSideFailed as error:  # nobody's mistake here, and no traceback of ours says more
+    except DeviceSideFailed as error:  # no mistake of the user's or ours: a traceback would say no more
         print(f"penstock: error: {error}", file=sys.stderr)
         return 1
 

@@ -9,7 +9,7 @@ from penstock.parallel.failure import exit_with_parent
 
 
 def add_arguments(parser) -> None:
-    """None of its own."""
+    """Adds nothing: it has no options of its own."""
 
 
 def run(args, config: EngineConfig) -> int:

@@ -1,5 +1,5 @@
-"""The figures of a probe as tables, and what they mean in plain words. Torch-free: numbers in, text out; nothing is
-said that the numbers do not show.
+"""Shows the figures of a probe as tables, and says in plain words what they mean, and no more than they show.
+Torch-free.
 """
 
 from penstock.engine.planning.device_profile import Probe, ranks
@@ -14,14 +14,14 @@ PCIE = (
     (63.0, "PCIe 5 x16 or 6 x8"),
     (121.0, "PCIe 6 x16"),
 )
-LEAST, MOST = 0.75, 0.95  # the share of it that copies reach
-SAME = 0.95  # rates this near to each other are one
+LEAST, MOST = 0.75, 0.95  # the share of such a rate that copies reach
+SAME = 0.95  # rates this near to each other count as equal
 REDUCE_BYTES = 16 * KIB  # a decode pass's, with few rows
 WAYS = {"eager_s": "eager", "graph_s": "in a graph", "nccl_eager_s": "NCCL eager", "nccl_graph_s": "NCCL in a graph"}
 
 
 def report(probe: Probe) -> str:
-    """Everything, for a terminal."""
+    """The whole report, for a terminal."""
     parts = [f"{ranks(probe.num_ranks)} of {probe.device}", _by_rank(probe)]
     if probe.reduces:
         parts.append(reduce_lines(probe.reduces))
@@ -34,13 +34,14 @@ def _by_rank(probe: Probe) -> str:
     if probe.num_ranks > 1:
         rows.append(("links all at once, GB/s", probe.link_together_gb_s))
     rows += [("memory read, GB/s", probe.memory_gb_s), (f"GEMM {probe.dtype}, TFLOP/s", probe.gemm_tflops)]
-    rows.append(("decompressing of compressed weights, GB/s", probe.decompress_gb_s))
+    rows.append(("decompression of weights, GB/s", probe.decompress_gb_s))
     head = f"{'rank':<32}" + "".join(f"{rank:>10}" for rank in range(probe.num_ranks))
     return "\n".join([head, *(f"{name:<32}" + "".join(f"{rate:>10.4g}" for rate in rates) for name, rates in rows)])
 
 
 def reduce_lines(rows: list[dict[str, float]], ways: dict[str, str] = WAYS) -> str:
-    """A line a size, microseconds; a column for each of `ways` (key of a row -> title) that was measured."""
+    """A table with a line for each size, in microseconds, and a column for each of `ways` (key of a row -> title) that
+    was measured."""
     shown = {key: title for key, title in ways.items() if key in rows[0]}
     lines = [f"{'all-reduce, us':<14}" + "".join(f"{title:>{len(title) + 3}}" for title in shown.values())]
     for row in rows:
@@ -65,7 +66,7 @@ def meanings(probe: Probe) -> list[str]:
 
 
 def _links(probe: Probe) -> list[str]:
-    """What each link alone compares with, ranks with the same answer together; then who is slower than another."""
+    """Sentences about the speed of each link alone, one for all ranks with the same; then about a slower one."""
     same: dict[str, list[int]] = {}
     for rank, rate in enumerate(probe.link_alone_gb_s):
         same.setdefault(pcie_speed(rate), []).append(rank)
@@ -85,7 +86,7 @@ def _links(probe: Probe) -> list[str]:
 
 
 def pcie_speed(rate_gb_s: float) -> str:
-    """Completes "the link runs ..."."""
+    """The end of the sentence "the link runs ..."."""
     below = ""
     for raw, name in PCIE:
         if rate_gb_s < LEAST * raw:
@@ -112,7 +113,9 @@ def _together(probe: Probe) -> list[str]:
 def _decompression(probe: Probe) -> str:
     times = min(probe.decompress_gb_s) / probe.link_gb_s[-1]
     if times < 1:
-        return "compressed weights are decompressed more slowly than the link brings plain ones: coding does not pay"
+        return (
+            "compressed weights are decompressed more slowly than the link brings plain ones: compression does not pay"
+        )
     return f"compressed weights are decompressed {times:.3g} times as fast as the link brings plain ones"
 
 
@@ -130,7 +133,7 @@ def _reduces(probe: Probe) -> list[str]:
 
 
 def _round(number: float) -> str:
-    """Two digits: it is an estimate."""
+    """Rounds an estimate to two digits."""
     return f"{float(f'{number:.2g}'):,.0f}" if number >= 1 else f"{number:.2g}"
 
 

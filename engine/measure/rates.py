@@ -1,5 +1,5 @@
-"""How rates of this rank's hardware are measured, one function a rate. Each warms up first and takes the best of
-several: what else runs on a machine only ever adds time, and the first copies and kernels of a fresh one are slower.
+"""Measures rates of this rank's hardware, one function for each. Each warms up first and takes the best of several
+runs: other work on a machine only ever adds time, and the first copies and kernels of a fresh one are slower.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ Copies = list[tuple[Tensor, Tensor]]
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = REPEATS, warm_ups: int = 1) -> float:
-    """The best of `repeats`, on the device's clock, and behind `warm_ups` that are enqueued before."""
+    """Seconds of the best of `repeats` runs, on the device's clock, after `warm_ups` that are enqueued before."""
     for _ in range(warm_ups):
         run()
     return min(_seconds_cuda(run) if device.type == "cuda" else _seconds_cpu(run) for _ in range(repeats))
@@ -57,7 +57,7 @@ def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAG
 
 @contextlib.contextmanager
 def link_buffers(nbytes: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Host memory that was filled and registered, and device memory: uint8 (nbytes,) each."""
+    """Host memory, filled and registered, and device memory: uint8 (nbytes,) each."""
     arena = HostArena(nbytes)
     arena.tensor.fill_(1)
     try:
@@ -71,8 +71,8 @@ def link_buffers(nbytes: int, device: torch.device) -> Iterator[tuple[Tensor, Te
 
 
 def link_gb_s(copies: Copies, collectives: Collectives, ranks: range | None = None, warm_ups: int = 1) -> float:
-    """1e9 bytes/s of a run of copies (source, target; uint8) while `ranks` (None: all) do so and the others idle behind
-    a barrier, where the rate is 0. All ranks must call this together."""
+    """The rate in 1e9 bytes/s of a run of copies (source, target; uint8) while `ranks` (None: all) do so and the others
+    idle behind a barrier, where the rate is 0. All ranks must call this together."""
     device, best_s = copies[0][1].device, float("inf")
     is_active = ranks is None or collectives.rank in ranks
 
@@ -80,25 +80,25 @@ def link_gb_s(copies: Copies, collectives: Collectives, ranks: range | None = No
         for source, target in copies:
             target.copy_(source, non_blocking=True)
 
-    for place in range(warm_ups + REPEATS):
+    for index in range(warm_ups + REPEATS):
         collectives.barrier()
         if is_active:
             run_s = seconds(run, device, repeats=1, warm_ups=0)
-            best_s = min(best_s, run_s) if place >= warm_ups else best_s
+            best_s = min(best_s, run_s) if index >= warm_ups else best_s
     collectives.barrier()
     return gb_s(sum(source.nbytes for source, _ in copies), best_s)
 
 
 def memory_gb_s(device: torch.device) -> float:
-    """1e9 bytes/s that a sum reads."""
+    """The rate in 1e9 bytes/s at which a sum reads."""
     data = torch.ones((GPU_BYTES if device.type == "cuda" else CPU_BYTES) // 4, device=device)
     run_s = seconds(lambda: [data.sum() for _ in range(NUM_READS)], device)
     return gb_s(NUM_READS * data.nbytes, run_s)
 
 
 def decompress_gb_s(device: torch.device) -> float:
-    """1e9 bytes/s of bf16 that compressed Gaussian weights are decompressed to; on a GPU in a graph, from several
-    matrices that together are more than the L2 cache holds."""
+    """The rate in 1e9 bytes/s of bf16 at which compressed Gaussian weights are decompressed; on a GPU in a graph, from
+    several matrices that together are more than the L2 cache holds."""
     nbytes, number = (GPU_BYTES // 16, 4) if device.type == "cuda" else (CPU_BYTES // 8, 1)
     weights = torch.randn(nbytes // 2, device=device).to(torch.bfloat16)
     layout, blob = compress(weights)
@@ -108,7 +108,7 @@ def decompress_gb_s(device: torch.device) -> float:
 
 
 def decompress_seconds(layout: CompressedLayout, pairs: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Seconds of decompressing all pairs (blob, where it is decompressed to), on a GPU in a graph."""
+    """Seconds to decompress all pairs (blob, out), on a GPU in a graph."""
 
     def run() -> None:
         for blob, out in pairs:
@@ -123,7 +123,8 @@ def decompress_seconds(layout: CompressedLayout, pairs: list[tuple[Tensor, Tenso
 
 
 def gemm_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """1e12 FLOP/s of square matrices of random numbers (zeros would take less power, and run faster)."""
+    """The rate in 1e12 FLOP/s of products of square matrices of random numbers (zeros would take less power, and run
+    faster)."""
     side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     matrix = torch.randn(side, side, device=device).to(dtype)
     out = torch.empty_like(matrix)

@@ -1,5 +1,5 @@
-"""How long an all-reduce takes, by its size: the engine's own way (collectives.all_reduce), eagerly and in a CUDA
-graph, and plain NCCL beside it where the engine's way is symmetric memory.
+"""Times all-reduces by size: the engine's own way (collectives.all_reduce), eagerly and in a CUDA graph, and plain NCCL
+beside it where the engine's way is symmetric memory.
 
 All ranks must call these functions together. The slowest rank's time counts.
 """
@@ -16,18 +16,18 @@ from penstock.scheduler.units import KIB
 
 SIZES = tuple(KIB * 4**power for power in range(1, 9))  # 4 KiB to 64 MiB
 CPU_SIZES = SIZES[:5]  # to 1 MiB
-RUN_BYTES = 2**28  # reduced in one timed run, about
+RUN_BYTES = 2**28  # about so many are reduced in one timed run
 MAX_CALLS, MIN_CALLS, CPU_CALLS = 50, 4, 5
 Reduce = Callable[[torch.Tensor, str], None]
 
 
 def default_sizes(device: torch.device) -> tuple[int, ...]:
-    """In bytes."""
+    """The sizes to measure, in bytes."""
     return SIZES if device.type == "cuda" else CPU_SIZES
 
 
 def ways(collectives: Collectives, device: torch.device) -> dict[str, tuple[Reduce, bool]]:
-    """Name -> (call, whether in a graph)."""
+    """Ways to reduce by name: the call, and whether it runs in a graph."""
     calls: dict[str, Reduce] = {"": collectives.all_reduce}
     if isinstance(collectives, Symmetric):
         calls["nccl_"] = partial(Nccl.all_reduce, collectives)
@@ -50,7 +50,7 @@ def reduce_table(
 
 
 def reduce_seconds(reduce: Reduce, tensor: torch.Tensor, collectives: Collectives, in_graph: bool = False) -> float:
-    """Seconds of one call among several in a row, behind as many that line the ranks up."""
+    """Seconds of one call among several in a row, after as many that line the ranks up."""
     device, num_calls = tensor.device, CPU_CALLS
     if device.type == "cuda":
         num_calls = max(MIN_CALLS, min(MAX_CALLS, RUN_BYTES // tensor.nbytes))

@@ -1,7 +1,7 @@
-"""Where the time of a pass goes: the share of each instruction, and what the pass could gain from it at most.
+"""Counts where the time of a pass goes: the share of each instruction, and the most that the pass could gain from it.
 
-A profile is made from the plan's own spans of one real pass. Amdahl's bound ranks what is worth work: an instruction
-with the share s makes the pass at most 1 / (1 - s) times faster, even if it cost nothing at all.
+A profile is made from the intervals of one real pass. Amdahl's bound says which instruction is worth work: an
+instruction with the share s makes the pass at most 1 / (1 - s) times faster, even if it cost nothing at all.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.profile.traced_run import pass_s
-from penstock.engine.runtime.trace import Span
+from penstock.engine.runtime.trace import Interval
 from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
 from penstock.scheduler.units import GB, gb_s
@@ -32,7 +32,7 @@ class StepShare:
 
 @dataclass(frozen=True)
 class CopyLane:
-    """What the copy lane did in a pass, and for how long it did nothing."""
+    """The bytes and times of the copy lane in a pass."""
 
     copied_bytes: int
     busy_s: float
@@ -40,7 +40,7 @@ class CopyLane:
 
     @property
     def gb_s(self) -> float:
-        """Of the time that it was busy."""
+        """The rate while it was busy, in 1e9 bytes/s."""
         return gb_s(self.copied_bytes, self.busy_s)
 
 
@@ -61,11 +61,14 @@ class PassProfile:
         return self.rank_s.index(max(self.rank_s))
 
 
-def profile_pass(plan: EnginePlan, shape: PassShape, ranks: list[list[Span]], predicted: list[Span]) -> PassProfile:
-    """`ranks` are the measured spans of the pass on each rank, `predicted` the time model's for one."""
+def profile_pass(
+    plan: EnginePlan, shape: PassShape, ranks: list[list[Interval]], predicted: list[Interval]
+) -> PassProfile:
+    """Makes the profile. `ranks` are the measured intervals of the pass on each rank, `predicted` the time model's for
+    one."""
     measured, whole_s = ranks[0], pass_s(ranks[0])
     seconds, expected = _seconds_by_step(measured), _seconds_by_step(predicted)
-    calls = Counter(step_name(span) for span in measured if span.lane == COMPUTE)
+    calls = Counter(step_name(interval) for interval in measured if interval.lane == COMPUTE)
     nbytes, flops = Counter(), Counter()
     for work, count in plan.steps:
         nbytes[work.step] += count * work.nbytes(shape)
@@ -86,23 +89,23 @@ def profile_pass(plan: EnginePlan, shape: PassShape, ranks: list[list[Span]], pr
         )
         for step, spent_s in seconds.most_common()
     ]
-    copies = [span for span in measured if span.lane == COPY]
-    busy_s = sum(span.end_s - span.start_s for span in copies)
+    copies = [interval for interval in measured if interval.lane == COPY]
+    busy_s = sum(interval.end_s - interval.start_s for interval in copies)
     copy_lane = CopyLane(plan.pass_plan.streamed_bytes, busy_s, whole_s - busy_s) if copies else None
-    return PassProfile(shape, whole_s, pass_s(predicted), steps, copy_lane, [pass_s(spans) for spans in ranks])
+    return PassProfile(shape, whole_s, pass_s(predicted), steps, copy_lane, [pass_s(intervals) for intervals in ranks])
 
 
-def step_name(span: Span) -> str:
-    """Its label without layer or group."""
-    return span.name.split()[0]
+def step_name(interval: Interval) -> str:
+    """The label of an interval without layer or group."""
+    return interval.name.split()[0]
 
 
-def _seconds_by_step(spans: list[Span]) -> Counter:
-    """Of the compute lane."""
+def _seconds_by_step(intervals: list[Interval]) -> Counter:
+    """Seconds of each step on the compute lane."""
     seconds = Counter()
-    for span in spans:
-        if span.lane == COMPUTE:
-            seconds[step_name(span)] += span.end_s - span.start_s
+    for interval in intervals:
+        if interval.lane == COMPUTE:
+            seconds[step_name(interval)] += interval.end_s - interval.start_s
     return seconds
 
 

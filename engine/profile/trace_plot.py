@@ -1,16 +1,16 @@
 """Draws lanes as a picture, one above the other.
 
-Grey on the compute lane is waiting for a copy. Needs matplotlib, which `pip install penstock[plot]` brings.
+Grey on the compute lane shows waits for a copy. It needs matplotlib, which `pip install penstock[plot]` brings.
 """
 
-from penstock.engine.runtime.trace import Span
+from penstock.engine.runtime.trace import Interval
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
 from penstock.scheduler.units import ms
 
 try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-except ImportError:  # it is an extra
+except ImportError:  # matplotlib is an extra
     Figure = None
 
 COLOURS = {
@@ -20,13 +20,13 @@ COLOURS = {
 
 
 def check_installed() -> None:
-    """Raises ValueError, which says how to install it, if there is no matplotlib."""
+    """Raises ValueError if matplotlib is not installed, with the command that installs it."""
     if Figure is None:
         raise ValueError("matplotlib, which draws the picture, is not installed: pip install 'penstock[plot]'")
 
 
 def kind(name: str) -> str:
-    """The colour's key of an instruction's label."""
+    """The key in COLOURS for an instruction's label."""
     if name.startswith(("acquire", "join", "fork", "release")):
         return "wait"
     if name.startswith("decompress"):
@@ -41,31 +41,33 @@ def kind(name: str) -> str:
     return "ffn" if step.startswith(("ffn", "activation", "parallel_add")) else "other"
 
 
-def rows(title: str, spans: list[Span]) -> list[tuple[str, list[Span]]]:
-    """(title, spans) of the lanes that have any, compute first."""
-    lanes = [(f"{title}{lane}", [span for span in spans if span.lane == lane]) for lane in (COMPUTE, COPY)]
+def rows(title: str, intervals: list[Interval]) -> list[tuple[str, list[Interval]]]:
+    """(title, intervals) of the lanes that have any, compute first."""
+    lanes = [
+        (f"{title}{lane}", [interval for interval in intervals if interval.lane == lane]) for lane in (COMPUTE, COPY)
+    ]
     return [row for row in lanes if row[1]]
 
 
 def draw(
-    lanes: list[tuple[str, list[Span]]], start_ms: float | None, end_ms: float | None, title: str, path: str
+    lanes: list[tuple[str, list[Interval]]], start_ms: float | None, end_ms: float | None, title: str, path: str
 ) -> None:
     """Writes the PNG: the lanes top to bottom, from `start_ms` to `end_ms` (None: the first and the last). Raises
     ValueError naming the file if it cannot be written."""
     height = 1.2 + 0.5 * len(lanes)
     figure = Figure(figsize=(12, height))
     axes = figure.add_subplot()
-    for row, (_, spans) in enumerate(lanes):
+    for row, (_, intervals) in enumerate(lanes):
         for name, colour in COLOURS.items():
-            bars = [(ms(s.start_s), ms(s.end_s - s.start_s)) for s in spans if kind(s.name) == name]
+            bars = [(ms(s.start_s), ms(s.end_s - s.start_s)) for s in intervals if kind(s.name) == name]
             axes.broken_barh(bars, (-row - 0.4, 0.8), color=colour, edgecolor="white", linewidth=0.3)
     axes.set_yticks([-row for row in range(len(lanes))], [name for name, _ in lanes])
     axes.set_xlim(start_ms, end_ms)
     axes.set_xlabel("ms from the start of the pass")
     axes.set_title(title, fontsize=10)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.7 / height)}
+    position = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.7 / height)}
     handles = [Patch(color=colour) for colour in COLOURS.values()]
-    axes.legend(handles, list(COLOURS), ncol=len(COLOURS), fontsize=8, **place)
+    axes.legend(handles, list(COLOURS), ncol=len(COLOURS), fontsize=8, **position)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     try:

@@ -1,7 +1,7 @@
-"""The current CUDA device of a thread, bound to an engine's own wherever a caller comes in.
+"""Binds the current CUDA device of a thread to the engine's own wherever a caller comes in.
 
-Streams, events, kernels and pinned memory belong to the current device, not to that of the tensors; and which one is
-current is the caller's affair: another thread starts with the first, and anybody may have chosen a second.
+Streams, events, kernels and pinned memory belong to the current device, not to that of the tensors; and the caller
+decides which one is current: a new thread starts with the first, and any code may have chosen another.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import torch
 
 
 def bound_to(device: torch.device) -> AbstractContextManager:
-    """Within, `device` is the current one; nothing on a CPU."""
+    """A context in which `device` is the current one; on a CPU it changes nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

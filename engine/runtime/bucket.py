@@ -1,9 +1,9 @@
 """A decode batch at fixed addresses: R rows of one token each, padded, so that a pass over it can be captured.
 
-Shapes: R rows of the bucket, P most pages of a row, S page size.
-The host sends one int32 table a pass, from two in turn: the next pass is prepared while the table of the one before may
-not have left yet. Everything else is derived from it on the device, by operations that a graph captures as well.
-Padded rows have length 0, page 0 and a row of the sampler that belongs to nobody.
+Shapes: R rows of the bucket, P most pages of a row, S page size. The host sends one int32 table a pass, from two in
+turn: when the next pass is prepared, the table of the one before may not have been sent yet. Everything else is derived
+from it on the device, by operations that a graph captures as well. Padded rows have length 0, page 0 and a row of the
+sampler that no request has.
 """
 
 from collections import deque
@@ -26,28 +26,30 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 class HostTable:
-    """A table (R, PAGES + P) int32 in pinned memory, and whose pages stand in it: None where that is not known."""
+    """A table (R, PAGES + P) int32 in pinned memory. `pages` are those written in each row; None where an interrupt may
+    have left a part of them."""
 
     def __init__(self, num_rows: int, max_pages: int, pinned: bool):
         self.table = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=pinned)
         self.pages: list[tuple[int, ...] | None] = [()] * num_rows
 
     def fill(self, batch: Batch, pad_row: int) -> None:
-        """Rows of the batch, then padded ones. Pages are written only where they changed, and an interrupt anywhere
-        leaves none that is taken for written."""
+        """Rows of the batch, then padded ones. Pages are written only where they changed; an interrupt at any point
+        leaves no row whose pages are wrongly taken for written."""
         num_padded = len(self.pages) - len(batch.rows)
         rows = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in batch.rows]
         self.table[:, :PAGES] = torch.tensor(rows + [(0, 0, pad_row, 0)] * num_padded, dtype=torch.int32)
-        for place, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
-            if self.pages[place] != pages:
-                self.pages[place] = None
-                self.table[place, PAGES:] = 0
-                self.table[place, PAGES : PAGES + len(pages)] = torch.tensor(pages, dtype=torch.int32)
-                self.pages[place] = pages
+        for index, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
+            if self.pages[index] != pages:
+                self.pages[index] = None
+                self.table[index, PAGES:] = 0
+                self.table[index, PAGES : PAGES + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+                self.pages[index] = pages
 
 
 class Bucket:
-    """`inputs` is what the plan runs on; `load` puts a batch into it and `derive` stands before the plan's steps."""
+    """`inputs` are what the pass runs on; `load` sends a batch and `derive`, before the first step, fills them from
+    it."""
 
     def __init__(self, num_rows: int, max_context: int, context: StepContext):
         device, sampler = context.rope.device, context.sampler

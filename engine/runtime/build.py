@@ -1,6 +1,6 @@
-"""One rank's engine: its shard of the weights, ring, KV cache and executor, built from an EnginePlan.
+"""Builds what one rank computes with: its shard of the weights, ring, KV cache and executor, from an EnginePlan.
 
-It runs the batches it is given and decides nothing. Nothing is allocated before plan and checkpoint are checked.
+A Worker runs the batches it is given and decides nothing. Nothing is allocated before plan and checkpoint are checked.
 """
 
 import contextlib
@@ -65,15 +65,15 @@ def _host_memory(plan: EnginePlan) -> Iterator[None]:
 
 
 def pad_decode_passes(executor: Executor, config: EngineConfig, plan: EnginePlan) -> None:
-    """From now on decode passes run in padded buckets, on a CUDA device as graphs. A CPU has nothing from it: there
-    only tests do so, over the very code of a GPU."""
+    """Makes decode passes run in padded buckets, on a CUDA device as graphs. On a CPU this gains nothing: there only
+    tests call it, to run the same code as on a GPU."""
     use_graphs = executor.device.type == "cuda" and not config.enforce_eager
     executor.decode = DecodePasses(executor, plan.max_num_seqs, plan.residency.max_model_len, use_graphs)
 
 
 class Worker:
-    """`executor` runs batches once this is built; `close` frees every byte it holds. `plan` is the one that is given,
-    with the sizes that compressed groups were found to have."""
+    """`executor` runs batches once this is built; `close` frees every byte it holds. `plan` is the given one, with the
+    sizes that compressed groups turned out to have."""
 
     def __init__(
         self, config: EngineConfig, plan: EnginePlan, source: WeightSource, topology: Topology, collectives: Collectives
@@ -114,8 +114,7 @@ class Worker:
             )
 
     def _settled(self, collectives: Collectives) -> EnginePlan:
-        """The plan with the bytes that compressed groups have, now that they are known. All ranks settle on the same
-        one."""
+        """The plan with the bytes that compressed groups have, now that they are known; the same plan on all ranks."""
         groups = sorted(self.weights.codes)
         if not groups:
             return self.plan
@@ -167,7 +166,7 @@ class Worker:
         )
 
     def _embed(self, layout: ModelLayout) -> torch.Tensor:
-        """(V, D): of its own, or the head's bytes where they are tied; on the device or in the host arena."""
+        """The embedding (V, D), or the head where they are tied; on the device or in the host arena."""
         head = layout.groups[-1]
         group, name = (head, "head") if self.plan.spec.tied else (layout.embed, "embed")
         return views(group, self._span(group))[name]
@@ -178,11 +177,11 @@ class Worker:
 
     def _compressed(self, ring: torch.Tensor, buffer: torch.Tensor) -> dict[GroupId, Compressed]:
         slots = dict(self.plan.residency.ring.slots)
-        places = {step.group: step.place for step in self.plan.pass_plan.decompressions}
+        outs = {step.group: step.place for step in self.plan.pass_plan.decompressions}
         compressed = {}
-        for group, code in self.weights.codes.items():
-            blob = slot_of(ring, slots[group])[: code.nbytes] if group in slots else self.weights.resident[group]
-            compressed[group] = Compressed(code, blob, slot_of(buffer, places[group]))
+        for group_id, group in self.weights.codes.items():
+            held = slot_of(ring, slots[group_id]) if group_id in slots else self.weights.resident[group_id]
+            compressed[group_id] = Compressed(group, held[: group.nbytes], slot_of(buffer, outs[group_id]))
         return compressed
 
     def _views(
@@ -190,7 +189,7 @@ class Worker:
     ) -> dict[GroupId, dict[str, torch.Tensor]]:
         spans = {group.id: self.weights.resident.get(group.id) for group in layout.groups}
         spans |= {group: slot_of(ring, slot) for group, slot in self.plan.residency.ring.slots}
-        spans |= {group: place for group, (_, _, place) in compressed.items()}
+        spans |= {group: one.out for group, one in compressed.items()}
         return {group.id: views(group, spans[group.id]) for group in layout.groups}
 
     def _lanes(self, config: EngineConfig) -> Lanes:

@@ -1,6 +1,5 @@
-"""What ranks that make the same calls under torchrun tell each other: before they load, how each was configured, and
-before a call runs, what each was given, or why it refuses. So that no rank gets the outputs of another call than its
-own. No torch.
+"""Messages of ranks that make the same calls under torchrun. Before they load, each says how it was configured; before
+a call runs, what it was given, or why it refuses. So no rank gets the outputs of another call than its own. Torch-free.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from penstock.scheduler.batching.request import SamplingParams
 _DIGEST_BYTES = 16
 _FRAME = struct.Struct(f"<q16s{_DIGEST_BYTES}s984s")  # number, name, digest, refusal
 _CONFIG_BYTES = 4096
-# What ranks may be given differently: paths of their own hosts, and what rank 0 settles for all.
+# Fields that may differ between ranks: paths on their own hosts, and values that rank 0 sets for all.
 _OWN_FIELDS = {"model", "tokenizer", "trace", "device_profile", "link_gb_s", "max_num_seqs", "tensor_parallel_size"}
 
 Asked = list[tuple[str | None, list[int], SamplingParams]]
@@ -24,7 +23,7 @@ Asked = list[tuple[str | None, list[int], SamplingParams]]
 
 @dataclass(frozen=True)
 class Call:
-    """One rank's part in a call. `digest` is of what it was given, empty for a rank that takes what rank 0 was given;
+    """One rank's part in a call. `digest` is that of its prompts, empty for a rank that takes those of rank 0;
     `refusal` is the message of the ValueError with which it refuses; `number` counts the rank's calls."""
 
     name: str
@@ -33,7 +32,7 @@ class Call:
     number: int = 0
 
     def pack(self) -> bytes:
-        """As many bytes on every rank; a longer refusal is cut."""
+        """The call as bytes, as many on every rank; a refusal that is too long is cut."""
         return _FRAME.pack(self.number, self.name.encode(), self.digest, self.refusal.encode(errors="replace"))
 
     @classmethod
@@ -44,7 +43,7 @@ class Call:
 
 
 def digest(asked: Asked) -> bytes:
-    """Of checked prompts; empty for a rank that gives none and takes rank 0's."""
+    """The digest of checked prompts; empty for a rank that gives none and takes rank 0's."""
     if not asked:
         return b""
     found = hashlib.blake2b(digest_size=_DIGEST_BYTES - 1)

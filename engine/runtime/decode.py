@@ -2,8 +2,8 @@
 
 A pass over rows of one token each runs the same plan as any other, on a bucket's fixed inputs. It is captured with the
 sampling that its rows ask for: greedy, plain and filtered draws and penalties are graphs of their own, so that a greedy
-pass never sorts. Only log probabilities are taken behind the graph, from the logits that it leaves. Without graphs the
-same padded pass runs eagerly, so that both have the same bits.
+pass never sorts. Only log probabilities are computed after the graph, from the logits that it leaves. Without graphs
+the same padded pass runs eagerly, so that both have the same bits.
 """
 
 import torch
@@ -27,7 +27,7 @@ class DecodePasses:
         self.graphs = Graphs(self.device, executor.tracer) if use_graphs else None
 
     def run(self, batch: Batch) -> PendingLetter | PendingSample:
-        """Enqueues the pass; what it returns waits for its tokens."""
+        """Enqueues the pass; the result's `wait` gives its tokens."""
         num_rows = len(batch.rows)
         size = self._size(num_rows)
         asked = self.executor.context.sampler.asked([row.index for row in batch.rows])
@@ -53,13 +53,13 @@ class DecodePasses:
         return self.buckets[size]
 
     def _capture_up_to(self, size: int, stages: frozenset[str]) -> None:
-        """Captures what is missing of this bucket and all smaller ones, which come as rows end; the largest first, so
-        that the others' temporaries fit into its memory."""
+        """Captures the graphs that are missing of this bucket and all smaller ones, which are needed as rows end; the
+        largest first, so that the others' temporaries fit into its memory."""
         if (size, stages) in self.graphs.passes:
             return
         for smaller in reversed(self.sizes[: self.sizes.index(size) + 1]):
             if (smaller, stages) in self.graphs.passes:
-                break  # with all that are smaller still
+                break  # the smaller ones were captured with it
             bucket = self._bucket(smaller)
             bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
 
@@ -81,8 +81,8 @@ class DecodePasses:
         self.mailbox.send(output.tokens)
 
     def _score(self, bucket: Bucket, letter: PendingLetter, num_logprobs: int) -> PendingSample:
-        """The pass's tokens with their log probabilities. They stand behind its last copies, so where weights stream
-        the link idles until the host has them."""
+        """The pass's tokens with their log probabilities. These are computed after the pass's last copies, so where
+        weights stream the link idles until the host has them."""
         sampler, num_padded = self.executor.context.sampler, bucket.num_rows
         logits = self.executor.arena.cut(num_padded, num_padded)["logits"][: letter.num_tokens]
         tokens = letter.on_device

@@ -1,15 +1,15 @@
-"""One rank from its launch to its end: device, plan, checked source, group, worker; and what rank 0 tells the others.
+"""An Engine is one rank from its launch to its end: device, plan, checked source, group, worker, and rank 0's messages.
 
     rank 0   submit(batch): sends it and enqueues it   collect(): its tokens      finish(outputs)      close()
     others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
 
 Under torchrun every rank makes the calls (`generate` and those of `Engine` that several ranks answer). They are
-numbered: rank 0 says that one begins, all say what they were given (calls.py), and one that a rank refuses no rank
-runs.
+numbered: rank 0 says that one begins, all say what they were given (calls.py), and no rank runs a call that one of them
+refuses.
 
-A pass is prepared while the one before it runs, so that the host's work stands beside the device's. Where nothing
-streams it is enqueued at once. Where weights stream, a pass for nothing would cost too much: it is announced, and runs
-once the tokens of the one before are there, while the wrapped copies are on the link.
+A pass is prepared while the one before it runs, so that host and device work at the same time. Where nothing streams it
+is enqueued at once. Where weights stream, a pass that turns out to be unneeded would cost too much: it is announced,
+and runs once the tokens of the one before are there, while the wrapped copies are on the link.
 
 Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
 """
@@ -40,7 +40,7 @@ from penstock.engine.planning.engine_plan import (
 from penstock.engine.planning.memory_claims import DeviceMemory
 from penstock.engine.runtime.build import Worker, open_source
 from penstock.engine.runtime.calls import Call, config_objection, objection, pack_config
-from penstock.engine.runtime.probe import probe_engine
+from penstock.engine.runtime.probe import measure_engine
 from penstock.engine.runtime.trace import join_traces
 from penstock.engine.user_files import check_output
 from penstock.engine.weights.blocks import WeightSource
@@ -57,15 +57,15 @@ from penstock.scheduler.cost.time_model import Rates, predict_pass, with_link
 from penstock.scheduler.residency.compression_choice import CompressionDoesNotPay
 from penstock.scheduler.units import MIB
 
-BATCH, ANNOUNCED, RUN, OUTPUTS, PROBE, STOP, CALL = range(1, 8)
+BATCH, ANNOUNCED, RUN, OUTPUTS, MEASURE, STOP, CALL = range(1, 8)
 LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 
 
 @dataclass
 class PassTimes:
-    """What rank 0's passes took, and what the time model said they would. Times in seconds. Each pass is appended to
-    `passes` if somebody has put a list there: it grows for as long as the engine runs."""
+    """Seconds that rank 0's passes took, and that the time model predicted. Each pass is appended to `passes` if a list
+    was put there; it grows for as long as the engine runs."""
 
     num_passes: int = 0
     measured_s: float = 0.0
@@ -81,7 +81,7 @@ class PassTimes:
 
 
 class Engine:
-    """A running rank. Raises ValueError for what a user got wrong, before anything is allocated or launched."""
+    """One running rank. Raises ValueError for a user's mistakes, before anything is allocated or launched."""
 
     def __init__(self, config: EngineConfig, launch: Launch):
         self.config, self.launch = config, launch
@@ -108,8 +108,8 @@ class Engine:
         self.collected_s = 0.0
 
     def _start(self) -> str:
-        """Under torchrun ranks meet first: so each hears why another one does not go on. Returns why they cannot run
-        together, alike on all ranks; empty if they can."""
+        """Starts this rank, on rank 0 with the plan. Under torchrun ranks meet first, so that each hears why another
+        one does not go on. Returns why they cannot run together, the same on all ranks; empty if they can."""
         config, launch = self.config, self.launch
         if launch.kind == "torchrun":
             meet(launch)
@@ -148,7 +148,7 @@ class Engine:
             if memory != self.planned_memory:
                 plan = self._plan(memory, plan.rates)
         else:
-            self.config = dataclasses.replace(self.config, max_num_seqs=told["max_num_seqs"])  # it knows the job
+            self.config = dataclasses.replace(self.config, max_num_seqs=told["max_num_seqs"])  # rank 0 knows the job
             plan, source = self._prepare(memory, Rates(**told["rates"]))
         bind_to_numa(topology)
         try:
@@ -164,8 +164,8 @@ class Engine:
         return ""
 
     def begin(self, call: Call) -> None:
-        """Before a call of LLM runs under torchrun: raises the ValueError with which a rank refuses it, or finds that
-        ranks make different calls, on all ranks alike. Otherwise there is nothing to agree on."""
+        """Lets ranks agree on a call of LLM before it runs under torchrun. Raises ValueError, the same on all ranks, if
+        one of them refuses it or makes another call. With other launchers it does nothing."""
         if self.launch.kind != "torchrun":
             return
         self.num_calls += 1
@@ -179,16 +179,17 @@ class Engine:
             raise ValueError(refused)
 
     def _exchange(self, call: Call) -> str:
-        """All ranks: why they cannot run this call, alike on all; empty if they can. Rank 0's number counts on."""
+        """Tells all ranks this rank's call. Returns why they cannot run it, the same on all ranks; empty if they can.
+        Calls are numbered from rank 0's number on."""
         frames = self.collectives.share_frames(dataclasses.replace(call, number=self.num_calls).pack())
         calls = [Call.unpack(frame) for frame in frames]
         self.num_calls = calls[0].number
         return objection(calls)
 
-    def _answer_probe(self) -> None:
-        """The other ranks, where they call `measure`, which only rank 0 begins: their part in it."""
+    def _answer_measure(self) -> None:
+        """Does the other ranks' part of `measure`, which only rank 0 begins."""
         with self.together():
-            kind = self._await(PROBE)
+            kind = self._await(MEASURE)
             refused = self._exchange(Call("measure")) if kind == CALL else ""
         if refused:
             raise ValueError(refused)
@@ -197,8 +198,8 @@ class Engine:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around what ranks do together. With several ranks an error in here ends the engine: they no longer agree on
-        what comes next. Raises RuntimeError, at once, after such an error."""
+        """A context for work that ranks do together. With several ranks an error in it ends the engine: they no longer
+        agree on what comes next. Raises RuntimeError, at once, after such an error."""
         if self.failed:
             raise RuntimeError("this engine has ended: an earlier error left its ranks in disagreement")
         try:
@@ -211,7 +212,7 @@ class Engine:
             raise
 
     def _prepare(self, memory: DeviceMemory | None, rates: Rates) -> tuple[EnginePlan, WeightSource]:
-        """Plan and checked source: all that can be wrong with config, model and checkpoint comes to light here."""
+        """Makes the plan and checks the source: mistakes in config, model and checkpoint are found here."""
         path = find_model(self.config.model)
         if path.is_file() and self.config.load_format != "dummy":
             where = "give the checkpoint's directory (a config.json is enough with load_format='dummy')"
@@ -228,12 +229,13 @@ class Engine:
 
     @property
     def lookahead(self) -> int:
-        """How many passes may be under way when one more is prepared. (On a CPU a submitted pass has run.)"""
+        """The number of passes that may be under way when one more is prepared. (On a CPU a submitted pass has run.)"""
         return 1 if self.topology.device.type == "cuda" else 0
 
     @property
     def must_wait(self) -> bool:
-        """Rank 0: whether the next pass is announced, and runs only once the tokens of the one under way are there."""
+        """Whether rank 0 announces the next pass, which then runs only once the tokens of the one under way are
+        there."""
         return bool(self.submitted) and self.work.streamed_bytes > 0
 
     @property
@@ -241,26 +243,26 @@ class Engine:
         return len(self.submitted)
 
     def submit(self, batch: Batch) -> None:
-        """Rank 0: enqueues a pass on all ranks."""
+        """Enqueues a pass on all ranks; on rank 0."""
         self.submitted.append((batch, time.perf_counter()))
         self.collectives.broadcast_ints([BATCH, *batch.pack()])
         self.worker.executor.submit(batch)
 
     def announce(self, batch: Batch) -> None:
-        """Rank 0: sends a pass that may follow. One that is never run is forgotten with the next message."""
+        """Sends a pass that may follow; on rank 0. If it is never run, the next message replaces it."""
         self.collectives.broadcast_ints([ANNOUNCED, *batch.pack()])
 
     def run_announced(self, batch: Batch) -> None:
-        """Rank 0: enqueues on all ranks the pass that was announced last."""
+        """Enqueues on all ranks the pass that was announced last; on rank 0."""
         self.submitted.append((batch, time.perf_counter()))
         self.collectives.broadcast_ints([RUN])
         self.worker.executor.submit(batch)
 
     def collect(self) -> tuple[Batch, SampleOutput | None]:
-        """Rank 0: waits for the tokens of the oldest pass under way. A pass's time runs from when it was submitted, or
-        from the end of the pass before it if that came later."""
+        """Waits for the tokens of the oldest pass under way; on rank 0. The time of a pass begins when it was
+        submitted, or when the pass before it ended, if that was later."""
         output = self.worker.executor.collect()
-        self.collectives.check()  # sums that were given up are no tokens
+        self.collectives.check()  # tokens of sums that were given up mean nothing
         batch, start_s = self.submitted.popleft()
         now_s = time.perf_counter()
         measured_s = now_s - max(start_s, self.collected_s)
@@ -269,41 +271,41 @@ class Engine:
         return batch, output
 
     def forget(self) -> None:
-        """Rank 0, after an error: gives up the passes under way."""
+        """Gives up the passes under way, after an error; on rank 0."""
         self.submitted.clear()
         self.worker.executor.forget()
 
-    def probe(self, link_bytes: int = LINK_BYTES) -> None:
-        """Rank 0, between runs: measures the rates on all ranks at once; later predictions, and the plan's, stand on
-        them. What the config says of them is kept: a whole profile, or the link. The link is measured over the copy
-        lane's first `link_bytes`: all of a pass's, if they are fewer. The other ranks need not call it."""
+    def measure(self, link_bytes: int = LINK_BYTES) -> None:
+        """Measures the rates on all ranks at once; on rank 0, between runs. Later predictions, and the plan's, use
+        them. Rates that the config gives are kept: a whole profile, or the link. The link is measured over the copy
+        lane's first `link_bytes`, or all of a pass's if they are fewer. The other ranks need not call it."""
         if self.config.device_profile is not None:
             return
         if self.topology.rank > 0:
-            return self._answer_probe()
+            return self._answer_measure()
         link_mib = -(-link_bytes // MIB)  # messages are int32
         with self.together():
-            self.collectives.broadcast_ints([PROBE, link_mib])
-            self.rates = with_link(self._probe(link_mib), self.config.link_gb_s)
+            self.collectives.broadcast_ints([MEASURE, link_mib])
+            self.rates = with_link(self._measure(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
-    def _probe(self, link_mib: int) -> Rates:
-        return probe_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
+    def _measure(self, link_mib: int) -> Rates:
+        return measure_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
 
     @property
     def ledger(self) -> TransferLedger:
-        """What this rank has moved so far; a measurement of rates clears it."""
+        """The bytes that this rank has moved so far; a measurement of rates clears it."""
         return self.collectives.ledger
 
     def finish(self, outputs: list[dict]) -> None:
-        """Rank 0: ends what the other ranks follow and gives them the outputs; `transfers` is then what each rank's
-        ledger says, by rank, as each has counted for itself."""
+        """Ends the run that the other ranks follow and gives them the outputs; on rank 0. `transfers` then has each
+        rank's ledger, by rank."""
         self.collectives.broadcast_ints([OUTPUTS])
         self.collectives.broadcast_bytes(json.dumps(outputs).encode())
         self.transfers = [json.loads(data) for data in self._gather_transfers()]
 
     def _gather_transfers(self) -> list[bytes] | None:
-        """All ranks together; to rank 0."""
+        """Sends every rank's ledger to rank 0; on all ranks together."""
         return self.collectives.gather_bytes(json.dumps(self.own_transfers()).encode())
 
     def own_transfers(self) -> dict[str, Any]:
@@ -313,7 +315,7 @@ class Engine:
         return {"rank": self.topology.rank} | parts
 
     def follow(self) -> list[dict] | None:
-        """The other ranks: runs batches until rank 0 gives outputs, or None where it says stop."""
+        """Runs batches until rank 0 gives outputs, and returns these, or None when it says stop; on the other ranks."""
         if self._await(OUTPUTS) == STOP:
             return None
         outputs = json.loads(self.collectives.broadcast_bytes(None))
@@ -321,7 +323,7 @@ class Engine:
         return outputs
 
     def _await(self, awaited: int) -> int:
-        """The other ranks: does what rank 0 says until that is `awaited`, STOP, or CALL; which of them."""
+        """Does what rank 0 says until that is `awaited`, STOP or CALL, and returns which; on the other ranks."""
         executor, batch = self.worker.executor, None
         while True:
             kind, *message = self.collectives.broadcast_ints(None)
@@ -331,20 +333,20 @@ class Engine:
                 executor.submit(batch)
             while len(executor.under_way) > (self.lookahead if kind in (BATCH, ANNOUNCED, RUN) else 0):
                 executor.collect()
-            if kind == PROBE:
-                self._probe(*message)
+            if kind == MEASURE:
+                self._measure(*message)
             self.stopped |= kind == STOP
             if kind in (awaited, STOP, CALL):
                 return kind
 
     def serve(self) -> None:
-        """A self-launched rank's whole life: follow until rank 0 says stop."""
+        """Runs a self-launched rank: it follows until rank 0 says stop."""
         while self.follow() is not None:
             pass
         self.close()
 
     def close(self) -> None:
-        """Frees everything and leaves the group, in the order in which that cannot hang. Idempotent."""
+        """Frees everything and leaves the group, in an order that cannot hang. Idempotent."""
         atexit.unregister(self.close)
         worker, collectives = self.worker, self.collectives
         try:
@@ -361,7 +363,8 @@ class Engine:
             self.launch.close()
 
     def _say_farewell(self, worker: Worker) -> None:
-        """What ranks still do together. Under torchrun they leave when they like, unless there is a trace to join."""
+        """Does what ranks still do together. Under torchrun each leaves when it likes, unless there is a trace to
+        join."""
         joins = self.launch.kind == "torchrun" and self.config.trace
         if self.launch.kind == "parent" or (joins and self.launch.rank == 0):
             self.collectives.broadcast_ints([STOP])
@@ -373,7 +376,7 @@ class Engine:
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """Of a GPU, None for a CPU. What this process holds and does not use, and its context, count as free."""
+    """The memory of a GPU, None for a CPU. Memory that this process holds unused, and its context, count as free."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -382,7 +385,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def least_memory(own: DeviceMemory | None, collectives: Collectives) -> DeviceMemory | None:
-    """The least of all ranks, which must call this together."""
+    """The smallest memory of all ranks, which must call this together."""
     if own is None:
         return None
     total, free = collectives.largest([-own.total_bytes, -own.free_bytes])

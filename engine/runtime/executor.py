@@ -1,4 +1,4 @@
-"""Runs a PassPlan: binds a batch, walks the instructions in their lanes, counts what crossed.
+"""Runs a PassPlan: binds a batch, walks the instructions in their lanes, counts the bytes that crossed.
 
 `submit` enqueues a pass and `collect` waits for the oldest one's tokens: two calls, so that a later pass can be
 prepared and enqueued between.
@@ -30,17 +30,17 @@ _NO_WEIGHTS: Weights = {}
 
 
 class Compressed(NamedTuple):
-    """A compressed group: its blob, resident or in its slot of the ring, and its place in the decompression buffer,
-    uint8 both."""
+    """A compressed group: its blob, resident or in its slot of the ring, and `out`, its slot in the decompression
+    buffer; both uint8."""
 
-    code: CompressedGroup
+    group: CompressedGroup
     blob: Tensor
-    place: Tensor
+    out: Tensor
 
 
 @dataclass
 class Counters:
-    """What a run did, beside what the rank's ledger says was moved: bytes that were decompressed, steps that ran."""
+    """Counts of a run that are not in the rank's ledger: passes, tokens, decompressed bytes, steps."""
 
     num_passes: int = 0
     num_tokens: int = 0
@@ -48,18 +48,19 @@ class Counters:
     steps: Counter = field(default_factory=Counter)  # calls by step
 
     def clear(self) -> None:
-        """In place: captured passes count into these very objects."""
+        """Sets all to zero in the same objects: captured passes count into them."""
         self.num_passes = self.num_tokens = 0
         self.decompressed_bytes.clear()
         self.steps.clear()
 
 
 class Executor:
-    """Owns nothing but its lanes' order: plan, spans, ring and activations are given, at fixed addresses.
+    """Runs batches through a plan. Plan, spans, ring and activations are given, at fixed addresses; it owns none of
+    them.
 
     `views`: every group's weights by name, resident or in its slot of the ring. `host_spans`: where the streamed groups
     are copied from. `ring` (ring_bytes,) uint8. `compressed`: where compressed groups lie and are decompressed to. With
-    `poison`, freed slots are filled with NaN, and so is a place before a group is decompressed to it.
+    `poison`, freed slots are filled with NaN, and so is a slot before a group is decompressed to it.
     """
 
     def __init__(
@@ -89,24 +90,24 @@ class Executor:
 
     @property
     def ledger(self) -> TransferLedger:
-        """What this rank moved: a call is a copy of a streamed group, or an all-reduce."""
+        """The bytes that this rank moved: a call is a copy of a streamed group, or an all-reduce."""
         return self.context.collectives.ledger
 
     @property
     def copied(self) -> TransferLedger:
-        """Its part for the copy lane: by group, host to device."""
+        """The ledger's part for the copy lane: by group, host to device."""
         sites = set(self.copy_sites.values())
         return self.ledger.only(lambda site: site in sites)
 
     @property
     def reduced(self) -> TransferLedger:
-        """Its part for all-reduces: by step, all layers together."""
+        """The ledger's part for all-reduces: by step, all layers together."""
         sites = set(self.copy_sites.values())
         return self.ledger.only(lambda site: site not in sites)
 
     @property
     def counted(self) -> list[Counts]:
-        """What a pass adds to."""
+        """All counts that a pass adds to."""
         return [self.counters.steps, self.counters.decompressed_bytes, self.ledger]
 
     @on_own_device
@@ -126,20 +127,20 @@ class Executor:
     @on_own_device
     def collect(self) -> SampleOutput | None:
         """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
-        Returns when they are there, which (but for log probabilities of a decode pass) is before the pass's last copies
-        are."""
+        Returns when they are there: before the pass's last copies have ended, unless a decode pass has to give log
+        probabilities."""
         pending = self.under_way.popleft()
         return None if pending is None else pending.wait()
 
     @on_own_device
     def forget(self) -> None:
-        """After an interruption: gives up the passes under way."""
+        """Gives up the passes under way, after an interruption."""
         self.under_way.clear()
         if self.decode is not None:
             self.decode.mailbox.catch_up()
 
     def _run_bound(self, batch: Batch) -> PendingSample | None:
-        """A pass of any shape, eagerly."""
+        """Runs a pass of any shape, eagerly."""
         context = self.context
         kv, last_tokens = context.kv, context.sampler.last_tokens
         inputs = bind(batch, kv.page_size, last_tokens, self.whole_tokens, kv.margin)
@@ -174,7 +175,8 @@ class Executor:
 
     @on_own_device
     def fill_ring(self) -> None:
-        """The prologue: brings the first groups of a pass into the ring, if the last pass did not leave them there."""
+        """Runs the prologue, which copies the first groups of a pass to the ring, if the last pass did not leave them
+        there."""
         if not self.ring_is_filled:
             self.tracer.begin_pass(None)
             self.lanes.run(self.plan.prologue, self.do)
@@ -205,9 +207,9 @@ class Executor:
     def _decompress(self, instruction: Decompress) -> None:
         compressed = self.compressed[instruction.group]
         if self.poison:
-            compressed.place.fill_(0xFF)
+            compressed.out.fill_(0xFF)
         decompress_group(*compressed)
-        self.counters.decompressed_bytes[instruction.group] += compressed.place.nbytes
+        self.counters.decompressed_bytes[instruction.group] += compressed.out.nbytes
 
     def _compute(self, step: Compute) -> None:
         self.counters.steps[step.step] += 1

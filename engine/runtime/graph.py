@@ -2,8 +2,8 @@
 
 The copy lane becomes a side branch of memcpy nodes. Graphs keep raw addresses: weights, ring, activations, KV cache and
 the bucket's inputs never move, and every temporary lies in the one pool that all graphs share. What the sampler drew is
-copied to pinned memory, and then a step number, which the host polls: so it goes on while the copies for the next pass,
-which end the graph, are still on the link.
+copied to pinned memory, and then the number of the pass, which the host polls: so the host goes on while the copies for
+the next pass, which end the graph, are still on the link.
 """
 
 from collections import deque
@@ -19,10 +19,10 @@ POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 
 
 class Mailbox:
-    """Where decode passes put their tokens: pinned memory that the host polls. One for all of an engine.
+    """Pinned memory that the host polls, to which decode passes write their tokens. An engine has one.
 
     A pass writes its letter, the tokens, beside those of the passes before it, so that up to DEPTH passes may be under
-    way; the step number goes out last.
+    way; the pass's number is written last.
     """
 
     DEPTH = 4
@@ -31,57 +31,57 @@ class Mailbox:
         self.check = check  # raises PeerLost if another rank has failed
         shape, pinned = (self.DEPTH, max_num_seqs), device.type == "cuda"
         self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
-        self.step = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
+        self.number = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.device_letters = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.device_step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.device_number = torch.zeros(1, dtype=torch.int64, device=device)
         self.num_sent = 0
 
     def send(self, tokens: torch.Tensor) -> None:
-        """Enqueues a letter; under capture, in each replay."""
-        self.device_step.add_(1)
-        place = self.device_step % self.DEPTH
-        self.device_letters[:, : len(tokens)].index_copy_(0, place, tokens[None])
+        """Enqueues a letter; under capture, one for each replay."""
+        self.device_number.add_(1)
+        index = self.device_number % self.DEPTH
+        self.device_letters[:, : len(tokens)].index_copy_(0, index, tokens[None])
         self.letters.copy_(self.device_letters, non_blocking=True)
-        self.step.copy_(self.device_step, non_blocking=True)
+        self.number.copy_(self.device_number, non_blocking=True)
 
     def catch_up(self) -> None:
-        """After an interruption: counts what was sent, and waits for it."""
-        self.num_sent = int(self.device_step)
+        """Waits for all letters that were sent, and counts them; after an interruption."""
+        self.num_sent = int(self.device_number)
 
     def expect(self, num_tokens: int) -> "PendingLetter":
-        """What to wait for after a pass that sends a letter was enqueued."""
+        """The letter of the pass that was just enqueued, to be waited for."""
         self.num_sent += 1
         return PendingLetter(self, self.num_sent, num_tokens)
 
 
 @dataclass
 class PendingLetter:
-    """The tokens of a pass, by its step number."""
+    """The tokens of a pass, by its number."""
 
     mailbox: Mailbox
-    step: int
+    number: int
     num_tokens: int
 
     @property
     def on_device(self) -> torch.Tensor:
-        """The tokens, for what is enqueued behind the pass and before the next one."""
-        return self.mailbox.device_letters[self.step % Mailbox.DEPTH, : self.num_tokens]
+        """The tokens, for work that is enqueued after the pass and before the next one."""
+        return self.mailbox.device_letters[self.number % Mailbox.DEPTH, : self.num_tokens]
 
     def wait(self) -> SampleOutput:
         """Raises RuntimeError if the device, PeerLost if another rank has failed."""
-        came, polls = self.mailbox.step.numpy(), 0
-        while came[0] < self.step:
+        came, polls = self.mailbox.number.numpy(), 0
+        while came[0] < self.number:
             polls += 1
             if polls % POLLS_A_CHECK == 0:
                 torch.cuda.current_stream().query()
                 self.mailbox.check()
-        assert came[0] < self.step + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
-        letter = self.mailbox.letters[self.step % Mailbox.DEPTH]
+        assert came[0] < self.number + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
+        letter = self.mailbox.letters[self.number % Mailbox.DEPTH]
         return SampleOutput(letter[: self.num_tokens].clone(), None)
 
 
 class Counts(Protocol):
-    """What a pass counts into, as a Counter does; only changed in place."""
+    """Counts that a pass adds to, as a Counter has them; always the same object."""
 
     def copy(self) -> Self: ...
 
@@ -94,7 +94,7 @@ class Counts(Protocol):
 
 @dataclass
 class CapturedPass:
-    """A graph, what each replay adds to the counts that were watched while it was captured, and the trace's marks."""
+    """A graph, `gains` that each replay adds to the counts that were watched at its capture, and the trace's marks."""
 
     graph: torch.cuda.CUDAGraph
     gains: list[tuple[Counts, Counts]]
@@ -102,8 +102,8 @@ class CapturedPass:
 
 
 class Graphs:
-    """The captured passes of an engine, by a key of the caller's; each in as many takes as the tracer wants, of which
-    the next one to be replayed stands last."""
+    """The captured passes of an engine, by a key of the caller's. Each has as many takes as the tracer wants; the last
+    one is replayed next."""
 
     def __init__(self, device: torch.device, tracer: Tracer):
         self.tracer = tracer
@@ -115,7 +115,7 @@ class Graphs:
         self, key: Hashable, warm_up: Callable[[], None], run: Callable[[], None], counts: list[Counts]
     ) -> None:
         """Runs `warm_up`, since a kernel's first launch compiles or loads it, which capture forbids; then `run` under
-        capture. Neither is counted; what `run` counts is what each replay will."""
+        capture. Neither is counted; each replay will count what `run` counts under capture."""
         before = [count.copy() for count in counts]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), self.tracer.aside():
@@ -146,7 +146,7 @@ class Graphs:
         self.tracer.replayed(captured.marks)
 
     def close(self) -> None:
-        """Drops the graphs: before the process group, which hangs if a live graph holds its collectives."""
+        """Drops the graphs, before the process group is left: it hangs if a live graph holds its collectives."""
         for takes in self.passes.values():
             for captured in takes:
                 captured.graph.reset()

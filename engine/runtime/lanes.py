@@ -1,4 +1,4 @@
-"""How the two lanes of a plan run: as CUDA streams with events, or interleaved in one thread on a CPU.
+"""Runs the two lanes of a plan: as CUDA streams with events, or interleaved in one thread on a CPU.
 
 Both walk the same instructions and honour the same waits and records; neither knows what an instruction does.
 """
@@ -35,10 +35,10 @@ class CudaLanes:
         streams = {COMPUTE: torch.cuda.current_stream(), COPY: self.copy_stream}
         for instruction in instructions:
             stream = streams[instruction.lane]
-            with self.tracer.span(instruction, stream) as span:
+            with self.tracer.interval(instruction, stream) as interval:
                 for event in instruction.waits:
                     stream.wait_event(self.events[event])
-                span.waited()
+                interval.waited()
                 if instruction.lane == COMPUTE:
                     do(instruction)
                 else:
@@ -49,7 +49,7 @@ class CudaLanes:
                 event.record(stream)
 
 
-# How many compute instructions may pass by a copy that could run. At random this is drawn anew for each copy: with an
+# How many compute instructions may run before a copy that could. At random this is drawn anew for each copy: with an
 # even chance at every instruction the few copies would nearly always be far ahead, and a missing wait would not show.
 _DELAYS = {"earliest": (0,), "latest": (2**31,), "random": (0, 1, 4, 16, 64)}
 
@@ -72,8 +72,8 @@ class InterleavedLanes:
 
         while lanes[COMPUTE] or lanes[COPY]:
             instruction = lanes[self._choose(ready(COMPUTE), ready(COPY))].popleft()
-            with self.tracer.span(instruction) as span:
-                span.waited()
+            with self.tracer.interval(instruction) as interval:
+                interval.waited()
                 do(instruction)
             if instruction.records is not None:
                 done.add(instruction.records)

@@ -1,4 +1,4 @@
-"""Measured rates: the few of `generate`, in about a second and on the engine's own copy lane, and the many of
+"""Measures rates: those that `generate` needs, in about a second and on the engine's own copy lane, and those of
 `penstock probe`, in a few seconds and without a model.
 """
 
@@ -39,7 +39,9 @@ GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = GIB, CPU_BYTES, 4 * CPU_BYT
 
 
 @on_own_device
-def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int) -> Rates:
+def measure_engine(
+    executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int
+) -> Rates:
     """The rates of a running engine, the link's over the copy lane's first `link_bytes` (all of a pass's, if they are
     fewer). All ranks must call this together. The ring, which this copies over, is filled again on all of them."""
     collectives = executor.context.collectives
@@ -55,14 +57,14 @@ def probe_engine(executor: Executor, plan: EnginePlan, work: PassWork, device: t
     else:
         torch.cuda.synchronize(device)
     collectives.barrier()
-    executor.counters.clear()  # they count what was asked for
+    executor.counters.clear()  # what was measured does not count
     executor.ledger.clear()
     return rates
 
 
 def _step_latency_s(executor: Executor, work: PassWork, rates: Rates, device: torch.device) -> float:
-    """On a CPU: what a step costs however little it computes, from passes over one token, which write to the reserved
-    page. (A GPU's lanes hide it, so there launches are timed.)"""
+    """Seconds that a step costs on a CPU however little it computes, from passes over one token, which write to the
+    reserved page. (A GPU's lanes hide this cost, so there launches are timed.)"""
     batch = Batch((BatchRow(index=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
 
     def run() -> None:
@@ -81,9 +83,9 @@ def measure_rates(
     device: torch.device,
     in_graphs: bool,
 ) -> Rates:
-    """`copies` are spans of the registered arena and their slots in the ring; without any, a buffer like them serves.
-    Reduces are measured in CUDA graphs if decode passes are. Link and reduces are the slowest rank's; all ranks
-    must call this together."""
+    """Rates of this rank's hardware; of link and reduces the slowest rank's. `copies` are spans of the registered arena
+    and their slots in the ring; if there are none, buffers of the same kind are copied. Reduces are measured in CUDA
+    graphs if decode passes are graphs. All ranks must call this together."""
     num_bytes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     if copies:
         link = link_gb_s(copies, collectives)
@@ -111,7 +113,7 @@ def measure_rates(
 
 
 def run_probe(topology: Topology, collectives: Collectives, dtype: str) -> Probe:
-    """Everything about the hardware of the group; the same on all ranks, which must call this together."""
+    """Measures the hardware of all ranks, which must call this together and get the same result."""
     device, size = topology.device, topology.tp_size
     on_gpu = device.type == "cuda"
     by_ranks, alone, together = _links(collectives, device)
@@ -138,12 +140,12 @@ def run_probe(topology: Topology, collectives: Collectives, dtype: str) -> Probe
 
 
 def _rounded(rates: Iterable[float]) -> list[float]:
-    """To the digits that mean something."""
+    """Rounds rates to four digits: more mean nothing."""
     return [float(f"{rate:.4g}") for rate in rates]
 
 
 def _links(collectives: Collectives, device: torch.device) -> tuple[list[float], list[float], list[float]]:
-    """The slowest of the first 1, 2, ... ranks while these copy; by rank, each alone; by rank, all at once."""
+    """Link rates: of the slowest of the first 1, 2, ... ranks while these copy; by rank, each alone and all at once."""
     on_gpu, size = device.type == "cuda", collectives.size
     buffer_bytes, link_bytes = (GPU_BUFFER_BYTES, LINK_BYTES) if on_gpu else (CPU_BUFFER_BYTES, CPU_LINK_BYTES)
     with link_buffers(buffer_bytes, device) as pair:

@@ -1,8 +1,8 @@
-"""Timed spans of a run, by instruction and lane, as Chrome/Perfetto JSON.
+"""Measures when each instruction of a run began and ended, by lane, and writes it as Chrome/Perfetto JSON.
 
-On CUDA a span lies between two timing events on its own stream, which are nodes of the graph where the pass is one; on
-a CPU between two readings of the clock. The span of an instruction that waits for the other lane on the compute lane
-(acquire, join) includes the wait: it is the stall.
+On CUDA an interval lies between two timing events on its own stream, which are nodes of the graph where the pass is
+one; on a CPU it lies between two readings of the clock. Instructions of the compute lane that wait for the other lane
+(acquire, join) have the wait in their interval, where it shows as a stall.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from penstock.scheduler.units import us
 
 
 @dataclass(frozen=True)
-class Span:
-    """One instruction of one pass; times in seconds from the start of the trace. Pass -1 fills the ring."""
+class Interval:
+    """The time of one instruction of one pass, in seconds from the start of the trace. Pass -1 fills the ring."""
 
     pass_index: int
     lane: str
@@ -45,7 +45,8 @@ class Marked:
 
 @dataclass(frozen=True)
 class PassMarks:
-    """`begin` is a mark before the pass, behind all that came before it; an event there is never one of a graph."""
+    """The marks of a pass. `begin` is a mark before it and after all earlier work; its event is never one of a
+    graph."""
 
     pass_index: int
     begin: object
@@ -53,36 +54,36 @@ class PassMarks:
 
 
 class Tracer:
-    """Does nothing: the tracer of a run without --trace."""
+    """The tracer of a run without --trace: it does nothing."""
 
     num_takes = 1  # how often a pass is captured, for replays in turn
 
     @contextlib.contextmanager
-    def span(self, instruction: Instruction, stream=None) -> Iterator["Tracer"]:
+    def interval(self, instruction: Instruction, stream=None) -> Iterator["Tracer"]:
         yield self
 
     def waited(self) -> None:
-        """Within a span: what the instruction waited for is there."""
+        """Says, within an interval, that the instruction's waits are over."""
 
     def begin_pass(self, shape: PassShape | None) -> None:
-        """The spans that follow are those of a pass of this shape; None: of copies that fill the ring."""
+        """Begins a pass of this shape, to which the intervals that follow belong; None: copies that fill the ring."""
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[list[Marked]]:
-        """Spans within belong to no pass (a warm-up's, a capture's), but to the list that this yields."""
+        """Puts the intervals within, of a warm-up or a capture, into the list that this yields and into no pass."""
         yield []
 
     def replayed(self, marks: list[Marked]) -> None:
-        """The graph with these marks has been launched for the current pass."""
+        """Says that the graph with these marks has been launched for the current pass."""
 
 
 class RecordingTracer(Tracer):
-    """Keeps every span. `spans()` may be called once the device is idle.
+    """Keeps every interval. `intervals()` may be called once the device is idle.
 
     Under capture a mark is an external event: a node of the graph that acts at each replay, and costs about a
     microsecond. The graph's next replay overwrites its time, so there are two takes of each graph, replayed in turn:
-    when one has been launched, the passes before it are waited for and read while it runs. Nothing can wait for an
-    event of a graph; all passes before are behind the eager one that each pass begins with.
+    when one has been launched, the passes before it are waited for and read while it runs. An event of a graph cannot
+    be waited for, so each pass begins with an eager one, before which all earlier passes have ended.
 
         launch pass 5 (take 0) | begin 6, launch pass 6 (take 1), wait for begin 6, read pass 5 | begin 7, launch ...
     """
@@ -94,8 +95,8 @@ class RecordingTracer(Tracer):
         self.shapes: list[PassShape] = []
         self.under_way: deque[PassMarks] = deque()  # not read yet
         self.current: list[Marked] = []
-        self.last_end = None  # of the compute lane's last span in the current list
-        self.known: list[Span] = []
+        self.last_end = None  # of the compute lane's last interval in the current list
+        self.known: list[Interval] = []
         self.begin, self.begin_s = self._mark_begin(), 0.0  # of the last pass that was read, or of the trace
 
     def begin_pass(self, shape: PassShape | None) -> None:
@@ -104,8 +105,8 @@ class RecordingTracer(Tracer):
         self.current, self.last_end = self.under_way[-1].marks, None
 
     @contextlib.contextmanager
-    def span(self, instruction: Instruction, stream=None) -> Iterator["_OpenSpan"]:
-        opened = _OpenSpan(self, instruction, stream)
+    def interval(self, instruction: Instruction, stream=None) -> Iterator["_OpenInterval"]:
+        opened = _OpenInterval(self, instruction, stream)
         yield opened
         end = self._mark(stream)
         self.current.append(Marked(instruction, opened.start, end))
@@ -126,14 +127,14 @@ class RecordingTracer(Tracer):
         while len(self.under_way) > 1:
             self._read(self.under_way.popleft())
 
-    def spans(self) -> list[Span]:
+    def intervals(self) -> list[Interval]:
         while self.under_way:
             self._read(self.under_way.popleft())
         return self.known
 
     def _read(self, ended: PassMarks) -> None:
-        """Times are taken from the begin of the pass, and that from the one before it: an elapsed time is a single
-        float of milliseconds, exact only where it is short."""
+        """Reads a pass's times as elapsed since its begin, and that since the begin of the pass before: an elapsed time
+        is a float32 of milliseconds, exact only where it is short."""
         self.begin_s += self._seconds(self.begin, ended.begin)
         self.begin = ended.begin
         at_s = {
@@ -141,7 +142,7 @@ class RecordingTracer(Tracer):
             for mark in dict.fromkeys(mark for marked in ended.marks for mark in (marked.start, marked.end))
         }
         self.known += [
-            Span(ended.pass_index, one.instruction.lane, label(one.instruction), at_s[one.start], at_s[one.end])
+            Interval(ended.pass_index, one.instruction.lane, label(one.instruction), at_s[one.start], at_s[one.end])
             for one in ended.marks
         ]
 
@@ -159,9 +160,9 @@ class RecordingTracer(Tracer):
         return start.elapsed_time(end) / 1e3 if self.cuda else end - start
 
 
-class _OpenSpan:
-    """A copy's span starts after its waits: under capture its stream is no part of the capture before the first of
-    them. A compute span starts before them, on a GPU where the one before it ended: one mark less."""
+class _OpenInterval:
+    """An interval that has not ended. A copy's starts after its waits: before the first of them its stream is no part
+    of a capture. A step's starts before them, on a GPU at the mark where the one before it ended."""
 
     def __init__(self, tracer: RecordingTracer, instruction: Instruction, stream):
         self.tracer, self.instruction, self.stream = tracer, instruction, stream
@@ -174,47 +175,48 @@ class _OpenSpan:
             self.start = self.tracer._mark(self.stream)
 
 
-def predicted_spans(plan: EnginePlan, shapes: list[PassShape], measured: list[Span]) -> list[Span]:
-    """What the time model said of each pass, put where the pass really began."""
+def predicted_intervals(plan: EnginePlan, shapes: list[PassShape], measured: list[Interval]) -> list[Interval]:
+    """The intervals that the time model predicts for each pass, from where the pass really began."""
     begins: dict[int, float] = {}
-    for span in measured:
-        begins[span.pass_index] = min(span.start_s, begins.get(span.pass_index, span.start_s))
-    spans = []
+    for one in measured:
+        begins[one.pass_index] = min(one.start_s, begins.get(one.pass_index, one.start_s))
+    intervals = []
     for index, start_s in begins.items():
         if index < 0:
             continue
         timeline = predict_timeline(plan.pass_plan, *step_seconds(plan, shapes[index]))
-        for instruction, span in zip(plan.pass_plan.instructions, timeline, strict=True):
-            spans.append(Span(index, span.lane, label(instruction), start_s + span.start_s, start_s + span.end_s))
-    return spans
+        for instruction, one in zip(plan.pass_plan.instructions, timeline, strict=True):
+            intervals.append(Interval(index, one.lane, label(instruction), start_s + one.start_s, start_s + one.end_s))
+    return intervals
 
 
 def label(instruction: Instruction) -> str:
-    """`attn_qkv 3`, `prefetch 3.ffn`, ..."""
+    """The name of an instruction's interval: `attn_qkv 3`, `prefetch 3.ffn`, ..."""
     layer_idx = getattr(instruction, "layer_idx", None)
     return str(instruction) if layer_idx is None else f"{instruction} {layer_idx}"
 
 
-def chrome_events(spans: list[Span], process: str, pid: int) -> list[dict]:
+def chrome_events(intervals: list[Interval], process: str, pid: int) -> list[dict]:
     """Complete ("X") events, in microseconds, two threads a process: the lanes."""
     events = [{"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}}]
     for tid, lane in enumerate((COMPUTE, COPY)):
         events.append({"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": lane}})
-    for span in spans:
-        event = {"ph": "X", "pid": pid, "tid": int(span.lane == COPY), "name": span.name}
-        event |= {"ts": us(span.start_s), "dur": us(span.end_s - span.start_s), "args": {"pass": span.pass_index}}
+    for one in intervals:
+        event = {"ph": "X", "pid": pid, "tid": int(one.lane == COPY), "name": one.name}
+        event |= {"ts": us(one.start_s), "dur": us(one.end_s - one.start_s), "args": {"pass": one.pass_index}}
         events.append(event)
     return events
 
 
 def join_traces(path: str, tracer: "RecordingTracer", plan: EnginePlan, collectives: Collectives) -> None:
-    """Each rank leaves its part, as measured and as predicted, beside the file, and rank 0 joins them. All ranks call
-    this together, once their devices may be waited for."""
+    """Writes each rank's part, as measured and as predicted, beside the file; rank 0 joins them. All ranks call this
+    together, once their devices may be waited for."""
     if tracer.cuda:
         torch.cuda.synchronize(tracer.device)
-    rank, measured = collectives.rank, tracer.spans()
+    rank, measured = collectives.rank, tracer.intervals()
     events = chrome_events(measured, f"rank {rank}", pid=2 * rank)
-    events += chrome_events(predicted_spans(plan, tracer.shapes, measured), f"rank {rank}, predicted", pid=2 * rank + 1)
+    predicted = predicted_intervals(plan, tracer.shapes, measured)
+    events += chrome_events(predicted, f"rank {rank}, predicted", pid=2 * rank + 1)
     if rank > 0:
         write_trace(f"{path}.rank{rank}", events)
     collectives.barrier()
@@ -227,19 +229,19 @@ def join_traces(path: str, tracer: "RecordingTracer", plan: EnginePlan, collecti
 
 
 def write_trace(path: str, events: list[dict]) -> None:
-    """Raises ValueError, naming flag and file, if it cannot be written, or is a pipe or a device."""
+    """Writes the file. Raises ValueError, naming flag and file, if that fails, or if it is a pipe or a device."""
     check_output("--trace", path)
     with named_errors(f"--trace {path}"), open(path, "w") as file:
         json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
 
 
-def read_spans(path: str) -> dict[tuple[int, bool], list[Span]]:
-    """The spans of a file that `write_trace` wrote, by rank and whether they are the predicted ones."""
-    spans: dict[tuple[int, bool], list[Span]] = {}
+def read_intervals(path: str) -> dict[tuple[int, bool], list[Interval]]:
+    """The intervals of a file that `write_trace` wrote, by rank and whether they are the predicted ones."""
+    intervals: dict[tuple[int, bool], list[Interval]] = {}
     lanes = (COMPUTE, COPY)
     for event in json.loads(Path(path).read_text())["traceEvents"]:
         if event["ph"] == "X":
             start_s, end_s = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
-            span = Span(event["args"]["pass"], lanes[event["tid"]], event["name"], start_s, end_s)
-            spans.setdefault((event["pid"] // 2, event["pid"] % 2 == 1), []).append(span)
-    return spans
+            interval = Interval(event["args"]["pass"], lanes[event["tid"]], event["name"], start_s, end_s)
+            intervals.setdefault((event["pid"] // 2, event["pid"] % 2 == 1), []).append(interval)
+    return intervals

@@ -1,6 +1,6 @@
 """The channel between the two sides: every call crosses it, in the wire dtype, and is counted.
 
-What it does not know: what an operation computes, what the host side does between two calls.
+It does not know what an operation computes, nor what the host side does between two calls.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.units import show_bytes, show_text
 from torch import Tensor
 
-READY = Site("ready", -1)  # of the frame that says that the weights are there
+READY = Site("ready", -1)  # of the frame that says that the weights are loaded
 FAILED = "failed"  # the operation of an answer that is an error's text
 MOST_TEXT_BYTES = 2**16
 MOST_HEADER_SHOWN = 400  # characters
@@ -34,16 +34,16 @@ class DeviceSideFailed(RuntimeError):
 
 
 class Channel(Protocol):
-    """`ledger` counts what crossed."""
+    """The way to the device side; `ledger` counts what crosses."""
 
     ledger: TransferLedger
 
     def call(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
-        """Has the device side compute `site` of `tensors`; its answer, of the shape of `out`, is written there. Floats
+        """Lets the device side compute `site` from `tensors` and writes its answer to `out`, whose shape it has. Floats
         cross in the wire dtype. Raises DeviceSideFailed; no call after that is answered."""
 
     def close(self) -> None:
-        """Idempotent."""
+        """Ends the device side. Idempotent."""
 
 
 class InProcess:
@@ -68,13 +68,13 @@ class InProcess:
 class Subprocess:
     """The device side is a process of its own at the other end of a local socket, and not trusted. It has `timeout_s`
     seconds to get ready and for each call, beside those that loading `weights_bytes` and the call's own work take at
-    most (deadline.py). Whatever goes wrong ends it."""
+    most (deadline.py). Any failure ends it."""
 
     def __init__(self, config: EngineConfig, wire_dtype: torch.dtype, timeout_s: float, weights_bytes: int):
         self.ledger = TransferLedger()
         self._wire_dtype, self._timeout_s, self._weights_bytes = wire_dtype, timeout_s, weights_bytes
         self._is_ready, self._failure, self._numbers = False, None, itertools.count(1)
-        # paths as this process finds them; rates decide nothing there, and prompts are not its business
+        # paths as this process finds them; it needs no rates, and must not see prompts
         own = {"model": str(find_model(config.model).absolute()), "tokenizer": None, "device_profile": "cpu"}
         told = dataclasses.replace(config, **own).to_dict()
         self._process = DeviceProcess({"config": told, "wire_dtype": str(wire_dtype).removeprefix("torch.")})
@@ -102,7 +102,8 @@ class Subprocess:
             self._is_ready = True
 
     def _exchange(self, site: Site, sent: list[Tensor], out: Tensor) -> Tensor:
-        """Nothing is allocated for an answer that was not asked for: this side does not trust the other."""
+        """Sends a call and receives its answer. An answer that was not asked for is refused before memory is allocated
+        for it: this side does not trust the other."""
         expected = _expected(site, self._wire_dtype, out, next(self._numbers) % 2**32)
         with self._within(call_s(sent, out), f"has not answered {site}", "for the work of this call") as connection:
             send(connection, site, sent, expected.number)
@@ -140,15 +141,15 @@ class Subprocess:
 
 
 def run_device_side(config: EngineConfig, wire_dtype: str, connection: socket.socket) -> None:
-    """What a device side that is a process of its own does, from loading to its end."""
+    """Runs a device side that is a process of its own, from loading to its end."""
     spec = read_model(find_model(config.model), dummy=config.load_format == "dummy").spec
     plan = make_engine_plan(config, spec, tp_size=1, device_memory=None, rates=plan_rates(config, 1, "cpu"))
     serve(connection, DeviceSide(config, plan), getattr(torch, wire_dtype))
 
 
 def serve(connection: socket.socket, device_side: DeviceSide, wire_dtype: torch.dtype) -> None:
-    """The device side's whole life: says that it is ready, and answers calls until the host side closes the connection.
-    An error is told to the host side, and raised."""
+    """Says that the device side is ready, and answers calls until the host side closes the connection. An error is sent
+    to the host side, and raised."""
     with connection:
         send(connection, READY, [])
         while True:
@@ -167,12 +168,12 @@ def serve(connection: socket.socket, device_side: DeviceSide, wire_dtype: torch.
 
 
 def to_wire(tensor: Tensor, wire_dtype: torch.dtype) -> Tensor:
-    """As it crosses: floats in the wire dtype, token ids as they are."""
+    """The tensor as it crosses: floats in the wire dtype, token ids as they are."""
     return tensor.to(wire_dtype) if tensor.is_floating_point() else tensor
 
 
 def is_text(header: Header) -> bool:
-    """Whether an error's text follows, of a size that is believed."""
+    """Whether an error's text follows, of a size that can be true."""
     if header.site.operation != FAILED or len(header.shapes) != 1:
         return False
     ((dtype, dims),) = header.shapes

@@ -1,4 +1,4 @@
-"""How long the device side may take for what it is asked, and a connection that holds it to that."""
+"""Deadlines of the device side: the seconds that it may take for a call, and a connection that enforces them."""
 
 import socket
 import time
@@ -6,27 +6,27 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# Of the slowest machine that is believed: what takes longer is no work.
+# Rates of the slowest machine that is allowed for; who takes longer does not work.
 LEAST_WIRE_BYTES_S = 10e6
 LEAST_PRODUCTS_S = 1e8
 LEAST_LOAD_BYTES_S = 20e6
 
 
 def load_s(weights_bytes: int) -> float:
-    """Seconds for the weights to be read and laid out, at most."""
+    """The most seconds that reading and laying out the weights may take."""
     return weights_bytes / LEAST_LOAD_BYTES_S
 
 
 def call_s(sent: Sequence[Tensor], out: Tensor) -> float:
-    """Seconds for a call's bytes to cross and its products to be computed, at most: each element of the first tensor
-    meets the columns of the answer, or the rows of what is sent beside it."""
+    """The most seconds that a call may take for its bytes to cross and its products to be computed: each element of the
+    first tensor meets the columns of the answer, or the rows of the other tensors."""
     moved_bytes = sum(tensor.nbytes for tensor in sent) + out.nbytes
     products = sent[0].numel() * max([out.shape[-1], *map(len, sent[1:])])
     return moved_bytes / LEAST_WIRE_BYTES_S + products / LEAST_PRODUCTS_S
 
 
 class Until:
-    """`connection` for the next `seconds`: TimeoutError after them, however much has come or gone by then."""
+    """`connection` for the next `seconds`. After them it raises TimeoutError, even in the middle of a frame."""
 
     def __init__(self, connection: socket.socket, seconds: float):
         self._connection, self._end = connection, time.monotonic() + seconds

@@ -1,6 +1,6 @@
-"""The device side's process. It is not trusted: it is told little, may say little, and is gone when its channel is.
+"""The process of the device side. It is not trusted: it is told little, may say little, and ends with its channel.
 
-What it does not know: what the two sides say to each other.
+This file does not know what the two sides say to each other.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from penstock.scheduler.units import show_text
 
 DEVICE_COMMAND = (*WORKER_COMMAND[:-1], "split-device")
 CLOSE_S = 5.0
-# All that it sees of the environment: where its programs and libraries are, and what the bits of a sum depend on.
+# All environment variables that it gets: where programs and libraries are, and what the bits of a sum depend on.
 PASSED = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 PASSED += ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 _TAIL_BYTES = 2000
@@ -41,9 +41,9 @@ class DeviceProcess:
                 start_new_session=True,  # Ctrl-C is this process's to handle
             )
             told = told | {"socket": theirs.fileno()}
-        self._end = weakref.finalize(self, _end, self.process, os.getpid())  # also where nobody closes it
+        self._end = weakref.finalize(self, _end, self.process, os.getpid())  # also if nobody closes it
         self._tail = bytearray()
-        listening = (self.process.stderr, self._tail)  # not this object, which ends the process when nobody holds it
+        listening = (self.process.stderr, self._tail)  # not this object: a reference to it would keep the process alive
         self._listener = threading.Thread(target=_listen, args=listening, name="device-side-stderr", daemon=True)
         self._listener.start()
         with contextlib.suppress(BrokenPipeError):  # it died at once: the first call says so
@@ -51,7 +51,7 @@ class DeviceProcess:
             self.process.stdin.flush()
 
     def how_it_ended(self) -> str:
-        """Ends it, once nothing comes any more, and says why that is: its exit code, and its last words."""
+        """Ends the process, from which nothing comes any more, and says why: its exit code, and its last words."""
         try:
             ended = f"exit code {self.process.wait(CLOSE_S)}"
         except subprocess.TimeoutExpired:
@@ -62,14 +62,14 @@ class DeviceProcess:
         return ended if said is None else f"{ended}, its last words: {show_text(said)}"
 
     def close(self) -> None:
-        """Has it end by itself, and makes it if it does not. Idempotent."""
+        """Lets the process end by itself, and kills it if it does not. Idempotent."""
         self.connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(CLOSE_S)
         self.kill()
 
     def kill(self) -> None:
-        """Ends it now, with whatever it has started in its session. Idempotent."""
+        """Kills the process, with all that it has started in its session. Idempotent."""
         self.connection.close()
         self._end()
         self._listener.join(CLOSE_S)
@@ -77,7 +77,7 @@ class DeviceProcess:
 
 def _end(process: subprocess.Popen, owner: int) -> None:
     if os.getpid() != owner:
-        return  # a fork of the owner ends, which it does not
+        return  # a fork of the owner ends, not the owner
     with contextlib.suppress(ProcessLookupError, PermissionError):  # there is nobody left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

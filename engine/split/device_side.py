@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 
 
 class DeviceSide:
-    """Loads all weights but the norms. Raises ValueError naming file and tensor of what cannot be loaded."""
+    """Loads all weights but the norms, and computes calls. Raises ValueError naming the file and tensor that cannot be
+    loaded."""
 
     def __init__(self, config: EngineConfig, plan: EnginePlan):
         self.spec, self.dtype = plan.spec, getattr(torch, plan.dtype)
@@ -63,17 +64,17 @@ class DeviceSide:
         return out
 
     def _attention(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of q (T, H, E), the last T of C tokens, over k and v (C, G, E): (T, H, E)."""
+        """Causal attention (T, H, E) of q (T, H, E), the last T of C tokens, over k and v (C, G, E)."""
         return attend(q, k, v, _one_row(len(q), len(k)), self.spec.windows[layer_idx])
 
     def _scores(self, layer_idx: int, q: Tensor, k: Tensor) -> Tensor:
-        """q (T, H, E) times k (C, G, E): (H, T, C), neither scaled nor masked."""
+        """Scores (H, T, C) of q (T, H, E) and k (C, G, E), neither scaled nor masked."""
         (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
         grouped = q.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)  # (G, H / G * T, E)
         return torch.bmm(grouped, k.permute(1, 2, 0)).view(num_heads, num_tokens, len(k))
 
     def _values(self, layer_idx: int, probabilities: Tensor, v: Tensor) -> Tensor:
-        """Probabilities (H, T, C) times v (C, G, E): (T, H, E)."""
+        """The product (T, H, E) of probabilities (H, T, C) and v (C, G, E)."""
         (num_heads, num_tokens, num_context), num_kv_heads = probabilities.shape, v.shape[1]
         grouped = probabilities.reshape(num_kv_heads, -1, num_context)  # (G, H / G * T, C)
         return torch.bmm(grouped, v.transpose(0, 1)).view(num_heads, num_tokens, -1).transpose(0, 1)

@@ -6,7 +6,7 @@ from penstock.engine.split.transfers import ATTENTION_WAYS, WIRE_DTYPES, SplitCo
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
-    """How tensors cross, and how the table shows it."""
+    """Adds flags that say how tensors cross, and how the table shows it."""
     defaults = SplitConfig()
     ways = "; ".join(f"{way}: {text}" for way, text in ATTENTION_WAYS.items())
     for name, choices, text in (

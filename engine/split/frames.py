@@ -1,4 +1,4 @@
-"""Tensors on a socket: a small binary header, then their raw bytes. Nothing is pickled.
+"""Sends tensors over a socket: a small binary header, then their raw bytes. Nothing is pickled.
 
 number of the call (uint32), operation length (uint8), layer_idx (int16), number of tensors (uint8) | operation (ascii)
 for each tensor: dtype (uint8), number of dims (uint8) | dims (uint32 each)
@@ -21,7 +21,7 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Header(NamedTuple):
-    """An answer has the number of its call."""
+    """The header of a frame. An answer has the number of its call."""
 
     site: Site
     shapes: tuple[Shape, ...]
@@ -57,8 +57,8 @@ def send(connection: Connection, site: Site, tensors: Sequence[Tensor], number: 
 
 
 def receive_header(connection: Connection) -> Header:
-    """Waits for the next frame. Raises EOFError where the other side has closed or broken the connection, ValueError
-    for what no `send` has sent."""
+    """Waits for the next frame. Raises EOFError if the other side has closed or broken the connection, ValueError for a
+    frame that `send` cannot have sent."""
     number, name_bytes, layer_idx, num_tensors = _START.unpack(_receive(connection, _START.size))
     operation = _receive(connection, name_bytes).decode("ascii")
     shapes = []
@@ -72,7 +72,7 @@ def receive_header(connection: Connection) -> Header:
 
 
 def receive_tensors(connection: Connection, header: Header) -> list[Tensor]:
-    """The tensors of the frame whose header was received: whoever does not trust it has looked at it by now."""
+    """The tensors of the frame whose header was received. A header that is not trusted is checked before this."""
     tensors = []
     for dtype, dims in header.shapes:
         data = _receive(connection, math.prod(dims) * dtype.itemsize)

@@ -28,12 +28,12 @@ from torch import Tensor
 
 
 class SplitExecutor(Executor):
-    """Runs a plan's own steps as they are, and makes calls of the device side's. `attention` is a key of
+    """Runs the host side's steps of a plan as they are, and turns the device side's into calls. `attention` is a key of
     ATTENTION_WAYS."""
 
     def __init__(self, channel: Channel, attention: str, **parts):
         super().__init__(**parts)
-        assert not any(len(step.parts) > 1 for step in self.plan.steps), "a fused step may be of both sides"
+        assert not any(len(step.parts) > 1 for step in self.plan.steps), "a fused step may belong to both sides"
         self.channel, self.attention = channel, attention
 
     def do(self, instruction: Instruction) -> None:
@@ -55,7 +55,7 @@ class SplitExecutor(Executor):
                 self.channel.call(site(step), [act[reads][:, :width]], act[writes])
 
     def _attend_rows(self, layer_idx: int) -> None:
-        """The result takes the place of q."""
+        """Attends row by row; the result overwrites q."""
         heads, context = self.context.heads(), self.context.inputs.context
         k, v = gather(self.context.kv.layer(layer_idx), context)  # (C of all rows, K, E)
         for row in context.ranges:
@@ -64,7 +64,7 @@ class SplitExecutor(Executor):
             self._attend(layer_idx, row, heads[tokens, : self.context.num_heads], k[span], v[span])
 
     def _attend(self, layer_idx: int, row: RowRange, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """q (T, H, E) becomes its attention over k and v (C, K, E)."""
+        """Overwrites q (T, H, E) with its attention over k and v (C, K, E)."""
         num_tokens, num_heads, head_dim = q.shape
         if self.attention == FUSED:
             self.channel.call(Site("attention", layer_idx), [q, k, v], q)

@@ -1,5 +1,6 @@
-"""SplitLLM: the LLM of a split execution. It takes the same prompts and sampling parameters and gives the same outputs;
-what crossed between its sides stands in `counted`, what was to cross in `predicted`."""
+"""SplitLLM is the LLM of a split execution. It takes the same prompts and sampling parameters and gives the same
+outputs; `counted` has what crossed between its sides, `predicted` what was predicted to cross.
+"""
 
 import secrets
 from typing import Any
@@ -65,8 +66,8 @@ class SplitEngine(Engine):
         super().submit(batch)
 
 
-class PermutedRank(SplitEngine):
-    """A SplitEngine whose channel permutes; it is told whose tokens a pass computes."""
+class PermutedEngine(SplitEngine):
+    """A SplitEngine whose channel permutes, and is told before each pass which requests its rows belong to."""
 
     def _channel(self) -> PermutedChannel:
         given = self.split.permute_key
@@ -92,17 +93,17 @@ class SplitLLM(LLM):
         super().__init__(model, **options, **FIXED)
 
     def _start(self) -> SplitEngine:
-        rank = PermutedRank if self._split.permute else SplitEngine
-        return rank(self.config, self._split)
+        kind = PermutedEngine if self._split.permute else SplitEngine
+        return kind(self.config, self._split)
 
     @property
     def counted(self) -> TransferLedger:
-        """What has crossed since this was made."""
+        """The ledger of what has crossed since this was made."""
         self._check_open()
         return self.engine.ledger
 
     @property
     def predicted(self) -> TransferLedger:
-        """What was to cross in the passes that ran."""
+        """The ledger of what was predicted to cross in the passes that ran."""
         self._check_open()
         return self.engine.predicted

@@ -1,10 +1,10 @@
-"""A channel behind which the device side sees permuted tensors: token rows in the linear layers, head_dim in attention.
+"""A channel that lets the device side see permuted tensors: token rows in the linear layers, head_dim in attention.
 
-OBFUSCATION FOR RESEARCH, NOT CONFIDENTIALITY. Who knows the weights finds the prompt in such states: published attacks
-recover 97 to 100 % of prompts ("Hidden No More: Attacking and Defending Private Third-Party LLM Inference", ICML 2025,
-arXiv:2505.18332), and scripts/research/permutation_attack.py does the same here. What is not hidden at all: token ids
-(the embedding sees them, in another order), their number, which call and request a tensor belongs to, the one row of a
-decode pass, the row that the head gets, scores and probabilities.
+OBFUSCATION FOR RESEARCH, NOT CONFIDENTIALITY. An attacker who knows the weights finds the prompt in such states:
+attacks recover 97 to 100 % of prompts ("Hidden No More: Attacking and Defending Private Third-Party LLM Inference",
+ICML 2025, arXiv:2505.18332), and scripts/research/permutation_attack.py does the same here. Not hidden at all are token
+ids (the embedding sees them, in another order), their number, which call and request a tensor belongs to, the one row
+of a decode pass, the row that the head gets, scores and probabilities.
 
 The key stays in this process. A permutation is a function of the key, the request's number, the site and where the pass
 starts in the sequence, so that no two requests, sites or passes share one (q and k of a call have to).
@@ -30,8 +30,8 @@ NOTICE = (
     "obfuscation for research, not confidentiality: published attacks recover 97 to 100 % of prompts from such states"
     " when the weights are known"
 )
-# Of each attention call: the matmul whose permutation of head_dim its tensors are put in, its answer's last. A matmul
-# over head_dim needs the same one on both sides; what it leaves alone comes back in it.
+# For each tensor of an attention call, the answer last: the matmul whose permutation of head_dim it is put in. A matmul
+# over head_dim needs the same permutation on both sides; if it is over another dim, its result keeps the permutation.
 _OF_SCORES, _OF_VALUES = "attention_scores", "attention_values"
 _MATMULS = {
     "attention_scores": (_OF_SCORES, _OF_SCORES, None),  # q, k -> scores
@@ -44,7 +44,7 @@ _INPUT = struct.Struct("<QhQ")  # request number, layer_idx, start
 def permutation(key: bytes, request: int, site: Site, start: int, size: int) -> Tensor:
     """A permutation (size,) int64 of 0..size-1, for the pass of a request that starts at position `start`: words of 64
     bits expanded by SHAKE-256, argsorted."""
-    prefix = struct.pack("<Q", len(key)) + key  # its length: no key's input begins with another's
+    prefix = struct.pack("<Q", len(key)) + key  # with the length, no key's input begins with another's
     seed = prefix + _INPUT.pack(request, site.layer_idx, start) + site.operation.encode("ascii")
     words = torch.frombuffer(bytearray(hashlib.shake_256(seed).digest(8 * size)), dtype=torch.int64)
     return words.argsort(stable=True)
@@ -59,8 +59,8 @@ class Segment(NamedTuple):
 
 
 class PermutedChannel:
-    """A Channel over another one, which it owns: permutes what is sent, and puts what comes back in order again. Calls
-    and bytes are the other channel's. `permute`: some of PERMUTED."""
+    """A Channel over another one, which it owns: it permutes what is sent and restores the order of what comes back.
+    Calls and bytes are the other channel's. `permute`: some of PERMUTED."""
 
     def __init__(self, channel: Channel, permute: Collection[str], key: bytes):
         self.channel, self._permute, self._key = channel, frozenset(permute), key
@@ -74,7 +74,7 @@ class PermutedChannel:
         return self.channel.ledger
 
     def begin_pass(self, batch: Batch) -> None:
-        """Before the calls of each pass: whose tokens its rows are. Each request gets a number of its own."""
+        """Sets, before the calls of a pass, the request of each row. Each request gets a number of its own."""
         for row in batch.rows:
             if row.sampling is not None:  # the request's first pass
                 self._request_in[row.index] = next(self._numbers)
@@ -82,7 +82,7 @@ class PermutedChannel:
         self._num_attended.clear()
 
     def call(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
-        """Raises RuntimeError as the other channel does."""
+        """Makes a call with permuted tensors. Raises RuntimeError as the other channel does."""
         call = self.channel.call
         if site.operation in _MATMULS:
             call = self._attend if HEAD_DIM in self._permute else call
@@ -94,7 +94,7 @@ class PermutedChannel:
         self.channel.close()
 
     def _call_by_rows(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
-        """Of tensors (T, ...), with the rows of each request in another order among themselves."""
+        """Makes a call on tensors (T, ...), with the rows of each request permuted among themselves."""
         orders, first = [], 0
         for request, start, num_tokens in self._segments:
             orders.append(first + permutation(self._key, request, site, start, num_tokens))
@@ -105,7 +105,8 @@ class PermutedChannel:
         out[order] = answer
 
     def _attend(self, site: Site, tensors: Sequence[Tensor], out: Tensor) -> None:
-        """A call for one row: the rows of a pass attend one after the other. All heads share a permutation."""
+        """Makes an attention call, which is for one row; rows of a pass attend one after the other. All heads share a
+        permutation."""
         request, start, _ = self._segments[self._num_attended[site]]
         self._num_attended[site] += 1
         *of_tensors, of_out = _MATMULS[site.operation]

@@ -1,4 +1,4 @@
-"""Transfer ledgers as text: by operation and layer, and what each remedy leaves. Torch-free."""
+"""Shows transfer ledgers as text: by operation and layer, and what each remedy leaves. Torch-free."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -14,8 +14,8 @@ Line = list[str]
 
 
 def transfer_table(predicted: TransferLedger, counted: TransferLedger | None = None, folded: bool = True) -> str:
-    """A line for each operation and layer, or, folded, for each operation and run of layers with equal transfers.
-    With `counted` its figures stand beside the predicted ones."""
+    """A table with a line for each operation and layer, or, folded, for each operation and run of layers with equal
+    transfers. With `counted` its figures are beside the predicted ones."""
     unit, divisor = _unit(predicted.total)
     head = ["operation", "layers", "calls", f"sent {unit}", f"received {unit}", f"total {unit}", "share"]
     if counted is not None:
@@ -37,7 +37,7 @@ def transfer_table(predicted: TransferLedger, counted: TransferLedger | None = N
 
 
 def difference(predicted: TransferLedger, counted: TransferLedger) -> str:
-    """Whether two ledgers are equal, as a sentence; if not, where they differ first."""
+    """A sentence that says whether two ledgers are equal, or where they first differ."""
     for site in dict.fromkeys([*predicted.sites, *counted.sites]):
         expected, found = predicted.at(site), counted.at(site)
         if expected != found:
@@ -46,7 +46,7 @@ def difference(predicted: TransferLedger, counted: TransferLedger) -> str:
 
 
 def remedy_table(steps: Sequence[Compute], spec: ModelSpec, num_tokens: int) -> str:
-    """What crosses in the prefill of a prompt originally, and with each remedy."""
+    """A table of what crosses in the prefill of a prompt, originally and with each remedy."""
     ledgers = {
         name: predict(steps, spec, prefill(num_tokens, chunk_tokens), config)
         for name, (config, chunk_tokens) in REMEDIES.items()
@@ -78,7 +78,7 @@ def _cells(moved: Transfer, divisor: int) -> Line:
 
 
 def _runs(predicted: TransferLedger, counted: TransferLedger | None, folded: bool) -> list[list[Site]]:
-    """Sites that share a line."""
+    """The sites of each line of the table."""
     sites = list(dict.fromkeys([*predicted.sites, *(counted.sites if counted is not None else ())]))
     if not folded:
         return [[site] for site in sites]
@@ -99,7 +99,7 @@ def _layers(sites: list[Site]) -> str:
 
 
 def _aligned(lines: list[Line]) -> str:
-    """Text to the left in the first column, figures to the right in the others."""
+    """Aligns the text of the first column to the left and the figures of the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])

@@ -1,4 +1,4 @@
-"""What a split execution will move, from a model's steps and the rows of a pass. Torch-free.
+"""Predicts what a split execution will move, from a model's steps and the rows of a pass. Torch-free.
 
 The host side walks the plan. Norms, RoPE, residuals, the KV cache, activations, softmax and sampling are its own; each
 embedding, linear layer, attention matmul (or fused attention) and head is a call to the device side:
@@ -49,10 +49,10 @@ MOST_TIMEOUT_S = 10**6
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How a split execution crosses; `process`: the device side is a process of its own, which has `timeout_s` seconds
-    for each answer beside what its work takes on the slowest machine (deadline.py). `permute`: some of PERMUTED, or
-    their names in a string with commas; the device side sees these in another order. `permute_key`: the key of the
-    permutations in hex; None draws one.
+    """How tensors of a split execution cross. With `process` the device side is a process of its own, which has
+    `timeout_s` seconds for each answer beside what its work takes on the slowest machine (deadline.py). `permute`: some
+    of PERMUTED, or their names in a string with commas; the device side sees these in another order. `permute_key`: the
+    key of the permutations in hex; None draws one.
 
     Raises ValueError, naming the field, for a value that is not known."""
 
@@ -80,7 +80,7 @@ class SplitConfig:
             self._check_key()
 
     def _check_key(self) -> None:
-        """Does not show the value, which is a secret."""
+        """Raises ValueError for a bad key, without showing it: it is a secret."""
         if not self.permute:
             raise ValueError("permute_key: nothing is permuted without permute")
         try:
@@ -98,7 +98,7 @@ class Remedy(NamedTuple):
     chunk_tokens: int | None = None
 
 
-# What the first is remedied by; where the device side attends, nothing is gained by repeating K and V.
+# The original way, and remedies for it. With fused attention K and V need not be repeated.
 REMEDIES = {
     "original": Remedy(SplitConfig("float32", REPEATED)),
     "K, V not repeated": Remedy(SplitConfig("float32", SCORES)),
@@ -122,12 +122,12 @@ class PassRow(NamedTuple):
 
 
 def is_call(step: Compute) -> bool:
-    """Is the step the device side's?"""
+    """Whether the device side computes this step."""
     return step.step in ("embedding", "attention") or step.step in MATRICES
 
 
 def linear_activations(spec: ModelSpec, step: Compute) -> tuple[str, int, str]:
-    """Of a linear step: the activation that it reads, how many of its first columns, and the one that it writes."""
+    """The activation that a linear step reads, how many of its first columns, and the activation that it writes."""
     reads = next(name for name, letters in step.effects if "r" in letters)
     writes = next(name for name, letters in step.effects if "w" in letters)
     leading = {"attn": spec.num_heads * spec.head_dim, "ffn": local_ffn_size(spec.ffn_size, tp_size=1)}
@@ -144,7 +144,7 @@ def prefill(num_tokens: int, chunk_tokens: int | None = None) -> list[list[PassR
 def predict(
     steps: Sequence[Compute], spec: ModelSpec, passes: Iterable[Sequence[PassRow]], config: SplitConfig
 ) -> TransferLedger:
-    """The calls of passes over these rows, with `steps` those of a plan whose steps are not fused."""
+    """The ledger of passes over these rows. `steps` are those of a plan without fused steps."""
     ledger = TransferLedger()
     for rows in passes:
         add_pass(ledger, steps, spec, rows, config)
@@ -154,7 +154,7 @@ def predict(
 def add_pass(
     ledger: TransferLedger, steps: Iterable[Compute], spec: ModelSpec, rows: Sequence[PassRow], config: SplitConfig
 ) -> None:
-    """The same for one pass, added to those before."""
+    """Adds the calls of one pass to a ledger."""
     element = DTYPE_BYTES[config.wire_dtype]
     widths = activation_widths(spec, tp_size=1)
     lengths = {"tokens": sum(row.num_tokens for row in rows), "rows": sum(row.samples for row in rows)}

@@ -1,8 +1,8 @@
-"""Text to token ids and back, on the `tokenizers` library alone.
+"""Turns text into token ids and back, with the `tokenizers` library alone.
 
-`Tokenizer` is what a checkpoint's files describe (tokenizer_files.py); `TextStream` gives out text as its tokens
-arrive; `StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates
-are not rendered here.
+`Tokenizer` is made from a checkpoint's files (tokenizer_files.py); `TextStream` gives out text as its tokens arrive;
+`StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates are not rendered
+here.
 """
 
 import functools
@@ -71,12 +71,12 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of an output, token by token.
+    """The text of an output, token by token.
 
-    All that `push` and `finish` return, joined, is what decode(prompt + output) has after decode(prompt).
-    A character is given out when its last byte has come; bytes that never make one, when text follows or at
-    the end. (A decoder with byte_fallback can revise text: bad bytes after good ones spoil the whole run.
-    What was given out stays, and the stream goes on with the tokens that were still held back.)
+    All that `push` and `finish` return, joined, is what decode(prompt + output) has after decode(prompt). A character
+    is given out when its last byte has come; bytes that never make one are given out when text follows, or at the end.
+    (A decoder with byte_fallback can revise text: bad bytes after good ones spoil the whole run. What was given out
+    stays, and the stream goes on with the tokens that were still held back.)
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
@@ -128,8 +128,8 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that is safe to give out, and the stop string once it is found; after that nothing comes out.
 
-        Of stop strings that begin at the same place the shortest wins, and a match waits while text before it
-        could still become a stop string.
+        Of stop strings that begin at the same character the shortest wins, and a match waits while text before it could
+        still become a stop string.
         """
         if self._matched is not None:
             return "", self._matched
@@ -142,7 +142,7 @@ class StopStrings:
         return text, None
 
     def flush(self) -> tuple[str, str | None]:
-        """At the end of the text: the rest of it, and the stop string if a match was still waiting."""
+        """The rest of the text at its end, and the stop string if a match was still waiting."""
         if self._matched is not None:
             return "", self._matched
         return self._cut(*self._first_match())
@@ -152,13 +152,15 @@ class StopStrings:
         return text, stop
 
     def _first_match(self) -> tuple[int, str | None]:
-        """Where the first stop string begins, and which it is; (length of the text, None) without one."""
+        """The index at which the first stop string begins, and that string; (length of the text, None) if there is
+        none."""
         matches = [(self._held.find(stop), len(stop), stop) for stop in self._stops if stop in self._held]
         start, _, stop = min(matches, default=(len(self._held), 0, None))
         return start, stop
 
     def _first_pending(self) -> int:
-        """Where the earliest text begins that ends with the held text and is a part of a stop string."""
+        """The index from which on the held text could be the beginning of a stop string; its length if there is
+        none."""
         text = self._held
         longest = max(map(len, self._stops), default=0)
         for start in range(max(0, len(text) - longest + 1), len(text)):
@@ -168,5 +170,5 @@ class StopStrings:
 
 
 def _after(before: str, text: str) -> str:
-    """What text has after the beginning that it shares with `before`."""
+    """The part of `text` after the beginning that it shares with `before`."""
     return text[len(os.path.commonprefix((before, text))) :]

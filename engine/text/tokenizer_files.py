@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer out of its files, as transformers' AutoTokenizer makes it: tokenizer.json, the tokens that
+"""Makes a checkpoint's tokenizer from its files, as transformers' AutoTokenizer does: tokenizer.json, the tokens that
 tokenizer_config.json and the older special_tokens_map.json and added_tokens.json add to it, and Llama's own spaces.
 
-What it does not know: chat templates, and the files of tokenizers that have no tokenizer.json.
+It does not know chat templates, nor the files of tokenizers that have no tokenizer.json.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ def load_backend(directory: Path) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def library_errors(where: str) -> Iterator[None]:
-    """Makes a ValueError of one line, beginning with `where`, of whatever the library raises: plain Exceptions, and for
-    its own failed assertions a PanicException, which is none."""
+    """Makes a ValueError of one line, beginning with `where`, of any error of the library: plain Exceptions, and
+    PanicExceptions of its own failed assertions, which are no Exceptions."""
     try:
         yield
     except BaseException as error:
@@ -55,7 +55,7 @@ def library_errors(where: str) -> Iterator[None]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Fields of a JSON file that need not be there."""
+    """The fields of a JSON file; none if the file is not there."""
     return read_json(file, keep_too_large=True) if file.exists() else {}  # model_max_length is often 1e30
 
 
@@ -96,7 +96,7 @@ def _prepends_space(normalizer: Any) -> bool:
 
 
 def _tokens_to_add(directory: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> list[AddedToken]:
-    """All added tokens by id, with what the other files say of them, then special tokens that are none of these."""
+    """All added tokens by id, changed as the other files say, then special tokens that are not among them."""
     own, file = config.get("added_tokens_decoder"), directory / CONFIG_FILE
     if own is None:
         config = config | _read(directory / _MAP_FILE)
@@ -119,7 +119,7 @@ def _by_id(tokens: Any, where: str) -> dict[int, AddedToken]:
 
 
 def _older_tokens(file: Path, special: dict[str, AddedToken]) -> dict[int, AddedToken]:
-    """Those of added_tokens.json: ids by text."""
+    """The tokens of added_tokens.json, which has ids by text."""
     ids = _read(file)
     if not all(type(number) is int for number in ids.values()):
         raise ValueError(f"{file}: expected the ids of tokens by their text")

@@ -35,7 +35,7 @@ except ImportError:  # check_compare has said so, if it was asked for
     accelerate = None
 
 WARM_UP_TOKENS = 2
-NEVER = -1  # no token id; None would mean that of the config
+NEVER = -1  # is the id of no token; None would mean that of the config
 CB_BLOCK = 256  # tokens in a block of its KV cache
 
 
@@ -72,7 +72,7 @@ def dummy_state(values: dict, source_name: str, seed: int, dtype: torch.dtype) -
 def generate(
     name: str, model: PreTrainedModel, device: torch.device, prompts: Sequence[list[int]], num: int
 ) -> Measured:
-    """Greedy, `num` tokens from each prompt (all of one length)."""
+    """Generates greedily `num` tokens from each prompt (all of one length)."""
     run = _continuously if name == "transformers-cb" else _together
     run(model, device, prompts, WARM_UP_TOKENS)
     return run(model, device, prompts, num)
@@ -130,7 +130,7 @@ def run_continuously(model: PreTrainedModel, prompts: Sequence[list[int]], num: 
 
 
 def elapsed_s(outputs: list) -> float:
-    """From the first request to the last token."""
+    """Seconds from the first request to the last token."""
     return max(one.timestamps[-1] for one in outputs) - min(one.created_time for one in outputs)
 
 

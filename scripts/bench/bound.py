@@ -2,8 +2,8 @@
 
     bound of a pass = max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)
 
-The only place where benchmarks take a bound, a fraction of it, achieved GB/s or FLOP/s from. Reduces and
-launches are no part of it: they are costs, not limits. Everything is one rank's.
+Every benchmark takes its bound, the fraction of it, and achieved GB/s and FLOP/s from here. Reduces and launches are no
+part of a bound: they are costs, not limits. All figures are those of one rank.
 """
 
 from collections import Counter
@@ -18,7 +18,8 @@ from penstock.scheduler.units import GB, gb_s
 
 @dataclass(frozen=True)
 class Bound:
-    """Of one pass, or of several in a row. `term` (link, memory or compute) is what binds for most of `bound_s`."""
+    """The bound of one pass, or of several in a row. `term` (link, memory or compute) is what binds for most of
+    `bound_s`."""
 
     term: str
     bound_s: float

@@ -1,12 +1,12 @@
-"""The lossless code of weights (engine/weights/codec.py): bits a weight with everything counted, beside the entropy
-floor; compress and decompression rates in 1e9 bytes of bf16 a second; and the link rate that the code makes of a link's
-own.
+"""Measures the lossless compression of weights (engine/weights/codec.py): bits a weight with everything counted, beside
+the entropy floor; rates of compression and decompression in 1e9 bytes of bf16 a second; and the rate at which a link
+brings plain weights when it carries compressed ones.
 
 Distributions in several shapes, then checkpoints whole, read as bf16. The floor is 8 bits of sign and mantissa and the
-entropy of the exponents of a row (Miller and Madow's estimate). Every tensor is compared bit for bit with what its code
-decompresses to. On a GPU decompressing is timed in a CUDA graph, over more memory than the L2 cache holds, and the link
-is measured; on a CPU the reference decompressor is timed, which says nothing about the kernel. The last line is one
-JSON object.
+entropy of the exponents of a row (Miller and Madow's estimate). Every tensor is compared bit for bit with what its
+compressed form decompresses to. On a GPU decompressing is timed in a CUDA graph, over more memory than the L2 cache
+holds, and the link is measured; on a CPU the reference decompressor is timed, which says nothing about the kernel. The
+last line is one JSON object.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def checkpoint_tensors(model: str, device: torch.device) -> Iterator[Tensor]:
 
 
 def floor_bits(weights: Tensor) -> float:
-    """Of the whole tensor: 8 a weight, and the entropy of the exponents of each row."""
+    """Bits of the whole tensor: 8 a weight, and the entropy of the exponents of each row."""
     total = 8.0 * weights.numel()
     for rows in weights.split(max(1, FLOOR_WEIGHTS // weights.shape[1])):
         exponents = rows.contiguous().view(torch.int16).long() >> 7 & 0xFF
@@ -86,8 +86,8 @@ def floor_bits(weights: Tensor) -> float:
     return min(total, 16.0 * weights.numel())
 
 
-def proved_decode_s(layout: CompressedLayout, blob: Tensor, weights: Tensor) -> float:
-    """Of one decompressing; the last one's bits are compared. Raises RuntimeError where they differ."""
+def proved_decompress_s(layout: CompressedLayout, blob: Tensor, weights: Tensor) -> float:
+    """Seconds to decompress the blob once; the result is compared bit for bit. Raises RuntimeError if it differs."""
     device = weights.device
     num_copies = max(1, GPU_BYTES // max(weights.nbytes, MIB)) if device.type == "cuda" else 1
     pairs = [(blob.clone(), torch.empty_like(weights)) for _ in range(num_copies)]
@@ -99,13 +99,13 @@ def proved_decode_s(layout: CompressedLayout, blob: Tensor, weights: Tensor) -> 
 
 
 def measure(source: str, shape: str, tensors: Iterator[Tensor], link: float | None) -> dict:
-    """A row of the record: the sums over these tensors, each of them decompressed into place and compared."""
+    """A row of the record: the sums over these tensors, each of them decompressed and compared."""
     bits = floor = compress_s = decompress_s = 0.0
     num_weights = num_raw = 0
     for weights in tensors:
         layout, blob = compress(weights)
         compress_s += seconds(lambda weights=weights: compress(weights), weights.device, repeats=2, warm_ups=0)
-        decompress_s += proved_decode_s(layout, blob, weights)
+        decompress_s += proved_decompress_s(layout, blob, weights)
         bits, floor = bits + 8 * layout.nbytes, floor + floor_bits(weights)
         num_weights, num_raw = num_weights + weights.numel(), num_raw + layout.raw * weights.numel()
     row = {"source": source, "shape": shape, "bits": round(bits / num_weights, 3)}

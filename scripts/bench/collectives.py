@@ -1,8 +1,8 @@
-"""Time of an all-reduce by its size: NCCL and the engine's own way, eagerly and in a CUDA graph, each alone and beside
-copies from host memory on all ranks, as while weights stream.
+"""Times all-reduces by size: NCCL and the engine's own way, eagerly and in a CUDA graph, each alone and beside copies
+from host memory on all ranks, as while weights stream.
 
-Run it by torchrun over two ranks or more. A time is that of one among many calls in a row, the best of three runs, the
-slowest rank's. Bus GB/s are what each rank sends at least, by the best way alone. On a CPU there is gloo, eagerly, and
+Run it by torchrun over two ranks or more. A time is that of one call among many in a row: the best of three runs, on
+the slowest rank. Bus GB/s are what each rank sends at least, by the best way alone. On a CPU gloo is timed, eagerly, at
 fewer sizes. The last line is one JSON object.
 """
 
@@ -36,7 +36,10 @@ def main() -> int:
     args = parse_args()
     launch = resolve_launch()
     if launch.tp_size == 1:
-        print("benchmark_collectives.py needs ranks: torchrun --nproc-per-node N", file=sys.stderr)
+        print(
+            "needs ranks: torchrun --nproc-per-node N -m scripts.bench.collectives",
+            file=sys.stderr,
+        )
         return 2
     record = run_in_group(launch, args.device, lambda topology, collectives: measure(topology, collectives, args))
     if launch.rank == 0:
@@ -74,7 +77,7 @@ def measure(topology: Topology, collectives: Collectives, args: argparse.Namespa
 def beside_copies(
     collectives: Collectives, device: torch.device, sizes: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[list[dict[str, float]], float]:
-    """The same table while this rank, like all others, copies without a pause; and its copies' GB/s."""
+    """The table of `reduce_table` while every rank copies without a pause; and the GB/s of this rank's copies."""
     piece_bytes = GPU_PIECE_BYTES if device.type == "cuda" else CPU_PIECE_BYTES
     stop = threading.Event()
     with link_buffers(NUM_PIECES * piece_bytes, device) as pair, ThreadPoolExecutor(1) as pool:

@@ -1,7 +1,7 @@
 """`--compare`: what others take for the same prompts and the same weights, in the same run, once the engine is gone.
 
-This file knows which there are and what came of them; how they run is baselines.py's, which is imported only if
-somebody is compared (transformers takes seconds to import and need not be installed).
+This file knows the names and the results; baselines.py knows how they run, and is imported only if something is
+compared (transformers takes seconds to import and need not be installed).
 """
 
 import argparse
@@ -77,8 +77,8 @@ def compare_throughput(
 def attempt(
     name: str, config: EngineConfig, dtype: str, device: torch.device, measure: Callable[..., Iterator[dict]]
 ) -> list[dict]:
-    """Loads a baseline and collects the rows of `measure(baselines, model)`. An error becomes a row of its own: what
-    was measured before is not thrown away for it."""
+    """Loads a baseline and collects the rows of `measure(baselines, model)`. An error becomes a row of its own, so that
+    the rows measured before it are kept."""
     from scripts.bench import baselines
 
     baselines.free_memory()  # of the engine, and of the baseline before
@@ -93,7 +93,7 @@ def attempt(
 
 
 def against(ours: Measured, theirs: Measured) -> dict:
-    """Speedups are their time over ours; `equal_tokens` of the `num_tokens` tokens are the same at the same place."""
+    """Speedups are their time over ours; `equal_tokens` of the `num_tokens` tokens are the same at the same index."""
     pairs = [pair for one, other in zip(ours.tokens, theirs.tokens) for pair in zip(one, other)]
     return {
         "batch_size": len(ours.prompts),

@@ -1,5 +1,5 @@
-"""Copies in pieces, one after another, to be run in a thread of their own: what a link does while the main thread loads
-the device otherwise.
+"""Copies in pieces, one after another, to be run in a thread of their own while the main thread gives the device other
+work.
 """
 
 from collections import deque

@@ -1,5 +1,5 @@
-"""One sequence that goes on and on in constant memory (--attention-sinks, --attention-window): time of a token, and
-memory, as it grows.
+"""Measures one sequence without an end in constant memory (--attention-sinks, --attention-window): the time of a token,
+and memory, as it grows.
 
 All engine flags work. The token's time is that of its decode pass, the median over each stretch of --every tokens;
 memory is the process's resident set and what the device's allocator holds at the end of each stretch. What must stay
@@ -31,8 +31,8 @@ from scripts.bench.workload import greedy, positive, random_jobs
 
 
 class Stretches:
-    """Takes the place of a ledger's list of passes: it keeps a figure for each stretch of `every` decode passes, and
-    not the passes."""
+    """Stands in for a ledger's list of passes: it keeps a figure for each stretch of `every` decode passes, and not the
+    passes."""
 
     def __init__(self, every: int, device: torch.device):
         self.every, self.device = every, device
@@ -63,7 +63,7 @@ class Stretches:
 
 
 def resident_set_bytes() -> int:
-    """Of this process, now."""
+    """Bytes of this process in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -120,18 +120,18 @@ def first_evicting(args: argparse.Namespace, max_cached: int) -> int:
 
 
 def figures(llm: LLM, stretches: Stretches, first_evicting: int, planned: Rates) -> dict:
-    """The record's own fields."""
-    retention, rank, evicting = llm.engine.plan.retention, llm.engine, stretches.rows[first_evicting:]
+    """Fields of the record that only this benchmark has."""
+    retention, engine, evicting = llm.engine.plan.retention, llm.engine, stretches.rows[first_evicting:]
     first, last = evicting[0], evicting[-1]
     median_s = statistics.median(row["decode_pass_s"] for row in evicting)
     return {
         "eviction_tokens": retention.eviction_tokens,
-        "kv_bytes_per_rank": rank.worker.executor.context.kv.data.nbytes,
+        "kv_bytes_per_rank": engine.worker.executor.context.kv.data.nbytes,
         "decode_pass_s": median_s,
         "last_pass_over_first": last["decode_pass_s"] / first["decode_pass_s"],
         "resident_set_growth_bytes": last["resident_set_bytes"] - first["resident_set_bytes"],
         "device_growth_bytes": _difference(last["device_bytes"], first["device_bytes"]),
-        **against_bound(rank.work, [stretches.shape], median_s, rank.rates, planned),
+        **against_bound(engine.work, [stretches.shape], median_s, engine.rates, planned),
         "rows": stretches.rows,
     }
 

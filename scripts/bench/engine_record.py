@@ -1,4 +1,4 @@
-"""What a benchmark's record states of the engine that ran: machine, model shape, memory, and the rates measured."""
+"""Facts that a record states about the engine that ran: machine, model shape, memory, and the rates measured."""
 
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "
 
 def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
     """Fields of a record, on rank 0, after the runs. Bytes and rates are one rank's, those of `transfers` every rank's;
-    of the compressed groups, those that stay and those that stream are counted; plain bytes are what groups would have
+    `compressed_groups` counts those that stay and those that stream; plain bytes are what groups would have
     uncompressed."""
-    rank, config = llm.engine, llm.config
-    device, executor, spec = rank.topology.device, rank.worker.executor, rank.plan.spec
-    cuda, residency, weights = device.type == "cuda", rank.plan.residency, rank.worker.weights
-    plain = {group.id: group.nbytes for group in rank.plan.layout.groups}
+    engine, config = llm.engine, llm.config
+    device, executor, spec = engine.topology.device, engine.worker.executor, engine.plan.spec
+    cuda, residency, weights = device.type == "cuda", engine.plan.residency, engine.worker.weights
+    plain = {group.id: group.nbytes for group in engine.plan.layout.groups}
     return {
         "benchmark": benchmark,
-        **machine(device, rank.topology.tp_size),
+        **machine(device, engine.topology.tp_size),
         "model": Path(config.model).stem,
         "model_shape": {name: getattr(spec, name) for name in SHAPE} | {"num_parameters": spec.num_parameters},
         "load_format": config.load_format,
-        "dtype": rank.plan.dtype,
-        "tp_size": rank.topology.tp_size,
+        "dtype": engine.plan.dtype,
+        "tp_size": engine.topology.tp_size,
         "resident": str(config.resident),
         "weights_compression": config.weights_compression,
         "compressed_groups": [
@@ -35,34 +35,34 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
             len(residency.compressed - residency.resident),
         ],
         "graphs": executor.decode is not None and executor.decode.graphs is not None,
-        "max_num_seqs": rank.plan.max_num_seqs,
+        "max_num_seqs": engine.plan.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "max_model_len": residency.max_model_len,
         "attention_sinks": config.attention_sinks,
         "attention_window": config.attention_window,
-        "streamed_bytes_per_pass_and_rank": rank.work.streamed_bytes,
+        "streamed_bytes_per_pass_and_rank": engine.work.streamed_bytes,
         "plain_streamed_bytes_per_pass_and_rank": sum(plain[group] for group, _ in residency.streamed),
-        "decompressed_bytes_per_pass_and_rank": rank.work.decompressed_bytes,
+        "decompressed_bytes_per_pass_and_rank": engine.work.decompressed_bytes,
         "ring_bytes": residency.ring.ring_bytes,
         "host_bytes_per_rank": weights.host_bytes,
         "resident_bytes_per_rank": weights.resident_bytes,
         "compressed_from_bytes_per_rank": weights.compressed_from_bytes,
         "compress_s": weights.compress_s,
-        "transfers": [without_sites(one) for one in rank.transfers],
+        "transfers": [without_sites(one) for one in engine.transfers],
         "num_passes": executor.counters.num_passes,
-        "rates": rank.rates.source,
-        "link_gb_s": rank.rates.link_gb_s,
-        "memory_gb_s": rank.rates.memory_gb_s,
-        "gemm_tflops": rank.rates.gemm_tflops,
-        "decompress_gb_s": rank.rates.decompress_gb_s,
-        "step_latency_s": rank.rates.step_latency_s,
+        "rates": engine.rates.source,
+        "link_gb_s": engine.rates.link_gb_s,
+        "memory_gb_s": engine.rates.memory_gb_s,
+        "gemm_tflops": engine.rates.gemm_tflops,
+        "decompress_gb_s": engine.rates.decompress_gb_s,
+        "step_latency_s": engine.rates.step_latency_s,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "claimed_device_memory_bytes": residency.claimed_bytes,
     }
 
 
 def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
-    """What a rank has moved, by operation: a record has no use for every layer."""
+    """A rank's ledger by operation: a record has no use for every layer."""
     parts = {kind: transfers[kind] for kind in ("weights", "all_reduces")}
     totals = {kind: {name: part[name] for name in ("total", "operations")} for kind, part in parts.items()}
     return {"rank": transfers["rank"]} | totals

@@ -14,16 +14,17 @@ def graph_alone_s(llm: LLM, num_rows: int) -> float | None:
     """Seconds of a greedy decode pass over `num_rows` rows, on the slowest rank; None where no graph is captured, and
     where ranks were launched by rank 0: they run no script. Between calls of `generate`; under torchrun on all ranks
     together."""
-    rank = llm.engine
-    if rank.launch.kind == "parent":
+    engine = llm.engine
+    if engine.launch.kind == "parent":
         return None
-    with rank.together():
-        return replay_s(rank.worker.executor, num_rows)
+    with engine.together():
+        return replay_s(engine.worker.executor, num_rows)
 
 
 @on_own_device
 def replay_s(executor: Executor, num_rows: int) -> float | None:
-    """The same, for ranks that have come together. No pass is under way: the pages that it writes to are nobody's."""
+    """The seconds of `graph_alone_s`, for ranks that have come together. No pass is under way, so the pages that the
+    graph writes to belong to no request."""
     graph = None if executor.decode is None else greedy_graph(executor.decode, num_rows)
     if graph is None:
         return None
@@ -36,7 +37,7 @@ def replay_s(executor: Executor, num_rows: int) -> float | None:
 
 
 def greedy_graph(decode: DecodePasses, num_rows: int) -> torch.cuda.CUDAGraph | None:
-    """Of passes over so many rows, as it was last run; None if it was not captured yet, or with a trace's marks."""
+    """The graph of passes over so many rows, as it last ran; None if there is none yet, or one with a trace's marks."""
     size = next(size for size in decode.sizes if size >= num_rows)
     takes = decode.graphs.passes.get((size, frozenset()), ()) if decode.graphs is not None else ()
     return takes[0].graph if len(takes) == 1 else None

@@ -1,4 +1,4 @@
-"""Time of each kernel alone, in a CUDA graph: cuBLAS and the GEMV's block shapes, attention, argmax and draw over
+"""Times each kernel alone, in a CUDA graph: cuBLAS and the GEMV's block shapes, attention, argmax and draw over
 segments, filters, norm, activation, rope; shapes of Llama-3-8B in bf16.
 
 Weights and KV pages are rotated through more memory than the L2 cache holds; the median of several replays counts. The
@@ -58,7 +58,7 @@ class Benchmark:
         print(f"{kernel:18}{shape:20}{variant:20}{time_us:9.2f}{rate:8.0f}{share:7.1%}", flush=True)
 
     def linears(self, num_columns: int, width: int, memory: Tensor) -> None:
-        """Of one token: more are cuBLAS'."""
+        """Times linears of one token; for more tokens cuBLAS computes them."""
         weights = memory[: len(memory) // (num_columns * width) * num_columns * width].view(-1, num_columns, width)
         x, out = (torch.randn(1, n, dtype=DTYPE, device=DEVICE) for n in (width, num_columns))
         runs = {"cuBLAS": (linear.linear_reference,), "config()": (linear._linear_triton,)}
@@ -117,7 +117,7 @@ class Benchmark:
             self.add("filter", str(num_rows), name, logits[0].nbytes, calls)
 
     def pass_ms(self, variant: str | None) -> float:
-        """All linears of a pass at batch 1, with one variant or the best of each shape."""
+        """Milliseconds of all linears of a pass at batch 1, with one variant or the best of each shape."""
         rows = [r for r in self.rows if r["kernel"] == "linear" and variant in (None, r["variant"])]
         best = {shape: min(r["us"] for r in rows if r["shape"] == shape) for shape in {r["shape"] for r in rows}}
         return round(sum(best.get(f"1: {n} x {d}", 0.0) for n, d in [*LAYER * 32, HEAD]) * 1e-3, 3)
@@ -150,7 +150,7 @@ def main() -> int:
     add_output_argument(parser)
     args = parser.parse_args()
     if DEVICE == "cuda" and not torch.cuda.is_available():
-        print("benchmark_kernels.py needs a CUDA GPU", file=sys.stderr)
+        print("kernels.py needs a CUDA GPU", file=sys.stderr)
         return 2
     benchmark = Benchmark(args.quick)
     memory = torch.randn(HEAD[0] * HEAD[1], dtype=DTYPE, device=DEVICE)

@@ -1,4 +1,5 @@
-"""Latency of batches: whole requests, the time of the first token, and a decode pass, against bounds of the same run.
+"""Measures the latency of batches: whole requests, the time of the first token, and a decode pass, against bounds of
+the same run.
 
 The flags and the fields avg_latency, latencies and percentiles are those of `vllm bench latency`; all engine flags work
 too (--load-format dummy, --resident, -tp, --trace, ...). Several batch sizes share one engine: each has its own row in
@@ -8,10 +9,10 @@ run would not do: four H200s reach 44.5 GB/s a rank over 2 GiB and sustain 40); 
 
     max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)      of one rank (scripts/bench/bound.py)
 
-The graph of a decode pass is replayed alone as well, back to back, as it ran: `step_over_graph` is what the host adds.
-(With several ranks under torchrun only: ranks that are launched by `-tp` run no script.)
-The prediction is that of the rates which the plan had, before anything was measured. Run it plainly, or by torchrun
-over several ranks; the last line is one JSON object.
+The graph of a decode pass is replayed alone as well, back to back, as it ran: `pass_over_graph` says what the host
+adds. (With several ranks under torchrun only: ranks that are launched by `-tp` run no script.) The prediction is that
+of the rates which the plan had, before anything was measured. Run it plainly, or by torchrun over several ranks; the
+last line is one JSON object.
 
     python -m scripts.bench.latency --model benchmarks/shapes/Llama-3-8B.json --load-format dummy --resident none \\
       --batch-size 1 64 --input-len 128 --output-len 12 --num-iters-warmup 1 --num-iters 1 --compare accelerate
@@ -54,7 +55,7 @@ class Iteration:
 
     def split(self) -> tuple[Passes, Passes]:
         """Passes up to the last one with a part of a prompt in it, and the decode passes behind it."""
-        prompt = [place for place, (shape, _) in enumerate(self.passes) if shape.num_tokens > shape.num_rows]
+        prompt = [index for index, (shape, _) in enumerate(self.passes) if shape.num_tokens > shape.num_rows]
         first_decode = max(prompt, default=0) + 1
         return self.passes[:first_decode], self.passes[first_decode:]
 
@@ -151,7 +152,8 @@ def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates) -> dict:
 
 
 def decode_fields(llm: LLM, runs: list[Iteration], num_seqs: int, planned: Rates) -> dict:
-    """Median decode pass over the whole batch, bound by the one in the middle of the output; none, none."""
+    """Median decode pass over the whole batch, bound by the one in the middle of the output; no fields where there was
+    none."""
     decodes = [one for run in runs for one in run.split()[1] if one[0].num_tokens == num_seqs]
     if not decodes:
         return {}
@@ -167,10 +169,11 @@ def decode_fields(llm: LLM, runs: list[Iteration], num_seqs: int, planned: Rates
 
 
 def graph_fields(decode: dict, graph_s: float | None) -> dict:
-    """How much longer a decode pass takes than its graph alone, which was replayed back to back; none, none."""
+    """How much longer a decode pass takes than its graph alone, which was replayed back to back; no fields where either
+    is missing."""
     if not decode or graph_s is None:
         return {}
-    return {"graph_s": graph_s, "step_over_graph": decode["decode_pass_s"] / graph_s}
+    return {"graph_s": graph_s, "pass_over_graph": decode["decode_pass_s"] / graph_s}
 
 
 def print_table(rows: list[dict]) -> None:
@@ -187,7 +190,7 @@ def print_table(rows: list[dict]) -> None:
                     f"{part['tokens_per_second']:>10.1f} {part['achieved_tflops']:>8.2f}"
                 )
         if "graph_s" in row:
-            print(f"{'':>6} {'graph alone':12}{ms(row['graph_s']):>10.2f}   pass / graph {row['step_over_graph']:.3f}")
+            print(f"{'':>6} {'graph alone':12}{ms(row['graph_s']):>10.2f}   pass / graph {row['pass_over_graph']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Sustained rate of the link between registered host memory and the device, by piece size: each rank alone and all at
-once; beside a stream of reads of device memory and beside an all-reduce every millisecond, as a decode pass has them;
-and paced, with a limit of pieces in flight. So it is also the A/B of pacing or chunking copies against collectives.
+"""Measures the sustained rate of the link between registered host memory and the device, by piece size: each rank alone
+and all at once; beside a stream of reads of device memory and beside an all-reduce every millisecond, as a decode pass
+has them; and paced, with a limit of pieces in flight. So it is also the A/B of pacing or chunking copies against
+collectives.
 
 Run it plainly, or by torchrun over several ranks. A rate is the better of two runs, each behind a barrier; the fraction
 is of the best rate of a rank with the same direction and ranks. The last line is one JSON object.
@@ -65,7 +66,7 @@ class Benchmark:
         self.nominal_s = max(rank_s for (rank_s,) in all_ranks([seconds], self.collectives, self.device))
 
     def rates(self, case: Case) -> list[float]:
-        """1e9 bytes/s of each rank."""
+        """The link rate of each rank, in 1e9 bytes/s."""
         actives = [range(self.collectives.size)]
         if case.ranks == ALONE:
             actives = [range(rank, rank + 1) for rank in range(self.collectives.size)]
@@ -80,7 +81,7 @@ class Benchmark:
         return -(-self.total_bytes // self.host.nbytes) * self.host.nbytes
 
     def _once(self, case: Case, is_active: bool) -> float:
-        """Seconds of this rank's copies; infinite where it only looks on."""
+        """Seconds of this rank's copies; infinite where it does not copy."""
         source, target = (self.host, self.target) if case.direction == "h2d" else (self.target, self.host)
         pieces = cut(source, target, case.piece_bytes or self.host.nbytes, self.total_bytes)
         self.collectives.barrier()
@@ -100,7 +101,7 @@ class Benchmark:
             self._wait()
 
     def _reduce_beside(self, tensor: Tensor) -> None:
-        """As many on every rank, whenever its own copies end."""
+        """Runs as many all-reduces on every rank, whenever its own copies end."""
         start = time.perf_counter()
         for number in range(math.ceil(MARGIN * self.nominal_s / PERIOD_S)):
             time.sleep(max(0.0, start + number * PERIOD_S - time.perf_counter()))

@@ -1,4 +1,4 @@
-"""What every recorded measurement states beside its figures, and how it is kept: the records of benchmarks/."""
+"""Facts that every record of benchmarks/ states beside its figures, and how a record is saved."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ def machine(device: torch.device, num_devices: int = 1) -> dict[str, Any]:
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
-    """vLLM's name for it."""
+    """Adds --output-json, which vLLM's benchmarks have too."""
     parser.add_argument("--output-json", default=None, metavar="FILE", help="write the record there as well")
 
 

@@ -1,7 +1,8 @@
-"""What each way of a split execution costs beside the plain engine, and how far its outputs are from that engine's.
+"""Measures what each way of a split execution costs beside the plain engine, and how far its outputs are from that
+engine's.
 
-The engine computes on the CPU, in float32, with everything resident. Every way generates the same greedy texts, some
-times over: calls and bytes that crossed in one of these runs, seconds a call in the median one, how many texts are the
+The engine computes on the CPU, in float32, with everything resident. Every way generates the same greedy texts several
+times. A row has the calls and bytes of one of these runs, the seconds a call of the median one, how many texts are the
 plain engine's to the last token, and the largest difference of a log probability before texts part. The bound of a way
 is the plain engine, which computes the same in the same run. The last line is one JSON object.
 
@@ -87,8 +88,8 @@ def row_of(args: argparse.Namespace, way: SplitConfig, prompts, options, plain, 
 
 
 def logprob_difference(output: CompletionOutput, plain: CompletionOutput) -> float:
-    """The largest, up to the first token that differs."""
-    same = itertools.takewhile(lambda place: place[0] == place[1], zip(output.token_ids, plain.token_ids))
+    """The largest difference of a log probability, up to the first token that differs."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(output.token_ids, plain.token_ids))
     num_same = sum(1 for _ in same)
     pairs = zip(output.logprobs[:num_same], plain.logprobs[:num_same], output.token_ids)
     return max((abs(ours[token].logprob - theirs[token].logprob) for ours, theirs, token in pairs), default=0.0)

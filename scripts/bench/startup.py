@@ -1,5 +1,5 @@
-"""From the start of a process to its first token, phase by phase, each start in a fresh process: cold, with no compiled
-kernel cached, and warm. Then the captures of the decode passes of all buckets.
+"""Times a process from its start to its first token, phase by phase, each start in a fresh process: cold, with no
+compiled kernel cached, and warm. Then the captures of the decode passes of all buckets.
 
 Flags and the fields avg_{cold,warm}_startup_time, *_times and *_percentiles are those of `vllm bench startup`; all
 engine flags work too. A startup time is that of constructing an LLM and of the captures, as vLLM's is; `rows` has the
@@ -125,7 +125,7 @@ def start_all(config: EngineConfig, args: argparse.Namespace) -> dict[str, list[
 
 
 def start(config: EngineConfig, input_len: int, environment: dict[str, str]) -> dict:
-    """The record of a start in a process of its own; one that fails ends this one, and has said why."""
+    """The record of a start in a process of its own. If that fails it has said why, and this process ends too."""
     command = [sys.executable, __file__, "--child", json.dumps(config.to_dict()), "--input-len", str(input_len)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path} | environment

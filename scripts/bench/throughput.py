@@ -1,13 +1,13 @@
-"""Throughput of many prompts at once, against the sum of the bounds of the passes that ran.
+"""Measures the throughput of many prompts at once, against the sum of the bounds of the passes that ran.
 
 The flags and the fields elapsed_time, num_requests, total_num_tokens, requests_per_second and tokens_per_second are
 those of `vllm bench throughput` (tokens are those of prompts and outputs); all engine flags work too. Tokens are drawn
 greedily. A warm-up with a batch that shrinks from the largest to a single row comes first, then the rates are measured
 on all ranks at once. A pass is bound by max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate) of one
-rank (scripts/bench/bound.py); the run by the sum over its passes, whatever lies between them. Run it plainly, or by
+rank (scripts/bench/bound.py); the run by the sum over its passes, without what lies between them. Run it plainly, or by
 torchrun over several ranks; the last line is one JSON object.
 
-    torchrun --nproc-per-node 2 scripts/bench/throughput.py --model benchmarks/shapes/Llama-3-8B.json \\
+    torchrun --nproc-per-node 2 -m scripts.bench.throughput --model benchmarks/shapes/Llama-3-8B.json \\
       --load-format dummy --resident none --num-prompts 512 --input-len 128 --output-len 32
 """
 
@@ -74,26 +74,26 @@ def draw(args: argparse.Namespace, llm: LLM) -> list[Job]:
 
 
 def shrinking(jobs: list[Job], most: int) -> list[Job]:
-    """As many jobs as run at once, ending one after another so that each size of a decode pass comes up."""
+    """Jobs, as many as run at once, that end one after another so that each size of a decode pass comes up."""
     sizes = bucket_sizes(min(len(jobs), most))
     return [
-        dataclasses.replace(job, output_len=1 + sum(size > place for size in sizes))
-        for place, job in enumerate(jobs[: sizes[-1]])
+        dataclasses.replace(job, output_len=1 + sum(size > index for size in sizes))
+        for index, job in enumerate(jobs[: sizes[-1]])
     ]
 
 
 def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
     """The record's figures; None on ranks other than 0."""
-    rank, planned = llm.engine, llm.engine.rates
+    engine, planned = llm.engine, llm.engine.rates
     run(llm, shrinking(jobs, llm.engine.plan.max_num_seqs))
-    if rank.topology.rank == 0:
+    if engine.topology.rank == 0:
         llm.measure(llm.engine.work.streamed_bytes)
-    rank.times.passes, start = [], time.perf_counter()
+    engine.times.passes, start = [], time.perf_counter()
     outputs = run(llm, jobs, args.n)
     elapsed_s = time.perf_counter() - start
-    if rank.topology.rank > 0:
+    if engine.topology.rank > 0:
         return None
-    passes = rank.times.passes
+    passes = engine.times.passes
     num_prompt_tokens = sum(len(job.prompt) for job in jobs)
     num_output_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     return {
@@ -110,7 +110,7 @@ def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
         "output_tokens_per_second": num_output_tokens / elapsed_s,
         "num_timed_passes": len(passes),
         "passes_s": sum(measured_s for _, measured_s, _ in passes),
-        **against_bound(rank.work, [shape for shape, _, _ in passes], elapsed_s, rank.rates, planned),
+        **against_bound(engine.work, [shape for shape, _, _ in passes], elapsed_s, engine.rates, planned),
     }
 
 

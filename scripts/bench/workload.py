@@ -1,4 +1,4 @@
-"""What a benchmark asks of an engine, random prompts by flags with vLLM's names and meaning, and what came of it."""
+"""The workload of a benchmark, random prompts by flags with vLLM's names and meaning, and its result."""
 
 import argparse
 import random

@@ -1,4 +1,4 @@
-"""Rows of records as Markdown tables. Torch-free: text from values."""
+"""Rows of records as Markdown tables. It imports no torch."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,9 +24,9 @@ def ms(key: str) -> Callable[[Row], str]:
 def table(rows: Iterable[Row], columns: list[Column]) -> str:
     """A Markdown table; columns without any value are left out."""
     lines = [[show(row) for _, show in columns] for row in rows]
-    used = [place for place in range(len(columns)) if any(line[place] for line in lines)]
-    head = [columns[place][0] for place in used]
-    body = [[line[place] for place in used] for line in lines]
+    used = [index for index in range(len(columns)) if any(line[index] for line in lines)]
+    head = [columns[index][0] for index in used]
+    body = [[line[index] for index in used] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(used), *body)) + "\n"
 
 

@@ -1,5 +1,4 @@
-"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. Torch-free: text from
-records.
+"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. It imports no torch.
 
 Every record is on the page: one of a kind that is not known here is a table of its `rows`, or else its file name.
 """
@@ -28,7 +27,7 @@ GENERIC = {  # kind of record: its section
     "kernels": "Kernels",
     "link": "Link",
     "collectives": "Collectives",
-    "codec": "Lossless code",
+    "codec": "Lossless compression",
     "startup": "Start-up",
     "endless": "Sequences without an end",
     "sink_perplexity": "Attention sinks",
@@ -41,7 +40,7 @@ LATENCY, THROUGHPUT = "latency", "throughput"
 
 @dataclass(frozen=True)
 class Record:
-    """One file of benchmarks/; `kind` is what its `benchmark` field says, None where it has none."""
+    """One file of benchmarks/; `kind` is what its `benchmark` field says."""
 
     name: str
     content: Any
@@ -55,7 +54,7 @@ class Record:
         return f"[{self.name}](../benchmarks/{self.name})"
 
     def facts(self) -> Row:
-        """What each of its rows states beside its own figures."""
+        """Facts of the record that each of its rows states beside its own figures."""
         names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
         names += ("input_len", "output_len", "attention_window")
         weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"
@@ -113,7 +112,7 @@ def decode_rows(records: list[Record]) -> list[Row]:
 
 
 def plain_gb_s(content: Row, seconds: float) -> float | None:
-    """None where nothing is compressed."""
+    """The rate of `decode_rows`; None where nothing is compressed."""
     compressed = any(content.get("compressed_groups", ()))
     return gb_s(content["plain_streamed_bytes_per_pass_and_rank"], seconds) if compressed else None
 
@@ -133,7 +132,7 @@ def throughput_rows(records: list[Record]) -> list[Row]:
 
 
 def comparison_rows(records: list[Record]) -> list[Row]:
-    """With the bound of our own pass, or run, that was compared."""
+    """A row for each comparison, with the bound of our own pass or run that was compared."""
     rows = []
     for record in records:
         for row in record.content.get("comparisons", ()) if isinstance(record.content, dict) else ():
@@ -160,7 +159,7 @@ BOUND += [("predicted", ms("predicted_s")), ("predicted / time", number("predict
 RATES: list[Column] = [("tokens/s", number("tokens_per_second", 1)), ("link GB/s", number("achieved_link_gb_s", 2))]
 RATES += [("read GB/s", number("achieved_memory_gb_s", 0)), ("TFLOP/s", number("achieved_tflops", 2))]
 SOURCE: list[Column] = [(name, text(name)) for name in ("hardware", "commit", "record")]
-GRAPH: list[Column] = [("graph alone", ms("graph_s")), ("pass / graph", number("step_over_graph"))]
+GRAPH: list[Column] = [("graph alone", ms("graph_s")), ("pass / graph", number("pass_over_graph"))]
 DECODE = [
     *MODEL,
     ("pass", ms("decode_pass_s")),
@@ -189,11 +188,11 @@ COMPARISONS: list[Column] = [
 ]
 
 RUN: list[Column] = [(name, text(name)) for name in ("hardware", "versions", "commit")]
-CODED: list[Column] = [
+COMPRESSED: list[Column] = [
     *(("weights", text("source")), ("shape", text("shape"))),
     *(("bits a weight", number("bits", 2)), ("entropy floor", number("floor_bits", 2))),
-    *(("kept raw, %", number("raw_share", 2, 100)), ("encode GB/s", text("compress_gb_s"))),
-    *(("decode GB/s", text("decompress_gb_s")), ("link, plain GB/s", text("effective_link_gb_s"))),
+    *(("kept raw, %", number("raw_share", 2, 100)), ("compress GB/s", text("compress_gb_s"))),
+    *(("decompress GB/s", text("decompress_gb_s")), ("link, plain GB/s", text("effective_link_gb_s"))),
 ]
 STARTS: list[Column] = [
     *(("start", text("start")), ("phase", text("phase"))),
@@ -238,7 +237,7 @@ SPLIT: list[Column] = [
 SPLIT_RUN: list[Column] = [("model", text("model")), ("dtype", text("dtype")), ("tokens a text", text("output_len"))]
 # Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
 SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
-    "codec": ([*RUN, ("decoder", text("decoder")), ("link GB/s", text("link_gb_s"))], CODED),
+    "codec": ([*RUN, ("decompressor", text("decompressor")), ("link GB/s", text("link_gb_s"))], COMPRESSED),
     "startup": ([*RUN, *STARTED], STARTS),
     "endless": ([*RUN, *ENDLESS], STRETCHES),
     "sink_perplexity": ([*RUN, *SINKS_RUN], SINKS),

@@ -28,11 +28,11 @@ def draw_fractions(records: list[Record], path: Path) -> None:
     groups.append(("throughput", throughput_rows(records)))
     bars = [(f"{title}, {series(row)}, {size(row)}", row) for title, rows in groups for row in rows]
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.28 * len(bars)))
-    places = range(len(bars), 0, -1)
-    for place, (_, row) in zip(places, bars):
-        axes.barh(place, row["fraction_of_bound"], color=COLOURS[row["bound"]])
-        axes.text(row["fraction_of_bound"] + 0.005, place, f"{row['fraction_of_bound']:.2f}", va="center", fontsize=7)
-    axes.set_yticks(list(places), [label for label, _ in bars], fontsize=7)
+    heights = range(len(bars), 0, -1)
+    for height, (_, row) in zip(heights, bars):
+        axes.barh(height, row["fraction_of_bound"], color=COLOURS[row["bound"]])
+        axes.text(row["fraction_of_bound"] + 0.005, height, f"{row['fraction_of_bound']:.2f}", va="center", fontsize=7)
+    axes.set_yticks(list(heights), [label for label, _ in bars], fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.legend(*legend(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLOURS), fontsize=7)
     axes.set_xlabel("bound / time")
@@ -42,9 +42,9 @@ def draw_fractions(records: list[Record], path: Path) -> None:
 
 def draw_pass_times(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 5))
-    for place, name in enumerate(dict.fromkeys(map(series, rows))):
+    for index, name in enumerate(dict.fromkeys(map(series, rows))):
         points = [row for row in rows if series(row) == name]
-        batches, colour = [row["batch_size"] for row in points], f"C{place % 10}"
+        batches, colour = [row["batch_size"] for row in points], f"C{index % 10}"
         axes.plot(batches, [ms(row["decode_pass_s"]) for row in points], "o-", color=colour, label=name)
         axes.plot(batches, [ms(row["bound_s"]) for row in points], "_--", color=colour, markersize=12)
     axes.set_xscale("log", base=2)

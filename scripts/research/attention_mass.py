@@ -1,8 +1,8 @@
 """How much of their attention a model's queries give to the first tokens of a sequence: whether it has sinks.
 
 A model has attention sinks (Xiao et al. 2023) if queries put much of their softmax on the first tokens, whatever these
-say; evicting them then breaks the model. Read off the engine at work: before each attention step, from its own q and
-the keys that it has cached, in a sequence of which nothing is evicted.
+say; evicting them then breaks the model. The shares are computed while the engine runs: before each attention step,
+from its own q and the keys that it has cached, in a sequence of which nothing is evicted.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ SINKS, TRACE = 0.3, 2.0  # share of all attention from which we speak of sinks; 
 
 @contextmanager
 def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
-    """By layer, a list that grows by (T, H, num_first) with each pass over one sequence: what each query and head gives
-    to each of the first tokens."""
+    """For each layer a list that grows by (T, H, num_first) with each pass over one sequence: what each query and head
+    gives to each of the first tokens."""
     executor = llm.engine.worker.executor
     masses: list[list[Tensor]] = [[] for _ in range(llm.engine.plan.spec.num_layers)]
     do = executor.do
@@ -41,7 +41,7 @@ def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
 
 
 def first_masses(ctx: StepContext, layer_idx: int, num_first: int) -> Tensor:
-    """(T, H, num_first) of a pass over one row, whose q and k are rotated and whose attention is yet to come."""
+    """Shares (T, H, num_first) in a pass over one row, whose q and k are rotated and whose attention is yet to come."""
     context, spec = ctx.inputs.context, ctx.spec
     (row,) = context.ranges
     q = ctx.heads()[:, : ctx.num_heads].float()  # (T, H, E)
@@ -73,7 +73,7 @@ def summarise(masses: list[Tensor], first_query: int) -> list[dict[str, Any]]:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """In a sentence, from the figures alone."""
+    """A sentence that says what the figures mean."""
     mass, uniform = (sum(row[key] for row in rows) / len(rows) for key in ("mass", "uniform"))
     largest = max(rows, key=lambda row: row["largest_head"])
     if mass >= SINKS:

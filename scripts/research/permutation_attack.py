@@ -19,9 +19,9 @@ Source: "Hidden No More: Attacking and Defending Private Third-Party LLM Inferen
 
     python -m scripts.research.permutation_attack --prompt "Return the number of items"
 
-`positions` are the tokens found in their place, `multiset` those found in any place, as shares of all tokens. It takes
-a pass over the whole vocabulary for each token and each of the found prefixes that differ. The last line is one JSON
-object.
+`positions` are the tokens found at their own index, `multiset` those found at any index, as shares of all tokens. The
+attack takes a pass over the whole vocabulary for each token and each of the found prefixes that differ. The last line
+is one JSON object.
 """
 
 import argparse
@@ -66,7 +66,7 @@ Attacked = tuple[Site, bool, str]  # is it permuted, and how rows are matched
 
 @dataclass
 class Seen:
-    """What the device side saw of a prompt's prefill, in the rows in which it saw it."""
+    """Tensors that the device side saw in a prompt's prefill, in the order in which it saw their rows."""
 
     inputs: States = field(default_factory=dict)
     values: States = field(default_factory=dict)  # (T, K, E) each, of attention
@@ -103,20 +103,21 @@ class Attack:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """What the next token's states depend on, beside itself: the QKV input of layer 0 on nothing."""
+        """The tokens that the next token's states depend on, beside itself: none for the QKV input of layer 0."""
         return () if self.site == Site(QKV, 0) else tuple(self.found)
 
     def find_next(self, candidates: States) -> None:
-        """`candidates` (V, ...) at each site, of all tokens behind the prefix."""
+        """Finds one more token. `candidates` (V, ...) at each site are the states of all tokens behind the prefix."""
         rows = self.left if self.matching == ANY_ROW else self.left[:1]
         apart = distances(candidates[self.site], self.observed[rows], in_heads=self.matching == SORTED)
-        token, place = divmod(int(apart.argmin()), len(rows))
+        token, index = divmod(int(apart.argmin()), len(rows))
         self.found.append(token)
-        del self.left[place]
+        del self.left[index]
 
 
 def distances(states: Tensor, rows: Tensor, in_heads: bool = False) -> Tensor:
-    """L1 of states (V, ...) from rows (N, ...): (V, N); `in_heads`: each head's numbers sorted before."""
+    """L1 distances (V, N) of states (V, ...) from rows (N, ...); with `in_heads` each head's numbers are sorted
+    first."""
     if in_heads:
         states, rows = states.sort(dim=-1).values, rows.sort(dim=-1).values
     return torch.cdist(states.flatten(1).float(), rows.flatten(1).float(), p=1)
@@ -195,7 +196,7 @@ def attacks_on(clear: Seen, permuted: Seen, layers: Sequence[int]) -> list[Attac
 
 
 def run_attacks(attacks: Sequence[Attack], candidates: Candidates) -> None:
-    """Finds all tokens of each. Those that have found the same prefix share its candidates."""
+    """Finds all tokens of each attack. Attacks that have found the same prefix share its candidates."""
     while unfinished := [attack for attack in attacks if attack.left]:
         prefix = min((attack.prefix for attack in unfinished), key=len)
         states = candidates(prefix)
@@ -205,9 +206,9 @@ def run_attacks(attacks: Sequence[Attack], candidates: Candidates) -> None:
 
 
 def recovered(found: Sequence[int], token_ids: Sequence[int]) -> tuple[int, int]:
-    """How many tokens were found in their place, and how many in any place."""
-    in_place = sum(one == other for one, other in zip(found, token_ids, strict=True))
-    return in_place, (Counter(found) & Counter(token_ids)).total()
+    """How many tokens were found at their own index, and how many at any."""
+    at_index = sum(one == other for one, other in zip(found, token_ids, strict=True))
+    return at_index, (Counter(found) & Counter(token_ids)).total()
 
 
 def measure(model: str, prompts: Sequence[list[int]], layers: Sequence[int] | None = None) -> list[Row]:
@@ -258,7 +259,7 @@ def main() -> None:
     print(
         f"{args.model}: {len(prompts)} prompts of {', '.join(str(len(prompt)) for prompt in prompts)} tokens, found by"
     )
-    print("who knows the weights: in place / in any place\n")
+    print("who knows the weights: at their index / at any index\n")
     print(attack_table(rows))
     print(f"--permute {','.join(PERMUTED)} is {NOTICE}.")
     record = {"benchmark": "permutation_attack", **machine(torch.device("cpu")), "model": args.model}

@@ -1,7 +1,7 @@
 """Perplexity far past a model's trained length: with attention sinks, with a plain window, and with full attention.
 
 Every token of one long text is scored by the engine given those before it (teacher_forcing.py), once in each of these
-ways, all over the same tokens:
+ways, always over the same tokens:
   - sinks        the first --sinks tokens and a window of --window recent ones are cached
   - window       as many tokens are cached, all of them recent ones
   - recomputed   the tokens that `window` caches, computed anew for each chunk: a window whose states have not seen what
@@ -16,9 +16,11 @@ standard library of the Python that runs this, module after module behind one BO
 would bring new first tokens into every window.) Where a Python has fewer of them than --num-tokens, modules follow that
 the model was trained on, and the record says so.
 
-Usage: python -m scripts.research.sink_perplexity --output-json benchmarks/sink_perplexity.json --plot
-docs/sink_perplexity.png About a minute on one CPU core; the picture needs matplotlib (pip install penstock[plot]). The
-last line is one JSON object.
+    python -m scripts.research.sink_perplexity --output-json benchmarks/sink_perplexity.json \\
+      --plot docs/sink_perplexity.png
+
+It takes about a minute on one CPU core; the picture needs matplotlib (pip install penstock[plot]). The last line is one
+JSON object.
 """
 
 import argparse
@@ -58,7 +60,7 @@ BLOCK_TOKENS = 500  # of the running perplexity
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to attend; `window` None: to all. It is scored in rows as `row_of` makes them."""
+    """A way to attend: to all tokens where `window` is None. It is scored in rows as `row_of` makes them."""
 
     name: str
     sinks: int
@@ -100,7 +102,7 @@ def read_text(encode: Callable[[str], list[int]], num_tokens: int) -> tuple[list
 
 @contextmanager
 def longer_model(model: str, num_positions: int) -> Iterator[str]:
-    """The same weights, under a config.json that allows so many positions."""
+    """A folder with the model's weights and a config.json that allows so many positions."""
     source = find_model(model)
     with tempfile.TemporaryDirectory() as folder:
         for path in source.iterdir():
@@ -114,7 +116,7 @@ def longer_model(model: str, num_positions: int) -> Iterator[str]:
 
 @contextmanager
 def engine_of(variant: Variant, model: str, trained: int, num_tokens: int) -> Iterator[LLM]:
-    """An engine that attends so, whose passes may sample from every token."""
+    """An engine that attends as the variant says, and whose passes may sample from every token."""
     longest = variant.most_cached or num_tokens
     pass_tokens = max(PASS_TOKENS, variant.most_cached or 0)
     options: dict[str, Any] = {"max_num_seqs": pass_tokens, "max_num_batched_tokens": pass_tokens}
@@ -144,7 +146,7 @@ def measure(variant: Variant, model: str, trained: int, tokens: list[int]) -> tu
 
 
 def measure_mass(model: str, trained: int, tokens: list[int], num_first: int) -> list[dict[str, Any]]:
-    """What far queries of the first `trained` tokens give to the first ones, by layer."""
+    """The attention that far queries of the first `trained` tokens give to the first ones, by layer."""
     tokens = tokens[: trained + 1]
     with engine_of(Variant("full", 0, None), model, trained, len(tokens) - 1) as llm:
         with watched_masses(llm, num_first) as passes:
@@ -153,7 +155,7 @@ def measure_mass(model: str, trained: int, tokens: list[int], num_first: int) ->
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The record; prints each row as it comes."""
+    """Measures all variants, prints each row as it comes, and returns the record."""
     path = find_model(args.model)
     trained = read_spec(read_config(path), str(config_file(path))).max_position
     tokenizer = load_tokenizer(EngineConfig(args.model))

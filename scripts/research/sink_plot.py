@@ -1,7 +1,7 @@
 """The picture of a record of sink_perplexity.py: perplexity along the text, a line for each way to attend.
 
-Windows can be too near each other for the eye, so below they stand once more, beside the sinks. Needs matplotlib, which
-`pip install penstock[plot]` brings.
+Windows can be too near each other for the eye, so a second plot below shows them alone, beside the sinks. Needs
+matplotlib, which `pip install penstock[plot]` brings.
 """
 
 from typing import Any
@@ -68,13 +68,13 @@ def _draw_distance(axes: "Axes", record: dict[str, Any]) -> None:
 
 
 def middles(record: dict[str, Any]) -> list[float]:
-    """Of the blocks, the last of which may be short."""
+    """The middles of the blocks, the last of which may be short."""
     size, total = record["block_tokens"], record["num_tokens"]
     return [(start + min(start + size, total)) / 2 for start in range(0, total, size)]
 
 
 def label(row: dict[str, Any]) -> str:
-    """What is attended to, and the perplexity past the trained length."""
+    """The legend of a line: what is attended to, and the perplexity past the trained length."""
     attended = {
         "sinks": f"sinks: first {row['sinks']} and {row['window']} recent tokens",
         "window": f"window: {row['window']} recent tokens",

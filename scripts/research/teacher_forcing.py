@@ -1,7 +1,7 @@
 """Log probabilities of a given text by the engine itself: chunk by chunk, through the plan that generates.
 
-A chunk is the row that the scheduler would make of it, by the engine's own retention, but that every one of its tokens
-is sampled from and scored against the one that follows. What is evicted by then is a function of the place in the
+A chunk is the row that the scheduler would make of it, by the engine's own retention, except that every one of its
+tokens is sampled from and scored against the one that follows. What is evicted by then depends on the index in the
 sequence alone, so these are the log probabilities that the engine reports when it generates the same tokens one by one.
 One rank, one sequence at a time.
 """
@@ -17,13 +17,13 @@ from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.retention import Retention, SinksAndWindow
 from torch import Tensor
 
-FIRST_PAGE = 1  # page 0 is nobody's
+FIRST_PAGE = 1  # page 0 is reserved
 
 
 def logprobs_of(llm: LLM, tokens: Sequence[int], row_of: Callable[..., BatchRow]) -> Tensor:
-    """(T - 1,) float32 on the host: of each token but the first, given those before it. `row_of(retention, tokens,
-    start, end)` is `cached_row` or `recomputed_row`; its rows, all of whose tokens may be sampled from, are as long as
-    the engine's passes can be."""
+    """Log probabilities (T - 1,) float32 on the host, of each token but the first, given those before it.
+    `row_of(retention, tokens, start, end)` is `cached_row` or `recomputed_row`; its rows, all of whose tokens may be
+    sampled from, are as long as the engine's passes can be."""
     retention = llm.engine.plan.retention
     chunk_tokens = min(llm.config.max_num_batched_tokens, llm.engine.plan.max_num_seqs)
     parts, start, last = [], 0, len(tokens) - 1
@@ -35,7 +35,7 @@ def logprobs_of(llm: LLM, tokens: Sequence[int], row_of: Callable[..., BatchRow]
 
 
 def cached_row(retention: Retention, tokens: Sequence[int], start: int, end: int) -> BatchRow:
-    """As in generation: what came before is cached, but for what was evicted."""
+    """The row as in generation: all tokens before it are cached, except those that were evicted."""
     return _row(retention, tokens, start, end, retention.num_evicted(end))
 
 
@@ -54,7 +54,7 @@ def _row(retention: Retention, tokens: Sequence[int], start: int, end: int, num_
 
 @torch.inference_mode()
 def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
-    """Of the tokens that follow the row's last ones."""
+    """Log probabilities of the tokens that follow the row's last ones."""
     executor = llm.engine.worker.executor
     kv, sampler = executor.context.kv, executor.context.sampler
     inputs = bind(Batch((row,)), kv.page_size, sampler.last_tokens, executor.whole_tokens, kv.margin)
@@ -72,7 +72,7 @@ def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
 
 
 def _with_selected(inputs: PassInputs, num_rows: int, pad_row: int) -> PassInputs:
-    """The last `num_rows` tokens are sampled from, into the sampler's row of nobody."""
+    """The inputs changed so that the last `num_rows` tokens are sampled from, into the sampler's unused row."""
     device, num_tokens = inputs.tokens.device, len(inputs.tokens)
     select = torch.arange(num_tokens - num_rows, num_tokens, device=device)
     return replace(

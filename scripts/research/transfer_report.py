@@ -1,9 +1,9 @@
-"""What a split execution moves between its two sides in the prefill of a prompt, by operation and layer, predicted from
-a config alone; and what remedies leave of it. With --measure it is run, and what crossed is counted beside it: with the
-checkpoint's weights, or random ones where --model is a config.json.
+"""Predicts from a config alone what a split execution moves between its two sides in the prefill of a prompt, by
+operation and layer, and what remedies leave of it. With --measure the prefill runs and its transfers are counted too:
+with the checkpoint's weights, or random ones where --model is a config.json.
 
-    python -m scripts.research.transfer_report --model benchmarks/shapes/Llama-3.2-1B.json --tokens 1024 --attention
-    repeated
+    python -m scripts.research.transfer_report --model benchmarks/shapes/Llama-3.2-1B.json --tokens 1024 \\
+      --attention repeated
 
 MiB are 2^20 bytes. The exit status is 1 if what was counted is not what was predicted.
 """

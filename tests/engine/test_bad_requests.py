@@ -1,4 +1,4 @@
-"""What a user can get wrong in Python, in a prompt or in a flag, and models that run only in part."""
+"""Mistakes of users in Python, in a prompt or in a flag, and models that run only in part."""
 
 import json
 import math
@@ -164,7 +164,7 @@ def test_without_a_tokenizer_token_ids_work(tmp_path, llm, capfd):
             other.generate([ids], SamplingParams(stop="x"))
     (expected,) = llm.generate(ids, params)
     assert output.outputs[0].token_ids == expected.outputs[0].token_ids and output.outputs[0].text == ""
-    assert {place.decoded_token for place in output.outputs[0].logprobs[0].values()} == {None}
+    assert {one.decoded_token for one in output.outputs[0].logprobs[0].values()} == {None}
     with LLM(model, tokenizer="demo", **OPTIONS) as borrowed:
         assert borrowed.generate("Return the", params)[0].outputs[0].text == expected.outputs[0].text
     prompts = tmp_path / "prompts.jsonl"

@@ -103,7 +103,7 @@ def test_an_impossible_request_found_late_fails_alone(checkpoint, monkeypatch):
         (one,) = outputs[1].outputs
         assert (one.finish_reason, one.token_ids) == ("error", []) and "need 1011 pages of 4 tokens" in one.error
         assert told[0] == (1, 0, None) and len(told) == 4  # there is no tokenizer: no text, but each end
-        assert [outputs[place] for place in (0, 2, 3)] == [expected[place] for place in (0, 2, 3)]
+        assert [outputs[index] for index in (0, 2, 3)] == [expected[index] for index in (0, 2, 3)]
         monkeypatch.undo()
         assert llm.generate(PROMPTS, GREEDY) == expected
         assert_at_rest(llm)

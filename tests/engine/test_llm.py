@@ -86,7 +86,7 @@ def test_outputs_come_in_the_order_of_prompts(llm):
         on_text=lambda prompt, index, text: ended.append(prompt) if text is None else None,
     )
     assert ended != sorted(ended) and len(ended) == 8
-    assert [output.request_id for output in outputs] == [str(place) for place in range(len(REQUESTS))]
+    assert [output.request_id for output in outputs] == [str(index) for index in range(len(REQUESTS))]
     for output, (prompt, own) in zip(outputs, REQUESTS):
         assert prompt in (output.prompt, output.prompt_token_ids)
         assert len(output.outputs) == own.get("n", 1)
@@ -109,9 +109,9 @@ def test_text_is_given_out_as_it_grows(llm):
         SamplingParams(temperature=0, ignore_eos=True, n=2),
         on_text=lambda *one: pieces.append(one),
     )
-    for place, output in enumerate(outputs):
+    for number, output in enumerate(outputs):
         for sequence in output.outputs:
-            own = [text for prompt, index, text in pieces if (prompt, index) == (place, sequence.index)]
+            own = [text for prompt, index, text in pieces if (prompt, index) == (number, sequence.index)]
             assert own[-1] is None and own.count(None) == 1 and len(own) > 5
             assert "".join(own[:-1]) == sequence.text
 
@@ -121,12 +121,12 @@ def test_stop_string_across_the_borders_of_tokens(llm):
     ids, text = plain.outputs[0].token_ids, plain.outputs[0].text
     ends = [len(llm.tokenizer.decode(plain.prompt_token_ids + ids[:i])) - len("Return the") for i in range(1, 41)]
     crossing = [
-        (text[end - 2 : end + 2], place)
-        for place, end in enumerate(ends[:-1])
+        (text[end - 2 : end + 2], index)
+        for index, end in enumerate(ends[:-1])
         if text.find(text[end - 2 : end + 2]) == end - 2 > 8
     ]
     assert len(crossing) > 3
-    for stop, place in crossing[:4]:
+    for stop, index in crossing[:4]:
         given = []
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=40, stop=["never there", stop])
         (output,) = llm.generate("Return the", params, on_text=lambda _, index, piece, given=given: given.append(piece))
@@ -134,7 +134,7 @@ def test_stop_string_across_the_borders_of_tokens(llm):
         assert (sequence.finish_reason, sequence.stop_reason) == ("stop", stop)
         assert sequence.text == text[: text.index(stop)] == "".join(given[:-1])  # what was shown is never taken back
         completed_by = next(i for i, end in enumerate(ends) if end >= text.index(stop) + len(stop))
-        assert completed_by > place and sequence.token_ids == ids[: completed_by + 1]
+        assert completed_by > index and sequence.token_ids == ids[: completed_by + 1]
 
 
 def test_a_stop_string_wins_over_the_length_reached_with_it(llm):
@@ -150,7 +150,7 @@ def test_a_stop_string_wins_over_the_length_reached_with_it(llm):
 def test_stop_token_ids(llm):
     (plain,) = llm.generate("Return the", GREEDY)
     ids = plain.outputs[0].token_ids
-    token = next(token for place, token in enumerate(ids) if place > 3 and token not in ids[:place])
+    token = next(token for index, token in enumerate(ids) if index > 3 and token not in ids[:index])
     (output,) = llm.generate("Return the", SamplingParams(temperature=0, ignore_eos=True, stop_token_ids=[2047, token]))
     (sequence,) = output.outputs
     assert (sequence.finish_reason, sequence.stop_reason) == ("stop", token)
@@ -159,11 +159,11 @@ def test_stop_token_ids(llm):
 
 
 def test_a_stop_string_that_is_a_special_token(llm, tmp_path):
-    """It is no part of the text, and ends it as its id does. One that has more than the token never ends it, and says
-    so; one that is spelled by the text's own tokens ends it as ever."""
+    """A special token is no part of the text, and ends it as its id does. A stop that has more than the token never
+    ends it, and says so; one that is spelled by the text's own tokens ends it as ever."""
     (plain,) = llm.generate("Return the", GREEDY)
     ids = plain.outputs[0].token_ids
-    token = next(token for place, token in enumerate(ids) if place > 3 and token not in ids[:place])
+    token = next(token for index, token in enumerate(ids) if index > 3 and token not in ids[:index])
     name = llm.tokenizer.backend.id_to_token(token)
     model = copy_of_demo(tmp_path / "model")
     fields = json.loads((model / "tokenizer.json").read_text())
@@ -191,7 +191,7 @@ def test_end_of_sequence_and_ignore_eos(llm, tmp_path):
     """The demo model with another end-of-sequence: the fifth new token of a greedy answer."""
     (plain,) = llm.generate("Return the", GREEDY)
     ids = plain.outputs[0].token_ids
-    eos = next(token for place, token in enumerate(ids) if place > 3 and token not in ids[:place])
+    eos = next(token for index, token in enumerate(ids) if index > 3 and token not in ids[:index])
     model = copy_of_demo(tmp_path / "model")
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace('"eos_token_id": 1', f'"eos_token_id": [{eos}]'))
@@ -225,24 +225,24 @@ def test_logprobs(llm):
     )
     (sequence,) = output.outputs
     assert len(sequence.logprobs) == len(sequence.token_ids) == 30
-    for token, place in zip(sequence.token_ids, sequence.logprobs):
-        assert token in place and len(place) in (3, 4)
-        ranked = sorted(place.values(), key=lambda one: one.rank)
+    for token, position in zip(sequence.token_ids, sequence.logprobs):
+        assert token in position and len(position) in (3, 4)
+        ranked = sorted(position.values(), key=lambda one: one.rank)
         assert [one.rank for one in ranked[:3]] == [1, 2, 3]
         values = [one.logprob for one in ranked]
         assert values == sorted(values, reverse=True) and all(value < 0 for value in values)
-        assert place[token].rank <= 3 or len(place) == 4
-        assert place[token].decoded_token == llm.tokenizer.decode([token])
-    chosen = [place[token].logprob for token, place in zip(sequence.token_ids, sequence.logprobs)]
+        assert position[token].rank <= 3 or len(position) == 4
+        assert position[token].decoded_token == llm.tokenizer.decode([token])
+    chosen = [position[token].logprob for token, position in zip(sequence.token_ids, sequence.logprobs)]
     assert sequence.cumulative_logprob == pytest.approx(sum(chosen))
-    assert len({len(place) for place in sequence.logprobs}) == 2  # at 1.5 some tokens are outside the first three
+    assert len({len(position) for position in sequence.logprobs}) == 2  # at 1.5 some tokens are outside the first three
 
 
 def test_logprobs_of_the_sampled_token_only_and_of_all_that_count(llm):
     none, most = llm.generate(
         ["Return the"] * 2, [SamplingParams(temperature=0, ignore_eos=True, logprobs=n) for n in (0, 20)]
     )
-    for token, place, many in zip(none.outputs[0].token_ids, none.outputs[0].logprobs, most.outputs[0].logprobs):
-        assert list(place) == [token] and place[token].rank == many[token].rank == 1
-        assert place[token].logprob == pytest.approx(many[token].logprob, abs=1e-5)  # two rows of one batch
+    for token, only, many in zip(none.outputs[0].token_ids, none.outputs[0].logprobs, most.outputs[0].logprobs):
+        assert list(only) == [token] and only[token].rank == many[token].rank == 1
+        assert only[token].logprob == pytest.approx(many[token].logprob, abs=1e-5)  # two rows of one batch
         assert len(many) == 20 and 0.2 < sum(math.exp(one.logprob) for one in many.values()) <= 1

@@ -24,10 +24,10 @@ def test_a_seed_gives_the_same_tokens_in_any_company(llm):
     params = SamplingParams(seed=21, max_tokens=12)
     alone = tokens_of(llm.generate([LONG], params))
     others = ["def", [5, 6, 7], LONG, "Raise an error if"]
-    for place in range(5):
-        batch = [*others[:place], LONG, *others[place:]]
-        outputs = llm.generate(batch, [params if i == place else SamplingParams() for i in range(5)])
-        assert [outputs[place].outputs[0].token_ids] == alone
+    for index in range(5):
+        batch = [*others[:index], LONG, *others[index:]]
+        outputs = llm.generate(batch, [params if i == index else SamplingParams() for i in range(5)])
+        assert [outputs[index].outputs[0].token_ids] == alone
     assert tokens_of(llm.generate([LONG], SamplingParams(seed=22, max_tokens=12))) != alone
 
 

@@ -26,7 +26,7 @@ def one_rank():
 
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory):
-    """What each rank of one launch wrote."""
+    """The files that the ranks of one launch wrote."""
     folder = tmp_path_factory.mktemp("torchrun")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launch, ROOT / "tests/support/llm_runs.py", folder]
@@ -46,8 +46,8 @@ def assert_same(outputs: list[dict], expected: list[dict]) -> None:
             assert one | numbers == two | numbers
             assert one["cumulative_logprob"] == pytest.approx(two["cumulative_logprob"], abs=1e-3)
             assert (one["logprobs"] is None) == (two["logprobs"] is None)
-            for place, place_two in zip(one["logprobs"] or (), two["logprobs"] or ()):
-                assert {int(token) for token in place} == {int(token) for token in place_two}
+            for position, position_two in zip(one["logprobs"] or (), two["logprobs"] or ()):
+                assert {int(token) for token in position} == {int(token) for token in position_two}
 
 
 def test_self_launched_ranks(one_rank, monkeypatch):
@@ -100,7 +100,7 @@ def test_mistakes_under_torchrun_are_found_on_all_ranks_alike(torchrun):
 
 
 def test_mistakes_of_one_rank_are_refused_on_all(torchrun, one_rank):
-    """By the same message, which names the call; and no rank gets another call's outputs afterwards."""
+    """All ranks refuse with the same message, which names the call; no rank gets another call's outputs afterwards."""
     alike = "under torchrun all ranks make the same calls"
     for rank in torchrun:
         assert rank["refused_by_one"] == (
@@ -118,7 +118,7 @@ def test_mistakes_of_one_rank_are_refused_on_all(torchrun, one_rank):
 
 
 def test_ranks_that_are_configured_differently_are_refused_on_all(torchrun):
-    """And an engine can be made afterwards. Else one would compute with other weights, in silence."""
+    """Ranks could compute with different weights, in silence. Another engine can be made afterwards."""
     alike = "under torchrun all ranks are configured alike"
     for rank in torchrun:
         assert rank["other_config"] == f"load_format='auto' on rank 0, but 'dummy' on rank 1: {alike}"
@@ -154,7 +154,7 @@ def interrupt(*_) -> None:
 
 
 def test_an_llm_that_is_dropped_ends_its_ranks(one_rank):
-    """As garbage, without close(), and after a failure; then another one can be made."""
+    """An engine ends as garbage, without close(), and after a failure; then another one can be made."""
     llm = LLM("demo", tensor_parallel_size=2, **OPTIONS)
     (child,) = llm._launch._children._children
     assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]

@@ -103,7 +103,7 @@ def test_a_refusal_that_on_text_does_not_catch_ends_its_prompt_alone(llm, expect
 
 
 def test_closing_waits_for_the_call_that_runs(expected):
-    """Who asks after that is told."""
+    """A later caller is told that it is closed."""
     llm, started, go_on = LLM("demo", **OPTIONS), threading.Event(), threading.Event()
 
     def on_text(*_) -> None:

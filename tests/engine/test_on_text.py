@@ -1,4 +1,4 @@
-"""What `on_text` raises ends its prompt, and nothing else: the call goes on and raises it at its end."""
+"""An exception of `on_text` ends its prompt, and nothing else: the call goes on and raises it at its end."""
 
 import pytest
 from penstock.engine.output import Listener
@@ -33,7 +33,7 @@ class Raises:
 
     def __call__(self, prompt: int, index: int, text: str | None) -> None:
         self.heard.append((prompt, index, text))
-        pieces = [piece for place, _, piece in self.heard if place == prompt]
+        pieces = [piece for index, _, piece in self.heard if index == prompt]
         if prompt in self.prompts and (text is None if self.at_end else len(pieces) == 3):
             raise self.error
 
@@ -52,23 +52,23 @@ def test_its_prompt_is_aborted_and_the_others_are_as_they_would_be(llm, expected
     """Both sequences of that prompt; it hears no more of it. Prompts that wait for a row get one."""
     on_text = Raises(prompts)
     outputs = outputs_of(llm, on_text)
-    for place, (output, whole) in enumerate(zip(outputs, expected, strict=True)):
-        if place not in prompts:
+    for index, (output, whole) in enumerate(zip(outputs, expected, strict=True)):
+        if index not in prompts:
             assert output == whole
             continue
-        assert sum(prompt == place for prompt, _, _ in on_text.heard) == 3
+        assert sum(prompt == index for prompt, _, _ in on_text.heard) == 3
         for one, other in zip(output.outputs, whole.outputs, strict=True):
             assert (one.finish_reason, one.error) == ("abort", "on_text raised Gone('the client has gone')")
             assert one.token_ids == other.token_ids[: len(one.token_ids)] and other.text.startswith(one.text)
             assert 1 <= len(one.token_ids) < 12
-        assert "".join(text for prompt, _, text in on_text.heard if prompt == place)
+        assert "".join(text for prompt, _, text in on_text.heard if prompt == index)
     others = f" and for {len(prompts) - 1} more" if len(prompts) > 1 else ""
     assert any(f"{others}; its `outputs` has what all prompts gave" in note for note in on_text.error.__notes__)
     assert llm.generate(PROMPTS, PARAMS) == expected
 
 
 def test_one_that_has_ended_keeps_its_end(llm, expected):
-    """Where all of a prompt's sequences end in the same pass, what is raised there has nothing left to abort."""
+    """All sequences of a prompt end in the same pass, so that the exception has nothing left to abort."""
     outputs = outputs_of(llm, Raises({2}, at_end=True))
     assert outputs == expected
 

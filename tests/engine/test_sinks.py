@@ -62,11 +62,12 @@ def test_streamed_is_resident_bit_for_bit(windowed, options):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_row_is_what_it_is_alone(params):
-    """Whatever its neighbours evict, and however its prompt was cut: tokens are equal, sums may be added otherwise."""
+    """Tokens are equal, whatever its neighbours evict and however its prompt was cut; sums may be added in another
+    order."""
     together = outputs_of({**SINKS, "resident": "all"}, params=params)
-    for place, prompt in enumerate(PROMPTS):
-        ((tokens, _),) = outputs_of({**SINKS, "max_num_batched_tokens": 7 + place}, [prompt], params)
-        assert tokens == together[place][0]
+    for index, prompt in enumerate(PROMPTS):
+        ((tokens, _),) = outputs_of({**SINKS, "max_num_batched_tokens": 7 + index}, [prompt], params)
+        assert tokens == together[index][0]
 
 
 @pytest.mark.tolerance
@@ -80,7 +81,7 @@ def test_decode_passes_of_a_gpu_give_the_tokens(params):
 
 @pytest.mark.parametrize("name", ["decode_attention", "decode_inputs", "rope_append"])
 def test_kernels_are_their_references(tmp_path, name):
-    """In the engine, past the first eviction: hidden states, tokens and calls."""
+    """The engine gives the same hidden states, tokens and calls, past the first eviction."""
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     write_checkpoint(tmp_path, "neox_parallel", **tiny, max_position_embeddings=64)
     options = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16, "dtype": "float32", "page_size": 4}
@@ -90,8 +91,8 @@ def test_kernels_are_their_references(tmp_path, name):
     prove_calls(other if DEVICE == "cpu" else first, [name])
 
 
-def test_noise_is_drawn_by_the_place_in_the_sequence():
-    """And not by the place in the cache, which comes again and again."""
+def test_noise_is_drawn_by_the_position_in_the_sequence():
+    """Noise does not depend on the address in the cache, which comes again and again."""
     row = BatchRow(1, (9,), start=100, pages=(4, 2, 3), samples=True, sampling=None, num_evicted=92)
     inputs = bind(Batch((row,)), 4, torch.zeros(4, dtype=torch.int64), margin=1)
     assert inputs.positions.tolist() == [8] and inputs.sampled_positions.tolist() == [101]

@@ -104,7 +104,7 @@ def test_text_that_is_no_file_is_named_as_its_reader_says():
         parse_json("{", "prompts, line 3")
 
 
-def test_a_place_where_no_file_can_be_written_is_refused_by_flag(tmp_path):
+def test_a_path_where_no_file_can_be_written_is_refused_by_flag(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("kept")
     for path, message in (

@@ -75,8 +75,8 @@ def test_streamed_is_resident_bitwise(dtype):
             assert streamed == tokens
             assert all(torch.equal(a, b) for a, b in zip(logits, streamed_logits, strict=True))
             predicted = TransferLedger()
-            for place, (group, nbytes) in enumerate(residency.streamed):
-                for _ in range(counters.num_passes + (place < residency.ring.num_wrapped)):  # and in the prologue
+            for index, (group, nbytes) in enumerate(residency.streamed):
+                for _ in range(counters.num_passes + (index < residency.ring.num_wrapped)):  # and in the prologue
                     predicted.add(Site(group.name, group.layer_idx), nbytes)
             assert copied == predicted
             assert counters.steps["embedding"] == counters.num_passes
@@ -123,13 +123,13 @@ def test_sampled_rows_beside_greedy_ones_in_graphs(logprobs):
 def test_hundreds_of_passes_ahead(resident):
     """The tokens of a run with passes submitted ahead, or prepared where weights stream, rows ending at end-of-sequence
     and others admitted, are those of the same run in turn."""
-    prompts = [[0, place, 9] for place in range(1, 25)]
-    params = [SamplingParams(temperature=1.2, seed=place, max_tokens=150) for place in range(24)]
+    prompts = [[0, token, 9] for token in range(1, 25)]
+    params = [SamplingParams(temperature=1.2, seed=seed, max_tokens=150) for seed in range(24)]
     runs = []
     for lookahead in (None, 0):
         with LLM("demo", **SMALL, dtype="float32", resident=resident) as llm, pytest.MonkeyPatch.context() as patch:
             if lookahead is not None:
-                patch.setattr(type(llm.rank), "lookahead", lookahead)
+                patch.setattr(type(llm.engine), "lookahead", lookahead)
             runs.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
             assert llm.engine.times.num_passes > 200
             llm.scheduler.check_integrity()

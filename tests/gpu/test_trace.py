@@ -1,4 +1,4 @@
-"""Traces on a GPU: a captured pass has a span for every instruction, in order, together as long as the pass."""
+"""Traces on a GPU: a captured pass has an interval for every instruction, in order, together as long as the pass."""
 
 import statistics
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from penstock.engine.llm import LLM
 from penstock.engine.profile.traced_run import pass_s
-from penstock.engine.runtime.trace import RecordingTracer, label, read_spans
+from penstock.engine.runtime.trace import RecordingTracer, label, read_intervals
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
 
@@ -34,46 +34,46 @@ def test_every_pass_has_its_instructions(tmp_path, resident, enforce_eager):
         assert enforce_eager or graphs.passes
         shapes, instructions = list(llm.engine.worker.tracer.shapes), llm.engine.plan.pass_plan.instructions
         launching = {work.step for work, _ in llm.engine.plan.steps}
-    spans = read_spans(trace)[0, False]
+    intervals = read_intervals(trace)[0, False]
     starts = []
     for index, shape in enumerate(shapes):
-        mine = [span for span in spans if span.pass_index == index]
-        assert [span.name for span in mine] == [label(i) for i in instructions], (index, shape)
-        assert all(span.end_s >= span.start_s for span in mine)
+        mine = [interval for interval in intervals if interval.pass_index == index]
+        assert [interval.name for interval in mine] == [label(i) for i in instructions], (index, shape)
+        assert all(interval.end_s >= interval.start_s for interval in mine)
         for lane in (COMPUTE, COPY):
-            own = [span for span in mine if span.lane == lane]
+            own = [interval for interval in mine if interval.lane == lane]
             assert all(a.end_s <= b.start_s + RESOLUTION_S for a, b in zip(own, own[1:]))
         copied = {s.name.split()[1]: s.end_s for s in mine if s.lane == COPY and "next pass" not in s.name}
-        for span in mine:
-            if span.name.startswith("acquire") and span.name.split()[1] in copied:
-                assert span.end_s >= copied[span.name.split()[1]] - RESOLUTION_S, span
-        starts.append(min(span.start_s for span in mine))
+        for interval in mine:
+            if interval.name.startswith("acquire") and interval.name.split()[1] in copied:
+                assert interval.end_s >= copied[interval.name.split()[1]] - RESOLUTION_S, interval
+        starts.append(min(interval.start_s for interval in mine))
     assert starts == sorted(set(starts)) and any(shape.is_decode for shape in shapes)
     for step in launching:
-        assert sum(s.end_s - s.start_s for s in spans if s.name.split()[0] == step) > 0, step
+        assert sum(s.end_s - s.start_s for s in intervals if s.name.split()[0] == step) > 0, step
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])
-def test_the_spans_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
-    """Between two events around a replay lie the spans and the few kernels that derive the inputs before them."""
+def test_the_intervals_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
+    """Between two events around a replay lie the intervals and the few kernels that derive the inputs before them."""
     with LLM("demo", **OPTIONS, resident=resident, trace=str(tmp_path / "trace.json")) as llm:
         tokens_of(llm)
         executor = llm.engine.worker.executor
         graphs, tracer = executor.decode.graphs, executor.tracer
         key, shape = next(iter(graphs.passes)), tracer.shapes[-1]
         for _ in range(3):
-            known = len(tracer.spans())
+            known = len(tracer.intervals())
             around = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             tracer.begin_pass(shape)
             around[0].record()
             graphs.replay(key)
             around[1].record()
             torch.cuda.synchronize()
-            spans = tracer.spans()[known:]
+            intervals = tracer.intervals()[known:]
             graph_s = around[0].elapsed_time(around[1]) / 1e3
-            assert 0.5 * graph_s < pass_s(spans) <= graph_s + RESOLUTION_S
-            compute_s = sum(span.end_s - span.start_s for span in spans if span.lane == COMPUTE)
-            assert compute_s == pytest.approx(pass_s(spans), abs=len(spans) * 1e-7, rel=0.02)
+            assert 0.5 * graph_s < pass_s(intervals) <= graph_s + RESOLUTION_S
+            compute_s = sum(interval.end_s - interval.start_s for interval in intervals if interval.lane == COMPUTE)
+            assert compute_s == pytest.approx(pass_s(intervals), abs=len(intervals) * 1e-7, rel=0.02)
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
@@ -87,15 +87,15 @@ def test_passes_in_a_row_follow_each_other_on_each_lane(tmp_path, enforce_eager)
         assert (num_read > 0) == (not enforce_eager), "graphs are read as they run, eager passes in the end"
         tokens_of(llm)
         shapes = list(tracer.shapes)
-    spans = read_spans(trace)[0, False]
+    intervals = read_intervals(trace)[0, False]
     pairs = [i for i in range(num_warm, len(shapes) - 1) if shapes[i].is_decode and shapes[i + 1].is_decode]
     assert len(pairs) > 8
     for index in pairs:
         for lane in (COMPUTE, COPY):
-            before, after = ([s for s in spans if (s.pass_index, s.lane) == (i, lane)] for i in (index, index + 1))
+            before, after = ([s for s in intervals if (s.pass_index, s.lane) == (i, lane)] for i in (index, index + 1))
             assert len(before) == len(after) > 0
             assert max(s.end_s for s in before) <= min(s.start_s for s in after) + RESOLUTION_S, (index, lane)
-    copies = {i: [s for s in spans if (s.pass_index, s.lane) == (i, COPY)] for i in range(num_warm, len(shapes))}
+    copies = {i: [s for s in intervals if (s.pass_index, s.lane) == (i, COPY)] for i in range(num_warm, len(shapes))}
     gaps_s = [copies[i + 1][0].start_s - copies[i][-1].end_s for i in pairs]
     print(f"copy lane idle between passes, median: {statistics.median(gaps_s) * 1e6:.1f} us")
     assert all(copies[i][-1].name.endswith("(next pass)") for i in pairs) and min(gaps_s) > -RESOLUTION_S

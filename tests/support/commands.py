@@ -127,7 +127,7 @@ class Command:
             time.sleep(0.02)
 
     def pids(self) -> list[int]:
-        """Of all ranks that came as far as the executor."""
+        """The process ids of all ranks that came as far as the executor."""
         return [int(path.name[3:]) for path in self.folder.glob("pid*")]
 
     def failed_at(self) -> float:
@@ -135,7 +135,7 @@ class Command:
         return float(file.read_text()) if file.exists() else time.time()
 
     def kill(self) -> None:
-        """For the end of a test that failed: nothing may stay behind."""
+        """Ends all that a failed test may have left."""
         for pid in [self.process.pid, *self.pids()] if self.process.poll() is None else self.pids():
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)

@@ -75,16 +75,16 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
             "decompressed": {str(group): nbytes for group, nbytes in counters.decompressed_bytes.items()},
             "expected_copied": {
                 str(group): weights.host_spans[group].nbytes
-                * (counters.num_passes + (place < residency.ring.num_wrapped))
-                for place, (group, _) in enumerate(residency.streamed)
+                * (counters.num_passes + (index < residency.ring.num_wrapped))
+                for index, (group, _) in enumerate(residency.streamed)
             },
-            "expected_decoded": {str(group): sizes[group] * counters.num_passes for group in compressed},
+            "expected_decompressed": {str(group): sizes[group] * counters.num_passes for group in compressed},
         }
 
 
 def main(folder: Path, variants: list[str]) -> None:
-    """Where weights stream, passes are prepared before the tokens of the one before them are known, as on a GPU."""
-    Engine.lookahead = property(lambda rank: int(rank.work.streamed_bytes > 0))
+    """Prepares passes before the tokens of the one before are known, where weights stream, as on a GPU."""
+    Engine.lookahead = property(lambda engine: int(engine.work.streamed_bytes > 0))
     tp_size = int(os.environ["WORLD_SIZE"])
     facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

@@ -82,17 +82,17 @@ def watch(llm: LLM, run: Run, states: bool) -> None:
 
 
 def as_on_a_gpu(llm: LLM) -> None:
-    """A CPU's engine fuses steps as a GPU's does, and decodes in padded buckets over the paged cache."""
+    """Makes a CPU's engine fuse steps as a GPU's does, and run decode passes in padded buckets over the paged cache."""
     executor, spec = llm.engine.worker.executor, llm.engine.plan.spec
     run_steps(llm, spec, fuse(model_steps(spec), FUSED_ON_ONE_RANK))
     pad_decode_passes(executor, llm.config, llm.engine.plan)
 
 
 def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
-    """The engine runs these steps from now on, in an arena laid out for them."""
+    """Makes the engine run these steps from now on, in an arena laid out for them."""
     executor, config = llm.engine.worker.executor, llm.config
-    decoded = {group.id: group.nbytes for group in llm.engine.plan.layout.groups if group.id in executor.compressed}
-    executor.plan = make_plan(steps, executor.plan.ring, decoded)
+    compressed = {group.id: group.nbytes for group in llm.engine.plan.layout.groups if group.id in executor.compressed}
+    executor.plan = make_plan(steps, executor.plan.ring, compressed)
     dtype, device = executor.arena.dtype, executor.arena.data.device
     most = (config.max_num_batched_tokens, llm.engine.plan.max_num_seqs)
     sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, *most)

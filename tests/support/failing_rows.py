@@ -59,8 +59,8 @@ def choose_token(outputs: list[RequestOutput]) -> tuple[int, int]:
     given = {token for prompt in PROMPTS for token in prompt}
     return next(
         (token, following)
-        for place, (token, following) in enumerate(zip(mine[2:], mine[3:]), 2)
-        if token not in others | given | set(mine[:place]) and following not in mine[: place + 1]
+        for index, (token, following) in enumerate(zip(mine[2:], mine[3:]), 2)
+        if token not in others | given | set(mine[:index]) and following not in mine[: index + 1]
     )
 
 
@@ -81,7 +81,8 @@ def poison(source: Path, directory: Path, token: int) -> str:
 
 
 def assert_others_are_as_if_stopped(failed: list[RequestOutput], stopped: list[RequestOutput]) -> None:
-    """In all but the last bits of log probabilities if `stopped` comes from another number of ranks."""
+    """Asserts that outputs are equal, but for the last bits of log probabilities if `stopped` comes from another number
+    of ranks."""
     (one,), (other,) = failed[FAILS].outputs, stopped[FAILS].outputs
     assert (one.finish_reason, one.stop_reason, one.error) == ("error", None, NAN)
     assert (other.finish_reason, other.error) == ("stop", None)
@@ -92,7 +93,7 @@ def assert_others_are_as_if_stopped(failed: list[RequestOutput], stopped: list[R
 
 
 def assert_same_bits(failed: Run, stopped: Run) -> None:
-    """In every pass, but for the row that fails, and what was submitted ahead of it for nothing."""
+    """Asserts equality in every pass, but for the row that fails and passes that were submitted ahead of it."""
     num_nan = 0
     for ours, theirs in zip(failed.logits, stopped.logits, strict=True):
         well = ~ours.isnan().any(-1)

@@ -56,7 +56,7 @@ class EngineKernel:
     def calls_at(self, instruction: Instruction, executor: Executor) -> int:
         """How often the instruction, as it is about to run, has to call the kernel."""
         if isinstance(instruction, Decompress):
-            weights = executor.compressed[instruction.group].code.weights if "decode" in self.steps else ()
+            weights = executor.compressed[instruction.group].group.weights if "decode" in self.steps else ()
             return sum(not weight.code.raw for weight in weights)
         if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0

@@ -44,7 +44,7 @@ REQUESTS: list[tuple[str | list[int], dict[str, Any]]] = [
 @contextlib.contextmanager
 def llm_that_runs(lookahead: int, resident: str | float) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch, LLM("demo", **OPTIONS | {"resident": resident}) as llm:
-        patch.setattr(type(llm.rank), "lookahead", lookahead)
+        patch.setattr(type(llm.engine), "lookahead", lookahead)
         yield llm
 
 

@@ -71,9 +71,9 @@ calls, build = [], Executor.__init__
 def build_and_put(self, *given, **named):
     build(self, *given, **named)
     Executor.__init__ = build
-    Rank = sys.modules["penstock.engine.runtime.engine"].Rank
+    Engine = sys.modules["penstock.engine.runtime.engine"].Engine
     name = "_await" if rank else "begin"
-    do = getattr(Rank, name)
+    do = getattr(Engine, name)
     def do_or_fail(self, what):
         calls.append(what)
         if rank == {victim} and len(calls) == (3 if {torchrun} and rank else 2):
@@ -110,7 +110,7 @@ class Case:
         return _FAIL.format(do=_DO[self.fault]) + text
 
     def cause(self) -> str:
-        """What every other rank has to say."""
+        """The message that every other rank has to give."""
         if self.fault in ("raise", "stay"):
             return "KeyError: 'the shard is bent'"
         if self.fault == "stop":

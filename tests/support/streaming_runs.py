@@ -48,18 +48,19 @@ RANK_CASES = (
 
 @dataclass
 class Run:
-    """What one `generate` gave: logits of every pass that sampled, tokens by prompt, and the KV places of each pass."""
+    """The results of one `generate`: logits of every pass that sampled, tokens by prompt, and the KV addresses of each
+    pass."""
 
     logits: list[Tensor]
     tokens: list[list[int]]
-    places: list[Tensor]
+    addresses: list[Tensor]
 
     def same_bits(self, other: "Run") -> bool:
         pairs = zip(self.logits, other.logits, strict=True)
         return self.tokens == other.tokens and all(torch.equal(a, b) for a, b in pairs)
 
     def digest(self) -> str:
-        """Of every bit of the logits, and of the tokens."""
+        """A digest of every bit of the logits, and of the tokens."""
         rows = b"".join(part.view(torch.uint8).numpy().tobytes() for part in self.logits)
         return hashlib.sha256(rows + repr(self.tokens).encode()).hexdigest()
 
@@ -72,7 +73,7 @@ def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[Sampling
         do(instruction)
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":
             run.logits.append(executor.context.act["logits"].clone())
-            run.places.append(executor.context.inputs.context.places.clone())
+            run.addresses.append(executor.context.inputs.context.places.clone())
 
     executor.do = watched
     try:
@@ -116,7 +117,7 @@ def recorded_gemms() -> Iterator[Counter]:
 
 
 def copied_bytes(executor: Executor) -> dict[str, int]:
-    """By group, those that were copied; nothing came back."""
+    """Bytes that were copied, by group; nothing came back."""
     ledger = executor.copied
     assert ledger.total.received_bytes == 0
     sites = {group: site for group, site in executor.copy_sites.items() if site in ledger.sites}

@@ -1,5 +1,6 @@
-"""What a user can get wrong, each class once, through the whole engine: refused by a message that names the file,
-tensor, flag or field, before a worker is built or a rank launched; on the command line as one line and exit code 2."""
+"""Mistakes of users, each class once, through the whole engine: refused by a message that names the file, tensor, flag
+or field, before a worker is built or a rank launched; on the command line as one line and exit code 2.
+"""
 
 import json
 import os
@@ -256,7 +257,7 @@ def options_of(bad: Bad, directory: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("bad", [*CHECKPOINTS, *OPTIONS], ids=lambda bad: bad.name)
 def test_is_refused(bad, tmp_path, monkeypatch, capfd, nothing_begins):
-    """In Python and on the command line, by one rank and by two."""
+    """Python and the command line refuse it, on one rank and on two."""
     options = options_of(bad, tmp_path)
     with pytest.raises(ValueError, match=bad.message) as refused:
         LLM(**options)

@@ -78,8 +78,8 @@ def test_json_of_what_was_moved_is_no_line_of_stdout(capsys, expected):
 def test_several_prompts_print_in_order(capsys, expected):
     assert run("--prompt", "Return the", "--prompt", "Raise an error", "--n", "2") == 0
     blocks = [
-        f"--- prompt {place}, output {index}\n{output.outputs[0].text}\n"
-        for place, output in enumerate(expected[:2])
+        f"--- prompt {prompt}, output {index}\n{output.outputs[0].text}\n"
+        for prompt, output in enumerate(expected[:2])
         for index in range(2)
     ]
     assert capsys.readouterr().out == "".join(blocks)
@@ -95,19 +95,19 @@ JSONL = """{"prompt": "Return the", "id": 7}
 
 @pytest.mark.parametrize("way", ["file", "-", "stdin alone"])
 @pytest.mark.parametrize(
-    "text, places",
+    "text, indices",
     [
         *((LINES, [0, 1]), (JSONL, [0, 2, 1]), ("\ufeff" + LINES, [0, 1]), ("\ufeff" + JSONL, [0, 2, 1])),
-        *((text.replace("\n", "\r\n"), places) for text, places in ((LINES, [0, 1]), (JSONL, [0, 2, 1]))),
+        *((text.replace("\n", "\r\n"), indices) for text, indices in ((LINES, [0, 1]), (JSONL, [0, 2, 1]))),
     ],
 )
-def test_prompts_from_a_file_or_standard_input(capsys, monkeypatch, tmp_path, expected, way, text, places):
+def test_prompts_from_a_file_or_standard_input(capsys, monkeypatch, tmp_path, expected, way, text, indices):
     file = tmp_path / "prompts"
     file.write_bytes(text.encode())
     options = {"file": ["--prompts-file", str(file)], "-": ["--prompts-file", "-"], "stdin alone": []}[way]
     assert run(*options, "--json", stdin=text, monkeypatch=monkeypatch) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["outputs"] for line in lines] == [expected[place].to_dict()["outputs"] for place in places]
+    assert [line["outputs"] for line in lines] == [expected[index].to_dict()["outputs"] for index in indices]
 
 
 def test_standard_input_is_not_read_beside_other_prompts(capsys, monkeypatch, expected):
@@ -116,7 +116,7 @@ def test_standard_input_is_not_read_beside_other_prompts(capsys, monkeypatch, ex
 
 
 def test_every_sampling_flag_arrives(monkeypatch):
-    """By another value than the default, for each field of SamplingParams but seed, which is the engine's."""
+    """Each field of SamplingParams gets another value than its default, but for seed, which is the engine's."""
     values = {"n": 2, "max_tokens": 3, "temperature": 0.5, "top_p": 0.25, "top_k": 4, "min_p": 0.125}
     values |= {"repetition_penalty": 1.5, "presence_penalty": 0.75, "frequency_penalty": -0.5, "logprobs": 6}
     assert set(values) == set(SAMPLING_FLAGS)

@@ -42,7 +42,7 @@ def spec_of(path):
 
 
 def processor_seconds(code: str) -> tuple[float, subprocess.CompletedProcess]:
-    """What a Python program takes of a processor, whatever runs beside it."""
+    """Processor seconds of a Python program, whatever runs beside it."""
     before = os.times()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     after = os.times()
@@ -51,7 +51,7 @@ def processor_seconds(code: str) -> tuple[float, subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="module")
 def two_seconds() -> float:
-    """As many processor seconds as two are where Python adds ten million squares in 0.85."""
+    """Two processor seconds of a machine on which Python adds ten million squares in 0.85, as seconds of this one."""
     return 2 / 0.85 * processor_seconds("sum(i * i for i in range(10**7))")[0]
 
 

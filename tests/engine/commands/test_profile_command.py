@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 from penstock.engine.commands import cli
-from penstock.engine.commands.profile import between, describe_steps, table
+from penstock.engine.commands.profile import between, describe_decode, table
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import find_model, make_engine_plan
 from penstock.engine.profile.pass_profile import profile_pass
 from penstock.engine.profile.traced_run import TracedRun
-from penstock.engine.runtime.trace import Span, label
+from penstock.engine.runtime.trace import Interval, label
 from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
 
@@ -28,21 +28,21 @@ def plan():
     return make_engine_plan(config, read_spec(read_config(path), str(path)), 2, None, load_profile("cpu", 2))
 
 
-def spans_of(plan, slower: float = 1.0) -> list[Span]:
+def intervals_of(plan, slower: float = 1.0) -> list[Interval]:
     """Every instruction of the compute lane takes STEP_S, every copy COPY_S, each lane without a gap."""
-    clocks, spans = {}, []
+    clocks, intervals = {}, []
     for instruction in plan.pass_plan.instructions:
         start_s = clocks.get(instruction.lane, 0.5)
         end_s = start_s + (STEP_S if instruction.lane == COMPUTE else COPY_S) * slower
         clocks[instruction.lane] = end_s
-        spans.append(Span(7, instruction.lane, label(instruction), start_s, end_s))
-    return spans
+        intervals.append(Interval(7, instruction.lane, label(instruction), start_s, end_s))
+    return intervals
 
 
 def test_shares_bounds_and_rates_by_hand(plan):
-    measured, predicted = spans_of(plan), spans_of(plan, slower=0.5)
-    profiled = profile_pass(plan, SHAPE, [measured, spans_of(plan, slower=1.5)], predicted)
-    num_compute = sum(span.lane == COMPUTE for span in measured)
+    measured, predicted = intervals_of(plan), intervals_of(plan, slower=0.5)
+    profiled = profile_pass(plan, SHAPE, [measured, intervals_of(plan, slower=1.5)], predicted)
+    num_compute = sum(interval.lane == COMPUTE for interval in measured)
     assert profiled.pass_s == pytest.approx(num_compute * STEP_S)
     assert sum(step.share for step in profiled.steps) == pytest.approx(1)
     assert [s.seconds for s in profiled.steps] == sorted((s.seconds for s in profiled.steps), reverse=True)
@@ -59,7 +59,7 @@ def test_shares_bounds_and_rates_by_hand(plan):
 
 
 def test_the_copy_lane_and_the_slowest_rank(plan):
-    profiled = profile_pass(plan, SHAPE, [spans_of(plan), spans_of(plan, slower=1.5)], spans_of(plan))
+    profiled = profile_pass(plan, SHAPE, [intervals_of(plan), intervals_of(plan, slower=1.5)], intervals_of(plan))
     num_copies = len(plan.pass_plan.ring.slots)
     lane = profiled.copy_lane
     assert lane.copied_bytes == plan.residency.streamed_bytes > 0
@@ -81,7 +81,7 @@ def test_the_command_on_the_demo_model(capsys, tmp_path):
         assert {"attention", "ffn_down", "head", "sample"} <= {step["step"] for step in profiled["steps"]}
         assert profiled["copy_lane"]["copied_bytes"] > 0 and profiled["predicted_s"] > 0
         assert len(profiled["rank_s"]) == 1 and profiled["slowest_rank"] == 0
-    assert 0 < shown["graph_s"] <= shown["step_s"]
+    assert 0 < shown["graph_s"] <= shown["period_s"]
     assert 0 <= shown["copy_gap_s"]["median"] <= shown["copy_gap_s"]["largest"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
@@ -108,39 +108,39 @@ def traced_by_hand() -> TracedRun:
     rank 0 a pass takes 10 ms, its copies the first 8; it starts 1, 2, ... ms after the one before, by its index. Rank 1
     takes twice as long for everything."""
     shapes = [PassShape(n, rows, 9) for n, rows in ((8, 2), (2, 2), (8, 2), (2, 2), (2, 2), (2, 2), (1, 1))]
-    spans, start_ms = [], 5.0
+    intervals, start_ms = [], 5.0
     for index in range(len(shapes)):
         start_ms += index
         for lane, begin, end in ((COMPUTE, 0, 6), (COPY, 1, 4), (COPY, 4, 8), (COMPUTE, 6, 10)):
-            spans.append(Span(index, lane, "x", (start_ms + begin) / 1e3, (start_ms + end) / 1e3))
+            intervals.append(Interval(index, lane, "x", (start_ms + begin) / 1e3, (start_ms + end) / 1e3))
         start_ms += 10
-    slower = [replace(span, start_s=2 * span.start_s, end_s=2 * span.end_s) for span in spans]
-    return TracedRun(SimpleNamespace(tp_size=2), shapes, 2, {(0, False): spans, (1, False): slower})
+    slower = [replace(interval, start_s=2 * interval.start_s, end_s=2 * interval.end_s) for interval in intervals]
+    return TracedRun(SimpleNamespace(tp_size=2), shapes, 2, {(0, False): intervals, (1, False): slower})
 
 
 def test_what_lies_between_decode_passes():
     traced = traced_by_hand()
-    steps = traced.decode_steps(rank=0)
-    assert steps.graph_s == pytest.approx(10e-3) and steps.step_s == pytest.approx((14 + 15) / 2 * 1e-3)
-    assert steps.copy_gaps_s == pytest.approx([7e-3, 8e-3])  # the copies start 1 ms late and end 2 ms early
+    times = traced.decode_times(rank=0)
+    assert times.graph_s == pytest.approx(10e-3) and times.period_s == pytest.approx((14 + 15) / 2 * 1e-3)
+    assert times.copy_gaps_s == pytest.approx([7e-3, 8e-3])  # the copies start 1 ms late and end 2 ms early
     assert between(traced) == {
         "graph_s": pytest.approx(10e-3),
-        "step_s": pytest.approx(14.5e-3),
+        "period_s": pytest.approx(14.5e-3),
         "copy_gap_s": {"median": pytest.approx(15e-3), "largest": pytest.approx(16e-3)},
     }
     assert traced.describe_gaps() == [
         "rank 0: the copy lane idles 7.500 ms between consecutive decode passes (median of 2)",
         "rank 1: the copy lane idles 15.000 ms between consecutive decode passes (median of 2)",
     ]
-    (line,) = describe_steps(traced)
+    (line,) = describe_decode(traced)
     assert "starts 14.500 ms after" in line and "takes 10.000 ms" in line
 
 
 def test_a_single_decode_pass_has_nothing_behind_it():
     traced = traced_by_hand()
     alone = replace(traced, shapes=traced.shapes[:4])
-    assert describe_steps(alone) == alone.describe_gaps() == []
-    assert between(alone) == {"graph_s": pytest.approx(10e-3), "step_s": None, "copy_gap_s": None}
+    assert describe_decode(alone) == alone.describe_gaps() == []
+    assert between(alone) == {"graph_s": pytest.approx(10e-3), "period_s": None, "copy_gap_s": None}
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_a_whole_pass_can_be_asked_for(monkeypatch):
 
 
 def test_the_ring_is_filled_again(tmp_path, monkeypatch):
-    """And its copies are in the trace, but belong to no pass."""
+    """Its copies are in the trace, but belong to no pass."""
     monkeypatch.setattr(probe, "_step_latency_s", lambda *_: 0.0)  # by passes, which would fill it too
     with LLM("demo", **OPTIONS, trace=str(tmp_path / "trace.json")) as llm:
         executor, plan = llm.engine.worker.executor, llm.engine.plan.pass_plan
@@ -65,5 +65,5 @@ def test_the_ring_is_filled_again(tmp_path, monkeypatch):
                 assert executor.slot(instruction).equal(executor.host_spans[instruction.group])
                 first.remove(instruction.group)
         assert not first
-        filling = [span.name for span in llm.engine.worker.tracer.spans() if span.pass_index < 0]
+        filling = [one.name for one in llm.engine.worker.tracer.intervals() if one.pass_index < 0]
         assert filling == [label(instruction) for instruction in plan.prologue]

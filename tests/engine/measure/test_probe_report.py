@@ -1,4 +1,4 @@
-"""What a probe's figures mean, in words: said where they show it, and not said where they do not."""
+"""A probe's figures in words: each sentence is there if the figures show it, and only then."""
 
 from dataclasses import replace
 
@@ -73,7 +73,7 @@ def test_tables():
     assert lines[2].split() == ["rank", "0", "1", "2", "3"]
     assert lines[3].split() == ["link", "alone,", "GB/s", "55.1", "55.2", "55.1", "55"]
     assert lines[5].split()[-4:] == ["4100", "4130", "4120", "4110"]
-    head = next(place for place, line in enumerate(lines) if line.startswith("all-reduce, us"))
+    head = next(index for index, line in enumerate(lines) if line.startswith("all-reduce, us"))
     assert lines[head].split("  ")[-1].strip() == "NCCL in a graph"
     assert lines[head + 1].split() == ["4", "KiB", "40.0", "8.0", "42.0", "17.0"]
     assert lines[head + 3].split() == ["64", "MiB", "330.0", "332.0", "325.0", "332.0"]

@@ -7,7 +7,7 @@ import pytest
 from penstock.engine.commands import cli
 from penstock.engine.profile import trace_plot
 from penstock.engine.profile.trace_plot import COLOURS, kind, rows
-from penstock.engine.runtime.trace import read_spans
+from penstock.engine.runtime.trace import read_intervals
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
 
 OPTIONS = ("--device", "cpu", "--input-len", "24", "--output-len", "4")
@@ -25,13 +25,13 @@ def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
     (lanes, _, _, title, _), *_ = drawn
     assert [name for name, _ in lanes] == ["compute", "copy", "predicted compute", "predicted copy"]
     assert ("decode pass of 2 rows" if which == "decode" else f"prefill pass of {tokens} tokens") in title
-    (index,) = {span.pass_index for _, spans in lanes for span in spans}
-    file = read_spans(trace)
-    assert max(span.pass_index for span in file[0, False]) >= index > 4  # a warm one
-    measured = [span.name for span in file[0, False] if span.pass_index == index and span.lane == COPY]
-    assert [span.name for span in dict(lanes)["copy"]] == measured
+    (index,) = {interval.pass_index for _, intervals in lanes for interval in intervals}
+    file = read_intervals(trace)
+    assert max(interval.pass_index for interval in file[0, False]) >= index > 4  # a warm one
+    measured = [interval.name for interval in file[0, False] if interval.pass_index == index and interval.lane == COPY]
+    assert [interval.name for interval in dict(lanes)["copy"]] == measured
     assert sorted(s.name for s in dict(lanes)["predicted compute"]) == sorted(s.name for s in dict(lanes)["compute"])
-    assert min(span.start_s for _, spans in lanes for span in spans) == 0
+    assert min(interval.start_s for _, intervals in lanes for interval in intervals) == 0
     said = capsys.readouterr()
     assert f"{picture}; all passes, for Perfetto: {trace}" in said.err
     idle = r"^the copy lane idles \d+\.\d{3} ms between consecutive decode passes \(median of 2\)$"
@@ -39,12 +39,12 @@ def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
 
 
 def test_a_part_of_a_pass_without_copies(capsys, tmp_path, monkeypatch):
-    """And the profile as JSON stands alone on standard output."""
+    """The profile as JSON is all that is on standard output."""
     monkeypatch.chdir(tmp_path)
     part = ("--plot", "part.png", "--start-ms", "0", "--end-ms", "2", "--json")
     assert cli.main(["profile", "demo", "--resident", "all", *part, *OPTIONS]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "part.png"}
-    assert all(span.lane == COMPUTE for span in read_spans("trace.json")[0, False])
+    assert all(interval.lane == COMPUTE for interval in read_intervals("trace.json")[0, False])
     said = capsys.readouterr()
     assert {"decode", "prefill"} < json.loads(said.out).keys() and "copy lane" not in said.err  # nothing streams
 
@@ -56,7 +56,7 @@ def test_without_matplotlib_it_says_how_to_install_it(capsys, tmp_path, monkeypa
     assert "pip install 'penstock[plot]'" in capsys.readouterr().err
 
 
-def test_a_place_that_is_not_there_is_refused_first(capsys, tmp_path):
+def test_a_directory_that_is_not_there_is_refused_first(capsys, tmp_path):
     assert cli.main(["profile", "nowhere", "--plot", str(tmp_path / "no" / "p.png"), *OPTIONS]) == 2
     assert "no such directory" in capsys.readouterr().err
 

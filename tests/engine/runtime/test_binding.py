@@ -1,4 +1,4 @@
-"""An engine's device is the current one wherever the engine reaches it: whatever a user's thread was left with."""
+"""An engine's device is the current one while the engine works, whichever a user's thread has set."""
 
 import threading
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ PENALISED = replace(GREEDY, repetition_penalty=1.5, num_logprobs=1)
 
 
 class CurrentDevice(threading.local):
-    """What torch has of each thread: that which was set last, and the first where none was."""
+    """The current device of each thread, as torch keeps it: the one that was set last, or the first."""
 
     device = ANOTHER
 
@@ -68,8 +68,8 @@ def current(monkeypatch) -> CurrentDevice:
 
 
 @pytest.fixture(params=["plain", "padded"])
-def rank(request, current) -> Iterator[Engine]:
-    """Of a CPU, that takes itself for the second GPU's where it binds."""
+def engine(request, current) -> Iterator[Engine]:
+    """An engine on the CPU that binds the second GPU as its device."""
     with LLM("demo", **OPTIONS) as llm:
         if request.param == "padded":
             as_on_a_gpu(llm)
@@ -90,28 +90,28 @@ def a_token(start: int) -> Batch:
 def run_passes(engine: Engine) -> None:
     """Every way of a pass: with a prompt, of one token, announced, with penalties and logprobs, given up."""
     for sampling in (GREEDY, PENALISED):
-        rank.submit(a_prompt(sampling))
-        rank.collect()
-        rank.submit(a_token(3))
-        rank.collect()
-        rank.announce(a_token(4))
-        rank.run_announced(a_token(4))
-        rank.forget()
+        engine.submit(a_prompt(sampling))
+        engine.collect()
+        engine.submit(a_token(3))
+        engine.collect()
+        engine.announce(a_token(4))
+        engine.run_announced(a_token(4))
+        engine.forget()
 
 
-def test_passes_run_on_the_engines_own_device(rank, current):
+def test_passes_run_on_the_engines_own_device(engine, current):
     with OnDevice(current) as noted:
-        run_passes(rank)
+        run_passes(engine)
     assert noted.num_run > 100 and noted.elsewhere == []
     assert current.device == ANOTHER, "the user's own choice stays"
 
 
-def test_so_do_passes_of_another_thread(rank, current):
+def test_so_do_passes_of_another_thread(engine, current):
     noted = []
 
     def run() -> None:
         with OnDevice(current) as mode:
-            run_passes(rank)
+            run_passes(engine)
         noted.append(mode)
 
     thread = threading.Thread(target=run)
@@ -120,10 +120,10 @@ def test_so_do_passes_of_another_thread(rank, current):
     assert noted[0].num_run > 100 and noted[0].elsewhere == []
 
 
-def test_a_plan_that_is_run_by_itself_too(rank, current):
-    """As for the scores of a given text."""
-    executor = rank.worker.executor
-    inputs = bind(a_prompt(GREEDY), rank.config.page_size, executor.context.sampler.last_tokens)
+def test_a_plan_that_is_run_by_itself_too(engine, current):
+    """Scores of a given text run one by itself."""
+    executor = engine.worker.executor
+    inputs = bind(a_prompt(GREEDY), engine.config.page_size, executor.context.sampler.last_tokens)
     executor.ring_is_filled = False
     for run in (executor.fill_ring, lambda: executor.run_plan(inputs, Asked(), lambda output: None)):
         with torch.inference_mode(), OnDevice(current) as noted:
@@ -131,23 +131,23 @@ def test_a_plan_that_is_run_by_itself_too(rank, current):
         assert noted.num_run > 0 and noted.elsewhere == []
 
 
-def test_the_token_is_waited_for_on_it(rank, current, monkeypatch):
+def test_the_token_is_waited_for_on_it(engine, current, monkeypatch):
     waited = []
     for kind in (PendingSample, PendingLetter):
         wait = kind.wait
         monkeypatch.setattr(kind, "wait", lambda self, wait=wait: waited.append(current.device) or wait(self))
     for batch in (a_prompt(GREEDY), a_token(3)):
-        rank.submit(batch)
-        rank.collect()
+        engine.submit(batch)
+        engine.collect()
     assert waited == [OWN, OWN]
 
 
-def test_measuring_runs_on_it(rank, current, monkeypatch):
+def test_measuring_runs_on_it(engine, current, monkeypatch):
     """The rates themselves are measured elsewhere in the tests."""
     seen = []
-    monkeypatch.setattr(probe, "measure_rates", lambda *args: seen.append(current.device) or rank.rates)
+    monkeypatch.setattr(probe, "measure_rates", lambda *args: seen.append(current.device) or engine.rates)
     monkeypatch.setattr(probe, "_step_latency_s", lambda *args: 0.0)
-    rank.probe()
+    engine.measure()
     assert seen == [OWN]
 
 

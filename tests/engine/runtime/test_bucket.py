@@ -74,7 +74,7 @@ class Interrupted:
 
 
 def fill_interrupted(table: HostTable, batch: Batch, number: int) -> None:
-    """Fills it up to the use of its memory, or of what it remembers, with this number."""
+    """Fills the table up to this use of its memory, or of the pages that it remembers."""
     memory, pages, left = table.table, table.pages, [number]
     table.table, table.pages = Interrupted(memory, left), Interrupted(pages, left)
     try:
@@ -85,7 +85,7 @@ def fill_interrupted(table: HostTable, batch: Batch, number: int) -> None:
 
 @pytest.mark.parametrize("after", [FIRST, SECOND, THIRD], ids=["the old rows", "the new rows", "others"])
 def test_a_table_that_was_interrupted_is_not_believed(after):
-    """Anywhere: what is filled next is whole."""
+    """An interrupt at any point leaves the next table whole."""
     expected = filled(new_table(), after)
     for number in count():
         table = new_table()

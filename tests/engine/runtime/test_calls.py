@@ -1,4 +1,4 @@
-"""What ranks agree on before a call: alike on all, refused by one or by all, other prompts, another call."""
+"""Ranks agree on a call before it runs: alike on all, refused by one or by all, other prompts, another call."""
 
 import pytest
 from penstock.engine.config import EngineConfig

@@ -54,7 +54,7 @@ def test_a_child_that_raises(command):
 
 
 def test_a_child_that_raises_a_value_error(command):
-    """In the middle of a run it is no user's mistake: it keeps its traceback."""
+    """A ValueError in the middle of a run is no user's mistake: it keeps its traceback."""
     done = command("-tp", "2", fault=fault_in_a_pass(1, "raise ValueError('a bent shape')")).finish()
     assert_failed(done, "penstock: rank 1 failed with exit code 1:\nTraceback (most recent call last):")
     assert done.stderr.count("ValueError: a bent shape") == 1

@@ -133,7 +133,7 @@ def test_what_padding_holds_never_reaches_a_real_row(
 
 
 def test_padding_was_there(checkpoints):
-    """What the property is about does happen: rows fewer than their bucket, and filled as they are meant to be."""
+    """The cases of the property do happen: fewer rows than their bucket, with padded rows filled as intended."""
     with LLM(str(checkpoints / "qwen3"), max_num_seqs=8, max_num_batched_tokens=32, **OPTIONS) as llm:
         as_on_a_gpu(llm)
         decode, seen = llm.engine.worker.executor.decode, []
@@ -157,7 +157,7 @@ def arena(most_tokens: int = 6, most_rows: int = 2, nbytes: int = 256 + 128) -> 
 
 
 def test_an_activation_is_never_cut_longer_than_it_was_planned():
-    """Not even into the gap behind it, or where the arena goes on."""
+    """Nothing is written to the gap behind it, or further on in the arena."""
     made = arena()
     views = made.cut(6, 2)
     assert views["x"].shape == (6, 8) and views["logits"].shape == (2, 16)

@@ -57,8 +57,8 @@ def assert_copied(llm: LLM, num_prologues: int = 1) -> None:
     that is all that one rank moves."""
     plan, num_passes = llm.engine.plan.residency, llm.engine.worker.executor.counters.num_passes
     predicted = TransferLedger()
-    for place, (group, nbytes) in enumerate(plan.streamed):
-        for _ in range(num_passes + (num_prologues if place < plan.ring.num_wrapped else 0)):
+    for index, (group, nbytes) in enumerate(plan.streamed):
+        for _ in range(num_passes + (num_prologues if index < plan.ring.num_wrapped else 0)):
             predicted.add(Site(group.name, group.layer_idx), nbytes)
     assert predicted.total.sent_bytes > 0 and llm.engine.ledger == predicted
     assert llm.engine.worker.executor.copied == predicted
@@ -90,7 +90,7 @@ def test_other_families_streamed(checkpoint, resident, variant, residency, ring)
 
 
 def test_rings_differ(checkpoint):
-    """In the smallest nothing overlaps, in the largest everything is there at once."""
+    """The smallest ring lets nothing overlap; the largest holds everything at once."""
     sizes = [ring_bytes(checkpoint("llama_gqa"), ring, "none") for ring in RINGS]
     assert sizes == sorted(set(sizes))
 
@@ -113,7 +113,7 @@ def test_page_order(checkpoint, resident, residency):
             llm.scheduler.check_integrity()
     assert all(run.same_bits(runs[0]) for run in runs)
     for one, other in itertools.combinations(runs, 2):
-        assert any(a.tolist() != b.tolist() for a, b in zip(one.places, other.places)), "the pages lay alike"
+        assert any(a.tolist() != b.tolist() for a, b in zip(one.addresses, other.addresses)), "the pages lay alike"
 
 
 @pytest.mark.parametrize("residency", ["all", "none"])

@@ -127,7 +127,7 @@ def test_reduces(ranks, model, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", MODELS)
 def test_rank_0_hears_what_each_rank_has_moved(ranks, model, case):
-    """It is all that is in their ledgers; copies and all-reduces apart."""
+    """Ledgers hold these bytes and no others, with copies and all-reduces apart."""
     transfers = ranks[0][f"{model}-{case}"]["transfers"]
     assert [told["rank"] for told in transfers] == list(range(RANKS))
     assert [facts[f"{model}-{case}"]["transfers"] for facts in ranks[1:]] == [[]]

@@ -1,4 +1,5 @@
-"""Spans and counts of captured passes without a GPU: streams and events that follow CUDA's rules of capture; a clock.
+"""Intervals and counts of captured passes without a GPU: streams and events that follow CUDA's rules of capture; a
+clock.
 
 The rules: an external event may be recorded only on a stream that is part of the capture, which a stream is from its
 first wait for an event of the capture on; when capture ends, every stream must have been joined. An event that is a
@@ -12,7 +13,7 @@ import pytest
 import torch
 from penstock.engine.runtime.graph import Graphs
 from penstock.engine.runtime.lanes import CudaLanes
-from penstock.engine.runtime.trace import RecordingTracer, Tracer, read_spans, write_trace
+from penstock.engine.runtime.trace import RecordingTracer, Tracer, read_intervals, write_trace
 from penstock.engine.runtime.trace import chrome_events as as_events
 from penstock.parallel.ledger import Site, Transfer, TransferLedger
 from penstock.scheduler.cost.pass_work import PassShape
@@ -183,35 +184,35 @@ def test_passes_that_follow_each_other_are_read_while_later_ones_run(device):
         tracer.begin_pass(SHAPE)
         if kind == "graph":
             graphs.replay("decode")
-            assert {span.pass_index for span in tracer.known} == set(range(index))
+            assert {interval.pass_index for interval in tracer.known} == set(range(index))
             assert len(device.work) >= len(plan.instructions) or index == 0, "the pass just launched was waited for"
         else:
             run_pass(device, lanes, plan)
         device.run(index)  # between the passes
     device.synchronize()
-    spans = tracer.spans()
-    assert spans == tracer.spans()
-    assert [span.pass_index for span in spans] == [i for i in range(len(kinds)) for _ in plan.instructions]
+    intervals = tracer.intervals()
+    assert intervals == tracer.intervals()
+    assert [interval.pass_index for interval in intervals] == [i for i in range(len(kinds)) for _ in plan.instructions]
     for index in range(len(kinds)):
-        mine = [span for span in spans if span.pass_index == index]
+        mine = [interval for interval in intervals if interval.pass_index == index]
         assert [s.name.split()[0] for s in mine] == [str(i).split()[0] for i in plan.instructions]
         times = {lane: [s.end_s - s.start_s for s in mine if s.lane == lane] for lane in (COMPUTE, COPY)}
         assert times[COPY] == pytest.approx([COPY_MS / 1e3] * len(times[COPY]))
         compute = [s for s in mine if s.lane == COMPUTE]
         assert all(a.end_s == pytest.approx(b.start_s) for a, b in zip(compute, compute[1:], strict=False))
-    starts = [min(s.start_s for s in spans if s.pass_index == index) for index in range(len(kinds))]
+    starts = [min(s.start_s for s in intervals if s.pass_index == index) for index in range(len(kinds))]
     whole_s = (4 * STEP_MS + len(times[COPY]) * COPY_MS) / 1e3
     gaps_s = [b - a - whole_s for a, b in zip(starts, starts[1:], strict=False)]
     assert gaps_s == pytest.approx([index / 1e3 for index in range(len(kinds) - 1)])
 
 
-def test_a_warm_up_and_captures_leave_no_spans(device):
+def test_a_warm_up_and_captures_leave_no_intervals(device):
     tracer = RecordingTracer(torch.device("cuda"))
     tracer.begin_pass(SHAPE)
     plan = streamed_plan()
     _, graphs = captured(device, tracer, plan)
     device.synchronize()
-    assert tracer.spans() == []
+    assert tracer.intervals() == []
     for take in graphs.passes["decode"]:
         assert [mark.instruction for mark in take.marks] == list(plan.instructions)
 
@@ -231,19 +232,21 @@ def test_copies_that_fill_the_ring_belong_to_no_pass(device):
         lanes.run(instructions, lambda instruction: None)
     device.synchronize()
     indices = [-1] * len(plan.prologue) + [0] * len(plan.instructions) + [-1] * len(plan.prologue)
-    assert [span.pass_index for span in tracer.spans()] == indices and tracer.shapes == [SHAPE]
+    assert [interval.pass_index for interval in tracer.intervals()] == indices and tracer.shapes == [SHAPE]
 
 
-def test_spans_come_back_from_the_file(tmp_path):
+def test_intervals_come_back_from_the_file(tmp_path):
     tracer = RecordingTracer(torch.device("cpu"))
     tracer.begin_pass(SHAPE)
     for instruction in streamed_plan().instructions:
-        with tracer.span(instruction) as span:
-            span.waited()
+        with tracer.interval(instruction) as interval:
+            interval.waited()
     file = str(tmp_path / "trace.json")
-    write_trace(file, as_events(tracer.spans(), "rank 1", pid=2) + as_events(tracer.spans()[:3], "rank 1", pid=3))
-    back = read_spans(file)
+    write_trace(
+        file, as_events(tracer.intervals(), "rank 1", pid=2) + as_events(tracer.intervals()[:3], "rank 1", pid=3)
+    )
+    back = read_intervals(file)
     assert back.keys() == {(1, False), (1, True)} and len(back[1, True]) == 3
-    for ours, other in zip(back[1, False], tracer.spans(), strict=True):
+    for ours, other in zip(back[1, False], tracer.intervals(), strict=True):
         assert (ours.pass_index, ours.lane, ours.name) == (other.pass_index, other.lane, other.name)
         assert (ours.start_s, ours.end_s) == pytest.approx((other.start_s, other.end_s))

@@ -52,9 +52,9 @@ def test_other_inputs_give_other_permutations(one, other):
 
 @given(inputs, st.integers(0, 3), st.data())
 @settings(max_examples=50)
-def test_each_input_counts(one, place, data):
+def test_each_input_counts(one, index, data):
     other = list(one)
-    other[place] = data.draw(inputs.map(lambda drawn: drawn[place]).filter(lambda value: value != one[place]))
+    other[index] = data.draw(inputs.map(lambda drawn: drawn[index]).filter(lambda value: value != one[index]))
     assert not torch.equal(permutation(*one, SIZE), permutation(*other, SIZE))
 
 
@@ -155,11 +155,12 @@ OF_HEAD_DIM = {
 }
 
 
-def put_in_order(call: Call, permute: str, place: int) -> list[Tensor]:
-    """What the device side has to see of an unpermuted call. `place`: the row of the batch that attends."""
+def put_in_order(call: Call, permute: str, index: int) -> list[Tensor]:
+    """The tensors that the device side has to see of an unpermuted call. `index`: that of the row of the batch that
+    attends."""
     operation, layer_idx = call.site
     if operation in OF_HEAD_DIM and "head_dim" in permute:
-        row = call.batch.rows[place]
+        row = call.batch.rows[index]
         orders = [
             name and permutation(KEY, row.index, Site(name, layer_idx), row.start, call.tensors[1].shape[-1])
             for name in OF_HEAD_DIM[operation]
@@ -201,7 +202,7 @@ def test_the_device_side_sees_each_requests_rows_and_dims_permuted(permute, atte
 
 
 def ids_seen(llm: SplitLLM, *prompts: list[list[int]]) -> list[tuple[int, ...]]:
-    """What each pass with more than one token sent to the embedding, in runs one after the other."""
+    """Tokens that each pass with more than one sent to the embedding, in runs one after the other."""
     calls = watch(llm)
     for several in prompts:
         llm.generate(several, SamplingParams(temperature=0, max_tokens=1, n=2))
@@ -263,7 +264,7 @@ class Kept:
 
 
 def test_the_key_does_not_reach_the_device_process(monkeypatch):
-    """What that is told: its command, environment and input, and all frames."""
+    """All that the device side is told: its command, environment and input, and all frames."""
     told = []
 
     class Popen(subprocess.Popen):

@@ -58,8 +58,8 @@ def text(content):
 
 def trickle(content):
     try:
-        for place in range(len(content)):
-            connection.sendall(content[place : place + 1])
+        for index in range(len(content)):
+            connection.sendall(content[index : index + 1])
             time.sleep(0.05)
     except OSError:  # nobody listens any more
         time.sleep(1000)
@@ -176,7 +176,7 @@ def test_values_that_are_odd_but_finite_are_taken(monkeypatch):
 
 
 def test_what_it_has_started_ends_with_it(tmp_path, monkeypatch):
-    """And what it writes in the meantime blocks nobody and is not shown."""
+    """Its output in the meantime blocks nobody and is not shown."""
     loud = "sys.stderr.write('x' * 10**7); sys.stdout.write('x' * 10**7); sys.stdout.flush()"
     child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(subprocess.Popen(['sleep', '1000']).pid))"
     use(monkeypatch, f"{loud}; {child}; ready(); connection.sendall(answer(call())); call(); sys.exit(0)")

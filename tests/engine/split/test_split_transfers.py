@@ -1,4 +1,6 @@
-"""What a split execution will move: the figures of Llama-3.2-1B, and the shares and remedies that follow from them."""
+"""Predicted transfers of a split execution: the figures of Llama-3.2-1B, and the shares and remedies that follow from
+them.
+"""
 
 from pathlib import Path
 

@@ -45,7 +45,7 @@ def streamed(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> list
 
 
 def in_context(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
-    """What the output adds to the text; a character that the prompt left unfinished counts as added."""
+    """Text that the output adds; a character that the prompt left unfinished counts as added."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + output)
     assert whole.startswith(before.rstrip("\ufffd"))
     return whole[len(os.path.commonprefix((before, whole))) :]
@@ -108,7 +108,7 @@ def test_stream_of_random_tokens(backend):
 
 
 def test_stream_outlives_revised_text():
-    """With byte_fallback a bad byte spoils the good ones before it; what was given out stays."""
+    """A bad byte spoils the good ones before it, with byte_fallback; text that was given out stays."""
     tokenizer = Tokenizer(byte_fallback())
     byte, letter = (lambda value: 3 + value), tokenizer.backend.token_to_id("a")
     good = [byte(value) for value in "é".encode()]

@@ -120,7 +120,7 @@ def test_normalized_special_tokens_are_found_and_not_shown(tmp_path):
 
 
 def test_a_byte_level_file_that_names_llama_stays_as_it_is(tmp_path):
-    """As deepseek-llm's: transformers rebuilds it with Llama's spaces, and loses all of them."""
+    """Files as deepseek-llm's: transformers rebuilds the tokenizer with Llama's spaces, and loses all spaces."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA))
     tokenizer = Tokenizer.load(tmp_path)

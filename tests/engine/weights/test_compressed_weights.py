@@ -29,7 +29,7 @@ def assert_compressed(facts: dict[str, dict], tied: bool) -> None:
     for case, found in facts.items():
         assert found["digest"] == facts["plain"]["digest"], case
         assert found["copied"] == found["expected_copied"], case
-        assert found["decompressed"] == found["expected_decoded"], case
+        assert found["decompressed"] == found["expected_decompressed"], case
         if case == "plain":
             continue
         assert found["compressed_bytes"] < 0.74 * found["plain_bytes"], case  # tiny groups, of a few tiles

@@ -1,4 +1,4 @@
-"""The benchmark of the lossless code on few rows: every source is measured, recorded and rendered."""
+"""The benchmark of the lossless compression on few rows: every source is measured, recorded and rendered."""
 
 import json
 import math
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def run(monkeypatch, capsys):
     def run(*arguments: str) -> dict:
-        monkeypatch.setattr(sys, "argv", ["benchmark_codec.py", "--device", "cpu", *arguments])
+        monkeypatch.setattr(sys, "argv", ["codec.py", "--device", "cpu", *arguments])
         benchmark_codec.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -35,7 +35,7 @@ def test_every_source_is_measured(run, monkeypatch):
         assert row["raw_share"] == (1 if source == "random_bits" else pytest.approx(0, abs=0.01))
         assert row["floor_bits"] <= row["bits"] < row["floor_bits"] + 0.5
     page = render([Record("codec.json", record)])
-    assert "scaled_rows" in page.split("## Lossless code\n")[1].split("\n## ")[0]
+    assert "scaled_rows" in page.split("## Lossless compression\n")[1].split("\n## ")[0]
 
 
 def test_without_a_link_there_is_no_effective_rate(run, monkeypatch):
@@ -61,8 +61,8 @@ def test_the_floor_is_the_entropy():
     )
 
 
-def test_a_wrong_decoder_is_not_timed(monkeypatch):
-    monkeypatch.setattr(measure, "decode", lambda layout, blob, out: out.zero_())
-    layout, blob = benchmark_codec.encode(torch.ones(2, 2048).bfloat16())
-    with pytest.raises(RuntimeError, match="does not decode"):
-        benchmark_codec.proved_decode_s(layout, blob, torch.ones(2, 2048).bfloat16())
+def test_a_wrong_decompressor_is_not_timed(monkeypatch):
+    monkeypatch.setattr(measure, "decompress", lambda layout, blob, out: out.zero_())
+    layout, blob = benchmark_codec.compress(torch.ones(2, 2048).bfloat16())
+    with pytest.raises(RuntimeError, match="does not decompress"):
+        benchmark_codec.proved_decompress_s(layout, blob, torch.ones(2, 2048).bfloat16())

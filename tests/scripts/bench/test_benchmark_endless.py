@@ -1,4 +1,4 @@
-"""benchmark_endless on the demo model: stretches, ratios, and what it refuses."""
+"""scripts.bench.endless on the demo model: stretches, ratios, and what it refuses."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""benchmark_startup: phases in order and in fresh processes, a checkpoint that equals the dummy weights, captures."""
+"""scripts.bench.startup: phases in order, in fresh processes; a checkpoint that equals the dummy weights; captures."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PHASES = ["imports", "plan", "device", "weights", "engine", "first token"]
 
 def run(monkeypatch, capsys, *arguments: str) -> dict:
     """The record: the last line that the script prints."""
-    monkeypatch.setattr(sys, "argv", ["benchmark_startup.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["startup.py", *arguments])
     benchmark_startup.main()
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_from_cold_and_warm(monkeypatch, capsys, tmp_path):
 
 
 def test_by_torchrun():
-    command = [sys.executable, *TORCHRUN, str(ROOT / "scripts/bench/startup.py"), *ENGINE, "--load-format", "dummy"]
+    command = [sys.executable, *TORCHRUN, "-m", "scripts.bench.startup", *ENGINE, "--load-format", "dummy"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_refuses(monkeypatch, capsys, launcher, arguments, message):
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 1)):
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setattr(sys, "argv", ["benchmark_startup.py", *ENGINE, *arguments])
+    monkeypatch.setattr(sys, "argv", ["startup.py", *ENGINE, *arguments])
     assert run_script(benchmark_startup.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

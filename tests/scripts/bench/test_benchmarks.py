@@ -1,4 +1,4 @@
-"""benchmark_latency and benchmark_throughput on the demo model: fields, counts and bounds of their records."""
+"""scripts.bench.latency and .throughput on the demo model: fields, counts and bounds of their records."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def run(monkeypatch, capsys, script, *arguments: str) -> dict:
 
 
 def refused(monkeypatch, capsys, script, *arguments: str) -> str:
-    """What it says: one line."""
+    """The message of a refusal: one line."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
     assert run_script(script.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -79,7 +79,7 @@ def test_a_pass_beside_its_graph_alone(monkeypatch, capsys):
     monkeypatch.setattr(benchmark_latency, "graph_alone_s", lambda llm, num_rows: asked.append(num_rows) or 1e-3)
     (row,) = run(monkeypatch, capsys, benchmark_latency, *LATENCY, "--batch-size", "2", "--n", "2")["passes"]
     assert asked == [4] and row["graph_s"] == 1e-3
-    assert row["step_over_graph"] == pytest.approx(row["decode_pass_s"] / 1e-3)
+    assert row["pass_over_graph"] == pytest.approx(row["decode_pass_s"] / 1e-3)
 
 
 def test_a_prompt_in_chunks_and_nothing_but_a_first_token(monkeypatch, capsys):
@@ -165,7 +165,7 @@ def test_throughput_refuses(monkeypatch, capsys):
 
 
 def test_throughput_by_torchrun():
-    command = [sys.executable, *TORCHRUN, str(ROOT / "scripts/bench/throughput.py"), *THROUGHPUT]
+    command = [sys.executable, *TORCHRUN, "-m", "scripts.bench.throughput", *THROUGHPUT]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -54,8 +54,8 @@ sys.exit(run_script(main))
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("who, wait_s", [("all", "90"), ("alone", "0.1")])
 def test_ranks_say_a_mistake_once_whoever_has_it(tmp_path, who, wait_s):
-    """All have it: rank 0 says it, and the launcher ends the other one, which waits for that. (The waits are such that
-    a slow machine makes no difference.)"""
+    """A mistake of all ranks is said by rank 0, and the launcher ends the other one, which waits for that. (The waits
+    are such that a slow machine makes no difference.)"""
     script = tmp_path / "mistaken.py"
     script.write_text(MISTAKEN)
     command = [sys.executable, *TORCHRUN, script, who, wait_s]

@@ -15,9 +15,9 @@ CPU = torch.device("cpu")
 def llm_of(decode, done, kind="solo"):
     executor = SimpleNamespace(decode=decode, device=CPU, context=SimpleNamespace(collectives=Solo()))
     executor.forget = lambda: done.append("forget")
-    rank = SimpleNamespace(launch=SimpleNamespace(kind=kind), worker=SimpleNamespace(executor=executor))
-    rank.together = nullcontext
-    return SimpleNamespace(rank=rank)
+    engine = SimpleNamespace(launch=SimpleNamespace(kind=kind), worker=SimpleNamespace(executor=executor))
+    engine.together = nullcontext
+    return SimpleNamespace(engine=engine)
 
 
 def decode_of(done, num_takes=1):

@@ -72,6 +72,6 @@ def test_collectives(records):
 
 
 def test_one_rank_has_no_collectives(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark_collectives.py"])
+    monkeypatch.setattr(sys, "argv", ["collectives.py"])
     assert benchmark_collectives.main() == 2
     assert "torchrun" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The page of the records: all of them are on it, and the one in docs/ is theirs."""
+"""The page of the records: all of them are on it, and docs/ has the page that they make."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from tests.support.commands import ROOT
 
 ROW = {"batch_size": 4, "bound": "link", "bound_s": 0.09, "fraction_of_bound": 0.9, "predicted_s": 0.11}
 ROW |= {"predicted_over_measured": 1.1, "tokens_per_second": 40.0, "achieved_tflops": 1.5}
-GRAPH = {"graph_s": 0.08, "step_over_graph": 1.25}
+GRAPH = {"graph_s": 0.08, "pass_over_graph": 1.25}
 LATENCY = {
     "benchmark": "latency", "hardware": "1 x H200", "commit": "abc1234", "model": "Tiny", "dtype": "bfloat16",
     "tp_size": 1, "resident": "none", "input_len": 8, "output_len": 3, "streamed_bytes_per_pass_and_rank": 5,
@@ -83,7 +83,7 @@ def test_any_record_with_rows_is_a_table_of_their_keys(kind, title):
     assert "hardware 2 x H200" in section(page, title)
 
 
-CODEC = {"benchmark": "codec", "hardware": "1 x H200", "decoder": "kernel, in a graph", "link_gb_s": 55.4}
+CODEC = {"benchmark": "codec", "hardware": "1 x H200", "decompressor": "kernel, in a graph", "link_gb_s": 55.4}
 CODEC["rows"] = [
     {"source": "gaussian", "shape": "4096 x 4096", "bits": 10.893, "floor_bits": 10.546, "raw_share": 0.0}
     | {"compress_gb_s": 5.12, "decompress_gb_s": 1987.654, "effective_link_gb_s": 81.4},
@@ -112,14 +112,14 @@ STARTUP["rows"] = [
 ]
 
 
-def test_the_code_has_a_table_of_bits_and_rates():
+def test_the_codec_has_a_table_of_bits_and_rates():
     page = render([Record("codec.json", CODEC)])
-    first, second = cells(page, "Lossless code")
+    first, second = cells(page, "Lossless compression")
     assert (first["weights"], first["shape"]) == ("gaussian", "4096 x 4096")
     assert (first["bits a weight"], first["entropy floor"], first["kept raw, %"]) == ("10.89", "10.55", "0.00")
-    assert (first["encode GB/s"], first["decode GB/s"], first["link, plain GB/s"]) == ("5.12", "1987.7", "81.4")
+    assert (first["compress GB/s"], first["decompress GB/s"], first["link, plain GB/s"]) == ("5.12", "1987.7", "81.4")
     assert (second["kept raw, %"], second["link, plain GB/s"]) == ("0.07", "")
-    assert "1 x H200, decoder kernel, in a graph, link GB/s 55.4\n" in section(page, "Lossless code")
+    assert "1 x H200, decompressor kernel, in a graph, link GB/s 55.4\n" in section(page, "Lossless compression")
 
 
 def test_a_start_has_a_table_of_its_phases():
@@ -150,8 +150,8 @@ def test_the_command_writes_page_and_pictures(tmp_path, monkeypatch):
 
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "tiny.json").write_text(json.dumps(LATENCY))
-    places = ("--records", str(tmp_path / "records"), "--output", str(tmp_path / "docs"))
-    monkeypatch.setattr(sys, "argv", ["render_benchmarks.py", *places])
+    folders = ("--records", str(tmp_path / "records"), "--output", str(tmp_path / "docs"))
+    monkeypatch.setattr(sys, "argv", ["render.py", *folders])
     render_benchmarks.main()
     assert "tiny.json" in (tmp_path / "docs/benchmarks.md").read_text()
     for name in ("fraction", "pass_time"):

@@ -69,17 +69,17 @@ def test_what_leaks_where(model):
 
 
 def test_candidates_are_what_the_device_side_sees(model):
-    """At each site the row of the true token, behind the true prefix, is what was seen there, and of no other one."""
+    """The row of the true token, behind the true prefix, is what was seen at each site, and no other token's row is."""
     seen = observe(model, TOKENS, ())
     with attacker_llm(model, 128, len(TOKENS)) as llm:
         candidates = candidates_of(llm, 128)
-        for place in (0, 1, 7):
-            states = candidates(tuple(TOKENS[:place]))
+        for index in (0, 1, 7):
+            states = candidates(tuple(TOKENS[:index]))
             assert set(states) == set(seen.inputs) and len(states) == 3 * 3
             for site, rows in seen.inputs.items():
-                apart = distances(states[site], rows[place : place + 1])[:, 0]
-                others = torch.cat([apart[: TOKENS[place]], apart[TOKENS[place] + 1 :]])
-                assert apart[TOKENS[place]] < 1e-3 * others.min()
+                apart = distances(states[site], rows[index : index + 1])[:, 0]
+                others = torch.cat([apart[: TOKENS[index]], apart[TOKENS[index] + 1 :]])
+                assert apart[TOKENS[index]] < 1e-3 * others.min()
 
 
 def test_what_was_seen_is_permuted(model):
@@ -95,11 +95,11 @@ def test_what_was_seen_is_permuted(model):
 
 
 def test_ids_and_values_give_the_prompt_without_a_search_of_the_vocabulary(model):
-    """The embedding is sent the ids, in another order."""
+    """The embedding gets the ids, in another order."""
     permuted, ids = observe(model, TOKENS, ("rows", "head_dim")), sorted(TOKENS)
     with attacker_llm(model, 128, len(TOKENS)) as llm:
         states = candidates_of(llm, 128)(())[Site("attn_qkv", 0)][ids]
-    assert [ids[place] for place in distances(permuted.in_order(0), states).argmin(1)] == TOKENS
+    assert [ids[index] for index in distances(permuted.in_order(0), states).argmin(1)] == TOKENS
 
 
 def test_shares_count_a_token_as_often_as_it_is_there():

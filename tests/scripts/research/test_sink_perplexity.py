@@ -58,7 +58,7 @@ def test_scores_are_what_generation_reports(variant, prompt, num_generated):
     options |= {"device": "cpu", "dtype": "float32", "max_num_seqs": 2, "debug": {"page_order_seed": 1}}
     with longer_model("demo", 600) as model, LLM(model, **options) as llm:
         (output,) = llm.generate([prompt], params)[0].outputs
-    reported = [place[token].logprob for place, token in zip(output.logprobs, output.token_ids)]
+    reported = [likeliest[token].logprob for likeliest, token in zip(output.logprobs, output.token_ids)]
     scored = score(variant, prompt + output.token_ids)
     assert len(prompt) + num_generated > (variant.most_cached or TRAINED)
     assert scored[-num_generated:].tolist() == pytest.approx(reported, abs=TOLERANCE)
@@ -76,7 +76,7 @@ def test_recomputed_is_a_model_that_saw_only_what_is_held(reference):
     scored = score(RECOMPUTED, TOKENS)
     assert len(scored) == len(TOKENS) - 1
     for token in (0, 23, 24, 100, 250, len(TOKENS) - 2):
-        seen = torch.tensor([[TOKENS[place] for place in held(RECOMPUTED)[token]]])
+        seen = torch.tensor([[TOKENS[index] for index in held(RECOMPUTED)[token]]])
         expected = of_following(reference(seen).logits[0, -1:], [TOKENS[token + 1]])
         assert scored[token].item() == pytest.approx(expected.item(), abs=TOLERANCE)
 
@@ -94,7 +94,7 @@ def test_a_window_that_holds_everything_is_full_attention():
 @pytest.mark.tolerance
 @torch.no_grad()
 def test_masses_are_those_of_transformers(reference):
-    """In two passes, the second of which reads keys that the first has cached."""
+    """The engine runs two passes, of which the second reads keys that the first has cached."""
     with engine_of(FULL, "demo", TRAINED, len(TOKENS)) as llm:
         do = llm.engine.worker.executor.do
         with watched_masses(llm, 4) as passes:

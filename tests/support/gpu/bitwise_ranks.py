@@ -19,7 +19,7 @@ from tests.support.compressed_runs import least_memory
 
 LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
 MANY_LENGTHS = tuple(range(2, 42))  # one row fewer in each pass, from the largest bucket to the smallest
-PROMPTS = [[(3 + row + place) % 128 for place in range(37 + 4 * (row % 8))] for row in range(len(MANY_LENGTHS))]
+PROMPTS = [[(3 + row + index) % 128 for index in range(37 + 4 * (row % 8))] for row in range(len(MANY_LENGTHS))]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "gpu_memory": "2GiB", "page_size": 4}
 PLAIN = {"weights_compression": "none"}
 VARIANTS = {
@@ -42,7 +42,7 @@ HUNDREDS = 210
 
 def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Of every pass's sampled rows, on this rank, and all tokens."""
-    passes, tp_size, decoded = [], int(os.environ.get("WORLD_SIZE", 1)), decompress_weights.calls["triton"]
+    passes, tp_size, decompressed = [], int(os.environ.get("WORLD_SIZE", 1)), decompress_weights.calls["triton"]
     if options.get("gpu_memory") == "least":
         del options["gpu_memory"]
         options |= {"gpu_memory": least_memory(checkpoint, tp_size, **GPU, **OPTIONS | options)}
@@ -58,7 +58,7 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
         check_what_ran(executor, options)
-        check_what_was_compressed(llm, decompress_weights.calls["triton"] > decoded)
+        check_what_was_compressed(llm, decompress_weights.calls["triton"] > decompressed)
         copied = executor.copied.total.sent_bytes
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
@@ -107,8 +107,8 @@ def main() -> None:
     variants = ("streamed", "eager") if several else tuple(VARIANTS)
     compressed = ("compressed", "half compressed resident") if several else tuple(CODED_VARIANTS)
     report = {}
-    for place, checkpoint in enumerate(sorted(folder.iterdir())):
-        for dtype in ("float32", "bfloat16")[: 1 if several and place else 2]:
+    for index, checkpoint in enumerate(sorted(folder.iterdir())):
+        for dtype in ("float32", "bfloat16")[: 1 if several and index else 2]:
             tried = variants + compressed if dtype == "bfloat16" else variants
             report[f"{checkpoint.name} {dtype}"] = compare(str(checkpoint), dtype, LENGTHS, tried)
         if checkpoint.name in ("llama_gqa", "neox_parallel")[several:]:
