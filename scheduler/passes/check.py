@@ -76,9 +76,9 @@ class _RingProof:
         self.written: list[tuple[GroupId, Slot, int]] = [(g, s, 0) for g, s in self.present]  # and the copy's count
         self.read: list[tuple[GroupId, Slot, int]] = []  # and the reader's count
         self.held: set[GroupId] = set()
-        decompressed = {decompress.group for decompress in plan.decompresses}
+        decompressed = {decompress.group for decompress in plan.decompressions}
         steps = (step for step in plan.steps if step.group not in decompressed)
-        self.readers = {reader for reader in (*plan.decompresses, *steps) if reader.group in self.slots}
+        self.readers = {reader for reader in (*plan.decompressions, *steps) if reader.group in self.slots}
 
     def follow(self, instruction: Instruction) -> None:
         lane = instruction.lane
@@ -137,7 +137,7 @@ class _RingProof:
 def check_decompressed(plan: PassPlan) -> None:
     """The steps of a compressed group read it, decompressed in this pass, from its place in the decompression buffer,
     and no other group is decompressed over it before the last of them. All on one lane: their order is enough."""
-    compressed = {decompress.group for decompress in plan.decompresses}
+    compressed = {decompress.group for decompress in plan.decompressions}
     held: dict[GroupId, Slot] = {}
     for instruction in plan.instructions:
         if isinstance(instruction, Decompress):

@@ -216,13 +216,13 @@ class PassPlan:
         return tuple(dict.fromkeys(name for step in self.steps for name, _ in step.effects))
 
     @property
-    def decompresses(self) -> tuple[Decompress, ...]:
+    def decompressions(self) -> tuple[Decompress, ...]:
         """What is decompressed in a pass, in order."""
         return tuple(i for i in self.instructions if isinstance(i, Decompress))
 
     @property
     def decompression_buffer_bytes(self) -> int:
-        return max((i.place.end for i in self.decompresses), default=0)
+        return max((i.place.end for i in self.decompressions), default=0)
 
     @property
     def prologue(self) -> tuple[Instruction, ...]:

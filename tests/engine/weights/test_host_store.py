@@ -106,7 +106,7 @@ def test_spans_equal_the_library_for_every_rank(saved, monkeypatch, dtype, block
             assert set(loaded.host_spans) == on_host
             assert loaded.bytes_read == piece_bytes(layout, itemsize=4)
             assert sum(progress) == layout.nbytes
-            assert loaded.host_bytes == sum(g.nbytes for g in (*layout.groups, layout.embed) if g.group in on_host)
+            assert loaded.host_bytes == sum(g.nbytes for g in (*layout.groups, layout.embed) if g.id in on_host)
             assert loaded.host_bytes + loaded.resident_bytes == layout.nbytes
             for group in (*layout.groups, layout.embed):
                 span = (loaded.host_spans if group.id in on_host else loaded.resident)[group.id]

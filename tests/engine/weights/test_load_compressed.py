@@ -114,7 +114,7 @@ def test_blobs_larger_than_planned_are_kept():
     loaded = load_weights(source, layout, compressed, True, CPU, 2, compressed=compressed)
     assert_decodes_to(loaded, plain, layout)
     largest = layout.groups[1]
-    assert planned_bytes(largest) < loaded.codes[largest.group].nbytes <= largest.nbytes
+    assert planned_bytes(largest) < loaded.codes[largest.id].nbytes <= largest.nbytes
 
 
 @pytest.mark.parametrize("fails", ["reading", "coding"])

@@ -380,7 +380,7 @@ def test_each_plan_with_compressed_groups_is_safe(case):
     steps, ring, decompressed = case
     plan = make_plan(steps, ring, decompressed)
     assert not is_hazardous(plan)
-    assert {i.group: i.place.nbytes for i in plan.decompresses} == decompressed
+    assert {i.group: i.place.nbytes for i in plan.decompressions} == decompressed
     names = [str(i) for i in plan.instructions]
     for group, _ in ring.slots:
         if group in decompressed:  # its slot is free at once
@@ -394,7 +394,7 @@ def test_each_broken_decode_is_rejected(case, data):
     plan = make_plan(steps, ring, decompressed)
     index = data.draw(st.sampled_from(where(plan, Decompress)))
     decompress = plan.instructions[index]
-    others = [i.place for i in plan.decompresses if i is not decompress]
+    others = [i.place for i in plan.decompressions if i is not decompress]
     mutants = [
         mutant(plan, index, decompress, decompress),  # twice
         *(mutant(plan, index, replace(decompress, place=place)) for place in others),  # where another one may be in use
