@@ -178,7 +178,7 @@ class Worker:
 
     def _compressed(self, ring: torch.Tensor, buffer: torch.Tensor) -> dict[GroupId, Compressed]:
         slots = dict(self.plan.residency.ring.slots)
-        places = {step.group: step.place for step in self.plan.pass_plan.decompresses}
+        places = {step.group: step.place for step in self.plan.pass_plan.decompressions}
         compressed = {}
         for group, code in self.weights.codes.items():
             blob = slot_of(ring, slots[group])[: code.nbytes] if group in slots else self.weights.resident[group]
