@@ -4,6 +4,8 @@ copies from host memory on all ranks, as while weights stream.
 Run it by torchrun over two ranks or more. A time is that of one among many calls in a row, the best of three runs, the
 slowest rank's. Bus GB/s are what each rank sends at least, by the best way alone. On a CPU there is gloo, eagerly, and
 fewer sizes. The last line is one JSON object.
+
+    torchrun --nproc-per-node 2 -m scripts.bench.collectives
 """
 
 import argparse

@@ -7,7 +7,7 @@ on all ranks at once. A pass is bound by max(bytes streamed / link, bytes read /
 rank (scripts/bench/bound.py); the run by the sum over its passes, whatever lies between them. Run it plainly, or by
 torchrun over several ranks; the last line is one JSON object.
 
-    torchrun --nproc-per-node 2 scripts/bench/throughput.py --model benchmarks/shapes/Llama-3-8B.json \\
+    torchrun --nproc-per-node 2 -m scripts.bench.throughput --model benchmarks/shapes/Llama-3-8B.json \\
       --load-format dummy --resident none --num-prompts 512 --input-len 128 --output-len 32
 """
 

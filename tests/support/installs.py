@@ -59,10 +59,10 @@ def write_stand_in(folder: Path) -> Path:
 def write_users_files(folder: Path) -> Path:
     """A user's project: modules and a package that have our folders' names and end whoever imports them, and a
     setup.cfg."""
-    folder.mkdir()
-    (folder / "engine").mkdir()
-    for name in ("engine/__init__.py", "engine.py", "scheduler.py", "parallel.py"):
-        (folder / name).write_text(f"import os\nprint('{name} was imported', flush=True)\nos._exit(99)\n")
+    (folder / "engine").mkdir(parents=True)
+    modules = [folder / "engine/__init__.py", *(folder / f"{name}.py" for name in ("engine", "scheduler", "parallel"))]
+    for module in modules:
+        module.write_text(f"import os\nprint('{module.name} was imported', flush=True)\nos._exit(99)\n")
     (folder / "setup.cfg").write_text("[metadata]\nname = of-the-user\n")
     return folder
 

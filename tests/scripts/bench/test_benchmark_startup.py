@@ -63,7 +63,7 @@ def test_a_checkpoint_from_cold_and_warm(monkeypatch, capsys, tmp_path):
 
 
 def test_by_torchrun():
-    command = [sys.executable, *TORCHRUN, str(ROOT / "scripts/bench/startup.py"), *ENGINE, "--load-format", "dummy"]
+    command = [sys.executable, *TORCHRUN, "-m", "scripts.bench.startup", *ENGINE, "--load-format", "dummy"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -165,7 +165,7 @@ def test_throughput_refuses(monkeypatch, capsys):
 
 
 def test_throughput_by_torchrun():
-    command = [sys.executable, *TORCHRUN, str(ROOT / "scripts/bench/throughput.py"), *THROUGHPUT]
+    command = [sys.executable, *TORCHRUN, "-m", "scripts.bench.throughput", *THROUGHPUT]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
