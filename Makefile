@@ -29,6 +29,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 
 wheel: $(VENV)/installed-test
+	rm -rf build  # what an earlier tree left there would go into the wheel
 	$(BIN)/python -m build --wheel --outdir dist .
 
 $(VENV)/installed: setup.cfg constraints.txt

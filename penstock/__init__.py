@@ -2,7 +2,7 @@
 
     from penstock import LLM, SamplingParams
 
-Names are resolved when they are used: `penstock plan` must not import torch. In a checkout, known by the setup.cfg
+Names are resolved when they are used: `penstock plan` must not import torch. In a checkout, known by our setup.cfg
 beside this folder, `penstock.engine`, `penstock.parallel` and `penstock.scheduler` are the folders at its top.
 """
 
@@ -10,7 +10,9 @@ import importlib
 from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "setup.cfg").is_file():
+_SETUP = _CHECKOUT / "setup.cfg"
+# By our name in it: a folder that packages are installed into may have a setup.cfg too, which says where they go.
+if _SETUP.is_file() and b"name = penstock" in _SETUP.read_bytes().splitlines():
     __path__.append(str(_CHECKOUT))
 
 PUBLIC = {

@@ -7,6 +7,7 @@ import ast
 import configparser
 import graphlib
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -222,22 +223,62 @@ def test_nothing_is_pickled(name):
     assert not attributes & {"torch.load", "torch.save", "dist.broadcast_object_list", "dist.all_gather_object"}
 
 
-# `import engine`, `from engine.llm import`, `-m engine.llm`, "engine.llm.name": a second copy of each module, in
+# `import os, engine`, `from engine.llm import`, `-m engine.llm`, "engine.llm.name": a second copy of each module, in
 # silence
 _TOP = "|".join(TOPS)
-TOP_LEVEL = re.compile(rf"(?<![\w.])(?:(?:import|from)\s+(?:{_TOP})\b|-m\s+(?:{_TOP})\b)|^(?:{_TOP})(?:\.\w+)+$")
+_IMPORT = rf"(?<![\w.])(?:import\s+(?:[\w.]+\s*,\s*)*|from\s+|-m\s+)(?:{_TOP})\b(?!/)"
+TOP_LEVEL = re.compile(rf"{_IMPORT}|^(?:{_TOP})(?:\.\w*)+$")
+IMPORTERS = {"import_module", "find_spec", "__import__", "run_module", "importorskip"}
+
+
+def top_level_uses(tree: ast.AST) -> list[int]:
+    """The lines in which something at the top of the tree is named as a module: by an import, in a string, after `-m`
+    in a command line, or for a function that imports."""
+    lines = []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS:
+            names += [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        items = node.elts if isinstance(node, (ast.List, ast.Tuple)) else getattr(node, "args", None)
+        words = [getattr(item, "value", None) for item in items] if isinstance(items, list) else []
+        names += [str(after) for flag, after in itertools.pairwise(words) if flag == "-m"]
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if {name.split(".")[0] for name in names} & set(TOPS) or TOP_LEVEL.search(text):
+            lines.append(node.lineno)
+    return lines
 
 
 def test_top_level_names_are_not_imported():
     for path in [*FILES.values(), *ROOT.glob("tests/**/*.py")]:
-        if path == Path(__file__):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            module = node.module if isinstance(node, ast.ImportFrom) else None
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [module or ""]
-            assert not {name.split(".")[0] for name in names} & set(TOPS), f"{path}, line {node.lineno}"
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                assert not TOP_LEVEL.search(node.value), f"{path}, line {node.lineno}: {node.value!r}"
+        assert path == Path(__file__) or top_level_uses(ast.parse(path.read_text())) == [], path
+    for path in [ROOT / "README.md", ROOT / "Makefile", ROOT / ".ci/run", *ROOT.glob("docs/*.md")]:
+        assert not re.search(rf"-m\s+(?:{_TOP})\b", path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import engine",
+        "import os, engine.llm",
+        "from scheduler.units import ms",
+        "from parallel import launch",
+        "run('import engine')",
+        "run('import os, parallel.launch')",
+        "run(f'from engine.{name} import x')",
+        "run('python -m engine.commands.cli')",
+        "run(['-m', 'engine'])",
+        "run('-m', 'scheduler')",
+        "patch('engine.llm.LLM')",
+        "patch(f'engine.{name}')",
+        "importlib.import_module('scheduler')",
+        "__import__('parallel')",
+    ],
+)
+def test_every_use_of_a_top_level_name_is_seen(line):
+    assert top_level_uses(ast.parse(line)) != []
+    ours = re.sub(r"\b(engine|parallel|scheduler)\b", r"penstock.\1", line)
+    assert top_level_uses(ast.parse(ours)) == []
 
 
 @pytest.mark.parametrize("target", [*PUBLIC.values(), *(module for module, _ in COMMANDS.values())])

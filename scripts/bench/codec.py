@@ -7,6 +7,8 @@ entropy of the exponents of a row (Miller and Madow's estimate). Every tensor is
 compressed form decompresses to. On a GPU decompressing is timed in a CUDA graph, over more memory than the L2 cache
 holds, and the link is measured; on a CPU the reference decompressor is timed, which says nothing about the kernel. The
 last line is one JSON object.
+
+    python -m scripts.bench.codec --model demo
 """
 
 import argparse

@@ -4,6 +4,8 @@ from host memory on all ranks, as while weights stream.
 Run it by torchrun over two ranks or more. A time is that of one call among many in a row: the best of three runs, on
 the slowest rank. Bus GB/s are what each rank sends at least, by the best way alone. On a CPU gloo is timed, eagerly, at
 fewer sizes. The last line is one JSON object.
+
+    torchrun --nproc-per-node 2 -m scripts.bench.collectives
 """
 
 import argparse

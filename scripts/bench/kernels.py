@@ -4,6 +4,8 @@ segments, filters, norm, activation, rope; shapes of Llama-3-8B in bf16.
 Weights and KV pages are rotated through more memory than the L2 cache holds; the median of several replays counts. The
 share is of the read rate measured in the same run, the sum of 1 GiB; what few rows read stays in the L2 cache, so their
 share means little. After 40 s what is left is skipped and counted. The last line is one JSON object.
+
+    python -m scripts.bench.kernels
 """
 
 import argparse

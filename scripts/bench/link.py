@@ -5,6 +5,8 @@ collectives.
 
 Run it plainly, or by torchrun over several ranks. A rate is the better of two runs, each behind a barrier; the fraction
 is of the best rate of a rank with the same direction and ranks. The last line is one JSON object.
+
+    python -m scripts.bench.link
 """
 
 import argparse

@@ -126,7 +126,8 @@ def start_all(config: EngineConfig, args: argparse.Namespace) -> dict[str, list[
 
 def start(config: EngineConfig, input_len: int, environment: dict[str, str]) -> dict:
     """The record of a start in a process of its own. If that fails it has said why, and this process ends too."""
-    command = [sys.executable, __file__, "--child", json.dumps(config.to_dict()), "--input-len", str(input_len)]
+    arguments = ["--child", json.dumps(config.to_dict()), "--input-len", str(input_len)]
+    command = [sys.executable, "-P", "-m", "scripts.bench.startup", *arguments]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path} | environment
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)

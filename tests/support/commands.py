@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GONE_S = 10.0
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 PENSTOCK = ("-m", "penstock")
-_LAUNCH_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _SITE = '''
 import importlib.abc, importlib.util, os, signal, sys, time
@@ -101,7 +101,7 @@ class Command:
         site = folder / "site"
         site.mkdir()
         (site / "sitecustomize.py").write_text(f"FOLDER, FAULT = {str(folder)!r}, {fault!r}\n{_SITE}")
-        env = {name: value for name, value in os.environ.items() if name not in _LAUNCH_NAMES}
+        env = {name: value for name, value in os.environ.items() if name not in LAUNCH_NAMES}
         path = os.pathsep.join(map(str, (site, ROOT)))
         self.process = subprocess.Popen(
             [sys.executable, *launcher, *program, *map(str, arguments)],

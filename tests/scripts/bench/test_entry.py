@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +11,11 @@ import pytest
 from scripts.bench.entry import run_script
 from tests.support.commands import ROOT, TORCHRUN
 
-SCRIPTS = {path.name: path.read_text() for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()}
+SCRIPTS = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path.read_text()
+    for path in (ROOT / "scripts").rglob("*.py")
+    if "__main__" in path.read_text()
+}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -18,6 +23,24 @@ def test_every_script_says_a_mistake_in_one_line(name):
     """No page of usage before it, and no traceback."""
     assert re.search(r"sys\.exit\((run_rank\(lambda: )?run_script\(main\)", SCRIPTS[name])
     assert "ArgumentParser(" not in SCRIPTS[name]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_answers_as_a_module(monkeypatch, capsys, name):
+    """`python -m scripts.bench.latency --help`; and its own page names itself in no other way."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+    assert f"-m {name}" in SCRIPTS[name]
+
+
+@pytest.mark.parametrize("page", ["README.md", "Makefile", ".ci/run", "docs", "scripts"])
+def test_no_page_runs_a_script_by_its_file(page):
+    """Its folder would be on the path then, and the checkout not."""
+    pages = [ROOT / page] if (ROOT / page).is_file() else [*(ROOT / page).rglob("*.md"), *(ROOT / page).rglob("*.py")]
+    by_file = re.compile(r"(?:python3?|torchrun)\b[^\n]*[ /]scripts/[\w/]+\.py")
+    assert pages and [match[0] for file in pages for match in by_file.finditer(file.read_text())] == []
 
 
 @pytest.mark.parametrize(
