@@ -1,6 +1,6 @@
 """Runs cases on the real engine and keeps tokens and logits: in this process, or on the ranks of one torchrun launch.
 
-    python -m torch.distributed.run --standalone --nproc-per-node N -m tests.support.oracle.engine_runs FOLDER CASE_ID...
+    torchrun --standalone --nproc-per-node N -m tests.support.oracle.engine_runs FOLDER CASE_ID...
 
 A rank goes over all cases, one LLM after another; rank 0 writes FOLDER/CASE_ID.safetensors after each.
 """
