@@ -138,6 +138,22 @@ def test_the_number_of_sequences_is_planned_where_none_is_given():
     assert held == open_plan.max_num_seqs
 
 
+@pytest.mark.parametrize("num_pages, held", [(256, 1), (257, 2), (384, 2), (385, 3), (10_000, 4)])
+def test_a_page_holds_no_sequence(num_pages, held):
+    """The first one, to which padding is written."""
+    made = plan("Llama-3-8B", 40, num_pages=num_pages, max_num_seqs=4)
+    assert most_seqs(made.kept, made.residency, 2048) == held
+
+
+def test_a_head_that_is_the_embedding_is_not_coded():
+    """Whose rows are gathered from it."""
+    tied, untied = (plan(model, 24, weights_code="lossless") for model in ("Llama-3.2-1B", "Llama-3-8B"))
+    assert tied.spec.tied and not untied.spec.tied
+    layers = {group for group, _ in tied.demand.groups[:-1]}
+    assert tied.demand.coded.keys() == layers
+    assert untied.demand.coded.keys() == dict(untied.demand.groups).keys()
+
+
 def test_a_job_says_its_number():
     assert EngineConfig().for_job(3).max_num_seqs == 3
     assert EngineConfig().for_job(1000).max_num_seqs == 256
@@ -236,6 +252,8 @@ def check_plan(made: EnginePlan) -> None:
     kept = residency.resident_bytes + residency.host_bytes
     assert kept == sum(held.values()) + made.layout.embed.nbytes
     assert made.step_plan.streamed_bytes == residency.streamed_bytes
+    work = pass_work(made)
+    assert work.streamed_bytes + work.resident_bytes == sum(held.values())  # of the embedding a few rows are read
     assert residency.ring.ring_bytes <= max(default_ring_bytes(list(residency.streamed)), made.demand.ring_bytes or 0)
     assert dict(residency.claims)["KV cache"] == residency.num_pages * made.demand.page_bytes
     assert made.step_plan.decode_buffer_bytes <= dict(residency.claims).get("decode buffer", 0)
