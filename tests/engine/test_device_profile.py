@@ -87,6 +87,8 @@ def test_what_is_said_wins_over_what_was_measured():
     given = plan_rates(EngineConfig(link_gb_s=12.0), 4, "cuda")
     assert given.link_gb_s == 12.0 and given.source == "measured: NVIDIA H200, 4 ranks, 2026-11-21, link as given"
     assert plan_rates(EngineConfig(), 8, "cuda").source == "assumed: h200"
+    assert plan_rates(EngineConfig(), 4, "cuda").node_latency_s
+    assert plan_rates(EngineConfig(enforce_eager=True), 4, "cuda").node_latency_s is None  # no graphs
     assert plan_rates(EngineConfig(), 4, "cpu").source == "assumed: cpu"
 
 
