@@ -227,6 +227,13 @@ def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
     assert asked.max_num_seqs == 12  # beside the longest, which was asked for
 
 
+def test_a_cpu_plans_as_many_sequences_as_its_cache_holds():
+    """By hand: a GiB where none is given, and 64 MiB for each."""
+    asked = long_demand(0, memory_bytes=None, max_model_len=2048)
+    settled, residency = plan_fastest(asked, Cost((), H200), coded=False)
+    assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == 16
+
+
 def test_the_ring_that_was_asked_for_is_kept_to():
     groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
     groups += ((GroupId(4, "head"), 1 << 30),)
