@@ -131,6 +131,7 @@ def test_all_but_an_embedding_that_does_not_fit_stays():
 def test_the_number_of_sequences_is_planned_where_none_is_given():
     open_plan, asked = plan("Llama-3-8B", 18), plan("Llama-3-8B", 18, max_num_seqs=256)
     assert 1 < open_plan.max_num_seqs < 256 == asked.max_num_seqs
+    assert plan("Llama-3-8B", 18, max_num_seqs=open_plan.max_num_seqs).residency == open_plan.residency
     assert tokens_s(open_plan) >= tokens_s(asked)  # which claims memory for the activations of 256 rows
     assert plan("Llama-3-8B", 100).max_num_seqs == 256
     assert plan("Llama-3-8B", 100, max_num_batched_tokens=40).max_num_seqs <= 40

@@ -216,7 +216,9 @@ def long_demand(gib: float, **changes) -> Demand:
     return replace(asked, fixed=asked.fixed_of(256), **changes)
 
 
-@pytest.mark.parametrize("gib, full", [(5.0, False), (7.9, False), (8.2, False), (8.9, False), (9.1, True)])
+@pytest.mark.parametrize(
+    "gib, full", [(5.0, False), (7.9, False), (7.90625, False), (8.2, False), (8.9, False), (9.1, True)]
+)
 def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
     """By hand: a ring of 4 GiB, a page, and 80 MiB for each sequence; the longest one alone takes 4 GiB and 16 MiB."""
     settled, residency = plan_fastest(long_demand(gib), Cost((), H200), coded=False)
