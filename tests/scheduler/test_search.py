@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.device_profile import load_profile
 from scheduler.code_choice import CodeOffer, choose_code
 from scheduler.demand import Demand, Split
-from scheduler.family import Cost
+from scheduler.family import Cost, Family
 from scheduler.pass_work import PassShape, PassWork, StepWork
 from scheduler.plan_build import default_ring_bytes
 from scheduler.search import most_per_second, plan_fastest
@@ -114,6 +114,15 @@ def check(asked: Demand, cost: Cost, coded: bool) -> None:
     assert residency.claimed_bytes <= asked.memory_bytes
     assert num_seqs / seconds_of(asked, cost, residency.split, num_seqs) >= 0.99 * best
     assert settled.max_num_seqs == (num_seqs if asked.plans_num_seqs else asked.max_num_seqs)
+
+
+@settings(max_examples=40)
+@given(demands(), st.booleans())
+def test_no_ring_is_smaller_than_the_bound_by_which_splits_are_dismissed(case, coded):
+    family = Family(*case, coded)
+    for stay in itertools.product(*(kind.stay for kind in family.kinds)):
+        streamed = sum((kind.total - count) * kind.kept_bytes for count, kind in zip(stay, family.kinds))
+        assert family._least_ring(stay, streamed) <= family._ring(stay)
 
 
 @settings(max_examples=60)
