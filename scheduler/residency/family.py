@@ -241,8 +241,7 @@ class Family:
 
     def _used_bytes(self, found: Found) -> int:
         split = self.split(found)
-        demand = self.demand
-        return demand.weights_bytes(split) + demand.usual_ring_bytes(split) + demand.claims_bytes(split)
+        return self.demand.weights_bytes(split) + self.demand.usual_ring_bytes(split)
 
     def split(self, found: Found) -> Split:
         """The groups behind the numbers."""

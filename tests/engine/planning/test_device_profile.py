@@ -42,6 +42,8 @@ def test_a_probe_is_a_profile(tp_size, link):
     assert rates.link_gb_s == pytest.approx(link)
     assert rates.source == "measured: NVIDIA H200, 4 ranks, 2026-11-21"
     assert (rates.memory_gb_s, rates.gemm_tflops, rates.memory_bytes) == (4100.0, 730.0, 141 * 10**9)
+    assert rates.decoding_gb_s == 2000.0  # of the slowest rank, like the others
+    assert rates.pass_latency_s == load_profile("h200").pass_latency_s > 0  # which needs a model
 
 
 def test_decode_s_reduces_and_steps_are_in_graphs_where_there_are_graphs():
@@ -85,6 +87,8 @@ def test_what_is_said_wins_over_what_was_measured():
     given = plan_rates(EngineConfig(link_gb_s=12.0), 4, "cuda")
     assert given.link_gb_s == 12.0 and given.source == "measured: NVIDIA H200, 4 ranks, 2026-11-21, link as given"
     assert plan_rates(EngineConfig(), 8, "cuda").source == "assumed: h200"
+    assert plan_rates(EngineConfig(), 4, "cuda").node_latency_s
+    assert plan_rates(EngineConfig(enforce_eager=True), 4, "cuda").node_latency_s is None  # no graphs
     assert plan_rates(EngineConfig(), 4, "cpu").source == "assumed: cpu"
 
 

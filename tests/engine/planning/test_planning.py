@@ -130,11 +130,28 @@ def test_all_but_an_embedding_that_does_not_fit_stays():
 def test_the_number_of_sequences_is_planned_where_none_is_given():
     open_plan, asked = plan("Llama-3-8B", 18), plan("Llama-3-8B", 18, max_num_seqs=256)
     assert 1 < open_plan.max_num_seqs < 256 == asked.max_num_seqs
+    assert plan("Llama-3-8B", 18, max_num_seqs=open_plan.max_num_seqs).residency == open_plan.residency
     assert tokens_s(open_plan) >= tokens_s(asked)  # which claims memory for the activations of 256 rows
     assert plan("Llama-3-8B", 100).max_num_seqs == 256
     assert plan("Llama-3-8B", 100, max_num_batched_tokens=40).max_num_seqs <= 40
     held = most_seqs(open_plan.kept, open_plan.residency, 2048)
     assert held == open_plan.max_num_seqs
+
+
+@pytest.mark.parametrize("num_pages, held", [(256, 1), (257, 2), (384, 2), (385, 3), (10_000, 4)])
+def test_a_page_holds_no_sequence(num_pages, held):
+    """The first one, to which padding is written."""
+    made = plan("Llama-3-8B", 40, num_pages=num_pages, max_num_seqs=4)
+    assert most_seqs(made.kept, made.residency, 2048) == held
+
+
+def test_a_head_that_is_the_embedding_is_not_coded():
+    """Whose rows are gathered from it."""
+    tied, untied = (plan(model, 24, weights_code="lossless") for model in ("Llama-3.2-1B", "Llama-3-8B"))
+    assert tied.spec.tied and not untied.spec.tied
+    layers = {group for group, _ in tied.demand.groups[:-1]}
+    assert tied.demand.coded.keys() == layers
+    assert untied.demand.coded.keys() == dict(untied.demand.groups).keys()
 
 
 def test_a_job_says_its_number():
@@ -235,6 +252,12 @@ def check_plan(made: EnginePlan) -> None:
     kept = residency.resident_bytes + residency.host_bytes
     assert kept == sum(held.values()) + made.layout.embed.nbytes
     assert made.pass_plan.streamed_bytes == residency.streamed_bytes
+    if most_seqs(made.kept, residency, made.kept.kv_len):
+        assert made.offer.cost.tokens_s(made.kept, residency) == pytest.approx(
+            tokens_s(made)
+        )  # chosen by what is shown
+    work = pass_work(made)
+    assert work.streamed_bytes + work.resident_bytes == sum(held.values())  # of the embedding a few rows are read
     assert residency.ring.ring_bytes <= max(default_ring_bytes(list(residency.streamed)), made.demand.ring_bytes or 0)
     assert dict(residency.claims)["KV cache"] == residency.num_pages * made.demand.page_bytes
     assert made.pass_plan.decompression_buffer_bytes <= dict(residency.claims).get("decompression buffer", 0)

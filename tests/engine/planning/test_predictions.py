@@ -89,11 +89,31 @@ def test_resident_decode_passes_are_the_records(name, most):
     assert rows
 
 
-@pytest.mark.parametrize("name", ["prefill_llama3_8b_2000_resident_1rank", "prefill_llama3_8b_8k_resident_1rank"])
-def test_prefill_passes_are_the_records(name):
+PREFILLS = ("prefill_llama3_8b_2000_resident_1rank", "prefill_llama3_8b_8k_resident_1rank",
+            "prefill_llama31_8b_16k_resident_1rank")  # fmt: skip
+
+
+def prefill_s(name: str) -> tuple[int, float, float]:
+    """The tokens of a prompt in one pass, the seconds predicted and measured."""
     record = record_of(name)
-    predicted = predict_pass(pass_work(plan_of(record["model"], 1)), PassShape(record["input_len"], 1, 0), rates(1))
-    assert predicted.total_s == pytest.approx(record["passes"][0]["first_token"]["first_token_s"], rel=0.1)
+    num_tokens = record["input_len"]
+    assert num_tokens <= record["max_num_batched_tokens"]
+    predicted = predict_pass(pass_work(plan_of(record["model"], 1)), PassShape(num_tokens, 1, 0), rates(1))
+    return num_tokens, predicted.total_s, record["passes"][0]["first_token"]["first_token_s"]
+
+
+@pytest.mark.parametrize("name", PREFILLS)
+def test_prefill_passes_are_the_records(name):
+    _, predicted_s, measured_s = prefill_s(name)
+    assert predicted_s == pytest.approx(measured_s, rel=0.1)
+
+
+@pytest.mark.parametrize("shorter, longer", [PREFILLS[:2], PREFILLS[1:]])
+def test_attention_is_not_predicted_shorter_than_it_was(shorter, longer):
+    """What a token of a longer prompt takes more is attention alone."""
+    (few, *few_s), (many, *many_s) = prefill_s(shorter), prefill_s(longer)
+    predicted_s, measured_s = (long_s / many - short_s / few for short_s, long_s in zip(few_s, many_s))
+    assert measured_s <= predicted_s <= 1.6 * measured_s
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId
 from penstock.scheduler.residency.compression_choice import CodeOffer, choose_code
 from penstock.scheduler.residency.demand import Demand, Split
-from penstock.scheduler.residency.family import Cost
+from penstock.scheduler.residency.family import Cost, Family
 from penstock.scheduler.residency.search import most_per_second, plan_fastest
 from penstock.scheduler.residency.spread import by_name, every
 
@@ -114,6 +114,15 @@ def check(asked: Demand, cost: Cost, compressed: bool) -> None:
     assert residency.claimed_bytes <= asked.memory_bytes
     assert num_seqs / seconds_of(asked, cost, residency.split, num_seqs) >= 0.99 * best
     assert settled.max_num_seqs == (num_seqs if asked.plans_num_seqs else asked.max_num_seqs)
+
+
+@settings(max_examples=40)
+@given(demands(), st.booleans())
+def test_no_ring_is_smaller_than_the_bound_by_which_splits_are_dismissed(case, coded):
+    family = Family(*case, coded)
+    for stay in itertools.product(*(kind.stay for kind in family.kinds)):
+        streamed = sum((kind.total - count) * kind.kept_bytes for count, kind in zip(stay, family.kinds))
+        assert family._least_ring(stay, streamed) <= family._ring(stay)
 
 
 @settings(max_examples=60)
@@ -216,7 +225,9 @@ def long_demand(gib: float, **changes) -> Demand:
     return replace(asked, fixed=asked.fixed_of(256), **changes)
 
 
-@pytest.mark.parametrize("gib, full", [(5.0, False), (7.9, False), (8.2, False), (8.9, False), (9.1, True)])
+@pytest.mark.parametrize(
+    "gib, full", [(5.0, False), (7.9, False), (7.90625, False), (8.2, False), (8.9, False), (9.1, True)]
+)
 def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
     """By hand: a ring of 4 GiB, a page, and 80 MiB for each sequence; the longest one alone takes 4 GiB and 16 MiB."""
     settled, residency = plan_fastest(long_demand(gib), Cost((), H200), compressed=False)
@@ -225,6 +236,13 @@ def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
     assert (residency.max_model_len == 2**17) == full
     (asked, _) = plan_fastest(long_demand(8.2, max_model_len=2**17), Cost((), H200), compressed=False)
     assert asked.max_num_seqs == 12  # beside the longest, which was asked for
+
+
+def test_a_cpu_plans_as_many_sequences_as_its_cache_holds():
+    """By hand: a GiB where none is given, and 64 MiB for each."""
+    asked = long_demand(0, memory_bytes=None, max_model_len=2048)
+    settled, residency = plan_fastest(asked, Cost((), H200), coded=False)
+    assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == 16
 
 
 def test_the_ring_that_was_asked_for_is_kept_to():
