@@ -62,7 +62,7 @@ def test_the_floor_is_the_entropy():
 
 
 def test_a_wrong_decoder_is_not_timed(monkeypatch):
-    monkeypatch.setattr(measure, "decode", lambda layout, blob, out: out.zero_())
-    layout, blob = benchmark_codec.encode(torch.ones(2, 2048).bfloat16())
-    with pytest.raises(RuntimeError, match="does not decode"):
+    monkeypatch.setattr(measure, "decompress", lambda layout, blob, out: out.zero_())
+    layout, blob = benchmark_codec.compress(torch.ones(2, 2048).bfloat16())
+    with pytest.raises(RuntimeError, match="does not decompress"):
         benchmark_codec.proved_decode_s(layout, blob, torch.ones(2, 2048).bfloat16())
