@@ -94,7 +94,6 @@ TORCH_FREE += (
     "engine.measure.probe_report",
     "engine.weights.headers",
     "engine.weights.read_model",
-    "engine.weights.packed_metadata",
     "penstock",
 )
 TORCH_FREE += (

@@ -33,8 +33,6 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
         "penstock.engine.commands.split",
         "generate with the large weights on an untrusted side, and count what crosses",
     ),
-    "pack": ("penstock.engine.commands.pack", "write a checkpoint with its weights compressed, or check one"),
-    "unpack": ("penstock.engine.commands.unpack", "write a packed checkpoint's original again, byte for byte"),
     "worker": ("penstock.engine.commands.worker", None),
     "split-device": ("penstock.engine.commands.split_device", None),
 }

@@ -24,9 +24,9 @@ from penstock.engine.runtime.decode import DecodePasses
 from penstock.engine.runtime.executor import Compressed, Executor
 from penstock.engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from penstock.engine.runtime.trace import RecordingTracer, Tracer
+from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.host_store import LoadedWeights, WeightSource, load_weights
-from penstock.engine.weights.packed_checkpoint import open_checkpoint
 from penstock.engine.weights.views import views
 from penstock.parallel.collectives import Collectives
 from penstock.parallel.topology import Topology
@@ -36,13 +36,12 @@ from tqdm import tqdm
 
 
 def open_source(config: EngineConfig, path: Path, plan: EnginePlan, device: torch.device) -> WeightSource:
-    """The checked checkpoint, a packed one decompressed on `device`, or random weights. Raises ValueError naming the
-    file and tensor that is wrong."""
+    """The checked checkpoint, or random weights. Raises ValueError naming the file and tensor that is wrong."""
     names = tensor_names(plan.spec)
     expected = expected_tensors(plan.spec, names)
     if config.load_format == "dummy":
         return DummyWeights(expected, config.seed)
-    checkpoint = open_checkpoint(path, device)
+    checkpoint = Checkpoint.open(path)
     checkpoint.check(expected, names.ignorable)
     return checkpoint
 

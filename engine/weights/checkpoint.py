@@ -52,12 +52,16 @@ class Checkpoint:
         missing = [name for name in expected if name not in found]
         self._refuse(missing, "missing from the checkpoint")
         wrong = [
-            f"{name} has shape {found[name].shape}, the config asks for {tuple(shape)}"
+            f"{name} has shape {found[name].shape}, the config asks for {tuple(shape)} ({found[name].file.name})"
             for name, shape in expected.items()
             if found[name].shape != tuple(shape)
         ]
         self._refuse(wrong, "with a wrong shape")
-        wrong = [f"{name} is {found[name].dtype}" for name in expected if found[name].dtype not in FILE_DTYPES]
+        wrong = [
+            f"{name} is {found[name].dtype} ({found[name].file.name})"
+            for name in expected
+            if found[name].dtype not in FILE_DTYPES
+        ]
         self._refuse(wrong, f"with a dtype other than {', '.join(FILE_DTYPES)} (quantised checkpoints are not read)")
         patterns = [re.compile(pattern) for pattern in ignorable]
         left = [name for name in found if name not in expected and not any(p.fullmatch(name) for p in patterns)]
@@ -71,7 +75,7 @@ class Checkpoint:
         """
         entry = self.entries[piece.tensor]
         dtype = FILE_DTYPES[entry.dtype]
-        with naming(entry.file, piece.tensor):
+        with _naming(entry.file, piece.tensor):
             if out.dtype == dtype:
                 num_read = self._read_rows(piece.tensor, piece.row, piece.col, out)
             else:
@@ -118,10 +122,10 @@ class Checkpoint:
         row_bytes, file_pitch = num_cols * itemsize, entry.num_cols * itemsize
         start = entry.offset + row * file_pitch + col * itemsize
         if row_bytes == file_pitch and out.is_contiguous():
-            read_exactly(fd, target, start)
+            _read_exactly(fd, target, start)
         else:
             for i in range(num_rows):
-                read_exactly(fd, target[i * pitch : i * pitch + row_bytes], start + i * file_pitch)
+                _read_exactly(fd, target[i * pitch : i * pitch + row_bytes], start + i * file_pitch)
         return num_rows * row_bytes
 
     def _read_converted(self, piece: Piece, dtype: torch.dtype, out: Tensor) -> int:
@@ -162,7 +166,7 @@ def _bytes_of(out: Tensor) -> memoryview:
 
 
 @contextlib.contextmanager
-def naming(file: Path, tensor: str) -> Iterator[None]:
+def _naming(file: Path, tensor: str) -> Iterator[None]:
     """Around reads of a tensor: what goes wrong names it and its file, as OSError or, at the file's end, ValueError."""
     try:
         yield
@@ -172,7 +176,7 @@ def naming(file: Path, tensor: str) -> Iterator[None]:
         raise ValueError(f"{file}: the file ends inside {tensor}: truncated?") from error
 
 
-def read_exactly(fd: int, target: memoryview, offset: int) -> None:
+def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
     """Fills `target` with the file's bytes from `offset` on. Raises EOFError where the file ends before."""
     done = os.preadv(fd, [target], offset)
     while done < len(target):

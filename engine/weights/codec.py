@@ -18,11 +18,10 @@ to 0.09 bits more.
 import dataclasses
 import functools
 import math
-import zlib
 
 import torch
 import torch.nn.functional as F
-from penstock.engine.kernels.codec_tile import LANE_WEIGHTS, LANES, TILE, num_escape_rows
+from penstock.engine.kernels.codec_tile import LANE_WEIGHTS, LANES, TILE
 from penstock.engine.kernels.decompress_weights import Planes, decompress_weights
 from penstock.engine.model.compressed_size import PART_BYTES, part_bytes
 from penstock.engine.model.shard import pad_to
@@ -109,10 +108,7 @@ def compress(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -
 
 def decompress(layout: CompressedLayout, blob: Tensor, out: Tensor) -> None:
     """The tensor that was compressed, bit for bit, into `out`, contiguous, of its shape and dtype, on the blob's
-    device.
-
-    The blob is trusted: `check` refuses one that is not what it should be.
-    """
+    device. The blob is trusted to be what `compress` made."""
     assert tuple(out.shape) == layout.shape and out.dtype == layout.dtype and out.is_contiguous()
     flat = out.view(-1)
     covered = 0 if layout.raw else layout.num_tiles * TILE
@@ -126,50 +122,6 @@ def warm_up(device: torch.device) -> None:
     """Compiles the decompressor's kernel, which capture forbids."""
     layout, blob = compress(torch.ones(TILE, dtype=torch.bfloat16, device=device))
     decompress(layout, blob, torch.empty(layout.shape, dtype=layout.dtype, device=device))
-
-
-def checksum(blob: Tensor) -> int:
-    """CRC-32 of the bytes."""
-    return zlib.crc32(blob.cpu().numpy())
-
-
-def check_bytes(name: str, blob: Tensor, expected: int) -> None:
-    """Raises ValueError naming the tensor unless its bytes have this checksum."""
-    found = checksum(blob)
-    if found != expected:
-        raise ValueError(f"{name}: corrupt: the checksum is {found:08x}, not {expected:08x}")
-
-
-def check(name: str, layout: CompressedLayout, blob: Tensor, expected: int) -> None:
-    """Raises ValueError naming the tensor unless the blob has this layout and checksum."""
-    if blob.dtype != torch.uint8 or blob.ndim != 1 or not blob.is_contiguous():
-        raise ValueError(
-            f"{name}: compressed weights are bytes in a row, not {blob.dtype} of shape {tuple(blob.shape)}"
-        )
-    if not layout.raw and layout.dtype != torch.bfloat16:
-        raise ValueError(f"{name}: {layout.dtype} is kept raw, only torch.bfloat16 is compressed")
-    if len(blob) < layout.nbytes:
-        raise ValueError(f"{name}: truncated: {len(blob)} of {layout.nbytes} bytes of compressed weights")
-    if len(blob) > layout.nbytes:
-        raise ValueError(
-            f"{name}: corrupt: {len(blob)} bytes, but {layout.nbytes} for {layout.dtype} of shape {layout.shape}"
-        )
-    check_bytes(name, blob, expected)
-    if not layout.raw:
-        _check_planes(name, layout.planes(blob))
-
-
-def _check_planes(name: str, planes: Planes) -> None:
-    """What the decompressor would follow out of bounds; a right checksum of wrong bytes is for those who write them."""
-    escapes = (planes.codes & planes.codes >> 1 & 0x55).view(-1, LANES * 4)
-    escapes = sum((escapes >> shift & 1).sum(1) for shift in (0, 2, 4, 6))
-    if not torch.equal(planes.escape_starts, F.pad(escapes.cumsum(0), (1, 0)).int()):
-        raise ValueError(f"{name}: corrupt: its tiles do not have the escapes that their codes ask for")
-    if len(planes.escapes) != num_escape_rows(int(planes.escape_starts[-1])):
-        raise ValueError(f"{name}: corrupt: its codes ask for another number of escapes than there are")
-    starts = planes.patch_starts
-    if starts[0] != 0 or starts[-1] != len(planes.patches) or bool((starts.diff() < 0).any()):
-        raise ValueError(f"{name}: corrupt: the patches of its tiles do not follow each other")
 
 
 def _filled(layout: CompressedLayout, parts: dict[str, Tensor], out: Tensor) -> Tensor:

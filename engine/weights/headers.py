@@ -73,16 +73,16 @@ def has_weights(directory: Path) -> bool:
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one file. Raises ValueError naming the file, and the tensor if one is at fault."""
-    return parse_header(file, read_header_text(file), file.stat().st_size)
+    text, size = _read_text(file), file.stat().st_size
+    header = _parse(file, text)
+    header.pop("__metadata__", None)
+    _check_lengths(f"{file}: corrupt header", header)
+    entries = {name: _entry(file, name, info, 8 + len(text), size) for name, info in header.items()}
+    _check_overlaps(entries)
+    return entries
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
-    """What the header says beside its tensors. Raises ValueError naming the file if it has no header."""
-    metadata = _parse(file, read_header_text(file)).get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def read_header_text(file: Path) -> bytes:
+def _read_text(file: Path) -> bytes:
     """The header's bytes, padding included. Raises ValueError naming the file if it is too short for one, or if the
     header is longer than the format allows."""
     with open_file(file) as stream:
@@ -97,16 +97,6 @@ def read_header_text(file: Path) -> bytes:
                 "truncated, or not a safetensors file"
             )
         return stream.read(header_bytes)
-
-
-def parse_header(file: Path, text: bytes, size: int | None = None) -> dict[str, TensorEntry]:
-    """The tensors of a file with this header and `size` bytes (None: as many as it takes); `file` is for errors."""
-    header = _parse(file, text)
-    header.pop("__metadata__", None)
-    _check_lengths(f"{file}: corrupt header", header)
-    entries = {name: _entry(file, name, info, 8 + len(text), size) for name, info in header.items()}
-    _check_overlaps(entries)
-    return entries
 
 
 def _indexed_entries(index: Path) -> dict[str, TensorEntry]:
@@ -146,7 +136,7 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(file: Path, name: str, info: object, data_start: int, size: int | None) -> TensorEntry:
+def _entry(file: Path, name: str, info: object, data_start: int, size: int) -> TensorEntry:
     try:
         dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
@@ -155,7 +145,7 @@ def _entry(file: Path, name: str, info: object, data_start: int, size: int | Non
         sound = False
     if not sound or start > stop:
         raise ValueError(f"{file}: corrupt header: {name} is described as {reprlib.repr(info)}")
-    if size is not None and data_start + stop > size:
+    if data_start + stop > size:
         raise ValueError(f"{file}: truncated: {name} ends at byte {data_start + stop}, but the file has {size} bytes")
     bits = DTYPE_BITS.get(dtype)
     if bits is not None and (stop - start) * 8 != math.prod(shape) * bits:

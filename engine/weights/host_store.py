@@ -15,7 +15,7 @@ import concurrent.futures
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -26,7 +26,6 @@ from penstock.engine.weights.blocks import Block, WeightSource, cut_blocks
 from penstock.engine.weights.compressed_group import CompressedGroup, compress_group
 from penstock.engine.weights.host_arena import check_host_memory
 from penstock.engine.weights.span_memory import CudaSpans, HostSpans, SpanMemory, Staging, span_bytes
-from penstock.engine.weights.threads import single_threaded_ops
 from penstock.engine.weights.views import byte_range
 from penstock.scheduler.passes.pass_plan import GroupId
 from torch import Tensor
@@ -128,7 +127,7 @@ class _Reader:
         self._staging = Staging(device, num_threads) if device else None
         if self._staging:
             self._resources.callback(self._staging.close)
-        self._resources.enter_context(single_threaded_ops())
+        self._resources.enter_context(_single_threaded_ops())
         self._threads = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
         self._resources.callback(self._threads.shutdown, cancel_futures=True)
 
@@ -203,3 +202,14 @@ class _Coder:
     def _synchronize(self) -> None:
         if self._stream:
             torch.cuda.synchronize(self._device)
+
+
+@contextlib.contextmanager
+def _single_threaded_ops() -> Iterator[None]:
+    """Each thread would otherwise start a team of threads of its own for a conversion or a sum."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

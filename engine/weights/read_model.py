@@ -14,8 +14,7 @@ from penstock.engine.model.config_fields import states_dtype
 from penstock.engine.model.families import FAMILIES, config_file, read_config, read_spec, without_prefix
 from penstock.engine.model.spec import ModelSpec, TensorNames
 from penstock.engine.user_files import open_file, read_json
-from penstock.engine.weights.headers import DTYPES, TensorEntry, has_weights
-from penstock.engine.weights.packed_metadata import Packing, find_packings
+from penstock.engine.weights.headers import DTYPES, TensorEntry, find_entries, has_weights
 from penstock.scheduler.units import MIB, show_value
 
 COMPARED_BYTES = 8 * MIB  # at a time
@@ -37,7 +36,7 @@ class Model:
 
 def read_model(path: str | Path, dummy: bool = False) -> Model:
     """The model of a checkpoint's directory; with `dummy` that of a config.json, or of a directory's, whatever lies
-    beside it. Raises ValueError as read_spec and find_packings do, and naming the file, for weights that are quantised
+    beside it. Raises ValueError as read_spec and find_entries do, and naming the file, for weights that are quantised
     or lack their head."""
     path = Path(path)
     told = _read_config(path)
@@ -95,13 +94,13 @@ def _as_configured(path: Path, model: Model, has_dtype: bool) -> Model:
 
 
 def _as_stored(directory: Path, model: Model, has_dtype: bool) -> Model:
-    entries, packings = find_packings(directory)
+    entries = find_entries(directory)
     spec, notes = model.spec, list(model.notes)
     names = _names(directory, spec, entries)
     tied = spec.tied
     if tied and names.head in entries and names.embed not in entries:
         names = replace(names, embed=names.head)  # the same matrix, saved once
-    elif tied and names.head in entries and not _are_equal(entries, packings, names.head, names.embed):
+    elif tied and names.head in entries and not _are_equal(entries[names.head], entries[names.embed]):
         tied = False
         notes.append(f"{names.head} is not the embedding, though tie_word_embeddings is true: it is a head of its own")
     dtype = spec.dtype if has_dtype else _first_dtype(entries)
@@ -129,13 +128,10 @@ def _first_dtype(entries: Mapping[str, TensorEntry]) -> str:
     return next((DTYPES[entry.dtype] for _, entry in ordered if entry.dtype in DTYPES), "float32")
 
 
-def _are_equal(entries: Mapping[str, TensorEntry], packings: Mapping[Path, Packing], name: str, other: str) -> bool:
-    """Whether two tensors have the same bytes; of a packed checkpoint, the same checksums of them."""
-    first, second = entries[name], entries[other]
+def _are_equal(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    if packings:
-        return packings[first.file].original_checksums(name) == packings[second.file].original_checksums(other)
     with open_file(first.file) as left, open_file(second.file) as right:
         left.seek(first.offset)
         right.seek(second.offset)

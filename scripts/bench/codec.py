@@ -21,9 +21,8 @@ from penstock.engine.commands.flags import Parser
 from penstock.engine.measure.rates import GPU_BYTES, decompress_seconds, link_buffers, link_gb_s, seconds
 from penstock.engine.model.shard import Piece
 from penstock.engine.planning.engine_plan import find_model
-from penstock.engine.weights.checkpoint import FILE_DTYPES
+from penstock.engine.weights.checkpoint import FILE_DTYPES, Checkpoint
 from penstock.engine.weights.codec import CompressedLayout, compress
-from penstock.engine.weights.packed_checkpoint import open_checkpoint
 from penstock.parallel.collectives import Solo
 from penstock.parallel.launch import run_rank
 from penstock.parallel.topology import resolve_topology
@@ -66,7 +65,7 @@ SOURCES: tuple[Callable[[tuple[int, int], torch.device], Tensor], ...] = (
 
 def checkpoint_tensors(model: str, device: torch.device) -> Iterator[Tensor]:
     """Every tensor as bf16 (rows, columns) on the device. Raises ValueError naming one that is quantised."""
-    with open_checkpoint(find_model(model), device) as checkpoint:
+    with Checkpoint.open(find_model(model)) as checkpoint:
         for name, entry in checkpoint.entries.items():
             if entry.dtype not in FILE_DTYPES:
                 raise ValueError(f"--model {model}: {name} is {entry.dtype}, not one of {', '.join(FILE_DTYPES)}")

@@ -65,7 +65,7 @@ BOUNDS = {
     "permute": ("", "columns"),
     "permute_key": ("zz", "00"),
 }
-NEEDED = {"generate": ("--prompt", "a"), "split": ("--prompt", "a")} | dict.fromkeys(("pack", "unpack"), ("--out", "o"))
+NEEDED = {"generate": ("--prompt", "a"), "split": ("--prompt", "a")}
 BYTES = ("gpu_memory", "ring")
 WRITERS = (("probe", "--output"), ("profile", "--plot"), ("generate", "--prompt", "a", "--trace"))
 

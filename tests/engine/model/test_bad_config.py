@@ -238,9 +238,9 @@ def test_commands_name_the_config_s_file_and_field(tmp_path, capsys, command):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["plan", "generate", "pack"])
+@pytest.mark.parametrize("command", ["plan", "generate"])
 def test_a_cache_s_root_gets_a_hint(tmp_path, capsys, command):
-    more = {"plan": [], "generate": ["--prompt", "x"], "pack": ["--out", str(tmp_path / "out")]}[command]
+    more = {"plan": [], "generate": ["--prompt", "x"]}[command]
     root = tmp_path / "models--org--name"
     for part in ("blobs", "refs", "snapshots/0123abc"):
         (root / part).mkdir(parents=True)

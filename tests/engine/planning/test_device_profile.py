@@ -42,7 +42,7 @@ def test_a_probe_is_a_profile(tp_size, link):
     assert rates.link_gb_s == pytest.approx(link)
     assert rates.source == "measured: NVIDIA H200, 4 ranks, 2026-11-21"
     assert (rates.memory_gb_s, rates.gemm_tflops, rates.memory_bytes) == (4100.0, 730.0, 141 * 10**9)
-    assert rates.decoding_gb_s == 2000.0  # of the slowest rank, like the others
+    assert rates.decompressing_gb_s == 2000.0  # of the slowest rank, like the others
     assert rates.pass_latency_s == load_profile("h200").pass_latency_s > 0  # which needs a model
 
 

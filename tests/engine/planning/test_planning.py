@@ -145,9 +145,9 @@ def test_a_page_holds_no_sequence(num_pages, held):
     assert most_seqs(made.kept, made.residency, 2048) == held
 
 
-def test_a_head_that_is_the_embedding_is_not_coded():
+def test_a_head_that_is_the_embedding_is_not_compressed():
     """Whose rows are gathered from it."""
-    tied, untied = (plan(model, 24, weights_code="lossless") for model in ("Llama-3.2-1B", "Llama-3-8B"))
+    tied, untied = (plan(model, 24, weights_compression="lossless") for model in ("Llama-3.2-1B", "Llama-3-8B"))
     assert tied.spec.tied and not untied.spec.tied
     layers = {group for group, _ in tied.demand.groups[:-1]}
     assert tied.demand.coded.keys() == layers

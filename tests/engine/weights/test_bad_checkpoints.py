@@ -10,7 +10,7 @@ import torch
 from penstock.engine.weights.checkpoint import Checkpoint
 from safetensors.torch import save_file
 
-from tests.support.odd_checkpoints import write_indexed
+from tests.support.indexed_checkpoint import write_indexed
 
 SHAPES = {"a.weight": (6, 8), "b.weight": (4, 8), "norm.weight": (8,)}
 IGNORABLE = (r".*\.inv_freq", r"head\.weight")
@@ -229,6 +229,12 @@ def eight_bit_floats(directory):
     save_file(make_tensors() | {"a.weight": weight}, directory / "model.safetensors")
 
 
+def packed(directory):
+    """As earlier versions packed a checkpoint: a compressed tensor is bytes in a row."""
+    tensors = make_tensors() | {"a.weight": torch.ones(70, dtype=torch.uint8)}
+    save_file(tensors, directory / "other.safetensors", metadata={"penstock_packed": "1"})
+
+
 def unexpected_tensor(directory):
     save_file(make_tensors() | {"lora.weight": torch.ones(1)}, directory / "model.safetensors")
 
@@ -282,8 +288,9 @@ BAD = [
     (no_safetensors, r"no safetensors file \(there: pytorch_model\.bin\); other formats, .*are not read"),
     (several_without_index, r"several safetensors files but no model\.safetensors\.index\.json"),
     (missing_tensor, r"2 tensor\(s\) missing from the checkpoint: b\.weight, norm\.weight"),
-    (wrong_shape, r"b\.weight has shape \(8, 4\), the config asks for \(4, 8\)"),
-    (integer_weights, r"dtype other than F32, BF16, F16 .*: b\.weight is I8"),
+    (wrong_shape, r"b\.weight has shape \(8, 4\), the config asks for \(4, 8\) \(model\.safetensors\)$"),
+    (packed, r"a\.weight has shape \(70,\), the config asks for \(6, 8\) \(other\.safetensors\)$"),
+    (integer_weights, r"dtype other than F32, BF16, F16 .*: b\.weight is I8 \(model\.safetensors\)$"),
     (wrong_dtype, r"dtype other than F32, BF16, F16 .*: a\.weight is F64"),
     (eight_bit_floats, r"dtype other than F32, BF16, F16 .*: a\.weight is F8_E4M3"),
     (unexpected_tensor, r"1 tensor\(s\) that this model does not have: .*: lora\.weight$"),

@@ -1,6 +1,8 @@
 """Reading of safetensors: rectangles against the safetensors library, and values that are not finite."""
 
+import json
 import os
+import struct
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ from penstock.engine.weights import checkpoint as checkpoint_module
 from penstock.engine.weights.checkpoint import Checkpoint
 from safetensors.torch import load_file, save_file
 
-from tests.support.odd_checkpoints import write_indexed
+from tests.support.indexed_checkpoint import write_indexed
 
 SHAPES = {"a.weight": (6, 8), "b.weight": (4, 8), "norm.weight": (8,)}
 IGNORABLE = (r".*\.inv_freq", r"head\.weight")
@@ -113,6 +115,26 @@ def test_ignorable_tensors_are_skipped_whatever_their_dtype(tmp_path):
     extra = {"rotary.inv_freq": torch.ones(3, dtype=torch.float64), "head.weight": torch.ones(2, 2, dtype=torch.int8)}
     save_file(make_tensors() | extra, tmp_path / "model.safetensors")
     open_checked(tmp_path).close()
+
+
+def test_a_header_as_no_library_writes_it_is_read(tmp_path):
+    """Indented and padded, with metadata, a dtype of tomorrow, data that is not aligned, and tensors of no bytes."""
+    tensors = {"x.inv_freq": ("F4_OF_TOMORROW", (9,), b"12345"), 'a "näme"': ("I64", (0,), b"")}
+    tensors |= {"scalar": ("F32", (), b"1234"), "empty": ("BF16", (0, 96), b"")}
+    tensors |= {name: ("F32", t.shape, t.numpy().tobytes()) for name, t in make_tensors().items()}
+    header, data = {"__metadata__": {"ü": "\\\n "}}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header, indent=2, ensure_ascii=False).encode() + b" " * 1001
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    with Checkpoint.open(tmp_path) as found:
+        assert {n: (e.dtype, e.shape, e.nbytes) for n, e in found.entries.items()} == {
+            name: (dtype, tuple(shape), len(content)) for name, (dtype, shape, content) in tensors.items()
+        }
+        for name in ("a.weight", "b.weight"):
+            out, _ = read(found, Piece(name, 0, SHAPES[name][0], 0, 8, 0), torch.float32)
+            assert torch.equal(out, make_tensors()[name])
 
 
 # --- values that are not finite --------------------------------------------------------------------------------------

@@ -1,17 +1,14 @@
-"""The lossless code: every bit pattern survives, sizes are what was promised, broken blobs are refused by name."""
-
-import dataclasses
-from functools import partial
+"""The lossless code: every bit pattern survives, sizes are what was promised, and parts agree."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.engine.kernels import decompress_weights
-from penstock.engine.kernels.codec_tile import ESCAPE_ROW
+from penstock.engine.kernels.codec_tile import num_escape_rows
 from penstock.engine.kernels.decompress_weights import COMMON, ESCAPED, TILE, WINDOW
 from penstock.engine.weights import compress_tiles
-from penstock.engine.weights.codec import CompressedLayout, check, checksum, compress, decompress
+from penstock.engine.weights.codec import CompressedLayout, compress, decompress
 from penstock.engine.weights.compress_tiles import choose_windows
 
 from tests.support.kernel_proof import DEVICE, same_bits
@@ -46,13 +43,26 @@ def scaled_rows(*shape: int) -> torch.Tensor:
     return gaussian(*shape) * torch.randn(shape[0], 1, generator=GENERATOR).exp().bfloat16().to(DEVICE)
 
 
+def assert_parts_agree(layout: CompressedLayout, blob: torch.Tensor) -> None:
+    """A decompressor that follows the starts stays within escapes and patches, and a tile has those its codes say."""
+    planes = layout.planes(blob)
+    codes = planes.codes.view(layout.num_tiles, -1)
+    escapes = sum((codes >> shift & 3 == COMMON).sum(1) for shift in (0, 2, 4, 6))
+    assert planes.escape_starts[0] == 0 and torch.equal(planes.escape_starts.diff(), escapes.int())
+    assert planes.escape_starts[-1] == layout.num_escapes
+    assert len(planes.escapes) == num_escape_rows(layout.num_escapes)
+    assert planes.patch_starts[0] == 0 and planes.patch_starts[-1] == layout.num_patches == len(planes.patches)
+    assert (planes.patch_starts.diff() >= 0).all()
+
+
 def round_trip(weights: torch.Tensor) -> CompressedLayout:
     layout, blob = compress(weights)
     assert blob.dtype == torch.uint8 and blob.device == weights.device and len(blob) == layout.nbytes
     out = torch.full_like(weights, 7.0)
     decompress(layout, blob, out)
     assert same_bits(out, weights)
-    check("w", layout, blob, checksum(blob))
+    if not layout.raw:
+        assert_parts_agree(layout, blob)
     return layout
 
 
@@ -196,96 +206,6 @@ def test_parts_lie_apart_and_aligned():
         assert offset % 16 == 0 and end <= offset < end + 16
         end = offset + nbytes
     assert layout.num_patches and layout.num_escapes and end <= layout.nbytes == len(blob) < end + 16
-
-
-def test_broken_blobs_are_refused():
-    layout, blob = compress(sown(gaussian(3, 2048), SPECIAL, 0.01))
-    good = checksum(blob)
-    with pytest.raises(ValueError, match=r"layers\.0\.w: truncated: \d+ of \d+ bytes"):
-        check("layers.0.w", layout, blob[:-16], good)
-    with pytest.raises(ValueError, match=r"w: corrupt: .* torch.bfloat16 of shape \(2, 2048\)"):
-        check("w", dataclasses.replace(layout, shape=(2, 2048)), blob, good)
-    with pytest.raises(ValueError, match="w: compressed weights are bytes in a row, not torch.bfloat16"):
-        check("w", layout, blob.view(torch.bfloat16), good)
-    with pytest.raises(ValueError, match="w: torch.float16 is kept raw"):
-        check("w", dataclasses.replace(layout, dtype=torch.float16), blob, good)
-    for place in (0, len(blob) // 2, layout.parts["windows"][0]):
-        blob[place] ^= 1
-        with pytest.raises(ValueError, match=f"w: corrupt: the checksum is [0-9a-f]{{8}}, not {good:08x}"):
-            check("w", layout, blob, good)
-        blob[place] ^= 1
-    check("w", layout, blob, good)
-
-
-@pytest.mark.parametrize(
-    ("part", "message"), [("escape_starts", "escapes"), ("codes", "escapes"), ("patch_starts", "patches")]
-)
-def test_parts_that_contradict_are_refused(part, message):
-    """A decompressor would read or write past the end, right checksum or not."""
-    layout, blob = compress(sown(gaussian(3, 2048), SPECIAL, 0.01))
-    layout.part(blob, part)[1] += 0x51
-    with pytest.raises(ValueError, match=f"w: corrupt: .*{message}"):
-        check("w", layout, blob, checksum(blob))
-
-
-def lies(layout, blob, part, change):
-    """The blob with a part of it changed, as a tensor of int32."""
-    blob = blob.clone()
-    change(layout.part(blob, part).view(torch.int32))
-    return layout, blob
-
-
-def with_escape_rows(layout, blob, more):
-    """A blob that has more or fewer rows of escapes than its codes ask for; all else is as it was."""
-    other = dataclasses.replace(layout, num_escapes=layout.num_escapes + more * ESCAPE_ROW)
-    changed = torch.zeros(other.nbytes, dtype=torch.uint8, device=blob.device)
-    for name, (_, nbytes) in other.parts.items():
-        kept = layout.part(blob, name)[:nbytes]
-        other.part(changed, name)[: len(kept)].copy_(kept)
-    return other, changed
-
-
-def raise_first_patch(starts):
-    starts[0] += 1
-
-
-def raise_patches_end(starts):
-    starts[-1] += 1
-
-
-def cross_patches(starts):
-    starts[1], starts[2] = starts[1:3].flip(0) + torch.tensor([1, 0], device=starts.device)
-
-
-def lower_escape_start(starts):
-    starts[1] -= 1
-
-
-def raise_escapes_end(starts):
-    starts[-1] += 1
-
-
-CONTRADICTIONS = {  # each is wrong in one way only, and a kernel would follow it past the end of a part
-    "patches do not begin at 0": (partial(lies, part="patch_starts", change=raise_first_patch), "patches"),
-    "patches end past the last": (partial(lies, part="patch_starts", change=raise_patches_end), "patches"),
-    "patches go backwards": (partial(lies, part="patch_starts", change=cross_patches), "patches"),
-    "a tile's escapes begin early": (partial(lies, part="escape_starts", change=lower_escape_start), "escapes"),
-    "escapes end past the last": (partial(lies, part="escape_starts", change=raise_escapes_end), "escapes"),
-    "a row of escapes less": (partial(with_escape_rows, more=-1), "another number of escapes"),
-    "a row of escapes more": (partial(with_escape_rows, more=1), "another number of escapes"),
-}
-
-
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_each_contradiction_of_parts_is_refused(name):
-    spoil, message = CONTRADICTIONS[name]
-    layout, blob = compress(sown(gaussian(4, 2048), SPECIAL, 0.01))
-    starts = layout.planes(blob).patch_starts.tolist()
-    assert 0 < starts[1] <= starts[2] < starts[3] and layout.num_escapes > 2 * ESCAPE_ROW
-    check("w", layout, blob, checksum(blob))
-    spoiled, changed = spoil(layout, blob)
-    with pytest.raises(ValueError, match=f"w: corrupt: .*{message}"):
-        check("w", spoiled, changed, checksum(changed))
 
 
 def test_a_blob_or_result_that_is_too_short_is_never_read():

@@ -2,15 +2,12 @@
 quantised. The engine reads each as transformers does."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from penstock.engine.commands import cli
-from penstock.engine.commands.pack import pack
 from penstock.engine.planning.engine_plan import find_model
-from penstock.engine.weights import packing
 from penstock.engine.weights import read_model as read_model_module
 from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.headers import INDEX, SINGLE
@@ -33,8 +30,7 @@ FAMILIES = {  # variant -> head, embedding
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(packing, "BLOCK_BYTES", 10_000)
+def small_comparisons(monkeypatch):
     monkeypatch.setattr(read_model_module, "COMPARED_BYTES", 10_000)
 
 
@@ -80,40 +76,34 @@ def generate_by_transformers(directory: Path) -> list[int]:
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_a_tied_model_s_own_head_is_read_where_it_differs(tmp_path, variant):
     head, embed = FAMILIES[variant]
-    tensors = write(tmp_path / "plain", variant, **TIED)
-    as_embedding = generate(tmp_path / "plain")
+    tensors = write(tmp_path, variant, **TIED)
+    as_embedding = generate(tmp_path)
     tensors[head] = tensors[embed].clone()
     tensors[head][-1, -1] += 1  # the very last bytes
-    rewrite(tmp_path / "plain", tensors)
-    pack(tmp_path / "plain", tmp_path / "packed", torch.device("cpu"), verified=False)
-    for directory in (tmp_path / "plain", tmp_path / "packed"):
-        model = read_model(directory)
-        assert not model.spec.tied and f"{head} is not the embedding" in model.notes[0]
+    rewrite(tmp_path, tensors)
+    model = read_model(tmp_path)
+    assert not model.spec.tied and f"{head} is not the embedding" in model.notes[0]
     tensors[head] = tensors[embed].roll(1, 1).contiguous()
-    rewrite(tmp_path / "plain", tensors)
-    shutil.rmtree(tmp_path / "packed")
-    pack(tmp_path / "plain", tmp_path / "packed", torch.device("cpu"), verified=False)
-    expected = generate_by_transformers(tmp_path / "plain")
+    rewrite(tmp_path, tensors)
+    expected = generate_by_transformers(tmp_path)
     assert expected != as_embedding
-    assert generate(tmp_path / "plain") == generate(tmp_path / "packed") == expected
+    assert generate(tmp_path) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_with_the_embedding_s_bytes_stays_tied(tmp_path, dtype):
     head, embed = FAMILIES["llama_gqa"]
-    tensors = write(tmp_path / "plain", "llama_gqa", dtype, **TIED)
-    rewrite(tmp_path / "plain", {**tensors, head: tensors[embed].clone()})
-    pack(tmp_path / "plain", tmp_path / "packed", torch.device("cpu"), verified=False)
-    for directory in (tmp_path / "plain", tmp_path / "packed"):
-        assert read_model(directory).spec.tied and read_model(directory).notes == ()
+    tensors = write(tmp_path, "llama_gqa", dtype, **TIED)
+    rewrite(tmp_path, {**tensors, head: tensors[embed].clone()})
+    model = read_model(tmp_path)
+    assert model.spec.tied and model.notes == ()
 
 
 def test_ranks_agree_on_a_head_of_its_own(tmp_path):
     head, embed = FAMILIES["llama_gqa"]
-    tensors = write(tmp_path / "plain", "llama_gqa", **TIED)
-    rewrite(tmp_path / "plain", {**tensors, head: tensors[embed].roll(1, 1).contiguous()})
-    pack(tmp_path / "plain", tmp_path / "packed", torch.device("cpu"), verified=False)
-    assert generate(tmp_path / "packed", tensor_parallel_size=2) == generate(tmp_path / "plain")
+    tensors = write(tmp_path, "llama_gqa", **TIED)
+    rewrite(tmp_path, {**tensors, head: tensors[embed].roll(1, 1).contiguous()})
+    assert generate(tmp_path, tensor_parallel_size=2) == generate(tmp_path)
 
 
 def test_a_head_that_fits_no_vocabulary_is_refused_by_name(tmp_path):
@@ -129,13 +119,12 @@ def test_a_head_that_fits_no_vocabulary_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_a_tied_model_may_keep_its_matrix_as_the_head(tmp_path, variant):
     head, embed = FAMILIES[variant]
-    tensors = write(tmp_path / "plain", variant, **TIED)
-    expected = generate(tmp_path / "plain")
+    tensors = write(tmp_path, variant, **TIED)
+    expected = generate(tmp_path)
     tensors[head] = tensors.pop(embed)
-    rewrite(tmp_path / "plain", tensors)
-    pack(tmp_path / "plain", tmp_path / "packed", torch.device("cpu"), verified=False)
-    assert generate_by_transformers(tmp_path / "plain") == expected
-    assert generate(tmp_path / "plain") == generate(tmp_path / "packed") == expected
+    rewrite(tmp_path, tensors)
+    assert generate_by_transformers(tmp_path) == expected
+    assert generate(tmp_path) == expected
 
 
 def test_what_save_model_writes_of_a_tied_model_loads(tmp_path):
@@ -154,11 +143,10 @@ def write_index(directory: Path, names) -> None:
 
 
 def test_an_index_may_name_a_tied_head_that_no_shard_has(tmp_path):
-    tensors = write(tmp_path / "plain", "qwen2", **TIED)
-    expected = generate(tmp_path / "plain")
-    write_index(tmp_path / "plain", [*tensors, "lm_head.weight"])
-    pack(tmp_path / "plain", tmp_path / "packed", torch.device("cpu"), verified=False)
-    assert generate(tmp_path / "plain") == generate(tmp_path / "packed") == expected
+    tensors = write(tmp_path, "qwen2", **TIED)
+    expected = generate(tmp_path)
+    write_index(tmp_path, [*tensors, "lm_head.weight"])
+    assert generate(tmp_path) == expected
 
 
 def test_an_untied_head_that_no_shard_has_is_missing(tmp_path):
@@ -209,14 +197,12 @@ def test_a_tensor_that_is_missing_is_named_as_the_file_would(tmp_path):
 @pytest.mark.parametrize("absent", [..., None], ids=["missing", "null"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_dtype_that_the_config_lacks_is_the_files(tmp_path, dtype, absent):
-    write(tmp_path / "plain", "llama_gqa", dtype)
-    change_config(tmp_path / "plain", dtype=absent, torch_dtype=absent)
-    pack(tmp_path / "plain", tmp_path / "packed", torch.device("cpu"), verified=False)
-    assert str(AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype) == f"torch.{dtype}"
-    for directory in (tmp_path / "plain", tmp_path / "packed"):
-        model = read_model(directory)
-        assert model.spec.dtype == dtype
-        assert model.notes == (f"{directory / 'config.json'} names no dtype: {dtype}, as the weights are",)
+    write(tmp_path, "llama_gqa", dtype)
+    change_config(tmp_path, dtype=absent, torch_dtype=absent)
+    assert str(AutoModelForCausalLM.from_pretrained(tmp_path).dtype) == f"torch.{dtype}"
+    model = read_model(tmp_path)
+    assert model.spec.dtype == dtype
+    assert model.notes == (f"{tmp_path / 'config.json'} names no dtype: {dtype}, as the weights are",)
 
 
 def test_of_several_dtypes_the_first_counts_as_in_transformers(tmp_path):

@@ -241,7 +241,7 @@ def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
 def test_a_cpu_plans_as_many_sequences_as_its_cache_holds():
     """By hand: a GiB where none is given, and 64 MiB for each."""
     asked = long_demand(0, memory_bytes=None, max_model_len=2048)
-    settled, residency = plan_fastest(asked, Cost((), H200), coded=False)
+    settled, residency = plan_fastest(asked, Cost((), H200), compressed=False)
     assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == 16
 
 
