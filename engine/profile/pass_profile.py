@@ -71,7 +71,7 @@ def profile_pass(plan: EnginePlan, shape: PassShape, ranks: list[list[Span]], pr
         nbytes[work.step] += count * work.nbytes(shape)
         flops[work.step] += count * work.flops(shape)
     nbytes["decompress"] = sum(
-        plan.kept.compressed[i.group] + i.place.nbytes for i in plan.pass_plan.decompressions
+        plan.kept.compressed[i.group] + i.slot.nbytes for i in plan.pass_plan.decompressions
     )  # read, written
     steps = [
         StepShare(

@@ -116,10 +116,10 @@ class Worker:
     def _settled(self, collectives: Collectives) -> EnginePlan:
         """The plan with the bytes that compressed groups have, now that they are known. All ranks settle on the same
         one."""
-        groups = sorted(self.weights.codes)
+        groups = sorted(self.weights.compressed)
         if not groups:
             return self.plan
-        largest = collectives.largest([self.weights.codes[group].nbytes for group in groups])
+        largest = collectives.largest([self.weights.compressed[group].nbytes for group in groups])
         return settle_plan(self.plan, dict(zip(groups, largest)))
 
     def _executor(
@@ -178,9 +178,9 @@ class Worker:
 
     def _compressed(self, ring: torch.Tensor, buffer: torch.Tensor) -> dict[GroupId, Compressed]:
         slots = dict(self.plan.residency.ring.slots)
-        places = {step.group: step.place for step in self.plan.pass_plan.decompressions}
+        places = {step.group: step.slot for step in self.plan.pass_plan.decompressions}
         compressed = {}
-        for group, code in self.weights.codes.items():
+        for group, code in self.weights.compressed.items():
             blob = slot_of(ring, slots[group])[: code.nbytes] if group in slots else self.weights.resident[group]
             compressed[group] = Compressed(code, blob, slot_of(buffer, places[group]))
         return compressed

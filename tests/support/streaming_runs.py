@@ -48,11 +48,12 @@ RANK_CASES = (
 
 @dataclass
 class Run:
-    """What one `generate` gave: logits of every pass that sampled, tokens by prompt, and the KV places of each pass."""
+    """What one `generate` gave: logits of every pass that sampled, tokens by prompt, and the KV addresses of each
+    pass."""
 
     logits: list[Tensor]
     tokens: list[list[int]]
-    places: list[Tensor]
+    addresses: list[Tensor]
 
     def same_bits(self, other: "Run") -> bool:
         pairs = zip(self.logits, other.logits, strict=True)
@@ -72,7 +73,7 @@ def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[Sampling
         do(instruction)
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":
             run.logits.append(executor.context.act["logits"].clone())
-            run.places.append(executor.context.inputs.context.places.clone())
+            run.addresses.append(executor.context.inputs.context.addresses.clone())
 
     executor.do = watched
     try:

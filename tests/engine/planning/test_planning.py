@@ -154,7 +154,7 @@ def test_the_claim_of_the_kv_cache_is_what_is_allocated(model, tp_size, dtype):
     angles = torch.empty(2, 8, spec.rope.rotary_dim // 2, dtype=getattr(torch, dtype), device="meta")
     cache = make_cache(made, 32, max(spec.num_kv_heads // tp_size, 1), angles)
     every = torch.empty(num_pages * 32, dtype=torch.int64, device="meta")
-    gathered = gather(cache.layer(0), SimpleNamespace(places=every))
+    gathered = gather(cache.layer(0), SimpleNamespace(addresses=every))
     allocated = sum(tensor.nbytes for tensor in (cache.data, *gathered))
     assert dict(made.residency.claims)["KV cache"] == allocated
 

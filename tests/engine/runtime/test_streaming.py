@@ -113,7 +113,7 @@ def test_page_order(checkpoint, resident, residency):
             llm.scheduler.check_integrity()
     assert all(run.same_bits(runs[0]) for run in runs)
     for one, other in itertools.combinations(runs, 2):
-        assert any(a.tolist() != b.tolist() for a, b in zip(one.places, other.places)), "the pages lay alike"
+        assert any(a.tolist() != b.tolist() for a, b in zip(one.addresses, other.addresses)), "the pages lay alike"
 
 
 @pytest.mark.parametrize("residency", ["all", "none"])
