@@ -50,7 +50,7 @@ class Collectives(Protocol):
         """Raise PeerLost if another rank has failed: for what polls a device that may wait for that rank."""
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
-        """Sum a contiguous tensor over ranks, in place. Equal shapes go in, the same bits come out on all."""
+        """Sums a contiguous tensor over ranks, in place. Equal shapes go in, the same bits come out on all."""
 
     def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
         """What a kernel of the caller's needs to sum `rows` (T, D) over ranks, a program a row; counted as its
@@ -69,7 +69,7 @@ class Collectives(Protocol):
         """Rank 0 gives bytes (the others None); all return them. The others wait without a timeout."""
 
     def largest(self, ints: list[int]) -> list[int]:
-        """Of the values (int64) that the ranks give, as many each, the largest in every place."""
+        """The elementwise largest of the values (int64) that the ranks give; each gives as many."""
 
     def gather_bytes(self, data: bytes) -> list[bytes] | None:
         """Every rank gives bytes; rank 0 gets them all, by rank, the others None."""
@@ -185,7 +185,7 @@ class Distributed:
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
-        """That tensors go over now; None: that of all."""
+        """The process group that tensors go over now; None is the group of all ranks."""
         return None
 
     def broadcast_ints(self, ints: list[int] | None) -> list[int]:

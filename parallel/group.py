@@ -23,9 +23,9 @@ def run_in_group(
     Rank 0 of a self-launch starts the others by `command`, with `message` (one line) on their stdin. `work` drops every
     CUDA graph that it captured. Raises ValueError for a device that is not there, RankFailed if another rank ended.
     """
-    place = launch.rank, launch.tp_size, launch.local_rank, device, launch.num_local_ranks
+    position = launch.rank, launch.tp_size, launch.local_rank, device, launch.num_local_ranks
     try:
-        topology = read_together(launch, lambda: resolve_topology(*place))
+        topology = read_together(launch, lambda: resolve_topology(*position))
         launch.start(message, command)
         with launch.guard():
             collectives = connect(topology, launch)

@@ -57,7 +57,7 @@ class Guard:
 
     @property
     def busy(self) -> bool:
-        """Is another thread inside?"""
+        """Whether another thread is inside."""
         return bool(self._inside - {threading.get_ident()})
 
     def on_failure(self, action: Callable[[], None]) -> None:

@@ -46,7 +46,7 @@ _POLL_S = 0.02
 
 @dataclass
 class Launch:
-    """This process' place among the ranks, and for rank 0 of a self-launch its children.
+    """This process' position among the ranks, and for rank 0 of a self-launch its children.
 
     `kind` is solo, torchrun, parent (rank 0 of a self-launch) or child. Only a parent has `listener`, the
     bound socket where ranks meet; `store` is where they have met (rendezvous.py). Every kind may call every

@@ -17,7 +17,7 @@ flips it. Two are enough:
 
 A kernel starts when the one before it on its rank has ended. Rank 0 pushes call n+2 after its call n+1, which waited
 for a part of rank 1's call n+1, which started after rank 1's whole call n: h0 had been read and emptied. What a call
-sums may have any size, since halves belong to whole calls, not to places.
+sums may have any size, since halves belong to whole calls, not to offsets in a half.
 
 A program waits for the same program of every peer, and pushes before it polls. MAX_PROGRAMS of them are on a device
 together, so none waits for one that cannot start. A rank that is gone leaves the others polling until the abort word,
@@ -53,7 +53,7 @@ POLLS_A_CHECK = 1024  # a turn takes less than a microsecond; the word is read o
 class PeerBuffers:
     """Where the parts of a sum meet. `words` (NUM_HALVES, size, SLOT_WORDS) int32 is this rank's memory: a slot a rank,
     which that rank writes. `others` are the addresses of the other ranks' `words`, the next rank's first. `half`
-    (MAX_PROGRAMS,) int32 holds the next call's half in every place: a program reads its own. `abort_word` (1,) int32 is
+    (MAX_PROGRAMS,) int32 holds the next call's half in every entry: a program reads its own. `abort_word` (1,) int32 is
     in host memory that the device reads."""
 
     rank: int
@@ -99,25 +99,25 @@ if triton is not None:
     _MAX_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
 
     @triton.jit
-    def load_part(words, place, inside):
+    def load_part(words, offset, inside):
         """This rank's words (W,), as they are sent."""
-        own = tl.load(words + place, mask=inside, other=0)
+        own = tl.load(words + offset, mask=inside, other=0)
         return tl.where(own == _EMPTY, _OTHER_NAN, own)
 
     @triton.jit
-    def push(own, others, place, inside, half, rank, size):
-        """Writes `own` (W,) to `place` (W,) of this rank's slot in the memory of every other rank."""
+    def push(own, others, offset, inside, half, rank, size):
+        """Writes `own` (W,) to `offset` (W,) of this rank's slot in the memory of every other rank."""
         slot = (half * size + rank) * _SLOT_WORDS
         for peer in tl.static_range(len(others)):
             there = tl.multiple_of(others[peer].to(tl.pointer_type(tl.int32)), 16) + slot
-            tl.store(there + place, own, mask=inside)
+            tl.store(there + offset, own, mask=inside)
 
     @triton.jit
-    def collect(own, words, place, inside, half, abort_word, rank, size, RANKS: tl.constexpr):
+    def collect(own, words, offset, inside, half, abort_word, rank, size, RANKS: tl.constexpr):
         """The words (RANKS, W) of all ranks, once they are there, or this rank is to wait no longer; empties them. All
         threads leave the loop together, so none empties or flips what another has yet to read."""
         peer = tl.arange(0, RANKS)[:, None]
-        slots = words + (half * size + peer) * _SLOT_WORDS + place[None, :]
+        slots = words + (half * size + peer) * _SLOT_WORDS + offset[None, :]
         awaited = (peer != rank) & (peer < size) & inside[None, :]
         kept = tl.where(peer == rank, own[None, :], 0)
         parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
@@ -144,9 +144,9 @@ if triton is not None:
 
     @triton.jit
     def flip(halves, half):
-        """Writes the next call's half to this program's place, and to its share of those that no program reads now."""
-        place = tl.arange(0, _MAX_PROGRAMS)
-        tl.store(halves + place, 1 - half, mask=place % tl.num_programs(0) == tl.program_id(0))
+        """Writes the next call's half to this program's entry, and to its share of those that no program reads now."""
+        offset = tl.arange(0, _MAX_PROGRAMS)
+        tl.store(halves + offset, 1 - half, mask=offset % tl.num_programs(0) == tl.program_id(0))
 
     @triton.jit(do_not_specialize=["rank"])
     def _push_reduce(
@@ -155,14 +155,14 @@ if triton is not None:
     ):  # fmt: skip
         dtype: tl.constexpr = out.dtype.element_ty
         PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
-        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < num_words
+        offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = offset < num_words
         half = tl.load(halves + tl.program_id(0))
-        own = load_part(part, place, inside)
+        own = load_part(part, offset, inside)
         if PUSHES:
-            push(own, others, place, inside, half, rank, size)
+            push(own, others, offset, inside, half, rank, size)
         if COLLECTS:
-            parts = collect(own, words, place, inside, half, abort_word, rank, size, RANKS)
+            parts = collect(own, words, offset, inside, half, abort_word, rank, size, RANKS)
             element = tl.program_id(0) * BLOCK * PER_WORD + tl.arange(0, BLOCK * PER_WORD)
             tl.store(out + element, sum_parts(parts, dtype), mask=element < num_words * PER_WORD)
             flip(halves, half)

@@ -1,4 +1,4 @@
-"""Units of bytes, times and rates, and all of these, counts and values as text. Torch-free.
+"""Units of bytes, times and rates, and text for these, counts and values. Torch-free.
 
 Memory is counted in powers of two (GiB), what crosses a link and its rate in powers of ten (GB, GB/s).
 """
@@ -9,22 +9,22 @@ MOST_SHOWN = 200  # characters of a value that a message shows
 
 
 def ms(seconds: float) -> float:
-    """In milliseconds."""
+    """Seconds in milliseconds."""
     return seconds * 1e3
 
 
 def us(seconds: float) -> float:
-    """In microseconds."""
+    """Seconds in microseconds."""
     return seconds * 1e6
 
 
 def gb_s(nbytes: float, seconds: float) -> float:
-    """The rate in 1e9 bytes/s."""
+    """A rate in 1e9 bytes/s."""
     return nbytes / seconds / GB
 
 
 def show_bytes(nbytes: float) -> str:
-    """In GiB, or in MiB under a tenth of one, or in bytes; always labelled."""
+    """Text of a number of bytes: in GiB, or in MiB under a tenth of a GiB, or in bytes; always labelled."""
     for unit, size in (("GiB", GIB), ("MiB", MIB)):
         if abs(nbytes) >= size / 10:
             return f"{nbytes / size:.2f} {unit}"
@@ -32,22 +32,22 @@ def show_bytes(nbytes: float) -> str:
 
 
 def show_size(nbytes: float) -> str:
-    """A round size, in MiB or KiB: as exact as it is."""
+    """Text of a round size, in MiB or KiB, with all its digits."""
     return f"{nbytes / MIB:g} MiB" if nbytes >= MIB else f"{nbytes / KIB:g} KiB"
 
 
 def show_time(seconds: float) -> str:
-    """In s or ms."""
+    """Text of a time, in s or ms."""
     return f"{seconds:.3f} s" if seconds >= 1 else f"{ms(seconds):.2f} ms"
 
 
 def show_count(number: int) -> str:
-    """In billions or millions."""
+    """Text of a count, in billions or millions."""
     return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
 
 
 def show_value(value: object) -> str:
-    """A user's value as a message names it, not too long. Python writes no integer of over 4300 digits."""
+    """Text of a user's value for a message, not too long. Python writes no integer of over 4300 digits."""
     try:
         text = repr(value)
     except ValueError:
@@ -56,5 +56,5 @@ def show_value(value: object) -> str:
 
 
 def show_text(text: str) -> str:
-    """A text of somebody who is not trusted: quoted, in one short line, without anything that a terminal would obey."""
+    """Untrusted text for a message: quoted, in one short line, without anything that a terminal would obey."""
     return ascii(text[:MOST_SHOWN]) + (f"... ({len(text)} characters)" if len(text) > MOST_SHOWN else "")

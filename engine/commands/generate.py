@@ -172,8 +172,8 @@ def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
             f"{gb_s(moved, times.measured_s):.2f} GB/s of {llm.engine.rates.link_gb_s:.2f} GB/s measured"
         )
     weights = llm.engine.worker.weights
-    if weights.codes:
-        share = sum(group.nbytes for group in weights.codes.values()) / weights.compressed_from_bytes
+    if weights.compressed:
+        share = sum(group.nbytes for group in weights.compressed.values()) / weights.compressed_from_bytes
         lines.append(
             f"{weights.compressed_from_bytes / GIB:.3f} GiB of weights a rank were compressed without loss"
             f" to {share:.1%}, at {gb_s(weights.compressed_from_bytes, weights.compress_s):.3g} GB/s"

@@ -31,7 +31,7 @@ from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.cost.time_model import free_tokens
 from penstock.scheduler.cost.timeline import predict_timeline, timeline_s
 from penstock.scheduler.passes.pass_table import render
-from penstock.scheduler.residency.compression_choice import Planned, choose_code
+from penstock.scheduler.residency.compression_choice import Planned, choose_compression
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import KV_LEN, Demand
 from penstock.scheduler.residency.residency_table import Prediction, Variant, gives_up, table
@@ -111,7 +111,7 @@ def variant(plan: EnginePlan, demand: Demand, context: int, label: str, choice: 
     """The split of another demand, with the same choice of compression or another; None if it does not fit."""
     offer = plan.offer if choice is None else dataclasses.replace(plan.offer, choice=choice)
     try:
-        return as_variant(plan, choose_code(offer, demand), context, label)
+        return as_variant(plan, choose_compression(offer, demand), context, label)
     except ValueError:
         return None
 

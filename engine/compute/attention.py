@@ -76,7 +76,7 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
 
 def gather(cache: CachedLayer, context: GatheredContext) -> tuple[Tensor, Tensor]:
     """Keys, rotated, and values of the context: (C, K, E) each."""
-    keys, values = cache.keys[context.places], cache.values[context.places]
+    keys, values = cache.keys[context.addresses], cache.values[context.addresses]
     if cache.key_rope is not None:
         for part, positions in zip(keys.split(KEYS_AT_ONCE), context.positions.split(KEYS_AT_ONCE)):
             rotate_(part, *cache.key_rope[:, positions])

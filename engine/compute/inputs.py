@@ -25,11 +25,11 @@ class RowRange:
 
 @dataclass(frozen=True)
 class GatheredContext:
-    """What rows of any length attend to: `places` are page * S + offset of all their tokens, row after row, `positions`
-    their positions. Rows of `whole` have all their context in this pass and attend to it there: they have queries, and
-    no gathered context."""
+    """What rows of any length attend to: `addresses` are page * S + offset of all their tokens, row after row,
+    `positions` their positions. Rows of `whole` have all their context in this pass and attend to it there: they have
+    queries, and no gathered context."""
 
-    places: Tensor  # (C,) int64
+    addresses: Tensor  # (C,) int64
     positions: Tensor  # (C,) int64
     query_starts: Tensor  # (R + 1,) int32
     context_starts: Tensor  # (R + 1,) int32
@@ -63,16 +63,16 @@ class CachedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class PassInputs:
-    """A batch on the device. `positions` are places in the cache, in order of age: they go into the rotation. `places`
-    are page * S + offset of the batch's own tokens."""
+    """A batch on the device. `positions` are indices in the row's cached tokens, in order of age, and set the rotation.
+    `addresses` are page * S + offset of the batch's own tokens."""
 
     tokens: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
-    places: Tensor  # (T,) int64
+    addresses: Tensor  # (T,) int64
     token_rows: Tensor  # (T,) int64: the sampler's row of each token
     context: GatheredContext | PagedContext
     select: Tensor  # (N,) int64: which tokens are sampled from
-    sampled_rows: tuple[int, ...]  # their places in the batch
+    sampled_rows: tuple[int, ...]  # the sampler's rows that are sampled
     sampled_rows_device: Tensor  # (N,) int64
     sampled_positions: Tensor  # (N,) int64: where in its sequence the token is that is being sampled
 
@@ -113,14 +113,14 @@ def bind(
     token_rows = put([row.index for row in batch.rows])[of_token]
     if any(ON_DEVICE in row.tokens for row in batch.rows):
         tokens = torch.where(tokens == ON_DEVICE, last_tokens[token_rows], tokens)
-    sampled = [(row, place) for row, place in zip(batch.rows, ranges) if row.samples]
+    sampled = [(row, queries) for row, queries in zip(batch.rows, ranges) if row.samples]
     return PassInputs(
         tokens=tokens,
         positions=positions,
-        places=_places(pages, of_token, positions + margin, page_size),
+        addresses=_addresses(pages, of_token, positions + margin, page_size),
         token_rows=token_rows,
         context=GatheredContext(
-            places=_places(pages, of_context, context_positions + margin, page_size),
+            addresses=_addresses(pages, of_context, context_positions + margin, page_size),
             positions=context_positions,
             query_starts=query_starts,
             context_starts=context_starts,
@@ -129,7 +129,7 @@ def bind(
             ranges=ranges,
             whole=tuple(row for row, alone in zip(ranges, whole) if alone),
         ),
-        select=put([place.first_query + place.num_queries - 1 for _, place in sampled]),
+        select=put([queries.first_query + queries.num_queries - 1 for _, queries in sampled]),
         sampled_rows=tuple(row.index for row, _ in sampled),
         sampled_rows_device=put([row.index for row, _ in sampled]),
         sampled_positions=put([row.start + len(row.tokens) for row, _ in sampled]),
@@ -145,5 +145,5 @@ def _ranges(batch: Batch, whole: list[bool]) -> tuple[RowRange, ...]:
     return tuple(ranges)
 
 
-def _places(pages: Tensor, rows: Tensor, entries: Tensor, page_size: int) -> Tensor:
+def _addresses(pages: Tensor, rows: Tensor, entries: Tensor, page_size: int) -> Tensor:
     return pages[rows, entries // page_size] * page_size + entries % page_size

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: every layer's keys and values, addressed by place = page * S + offset.
+"""The paged KV cache of one rank: every layer's keys and values, at address = page * S + offset.
 
 Shapes: P pages, S page size, K local KV heads, E head dim.
 Which pages a row has is the scheduler's business; page 0 belongs to nobody.
@@ -36,7 +36,7 @@ class KVCache:
 
 
 def make_cache(plan: EnginePlan, page_size: int, num_kv_heads: int, rope: Tensor) -> KVCache:
-    """That of a plan, on the device and in the dtype of its rotations `rope` (2, L, F)."""
+    """The cache of a plan, on the device and in the dtype of its rotations `rope` (2, L, F)."""
     sizes = (plan.spec.num_layers, plan.residency.num_pages, page_size, num_kv_heads, plan.spec.head_dim)
     key_rope = None if plan.retention.max_cached is None else rope
     return KVCache(*sizes, rope.dtype, rope.device, plan.retention.margin, key_rope)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Logprobs(NamedTuple):
-    """As vLLM's: of the raw logits, before penalties and temperature.
+    """Log probabilities as vLLM gives them: of the raw logits, before penalties and temperature.
 
     N is the most that any row of the batch asked for (at most V); all rows have as many.
     """
@@ -23,10 +23,11 @@ class Logprobs(NamedTuple):
     top_logprobs: Tensor  # (R, N) float32, descending
     top_ids: Tensor  # (R, N) int64, ties by the lower id
 
-    def at(self, place: int, num_top: int) -> tuple[float, int, list[tuple[int, float]]]:
-        """Of one row, on the host: the sampled token's logprob and rank, and the `num_top` first (id, logprob)."""
-        top = zip(self.top_ids[place, :num_top].tolist(), self.top_logprobs[place, :num_top].tolist())
-        return self.sampled_logprob[place].item(), int(self.sampled_rank[place]), list(top)
+    def at(self, index: int, num_top: int) -> tuple[float, int, list[tuple[int, float]]]:
+        """The values of one row on the host: the sampled token's logprob and rank, and the `num_top` first (id,
+        logprob)."""
+        top = zip(self.top_ids[index, :num_top].tolist(), self.top_logprobs[index, :num_top].tolist())
+        return self.sampled_logprob[index].item(), int(self.sampled_rank[index]), list(top)
 
 
 def logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> Logprobs:

@@ -106,7 +106,7 @@ def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
         ctx.act["attn"],
         ctx.rope,
         ctx.inputs.positions,
-        ctx.inputs.places,
+        ctx.inputs.addresses,
         cache.keys,
         cache.values,
         ctx.num_heads,
@@ -119,7 +119,7 @@ def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    """The result takes the place of q."""
+    """Attention of each token; the result overwrites q."""
     attend_(ctx.heads(), ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx])
 
 
@@ -140,7 +140,7 @@ def ffn_up(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def activation(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    """The result lies in the first I columns."""
+    """The FFN's activation; the result lies in the first I columns."""
     gated_activation(ctx.act["ffn"], ctx.spec.activation, ctx.spec.gated)
 
 
@@ -169,7 +169,7 @@ def logits_gather(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def sample(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    """The padding of the vocabulary is trimmed here."""
+    """Samples a token for each sampled row, after trimming the padding of the vocabulary."""
     inputs = ctx.inputs
     if not inputs.sampled_rows:
         return

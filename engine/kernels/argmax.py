@@ -80,9 +80,9 @@ def hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT: tl.const
     token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
     token = tl.where(tl.max(nan, 0) > 0, -1, token)
     if SPLIT:
-        place = row * tl.num_programs(0) + segment
-        tl.store(values + place, top)
-        tl.store(ids + place, token)
+        index = row * tl.num_programs(0) + segment
+        tl.store(values + index, top)
+        tl.store(ids + index, token)
     else:
         tl.store(tokens + row, token.to(tl.int64))
 

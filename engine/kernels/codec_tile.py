@@ -1,4 +1,4 @@
-"""The tile of the lossless code of weights (decompress_weights.py) in numbers. Torch-free: bytes are planned without
+"""The tile of the lossless codec of weights (decompress_weights.py) in numbers. Torch-free: bytes are planned without
 torch."""
 
 LANES, LANE_WEIGHTS = 128, 16

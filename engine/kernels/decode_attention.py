@@ -1,4 +1,4 @@
-"""Attention of a decode step over the paged KV cache, split along the context, for CUDA graphs.
+"""Attention of a decode pass over the paged KV cache, split along the context, for CUDA graphs.
 
 Shapes: R rows, Q tokens a row, H/K local query/KV heads, E head dim, P pages, S page size, N segments a row,
 M = H/K * Q queries of a KV head, padded to a power of two and to the 16 that tl.dot wants.
@@ -59,7 +59,7 @@ def decode_attention(
     page_table (R, max pages) int32: entries behind a row's context may be anything. context_lens (R,) int32 include
     the row's Q tokens, which are the last of its context; 0: a padded row, whose result is zeros. `out` may be `q`.
     partials: fp32, partials_size numbers. No segment is shorter than min_segment tokens. The first `margin` entries of
-    a row's first page are no tokens. key_rope (2, L, F): cos and sin by which keys are rotated here, each by its place
+    a row's first page are no tokens. key_rope (2, L, F): cos and sin by which keys are rotated here, each by its index
     in its row's context, 0, 1, ... L - 1; the first 2F dims rotate, by halves. Products and sums are rounded to the
     dtype of the keys, as where they are rotated before they are cached.
     """
@@ -127,8 +127,8 @@ def decode_attention_reference(
     for row, context in enumerate(context_lens.tolist()):
         reach = NO_WINDOW if window is None else window
         key = torch.arange(max(0, context - num_queries + 1 - reach), context, device=q.device)  # (C,) what is seen
-        places = page_table[row].long()[(key + margin) // page_size] * page_size + (key + margin) % page_size
-        k, v = keys[places], values[places]  # (C, K, E)
+        addresses = page_table[row].long()[(key + margin) // page_size] * page_size + (key + margin) % page_size
+        k, v = keys[addresses], values[addresses]  # (C, K, E)
         if key_rope is not None:
             rotate_(k, *key_rope[:, key])
         k, v = (part.to(dtype).repeat_interleave(group, dim=1) for part in (k, v))  # (C, H, E)
@@ -208,9 +208,9 @@ def _attend_segment(
     for start in tl.range(begin, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         entry, ahead = key + MARGIN, key + BLOCK < end
-        place = pages.to(tl.int64) * S + entry % S
+        address = pages.to(tl.int64) * S + entry % S
         pages = tl.load(table + (entry + BLOCK) // S, mask=ahead, other=0)  # a turn ahead of k and v
-        start_of, there = (place * num_kv_heads + kv_head)[:, None] * E, key < end
+        start_of, there = (address * num_kv_heads + kv_head)[:, None] * E, key < end
         if F:
             angles = rope + key[:, None] * F
             cos = _columns(angles, f, there, F).to(tl.float32)

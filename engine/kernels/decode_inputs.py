@@ -2,7 +2,7 @@
 
 Shapes: R rows, P pages of a row, S page size.
 A row of the table (R, PAGES + P) int32 is its token (or a number that stands for the row's last sampled one), where
-that is in its sequence, the row's place in the sampler, the length of its context with the token, which is the last in
+that is in its sequence, the row's index in the sampler, the length of its context with the token, which is the last in
 it, and its page table, of whose first page `margin` entries are empty.
 """
 
@@ -19,11 +19,11 @@ BLOCK = 128
 
 
 class DecodeInputs(NamedTuple):
-    """Of each row: (R,) int64, lengths int32."""
+    """The inputs of each row: (R,) int64, lengths int32."""
 
     tokens: Tensor
     positions: Tensor
-    places: Tensor  # page * S + offset
+    addresses: Tensor  # page * S + offset
     rows: Tensor
     sampled_positions: Tensor
     lengths: Tensor
@@ -49,7 +49,7 @@ def derive_inputs_reference(
     values = DecodeInputs(
         tokens=torch.where(tokens == on_device, last_tokens[rows], tokens),
         positions=positions,
-        places=pages * page_size + entries % page_size,
+        addresses=pages * page_size + entries % page_size,
         rows=rows,
         sampled_positions=starts + 1,
         lengths=lengths,
@@ -75,7 +75,7 @@ _TOKEN, _START, _ROW, _LENGTH, _PAGES = (tl.constexpr(column) for column in (TOK
 
 @triton.jit
 def _derive(
-    table, table_row, last_tokens, tokens, positions, places, rows, sampled_positions, lengths, num_rows,
+    table, table_row, last_tokens, tokens, positions, addresses, rows, sampled_positions, lengths, num_rows,
     ON_DEVICE: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
@@ -92,7 +92,7 @@ def _derive(
     token = tl.where(waiting, tl.load(last_tokens + owner, mask=inside & waiting, other=0), token)
     tl.store(tokens + row, token, mask=inside)
     tl.store(positions + row, position, mask=inside)
-    tl.store(places + row, page * S + (position + MARGIN) % S, mask=inside)
+    tl.store(addresses + row, page * S + (position + MARGIN) % S, mask=inside)
     tl.store(rows + row, owner, mask=inside)
     tl.store(sampled_positions + row, start + 1, mask=inside)
     tl.store(lengths + row, length, mask=inside)

@@ -8,7 +8,7 @@ ones.
 
 All but the patches are in stored order, chosen for the decompressor: a lane's mantissas are one 16-byte load, its codes
 one word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the
-places from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a
+positions from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a
 prefix sum of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
 Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, 20 instructions a weight, three
 4-byte gathers a lane; one level of 3 bits takes 10 and no gather, for 3.5 % more bytes. 2 warps a tile: 40 registers.
@@ -25,8 +25,8 @@ from torch import Tensor
 calls = {"reference": 0, "triton": 0}
 COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3
 WINDOW = COMMON + ESCAPED
-PATCH_PLACE = 5  # bits before it, for up to 23 windows
-BLOCK_TILES = 1024  # that plain torch handles at a time: up to 60 bytes a weight of temporaries
+PATCH_SHIFT = 5  # bits before it, for up to 23 windows
+BLOCK_TILES = 1024  # tiles that plain torch handles at a time: up to 60 bytes a weight of temporaries
 NUM_WARPS = 4
 
 
@@ -36,7 +36,7 @@ class Planes(NamedTuple):
     mantissas: Tensor  # (N, LANES, LANE_WEIGHTS) uint8
     codes: Tensor  # (N, LANES, 4) uint8
     escapes: Tensor  # (G, 12) uint8: ESCAPE_ROW a row, and padding to num_escape_rows
-    patches: Tensor  # (P,) int16: place in the tile << PATCH_PLACE | times
+    patches: Tensor  # (P,) int16: index in the tile << PATCH_SHIFT | times
     escape_starts: Tensor  # (N + 1,) int32
     patch_starts: Tensor  # (N + 1,) int32
     windows: Tensor  # (N, 2) uint8: first exponent, how many below the common ones
@@ -89,9 +89,9 @@ def _decompress_tiles(planes: Planes, first: int, out: Tensor) -> None:
     out.copy_(natural_order((mantissas & 0x80) << 8 | exponents << 7 | mantissas & 0x7F))
     patched = planes.patches[patches[0] : patches[-1]].int() & 0xFFFF
     tile = torch.repeat_interleave(torch.arange(len(out), device=out.device), patches.diff())
-    places = tile, patched >> PATCH_PLACE
-    bits, more = out[places].int(), (patched & (1 << PATCH_PLACE) - 1) * WINDOW << 7
-    out[places] = (bits & ~0x7F80 | bits + more & 0x7F80).short()
+    patched_at = tile, patched >> PATCH_SHIFT
+    bits, more = out[patched_at].int(), (patched & (1 << PATCH_SHIFT) - 1) * WINDOW << 7
+    out[patched_at] = (bits & ~0x7F80 | bits + more & 0x7F80).short()
 
 
 def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
@@ -198,8 +198,8 @@ def _decompress_tile(
     tl.store(out_words + LANES * 4 + four, words_1)
     for patch in tl.range(first, last, LANES):
         tl.debug_barrier()  # a patch lies where another thread has written
-        place = out + (patched >> 5 & 0x7FF)
-        bits = tl.load(place, mask=patch + lane < last, other=0).to(tl.int32)
+        pointer = out + (patched >> 5 & 0x7FF)
+        bits = tl.load(pointer, mask=patch + lane < last, other=0).to(tl.int32)
         bits = bits & ~0x7F80 | bits + ((patched & 31) * 11 << 7) & 0x7F80
-        tl.store(place, bits.to(tl.int16), mask=patch + lane < last)
+        tl.store(pointer, bits.to(tl.int16), mask=patch + lane < last)
         patched = tl.load(patches + patch + LANES + lane, mask=patch + LANES + lane < last, other=0).to(tl.int32)

@@ -3,8 +3,8 @@
 Shapes: T tokens in the batch, I local FFN width.
 Rounds where transformers does: the activation's result to the model's dtype before the product; gelu_new and gelu_fast,
 which transformers writes in Python, after every operation. exp and tanh are the device's fast ones: in fp32 they differ
-from torch's by a few ulp, in bf16 and fp16 a last bit differs now and then. The thread that writes a place is the only
-one that reads it, so in place is safe. Tried: nothing else yet.
+from torch's by a few ulp, in bf16 and fp16 a last bit differs now and then. The thread that writes an element is the
+only one that reads it, so working in place is safe. Tried: nothing else yet.
 """
 
 import functools
@@ -124,11 +124,11 @@ def _activate_rows(
     wait_for_inputs(OVERLAPS)
     dtype: tl.constexpr = ffn.dtype.element_ty
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place, inside = ffn + tl.program_id(0).to(tl.int64) * ffn_row + column, column < width
-    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    pointer, inside = ffn + tl.program_id(0).to(tl.int64) * ffn_row + column, column < width
+    gate = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(pointer + width, mask=inside, other=0.0).to(tl.float32)
     result = _activate(gate, KIND, dtype).to(dtype)
     if GATED:
         result = (result.to(tl.float32) * up).to(dtype)
-    tl.store(place, result, mask=inside)
+    tl.store(pointer, result, mask=inside)

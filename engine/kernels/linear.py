@@ -1,4 +1,4 @@
-"""out = x @ w.T (+ bias): a Triton GEMV for the one row of a small decode step, cuBLAS for more.
+"""out = x @ w.T (+ bias): a Triton GEMV for the one row of a small decode pass, cuBLAS for more.
 
 Shapes: T tokens in the batch, N output columns, D input width.
 Both add up in fp32, the bias too, and round once. At T = 1 a linear is a read of its weight: cuBLAS takes it at 90 % of

@@ -18,7 +18,7 @@ from penstock.engine.kernels.triton_door import tl, triton
 
 @functools.cache
 def options(device: torch.device) -> dict[str, Any]:
-    """Of a kernel's launch, OVERLAPS among them, which the kernel takes as a tl.constexpr."""
+    """Options of a kernel's launch, OVERLAPS among them, which the kernel takes as a tl.constexpr."""
     overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAPS": overlaps} | ({"launch_pdl": True} if overlaps else {})
 

@@ -1,4 +1,4 @@
-"""An all-reduce, the residual add and the norm behind it, for the few rows of a decode step, in one launch.
+"""An all-reduce, the residual add and the norm behind it, for the few rows of a decode pass, in one launch.
 
 Shapes: T tokens in the batch, D hidden, W 32-bit words of a row.
 It is parallel/push_reduce.py, with a program a row, and residual_norm: the sum of the ranks' parts is rounded as the
@@ -62,19 +62,19 @@ def _reduce_add_and_norm(
     dtype: tl.constexpr = x.dtype.element_ty
     PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     row, word = tl.program_id(0), tl.arange(0, BLOCK)
-    place, there = row * (D // PER_WORD) + word, word < D // PER_WORD
+    offset, there = row * (D // PER_WORD) + word, word < D // PER_WORD
     column = tl.arange(0, BLOCK * PER_WORD)
     inside = column < D
     if COLLECTS:
         factors, offsets = load_weights(weight, bias, column, inside, BIAS)
     wait_for_inputs(OVERLAPS)
     half = tl.load(halves + row)
-    own = load_part(delta, place, there)
+    own = load_part(delta, offset, there)
     if PUSHES:
-        push(own, others, place, there, half, rank, size)
+        push(own, others, offset, there, half, rank, size)
     if COLLECTS:
         values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-        parts = collect(own, words, place, there, half, abort_word, rank, size, RANKS)
+        parts = collect(own, words, offset, there, half, abort_word, rank, size, RANKS)
         values = (values + sum_parts(parts, dtype).to(tl.float32)).to(dtype)
         tl.store(x + row * x_row + column, values, mask=inside)
         normed = norm_row(values.to(tl.float32), inside, factors, offsets, eps, dtype, D, LAYER, BIAS)

@@ -20,7 +20,7 @@ def rope_append(
     attn: Tensor,
     table: Tensor,
     positions: Tensor,
-    places: Tensor,
+    addresses: Tensor,
     keys: Tensor,
     values: Tensor,
     num_heads: int,
@@ -30,15 +30,15 @@ def rope_append(
     eps: float,
     appends_rotated: bool = True,
 ) -> None:
-    """Rotates q and k in attn (T, (H + 2K) E) in place and writes k and v to keys and values (P * S, K, E) at places
+    """Rotates q and k in attn (T, (H + 2K) E) in place and writes k and v to keys and values (P * S, K, E) at addresses
     (T,), k as it was before the rotation if not `appends_rotated`. `table` (2, L, F) holds cos and sin; `q_norm`,
     `k_norm` (E,) are both there or both None."""
     run = _rope_append_triton if attn.is_cuda else rope_append_reference
-    run(attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated)
+    run(attn, table, positions, addresses, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated)
 
 
 def rope_append_reference(
-    attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
+    attn, table, positions, addresses, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
 ):
     """The same in plain torch."""
     calls["reference"] += 1
@@ -51,12 +51,12 @@ def rope_append_reference(
             scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
             part.copy_(weight * scaled.to(part.dtype))
     if not appends_rotated:
-        keys.index_copy_(0, places, k)
+        keys.index_copy_(0, addresses, k)
     for part in (q, k):
         rotate_(part, cos, sin)
     if appends_rotated:
-        keys.index_copy_(0, places, k)
-    values.index_copy_(0, places, v)
+        keys.index_copy_(0, addresses, k)
+    values.index_copy_(0, addresses, v)
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -69,19 +69,19 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _rope_append_triton(
-    attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
+    attn, table, positions, addresses, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
 ):
     require_triton("rope_append on a GPU", "device='cpu'")
     dim, half, total = keys.shape[2], table.shape[2], num_heads + 2 * num_kv_heads
     assert attn.shape[1] == total * dim and 2 * half <= dim, "attn is not (T, (H + 2K) E), or more rotates than E"
     assert (q_norm is None) == (k_norm is None), "norms of q and k come together"
-    rows = [t for t in (attn, table, keys, values, q_norm, k_norm, positions, places) if t is not None]
+    rows = [t for t in (attn, table, keys, values, q_norm, k_norm, positions, addresses) if t is not None]
     assert all(t.stride(-1) == 1 for t in rows), "rope_append: the last dim of every tensor must have stride 1"
     assert len({t.dtype for t in rows[:-2]}) == 1, "rope_append: attn, table, cache and norms have one dtype"
     calls["triton"] += 1
     heads = min(max(TILE // triton.next_power_of_2(dim), 1), triton.next_power_of_2(total))
     _rotate_and_append[(attn.shape[0], triton.cdiv(total, heads))](
-        *(attn, table, positions, places, keys, values, q_norm, k_norm, eps),
+        *(attn, table, positions, addresses, keys, values, q_norm, k_norm, eps),
         *(attn.stride(0), *table.stride()[:2], *keys.stride()[:2], *values.stride()[:2]),
         *(num_heads, num_kv_heads, dim, half, q_norm is not None, appends_rotated),
         *(heads, triton.next_power_of_2(half), triton.next_power_of_2(dim - 2 * half) if dim > 2 * half else 0),
@@ -113,7 +113,7 @@ def _append(x, key, value, column, inside, is_k, is_v):
 
 @triton.jit
 def _rotate_and_append(
-    attn, table, positions, places, keys, values, q_norm, k_norm, eps,
+    attn, table, positions, addresses, keys, values, q_norm, k_norm, eps,
     attn_row, table_part, table_row, key_row, key_head, value_row, value_head,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, NORMS: tl.constexpr, ROTATED: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -130,9 +130,9 @@ def _rotate_and_append(
     angles = table + tl.load(positions + token) * table_row + half
     cos = tl.load(angles, mask=half < F, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(angles + table_part, mask=half < F, other=0.0).to(tl.float32)[None, :]
-    place = tl.load(places + token)
-    key = keys + place * key_row + (head - H)[:, None] * key_head
-    value = values + place * value_row + (head - H - K)[:, None] * value_head
+    address = tl.load(addresses + token)
+    key = keys + address * key_row + (head - H)[:, None] * key_head
+    value = values + address * value_row + (head - H - K)[:, None] * value_head
     if REST:
         rest = 2 * F + tl.arange(0, REST)
         beside = there & (rest < E)[None, :]

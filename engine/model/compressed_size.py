@@ -8,12 +8,13 @@ from penstock.engine.model.layout import ALIGN, GroupLayout, Weight
 from penstock.engine.model.shard import pad_to
 
 PART_BYTES = 16  # every part of a blob starts at a multiple, and so does every blob in its group's
-WEIGHT_BITS = 10  # of a compressed weight that is neither escaped nor patched
+WEIGHT_BITS = 10  # bits of a compressed weight that is neither escaped nor patched
 ESCAPE_BITS = 3
-# Of a weight in a tile: Gaussian ones take 10.76 to 10.89, Student-t(4) 10.95 to 11.04, Laplace 11.12 to 11.19.
+# Planned bits of a weight in a tile: Gaussian ones take 10.76 to 10.89, Student-t(4) 10.95 to 11.04, Laplace 11.12 to
+# 11.19.
 PLANNED_BITS = 11.25
 SPREAD_BYTES = 64  # beside them: in a few tiles it takes no average, and a tile's bytes deviate by 12
-CODED_DTYPE = "bfloat16"
+COMPRESSED_DTYPE = "bfloat16"
 
 
 def part_bytes(num_weights: int, num_escapes: int, num_patches: int) -> dict[str, int]:
@@ -39,10 +40,10 @@ def planned_bytes(layout: GroupLayout) -> int:
 
 
 def _planned_weight_bytes(weight: Weight) -> int:
-    """What PLANNED_BITS leave beside WEIGHT_BITS is planned as escapes."""
+    """Planned bytes of one weight; the difference of PLANNED_BITS and WEIGHT_BITS is planned as escapes."""
     part = weight.parts[0]
     raw = pad_to(part.nbytes, PART_BYTES)
-    if part.dtype != CODED_DTYPE or part.nbytes < 2 * TILE:
+    if part.dtype != COMPRESSED_DTYPE or part.nbytes < 2 * TILE:
         return raw
     num_weights = part.nbytes // 2
     escape_bits = int((PLANNED_BITS - WEIGHT_BITS) * TILE * (num_weights // TILE))

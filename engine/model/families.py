@@ -1,6 +1,6 @@
 """The model families, as data: config.json -> ModelSpec, and the names of the checkpoint's tensors.
 
-Torch-free: no torch, no transformers, so that `penstock plan` starts in no time. A family is one entry of FAMILIES: its
+Free of torch and transformers, so that `penstock plan` starts at once. A family is one entry of FAMILIES: its
 tensor names, transformers' defaults for keys that its config leaves out, and a small function for what sets it
 apart. What would change the math and is not implemented is refused by name; nothing is guessed.
 """

@@ -27,9 +27,9 @@ MOST_FUSED_WIDTH = 4096
 
 
 def fused_runs(tp_size: int, hidden_size: int) -> Runs:
-    """What pays. Reduces join their residuals up to MOST_FUSED_WIDTH: on four H200s a row of 2048 takes 3.3 us and not
-    4.2, one of 4096 the same or 0.6 less, one of 8192 6.3 and not 4.9: one program pushes and polls a whole row, where
-    the reduce alone has several."""
+    """The runs of steps whose fusion pays. Reduces join their residuals up to MOST_FUSED_WIDTH: on four H200s a row of
+    2048 takes 3.3 us and not 4.2, one of 4096 the same or 0.6 less, one of 8192 6.3 and not 4.9: one program pushes and
+    polls a whole row, where the reduce alone has several."""
     if tp_size == 1:
         return FUSED_ON_ONE_RANK
     return FUSED_OVER_RANKS if hidden_size <= MOST_FUSED_WIDTH else FUSED
@@ -48,7 +48,7 @@ def fuse(steps: list[Compute], runs: Runs) -> list[Compute]:
 
 def join(first: Compute, second: Compute) -> Compute:
     """One instruction that does both, with the layer and the group of the part that reads weights. An activation that
-    lives between them only is not there any more."""
+    lives only between them is left out."""
     assert first.group is None or second.group in (None, first.group), f"{first} and {second} read different groups"
     owner = second if second.group is not None else first
     before, after = dict(first.effects), dict(second.effects)
@@ -59,7 +59,7 @@ def join(first: Compute, second: Compute) -> Compute:
 
 
 def _merged(first: str | None, second: str | None) -> str:
-    """What two effects on one activation come to. Destroyed by the first part and created by the second, it lives
+    """The joined effect of two steps on one activation. One that the first destroys and the second creates lives
     through both."""
     if first is None or second is None:
         return first or second

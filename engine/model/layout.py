@@ -186,12 +186,12 @@ class _Cutter:
         wanted = [("q", head) for head in query_heads]
         wanted += [("k", head) for head in shard.kv_heads] + [("v", head) for head in shard.kv_heads]
         pieces: list[Piece] = []
-        for place, (which, head) in enumerate(wanted):
+        for index, (which, head) in enumerate(wanted):
             if "qkv" in names:  # GPT-NeoX: one tensor, laid out [head][q, k, v][dim]
                 source, row = names["qkv"], (head * 3 + "qkv".index(which)) * spec.head_dim
             else:
                 source, row = names[which], head * spec.head_dim
-            piece = Piece(f"{source}.{suffix}", row, spec.head_dim, 0, num_cols, place * spec.head_dim)
+            piece = Piece(f"{source}.{suffix}", row, spec.head_dim, 0, num_cols, index * spec.head_dim)
             _append_joined(pieces, piece)
         rows = len(wanted) * spec.head_dim
         return Weight(name, ShardKind.COLUMN, (rows,) if suffix == "bias" else (rows, num_cols), tuple(pieces))

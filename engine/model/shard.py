@@ -21,7 +21,7 @@ class ShardKind(Enum):
 
 @dataclass(frozen=True)
 class Piece:
-    """The rectangle rows [row, row+num_rows) x columns [col, col+num_cols) of a checkpoint tensor, and the place
+    """The rectangle rows [row, row+num_rows) x columns [col, col+num_cols) of a checkpoint tensor, and the indices
     (to_row, to_col) of its first element in the rank's local weight. A 1-D tensor of n elements counts as (n, 1).
     """
 

@@ -1,7 +1,7 @@
-"""What a model is, as data. Torch-free: no torch, no files; `families.py` fills it in from a config.json.
+"""What a model is, as data. Torch-free, and reads no files; `families.py` fills it in from a config.json.
 
-A `ModelSpec` says everything that changes the math or the bytes of a pass, and by which names the checkpoint's tensors
-go; every later component (layout, plan, planner, kernels) reads it and never the config again.
+A `ModelSpec` says everything that changes the math or the bytes of a pass, and names the
+checkpoint's tensors; every later component (layout, plan, planner, kernels) reads it and never the config again.
 """
 
 from dataclasses import dataclass

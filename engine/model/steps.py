@@ -30,7 +30,7 @@ def model_steps(spec: ModelSpec) -> list[Compute]:
 
 
 def sums_over_ranks(step: Compute) -> bool:
-    """Is the step an all-reduce, or one that holds one?"""
+    """Whether the step is an all-reduce or contains one."""
     return any(part.endswith("allreduce") for part in step.parts)
 
 

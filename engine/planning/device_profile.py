@@ -18,8 +18,8 @@ from penstock.engine.user_files import read_json
 from penstock.scheduler.cost.time_model import PROFILES, Rates, profile_rates, with_link
 from penstock.scheduler.units import gb_s
 
-KERNELS_A_STEP = 10  # that an eager step costs the host, in the mean
-NODES_A_STEP = 1.4  # that a step of a captured pass costs beside its bytes; an H200 takes 1.5 us, and 1.1 for a node
+KERNELS_A_STEP = 10  # launches of kernels that an eager step costs the host, in the mean
+NODES_A_STEP = 1.4  # nodes that a captured step costs beside its bytes; an H200 takes 1.5 us, and 1.1 for a node
 ASSUMED = {"cuda": "h200", "cpu": "cpu"}  # the built-in profile of a type of device
 
 
@@ -28,7 +28,7 @@ class Probe:
     """What was measured on a group of ranks: lists are by rank. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
 
     `link_gb_s`: the slowest of the first 1, 2, ... ranks while these copy at once. `node_s`: a kernel more in a CUDA
-    graph (None: no CUDA). `reduces`: a row a size, as engine.runtime.reduce_times has them; empty for one rank.
+    graph (None: no CUDA). `reduces`: a row a size, as engine.measure.reduce_times has them; empty for one rank.
     """
 
     device: str
@@ -146,4 +146,4 @@ def save_profile(profile: dict[str, Any], path: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); --output FILE chooses another place") from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); --output FILE chooses another file") from None

@@ -1,7 +1,7 @@
-"""Plans an engine before a byte is loaded: layout, residency, step plan and predicted passes, from config and spec.
+"""Plans an engine before a byte is loaded: layout, residency, pass plan and predicted passes, from config and spec.
 
-Torch-free: no torch, so that `penstock plan` runs on a laptop; the engine itself calls the same function, so the truth
-stands once. Everything is for one rank; all ranks plan alike (spans have the same sizes on every rank).
+Torch-free, so that `penstock plan` runs on a laptop; the engine itself calls the same function. Everything is for one
+rank; all ranks plan alike (spans have the same sizes on every rank).
 """
 
 import os
@@ -31,7 +31,7 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import PassTime, Rates, launch_s, predict_pass, step_s
 from penstock.scheduler.passes.build import make_plan
 from penstock.scheduler.passes.pass_plan import Compute, GroupId, PassPlan
-from penstock.scheduler.residency.compression_choice import CodeOffer, choose_code, settle
+from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression, settle
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.family import Cost
@@ -42,7 +42,7 @@ from penstock.scheduler.residency.search import plan_fastest
 class EnginePlan:
     """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
     `activations_bytes`. `demand` is what was asked for and `offer` how weights may be compressed, to plan variants;
-    `kept` is the demand with what was settled, of which `residency` is. `steps` are what a rank does in a pass, each
+    `kept` is the settled demand, and `residency` its residency. `steps` are what a rank does in a pass, each
     with the number of times that it occurs. `notes` say in a sentence each what a user should know of it."""
 
     spec: ModelSpec
@@ -51,7 +51,7 @@ class EnginePlan:
     rates: Rates
     layout: ModelLayout
     demand: Demand
-    offer: CodeOffer
+    offer: CompressionOffer
     kept: Demand
     retention: Retention
     residency: Residency
@@ -89,8 +89,8 @@ def make_engine_plan(
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
     counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
     demand = _demand(config, claims, memory_budget(config, device_memory))
-    offer = CodeOffer(config.weights_compression, Cost(counted, rates))
-    kept, residency = choose_code(offer, demand)
+    offer = CompressionOffer(config.weights_compression, Cost(counted, rates))
+    kept, residency = choose_compression(offer, demand)
     offsets, total = claims.activations(kept.max_num_seqs)
     return EnginePlan(
         spec=spec,
@@ -103,7 +103,7 @@ def make_engine_plan(
         kept=kept,
         retention=demand.retention,
         residency=residency,
-        pass_plan=_step_plan(steps, layout, residency),
+        pass_plan=_pass_plan(steps, layout, residency),
         steps=counted,
         activation_offsets=offsets,
         activations_bytes=total,
@@ -122,7 +122,7 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         max_num_seqs=config.most_seqs,
         max_position=spec.max_position,
         resident=config.resident,
-        compressed={group.id: planned_bytes(group) for group in _codable(config, spec, layout, claims.dtype)},
+        compressed={group.id: planned_bytes(group) for group in _compressible(config, spec, layout, claims.dtype)},
         buffer_bytes=claims.decompression_buffer,
         memory_bytes=budget,
         fixed=claims.fixed(config.most_seqs),
@@ -164,18 +164,18 @@ def _most_cached(config: EngineConfig, retention: Retention) -> int | None:
     return min(bounds, default=None)
 
 
-def _step_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> PassPlan:
+def _pass_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> PassPlan:
     decompressed = {group.id: group.nbytes for group in layout.groups if group.id in residency.compressed}
     return make_plan(steps, residency.ring, decompressed)
 
 
-def _codable(config: EngineConfig, spec: ModelSpec, layout: ModelLayout, dtype: str) -> tuple[GroupLayout, ...]:
+def _compressible(config: EngineConfig, spec: ModelSpec, layout: ModelLayout, dtype: str) -> tuple[GroupLayout, ...]:
     """The groups that may be compressed: only bfloat16 shrinks enough, and a tied head is the embedding too, whose rows
-    are gathered from it. Raises ValueError if coding is asked for and impossible."""
+    are gathered from it. Raises ValueError if compression is asked for and impossible."""
     if dtype == "bfloat16":
         return layout.groups[:-1] if spec.tied else layout.groups
     if config.weights_compression == "lossless":
-        raise ValueError(f"weights_compression='lossless' codes bfloat16 weights, and dtype is {dtype}")
+        raise ValueError(f"weights_compression='lossless' compresses bfloat16 weights, and dtype is {dtype}")
     return ()
 
 
@@ -190,7 +190,7 @@ def plain_plan(plan: EnginePlan) -> EnginePlan:
 
 
 def _with(plan: EnginePlan, kept: Demand, residency: Residency) -> EnginePlan:
-    steps = _step_plan(list(plan.pass_plan.steps), plan.layout, residency)
+    steps = _pass_plan(list(plan.pass_plan.steps), plan.layout, residency)
     return replace(plan, kept=kept, residency=residency, pass_plan=steps)
 
 

@@ -32,7 +32,7 @@ PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and h
 
 @dataclass(frozen=True)
 class MemoryClaims:
-    """Of one rank of `tp_size`."""
+    """The memory claims of one rank of `tp_size`."""
 
     config: EngineConfig
     spec: ModelSpec
@@ -43,7 +43,7 @@ class MemoryClaims:
 
     @functools.cached_property
     def _steps(self) -> list[Compute]:
-        """Of a pass over two layers."""
+        """The steps of a pass over two layers."""
         num_layers = min(self.spec.num_layers, 2)
         return engine_steps(
             replace(self.spec, num_layers=num_layers, windows=self.spec.windows[:num_layers]), self.tp_size, self.on_gpu
@@ -79,8 +79,8 @@ class MemoryClaims:
 
     @property
     def page_bytes(self) -> int:
-        """Of a KV page in all layers (KVCache), and of its copy where a pass with a prompt gathers what it attends to
-        (attention.gather), one layer at a time."""
+        """Bytes of a KV page in all layers (KVCache), and of its copy where a pass with a prompt gathers what it
+        attends to (attention.gather), one layer at a time."""
         layer_bytes = kv_token_bytes(self.spec, self.dtype, self.tp_size) // self.spec.num_layers
         return self.config.page_size * layer_bytes * (self.spec.num_layers + GATHERED_LAYERS)
 
@@ -88,8 +88,8 @@ class MemoryClaims:
         """Bytes of the decompression buffer if groups of these names are compressed."""
         sizes = {group.id.name: group.nbytes for group in self.layout.groups}
         groups = {step.group for step in self._steps if step.group is not None and step.group.name in names}
-        places = lay_out_decompressed(self._steps, {group: sizes[group.name] for group in groups})
-        return max((place.end for place in places.values()), default=0)
+        slots = lay_out_decompressed(self._steps, {group: sizes[group.name] for group in groups})
+        return max((slot.end for slot in slots.values()), default=0)
 
 
 def engine_steps(spec: ModelSpec, tp_size: int, on_gpu: bool) -> list[Compute]:
@@ -100,7 +100,8 @@ def engine_steps(spec: ModelSpec, tp_size: int, on_gpu: bool) -> list[Compute]:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Of a rank's GPU, the least of all ranks: `free_bytes` is what others leave of it, the engine's own included."""
+    """Memory of a rank's GPU, the least of all ranks. `free_bytes` is what others leave; the engine's own memory counts
+    as free."""
 
     total_bytes: int
     free_bytes: int
@@ -124,7 +125,7 @@ def memory_budget(config: EngineConfig, device: DeviceMemory | None) -> int | No
 
 
 def describe_memory(config: EngineConfig, device: DeviceMemory | None) -> str | None:
-    """Whether others hold memory that the plan would have used, in a sentence."""
+    """A sentence if other processes hold memory that the plan would have used, else None."""
     if device is None or config.gpu_memory is not None:
         return None
     share = int(device.total_bytes * config.gpu_memory_utilization)

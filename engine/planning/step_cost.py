@@ -33,7 +33,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
     layer_kv_bytes = kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
 
     def touched_bytes(step: Compute, unit: str) -> int:
-        """Of the activations with a row for each of `unit`, once for each letter that reads or writes."""
+        """Bytes of the activations with a row for each of `unit`, once for each letter that reads or writes."""
         letters = {name: sum(letter in "rw" for letter in effect) for name, effect in step.effects}
         return element * sum(widths[name][1] * n for name, n in letters.items() if widths[name][0] == unit)
 

@@ -74,7 +74,7 @@ def profile_pass(
         nbytes[work.step] += count * work.nbytes(shape)
         flops[work.step] += count * work.flops(shape)
     nbytes["decompress"] = sum(
-        plan.kept.compressed[i.group] + i.place.nbytes for i in plan.pass_plan.decompressions
+        plan.kept.compressed[i.group] + i.slot.nbytes for i in plan.pass_plan.decompressions
     )  # read, written
     steps = [
         StepShare(

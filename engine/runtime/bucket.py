@@ -68,7 +68,7 @@ class Bucket:
         self.inputs = PassInputs(
             tokens=derived.tokens,
             positions=derived.positions,
-            places=derived.places,
+            addresses=derived.addresses,
             token_rows=derived.rows,
             context=PagedContext(
                 page_table=self.table[:, PAGES:],

@@ -114,10 +114,10 @@ class Worker:
 
     def _settled(self, collectives: Collectives) -> EnginePlan:
         """The plan with the bytes that compressed groups have, now that they are known; the same plan on all ranks."""
-        groups = sorted(self.weights.codes)
+        groups = sorted(self.weights.compressed)
         if not groups:
             return self.plan
-        largest = collectives.largest([self.weights.codes[group].nbytes for group in groups])
+        largest = collectives.largest([self.weights.compressed[group].nbytes for group in groups])
         return settle_plan(self.plan, dict(zip(groups, largest)))
 
     def _executor(
@@ -176,9 +176,9 @@ class Worker:
 
     def _compressed(self, ring: torch.Tensor, buffer: torch.Tensor) -> dict[GroupId, Compressed]:
         slots = dict(self.plan.residency.ring.slots)
-        outs = {step.group: step.place for step in self.plan.pass_plan.decompressions}
+        outs = {step.group: step.slot for step in self.plan.pass_plan.decompressions}
         compressed = {}
-        for group_id, group in self.weights.codes.items():
+        for group_id, group in self.weights.compressed.items():
             held = slot_of(ring, slots[group_id]) if group_id in slots else self.weights.resident[group_id]
             compressed[group_id] = Compressed(group, held[: group.nbytes], slot_of(buffer, outs[group_id]))
         return compressed

@@ -111,7 +111,7 @@ def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[Lo
 def _one_row(num_queries: int, num_context: int) -> GatheredContext:
     row = RowRange(0, num_queries, 0, num_context)
     return GatheredContext(
-        places=torch.arange(num_context),
+        addresses=torch.arange(num_context),
         positions=torch.arange(num_context),
         query_starts=torch.tensor([0, num_queries], dtype=torch.int32),
         context_starts=torch.tensor([0, num_context], dtype=torch.int32),

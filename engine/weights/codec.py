@@ -1,11 +1,11 @@
-"""A lossless code for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decompressed on a GPU.
+"""A lossless codec for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decompressed on a GPU.
 
-Signs and mantissas carry no pattern; exponents do, about 2.6 bits of it. A tile of TILE weights has its own window of
-eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3. A weight outside is compressed
-as the exponent that is whole windows away, and a patch of 16 bits says which weight and how many windows. So every
-16-bit pattern survives, and a tile is decompressed alone. The last weights, too few for a tile, are kept as they are,
-and so is a whole tensor that would not shrink or is not bf16 (of fp16, 11 bits are sign and mantissa: it would stay
-above 13.5).
+Signs and mantissas carry no pattern; exponents do: they hold about 2.6 bits each. A tile of TILE weights has its own
+window of eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3. A weight outside is
+compressed as the exponent that is whole windows away, and a patch of 16 bits says which weight and how many windows. So
+every 16-bit pattern survives, and a tile is decompressed alone. The last weights, too few for a tile, are kept as they
+are, and so is a whole tensor that would not shrink or is not bf16 (of fp16, 11 bits are sign and mantissa: it would
+stay above 13.5).
 
 A compressed tensor is one uint8 blob; a `CompressedLayout` says what lies where in it. Every part starts at PART_BYTES.
 Shapes: `kernels/decompress_weights.py`, which decompresses.
@@ -25,7 +25,7 @@ from penstock.engine.kernels.codec_tile import LANE_WEIGHTS, LANES, TILE
 from penstock.engine.kernels.decompress_weights import Planes, decompress_weights
 from penstock.engine.model.compressed_size import PART_BYTES, part_bytes
 from penstock.engine.model.shard import pad_to
-from penstock.engine.weights.compress_tiles import encode_blocks, pack_escapes
+from penstock.engine.weights.compress_tiles import compress_blocks, pack_escapes
 from penstock.engine.weights.views import byte_range
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class CompressedLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of the blob, everything counted."""
+        """Bytes of the whole blob."""
         return pad_to(sum(self.parts["rest"]), PART_BYTES)
 
     def part(self, blob: Tensor, name: str) -> Tensor:
@@ -69,7 +69,7 @@ class CompressedLayout:
         return byte_range(blob, *self.parts[name])
 
     def planes(self, blob: Tensor) -> Planes:
-        """What the decompressor takes, views of a blob from a 16-byte boundary."""
+        """The parts that the decompressor takes, as views of a blob that starts at a 16-byte boundary."""
         parts = Planes(*(self.part(blob, name) for name in Planes._fields))
         return Planes(
             parts.mantissas.view(-1, LANES, LANE_WEIGHTS),
@@ -95,7 +95,7 @@ def compress(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -
     if weights.dtype != torch.bfloat16 or not raw.num_tiles:
         return raw, _filled(raw, {"rest": flat}, out)
     tiles = flat[: raw.num_tiles * TILE].view(torch.int16).view(-1, TILE)
-    parts = encode_blocks(tiles, out, num_threads)
+    parts = compress_blocks(tiles, out, num_threads)
     counts = {"num_escapes": len(parts["escapes"]), "num_patches": len(parts["patches"])}
     layout = dataclasses.replace(raw, raw=False, **counts)
     if layout.nbytes >= raw.nbytes:

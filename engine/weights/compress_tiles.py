@@ -1,4 +1,4 @@
-"""Tiles of bf16 weights into the parts of their code (codec.py), in plain torch: the same bytes on every device.
+"""Compresses tiles of bf16 weights into the parts of a blob (codec.py), in plain torch: the same bytes on every device.
 
 What costs is what is done for each weight, so little is: a histogram of each tile's exponents decides its window, a
 table of 256 says what each exponent becomes, and the rest is bytes.
@@ -9,16 +9,16 @@ import concurrent.futures
 import torch
 import torch.nn.functional as F
 from penstock.engine.kernels.codec_tile import ESCAPE_ROW, LANE_WEIGHTS, LANES, TILE, num_escape_rows
-from penstock.engine.kernels.decompress_weights import BLOCK_TILES, COMMON, ESCAPED, PATCH_PLACE, WINDOW, stored_order
+from penstock.engine.kernels.decompress_weights import BLOCK_TILES, COMMON, ESCAPED, PATCH_SHIFT, WINDOW, stored_order
 from penstock.engine.model.compressed_size import ESCAPE_BITS
 from torch import Tensor
 
 PATCH_BITS = 16
-CPU_BLOCK_TILES = 128  # that a thread codes at a time: those that a cache holds
-LATE_PLACE, PATCHED = 2, 32  # where a marked exponent has its 3-bit code, and the bit that says that it is patched
+CPU_BLOCK_TILES = 128  # tiles that a thread compresses at a time: those that a cache holds
+LATE_SHIFT, PATCHED = 2, 32  # where a marked exponent has its 3-bit code, and the bit that says that it is patched
 
 
-def encode_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, Tensor]:
+def compress_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, Tensor]:
     """(N, TILE) int16: mantissas and codes to the start of `out`, where they always lie; returns the other parts, the
     escapes not packed yet, and numbers a tile in place of starts."""
     num_bytes = TILE * len(tiles)
@@ -36,12 +36,12 @@ def encode_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, Ten
 
 
 def _compress_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str, Tensor]:
-    """Of N tiles: mantissas (N, LANES, LANE_WEIGHTS) and codes (N, LANES, 4) into place."""
+    """Fills mantissas (N, LANES, LANE_WEIGHTS) and codes (N, LANES, 4) of N tiles; returns the other parts."""
     exponents = tiles >> 7 & 0xFF
     bins = exponents.int().add_(_first_bins(tiles))
     counts = torch.bincount(bins.view(-1), minlength=256 * len(tiles)).view(-1, 256).int()
     first, below = choose_windows(counts)
-    marks, times = _code_exponents(first, below)
+    marks, times = _mark_exponents(first, below)
     mantissas.copy_(stored_order((tiles >> 8 & 0x80 | tiles & 0x7F).byte()))
     marked = marks.view(-1).index_select(0, bins.view(-1)).view(-1, TILE)
     patched = (marked >= PATCHED).nonzero().unbind(1)
@@ -51,8 +51,8 @@ def _compress_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str
     codes.view(torch.int32)[:, :, 0] = groups[0] | groups[1] << 2 | groups[2] << 4 | groups[3] << 6
     times_at = times[patched[0], exponents[patched].long()]
     return {
-        "escapes": stored[codes_of == COMMON] >> LATE_PLACE & 7,
-        "patches": (patched[1] << PATCH_PLACE | times_at).short(),
+        "escapes": stored[codes_of == COMMON] >> LATE_SHIFT & 7,
+        "patches": (patched[1] << PATCH_SHIFT | times_at).short(),
         "escape_starts": (counts * (marks & COMMON == COMMON)).sum(1),
         "patch_starts": (counts * (times > 0)).sum(1),
         "windows": torch.stack([first, below], 1).byte().view(-1),
@@ -64,13 +64,13 @@ def _first_bins(tiles: Tensor) -> Tensor:
     return torch.arange(0, 256 * len(tiles), 256, device=tiles.device, dtype=torch.int32)[:, None]
 
 
-def _code_exponents(first: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+def _mark_exponents(first: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """What each exponent becomes in tiles of these windows: (N, 256) uint8 of its code, the 3-bit code of an escape at
-    LATE_PLACE, and PATCHED where it lies outside; and (N, 256) int32: how many windows away."""
+    LATE_SHIFT, and PATCHED where it lies outside; and (N, 256) int32: how many windows away."""
     away = torch.arange(256, device=first.device, dtype=torch.int32) - first[:, None] & 0xFF
-    place, times = away % WINDOW, away // WINDOW
-    common = place - below[:, None]
-    late = torch.where(common < 0, place, place - COMMON) << LATE_PLACE | COMMON
+    nearest, times = away % WINDOW, away // WINDOW
+    common = nearest - below[:, None]
+    late = torch.where(common < 0, nearest, nearest - COMMON) << LATE_SHIFT | COMMON
     marks = torch.where((common < 0) | (common >= COMMON), late, common)
     return (marks | (times > 0) * PATCHED).byte(), times
 
@@ -89,7 +89,7 @@ def choose_windows(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lowest_first(values: Tensor) -> Tensor:
-    """(N, up to 256) as numbers in the order of the values, of equals the first largest: 255 less its place is in the
+    """(N, up to 256) as numbers in the order of the values, of equals the first largest: 255 less its index is in the
     low 8 bits. Exact in float32, for values under 2**16."""
     return values << 8 | torch.arange(255, 255 - values.shape[1], -1, device=values.device, dtype=torch.int32)
 

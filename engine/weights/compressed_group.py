@@ -15,9 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CompressedWeight:
-    """`offset` is the weight's first byte in the span, `blob_offset` that of its blob in the group's."""
+    """Where a compressed weight lies. `offset` is its first byte in the span, `blob_offset` that of its blob in the
+    group's."""
 
-    code: CompressedLayout
+    layout: CompressedLayout
     offset: int
     blob_offset: int
 
@@ -44,8 +45,8 @@ def compress_group(
     weights, end = [], 0
     named = views(layout, span)
     for weight in layout.weights:
-        code, blob = compress(named[weight.name], memory[end:], num_threads)
-        weights.append(CompressedWeight(code, weight.parts[0].offset, end))
+        compressed, blob = compress(named[weight.name], memory[end:], num_threads)
+        weights.append(CompressedWeight(compressed, weight.parts[0].offset, end))
         end = pad_to(end + len(blob), PART_BYTES)
         if progress:
             progress(weight.parts[0].nbytes)
@@ -55,11 +56,13 @@ def compress_group(
 
 
 def decompress_group(group: CompressedGroup, blob: Tensor, span: Tensor) -> None:
-    """Every weight, bit for bit, into its place in an uncompressed span (uint8) on the blob's device; the gaps between
-    weights are not written. Both start at 256-byte boundaries, and may be longer. A weight takes one kernel, or one
-    device copy if it is raw, or both if it does not end with a tile; nothing is allocated and the host waits for
-    nothing, so that a CUDA graph can hold it (once the kernel has been compiled by a call)."""
+    """Decompresses every weight, bit for bit, to its offset in an uncompressed span (uint8) on the blob's device; the
+    gaps between weights are not written. Both start at 256-byte boundaries, and may be longer. A weight takes one
+    kernel, or one device copy if it is raw, or both if it does not end with a tile; nothing is allocated and the host
+    waits for nothing, so that a CUDA graph can hold it (once the kernel has been compiled by a call)."""
     for weight in group.weights:
-        code = weight.code
-        out = byte_range(span, weight.offset, code.numel * code.dtype.itemsize).view(code.dtype).view(code.shape)
-        decompress(code, byte_range(blob, weight.blob_offset, code.nbytes), out)
+        layout = weight.layout
+        out = (
+            byte_range(span, weight.offset, layout.numel * layout.dtype.itemsize).view(layout.dtype).view(layout.shape)
+        )
+        decompress(layout, byte_range(blob, weight.blob_offset, layout.nbytes), out)

@@ -119,7 +119,7 @@ def _levels(root: Path, own: Path) -> list[tuple[Path, str, str]]:
             continue
         base, *names = levels[1] if controllers else levels[0]
         inner = base / path.lstrip("/")
-        levels += [(place, *names) for place in (inner, *inner.parents) if place != base and base in place.parents]
+        levels += [(path, *names) for path in (inner, *inner.parents) if path != base and base in path.parents]
     return levels
 
 

@@ -34,16 +34,22 @@ Blocks = dict[concurrent.futures.Future, int]  # being read; with their bytes
 
 
 class LoadedWeights:
-    """The spans of one rank, uint8, each as long as its GroupLayout says, or as its CompressedGroup in `codes` does:
-    `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read` came from
-    files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading began and ended at these moments of
-    time.perf_counter."""
+    """The spans of one rank, uint8, each as long as its GroupLayout says, or as its CompressedGroup in `compressed`
+    does: `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read` came
+    from files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading began and ended at these
+    moments of time.perf_counter."""
 
-    def __init__(self, host: SpanMemory, resident: SpanMemory, coder: "_Coder", bytes_read: int, began_at_s: float):
+    def __init__(
+        self, host: SpanMemory, resident: SpanMemory, compressor: "_Compressor", bytes_read: int, began_at_s: float
+    ):
         self.began_at_s, self.ended_at_s = began_at_s, time.perf_counter()
         self.host_spans, self.resident, self.bytes_read = host.spans, resident.spans, bytes_read
         self.host_bytes, self.resident_bytes = host.nbytes, resident.nbytes
-        self.codes, self.compressed_from_bytes, self.compress_s = coder.codes, coder.from_bytes, coder.compress_s
+        self.compressed, self.compressed_from_bytes, self.compress_s = (
+            compressor.compressed,
+            compressor.from_bytes,
+            compressor.compress_s,
+        )
         self._host, self._resident = host, resident
 
     def close(self) -> None:
@@ -90,7 +96,7 @@ def load_weights(
         resident = CudaSpans(device_groups, compressed, device) if is_cuda else HostSpans(device_groups, compressed)
         undo.callback(resident.close)
         memory = {group.id: host if group.id in on_host else resident for group in groups}
-        coder = _Coder(device, max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+        compressor = _Compressor(device, max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
         through_device = is_cuda and span_bytes(device_groups) + span_bytes(compressed_groups) > 0
         with _Reader(source, device if through_device else None, num_threads, progress) as reader:
             blocks: Blocks = {}
@@ -98,7 +104,7 @@ def load_weights(
                 if group.id not in compressed:
                     blocks |= reader.begin(group, memory[group.id].spans[group.id])
             reader.finish(blocks)
-            coder.load(compressed_groups, reader, memory)
+            compressor.load(compressed_groups, reader, memory)
             reader.report(layout.nbytes - reader.reported_bytes)  # gaps between tensors, and rows that are zero
         if is_cuda and compressed_groups:
             codec.warm_up(device)
@@ -107,7 +113,7 @@ def load_weights(
         host.finish()
         source.finish()
         undo.pop_all()
-    return LoadedWeights(host, resident, coder, reader.bytes_read, began_at_s)
+    return LoadedWeights(host, resident, compressor, reader.bytes_read, began_at_s)
 
 
 class _Reader:
@@ -158,19 +164,19 @@ class _Reader:
         return block.fill(self._source, byte_range(span, block.offset, block.nbytes))
 
 
-class _Coder:
-    """Codes groups by way of scratch spans on the device: on CUDA one is read while the one before it is compressed; on
-    a CPU, where compressing takes all cores and most of the time, there is but one."""
+class _Compressor:
+    """Compresses groups by way of scratch spans on the device: on CUDA one is read while the one before it is
+    compressed; on a CPU, where compressing takes all cores and most of the time, there is but one."""
 
     def __init__(self, device: torch.device, num_threads: int):
-        self.codes: dict[GroupId, CompressedGroup] = {}
+        self.compressed: dict[GroupId, CompressedGroup] = {}
         self.from_bytes, self.compress_s = 0, 0.0
         self._device, self._num_threads = device, num_threads
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for an compressing
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for a compression
 
     def load(self, groups: Sequence[GroupLayout], reader: _Reader, memory: dict[GroupId, SpanMemory]) -> None:
-        """Reads and codes the groups, each into its `memory`; the largest first, for which most is needed beside it:
-        there is least on the device then."""
+        """Reads and compresses the groups, each into its `memory`; the largest first, for which most is needed beside
+        it: there is least on the device then."""
         begun: collections.deque[tuple[GroupLayout, Tensor, Blocks]] = collections.deque()
 
         def finish_oldest() -> None:
@@ -192,11 +198,11 @@ class _Coder:
         self._synchronize()
         began_at_s = time.perf_counter()
         with torch.cuda.stream(self._stream):
-            code, blob = compress_group(group, span, self._num_threads, progress)
+            compressed, blob = compress_group(group, span, self._num_threads, progress)
         self._synchronize()
         self.compress_s += time.perf_counter() - began_at_s
         self.from_bytes += group.nbytes
-        self.codes[group.id] = code
+        self.compressed[group.id] = compressed
         memory.keep(group.id, blob)
 
     def _synchronize(self) -> None:

@@ -17,7 +17,7 @@ from penstock.engine.user_files import open_file, read_json
 from penstock.engine.weights.headers import DTYPES, TensorEntry, find_entries, has_weights
 from penstock.scheduler.units import MIB, show_value
 
-COMPARED_BYTES = 8 * MIB  # at a time
+COMPARED_BYTES = 8 * MIB  # compared at a time
 # Beside config.json: files that state a quantisation, and their fields that name it where they are not null.
 QUANTISED = {
     "hf_quant_config.json": ("quant_algo", "kv_cache_quant_algo"),
@@ -58,7 +58,7 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
 
 
 def _read_config(path: Path) -> tuple[Model, bool]:
-    """And whether the config names a dtype."""
+    """The model as config.json says it, and whether that names a dtype."""
     file, config = config_file(path), read_config(path)
     spec = read_spec(config, str(file))
     for name, fields in QUANTISED.items():
@@ -123,7 +123,8 @@ def _names(directory: Path, spec: ModelSpec, entries: Mapping[str, TensorEntry])
 
 
 def _first_dtype(entries: Mapping[str, TensorEntry]) -> str:
-    """That of the first tensor of floats, by file and name, as transformers chooses it; float32 if there is none."""
+    """The dtype of the first tensor of floats, by file and name, as transformers chooses it; float32 if there is
+    none."""
     ordered = sorted(entries.items(), key=lambda item: (item[1].file, item[0]))
     return next((DTYPES[entry.dtype] for _, entry in ordered if entry.dtype in DTYPES), "float32")
 

@@ -35,7 +35,7 @@ class SpanMemory(Protocol):
 
 
 class HostSpans:
-    """In one arena, which never takes more than it holds."""
+    """Spans and blobs in one arena, which never takes more than it holds."""
 
     def __init__(
         self, groups: Sequence[GroupLayout], compressed: AbstractSet[GroupId] = frozenset(), register: bool = False
@@ -46,8 +46,8 @@ class HostSpans:
         self.spans = _cut_spans(self._arena.tensor[: self.nbytes], plain)
 
     def keep(self, group: GroupId, blob: Tensor) -> None:
-        place = byte_range(self._arena.tensor, self.nbytes, len(blob))
-        self.spans[group] = place.copy_(blob)
+        kept = byte_range(self._arena.tensor, self.nbytes, len(blob))
+        self.spans[group] = kept.copy_(blob)
         self.nbytes += len(blob)
 
     def finish(self) -> None:
@@ -61,7 +61,7 @@ class HostSpans:
 
 
 class CudaSpans:
-    """In one allocation on the device, and one more for each blob."""
+    """Spans in one allocation on the device, and each blob in an allocation of its own."""
 
     def __init__(self, groups: Sequence[GroupLayout], compressed: AbstractSet[GroupId], device: torch.device):
         plain = [group for group in groups if group.id not in compressed]
@@ -95,7 +95,7 @@ class Staging:
             self._free.put((buffer, torch.cuda.Event()))
 
     def load(self, block: Block, source: WeightSource, span: Tensor) -> int:
-        """Reads a block into its place in a span; returns the bytes read. The copy is ordered before what the device
+        """Reads a block into its bytes of a span; returns the bytes read. The copy is ordered before what the device
         is given after it has been synchronised."""
         assert block.nbytes <= BLOCK_BYTES, "a row is longer than a staging buffer"
         buffer, copied = self._free.get()

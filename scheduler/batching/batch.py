@@ -14,11 +14,11 @@ _SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row
 class BatchRow:
     """The tokens that one request computes in a pass.
 
-    `row` is its place in the batch, 0..max_num_seqs-1, kept for the request's whole life. `tokens` stand at
-    start, start + 1, ... of the sequence; ON_DEVICE among them is the row's last sampled token. Of the tokens before
-    them `num_evicted` are not cached any more. `pages` is the page table up to the last of these tokens. `samples` is
-    false for a chunk that is not the prompt's last. `sampling` is set in the request's first pass only, and drops what
-    the row's former owner left.
+    `index` is the row's number, 0..max_num_seqs-1; a request keeps it for its whole life. `tokens` stand at start,
+    start + 1, ... of the sequence; ON_DEVICE among them is the row's last sampled token. `num_evicted` tokens before
+    them are not cached any more. `pages` is the page table up to the last of these tokens. `samples` is false for a
+    chunk that is not the prompt's last. `sampling` is set in the request's first pass only, and replaces that of the
+    row's former owner.
     """
 
     index: int
@@ -31,7 +31,7 @@ class BatchRow:
 
     @property
     def num_cached(self) -> int:
-        """Tokens that are cached before the pass; the positions of the row's own go on from there."""
+        """Tokens that are cached before the pass. The positions of the row's own tokens follow theirs."""
         return self.start - self.num_evicted
 
 
@@ -56,7 +56,7 @@ class Batch:
 
     @property
     def shape(self) -> PassShape:
-        """What the time model needs to know of it."""
+        """The pass as the time model sees it."""
         cached = sum(row.num_cached for row in self.rows)
         pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
         whole = sum(len(row.tokens) for row in self.rows if not row.start and len(row.tokens) >= LEAST_WHOLE_TOKENS)
@@ -94,7 +94,7 @@ def _take(ints: Iterator[int], count: int) -> tuple[int, ...]:
 
 
 def _unpack_row(ints: Iterator[int]) -> BatchRow:
-    row, start, num_evicted, flags, num_tokens, num_pages = _take(ints, 6)
+    index, start, num_evicted, flags, num_tokens, num_pages = _take(ints, 6)
     tokens, pages = _take(ints, num_tokens), _take(ints, num_pages)
     sampling = RowSampling.unpack(_take(ints, RowSampling.PACKED_LEN)) if flags & _HAS_SAMPLING else None
-    return BatchRow(row, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted)
+    return BatchRow(index, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted)

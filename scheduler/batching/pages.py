@@ -1,6 +1,6 @@
 """Which KV pages are in use: a free list over page numbers.
 
-It knows neither what a page holds nor who holds it.
+The list knows neither what a page holds nor who holds it.
 """
 
 import random
@@ -41,7 +41,7 @@ class PagePool:
         return len(self._free)
 
     def allocate(self, num_pages: int) -> list[int]:
-        """That many free pages, now held. The caller looks at `num_free` first."""
+        """Takes this many free pages, which are held from now on. The caller looks at `num_free` first."""
         assert 0 <= num_pages <= self.num_free, f"{num_pages} pages asked, {self.num_free} free"
         pages = [self._free.pop() for _ in range(num_pages)]
         for page in pages:
@@ -56,7 +56,7 @@ class PagePool:
             self._free.append(page)
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Assert that each page is either free or named in `held`, once."""
+        """Asserts that each page is either free or named in `held`, once."""
         times_free, times_held = Counter(self._free), Counter(held)
         assert times_free[RESERVED_PAGE] == times_held[RESERVED_PAGE] == 0, "the reserved page got out"
         for page in range(RESERVED_PAGE + 1, self.num_pages):

@@ -29,7 +29,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
-    ERROR = "error"  # it could not go on; who knows why says it beside this
+    ERROR = "error"  # the request could not go on; the output carries the reason
 
 
 class RequestState(Enum):
@@ -144,9 +144,9 @@ class Request:
     """One sequence on its way through the engine (the caller expands n > 1 into n requests).
 
     The caller sets the first four fields: `seed` is resolved, 0..2**64-1.
-    Only the Scheduler changes the others. `pages` are all that hold its KV, or ever will: what lies where is the
-    retention's to say. `row` is kept from admission to the end. What a pass under way computes counts as computed;
-    the `num_unseen_tokens` that such passes sample follow the known tokens.
+    Only the Scheduler changes the others. `pages` are all the pages that its KV can ever need;
+    Retention says which tokens lie in which of them. `row` is kept from admission to the end. Tokens that a pass under
+    way computes count as computed; the `num_unseen_tokens` that such passes sample follow the known tokens.
     """
 
     id: int
@@ -184,8 +184,8 @@ class Request:
         return self.num_tokens + self.num_unseen_tokens
 
     def tokens_between(self, start: int, end: int) -> list[int]:
-        """Tokens start..end of the sequence, without joining all of it for each decoded token. At most the last of them
-        is not seen yet: ON_DEVICE."""
+        """Tokens start..end of the sequence, without joining all of it for each decoded token. Only the last of them
+        can be one that the host has not seen yet: ON_DEVICE."""
         num_prompt = len(self.prompt_token_ids)
         outputs = self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
         known = self.prompt_token_ids[start:end] + outputs
@@ -211,9 +211,9 @@ class Request:
 
 @dataclass(frozen=True)
 class RowSampling:
-    """What the sampler of each rank must know of a row; sent once, when a request gets the row.
+    """What the sampler of each rank must know of a row; it is sent once, when a request gets the row.
 
-    `temperature` is 0.0 exactly for greedy rows, and their filters are off. `num_logprobs` -1 is none.
+    `temperature` is 0.0 exactly for greedy rows, and their filters are off. `num_logprobs` -1 asks for no logprobs.
     """
 
     temperature: float

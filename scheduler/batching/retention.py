@@ -1,17 +1,17 @@
 """Which of a sequence's tokens keep their keys and values, and in which of its pages they lie. Torch-free: tokens and
 pages are ints.
 
-What a row holds is cached in order of age; a token's position is its place in that order. `KeepAll` keeps all, so that
-positions never change. `SinksAndWindow` is StreamingLLM (Xiao et al. 2023, "Efficient Streaming Language Models with
-Attention Sinks"): the first tokens and a window of recent ones, in constant memory for sequences of any length:
+A row's tokens are cached in order of age, and a token's position is its index in that order. `KeepAll` keeps all, so
+that positions never change. `SinksAndWindow` is StreamingLLM (Xiao et al. 2023, "Efficient Streaming Language Models
+with Attention Sinks"): the first tokens and a window of recent ones, in constant memory for sequences of any length:
 
     sequence   | sinks |   evicted, chunk by chunk   |  window: the last M - C + 1 .. M tokens |
     positions  0       N                             N                                         N + M
     pages      | - - sinks | pages of the window, a ring: the oldest C tokens' are written anew |
                0  margin   S
 
-Both are functions of how far a sequence has come, and of nothing else: not of the passes that computed it, nor of what
-runs beside it. So a prompt has the same outputs in any batch, and a pass that is withdrawn leaves nothing to undo.
+Both depend only on how far a sequence has come: neither on the passes that computed it nor on what runs beside it. So a
+prompt has the same outputs in any batch, and a pass that is withdrawn leaves nothing to undo.
 """
 
 from collections.abc import Sequence
@@ -22,31 +22,32 @@ from penstock.scheduler.batching.pages import pages_for
 
 
 class Retention(Protocol):
-    """`margin`: entries of a row's first page that stay empty. `max_cached`: tokens that a row holds at most, however
-    long its sequence is: their positions change, and keys are cached un-rotated. None: it holds all of them."""
+    """Which tokens of a row stay cached. `margin` entries of a row's first page stay empty. A row holds at most
+    `max_cached` tokens, however long its sequence is: their positions change, and keys are cached un-rotated. With
+    None it holds all of them."""
 
     margin: int
     max_cached: int | None
 
     def describe(self) -> str:
-        """What a user should know of it, in a clause; empty: nothing."""
+        """What a user should know of it, in a clause; empty where there is nothing to say."""
 
     def num_pages(self, num_tokens: int) -> int:
         """Pages of a sequence at its longest, `num_tokens` of it computed."""
 
     def num_evicted(self, num_tokens: int) -> int:
-        """How many tokens were evicted before the last of the first `num_tokens` was computed."""
+        """The number of tokens that were evicted before the last of the first `num_tokens` was computed."""
 
     def pass_end(self, start: int, end: int) -> int:
-        """How far one pass can compute tokens start..end: to where some must be evicted."""
+        """The end of what one pass can compute of tokens start..end: there some tokens must be evicted first."""
 
     def page_table(self, pages: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-        """Of the pages that a sequence was given, those that hold what is kept of its first `num_tokens`, in order."""
+        """Those of a sequence's `pages` that hold what is kept of its first `num_tokens`, in order."""
 
 
 @dataclass(frozen=True)
 class KeepAll:
-    """Every token, for as long as the sequence runs."""
+    """Keeps every token for as long as the sequence runs."""
 
     page_size: int
     margin = 0
@@ -70,9 +71,9 @@ class KeepAll:
 
 @dataclass(frozen=True)
 class SinksAndWindow:
-    """The first `num_sinks` tokens (N) and at most `window_tokens` (M) recent ones. The oldest of these are evicted by
-    whole pages, about a quarter of the window at a time (C): a prompt longer than the cache is computed in chunks of as
-    many tokens. Raises ValueError if the window is smaller than a page."""
+    """Keeps the first `num_sinks` tokens (N) and at most `window_tokens` (M) recent ones. The oldest of these are
+    evicted by whole pages, about a quarter of the window at a time (C): a prompt longer than the cache is computed in
+    chunks of as many tokens. Raises ValueError if the window is smaller than a page."""
 
     num_sinks: int
     window_tokens: int
@@ -96,7 +97,7 @@ class SinksAndWindow:
 
     @property
     def eviction_tokens(self) -> int:
-        """C: how many are evicted at a time."""
+        """C: the number of tokens that are evicted at a time."""
         return max(self.window_tokens // 4 // self.page_size, 1) * self.page_size
 
     def describe(self) -> str:

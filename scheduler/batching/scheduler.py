@@ -1,7 +1,7 @@
 """Which tokens run in the next pass: continuous batching with chunked prefill.
 
 `Scheduler` runs on rank 0; what it decides is a `Batch`, which reaches the other ranks as one packed message.
-It knows token counts, rows and pages, and neither text nor tensors. There is no preemption: a request is
+The scheduler knows token counts, rows and pages, and neither text nor tensors. There is no preemption: a request is
 admitted once all the pages it can ever need are free, so a running request never runs out of them. Waiting requests
 are served in the order in which they came; the head of the line is never overtaken because a later, smaller one would
 fit, so nobody starves.
@@ -10,8 +10,9 @@ fit, so nobody starves.
                        0                                                        max_num_batched_tokens
 
 Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
-ON_DEVICE; update() takes them in later, pass by pass. Only where a request ends by a token's value (end-of-sequence, a
-stop token) does it come too late: its row in the pass behind is computed for nothing.
+ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by
+a token's value (end-of-sequence, a stop token), its row in the next pass has already been scheduled and is computed
+for nothing.
 """
 
 import heapq
@@ -29,8 +30,8 @@ class Scheduler:
 
     Units: `max_num_batched_tokens` a pass, `max_model_len` prompt and output tokens of one request,
     `page_size` tokens a page, `num_pages` with the reserved page 0. `page_order_seed` shuffles the order in
-    which pages are handed out. `retention` says which tokens of a row stay cached: all, if it is not given. Raises
-    ValueError for fewer than 2 pages.
+    which pages are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given.
+    Raises ValueError for fewer than 2 pages.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Scheduler:
         return bool(self._waiting or self._running or self._under_way)
 
     def add(self, request: Request) -> None:
-        """Let a new request wait for its row.
+        """Lets a new request wait for its row.
 
         Raises ValueError if its prompt is empty or leaves no room for an output token, or if the request
         at its longest needs more pages than there are; the request has then ended, with FinishReason.ERROR.
@@ -95,7 +96,7 @@ class Scheduler:
             )
 
     def abort(self) -> None:
-        """End every request and forget the passes under way, one of which has failed."""
+        """Ends every request and forgets the passes under way, one of which has failed."""
         for request in [*self._waiting, *self._running.values()]:
             self.finish(request, FinishReason.ABORT)
         self._under_way.clear()
@@ -118,14 +119,14 @@ class Scheduler:
         return batch
 
     def is_wanted(self, batch: Batch) -> bool:
-        """Whether the pass that was scheduled last should still run, after an update: not if all its requests have
-        ended, nor if one that waits may take a row that has become free."""
+        """Whether the pass that was scheduled last should still run after an update. It should not if all its requests
+        have ended, or if a waiting request may take a row that has become free."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
         return not ended and not (self._waiting and len(self._free_rows) > self._num_free_rows)
 
     def withdraw(self, batch: Batch) -> None:
-        """The pass that was scheduled last does not run; its requests are scheduled anew, where they have not ended."""
+        """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         _, requests = self._under_way.pop()
         for row, request in zip(batch.rows, requests, strict=True):
@@ -133,7 +134,7 @@ class Scheduler:
             request.num_unseen_tokens -= row.samples
 
     def _next_requests(self) -> Iterator[Request]:
-        """Who computes, most urgent first; a waiting request is admitted when it is asked for."""
+        """The requests that compute, most urgent first; a waiting one is admitted when the iterator reaches it."""
         most = self.max_model_len
         running = [
             request for request in self._running.values() if request.num_tokens_ahead < request.most_tokens(most)
@@ -168,11 +169,11 @@ class Scheduler:
         )
 
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
-        """Take in the tokens of the oldest pass under way.
+        """Takes in the tokens of the oldest pass under way.
 
-        `sampled` has one token id for each row with `samples`, in batch order; a negative one means that there was none
-        to be had, which ends the request with FinishReason.ERROR. Returns the requests that got them, in that order;
-        those now finished hold no row and pages. For one that ended meanwhile there is None.
+        `sampled` has one token id for each row with `samples`, in batch order; a negative one means that no token
+        could be sampled, and ends the request with FinishReason.ERROR. Returns the requests that got the tokens, in
+        that order, with None for a request that ended meanwhile; finished ones hold no row and no pages.
         """
         assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
         assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
@@ -186,7 +187,7 @@ class Scheduler:
         return alive
 
     def _append(self, request: Request, token: int) -> None:
-        """Gives a request its next token, and ends it if that was its last."""
+        """Gives a request its next token, and ends the request if that was its last."""
         if token < 0:
             self.finish(request, FinishReason.ERROR)
             return
@@ -200,10 +201,10 @@ class Scheduler:
             self.finish(request, FinishReason.LENGTH)
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """End a request, waiting or running, and free its row and pages at once. (A pass under way may still write to
+        """Ends a request, waiting or running, and frees its row and pages at once. (A pass under way may still write to
         them; the next owner's passes come behind it.)
 
-        A finished one only gets the new reason: the last token it may have can complete a stop string.
+        A finished request only gets the new reason: its last token can complete a stop string.
         """
         if request.state is RequestState.WAITING:
             self._waiting.remove(request)
@@ -219,7 +220,7 @@ class Scheduler:
         return self._retention.num_pages(request.most_tokens(self.max_model_len) - 1)
 
     def check_integrity(self) -> None:
-        """Assert that rows and pages are each held once, by running requests only."""
+        """Asserts that rows and pages are each held once, by running requests only."""
         self.pool.check_integrity(page for request in self._running.values() for page in request.pages)
         assert sorted([*self._running, *self._free_rows]) == list(range(self.max_num_seqs)), "rows are lost"
         for row, request in self._running.items():

@@ -1,4 +1,4 @@
-"""What a pass has to do, apart from how fast: its shape, and the bytes, FLOPs and reduces of its steps.
+"""The work of a pass, whatever its speed: its shape, and the bytes, FLOPs and reduces of its steps.
 
 Torch-free. `engine/planning/step_cost.py` fills StepWork in from a model's layout; `time_model.py` turns it into
 seconds.
@@ -6,20 +6,21 @@ seconds.
 
 from dataclasses import dataclass
 
-KV_SHARE = 0.72  # of the memory rate, at which decode attention reads keys and values; measured at 32k tokens
-ATTENTION_SHARE = 0.6  # of the GEMM rate, that prefill attention reaches; measured: 0.48 at 2000 tokens, 0.65 at 8000
+KV_SHARE = 0.72  # decode attention reads keys and values at this share of the memory rate; measured at 32k tokens
+ATTENTION_SHARE = 0.6  # prefill attention's share of the GEMM rate; measured: 0.48 at 2000 tokens, 0.65 at 8000
 # Passes with a prompt in them copy the keys and values that their rows attend to before they attend, entry by entry, at
 # this share of the memory rate.
 GATHER_SHARE = 0.25
-LEAST_WHOLE_TOKENS = 1024  # of a row that starts in a pass: from here on it attends to its own keys, and copies none
+LEAST_WHOLE_TOKENS = 1024  # a row that starts in a pass with so many tokens attends to its own keys and copies none
 
 
 @dataclass(frozen=True)
 class PassShape:
-    """What a pass computes: tokens, rows, and the tokens of KV that are there already, all rows together.
+    """What a pass computes: tokens, rows, and the tokens whose KV is cached already, summed over rows.
 
-    `num_pairs` are the pairs of a query and a token that it attends to, its own and those before; `num_gathered` are
-    the tokens whose keys and values are copied if the pass is no decode pass. None: all rows are alike.
+    `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_gathered`
+    counts the tokens whose keys and values are copied if the pass is no decode pass. None means that all rows are
+    alike.
     """
 
     num_tokens: int
@@ -37,7 +38,7 @@ class PassShape:
 
     @property
     def gathered_tokens(self) -> int:
-        """Whose keys and values are copied: those of all rows, but in a decode pass, and of rows that are whole."""
+        """Tokens whose keys and values are copied: none in a decode pass, else those of all rows that are not whole."""
         if self.is_decode:
             return 0
         if self.num_gathered is not None:
@@ -47,15 +48,15 @@ class PassShape:
 
     @property
     def is_decode(self) -> bool:
-        """One token a row: what runs as a graph, where there are graphs."""
+        """Whether each row has one token; such a pass runs as a graph, where there are graphs."""
         return self.num_tokens == self.num_rows
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one rank does in one step, apart from the shape. Bytes of weights, of activations a token and a sampled row
+    """What one rank does in one step, for any shape of pass. Bytes of weights, of activations a token and a sampled row
     (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
-    bytes a token of the all-reduce that the step holds, 0 if none."""
+    bytes a token of the step's all-reduce, 0 if it has none."""
 
     step: str
     weight_bytes: int = 0
@@ -69,11 +70,11 @@ class StepWork:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it launches nothing, as an all-reduce of one rank."""
+        """Whether the step launches nothing, as an all-reduce of one rank does."""
         return self == StepWork(self.step)
 
     def nbytes(self, shape: PassShape) -> int:
-        """Read and written in device memory."""
+        """Bytes read and written in device memory."""
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
         return self.weight_bytes + moved_bytes + self._kv_bytes(shape) + self._gathered_bytes(shape)
 
@@ -81,11 +82,11 @@ class StepWork:
         return (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
 
     def _gathered_bytes(self, shape: PassShape) -> int:
-        """Read and written."""
+        """Bytes read and written by the copies."""
         return 2 * shape.gathered_tokens * self.kv_token_bytes
 
     def memory_bytes(self, shape: PassShape) -> float:
-        """Bytes that would take as long at the memory rate."""
+        """Bytes that would take as long as the step's at the full memory rate."""
         slow_bytes = (1 / KV_SHARE - 1) * self._kv_bytes(shape) + (1 / GATHER_SHARE - 1) * self._gathered_bytes(shape)
         return self.nbytes(shape) + slow_bytes
 
@@ -94,16 +95,16 @@ class StepWork:
         return linear_flops + shape.attended_pairs * self.attention_flops
 
     def gemm_flops(self, shape: PassShape) -> float:
-        """FLOPs of a GEMM that would take as long."""
+        """FLOPs of a GEMM that would take as long as the step."""
         extra = (1 / ATTENTION_SHARE - 1) * shape.attended_pairs * self.attention_flops
         return self.flops(shape) + extra
 
 
 @dataclass(frozen=True)
 class PassWork:
-    """What one rank does in a pass, apart from the shape: the weights that cross the link and those that do not, as
-    they are kept; how many groups are decompressed, and to how many bytes; and its steps that launch something, each
-    with the number of times that it occurs."""
+    """What one rank does in a pass, for any shape: bytes of the weights that cross the link and of those that stay, as
+    they are kept; the number of decompressed groups and of the bytes they become; and the steps that launch something,
+    each with the number of times that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int
@@ -121,14 +122,14 @@ class PassWork:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Of one token in all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return sum(count * work.kv_token_bytes for work, count in self.steps)
 
     def read_bytes(self, shape: PassShape) -> int:
-        """What a pass cannot do without: each weight once, and keys and values of context and new tokens."""
+        """The bytes that a pass must read: each weight once, and keys and values of context and new tokens."""
         kv_bytes = (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
         return self.streamed_bytes + self.resident_bytes + kv_bytes
 
     def flops(self, shape: PassShape) -> float:
-        """Of the linears and of causal attention."""
+        """FLOPs of the linears and of causal attention."""
         return sum(count * work.flops(shape) for work, count in self.steps)

@@ -7,11 +7,11 @@ itself, with the same cost of a step (`step_s`):
 
     latency + sqrt(memory^2 + compute^2)
 
-`latency` is that of a graph's node, or the time of the all-reduce that the step holds; memory is the bytes that it
-reads and writes at the read rate, compute its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
+`latency` is a graph node's, or the time of the step's all-reduce; `memory` is the time of its reads and writes at the
+memory rate, `compute` that of its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
 cannot keep both units busy all the time, and where its bytes alone would take as long as its FLOPs it takes 1.4 times
-as long (tests/engine/test_predictions.py compares with what was measured). Steps that the host launches one by one
-take no less than their launches.
+as long (tests/engine/planning/test_predictions.py compares with what was measured). Steps that the host launches one by
+one take no less than their launches.
 """
 
 import math
@@ -22,10 +22,10 @@ from typing import Any
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.units import GB
 
-KERNELS_A_GROUP = 3  # that decompress it, one a weight: a norm and two matrices
-# Of the memory rate, at which the decompressor writes where nobody has measured it (1.7 bytes move for one that is
-# written). H200s had 0.44 to 0.49: decompress_gb_s and memory_gb_s of benchmarks/*compressed*.json.
-DECODE_SHARE = 0.48
+KERNELS_A_GROUP = 3  # kernels that decompress a group, one a weight: a norm and two matrices
+# The share of the memory rate at which the decompressor writes, where it was not measured (1.7 bytes move for one that
+# is written). H200s had 0.44 to 0.49: decompress_gb_s and memory_gb_s of benchmarks/*compressed*.json.
+DECOMPRESS_SHARE = 0.48
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Rates:
     """What one rank's hardware does, all ranks active. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
 
     `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host
-    launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None:
-    there are no graphs), `reduce_latency_s` the same of an all-reduce, `pass_latency_s` what of a pass nothing hides.
-    `decompress_gb_s` are bytes written by the decompressor of compressed weights (None: not measured, see
-    `decompressing_gb_s`). `memory_bytes` is the device's memory; None is a CPU's.
+    launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None
+    where there are no graphs), `reduce_latency_s` that of an all-reduce, `pass_latency_s` the part of a pass that
+    nothing hides. `decompress_gb_s` counts bytes written by the decompressor (None where it was not measured: see
+    `decompressing_gb_s`). `memory_bytes` is the device's memory; a CPU has None.
     """
 
     link_gb_s: float
@@ -53,8 +53,8 @@ class Rates:
 
     @property
     def decompressing_gb_s(self) -> float:
-        """Measured, or a share of the memory rate."""
-        return self.decompress_gb_s or DECODE_SHARE * self.memory_gb_s
+        """The measured rate of decompression, or else a share of the memory rate."""
+        return self.decompress_gb_s or DECOMPRESS_SHARE * self.memory_gb_s
 
 
 # h200, measured on several of them with torch 2.11: link_gb_s by the number of ranks that copy at once, since their
@@ -89,7 +89,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
-    """The rates with the link as given, if it is."""
+    """The rates, with the link rate replaced if one is given."""
     if link_gb_s is None:
         return rates
     return replace(rates, link_gb_s=link_gb_s, source=f"{rates.source}, link as given")
@@ -98,8 +98,8 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
 def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
     """The rates of a rank among `tp_size`, from a profile's values: the fields of Rates.
 
-    `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum. What stands
-    under `probe`, the figures behind a measured profile, is not looked at. Raises ValueError, beginning with `where`
+    `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum. The field
+    `probe`, with the figures behind a measured profile, is ignored. Raises ValueError, beginning with `where`
     and naming the field, if one is missing, unknown or bad.
     """
     values = {name: value for name, value in values.items() if name != "probe"}
@@ -129,7 +129,7 @@ def _is_rate(value: Any, zero: bool) -> bool:
 @dataclass(frozen=True)
 class PassTime:
     """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch, reduce or
-    decompress, whichever alone takes longest."""
+    decompress, whichever takes longest by itself."""
 
     link_s: float
     memory_s: float
@@ -142,7 +142,7 @@ class PassTime:
 
 
 def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
-    """The time of one pass: the longer of the two lanes, and what neither hides."""
+    """The time of one pass: the longer of the two lanes, and the latency that neither hides."""
     parts = {
         "link": link_s(work.streamed_bytes, rates),
         "memory": sum(count * step.memory_bytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
@@ -158,7 +158,7 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
 
 
 def pass_s(streamed_bytes: int, all_steps_s: float, all_decompress_s: float, rates: Rates) -> float:
-    """Seconds of a pass, by what its copies, its steps and its decompressing take."""
+    """Seconds of a pass, given those of all its steps and of all its decompressing."""
     return max(link_s(streamed_bytes, rates), all_steps_s + all_decompress_s) + rates.pass_latency_s
 
 
@@ -168,19 +168,19 @@ def link_s(nbytes: int, rates: Rates) -> float:
 
 
 def steps_s(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> float:
-    """Seconds of all steps of a pass: of what they do, or of their launches where these take longer."""
+    """Seconds of all steps of a pass: of their work, or of their launches where these take longer."""
     launches_s = launch_s(shape, rates) * sum(count for step, count in steps if not step.is_idle)
     return max(sum(count * step_s(step, shape, rates) for step, count in steps), launches_s)
 
 
 def launch_s(shape: PassShape, rates: Rates) -> float:
-    """Seconds that the host takes to launch a step beside a GPU that does those before; none of a graph."""
+    """Seconds that the host takes to launch a step while a GPU works on earlier ones; 0 in a graph."""
     return 0.0 if _is_graph(shape, rates) or rates.node_latency_s is None else rates.step_latency_s
 
 
 def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
-    """Seconds of one step of a pass: its latency, and what it moves and computes. A CPU launches nothing ahead: there a
-    step takes no less than its latency."""
+    """Seconds of one step of a pass: its latency, and the time of what it moves and computes. A CPU launches nothing
+    ahead, so a step there takes no less than its latency."""
     if work.is_idle:
         return 0.0
     return max(_device_s(work, shape, rates), rates.step_latency_s if rates.node_latency_s is None else 0.0)
@@ -213,12 +213,13 @@ def _is_graph(shape: PassShape, rates: Rates) -> bool:
 
 
 def _latency_s(shape: PassShape, rates: Rates) -> float:
-    """The least that a step costs which reduces nothing."""
+    """The least seconds of a step without a reduce."""
     return rates.node_latency_s if _is_graph(shape, rates) else rates.step_latency_s
 
 
 def free_tokens(work: PassWork, rates: Rates) -> int:
-    """T*: the tokens of a pass (prefill, no context) that cost nothing because the link binds; 0 if nothing streams."""
+    """T*: the tokens of a pass (prefill without context) that cost no time because the link binds; 0 if nothing
+    streams."""
     if not work.streamed_bytes:
         return 0
     low, high = 0, 1 << 24

@@ -1,4 +1,4 @@
-"""The plan itself, replayed on two clocks, as the executor's lanes would run it: what a trace is drawn beside.
+"""Replays a pass plan on two clocks, as the executor's lanes would run it. Traces are drawn beside the result.
 
 Torch-free.
 """
@@ -11,7 +11,7 @@ from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Compute, Decompre
 
 
 @dataclass(frozen=True)
-class Span:
+class Interval:
     """A stretch of one lane, in seconds from the start of the pass. An acquire's or a join's is the time waited."""
 
     lane: str
@@ -22,15 +22,15 @@ class Span:
 
 def predict_timeline(
     plan: PassPlan, compute_s: Callable[[Compute], float], rates: Rates, launch_s: float = 0.0
-) -> list[Span]:
-    """Replays the plan: each lane in its order, an instruction not before the events that it waits for.
+) -> list[Interval]:
+    """Replays the plan: each lane in its order, no instruction before the events that it waits for.
 
-    `compute_s` gives the seconds of a compute step, which the host launches in `launch_s`, one after another. The spans
-    are in the plan's order; the last one's end, that of the join, is the time of the pass (see `timeline_s`).
+    `compute_s` gives the seconds of a compute step, which the host launches in `launch_s`, one after another. The
+    intervals are in the plan's order; the last one is the join, and its end is the time of the pass (see `timeline_s`).
     """
     clock, host_s = {COMPUTE: 0.0, COPY: 0.0}, 0.0
     at: dict[Event, float] = {}
-    spans = []
+    intervals = []
     for instruction in plan.instructions:
         before = clock[instruction.lane]
         start = end = max([before, *(at[event] for event in instruction.waits)])
@@ -39,7 +39,7 @@ def predict_timeline(
             start = max(start, host_s)
             end = start + compute_s(instruction)
         elif isinstance(instruction, Decompress):
-            end = start + decompress_s(instruction.place.nbytes, 1, rates)
+            end = start + decompress_s(instruction.slot.nbytes, 1, rates)
         elif isinstance(instruction, Prefetch):
             end = start + link_s(instruction.slot.nbytes, rates)
         else:
@@ -47,10 +47,10 @@ def predict_timeline(
         clock[instruction.lane] = end
         if instruction.records is not None:
             at[instruction.records] = end
-        spans.append(Span(instruction.lane, str(instruction), start, end))
-    return spans
+        intervals.append(Interval(instruction.lane, str(instruction), start, end))
+    return intervals
 
 
-def timeline_s(spans: list[Span]) -> float:
+def timeline_s(intervals: list[Interval]) -> float:
     """Seconds of the predicted pass."""
-    return max((span.end_s for span in spans), default=0.0)
+    return max((interval.end_s for interval in intervals), default=0.0)

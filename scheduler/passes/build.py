@@ -1,4 +1,4 @@
-"""Makes a PassPlan: gives streamed groups their slots in the ring and compressed ones their places in the decompression
+"""Makes a PassPlan: gives streamed groups their slots in the ring and compressed ones their slots in the decompression
 buffer, and adds the copy lane to a model's steps."""
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,8 @@ def default_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
 
 
 def usual_ring_bytes(sizes: Sequence[int]) -> int:
-    """Of groups of these bytes, in the order of a pass: any three in a row fit, and the last group of a pass beside the
-    first ones of the next and its own predecessor."""
+    """The ring for groups of these bytes, in the order of a pass: any three in a row fit, and so does the last group of
+    a pass beside its predecessor and the first ones of the next pass."""
     if len(sizes) <= 3:
         return sum(sizes)
     windows = map(add, map(add, sizes, sizes[1:]), sizes[2:])
@@ -73,8 +73,8 @@ def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapp
 
 
 def lay_out_decompressed(steps: list[Compute], sizes: Mapping[GroupId, int]) -> dict[GroupId, Slot]:
-    """A place in the decompression buffer for each compressed group (its bytes decompressed), the lowest that is free
-    from its first reader to its last. Groups whose readers do not interleave share one place."""
+    """A slot in the decompression buffer for each compressed group (its bytes decompressed), the lowest that is free
+    from its first reader to its last. Groups whose readers do not interleave share a slot."""
     first, last = _readers(steps)
     in_order = sorted(sizes.keys() & first.keys(), key=first.get)
     return first_fit({g: sizes[g] for g in in_order}, lambda group, earlier: last[earlier] >= first[group])
@@ -82,13 +82,14 @@ def lay_out_decompressed(steps: list[Compute], sizes: Mapping[GroupId, int]) -> 
 
 def make_plan(steps: list[Compute], ring: RingLayout, decompressed: Mapping[GroupId, int] | None = None) -> PassPlan:
     """Adds the copy lane to a model's steps: each streamed group is acquired before its first reader and released
-    after its last, and each copy is issued as soon as the groups it overwrites are released. Compressed groups, whose
-    bytes `decompressed` gives, are decompressed before their first reader, which is their slot's only one.
+    after its last, and each copy is issued as soon as the groups it overwrites are released. The groups in
+    `decompressed` (bytes when decompressed) are decompressed before their first reader; nothing else reads their ring
+    slots.
 
     Raises ValueError if a streamed group has no reader; validates the plan that it returns.
     """
     slots = dict(ring.slots)
-    places = lay_out_decompressed(steps, decompressed or {})
+    decompression_slots = lay_out_decompressed(steps, decompressed or {})
     present = {group for group, _ in ring.slots[: ring.num_wrapped]}
     first_reader, last_reader = _readers(steps)
     pending = _copies(ring)
@@ -111,11 +112,11 @@ def make_plan(steps: list[Compute], ring: RingLayout, decompressed: Mapping[Grou
         if group is not None and first_reader[group] == index:
             if group in slots:
                 plan.append(Acquire(group, slots[group], group in present))
-            if group in places:
-                plan.append(Decompress(group, places[group]))
+            if group in decompression_slots:
+                plan.append(Decompress(group, decompression_slots[group]))
                 release(group)
         plan.append(step)
-        if group is not None and last_reader[group] == index and group not in places:
+        if group is not None and last_reader[group] == index and group not in decompression_slots:
             release(group)
     if pending:
         raise ValueError(f"{pending[0]} waits for groups that no step reads: {', '.join(map(str, pending[0].after))}")
@@ -139,8 +140,8 @@ def _copies(ring: RingLayout) -> list[Prefetch]:
     held = list(ring.slots[: ring.num_wrapped])  # who has bytes in the ring, not yet overwritten
     copies = []
     for index, (group, slot) in enumerate(order):
-        after = tuple(holder for holder, place in held if place.overlaps(slot))
-        held = [(holder, place) for holder, place in held if not place.overlaps(slot)] + [(group, slot)]
+        after = tuple(holder for holder, other in held if other.overlaps(slot))
+        held = [(holder, other) for holder, other in held if not other.overlaps(slot)] + [(group, slot)]
         wrapped = index >= len(order) - ring.num_wrapped
         copies.append(Prefetch(group, slot, after, first=index == 0, wrapped=wrapped))
     return copies

@@ -2,8 +2,8 @@
 
 The proof follows, over two passes in a row, what each lane is known to be behind. A clock (c, k) says that the first
 c compute and k copy instructions have finished; an instruction starts when its lane's clock, joined with the clocks
-of the events it waits for, is reached. Bytes may be written only when every earlier reader is behind that clock, and
-read only when their copy is.
+of the events that it waits for, is reached. Bytes may be written only when every earlier reader is behind that clock,
+and read only when their copy is.
 """
 
 from penstock.scheduler.passes.first_fit import first_fit
@@ -106,8 +106,8 @@ class _RingProof:
         slot = copy.slot
         if slot.offset < 0 or slot.end > self.ring.ring_bytes or self.slots.get(copy.group) != slot:
             raise ValueError(f"{copy} goes to {slot}, which the layout of the ring does not give it")
-        for group, place, count in self.read:
-            if place.overlaps(slot) and clock[0] < count:
+        for group, other, count in self.read:
+            if other.overlaps(slot) and clock[0] < count:
                 raise ValueError(f"{copy} may overwrite {group} while it is read: no wait for free({group})")
         for group in self.held:
             if self.slots[group].overlaps(slot):
@@ -117,7 +117,7 @@ class _RingProof:
 
     def read_slot(self, reader: Instruction, clock: tuple[int, int]) -> None:
         group = reader.group
-        copied = [count for holder, place, count in self.written if (holder, place) == (group, self.slots.get(group))]
+        copied = [count for holder, slot, count in self.written if (holder, slot) == (group, self.slots.get(group))]
         if not copied:
             raise ValueError(f"{reader} reads {group}, which is not in the ring")
         if clock[1] < copied[-1]:
@@ -130,21 +130,21 @@ class _RingProof:
         if self.behind[COMPUTE][1] < self.count[COPY]:
             raise ValueError("the pass ends before its last copy is joined")
         for group, slot in self.present:
-            if not any((holder, place) == (group, slot) for holder, place, _ in self.written):
+            if not any((holder, held) == (group, slot) for holder, held, _ in self.written):
                 raise ValueError(f"the next pass expects {group} in the ring")
 
 
 def check_decompressed(plan: PassPlan) -> None:
-    """The steps of a compressed group read it, decompressed in this pass, from its place in the decompression buffer,
-    and no other group is decompressed over it before the last of them. All on one lane: their order is enough."""
+    """The steps of a compressed group read it from its slot of the decompression buffer, decompressed in this pass, and
+    no other group is decompressed over it before the last of them. All are on one lane, so their order is enough."""
     compressed = {decompress.group for decompress in plan.decompressions}
     held: dict[GroupId, Slot] = {}
     for instruction in plan.instructions:
         if isinstance(instruction, Decompress):
             if instruction.group in held:
                 raise ValueError(f"{instruction} twice in one pass")
-            held = {group: place for group, place in held.items() if not place.overlaps(instruction.place)}
-            held[instruction.group] = instruction.place
+            held = {group: slot for group, slot in held.items() if not slot.overlaps(instruction.slot)}
+            held[instruction.group] = instruction.slot
         elif isinstance(instruction, Compute) and instruction.group in compressed and instruction.group not in held:
             raise ValueError(f"{instruction} reads {instruction.group}, which is not in the decompression buffer")
 
@@ -177,7 +177,7 @@ def lifetimes(plan: PassPlan) -> dict[str, list[tuple[int, int]]]:
 
 
 def lay_out_activations(plan: PassPlan, sizes: dict[str, int]) -> dict[str, int]:
-    """A byte offset for each activation (`sizes` in bytes), the largest first, at the lowest place where no activation
+    """A byte offset for each activation (`sizes` in bytes), the largest first, at the lowest bytes where no activation
     that is alive at the same time lies. The total is max(offset + size)."""
     spans = lifetimes(plan)
 

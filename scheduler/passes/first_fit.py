@@ -1,4 +1,4 @@
-"""Byte ranges by first fit: what is never in use together may lie over each other."""
+"""Byte ranges by first fit: what is never in use together may share bytes."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar

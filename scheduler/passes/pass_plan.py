@@ -1,7 +1,7 @@
 """A pass over the model as data: the PassPlan and the instructions of its two lanes.
 
-One plan for each kind of pass; tokens and rows are bound when it runs. It is made once (plan_build.py), validated
-(plan_check.py), then read by the executor, the lifetime checker, the trace, the time model and the table. No second
+One plan for each kind of pass; tokens and rows are bound when it runs. It is made once (build.py), validated
+(check.py), then read by the executor, the lifetime checker, the trace, the time model and the table. No second
 description of a pass exists.
 
 Two lanes run side by side, and only events order them:
@@ -14,8 +14,8 @@ Safety contract of the ring: the bytes of a slot may be written only after `free
 and read only after `ready` of the group that holds them. A pass starts with the first `num_wrapped` streamed groups
 in the ring and ends, joined, with them there again, so that passes of any kind follow each other freely.
 
-A compressed group is decompressed on the compute lane before its first step, into a place of the decompression buffer
-that no group holds whose steps are still to come. Its slot is free as soon as it is decompressed.
+A compressed group is decompressed on the compute lane before its first step, into a slot of the decompression buffer
+that no group with steps still to come holds. Its slot in the ring is free as soon as it is decompressed.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ class GroupId(NamedTuple):
 
 
 class Event(NamedTuple):
-    """`ready`: the copy of a group has finished; `free`: its last reader has; `fork` and `join` bound the copy lane."""
+    """What a lane waits for. `ready`: the copy of a group has finished; `free`: its last reader has finished; `fork`:
+    the copy lane may start."""
 
     kind: str
     group: GroupId | None = None
@@ -86,7 +87,7 @@ class Compute(Instruction):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The model's steps that it does, one unless it is fused."""
+        """The model's steps that this one does: one, unless it is fused."""
         return tuple(self.step.split("+"))
 
     def __str__(self) -> str:
@@ -94,13 +95,13 @@ class Compute(Instruction):
 
 
 def fused_name(*parts: str) -> str:
-    """The step of which these are the parts."""
+    """The name of the step that joins these parts."""
     return "+".join(parts)
 
 
 @dataclass(frozen=True)
 class Fork(Instruction):
-    """The copy lane may start: everything before this pass is behind it."""
+    """Lets the copy lane start: everything before this pass has been issued."""
 
     @property
     def records(self) -> Event:
@@ -112,7 +113,7 @@ class Fork(Instruction):
 
 @dataclass(frozen=True)
 class Join(Instruction):
-    """The compute lane waits for the last copy."""
+    """Makes the compute lane wait for the last copy."""
 
     last: GroupId
 
@@ -149,7 +150,7 @@ class Prefetch(Instruction):
 
 @dataclass(frozen=True)
 class Acquire(Instruction):
-    """The compute lane waits until the group is in its slot; the first groups of a pass are there already."""
+    """Makes the compute lane wait until the group is in its slot; the first groups of a pass are there already."""
 
     group: GroupId
     slot: Slot
@@ -165,7 +166,7 @@ class Acquire(Instruction):
 
 @dataclass(frozen=True)
 class Release(Instruction):
-    """The group's last reader is behind: its bytes may be written again."""
+    """Records that the group's last reader has finished: its bytes may be written again."""
 
     group: GroupId
     slot: Slot
@@ -180,11 +181,11 @@ class Release(Instruction):
 
 @dataclass(frozen=True)
 class Decompress(Instruction):
-    """Decompresses a compressed group, from its slot or from where it stays, to its place in the decompression
+    """Decompresses a compressed group, from its ring slot or from where it stays, to `slot` of the decompression
     buffer."""
 
     group: GroupId
-    place: Slot
+    slot: Slot
 
     def __str__(self) -> str:
         return f"decompress {self.group}"
@@ -192,7 +193,7 @@ class Decompress(Instruction):
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Where each streamed group lies in the ring: `slots` in the order of the pass."""
+    """Where each streamed group lies in the ring; `slots` are in the order of the pass."""
 
     ring_bytes: int
     num_wrapped: int
@@ -208,7 +209,7 @@ class PassPlan:
 
     @property
     def steps(self) -> tuple[Compute, ...]:
-        """What computes, in order."""
+        """The compute steps, in order."""
         return tuple(i for i in self.instructions if isinstance(i, Compute))
 
     @property
@@ -217,16 +218,17 @@ class PassPlan:
 
     @property
     def decompressions(self) -> tuple[Decompress, ...]:
-        """What is decompressed in a pass, in order."""
+        """The decompressions of a pass, in order."""
         return tuple(i for i in self.instructions if isinstance(i, Decompress))
 
     @property
     def decompression_buffer_bytes(self) -> int:
-        return max((i.place.end for i in self.decompressions), default=0)
+        return max((i.slot.end for i in self.decompressions), default=0)
 
     @property
     def prologue(self) -> tuple[Instruction, ...]:
-        """Fills the ring before the first pass and after an abort: fork, the wrapped copies alone, join."""
+        """Instructions that fill the ring before the first pass and after an abort: fork, the wrapped copies alone,
+        join."""
         wrapped = [i for i in self.instructions if isinstance(i, Prefetch) and i.wrapped]
         if not wrapped:
             return ()

@@ -1,7 +1,7 @@
 """Draws a PassPlan as a step table: the table is the plan. Torch-free.
 
 One row for each compute instruction, a column for each activation with its letters (+ create, o keep, r read,
-w write, x destroy), the weights it reads, and beside it what the copy lane is given at that point.
+w write, x destroy), the weights that it reads, and the copies that are issued right after it.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ LEGEND = "+ create, o keep, r read, w write, x destroy; a copy waits for `free` 
 
 
 def _rows(plan: PassPlan) -> list[Row]:
-    """Every compute-lane instruction with the letters of all activations: "o" where one is alive but untouched."""
+    """A row for every compute-lane instruction, with the letters of all activations; "o" means alive but untouched."""
     spans, rows = lifetimes(plan), []
     for index, instruction in enumerate(plan.instructions):
         if instruction.lane == COPY:
@@ -82,7 +82,7 @@ def _weights(instruction: Instruction) -> str:
     if isinstance(instruction, Acquire):
         return "in the ring" if instruction.present else f"waits ready({instruction.group})"
     if isinstance(instruction, Decompress):
-        return f"{show_bytes(instruction.place.nbytes)} decompressed"
+        return f"{show_bytes(instruction.slot.nbytes)} decompressed"
     if isinstance(instruction, Release):
         return f"records free({instruction.group})"
     return f"waits ready({instruction.last})" if isinstance(instruction, Join) else ""
@@ -94,7 +94,7 @@ def _copy(copy: Prefetch) -> str:
 
 
 def _shown(rows: list[Row], layer_idx: int) -> list[Row]:
-    """Without the other layers: those between are one row that says how many they are."""
+    """The rows without those of other layers; one row stands for each run of layers left out."""
     last = max((row.layer_idx for row in rows if row.layer_idx is not None), default=0)  # the head's
     shown: list[Row] = []
     hidden: list[Row] = []
@@ -117,7 +117,7 @@ def _ellipsis(hidden: list[Row]) -> Row:
 
 
 def _sizes(plan: PassPlan, columns: list[str], token_bytes: Mapping[str, tuple[str, int]]) -> list[str]:
-    """Bytes of each activation, and where its first life begins and ends."""
+    """Lines with the bytes of each activation and where its first life begins and ends."""
     spans = lifetimes(plan)
     lines = []
     for name in columns:

@@ -1,7 +1,7 @@
 """Whether weights are kept compressed, and which of those that stay: by predicted tokens/s.
 
-Torch-free. Compressed weights are fewer bytes, on the link and in memory, and cost their decompressing in every pass.
-family.py weighs one against the other; here all that streams is compressed, or nothing is.
+Torch-free. Compressed weights are fewer bytes, on the link and in memory, and cost decompression in every pass.
+family.py weighs one against the other; here either all that streams is compressed, or nothing is.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from penstock.scheduler.residency.family import Cost
 from penstock.scheduler.residency.search import plan_fastest
 from penstock.scheduler.units import show_bytes
 
-LEAST_GAIN = 0.005  # of the tokens/s, for which "auto" codes: loading takes longer
-LEAST_SHRINK = 0.02  # of the bytes, that coding must save once they are known
+LEAST_GAIN = 0.005  # share of the tokens/s that "auto" must gain to compress, since loading takes longer
+LEAST_SHRINK = 0.02  # share of the bytes that compression must save, once sizes are known
 
 Planned = tuple[Demand, Residency]
 
 
 @dataclass(frozen=True)
-class CodeOffer:
-    """`choice` is that of `--weights-compression`; `cost` predicts what decode passes take."""
+class CompressionOffer:
+    """How weights may be compressed: `choice` is that of `--weights-compression`, `cost` predicts decode passes."""
 
     choice: str
     cost: Cost
@@ -32,9 +32,10 @@ class CodeOffer:
         return self.cost.tokens_s(*planned)
 
 
-def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
-    """The demand, its number of sequences settled, and the residency with the most tokens/s. "auto" codes what streams
-    only if that is faster; "lossless" always does, and of what stays whatever does not stay plain.
+def choose_compression(offer: CompressionOffer, demand: Demand) -> Planned:
+    """The demand, its number of sequences settled, and the residency with the most tokens/s. "auto"
+    compresses what streams only if that is faster; "lossless" always does, and also what stays and has no room to be
+    plain.
 
     Raises ValueError, as plan_residency does, if what was asked for does not fit.
     """
@@ -52,7 +53,7 @@ def choose_code(offer: CodeOffer, demand: Demand) -> Planned:
     return compressed if compressed and offer.tokens_s(compressed) > (1 + LEAST_GAIN) * offer.tokens_s(plain) else plain
 
 
-def _plan_compressed(offer: CodeOffer, demand: Demand) -> Planned | None:
+def _plan_compressed(offer: CompressionOffer, demand: Demand) -> Planned | None:
     try:
         return plan_fastest(demand, offer.cost, compressed=True)
     except ValueError:
@@ -60,13 +61,13 @@ def _plan_compressed(offer: CodeOffer, demand: Demand) -> Planned | None:
 
 
 class CompressionDoesNotPay(ValueError):
-    """Weights were to be compressed if that pays, and do not shrink enough: they are to be kept plain."""
+    """Raised where weights are compressed only if that pays, and do not shrink enough: they are to be kept plain."""
 
 
-def settle(offer: CodeOffer, planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
-    """The same split with the bytes that its compressed groups really have: ring and KV cache are planned anew. Raises
-    CompressionDoesNotPay where they hardly shrink or do not fit, and the choice is "auto"; ValueError where they do not
-    fit, and it is not."""
+def settle(offer: CompressionOffer, planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
+    """The same split with the bytes that its compressed groups really have; ring and KV cache are planned anew. Raises,
+    if the choice is "auto", CompressionDoesNotPay where the groups hardly shrink or do not fit; for another choice
+    ValueError where they do not fit."""
     demand, residency = planned
     compressed = {group: sizes[group] for group in residency.compressed}
     settled = replace(demand, compressed=compressed)

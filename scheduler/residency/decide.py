@@ -18,9 +18,9 @@ from penstock.scheduler.units import show_bytes
 
 @dataclass(frozen=True)
 class Residency:
-    """The decision for one rank, in bytes. `compressed` are the groups kept so, where they stay or where they stream
-    from; the bytes of `streamed` are those that cross the link. `num_pages` counts the reserved page 0; `claims` are
-    named parts of the device's memory; `notes` say in a sentence each what was shrunk, and why."""
+    """The decision for one rank, in bytes. `compressed` are the groups that are kept compressed, on the device or on
+    the host; the bytes of `streamed` are those that cross the link. `num_pages` counts the reserved page 0; `claims`
+    are named parts of the device's memory; each of `notes` says in a sentence what was shrunk, and why."""
 
     resident: frozenset[GroupId]
     compressed: frozenset[GroupId]
@@ -50,7 +50,7 @@ class Residency:
 
 
 def check_demand(demand: Demand) -> None:
-    """Raises ValueError if max_model_len or num_pages cannot be meant."""
+    """Raises ValueError if max_model_len or num_pages is out of range."""
     if demand.max_model_len is not None and demand.max_model_len > demand.max_position:
         raise ValueError(
             f"max_model_len={demand.max_model_len}: the model was trained for {demand.max_position} tokens"
@@ -60,10 +60,10 @@ def check_demand(demand: Demand) -> None:
 
 
 def plan_residency(demand: Demand, split: Split) -> Residency:
-    """The residency of one rank that keeps just this. What memory is left goes to the KV cache.
+    """The residency of one rank that keeps exactly this split. The memory that is left goes to the KV cache.
 
     Raises ValueError, with what was asked, what there is and what would fit, if the split does not fit even with the
-    smallest ring and KV cache, and if max_model_len, ring or num_pages cannot be meant.
+    smallest ring and KV cache, and if max_model_len, ring or num_pages is out of range.
     """
     check_demand(demand)
     planned = _fit(demand, split)
@@ -73,7 +73,7 @@ def plan_residency(demand: Demand, split: Split) -> Residency:
 
 
 def _fit(demand: Demand, split: Split) -> Residency | None:
-    """None where it does not fit even with the smallest ring and KV."""
+    """The residency, or None where the split does not fit even with the smallest ring and KV cache."""
     streamed = demand.streamed(split)
     notes: list[str] = []
     ring_bytes = _ring_bytes(demand, streamed, notes)
@@ -145,7 +145,7 @@ def _kv_notes(demand: Demand, made: Residency) -> list[str]:
 
 
 def _refusal(demand: Demand, split: Split) -> str:
-    """What was asked, what there is, and what would fit."""
+    """A message with what was asked, what there is, and what would fit."""
     ring = demand.ring_bytes or minimum_ring_bytes(demand.streamed(split))
     kv, weights = demand.least_pages * demand.page_bytes, demand.weights_bytes(split)
     held = f"KV of {demand.least_len} tokens" if demand.num_pages is None else f"num_pages={demand.num_pages}"

@@ -9,7 +9,7 @@ from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId
 from penstock.scheduler.units import GIB
 
-KV_LEN = 2048  # tokens a sequence that the KV cache is sized for, before residency gets anything
+KV_LEN = 2048  # tokens of each sequence that the KV cache must hold before weights may stay
 CPU_KV_BYTES = GIB  # KV cache where no memory budget and no num_pages are given
 
 Claims = tuple[tuple[str, int], ...]  # named parts of a device's memory
@@ -17,8 +17,8 @@ Claims = tuple[tuple[str, int], ...]  # named parts of a device's memory
 
 @dataclass(frozen=True)
 class Split:
-    """The groups that stay, the groups that are kept compressed (where they stay or where they stream from), and
-    whether the embedding stays."""
+    """The groups that stay, the groups that are kept compressed (on the device or on the host), and whether the
+    embedding stays."""
 
     resident: frozenset[GroupId]
     compressed: frozenset[GroupId]
@@ -29,13 +29,14 @@ class Split:
 class Demand:
     """What an engine asks of one rank's memory. Sizes are bytes a rank, lengths are tokens.
 
-    `groups` are in the order of a pass, the head last, and those of one name are alike. `embed_bytes` is 0 where the
-    head's bytes serve (tied). `compressed` has the bytes, compressed, of groups that may be kept so, `buffer_bytes`
-    those of the decompression buffer if groups of these names are. `fixed` are named claims that no split changes
-    (activations, workspace, context ...), `fixed_of` has them for another number of sequences. That number is to be
-    planned, at most `max_num_seqs`, if `plans_num_seqs`. `memory_bytes` None is plain host memory (a CPU), which has no
-    limit here. `max_model_len` None is as long as trained and as fits; `len_option` is the name of the option that says
-    so. `retention` says how many pages a sequence needs: enough for all of its tokens, if it is not given.
+    `groups` are in the order of a pass, the head last, and those of one name are alike. `embed_bytes` is 0 for a tied
+    embedding, which uses the head's bytes. `compressed` gives the compressed bytes of the groups that may be
+    compressed, `buffer_bytes` the size of the decompression buffer if groups of these names are. `fixed` are named
+    claims that no split changes (activations, workspace, context ...); `fixed_of` gives them for another number of
+    sequences, which is planned, up to `max_num_seqs`, if `plans_num_seqs`. `memory_bytes` None stands for plain host
+    memory (a CPU), which has no limit here. `max_model_len` None allows the trained length, as far as it fits;
+    `len_option` names the option that sets it. `retention` says how many pages a sequence needs: enough for all of its
+    tokens, if it is not given.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -58,11 +59,11 @@ class Demand:
     retention: Retention | None = None
 
     def planned_for(self, num_seqs: int) -> "Demand":
-        """With this number of sequences, if it is to be planned; the same where it was asked for."""
+        """The demand with this number of sequences if it is planned, or unchanged if a number was asked for."""
         return self.asked_for(num_seqs) if self.plans_num_seqs else self
 
     def asked_for(self, num_seqs: int) -> "Demand":
-        """The same of this number of sequences."""
+        """The demand with this number of sequences."""
         fixed = self.fixed if self.fixed_of is None else self.fixed_of(num_seqs)
         return replace(self, max_num_seqs=num_seqs, fixed=fixed, plans_num_seqs=False)
 
@@ -72,7 +73,7 @@ class Demand:
 
     @property
     def full_len(self) -> int:
-        """Tokens of the longest sequence that is wished for."""
+        """Tokens of the longest sequence that is wanted."""
         return self.max_model_len or self.max_position
 
     @property
@@ -90,11 +91,11 @@ class Demand:
         return (self.retention or KeepAll(self.page_size)).num_pages(num_tokens)
 
     def tokens_in(self, num_pages: int) -> int:
-        """Of one sequence, in so many pages and the reserved one."""
+        """Tokens of one sequence that `num_pages` hold, one of which is the reserved page."""
         return (num_pages - 1) * self.page_size - (self.retention.margin if self.retention else 0)
 
     def seqs_in(self, num_pages: int) -> int:
-        """Sequences of kv_len tokens that so many pages hold at once, of those that are asked for."""
+        """Sequences of kv_len tokens that so many pages hold at once, at most max_num_seqs."""
         return min(self.max_num_seqs, (num_pages - 1) // self.pages(self.kv_len))
 
     def wanted_pages(self, num_seqs: int) -> int:
@@ -110,7 +111,7 @@ class Demand:
         return self.compressed[group] if group in split.compressed else nbytes
 
     def streamed(self, split: Split) -> list[tuple[GroupId, int]]:
-        """What streams, in the order of a pass."""
+        """The groups that stream, with their bytes, in the order of a pass."""
         return [(g, self.size(g, nbytes, split)) for g, nbytes in self.groups if g not in split.resident]
 
     def weights_bytes(self, split: Split) -> int:
@@ -119,7 +120,7 @@ class Demand:
         return groups + (self.embed_bytes if split.embed_resident else 0)
 
     def claims(self, split: Split) -> Claims:
-        """What is neither ring nor weights nor KV cache."""
+        """The claims beside ring, weights and KV cache."""
         names = frozenset(group.name for group in split.compressed)
         return (*self.fixed, ("decompression buffer", self.buffer_bytes(names))) if names else self.fixed
 
@@ -127,5 +128,5 @@ class Demand:
         return sum(nbytes for _, nbytes in self.claims(split))
 
     def usual_ring_bytes(self, split: Split) -> int:
-        """The ring as asked for, or the one in which no copy waits."""
+        """Bytes of the ring that was asked for, or else of one in which no copy waits."""
         return self.ring_bytes or default_ring_bytes(self.streamed(split))

@@ -2,7 +2,7 @@
 
 Torch-free. The groups of one name are alike and spread evenly, so a split is a few numbers. Of kind k there are L
 groups of b bytes, c bytes compressed, which takes d seconds to decompress; s of them stream and p of those that stay
-are plain. A decompress pass of n sequences takes
+are plain. A decode pass of n sequences takes
 
     time = max(sum of s c / link,  steps(n) + sum of (L - p) d) + latency
 
@@ -11,10 +11,10 @@ and the split fits if
     ring(s) + buffer + sum of (L - s) c + sum of p (b - c)  <=  memory - fixed(n) - KV(n)
 
 where ring is that of these streamed groups and buffer that of the kinds that are compressed. Weights that are not
-compressed have c = b and d = 0. All numbers are tried but that of the largest kind. Memory bounds how many of that stay
-from above, and the link does from below, by the best time so far: few numbers are between. What could at most be plain,
-all kinds cut to size, bounds a time from below: most splits are dismissed by that, and nothing is laid out before one
-is chosen.
+compressed have c = b and d = 0. Every number is tried for all kinds but the largest. For that one memory gives an upper
+bound of how many stay, and the best time so far a lower one, by the link: few numbers are between. The most that could
+be plain, if groups could be cut, gives a lower bound of a split's time, which dismisses most splits. Nothing is laid
+out before a split is chosen.
 """
 
 import bisect
@@ -35,12 +35,12 @@ from penstock.scheduler.residency.kinds import Kind, find_kinds
 from penstock.scheduler.residency.spread import every, spread
 from penstock.scheduler.units import GB
 
-LOOK_BACK = 8  # plain groups of a kind, that are given up for those of another
+LOOK_BACK = 8  # plain groups of a kind that may be given up for those of another
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a decode pass takes: the work of its steps, each with the number of times that it occurs, and the rates."""
+    """The cost of a decode pass: the work of its steps, each with the number of times that it occurs, and the rates."""
 
     steps: tuple[tuple[StepWork, int], ...]
     rates: Rates
@@ -51,21 +51,21 @@ class Cost:
     def pass_s(
         self, num_seqs: int, context_tokens: int, streamed_bytes: int, num_decompressed: int, decompressed_bytes: int
     ) -> float:
-        decoding_s = decompress_s(decompressed_bytes, num_decompressed, self.rates)
-        return pass_s(streamed_bytes, self.steps_s(num_seqs, context_tokens), decoding_s, self.rates)
+        decompressing_s = decompress_s(decompressed_bytes, num_decompressed, self.rates)
+        return pass_s(streamed_bytes, self.steps_s(num_seqs, context_tokens), decompressing_s, self.rates)
 
     def tokens_s(self, demand: Demand, residency: Residency, num_seqs: int | None = None) -> float:
         """Predicted tokens/s of the sequences that are planned, as far as they fit, or of so many."""
-        sizes = dict(demand.groups)
-        decompressed_bytes = sum(sizes[group] for group in residency.compressed)
+        plain = dict(demand.groups)
+        decompressed_bytes = sum(plain[group] for group in residency.compressed)
         num_seqs = num_seqs or max(demand.seqs_in(residency.num_pages), 1)
-        code = (len(residency.compressed), decompressed_bytes)
-        return num_seqs / self.pass_s(num_seqs, demand.kv_len, residency.streamed_bytes, *code)
+        sizes = (residency.streamed_bytes, len(residency.compressed), decompressed_bytes)
+        return num_seqs / self.pass_s(num_seqs, demand.kv_len, *sizes)
 
 
 class Found(NamedTuple):
-    """Numbers by kind, in the family's order: groups that stay, and those of them that are plain. Compares by time,
-    then by what streams and what is decompressed."""
+    """A split as numbers by kind, in the family's order: groups that stay, and those of them that are plain. Splits
+    compare by time, then by streamed bytes and by the time of decompression."""
 
     seconds: float
     streamed_bytes: int
@@ -76,7 +76,7 @@ class Found(NamedTuple):
 
 
 class Family:
-    """All splits of a demand, either with all groups plain or with those compressed that may be."""
+    """All splits of a demand: either all groups are plain, or those that may be compressed are."""
 
     def __init__(self, demand: Demand, cost: Cost, compressed: bool):
         self.demand, self.cost, self.compressed = demand, cost, compressed
@@ -85,10 +85,10 @@ class Family:
         self._rings: dict[tuple[int, ...], int | None] = {}
         self._buffers: dict[frozenset[str], int] = {}
         self._patterns: dict[tuple[int, int], list[int]] = {}
-        codable = [kind for kind in self.kinds if kind.decompress_s]
-        self._all_decode_s = sum(kind.total * kind.decompress_s for kind in codable)
+        compressible = [kind for kind in self.kinds if kind.decompress_s]
+        self._all_decompress_s = sum(kind.total * kind.decompress_s for kind in compressible)
         self._most_saved = max(
-            (k.decompress_s / k.extra_bytes for k in codable if k.extra_bytes), default=0.0
+            (k.decompress_s / k.extra_bytes for k in compressible if k.extra_bytes), default=0.0
         )  # a byte
 
     def memory_for(self, num_seqs: int) -> float:
@@ -131,8 +131,8 @@ class Family:
         if room_left < 0:
             return best
         kept_s = sum(count * kind.decompress_s for count, kind in zip(stay, self.kinds))
-        least_decode_s = self._all_decode_s - min(kept_s, room_left * self._most_saved if kept_s else 0.0)
-        if (pass_s(streamed, base_s, least_decode_s, rates), streamed) >= best[:2]:
+        least_decompress_s = self._all_decompress_s - min(kept_s, room_left * self._most_saved if kept_s else 0.0)
+        if (pass_s(streamed, base_s, least_decompress_s, rates), streamed) >= best[:2]:
             return best
         ring_bytes = self._ring(stay)
         if ring_bytes is None or ring_bytes > room:
@@ -144,8 +144,8 @@ class Family:
         if plain is None:
             return best
         counts, saved_s, left = plain
-        decoding_s = self._all_decode_s - saved_s
-        return Found(pass_s(streamed, base_s, decoding_s, rates), streamed, decoding_s, stay, counts, left)
+        decompressing_s = self._all_decompress_s - saved_s
+        return Found(pass_s(streamed, base_s, decompressing_s, rates), streamed, decompressing_s, stay, counts, left)
 
     def _ring(self, stay: tuple[int, ...]) -> int | None:
         """Bytes of the ring; None if the one that is asked for is too small."""
@@ -159,18 +159,18 @@ class Family:
         return self._rings[stay]
 
     def _streamed_sizes(self, stay: tuple[int, ...]) -> list[int]:
-        """In the order of a pass."""
+        """Bytes of the groups that stream, in the order of a pass."""
         sizes = functools.reduce(functools.partial(map, add), map(self._pattern, range(len(stay)), stay))
         return list(filter(None, sizes))
 
-    def _pattern(self, place: int, stay: int) -> list[int]:
-        """Of each group of the model the bytes that stream, if it is of this kind; 0 of all others."""
-        if (place, stay) not in self._patterns:
-            kind = self.kinds[place]
+    def _pattern(self, kind_idx: int, stay: int) -> list[int]:
+        """The streamed bytes of each group of the model: 0 for groups of other kinds and for those that stay."""
+        if (kind_idx, stay) not in self._patterns:
+            kind = self.kinds[kind_idx]
             stays = set(every(range(kind.total), stay))
             streamed = iter([0 if i in stays else kind.kept_bytes for i in range(kind.total)])
-            self._patterns[place, stay] = [next(streamed) if name == kind.name else 0 for name in self._order]
-        return self._patterns[place, stay]
+            self._patterns[kind_idx, stay] = [next(streamed) if name == kind.name else 0 for name in self._order]
+        return self._patterns[kind_idx, stay]
 
     def _least_ring(self, stay: tuple[int, ...], streamed: int) -> float:
         """Bytes that the ring has at least: those of the largest group, or of three groups in the mean. (All of them
@@ -182,9 +182,9 @@ class Family:
         return streamed if number <= 3 else max(largest, (3 * streamed - 6 * largest) / (number - 2))
 
     def _plain(self, stay: tuple[int, ...], room: float) -> tuple[tuple[int, ...], float, float] | None:
-        """Of the groups that stay how many of each kind are plain, so that the least is decompressed, the seconds that
-        this saves and the bytes that are left; None if not even the decompression buffer fits. The kinds that are
-        compressed at all decide how large that is, and a kind is wholly plain only if all of it stays."""
+        """The number of staying groups of each kind that are plain, so that the least is decompressed; the seconds that
+        this saves; and the bytes that are left. None if not even the decompression buffer fits. Its size depends on
+        which kinds are compressed at all, and a kind is wholly plain only if all its groups stay."""
         best = None
         wholly = [kind.decompress_s > 0 and kind.total == count for count, kind in zip(stay, self.kinds)]
         for plain_kinds in itertools.product(*([False, True] if may else [False] for may in wholly)):
@@ -203,9 +203,10 @@ class Family:
         return best
 
     def _most_plain(self, most: Sequence[int], room: float) -> tuple[list[int], float]:
-        """Up to `most` groups of each kind, so that the most seconds are saved in `room` bytes; and what is left. Kinds
-        are filled in turn, those first that save most a byte; a few groups less of one may let another one fill up."""
-        in_turn = sorted((place for place, n in enumerate(most) if n), key=self._saved_a_byte, reverse=True)
+        """Up to `most` groups of each kind that save the most seconds in `room` bytes, and the bytes that are left.
+        Kinds are filled in turn, first those that save most a byte; a few groups less of one kind may let another fill
+        up."""
+        in_turn = sorted((kind_idx for kind_idx, n in enumerate(most) if n), key=self._saved_a_byte, reverse=True)
         best, best_s = ([0] * len(most), room), -1.0
 
         def fill(turn: int, counts: list[int], left: float, saved_s: float) -> None:
@@ -214,19 +215,19 @@ class Family:
                 if saved_s > best_s:
                     best, best_s = (counts.copy(), left), saved_s
                 return
-            place = in_turn[turn]
-            extra, group_s = self.kinds[place].extra_bytes, self.kinds[place].decompress_s
-            fits = most[place] if extra <= 0 else int(min(most[place], left // extra))
+            kind_idx = in_turn[turn]
+            extra, group_s = self.kinds[kind_idx].extra_bytes, self.kinds[kind_idx].decompress_s
+            fits = most[kind_idx] if extra <= 0 else int(min(most[kind_idx], left // extra))
             least = fits if turn == len(in_turn) - 1 else max(fits - LOOK_BACK, 0)
             for count in range(fits, least - 1, -1):
-                counts[place] = count
+                counts[kind_idx] = count
                 fill(turn + 1, counts, left - count * extra, saved_s + count * group_s)
 
         fill(0, [0] * len(most), room, 0.0)
         return best
 
-    def _saved_a_byte(self, place: int) -> float:
-        kind = self.kinds[place]
+    def _saved_a_byte(self, kind_idx: int) -> float:
+        kind = self.kinds[kind_idx]
         return kind.decompress_s / kind.extra_bytes if kind.extra_bytes > 0 else math.inf
 
     def _buffer(self, names: frozenset[str]) -> int:
@@ -235,7 +236,8 @@ class Family:
         return self._buffers[names]
 
     def smallest(self) -> Found:
-        """Of the splits in which all of a kind stays or nothing, the one that leaves most to the KV cache."""
+        """The split that leaves most memory to the KV cache, of those in which all groups of a kind stay or none
+        does."""
         ends = itertools.product(*({kind.stay[0], kind.stay[-1]} for kind in self.kinds))
         return min((Found(0.0, 0, 0.0, stay, tuple(0 for _ in stay)) for stay in ends), key=self._used_bytes)
 
@@ -244,7 +246,7 @@ class Family:
         return self.demand.weights_bytes(split) + self.demand.usual_ring_bytes(split)
 
     def split(self, found: Found) -> Split:
-        """The groups behind the numbers."""
+        """The groups that the numbers stand for."""
         demand, groups = self.demand, [group for group, _ in self.demand.groups]
         resident = spread(groups, {kind.name: n for kind, n in zip(self.kinds, found.stay)})
         compressed = frozenset()

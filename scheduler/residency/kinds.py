@@ -1,6 +1,6 @@
 """The kinds of groups that a demand has, and how many groups of each may stay. Torch-free.
 
-The groups of one name are alike: they are counted, not told apart.
+The groups of one name are alike, so they are counted and not told apart.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from penstock.scheduler.cost.time_model import Rates, decompress_s
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.spread import by_name, counts_within
 
-MOST_ALL, MOST_COUNTS = 128, 48  # up to how many groups of a kind every number is tried, and how many numbers else
+MOST_ALL, MOST_COUNTS = 128, 48  # of up to 128 groups of a kind every number is tried, of more groups 48 numbers
 
 
 class Kind(NamedTuple):
@@ -25,12 +25,12 @@ class Kind(NamedTuple):
 
     @property
     def extra_bytes(self) -> int:
-        """That a plain one has more."""
+        """Bytes that a plain group has more than a compressed one."""
         return self.plain_bytes - self.kept_bytes
 
 
 def find_kinds(demand: Demand, rates: Rates, compressed: bool) -> list[Kind]:
-    """The kinds of a demand, all groups plain or those compressed that may be; the largest kind last."""
+    """The kinds of a demand, the largest last; either all groups are plain, or those that may be compressed are."""
     allowed = _allowed(demand, compressed)
     sizes, kinds = dict(demand.groups), []
     for name, members in by_name([group for group, _ in demand.groups]).items():
@@ -47,7 +47,7 @@ def find_kinds(demand: Demand, rates: Rates, compressed: bool) -> list[Kind]:
 
 
 def _allowed(demand: Demand, compressed: bool) -> dict[str, tuple[int, ...]]:
-    """How many groups of each name may stay. A fraction is of the layers' bytes, as they are kept."""
+    """The numbers of groups of each name that may stay. A fraction counts the layers' bytes as they are kept."""
     totals = {name: len(members) for name, members in by_name([group for group, _ in demand.groups]).items()}
     if demand.resident == "auto":
         if demand.memory_bytes is None:

@@ -7,7 +7,7 @@ from penstock.scheduler.cost.time_model import PassTime, Rates
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.units import show_bytes, show_time
 
-LEAST_SHARE = 0.005  # of tokens/s, that is worth a word
+LEAST_SHARE = 0.005  # a smaller loss of tokens/s is not mentioned
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Variant:
 
 
 def gives_up(this: Variant, other: Variant) -> str:
-    """What who takes the other split gives up of this one."""
+    """Text of what the other split gives up, compared with this one."""
     lost = []
     if other.max_model_len < this.max_model_len:
         lost.append(f"contexts over {other.max_model_len} tokens")
@@ -58,8 +58,8 @@ def table(
     variants: Sequence[tuple[Variant, str]],
     free_tokens: int,
 ) -> str:
-    """What stays and what streams, a rank; what a pass takes and what holds it; what other splits would give, and what
-    they give up."""
+    """The table as text: what stays and streams on a rank, the time of a pass and its bound, and what other splits
+    would give and give up."""
     lines = [*_memory(residency, page_size), f"most sequences a pass     {num_seqs}", ""]
     lines += _passes(rates, predictions, free_tokens)
     if variants:

@@ -1,9 +1,9 @@
 """The split with the most predicted tokens/s, and for how many sequences.
 
-Torch-free. The number of sequences that is asked for need not be the best: a few less may let all weights stay, and
-then the others wait. A pass over more sequences never takes less, so of the numbers between two that are known, low <
-high, none gives more tokens/s than high / time(low): they are looked at only as long as that is more than the best so
-far. What the fastest split of a number of sequences takes is family.py's.
+Torch-free. The number of sequences that is asked for need not be the best: with a few less all weights may stay,
+and the others wait. A pass over more sequences never takes less time, so a number between two known ones, low < high,
+gives at most high / time(low) tokens/s: numbers between are tried only while that is more than the best so far.
+family.py finds the fastest split of a given number of sequences.
 """
 
 import bisect
@@ -15,13 +15,13 @@ from penstock.scheduler.residency.decide import Residency, check_demand, plan_re
 from penstock.scheduler.residency.demand import CPU_KV_BYTES, Demand, Split
 from penstock.scheduler.residency.family import Cost, Family, Found
 
-TOLERANCE = 0.003  # of the tokens/s, that a number of sequences may be from the best one
+TOLERANCE = 0.003  # the share of the tokens/s that the number found may give less than the best one
 
 
 def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
-    """The demand, with the number of sequences that was planned if it was not asked for, and the residency with the
-    most tokens/s, all groups plain or those compressed that may be. Where not even one full sequence fits, the one that
-    leaves the KV cache most; also where that gives more tokens/s, if both number and length of sequences are open.
+    """The demand, with the planned number of sequences if none was asked for, and the residency with the most tokens/s;
+    either all groups are plain, or those that may be compressed are. Where not even one full sequence fits, it is the
+    residency that leaves the KV cache most; also where that gives more tokens/s and neither number nor length is set.
 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
@@ -52,7 +52,7 @@ def _best(family: Family) -> tuple[int, Found] | None:
 
 
 def _most_seqs(demand: Demand) -> int:
-    """Of max_num_seqs, as far as the number of pages is known."""
+    """max_num_seqs, or fewer where the number of pages is known and bounds them."""
     num_pages = demand.num_pages
     if num_pages is None and demand.memory_bytes is None:
         num_pages = CPU_KV_BYTES // demand.page_bytes + 1
@@ -60,13 +60,13 @@ def _most_seqs(demand: Demand) -> int:
 
 
 def _may_shorten(demand: Demand, num_seqs: int) -> bool:
-    """Whether there may be more sequences than these, in place of the longest one."""
+    """Whether there may be more sequences than these, at the cost of the longest one."""
     is_open = demand.plans_num_seqs and demand.max_model_len is None and demand.memory_bytes is not None
     return is_open and num_seqs < demand.max_num_seqs
 
 
 def _plan_most(demand: Demand, split: Split) -> tuple[Demand, Residency]:
-    """As many sequences as this split leaves memory for."""
+    """The demand for as many sequences as this split leaves memory for, and its residency."""
     more = range(2, demand.max_num_seqs + 1)
     num_seqs = 1 + bisect.bisect_left(more, True, key=lambda n: not _holds(demand.planned_for(n), split))
     settled = demand.planned_for(num_seqs)
@@ -74,7 +74,7 @@ def _plan_most(demand: Demand, split: Split) -> tuple[Demand, Residency]:
 
 
 def _holds(demand: Demand, split: Split) -> bool:
-    """Whether as many sequences as are asked for fit beside this, each of kv_len tokens and none of them longer."""
+    """Whether max_num_seqs sequences fit beside this split, each of kv_len tokens and none of them longer."""
     num_pages = demand.max_num_seqs * demand.pages(demand.kv_len) + 1
     if demand.num_pages is not None or demand.memory_bytes is None:
         return num_pages <= (demand.num_pages or num_pages)

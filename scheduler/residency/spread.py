@@ -1,4 +1,4 @@
-"""Which groups stay, given how many of each name, or how many bytes: spread evenly over depth.
+"""Which groups stay, given their number by name, or their bytes: they are spread evenly over depth.
 
 Streamed groups must lie evenly over a pass: a run of resident layers is time in which the link idles once the ring is
 full. Torch-free; groups of the same name are taken to be of the same size (the largest counts).
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def every(members: Sequence[T], count: int) -> list[T]:
-    """`count` of the members at even distances."""
+    """Takes `count` of the members at even distances."""
     total = len(members)
     return [member for i, member in enumerate(members) if (i + 1) * count // total > i * count // total]
 
@@ -27,13 +27,13 @@ def by_name(groups: Sequence[GroupId]) -> dict[str, list[GroupId]]:
 
 
 def spread(groups: Sequence[GroupId], counts: Mapping[str, int]) -> frozenset[GroupId]:
-    """As many groups of each name as `counts` says."""
+    """The groups that stay: as many of each name as `counts` says."""
     return frozenset(g for name, members in by_name(groups).items() for g in every(members, counts[name]))
 
 
 def counts_within(groups: Sequence[tuple[GroupId, int]], most_bytes: int) -> dict[str, int]:
-    """For each name how many of its groups (id, bytes) stay, so that they have the most bytes together that are not
-    above `most_bytes`."""
+    """The number of groups (id, bytes) of each name that stay, so that together they have as many bytes as possible up
+    to `most_bytes`."""
     sizes = dict(groups)
     members = sorted(by_name([group for group, _ in groups]).items(), key=lambda item: len(item[1]))  # see _best_counts
     kinds = [(max(sizes[group] for group in of_name), len(of_name)) for _, of_name in members]
@@ -41,8 +41,8 @@ def counts_within(groups: Sequence[tuple[GroupId, int]], most_bytes: int) -> dic
 
 
 def _best_counts(kinds: list[tuple[int, int]], most_bytes: int) -> list[int]:
-    """For each kind (bytes, how many there are) a count, with the largest sum of bytes that fits; ties go to the
-    counts that are most alike, so that whole layers stay or stream. All counts but the last kind's are tried."""
+    """A count for each kind (bytes, number of groups), with the largest sum of bytes that fits; ties go to the counts
+    that are most alike, so that whole layers stay or stream. Every count is tried for all kinds but the last."""
     if not kinds:
         return []
     (nbytes, total), rest = kinds[0], kinds[1:]

@@ -96,8 +96,8 @@ def test_noise_is_drawn_by_the_position_in_the_sequence():
     row = BatchRow(1, (9,), start=100, pages=(4, 2, 3), samples=True, sampling=None, num_evicted=92)
     inputs = bind(Batch((row,)), 4, torch.zeros(4, dtype=torch.int64), margin=1)
     assert inputs.positions.tolist() == [8] and inputs.sampled_positions.tolist() == [101]
-    assert inputs.places.tolist() == [3 * 4 + 1]
-    assert inputs.context.places.tolist() == [17, 18, 19, 8, 9, 10, 11, 12, 13]
+    assert inputs.addresses.tolist() == [3 * 4 + 1]
+    assert inputs.context.addresses.tolist() == [17, 18, 19, 8, 9, 10, 11, 12, 13]
     assert inputs.context.positions.tolist() == list(range(9))
 
 

@@ -69,7 +69,7 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
             "num_groups": len(sizes),
             "compressed": sorted(map(str, compressed)),
             "compressed_resident": len(compressed & residency.resident),
-            "compressed_bytes": sum(weights.codes[group].nbytes for group in compressed),
+            "compressed_bytes": sum(weights.compressed[group].nbytes for group in compressed),
             "plain_bytes": sum(sizes[group] for group in compressed),
             "copied": copied_bytes(llm.engine.worker.executor),
             "decompressed": {str(group): nbytes for group, nbytes in counters.decompressed_bytes.items()},

@@ -56,8 +56,8 @@ class EngineKernel:
     def calls_at(self, instruction: Instruction, executor: Executor) -> int:
         """How often the instruction, as it is about to run, has to call the kernel."""
         if isinstance(instruction, Decompress):
-            weights = executor.compressed[instruction.group].group.weights if "decode" in self.steps else ()
-            return sum(not weight.code.raw for weight in weights)
+            weights = executor.compressed[instruction.group].group.weights if "decompress" in self.steps else ()
+            return sum(not weight.layout.raw for weight in weights)
         if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0
         return int(self.condition(instruction, executor.context))
@@ -138,7 +138,7 @@ KERNELS: dict[str, EngineKernel] = {
     "filter": _kernel(filter, "find_limits", "sample", condition=_asks("draw", "filter"), params=FILTERED),
     # before the pass's first step
     "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_paged, exact=True),
-    "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decode", exact=True, params=SHORT),
+    "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decompress", exact=True, params=SHORT),
     "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
     "reduce_residual_norm": EngineKernel(
         reduce_residual_norm,

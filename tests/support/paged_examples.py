@@ -60,9 +60,11 @@ class Example:
         """How far two ways to the result may be from each other: (R, 1, 1, 1)."""
         bounds, group = [], self.q.shape[2] // self.keys.shape[1]
         for row, (q, length) in enumerate(zip(self.q, self.context_lens.tolist())):
-            places = self.page_table[row].long().repeat_interleave(PAGE_SIZE) * PAGE_SIZE
-            places = (places + torch.arange(len(places), device=places.device) % PAGE_SIZE)[self.margin :][:length]
-            keys, values = (cache[places].nan_to_num(0.0).abs() for cache in (self.keys, self.values))
+            addresses = self.page_table[row].long().repeat_interleave(PAGE_SIZE) * PAGE_SIZE
+            addresses = (addresses + torch.arange(len(addresses), device=addresses.device) % PAGE_SIZE)[self.margin :][
+                :length
+            ]
+            keys, values = (cache[addresses].nan_to_num(0.0).abs() for cache in (self.keys, self.values))
             if self.key_rope is not None:  # a rotated pair is at most as large as both together
                 keys = keys + keys.roll(self.key_rope.shape[2], dims=-1) + keys.roll(-self.key_rope.shape[2], dims=-1)
             largest = float(values.max()) if length else 0.0
@@ -100,7 +102,7 @@ def example(
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> Example:
-    """Random inputs. Pages lie in random order, unused places hold NaN, unused entries of the table name any page.
+    """Random inputs. Pages lie in random order, unused addresses hold NaN, unused entries of the table name any page.
     `pairs`: how many of a key's pairs are rotated when it is read."""
     contexts = context if isinstance(context, list) else [context] * num_rows
     used = [-(-(length + margin) // PAGE_SIZE) if length else 0 for length in contexts]
@@ -112,8 +114,10 @@ def example(
     keys, values = (torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(2))
     for row, (length, first) in enumerate(zip(contexts, torch.tensor([0, *used]).cumsum(0).tolist())):
         page_table[row, : used[row]] = order[first : first + used[row]]
-        places = (order[first : first + used[row], None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)).flatten()
-        seen = places[margin:][0 if window is None else max(0, length - num_queries + 1 - window) : length]
+        addresses = (
+            order[first : first + used[row], None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)
+        ).flatten()
+        seen = addresses[margin:][0 if window is None else max(0, length - num_queries + 1 - window) : length]
         for cache in (keys, values):
             cache[seen] = torch.randn((len(seen), *shape[1:]), generator=generator, device=device).to(dtype)
     width = (num_heads + 2 * num_kv_heads) * head_dim
@@ -130,7 +134,7 @@ def make(heads: tuple, context: list, **options) -> Example:
     return example(DEVICE, len(context), num_heads, num_kv_heads, head_dim, context, **options)
 
 
-def places_of(inputs: Example, row: int) -> Tensor:
+def addresses_of(inputs: Example, row: int) -> Tensor:
     """Where the row's context lies in the cache, in order."""
     entry = torch.arange(int(inputs.context_lens[row]), device=DEVICE) + inputs.margin
     return inputs.page_table[row].long()[entry // PAGE_SIZE] * PAGE_SIZE + entry % PAGE_SIZE

@@ -28,11 +28,11 @@ def is_hazardous(plan: PassPlan) -> bool:
 
 def _decodes_too_late(plan: PassPlan) -> bool:
     """Whether a step of a compressed group finds another byte in its place than those its group was decompressed to."""
-    compressed, bytes_of = {i.group: i.place for i in plan.instructions if isinstance(i, Decompress)}, {}
+    compressed, bytes_of = {i.group: i.slot for i in plan.instructions if isinstance(i, Decompress)}, {}
     for instruction in plan.instructions:
         group = getattr(instruction, "group", None)
         if isinstance(instruction, Decompress):
-            bytes_of |= dict.fromkeys(range(*_bounds(instruction.place)), group)
+            bytes_of |= dict.fromkeys(range(*_bounds(instruction.slot)), group)
         elif isinstance(instruction, Compute) and group in compressed:
             found = {bytes_of.get(byte) for byte in range(*_bounds(compressed[group]))}
             if found != {group}:

@@ -73,7 +73,7 @@ def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[Sampling
         do(instruction)
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":
             run.logits.append(executor.context.act["logits"].clone())
-            run.addresses.append(executor.context.inputs.context.places.clone())
+            run.addresses.append(executor.context.inputs.context.addresses.clone())
 
     executor.do = watched
     try:

@@ -38,7 +38,7 @@ def attended(
     cache = random(NUM_PAGES * PAGE_SIZE, K, head_dim), random(NUM_PAGES * PAGE_SIZE, K, head_dim)
     heads = random(batch.num_tokens, H + 2 * K, head_dim)
     inputs = bind(batch, PAGE_SIZE, torch.zeros(8, dtype=torch.int64, device=device), whole)
-    cache[0][inputs.places], cache[1][inputs.places] = heads[:, H : H + K], heads[:, H + K :]
+    cache[0][inputs.addresses], cache[1][inputs.addresses] = heads[:, H : H + K], heads[:, H + K :]
     assert len(inputs.context.whole) == sum(row.start == 0 and len(row.tokens) in whole for row in batch.rows)
     attention.attend_(heads, CachedLayer(*cache, PAGE_SIZE), inputs.context, window)
     return heads[:, :H]

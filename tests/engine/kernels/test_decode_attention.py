@@ -25,7 +25,7 @@ from tests.support.kernel_proof import (
     prove_faster,
     prove_refusal,
 )
-from tests.support.paged_examples import PAGE_SIZE, Example, make, places_of, tensors_of
+from tests.support.paged_examples import PAGE_SIZE, Example, addresses_of, make, tensors_of
 from tests.support.rounding import sums_apart
 
 KERNEL = kernels._decode_attention_triton
@@ -71,9 +71,9 @@ def test_kernel_is_the_reference(heads, context, options, num_segments):
 @pytest.mark.tolerance
 def test_the_reference_is_torchs_attention():
     inputs = make((4, 2, 64), [50], num_queries=3, window=20, dtype=torch.float32)
-    places = inputs.page_table[0].cpu().long().repeat_interleave(PAGE_SIZE)[:50] * PAGE_SIZE
-    places = (places + torch.arange(50) % PAGE_SIZE).to(DEVICE)
-    k, v = (cache[places].nan_to_num(0.0).transpose(0, 1)[None] for cache in (inputs.keys, inputs.values))
+    addresses = inputs.page_table[0].cpu().long().repeat_interleave(PAGE_SIZE)[:50] * PAGE_SIZE
+    addresses = (addresses + torch.arange(50) % PAGE_SIZE).to(DEVICE)
+    k, v = (cache[addresses].nan_to_num(0.0).transpose(0, 1)[None] for cache in (inputs.keys, inputs.values))
     key, query = torch.arange(50), torch.arange(47, 50)[:, None]
     mask = (key <= query) & (key > query - 20)
     q = inputs.q.transpose(1, 2)
@@ -89,10 +89,10 @@ def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
     inputs = make((4, 2, 64), [100, 7], margin=12, pairs=24, dtype=dtype)
     keys = inputs.keys.clone()
     for row, length in enumerate(inputs.context_lens.tolist()):
-        places = places_of(inputs, row)
-        rotated = keys[places]
+        addresses = addresses_of(inputs, row)
+        rotated = keys[addresses]
         rotate_(rotated, *inputs.key_rope[:, :length])
-        keys[places] = rotated
+        keys[addresses] = rotated
     before = replace(inputs, keys=keys, key_rope=None).run(num_segments)
     assert_close(inputs, inputs.run(num_segments), before)
 
@@ -109,7 +109,7 @@ def test_any_number_of_segments(options):
 @pytest.mark.tolerance
 def test_more_segments_than_the_merge_reads_at_once():
     inputs = make((2, 1, 64), [66 * 32], dtype=torch.float32)
-    inputs.keys[places_of(inputs, 0)[-32:]] *= 3.0  # the maximum comes last
+    inputs.keys[addresses_of(inputs, 0)[-32:]] *= 3.0  # the maximum comes last
     assert_close(inputs, inputs.run(70))
 
 
@@ -120,9 +120,9 @@ def test_equal_keys_give_the_mean(size, num_segments):
     """Scores that are all 0, or huge, or as low as fp16 goes."""
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 240.0
-    inputs.keys[places_of(inputs, 0)] = size
+    inputs.keys[addresses_of(inputs, 0)] = size
     out = inputs.run(num_segments)
-    values = inputs.values[places_of(inputs, 0)].double()
+    values = inputs.values[addresses_of(inputs, 0)].double()
     largest, half = float(values.abs().max()), torch.finfo(torch.float16)
     assert (out.double() - values.mean(0)).abs().max() <= sums_apart(130, largest) + half.eps * largest
 
@@ -132,7 +132,7 @@ def test_equal_keys_give_the_mean(size, num_segments):
 def test_float32_products_keep_their_bits(num_segments):
     """Queries of 13 bits, of which ten would make equal scores; values of 13 bits come out as they are."""
     inputs = make((1, 1, 64), [2], dtype=torch.float32)
-    first, second = places_of(inputs, 0)
+    first, second = addresses_of(inputs, 0)
     inputs.attn[:], inputs.keys[first], inputs.keys[second] = 0.0, 0.0, 0.0
     inputs.q[0, 0, 0, :2] = torch.tensor([4097.0, 4096.0])
     inputs.keys[first, 0, 0] = inputs.keys[second, 0, 1] = 1.0
@@ -147,11 +147,11 @@ def test_float32_products_keep_their_bits(num_segments):
 def test_one_huge_score_takes_all(place, num_segments):
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 100.0
-    places = places_of(inputs, 0)
-    inputs.keys[places] = -100.0
-    inputs.keys[places[place]] = 100.0
+    addresses = addresses_of(inputs, 0)
+    inputs.keys[addresses] = -100.0
+    inputs.keys[addresses[place]] = 100.0
     out = inputs.run(num_segments)
-    assert torch.equal(out, inputs.values[places[place]].expand_as(out))
+    assert torch.equal(out, inputs.values[addresses[place]].expand_as(out))
 
 
 @pytest.mark.tolerance
@@ -161,7 +161,7 @@ def test_scores_that_rise_or_fall_steeply(num_segments):
     for slope in (0.5, -0.5):
         inputs = make((2, 1, 64), [200], dtype=torch.float32)
         inputs.attn[:] = 1.0
-        inputs.keys[places_of(inputs, 0)] = (slope * torch.arange(200.0, device=DEVICE))[:, None, None]
+        inputs.keys[addresses_of(inputs, 0)] = (slope * torch.arange(200.0, device=DEVICE))[:, None, None]
         assert_close(inputs, inputs.run(num_segments))
 
 
@@ -178,11 +178,11 @@ def test_a_row_does_not_depend_on_its_batch(num_segments, options):
 def test_bits_do_not_depend_on_pages():
     inputs = make((4, 1, 64), [150])
     order = torch.randperm(len(inputs.keys) // PAGE_SIZE, device=DEVICE)
-    places = (order[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=DEVICE)).flatten()
+    addresses = (order[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=DEVICE)).flatten()
     moved = replace(
         inputs,
-        keys=inputs.keys[places].contiguous(),
-        values=inputs.values[places].contiguous(),
+        keys=inputs.keys[addresses].contiguous(),
+        values=inputs.values[addresses].contiguous(),
         page_table=order.argsort()[inputs.page_table.long()].int(),
     )
     assert not torch.equal(moved.page_table, inputs.page_table)
@@ -286,10 +286,10 @@ def test_kernel_is_faster(num_rows, context, pairs):
     num_segments = kernels.choose_segments(num_rows, 8, context)
     caches, _ = inputs.arguments
     ordered = (inputs.q, *caches, torch.empty_like(inputs.q))
-    places = torch.stack([places_of(inputs, row) for row in range(num_rows)])
+    addresses = torch.stack([addresses_of(inputs, row) for row in range(num_rows)])
 
     def gathered():
-        keys, values = (cache[places] for cache in (inputs.keys, inputs.values))  # (R, C, K, E)
+        keys, values = (cache[addresses] for cache in (inputs.keys, inputs.values))  # (R, C, K, E)
         if pairs:
             rotate_(keys.flatten(0, 1), *inputs.key_rope.repeat(1, num_rows, 1))
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
@@ -297,7 +297,7 @@ def test_kernel_is_faster(num_rows, context, pairs):
 
     size = kernels.partials_size(num_rows, 32, 128, num_segments)
     rest = (128**-0.5, None, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
-    nbytes = 2 * places.numel() * inputs.keys[0].nbytes
+    nbytes = 2 * addresses.numel() * inputs.keys[0].nbytes
     label = f"decode_attention {num_rows} x {context}" + " rotating" * (pairs > 0)
     run = functools.partial(KERNEL, *ordered, *rest, **inputs.reading)
     prove_faster(run, gathered, nbytes, label)

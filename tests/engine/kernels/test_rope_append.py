@@ -23,7 +23,7 @@ from tests.support.kernel_proof import (
 from tests.support.rounding import norm_ulps
 
 KERNEL = module._rope_append_triton
-PLACES = [9, 4, 3, 11, 0, 7, 8, 2]  # in no order
+ADDRESSES = [9, 4, 3, 11, 0, 7, 8, 2]  # in no order
 SHAPES = {  # H, K, E, F, norms
     "grouped": (4, 2, 16, 8, False),
     "partial": (2, 2, 20, 5, False),
@@ -41,7 +41,7 @@ def inputs_of(shape, dtype, num_tokens=3):
         "attn": adversarial(num_tokens, (heads + 2 * kv_heads) * dim, dtype),
         "table": torch.stack([angles.cos(), angles.sin()]).to(DEVICE, dtype),
         "positions": (torch.arange(num_tokens, device=DEVICE) * 5 + 3) % 12,
-        "places": torch.tensor(PLACES[:num_tokens], device=DEVICE),
+        "addresses": torch.tensor(ADDRESSES[:num_tokens], device=DEVICE),
         "keys": poisoned((12, kv_heads, dim), dtype),
         "values": poisoned((12, kv_heads, dim), dtype),
     }
@@ -52,7 +52,7 @@ def inputs_of(shape, dtype, num_tokens=3):
 
 
 def exact(
-    attn, table, positions, places, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
+    attn, table, positions, addresses, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
 ):
     """By the formula, a token and a head at a time."""
     dim, pairs = keys.shape[2], table.shape[2]
@@ -63,12 +63,12 @@ def exact(
             if weight is not None:
                 head *= weight / (head.square().mean() + eps).sqrt()
             if index >= num_heads and not appends_rotated:
-                keys[places[token], index - num_heads] = head
+                keys[addresses[token], index - num_heads] = head
             turned = torch.complex(head[:pairs], head[pairs : 2 * pairs]) * torch.complex(cos, sin)
             head[:pairs], head[pairs : 2 * pairs] = turned.real, turned.imag
         if appends_rotated:
-            keys[places[token]] = row[num_heads : num_heads + num_kv_heads]
-        values[places[token]] = row[num_heads + num_kv_heads :]
+            keys[addresses[token]] = row[num_heads : num_heads + num_kv_heads]
+        values[addresses[token]] = row[num_heads + num_kv_heads :]
 
 
 @pytest.mark.tolerance
@@ -123,11 +123,11 @@ def test_keys_rotated_later_are_the_rotated_ones():
     later = {name: tensor.clone() for name, tensor in tensors.items()}
     rope_append(**tensors, **sizes)
     rope_append(**later, **sizes, appends_rotated=False)
-    places, table = tensors["places"], tensors["table"]
-    keys = later["keys"][places]
-    assert not torch.equal(keys, tensors["keys"][places])
+    addresses, table = tensors["addresses"], tensors["table"]
+    keys = later["keys"][addresses]
+    assert not torch.equal(keys, tensors["keys"][addresses])
     module.rotate_(keys, *table[:, tensors["positions"]])
-    equal(keys, tensors["keys"][places])
+    equal(keys, tensors["keys"][addresses])
     equal(later["attn"], tensors["attn"])
 
 
@@ -138,7 +138,7 @@ def test_kernel_is_faster(num_tokens):
     bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
     attn, norm = torch.randn(num_tokens, 48 * 128, **bf16), torch.ones(128, **bf16)
     table, cache = torch.rand(2, 4096, 64, **bf16), torch.zeros(2, 4096, 8, 128, **bf16)
-    places = torch.randperm(4096, device="cuda")[:num_tokens]
-    rest = (attn, table, places, places, *cache, 32, 8, norm, norm, 1e-6)
+    addresses = torch.randperm(4096, device="cuda")[:num_tokens]
+    rest = (attn, table, addresses, addresses, *cache, 32, 8, norm, norm, 1e-6)
     nbytes = 2 * attn.numel() * attn.element_size()
     prove_faster(lambda: KERNEL(*rest), lambda: rope_append_reference(*rest), nbytes, f"rope_append {num_tokens}")

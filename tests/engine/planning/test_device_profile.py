@@ -132,7 +132,7 @@ def test_a_failed_write_leaves_the_old_file(cache, monkeypatch):
 
 def test_a_place_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--output FILE chooses another place"):
+    with pytest.raises(ValueError, match=r"--output FILE chooses another file"):
         save_profile(json.loads("{}"), tmp_path / "file" / "profile.json")
 
 

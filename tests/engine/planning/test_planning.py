@@ -150,8 +150,8 @@ def test_a_head_that_is_the_embedding_is_not_compressed():
     tied, untied = (plan(model, 24, weights_compression="lossless") for model in ("Llama-3.2-1B", "Llama-3-8B"))
     assert tied.spec.tied and not untied.spec.tied
     layers = {group for group, _ in tied.demand.groups[:-1]}
-    assert tied.demand.coded.keys() == layers
-    assert untied.demand.coded.keys() == dict(untied.demand.groups).keys()
+    assert tied.demand.compressed.keys() == layers
+    assert untied.demand.compressed.keys() == dict(untied.demand.groups).keys()
 
 
 def test_a_job_says_its_number():
@@ -171,7 +171,7 @@ def test_the_claim_of_the_kv_cache_is_what_is_allocated(model, tp_size, dtype):
     angles = torch.empty(2, 8, spec.rope.rotary_dim // 2, dtype=getattr(torch, dtype), device="meta")
     cache = make_cache(made, 32, max(spec.num_kv_heads // tp_size, 1), angles)
     every = torch.empty(num_pages * 32, dtype=torch.int64, device="meta")
-    gathered = gather(cache.layer(0), SimpleNamespace(places=every))
+    gathered = gather(cache.layer(0), SimpleNamespace(addresses=every))
     allocated = sum(tensor.nbytes for tensor in (cache.data, *gathered))
     assert dict(made.residency.claims)["KV cache"] == allocated
 

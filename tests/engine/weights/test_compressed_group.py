@@ -85,9 +85,9 @@ def test_every_group_of_every_rank(family, tp_size):
     for rank in range(tp_size):
         for layout, span in spans_of(family, "bfloat16", tp_size, rank):
             code = round_trip(layout, span)
-            num_raw += sum(weight.code.raw for weight in code.weights)
-            num_compressed += sum(not weight.code.raw for weight in code.weights)
-            assert code.nbytes < layout.nbytes or all(weight.code.raw for weight in code.weights)
+            num_raw += sum(weight.layout.raw for weight in code.weights)
+            num_compressed += sum(not weight.layout.raw for weight in code.weights)
+            assert code.nbytes < layout.nbytes or all(weight.layout.raw for weight in code.weights)
     assert num_compressed >= 3 * tp_size and num_raw >= 2 * tp_size
 
 
@@ -95,7 +95,9 @@ def test_every_group_of_every_rank(family, tp_size):
 def test_other_dtypes_are_kept_as_they_are(dtype):
     for layout, span in spans_of("llama", dtype, 1, 0):
         code = round_trip(layout, span)
-        assert all(weight.code.raw for weight in code.weights) and code.nbytes <= planned_bytes(layout) <= layout.nbytes
+        assert (
+            all(weight.layout.raw for weight in code.weights) and code.nbytes <= planned_bytes(layout) <= layout.nbytes
+        )
 
 
 def test_what_does_not_shrink_is_raw_beside_what_does(monkeypatch):
@@ -104,9 +106,9 @@ def test_what_does_not_shrink_is_raw_beside_what_does(monkeypatch):
     normal = (torch.randn(5, TILE, generator=GENERATOR) * 0.02).bfloat16()
     layout, span = group_of(torch.ones(100).bfloat16(), noise, normal, torch.randn(64, 31, generator=GENERATOR))
     code = round_trip(layout, span)
-    assert [weight.code.raw for weight in code.weights] == [True, True, False, True]
-    assert code.weights[1].code.nbytes == noise.nbytes
-    end = code.weights[3].blob_offset + code.weights[3].code.nbytes
+    assert [weight.layout.raw for weight in code.weights] == [True, True, False, True]
+    assert code.weights[1].layout.nbytes == noise.nbytes
+    end = code.weights[3].blob_offset + code.weights[3].layout.nbytes
     assert end < code.nbytes and not compress_group(layout, span)[1][end:].any()
 
 

@@ -115,7 +115,7 @@ def test_auto_keeps_weights_plain_that_do_not_shrink(tmp_path):
     with pytest.warns(UserWarning, match="weights_compression: compressed weights have .* loading them again, plain"):
         llm = LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS)
     with llm:
-        assert not llm.engine.plan.residency.compressed and not llm.engine.worker.weights.codes
+        assert not llm.engine.plan.residency.compressed and not llm.engine.worker.weights.compressed
         assert ("decompression buffer", 0) not in llm.engine.plan.residency.claims
         assert llm.engine.plan.residency.streamed_bytes == sum(g.nbytes for g in llm.engine.plan.layout.groups)
 

@@ -60,8 +60,8 @@ def assert_decodes_to(loaded: LoadedWeights, plain: LoadedWeights, layout: Model
     found, expected = spans_of(loaded), spans_of(plain)
     for group in groups_of(layout):
         span = found[group.id]
-        if group.id in loaded.codes:
-            code = loaded.codes[group.id]
+        if group.id in loaded.compressed:
+            code = loaded.compressed[group.id]
             assert len(span) == code.nbytes and span.dtype == torch.uint8
             decompressed = torch.zeros_like(expected[group.id], device=span.device)
             decompress_group(code, span, decompressed)
@@ -80,8 +80,8 @@ def test_mixed_loads_equal_plain_ones(tp_size, rank, tied, every):
     progress = []
     plain = load_weights(source, layout, streamed, True, CPU, 2)
     loaded = load_weights(source, layout, streamed, True, CPU, 2, progress.append, compressed=compressed)
-    assert plain.codes == {} and plain.compressed_from_bytes == plain.compress_s == 0
-    assert set(loaded.codes) == compressed and sum(progress) == layout.nbytes and min(progress) >= 0
+    assert plain.compressed == {} and plain.compressed_from_bytes == plain.compress_s == 0
+    assert set(loaded.compressed) == compressed and sum(progress) == layout.nbytes and min(progress) >= 0
     assert loaded.compressed_from_bytes == sum(group.nbytes for group in groups if group.id in compressed)
     assert 0 < loaded.compress_s < loaded.ended_at_s - loaded.began_at_s
     assert set(loaded.host_spans) == set(plain.host_spans) and set(loaded.resident) == set(plain.resident)
@@ -92,7 +92,7 @@ def test_mixed_loads_equal_plain_ones(tp_size, rank, tied, every):
     if every == 1:
         assert loaded.host_bytes - layout.embed.nbytes < 0.8 * (plain.host_bytes - layout.embed.nbytes)
         full = [group for group in layout.groups if group.id.name != "ffn"]  # the others have zeros among weights
-        assert all(loaded.codes[group.id].nbytes <= planned_bytes(group) for group in full)
+        assert all(loaded.compressed[group.id].nbytes <= planned_bytes(group) for group in full)
     loaded.close()
     assert loaded.host_spans == {} and loaded.resident == {}
 
@@ -114,7 +114,7 @@ def test_blobs_larger_than_planned_are_kept():
     loaded = load_weights(source, layout, compressed, True, CPU, 2, compressed=compressed)
     assert_decodes_to(loaded, plain, layout)
     largest = layout.groups[1]
-    assert planned_bytes(largest) < loaded.codes[largest.id].nbytes <= largest.nbytes
+    assert planned_bytes(largest) < loaded.compressed[largest.id].nbytes <= largest.nbytes
 
 
 @pytest.mark.parametrize("fails", ["reading", "coding"])
@@ -192,10 +192,10 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     spans = HostSpans(layout.groups, compressed=set(by_group(layout)))
-    coder = host_store._Coder(CPU, 1)
-    coder._stream = "a stream" if overlaps else None
+    compressor = host_store._Compressor(CPU, 1)
+    compressor._stream = "a stream" if overlaps else None
     with host_store._Reader(source, None, 2, None) as reader:
-        coder.load(layout.groups, reader, dict.fromkeys(by_group(layout), spans))
+        compressor.load(layout.groups, reader, dict.fromkeys(by_group(layout), spans))
     a, b, c, d, e = sorted(range(5), key=lambda place: -layout.groups[place].nbytes)
     if overlaps:
         assert events[:2] == [f"read {a}", f"read {b}"] and events[-2:] == [f"compress {d}", f"compress {e}"]
@@ -211,7 +211,7 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
         assert events == [f"{what} {place}" for place in (a, b, c, d, e) for what in ("read", "compress")]
     for group in layout.groups:
         decompressed = torch.zeros(group.nbytes, dtype=torch.uint8)
-        decompress_group(coder.codes[group.id], spans.spans[group.id], decompressed)
+        decompress_group(compressor.compressed[group.id], spans.spans[group.id], decompressed)
         assert torch.equal(decompressed, plain.host_spans[group.id])
 
 
@@ -228,7 +228,7 @@ def test_compressed_on_the_gpu_equals_plain_on_the_cpu(streams):
     loaded = load_weights(source, layout, streamed, streams != "none", torch.device(DEVICE), compressed=compressed)
     assert 0 <= torch.cuda.memory_allocated() - before - loaded.resident_bytes <= 2**20
     assert torch.cuda.memory_reserved() - reserved <= loaded.resident_bytes + 2**21 * (len(loaded.resident) + 10)
-    assert all(span.is_cuda for span in loaded.resident.values()) and set(loaded.codes) == compressed
+    assert all(span.is_cuda for span in loaded.resident.values()) and set(loaded.compressed) == compressed
     assert all(not span.is_cuda for span in loaded.host_spans.values())
     for group in loaded.host_spans:  # registered memory: the device reads what was kept
         loaded.host_spans[group] = loaded.host_spans[group].to(DEVICE, non_blocking=True)

@@ -188,10 +188,10 @@ def test_a_slot_reused_early_is_rejected(case, data):
     plan = make_plan(steps_of(groups), ring)
     index = data.draw(st.sampled_from(where(plan, Prefetch)))
     copy = plan.instructions[index]
-    places = [s.offset for _, s in ring.slots if s.offset != copy.slot.offset]
-    places = [place for place in places if place + copy.slot.nbytes <= ring.ring_bytes]
-    assume(places)
-    slot = Slot(data.draw(st.sampled_from(places)), copy.slot.nbytes)
+    offsets = [s.offset for _, s in ring.slots if s.offset != copy.slot.offset]
+    offsets = [offset for offset in offsets if offset + copy.slot.nbytes <= ring.ring_bytes]
+    assume(offsets)
+    slot = Slot(data.draw(st.sampled_from(offsets)), copy.slot.nbytes)
     assert rejected(mutant(plan, index, replace(copy, slot=slot)))
 
     def moved(instruction):
@@ -380,7 +380,7 @@ def test_each_plan_with_compressed_groups_is_safe(case):
     steps, ring, decompressed = case
     plan = make_plan(steps, ring, decompressed)
     assert not is_hazardous(plan)
-    assert {i.group: i.place.nbytes for i in plan.decompressions} == decompressed
+    assert {i.group: i.slot.nbytes for i in plan.decompressions} == decompressed
     names = [str(i) for i in plan.instructions]
     for group, _ in ring.slots:
         if group in decompressed:  # its slot is free at once
@@ -394,10 +394,10 @@ def test_each_broken_decode_is_rejected(case, data):
     plan = make_plan(steps, ring, decompressed)
     index = data.draw(st.sampled_from(where(plan, Decompress)))
     decompress = plan.instructions[index]
-    others = [i.place for i in plan.decompressions if i is not decompress]
+    others = [i.slot for i in plan.decompressions if i is not decompress]
     mutants = [
         mutant(plan, index, decompress, decompress),  # twice
-        *(mutant(plan, index, replace(decompress, place=place)) for place in others),  # where another one may be in use
+        *(mutant(plan, index, replace(decompress, slot=slot)) for slot in others),  # where another one may be in use
     ]
     for broken in mutants[1:]:
         assert rejected(broken) == is_hazardous(broken)

@@ -7,7 +7,12 @@ import pytest
 from penstock.engine.planning.device_profile import load_profile
 from penstock.scheduler.cost.pass_work import StepWork
 from penstock.scheduler.passes.pass_plan import GroupId
-from penstock.scheduler.residency.compression_choice import CodeOffer, CompressionDoesNotPay, choose_code, settle
+from penstock.scheduler.residency.compression_choice import (
+    CompressionDoesNotPay,
+    CompressionOffer,
+    choose_compression,
+    settle,
+)
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.family import Cost
@@ -39,12 +44,12 @@ def demand(**changes) -> Demand:
     return replace(base, **changes)
 
 
-def offer(choice: str, decompress_gb_s: float = 2000.0) -> CodeOffer:
-    return CodeOffer(choice, Cost(STEPS, replace(load_profile("h200"), decompress_gb_s=decompress_gb_s)))
+def offer(choice: str, decompress_gb_s: float = 2000.0) -> CompressionOffer:
+    return CompressionOffer(choice, Cost(STEPS, replace(load_profile("h200"), decompress_gb_s=decompress_gb_s)))
 
 
 def chosen(choice: str, decompress_gb_s: float = 2000.0, **changes) -> Residency:
-    return choose_code(offer(choice, decompress_gb_s), demand(**changes))[1]
+    return choose_compression(offer(choice, decompress_gb_s), demand(**changes))[1]
 
 
 def pass_s(residency: Residency) -> float:
@@ -129,7 +134,7 @@ def test_coding_must_gain_more_than_its_loading_takes():
 
 
 def test_settling_keeps_the_choice_and_takes_the_bytes():
-    planned = choose_code(offer("auto"), demand(memory_bytes=12 * GIB))
+    planned = choose_compression(offer("auto"), demand(memory_bytes=12 * GIB))
     sizes = {group: CODED[group] * 98 // 100 // 256 * 256 for group in planned[1].compressed}
     _, settled = settle(offer("auto"), planned, sizes)
     assert settled.split == planned[1].split
@@ -140,7 +145,7 @@ def test_settling_keeps_the_choice_and_takes_the_bytes():
 
 @pytest.mark.parametrize(("choice", "kind"), [("auto", CompressionDoesNotPay), ("lossless", ValueError)])
 def test_weights_that_shrink_less_than_planned_are_refused_where_they_do_not_fit(choice, kind):
-    planned = choose_code(offer(choice), demand(memory_bytes=14 * GIB, resident="all"))
+    planned = choose_compression(offer(choice), demand(memory_bytes=14 * GIB, resident="all"))
     with pytest.raises(ValueError, match="weights_compression.*planned.*none") as raised:
         settle(offer(choice), planned, {group: SIZES[group] * 9 // 10 for group in planned[1].compressed})
     assert raised.type is kind
@@ -148,7 +153,7 @@ def test_weights_that_shrink_less_than_planned_are_refused_where_they_do_not_fit
 
 def test_weights_that_do_not_shrink_stay_plain_unless_coding_is_asked_for():
     asked = demand(memory_bytes=40 * GIB, resident="none")
-    planned = choose_code(offer("auto"), asked)
+    planned = choose_compression(offer("auto"), asked)
     with pytest.raises(CompressionDoesNotPay, match="plain ones"):
         settle(offer("auto"), planned, SIZES)
     assert settle(offer("lossless"), planned, SIZES)[1].streamed_bytes == sum(SIZES.values())

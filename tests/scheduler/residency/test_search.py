@@ -13,7 +13,7 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import predict_pass
 from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId
-from penstock.scheduler.residency.compression_choice import CodeOffer, choose_code
+from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression
 from penstock.scheduler.residency.demand import Demand, Split
 from penstock.scheduler.residency.family import Cost, Family
 from penstock.scheduler.residency.search import most_per_second, plan_fastest
@@ -134,11 +134,11 @@ def test_more_memory_or_a_faster_link_is_never_slower(case, choice, factor, what
     else:
         more, faster = asked, Cost(cost.steps, replace(cost.rates, link_gb_s=cost.rates.link_gb_s * factor))
     try:
-        before = choose_code(offer := CodeOffer(choice, cost), asked)
+        before = choose_compression(offer := CompressionOffer(choice, cost), asked)
     except ValueError:
         assume(False)
-    after_offer = CodeOffer(choice, faster)
-    assert after_offer.tokens_s(choose_code(after_offer, more)) >= 0.99 * offer.tokens_s(before)
+    after_offer = CompressionOffer(choice, faster)
+    assert after_offer.tokens_s(choose_compression(after_offer, more)) >= 0.99 * offer.tokens_s(before)
 
 
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=60), st.integers(0, 60))
