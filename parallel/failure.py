@@ -63,8 +63,8 @@ def run_rank(main: Callable[[], int | None]) -> int:
     """Run `main` as this process' whole work and return its exit code (None is 0).
 
     An exception is shown once and ends the process by `os._exit`, so that no destructor (a process group, a
-    CUDA context) can block the exit: PeerLost with one line; RankFailed with its message alone; any other with
-    its traceback. SystemExit passes.
+    CUDA context) can block the exit: PeerLost with one line; RankFailed with its message alone, but by a child of rank
+    0 not what rank 0 shows itself; any other with its traceback. SystemExit passes.
     """
     try:
         return main() or 0
@@ -74,7 +74,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
             PEER_LOST_EXIT,
         )
     except RankFailed as error:
-        _leave(f"penstock: {error}", exit_after(error))
+        _leave("" if is_shown_by_parent(error) else f"penstock: {error}", exit_after(error))
     except KeyboardInterrupt:
         _leave("penstock: interrupted", 130)
     except Exception:
@@ -87,13 +87,18 @@ def exit_after(_: RankFailed) -> int:
     return PEER_LOST_EXIT if SELF_LAUNCHED in os.environ else 1
 
 
+def is_shown_by_parent(failure: RankFailed) -> bool:
+    """Whether this process is a child of the rank that failed, which lives to show its failure itself."""
+    return SELF_LAUNCHED in os.environ and failure.rank == 0 and not failure.stopped
+
+
 def _leave(text: str, code: int) -> None:
-    """Show `text` on stderr (marked for rank 0 if it launched us) and end at once."""
+    """Show `text`, if there is any, on stderr (marked for rank 0 if it launched us) and end at once."""
     mark = FAILURE_MARK + "\n" if SELF_LAUNCHED in os.environ else ""
     with contextlib.suppress(OSError, ValueError, SystemExit):  # a closed pipe must not keep us alive
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(mark + text.rstrip() + "\n")
+        sys.stderr.write(mark + text.rstrip() + "\n" if text else "")
         sys.stderr.flush()
     os._exit(code)
 

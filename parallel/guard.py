@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from penstock.parallel.failure import PeerLost, RankFailed, exit_after
+from penstock.parallel.failure import PeerLost, RankFailed, exit_after, is_shown_by_parent
 
 INTERRUPT_S = 1.0
 EXIT_S = 2.5
@@ -87,8 +87,8 @@ class Guard:
             raise self.failure
 
     def show(self, failure: RankFailed) -> None:
-        """On stderr, once."""
-        if not self._shown:
+        """On stderr, once, unless this process' parent does."""
+        if not self._shown and not is_shown_by_parent(failure):
             self._shown = True
             print(f"penstock: {failure}", file=sys.stderr, flush=True)
 
