@@ -134,10 +134,10 @@ class LLM:
         asked, refusal = [], ""
         try:
             asked = self._read(prompts, sampling_params)
-        except ValueError as error:
+        except Exception as error:
             if self._launch.kind != "torchrun":
                 raise
-            refusal = str(error) or "a ValueError without a message"
+            refusal = str(error) if isinstance(error, ValueError) and str(error) else repr(error)
         self.engine.begin(Call("generate", digest(asked), refusal))
         return asked
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from penstock.scheduler.units import MIB
 
-MAX_JSON_BYTES = 256 * MIB  # of a file; the largest index and tokenizer files that are published have under 40 MiB
+MAX_JSON_BYTES = 128 * MIB  # of a file; the largest index and tokenizer files that are published have under 40 MiB
 MAX_JSON_VALUES = 4_000_000  # each takes up to 200 bytes; the largest tokenizer files have 2 million
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 20  # of an integer: 2**64 has as many

@@ -1,16 +1,17 @@
 """Reads prompts from the command line, a file or standard input."""
 
 import os
+import re
 import stat
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
 from penstock.engine.user_files import check_no_pointer, check_regular, has_lone_surrogate, parse_json
-from penstock.scheduler.units import GIB, MIB
+from penstock.scheduler.units import MIB
 
 Prompt = str | list[int]
-MOST_BYTES = GIB  # of a file of prompts
+MOST_BYTES = 128 * MIB  # of a file of prompts; as text they may be four times as many
 _PIECE_BYTES = MIB
 
 
@@ -38,10 +39,11 @@ def _read_file(file: str) -> list[Prompt]:
         raise ValueError(f"--prompts-file {file}: line {line} has a NUL byte; expected text in UTF-8")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     # not splitlines(): JSON strings and prose may hold U+2028 and its like
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if lines and lines[0][1].lstrip().startswith("{"):
-        return [_parse(line, f"{file}, line {number}") for number, line in lines]
-    return [line for _, line in lines]
+    lines = enumerate((match[0] for match in re.finditer(r"(?m)^.*$", text)), 1)
+    prompts = ((number, line) for number, line in lines if line.strip())
+    if re.match(r"\s*\{", text):
+        return [_parse(line, f"{file}, line {number}") for number, line in prompts]
+    return [line for _, line in prompts]
 
 
 def _read(file: str) -> bytearray:

@@ -273,7 +273,8 @@ class Engine:
     def forget(self) -> None:
         """Gives up the passes under way, after an error; on rank 0."""
         self.submitted.clear()
-        self.worker.executor.forget()
+        if self.worker is not None:  # closed, at the end of the process, while a daemon thread computed
+            self.worker.executor.forget()
 
     def measure(self, link_bytes: int = LINK_BYTES) -> None:
         """Measures the rates on all ranks at once; on rank 0, between runs. Later predictions, and the plan's, use

@@ -113,6 +113,7 @@ def test_mistakes_of_one_rank_are_refused_on_all(torchrun, one_rank):
             f"call 7 (generate): rank 1 was given other prompts or parameters than rank 0; {alike}"
         )
         assert rank["other_call"] == f"call 8 (generate): rank 1 calls measure instead; {alike}"
+        assert rank["no_value"].startswith("call 9 (generate): refused by rank 1: NotImplementedError(")
         assert rank["measured"] == "nothing was raised"
         assert rank["follows"] == rank["own"] == [one_rank[0]["outputs"][0]["token_ids"]]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from penstock.engine.output import RequestOutput
 from penstock.parallel import launch
 from penstock.parallel.failure import RankFailed
@@ -89,6 +90,7 @@ def mistakes_of_one(llm: LLM, rank: int) -> dict[str, Any]:
         "refused_by_rank_0": refusal(lambda: llm.generate(["Return the"] if rank == 1 else 5)),
         "other_prompts": refusal(lambda: llm.generate(f"Rank {rank}")),
         "other_call": refusal(lambda: llm.generate("def") if rank == 0 else llm.measure()),
+        "no_value": refusal(lambda: llm.generate([torch.empty(3, device="meta")] if rank == 1 else "Return the")),
     }
     facts["measured"] = refusal(llm.measure)
     if rank == 0:

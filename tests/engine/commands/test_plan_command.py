@@ -59,7 +59,7 @@ def two_seconds() -> float:
 @pytest.mark.parametrize("options", [[LARGE, "-tp", "2", "--gpu-memory", "24GiB"], [HUGE, "-tp", "8"], [HUGE]], ids=str)
 def test_it_needs_neither_torch_nor_transformers_and_two_seconds(options, two_seconds):
     code = (
-        "import sys\nfrom penstock.engine.cli import main\n"
+        "import sys\nfrom penstock.engine.commands.cli import main\n"
         f"status = main(['plan', *{options!r}, '--table'])\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'tokenizers'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else status)"

@@ -5,10 +5,12 @@ import os
 import re
 import sys
 import threading
+import tracemalloc
 
 import pytest
 from penstock.engine.commands import prompts
 from penstock.engine.commands.prompts import read_prompts
+from penstock.scheduler.units import MIB
 
 JSONL = b'{"prompt": "a\\u2028b"}\n\n{"prompt_token_ids": [0, 7]}'
 
@@ -105,6 +107,17 @@ def test_what_does_not_end_or_waits_is_not_opened(tmp_path):
         os.close(named)
     with pytest.raises(ValueError, match="--prompts-file .*/nowhere: No such file"):
         read_prompts([], str(tmp_path / "nowhere"))
+
+
+def test_lines_are_read_one_after_another(tmp_path):
+    """A list of all lines of a file takes thirty times its bytes; this one is refused at its first."""
+    (tmp_path / "braces").write_bytes(b"{\n" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="braces, line 1: "):
+        read_prompts([], str(tmp_path / "braces"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * MIB
 
 
 def test_zeros_on_standard_input_have_an_end(monkeypatch):
