@@ -46,7 +46,7 @@ def fail_with_both_there(self):
         time.sleep(0.05)
     fail()
 if rank == {victim}:
-    engine.config.EngineConfig.__post_init__ = fail_with_both_there
+    penstock.engine.config.EngineConfig.__post_init__ = fail_with_both_there
 """,
     "loading": """
 import penstock.engine.weights.host_store as host_store
