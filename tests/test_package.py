@@ -138,14 +138,13 @@ def test_the_command_is_installed(ways_in, users, text):
 @pytest.mark.parametrize(
     "way_in, way",
     [
-        *(("last", way) for way in WAYS),
-        *(("source", way) for way in WAYS),
+        *(("last", way) for way in WAYS if way != "torchrun module"),
+        *(("source", way) for way in WAYS if way != "torchrun script"),
         ("editable", "script"),
-        ("editable", "torchrun module"),
     ],
 )
 def test_a_users_own_files_are_never_imported(ways_in, users, text, way_in, way):
-    """Neither by rank 0 nor by another rank, whoever starts it."""
+    """Neither by rank 0 nor by another rank, whoever starts it. Each way under torchrun, of 8 s, is tried once."""
     done = ways_in[way_in].run(*WAYS[way], folder=users)
     assert (done.returncode, done.stdout) == (0, text + "\n"), done.stderr
 
