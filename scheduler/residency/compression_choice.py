@@ -27,10 +27,6 @@ class CompressionOffer:
     choice: str
     cost: Cost
 
-    def tokens_s(self, planned: Planned) -> float:
-        """Predicted tokens/s of the sequences that are planned, as far as they fit."""
-        return self.cost.tokens_s(*planned)
-
 
 def choose_compression(offer: CompressionOffer, demand: Demand) -> Planned:
     """The demand, its number of sequences settled, and the residency with the most tokens/s. "auto"
@@ -50,7 +46,8 @@ def choose_compression(offer: CompressionOffer, demand: Demand) -> Planned:
         if compressed is None:
             raise
         return compressed
-    return compressed if compressed and offer.tokens_s(compressed) > (1 + LEAST_GAIN) * offer.tokens_s(plain) else plain
+    tokens_s = offer.cost.tokens_s
+    return compressed if compressed and tokens_s(*compressed) > (1 + LEAST_GAIN) * tokens_s(*plain) else plain
 
 
 def _plan_compressed(offer: CompressionOffer, demand: Demand) -> Planned | None:

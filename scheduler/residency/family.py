@@ -54,11 +54,11 @@ class Cost:
         decompressing_s = decompress_s(decompressed_bytes, num_decompressed, self.rates)
         return pass_s(streamed_bytes, self.steps_s(num_seqs, context_tokens), decompressing_s, self.rates)
 
-    def tokens_s(self, demand: Demand, residency: Residency, num_seqs: int | None = None) -> float:
-        """Predicted tokens/s of the sequences that are planned, as far as they fit, or of so many."""
+    def tokens_s(self, demand: Demand, residency: Residency) -> float:
+        """Predicted tokens/s of the sequences that are planned, as far as they fit."""
         plain = dict(demand.groups)
         decompressed_bytes = sum(plain[group] for group in residency.compressed)
-        num_seqs = num_seqs or max(demand.seqs_in(residency.num_pages), 1)
+        num_seqs = max(demand.seqs_in(residency.num_pages), 1)
         sizes = (residency.streamed_bytes, len(residency.compressed), decompressed_bytes)
         return num_seqs / self.pass_s(num_seqs, demand.kv_len, *sizes)
 

@@ -64,9 +64,13 @@ def assert_copied(llm: LLM, num_prologues: int = 1) -> None:
     assert llm.engine.worker.executor.copied == predicted
 
 
-@pytest.mark.parametrize("ring", RINGS)
-@pytest.mark.parametrize("residency", RESIDENCIES)
-@pytest.mark.parametrize("variant", MODELS[:2])
+STREAMED = [
+    *itertools.product(MODELS[:2], RESIDENCIES, RINGS),
+    *((model, *one) for model in MODELS[2:] for one in [("none", "minimum"), ("none", "default"), (0.5, "between")]),
+]
+
+
+@pytest.mark.parametrize("variant, residency, ring", STREAMED)
 def test_streamed_equals_resident(checkpoint, resident, variant, residency, ring):
     model = checkpoint(variant)
     ring_size = ring_bytes(model, ring, residency)
@@ -76,17 +80,6 @@ def test_streamed_equals_resident(checkpoint, resident, variant, residency, ring
             assert_copied(llm)
             assert len(llm.engine.worker.executor.ring) == ring_size
             assert (llm.engine.worker.weights.resident_bytes > 0) == (residency != "none")
-
-
-@pytest.mark.parametrize("variant", MODELS[2:])
-@pytest.mark.parametrize(("residency", "ring"), [("none", "minimum"), ("none", "default"), (0.5, "between")])
-def test_other_families_streamed(checkpoint, resident, variant, residency, ring):
-    model = checkpoint(variant)
-    ring_size = ring_bytes(model, ring, residency)
-    for lanes, seed in LANES:
-        with LLM(model, resident=residency, ring=ring_size, seed=seed, **in_order(lanes)) as llm:
-            assert generate(llm).same_bits(resident(variant)), (lanes, seed)
-            assert_copied(llm)
 
 
 def test_rings_differ(checkpoint):

@@ -127,9 +127,9 @@ def test_coding_must_gain_more_than_its_loading_takes():
     while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (low, middle) if chosen("auto", middle, **asked).compressed else (middle, high)
-    plain = offer("none").tokens_s((demand(**asked), chosen("none", **asked)))
+    plain = offer("none").cost.tokens_s(demand(**asked), chosen("none", **asked))
     for rate in (low, high):
-        compressed = offer("auto", rate).tokens_s((demand(**asked), chosen("lossless", rate, **asked)))
+        compressed = offer("auto", rate).cost.tokens_s(demand(**asked), chosen("lossless", rate, **asked))
         assert compressed / plain == pytest.approx(1.005, abs=0.002)
 
 
