@@ -18,7 +18,8 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.loop import Loop
 from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
-from penstock.engine.planning.engine_plan import find_model, longest_sequence
+from penstock.engine.planning.engine_plan import longest_sequence
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.calls import Call, digest
 from penstock.engine.runtime.engine import LINK_BYTES, Engine
 from penstock.engine.text.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from penstock.engine.compute.ops import StepContext
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM, load_tokenizer
 from penstock.engine.output import without_errors
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute
 from torch import Tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.text.tokenizer import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -15,7 +15,7 @@ from penstock.engine.commands.prompts import read_prompts
 from penstock.engine.config import METAVARS, EngineConfig
 from penstock.engine.llm import LLM, has_tokenizer, refuse_text
 from penstock.engine.output import RequestOutput, describe_errors
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.units import GIB, MIB, gb_s

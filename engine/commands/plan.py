@@ -12,17 +12,10 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.spec import DTYPE_BYTES
 from penstock.engine.model.steps import activation_widths
-from penstock.engine.planning.engine_plan import (
-    EnginePlan,
-    decode_time,
-    find_model,
-    longest_sequence,
-    make_engine_plan,
-    most_seqs,
-    pass_work,
-    plan_rates,
-    step_seconds,
-)
+from penstock.engine.planning.device_profile import plan_rates
+from penstock.engine.planning.engine_plan import EnginePlan, longest_sequence, make_engine_plan
+from penstock.engine.planning.find_model import find_model
+from penstock.engine.planning.predictions import decode_time, most_seqs, pass_work, step_seconds
 from penstock.engine.streams import visible
 from penstock.engine.weights.read_model import read_model_to_plan
 from penstock.parallel.launch import resolve_launch

@@ -9,10 +9,11 @@ it runs on.
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.config import EngineConfig
 from penstock.engine.streams import visible
 from penstock.engine.user_files import read_json
 from penstock.scheduler.cost.time_model import PROFILES, Rates, profile_rates, with_link
@@ -106,6 +107,30 @@ def find_profile(device_type: str, tp_size: int) -> Path | None:
                 if number.isdecimal() and int(number) >= tp_size:
                     found[int(number)] = path
     return found[min(found)] if found else None
+
+
+def plan_rates(config: EngineConfig, tp_size: int, device: str, device_name: str | None = None) -> Rates:
+    """The profile that the config names, else what `penstock probe` saved for this type of device, else a built-in one;
+    with the link rate that the config gives, and without graphs if it wants none.
+
+    `device_name`, where it is known, must be that of the saved probe; if it is not, `source` says so. Raises ValueError
+    as load_profile does.
+    """
+    rates = _load_rates(config, tp_size, "cpu" if device == "cpu" else "cuda", device_name)
+    return replace(rates, node_latency_s=None) if config.enforce_eager else rates
+
+
+def _load_rates(config: EngineConfig, tp_size: int, kind: str, device_name: str | None) -> Rates:
+    if config.device_profile is not None:
+        return load_profile(config.device_profile, tp_size, config.link_gb_s)
+    saved = find_profile(kind, tp_size)
+    if saved is None:
+        return load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
+    measured = read_device(saved)
+    if device_name in (None, measured):
+        return load_profile(str(saved), tp_size, config.link_gb_s)
+    rates = load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
+    return replace(rates, source=f"{rates.source}; the saved probe is of {measured}, not {device_name}")
 
 
 def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:

@@ -4,18 +4,14 @@ Torch-free, so that `penstock plan` runs on a laptop; the engine itself calls th
 rank; all ranks plan alike (spans have the same sizes on every rank).
 """
 
-import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import tensor_names
 from penstock.engine.model.layout import GroupLayout, ModelLayout, model_layout
 from penstock.engine.model.spec import ModelSpec
-from penstock.engine.planning.device_profile import ASSUMED, find_profile, load_profile, read_device
 from penstock.engine.planning.memory_claims import (
     DeviceMemory,
     MemoryClaims,
@@ -24,11 +20,10 @@ from penstock.engine.planning.memory_claims import (
     memory_budget,
 )
 from penstock.engine.planning.step_cost import step_work
-from penstock.engine.user_files import named_errors, refuse_cache_root
 from penstock.scheduler.batching.request import INT32_MAX
 from penstock.scheduler.batching.retention import KeepAll, Retention, SinksAndWindow
-from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
-from penstock.scheduler.cost.time_model import PassTime, Rates, launch_s, predict_pass, step_s
+from penstock.scheduler.cost.pass_work import StepWork
+from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.passes.build import make_plan
 from penstock.scheduler.passes.pass_plan import Compute, GroupId, PassPlan
 from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression, settle
@@ -192,66 +187,3 @@ def plain_plan(plan: EnginePlan) -> EnginePlan:
 def _with(plan: EnginePlan, kept: Demand, residency: Residency) -> EnginePlan:
     steps = _pass_plan(list(plan.pass_plan.steps), plan.layout, residency)
     return replace(plan, kept=kept, residency=residency, pass_plan=steps)
-
-
-def find_model(model: str) -> Path:
-    """The directory or config.json that `model` names; "demo" is the model inside the package.
-
-    Raises ValueError if there is none, and for the root of a Hugging Face cache.
-    """
-    with named_errors(model):
-        path = Path(__file__).parents[1] / "demo_model" if model == "demo" else Path(os.path.expanduser(model))
-        if not path.exists():
-            raise ValueError(f"model={model!r}: no such file or directory (nothing is downloaded; 'demo' is built in)")
-        refuse_cache_root(path)
-    return path
-
-
-def plan_rates(config: EngineConfig, tp_size: int, device: str, device_name: str | None = None) -> Rates:
-    """The profile that the config names, else what `penstock probe` saved for this type of device, else a built-in one;
-    with the link rate that the config gives, and without graphs if it wants none.
-
-    `device_name`, where it is known, must be that of the saved probe; if it is not, `source` says so. Raises ValueError
-    as load_profile does.
-    """
-    rates = _load_rates(config, tp_size, "cpu" if device == "cpu" else "cuda", device_name)
-    return replace(rates, node_latency_s=None) if config.enforce_eager else rates
-
-
-def _load_rates(config: EngineConfig, tp_size: int, kind: str, device_name: str | None) -> Rates:
-    if config.device_profile is not None:
-        return load_profile(config.device_profile, tp_size, config.link_gb_s)
-    saved = find_profile(kind, tp_size)
-    if saved is None:
-        return load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
-    measured = read_device(saved)
-    if device_name in (None, measured):
-        return load_profile(str(saved), tp_size, config.link_gb_s)
-    rates = load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
-    return replace(rates, source=f"{rates.source}; the saved probe is of {measured}, not {device_name}")
-
-
-def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
-    """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
-    residency = residency or plan.residency
-    embed_bytes = plan.layout.embed.nbytes if residency.embed_resident else 0  # no group: few of its rows are read
-    decompressed_bytes = sum(group.nbytes for group in plan.layout.groups if group.id in residency.compressed)
-    resident_bytes = residency.resident_bytes - embed_bytes
-    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps, len(residency.compressed), decompressed_bytes)
-
-
-def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute], float], Rates, float]:
-    """What predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a launch."""
-    work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
-    return lambda step: step_s(work(step), shape, plan.rates), plan.rates, launch_s(shape, plan.rates)
-
-
-def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:
-    """One decode pass of `num_seqs` rows, each attending to `context_tokens`."""
-    return predict_pass(work, PassShape(num_seqs, num_seqs, num_seqs * context_tokens), rates)
-
-
-def most_seqs(demand: Demand, residency: Residency, context_tokens: int) -> int:
-    """Sequences of that many tokens that decode at once, as the KV cache and max_num_seqs allow; tokens/s rise with
-    each, since a pass over one more takes longer by less than its share."""
-    return min(demand.max_num_seqs, (residency.num_pages - 1) // demand.pages(context_tokens))

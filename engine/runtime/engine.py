@@ -29,15 +29,11 @@ import torch
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import read_eos_token_ids
-from penstock.engine.planning.engine_plan import (
-    EnginePlan,
-    find_model,
-    make_engine_plan,
-    pass_work,
-    plain_plan,
-    plan_rates,
-)
+from penstock.engine.planning.device_profile import plan_rates
+from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan, plain_plan
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.planning.memory_claims import DeviceMemory
+from penstock.engine.planning.predictions import pass_work
 from penstock.engine.runtime.build import Worker, open_source
 from penstock.engine.runtime.calls import Call, config_objection, objection, pack_config
 from penstock.engine.runtime.probe import measure_engine

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from penstock.engine.planning.engine_plan import EnginePlan, step_seconds
+from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.planning.predictions import step_seconds
 from penstock.engine.user_files import check_output, named_errors
 from penstock.parallel.collectives import Collectives
 from penstock.scheduler.cost.pass_work import PassShape

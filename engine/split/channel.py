@@ -13,7 +13,9 @@ from typing import Protocol
 
 import torch
 from penstock.engine.config import EngineConfig
-from penstock.engine.planning.engine_plan import find_model, make_engine_plan, plan_rates
+from penstock.engine.planning.device_profile import plan_rates
+from penstock.engine.planning.engine_plan import make_engine_plan
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.split.deadline import LEAST_LOAD_BYTES_S, Until, call_s, load_s
 from penstock.engine.split.device_process import DeviceProcess
 from penstock.engine.split.device_side import DeviceSide

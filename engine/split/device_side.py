@@ -15,7 +15,8 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.kernels.embedding import embed_rows
 from penstock.engine.model.layout import Weight, select_weights
 from penstock.engine.model.shard import ShardKind
-from penstock.engine.planning.engine_plan import EnginePlan, find_model
+from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.planning.step_cost import MATRICES
 from penstock.engine.runtime.build import open_source
 from penstock.engine.split.transfers import is_call, site

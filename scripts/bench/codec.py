@@ -20,7 +20,7 @@ import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.measure.rates import GPU_BYTES, decompress_seconds, link_buffers, link_gb_s, seconds
 from penstock.engine.model.shard import Piece
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.weights.checkpoint import FILE_DTYPES, Checkpoint
 from penstock.engine.weights.codec import CompressedLayout, compress
 from penstock.parallel.collectives import Solo

@@ -11,7 +11,7 @@ import torch
 from penstock.engine.model.families import config_file, read_config, read_spec, tensor_names
 from penstock.engine.model.layout import expected_tensors
 from penstock.engine.model.shard import Piece
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.headers import INDEX
 from penstock.scheduler.units import GB

@@ -35,7 +35,7 @@ from penstock.engine.commands.flags import Parser
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM, load_tokenizer
 from penstock.engine.model.families import config_file, read_config, read_spec
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.split.channel import InProcess
 from penstock.engine.split.device_side import DeviceSide
 from penstock.engine.split.llm import SplitLLM

@@ -15,7 +15,7 @@ import sys
 from penstock.engine.commands.flags import Parser
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import model_steps
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.split.flags import add_split_arguments
 from penstock.engine.split.report import difference, remedy_table, transfer_table
 from penstock.engine.split.transfers import SplitConfig, predict, prefill

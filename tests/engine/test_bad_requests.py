@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from penstock.engine.commands.cli import main
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.engine import Engine
 from safetensors.torch import load_file, save_file
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 
 from penstock import LLM, SamplingParams
 from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, WAYS, llm_that_runs, tokens_of

@@ -15,7 +15,8 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import read_config, read_spec
-from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan, plan_rates
+from penstock.engine.planning.device_profile import plan_rates
+from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
 from penstock.engine.runtime.engine import Engine
 
 from tests.support import streaming_runs

@@ -21,7 +21,8 @@ import torch
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import read_config, read_spec
-from penstock.engine.planning.engine_plan import make_engine_plan, plan_rates
+from penstock.engine.planning.device_profile import plan_rates
+from penstock.engine.planning.engine_plan import make_engine_plan
 from penstock.engine.runtime.executor import Executor
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.build import default_ring_bytes, minimum_ring_bytes

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from penstock.engine.commands.cli import main
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime import engine as rank_module
 from penstock.parallel.launch import Launch
 from safetensors.torch import load_file, save_file

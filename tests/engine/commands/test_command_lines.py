@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 from penstock.engine.commands import cli
 from penstock.engine.config import parse_resident
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime import engine as rank_module
 from penstock.parallel.launch import Launch
 from penstock.scheduler.cost.time_model import PROFILES

@@ -5,7 +5,7 @@ import json
 import pytest
 from penstock.engine import streams
 from penstock.engine.commands import cli
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.scheduler.cost.time_model import PROFILES
 
 

@@ -14,7 +14,8 @@ from penstock.engine.config import DebugConfig, EngineConfig
 from penstock.engine.model.families import read_config, read_spec, tensor_names
 from penstock.engine.model.layout import model_layout
 from penstock.engine.planning.device_profile import load_profile
-from penstock.engine.planning.engine_plan import make_engine_plan, pass_work, step_seconds
+from penstock.engine.planning.engine_plan import make_engine_plan
+from penstock.engine.planning.predictions import pass_work, step_seconds
 from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.cost.time_model import predict_pass
 from penstock.scheduler.cost.timeline import predict_timeline, timeline_s

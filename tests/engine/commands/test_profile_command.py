@@ -10,7 +10,8 @@ from penstock.engine.commands.profile import between, describe_decode, table
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.planning.device_profile import load_profile
-from penstock.engine.planning.engine_plan import find_model, make_engine_plan
+from penstock.engine.planning.engine_plan import make_engine_plan
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.profile.pass_profile import profile_pass
 from penstock.engine.profile.traced_run import TracedRun
 from penstock.engine.runtime.trace import Interval, label

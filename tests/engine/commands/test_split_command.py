@@ -5,7 +5,7 @@ import json
 import pytest
 from penstock.engine.commands.cli import main
 from penstock.engine.model.families import read_config, read_spec
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.split.permutation import NOTICE
 
 ASKED = ("--prompt", "Return the", "--prompt", "Raise an error", "--max-tokens", "8", "--ignore-eos")

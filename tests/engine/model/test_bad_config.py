@@ -11,7 +11,7 @@ from penstock.engine.commands.cli import main
 from penstock.engine.model.config_fields import REFUSED
 from penstock.engine.model.families import read_config, read_eos_token_ids, read_spec
 from penstock.engine.model.spec import ModelSpec
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.text.tokenizer_files import load_backend
 from penstock.engine.weights.headers import find_entries
 from penstock.engine.weights.read_model import read_model

@@ -15,11 +15,11 @@ from penstock.engine.planning.device_profile import (
     device_profile,
     find_profile,
     load_profile,
+    plan_rates,
     profile_path,
     save_profile,
     sending_s,
 )
-from penstock.engine.planning.engine_plan import plan_rates
 
 from tests.support.probes import CPU, FOUR
 

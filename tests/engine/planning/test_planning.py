@@ -17,8 +17,9 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.planning.device_profile import load_profile
-from penstock.engine.planning.engine_plan import EnginePlan, decode_time, make_engine_plan, most_seqs, pass_work
+from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
 from penstock.engine.planning.memory_claims import DeviceMemory
+from penstock.engine.planning.predictions import decode_time, most_seqs, pass_work
 from penstock.engine.runtime import engine as runtime
 from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.units import GIB

@@ -12,7 +12,8 @@ import pytest
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.planning.device_profile import load_profile
-from penstock.engine.planning.engine_plan import EnginePlan, decode_time, make_engine_plan, pass_work, step_seconds
+from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
+from penstock.engine.planning.predictions import decode_time, pass_work, step_seconds
 from penstock.scheduler.batching.batch import Batch, BatchRow, is_decode
 from penstock.scheduler.batching.request import Request
 from penstock.scheduler.batching.scheduler import Scheduler

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from penstock.engine.commands import cli
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.weights import read_model as read_model_module
 from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.headers import INDEX, SINGLE

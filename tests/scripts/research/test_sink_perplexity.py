@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from penstock import LLM, SamplingParams

@@ -1,0 +1,40 @@
+"""Predicts the passes of a plan: what a rank does in one, how long it takes, and how many sequences decode at once.
+
+Torch-free.
+"""
+
+from collections.abc import Callable
+
+from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.planning.step_cost import step_work
+from penstock.scheduler.cost.pass_work import PassShape, PassWork
+from penstock.scheduler.cost.time_model import PassTime, Rates, launch_s, predict_pass, step_s
+from penstock.scheduler.passes.pass_plan import Compute
+from penstock.scheduler.residency.decide import Residency
+from penstock.scheduler.residency.demand import Demand
+
+
+def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
+    """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
+    residency = residency or plan.residency
+    embed_bytes = plan.layout.embed.nbytes if residency.embed_resident else 0  # no group: few of its rows are read
+    decompressed_bytes = sum(group.nbytes for group in plan.layout.groups if group.id in residency.compressed)
+    resident_bytes = residency.resident_bytes - embed_bytes
+    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps, len(residency.compressed), decompressed_bytes)
+
+
+def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute], float], Rates, float]:
+    """What predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a launch."""
+    work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
+    return lambda step: step_s(work(step), shape, plan.rates), plan.rates, launch_s(shape, plan.rates)
+
+
+def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:
+    """One decode pass of `num_seqs` rows, each attending to `context_tokens`."""
+    return predict_pass(work, PassShape(num_seqs, num_seqs, num_seqs * context_tokens), rates)
+
+
+def most_seqs(demand: Demand, residency: Residency, context_tokens: int) -> int:
+    """Sequences of that many tokens that decode at once, as the KV cache and max_num_seqs allow; tokens/s rise with
+    each, since a pass over one more takes longer by less than its share."""
+    return min(demand.max_num_seqs, (residency.num_pages - 1) // demand.pages(context_tokens))
