@@ -106,6 +106,8 @@ class DebugConfig:
     )
     poison: bool = _option(False, "fill freed slots with NaN so that a broken contract is loud")
     page_order_seed: int | None = _option(None, "hand out KV pages in this shuffled order", type=int)
+    as_on_gpu: bool = _option(False, "CPU only: fuse steps and pad decode passes as on a GPU")
+    watch: str | None = _option(None, "module:Class of a Watch that sees every pass on every rank")
 
     def __post_init__(self):
         _check_types(self)

@@ -1,15 +1,12 @@
 """LLM takes prompts and returns outputs: the face of the engine in Python.
 
 Life of a request: text -> token ids -> Request -> rows of batches (scheduler) -> tokens (engine) -> text (loop). Under
-torchrun every rank constructs an LLM and calls the same methods; rank 0 schedules, all get the same outputs.
+torchrun every rank constructs an LLM and calls the same methods; rank 0 runs the loop, all get the same outputs.
 """
 
 import contextlib
 import dataclasses
-import functools
 import itertools
-import operator
-import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,15 +19,14 @@ from penstock.engine.planning.engine_plan import longest_sequence
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.calls import Call, digest
 from penstock.engine.runtime.engine import LINK_BYTES, Engine
+from penstock.engine.text.prompts import Asked, Prompt, PromptReader
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.turns import Turns, in_turn
-from penstock.engine.user_files import has_lone_surrogate
 from penstock.parallel.launch import Launch, resolve_launch
 from penstock.parallel.rendezvous import read_together
 from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
 
-Prompt = str | list[int]  # or an array of token ids: numpy's, torch's, or what else has `tolist`
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
@@ -51,17 +47,20 @@ class LLM:
         self.turns = Turns()
         self.tokenizer = self._load_tokenizer()
         self.engine = self._start()
-        self.vocab_size = self.engine.plan.spec.vocab_size
-        residency = self.engine.plan.residency
-        self.scheduler = Scheduler(
-            max_num_seqs=self.engine.plan.max_num_seqs,
+        plan = self.engine.plan
+        scheduler = Scheduler(
+            max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            max_model_len=longest_sequence(self.config, self.engine.plan),
+            max_model_len=longest_sequence(self.config, plan),
             page_size=self.config.page_size,
-            num_pages=residency.num_pages,
+            num_pages=plan.residency.num_pages,
             eos_token_ids=self.engine.eos_token_ids,
             page_order_seed=self.config.debug.page_order_seed,
-            retention=self.engine.plan.retention,
+            retention=plan.retention,
+        )
+        self.loop = Loop(scheduler, self.engine)
+        self._reader = PromptReader(
+            self.config.model, self.tokenizer, plan.spec.vocab_size, longest_sequence(self.config, plan)
         )
         self._request_ids = itertools.count()
         self._finalizer = weakref.finalize(self, self.engine.close)
@@ -89,19 +88,35 @@ class LLM:
         """
         self._check_open()
         asked = self._read_for_all(prompts, sampling_params)
+        groups = [self._expand(token_ids, params) for _, token_ids, params in asked]
         listener = Listener(on_text)
-        groups = [self._expand(index, *one, listener) for index, one in enumerate(asked)]
         with self.engine.together():
             if self.engine.topology.rank > 0:
                 return [RequestOutput.from_dict(output) for output in self.engine.follow()]
-            Loop(self.scheduler, self.engine, groups, listener).run()
+            self._run(groups, listener)
             outputs = [
                 RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in group])
                 for index, ((prompt, token_ids, _), group) in enumerate(zip(asked, groups))
             ]
-            self.engine.finish([output.to_dict() for output in outputs])
+            self.engine.finish(outputs)
         listener.reraise(outputs)
         return outputs
+
+    def _run(self, groups: list[list[Sequence]], listener: Listener) -> None:
+        """Runs the sequences of each prompt until all have ended."""
+        prompts = {sequence.request.id: prompt for prompt, group in enumerate(groups) for sequence in group}
+        try:
+            for sequence in itertools.chain(*groups):
+                self.loop.add(sequence)
+            while self.loop.has_unfinished:
+                for event in self.loop.advance():
+                    prompt = prompts[event.sequence.request.id]
+                    error = listener.tell(prompt, event.sequence.index, event.text, event.is_last)
+                    for sequence in groups[prompt] if error else ():
+                        self.loop.abort(sequence.request.id, f"on_text raised {error!r}")
+        except BaseException:  # an interrupt, in on_text too
+            self.loop.clear()
+            raise
 
     @in_turn
     def measure(self, link_bytes: int = LINK_BYTES) -> None:
@@ -113,7 +128,7 @@ class LLM:
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""
         self._check_open()
-        self._read(prompts, sampling_params)
+        self._reader.read(prompts, sampling_params)
 
     @in_turn
     def close(self) -> None:
@@ -130,63 +145,17 @@ class LLM:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _read_for_all(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
-        """The result of `_read`, once all ranks have agreed on this call. All refuse what one of them refuses."""
+    def _read_for_all(self, prompts, sampling_params) -> list[Asked]:
+        """What was asked, read, once all ranks have agreed on this call. All refuse what one of them refuses."""
         asked, refusal = [], ""
         try:
-            asked = self._read(prompts, sampling_params)
+            asked = self._reader.read(prompts, sampling_params)
         except Exception as error:
             if self._launch.kind != "torchrun":
                 raise
             refusal = str(error) if isinstance(error, ValueError) and str(error) else repr(error)
         self.engine.begin(Call("generate", digest(asked), refusal))
         return asked
-
-    def _read(self, prompts, sampling_params) -> list[tuple[str | None, list[int], SamplingParams]]:
-        """Checks everything that a user gives, on every rank alike."""
-        prompts = _as_list(prompts)
-        if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and _is_number(prompts[0])):
-            prompts = [prompts]
-        if not isinstance(prompts, list | tuple):
-            raise ValueError(f"prompts={prompts!r}: expected a string, a list of token ids, or a list of such prompts")
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if not isinstance(sampling_params, list | tuple) or not all(
-            isinstance(params, SamplingParams) for params in sampling_params
-        ):
-            raise ValueError(f"sampling_params={sampling_params!r}: expected SamplingParams, or a list of them")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
-        return [self._read_one(index, *one) for index, one in enumerate(zip(prompts, sampling_params))]
-
-    def _read_one(
-        self, index: int, prompt: Prompt, params: SamplingParams
-    ) -> tuple[str | None, list[int], SamplingParams]:
-        prompt = _as_list(prompt)
-        if not isinstance(prompt, str | list | tuple):
-            raise ValueError(f"prompt {index}: {prompt!r} is neither a string nor a list of token ids")
-        if self.tokenizer is None:
-            refuse_text(self.config, index, prompt, params)
-        text = prompt if isinstance(prompt, str) else None
-        if text is not None and has_lone_surrogate(text):
-            raise ValueError(f"prompt {index}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        token_ids = self.tokenizer.encode(prompt, self.vocab_size) if text is not None else _as_tokens(index, prompt)
-        for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
-            wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
-            if wrong is not None:
-                raise ValueError(f"prompt {index}: {what} {wrong} is not in 0..{self.vocab_size - 1}")
-        self._warn_of_stops(params.stop)
-        # the index stands for the id: messages name the prompt
-        Request(index, token_ids, params).check_length(self.scheduler.max_model_len)
-        return text, token_ids, params
-
-    def _warn_of_stops(self, stops: tuple[str, ...]) -> None:
-        for stop in stops:
-            parts = [special for special in self.tokenizer.special_ids if special in stop]
-            if parts and stop not in parts:
-                where = f"stop={stop!r} has the special token {parts[0]!r}, which is no part of any text"
-                number = self.tokenizer.special_ids[parts[0]]
-                warnings.warn(f"{where}: give it alone, or stop_token_ids=[{number}], to end there", stacklevel=2)
 
     def _configure(self, options: dict[str, Any]) -> None:
         """Sets `config` and `_launch`. Under torchrun the other ranks are told if this one's options are refused."""
@@ -211,9 +180,7 @@ class LLM:
         if self.engine is None:
             raise RuntimeError("this LLM is closed")
 
-    def _expand(
-        self, prompt: int, _: str | None, token_ids: list[int], params: SamplingParams, listener: Listener
-    ) -> list[Sequence]:
+    def _expand(self, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
         """The n sequences of a prompt, each with a seed of its own. A stop string that is a special token, which is no
         part of any text, ends them as a stop token id does."""
         special_ids = self.tokenizer.special_ids if params.stop else {}
@@ -225,8 +192,7 @@ class LLM:
             number = next(self._request_ids)
             own = params.seed + index if params.seed is not None else (self.config.seed + 1) * _GOLDEN + number
             request = Request(number, token_ids, params, seed=own & _MASK)
-            tell = functools.partial(listener.tell, prompt, index)
-            sequences.append(Sequence(request, index, self.tokenizer, tell, special_stops))
+            sequences.append(Sequence(request, index, self.tokenizer, special_stops))
         return sequences
 
 
@@ -247,13 +213,6 @@ def config_of(options: dict[str, Any]) -> EngineConfig:
     return EngineConfig(**options)
 
 
-def refuse_text(config: EngineConfig, index: int, prompt: Prompt, params: SamplingParams) -> None:
-    """Raises ValueError for a text prompt or a stop string, where there is no tokenizer."""
-    if isinstance(prompt, str) or params.stop:
-        what = "a text prompt" if isinstance(prompt, str) else "a stop string"
-        raise ValueError(f"{config.model}: no tokenizer.json, so prompt {index} cannot have {what}; give token ids")
-
-
 def tokenizer_directory(config: EngineConfig) -> Path:
     """The directory that --tokenizer names, else the model's."""
     path = find_model(config.tokenizer or config.model)
@@ -272,22 +231,3 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     if tokenizer is None and config.tokenizer is not None:
         raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer.json there")
     return tokenizer
-
-
-def _as_list(value: Any) -> Any:
-    """A value as it is, but an array of numpy or torch as Python's lists and numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _is_number(value: Any) -> bool:
-    return hasattr(_as_list(value), "__index__")
-
-
-def _as_tokens(index: int, prompt: list | tuple) -> list[int]:
-    """Token ids as Python's integers, from these or numpy's or torch's. Raises ValueError for others, also for
-    bools."""
-    token_ids = [token if type(token) is int else _as_list(token) for token in prompt]
-    for token in token_ids:
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise ValueError(f"prompt {index}: token id {token!r} is not an integer")
-    return list(map(operator.index, token_ids))

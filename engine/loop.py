@@ -1,85 +1,144 @@
-"""Runs one call's sequences, pass after pass until all have ended: schedule, submit, collect, text.
+"""The loop that serves requests: add them, advance pass by pass, take what happened, abort those that nobody wants.
 
-A sequence fails alone. If its logits are NaN, or it can never run, it ends with FinishReason.ERROR; if `on_text`
-raises, its prompt's sequences end with FinishReason.ABORT. The others go on as if a stop had ended those.
+    loop.add(sequence)                      # from any thread; also while a pass runs
+    while loop.has_unfinished:
+        for event in loop.advance():        # schedule, submit, collect, text
+            show(event.sequence, event.text)
+    loop.abort(sequence.request.id, "the client has gone")
+
+What was added or aborted is read last, before a pass is sealed: it counts for the next pass that has not begun.
+
+A sequence fails alone. If its logits are NaN, or it can never run, it ends with FinishReason.ERROR; if it is aborted,
+with FinishReason.ABORT. The others go on as if a stop had ended those.
 """
 
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from penstock.engine.compute.sampler import NAN_LOGITS, SampleOutput
-from penstock.engine.output import Listener, Sequence
+from penstock.engine.output import Sequence
 from penstock.engine.runtime.engine import Engine
 from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import FinishReason, Request
 from penstock.scheduler.batching.scheduler import Scheduler
 
 
+@dataclass(frozen=True)
+class Event:
+    """News of a sequence: text that can no longer become part of a stop string, or its end, or both."""
+
+    sequence: Sequence
+    text: str
+    is_last: bool
+
+
 class Loop:
-    """The loop of rank 0. `groups` has the sequences of each prompt, whose text goes to `listener`."""
+    """The loop of rank 0: no one else calls scheduler and engine in turn. `add`, `abort` and `has_unfinished` are for
+    any thread, the rest for the one that advances."""
 
-    def __init__(self, scheduler: Scheduler, engine: Engine, groups: list[list[Sequence]], listener: Listener):
-        self.scheduler, self.engine, self.groups, self.listener = scheduler, engine, groups, listener
-        self._sequences = {sequence.request.id: sequence for group in groups for sequence in group}
-        self._num_aborted = 0  # prompts for which on_text has raised and that have ended for it
+    def __init__(self, scheduler: Scheduler, engine: Engine):
+        self.scheduler, self.engine = scheduler, engine
+        self._sequences: dict[int, Sequence] = {}  # those that have not ended, by request id
+        self._inbox: deque[Callable[[list[Event]], None]] = deque()
 
-    def run(self) -> None:
-        """Runs until all have ended. Any other exception, an interrupt too, ends all and leaves the engine usable."""
+    def add(self, sequence: Sequence) -> None:
+        """Lets a new sequence wait for its row. One that can never run ends with an error, which is an event."""
+        self._inbox.append(lambda events: self._add(sequence, events))
+
+    def abort(self, request_id: int, why: str) -> None:
+        """Ends a sequence, with `why` as its error; one that has ended is left alone."""
+        self._inbox.append(lambda events: self._abort(request_id, why, events))
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything to advance."""
+        return bool(self._inbox) or self.scheduler.has_unfinished
+
+    def advance(self) -> list[Event]:
+        """Enqueues the next pass, and takes in the oldest one that is under way if it is time to. Returns what happened
+        to sequences. An exception, an interrupt too, ends them all, and leaves the engine usable."""
         try:
-            self._add()
-            while self.scheduler.has_unfinished:
-                batch = self.scheduler.schedule()
-                if batch is not None and self.engine.must_wait:
-                    self._run_if_wanted(batch)
-                    continue
-                if batch is not None:
-                    self.engine.submit(batch)
-                if batch is None or self.engine.num_under_way > self.engine.lookahead:
-                    self._take_in(*self._collect())
+            return self._advance()
         except BaseException:
-            self.scheduler.abort()
-            self.engine.forget()
+            self.clear()
             raise
 
-    def _add(self) -> None:
-        refused = []
-        for sequence in self._sequences.values():
-            try:
-                self.scheduler.add(sequence.request)
-            except ValueError as error:
-                sequence.fail(str(error))
-                refused.append(sequence)
-        for sequence in refused:
-            sequence.on_text(None)
-        self._abort_unheard()
+    def clear(self) -> None:
+        """Ends all sequences with FinishReason.ABORT, and gives up the passes under way."""
+        self._inbox.clear()
+        self._sequences.clear()
+        self.scheduler.abort()
+        self.engine.forget()
 
-    def _run_if_wanted(self, batch: Batch) -> None:
+    def _advance(self) -> list[Event]:
+        events = self._read_inbox()
+        if not self.scheduler.has_unfinished:
+            return events
+        batch = self.scheduler.schedule()
+        if batch is not None and self.engine.must_wait:
+            return events + self._run_if_wanted(batch)
+        if batch is not None:
+            self.engine.submit(batch)
+        if batch is None or self.engine.num_under_way > self.engine.lookahead:
+            events += self._take_in(*self._collect())
+        return events
+
+    def _run_if_wanted(self, batch: Batch) -> list[Event]:
         """Runs a prepared pass as soon as the tokens of the one under way are there; text is made while it runs."""
         self.engine.announce(batch)
         requests, sampled = self._collect()
+        events = self._read_inbox()
         if self.scheduler.is_wanted(batch):
             self.engine.run_announced(batch)
         else:
             self.scheduler.withdraw(batch)
-        self._take_in(requests, sampled)
+        return events + self._take_in(requests, sampled)
+
+    def _read_inbox(self) -> list[Event]:
+        events: list[Event] = []
+        while self._inbox:
+            self._inbox.popleft()(events)
+        return events
+
+    def _add(self, sequence: Sequence, events: list[Event]) -> None:
+        try:
+            self.scheduler.add(sequence.request)
+        except ValueError as error:
+            sequence.fail(str(error))
+            events.append(Event(sequence, sequence.take_text(), is_last=True))
+        else:
+            self._sequences[sequence.request.id] = sequence
+
+    def _abort(self, request_id: int, why: str, events: list[Event]) -> None:
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.finish(sequence.request, FinishReason.ABORT)
+            sequence.fail(why)
+            events.append(Event(sequence, sequence.take_text(), is_last=True))
 
     def _collect(self) -> tuple[list[Request | None], SampleOutput | None]:
         """Waits for the oldest pass. Returns the requests that got its tokens, and the tokens."""
         batch, sampled = self.engine.collect()
         return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
 
-    def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> None:
+    def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> list[Event]:
         """Gives each sequence of a pass its token."""
+        events = []
         for index, request in enumerate(requests):
-            if request is not None:
-                self._advance(self._sequences[request.id], sampled, index)
-        self._abort_unheard()
-
-    def _advance(self, sequence: Sequence, sampled: SampleOutput, index: int) -> None:
-        request = sequence.request
-        if request.finish_reason == FinishReason.ERROR:
-            sequence.fail(NAN_LOGITS)
-        else:
-            self._push(sequence, sampled, index)
-        if request.finish_reason is not None:
-            sequence.on_text(None)
+            sequence = None if request is None else self._sequences.get(request.id)
+            if sequence is None:  # it has ended meanwhile
+                continue
+            if request.finish_reason == FinishReason.ERROR:
+                sequence.fail(NAN_LOGITS)
+            else:
+                self._push(sequence, sampled, index)
+            is_last, text = request.finish_reason is not None, sequence.take_text()
+            if is_last:
+                del self._sequences[request.id]
+            if text or is_last:
+                events.append(Event(sequence, text, is_last))
+        return events
 
     def _push(self, sequence: Sequence, sampled: SampleOutput, index: int) -> None:
         """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""
@@ -94,12 +153,3 @@ class Loop:
             stop = sequence.flush()
         if stop is not None:
             self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
-
-    def _abort_unheard(self) -> None:
-        """Ends the sequences of the prompts for which `on_text` has raised since the last time."""
-        for prompt, error in self.listener.raised[self._num_aborted :]:
-            self._num_aborted += 1
-            for sequence in self.groups[prompt]:
-                if sequence.request.finish_reason is None:
-                    self.scheduler.finish(sequence.request, FinishReason.ABORT)
-                    sequence.fail(f"on_text raised {error!r}")

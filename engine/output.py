@@ -86,14 +86,19 @@ class Listener:
         self.raised: list[tuple[int, Exception]] = []
         self._deaf: set[int] = set()
 
-    def tell(self, prompt: int, index: int, text: str | None) -> None:
+    def tell(self, prompt: int, index: int, text: str, is_last: bool) -> Exception | None:
+        """Calls `on_text` with the text, if there is any, and with None at the end. Returns what it raised, if it
+        did."""
         if self.on_text is None or prompt in self._deaf:
-            return
+            return None
         try:
-            self.on_text(prompt, index, text)
+            for told in [text] * bool(text) + [None] * is_last:
+                self.on_text(prompt, index, told)
         except Exception as error:
             self._deaf.add(prompt)
             self.raised.append((prompt, error))
+            return error
+        return None
 
     def reraise(self, outputs: list[RequestOutput]) -> None:
         """Raises the first exception that was kept, if any, with the call's outputs as its attribute `outputs`."""
@@ -110,8 +115,8 @@ class Listener:
 class Sequence:
     """The text of one request as it grows; finds stop strings across the borders of tokens.
 
-    `on_text` is called with each piece of text that can no longer become part of a stop string; by the caller with
-    None at the end. `special_stops`: stop strings that are special tokens, by the request's stop token ids.
+    `index` is its number among those of its prompt. `special_stops`: stop strings that are special tokens, by the
+    request's stop token ids.
     """
 
     def __init__(
@@ -119,14 +124,13 @@ class Sequence:
         request: Request,
         index: int,
         tokenizer: Tokenizer | None,
-        on_text: Callable[[str | None], None],
         special_stops: dict[int, str],
     ):
         self.request, self.index, self.tokenizer, self.special_stops = request, index, tokenizer, special_stops
         self.stream = tokenizer.stream(request.prompt_token_ids) if tokenizer else None
         self.stops = StopStrings(request.params.stop)
-        self.on_text = on_text
         self._pieces: list[str] = []  # a string would be copied for each token of a long text
+        self._num_taken = 0
         self.logprobs: list[dict[int, Logprob]] = []
         self.error: str | None = None
 
@@ -147,6 +151,12 @@ class Sequence:
         rest, stop = self.stops.flush()
         self._emit(emitted + rest)
         return stop
+
+    def take_text(self) -> str:
+        """The text that has come since the last time, and can no longer become part of a stop string."""
+        new = self._pieces[self._num_taken :]
+        self._num_taken = len(self._pieces)
+        return "".join(new)
 
     def fail(self, error: str) -> None:
         """Ends the sequence for this reason, and gives out the text that was held back."""
@@ -179,4 +189,3 @@ class Sequence:
     def _emit(self, text: str) -> None:
         if text:
             self._pieces.append(text)
-            self.on_text(text)

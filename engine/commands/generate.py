@@ -13,9 +13,10 @@ import time
 from penstock.engine.commands.plan import describe, step_table
 from penstock.engine.commands.prompts import read_prompts
 from penstock.engine.config import METAVARS, EngineConfig
-from penstock.engine.llm import LLM, has_tokenizer, refuse_text
+from penstock.engine.llm import LLM, has_tokenizer
 from penstock.engine.output import RequestOutput, describe_errors
 from penstock.engine.planning.find_model import find_model
+from penstock.engine.text.prompts import refuse_text
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.units import GIB, MIB, gb_s
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     is_whole = config.load_format == "dummy" or find_model(config.model).is_dir()
     if is_whole and config.tokenizer is None and not has_tokenizer(config):  # refused before the weights are loaded
         for index, prompt in enumerate(prompts):
-            refuse_text(config, index, prompt, params)
+            refuse_text(config.model, index, prompt, params)
     with LLM(**config.for_job(len(prompts) * params.n).to_dict()) as llm:
         llm.check(prompts, params)
         print(llm.engine.topology.describe(), file=sys.stderr)

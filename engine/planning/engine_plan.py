@@ -12,6 +12,7 @@ from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import tensor_names
 from penstock.engine.model.layout import GroupLayout, ModelLayout, model_layout
 from penstock.engine.model.spec import ModelSpec
+from penstock.engine.planning.decision import Decision
 from penstock.engine.planning.memory_claims import (
     DeviceMemory,
     MemoryClaims,
@@ -27,7 +28,7 @@ from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.passes.build import make_plan
 from penstock.scheduler.passes.pass_plan import Compute, GroupId, PassPlan
 from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression, settle
-from penstock.scheduler.residency.decide import Residency
+from penstock.scheduler.residency.decide import Residency, plan_residency
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.family import Cost
 from penstock.scheduler.residency.search import plan_fastest
@@ -61,6 +62,12 @@ class EnginePlan:
         """The most sequences in one pass: as asked for, or as planned."""
         return self.kept.max_num_seqs
 
+    @property
+    def decision(self) -> Decision:
+        """What the search decided."""
+        job_num_seqs = None if self.demand.plans_num_seqs else self.demand.max_num_seqs
+        return Decision(job_num_seqs, self.max_num_seqs, self.residency.split, self.rates)
+
 
 def make_engine_plan(
     config: EngineConfig,
@@ -69,9 +76,10 @@ def make_engine_plan(
     device_memory: DeviceMemory | int | None,
     rates: Rates,
     notes: tuple[str, ...] = (),
+    decided: Decision | None = None,
 ) -> EnginePlan:
     """Plans one rank of `tp_size`. `device_memory` None is a CPU; a number is that of a device that is all free.
-    `notes` are those of the model, which come first among the plan's.
+    `notes` are those of the model, which come first among the plan's. With `decided` nothing is searched.
 
     Raises ValueError, with what would fit, if the config asks for more than there is, and if tp_size cannot be.
     """
@@ -80,12 +88,16 @@ def make_engine_plan(
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
     claims = MemoryClaims(config, spec, dtype, tp_size, device_memory is not None, layout)
-    steps = engine_steps(spec, tp_size, device_memory is not None)
+    steps = engine_steps(spec, tp_size, claims.fuses)
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
     counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
     demand = _demand(config, claims, memory_budget(config, device_memory))
     offer = CompressionOffer(config.weights_compression, Cost(counted, rates))
-    kept, residency = choose_compression(offer, demand)
+    if decided is None:
+        kept, residency = choose_compression(offer, demand)
+    else:
+        kept = demand.planned_for(decided.num_seqs)
+        residency = plan_residency(kept, decided.split)
     offsets, total = claims.activations(kept.max_num_seqs)
     return EnginePlan(
         spec=spec,

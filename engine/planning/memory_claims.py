@@ -41,12 +41,17 @@ class MemoryClaims:
     on_gpu: bool
     layout: ModelLayout
 
+    @property
+    def fuses(self) -> bool:
+        """Whether neighbouring steps are fused, as kernels of a GPU are."""
+        return self.on_gpu or self.config.debug.as_on_gpu
+
     @functools.cached_property
     def _steps(self) -> list[Compute]:
         """The steps of a pass over two layers."""
         num_layers = min(self.spec.num_layers, 2)
         return engine_steps(
-            replace(self.spec, num_layers=num_layers, windows=self.spec.windows[:num_layers]), self.tp_size, self.on_gpu
+            replace(self.spec, num_layers=num_layers, windows=self.spec.windows[:num_layers]), self.tp_size, self.fuses
         )
 
     @functools.cached_property
@@ -92,10 +97,10 @@ class MemoryClaims:
         return max((slot.end for slot in slots.values()), default=0)
 
 
-def engine_steps(spec: ModelSpec, tp_size: int, on_gpu: bool) -> list[Compute]:
-    """The steps of a pass as the engine runs them: fused on a GPU."""
+def engine_steps(spec: ModelSpec, tp_size: int, fuses: bool) -> list[Compute]:
+    """The steps of a pass as the engine runs them."""
     steps = model_steps(spec)
-    return fuse(steps, fused_runs(tp_size, spec.hidden_size)) if on_gpu else steps
+    return fuse(steps, fused_runs(tp_size, spec.hidden_size)) if fuses else steps
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
         without_errors(llm.generate(prompts, replace(params, max_tokens=min(WARM_UP_TOKENS, args.output_len))))
         if speaks:
             llm.measure()
-        shapes = llm.engine.worker.tracer.shapes
+        shapes = llm.engine.trace.shapes
         first_warm = len(shapes)
         without_errors(llm.generate(prompts, params))
         plan = llm.engine.plan

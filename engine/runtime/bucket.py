@@ -9,8 +9,8 @@ sampler that no request has.
 from collections import deque
 
 import torch
+from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import PagedContext, PassInputs
-from penstock.engine.compute.ops import StepContext
 from penstock.engine.kernels.decode_attention import choose_segments, partials_size
 from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
 from penstock.scheduler.batching.batch import Batch
@@ -51,15 +51,15 @@ class Bucket:
     """`inputs` are what the pass runs on; `load` sends a batch and `derive`, before the first step, fills them from
     it."""
 
-    def __init__(self, num_rows: int, max_context: int, context: StepContext):
-        device, sampler = context.rope.device, context.sampler
-        self.num_rows, self.kv, self.last_tokens = num_rows, context.kv, sampler.last_tokens
+    def __init__(self, num_rows: int, max_context: int, model: ModelContext):
+        device, sampler = model.rope.device, model.sampler
+        self.num_rows, self.kv, self.last_tokens = num_rows, model.kv, sampler.last_tokens
         self.pad_row = sampler.pad_row
         max_pages = pages_for(self.kv.margin + max_context, self.kv.page_size)
         self.tables = deque(HostTable(num_rows, max_pages, pinned=device.type == "cuda") for _ in range(2))
         self.table = torch.zeros_like(self.tables[0].table, device=device)
-        num_segments = choose_segments(num_rows, context.num_kv_heads, max_context)
-        size = partials_size(num_rows, context.num_heads, context.spec.head_dim, num_segments)
+        num_segments = choose_segments(num_rows, model.num_kv_heads, max_context)
+        size = partials_size(num_rows, model.num_heads, model.spec.head_dim, num_segments)
 
         def column(dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_rows, dtype=dtype, device=device)

@@ -1,17 +1,13 @@
-"""An Engine is one rank from its launch to its end: device, plan, checked source, group, worker, and rank 0's messages.
+"""An Engine is one rank from its launch to its end: device, plan, group, worker, and what rank 0 says to the others.
 
-    rank 0   submit(batch): sends it and enqueues it   collect(): its tokens      finish(outputs)      close()
+    rank 0   submit(batch): says it and enqueues it    collect(): its tokens      finish(outputs)      close()
     others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
-
-Under torchrun every rank makes the calls (`generate` and those of `Engine` that several ranks answer). They are
-numbered: rank 0 says that one begins, all say what they were given (calls.py), and no rank runs a call that one of them
-refuses.
 
 A pass is prepared while the one before it runs, so that host and device work at the same time. Where nothing streams it
 is enqueued at once. Where weights stream, a pass that turns out to be unneeded would cost too much: it is announced,
 and runs once the tokens of the one before are there, while the wrapped copies are on the link.
 
-Rank 0 decides and the others have no scheduler. Messages are packed int32, or JSON bytes; never pickle.
+Rank 0 decides and the others have no scheduler. What they say to each other is protocol.py's.
 """
 
 import atexit
@@ -21,71 +17,57 @@ import json
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
-from penstock.engine.model.families import read_eos_token_ids
+from penstock.engine.planning.decision import Decision
 from penstock.engine.planning.device_profile import plan_rates
-from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan, plain_plan
-from penstock.engine.planning.find_model import find_model
-from penstock.engine.planning.memory_claims import DeviceMemory
+from penstock.engine.planning.engine_plan import EnginePlan, plain_plan
 from penstock.engine.planning.predictions import pass_work
-from penstock.engine.runtime.build import Worker, open_source
-from penstock.engine.runtime.calls import Call, config_objection, objection, pack_config
+from penstock.engine.runtime.build import Builder, Worker, build_worker
+from penstock.engine.runtime.calls import Call
+from penstock.engine.runtime.pass_times import PassTimes
 from penstock.engine.runtime.probe import measure_engine
-from penstock.engine.runtime.trace import join_traces
+from penstock.engine.runtime.protocol import Kind, Messages, Output
+from penstock.engine.runtime.start import (
+    ModelFiles,
+    compare_configs,
+    device_memory,
+    least_memory,
+    open_source,
+    plan_model,
+    read_files,
+)
+from penstock.engine.runtime.trace import Trace, join_traces
+from penstock.engine.runtime.watch import Watch, Watches, load_watch
 from penstock.engine.user_files import check_output
 from penstock.engine.weights.blocks import WeightSource
 from penstock.engine.weights.checkpoint import Checkpoint
-from penstock.engine.weights.read_model import read_model
-from penstock.parallel.collectives import Collectives
 from penstock.parallel.launch import Launch
 from penstock.parallel.ledger import TransferLedger
 from penstock.parallel.rendezvous import connect, meet
 from penstock.parallel.topology import bind_to_numa, device_name, resolve_topology
 from penstock.scheduler.batching.batch import Batch
-from penstock.scheduler.cost.pass_work import PassShape, PassWork
-from penstock.scheduler.cost.time_model import Rates, predict_pass, with_link
+from penstock.scheduler.cost.time_model import Rates, with_link
 from penstock.scheduler.residency.compression_choice import CompressionDoesNotPay
 from penstock.scheduler.units import MIB
 
-BATCH, ANNOUNCED, RUN, OUTPUTS, MEASURE, STOP, CALL = range(1, 8)
-LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loaded
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
-
-
-@dataclass
-class PassTimes:
-    """Seconds that rank 0's passes took, and that the time model predicted. Each pass is appended to `passes` if a list
-    was put there; it grows for as long as the engine runs."""
-
-    num_passes: int = 0
-    measured_s: float = 0.0
-    predicted_s: float = 0.0
-    passes: list[tuple[PassShape, float, float]] | None = None  # shape, measured, predicted
-
-    def add(self, shape: PassShape, measured_s: float, predicted_s: float) -> None:
-        self.num_passes += 1
-        self.measured_s += measured_s
-        self.predicted_s += predicted_s
-        if self.passes is not None:
-            self.passes.append((shape, measured_s, predicted_s))
+Build = Callable[[Builder, WeightSource], Worker]
 
 
 class Engine:
-    """One running rank. Raises ValueError for a user's mistakes, before anything is allocated or launched."""
+    """One running rank; `build` makes what it computes with. Raises ValueError for a user's mistakes, before anything
+    is allocated or launched."""
 
-    def __init__(self, config: EngineConfig, launch: Launch):
+    def __init__(self, config: EngineConfig, launch: Launch, build: Build = build_worker):
         self.config, self.launch = config, launch
         self.collectives = self.worker = None
         self.failed = False
         try:
             with launch.guard():
-                refused = self._start()
+                refused = self._start(build)
         except BaseException:
             self.failed = True
             self.close()
@@ -94,103 +76,80 @@ class Engine:
             self.close()
             raise ValueError(refused)
         atexit.register(self.close)  # later than the collectives' own, so before it
-        self.num_calls = 0
+        self.messages = Messages(self.collectives)
         self.stopped = False  # rank 0 has said so
         self.times = PassTimes()
         self.transfers: list[dict] = []
-        self.work: PassWork = pass_work(self.plan)
-        self.rates = self.plan.rates
-        self.submitted: deque[tuple[Batch, float]] = deque()  # passes under way, and when each was submitted
-        self.collected_s = 0.0
+        self.work, self.rates = pass_work(self.plan), self.plan.rates
+        self.submitted: deque[Batch] = deque()  # passes under way
 
-    def _start(self) -> str:
-        """Starts this rank, on rank 0 with the plan. Under torchrun ranks meet first, so that each hears why another
-        one does not go on. Returns why they cannot run together, the same on all ranks; empty if they can."""
+    def _start(self, build: Build) -> str:
+        """Starts this rank. Under torchrun ranks meet first, so that each hears why another one does not go on. Returns
+        why they cannot run together, the same on all ranks; empty if they can."""
         config, launch = self.config, self.launch
         if launch.kind == "torchrun":
             meet(launch)
         self.topology = resolve_topology(
             launch.rank, launch.tp_size, launch.local_rank, config.device, launch.num_local_ranks
         )
-        prepared = None
+        device = self.topology.device
+        self.trace = Trace(device) if config.trace else None
+        own_watch = load_watch(config.debug.watch) if config.debug.watch else None
+        self.watches = Watches(*filter(None, [self.trace, own_watch]))
+        own_memory, plan = device_memory(device), None  # before the ranks' own buffers
         if launch.rank == 0:
-            device = self.topology.device
+            files = read_files(config)
             rates = plan_rates(config, launch.tp_size, device.type, device_name(device))
-            self.planned_memory = device_memory(device)
-            prepared = self._prepare(self.planned_memory, rates)
+            plan = plan_model(config, files, launch.tp_size, own_memory, rates)
+            source = open_source(config, files.path, plan)
             if config.trace:
                 check_output("--trace", config.trace)
             launch.start(json.dumps(config.to_dict()))
-        return self._join(prepared)
+        self.collectives = connect(self.topology, launch)
+        memory = least_memory(own_memory, self.collectives)
+        if launch.kind == "torchrun" and (refused := compare_configs(config, self.collectives)):
+            return refused
+        if launch.rank > 0:
+            files = read_files(config)
+        elif memory != own_memory:
+            plan = plan_model(config, files, launch.tp_size, memory, plan.rates)
 
-    def _join(self, prepared: tuple[EnginePlan, WeightSource] | None) -> str:
-        """Meets the other ranks and loads. `prepared` is rank 0's; the others plan with what it tells them, and all
-        with the least memory of any. Returns what _start does."""
-        launch, topology = self.launch, self.topology
-        own = self.planned_memory if prepared else device_memory(topology.device)  # without the ranks' own buffers
-        self.collectives = connect(topology, launch)
-        memory = least_memory(own, self.collectives)
-        if launch.kind == "torchrun":
-            frames = self.collectives.share_frames(pack_config(self.config))
-            if refused := config_objection(frames):
-                return refused
-        agreed = None
-        if prepared:
-            rates = dataclasses.asdict(prepared[0].rates)
-            agreed = json.dumps({"max_num_seqs": self.config.max_num_seqs, "rates": rates}).encode()
-        told = json.loads(self.collectives.broadcast_bytes(agreed))
-        if prepared:
-            plan, source = prepared
-            if memory != self.planned_memory:
-                plan = self._plan(memory, plan.rates)
-        else:
-            self.config = dataclasses.replace(self.config, max_num_seqs=told["max_num_seqs"])  # rank 0 knows the job
-            plan, source = self._prepare(memory, Rates(**told["rates"]))
-        bind_to_numa(topology)
+        def share(plan: EnginePlan | None) -> EnginePlan:
+            return self._share(plan, files, memory)
+
+        plan = share(plan)
+        if launch.rank > 0:
+            source = open_source(config, files.path, plan)
+        self.eos_token_ids, self.planned_at_s = files.eos_token_ids, time.perf_counter()
+        self._load(build, plan, source, share)
+        return ""
+
+    def _share(self, plan: EnginePlan | None, files: ModelFiles, memory) -> EnginePlan:
+        """Rank 0's plan on all ranks; None on the others, which are told what it decided."""
+        told = self.collectives.broadcast_bytes(None if plan is None else plan.decision.pack())
+        if plan is not None:
+            return plan
+        decision = Decision.unpack(told)
+        self.config = decision.as_told(self.config)
+        return plan_model(self.config, files, self.topology.tp_size, memory, decision.rates, decision)
+
+    def _load(self, build: Build, plan: EnginePlan, source: WeightSource, share: Callable) -> None:
+        """Loads the weights; a second time, plain, where they turn out not to be worth compressing."""
+        bind_to_numa(self.topology)
+
+        def builder(plan: EnginePlan) -> Builder:
+            return Builder(self.config, plan, self.topology, self.collectives, self.watches)
+
         try:
-            self.worker = Worker(self.config, plan, source, topology, self.collectives)
+            self.worker = build(builder(plan), source)
         except CompressionDoesNotPay as error:  # on all ranks alike
-            if launch.rank == 0:
+            if self.launch.rank == 0:
                 warnings.warn(f"{error}; loading them again, plain", stacklevel=2)
-            self.worker = Worker(self.config, plain_plan(plan), source, topology, self.collectives)
+            self.worker = build(builder(share(plain_plan(plan) if self.launch.rank == 0 else None)), source)
         self.plan: EnginePlan = self.worker.plan
         if isinstance(source, Checkpoint):
             source.close()
         self.collectives.barrier()
-        return ""
-
-    def begin(self, call: Call) -> None:
-        """Lets ranks agree on a call of LLM before it runs under torchrun. Raises ValueError, the same on all ranks, if
-        one of them refuses it or makes another call. With other launchers it does nothing."""
-        if self.launch.kind != "torchrun":
-            return
-        self.num_calls += 1
-        with self.together():
-            if self.launch.rank == 0:
-                self.collectives.broadcast_ints([CALL])
-            elif self._await(CALL) == STOP:
-                raise RuntimeError(f"call {self.num_calls} ({call.name}): rank 0 has closed its LLM")
-            refused = self._exchange(call)
-        if refused:
-            raise ValueError(refused)
-
-    def _exchange(self, call: Call) -> str:
-        """Tells all ranks this rank's call. Returns why they cannot run it, the same on all ranks; empty if they can.
-        Calls are numbered from rank 0's number on."""
-        frames = self.collectives.share_frames(dataclasses.replace(call, number=self.num_calls).pack())
-        calls = [Call.unpack(frame) for frame in frames]
-        self.num_calls = calls[0].number
-        return objection(calls)
-
-    def _answer_measure(self) -> None:
-        """Does the other ranks' part of `measure`, which only rank 0 begins."""
-        with self.together():
-            kind = self._await(MEASURE)
-            refused = self._exchange(Call("measure")) if kind == CALL else ""
-        if refused:
-            raise ValueError(refused)
-        if kind == STOP:
-            raise RuntimeError("measure: rank 0 has closed its LLM")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -207,21 +166,24 @@ class Engine:
                 self.close()  # so that another engine can be made here
             raise
 
-    def _prepare(self, memory: DeviceMemory | None, rates: Rates) -> tuple[EnginePlan, WeightSource]:
-        """Makes the plan and checks the source: mistakes in config, model and checkpoint are found here."""
-        path = find_model(self.config.model)
-        if path.is_file() and self.config.load_format != "dummy":
-            where = "give the checkpoint's directory (a config.json is enough with load_format='dummy')"
-            raise ValueError(f"model={self.config.model!r} is a file: {where}")
-        self.model = read_model(path, dummy=self.config.load_format == "dummy")
-        self.eos_token_ids = read_eos_token_ids(path, self.model.spec)
-        plan = self._plan(memory, rates)
-        source = open_source(self.config, path, plan, self.topology.device)
-        self.planned_at_s = time.perf_counter()
-        return plan, source
+    def watched_by(self, watch: Watch) -> contextlib.AbstractContextManager[None]:
+        """A context in which `watch` sees every pass of this rank."""
+        return self.watches.with_one_more(watch)
 
-    def _plan(self, memory: DeviceMemory | None, rates: Rates) -> EnginePlan:
-        return make_engine_plan(self.config, self.model.spec, self.topology.tp_size, memory, rates, self.model.notes)
+    def begin(self, call: Call) -> None:
+        """Lets ranks agree on a call of LLM before it runs under torchrun. Raises ValueError, the same on all ranks, if
+        one of them refuses it or makes another call. With other launchers it does nothing."""
+        if self.launch.kind != "torchrun":
+            return
+        self.messages.num_calls += 1
+        with self.together():
+            if self.launch.rank == 0:
+                self.messages.say(Kind.CALL)
+            elif self._await(Kind.CALL) is Kind.STOP:
+                raise RuntimeError(f"call {self.messages.num_calls} ({call.name}): rank 0 has closed its LLM")
+            refused = self.messages.exchange(call)
+        if refused:
+            raise ValueError(refused)
 
     @property
     def lookahead(self) -> int:
@@ -240,37 +202,38 @@ class Engine:
 
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass on all ranks; on rank 0."""
-        self.submitted.append((batch, time.perf_counter()))
-        self.collectives.broadcast_ints([BATCH, *batch.pack()])
-        self.worker.executor.submit(batch)
+        self._note_submitted(batch)
+        self.messages.say_batch(Kind.BATCH, batch)
+        self.worker.runner.submit(batch)
 
     def announce(self, batch: Batch) -> None:
-        """Sends a pass that may follow; on rank 0. If it is never run, the next message replaces it."""
-        self.collectives.broadcast_ints([ANNOUNCED, *batch.pack()])
+        """Says which pass may follow; on rank 0. If it is never run, the next message replaces it."""
+        self.messages.say_batch(Kind.ANNOUNCED, batch)
 
     def run_announced(self, batch: Batch) -> None:
         """Enqueues on all ranks the pass that was announced last; on rank 0."""
-        self.submitted.append((batch, time.perf_counter()))
-        self.collectives.broadcast_ints([RUN])
-        self.worker.executor.submit(batch)
+        self._note_submitted(batch)
+        self.messages.say(Kind.RUN)
+        self.worker.runner.submit(batch)
+
+    def _note_submitted(self, batch: Batch) -> None:
+        self.submitted.append(batch)
+        self.times.submitted()
 
     def collect(self) -> tuple[Batch, SampleOutput | None]:
-        """Waits for the tokens of the oldest pass under way; on rank 0. The time of a pass begins when it was
-        submitted, or when the pass before it ended, if that was later."""
-        output = self.worker.executor.collect()
+        """Waits for the tokens of the oldest pass under way; on rank 0."""
+        output = self.worker.runner.collect()
         self.collectives.check()  # tokens of sums that were given up mean nothing
-        batch, start_s = self.submitted.popleft()
-        now_s = time.perf_counter()
-        measured_s = now_s - max(start_s, self.collected_s)
-        self.collected_s = now_s
-        self.times.add(batch.shape, measured_s, predict_pass(self.work, batch.shape, self.rates).total_s)
+        batch = self.submitted.popleft()
+        self.times.ended(batch.shape, self.work, self.rates)
         return batch, output
 
     def forget(self) -> None:
         """Gives up the passes under way, after an error; on rank 0."""
         self.submitted.clear()
+        self.times.forget()
         if self.worker is not None:  # closed, at the end of the process, while a daemon thread computed
-            self.worker.executor.forget()
+            self.worker.runner.forget()
 
     def measure(self, link_bytes: int = LINK_BYTES) -> None:
         """Measures the rates on all ranks at once; on rank 0, between runs. Later predictions, and the plan's, use
@@ -282,58 +245,58 @@ class Engine:
             return self._answer_measure()
         link_mib = -(-link_bytes // MIB)  # messages are int32
         with self.together():
-            self.collectives.broadcast_ints([MEASURE, link_mib])
+            self.messages.say(Kind.MEASURE, link_mib)
             self.rates = with_link(self._measure(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
     def _measure(self, link_mib: int) -> Rates:
-        return measure_engine(self.worker.executor, self.plan, self.work, self.topology.device, link_mib * MIB)
+        return measure_engine(self.worker.runner, self.plan, self.work, link_mib * MIB)
+
+    def _answer_measure(self) -> None:
+        """Does the other ranks' part of `measure`, which only rank 0 begins."""
+        with self.together():
+            kind = self._await(Kind.MEASURE)
+            refused = self.messages.exchange(Call("measure")) if kind is Kind.CALL else ""
+        if refused:
+            raise ValueError(refused)
+        if kind is Kind.STOP:
+            raise RuntimeError("measure: rank 0 has closed its LLM")
 
     @property
     def ledger(self) -> TransferLedger:
         """The bytes that this rank has moved so far; a measurement of rates clears it."""
         return self.collectives.ledger
 
-    def finish(self, outputs: list[dict]) -> None:
+    def finish(self, outputs: Sequence[Output]) -> None:
         """Ends the run that the other ranks follow and gives them the outputs; on rank 0. `transfers` then has each
         rank's ledger, by rank."""
-        self.collectives.broadcast_ints([OUTPUTS])
-        self.collectives.broadcast_bytes(json.dumps(outputs).encode())
-        self.transfers = [json.loads(data) for data in self._gather_transfers()]
-
-    def _gather_transfers(self) -> list[bytes] | None:
-        """Sends every rank's ledger to rank 0; on all ranks together."""
-        return self.collectives.gather_bytes(json.dumps(self.own_transfers()).encode())
-
-    def own_transfers(self) -> dict[str, Any]:
-        """This rank's ledger for JSON: the weights that were copied, by group, and the all-reduces, by step."""
-        executor = self.worker.executor
-        parts = {"weights": executor.copied.to_dict(), "all_reduces": executor.reduced.to_dict()}
-        return {"rank": self.topology.rank} | parts
+        self.transfers = self.messages.give_outputs(outputs, self._own_transfers())
 
     def follow(self) -> list[dict] | None:
         """Runs batches until rank 0 gives outputs, and returns these, or None when it says stop; on the other ranks."""
-        if self._await(OUTPUTS) == STOP:
+        if self._await(Kind.OUTPUTS) is Kind.STOP:
             return None
-        outputs = json.loads(self.collectives.broadcast_bytes(None))
-        self._gather_transfers()
-        return outputs
+        return self.messages.take_outputs(self._own_transfers())
 
-    def _await(self, awaited: int) -> int:
+    def _own_transfers(self) -> dict:
+        return {"rank": self.topology.rank} | self.worker.transfers()
+
+    def _await(self, awaited: Kind) -> Kind:
         """Does what rank 0 says until that is `awaited`, STOP or CALL, and returns which; on the other ranks."""
-        executor, batch = self.worker.executor, None
+        runner, batch = self.worker.runner, None
         while True:
-            kind, *message = self.collectives.broadcast_ints(None)
-            if kind in (BATCH, ANNOUNCED):
-                batch = Batch.unpack(message)
-            if kind in (BATCH, RUN):
-                executor.submit(batch)
-            while len(executor.under_way) > (self.lookahead if kind in (BATCH, ANNOUNCED, RUN) else 0):
-                executor.collect()
-            if kind == MEASURE:
-                self._measure(*message)
-            self.stopped |= kind == STOP
-            if kind in (awaited, STOP, CALL):
+            kind, told = self.messages.hear()
+            if kind in (Kind.BATCH, Kind.ANNOUNCED):
+                batch = told
+            if kind in (Kind.BATCH, Kind.RUN):
+                runner.submit(batch)
+            passes_go_on = kind in (Kind.BATCH, Kind.ANNOUNCED, Kind.RUN)
+            while len(runner.under_way) > (self.lookahead if passes_go_on else 0):
+                runner.collect()
+            if kind is Kind.MEASURE:
+                self._measure(told)
+            self.stopped |= kind is Kind.STOP
+            if kind in (awaited, Kind.STOP, Kind.CALL):
                 return kind
 
     def serve(self) -> None:
@@ -349,7 +312,7 @@ class Engine:
         try:
             if worker is not None and self.launch.healthy and not self.failed:
                 with self.launch.guard():
-                    self._say_farewell(worker)
+                    self._say_farewell()
         finally:
             self.worker = self.collectives = None
             with self.launch.leaving():
@@ -359,31 +322,14 @@ class Engine:
                     collectives.close() if self.launch.healthy and not self.failed else collectives.abandon()
             self.launch.close()
 
-    def _say_farewell(self, worker: Worker) -> None:
+    def _say_farewell(self) -> None:
         """Does what ranks still do together. Under torchrun each leaves when it likes, unless there is a trace to
         join."""
-        joins = self.launch.kind == "torchrun" and self.config.trace
+        joins = self.launch.kind == "torchrun" and self.trace is not None
         if self.launch.kind == "parent" or (joins and self.launch.rank == 0):
-            self.collectives.broadcast_ints([STOP])
-        elif joins and not self.stopped and self._await(STOP) == CALL:
-            self._exchange(Call("close"))
+            self.messages.say(Kind.STOP)
+        elif joins and not self.stopped and self._await(Kind.STOP) is Kind.CALL:
+            self.messages.exchange(Call("close"))
             raise RuntimeError("this rank closes its LLM while rank 0 makes another call")
-        if self.config.trace:
-            join_traces(self.config.trace, worker.tracer, self.plan, self.collectives)
-
-
-def device_memory(device: torch.device) -> DeviceMemory | None:
-    """The memory of a GPU, None for a CPU. Memory that this process holds unused, and its context, count as free."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return DeviceMemory(total, min(total, free + cached + LEAST_CONTEXT_BYTES))
-
-
-def least_memory(own: DeviceMemory | None, collectives: Collectives) -> DeviceMemory | None:
-    """The smallest memory of all ranks, which must call this together."""
-    if own is None:
-        return None
-    total, free = collectives.largest([-own.total_bytes, -own.free_bytes])
-    return DeviceMemory(-total, -free)
+        if self.trace is not None:
+            join_traces(self.config.trace, self.trace, self.plan, self.collectives)

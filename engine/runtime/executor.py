@@ -1,27 +1,26 @@
-"""Runs a PassPlan: binds a batch, walks the instructions in their lanes, counts the bytes that crossed.
+"""Walks a PassPlan: runs each instruction in its lane, and counts the bytes that crossed and the steps that ran.
 
-`submit` enqueues a pass and `collect` waits for the oldest one's tokens: two calls, so that a later pass can be
-prepared and enqueued between.
+What it does not know: batches, graphs, and where the tokens go.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from penstock.engine.compute.arena import ActivationArena, slot_of
-from penstock.engine.compute.attention import whole_tokens
-from penstock.engine.compute.inputs import PassInputs, bind
-from penstock.engine.compute.ops import STEPS, StepContext
-from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
+from penstock.engine.compute.context import ModelContext, PassContext
+from penstock.engine.compute.inputs import PassInputs
+from penstock.engine.compute.ops import STEPS
+from penstock.engine.compute.sampler import Asked, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.graph import Counts
 from penstock.engine.runtime.lanes import Lanes
-from penstock.engine.runtime.trace import Tracer
+from penstock.engine.runtime.watch import Watches
 from penstock.engine.weights.compressed_group import CompressedGroup, decompress_group
 from penstock.parallel.ledger import Site, TransferLedger
-from penstock.scheduler.batching.batch import Batch, is_decode
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId, Instruction, PassPlan, Prefetch, Release
 from torch import Tensor
 
@@ -55,43 +54,39 @@ class Counters:
 
 
 class Executor:
-    """Runs batches through a plan. Plan, spans, ring and activations are given, at fixed addresses; it owns none of
-    them.
+    """Runs passes of one plan. Plan, spans, ring and activations are given, at fixed addresses; it owns none of them.
 
     `views`: every group's weights by name, resident or in its slot of the ring. `host_spans`: where the streamed groups
     are copied from. `ring` (ring_bytes,) uint8. `compressed`: where compressed groups lie and are decompressed to. With
-    `poison`, freed slots are filled with NaN, and so is a slot before a group is decompressed to it.
+    `poison`, freed slots are filled with NaN, and so is a slot before a group is decompressed to it. `ring_is_filled`:
+    whether the first groups of a pass are in the ring.
     """
 
     def __init__(
         self,
         plan: PassPlan,
-        context: StepContext,
+        model: ModelContext,
         views: Mapping[GroupId, Weights],
         host_spans: Mapping[GroupId, Tensor],
         ring: Tensor,
         arena: ActivationArena,
         lanes: Lanes,
-        tracer: Tracer,
+        watches: Watches,
         compressed: Mapping[GroupId, Compressed],
         poison: bool = False,
     ):
-        self.plan, self.context, self.views, self.host_spans = plan, context, views, host_spans
-        self.ring, self.arena, self.lanes, self.tracer = ring, arena, lanes, tracer
+        self.plan, self.model, self.views, self.host_spans = plan, model, views, host_spans
+        self.ring, self.arena, self.lanes, self.watches = ring, arena, lanes, watches
         self.compressed, self.poison = compressed, poison
-        self.device = context.rope.device
+        self.device = model.rope.device
         self.counters = Counters()
         self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
-        self.whole_tokens = whole_tokens(context.spec, arena.dtype, self.device)
         self.ring_is_filled = False
-        self.under_way = deque()  # what collect() waits for, pass by pass; None where no row samples
-        self.decode = None  # DecodePasses, where decode passes are padded
-        self.on_sampled: Callable[[SampleOutput], None] | None = None
 
     @property
     def ledger(self) -> TransferLedger:
         """The bytes that this rank moved: a call is a copy of a streamed group, or an all-reduce."""
-        return self.context.collectives.ledger
+        return self.model.collectives.ledger
 
     @property
     def copied(self) -> TransferLedger:
@@ -112,74 +107,33 @@ class Executor:
 
     @on_own_device
     @torch.inference_mode()
-    def submit(self, batch: Batch) -> None:
-        """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
-        self.context.sampler.set_rows({row.index: row.sampling for row in batch.rows if row.sampling is not None})
-        self.fill_ring()
-        self.tracer.begin_pass(batch.shape)
-        if self.decode is not None and is_decode(batch):
-            self.under_way.append(self.decode.run(batch))
-        else:
-            self.under_way.append(self._run_bound(batch))
-        self.counters.num_passes += 1
-        self.counters.num_tokens += batch.num_tokens
+    def run(self, inputs: PassInputs, asked: Asked, take: Callable[[SampleOutput], None]) -> None:
+        """Enqueues a pass over `inputs`. `take` gets its tokens, if a row samples, behind `sample` and before the pass
+        is joined."""
+        ctx = self._context(inputs, asked, take)
+        self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
+        self.lanes.run(self.plan.instructions, partial(self._watched, ctx))
+        self.ring_is_filled = True
 
     @on_own_device
-    def collect(self) -> SampleOutput | None:
-        """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
-        Returns when they are there: before the pass's last copies have ended, unless a decode pass has to give log
-        probabilities."""
-        pending = self.under_way.popleft()
-        return None if pending is None else pending.wait()
+    @torch.inference_mode()
+    def warm_up(self, inputs: PassInputs, asked: Asked) -> None:
+        """Runs the compute lane alone, on what the ring holds, and drops what is sampled."""
+        ctx, ring = self._context(inputs, asked, lambda output: None), self.plan.ring
+        later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
+        for instruction in self.plan.instructions:
+            decompresses = isinstance(instruction, Decompress) and instruction.group not in later
+            if decompresses or isinstance(instruction, Compute):
+                self._watched(ctx, instruction)
 
     @on_own_device
-    def forget(self) -> None:
-        """Gives up the passes under way, after an interruption."""
-        self.under_way.clear()
-        if self.decode is not None:
-            self.decode.mailbox.catch_up()
-
-    def _run_bound(self, batch: Batch) -> PendingSample | None:
-        """Runs a pass of any shape, eagerly."""
-        context = self.context
-        kv, last_tokens = context.kv, context.sampler.last_tokens
-        inputs = bind(batch, kv.page_size, last_tokens, self.whole_tokens, kv.margin)
-        pending: list[PendingSample] = []
-        asked = context.sampler.asked([row.index for row in batch.rows])
-        self.run_plan(inputs, asked, lambda output: pending.append(PendingSample(output)))
-        return pending[0] if pending else None
-
-    @on_own_device
-    def run_plan(
-        self, inputs: PassInputs, asked: Asked, on_sampled: Callable[[SampleOutput], None], copies: bool = True
-    ) -> None:
-        """Enqueues a pass over `inputs`. `on_sampled` takes its tokens, if a row samples, behind `sample` and before
-        the pass is joined. Without `copies` the compute lane runs alone, on what the ring holds."""
-        context = self.context
-        context.inputs, context.asked, context.sampled, self.on_sampled = inputs, asked, None, on_sampled
-        context.act = self.arena.cut(len(inputs.tokens), len(inputs.sampled_rows))
-        if "penalty" in asked.stages:
-            context.sampler.observe(inputs.token_rows, inputs.tokens)
-        if copies:
-            self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
-            self.lanes.run(self.plan.instructions, self.do)
-            self.ring_is_filled = True
-        else:
-            ring = self.plan.ring
-            later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
-            for instruction in self.plan.instructions:
-                decompresses = isinstance(instruction, Decompress) and instruction.group not in later
-                if decompresses or isinstance(instruction, Compute):
-                    self.do(instruction)
-        self.on_sampled = None  # it may be our own method: closing must free the ring at once
-
-    @on_own_device
+    @torch.inference_mode()
     def fill_ring(self) -> None:
         """Runs the prologue, which copies the first groups of a pass to the ring, if the last pass did not leave them
         there."""
-        if not self.ring_is_filled:
-            self.tracer.begin_pass(None)
-            self.lanes.run(self.plan.prologue, self.do)
+        if not self.ring_is_filled and (prologue := self.plan.prologue):
+            self.watches.begin_pass(None)
+            self.lanes.run(prologue, partial(self._watched, None))
         self.ring_is_filled = True
 
     def stretch(self, nbytes: int) -> list[tuple[Tensor, Tensor]]:
@@ -192,9 +146,20 @@ class Executor:
                 total += span.nbytes
         return copies
 
-    def do(self, instruction: Instruction) -> None:
+    def slot(self, instruction: Prefetch | Release) -> Tensor:
+        return slot_of(self.ring, instruction.slot)
+
+    def _context(self, inputs: PassInputs, asked: Asked, take: Callable[[SampleOutput], None]) -> PassContext:
+        act = self.arena.cut(len(inputs.tokens), len(inputs.sampled_rows))
+        return PassContext(self.model, inputs, act, asked, take)
+
+    def _watched(self, ctx: PassContext | None, instruction: Instruction) -> None:
+        self.watches.around(instruction, ctx, partial(self._do, ctx, instruction))
+
+    def _do(self, ctx: PassContext | None, instruction: Instruction) -> None:
         if isinstance(instruction, Compute):
-            self._compute(instruction)
+            self.counters.steps[instruction.step] += 1
+            self._compute(ctx, instruction)
         elif isinstance(instruction, Prefetch):
             span = self.host_spans[instruction.group]
             self.ledger.add(self.copy_sites[instruction.group], span.nbytes)
@@ -204,18 +169,12 @@ class Executor:
         elif isinstance(instruction, Release) and self.poison:
             self.slot(instruction).fill_(0xFF)  # all ones are a NaN in every float format
 
+    def _compute(self, ctx: PassContext, step: Compute) -> None:
+        STEPS[step.step](ctx, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
+
     def _decompress(self, instruction: Decompress) -> None:
         compressed = self.compressed[instruction.group]
         if self.poison:
             compressed.out.fill_(0xFF)
         decompress_group(*compressed)
         self.counters.decompressed_bytes[instruction.group] += compressed.out.nbytes
-
-    def _compute(self, step: Compute) -> None:
-        self.counters.steps[step.step] += 1
-        STEPS[step.step](self.context, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
-        if step.step == "sample" and self.context.sampled is not None:
-            self.on_sampled(self.context.sampled)
-
-    def slot(self, instruction: Prefetch | Release) -> Tensor:
-        return slot_of(self.ring, instruction.slot)

@@ -9,11 +9,11 @@ the next pass, which end the graph, are still on the link.
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from penstock.engine.compute.sampler import SampleOutput
-from penstock.engine.runtime.trace import Marked, Tracer
+from penstock.engine.runtime.watch import Watches
 
 POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 
@@ -94,19 +94,25 @@ class Counts(Protocol):
 
 @dataclass
 class CapturedPass:
-    """A graph, `gains` that each replay adds to the counts that were watched at its capture, and the trace's marks."""
+    """A graph, `gains` that each replay adds to the counts that were watched at its capture, and what the watches
+    kept of it."""
 
     graph: torch.cuda.CUDAGraph
     gains: list[tuple[Counts, Counts]]
-    marks: list[Marked]
+    watched: Any
+
+    def note_replay(self, watches: Watches) -> None:
+        """Counts a replay that was launched."""
+        for count, gain in self.gains:
+            count.update(gain)
+        watches.replayed(self.watched)
 
 
 class Graphs:
-    """The captured passes of an engine, by a key of the caller's. Each has as many takes as the tracer wants; the last
-    one is replayed next."""
+    """The captured passes of an engine, by a key of the caller's. Each has as many takes as the watches want."""
 
-    def __init__(self, device: torch.device, tracer: Tracer):
-        self.tracer = tracer
+    def __init__(self, device: torch.device, watches: Watches):
+        self.watches = watches
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.passes: dict[Hashable, deque[CapturedPass]] = {}
@@ -118,10 +124,10 @@ class Graphs:
         capture. Neither is counted; each replay will count what `run` counts under capture."""
         before = [count.copy() for count in counts]
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), self.tracer.aside():
+        with torch.cuda.stream(self.stream), self.watches.aside():
             warm_up()
         self.stream.synchronize()
-        takes = deque(self._take(run, counts) for _ in range(self.tracer.num_takes))
+        takes = deque(self._take(run, counts) for _ in range(self.watches.num_takes))
         for count, old in zip(counts, before):
             count.clear()
             count.update(old)
@@ -132,18 +138,15 @@ class Graphs:
         before = [count.copy() for count in counts]
         graph = torch.cuda.CUDAGraph()
         captured = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with self.tracer.aside() as marks, captured:
+        with self.watches.aside() as watched, captured:
             run()
-        return CapturedPass(graph, [(count, count - old) for count, old in zip(counts, before)], marks)
+        return CapturedPass(graph, [(count, count - old) for count, old in zip(counts, before)], watched)
 
-    def replay(self, key: Hashable) -> None:
+    def next_take(self, key: Hashable) -> CapturedPass:
+        """The take whose turn it is."""
         takes = self.passes[key]
         takes.rotate()
-        captured = takes[0]
-        captured.graph.replay()
-        for count, gain in captured.gains:
-            count.update(gain)
-        self.tracer.replayed(captured.marks)
+        return takes[0]
 
     def close(self) -> None:
         """Drops the graphs, before the process group is left: it hangs if a live graph holds its collectives."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from penstock.engine.runtime.trace import Tracer
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Event, Instruction
 
 Do = Callable[[Instruction], None]
@@ -26,24 +25,21 @@ class CudaLanes:
     """The compute lane is the current stream, the copy lane a stream of its own. Instructions are enqueued in plan
     order, so that every event is recorded before something waits for it."""
 
-    def __init__(self, device: torch.device, tracer: Tracer):
+    def __init__(self, device: torch.device):
         self.copy_stream = torch.cuda.Stream(device)
-        self.tracer = tracer
         self.events: dict[Event, torch.cuda.Event] = {}
 
     def run(self, instructions: tuple[Instruction, ...], do: Do) -> None:
         streams = {COMPUTE: torch.cuda.current_stream(), COPY: self.copy_stream}
         for instruction in instructions:
             stream = streams[instruction.lane]
-            with self.tracer.interval(instruction, stream) as interval:
-                for event in instruction.waits:
-                    stream.wait_event(self.events[event])
-                interval.waited()
-                if instruction.lane == COMPUTE:
+            for event in instruction.waits:
+                stream.wait_event(self.events[event])
+            if instruction.lane == COMPUTE:
+                do(instruction)
+            else:
+                with torch.cuda.stream(stream):
                     do(instruction)
-                else:
-                    with torch.cuda.stream(stream):
-                        do(instruction)
             if instruction.records is not None:
                 event = self.events.setdefault(instruction.records, torch.cuda.Event())
                 event.record(stream)
@@ -58,8 +54,8 @@ class InterleavedLanes:
     """Runs the lanes in one thread, in an order that the events allow: copies as early as they can, as late as they
     must, or at random (seeded). Sequential execution would never show a missing wait; this does."""
 
-    def __init__(self, order: str, seed: int, tracer: Tracer):
-        self.delays, self.tracer = _DELAYS[order], tracer
+    def __init__(self, order: str, seed: int):
+        self.delays = _DELAYS[order]
         self.random = random.Random(seed)
         self.delay = self.random.choice(self.delays)  # left for the next copy
 
@@ -72,9 +68,7 @@ class InterleavedLanes:
 
         while lanes[COMPUTE] or lanes[COPY]:
             instruction = lanes[self._choose(ready(COMPUTE), ready(COPY))].popleft()
-            with self.tracer.interval(instruction) as interval:
-                interval.waited()
-                do(instruction)
+            do(instruction)
             if instruction.records is not None:
                 done.add(instruction.records)
 

@@ -24,7 +24,7 @@ from penstock.engine.measure.reduce_times import default_sizes, reduce_seconds, 
 from penstock.engine.planning.device_profile import KERNELS_A_STEP, NODES_A_STEP, Probe, sending_s
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.runtime.binding import on_own_device
-from penstock.engine.runtime.executor import Executor
+from penstock.engine.runtime.pass_runner import PassRunner
 from penstock.parallel.collectives import Collectives
 from penstock.parallel.topology import Topology, device_name
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -39,21 +39,18 @@ GPU_BUFFER_BYTES, CPU_BUFFER_BYTES, CPU_LINK_BYTES = GIB, CPU_BYTES, 4 * CPU_BYT
 
 
 @on_own_device
-def measure_engine(
-    executor: Executor, plan: EnginePlan, work: PassWork, device: torch.device, link_bytes: int
-) -> Rates:
+def measure_engine(runner: PassRunner, plan: EnginePlan, work: PassWork, link_bytes: int) -> Rates:
     """The rates of a running engine, the link's over the copy lane's first `link_bytes` (all of a pass's, if they are
     fewer). All ranks must call this together. The ring, which this copies over, is filled again on all of them."""
-    collectives = executor.context.collectives
-    in_graphs = executor.decode is not None and executor.decode.graphs is not None
+    executor, device, collectives = runner.executor, runner.device, runner.model.collectives
     copies, dtype = executor.stretch(link_bytes), getattr(torch, plan.dtype)
-    rates = measure_rates(copies, dtype, plan.spec.hidden_size, collectives, device, in_graphs)
+    rates = measure_rates(copies, dtype, plan.spec.hidden_size, collectives, device, runner.graphs is not None)
     if plan.residency.compressed:
         rates = dataclasses.replace(rates, decompress_gb_s=decompress_gb_s(device))
     executor.ring_is_filled = False
     executor.fill_ring()
     if device.type == "cpu":
-        rates = dataclasses.replace(rates, step_latency_s=_step_latency_s(executor, work, rates, device))
+        rates = dataclasses.replace(rates, step_latency_s=_step_latency_s(runner, work, rates))
     else:
         torch.cuda.synchronize(device)
     collectives.barrier()
@@ -62,17 +59,17 @@ def measure_engine(
     return rates
 
 
-def _step_latency_s(executor: Executor, work: PassWork, rates: Rates, device: torch.device) -> float:
+def _step_latency_s(runner: PassRunner, work: PassWork, rates: Rates) -> float:
     """Seconds that a step costs on a CPU however little it computes, from passes over one token, which write to the
     reserved page. (A GPU's lanes hide this cost, so there launches are timed.)"""
     batch = Batch((BatchRow(index=0, tokens=(0,), start=0, pages=(RESERVED_PAGE,), samples=True, sampling=None),))
 
     def run() -> None:
-        executor.submit(batch)
-        executor.collect()
+        runner.submit(batch)
+        runner.collect()
 
     known_s = work.num_reduces * rates.reduce_latency_s + work.streamed_bytes / rates.link_gb_s / GB
-    return max(seconds(run, device, repeats=3) - known_s, 0.0) / work.num_steps
+    return max(seconds(run, runner.device, repeats=3) - known_s, 0.0) / work.num_steps
 
 
 def measure_rates(

@@ -1,23 +1,26 @@
 """Measures when each instruction of a run began and ended, by lane, and writes it as Chrome/Perfetto JSON.
 
-On CUDA an interval lies between two timing events on its own stream, which are nodes of the graph where the pass is
-one; on a CPU it lies between two readings of the clock. Instructions of the compute lane that wait for the other lane
-(acquire, join) have the wait in their interval, where it shows as a stall.
+The trace is a Watch. On CUDA an interval lies between two timing events on its own stream, which are nodes of the graph
+where the pass is one; on a CPU it lies between two readings of the clock. Instructions of the compute lane that wait
+for the other lane (acquire, join) have the wait in their interval, where it shows as a stall.
 """
 
 import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from penstock.engine.compute.context import PassContext
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.planning.predictions import step_seconds
+from penstock.engine.runtime.watch import Watch
 from penstock.engine.user_files import check_output, named_errors
 from penstock.parallel.collectives import Collectives
+from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.cost.timeline import predict_timeline
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Instruction
@@ -54,31 +57,7 @@ class PassMarks:
     marks: list[Marked] = field(default_factory=list)
 
 
-class Tracer:
-    """The tracer of a run without --trace: it does nothing."""
-
-    num_takes = 1  # how often a pass is captured, for replays in turn
-
-    @contextlib.contextmanager
-    def interval(self, instruction: Instruction, stream=None) -> Iterator["Tracer"]:
-        yield self
-
-    def waited(self) -> None:
-        """Says, within an interval, that the instruction's waits are over."""
-
-    def begin_pass(self, shape: PassShape | None) -> None:
-        """Begins a pass of this shape, to which the intervals that follow belong; None: copies that fill the ring."""
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[list[Marked]]:
-        """Puts the intervals within, of a warm-up or a capture, into the list that this yields and into no pass."""
-        yield []
-
-    def replayed(self, marks: list[Marked]) -> None:
-        """Says that the graph with these marks has been launched for the current pass."""
-
-
-class RecordingTracer(Tracer):
+class Trace(Watch):
     """Keeps every interval. `intervals()` may be called once the device is idle.
 
     Under capture a mark is an external event: a node of the graph that acts at each replay, and costs about a
@@ -100,18 +79,23 @@ class RecordingTracer(Tracer):
         self.known: list[Interval] = []
         self.begin, self.begin_s = self._mark_begin(), 0.0  # of the last pass that was read, or of the trace
 
-    def begin_pass(self, shape: PassShape | None) -> None:
-        self.under_way.append(PassMarks(-1 if shape is None else len(self.shapes), self._mark_begin()))
-        self.shapes += () if shape is None else (shape,)
+    def begin_pass(self, batch: Batch | None) -> None:
+        self.under_way.append(PassMarks(-1 if batch is None else len(self.shapes), self._mark_begin()))
+        self.shapes += () if batch is None else (batch.shape,)
         self.current, self.last_end = self.under_way[-1].marks, None
 
-    @contextlib.contextmanager
-    def interval(self, instruction: Instruction, stream=None) -> Iterator["_OpenInterval"]:
-        opened = _OpenInterval(self, instruction, stream)
-        yield opened
+    def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
+        """Marks an instruction. It starts behind what it waits for, but on a GPU's compute lane where the one before it
+        ended, so that a wait is part of it. (A copy's cannot: before its first wait its stream is no part of a
+        capture.)"""
+        stream = torch.cuda.current_stream(self.device) if self.cuda else None
+        computes = instruction.lane == COMPUTE
+        follows = self.cuda and computes and self.last_end is not None
+        start = self.last_end if follows else self._mark(stream)
+        run()
         end = self._mark(stream)
-        self.current.append(Marked(instruction, opened.start, end))
-        if instruction.lane == COMPUTE:
+        self.current.append(Marked(instruction, start, end))
+        if computes:
             self.last_end = end
 
     @contextlib.contextmanager
@@ -122,8 +106,8 @@ class RecordingTracer(Tracer):
         finally:
             self.current, self.last_end = kept, None
 
-    def replayed(self, marks: list[Marked]) -> None:
-        self.current += marks
+    def replayed(self, captured: list[Marked]) -> None:
+        self.current += captured
         self.under_way[-1].begin.synchronize()
         while len(self.under_way) > 1:
             self._read(self.under_way.popleft())
@@ -161,21 +145,6 @@ class RecordingTracer(Tracer):
         return start.elapsed_time(end) / 1e3 if self.cuda else end - start
 
 
-class _OpenInterval:
-    """An interval that has not ended. A copy's starts after its waits: before the first of them its stream is no part
-    of a capture. A step's starts before them, on a GPU at the mark where the one before it ended."""
-
-    def __init__(self, tracer: RecordingTracer, instruction: Instruction, stream):
-        self.tracer, self.instruction, self.stream = tracer, instruction, stream
-        self.start = None
-        if instruction.lane == COMPUTE:
-            self.start = tracer.last_end if tracer.cuda and tracer.last_end is not None else tracer._mark(stream)
-
-    def waited(self) -> None:
-        if self.instruction.lane == COPY:
-            self.start = self.tracer._mark(self.stream)
-
-
 def predicted_intervals(plan: EnginePlan, shapes: list[PassShape], measured: list[Interval]) -> list[Interval]:
     """The intervals that the time model predicts for each pass, from where the pass really began."""
     begins: dict[int, float] = {}
@@ -209,14 +178,14 @@ def chrome_events(intervals: list[Interval], process: str, pid: int) -> list[dic
     return events
 
 
-def join_traces(path: str, tracer: "RecordingTracer", plan: EnginePlan, collectives: Collectives) -> None:
+def join_traces(path: str, trace: Trace, plan: EnginePlan, collectives: Collectives) -> None:
     """Writes each rank's part, as measured and as predicted, beside the file; rank 0 joins them. All ranks call this
     together, once their devices may be waited for."""
-    if tracer.cuda:
-        torch.cuda.synchronize(tracer.device)
-    rank, measured = collectives.rank, tracer.intervals()
+    if trace.cuda:
+        torch.cuda.synchronize(trace.device)
+    rank, measured = collectives.rank, trace.intervals()
     events = chrome_events(measured, f"rank {rank}", pid=2 * rank)
-    predicted = predicted_intervals(plan, tracer.shapes, measured)
+    predicted = predicted_intervals(plan, trace.shapes, measured)
     events += chrome_events(predicted, f"rank {rank}, predicted", pid=2 * rank + 1)
     if rank > 0:
         write_trace(f"{path}.rank{rank}", events)

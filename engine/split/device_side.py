@@ -18,7 +18,7 @@ from penstock.engine.model.shard import ShardKind
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.planning.step_cost import MATRICES
-from penstock.engine.runtime.build import open_source
+from penstock.engine.runtime.start import open_source
 from penstock.engine.split.transfers import is_call, site
 from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.host_store import LoadedWeights, load_weights
@@ -101,7 +101,7 @@ def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[Lo
         return (weight.kind == ShardKind.REPLICATED) == trusted
 
     layout = select_weights(plan.layout, is_wanted)
-    source = open_source(config, find_model(config.model), plan, CPU)
+    source = open_source(config, find_model(config.model), plan)
     loaded = load_weights(source, layout, set(), embed_on_host=False, device=CPU)
     if isinstance(source, Checkpoint):
         source.close()

@@ -4,27 +4,45 @@ and sampling here, and each embedding, linear layer, attention matmul and head a
 Shapes: T tokens of a row, C its context tokens, H/K query/KV heads, E head dim.
 """
 
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from penstock.engine.compute.arena import ActivationArena, aligned_bytes
+from penstock.engine.compute.arena import aligned_bytes
 from penstock.engine.compute.attention import causal_mask, gather
+from penstock.engine.compute.context import ModelContext, PassContext
 from penstock.engine.compute.inputs import RowRange
 from penstock.engine.compute.kv_cache import make_cache
-from penstock.engine.compute.ops import StepContext
 from penstock.engine.compute.rope import rope_table
 from penstock.engine.compute.sampler import Sampler
 from penstock.engine.config import EngineConfig
-from penstock.engine.model.steps import activation_widths
 from penstock.engine.planning.engine_plan import EnginePlan
+from penstock.engine.runtime.build import Builder, build_arena, build_lanes, build_runner
 from penstock.engine.runtime.executor import Executor
-from penstock.engine.runtime.lanes import InterleavedLanes
-from penstock.engine.runtime.trace import Tracer
-from penstock.engine.split.channel import Channel
-from penstock.engine.split.device_side import CPU, load_part
-from penstock.engine.split.transfers import FUSED, REPEATED, is_call, linear_activations, site
-from penstock.parallel.collectives import Collectives
-from penstock.parallel.ledger import Site
-from penstock.scheduler.passes.pass_plan import Compute, Instruction
+from penstock.engine.runtime.pass_runner import PassRunner
+from penstock.engine.runtime.watch import Watch, Watches
+from penstock.engine.split.channel import Channel, InProcess, Subprocess
+from penstock.engine.split.device_side import CPU, DeviceSide, load_part
+from penstock.engine.split.permutation import PermutedChannel
+from penstock.engine.split.transfers import (
+    FUSED,
+    REPEATED,
+    PassRow,
+    SplitConfig,
+    add_pass,
+    is_call,
+    linear_activations,
+    site,
+)
+from penstock.engine.weights.blocks import WeightSource
+from penstock.engine.weights.host_store import LoadedWeights
+from penstock.parallel.ledger import Site, TransferLedger
+from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.passes.pass_plan import Compute
 from torch import Tensor
+
+DRAWN_KEY_BYTES = 32
 
 
 class SplitExecutor(Executor):
@@ -36,32 +54,31 @@ class SplitExecutor(Executor):
         assert not any(len(step.parts) > 1 for step in self.plan.steps), "a fused step may belong to both sides"
         self.channel, self.attention = channel, attention
 
-    def do(self, instruction: Instruction) -> None:
-        if isinstance(instruction, Compute) and is_call(instruction):
-            self.counters.steps[instruction.step] += 1
-            self._call(instruction)
+    def _compute(self, ctx: PassContext, step: Compute) -> None:
+        if is_call(step):
+            self._call(ctx, step)
         else:
-            super().do(instruction)
+            super()._compute(ctx, step)
 
-    def _call(self, step: Compute) -> None:
-        act, inputs = self.context.act, self.context.inputs
+    def _call(self, ctx: PassContext, step: Compute) -> None:
+        act = ctx.act
         if step.step == "embedding":
-            self.channel.call(site(step), [inputs.tokens], act["x"])
+            self.channel.call(site(step), [ctx.inputs.tokens], act["x"])
         elif step.step == "attention":
-            self._attend_rows(step.layer_idx)
+            self._attend_rows(ctx, step.layer_idx)
         else:
-            reads, width, writes = linear_activations(self.context.spec, step)
+            reads, width, writes = linear_activations(self.model.spec, step)
             if len(act[writes]):  # no row samples: nothing for the head
                 self.channel.call(site(step), [act[reads][:, :width]], act[writes])
 
-    def _attend_rows(self, layer_idx: int) -> None:
+    def _attend_rows(self, ctx: PassContext, layer_idx: int) -> None:
         """Attends row by row; the result overwrites q."""
-        heads, context = self.context.heads(), self.context.inputs.context
-        k, v = gather(self.context.kv.layer(layer_idx), context)  # (C of all rows, K, E)
+        heads, context = ctx.heads(), ctx.inputs.context
+        k, v = gather(self.model.kv.layer(layer_idx), context)  # (C of all rows, K, E)
         for row in context.ranges:
             tokens = slice(row.first_query, row.first_query + row.num_queries)
             span = slice(row.first_context, row.first_context + row.num_context)
-            self._attend(layer_idx, row, heads[tokens, : self.context.num_heads], k[span], v[span])
+            self._attend(layer_idx, row, heads[tokens, : self.model.num_heads], k[span], v[span])
 
     def _attend(self, layer_idx: int, row: RowRange, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrites q (T, H, E) with its attention over k and v (C, K, E)."""
@@ -73,51 +90,101 @@ class SplitExecutor(Executor):
             k, v = (each.repeat_interleave(num_heads // each.shape[1], dim=1) for each in (k, v))  # (C, H, E)
         scores = q.new_empty(num_heads, num_tokens, len(k))
         self.channel.call(Site("attention_scores", layer_idx), [q, k], scores)
-        mask = causal_mask(row, self.context.spec.windows[layer_idx], q.device)  # (T, C)
+        mask = causal_mask(row, self.model.spec.windows[layer_idx], q.device)  # (T, C)
         scaled = (scores.float() * head_dim**-0.5).masked_fill_(~mask, -torch.inf)
         probabilities = scaled.softmax(-1).to(q.dtype)
         self.channel.call(Site("attention_values", layer_idx), [probabilities, v], q)
 
 
-class HostSide:
-    """Loads the norms and nothing else; `executor` runs batches once this is built. It owns the channel."""
+class PassNotes(Watch):
+    """Adds to `predicted` what each pass is to send, and tells a permuted channel whose its rows are."""
 
-    def __init__(
-        self, config: EngineConfig, plan: EnginePlan, channel: Channel, attention: str, collectives: Collectives
-    ):
-        spec, residency, dtype = plan.spec, plan.residency, getattr(torch, plan.dtype)
-        self.channel = channel
-        self._weights, named = load_part(config, plan, trusted=True)
-        rope = rope_table(spec.rope, residency.max_model_len, dtype, CPU)
-        tracer, widths = Tracer(), activation_widths(spec, tp_size=1)
-        most = (config.max_num_batched_tokens, plan.max_num_seqs)
-        context = StepContext(
-            spec=spec,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            first_vocab=0,
-            embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
-            rope=rope,
-            kv=make_cache(plan, config.page_size, spec.num_kv_heads, rope),
-            sampler=Sampler(plan.max_num_seqs, spec.vocab_size, CPU),
-            collectives=collectives,
-        )
-        self.executor = SplitExecutor(
-            channel,
-            attention,
-            plan=plan.pass_plan,
-            context=context,
-            views=named,
-            host_spans={},
-            ring=aligned_bytes(0, CPU),
-            arena=ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, CPU),
-            lanes=InterleavedLanes(config.debug.lanes, config.seed, tracer),
-            tracer=tracer,
-            compressed={},
-        )
+    def __init__(self, plan: EnginePlan, split: SplitConfig, permuted: PermutedChannel | None):
+        self.plan, self.split, self.permuted = plan, split, permuted
+        self.predicted = TransferLedger()
+
+    def begin_pass(self, batch: Batch | None) -> None:
+        if batch is None:
+            return
+        rows = [PassRow.of(row) for row in batch.rows]
+        add_pass(self.predicted, self.plan.pass_plan.steps, self.plan.spec, rows, self.split)
+        if self.permuted is not None:
+            self.permuted.begin_pass(batch)
+
+
+@dataclass(frozen=True)
+class HostSide:
+    """The worker of a split execution: it has the norms and no other weights. It owns the channel."""
+
+    plan: EnginePlan
+    weights: LoadedWeights
+    executor: SplitExecutor
+    runner: PassRunner
+    channel: Channel
+    notes: PassNotes
+
+    def transfers(self) -> dict[str, Any]:
+        """What crossed between the sides, for JSON."""
+        return {"calls": self.channel.ledger.to_dict()}
 
     def close(self) -> None:
         """Ends the device side; idempotent."""
         self.channel.close()
-        self.executor = None
-        self._weights.close()
+        self.runner.close()
+        self.weights.close()
+
+
+def build_host_side(split: SplitConfig, builder: Builder, source: WeightSource) -> HostSide:
+    """Starts the device side, which opens the checked `source` itself, and builds the host's. Raises ValueError,
+    MemoryError or DeviceSideFailed; nothing is left then."""
+    plan = builder.plan
+    channel = open_channel(split, builder.config, plan)
+    try:
+        weights, named = load_part(builder.config, plan, trusted=True)
+        notes = PassNotes(plan, split, channel if isinstance(channel, PermutedChannel) else None)
+        executor = SplitExecutor(
+            channel,
+            split.attention,
+            plan=plan.pass_plan,
+            model=_model(builder),
+            views=named,
+            host_spans={},
+            ring=aligned_bytes(0, CPU),
+            arena=build_arena(builder),
+            lanes=build_lanes(builder),
+            watches=Watches(builder.watches, notes),
+            compressed={},
+        )
+        return HostSide(plan, weights, executor, build_runner(builder, executor), channel, notes)
+    except BaseException:
+        channel.close()
+        raise
+
+
+def open_channel(split: SplitConfig, config: EngineConfig, plan: EnginePlan) -> Channel:
+    wire_dtype = getattr(torch, split.wire_dtype)
+    if split.process:
+        channel = Subprocess(config, wire_dtype, split.timeout_s, plan.layout.nbytes)
+    else:
+        channel = InProcess(DeviceSide(config, plan), wire_dtype)
+    if not split.permute:
+        return channel
+    key = secrets.token_bytes(DRAWN_KEY_BYTES) if split.permute_key is None else bytes.fromhex(split.permute_key)
+    return PermutedChannel(channel, split.permute, key)
+
+
+def _model(builder: Builder) -> ModelContext:
+    plan, dtype = builder.plan, getattr(torch, builder.plan.dtype)
+    spec = plan.spec
+    rope = rope_table(spec.rope, plan.residency.max_model_len, dtype, CPU)
+    return ModelContext(
+        spec=spec,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        first_vocab=0,
+        embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
+        rope=rope,
+        kv=make_cache(plan, builder.config.page_size, spec.num_kv_heads, rope),
+        sampler=Sampler(plan.max_num_seqs, spec.vocab_size, CPU),
+        collectives=builder.collectives,
+    )

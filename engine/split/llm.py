@@ -2,82 +2,16 @@
 outputs; `counted` has what crossed between its sides, `predicted` what was predicted to cross.
 """
 
-import secrets
-from typing import Any
+import functools
 
-import torch
-from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.runtime.engine import Engine
-from penstock.engine.split.channel import Channel, InProcess, Subprocess
-from penstock.engine.split.device_side import DeviceSide
-from penstock.engine.split.host_side import HostSide
-from penstock.engine.split.permutation import PermutedChannel
-from penstock.engine.split.transfers import PassRow, SplitConfig, add_pass
-from penstock.engine.weights.blocks import WeightSource
-from penstock.engine.weights.checkpoint import Checkpoint
-from penstock.parallel.collectives import Solo
-from penstock.parallel.launch import resolve_launch
+from penstock.engine.split.host_side import build_host_side
+from penstock.engine.split.transfers import SplitConfig
 from penstock.parallel.ledger import TransferLedger
-from penstock.scheduler.batching.batch import Batch
 
 # What a split execution does not leave open: both sides compute on the CPU, and hold all of their weights plain.
 FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights_compression": "none"}
-DRAWN_KEY_BYTES = 32
-
-
-class SplitEngine(Engine):
-    """One rank whose worker is the host side, and whose device side is another process or this one."""
-
-    def __init__(self, config: EngineConfig, split: SplitConfig):
-        self.split = split
-        self.predicted = TransferLedger()
-        super().__init__(config, resolve_launch(config.tensor_parallel_size))
-
-    def _join(self, prepared: tuple[EnginePlan, WeightSource]) -> None:
-        self.plan, source = prepared
-        if isinstance(source, Checkpoint):  # it was checked; each side opens its own
-            source.close()
-        self.collectives = Solo()
-        channel = self._channel()
-        try:
-            self.worker = HostSide(self.config, self.plan, channel, self.split.attention, self.collectives)
-        except BaseException:
-            channel.close()
-            raise
-
-    def _channel(self) -> Channel:
-        wire_dtype = getattr(torch, self.split.wire_dtype)
-        if self.split.process:
-            return Subprocess(self.config, wire_dtype, self.split.timeout_s, self.plan.layout.nbytes)
-        return InProcess(DeviceSide(self.config, self.plan), wire_dtype)
-
-    @property
-    def ledger(self) -> TransferLedger:
-        return self.worker.channel.ledger
-
-    def own_transfers(self) -> dict[str, Any]:
-        return {"rank": self.topology.rank, "calls": self.ledger.to_dict()}
-
-    def submit(self, batch: Batch) -> None:
-        rows = [PassRow.of(row) for row in batch.rows]
-        add_pass(self.predicted, self.plan.pass_plan.steps, self.plan.spec, rows, self.split)
-        super().submit(batch)
-
-
-class PermutedEngine(SplitEngine):
-    """A SplitEngine whose channel permutes, and is told before each pass which requests its rows belong to."""
-
-    def _channel(self) -> PermutedChannel:
-        given = self.split.permute_key
-        key = secrets.token_bytes(DRAWN_KEY_BYTES) if given is None else bytes.fromhex(given)
-        self.permuted = PermutedChannel(super()._channel(), self.split.permute, key)
-        return self.permuted
-
-    def submit(self, batch: Batch) -> None:
-        self.permuted.begin_pass(batch)
-        super().submit(batch)
 
 
 class SplitLLM(LLM):
@@ -92,18 +26,17 @@ class SplitLLM(LLM):
         self._split = split or SplitConfig()
         super().__init__(model, **options, **FIXED)
 
-    def _start(self) -> SplitEngine:
-        kind = PermutedEngine if self._split.permute else SplitEngine
-        return kind(self.config, self._split)
+    def _start(self) -> Engine:
+        return Engine(self.config, self._launch, functools.partial(build_host_side, self._split))
 
     @property
     def counted(self) -> TransferLedger:
         """The ledger of what has crossed since this was made."""
         self._check_open()
-        return self.engine.ledger
+        return self.engine.worker.channel.ledger
 
     @property
     def predicted(self) -> TransferLedger:
         """The ledger of what was predicted to cross in the passes that ran."""
         self._check_open()
-        return self.engine.predicted
+        return self.engine.worker.notes.predicted

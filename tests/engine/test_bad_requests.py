@@ -208,8 +208,8 @@ def test_nan_weights_are_warned_of_and_nan_logits_end_each_sequence(tmp_path, ca
                 (sequence,) = output.outputs
                 assert (sequence.finish_reason, sequence.token_ids, sequence.text) == ("error", [], "")
                 assert sequence.error.startswith("the logits are NaN: the weights hold NaN or inf")
-        llm.scheduler.check_integrity()
-        assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
+        llm.loop.scheduler.check_integrity()
+        assert llm.loop.scheduler.num_running == llm.loop.scheduler.num_waiting == 0
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -93,12 +93,12 @@ def test_a_row_fails_alone_on_two_ranks(checkpoint, tokens, poisoned):
 def test_an_impossible_request_found_late_fails_alone(checkpoint, monkeypatch):
     with LLM(checkpoint, **ON_CPU) as llm:
         expected = llm.generate(PROMPTS, GREEDY)
-        needed, told = llm.scheduler._pages_needed, []
+        needed, told = llm.loop.scheduler._pages_needed, []
 
         def too_many_for_one(request) -> int:
             return needed(request) + 1000 * (request.prompt_token_ids == PROMPTS[1])
 
-        monkeypatch.setattr(llm.scheduler, "_pages_needed", too_many_for_one)
+        monkeypatch.setattr(llm.loop.scheduler, "_pages_needed", too_many_for_one)
         outputs = llm.generate(PROMPTS, GREEDY, on_text=lambda *one: told.append(one))
         (one,) = outputs[1].outputs
         assert (one.finish_reason, one.token_ids) == ("error", []) and "need 1011 pages of 4 tokens" in one.error

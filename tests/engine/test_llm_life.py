@@ -37,8 +37,8 @@ def test_calls_do_not_disturb_each_other(llm):
         [LONG] * 4, SamplingParams(repetition_penalty=2.0, presence_penalty=2.0, frequency_penalty=2.0, logprobs=5)
     )
     assert tokens_of(llm.generate(["Return the", LONG], GREEDY)) == before
-    llm.scheduler.check_integrity()
-    assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_usable
+    llm.loop.scheduler.check_integrity()
+    assert llm.loop.scheduler.pool.num_free == llm.loop.scheduler.pool.num_usable
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_an_interruption_leaves_the_engine_usable(llm, monkeypatch, error, where
     with pytest.raises(error):
         llm.generate([LONG] * 6, GREEDY, on_text=interrupt_late if where == "on_text" else None)
     monkeypatch.undo()
-    assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
+    assert llm.loop.scheduler.num_running == llm.loop.scheduler.num_waiting == 0
     assert tokens_of(llm.generate([LONG, "Return the"], GREEDY)) == expected
 
 

@@ -64,7 +64,7 @@ def test_self_launched_ranks(one_rank, monkeypatch):
         assert [output.outputs[0].finish_reason for output in caught.value.outputs] == ["abort", "length"]
         assert tokens_of(caught.value.outputs)[1] == one_rank[0]["outputs"][0]["token_ids"]
         assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
-        monkeypatch.setattr(llm.scheduler, "update", lambda *_: 1 / 0)
+        monkeypatch.setattr(llm.loop.scheduler, "update", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llm.generate(LONG, GREEDY)
         with pytest.raises(RuntimeError, match="an earlier error"):

@@ -28,8 +28,8 @@ def expected(llm):
 
 
 def assert_at_rest(llm: LLM) -> None:
-    llm.scheduler.check_integrity()
-    assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
+    llm.loop.scheduler.check_integrity()
+    assert llm.loop.scheduler.num_running == llm.loop.scheduler.num_waiting == 0
 
 
 def test_every_thread_gets_its_own_answers(llm, expected):

@@ -42,8 +42,8 @@ def outputs_of(llm: LLM, on_text: Raises):
     with pytest.raises(Gone) as caught:
         llm.generate(PROMPTS, PARAMS, on_text=on_text)
     assert caught.value is on_text.error
-    llm.scheduler.check_integrity()
-    assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
+    llm.loop.scheduler.check_integrity()
+    assert llm.loop.scheduler.num_running == llm.loop.scheduler.num_waiting == 0
     return caught.value.outputs
 
 

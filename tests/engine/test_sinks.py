@@ -104,12 +104,12 @@ def test_noise_is_drawn_by_the_position_in_the_sequence():
 def test_pages_do_not_grow():
     with LLM("demo", **OPTIONS, **SINKS) as llm:
         llm.generate(PROMPTS, GREEDY)
-        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_usable
+        assert llm.loop.scheduler.pool.num_free == llm.loop.scheduler.pool.num_usable
         kv = llm.engine.worker.executor.context.kv
         assert (
             llm.engine.plan.residency.num_pages == 3 * 7 + 1 == len(kv.data[0, 0]) // 4
         )  # 1 of sinks, 6 of the window
-        assert llm.scheduler.max_model_len == 2**31 - 1
+        assert llm.loop.scheduler.max_model_len == 2**31 - 1
     with LLM("demo", **OPTIONS, **SINKS, max_model_len=50) as llm:
         (output,) = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=None, ignore_eos=True))
         assert len(output.outputs[0].token_ids) == 44

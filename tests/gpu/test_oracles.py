@@ -132,7 +132,7 @@ def test_hundreds_of_passes_ahead(resident):
                 patch.setattr(type(llm.engine), "lookahead", lookahead)
             runs.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
             assert llm.engine.times.num_passes > 200
-            llm.scheduler.check_integrity()
+            llm.loop.scheduler.check_integrity()
     assert runs[0] == runs[1] and len({len(tokens) for tokens in runs[0]}) > 3
 
 

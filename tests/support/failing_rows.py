@@ -104,9 +104,9 @@ def assert_same_bits(failed: Run, stopped: Run) -> None:
 
 
 def assert_at_rest(llm: LLM) -> None:
-    llm.scheduler.check_integrity()
-    assert llm.scheduler.num_running == llm.scheduler.num_waiting == 0
-    assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_usable
+    llm.loop.scheduler.check_integrity()
+    assert llm.loop.scheduler.num_running == llm.loop.scheduler.num_waiting == 0
+    assert llm.loop.scheduler.pool.num_free == llm.loop.scheduler.pool.num_usable
 
 
 def fill_all_pages(llm: LLM) -> list[list[int]]:
@@ -114,7 +114,7 @@ def fill_all_pages(llm: LLM) -> list[list[int]]:
     length = OPTIONS["max_model_len"] - 2
     prompts = [random.Random(row).choices(sorted(set(PROMPTS[1])), k=length) for row in range(OPTIONS["max_num_seqs"])]
     num_pages = sum(-(-(length + 1) // OPTIONS["page_size"]) for _ in prompts)
-    assert num_pages == llm.scheduler.pool.num_usable
+    assert num_pages == llm.loop.scheduler.pool.num_usable
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, presence_penalty=0.5)
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 

@@ -103,7 +103,7 @@ def test_page_order(checkpoint, resident, residency):
         options = OPTIONS | {"page_size": 4, "debug": {"page_order_seed": seed, "poison": True}}
         with LLM(checkpoint("llama_gqa"), resident=residency, **options) as llm:
             runs.append(generate(llm))
-            llm.scheduler.check_integrity()
+            llm.loop.scheduler.check_integrity()
     assert all(run.same_bits(runs[0]) for run in runs)
     for one, other in itertools.combinations(runs, 2):
         assert any(a.tolist() != b.tolist() for a, b in zip(one.addresses, other.addresses)), "the pages lay alike"
@@ -116,17 +116,17 @@ def test_batch_of_four_page_pools(checkpoint, residency):
     options = OPTIONS | {"max_num_seqs": 16}
     with LLM(checkpoint("llama_gqa"), resident=residency, num_pages=1 + 8, **options) as llm:
         running = []
-        schedule = llm.scheduler.schedule
+        schedule = llm.loop.scheduler.schedule
 
         def watched():
             batch = schedule()
-            running.append(llm.scheduler.num_running)
-            llm.scheduler.check_integrity()
+            running.append(llm.loop.scheduler.num_running)
+            llm.loop.scheduler.check_integrity()
             return batch
 
-        llm.scheduler.schedule = watched
+        llm.loop.scheduler.schedule = watched
         together = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
-        assert max(running) == 4 and llm.scheduler.pool.num_free == 8
+        assert max(running) == 4 and llm.loop.scheduler.pool.num_free == 8
         alone = [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts]
     assert together == alone and all(len(tokens) == 8 for tokens in together)
 
@@ -183,8 +183,8 @@ def test_after_an_exception(checkpoint, resident, where, ring, num_pass):
         with pytest.raises(OSError, match="injected"):
             generate(llm)
         executor.do = do
-        llm.scheduler.check_integrity()
-        assert not llm.scheduler.has_unfinished and not executor.ring_is_filled
+        llm.loop.scheduler.check_integrity()
+        assert not llm.loop.scheduler.has_unfinished and not executor.ring_is_filled
         executor.ledger.clear()
         executor.counters.num_passes = 0
         for _ in range(2):

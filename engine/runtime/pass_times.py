@@ -1,0 +1,41 @@
+"""How long rank 0's passes took, beside what the time model predicted."""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from penstock.scheduler.cost.pass_work import PassShape, PassWork
+from penstock.scheduler.cost.time_model import Rates, predict_pass
+
+
+@dataclass
+class PassTimes:
+    """Seconds of the passes that ended. A pass takes from when it was submitted, or from when the pass before it ended,
+    if that was later. Each is appended to `passes` if a list was put there; it grows for as long as the engine runs.
+    """
+
+    num_passes: int = 0
+    measured_s: float = 0.0
+    predicted_s: float = 0.0
+    passes: list[tuple[PassShape, float, float]] | None = None  # shape, measured, predicted
+    _submitted_s: deque[float] = field(default_factory=deque)
+    _ended_s: float = 0.0
+
+    def submitted(self) -> None:
+        self._submitted_s.append(time.perf_counter())
+
+    def ended(self, shape: PassShape, work: PassWork, rates: Rates) -> None:
+        """Says that the oldest pass that was submitted has ended."""
+        now_s = time.perf_counter()
+        measured_s = now_s - max(self._submitted_s.popleft(), self._ended_s)
+        predicted_s = predict_pass(work, shape, rates).total_s
+        self._ended_s = now_s
+        self.num_passes += 1
+        self.measured_s += measured_s
+        self.predicted_s += predicted_s
+        if self.passes is not None:
+            self.passes.append((shape, measured_s, predicted_s))
+
+    def forget(self) -> None:
+        """Gives up the passes that have not ended."""
+        self._submitted_s.clear()

@@ -1,0 +1,85 @@
+"""What ranks say to each other while an engine runs. Rank 0 decides and says it, the others hear it and do the same.
+
+    rank 0   BATCH b       ANNOUNCED b  RUN      MEASURE n   OUTPUTS, outputs | transfers      STOP
+    others   run b         keep b       run it   measure     return them      | send theirs    leave
+
+Under torchrun every rank makes the calls of LLM. They are numbered: rank 0 says CALL, then all say what they were given
+(calls.py), and no rank runs a call that one of them refuses.
+
+Messages are packed int32, or JSON bytes; never pickle. One rank alone says nothing, and packs nothing.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Protocol
+
+from penstock.engine.runtime.calls import Call, objection
+from penstock.parallel.collectives import Collectives
+from penstock.scheduler.batching.batch import Batch
+
+
+class Kind(IntEnum):
+    """The first integer of a message."""
+
+    BATCH = 1
+    ANNOUNCED = 2
+    RUN = 3
+    OUTPUTS = 4
+    MEASURE = 5
+    STOP = 6
+    CALL = 7
+
+
+class Output(Protocol):
+    """What a call gives for one prompt."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Messages:
+    """One rank's mouth and ear. `num_calls` counts the calls that this rank has made."""
+
+    def __init__(self, collectives: Collectives):
+        self.collectives = collectives
+        self.num_calls = 0
+
+    def say(self, kind: Kind, value: int | None = None) -> None:
+        """Says something of this kind; on rank 0."""
+        if self.collectives.size > 1:
+            self.collectives.broadcast_ints([kind] if value is None else [kind, value])
+
+    def say_batch(self, kind: Kind, batch: Batch) -> None:
+        """Says what a pass computes: BATCH, which runs now, or ANNOUNCED, which may follow; on rank 0."""
+        if self.collectives.size > 1:
+            self.collectives.broadcast_ints([kind, *batch.pack()])
+
+    def hear(self) -> tuple[Kind, Batch | int | None]:
+        """What rank 0 says next; on the other ranks."""
+        kind, *message = self.collectives.broadcast_ints(None)
+        if kind in (Kind.BATCH, Kind.ANNOUNCED):
+            return Kind(kind), Batch.unpack(message)
+        return Kind(kind), message[0] if message else None
+
+    def give_outputs(self, outputs: Sequence[Output], transfers: dict[str, Any]) -> list[dict[str, Any]]:
+        """Ends a call and gives the other ranks its outputs. Returns all ranks' transfers, by rank; on rank 0."""
+        if self.collectives.size == 1:
+            return [transfers]
+        self.say(Kind.OUTPUTS)
+        self.collectives.broadcast_bytes(json.dumps([output.to_dict() for output in outputs]).encode())
+        return [json.loads(data) for data in self.collectives.gather_bytes(json.dumps(transfers).encode())]
+
+    def take_outputs(self, transfers: dict[str, Any]) -> list[dict[str, Any]]:
+        """The outputs that rank 0 gives, once it has said so. `transfers` are this rank's; on the other ranks."""
+        outputs = json.loads(self.collectives.broadcast_bytes(None))
+        self.collectives.gather_bytes(json.dumps(transfers).encode())
+        return outputs
+
+    def exchange(self, call: Call) -> str:
+        """Tells all ranks this rank's call, on all together. Returns why they cannot run it, the same on all; empty if
+        they can. Calls are numbered from rank 0's number on."""
+        frames = self.collectives.share_frames(dataclasses.replace(call, number=self.num_calls).pack())
+        calls = [Call.unpack(frame) for frame in frames]
+        self.num_calls = calls[0].number
+        return objection(calls)
