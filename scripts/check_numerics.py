@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 
 import torch
 from penstock.engine.commands.flags import Parser
-from penstock.engine.compute.ops import StepContext
+from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM, load_tokenizer
 from penstock.engine.output import without_errors
 from penstock.engine.planning.find_model import find_model
+from penstock.engine.runtime.watch import Watch
 from penstock.scheduler.batching.request import SamplingParams
-from penstock.scheduler.passes.pass_plan import Compute
+from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -82,38 +83,37 @@ def first_fault(rows: list[Row]) -> Row | None:
     return next((row for row in rows if row.fault), None)
 
 
-def _up(ctx: StepContext) -> Tensor:
-    parts = ctx.act["ffn"].chunk(2 if ctx.spec.gated else 1, dim=1)
-    return torch.cat([part[:, : ctx.spec.ffn_size] for part in parts], dim=1)  # the rest is padding
+def _up(ctx: PassContext) -> Tensor:
+    parts = ctx.act["ffn"].chunk(2 if ctx.model.spec.gated else 1, dim=1)
+    return torch.cat([part[:, : ctx.model.spec.ffn_size] for part in parts], dim=1)  # the rest is padding
 
 
 # What is kept of our activations after each step, in the layout of transformers: an activation, or a function.
-OURS: dict[str, str | Callable[[StepContext], Tensor]] = {
+OURS: dict[str, str | Callable[[PassContext], Tensor]] = {
     **dict.fromkeys(("embedding", "attn_residual", "ffn_residual"), "x"),
     **dict.fromkeys(("attn_norm", "attn_output", "ffn_norm", "ffn_down", "final_norm"), "x_"),
     **dict.fromkeys(("attn_qkv", "rope"), "attn"),
     "attn_output_beside": "y",
-    "attention": lambda ctx: ctx.heads()[:, : ctx.num_heads].flatten(1),
+    "attention": lambda ctx: ctx.heads()[:, : ctx.model.num_heads].flatten(1),
     "ffn_up": _up,
-    "activation": lambda ctx: ctx.act["ffn"][:, : ctx.spec.ffn_size],
-    "logits_gather": lambda ctx: ctx.act["logits"][:, : ctx.spec.vocab_size],
+    "activation": lambda ctx: ctx.act["ffn"][:, : ctx.model.spec.ffn_size],
+    "logits_gather": lambda ctx: ctx.act["logits"][:, : ctx.model.spec.vocab_size],
 }
 
 
 def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
     """Keeps the activations of every pass from now on, by step; a single request's passes are in order of position."""
-    executor = llm.engine.worker.executor
     kept: dict[Key, list[Tensor]] = {}
-    do = executor.do
 
-    def watched(instruction) -> None:
-        do(instruction)
-        for key, step in _keys(instruction) if isinstance(instruction, Compute) else ():
-            take, ctx = OURS[step], executor.context
-            state = ctx.act[take] if isinstance(take, str) else take(ctx)
-            kept.setdefault(key, []).append(state.cpu().clone())
+    class KeepStates(Watch):
+        def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
+            run()
+            for key, step in _keys(instruction) if isinstance(instruction, Compute) else ():
+                take = OURS[step]
+                state = ctx.act[take] if isinstance(take, str) else take(ctx)
+                kept.setdefault(key, []).append(state.cpu().clone())
 
-    executor.do = watched
+    llm.engine.watches.add(KeepStates())
     return kept
 
 

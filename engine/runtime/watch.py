@@ -64,9 +64,12 @@ class Watches(Watch):
     def __len__(self) -> int:
         return len(self._watches)
 
+    def add(self, watch: Watch) -> None:
+        self._watches.append(watch)
+
     @contextlib.contextmanager
     def with_one_more(self, watch: Watch) -> Iterator[None]:
-        self._watches.append(watch)
+        self.add(watch)
         try:
             yield
         finally:

@@ -126,7 +126,7 @@ def figures(llm: LLM, stretches: Stretches, first_evicting: int, planned: Rates)
     median_s = statistics.median(row["decode_pass_s"] for row in evicting)
     return {
         "eviction_tokens": retention.eviction_tokens,
-        "kv_bytes_per_rank": engine.worker.executor.context.kv.data.nbytes,
+        "kv_bytes_per_rank": engine.worker.executor.model.kv.data.nbytes,
         "decode_pass_s": median_s,
         "last_pass_over_first": last["decode_pass_s"] / first["decode_pass_s"],
         "resident_set_growth_bytes": last["resident_set_bytes"] - first["resident_set_bytes"],

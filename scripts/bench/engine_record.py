@@ -34,7 +34,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
             len(residency.compressed & residency.resident),
             len(residency.compressed - residency.resident),
         ],
-        "graphs": executor.decode is not None and executor.decode.graphs is not None,
+        "graphs": engine.worker.runner.graphs is not None,
         "max_num_seqs": engine.plan.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "max_model_len": residency.max_model_len,

@@ -4,8 +4,7 @@ import torch
 from penstock.engine.llm import LLM
 from penstock.engine.measure.rates import all_ranks, seconds
 from penstock.engine.runtime.binding import on_own_device
-from penstock.engine.runtime.decode import DecodePasses
-from penstock.engine.runtime.executor import Executor
+from penstock.engine.runtime.pass_runner import PassRunner
 
 NUM_REPLAYS = 20
 
@@ -18,26 +17,26 @@ def graph_alone_s(llm: LLM, num_rows: int) -> float | None:
     if engine.launch.kind == "parent":
         return None
     with engine.together():
-        return replay_s(engine.worker.executor, num_rows)
+        return replay_s(engine.worker.runner, num_rows)
 
 
 @on_own_device
-def replay_s(executor: Executor, num_rows: int) -> float | None:
+def replay_s(runner: PassRunner, num_rows: int) -> float | None:
     """The seconds of `graph_alone_s`, for ranks that have come together. No pass is under way, so the pages that the
     graph writes to belong to no request."""
-    graph = None if executor.decode is None else greedy_graph(executor.decode, num_rows)
+    graph = greedy_graph(runner, num_rows)
     if graph is None:
         return None
-    collectives, device = executor.context.collectives, executor.device
+    collectives, device = runner.model.collectives, runner.device
     collectives.barrier()
     graph.replay()  # lines the ranks up
     own_s = seconds(lambda: [graph.replay() for _ in range(NUM_REPLAYS)], device, repeats=1, warm_ups=0)
-    executor.forget()  # its letters
+    runner.forget()  # its letters
     return max(rank_s for (rank_s,) in all_ranks([own_s], collectives, device)) / NUM_REPLAYS
 
 
-def greedy_graph(decode: DecodePasses, num_rows: int) -> torch.cuda.CUDAGraph | None:
+def greedy_graph(runner: PassRunner, num_rows: int) -> torch.cuda.CUDAGraph | None:
     """The graph of passes over so many rows, as it last ran; None if there is none yet, or one with a trace's marks."""
-    size = next(size for size in decode.sizes if size >= num_rows)
-    takes = decode.graphs.passes.get((size, frozenset()), ()) if decode.graphs is not None else ()
+    key = (runner.size_of(num_rows), frozenset())
+    takes = runner.graphs.passes.get(key, ()) if runner.graphs is not None else ()
     return takes[0].graph if len(takes) == 1 else None

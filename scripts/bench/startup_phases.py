@@ -59,7 +59,7 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
         phases = cut_phases(began_at_s, ends)
         phases["weights"]["bytes"] = weights.host_bytes + weights.resident_bytes
         if captures_s is not None:
-            num_graphs = len(llm.engine.worker.executor.decode.graphs.passes)
+            num_graphs = len(llm.engine.worker.runner.graphs.passes)
             phases["captures"] = {"seconds": captures_s, "num_graphs": num_graphs}
         startup_s = ready_at_s - imported_at_s + (captures_s or 0.0)
         read = {"bytes_read_per_rank": weights.bytes_read, "input_len": input_len}
@@ -78,8 +78,7 @@ def cut_phases(began_at_s: float, ends: dict[str, float]) -> dict[str, Phase]:
 def measure_captures(engine: Engine, num_rows: int) -> float | None:
     """Seconds to capture greedy decode passes of up to `num_rows` rows; None without graphs, on all ranks. Where other
     ranks have an LLM of their own, all call this together."""
-    decode = engine.worker.executor.decode
-    if decode is None or decode.graphs is None:
+    if engine.worker.runner.graphs is None:
         return None
     with engine.together():
         if engine.topology.rank > 0:

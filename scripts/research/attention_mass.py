@@ -5,14 +5,15 @@ say; evicting them then breaks the model. The shares are computed while the engi
 from its own q and the keys that it has cached, in a sequence of which nothing is evicted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from penstock.engine.compute.attention import causal_mask, gather
-from penstock.engine.compute.ops import StepContext
+from penstock.engine.compute.context import PassContext
 from penstock.engine.llm import LLM
+from penstock.engine.runtime.watch import Watch
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
 
@@ -23,32 +24,28 @@ SINKS, TRACE = 0.3, 2.0  # share of all attention from which we speak of sinks; 
 def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
     """For each layer a list that grows by (T, H, num_first) with each pass over one sequence: what each query and head
     gives to each of the first tokens."""
-    executor = llm.engine.worker.executor
     masses: list[list[Tensor]] = [[] for _ in range(llm.engine.plan.spec.num_layers)]
-    do = executor.do
 
-    def watched(instruction: Instruction) -> None:
-        if isinstance(instruction, Compute) and instruction.step == "attention":
-            layer_idx = instruction.layer_idx
-            masses[layer_idx].append(first_masses(executor.context, layer_idx, num_first).cpu())
-        do(instruction)
+    class KeepMasses(Watch):
+        def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
+            if isinstance(instruction, Compute) and instruction.step == "attention":
+                layer_idx = instruction.layer_idx
+                masses[layer_idx].append(first_masses(ctx, layer_idx, num_first).cpu())
+            run()
 
-    executor.do = watched
-    try:
+    with llm.engine.watched_by(KeepMasses()):
         yield masses
-    finally:
-        executor.do = do
 
 
-def first_masses(ctx: StepContext, layer_idx: int, num_first: int) -> Tensor:
+def first_masses(ctx: PassContext, layer_idx: int, num_first: int) -> Tensor:
     """Shares (T, H, num_first) in a pass over one row, whose q and k are rotated and whose attention is yet to come."""
-    context, spec = ctx.inputs.context, ctx.spec
+    context, model = ctx.inputs.context, ctx.model
     (row,) = context.ranges
-    q = ctx.heads()[:, : ctx.num_heads].float()  # (T, H, E)
-    keys, _ = gather(ctx.kv.layer(layer_idx), context)
-    keys = keys.float().repeat_interleave(ctx.num_heads // ctx.num_kv_heads, dim=1)  # (C, H, E)
-    scores = torch.einsum("the,che->thc", q, keys) * spec.head_dim**-0.5
-    mask = causal_mask(row, spec.windows[layer_idx], q.device)
+    q = ctx.heads()[:, : model.num_heads].float()  # (T, H, E)
+    keys, _ = gather(model.kv.layer(layer_idx), context)
+    keys = keys.float().repeat_interleave(model.num_heads // model.num_kv_heads, dim=1)  # (C, H, E)
+    scores = torch.einsum("the,che->thc", q, keys) * model.spec.head_dim**-0.5
+    mask = causal_mask(row, model.spec.windows[layer_idx], q.device)
     return scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)[..., :num_first]
 
 

@@ -32,10 +32,12 @@ from dataclasses import dataclass, field
 
 import torch
 from penstock.engine.commands.flags import Parser
+from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM, load_tokenizer
 from penstock.engine.model.families import config_file, read_config, read_spec
 from penstock.engine.planning.find_model import find_model
+from penstock.engine.runtime.watch import Watch
 from penstock.engine.split.channel import InProcess
 from penstock.engine.split.device_side import DeviceSide
 from penstock.engine.split.llm import SplitLLM
@@ -159,18 +161,18 @@ def attacker_llm(model: str, vocab_size: int, most_tokens: int) -> LLM:
 
 def candidates_of(llm: LLM, vocab_size: int) -> Candidates:
     """Gives the states of all tokens behind a prefix, as the device side would see them unpermuted."""
-    executor, do = llm.engine.worker.executor, llm.engine.worker.executor.do
     states: States = {}
 
-    def watched(instruction: Instruction) -> None:
-        if isinstance(instruction, Compute) and instruction.step in SITES:
-            context, site = executor.context, Site(instruction.step, instruction.layer_idx)
-            states[site] = (context.heads() if site.operation == ATTENTION else context.act["x_"]).clone()
-        do(instruction)
+    class KeepStates(Watch):
+        def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
+            if isinstance(instruction, Compute) and instruction.step in SITES:
+                site = Site(instruction.step, instruction.layer_idx)
+                states[site] = (ctx.heads() if site.operation == ATTENTION else ctx.act["x_"]).clone()
+            run()
 
     def run(rows: Iterable[BatchRow]) -> None:
-        executor.submit(Batch(tuple(rows)))
-        executor.collect()
+        llm.engine.submit(Batch(tuple(rows)))
+        llm.engine.collect()
 
     def candidates(prefix: tuple[int, ...]) -> States:
         length = len(prefix)
@@ -181,7 +183,7 @@ def candidates_of(llm: LLM, vocab_size: int) -> Candidates:
         run(BatchRow(token, (token,), length, (*pages, page), False, None) for token, page in enumerate(own))
         return dict(states)
 
-    executor.do = watched
+    llm.engine.watches.add(KeepStates())
     return candidates
 
 

@@ -55,19 +55,20 @@ def _row(retention: Retention, tokens: Sequence[int], start: int, end: int, num_
 @torch.inference_mode()
 def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
     """Log probabilities of the tokens that follow the row's last ones."""
-    executor = llm.engine.worker.executor
-    kv, sampler = executor.context.kv, executor.context.sampler
-    inputs = bind(Batch((row,)), kv.page_size, sampler.last_tokens, executor.whole_tokens, kv.margin)
+    runner = llm.engine.worker.runner
+    executor, kv, sampler = runner.executor, runner.model.kv, runner.model.sampler
+    inputs = bind(Batch((row,)), kv.page_size, sampler.last_tokens, runner.whole_tokens, kv.margin)
     targets = torch.tensor(following, device=sampler.device)
     scored: list[Tensor] = []
 
     def score(output: SampleOutput) -> None:
         if (output.tokens < 0).any():
             raise ValueError(NAN_LOGITS)
-        scored.append(sampler.score(executor.context.act["logits"], targets, num_logprobs=0).sampled_logprob.cpu())
+        logits = executor.arena.cut(len(row.tokens), len(following))["logits"]
+        scored.append(sampler.score(logits, targets, num_logprobs=0).sampled_logprob.cpu())
 
     executor.fill_ring()
-    executor.run_plan(_with_selected(inputs, len(following), sampler.pad_row), Asked(), score)
+    executor.run(_with_selected(inputs, len(following), sampler.pad_row), Asked(), score)
     return scored[0]
 
 

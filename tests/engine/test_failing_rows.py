@@ -11,7 +11,6 @@ from penstock.engine.runtime.engine import Engine
 from penstock.engine.runtime.graph import Mailbox
 
 from penstock import LLM, SamplingParams
-from tests.support.engine_proof import as_on_a_gpu
 from tests.support.failing_rows import (
     OPTIONS,
     PARAMS,
@@ -70,13 +69,12 @@ def test_a_row_fails_alone_in_the_decode_passes_of_a_gpu(checkpoint, tokens, poi
     for kernel in KERNELS.values():
         if kernel.names:
             kernel.put_in(monkeypatch, kernel.reference)
-    with LLM(checkpoint, **ON_CPU) as llm:
-        as_on_a_gpu(llm)
+    as_on_gpu = ON_CPU | {"debug": {"as_on_gpu": True}}
+    with LLM(checkpoint, **as_on_gpu) as llm:
         stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
-    with WARNS, LLM(poisoned, **ON_CPU) as llm:
-        as_on_a_gpu(llm)
+    with WARNS, LLM(poisoned, **as_on_gpu) as llm:
         assert_fails_alone_twice(llm, stopped, filled)
-        assert llm.engine.worker.executor.decode.mailbox.num_sent > 10
+        assert llm.engine.worker.runner.mailbox.num_sent > 10
 
 
 @pytest.mark.timeout(120)

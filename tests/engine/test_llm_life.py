@@ -6,9 +6,11 @@ import threading
 import weakref
 
 import pytest
+from penstock.engine.runtime.watch import Watch
 
 from penstock import LLM, SamplingParams
 from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
+from tests.support.watches import After
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
@@ -45,7 +47,7 @@ def test_calls_do_not_disturb_each_other(llm):
     ("where", "error"),
     [("on_text", KeyboardInterrupt), ("pass", ZeroDivisionError), ("pass", KeyboardInterrupt)],
 )
-def test_an_interruption_leaves_the_engine_usable(llm, monkeypatch, error, where):
+def test_an_interruption_leaves_the_engine_usable(llm, error, where):
     expected = tokens_of(llm.generate([LONG, "Return the"], GREEDY))
     calls = itertools.count()
 
@@ -53,13 +55,9 @@ def test_an_interruption_leaves_the_engine_usable(llm, monkeypatch, error, where
         if next(calls) == 7:
             raise error
 
-    executor = llm.engine.worker.executor
-    do = executor.do
-    if where == "pass":
-        monkeypatch.setattr(executor, "do", lambda instruction: (interrupt_late(), do(instruction)))
-    with pytest.raises(error):
+    watch = After(interrupt_late) if where == "pass" else Watch()
+    with llm.engine.watched_by(watch), pytest.raises(error):
         llm.generate([LONG] * 6, GREEDY, on_text=interrupt_late if where == "on_text" else None)
-    monkeypatch.undo()
     assert llm.loop.scheduler.num_running == llm.loop.scheduler.num_waiting == 0
     assert tokens_of(llm.generate([LONG, "Return the"], GREEDY)) == expected
 

@@ -8,7 +8,7 @@ from penstock.engine.split.transfers import ATTENTION_WAYS, SplitConfig
 from penstock.scheduler.batching.batch import Batch, BatchRow
 
 from penstock import LLM, SamplingParams
-from tests.support.engine_proof import as_on_a_gpu, prove_calls, prove_states_and_tokens, run_with
+from tests.support.engine_proof import prove_calls, prove_states_and_tokens, run_with
 from tests.support.kernel_proof import DEVICE
 from tests.support.kernel_registry import DRAWN
 from tests.support.oracle.checkpoints import write_checkpoint
@@ -20,10 +20,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=60, ignore_eos=True, seed=5, logprobs=1)
 
 
-def outputs_of(options: dict, prompts=PROMPTS, params=GREEDY, change=lambda llm: None) -> list:
+def outputs_of(options: dict, prompts=PROMPTS, params=GREEDY) -> list:
     """Tokens and the very bits of their log probabilities."""
     with LLM("demo", **OPTIONS | options) as llm:
-        change(llm)
         outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
     return [(output.token_ids, output.cumulative_logprob) for output in outputs]
 
@@ -75,7 +74,7 @@ def test_a_row_is_what_it_is_alone(params):
 def test_decode_passes_of_a_gpu_give_the_tokens(params):
     """Padded buckets over the paged cache."""
     plain = outputs_of(SINKS, params=params)
-    padded = outputs_of(SINKS, params=params, change=as_on_a_gpu)
+    padded = outputs_of(SINKS | {"debug": {"as_on_gpu": True}}, params=params)
     assert [tokens for tokens, _ in padded] == [tokens for tokens, _ in plain]
 
 
@@ -105,7 +104,7 @@ def test_pages_do_not_grow():
     with LLM("demo", **OPTIONS, **SINKS) as llm:
         llm.generate(PROMPTS, GREEDY)
         assert llm.loop.scheduler.pool.num_free == llm.loop.scheduler.pool.num_usable
-        kv = llm.engine.worker.executor.context.kv
+        kv = llm.engine.worker.executor.model.kv
         assert (
             llm.engine.plan.residency.num_pages == 3 * 7 + 1 == len(kv.data[0, 0]) // 4
         )  # 1 of sinks, 6 of the window

@@ -136,7 +136,7 @@ def test_notes_and_warnings_are_seen_too_and_the_streams_come_back(monkeypatch):
 
 @pytest.mark.timeout(120)
 def test_a_bug_of_ours_still_gives_its_traceback_in_full(tmp_path):
-    fault = 'def fail(*_): raise OSError(9, "Bad \x1b[31m file")\nExecutor.submit = fail'
-    done = Command(tmp_path, *GENERATE, fault=fault).finish()
+    fault = 'def begin_pass(batch): raise OSError(9, "Bad \x1b[31m file")'
+    done = Command(tmp_path, *GENERATE, in_passes=fault).finish()
     assert done.exit_code == 1 and "Traceback" in done.stderr
     assert re.search(r"OSError: \[Errno 9\] Bad \\x1b\[31m file$", done.stderr.strip()), done.stderr

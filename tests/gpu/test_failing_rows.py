@@ -55,7 +55,7 @@ def test_a_row_fails_alone(tmp_path, dtype):
                 stopped, filled = run(llm, ending_at(following)), fill_all_pages(llm)
             with WARNS, LLM(poisoned, **options) as llm:
                 assert_fails_alone_twice(llm, stopped, filled)
-                graphs = llm.engine.worker.executor.decode.graphs
+                graphs = llm.engine.worker.runner.graphs
                 assert bool(graphs and graphs.passes) != enforce_eager
 
 

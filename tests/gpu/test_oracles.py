@@ -13,6 +13,7 @@ from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.residency.decide import Residency
 
 from tests.support.commands import run_ranks
+from tests.support.watches import keep_logits
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[0, 5, 9], list(range(3, 120)), [0, 7]]
@@ -43,13 +44,7 @@ def generate(**options) -> Run:
     logits = []
     with LLM("demo", **(SMALL | options)) as llm:
         executor = llm.engine.worker.executor
-        plain_submit = executor.submit
-
-        def submit(batch):
-            plain_submit(batch)
-            logits.append(executor.arena.cut(1, batch.num_sampled)["logits"].to("cpu", copy=True))
-
-        executor.submit = submit
+        llm.engine.watches.add(keep_logits(logits))
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
         if llm.engine.topology.rank == 0:
             assert llm.engine.transfers[0]["weights"] == executor.copied.to_dict()
@@ -112,7 +107,7 @@ def test_sampled_rows_beside_greedy_ones_in_graphs(logprobs):
             runs.append([[o.outputs[0].token_ids for o in llm.generate(PROMPTS, params)] for _ in range(2)])
             if not enforce_eager:
                 alone = [llm.generate([prompt], own)[0].outputs[0].token_ids for prompt, own in zip(PROMPTS, params)]
-                stages = {asked for _, asked in llm.engine.worker.executor.decode.graphs.passes}
+                stages = {asked for _, asked in llm.engine.worker.runner.graphs.passes}
     assert runs[0] == runs[1] and runs[0][0] == runs[0][1]
     assert len(set(map(tuple, runs[0][0]))) == 3
     assert stages >= {frozenset(), frozenset({"draw", "filter"}), frozenset({"penalty"})} and len(stages) == 4

@@ -6,7 +6,8 @@ import pytest
 import torch
 from penstock.engine.llm import LLM
 from penstock.engine.profile.traced_run import pass_s
-from penstock.engine.runtime.trace import RecordingTracer, label, read_intervals
+from penstock.engine.runtime.trace import Trace, label, read_intervals
+from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY
 
@@ -28,11 +29,11 @@ def test_every_pass_has_its_instructions(tmp_path, resident, enforce_eager):
     with LLM("demo", **OPTIONS, resident=resident, enforce_eager=enforce_eager) as llm:
         untraced = tokens_of(llm)
     with LLM("demo", **OPTIONS, resident=resident, enforce_eager=enforce_eager, trace=trace) as llm:
-        graphs = llm.engine.worker.executor.decode.graphs
+        graphs = llm.engine.worker.runner.graphs
         assert (graphs is None) == enforce_eager
         assert tokens_of(llm) == untraced
         assert enforce_eager or graphs.passes
-        shapes, instructions = list(llm.engine.worker.tracer.shapes), llm.engine.plan.pass_plan.instructions
+        shapes, instructions = list(llm.engine.trace.shapes), llm.engine.plan.pass_plan.instructions
         launching = {work.step for work, _ in llm.engine.plan.steps}
     intervals = read_intervals(trace)[0, False]
     starts = []
@@ -58,18 +59,19 @@ def test_the_intervals_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
     """Between two events around a replay lie the intervals and the few kernels that derive the inputs before them."""
     with LLM("demo", **OPTIONS, resident=resident, trace=str(tmp_path / "trace.json")) as llm:
         tokens_of(llm)
-        executor = llm.engine.worker.executor
-        graphs, tracer = executor.decode.graphs, executor.tracer
-        key, shape = next(iter(graphs.passes)), tracer.shapes[-1]
+        graphs, trace = llm.engine.worker.runner.graphs, llm.engine.trace
+        key, batch = next(iter(graphs.passes)), Batch(())
         for _ in range(3):
-            known = len(tracer.intervals())
+            known = len(trace.intervals())
             around = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            tracer.begin_pass(shape)
+            trace.begin_pass(batch)
             around[0].record()
-            graphs.replay(key)
+            take = graphs.next_take(key)
+            take.graph.replay()
+            take.note_replay(llm.engine.watches)
             around[1].record()
             torch.cuda.synchronize()
-            intervals = tracer.intervals()[known:]
+            intervals = trace.intervals()[known:]
             graph_s = around[0].elapsed_time(around[1]) / 1e3
             assert 0.5 * graph_s < pass_s(intervals) <= graph_s + RESOLUTION_S
             compute_s = sum(interval.end_s - interval.start_s for interval in intervals if interval.lane == COMPUTE)
@@ -82,11 +84,11 @@ def test_passes_in_a_row_follow_each_other_on_each_lane(tmp_path, enforce_eager)
     trace = str(tmp_path / "trace.json")
     with LLM("demo", **OPTIONS, resident="none", enforce_eager=enforce_eager, trace=trace) as llm:
         tokens_of(llm)
-        tracer: RecordingTracer = llm.engine.worker.tracer
-        num_warm, num_read = len(tracer.shapes), len(tracer.known)
+        kept: Trace = llm.engine.trace
+        num_warm, num_read = len(kept.shapes), len(kept.known)
         assert (num_read > 0) == (not enforce_eager), "graphs are read as they run, eager passes in the end"
         tokens_of(llm)
-        shapes = list(tracer.shapes)
+        shapes = list(kept.shapes)
     intervals = read_intervals(trace)[0, False]
     pairs = [i for i in range(num_warm, len(shapes) - 1) if shapes[i].is_decode and shapes[i + 1].is_decode]
     assert len(pairs) > 8

@@ -9,11 +9,13 @@ import random
 
 import pytest
 import torch
+from penstock.engine.compute.context import PassContext
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
+from penstock.engine.runtime.watch import Watch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.build import minimum_ring_bytes
-from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.passes.pass_plan import GroupId, Instruction
 
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.oracle.faults import (
@@ -27,6 +29,7 @@ from tests.support.oracle.faults import (
     skipped_prefetch,
     stale_layer,
 )
+from tests.support.watches import After
 
 TOLERANCE = 1e-5
 LOUD = 100 * TOLERANCE
@@ -66,16 +69,14 @@ def models(tmp_path_factory):
 
 def logits_of(llm: LLM) -> tuple[torch.Tensor, list[int]]:
     """The logits of every sampled token (n, vocab), and the tokens. Raises ValueError if they were refused as NaN."""
-    executor, logits = llm.engine.worker.executor, []
-    do = executor.do
+    logits: list[torch.Tensor] = []
 
-    def capture(instruction) -> None:
-        do(instruction)
+    def capture(instruction: Instruction, ctx: PassContext | None) -> None:
         if getattr(instruction, "step", None) == "logits_gather":
-            logits.append(executor.context.act["logits"][:, : llm.engine.plan.spec.vocab_size].clone())
+            logits.append(ctx.act["logits"][:, : llm.engine.plan.spec.vocab_size].clone())
 
-    executor.do = capture
-    tokens = without_errors(llm.generate([PROMPT], GREEDY))[0].outputs[0].token_ids
+    with llm.engine.watched_by(After(capture)):
+        tokens = without_errors(llm.generate([PROMPT], GREEDY))[0].outputs[0].token_ids
     return torch.cat(logits), tokens
 
 
@@ -171,8 +172,6 @@ def two_ranks(models):
 def test_missing_reduce_on_one_rank(two_ranks, lost):
     """The other rank's half of an o or down projection, or of the embedding, is lost on rank 0."""
     llm, reference = two_ranks
-    if lost is not None:
-        lost_reduce(*lost)(llm)
-    error = error_of(llm, reference)
-    del llm.engine.worker.executor.do  # what the fault and the capture laid over the class's
+    with llm.engine.watched_by(lost_reduce(*lost) if lost else Watch()):
+        error = error_of(llm, reference)
     assert error > LOUD if lost else error < TOLERANCE

@@ -7,7 +7,7 @@ import pytest
 from penstock.engine.llm import LLM
 
 from scripts.check_numerics import TOLERANCES, Row, compare, first_fault
-from tests.support.engine_proof import PROMPT, as_on_a_gpu, prove_calls, watched
+from tests.support.engine_proof import AS_ON_GPU, PROMPT, prove_calls, watched
 from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout
 from tests.support.kernel_registry import KERNELS
 from tests.support.oracle.cases import NUM_LAYERS, RUN, TOKENS
@@ -95,9 +95,9 @@ def test_2_kernel_never_called(checkpoint, monkeypatch, name):
         else {"dtype": "float32"}
     )
     options |= {name: value for name, value in SHORT.items() if name != "max_tokens"}
-    with LLM(checkpoint("neox_parallel", **NARROW), enforce_eager=True, num_pages=16, **options) as llm:
-        if DEVICE == "cpu":
-            as_on_a_gpu(llm)
+    with LLM(
+        checkpoint("neox_parallel", **NARROW), enforce_eager=True, num_pages=16, debug=AS_ON_GPU, **options
+    ) as llm:
         never_called(monkeypatch, name)(llm)
         run = watched(llm, PROMPT, kernel.params)
     with pytest.raises(AssertionError, match=f"^{name}: 0 of {run.due[name]} calls"):
@@ -109,7 +109,7 @@ def test_3_kernels_take_their_inputs_as_they_are(checkpoint, monkeypatch, kind):
     """Mistake 3 is not made: every kernel respects gaps between rows, odd addresses and bf16."""
     _, layout, dtype, names = MISREADINGS[kind]
     mutate = together(by_kernels(monkeypatch, *names), laid_out(layout))
-    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, mutate=mutate)
+    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
     assert first_fault(rows) is None
 
 
@@ -118,7 +118,7 @@ def test_3_kernel_takes_its_inputs_for_others(checkpoint, monkeypatch, kind, nam
     """Mistake 3: a kernel takes rows to follow each other, addresses to be multiples of 16 bytes, or bf16 for fp16."""
     misread, layout, dtype, _ = MISREADINGS[kind]
     mutate = together(by_kernels(monkeypatch, name, misread=misread), laid_out(layout))
-    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, mutate=mutate)
+    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
     assert named(rows) == FIRST_STEPS[name]
 
 
@@ -142,7 +142,7 @@ def test_4_another_order_of_additions(checkpoint, variant, fault, dtype, layer_i
 def test_additions_in_fused_steps(checkpoint, monkeypatch, variant, dtype):
     """No mistake: the kernel that adds and norms adds in transformers' order, layer by layer, in every bit."""
     mutate = by_kernels(monkeypatch, "residual_norm")
-    rows = compare(checkpoint(variant, **NARROW), TOKENS[:6], dtype, **SHORT, mutate=mutate)
+    rows = compare(checkpoint(variant, **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
     assert first_fault(rows) is None
     residuals = [row.step for row in rows if row.step.endswith("residual") and row.bits_equal]
     assert residuals.count("ffn_residual") == NARROW["num_hidden_layers"]
@@ -163,7 +163,7 @@ def test_4_another_order_of_additions_in_fused_steps(checkpoint, monkeypatch, dt
         by_kernels(monkeypatch)(llm)
         KERNELS["residual_norm"].put_in(monkeypatch, adds_in_another_order)
 
-    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, mutate=mutate)
+    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
     first = first_fault(rows)
     assert first.step == "ffn_residual" and "order of additions" in first.fault
     assert 0 < first.step_error < TOLERANCES[dtype]

@@ -2,8 +2,8 @@
 
     done = Command(folder, "generate", "-tp", "2", "--prompt", "Return the").finish()
 
-A fault is Python text that is run in each rank when the executor's module has been imported: as `rank`, `Executor`
-and `failing()`, which notes the time, it has what it needs.
+A `fault` is Python text that is run in each rank when the executor's module has been imported: as `rank`, `Executor`
+and `failing()`, which notes the time, it has what it needs. A fault `in_passes` is run by a watch (pass_faults.py).
 """
 
 import os
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.support import pass_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 GONE_S = 10.0
@@ -47,24 +49,19 @@ def failing():
 
 sys.meta_path.insert(0, Hook())
 '''
-# Runs FAIL on rank FAILING in the 12th pass: some of those before are the probe's, and all must have met by then.
+# Runs FAIL on rank FAILING in the 12th pass: all ranks must have met by then.
 _IN_A_PASS = """
 import itertools, os, signal
-passes, submit = itertools.count(1), Executor.submit
-def submit_or_fail(self, batch):
-    if next(passes) == 12 and rank == {rank}:
+passes = itertools.count(1)
+def begin_pass(batch):
+    if batch is not None and next(passes) == 12 and rank == {rank}:
         failing()
         {fail}
-    return submit(self, batch)
-Executor.submit = submit_or_fail
 """
 SLOW = """
 import time
-submit = Executor.submit
-def submit_slowly(self, batch):
+def begin_pass(batch):
     time.sleep(0.05)
-    return submit(self, batch)
-Executor.submit = submit_slowly
 """
 
 
@@ -95,6 +92,7 @@ class Command:
         launcher: tuple[str, ...] = (),
         program: tuple[str, ...] = PENSTOCK,
         fault: str = "",
+        in_passes: str = "",
         **environment: str,
     ):
         self.folder = folder
@@ -103,6 +101,9 @@ class Command:
         (site / "sitecustomize.py").write_text(f"FOLDER, FAULT = {str(folder)!r}, {fault!r}\n{_SITE}")
         env = {name: value for name, value in os.environ.items() if name not in LAUNCH_NAMES}
         path = os.pathsep.join(map(str, (site, ROOT)))
+        if in_passes:
+            environment |= {pass_faults.TEXT: in_passes, pass_faults.FOLDER: str(folder)}
+            arguments += ("--watch", pass_faults.NAME) if program == PENSTOCK else ()
         self.process = subprocess.Popen(
             [sys.executable, *launcher, *program, *map(str, arguments)],
             cwd=folder,

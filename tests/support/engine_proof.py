@@ -6,17 +6,16 @@ all kernels run but those that a run names. What a kernel alone is held to is in
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from penstock.engine.compute.arena import ActivationArena
+from penstock.engine.compute.context import PassContext
 from penstock.engine.llm import LLM
-from penstock.engine.model.fusion import FUSED_ON_ONE_RANK, fuse
 from penstock.engine.model.spec import ModelSpec
-from penstock.engine.model.steps import activation_bytes, activation_widths, model_steps
-from penstock.engine.runtime.build import pad_decode_passes
+from penstock.engine.model.steps import activation_bytes, activation_widths
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.build import make_plan
 from penstock.scheduler.passes.check import lay_out_activations
@@ -25,7 +24,9 @@ from torch import Tensor
 
 from tests.support.kernel_proof import DEVICE
 from tests.support.kernel_registry import DRAWN, KERNELS
+from tests.support.watches import Around
 
+AS_ON_GPU = {"as_on_gpu": DEVICE == "cpu"}
 PROMPT = [5, 17, 3, 99, 42, 8]
 
 
@@ -42,9 +43,8 @@ class Run:
 
 def run_with(model: str, *replaced: str, params: SamplingParams = DRAWN, **options) -> Run:
     """Generates with the `replaced` kernels as the other ones are not: see above. `options` are LLM's."""
-    with pytest.MonkeyPatch.context() as patch, LLM(model, device=DEVICE, enforce_eager=True, **options) as llm:
-        if DEVICE == "cpu":
-            as_on_a_gpu(llm)
+    options |= {"device": DEVICE, "enforce_eager": True, "debug": AS_ON_GPU}
+    with pytest.MonkeyPatch.context() as patch, LLM(model, **options) as llm:
         for name, kernel in KERNELS.items():
             if kernel.names and (DEVICE == "cpu") != (name in replaced):
                 kernel.put_in(patch, kernel.reference)
@@ -67,25 +67,17 @@ def watch(llm: LLM, run: Run, states: bool) -> None:
     """Notes in `run` what every instruction has to call and, with `states`, what it writes. A captured pass runs its
     instructions when it is captured, not when it is replayed."""
     executor = llm.engine.worker.executor
-    do = executor.do
 
-    def noted(instruction: Instruction) -> None:
+    def noted(instruction: Instruction, ctx: PassContext | None, do: Callable[[], None]) -> None:
         for name, kernel in KERNELS.items():
-            run.due[name] += kernel.calls_at(instruction, executor)
-        do(instruction)
+            run.due[name] += kernel.calls_at(instruction, ctx, executor)
+        do()
         if states and isinstance(instruction, Compute):
             for name, effect in instruction.effects:
                 if "x" not in effect and set(effect) & set("+w"):
-                    run.states.append((instruction, name, executor.context.act[name].cpu().clone()))
+                    run.states.append((instruction, name, ctx.act[name].cpu().clone()))
 
-    executor.do = noted
-
-
-def as_on_a_gpu(llm: LLM) -> None:
-    """Makes a CPU's engine fuse steps as a GPU's does, and run decode passes in padded buckets over the paged cache."""
-    executor, spec = llm.engine.worker.executor, llm.engine.plan.spec
-    run_steps(llm, spec, fuse(model_steps(spec), FUSED_ON_ONE_RANK))
-    pad_decode_passes(executor, llm.config, llm.engine.plan)
+    llm.engine.watches.add(Around(noted))
 
 
 def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:

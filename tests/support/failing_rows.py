@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from penstock import LLM, SamplingParams
+from tests.support.watches import keep_logits
 
 EMBEDDING = "model.embed_tokens.weight"
 NAN = "the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype"
@@ -38,18 +39,9 @@ class Run:
 
 
 def run(llm: LLM, params: list[SamplingParams]) -> Run:
-    executor, logits = llm.engine.worker.executor, []
-    submit = executor.submit
-
-    def submit_and_keep(batch) -> None:
-        submit(batch)
-        logits.append(executor.arena.cut(1, batch.num_sampled)["logits"].to("cpu", copy=True))
-
-    executor.submit = submit_and_keep
-    try:
+    logits: list[Tensor] = []
+    with llm.engine.watched_by(keep_logits(logits)):
         return Run(llm.generate(PROMPTS, params), logits)
-    finally:
-        executor.submit = submit
 
 
 def choose_token(outputs: list[RequestOutput]) -> tuple[int, int]:
@@ -127,5 +119,5 @@ def assert_fails_alone_twice(llm: LLM, stopped: Run, filled: list[list[int]]) ->
         assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)
         assert_same_bits(failed, stopped)
         assert_at_rest(llm)
-        llm.engine.worker.executor.context.kv.data.fill_(torch.nan)
+        llm.engine.worker.executor.model.kv.data.fill_(torch.nan)
         assert fill_all_pages(llm) == filled

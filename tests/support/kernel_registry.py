@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 from penstock.engine.compute import attention
+from penstock.engine.compute.context import PassContext
 from penstock.engine.compute.inputs import PagedContext
-from penstock.engine.compute.ops import StepContext
 from penstock.engine.kernels import (
     argmax,
     decode_attention,
@@ -31,7 +31,7 @@ from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, Instruction
 from torch import Tensor
 
-Condition = Callable[[Compute, StepContext], bool]
+Condition = Callable[[Compute, PassContext], bool]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=1.5, seed=3)  # tokens differ from each other, and hang on every logit
 FILTERED = replace(DRAWN, top_p=0.8)
@@ -53,14 +53,14 @@ class EngineKernel:
     exact: bool = False
     params: SamplingParams = DRAWN  # of a request that takes it
 
-    def calls_at(self, instruction: Instruction, executor: Executor) -> int:
+    def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
         """How often the instruction, as it is about to run, has to call the kernel."""
         if isinstance(instruction, Decompress):
             weights = executor.compressed[instruction.group].group.weights if "decompress" in self.steps else ()
             return sum(not weight.layout.raw for weight in weights)
         if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0
-        return int(self.condition(instruction, executor.context))
+        return int(self.condition(instruction, ctx))
 
     def put_in(self, patch: pytest.MonkeyPatch, run: Callable) -> None:
         """The engine calls `run` wherever it would have called the kernel or its reference."""
@@ -75,15 +75,15 @@ def _kernel(module: ModuleType, stem: str, *steps: str, **rest) -> EngineKernel:
     return EngineKernel(module, steps, **{**ways, "names": tuple((module, name) for name in names), **rest})
 
 
-def _paged(step: Compute, ctx: StepContext) -> bool:
+def _paged(step: Compute, ctx: PassContext) -> bool:
     return isinstance(ctx.inputs.context, PagedContext)
 
 
-def _one_row(step: Compute, ctx: StepContext) -> bool:
+def _one_row(step: Compute, ctx: PassContext) -> bool:
     return len(ctx.act["rows"] if "head" in step.step else ctx.inputs.tokens) == 1
 
 
-def _is_greedy(step: Compute, ctx: StepContext) -> bool:
+def _is_greedy(step: Compute, ctx: PassContext) -> bool:
     return bool(ctx.inputs.sampled_rows) and "draw" not in ctx.asked.stages
 
 
@@ -91,8 +91,8 @@ def _asks(*stages: str) -> Condition:
     return lambda step, ctx: bool(ctx.inputs.sampled_rows) and ctx.asked.stages >= {*stages}
 
 
-def _fits(step: Compute, ctx: StepContext) -> bool:
-    return ctx.collectives.size > 1 and push_reduce.fits_rows(ctx.act["x"])
+def _fits(step: Compute, ctx: PassContext) -> bool:
+    return ctx.model.collectives.size > 1 and push_reduce.fits_rows(ctx.act["x"])
 
 
 def _as_the_engine(x: Tensor, *rest) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import read_config, read_spec
@@ -26,8 +27,10 @@ from penstock.engine.planning.engine_plan import make_engine_plan
 from penstock.engine.runtime.executor import Executor
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.build import default_ring_bytes, minimum_ring_bytes
-from penstock.scheduler.passes.pass_plan import Compute
+from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
+
+from tests.support.watches import After
 
 MODELS = ("llama_gqa", "neox_parallel")
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_batched_tokens": 48, "max_num_seqs": 3}
@@ -67,20 +70,15 @@ class Run:
 
 
 def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[SamplingParams] = PARAMS) -> Run:
-    executor, run = llm.engine.worker.executor, Run([], [], [])
-    do = executor.do
+    run = Run([], [], [])
 
-    def watched(instruction) -> None:
-        do(instruction)
+    def note(instruction: Instruction, ctx: PassContext | None) -> None:
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":
-            run.logits.append(executor.context.act["logits"].clone())
-            run.addresses.append(executor.context.inputs.context.addresses.clone())
+            run.logits.append(ctx.act["logits"].clone())
+            run.addresses.append(ctx.inputs.context.addresses.clone())
 
-    executor.do = watched
-    try:
+    with llm.engine.watched_by(After(note)):
         run.tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
-    finally:
-        executor.do = do
     return run
 
 

@@ -13,11 +13,10 @@ GREEDY = ("--temperature", "0", "--ignore-eos")
 # Ranks move alike: so that one's figures are not another's, each counts something of its own in every pass.
 COUNTS_MORE = """
 from penstock.parallel.ledger import Site
-submit = Executor.submit
-def submit_and_count(self, batch):
-    self.ledger.add(Site("own", rank), 1 + rank)
-    return submit(self, batch)
-Executor.submit = submit_and_count
+def around(instruction, ctx, run):
+    if str(instruction) == "embedding":
+        ctx.model.collectives.ledger.add(Site("own", rank), 1 + rank)
+    run()
 """
 
 
@@ -37,7 +36,7 @@ def command(tmp_path):
 def test_text_flows_and_a_trace_is_left(command, tmp_path):
     """Each pass takes 50 ms or more: what comes out of the pipe has to come in many pieces over the whole time."""
     options = ("-tp", "2", "--resident", "none", "--max-tokens", "32", "--trace", "trace.json", *GREEDY)
-    started = command("generate", *options, fault=SLOW)
+    started = command("generate", *options, in_passes=SLOW)
     started.process.stdin.write(b"Return the\n")
     started.process.stdin.close()
     pieces = []
@@ -75,7 +74,7 @@ def assert_trace(file, num_passes: int) -> None:
 def test_json_says_what_each_rank_moved(command, options):
     launcher = () if options else TORCHRUN
     more = ("--resident", "none", "--max-tokens", "4", "--json", "--prompt", "Return the", *GREEDY)
-    done = command("generate", *options, *more, launcher=launcher, fault=COUNTS_MORE).finish()
+    done = command("generate", *options, *more, launcher=launcher, in_passes=COUNTS_MORE).finish()
     assert done.exit_code == 0, done.stderr
     assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["Return the"]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith('{"transfers":')]

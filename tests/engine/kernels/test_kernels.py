@@ -78,7 +78,7 @@ def test_every_kernel_runs_in_the_demo_model(params, eager):
     options = {"resident": "none", "weights_compression": "lossless", "max_num_seqs": 1, "gpu_memory": "4GiB"}
     with LLM("demo", dtype="bfloat16", enforce_eager=eager, **options) as llm:
         run = watched(llm, PROMPT, params, states=False)
-        graphs = llm.engine.worker.executor.decode.graphs
+        graphs = llm.engine.worker.runner.graphs
         assert eager if graphs is None else graphs.passes
     sampling = {"argmax"} if params is GREEDY else {"draw", "filter"}
     prove_calls(run, [name for name in ALONE if name not in {"argmax", "draw", "filter"} - sampling])

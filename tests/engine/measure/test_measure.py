@@ -65,5 +65,5 @@ def test_the_ring_is_filled_again(tmp_path, monkeypatch):
                 assert executor.slot(instruction).equal(executor.host_spans[instruction.group])
                 first.remove(instruction.group)
         assert not first
-        filling = [one.name for one in llm.engine.worker.tracer.intervals() if one.pass_index < 0]
+        filling = [one.name for one in llm.engine.trace.intervals() if one.pass_index < 0]
         assert filling == [label(instruction) for instruction in plan.prologue]

@@ -18,8 +18,6 @@ from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import RowSampling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.engine_proof import as_on_a_gpu
-
 OWN, ANOTHER = torch.device("cuda", 1), torch.device("cuda", 0)
 OPTIONS = {"device": "cpu", "dtype": "float32", "resident": "none", "max_num_seqs": 2, "max_num_batched_tokens": 16}
 GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
@@ -70,13 +68,11 @@ def current(monkeypatch) -> CurrentDevice:
 @pytest.fixture(params=["plain", "padded"])
 def engine(request, current) -> Iterator[Engine]:
     """An engine on the CPU that binds the second GPU as its device."""
-    with LLM("demo", **OPTIONS) as llm:
-        if request.param == "padded":
-            as_on_a_gpu(llm)
-        worker = llm.engine.worker
-        worker.device = worker.executor.device = OWN
+    with LLM("demo", **OPTIONS, debug={"as_on_gpu": request.param == "padded"}) as llm:
+        runner = llm.engine.worker.runner
+        runner.device = runner.executor.device = OWN
         yield llm.engine
-        worker.device = worker.executor.device = torch.device("cpu")
+        runner.device = runner.executor.device = torch.device("cpu")
 
 
 def a_prompt(sampling: RowSampling) -> Batch:
@@ -123,9 +119,9 @@ def test_so_do_passes_of_another_thread(engine, current):
 def test_a_plan_that_is_run_by_itself_too(engine, current):
     """Scores of a given text run one by itself."""
     executor = engine.worker.executor
-    inputs = bind(a_prompt(GREEDY), engine.config.page_size, executor.context.sampler.last_tokens)
+    inputs = bind(a_prompt(GREEDY), engine.config.page_size, executor.model.sampler.last_tokens)
     executor.ring_is_filled = False
-    for run in (executor.fill_ring, lambda: executor.run_plan(inputs, Asked(), lambda output: None)):
+    for run in (executor.fill_ring, lambda: executor.run(inputs, Asked(), lambda output: None)):
         with torch.inference_mode(), OnDevice(current) as noted:
             run()
         assert noted.num_run > 0 and noted.elsewhere == []

@@ -48,20 +48,20 @@ def assert_failed(done: Command, first: str, exit_code: int = 1) -> None:
 
 
 def test_a_child_that_raises(command):
-    done = command("-tp", "2", fault=fault_in_a_pass(1, RAISE)).finish()
+    done = command("-tp", "2", in_passes=fault_in_a_pass(1, RAISE)).finish()
     assert_failed(done, "penstock: rank 1 failed with exit code 1:\nTraceback (most recent call last):")
     assert done.stderr.count("KeyError: 'the shard is bent'") == done.stderr.count("Traceback") == 1
 
 
 def test_a_child_that_raises_a_value_error(command):
     """A ValueError in the middle of a run is no user's mistake: it keeps its traceback."""
-    done = command("-tp", "2", fault=fault_in_a_pass(1, "raise ValueError('a bent shape')")).finish()
+    done = command("-tp", "2", in_passes=fault_in_a_pass(1, "raise ValueError('a bent shape')")).finish()
     assert_failed(done, "penstock: rank 1 failed with exit code 1:\nTraceback (most recent call last):")
     assert done.stderr.count("ValueError: a bent shape") == 1
 
 
 def test_a_child_that_is_killed(command):
-    done = command("-tp", "2", fault=fault_in_a_pass(1, KILL)).finish()
+    done = command("-tp", "2", in_passes=fault_in_a_pass(1, KILL)).finish()
     assert_failed(done, "penstock: rank 1 was killed by SIGKILL")
     assert "Traceback" not in done.stderr
 
@@ -73,14 +73,14 @@ def test_a_child_that_cannot_load(command):
 
 
 def test_rank_0_that_raises(command):
-    done = command("-tp", "2", fault=fault_in_a_pass(0, RAISE)).finish()
+    done = command("-tp", "2", in_passes=fault_in_a_pass(0, RAISE)).finish()
     assert_failed(done, "KeyError: 'the shard is bent'")
     said = done.stderr.replace("[rank 1] rank 1 of 2: cpu", "")
     assert said.count("Traceback") == 1 and "rank 1" not in said
 
 
 def start_and_wait_for_text(command) -> Command:
-    started = command("-tp", "2", fault=SLOW)
+    started = command("-tp", "2", in_passes=SLOW)
     assert started.process.stdout.read(8)  # it generates
     assert len(started.pids()) == 2
     return started
@@ -120,12 +120,12 @@ def test_a_port_in_use(monkeypatch, capfd):
 
 
 def test_torchrun_shows_the_rank_that_raised(command):
-    done = command("--trace", "trace.json", launcher=TORCHRUN, fault=fault_in_a_pass(1, RAISE)).finish()
+    done = command("--trace", "trace.json", launcher=TORCHRUN, in_passes=fault_in_a_pass(1, RAISE)).finish()
     assert_failed(done, "KeyError: 'the shard is bent'")
     assert done.stderr.count("KeyError: 'the shard is bent'") == 1
 
 
 def test_torchrun_names_the_rank_that_was_killed(command):
-    done = command(launcher=TORCHRUN, fault=fault_in_a_pass(1, KILL)).finish()
+    done = command(launcher=TORCHRUN, in_passes=fault_in_a_pass(1, KILL)).finish()
     assert_failed(done, "(local_rank: 1)")
     assert "Signal 9 (SIGKILL)" in done.stderr

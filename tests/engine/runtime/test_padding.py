@@ -2,6 +2,7 @@
 reaches a real row."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,20 +10,21 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from penstock.engine.compute.arena import ActivationArena
-from penstock.engine.compute.inputs import PassInputs
+from penstock.engine.compute.context import PassContext
 from penstock.engine.llm import LLM
-from penstock.engine.runtime.decode import DecodePasses
-from penstock.scheduler.batching.batch import Batch
+from penstock.engine.runtime.pass_runner import DecodeAs, PassRunner
+from penstock.engine.runtime.watch import Watch
+from penstock.scheduler.batching.batch import Batch, is_decode
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
 
-from tests.support.engine_proof import as_on_a_gpu
 from tests.support.oracle.checkpoints import write_checkpoints
 
 VARIANTS = ("qwen3", "neox_parallel")
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPTIONS = {"device": "cpu", "dtype": "float32", "page_size": 4, "max_model_len": 32, "debug": {"poison": True}}
+AS_ON_GPU = OPTIONS | {"debug": {"poison": True, "as_on_gpu": True}}
 LARGE = 1e30  # in logits, whose NaN is refused in any row
 FILLS = ((float("nan"), 0), (-3.0, 77))  # of padded rows: their activations, and their token
 
@@ -33,53 +35,43 @@ def checkpoints(tmp_path_factory):
 
 
 @dataclass
-class Filling:
+class Filling(Watch):
     """Fills the padded rows of an engine's decode passes with `value`, whatever a step has made of them, and their
-    inputs with `token`; without a value they keep what they have. `logits` are those of the real rows, pass by pass."""
+    inputs with `token`; without a value they keep what they have. `logits` are those of the real rows, pass by pass;
+    `sizes` are the real and all rows of each."""
 
-    llm: LLM
     value: float | None = None
     token: int = 0
     logits: list[Tensor] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     num_rows: int | None = None  # of the decode pass that runs
 
-    def __enter__(self) -> "Filling":
-        executor = self.llm.engine.worker.executor
-        self.run, self.do, self.run_plan = executor.decode.run, executor.do, executor.run_plan
-        executor.decode.run, executor.do, executor.run_plan = self.watched_run, self.watched_do, self.watched_plan
-        return self
+    def begin_pass(self, batch: Batch | None) -> None:
+        self.num_rows = len(batch.rows) if batch is not None and is_decode(batch) else None
 
-    def __exit__(self, *exc) -> None:
-        executor = self.llm.engine.worker.executor
-        executor.decode.run, executor.do, executor.run_plan = self.run, self.do, self.run_plan
-
-    def watched_run(self, batch: Batch):
-        self.num_rows = len(batch.rows)
-        pending = self.run(batch)
-        self.num_rows = None
-        return pending
-
-    def watched_plan(self, inputs: PassInputs, *rest) -> None:
-        if self.num_rows is not None and self.value is not None:
-            context = self.llm.engine.worker.executor.context
-            for values in (inputs.tokens, inputs.sampled_positions):
-                values[self.num_rows :] = self.token
-            context.sampler.last_tokens[context.sampler.pad_row] = self.token
-            context.kv.data[:, :, : context.kv.page_size] = self.value
-            inputs.context.partials.fill_(self.value)
-        self.run_plan(inputs, *rest)
-
-    def watched_do(self, instruction: Instruction) -> None:
-        self.do(instruction)
+    def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
         if self.num_rows is None or not isinstance(instruction, Compute):
-            return
-        act = self.llm.engine.worker.executor.context.act
+            return run()
+        if instruction.step == "embedding":
+            self.sizes.append((self.num_rows, len(ctx.inputs.tokens)))
+            self.fill_inputs(ctx)
+        run()
         for name, effect in instruction.effects:
             if "x" not in effect and set(effect) & set("+w"):
                 if self.value is not None:
-                    act[name][self.num_rows :] = LARGE if name == "logits" else self.value
+                    ctx.act[name][self.num_rows :] = LARGE if name == "logits" else self.value
                 if name == "logits":
-                    self.logits.append(act[name][: self.num_rows].clone())
+                    self.logits.append(ctx.act[name][: self.num_rows].clone())
+
+    def fill_inputs(self, ctx: PassContext) -> None:
+        if self.value is None:
+            return
+        inputs, sampler, kv = ctx.inputs, ctx.model.sampler, ctx.model.kv
+        for values in (inputs.tokens, inputs.sampled_positions):
+            values[self.num_rows :] = self.token
+        sampler.last_tokens[sampler.pad_row] = self.token
+        kv.data[:, :, : kv.page_size] = self.value
+        inputs.context.partials.fill_(self.value)
 
 
 def asked_for(num_prompts: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -113,20 +105,23 @@ def test_what_padding_holds_never_reaches_a_real_row(
 ):
     """Logits keep their bits, and tokens are those of passes without padding; or the budget is refused."""
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget, "resident": resident}
+    model = str(checkpoints / variant)
     try:
-        llm = LLM(str(checkpoints / variant), **OPTIONS | limits)
+        llm = LLM(model, **OPTIONS | limits)
     except ValueError as refused:
         assert budget < max_num_seqs and "max_num_batched_tokens" in str(refused) and "max_num_seqs" in str(refused)
         return
     with llm:
         asked = asked_for(num_prompts, seed)
         unpadded = tokens_of(llm, asked)
-        as_on_a_gpu(llm)
-        with Filling(llm) as plain:
+    with LLM(model, **AS_ON_GPU | limits) as llm:
+        plain = Filling()
+        with llm.engine.watched_by(plain):
             assert tokens_of(llm, asked) == unpadded
         assert len(plain.logits) > 0
         for value, token in FILLS:
-            with Filling(llm, value, token) as filled:
+            filled = Filling(value, token)
+            with llm.engine.watched_by(filled):
                 assert tokens_of(llm, asked) == unpadded
             pairs = zip(plain.logits, filled.logits, strict=True)
             assert all(torch.equal(first, second) for first, second in pairs)
@@ -134,19 +129,12 @@ def test_what_padding_holds_never_reaches_a_real_row(
 
 def test_padding_was_there(checkpoints):
     """The cases of the property do happen: fewer rows than their bucket, with padded rows filled as intended."""
-    with LLM(str(checkpoints / "qwen3"), max_num_seqs=8, max_num_batched_tokens=32, **OPTIONS) as llm:
-        as_on_a_gpu(llm)
-        decode, seen = llm.engine.worker.executor.decode, []
-        with Filling(llm, *FILLS[0]) as filling:
-            run_plan = llm.engine.worker.executor.run_plan
-
-            def noted(inputs: PassInputs, *rest) -> None:
-                run_plan(inputs, *rest)
-                seen.append((filling.num_rows, len(inputs.tokens)))
-
-            llm.engine.worker.executor.run_plan = noted
+    with LLM(str(checkpoints / "qwen3"), max_num_seqs=8, max_num_batched_tokens=32, **AS_ON_GPU) as llm:
+        filling = Filling(*FILLS[0])
+        with llm.engine.watched_by(filling):
             tokens_of(llm, asked_for(7, seed=0))
-        assert (7, 8) in seen and set(decode.buckets) == {size for num_rows, size in seen if num_rows}
+        assert (7, 8) in filling.sizes
+        assert set(llm.engine.worker.runner.buckets) == {size for _, size in filling.sizes}
 
 
 def arena(most_tokens: int = 6, most_rows: int = 2, nbytes: int = 256 + 128) -> ActivationArena:
@@ -178,7 +166,7 @@ def test_an_arena_holds_what_it_was_planned_for():
 def test_a_bucket_is_never_larger_than_the_activations(checkpoints):
     with LLM(str(checkpoints / "qwen3"), max_num_seqs=4, max_num_batched_tokens=6, **OPTIONS) as llm:
         executor = llm.engine.worker.executor
-        DecodePasses(executor, 4, 32, use_graphs=False)
+        PassRunner(executor, DecodeAs.PADDED, 4, 32)
         for most in (5, 7):
             with pytest.raises(AssertionError, match="a bucket would be larger than the activations"):
-                DecodePasses(executor, most, 32, use_graphs=False)
+                PassRunner(executor, DecodeAs.PADDED, most, 32)

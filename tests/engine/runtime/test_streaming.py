@@ -3,9 +3,11 @@ the counters show what was copied, so that nothing passes because nothing stream
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from penstock.engine.compute.context import PassContext
 from penstock.engine.llm import LLM
 from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.batching.request import SamplingParams
@@ -13,6 +15,7 @@ from penstock.scheduler.passes.pass_plan import Compute, Instruction, Prefetch
 
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.streaming_runs import OPTIONS, PROMPTS, RINGS, Run, generate, ring_bytes
+from tests.support.watches import Around, BeginPass
 
 MODELS = ("llama_gqa", "llama_tied", "neox_parallel", "neox_serial")
 RESIDENCIES = ("none", 0.3, 0.5, 0.8)
@@ -136,13 +139,8 @@ def test_passes_of_any_kind_follow_each_other(checkpoint, resident):
     expected = resident("llama_gqa")
     with LLM(checkpoint("llama_gqa"), resident=0.3, **in_order("random")) as llm:
         shapes = []
-        submit = llm.engine.worker.executor.submit
-
-        def watched(batch) -> None:
-            shapes.append((batch.num_tokens, len(batch.rows), batch.num_sampled))
-            submit(batch)
-
-        llm.engine.worker.executor.submit = watched
+        note = BeginPass(lambda batch: shapes.append((batch.num_tokens, len(batch.rows), batch.num_sampled)))
+        llm.engine.watches.add(note)
         for prompt in (PROMPTS[0], PROMPTS[2], PROMPTS[1][:1]):
             assert generate(llm).same_bits(expected)
             llm.generate([prompt], GREEDY)
@@ -172,17 +170,14 @@ def test_after_an_exception(checkpoint, resident, where, ring, num_pass):
     options = {"ring": ring_bytes(model, ring, "none"), "resident": "none", **in_order("latest")}
     with LLM(model, **options) as llm:
         executor = llm.engine.worker.executor
-        do = executor.do
 
-        def broken(instruction: Instruction) -> None:
+        def broken(instruction: Instruction, ctx: PassContext | None, do: Callable[[], None]) -> None:
             if executor.counters.num_passes + 1 == num_pass and where(instruction):
                 raise OSError("injected")
-            do(instruction)
+            do()
 
-        executor.do = broken
-        with pytest.raises(OSError, match="injected"):
+        with llm.engine.watched_by(Around(broken)), pytest.raises(OSError, match="injected"):
             generate(llm)
-        executor.do = do
         llm.loop.scheduler.check_integrity()
         assert not llm.loop.scheduler.has_unfinished and not executor.ring_is_filled
         executor.ledger.clear()

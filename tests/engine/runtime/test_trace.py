@@ -7,20 +7,22 @@ node gets its time anew at each replay.
 """
 
 import contextlib
+import functools
 from collections import Counter
 
 import pytest
 import torch
 from penstock.engine.runtime.graph import Graphs
 from penstock.engine.runtime.lanes import CudaLanes
-from penstock.engine.runtime.trace import RecordingTracer, Tracer, read_intervals, write_trace
+from penstock.engine.runtime.trace import Trace, read_intervals, write_trace
 from penstock.engine.runtime.trace import chrome_events as as_events
+from penstock.engine.runtime.watch import Watches
 from penstock.parallel.ledger import Site, Transfer, TransferLedger
-from penstock.scheduler.cost.pass_work import PassShape
+from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.passes.build import lay_out_ring, make_plan
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Compute, GroupId, Prefetch
 
-SHAPE = PassShape(1, 1, 0)
+BATCH = Batch((BatchRow(0, (5,), 0, (1,), samples=True, sampling=None),))
 STEP_MS, COPY_MS = 1.0, 5.0
 
 
@@ -46,6 +48,12 @@ class Device:
         assert not self.copy.is_captured or self.copy.is_joined, "unjoined work on the copy stream"
         self.capturing = None
         self.main.is_captured = self.copy.is_captured = False
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
 
     def run(self, milliseconds):
         self.enqueue(lambda: setattr(self, "now_ms", self.now_ms + milliseconds))
@@ -114,12 +122,13 @@ def graph_type(device):
 def device(monkeypatch):
     device = Device()
     monkeypatch.setattr(torch.cuda, "Event", event_type(device))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: device.copy)
+    streams = iter([device.copy, device.main])  # that of the copy lane, and then that of captures
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: next(streams))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph_type(device))
     monkeypatch.setattr(torch.cuda, "graph", device.graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: device.current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", device.on)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing is not None)
     monkeypatch.delattr(torch.cuda, "synchronize")
     return device
@@ -131,25 +140,32 @@ def streamed_plan():
     return make_plan(steps, lay_out_ring([(g, 1000) for g in groups], 2000))
 
 
-def run_pass(device, lanes, plan):
-    def do(instruction):
+def run_pass(device, lanes, plan, watches):
+    def run(instruction):
         if isinstance(instruction, Compute | Prefetch):
             device.run(STEP_MS if isinstance(instruction, Compute) else COPY_MS)
 
-    lanes.run(plan.instructions, do)
+    lanes.run(plan.instructions, lambda instruction: watches.around(instruction, None, lambda: run(instruction)))
 
 
-def captured(device, tracer, plan):
-    lanes, graphs = CudaLanes(torch.device("cuda"), tracer), Graphs(torch.device("cuda"), tracer)
-    graphs.capture("decode", *[lambda: run_pass(device, lanes, plan)] * 2, counts=[])  # a warm-up, then the pass
+def captured(device, watches, plan):
+    lanes, graphs = CudaLanes(torch.device("cuda")), Graphs(torch.device("cuda"), watches)
+    run = functools.partial(run_pass, device, lanes, plan, watches)
+    graphs.capture("decode", run, run, counts=[])  # a warm-up, then the pass
     return lanes, graphs
+
+
+def replay(graphs, key):
+    take = graphs.next_take(key)
+    take.graph.replay()
+    take.note_replay(graphs.watches)
 
 
 @pytest.mark.parametrize("traced", [False, True])  # a trace wants a pass captured twice
 def test_replays_count_what_their_capture_did(device, traced):
     """A counter and a ledger alike; neither a warm-up nor a capture counts, and each graph adds its own."""
-    tracer = RecordingTracer(torch.device("cuda")) if traced else Tracer()
-    graphs, steps, ledger = Graphs(torch.device("cuda"), tracer), Counter(head=5), TransferLedger()
+    watches = Watches(*[Trace(torch.device("cuda"))] * traced)
+    graphs, steps, ledger = Graphs(torch.device("cuda"), watches), Counter(head=5), TransferLedger()
     attn, reduce = Site("attn", 0), Site("attn_allreduce", -1)
     ledger.add(attn, 100)
 
@@ -163,35 +179,35 @@ def test_replays_count_what_their_capture_did(device, traced):
         graphs.capture(nbytes, *[lambda nbytes=nbytes: count(nbytes)] * 2, counts=[steps, ledger])
     assert steps == Counter(head=5) and ledger.sites == {attn: Transfer(1, 100)}
     for nbytes in (8, 16, 16):
-        tracer.begin_pass(SHAPE)
-        graphs.replay(nbytes)
+        watches.begin_pass(BATCH)
+        replay(graphs, nbytes)
     assert steps == Counter(head=5, attention=3)
     assert ledger.sites == {attn: Transfer(7, 700), reduce: Transfer(3, 40)}
     ledger.clear()  # in place: graphs go on counting into it
     for _ in range(2):
-        tracer.begin_pass(SHAPE)
-        graphs.replay(8)
+        watches.begin_pass(BATCH)
+        replay(graphs, 8)
     assert ledger.sites == {attn: Transfer(4, 400), reduce: Transfer(2, 16)}
 
 
 def test_passes_that_follow_each_other_are_read_while_later_ones_run(device):
     """Eager passes beside replays, all but the first enqueued before the one before it has ended."""
-    tracer, plan = RecordingTracer(torch.device("cuda")), streamed_plan()
-    lanes, graphs = captured(device, tracer, plan)
+    trace, plan = Trace(torch.device("cuda")), streamed_plan()
+    lanes, graphs = captured(device, Watches(trace), plan)
     assert [len(graphs.passes[key]) for key in graphs.passes] == [2]
     kinds = ["graph", "graph", "graph", "eager", "graph", "eager", "eager", "graph", "graph"]
     for index, kind in enumerate(kinds):
-        tracer.begin_pass(SHAPE)
+        trace.begin_pass(BATCH)
         if kind == "graph":
-            graphs.replay("decode")
-            assert {interval.pass_index for interval in tracer.known} == set(range(index))
+            replay(graphs, "decode")
+            assert {interval.pass_index for interval in trace.known} == set(range(index))
             assert len(device.work) >= len(plan.instructions) or index == 0, "the pass just launched was waited for"
         else:
-            run_pass(device, lanes, plan)
+            run_pass(device, lanes, plan, trace)
         device.run(index)  # between the passes
     device.synchronize()
-    intervals = tracer.intervals()
-    assert intervals == tracer.intervals()
+    intervals = trace.intervals()
+    assert intervals == trace.intervals()
     assert [interval.pass_index for interval in intervals] == [i for i in range(len(kinds)) for _ in plan.instructions]
     for index in range(len(kinds)):
         mine = [interval for interval in intervals if interval.pass_index == index]
@@ -207,46 +223,43 @@ def test_passes_that_follow_each_other_are_read_while_later_ones_run(device):
 
 
 def test_a_warm_up_and_captures_leave_no_intervals(device):
-    tracer = RecordingTracer(torch.device("cuda"))
-    tracer.begin_pass(SHAPE)
+    trace = Trace(torch.device("cuda"))
+    trace.begin_pass(BATCH)
     plan = streamed_plan()
-    _, graphs = captured(device, tracer, plan)
+    _, graphs = captured(device, Watches(trace), plan)
     device.synchronize()
-    assert tracer.intervals() == []
+    assert trace.intervals() == []
     for take in graphs.passes["decode"]:
-        assert [mark.instruction for mark in take.marks] == list(plan.instructions)
+        assert [mark.instruction for ((_, marks),) in [take.watched] for mark in marks] == list(plan.instructions)
 
 
 def test_without_a_trace_nothing_is_marked_and_a_pass_is_captured_once(device):
-    _, graphs = captured(device, Tracer(), streamed_plan())
-    graphs.replay("decode")
+    _, graphs = captured(device, Watches(), streamed_plan())
+    replay(graphs, "decode")
     (only,) = graphs.passes["decode"]
-    assert only.marks == []
+    assert only.watched == []
 
 
 def test_copies_that_fill_the_ring_belong_to_no_pass(device):
-    tracer, plan = RecordingTracer(torch.device("cuda")), streamed_plan()
-    lanes = CudaLanes(torch.device("cuda"), tracer)
-    for shape, instructions in ((None, plan.prologue), (SHAPE, plan.instructions), (None, plan.prologue)):
-        tracer.begin_pass(shape)
-        lanes.run(instructions, lambda instruction: None)
+    trace, plan = Trace(torch.device("cuda")), streamed_plan()
+    lanes = CudaLanes(torch.device("cuda"))
+    for batch, instructions in ((None, plan.prologue), (BATCH, plan.instructions), (None, plan.prologue)):
+        trace.begin_pass(batch)
+        lanes.run(instructions, lambda instruction: trace.around(instruction, None, lambda: None))
     device.synchronize()
     indices = [-1] * len(plan.prologue) + [0] * len(plan.instructions) + [-1] * len(plan.prologue)
-    assert [interval.pass_index for interval in tracer.intervals()] == indices and tracer.shapes == [SHAPE]
+    assert [interval.pass_index for interval in trace.intervals()] == indices and trace.shapes == [BATCH.shape]
 
 
 def test_intervals_come_back_from_the_file(tmp_path):
-    tracer = RecordingTracer(torch.device("cpu"))
-    tracer.begin_pass(SHAPE)
+    trace = Trace(torch.device("cpu"))
+    trace.begin_pass(BATCH)
     for instruction in streamed_plan().instructions:
-        with tracer.interval(instruction) as interval:
-            interval.waited()
+        trace.around(instruction, None, lambda: None)
     file = str(tmp_path / "trace.json")
-    write_trace(
-        file, as_events(tracer.intervals(), "rank 1", pid=2) + as_events(tracer.intervals()[:3], "rank 1", pid=3)
-    )
+    write_trace(file, as_events(trace.intervals(), "rank 1", pid=2) + as_events(trace.intervals()[:3], "rank 1", pid=3))
     back = read_intervals(file)
     assert back.keys() == {(1, False), (1, True)} and len(back[1, True]) == 3
-    for ours, other in zip(back[1, False], tracer.intervals(), strict=True):
+    for ours, other in zip(back[1, False], trace.intervals(), strict=True):
         assert (ours.pass_index, ours.lane, ours.name) == (other.pass_index, other.lane, other.name)
         assert (ours.start_s, ours.end_s) == pytest.approx((other.start_s, other.end_s))

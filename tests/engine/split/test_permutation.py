@@ -23,6 +23,7 @@ from torch import Tensor
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.oracle.compare import relative_difference
 from tests.support.split_runs import OPTIONS, generate, split
+from tests.support.watches import BeginPass
 
 ROOT = Path(__file__).parents[3]
 KEY = bytes(range(100, 120))
@@ -130,20 +131,17 @@ class Call(NamedTuple):
 
 def watch(llm: SplitLLM) -> list[Call]:
     """The device side's calls from now on."""
-    calls, batches, executor = [], [], llm.engine.worker.executor
+    calls, batches = [], []
     channel = llm.engine.worker.channel
     device_side = (channel if isinstance(channel, InProcess) else channel.channel).device_side
-    run, submit = device_side.run, executor.submit
-
-    def watched_submit(batch: Batch) -> None:
-        batches.append(batch)
-        submit(batch)
+    run = device_side.run
 
     def watched_run(site: Site, tensors: list[Tensor]) -> Tensor:
         calls.append(Call(batches[-1], site, [tensor.clone() for tensor in tensors]))
         return run(site, tensors)
 
-    device_side.run, executor.submit = watched_run, watched_submit
+    device_side.run = watched_run
+    llm.engine.watches.add(BeginPass(batches.append))
     return calls
 
 

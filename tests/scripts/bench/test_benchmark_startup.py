@@ -13,6 +13,7 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.model.shard import Piece
 from penstock.engine.runtime.bucket import bucket_sizes
+from penstock.engine.runtime.watch import Watch
 from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.dummy import DummyWeights
 
@@ -131,19 +132,23 @@ def test_the_checkpoint_has_the_dummy_weights(tmp_path):
             assert entry.dtype == "BF16" and torch.equal(ours, theirs) and ours.any()
 
 
-class SlowFirst:
-    """Decode passes, the first of which takes CAPTURE_S longer."""
+class SlowFirst(Watch):
+    """Makes the first pass take CAPTURE_S longer."""
 
     CAPTURE_S = 0.5
 
-    def __init__(self, executor):
-        self.executor, self.graphs, self.num_rows = executor, SimpleNamespace(passes={}), []
+    def __init__(self):
+        self.num_rows = []
 
-    def run(self, batch):
-        if not self.num_rows:
-            time.sleep(self.CAPTURE_S)
-        self.num_rows.append(len(batch.rows))
-        return self.executor._run_bound(batch)
+    def begin_pass(self, batch):
+        if batch is not None:
+            if not self.num_rows:
+                time.sleep(self.CAPTURE_S)
+            self.num_rows.append(len(batch.rows))
+
+
+class NoGraphs(SimpleNamespace):
+    """What a runner has that captured none."""
 
     def close(self):
         pass
@@ -152,9 +157,10 @@ class SlowFirst:
 def test_captures_are_what_the_first_full_pass_takes_longer():
     with LLM("demo", device="cpu", dtype="float32", max_num_seqs=5) as llm:
         assert startup_phases.measure_captures(llm.engine, 5) is None
-        llm.engine.worker.executor.decode = decode = SlowFirst(llm.engine.worker.executor)
-        assert startup_phases.measure_captures(llm.engine, 5) == pytest.approx(decode.CAPTURE_S, abs=0.2)
-        assert decode.num_rows == [5, 5] and llm.engine.num_under_way == 0
+        llm.engine.worker.runner.graphs, slow = NoGraphs(passes={}), SlowFirst()
+        with llm.engine.watched_by(slow):
+            assert startup_phases.measure_captures(llm.engine, 5) == pytest.approx(slow.CAPTURE_S, abs=0.2)
+        assert slow.num_rows == [5, 5] and llm.engine.num_under_way == 0
 
 
 @pytest.mark.gpu

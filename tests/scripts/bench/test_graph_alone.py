@@ -12,19 +12,23 @@ from scripts.bench.graph_alone import NUM_REPLAYS, graph_alone_s
 CPU = torch.device("cpu")
 
 
-def llm_of(decode, done, kind="solo"):
-    executor = SimpleNamespace(decode=decode, device=CPU, context=SimpleNamespace(collectives=Solo()))
-    executor.forget = lambda: done.append("forget")
-    engine = SimpleNamespace(launch=SimpleNamespace(kind=kind), worker=SimpleNamespace(executor=executor))
+def llm_of(runner, done, kind="solo"):
+    runner.device, runner.model = CPU, SimpleNamespace(collectives=Solo())
+    runner.forget = lambda: done.append("forget")
+    engine = SimpleNamespace(launch=SimpleNamespace(kind=kind), worker=SimpleNamespace(runner=runner))
     engine.together = nullcontext
     return SimpleNamespace(engine=engine)
 
 
-def decode_of(done, num_takes=1):
+def size_of(num_rows):
+    return next(size for size in (1, 2, 4) if size >= num_rows)
+
+
+def runner_of(done, num_takes=1):
     """Buckets of 1, 2 and 4 rows; of 4 a greedy graph is captured."""
     take = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("replay")))
     passes = {(4, frozenset()): [take] * num_takes, (2, frozenset({"draw"})): [take]}
-    return SimpleNamespace(sizes=[1, 2, 4], graphs=SimpleNamespace(passes=passes))
+    return SimpleNamespace(size_of=size_of, graphs=SimpleNamespace(passes=passes))
 
 
 def test_a_graph_alone(monkeypatch):
@@ -32,15 +36,15 @@ def test_a_graph_alone(monkeypatch):
     done = []
     ticks = iter([1.0, 5.0])
     monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
-    assert graph_alone_s(llm_of(decode_of(done), done), 3) == 4.0 / NUM_REPLAYS
+    assert graph_alone_s(llm_of(runner_of(done), done), 3) == 4.0 / NUM_REPLAYS
     assert done == ["replay"] * (1 + NUM_REPLAYS) + ["forget"]
 
 
 def test_none_where_there_is_none():
-    """No padded passes, no graphs, none captured of that size, one with a trace's marks, and ranks without a script."""
+    """No graphs, none captured of that size, one with a trace's marks, and ranks without a script."""
     done = []
-    eager = SimpleNamespace(sizes=[1, 2, 4], graphs=None)
-    for decode, num_rows in ((None, 3), (eager, 3), (decode_of(done), 2), (decode_of(done, num_takes=2), 3)):
-        assert graph_alone_s(llm_of(decode, done), num_rows) is None
-    assert graph_alone_s(llm_of(decode_of(done), done, kind="parent"), 3) is None
+    eager = SimpleNamespace(size_of=size_of, graphs=None)
+    for runner, num_rows in ((eager, 3), (runner_of(done), 2), (runner_of(done, num_takes=2), 3)):
+        assert graph_alone_s(llm_of(runner, done), num_rows) is None
+    assert graph_alone_s(llm_of(runner_of(done), done, kind="parent"), 3) is None
     assert done == []

@@ -96,10 +96,9 @@ def test_a_window_that_holds_everything_is_full_attention():
 def test_masses_are_those_of_transformers(reference):
     """The engine runs two passes, of which the second reads keys that the first has cached."""
     with engine_of(FULL, "demo", TRAINED, len(TOKENS)) as llm:
-        do = llm.engine.worker.executor.do
         with watched_masses(llm, 4) as passes:
             logprobs_of(llm, [*TOKENS, 5], cached_row)
-        assert llm.engine.worker.executor.do == do
+        assert len(llm.engine.watches) == 0
     attentions = reference(torch.tensor([TOKENS]), output_attentions=True).attentions
     assert len(passes) == len(attentions) == 4
     for parts, attention in zip(passes, attentions):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 from penstock.engine.kernels import decompress_weights, reduce_residual_norm
+from penstock.engine.runtime.pass_runner import PassRunner
 from penstock.parallel.launch import run_rank
 
 from penstock import LLM, SamplingParams
 from tests.support.compressed_runs import least_memory
+from tests.support.watches import keep_logits
 
 LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
 MANY_LENGTHS = tuple(range(2, 42))  # one row fewer in each pass, from the largest bucket to the smallest
@@ -48,32 +50,27 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         options |= {"gpu_memory": least_memory(checkpoint, tp_size, **GPU, **OPTIONS | options)}
     with LLM(checkpoint, **OPTIONS | {"max_num_seqs": max(8, len(lengths))} | options) as llm:
         executor = llm.engine.worker.executor
-        plain_submit = executor.submit
-
-        def submit(batch) -> None:
-            plain_submit(batch)
-            passes.append(executor.arena.cut(1, batch.num_sampled)["logits"].to("cpu", copy=True))
-
-        executor.submit = submit
+        llm.engine.watches.add(keep_logits(passes))
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
-        check_what_ran(executor, options)
+        check_what_ran(llm.engine.worker.runner, options)
         check_what_was_compressed(llm, decompress_weights.calls["triton"] > decompressed)
         copied = executor.copied.total.sent_bytes
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
 
 
-def check_what_ran(executor, options: dict) -> None:
+def check_what_ran(runner: PassRunner, options: dict) -> None:
     """Graphs were replayed, or were not, as asked; sums over ranks took the fused kernel, in graphs and without, and
     replays count theirs: as many a pass as the plan has."""
+    executor = runner.executor
     steps = Counter(part for step in executor.plan.steps for part in step.parts if part.endswith("allreduce"))
-    several = executor.context.collectives.size > 1
+    several = runner.model.collectives.size > 1
     predicted = {name: number * executor.counters.num_passes for name, number in steps.items() if several}
     assert {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()} == predicted
-    if executor.decode is None:
-        return  # a CPU, to try this file
-    graphs = executor.decode.graphs
+    if runner.device.type == "cpu":
+        return  # to try this file
+    graphs = runner.graphs
     assert bool(graphs and graphs.passes) != options.get("enforce_eager", False)
     if several:
         assert reduce_residual_norm.calls["triton"] > 0
@@ -85,7 +82,7 @@ def check_what_was_compressed(llm: LLM, decoder_ran: bool) -> None:
     assert bool(compressed) == (llm.config.weights_compression == "lossless")
     assert bool(compressed & llm.engine.plan.residency.resident) == (llm.config.gpu_memory != 2**31)
     assert counters.decompressed_bytes == {group: sizes[group] * counters.num_passes for group in compressed}
-    if llm.engine.worker.executor.decode is not None:
+    if llm.engine.worker.runner.device.type == "cuda":
         assert decoder_ran == bool(compressed)
 
 

@@ -26,7 +26,7 @@ def generate(checkpoint: str, dtype: str, replaced: str | None = None, eager: bo
         if replaced == "reduce_residual_norm":
             patch.setattr(symmetric, "fits_rows", _never)
         with LLM(checkpoint, dtype=dtype, enforce_eager=eager, **OPTIONS) as llm:
-            assert llm.engine.worker.executor.context.collectives.size > 1
+            assert llm.engine.worker.executor.model.collectives.size > 1
             return watched(llm, PROMPT, DRAWN if eager else GREEDY, states=eager)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 from penstock.engine.llm import LLM
+from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import SamplingParams
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.support.oracle.cases import Case, fp32_cases, half_cases, prompts
+from tests.support.watches import EndPass
 
 _LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 _LAUNCH_TIMEOUT_S = 540
@@ -42,21 +44,18 @@ def run_case(case: Case, checkpoint: str | Path, max_tokens: int | None = None) 
 def capture_logits(llm: LLM) -> dict[int, list[Tensor]]:
     """Logits of each row, position after position, as the sampler sees them. Row i runs prompt i, since there are as
     many rows as prompts."""
-    executor, vocab_size = llm.engine.worker.executor, llm.engine.plan.spec.vocab_size
-    submit, logits = executor.submit, {row: [] for row in range(len(prompts()))}
+    vocab_size, logits = llm.engine.plan.spec.vocab_size, {row: [] for row in range(len(prompts()))}
 
-    def submit_and_capture(batch) -> None:
-        submit(batch)
+    def capture(batch: Batch, gathered: Tensor) -> None:
         rows = [row for row in batch.rows if row.samples]
-        gathered = executor.arena.cut(1, len(rows))["logits"][:, :vocab_size].to("cpu", copy=True)
-        for row, row_logits in zip(rows, gathered):
+        for row, row_logits in zip(rows, gathered[:, :vocab_size].to("cpu", copy=True), strict=True):
             position = row.start + len(row.tokens)
             assert position == len(prompts()[row.index]) + len(logits[row.index]), (
                 "a position was skipped or sampled twice"
             )
             logits[row.index].append(row_logits)
 
-    executor.submit = submit_and_capture
+    llm.engine.watches.add(EndPass(capture))
     return logits
 
 

@@ -7,42 +7,46 @@ the code of the steps alone; nothing is validated afterwards. Those of kernels a
 from collections.abc import Callable
 from dataclasses import replace
 
-from penstock.engine.compute.ops import StepContext
+from penstock.engine.compute.context import ModelContext, PassContext
 from penstock.engine.llm import LLM
 from penstock.engine.model.steps import model_steps
+from penstock.engine.runtime.watch import Watch
 from penstock.engine.weights.views import views
 from penstock.scheduler.passes.pass_plan import Acquire, Compute, GroupId, Instruction, Prefetch
 from torch import Tensor
 
 from tests.support.engine_proof import run_steps
 from tests.support.layouts import by_group
+from tests.support.watches import Around, Change
 
 Fault = Callable[[LLM], None]
-Change = Callable[[Instruction, StepContext, Callable[[], None]], None]
 
 
 def around(change: Change) -> Fault:
     """`change(instruction, ctx, do)` runs in place of every instruction; do() is the real one."""
 
     def fault(llm: LLM) -> None:
-        executor = llm.engine.worker.executor
-        real = executor.do
-        executor.do = lambda instruction: change(instruction, executor.context, lambda: real(instruction))
+        llm.engine.watches.add(Around(change))
 
     return fault
 
 
-def around_step(step: str, layer_idx: int, change: Callable[[StepContext, Callable[[], None]], None]) -> Fault:
-    """The same for one step of one layer; layer_idx None means all layers."""
+def watch_step(step: str, layer_idx: int | None, change: Callable[[PassContext, Callable[[], None]], None]) -> Watch:
+    """`change(ctx, do)` runs in place of one step of one layer; layer_idx None means all layers."""
 
-    def at_step(instruction: Instruction, ctx: StepContext, do: Callable[[], None]) -> None:
+    def at_step(instruction: Instruction, ctx: PassContext, do: Callable[[], None]) -> None:
         mine = isinstance(instruction, Compute) and instruction.step == step
         if mine and layer_idx in (None, instruction.layer_idx):
             change(ctx, do)
         else:
             do()
 
-    return around(at_step)
+    return Around(at_step)
+
+
+def around_step(step: str, layer_idx: int | None, change: Callable[[PassContext, Callable[[], None]], None]) -> Fault:
+    """The same, from now on."""
+    return lambda llm: llm.engine.watches.add(watch_step(step, layer_idx, change))
 
 
 def edit_plan(edit: Callable[[Instruction], Instruction]) -> Fault:
@@ -53,13 +57,13 @@ def edit_plan(edit: Callable[[Instruction], Instruction]) -> Fault:
     return fault
 
 
-def edit_weight(group: GroupId, name: str, edit: Callable[[Tensor, StepContext], None]) -> Fault:
+def edit_weight(group: GroupId, name: str, edit: Callable[[Tensor, ModelContext], None]) -> Fault:
     """Changes a streamed group's weight in the host arena, in place."""
 
     def fault(llm: LLM) -> None:
         executor = llm.engine.worker.executor
         layout = by_group(llm.engine.plan.layout)[group]
-        edit(views(layout, executor.host_spans[group])[name], executor.context)
+        edit(views(layout, executor.host_spans[group])[name], executor.model)
 
     return fault
 
@@ -97,15 +101,15 @@ def early_write(group: GroupId) -> Fault:
 def half_lost(layer_idx: int, name: str) -> Fault:
     """Half of an o or down projection does not count."""
     group = GroupId(layer_idx, {"o": "attn", "down": "ffn"}[name])
-    return edit_weight(group, name, lambda weight, ctx: weight[:, weight.shape[1] // 2 :].zero_())
+    return edit_weight(group, name, lambda weight, model: weight[:, weight.shape[1] // 2 :].zero_())
 
 
 def kv_heads_rolled(layer_idx: int) -> Fault:
     """Every KV head is the next one's."""
 
-    def edit(weight: Tensor, ctx: StepContext) -> None:
-        heads = weight.view(-1, ctx.spec.head_dim, weight.shape[1])  # (H + 2K, E, D)
-        for part in heads[ctx.num_heads :].chunk(2):
+    def edit(weight: Tensor, model: ModelContext) -> None:
+        heads = weight.view(-1, model.spec.head_dim, weight.shape[1])  # (H + 2K, E, D)
+        for part in heads[model.num_heads :].chunk(2):
             part.copy_(part.roll(1, 0))
 
     return edit_weight(GroupId(layer_idx, "attn"), "qkv", edit)
@@ -115,7 +119,7 @@ def rope_shifted(which: str, layer_idx: int | None = None) -> Fault:
     """Positions are one too high: for "q" only, in "later" passes only (so that older keys are not), or for "all",
     which nobody can see, since rotations are relative."""
 
-    def change(ctx: StepContext, do: Callable[[], None]) -> None:
+    def change(ctx: PassContext, do: Callable[[], None]) -> None:
         inputs, attn = ctx.inputs, ctx.act["attn"]
         if which == "later" and int(inputs.positions[0]) == 0:
             return do()
@@ -124,24 +128,24 @@ def rope_shifted(which: str, layer_idx: int | None = None) -> Fault:
         do()
         ctx.inputs = inputs
         if which == "q":
-            shifted = ctx.heads()[:, : ctx.num_heads].clone()
+            shifted = ctx.heads()[:, : ctx.model.num_heads].clone()
             attn.copy_(before)
             do()
-            ctx.heads()[:, : ctx.num_heads].copy_(shifted)
+            ctx.heads()[:, : ctx.model.num_heads].copy_(shifted)
 
     return around_step("rope", layer_idx, change)
 
 
-def lost_reduce(step: str, layer_idx: int) -> Fault:
+def lost_reduce(step: str, layer_idx: int) -> Watch:
     """This rank takes part in the reduce and goes on with its own part only."""
     activation = "x" if step == "embed_allreduce" else "x_"
 
-    def change(ctx: StepContext, do: Callable[[], None]) -> None:
+    def change(ctx: PassContext, do: Callable[[], None]) -> None:
         own = ctx.act[activation].clone()
         do()
         ctx.act[activation].copy_(own)
 
-    return around_step(step, layer_idx, change)
+    return watch_step(step, layer_idx, change)
 
 
 def other_residual(llm: LLM) -> None:
@@ -159,7 +163,7 @@ def residual_added_last(layer_idx: int) -> Fault:
     """`(ffn + attn) + x` in one serial layer, where transformers has `ffn + (attn + x)`."""
     kept: dict[str, Tensor] = {}
 
-    def change(instruction: Instruction, ctx: StepContext, do: Callable[[], None]) -> None:
+    def change(instruction: Instruction, ctx: PassContext, do: Callable[[], None]) -> None:
         step = instruction.step if isinstance(instruction, Compute) and instruction.layer_idx == layer_idx else None
         if step == "attn_residual":
             kept.update(x=ctx.act["x"].clone(), attn=ctx.act["x_"].clone())

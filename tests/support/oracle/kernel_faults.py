@@ -8,8 +8,7 @@ import torch
 from penstock.engine.llm import LLM
 from torch import Tensor
 
-from tests.support.engine_proof import as_on_a_gpu
-from tests.support.kernel_proof import DEVICE, Layout, poisoned
+from tests.support.kernel_proof import Layout, poisoned
 from tests.support.kernel_registry import KERNELS
 from tests.support.oracle.faults import Fault
 
@@ -36,8 +35,6 @@ def by_kernels(patch: pytest.MonkeyPatch, *names: str, misread=None) -> Fault:
     take every float tensor for what it makes of it."""
 
     def fault(llm: LLM) -> None:
-        if DEVICE == "cpu":
-            as_on_a_gpu(llm)
         for name in names:
             kernel = KERNELS[name].kernel
             KERNELS[name].put_in(patch, _misreading(kernel, misread) if misread else kernel)
