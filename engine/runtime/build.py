@@ -20,7 +20,7 @@ from penstock.engine.model.layout import ModelLayout, model_layout
 from penstock.engine.model.shard import shard_heads
 from penstock.engine.model.steps import activation_widths
 from penstock.engine.planning.engine_plan import EnginePlan, settle_plan
-from penstock.engine.runtime.binding import bound_to
+from penstock.engine.runtime.binding import bound_to, on_own_device
 from penstock.engine.runtime.executor import Compressed, Executor
 from penstock.engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from penstock.engine.runtime.pass_runner import DecodeAs, PassRunner
@@ -61,10 +61,15 @@ class Worker:
     executor: Executor
     runner: PassRunner
 
+    @property
+    def device(self) -> torch.device:
+        return self.executor.device
+
     def transfers(self) -> dict[str, Any]:
         """The bytes that were moved, for JSON: weights that were copied, by group, and all-reduces, by step."""
         return {"weights": self.executor.copied.to_dict(), "all_reduces": self.executor.reduced.to_dict()}
 
+    @on_own_device
     def close(self) -> None:
         """Waits for the device, then frees what torch does not; idempotent."""
         self.runner.close()

@@ -95,6 +95,6 @@ def test_an_exception_that_takes_no_attributes_is_raised_as_it_is():
         raise Closed
 
     listener = Listener(raising)
-    listener.tell(0, 0, "text")
+    assert isinstance(listener.tell(0, 0, "text", is_last=False), Closed)
     with pytest.raises(Closed):
         listener.reraise([])

@@ -72,7 +72,7 @@ def test_nothing_differs_in_half_precision(checkpoint, variant, dtype):
         (rope_shifted("q", 1), (1, "rope")),
         (rope_shifted("later"), (0, "rope")),
         (rope_shifted("all"), (0, "rope")),  # which no logit shows
-        (around_step("attention", 2, lambda ctx, do: (ctx.kv.data[2, 1].neg_(), do())), (2, "attention")),
+        (around_step("attention", 2, lambda ctx, do: (ctx.model.kv.data[2, 1].neg_(), do())), (2, "attention")),
         (around_step("activation", 1, lambda ctx, do: None), (1, "activation")),
     ],
     ids=lambda value: f"{value[0]}.{value[1]}" if isinstance(value, tuple) else "",

@@ -25,6 +25,7 @@ from tests.support.engine_proof import PROMPT
 from tests.support.kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS
 
 OPTIONS = {"device": "cpu", "resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
+OPTIONS |= {"debug": {"as_on_gpu": True}}
 WAYS = (
     {"dtype": "float32"},
     {"dtype": "bfloat16", "weights_compression": "lossless"},

@@ -111,7 +111,7 @@ _LINEAR, _CUBLAS, _EMBED = linear._linear_triton, linear.linear_reference, embed
 KERNELS: dict[str, EngineKernel] = {
     "embedding": _kernel(
         *(embedding, "embed_rows", "embedding"),
-        condition=lambda step, ctx: not ctx.embed.is_cuda,
+        condition=lambda step, ctx: not ctx.model.embed.is_cuda,
         reference=_embed_by_reference,
         exact=True,
     ),

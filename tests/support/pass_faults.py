@@ -10,7 +10,7 @@ from pathlib import Path
 
 from penstock.engine.runtime.watch import Watch
 
-TEXT, FOLDER = "PENSTOCK_TESTS_FAULT", "PENSTOCK_TESTS_FOLDER"
+TEXT, FOLDER = "TESTS_FAULT", "TESTS_FOLDER"
 NAME = f"{__name__}:Told"
 
 

@@ -9,9 +9,8 @@ import torch
 from penstock.engine.compute.inputs import bind
 from penstock.engine.compute.sampler import Asked, PendingSample
 from penstock.engine.llm import LLM
-from penstock.engine.runtime import probe
+from penstock.engine.runtime import build, probe
 from penstock.engine.runtime.binding import bound_to
-from penstock.engine.runtime.build import Worker
 from penstock.engine.runtime.engine import Engine
 from penstock.engine.runtime.graph import PendingLetter
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -142,32 +141,33 @@ def test_measuring_runs_on_it(engine, current, monkeypatch):
     """The rates themselves are measured elsewhere in the tests."""
     seen = []
     monkeypatch.setattr(probe, "measure_rates", lambda *args: seen.append(current.device) or engine.rates)
-    monkeypatch.setattr(probe, "_step_latency_s", lambda *args: 0.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(device))
     engine.measure()
-    assert seen == [OWN]
+    assert seen == [OWN, OWN]
 
 
 def test_an_engine_is_built_and_freed_on_it(current, monkeypatch):
     seen = []
 
     def noted(name: str) -> None:
-        plain = getattr(Worker, name)
+        plain = getattr(build, name)
 
-        def run(self, *args):
+        def run(*args):
             seen.append((name, current.device))
-            return plain(self, *args)
+            return plain(*args)
 
-        monkeypatch.setattr(Worker, name, run)
+        monkeypatch.setattr(build, name, run)
 
-    for name in ("_load", "_executor"):
+    for name in ("load", "build_executor"):
         noted(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("penstock.engine.runtime.binding.bound_to", lambda device: current.bind(OWN))
+        for module in ("binding", "build"):
+            patch.setattr(f"penstock.engine.runtime.{module}.bound_to", lambda device: current.bind(OWN))
         with LLM("demo", **OPTIONS) as llm:
             weights = llm.engine.worker.weights
             close = weights.close
             weights.close = lambda: seen.append(("close", current.device)) or close()
-    assert seen == [("_load", OWN), ("_executor", OWN), ("close", OWN)]
+    assert seen == [("load", OWN), ("build_executor", OWN), ("close", OWN)]
     assert current.device == ANOTHER
 
 

@@ -33,7 +33,7 @@ NUM_ATTACKS = 4 + 3 + 3  # a layer
 @pytest.fixture(autouse=True)
 def same_key(monkeypatch):
     """A permutation may happen to leave many rows where they are; this key's do not."""
-    monkeypatch.setattr("penstock.engine.split.llm.secrets.token_bytes", bytes)
+    monkeypatch.setattr("penstock.engine.split.host_side.secrets.token_bytes", bytes)
 
 
 @pytest.fixture(scope="module", params=["llama_biases", "neox_parallel"])
