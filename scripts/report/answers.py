@@ -78,9 +78,7 @@ def passes(question: str, rows: list[Row], keys: tuple[str, ...], columns: list[
     example = summary(max(kinds, key=len))
     ranks = "1 rank" if example["tp_size"] == 1 else f"{example['tp_size']} ranks"
     short = f"{len(rows)} recorded decode passes reach {span(fractions, two)} of their bound ({by}), the median"
-    short += (
-        f" {two(statistics.median(fractions))}. {example['model']}, {ranks}, {example['weights']} weights, sequences"
-    )
+    short += f" {two(statistics.median(fractions))}. {example['model']}, {ranks}, {example['weights']} weights, batch"
     short += f" {example['batches']}: {example['passes']} ms a pass."
     return Answer(question, short, table(map(summary, kinds), columns))
 
@@ -148,8 +146,8 @@ def equal(question: str, records: list[Record]) -> Answer:
     if not bits:
         return Answer(question)
     passed, failed = (sum(row[name] for row in bits) for name in ("passed", "failed"))
-    short = f"{len(bits)} recorded test runs compare bits on GPUs, on up to {max(row['gpus'] for row in bits)} at once:"
-    return Answer(question, f"{short} {passed} tests passed, {failed} failed.", table(bits, RAN))
+    short = f"Tests that compare bits on GPUs, on up to {max(row['gpus'] for row in bits)} at once:"
+    return Answer(question, f"{short} {passed} passed and {failed} failed in the recorded runs.", table(bits, RAN))
 
 
 def span(values: Iterable[float], show: Figure) -> str:
@@ -178,12 +176,12 @@ TIMES: list[Column] = [("a decode pass, ms", text("passes")), ("bound, ms", text
 TIMES.append(("bound / time", text("fractions")))
 STREAMED_SHOWN: list[Column] = [
     *MODEL,
-    *(("streamed GB a rank", number("streamed_bytes", 2, 1 / GB)), ("sequences", text("batches"))),
+    *(("streamed GB a rank", number("streamed_bytes", 2, 1 / GB)), ("batch", text("batches"))),
     *TIMES,
 ]
-RESIDENT_SHOWN: list[Column] = [*MODEL, ("sequences", text("batches")), ("prompt tokens", text("prompts")), *TIMES]
+RESIDENT_SHOWN: list[Column] = [*MODEL, ("batch", text("batches")), ("prompt tokens", text("prompts")), *TIMES]
 COMPARED: list[Column] = [
-    *(("against", text("baseline")), ("our weights", text("weights")), ("sequences", text("batch_size"))),
+    *(("against", text("baseline")), ("our weights", text("weights")), ("batch", text("batch_size"))),
     *(("their ms a token", in_ms("theirs_s")), ("ours", in_ms("ours_s"))),
     *(("times faster", number("speedup", 1)), ("our bound / time", number("fraction_of_bound", 2))),
     *(("error", text("error")), ("record", text("record"))),

@@ -22,11 +22,11 @@ INTRODUCTION = """# Benchmarks
 `python -m scripts.report.render` makes this page from the records in `benchmarks/`; do not edit it. Weights are random,
 in the shapes of real models, unless a record says otherwise.
 
-A *rank* is one process with one GPU. A *pass* is one run over the model: a *decode* pass gives every sequence its next
-token. The *link* is the PCIe connection over which weights come from host memory. The *bound* is the least time that a
-rank's pass could take: the longest of bytes streamed / link rate, bytes read / memory read rate, and FLOPs / matrix
-multiplication (GEMM) rate. Its rates are measured in the same run, beside the passes, so bound / time may be a percent
-or two above 1.
+A *rank* is one process with one GPU. A *pass* is one run over the model: a *decode* pass gives every sequence of its
+*batch* the next token. The *link* is the PCIe connection over which weights come from host memory. The *bound* is the
+least time that a rank's pass could take: the longest of bytes streamed / link rate, bytes read / memory read rate, and
+FLOPs / matrix multiplication (GEMM) rate. Its rates are measured in the same run, beside the passes, so bound / time
+may be a percent or two above 1.
 """
 BEHIND = """## Every record
 

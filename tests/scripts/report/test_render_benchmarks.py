@@ -90,11 +90,11 @@ def test_five_questions_are_answered_on_the_first_screen():
     assert page.index("5. **") < 2500
     streamed, resident, others, predictions, equal = first_screen(page)
     assert "2 recorded decode passes reach 0.45 to 0.90 of their bound (link), the median 0.68" in streamed
-    assert "Tiny, 1 rank, plain weights, sequences 4 to 8: 100 to 200 ms a pass" in streamed
+    assert "Tiny, 1 rank, plain weights, batch 4 to 8: 100 to 200 ms a pass" in streamed
     assert resident.endswith("** No record yet.")
     assert "accelerate's `cpu_offload` 8.0." in others and "MemoryError" not in others
     assert "Of 4 predictions 1 are within 10 %" in predictions and "0.95 to 1.25, the median 1.10" in predictions
-    assert "1 recorded test runs compare bits on GPUs, on up to 2 at once: 7 tests passed, 1 failed" in equal
+    assert "on GPUs, on up to 2 at once: 7 passed and 1 failed" in equal
 
 
 def test_each_answer_leads_to_its_table():
@@ -111,7 +111,7 @@ def test_passes_that_are_alike_are_one_row():
     page = render([plain, Record("again.json", LATENCY), Record("more.json", more)])
     first, second = cells(page, "How fast is it when weights stream?")
     assert (first["streamed GB a rank"], second["streamed GB a rank"]) == ("0.00", "4.00")
-    assert (second["sequences"], second["a decode pass, ms"], second["bound / time"]) == ("4", "100", "0.90")
+    assert (second["batch"], second["a decode pass, ms"], second["bound / time"]) == ("4", "100", "0.90")
     whats = [row["what"] for row in cells(page, "Are the predictions right?")]
     assert whats == ["decode, weights stream, 1 rank", "first token, 1 rank"]
 
