@@ -27,11 +27,13 @@ Kind = tuple[str, list[Row]]  # what was predicted, and the rows that say how it
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question is answered by: a sentence or two, and a table that shows what they rest on."""
+    """What a question is answered by: a sentence or two, a table that shows what they rest on, and the title of the
+    section that has all of it."""
 
     question: str
     short: str = NO_RECORD
     table: str = ""
+    behind: str = ""
 
 
 def answers(records: list[Record]) -> list[Answer]:
@@ -40,8 +42,10 @@ def answers(records: list[Record]) -> list[Answer]:
     streamed = [row for row in decodes if row["streamed_bytes"]]
     resident = [row for row in decodes if not row["streamed_bytes"]]
     return [
-        passes("How fast is it when weights stream?", streamed, STREAMED, STREAMED_SHOWN),
-        passes("How fast is it when everything stays on the GPU?", resident, RESIDENT, RESIDENT_SHOWN),
+        passes("How fast is it when weights stream?", streamed, STREAMED, STREAMED_SHOWN, "Streamed decode"),
+        passes(
+            "How fast is it when everything stays on the GPU?", resident, RESIDENT, RESIDENT_SHOWN, "Resident decode"
+        ),
         compared("How does it compare?", comparison_rows(records)),
         predicted("Are the predictions right?", kinds_of_predictions(records, streamed, resident)),
         equal("Are the outputs the same to the last bit?", records),
@@ -59,7 +63,12 @@ def first_screen(answered: list[Answer]) -> str:
 
 
 def tables(answered: list[Answer]) -> str:
-    return "\n".join(f"## {answer.question}\n\n{answer.table}" for answer in answered if answer.table)
+    """The tables, each under its question."""
+    sections = []
+    for answer in answered:
+        more = f"One by one: [{answer.behind}](#{anchor(answer.behind)}).\n\n" if answer.behind else ""
+        sections += [f"## {answer.question}\n\n{more}{answer.table}"] if answer.table else []
+    return "\n".join(sections)
 
 
 def anchor(title: str) -> str:
@@ -67,7 +76,7 @@ def anchor(title: str) -> str:
     return title.lower().replace(" ", "-").replace("?", "")
 
 
-def passes(question: str, rows: list[Row], keys: tuple[str, ...], columns: list[Column]) -> Answer:
+def passes(question: str, rows: list[Row], keys: tuple[str, ...], columns: list[Column], behind: str) -> Answer:
     """Decode passes, a row for those that agree in `keys`; the kind with the most of them is the example."""
     if not rows:
         return Answer(question)
@@ -80,7 +89,7 @@ def passes(question: str, rows: list[Row], keys: tuple[str, ...], columns: list[
     short = f"{len(rows)} recorded decode passes reach {span(fractions, two)} of their bound ({by}), the median"
     short += f" {two(statistics.median(fractions))}. {example['model']}, {ranks}, {example['weights']} weights, batch"
     short += f" {example['batches']}: {example['passes']} ms a pass."
-    return Answer(question, short, table(map(summary, kinds), columns))
+    return Answer(question, short, table(map(summary, kinds), columns), behind)
 
 
 def alike(rows: list[Row], keys: tuple[str, ...]) -> Iterator[list[Row]]:
@@ -108,7 +117,7 @@ def compared(question: str, rows: list[Row]) -> Answer:
         f"{kind[0]['baseline']} {span([row['speedup'] for row in kind], one)}" for kind in alike(ran, ("baseline",))
     )
     short = f"On the same weights, in the same run, a token takes others so many times as long: {', '.join(ratios)}."
-    return Answer(question, short, table(rows, COMPARED))
+    return Answer(question, short, table(rows, COMPARED), "Against others")
 
 
 def kinds_of_predictions(records: list[Record], streamed: list[Row], resident: list[Row]) -> list[Kind]:
@@ -147,7 +156,12 @@ def equal(question: str, records: list[Record]) -> Answer:
         return Answer(question)
     passed, failed = (sum(row[name] for row in bits) for name in ("passed", "failed"))
     short = f"Tests that compare bits on GPUs, on up to {max(row['gpus'] for row in bits)} at once:"
-    return Answer(question, f"{short} {passed} passed and {failed} failed in the recorded runs.", table(bits, RAN))
+    return Answer(
+        question,
+        f"{short} {passed} passed and {failed} failed in the recorded runs.",
+        table(bits, RAN),
+        "Tests on GPUs",
+    )
 
 
 def span(values: Iterable[float], show: Figure) -> str:

@@ -103,6 +103,8 @@ def test_each_answer_leads_to_its_table():
     headings = {line[3:].lower().replace("?", "").replace(" ", "-") for line in page.splitlines() if line[:3] == "## "}
     links = [re.findall(r"\(#(.*?)\)", line) for line in answered]
     assert len(answered) == 5 and all(len(link) == 1 and link[0] in headings for link in links)
+    behind = re.findall(r"^One by one: .*\(#(.*)\)", page, flags=re.MULTILINE)
+    assert len(behind) == 4 and set(behind) <= headings
 
 
 def test_passes_that_are_alike_are_one_row():
