@@ -1,5 +1,6 @@
-"""docs/architecture.md names every module, and none that is not there; README shows what `penstock plan` prints."""
+"""What the pages say is so: the tree of modules, the plan that is shown, README's figures, links and their headings."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,12 @@ from penstock.engine.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TREES = ("penstock", "parallel", "scheduler", "engine", "scripts")
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+BASELINES = {  # what README calls them: what their records do
+    "accelerate's `cpu_offload`": "accelerate",
+    "transformers' `generate`": "transformers",
+    "transformers' continuous batching": "transformers-cb",
+}
 
 
 def listed_modules() -> set[str]:
@@ -26,12 +33,11 @@ def listed_modules() -> set[str]:
     return paths
 
 
-def test_the_plan_in_the_readme_is_the_plan(capsys, monkeypatch):
+def test_the_plan_in_the_docs_is_the_plan(capsys, monkeypatch):
     """The block that starts with `$ penstock plan`, word for word."""
     monkeypatch.chdir(ROOT)
-    command, shown = re.search(
-        r"```\n\$ penstock (plan .*)\n((?:.*\n)*?)```", (ROOT / "README.md").read_text()
-    ).groups()
+    page = (ROOT / "docs/planning.md").read_text()
+    command, shown = re.search(r"```\n\$ penstock (plan .*)\n((?:.*\n)*?)```", page).groups()
     assert main(shlex.split(command)) == 0
     assert capsys.readouterr().out.rstrip() == shown.rstrip()
 
@@ -46,7 +52,44 @@ def test_the_tree_in_the_docs_is_the_tree():
     assert listed_modules() == there
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+def figures_of_the_readme() -> list[tuple[str, ...]]:
+    """The cells of its table against others."""
+    lines = [
+        line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line[:2] == "| "
+    ]
+    return [tuple(line) for line in lines if line[0] in BASELINES]
+
+
+@pytest.mark.parametrize("row", figures_of_the_readme(), ids=lambda row: f"{row[0]}, {row[2]}")
+def test_figures_in_the_readme_are_those_of_their_records(row):
+    against, _, texts, theirs, ours, bound, link = row
+    record = json.loads((ROOT / re.search(r"\((.*)\)", link)[1]).read_text())
+    pairs = [(one["baseline"], one.get("batch_size")) for one in record["comparisons"]]
+    compared = record["comparisons"][pairs.index((BASELINES[against], int(texts)))]
+    ran = next(one for one in record["passes"] if one["batch_size"] == int(texts))
+    assert (theirs, ours) == (f"{1e3 * compared['token_s']:.2f}", f"{1e3 * compared['our_token_s']:.2f}")
+    assert bound == f"{1e3 * ran['bound_s']:.2f} ({ran['bound']})"
+
+
+def test_the_readme_is_short_and_compares_in_five_rows():
+    assert len(figures_of_the_readme()) == 5
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments by which GitHub names a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
-    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    """To a file that is there, and to a heading in it."""
+    links = re.findall(r"\]\(([^):]+)\)", (ROOT / page).read_text())
+    lost = []
+    for link in links:
+        file, _, fragment = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        if not target.exists() or (fragment and fragment not in anchors(target)):
+            lost.append(link)
+    assert lost == []

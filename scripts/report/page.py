@@ -1,23 +1,38 @@
-"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. It imports no torch.
+"""The records of benchmarks/ as a page: five questions, then a table of every record. It imports no torch.
 
 Every record is on the page: one of a kind that is not known here is a table of its `rows`, or else its file name.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from penstock.scheduler.units import GB, MIB
 
-from penstock.scheduler.units import GB, MIB, gb_s
-
-from scripts.report.markdown_table import Column, Row, ms, number, table, text
+from scripts.report.answers import NO_RECORD, answers, first_screen, tables
+from scripts.report.markdown_table import Column, ms, number, table, text
+from scripts.report.records import (
+    LATENCY,
+    THROUGHPUT,
+    Record,
+    comparison_rows,
+    decode_rows,
+    prefill_rows,
+    throughput_rows,
+)
 
 INTRODUCTION = """# Benchmarks
 
-Rendered by `python -m scripts.report.render` from the records in `benchmarks/`; do not edit. Times of passes are
-medians, in ms. The bound is that of one rank, max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate), at
-rates measured in the same run; "by" says which term binds, the fraction is bound / time. Predictions are the time
-model's, from the rates which the plan had before anything was measured. Rates are a rank's.
+`python -m scripts.report.render` makes this page from the records in `benchmarks/`; do not edit it. Weights are random,
+in the shapes of real models, unless a record says otherwise.
+
+A *rank* is one process with one GPU. A *pass* is one run over the model: a *decode* pass gives every sequence of its
+*batch* the next token. The *link* is the PCIe connection over which weights come from host memory. The *bound* is the
+least time that a rank's pass could take: the longest of bytes streamed / link rate, bytes read / memory read rate, and
+FLOPs / matrix multiplication (GEMM) rate. Its rates are measured in the same run, beside the passes, so bound / time
+may be a percent or two above 1.
+"""
+BEHIND = """## Every record
+
+Times of passes are medians. From here on times are in ms, and rates are a rank's; "by" says which term of the bound is
+the longest, "fraction" is bound / time, "graph alone" is the time of a decode pass whose CUDA graph is replayed back to
+back, without the host. Predictions are the time model's, from the rates that the plan had before anything was measured.
 
 ![fraction of the bound](benchmarks/fraction.png)
 
@@ -35,115 +50,46 @@ GENERIC = {  # kind of record: its section
     "permutation_attack": "Attack on permuted execution",
     "tests/gpu": "Tests on GPUs",
 }
-LATENCY, THROUGHPUT = "latency", "throughput"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One file of benchmarks/; `kind` is what its `benchmark` field says."""
-
-    name: str
-    content: Any
-
-    @property
-    def kind(self) -> str | None:
-        return self.content.get("benchmark") if isinstance(self.content, dict) else None
-
-    @property
-    def link(self) -> str:
-        return f"[{self.name}](../benchmarks/{self.name})"
-
-    def facts(self) -> Row:
-        """Facts of the record that each of its rows states beside its own figures."""
-        names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
-        names += ("input_len", "output_len", "attention_window")
-        weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"
-        return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
-
-
-def read_records(folder: Path) -> list[Record]:
-    """All records of a folder by name. Raises ValueError naming a file that is not JSON."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            records.append(Record(path.name, json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError as error:
-            raise ValueError(f"{path}: is not JSON: {error}") from None
-    return records
 
 
 def render(records: list[Record]) -> str:
     """The page."""
-    decodes, sections = decode_rows(records), []
+    answered = answers(records)
+    sections = [INTRODUCTION, first_screen(answered), tables(answered), BEHIND]
+    return "\n".join([*sections, *measured(records), *of_other_kinds(records)])
+
+
+def measured(records: list[Record]) -> list[str]:
+    """Sections of the records that measure passes and runs of the engine."""
+    decodes = decode_rows(records)
     streamed = [row for row in decodes if row["streamed_bytes"]]
     resident = [row for row in decodes if not row["streamed_bytes"]]
-    for title, rows, columns in (
-        ("Streamed decode", streamed, DECODE),
-        ("Resident decode", resident, DECODE),
-        ("Prefill", prefill_rows(records), PREFILL),
-        ("Throughput", throughput_rows(records), THROUGHPUTS),
-        ("Against others", comparison_rows(records), COMPARISONS),
-    ):
-        sections.append(f"## {title}\n\n" + (table(rows, columns) if rows else "No record yet.\n"))
-    for kind, title in GENERIC.items():
-        tables = [generic(record) for record in records if record.kind == kind]
-        sections.append(f"## {title}\n\n" + ("\n".join(tables) or "No record yet.\n"))
-    others = [record for record in records if record.kind not in (LATENCY, THROUGHPUT, *GENERIC)]
-    tables = [generic(record) for record in others if has_rows(record)]
-    names = [f"- {record.link}: {record.kind or 'no benchmark'}" for record in others if not has_rows(record)]
-    sections.append("## Other records\n\n" + "\n".join([*tables, "\n".join(names)]) + "\n")
-    return "\n".join([INTRODUCTION, *sections])
-
-
-def decode_rows(records: list[Record]) -> list[Row]:
-    """A row for each batch size of a record: its fields, those of the record, the bytes that a pass streams, and the
-    rate at which plain weights would have had to come."""
-    rows = [
-        record.facts()
-        | {"streamed_bytes": record.content["streamed_bytes_per_pass_and_rank"]}
-        | {"plain_gb_s": plain_gb_s(record.content, row["decode_pass_s"])}
-        | row
-        for record in records
-        if record.kind == LATENCY
-        for row in record.content["passes"]
-        if "decode_pass_s" in row
-    ]
-    return sorted(rows, key=lambda row: (row["model"], row["tp_size"], str(row["resident"]), row["batch_size"]))
-
-
-def plain_gb_s(content: Row, seconds: float) -> float | None:
-    """The rate of `decode_rows`; None where nothing is compressed."""
-    compressed = any(content.get("compressed_groups", ()))
-    return gb_s(content["plain_streamed_bytes_per_pass_and_rank"], seconds) if compressed else None
-
-
-def prefill_rows(records: list[Record]) -> list[Row]:
     return [
-        record.facts() | {"batch_size": row["batch_size"]} | row["first_token"]
-        for record in records
-        if record.kind == LATENCY
-        for row in record.content["passes"]
-        if "first_token" in row
+        section(title, [table(rows, columns)] if rows else [])
+        for title, rows, columns in (
+            ("Streamed decode", streamed, DECODE),
+            ("Resident decode", resident, DECODE),
+            ("Prefill", prefill_rows(records), PREFILL),
+            ("Throughput", throughput_rows(records), THROUGHPUTS),
+            ("Against others", comparison_rows(records), COMPARISONS),
+        )
     ]
 
 
-def throughput_rows(records: list[Record]) -> list[Row]:
-    return [record.content | record.facts() for record in records if record.kind == THROUGHPUT]
+def of_other_kinds(records: list[Record]) -> list[str]:
+    """A section for each kind of GENERIC, and one of what is left."""
+    sections = [
+        section(title, [generic(record) for record in records if record.kind == kind])
+        for kind, title in GENERIC.items()
+    ]
+    others = [record for record in records if record.kind not in (LATENCY, THROUGHPUT, *GENERIC)]
+    shown = [generic(record) for record in others if has_rows(record)]
+    names = [f"- {record.link}: {record.kind or 'no benchmark'}" for record in others if not has_rows(record)]
+    return [*sections, section("Other records", [*shown, "\n".join(names) + "\n"])]
 
 
-def comparison_rows(records: list[Record]) -> list[Row]:
-    """A row for each comparison, with the bound of our own pass or run that was compared."""
-    rows = []
-    for record in records:
-        for row in record.content.get("comparisons", ()) if isinstance(record.content, dict) else ():
-            ours = record.content
-            if record.kind == LATENCY:
-                ours = next((one for one in ours["passes"] if one["batch_size"] == row.get("batch_size")), {})
-            bound = {name: ours.get(name) for name in ("bound", "fraction_of_bound")}
-            times = {"ours_s": row.get("our_token_s", ours.get("elapsed_time"))}
-            times["theirs_s"] = row.get("token_s", row.get("elapsed_time"))
-            rows.append(record.facts() | bound | times | row)
-    return rows
+def section(title: str, parts: list[str]) -> str:
+    return f"## {title}\n\n" + ("\n".join(parts) or f"{NO_RECORD}\n")
 
 
 MODEL: list[Column] = [(name, text(key)) for name, key in (("model", "model"), ("ranks", "tp_size"))]

@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 from penstock.scheduler.units import ms
 
-from scripts.report.page import Record, Row, decode_rows, prefill_rows, throughput_rows
+from scripts.report.markdown_table import Row
+from scripts.report.records import Record, decode_rows, prefill_rows, throughput_rows
 
 matplotlib.use("Agg")
 COLOURS = {"link": "#4e79a7", "memory": "#f28e2b", "compute": "#59a14f"}

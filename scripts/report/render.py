@@ -13,8 +13,10 @@ from pathlib import Path
 from penstock.engine.commands.flags import Parser
 
 from scripts.bench.entry import run_script
-from scripts.report.page import read_records, render
+from scripts.report.lanes import draw_lanes
+from scripts.report.page import render
 from scripts.report.plots import draw_all
+from scripts.report.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +30,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "benchmarks.md").write_text(render(records), encoding="utf-8")
     draw_all(records, args.output / "benchmarks")
+    draw_lanes(args.records, args.output / "benchmarks")
     print(f"{len(records)} records -> {args.output / 'benchmarks.md'}")
 
 

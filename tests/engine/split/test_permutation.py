@@ -329,7 +329,7 @@ def test_names_are_kept_in_one_order_and_the_key_is_not_shown():
 
 
 def test_it_is_said_plainly_what_this_is():
-    docs = (ROOT / "docs" / "systems.md").read_text().split("## E.")[1]
+    docs = (ROOT / "docs" / "systems.md").read_text().split("## Permuted split execution")[1]
     for text in (penstock.engine.split.permutation.__doc__, NOTICE, docs):
         words = " ".join(text.lower().split())
         assert "obfuscation" in words and "not confidentiality" in words and "97 to 100 %" in words

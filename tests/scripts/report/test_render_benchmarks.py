@@ -1,11 +1,13 @@
 """The page of the records: all of them are on it, and docs/ has the page that they make."""
 
 import json
+import re
 import sys
 
 import pytest
 
-from scripts.report.page import Record, read_records, render
+from scripts.report.page import render
+from scripts.report.records import Record, read_records
 from tests.support.commands import ROOT
 
 ROW = {"batch_size": 4, "bound": "link", "bound_s": 0.09, "fraction_of_bound": 0.9, "predicted_s": 0.11}
@@ -20,6 +22,14 @@ LATENCY = {
         {"baseline": "transformers", "error": "MemoryError: none | left"},
     ],
 }  # fmt: skip
+
+
+SPANS = [("embedding -1", 0, 0, 0), ("prefetch 1.attn", 0, 1, 5), ("prefetch 1.attn", 1, 1, 6)]  # name, pid, tid, ms
+TRACE = {"hardware": "1 x H200", "model": "Tiny", "pass": "decode, 4 rows, all weights streamed"}
+TRACE["traceEvents"] = [
+    {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": 0.0, "dur": 1e3 * (ms + 1), "args": {"pass": 3}}
+    for name, pid, tid, ms in SPANS
+]
 
 
 def section(page: str, title: str) -> str:
@@ -63,6 +73,49 @@ def test_a_latency_record_answers_three_questions():
     )
     assert failed["error"] == "MemoryError: none \\| left"
     assert "No record yet" in section(page, "Resident decode")
+
+
+def first_screen(page: str) -> list[str]:
+    """The answers above the first heading."""
+    return re.findall(r"^\d\. .*$", page.split("\n## ")[0], flags=re.MULTILINE)
+
+
+def test_five_questions_are_answered_on_the_first_screen():
+    slower = LATENCY["passes"][0] | {"batch_size": 8, "decode_pass_s": 0.2, "fraction_of_bound": 0.45}
+    slower |= {"predicted_over_measured": 0.95, "first_token": ROW | {"predicted_over_measured": 1.25}}
+    bits = {"tests": "tests/gpu", "gpus": 2, "passed": 7, "failed": 1, "what": "logits bit by bit"}
+    records = [Record("tiny.json", LATENCY | {"passes": [*LATENCY["passes"], slower]})]
+    records.append(Record("tests.json", {"benchmark": "tests/gpu", "rows": [bits, bits | {"what": "probe"}]}))
+    page = render(records)
+    assert page.index("5. **") < 2500
+    streamed, resident, others, predictions, equal = first_screen(page)
+    assert "2 recorded decode passes reach 0.45 to 0.90 of their bound (link), the median 0.68" in streamed
+    assert "Tiny, 1 rank, plain weights, batch 4 to 8: 100 to 200 ms a pass" in streamed
+    assert resident.endswith("** No record yet.")
+    assert "accelerate's `cpu_offload` 8.0." in others and "MemoryError" not in others
+    assert "Of 4 predictions 1 are within 10 %" in predictions and "0.95 to 1.25, the median 1.10" in predictions
+    assert "on GPUs, on up to 2 at once: 7 passed and 1 failed" in equal
+
+
+def test_each_answer_leads_to_its_table():
+    page = render(read_records(ROOT / "benchmarks"))
+    answered = first_screen(page)
+    headings = {line[3:].lower().replace("?", "").replace(" ", "-") for line in page.splitlines() if line[:3] == "## "}
+    links = [re.findall(r"\(#(.*?)\)", line) for line in answered]
+    assert len(answered) == 5 and all(len(link) == 1 and link[0] in headings for link in links)
+    behind = re.findall(r"^One by one: .*\(#(.*)\)", page, flags=re.MULTILINE)
+    assert len(behind) == 4 and set(behind) <= headings
+
+
+def test_passes_that_are_alike_are_one_row():
+    plain = Record("plain.json", LATENCY)
+    more = LATENCY | {"streamed_bytes_per_pass_and_rank": 4 * 10**9}
+    page = render([plain, Record("again.json", LATENCY), Record("more.json", more)])
+    first, second = cells(page, "How fast is it when weights stream?")
+    assert (first["streamed GB a rank"], second["streamed GB a rank"]) == ("0.00", "4.00")
+    assert (second["batch"], second["a decode pass, ms"], second["bound / time"]) == ("4", "100", "0.90")
+    whats = [row["what"] for row in cells(page, "Are the predictions right?")]
+    assert whats == ["decode, weights stream, 1 rank", "first token, 1 rank"]
 
 
 def test_nothing_streamed_is_resident_decode():
@@ -150,9 +203,10 @@ def test_the_command_writes_page_and_pictures(tmp_path, monkeypatch):
 
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "tiny.json").write_text(json.dumps(LATENCY))
+    (tmp_path / "records" / "trace_tiny.json").write_text(json.dumps(TRACE))
     folders = ("--records", str(tmp_path / "records"), "--output", str(tmp_path / "docs"))
     monkeypatch.setattr(sys, "argv", ["render.py", *folders])
     render_benchmarks.main()
     assert "tiny.json" in (tmp_path / "docs/benchmarks.md").read_text()
-    for name in ("fraction", "pass_time"):
+    for name in ("fraction", "pass_time", "trace_tiny", "lanes"):
         assert (tmp_path / f"docs/benchmarks/{name}.png").stat().st_size > 1000

@@ -1,0 +1,100 @@
+"""The records of benchmarks/, and what they measured as rows: decode passes, prefills, throughput, comparisons.
+
+It imports no torch.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.scheduler.units import gb_s
+
+from scripts.report.markdown_table import Row
+
+LATENCY, THROUGHPUT = "latency", "throughput"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One file of benchmarks/; `kind` is what its `benchmark` field says."""
+
+    name: str
+    content: Any
+
+    @property
+    def kind(self) -> str | None:
+        return self.content.get("benchmark") if isinstance(self.content, dict) else None
+
+    @property
+    def link(self) -> str:
+        return f"[{self.name}](../benchmarks/{self.name})"
+
+    def facts(self) -> Row:
+        """Facts of the record that each of its rows states beside its own figures."""
+        names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
+        names += ("input_len", "output_len", "attention_window")
+        weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"
+        return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records of a folder by name. Raises ValueError naming a file that is not JSON."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            records.append(Record(path.name, json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"{path}: is not JSON: {error}") from None
+    return records
+
+
+def decode_rows(records: list[Record]) -> list[Row]:
+    """A row for each batch size of a record: its fields, those of the record, the bytes that a pass streams, and the
+    rate at which plain weights would have had to come."""
+    rows = [
+        record.facts()
+        | {"streamed_bytes": record.content["streamed_bytes_per_pass_and_rank"]}
+        | {"plain_gb_s": plain_gb_s(record.content, row["decode_pass_s"])}
+        | row
+        for record in records
+        if record.kind == LATENCY
+        for row in record.content["passes"]
+        if "decode_pass_s" in row
+    ]
+    return sorted(rows, key=lambda row: (row["model"], row["tp_size"], str(row["resident"]), row["batch_size"]))
+
+
+def plain_gb_s(content: Row, seconds: float) -> float | None:
+    """The rate of `decode_rows`; None where nothing is compressed."""
+    compressed = any(content.get("compressed_groups", ()))
+    return gb_s(content["plain_streamed_bytes_per_pass_and_rank"], seconds) if compressed else None
+
+
+def prefill_rows(records: list[Record]) -> list[Row]:
+    return [
+        record.facts() | {"batch_size": row["batch_size"]} | row["first_token"]
+        for record in records
+        if record.kind == LATENCY
+        for row in record.content["passes"]
+        if "first_token" in row
+    ]
+
+
+def throughput_rows(records: list[Record]) -> list[Row]:
+    return [record.content | record.facts() for record in records if record.kind == THROUGHPUT]
+
+
+def comparison_rows(records: list[Record]) -> list[Row]:
+    """A row for each comparison, with the bound of our own pass or run that was compared."""
+    rows = []
+    for record in records:
+        for row in record.content.get("comparisons", ()) if isinstance(record.content, dict) else ():
+            ours = record.content
+            if record.kind == LATENCY:
+                ours = next((one for one in ours["passes"] if one["batch_size"] == row.get("batch_size")), {})
+            bound = {name: ours.get(name) for name in ("bound", "fraction_of_bound")}
+            times = {"ours_s": row.get("our_token_s", ours.get("elapsed_time"))}
+            times["theirs_s"] = row.get("token_s", row.get("elapsed_time"))
+            rows.append(record.facts() | bound | times | row)
+    return rows
