@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from penstock.parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, SLOT_WORDS, PeerBuffers
+from penstock.parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, PART_WORDS, PeerBuffers
 from torch import Tensor
 
 from tests.support.kernel_proof import DEVICE
@@ -14,7 +14,7 @@ HANG_S = 30
 
 
 def connect_ranks(size: int) -> list[PeerBuffers]:
-    shape = (NUM_HALVES, size, SLOT_WORDS)
+    shape = (NUM_HALVES, size, PART_WORDS)
     words = [torch.full(shape, EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(size)]
     others = [tuple(words[(rank + step) % size].data_ptr() for step in range(1, size)) for rank in range(size)]
     halves = torch.zeros(size, MAX_PROGRAMS, dtype=torch.int32, device=DEVICE)
