@@ -1,6 +1,7 @@
-"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. It imports no torch.
+"""The records of benchmarks/ as a page of tables, grouped by the question that they answer. Torch-free.
 
-Every record is on the page: one of a kind that is not known here is a table of its `rows`, or else its file name.
+Every record is on the page: if its kind is not known here, as a table of its `rows`, or as its file name if it has
+none.
 """
 
 import json
@@ -40,7 +41,7 @@ LATENCY, THROUGHPUT = "latency", "throughput"
 
 @dataclass(frozen=True)
 class Record:
-    """One file of benchmarks/; `kind` is what its `benchmark` field says."""
+    """One file of benchmarks/. `kind` is the value of its `benchmark` field."""
 
     name: str
     content: Any
@@ -54,7 +55,7 @@ class Record:
         return f"[{self.name}](../benchmarks/{self.name})"
 
     def facts(self) -> Row:
-        """Facts of the record that each of its rows states beside its own figures."""
+        """The facts of the record, which each of its rows states beside its own figures."""
         names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
         names += ("input_len", "output_len", "attention_window")
         weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"
@@ -62,7 +63,7 @@ class Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of a folder by name. Raises ValueError naming a file that is not JSON."""
+    """Reads all records of a folder, in order of name. Raises ValueError naming a file that is not JSON."""
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -73,7 +74,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def render(records: list[Record]) -> str:
-    """The page."""
+    """Makes the page."""
     decodes, sections = decode_rows(records), []
     streamed = [row for row in decodes if row["streamed_bytes"]]
     resident = [row for row in decodes if not row["streamed_bytes"]]
@@ -251,7 +252,8 @@ def has_rows(record: Record) -> bool:
 
 
 def generic(record: Record) -> str:
-    """Any record with `rows`: what it states in a line, its rows as a table; as SHOWN says, or all keys that it has."""
+    """Shows any record: its facts in a line, and its `rows` as a table. SHOWN says which facts and columns; else it
+    shows all."""
     rows = record.content.get("rows", ())
     stated = [(key, text(key)) for key in record.content if key not in ("benchmark", "rows")]
     columns = [(key, text(key)) for key in dict.fromkeys(key for row in rows for key in row)]

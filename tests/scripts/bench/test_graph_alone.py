@@ -1,4 +1,4 @@
-"""A graph alone: which one, how often it is replayed, and where there is none to replay."""
+"""The replay of a graph alone: which graph, how often, and where there is none to replay."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -21,14 +21,15 @@ def llm_of(decode, done, kind="solo"):
 
 
 def decode_of(done, num_takes=1):
-    """Buckets of 1, 2 and 4 rows; of 4 a greedy graph is captured."""
+    """Makes decode passes with buckets of 1, 2 and 4 rows; a greedy graph is captured for 4."""
     take = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("replay")))
     passes = {(4, frozenset()): [take] * num_takes, (2, frozenset({"draw"})): [take]}
     return SimpleNamespace(sizes=[1, 2, 4], graphs=SimpleNamespace(passes=passes))
 
 
 def test_a_graph_alone(monkeypatch):
-    """Replayed so and so often in a row, behind one that lines the ranks up; then its letters are forgotten."""
+    """The graph is replayed NUM_REPLAYS times in a row, after a replay that lines the ranks up; then its letters are
+    forgotten."""
     done = []
     ticks = iter([1.0, 5.0])
     monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
@@ -37,7 +38,8 @@ def test_a_graph_alone(monkeypatch):
 
 
 def test_none_where_there_is_none():
-    """No padded passes, no graphs, none captured of that size, one with a trace's marks, and ranks without a script."""
+    """Cases are: no padded passes, no graphs, none of that size, one with a trace's marks, and ranks without a
+    script."""
     done = []
     eager = SimpleNamespace(sizes=[1, 2, 4], graphs=None)
     for decode, num_rows in ((None, 3), (eager, 3), (decode_of(done), 2), (decode_of(done, num_takes=2), 3)):
