@@ -124,8 +124,7 @@ class Children:
         return early[0].failure() if early else None
 
     def close(self) -> RankFailed | None:
-        """Waits CLOSE_S for all to end by themselves, then ends them; returns a failure that came to light
-        meanwhile."""
+        """Waits CLOSE_S for all to end, then ends them; returns a failure that came to light meanwhile."""
         if self._ending.is_set():
             return None
         self._ending.set()

@@ -29,8 +29,7 @@ _PARENT_POLL_S = 1.0
 
 
 class PeerLost(RuntimeError):
-    """An error that says that another rank is gone, or did not answer in time: a consequence of a failure, never the
-    cause."""
+    """An error that says that another rank is gone or silent: a consequence of a failure, never its cause."""
 
 
 class RankFailed(RuntimeError):

@@ -239,8 +239,7 @@ def _described(rank: int, error: BaseException) -> RankFailed:
 
 
 def python_path() -> str:
-    """The PYTHONPATH of a child: the folder that holds our `penstock` comes first, so that the child runs the same
-    code."""
+    """The PYTHONPATH of a child: the folder of our `penstock` comes first, so that the child runs the same code."""
     package = Path(importlib.util.find_spec(__name__.partition(".")[0]).origin).resolve()
     return os.pathsep.join([str(package.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -277,8 +276,7 @@ def _launched() -> Launch:
 
 
 def _listen(port: str) -> socket.socket:
-    """Opens a listening socket on this host only. It is bound before any child runs, so nobody else can take the
-    port."""
+    """Opens a listening socket on this host only, bound before any child runs, so that nobody can take the port."""
     if not port.isdecimal():
         raise ValueError(f"MASTER_PORT={port!r}: expected a port number")
     listener = socket.socket()

@@ -12,8 +12,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """A process, on this host or another. Two processes have the same `host` if the same table of process ids has
-    both."""
+    """A process on any host. Two have the same `host` if one table of process ids has both."""
 
     host: str
     pid: int
@@ -40,8 +39,7 @@ def process_state(pid: int) -> str:
 
 
 def host_id() -> str:
-    """The identity of this machine's boot and of its table of process ids; the host's name where Linux tells
-    neither."""
+    """The identity of this machine's boot and of its process ids; without /proc the host's name."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"

@@ -89,8 +89,7 @@ class Pulse:
         self._thread.start()
 
     def say_failed(self, failure: RankFailed) -> None:
-        """Tells the others that this rank has failed, unless there was an earlier failure; waits until rank 0 has
-        it."""
+        """Tells the others that this rank has failed, unless one failed before; waits until rank 0 has heard it."""
         with self._lock:
             if self.failure is not None:
                 return

@@ -167,8 +167,7 @@ def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:
 
 
 def _addresses(launch: Launch) -> list[str]:
-    """Addresses at which ranks on other hosts may find this one: that from which it reaches the store, then its
-    name."""
+    """Addresses where ranks on other hosts may find this one: that from which it reaches the store, and its name."""
     family, kind, _, _, address = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as connection:
         connection.connect(address)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 
 def cut(source: Tensor, target: Tensor, piece_bytes: int, total_bytes: int) -> list[tuple[Tensor, Tensor]]:
-    """Cuts `source` and `target` (uint8, of equal size) into pairs of pieces, repeated until they are `total_bytes` or
-    more."""
+    """Cuts `source` and `target` (uint8, of equal size) into pairs of pieces, repeated up to `total_bytes` or more."""
     pieces = list(zip(source.split(piece_bytes), target.split(piece_bytes)))
     return pieces * -(-total_bytes // source.nbytes)
 
