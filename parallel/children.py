@@ -1,11 +1,12 @@
-"""The child ranks of a self-launch, as rank 0 sees them: started, listened to, watched, ended.
+"""The child ranks of a self-launch, as rank 0 sees them: this file starts, reads, watches and ends them.
 
-    reader thread a child   passes its output on as `[rank 1] ...`; after FAILURE_MARK it is kept
-    one watchdog thread     polls exit codes, and whether a child is stopped. The first child that failed is the
-                            failure; one that only lost its peers (PEER_LOST_EXIT), or that says it has failed and
-                            does not end, is so if nothing else turns up
+    a reader thread a child   passes the child's output on as `[rank 1] ...`, and keeps what follows FAILURE_MARK
+    one watchdog thread       polls exit codes, and whether a child is stopped. The first child that failed is the
+                              failure. A child that only lost its peers (PEER_LOST_EXIT), or that says it has failed
+                              and does not end, counts only if no other one fails within LOST_GRACE_S
 
-What it does not know: sockets, environment, the order of ranks' work (launch.py), what becomes of rank 0 (guard.py).
+This file does not know sockets, the environment or the order of the ranks' work (launch.py), nor what becomes of rank 0
+(guard.py).
 """
 
 import contextlib
@@ -22,21 +23,21 @@ from penstock.parallel.pulse import STOPPED_S, stopped_for
 
 POLL_S = 0.05
 STATE_POLL_S = 0.5
-EXIT_STATUS_S = 3.0  # from a broken connection to the exit status of the child that broke it
-LOST_GRACE_S = 1.5  # a child that lost its peers ended before the one that caused it: this long at most
+EXIT_STATUS_S = 3.0  # at most, from a broken connection to the exit status of the child that broke it
+LOST_GRACE_S = 1.5  # a child that lost its peers may end so much earlier than the child that caused it
 CLOSE_S = 5.0
 _TAIL_LINES = 200
 
 
 class Child:
-    """One child rank: its process and what it said."""
+    """One child rank: its process and its output."""
 
     def __init__(self, rank: int, command: list[str], env: dict[str, str], message: str):
         self.rank = rank
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._failure: list[str] | None = None
         self.stopped_since: float | None = None
-        # A session of its own: Ctrl-C is rank 0's to handle, the children end when rank 0 does.
+        # The child has a session of its own: rank 0 alone handles Ctrl-C, and the children end when it does.
         self.process = subprocess.Popen(
             command,
             env=env,
@@ -49,7 +50,7 @@ class Child:
         )
         self._reader = threading.Thread(target=self._read, name=f"rank-{rank}-output", daemon=True)
         self._reader.start()
-        with contextlib.suppress(BrokenPipeError):  # it died at once: the watchdog says so
+        with contextlib.suppress(BrokenPipeError):  # the child died at once: the watchdog will say so
             self.process.stdin.write(message + "\n")
             self.process.stdin.flush()
 
@@ -65,16 +66,16 @@ class Child:
                     print(f"[rank {self.rank}] {line}", end="", file=sys.stderr, flush=True)
 
     def failure(self) -> RankFailed:
-        """Why it ended; only after it has."""
+        """The reason why the child ended. Call it only after it has."""
         self._reader.join(EXIT_STATUS_S)
         text = "".join(self._tail if self._failure is None else self._failure)
-        if self._failure is None:  # it died before run_rank could speak for it
+        if self._failure is None:  # the child died before run_rank could report its failure
             _, found, rest = text.rpartition("Traceback (most recent call last):")
             text = found + rest if found else ""
         return RankFailed(self.rank, describe_exit(self.process.returncode), text)
 
     def is_stopped(self) -> bool:
-        """Has it been stopped for STOPPED_S, as far as it was looked at?"""
+        """Tells whether all calls in the last STOPPED_S, this one included, found the child stopped."""
         if process_state(self.process.pid) != STOPPED:
             self.stopped_since = None
         elif self.stopped_since is None:
@@ -82,7 +83,7 @@ class Child:
         return self.stopped_since is not None and time.monotonic() - self.stopped_since > STOPPED_S
 
     def wait(self, deadline: float) -> bool:
-        """Has it ended by `deadline` (time.monotonic seconds)?"""
+        """Waits until `deadline` (time.monotonic seconds) at most; tells whether the child has ended."""
         try:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -95,7 +96,7 @@ class Child:
 
 
 class Children:
-    """The children of one launch (none for the other kinds). `on_failure` is called once, by the watchdog."""
+    """The children of one launch; only a parent has any. The watchdog calls `on_failure` once."""
 
     def __init__(self, on_failure: Callable[[RankFailed], None]):
         self._on_failure = on_failure
@@ -108,22 +109,22 @@ class Children:
         self._children.append(Child(rank, command, env, message))
 
     def watch(self) -> None:
-        """Begin to notice children that die, until close() or abort()."""
+        """Starts the watchdog, which notices children that die or stop, until close() or abort()."""
         threading.Thread(target=self._watch, name="rank-watchdog", daemon=True).start()
 
     def suspect(self, failure: RankFailed) -> None:
-        """This is the failure, unless an exit status says more of it soon."""
+        """Notes a failure, which counts unless an exit status says more within LOST_GRACE_S."""
         if self._suspected is None:
             self._suspected_at = time.monotonic()
             self._suspected = failure
 
     def early(self) -> RankFailed | None:
-        """Of a child that has ended, if with exit code 0: no failure in itself, but rank 0 still needed it."""
+        """The failure of a child that has ended too early, even with exit code 0: rank 0 still needed it."""
         early = [] if self._ending.is_set() else [child for child in self._children if child.process.poll() is not None]
         return early[0].failure() if early else None
 
     def close(self) -> RankFailed | None:
-        """Wait 5 s for all to end by themselves, then end them; the failure that came to light meanwhile."""
+        """Waits CLOSE_S for all to end, then ends them; returns a failure that came to light meanwhile."""
         if self._ending.is_set():
             return None
         self._ending.set()
@@ -135,13 +136,13 @@ class Children:
         return failed
 
     def abort(self) -> None:
-        """End all now."""
+        """Ends all children now."""
         if self._children and not self._ending.is_set():
             self._ending.set()
             self._end()
 
     def kill(self) -> None:
-        """After a failure: one that is stopped would hear nothing else."""
+        """Kills all children, after a failure: a stopped process reacts to nothing else."""
         for child in self._children:
             child.process.kill()
 
@@ -168,7 +169,7 @@ class Children:
                 return
 
     def _find_ended(self) -> RankFailed | None:
-        ended = [child for child in self._children if child.process.poll()]  # None and 0 are no failure
+        ended = [child for child in self._children if child.process.poll()]  # neither None (it runs) nor 0 is a failure
         for child in ended:
             if child.process.returncode != PEER_LOST_EXIT:
                 return child.failure()

@@ -1,10 +1,10 @@
-"""What ranks say to each other: tensors that are reduced or gathered, and small host messages from rank 0.
+"""Collectives: sums and gathers of the ranks' tensors, and small host messages from rank 0.
 
-Shapes: N rows, V_loc columns of this rank. Host messages go over gloo in every case (no pickle, no GPU); they
-wait as long as rank 0 is idle, while tensor collectives have a timeout. Every error that only says that
-another rank is gone becomes PeerLost.
+Shapes: N rows, V_loc columns of this rank.
+Host messages always go over gloo (no pickle, no GPU). They wait as long as rank 0 is idle, while tensor collectives
+have a timeout. Every error that only says that another rank is gone becomes PeerLost.
 
-What it does not know: how ranks meet (rendezvous.py), who starts them (launch.py), which tensors these are.
+This file does not know how ranks meet (rendezvous.py), who starts them (launch.py), or what the tensors are.
 """
 
 import array
@@ -25,7 +25,7 @@ from penstock.parallel.push_reduce import PeerBuffers
 CONTROL_TIMEOUT = timedelta(days=30)  # a rank waits for the next batch for as long as rank 0 is idle
 FRAME_BYTES = 4096  # one broadcast carries the length and a short message; a longer one costs a second
 _LENGTH_BYTES = 8
-DIRECT_BYTES = 1 << 16  # up to which gloo sends a tensor faster to all ranks at once than around its ring
+DIRECT_BYTES = 1 << 16  # up to this size gloo sends a tensor faster to all ranks at once than around its ring
 _PEER_ERROR = re.compile(
     r"connection (closed|reset|refused|was likely closed)|connect.*(timeout|failed)|broken pipe|timed? ?out"
     r"|wait timeout|socket closed|remote process|ncclRemoteError|failed to (recv|pass monitoredBarrier)"
@@ -38,8 +38,9 @@ _OWN_ERROR = re.compile(r"out of memory|invalid (argument|usage)|unhandled cuda 
 class Collectives(Protocol):
     """The ranks of one tensor-parallel group. All ranks make the same calls in the same order.
 
-    `ledger` is this rank's: here it counts all-reduces, at the site that `label` names (replays of a CUDA graph are
-    added by whoever replays it). Every call raises PeerLost if another rank is gone or did not answer in time.
+    `ledger` belongs to this rank. It counts the all-reduces that are called here, at the site that `label` names;
+    whoever replays a CUDA graph adds those of the replay. Every call raises PeerLost if another rank is gone or did not
+    answer in time.
     """
 
     rank: int
@@ -47,48 +48,53 @@ class Collectives(Protocol):
     ledger: TransferLedger
 
     def check(self) -> None:
-        """Raise PeerLost if another rank has failed: for what polls a device that may wait for that rank."""
+        """Raises PeerLost if another rank has failed. Call it in loops that poll a device: it may wait for that
+        rank."""
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
-        """Sums a contiguous tensor over ranks, in place. Equal shapes go in, the same bits come out on all."""
+        """Sums a contiguous tensor over ranks, in place. Its shape is the same on all ranks, and so are the result's
+        bits."""
 
     def peer_buffers(self, rows: torch.Tensor, label: str = "") -> PeerBuffers | None:
-        """What a kernel of the caller's needs to sum `rows` (T, D) over ranks, a program a row; counted as its
-        all-reduce. None, on all ranks alike, where such rows cannot be summed so: then call all_reduce."""
+        """Returns the buffers that a kernel of the caller needs to sum `rows` (T, D) over ranks, with a program a row,
+        and counts its all-reduce. Where such rows cannot be summed so, returns None on all ranks: then call
+        all_reduce."""
 
     def for_graphs(self) -> contextlib.AbstractContextManager[None]:
-        """Around a warm-up on the device before a capture: calls go the way that captured ones go."""
+        """A context for the warm-up on the device before a capture: calls inside go the way of captured ones."""
 
     def all_gather_columns(self, part: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the ranks' `part` (N, V_loc) side by side, in rank order, into `out` (N, size * V_loc)."""
+        """Writes the ranks' `part` (N, V_loc) side by side, in rank order, into `out` (N, size * V_loc)."""
 
     def broadcast_ints(self, ints: list[int] | None) -> list[int]:
-        """Rank 0 gives a list of int32 values, the others None; all return it. OverflowError beyond int32."""
+        """Returns on all ranks the int32 values that rank 0 gives; the others give None. Raises OverflowError for a
+        value beyond int32."""
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0 gives bytes (the others None); all return them. The others wait without a timeout."""
+        """Returns on all ranks the bytes that rank 0 gives; the others give None, and wait without a timeout."""
 
     def largest(self, ints: list[int]) -> list[int]:
-        """The elementwise largest of the values (int64) that the ranks give; each gives as many."""
+        """The elementwise largest of the values (int64) that the ranks give; all give equally many."""
 
     def gather_bytes(self, data: bytes) -> list[bytes] | None:
-        """Every rank gives bytes; rank 0 gets them all, by rank, the others None."""
+        """Returns on rank 0 the bytes that each rank gives, by rank; on the others None."""
 
     def share_frames(self, frame: bytes) -> list[bytes]:
-        """Every rank gives as many bytes; all get them all, by rank."""
+        """Returns on all ranks the bytes that each rank gives, by rank; all give equally many."""
 
     def barrier(self) -> None:
-        """Return when all ranks have come here, within the group's timeout."""
+        """Returns when all ranks have called it, which has to be within the group's timeout."""
 
     def close(self) -> None:
-        """Leave the group; idempotent. Drop every CUDA graph that captured a reduce before."""
+        """Leaves the group; idempotent. Drop every CUDA graph that captured a reduce before you call it."""
 
     def abandon(self) -> None:
-        """Leave after a failure: peers may be in the middle of a call, so nothing waits for them; idempotent."""
+        """Leaves the group after a failure, and waits for nobody, since peers may be in the middle of a call;
+        idempotent."""
 
 
 class Solo:
-    """The group of one rank: nothing is moved, nothing is counted."""
+    """The group of a single rank: it moves nothing and counts nothing."""
 
     rank, size = 0, 1
 
@@ -136,9 +142,9 @@ class Solo:
 
 
 class Distributed:
-    """What Gloo and Nccl (nccl.py) share: the ledger, the control plane, and how waiting ends when a rank has failed.
-    Needs an initialised process group. `connections` are the group's, for `stop` to cut; `abort_word` (1,) int32 in
-    host memory is read by kernels of ours that wait for other ranks: 1 ends them."""
+    """The common part of Gloo and Nccl (nccl.py): the ledger, the host messages, and the end of all waiting when a rank
+    has failed. It needs an initialised process group. `connections` are the group's, which `stop` cuts; `abort_word`
+    (1,) int32 lies in host memory, and our kernels that wait for other ranks read it: 1 ends them."""
 
     uses_gpus = False
 
@@ -159,7 +165,8 @@ class Distributed:
             raise PeerLost("another rank has failed")
 
     def stop(self) -> None:
-        """From another thread: ends all waiting for other ranks, on the device and here. Nothing is summed any more."""
+        """Ends all waiting for other ranks, on the device and here; called by another thread. From then on sums are
+        wrong."""
         self._stopped = True
         self.abort_word.fill_(1)
         self.connections.cut()
@@ -185,7 +192,7 @@ class Distributed:
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
-        """The process group that tensors go over now; None is the group of all ranks."""
+        """The process group that tensors go over now; None stands for the group of all ranks."""
         return None
 
     def broadcast_ints(self, ints: list[int] | None) -> list[int]:
@@ -245,7 +252,7 @@ class Distributed:
         dist.destroy_process_group()
 
     def _abort(self) -> None:
-        """Let go of calls that a lost rank will never answer."""
+        """Gives up calls that a lost rank will never answer."""
 
     def abandon(self) -> None:
         self._broken = True
@@ -258,7 +265,7 @@ class Distributed:
             self.check()
             with peer_errors():
                 yield
-            self.check()  # a sum that was given up is none
+            self.check()  # a sum that was given up is wrong
         except PeerLost:
             self._broken = True
             raise
@@ -280,7 +287,7 @@ class Gloo(Distributed):
         torch.cat([*parts], dim=-1, out=out)
 
     def _parts(self, own: torch.Tensor) -> torch.Tensor:
-        """What each rank gives, by rank: (size, *own.shape)."""
+        """The tensors that the ranks give, by rank: (size, *own.shape)."""
         parts = own.new_empty(self.size, *own.shape)
         if own.nbytes <= DIRECT_BYTES:
             dist.all_to_all_single(parts, own.expand_as(parts).contiguous())
@@ -296,7 +303,7 @@ def _unframed(frame: bytes) -> bytes:
 
 @contextlib.contextmanager
 def peer_errors() -> Iterator[None]:
-    """Turn an error of torch.distributed that only says that another rank is gone or silent into PeerLost."""
+    """Turns an error of torch.distributed into PeerLost if it only says that another rank is gone or silent."""
     try:
         yield
     except RuntimeError as error:
@@ -306,7 +313,7 @@ def peer_errors() -> Iterator[None]:
 
 
 def is_peer_error(error: RuntimeError) -> bool:
-    """Does the error report another rank's end (a closed connection, a timeout), not a fault of ours?"""
+    """Tells whether the error reports the end of another rank (a closed connection, a timeout), not a fault of ours."""
     if isinstance(error, (PeerLost, RankFailed)):
         return False
     if isinstance(error, dist.DistBackendError):

@@ -1,8 +1,9 @@
 """The sockets by which this process talks to other ranks, found so that another thread can cut them.
 
-A call of gloo, or of torch's store, that waits for a rank that is stopped, or that fails and lives on, has no other way
-out: its process group's abort() does not reach it. Cut, the connection looks to it as if the other end had closed.
-Cutting says shutdown(2) and closes nothing: the sockets stay their owner's. Without /proc none is found.
+A call of gloo, or of torch's store, may wait for a rank that is stopped, or that has failed and lives on. Its process
+group's abort() does not end the wait. If its connection is cut, the other end looks closed to it, and it returns with
+an error. Cutting calls shutdown(2) and closes nothing: the sockets still belong to their owners. Without /proc we find
+no sockets, and cut none.
 """
 
 import contextlib
@@ -11,11 +12,11 @@ import socket
 from collections.abc import Callable
 
 _FOLDER = "/proc/self/fd"
-Ports = tuple[int, int]  # this end's, the other end's
+Ports = tuple[int, int]  # the port of this end, and of the other end
 
 
 def open_sockets() -> dict[int, str]:
-    """What each file descriptor that is a socket is: a name that no other socket has."""
+    """The sockets of this process by file descriptor: each has a name that no other socket has."""
     found = {}
     with contextlib.suppress(OSError):
         for entry in os.listdir(_FOLDER):
@@ -27,7 +28,7 @@ def open_sockets() -> dict[int, str]:
 
 
 class Connections:
-    """Those among the sockets that were opened since this was made of which `is_ours`, given their ports, holds."""
+    """The sockets that were opened after this object was made, and of them those that `keep` selects by their ports."""
 
     def __init__(self):
         self._before = open_sockets()
@@ -40,7 +41,8 @@ class Connections:
         self._ours = {fd: name for ports, (fd, name) in self._opened().items() if is_ours(ports)}
 
     def cut(self) -> None:
-        """Ends what waits on them; those that were closed meanwhile, and what has their numbers now, are left alone."""
+        """Ends all calls that wait on the selected sockets. It leaves alone a descriptor that stands for something else
+        by now."""
         for fd, name in self._ours.items():
             with contextlib.suppress(OSError):
                 if os.readlink(f"{_FOLDER}/{fd}") == name:

@@ -1,14 +1,14 @@
-"""How a rank ends when it, or another rank, fails. Neither torch nor anything of ours is imported, so that a
+"""The end of a rank when it, or another rank, fails. This file imports neither torch nor anything of ours, so that a
 child rank can watch its parent before its slow imports begin.
 
-A rank dies in one of three ways, and its peers must not talk before it does:
+A rank ends in one of three ways. The rank that failed must be the first to speak:
 
-    the rank that failed   traceback to stderr, exit 1 (or a signal, and nothing at all)
-    its peers              RankFailed, which names the rank, the cause and carries that rank's traceback; a child
-                           of rank 0 exits PEER_LOST_EXIT with it
-    nobody knows who       PeerLost, which only says that a connection is gone
+    it failed itself          traceback to stderr, exit 1 (or a signal, and no word)
+    a peer failed             RankFailed, which names that rank and the cause, and carries its traceback; a child of
+                              rank 0 exits with PEER_LOST_EXIT
+    a peer is gone, somehow   PeerLost, which only says that a connection is gone
 
-What it does not know: which processes there are (launch.py), nor what a collective is (collectives.py).
+This file does not know which processes there are (launch.py), nor what a collective is (collectives.py).
 """
 
 import contextlib
@@ -21,20 +21,20 @@ import time
 import traceback
 from collections.abc import Callable
 
-SELF_LAUNCHED = "PENSTOCK_SELF_LAUNCHED"  # environment variable: this process is a child of rank 0
+SELF_LAUNCHED = "PENSTOCK_SELF_LAUNCHED"  # environment variable, set where a process is a child of rank 0
 PEER_LOST_EXIT = 75
-FAILURE_MARK = "\x1epenstock: failure"  # a child's stderr after this line is its failure, shown once by rank 0
+FAILURE_MARK = "\x1epenstock: failure"  # what follows on a child's stderr is its failure, which rank 0 shows once
 LAUNCHER_WAIT_S = 5.0
 _PARENT_POLL_S = 1.0
 
 
 class PeerLost(RuntimeError):
-    """Another rank is gone, or did not answer in time: a consequence, never the cause of a failure."""
+    """An error that says that another rank is gone or silent: a consequence of a failure, never its cause."""
 
 
 class RankFailed(RuntimeError):
-    """`rank` ended the run. `cause` completes "rank N ..."; `traceback_text` is that rank's own, or empty. `stopped`:
-    its process is there and does nothing, so that no launcher will speak of it."""
+    """An error that says that `rank` ended the run. `cause` completes "rank N ..."; `traceback_text` is that rank's
+    own, or empty. `stopped` is true if its process is still there but does nothing: then no launcher will report it."""
 
     def __init__(self, rank: int, cause: str, traceback_text: str = "", stopped: bool = False):
         self.rank, self.cause, self.traceback_text, self.stopped = rank, cause, traceback_text.strip(), stopped
@@ -42,7 +42,7 @@ class RankFailed(RuntimeError):
 
 
 def describe_exit(code: int) -> str:
-    """An exit status as `subprocess` gives it (negative: a signal), completing the sentence "rank N ..."."""
+    """Completes the sentence "rank N ..." for an exit status of `subprocess` (negative: a signal)."""
     if code >= 0:
         lost = " (it lost the connection to another rank)" if code == PEER_LOST_EXIT else ""
         return (
@@ -55,16 +55,16 @@ def describe_exit(code: int) -> str:
 
 
 def wait_for_launcher() -> None:
-    """Give torchrun 5 s to report the first failure and to end this process."""
+    """Gives torchrun LAUNCHER_WAIT_S to report the first failure and to end this process."""
     time.sleep(LAUNCHER_WAIT_S)
 
 
 def run_rank(main: Callable[[], int | None]) -> int:
-    """Run `main` as this process' whole work and return its exit code (None is 0).
+    """Runs `main` as this process' whole work and returns its exit code (0 if `main` returns None).
 
-    An exception is shown once and ends the process by `os._exit`, so that no destructor (a process group, a
-    CUDA context) can block the exit: PeerLost with one line; RankFailed with its message alone, but by a child of rank
-    0 not what rank 0 shows itself; any other with its traceback. SystemExit passes.
+    An exception is shown once and ends the process by `os._exit`, so that no destructor (a process group, a CUDA
+    context) can block the exit. PeerLost is shown as one line; RankFailed as its message, unless rank 0 shows it
+    itself; any other with its traceback. SystemExit passes.
     """
     try:
         return main() or 0
@@ -83,17 +83,18 @@ def run_rank(main: Callable[[], int | None]) -> int:
 
 
 def exit_after(_: RankFailed) -> int:
-    """The exit code of this rank when another one has failed: rank 0 must not take a child of its own for the first."""
+    """The exit code of this rank when another one has failed. A child of rank 0 exits with PEER_LOST_EXIT, so that rank
+    0 does not take it for the rank that failed first."""
     return PEER_LOST_EXIT if SELF_LAUNCHED in os.environ else 1
 
 
 def is_shown_by_parent(failure: RankFailed) -> bool:
-    """Whether this process is a child of the rank that failed, which lives to show its failure itself."""
+    """Tells whether this process is a child of the rank that failed, and that rank will show its failure itself."""
     return SELF_LAUNCHED in os.environ and failure.rank == 0 and not failure.stopped
 
 
 def _leave(text: str, code: int) -> None:
-    """Show `text`, if there is any, on stderr (marked for rank 0 if it launched us) and end at once."""
+    """Shows `text`, if there is any, on stderr (marked for rank 0 if that launched us) and ends the process."""
     mark = FAILURE_MARK + "\n" if SELF_LAUNCHED in os.environ else ""
     with contextlib.suppress(OSError, ValueError, SystemExit):  # a closed pipe must not keep us alive
         sys.stdout.flush()
@@ -104,8 +105,8 @@ def _leave(text: str, code: int) -> None:
 
 
 def exit_with_parent() -> str:
-    """In a self-launched child, first of all: return the launcher's one-line message, and from now on end
-    this process at once when the parent is gone (stdin closes) or asks for it in the same way."""
+    """Returns the launcher's one-line message, and from then on ends this process as soon as its parent closes stdin,
+    on purpose or by its own end. A self-launched child calls this first of all."""
     stdin = sys.stdin.fileno()
     parent = os.getppid()
     message = bytearray()
@@ -119,7 +120,7 @@ def exit_with_parent() -> str:
 
 
 def _watch_parent(stdin: int, parent: int) -> None:
-    # A fork of the parent may hold the other end of the pipe open: so the parent's id is watched as well.
+    # A fork of the parent may hold the other end of the pipe open, so we watch the parent's id as well.
     while os.getppid() == parent:
         readable, _, _ = select.select([stdin], [], [], _PARENT_POLL_S)
         if readable and not os.read(stdin, 4096):

@@ -1,4 +1,4 @@
-"""One piece of work over a group of ranks, without an engine: launched, met, done, left."""
+"""Runs one piece of work on a group of ranks, without an engine: launches the ranks, lets them meet, and leaves."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,10 +18,11 @@ def run_in_group(
     message: str = "",
     command: tuple[str, ...] = WORKER_COMMAND,
 ) -> Result:
-    """Runs `work` on this rank, bound to its NUMA node, while the others run theirs; returns what it returns.
+    """Runs `work` on this rank, bound to its NUMA node, while the other ranks run theirs; returns its result.
 
-    Rank 0 of a self-launch starts the others by `command`, with `message` (one line) on their stdin. `work` drops every
-    CUDA graph that it captured. Raises ValueError for a device that is not there, RankFailed if another rank ended.
+    Rank 0 of a self-launch starts the others by `command`, with `message` (one line) on their stdin. `work` has to drop
+    every CUDA graph that it captured. Raises ValueError for a device that is not there, RankFailed if another rank
+    ended.
     """
     position = launch.rank, launch.tp_size, launch.local_rank, device, launch.num_local_ranks
     try:

@@ -1,12 +1,13 @@
-"""How a thread gets out of what ranks do together when one of them has failed: an exception first. No torch.
+"""The guard, which brings threads out of what ranks do together when a rank has failed. Torch-free.
 
-      0 s   the actions of `on_failure`: the abort word is set, connections are cut, children are ended. Whoever waits
-            for another rank gets PeerLost
-      1 s   who is still inside computes: PeerLost is raised in that thread, at the next line of Python that it runs
-    3.5 s   who is still inside will not run one (a kernel that never ends): message, os._exit
+      0 s   the actions of `on_failure` run: they set the abort word, cut connections and end children. A thread that
+            waits for another rank gets PeerLost
+      1 s   a thread that is still inside is computing: PeerLost is raised in it, at the next line of Python it runs
+    3.5 s   a thread that is still inside will run no such line (its kernel never ends): the failure is shown, and
+            os._exit ends the process
 
-Where nobody is inside the failure is shown, and raised when somebody comes in. What it does not know: how a failure
-comes to light (pulse.py, children.py).
+Where no thread is inside, the failure is shown, and raised in the next thread that comes in. This file does not know
+how a failure comes to light (pulse.py, children.py).
 """
 
 import contextlib
@@ -21,30 +22,30 @@ from penstock.parallel.failure import PeerLost, RankFailed, exit_after, is_shown
 
 INTERRUPT_S = 1.0
 EXIT_S = 2.5
-LEAVE_S = 20.0  # to free what was held, after the exception
+LEAVE_S = 20.0  # to free what the group held, after the exception
 _POLL_S = 0.05
 
 
 class Guard:
-    """`failure` is set once, from any thread."""
+    """The guard of one launch. `failure` is set once, by any thread."""
 
     def __init__(self):
         self.failure: RankFailed | None = None
-        self.show_after_s = 0.0  # where nobody is inside: a launcher may speak first
+        self.show_after_s = 0.0  # where no thread is inside, since a launcher may report the failure first
         self._known = threading.Event()
         self._actions: list[Callable[[], None]] = []
-        self._inside: set[int] = set()  # threads
+        self._inside: set[int] = set()  # identifiers of threads
         self._lock = threading.Lock()
-        self._told = False  # somebody raises it
+        self._told = False  # a caller has the failure, and raises it
         self._shown = self._closed = False
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Around all that waits for other ranks, or leaves them; may be nested."""
+        """A context for all that waits for other ranks, or leaves them; contexts may be nested."""
         me = threading.get_ident()
         outermost = me not in self._inside
         self._inside.add(me)
-        if outermost and self.failure is not None:  # leaving after it must not hang either
+        if outermost and self.failure is not None:  # leaving the group after a failure must not hang either
             self._start(lambda: self._end_process(LEAVE_S))
         try:
             yield
@@ -52,20 +53,20 @@ class Guard:
             if outermost:
                 try:
                     self._come_out(me)
-                except PeerLost:  # the interrupt, of which there is but one
+                except PeerLost:  # the interrupt of _interrupt, which comes once
                     self._come_out(me)
 
     @property
     def busy(self) -> bool:
-        """Whether another thread is inside."""
+        """Tells whether another thread is inside."""
         return bool(self._inside - {threading.get_ident()})
 
     def on_failure(self, action: Callable[[], None]) -> None:
-        """To be done at once when a failure is known, in a thread of its own."""
+        """Adds an action that runs as soon as a failure is known, in a thread of its own."""
         self._actions.append(action)
 
     def fail(self, failure: RankFailed) -> None:
-        """Another rank has failed; only the first failure counts."""
+        """Takes the failure of another rank, runs the actions and brings threads out. Only the first failure counts."""
         with self._lock:
             if self.failure is not None or self._closed:
                 return
@@ -75,7 +76,7 @@ class Guard:
         self._start(self._get_out if self._inside else self._show_late)
 
     def wait(self, seconds: float) -> RankFailed | None:
-        """The failure, as soon as it is known, for the caller to raise."""
+        """Waits for a failure for so many seconds at most; returns it, for the caller to raise, or None."""
         self._told = True
         self._known.wait(seconds)
         return self.failure
@@ -87,19 +88,19 @@ class Guard:
             raise self.failure
 
     def show(self, failure: RankFailed) -> None:
-        """On stderr, once, unless this process' parent does."""
+        """Shows the failure on stderr, once, unless the parent of this process does."""
         if not self._shown and not is_shown_by_parent(failure):
             self._shown = True
             print(f"penstock: {failure}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """From now on nothing is a failure."""
+        """Takes no more failures."""
         self._closed = True
         self._actions.clear()
 
     def _act(self) -> None:
         for action in list(self._actions):
-            with contextlib.suppress(Exception):  # it helps, or it does not: what follows gets us out
+            with contextlib.suppress(Exception):  # the interrupt and the exit below remain
                 action()
 
     def _start(self, work: Callable[[], None]) -> threading.Thread:
@@ -119,7 +120,7 @@ class Guard:
 
     def _end_process(self, seconds: float) -> None:
         if not self._wait_for_exit(seconds):
-            self._start(lambda: self.show(self.failure))  # stderr may be a pipe that nobody reads
+            self._start(lambda: self.show(self.failure))  # in a thread, since stderr may be a pipe that nobody reads
             time.sleep(_POLL_S)
             os._exit(exit_after(self.failure))
 
@@ -137,10 +138,10 @@ class Guard:
     def _come_out(self, thread: int) -> None:
         with self._lock:
             self._inside.discard(thread)
-            _raise_in(thread, None)  # an interrupt that has not come yet is taken back
+            _raise_in(thread, None)  # takes back an interrupt that has not been raised yet
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raises in another thread when it next runs Python; None takes it back."""
+    """Raises `error` in another thread when that next runs Python; None takes back an error not raised yet."""
     which = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), which)

@@ -1,4 +1,4 @@
-"""The network interface that ranks are told to meet over. What gloo says of one that will not do is a traceback of
+"""Checks the network interface over which ranks are told to meet. For a useless one gloo would show a traceback of
 every rank."""
 
 import fcntl
@@ -14,8 +14,8 @@ _IPV6 = Path("/proc/net/if_inet6")
 
 
 def check_interfaces() -> None:
-    """Raises ValueError, naming the variable, for an interface that is not on this host or has no address. It may name
-    several, which gloo takes in turn."""
+    """Raises ValueError, naming the variable, for an interface that is not on this host or has no address. The variable
+    may name several interfaces, which gloo takes in turn."""
     asked = os.environ.get(VARIABLE, "")
     there = [name for _, name in socket.if_nameindex()]
     for name in asked.split(",") if asked else ():
@@ -26,7 +26,7 @@ def check_interfaces() -> None:
 
 
 def has_address(name: str) -> bool:
-    """Of IPv4 or IPv6, as far as this system says."""
+    """Tells whether an interface has an IPv4 or IPv6 address; where the system is not Linux, true."""
     if sys.platform != "linux":
         return True
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:

@@ -1,12 +1,12 @@
-"""Three ways into a group of ranks, one result: a `Launch`.
+"""Three ways into a group of ranks, all of which give a `Launch`.
 
     torchrun               the environment says who this process is
     one rank               nothing to start, nothing to meet
     N ranks, no torchrun   this process is rank 0 and starts the others itself (children.py), as subprocesses
                            with torchrun's environment: no pickle, no re-import of the user's main
 
-Whatever goes wrong, the rank that failed first is the one that is shown, and no process stays behind.
-What it does not know: what the ranks do, and what the message to them means.
+Whatever goes wrong, the user sees the rank that failed first, and no process stays behind.
+This file does not know what the ranks do, nor what the message to them means.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from penstock.parallel.pulse import Pulse
 
 __all__ = ["Launch", "PeerLost", "RankFailed", "exit_with_parent", "resolve_launch", "run_rank"]
 
-# -P: the child finds what this process runs, whatever lies in the working directory.
+# -P lets the child import what this process runs, whatever lies in the working directory.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "penstock", "worker")
 _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LEFT = "has left: its LLM was closed"
@@ -46,11 +46,11 @@ _POLL_S = 0.02
 
 @dataclass
 class Launch:
-    """This process' position among the ranks, and for rank 0 of a self-launch its children.
+    """The position of this process among the ranks and, on rank 0 of a self-launch, its children.
 
-    `kind` is solo, torchrun, parent (rank 0 of a self-launch) or child. Only a parent has `listener`, the
-    bound socket where ranks meet; `store` is where they have met (rendezvous.py). Every kind may call every
-    method; only a parent starts and ends processes.
+    `kind` is solo, torchrun, parent (rank 0 of a self-launch) or child. Only a parent has a `listener`, the bound
+    socket where ranks meet; `store` is the store where they have met (rendezvous.py). Every kind may call every method;
+    only a parent starts and ends processes.
     """
 
     kind: str
@@ -73,10 +73,10 @@ class Launch:
             self._guard.show_after_s = LAUNCHER_WAIT_S
 
     def start(self, message: str, command: tuple[str, ...] | list[str] = WORKER_COMMAND) -> None:
-        """Start the other ranks of a self-launch, each with `message` (one line) on its stdin.
+        """Starts the other ranks of a self-launch, each with `message` (one line) on its stdin.
 
-        Raises ValueError, naming MASTER_PORT, if the user chose a port that is in use, and as check_interfaces does; no
-        child runs then.
+        Raises ValueError, naming MASTER_PORT, if the user chose a port that is in use, and what check_interfaces
+        raises; no child runs then.
         """
         if self.kind != "parent":
             return
@@ -93,7 +93,7 @@ class Launch:
         self._children.watch()
 
     def of_size(self, tensor_parallel_size: int | None) -> "Launch":
-        """The launch of as many ranks: this one, or where no launcher is, that of a parent.
+        """Returns the launch of that many ranks: this one (also for None), or for a single process that of a parent.
 
         Raises ValueError if torchrun started another number.
         """
@@ -106,9 +106,10 @@ class Launch:
         return Launch("parent", tp_size=tensor_parallel_size, num_local_ranks=tensor_parallel_size)
 
     def hear(self, processes: list[Process], share: Callable[[str | None], str], addresses: list[str]) -> None:
-        """From now on each rank hears whether the others live, and rank 0 is heard by all when this returns there. All
-        ranks call it: `processes` by rank; `share` gives what rank 0 puts in to all; `addresses` are rank 0's, none
-        where all ranks share a host."""
+        """Starts this rank's pulse, from which each rank hears whether the others live. All ranks call it; once it
+        returns on rank 0, all hear rank 0. `processes` are those of the ranks, by rank. `share` passes rank 0's
+        argument to all ranks and returns it. `addresses` are those of rank 0; there are none where all ranks share a
+        host."""
         self._pulse = Pulse(self.rank, processes, self._suspect)
         if self.rank > 0:
             self._pulse.join(share(None))
@@ -120,13 +121,13 @@ class Launch:
 
     @contextlib.contextmanager
     def guard(self, own: bool = False) -> Iterator[None]:
-        """Around all that ranks do together, from `start` to the shutdown message.
+        """A context for all that ranks do together, from `start` to the shutdown message.
 
-        Raises RankFailed instead of PeerLost, on entry too, and instead of whatever else comes of another rank's
-        failure. Any exception, also this rank's own, is told to the others and ends them: after it the ranks no longer
-        agree on what comes next. So check a user's input before, and never yield from a generator in here
-        (GeneratorExit is an exception too). `own`: what is raised in here comes of nothing else, and stays what it is.
-        A failure elsewhere gets this thread out (guard.py).
+        It raises RankFailed instead of PeerLost, on entry too, and instead of any other error that another rank's
+        failure brings about here. Any exception in it, this rank's own too, is told to the other ranks and ends them,
+        since the ranks no longer agree on what comes next. So check a user's input before you enter, and never yield
+        from a generator in here (GeneratorExit is an exception too). With `own` an exception of this rank stays what it
+        is, even if another rank has failed as well. If another rank fails, this thread is brought out (guard.py).
         """
         try:
             with self.leaving():
@@ -137,32 +138,36 @@ class Launch:
         except BaseException as error:
             self.give_up(error)
             if isinstance(error, Exception) and (failure := self._guard.wait(0)) and not own:
-                raise failure from None  # it comes of it: an interrupt may look otherwise by now
+                raise failure from None  # the error follows from it: an interrupt may have become another exception
             raise
 
     def leaving(self) -> contextlib.AbstractContextManager[None]:
-        """Around what may wait for other ranks but needs none of them: it cannot hang after a failure."""
+        """A context for work that may wait for other ranks but does not need them: it cannot hang after a failure."""
         return self._guard.inside()
 
     def on_failure(self, action: Callable[[], None]) -> None:
-        """What to do at once, in another thread, when another rank has failed: so that nothing waits for it."""
+        """Adds an action that another thread runs as soon as another rank has failed, so that nothing waits for that
+        rank."""
         self._guard.on_failure(action)
 
     def check(self) -> None:
-        """Raise RankFailed if another rank has failed, RuntimeError if an earlier error has ended the others."""
+        """Raises RankFailed if another rank has failed, RuntimeError if an earlier error has ended the others."""
         self._guard.check()
         if self._failed:
             raise RuntimeError("the other ranks were ended after an earlier error")
 
     @property
     def healthy(self) -> bool:
-        """Whether the other ranks, as far as this one knows, still follow, and no other thread works with them."""
+        """Tells whether the other ranks, as far as this one knows, still follow, and no other thread works with
+        them."""
         return self._guard.failure is None and not self._failed and not self._guard.busy
 
     def explain(self, error: PeerLost) -> Exception:
-        """What to raise for a lost peer: RankFailed with its exit status and traceback, once that is known.
+        """Returns the error to raise for a lost peer: RankFailed with its exit status and traceback, if they become
+        known in time, else `error`.
 
-        Under torchrun after 5 s in which torchrun, which may have seen the failure too, ends this process.
+        Under torchrun it waits LAUNCHER_WAIT_S first: torchrun may have seen the failure too, and then ends this
+        process.
         """
         if self.tp_size == 1:
             return error
@@ -175,7 +180,7 @@ class Launch:
         return failure or error
 
     def give_up(self, error: BaseException) -> None:
-        """Tell the others why this rank follows no longer, and end the children. Idempotent."""
+        """Tells the other ranks why this one no longer follows, and ends the children. Idempotent."""
         if self.tp_size > 1 and not self._failed:
             self._failed = True
             if self._pulse is not None and self._guard.failure is None:
@@ -183,7 +188,7 @@ class Launch:
         self.abort()
 
     def close(self) -> None:
-        """After the engine's shutdown message: wait for the children to end, then make them. Idempotent."""
+        """Waits for the children to end after the engine's shutdown message, then ends them. Idempotent."""
         self._guard.close()
         if self._pulse is not None:
             self._pulse.leave()
@@ -193,12 +198,12 @@ class Launch:
         self._close_listener()
 
     def abort(self) -> None:
-        """End the children now, whatever they are doing. Idempotent."""
+        """Ends the children now, whatever they are doing. Idempotent."""
         self._children.abort()
         self._close_listener()
 
     def _suspect(self, failure: RankFailed) -> None:
-        """The pulse has heard of a failure. Of a child its exit status may say more."""
+        """Takes a failure that the pulse has heard of. If a child failed, its exit status may say more."""
         if self.kind == "parent" and not failure.stopped:
             self._children.suspect(failure)
         else:
@@ -225,7 +230,7 @@ class Launch:
 
 
 def _described(rank: int, error: BaseException) -> RankFailed:
-    """An exception of this rank's, as the others raise it."""
+    """The RankFailed that the other ranks raise for an exception of this one."""
     if isinstance(error, KeyboardInterrupt):
         return RankFailed(rank, "was interrupted")
     if isinstance(error, PeerLost):
@@ -234,21 +239,21 @@ def _described(rank: int, error: BaseException) -> RankFailed:
 
 
 def python_path() -> str:
-    """PYTHONPATH of a child, which has to find what this process runs: the folder that holds `penstock`, first."""
+    """The PYTHONPATH of a child: the folder of our `penstock` comes first, so that the child runs the same code."""
     package = Path(importlib.util.find_spec(__name__.partition(".")[0]).origin).resolve()
     return os.pathsep.join([str(package.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def resolve_launch(tensor_parallel_size: int | None = None) -> Launch:
-    """Who this process is, from torchrun's environment or the number of ranks asked for. Starts nothing.
+    """Finds the position of this process, from torchrun's environment or the number of ranks asked for. Starts nothing.
 
-    Raises ValueError if that environment is incomplete, or the number unlike its WORLD_SIZE.
+    Raises ValueError if that environment is incomplete, or its WORLD_SIZE is another number.
     """
     return _launched().of_size(tensor_parallel_size)
 
 
 def _launched() -> Launch:
-    """Who this process is as its environment says; one rank where that says nothing."""
+    """The launch that the environment describes; a single rank where it describes none."""
     env = os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Launch("solo")
@@ -271,7 +276,7 @@ def _launched() -> Launch:
 
 
 def _listen(port: str) -> socket.socket:
-    """A listening socket on this host only, bound before any child runs: so nobody can take the port."""
+    """Opens a listening socket on this host only, bound before any child runs, so that nobody can take the port."""
     if not port.isdecimal():
         raise ValueError(f"MASTER_PORT={port!r}: expected a port number")
     listener = socket.socket()

@@ -1,8 +1,8 @@
-"""What crossed a link: calls and bytes by site. Torch-free. One ledger counts what a rank of the engine moves, weights
-to its device and sums over ranks; another what crosses between the two sides of a split execution.
+"""Ledgers of transfers: calls and bytes by site. Torch-free.
 
-Bytes are those of tensors in the dtype in which they cross; the headers of a socket's frames and the ranks' control
-messages are not among them.
+One ledger counts what a rank of the engine moves: weights to its device, and sums over ranks. Another counts what
+crosses between the two sides of a split execution. Bytes are those of tensors, in the dtype in which they cross; the
+headers of a socket's frames and the ranks' host messages are not counted.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 
 class Site(NamedTuple):
-    """Where in the model a call is made. The embedding, and what is not of one layer, has layer_idx -1, the head
-    num_layers."""
+    """The operation and layer of the model that make a call. layer_idx is num_layers for the head, and -1 for the
+    embedding and whatever belongs to no layer."""
 
     operation: str
     layer_idx: int
@@ -20,8 +20,8 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Transfer:
-    """Calls, and what they moved: `sent_bytes` from the host (side) to the device (side), `received_bytes` back. A sum
-    over ranks sends the bytes of its tensor, whatever way they take."""
+    """Calls, and the bytes that they moved: `sent_bytes` from the host (side) to the device (side), `received_bytes`
+    back. A sum over ranks counts as sending the bytes of its tensor, whichever way it takes."""
 
     num_calls: int = 0
     sent_bytes: int = 0
@@ -37,13 +37,13 @@ class Transfer:
 
 
 class TransferLedger:
-    """Predicted and counted ledgers are equal where their sites are.
+    """Transfers by site. Two ledgers, such as a predicted and a counted one, are equal if all their sites are.
 
     `copy`, `-`, `update` and `clear` do what a Counter's do: a CUDA graph's replay adds what its capture counted.
     """
 
     def __init__(self):
-        self._moved: dict[Site, list[int]] = {}  # a Transfer's fields, in place: a pass adds to hundreds of sites
+        self._moved: dict[Site, list[int]] = {}  # a Transfer's fields; a list, since a pass adds to hundreds of sites
 
     def add(self, site: Site, sent_bytes: int, received_bytes: int = 0) -> None:
         """Counts one call."""
@@ -54,20 +54,20 @@ class TransferLedger:
 
     @property
     def sites(self) -> dict[Site, Transfer]:
-        """In the order of their first calls."""
+        """The transfers by site, in the order of the sites' first calls."""
         return {site: Transfer(*moved) for site, moved in self._moved.items()}
 
     def at(self, site: Site) -> Transfer:
         return Transfer(*self._moved.get(site, ()))
 
     def only(self, is_wanted: Callable[[Site], bool]) -> "TransferLedger":
-        """A ledger of these sites alone, as they are now."""
+        """A ledger of the wanted sites alone, as they are now."""
         part = TransferLedger()
         part._moved = {site: list(moved) for site, moved in self._moved.items() if is_wanted(site)}
         return part
 
     def operation(self, *names: str) -> Transfer:
-        """All calls of these operations together."""
+        """The sum of all calls of these operations."""
         return self.only(lambda site: site.operation in names).total
 
     @property
@@ -75,7 +75,7 @@ class TransferLedger:
         return total(self.sites.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: `total`, `operations` by name, and a row for each of the `sites`."""
+        """A dict for JSON: `total`, `operations` by name, and a row for each of the `sites`."""
         names = dict.fromkeys(site.operation for site in self._moved)
         return {
             "total": vars(self.total),
@@ -101,7 +101,7 @@ class TransferLedger:
                 own[2] += received_bytes
 
     def __sub__(self, before: "TransferLedger") -> "TransferLedger":
-        """What was counted since; sites that counted nothing are left out."""
+        """The transfers since `before`, without the sites that had none."""
         gain = TransferLedger()
         for site, moved in self._moved.items():
             gained = [now - then for now, then in zip(moved, before._moved.get(site, (0, 0, 0)))]

@@ -1,4 +1,4 @@
-"""What ranks on GPUs say to each other by NCCL alone, behind the Protocol of collectives.py."""
+"""Collectives of ranks on GPUs over NCCL alone."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from penstock.parallel.collectives import Distributed
 
-# torch 2.13 warns about the older name, 2.11 has no other.
+# torch 2.13 warns about the older name, and 2.11 has only that.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Nccl(Distributed):
-    """CUDA tensors over NCCL, on the caller's stream; host messages over a gloo group of its own. Captured calls have a
-    communicator of their own: an eager call never meets one that a graph has under way."""
+    """Collectives of CUDA tensors over NCCL, on the caller's stream; host messages go over a gloo group. Captured calls
+    have a communicator of their own, so that an eager call never meets one that a graph has under way."""
 
     uses_gpus = True
 

@@ -1,4 +1,4 @@
-"""Processes as Linux sees them: on which host, and whether one is stopped or gone. No torch."""
+"""Processes as Linux sees them: their host, and whether one is stopped or gone. Torch-free."""
 
 import os
 import socket
@@ -12,13 +12,13 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """A process, wherever it is. `host` is equal where process ids mean the same."""
+    """A process on any host. Two have the same `host` if one table of process ids has both."""
 
     host: str
     pid: int
 
     def state(self) -> str:
-        """GONE, STOPPED (SIGSTOP; one that a debugger holds is not) or ALIVE; UNKNOWN on another host."""
+        """The state: GONE, STOPPED (by SIGSTOP, not by a debugger) or ALIVE; UNKNOWN on another host."""
         return process_state(self.pid) if self.host == host_id() else UNKNOWN
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def process_state(pid: int) -> str:
 
 
 def host_id() -> str:
-    """The boot of this machine and the namespace of its process ids; the host's name where Linux does not say."""
+    """The identity of this machine's boot and of its process ids; without /proc the host's name."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"

@@ -1,16 +1,17 @@
-"""Which ranks live: each says so twice a second, and why it leaves. No torch.
+"""The pulse between ranks, by which each knows which others live: every rank says so twice a second, and says why it
+leaves. Torch-free.
 
-A star of TCP connections with rank 0 in the middle, and a thread on every rank. A line is a message: an empty one is a
-beat; JSON says that a rank has failed (which, why, with its traceback), or that it leaves. Rank 0 passes a failure on
-to all, so the first that reaches it is the cause that all raise.
+TCP connections join every rank to rank 0, and each rank has a thread for them. A message is a line: an empty line is a
+beat; a line of JSON says that a rank has failed (which, why, with its traceback), or that it leaves. Rank 0 passes a
+failure on to all, so the first one that reaches rank 0 is the cause that all ranks raise.
 
     a rank raises       it says so before it leaves, whether or not its process goes on
     a rank is killed    its connection ends without a word, or Linux says that its process is gone
-    a rank is stopped   no beats for STOPPED_S, and Linux says that its process is stopped
-    on another host     no beats for SILENT_S: Linux there cannot be asked
+    a rank is stopped   no beats come for STOPPED_S, and Linux says that its process is stopped
+    on another host     no beats come for SILENT_S, since we cannot ask Linux there
 
-No beats from a process that Linux calls alive: it compiles, loads, or keeps Python's lock. However long, it lives.
-What it does not know: what becomes of this rank then (guard.py), nor the launcher (children.py).
+A process that Linux calls alive may be silent for any time: it compiles, loads, or holds Python's lock. This file does
+not know what becomes of this rank after a failure (guard.py), nor the launcher (children.py).
 """
 
 import contextlib
@@ -33,13 +34,13 @@ _SEND_S = 2.0
 _ECHO_S = 1.0
 _LEAVE_S = 1.0
 _MOST_BYTES = 1 << 20  # of a line
-_MOST_TRACEBACK = 16_000  # characters that are sent
+_MOST_TRACEBACK = 16_000  # characters of a traceback that are sent
 ENDED = "ended without a word (was it killed?)"
 
 
 class Pulse:
-    """This rank's end. `failure` is the first that it heard of, its own included; `on_failure` is called with it once,
-    in the pulse's thread, unless it is this rank's own. `left` has the ranks that have left, by rank."""
+    """The pulse of this rank. `failure` is the first failure of which it heard, its own included. The pulse's thread
+    calls `on_failure` with it once, unless it is this rank's own. `left` are the ranks that have left."""
 
     def __init__(self, rank: int, processes: list[Process], on_failure: Callable[[RankFailed], None]):
         self.rank, self.processes = rank, processes
@@ -59,8 +60,8 @@ class Pulse:
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def host(self, addresses: list[str]) -> str:
-        """Rank 0: begins, and returns what the others need to `join`. `addresses` are its own; none: the ranks share
-        this host."""
+        """Starts the pulse on rank 0, and returns the text that the others need to `join`. `addresses` are those of
+        rank 0; there are none where all ranks share this host."""
         family = socket.AF_INET6 if any(":" in address for address in addresses) else socket.AF_INET
         self._listener = socket.create_server(("" if addresses else "127.0.0.1", 0), family=family)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -70,11 +71,11 @@ class Pulse:
 
     @property
     def is_whole(self) -> bool:
-        """Rank 0: whether every other rank has joined, and hears what this one says."""
+        """Tells, on rank 0, whether every other rank has joined and so hears this one."""
         return len(self._sockets) == len(self._quiet_s)
 
     def join(self, where: str) -> None:
-        """The other ranks: begins. Raises OSError if rank 0 cannot be reached."""
+        """Starts the pulse on a rank other than 0. Raises OSError if rank 0 cannot be reached."""
         told = json.loads(where)
         for address in told["addresses"]:
             try:
@@ -88,7 +89,7 @@ class Pulse:
         self._thread.start()
 
     def say_failed(self, failure: RankFailed) -> None:
-        """This rank has failed: tells the others, unless there was an earlier failure. Returns when rank 0 has it."""
+        """Tells the others that this rank has failed, unless one failed before; waits until rank 0 has heard it."""
         with self._lock:
             if self.failure is not None:
                 return
@@ -98,12 +99,12 @@ class Pulse:
             self._echoed.wait(_ECHO_S)
 
     def leave(self) -> None:
-        """Says goodbye and ends; idempotent."""
+        """Tells the others that this rank leaves, and ends the pulse; idempotent."""
         if self._leaving:
             return
         self._leaving = True
         self._send_all(_line({"leaves": self.rank}))
-        if self._thread.ident not in (None, threading.get_ident()):  # the garbage collector runs in any thread
+        if self._thread.ident not in (None, threading.get_ident()):  # the garbage collector may call this in any thread
             self._thread.join(_LEAVE_S)
         for peer in list(self._sockets):
             self._drop(peer)
@@ -119,7 +120,7 @@ class Pulse:
             if elapsed_s >= BEAT_S:
                 beat_at += elapsed_s
                 self._send_all(b"\n")
-                self._judge(min(elapsed_s, 2 * BEAT_S))  # if this thread slept, it is no silence of theirs
+                self._judge(min(elapsed_s, 2 * BEAT_S))  # if this thread slept, the others were not silent
         self._close()
 
     def _accept(self) -> None:
@@ -144,7 +145,7 @@ class Pulse:
     def _read(self, peer: int) -> None:
         try:
             data = self._sockets[peer].recv(1 << 16)
-        except KeyError:  # dropped by leave()
+        except KeyError:  # leave() has dropped it
             return
         except OSError:
             data = b""
@@ -179,7 +180,7 @@ class Pulse:
                 self._hear(RankFailed(peer, f"gave no sign of life for {SILENT_S:.0f} s", stopped=True))
 
     def _hear(self, failure: RankFailed) -> None:
-        """Passes on the first failure."""
+        """Takes a failure, and passes on the first one."""
         with self._lock:
             is_first, own = self.failure is None, failure.rank == self.rank
             if is_first:
@@ -194,7 +195,7 @@ class Pulse:
     def _send_all(self, line: bytes) -> None:
         with self._lock:
             for connection in list(self._sockets.values()):
-                with contextlib.suppress(OSError):  # its reader will see why
+                with contextlib.suppress(OSError):  # _read will find out why
                     connection.sendall(line)
 
     def _drop(self, peer: int) -> None:
@@ -218,7 +219,7 @@ class Pulse:
 
 
 def stopped_for(seconds: float) -> str:
-    """Completes the sentence "rank N ..."."""
+    """Completes the sentence "rank N ..." for a stopped rank."""
     return f"was stopped (SIGSTOP) for more than {seconds:.0f} s"
 
 
@@ -232,7 +233,7 @@ def _failure_line(failure: RankFailed) -> bytes:
 
 
 def _first_line(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
-    """Raises OSError if none comes in time."""
+    """Receives the first line and the bytes behind it. Raises OSError if no line comes in time."""
     received = b""
     while b"\n" not in received:
         data = connection.recv(4096)

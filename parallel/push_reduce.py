@@ -1,27 +1,27 @@
 """The sum of small tensors over ranks in one kernel: every rank writes its part into every other rank's memory.
 
 Shapes: W 32-bit words of a program, size ranks.
-A sum of a few KiB is all latency. To read peers' memory costs a barrier, a round trip and a second barrier; a write
-goes one way and is its own flag: a word that holds EMPTY has not arrived. A rank polls its own memory until no word is
-EMPTY, empties the words for a later call, sums in fp32 and rounds once. Data and flag are one aligned word of 32 bits,
-which is never seen half written, and polls are volatile loads (relaxed, of system scope, past L1): no fence is needed.
-EMPTY is a NaN in every dtype; a part that holds this very word sends another NaN. All ranks sum the same words in the
-same order, so they get the same bits, whatever stands beside an element.
+The time of a sum of a few KiB is all latency. Reading peers' memory costs a barrier, a round trip and a second barrier;
+a write goes one way and is its own flag, since a word that holds EMPTY has not arrived. A rank polls its own memory
+until no word is EMPTY, empties the words for a later call, sums in fp32 and rounds once. Data and flag are one aligned
+word of 32 bits, which nobody sees half written, and polls are volatile loads (relaxed, of system scope, past L1), so no
+fence is needed. EMPTY is a NaN in every dtype; a part that holds this very word sends another NaN instead. All ranks
+sum the same words in the same order, so they get the same bits, whatever other elements the tensor has.
 
-Calls take the halves of the buffer in turn; which is next stands in device memory, where each call, eager or replayed,
-flips it. Two are enough:
+Calls take the two halves of the buffer, h0 and h1, in turn. Which half is next is noted in device memory, where each
+call, eager or replayed, flips it. Two halves are enough:
 
     rank 0 | call n: push h0, poll, empty h0 | call n+1: push h1, poll h1 .................... | call n+2: push h0
     rank 1 | call n: push h0, poll ................... empty h0 | call n+1: push h1, poll h1 ...
                                                                             `-> rank 0 goes on
 
-A kernel starts when the one before it on its rank has ended. Rank 0 pushes call n+2 after its call n+1, which waited
-for a part of rank 1's call n+1, which started after rank 1's whole call n: h0 had been read and emptied. What a call
-sums may have any size, since halves belong to whole calls, not to offsets in a half.
+A kernel starts when the one before it on its rank has ended. Rank 0 pushes call n+2 after its call n+1 has ended. That
+call waited for a part of rank 1's call n+1, which started after rank 1's call n had ended and so had read and emptied
+h0. A call may sum any size, since a half belongs to a whole call.
 
-A program waits for the same program of every peer, and pushes before it polls. MAX_PROGRAMS of them are on a device
-together, so none waits for one that cannot start. A rank that is gone leaves the others polling until the abort word,
-in their own host memory, is 1; they read it in one of POLLS_A_CHECK turns. What they sum then means nothing.
+A program waits for the same program of every peer, and pushes before it polls. MAX_PROGRAMS programs run on a device
+together, so none waits for one that cannot start. If a rank is gone, the others poll until the abort word, in their own
+host memory, is 1; they read it in one of POLLS_A_CHECK turns. Their sums then mean nothing.
 Tried, compiled for sm_90 only: accesses of 16 bytes; peers' addresses as arguments, since loaded ones delay the pushes.
 Not tried: threads that poll their own words alone, clusters.
 """
@@ -39,11 +39,11 @@ except ImportError:  # a CPU install has no triton
 
 calls = {"triton": 0}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_BYTES = 2**20  # of a part: beyond, what every rank sends to each other one takes longer than two steps
+MOST_BYTES = 2**20  # of a part: for larger ones sending all to every rank takes longer than torch's two-shot
 MAX_PROGRAMS = 128  # an H200 has 132 SMs
 NUM_HALVES = 2
 WORD_BYTES = 4
-SLOT_WORDS = MOST_BYTES // WORD_BYTES
+PART_WORDS = MOST_BYTES // WORD_BYTES
 LEAST_BLOCK_WORDS = 512
 EMPTY = -1  # all ones
 POLLS_A_CHECK = 1024  # a turn takes less than a microsecond; the word is read over PCIe
@@ -51,10 +51,10 @@ POLLS_A_CHECK = 1024  # a turn takes less than a microsecond; the word is read o
 
 @dataclass(frozen=True)
 class PeerBuffers:
-    """Where the parts of a sum meet. `words` (NUM_HALVES, size, SLOT_WORDS) int32 is this rank's memory: a slot a rank,
-    which that rank writes. `others` are the addresses of the other ranks' `words`, the next rank's first. `half`
-    (MAX_PROGRAMS,) int32 holds the next call's half in every entry: a program reads its own. `abort_word` (1,) int32 is
-    in host memory that the device reads."""
+    """The buffers in which the parts of a sum meet. `words` (NUM_HALVES, size, PART_WORDS) int32 is this rank's memory;
+    each rank writes to the PART_WORDS of its own. `others` are the addresses of the other ranks' `words`, the next
+    rank's first. `half` (MAX_PROGRAMS,) int32 holds the next call's half in every entry; a program reads its own entry.
+    `abort_word` (1,) int32 lies in host memory that the device can read."""
 
     rank: int
     size: int
@@ -65,18 +65,18 @@ class PeerBuffers:
 
 
 def fits(part: Tensor) -> bool:
-    """Can such parts be summed by `push_reduce`?"""
+    """Tells whether `push_reduce` can sum such parts."""
     return triton is not None and part.dtype in DTYPES and part.nbytes <= MOST_BYTES and part.nbytes % WORD_BYTES == 0
 
 
 def fits_rows(rows: Tensor) -> bool:
-    """Can such parts (T, D) be summed by a kernel with a program a row?"""
+    """Tells whether a kernel with a program a row can sum such parts (T, D)."""
     return fits(rows) and len(rows) <= MAX_PROGRAMS and rows.shape[1] * rows.itemsize % WORD_BYTES == 0
 
 
 def push_reduce(peers: PeerBuffers, part: Tensor, pushes: bool = True, collects: bool = True) -> None:
-    """Sums a contiguous `part` over ranks, in place, on the caller's stream. Ranks that share a process, as in a test,
-    all push before any collects."""
+    """Sums a contiguous `part` over ranks, in place, on the caller's stream. Where ranks share a process, as in a test,
+    all of them push (collects=False) before any collects (pushes=False)."""
     assert part.is_contiguous(), "push_reduce: strides: a part has no gaps"
     assert fits(part)
     calls["triton"] += 1
@@ -94,46 +94,46 @@ def push_reduce(peers: PeerBuffers, part: Tensor, pushes: bool = True, collects:
 if triton is not None:
     _EMPTY = tl.constexpr(EMPTY)
     _OTHER_NAN = tl.constexpr(0x7FFFFFFF)
-    _SLOT_WORDS = tl.constexpr(SLOT_WORDS)
+    _PART_WORDS = tl.constexpr(PART_WORDS)
     _POLLS_A_CHECK = tl.constexpr(POLLS_A_CHECK)
     _MAX_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
 
     @triton.jit
     def load_part(words, offset, inside):
-        """This rank's words (W,), as they are sent."""
+        """Loads this rank's words (W,) as they are sent: EMPTY becomes another NaN."""
         own = tl.load(words + offset, mask=inside, other=0)
         return tl.where(own == _EMPTY, _OTHER_NAN, own)
 
     @triton.jit
     def push(own, others, offset, inside, half, rank, size):
-        """Writes `own` (W,) to `offset` (W,) of this rank's slot in the memory of every other rank."""
-        slot = (half * size + rank) * _SLOT_WORDS
+        """Writes `own` (W,) to the offsets (W,) of this rank's words in the memory of every other rank."""
+        start = (half * size + rank) * _PART_WORDS
         for peer in tl.static_range(len(others)):
-            there = tl.multiple_of(others[peer].to(tl.pointer_type(tl.int32)), 16) + slot
+            there = tl.multiple_of(others[peer].to(tl.pointer_type(tl.int32)), 16) + start
             tl.store(there + offset, own, mask=inside)
 
     @triton.jit
     def collect(own, words, offset, inside, half, abort_word, rank, size, RANKS: tl.constexpr):
-        """The words (RANKS, W) of all ranks, once they are there, or this rank is to wait no longer; empties them. All
-        threads leave the loop together, so none empties or flips what another has yet to read."""
+        """Returns the words (RANKS, W) of all ranks and empties them, once they have arrived or the abort word is 1.
+        All threads leave the loop together, so none empties or flips what another has yet to read."""
         peer = tl.arange(0, RANKS)[:, None]
-        slots = words + (half * size + peer) * _SLOT_WORDS + offset[None, :]
+        theirs = words + (half * size + peer) * _PART_WORDS + offset[None, :]
         awaited = (peer != rank) & (peer < size) & inside[None, :]
         kept = tl.where(peer == rank, own[None, :], 0)
-        parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
+        parts = tl.load(theirs, mask=awaited, other=kept, volatile=True)
         turn, aborted = 0, 0
         while (tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0) & (aborted == 0):
-            parts = tl.load(slots, mask=awaited, other=kept, volatile=True)
+            parts = tl.load(theirs, mask=awaited, other=kept, volatile=True)
             turn += 1
             if turn == _POLLS_A_CHECK:
                 turn = 0
                 aborted = tl.load(abort_word, volatile=True)
-        tl.store(slots, _EMPTY, mask=awaited)
+        tl.store(theirs, _EMPTY, mask=awaited)
         return parts
 
     @triton.jit
     def sum_parts(parts, dtype: tl.constexpr):
-        """The sums of words (RANKS, W), one or two elements a word, rounded to dtype."""
+        """Sums words (RANKS, W), of one or two elements each, over ranks, and rounds to dtype."""
         if dtype.primitive_bitwidth == 32:
             total = tl.sum(parts.to(dtype, bitcast=True), 0)
         else:
@@ -144,7 +144,7 @@ if triton is not None:
 
     @triton.jit
     def flip(halves, half):
-        """Writes the next call's half to this program's entry, and to its share of those that no program reads now."""
+        """Writes the next call's half to this program's entry, and to its share of the unread entries."""
         offset = tl.arange(0, _MAX_PROGRAMS)
         tl.store(halves + offset, 1 - half, mask=offset % tl.num_programs(0) == tl.program_id(0))
 
@@ -168,4 +168,4 @@ if triton is not None:
             flip(halves, half)
 
 else:
-    collect = flip = load_part = push = sum_parts = None  # imported by the fused kernel
+    collect = flip = load_part = push = sum_parts = None  # the fused kernel imports them

@@ -1,4 +1,4 @@
-"""Which GPUs of a group reach each other's memory: each rank says what it sees, and all judge alike."""
+"""Finds out whether the GPUs of a group reach each other's memory: each rank says what it sees, and all judge alike."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,8 +9,8 @@ from penstock.parallel.processes import host_id
 
 @dataclass(frozen=True)
 class Reach:
-    """What one rank knows of its own device: the host, the GPU's identity ("" for a CPU), and the identities of GPUs on
-    this host whose memory it can use."""
+    """The facts that one rank knows of its device: the host, the GPU's identity ("" for a CPU), and the identities of
+    the GPUs on this host whose memory it can use."""
 
     host: str
     gpu: str
@@ -21,7 +21,7 @@ class Reach:
 
 
 def reach_of(device: torch.device) -> Reach:
-    """Of this process' device."""
+    """The facts of this process' device."""
     if device.type != "cuda":
         return Reach(host_id(), "")
     others = [gpu for gpu in range(torch.cuda.device_count()) if gpu != device.index]
@@ -34,12 +34,12 @@ def gpu_id(index: int) -> str:
 
 
 def all_reach_each_other(reaches: list[Reach]) -> bool:
-    """Whether all are on one host and each can use the memory of every other one. All ranks have the same `reaches`, so
-    they agree."""
+    """Tells whether all GPUs are on one host and each can use the memory of every other one. All ranks have the same
+    `reaches`, one a rank, so they agree."""
     same_host = len({one.host for one in reaches}) == 1
     return same_host and all(
         other.gpu in one.peers
-        for index, one in enumerate(reaches)
-        for place, other in enumerate(reaches)
-        if place != index
+        for rank, one in enumerate(reaches)
+        for other_rank, other in enumerate(reaches)
+        if other_rank != rank
     )

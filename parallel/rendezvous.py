@@ -1,7 +1,7 @@
-"""How ranks meet: a store at one address, where each says who it is; a pulse between them; then a process group, and
-the Collectives that the devices of all of them allow.
+"""The meeting of the ranks: each says in a store at one address who it is; then a pulse runs between them; then they
+form a process group, with the Collectives that all their devices allow.
 
-What it does not know: who starts the ranks (launch.py), and what they say to each other afterwards.
+This file does not know who starts the ranks (launch.py), nor what they say to each other afterwards.
 """
 
 import itertools
@@ -30,15 +30,15 @@ from penstock.parallel.topology import Topology
 Result = TypeVar("Result")
 MEETING_S = 600.0
 _POLL_S = 0.02
-_generation = itertools.count()  # keys of an earlier group in a launcher's store must not be read again
+_generation = itertools.count()  # of groups: keys of an earlier one in a launcher's store must not be read again
 
 
 def read_together(launch: Launch, read: Callable[[], Result]) -> Result:
-    """What `read` makes of what this rank was given. Under torchrun ranks meet before, so that each hears why another
-    one does not go on.
+    """Returns what `read`, which checks the input of this rank, returns. Under torchrun ranks meet before, so that each
+    hears why another one does not go on.
 
-    Raises what `read` raises, though other ranks may have failed: if all were given the same mistake, all raise it. The
-    others raise RankFailed.
+    Raises what `read` raises, even if other ranks have failed: if all ranks were given the same mistake, all raise it.
+    Ranks without a mistake raise RankFailed if another one has failed.
     """
     if launch.kind != "torchrun":
         return read()
@@ -49,13 +49,14 @@ def read_together(launch: Launch, read: Callable[[], Result]) -> Result:
 
 
 def meet(launch: Launch, timeout_s: float = MEETING_S, read: Callable[[], None] | None = None) -> dist.Store:
-    """The store of the ranks of `launch`, once all of them are there and hear each other; idempotent.
+    """Returns the store of the ranks of `launch`, once all of them are there and hear each other; idempotent. `read`
+    may check this rank's input meanwhile.
 
     Raises ValueError if the port is in use or this process has a group already, PeerLost if ranks are missing after
     `timeout_s`, and what `launch.check`, check_interfaces and `read` raise.
     """
     if launch.store is None:
-        if not _agent_has_store():  # the older group may hold its port
+        if not _agent_has_store():  # an older group may hold the store's port
             _check_no_group()
         _prepare_environment(launch.master_addr)
         store = _open_store(launch, timedelta(seconds=timeout_s))
@@ -72,7 +73,7 @@ def meet(launch: Launch, timeout_s: float = MEETING_S, read: Callable[[], None] 
 
 
 def _mistake(launch: Launch, read: Callable[[], None] | None) -> Exception | None:
-    """What this rank may have wrong for itself alone."""
+    """The mistake of this rank alone, if it has one."""
     try:
         _check_no_group()
         if launch.tp_size > 1:
@@ -85,8 +86,8 @@ def _mistake(launch: Launch, read: Callable[[], None] | None) -> Exception | Non
 
 
 def _end_meeting(meeting: "Meeting", mistake: Exception | None) -> None:
-    """Raises the mistake, but not before all ranks hear each other and know their own: what they hear then is another
-    rank's."""
+    """Raises this rank's mistake, but only once all ranks hear each other and know their own mistakes. If a rank hears
+    of a failure after that, it is another rank's."""
     try:
         meeting.tell("knows", True)
     except Exception:
@@ -97,7 +98,7 @@ def _end_meeting(meeting: "Meeting", mistake: Exception | None) -> None:
 
 
 def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) -> Collectives:
-    """Joins the group of the ranks of `launch`; meets them, if that has not been.
+    """Joins the group of the ranks of `launch`, and meets them first if they have not met.
 
     `timeout_s` bounds the meeting, every tensor collective and every barrier. Raises as `meet` does.
     """
@@ -129,13 +130,14 @@ def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) ->
 
 
 class Meeting:
-    """What ranks tell each other by way of the store. All tell the same things."""
+    """The exchange of facts between ranks through the store. All ranks make the same calls."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, check: Callable[[], None]):
         self.store, self.rank, self.size, self.timeout_s, self.check = store, rank, size, timeout_s, check
 
     def tell(self, what: str, own: object) -> list:
-        """What each rank tells (JSON), by rank. torch's own rendezvous could not be stopped if one had died."""
+        """Returns what each rank tells (JSON), by rank. We do not wait in torch's own rendezvous, since it cannot be
+        stopped if a rank has died."""
         deadline = time.monotonic() + self.timeout_s
         with peer_errors():
             self.store.set(f"{what}/{self.rank}", json.dumps(own))
@@ -153,8 +155,8 @@ class Meeting:
 
 
 def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:
-    """The same on all ranks. Symmetric memory needs every GPU to reach every other one; where it cannot, that is said
-    once."""
+    """Chooses the Collectives, the same on all ranks. Symmetric memory needs every GPU to reach the memory of every
+    other one; where that is not so, rank 0 warns."""
     if topology.device.type == "cpu":
         return Gloo
     if all_reach_each_other(reaches):
@@ -165,11 +167,11 @@ def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:
 
 
 def _addresses(launch: Launch) -> list[str]:
-    """Where ranks on other hosts may find this one: the address by which it sees the store, then its name."""
+    """Addresses where ranks on other hosts may find this one: that from which it reaches the store, and its name."""
     family, kind, _, _, address = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return [probe.getsockname()[0], socket.gethostname()]
+    with socket.socket(family, kind) as connection:
+        connection.connect(address)
+        return [connection.getsockname()[0], socket.gethostname()]
 
 
 def _check_no_group() -> None:
@@ -178,19 +180,20 @@ def _check_no_group() -> None:
 
 
 def _agent_has_store() -> bool:
-    """Whether torchrun's agent hosts the store."""
+    """Tells whether torchrun's agent hosts the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _prepare_environment(master_addr: str) -> None:
     os.environ["NCCL_GRAPH_REGISTER"] = "0"  # captured reduces must not register their buffers
     if master_addr in ("127.0.0.1", "localhost") and os.path.exists("/sys/class/net/lo"):
-        # Else gloo asks the resolver for the host's own name, which a container may not know.
+        # Without it gloo asks the resolver for the host's own name, which a container may not know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
-    """The store where ranks meet: torchrun's agent hosts it, else rank 0 does. A failure ends what waits for it."""
+    """Opens the store where ranks meet, which torchrun's agent or rank 0 hosts. A failure of a rank ends all waiting
+    for it."""
     hosts = launch.rank == 0 and not _agent_has_store()
     options = {} if launch.listener is None else {"master_listen_fd": launch.listener.detach()}
     connections = Connections()

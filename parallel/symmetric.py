@@ -1,11 +1,10 @@
 """All-reduces of small tensors through symmetric memory: ranks use each other's memory over NVLink directly.
 
-On four H200s, in a graph, NCCL takes 22 us for a small sum. Up to 1 MiB ranks push their parts to each other in one
-kernel (push_reduce.py; 2.9 us for 16 KiB, where torch's one-shot takes 8), which a caller may also do in a kernel of
-its own; up to LARGEST_BYTES torch's two-shot reads them, in pieces that its buffer holds. Which way a size takes is a
-table, the same for eager and captured passes and on all ranks: a crossover measured at start-up would change bits
-between runs, and ranks that choose differently hang.
-Multicast (NVLS) is not used.
+On four H200s, in a graph, NCCL takes 22 us for a small sum. Up to 1 MiB, ranks push their parts to each other in one
+kernel (push_reduce.py; 2.9 us for 16 KiB, where torch's one-shot takes 8), or in a kernel of the caller's. Up to
+LARGEST_BYTES torch's two-shot reads the parts, in pieces that its buffer holds. Fixed sizes decide which way a sum
+takes, the same for eager and captured passes and on all ranks: a crossover measured at start-up would change bits
+between runs, and ranks that choose differently hang. Multicast (NVLS) is not used.
 """
 
 import torch
@@ -16,25 +15,25 @@ from penstock.parallel.push_reduce import (
     EMPTY,
     MAX_PROGRAMS,
     NUM_HALVES,
-    SLOT_WORDS,
+    PART_WORDS,
     PeerBuffers,
     fits,
     fits_rows,
     push_reduce,
 )
 
-TWO_SHOT_BYTES = 16 * 2**20  # of the buffer, and so of a piece
-LARGEST_BYTES = TWO_SHOT_BYTES  # of a sum: larger ones go through NCCL. More, and they go through the buffer in pieces
+TWO_SHOT_BYTES = 16 * 2**20  # of the buffer, and so of the largest piece
+LARGEST_BYTES = TWO_SHOT_BYTES  # of a sum: larger ones go through NCCL. Were it more, they would be cut into pieces
 TWO_SHOT_DTYPES = (torch.bfloat16, torch.float32)
-UNIT_BYTES = 16  # of a two-shot sum on each rank: ragged ones go to NCCL
+UNIT_BYTES = 16  # of a two-shot sum on each rank: other sizes go through NCCL
 
 
 class Symmetric(Nccl):
-    """Nccl, but that sums of at most LARGEST_BYTES go through symmetric buffers."""
+    """Nccl, except that sums of at most LARGEST_BYTES go through symmetric memory."""
 
     def __init__(self, timeout_s: float):
         super().__init__(timeout_s)
-        self.num_symmetric = 0  # sums that took this way, apart from replays
+        self.num_symmetric = 0  # sums through symmetric memory, without those of replays
         self._name = dist.group.WORLD.group_name
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._buffers = {}
@@ -44,17 +43,17 @@ class Symmetric(Nccl):
         self._peer_buffers = self._meet()
 
     def _meet(self) -> PeerBuffers:
-        """No rank may push before the buffers of all are empty."""
-        flat = symm_mem.empty(NUM_HALVES * self.size * SLOT_WORDS, dtype=torch.int32, device=self._device)
+        """Makes the buffers of push_reduce, and waits until those of all ranks are empty: no rank may push before."""
+        flat = symm_mem.empty(NUM_HALVES * self.size * PART_WORDS, dtype=torch.int32, device=self._device)
         flat.fill_(EMPTY)
-        self._handle = symm_mem.rendezvous(flat, self._name)  # as long as it lives, peers' memory is mapped
+        self._handle = symm_mem.rendezvous(flat, self._name)  # peers' memory is mapped as long as the handle lives
         addresses = self._handle.buffer_ptrs
         assert addresses[self.rank] == flat.data_ptr() and not any(address % 16 for address in addresses)
-        others = tuple(addresses[(self.rank + step) % self.size] for step in range(1, self.size))
+        others = tuple(addresses[(self.rank + distance) % self.size] for distance in range(1, self.size))
         half = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=self._device)
         torch.cuda.synchronize()
         self.barrier()
-        words = flat.view(NUM_HALVES, self.size, SLOT_WORDS)
+        words = flat.view(NUM_HALVES, self.size, PART_WORDS)
         return PeerBuffers(self.rank, self.size, words, others, half, self.abort_word)
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
@@ -69,8 +68,8 @@ class Symmetric(Nccl):
             super().all_reduce(tensor, label)
 
     def _pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Whole rows that two-shot sums one after another; an element's sum does not depend on where it stands. None
-        where it cannot sum them."""
+        """Cuts the tensor into pieces of whole rows, which two-shot sums one after another; an element's sum does not
+        depend on its index in a piece. Returns no pieces where two-shot cannot sum them."""
         if tensor.dtype not in TWO_SHOT_DTYPES or tensor.nbytes > LARGEST_BYTES:
             return ()
         pieces = (tensor,)

@@ -1,8 +1,8 @@
-"""Which device and which NUMA node a rank has. Said once at start.
+"""The device and the NUMA node of a rank, which are found once at start.
 
-A rank's host memory should lie on the NUMA node that its GPU hangs on: the link is slower from the other one.
-Linux places a page where it is first touched, so it is enough to restrict the process to the node's CPUs
-before the arena is allocated. What it does not know: how ranks find each other (launch.py, collectives.py).
+A rank's host memory should lie on the NUMA node to which its GPU is attached: the link is slower from another one.
+Linux allocates a page on the node of the CPU that first touches it, so it is enough to restrict the process to the
+node's CPUs before the arena is allocated. This file does not know how ranks find each other (launch.py, rendezvous.py).
 """
 
 import os
@@ -17,8 +17,8 @@ _SYS = Path("/sys")
 
 @dataclass(frozen=True)
 class Topology:
-    """Where one rank computes. `numa_node` is None where it is unknown or does not matter (CPU), `num_local_ranks`, of
-    this host, where the launcher does not say."""
+    """The device of one rank. `numa_node` is None where it is unknown or does not matter (CPU); `num_local_ranks`, the
+    number of ranks on this host, is None where the launcher does not say."""
 
     rank: int
     tp_size: int
@@ -32,7 +32,7 @@ class Topology:
         return self.num_local_ranks or self.tp_size
 
     def describe(self) -> str:
-        """One line, e.g. `rank 1 of 2: cuda:1 (NVIDIA H200), NUMA node 0, 48 CPUs`."""
+        """Returns one line, e.g. `rank 1 of 2: cuda:1 (NVIDIA H200), NUMA node 0, 48 CPUs`."""
         name = f" ({device_name(self.device)})" if self.device.type == "cuda" else ""
         node = "unknown" if self.numa_node is None else self.numa_node
         numa = f", NUMA node {node}" if self.device.type == "cuda" else ""
@@ -41,14 +41,14 @@ class Topology:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name; of a CPU its architecture."""
+    """The name of a GPU, or the architecture of a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def resolve_topology(
     rank: int, tp_size: int, local_rank: int, device: str = "auto", num_local_ranks: int | None = None
 ) -> Topology:
-    """The device of a rank: cuda:local_rank where CUDA is visible (or asked for), else the CPU.
+    """Chooses the device of a rank: cuda:local_rank where torch sees a GPU and the CPU is not asked for, else the CPU.
 
     `num_local_ranks`, if known, lets rank 0 refuse too few GPUs before any other rank starts.
     Raises ValueError, naming the flag, if there is no CUDA device or fewer than the ranks on this host.
@@ -71,7 +71,7 @@ def resolve_topology(
 
 
 def read_numa_node(gpu: int, sys: Path = _SYS) -> int | None:
-    """The NUMA node of a GPU by its PCI address, or None where the system does not say."""
+    """The NUMA node of a GPU, found by its PCI address; None where the system does not say."""
     properties = torch.cuda.get_device_properties(gpu)
     parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in parts:
@@ -89,10 +89,11 @@ def _read_node(path: Path) -> int | None:
 
 
 def bind_to_numa(topology: Topology, sys: Path = _SYS) -> set[int] | None:
-    """Restrict this process to the CPUs of its NUMA node, so that first touch places host memory there.
+    """Restricts this process to the CPUs of its NUMA node, so that the host memory which it first touches lies there.
 
-    Returns the CPUs it is bound to, or None if nothing was changed: node unknown, or none of its CPUs allowed
-    (a container's CPU set wins). Threads that already run keep their CPUs: call it before loading.
+    Returns the CPUs to which it is bound. Returns None if nothing changed: the node is unknown, or the process may use
+    none of its CPUs (a container's CPU set wins). Threads that already run keep their CPUs, so call this before
+    loading.
     """
     if topology.numa_node is None:
         return None
@@ -108,7 +109,7 @@ def bind_to_numa(topology: Topology, sys: Path = _SYS) -> set[int] | None:
 
 
 def parse_cpu_list(text: str) -> set[int]:
-    """The kernel's list format: `0-2,8` is {0, 1, 2, 8}; an empty line is no CPU."""
+    """Parses the list format of Linux: `0-2,8` is {0, 1, 2, 8}; an empty line is no CPU."""
     cpus: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

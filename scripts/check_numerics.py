@@ -1,14 +1,15 @@
-"""Compares every step of our plan with transformers, layer by layer, and names the first that differs.
+"""Compares every step of our passes with transformers, layer by layer, and names the first that differs.
 
-The engine runs first and its activations are kept. Then transformers runs twice over the same tokens: by itself
-(`drift`: how far the two are apart by then), and on our activations: each of its modules gets our inputs, and its
-outputs are compared with ours (`step`: the difference that this step alone makes). Additions of the residual have to
-agree in every bit, in every dtype: nothing but another order can change them. `drift` is judged in float32 only:
-elsewhere it is what rounding adds up to.
+The engine runs first and its activations are kept. Then transformers runs twice over the same tokens. First it runs by
+itself: `drift` is how far the two are apart after each step. Then it runs on our activations: each of its modules gets
+our inputs, and its outputs are compared with ours, so that `step` is the difference which this step alone makes.
+Additions of the residual have to agree in every bit, in every dtype, since only another order can change them. `drift`
+is judged in float32 alone: in other dtypes rounding adds up to it.
 
 Usage: python -m scripts.check_numerics --model demo --prompt "Return the" --max-tokens 8
        python -m scripts.check_numerics --model PATH --token-ids 5 17 3 --dtype bfloat16
-Exit status 1 if a step differs. Runs at tp_size 1, without graphs; reference and engine are never in memory together.
+The exit status is 1 if a step differs. It runs at tp_size 1, without graphs; reference and engine are never in memory
+together.
 """
 
 import sys
@@ -33,14 +34,15 @@ from scripts.bench.entry import run_script
 
 Key = tuple[int, str]  # layer_idx, step
 States = dict[Key, Tensor]  # (T, width), in our layout: q, k, v joined; gate and up joined
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of one step: a few roundings of the largest
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of one step: a few roundings of the largest value
 HEADING = "layer  step              drift       step  bits\n" + 48 * "-"
 EXACT = ("embedding", "attn_residual", "ffn_residual")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One step, compared. `drift` and `step_error` are max|difference| / max|reference|; `fault` is what is wrong."""
+    """The comparison of one step. `drift` and `step_error` are max|difference| / max|reference|; `fault` is what is
+    wrong."""
 
     layer_idx: int
     step: str
@@ -63,8 +65,8 @@ def compare(
     mutate: Callable[[LLM], None] = lambda llm: None,
     **options,
 ) -> list[Row]:
-    """A row for each step, in the order of the plan, over the prompt and all but the last of `max_tokens` generated
-    tokens. `mutate` may change the engine before it runs; `options` are LLM's."""
+    """Makes a row for each step, in the order of the pass, over the prompt and all but the last of `max_tokens`
+    generated tokens. `mutate` may change the engine before it runs; `options` are LLM's."""
     with LLM(model, dtype=dtype, tensor_parallel_size=1, enforce_eager=True, **options) as llm:
         mutate(llm)
         ours = _watch(llm)
@@ -75,7 +77,7 @@ def compare(
     loading = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     reference = AutoModelForCausalLM.from_pretrained(find_model(model), **loading).to(device).eval()
     tokens = torch.tensor([token_ids + generated[:-1]], device=device)
-    alone, stepwise = _run(reference, tokens, Probe()), _run(reference, tokens, Probe(states))
+    alone, stepwise = _run(reference, tokens, Watcher()), _run(reference, tokens, Watcher(states))
     return _rows(states, alone, stepwise, tolerance or TOLERANCES[dtype], dtype == "float32")
 
 
@@ -118,8 +120,8 @@ def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
 
 
 def _keys(instruction: Compute) -> Iterator[tuple[Key, str]]:
-    """The parts of a step, fused or not, whose results are there when it ends. A layer's last residual may be fused
-    with the next layer's first norm."""
+    """Yields the parts of a step, fused or not, whose results are there when it ends. A layer's last residual may be
+    fused with the next layer's first norm."""
     parts = instruction.parts
     for part in parts:
         before = part == "ffn_residual" and parts[-1] in ("attn_norm", "final_norm")
@@ -128,53 +130,54 @@ def _keys(instruction: Compute) -> Iterator[tuple[Key, str]]:
 
 
 @dataclass
-class Probe:
-    """Keeps what transformers computes at each step; with `forced`, transformers goes on with our values instead."""
+class Watcher:
+    """Keeps what transformers computes at each step. Where `forced` has our value, transformers goes on with that."""
 
     forced: States = field(default_factory=dict)
     states: States = field(default_factory=dict)
 
     def at(self, key: Key, theirs: Tensor, columns: slice = slice(None)) -> Tensor:
-        """`theirs` (T, width) is all of a step's columns, or the next ones of several parts."""
+        """Keeps `theirs` (T, width), which are all columns of a step or the next ones of several parts; returns what
+        transformers goes on with."""
         self.states[key] = torch.cat([self.states[key], theirs.cpu()], -1) if key in self.states else theirs.cpu()
         ours = self.forced.get(key)
-        if ours is None or len(ours) != len(theirs):  # we have logits of sampled tokens only
+        if ours is None or len(ours) != len(theirs):  # our logits are those of sampled tokens alone
             return theirs
         return ours[:, columns].to(theirs.device)
 
 
 @torch.inference_mode()
-def _run(model: PreTrainedModel, tokens: Tensor, probe: Probe) -> States:
-    plain, handles = ALL_ATTENTION_FUNCTIONS["sdpa"], list(_hooks(model, probe))
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _probed_attention(plain, probe)
+def _run(model: PreTrainedModel, tokens: Tensor, watcher: Watcher) -> States:
+    plain, handles = ALL_ATTENTION_FUNCTIONS["sdpa"], list(_hooks(model, watcher))
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _watched_attention(plain, watcher)
     try:
         model(tokens, use_cache=False)
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
         for handle in handles:
             handle.remove()
-    return probe.states
+    return watcher.states
 
 
-def _probed_attention(attend: Callable, probe: Probe) -> Callable:
-    """transformers' attention, which gets q, k and v as the rotation left them: (1, heads, T, E) each."""
+def _watched_attention(attend: Callable, watcher: Watcher) -> Callable:
+    """Wraps the attention of transformers, which gets q, k and v after their rotation: (1, heads, T, E) each."""
 
-    def probed(module, *qkv_and_mask, **settings):
+    def watched(module, *qkv_and_mask, **settings):
         *qkv, mask = qkv_and_mask
         joined = torch.cat([heads[0] for heads in qkv]).transpose(0, 1)  # (T, H + 2K, E)
-        joined = probe.at((module.layer_idx, "rope"), joined.flatten(1)).view(joined.shape)
+        joined = watcher.at((module.layer_idx, "rope"), joined.flatten(1)).view(joined.shape)
         parts = joined.transpose(0, 1)[None].split([heads.shape[1] for heads in qkv], dim=1)
         return attend(module, *(part.contiguous() for part in parts), mask, **settings)
 
-    return probed
+    return watched
 
 
-def _hooks(model: PreTrainedModel, probe: Probe) -> Iterator:
+def _hooks(model: PreTrainedModel, watcher: Watcher) -> Iterator:
     def after(module, key: Key, columns: slice = slice(None)):
-        return module.register_forward_hook(lambda _, __, out: probe.at(key, out[0], columns)[None])
+        return module.register_forward_hook(lambda _, __, out: watcher.at(key, out[0], columns)[None])
 
     def before(module, key: Key):
-        return module.register_forward_pre_hook(lambda _, args: (probe.at(key, args[0][0])[None], *args[1:]))
+        return module.register_forward_pre_hook(lambda _, args: (watcher.at(key, args[0][0])[None], *args[1:]))
 
     body, end = model.base_model, model.config.num_hidden_layers
     yield after(model.get_input_embeddings(), (-1, "embedding"))
@@ -183,7 +186,7 @@ def _hooks(model: PreTrainedModel, probe: Probe) -> Iterator:
         out = getattr(attn, "o_proj", None) or attn.dense
         down = getattr(layer.mlp, "down_proj", None) or layer.mlp.dense_4h_to_h
         yield after(layer.input_layernorm, (layer_idx, "attn_norm"))
-        yield from _qkv_hooks(attn, after, probe, (layer_idx, "attn_qkv"))
+        yield from _qkv_hooks(attn, after, watcher, (layer_idx, "attn_qkv"))
         yield before(out, (layer_idx, "attention"))
         yield after(out, (layer_idx, "attn_output"))
         if not getattr(layer, "use_parallel_residual", False):
@@ -197,13 +200,13 @@ def _hooks(model: PreTrainedModel, probe: Probe) -> Iterator:
     yield after(model.get_output_embeddings(), (end, "logits_gather"))
 
 
-def _qkv_hooks(attn, after: Callable, probe: Probe, key: Key) -> Iterator:
+def _qkv_hooks(attn, after: Callable, watcher: Watcher, key: Key) -> Iterator:
     yield from _side_by_side(attn, ("q_proj", "k_proj", "v_proj"), after, key)
 
     def by_head(module, _, out: Tensor) -> Tensor:
-        """GPT-NeoX joins them [head][q, k, v][dim], we [q, k, v][head][dim]."""
+        """Reorders: GPT-NeoX joins them as [head][q, k, v][dim], we as [q, k, v][head][dim]."""
         heads = out[0].view(out.shape[1], -1, 3, attn.head_size).transpose(1, 2)  # (T, 3, H, E)
-        return probe.at(key, heads.flatten(1)).view(heads.shape).transpose(1, 2).flatten(1)[None]
+        return watcher.at(key, heads.flatten(1)).view(heads.shape).transpose(1, 2).flatten(1)[None]
 
     if hasattr(attn, "query_key_value"):
         yield attn.query_key_value.register_forward_hook(by_head)

@@ -12,13 +12,13 @@ runs this script; nothing is downloaded. Chat turns are made of the same text ("
 the first paragraph of X's docstring). Modules whose name hashes into the held-out share are never trained on;
 bits per byte are measured on them.
 
-What it does not know: anything but the tone of Python's documentation. What it states is often wrong, it
-knows English only, and it has never seen more than 512 tokens at once.
+The model knows little but the tone of Python's documentation. What it states is often wrong, it knows
+English only, and it has never seen more than 512 tokens at once.
 
 Usage: python -m scripts.train_demo_model --compile     (15 to 30 minutes on two CPU cores)
        python -m scripts.train_demo_model --steps 300   (a rough version in two)
-On a machine that has other work, set OMP_WAIT_POLICY=PASSIVE: threads that spin at barriers cost it most of
-its speed. The seed fixes data order and initial weights; another CPython, torch or CPU gives slightly other
+On a machine that has other work, set OMP_WAIT_POLICY=PASSIVE, since threads that spin at barriers take most
+of its speed. The seed fixes data order and initial weights; another CPython, torch or CPU gives slightly other
 figures.
 """
 
@@ -99,7 +99,7 @@ def clean(text: str) -> str:
 
 
 def collect_docs() -> Docs:
-    """All documents by module; a docstring that occurs twice is kept only where it came first."""
+    """Collects all documents by module; a docstring that occurs twice is kept only where it came first."""
     docs: Docs = {}
     seen = set()
     topic_docs = [("topics." + name, name, text) for name, text in sorted(topics.items())]
@@ -139,7 +139,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def token_stream(tokenizer: Tokenizer, docs: Docs) -> torch.Tensor:
-    """Documents one after the other, each as BOS ... EOS; chats are as the chat template renders them."""
+    """Joins the documents, each as BOS ... EOS, with chats as the chat template renders them."""
     ids: list[int] = []
     for pairs in docs.values():
         ids += tokenizer.encode("\n\n".join(text for _, text in pairs) + EOS).ids
@@ -185,7 +185,7 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: list[str
 
 
 def train(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace) -> None:
-    """Random crops; each starts with BOS, so that BOS followed by any prompt is familiar ground."""
+    """Trains on random crops. Each starts with BOS, so that the model knows prompts of any kind behind it."""
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.warmup, args.steps)
     forward = torch.compile(model) if args.compile else model
@@ -227,7 +227,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Swap by renaming, so that a reader never meets a half-written checkpoint."""
+    """Swaps the folders by renaming, so that a reader never meets a half-written checkpoint."""
     if folder_bytes(new) > MAX_FOLDER_BYTES:
         raise SystemExit(f"{new} has {folder_bytes(new)} bytes, more than {MAX_FOLDER_BYTES}")
     old = new.with_name(new.name + ".old")

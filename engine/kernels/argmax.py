@@ -1,8 +1,10 @@
-"""The lowest id of a row's largest logit, read once in its own dtype: what greedy sampling needs, in a CUDA graph.
+"""Finds the lowest id of a row's largest logit, for greedy sampling in a CUDA graph. A logit is read once, in its
+dtype.
 
 Shapes: R rows, V vocab, N segments a row.
-Few rows are cut into segments, a program each, and a second launch merges them; many rows take a program each and one
-launch. Nothing is added up, so the split changes no token. -0.0 equals 0.0; a row of -inf gives 0.
+If rows are few, each is cut into segments with a program each, and a second launch merges the segments. If they are
+many, each has one program, in one launch. Nothing is added up, so the cut changes no token. -0.0 equals 0.0; a row of
+-inf gives 0.
 Tried, compiled for sm_90 only: 16-byte loads. Not tried: the last program of a row merging (a node less).
 """
 
@@ -16,24 +18,24 @@ MAX_SEGMENTS = 128
 
 
 def choose_segments(num_rows: int, vocab_size: int, num_programs: int = 4 * 132) -> int:
-    """Segments a row: what fills `num_programs`, 4 on each SM of an H200, and a block each at least."""
+    """The segments of a row: as many as `num_programs` allow (4 on each SM of an H200), of at least a block each."""
     return max(1, min(num_programs // max(num_rows, 1), -(-vocab_size // BLOCK), MAX_SEGMENTS))
 
 
 def reads_in_place(logits: Tensor) -> bool:
-    """Whether kernels take these logits: they read them once, where references make temporaries of their size."""
+    """Tells whether kernels take these logits. Kernels only read them; references make temporaries of their size."""
     return logits.is_cuda and HAS_TRITON and logits.dtype != torch.float64
 
 
 def argmax_rows(logits: Tensor, vocab_size: int) -> Tensor:
-    """Tokens (R,) int64 of the first vocab_size columns of logits (R, V or more) of any float dtype; ties go to the
-    lowest id. A row with a NaN gives -1, which is no token."""
+    """Returns tokens (R,) int64 from the first vocab_size columns of logits (R, V or more) of any float dtype; ties go
+    to the lowest id. A row with a NaN gives -1, which is no token."""
     run = _argmax_rows_triton if reads_in_place(logits) else argmax_rows_reference
     return run(logits, vocab_size)
 
 
 def argmax_rows_reference(logits: Tensor, vocab_size: int) -> Tensor:
-    """The same in plain torch; torch.argmax does not promise which of a tie it takes."""
+    """Does the same in plain torch. torch.argmax does not promise which id of a tie it takes."""
     calls["reference"] += 1
     scores = logits[:, :vocab_size]
     ids = torch.arange(vocab_size, dtype=torch.int32, device=logits.device)
@@ -49,7 +51,8 @@ def _argmax_rows_triton(logits: Tensor, vocab_size: int, num_segments: int | Non
 def over_segments(
     kernel: object, logits: Tensor, vocab_size: int, num_segments: int | None, **others: object
 ) -> Tensor:
-    """Tokens (R,) int64 of a kernel that takes the best of each segment, and `others`; the merge is its last launch."""
+    """Runs a kernel that finds the best of each segment, with `others` as its own arguments, and merges the segments.
+    Returns tokens (R,) int64."""
     num_rows = logits.shape[0]
     assert logits.stride(1) == 1, "the last dim of the logits must have stride 1"
     assert logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -75,7 +78,7 @@ def over_segments(
 
 @triton.jit
 def hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT: tl.constexpr):
-    """What the lanes of a segment found: to the merge, or as the row's token; -1 where they found a NaN."""
+    """Stores what the lanes of a segment found, for the merge or as the row's token; -1 if they found a NaN."""
     top = tl.max(best, 0)
     token = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)
     token = tl.where(tl.max(nan, 0) > 0, -1, token)
@@ -94,7 +97,7 @@ def _argmax_segment(
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, lane = segment * length, tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    where = begin + lane  # of a lane that saw nothing above -inf; of an empty segment no id, so it loses every tie
+    where = begin + lane  # kept where nothing is above -inf; no id in an empty segment, which loses every tie
     nan = tl.zeros((BLOCK,), tl.int32)
     for offset in tl.range(0, length, BLOCK, loop_unroll_factor=4):
         column = begin + offset + lane

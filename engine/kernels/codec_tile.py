@@ -1,11 +1,10 @@
-"""The tile of the lossless codec of weights (decompress_weights.py) in numbers. Torch-free: bytes are planned without
-torch."""
+"""The sizes of a tile of the lossless codec of weights (decompress_weights.py). Torch-free, for whoever plans bytes."""
 
 LANES, LANE_WEIGHTS = 128, 16
 TILE = LANES * LANE_WEIGHTS  # weights
-ESCAPE_ROW = 32  # escapes: three words of 3-bit codes
+ESCAPE_ROW = 32  # escapes in a row, whose 3-bit codes are three words
 
 
 def num_escape_rows(num_escapes: int) -> int:
-    """A lane reads three words from its first escape on, which may be the end."""
+    """The rows for so many escapes, padded: a lane reads three words from its first escape on, even at the end."""
     return num_escapes // ESCAPE_ROW + 2

@@ -1,9 +1,9 @@
-"""What a decode pass reads of its rows, from the one table that the host sends: one launch for what is 14 in torch.
+"""Derives the inputs of a decode pass from the one table that the host sends, in one launch where torch takes 14.
 
 Shapes: R rows, P pages of a row, S page size.
-A row of the table (R, PAGES + P) int32 is its token (or a number that stands for the row's last sampled one), where
-that is in its sequence, the row's index in the sampler, the length of its context with the token, which is the last in
-it, and its page table, of whose first page `margin` entries are empty.
+The table (R, PAGES + P) int32 has for each row: its token (or a number that stands for the row's last sampled one), the
+token's index in its sequence, the row's index in the sampler, the length of its context, whose last token this is, and
+its page table, of whose first page `margin` entries are empty.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
-TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; the last is the first page
+TOKEN, START, ROW, LENGTH, PAGES = range(5)  # columns of the table; pages fill those from PAGES on
 BLOCK = 128
 
 
 class DecodeInputs(NamedTuple):
-    """The inputs of each row: (R,) int64, lengths int32."""
+    """The inputs of each row: all are (R,) int64, except that lengths are int32."""
 
     tokens: Tensor
     positions: Tensor
@@ -32,7 +32,8 @@ class DecodeInputs(NamedTuple):
 def derive_inputs(
     table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
 ) -> None:
-    """Fills `out` from the table, whose tokens `on_device` are those of last_tokens (rows of the sampler,) int64."""
+    """Fills `out` from the table. A token equal to `on_device` stands for its row's in last_tokens (rows of the
+    sampler,) int64."""
     run = _derive_inputs_triton if table.is_cuda and HAS_TRITON else derive_inputs_reference
     run(table, last_tokens, on_device, page_size, out, margin)
 
@@ -40,7 +41,7 @@ def derive_inputs(
 def derive_inputs_reference(
     table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
 ) -> None:
-    """The same in plain torch."""
+    """Does the same in plain torch."""
     calls["reference"] += 1
     tokens, starts, rows, lengths = table[:, :PAGES].long().unbind(1)
     positions = (lengths - 1).clamp_(min=0)

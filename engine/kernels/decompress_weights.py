@@ -1,17 +1,18 @@
-"""bf16 weights out of their compressed planes (engine/weights/codec.py makes them), bit for bit.
+"""Decompresses bf16 weights from their planes (engine/weights/codec.py makes them), bit for bit.
 
-A tile is 128 lanes x 16 weights. `mantissas`: a byte of sign and mantissa for each weight. `codes`: 2 bits a weight, 0
-to 2 for the three common exponents of the tile's window of eleven, 3 for an escape. `escapes`: 3 bits for each code 3,
-in order, for the other eight. `patches`: which weights lie outside, and by how many times eleven their exponent, modulo
-256, is more than their code says. `windows`: a tile's first exponent, and how many of the eight lie below the common
-ones.
+A tile is 128 lanes x 16 weights. Its exponents lie mostly in a window of eleven, of which three are common.
+`mantissas` has a byte of sign and mantissa for each weight. `codes` has 2 bits a weight: 0 to 2 for the common
+exponents, 3 for an escape. `escapes` has 3 bits for each code 3, in order, which name one of the other eight exponents.
+`patches` names the weights whose exponent lies outside the window, and by how many times eleven, modulo 256, it exceeds
+that which their code gives. `windows` has a tile's first exponent, and how many of the eight lie below the common ones.
 
-All but the patches are in stored order, chosen for the decompressor: a lane's mantissas are one 16-byte load, its codes
-one word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in the
-positions from which they shift into two words of the output. Where a lane's escapes start is all that crosses lanes: a
-prefix sum of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
+All but the patches are in stored order, which is chosen for the decompressor: a lane's mantissas are one 16-byte load,
+its codes one word, its weights two 16-byte stores. Four exponents are made at once in the bytes of a word, from where
+they shift into two words of the output. Lanes exchange only one thing, the starts of their escapes: a prefix sum of 128
+counts a tile. A lane's escapes, at most 16, lie in three words, from which they are shifted out.
 Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, 20 instructions a weight, three
-4-byte gathers a lane; one level of 3 bits takes 10 and no gather, for 3.5 % more bytes. 2 warps a tile: 40 registers.
+4-byte gathers a lane. A single level of 3-bit codes takes 10 instructions and no gather, for 3.5 % more bytes; 2 warps
+a tile take 40 registers.
 """
 
 from typing import NamedTuple
@@ -23,40 +24,40 @@ from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
-COMMON, ESCAPED = 3, 8  # exponents that have 2 bits, and 2 + 3
+COMMON, ESCAPED = 3, 8  # numbers of exponents with codes of 2 bits, and of 2 + 3
 WINDOW = COMMON + ESCAPED
-PATCH_SHIFT = 5  # bits before it, for up to 23 windows
+PATCH_SHIFT = 5  # bits of a patch's number of elevens, at most 23
 BLOCK_TILES = 1024  # tiles that plain torch handles at a time: up to 60 bytes a weight of temporaries
 NUM_WARPS = 4
 
 
 class Planes(NamedTuple):
-    """N tiles, P patches; all contiguous, from 16-byte boundaries, on one device."""
+    """The planes of N tiles with P patches; all are contiguous, start at 16-byte boundaries, and are on one device."""
 
     mantissas: Tensor  # (N, LANES, LANE_WEIGHTS) uint8
     codes: Tensor  # (N, LANES, 4) uint8
-    escapes: Tensor  # (G, 12) uint8: ESCAPE_ROW a row, and padding to num_escape_rows
-    patches: Tensor  # (P,) int16: index in the tile << PATCH_SHIFT | times
+    escapes: Tensor  # (num_escape_rows, 12) uint8: ESCAPE_ROW escapes a row, and padding
+    patches: Tensor  # (P,) int16: index in the tile << PATCH_SHIFT | number of elevens
     escape_starts: Tensor  # (N + 1,) int32
     patch_starts: Tensor  # (N + 1,) int32
-    windows: Tensor  # (N, 2) uint8: first exponent, how many below the common ones
+    windows: Tensor  # (N, 2) uint8: first exponent, number of exponents below the common ones
 
 
 def stored_order(tiles: Tensor) -> Tensor:
-    """(N, TILE) bytes as the planes have them, (N, LANES, LANE_WEIGHTS). Eight of a lane's weights lie together and
-    eight half a tile on; of each four that lie together the middle ones are swapped."""
+    """Brings bytes (N, TILE) into the order of the planes, (N, LANES, LANE_WEIGHTS). Eight of a lane's weights lie
+    together and its other eight lie half a tile further; of each four that lie together the middle two are swapped."""
     fours = tiles.view(torch.int32).view(-1, 2, LANES, 2).transpose(1, 2).contiguous()
     swapped = fours & ~0xFFFF00 | fours >> 8 & 0xFF00 | (fours & 0xFF00) << 8
     return swapped.view(torch.uint8).view(-1, LANES, LANE_WEIGHTS)
 
 
 def natural_order(stored: Tensor) -> Tensor:
-    """The inverse: (N, LANES, LANE_WEIGHTS) as (N, TILE)."""
+    """Inverts stored_order: (N, LANES, LANE_WEIGHTS) to (N, TILE)."""
     return stored.view(-1, LANES, 2, 2, 2, 2).permute(0, 2, 1, 3, 5, 4).reshape(-1, TILE)
 
 
 def decompress_weights(planes: Planes, out: Tensor) -> None:
-    """out (N * TILE,) bf16, contiguous, from a 16-byte boundary, = the weights that were compressed."""
+    """Writes to out (N * TILE,) bf16, contiguous, at a 16-byte boundary, the weights that were compressed."""
     num_tiles = len(planes.mantissas)
     of_each_tile = (planes.codes, planes.windows, planes.escape_starts[1:], planes.patch_starts[1:])
     assert all(len(plane) == num_tiles for plane in of_each_tile), "a plane is too short for its tiles"
@@ -67,14 +68,14 @@ def decompress_weights(planes: Planes, out: Tensor) -> None:
 
 
 def decompress_weights_reference(planes: Planes, out: Tensor) -> None:
-    """The same in plain torch."""
+    """Does the same in plain torch."""
     calls["reference"] += 1
     for first in range(0, planes.mantissas.shape[0], BLOCK_TILES):
         _decompress_tiles(planes, first, out.view(torch.int16).view(-1, TILE)[first : first + BLOCK_TILES])
 
 
 def _decompress_tiles(planes: Planes, first: int, out: Tensor) -> None:
-    """Tiles from `first` on into out (N, TILE) int16."""
+    """Decompresses the tiles from `first` on into out (N, TILE) int16."""
     tiles = slice(first, first + out.shape[0])
     escapes, patches = (
         starts[first : first + out.shape[0] + 1].long() for starts in (planes.escape_starts, planes.patch_starts)
@@ -95,7 +96,7 @@ def _decompress_tiles(planes: Planes, first: int, out: Tensor) -> None:
 
 
 def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
-    """The 3-bit codes from one to another; eight of them are three bytes."""
+    """Reads the 3-bit codes `first` to `last` - 1; eight of them are three bytes."""
     eights = escapes.view(-1, 3)[first // 8 : -(-last // 8)].int()
     words = eights[:, 0] | eights[:, 1] << 8 | eights[:, 2] << 16
     codes = torch.stack([words >> shift & 7 for shift in range(0, 24, 3)], 1).view(-1)
@@ -116,20 +117,21 @@ def _decompress_weights_triton(planes: Planes, out: Tensor) -> None:
 
 @triton.jit
 def _count(marks):
-    """Bits set in a word that has none but even ones."""
+    """Counts the set bits of a word in which only even bits can be set."""
     pairs = (marks & 0x11111111) + (marks >> 2 & 0x11111111)
     return ((pairs + (pairs >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24
 
 
 @triton.jit
 def _bits_from(low, high, shift):
-    """The word that starts at a bit, 0 to 31, of two."""
+    """The word that starts at bit `shift`, 0 to 31, of two words."""
     return ((high.to(tl.uint64) << 32 | low) >> shift).to(tl.uint32)
 
 
 @triton.jit
 def _late_codes(bits, marks, G: tl.constexpr):
-    """The next four 3-bit codes in the bytes of a word, and the bits left; where no escape is marked, any code."""
+    """Reads the next four 3-bit codes into the bytes of a word; returns it and the remaining bits. A byte whose weight
+    is no escape may hold any code."""
     late = bits & 7
     for byte in tl.static_range(1, 4):
         bits >>= (marks * 3 >> (2 * G + 8 * byte - 8)) & 3
@@ -139,7 +141,7 @@ def _late_codes(bits, marks, G: tl.constexpr):
 
 @triton.jit
 def _four_weights(mantissas, codes, marks, late, start, below, G: tl.constexpr):
-    """Group G of a lane's weights as two words of two; start and below stand in every byte."""
+    """Makes the four weights of group G of a lane, as two words of two; all bytes of `start` and `below` are alike."""
     above = late + (0x80808080 - below) >> 7 & 0x01010101
     late_exponents = start + late + above * 3
     escaped = (marks >> (2 * G) & 0x01010101) * 0xFF
@@ -152,7 +154,7 @@ def _four_weights(mantissas, codes, marks, late, start, below, G: tl.constexpr):
 
 @triton.jit
 def _eight_weights(mantissas_0, mantissas_1, codes, marks, bits, start, below, G: tl.constexpr, LANES: tl.constexpr):
-    """Groups G and G + 1 as the (LANES, 4) words that lie together in the output."""
+    """Makes the weights of groups G and G + 1 as the words (LANES, 4) that lie together in the output."""
     late, bits = _late_codes(bits, marks, G)
     low_0, high_0 = _four_weights(mantissas_0, codes, marks, late, start, below, G)
     late, bits = _late_codes(bits, marks, G + 1)
@@ -166,7 +168,7 @@ def _decompress_tile(
     mantissas, codes, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
     LANES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)  # the planes among them, where a kernel has compressed them
+    wait_for_inputs(OVERLAPS)  # the planes are inputs too, where a kernel has compressed them
     tile, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
     four = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     word = tl.load(codes + tile * LANES + lane).to(tl.uint32, bitcast=True)
@@ -197,7 +199,7 @@ def _decompress_tile(
     tl.store(out_words + four, words_0)
     tl.store(out_words + LANES * 4 + four, words_1)
     for patch in tl.range(first, last, LANES):
-        tl.debug_barrier()  # a patch lies where another thread has written
+        tl.debug_barrier()  # another thread has written the weight that a patch changes
         pointer = out + (patched >> 5 & 0x7FF)
         bits = tl.load(pointer, mask=patch + lane < last, other=0).to(tl.int32)
         bits = bits & ~0x7F80 | bits + ((patched & 31) * 11 << 7) & 0x7F80

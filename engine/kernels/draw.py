@@ -1,14 +1,16 @@
-"""A token a row from softmax(logits / temperature), filtered or not; the logits are read once, in their own dtype.
+"""Draws a token a row from softmax(logits / temperature), filtered or not; the logits are read once, in their own
+dtype.
 
-The Gumbel-max trick: argmax of logit / temperature + noise, with independent Gumbel(0, 1) noise -log(-log(1 - u)) and u
-the number of philox.uniform. 1 - u is as uniform as u, and the noise's long upper tail comes from u near 0, where u is
-fine. Segments and merge are argmax's, and so is the token of a row with temperature 0.
+It uses the Gumbel-max trick: the argmax of logit / temperature + noise, with independent Gumbel(0, 1) noise
+-log(-log(1 - u)), where u is the number of philox.uniform. 1 - u is as uniform as u, and the noise's long upper tail
+comes from u near 0, where u has the finest steps. Segments, their merge, and the token of a row with temperature 0 are
+those of argmax.py.
 
 Shapes: R rows, V vocab.
 The integers are the same everywhere. The noise is a function of them and of the device's logarithm, within 1e-5 of the
-exact noise; -log(1 - u) is a series below 1/16, where 1 - u has few bits of u left. So a near tie within that error may
-fall otherwise on a CPU than on a GPU, but never between rows, batches, segments, ranks, graph and eager: products and
-sums are not fused, so that every variant of the kernel rounds alike.
+exact noise; for u below 1/16, where 1 - u keeps few bits of u, -log(1 - u) is a series. So a tie within that error may
+fall one way on a CPU and another on a GPU. It falls the same way in all rows, batches, segments and ranks, in a graph
+and eagerly, since products and sums are not fused, so that every variant of the kernel rounds alike.
 Tried, compiled for sm_90 only: 16-byte loads, no exchange between the layouts of words and logits, about 115
 instructions a logit, half of them for the two logarithms. Not tried: other segments than argmax's.
 """
@@ -26,22 +28,22 @@ calls = {"reference": 0, "triton": 0}
 
 
 class Noise(NamedTuple):
-    """What each row's draw depends on beside its logits."""
+    """The values on which each row's draw depends, beside its logits."""
 
-    temperatures: Tensor  # (R,) float32; 0 takes the most likely token
+    temperatures: Tensor  # (R,) float32; a row with 0 takes the most likely token
     seeds: Tensor  # (R,) int64
     positions: Tensor  # (R,) int64
 
 
 def draw_rows(logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None) -> Tensor:
-    """Tokens (R,) int64 of the first vocab_size columns of logits (R, V or more) of any float dtype; `limits` says
-    which may be drawn. Ties go to the lowest id. A row with a NaN gives -1, which is no token."""
+    """Returns tokens (R,) int64 from the first vocab_size columns of logits (R, V or more) of any float dtype; `limits`
+    says which may be drawn. Ties go to the lowest id. A row with a NaN gives -1, which is no token."""
     run = _draw_rows_triton if reads_in_place(logits) else draw_rows_reference
     return run(logits, vocab_size, noise, limits)
 
 
 def draw_rows_reference(logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None) -> Tensor:
-    """The same in plain torch."""
+    """Does the same in plain torch."""
     calls["reference"] += 1
     temperatures = noise.temperatures[:, None]
     draws = temperatures > 0  # (R, 1)
@@ -72,7 +74,7 @@ LARGEST_U: tl.constexpr = tl.constexpr(BELOW_ONE)
 
 @triton.jit
 def _gumbel(word):
-    """The noise of uint32 words."""
+    """Makes noise of uint32 words."""
     u = tl.minimum((word.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), LARGEST_U)
     series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
     return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1.0 - u)))
@@ -80,7 +82,7 @@ def _gumbel(word):
 
 @triton.jit
 def words_of(seed, position, first, COUNT: tl.constexpr):
-    """The words (COUNT,) of token ids first, first + 1 ..; `first` and COUNT are multiples of 4."""
+    """Makes the words (COUNT,) of token ids first, first + 1, ...; `first` and COUNT are multiples of 4."""
     block = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
     zero = block * 0
     w0, w1, w2, w3 = tl.philox(seed, block, zero + position.to(tl.uint32), zero, zero)

@@ -1,17 +1,17 @@
-"""Top-k, top-p and min-p without a sort: the least logit of a row that is kept, and the last id among its ties.
+"""Top-k, top-p and min-p without a sort: finds the least logit of a row that is kept, and the last id among its ties.
 
-What transformers' TopK, TopP and MinPLogitsWarper keep, one after another, is a prefix of a row's tokens in descending
-order, ties by id: so two numbers say it, and the draw applies them while it reads. Ties with the k-th logit are kept;
-of ties at the border of top_p the lower ids (transformers: any). Order and ties are those of the logits: two float32
-logits that only the division by the temperature makes equal are no tie.
+transformers' TopK, TopP and MinPLogitsWarper, one after another, keep a prefix of a row's tokens in descending order,
+ties by id. So two numbers describe what is kept, and the draw applies them while it reads. All ties with the k-th logit
+are kept; of ties at the border of top_p those with lower ids are kept (transformers keeps any). Order and ties are
+those of the logits: two float32 logits that only the division by the temperature makes equal are no tie.
 
 Shapes: R rows, V vocab.
-The kernel finds the threshold bit by bit, from the top of the floats' bits, two bits a launch: the smallest value with
-less than `goal` above it, in tokens for top-k, in mass for top-p. Mass is exp((logit - peak) / temperature) in fixed
-point, added up exactly in any order; what is below 2**-45 of the peak's (V = 128256) is 0. It is a function of the
-device's exp: a token at the border within its error may be kept on one device and dropped on another, but never between
-rows, batches, segments, ranks, graph and eager. Nothing of size (R, V) is written.
-Not tried: the last program of a row narrowing, which would save half the launches; three bits a launch.
+The kernel finds the threshold from the top of the floats' bits, two bits a launch: the smallest value that has less
+than `goal` above it, in tokens for top-k, in mass for top-p. Mass is exp((logit - peak) / temperature) in fixed point,
+which adds up exactly in any order; a mass below 2**-45 of the peak's (V = 128256) is 0. Mass depends on the device's
+exp: a token within its error of the border may be kept on one device and dropped on another. On one device it is
+treated alike in all rows, batches, segments and ranks, in a graph and eagerly. Nothing of size (R, V) is written.
+Not tried: to let the last program of a row narrow, which would save half the launches; three bits a launch.
 """
 
 from typing import NamedTuple
@@ -22,15 +22,15 @@ from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
-KEEP_ALL = -1.0  # a mass to drop that no token is in
+KEEP_ALL = -1.0  # a drop_mass that drops no token
 BLOCK, SCAN_BLOCK = 1024, 8192
 DIGIT = 2  # bits that a launch finds
-STATE_FIELDS = 8  # of a row, int64, 7 of them used
-SEARCHED_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}  # of the value as float32
+STATE_FIELDS = 8  # int64 values of a row's state, of which 7 are used
+SEARCHED_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}  # of the logit as float32, from the top
 
 
 class Filters(NamedTuple):
-    """What each row asks for; a row with temperature 0 is not filtered."""
+    """The filters of each row; a row with temperature 0 is not filtered."""
 
     top_k: Tensor  # (R,) int64, 1..V; V keeps all
     drop_mass: Tensor  # (R,) float32: 1 - top_p, or KEEP_ALL
@@ -38,27 +38,27 @@ class Filters(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Kept are logits above `least`, and those equal to it with ids up to `last`."""
+    """The limits of each row: logits above `least` are kept, and those equal to it with ids up to `last`."""
 
     least: Tensor  # (R,) float32
     last: Tensor  # (R,) int32
 
     def keep(self, logits: Tensor) -> Tensor:
-        """(R, V) of any float dtype -> (R, V) bool; NaN is kept, since whoever takes the largest has to find it."""
+        """Tells which logits (R, V), of any float dtype, are kept: (R, V) bool. NaN is kept, for the argmax to find."""
         ids = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
         least, last = self.least[:, None], self.last[:, None]
         return ~(logits < least) & ~((logits == least) & (ids > last))
 
 
 def find_limits(logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters) -> Limits:
-    """Of the first vocab_size columns of logits (R, V or more) of any float dtype; temperatures (R,) float32, 0 where
-    nothing is drawn. Limits of a row with a NaN mean nothing."""
+    """Finds the limits of the first vocab_size columns of logits (R, V or more) of any float dtype. temperatures (R,)
+    are float32, 0 where nothing is drawn. The limits of a row with a NaN mean nothing."""
     takes = logits.is_cuda and HAS_TRITON and logits.dtype in SEARCHED_BITS
     return (_find_limits_triton if takes else find_limits_reference)(logits, vocab_size, temperatures, filters)
 
 
 def find_limits_reference(logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters) -> Limits:
-    """The same in plain torch, by sorting."""
+    """Does the same in plain torch, by sorting."""
     calls["reference"] += 1
     top_k, drop_mass, log_min_p = (part[:, None] for part in filters)
     draws = temperatures > 0
@@ -70,14 +70,15 @@ def find_limits_reference(logits: Tensor, vocab_size: int, temperatures: Tensor,
     total, before = mass.sum(-1, keepdim=True), mass.cumsum(-1) - mass
     keep &= total - before > (drop_mass.double() * total.double()).long()
     keep &= ~(logits < peak + log_min_p * temperature)
-    num_kept = keep.sum(-1, keepdim=True).clamp_(min=1)  # the most likely token is kept whatever is asked
+    num_kept = keep.sum(-1, keepdim=True).clamp_(min=1)  # the most likely token is always kept
     least, last = (part.gather(-1, num_kept - 1)[:, 0] for part in (logits, ids))
     return Limits(least.masked_fill(~draws, -torch.inf), last.int().masked_fill(~draws, vocab_size))
 
 
 def masses(logits: Tensor, peak: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """exp((logits - peak) / temperature), (R, V) int64 in fixed point: mass_scale() is 1. The sum does not overflow."""
-    weights = torch.where(logits == peak, 1.0, ((logits - peak) / temperature).exp())  # where: inf - inf is NaN
+    """Computes exp((logits - peak) / temperature), (R, V), as int64 in fixed point, where mass_scale() stands for 1. A
+    row's sum does not overflow."""
+    weights = torch.where(logits == peak, 1.0, ((logits - peak) / temperature).exp())  # not exp there: inf - inf is NaN
     return (weights * mass_scale(logits.shape[-1])).long()
 
 
@@ -98,7 +99,7 @@ def _find_limits_triton(
         return limits
     segments = num_segments or choose_segments(num_rows, vocab_size)
     length = triton.cdiv(triton.cdiv(vocab_size, segments), BLOCK) * BLOCK
-    state = torch.zeros(2, num_rows, STATE_FIELDS, dtype=torch.int64, device=device)  # of the count, of the mass
+    state = torch.zeros(2, num_rows, STATE_FIELDS, dtype=torch.int64, device=device)  # one by count, one by mass
     tops = argmax_rows(logits, vocab_size)  # -1 for a row with a NaN: read as 0
     rows = (logits, logits.stride(0), vocab_size, mass_scale(vocab_size), tops, temperatures, *filters, *state)
     bits = SEARCHED_BITS[logits.dtype]
@@ -111,8 +112,8 @@ def _find_limits_triton(
     return limits
 
 
-# Fields of a row's state, int64: the sums at or above four values, the value found so far, what may lie above it
-# (less than GOAL), what does.
+# Fields of a row's state, int64: the sums at or above four values; the value found so far; GOAL, below which the sum
+# above that value has to stay; and that sum.
 SUMS = tl.constexpr(0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 FOUND, GOAL, BEFORE, FIELDS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(STATE_FIELDS)
@@ -120,7 +121,7 @@ FOUND, GOAL, BEFORE, FIELDS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6),
 
 @triton.jit
 def _key(value, BITS: tl.constexpr):
-    """The order of float32 as uint32, of which the upper BITS count; -0.0 is 0.0."""
+    """Maps float32 to uint32 in the same order, of which the upper BITS count; -0.0 equals 0.0."""
     bits = (value + 0.0).to(tl.uint32, bitcast=True)
     key = bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
     return key >> (32 - BITS) << (32 - BITS)
@@ -142,7 +143,7 @@ def _sum_above(
     logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
     length, shift, COUNT: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds up tokens or mass at or above FOUND and the three values that follow it in steps of 1 << shift."""
+    """Adds up tokens or mass at or above each of four values: FOUND, and the next three at a distance of 1 << shift."""
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     temperature = tl.load(temperatures + row)
     asks = tl.load(top_k + row) < vocab_size if COUNT else tl.load(drop_mass + row) >= 0
@@ -152,10 +153,10 @@ def _sum_above(
         peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
         log2_slope = LOG2_E / temperature
         least = tl.load(by_count + row * FIELDS + FOUND).to(tl.uint32)
-        step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
-        value1 = tl.load(state + FOUND).to(tl.uint32) + step
-        value2 = value1 + step
-        value3 = value2 + step
+        distance = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
+        value1 = tl.load(state + FOUND).to(tl.uint32) + distance
+        value2 = value1 + distance
+        value3 = value2 + distance
         zero = tl.zeros((BLOCK,), tl.int64)
         sum0, sum1, sum2, sum3 = zero, zero, zero, zero
         for offset in tl.range(0, length, BLOCK):
@@ -182,14 +183,14 @@ def _sum_above(
 def _narrow(
     top_k, drop_mass, log_min_p, by_count, by_mass, shift, COUNT: tl.constexpr, FIRST: tl.constexpr
 ):  # fmt: skip
-    """Two more bits of FOUND. Where nobody asks the sums are 0, and so are the bits."""
+    """Adds two more bits to FOUND. In a row without such a filter the sums are 0, and so are the bits."""
     row = tl.program_id(0).to(tl.int64)
     state = (by_count if COUNT else by_mass) + row * FIELDS
     goal = tl.load(top_k + row) if COUNT else tl.load(state + GOAL)
     if FIRST and not COUNT:
         total = tl.load(state + SUMS)
         dropped = tl.load(drop_mass + row).to(tl.float64) * total.to(tl.float64)
-        goal = tl.maximum(total - dropped.to(tl.int64), 1)  # the most likely token is kept whatever is asked
+        goal = tl.maximum(total - dropped.to(tl.int64), 1)  # the most likely token is always kept
         tl.store(state + GOAL, goal)
     sum1, sum2, sum3 = tl.load(state + SUMS + 1), tl.load(state + SUMS + 2), tl.load(state + SUMS + 3)
     digit = (sum1 >= goal).to(tl.int64) + (sum2 >= goal).to(tl.int64) + (sum3 >= goal).to(tl.int64)
@@ -204,7 +205,7 @@ def _write_limits(
     logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
     leasts, lasts, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From the values found; ties at the border of top_p are counted up to the last that is kept."""
+    """Writes the limits from the values found. Ties at the border of top_p are counted up to the last that is kept."""
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
     least = tl.full((), float("-inf"), tl.float32)

@@ -1,10 +1,11 @@
-"""act(gate) * up, or act alone, in place: one launch and one read instead of two to nine of each.
+"""Computes act(gate) * up, or act alone, in place, with one launch and one read instead of two to nine of each.
 
 Shapes: T tokens in the batch, I local FFN width.
-Rounds where transformers does: the activation's result to the model's dtype before the product; gelu_new and gelu_fast,
-which transformers writes in Python, after every operation. exp and tanh are the device's fast ones: in fp32 they differ
-from torch's by a few ulp, in bf16 and fp16 a last bit differs now and then. The thread that writes an element is the
-only one that reads it, so working in place is safe. Tried: nothing else yet.
+It rounds where transformers does: the activation's result to the model's dtype before the product; in gelu_new and
+gelu_fast, which transformers writes in Python, after every operation. exp and tanh are the device's fast ones: in fp32
+they differ from torch's by a few ulp, in bf16 and fp16 in a last bit now and then. The thread that writes an element is
+the only one that reads it, so working in place is safe.
+Tried: nothing else yet.
 """
 
 import functools
@@ -23,12 +24,12 @@ NUM_WARPS = 4
 
 
 def gelu_new(x: Tensor) -> Tensor:
-    """transformers' gelu_new; it rounds differently from torch's tanh approximation."""
+    """The gelu_new of transformers, which rounds differently from torch's tanh approximation."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
 def gelu_fast(x: Tensor) -> Tensor:
-    """transformers' gelu_fast: the same function, rounded differently again."""
+    """The gelu_fast of transformers: the same function, rounded differently again."""
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
 
@@ -43,13 +44,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def gated_activation(ffn: Tensor, kind: str, gated: bool) -> None:
-    """Gated: the first I columns of ffn (T, 2I) = act(gate) * up, and up stays. Else ffn (T, I) = act(ffn)."""
+    """Replaces the first I columns of ffn (T, 2I) by act(gate) * up if gated, else ffn (T, I) by act(ffn)."""
     run = _gated_activation_triton if ffn.is_cuda else gated_activation_reference
     run(ffn, kind, gated)
 
 
 def gated_activation_reference(ffn: Tensor, kind: str, gated: bool) -> None:
-    """The same in plain torch."""
+    """Does the same in plain torch."""
     calls["reference"] += 1
     if gated:
         gate, up = ffn.chunk(2, dim=1)
@@ -75,7 +76,7 @@ def _gated_activation_triton(ffn: Tensor, kind: str, gated: bool) -> None:
 
 @triton.jit
 def _tanh(x):
-    """Within 1e-7, which is all that 1 + tanh keeps."""
+    """Computes tanh within 1e-7; 1 + tanh keeps no finer difference."""
     shrunk = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - shrunk) / (1.0 + shrunk)
     return tl.where(x < 0.0, -size, size)
@@ -83,7 +84,7 @@ def _tanh(x):
 
 @triton.jit
 def _gelu_new(x, dtype: tl.constexpr):
-    """torch's pow(x, 3.0) is x * x * x, each product rounded (in fp16 on a CPU it is rounded once)."""
+    """Computes gelu_new. torch's pow(x, 3.0) is x * x * x, each product rounded (in fp16 on a CPU, rounded once)."""
     cube = ((x * x).to(dtype).to(tl.float32) * x).to(dtype).to(tl.float32)
     term = (0.044715 * cube).to(dtype).to(tl.float32)
     inner = (0.7978845608028654 * (x + term).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
@@ -102,7 +103,7 @@ def _gelu_fast(x, dtype: tl.constexpr):
 
 @triton.jit
 def _activate(x, KIND: tl.constexpr, dtype: tl.constexpr):
-    """fp32 in and out; the caller rounds."""
+    """Applies the activation to fp32 and returns fp32; the caller rounds."""
     if KIND == "silu":
         return x / (1.0 + tl.exp(-x))
     elif KIND == "relu":

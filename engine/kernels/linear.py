@@ -1,13 +1,13 @@
-"""out = x @ w.T (+ bias): a Triton GEMV for the one row of a small decode pass, cuBLAS for more.
+"""Linear layers, out = x @ w.T (+ bias): a Triton GEMV for the one row of a small decode pass, cuBLAS for more rows.
 
 Shapes: T tokens in the batch, N output columns, D input width.
-Both add up in fp32, the bias too, and round once. At T = 1 a linear is a read of its weight: cuBLAS takes it at 90 % of
-the read rate, rows of it walked by whole programs at 99 %. A program owns BLOCK_N rows and walks D in BLOCK_D columns;
-all its warps lie along D, 16 bytes a thread and row, so a thread's x fits its weights without an exchange, and threads
-meet once, in the sum at the end. No partial sums in memory, no atomics. BLOCK_D and the warps depend on (N, D) alone,
-and nothing else changes the order of a column's sum.
+Both add up in fp32, the bias too, and round once. At T = 1 the time of a linear is that of reading its weight: cuBLAS
+reaches 90 % of the read rate, and programs that walk whole rows reach 99 %. A program owns BLOCK_N rows and walks D in
+BLOCK_D columns. All its warps lie along D, 16 bytes a thread and row, so a thread's x fits its weights without an
+exchange, and threads exchange values only in the sum at the end. There are no partial sums in memory and no atomics.
+BLOCK_D and the warps depend on (N, D) alone, and nothing else changes the order of a column's sum.
 
-Tried: two and four rows, where cuBLAS wins the widest shapes; compiled for sm_90 only: 16-byte loads and no layout
+Tried: two and four rows, but there cuBLAS wins the widest shapes. Compiled for sm_90 only: 16-byte loads, no layout
 conversion in the loop; 56, 80, 148 registers for 2, 4, 8 weight rows a program. Not tried: D split over programs.
 """
 
@@ -21,7 +21,7 @@ Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (T, N) = x (T, D) @ weight (N, D).T + bias (N,). Rows of x, weight and out may lie apart."""
+    """Computes out (T, N) = x (T, D) @ weight (N, D).T + bias (N,). Rows of x, weight and out may lie apart."""
     if x.is_cuda and HAS_TRITON and x.shape[0] == 1:
         _linear_triton(x, weight, bias, out)
     else:
@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """The same in plain torch; on a GPU that is cuBLAS."""
+    """Does the same in plain torch, which uses cuBLAS on a GPU."""
     calls["reference"] += 1
     if bias is None:
         torch.mm(x, weight.t(), out=out)
@@ -38,10 +38,10 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 
 def config(num_columns: int, width: int) -> Config:
-    """The block shape for a weight (N, D), as measured on an H200. With 1 stage the walk is unrolled and loads to
-    registers; with more, copies to shared memory run ahead of it, which pays where a program walks far or many follow
-    each other. BLOCK_D = 256 * num_warps is 16 bytes of bf16 a thread; with less, warps would divide the rows between
-    them, and x would have to be exchanged."""
+    """Chooses the block shape for a weight (N, D), as measured on an H200. With 1 stage the walk is unrolled and loads
+    to registers. With more stages, copies to shared memory run ahead of the walk, which pays where a program walks far
+    or many programs follow each other. BLOCK_D = 256 * num_warps gives 16 bytes of bf16 a thread; with less, warps
+    would divide the rows between them, and x would have to be exchanged."""
     if num_columns >= 65536:
         return 8, 1024, 4, 4
     return 2, 1024, 4, 1

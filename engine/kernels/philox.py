@@ -1,24 +1,23 @@
 """Counter-based random numbers: Philox4x32-10 in plain torch integer operations.
 
-A number is a pure function of (seed, position, token id): noise depends neither on a token's row, nor on the
-batch, nor on tp_size, and nothing has to be stored or replayed. The integers are equal on CPU and CUDA.
+Shapes: R rows, V vocab, B blocks of four words: ceil(V / 4).
+A number depends on (seed, position, token id) alone: neither a token's row, nor the batch, nor tp_size changes it, and
+nothing has to be stored or replayed. The integers are equal on CPU and CUDA.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; checked against
-the known answers of its authors' library, Random123.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; a test compares it with the
+known answers of its authors' library, Random123.
 
-A word is a uint32 held in an int64. A product of two words wraps around modulo 2**64 there; its sign is
-noise, but its bits are right, so a shift and a mask give the upper word.
+A word is a uint32 held in an int64. A product of two words wraps around modulo 2**64 there; its sign means nothing, but
+its bits are right, so a shift and a mask give the upper word.
 
-Temporaries: about 16 bytes a number. The kernel of draw.py has the same integers in registers.
-
-R rows, V vocab, B blocks of four words: ceil(V / 4).
+Temporaries take about 16 bytes a number. The kernel of draw.py computes the same integers in registers.
 """
 
 import torch
 from torch import Tensor
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)  # what a round adds to the key: golden ratio and sqrt(3) - 1
+WEYL = (0x9E3779B9, 0xBB67AE85)  # added to the key in each round: golden ratio and sqrt(3) - 1
 ROUNDS = 10
 WORD = 0xFFFFFFFF
 BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 under 1
@@ -27,11 +26,11 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def uniform(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """(R, V) float32 in the open interval (0, 1), from seeds (R,) and positions (R,), both int64.
+    """Makes numbers (R, V) float32 in the open interval (0, 1), from seeds (R,) and positions (R,), both int64.
 
-    Number v of a row is word v % 4 of the block with counter (v // 4, position, 0, 0) and key (low and high
-    half of the seed, whose int64 is read as uint64). All 32 bits are used: near 0 the steps are 2**-32, and
-    near 1 those of float32, so that a caller who needs a long tail should take it from the side of 0.
+    Number v of a row is word v % 4 of the block with counter (v // 4, position, 0, 0). The key is the low and the high
+    half of the seed, whose int64 is read as uint64. All 32 bits are used: near 0 numbers are 2**-32 apart, and near 1
+    as far apart as float32, so a caller who needs a long tail should take it from the side of 0.
     """
     num_blocks = (vocab_size + 3) // 4
     blocks = torch.arange(num_blocks, device=seeds.device)[None, :]  # (1, B)
@@ -43,7 +42,7 @@ def uniform(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """The four output words of Philox4x32-10. All words are int64 in 0..2**32-1 and broadcast together."""
+    """Computes the four output words of Philox4x32-10. All words are int64 in 0..2**32-1 and broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):

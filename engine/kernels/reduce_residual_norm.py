@@ -1,9 +1,10 @@
-"""An all-reduce, the residual add and the norm behind it, for the few rows of a decode pass, in one launch.
+"""An all-reduce, the addition of its result to the residual, and the norm, in one launch, for the few rows of a decode
+pass.
 
 Shapes: T tokens in the batch, D hidden, W 32-bit words of a row.
-It is parallel/push_reduce.py, with a program a row, and residual_norm: the sum of the ranks' parts is rounded as the
-all-reduce's result would be, and the reference is one after the other. Residual and weights are read while the parts
-are on their way. All ranks get the same bits; a row's bits do not depend on the batch.
+It joins parallel/push_reduce.py, with a program a row, and residual_norm. The sum of the ranks' parts is rounded as the
+all-reduce's result would be, and the reference runs the two one after the other. Residual and weights are read while
+the parts are on their way. All ranks get the same bits; a row's bits do not depend on the batch.
 Tried, compiled for sm_90 only: 8 elements a thread, 16 bytes an access. Not tried: a row over several programs, which
 shortens the push and adds an exchange of the sum of squares.
 """
@@ -30,9 +31,10 @@ def reduce_residual_norm(
     pushes: bool = True,
     collects: bool = True,
 ) -> None:
-    """x (T, D) += the sum over ranks of delta (T, D), contiguous, and out (T, D) = norm(x). `out` may be `delta`.
+    """Adds to x (T, D) the sum over ranks of delta (T, D), contiguous, and writes out (T, D) = norm(x). `out` may be
+    `delta`.
 
-    `kind` is "rms" or "layer"; `bias` goes with "layer". `pushes` and `collects` as in push_reduce.
+    `kind` is "rms" or "layer"; `bias` goes with "layer". `pushes` and `collects` mean what they mean in push_reduce.
     """
     check_rows(x, delta, weight, bias, out, kind)
     assert delta.is_contiguous(), "reduce_residual_norm: strides: a part has no gaps"

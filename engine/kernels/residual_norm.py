@@ -1,9 +1,11 @@
-"""x += delta, then RMSNorm or LayerNorm of the sum: the two steps between a reduce and a projection in one launch.
+"""Computes x += delta, then RMSNorm or LayerNorm of the sum: the two steps between a reduce and a projection in one
+launch.
 
 Shapes: T tokens in the batch, D hidden.
-Rounds where transformers does: the sum to x's dtype; RMSNorm in fp32, cast, times weight; LayerNorm all in fp32 and
-cast once. A program has one row in registers, so every value is read once. The number of warps, and with it the order
-in which a row is summed, depends on D alone: a row's bits do not depend on the batch. Tried: nothing else yet.
+It rounds where transformers does: the sum to x's dtype; RMSNorm is in fp32, cast, then multiplied by the weight;
+LayerNorm is all in fp32 and cast once. A program has one row in registers, so every value is read once. The number of
+warps, and with it the order in which a row is summed, depends on D alone, so a row's bits do not depend on the batch.
+Tried: nothing else yet.
 """
 
 import torch
@@ -20,7 +22,7 @@ KINDS = ("rms", "layer")
 def residual_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, kind: str
 ) -> None:
-    """x (T, D) += delta (T, D), in place, and out (T, D) = norm(x); without `delta` the norm alone, and x stays.
+    """Adds delta (T, D) to x (T, D) in place and writes out (T, D) = norm(x). Without `delta` x stays as it is.
 
     `kind` is "rms" or "layer"; `bias` goes with "layer". `out` may be `delta`.
     """
@@ -29,7 +31,7 @@ def residual_norm(
 
 
 def residual_norm_reference(x, delta, weight, bias, eps, out, kind) -> None:
-    """The same in plain torch."""
+    """Does the same in plain torch."""
     calls["reference"] += 1
     if delta is not None:
         x.add_(delta)
@@ -57,7 +59,7 @@ def _residual_norm_triton(x, delta, weight, bias, eps, out, kind) -> None:
 
 
 def check_rows(x, delta, weight, bias, out, kind) -> None:
-    """Raises ValueError if the kernel cannot take rows of this width at all."""
+    """Checks the arguments. Raises ValueError if the kernel cannot take rows of this width at all."""
     require_triton("residual_norm on a GPU", "device='cpu'")
     if x.shape[1] > MAX_WIDTH:
         raise ValueError(f"hidden size {x.shape[1]}: the norm kernel takes rows of at most {MAX_WIDTH}")
@@ -69,7 +71,7 @@ def check_rows(x, delta, weight, bias, out, kind) -> None:
 
 @triton.jit
 def load_weights(weight, bias, column, inside, BIAS: tl.constexpr):
-    """Weight and bias in fp32."""
+    """Loads weight and bias in fp32."""
     factors = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     offsets = 0.0
     if BIAS:
@@ -82,7 +84,7 @@ def norm_row(
     values, inside, factors, offsets, eps,
     dtype: tl.constexpr, D: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The norm of a row in fp32, 0 where it is not inside, rounded to dtype."""
+    """Norms a row `values` of fp32, which is 0 where not `inside`, and rounds to dtype."""
     if LAYER:
         values = tl.where(inside, values - tl.sum(values) * (1.0 / D), 0.0)
     scaled = values * tl.rsqrt(tl.sum(values * values) * (1.0 / D) + eps)
@@ -101,7 +103,7 @@ def _add_and_norm(
     dtype: tl.constexpr = x.dtype.element_ty
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < D
-    factors, offsets = load_weights(weight, bias, column, inside, BIAS)  # on their way during the sums
+    factors, offsets = load_weights(weight, bias, column, inside, BIAS)  # loads that overlap the sums
     wait_for_inputs(OVERLAPS)
     values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     if ADDS:

@@ -1,10 +1,11 @@
-"""Norms of q and k heads, rotation, and the append to the KV cache: one launch for what is 20 launches in plain torch.
+"""Norms q and k heads, rotates them and appends to the KV cache, in one launch where plain torch takes 20.
 
 Shapes: T tokens, H/K local query/KV heads, E head dim, F rotated pairs (2F <= E), L positions, P pages, S page size.
-Rounds where transformers does: the norm in fp32, cast, times weight; each product and each sum of the rotation in the
-model's dtype. So without norms the bits are the reference's; with them the sum of squares is added in another order.
-A program has one token and a few whole heads, and the thread that writes a pair is the one that read it, so in place
-is safe. Tried: nothing else yet.
+It rounds where transformers does: the norm is in fp32, cast, then multiplied by the weight; each product and each sum
+of the rotation is rounded to the model's dtype. So without norms the bits are the reference's; with norms the squares
+are added in another order. A program has one token and a few whole heads, and the thread that writes a pair is the one
+that read it, so working in place is safe.
+Tried: nothing else yet.
 """
 
 import torch
@@ -31,8 +32,8 @@ def rope_append(
     appends_rotated: bool = True,
 ) -> None:
     """Rotates q and k in attn (T, (H + 2K) E) in place and writes k and v to keys and values (P * S, K, E) at addresses
-    (T,), k as it was before the rotation if not `appends_rotated`. `table` (2, L, F) holds cos and sin; `q_norm`,
-    `k_norm` (E,) are both there or both None."""
+    (T,). Without `appends_rotated` it writes k as it was before the rotation. `table` (2, L, F) holds cos and sin,
+    which `positions` (T,) index; `q_norm`, `k_norm` (E,) are both given or both None."""
     run = _rope_append_triton if attn.is_cuda else rope_append_reference
     run(attn, table, positions, addresses, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated)
 
@@ -40,7 +41,7 @@ def rope_append(
 def rope_append_reference(
     attn, table, positions, addresses, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
 ):
-    """The same in plain torch."""
+    """Does the same in plain torch."""
     calls["reference"] += 1
     heads = attn.unflatten(1, (num_heads + 2 * num_kv_heads, keys.shape[2]))  # (T, H + 2K, E)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -98,7 +99,7 @@ def _load(row, column, inside):
 
 @triton.jit
 def _norm_part(x, scale, q_norm, k_norm, column, size, is_q, is_v, dtype: tl.constexpr):
-    """Some columns of q and k heads, normed; v as it is."""
+    """Norms some columns of q and k heads; those of v stay as they are."""
     q_weight = tl.load(q_norm + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
     k_weight = tl.load(k_norm + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
     normed = (x * scale[:, None]).to(dtype).to(tl.float32) * tl.where(is_q[:, None], q_weight, k_weight)

@@ -1,7 +1,7 @@
-"""The one door to Triton: `triton` and `tl` for every kernel file. A CPU install has none; there stand-ins take their
-place, so that the files can be imported and their references run, and whatever would launch a kernel is refused.
+"""The one import of Triton: `triton` and `tl` for every kernel file. A CPU install has no Triton. There stand-ins
+replace both, so that the files can be imported and their references run, and whatever would launch a kernel is refused.
 
-A kernel resolves names among the globals of its own module: so each file imports both by these very names.
+A kernel resolves names among the globals of its own module, so each file imports both by these very names.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ except ImportError:
 
 
 class _Absent:
-    """What the modules, their decorators and types, and the decorated kernels are without Triton. It has no items:
-    there is no launch, kernel[grid], of it."""
+    """The stand-in for the modules, their decorators and types, and the decorated kernels. It has no items, so
+    kernel[grid], a launch, fails."""
 
     def __getattr__(self, name: str) -> "_Absent":
         return self
@@ -31,6 +31,6 @@ if not HAS_TRITON:
 
 
 def require_triton(purpose: str, instead: str = "") -> None:
-    """Raises ValueError where Triton is missing: `purpose` is what needs it, `instead` what works without it."""
+    """Raises ValueError if Triton is missing. `purpose` is what needs it; `instead` is what works without it."""
     if not HAS_TRITON:
         raise ValueError(f"{purpose} needs triton; install it" + (f" or use {instead}" if instead else ""))

@@ -1,11 +1,11 @@
-"""Shows the figures of a probe as tables, and says in plain words what they mean, and no more than they show.
+"""Shows the figures of a probe as tables, and says in plain words what they mean, but no more than they show.
 Torch-free.
 """
 
 from penstock.engine.planning.device_profile import Probe, ranks
 from penstock.scheduler.units import KIB, show_size, us
 
-# 1e9 bytes/s one way before packet headers, and what has them
+# rates in 1e9 bytes/s, one way and before packet headers, and the links that have them
 PCIE = (
     (3.94, "PCIe 3 x4 or 4 x2"),
     (7.88, "PCIe 3 x8 or 4 x4"),
@@ -16,7 +16,7 @@ PCIE = (
 )
 LEAST, MOST = 0.75, 0.95  # the share of such a rate that copies reach
 SAME = 0.95  # rates this near to each other count as equal
-REDUCE_BYTES = 16 * KIB  # a decode pass's, with few rows
+REDUCE_BYTES = 16 * KIB  # of a reduce in a decode pass of few rows
 WAYS = {"eager_s": "eager", "graph_s": "in a graph", "nccl_eager_s": "NCCL eager", "nccl_graph_s": "NCCL in a graph"}
 
 

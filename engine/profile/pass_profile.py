@@ -17,8 +17,8 @@ from penstock.scheduler.units import GB, gb_s
 
 @dataclass(frozen=True)
 class StepShare:
-    """All calls of one instruction in a pass, over all layers. `at_most` is Amdahl's bound; rates are None where the
-    plan knows no bytes or FLOPs."""
+    """The sum of all calls of one step in a pass, over all layers. `at_most` is Amdahl's bound; rates are None where
+    the plan knows no bytes or FLOPs."""
 
     step: str
     num_calls: int
@@ -46,8 +46,8 @@ class CopyLane:
 
 @dataclass(frozen=True)
 class PassProfile:
-    """`steps` of rank 0's compute lane, the dearest first; `copy_lane` None where nothing streams; `rank_s` the
-    seconds of the pass on each rank."""
+    """The profile of one pass. `steps` are those of rank 0's compute lane, the longest first; `copy_lane` is None where
+    nothing streams; `rank_s` are the seconds of the pass on each rank."""
 
     shape: PassShape
     pass_s: float

@@ -22,7 +22,7 @@ from penstock.scheduler.units import ms
 PASSES = ("decode", "prefill")
 TRACE = "trace.json"
 WARM_UP_TOKENS = 3
-MOST = 2**20  # the largest value of each flag below: so many random tokens can be made
+MOST = 2**20  # the largest value of each flag below, for which the random tokens still fit in memory
 
 
 def add_workload_arguments(parser) -> None:
@@ -125,7 +125,7 @@ def pass_s(intervals: list[Interval]) -> float:
 
 
 def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | None:
-    """Runs the workload and leaves its trace in config.trace, or TRACE. None on all ranks but 0.
+    """Runs the workload and leaves its trace in config.trace, or TRACE. Returns None on all ranks but 0.
 
     Raises ValueError naming the flag whose value makes no sense, and as LLM does.
     """

@@ -1,7 +1,8 @@
-"""The baselines of benchmarks: transformers, resident, by `generate` or by its continuous batching; and offloaded by
-accelerate. Each gets the engine's own weights.
+"""The baselines of benchmarks: transformers with resident weights, by `generate` or by continuous batching, and
+transformers offloaded by accelerate. Each gets the engine's own weights.
 
-Timed from the tokens: the first one, and the median gap between later ones. A first, short run of each is not timed.
+Two times are taken: that of the first token, and the median gap between later ones. A first, short run of each baseline
+is not timed.
 """
 
 import gc
@@ -35,12 +36,12 @@ except ImportError:  # check_compare has said so, if it was asked for
     accelerate = None
 
 WARM_UP_TOKENS = 2
-NEVER = -1  # is the id of no token; None would mean that of the config
+NEVER = -1  # no token has this id; None would stand for the id in the config
 CB_BLOCK = 256  # tokens in a block of its KV cache
 
 
 def load(name: str, config: EngineConfig, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model with the engine's weights, on the device; or, for accelerate, brought there as it runs."""
+    """Loads the model with the engine's weights to the device; accelerate brings them there while it runs."""
     path = find_model(config.model)
     if config.load_format == "dummy":
         values = read_config(path)
@@ -50,14 +51,14 @@ def load(name: str, config: EngineConfig, dtype: str, device: torch.device) -> P
         model = architecture.from_pretrained(None, config=their_config, state_dict=weights, dtype=getattr(torch, dtype))
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    model.generation_config = GenerationConfig()  # the checkpoint's would end sequences, or draw
+    model.generation_config = GenerationConfig()  # that of the checkpoint may end sequences early, or draw
     if name == "accelerate":
         return accelerate.cpu_offload(model.eval(), execution_device=device)
     return model.eval().to(device)
 
 
 def dummy_state(values: dict, source_name: str, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The checkpoint that the engine's dummy weights stand for, by name."""
+    """Makes the checkpoint for which the engine's dummy weights stand: tensors by name."""
     spec = read_spec(values, source_name)
     shapes = expected_tensors(spec, tensor_names(spec))
     source, state = DummyWeights(shapes, seed), {}
@@ -79,13 +80,13 @@ def generate(
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each token is there; stops nothing."""
+    """Notes the time of each token; it stops nothing."""
 
     def __init__(self):
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
-        input_ids[0, -1].item()  # waits for it
+        input_ids[0, -1].item()  # waits for the token
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -113,8 +114,9 @@ def _continuously(model: PreTrainedModel, device: torch.device, prompts: Sequenc
 
 
 def run_continuously(model: PreTrainedModel, prompts: Sequence[list[int]], num: int) -> list:
-    """transformers' outputs, in the order of the prompts, with the times at which a request was made and its tokens
-    came. The cache has room for all of them at once. Raises RuntimeError if some did not finish."""
+    """Runs the continuous batching of transformers, whose cache has room for all prompts at once. Returns its outputs,
+    in the order of the prompts, with the times at which each request was made and its tokens came. Raises RuntimeError
+    if some did not finish."""
     num_blocks = sum(-(-(len(prompt) + num) // CB_BLOCK) + 1 for prompt in prompts)
     settings = ContinuousBatchingConfig(block_size=CB_BLOCK, num_blocks=num_blocks, max_batch_tokens=8192)
     outputs = model.generate_batch(
@@ -135,7 +137,7 @@ def elapsed_s(outputs: list) -> float:
 
 
 def free_memory() -> None:
-    """Gives back what nothing refers to any more."""
+    """Gives back memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The bound of passes that ran, the least time that their bytes and FLOPs allow, and how near to it they came.
+"""The bound of passes that ran, which is the least time that their bytes and FLOPs allow, and how near they came to it.
 
     bound of a pass = max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)
 

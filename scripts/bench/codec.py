@@ -2,11 +2,11 @@
 the entropy floor; rates of compression and decompression in 1e9 bytes of bf16 a second; and the rate at which a link
 brings plain weights when it carries compressed ones.
 
-Distributions in several shapes, then checkpoints whole, read as bf16. The floor is 8 bits of sign and mantissa and the
-entropy of the exponents of a row (Miller and Madow's estimate). Every tensor is compared bit for bit with what its
-compressed form decompresses to. On a GPU decompressing is timed in a CUDA graph, over more memory than the L2 cache
-holds, and the link is measured; on a CPU the reference decompressor is timed, which says nothing about the kernel. The
-last line is one JSON object.
+It compresses random weights of several distributions and shapes, then whole checkpoints, read as bf16. The floor is 8
+bits of sign and mantissa plus the entropy of a row's exponents (Miller and Madow's estimate). Every tensor is compared
+bit for bit with what its compressed form decompresses to. On a GPU, decompression is timed in a CUDA graph, over more
+memory than the L2 cache holds, and the link is measured. On a CPU the reference decompressor is timed, which says
+nothing about the kernel. The last line is one JSON object.
 
     python -m scripts.bench.codec --model demo
 """
@@ -32,8 +32,8 @@ from torch import Tensor
 from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 
-SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (4096, 3584))  # the last: two ranks' cut of a row in four
-CPU_ROWS = 256  # of each shape; bits a weight do not depend on it
+SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (4096, 3584))  # the last is the third, split over four ranks
+CPU_ROWS = 256  # of each shape; the bits of a weight do not depend on their number
 FLOOR_WEIGHTS = 2**24  # counted at a time
 
 
@@ -64,7 +64,7 @@ SOURCES: tuple[Callable[[tuple[int, int], torch.device], Tensor], ...] = (
 
 
 def checkpoint_tensors(model: str, device: torch.device) -> Iterator[Tensor]:
-    """Every tensor as bf16 (rows, columns) on the device. Raises ValueError naming one that is quantised."""
+    """Yields every tensor as bf16 (rows, columns) on the device. Raises ValueError naming one that is quantised."""
     with Checkpoint.open(find_model(model)) as checkpoint:
         for name, entry in checkpoint.entries.items():
             if entry.dtype not in FILE_DTYPES:
@@ -75,7 +75,7 @@ def checkpoint_tensors(model: str, device: torch.device) -> Iterator[Tensor]:
 
 
 def floor_bits(weights: Tensor) -> float:
-    """Bits of the whole tensor: 8 a weight, and the entropy of the exponents of each row."""
+    """The floor of the whole tensor, in bits: 8 for each weight, and the entropy of the exponents of each row."""
     total = 8.0 * weights.numel()
     for rows in weights.split(max(1, FLOOR_WEIGHTS // weights.shape[1])):
         exponents = rows.contiguous().view(torch.int16).long() >> 7 & 0xFF
@@ -120,7 +120,7 @@ def measure(source: str, shape: str, tensors: Iterator[Tensor], link: float | No
 
 
 def measured_link(device: torch.device) -> float:
-    """1e9 bytes/s from registered host memory."""
+    """The rate of the link from registered host memory, in 1e9 bytes/s."""
     with link_buffers(GPU_BYTES, device) as pair:
         return link_gb_s([pair] * 4, Solo())
 

@@ -1,4 +1,4 @@
-"""`--compare`: what others take for the same prompts and the same weights, in the same run, once the engine is gone.
+"""Times other libraries for `--compare`, on the same prompts and weights, in the same run, once the engine is gone.
 
 This file knows the names and the results; baselines.py knows how they run, and is imported only if something is
 compared (transformers takes seconds to import and need not be installed).
@@ -61,7 +61,8 @@ def compare(
 def compare_throughput(
     config: EngineConfig, dtype: str, device: torch.device, prompts: list[list[int]], output_len: int, elapsed_s: float
 ) -> list[dict]:
-    """transformers' continuous batching over the whole workload, for which the engine took `elapsed_s`."""
+    """A row for the continuous batching of transformers, over the whole workload, for which the engine took
+    `elapsed_s`."""
 
     def measure(baselines, model) -> Iterator[dict]:
         their_s = baselines.elapsed_s(baselines.run_continuously(model, prompts, output_len))
@@ -93,7 +94,8 @@ def attempt(
 
 
 def against(ours: Measured, theirs: Measured) -> dict:
-    """Speedups are their time over ours; `equal_tokens` of the `num_tokens` tokens are the same at the same index."""
+    """A row that compares theirs with ours. Speedups are their time over ours; `equal_tokens` of the `num_tokens`
+    tokens are the same at the same index."""
     pairs = [pair for one, other in zip(ours.tokens, theirs.tokens) for pair in zip(one, other)]
     return {
         "batch_size": len(ours.prompts),

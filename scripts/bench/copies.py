@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def cut(source: Tensor, target: Tensor, piece_bytes: int, total_bytes: int) -> list[tuple[Tensor, Tensor]]:
-    """Pieces of `source` and `target` (uint8, of equal size), round and round until they are `total_bytes` or more."""
+    """Cuts `source` and `target` (uint8, of equal size) into pairs of pieces, repeated up to `total_bytes` or more."""
     pieces = list(zip(source.split(piece_bytes), target.split(piece_bytes)))
     return pieces * -(-total_bytes // source.nbytes)
 
@@ -23,9 +23,10 @@ def copy_pieces(
     in_flight: int | None = None,
     stop: Event | None = None,
 ) -> tuple[int, float]:
-    """Copies every source to its target, on a stream of its own, and waits: (bytes, seconds).
+    """Copies every source to its target, on a stream of its own, and waits; returns the bytes and the seconds.
 
-    At most `in_flight` pieces are enqueued at a time (None: all). `stop` ends an endless iterable, which needs both.
+    At most `in_flight` pieces are enqueued at a time (None: all). An endless iterable needs `in_flight`, and `stop`,
+    which ends it.
     """
     if device.type == "cpu":
         return _copy_cpu(copies, stop)

@@ -1,4 +1,4 @@
-"""Random weights as a real checkpoint: sharded safetensors files, their index and a config.json.
+"""Writes random weights as a real checkpoint: sharded safetensors files, their index and a config.json.
 
 The values are those of load_format="dummy" (engine/weights/dummy.py), so loading either gives the same model.
 """
@@ -41,7 +41,7 @@ def write_checkpoint(model: str, seed: int, directory: Path, file_bytes: int = F
 
 
 def cut_files(shapes: Mapping[str, tuple[int, ...]], itemsize: int, file_bytes: int) -> Iterator[list[str]]:
-    """The names of the tensors of each file, in their order."""
+    """Yields for each file the names of its tensors, in their order."""
     names, held = [], 0
     for name, shape in shapes.items():
         nbytes = torch.Size(shape).numel() * itemsize
@@ -54,7 +54,7 @@ def cut_files(shapes: Mapping[str, tuple[int, ...]], itemsize: int, file_bytes: 
 
 
 def write_file(source: DummyWeights, names: list[str], dtype: torch.dtype, file: Path) -> int:
-    """Returns the bytes of the tensors, which are in memory only in here."""
+    """Writes one file, whose tensors are in memory only meanwhile; returns their bytes."""
     tensors = {name: fill(source, name, dtype) for name in names}
     save_file(tensors, file)
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -2,9 +2,10 @@
 and memory, as it grows.
 
 All engine flags work. The token's time is that of its decode pass, the median over each stretch of --every tokens;
-memory is the process's resident set and what the device's allocator holds at the end of each stretch. What must stay
-flat is stated as the last stretch against the first one behind the first eviction. Rates are measured once the cache
-is full; the bound is that of a pass over the fullest cache (scripts/bench/bound.py). The last line is one JSON object.
+memory is the process's resident set and what the device's allocator holds at the end of each stretch. Both have to stay
+flat, so the record compares the last stretch with the first one after the first eviction. Rates are measured once the
+cache is full; the bound is that of a pass over the fullest cache (scripts/bench/bound.py). The last line is one JSON
+object.
 
     python -m scripts.bench.endless --model demo --attention-sinks 4 --attention-window 252 --output-len 100000
 """

@@ -69,7 +69,7 @@ def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
 
 
 def say_machine(report: dict[str, Any]) -> None:
-    """The lines above a benchmark's table."""
+    """Prints the lines above a benchmark's table."""
     moved = f"{report['streamed_bytes_per_pass_and_rank'] / GB:.3f} GB a pass and rank over the link"
     if any(report["compressed_groups"]):
         moved += ", {} resident and {} streamed groups compressed".format(*report["compressed_groups"])

@@ -1,4 +1,4 @@
-"""How a script ends: a user's mistake is one line, as on the command line."""
+"""The end of a script, which shows a user's mistake as one line, as the command line does."""
 
 import sys
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from penstock.engine.streams import guarded_streams, say_mistake
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """The exit status of `main`; 2 for a user's mistake. Raises SystemExit, with one line and status 1, if standard
-    output takes no more."""
+    """Runs `main` and returns its exit status, or 2 for a user's mistake. Raises SystemExit, with one line and status
+    1, if standard output takes no more."""
     program = Path(sys.argv[0]).name
     with guarded_streams(program):
         try:

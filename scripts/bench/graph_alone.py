@@ -1,4 +1,4 @@
-"""The graph of a decode pass replayed alone, back to back, as it last ran: what is left of a pass without the host."""
+"""Times the graph of a decode pass replayed alone, back to back, as it last ran: a pass without the host's work."""
 
 import torch
 from penstock.engine.llm import LLM
@@ -10,9 +10,9 @@ NUM_REPLAYS = 20
 
 
 def graph_alone_s(llm: LLM, num_rows: int) -> float | None:
-    """Seconds of a greedy decode pass over `num_rows` rows, on the slowest rank; None where no graph is captured, and
-    where ranks were launched by rank 0: they run no script. Between calls of `generate`; under torchrun on all ranks
-    together."""
+    """Seconds of a greedy decode pass over `num_rows` rows, on the slowest rank. None where no graph is captured, and
+    where rank 0 launched the others, since these run no script. Call it between calls of `generate`; under torchrun on
+    all ranks together."""
     engine = llm.engine
     if engine.launch.kind == "parent":
         return None
@@ -22,16 +22,16 @@ def graph_alone_s(llm: LLM, num_rows: int) -> float | None:
 
 @on_own_device
 def replay_s(runner: PassRunner, num_rows: int) -> float | None:
-    """The seconds of `graph_alone_s`, for ranks that have come together. No pass is under way, so the pages that the
-    graph writes to belong to no request."""
+    """The seconds of `graph_alone_s`, on ranks that have come together. No pass is under way, so the pages to which the
+    graph writes belong to no request."""
     graph = greedy_graph(runner, num_rows)
     if graph is None:
         return None
     collectives, device = runner.model.collectives, runner.device
     collectives.barrier()
-    graph.replay()  # lines the ranks up
+    graph.replay()  # this replay lines the ranks up
     own_s = seconds(lambda: [graph.replay() for _ in range(NUM_REPLAYS)], device, repeats=1, warm_ups=0)
-    runner.forget()  # its letters
+    runner.forget()  # the letters that the replays sent
     return max(rank_s for (rank_s,) in all_ranks([own_s], collectives, device)) / NUM_REPLAYS
 
 

@@ -42,7 +42,7 @@ from scripts.bench.workload import Job, Measured, add_workload_arguments, greedy
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 VLLM_FIELDS = ("avg_latency", "latencies", "percentiles")
-Passes = list[tuple[PassShape, float]]  # and the seconds that each took
+Passes = list[tuple[PassShape, float]]  # each pass, and the seconds that it took
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def decode_fields(llm: LLM, runs: list[Iteration], num_seqs: int, planned: Rates
 
 
 def graph_fields(decode: dict, graph_s: float | None) -> dict:
-    """How much longer a decode pass takes than its graph alone, which was replayed back to back; no fields where either
-    is missing."""
+    """Fields that say how much longer a decode pass takes than its graph alone, replayed back to back; none where
+    either is missing."""
     if not decode or graph_s is None:
         return {}
     return {"graph_s": graph_s, "pass_over_graph": decode["decode_pass_s"] / graph_s}

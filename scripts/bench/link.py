@@ -1,7 +1,6 @@
 """Measures the sustained rate of the link between registered host memory and the device, by piece size: each rank alone
-and all at once; beside a stream of reads of device memory and beside an all-reduce every millisecond, as a decode pass
-has them; and paced, with a limit of pieces in flight. So it is also the A/B of pacing or chunking copies against
-collectives.
+and all at once; beside reads of device memory or an all-reduce every millisecond, as in a decode pass; and paced, with
+a limit of pieces in flight. So it also shows whether pacing copies, or cutting them into pieces, helps collectives.
 
 Run it plainly, or by torchrun over several ranks. A rate is the better of two runs, each behind a barrier; the fraction
 is of the best rate of a rank with the same direction and ranks. The last line is one JSON object.
@@ -32,7 +31,7 @@ from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 
 PERIOD_S = 1e-3  # from one all-reduce to the next
-MARGIN = 1.25  # reduces go on for so much longer than the copies alone take
+MARGIN = 1.25  # the time of the reduces over that of the copies without load
 REDUCE_BYTES = (16 * KIB, 256 * KIB)
 NUM_READS = 4  # enqueued at a time
 ALONE, TOGETHER = "alone", "together"
@@ -40,8 +39,8 @@ ALONE, TOGETHER = "alone", "together"
 
 @dataclass(frozen=True)
 class Case:
-    """`piece_bytes` None: the whole buffer in one copy; `in_flight` None: all pieces are enqueued at once; `load` is
-    none, reads, or the bytes of an all-reduce."""
+    """One case to measure. If `piece_bytes` is None, the whole buffer is one copy; if `in_flight` is None, all pieces
+    are enqueued at once; `load` is none, reads, or the bytes of an all-reduce."""
 
     direction: str = "h2d"
     ranks: str = TOGETHER
@@ -58,7 +57,7 @@ class Benchmark:
         self.data = torch.ones((GPU_BYTES if self.device.type == "cuda" else CPU_BYTES) // 4, device=self.device)
         self.sums = {size: torch.zeros(size // 2, dtype=torch.bfloat16, device=self.device) for size in REDUCE_BYTES}
         self.pool = ThreadPoolExecutor(1)
-        self.nominal_s = 0.0  # of all copies together, without load: known after warm_up
+        self.nominal_s = 0.0  # seconds of all copies without load, which warm_up measures
         for tensor in self.sums.values():
             collectives.all_reduce(tensor)
 

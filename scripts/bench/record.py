@@ -1,4 +1,4 @@
-"""Facts that every record of benchmarks/ states beside its figures, and how a record is saved."""
+"""Facts that every record of benchmarks/ states beside its figures, and the writing of a record."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from penstock.parallel.topology import device_name
 
 
 def machine(device: torch.device, num_devices: int = 1) -> dict[str, Any]:
-    """Hardware, versions and commit (PENSTOCK_COMMIT, where no repository is at hand)."""
+    """Hardware, versions and commit (from PENSTOCK_COMMIT, since a script may run where no repository is)."""
     versions = {"penstock": VERSION, "torch": torch.__version__, "cuda": torch.version.cuda}
     return {
         "hardware": f"{num_devices} x {device_name(device)}",

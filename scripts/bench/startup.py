@@ -5,8 +5,8 @@ Flags and the fields avg_{cold,warm}_startup_time, *_times and *_percentiles are
 engine flags work too. A startup time is that of constructing an LLM and of the captures, as vLLM's is; `rows` has the
 medians of all phases (scripts/bench/startup_phases.py), from the start of the process on. `--checkpoint` writes the
 random weights as a checkpoint first and loads that, from the page cache that the writing has warmed. By torchrun there
-is one start, in the processes that there are, with the caches as they are: TRITON_CACHE_DIR=$(mktemp -d) makes it cold.
-The last line is one JSON object.
+is one start, in torchrun's own processes, with the caches as they are: TRITON_CACHE_DIR=$(mktemp -d) makes it cold. The
+last line is one JSON object.
 
     python -m scripts.bench.startup --model benchmarks/shapes/Llama-3-8B.json --load-format dummy --resident none
 """

@@ -27,7 +27,7 @@ class Measured:
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser, output_len: int) -> None:
-    """`output_len` is the default; the seed is the engine's `--seed`."""
+    """Adds the flags of a workload. `output_len` is a default; the seed is the engine's `--seed`."""
     parser.add_argument("--input-len", type=positive, default=32, metavar="N", help="tokens of a prompt (default: 32)")
     text = f"tokens to generate from each (default: {output_len})"
     parser.add_argument("--output-len", type=positive, default=output_len, metavar="N", help=text)
@@ -55,7 +55,8 @@ def ratio(text: str) -> float:
 def random_jobs(
     num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int, range_ratio: float = 0.0
 ) -> list[Job]:
-    """Both lengths are drawn from [length * (1 - range_ratio), length * (1 + range_ratio)], and are at least 1."""
+    """Makes jobs with random prompts. Both lengths are drawn from [length * (1 - range_ratio), length * (1 +
+    range_ratio)], and are at least 1."""
     rng = random.Random(seed)
 
     def length(middle: int) -> int:
@@ -65,5 +66,5 @@ def random_jobs(
 
 
 def greedy(job: Job, n: int = 1) -> SamplingParams:
-    """Exactly the job's tokens, the likeliest ones, so that they can be compared with another engine's."""
+    """Asks for exactly the job's number of tokens, the likeliest ones, which can be compared with another engine's."""
     return SamplingParams(n=n, temperature=0.0, max_tokens=job.output_len, ignore_eos=True)

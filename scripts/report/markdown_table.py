@@ -1,4 +1,4 @@
-"""Rows of records as Markdown tables. It imports no torch."""
+"""Rows of records as Markdown tables. Torch-free."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,7 +22,7 @@ def ms(key: str) -> Callable[[Row], str]:
 
 
 def table(rows: Iterable[Row], columns: list[Column]) -> str:
-    """A Markdown table; columns without any value are left out."""
+    """Makes a Markdown table, without columns that have no value."""
     lines = [[show(row) for _, show in columns] for row in rows]
     used = [index for index in range(len(columns)) if any(line[index] for line in lines)]
     head = [columns[index][0] for index in used]
@@ -31,7 +31,7 @@ def table(rows: Iterable[Row], columns: list[Column]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as Markdown that does not break a table."""
+    """Shows a value as Markdown that does not break a table."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -1,6 +1,7 @@
 """The records of benchmarks/ as a page: five questions, then a table of every record. It imports no torch.
 
-Every record is on the page: one of a kind that is not known here is a table of its `rows`, or else its file name.
+Every record is on the page: if its kind is not known here, as a table of its `rows`, or as its file name if it has
+none.
 """
 
 from penstock.scheduler.units import GB, MIB
@@ -197,7 +198,8 @@ def has_rows(record: Record) -> bool:
 
 
 def generic(record: Record) -> str:
-    """Any record with `rows`: what it states in a line, its rows as a table; as SHOWN says, or all keys that it has."""
+    """Shows any record: its facts in a line, and its `rows` as a table. SHOWN says which facts and columns; else it
+    shows all."""
     rows = record.content.get("rows", ())
     stated = [(key, text(key)) for key in record.content if key not in ("benchmark", "rows")]
     columns = [(key, text(key)) for key in dict.fromkeys(key for row in rows for key in row)]

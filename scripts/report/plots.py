@@ -1,6 +1,6 @@
-"""Pictures of the records of benchmarks/: how near each row came to its bound, and the time of a pass by batch.
+"""Draws the records of benchmarks/: how near each row came to its bound, and the time of a pass by batch.
 
-Needs matplotlib (pip install penstock[plot]).
+It needs matplotlib (pip install penstock[plot]).
 """
 
 from pathlib import Path

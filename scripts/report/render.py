@@ -2,7 +2,7 @@
 
     python -m scripts.report.render
 
-To be run whenever a record changes; a test compares the page with the records. Needs matplotlib (pip install
+Run it whenever a record changes; a test compares the page with the records. It needs matplotlib (pip install
 penstock[plot]).
 """
 

@@ -1,4 +1,4 @@
-"""How much of their attention a model's queries give to the first tokens of a sequence: whether it has sinks.
+"""Measures how much of their attention a model's queries give to the first tokens of a sequence: whether it has sinks.
 
 A model has attention sinks (Xiao et al. 2023) if queries put much of their softmax on the first tokens, whatever these
 say; evicting them then breaks the model. The shares are computed while the engine runs: before each attention step,
@@ -17,13 +17,14 @@ from penstock.engine.runtime.watch import Watch
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
 
-SINKS, TRACE = 0.3, 2.0  # share of all attention from which we speak of sinks; times uniform from where of a trace
+SINKS = 0.3  # we speak of sinks from this share of all attention on
+TRACE = 2.0  # and of a trace of sinks from so many times the uniform share on
 
 
 @contextmanager
 def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
-    """For each layer a list that grows by (T, H, num_first) with each pass over one sequence: what each query and head
-    gives to each of the first tokens."""
+    """Yields a list for each layer. With each pass over one sequence each list grows by (T, H, num_first): the share
+    that each query and head gives to each of the first tokens."""
     masses: list[list[Tensor]] = [[] for _ in range(llm.engine.plan.spec.num_layers)]
 
     class KeepMasses(Watch):
@@ -38,7 +39,8 @@ def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
 
 
 def first_masses(ctx: PassContext, layer_idx: int, num_first: int) -> Tensor:
-    """Shares (T, H, num_first) in a pass over one row, whose q and k are rotated and whose attention is yet to come."""
+    """Computes the shares (T, H, num_first) in a pass over one row, whose q and k are rotated and whose attention is
+    yet to come."""
     context, model = ctx.inputs.context, ctx.model
     (row,) = context.ranges
     q = ctx.heads()[:, : model.num_heads].float()  # (T, H, E)
@@ -50,7 +52,7 @@ def first_masses(ctx: PassContext, layer_idx: int, num_first: int) -> Tensor:
 
 
 def summarise(masses: list[Tensor], first_query: int) -> list[dict[str, Any]]:
-    """A row for each layer, of its (T, H, N) masses: means over the queries from `first_query` on, which stands far
+    """A row for each layer, of its (T, H, N) masses: means over the queries from `first_query` on, which has to be far
     enough from the first tokens not to see them as its neighbours."""
     rows = []
     for layer_idx, mass in enumerate(masses):

@@ -1,4 +1,4 @@
-"""The nearest-neighbour attack on what the device side of a split execution saw: how much of a prompt it finds again.
+"""The nearest-neighbour attack on what the device side of a split execution saw, and how much of a prompt it recovers.
 
 The attacker is the device side. It knows the weights (norms too) and which tensor belongs to which call; it knows
 neither the prompt nor the key. Token by token it computes, for every token of the vocabulary behind the tokens that it
@@ -53,7 +53,7 @@ from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 from scripts.report.markdown_table import Row, table, text
 
-QKV, ATTENTION, MLP = "attn_qkv", "attention", "ffn_up"  # operations of the device side, and steps of the plan
+QKV, ATTENTION, MLP = "attn_qkv", "attention", "ffn_up"  # operations of the device side, and steps of a pass
 SITES = {QKV: "QKV input", ATTENTION: "attention states", MLP: "MLP input"}
 L1, SORTED, ANY_ROW, IN_ORDER = "L1", "sorted L1", "any row", "rows in order"
 MATCHINGS = {QKV: (L1, ANY_ROW, IN_ORDER), ATTENTION: (L1, SORTED), MLP: (L1, ANY_ROW)}  # of what is permuted
@@ -91,14 +91,14 @@ class Seen:
 
 @dataclass
 class Attack:
-    """One matching at one site. `observed` (T, ...) are the rows that the site saw."""
+    """An attack by one matching at one site. `observed` (T, ...) are the rows that the site saw."""
 
     site: Site
     is_permuted: bool
     matching: str
     observed: Tensor
     found: list[int] = field(default_factory=list)  # token ids, in the order of positions
-    left: list[int] = field(init=False)  # rows that no token was found for
+    left: list[int] = field(init=False)  # rows for which no token was found
 
     def __post_init__(self):
         self.left = list(range(len(self.observed)))
@@ -208,14 +208,14 @@ def run_attacks(attacks: Sequence[Attack], candidates: Candidates) -> None:
 
 
 def recovered(found: Sequence[int], token_ids: Sequence[int]) -> tuple[int, int]:
-    """How many tokens were found at their own index, and how many at any."""
+    """Counts the tokens found at their own index, and those found at any index."""
     at_index = sum(one == other for one, other in zip(found, token_ids, strict=True))
     return at_index, (Counter(found) & Counter(token_ids)).total()
 
 
 def measure(model: str, prompts: Sequence[list[int]], layers: Sequence[int] | None = None) -> list[Row]:
-    """A row for each attack, shares of the tokens of all prompts. `layers`: None for first, middle and last. Raises
-    ValueError for a layer that the model lacks."""
+    """Runs the attacks; returns a row for each, with shares of the tokens of all prompts. If `layers` is None, they are
+    the first, the middle and the last. Raises ValueError for a layer that the model lacks."""
     path = find_model(model)
     spec = read_spec(read_config(path), str(config_file(path)))
     layers = sorted({0, spec.num_layers // 2, spec.num_layers - 1}) if layers is None else layers

@@ -54,13 +54,13 @@ from scripts.train_demo_model import HELD_OUT_PERCENT, collect_docs, is_held_out
 DEVICE = "cpu"  # which is enough for a small model
 PAGE_SIZE = 4  # small, so that with and without sinks about as many tokens are evicted at a time
 PASS_TOKENS = 256
-FAR = 4  # queries from a quarter of the trained length on are far from the first tokens
+FAR = 4  # queries from this part of the trained length on, a quarter, are far from the first tokens
 BLOCK_TOKENS = 500  # of the running perplexity
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to attend: to all tokens where `window` is None. It is scored in rows as `row_of` makes them."""
+    """A way to attend; if `window` is None, to all tokens. It is scored in rows that `row_of` makes."""
 
     name: str
     sinks: int
@@ -83,7 +83,8 @@ def variants(sinks: int, window: int) -> list[Variant]:
 
 
 def read_text(encode: Callable[[str], list[int]], num_tokens: int) -> tuple[list[int], str]:
-    """The first token (BOS, where the tokenizer sets one) and `num_tokens` more, and what text they are."""
+    """Reads the first token (BOS, where the tokenizer sets one) and `num_tokens` more; returns them and says what text
+    they are."""
     tokens = encode("")
     num_special, num_held_out, modules = len(tokens), 0, 0
     docs = collect_docs()
@@ -102,7 +103,7 @@ def read_text(encode: Callable[[str], list[int]], num_tokens: int) -> tuple[list
 
 @contextmanager
 def longer_model(model: str, num_positions: int) -> Iterator[str]:
-    """A folder with the model's weights and a config.json that allows so many positions."""
+    """Yields a folder with the model's weights and a config.json that allows so many positions."""
     source = find_model(model)
     with tempfile.TemporaryDirectory() as folder:
         for path in source.iterdir():
@@ -116,7 +117,7 @@ def longer_model(model: str, num_positions: int) -> Iterator[str]:
 
 @contextmanager
 def engine_of(variant: Variant, model: str, trained: int, num_tokens: int) -> Iterator[LLM]:
-    """An engine that attends as the variant says, and whose passes may sample from every token."""
+    """Yields an engine that attends as the variant says, and whose passes may sample from every token."""
     longest = variant.most_cached or num_tokens
     pass_tokens = max(PASS_TOKENS, variant.most_cached or 0)
     options: dict[str, Any] = {"max_num_seqs": pass_tokens, "max_num_batched_tokens": pass_tokens}

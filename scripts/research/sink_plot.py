@@ -1,7 +1,7 @@
-"""The picture of a record of sink_perplexity.py: perplexity along the text, a line for each way to attend.
+"""Draws a record of sink_perplexity.py: perplexity along the text, with a line for each way to attend.
 
-Windows can be too near each other for the eye, so a second plot below shows them alone, beside the sinks. Needs
-matplotlib, which `pip install penstock[plot]` brings.
+Lines of windows can be too near each other for the eye, so a second plot below shows them alone, beside the sinks. It
+needs matplotlib, which `pip install penstock[plot]` brings.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
-except ImportError:  # it is an extra
+except ImportError:  # matplotlib is an extra
     Figure = None
 
-STYLES = {  # what lies beneath comes first
+STYLES = {  # a line lies above those before it
     "full": {"color": "#e15759", "linewidth": 1.6},
     "recomputed": {"color": "#bab0ac", "linewidth": 4.0},
     "window": {"color": "#f28e2b", "linewidth": 1.6},

@@ -21,7 +21,7 @@ FIRST_PAGE = 1  # page 0 is reserved
 
 
 def logprobs_of(llm: LLM, tokens: Sequence[int], row_of: Callable[..., BatchRow]) -> Tensor:
-    """Log probabilities (T - 1,) float32 on the host, of each token but the first, given those before it.
+    """Computes log probabilities (T - 1,) float32 on the host, of each token but the first, given those before it.
     `row_of(retention, tokens, start, end)` is `cached_row` or `recomputed_row`; its rows, all of whose tokens may be
     sampled from, are as long as the engine's passes can be."""
     retention = llm.engine.plan.retention
@@ -35,12 +35,13 @@ def logprobs_of(llm: LLM, tokens: Sequence[int], row_of: Callable[..., BatchRow]
 
 
 def cached_row(retention: Retention, tokens: Sequence[int], start: int, end: int) -> BatchRow:
-    """The row as in generation: all tokens before it are cached, except those that were evicted."""
+    """Makes the row as in generation: all tokens before it are cached, except those that were evicted."""
     return _row(retention, tokens, start, end, retention.num_evicted(end))
 
 
 def recomputed_row(retention: SinksAndWindow, tokens: Sequence[int], start: int, end: int) -> BatchRow:
-    """A new sequence of the tokens that would be cached: computed anew, so that none has seen an evicted one."""
+    """Makes a new sequence of the tokens that would be cached; it is computed anew, so that none has seen an evicted
+    one."""
     num_sinks = retention.num_sinks
     held = [*tokens[:num_sinks], *tokens[num_sinks + retention.num_evicted(end) : end]]
     return _row(retention, held, 0, len(held), 0)
@@ -73,7 +74,7 @@ def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
 
 
 def _with_selected(inputs: PassInputs, num_rows: int, pad_row: int) -> PassInputs:
-    """The inputs changed so that the last `num_rows` tokens are sampled from, into the sampler's unused row."""
+    """Changes the inputs so that the last `num_rows` tokens are sampled from, into the sampler's unused row."""
     device, num_tokens = inputs.tokens.device, len(inputs.tokens)
     select = torch.arange(num_tokens - num_rows, num_tokens, device=device)
     return replace(

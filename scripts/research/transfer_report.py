@@ -1,6 +1,6 @@
 """Predicts from a config alone what a split execution moves between its two sides in the prefill of a prompt, by
-operation and layer, and what remedies leave of it. With --measure the prefill runs and its transfers are counted too:
-with the checkpoint's weights, or random ones where --model is a config.json.
+operation and layer, and how much remains with each remedy. With --measure the prefill runs too, with the checkpoint's
+weights, or random ones where --model is a config.json, and its transfers are counted.
 
     python -m scripts.research.transfer_report --model benchmarks/shapes/Llama-3.2-1B.json --tokens 1024 \\
       --attention repeated
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, spec: ModelSpec, config: SplitConfig) -> TransferLedger:
-    """What crosses in a prefill of random tokens. Raises ValueError if the model takes no such prompt."""
+    """Counts what crosses in a prefill of random tokens. Raises ValueError if the model takes no such prompt."""
     from penstock.engine.split.llm import SplitLLM  # imports torch: a prediction does without
 
     options = {

@@ -1,4 +1,4 @@
-"""Rank 0's side of a self-launch, in this process: who it is, its port, children that it starts and ends."""
+"""Rank 0's side of a self-launch, in this process: its launch, its port, and the children that it starts and ends."""
 
 import os
 import socket
@@ -79,7 +79,7 @@ def test_a_child_that_fails_at_the_end_is_shown_once(no_torchrun, capsys):
 
 
 def test_what_is_raised_after_a_failure_is_the_failure(no_torchrun):
-    """An interrupt that became another error on its way, or the NaNs of a sum that was given up."""
+    """The error may be an interrupt that became another exception, or come from the NaNs of a sum that was given up."""
     launch = resolve_launch(2)
     with pytest.raises(RankFailed, match="rank 1 failed with exit code 3"), launch.guard():
         launch.start("{}", [sys.executable, "-c", "import sys; sys.exit(3)"])
@@ -96,7 +96,7 @@ def test_a_guard_after_a_failure_raises_it(no_torchrun, capsys):
         pass
     launch = resolve_launch(2)
     launch.start("{}", [sys.executable, "-c", "1 / 0"])
-    while "rank 1 failed" not in capsys.readouterr().err:  # nobody is in guard(): shown at once
+    while "rank 1 failed" not in capsys.readouterr().err:  # no thread is in guard(), so it is shown at once
         time.sleep(0.02)
     with (
         pytest.raises(RankFailed, match="(?s)rank 1 failed with exit code 1:.*ZeroDivisionError"),

@@ -1,5 +1,5 @@
-"""Collectives on two gloo ranks: one launch by torchrun, whose ranks write what they got; then what counts as
-a lost peer, and the group of one."""
+"""Collectives on two gloo ranks, of one launch by torchrun, which write their results; then the errors that count as a
+lost peer, and the group of one rank."""
 
 import json
 import os
@@ -21,7 +21,12 @@ pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float32", "bfloat16", "float16", "int32")
 LONG = [*range(-5000, 5000), 2**31 - 1, -(2**31)]
-LISTS = [[], [7, -8], LONG, *(list(range(n)) for n in (1021, 1022, 1023))]  # around the first frame's room
+LISTS = [
+    [],
+    [7, -8],
+    LONG,
+    *(list(range(n)) for n in (1021, 1022, 1023)),
+]  # with lengths around what the first frame holds
 
 RANK = """
 import json, sys
@@ -83,7 +88,7 @@ sys.exit(run_rank(main))
 
 @pytest.fixture(scope="module")
 def got(tmp_path_factory) -> list[dict]:
-    """What the two ranks saw, by rank."""
+    """The results of the two ranks, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "rank.py").write_text(RANK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -1,4 +1,4 @@
-"""How a thread gets out when another rank has failed: by an exception, and with its process where none helps."""
+"""The guard brings a thread out when another rank has failed: by an exception, or by the end of its process."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_a_long_computation_in_python_gets_an_exception(monkeypatch):
         while True:
             time.sleep(0.01)
     assert guard.wait(0) is FAILURE and not guard.busy
-    time.sleep(0.3)  # nothing comes afterwards
+    time.sleep(0.3)  # no interrupt comes afterwards
 
 
 def test_actions_are_done_before_anybody_is_interrupted():

@@ -1,8 +1,8 @@
-"""Launches as a user sees them. A failure ends in one way: everything gone within 10 s, the first failure
-shown, and no peer's error before.
+"""Launches as a user sees them. Every failure ends alike: within 10 s all processes are gone, and the first failure is
+shown, with no peer's error before it.
 
-The worker script below is rank 0 and child alike. Cases that need no collective never import torch, so that
-they start in a moment.
+The worker script below serves rank 0 and children. Cases that need no collective never import torch, so they start
+quickly.
 """
 
 import json
@@ -111,7 +111,7 @@ if __name__ == "__main__":
 
 
 class Run:
-    """One run of the worker script: its output, exit code, and how long after the failure all were gone."""
+    """A run of the worker script: its output, its exit code, and the time from the failure until all were gone."""
 
     def __init__(self, folder: Path, case: str, tp_size: int, launcher: tuple[str, ...], more: tuple[str, ...]):
         self.folder = folder
@@ -147,7 +147,8 @@ class Run:
         return float(file.read_text()) if file.exists() else time.time()
 
     def assert_failed(self, num_ranks: int, first: str) -> None:
-        """All ranks began and are gone in time; `first` is shown once, and nobody complained before."""
+        """Asserts that all ranks began and are gone in time, and that `first` is shown once, with no complaint before
+        it."""
         assert self.exit_code not in (0, None)
         assert time.time() - self.failed_at() < GONE_S
         assert len(self.pids()) == num_ranks
@@ -173,7 +174,7 @@ def run(tmp_path):
 def test_three_ranks_hear_the_message(run):
     done = run("talk", 3).finish()
     assert done.exit_code == 0, done.stderr
-    assert done.stdout == "heard [3.0, 3.0, 3.0]\n"  # a child's output is not rank 0's
+    assert done.stdout == "heard [3.0, 3.0, 3.0]\n"  # without the children's output
     assert "rank 0 of 3: cpu" in done.stderr
     for rank in (1, 2):
         assert f"[rank {rank}] child {rank} heard [2, 5] [3.0, 3.0, 3.0]\n" in done.stderr
@@ -227,6 +228,6 @@ def test_torchrun_shows_the_rank_that_raised(run):
 
 
 def test_torchrun_names_the_rank_that_was_killed(run):
-    done = run("die", 2, TORCHRUN, ("bare",)).finish()  # as a user's own script, without run_rank
+    done = run("die", 2, TORCHRUN, ("bare",)).finish()  # bare: as a user's own script, without run_rank
     done.assert_failed(2, "(local_rank: 1)")
     assert "Signal 9 (SIGKILL)" in done.stderr

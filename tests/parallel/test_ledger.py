@@ -1,4 +1,4 @@
-"""The transfer ledger: what it counts, and that copies, differences and sums of ledgers are those of their sites."""
+"""The transfer ledger: it counts by site, and copies, differences and sums of ledgers are those of their sites."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Ten seconds from a rank's death to the end of the others, on the clock of those who wait: how long each step may take
-by its own limit, however busy the machine is."""
+"""The ten seconds from a rank's death to the end of the others: each part may take as long as its own limit, on a clock
+that runs in waits alone, so that a busy machine changes nothing."""
 
 import os
 import threading
@@ -18,7 +18,7 @@ GONE_S = 10.0
 
 
 class Clock:
-    """Time that passes in sleeps alone."""
+    """A clock that runs in sleeps alone."""
 
     def __init__(self):
         self.now_s = 0.0
@@ -38,15 +38,15 @@ def heard_after_s(monkeypatch, rank: int, state: str) -> float:
     pulse = Pulse(rank, [Process("here", 1), Process("here", 2)], heard.append)
     silent_s = 0.0
     while not heard and silent_s < GONE_S:
-        silent_s += 2 * BEAT_S  # the longest that one look counts, though its thread may have slept
+        silent_s += 2 * BEAT_S  # one turn counts at most this, even if its thread slept longer
         pulse._judge(2 * BEAT_S)
     assert heard[0].rank == 1 - rank and heard[0].stopped == (state == STOPPED)
     return silent_s
 
 
 def out_after_s(monkeypatch, leaves: bool) -> float:
-    """From the failure to the end of a process whose thread is inside: by the interrupt, or because it runs no Python
-    that could be interrupted."""
+    """The seconds from the failure to the end of a process whose thread is inside. It ends by the interrupt or, if the
+    thread runs no Python that could be interrupted, by os._exit."""
     clock, guard, out = Clock(), Guard(), threading.Event()
     found, run_no_more = [], threading.Event()
 
@@ -74,7 +74,7 @@ def out_after_s(monkeypatch, leaves: bool) -> float:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank(monkeypatch, rank):
-    """Heard of by rank 0 or of rank 0; no launcher speaks of it."""
+    """Rank 0 hears of it, or it is rank 0; no launcher reports it."""
     heard_s = heard_after_s(monkeypatch, rank, STOPPED)
     assert heard_s + guard_module.INTERRUPT_S + out_after_s(monkeypatch, leaves=False) < GONE_S
 
@@ -84,8 +84,9 @@ def test_a_rank_that_is_gone_without_the_end_of_its_connection(monkeypatch):
 
 
 def test_a_rank_that_raises_or_is_killed(monkeypatch):
-    """Known at once. The actions take INTERRUPT_S at most, then whoever is inside gets out, and gives a launcher, or a
-    child's exit status, its time; who waits for a peer is out with the actions, and may first wait for the cause."""
+    """The failure is known at once. The actions take INTERRUPT_S at most. A thread that computes is then brought out,
+    and waits for a launcher or for a child's exit status; one that waits for a peer comes out with the actions, and may
+    first wait for the cause."""
     interrupted_s, ended_s = (out_after_s(monkeypatch, leaves) for leaves in (True, False))
     assert interrupted_s < ended_s
     speaks_s = max(LAUNCHER_WAIT_S, LOST_GRACE_S)

@@ -1,5 +1,5 @@
-"""Pulses of three ranks in one process: failures reach all, the first one counts, leaving is no failure; then processes
-that are stopped, gone, or on another host, with time made short."""
+"""Pulses of three ranks in one process: failures reach all, the first one counts, and leaving is no failure. Then
+processes are stopped, gone, or on another host, with shorter limits."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Ranks:
-    """Pulses that hear each other, and what each has heard."""
+    """The pulses of ranks that hear each other, and the failures that each has heard."""
 
     def __init__(self, processes: list[Process]):
         self.heard = [[] for _ in processes]
@@ -109,7 +109,7 @@ def test_a_stopped_process_is_told_from_one_that_works(ranks, sleeper, monkeypat
     monkeypatch.setattr(module, "STOPPED_S", 0.5)
     monkeypatch.setattr(module, "BEAT_S", 0.1)
     two = ranks(this_process(), Process(this_process().host, sleeper.pid))
-    monkeypatch.setattr(two.pulses[1], "_send_all", lambda line: None)  # no beats: it loads, or compiles
+    monkeypatch.setattr(two.pulses[1], "_send_all", lambda line: None)  # sends no beats, as if it loaded or compiled
     time.sleep(2.0)
     assert two.causes() == [[], []]
     sleeper.send_signal(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Sums that ranks push to each other: against sums in fp32 and fp64, word for word, over many calls of many sizes."""
+"""Sums that ranks push to each other, against sums in fp32 and fp64, word for word, over many calls of many sizes."""
 
 import functools
 import random
@@ -37,7 +37,7 @@ DENSE = (CONTIGUOUS, Layout("viewed", before=64), Layout("from any word", before
 
 
 def sum_everywhere(peers, parts):
-    """What each rank has in place of its part afterwards."""
+    """Sums on all ranks; returns the result of each."""
     summed = [part.clone() for part in parts]
     run_together(functools.partial(push_reduce, *rank) for rank in zip(peers, summed))
     return summed
@@ -50,7 +50,7 @@ def parts_of(size, shape, dtype, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_sum_of_all_parts_on_all_ranks(size, dtype):
-    """All kinds of rows; the length is no multiple of a block."""
+    """Rows are of all kinds; the length is no multiple of a block."""
     peers, parts = connect_ranks(size), parts_of(size, (9, 130), dtype)
     summed = sum_everywhere(peers, parts)
     assert all(same_bits(summed[0], other) for other in summed[1:])
@@ -64,7 +64,7 @@ def test_the_sum_of_all_parts_on_all_ranks(size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wherever_a_part_starts(dtype):
-    """At any word; memory around it is not written."""
+    """A part may start at any word; memory around it is not written."""
     part, other = parts_of(2, (3, 130), dtype)
 
     def kernel(part):
@@ -81,7 +81,7 @@ def test_strides_with_gaps_are_refused():
 
 
 def test_calls_of_any_sizes_follow_each_other():
-    """Halves alternate by call, whatever was summed before: nothing of an earlier call is left or waited for."""
+    """Halves alternate by call, whatever was summed before: a call neither finds nor awaits words of an earlier one."""
     peers, sizes = connect_ranks(2), random.Random(0)
     for index in range(9):
         dtype = DTYPES[index % 3]
@@ -94,7 +94,7 @@ def test_calls_of_any_sizes_follow_each_other():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_part_that_holds_the_empty_word(dtype):
-    """Such words are NaNs, they arrive, and neighbours keep their values."""
+    """Such words are NaNs, arrive as NaNs, and leave their neighbours as they are."""
     parts = [torch.ones(8, dtype=dtype, device=DEVICE) for _ in range(3)]
     per_word = 4 // dtype.itemsize
     parts[1].view(torch.int32)[2] = EMPTY
@@ -105,7 +105,7 @@ def test_a_part_that_holds_the_empty_word(dtype):
 
 
 def test_words_that_look_like_others():
-    """Every pattern of a bf16 beside a half of the empty word."""
+    """Words join every pattern of a bf16 with a half of the empty word."""
     patterns = torch.arange(1 << 16, device=DEVICE).to(torch.int16)
     part = torch.stack([patterns, torch.full_like(patterns, -1)], 1).flatten().view(torch.bfloat16)
     summed = sum_everywhere(connect_ranks(2), [part, torch.zeros_like(part)])
@@ -136,7 +136,7 @@ def test_who_comes_early_waits_in_the_other_half():
 
 
 def test_the_abort_word_ends_a_wait_for_a_rank_that_is_gone():
-    """What comes out means nothing; that something does is all."""
+    """The call ends; its result means nothing."""
     peers = connect_ranks(2)
     part = torch.ones(4 * LEAST_BLOCK_WORDS, device=DEVICE)
     peers[0].abort_word.fill_(1)
@@ -145,7 +145,7 @@ def test_the_abort_word_ends_a_wait_for_a_rank_that_is_gone():
 
 
 def test_an_abort_word_that_is_not_set_ends_nothing():
-    """A part that comes late, after the word was read many times."""
+    """A part comes late, after the word was read many times, and is summed."""
     peers, part = connect_ranks(2), torch.ones(64, device=DEVICE)
     late = threading.Timer(1.0, peers[0].words[0, 1, :64].copy_, [part.view(torch.int32)])
     late.start()

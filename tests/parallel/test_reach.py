@@ -1,4 +1,4 @@
-"""Which way sums take is decided on what all ranks say: the same facts, the same choice on all."""
+"""The choice of the way that sums take: all ranks choose alike, from what all of them say."""
 
 import warnings
 
@@ -13,7 +13,8 @@ from penstock.parallel.topology import Topology
 
 
 def group(size: int, hosts: int = 1, blind: tuple[tuple[int, int], ...] = ()) -> list[Reach]:
-    """`size` ranks on so many hosts, which all see the GPUs of their host but for the pairs (who, whom) in `blind`."""
+    """`size` ranks on so many hosts, which all see the GPUs of their host, except for the pairs (who, whom) in
+    `blind`."""
     of_host = lambda rank: rank * hosts // size  # noqa: E731
     peers = {
         rank: [f"gpu{other}" for other in range(size) if other != rank and of_host(other) == of_host(rank)]
@@ -31,7 +32,7 @@ def group(size: int, hosts: int = 1, blind: tuple[tuple[int, int], ...] = ()) ->
         (group(8), Symmetric),
         (group(4, hosts=2), Nccl),
         (group(2, hosts=2), Nccl),
-        (group(4, blind=((0, 3), (3, 0))), Nccl),  # ranks 1 and 2 see all
+        (group(4, blind=((0, 3), (3, 0))), Nccl),  # although ranks 1 and 2 see all
         (group(4, blind=((3, 1),)), Nccl),
         ([Reach("host0", "gpu0", ["gpu1"]), Reach("host0", "gpu0", ["gpu1"])], Nccl),  # nobody sees itself
     ],

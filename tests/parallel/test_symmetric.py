@@ -1,4 +1,4 @@
-"""Which way a sum over GPUs takes, by its size, without a GPU; and which communicator NCCL's calls take."""
+"""The way that a sum over GPUs takes, by its size, and the communicator of NCCL's calls; no GPU is needed."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from penstock.parallel.symmetric import Symmetric
 from penstock.scheduler.units import MIB
 
 BIG = 256 * MIB
-GRAPHS = object()  # their communicator
+GRAPHS = object()  # the communicator of graphs
 
 
 class Device(Symmetric):
@@ -41,7 +41,7 @@ def device(monkeypatch) -> Device:
 
 
 def summed(device, num_rows: int, width: int = 4096, dtype=torch.bfloat16) -> list[tuple]:
-    """The ways of a sum of rows, which must be right and count once."""
+    """Sums rows, asserts that the sum is right and counts once, and returns its ways."""
     part = (torch.arange(num_rows * width) % 251).to(dtype).view(num_rows, width)
     tensor, before = part.clone(), device.num_symmetric
     device.took = []

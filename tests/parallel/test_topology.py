@@ -1,4 +1,4 @@
-"""Devices by rank and flag, and NUMA nodes from a copy of /sys. Needs no GPU: CUDA's answers are faked."""
+"""Devices by rank and flag, and NUMA nodes from a copy of /sys. No GPU is needed: CUDA's answers are faked."""
 
 import os
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from penstock.parallel.topology import Topology, bind_to_numa, parse_cpu_list, r
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretend that `count` GPUs are visible, at PCI addresses 0001:0a:00.0, 0001:0b:00.0, ..."""
+    """Pretends that `count` GPUs are visible, at PCI addresses 0001:0a:00.0, 0001:0b:00.0, ..."""
 
     def pretend(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -32,7 +32,7 @@ def test_cpu_without_gpus(gpus, device):
 
 
 def test_ranks_on_this_host():
-    """Not those of other hosts, where the launcher says how many are here."""
+    """Ranks on other hosts do not count, where the launcher says how many are here."""
     assert resolve_topology(5, 8, 1, "cpu", 4).ranks_on_host == 4
     assert resolve_topology(5, 8, 1, "cpu").ranks_on_host == 8
 

@@ -1,4 +1,4 @@
-"""check_numerics finds nothing wrong with the engine, and names layer and step of what is put into it."""
+"""The script check_numerics finds nothing wrong with the engine, and names layer and step of a fault put into it."""
 
 import functools
 import sys
@@ -50,7 +50,7 @@ def test_nothing_differs(checkpoint, variant):
     parallel = variant.startswith("neox") and variant != "neox_serial"
     assert len(rows) == NUM_LAYERS * (10 if parallel else 11) + 3
     assert all(row.bits_equal for row in rows if row.step.endswith("residual"))
-    assert 0 < max(row.drift for row in rows) < 1e-5  # zero everywhere: nothing of ours would have been compared
+    assert 0 < max(row.drift for row in rows) < 1e-5  # zero everywhere would mean that nothing was compared
 
 
 @pytest.mark.tolerance

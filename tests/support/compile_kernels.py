@@ -4,7 +4,7 @@
 
 The real engine runs as on a GPU, on CPU tensors, and each launch stops when its kernel is compiled. In the interpreter
 kernels may do what Triton's compiler refuses, such as a name whose type changes from one turn of a loop to the next.
-What the engine computes is garbage. Prints the modules of the kernels that were compiled, and their names, in JSON.
+The engine's results mean nothing. It prints the modules of the kernels that were compiled, and their names, in JSON.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+os.environ.pop("TRITON_INTERPRET", None)  # triton reads it when it is imported
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def main(checkpoints: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         driver.set_active(Hopper())
         patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(torch, "empty", torch.zeros)  # nothing is ever written: tokens have to be tokens
+        patch.setattr(torch, "empty", torch.zeros)  # nothing is ever written, and tokens have to be valid
         patch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
         for kernel in KERNELS.values():
             if kernel.names:

@@ -1,11 +1,11 @@
-"""Several ranks in one process and on one device, whose kernels push to each other: one phase after the other."""
+"""Several ranks in one process and on one device, whose kernels push to each other, one phase after the other."""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from penstock.parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, SLOT_WORDS, PeerBuffers
+from penstock.parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, PART_WORDS, PeerBuffers
 from torch import Tensor
 
 from tests.support.kernel_proof import DEVICE
@@ -14,7 +14,7 @@ HANG_S = 30
 
 
 def connect_ranks(size: int) -> list[PeerBuffers]:
-    shape = (NUM_HALVES, size, SLOT_WORDS)
+    shape = (NUM_HALVES, size, PART_WORDS)
     words = [torch.full(shape, EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(size)]
     others = [tuple(words[(rank + step) % size].data_ptr() for step in range(1, size)) for rank in range(size)]
     halves = torch.zeros(size, MAX_PROGRAMS, dtype=torch.int32, device=DEVICE)
@@ -23,7 +23,7 @@ def connect_ranks(size: int) -> list[PeerBuffers]:
 
 
 def run_together(ranks: Iterable[Callable[..., None]]) -> None:
-    """One call on every rank: all push, then all collect."""
+    """Makes one call on every rank: all push, then all collect."""
     ranks = list(ranks)
     with no_hang():
         for rank in ranks:
@@ -33,14 +33,14 @@ def run_together(ranks: Iterable[Callable[..., None]]) -> None:
 
 
 def assert_at_rest(peers: list[PeerBuffers], num_calls: int) -> None:
-    """Every word is empty again and every place names the next half."""
+    """Asserts that every word is empty again and every entry of `half` names the next half."""
     for buffers in peers:
         assert (buffers.words == EMPTY).all()
         assert (buffers.half == num_calls % NUM_HALVES).all()
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """In rank order in fp32, rounded once."""
+    """Sums parts in rank order in fp32, and rounds once."""
     total = 0.0
     for part in parts:
         total = total + part.float()
@@ -49,7 +49,7 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def no_hang() -> Iterator[None]:
-    """An interpreted kernel that waits for words that never come fails."""
+    """Makes an interpreted kernel fail that waits for words which never come."""
 
     def fail(*_):
         raise AssertionError(f"still waiting for a part after {HANG_S} s")

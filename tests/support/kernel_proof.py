@@ -1,10 +1,10 @@
-"""What every kernel is held to, as far as a kernel alone goes: against its reference on tensors that lie in memory in
-every way, poisoned around and before; against float64; its calls counted; its time in a CUDA graph. What it is held to
-inside the engine is in engine_proof.py.
+"""The proofs of a kernel alone: it agrees with its reference on tensors that lie in memory in every way, with poison
+around them and in the outputs; it agrees with float64; its calls are counted; and its time in a CUDA graph is measured.
+The proofs of a kernel inside the engine are in engine_proof.py.
 
-Where there is no GPU the kernels run under Triton's interpreter, which drops the low bits when it casts to bf16 where
-hardware rounds to nearest; and triton 3.6 interprets scalars as arrays of one element, which numpy 2.4 no longer takes
-as integers. Both are corrected here.
+Where there is no GPU, kernels run under Triton's interpreter. It drops the low bits in a cast to bf16, where hardware
+rounds to nearest; and in triton 3.6 its scalars are arrays of one element, which numpy 2.4 no longer takes as integers.
+This file corrects both.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory: how many elements before it, how many between its rows, in which order of dims,
-    how many from one element to the next."""
+    """The layout of a tensor in memory: the elements before it and between its rows, the order of its dims, and the
+    distance from one element to the next."""
 
     name: str
     before: int = 0
@@ -34,8 +34,8 @@ class Layout:
     permuted: bool = False
     step: int = 1
 
-    def place(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """`values` as a view, and the poisoned memory around it."""
+    def lay_out(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies `values` to a view in this layout; returns it and the poisoned memory around it."""
         sizes = list(values.shape)
         inner_first = [values.ndim - 1, *reversed(range(values.ndim - 1))]
         if self.permuted:
@@ -58,12 +58,13 @@ RESPECTED = (
     Layout("sliced", before=16, between=16),
     Layout("sliced and misaligned", before=3, between=5),
 )
-PERMUTED = Layout("permuted", permuted=True)  # of a matrix: columns lie together
+PERMUTED = Layout("permuted", permuted=True)  # the columns of a matrix lie together
 STEPPED = Layout("stepped", step=2)
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """NaN, or the most negative integer: whatever reads it, or does not write it, shows."""
+    """A tensor of NaN, or of the most negative integer, so that it shows if a kernel reads it or does not overwrite
+    it."""
     if dtype.is_floating_point:
         return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
     return torch.full(shape, torch.iinfo(dtype).min, dtype=dtype, device=DEVICE)
@@ -91,15 +92,15 @@ def prove(
     layouts: Iterable[Layout] = RESPECTED,
     names: Iterable[str] | None = None,
 ) -> None:
-    """Both are called with `inputs` as keywords; `outputs` are those they may change. The kernel is called as often as
-    there are layouts, and each tensor of `names`, by default all of floats, takes its turn with each. Memory around a
-    tensor, and every tensor that is no output, keep their bits."""
+    """Calls kernel and reference with `inputs` as keywords, of which they may change `outputs`, and compares. The
+    kernel is called once for each layout, and each tensor of `names`, by default all of floats, has each layout once.
+    Memory around a tensor, and every tensor that is no output, have to keep their bits."""
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     reference(**expected)
     layouts, names = list(layouts), list(names or _floating(inputs))
     for turn in range(len(layouts)):
         variant = {name: layouts[(index + turn) % len(layouts)] for index, name in enumerate(names)}
-        laid = {name: variant.get(name, CONTIGUOUS).place(tensor) for name, tensor in inputs.items()}
+        laid = {name: variant.get(name, CONTIGUOUS).lay_out(tensor) for name, tensor in inputs.items()}
         around = {name: memory.clone() for name, (_, memory) in laid.items()}
         kernel(**{name: view for name, (view, _) in laid.items()})
         for name, (view, memory) in laid.items():
@@ -111,11 +112,11 @@ def prove(
 
 
 def prove_refusal(kernel: Callable[..., None], inputs: Mapping[str, Tensor], *names: str) -> None:
-    """Tensors whose rows are not contiguous are refused with a message about strides, not computed wrongly."""
+    """Asserts that tensors whose rows are not contiguous are refused, with a message about strides."""
     for name, layout in itertools.product(names or _floating(inputs), (PERMUTED, STEPPED)):
         if layout is STEPPED or inputs[name].ndim == 2:
             with pytest.raises((AssertionError, ValueError), match="stride"):
-                kernel(**{**inputs, name: layout.place(inputs[name])[0]})
+                kernel(**{**inputs, name: layout.lay_out(inputs[name])[0]})
 
 
 def _floating(inputs: Mapping[str, Tensor]) -> list[str]:
@@ -128,13 +129,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def equal(actual: Tensor, expected: Tensor) -> None:
-    """Every value is the same; zeros may differ in sign and NaNs in their bits."""
+    """Asserts that every value is the same; zeros may differ in sign and NaNs in their bits."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def within(ulps: float, share: float = 1.0, scale: float | Tensor = 0.0) -> Callable[[Tensor, Tensor], None]:
-    """Agreement to so many units in the last place of a value, or of what it may be taken for: `scale` times the
-    largest value of its row, or the sizes themselves. No more than `share` of the values may differ at all."""
+    """Makes a comparison that allows so many ulp: of the value, of `scale` times the largest value of its row, or of
+    the sizes that `scale` holds. No more than `share` of the values may differ at all."""
 
     def agree(actual: Tensor, expected: Tensor) -> None:
         wide, exact = actual.double(), expected.double()
@@ -152,14 +153,15 @@ def within(ulps: float, share: float = 1.0, scale: float | Tensor = 0.0) -> Call
 
 @contextlib.contextmanager
 def counted(calls: dict[str, int], **expected: int) -> Iterator[None]:
-    """Exactly these calls happen inside: a kernel that never ran proves nothing."""
+    """Asserts that exactly these calls happen inside: a kernel that never ran proves nothing."""
     before = dict(calls)
     yield
     assert {kind: calls[kind] - before[kind] for kind in calls} == {**dict.fromkeys(calls, 0), **expected}
 
 
 def time_per_call(fn: Callable[[], None], repeats: int = 50) -> float:
-    """Seconds of one call on a GPU, many in one CUDA graph: what a captured step costs, without Python's launches."""
+    """The seconds of one call on a GPU among many in a CUDA graph: the cost of a captured step, without Python's
+    launches."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         fn()
@@ -178,15 +180,15 @@ def time_per_call(fn: Callable[[], None], repeats: int = 50) -> float:
 
 
 def prove_faster(kernel: Callable[[], None], reference: Callable[[], None], nbytes: int, label: str) -> None:
-    """The kernel takes less time than what it replaces, in a graph, where no launch hides it. `nbytes` must cross the
-    memory at least; prints what was reached."""
+    """Asserts that the kernel takes less time than what it replaces, in a graph, where no launch hides it. Prints the
+    rate that was reached; at least `nbytes` must cross the memory."""
     ours, theirs = time_per_call(kernel), time_per_call(reference)
     print(f"{label}: {ours * 1e6:.2f} us, {nbytes / ours * 1e-9:.0f} GB/s; reference {theirs * 1e6:.2f} us")
     assert ours < theirs
 
 
 def _convert_float(values: np.ndarray, source, target, rounding):
-    """The interpreter's cast, with bf16 rounded to nearest even; values and result are bit patterns."""
+    """Casts as the interpreter does, but rounds bf16 to nearest even; values and result are bit patterns."""
     names = (source.name, target.name)
     if names == ("fp32", "bf16"):
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
@@ -200,7 +202,7 @@ _interpreters_own, interpreter._convert_float = interpreter._convert_float, _con
 
 
 def _patch_lang_tensor(tensor, scope) -> None:
-    """The interpreter's tensors, whose scalars may bound a loop."""
+    """Patches the interpreter's tensors, so that their scalars may bound a loop."""
     _interpreters_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

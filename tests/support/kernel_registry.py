@@ -1,4 +1,4 @@
-"""Every kernel's place in the engine: how it is run, what it replaces, its counter, and the steps that call it.
+"""The kernels of the engine: for each, the way to run it, its reference, its counter, and the steps that call it.
 
 A new kernel is a row of KERNELS; engine_proof.py holds it to its reference and to its calls in real runs.
 """
@@ -33,28 +33,28 @@ from torch import Tensor
 
 Condition = Callable[[Compute, PassContext], bool]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-DRAWN = replace(GREEDY, temperature=1.5, seed=3)  # tokens differ from each other, and hang on every logit
+DRAWN = replace(GREEDY, temperature=1.5, seed=3)  # tokens differ from each other, and depend on every logit
 FILTERED = replace(DRAWN, top_p=0.8)
-SHORT = replace(DRAWN, max_tokens=2)  # of kernels that take seconds where they are interpreted
+SHORT = replace(DRAWN, max_tokens=2)  # for kernels that take seconds in the interpreter
 
 
 @dataclass(frozen=True)
 class EngineKernel:
-    """A kernel's place in the engine. `kernel` and `reference` have one signature, and the engine finds them by
-    `names`; a reference of None is other kernels or a library. Each step with a part of `steps` in its name calls the
-    kernel once, where `condition` holds. `exact`: the reference's very bits."""
+    """A kernel in the engine. `kernel` and `reference` have one signature, and the engine finds them by `names`. If
+    `reference` is None, other kernels or a library are the reference. Each step with a part of `steps` in its name
+    calls the kernel once, where `condition` holds. If `exact`, the kernel gives the reference's very bits."""
 
-    module: ModuleType  # whose `calls` count
+    module: ModuleType  # its `calls` count
     steps: tuple[str, ...]
     condition: Condition = lambda step, ctx: True
     kernel: Callable | None = None
     reference: Callable | None = None
     names: tuple[tuple[ModuleType, str], ...] = ()
     exact: bool = False
-    params: SamplingParams = DRAWN  # of a request that takes it
+    params: SamplingParams = DRAWN  # of a request that needs the kernel
 
     def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
-        """How often the instruction, as it is about to run, has to call the kernel."""
+        """The number of times that the instruction, which is about to run, has to call the kernel."""
         if isinstance(instruction, Decompress):
             weights = executor.compressed[instruction.group].group.weights if "decompress" in self.steps else ()
             return sum(not weight.layout.raw for weight in weights)
@@ -63,13 +63,13 @@ class EngineKernel:
         return int(self.condition(instruction, ctx))
 
     def put_in(self, patch: pytest.MonkeyPatch, run: Callable) -> None:
-        """The engine calls `run` wherever it would have called the kernel or its reference."""
+        """Makes the engine call `run` wherever it would have called the kernel or its reference."""
         for module, name in self.names:
             patch.setattr(module, name, run)
 
 
 def _kernel(module: ModuleType, stem: str, *steps: str, **rest) -> EngineKernel:
-    """Of a module that chooses by device between _STEM_triton and STEM_reference."""
+    """Makes the row of a module that chooses by device between _STEM_triton and STEM_reference."""
     names = (f"_{stem}_triton", f"{stem}_reference")
     ways = dict(zip(("kernel", "reference"), (getattr(module, name) for name in names)))
     return EngineKernel(module, steps, **{**ways, "names": tuple((module, name) for name in names), **rest})

@@ -8,8 +8,8 @@ from tests.support.rounding import norm_ulps
 
 
 def assert_normed(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> None:
-    """`out` is the norm of the rows of x, as near as its dtype allows. A LayerNorm keeps the rounding of what cancels
-    in it."""
+    """Asserts that `out` is the norm of the rows of x, as near as its dtype allows. Values that cancel in a LayerNorm
+    leave their rounding."""
     wide, weight = x.double(), weight.double()
     centred = wide - wide.mean(-1, keepdim=True) if kind == "layer" else wide
     factor = weight / (centred.square().mean(-1, keepdim=True) + eps).sqrt()

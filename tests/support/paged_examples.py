@@ -1,4 +1,4 @@
-"""Inputs of paged decode attention: random pages, poisoned where nothing may be read.
+"""Inputs of paged decode attention: random pages, with poison where nothing may be read.
 
 Shapes: R rows, Q tokens a row, H/K query/KV heads, E head dim, P pages, S page size.
 """
@@ -17,7 +17,7 @@ PAGE_SIZE = 16
 
 @dataclass
 class Example:
-    """Inputs of one call; `q` is a view into `attn` (T, (H + 2K) E), as the engine has it."""
+    """The inputs of one call; `q` is a view into `attn` (T, (H + 2K) E), as the engine has it."""
 
     attn: Tensor
     q: Tensor  # (R, Q, H, E)
@@ -31,17 +31,17 @@ class Example:
 
     @property
     def arguments(self) -> tuple:
-        """What follows q, and what follows out."""
+        """The arguments that follow q, and those that follow out."""
         caches = (self.keys, self.values, self.page_table, self.context_lens)
         return caches, (self.q.shape[-1] ** -0.5, self.window, PAGE_SIZE)
 
     @property
     def reading(self) -> dict:
-        """How keys are read."""
+        """The arguments that say how keys are read."""
         return {"margin": self.margin, "key_rope": self.key_rope}
 
     def run(self, num_segments: int, min_segment: int = 1) -> Tensor:
-        """The kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
+        """Runs the kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
         num_rows, num_queries, num_heads, head_dim = self.q.shape
         q = as_queries(self.attn.clone(), self.q.shape)
         size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
@@ -57,7 +57,7 @@ class Example:
         return out
 
     def apart(self) -> Tensor:
-        """How far two ways to the result may be from each other: (R, 1, 1, 1)."""
+        """The largest difference (R, 1, 1, 1) that two ways to the result may have."""
         bounds, group = [], self.q.shape[2] // self.keys.shape[1]
         for row, (q, length) in enumerate(zip(self.q, self.context_lens.tolist())):
             addresses = self.page_table[row].long().repeat_interleave(PAGE_SIZE) * PAGE_SIZE
@@ -75,7 +75,7 @@ class Example:
         return torch.tensor(bounds, dtype=torch.float64, device=self.q.device)[:, None, None, None]
 
     def row(self, row: int) -> "Example":
-        """The row alone, in a batch of one."""
+        """The example of a row alone, in a batch of one."""
         num_queries = self.q.shape[1]
         attn = self.attn[row * num_queries : (row + 1) * num_queries].clone()
         alone = {"page_table": self.page_table[row : row + 1], "context_lens": self.context_lens[row : row + 1]}
@@ -102,8 +102,8 @@ def example(
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> Example:
-    """Random inputs. Pages lie in random order, unused addresses hold NaN, unused entries of the table name any page.
-    `pairs`: how many of a key's pairs are rotated when it is read."""
+    """Makes random inputs. Pages lie in random order, unused addresses hold NaN, unused entries of the table name any
+    page. `pairs`: how many of a key's pairs are rotated when it is read."""
     contexts = context if isinstance(context, list) else [context] * num_rows
     used = [-(-(length + margin) // PAGE_SIZE) if length else 0 for length in contexts]
     num_pages, widest = sum(used) + 2, max(*used, 1) + 2
@@ -135,13 +135,13 @@ def make(heads: tuple, context: list, **options) -> Example:
 
 
 def addresses_of(inputs: Example, row: int) -> Tensor:
-    """Where the row's context lies in the cache, in order."""
+    """The addresses of the row's context in the cache, in order."""
     entry = torch.arange(int(inputs.context_lens[row]), device=DEVICE) + inputs.margin
     return inputs.page_table[row].long()[entry // PAGE_SIZE] * PAGE_SIZE + entry % PAGE_SIZE
 
 
 def tensors_of(inputs: Example) -> dict[str, Tensor]:
-    """What a kernel is called with, by name; the result lies apart and is poisoned."""
+    """The arguments of a kernel, by name; the result lies apart and is poisoned."""
     names = ("keys", "values", "page_table", "context_lens")
     out = poisoned(inputs.q.shape, inputs.q.dtype)
     return {"q": inputs.q.clone(), "out": out, **dict(zip(names, inputs.arguments[0]))}

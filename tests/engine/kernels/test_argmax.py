@@ -1,4 +1,4 @@
-"""The argmax of greedy sampling: the lowest id of ties, NaN found wherever it lies, whatever the split."""
+"""The argmax of greedy sampling finds the lowest id of ties, and NaN wherever it lies, with any number of segments."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from penstock.engine.kernels.argmax import argmax_rows, argmax_rows_reference, c
 
 from tests.support.kernel_proof import DEVICE, DTYPES, adversarial, counted, equal, prove, prove_faster, prove_refusal
 
-SPLITS = (1, 2, 5)  # one launch; two; segments that are empty
+SPLITS = (1, 2, 5)  # one launch; two launches; some segments are empty
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_segments", SPLITS)
 def test_kernel_is_the_reference(dtype, num_segments):
-    """Every kind of row: constants tie everywhere, zeros of both signs too, and one has a NaN at its end."""
+    """Rows are of every kind: constants tie everywhere, zeros of both signs too, and one row has a NaN at its end."""
     logits = adversarial(9, 50, dtype)
 
     def writing(run, *rest):
@@ -32,7 +32,8 @@ def test_kernel_is_the_reference(dtype, num_segments):
 @pytest.mark.parametrize("num_segments", SPLITS)
 @pytest.mark.parametrize("vocab_size", [1, 16, 33, 50])
 def test_tokens_are_the_samplers(vocab_size, num_segments):
-    """Of few different values, so that most rows tie, some across segments. Columns behind the vocabulary are huge."""
+    """Logits have few different values, so that most rows tie, some across segments. Columns behind the vocabulary are
+    huge."""
     generator = torch.Generator().manual_seed(vocab_size)
     logits = torch.randint(-2, 2, (12, 64), generator=generator).to(dtype=torch.bfloat16, device=DEVICE)
     logits[1] = -torch.inf

@@ -1,4 +1,4 @@
-"""Paged decode attention: Triton kernel (interpreted where there is no GPU) against float64, poisoned all around.
+"""Paged decode attention: the Triton kernel (interpreted where there is no GPU) against float64, in poisoned memory.
 
 Shapes: R rows, Q tokens a row, H/K query/KV heads, E head dim, P pages, S page size.
 """
@@ -33,7 +33,7 @@ LAYOUTS = (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=
 
 
 def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) -> None:
-    """To the reference in float64, if nothing else is expected."""
+    """Compares the kernel with `expected`, by default the reference in float64."""
     expected = example.reference() if expected is None else expected
     assert not expected.isnan().any() and not out.isnan().any()
     assert ((out.double() - expected.double()).abs() <= example.apart()).all()
@@ -62,8 +62,8 @@ def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) 
     ],
 )
 def test_kernel_is_the_reference(heads, context, options, num_segments):
-    """One token, page borders, block borders, grouped heads, windows, several tokens a row; padded head sizes; pages
-    that begin late, keys that are rotated when they are read."""
+    """Cases are one token, page borders, block borders, grouped heads, windows, several tokens a row, padded head
+    sizes, pages that begin late, and keys that are rotated when they are read."""
     inputs = make(heads, context, **options)
     assert_close(inputs, inputs.run(num_segments))
 
@@ -85,7 +85,7 @@ def test_the_reference_is_torchs_attention():
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
-    """But for the order of sums."""
+    """Only the order of sums differs."""
     inputs = make((4, 2, 64), [100, 7], margin=12, pairs=24, dtype=dtype)
     keys = inputs.keys.clone()
     for row, length in enumerate(inputs.context_lens.tolist()):
@@ -109,7 +109,7 @@ def test_any_number_of_segments(options):
 @pytest.mark.tolerance
 def test_more_segments_than_the_merge_reads_at_once():
     inputs = make((2, 1, 64), [66 * 32], dtype=torch.float32)
-    inputs.keys[addresses_of(inputs, 0)[-32:]] *= 3.0  # the maximum comes last
+    inputs.keys[addresses_of(inputs, 0)[-32:]] *= 3.0  # the largest score comes last
     assert_close(inputs, inputs.run(70))
 
 
@@ -117,7 +117,7 @@ def test_more_segments_than_the_merge_reads_at_once():
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("size", [0.0, 1.0, -1.0, 240.0, -240.0, -65504.0])
 def test_equal_keys_give_the_mean(size, num_segments):
-    """Scores that are all 0, or huge, or as low as fp16 goes."""
+    """Scores are all 0, or all huge, or all as low as fp16 goes."""
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 240.0
     inputs.keys[addresses_of(inputs, 0)] = size
@@ -143,15 +143,15 @@ def test_float32_products_keep_their_bits(num_segments):
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])
-@pytest.mark.parametrize("place", [0, 15, 16, 63, 64, 129])
-def test_one_huge_score_takes_all(place, num_segments):
+@pytest.mark.parametrize("token", [0, 15, 16, 63, 64, 129])
+def test_one_huge_score_takes_all(token, num_segments):
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 100.0
     addresses = addresses_of(inputs, 0)
     inputs.keys[addresses] = -100.0
-    inputs.keys[addresses[place]] = 100.0
+    inputs.keys[addresses[token]] = 100.0
     out = inputs.run(num_segments)
-    assert torch.equal(out, inputs.values[addresses[place]].expand_as(out))
+    assert torch.equal(out, inputs.values[addresses[token]].expand_as(out))
 
 
 @pytest.mark.tolerance
@@ -168,7 +168,7 @@ def test_scores_that_rise_or_fall_steeply(num_segments):
 @pytest.mark.parametrize("num_segments", [1, 3, 8])
 @pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}, {"margin": 12, "pairs": 32}])
 def test_a_row_does_not_depend_on_its_batch(num_segments, options):
-    """Bitwise: alone, or in a batch with longer, shorter and padded rows."""
+    """Bits are the same alone and in a batch with longer, shorter and padded rows."""
     inputs = make((4, 2, 64), [150, 3, 0, 70], **options)
     together = inputs.run(num_segments)
     for row in range(4):
@@ -192,7 +192,7 @@ def test_bits_do_not_depend_on_pages():
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_padded_rows_are_zeros(num_queries, num_segments):
-    """Also the queries of a row that has fewer tokens than Q, and a batch of nothing but padding."""
+    """So are queries of a row that has fewer tokens than Q, and all rows of a batch of padding."""
     inputs = make((4, 2, 64), [0, 40, num_queries - 1], num_queries=num_queries)
     out = inputs.run(num_segments)
     assert not out[0].any() and not out[2, :1].any()
@@ -263,7 +263,7 @@ def test_strides_that_are_not_rows_are_refused():
     prove_refusal(kernel, tensors, "q", "out", "keys", "values", "page_table", "key_rope")
     for name in ("keys", "values", "key_rope"):
         with pytest.raises(AssertionError, match="stride"):
-            kernel(**{**tensors, name: PERMUTED.place(tensors[name])[0]})
+            kernel(**{**tensors, name: PERMUTED.lay_out(tensors[name])[0]})
 
 
 def test_calls_are_counted_by_kind():
@@ -280,8 +280,8 @@ def test_calls_are_counted_by_kind():
 @pytest.mark.parametrize("pairs", [0, 64])
 @pytest.mark.parametrize("num_rows, context", [(1, 2048), (64, 1024)])
 def test_kernel_is_faster(num_rows, context, pairs):
-    """Than a gather of the pages, their rotation if they rotate, and torch's attention over them, with Llama-3-8B's
-    heads."""
+    """It is compared with a gather of the pages, the rotation of keys if they rotate, and torch's attention, with the
+    heads of Llama-3-8B."""
     inputs = make((32, 8, 128), [context] * num_rows, pairs=pairs, dtype=torch.bfloat16)
     num_segments = kernels.choose_segments(num_rows, 8, context)
     caches, _ = inputs.arguments
@@ -306,7 +306,7 @@ def test_kernel_is_faster(num_rows, context, pairs):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_segments", [1, 4])
 def test_a_captured_launch_serves_any_context(num_segments):
-    """Captured at one context, replayed at others: the bits of eager launches."""
+    """A launch captured at one context and replayed at others gives the bits of eager launches."""
     inputs = make((8, 2, 128), [500, 200, 0], dtype=torch.bfloat16)
     lengths = torch.tensor([[500, 200, 0], [1, 0, 0], [333, 64, 0]], dtype=torch.int32, device=DEVICE)
     expected = []

@@ -1,4 +1,4 @@
-"""What a decode pass derives from its table: the kernel is the reference, word for word."""
+"""The inputs of a decode pass, derived from its table: the kernel gives the words of the reference."""
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ TABLES = (CONTIGUOUS, Layout("misaligned", before=1), Layout("sliced", before=3,
 
 
 def table_of(num_rows: int, page_size: int, margin: int = 0) -> torch.Tensor:
-    """Rows of all lengths, every fourth of a sequence whose first tokens are not cached any more; every third waits for
-    its token; the last is padding. Numbers behind a row's pages are huge, and so would be what is read of them."""
+    """A table of rows of all lengths. Every fourth row's sequence has its first tokens no longer cached; every third
+    row waits for its token; the last row is padding. Numbers behind a row's pages are huge, so that reading them
+    shows."""
     generator = torch.Generator().manual_seed(num_rows)
     table = torch.full((num_rows, PAGES + NUM_PAGES), 2**30, dtype=torch.int32)
     lengths = torch.randint(0, NUM_PAGES * page_size - margin, (num_rows,), generator=generator) + 1
@@ -75,7 +76,8 @@ def test_by_hand():
 
 
 def test_by_hand_behind_a_margin_and_evicted_tokens():
-    """The tenth token of a sequence, of which five are cached with it; three entries of the first page are empty."""
+    """The row has the tenth token of a sequence, with which five are cached; three entries of its first page are
+    empty."""
     table = torch.tensor([[5, 9, 0, 5, 30, 40]], dtype=torch.int32, device=DEVICE)
     tensors = tensors_of(table)
     writing(derive_inputs_reference, 4, margin=3)(**tensors)

@@ -35,9 +35,9 @@ def bits(*shape: int) -> torch.Tensor:
 
 
 def weights_of(kind: str, num_tiles: int = 3) -> torch.Tensor:
-    """(num_tiles * TILE,) bf16, compressed and not raw."""
+    """Weights (num_tiles * TILE,) bf16 that do not stay raw when they are compressed."""
     values = (torch.randn(num_tiles, TILE, generator=GENERATOR) * 0.02).bfloat16().view(torch.int16)
-    if kind == "patched":  # from none in a tile to more than a program writes at once
+    if kind == "patched":  # from no patch in a tile to more than a program writes at once
         values[1, ::3] = bits(len(values[1, ::3]))
         values[2, 5] = 0x7FC1
     elif kind == "no escapes":
@@ -46,7 +46,7 @@ def weights_of(kind: str, num_tiles: int = 3) -> torch.Tensor:
         exponents = torch.arange(TILE) // 8 % 11
         values = (bits(num_tiles, TILE) & ~0x7F80 | (100 + exponents).short() << 7).short()
         values[:, 600:1500] = values[:, 600:1500] & ~0x7F80 | 105 << 7
-    elif kind == "ends":  # of the exponents, by turns
+    elif kind == "ends":  # both ends of the exponents, by turns
         values = bits(num_tiles, TILE) & ~0x7F80 | torch.tensor([0, 250, 3]).short()[:, None] << 7
         values[:, ::5] += 4 << 7
     return values.view(torch.bfloat16).flatten().to(DEVICE)
@@ -90,7 +90,7 @@ def test_strides_with_gaps_are_refused():
 
 
 def test_planes_that_lie_in_the_middle_of_memory():
-    """As in a group's blob."""
+    """They lie so in a group's blob."""
     weights = weights_of("gaussian")
     layout, blob = compress(weights)
     memory = torch.full((len(blob) + 4096,), 0xFF, dtype=torch.uint8, device=DEVICE)
@@ -120,7 +120,7 @@ def test_stored_order_is_a_permutation_and_its_inverse_undoes_it():
 
 @pytest.mark.gpu
 def test_takes_at_most_as_long_as_two_and_a_half_copies():
-    """Of the decompressed weights, on the device; on an H200 that is 0.8 TB/s of bf16 written."""
+    """The copies are of the decompressed weights, on the device; on an H200 that is 0.8 TB/s of bf16 written."""
     weights = weights_of("gaussian", 65536)
     layout, blob = compress(weights)
     planes, out = layout.planes(blob), torch.empty_like(weights)

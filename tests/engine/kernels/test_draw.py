@@ -1,4 +1,5 @@
-"""The draw's kernel: Philox's integers, the noise made of them, and the reference's tokens but for near ties."""
+"""The kernel of the draw: it has Philox's integers, the noise made of them, and the reference's tokens, except near
+ties."""
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from penstock.engine.kernels.philox import BELOW_ONE, philox, uniform
 
 from tests.support.kernel_proof import DEVICE, DTYPES, adversarial, counted, prove, prove_faster, prove_refusal
 
-SPLITS = (1, 2, 5)  # one launch; two; segments that are empty
+SPLITS = (1, 2, 5)  # one launch; two launches; some segments are empty
 NOISE_ERROR = 1e-5  # as draw.py states it
 SEEDS = [0, 1, 2**31, 2**32 + 5, 2**63 - 1, -(2**63), -1]
 
@@ -34,7 +35,8 @@ def by_kernel(logits, vocab_size, noise, limits=None, num_segments=None):
 
 
 def assert_same_but_near_ties(tokens, logits, noise, limits=None):
-    """Where a token is not the reference's, its exact score is within the errors of the noise of the best."""
+    """Asserts that where a token is not the reference's, its exact score is the best one but for the errors of the
+    noise."""
     expected = draw_rows_reference(logits, logits.shape[1], noise, limits)
     temperatures = noise.temperatures.double()[:, None]
     u = uniform(noise.seeds, noise.positions, logits.shape[1]).double()
@@ -77,7 +79,7 @@ def test_words_are_philoxs(seed, position):
 
 
 def test_noise_is_within_its_error_for_every_size_of_word():
-    """Both ends, and both sides of where the series begins."""
+    """Words lie at both ends, and on both sides of the one where the series begins."""
     words = [word + offset for word in (0, 2**28, 2**31, 2**32) for offset in range(-64, 64)]
     words += [(1 << power) + 3 for power in range(2, 32)]
     words += torch.randint(2**32, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -124,7 +126,8 @@ def test_segments_and_the_batch_change_no_token():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_do_not_draw_are_argmaxs(dtype):
-    """Ties, zeros of both signs, NaN at the end, -inf; beside rows that draw from a single token or from NaN."""
+    """Rows have ties, zeros of both signs, NaN at the end, or -inf; beside them rows draw from a single token or from
+    NaN."""
     logits = adversarial(9, 50, dtype)
     logits[6], logits[7, 46] = -torch.inf, torch.nan
     for temperatures in ([0.0] * 9, [1.0, 0.0, 0.0] * 3):
@@ -148,7 +151,7 @@ def test_infinities_and_nan(num_segments):
 
 
 def test_draws_follow_softmax():
-    """Chi-square of 8192 draws of a vocabulary of 4, with the kernel's noise."""
+    """A chi-square test takes 8192 draws from a vocabulary of 4, with the kernel's noise."""
     logits, seed, position = (torch.tensor(value, device=DEVICE) for value in ([0.0, 1.0, 2.0, -1.0], [5], [9]))
     words, gumbels = torch.empty(32768, dtype=torch.int64, device=DEVICE), torch.empty(32768, device=DEVICE)
     _write_words[(1,)](seed, position, 0, words, gumbels, 32768)
@@ -158,7 +161,7 @@ def test_draws_follow_softmax():
 
 
 def test_memory_around_the_logits_is_not_read_as_logits():
-    """In any layout the same tokens; what lies around is NaN."""
+    """Tokens are the same in any layout; all memory around is NaN."""
     logits = 3 * torch.randn(7, 61, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     noise = noise_of([1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 0.8])
     first = by_kernel(logits, 61, noise)

@@ -1,4 +1,4 @@
-"""The gather of embedding rows: Triton kernel (interpreted where there is no GPU) against the reference."""
+"""The gather of embedding rows: the Triton kernel (interpreted where there is no GPU) against the reference."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_calls_are_counted_by_kind():
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 32])
 def test_kernel_is_faster(num_tokens):
-    """Of rows of 8 KiB, than a gather of a table on the device would be in plain torch; here it lies there too."""
+    """It gathers rows of 8 KiB; plain torch gathers them from the same table, which is on the device here."""
     table = torch.randn(128256, 4096, dtype=torch.bfloat16, device="cuda")
     tokens, out = torch.arange(num_tokens, device="cuda") * 4001, table.new_empty(num_tokens, 4096)
     runs = [lambda run=run: run(table, tokens, 0, out) for run in (KERNEL, embedding.embed_rows_reference)]

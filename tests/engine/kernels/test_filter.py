@@ -1,4 +1,4 @@
-"""The filter's kernel against the reference, which sorts: the same tokens are kept, whatever the split and the dtype.
+"""The filter's kernel against the reference, which sorts: both keep the same tokens, for any segments and dtype.
 
 tests/engine/test_sampler.py holds the reference to transformers.
 """
@@ -78,7 +78,8 @@ def test_extreme_temperatures(temperature):
 
 
 def test_of_ties_at_the_border_the_lower_ids_are_kept():
-    """All equal: top_p keeps as many of the first ids as make up its share, through several blocks of the scan."""
+    """All logits are equal: top_p keeps as many of the first ids as make up its share, in several blocks of the
+    scan."""
     asked = [(V, p, 0.0) for p in (0.001, 0.31, 0.99)]
     kept = kept_by(
         module._find_limits_triton, logits_of("equal", 3, torch.bfloat16), temperatures_of(asked), filters_of(asked)
@@ -109,14 +110,14 @@ def test_segments_and_the_batch_change_no_limit():
 
 
 def test_infinities_and_nan():
-    """A NaN is kept for the draw to find; what else is kept of its row means nothing."""
+    """A NaN is kept, so that the draw finds it; the other limits of its row mean nothing."""
     asked = [(5, 0.5, 0.1)] * 4
     logits = logits_of("random", 4, torch.bfloat16)
     logits[0] = -torch.inf
     logits[1, [7, 90]] = torch.inf
     logits[2, 60] = torch.nan
     kept = kept_by(module._find_limits_triton, logits, temperatures_of(asked), filters_of(asked), 2)
-    assert kept[1].nonzero()[:, 0].tolist() == [7]  # of two ties each half of the mass, top_p = 0.5 takes one
+    assert kept[1].nonzero()[:, 0].tolist() == [7]  # two ties have half of the mass each, and top_p = 0.5 takes one
     assert kept[0].any() and kept[2, 60]
     expected = kept_by(find_limits_reference, logits, temperatures_of(asked), filters_of(asked))
     assert torch.equal(kept[[0, 1, 3]], expected[[0, 1, 3]])

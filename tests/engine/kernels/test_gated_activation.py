@@ -22,7 +22,7 @@ from tests.support.kernel_proof import (
     within,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # exp, in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of exp, in the interpreter
 KERNEL = module._gated_activation_triton
 EXACT = {
     "silu": lambda x: x / (1 + (-x).exp()),
@@ -49,7 +49,7 @@ def test_kernel_is_the_reference(kind, gated):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_roundings_are_those_of_transformers(kind):
-    """Almost all of many values have the same bits, which no rounding left out or added allows."""
+    """Almost all of many values have the same bits; if a rounding were missing or added, they would not."""
     for dtype, share in ((torch.bfloat16, 0.002 if kind in PYTHON else 0.01), (torch.float16, 0.02)):
         ffn = (2 * torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))).to(DEVICE, dtype)
         expected = ffn.clone()
@@ -62,7 +62,7 @@ def test_roundings_are_those_of_transformers(kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_kernel_is_as_near_to_float64_as_the_reference(kind, dtype):
-    """All kinds of rows and every size, the ends of the activations included."""
+    """Rows are of all kinds, and values of every size, with the ends of the activations."""
     ends = torch.tensor([1e-3, -1e-3, 88.0, -88.0, 104.0, -104.0, 2e3])
     sizes = torch.cat([torch.linspace(-30, 30, 500), ends])[None].to(DEVICE, dtype)
     inner = torch.finfo(dtype if kind in PYTHON else torch.float32).eps  # of 1 + tanh, times x
@@ -118,5 +118,5 @@ def test_kernel_is_faster(kind, num_tokens):
 
 
 def test_every_activation_that_a_config_may_name_is_here():
-    """swish is read as silu."""
+    """The name swish is read as silu."""
     assert set(config_fields.ACTIVATIONS) - {"swish"} == set(ACTIVATIONS)

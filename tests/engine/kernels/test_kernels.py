@@ -1,4 +1,4 @@
-"""Every kernel inside the engine: hidden states and tokens are its reference's, and every step that has to calls it."""
+"""Every kernel inside the engine: hidden states and tokens are those of its reference, and the right steps call it."""
 
 import ast
 from pathlib import Path
@@ -21,7 +21,7 @@ TINY = {
     "max_position_embeddings": 64,
 }
 OPTIONS = {"resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
-CODED = {"weights_compression": "lossless"}
+COMPRESSED = {"weights_compression": "lossless"}
 ALONE = [name for name in KERNELS if name not in OVER_RANKS]
 DTYPES = {"float32": 1e-5, "bfloat16": 4e-2}  # how far hidden states may drift from the reference's
 PROOFS = {"prove", "prove_refusal", "counted"}
@@ -34,7 +34,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(checkpoints):
-    """A run with no kernel replaced, made once."""
+    """A run in which no kernel is replaced, made once."""
     made = {}
 
     def get(variant, params=DRAWN, **options):
@@ -50,20 +50,20 @@ def plain(checkpoints):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ALONE)
 def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant, dtype):
-    """And the kernel ran: in one of the two runs for each step that has to call it, in the other never."""
+    """The kernel ran in one of the two runs, once for each step that has to call it, and never in the other."""
     kernel, compressed = KERNELS[name], name == "decompress_weights"
     if compressed and dtype != "bfloat16":
         pytest.skip("only bfloat16 is compressed")
     costly = DEVICE == "cpu" and name in ("linear", "filter", "decompress_weights")
     if costly and (variant, dtype) != ("neox_parallel", "bfloat16" if compressed else "float32"):
         pytest.skip("seconds in the interpreter: once is enough there")
-    options = {"dtype": dtype, **(CODED if compressed else {"weights_compression": "none"})}
+    options = {"dtype": dtype, **(COMPRESSED if compressed else {"weights_compression": "none"})}
     first = plain(variant, kernel.params, **options)
     other = run_with(str(checkpoints / variant), name, params=kernel.params, **OPTIONS | options)
     if kernel.exact or dtype == "float32":
         prove_states_and_tokens(first, other, 0.0 if kernel.exact else DTYPES[dtype])
     else:
-        assert first_difference(first, other, DTYPES[dtype]) is None  # a token may fall otherwise
+        assert first_difference(first, other, DTYPES[dtype]) is None  # tokens may differ
     by_kernel, by_reference = (other, first) if DEVICE == "cpu" else (first, other)
     prove_calls(by_kernel, [name])
     assert by_reference.made[name]["triton"] == 0
@@ -73,8 +73,8 @@ def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant,
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 @pytest.mark.parametrize("params", [GREEDY, FILTERED], ids=["greedy", "sampled"])
 def test_every_kernel_runs_in_the_demo_model(params, eager):
-    """Streamed and compressed. A captured pass calls its kernels when it is warmed up and captured, not when it is
-    replayed."""
+    """Weights stream and are compressed. A captured pass calls its kernels when it is warmed up and captured, not when
+    it is replayed."""
     options = {"resident": "none", "weights_compression": "lossless", "max_num_seqs": 1, "gpu_memory": "4GiB"}
     with LLM("demo", dtype="bfloat16", enforce_eager=eager, **options) as llm:
         run = watched(llm, PROMPT, params, states=False)
@@ -92,9 +92,8 @@ def test_no_kernel_is_left_out():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_has_the_proofs_of_a_kernel_alone(name):
-    """Its own tests use layouts, refusal, counters and the time in a graph; of sums over ranks, which one process
-    cannot time, tests/gpu/test_push_reduce.py has it; decompress_weights has a copy for its measure, for want of
-    another way."""
+    """Its own tests use layouts, refusal, counters and the time in a graph. One process cannot time sums over ranks, so
+    tests/gpu/test_push_reduce.py does; decompress_weights replaces nothing, so it is compared with a copy."""
     files = [path for path in ROOT.glob("tests/**/test_*.py") if path.stem in (f"test_{name}", f"test_{name}_kernel")]
     (file,) = [path for path in files if path.parent.name in ("kernels", "parallel")]
     called = {node.func.id for node in ast.walk(ast.parse(file.read_text())) if _calls_a_name(node)}

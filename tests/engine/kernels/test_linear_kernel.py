@@ -1,4 +1,4 @@
-"""The GEMV of a decode step of one row against cuBLAS' way to round, and float64."""
+"""The GEMV of a decode pass of one row, against the roundings of cuBLAS and against float64."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.support.rounding import sums_apart
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
 SHAPES += [(3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168)]
-SMALL = (4, 16, 4, 1)  # several turns, unrolled and left over, and a masked one
+SMALL = (4, 16, 4, 1)  # several turns, of which some are unrolled and one is masked
 
 
 def kernel(x, weight, out, bias=None, blocks=SMALL):
@@ -43,7 +43,7 @@ def inputs_of(dtype, num_tokens=1, num_columns=9, width=88, bias=False):
 
 
 def rounded_once(tensors):
-    """Agreement to half an ulp of the result and what two orders of an fp32 sum may be apart."""
+    """Asserts agreement to half an ulp of the result, and to the difference that two orders of an fp32 sum may make."""
     sizes = tensors["x"].double().nan_to_num().abs() @ tensors["weight"].double().nan_to_num().abs().t()
     if "bias" in tensors:
         sizes += tensors["bias"].double().abs()
@@ -96,9 +96,9 @@ def test_block_shapes_fit_the_kernel():
 def test_what_the_kernel_cannot_take_is_refused():
     tensors = inputs_of(torch.float32, bias=True)
     prove_refusal(kernel, tensors, "weight", "bias")
-    for name in ("x", "out"):  # of a single row, which only steps keep from being contiguous
+    for name in ("x", "out"):  # of a single row, which is contiguous unless its elements lie apart
         with pytest.raises(AssertionError, match="stride"):
-            kernel(**{**tensors, name: STEPPED.place(tensors[name])[0]})
+            kernel(**{**tensors, name: STEPPED.lay_out(tensors[name])[0]})
     with pytest.raises(AssertionError, match="one row, not 2"):
         kernel(**inputs_of(torch.float32, 2))
 
@@ -129,7 +129,7 @@ def test_real_shapes_are_near_float64(num_columns, width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_columns,width", [shape for shape in SHAPES if shape[0] * shape[1] > 50 << 20])
 def test_kernel_is_faster(num_columns, width):
-    """Weights that the L2 cache cannot hold; scripts/bench/kernels.py rotates the others."""
+    """The L2 cache cannot hold these weights; scripts/bench/kernels.py rotates smaller ones."""
     weight = torch.randn(num_columns, width, dtype=torch.bfloat16, device="cuda")
     x, out = weight.new_ones(1, width), weight.new_empty(1, num_columns)
     label = f"linear {num_columns} x {width}"

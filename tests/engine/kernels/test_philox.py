@@ -26,7 +26,7 @@ def test_known_answers(counter, key, answer, device):
 
 
 def reference(seed: int, position: int, token_id: int) -> float:
-    """One number, in Python's own integers."""
+    """Computes one number in Python's own integers."""
     counter, key = [token_id // 4, position, 0, 0], [seed % 2**32, seed >> 32]
     for _ in range(10):
         product0, product1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57

@@ -1,4 +1,5 @@
-"""All-reduce, residual and norm in one kernel: what push_reduce and then residual_norm give, on every rank."""
+"""All-reduce, residual and norm in one kernel: the result is that of push_reduce and then residual_norm, on every
+rank."""
 
 import functools
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from tests.support.rounding import norm_ulps
 
 
 def inputs_of(size, kind, dtype, width, num_rows=3, seed=0):
-    """The ranks' parts, and what they have in common: x, weight, bias."""
+    """Makes the ranks' parts, and the tensors that they have in common: x, weight, bias."""
     parts = [adversarial(num_rows, width, dtype, seed=seed + rank) for rank in range(size)]
     x = adversarial(num_rows, width, dtype, seed=seed + size).nan_to_num(1.0)
     weight = (torch.rand(width, device=DEVICE) + 0.5).to(dtype)
@@ -37,7 +38,7 @@ def inputs_of(size, kind, dtype, width, num_rows=3, seed=0):
 
 
 def run_ranks(peers, parts, x, weight, bias, kind, apart=False):
-    """(x, out) of each rank; the result takes the place of the part, or lies apart."""
+    """Runs all ranks; returns (x, out) of each. The result overwrites the part, or lies apart."""
     xs, given = [x.clone() for _ in peers], parts if apart else [part.clone() for part in parts]
     outs = [poisoned(x.shape, x.dtype) if apart else part for part in given]
     run_together(
@@ -70,7 +71,7 @@ def test_all_ranks_have_the_sum_and_its_norm(size, kind, dtype, width):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_in_every_layout(kind, dtype):
-    """Of all but the part, which is sent as it lies; against a sum, then the norm's reference."""
+    """Every tensor but the part, which must be contiguous, takes each layout. The reference is a sum, then the norm."""
     (part, other), x, weight, bias = inputs_of(2, kind, dtype, 40)
     tensors = {"x": x, "delta": part, "weight": weight, "out": poisoned(x.shape, dtype)}
     tensors |= {} if bias is None else {"bias": bias}
@@ -99,7 +100,7 @@ def test_the_result_may_lie_apart():
 
 
 def test_calls_follow_each_other_with_others_between():
-    """Batches of any size, and plain sums through the same buffers."""
+    """Calls have batches of any size, and plain sums go through the same buffers in between."""
     peers = connect_ranks(2)
     for index, num_rows in enumerate([1, 5, MAX_PROGRAMS, 3]):
         parts, x, weight, bias = inputs_of(2, "rms", torch.bfloat16, 24, num_rows, seed=10 * index)
@@ -112,7 +113,7 @@ def test_calls_follow_each_other_with_others_between():
 
 
 def test_the_empty_word_and_its_row():
-    """A part with the word that means nothing arrived gives NaN in its row and in no other, and never waits."""
+    """A part that holds the word EMPTY gives NaN in its row and in no other, and nobody waits for it."""
     parts, x, weight, bias = inputs_of(2, "rms", torch.bfloat16, 32, num_rows=2)
     parts[1].view(torch.int32)[0, 3] = EMPTY
     for got, out in run_ranks(connect_ranks(2), parts, x, weight, bias, "rms"):
@@ -140,7 +141,7 @@ def test_what_the_kernel_cannot_take_is_refused():
 @pytest.mark.parametrize("name", [name for name in STEPS if "allreduce+" in name])
 @pytest.mark.parametrize("pushes", [True, False], ids=["kernel", "fallback"])
 def test_the_step_takes_the_kernel_where_ranks_have_buffers(name, pushes):
-    """Else it reduces and norms, with the same result; rank 1 has pushed already."""
+    """The step reduces and norms where there are no buffers, with the same result. Rank 1 has pushed already."""
     parts, x, weight, _ = inputs_of(2, "rms", torch.float32, 16)
     label, _, norm = name.split("+")
     peers = connect_ranks(2) if pushes else None

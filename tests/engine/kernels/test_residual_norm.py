@@ -1,4 +1,4 @@
-"""Residual add and norm: the kernel against the reference, float64, and its own rows in other batches."""
+"""Residual addition and norm: the kernel against the reference, float64, and its own rows in other batches."""
 
 import functools
 
@@ -26,7 +26,7 @@ KERNEL = module._residual_norm_triton
 
 
 def inputs_of(kind, dtype, width, num_rows=3, delta=True):
-    """Tensors, and the arguments that go with them."""
+    """Makes tensors, and the arguments that go with them."""
     tensors = {
         "x": adversarial(num_rows, width, dtype),
         "delta": adversarial(num_rows, width, dtype, seed=1),
@@ -60,7 +60,7 @@ def test_kernel_is_the_reference(kind, dtype, delta):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("width", [1, 96, 1500])
 def test_kernel_is_near_float64(kind, dtype, width):
-    """All kinds of rows; float64 starts from the rounded sum."""
+    """Rows are of all kinds; float64 starts from the rounded sum."""
     tensors, rest = inputs_of(kind, dtype, width, num_rows=8)
     KERNEL(**tensors, **rest)
     bias = tensors.get("bias")

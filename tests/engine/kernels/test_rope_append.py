@@ -34,7 +34,7 @@ SHAPES = {  # H, K, E, F, norms
 
 
 def inputs_of(shape, dtype, num_tokens=3):
-    """Tensors, and the sizes that go with them."""
+    """Makes tensors, and the sizes that go with them."""
     heads, kv_heads, dim, pairs, norms = SHAPES[shape]
     angles = torch.rand(12, pairs, generator=torch.Generator().manual_seed(1)) * 100
     tensors = {
@@ -54,7 +54,7 @@ def inputs_of(shape, dtype, num_tokens=3):
 def exact(
     attn, table, positions, addresses, keys, values, num_heads, num_kv_heads, q_norm, k_norm, eps, appends_rotated=True
 ):
-    """By the formula, a token and a head at a time."""
+    """Computes the result by the formula, a token and a head at a time."""
     dim, pairs = keys.shape[2], table.shape[2]
     for token, row in enumerate(attn.view(len(attn), -1, dim)):
         cos, sin = table[0, positions[token]], table[1, positions[token]]
@@ -76,7 +76,7 @@ def exact(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_is_the_reference(shape, dtype, appends_rotated):
-    """Bit for bit without norms; with them, the sums of squares are added in another order."""
+    """Bits are the same without norms; with norms, squares are added in another order."""
     tensors, sizes = inputs_of(shape, dtype)
     sizes["appends_rotated"] = appends_rotated
     fp32, (_, _, dim, _, norms) = dtype == torch.float32, SHAPES[shape]
@@ -92,7 +92,7 @@ def test_kernel_is_the_reference(shape, dtype, appends_rotated):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_is_near_float64(shape, dtype, appends_rotated):
-    """All kinds of rows. Four roundings of values up to the head's largest."""
+    """Rows are of all kinds. The error is four roundings of values up to the head's largest."""
     tensors, sizes = inputs_of(shape, dtype, num_tokens=8)
     sizes["appends_rotated"] = appends_rotated
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -118,7 +118,7 @@ def test_calls_are_counted_by_kind():
 
 
 def test_keys_rotated_later_are_the_rotated_ones():
-    """The keys as they were, rotated by their positions, are the keys that are appended rotated: bit for bit."""
+    """Keys that are appended unrotated and then rotated by their positions have the bits of keys appended rotated."""
     tensors, sizes = inputs_of("normed partial", torch.bfloat16)
     later = {name: tensor.clone() for name, tensor in tensors.items()}
     rope_append(**tensors, **sizes)
@@ -134,7 +134,7 @@ def test_keys_rotated_later_are_the_rotated_ones():
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 64, 2048])
 def test_kernel_is_faster(num_tokens):
-    """Llama-3-8B's heads, with Qwen3's norms."""
+    """Heads are those of Llama-3-8B, with the norms of Qwen3."""
     bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
     attn, norm = torch.randn(num_tokens, 48 * 128, **bf16), torch.ones(128, **bf16)
     table, cache = torch.rand(2, 4096, 64, **bf16), torch.zeros(2, 4096, 8, 128, **bf16)

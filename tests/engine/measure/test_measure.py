@@ -1,4 +1,4 @@
-"""How rates are measured: what is warmed up, who copies, which bytes."""
+"""The measurement of rates: warm-ups, the ranks that copy, and their bytes."""
 
 import itertools
 
@@ -52,8 +52,8 @@ def test_a_whole_pass_can_be_asked_for(monkeypatch):
 
 
 def test_the_ring_is_filled_again(tmp_path, monkeypatch):
-    """Its copies are in the trace, but belong to no pass."""
-    monkeypatch.setattr(probe, "_step_latency_s", lambda *_: 0.0)  # by passes, which would fill it too
+    """The copies of the ring are in the trace, but belong to no pass."""
+    monkeypatch.setattr(probe, "_step_latency_s", lambda *_: 0.0)  # it runs passes, which would fill the ring too
     with LLM("demo", **OPTIONS, trace=str(tmp_path / "trace.json")) as llm:
         executor, plan = llm.engine.worker.executor, llm.engine.plan.pass_plan
         executor.ring.zero_()

@@ -1,4 +1,4 @@
-"""A probe's figures in words: each sentence is there if the figures show it, and only then."""
+"""The sentences about a probe's figures: each is in the report if the figures show it, and only then."""
 
 from dataclasses import replace
 

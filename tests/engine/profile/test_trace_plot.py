@@ -1,4 +1,5 @@
-"""`penstock profile --plot` on the demo model: a picture of the pass that was asked for, and the trace as JSON."""
+"""The command `penstock profile --plot` on the demo model: a picture of the pass that was asked for, and the trace as
+JSON."""
 
 import json
 import re
@@ -27,7 +28,7 @@ def test_a_picture_of_a_pass(capsys, tmp_path, monkeypatch, which, tokens):
     assert ("decode pass of 2 rows" if which == "decode" else f"prefill pass of {tokens} tokens") in title
     (index,) = {interval.pass_index for _, intervals in lanes for interval in intervals}
     file = read_intervals(trace)
-    assert max(interval.pass_index for interval in file[0, False]) >= index > 4  # a warm one
+    assert max(interval.pass_index for interval in file[0, False]) >= index > 4  # a warm pass
     measured = [interval.name for interval in file[0, False] if interval.pass_index == index and interval.lane == COPY]
     assert [interval.name for interval in dict(lanes)["copy"]] == measured
     assert sorted(s.name for s in dict(lanes)["predicted compute"]) == sorted(s.name for s in dict(lanes)["compute"])
@@ -52,7 +53,7 @@ def test_a_part_of_a_pass_without_copies(capsys, tmp_path, monkeypatch):
 def test_without_matplotlib_it_says_how_to_install_it(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trace_plot, "Figure", None)
-    assert cli.main(["profile", "nowhere", "--plot", "p.png", *OPTIONS]) == 2  # before the model is even looked for
+    assert cli.main(["profile", "nowhere", "--plot", "p.png", *OPTIONS]) == 2  # before it looks for the model
     assert "pip install 'penstock[plot]'" in capsys.readouterr().err
 
 
@@ -84,7 +85,7 @@ def test_what_is_drawn_needs_a_picture(capsys, tmp_path, monkeypatch, flag, valu
 
 def test_a_prompt_longer_than_the_model_is_refused_before_others_are_made(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("penstock.engine.profile.traced_run.random", None)  # which makes the tokens
+    monkeypatch.setattr("penstock.engine.profile.traced_run.random", None)  # random makes the tokens
     assert cli.main(["profile", "demo", "--device", "cpu", "--input-len", "1048576"]) == 2
     assert "the prompt has 1048576 tokens, and at most 511 fit" in capsys.readouterr().err
 

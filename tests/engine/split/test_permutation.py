@@ -289,7 +289,9 @@ def test_the_key_does_not_reach_the_device_process(monkeypatch):
 
 def test_a_key_is_drawn_for_each_engine(monkeypatch):
     asked = []
-    monkeypatch.setattr("penstock.engine.split.host_side.secrets.token_bytes", lambda size: asked.append(size) or bytes(size))
+    monkeypatch.setattr(
+        "penstock.engine.split.host_side.secrets.token_bytes", lambda size: asked.append(size) or bytes(size)
+    )
     for _ in range(2):
         SplitLLM("demo", SplitConfig(permute="rows")).close()
     SplitLLM("demo", SplitConfig(permute="rows", permute_key=KEY.hex())).close()

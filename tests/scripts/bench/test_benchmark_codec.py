@@ -54,7 +54,7 @@ def test_quantised_checkpoints_are_refused(tmp_path):
 def test_the_floor_is_the_entropy():
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0]).repeat(4, 4096).bfloat16()
     assert benchmark_codec.floor_bits(weights) / weights.numel() == pytest.approx(10, abs=1e-3)
-    weights = torch.exp2(torch.arange(8.0))[:, None].repeat(1, 4096).bfloat16()  # rows know their exponent
+    weights = torch.exp2(torch.arange(8.0))[:, None].repeat(1, 4096).bfloat16()  # each row has one exponent
     assert benchmark_codec.floor_bits(weights) / weights.numel() == 8
     assert math.isclose(
         benchmark_codec.floor_bits(benchmark_codec.random_bits((9, 4096), CPU)) / 9 / 4096, 16, abs_tol=0.02

@@ -1,4 +1,4 @@
-"""scripts.bench.endless on the demo model: stretches, ratios, and what it refuses."""
+"""The benchmark scripts.bench.endless on the demo model: stretches, ratios, and refusals."""
 
 import json
 import sys

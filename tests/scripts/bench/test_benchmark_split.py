@@ -1,4 +1,4 @@
-"""scripts.bench.split on the demo model: the ways of a split execution beside the plain engine."""
+"""The benchmark scripts.bench.split on the demo model: the ways of a split execution beside the plain engine."""
 
 import json
 import sys

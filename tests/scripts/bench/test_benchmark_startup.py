@@ -1,4 +1,5 @@
-"""scripts.bench.startup: phases in order, in fresh processes; a checkpoint that equals the dummy weights; captures."""
+"""The benchmark scripts.bench.startup: phases in order, in fresh processes; a checkpoint that equals the dummy weights;
+captures."""
 
 import json
 import os
@@ -29,7 +30,7 @@ PHASES = ["imports", "plan", "device", "weights", "engine", "first token"]
 
 
 def run(monkeypatch, capsys, *arguments: str) -> dict:
-    """The record: the last line that the script prints."""
+    """Runs the script and returns its record, the last line that it prints."""
     monkeypatch.setattr(sys, "argv", ["startup.py", *arguments])
     benchmark_startup.main()
     return json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""scripts.bench.latency and .throughput on the demo model: fields, counts and bounds of their records."""
+"""The benchmarks scripts.bench.latency and .throughput on the demo model: fields, counts and bounds of their
+records."""
 
 import importlib.util
 import json
@@ -22,14 +23,14 @@ THROUGHPUT = (*ENGINE, "--input-len", "10", "--output-len", "6", "--num-prompts"
 
 
 def run(monkeypatch, capsys, script, *arguments: str) -> dict:
-    """The record: the last line that the script prints."""
+    """Runs the script and returns its record, the last line that it prints."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
     script.main()
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def refused(monkeypatch, capsys, script, *arguments: str) -> str:
-    """The message of a refusal: one line."""
+    """Runs the script, which refuses, and returns its message of one line."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
     assert run_script(script.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -49,7 +50,7 @@ def test_latency(monkeypatch, capsys, tmp_path):
     assert {"hardware", "versions", "commit", "model_shape", "link_gb_s"} <= record.keys()
     assert record["rates"] == "measured" and record["max_num_seqs"] == 3
     (transfers,) = record["transfers"]
-    num_passes = record["num_passes"]  # since the rates were measured, with the ring filled
+    num_passes = record["num_passes"]  # passes since the rates were measured; the ring is full
     assert transfers["weights"]["total"] == {
         "num_calls": num_passes * (4 * 2 + 1),
         "sent_bytes": num_passes * record["streamed_bytes_per_pass_and_rank"],
@@ -175,7 +176,7 @@ def test_throughput_by_torchrun():
 
 def test_the_warm_up_comes_by_every_size_of_a_decode_pass():
     jobs = benchmark_throughput.shrinking(random_jobs(40, 4, 9, 100, seed=0), 24)
-    alive = [sum(job.output_len > step for job in jobs) for step in range(1, 30)]
+    alive = [sum(job.output_len > num_passes for job in jobs) for num_passes in range(1, 30)]
     assert [number for number in alive if number] == bucket_sizes(24)[::-1]
 
 

@@ -19,14 +19,14 @@ STREAMED = PassWork(10**9, 10**9, STEPS)
 
 
 def batch(*rows: tuple[int, int]) -> Batch:
-    """A shape of rows, of (tokens, start) each."""
+    """Makes the shape of a pass over rows, of (tokens, start) each."""
     return Batch(
         tuple(BatchRow(index, (0,) * length, start, (), True, None) for index, (length, start) in enumerate(rows))
     )
 
 
 def pairs(*rows: tuple[int, int]) -> int:
-    """Context counted token by token: a token attends to all before it and to itself."""
+    """Counts context token by token: a token attends to all before it and to itself."""
     return sum(1 for length, start in rows for token in range(start, start + length) for _ in range(token + 1))
 
 

@@ -1,4 +1,4 @@
-"""Copies in pieces: they cover the buffer, and an endless row of them ends when asked."""
+"""Copies in pieces: they cover the buffer, and an endless series of them ends when asked."""
 
 import itertools
 import threading

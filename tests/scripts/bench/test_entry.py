@@ -1,4 +1,4 @@
-"""How scripts end: as the command line does."""
+"""Scripts end as the command line does."""
 
 import os
 import re
@@ -20,14 +20,15 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_says_a_mistake_in_one_line(name):
-    """No page of usage before it, and no traceback."""
+    """The line comes without a page of usage, and without a traceback."""
     assert re.search(r"sys\.exit\((run_rank\(lambda: )?run_script\(main\)", SCRIPTS[name])
     assert "ArgumentParser(" not in SCRIPTS[name]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_answers_as_a_module(monkeypatch, capsys, name):
-    """`python -m scripts.bench.latency --help`; and its own page names itself in no other way."""
+    """The command is `python -m scripts.bench.latency --help`; the page that it shows names the script in no other
+    way."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -37,7 +38,7 @@ def test_every_script_answers_as_a_module(monkeypatch, capsys, name):
 
 @pytest.mark.parametrize("page", ["README.md", "Makefile", ".ci/run", "docs", "scripts"])
 def test_no_page_runs_a_script_by_its_file(page):
-    """Its folder would be on the path then, and the checkout not."""
+    """Then its folder would be on the path, and the checkout would not."""
     pages = [ROOT / page] if (ROOT / page).is_file() else [*(ROOT / page).rglob("*.md"), *(ROOT / page).rglob("*.py")]
     by_file = re.compile(r"(?:python3?|torchrun)\b[^\n]*[ /]scripts/[\w/]+\.py")
     assert pages and [match[0] for file in pages for match in by_file.finditer(file.read_text())] == []
@@ -77,8 +78,8 @@ sys.exit(run_script(main))
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("who, wait_s", [("all", "90"), ("alone", "0.1")])
 def test_ranks_say_a_mistake_once_whoever_has_it(tmp_path, who, wait_s):
-    """A mistake of all ranks is said by rank 0, and the launcher ends the other one, which waits for that. (The waits
-    are such that a slow machine makes no difference.)"""
+    """Rank 0 says a mistake of all ranks, and the launcher ends the other rank, which waits for that. (The waits are so
+    long that a slow machine makes no difference.)"""
     script = tmp_path / "mistaken.py"
     script.write_text(MISTAKEN)
     command = [sys.executable, *TORCHRUN, script, who, wait_s]

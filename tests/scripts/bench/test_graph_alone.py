@@ -1,4 +1,4 @@
-"""A graph alone: which one, how often it is replayed, and where there is none to replay."""
+"""The replay of a graph alone: which graph, how often, and where there is none to replay."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -32,7 +32,8 @@ def runner_of(done, num_takes=1):
 
 
 def test_a_graph_alone(monkeypatch):
-    """Replayed so and so often in a row, behind one that lines the ranks up; then its letters are forgotten."""
+    """The graph is replayed NUM_REPLAYS times in a row, after a replay that lines the ranks up; then its letters are
+    forgotten."""
     done = []
     ticks = iter([1.0, 5.0])
     monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))

@@ -42,7 +42,7 @@ def records(tmp_path_factory) -> list[dict]:
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     kept = [json.loads((folder / f"scripts.bench.{name}.json").read_text()) for name in ("link", "collectives")]
-    assert printed == kept  # rank 0 speaks, once a script
+    assert printed == kept  # rank 0 alone speaks, once for each script
     return kept
 
 

@@ -1,4 +1,4 @@
-"""The page of the records: all of them are on it, and docs/ has the page that they make."""
+"""The page of the records: all records are on it, and docs/ has the page that they make."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def section(page: str, title: str) -> str:
 
 
 def cells(page: str, title: str) -> list[dict[str, str]]:
-    """The rows of a section's table by column."""
+    """Reads the rows of a section's table, by column."""
     lines = [line[2:-2].split(" | ") for line in section(page, title).splitlines() if line.startswith("| ")]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 

@@ -1,4 +1,5 @@
-"""What leaks where: the attack on random checkpoints of a small vocabulary, and its table on the demo model."""
+"""The attack on random checkpoints of a small vocabulary, which shows what leaks where, and its table on the demo
+model."""
 
 import itertools
 import json
@@ -25,9 +26,9 @@ from scripts.research.permutation_attack import (
 )
 from tests.support.oracle.checkpoints import write_checkpoint
 
-TOKENS = random.Random(1).sample(range(128), k=10)  # no token twice: there is one right order
+TOKENS = random.Random(1).sample(range(128), k=10)  # no token comes twice, so there is one right order
 LAYERS = [0, 2]
-NUM_ATTACKS = 4 + 3 + 3  # a layer
+NUM_ATTACKS = 4 + 3 + 3  # on a layer
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,8 @@ def model(request, tmp_path_factory) -> str:
 
 
 def test_what_leaks_where(model):
-    """(positions, multiset) of every attack that is meant to find all, and of those that should not."""
+    """Shares (positions, multiset) are checked for every attack that is meant to find all, and for those that are
+    not."""
     rows = measure(model, [TOKENS], LAYERS)
     found = {(r["site"], r["layer"], r["permuted"], r["matching"]): (r["positions"], r["multiset"]) for r in rows}
     assert len(found) == len(rows) == len(LAYERS) * NUM_ATTACKS
@@ -69,7 +71,7 @@ def test_what_leaks_where(model):
 
 
 def test_candidates_are_what_the_device_side_sees(model):
-    """The row of the true token, behind the true prefix, is what was seen at each site, and no other token's row is."""
+    """The row of the true token, behind the true prefix, is that seen at each site, and no other token's row is."""
     seen = observe(model, TOKENS, ())
     with attacker_llm(model, 128, len(TOKENS)) as llm:
         candidates = candidates_of(llm, 128)

@@ -1,4 +1,5 @@
-"""Scores by chunks are those of generation and of the oracle, masses those of transformers; the record is whole."""
+"""Scores by chunks are those of generation and of the oracle, masses are those of transformers, and the record is
+whole."""
 
 import json
 import math
@@ -107,7 +108,7 @@ def test_masses_are_those_of_transformers(reference):
 
 
 def masses(share_of: list[float]) -> torch.Tensor:
-    """100 queries of so many heads, of which each gives a share to the first of 2 tokens."""
+    """Makes masses of 100 queries of so many heads, of which each gives a share to the first of 2 tokens."""
     return torch.stack([torch.tensor(share_of), torch.zeros(len(share_of))], -1).expand(100, -1, 2)
 
 
@@ -176,7 +177,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
 
 
 def check_record(record: dict) -> None:
-    """Blocks of the text make up the whole."""
+    """Asserts that blocks of the text make up the whole."""
     total, trained, size = record["num_tokens"], record["trained_length"], record["block_tokens"]
     sizes = [min(size, total - start) for start in range(0, total, size)]
     assert [row["variant"] for row in record["rows"]] == ["sinks", "window", "recomputed", "full"]

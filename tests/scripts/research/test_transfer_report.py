@@ -1,4 +1,4 @@
-"""The report of what a split execution moves: from a config alone, and counted on a run beside it."""
+"""The report of what a split execution moves: predicted from a config alone, and counted in a run."""
 
 import json
 import subprocess

@@ -65,7 +65,7 @@ def laid_out(layout: Layout) -> Fault:
         cut = arena.cut
 
         def place(plain: Tensor) -> Tensor:
-            view, memory = layout.place(poisoned(tuple(plain.shape), plain.dtype))
+            view, memory = layout.lay_out(poisoned(tuple(plain.shape), plain.dtype))
             memory.fill_(GAP)
             return view
 
