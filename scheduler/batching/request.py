@@ -184,8 +184,8 @@ class Request:
         return self.num_tokens + self.num_unseen_tokens
 
     def tokens_between(self, start: int, end: int) -> list[int]:
-        """Tokens start..end of the sequence, without joining all of it for each decoded token. Only the last of them
-        can be one that the host has not seen yet: ON_DEVICE."""
+        """Tokens start..end of the sequence, without joining all of it for each new token. Only the last of them can be
+        one that the host has not seen yet: ON_DEVICE."""
         num_prompt = len(self.prompt_token_ids)
         outputs = self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
         known = self.prompt_token_ids[start:end] + outputs
