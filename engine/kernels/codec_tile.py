@@ -3,7 +3,7 @@ torch."""
 
 LANES, LANE_WEIGHTS = 128, 16
 TILE = LANES * LANE_WEIGHTS  # weights
-ESCAPE_ROW = 32  # escapes: three words of 3-bit codes
+ESCAPE_ROW = 32  # escapes of 3 bits in three words
 
 
 def num_escape_rows(num_escapes: int) -> int:

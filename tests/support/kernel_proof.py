@@ -34,8 +34,8 @@ class Layout:
     permuted: bool = False
     step: int = 1
 
-    def place(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """`values` as a view, and the poisoned memory around it."""
+    def lay_out(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Lays `values` in memory; returns a view of them, and the poisoned memory around it."""
         sizes = list(values.shape)
         inner_first = [values.ndim - 1, *reversed(range(values.ndim - 1))]
         if self.permuted:
@@ -91,15 +91,15 @@ def prove(
     layouts: Iterable[Layout] = RESPECTED,
     names: Iterable[str] | None = None,
 ) -> None:
-    """Both are called with `inputs` as keywords; `outputs` are those they may change. The kernel is called as often as
-    there are layouts, and each tensor of `names`, by default all of floats, takes its turn with each. Memory around a
-    tensor, and every tensor that is no output, keep their bits."""
+    """Calls kernel and reference with `inputs` as keywords, and asserts that they agree; `outputs` are those that they
+    may change. The kernel is called as often as there are layouts, and each tensor of `names`, by default all of
+    floats, takes its turn with each. Memory around a tensor, and every tensor that is no output, keep their bits."""
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     reference(**expected)
     layouts, names = list(layouts), list(names or _floating(inputs))
     for turn in range(len(layouts)):
         variant = {name: layouts[(index + turn) % len(layouts)] for index, name in enumerate(names)}
-        laid = {name: variant.get(name, CONTIGUOUS).place(tensor) for name, tensor in inputs.items()}
+        laid = {name: variant.get(name, CONTIGUOUS).lay_out(tensor) for name, tensor in inputs.items()}
         around = {name: memory.clone() for name, (_, memory) in laid.items()}
         kernel(**{name: view for name, (view, _) in laid.items()})
         for name, (view, memory) in laid.items():
@@ -115,7 +115,7 @@ def prove_refusal(kernel: Callable[..., None], inputs: Mapping[str, Tensor], *na
     for name, layout in itertools.product(names or _floating(inputs), (PERMUTED, STEPPED)):
         if layout is STEPPED or inputs[name].ndim == 2:
             with pytest.raises((AssertionError, ValueError), match="stride"):
-                kernel(**{**inputs, name: layout.place(inputs[name])[0]})
+                kernel(**{**inputs, name: layout.lay_out(inputs[name])[0]})
 
 
 def _floating(inputs: Mapping[str, Tensor]) -> list[str]:
@@ -128,7 +128,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def equal(actual: Tensor, expected: Tensor) -> None:
-    """Every value is the same; zeros may differ in sign and NaNs in their bits."""
+    """Asserts that every value is the same; zeros may differ in sign and NaNs in their bits."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 

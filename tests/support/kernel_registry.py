@@ -1,4 +1,4 @@
-"""Every kernel's place in the engine: how it is run, what it replaces, its counter, and the steps that call it.
+"""Kernels as the engine has them: how each is run, what it replaces, its counter, and the steps that call it.
 
 A new kernel is a row of KERNELS; engine_proof.py holds it to its reference and to its calls in real runs.
 """
@@ -40,7 +40,7 @@ SHORT = replace(DRAWN, max_tokens=2)  # of kernels that take seconds where they 
 
 @dataclass(frozen=True)
 class EngineKernel:
-    """A kernel's place in the engine. `kernel` and `reference` have one signature, and the engine finds them by
+    """A kernel as the engine has it. `kernel` and `reference` have one signature, and the engine finds them by
     `names`; a reference of None is other kernels or a library. Each step with a part of `steps` in its name calls the
     kernel once, where `condition` holds. `exact`: the reference's very bits."""
 
@@ -63,13 +63,13 @@ class EngineKernel:
         return int(self.condition(instruction, executor.context))
 
     def put_in(self, patch: pytest.MonkeyPatch, run: Callable) -> None:
-        """The engine calls `run` wherever it would have called the kernel or its reference."""
+        """Makes the engine call `run` wherever it would have called the kernel or its reference."""
         for module, name in self.names:
             patch.setattr(module, name, run)
 
 
 def _kernel(module: ModuleType, stem: str, *steps: str, **rest) -> EngineKernel:
-    """Of a module that chooses by device between _STEM_triton and STEM_reference."""
+    """The kernel of a module that chooses by device between _STEM_triton and STEM_reference."""
     names = (f"_{stem}_triton", f"{stem}_reference")
     ways = dict(zip(("kernel", "reference"), (getattr(module, name) for name in names)))
     return EngineKernel(module, steps, **{**ways, "names": tuple((module, name) for name in names), **rest})

@@ -33,7 +33,7 @@ LAYOUTS = (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=
 
 
 def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) -> None:
-    """To the reference in float64, if nothing else is expected."""
+    """Asserts that `out` is close to `expected`, which is the reference in float64 if it is not given."""
     expected = example.reference() if expected is None else expected
     assert not expected.isnan().any() and not out.isnan().any()
     assert ((out.double() - expected.double()).abs() <= example.apart()).all()
@@ -62,8 +62,8 @@ def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) 
     ],
 )
 def test_kernel_is_the_reference(heads, context, options, num_segments):
-    """One token, page borders, block borders, grouped heads, windows, several tokens a row; padded head sizes; pages
-    that begin late, keys that are rotated when they are read."""
+    """Tries one token, page borders, block borders, grouped heads, windows, several tokens a row, padded head sizes,
+    pages that begin late, and keys that are rotated when they are read."""
     inputs = make(heads, context, **options)
     assert_close(inputs, inputs.run(num_segments))
 
@@ -85,7 +85,7 @@ def test_the_reference_is_torchs_attention():
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
-    """But for the order of sums."""
+    """Compares the two, which differ only in the order of sums."""
     inputs = make((4, 2, 64), [100, 7], margin=12, pairs=24, dtype=dtype)
     keys = inputs.keys.clone()
     for row, length in enumerate(inputs.context_lens.tolist()):
@@ -100,7 +100,7 @@ def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("options", [{}, {"window": 100, "num_queries": 2}])
 def test_any_number_of_segments(options):
-    """Eight segments of 200 tokens leave some empty; min_segment makes fewer of them."""
+    """Tries eight segments of 200 tokens, which leave some empty; min_segment makes fewer of them."""
     inputs = make((4, 1, 64), [200, 33], dtype=torch.float32, **options)
     for num_segments, min_segment in [(1, 1), (3, 1), (8, 1), (8, 100), (8, 1000)]:
         assert_close(inputs, inputs.run(num_segments, min_segment))
@@ -117,7 +117,7 @@ def test_more_segments_than_the_merge_reads_at_once():
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("size", [0.0, 1.0, -1.0, 240.0, -240.0, -65504.0])
 def test_equal_keys_give_the_mean(size, num_segments):
-    """Scores that are all 0, or huge, or as low as fp16 goes."""
+    """Tries scores that are all 0, or huge, or as low as fp16 goes."""
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 240.0
     inputs.keys[addresses_of(inputs, 0)] = size
@@ -130,7 +130,7 @@ def test_equal_keys_give_the_mean(size, num_segments):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("num_segments", [1, 2])
 def test_float32_products_keep_their_bits(num_segments):
-    """Queries of 13 bits, of which ten would make equal scores; values of 13 bits come out as they are."""
+    """Tries queries of 13 bits, of which ten would make equal scores; values of 13 bits come out as they are."""
     inputs = make((1, 1, 64), [2], dtype=torch.float32)
     first, second = addresses_of(inputs, 0)
     inputs.attn[:], inputs.keys[first], inputs.keys[second] = 0.0, 0.0, 0.0
@@ -143,21 +143,21 @@ def test_float32_products_keep_their_bits(num_segments):
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])
-@pytest.mark.parametrize("place", [0, 15, 16, 63, 64, 129])
-def test_one_huge_score_takes_all(place, num_segments):
+@pytest.mark.parametrize("index", [0, 15, 16, 63, 64, 129])
+def test_one_huge_score_takes_all(index, num_segments):
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 100.0
     addresses = addresses_of(inputs, 0)
     inputs.keys[addresses] = -100.0
-    inputs.keys[addresses[place]] = 100.0
+    inputs.keys[addresses[index]] = 100.0
     out = inputs.run(num_segments)
-    assert torch.equal(out, inputs.values[addresses[place]].expand_as(out))
+    assert torch.equal(out, inputs.values[addresses[index]].expand_as(out))
 
 
 @pytest.mark.tolerance
 @pytest.mark.parametrize("num_segments", [1, 3])
 def test_scores_that_rise_or_fall_steeply(num_segments):
-    """The maximum moves at every turn, or never again after the first."""
+    """Tries keys by which the maximum moves at every turn, or never again after the first."""
     for slope in (0.5, -0.5):
         inputs = make((2, 1, 64), [200], dtype=torch.float32)
         inputs.attn[:] = 1.0
@@ -168,7 +168,7 @@ def test_scores_that_rise_or_fall_steeply(num_segments):
 @pytest.mark.parametrize("num_segments", [1, 3, 8])
 @pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}, {"margin": 12, "pairs": 32}])
 def test_a_row_does_not_depend_on_its_batch(num_segments, options):
-    """Bitwise: alone, or in a batch with longer, shorter and padded rows."""
+    """Compares bitwise a row alone, and in a batch with longer, shorter and padded rows."""
     inputs = make((4, 2, 64), [150, 3, 0, 70], **options)
     together = inputs.run(num_segments)
     for row in range(4):
@@ -192,7 +192,8 @@ def test_bits_do_not_depend_on_pages():
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_padded_rows_are_zeros(num_queries, num_segments):
-    """Also the queries of a row that has fewer tokens than Q, and a batch of nothing but padding."""
+    """Looks at padded rows, at the queries of a row that has fewer tokens than Q, and at a batch of nothing but
+    padding."""
     inputs = make((4, 2, 64), [0, 40, num_queries - 1], num_queries=num_queries)
     out = inputs.run(num_segments)
     assert not out[0].any() and not out[2, :1].any()
@@ -211,7 +212,8 @@ def test_entries_behind_the_context_are_never_followed(num_segments):
 
 @pytest.mark.parametrize("num_segments", [1, 3])
 def test_in_place_and_elsewhere(num_segments):
-    """The keys and values beside q in its activation stay; a poisoned output of other strides gets the same bits."""
+    """Overwrites q, beside which the keys and values of its activation stay, and a poisoned output of other strides,
+    which gets the same bits."""
     inputs = make((4, 2, 64), [70, 20], num_queries=2)
     expected, before = inputs.run(num_segments), inputs.attn.clone()
     elsewhere = torch.full((5, 2, 640), float("nan"), dtype=torch.float16, device=DEVICE)
@@ -246,7 +248,7 @@ def reference(q, keys, values, page_table, context_lens, out, **reading):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_every_layout_of_queries_and_result(dtype):
-    """Heads lie together; tokens may lie apart, and start anywhere."""
+    """Tries tensors whose heads lie together; tokens may lie apart, and start anywhere."""
     inputs = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype)
     near = functools.partial(assert_close, inputs)
     prove(kernel, reference, tensors_of(inputs), ("out",), near, LAYOUTS, ("q", "out"))
@@ -263,7 +265,7 @@ def test_strides_that_are_not_rows_are_refused():
     prove_refusal(kernel, tensors, "q", "out", "keys", "values", "page_table", "key_rope")
     for name in ("keys", "values", "key_rope"):
         with pytest.raises(AssertionError, match="stride"):
-            kernel(**{**tensors, name: PERMUTED.place(tensors[name])[0]})
+            kernel(**{**tensors, name: PERMUTED.lay_out(tensors[name])[0]})
 
 
 def test_calls_are_counted_by_kind():
@@ -280,8 +282,8 @@ def test_calls_are_counted_by_kind():
 @pytest.mark.parametrize("pairs", [0, 64])
 @pytest.mark.parametrize("num_rows, context", [(1, 2048), (64, 1024)])
 def test_kernel_is_faster(num_rows, context, pairs):
-    """Than a gather of the pages, their rotation if they rotate, and torch's attention over them, with Llama-3-8B's
-    heads."""
+    """Times the kernel against a gather of the pages, their rotation if keys rotate, and torch's attention over them,
+    with Llama-3-8B's heads."""
     inputs = make((32, 8, 128), [context] * num_rows, pairs=pairs, dtype=torch.bfloat16)
     num_segments = kernels.choose_segments(num_rows, 8, context)
     caches, _ = inputs.arguments
@@ -306,7 +308,7 @@ def test_kernel_is_faster(num_rows, context, pairs):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_segments", [1, 4])
 def test_a_captured_launch_serves_any_context(num_segments):
-    """Captured at one context, replayed at others: the bits of eager launches."""
+    """Captures a launch at one context and replays it at others: it has the bits of eager launches."""
     inputs = make((8, 2, 128), [500, 200, 0], dtype=torch.bfloat16)
     lengths = torch.tensor([[500, 200, 0], [1, 0, 0], [333, 64, 0]], dtype=torch.int32, device=DEVICE)
     expected = []

@@ -21,7 +21,7 @@ TINY = {
     "max_position_embeddings": 64,
 }
 OPTIONS = {"resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
-CODED = {"weights_compression": "lossless"}
+COMPRESSED = {"weights_compression": "lossless"}
 ALONE = [name for name in KERNELS if name not in OVER_RANKS]
 DTYPES = {"float32": 1e-5, "bfloat16": 4e-2}  # how far hidden states may drift from the reference's
 PROOFS = {"prove", "prove_refusal", "counted"}
@@ -57,7 +57,7 @@ def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant,
     costly = DEVICE == "cpu" and name in ("linear", "filter", "decompress_weights")
     if costly and (variant, dtype) != ("neox_parallel", "bfloat16" if compressed else "float32"):
         pytest.skip("seconds in the interpreter: once is enough there")
-    options = {"dtype": dtype, **(CODED if compressed else {"weights_compression": "none"})}
+    options = {"dtype": dtype, **(COMPRESSED if compressed else {"weights_compression": "none"})}
     first = plain(variant, kernel.params, **options)
     other = run_with(str(checkpoints / variant), name, params=kernel.params, **OPTIONS | options)
     if kernel.exact or dtype == "float32":

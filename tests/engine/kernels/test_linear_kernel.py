@@ -98,7 +98,7 @@ def test_what_the_kernel_cannot_take_is_refused():
     prove_refusal(kernel, tensors, "weight", "bias")
     for name in ("x", "out"):  # of a single row, which only steps keep from being contiguous
         with pytest.raises(AssertionError, match="stride"):
-            kernel(**{**tensors, name: STEPPED.place(tensors[name])[0]})
+            kernel(**{**tensors, name: STEPPED.lay_out(tensors[name])[0]})
     with pytest.raises(AssertionError, match="one row, not 2"):
         kernel(**inputs_of(torch.float32, 2))
 
