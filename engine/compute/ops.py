@@ -25,8 +25,8 @@ from torch import Tensor
 
 @dataclass
 class StepContext:
-    """What an operation sees. `act` holds the activations, cut to this pass's T or N rows; `kv`, `sampler` are the
-    runtime's KVCache and Sampler."""
+    """What an operation sees. `act` holds the activations, cut to this pass's T or N rows; `kv` and `sampler` are the
+    engine's KVCache and Sampler."""
 
     spec: ModelSpec
     num_heads: int  # H
@@ -52,7 +52,7 @@ Weights = Mapping[str, Tensor]
 
 
 def project(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
-    """out = x @ w.T (+ bias). Weights have the format "plain" so far: one tensor by the weight's own name."""
+    """Computes out = x @ w.T (+ bias). Weights have the format "plain": one tensor by the weight's own name."""
     linear(x, weights[name], weights.get(name + "_bias"), out)
 
 
@@ -61,7 +61,7 @@ def embedding(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def _norm_step(name: str, delta: str | None = None) -> Callable:
-    """x_ = norm(x); with `delta`, an activation, after x += delta."""
+    """The step x_ = norm(x); with `delta`, the name of an activation, x += delta comes first."""
 
     def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
         x, spec = ctx.act["x"], ctx.spec
@@ -79,7 +79,7 @@ def _reduce_step(activation: str, label: str) -> Callable:
 
 
 def _reduce_norm_step(label: str, name: str) -> Callable:
-    """x_ = norm(x += the sum of x_ over ranks): in one kernel for few rows, else in two."""
+    """The step x_ = norm(x += the sum of x_ over ranks): one kernel for few rows, two for more."""
     reduce, norm = _reduce_step("x_", label), _norm_step(name, delta="x_")
 
     def step(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
@@ -100,7 +100,7 @@ def attn_qkv(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    """Norms of q and k where the family has them, rotation, and the append to the KV cache."""
+    """Applies the norms of q and k where the family has them, rotates both, and appends k and v to the KV cache."""
     cache = ctx.kv.layer(layer_idx)
     rope_append(
         ctx.act["attn"],
@@ -119,7 +119,7 @@ def rope(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def attention(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    """Attention of each token; the result overwrites q."""
+    """Overwrites q with its attention."""
     attend_(ctx.heads(), ctx.kv.layer(layer_idx), ctx.inputs.context, ctx.spec.windows[layer_idx])
 
 
@@ -140,7 +140,7 @@ def ffn_up(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
 
 
 def activation(ctx: StepContext, weights: Weights, layer_idx: int) -> None:
-    """The FFN's activation; the result lies in the first I columns."""
+    """Applies the FFN's activation; the result lies in the first I columns."""
     gated_activation(ctx.act["ffn"], ctx.spec.activation, ctx.spec.gated)
 
 
@@ -200,7 +200,7 @@ STEPS: dict[str, Callable[[StepContext, Weights, int], None]] = {
     "head": _head_step("part"),
     "logits_gather": logits_gather,
     "sample": sample,
-    # the rows of fusion.py
+    # the fused steps of fusion.py
     **{fused_name(residual, norm): _norm_step(norm, delta="x_") for residual, norm in FUSED},
     **{fused_name(*run): _reduce_norm_step(run[0], run[-1]) for run in FUSED_OVER_RANKS},
     fused_name(*WHOLE_HEAD): _head_step("logits"),

@@ -51,7 +51,7 @@ class SplitExecutor(Executor):
             self._attend_rows(step.layer_idx)
         else:
             reads, width, writes = linear_activations(self.context.spec, step)
-            if len(act[writes]):  # no row samples: nothing for the head
+            if len(act[writes]):  # where no row samples, the head has nothing to do
                 self.channel.call(site(step), [act[reads][:, :width]], act[writes])
 
     def _attend_rows(self, layer_idx: int) -> None:
@@ -60,8 +60,8 @@ class SplitExecutor(Executor):
         k, v = gather(self.context.kv.layer(layer_idx), context)  # (C of all rows, K, E)
         for row in context.ranges:
             tokens = slice(row.first_query, row.first_query + row.num_queries)
-            span = slice(row.first_context, row.first_context + row.num_context)
-            self._attend(layer_idx, row, heads[tokens, : self.context.num_heads], k[span], v[span])
+            attended = slice(row.first_context, row.first_context + row.num_context)
+            self._attend(layer_idx, row, heads[tokens, : self.context.num_heads], k[attended], v[attended])
 
     def _attend(self, layer_idx: int, row: RowRange, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrites q (T, H, E) with its attention over k and v (C, K, E)."""

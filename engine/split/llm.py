@@ -28,7 +28,7 @@ DRAWN_KEY_BYTES = 32
 
 
 class SplitEngine(Engine):
-    """One rank whose worker is the host side, and whose device side is another process or this one."""
+    """An engine of one rank. Its worker is the host side; its device side is in another process or in this one."""
 
     def __init__(self, config: EngineConfig, split: SplitConfig):
         self.split = split
@@ -37,7 +37,7 @@ class SplitEngine(Engine):
 
     def _join(self, prepared: tuple[EnginePlan, WeightSource]) -> None:
         self.plan, source = prepared
-        if isinstance(source, Checkpoint):  # it was checked; each side opens its own
+        if isinstance(source, Checkpoint):  # it has been checked, and each side opens one of its own
             source.close()
         self.collectives = Solo()
         channel = self._channel()
@@ -81,14 +81,14 @@ class PermutedEngine(SplitEngine):
 
 
 class SplitLLM(LLM):
-    """`options` are EngineConfig's fields, without those of FIXED. Raises ValueError as LLM does. What `split.permute`
-    does is obfuscation, not confidentiality (permutation.py)."""
+    """An LLM whose device side is not trusted. `options` are EngineConfig's fields, without those of FIXED. Raises
+    ValueError as LLM does. What `split.permute` does is obfuscation, not confidentiality (permutation.py)."""
 
     def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
         if not isinstance(split, SplitConfig | None):
             raise ValueError(f"split={split!r}: expected a SplitConfig")
         for name in FIXED.keys() & options.keys():
-            raise ValueError(f"{name}={options[name]!r}: a split execution has {FIXED[name]!r} there")
+            raise ValueError(f"{name}={options[name]!r}: a split execution always has {FIXED[name]!r}")
         self._split = split or SplitConfig()
         super().__init__(model, **options, **FIXED)
 
