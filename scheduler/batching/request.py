@@ -116,7 +116,7 @@ class SamplingParams:
         self._set_tuple("stop_token_ids", (), lambda item: _is_int(item) and 0 <= item <= INT32_MAX, expected)
 
     def _set_tuple(self, name: str, single: type | tuple, allowed, expected: str):
-        """None becomes (), a value of type `single` becomes a tuple of one."""
+        """Sets a field to a tuple: None becomes (), a value of type `single` becomes a tuple of one."""
         value = getattr(self, name)
         if value is None:
             value = ()

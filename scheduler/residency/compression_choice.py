@@ -29,8 +29,8 @@ class CompressionOffer:
 
 
 def choose_compression(offer: CompressionOffer, demand: Demand) -> Planned:
-    """The demand, its number of sequences settled, and the residency with the most tokens/s. "auto"
-    compresses what streams only if that is faster; "lossless" always does, and also what stays and has no room to be
+    """The demand, with its number of sequences settled, and the residency with the most tokens/s. "auto" compresses
+    what streams only if that is faster; "lossless" always does, and also compresses what stays and has no room to be
     plain.
 
     Raises ValueError, as plan_residency does, if what was asked for does not fit.

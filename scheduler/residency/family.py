@@ -76,7 +76,7 @@ class Found(NamedTuple):
 
 
 class Family:
-    """All splits of a demand: either all groups are plain, or those that may be compressed are."""
+    """The splits of a demand: either all groups are plain, or those that may be compressed are."""
 
     def __init__(self, demand: Demand, cost: Cost, compressed: bool):
         self.demand, self.cost, self.compressed = demand, cost, compressed
@@ -99,7 +99,7 @@ class Family:
         return demand.memory_bytes - demand.fixed_bytes - demand.wanted_pages(num_seqs) * demand.page_bytes
 
     def fastest(self, num_seqs: int) -> Found | None:
-        """The fastest split of so many sequences; None where none fits."""
+        """The fastest split of so many sequences; None where no split fits."""
         memory = self.memory_for(num_seqs)
         base_s = self.cost.steps_s(num_seqs, self.demand.kv_len)
         best = Found(math.inf, 0, 0.0)
@@ -203,7 +203,7 @@ class Family:
         return best
 
     def _most_plain(self, most: Sequence[int], room: float) -> tuple[list[int], float]:
-        """Up to `most` groups of each kind that save the most seconds in `room` bytes, and the bytes that are left.
+        """Counts of groups of each kind, up to `most`, that save the most seconds in `room` bytes, and the bytes left.
         Kinds are filled in turn, those that save most a byte first; a few groups fewer of one kind may make room for
         more of another."""
         in_turn = sorted((kind_idx for kind_idx, n in enumerate(most) if n), key=self._saved_a_byte, reverse=True)

@@ -53,7 +53,7 @@ def _best(family: Family) -> tuple[int, Found] | None:
 
 
 def _most_seqs(demand: Demand) -> int:
-    """max_num_seqs, or fewer where the number of pages is known and bounds them."""
+    """The most sequences: max_num_seqs, or fewer where the number of pages is known and bounds them."""
     num_pages = demand.num_pages
     if num_pages is None and demand.memory_bytes is None:
         num_pages = CPU_KV_BYTES // demand.page_bytes + 1

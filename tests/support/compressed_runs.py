@@ -32,14 +32,14 @@ TIGHT = ("resident", "mixed")  # these have memory for compressed groups only
 
 
 def plan_of(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> EnginePlan:
-    """`memory_bytes` is that of a GPU, None on a CPU."""
+    """The plan of a case; `memory_bytes` is that of a GPU, None on a CPU."""
     config = EngineConfig(model, **{**OPTIONS, **options})
     spec = read_spec(read_config(model), model)
     return make_engine_plan(config, spec, tp_size, memory_bytes, plan_rates(config, tp_size, config.device))
 
 
 def least_memory(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> int:
-    """The fewest bytes in which it fits, to a KiB."""
+    """The fewest bytes in which the case fits, to a KiB."""
 
     def fits(num_kib: int) -> bool:
         try:

@@ -33,14 +33,14 @@ def run_together(ranks: Iterable[Callable[..., None]]) -> None:
 
 
 def assert_at_rest(peers: list[PeerBuffers], num_calls: int) -> None:
-    """Every word is empty again and every place names the next half."""
+    """Asserts that every word is empty again and every rank's counter names the next half."""
     for buffers in peers:
         assert (buffers.words == EMPTY).all()
         assert (buffers.half == num_calls % NUM_HALVES).all()
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """In rank order in fp32, rounded once."""
+    """The sum in rank order in fp32, rounded once."""
     total = 0.0
     for part in parts:
         total = total + part.float()

@@ -41,7 +41,7 @@ class Example:
         return {"margin": self.margin, "key_rope": self.key_rope}
 
     def run(self, num_segments: int, min_segment: int = 1) -> Tensor:
-        """The kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
+        """Runs the kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
         num_rows, num_queries, num_heads, head_dim = self.q.shape
         q = as_queries(self.attn.clone(), self.q.shape)
         size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
@@ -57,7 +57,7 @@ class Example:
         return out
 
     def apart(self) -> Tensor:
-        """How far two ways to the result may be from each other: (R, 1, 1, 1)."""
+        """How far two ways to the result may be apart: (R, 1, 1, 1)."""
         bounds, group = [], self.q.shape[2] // self.keys.shape[1]
         for row, (q, length) in enumerate(zip(self.q, self.context_lens.tolist())):
             addresses = self.page_table[row].long().repeat_interleave(PAGE_SIZE) * PAGE_SIZE
