@@ -83,7 +83,8 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
 
 
 def main(folder: Path, variants: list[str]) -> None:
-    """Prepares passes before the tokens of the one before are known, where weights stream, as on a GPU."""
+    """Runs all cases on one rank of torchrun. Where weights stream, passes are prepared before the tokens of the one
+    before are known, as on a GPU."""
     Engine.lookahead = property(lambda engine: int(engine.work.streamed_bytes > 0))
     tp_size = int(os.environ["WORLD_SIZE"])
     facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}

@@ -41,7 +41,7 @@ HUNDREDS = 210
 
 
 def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Of every pass's sampled rows, on this rank, and all tokens."""
+    """Logits of every pass's sampled rows, on this rank, and all tokens."""
     passes, tp_size, decompressed = [], int(os.environ.get("WORLD_SIZE", 1)), decompress_weights.calls["triton"]
     if options.get("gpu_memory") == "least":
         del options["gpu_memory"]
@@ -65,8 +65,8 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
 
 
 def check_what_ran(executor, options: dict) -> None:
-    """Graphs were replayed, or were not, as asked; sums over ranks took the fused kernel, in graphs and without, and
-    replays count theirs: as many a pass as the plan has."""
+    """Asserts that graphs were replayed, or not, as asked for, and that sums over ranks took the fused kernel, in
+    graphs and without; replays count theirs, as many a pass as the plan has."""
     steps = Counter(part for step in executor.plan.steps for part in step.parts if part.endswith("allreduce"))
     several = executor.context.collectives.size > 1
     predicted = {name: number * executor.counters.num_passes for name, number in steps.items() if several}
@@ -100,8 +100,9 @@ def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tup
 
 
 def main() -> None:
-    """argv: a folder with a checkpoint in each subfolder, and where each rank leaves its report. Several ranks compare
-    fewer variants, and bf16 in the first family only: each of their engines takes a second to start."""
+    """Compares variants; argv has a folder with a checkpoint in each subfolder, and where each rank leaves its report.
+    Several ranks compare fewer variants, and bf16 in the first family only: each of their engines takes a second to
+    start."""
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     variants = ("streamed", "eager") if several else tuple(VARIANTS)
