@@ -1,6 +1,6 @@
 """Units of bytes, times and rates, and text for these, counts and values. Torch-free.
 
-Memory is counted in powers of two (GiB), what crosses a link and its rate in powers of ten (GB, GB/s).
+Memory is counted in powers of two (GiB); what crosses a link, and the link's rate, in powers of ten (GB, GB/s).
 """
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
@@ -24,7 +24,7 @@ def gb_s(nbytes: float, seconds: float) -> float:
 
 
 def show_bytes(nbytes: float) -> str:
-    """Text of a number of bytes: in GiB, or in MiB under a tenth of a GiB, or in bytes; always labelled."""
+    """Text of a number of bytes with its unit: GiB, or MiB under a tenth of a GiB, or bytes under a tenth of a MiB."""
     for unit, size in (("GiB", GIB), ("MiB", MIB)):
         if abs(nbytes) >= size / 10:
             return f"{nbytes / size:.2f} {unit}"
@@ -47,7 +47,8 @@ def show_count(number: int) -> str:
 
 
 def show_value(value: object) -> str:
-    """Text of a user's value for a message, not too long. Python writes no integer of over 4300 digits."""
+    """Text of a user's value for a message, cut after MOST_SHOWN characters. Python refuses to write an integer of over
+    4300 digits."""
     try:
         text = repr(value)
     except ValueError:

@@ -9,22 +9,23 @@ ALIGN = 4096
 
 
 def aligned_bytes(nbytes: int, device: torch.device) -> Tensor:
-    """uint8 (nbytes,) that starts at a page on every device: kernels are chosen by alignment."""
+    """Bytes, uint8 (nbytes,), that start at a page on every device: kernels are chosen by alignment."""
     raw = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device=device)
     start = -raw.data_ptr() % ALIGN
     return raw[start : start + nbytes]
 
 
 def slot_of(memory: Tensor, slot: Slot) -> Tensor:
-    """The bytes of the ring, or of the decompression buffer, that a plan calls so."""
+    """The bytes of a plan's slot; `memory` is the ring or the decompression buffer."""
     return byte_range(memory, slot.offset, slot.nbytes)
 
 
 class ActivationArena:
-    """`cut` gives views; names whose lifetimes do not overlap share bytes. Created once and never moved.
+    """Memory of the activations: `cut` gives views of it, and activations whose lifetimes do not overlap share bytes.
+    It is allocated once and never moved.
 
-    `offsets` are bytes in the arena of `nbytes`, as planned for `most_tokens` and `most_rows`; `widths` say what a
-    name's rows are and how wide.
+    `offsets` are bytes in the arena of `nbytes`, as planned for `most_tokens` and `most_rows`; `widths` give for each
+    activation what its rows are ("tokens" or "rows") and their width in elements.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class ActivationArena:
         self.data = aligned_bytes(nbytes, device)
 
     def cut(self, num_tokens: int, num_rows: int) -> dict[str, Tensor]:
-        """Every activation by name, (T, width) or (N, width): never more than was planned, since the next activation
-        lies behind."""
+        """Views of all activations by name, (T, width) or (N, width): never more than was planned, since the next
+        activation lies behind."""
         lengths = {"tokens": num_tokens, "rows": num_rows}
         for unit, length in lengths.items():
             assert length <= self.most[unit], f"{length} {unit}, and the arena has room for {self.most[unit]}"

@@ -2,8 +2,9 @@
 
 Shapes: T tokens, R rows, n tokens of one row, C gathered context tokens of all rows together, H/K local query/KV heads,
 E head dim.
-Several ways behind one function, chosen by the kind of pass, device, dtype and the rows' own lengths, so that a pass
-has the same bits at any residency:
+
+There are several ways behind one function. The kind of pass, device, dtype and the rows' own lengths choose one, so
+that a pass has the same bits at any residency:
   - rows of one token each, in a bucket of fixed size, read the pages where they lie (kernels/decode_attention.py)
   - on a GPU in bf16 or fp16, a long row that starts in this pass attends to its own keys by cuDNN, which takes half the
     time of torch's varlen kernel on an H200 (0.88 against 1.70 ms for 8000 tokens and 32 heads of 128). It compiles for
@@ -27,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Context = GatheredContext | PagedContext
 
-WHOLE_STEP_TOKENS = 512  # what cuDNN's lengths are multiples of; it pays from LEAST_WHOLE_TOKENS on
+WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for cuDNN, which pays from LEAST_WHOLE_TOKENS on
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"whole": 0, "gathered": 0}
 
@@ -39,8 +40,9 @@ if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes 
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
-    """How long rows are that attend without a gathered context: no longer than the narrowest window. None where cuDNN
-    cannot: it wants bf16 or fp16, heads of at most 128 in steps of 8, and pays from compute capability 9.0 on."""
+    """The lengths of rows that attend without a gathered context, up to the narrowest window. The range is empty where
+    cuDNN does not serve: it wants bf16 or fp16 and heads of at most 128 in steps of 8, and pays from compute capability
+    9.0 on."""
     if not _has_varlen(device, dtype) or spec.head_dim > 128 or spec.head_dim % 8:
         return range(0)
     if torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.is_available():
@@ -49,10 +51,10 @@ def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> r
 
 
 def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | None) -> None:
-    """The q of heads (T, H + 2K, E) becomes its attention, causal, each row over its own context: the pages of `cache`,
-    where the pass's own k and v are already.
+    """Overwrites the q of heads (T, H + 2K, E) with its causal attention, each row over its own context: the pages of
+    `cache`, which hold the pass's own k and v already.
 
-    `window`: how many tokens a token sees, itself included; None = all before it.
+    `window` is how many tokens a token sees, itself included; with None it sees all before it.
     """
     num_kv_heads = cache.keys.shape[1]
     q = heads[:, : heads.shape[1] - 2 * num_kv_heads]  # (T, H, E)
@@ -84,7 +86,8 @@ def gather(cache: CachedLayer, context: GatheredContext) -> tuple[Tensor, Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: GatheredContext, window: int | None) -> Tensor:
-    """Attention of q (T, H, E) over the gathered k, v (C, K, E): (T, H, E); rows without context hold anything."""
+    """Attention (T, H, E) of q (T, H, E) over the gathered k, v (C, K, E); what rows without gathered context get means
+    nothing."""
     calls["gathered"] += 1
     scale = q.shape[-1] ** -0.5
     if _has_varlen(q.device, q.dtype):
@@ -99,7 +102,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: GatheredContext, window: in
 
 
 def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
-    """Causal attention of one row, heads (n, H + 2K, E), over its own keys and values: (n, H, E)."""
+    """Causal attention (n, H, E) of one row, heads (n, H + 2K, E), over its own keys and values."""
     num_tokens, num_heads, head_dim = heads.shape
     padding = -num_tokens % WHOLE_STEP_TOKENS
     if padding:
@@ -119,8 +122,8 @@ def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, window: int | None, out: Tensor) -> None:
-    """Heads first for scaled_dot_product_attention; the mask is aligned to the end of the context, which is_causal
-    is not. A copy of q, since its fp32 kernel on a GPU wants 16-byte alignment."""
+    """Attends one row by scaled_dot_product_attention, which takes heads first. A mask is aligned to the end of the
+    context, as is_causal is not. q is copied, since the fp32 kernel on a GPU wants 16-byte alignment."""
     tokens = slice(row.first_query, row.first_query + row.num_queries)
     q = q[tokens].clone().transpose(0, 1)[None]  # (1, H, q, E)
     k = k[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]  # (1, K, L, E)
@@ -131,7 +134,7 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, wi
 
 
 def causal_mask(row: RowRange, window: int | None, device: torch.device) -> Tensor:
-    """Which of its context tokens each query of a row sees: (queries, context) bool."""
+    """Mask (queries, context) bool: which of its context tokens each query of a row sees."""
     query = torch.arange(row.num_context - row.num_queries, row.num_context, device=device)[:, None]
     key = torch.arange(row.num_context, device=device)
     mask = key <= query

@@ -51,8 +51,8 @@ class PagedContext:
 
 class CachedLayer(NamedTuple):
     """A layer's keys and values (P * S, K, E). The first `margin` entries of a row's first page are empty. `key_rope`
-    is the table (2, L, F) that keys are rotated with when they are read, each by its position; None: they were, before
-    they were cached."""
+    is the table (2, L, F) that keys are rotated with when they are read, each by its position; it is None where keys
+    were rotated before they were cached."""
 
     keys: Tensor
     values: Tensor
@@ -78,7 +78,7 @@ class PassInputs:
 
 
 def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host on the device, which the host does not wait for."""
+    """Copies numbers from the host to the device; the host does not wait for the copy."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -86,9 +86,9 @@ def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
 def bind(
     batch: Batch, page_size: int, last_tokens: Tensor, whole_tokens: range = range(0), margin: int = 0
 ) -> PassInputs:
-    """Moves a batch to the device of `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE.
-    `whole_tokens`: how long rows are that attend without a gathered context, if they start in this pass. `margin`:
-    entries of a row's first page that are empty."""
+    """Moves a batch to the device of `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE. Rows
+    that start in this pass with a number of tokens in `whole_tokens` attend without a gathered context. The first
+    `margin` entries of a row's first page are empty."""
     device = last_tokens.device
     whole = [row.start == 0 and len(row.tokens) in whole_tokens for row in batch.rows]
     ranges = _ranges(batch, whole)

@@ -36,7 +36,7 @@ def logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
     total = masses(raw, peak).sum(-1, keepdim=True).double() / mass_scale(raw.shape[-1])
     log_total = total.log()  # (R, 1) float64
     sampled = raw.gather(-1, tokens[:, None])  # (R, 1)
-    bits = (raw + 0.0).view(torch.int32)  # no -0.0: it equals 0.0, its bits do not
+    bits = (raw + 0.0).view(torch.int32)  # without -0.0, which equals 0.0 but has other bits
     ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # integers in the order of the floats
     ids = torch.arange(raw.shape[-1], device=raw.device)
     keys = (ordered.long() << 32) | (WORD - ids)  # (R, V), all different: topk has no ties to break

@@ -23,7 +23,7 @@ Weights = Mapping[str, Tensor]
 
 
 def project(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
-    """out = x @ w.T (+ bias). Weights have the format "plain" so far: one tensor by the weight's own name."""
+    """Computes out = x @ w.T (+ bias). Weights have the format "plain": one tensor by the weight's own name."""
     linear(x, weights[name], weights.get(name + "_bias"), out)
 
 
@@ -32,7 +32,7 @@ def embedding(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
 
 
 def _norm_step(name: str, delta: str | None = None) -> Callable:
-    """x_ = norm(x); with `delta`, an activation, after x += delta."""
+    """The step x_ = norm(x); with `delta`, the name of an activation, x += delta comes first."""
 
     def step(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
         x, spec = ctx.act["x"], ctx.model.spec
@@ -50,7 +50,7 @@ def _reduce_step(activation: str, label: str) -> Callable:
 
 
 def _reduce_norm_step(label: str, name: str) -> Callable:
-    """x_ = norm(x += the sum of x_ over ranks): in one kernel for few rows, else in two."""
+    """The step x_ = norm(x += the sum of x_ over ranks): one kernel for few rows, two for more."""
     reduce, norm = _reduce_step("x_", label), _norm_step(name, delta="x_")
 
     def step(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
@@ -173,7 +173,7 @@ STEPS: dict[str, Callable[[PassContext, Weights, int], None]] = {
     "head": _head_step("part"),
     "logits_gather": logits_gather,
     "sample": sample,
-    # the rows of fusion.py
+    # the fused steps of fusion.py
     **{fused_name(residual, norm): _norm_step(norm, delta="x_") for residual, norm in FUSED},
     **{fused_name(*run): _reduce_norm_step(run[0], run[-1]) for run in FUSED_OVER_RANKS},
     fused_name(*WHOLE_HEAD): _head_step("logits"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def inverse_frequencies(rope: RopeSpec) -> tuple[Tensor, float]:
-    """fp32 frequencies (F,) and the factor on cos and sin."""
+    """Frequencies (F,) in fp32, and the factor on cos and sin."""
     exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
     plain = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
@@ -21,11 +21,12 @@ def inverse_frequencies(rope: RopeSpec) -> tuple[Tensor, float]:
         return _llama3(plain, rope), 1.0
     if rope.kind == "yarn":
         return _yarn(rope), _yarn_attention_factor(rope)
-    return plain, 1.0  # default, and dynamic up to the trained length
+    return plain, 1.0  # the kind is default, or dynamic, which equals it up to the trained length
 
 
 def _llama3(plain: Tensor, rope: RopeSpec) -> Tensor:
-    """Long wavelengths are divided by factor, short ones kept, those between blended."""
+    """Frequencies (F,) as Llama 3.1 scales them: those of long wavelengths are divided by the factor, those of short
+    ones kept, and those between blended."""
     low_wavelength = rope.original_max_position / rope.low_freq_factor
     high_wavelength = rope.original_max_position / rope.high_freq_factor
     wavelength = 2 * math.pi / plain
@@ -67,7 +68,7 @@ def _yarn_attention_factor(rope: RopeSpec) -> float:
 
 
 def rope_table(rope: RopeSpec, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos and sin of every position, computed in fp32 and rounded to `dtype`: (2, L, F)."""
+    """Table (2, L, F) of the cos and sin of every position, computed in fp32 and rounded to `dtype`."""
     frequencies, factor = inverse_frequencies(rope)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)  # (L, F)
     return torch.stack([angles.cos() * factor, angles.sin() * factor]).to(device=device, dtype=dtype)

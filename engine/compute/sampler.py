@@ -1,4 +1,4 @@
-"""From logits to tokens, on the device: penalties, temperature, filters, one draw.
+"""Sampling on the device, from logits to tokens: penalties, temperature, filters, one draw.
 
 A draw is the Gumbel-max trick: the argmax of logits / temperature + G, with G independent Gumbel(0, 1) noise, falls on
 token v with probability softmax(logits / temperature)[v]. The noise is a function of (seed, position, token id), by
@@ -6,11 +6,11 @@ philox, so a row's token depends neither on its row, nor on the batch, nor on tp
   - ties go to the lowest id; torch.argmax and torch.topk do not promise that on CUDA
   - probabilities are summed as integers. The bits of an fp32 sum or cumsum depend on the shape of the batch,
     and on CUDA also on how a row is aligned; integer addition is associative
-  - a stage runs if a row asks for it, and leaves the bits of rows that do not ask alone
+  - a stage runs if a row asks for it, and leaves alone the bits of rows that do not
 On a GPU filters and draws read the logits where they lie, a few times; only penalties and logprobs make copies.
 
-What it does not know: requests, stop conditions, text. Nothing here waits for the device or uploads anything: which
-rows ask lies there as well, so that a call can be captured for what it was asked.
+It knows nothing of requests, stop conditions or text. A call waits for nothing and uploads nothing: what each row asks
+for lies on the device as well, so that a call can be captured with the stages that it was asked for.
 
 R rows, V vocab (whole, not this rank's part), N most likely tokens.
 """
@@ -44,8 +44,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """`tokens` (R,) int64 lie in 0..V-1, or are -1, which is no token: what would be drawn from logits with a NaN means
-    nothing, and neither do such a row's `logprobs`. None if no row asked for them."""
+    """Sampled `tokens` (R,) int64, each 0..V-1, or -1 where the row's logits hold a NaN: no token could be drawn, and
+    the row's `logprobs` mean nothing. `logprobs` is None if no row asked for them."""
 
     tokens: Tensor
     logprobs: Logprobs | None
@@ -53,7 +53,8 @@ class SampleOutput:
 
 class PendingSample:
     """A SampleOutput on its way to pinned host memory. In an eager pass the copies stand on the compute lane right
-    behind the sampler, before the pass is joined: the next is prepared while copies for it are still on the link."""
+    behind the sampler, before the pass is joined: the host prepares the next pass while weights for it are still on the
+    link."""
 
     def __init__(self, output: SampleOutput):
         self._event = torch.cuda.Event() if output.tokens.is_cuda else None
@@ -77,8 +78,8 @@ class PendingSample:
 class Sampler:
     """Sampling parameters and penalty state of max_num_seqs rows, on the device; all rows start as greedy.
 
-    `last_tokens` (max_num_seqs + 1,) int64 is each row's last sampled token, the last that of `pad_row`.
-    Where there was none, for a NaN, it is 0: a pass that was submitted ahead computes it for nothing.
+    `last_tokens` (max_num_seqs + 1,) int64 is each row's last sampled token; the last entry is that of `pad_row`. It is
+    0 where a NaN left no token: a pass that was submitted ahead computes it for nothing.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str):
@@ -112,7 +113,7 @@ class Sampler:
         self.floats[:, rows] = to_device([list(floats.values()) for floats, _ in values], torch.float32, self.device).T
         self.ints[:, rows] = to_device([list(ints.values()) for _, ints in values], torch.int64, self.device).T
         penalised = [row for row in samplings if "penalty" in self.asked_by[row].stages]
-        if penalised and self.output_counts is None:  # made last: an interrupt between leaves neither
+        if penalised and self.output_counts is None:  # it is made last: an interrupt before it leaves both to be made
             self.prompt_seen = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.bool)
             self.output_counts = self._zeros(self.pad_row + 1, self.vocab_size, dtype=torch.int32)
         for row in penalised:
@@ -120,10 +121,10 @@ class Sampler:
             self.output_counts[row].zero_()
 
     def observe(self, rows: Tensor, token_ids: Tensor) -> None:
-        """Notes computed tokens (T,) int64 of 0..V-1 and their rows (T,) for the repetition penalty; to be called
-        where a row asks for it.
+        """Notes computed tokens (T,) int64 of 0..V-1 and their rows (T,) for the repetition penalty; it is to be called
+        where a row asks for that.
 
-        A prompt's have to be noted; an output's may be once more: only whether a token came matters.
+        A prompt's tokens must be noted. An output's may be noted here again: what counts is whether a token occurred.
         """
         seen, index = self.prompt_seen.view(-1), rows * self.vocab_size + token_ids
         seen[index] = seen[index] | self._asks_penalty(rows)
@@ -131,8 +132,9 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor, asked: Asked) -> SampleOutput:
         """Samples a token a row from logits (R, V) of any float dtype.
 
-        rows (R,) int64, none twice but for the pad row; positions (R,) int64 are those of the tokens that are being
-        sampled (the length of the prompt for a request's first). `asked` is what the rows ask for together, or more.
+        `rows` (R,) int64 are different, but for the pad row; `positions` (R,) int64 are those of the tokens that are
+        being sampled (the length of the prompt for a request's first). `asked` is what the rows ask for together, or
+        more.
         """
         if "penalty" not in asked.stages and reads_in_place(logits):
             tokens = self._sample(logits, rows, positions, asked.stages)

@@ -2,7 +2,7 @@
 
 LANES, LANE_WEIGHTS = 128, 16
 TILE = LANES * LANE_WEIGHTS  # weights
-ESCAPE_ROW = 32  # escapes in a row, whose 3-bit codes are three words
+ESCAPE_ROW = 32  # escapes of 3 bits in three words
 
 
 def num_escape_rows(num_escapes: int) -> int:

@@ -1,18 +1,22 @@
-"""Decompresses bf16 weights from their planes (engine/weights/codec.py makes them), bit for bit.
+"""Decompresses bf16 weights, bit for bit, from the planes that engine/weights/codec.py makes.
 
-A tile is 128 lanes x 16 weights. Its exponents lie mostly in a window of eleven, of which three are common.
-`mantissas` has a byte of sign and mantissa for each weight. `codes` has 2 bits a weight: 0 to 2 for the common
-exponents, 3 for an escape. `escapes` has 3 bits for each code 3, in order, which name one of the other eight exponents.
-`patches` names the weights whose exponent lies outside the window, and by how many times eleven, modulo 256, it exceeds
-that which their code gives. `windows` has a tile's first exponent, and how many of the eight lie below the common ones.
+A tile is 128 lanes x 16 weights, and has these planes:
 
-All but the patches are in stored order, which is chosen for the decompressor: a lane's mantissas are one 16-byte load,
-its codes one word, its weights two 16-byte stores. Four exponents are made at once in the bytes of a word, from where
-they shift into two words of the output. Lanes exchange only one thing, the starts of their escapes: a prefix sum of 128
-counts a tile. A lane's escapes, at most 16, lie in three words, from which they are shifted out.
-Tried, compiled for sm_90 only: 32 registers, no spills, no exchange between layouts, 20 instructions a weight, three
-4-byte gathers a lane. A single level of 3-bit codes takes 10 instructions and no gather, for 3.5 % more bytes; 2 warps
-a tile take 40 registers.
+    mantissas   a byte of sign and mantissa for each weight
+    indices     2 bits a weight: 0 to 2 for one of the three common exponents of the tile's window of eleven, 3 for an
+                escape, which has one of the other eight
+    escapes     3 bits an escape, in order: the index of its exponent among the eight
+    patches     the weights that lie outside of the window, and by how many times eleven their exponent, modulo 256, is
+                more than their index says
+    windows     the first exponent of the window, and how many of the eight lie below the common ones
+
+All but the patches are in stored order, chosen for the decompressor: a lane's mantissas are one 16-byte load, its
+indices one word, its weights two 16-byte stores, and four exponents are made at once in the bytes of a word, already in
+the positions from which they shift into two words of the output. Where a lane's escapes start is all that crosses
+lanes: a prefix sum of 128 counts a tile. Its escapes, at most 16, lie in three words, from which they are shifted out.
+Compiled for sm_90 this takes 32 registers, no spills, no exchange between layouts, 20 instructions a weight and three
+4-byte gathers a lane. One level of 3 bits would take 10 instructions and no gather, for 3.5 % more bytes; 2 warps a
+tile would take 40 registers.
 """
 
 from typing import NamedTuple
@@ -32,34 +36,34 @@ NUM_WARPS = 4
 
 
 class Planes(NamedTuple):
-    """The planes of N tiles with P patches; all are contiguous, start at 16-byte boundaries, and are on one device."""
+    """The planes of N tiles with P patches; all are contiguous, start at 16-byte boundaries, and lie on one device."""
 
     mantissas: Tensor  # (N, LANES, LANE_WEIGHTS) uint8
-    codes: Tensor  # (N, LANES, 4) uint8
-    escapes: Tensor  # (num_escape_rows, 12) uint8: ESCAPE_ROW escapes a row, and padding
-    patches: Tensor  # (P,) int16: index in the tile << PATCH_SHIFT | number of elevens
+    indices: Tensor  # (N, LANES, 4) uint8
+    escapes: Tensor  # (G, 12) uint8: ESCAPE_ROW a row, and padding to num_escape_rows
+    patches: Tensor  # (P,) int16: index in the tile << PATCH_SHIFT | times
     escape_starts: Tensor  # (N + 1,) int32
     patch_starts: Tensor  # (N + 1,) int32
     windows: Tensor  # (N, 2) uint8: first exponent, number of exponents below the common ones
 
 
 def stored_order(tiles: Tensor) -> Tensor:
-    """Brings bytes (N, TILE) into the order of the planes, (N, LANES, LANE_WEIGHTS). Eight of a lane's weights lie
-    together and its other eight lie half a tile further; of each four that lie together the middle two are swapped."""
+    """Bytes (N, TILE) as the planes have them, (N, LANES, LANE_WEIGHTS). Eight of a lane's weights lie together and
+    eight half a tile on; of each four that lie together the middle ones are swapped."""
     fours = tiles.view(torch.int32).view(-1, 2, LANES, 2).transpose(1, 2).contiguous()
     swapped = fours & ~0xFFFF00 | fours >> 8 & 0xFF00 | (fours & 0xFF00) << 8
     return swapped.view(torch.uint8).view(-1, LANES, LANE_WEIGHTS)
 
 
 def natural_order(stored: Tensor) -> Tensor:
-    """Inverts stored_order: (N, LANES, LANE_WEIGHTS) to (N, TILE)."""
+    """The inverse of stored_order: (N, LANES, LANE_WEIGHTS) as (N, TILE)."""
     return stored.view(-1, LANES, 2, 2, 2, 2).permute(0, 2, 1, 3, 5, 4).reshape(-1, TILE)
 
 
 def decompress_weights(planes: Planes, out: Tensor) -> None:
-    """Writes to out (N * TILE,) bf16, contiguous, at a 16-byte boundary, the weights that were compressed."""
+    """Writes the weights that were compressed to `out` (N * TILE,) bf16, contiguous, from a 16-byte boundary."""
     num_tiles = len(planes.mantissas)
-    of_each_tile = (planes.codes, planes.windows, planes.escape_starts[1:], planes.patch_starts[1:])
+    of_each_tile = (planes.indices, planes.windows, planes.escape_starts[1:], planes.patch_starts[1:])
     assert all(len(plane) == num_tiles for plane in of_each_tile), "a plane is too short for its tiles"
     assert out.shape == (num_tiles * TILE,) and out.dtype == torch.bfloat16 and out.is_contiguous()
     run = _decompress_weights_triton if out.is_cuda else decompress_weights_reference
@@ -75,17 +79,17 @@ def decompress_weights_reference(planes: Planes, out: Tensor) -> None:
 
 
 def _decompress_tiles(planes: Planes, first: int, out: Tensor) -> None:
-    """Decompresses the tiles from `first` on into out (N, TILE) int16."""
+    """Decompresses the tiles from `first` on into `out` (N, TILE) int16."""
     tiles = slice(first, first + out.shape[0])
     escapes, patches = (
         starts[first : first + out.shape[0] + 1].long() for starts in (planes.escape_starts, planes.patch_starts)
     )
     start, below = planes.windows[tiles].short().split(1, 1)  # (N, 1)
-    codes = torch.stack([planes.codes[tiles] >> shift & 3 for shift in (0, 2, 4, 6)], 2).view(-1, TILE)
-    escaped = codes == COMMON
-    late = torch.zeros_like(start).expand_as(codes).clone()
-    late[escaped] = _late_codes_reference(planes.escapes, int(escapes[0]), int(escapes[-1])).short()
-    exponents = start + torch.where(escaped, late + COMMON * (late >= below).short(), below + codes)
+    indices = torch.stack([planes.indices[tiles] >> shift & 3 for shift in (0, 2, 4, 6)], 2).view(-1, TILE)
+    escaped = indices == COMMON
+    late = torch.zeros_like(start).expand_as(indices).clone()
+    late[escaped] = _unpack_escapes(planes.escapes, int(escapes[0]), int(escapes[-1])).short()
+    exponents = start + torch.where(escaped, late + COMMON * (late >= below).short(), below + indices)
     mantissas = planes.mantissas[tiles].view(-1, TILE).short()
     out.copy_(natural_order((mantissas & 0x80) << 8 | exponents << 7 | mantissas & 0x7F))
     patched = planes.patches[patches[0] : patches[-1]].int() & 0xFFFF
@@ -95,12 +99,12 @@ def _decompress_tiles(planes: Planes, first: int, out: Tensor) -> None:
     out[patched_at] = (bits & ~0x7F80 | bits + more & 0x7F80).short()
 
 
-def _late_codes_reference(escapes: Tensor, first: int, last: int) -> Tensor:
-    """Reads the 3-bit codes `first` to `last` - 1; eight of them are three bytes."""
+def _unpack_escapes(escapes: Tensor, first: int, last: int) -> Tensor:
+    """The escapes [first, last), of 3 bits each; eight of them are three bytes."""
     eights = escapes.view(-1, 3)[first // 8 : -(-last // 8)].int()
     words = eights[:, 0] | eights[:, 1] << 8 | eights[:, 2] << 16
-    codes = torch.stack([words >> shift & 7 for shift in range(0, 24, 3)], 1).view(-1)
-    return codes[first % 8 :][: last - first]
+    late = torch.stack([words >> shift & 7 for shift in range(0, 24, 3)], 1).view(-1)
+    return late[first % 8 :][: last - first]
 
 
 def _decompress_weights_triton(planes: Planes, out: Tensor) -> None:
@@ -129,9 +133,9 @@ def _bits_from(low, high, shift):
 
 
 @triton.jit
-def _late_codes(bits, marks, G: tl.constexpr):
-    """Reads the next four 3-bit codes into the bytes of a word; returns it and the remaining bits. A byte whose weight
-    is no escape may hold any code."""
+def _next_escapes(bits, marks, G: tl.constexpr):
+    """The next four weights' escapes in the bytes of a word, and the bits left; a byte whose weight is not marked as an
+    escape means nothing."""
     late = bits & 7
     for byte in tl.static_range(1, 4):
         bits >>= (marks * 3 >> (2 * G + 8 * byte - 8)) & 3
@@ -140,12 +144,12 @@ def _late_codes(bits, marks, G: tl.constexpr):
 
 
 @triton.jit
-def _four_weights(mantissas, codes, marks, late, start, below, G: tl.constexpr):
-    """Makes the four weights of group G of a lane, as two words of two; all bytes of `start` and `below` are alike."""
+def _four_weights(mantissas, indices, marks, late, start, below, G: tl.constexpr):
+    """Group G of a lane's weights as two words of two; start and below stand in every byte."""
     above = late + (0x80808080 - below) >> 7 & 0x01010101
     late_exponents = start + late + above * 3
     escaped = (marks >> (2 * G) & 0x01010101) * 0xFF
-    common = start + below + (codes >> (2 * G) & 0x03030303)
+    common = start + below + (indices >> (2 * G) & 0x03030303)
     exponents = common ^ ((common ^ late_exponents) & escaped)
     low = (exponents & 0x00FF00FF) << 7 | mantissas & 0x007F007F | (mantissas & 0x00800080) << 8
     high = exponents >> 1 & 0x7F807F80 | mantissas >> 8 & 0x007F007F | mantissas & 0x80008000
@@ -153,25 +157,25 @@ def _four_weights(mantissas, codes, marks, late, start, below, G: tl.constexpr):
 
 
 @triton.jit
-def _eight_weights(mantissas_0, mantissas_1, codes, marks, bits, start, below, G: tl.constexpr, LANES: tl.constexpr):
-    """Makes the weights of groups G and G + 1 as the words (LANES, 4) that lie together in the output."""
-    late, bits = _late_codes(bits, marks, G)
-    low_0, high_0 = _four_weights(mantissas_0, codes, marks, late, start, below, G)
-    late, bits = _late_codes(bits, marks, G + 1)
-    low_1, high_1 = _four_weights(mantissas_1, codes, marks, late, start, below, G + 1)
+def _eight_weights(mantissas_0, mantissas_1, indices, marks, bits, start, below, G: tl.constexpr, LANES: tl.constexpr):
+    """Groups G and G + 1 as the (LANES, 4) words that lie together in the output."""
+    late, bits = _next_escapes(bits, marks, G)
+    low_0, high_0 = _four_weights(mantissas_0, indices, marks, late, start, below, G)
+    late, bits = _next_escapes(bits, marks, G + 1)
+    low_1, high_1 = _four_weights(mantissas_1, indices, marks, late, start, below, G + 1)
     words = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))
     return tl.reshape(words, (LANES, 4)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _decompress_tile(
-    mantissas, codes, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
+    mantissas, indices, escapes, patches, escape_starts, patch_starts, windows, out_words, out,
     LANES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)  # the planes are inputs too, where a kernel has compressed them
     tile, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
     four = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
-    word = tl.load(codes + tile * LANES + lane).to(tl.uint32, bitcast=True)
+    word = tl.load(indices + tile * LANES + lane).to(tl.uint32, bitcast=True)
     groups = tl.load(mantissas + tile * LANES * 4 + four).to(tl.uint32, bitcast=True)
     escape_bit = tl.load(escape_starts + tile).to(tl.int64) * 3
     first, last = tl.load(patch_starts + tile), tl.load(patch_starts + tile + 1)

@@ -7,13 +7,13 @@ from penstock.engine.kernels.codec_tile import TILE, num_escape_rows
 from penstock.engine.model.layout import ALIGN, GroupLayout, Weight
 from penstock.engine.model.shard import pad_to
 
-PART_BYTES = 16  # every part of a blob starts at a multiple, and so does every blob in its group's
+PART_BYTES = 16  # every part of a blob starts at a multiple of this, and so does every blob in its group's
 WEIGHT_BITS = 10  # bits of a compressed weight that is neither escaped nor patched
 ESCAPE_BITS = 3
 # Planned bits of a weight in a tile: Gaussian ones take 10.76 to 10.89, Student-t(4) 10.95 to 11.04, Laplace 11.12 to
 # 11.19.
 PLANNED_BITS = 11.25
-SPREAD_BYTES = 64  # beside them: in a few tiles it takes no average, and a tile's bytes deviate by 12
+SPREAD_BYTES = 64  # planned besides: a tile's bytes deviate by 12, and few tiles do not reach the average
 COMPRESSED_DTYPE = "bfloat16"
 
 
@@ -23,7 +23,7 @@ def part_bytes(num_weights: int, num_escapes: int, num_patches: int) -> dict[str
     starts = 4 * (tiles + 1)
     return {
         "mantissas": TILE * tiles,
-        "codes": TILE // 4 * tiles,
+        "indices": TILE // 4 * tiles,
         "escapes": 12 * num_escape_rows(num_escapes),
         "patches": 2 * num_patches,
         "escape_starts": starts,

@@ -1,7 +1,7 @@
 """Checked reads of a config.json: typed values, activation, dtype, token ids, rotary embedding, sliding windows.
 
-Torch-free. What families share in reading a config; what sets a family apart is in families.py. Defaults and precedence
-of old and new keys are transformers' own.
+Torch-free. Families share these reads; what sets a family apart is in families.py. Defaults and precedence of old and
+new keys are transformers' own.
 """
 
 import math
@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 class Fields:
-    """A config with its family's defaults beneath it; reads are checked, and errors name the file and the key."""
+    """A config with its family's defaults beneath it. Reads are checked; errors name the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], source: str):
         self.values, self.source = values, source
@@ -90,7 +90,7 @@ class Fields:
 
 
 def choice(fields: Fields, key: str, value: Any, choices: Collection[str]) -> str:
-    """`value`. Raises ValueError, with the supported ones, for any other."""
+    """Returns `value` if it is one of `choices`. Raises ValueError, with the choices, if not."""
     if not isinstance(value, str) or value not in choices:
         raise fields.error(f"{key} {show_value(value)} is not supported; supported: {', '.join(choices)}")
     return value
@@ -102,13 +102,13 @@ def states_dtype(config: Mapping[str, Any]) -> bool:
 
 
 def read_dtype(fields: Fields) -> str:
-    """Raises ValueError for a dtype that is not supported; a missing one is float32."""
+    """The dtype of a config; a missing one is float32. Raises ValueError for a dtype that is not supported."""
     value = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     return choice(fields, "dtype", str(value).removeprefix("torch."), DTYPE_BYTES)
 
 
 def read_token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
-    """bos_token_id, and eos_token_id as a tuple. Raises ValueError if they are neither integers nor null."""
+    """Token ids: bos_token_id, and eos_token_id as a tuple. Raises ValueError if they are neither integers nor null."""
     bos, eos = fields.get("bos_token_id"), fields.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if type(bos) not in (int, type(None)):
@@ -119,8 +119,8 @@ def read_token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
 
 
 def read_rope(fields: Fields, head_dim: int, theta_key: str = "rope_theta", part_key: str = "") -> RopeSpec:
-    """Rotary embedding from rope_parameters or the older rope_scaling; theta and the part of a head that rotates may
-    also stand outside. Without `part_key` the family rotates whole heads.
+    """Rotary embedding from rope_parameters or the older rope_scaling. Theta and the part of a head that rotates may
+    also stand outside of these, as `theta_key` and `part_key`; without a `part_key` the family rotates whole heads.
 
     Raises ValueError for an unknown kind, a missing or bad parameter, or a rotary part that is odd or too large.
     """
@@ -145,8 +145,8 @@ def read_rope(fields: Fields, head_dim: int, theta_key: str = "rope_theta", part
 
 
 def scaled_length(fields: Fields, rope: RopeSpec) -> int:
-    """The longest sequence in tokens: max_position_embeddings, or the length that linear and yarn scale to, if that is
-    more: `factor` times max_position_embeddings, or times yarn's original length. For llama3 the config states the
+    """The longest sequence in tokens: max_position_embeddings, or the length that linear and yarn scale to if it is
+    more, `factor` times max_position_embeddings or times yarn's original length. For llama3 the config states the
     scaled length; dynamic keeps the trained one."""
     trained = fields.size("max_position_embeddings")
     base = {"linear": trained, "yarn": rope.original_max_position}.get(rope.kind)
@@ -159,7 +159,8 @@ def scaled_length(fields: Fields, rope: RopeSpec) -> int:
 
 
 def _rope_values(fields: Fields, theta_key: str, part_key: str) -> Fields:
-    """The parameters in one dict, later ones winning: defaults, keys outside, the dict itself."""
+    """The parameters of a rotary embedding: defaults, over these the keys outside of the config's dict, over these
+    those in it."""
     values = fields.values
     inner = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(inner, Mapping):
@@ -183,7 +184,8 @@ def _rope_values(fields: Fields, theta_key: str, part_key: str) -> Fields:
 
 
 def _yarn_values(rope: Fields, implied_factor: float) -> dict[str, Any]:
-    """A null factor is the ratio of the lengths; a zero beta or mscale counts as left out, as in transformers."""
+    """Yarn's parameters. A null factor is the ratio of the lengths; a zero beta or mscale counts as left out, as in
+    transformers."""
 
     def get(key: str, default: float | None = None) -> float | None:
         return rope.number(key) if rope.get(key) else default
@@ -218,14 +220,16 @@ def read_windows(fields: Fields, window: int | None, first: int = 0, mixed: bool
 
 
 def no_windows(fields: Fields) -> tuple[None, ...]:
-    """No layer has a window. Raises ValueError for a config that sets one: transformers ignores it, others do not."""
+    """Windows of a family whose layers have no window: None for each. Raises ValueError for a config that sets one:
+    transformers ignores it, others do not."""
     if fields.get("use_sliding_window") is not False:
         fields.refuse({"sliding_window": (None,)})
     return read_windows(fields, None)
 
 
 def optional_windows(fields: Fields) -> tuple[int | None, ...]:
-    """Qwen's way: use_sliding_window switches it on, from layer max_window_layers on or where layer_types says so.
+    """Windows as Qwen's configs state them: use_sliding_window switches them on, for layers from max_window_layers on
+    or where layer_types says so.
 
     Raises ValueError for bad values, and for layer types that contradict them.
     """

@@ -1,6 +1,6 @@
 """The model families, as data: config.json -> ModelSpec, and the names of the checkpoint's tensors.
 
-Free of torch and transformers, so that `penstock plan` starts at once. A family is one entry of FAMILIES: its
+Torch-free, and free of transformers, so that `penstock plan` starts at once. A family is one entry of FAMILIES: its
 tensor names, transformers' defaults for keys that its config leaves out, and a small function for what sets it
 apart. What would change the math and is not implemented is refused by name; nothing is guessed.
 """
@@ -32,7 +32,8 @@ from penstock.scheduler.units import show_value
 
 @dataclass(frozen=True)
 class Family:
-    """`defaults` are those of transformers' config class; `read` gives the ModelSpec fields that are not common."""
+    """A model family; `defaults` are those of transformers' config class, and `read` gives the ModelSpec fields that
+    are not common to all families."""
 
     name: str  # model_type in config.json
     architectures: tuple[str, ...]  # with a head, and without one as AutoModel saves it
@@ -99,7 +100,8 @@ def without_prefix(names: TensorNames) -> TensorNames:
 
 
 def _find_family(config: Mapping[str, Any], source: str) -> Family:
-    """model_type chooses, or else the architecture; another head on a known body is refused as well."""
+    """The family that model_type names, or else the architecture. Raises ValueError for an unknown one, and for another
+    head on a known body."""
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(architectures, list):
         raise ValueError(f"{source}: architectures must be a list, not {show_value(architectures)}")
@@ -219,7 +221,8 @@ _NEOX_NAMES = TensorNames(
 
 
 def _defaults(sizes: str, **own: Any) -> dict[str, Any]:
-    """`sizes` are vocabulary, hidden, FFN, layers, heads and max position, as transformers' config class has them."""
+    """Defaults of a family; `sizes` are vocabulary, hidden, FFN, layers, heads and max position, as transformers'
+    config class has them."""
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     values = dict(zip((*keys, "max_position_embeddings"), map(int, sizes.split())))
     return {**values, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **own}

@@ -1,8 +1,8 @@
 """Rewrites the steps of a pass: neighbours that one kernel does together become one instruction.
 
-Torch-free. The tables below are the only place that says what is fused; ops.STEPS has a step for each of their rows. A
-fused step's name joins its parts, so that trace and table tell what it holds; it is the same pass, never a second
-forward. It reads the norm's weights and so stands behind that group's acquire.
+Torch-free. Only the tables below say what is fused; ops.STEPS has a step for each of their rows. A fused step's name
+joins its parts, so that trace and table tell what it holds; it is the same pass, never a second forward. It reads the
+norm's weights and so stands behind that group's acquire.
 """
 
 from functools import reduce
@@ -28,8 +28,8 @@ MOST_FUSED_WIDTH = 4096
 
 def fused_runs(tp_size: int, hidden_size: int) -> Runs:
     """The runs of steps whose fusion pays. Reduces join their residuals up to MOST_FUSED_WIDTH: on four H200s a row of
-    2048 takes 3.3 us and not 4.2, one of 4096 the same or 0.6 less, one of 8192 6.3 and not 4.9: one program pushes and
-    polls a whole row, where the reduce alone has several."""
+    2048 takes 3.3 us fused and 4.2 apart, one of 4096 the same or 0.6 less, one of 8192 6.3 fused and 4.9 apart: fused,
+    one program pushes and polls a whole row, where the reduce alone has several."""
     if tp_size == 1:
         return FUSED_ON_ONE_RANK
     return FUSED_OVER_RANKS if hidden_size <= MOST_FUSED_WIDTH else FUSED
@@ -47,8 +47,8 @@ def fuse(steps: list[Compute], runs: Runs) -> list[Compute]:
 
 
 def join(first: Compute, second: Compute) -> Compute:
-    """One instruction that does both, with the layer and the group of the part that reads weights. An activation that
-    lives only between them is left out."""
+    """One instruction that does both steps, with the layer and the group of the step that reads weights. An activation
+    that lives only between them is left out."""
     assert first.group is None or second.group in (None, first.group), f"{first} and {second} read different groups"
     owner = second if second.group is not None else first
     before, after = dict(first.effects), dict(second.effects)

@@ -92,7 +92,7 @@ def model_layout(spec: ModelSpec, names: TensorNames, dtype: str, tp_size: int, 
 
 
 def select_weights(layout: ModelLayout, wanted: Callable[[Weight], bool]) -> ModelLayout:
-    """The same groups with the wanted ones of their weights only."""
+    """The same groups with only those of their weights that are wanted."""
 
     def selected(group: GroupLayout) -> GroupLayout:
         return _pack(group.id, [weight for weight in group.weights if wanted(weight)], layout.dtype)
@@ -123,7 +123,7 @@ def _pack(group: GroupId, weights: list[Weight], dtype: str) -> GroupLayout:
 
 
 class _Cutter:
-    """Builds the weights of one rank; a method for each group, in the order in which a pass reads them."""
+    """Builds the weights of one rank, with a method for each group, in the order in which a pass reads them."""
 
     def __init__(self, spec: ModelSpec, names: TensorNames, tp_size: int, rank: int):
         self.spec, self.names, self.tp_size, self.rank = spec, names, tp_size, rank
@@ -217,7 +217,7 @@ def _nonempty(pieces: list[Piece]) -> tuple[Piece, ...]:
 
 
 def _append_joined(pieces: list[Piece], piece: Piece) -> None:
-    """Neighbouring heads are one read: extends the last piece where `piece` continues it."""
+    """Appends a piece, or extends the last one where `piece` continues it, so that neighbouring heads are one read."""
     last = pieces[-1] if pieces else None
     if last and last.tensor == piece.tensor and last.row + last.num_rows == piece.row:
         joined = Piece(last.tensor, last.row, last.num_rows + piece.num_rows, 0, last.num_cols, last.to_row)

@@ -1,4 +1,4 @@
-"""How a weight is cut over tensor-parallel ranks. Torch-free: sizes in, local shapes and the slices to read out.
+"""How a weight is cut over tensor-parallel ranks. Torch-free: local shapes, and the slices to read, follow from sizes.
 
 The shard dimension of a weight is said once, as a `ShardKind`; local shape and the slices of the checkpoint
 tensor follow from it here. Nothing in this file knows a model family or a file format.
@@ -11,7 +11,7 @@ FFN_MULTIPLE = 16  # local FFN widths are padded with zeros to a multiple of thi
 
 
 class ShardKind(Enum):
-    """Which dimension of a (out, in) weight is cut: COLUMN and VOCAB its rows (out), ROW its columns (in)."""
+    """Which dimension of a weight (out, in) is cut: COLUMN and VOCAB cut its rows (out), ROW its columns (in)."""
 
     COLUMN = "column"
     ROW = "row"
@@ -59,8 +59,8 @@ def check_tp_size(tp_size: int, num_heads: int) -> None:
 
 
 def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, rank: int) -> HeadShard:
-    """KV heads are cut if tp_size divides them, shared by neighbouring ranks if they divide tp_size, and otherwise
-    repeated: one for each local query head."""
+    """The heads of `rank`. KV heads are cut if tp_size divides them, shared by neighbouring ranks if they divide
+    tp_size, and otherwise repeated: one for each local query head."""
     check_tp_size(tp_size, num_heads)
     local = num_heads // tp_size
     first = rank * local
@@ -73,7 +73,7 @@ def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, rank: int) -> H
 
 
 def pad_to(size: int, multiple: int) -> int:
-    """`size` rounded up to a multiple."""
+    """Rounds `size` up to a multiple."""
     return -(-size // multiple) * multiple
 
 
@@ -88,7 +88,7 @@ def local_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def local_range(size: int, local_size: int, rank: int) -> tuple[int, int]:
-    """The part [start, stop) of a dimension of `size` that falls to a rank holding `local_size` of the padded one;
-    empty where only padding is left."""
+    """The part [start, stop) of a dimension of `size` that falls to a rank which holds `local_size` of the padded
+    dimension; it is empty where only padding is left."""
     start = min(rank * local_size, size)
     return start, min(start + local_size, size)

@@ -1,7 +1,8 @@
-"""What a model is, as data. Torch-free, and reads no files; `families.py` fills it in from a config.json.
+"""What a model is, as data. Torch-free; this file reads no files: `families.py` fills a ModelSpec in from a
+config.json.
 
-A `ModelSpec` says everything that changes the math or the bytes of a pass, and names the
-checkpoint's tensors; every later component (layout, plan, planner, kernels) reads it and never the config again.
+A `ModelSpec` says everything that changes the math or the bytes of a pass, and names the checkpoint's tensors. Every
+later component (layout, plan, planner, kernels) reads it and never the config again.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Where a checkpoint keeps what. `embed` and `head` are whole names; the others lack .weight / .bias."""
+    """The names of a checkpoint's tensors. `embed` and `head` are whole names; the others lack .weight or .bias."""
 
     prefix: str  # of all names but the head's; a model that was saved without its head has none
     embed: str
@@ -52,7 +53,7 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shape and math of a decoder. Sizes are global (before sharding); units are elements."""
+    """Shape and math of a model. Sizes are global (before sharding) and in elements."""
 
     family: str  # a key of families.FAMILIES
     num_layers: int

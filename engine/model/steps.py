@@ -70,7 +70,8 @@ def _serial_layer(spec: ModelSpec, layer_idx: int) -> list[Compute]:
 
 
 def _parallel_layer(spec: ModelSpec, layer_idx: int) -> list[Compute]:
-    """GPT-NeoX: attention and FFN read the same x; `(ffn + attn) + x`, and one reduce a layer."""
+    """The steps of a GPT-NeoX layer: attention and FFN read the same x, x becomes `(ffn + attn) + x`, and there is one
+    reduce."""
     attn, ffn = GroupId(layer_idx, "attn"), GroupId(layer_idx, "ffn")
     return [
         *_attention(spec, layer_idx, attn),
@@ -83,8 +84,8 @@ def _parallel_layer(spec: ModelSpec, layer_idx: int) -> list[Compute]:
 
 
 def activation_widths(spec: ModelSpec, tp_size: int) -> dict[str, tuple[str, int]]:
-    """For each activation what its rows are ("tokens" of the batch, or "rows" that are sampled) and its width in
-    elements, on one rank."""
+    """What the rows of each activation are ("tokens" of the batch, or "rows" that are sampled), and its width in
+    elements on one rank."""
     shard = shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0)
     vocab = local_vocab_size(spec.vocab_size, tp_size)
     return {

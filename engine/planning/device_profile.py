@@ -1,5 +1,5 @@
-"""Device profiles: the built-in ones, files that a user names, and what `penstock probe` measured, kept in the user's
-cache: saved by a probe, found by the planner.
+"""Device profiles: the built-in ones, files that a user names, and those that `penstock probe` measured and saved in
+the user's cache, where the planner finds them.
 
 Torch-free. A saved file is chosen by the type of device and the number of ranks (`cuda-2.json`), since a planner
 without torch cannot ask for the device's name; the name stands in the file, and the engine compares it with the device
@@ -26,10 +26,12 @@ ASSUMED = {"cuda": "h200", "cpu": "cpu"}  # the built-in profile of a type of de
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured on a group of ranks: lists are by rank. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
+    """What was measured on a group of ranks; lists are by rank. Rates are in 1e9 bytes/s and 1e12 FLOP/s, times in
+    seconds.
 
-    `link_gb_s`: the slowest of the first 1, 2, ... ranks while these copy at once. `node_s`: a kernel more in a CUDA
-    graph (None: no CUDA). `reduces`: a row a size, as engine.measure.reduce_times has them; empty for one rank.
+    `link_gb_s` is the rate of the slowest of the first 1, 2, ... ranks while these copy at once. `node_s` is what one
+    more kernel costs in a CUDA graph, None without CUDA. `reduces` has a row for each size, as
+    engine.measure.reduce_times gives them, and is empty for one rank.
     """
 
     device: str
@@ -50,8 +52,9 @@ class Probe:
 
 
 def device_profile(probe: Probe) -> dict[str, Any]:
-    """A profile with the fields of Rates, and the probe itself under `probe`. Reduces are those of decode passes, so in
-    graphs where there are graphs. What needs a model, pass_latency_s, is the built-in profile's."""
+    """A profile with the fields of Rates, and the probe itself under `probe`. Its reduces are those of decode passes:
+    measured in graphs where there are graphs. pass_latency_s needs a model to be measured, so it is the built-in
+    profile's."""
     reduce_latency_s, reduce_gb_s = 0.0, min(probe.memory_gb_s)  # one rank: nothing is sent
     if probe.reduces:
         way = "eager_s" if probe.node_s is None else "graph_s"
@@ -74,8 +77,8 @@ def device_profile(probe: Probe) -> dict[str, Any]:
 
 
 def sending_s(large_s: float, small_s: float) -> float:
-    """Seconds of a large all-reduce without its latency, that of a small one; no less than a tenth of it, since on a
-    busy machine the small one may have taken longer."""
+    """Seconds of a large all-reduce without its latency, which is that of a small one; but at least a tenth of the
+    large one's, since on a busy machine the small one may have taken longer."""
     return max(large_s - small_s, 0.1 * large_s)
 
 
@@ -98,7 +101,8 @@ def profile_path(device_type: str, num_ranks: int) -> Path | None:
 
 
 def find_profile(device_type: str, tp_size: int) -> Path | None:
-    """The saved probe of `tp_size` ranks, else of the next larger number (its link is known for fewer); or None."""
+    """The saved probe of `tp_size` ranks, else of the next larger number, which knows the link of fewer ranks too; None
+    if there is neither."""
     directory, found = cache_directory(), {}
     if directory is not None:
         with contextlib.suppress(PermissionError):  # a cache out of reach holds nothing
@@ -155,14 +159,14 @@ def read_device(path: Path) -> str:
     try:
         return str(read_json(path)["probe"]["device"])
     except (TypeError, KeyError):
-        raise ValueError(f"{path}: is no saved probe: run `penstock probe` again, or delete it") from None
+        raise ValueError(f"{path}: is not a saved probe: run `penstock probe` again, or delete it") from None
     except ValueError as error:
         raise ValueError(f"{error}; run `penstock probe` again, or delete it") from None
 
 
 def save_profile(profile: dict[str, Any], path: Path) -> None:
-    """Writes it in one step: a reader sees the old file or the new one. Raises ValueError naming a file that cannot be
-    written."""
+    """Writes a profile in one step: a reader sees the old file or the new one. Raises ValueError naming a file that
+    cannot be written."""
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,10 +36,11 @@ from penstock.scheduler.residency.search import plan_fastest
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """All that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes in the arena of
-    `activations_bytes`. `demand` is what was asked for and `offer` how weights may be compressed, to plan variants;
-    `kept` is the settled demand, and `residency` its residency. `steps` are what a rank does in a pass, each
-    with the number of times that it occurs. `notes` say in a sentence each what a user should know of it."""
+    """The plan of an engine: all that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes
+    in the arena of `activations_bytes`. `demand` is what was asked for and `offer` how weights may be compressed, to
+    plan variants; `kept` is the settled demand, and `residency` its residency. `steps` are what a rank does in a pass,
+    each with the number of times that it occurs. Each of `notes` says in a sentence what a user should know of the
+    plan."""
 
     spec: ModelSpec
     dtype: str
@@ -81,7 +82,8 @@ def make_engine_plan(
     """Plans one rank of `tp_size`. `device_memory` None is a CPU; a number is that of a device that is all free.
     `notes` are those of the model, which come first among the plan's. With `decided` nothing is searched.
 
-    Raises ValueError, with what would fit, if the config asks for more than there is, and if tp_size cannot be.
+    Raises ValueError, with what would fit, if the config asks for more than there is, and for a tp_size that the model
+    cannot have.
     """
     if isinstance(device_memory, int):
         device_memory = DeviceMemory(device_memory, device_memory)
@@ -144,7 +146,7 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
 
 
 def _retention(config: EngineConfig, spec: ModelSpec) -> Retention:
-    """Raises ValueError for more positions than the model knows."""
+    """The retention of a config. Raises ValueError if it keeps more positions than the model knows."""
     if config.attention_window is None:
         return KeepAll(config.page_size)
     made = SinksAndWindow(config.attention_sinks, config.attention_window, config.page_size)
@@ -159,14 +161,14 @@ def _retention(config: EngineConfig, spec: ModelSpec) -> Retention:
 
 
 def longest_sequence(config: EngineConfig, plan: EnginePlan) -> int:
-    """Tokens of a request at most: without a bound of their own where the cache drops old ones."""
+    """The most tokens of a request. Where the cache drops old tokens, only max_model_len bounds them."""
     if plan.retention.max_cached is None:
         return plan.residency.max_model_len
     return min(config.max_model_len or INT32_MAX, INT32_MAX)
 
 
 def _most_cached(config: EngineConfig, retention: Retention) -> int | None:
-    """Tokens of a sequence that must fit; None: as many as do."""
+    """Tokens of a sequence that must fit; None where as many are kept as do fit."""
     bounds = [bound for bound in (config.max_model_len, retention.max_cached) if bound is not None]
     return min(bounds, default=None)
 
@@ -182,12 +184,12 @@ def _compressible(config: EngineConfig, spec: ModelSpec, layout: ModelLayout, dt
     if dtype == "bfloat16":
         return layout.groups[:-1] if spec.tied else layout.groups
     if config.weights_compression == "lossless":
-        raise ValueError(f"weights_compression='lossless' compresses bfloat16 weights, and dtype is {dtype}")
+        raise ValueError(f"weights_compression='lossless' compresses only bfloat16 weights, but dtype is {dtype}")
     return ()
 
 
 def settle_plan(plan: EnginePlan, compressed_bytes: dict[GroupId, int]) -> EnginePlan:
-    """The plan with the bytes that its compressed groups really have, the most of any rank. Raises what settle does."""
+    """The plan with the bytes that its compressed groups really have, the most of any rank. Raises as settle does."""
     return _with(plan, *settle(plan.offer, (plan.kept, plan.residency), compressed_bytes))
 
 

@@ -1,8 +1,7 @@
 """What a rank's device memory holds beside weights, ring and KV cache, and how much of it there is.
 
 Torch-free. Activations, logits and what sampling keeps follow from the number of sequences in a pass, which may be
-planned: so everything here is asked for by that number. Layers are alike, so that two of them say where activations
-lie.
+planned, so everything here is a function of that number. Layers are alike, so two of them say where activations lie.
 """
 
 import functools
@@ -21,12 +20,12 @@ from penstock.scheduler.passes.pass_plan import Compute, PassPlan, RingLayout
 from penstock.scheduler.residency.demand import Claims
 from penstock.scheduler.units import MIB, show_bytes
 
-# What a GPU's memory holds beside what is planned by name. Assumed until a probe measures them.
+# What a GPU's memory holds beside what is planned by name: assumed, since no probe measures it.
 CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
 GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
-GATHERED_LAYERS = 1  # at a time, in which keys and values are there twice
+GATHERED_LAYERS = 1  # layers at a time whose keys and values are there twice
 PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
 
@@ -105,16 +104,16 @@ def engine_steps(spec: ModelSpec, tp_size: int, fuses: bool) -> list[Compute]:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Memory of a rank's GPU, the least of all ranks. `free_bytes` is what others leave; the engine's own memory counts
-    as free."""
+    """Memory of a rank's GPU, the least of all ranks. `free_bytes` is what other processes leave; the engine's own
+    memory counts as free."""
 
     total_bytes: int
     free_bytes: int
 
 
 def memory_budget(config: EngineConfig, device: DeviceMemory | None) -> int | None:
-    """Bytes a rank may use: gpu_memory, else the utilization's share of the device's memory, but no more than is free;
-    None (a CPU) has no limit.
+    """Bytes that a rank may use: gpu_memory, else the utilization's share of the device's memory, but no more than is
+    free; None, without a limit, for a CPU.
 
     Raises ValueError if gpu_memory is more than there is, or than is free.
     """

@@ -33,7 +33,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
     layer_kv_bytes = kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
 
     def touched_bytes(step: Compute, unit: str) -> int:
-        """Bytes of the activations with a row for each of `unit`, once for each letter that reads or writes."""
+        """Bytes of the activations with a row for each of `unit`, counted once for each letter that reads or writes."""
         letters = {name: sum(letter in "rw" for letter in effect) for name, effect in step.effects}
         return element * sum(widths[name][1] * n for name, n in letters.items() if widths[name][0] == unit)
 
@@ -47,7 +47,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
         return StepWork(
             step=step.step,
             weight_bytes=elements * element,
-            token_bytes=0 if is_reduce else touched_bytes(step, "tokens"),  # its rate counts its reads and writes
+            token_bytes=0 if is_reduce else touched_bytes(step, "tokens"),  # counted in the rate of reduces
             row_bytes=touched_bytes(step, "rows"),
             kv_token_bytes=layer_kv_bytes if attends else 0,
             token_flops=0 if "head" in parts else 2 * elements,

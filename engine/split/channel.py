@@ -25,7 +25,7 @@ from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.units import show_bytes, show_text
 from torch import Tensor
 
-READY = Site("ready", -1)  # of the frame that says that the weights are loaded
+READY = Site("ready", -1)  # the site of the frame that says that the weights are loaded
 FAILED = "failed"  # the operation of an answer that is an error's text
 MOST_TEXT_BYTES = 2**16
 MOST_HEADER_SHOWN = 400  # characters
@@ -49,7 +49,7 @@ class Channel(Protocol):
 
 
 class InProcess:
-    """The device side is in this process, and closed with the channel."""
+    """A Channel to a device side in this process, which is closed with it."""
 
     def __init__(self, device_side: DeviceSide, wire_dtype: torch.dtype):
         self.ledger = TransferLedger()
@@ -68,9 +68,9 @@ class InProcess:
 
 
 class Subprocess:
-    """The device side is a process of its own at the other end of a local socket, and not trusted. It has `timeout_s`
-    seconds to get ready and for each call, beside those that loading `weights_bytes` and the call's own work take at
-    most (deadline.py). Any failure ends it."""
+    """A Channel to a device side that is a process of its own at the other end of a local socket, and not trusted. It
+    has `timeout_s` seconds to get ready and for each call, beside those that loading `weights_bytes` and the call's own
+    work take at most (deadline.py). Any failure ends it."""
 
     def __init__(self, config: EngineConfig, wire_dtype: torch.dtype, timeout_s: float, weights_bytes: int):
         self.ledger = TransferLedger()
@@ -175,7 +175,7 @@ def to_wire(tensor: Tensor, wire_dtype: torch.dtype) -> Tensor:
 
 
 def is_text(header: Header) -> bool:
-    """Whether an error's text follows, of a size that can be true."""
+    """Whether the text of an error follows, of a size that such a text can have."""
     if header.site.operation != FAILED or len(header.shapes) != 1:
         return False
     ((dtype, dims),) = header.shapes

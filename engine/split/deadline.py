@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# Rates of the slowest machine that is allowed for; who takes longer does not work.
+# Rates of the slowest machine that is allowed for; a device side that takes longer counts as failed.
 LEAST_WIRE_BYTES_S = 10e6
 LEAST_PRODUCTS_S = 1e8
 LEAST_LOAD_BYTES_S = 20e6
@@ -26,7 +26,8 @@ def call_s(sent: Sequence[Tensor], out: Tensor) -> float:
 
 
 class Until:
-    """`connection` for the next `seconds`. After them it raises TimeoutError, even in the middle of a frame."""
+    """A connection that works for the next `seconds`. After them it raises TimeoutError, even in the middle of a
+    frame."""
 
     def __init__(self, connection: socket.socket, seconds: float):
         self._connection, self._end = connection, time.monotonic() + seconds

@@ -18,15 +18,16 @@ from penstock.scheduler.units import show_text
 
 DEVICE_COMMAND = (*WORKER_COMMAND[:-1], "split-device")
 CLOSE_S = 5.0
-# All environment variables that it gets: where programs and libraries are, and what the bits of a sum depend on.
+# All environment variables that it gets: those that say where programs and libraries are, and those that the bits of a
+# sum depend on.
 PASSED = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 PASSED += ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 _TAIL_BYTES = 2000
 
 
 class DeviceProcess:
-    """A process at the other end of `connection`, which reads `told` as a line of JSON on stdin, with the descriptor of
-    its own end as `socket`. It ends with this one, or when the connection is closed."""
+    """A process at the other end of `connection`. It reads `told` as a line of JSON on stdin, with the descriptor of
+    its own end as `socket`. It ends with this process, or when the connection is closed."""
 
     def __init__(self, told: dict[str, Any]):
         self.connection, theirs = socket.socketpair()
@@ -41,7 +42,7 @@ class DeviceProcess:
                 start_new_session=True,  # Ctrl-C is this process's to handle
             )
             told = told | {"socket": theirs.fileno()}
-        self._end = weakref.finalize(self, _end, self.process, os.getpid())  # also if nobody closes it
+        self._end = weakref.finalize(self, _end, self.process, os.getpid())  # it ends even if nobody closes it
         self._tail = bytearray()
         listening = (self.process.stderr, self._tail)  # not this object: a reference to it would keep the process alive
         self._listener = threading.Thread(target=_listen, args=listening, name="device-side-stderr", daemon=True)
@@ -90,7 +91,7 @@ def _environment() -> dict[str, str]:
 
 
 def _listen(stderr: BinaryIO, tail: bytearray) -> None:
-    """Keeps the end of what is written to stderr, which must not fill up."""
+    """Keeps the end of what is written to stderr, a pipe that must not fill up."""
     with stderr:
         while piece := os.read(stderr.fileno(), 4096):
             tail += piece

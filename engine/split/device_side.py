@@ -94,8 +94,8 @@ _OPERATIONS = {
 
 
 def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[LoadedWeights, dict]:
-    """The weights of one side, on the CPU: the norms are the trusted side's, all others the device side's. Returns what
-    holds them, and by group their views by name."""
+    """The weights of one side, on the CPU: the norms are the trusted side's, all others the device side's. Returns the
+    memory that holds them, and for each group its views by name."""
 
     def is_wanted(weight: Weight) -> bool:
         return (weight.kind == ShardKind.REPLICATED) == trusted

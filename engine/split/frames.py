@@ -1,8 +1,8 @@
-"""Sends tensors over a socket: a small binary header, then their raw bytes. Nothing is pickled.
+"""Sends tensors over a socket as frames: a small binary header, then their raw bytes. Nothing is pickled. A frame has:
 
 number of the call (uint32), operation length (uint8), layer_idx (int16), number of tensors (uint8) | operation (ascii)
 for each tensor: dtype (uint8), number of dims (uint8) | dims (uint32 each)
-for each tensor: its bytes, in rows, of this machine's byte order
+for each tensor: its bytes, row by row, in this machine's byte order
 """
 
 import math

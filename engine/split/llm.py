@@ -15,14 +15,14 @@ FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights
 
 
 class SplitLLM(LLM):
-    """`options` are EngineConfig's fields, without those of FIXED. Raises ValueError as LLM does. What `split.permute`
-    does is obfuscation, not confidentiality (permutation.py)."""
+    """An LLM whose device side is not trusted. `options` are EngineConfig's fields, without those of FIXED. Raises
+    ValueError as LLM does. What `split.permute` does is obfuscation, not confidentiality (permutation.py)."""
 
     def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
         if not isinstance(split, SplitConfig | None):
             raise ValueError(f"split={split!r}: expected a SplitConfig")
         for name in FIXED.keys() & options.keys():
-            raise ValueError(f"{name}={options[name]!r}: a split execution has {FIXED[name]!r} there")
+            raise ValueError(f"{name}={options[name]!r}: a split execution always has {FIXED[name]!r}")
         self._split = split or SplitConfig()
         super().__init__(model, **options, **FIXED)
 

@@ -2,12 +2,12 @@
 
 OBFUSCATION FOR RESEARCH, NOT CONFIDENTIALITY. An attacker who knows the weights finds the prompt in such states:
 attacks recover 97 to 100 % of prompts ("Hidden No More: Attacking and Defending Private Third-Party LLM Inference",
-ICML 2025, arXiv:2505.18332), and scripts/research/permutation_attack.py does the same here. Not hidden at all are token
-ids (the embedding sees them, in another order), their number, which call and request a tensor belongs to, the one row
-of a decode pass, the row that the head gets, scores and probabilities.
+ICML 2025, arXiv:2505.18332), and scripts/research/permutation_attack.py does the same here. These are not hidden at
+all: token ids (the embedding sees them, in another order), their number, which call and request a tensor belongs to,
+the one row of a decode pass, the row that the head gets, scores and probabilities.
 
 The key stays in this process. A permutation is a function of the key, the request's number, the site and where the pass
-starts in the sequence, so that no two requests, sites or passes share one (q and k of a call have to).
+starts in the sequence, so that no two requests, sites or passes share one; q and k of a call have to.
 
 Shapes: T tokens of a pass or of a row of it, C context tokens of the row, H/G heads as they cross, E head dim.
 """
@@ -60,7 +60,7 @@ class Segment(NamedTuple):
 
 class PermutedChannel:
     """A Channel over another one, which it owns: it permutes what is sent and restores the order of what comes back.
-    Calls and bytes are the other channel's. `permute`: some of PERMUTED."""
+    Calls and bytes are the other channel's. `permute` holds some of PERMUTED."""
 
     def __init__(self, channel: Channel, permute: Collection[str], key: bytes):
         self.channel, self._permute, self._key = channel, frozenset(permute), key
@@ -74,7 +74,8 @@ class PermutedChannel:
         return self.channel.ledger
 
     def begin_pass(self, batch: Batch) -> None:
-        """Sets, before the calls of a pass, the request of each row. Each request gets a number of its own."""
+        """Notes, before the calls of a pass, which request each row belongs to. Each request gets a number of its
+        own."""
         for row in batch.rows:
             if row.sampling is not None:  # the request's first pass
                 self._request_in[row.index] = next(self._numbers)

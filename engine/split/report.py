@@ -60,7 +60,7 @@ def remedy_table(steps: Sequence[Compute], spec: ModelSpec, num_tokens: int) -> 
         moved = ledger.total
         saved_bytes = original.total_bytes - moved.total_bytes
         attention_bytes = ledger.operation(*ATTENTION_OPERATIONS).total_bytes
-        scores_bytes = 2 * ledger.operation("attention_scores").received_bytes  # they come, and go back
+        scores_bytes = 2 * ledger.operation("attention_scores").received_bytes  # they are received, and sent back
         lines.append(
             [name, *_cells(moved, divisor)]
             + [f"{moved.total_bytes / divisor:.2f}", f"{saved_bytes / divisor:.2f}"]

@@ -50,9 +50,9 @@ MOST_TIMEOUT_S = 10**6
 @dataclass(frozen=True)
 class SplitConfig:
     """How tensors of a split execution cross. With `process` the device side is a process of its own, which has
-    `timeout_s` seconds for each answer beside what its work takes on the slowest machine (deadline.py). `permute`: some
-    of PERMUTED, or their names in a string with commas; the device side sees these in another order. `permute_key`: the
-    key of the permutations in hex; None draws one.
+    `timeout_s` seconds for each answer beside what its work takes on the slowest machine (deadline.py). `permute` names
+    some of PERMUTED, in a sequence or in a string with commas; the device side sees these in another order.
+    `permute_key` is the key of the permutations in hex; with None one is drawn.
 
     Raises ValueError, naming the field, for a value that is not known."""
 
@@ -92,7 +92,7 @@ class SplitConfig:
 
 
 class Remedy(NamedTuple):
-    """A way to cross, and the tokens of a chunk in which the prompt is prefilled (None: in one pass)."""
+    """A way to cross, and the tokens of the chunks in which the prompt is prefilled; with None it is one chunk."""
 
     config: SplitConfig
     chunk_tokens: int | None = None

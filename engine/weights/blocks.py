@@ -17,13 +17,13 @@ BLOCK_BYTES = 8 * MIB
 
 
 class WeightSource(Protocol):
-    """Where weights come from: a `Checkpoint` or `DummyWeights`. Called from many threads at once."""
+    """Where weights come from: a `Checkpoint` or `DummyWeights`. It is called from many threads at once."""
 
     def read_piece(self, piece: Piece, out: Tensor) -> int:
         """Fills `out`, a CPU view (num_rows, num_cols) in the dtype wanted; returns the bytes that were read."""
 
     def finish(self) -> None:
-        """Called once, after the last read: warns of what was found in the values."""
+        """Warns of what was found in the values; called once, after the last read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def covered(self) -> bool:
-        """Do the pieces (which never overlap) fill the block?"""
+        """Whether the pieces (which never overlap) fill the block."""
         return sum(piece.num_rows * piece.num_cols for piece in self.pieces) == self.shape[0] * self.shape[1]
 
     def fill(self, source: WeightSource, memory: Tensor) -> int:
@@ -57,16 +57,16 @@ class Block:
 
 
 def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
-    """The blocks of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in none."""
+    """The blocks of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in no block."""
     for weight in layout.weights:
         assert weight.format == "plain", weight.format
         part = weight.parts[0]
         dtype = TORCH_DTYPES[part.dtype]
         num_rows, num_cols = weight.shape if len(weight.shape) == 2 else (*weight.shape, 1)
         row_bytes = num_cols * dtype.itemsize
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for first in range(0, num_rows, step):
-            stop = min(first + step, num_rows)
+        most_rows = max(1, BLOCK_BYTES // row_bytes)
+        for first in range(0, num_rows, most_rows):
+            stop = min(first + most_rows, num_rows)
             pieces = _clip(weight, first, stop)
             if pieces:
                 offset = part.offset + first * row_bytes

@@ -1,8 +1,8 @@
-"""Safetensors checkpoints, read with preadv straight into place.
+"""Safetensors checkpoints, read with preadv straight to where the weights are wanted.
 
-The safetensors library maps files, and mapped pages that were touched count as resident memory; here only the bytes
-asked for are read, and nothing but the headers before every expected tensor is known to be present and whole.
-What a tensor is for is not known here: pieces come from the layout.
+The safetensors library maps files, and mapped pages that were touched count as resident memory. Here only the bytes
+that are asked for are read, and only headers until every expected tensor is known to be present and whole.
+This file does not know what a tensor is for: pieces come from the layout.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from penstock.scheduler.units import MIB
 from torch import Tensor
 
 FILE_DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in DTYPES.items()}
-CONVERT_BYTES = 8 * MIB  # a thread's buffer for conversion: 8 threads must stay well under the 200 MB that loading has
+CONVERT_BYTES = 8 * MIB  # a thread's buffer for conversion: 8 threads stay well under the 200 MB that loading may take
 NUM_NAMED = 5  # tensors that a message lists
 
 
 class Checkpoint:
     """A directory of safetensors files. `open` reads the headers, `check` compares them with what a model expects,
-    then any number of threads may call `read_piece`. A context manager: leaving it closes the files."""
+    then any number of threads may call `read_piece`. It is a context manager that closes the files at its end."""
 
     def __init__(self, directory: Path, entries: dict[str, TensorEntry]):
         self.directory, self.entries = directory, entries
@@ -86,7 +86,7 @@ class Checkpoint:
         return num_read
 
     def finish(self) -> None:
-        """After the last read: warns once, naming the first tensors in which NaN or inf was found."""
+        """Warns once, after the last read, and names the first tensors in which NaN or inf was found."""
         if self._not_finite:
             found = sorted(f"{name} has {what}" for name, what in self._not_finite.items())
             warnings.warn(f"{self.directory}: {_listed(found)}; the output will be wrong", stacklevel=2)
@@ -167,7 +167,7 @@ def _bytes_of(out: Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def _naming(file: Path, tensor: str) -> Iterator[None]:
-    """Around reads of a tensor: what goes wrong names it and its file, as OSError or, at the file's end, ValueError."""
+    """Names a tensor and its file in errors of the reads inside: OSError, or ValueError where the file ends."""
     try:
         yield
     except OSError as error:
@@ -177,7 +177,7 @@ def _naming(file: Path, tensor: str) -> Iterator[None]:
 
 
 def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
-    """Fills `target` with the file's bytes from `offset` on. Raises EOFError where the file ends before."""
+    """Fills `target` with the file's bytes from `offset` on. Raises EOFError if the file ends before."""
     done = os.preadv(fd, [target], offset)
     while done < len(target):
         num_read = os.preadv(fd, [target[done:]], offset + done)

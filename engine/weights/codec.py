@@ -1,18 +1,18 @@
 """A lossless codec for bf16 weights: 10.9 bits a weight where they are Gaussian, made to be decompressed on a GPU.
 
 Signs and mantissas carry no pattern; exponents do: they hold about 2.6 bits each. A tile of TILE weights has its own
-window of eleven consecutive exponents, the cheapest one: three of them cost 2 bits, eight 2 + 3. A weight outside is
-compressed as the exponent that is whole windows away, and a patch of 16 bits says which weight and how many windows. So
-every 16-bit pattern survives, and a tile is decompressed alone. The last weights, too few for a tile, are kept as they
-are, and so is a whole tensor that would not shrink or is not bf16 (of fp16, 11 bits are sign and mantissa: it would
-stay above 13.5).
+window of eleven consecutive exponents, the cheapest one: three of them cost 2 bits, the other eight 2 + 3. A weight
+outside is compressed as the exponent that is whole windows away, and a patch of 16 bits says which weight and how many
+windows. So every 16-bit pattern survives, and a tile is decompressed alone. The last weights, too few for a tile, are
+kept as they are, and so is a whole tensor that would not shrink or is not bf16 (of fp16, 11 bits are sign and mantissa:
+it would stay above 13.5).
 
 A compressed tensor is one uint8 blob; a `CompressedLayout` says what lies where in it. Every part starts at PART_BYTES.
-Shapes: `kernels/decompress_weights.py`, which decompresses.
-Tried: one level of 3 bits for a window of eight exponents, with the same patches: 11.27 bits at most where this has
-10.92 (Gaussian, over all scales), 11.41 where this has 11.08 (Student-t(4)), 11.23 where this has 10.85 (rows scaled
-log-normally). It decompresses in half the instructions, without a prefix sum. Patches with all bits of a weight: 0.01
-to 0.09 bits more.
+`kernels/decompress_weights.py`, which decompresses, gives their shapes.
+One level of 3 bits for a window of eight exponents, with the same patches, was tried: it takes 11.27 bits at most where
+this takes 10.92 (Gaussian, over all scales), 11.41 where this takes 11.08 (Student-t(4)), 11.23 where this takes 10.85
+(rows scaled log-normally). It decompresses in half the instructions, without a prefix sum. Patches with all bits of a
+weight take 0.01 to 0.09 bits more.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class CompressedLayout:
-    """Where a compressed tensor's parts lie in its blob. A raw one is its own bytes, and has no escapes or patches."""
+    """Where a compressed tensor's parts lie in its blob. A raw tensor is kept as its own bytes, without escapes or
+    patches."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -73,7 +74,7 @@ class CompressedLayout:
         parts = Planes(*(self.part(blob, name) for name in Planes._fields))
         return Planes(
             parts.mantissas.view(-1, LANES, LANE_WEIGHTS),
-            parts.codes.view(-1, LANES, 4),
+            parts.indices.view(-1, LANES, 4),
             parts.escapes.view(-1, 12),
             parts.patches.view(torch.int16),
             parts.escape_starts.view(torch.int32),
@@ -83,11 +84,13 @@ class CompressedLayout:
 
 
 def compress(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -> tuple[CompressedLayout, Tensor]:
-    """A contiguous tensor of any shape and dtype as a blob on its device, and its layout.
+    """Compresses a contiguous tensor of any shape and dtype; returns the layout of its blob, and the blob on its
+    device.
 
-    The blob is the start of `out`, uint8 on that device, from a 16-byte boundary, as long as the weights padded to
-    PART_BYTES (or longer), which is allocated if it is not given: keep a copy to keep no more. Temporaries are those
-    of a block of tiles, on a CPU for each of `num_threads`, and a byte an escape.
+    The blob is the start of `out`: uint8 on that device, from a 16-byte boundary, at least as long as the weights
+    padded to PART_BYTES. `out` is allocated if it is not given; a caller that wants to keep no more than the blob
+    copies it. Temporaries are those of a block of tiles (on a CPU, of one for each of `num_threads`) and a byte an
+    escape.
     """
     flat = weights.reshape(-1)
     raw = CompressedLayout(tuple(weights.shape), weights.dtype, raw=True)
@@ -107,7 +110,7 @@ def compress(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -
 
 
 def decompress(layout: CompressedLayout, blob: Tensor, out: Tensor) -> None:
-    """The tensor that was compressed, bit for bit, into `out`, contiguous, of its shape and dtype, on the blob's
+    """Writes the tensor that was compressed, bit for bit, to `out`: contiguous, of its shape and dtype, on the blob's
     device. The blob is trusted to be what `compress` made."""
     assert tuple(out.shape) == layout.shape and out.dtype == layout.dtype and out.is_contiguous()
     flat = out.view(-1)

@@ -1,7 +1,7 @@
 """Compresses tiles of bf16 weights into the parts of a blob (codec.py), in plain torch: the same bytes on every device.
 
-What costs is what is done for each weight, so little is: a histogram of each tile's exponents decides its window, a
-table of 256 says what each exponent becomes, and the rest is bytes.
+What is done for each weight costs most, so it is little: a histogram of each tile's exponents decides its window, and a
+table of 256 says what each exponent becomes; all else is done on bytes.
 """
 
 import concurrent.futures
@@ -15,18 +15,18 @@ from torch import Tensor
 
 PATCH_BITS = 16
 CPU_BLOCK_TILES = 128  # tiles that a thread compresses at a time: those that a cache holds
-LATE_SHIFT, PATCHED = 2, 32  # where a marked exponent has its 3-bit code, and the bit that says that it is patched
+LATE_SHIFT, PATCHED = 2, 32  # where a mark has the 3 bits of an escape, and the bit that says that it is patched
 
 
 def compress_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, Tensor]:
-    """(N, TILE) int16: mantissas and codes to the start of `out`, where they always lie; returns the other parts, the
-    escapes not packed yet, and numbers a tile in place of starts."""
+    """Compresses tiles (N, TILE) int16: writes mantissas and indices to the start of `out`, where they always lie, and
+    returns the other parts. Escapes are not packed yet, and the parts of starts hold the number in each tile."""
     num_bytes = TILE * len(tiles)
     mantissas = out[:num_bytes].view(-1, LANES, LANE_WEIGHTS)
-    codes = out[num_bytes : num_bytes + num_bytes // 4].view(-1, LANES, 4)
+    indices = out[num_bytes : num_bytes + num_bytes // 4].view(-1, LANES, 4)
     on_cpu = out.device.type == "cpu"
-    step = CPU_BLOCK_TILES if on_cpu else BLOCK_TILES
-    blocks = [part.split(step) for part in (tiles, mantissas, codes)]
+    num_tiles = CPU_BLOCK_TILES if on_cpu else BLOCK_TILES
+    blocks = [part.split(num_tiles) for part in (tiles, mantissas, indices)]
     if on_cpu and num_threads > 1:
         with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="compress") as threads:
             compressed = list(threads.map(_compress_tiles, *blocks))
@@ -35,8 +35,8 @@ def compress_blocks(tiles: Tensor, out: Tensor, num_threads: int) -> dict[str, T
     return {name: torch.cat([block[name] for block in compressed]) for name in compressed[0]}
 
 
-def _compress_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str, Tensor]:
-    """Fills mantissas (N, LANES, LANE_WEIGHTS) and codes (N, LANES, 4) of N tiles; returns the other parts."""
+def _compress_tiles(tiles: Tensor, mantissas: Tensor, indices: Tensor) -> dict[str, Tensor]:
+    """Fills mantissas (N, LANES, LANE_WEIGHTS) and indices (N, LANES, 4) of N tiles; returns the other parts."""
     exponents = tiles >> 7 & 0xFF
     bins = exponents.int().add_(_first_bins(tiles))
     counts = torch.bincount(bins.view(-1), minlength=256 * len(tiles)).view(-1, 256).int()
@@ -46,12 +46,12 @@ def _compress_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str
     marked = marks.view(-1).index_select(0, bins.view(-1)).view(-1, TILE)
     patched = (marked >= PATCHED).nonzero().unbind(1)
     stored = stored_order(marked).view(-1)
-    codes_of = stored & COMMON
-    groups = codes_of.view(torch.int32).view(-1, LANES, 4).unbind(2)  # (N, LANES) words of four codes
-    codes.view(torch.int32)[:, :, 0] = groups[0] | groups[1] << 2 | groups[2] << 4 | groups[3] << 6
+    index_of = stored & COMMON
+    fours = index_of.view(torch.int32).view(-1, LANES, 4).unbind(2)  # (N, LANES) words of four indices
+    indices.view(torch.int32)[:, :, 0] = fours[0] | fours[1] << 2 | fours[2] << 4 | fours[3] << 6
     times_at = times[patched[0], exponents[patched].long()]
     return {
-        "escapes": stored[codes_of == COMMON] >> LATE_SHIFT & 7,
+        "escapes": stored[index_of == COMMON] >> LATE_SHIFT & 7,
         "patches": (patched[1] << PATCH_SHIFT | times_at).short(),
         "escape_starts": (counts * (marks & COMMON == COMMON)).sum(1),
         "patch_starts": (counts * (times > 0)).sum(1),
@@ -60,13 +60,13 @@ def _compress_tiles(tiles: Tensor, mantissas: Tensor, codes: Tensor) -> dict[str
 
 
 def _first_bins(tiles: Tensor) -> Tensor:
-    """Each of N tiles has 256 bins, one an exponent: (N, 1) int32."""
+    """The first bin (N, 1) int32 of each of N tiles, which have 256 bins each, one an exponent."""
     return torch.arange(0, 256 * len(tiles), 256, device=tiles.device, dtype=torch.int32)[:, None]
 
 
 def _mark_exponents(first: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-    """What each exponent becomes in tiles of these windows: (N, 256) uint8 of its code, the 3-bit code of an escape at
-    LATE_SHIFT, and PATCHED where it lies outside; and (N, 256) int32: how many windows away."""
+    """What each exponent becomes in tiles of these windows: marks (N, 256) uint8 with its index, the 3 bits of an
+    escape at LATE_SHIFT, and PATCHED where it lies outside; and (N, 256) int32, how many windows away it lies."""
     away = torch.arange(256, device=first.device, dtype=torch.int32) - first[:, None] & 0xFF
     nearest, times = away % WINDOW, away // WINDOW
     common = nearest - below[:, None]
@@ -76,28 +76,28 @@ def _mark_exponents(first: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_windows(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For tiles that have each exponent so often, (N, 256) int32, the cheapest windows: the first exponent, and how
-    many of the escapes' lie below the common ones, (N,) int32 each. Of equals the lowest, so that every device chooses
-    the same."""
+    """The cheapest windows of tiles that have each exponent so often as `counts` (N, 256) int32 says: (N,) int32 each,
+    their first exponent, and how many of the eight lie below the common ones. Of equally cheap windows the lowest is
+    chosen, so that every device chooses the same."""
     sums = F.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))  # (N, 257)
     in_window, common = (sums[:, width:] - sums[:, :-width] for width in (WINDOW, COMMON))
     common = F.max_pool1d(_lowest_first(common).float(), ESCAPED + 1, stride=1).int()  # (N, 246): best in each window
-    saved = PATCH_BITS * in_window + ESCAPE_BITS * (common >> 8)  # patched weights taken for escapes
+    saved = PATCH_BITS * in_window + ESCAPE_BITS * (common >> 8)  # patched weights count as escapes
     first = 255 - (_lowest_first(saved).amax(1, keepdim=True) & 255)
     below = 255 - (common.gather(1, first.long()) & 255) - first
     return first[:, 0], below[:, 0]
 
 
 def _lowest_first(values: Tensor) -> Tensor:
-    """(N, up to 256) as numbers in the order of the values, of equals the first largest: 255 less its index is in the
-    low 8 bits. Exact in float32, for values under 2**16."""
+    """Numbers (N, up to 256) in the order of the values, but of equal values the first is the largest: 255 less its
+    index is in the low 8 bits. They are exact in float32 for values under 2**16."""
     return values << 8 | torch.arange(255, 255 - values.shape[1], -1, device=values.device, dtype=torch.int32)
 
 
 def pack_escapes(late: Tensor) -> Tensor:
-    """3-bit codes (uint8 each) as bytes, padded: eight are three bytes."""
+    """Packs escapes, 3 bits each (uint8), into bytes, and pads them: eight are three bytes."""
     whole, num_padded = len(late) // 8 * 8, ESCAPE_ROW * num_escape_rows(len(late))
-    last = F.pad(late[whole:], (0, num_padded - len(late)))  # only these, not to hold them all twice
+    last = F.pad(late[whole:], (0, num_padded - len(late)))  # only these are copied, not to hold all of them twice
     return torch.cat([_pack_eights(part.view(-1, 8)) for part in (late[:whole], last)])
 
 

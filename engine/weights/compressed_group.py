@@ -1,5 +1,5 @@
-"""A group's weights as one blob: that of each weight (codec.py), one after the other. Raw weights lie in it too, so a
-group is moved by one copy, compressed or not, and decompressed into a span like any other."""
+"""A group's weights as one blob: the blobs of its weights (codec.py), one after the other. Raw weights lie in it too,
+so that a group is moved by one copy, compressed or not, and decompressed into a span like any other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CompressedWeight:
-    """Where a compressed weight lies. `offset` is its first byte in the span, `blob_offset` that of its blob in the
-    group's."""
+    """Where a compressed weight lies. `offset` is its first byte in the span, `blob_offset` the first byte of its blob
+    in the group's blob."""
 
     layout: CompressedLayout
     offset: int
@@ -35,10 +35,10 @@ class CompressedGroup:
 def compress_group(
     layout: GroupLayout, span: Tensor, num_threads: int = 1, progress: Callable[[int], None] | None = None
 ) -> tuple[CompressedGroup, Tensor]:
-    """The blob of a span (uint8, on any device, layout.nbytes long), on its device; `num_threads` compress it on a CPU.
+    """Compresses a span (uint8, on any device, layout.nbytes long) to a blob on its device; on a CPU by `num_threads`.
 
-    The blob is the start of memory as long as the span: keep a copy to keep no more. `progress` is called with the
-    bytes of each weight when it is compressed.
+    The blob is the start of memory as long as the span; a caller that wants to keep no more copies it. `progress` is
+    called with the bytes of each weight when it is compressed.
     """
     assert not any("norm" in weight.name for weight in layout.weights[-1:]), "kernels read norms before they wait"
     memory = torch.empty_like(span)

@@ -1,4 +1,4 @@
-"""load_format="dummy": random weights without a file, for benchmarks and tests of speed.
+"""Random weights without a file (load_format="dummy"), for benchmarks and tests of speed.
 
 A matrix is one random sequence repeated: element i (counted over the whole tensor, before sharding) is
 sequence[(offset(name) + i) mod PERIOD]. So every tp_size sees the same model, and filling costs a copy.
@@ -17,7 +17,8 @@ PERIOD = 2**20 + 7  # prime: rows of a matrix repeat only after PERIOD rows
 
 class DummyWeights:
     """A `WeightSource` with the tensors `shapes` (name -> global shape): matrices are normal with a deviation of
-    1 / sqrt(columns), norm weights 1, biases 0. The same seed gives the same model in every dtype up to rounding."""
+    1 / sqrt(columns), norm weights are 1 and biases 0. The same seed gives the same model in every dtype up to
+    rounding."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0):
         self.shapes, self.seed = shapes, seed
@@ -44,7 +45,7 @@ class DummyWeights:
         return 0
 
     def finish(self) -> None:
-        """Nothing to report."""
+        """Does nothing: there is nothing to warn of."""
 
     def _offset(self, name: str) -> int:
         digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()

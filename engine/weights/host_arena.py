@@ -18,10 +18,10 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 class HostArena:
-    """`nbytes` of zeroed host memory as one uint8 tensor on the CPU, aligned to a page.
+    """Zeroed host memory of `nbytes` as one uint8 tensor on the CPU, aligned to a page.
 
-    Pages are taken when they are first touched; of a `sparse` arena only some ever will be, so that it may be larger
-    than the host's memory. Raises MemoryError if the system refuses the mapping.
+    Pages are taken when they are first touched. Of a `sparse` arena only some ever will be, so it may be larger than
+    the host's memory. Raises MemoryError if the system refuses the mapping.
     """
 
     def __init__(self, nbytes: int, sparse: bool = False):
@@ -41,7 +41,7 @@ class HostArena:
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def trim(self, nbytes: int) -> None:
-        """Keeps the first `nbytes` and gives back the pages behind them. Not for registered memory."""
+        """Keeps the first `nbytes` and gives back the pages behind them. The memory must not be registered."""
         assert not self._registered and nbytes <= self.nbytes
         unused = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if unused < self.nbytes:
@@ -96,7 +96,7 @@ def check_host_memory(nbytes: int, ranks_on_host: int = 1) -> None:
 
 
 def cgroup_memory(root: Path = CGROUP_ROOT, own: Path = Path("/proc/self/cgroup")) -> tuple[int | None, int]:
-    """The tightest memory limit above this process (None: none is set) and the bytes below it that cannot be
+    """The tightest memory limit above this process, None where no limit is set, and the bytes below it that cannot be
     reclaimed: page cache is not counted. Reads cgroup v2 and v1."""
     tightest, in_use = None, 0
     for path, limit_name, anon_name in _levels(root, own):
@@ -124,7 +124,7 @@ def _levels(root: Path, own: Path) -> list[tuple[Path, str, str]]:
 
 
 def _fields(file: Path, scale: int = 1) -> dict[str, int]:
-    """First and second word of each line; empty if the file is not there."""
+    """Numbers by name, the first and second word of each line; empty if the file is not there."""
     try:
         words = [line.split() for line in file.read_text().splitlines()]
     except OSError:

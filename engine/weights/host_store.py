@@ -1,4 +1,4 @@
-"""Loading: from a source of weights to the host arena (what streams) and to the device (what stays).
+"""Loading, from a source of weights to the host arena (what streams) and to the device (what stays).
 
     source --read_piece--> span in an arena                           streamed; on a CPU also resident
     source --read_piece--> staging buffer --copy--> span on the GPU   resident on CUDA
@@ -30,14 +30,14 @@ from penstock.engine.weights.views import byte_range
 from penstock.scheduler.passes.pass_plan import GroupId
 from torch import Tensor
 
-Blocks = dict[concurrent.futures.Future, int]  # being read; with their bytes
+Blocks = dict[concurrent.futures.Future, int]  # the blocks that are being read, and their bytes
 
 
 class LoadedWeights:
     """The spans of one rank, uint8, each as long as its GroupLayout says, or as its CompressedGroup in `compressed`
     does: `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read` came
-    from files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading began and ended at these
-    moments of time.perf_counter."""
+    from files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading lasted from `began_at_s` to
+    `ended_at_s` on the clock of time.perf_counter."""
 
     def __init__(
         self, host: SpanMemory, resident: SpanMemory, compressor: "_Compressor", bytes_read: int, began_at_s: float
@@ -117,8 +117,8 @@ def load_weights(
 
 
 class _Reader:
-    """Threads that read blocks, onto `device` by way of staging buffers; a context manager, and an error inside cancels
-    what was not begun."""
+    """Threads that read blocks, onto `device` by way of staging buffers. It is a context manager; an error inside
+    cancels what was not begun."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _Reader:
         return {self._threads.submit(self._load, block, span): block.nbytes for block in cut_blocks(group)}
 
     def finish(self, blocks: Blocks, reports: bool = True) -> None:
-        """Returns when they are read (on CUDA: and their copies under way)."""
+        """Returns when the blocks are read and, on CUDA, their copies under way."""
         for future in concurrent.futures.as_completed(blocks):
             self.bytes_read += future.result()
             if reports:
@@ -175,8 +175,8 @@ class _Compressor:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for a compression
 
     def load(self, groups: Sequence[GroupLayout], reader: _Reader, memory: dict[GroupId, SpanMemory]) -> None:
-        """Reads and compresses the groups, each into its `memory`; the largest first, for which most is needed beside
-        it: there is least on the device then."""
+        """Reads and compresses the groups, each into its `memory`. The largest comes first, since it needs most memory
+        beside it and the device holds least then."""
         begun: collections.deque[tuple[GroupLayout, Tensor, Blocks]] = collections.deque()
 
         def finish_oldest() -> None:
@@ -212,7 +212,8 @@ class _Compressor:
 
 @contextlib.contextmanager
 def _single_threaded_ops() -> Iterator[None]:
-    """Each thread would otherwise start a team of threads of its own for a conversion or a sum."""
+    """Lets torch use one thread for an operation: each reader thread would otherwise start a team of threads of its own
+    for a conversion or a sum."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

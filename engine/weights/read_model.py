@@ -28,24 +28,25 @@ QUANTISED = {
 
 @dataclass(frozen=True)
 class Model:
-    """`notes` say, each on a line, what config.json leaves open or states otherwise, and what was taken for it."""
+    """A model's spec. `notes` say, each on a line, what config.json leaves open or states otherwise, and what was taken
+    for it."""
 
     spec: ModelSpec
     notes: tuple[str, ...] = ()
 
 
 def read_model(path: str | Path, dummy: bool = False) -> Model:
-    """The model of a checkpoint's directory; with `dummy` that of a config.json, or of a directory's, whatever lies
-    beside it. Raises ValueError as read_spec and find_entries do, and naming the file, for weights that are quantised
-    or lack their head."""
+    """The model of a checkpoint's directory; with `dummy` that of a config.json, or of the one in a directory, whatever
+    lies beside it. Raises ValueError as read_spec and find_entries do, and, naming the file, for weights that are
+    quantised or lack their head."""
     path = Path(path)
     told = _read_config(path)
     return _as_configured(path, *told) if dummy else _as_stored(path, *told)
 
 
 def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
-    """The same, but where there are no weights, or none that can be read, that of config.json alone. Raises ValueError
-    as read_model does for that."""
+    """The model as read_model gives it, or, where there are no weights or they cannot be read, that of config.json
+    alone. Raises ValueError as read_model does for config.json alone."""
     path = Path(path)
     told = _read_config(path)
     model = _as_configured(path, *told)
@@ -68,7 +69,7 @@ def _read_config(path: Path) -> tuple[Model, bool]:
 
 
 def _length_notes(file: Path, config: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:
-    """Whether a scaled rotary embedding makes the longest sequence another one than max_position_embeddings."""
+    """A note if a scaled rotary embedding makes the longest sequence another one than max_position_embeddings."""
     stated = config.get("max_position_embeddings", FAMILIES[spec.family].defaults["max_position_embeddings"])
     if spec.max_position == stated:
         return ()
@@ -110,7 +111,7 @@ def _as_stored(directory: Path, model: Model, has_dtype: bool) -> Model:
 
 
 def _names(directory: Path, spec: ModelSpec, entries: Mapping[str, TensorEntry]) -> TensorNames:
-    """The family's, or those without its prefix if no tensor has it."""
+    """The family's names, or those without its prefix if no tensor has it."""
     names, bare = spec.names, without_prefix(spec.names)
     if bare.embed not in entries or any(name.startswith(names.prefix) for name in entries):
         return names

@@ -1,6 +1,6 @@
-"""Where the spans of a rank's groups lie, host arena or device, and how blocks get onto a GPU.
+"""Memory for the spans of a rank's groups, in the host arena or on the device, and the way of blocks onto a GPU.
 
-A group that is compressed has a blob in place of its span, whose length is known only when it is there: blobs are kept
+A compressed group has a blob instead of a span. A blob's length is known only when it has been made, so blobs are kept
 one after the other, behind the spans.
 """
 
@@ -20,22 +20,22 @@ from torch import Tensor
 
 class SpanMemory(Protocol):
     """Zeroed spans of the groups that are not compressed, to be filled from many threads, and the blobs kept so far,
-    uint8 each; `nbytes` of both together."""
+    all uint8. `nbytes` counts both."""
 
     spans: dict[GroupId, Tensor]
     nbytes: int
 
     def keep(self, group: GroupId, blob: Tensor) -> None:
-        """Copies a blob from the device that compressed it; it may be overwritten then."""
+        """Copies a blob from the device that compressed it; the blob may be overwritten afterwards."""
 
     def finish(self) -> None:
-        """After the last block and blob."""
+        """Ends the filling; called after the last block and blob."""
 
     def close(self) -> None: ...
 
 
 class HostSpans:
-    """Spans and blobs in one arena, which never takes more than it holds."""
+    """Spans and blobs in one arena, which never takes more memory than they need."""
 
     def __init__(
         self, groups: Sequence[GroupLayout], compressed: AbstractSet[GroupId] = frozenset(), register: bool = False
@@ -84,7 +84,7 @@ class CudaSpans:
 
 
 class Staging:
-    """Registered buffers by way of which blocks reach a GPU: one for each thread, and two in flight."""
+    """Registered buffers by way of which blocks reach a GPU: one for each thread, and two more for copies in flight."""
 
     def __init__(self, device: torch.device, num_threads: int):
         self._device = device
@@ -95,8 +95,8 @@ class Staging:
             self._free.put((buffer, torch.cuda.Event()))
 
     def load(self, block: Block, source: WeightSource, span: Tensor) -> int:
-        """Reads a block into its bytes of a span; returns the bytes read. The copy is ordered before what the device
-        is given after it has been synchronised."""
+        """Reads a block into its bytes of a span; returns the bytes read. The copy to the device is only begun: what
+        reads the span must come after a synchronisation of the device."""
         assert block.nbytes <= BLOCK_BYTES, "a row is longer than a staging buffer"
         buffer, copied = self._free.get()
         try:

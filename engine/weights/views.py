@@ -8,14 +8,14 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 def byte_range(memory: Tensor, offset: int, nbytes: int) -> Tensor:
-    """`nbytes` bytes of `memory` (uint8, in a row) from `offset`, a view. All of them: a slice past the end would be
-    shorter without a word, and a kernel that counts on its length would read on."""
+    """A view of `nbytes` bytes of `memory` (uint8, 1-D) from `offset`. Asserts that they are all there: a slice past
+    the end would be shorter without a word, and a kernel that counts on its length would read on."""
     assert 0 <= offset <= offset + nbytes <= len(memory), (offset, nbytes, len(memory))
     return memory[offset : offset + nbytes]
 
 
 def views(layout: GroupLayout, span: Tensor) -> dict[str, Tensor]:
-    """`span` is uint8, (layout.nbytes,) or longer; the views share its memory and have the parts' dtypes and shapes.
+    """Views by name of the weights in `span`, uint8 (layout.nbytes,) or longer, with the parts' dtypes and shapes.
 
     A plain weight goes by its own name, a part of a compressed one by "weight.part".
     """

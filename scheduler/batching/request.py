@@ -116,7 +116,7 @@ class SamplingParams:
         self._set_tuple("stop_token_ids", (), lambda item: _is_int(item) and 0 <= item <= INT32_MAX, expected)
 
     def _set_tuple(self, name: str, single: type | tuple, allowed, expected: str):
-        """None becomes (), a value of type `single` becomes a tuple of one."""
+        """Sets a field to a tuple: None becomes (), a value of type `single` becomes a tuple of one."""
         value = getattr(self, name)
         if value is None:
             value = ()
@@ -184,8 +184,8 @@ class Request:
         return self.num_tokens + self.num_unseen_tokens
 
     def tokens_between(self, start: int, end: int) -> list[int]:
-        """Tokens start..end of the sequence, without joining all of it for each decoded token. Only the last of them
-        can be one that the host has not seen yet: ON_DEVICE."""
+        """Tokens start..end of the sequence, without joining all of it for each new token. Only the last of them can be
+        one that the host has not seen yet: ON_DEVICE."""
         num_prompt = len(self.prompt_token_ids)
         outputs = self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
         known = self.prompt_token_ids[start:end] + outputs

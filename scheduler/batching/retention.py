@@ -30,7 +30,7 @@ class Retention(Protocol):
     max_cached: int | None
 
     def describe(self) -> str:
-        """What a user should know of it, in a clause; empty where there is nothing to say."""
+        """A clause that tells a user what is kept; empty where there is nothing to say."""
 
     def num_pages(self, num_tokens: int) -> int:
         """Pages of a sequence at its longest, `num_tokens` of it computed."""
@@ -39,10 +39,10 @@ class Retention(Protocol):
         """The number of tokens that were evicted before the last of the first `num_tokens` was computed."""
 
     def pass_end(self, start: int, end: int) -> int:
-        """The end of what one pass can compute of tokens start..end: there some tokens must be evicted first."""
+        """The end of what one pass can compute of tokens start..end: before the next token some must be evicted."""
 
     def page_table(self, pages: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-        """Those of a sequence's `pages` that hold what is kept of its first `num_tokens`, in order."""
+        """The pages, out of a sequence's `pages`, that hold what is kept of its first `num_tokens`, in order."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which tokens run in the next pass: continuous batching with chunked prefill.
 
 `Scheduler` runs on rank 0; what it decides is a `Batch`, which reaches the other ranks as one packed message.
-The scheduler knows token counts, rows and pages, and neither text nor tensors. There is no preemption: a request is
+The scheduler knows token counts, rows and pages, but neither text nor tensors. There is no preemption: a request is
 admitted once all the pages it can ever need are free, so a running request never runs out of them. Waiting requests
 are served in the order in which they came; the head of the line is never overtaken because a later, smaller one would
 fit, so nobody starves.
@@ -10,9 +10,8 @@ fit, so nobody starves.
                        0                                                        max_num_batched_tokens
 
 Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
-ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by
-a token's value (end-of-sequence, a stop token), its row in the next pass has already been scheduled and is computed
-for nothing.
+ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by a token's value (end-of-sequence, a stop
+token), its row in the next pass has already been scheduled and is computed for nothing.
 """
 
 import heapq
@@ -26,11 +25,12 @@ from penstock.scheduler.batching.retention import KeepAll, Retention
 
 
 class Scheduler:
-    """Holds all requests and decides each pass: add, then schedule, and update once for each pass in the same order.
+    """Holds all requests and decides each pass. A caller adds requests, then schedules passes, and updates once for
+    each pass in the same order.
 
-    Units: `max_num_batched_tokens` a pass, `max_model_len` prompt and output tokens of one request,
-    `page_size` tokens a page, `num_pages` with the reserved page 0. `page_order_seed` shuffles the order in
-    which pages are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given.
+    A pass has at most `max_num_batched_tokens`, a request at most `max_model_len` prompt and output tokens; a page has
+    `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
+    are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given.
     Raises ValueError for fewer than 2 pages.
     """
 
@@ -57,7 +57,7 @@ class Scheduler:
         self._running: dict[int, Request] = {}  # by row, in order of admission
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
-        self._num_free_rows = max_num_seqs  # when a pass was scheduled last
+        self._num_free_rows = max_num_seqs  # at the time the last pass was scheduled
 
     @property
     def num_waiting(self) -> int:

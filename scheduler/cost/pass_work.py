@@ -54,9 +54,9 @@ class PassShape:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one rank does in one step, for any shape of pass. Bytes of weights, of activations a token and a sampled row
+    """What one rank does in one step, for any shape of pass: bytes of weights, of activations a token and a sampled row
     (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
-    bytes a token of the step's all-reduce, 0 if it has none."""
+    bytes a token of the step's all-reduce, 0 where the step contains no all-reduce."""
 
     step: str
     weight_bytes: int = 0

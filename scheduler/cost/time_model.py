@@ -30,7 +30,8 @@ DECOMPRESS_SHARE = 0.48
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank's hardware does, all ranks active. Rates in 1e9 bytes/s and 1e12 FLOP/s, times in seconds.
+    """What one rank's hardware does while all ranks are active. Rates are in 1e9 bytes/s and 1e12 FLOP/s, times in
+    seconds.
 
     `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host
     launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None
@@ -98,9 +99,9 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
 def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
     """The rates of a rank among `tp_size`, from a profile's values: the fields of Rates.
 
-    `link_gb_s` may be a list: for 1, 2, ... ranks copying at once; beyond its end they share its last sum. The field
-    `probe`, with the figures behind a measured profile, is ignored. Raises ValueError, beginning with `where`
-    and naming the field, if one is missing, unknown or bad.
+    `link_gb_s` may be a list: the rate of each of 1, 2, ... ranks that copy at once. If there are more ranks than it
+    has entries, they share the sum of the last entry. The field `probe`, with the figures behind a measured profile, is
+    ignored. Raises ValueError, beginning with `where` and naming the field, if one is missing, unknown or bad.
     """
     values = {name: value for name, value in values.items() if name != "probe"}
     known = {field.name for field in fields(Rates)}

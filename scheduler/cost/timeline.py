@@ -12,7 +12,7 @@ from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Compute, Decompre
 
 @dataclass(frozen=True)
 class Interval:
-    """A stretch of one lane, in seconds from the start of the pass. An acquire's or a join's is the time waited."""
+    """A stretch of one lane, in seconds from the start of the pass. That of an acquire or a join is the time waited."""
 
     lane: str
     name: str
@@ -23,7 +23,7 @@ class Interval:
 def predict_timeline(
     plan: PassPlan, compute_s: Callable[[Compute], float], rates: Rates, launch_s: float = 0.0
 ) -> list[Interval]:
-    """Replays the plan: each lane in its order, no instruction before the events that it waits for.
+    """Replays the plan: each lane runs in its order, and no instruction starts before the events that it waits for.
 
     `compute_s` gives the seconds of a compute step, which the host launches in `launch_s`, one after another. The
     intervals are in the plan's order; the last one is the join, and its end is the time of the pass (see `timeline_s`).

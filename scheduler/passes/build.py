@@ -25,18 +25,19 @@ NUM_WRAPPED = 2  # groups copied for the next pass while head and sampling run: 
 
 
 def minimum_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
-    """The smallest ring that can run at all: nothing overlaps with compute where groups are as large as it."""
+    """Bytes of the smallest ring in which a pass can run; the copy of a group as large as the ring overlaps no
+    compute."""
     return max((nbytes for _, nbytes in streamed), default=0)
 
 
 def default_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
-    """A ring in which a copy never has to wait for the group that is being read (usual_ring_bytes)."""
+    """Bytes of a ring in which a copy never has to wait for the group that is being read (usual_ring_bytes)."""
     return usual_ring_bytes([nbytes for _, nbytes in streamed])
 
 
 def usual_ring_bytes(sizes: Sequence[int]) -> int:
-    """The ring for groups of these bytes, in the order of a pass: any three in a row fit, and so does the last group of
-    a pass beside its predecessor and the first ones of the next pass."""
+    """Bytes of the ring for groups of these `sizes`, in the order of a pass: any three groups in a row fit, and so does
+    the last group of a pass beside its predecessor and the first groups of the next pass."""
     if len(sizes) <= 3:
         return sum(sizes)
     windows = map(add, map(add, sizes, sizes[1:]), sizes[2:])
@@ -46,8 +47,8 @@ def usual_ring_bytes(sizes: Sequence[int]) -> int:
 def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int = NUM_WRAPPED) -> RingLayout:
     """Gives every streamed group (id, bytes; in the order of a pass) its slot in a ring of `ring_bytes`.
 
-    Slots follow each other and start again at 0 where the end is reached. The last group of a pass avoids the front,
-    where the next pass's first groups go while it is still in use. Raises ValueError if a group does not fit.
+    Slots follow each other and start again at 0 where the end is reached. The last group of a pass avoids the front:
+    the next pass's first groups are copied there while it is still read. Raises ValueError if a group does not fit.
     """
     for group, nbytes in streamed:
         if nbytes > ring_bytes:
@@ -73,8 +74,8 @@ def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapp
 
 
 def lay_out_decompressed(steps: list[Compute], sizes: Mapping[GroupId, int]) -> dict[GroupId, Slot]:
-    """A slot in the decompression buffer for each compressed group (its bytes decompressed), the lowest that is free
-    from its first reader to its last. Groups whose readers do not interleave share a slot."""
+    """A slot in the decompression buffer for each compressed group: the lowest that is free from its first reader to
+    its last. `sizes` are bytes of decompressed groups. Groups whose readers do not interleave share a slot."""
     first, last = _readers(steps)
     in_order = sorted(sizes.keys() & first.keys(), key=first.get)
     return first_fit({g: sizes[g] for g in in_order}, lambda group, earlier: last[earlier] >= first[group])
@@ -137,7 +138,7 @@ def _readers(steps: list[Compute]) -> tuple[dict[GroupId, int], dict[GroupId, in
 def _copies(ring: RingLayout) -> list[Prefetch]:
     """The copy lane of a pass, in order: the groups that are not yet in the ring, then the first ones again."""
     order = [*ring.slots[ring.num_wrapped :], *ring.slots[: ring.num_wrapped]]
-    held = list(ring.slots[: ring.num_wrapped])  # who has bytes in the ring, not yet overwritten
+    held = list(ring.slots[: ring.num_wrapped])  # the groups with bytes in the ring that are not yet overwritten
     copies = []
     for index, (group, slot) in enumerate(order):
         after = tuple(holder for holder, other in held if other.overlaps(slot))

@@ -1,9 +1,9 @@
 """Proves that a PassPlan is safe, and lays out its activations.
 
-The proof follows, over two passes in a row, what each lane is known to be behind. A clock (c, k) says that the first
-c compute and k copy instructions have finished; an instruction starts when its lane's clock, joined with the clocks
-of the events that it waits for, is reached. Bytes may be written only when every earlier reader is behind that clock,
-and read only when their copy is.
+The proof follows two passes in a row and keeps, for each lane, what is known to have finished. A clock (c, k) says that
+the first c compute and k copy instructions are done. An instruction starts when its lane's clock, joined with the
+clocks of the events that it waits for, is reached. Bytes may be written only if that clock says that every earlier
+reader has finished, and read only if it says that their copy has.
 """
 
 from penstock.scheduler.passes.first_fit import first_fit
@@ -33,18 +33,20 @@ def validate(plan: PassPlan) -> None:
 
 
 def check_copies(plan: PassPlan) -> None:
-    """Every pass has the same copy lane, so that passes of any kind follow each other: each streamed group once, in
-    order, the first ones of the next pass last."""
+    """Checks that every pass has the same copy lane, so that passes of any kind follow each other: each streamed group
+    is copied once, in order, and the first groups of the next pass come last."""
     copies = [(i.group, i.slot, i.wrapped) for i in plan.instructions if isinstance(i, Prefetch)]
     first, num = plan.ring.slots, plan.ring.num_wrapped
     expected = [(*entry, False) for entry in first[num:]] + [(*entry, True) for entry in first[:num]]
     if copies != expected:
-        raise ValueError("the copy lane is not each streamed group once, in order, the next pass's first ones last")
+        raise ValueError(
+            "the copy lane must copy each streamed group once, in order, and the next pass's first ones last"
+        )
 
 
 def check_events(instructions: tuple[Instruction, ...]) -> None:
-    """Every event is recorded once, and before (in order of issue) anything waits for it: a wait for an event that was
-    not yet recorded returns at once on a GPU."""
+    """Checks that every event is recorded once, and that its record is issued before any wait for it: on a GPU a wait
+    for an event that was not yet recorded returns at once."""
     recorded: set[Event] = set()
     for instruction in instructions:
         for event in instruction.waits:
@@ -66,15 +68,18 @@ def check_ring(plan: PassPlan) -> None:
 
 
 class _RingProof:
+    """What the proof of check_ring knows after the instructions that it has followed."""
+
     def __init__(self, plan: PassPlan):
         self.ring = plan.ring
         self.slots = dict(plan.ring.slots)
         self.present = plan.ring.slots[: plan.ring.num_wrapped]
-        self.count = {COMPUTE: 0, COPY: 0}  # instructions so far
+        self.count = {COMPUTE: 0, COPY: 0}  # instructions followed so far
         self.behind = {COMPUTE: (0, 0), COPY: (0, 0)}  # the clock that each lane has reached
         self.clock_of: dict[Event, tuple[int, int]] = {}
-        self.written: list[tuple[GroupId, Slot, int]] = [(g, s, 0) for g, s in self.present]  # and the copy's count
-        self.read: list[tuple[GroupId, Slot, int]] = []  # and the reader's count
+        # Each with the number of the copy that wrote it, or of the instruction that read it.
+        self.written: list[tuple[GroupId, Slot, int]] = [(g, s, 0) for g, s in self.present]
+        self.read: list[tuple[GroupId, Slot, int]] = []
         self.held: set[GroupId] = set()
         decompressed = {decompress.group for decompress in plan.decompressions}
         steps = (step for step in plan.steps if step.group not in decompressed)
@@ -96,7 +101,7 @@ class _RingProof:
             self.read_slot(instruction, clock)
         elif isinstance(instruction, Release):
             if instruction.group not in self.held:
-                raise ValueError(f"{instruction} without acquire")
+                raise ValueError(f"{instruction} has no acquire before it")
             self.held.discard(instruction.group)
         self.behind[lane] = (self.count[COMPUTE], clock[1]) if lane == COMPUTE else (clock[0], self.count[COPY])
         if instruction.records is not None:
@@ -135,14 +140,15 @@ class _RingProof:
 
 
 def check_decompressed(plan: PassPlan) -> None:
-    """The steps of a compressed group read it from its slot of the decompression buffer, decompressed in this pass, and
-    no other group is decompressed over it before the last of them. All are on one lane, so their order is enough."""
+    """Checks that the steps of a compressed group read it from its slot of the decompression buffer: it was
+    decompressed in this pass, and no other group is decompressed over it before the last of these steps. All of them
+    are on one lane, so the order of issue proves it."""
     compressed = {decompress.group for decompress in plan.decompressions}
     held: dict[GroupId, Slot] = {}
     for instruction in plan.instructions:
         if isinstance(instruction, Decompress):
             if instruction.group in held:
-                raise ValueError(f"{instruction} twice in one pass")
+                raise ValueError(f"{instruction} is issued twice in one pass")
             held = {group: slot for group, slot in held.items() if not slot.overlaps(instruction.slot)}
             held[instruction.group] = instruction.slot
         elif isinstance(instruction, Compute) and instruction.group in compressed and instruction.group not in held:
@@ -150,7 +156,8 @@ def check_decompressed(plan: PassPlan) -> None:
 
 
 def check_lifetimes(instructions: tuple[Instruction, ...]) -> None:
-    """Activations are created once while dead, touched only while alive, and destroyed by the end of the pass."""
+    """Checks that activations are created only while dead, touched only while alive, and destroyed by the end of the
+    pass."""
     alive: set[str] = set()
     for instruction in instructions:
         for name, effect in getattr(instruction, "effects", ()):
@@ -164,26 +171,26 @@ def check_lifetimes(instructions: tuple[Instruction, ...]) -> None:
 
 
 def lifetimes(plan: PassPlan) -> dict[str, list[tuple[int, int]]]:
-    """For each activation its intervals [first, last] in instruction indices, from creation to destruction."""
-    spans: dict[str, list[tuple[int, int]]] = {}
+    """Intervals [first, last] of each activation in instruction indices, from creation to destruction."""
+    intervals: dict[str, list[tuple[int, int]]] = {}
     born: dict[str, int] = {}
     for index, instruction in enumerate(plan.instructions):
         for name, effect in getattr(instruction, "effects", ()):
             if "+" in effect:
                 born[name] = index
             if "x" in effect:
-                spans.setdefault(name, []).append((born.pop(name), index))
-    return spans
+                intervals.setdefault(name, []).append((born.pop(name), index))
+    return intervals
 
 
 def lay_out_activations(plan: PassPlan, sizes: dict[str, int]) -> dict[str, int]:
-    """A byte offset for each activation (`sizes` in bytes), the largest first, at the lowest bytes where no activation
-    that is alive at the same time lies. The total is max(offset + size)."""
-    spans = lifetimes(plan)
+    """Byte offset of each activation (`sizes` are in bytes). The largest is laid out first; each goes to the lowest
+    bytes where no activation lies that is alive at the same time. All together take max(offset + size) bytes."""
+    intervals = lifetimes(plan)
 
     def clash(a: str, b: str) -> bool:
-        return any(s <= t2 and s2 <= t for s, t in spans[a] for s2, t2 in spans[b])
+        return any(s <= t2 and s2 <= t for s, t in intervals[a] for s2, t2 in intervals[b])
 
-    largest_first = sorted(spans, key=lambda n: (-sizes[n], n))
+    largest_first = sorted(intervals, key=lambda n: (-sizes[n], n))
     slots = first_fit({name: sizes[name] for name in largest_first}, clash)
     return {name: slot.offset for name, slot in slots.items()}

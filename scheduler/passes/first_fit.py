@@ -9,8 +9,8 @@ Key = TypeVar("Key")
 
 
 def first_fit(sizes: Mapping[Key, int], clash: Callable[[Key, Key], bool]) -> dict[Key, Slot]:
-    """A range for each key (its size in bytes), in the order of `sizes`: the lowest where no earlier one lies that it
-    clashes with."""
+    """Gives each key of `sizes` (in bytes), in their order, the lowest range that overlaps no range of an earlier key
+    with which it clashes."""
     slots: dict[Key, Slot] = {}
     for key, nbytes in sizes.items():
         offset = 0

@@ -1,6 +1,6 @@
 """A pass over the model as data: the PassPlan and the instructions of its two lanes.
 
-One plan for each kind of pass; tokens and rows are bound when it runs. It is made once (build.py), validated
+There is one plan for each kind of pass; tokens and rows are bound when it runs. It is made once (build.py), validated
 (check.py), then read by the executor, the lifetime checker, the trace, the time model and the table. No second
 description of a pass exists.
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 
 class GroupId(NamedTuple):
-    """The unit that is streamed; the head counts as a group of layer num_layers."""
+    """The name of a group, which is the unit that is streamed; the head counts as a group of layer num_layers."""
 
     layer_idx: int
     name: str
@@ -62,7 +62,8 @@ COMPUTE, COPY = "compute", "copy"
 
 @dataclass(frozen=True)
 class Instruction:
-    """What all instructions share: the lane, the events it waits for before, and the one it records after."""
+    """What all instructions share: a lane, the events that they wait for before they run, and the event that they
+    record after."""
 
     lane = COMPUTE
 
@@ -133,7 +134,7 @@ class Prefetch(Instruction):
     slot: Slot
     after: tuple[GroupId, ...]
     first: bool = False  # the first copy of a pass waits for the fork
-    wrapped: bool = False  # for the next pass
+    wrapped: bool = False  # the copy is for the next pass
     lane = COPY
 
     @property

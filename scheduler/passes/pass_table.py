@@ -1,7 +1,7 @@
 """Draws a PassPlan as a step table: the table is the plan. Torch-free.
 
-One row for each compute instruction, a column for each activation with its letters (+ create, o keep, r read,
-w write, x destroy), the weights that it reads, and the copies that are issued right after it.
+It has a row for each compute instruction and a column for each activation with its letters (+ create, o keep, r read,
+w write, x destroy). A row also shows the weights that its instruction reads and the copies that are issued right after.
 """
 
 from collections.abc import Mapping
@@ -26,9 +26,9 @@ ORDER = "+orwx"
 
 @dataclass(frozen=True)
 class Row:
-    """One line: `copy` are the copies issued right after the compute instruction."""
+    """A line of the table; `copy` are the copies issued right after the compute instruction."""
 
-    layer_idx: int | None  # None: acquire, release, fork and join, which stand with their neighbours
+    layer_idx: int | None  # None for acquire, release, fork and join, which are shown with their neighbours
     name: str
     letters: dict[str, str]
     weights: str
@@ -38,8 +38,8 @@ class Row:
 def render(plan: PassPlan, token_bytes: Mapping[str, tuple[str, int]], layer_idx: int = 0) -> str:
     """The table of a plan: everything before, in and after layer `layer_idx`, the other layers as one "..." row.
 
-    `token_bytes` gives for each activation what its rows are ("tokens" or "rows") and the bytes of one. Ends with
-    the lifetimes in that layer and the legend.
+    `token_bytes` gives for each activation what its rows are ("tokens" or "rows") and the bytes of one. The text ends
+    with the lifetimes in that layer and the legend.
     """
     rows = _shown(_rows(plan), layer_idx)
     columns = [name for name in plan.activations if any(name in row.letters for row in rows)]
@@ -94,7 +94,7 @@ def _copy(copy: Prefetch) -> str:
 
 
 def _shown(rows: list[Row], layer_idx: int) -> list[Row]:
-    """The rows without those of other layers; one row stands for each run of layers left out."""
+    """The rows without those of other layers; one row stands for each run of layers that are left out."""
     last = max((row.layer_idx for row in rows if row.layer_idx is not None), default=0)  # the head's
     shown: list[Row] = []
     hidden: list[Row] = []
@@ -118,12 +118,12 @@ def _ellipsis(hidden: list[Row]) -> Row:
 
 def _sizes(plan: PassPlan, columns: list[str], token_bytes: Mapping[str, tuple[str, int]]) -> list[str]:
     """Lines with the bytes of each activation and where its first life begins and ends."""
-    spans = lifetimes(plan)
+    intervals = lifetimes(plan)
     lines = []
     for name in columns:
         unit, nbytes = token_bytes[name]
-        first, last = spans[name][0]
-        lives = f"{len(spans[name])} lives" if len(spans[name]) > 1 else "1 life"
+        first, last = intervals[name][0]
+        lives = f"{len(intervals[name])} lives" if len(intervals[name]) > 1 else "1 life"
         where = f"{plan.instructions[first]} to {plan.instructions[last]}"
         lines.append(f"{name:<8}{nbytes:>10} bytes a {unit[:-1]:<6} {lives:>9}, the first from {where}")
     ring = f"ring {show_bytes(plan.ring.ring_bytes)}, {show_bytes(plan.streamed_bytes)} cross the link in a pass"

@@ -29,8 +29,8 @@ class CompressionOffer:
 
 
 def choose_compression(offer: CompressionOffer, demand: Demand) -> Planned:
-    """The demand, its number of sequences settled, and the residency with the most tokens/s. "auto"
-    compresses what streams only if that is faster; "lossless" always does, and also what stays and has no room to be
+    """The demand, with its number of sequences settled, and the residency with the most tokens/s. "auto" compresses
+    what streams only if that is faster; "lossless" always does, and also compresses what stays and has no room to be
     plain.
 
     Raises ValueError, as plan_residency does, if what was asked for does not fit.
@@ -58,13 +58,13 @@ def _plan_compressed(offer: CompressionOffer, demand: Demand) -> Planned | None:
 
 
 class CompressionDoesNotPay(ValueError):
-    """Raised where weights are compressed only if that pays, and do not shrink enough: they are to be kept plain."""
+    """Weights that are compressed only if that pays do not shrink enough: they are to be kept plain."""
 
 
 def settle(offer: CompressionOffer, planned: Planned, sizes: Mapping[GroupId, int]) -> Planned:
-    """The same split with the bytes that its compressed groups really have; ring and KV cache are planned anew. Raises,
-    if the choice is "auto", CompressionDoesNotPay where the groups hardly shrink or do not fit; for another choice
-    ValueError where they do not fit."""
+    """The same split with the bytes that its compressed groups really have; ring and KV cache are planned anew. If the
+    choice is "auto", raises CompressionDoesNotPay where the groups hardly shrink or do not fit; for another choice,
+    raises ValueError where they do not fit."""
     demand, residency = planned
     compressed = {group: sizes[group] for group in residency.compressed}
     settled = replace(demand, compressed=compressed)

@@ -1,11 +1,12 @@
 """The residency of a split: how large the ring is, how many KV pages there are, and what of it was shrunk.
 
-Torch-free: bytes in, a `Residency` out, before a byte of weights is loaded. Claims on a rank's memory, in order:
+Torch-free: it makes a `Residency` out of numbers of bytes, before a byte of weights is loaded. These claim a rank's
+memory, in order:
 
     | ring | workspace, activations, context, collectives, graphs | KV cache | resident groups | what is left: KV |
 
-Where nothing streams the weights come first. Which groups stay is search.py's; what a pass costs is time_model.py's,
-and what a table shows is residency_table.py's.
+Where nothing streams, the weights come first. search.py chooses which groups stay, time_model.py says what a pass
+costs, and residency_table.py shows the decision.
 """
 
 from dataclasses import dataclass, replace

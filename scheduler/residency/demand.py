@@ -1,4 +1,4 @@
-"""What an engine asks of one rank's memory: the input of search.py and residency.py. Torch-free: sizes in bytes,
+"""What an engine asks of one rank's memory: the input of search.py and decide.py. Torch-free. Sizes are in bytes,
 lengths in tokens."""
 
 from collections.abc import Callable, Mapping
@@ -31,12 +31,12 @@ class Demand:
 
     `groups` are in the order of a pass, the head last, and those of one name are alike. `embed_bytes` is 0 for a tied
     embedding, which uses the head's bytes. `compressed` gives the compressed bytes of the groups that may be
-    compressed, `buffer_bytes` the size of the decompression buffer if groups of these names are. `fixed` are named
-    claims that no split changes (activations, workspace, context ...); `fixed_of` gives them for another number of
-    sequences, which is planned, up to `max_num_seqs`, if `plans_num_seqs`. `memory_bytes` None stands for plain host
-    memory (a CPU), which has no limit here. `max_model_len` None allows the trained length, as far as it fits;
-    `len_option` names the option that sets it. `retention` says how many pages a sequence needs: enough for all of its
-    tokens, if it is not given.
+    compressed; `buffer_bytes` gives the size of the decompression buffer if groups of these names are compressed.
+    `fixed` are named claims that no split changes (activations, workspace, context ...); `fixed_of` gives them for
+    another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`. `memory_bytes` None
+    stands for plain host memory (a CPU), which has no limit here. `max_model_len` None allows the trained length, as
+    far as it fits; `len_option` names the option that sets it. `retention` says how many pages a sequence needs: enough
+    for all of its tokens, if it is not given.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -107,7 +107,7 @@ class Demand:
         return self.num_pages or self.pages(self.least_len) + 1
 
     def size(self, group: GroupId, nbytes: int, split: Split) -> int:
-        """Bytes of a group, plain `nbytes`, as it is kept."""
+        """Bytes of a group as it is kept, compressed or not; `nbytes` are those of the plain group."""
         return self.compressed[group] if group in split.compressed else nbytes
 
     def streamed(self, split: Split) -> list[tuple[GroupId, int]]:

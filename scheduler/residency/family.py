@@ -11,10 +11,10 @@ and the split fits if
     ring(s) + buffer + sum of (L - s) c + sum of p (b - c)  <=  memory - fixed(n) - KV(n)
 
 where ring is that of these streamed groups and buffer that of the kinds that are compressed. Weights that are not
-compressed have c = b and d = 0. Every number is tried for all kinds but the largest. For that one memory gives an upper
-bound of how many stay, and the best time so far a lower one, by the link: few numbers are between. The most that could
-be plain, if groups could be cut, gives a lower bound of a split's time, which dismisses most splits. Nothing is laid
-out before a split is chosen.
+compressed have c = b and d = 0. Every number is tried for all kinds but the largest. For the largest kind memory bounds
+from above how many groups stay, and the link, with the best time so far, from below: few numbers lie between. The most
+that could be plain, if groups could be cut, gives a lower bound of a split's time, which dismisses most splits. Nothing
+is laid out before a split is chosen.
 """
 
 import bisect
@@ -76,7 +76,7 @@ class Found(NamedTuple):
 
 
 class Family:
-    """All splits of a demand: either all groups are plain, or those that may be compressed are."""
+    """The splits of a demand: either all groups are plain, or those that may be compressed are."""
 
     def __init__(self, demand: Demand, cost: Cost, compressed: bool):
         self.demand, self.cost, self.compressed = demand, cost, compressed
@@ -87,9 +87,9 @@ class Family:
         self._patterns: dict[tuple[int, int], list[int]] = {}
         compressible = [kind for kind in self.kinds if kind.decompress_s]
         self._all_decompress_s = sum(kind.total * kind.decompress_s for kind in compressible)
-        self._most_saved = max(
+        self._most_saved = max(  # seconds a byte
             (k.decompress_s / k.extra_bytes for k in compressible if k.extra_bytes), default=0.0
-        )  # a byte
+        )
 
     def memory_for(self, num_seqs: int) -> float:
         """Bytes that so many sequences leave to weights, ring and decompression buffer."""
@@ -99,7 +99,7 @@ class Family:
         return demand.memory_bytes - demand.fixed_bytes - demand.wanted_pages(num_seqs) * demand.page_bytes
 
     def fastest(self, num_seqs: int) -> Found | None:
-        """The fastest split of so many sequences; None where none fits."""
+        """The fastest split of so many sequences; None where no split fits."""
         memory = self.memory_for(num_seqs)
         base_s = self.cost.steps_s(num_seqs, self.demand.kv_len)
         best = Found(math.inf, 0, 0.0)
@@ -173,8 +173,8 @@ class Family:
         return self._patterns[kind_idx, stay]
 
     def _least_ring(self, stay: tuple[int, ...], streamed: int) -> float:
-        """Bytes that the ring has at least: those of the largest group, or of three groups in the mean. (All of them
-        together count a group three times, but for the two at either end.)"""
+        """The fewest bytes that the ring can have: those of the largest group, or the mean of three groups in a row.
+        (All runs of three together count each group three times, but for the two at either end.)"""
         if self.demand.ring_bytes is not None:
             return 0
         number = sum(kind.total - count for count, kind in zip(stay, self.kinds))
@@ -203,9 +203,9 @@ class Family:
         return best
 
     def _most_plain(self, most: Sequence[int], room: float) -> tuple[list[int], float]:
-        """Up to `most` groups of each kind that save the most seconds in `room` bytes, and the bytes that are left.
-        Kinds are filled in turn, first those that save most a byte; a few groups less of one kind may let another fill
-        up."""
+        """Counts of groups of each kind, up to `most`, that save the most seconds in `room` bytes, and the bytes left.
+        Kinds are filled in turn, those that save most a byte first; a few groups fewer of one kind may make room for
+        more of another."""
         in_turn = sorted((kind_idx for kind_idx, n in enumerate(most) if n), key=self._saved_a_byte, reverse=True)
         best, best_s = ([0] * len(most), room), -1.0
 

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes that a plain group has more than a compressed one."""
+        """Bytes by which a plain group is larger than a compressed one."""
         return self.plain_bytes - self.kept_bytes
 
 
@@ -47,7 +47,8 @@ def find_kinds(demand: Demand, rates: Rates, compressed: bool) -> list[Kind]:
 
 
 def _allowed(demand: Demand, compressed: bool) -> dict[str, tuple[int, ...]]:
-    """The numbers of groups of each name that may stay. A fraction counts the layers' bytes as they are kept."""
+    """The numbers of groups of each name that may stay. A fraction that was asked for counts the layers' bytes as they
+    are kept."""
     totals = {name: len(members) for name, members in by_name([group for group, _ in demand.groups]).items()}
     if demand.resident == "auto":
         if demand.memory_bytes is None:

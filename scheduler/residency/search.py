@@ -1,6 +1,6 @@
 """The split with the most predicted tokens/s, and for how many sequences.
 
-Torch-free. The number of sequences that is asked for need not be the best: with a few less all weights may stay,
+Torch-free. The number of sequences that is asked for need not be the best: with a few fewer all weights may stay,
 and the others wait. A pass over more sequences never takes less time, so a number between two known ones, low < high,
 gives at most high / time(low) tokens/s: numbers between are tried only while that is more than the best so far.
 family.py finds the fastest split of a given number of sequences.
@@ -19,9 +19,10 @@ TOLERANCE = 0.003  # the share of the tokens/s that the number found may give le
 
 
 def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
-    """The demand, with the planned number of sequences if none was asked for, and the residency with the most tokens/s;
-    either all groups are plain, or those that may be compressed are. Where not even one full sequence fits, it is the
-    residency that leaves the KV cache most; also where that gives more tokens/s and neither number nor length is set.
+    """The demand, with the planned number of sequences if no number was asked for, and the residency with the most
+    tokens/s; either all groups are plain, or those that may be compressed are. The residency is the one that leaves
+    most to the KV cache where not even one full sequence fits otherwise. That one is also tried where neither the
+    number nor the length of sequences is set and more of them would fit.
 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
@@ -52,7 +53,7 @@ def _best(family: Family) -> tuple[int, Found] | None:
 
 
 def _most_seqs(demand: Demand) -> int:
-    """max_num_seqs, or fewer where the number of pages is known and bounds them."""
+    """The most sequences: max_num_seqs, or fewer where the number of pages is known and bounds them."""
     num_pages = demand.num_pages
     if num_pages is None and demand.memory_bytes is None:
         num_pages = CPU_KV_BYTES // demand.page_bytes + 1
@@ -83,8 +84,8 @@ def _holds(demand: Demand, split: Split) -> bool:
 
 
 def most_per_second(most: int, seconds: Callable[[int], float]) -> int | None:
-    """The n of 1 .. most with the greatest n / seconds(n), to TOLERANCE. `seconds` never falls, and is infinite from
-    where nothing fits; None if nothing ever does."""
+    """The n of 1 .. most with the greatest n / seconds(n), to TOLERANCE; None if not even one fits. `seconds` never
+    falls and is infinite where n do not fit."""
     if seconds(1) == math.inf:
         return None
     low, high = 1, most + 1

@@ -1,4 +1,4 @@
-"""Numbers that must agree: the engine's logits and greedy tokens, for every family and variant, with transformers'."""
+"""The engine's logits and greedy tokens agree with transformers', for every family and variant."""
 
 import copy
 
@@ -55,7 +55,7 @@ class Runs:
         return load_file(file)
 
     def reference(self, case: Case):
-        """transformers' logits for the tokens that this case generated: most cases of a variant generate the same."""
+        """Logits of transformers for the tokens that this case generated; most cases of a variant generate the same."""
         tokens = self.result(case)["tokens"]
         key = case.checkpoint, tuple(tokens.flatten().tolist())
         if key not in self.references:
@@ -71,8 +71,8 @@ def runs(request, tmp_path_factory):
 
 
 def each_case(cases):
-    """A variant on one rank, streamed, stands for all where order of sums is the question; two ranks add up partial
-    ones, too."""
+    """Parametrizes by cases, and marks with `tolerance` those that stand for all where the order of sums is the
+    question: variants on one rank, streamed, and two of them on two ranks, which add up partial sums."""
     alike = {case for case in cases if (case.tp_size, case.resident) == (1, "none")}
     alike |= {case for case in cases if case.tp_size == 2 and case.variant in ("llama_gqa", "neox_parallel")}
     marks = {case: [pytest.mark.tolerance] if case in alike else [] for case in cases}
@@ -92,7 +92,7 @@ def test_fp32_logits_and_tokens(case, runs, record_property):
 
 @each_case(fp32_cases())
 def test_the_case_ran_as_meant(case, runs):
-    """All its tokens after prompts in several chunks, and weights crossed the link exactly where they should."""
+    """Compares all tokens after prompts in several chunks; weights crossed the link exactly where they should."""
     result = runs.result(case)
     assert result["tokens"].shape[1] == case.max_tokens
     assert result["num_passes"] == case.num_passes
@@ -101,7 +101,7 @@ def test_the_case_ran_as_meant(case, runs):
 
 @each_case([case for case in fp32_cases() if case.tp_size > 1])
 def test_fp32_ranks_agree_with_one(case, runs):
-    """Compared as long as both have the same tokens behind them: to the end, unless a near tie parts them."""
+    """Compares ranks as long as both have the same tokens behind them: to the end, unless a near tie parts them."""
     many, one = runs.result(case), runs.result(Case(case.variant, 1, case.resident))
     one_logits, one_tokens = one["logits"][:, : case.max_tokens], one["tokens"][:, : case.max_tokens]
     shared = shared_prefix(many["tokens"], one_tokens)
@@ -112,7 +112,8 @@ def test_fp32_ranks_agree_with_one(case, runs):
 
 @each_case(half_cases())
 def test_half_precision(case, runs):
-    """As near to transformers in this dtype as its rounding allows, and about as near to fp32 as transformers is."""
+    """Compares in this dtype: the engine is as near to transformers as rounding allows, and about as near to fp32 as
+    transformers is."""
     result, reference, tolerance = runs.result(case), runs.reference(case), HALF_TOLERANCE[case.dtype]
     assert result["logits"].dtype == getattr(torch, case.dtype)
     assert relative_difference(result["logits"], reference).max() <= tolerance
@@ -126,7 +127,7 @@ def test_half_precision(case, runs):
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.can_be_off])
 def test_variant_matters(name, runs, tmp_path):
-    """With the variant switched off the same weights give other logits: the case does cross where it matters."""
+    """Switches the variant off: the same weights give other logits, so the case does test the variant."""
     case = Case(name, 1, "none")
     logits = runs.result(case)["logits"][:, :1]
     write_off(runs.folder / case.checkpoint, tmp_path, name)
@@ -135,7 +136,7 @@ def test_variant_matters(name, runs, tmp_path):
 
 
 def test_only_dynamic_has_no_switch():
-    """Inside the trained length it is the default; every other variant is shown to matter."""
+    """Lists variants that cannot be switched off: dynamic, which is the default inside the trained length."""
     assert {name for name, variant in VARIANTS.items() if not variant.can_be_off} == {"llama_dynamic"}
     assert {name for name, variant in VARIANTS.items() if variant.no_switch} == {"llama_dynamic"}
 

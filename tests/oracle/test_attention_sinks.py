@@ -53,8 +53,8 @@ USUAL = Schedule(4, 40, 16)
 SCHEDULES = [
     Schedule(4, 40, 4),  # chunks of two pages
     Schedule(16, 32, 16),  # the sinks fill a page
-    Schedule(6, 40, 8),  # they share one
-    Schedule(13, 40, 8),  # they share their second
+    Schedule(6, 40, 8),  # the sinks share a page
+    Schedule(13, 40, 8),  # the sinks share their second page
     Schedule(0, 40, 8),
     Schedule(4, 43, 8),  # the cache ends inside a page
     Schedule(1, 16, 16),  # a page is all that goes
@@ -64,7 +64,7 @@ SCHEDULES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(directory, transformers model) of a variant, made once."""
+    """The directory and the transformers model of a variant, made once."""
     folder, made = tmp_path_factory.mktemp("checkpoints"), {}
 
     def get(variant: str):
@@ -80,24 +80,24 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def generate(directory: str, schedule: Schedule, prompts: list[list[int]], params, **options: Any):
-    """The sequences of each prompt."""
+    """Sequences of each prompt."""
     with LLM(directory, **OPTIONS | schedule.options | options) as llm:
         return [output.outputs for output in llm.generate(prompts, params)]
 
 
 def fed(prompt: list[int], output: CompletionOutput) -> list[int]:
-    """All tokens but the last, which nothing attended to."""
+    """Tokens of the sequence but the last, which nothing attended to."""
     return prompt + output.token_ids[:-1]
 
 
 def reference_logits(model, schedule: Schedule, prompt: list[int], output: CompletionOutput) -> Tensor:
-    """(generated, vocab)"""
+    """The reference's logits (generated, vocab)."""
     tokens = fed(prompt, output)
     return sink_logits(model, tokens, schedule.held(len(tokens)))[len(prompt) - 1 :]
 
 
 def wrong_choices(output: CompletionOutput, reference: Tensor) -> list[int]:
-    """Where a greedy token is not the reference's best, nor the second of two as good as equal."""
+    """Greedy tokens that are neither the reference's best nor the second of a near tie."""
     values, tokens = reference.topk(2, dim=-1)
     near = values[:, 0] - values[:, 1] < NEAR_TIE * reference.abs().amax(-1)
     chosen = torch.tensor(output.token_ids)
@@ -106,8 +106,8 @@ def wrong_choices(output: CompletionOutput, reference: Tensor) -> list[int]:
 
 
 def logprob_error(output: CompletionOutput, reference: Tensor) -> float:
-    """Max|difference| over the sequence, of all tokens whose log probabilities were asked for."""
-    assert len(output.logprobs) == len(reference) and all(len(place) >= NUM_LOGPROBS for place in output.logprobs)
+    """The largest |difference| over the sequence, of all tokens whose log probabilities were asked for."""
+    assert len(output.logprobs) == len(reference) and all(len(top) >= NUM_LOGPROBS for top in output.logprobs)
     entries = [
         (row, token, entry.logprob) for row, by_id in enumerate(output.logprobs) for token, entry in by_id.items()
     ]
@@ -149,7 +149,8 @@ def test_schedules(models, schedule):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(models, variant):
-    """Where layers have windows of their own no more is held than fits, so that sinks are always in sight."""
+    """Generates in every variant. Where layers have windows of their own no more is held than fits into these, so that
+    sinks are always in sight."""
     _, model = models(variant)
     schedule = Schedule(2, 14, 4) if getattr(model.config, "sliding_window", None) else Schedule(3, 45, 8)
     check_greedy(models, variant, schedule, 160, resident="none")
@@ -177,7 +178,7 @@ def test_prompt_longer_than_the_cache(models, schedule, max_num_batched_tokens):
 
 @pytest.mark.parametrize("schedule", [Schedule(4, 40, 8), Schedule(3, 21, 4)], ids=str)
 def test_prompts_of_every_length_in_one_batch(models, schedule):
-    """Up to twice the cache; more than there are rows, so that rows are used again."""
+    """Generates for prompts of up to twice the cache, more of them than there are rows, so that rows are used again."""
     directory, model = models("llama_gqa")
     prompts = [TOKENS[:n] for n in range(1, 2 * (schedule.sinks + schedule.window))]
     options = {"resident": "all", "max_num_seqs": 24, "max_num_batched_tokens": 100}
@@ -187,15 +188,16 @@ def test_prompts_of_every_length_in_one_batch(models, schedule):
 
 
 def test_sampled_together_and_alone(models):
-    """Rows at different places of their schedules, two of them of one prompt: a row's tokens are its own affair."""
+    """Samples rows at different stages of their schedules, two of them of one prompt: a row's tokens depend on no other
+    row."""
     directory, model = models("llama_gqa")
     schedule, options = Schedule(4, 40, 8), {"resident": "none", "max_num_batched_tokens": 48}
     lengths, num_tokens, seeds = (3, 61, 150, 44), (200, 90, 120, 31), (11, 22, 33, 44)
     prompts = [TOKENS[-n:] for n in lengths]
     shared = {"temperature": 1.0, "ignore_eos": True, "logprobs": NUM_LOGPROBS}
     asked = [
-        SamplingParams(n=2 if place == 1 else 1, max_tokens=n, seed=seed, **shared)
-        for place, (n, seed) in enumerate(zip(num_tokens, seeds))
+        SamplingParams(n=2 if index == 1 else 1, max_tokens=n, seed=seed, **shared)
+        for index, (n, seed) in enumerate(zip(num_tokens, seeds))
     ]
     with LLM(directory, **OPTIONS | schedule.options | options) as llm:
         for prompt, params, together in zip(prompts, asked, llm.generate(prompts, asked)):
@@ -209,7 +211,7 @@ def test_sampled_together_and_alone(models):
 
 
 def test_comparison_passes_without_sinks(models):
-    """As long as nothing would be evicted, an engine that knows no sinks agrees."""
+    """Compares with an engine without sinks: both agree as long as nothing would be evicted."""
     directory, model = models("llama_gqa")
     with LLM(directory, **OPTIONS) as llm:
         (output,) = llm.generate([PROMPT], greedy(40))[0].outputs
@@ -218,7 +220,7 @@ def test_comparison_passes_without_sinks(models):
 
 @pytest.fixture(scope="module")
 def generated(models):
-    """What the engine generates by the schedule that the wrong references miss."""
+    """Outputs of the engine by the schedule that the wrong references miss."""
     schedule = Schedule(SINKS, WINDOW, page_size=CHUNK)
     assert eviction_chunk(WINDOW, CHUNK) == CHUNK
     directory, model = models("llama_gqa")

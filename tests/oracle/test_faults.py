@@ -1,7 +1,7 @@
-"""The comparison of logits with transformers, by which the engine is judged, fails for every fault put into it.
+"""The comparison of logits with transformers, by which the engine is judged, fails for every fault put into the engine.
 
 A fault must move the logits by a hundred times the tolerance, or be refused as NaN; without it the very same run
-passes. What each fault does is said in faults.py.
+passes. faults.py says what each fault does.
 """
 
 import math
@@ -56,7 +56,7 @@ FAULTS: dict[str, Fault] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(directory, transformers model) of a variant, made once."""
+    """The directory and the transformers model of a variant, made once."""
     folder, made = tmp_path_factory.mktemp("checkpoints"), {}
 
     def get(variant: str):
@@ -82,8 +82,8 @@ def logits_of(llm: LLM) -> tuple[torch.Tensor, list[int]]:
 
 @torch.inference_mode()
 def error_of(llm: LLM, reference) -> float:
-    """max|difference| / max|logit| against transformers over the sequence that the engine itself made; inf where the
-    engine refuses its own logits as NaN."""
+    """The error max|difference| / max|logit| against transformers over the sequence that the engine itself made; inf
+    where the engine refuses its own logits as NaN."""
     try:
         ours, tokens = logits_of(llm)
     except ValueError as error:
@@ -113,7 +113,7 @@ def test_fails_with_a_fault(models, variant, fault):
 
 
 def test_a_rotation_of_everything_is_no_fault(models):
-    """So off by one is to be looked for between queries and keys."""
+    """Shifts all positions, which moves nothing: off by one is to be looked for between queries and keys."""
     assert run(models("llama_gqa"), rope_shifted("all")) < TOLERANCE
 
 
@@ -132,8 +132,8 @@ def smallest_ring(models):
 @pytest.mark.parametrize("group", [ATTN, FFN, HEAD], ids=str)
 @pytest.mark.parametrize("lanes", ["latest", "random"])
 def test_slot_read_early(models, smallest_ring, variant, group, lanes):
-    """Seen by its stale bytes, and beyond doubt where freed slots are poisoned. Copies that are always early hide it:
-    the other orders of the lanes are there to show it."""
+    """Drops a wait: stale bytes show it, and beyond doubt where freed slots are poisoned. Copies that are always early
+    hide it; the other orders of the lanes show it."""
     ring, poisoned = smallest_ring(variant), {"lanes": lanes, "poison": True}
     assert run(models(variant), ring=ring, debug=poisoned) < TOLERANCE
     assert run(models(variant), early_read(group), ring=ring, debug={"lanes": lanes}) > LOUD
@@ -146,7 +146,7 @@ def test_slot_read_early(models, smallest_ring, variant, group, lanes):
 @pytest.mark.parametrize("group", [ATTN, FFN, GroupId(2, "ffn")], ids=str)
 @pytest.mark.parametrize("lanes", ["latest", "random"])
 def test_slot_read_early_in_the_usual_ring(models, variant, group, lanes):
-    """One order at random may be harmless, a few of them are not."""
+    """Tries a few orders at random, since one may be harmless."""
     poisoned = {"lanes": lanes, "poison": True}
     errors = (run(models(variant), early_read(group), debug=poisoned, seed=seed) for seed in range(4))
     assert math.inf in errors
@@ -155,7 +155,7 @@ def test_slot_read_early_in_the_usual_ring(models, variant, group, lanes):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("lanes", ["earliest", "random"])
 def test_slot_written_early(models, smallest_ring, variant, lanes):
-    """The next group is copied over the one that is being read."""
+    """Copies the next group over the one that is being read."""
     ring = smallest_ring(variant)
     assert run(models(variant), early_write(FFN), ring=ring, debug={"lanes": lanes}) > LOUD
     assert run(models(variant), early_write(FFN), ring=ring, debug={"lanes": "latest"}) < TOLERANCE
@@ -170,7 +170,7 @@ def two_ranks(models):
 
 @pytest.mark.parametrize("lost", [None, ("embed_allreduce", -1), ("attn_allreduce", 1), ("ffn_allreduce", 2)], ids=str)
 def test_missing_reduce_on_one_rank(two_ranks, lost):
-    """The other rank's half of an o or down projection, or of the embedding, is lost on rank 0."""
+    """Loses on rank 0 the other rank's half of an o or down projection, or of the embedding."""
     llm, reference = two_ranks
     with llm.engine.watched_by(lost_reduce(*lost) if lost else Watch()):
         error = error_of(llm, reference)

@@ -1,6 +1,6 @@
 """The four mistakes of the first GPT-NeoX engine with fused kernels, each put into this one: 1. a serial residual where
 it is parallel, 2. a kernel that is never called, 3. inputs that are not contiguous, not aligned or bf16, which a kernel
-takes for others, 4. another order of additions. Each is found, by step, and nothing is found without it.
+takes for others, 4. another order of additions. The step of each is found, and nothing is found without a mistake.
 """
 
 import pytest
@@ -68,7 +68,7 @@ def named(rows: list[Row]) -> tuple[int, str] | None:
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_1_serial_residual_where_it_is_parallel(checkpoint, dtype):
-    """Mistake 1: GPT-NeoX's use_parallel_residual is not followed."""
+    """Makes mistake 1: GPT-NeoX's use_parallel_residual is not followed."""
     rows = compare(checkpoint("neox_parallel"), TOKENS, dtype, **RUN, mutate=other_residual)
     assert named(rows) == (0, "attn_residual") and "no such step" in first_fault(rows).fault
     norms = [row for row in rows if row.step == "ffn_norm"]
@@ -77,7 +77,7 @@ def test_1_serial_residual_where_it_is_parallel(checkpoint, dtype):
 
 
 def test_1_parallel_residual_where_it_is_serial(checkpoint):
-    """Mistake 1, the other way round."""
+    """Makes mistake 1 the other way round."""
     rows = compare(checkpoint("neox_serial"), TOKENS, **RUN, mutate=other_residual)
     assert named(rows) == (0, "ffn_norm")
     absent = [(row.layer_idx, row.step) for row in rows if row.fault and "our plan has no" in row.fault]
@@ -86,8 +86,9 @@ def test_1_parallel_residual_where_it_is_serial(checkpoint):
 
 @pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.names])
 def test_2_kernel_never_called(checkpoint, monkeypatch, name):
-    """Mistake 2: the kernel is there and its own tests pass, but the engine computes without it. No state and no token
-    shows that: the calls do. (That they pass where the kernel runs is in tests/engine/test_kernels.py.)"""
+    """Makes mistake 2: the kernel is there and its own tests pass, but the engine computes without it. No state and no
+    token shows that: the calls do. (tests/engine/kernels/test_kernels.py shows that they pass where the kernel
+    runs.)"""
     kernel = KERNELS[name]
     options = (
         {"dtype": "bfloat16", "weights_compression": "lossless"}
@@ -106,7 +107,7 @@ def test_2_kernel_never_called(checkpoint, monkeypatch, name):
 
 @pytest.mark.parametrize("kind", MISREADINGS)
 def test_3_kernels_take_their_inputs_as_they_are(checkpoint, monkeypatch, kind):
-    """Mistake 3 is not made: every kernel respects gaps between rows, odd addresses and bf16."""
+    """Makes no mistake: every kernel respects gaps between rows, odd addresses and bf16."""
     _, layout, dtype, names = MISREADINGS[kind]
     mutate = together(by_kernels(monkeypatch, *names), laid_out(layout))
     rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
@@ -115,7 +116,8 @@ def test_3_kernels_take_their_inputs_as_they_are(checkpoint, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, row in MISREADINGS.items() for name in row[3]])
 def test_3_kernel_takes_its_inputs_for_others(checkpoint, monkeypatch, kind, name):
-    """Mistake 3: a kernel takes rows to follow each other, addresses to be multiples of 16 bytes, or bf16 for fp16."""
+    """Makes mistake 3: a kernel takes rows to follow each other, addresses to be multiples of 16 bytes, or bf16 for
+    fp16."""
     misread, layout, dtype, _ = MISREADINGS[kind]
     mutate = together(by_kernels(monkeypatch, name, misread=misread), laid_out(layout))
     rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
@@ -128,8 +130,8 @@ def test_3_kernel_takes_its_inputs_for_others(checkpoint, monkeypatch, kind, nam
     "variant, fault", [("neox_parallel", attention_added_first), ("neox_serial", residual_added_last)]
 )
 def test_4_another_order_of_additions(checkpoint, variant, fault, dtype, layer_idx):
-    """Mistake 4: `ffn + (attn + x)` where the residual is parallel, `(ffn + attn) + x` where it is serial. No tolerance
-    would see it in one layer: the bits do."""
+    """Makes mistake 4: `ffn + (attn + x)` where the residual is parallel, `(ffn + attn) + x` where it is serial. No
+    tolerance would show it in one layer: the bits do."""
     rows = compare(checkpoint(variant), TOKENS, dtype, **RUN, mutate=fault(layer_idx))
     first = first_fault(rows)
     assert named(rows) == (layer_idx, "ffn_residual") and "order of additions" in first.fault
@@ -140,7 +142,7 @@ def test_4_another_order_of_additions(checkpoint, variant, fault, dtype, layer_i
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("variant", ["neox_parallel", "neox_serial", "qwen3"])
 def test_additions_in_fused_steps(checkpoint, monkeypatch, variant, dtype):
-    """No mistake: the kernel that adds and norms adds in transformers' order, layer by layer, in every bit."""
+    """Makes no mistake: the kernel that adds and norms adds in transformers' order, layer by layer, in every bit."""
     mutate = by_kernels(monkeypatch, "residual_norm")
     rows = compare(checkpoint(variant, **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
     assert first_fault(rows) is None
@@ -151,7 +153,8 @@ def test_additions_in_fused_steps(checkpoint, monkeypatch, variant, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_4_another_order_of_additions_in_fused_steps(checkpoint, monkeypatch, dtype):
-    """Mistake 4 in the kernel that adds and norms: half of x before the delta, half of it after. Only bits show it."""
+    """Makes mistake 4 in the kernel that adds and norms: half of x comes before the delta, half after. Only bits show
+    it."""
     kernel = KERNELS["residual_norm"].kernel
 
     def adds_in_another_order(x, delta, *rest):
@@ -173,6 +176,6 @@ def test_4_another_order_of_additions_in_fused_steps(checkpoint, monkeypatch, dt
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("variant", ["neox_parallel", "neox_serial", "qwen3", "llama_gqa"])
 def test_nothing_is_found_on_a_gpu(checkpoint, variant, dtype):
-    """All kernels, fused steps and decode passes, layer by layer."""
+    """Compares all kernels, fused steps and decode passes, layer by layer."""
     rows = compare(checkpoint(variant), TOKENS, dtype, **RUN | {"device": "cuda"})
     assert first_fault(rows) is None

@@ -1,4 +1,4 @@
-"""The oracle of attention sinks is itself held to transformers, where nothing is evicted, and to plain loops."""
+"""The oracle of attention sinks, held to transformers where nothing is evicted, and to plain loops."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ def plain_logits(model) -> torch.Tensor:
 
 
 def test_schedule_by_hand():
-    """2 sinks, a window of 4, 3 evicted at once."""
+    """A schedule by hand: 2 sinks, a window of 4, 3 evicted at once."""
     assert held_indices(11, sinks=2, window=4, chunk=3) == [
         [0],
         [0, 1],
@@ -74,7 +74,8 @@ def test_schedule_holds_the_sinks_and_the_newest(sinks, window, chunk):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_is_transformers_while_nothing_is_evicted(models, variant):
-    """Also shows the rotation of every rope type, GQA and the layers' own windows, counted in places."""
+    """Compares with transformers; that also shows the rotation of every rope type, GQA and the layers' own windows,
+    which count tokens that are held."""
     model, everything = models(variant), held_indices(len(TOKENS), 4, len(TOKENS) - 4, 16)
     logits = sink_logits(model, TOKENS, everything, layer_windows=True)
     assert difference(logits, plain_logits(model)) < TOLERANCE
@@ -89,7 +90,7 @@ def test_is_transformers_without_sinks_while_nothing_is_evicted(models):
 
 @pytest.mark.tolerance
 def test_is_a_sliding_window_without_sinks_one_evicted_at_a_time(models):
-    """transformers' own window of 16, rotated by positions in the sequence: only distances count."""
+    """Compares with transformers' own window of 16, rotated by positions in the sequence: only distances count."""
     model = models("mistral_window")
     logits = sink_logits(model, TOKENS, held_indices(len(TOKENS), 0, 16, 1))
     assert difference(logits, plain_logits(model)) < TOLERANCE
@@ -107,19 +108,21 @@ def test_layer_windows_matter_only_where_more_is_held(models):
 
 @pytest.mark.tolerance
 @pytest.mark.parametrize("variant", ["llama_gqa", "llama_yarn", "neox_partial_rotary"])
-def test_places_matter_only_with_sinks(models, variant):
-    """Without sinks the held are neighbours, and their distances are the same by either count."""
+def test_positions_matter_only_with_sinks(models, variant):
+    """Rotates by both counts. Without sinks the held tokens are neighbours, and their distances are the same by
+    either."""
     model = models(variant)
     differences = []
     for sinks in (0, 4):
         held = held_indices(len(TOKENS), sinks, 40, 8)
-        by_position = sink_logits(model, TOKENS, held, absolute_places=True)
+        by_position = sink_logits(model, TOKENS, held, absolute_positions=True)
         differences.append(difference(by_position, sink_logits(model, TOKENS, held)))
     assert differences[0] < TOLERANCE and differences[1] > CHANGED
 
 
 class PlainLlama:
-    """One token at a time, head by head and key by key, in fp64; of transformers only weights, norms and MLPs."""
+    """A Llama in fp64 that takes one token at a time, head by head and key by key, with only weights, norms and MLPs of
+    transformers."""
 
     def __init__(self, model, sinks: int, window: int, chunk: int):
         self.model = copy.deepcopy(model).double()
@@ -131,8 +134,8 @@ class PlainLlama:
         self.caches = [[] for _ in self.model.model.layers]  # of each layer, in order of age: (keys, values) of a token
 
     @torch.no_grad()
-    def step(self, token: int) -> torch.Tensor:
-        """(vocab,)"""
+    def feed(self, token: int) -> torch.Tensor:
+        """Logits (vocab,) after one more token."""
         x = self.model.model.embed_tokens.weight[token]
         for layer, cache in zip(self.model.model.layers, self.caches):
             x = x + self._attention(layer.self_attn, cache, layer.input_layernorm(x))
@@ -154,15 +157,15 @@ class PlainLlama:
     def _head(self, query, kv_head: int, cache: list):
         query = self._rotated(query, len(cache) - 1)
         scores = [
-            float(query @ self._rotated(keys[kv_head], place)) / math.sqrt(self.head_dim)
-            for place, (keys, _) in enumerate(cache)
+            float(query @ self._rotated(keys[kv_head], position)) / math.sqrt(self.head_dim)
+            for position, (keys, _) in enumerate(cache)
         ]
         weights = [math.exp(score - max(scores)) for score in scores]
         return sum(w / sum(weights) * values[kv_head] for w, (_, values) in zip(weights, cache))
 
-    def _rotated(self, x, place: int):
+    def _rotated(self, x, position: int):
         half = self.head_dim // 2
-        turns = [place * self.theta ** (-i / half) for i in range(half)]
+        turns = [position * self.theta ** (-i / half) for i in range(half)]
         cos, sin = (torch.tensor([f(turn) for turn in turns], dtype=x.dtype) for f in (math.cos, math.sin))
         first, second = x[:half], x[half:]
         return torch.cat([first * cos - second * sin, second * cos + first * sin])
@@ -170,10 +173,10 @@ class PlainLlama:
 
 @pytest.mark.parametrize("sinks, window, chunk", [(3, 10, 4), (0, 9, 2)])
 def test_is_what_plain_loops_compute(models, sinks, window, chunk):
-    """Past several evictions; the last of the 3 sinks has no page to itself."""
+    """Compares past several evictions; the last of the 3 sinks has no page to itself."""
     model, tokens = models("llama_gqa"), TOKENS[:40]
     plain = PlainLlama(model, sinks, window, chunk)
-    expected = torch.stack([plain.step(token) for token in tokens])
+    expected = torch.stack([plain.feed(token) for token in tokens])
     logits = sink_logits(model, tokens, held_indices(len(tokens), sinks, window, chunk))
     assert difference(logits, expected.float()) < TOLERANCE
 

@@ -33,14 +33,14 @@ TIGHT = ("resident", "mixed")  # these have memory for compressed groups only
 
 
 def plan_of(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> EnginePlan:
-    """`memory_bytes` is that of a GPU, None on a CPU."""
+    """The plan of a case; `memory_bytes` is that of a GPU, None on a CPU."""
     config = EngineConfig(model, **{**OPTIONS, **options})
     spec = read_spec(read_config(model), model)
     return make_engine_plan(config, spec, tp_size, memory_bytes, plan_rates(config, tp_size, config.device))
 
 
 def least_memory(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> int:
-    """The fewest bytes in which it fits, to a KiB."""
+    """The fewest bytes in which the case fits, to a KiB."""
 
     def fits(num_kib: int) -> bool:
         try:
@@ -84,7 +84,8 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
 
 
 def main(folder: Path, variants: list[str]) -> None:
-    """Prepares passes before the tokens of the one before are known, where weights stream, as on a GPU."""
+    """Runs all cases on one rank of torchrun. Where weights stream, passes are prepared before the tokens of the one
+    before are known, as on a GPU."""
     Engine.lookahead = property(lambda engine: int(engine.work.streamed_bytes > 0))
     tp_size = int(os.environ["WORLD_SIZE"])
     facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}

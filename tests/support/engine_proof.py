@@ -32,8 +32,8 @@ PROMPT = [5, 17, 3, 99, 42, 8]
 
 @dataclass
 class Run:
-    """`states`: what each step wrote, in order; `due`: calls that the steps which ran had to make; `made`: the rise of
-    each kernel's counters, by kernel and kind."""
+    """A run of the engine. `states` are what each step wrote, in order, `due` the calls that the steps which ran had to
+    make, `made` the rise of each kernel's counters, by kernel and kind."""
 
     tokens: list[int] = field(default_factory=list)
     states: list[tuple[Compute, str, Tensor]] = field(default_factory=list)
@@ -111,7 +111,7 @@ def prove_states_and_tokens(run: Run, other: Run, tolerance: float) -> None:
 
 
 def prove_calls(run: Run, names: Iterable[str]) -> None:
-    """Each kernel was called by every step that had to, and never gave way to its reference there."""
+    """Asserts that each kernel was called by every step that had to, and never gave way to its reference there."""
     for name in names:
         due, made = run.due[name], run.made[name]
         assert due > 0, f"{name}: no step that ran has to call it"

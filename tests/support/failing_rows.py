@@ -57,7 +57,7 @@ def choose_token(outputs: list[RequestOutput]) -> tuple[int, int]:
 
 
 def ending_at(token: int) -> list[SamplingParams]:
-    """The same, but that a stop ends the prompt that fails."""
+    """Sampling parameters like PARAMS, but with a stop that ends the prompt that fails."""
     return [replace(params, stop_token_ids=[token]) if i == FAILS else params for i, params in enumerate(PARAMS)]
 
 
@@ -112,8 +112,8 @@ def fill_all_pages(llm: LLM) -> list[list[int]]:
 
 
 def assert_fails_alone_twice(llm: LLM, stopped: Run, filled: list[list[int]]) -> None:
-    """The poisoned model's prompts are as in `stopped`, bit for bit; what pages hold from their last owner, be it NaN
-    everywhere, does not reach the next, which gives the tokens `filled`."""
+    """Asserts that the poisoned model's prompts are as in `stopped`, bit for bit. What pages hold from their last
+    owner, be it NaN everywhere, does not reach the next, which gives the tokens `filled`."""
     for _ in range(2):
         failed = run(llm, PARAMS)
         assert_others_are_as_if_stopped(failed.outputs, stopped.outputs)

@@ -1,6 +1,6 @@
-"""Judges whether a PassPlan is safe, by another way than plan_check.py: it is run, twice in a row, on two clocks.
+"""Judges whether a PassPlan is safe, by another way than check.py: it runs the plan, twice in a row, on two clocks.
 
-Once with copies that take no time (a copy comes as early as its waits allow) and once with copies that take for ever.
+One run has copies that take no time (a copy comes as early as its waits allow), one has copies that take for ever.
 If a wait is missing, one of the two shows it: with no path of events between a copy and a reader, the copy starts no
 later than the reader in the one run, and the reader no later than the copy in the other.
 """
@@ -23,11 +23,11 @@ class Use:
 
 def is_hazardous(plan: PassPlan) -> bool:
     speeds = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
-    return _decodes_too_late(plan) or any(_hazard(plan, compute_s, copy_s) for compute_s, copy_s in speeds)
+    return _decompresses_too_late(plan) or any(_hazard(plan, compute_s, copy_s) for compute_s, copy_s in speeds)
 
 
-def _decodes_too_late(plan: PassPlan) -> bool:
-    """Whether a step of a compressed group finds another byte in its place than those its group was decompressed to."""
+def _decompresses_too_late(plan: PassPlan) -> bool:
+    """Whether a step of a compressed group finds bytes in its group's slot that are not those of its group."""
     compressed, bytes_of = {i.group: i.slot for i in plan.instructions if isinstance(i, Decompress)}, {}
     for instruction in plan.instructions:
         group = getattr(instruction, "group", None)
@@ -40,9 +40,9 @@ def _decodes_too_late(plan: PassPlan) -> bool:
     return False
 
 
-def _bounds(place: Slot) -> tuple[int, int]:
-    """In units of 256 bytes, of which all sizes here are multiples."""
-    return place.offset // 256, place.end // 256
+def _bounds(slot: Slot) -> tuple[int, int]:
+    """Bounds of a slot in units of 256 bytes, of which all sizes here are multiples."""
+    return slot.offset // 256, slot.end // 256
 
 
 def _hazard(plan: PassPlan, compute_s: float, copy_s: float) -> bool:
@@ -75,8 +75,8 @@ def _hazard(plan: PassPlan, compute_s: float, copy_s: float) -> bool:
 
 
 def _is_stale(read: Use, writes: list[Use]) -> bool:
-    """Whether the last write into these bytes that began before the read ended is another group's, was not complete,
-    or is for a later pass: a copy over the same bytes is a race as well."""
+    """Whether the last write into these bytes that began before the read ended is another group's, was not complete, or
+    is for a later pass: a copy of the same bytes over themselves is a race as well."""
     last = None
     for write in writes:
         if write.slot.overlaps(read.slot) and write.start <= read.end:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def sums_apart(num_terms: int, total: float | Tensor, dtype: torch.dtype = torch.float32) -> float | Tensor:
-    """Of two sums of `num_terms` numbers in `dtype`, whose sizes add up to at most `total`: num_terms times the largest
-    of them, or less where more is known. Also of one such sum and the exact one, twice over."""
+    """The most by which two sums of `num_terms` numbers in `dtype` may be apart. The sizes of the numbers add up to at
+    most `total`: num_terms times the largest, or less where more is known. It is twice the most by which one sum and
+    the exact one may be apart."""
     return num_terms * torch.finfo(dtype).eps * total
 
 
@@ -23,10 +24,11 @@ def norm_ulps(width: int) -> float:
 def attention_apart(
     query_size: Tensor, key_size: Tensor, value_size: float, scale: float, dtype: torch.dtype = torch.float32
 ) -> float:
-    """Of two ways to attend that add up in float32, and round weights and result to `dtype`. Sizes are absolute values:
-    queries (N, E), keys (C, E) of one head, and the largest value.
+    """The most by which two ways to attend may be apart that add up in float32, and round weights and result to
+    `dtype`. Sizes are absolute values: those of queries (N, E) and keys (C, E) of one head, and the largest of the
+    values.
 
-    A score's error is one of its weight, relative, and of the weights' sum; weights add up to one.
+    The error of a score is a relative error of its weight, and of the weights' sum; weights add up to one.
     """
     num_keys, head_dim = key_size.shape
     largest_score = float((query_size.double() @ key_size.double().t()).max()) * scale

@@ -16,7 +16,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def generate(llm: LLM) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens (prompts, n) and logits (prompts, n, vocab)."""
+    """Tokens (prompts, n), chosen greedily, and logits (prompts, n, vocab)."""
     logits = capture_logits(llm)
     outputs = llm.generate(prompts(), GREEDY)
     tokens = torch.tensor([output.outputs[0].token_ids for output in outputs])

@@ -1,4 +1,4 @@
-"""Rows that attend to their own keys beside rows that attend to gathered ones: the same as all of them gathered."""
+"""Rows that attend to their own keys, beside rows that attend to gathered ones, give what they give gathered."""
 
 import random
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ LARGEST = 5.0  # of the normal numbers that are drawn here
 
 
 def batch_of(rows: list[tuple[int, int]], seed: int) -> Batch:
-    """Rows of (start, tokens), their pages in any order."""
+    """A batch of rows (start, tokens), whose pages are in any order."""
     pages = list(range(1, NUM_PAGES))
     random.Random(seed).shuffle(pages)
     made = []
-    for place, (start, num_tokens) in enumerate(rows):
+    for index, (start, num_tokens) in enumerate(rows):
         own = tuple(pages.pop() for _ in range(-(-(start + num_tokens) // PAGE_SIZE)))
-        made.append(BatchRow(place, tuple(range(num_tokens)), start, own, True, None))
+        made.append(BatchRow(index, tuple(range(num_tokens)), start, own, True, None))
     return Batch(tuple(made))
 
 
@@ -84,7 +84,7 @@ class Spec:
     ],
 )
 def test_which_rows_are_whole(spec, capability, longest, monkeypatch):
-    """No longer than the narrowest window, and only where cuDNN takes them: nothing falls back unseen."""
+    """Rows are whole up to the narrowest window, and only where cuDNN takes them: nothing falls back unseen."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     cuda = torch.device("cuda")
@@ -98,7 +98,7 @@ def test_which_rows_are_whole(spec, capability, longest, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [[(0, 1024)], [(9, 1), (0, 1500), (700, 6), (0, 30), (0, 2048), (0, 1)]], ids=str)
 def test_whole_rows_on_a_gpu(rows, dtype):
-    """By the kernels that a GPU takes; both ways round to the dtype once."""
+    """Compares the kernels that a GPU takes; both ways round to the dtype once."""
     before = attention.calls["whole"]
     batch, settings = batch_of(rows, seed=3), {"window": None, "dtype": dtype, "device": "cuda", "head_dim": 128}
     whole = attended(batch, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)

@@ -67,7 +67,7 @@ def masked_logits(num_rows: int) -> torch.Tensor:
 
 
 def warpers(sampling: RowSampling) -> list:
-    """transformers' processors, in the order of its generate()."""
+    """Processors of transformers, in the order of its generate()."""
     library = pytest.importorskip("transformers.generation.logits_process")
     chosen = [library.TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_k:
@@ -130,8 +130,8 @@ PENALTIES = [
 @pytest.mark.tolerance
 @pytest.mark.parametrize("fields", PENALTIES, ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
-def test_penalties_over_steps_equal_transformers(fields, temperature, device):
-    """Ten steps of two requests, prompts in two chunks, against a run on the growing ids."""
+def test_penalties_over_passes_equal_transformers(fields, temperature, device):
+    """Runs ten passes of two requests, with prompts in two chunks, against processors on the growing ids."""
     library = pytest.importorskip("transformers.generation.logits_process")
     sampling = replace(GREEDY, temperature=temperature, **fields)
     sampler = with_rows([GREEDY, sampling, GREEDY, sampling], device)
@@ -141,18 +141,18 @@ def test_penalties_over_steps_equal_transformers(fields, temperature, device):
             observe(sampler, row, torch.tensor(chunk, device=device))
     outputs = {row: [] for row in prompts}
     repetition = library.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
-    for step in range(10):
-        logits = random_logits(2, seed=step % 2, scale=6.0)  # few and peaked, so that tokens come back
-        for place, row in enumerate(prompts):
-            expected = repetition(torch.tensor([prompts[row] + outputs[row]]), logits[place : place + 1])
+    for pass_idx in range(10):
+        logits = random_logits(2, seed=pass_idx % 2, scale=6.0)  # few and peaked, so that tokens come back
+        for index, row in enumerate(prompts):
+            expected = repetition(torch.tensor([prompts[row] + outputs[row]]), logits[index : index + 1])
             counts = torch.bincount(torch.tensor(outputs[row], dtype=torch.int64), minlength=V)
             expected = expected - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
             expected = expected / (temperature or 1.0)
-            processed = process(sampler, logits.to(device), list(prompts))[place].cpu()
+            processed = process(sampler, logits.to(device), list(prompts))[index].cpu()
             torch.testing.assert_close(processed, expected[0], rtol=2e-6, atol=1e-6)
             if set(fields) == {"repetition_penalty"}:
                 assert torch.equal(processed, expected[0])
-        tokens = run(sampler, logits.to(device), list(prompts), step).tokens.tolist()
+        tokens = run(sampler, logits.to(device), list(prompts), pass_idx).tokens.tolist()
         for row, token in zip(prompts, tokens, strict=True):
             outputs[row].append(token)
         assert sampler.last_tokens[list(prompts)].tolist() == tokens
@@ -171,7 +171,7 @@ def test_a_reset_row_forgets(device):
     used, fresh = with_rows([GREEDY, sampling], device), with_rows([GREEDY, sampling], device)
     logits = random_logits(1).to(device)
     observe(used, 1, torch.arange(V // 2, device=device))
-    first = [run(used, logits, [1], step).tokens.item() for step in range(5)]
+    first = [run(used, logits, [1], pass_idx).tokens.item() for pass_idx in range(5)]
     used.set_rows({1: replace(sampling, presence_penalty=0.0)})
     used.set_rows({1: GREEDY})
     assert torch.equal(process(used, logits, [1]), logits)
@@ -179,7 +179,7 @@ def test_a_reset_row_forgets(device):
     used.set_rows({1: sampling})
     assert torch.equal(process(used, logits, [1]), process(fresh, logits, [1]))
     observe(fresh, 1, torch.arange(V // 2, device=device))
-    assert [run(fresh, logits, [1], step).tokens.item() for step in range(5)] == first
+    assert [run(fresh, logits, [1], pass_idx).tokens.item() for pass_idx in range(5)] == first
 
 
 def test_penalty_state_is_allocated_for_the_first_that_asks():
@@ -192,7 +192,7 @@ def test_penalty_state_is_allocated_for_the_first_that_asks():
 
 
 def test_draws_follow_softmax():
-    """Chi-square over 20000 seeds, with a temperature and one filtered token."""
+    """Compares 20000 seeds by chi-square, with a temperature and one filtered token."""
     num_rows = 20000
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, -9.0, 0.5])
     sampling = [replace(PLAIN, temperature=1.5, min_p=0.01, seed=seed * 2**40 + 17) for seed in range(num_rows)]
@@ -206,7 +206,7 @@ def test_draws_follow_softmax():
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should():
-    """The noise's tail: 2**18 draws (64 positions of 4096 seeds) of a token of probability 2**-12."""
+    """Tests the noise's tail: 2**18 draws (64 positions of 4096 seeds) of a token of probability 2**-12."""
     num_rows = 4096
     logits = torch.tensor([0.0, -torch.log(torch.tensor(4095.0))]).expand(num_rows, -1)
     sampler = with_rows([replace(PLAIN, seed=seed) for seed in range(num_rows)], vocab_size=2)
@@ -236,21 +236,23 @@ MIXED = [
 ]
 
 
-def decode(order: list[int], rows: dict[int, int], vocab_size: int, device: str, steps: int = 4) -> dict[int, list]:
-    """All results, bit for bit, of the requests MIXED[order] in one batch; request i is on row rows[i]."""
+def decode(
+    order: list[int], rows: dict[int, int], vocab_size: int, device: str, num_passes: int = 4
+) -> dict[int, list]:
+    """Results, bit for bit, of the requests MIXED[order] in one batch; request i is on row rows[i]."""
     sampler = Sampler(32, vocab_size, device)
     for request in order:
         sampler.set_rows({rows[request]: MIXED[request]})
         observe(sampler, rows[request], torch.arange(request, 50, 3, device=device))
-    logits = random_logits(len(MIXED) * steps, vocab_size).view(steps, len(MIXED), vocab_size)
+    logits = random_logits(len(MIXED) * num_passes, vocab_size).view(num_passes, len(MIXED), vocab_size)
     results: dict[int, list] = {request: [] for request in order}
-    for step in range(steps):
-        positions = [100 * request + step for request in order]
-        output = run(sampler, logits[step, order].to(device), [rows[request] for request in order], positions)
-        for place, request in enumerate(order):
-            results[request].append(output.tokens[place].item())
+    for pass_idx in range(num_passes):
+        positions = [100 * request + pass_idx for request in order]
+        output = run(sampler, logits[pass_idx, order].to(device), [rows[request] for request in order], positions)
+        for index, request in enumerate(order):
+            results[request].append(output.tokens[index].item())
             if MIXED[request].num_logprobs >= 0:
-                results[request] += [field[place].tolist() for field in output.logprobs]
+                results[request] += [field[index].tolist() for field in output.logprobs]
     return results
 
 
@@ -268,7 +270,7 @@ def test_a_row_does_not_see_its_batch(vocab_size, device, monkeypatch):
 
 
 def test_kernels_read_a_batch_whole_and_give_the_same_tokens(monkeypatch):
-    """Filters and draws by Triton, as on a GPU: in one call of each, unless a row asks for penalties."""
+    """Runs filters and draws by Triton, as on a GPU: one call of each, unless a row asks for penalties."""
     samplings = [GREEDY, replace(PLAIN, seed=3), replace(PLAIN, temperature=0.7, top_p=0.8, min_p=0.01, seed=4)]
     logits, rows = random_logits(3).bfloat16(), [0, 1, 2]
     penalised = [replace(GREEDY, repetition_penalty=1.3), *samplings[1:]]
@@ -364,17 +366,17 @@ def test_no_rows():
 
 
 def test_the_pad_row_may_stand_beside_rows_that_ask_for_anything(device):
-    """Rows of a bucket that belong to nobody go through every stage; they disturb no one and stay greedy."""
+    """Sends rows of a bucket that belong to no request through every stage: they disturb no row and stay greedy."""
     samplings = [replace(PLAIN, top_k=3, seed=4, repetition_penalty=1.5, frequency_penalty=0.5), GREEDY]
     sampler, alone = (with_rows(samplings, device) for _ in range(2))
-    for step in range(4):
-        logits = random_logits(5, seed=step).to(device)
+    for pass_idx in range(4):
+        logits = random_logits(5, seed=pass_idx).to(device)
         padded = sampler(
             logits,
             torch.tensor([0, 1, 2, 2, 2], device=device),
-            torch.full((5,), step, device=device),
+            torch.full((5,), pass_idx, device=device),
             sampler.asked([0, 1]),
         )
-        expected = run(alone, logits[:2], [0, 1], step).tokens.tolist()
+        expected = run(alone, logits[:2], [0, 1], pass_idx).tokens.tolist()
         assert padded.tokens.tolist() == expected + logits[2:].argmax(-1).tolist()
     assert torch.equal(sampler.output_counts, alone.output_counts)

@@ -100,7 +100,7 @@ def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("options", [{}, {"window": 100, "num_queries": 2}])
 def test_any_number_of_segments(options):
-    """Eight segments of 200 tokens leave some empty; min_segment makes fewer of them."""
+    """Tries eight segments of 200 tokens, which leave some empty; min_segment makes fewer of them."""
     inputs = make((4, 1, 64), [200, 33], dtype=torch.float32, **options)
     for num_segments, min_segment in [(1, 1), (3, 1), (8, 1), (8, 100), (8, 1000)]:
         assert_close(inputs, inputs.run(num_segments, min_segment))
@@ -130,7 +130,7 @@ def test_equal_keys_give_the_mean(size, num_segments):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("num_segments", [1, 2])
 def test_float32_products_keep_their_bits(num_segments):
-    """Queries of 13 bits, of which ten would make equal scores; values of 13 bits come out as they are."""
+    """Tries queries of 13 bits, of which ten would make equal scores; values of 13 bits come out as they are."""
     inputs = make((1, 1, 64), [2], dtype=torch.float32)
     first, second = addresses_of(inputs, 0)
     inputs.attn[:], inputs.keys[first], inputs.keys[second] = 0.0, 0.0, 0.0
@@ -157,7 +157,7 @@ def test_one_huge_score_takes_all(token, num_segments):
 @pytest.mark.tolerance
 @pytest.mark.parametrize("num_segments", [1, 3])
 def test_scores_that_rise_or_fall_steeply(num_segments):
-    """The maximum moves at every turn, or never again after the first."""
+    """Tries keys by which the maximum moves at every turn, or never again after the first."""
     for slope in (0.5, -0.5):
         inputs = make((2, 1, 64), [200], dtype=torch.float32)
         inputs.attn[:] = 1.0
@@ -211,7 +211,8 @@ def test_entries_behind_the_context_are_never_followed(num_segments):
 
 @pytest.mark.parametrize("num_segments", [1, 3])
 def test_in_place_and_elsewhere(num_segments):
-    """The keys and values beside q in its activation stay; a poisoned output of other strides gets the same bits."""
+    """Overwrites q, beside which the keys and values of its activation stay, and a poisoned output of other strides,
+    which gets the same bits."""
     inputs = make((4, 2, 64), [70, 20], num_queries=2)
     expected, before = inputs.run(num_segments), inputs.attn.clone()
     elsewhere = torch.full((5, 2, 640), float("nan"), dtype=torch.float16, device=DEVICE)
@@ -246,7 +247,7 @@ def reference(q, keys, values, page_table, context_lens, out, **reading):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_every_layout_of_queries_and_result(dtype):
-    """Heads lie together; tokens may lie apart, and start anywhere."""
+    """Tries tensors whose heads lie together; tokens may lie apart, and start anywhere."""
     inputs = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype)
     near = functools.partial(assert_close, inputs)
     prove(kernel, reference, tensors_of(inputs), ("out",), near, LAYOUTS, ("q", "out"))

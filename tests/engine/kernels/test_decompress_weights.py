@@ -1,4 +1,4 @@
-"""The decompressor of compressed weights: the kernel and the reference give the bits that were compressed."""
+"""Decompression of weights: the kernel and the reference give the bits that were compressed."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def bits(*shape: int) -> torch.Tensor:
 
 
 def weights_of(kind: str, num_tiles: int = 3) -> torch.Tensor:
-    """Weights (num_tiles * TILE,) bf16 that do not stay raw when they are compressed."""
+    """Weights (num_tiles * TILE,) bf16 that shrink, so that they are not kept raw."""
     values = (torch.randn(num_tiles, TILE, generator=GENERATOR) * 0.02).bfloat16().view(torch.int16)
     if kind == "patched":  # from no patch in a tile to more than a program writes at once
         values[1, ::3] = bits(len(values[1, ::3]))
@@ -53,7 +53,7 @@ def weights_of(kind: str, num_tiles: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "patched", "no escapes", "escapes only", "ends"])
-def test_decoders_give_the_bits_that_were_compressed(kind):
+def test_decompressors_give_the_bits_that_were_compressed(kind):
     weights = weights_of(kind)
     layout, blob = compress(weights)
     assert not layout.raw and (layout.num_escapes == 0) == (kind == "no escapes")
@@ -74,7 +74,7 @@ def by_name(run):
 
 
 def test_in_every_layout_that_is_allowed():
-    """Planes and result have no gaps, start at 16-byte boundaries, and nothing around the result is written."""
+    """Tries planes and results without gaps that start at 16-byte boundaries; nothing around the result is written."""
 
     def agree(actual, expected):
         assert same_bits(actual, expected)
@@ -90,7 +90,7 @@ def test_strides_with_gaps_are_refused():
 
 
 def test_planes_that_lie_in_the_middle_of_memory():
-    """They lie so in a group's blob."""
+    """Decompresses planes that lie as in a group's blob."""
     weights = weights_of("gaussian")
     layout, blob = compress(weights)
     memory = torch.full((len(blob) + 4096,), 0xFF, dtype=torch.uint8, device=DEVICE)
@@ -103,7 +103,7 @@ def test_planes_that_lie_in_the_middle_of_memory():
 def test_no_tiles():
     layout, blob = compress(weights_of("gaussian"))
     planes = layout.planes(blob)
-    none = {name: getattr(planes, name)[:0] for name in ("mantissas", "codes", "windows")}
+    none = {name: getattr(planes, name)[:0] for name in ("mantissas", "indices", "windows")}
     none |= {name: getattr(planes, name)[:1] for name in ("escape_starts", "patch_starts")}
     with counted(module.calls):
         decompress_weights(planes._replace(**none), torch.empty(0).bfloat16())
@@ -120,7 +120,8 @@ def test_stored_order_is_a_permutation_and_its_inverse_undoes_it():
 
 @pytest.mark.gpu
 def test_takes_at_most_as_long_as_two_and_a_half_copies():
-    """The copies are of the decompressed weights, on the device; on an H200 that is 0.8 TB/s of bf16 written."""
+    """Times against copies of the decompressed weights on the device; on an H200 the bound is 0.8 TB/s of bf16
+    written."""
     weights = weights_of("gaussian", 65536)
     layout, blob = compress(weights)
     planes, out = layout.planes(blob), torch.empty_like(weights)

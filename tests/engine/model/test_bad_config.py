@@ -220,7 +220,7 @@ def test_one_of_the_rotation_is_refused_too(tmp_path, field):
 
 
 def refuse_number(directory: Path, config: dict, text: str, field: str) -> None:
-    """The file with `text` where the config has "?"."""
+    """Writes a config with `text` in the stead of "?", and expects that its `field` is refused."""
     file = directory / "config.json"
     file.write_text(json.dumps(config).replace('"?"', text))
     with pytest.raises(ValueError, match=rf"^{file}: {field} is {text[:9]}.*, a number that is too large$") as refused:

@@ -125,7 +125,8 @@ def spec_of(auto) -> dict:
 
 
 def _max_position_of(auto, rope: dict) -> int:
-    """transformers sets no bound; what linear and yarn scale to counts, if it is more than the config has."""
+    """The longest sequence. transformers sets no bound; the length that linear and yarn scale to counts, if it is more
+    than the config has."""
     base = {"linear": auto.max_position_embeddings, "yarn": rope["original_max_position"]}.get(rope["kind"])
     return (
         auto.max_position_embeddings if base is None else max(auto.max_position_embeddings, int(base * rope["factor"]))

@@ -25,7 +25,8 @@ def runs(request):
 
 
 def rings(steps):
-    """Nothing streams; all does, in a ring that is ample, and in the smallest; every second group does."""
+    """Rings of four residencies: nothing streams; all groups do, in an ample ring and in the smallest; every second
+    group does."""
     groups = [(g, 512) for g in dict.fromkeys(s.group for s in steps) if g is not None]
     return [
         RingLayout(0, 0, ()),
@@ -36,7 +37,7 @@ def rings(steps):
 
 
 def test_each_plan_validates(steps, runs):
-    """make_plan proves events, ring and lifetimes; a fused step's weights are acquired before it."""
+    """Makes plans: make_plan proves events, ring and lifetimes, and that a fused step's weights are acquired before."""
     fused = fuse(steps, runs)
     for ring in rings(steps):
         plan = make_plan(fused, ring)
@@ -46,7 +47,7 @@ def test_each_plan_validates(steps, runs):
 
 
 def test_nothing_is_lost(steps, runs):
-    """The parts of the fused names are the steps, in order, and every residual has found its norm."""
+    """Compares the parts of the fused names, which are the steps in order; every residual has found its norm."""
     fused = fuse(steps, runs)
     assert [part for step in fused for part in step.parts] == [step.step for step in steps]
     assert not any(step.step.endswith("residual") for step in fused)
@@ -63,8 +64,8 @@ def test_nothing_is_lost(steps, runs):
 
 
 def test_activations_live_as_long(steps, runs):
-    """x_ no longer dies between residual and norm; where nothing is gathered `part` is not there, and `rows` lives to
-    the end of the joined step; every other activation has the lifetimes it had."""
+    """Compares lifetimes: x_ no longer dies between residual and norm; where nothing is gathered there is no `part`,
+    and `rows` lives to the end of the joined step; every other activation has the lifetimes that it had."""
     plain, fused = (make_plan(s, RingLayout(0, 0, ())) for s in (steps, fuse(steps, runs)))
     named = [
         {name: [(at(plan, s), at(plan, t)) for s, t in spans] for name, spans in lifetimes(plan).items()}
@@ -76,7 +77,7 @@ def test_activations_live_as_long(steps, runs):
 
 
 def at(plan, index):
-    """How many steps of the unfused pass are behind when the instruction ends."""
+    """Number of steps of the unfused pass that are done when the instruction ends."""
     return sum(len(i.parts) for i in plan.instructions[: index + 1])
 
 
@@ -90,7 +91,8 @@ def test_effects_of_a_pair():
 
 
 def test_effects_over_ranks():
-    """The parts' sum is written to x_, which lives on as the norm's result; the norm's group is the step's."""
+    """Joins over ranks: the parts' sum is written to x_, which lives on as the norm's result; the group of the step is
+    the norm's."""
     steps = fuse(model_steps(read_spec(CONFIGS[0], "config.json")), FUSED_OVER_RANKS)
     step = next(step for step in steps if step.step == "ffn_allreduce+ffn_residual+attn_norm")
     assert dict(step.effects) == {"x_": "rw", "x": "rw"}

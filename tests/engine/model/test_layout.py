@@ -134,7 +134,7 @@ def test_spans_are_aligned_disjoint_and_alike_on_all_ranks(variant, tp_size):
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Stands for attention: mixes a query head with its KV head, heads apart. (T, H, E), (T, K, E) -> (T, H, E)"""
+    """Stands for attention: mixes each query head with its KV head and no other: (T, H, E), (T, K, E) -> (T, H, E)."""
     repeat = q.shape[1] // k.shape[1]
     return np.tanh(q) * k.repeat(repeat, 1) + v.repeat(repeat, 1)[..., ::-1]
 

@@ -1,4 +1,4 @@
-"""Sizes and ranges that ranks get: together they are the whole, and each is what the others expect."""
+"""Sizes and ranges of ranks: together they are the whole, and each is what the others expect."""
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,7 @@ from penstock.engine.model.shard import (
 
 @st.composite
 def heads(draw):
-    """num_heads, num_kv_heads, tp_size, as far as they are possible at all."""
+    """Triples num_heads, num_kv_heads, tp_size that are possible at all."""
     num_kv_heads = draw(st.integers(1, 16))
     num_heads = num_kv_heads * draw(st.integers(1, 12))
     return num_heads, num_kv_heads, draw(st.sampled_from(tp_sizes(num_heads)))

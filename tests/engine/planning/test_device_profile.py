@@ -1,4 +1,4 @@
-"""A saved probe: what of it becomes rates, where it lies, who finds it, and what wins over it."""
+"""Saved probes: what of one becomes rates, where it lies, who finds it, and what wins over it."""
 
 import json
 import os
@@ -130,14 +130,14 @@ def test_a_failed_write_leaves_the_old_file(cache, monkeypatch):
     assert path.read_text() == before and [file.name for file in cache.iterdir()] == ["cuda-4.json"]
 
 
-def test_a_place_that_cannot_be(tmp_path):
+def test_a_path_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--output FILE chooses another file"):
         save_profile(json.loads("{}"), tmp_path / "file" / "profile.json")
 
 
 def test_a_small_reduce_that_took_longer_than_a_large_one():
-    """Noise of a busy machine: the rate stays one that could be."""
+    """Adds noise as of a busy machine: the rate stays one that is possible."""
     assert sending_s(100e-6, 20e-6) == pytest.approx(80e-6)
     assert sending_s(100e-6, 150e-6) == pytest.approx(10e-6)
 

@@ -1,5 +1,5 @@
-"""Plans of whole engines: more memory or a faster link is never slower, the fastest split of known shapes, memory that
-others hold, and random configurations."""
+"""Plans of whole engines: the fastest split of known shapes, ever more memory or a faster link (never slower), memory
+that others hold, and random configurations."""
 
 import contextlib
 import itertools
@@ -54,7 +54,7 @@ def tokens_s(made: EnginePlan) -> float:
 
 
 def pass_ms(made: EnginePlan) -> float:
-    """Of one sequence without context."""
+    """Milliseconds of a decode pass of one sequence without context."""
     return decode_time(pass_work(made), 1, 0, made.rates).total_s * 1e3
 
 
@@ -71,13 +71,13 @@ def pass_ms(made: EnginePlan) -> float:
     ids=str,
 )
 def test_more_memory_is_never_slower(model, options):
-    """In predicted tokens/s of all sequences together, at the number that was asked for or planned."""
+    """Compares predicted tokens/s of all sequences together, at the number that was asked for or planned."""
     check_speeds(model, options)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_more_memory_is_never_slower_for_one_prompt(model):
-    """`generate` plans for the sequences of its job: so the tokens/s are those of its one sequence."""
+    """Plans as `generate` does, for the sequences of its job: the tokens/s are those of its one sequence."""
     job = EngineConfig().for_job(1)
     assert job.max_num_seqs == 1
     plans = check_speeds(model, {"max_num_seqs": job.max_num_seqs})
@@ -113,12 +113,12 @@ def test_a_faster_link_is_never_slower(model):
     ],
 )
 def test_the_fastest_split_for_one_sequence(model, gib, options, most_ms):
-    """What brute force over all numbers of groups finds."""
+    """Compares with what brute force over all numbers of groups found."""
     assert pass_ms(plan(model, gib, max_num_seqs=1, **options)) <= most_ms
 
 
 def test_all_but_an_embedding_that_does_not_fit_stays():
-    """Four layers with a vocabulary of 256,000: its rows are gathered from the host, and nothing streams."""
+    """Plans four layers with a vocabulary of 256,000: its rows are gathered from the host, and nothing streams."""
     roomy = plan("wide", 10, max_num_seqs=1)
     least = roomy.residency.claimed_bytes - roomy.residency.num_pages * roomy.demand.page_bytes
     least += roomy.demand.wanted_pages(1) * roomy.demand.page_bytes
@@ -141,13 +141,13 @@ def test_the_number_of_sequences_is_planned_where_none_is_given():
 
 @pytest.mark.parametrize("num_pages, held", [(256, 1), (257, 2), (384, 2), (385, 3), (10_000, 4)])
 def test_a_page_holds_no_sequence(num_pages, held):
-    """The first one, to which padding is written."""
+    """Counts the first page, to which padding is written."""
     made = plan("Llama-3-8B", 40, num_pages=num_pages, max_num_seqs=4)
     assert most_seqs(made.kept, made.residency, 2048) == held
 
 
 def test_a_head_that_is_the_embedding_is_not_compressed():
-    """Whose rows are gathered from it."""
+    """Plans a tied head, from which the embedding's rows are gathered."""
     tied, untied = (plan(model, 24, weights_compression="lossless") for model in ("Llama-3.2-1B", "Llama-3-8B"))
     assert tied.spec.tied and not untied.spec.tied
     layers = {group for group, _ in tied.demand.groups[:-1]}
@@ -166,7 +166,7 @@ def test_a_job_says_its_number():
 @pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3-70B", 4), ("wide", 2)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_claim_of_the_kv_cache_is_what_is_allocated(model, tp_size, dtype):
-    """The cache, and what attention copies of it in a layer where every page is in use."""
+    """Counts the cache, and what attention copies of it in a layer where every page is in use."""
     made = plan(model, 30, tp_size, dtype=dtype, page_size=32)
     spec, num_pages = made.spec, made.residency.num_pages
     angles = torch.empty(2, 8, spec.rope.rotary_dim // 2, dtype=getattr(torch, dtype), device="meta")
@@ -213,7 +213,7 @@ def test_what_this_process_holds_unused_is_free(monkeypatch):
 
 
 def random_case(rng: random.Random) -> tuple[ModelSpec, int, int, dict]:
-    """A model, ranks, device memory and options; what cannot be is among them."""
+    """A random model, ranks, device memory and options; some of them are impossible."""
     kv_heads, head_dim, num_layers = rng.choice((1, 2, 8)), rng.choice((64, 128)), rng.randint(1, 40)
     heads = kv_heads * rng.choice((1, 4, 8))
     spec = replace(
@@ -244,7 +244,7 @@ def random_case(rng: random.Random) -> tuple[ModelSpec, int, int, dict]:
 
 
 def check_plan(made: EnginePlan) -> None:
-    """Bytes add up and nothing is over the memory."""
+    """Asserts that bytes add up and memory is not exceeded."""
     residency, groups = made.residency, dict(made.demand.groups)
     assert residency.claimed_bytes <= residency.memory_bytes
     names = {group for group, _ in residency.streamed}
@@ -281,5 +281,6 @@ def check_random(seed: int) -> bool:
 
 
 def test_random_configurations():
-    """More by hand: `python -c "import test_planning as t; print(sum(map(t.check_random, range(3000))))"`."""
+    """Checks a hundred configurations. More can be checked by hand, in the root of the checkout:
+    `python -c "import tests.engine.planning.test_planning as t; print(sum(map(t.check_random, range(3000))))"`."""
     assert sum(map(check_random, range(100))) > 50

@@ -1,4 +1,4 @@
-"""The h200 profile against what H200s measured: linears in a graph, all-reduces, decode passes, streamed passes.
+"""The h200 profile against what was measured on H200s: linears in a graph, all-reduces, decode passes, streamed passes.
 
 Figures without a file are those of docs/log.md; the others are records of benchmarks/.
 """
@@ -62,7 +62,8 @@ def test_linears_of_a_pass_in_a_graph(model, tp_size, num_tokens, measured_ms):
     "nbytes, measured_us", [(4 * KIB, 2.7), (16 * KIB, 2.9), (64 * KIB, 3.4), (256 * KIB, 5.1), (64 * MIB, 321)]
 )
 def test_reduces_of_four_ranks(nbytes, measured_us):
-    """In a pass ranks wait for each other a little: small ones are taken to be longer than they are by themselves."""
+    """Compares all-reduces. In a pass ranks wait for each other a little, so small ones are taken to be longer than
+    they are by themselves."""
     assert reduce_s(nbytes, rates(4)) * 1e6 == pytest.approx(measured_us, rel=0.1, abs=1.5)
 
 
@@ -95,7 +96,7 @@ PREFILLS = ("prefill_llama3_8b_2000_resident_1rank", "prefill_llama3_8b_8k_resid
 
 
 def prefill_s(name: str) -> tuple[int, float, float]:
-    """The tokens of a prompt in one pass, the seconds predicted and measured."""
+    """Tokens of a prompt that is one pass, and the seconds predicted and measured."""
     record = record_of(name)
     num_tokens = record["input_len"]
     assert num_tokens <= record["max_num_batched_tokens"]
@@ -111,7 +112,7 @@ def test_prefill_passes_are_the_records(name):
 
 @pytest.mark.parametrize("shorter, longer", [PREFILLS[:2], PREFILLS[1:]])
 def test_attention_is_not_predicted_shorter_than_it_was(shorter, longer):
-    """What a token of a longer prompt takes more is attention alone."""
+    """Compares prompts of two lengths: a token of the longer one takes more time by attention alone."""
     (few, *few_s), (many, *many_s) = prefill_s(shorter), prefill_s(longer)
     predicted_s, measured_s = (long_s / many - short_s / few for short_s, long_s in zip(few_s, many_s))
     assert measured_s <= predicted_s <= 1.6 * measured_s
@@ -131,8 +132,8 @@ def test_attention_is_not_predicted_shorter_than_it_was(shorter, longer):
     ],
 )
 def test_streamed_passes_are_the_records(name, resident):
-    """At the link rate of that machine: hosts differ in what several links get. Compressed weights are planned with a
-    few bytes more than they have."""
+    """Predicts at the link rate of the machine that measured, since hosts differ in what several links get. Compressed
+    weights are planned with a few bytes more than they have."""
     record = record_of(name)
     plan = plan_of(record["model"], record["tp_size"], resident, record.get("weights_compression", "none"))
     work = pass_work(plan)
@@ -144,14 +145,14 @@ def test_streamed_passes_are_the_records(name, resident):
         assert predicted.total_s == pytest.approx(row["decode_pass_s"], rel=0.05)
 
 
-def test_passes_that_decode_what_stays_are_the_records():
-    """70B on one GPU, which holds it only with a third of its groups compressed."""
+def test_passes_that_decompress_what_stays_are_the_records():
+    """Predicts 70B on one GPU, which holds it only with a third of its groups compressed."""
     record = record_of("decode_llama3_70b_compressed_resident_1rank")
     plan = plan_of("Llama-3-70B", 1, "all", "lossless")
     assert not plan.residency.streamed and plan.residency.compressed
-    decoded = (record["compressed_groups"][0], record["decompressed_bytes_per_pass_and_rank"])
+    decompressed = (record["compressed_groups"][0], record["decompressed_bytes_per_pass_and_rank"])
     for row in record["passes"]:
-        predicted_s = plan.offer.cost.pass_s(row["batch_size"], record["input_len"], 0, *decoded)
+        predicted_s = plan.offer.cost.pass_s(row["batch_size"], record["input_len"], 0, *decompressed)
         assert predicted_s == pytest.approx(row["decode_pass_s"], rel=0.06)
 
 
@@ -163,8 +164,8 @@ COMPRESSED = (
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_a_decoder_that_nobody_measured_is_as_fast_as_those_measured(name):
-    """From the memory rate of that run alone."""
+def test_a_decompressor_that_nobody_measured_is_as_fast_as_those_measured(name):
+    """Predicts the rate of decompression from the memory rate of the same run alone."""
     measured = record_of(name)
     assert measured["rates"] == "measured"
     unknown = replace(rates(1), memory_gb_s=measured["memory_gb_s"], decompress_gb_s=None)
@@ -173,7 +174,7 @@ def test_a_decoder_that_nobody_measured_is_as_fast_as_those_measured(name):
 
 @pytest.mark.parametrize("name", ["link_gb_s", "memory_gb_s", "gemm_tflops"])
 def test_the_built_in_cpu_is_no_faster_than_a_small_one_that_was_measured(name):
-    """Nor half as fast: two cores."""
+    """Compares with a CPU of two cores: the built-in rates are at least half of its rates and no more than these."""
     record = record_of("endless_demo_cpu")
     assert record["rates"] == "measured"
     assert 0.5 <= getattr(load_profile("cpu"), name) / record[name] <= 1
@@ -181,7 +182,7 @@ def test_the_built_in_cpu_is_no_faster_than_a_small_one_that_was_measured(name):
 
 @pytest.mark.parametrize("tp_size, batch", [(1, 1), (1, 256), (4, 64)])
 def test_the_replayed_plan_is_the_pass(tp_size, batch):
-    """Where nothing streams both are the sum of the same steps."""
+    """Compares time model and timeline where nothing streams: both are the sum of the same steps."""
     plan = plan_of("Llama-3-8B", tp_size)
     shape = PassShape(batch, batch, 49 * batch)
     replayed = timeline_s(predict_timeline(plan.pass_plan, *step_seconds(plan, shape)))
@@ -190,7 +191,7 @@ def test_the_replayed_plan_is_the_pass(tp_size, batch):
 
 
 def mixed(num_rows: int, context: int, chunk: int) -> PassShape:
-    """Decoding rows of `context` cached tokens each, and the first chunk of a prompt."""
+    """The shape of rows that decode after `context` cached tokens each, and of the first chunk of a prompt."""
     rows = [BatchRow(row, (0,), context, (), True, None) for row in range(num_rows)]
     return Batch((*rows, BatchRow(num_rows, (0,) * chunk, 0, (), chunk > 0, None))).shape
 
@@ -215,8 +216,8 @@ def prompts(num_tokens: int, number: int = 1) -> PassShape:
     ],
 )
 def test_passes_with_prompts_are_those_measured(shape, eager_ms, captured_ms, host_us):
-    """8B, one H200, everything resident: launched one by one as it is, and the same instructions captured in a graph,
-    where a launch takes as long as a node. What the host takes for a launch was not the same in all runs."""
+    """Predicts 8B on one H200 with everything resident: launched step by step, and with the same instructions captured
+    in a graph, where a launch takes as long as a node. What the host took for a launch differed from run to run."""
     work = pass_work(plan_of("Llama-3-8B", 1))
     eager, captured = (replace(rates(1), step_latency_s=latency_s) for latency_s in (host_us * 1e-6, 1.5e-6))
     assert predict_pass(work, shape, captured).total_s * 1e3 == pytest.approx(captured_ms, rel=0.1)
@@ -228,8 +229,9 @@ def test_the_built_in_rate_of_launches_is_among_those_measured():
 
 
 def test_a_mix_of_uneven_requests_takes_about_what_was_measured():
-    """512 requests of 512 tokens +- 80 % and 128 generated ones +- 80 % on one H200, 8B, everything resident: decode
-    passes took 3.0 s, those with a prompt in them 14.4 s. What runs in which pass is the scheduler's choice."""
+    """Predicts 512 requests of 512 tokens +- 80 % and 128 generated ones +- 80 %, of 8B on one H200 with everything
+    resident: decode passes took 3.0 s, those with a prompt in them 14.4 s. The scheduler chooses what runs in which
+    pass."""
     plan = plan_of("Llama-3-8B", 1)
     work, seconds = pass_work(plan), Counter()
     scheduler = Scheduler(256, 8192, 8192, 16, plan.residency.num_pages, eos_token_ids=(), retention=plan.retention)

@@ -1,4 +1,5 @@
-"""Permuted split execution: the same tokens and transfers as unpermuted, in another order to the device side."""
+"""Permuted split executions: they have the tokens and transfers of unpermuted ones, and the device side sees another
+order."""
 
 import subprocess
 from collections import Counter
@@ -80,7 +81,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(checkpoint):
-    """Tokens and logits of the plain engine, once for each checkpoint."""
+    """Tokens and logits of the plain engine, made once for each checkpoint."""
     found = {}
 
     def run(variant: str):
@@ -154,8 +155,7 @@ OF_HEAD_DIM = {
 
 
 def put_in_order(call: Call, permute: str, index: int) -> list[Tensor]:
-    """The tensors that the device side has to see of an unpermuted call. `index`: that of the row of the batch that
-    attends."""
+    """The tensors that the device side has to see of an unpermuted call; `index` is that of the row that attends."""
     operation, layer_idx = call.site
     if operation in OF_HEAD_DIM and "head_dim" in permute:
         row = call.batch.rows[index]
@@ -175,7 +175,7 @@ def put_in_order(call: Call, permute: str, index: int) -> list[Tensor]:
 @pytest.mark.parametrize("attention", [SCORES, FUSED])
 @pytest.mark.parametrize("permute", ["rows", "head_dim", ALL])
 def test_the_device_side_sees_each_requests_rows_and_dims_permuted(permute, attention, checkpoint):
-    """Prompt i is request i, and keeps row i of the batch."""
+    """Compares each call with the unpermuted one, put in order. Prompt i is request i, and keeps row i of the batch."""
     with split(checkpoint("qwen3"), attention=attention) as llm:
         clear = watch(llm)
         generate(llm)
@@ -200,7 +200,7 @@ def test_the_device_side_sees_each_requests_rows_and_dims_permuted(permute, atte
 
 
 def ids_seen(llm: SplitLLM, *prompts: list[list[int]]) -> list[tuple[int, ...]]:
-    """Tokens that each pass with more than one sent to the embedding, in runs one after the other."""
+    """Tokens that each pass of more than one token sent to the embedding, in runs one after the other."""
     calls = watch(llm)
     for several in prompts:
         llm.generate(several, SamplingParams(temperature=0, max_tokens=1, n=2))
@@ -208,7 +208,8 @@ def ids_seen(llm: SplitLLM, *prompts: list[list[int]]) -> list[tuple[int, ...]]:
 
 
 def test_no_two_requests_chunks_or_runs_share_a_permutation():
-    """A prompt of 120 tokens as 3 requests of 2 sequences each, in chunks of 60, and once more; then another key."""
+    """Generates for a prompt of 120 tokens as 3 requests of 2 sequences each, in chunks of 60, and once more; then with
+    another key."""
     options = {"max_num_batched_tokens": 60, "max_num_seqs": 8, "max_model_len": 200}
     prompt = [*range(100, 160)] * 2  # chunks are alike, and no token is there twice in one
     seen = []
@@ -244,7 +245,7 @@ def test_every_site_has_a_permutation_of_its_own(monkeypatch):
 
 
 class Kept:
-    """Stands before a pipe or a socket and keeps what is sent."""
+    """A stand-in for a pipe or a socket that keeps what is sent."""
 
     def __init__(self, inner, told: list[bytes]):
         self._inner, self._told = inner, told
@@ -262,7 +263,7 @@ class Kept:
 
 
 def test_the_key_does_not_reach_the_device_process(monkeypatch):
-    """All that the device side is told: its command, environment and input, and all frames."""
+    """Keeps all that the device side is told: its command, environment and input, and all frames."""
     told = []
 
     class Popen(subprocess.Popen):

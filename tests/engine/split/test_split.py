@@ -1,4 +1,5 @@
-"""A split execution gives what the plain engine gives, and moves what was predicted: families, wires, both channels."""
+"""Split executions give what the plain engine gives and move what was predicted, in all families, wires and
+channels."""
 
 import socket
 
@@ -37,7 +38,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(checkpoint):
-    """Tokens and logits of the plain engine, once for each checkpoint."""
+    """Tokens and logits of the plain engine, made once for each checkpoint."""
     found = {}
 
     def run(variant: str, dtype: str = "float32"):
@@ -182,8 +183,8 @@ def test_a_frame_comes_out_as_it_went_in(dtype):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: SplitLLM("demo", tensor_parallel_size=2), "tensor_parallel_size=2: a split execution has 1 there"),
-        (lambda: SplitLLM("demo", device="cuda"), "device='cuda': a split execution has 'cpu' there"),
+        (lambda: SplitLLM("demo", tensor_parallel_size=2), "tensor_parallel_size=2: a split execution always has 1"),
+        (lambda: SplitLLM("demo", device="cuda"), "device='cuda': a split execution always has 'cpu'"),
         (lambda: SplitLLM("demo", "fused"), "split='fused': expected a SplitConfig"),
         (lambda: SplitConfig(process="yes"), "process='yes': expected True or False"),
         (lambda: SplitConfig(timeout_s=0), "timeout_s=0: expected seconds, above 0"),

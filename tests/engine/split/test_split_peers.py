@@ -1,4 +1,4 @@
-"""The host side against device sides that do what they should not: one line, and nothing is left behind."""
+"""The host side against device sides that do what they should not: it fails with one line and leaves nothing behind."""
 
 import gc
 import os
@@ -22,7 +22,7 @@ from penstock.scheduler.batching.request import SamplingParams
 
 from tests.support.commands import is_alive
 
-# What a peer has: `connection`, frames, and the answer to the call of the tests below
+# A peer has `connection`, frames, and the answer to the call of the tests below.
 PRELUDE = r"""
 import json, math, os, signal, socket, struct, subprocess, sys, time
 told = json.loads(sys.stdin.readline())
@@ -176,7 +176,7 @@ def test_values_that_are_odd_but_finite_are_taken(monkeypatch):
 
 
 def test_what_it_has_started_ends_with_it(tmp_path, monkeypatch):
-    """Its output in the meantime blocks nobody and is not shown."""
+    """Lets a device side write much before it ends: its output blocks nobody and is not shown."""
     loud = "sys.stderr.write('x' * 10**7); sys.stdout.write('x' * 10**7); sys.stdout.flush()"
     child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(subprocess.Popen(['sleep', '1000']).pid))"
     use(monkeypatch, f"{loud}; {child}; ready(); connection.sendall(answer(call())); call(); sys.exit(0)")

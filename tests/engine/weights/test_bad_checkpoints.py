@@ -1,5 +1,5 @@
-"""Every way in which a checkpoint's files can be bad: each is refused before any weight is read, by a message that
-names the file or the tensor."""
+"""Bad checkpoints, in every way that their files can be bad: each is refused before any weight is read, by a message
+that names the file or the tensor."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def long_header(directory):
 
 
 def header_beyond_the_format(directory):
-    """Of a sparse file, which has as many bytes."""
+    """Writes a sparse file, which has as many bytes as its header says."""
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", 30 * 2**30) + b"{}")
     os.truncate(directory / "model.safetensors", 31 * 2**30)
 
@@ -133,8 +133,8 @@ def index_of_a_long_name(directory):
 
 
 def many_files(directory):
-    for place in range(50):
-        (directory / f"{place:02}.bin").touch()
+    for index in range(50):
+        (directory / f"{index:02}.bin").touch()
 
 
 def corrupt_header(directory):
@@ -230,7 +230,7 @@ def eight_bit_floats(directory):
 
 
 def packed(directory):
-    """As earlier versions packed a checkpoint: a compressed tensor is bytes in a row."""
+    """Writes a checkpoint as earlier versions packed it, where a compressed tensor is 1-D bytes."""
     tensors = make_tensors() | {"a.weight": torch.ones(70, dtype=torch.uint8)}
     save_file(tensors, directory / "other.safetensors", metadata={"penstock_packed": "1"})
 

@@ -100,8 +100,8 @@ def test_a_file_that_shrinks_or_fails_is_named(tmp_path, monkeypatch):
 def test_index_and_an_other_name_are_found(tmp_path):
     tensors = make_tensors()
     (tmp_path / "indexed").mkdir()
-    places = {"z.safetensors": "norm.weight", "b.safetensors": "a.weight", "m.safetensors": "b.weight"}
-    shards = {file: {name: tensors[name]} for file, name in places.items()}
+    tensor_in = {"z.safetensors": "norm.weight", "b.safetensors": "a.weight", "m.safetensors": "b.weight"}
+    shards = {file: {name: tensors[name]} for file, name in tensor_in.items()}
     write_indexed(tmp_path / "indexed", shards)
     save_file(tensors, tmp_path / "other.safetensors")
     for directory in (tmp_path / "indexed", tmp_path):
@@ -118,7 +118,8 @@ def test_ignorable_tensors_are_skipped_whatever_their_dtype(tmp_path):
 
 
 def test_a_header_as_no_library_writes_it_is_read(tmp_path):
-    """Indented and padded, with metadata, a dtype of tomorrow, data that is not aligned, and tensors of no bytes."""
+    """Reads a header that is indented and padded, with metadata, an unknown dtype, data that is not aligned, and
+    tensors of no bytes."""
     tensors = {"x.inv_freq": ("F4_OF_TOMORROW", (9,), b"12345"), 'a "näme"': ("I64", (0,), b"")}
     tensors |= {"scalar": ("F32", (), b"1234"), "empty": ("BF16", (0, 96), b"")}
     tensors |= {name: ("F32", t.shape, t.numpy().tobytes()) for name, t in make_tensors().items()}

@@ -1,4 +1,4 @@
-"""The lossless code: every bit pattern survives, sizes are what was promised, and parts agree."""
+"""The lossless codec: every bit pattern survives, sizes are what was promised, and parts agree."""
 
 import pytest
 import torch
@@ -44,10 +44,11 @@ def scaled_rows(*shape: int) -> torch.Tensor:
 
 
 def assert_parts_agree(layout: CompressedLayout, blob: torch.Tensor) -> None:
-    """A decompressor that follows the starts stays within escapes and patches, and a tile has those its codes say."""
+    """Asserts that each tile has as many escapes as its indices say, and that the starts stay within the escapes and
+    patches."""
     planes = layout.planes(blob)
-    codes = planes.codes.view(layout.num_tiles, -1)
-    escapes = sum((codes >> shift & 3 == COMMON).sum(1) for shift in (0, 2, 4, 6))
+    indices = planes.indices.view(layout.num_tiles, -1)
+    escapes = sum((indices >> shift & 3 == COMMON).sum(1) for shift in (0, 2, 4, 6))
     assert planes.escape_starts[0] == 0 and torch.equal(planes.escape_starts.diff(), escapes.int())
     assert planes.escape_starts[-1] == layout.num_escapes
     assert len(planes.escapes) == num_escape_rows(layout.num_escapes)
@@ -67,7 +68,7 @@ def round_trip(weights: torch.Tensor) -> CompressedLayout:
 
 
 def sown(weights: torch.Tensor, values: list[int], share: float) -> torch.Tensor:
-    """The weights with some of these bits at random places."""
+    """The weights with some of these bits at random indices."""
     bits = weights.view(torch.int16).flatten()
     where = torch.rand(bits.shape, generator=GENERATOR).to(DEVICE) < share
     chosen = torch.randint(len(values), bits.shape, generator=GENERATOR).to(DEVICE)
@@ -75,7 +76,7 @@ def sown(weights: torch.Tensor, values: list[int], share: float) -> torch.Tensor
 
 
 def test_every_pattern_survives_compressed():
-    """Among weights that shrink, so that the code and not the raw flag carries them."""
+    """Puts the patterns among weights that shrink, so that they are compressed and not kept raw."""
     weights = torch.cat([every_pattern(), gaussian(12 * 65536)])
     weights = weights[torch.randperm(len(weights), generator=GENERATOR).to(DEVICE)]
     assert not round_trip(weights).raw
@@ -102,7 +103,7 @@ def count(exponents: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_window():
-    """Windows at both ends of the exponents and between, and every place of the common ones in them."""
+    """Tries windows at both ends of the exponents and between, with every position of the common exponents in them."""
     first, below = (grid.flatten() for grid in torch.meshgrid(torch.arange(0, 246, 7), torch.arange(9), indexing="ij"))
     exponents = torch.arange(WINDOW).repeat(TILE)[:TILE].expand(len(first), -1)
     exponents = torch.where(torch.arange(TILE) < TILE // 2, below[:, None] + torch.arange(TILE) % 3, exponents)
@@ -114,7 +115,7 @@ def test_every_window():
 
 
 def test_the_window_is_the_cheapest():
-    """Against a search through all of them, on tiles with several hills of exponents."""
+    """Compares with a search through all windows, on tiles with several hills of exponents."""
     hills = torch.randint(0, 246, (6, 3, 1), generator=GENERATOR)
     values = hills + (torch.randn(6, 3, TILE, generator=GENERATOR) * 4).long().abs()
     exponents = values.gather(1, torch.randint(3, (6, 1, TILE), generator=GENERATOR))[:, 0].clamp(0, 255)
@@ -165,7 +166,7 @@ def test_more_tiles_than_are_handled_at_once(monkeypatch):
 
 
 def test_a_blob_into_given_memory():
-    """Whatever was there before: padding is zero, and nothing behind the blob is asked for."""
+    """Compresses into memory that holds anything: padding is zero, and nothing behind the blob is written."""
     for weights in (sown(gaussian(5, 3001), SPECIAL, 0.01), gaussian(7, 11), from_bits(torch.randint(-9, 9, (4097,)))):
         _, fresh = compress(weights, torch.zeros(2 * weights.numel() + 15, dtype=torch.uint8, device=DEVICE))
         poisoned = torch.full((2 * weights.numel() + 15,), 0xA5, dtype=torch.uint8, device=DEVICE)
@@ -209,14 +210,15 @@ def test_parts_lie_apart_and_aligned():
 
 
 def test_a_blob_or_result_that_is_too_short_is_never_read():
-    """A slice would be shorter without a word, and the kernel read on behind it."""
+    """Passes memory that is too short: a slice would be shorter without a word, and the kernel would read on behind
+    it."""
     layout, blob = compress(sown(gaussian(3, 2048), SPECIAL, 0.01))
     out = torch.empty(layout.shape, dtype=layout.dtype, device=DEVICE)
     for nbytes in (0, layout.parts["windows"][0] + 2, layout.nbytes // 2):
         with pytest.raises(AssertionError):
             decompress(layout, blob[:nbytes], out)
     planes = layout.planes(blob)
-    for name in ("codes", "windows", "escape_starts", "patch_starts"):
+    for name in ("indices", "windows", "escape_starts", "patch_starts"):
         short = planes._replace(**{name: getattr(planes, name)[:-1]})
         with pytest.raises(AssertionError, match="a plane is too short for its tiles"):
             decompress_weights.decompress_weights(short, out.view(-1))

@@ -31,7 +31,7 @@ FAMILIES = {
 
 
 class Normal(DummyWeights):
-    """Biases and norms are random too, else a lost one would not show."""
+    """Weights whose biases and norms are random too, since otherwise a lost one would not show."""
 
     def read_piece(self, piece, out):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{piece}".encode()))
@@ -49,7 +49,7 @@ def spans_of(family: str, dtype: str, tp_size: int, rank: int) -> list[tuple[Gro
 
 
 def group_of(*tensors: torch.Tensor) -> tuple[GroupLayout, torch.Tensor]:
-    """Weights of these values, each from 256 bytes; what lies between is poisoned."""
+    """A group of weights with these values, each from a multiple of 256 bytes, and its span; the gaps are poisoned."""
     weights, offset = [], 0
     for index, tensor in enumerate(tensors):
         part = Part("data", str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, tensor.nbytes)
@@ -64,18 +64,18 @@ def group_of(*tensors: torch.Tensor) -> tuple[GroupLayout, torch.Tensor]:
 
 def round_trip(layout: GroupLayout, span: torch.Tensor) -> CompressedGroup:
     """Decompresses into poisoned memory: weights are as they were, and nothing else is touched."""
-    code, blob = compress_group(layout, span)
-    assert blob.dtype == torch.uint8 and blob.device == span.device and len(blob) == code.nbytes
-    assert code.nbytes % 256 == 0 and code.nbytes <= layout.nbytes
-    assert [weight.offset for weight in code.weights] == [weight.parts[0].offset for weight in layout.weights]
+    compressed, blob = compress_group(layout, span)
+    assert blob.dtype == torch.uint8 and blob.device == span.device and len(blob) == compressed.nbytes
+    assert compressed.nbytes % 256 == 0 and compressed.nbytes <= layout.nbytes
+    assert [weight.offset for weight in compressed.weights] == [weight.parts[0].offset for weight in layout.weights]
     out = torch.full_like(span, 0x5A)
-    decompress_group(code, blob.clone(), out)
+    decompress_group(compressed, blob.clone(), out)
     for weight in layout.weights:
         part = slice(weight.parts[0].offset, weight.parts[0].offset + weight.parts[0].nbytes)
         assert torch.equal(out[part], span[part]), weight.name
         out[part] = 0x5A
     assert (out == 0x5A).all()
-    return code
+    return compressed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,20 +84,19 @@ def test_every_group_of_every_rank(family, tp_size):
     num_compressed = num_raw = 0
     for rank in range(tp_size):
         for layout, span in spans_of(family, "bfloat16", tp_size, rank):
-            code = round_trip(layout, span)
-            num_raw += sum(weight.layout.raw for weight in code.weights)
-            num_compressed += sum(not weight.layout.raw for weight in code.weights)
-            assert code.nbytes < layout.nbytes or all(weight.layout.raw for weight in code.weights)
+            compressed = round_trip(layout, span)
+            num_raw += sum(weight.layout.raw for weight in compressed.weights)
+            num_compressed += sum(not weight.layout.raw for weight in compressed.weights)
+            assert compressed.nbytes < layout.nbytes or all(weight.layout.raw for weight in compressed.weights)
     assert num_compressed >= 3 * tp_size and num_raw >= 2 * tp_size
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_other_dtypes_are_kept_as_they_are(dtype):
     for layout, span in spans_of("llama", dtype, 1, 0):
-        code = round_trip(layout, span)
-        assert (
-            all(weight.layout.raw for weight in code.weights) and code.nbytes <= planned_bytes(layout) <= layout.nbytes
-        )
+        compressed = round_trip(layout, span)
+        assert all(weight.layout.raw for weight in compressed.weights)
+        assert compressed.nbytes <= planned_bytes(layout) <= layout.nbytes
 
 
 def test_what_does_not_shrink_is_raw_beside_what_does(monkeypatch):
@@ -105,11 +104,11 @@ def test_what_does_not_shrink_is_raw_beside_what_does(monkeypatch):
     noise = torch.randint(-0x8000, 0x8000, (3, TILE), generator=GENERATOR).short().view(torch.bfloat16)
     normal = (torch.randn(5, TILE, generator=GENERATOR) * 0.02).bfloat16()
     layout, span = group_of(torch.ones(100).bfloat16(), noise, normal, torch.randn(64, 31, generator=GENERATOR))
-    code = round_trip(layout, span)
-    assert [weight.layout.raw for weight in code.weights] == [True, True, False, True]
-    assert code.weights[1].layout.nbytes == noise.nbytes
-    end = code.weights[3].blob_offset + code.weights[3].layout.nbytes
-    assert end < code.nbytes and not compress_group(layout, span)[1][end:].any()
+    compressed = round_trip(layout, span)
+    assert [weight.layout.raw for weight in compressed.weights] == [True, True, False, True]
+    assert compressed.weights[1].layout.nbytes == noise.nbytes
+    end = compressed.weights[3].blob_offset + compressed.weights[3].layout.nbytes
+    assert end < compressed.nbytes and not compress_group(layout, span)[1][end:].any()
 
 
 def test_a_group_without_weights_is_empty():
@@ -117,13 +116,13 @@ def test_a_group_without_weights_is_empty():
 
 
 def test_a_kernel_a_weight():
-    """Raw weights take a copy."""
+    """Counts kernels and copies: a raw weight takes a copy."""
     noise = torch.randint(-0x8000, 0x8000, (3, TILE), generator=GENERATOR).short().view(torch.bfloat16)
     layout, span = group_of(noise, *((torch.randn(2, TILE, generator=GENERATOR)).bfloat16() for _ in range(2)))
-    code, blob = compress_group(layout, span)
+    compressed, blob = compress_group(layout, span)
     name = "triton" if DEVICE == "cuda" else "reference"
     before = decompress_weights.calls[name]
-    decompress_group(code, blob, span)
+    decompress_group(compressed, blob, span)
     assert decompress_weights.calls[name] == before + 2
 
 
@@ -142,13 +141,13 @@ def student(*shape):
 @pytest.mark.parametrize("values", [gaussian, laplace, student], ids=lambda values: values.__name__)
 @pytest.mark.parametrize("scale", [0.02, 0.013, 1.0, 3.5e-4])
 def test_no_group_takes_more_than_planned(values, scale):
-    """Also where a weight is a tile or a few, and with a norm, a bias and a tail; the margin grows with the tiles."""
+    """Tries weights of one tile and of a few, and with a norm, a bias and a tail; the margin grows with the tiles."""
     for num_tiles in (1, 1, 1, 1, 2, 3, 10, 40):
         matrix = values(num_tiles * 2, TILE // 2) * scale
         tensors = (matrix, matrix.flatten()[:1000], torch.ones(TILE), values(TILE + 77) * scale, torch.zeros(100))
         layout, span = group_of(*(tensor.bfloat16() for tensor in tensors))
-        code, planned = round_trip(layout, span), planned_bytes(layout)
-        assert code.nbytes + 0.04 / 8 * matrix.numel() <= planned <= layout.nbytes
+        compressed, planned = round_trip(layout, span), planned_bytes(layout)
+        assert compressed.nbytes + 0.04 / 8 * matrix.numel() <= planned <= layout.nbytes
 
 
 def test_planned_bytes_of_a_large_matrix():
@@ -162,15 +161,15 @@ def test_planned_bytes_of_a_large_matrix():
 
 
 @pytest.mark.gpu
-def test_decoding_is_captured():
-    """Replayed into poisoned memory, and for another blob at the same place."""
+def test_decompression_is_captured():
+    """Replays a graph into poisoned memory, and for another blob at the same address."""
     for layout, span in spans_of("llama", "bfloat16", 1, 0):
-        code, blob = compress_group(layout, span)
+        compressed, blob = compress_group(layout, span)
         blob, out = blob.clone(), torch.full_like(span, 0x5A)
-        decompress_group(code, blob, out)
+        decompress_group(compressed, blob, out)
         graph, expected = torch.cuda.CUDAGraph(), out.clone()
         with torch.cuda.graph(graph):
-            decompress_group(code, blob, out)
+            decompress_group(compressed, blob, out)
         out.fill_(0x5A)
         graph.replay()
         assert torch.equal(out, expected) and not (out == 0x5A).all()

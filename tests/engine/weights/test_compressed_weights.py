@@ -1,5 +1,5 @@
-"""Compressed == plain in every bit, streamed and resident, in every family, on one, two and four ranks; and counters
-show that compressed bytes crossed and were decompressed, so that nothing passes because nothing was compressed."""
+"""Compressed weights give the bits of plain ones, streamed and resident, in every family, on one, two and four ranks.
+Counters show that compressed bytes crossed and were decompressed: no test passes because nothing was compressed."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from tests.support.streaming_runs import generate
 TESTS = Path(__file__).parents[2]
 FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox_parallel", "neox_serial")
 
-BIGGER = {"hidden_size": 256, "intermediate_size": 384}  # whose shards are more than a tile or two
+BIGGER = {"hidden_size": 256, "intermediate_size": 384}  # sizes whose shards have more than a tile or two
 
 
 def assert_compressed(facts: dict[str, dict], tied: bool) -> None:
-    """Every case has the plain one's bits, and did what its name says."""
+    """Asserts that every case has the plain case's bits and did what its name says."""
     assert not facts["plain"]["compressed"] and not facts["plain"]["decompressed"] and not facts["plain"]["copied"]
     for case, found in facts.items():
         assert found["digest"] == facts["plain"]["digest"], case
@@ -78,8 +78,8 @@ def test_lanes_in_any_order(tmp_path):
             assert generate(llm).same_bits(expected), (lanes, seed)
 
 
-def test_auto_codes_nothing_on_a_cpu(tmp_path):
-    """Decompressing there is slower than copying."""
+def test_auto_compresses_nothing_on_a_cpu(tmp_path):
+    """Plans for a CPU, where decompressing is slower than copying."""
     write_checkpoint(tmp_path, "llama_gqa", "bfloat16")
     assert not plan_of(str(tmp_path), 1, resident="none").residency.compressed
 
@@ -92,10 +92,10 @@ def test_only_bfloat16_is_compressed(dtype):
         assert not llm.engine.plan.residency.compressed
 
 
-SLOW_LINK = {"device_profile": "h200", "link_gb_s": 0.001}  # so that coding pays, by the plan
+SLOW_LINK = {"device_profile": "h200", "link_gb_s": 0.001}  # by which compression pays
 
 
-def test_auto_codes_where_the_link_binds(tmp_path):
+def test_auto_compresses_where_the_link_binds(tmp_path):
     write_checkpoint(tmp_path, "llama_gqa", "bfloat16", **BIGGER)
     with LLM(str(tmp_path), resident="none", **SLOW_LINK, **OPTIONS) as llm:
         assert llm.engine.plan.residency.compressed
@@ -103,7 +103,8 @@ def test_auto_codes_where_the_link_binds(tmp_path):
 
 
 def test_auto_keeps_weights_plain_that_do_not_shrink(tmp_path):
-    """They are found out while loading, and loaded again; what runs is what runs without coding."""
+    """Loads weights that do not shrink: that is found out while loading, and they are loaded again. What runs then is
+    what runs without compression."""
     write_checkpoint(tmp_path, "llama_gqa", "bfloat16", **BIGGER)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""load_format="dummy": the statistics, and that rectangles agree with the whole (test_host_store.py: with ranks)."""
+"""Dummy weights: their statistics, and that rectangles agree with the whole. test_host_store.py compares ranks."""
 
 import torch
 from penstock.engine.model.shard import Piece

@@ -26,7 +26,7 @@ def test_arena_is_exact_zero_aligned_and_given_back():
 
 
 def test_a_sparse_arena_takes_what_is_used_and_keeps_it():
-    """It may be larger than the machine; what a huge page took behind the used bytes is given back."""
+    """Makes an arena larger than the machine's memory; what a huge page took behind the used bytes is given back."""
 
     def taken_bytes(arena):
         lines = iter(Path("/proc/self/smaps").read_text().splitlines())
@@ -51,14 +51,14 @@ def test_trimming_a_small_arena(used):
     arena.close()
 
 
-@pytest.mark.parametrize("code", [0, 2])
-def test_registration_is_checked_and_undone(monkeypatch, code):
+@pytest.mark.parametrize("status", [0, 2])
+def test_registration_is_checked_and_undone(monkeypatch, status):
     calls = []
 
     class Cudart:
         def cudaHostRegister(self, pointer, nbytes, flags):
             calls.append(("register", pointer, nbytes))
-            return code
+            return status
 
         def cudaHostUnregister(self, pointer):
             calls.append(("unregister", pointer))
@@ -67,25 +67,25 @@ def test_registration_is_checked_and_undone(monkeypatch, code):
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
     arena = HostArena(2**20)
     pointer = arena.tensor.data_ptr()
-    if code:
+    if status:
         with pytest.raises(RuntimeError, match=r"cannot register 1\.00 MiB .*ulimit -l unlimited"):
             arena.register()
     else:
         arena.register()
     arena.close()
-    assert calls == [("register", pointer, 2**20)] + ([] if code else [("unregister", pointer)])
+    assert calls == [("register", pointer, 2**20)] + ([] if status else [("unregister", pointer)])
 
 
 def write_cgroup(root, version, limit, anon):
     own = root / "own"
     if version == 2:
-        place, own_line, limit_name, field = root / "job", "0::/job", "memory.max", "anon"
+        folder, own_line, limit_name, field = root / "job", "0::/job", "memory.max", "anon"
     else:
-        place, own_line, limit_name, field = root / "memory/job", "4:memory:/job", "memory.limit_in_bytes", "total_rss"
-    place.mkdir(parents=True)
+        folder, own_line, limit_name, field = root / "memory/job", "4:memory:/job", "memory.limit_in_bytes", "total_rss"
+    folder.mkdir(parents=True)
     own.write_text(f"9:cpu:/elsewhere\n{own_line}\n")
-    (place / limit_name).write_text(f"{limit}\n")
-    (place / "memory.stat").write_text(f"file 123\n{field} {anon}\n")
+    (folder / limit_name).write_text(f"{limit}\n")
+    (folder / "memory.stat").write_text(f"file 123\n{field} {anon}\n")
     return own
 
 

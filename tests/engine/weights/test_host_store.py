@@ -39,7 +39,7 @@ MODELS = {
 
 
 def shuffle_files(directory):
-    """Renames the shards so that neither names nor the index's order say anything about the tensors' order."""
+    """Renames the shards, so that neither their names nor the index tell the tensors' order."""
     index_file = directory / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     names = sorted(set(index["weight_map"].values()))
@@ -56,7 +56,8 @@ def shuffle_files(directory):
 
 @pytest.fixture(scope="module", params=MODELS)
 def saved(request, tmp_path_factory):
-    """A tiny checkpoint in shuffled shards: (directory, ModelSpec, TensorNames, tensors as the library reads them)."""
+    """A tiny checkpoint in shuffled shards, as (directory, ModelSpec, TensorNames, tensors as the library reads
+    them)."""
     directory = tmp_path_factory.mktemp(request.param)
     model_class, config_class, extra = MODELS[request.param]
     torch.manual_seed(0)
@@ -161,7 +162,7 @@ def test_an_error_in_a_thread_is_raised_and_frees_the_arenas(saved, monkeypatch)
 
 
 def test_nothing_is_allocated_before_the_checkpoint_is_checked(saved, monkeypatch):
-    """`load_weights` takes a source; a checkpoint with a missing tensor is refused before there is one."""
+    """Opens a checkpoint with a missing tensor: it is refused before there is a source that load_weights could take."""
     directory, spec, names, _ = saved
     monkeypatch.setattr(span_memory, "HostArena", lambda *_: pytest.fail("allocated"))
     expected = expected_tensors(spec, names) | {"one.more": (3,)}
@@ -186,7 +187,7 @@ def test_nan_in_a_weight_is_warned_of(saved, tmp_path):
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_staging_buffers_are_zeroed_and_never_reused_in_flight(saved, monkeypatch, num_threads):
-    """The CUDA path with a late link: a copy is done when its event is waited for, not before."""
+    """Takes the way of CUDA with a late link: a copy is done when its event is waited for, not before."""
     directory, spec, names, tensors = saved
     layout = model_layout(spec, names, "float32", 2, 1)
     pending = threading.local()

@@ -1,4 +1,4 @@
-"""Loading with compressed groups: what they decompress to is what a plain load holds, and memory holds blobs, no
+"""Loading with compressed groups: they decompress to what a plain load holds, and memory holds their blobs and no
 more."""
 
 import contextlib
@@ -33,7 +33,7 @@ CONFIG = {
 
 
 class RandomBits(DummyWeights):
-    """What never shrinks."""
+    """Weights that never shrink."""
 
     def read_piece(self, piece, out):
         generator = torch.Generator().manual_seed(piece.row)
@@ -55,16 +55,16 @@ def spans_of(loaded: LoadedWeights) -> dict[GroupId, torch.Tensor]:
     return loaded.host_spans | loaded.resident
 
 
-def assert_decodes_to(loaded: LoadedWeights, plain: LoadedWeights, layout: ModelLayout) -> None:
-    """Bit for bit, the gaps too: they are zero."""
+def assert_decompresses_to(loaded: LoadedWeights, plain: LoadedWeights, layout: ModelLayout) -> None:
+    """Asserts that groups decompress to the plain ones, bit for bit; the gaps are zero."""
     found, expected = spans_of(loaded), spans_of(plain)
     for group in groups_of(layout):
         span = found[group.id]
         if group.id in loaded.compressed:
-            code = loaded.compressed[group.id]
-            assert len(span) == code.nbytes and span.dtype == torch.uint8
+            compressed = loaded.compressed[group.id]
+            assert len(span) == compressed.nbytes and span.dtype == torch.uint8
             decompressed = torch.zeros_like(expected[group.id], device=span.device)
-            decompress_group(code, span, decompressed)
+            decompress_group(compressed, span, decompressed)
             span = decompressed
         assert torch.equal(span.cpu(), expected[group.id].cpu()), group.id
 
@@ -85,7 +85,7 @@ def test_mixed_loads_equal_plain_ones(tp_size, rank, tied, every):
     assert loaded.compressed_from_bytes == sum(group.nbytes for group in groups if group.id in compressed)
     assert 0 < loaded.compress_s < loaded.ended_at_s - loaded.began_at_s
     assert set(loaded.host_spans) == set(plain.host_spans) and set(loaded.resident) == set(plain.resident)
-    assert_decodes_to(loaded, plain, layout)
+    assert_decompresses_to(loaded, plain, layout)
     assert loaded.host_bytes == sum(len(span) for span in loaded.host_spans.values())
     assert loaded.resident_bytes == sum(len(span) for span in loaded.resident.values())
     assert all(span.data_ptr() % 256 == 0 for span in spans_of(loaded).values() if len(span))
@@ -112,12 +112,12 @@ def test_blobs_larger_than_planned_are_kept():
     compressed = set(by_group(layout))
     plain = load_weights(source, layout, compressed, True, CPU, 2)
     loaded = load_weights(source, layout, compressed, True, CPU, 2, compressed=compressed)
-    assert_decodes_to(loaded, plain, layout)
+    assert_decompresses_to(loaded, plain, layout)
     largest = layout.groups[1]
     assert planned_bytes(largest) < loaded.compressed[largest.id].nbytes <= largest.nbytes
 
 
-@pytest.mark.parametrize("fails", ["reading", "coding"])
+@pytest.mark.parametrize("fails", ["reading", "compressing"])
 def test_an_error_frees_the_arenas(monkeypatch, fails):
     opened, closed = [], []
     whole_init, whole_close = HostArena.__init__, HostArena.close
@@ -136,7 +136,7 @@ def test_an_error_frees_the_arenas(monkeypatch, fails):
         raise ValueError("no such luck")
 
     source, layout = model(source=Broken if fails == "reading" else DummyWeights)
-    if fails == "coding":
+    if fails == "compressing":
         monkeypatch.setattr(host_store, "compress_group", broken)
     num_threads = torch.get_num_threads()
     with pytest.raises(ValueError, match="no such luck"):
@@ -173,7 +173,8 @@ def test_only_what_blobs_fill_is_registered(monkeypatch):
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_two_scratch_spans_at_most(monkeypatch, overlaps):
-    """On CUDA the next group is read while one is compressed, on a CPU one after the other; the bits are the same."""
+    """Loads as on CUDA, where the next group is read while one is compressed, and as on a CPU, one after the other; the
+    bits are the same."""
     source, layout = model()
     plain = load_weights(source, layout, set(by_group(layout)), True, CPU, 2)
     events = []
@@ -196,7 +197,7 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
     compressor._stream = "a stream" if overlaps else None
     with host_store._Reader(source, None, 2, None) as reader:
         compressor.load(layout.groups, reader, dict.fromkeys(by_group(layout), spans))
-    a, b, c, d, e = sorted(range(5), key=lambda place: -layout.groups[place].nbytes)
+    a, b, c, d, e = sorted(range(5), key=lambda index: -layout.groups[index].nbytes)
     if overlaps:
         assert events[:2] == [f"read {a}", f"read {b}"] and events[-2:] == [f"compress {d}", f"compress {e}"]
         assert events[2:-2] == [
@@ -208,7 +209,7 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
             f"read {e}",
         ]
     else:
-        assert events == [f"{what} {place}" for place in (a, b, c, d, e) for what in ("read", "compress")]
+        assert events == [f"{what} {index}" for index in (a, b, c, d, e) for what in ("read", "compress")]
     for group in layout.groups:
         decompressed = torch.zeros(group.nbytes, dtype=torch.uint8)
         decompress_group(compressor.compressed[group.id], spans.spans[group.id], decompressed)
@@ -232,7 +233,7 @@ def test_compressed_on_the_gpu_equals_plain_on_the_cpu(streams):
     assert all(not span.is_cuda for span in loaded.host_spans.values())
     for group in loaded.host_spans:  # registered memory: the device reads what was kept
         loaded.host_spans[group] = loaded.host_spans[group].to(DEVICE, non_blocking=True)
-    assert_decodes_to(loaded, plain, layout)
+    assert_decompresses_to(loaded, plain, layout)
     print(f"{streams}: {loaded.compressed_from_bytes / loaded.compress_s * 1e-9:.2f} GB/s compressed")
     loaded.close()
     plain.close()

@@ -46,7 +46,7 @@ LOAD_AND_MEASURE = """
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """300 MB of bf16 in five files."""
+    """A checkpoint of 300 MB of bf16 in five files."""
     directory = tmp_path_factory.mktemp("large")
     sizes = {"hidden_size": 1024, "intermediate_size": 12288, "num_hidden_layers": 3, "vocab_size": 12288}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **sizes}
@@ -68,7 +68,7 @@ def large(tmp_path_factory):
 
 
 def measured(large, dtype: str, tp_size: int, rank: int, compressed: bool = False) -> list[int]:
-    """The line that the process prints."""
+    """The numbers of the line that the process prints."""
     arguments = [sys.executable, "-c", textwrap.dedent(LOAD_AND_MEASURE), large, dtype, tp_size, rank, int(compressed)]
     result = subprocess.run(list(map(str, arguments)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -81,11 +81,11 @@ def test_peak_memory_of_loading(large, dtype, tp_size, rank):
     assert shard * tp_size > 295e6 and num_read <= shard == held
     print(f"{dtype} tp {tp_size}: shard {shard / 1e6:.0f} MB, added {added / 1e6:.0f} MB")
     assert 0.95 * shard < added < 1.05 * shard + 200e6
-    assert added < 1.05 * shard + (16e6 if dtype == "bfloat16" else 100e6), "more than this code needs"
+    assert added < 1.05 * shard + (16e6 if dtype == "bfloat16" else 100e6), "more than loading should need"
 
 
 def test_peak_memory_of_compressed_loading(large):
-    """What is held, and two groups: the one that is compressed and what becomes of it."""
+    """Expects what is held, and two groups: the one that is compressed, and what it becomes."""
     added, shard, _, held, largest = measured(large, "bfloat16", 1, 0, compressed=True)
     print(f"compressed: shard {shard / 1e6:.0f} MB, held {held / 1e6:.0f} MB, added {added / 1e6:.0f} MB")
     embed = 12288 * 1024 * 2

@@ -49,7 +49,7 @@ def rewrite(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def change_config(directory: Path, **changes) -> None:
-    """A value of ... takes the key away."""
+    """Changes config.json; a value of ... takes the key away."""
     file = directory / "config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
@@ -128,7 +128,7 @@ def test_a_tied_model_may_keep_its_matrix_as_the_head(tmp_path, variant):
 
 
 def test_what_save_model_writes_of_a_tied_model_loads(tmp_path):
-    """The safetensors library's: one name for each matrix."""
+    """Saves by the safetensors library, which writes one name for each matrix."""
     model = write_checkpoint(tmp_path, "llama_gqa", **TIED)
     expected = generate(tmp_path)
     save_model(model, str(tmp_path / SINGLE), metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""The scheduler's decisions, one at a time; test_simulation.py plays whole workloads."""
+"""The scheduler's decisions one by one; test_simulation.py plays whole workloads."""
 
 import pytest
 from penstock.scheduler.batching.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
@@ -25,7 +25,7 @@ def request(id=0, num_prompt=3, max_tokens=4, **params):
 
 
 def shape(batch):
-    """(row, start, tokens, samples) of each row."""
+    """A tuple (row, start, tokens, samples) for each row."""
     return [(row.index, row.start, len(row.tokens), row.samples) for row in batch.rows]
 
 
@@ -281,7 +281,7 @@ def test_check_integrity_detects(harm):
 
 
 def test_no_token_to_be_had_ends_the_request_with_an_error():
-    """It keeps the tokens that it has; the other goes on, and its row and pages are free."""
+    """Ends a request that keeps its tokens and gives back its row and pages; the other request goes on."""
     sched = scheduler()
     first, second = request(0), request(1)
     sched.add(first)

@@ -33,15 +33,15 @@ def retentions(draw) -> SinksAndWindow:
 
 
 def entries(retention, pages: tuple[int, ...], count: int) -> list[tuple[int, int]]:
-    """(page, offset) of a row's cached tokens, in order."""
-    places = range(retention.margin, retention.margin + count)
-    return [(pages[place // retention.page_size], place % retention.page_size) for place in places]
+    """The entries (page, offset) of a row's cached tokens, in order."""
+    cached = range(retention.margin, retention.margin + count)
+    return [(pages[entry // retention.page_size], entry % retention.page_size) for entry in cached]
 
 
 @given(retentions(), st.lists(st.integers(1, 40), min_size=1, max_size=30), st.randoms())
 def test_passes_of_any_length_write_and_read_what_the_simulation_holds(retention, asked, random):
-    """Each pass of as many tokens as it may have: its rows are where its own token is the last of those that are held,
-    for each token, and nothing that is held was written over."""
+    """Runs passes of as many tokens as each may have. For each token, what is cached up to it is what the simulation
+    holds when the token is its last: nothing that is held was written over."""
     num_tokens = sum(asked)
     pages = random.sample(range(1000), retention.num_pages(num_tokens))
     simulated = Simulated(retention.num_sinks, retention.window_tokens, retention.eviction_tokens)
@@ -53,13 +53,13 @@ def test_passes_of_any_length_write_and_read_what_the_simulation_holds(retention
             assert start < end <= wanted
             first = start - retention.num_evicted(end)
             table = retention.page_table(pages, end)
-            places = entries(retention, table, first + end - start)
-            assert len(set(places)) == len(places)
+            cached = entries(retention, table, first + end - start)
+            assert len(set(cached)) == len(cached)
             for token in range(start, end):
-                memory[places[first + token - start]] = token
+                memory[cached[first + token - start]] = token
             for token in range(start, end):
                 held = simulated.append(token)
-                assert [memory[place] for place in places[: first + token - start + 1]] == held
+                assert [memory[entry] for entry in cached[: first + token - start + 1]] == held
             start = end
     assert len(memory) <= len(pages) * retention.page_size
 
@@ -73,7 +73,7 @@ def test_pages_are_as_many_as_are_ever_used(retention, num_tokens):
 
 @given(retentions(), st.integers(1, 500))
 def test_the_window_is_never_shorter_than_it_says(retention, num_tokens):
-    """Three quarters of it, or all but a page where it has few."""
+    """Holds three quarters of the window, or all but a page where it has few pages."""
     held = num_tokens - retention.num_evicted(num_tokens)
     least = retention.num_sinks + retention.window_tokens - retention.eviction_tokens + 1
     assert min(num_tokens, least) <= held <= retention.max_cached
@@ -97,7 +97,7 @@ def scheduler_of(retention: SinksAndWindow, num_pages: int, **options) -> Schedu
 
 
 def test_a_thousand_tokens_in_the_pages_of_fifty():
-    """Also if passes are withdrawn: they leave nothing to undo."""
+    """Withdraws passes, too: they leave nothing to undo."""
     retention = SinksAndWindow(4, 40, 8)
     scheduler = scheduler_of(retention, 1 + retention.num_pages(10**6))
     request = Request(0, list(range(300)), SamplingParams(max_tokens=700, ignore_eos=True))

@@ -1,5 +1,5 @@
 """Whole workloads, played on a model of the KV cache that knows which request wrote which position. Passes are
-scheduled one by one, or before the tokens of the ones under way are known."""
+scheduled one by one, or before the tokens of those under way are known."""
 
 import dataclasses
 import random
@@ -17,33 +17,34 @@ VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
 
 
 class Cache:
-    """Pages that remember the (request, position, token) last written to each place in them."""
+    """Pages that remember the (request, position, token) last written to each of their entries."""
 
     def __init__(self, page_size: int):
         self.page_size = page_size
-        self.places: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self.written: dict[tuple[int, int], tuple[int, int, int]] = {}
 
-    def place(self, row, position):
+    def entry(self, row, position):
         return row.pages[position // self.page_size], position % self.page_size
 
     def compute(self, row, request_id: int) -> list[int]:
-        """Write this pass's tokens, then read back all the tokens that attention would see."""
+        """Writes this pass's tokens, then reads back all the tokens that attention would see."""
         assert RESERVED_PAGE not in row.pages
         for position, token in enumerate(row.tokens, row.start):
-            self.places[self.place(row, position)] = request_id, position, token
-        seen = [self.places[self.place(row, position)] for position in range(row.start + len(row.tokens))]
+            self.written[self.entry(row, position)] = request_id, position, token
+        seen = [self.written[self.entry(row, position)] for position in range(row.start + len(row.tokens))]
         assert [entry[:2] for entry in seen] == [(request_id, position) for position in range(len(seen))]
         return [token for _, _, token in seen]
 
 
 def next_token(tokens, seed):
-    """What the model and sampler would give: a function of the sequence alone; now and then none, for odd seeds."""
+    """The token that model and sampler would give, a function of the sequence alone; for odd seeds sometimes a negative
+    number, which is no token."""
     token = random.Random(f"{tokens} {seed}").randrange(VOCAB)
     return -1 if token == NAN and seed % 2 else token
 
 
 def expected_output(request, max_model_len):
-    """The request on its own: the oracle of its tokens and of how it ends."""
+    """The tokens and the end of the request when it runs alone: the oracle."""
     output, params = [], request.params
     while True:
         token = next_token(request.prompt_token_ids + output, request.seed)
@@ -60,7 +61,7 @@ def expected_output(request, max_model_len):
 
 
 def ends_with_what_comes(request: Request, max_model_len: int) -> bool:
-    """Whether its last token is under way."""
+    """Whether the request's last token is under way."""
     return request.num_tokens_ahead == request.most_tokens(max_model_len)
 
 
@@ -68,8 +69,9 @@ PREPARED = -1
 
 
 class Simulation:
-    """Drives a scheduler as the engine does, each batch going through its packed message, with up to `lookahead` passes
-    under way when one more is scheduled. PREPARED: with one under way, whose tokens decide whether the next runs."""
+    """Drives a scheduler as the engine does: each batch goes through its packed message, and up to `lookahead` passes
+    are under way when one more is scheduled. With PREPARED one is under way, and its tokens decide whether the next
+    runs."""
 
     def __init__(self, scheduler: Scheduler, lookahead: int = 0):
         self.scheduler, self.lookahead = scheduler, abs(lookahead)
@@ -183,7 +185,7 @@ def check_workload(seed, lookahead):
     for request in requests:
         outcome = request.output_token_ids, request.finish_reason, request.stop_reason
         assert outcome == expected_output(request, scheduler.max_model_len)
-        # Each token but the last was computed, once, and that too if nothing could be sampled after it;
+        # Each token but the last was computed once; the last too, if nothing could be sampled after it.
         # Simulation.compute() saw that they came in order. Where a token's value ended the request, passes that were
         # under way then computed for nothing.
         assert simulation.num_computed[request.id] == request.num_computed_tokens

@@ -33,7 +33,8 @@ def test_a_given_link_wins_and_is_said():
 
 
 def test_a_step_takes_its_latency_and_what_it_moves_and_computes():
-    """By hand: 4e9 bytes at 4 TB/s are 1 ms, 800e9 FLOPs at 800 TFLOP/s another: together 1.414."""
+    """Figures by hand: 4e9 bytes at 4 TB/s take 1 ms, 800e9 FLOPs at 800 TFLOP/s another; together they take 1.414
+    ms."""
     read = StepWork("read", weight_bytes=4 * 10**9)
     both = dataclasses.replace(read, token_flops=800 * 10**9)
     assert step_s(read, DECODE, RATES) == pytest.approx(1e-3)
@@ -67,7 +68,7 @@ def test_what_the_host_launches_is_no_shorter_than_its_launches():
 
 
 def test_the_host_runs_ahead_of_a_gpu_and_not_of_a_cpu():
-    """By hand: a step of 1 ms and ten of nothing, launched for 50 us each."""
+    """Figures by hand: a step of 1 ms and ten of nothing, each of which takes 50 us to launch."""
     steps = ((StepWork("read", weight_bytes=4 * 10**9), 1), (StepWork("norm", token_bytes=1), 10))
     prefill = PassShape(2, 1, 2)
     gpu, cpu = rates(step_latency_s=5e-5, node_latency_s=0.0), rates(step_latency_s=5e-5)
@@ -98,8 +99,8 @@ def test_what_is_copied_before_it_is_attended_to(shape, gathered):
     assert step.memory_bytes(shape) == pytest.approx(in_use / KV_SHARE + 2 * gathered * 1000 / GATHER_SHARE)
 
 
-def test_a_decoded_group_has_three_kernels():
-    """A norm and two matrices; without graphs it takes as long as a step takes the host."""
+def test_a_decompressed_group_has_three_kernels():
+    """Kernels of a norm and two matrices; without graphs the group takes as long as a step takes the host."""
     graphs, eager = (
         rates(decompress_gb_s=1000.0, node_latency_s=2e-6),
         rates(decompress_gb_s=1000.0, step_latency_s=5e-5),
@@ -130,7 +131,7 @@ def test_a_resident_pass_is_bound_by_memory_then_by_compute():
 
 
 def test_a_pass_is_the_sum_of_its_steps():
-    """The same cost as in the timeline, which replays them one by one."""
+    """Compares with the timeline, which replays the steps one by one and has the same cost."""
     shape = PassShape(300, 4, 5000)
     mixed = PassWork(0, 0, ((READ, 3), (REDUCE, 2), (StepWork("norm", token_bytes=10**6), 5)))
     slow = rates(reduce_latency_s=1e-4, node_latency_s=1e-5, step_latency_s=2e-5)
@@ -148,7 +149,7 @@ def test_reduces_add_to_the_compute_lane_only():
     assert resident.total_s == pytest.approx(predict_pass(RESIDENT, DECODE, slow).total_s + resident.reduce_s)
 
 
-def test_a_reduce_s_latency_stands_in_a_node_s_place():
+def test_a_reduce_s_latency_replaces_a_node_s():
     """A fused step reduces and does the rest on the way."""
     fused = StepWork("allreduce+residual", token_bytes=4000, reduce_token_bytes=1000)
     slow = rates(reduce_latency_s=1e-5, node_latency_s=1e-6)

@@ -1,4 +1,4 @@
-"""First fit: against a search of every byte; what clashes never overlaps, and what does not may."""
+"""First fit against a search of every byte: what clashes never overlaps, and what does not clash may."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,6 +1,6 @@
-"""PassPlan: each plan made is safe, and each way to break the contract is found by validate().
+"""PassPlan: each plan that is made is safe, and validate() finds each way to break the contract.
 
-What is safe is judged by an oracle of another kind than the proof (plan_oracle.py).
+An oracle of another kind than the proof judges what is safe (plan_oracle.py).
 """
 
 from dataclasses import replace
@@ -48,7 +48,7 @@ RATES = Rates(1.0, 1.0, 1.0, 0.0, 1.0, "test")
 
 
 def steps_of(groups):
-    """Two readers for each group, a step without weights between them, and one activation through all."""
+    """Steps with two readers for each group, a step without weights between them, and one activation through all."""
     steps = [Compute("embedding", -1, None, (("x", "+w"),))]
     for group in groups:
         steps.append(Compute(f"first {group}", group.layer_idx, group, (("x", "rw"),)))
@@ -59,7 +59,7 @@ def steps_of(groups):
 
 @st.composite
 def cases(draw, least=1):
-    """(all groups, the streamed ones with bytes, a ring) over random sizes and residencies."""
+    """Cases (all groups, the streamed ones with bytes, a ring) over random sizes and residencies."""
     sizes = draw(st.lists(st.integers(1, 6), min_size=least, max_size=9))
     groups = [GroupId(i // 2, "attn" if i % 2 == 0 else "ffn") for i in range(len(sizes))]
     stays = draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
@@ -103,7 +103,8 @@ def test_each_plan_made_is_safe(case):
 
 
 def pass_over_link(fraction, ring_of) -> float:
-    """Predicted time of a pass over that of its copies alone: Llama-3-8B's sizes in MiB, compute 15 % of the copies."""
+    """Ratio of the predicted time of a pass to that of its copies alone, with Llama-3-8B's sizes in MiB, where compute
+    takes 15 % of the time of the copies."""
     sizes = {"attn": 80, "ffn": 336}
     groups = [(GroupId(i, name), nbytes) for i in range(32) for name, nbytes in sizes.items()]
     counts = counts_within(groups, int(fraction * sum(nbytes for _, nbytes in groups)))
@@ -149,7 +150,7 @@ def test_an_acquire_that_does_not_wait_is_rejected(case, data):
 @MANY
 @given(cases(), st.data())
 def test_a_missing_instruction_is_rejected(case, data):
-    """Fork, join, any copy (the wrapped ones too), any acquire, any release."""
+    """Drops the fork, the join, a copy (wrapped or not), an acquire or a release."""
     plan = make_plan(steps_of(case[0]), case[2])
     index = data.draw(st.sampled_from(where(plan, (Fork, Join, Prefetch, Acquire, Release))))
     assert rejected(mutant(plan, index))
@@ -183,7 +184,7 @@ def test_an_event_waited_for_before_it_is_recorded_is_rejected(case, data):
 @MANY
 @given(cases(least=2), st.data())
 def test_a_slot_reused_early_is_rejected(case, data):
-    """A copy goes elsewhere than the layout says; or the layout itself is moved, and the waits stay as they were."""
+    """Moves a copy away from where the layout says, or moves the layout itself and leaves the waits as they were."""
     groups, streamed, ring = case
     plan = make_plan(steps_of(groups), ring)
     index = data.draw(st.sampled_from(where(plan, Prefetch)))
@@ -226,7 +227,7 @@ def test_a_wrong_wrap_around_is_rejected(case, data):
 @MANY
 @given(cases(least=2), st.data())
 def test_whatever_the_proof_accepts_is_safe(case, data):
-    """Any two instructions change places, or one is dropped, or a wait is: no hazard is ever accepted."""
+    """Swaps two instructions, or drops one or a wait: no hazard is ever accepted."""
     plan = make_plan(steps_of(case[0]), case[2])
     instructions = list(plan.instructions)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -237,7 +238,7 @@ def test_whatever_the_proof_accepts_is_safe(case, data):
 
 
 def test_mutations_are_not_vacuous():
-    """On the plain case every dropped wait is one that matters."""
+    """Drops each wait of a plain case: every one of them matters."""
     groups = [GroupId(i // 2, ("attn", "ffn")[i % 2]) for i in range(8)]
     streamed = [(g, 512) for g in groups]
     plan = make_plan(steps_of(groups), lay_out_ring(streamed, default_ring_bytes(streamed)))
@@ -276,7 +277,7 @@ def test_a_group_without_a_reader_is_refused():
 
 @st.composite
 def specs(draw) -> ModelSpec:
-    """Small models of any shape; qwen3's tensor names are there for all of them."""
+    """Small models of any shape; all of them have qwen3's tensor names."""
     num_kv_heads, head_dim, num_layers = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 8)), draw(st.integers(1, 5))
     flags = ("gated", "qkv_bias", "o_bias", "ffn_up_bias", "ffn_down_bias", "qk_norm", "parallel_residual", "tied")
     return ModelSpec(
@@ -302,7 +303,8 @@ def specs(draw) -> ModelSpec:
 
 @st.composite
 def engine_plans(draw) -> tuple[EngineConfig, EnginePlan]:
-    """Any residency, ring and tp_size. "auto" gets a budget between what all streamed and what all resident takes."""
+    """Engines of any residency, ring and tp_size. "auto" gets a budget between what it takes to stream all and what it
+    takes to keep all."""
     spec = draw(specs())
     tp_size = draw(st.sampled_from(tp_sizes(spec.num_heads)))
     max_num_seqs = draw(st.integers(1, 16))
@@ -326,7 +328,7 @@ def engine_plans(draw) -> tuple[EngineConfig, EnginePlan]:
 
 
 def bytes_alive(plan: PassPlan, ranges: dict[str, range]) -> list[dict[str, range]]:
-    """At each instruction the bytes of all activations that are alive in it, those it creates or destroys too."""
+    """Bytes of all activations that are alive in each instruction, with those that it creates or destroys."""
     alive, found = set(), []
     for step in where(plan, Compute):
         effects = plan.instructions[step].effects
@@ -340,29 +342,28 @@ def bytes_alive(plan: PassPlan, ranges: dict[str, range]) -> list[dict[str, rang
 @given(engine_plans())
 def test_each_engine_plan_is_safe(case):
     config, plan = case
-    residency, steps = plan.residency, plan.pass_plan
-    validate(steps)
-    assert not is_hazardous(steps)
-    assert [i for i in steps.instructions if isinstance(i, Compute)] == model_steps(plan.spec)
+    residency, pass_plan = plan.residency, plan.pass_plan
+    validate(pass_plan)
+    assert not is_hazardous(pass_plan)
+    assert [i for i in pass_plan.instructions if isinstance(i, Compute)] == model_steps(plan.spec)
 
     streamed = [group.id for group in plan.layout.groups if group.id not in residency.resident]
-    assert sorted(i.group for i in steps.instructions if isinstance(i, Prefetch)) == sorted(streamed)
-    assert all(slot.nbytes == by_group(plan.layout)[group].nbytes for group, slot in steps.ring.slots)
-    assert steps.ring.ring_bytes <= (config.ring or sum(slot.nbytes for _, slot in steps.ring.slots))
+    assert sorted(i.group for i in pass_plan.instructions if isinstance(i, Prefetch)) == sorted(streamed)
+    assert all(slot.nbytes == by_group(plan.layout)[group].nbytes for group, slot in pass_plan.ring.slots)
+    assert pass_plan.ring.ring_bytes <= (config.ring or sum(slot.nbytes for _, slot in pass_plan.ring.slots))
     assert config.gpu_memory is None or residency.claimed_bytes <= config.gpu_memory
 
     sizes = activation_bytes(plan.spec, plan.dtype, plan.tp_size, config.max_num_batched_tokens, config.max_num_seqs)
     ranges = {name: range(at, at + sizes[name]) for name, at in plan.activation_offsets.items()}
     assert all(r.start >= 0 and r.stop <= plan.activations_bytes for r in ranges.values())
-    for together in bytes_alive(steps, ranges):
+    for together in bytes_alive(pass_plan, ranges):
         for a, b in combinations(together.values(), 2):
             assert a.stop <= b.start or b.stop <= a.start
 
 
 @st.composite
 def compressed_cases(draw):
-    """A case with some groups compressed, streamed or resident, and steps in which the readers of neighbours
-    interleave."""
+    """Cases in which some groups, streamed or resident, are compressed, and the readers of neighbours interleave."""
     groups, streamed, ring = draw(cases(least=2))
     decompressed = {g: 256 * draw(st.integers(1, 4)) for g in groups if draw(st.booleans())}
     assume(decompressed)
@@ -389,7 +390,7 @@ def test_each_plan_with_compressed_groups_is_safe(case):
 
 @MANY
 @given(compressed_cases(), st.data())
-def test_each_broken_decode_is_rejected(case, data):
+def test_each_broken_decompression_is_rejected(case, data):
     steps, ring, decompressed = case
     plan = make_plan(steps, ring, decompressed)
     index = data.draw(st.sampled_from(where(plan, Decompress)))
@@ -405,7 +406,7 @@ def test_each_broken_decode_is_rejected(case, data):
 
 
 @given(compressed_cases(), st.data())
-def test_a_slot_released_before_it_is_decoded_is_rejected(case, data):
+def test_a_slot_released_before_it_is_decompressed_is_rejected(case, data):
     steps, ring, decompressed = case
     plan = make_plan(steps, ring, decompressed)
     released = [i for i in where(plan, Release) if isinstance(plan.instructions[i - 1], Decompress)]
@@ -416,8 +417,8 @@ def test_a_slot_released_before_it_is_decoded_is_rejected(case, data):
     assert rejected(PassPlan(swapped, plan.ring))
 
 
-def test_the_decode_buffer_holds_one_group_at_a_time():
-    """Serial layers: the largest group's bytes are enough."""
+def test_the_decompression_buffer_holds_one_group_at_a_time():
+    """Plans serial layers: the largest group's bytes are enough."""
     groups = [GroupId(i, name) for i in range(4) for name in ("attn", "ffn")]
     decompressed = {group: 1024 if group.name == "ffn" else 256 for group in groups}
     assert make_plan(steps_of(groups), RingLayout(0, 0, ()), decompressed).decompression_buffer_bytes == 1024

@@ -1,4 +1,4 @@
-"""The step table is the plan: each letter and each copy that the plan has stands in it, and nothing else."""
+"""The step table is the plan: it shows each letter and each copy that the plan has, and nothing else."""
 
 import pytest
 from penstock.scheduler.passes.build import default_ring_bytes, lay_out_ring, make_plan

@@ -22,13 +22,13 @@ ATTN, FFN, HEAD = 84 * MIB, 352 * MIB, 1050 * MIB
 GROUPS = (*((GroupId(i, name), n) for i in range(32) for name, n in (("attn", ATTN), ("ffn", FFN))),)
 GROUPS += ((GroupId(32, "head"), HEAD),)
 SIZES = dict(GROUPS)
-CODED = {group: nbytes * 7 // 10 for group, nbytes in GROUPS}
+COMPRESSED = {group: nbytes * 7 // 10 for group, nbytes in GROUPS}
 LARGEST = {"attn": ATTN, "ffn": FFN, "head": HEAD}
 STEPS = ((StepWork("linear", weight_bytes=sum(SIZES.values()) // 64), 64),)
 
 
 def demand(**changes) -> Demand:
-    """Like Llama-3-8B in bf16, for a few sequences."""
+    """A demand like that of Llama-3-8B in bf16, for a few sequences."""
     base = Demand(
         groups=GROUPS,
         embed_bytes=HEAD,
@@ -36,7 +36,7 @@ def demand(**changes) -> Demand:
         page_size=16,
         max_num_seqs=4,
         max_position=8192,
-        compressed=CODED,
+        compressed=COMPRESSED,
         buffer_bytes=lambda names: max(LARGEST[name] for name in names),
         memory_bytes=12 * GIB,
         fixed=(("activations", GIB),),
@@ -53,12 +53,12 @@ def chosen(choice: str, decompress_gb_s: float = 2000.0, **changes) -> Residency
 
 
 def pass_s(residency: Residency) -> float:
-    """Of one row."""
-    code = len(residency.compressed), sum(dict(demand().groups)[group] for group in residency.compressed)
-    return offer("auto").cost.pass_s(1, demand().kv_len, residency.streamed_bytes, *code)
+    """Predicted seconds of a pass of one row."""
+    decompressed = len(residency.compressed), sum(dict(demand().groups)[group] for group in residency.compressed)
+    return offer("auto").cost.pass_s(1, demand().kv_len, residency.streamed_bytes, *decompressed)
 
 
-def test_none_and_nothing_to_code_plan_plain():
+def test_none_and_nothing_to_compress_plan_plain():
     assert not chosen("none").compressed
     assert chosen("lossless", compressed={}) == chosen("auto", compressed={}) == chosen("none")
 
@@ -68,7 +68,7 @@ def test_auto_leaves_alone_what_does_not_stream():
     assert not residency.compressed and not residency.streamed and residency.embed_resident
 
 
-def test_auto_codes_what_streams_and_all_that_would_cost_more_plain():
+def test_auto_compresses_what_streams_and_all_that_would_cost_more_plain():
     residency, plain = chosen("auto", memory_bytes=8 * GIB), chosen("none", memory_bytes=8 * GIB)
     assert residency.streamed and {group for group, _ in residency.streamed} <= residency.compressed
     assert residency.streamed_bytes < 0.7 * plain.streamed_bytes - 0.1 * GIB  # more stays as well
@@ -77,13 +77,13 @@ def test_auto_codes_what_streams_and_all_that_would_cost_more_plain():
 
 
 @pytest.mark.parametrize("gib", [6, 8, 10, 12, 13, 14])
-def test_the_decode_buffer_is_that_of_what_is_compressed(gib):
+def test_the_decompression_buffer_is_that_of_what_is_compressed(gib):
     residency = chosen("auto", memory_bytes=gib * GIB)
     largest = max((SIZES[group] for group in residency.compressed), default=0)
     assert dict(residency.claims).get("decompression buffer", 0) == largest
 
 
-def test_auto_does_not_code_where_decoding_is_slow():
+def test_auto_does_not_compress_where_decompressing_is_slow():
     assert not chosen("auto", decompress_gb_s=0.1, memory_bytes=8 * GIB).compressed
     assert chosen("lossless", decompress_gb_s=0.1, memory_bytes=8 * GIB).compressed
 
@@ -99,7 +99,7 @@ def test_a_model_that_fits_only_compressed_stays():
 
 @pytest.mark.parametrize("gib", [13, 14, 15])
 def test_what_memory_is_left_keeps_groups_plain(gib):
-    """The more memory, the fewer bytes are decompressed and the faster a pass."""
+    """Plans with ever more memory: fewer bytes are decompressed, and passes are faster."""
     few, many = (chosen("lossless", memory_bytes=n * GIB, max_num_seqs=1) for n in (gib, gib + 1))
     assert pass_s(many) < pass_s(few)
     assert sum(map(SIZES.get, many.compressed)) < sum(map(SIZES.get, few.compressed))
@@ -121,8 +121,8 @@ def test_nothing_that_stays_is_compressed_in_memory_without_limit():
     assert chosen("lossless", memory_bytes=None, resident="none").compressed == set(SIZES)
 
 
-def test_coding_must_gain_more_than_its_loading_takes():
-    """At the rate of decompressing where both are as fast, auto leaves weights plain."""
+def test_compression_must_gain_more_than_its_loading_takes():
+    """Finds the rate of decompression at which both are as fast: there auto leaves weights plain."""
     asked, low, high = {"memory_bytes": 8 * GIB, "max_num_seqs": 1}, 20.0, 200.0
     while high - low > 0.05:
         middle = (low + high) / 2
@@ -135,7 +135,7 @@ def test_coding_must_gain_more_than_its_loading_takes():
 
 def test_settling_keeps_the_choice_and_takes_the_bytes():
     planned = choose_compression(offer("auto"), demand(memory_bytes=12 * GIB))
-    sizes = {group: CODED[group] * 98 // 100 // 256 * 256 for group in planned[1].compressed}
+    sizes = {group: COMPRESSED[group] * 98 // 100 // 256 * 256 for group in planned[1].compressed}
     _, settled = settle(offer("auto"), planned, sizes)
     assert settled.split == planned[1].split
     assert settled.streamed_bytes == sum(sizes[group] for group, _ in planned[1].streamed)
@@ -151,7 +151,7 @@ def test_weights_that_shrink_less_than_planned_are_refused_where_they_do_not_fit
     assert raised.type is kind
 
 
-def test_weights_that_do_not_shrink_stay_plain_unless_coding_is_asked_for():
+def test_weights_that_do_not_shrink_stay_plain_unless_compression_is_asked_for():
     asked = demand(memory_bytes=40 * GIB, resident="none")
     planned = choose_compression(offer("auto"), asked)
     with pytest.raises(CompressionDoesNotPay, match="plain ones"):
@@ -159,6 +159,6 @@ def test_weights_that_do_not_shrink_stay_plain_unless_coding_is_asked_for():
     assert settle(offer("lossless"), planned, SIZES)[1].streamed_bytes == sum(SIZES.values())
 
 
-def test_nothing_is_claimed_for_decoding_where_all_stays_plain():
+def test_nothing_is_claimed_for_decompressing_where_all_stays_plain():
     residency = chosen("lossless", memory_bytes=40 * GIB)
     assert not residency.compressed and residency == chosen("none", memory_bytes=40 * GIB)

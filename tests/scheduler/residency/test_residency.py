@@ -1,4 +1,4 @@
-"""Residency: what stays is what was asked, evenly spread; memory is never exceeded; what cannot be is refused."""
+"""Residency: what stays is what was asked for, spread evenly; memory is never exceeded; what cannot be is refused."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def layers(num_layers=32, attn=ATTN, ffn=FFN):
 
 
 def demand(num_layers=32, **changes) -> Demand:
-    """Like Llama-3-8B in bf16: 15 GiB of weights, 2 MiB a page of 16 tokens."""
+    """A demand like that of Llama-3-8B in bf16: 15 GiB of weights, 2 MiB a page of 16 tokens."""
     base = Demand(
         groups=(*layers(num_layers), (GroupId(num_layers, "head"), HEAD)),
         embed_bytes=HEAD,
@@ -41,7 +41,7 @@ def demand(num_layers=32, **changes) -> Demand:
 
 
 def plan_residency(asked: Demand) -> Residency:
-    """Of plain weights, on an H200."""
+    """The residency of plain weights on an H200."""
     steps = ((StepWork("linear", weight_bytes=(ATTN + FFN) // 2), 64),)
     return plan_fastest(asked, Cost(steps, load_profile("h200")), compressed=False)[1]
 
@@ -212,13 +212,13 @@ def test_a_cpu_has_no_limit_but_bounds_its_kv():
     assert planned.num_pages * 2 * MIB <= CPU_KV_BYTES + 2 * MIB
 
 
-def test_auto_keeps_the_head_where_its_place_in_the_ring_costs_as_much():
+def test_auto_keeps_the_head_where_its_part_of_the_ring_costs_as_much():
     planned = plan_residency(demand(memory_bytes=12 * GIB))
     assert GroupId(32, "head") in planned.resident
 
 
 def variant(label: str, num_seqs: int, pass_s: float, max_model_len: int = 8192) -> Variant:
-    """Whose passes all take as long."""
+    """A variant whose passes all take `pass_s`."""
     time = PassTime(pass_s, 0.004, 0.001, 0.002, 0.0, 0.0, pass_s, "link")
     return Variant(label, 0, max_model_len, Prediction("batch 1", 1, time), Prediction("best", num_seqs, time))
 

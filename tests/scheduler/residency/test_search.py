@@ -1,5 +1,5 @@
-"""The search against brute force: each number of groups that stay and of those that are compressed is laid out and
-tried."""
+"""The search against brute force, which lays out and tries each number of groups that stay and of those that are
+compressed."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def demands(draw) -> tuple[Demand, Cost]:
 
 
 def splits(asked: Demand, compressed: bool):
-    """The whole family, laid out."""
+    """All splits of the family."""
     kinds = by_name([group for group, _ in asked.groups])
     for counts in itertools.product(*(range(len(members) + 1) for members in kinds.values())):
         staying = [every(members, count) for members, count in zip(kinds.values(), counts)]
@@ -84,7 +84,7 @@ def needed_bytes(asked: Demand, split: Split) -> int:
 
 
 def brute_force(asked: Demand, cost: Cost, compressed: bool) -> float:
-    """The most tokens/s of any split and number of sequences; 0 where none fits."""
+    """The most tokens/s of any split and number of sequences; 0 where nothing fits."""
     best, tried = 0.0, list(splits(asked, compressed))
     for num_seqs in range(1, asked.max_num_seqs + 1):
         settled = asked.planned_for(num_seqs)
@@ -118,8 +118,8 @@ def check(asked: Demand, cost: Cost, compressed: bool) -> None:
 
 @settings(max_examples=40)
 @given(demands(), st.booleans())
-def test_no_ring_is_smaller_than_the_bound_by_which_splits_are_dismissed(case, coded):
-    family = Family(*case, coded)
+def test_no_ring_is_smaller_than_the_bound_by_which_splits_are_dismissed(case, compressed):
+    family = Family(*case, compressed)
     for stay in itertools.product(*(kind.stay for kind in family.kinds)):
         streamed = sum((kind.total - count) * kind.kept_bytes for count, kind in zip(stay, family.kinds))
         assert family._least_ring(stay, streamed) <= family._ring(stay)
@@ -143,7 +143,7 @@ def test_more_memory_or_a_faster_link_is_never_slower(case, choice, factor, what
 
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=60), st.integers(0, 60))
 def test_the_best_number_is_found_in_few_steps(steps, fitting):
-    """Of any times that never fall."""
+    """Tries times of all kinds that never fall."""
     times = [t + 0.01 for t in itertools.accumulate(steps)]
     times = [t if n < fitting else math.inf for n, t in enumerate(times)]
     found = most_per_second(len(times), lambda n: times[n - 1])
@@ -176,7 +176,7 @@ def plan(gib: float, cost: Cost, groups, **changes):
 
 
 def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
-    """Where all but the embedding fits all but the embedding stays, and no ring is claimed."""
+    """Plans memory in which all but the embedding fits: all but the embedding stays, and no ring is claimed."""
     groups = tuple((GroupId(i, name), n << 20) for i in range(4) for name, n in (("attn", 84), ("ffn", 352)))
     groups += ((GroupId(4, "head"), 1 << 30),)
     cost = Cost((), H200)
@@ -189,7 +189,7 @@ def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
 
 @pytest.mark.parametrize("attn_share, ffn_share", [(0.5, 0.9), (0.9, 0.5), (0.7, 0.7)])
 def test_of_many_layers_those_are_plain_that_save_most(attn_share, ffn_share):
-    """All stay, and memory holds some of them plain: as good as the best of all numbers."""
+    """Plans memory in which all groups stay and some of them are plain: it is as good as the best of all numbers."""
     groups = tuple((GroupId(i, name), n << 20) for i in range(60) for name, n in (("attn", 84), ("ffn", 352)))
     groups += ((GroupId(60, "head"), 1 << 30),)
     shares = {"attn": attn_share, "ffn": ffn_share, "head": 0.7}
@@ -209,8 +209,8 @@ def test_of_many_layers_those_are_plain_that_save_most(attn_share, ffn_share):
 
 
 def long_demand(gib: float, **changes) -> Demand:
-    """Whose longest sequence has 64 times what its sequences are taken to have, 64 MiB, and no weights that could stay
-    beside one. A sequence costs 16 MiB more."""
+    """A demand whose longest sequence has 64 times the 64 MiB that its sequences are taken to have, and no weights that
+    could stay beside one. A sequence costs 16 MiB more."""
     asked = Demand(
         groups=tuple((GroupId(i, name), 1 << 30) for i in range(8) for name in ("attn", "ffn")),
         embed_bytes=0,
@@ -229,7 +229,8 @@ def long_demand(gib: float, **changes) -> Demand:
     "gib, full", [(5.0, False), (7.9, False), (7.90625, False), (8.2, False), (8.9, False), (9.1, True)]
 )
 def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
-    """By hand: a ring of 4 GiB, a page, and 80 MiB for each sequence; the longest one alone takes 4 GiB and 16 MiB."""
+    """Figures by hand: a ring of 4 GiB, a page, and 80 MiB for each sequence; the longest one alone takes 4 GiB and
+    16 MiB."""
     settled, residency = plan_fastest(long_demand(gib), Cost((), H200), compressed=False)
     held = int((gib * 1024 - 4 * 1024 - 0.5) // 80)
     assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == held
@@ -239,7 +240,7 @@ def test_as_many_sequences_as_fit_come_before_the_longest_one(gib, full):
 
 
 def test_a_cpu_plans_as_many_sequences_as_its_cache_holds():
-    """By hand: a GiB where none is given, and 64 MiB for each."""
+    """Figures by hand: a GiB of cache where its size is not given, and 64 MiB for each sequence."""
     asked = long_demand(0, memory_bytes=None, max_model_len=2048)
     settled, residency = plan_fastest(asked, Cost((), H200), compressed=False)
     assert settled.max_num_seqs == settled.seqs_in(residency.num_pages) == 16

@@ -30,12 +30,12 @@ VARIANTS = {
     "eager": {"resident": "all", "enforce_eager": True},
     "streamed, eager": {"resident": "none", "debug": {"poison": True}, "enforce_eager": True, **PLAIN},
 }
-CODED = {"weights_compression": "lossless", "debug": {"poison": True}, "num_pages": 1200}
-CODED_VARIANTS = {  # bfloat16 only; in the last two some groups stay compressed, as there is no memory for plain ones
-    "compressed": {"resident": "none", **CODED},
-    "compressed, eager": {"resident": "none", "enforce_eager": True, **CODED},
-    "compressed resident": {"resident": "all", "gpu_memory": "least", **CODED},
-    "half compressed resident": {"resident": 0.5, "gpu_memory": "least", **CODED},
+COMPRESSED = {"weights_compression": "lossless", "debug": {"poison": True}, "num_pages": 1200}
+COMPRESSED_VARIANTS = {  # bfloat16 only; in the last two some groups stay compressed, for want of memory
+    "compressed": {"resident": "none", **COMPRESSED},
+    "compressed, eager": {"resident": "none", "enforce_eager": True, **COMPRESSED},
+    "compressed resident": {"resident": "all", "gpu_memory": "least", **COMPRESSED},
+    "half compressed resident": {"resident": 0.5, "gpu_memory": "least", **COMPRESSED},
 }
 SINKS = {"attention_sinks": 2, "attention_window": 30}  # shorter than the prompts
 GPU = {"memory_bytes": 141 * 10**9, "device": "cuda"} if torch.cuda.is_available() else {}
@@ -43,7 +43,7 @@ HUNDREDS = 210
 
 
 def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Of every pass's sampled rows, on this rank, and all tokens."""
+    """Logits of every pass's sampled rows, on this rank, and all tokens."""
     passes, tp_size, decompressed = [], int(os.environ.get("WORLD_SIZE", 1)), decompress_weights.calls["triton"]
     if options.get("gpu_memory") == "least":
         del options["gpu_memory"]
@@ -76,14 +76,14 @@ def check_what_ran(runner: PassRunner, options: dict) -> None:
         assert reduce_residual_norm.calls["triton"] > 0
 
 
-def check_what_was_compressed(llm: LLM, decoder_ran: bool) -> None:
+def check_what_was_compressed(llm: LLM, decompressor_ran: bool) -> None:
     compressed, counters = llm.engine.plan.residency.compressed, llm.engine.worker.executor.counters
     sizes = {group.id: group.nbytes for group in llm.engine.plan.layout.groups}
     assert bool(compressed) == (llm.config.weights_compression == "lossless")
     assert bool(compressed & llm.engine.plan.residency.resident) == (llm.config.gpu_memory != 2**31)
     assert counters.decompressed_bytes == {group: sizes[group] * counters.num_passes for group in compressed}
     if llm.engine.worker.runner.device.type == "cuda":
-        assert decoder_ran == bool(compressed)
+        assert decompressor_ran == bool(compressed)
 
 
 def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...], **options) -> dict:
@@ -91,18 +91,19 @@ def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tup
     passes, tokens = logits_of(checkpoint, lengths, dtype=dtype, resident="all", **options)
     same = {}
     for name in variants:
-        others, _ = logits_of(checkpoint, lengths, dtype=dtype, **(VARIANTS | CODED_VARIANTS)[name], **options)
+        others, _ = logits_of(checkpoint, lengths, dtype=dtype, **(VARIANTS | COMPRESSED_VARIANTS)[name], **options)
         same[name] = len(passes) == len(others) and all(torch.equal(a, b) for a, b in zip(passes, others))
     return {"same": same, "tokens": tokens, "num_passes": len(passes)}
 
 
 def main() -> None:
-    """argv: a folder with a checkpoint in each subfolder, and where each rank leaves its report. Several ranks compare
-    fewer variants, and bf16 in the first family only: each of their engines takes a second to start."""
+    """Compares variants; argv has a folder with a checkpoint in each subfolder, and where each rank leaves its report.
+    Several ranks compare fewer variants, and bf16 in the first family only: each of their engines takes a second to
+    start."""
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     variants = ("streamed", "eager") if several else tuple(VARIANTS)
-    compressed = ("compressed", "half compressed resident") if several else tuple(CODED_VARIANTS)
+    compressed = ("compressed", "half compressed resident") if several else tuple(COMPRESSED_VARIANTS)
     report = {}
     for index, checkpoint in enumerate(sorted(folder.iterdir())):
         for dtype in ("float32", "bfloat16")[: 1 if several and index else 2]:

@@ -50,17 +50,19 @@ class Case:
 
     @property
     def max_tokens(self) -> int:
-        """More ranks take longer, and differ in sums alone, which are many in every token."""
+        """Number of tokens. More ranks take longer and differ only in sums, which are many in every token."""
         return 64 if self.tp_size == 1 else 24
 
     @property
     def num_passes(self) -> int:
-        """5 + 37 + 6 of 90 tokens, then 2 + 46, then 2 + 38: the longest prompt samples first in the third pass."""
+        """Number of passes: 5 + 37 + 6 of 90 tokens, then 2 + 46, then 2 + 38, so that the longest prompt samples first
+        in the third pass."""
         return 3 + self.max_tokens - 1
 
     @property
     def options(self) -> dict[str, Any]:
-        """Page sizes and lane orders take turns, so that none goes with one residency or tp_size only."""
+        """Options of the engine. Page sizes and lane orders take turns, so that each meets several residencies and
+        tp_sizes."""
         turn = list(VARIANTS).index(self.variant) + self.tp_size // 2 + RESIDENCIES.index(self.resident)
         return {
             "device": self.device,
@@ -79,8 +81,8 @@ def prompts() -> list[list[int]]:
 
 
 def fp32_cases() -> list[Case]:
-    """On one rank every variant with each residency; on more, the residencies take turns, but two variants meet all;
-    on four, those alone that shard in a way of their own."""
+    """Cases in fp32: on one rank every variant with each residency; on more ranks the residencies take turns, but two
+    variants meet all; on four ranks only variants that shard in a way of their own."""
     whole = ("llama_gqa", "neox_parallel")
     cases = [Case(variant, 1, resident) for variant in VARIANTS for resident in RESIDENCIES]
     for n in TP_SIZES[1:]:
@@ -93,7 +95,7 @@ def fp32_cases() -> list[Case]:
 
 
 def half_cases() -> list[Case]:
-    """bf16 and fp16: one variant of each family on one rank, two of them on two."""
+    """Cases in bf16 and fp16: one variant of each family on one rank, two of them on two."""
     variants = ("llama_llama3", "mistral_window", "qwen2", "qwen3", "neox_parallel", "neox_serial")
     dtypes = ("bfloat16", "float16")
     cases = [Case(v, 1, "none", dtype) for v in variants for dtype in dtypes]

@@ -1,7 +1,6 @@
 """Tiny random checkpoints of every family and variant, written by transformers; and each variant switched off.
 
-Tests import this as `oracle.checkpoints` (pytest has tests/ on its path):
-`model = write_checkpoint(directory, "llama_yarn")`; VARIANTS has the names.
+`model = write_checkpoint(directory, "llama_yarn")` writes one; VARIANTS has the names.
 """
 
 import json
@@ -45,7 +44,7 @@ def write_checkpoint(
 
 
 def write_checkpoints(folder: Path, variants: Iterable[str], **config_overrides: Any) -> Path:
-    """One for each variant, in a directory of its name; returns the folder."""
+    """Writes a checkpoint for each variant, in a directory of its name; returns the folder."""
     for variant in variants:
         write_checkpoint(folder / variant, variant, **config_overrides)
     return folder
@@ -53,7 +52,8 @@ def write_checkpoints(folder: Path, variants: Iterable[str], **config_overrides:
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel) -> None:
-    """As initialised, logits are nearly flat, norms are all one and biases all zero: faults would hide."""
+    """Makes every weight count: as initialised, logits are nearly flat, norms are all one and biases all zero, and
+    faults would hide."""
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.mul_(4)

@@ -15,7 +15,7 @@ from tests.support.oracle.cases import prompts
 
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """(prompts, n, vocab) fp32, for tokens (prompts, n) that the engine generated."""
+    """Logits (prompts, n, vocab) fp32 of the reference for tokens (prompts, n) that the engine generated."""
     rows = []
     for prompt, generated in zip(prompts(), tokens.tolist()):
         logits = model(torch.tensor([[*prompt, *generated[:-1]]]), use_cache=False).logits
@@ -24,13 +24,13 @@ def reference_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def relative_difference(logits: Tensor, reference: Tensor) -> Tensor:
-    """max|difference| / max|logit| at each position: (...,) for (..., vocab)."""
+    """Errors max|difference| / max|logit| at each position: (...,) for (..., vocab)."""
     difference = (logits.float() - reference).abs().amax(-1)
     return difference / reference.abs().amax(-1)
 
 
 def shared_prefix(tokens: Tensor, others: Tensor) -> Tensor:
-    """(prompts, n) bool: where all earlier tokens are the same."""
+    """Mask (prompts, n) bool: where all earlier tokens are the same."""
     same = (tokens == others).cumprod(dim=-1).roll(1, dims=-1).bool()
     same[:, 0] = True
     return same
@@ -38,8 +38,8 @@ def shared_prefix(tokens: Tensor, others: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the engine chose another token than the reference's best, and where it may: `gaps` are the reference's
-    top-2 gaps over max|logit|."""
+    """Tokens of the engine that are not the reference's best (`differ`), and where they may differ: `gaps` are the
+    reference's top-2 gaps over max|logit|."""
 
     differ: Tensor  # (prompts, n) bool
     gaps: Tensor  # (prompts, n)
@@ -48,7 +48,7 @@ class Choices:
         return int((self.gaps < gap).sum())
 
     def wrong(self, gap: float) -> Tensor:
-        """(k, 2): prompt and position of each other token where the gap is not under `gap`."""
+        """Prompt and position, (k, 2), of each token that differs where the gap is not under `gap`."""
         return (self.differ & (self.gaps >= gap)).nonzero()
 
 

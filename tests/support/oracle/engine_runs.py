@@ -26,7 +26,7 @@ _LAUNCH_TIMEOUT_S = 540
 
 
 def run_case(case: Case, checkpoint: str | Path, max_tokens: int | None = None) -> dict[str, Tensor]:
-    """Greedy generation for all prompts at once, of as many tokens as the case says, or `max_tokens`. Returns tokens
+    """Generates greedily for all prompts at once, as many tokens as the case says, or `max_tokens`. Returns tokens
     (prompts, n), logits (prompts, n, vocab) and what the counters and the ledger say: num_passes, copied_bytes."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens or case.max_tokens, ignore_eos=True)
     with LLM(str(checkpoint), **case.options) as llm:

@@ -23,7 +23,7 @@ Fault = Callable[[LLM], None]
 
 
 def around(change: Change) -> Fault:
-    """`change(instruction, ctx, do)` runs in place of every instruction; do() is the real one."""
+    """Runs `change(instruction, ctx, do)` instead of every instruction; do() runs the real one."""
 
     def fault(llm: LLM) -> None:
         llm.engine.watches.add(Around(change))
@@ -69,7 +69,8 @@ def edit_weight(group: GroupId, name: str, edit: Callable[[Tensor, ModelContext]
 
 
 def skipped_prefetch(group: GroupId) -> Fault:
-    """The group's slot keeps what was in it before: zeros at first, not what an engine of the same model left there."""
+    """Skips the copy of a group, whose slot keeps what was in it: zeros at first, not what an engine of the same model
+    left there."""
 
     def fault(llm: LLM) -> None:
         llm.engine.worker.executor.ring.zero_()
@@ -79,7 +80,7 @@ def skipped_prefetch(group: GroupId) -> Fault:
 
 
 def stale_layer(group: GroupId, other: GroupId) -> Fault:
-    """Another layer's bytes are copied."""
+    """Copies another layer's bytes."""
 
     def fault(llm: LLM) -> None:
         executor = llm.engine.worker.executor
@@ -89,23 +90,23 @@ def stale_layer(group: GroupId, other: GroupId) -> Fault:
 
 
 def early_read(group: GroupId) -> Fault:
-    """Nothing waits for the copy of `group` before it is read."""
+    """Drops the wait for the copy of `group` before it is read."""
     return edit_plan(lambda i: replace(i, present=True) if isinstance(i, Acquire) and i.group == group else i)
 
 
 def early_write(group: GroupId) -> Fault:
-    """The copy of `group` does not wait until the slot's former holders are free."""
+    """Drops the wait of the copy of `group` until the slot's former holders are free."""
     return edit_plan(lambda i: replace(i, after=()) if isinstance(i, Prefetch) and i.group == group else i)
 
 
 def half_lost(layer_idx: int, name: str) -> Fault:
-    """Half of an o or down projection does not count."""
+    """Loses half of an o or down projection."""
     group = GroupId(layer_idx, {"o": "attn", "down": "ffn"}[name])
     return edit_weight(group, name, lambda weight, model: weight[:, weight.shape[1] // 2 :].zero_())
 
 
 def kv_heads_rolled(layer_idx: int) -> Fault:
-    """Every KV head is the next one's."""
+    """Swaps KV heads: each is the next one's."""
 
     def edit(weight: Tensor, model: ModelContext) -> None:
         heads = weight.view(-1, model.spec.head_dim, weight.shape[1])  # (H + 2K, E, D)
@@ -116,7 +117,7 @@ def kv_heads_rolled(layer_idx: int) -> Fault:
 
 
 def rope_shifted(which: str, layer_idx: int | None = None) -> Fault:
-    """Positions are one too high: for "q" only, in "later" passes only (so that older keys are not), or for "all",
+    """Makes positions one too high: for "q" only, in "later" passes only (so that older keys are right), or for "all",
     which nobody can see, since rotations are relative."""
 
     def change(ctx: PassContext, do: Callable[[], None]) -> None:
@@ -149,18 +150,18 @@ def lost_reduce(step: str, layer_idx: int) -> Watch:
 
 
 def other_residual(llm: LLM) -> None:
-    """GPT-NeoX as if its config said the other value of use_parallel_residual."""
+    """Runs GPT-NeoX as if its config said the other value of use_parallel_residual."""
     spec = replace(llm.engine.plan.spec, parallel_residual=not llm.engine.plan.spec.parallel_residual)
     run_steps(llm, spec, model_steps(spec))
 
 
 def attention_added_first(layer_idx: int) -> Fault:
-    """`ffn + (attn + x)` in one parallel layer, where transformers has `(ffn + attn) + x`."""
+    """Adds `ffn + (attn + x)` in one parallel layer, where transformers has `(ffn + attn) + x`."""
     return around_step("parallel_add", layer_idx, lambda ctx, do: ctx.act["x"].add_(ctx.act["y"]))
 
 
 def residual_added_last(layer_idx: int) -> Fault:
-    """`(ffn + attn) + x` in one serial layer, where transformers has `ffn + (attn + x)`."""
+    """Adds `(ffn + attn) + x` in one serial layer, where transformers has `ffn + (attn + x)`."""
     kept: dict[str, Tensor] = {}
 
     def change(instruction: Instruction, ctx: PassContext, do: Callable[[], None]) -> None:

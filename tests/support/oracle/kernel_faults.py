@@ -16,14 +16,14 @@ GAP = 7.0  # no NaN, which the engine would refuse before anybody could say wher
 
 
 def without_gaps(tensor: Tensor) -> Tensor:
-    """Its rows as if they followed each other."""
+    """Reads a tensor as if its rows followed each other."""
     return tensor.as_strided(tensor.shape, tensor.new_empty(tensor.shape).stride(), tensor.storage_offset())
 
 
 def from_16_bytes(tensor: Tensor) -> Tensor:
-    """As if it started at a 16-byte boundary."""
-    step = 16 // tensor.itemsize
-    return tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() // step * step)
+    """Reads a tensor as if it started at a 16-byte boundary."""
+    elements = 16 // tensor.itemsize
+    return tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() // elements * elements)
 
 
 def bf16_as_fp16(tensor: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def bf16_as_fp16(tensor: Tensor) -> Tensor:
 
 
 def by_kernels(patch: pytest.MonkeyPatch, *names: str, misread=None) -> Fault:
-    """No fault, but what a CPU does not do by itself: these kernels run, in passes as on a GPU. With `misread` they
-    take every float tensor for what it makes of it."""
+    """Runs these kernels in passes as on a GPU, which is no fault, but not what a CPU does by itself. With `misread`
+    they take every float tensor for what that makes of it."""
 
     def fault(llm: LLM) -> None:
         for name in names:
@@ -53,23 +53,23 @@ def _misreading(kernel, misread):
 
 
 def never_called(patch: pytest.MonkeyPatch, name: str) -> Fault:
-    """The engine computes the same with the kernel's reference."""
+    """Lets the engine compute the same with the kernel's reference."""
     return lambda llm: KERNELS[name].put_in(patch, KERNELS[name].reference)
 
 
 def laid_out(layout: Layout) -> Fault:
-    """Activations lie in memory as `layout` says."""
+    """Lays activations in memory as `layout` says."""
 
     def fault(llm: LLM) -> None:
         arena = llm.engine.worker.executor.arena
         cut = arena.cut
 
-        def place(plain: Tensor) -> Tensor:
+        def lay_out(plain: Tensor) -> Tensor:
             view, memory = layout.lay_out(poisoned(tuple(plain.shape), plain.dtype))
             memory.fill_(GAP)
             return view
 
-        arena.cut = lambda *sizes: {name: place(plain) for name, plain in cut(*sizes).items()}
+        arena.cut = lambda *sizes: {name: lay_out(plain) for name, plain in cut(*sizes).items()}
 
     return fault
 

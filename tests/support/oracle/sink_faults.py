@@ -18,12 +18,12 @@ def _schedule(sinks: int, window: int, chunk: int) -> Wrong:
 
 def _by_position(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     held = held_indices(len(tokens), SINKS, WINDOW, CHUNK)
-    return sink_logits(model, tokens, held, absolute_places=True)
+    return sink_logits(model, tokens, held, absolute_positions=True)
 
 
 @torch.no_grad()
 def _recomputed(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    """Plain runs over what is held: deep keys and values forget what was evicted."""
+    """Logits of plain runs over what is held: deep keys and values forget what was evicted."""
     by_length: dict[int, dict[int, list[int]]] = {}
     for token, held in enumerate(held_indices(len(tokens), SINKS, WINDOW, CHUNK)):
         by_length.setdefault(len(held), {})[token] = [tokens[index] for index in held]

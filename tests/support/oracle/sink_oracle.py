@@ -1,7 +1,7 @@
 """What attention sinks must compute (StreamingLLM, Xiao et al. 2023), on transformers' modules and without a cache.
 
 One forward pass over all tokens: un-rotated K and V of every token are computed once in each layer, and each query
-attends densely to those that an eviction schedule would hold by then, rotated by their places among the held. A deep K
+attends densely to those that an eviction schedule would hold by then, rotated by their indices among the held. A deep K
 or V is thus what it was when its token was new, made with tokens that may since be evicted; nothing is recomputed.
 Knows nothing of pages, batches, chunks of a prompt or ranks: the engine's logits may depend on none of them.
 """
@@ -22,12 +22,12 @@ _QUERIES_AT_ONCE = 512  # bounds what is gathered: queries * held * KV heads * h
 
 
 def eviction_chunk(window: int, page_size: int) -> int:
-    """Tokens evicted at once: the whole pages in a quarter of the window, at least one page."""
+    """Number of tokens that are evicted at once: the whole pages in a quarter of the window, at least one page."""
     return max(1, window // 4 // page_size) * page_size
 
 
 def held_indices(num_tokens: int, sinks: int, window: int, chunk: int) -> list[list[int]]:
-    """For each token, in order of age: the tokens that are held when it is computed, itself the last."""
+    """The tokens that are held when each token is computed, in order of age, itself the last."""
     held: list[int] = []
     held_by_token = []
     for token in range(num_tokens):
@@ -43,18 +43,19 @@ def sink_logits(
     model: PreTrainedModel,
     tokens: list[int],
     held_by_token: list[list[int]],
-    absolute_places: bool = False,
+    absolute_positions: bool = False,
     layer_windows: bool = False,
 ) -> Tensor:
-    """(T, vocab) of `model` (fp32, eval) for T tokens, each of which attends to its `held_by_token`.
+    """Logits (T, vocab) of `model` (fp32, eval) for T tokens, each of which attends to its `held_by_token`.
 
-    `absolute_places` rotates by positions in the sequence: a mistake that is to be told from the right places.
-    `layer_windows` also hides what a sliding-window layer's own window hides, counted in places. By default all that
-    is held is seen; both are the same where no window is shorter than what is held.
+    A held token's position is its index among the held. `absolute_positions` rotates by positions in the sequence
+    instead, a mistake that is to be found. `layer_windows` also hides what a sliding-window layer's own window hides,
+    counted in held tokens. By default all that is held is seen; both are the same where no window is shorter than what
+    is held.
     """
     held = pad_sequence([torch.tensor(row) for row in held_by_token], batch_first=True, padding_value=_NOBODY)
-    places = held.clamp(min=0) if absolute_places else torch.arange(held.shape[1]).expand(held.shape)
-    attend = SinkAttention(held, places, model.base_model.rotary_emb, layer_windows)
+    positions = held.clamp(min=0) if absolute_positions else torch.arange(held.shape[1]).expand(held.shape)
+    attend = SinkAttention(held, positions, model.base_model.rotary_emb, layer_windows)
     unrotated = torch.zeros(1, len(tokens), dtype=torch.long)
     with _attention_of(model, attend):
         return model(torch.tensor([tokens]), position_ids=unrotated, use_cache=False).logits[0]
@@ -62,7 +63,7 @@ def sink_logits(
 
 @contextmanager
 def _attention_of(model: PreTrainedModel, attend: Callable) -> Iterator[None]:
-    """transformers builds no mask for an implementation that it does not know."""
+    """Lets the model attend by `attend`; transformers builds no mask for an implementation that it does not know."""
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     model.set_attn_implementation(_NAME)
@@ -75,18 +76,19 @@ def _attention_of(model: PreTrainedModel, attend: Callable) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SinkAttention:
-    """An attention function for transformers. `held` (T, W) is padded with -1 behind, `places` (T, W) goes with it."""
+    """An attention function for transformers. `held` (T, W) is padded with -1 behind; `positions` (T, W) are those of
+    the held tokens."""
 
     held: Tensor
-    places: Tensor
+    positions: Tensor
     rotary: torch.nn.Module
     layer_windows: bool
 
     def __call__(
         self, module, query, key, value, attention_mask, scaling: float, sliding_window: int | None = None, **_
     ) -> tuple[Tensor, None]:
-        """query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E). A rotation by position 0 has left them as
-        they were, but for the factor that yarn puts on cos."""
+        """Attention (1, T, H, E) of query (1, H, T, E) over key and value (1, K, T, E). A rotation by position 0 has
+        left them as they were, but for the factor that yarn puts on cos."""
         assert attention_mask is None, "the schedule alone says who sees whom"
         window = sliding_window if self.layer_windows else None
         rotation = self._rotation(query)
@@ -95,21 +97,22 @@ class SinkAttention:
         return torch.cat(out)[None], None
 
     def _rotation(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (places, R) without yarn's factor, which is on the queries and keys already."""
-        every_place = torch.arange(int(self.places.max()) + 1)[None]
-        cos, sin = self.rotary(like, every_place)
+        """Tables of cos and sin, (number of positions, R) each, without yarn's factor, which is on the queries and keys
+        already."""
+        every_position = torch.arange(int(self.positions.max()) + 1)[None]
+        cos, sin = self.rotary(like, every_position)
         return cos[0] / self.rotary.attention_scaling, sin[0] / self.rotary.attention_scaling
 
     def _attend(self, query, key, value, block: Tensor, rotation, scaling: float, window: int | None) -> Tensor:
-        """query (H, T, E), key and value (K, T, E), block (B,) of queries -> (B, H, E)."""
-        held, places = self.held[block], self.places[block]
+        """Attention (B, H, E) of a block (B,) of queries (H, T, E) over key and value (K, T, E)."""
+        held, positions = self.held[block], self.positions[block]
         present = held != _NOBODY
-        own_place = places.gather(1, present.sum(1, keepdim=True) - 1)
+        own_position = positions.gather(1, present.sum(1, keepdim=True) - 1)
         if window is not None:
-            present = present & (own_place - places < window)
+            present = present & (own_position - positions < window)
         cos, sin = rotation
-        queries = rotate(query[:, block], cos[own_place[:, 0]], sin[own_place[:, 0]])
-        keys = rotate(key[:, held], cos[places], sin[places])  # (K, B, W, E)
+        queries = rotate(query[:, block], cos[own_position[:, 0]], sin[own_position[:, 0]])
+        keys = rotate(key[:, held], cos[positions], sin[positions])  # (K, B, W, E)
         queries = queries.unflatten(0, (len(key), -1))  # (K, H / K, B, E)
         scores = torch.einsum("kgbe,kbwe->kgbw", queries, keys) * scaling
         weights = scores.masked_fill(~present, -torch.inf).softmax(-1)
@@ -117,7 +120,7 @@ class SinkAttention:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first R of E dimensions, i together with i + R / 2: x (..., E), cos and sin (..., R)."""
+    """Rotates the first R of E dimensions, i together with i + R / 2: x (..., E), cos and sin (..., R)."""
     turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, kept], dim=-1)

@@ -32,13 +32,13 @@ def _drop(*parts: str) -> Callable[[Tensors], Tensors]:
 
 
 def _roll_kv_heads(head_dim: int) -> Callable[[Tensors], Tensors]:
-    """Each group of query heads reads the keys of its neighbour."""
+    """Lets each group of query heads read the keys of its neighbour."""
     rolled = "k_proj.weight"
     return lambda tensors: {n: t.roll(head_dim, dims=0) if n.endswith(rolled) else t for n, t in tensors.items()}
 
 
 def _one_kv_head_to_8(tensors: Tensors) -> Tensors:
-    """Every query head gets a KV head of its own; the first is the one that all shared."""
+    """Gives every query head a KV head of its own; the first is the one that all shared."""
     for name, t in tensors.items():
         if name.endswith(_KV_WEIGHTS):
             expanded = t.repeat(8, 1)
@@ -70,8 +70,9 @@ _WHOLE_ROTARY = _rope("default", partial_rotary_factor=1.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """`config` is laid over the family's base. `off_config` and `off_tensors` switch the variant off in the written
-    checkpoint, which must change the logits; where there is nothing to switch, `no_switch` says why."""
+    """A variant of a family: `config` is laid over the family's base. `off_config` and `off_tensors` switch the variant
+    off in the written checkpoint, which must change the logits; where there is nothing to switch, `no_switch` says
+    why."""
 
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
