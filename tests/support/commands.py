@@ -47,7 +47,7 @@ def failing():
 
 sys.meta_path.insert(0, Hook())
 '''
-# Runs FAIL on rank FAILING in the 12th pass: some of those before are the probe's, and all must have met by then.
+# Runs FAIL on rank FAILING in the 12th pass: all ranks must have met by then.
 _IN_A_PASS = """
 import itertools, os, signal
 passes, submit = itertools.count(1), Executor.submit
