@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # two ranks, but one on a machine with one GPU
 RANKS = $$($(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)")
+DEVICE = $$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 
 # the orders in which torch, MKL and numpy add up where a CPU has no wide vectors
 OLD_CPU = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem
@@ -13,8 +14,10 @@ OLD_CPU = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Neha
 .PHONY: demo test soak lint wheel clean
 
 demo: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m penstock generate \
-	  --model demo --resident none --table --max-tokens 96 --ignore-eos --temperature 0.6 --prompt "Return a new"
+	OMP_NUM_THREADS=1 $(BIN)/penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0 \
+	  --prompt "Log a message with severity 'ERROR' on the root logger."
+	@echo
+	$(BIN)/penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile

@@ -280,7 +280,7 @@ def test_every_use_of_a_top_level_name_is_seen(line):
     assert top_level_uses(ast.parse(ours)) == []
 
 
-@pytest.mark.parametrize("target", [*PUBLIC.values(), *(module for module, _ in COMMANDS.values())])
+@pytest.mark.parametrize("target", [*PUBLIC.values(), *(command.module for command in COMMANDS.values())])
 def test_names_that_are_imported_late_exist(target):
     assert importlib.util.find_spec(target) is not None
 

@@ -1,6 +1,6 @@
 """The command line: subcommands, each with its own flags and the engine's (flags.py).
 
-A subcommand is a module with `add_arguments(parser)` and `run(args, config) -> int`; only the chosen one is
+A subcommand is a module with `add_arguments(groups)` and `run(args, config) -> int`; only the chosen one is
 imported, so that `plan` stays quick and free of torch. One that needs few fields of the config names them in
 CONFIG_FIELDS, and has no flags for the others.
 """
@@ -10,37 +10,55 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from penstock.engine.commands.flags import Parser, add_config_arguments, config_from_args
+from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.streams import say_mistake
 from penstock.engine.version import VERSION
 from penstock.parallel.failure import SELF_LAUNCHED
 
-# name -> (module, one line for --help, or None to leave it out there)
-COMMANDS: dict[str, tuple[str, str | None]] = {
-    "generate": ("penstock.engine.commands.generate", "generate text from prompts"),
-    "plan": ("penstock.engine.commands.plan", "show what stays, what streams and the predicted speed; no GPU needed"),
-    "probe": (
-        "penstock.engine.commands.probe",
-        "measure links, memory, compute and all-reduces, for `plan` and the engine",
-    ),
-    "profile": (
-        "penstock.engine.commands.profile",
-        "show where the time of a decode and a prefill pass goes, and draw its lanes",
-    ),
-    "split": (
-        "penstock.engine.commands.split",
-        "generate with the large weights on an untrusted side, and count what crosses",
-    ),
-    "worker": ("penstock.engine.commands.worker", None),
-    "split-device": ("penstock.engine.commands.split_device", None),
-}
-EPILOG = """examples:
-  penstock plan --model benchmarks/shapes/Llama-3-70B.json -tp 2 --gpu-memory 24GiB
-  penstock generate --model demo --prompt 'Return a list of'
-  penstock probe -tp 2"""
 
+class Command(NamedTuple):
+    """A subcommand: its module, a sentence that says what it does, and examples. One without a sentence is our own,
+    and no help shows it."""
+
+    module: str
+    does: str | None = None
+    examples: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "generate": Command(
+        "penstock.engine.commands.generate",
+        "Continue a text with a language model; weights that do not fit on the GPU stream in from host memory.",
+        (
+            "penstock generate --model demo --prompt 'Return a list of'",
+            "penstock generate --model /path/to/Llama-3-8B --gpu-memory 12GiB --prompt 'Once upon a time'",
+        ),
+    ),
+    "plan": Command(
+        "penstock.engine.commands.plan",
+        "Say how much of a model fits on the GPU, what streams from host memory and how fast that is; needs no GPU.",
+        ("penstock plan --model benchmarks/shapes/Llama-3-70B.json -tp 2 --gpu-memory 24GiB",),
+    ),
+    "probe": Command(
+        "penstock.engine.commands.probe",
+        "Measure how fast this machine copies, reads and computes; `plan` and `generate` then predict with its speeds.",
+        ("penstock probe -tp 2",),
+    ),
+    "profile": Command(
+        "penstock.engine.commands.profile",
+        "Show where the time goes while a model generates, instruction by instruction, and draw it.",
+        ("penstock profile --model demo --resident none --batch-size 8 --plot lanes.png",),
+    ),
+    "split": Command(
+        "penstock.engine.commands.split",
+        "Generate with the large weights on another, untrusted side, and count the bytes that cross.",
+        ("penstock split --model demo --process --prompt 'Return a list of'",),
+    ),
+    "worker": Command("penstock.engine.commands.worker"),
+    "split-device": Command("penstock.engine.commands.split_device"),
+}
 
 OWN_VARIABLES = (SELF_LAUNCHED, "PENSTOCK_COMMIT")  # the second goes into the records of benchmarks
 
@@ -75,18 +93,30 @@ def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
     parser = Parser(
         prog="penstock",
         description="Run a language model that is larger than its GPUs: weights stream from host memory.",
-        epilog=EPILOG,
+        epilog=_examples(*(command.examples[0] for command in COMMANDS.values() if command.examples)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"penstock {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     chosen = None
-    for command, (module, text) in COMMANDS.items():
-        if text is None and command != name:
+    for command, (module, does, examples) in COMMANDS.items():
+        if does is None and command != name:
             continue
-        sub = commands.add_parser(command, allow_abbrev=False, help=text, description=text)
+        sub = commands.add_parser(
+            command,
+            allow_abbrev=False,
+            help=does,
+            usage=argparse.SUPPRESS,  # a list of all options says less than what follows
+            description=f"{does}\n\n{_examples(*examples)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if command == name:
             chosen = importlib.import_module(module)
-            chosen.add_arguments(sub.add_argument_group(command))
-            add_config_arguments(sub, getattr(chosen, "CONFIG_FIELDS", None))
+            groups = add_groups(sub)
+            chosen.add_arguments(groups)
+            add_config_arguments(groups, getattr(chosen, "CONFIG_FIELDS", None))
     return parser, chosen
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join([f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])

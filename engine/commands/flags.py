@@ -1,46 +1,91 @@
-"""Flags made from the fields of EngineConfig and DebugConfig, for the command line and the benchmarks."""
+"""Flags made from the fields of EngineConfig and DebugConfig, for the command line and the benchmarks, in three groups:
+--help shows the everyday ones and those of memory and streaming, --help-all those for debugging as well."""
 
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from penstock.engine.config import METAVARS, DebugConfig, EngineConfig
 
 ENGINE = tuple(field for field in dataclasses.fields(EngineConfig) if field.name != "debug")
 DEBUG = dataclasses.fields(DebugConfig)
+EVERYDAY = ("model", "tokenizer", "tensor_parallel_size", "dtype", "device", "max_model_len", "seed")
+MEMORY = (
+    *("gpu_memory", "gpu_memory_utilization", "resident", "weights_compression", "max_num_seqs"),
+    *("max_num_batched_tokens", "attention_sinks", "attention_window", "device_profile", "link_gb_s"),
+)
+DEBUGGING = "debugging"  # the title of the group that --help leaves out
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises ValueError for mistakes, as all else does: one line, without a page of usage."""
 
+    shows_all = False
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help shows what there is)")
 
+    def format_help(self) -> str:
+        groups = self._action_groups
+        self._action_groups = [group for group in groups if self.shows_all or group.title != DEBUGGING]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups = groups
 
-def add_config_arguments(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
+
+class Groups(NamedTuple):
+    """The groups of a parser's options, in the order in which they are shown."""
+
+    everyday: argparse._ArgumentGroup
+    memory: argparse._ArgumentGroup
+    debugging: argparse._ArgumentGroup
+
+
+class _HelpAll(argparse.Action):
+    """--help of all groups."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def add_groups(parser: Parser) -> Groups:
+    """Adds the groups, empty, and --help-all."""
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show the options for debugging as well, and exit")
+    return Groups(*map(parser.add_argument_group, ("everyday", "memory and streaming", DEBUGGING)))
+
+
+def add_config_arguments(groups: Groups, names: tuple[str, ...] | None = None) -> None:
     """A flag for each field of EngineConfig and of its debug group, or for those of `names`; the model may also be
     given without a flag. Defaults are those of the config."""
     if names is None:
-        parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
-    for title, fields in (("engine", ENGINE), ("debug", DEBUG)):
-        _add_flags(parser.add_argument_group(title), [f for f in fields if names is None or f.name in names])
+        groups.everyday.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
+    for field in (*ENGINE, *DEBUG):
+        if names is None or field.name in names:
+            _add_flag(_group(groups, field), field)
 
 
-def _add_flags(group: argparse._ArgumentGroup, fields: Iterable[dataclasses.Field]) -> None:
-    for field in fields:
-        option = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"].replace("%", "%%")
-        if "default:" not in text and field.default is not None:
-            text += f" (default: {field.default})"
-        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-        if isinstance(field.default, bool):
-            settings["action"] = argparse.BooleanOptionalAction
-        else:
-            settings |= {"type": _typed(field.metadata["type"]), "choices": field.metadata["choices"]}
-            settings["metavar"] = None if field.metadata["choices"] else _metavar(field)
-        group.add_argument(option, *field.metadata["flags"], **settings)
+def _group(groups: Groups, field: dataclasses.Field) -> argparse._ArgumentGroup:
+    if field.name in EVERYDAY:
+        return groups.everyday
+    return groups.memory if field.name in MEMORY else groups.debugging
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    option = "--" + field.name.replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    if "default:" not in text and field.default is not None:
+        text += f" (default: {field.default})"
+    settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+    if isinstance(field.default, bool):
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        settings |= {"type": _typed(field.metadata["type"]), "choices": field.metadata["choices"]}
+        settings["metavar"] = None if field.metadata["choices"] else _metavar(field)
+    group.add_argument(option, *field.metadata["flags"], **settings)
 
 
 def _typed(parse):

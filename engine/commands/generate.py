@@ -1,4 +1,4 @@
-"""`penstock generate` prints the text of prompts as it is generated; the plan before it and the bytes moved after it.
+"""`penstock generate` prints the text of prompts as it is generated, with a line before it and one after it (said.py).
 
 Text goes to stdout (with --json one object a prompt), everything else to stderr: with --json the last line has, in
 JSON, the bytes that each rank has moved. Under torchrun rank 0 prints.
@@ -10,8 +10,9 @@ import json
 import sys
 import time
 
-from penstock.engine.commands.plan import describe, step_table
+from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.prompts import read_prompts
+from penstock.engine.commands.said import say_after, say_before
 from penstock.engine.config import METAVARS, EngineConfig
 from penstock.engine.llm import LLM, has_tokenizer
 from penstock.engine.output import RequestOutput, describe_errors
@@ -19,7 +20,6 @@ from penstock.engine.planning.find_model import find_model
 from penstock.engine.text.prompts import refuse_text
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
-from penstock.scheduler.units import GIB, MIB, gb_s
 
 # how each field of SamplingParams is parsed and explained; its default is the dataclass's
 SAMPLING_FLAGS = {
@@ -36,14 +36,18 @@ SAMPLING_FLAGS = {
 }
 
 
-def add_arguments(parser) -> None:
-    add_request_arguments(parser)
-    parser.add_argument("--table", action="store_true", help="print the step table of the plan before")
+def add_arguments(groups: Groups) -> None:
+    add_request_arguments(groups.everyday)
+    text = "show the plan before the text, at rates that are measured first, and what was moved after it"
+    groups.everyday.add_argument("--verbose", action="store_true", help=text)
+    groups.debugging.add_argument("--table", action="store_true", help="print the step table of the plan before")
 
 
 def add_request_arguments(parser) -> None:
     """Prompts, sampling parameters, and how outputs are shown."""
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a text to continue; may be repeated"
+    )
     parser.add_argument(
         "--prompts-file", metavar="FILE", help="one prompt a line, or JSONL with prompt or prompt_token_ids; - is stdin"
     )
@@ -75,17 +79,18 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
             refuse_text(config.model, index, prompt, params)
     with LLM(**config.for_job(len(prompts) * params.n).to_dict()) as llm:
         llm.check(prompts, params)
-        print(llm.engine.topology.describe(), file=sys.stderr)
+        if args.verbose:
+            print(llm.engine.topology.describe(), file=sys.stderr)
         printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         if speaks:
-            llm.measure()
-            _say_plan(llm, args)
+            say_before(llm, len(prompts) * params.n, args.verbose, args.table)
+            llm.engine.times.passes = []
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, on_text=printer)
         elapsed_s = time.perf_counter() - start
         if speaks:
             say_outputs(outputs, args.json, printer)
-            print(report(llm, outputs, elapsed_s), file=sys.stderr)
+            say_after(llm, outputs, elapsed_s, args.verbose)
             say_transfers(llm, args.json)
     return say_errors(outputs) if speaks else 0
 
@@ -128,14 +133,6 @@ class TextPrinter:
             print(f"--- prompt {prompt}, output {index}", flush=True)
 
 
-def _say_plan(llm: LLM, args: argparse.Namespace) -> None:
-    plan = llm.engine.plan
-    print(describe(llm.config, plan, plan.residency.max_model_len), file=sys.stderr)
-    if args.table:
-        print(step_table(plan), file=sys.stderr)
-    print(file=sys.stderr)
-
-
 def say_outputs(outputs: list[RequestOutput], as_json: bool, printer: TextPrinter | None) -> None:
     for output in outputs:
         if as_json:
@@ -157,32 +154,3 @@ def say_transfers(llm: LLM, as_json: bool) -> None:
     """Prints the ledgers on a line of stderr: on stdout, every line is a prompt's."""
     if as_json:
         print(json.dumps({"transfers": llm.engine.transfers}), file=sys.stderr)
-
-
-def report(llm: LLM, outputs: list[RequestOutput], elapsed_s: float) -> str:
-    """Lines about the bytes that were moved and the time that it took, beside the prediction."""
-    times, executor = llm.engine.times, llm.engine.worker.executor
-    moved, num_tokens = executor.copied.total.sent_bytes, sum(len(s.token_ids) for o in outputs for s in o.outputs)
-    lines = [
-        f"{num_tokens} tokens in {elapsed_s:.2f} s ({num_tokens / elapsed_s:.1f} tokens/s), "
-        f"{times.num_passes} passes over {executor.counters.num_tokens} tokens",
-    ]
-    if moved:
-        lines.append(
-            f"moved {moved / GIB:.3f} GiB a rank over the link, {moved / times.num_passes / MIB:.2f} MiB a pass, "
-            f"{gb_s(moved, times.measured_s):.2f} GB/s of {llm.engine.rates.link_gb_s:.2f} GB/s measured"
-        )
-    weights = llm.engine.worker.weights
-    if weights.compressed:
-        share = sum(group.nbytes for group in weights.compressed.values()) / weights.compressed_from_bytes
-        lines.append(
-            f"{weights.compressed_from_bytes / GIB:.3f} GiB of weights a rank were compressed without loss"
-            f" to {share:.1%}, at {gb_s(weights.compressed_from_bytes, weights.compress_s):.3g} GB/s"
-        )
-    if llm.engine.topology.tp_size > 1:
-        reduced = executor.reduced.total
-        lines.append(f"{reduced.num_calls} all-reduces, {reduced.sent_bytes / MIB:.2f} MiB a rank")
-    lines.append(
-        f"passes took {times.measured_s:.3f} s, predicted {times.predicted_s:.3f} s ({llm.engine.rates.source} rates)"
-    )
-    return "\n".join(lines)

@@ -9,10 +9,11 @@ import dataclasses
 import json
 from typing import Any
 
+from penstock.engine.commands.flags import Groups
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.spec import DTYPE_BYTES
 from penstock.engine.model.steps import activation_widths
-from penstock.engine.planning.device_profile import plan_rates
+from penstock.engine.planning.device_profile import plan_rates, ranks
 from penstock.engine.planning.engine_plan import EnginePlan, longest_sequence, make_engine_plan
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.planning.predictions import decode_time, most_seqs, pass_work, step_seconds
@@ -27,16 +28,19 @@ from penstock.scheduler.passes.pass_table import render
 from penstock.scheduler.residency.compression_choice import Planned, choose_compression
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import KV_LEN, Demand
-from penstock.scheduler.residency.residency_table import Prediction, Variant, gives_up, table
+from penstock.scheduler.residency.residency_table import Prediction, Variant, gives_up, short_table, table
 from penstock.scheduler.units import GIB, show_bytes, show_count
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(groups: Groups) -> None:
     """Options of `plan` beside the engine's own."""
+    parser = groups.everyday
     text = f"context of each sequence in the predictions (default: {KV_LEN})"
     parser.add_argument("--context", type=int, default=KV_LEN, metavar="TOKENS", help=text)
     parser.add_argument("--table", action="store_true", help="print the step table of a pass as well")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--short", action="store_true", help="print ten lines at most, without other splits and notes")
+    forms.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     if args.json:
         print(json.dumps(summary(config, plan, context)))
         return 0
-    print(describe(config, plan, args.context))
+    print(describe_shortly(config, plan, context) if args.short else describe(config, plan, args.context))
     if args.table:
         print(f"\nstep table of a pass:\n{step_table(plan)}")
     return 0
@@ -56,7 +60,16 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
 def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:
     """The plan in words and tables: memory, predicted passes for `context` tokens a sequence, other splits."""
-    return _heading(config, plan) + "\n" + _report(config, plan, min(context, plan.residency.max_model_len), context)
+    heading = f"{_title(config, plan)}\n{_budget(config, plan)}\n\n"
+    return heading + _report(config, plan, min(context, plan.residency.max_model_len), context)
+
+
+def describe_shortly(config: EngineConfig, plan: EnginePlan, context: int) -> str:
+    """The plan in ten lines at most, for `context` tokens a sequence, no more than the longest one."""
+    this = as_variant(plan, (plan.kept, plan.residency), context, f"one sequence at {context} tokens")
+    seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(plan)}"
+    table = short_table(plan.residency, config.page_size, seqs, plan.rates, this.one, this.best)
+    return f"{_title(config, plan)}\n{table}"
 
 
 def plan_of(config: EngineConfig) -> EnginePlan:
@@ -174,18 +187,19 @@ def _as_json(prediction: Prediction) -> dict[str, Any]:
     return {"num_seqs": prediction.num_seqs, "tokens_s": prediction.tokens_s, **times}
 
 
-def _heading(config: EngineConfig, plan: EnginePlan) -> str:
-    ranks = "1 rank" if plan.tp_size == 1 else f"{plan.tp_size} ranks"
+def _title(config: EngineConfig, plan: EnginePlan) -> str:
     size = f"{plan.spec.num_layers} layers, {show_count(plan.spec.num_parameters)} weights, {plan.dtype}"
     weights = f"{show_bytes(plan.layout.nbytes)} of weights a rank"
+    return f"{visible(config.model)} ({plan.spec.family}): {size}, {ranks(plan.tp_size)}, {weights}"
+
+
+def _budget(config: EngineConfig, plan: EnginePlan) -> str:
     if config.gpu_memory is not None:
-        budget = "device memory as asked"
-    elif plan.rates.memory_bytes is None:
-        budget = f"device memory unlimited ({plan.rates.source})"
-    else:
-        share, whole = f"{config.gpu_memory_utilization:.0%}", show_bytes(plan.rates.memory_bytes)
-        budget = f"device memory {share} of {whole} ({plan.rates.source})"
-    return f"{visible(config.model)} ({plan.spec.family}): {size}, {ranks}, {weights}\n{budget}\n"
+        return "device memory as asked"
+    if plan.rates.memory_bytes is None:
+        return f"device memory unlimited ({plan.rates.source})"
+    share, whole = f"{config.gpu_memory_utilization:.0%}", show_bytes(plan.rates.memory_bytes)
+    return f"device memory {share} of {whole} ({plan.rates.source})"
 
 
 def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) -> str:

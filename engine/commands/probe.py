@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from penstock.engine.commands.flags import Groups
 from penstock.engine.config import EngineConfig
 from penstock.engine.measure.probe_report import report
 from penstock.engine.planning.device_profile import Probe, device_profile, profile_path, save_profile
@@ -21,11 +22,11 @@ COMMAND = (*WORKER_COMMAND[:-1], "probe")  # of a self-launched rank, which read
 AUTO_DTYPE = "bfloat16"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(groups: Groups) -> None:
     """Options of `probe` beside the engine's own."""
     text = "keep the profile there (for --device-profile), not in the cache where the planner finds it"
-    parser.add_argument("--output", metavar="FILE", help=text)
-    parser.add_argument("--json", action="store_true", help="print the profile as one JSON object instead")
+    groups.everyday.add_argument("--output", metavar="FILE", help=text)
+    groups.everyday.add_argument("--json", action="store_true", help="print the profile as one JSON object instead")
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:

@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 
+from penstock.engine.commands.flags import Groups
 from penstock.engine.config import EngineConfig
 from penstock.engine.profile.pass_profile import PassProfile, profile_pass
 from penstock.engine.profile.trace_plot import check_installed, draw, rows
@@ -26,7 +27,8 @@ from penstock.engine.user_files import check_output
 from penstock.scheduler.units import GB, ms
 
 
-def add_arguments(parser) -> None:
+def add_arguments(groups: Groups) -> None:
+    parser = groups.everyday
     add_workload_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("--plot", metavar="FILE", help="draw the lanes of a pass there, as a PNG")

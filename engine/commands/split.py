@@ -8,6 +8,7 @@ import argparse
 import sys
 from typing import Any
 
+from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.generate import (
     TextPrinter,
     add_request_arguments,
@@ -32,8 +33,9 @@ CONFIG_FIELDS = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(groups: Groups) -> None:
     """Options of `split` beside the engine's own."""
+    parser = groups.everyday
     add_request_arguments(parser)
     add_split_arguments(parser)
     parser.add_argument("--process", action="store_true", help="run the device side as a process of its own")
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "; ".join(f"{name}: {text}" for name, text in PERMUTED.items())
     text = f"permute what the device side sees ({kinds}); {NOTICE}".replace("%", "%%")
     parser.add_argument("--permute", default=(), metavar="NAMES", help=text)
-    parser.add_argument("--permute-key", metavar="HEX", help="the key of the permutations, for tests (default: drawn)")
+    text = "the key of the permutations, for tests (default: drawn)"
+    groups.debugging.add_argument("--permute-key", metavar="HEX", help=text)
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:

@@ -8,7 +8,7 @@ from penstock.engine.config import EngineConfig
 from penstock.parallel.failure import exit_with_parent
 
 
-def add_arguments(parser) -> None:
+def add_arguments(groups) -> None:
     """Adds nothing: it has no options of its own."""
 
 

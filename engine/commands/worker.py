@@ -2,13 +2,12 @@
 process says stop or is gone."""
 
 import json
-import sys
 
 from penstock.engine.config import EngineConfig
 from penstock.parallel.failure import exit_with_parent
 
 
-def add_arguments(parser) -> None:
+def add_arguments(groups) -> None:
     """Adds nothing: it has no options of its own."""
 
 
@@ -17,7 +16,5 @@ def run(args, config: EngineConfig) -> int:
     from penstock.engine.runtime.engine import Engine  # imports torch: the parent is watched before that
     from penstock.parallel.launch import resolve_launch
 
-    engine = Engine(EngineConfig(**json.loads(message)), resolve_launch())
-    print(engine.topology.describe(), file=sys.stderr)
-    engine.serve()
+    Engine(EngineConfig(**json.loads(message)), resolve_launch()).serve()
     return 0

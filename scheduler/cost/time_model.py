@@ -141,6 +141,10 @@ class PassTime:
     total_s: float
     bound: str
 
+    @property
+    def bound_s(self) -> float:
+        return getattr(self, f"{self.bound}_s")
+
 
 def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
     """The time of one pass: the longer of the two lanes, and the latency that neither hides."""

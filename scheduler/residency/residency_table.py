@@ -68,7 +68,24 @@ def table(
     return "\n".join(lines)
 
 
-def _memory(residency: Residency, page_size: int) -> list[str]:
+def short_table(
+    residency: Residency, page_size: int, num_seqs: str, rates: Rates, one: Prediction, best: Prediction
+) -> str:
+    """The table in nine lines at most: what stays and streams, and the speed of one sequence and of the most."""
+    speed = f"{show_time(one.time.total_s)} a pass of {one.label}, {one.tokens_s:.2f} tokens/s"
+    many = f"; {best.tokens_s:.2f} of {best.num_seqs} at once" if best.num_seqs > 1 else ""
+    return "\n".join(
+        [
+            *_memory(residency, page_size, shown=("resident weights", "KV cache")),
+            f"most sequences a pass     {num_seqs}",
+            _rates(rates),
+            f"predicted: {speed}{many}; bound: {_bound(one.time)}",
+        ]
+    )
+
+
+def _memory(residency: Residency, page_size: int, shown: Sequence[str] | None = None) -> list[str]:
+    """Lines of a rank's memory and its parts; of the parts only those of `shown`, if it is given."""
     num_compressed = len(residency.compressed & residency.resident)
     remarks = {
         "ring": f"{len(residency.ring.slots)} streamed groups pass through it, "
@@ -82,9 +99,9 @@ def _memory(residency: Residency, page_size: int) -> list[str]:
     budget = "no limit (plain memory)" if residency.memory_bytes is None else show_bytes(residency.memory_bytes)
     lines = [f"device memory a rank      {budget:>12}"]
     for name, nbytes in residency.claims:
-        if nbytes:
+        if nbytes and (shown is None or name in shown):
             lines.append(f"  {name:<22}  {show_bytes(nbytes):>12}   {remarks.get(name, '')}".rstrip())
-    if residency.memory_bytes is not None:
+    if residency.memory_bytes is not None and shown is None:
         lines.append(f"  {'unused':<22}  {show_bytes(residency.memory_bytes - residency.claimed_bytes):>12}")
     embed = "" if residency.embed_resident else "   streamed groups; the embedding's rows are gathered from here"
     compressed = "   compressed without loss" if residency.compressed - residency.resident else ""
@@ -97,16 +114,20 @@ def _memory(residency: Residency, page_size: int) -> list[str]:
 
 
 def _passes(rates: Rates, predictions: Sequence[Prediction], free_tokens: int) -> list[str]:
-    link = f"link {rates.link_gb_s:g} GB/s, memory {rates.memory_gb_s:g} GB/s, {rates.gemm_tflops:g} TFLOP/s a rank"
-    lines = [f"rates ({rates.source}): {link}", f"{'predicted decode pass':<38}{'a pass':>12}{'tokens/s':>12}   bound"]
+    lines = [_rates(rates), f"{'predicted decode pass':<38}{'a pass':>12}{'tokens/s':>12}   bound"]
     for p in predictions:
         lines.append(f"  {p.label:<36}{show_time(p.time.total_s):>12}{p.tokens_s:>12.2f}   {_bound(p.time)}")
     free = f"up to {free_tokens} tokens a pass cost no extra time: the link binds"
     return [*lines, f"  {free if free_tokens > 1 else 'every token costs time: the link does not bind'}"]
 
 
+def _rates(rates: Rates) -> str:
+    link = f"link {rates.link_gb_s:g} GB/s, memory {rates.memory_gb_s:g} GB/s, {rates.gemm_tflops:g} TFLOP/s a rank"
+    return f"rates ({rates.source}): {link}"
+
+
 def _bound(time: PassTime) -> str:
-    return f"{time.bound} ({show_time(getattr(time, time.bound + '_s'))})"
+    return f"{time.bound} ({show_time(time.bound_s)})"
 
 
 def _variants(variants: Sequence[tuple[Variant, str]]) -> list[str]:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from penstock.engine.commands.flags import Parser, add_config_arguments, config_from_args
+from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
 from penstock.scheduler.cost.pass_work import PassShape
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "tokens of a stretch, whose median counts (default: 5000)"
     group.add_argument("--every", type=positive, default=5000, metavar="N", help=text)
     add_output_argument(group)
-    add_config_arguments(parser)
+    add_config_arguments(add_groups(parser))
 
 
 def run(llm: LLM, input_len: int, output_len: int) -> None:

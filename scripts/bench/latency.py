@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass
 
 import numpy
-from penstock.engine.commands.flags import Parser, add_config_arguments, config_from_args
+from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
 from penstock.scheduler.cost.pass_work import PassShape
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "tokens that each of them generates from a prompt, at least 2 (default: 4)"
     group.add_argument("--compare-tokens", type=positive, default=4, metavar="N", help=text)
     add_output_argument(group)
-    add_config_arguments(parser)
+    add_config_arguments(add_groups(parser))
 
 
 def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Namespace) -> tuple[dict, Measured] | None:

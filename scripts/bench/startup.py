@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from penstock.engine.commands.flags import Parser, add_config_arguments, config_from_args
+from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.config import EngineConfig
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.units import GB, gb_s
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint-dir", metavar="DIR", help=text)
     group.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)  # a start of this benchmark
     add_output_argument(group)
-    add_config_arguments(parser)
+    add_config_arguments(add_groups(parser))
 
 
 def check(args: argparse.Namespace, config: EngineConfig, by_torchrun: bool) -> None:

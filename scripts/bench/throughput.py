@@ -16,7 +16,7 @@ import dataclasses
 import sys
 import time
 
-from penstock.engine.commands.flags import Parser, add_config_arguments, config_from_args
+from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
 from penstock.engine.runtime.bucket import bucket_sizes
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(group, output_len=128)
     add_compare_arguments(group)
     add_output_argument(group)
-    add_config_arguments(parser)
+    add_config_arguments(add_groups(parser))
 
 
 def draw(args: argparse.Namespace, llm: LLM) -> list[Job]:

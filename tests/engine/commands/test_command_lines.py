@@ -22,7 +22,7 @@ from penstock.scheduler.units import GIB
 
 from tests.support.commands import ROOT
 
-COMMANDS = [name for name, (_, text) in cli.COMMANDS.items() if text is not None]
+COMMANDS = [name for name, command in cli.COMMANDS.items() if command.does]
 HANGS_S = 60  # a guard against what never ends; no bound on speed
 FOLDER = "FOLDER"  # stands in a row for the folder of the unfit files
 
@@ -111,7 +111,7 @@ class Row(NamedTuple):
 def flags(command: str) -> list[argparse.Action]:
     parser, _ = cli._parsers(command)
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return [action for action in commands.choices[command]._actions if action.dest != "help"]
+    return [action for action in commands.choices[command]._actions if not action.dest.startswith("help")]
 
 
 def bad_values(action: argparse.Action) -> tuple[str, ...]:

@@ -3,15 +3,21 @@
 import dataclasses
 import io
 import json
+import re
+import shlex
 import sys
 
 import pytest
-from penstock.engine.commands.cli import main
+from penstock.engine.commands.cli import COMMANDS, _parsers, main
+from penstock.engine.commands.flags import EVERYDAY, MEMORY
 from penstock.engine.commands.generate import SAMPLING_FLAGS
+from penstock.engine.commands.plan import plan_of
 from penstock.engine.config import DebugConfig, EngineConfig
+from penstock.engine.runtime.engine import Engine
 from penstock.engine.streams import guarded_streams
 from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.batching.request import SamplingParams as Params
+from penstock.scheduler.units import show_bytes
 
 from penstock import LLM, SamplingParams
 
@@ -32,20 +38,61 @@ def run(*arguments: str, stdin: str = "", monkeypatch=None) -> int:
     return main(["generate", *GREEDY, *arguments])
 
 
-def test_one_prompt_gives_its_text_alone(capsys, expected):
-    assert run("--model", "demo", "--prompt", "Return the") == 0
-    out, err = capsys.readouterr()
-    assert out == expected[0].outputs[0].text + "\n"
-    for part in ("4 layers", "predicted decode pass", "8 tokens in", "passes took"):
-        assert part in err
-    assert "moved" not in err, "nothing streams on a CPU by default"
+BEFORE = r"demo on 1 rank \(cpu\): {}; predicted [\d.]+ tokens/s for {} \(assumed: cpu\)"
+AFTER = r"{} tokens in [\d.]+ m?s: [\d.]+ tokens/s, [\d.]+ of the {} bound at the {} rates"
 
 
-def test_the_model_may_stand_alone(capsys, expected):
-    assert run("demo", "--prompt", "Return the", "--resident", "none", "--table") == 0
+@pytest.fixture
+def nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(Engine, "measure", lambda *_: pytest.fail("rates were measured, and nobody asked"))
+
+
+def assert_lines(err: str, *patterns: str) -> None:
+    lines = err.splitlines()
+    assert len(lines) == len(patterns), err
+    for line, pattern in zip(lines, patterns):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_one_prompt_gives_its_text_alone(capsys, expected, nothing_is_measured):
+    assert run("--model", "demo", "--prompt", "Return the", "--device", "cpu") == 0
     out, err = capsys.readouterr()
     assert out == expected[0].outputs[0].text + "\n"
-    assert "attn_residual" in err and "moved 0.000 GiB" not in err  # the step table; weights crossed the link
+    assert_lines(err, BEFORE.format("nothing streams", "1 sequence"), AFTER.format(8, "launch", "assumed"))
+
+
+def test_the_line_before_says_what_streams_and_the_line_after_what_binds(capsys, nothing_is_measured):
+    """At a link of 1 MB/s the plan says link, whatever the machine does; the job is two sequences."""
+    more = ("--weights-compression", "none", "--device", "cpu", "--resident", "none", "--link-gb-s", "0.001")
+    assert run("demo", "--prompt", "Return the", "--n", "2", *more) == 0
+    streamed_bytes = plan_of(EngineConfig(device="cpu", resident="none")).layout.nbytes
+    before, after = capsys.readouterr().err.splitlines()
+    streams = f"{show_bytes(streamed_bytes)} of weights stream to each rank in a pass"
+    assert before.startswith(f"demo on 1 rank (cpu): {streams}; predicted ")
+    speed = float(re.search(r"predicted ([\d.]+) tokens/s for 2 sequences at once", before)[1])
+    assert speed == pytest.approx(2 / (streamed_bytes / 1e6), rel=0.01)
+    assert re.fullmatch(AFTER.format(16, "link", "assumed"), after)
+    elapsed, share = map(float, re.findall(r"16 tokens in ([\d.]+) .* ([\d.]+) of the", after)[0])
+    seconds = elapsed if " ms:" not in after else elapsed / 1e3
+    assert share >= 0.98 * 8 * (streamed_bytes / 1e6) / seconds  # eight passes, which took no longer than the call
+
+
+def test_verbose_shows_the_plan_and_what_was_measured(capsys, expected):
+    assert run("demo", "--prompt", "Return the", "--resident", "none", "--verbose", "--table") == 0
+    out, err = capsys.readouterr()
+    assert out == expected[0].outputs[0].text + "\n"
+    for part in ("rank 0 of 1: ", "4 layers", "predicted decode pass", "rates (measured): ", "passes took"):
+        assert err.count(part) == 1
+    assert "attn_residual" in err and "moved 0.0" in err  # the step table; weights crossed the link
+    (after,) = [line for line in err.splitlines() if line.startswith("8 tokens in")]
+    assert after.endswith("bound at the measured rates")
+
+
+def test_what_a_user_should_know_of_the_plan_is_a_line_of_its_own(capsys, nothing_is_measured):
+    window = ("--attention-sinks", "4", "--attention-window", "200")
+    assert run("demo", "--prompt", "Return the", *window) == 0
+    note, before, after = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: of a sequence the first 4 tokens") and before.startswith("demo on 1 rank")
 
 
 def test_json_is_one_object_a_prompt(capsys, expected):
@@ -56,17 +103,20 @@ def test_json_is_one_object_a_prompt(capsys, expected):
 
 
 def test_json_of_what_was_moved_is_no_line_of_stdout(capsys, expected):
-    """The last line on stderr; the prologue is the measurement's, which comes before and is not counted."""
+    """The last line on stderr."""
     assert run("--prompt", "Return the", "--resident", "0.5", "--json", "--device", "cpu") == 0
     out, err = capsys.readouterr()
     assert [json.loads(line)["outputs"] for line in out.splitlines()] == [expected[0].to_dict()["outputs"]]
     predicted = TransferLedger()
     with LLM("demo", resident=0.5, device="cpu") as llm:
-        for group, nbytes in llm.engine.plan.residency.streamed:
-            for _ in range(8):  # passes: one for each token
+        residency = llm.engine.plan.residency
+        for index, (group, nbytes) in enumerate(residency.streamed):
+            for _ in range(8 + (index < residency.ring.num_wrapped)):  # passes: one for each token; and the prologue
                 predicted.add(Site(group.name, group.layer_idx), nbytes)
     assert predicted.total.num_calls >= 5 * 8
-    (transfers,) = json.loads(err.splitlines()[-1])["transfers"]
+    *said, moved = err.splitlines()
+    assert len(said) == 2
+    (transfers,) = json.loads(moved)["transfers"]
     told = [transfers["weights"][part] for part in ("total", "operations")]
     assert told == [predicted.to_dict()[part] for part in ("total", "operations")]
     assert sorted(map(str, transfers["weights"]["sites"])) == sorted(map(str, predicted.to_dict()["sites"]))
@@ -122,10 +172,14 @@ def test_every_sampling_flag_arrives(monkeypatch):
     assert set(values) == set(SAMPLING_FLAGS)
     flags = [text for name, value in values.items() for text in ("--" + name.replace("_", "-"), str(value))]
     seen = []
-    monkeypatch.setattr(LLM, "generate", lambda self, prompts, params, on_text: seen.append(params) or [])
-    monkeypatch.setattr(LLM, "measure", lambda self: None)
+
+    def generate(self, prompts, params, on_text):
+        seen.append(params)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(LLM, "generate", generate)
     more = ["--stop", "x", "--stop", "yz", "--stop-token-ids", "5", "6", "--ignore-eos"]
-    assert main(["generate", "--prompt", "a", *flags, *more, "--seed", "9"]) == 0
+    assert main(["generate", "--prompt", "a", *flags, *more, "--seed", "9"]) == 2
     assert seen == [Params(**values, stop=["x", "yz"], stop_token_ids=[5, 6], ignore_eos=True)]
 
 
@@ -143,20 +197,44 @@ def test_a_seed_repeats_the_text(capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def shown(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as leaving:
+        main([*arguments])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120
+    return text
+
+
+FIELDS = [f for f in (*dataclasses.fields(EngineConfig), *dataclasses.fields(DebugConfig)) if f.name != "debug"]
+
+
 def test_help_explains_every_field(capsys, monkeypatch):
+    """In three groups, of which --help leaves out the one for debugging."""
     monkeypatch.setenv("COLUMNS", "120")
+    assert {*EVERYDAY, *MEMORY} <= {field.name for field in FIELDS}
     for command in ("generate", "plan"):
-        with pytest.raises(SystemExit) as leaving:
-            main([command, "--help"])
-        assert leaving.value.code == 0
-        text = capsys.readouterr().out
-        for field in (*dataclasses.fields(EngineConfig), *dataclasses.fields(DebugConfig)):
-            if field.name == "debug":
-                continue  # DebugConfig itself
-            assert f"--{field.name.replace('_', '-')}" in text
+        some, text = shown(capsys, command, "--help"), shown(capsys, command, "--help-all")
+        titles = [text.index(f"\n{title}:\n") for title in ("everyday", "memory and streaming", "debugging")]
+        assert titles == sorted(titles) and "debugging:" not in some
+        assert text.startswith(some.rstrip("\n"))
+        for field in FIELDS:
+            option = f"--{field.name.replace('_', '-')} "
+            assert (option in some.replace(",", " ")) == (field.name in (*EVERYDAY, *MEMORY)), option
+            assert option in text.replace(",", " ")
             assert " ".join(field.metadata["help"].split()[:3]) in " ".join(text.split())
         assert "-tp" in text and "(default: 8192)" in text and "(default: None)" not in text
-        assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.does])
+def test_help_begins_with_a_sentence_and_an_example_that_is_one(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "120")
+    sentence, _, title, example, *_ = shown(capsys, name, "--help").splitlines()
+    assert sentence == COMMANDS[name].does and title in ("example:", "examples:")
+    for example in COMMANDS[name].examples:
+        program, *words = shlex.split(example)
+        parser, _ = _parsers(name)
+        assert program == "penstock" and parser.parse_args(words).command == name
 
 
 def test_help_of_the_whole_hides_the_worker(capsys):
@@ -191,7 +269,7 @@ def test_unknown_variables_of_ours_are_refused(monkeypatch, capsys):
 
 
 def test_rates_that_are_given_are_not_measured(capsys):
-    arguments = ["generate", "--max-tokens", "1", "--prompt", "a", "--device", "cpu"]
+    arguments = ["generate", "--max-tokens", "1", "--prompt", "a", "--device", "cpu", "--verbose"]
     assert main([*arguments, "--link-gb-s", "3"]) == 0
     assert "rates (measured, link as given): link 3 GB/s" in capsys.readouterr().err
     assert main([*arguments, "--device-profile", "cpu"]) == 0

@@ -183,6 +183,27 @@ def test_mistakes_are_one_line_and_status_two(capsys, arguments, message):
     assert error.startswith("penstock: error: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        [LARGE, "-tp", "2", "--gpu-memory", "24GiB"],
+        [LARGE, "--gpu-memory", "24GiB", "--resident", "none"],
+        [SMALL],
+        ["demo", "--device", "cpu", "--max-num-seqs", "1"],
+    ],
+    ids=str,
+)
+def test_its_short_form_is_ten_lines_of_the_long_one(capsys, options):
+    """All but the last stand in the long form too; the last has the figures of its rows."""
+    long, (*lines, speeds) = plan(capsys, *options), plan(capsys, *options, "--short").splitlines()
+    assert 8 <= len(lines) + 1 <= 10 and set(lines) <= set(long.splitlines())
+    assert lines[0].startswith(options[0]) and any(line.startswith("streamed a pass") for line in lines)
+    rows = [line.split() for line in long.split("bound\n")[1].splitlines() if line.startswith("  batch ")]
+    for tokens_s in (row[-4] for row in rows):
+        assert f" {tokens_s} " in speeds.replace(";", " ")
+    assert speeds.endswith(f"bound: {' '.join(rows[0][-3:])}")
+
+
 def test_flags_are_the_config_s_fields(capsys):
     parser, _ = cli._parsers("plan")
     args = parser.parse_args(["plan", SMALL, "-tp", "2", "--max-num-seqs", "8", "--no-poison", "--resident", "0.5"])
@@ -191,7 +212,7 @@ def test_flags_are_the_config_s_fields(capsys):
     assert config == expected
     assert config_from_args(parser.parse_args(["plan"])) == EngineConfig()
     with pytest.raises(SystemExit):
-        parser.parse_args(["plan", "--help"])
+        parser.parse_args(["plan", "--help-all"])
     shown = capsys.readouterr().out
     fields = {**EngineConfig.__dataclass_fields__, **DebugConfig.__dataclass_fields__}
     for name in fields.keys() - {"debug"}:
