@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "engine.user_files": (),
     "engine.streams": ("parallel.failure",),
     "engine.turns": (),
-    "engine.text": ("engine.user_files",),
+    "engine.text": ("engine.user_files", "scheduler.batching.request"),
     "engine.output": ("engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
     "engine.kernels": ("parallel.push_reduce",),
