@@ -8,7 +8,7 @@ from penstock.engine.split.transfers import ATTENTION_WAYS, SplitConfig
 from penstock.scheduler.batching.batch import Batch, BatchRow
 
 from penstock import LLM, SamplingParams
-from tests.support.engine_proof import prove_calls, prove_states_and_tokens, run_with
+from tests.support.engine_proof import apart, prove_calls, prove_states_and_tokens, run_with
 from tests.support.kernel_proof import DEVICE
 from tests.support.kernel_registry import DRAWN
 from tests.support.oracle.checkpoints import write_checkpoint
@@ -78,6 +78,7 @@ def test_decode_passes_of_a_gpu_give_the_tokens(params):
     assert [tokens for tokens, _ in padded] == [tokens for tokens, _ in plain]
 
 
+@pytest.mark.tolerance
 @pytest.mark.parametrize("name", ["decode_attention", "decode_inputs", "rope_append"])
 def test_kernels_are_their_references(tmp_path, name):
     """The engine gives the same hidden states, tokens and calls, past the first eviction."""
@@ -86,7 +87,7 @@ def test_kernels_are_their_references(tmp_path, name):
     options = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16, "dtype": "float32", "page_size": 4}
     options |= {"attention_sinks": 2, "attention_window": 5, "resident": "none"}
     first, other = (run_with(str(tmp_path), *names, params=DRAWN, **options) for names in ((), (name,)))
-    prove_states_and_tokens(first, other, 1e-5)
+    prove_states_and_tokens(first, other, apart(first))
     prove_calls(other if DEVICE == "cpu" else first, [name])
 
 

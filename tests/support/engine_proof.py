@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tests.support.kernel_proof import DEVICE
 from tests.support.kernel_registry import DRAWN, KERNELS
+from tests.support.rounding import model_apart
 from tests.support.watches import Around
 
 AS_ON_GPU = {"as_on_gpu": DEVICE == "cpu"}
@@ -35,6 +36,7 @@ class Run:
     """A run of the engine. `states` are what each step wrote, in order, `due` the calls that the steps which ran had to
     make, `made` the rise of each kernel's counters, by kernel and kind."""
 
+    spec: ModelSpec
     tokens: list[int] = field(default_factory=list)
     states: list[tuple[Compute, str, Tensor]] = field(default_factory=list)
     due: Counter = field(default_factory=Counter)
@@ -54,7 +56,7 @@ def run_with(model: str, *replaced: str, params: SamplingParams = DRAWN, **optio
 
 
 def watched(llm: LLM, prompt: list[int], params: SamplingParams, states: bool = True) -> Run:
-    run, before = Run(), {name: Counter(kernel.module.calls) for name, kernel in KERNELS.items()}
+    run, before = Run(llm.engine.plan.spec), {name: Counter(kernel.module.calls) for name, kernel in KERNELS.items()}
     watch(llm, run, states)
     run.tokens = llm.generate([prompt], params)[0].outputs[0].token_ids
     run.made = {name: Counter(kernel.module.calls) for name, kernel in KERNELS.items()}
@@ -93,20 +95,25 @@ def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
     executor.arena = ActivationArena(offsets, nbytes, activation_widths(spec, 1), *most, dtype, device)
 
 
-def first_difference(run: Run, other: Run, tolerance: float) -> str | None:
-    """The first step whose result differs by more than `tolerance`, as a share of the largest value; 0.0: any bit."""
+def apart(run: Run, dtype: str = "float32") -> float:
+    """How far its states may be from those of a run that adds up in another order, as a share of the largest value."""
+    return model_apart(run.spec, len(PROMPT) + len(run.tokens), getattr(torch, dtype))
+
+
+def first_difference(run: Run, other: Run, bound: float) -> str | None:
+    """The first step whose result differs by more than `bound`, as a share of the largest value; 0.0: any bit."""
     assert [(step, name) for step, name, _ in run.states] == [(step, name) for step, name, _ in other.states]
     for (step, name, state), (*_, theirs) in zip(run.states, other.states):
         if torch.equal(state, theirs):
             continue
         error = float((state.double() - theirs.double()).abs().max() / theirs.double().abs().max())
-        if not error <= tolerance:
+        if not error <= bound:
             return f"layer {step.layer_idx}, {step.step}: {name} differs by {error:.2g}"
     return None
 
 
-def prove_states_and_tokens(run: Run, other: Run, tolerance: float) -> None:
-    assert first_difference(run, other, tolerance) is None
+def prove_states_and_tokens(run: Run, other: Run, bound: float) -> None:
+    assert first_difference(run, other, bound) is None
     assert run.tokens == other.tokens
 
 

@@ -26,7 +26,7 @@ from tests.support.kernel_proof import (
     prove_refusal,
 )
 from tests.support.paged_examples import PAGE_SIZE, Example, addresses_of, make, tensors_of
-from tests.support.rounding import sums_apart
+from tests.support.rounding import assert_apart, attention_apart, sums_apart
 
 KERNEL = kernels._decode_attention_triton
 LAYOUTS = (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=1))
@@ -36,7 +36,7 @@ def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) 
     """Compares the kernel with `expected`, by default the reference in float64."""
     expected = example.reference() if expected is None else expected
     assert not expected.isnan().any() and not out.isnan().any()
-    assert ((out.double() - expected.double()).abs() <= example.apart()).all()
+    assert_apart((out.double() - expected.double()).abs(), example.apart())
 
 
 @pytest.mark.tolerance
@@ -124,7 +124,7 @@ def test_equal_keys_give_the_mean(size, num_segments):
     out = inputs.run(num_segments)
     values = inputs.values[addresses_of(inputs, 0)].double()
     largest, half = float(values.abs().max()), torch.finfo(torch.float16)
-    assert (out.double() - values.mean(0)).abs().max() <= sums_apart(130, largest) + half.eps * largest
+    assert_apart((out.double() - values.mean(0)).abs(), sums_apart(130, largest) + half.eps * largest)
 
 
 @pytest.mark.tolerance
@@ -137,9 +137,11 @@ def test_float32_products_keep_their_bits(num_segments):
     inputs.q[0, 0, 0, :2] = torch.tensor([4097.0, 4096.0])
     inputs.keys[first, 0, 0] = inputs.keys[second, 0, 1] = 1.0
     inputs.values[first], inputs.values[second] = 1.0, 0.0
-    assert abs(inputs.run(num_segments) - torch.tensor(0.125).sigmoid().item()).max() < 1e-4
-    inputs.values[first] = inputs.values[second] = 1 + 2**-12
-    assert abs(inputs.run(num_segments) - (1 + 2**-12)).max() < 2**-20
+    queries, keys = inputs.q[0, 0, :, :2], torch.eye(2, device=DEVICE)  # all that is not zero
+    bound = attention_apart(queries, keys, 1.0, 64**-0.5)
+    assert_apart((inputs.run(num_segments) - torch.tensor(0.125).sigmoid().item()).abs(), bound)
+    inputs.values[first] = inputs.values[second] = value = 1 + 2**-12
+    assert_apart((inputs.run(num_segments) - value).abs(), sums_apart(2 + 4, value))
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])

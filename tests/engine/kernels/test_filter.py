@@ -9,7 +9,7 @@ from penstock.engine.kernels import argmax
 from penstock.engine.kernels import filter as module
 from penstock.engine.kernels.filter import KEEP_ALL, Filters, find_limits, find_limits_reference
 
-from tests.support.kernel_proof import DEVICE, counted, prove, prove_faster, prove_refusal
+from tests.support.kernel_proof import DEVICE, counted, equal, prove, prove_faster, prove_refusal
 
 V = 150
 ALL = (V, 1.0, 0.0)
@@ -136,7 +136,7 @@ def test_columns_behind_the_vocabulary_and_around_are_not_read():
         kept.copy_(first.keep(logits[:, :131]))
 
     inputs = {"logits": logits, "kept": torch.zeros(2, 131, dtype=torch.int32, device=DEVICE)}
-    prove(kernel, reference, inputs, ("kept",), lambda actual, expected: torch.testing.assert_close(actual, expected))
+    prove(kernel, reference, inputs, ("kept",), equal)
     prove_refusal(lambda logits: module._find_limits_triton(logits, 131, temperatures, filters), {"logits": logits})
 
 

@@ -13,8 +13,10 @@ from penstock.parallel.symmetric import Symmetric
 from penstock.parallel.topology import Topology
 from penstock.scheduler.units import MIB
 
+from tests.support.rounding import sums_apart
+
 SIZES = (30, 4096, 262144, MIB, 16 * MIB, 64 * MIB)
-TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of two ranks: one rounding
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REPLAYS = 20
 
 
@@ -24,10 +26,11 @@ def parts_of(group: Symmetric, nbytes: int, dtype: torch.dtype) -> list[torch.Te
     return [torch.randn(nbytes // dtype.itemsize, generator=seed).to(dtype) for seed in seeds]
 
 
-def is_close(sums: torch.Tensor, expected: torch.Tensor) -> bool:
+def is_close(sums: torch.Tensor, expected: torch.Tensor, parts: list[torch.Tensor]) -> bool:
     """Within what roundings of partial sums add up to; those of two ranks have one."""
-    tolerance = TOLERANCES[sums.dtype] * (1 if dist.get_world_size() == 2 else 4)
-    return torch.allclose(sums.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    sizes = sum(part.double().abs() for part in parts).view(sums.shape).to(sums.device)
+    bound = sums_apart(len(parts) - 1, sizes, sums.dtype)
+    return bool(((sums.double() - expected.double()).abs() <= bound).all())
 
 
 def same_on_all(tensor: torch.Tensor) -> bool:
@@ -69,7 +72,7 @@ def sum_up(group: Symmetric, dtype: torch.dtype, nbytes: int) -> dict:
         "dtype": str(dtype),
         "bytes": nbytes,
         "ways": ways,
-        "close": is_close(sums, sum(one.double() for one in parts).cuda()),
+        "close": is_close(sums, sum(one.double() for one in parts).cuda(), parts),
         "same_on_all": same_on_all(sums),
         "graph_is_eager": torch.equal(sums, in_graph),
         "microseconds": microseconds,
@@ -78,7 +81,8 @@ def sum_up(group: Symmetric, dtype: torch.dtype, nbytes: int) -> dict:
 
 def sum_in_pieces(group: Symmetric) -> dict:
     """64 MiB by NCCL and in pieces; 16 MiB whole and in pieces."""
-    part = parts_of(group, 64 * MIB, torch.bfloat16)[group.rank].cuda().view(-1, 4096)
+    parts = parts_of(group, 64 * MIB, torch.bfloat16)
+    part = parts[group.rank].cuda().view(-1, 4096)
     nccl, pieces = part.clone(), part.clone()
     whole, cut = part[:2048].clone(), part[:2048].clone()
     group.all_reduce(nccl, "nccl")
@@ -92,7 +96,7 @@ def sum_in_pieces(group: Symmetric) -> dict:
     symmetric.LARGEST_BYTES, symmetric.TWO_SHOT_BYTES = plain
     return {
         "ways": group.num_symmetric - before,
-        "close": is_close(pieces, nccl),
+        "close": is_close(pieces, nccl, parts),
         "same_on_all": same_on_all(pieces),
         "graph_is_eager": torch.equal(pieces, in_graph),
         "whole_is_cut": torch.equal(whole, cut),
@@ -101,7 +105,7 @@ def sum_in_pieces(group: Symmetric) -> dict:
 
 
 def work(topology: Topology, group: Symmetric) -> None:
-    rows = [sum_up(group, dtype, nbytes) for dtype in TOLERANCES for nbytes in SIZES]
+    rows = [sum_up(group, dtype, nbytes) for dtype in DTYPES for nbytes in SIZES]
     report = {"rows": rows, "pieces": sum_in_pieces(group)}
     if topology.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(report))

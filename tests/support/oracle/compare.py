@@ -7,10 +7,12 @@ token is the reference's best, greedy generation by the reference gives the same
 from dataclasses import dataclass
 
 import torch
+from penstock.engine.model.families import read_spec
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.support.oracle.cases import prompts
+from tests.support.rounding import model_apart
 
 
 @torch.no_grad()
@@ -21,6 +23,11 @@ def reference_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         logits = model(torch.tensor([[*prompt, *generated[:-1]]]), use_cache=False).logits
         rows.append(logits[0, len(prompt) - 1 :].float())
     return torch.stack(rows)
+
+
+def apart(model: PreTrainedModel, num_tokens: int, dtype: torch.dtype | None = None) -> float:
+    """The relative difference that two runs of the model over so many tokens may have, in its dtype or another one."""
+    return model_apart(read_spec(model.config.to_diff_dict(), "the model"), num_tokens, dtype or model.dtype)
 
 
 def relative_difference(logits: Tensor, reference: Tensor) -> Tensor:

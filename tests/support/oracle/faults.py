@@ -105,6 +105,12 @@ def half_lost(layer_idx: int, name: str) -> Fault:
     return edit_weight(group, name, lambda weight, model: weight[:, weight.shape[1] // 2 :].zero_())
 
 
+def head_dropped(layer_idx: int) -> Fault:
+    """What the first head of this rank has attended to does not count."""
+    group = GroupId(layer_idx, "attn")
+    return edit_weight(group, "o", lambda weight, ctx: weight[:, : ctx.spec.head_dim].zero_())
+
+
 def kv_heads_rolled(layer_idx: int) -> Fault:
     """Swaps KV heads: each is the next one's."""
 
