@@ -38,8 +38,8 @@ class LLM:
     file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
 
     Threads may share it: their calls run one after another, `close` too. A call inside another one, in its `on_text`,
-    raises RuntimeError at once and leaves that one as it is; only `check` may be called. (`on_text` must not wait for
-    another thread's call either, which itself waits for the call that `on_text` belongs to.)
+    raises RuntimeError at once and leaves that one as it is; only `check` may be called. `on_text` must not wait for
+    another thread's call either: `generate` says why.
     """
 
     def __init__(self, model: str = "demo", tensor_parallel_size: int | None = None, **options):
@@ -85,6 +85,10 @@ class LLM:
         without it. If `on_text` raises, this ends its prompt's sequences, with finish_reason "abort", and it is not
         called for them again; when all others have ended, rank 0 raises the first of these exceptions, with the outputs
         as its attribute `outputs`, and the other ranks return the outputs. An interrupt ends the whole call at once.
+
+        `on_text` runs inside this call, and calls of other threads start when this one has ended: an `on_text` that
+        waits for one of them (joins a thread that calls `generate`) waits for ever, and they with it. This is not
+        refused, because nothing tells such a call from one that nobody waits for, which only has to take its turn.
         """
         self._check_open()
         asked = self._read_for_all(prompts, sampling_params)

@@ -8,15 +8,16 @@ import json
 import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from penstock.scheduler.units import MIB
 
-MAX_JSON_BYTES = 128 * MIB  # of a file; the largest index and tokenizer files that are published have under 40 MiB
-MAX_JSON_VALUES = 4_000_000  # each takes up to 200 bytes; the largest tokenizer files have 2 million
+# Of any JSON: the largest index and tokenizer files that are published have under 40 MiB and 2 million values, names of
+# fields among them. One emoji makes a text take four bytes a character; a value takes up to 200 bytes beside them.
+MAX_JSON_BYTES = 64 * MIB
+MAX_JSON_VALUES = 4_000_000
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 20  # of an integer: 2**64 has as many
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -125,23 +126,23 @@ def read_json(path: str | Path, keep_too_large: bool = False) -> dict[str, Any]:
 
 def parse_json(text: bytes | str, where: str, keep_too_large: bool = False) -> Any:
     """Parses JSON to Python's values. Raises ValueError, beginning with `where`, if it is not UTF-8, not JSON, has more
-    than MAX_JSON_VALUES or is nested deeper than MAX_JSON_DEPTH, or has a name twice in one object or a number of over
-    20 digits or beyond a float. `keep_too_large` is for objects of which only some fields are read: such a number is
-    then a TooLarge, which only the reader of its field refuses."""
+    than MAX_JSON_BYTES or MAX_JSON_VALUES or is nested deeper than MAX_JSON_DEPTH, or has a name twice in one object or
+    a number of over 20 digits or beyond a float. `keep_too_large` is for objects of which only some fields are read:
+    such a number is then a TooLarge, which only the reader of its field refuses."""
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{where}: has more than {MAX_JSON_BYTES} bytes, the most that are read of JSON")
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     except ValueError as error:
         raise ValueError(f"{where}: is not JSON: {error}") from None
-    if sum(map(decoded.count, ",[{")) > MAX_JSON_VALUES:
+    if sum(map(decoded.count, ",:[{")) > MAX_JSON_VALUES:
         raise ValueError(f"{where}: has more than {MAX_JSON_VALUES} values, the most that are read")
     try:
-        content = json.loads(
-            decoded, parse_int=_integer, parse_float=_float, object_pairs_hook=lambda pairs: _object(pairs, where)
-        )
+        content = _DECODER.decode(decoded)
     except RecursionError:
         raise ValueError(f"{where}: is nested deeper than {MAX_JSON_DEPTH} objects and lists") from None
     except _TwiceNamed as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{where}: {error} is there twice") from None
     except ValueError as error:
         raise ValueError(f"{where}: is not JSON: {error}") from None
     _check(content, where, keep_too_large)
@@ -149,29 +150,34 @@ def parse_json(text: bytes | str, where: str, keep_too_large: bool = False) -> A
 
 
 class _TwiceNamed(Exception):
-    pass
+    """Its text is the name, quoted."""
 
 
-def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise _TwiceNamed(f"{where}: {twice[:200]!r} is there twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise _TwiceNamed(repr(twice[:200]))
     return content
 
 
 def _integer(text: str) -> int | TooLarge:
-    return int(text) if len(text.lstrip("-")) <= MAX_DIGITS else TooLarge(text)
+    return int(text) if len(text) <= MAX_DIGITS or len(text.lstrip("-")) <= MAX_DIGITS else TooLarge(text)
 
 
 def _float(text: str) -> float:
     return number if math.isfinite(number := float(text)) else TooLarge(text)
 
 
+_CHECKED = (dict, list, TooLarge)  # a union takes ten times as long
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_float, object_pairs_hook=_object)
+
+
 def _check(content: Any, where: str, keep_too_large: bool) -> None:
     """Refuses numbers and depths by the field that has them. One iterator for each object or list that is open: without
     recursion, and in little memory."""
-    path, opened = [], [iter([("", content)])]
+    path, opened = [], [_parts([content])]
     while opened:
         name, value = next(opened[-1], (None, None))
         if name is None:
@@ -179,11 +185,17 @@ def _check(content: Any, where: str, keep_too_large: bool) -> None:
             path = path[:-1]
         elif isinstance(value, TooLarge):
             if not keep_too_large:
-                field = ".".join(map(str, [*path[1:], name]))[:200] or "it"
+                field = ".".join(map(str, [*path, name][1:]))[:200] or "it"
                 raise ValueError(f"{where}: {field} is {value!r}")
-        elif isinstance(value, dict | list):
+        else:
             path = [*path, name]
             if len(opened) > MAX_JSON_DEPTH:
                 field = ".".join(map(str, path[1:]))[:200]
                 raise ValueError(f"{where}: {field} is nested deeper than {MAX_JSON_DEPTH} objects and lists")
-            opened.append(iter(value.items() if isinstance(value, dict) else enumerate(value)))
+            opened.append(_parts(value))
+
+
+def _parts(content: dict | list) -> Iterator[tuple[str | int, Any]]:
+    """What may be at fault of an object or a list, by name or index."""
+    parts = content.items() if isinstance(content, dict) else enumerate(content)
+    return ((name, part) for name, part in parts if isinstance(part, _CHECKED))

@@ -1,9 +1,10 @@
 """Reads prompts from the command line, a file or standard input."""
 
+import io
 import os
-import re
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,10 @@ from penstock.engine.user_files import check_no_pointer, check_regular, has_lone
 from penstock.scheduler.units import MIB
 
 Prompt = str | list[int]
-MOST_BYTES = 128 * MIB  # of a file of prompts; as text they may be four times as many
+# Of a file of prompts. As text its bytes may be four times as many, and each prompt and token id takes memory and time.
+MOST_BYTES = 128 * MIB
+MOST_PROMPTS = 2**18
+MOST_COMMAS = 6_000_000  # of JSONL: about as many as there are token ids
 _PIECE_BYTES = MIB
 
 
@@ -28,28 +32,39 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
 
 def _read_file(file: str) -> list[Prompt]:
     """Reads one prompt a line, or JSONL if the first line begins with a brace."""
+    prompts: list[Prompt] = []
+    is_json, num_commas = False, 0
+    for number, line in _lines(file):
+        if not prompts:
+            is_json = line.lstrip().startswith("{")
+        num_commas += line.count(",") if is_json else 0
+        if len(prompts) == MOST_PROMPTS or num_commas > MOST_COMMAS:
+            what = f"{MOST_PROMPTS} prompts" if len(prompts) == MOST_PROMPTS else f"{MOST_COMMAS} values"
+            raise ValueError(f"--prompts-file {file}: has more than {what}, the most that are read; give it in parts")
+        prompts.append(_parse(line, f"{file}, line {number}") if is_json else line)
+    return prompts
+
+
+def _lines(file: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, without their ends, and their numbers from 1 on. They end as Python's text files
+    have it: JSON strings and prose may hold U+2028 and its like."""
+    number = 0
     try:
-        text = _read(file).decode("utf-8-sig")
+        for number, line in enumerate(io.TextIOWrapper(_read(file), encoding="utf-8-sig"), 1):
+            if "\0" in line:
+                raise ValueError(f"--prompts-file {file}: line {number} has a NUL byte; expected text in UTF-8")
+            if line.strip():
+                yield number, line.removesuffix("\n")
     except OSError as error:
         raise ValueError(f"--prompts-file {file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts-file {file}: {error}") from None
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise ValueError(f"--prompts-file {file}: line {line} has a NUL byte; expected text in UTF-8")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # not splitlines(): JSON strings and prose may hold U+2028 and its like
-    lines = enumerate((match[0] for match in re.finditer(r"(?m)^.*$", text)), 1)
-    prompts = ((number, line) for number, line in lines if line.strip())
-    if re.match(r"\s*\{", text):
-        return [_parse(line, f"{file}, line {number}") for number, line in prompts]
-    return [line for _, line in prompts]
+        raise ValueError(f"--prompts-file {file}: after line {number}: {error}") from None
 
 
-def _read(file: str) -> bytearray:
+def _read(file: str) -> io.BytesIO:
     """The bytes of a file, of standard input, or of a pipe that the shell opened, as for `<(command)`."""
     if file == "-":
-        return bytearray() if sys.stdin is None else _bounded(sys.stdin.buffer, file)  # None: it was closed
+        return io.BytesIO() if sys.stdin is None else _bounded(sys.stdin.buffer, file)  # None: it was closed
     if not _is_open_pipe(file):
         check_regular(Path(file))
     with open(file, "rb") as stream:
@@ -61,14 +76,15 @@ def _is_open_pipe(file: str) -> bool:
     return stat.S_ISFIFO(os.stat(file).st_mode) and not os.path.exists(os.path.realpath(file))
 
 
-def _bounded(stream: BinaryIO, file: str) -> bytearray:
+def _bounded(stream: BinaryIO, file: str) -> io.BytesIO:
     """Reads a whole stream. Raises ValueError beyond MOST_BYTES: it may have no end."""
-    content = bytearray()
+    content = io.BytesIO()
     while piece := stream.read(_PIECE_BYTES):
-        content += piece
-        if len(content) > MOST_BYTES:
+        content.write(piece)
+        if content.tell() > MOST_BYTES:
             raise ValueError(f"--prompts-file {file}: has more than {MOST_BYTES} bytes, the most that are read")
-    check_no_pointer(Path(file), content[:_PIECE_BYTES])
+    check_no_pointer(Path(file), content.getbuffer()[:_PIECE_BYTES].tobytes())
+    content.seek(0)
     return content
 
 

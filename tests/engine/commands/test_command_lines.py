@@ -1,13 +1,17 @@
 """Bad values for every flag of every subcommand, made from the parsers themselves, and every kind of unfit file for all
-that a command line names: status 2 and one line that names the flag or the file, before anything is loaded. Most
-run in this process, some in processes of their own, whose memory is bounded as well."""
+that a command line names: status 2 and one line that names the flag or the file, before anything is loaded, within 10 s
+of this process's own time and 2 GiB of memory. Most run in this process, some in processes of their own."""
 
 import argparse
 import io
 import itertools
 import os
+import re
+import struct
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +20,17 @@ from penstock.engine.commands import cli
 from penstock.engine.config import parse_resident
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime import engine as rank_module
+from penstock.engine.user_files import MAX_JSON_BYTES
 from penstock.parallel.launch import Launch
 from penstock.scheduler.cost.time_model import PROFILES
-from penstock.scheduler.units import GIB
+from penstock.scheduler.units import GIB, KIB, MIB
 
 from tests.support.commands import ROOT
 
 COMMANDS = [name for name, command in cli.COMMANDS.items() if command.does]
-HANGS_S = 60  # a guard against what never ends; no bound on speed
+HANGS_S = 120  # a guard against what never ends; no bound on speed
+MOST_S, MOST_BYTES = 10, 2 * GIB  # of processor time, which other processes do not add to; of resident memory
+IMPORTED_BYTES = GIB // 2  # of these, what a process of the command line has when it begins to read
 FOLDER = "FOLDER"  # stands in a row for the folder of the unfit files
 
 # What no flag of that type takes. A dash at the beginning is a flag for argparse, so `=` joins them.
@@ -77,21 +84,32 @@ FILES = {
     "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n",
     "unreadable": b"\xff\xfe",  # without its mode, which stops nobody who is root
 }
-KINDS = ("missing", "directory", "fifo", "/dev/zero", *FILES)
+EMOJI = "\U0001f600".encode()
+NAMES = 1_900_000
+# What is only just read, and refused at its end, by the piece that it repeats; an emoji makes all text take four times
+# its bytes.
+LARGE = {
+    "emoji": (b'{"' + EMOJI + b'": "', b"a" * MIB, (MAX_JSON_BYTES // MIB - 1), b"\\n"),
+    "lines": (EMOJI, b"aa\n", 44_000_000, b""),
+    "objects": (b"", b'{"prompt": "a"}\n', 260_000, b"{}"),
+    "tokens": (b"", b'{"prompt_token_ids": [' + b"300," * 999_999 + b"3]}\n", 5, b"{}"),
+}
+SPARSE_BYTES = 16 * GIB
+KINDS = ("missing", "directory", "fifo", "/dev/zero", *FILES, "sparse", "emoji")
 INDEX = "model.safetensors.index.json"  # nobody asks for it where there is one file with all weights
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", INDEX, "tokenizer.json")
 
 
-# The peak of resident memory in KiB; what wait4 tells has that of the process that started it in it.
+# The peak of resident memory in KiB; what wait4 tells has that of the process that started it in it. And the time.
 WITH_PEAK = """
-import re, sys
+import re, sys, time
 from penstock.__main__ import main
 sys.argv[0] = "penstock"
 try:
     sys.exit(main())
 finally:
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
-    open("peak", "w").write(peak)
+    open("peak", "w").write(f"{peak} {time.process_time()}")
 """
 
 
@@ -149,7 +167,15 @@ def file_rows() -> list[Row]:
         named = (path, kind)
         rows.append(Row(("plan", "--model", path), named))
         rows.append(Row(("plan", "--device-profile", path), named))
-        rows.append(Row(("generate", "--prompts-file", path), (*named, "no prompt")))
+        rows += [
+            Row((name, *NEEDED.get(name, ()), "--model", path), named) for name in ("generate", "split", "profile")
+        ]
+        rows += [
+            Row((*command, "--prompts-file", path), (*named, "no prompt")) for command in (("generate",), ("split",))
+        ]
+        rows += [
+            Row((name, *NEEDED.get(name, ()), "--device-profile", path), named) for name in ("generate", "profile")
+        ]
         for name in MODEL_FILES:
             if kind == "missing" and name in ("generation_config.json", INDEX):  # nor is it missed
                 continue
@@ -161,11 +187,22 @@ def file_rows() -> list[Row]:
             rows += [Row((*writes, path), named) for writes in WRITERS]
     rows += [Row((*writes, f"{FOLDER}/no/file"), writes[-1:]) for writes in WRITERS]
     rows.append(Row(("generate", "--prompt", "a", "--tokenizer", f"{FOLDER}/directory"), ("tokenizer",)))
+    rows.append(Row(("plan", "--device-profile", f"{FOLDER}/names"), ("names",)))
+    rows += [Row(("generate", "--prompts-file", f"{FOLDER}/{kind}"), (kind,)) for kind in list(LARGE)[1:]]
     return rows
 
 
 ROWS = [*value_rows(), *file_rows()]
-AS_PROCESSES = ROWS[:: len(ROWS) // 20][:20]
+PROCESSES = {"generate": 4, "split": 2, "profile": 2, "probe": 3, "plan": 9}
+
+
+def spread(command: str, count: int) -> list[Row]:
+    """So many rows of a subcommand, its last one and others in even steps before it."""
+    rows = [row for row in ROWS if row.arguments[0] == command]
+    return rows[:: -(len(rows) // count)][:count]
+
+
+AS_PROCESSES = [row for command, count in PROCESSES.items() for row in spread(command, count)]
 IN_PROCESS = [row for row in ROWS if row not in AS_PROCESSES]
 
 
@@ -178,6 +215,15 @@ def folder(tmp_path_factory) -> Path:
     for kind, content in FILES.items():
         (folder / kind).write_bytes(content)
     (folder / "unreadable").chmod(0)
+    for kind, (start, piece, count, end) in LARGE.items():
+        (folder / kind).write_bytes(start + piece * count + end)
+    with open(folder / "names", "wb") as file:
+        file.write(b'{"' + EMOJI + b'": 0')
+        file.writelines(b', "%07d": "%07d"' % (number, number) for number in range(NAMES))
+    with open(folder / "sparse", "wb") as file:
+        file.truncate(SPARSE_BYTES)
+    header = (folder / "emoji").read_bytes()
+    (folder / "header").write_bytes(struct.pack("<Q", len(header)) + header)
     for name, kind in itertools.product(MODEL_FILES, KINDS):
         model = folder / f"{name}-{kind}".replace("/dev/zero", "zero")
         model.mkdir()
@@ -185,7 +231,8 @@ def folder(tmp_path_factory) -> Path:
             if file.name != name and not (name == INDEX and file.suffix == ".safetensors"):
                 (model / file.name).symlink_to(file)
         if kind != "missing":
-            (model / name).symlink_to(folder / kind)  # an absolute kind, a device, stays what it is
+            has_header = (name, kind) == ("model.safetensors", "emoji")
+            (model / name).symlink_to(folder / ("header" if has_header else kind))  # /dev/zero stays what it is
     return folder
 
 
@@ -211,19 +258,46 @@ def assert_one_line(row: Row, out: str, err: str) -> None:
     assert any(name in line for name in row.names), line
 
 
+def peak_bytes(name: str = "VmHWM") -> int:
+    """This process's resident memory: the most since it was last reset, or now (VmRSS)."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * KIB
+
+
+@pytest.fixture
+def within_bounds(folder) -> Iterator[None]:
+    """The test takes no more time and memory than a command line may."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, start = peak_bytes("VmRSS"), time.process_time()
+    assert peak_bytes() - before < 16 * MIB  # the reset works here
+    yield
+    assert time.process_time() - start <= MOST_S
+    assert peak_bytes() - before <= MOST_BYTES - IMPORTED_BYTES
+
+
+def flags_of(row: Row) -> set[str]:
+    return {text.split("=")[0] for text in row.arguments if text.startswith("-")}
+
+
 def test_there_are_three_hundred_over_every_subcommand_and_flag():
     assert len(AS_PROCESSES) == 20 and len(IN_PROCESS) >= 280
     for command in COMMANDS:
+        seen = set().union(*(flags_of(row) for row in ROWS if row.arguments[0] == command))
         for action in flags(command):
-            seen = [row for row in ROWS if row.arguments[0] == command and any(
-                text.split("=")[0] in action.option_strings for text in row.arguments)]  # fmt: skip
-            assert seen or not action.option_strings or action.dest in ("tokenizer", "out"), (command, action.dest)
+            assert seen & set(action.option_strings) or not action.option_strings, (command, action.dest)
     assert {"h200", "cpu"} == set(PROFILES)  # names are no files
+
+
+def test_every_kind_of_file_is_given_to_every_flag_that_reads_one():
+    for command, flag in itertools.product(COMMANDS, ("--model", "--device-profile", "--prompts-file")):
+        if any(flag in action.option_strings for action in flags(command)):
+            given = {row.arguments[-1] for row in ROWS if row.arguments[0] == command and row.arguments[-2] == flag}
+            missing = [kind for kind in KINDS if not given & {kind, f"{FOLDER}/{kind}"}]
+            assert not missing, (command, flag, missing)
 
 
 @pytest.mark.timeout(HANGS_S)
 @pytest.mark.parametrize("row", IN_PROCESS, ids=str)
-def test_a_bad_command_line_is_refused_in_one_line(row, folder, nothing_begins, capfd):
+def test_a_bad_command_line_is_refused_in_one_line(row, nothing_begins, within_bounds, folder, capfd):
     assert cli.main(row.within(folder)) == 2
     assert_one_line(row, *capfd.readouterr())
 
@@ -237,4 +311,5 @@ def test_and_by_a_process_of_bounded_memory(row, folder, tmp_path):
     )
     assert done.returncode == 2
     assert_one_line(row, done.stdout, done.stderr)
-    assert int((tmp_path / "peak").read_text()) * 1024 < 2 * GIB
+    peak, seconds = (tmp_path / "peak").read_text().split()
+    assert int(peak) * KIB <= MOST_BYTES and float(seconds) <= MOST_S

@@ -95,6 +95,15 @@ def test_a_bound_holds_what_has_no_end(read, monkeypatch):
         run()
 
 
+def test_there_are_bounds_of_prompts_and_token_ids(read, monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_PROMPTS", 2)
+    monkeypatch.setattr(prompts, "MOST_COMMAS", 3)
+    for content, what in ((b"a,,,,\n\nb\nc", "2 prompts"), (b'{"prompt_token_ids": [1, 2, 3]}\n' * 2, "3 values")):
+        run, name = read(content)
+        with pytest.raises(ValueError, match=f"^--prompts-file {name}: has more than {what}"):
+            run()
+
+
 def test_what_does_not_end_or_waits_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     named = os.open(tmp_path / "pipe", os.O_RDWR)

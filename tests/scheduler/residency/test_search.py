@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from penstock.engine.planning.device_profile import load_profile
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
@@ -142,6 +142,7 @@ def test_more_memory_or_a_faster_link_is_never_slower(case, choice, factor, what
 
 
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=60), st.integers(0, 60))
+@example([0.99, 0, 0.51], 3)  # 1, 2 and 1.987 a second: what lies between the ends is the best by 0.7 %
 def test_the_best_number_is_found_in_few_steps(steps, fitting):
     """Tries times of all kinds that never fall."""
     times = [t + 0.01 for t in itertools.accumulate(steps)]
