@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.model.families import HEADS
-from penstock.engine.user_files import named_errors, open_file, parse_json, read_json
+from penstock.engine.user_files import MAX_JSON_BYTES, named_errors, open_file, parse_json, read_json
 
-MAX_HEADER_BYTES = 100_000_000  # as the format's own reader has it
 MAX_DIMS = 64  # of a tensor, as torch has it
 MAX_NAME = 1000  # characters of a tensor's name
 MAX_NAMED = 20  # files that a message lists
@@ -84,14 +83,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 def _read_text(file: Path) -> bytes:
     """The header's bytes, padding included. Raises ValueError naming the file if it is too short for one, or if the
-    header is longer than the format allows."""
+    header is longer than JSON that is read."""
     with open_file(file) as stream:
         size, prefix = os.fstat(stream.fileno()).st_size, stream.read(8)
         if len(prefix) < 8:
             raise ValueError(f"{file}: truncated: {size} bytes are no safetensors file")
         (header_bytes,) = struct.unpack("<Q", prefix)
-        if header_bytes > min(size - 8, MAX_HEADER_BYTES):
-            longer = f"the file ({size})" if header_bytes > size - 8 else f"the format allows ({MAX_HEADER_BYTES})"
+        if header_bytes > min(size - 8, MAX_JSON_BYTES):
+            longer = f"the file ({size})" if header_bytes > size - 8 else f"is read of a header ({MAX_JSON_BYTES})"
             raise ValueError(
                 f"{file}: the header is said to have {header_bytes} bytes, more than {longer}: "
                 "truncated, or not a safetensors file"

@@ -32,7 +32,7 @@ PAGES = {"num_pages": 1 + OPTIONS["max_num_seqs"] * OPTIONS["max_model_len"] // 
 ON_GPU = OPTIONS | PAGES | {"gpu_memory": "2GiB", "weights_compression": "none"}
 RANK_SCRIPT = """
 import sys
-from gpu.test_failing_rows import run_rank
+from tests.gpu.test_failing_rows import run_rank
 run_rank(*sys.argv[1:])
 """
 

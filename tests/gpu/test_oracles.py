@@ -8,7 +8,7 @@ import torch
 from penstock.engine.kernels import embedding
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import read_config, read_spec
-from penstock.engine.planning.engine_plan import find_model
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.executor import Counters
 from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.batching.request import SamplingParams
@@ -24,7 +24,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "gpu_memory": "4GiB"}
 RANK_SCRIPT = """
 import os, sys, torch
-from gpu.test_oracles import generate
+from tests.gpu.test_oracles import generate
 
 for dtype in ("float32", "bfloat16"):
     run = generate(dtype=dtype, resident="none", weights_compression="none")

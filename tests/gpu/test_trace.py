@@ -68,8 +68,8 @@ def test_the_intervals_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
             around[0].record()
             take = graphs.next_take(key)
             take.graph.replay()
-            take.note_replay(llm.engine.watches)
             around[1].record()
+            take.note_replay(llm.engine.watches)
             torch.cuda.synchronize()
             intervals = trace.intervals()[known:]
             graph_s = around[0].elapsed_time(around[1]) / 1e3

@@ -1,0 +1,132 @@
+"""The loop as others use it: add, abort and advance, from any thread, and what is read before a pass is sealed."""
+
+import threading
+
+import pytest
+from penstock.engine.loop import Event
+from penstock.engine.output import Sequence
+from penstock.engine.runtime.engine import Engine
+from penstock.scheduler.batching.request import Request
+
+from penstock import LLM, SamplingParams
+
+OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = ["Return the", "def", "class", "import"]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("demo", **OPTIONS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def alone(llm):
+    return {prompt: llm.generate(prompt, PARAMS)[0].outputs[0].text for prompt in PROMPTS}
+
+
+@pytest.fixture
+def sequence_of(llm):
+    ids = iter(range(10**6, 2 * 10**6))
+
+    def make(prompt: str, params: SamplingParams = PARAMS) -> Sequence:
+        request = Request(next(ids), llm.tokenizer.encode(prompt, llm.engine.plan.spec.vocab_size), params)
+        return Sequence(request, 0, llm.tokenizer, {})
+
+    return make
+
+
+def run(loop) -> list[Event]:
+    events = []
+    while loop.has_unfinished:
+        events += loop.advance()
+    return events
+
+
+def text_of(events: list[Event], sequence: Sequence) -> str:
+    mine = [event for event in events if event.sequence is sequence]
+    assert [event.is_last for event in mine] == [False] * (len(mine) - 1) + [True]
+    return "".join(event.text for event in mine)
+
+
+def test_events_are_the_text_as_it_grows(llm, alone, sequence_of):
+    sequences = [sequence_of(prompt) for prompt in PROMPTS]
+    for sequence in sequences:
+        llm.loop.add(sequence)
+    events = run(llm.loop)
+    assert [text_of(events, sequence) for sequence in sequences] == list(alone.values())
+    assert llm.loop.advance() == []
+
+
+def test_one_is_aborted_between_two_passes_and_the_others_go_on(llm, alone, sequence_of):
+    first, other, waiting = map(sequence_of, PROMPTS[:3])
+    for sequence in (first, other, waiting):
+        llm.loop.add(sequence)
+    events = llm.loop.advance() + llm.loop.advance() + llm.loop.advance()
+    llm.loop.abort(first.request.id, "nobody listens")
+    llm.loop.abort(first.request.id, "said twice")
+    events += run(llm.loop)
+    assert (first.output().finish_reason, first.error) == ("abort", "nobody listens")
+    assert alone[PROMPTS[0]].startswith(text_of(events, first)) and len(first.output().token_ids) < 12
+    assert [text_of(events, sequence) for sequence in (other, waiting)] == [alone[PROMPTS[1]], alone[PROMPTS[2]]]
+    llm.loop.scheduler.check_integrity()
+
+
+def test_one_that_waits_can_be_aborted_too(llm, sequence_of):
+    sequences = [sequence_of(prompt) for prompt in PROMPTS[:3]]
+    for sequence in sequences:
+        llm.loop.add(sequence)
+    llm.loop.abort(sequences[2].request.id, "gone")
+    run(llm.loop)
+    assert sequences[2].output().token_ids == [] and sequences[2].error == "gone"
+
+
+def test_what_can_never_run_is_an_event(llm, sequence_of):
+    sequence = sequence_of("Return the " * 40)
+    llm.loop.add(sequence)
+    (event,) = llm.loop.advance()
+    assert event.is_last and "max_model_len" in sequence.error and not llm.loop.has_unfinished
+
+
+def test_sequences_come_from_other_threads_while_passes_run(llm, alone, sequence_of):
+    sequences, told = [sequence_of(prompt) for prompt in PROMPTS * 3], []
+
+    def add_all(mine: list[Sequence]) -> None:
+        for sequence in mine:
+            llm.loop.add(sequence)
+
+    threads = [threading.Thread(target=add_all, args=(sequences[index::3],)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    while len([event for event in told if event.is_last]) < len(sequences):
+        told += llm.loop.advance()
+    assert [text_of(told, sequence) for sequence in sequences] == list(alone.values()) * 3
+
+
+def test_an_error_in_a_pass_ends_all_and_leaves_the_loop_usable(llm, alone, sequence_of, monkeypatch):
+    llm.loop.add(sequence_of(PROMPTS[0]))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(llm.loop.scheduler, "update", lambda *_: 1 / 0)
+        run(llm.loop)
+    assert not llm.loop.has_unfinished
+    again = sequence_of(PROMPTS[0])
+    llm.loop.add(again)
+    assert text_of(run(llm.loop), again) == alone[PROMPTS[0]]
+
+
+def test_an_abort_counts_for_the_pass_that_is_announced(monkeypatch, sequence_of):
+    """It comes while the pass before is under way: the announced one, which nobody needs any more, never runs."""
+    monkeypatch.setattr(Engine, "lookahead", 1)
+    with LLM("demo", **OPTIONS, resident="none") as llm:
+        sequence, collect, runs = sequence_of(PROMPTS[0]), llm.engine.collect, []
+
+        def abort_and_collect():
+            llm.loop.abort(sequence.request.id, "gone")
+            return collect()
+
+        monkeypatch.setattr(llm.engine, "collect", abort_and_collect)
+        monkeypatch.setattr(llm.engine, "run_announced", runs.append)
+        llm.loop.add(sequence)
+        run(llm.loop)
+        assert runs == [] and sequence.error == "gone" and llm.engine.times.num_passes == 1
