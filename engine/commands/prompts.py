@@ -58,7 +58,8 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise ValueError(f"--prompts-file {file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts-file {file}: after line {number}: {error}") from None
+        where = f"after line {number}: " if number else ""
+        raise ValueError(f"--prompts-file {file}: {where}{error}") from None
 
 
 def _read(file: str) -> io.BytesIO:

@@ -46,7 +46,9 @@ def say_after(llm: LLM, outputs: list[RequestOutput], elapsed_s: float, verbose:
     """The line after the text; with `verbose` those of what moved and how long it took."""
     num_tokens = sum(len(sequence.token_ids) for output in outputs for sequence in output.outputs)
     speed = f"{num_tokens} tokens in {show_time(elapsed_s)}: {_speed(num_tokens / elapsed_s)}"
-    print(f"{speed}, {_share_of_bound(llm)}", *(_measurements(llm) if verbose else ()), sep="\n", file=sys.stderr)
+    if llm.engine.times.num_passes:  # none ran if no sequence could
+        speed += f", {_share_of_bound(llm)}"
+    print(speed, *(_measurements(llm) if verbose else ()), sep="\n", file=sys.stderr)
 
 
 def _share_of_bound(llm: LLM) -> str:

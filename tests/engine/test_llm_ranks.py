@@ -14,6 +14,7 @@ import torch.distributed as dist
 from penstock import LLM, SamplingParams
 from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
 from tests.support.rounding import assert_apart, logprobs_apart, model_apart
+from tests.support.watches import EndPass
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,16 +26,10 @@ def measured() -> tuple[list[dict], float]:
     """What one rank gives, twice over, and how far a log probability may be from it for the order of sums."""
     sizes = []
     with LLM("demo", **OPTIONS) as llm:
-        executor, spec = llm.engine.worker.executor, llm.engine.plan.spec
-        submit = executor.submit
-
-        def watched(batch) -> None:
-            submit(batch)
-            if batch.num_sampled:
-                sizes.append(float(executor.arena.cut(1, batch.num_sampled)["logits"].abs().max()))
-
-        executor.submit = watched
-        outputs = [*run_requests(llm), *run_requests(llm)]
+        spec = llm.engine.plan.spec
+        note = EndPass(lambda batch, logits: sizes.append(float(logits.abs().max())) if len(logits) else None)
+        with llm.engine.watched_by(note):
+            outputs = [*run_requests(llm), *run_requests(llm)]
     return outputs, logprobs_apart(max(sizes), spec.vocab_size, model_apart(spec, OPTIONS["max_model_len"]))
 
 

@@ -154,7 +154,8 @@ def test_the_step_takes_the_kernel_where_ranks_have_buffers(name, pushes):
     if pushes:
         reduce_residual_norm(peers[1], x.clone(), parts[1], weight, None, 1e-5, parts[1], "rms", collects=False)
     with counted(module.calls, triton=int(pushes)), no_hang():
-        STEPS[name](SimpleNamespace(act=act, spec=spec, collectives=ranks), {norm: weight}, 0)
+        model = SimpleNamespace(spec=spec, collectives=ranks)
+        STEPS[name](SimpleNamespace(act=act, model=model), {norm: weight}, 0)
     equal(act["x"], x + sum_of(parts))
     assert_normed(act["x_"], act["x"], weight, None, 1e-5, "rms")
 

@@ -20,7 +20,7 @@ from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
 from penstock.engine.planning.memory_claims import DeviceMemory
 from penstock.engine.planning.predictions import decode_time, most_seqs, pass_work
-from penstock.engine.runtime import engine as runtime
+from penstock.engine.runtime import start
 from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.units import GIB
 
@@ -199,17 +199,17 @@ def test_the_least_memory_of_all_ranks_counts():
         def largest(self, ints):
             return [max(own, other) for own, other in zip(ints, (-20 * GIB, -19 * GIB), strict=True)]
 
-    assert runtime.least_memory(DeviceMemory(24 * GIB, 9 * GIB), Other()) == DeviceMemory(20 * GIB, 9 * GIB)
-    assert runtime.least_memory(None, Other()) is None
+    assert start.least_memory(DeviceMemory(24 * GIB, 9 * GIB), Other()) == DeviceMemory(20 * GIB, 9 * GIB)
+    assert start.least_memory(None, Other()) is None
 
 
 def test_what_this_process_holds_unused_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GIB)
-    found = runtime.device_memory(torch.device("cuda:0"))
-    assert found == DeviceMemory(24 * GIB, 7 * GIB + runtime.LEAST_CONTEXT_BYTES)
-    assert runtime.device_memory(torch.device("cpu")) is None
+    found = start.device_memory(torch.device("cuda:0"))
+    assert found == DeviceMemory(24 * GIB, 7 * GIB + start.LEAST_CONTEXT_BYTES)
+    assert start.device_memory(torch.device("cpu")) is None
 
 
 def random_case(rng: random.Random) -> tuple[ModelSpec, int, int, dict]:
