@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 
 from penstock.parallel.failure import FAILURE_MARK, PEER_LOST_EXIT, RankFailed, describe_exit
-from penstock.parallel.processes import STOPPED, process_state
+from penstock.parallel.processes import Process, Watched, host_id
 from penstock.parallel.pulse import STOPPED_S, stopped_for
 
 POLL_S = 0.05
@@ -35,7 +35,6 @@ class Child:
         self.rank = rank
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._failure: list[str] | None = None
-        self.stopped_since: float | None = None
         # A session of its own: Ctrl-C is rank 0's to handle, the children end when rank 0 does.
         self.process = subprocess.Popen(
             command,
@@ -47,6 +46,7 @@ class Child:
             errors="replace",
             start_new_session=True,
         )
+        self._watched = Watched(Process(host_id(), self.process.pid))
         self._reader = threading.Thread(target=self._read, name=f"rank-{rank}-output", daemon=True)
         self._reader.start()
         with contextlib.suppress(BrokenPipeError):  # it died at once: the watchdog says so
@@ -75,11 +75,7 @@ class Child:
 
     def is_stopped(self) -> bool:
         """Has it been stopped for STOPPED_S, as far as it was looked at?"""
-        if process_state(self.process.pid) != STOPPED:
-            self.stopped_since = None
-        elif self.stopped_since is None:
-            self.stopped_since = time.monotonic()
-        return self.stopped_since is not None and time.monotonic() - self.stopped_since > STOPPED_S
+        return self._watched.stopped_s() > STOPPED_S
 
     def wait(self, deadline: float) -> bool:
         """Has it ended by `deadline` (time.monotonic seconds)?"""
