@@ -85,12 +85,15 @@ class SplitLLM(LLM):
     does is obfuscation, not confidentiality (permutation.py)."""
 
     def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
-        if not isinstance(split, SplitConfig | None):
-            raise ValueError(f"split={split!r}: expected a SplitConfig")
-        for name in FIXED.keys() & options.keys():
-            raise ValueError(f"{name}={options[name]!r}: a split execution has {FIXED[name]!r} there")
-        self._split = split or SplitConfig()
-        super().__init__(model, **options, **FIXED)
+        self._split, self._own_options = SplitConfig() if split is None else split, options
+        super().__init__(model, **options | FIXED)
+
+    def _config_of(self, options: dict[str, Any]) -> EngineConfig:
+        if not isinstance(self._split, SplitConfig):
+            raise ValueError(f"split={self._split!r}: expected a SplitConfig")
+        for name in FIXED.keys() & self._own_options.keys():
+            raise ValueError(f"{name}={self._own_options[name]!r}: a split execution has {FIXED[name]!r} there")
+        return super()._config_of(options)
 
     def _start(self) -> SplitEngine:
         kind = PermutedEngine if self._split.permute else SplitEngine
