@@ -166,11 +166,14 @@ class LLM:
         launch = resolve_launch()
 
         def read() -> tuple[EngineConfig, Launch]:
-            config = config_of(options)
+            config = self._config_of(options)
             return config, launch.of_size(config.tensor_parallel_size)
 
         with _closing_on_error(launch):
             self.config, self._launch = read_together(launch, read)
+
+    def _config_of(self, options: dict[str, Any]) -> EngineConfig:
+        return config_of(options)
 
     def _load_tokenizer(self) -> Tokenizer | None:
         """Loads the tokenizer; the other ranks are told if this one cannot."""

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 
 from penstock.parallel.failure import FAILURE_MARK, PEER_LOST_EXIT, RankFailed, describe_exit
-from penstock.parallel.processes import STOPPED, process_state
+from penstock.parallel.processes import Process, Watched, host_id
 from penstock.parallel.pulse import STOPPED_S, stopped_for
 
 POLL_S = 0.05
@@ -36,8 +36,7 @@ class Child:
         self.rank = rank
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._failure: list[str] | None = None
-        self.stopped_since: float | None = None
-        # The child has a session of its own: rank 0 alone handles Ctrl-C, and the children end when it does.
+        # A session of its own: Ctrl-C is rank 0's to handle, the children end when rank 0 does.
         self.process = subprocess.Popen(
             command,
             env=env,
@@ -48,6 +47,7 @@ class Child:
             errors="replace",
             start_new_session=True,
         )
+        self._watched = Watched(Process(host_id(), self.process.pid))
         self._reader = threading.Thread(target=self._read, name=f"rank-{rank}-output", daemon=True)
         self._reader.start()
         with contextlib.suppress(BrokenPipeError):  # the child died at once: the watchdog will say so
@@ -75,12 +75,8 @@ class Child:
         return RankFailed(self.rank, describe_exit(self.process.returncode), text)
 
     def is_stopped(self) -> bool:
-        """Tells whether all calls in the last STOPPED_S, this one included, found the child stopped."""
-        if process_state(self.process.pid) != STOPPED:
-            self.stopped_since = None
-        elif self.stopped_since is None:
-            self.stopped_since = time.monotonic()
-        return self.stopped_since is not None and time.monotonic() - self.stopped_since > STOPPED_S
+        """Has it been stopped for STOPPED_S, as far as it was looked at?"""
+        return self._watched.stopped_s() > STOPPED_S
 
     def wait(self, deadline: float) -> bool:
         """Waits until `deadline` (time.monotonic seconds) at most; tells whether the child has ended."""

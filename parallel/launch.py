@@ -32,8 +32,9 @@ from penstock.parallel.failure import (
 )
 from penstock.parallel.guard import Guard
 from penstock.parallel.interfaces import check_interfaces
-from penstock.parallel.processes import Process
+from penstock.parallel.processes import Process, host_id
 from penstock.parallel.pulse import Pulse
+from penstock.parallel.watch import Know, watch
 
 __all__ = ["Launch", "PeerLost", "RankFailed", "exit_with_parent", "resolve_launch", "run_rank"]
 
@@ -104,6 +105,15 @@ class Launch:
                 f"tensor_parallel_size={tensor_parallel_size}, but torchrun started WORLD_SIZE={self.tp_size} ranks"
             )
         return Launch("parent", tp_size=tensor_parallel_size, num_local_ranks=tensor_parallel_size)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Know]:
+        """Around the meeting: a rank that is stopped is found, though none hears it yet, as soon as it is known. Gives
+        what is to be told, each rank's process."""
+        with watch(self._guard.fail) as know:
+            if self.kind == "child":
+                know(0, Process(host_id(), os.getppid()))
+            yield know
 
     def hear(self, processes: list[Process], share: Callable[[str | None], str], addresses: list[str]) -> None:
         """Starts this rank's pulse, from which each rank hears whether the others live. All ranks call it; once it
@@ -183,8 +193,9 @@ class Launch:
         """Tells the other ranks why this one no longer follows, and ends the children. Idempotent."""
         if self.tp_size > 1 and not self._failed:
             self._failed = True
-            if self._pulse is not None and self._guard.failure is None:
-                self._pulse.say_failed(error if isinstance(error, RankFailed) else _described(self.rank, error))
+            if self._pulse is not None:
+                cause = self._guard.failure or error
+                self._pulse.say_failed(cause if isinstance(cause, RankFailed) else _described(self.rank, cause))
         self.abort()
 
     def close(self) -> None:

@@ -1,13 +1,15 @@
-"""Processes as Linux sees them: their host, and whether one is stopped or gone. Torch-free."""
+"""Processes as Linux sees them: on which host, whether one is stopped or gone, and for how long. No torch."""
 
 import os
 import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 GONE, STOPPED, ALIVE, UNKNOWN = "gone", "stopped", "alive", "unknown"
 _PROC = Path("/proc")
+_LOOK_S = 1.0  # that a look counts at most: whoever looks may have been stopped as well
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,21 @@ class Process:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Watched:
+    """A process that is looked at again and again, about twice a second."""
+
+    def __init__(self, process: Process):
+        self.process = process
+        self._looked_at, self._stopped_s = time.monotonic(), 0.0
+
+    def stopped_s(self) -> float:
+        """Looks. Returns the seconds for which it has been stopped, 0 if it is not."""
+        now = time.monotonic()
+        elapsed_s, self._looked_at = min(now - self._looked_at, _LOOK_S), now
+        self._stopped_s = self._stopped_s + elapsed_s if self.process.state() == STOPPED else 0.0
+        return self._stopped_s
 
 
 def this_process() -> Process:

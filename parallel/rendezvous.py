@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from penstock.parallel.processes import Process, this_process
 from penstock.parallel.reach import Reach, all_reach_each_other, reach_of
 from penstock.parallel.symmetric import Symmetric
 from penstock.parallel.topology import Topology
+from penstock.parallel.watch import Know
 
 Result = TypeVar("Result")
 MEETING_S = 600.0
@@ -59,17 +60,24 @@ def meet(launch: Launch, timeout_s: float = MEETING_S, read: Callable[[], None] 
         if not _agent_has_store():  # an older group may hold the store's port
             _check_no_group()
         _prepare_environment(launch.master_addr)
-        store = _open_store(launch, timedelta(seconds=timeout_s))
-        meeting = Meeting(store, launch.rank, launch.tp_size, timeout_s, launch.check)
-        people = [Process(**one) for one in meeting.tell("process", this_process().to_dict())]
-        addresses = _addresses(launch) if len({one.host for one in people}) > 1 else []
-        try:
-            launch.hear(people, lambda text: meeting.tell("pulse", text)[0], addresses)
-        except OSError as error:
-            raise PeerLost(f"rank 0 cannot be reached: {error}") from None
-        _end_meeting(meeting, _mistake(launch, read))
-        launch.store = store
+        with launch.watching() as know:
+            launch.store = _meet(launch, timeout_s, read, know)
     return launch.store
+
+
+def _meet(launch: Launch, timeout_s: float, read: Callable[[], None] | None, know: Know) -> dist.Store:
+    """Says first of all which process this is: from then on `know` is told, and this rank is looked at."""
+    store = _open_store(launch, timedelta(seconds=timeout_s))
+    meeting = Meeting(store, launch.rank, launch.tp_size, timeout_s, launch.check)
+    told = meeting.tell("process", this_process().to_dict(), lambda rank, one: know(rank, Process(**one)))
+    people = [Process(**one) for one in told]
+    addresses = _addresses(launch) if len({one.host for one in people}) > 1 else []
+    try:
+        launch.hear(people, lambda text: meeting.tell("pulse", text)[0], addresses)
+    except OSError as error:
+        raise PeerLost(f"rank 0 cannot be reached: {error}") from None
+    _end_meeting(meeting, _mistake(launch, read))
+    return store
 
 
 def _mistake(launch: Launch, read: Callable[[], None] | None) -> Exception | None:
@@ -135,23 +143,29 @@ class Meeting:
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, check: Callable[[], None]):
         self.store, self.rank, self.size, self.timeout_s, self.check = store, rank, size, timeout_s, check
 
-    def tell(self, what: str, own: object) -> list:
-        """Returns what each rank tells (JSON), by rank. We do not wait in torch's own rendezvous, since it cannot be
-        stopped if a rank has died."""
-        deadline = time.monotonic() + self.timeout_s
+    def tell(self, what: str, own: object, hear: Callable[[int, Any], None] = lambda *_: None) -> list:
+        """What each rank tells (JSON), by rank; `hear` is called with each as it comes. torch's own rendezvous could
+        not be stopped if one had died."""
+        deadline, told = time.monotonic() + self.timeout_s, {}
         with peer_errors():
             self.store.set(f"{what}/{self.rank}", json.dumps(own))
-        while missing := self._missing(what):
-            self.check()
-            if time.monotonic() > deadline:
-                raise PeerLost(f"ranks {missing} did not connect within {self.timeout_s:g} s")
-            time.sleep(_POLL_S)
-        with peer_errors():
-            return [json.loads(self.store.get(f"{what}/{rank}")) for rank in range(self.size)]
+        while missing := [rank for rank in range(self.size) if rank not in told]:
+            came = self._told(what, missing)
+            for rank, one in came.items():
+                hear(rank, one)
+            told |= came
+            if not came:
+                self.check()
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"ranks {missing} did not connect within {self.timeout_s:g} s")
+                time.sleep(_POLL_S)
+        return [told[rank] for rank in range(self.size)]
 
-    def _missing(self, what: str) -> list[int]:
+    def _told(self, what: str, ranks: list[int]) -> dict[int, Any]:
+        """What those of these ranks tell that have."""
         with peer_errors():
-            return [rank for rank in range(self.size) if not self.store.check([f"{what}/{rank}"])]
+            keys = {rank: f"{what}/{rank}" for rank in ranks}
+            return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
 
 
 def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:

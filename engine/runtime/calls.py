@@ -16,7 +16,7 @@ _DIGEST_BYTES = 16
 _FRAME = struct.Struct(f"<q16s{_DIGEST_BYTES}s984s")  # number, name, digest, refusal
 _CONFIG_BYTES = 4096
 # Fields that may differ between ranks: paths on their own hosts, and values that rank 0 sets for all.
-_OWN_FIELDS = {"model", "tokenizer", "trace", "device_profile", "link_gb_s", "max_num_seqs", "tensor_parallel_size"}
+_OWN_FIELDS = {"model", "tokenizer", "device_profile", "link_gb_s", "max_num_seqs", "tensor_parallel_size"}
 
 Asked = list[tuple[str | None, list[int], SamplingParams]]
 
@@ -76,6 +76,7 @@ def pack_config(config: EngineConfig) -> bytes:
     """The fields that ranks must have alike, as many bytes on every rank."""
     fields = config.to_dict()
     fields |= fields.pop("debug")
+    fields["trace"] = "a file" if config.trace else None  # a path too, but all ranks join the trace, or none
     told = json.dumps({name: value for name, value in fields.items() if name not in _OWN_FIELDS}).encode()
     assert len(told) <= _CONFIG_BYTES
     return told.ljust(_CONFIG_BYTES)

@@ -3,7 +3,9 @@ outputs; `counted` has what crossed between its sides, `predicted` what was pred
 """
 
 import functools
+from typing import Any
 
+from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.runtime.engine import Engine
 from penstock.engine.split.host_side import build_host_side
@@ -19,12 +21,15 @@ class SplitLLM(LLM):
     ValueError as LLM does. What `split.permute` does is obfuscation, not confidentiality (permutation.py)."""
 
     def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
-        if not isinstance(split, SplitConfig | None):
-            raise ValueError(f"split={split!r}: expected a SplitConfig")
-        for name in FIXED.keys() & options.keys():
-            raise ValueError(f"{name}={options[name]!r}: a split execution always has {FIXED[name]!r}")
-        self._split = split or SplitConfig()
-        super().__init__(model, **options, **FIXED)
+        self._split, self._own_options = SplitConfig() if split is None else split, options
+        super().__init__(model, **options | FIXED)
+
+    def _config_of(self, options: dict[str, Any]) -> EngineConfig:
+        if not isinstance(self._split, SplitConfig):
+            raise ValueError(f"split={self._split!r}: expected a SplitConfig")
+        for name in FIXED.keys() & self._own_options.keys():
+            raise ValueError(f"{name}={self._own_options[name]!r}: a split execution always has {FIXED[name]!r}")
+        return super()._config_of(options)
 
     def _start(self) -> Engine:
         return Engine(self.config, self._launch, functools.partial(build_host_side, self._split))

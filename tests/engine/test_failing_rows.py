@@ -1,5 +1,6 @@
 """A sequence whose logits are NaN, or that can never run, ends with an error of its own; the others have the bits of a
-run in which a stop ended it there: with passes in turn, ahead and prepared, on one rank and two."""
+run in which a stop ended it there: with passes in turn, ahead and prepared, on one rank and two, in a split execution.
+"""
 
 import dataclasses
 import json
@@ -9,6 +10,8 @@ import torch
 from penstock.engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
 from penstock.engine.runtime.engine import Engine
 from penstock.engine.runtime.graph import Mailbox
+from penstock.engine.split.llm import SplitLLM
+from penstock.engine.split.transfers import FUSED, SCORES, SplitConfig
 
 from penstock import LLM, SamplingParams
 from tests.support.failing_rows import (
@@ -77,34 +80,62 @@ def test_a_row_fails_alone_in_the_decode_passes_of_a_gpu(checkpoint, tokens, poi
         assert llm.engine.worker.runner.mailbox.num_sent > 10
 
 
+@pytest.mark.parametrize("attention", [FUSED, SCORES])
+def test_a_row_fails_alone_in_a_split_execution(checkpoint, tokens, poisoned, attention):
+    """In this process: the device side's weights are as much the model's own."""
+    split, options = SplitConfig(attention=attention), OPTIONS | {"dtype": "float32"}
+    with SplitLLM(checkpoint, split, **options) as llm:
+        stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
+    with WARNS, SplitLLM(poisoned, split, **options) as llm:
+        assert_fails_alone_twice(llm, stopped, filled)
+
+
+@pytest.fixture(scope="module")
+def on_ranks(poisoned):
+    """An LLM of the poisoned model on so many ranks, launched once."""
+    made = {}
+
+    def make(tp_size: int) -> LLM:
+        if tp_size not in made:
+            with WARNS:
+                made[tp_size] = LLM(poisoned, tensor_parallel_size=tp_size, **ON_CPU)
+        return made[tp_size]
+
+    yield make
+    for llm in made.values():
+        llm.close()
+
+
 @pytest.mark.timeout(120)
-def test_a_row_fails_alone_on_two_ranks(checkpoint, tokens, poisoned):
+def test_a_row_fails_alone_on_two_ranks(checkpoint, tokens, on_ranks):
     with LLM(checkpoint, **ON_CPU) as llm:
         stopped, filled = llm.generate(PROMPTS, ending_at(tokens[1])), fill_all_pages(llm)
-    with WARNS, LLM(poisoned, tensor_parallel_size=2, **ON_CPU) as llm:
-        for _ in range(2):
-            assert_others_are_as_if_stopped(llm.generate(PROMPTS, PARAMS), stopped)
-            assert_at_rest(llm)
-            assert fill_all_pages(llm) == filled
-
-
-def test_an_impossible_request_found_late_fails_alone(checkpoint, monkeypatch):
-    with LLM(checkpoint, **ON_CPU) as llm:
-        expected = llm.generate(PROMPTS, GREEDY)
-        needed, told = llm.loop.scheduler._pages_needed, []
-
-        def too_many_for_one(request) -> int:
-            return needed(request) + 1000 * (request.prompt_token_ids == PROMPTS[1])
-
-        monkeypatch.setattr(llm.loop.scheduler, "_pages_needed", too_many_for_one)
-        outputs = llm.generate(PROMPTS, GREEDY, on_text=lambda *one: told.append(one))
-        (one,) = outputs[1].outputs
-        assert (one.finish_reason, one.token_ids) == ("error", []) and "need 1011 pages of 4 tokens" in one.error
-        assert told[0] == (1, 0, None) and len(told) == 4  # there is no tokenizer: no text, but each end
-        assert [outputs[index] for index in (0, 2, 3)] == [expected[index] for index in (0, 2, 3)]
-        monkeypatch.undo()
-        assert llm.generate(PROMPTS, GREEDY) == expected
+    llm = on_ranks(2)
+    for _ in range(2):
+        assert_others_are_as_if_stopped(llm.generate(PROMPTS, PARAMS), stopped)
         assert_at_rest(llm)
+        assert fill_all_pages(llm) == filled
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_an_impossible_request_found_late_fails_alone(on_ranks, monkeypatch, tp_size):
+    llm = on_ranks(tp_size)
+    expected = llm.generate(PROMPTS, GREEDY)
+    needed, told = llm.loop.scheduler._pages_needed, []
+
+    def too_many_for_one(request) -> int:
+        return needed(request) + 1000 * (request.prompt_token_ids == PROMPTS[1])
+
+    monkeypatch.setattr(llm.loop.scheduler, "_pages_needed", too_many_for_one)
+    outputs = llm.generate(PROMPTS, GREEDY, on_text=lambda *one: told.append(one))
+    (one,) = outputs[1].outputs
+    assert (one.finish_reason, one.token_ids) == ("error", []) and "need 1011 pages of 4 tokens" in one.error
+    assert told[0] == (1, 0, None) and len(told) == 4  # there is no tokenizer: no text, but each end
+    assert [outputs[index] for index in (0, 2, 3)] == [expected[index] for index in (0, 2, 3)]
+    monkeypatch.undo()
+    assert llm.generate(PROMPTS, GREEDY) == expected
+    assert_at_rest(llm)
 
 
 def test_errors_are_carried_as_json():

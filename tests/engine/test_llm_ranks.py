@@ -145,6 +145,7 @@ def test_ranks_that_are_configured_differently_are_refused_on_all(torchrun):
     alike = "under torchrun all ranks are configured alike"
     for rank in torchrun:
         assert rank["other_config"] == f"load_format='auto' on rank 0, but 'dummy' on rank 1: {alike}"
+        assert rank["other_trace"] == f"trace=None on rank 0, but 'a file' on rank 1: {alike}"
 
 
 def test_options_that_one_rank_is_refused_end_the_others_too(torchrun):
@@ -154,6 +155,7 @@ def test_options_that_one_rank_is_refused_end_the_others_too(torchrun):
         "no_number": "ValueError: max_model_len='many': expected int or None",
         "no_option": "TypeError: LLM has no option no_such",
         "no_tokenizer": "ValueError: model='nowhere': no such file or directory",
+        "no_split": "ValueError: split='fused': expected a SplitConfig",
         "interface": "ValueError: GLOO_SOCKET_IFNAME=nope0: this host has no network interface 'nope0'",
         "rank_0": "ValueError: resident=7: expected auto, all, none or a fraction between 0 and 1",
     }

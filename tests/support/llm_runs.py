@@ -6,6 +6,7 @@ Each rank writes FOLDER/rankN.json; the lists in it are equal to what `run_reque
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from penstock.engine.output import RequestOutput
+from penstock.engine.split.llm import SplitLLM
 from penstock.parallel import launch
 from penstock.parallel.failure import RankFailed
 
@@ -106,7 +108,7 @@ def refused_options(mistakes: dict[str, dict[str, Any]]) -> dict[str, list[str]]
     found = {}
     for name, options in mistakes.items():
         try:
-            LLM("demo", **OPTIONS | options)
+            (SplitLLM if "split" in options else LLM)("demo", **OPTIONS | options)
         except (TypeError, ValueError, RankFailed) as error:
             found[name] = [type(error).__name__, str(error)]
     return found
@@ -119,6 +121,7 @@ def options_of_one(rank: int) -> dict[str, list[str]]:
         "no_number": {"max_model_len": "many"},
         "no_option": {"no_such": 1},
         "no_tokenizer": {"tokenizer": "nowhere"},
+        "no_split": {"split": "fused"},
     }
     found = refused_options({name: options if rank == 1 else {} for name, options in mistakes.items()})
     found |= refused_options({"rank_0": {"resident": 7} if rank == 0 else {}})
@@ -146,8 +149,8 @@ def run_rank(folder: Path) -> None:
             output.to_dict() for output in llm.generate(LONG, SamplingParams(temperature=0, ignore_eos=True))
         ]
         facts |= mistakes_of_one(llm, rank)
-    unlike = {"load_format": "dummy"} if rank == 1 else {}
-    facts["other_config"] = refusal(lambda: LLM("demo", **OPTIONS | unlike))
+    for name, unlike in (("other_config", {"load_format": "dummy"}), ("other_trace", {"trace": "trace.json"})):
+        facts[name] = refusal(functools.partial(LLM, "demo", **OPTIONS | (unlike if rank == 1 else {})))
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
         facts["second"] = run_requests(llm)
     (folder / f"rank{rank}.json").write_text(json.dumps(facts))

@@ -1,5 +1,5 @@
-"""A user's script on two ranks, one of which dies in one of four ways at one of five times. It catches what LLM
-raises.
+"""A user's script on two or three ranks, one of which dies in one of four ways at one of seven times. It catches what
+LLM raises.
 
     python tests/support/rank_deaths.py '{"case": {...}, "folder": ...}', or under torchrun
 
@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penstock import LLM, SamplingParams
+from tests.support import pass_faults
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "resident": "none"}
+PROMPT = [0, 376, 268]
+DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo_model"
+if pass_faults.TEXT in os.environ:
+    OPTIONS |= {"debug": {"watch": pass_faults.NAME}}
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 STAY_S = 150.0  # longer than anybody waits for the others: nothing may come of its end
 
@@ -37,32 +42,49 @@ def fail(after_s=0.0):
     failing()
     {do}
 """
-_WHEN = {
-    # As it reads its own options: by then both have imported what they need, which may take long.
-    "meeting": """
-import penstock.engine.config
-def fail_with_both_there(self):
-    while sum(name.startswith("pid") for name in os.listdir(folder)) < 2:
+# The others are as far as the victim: by then all have imported what they need, which may take long.
+_WAIT = """
+def fail_with_all_there(*_):
+    while sum(name.startswith("pid") for name in os.listdir(folder)) < {num_ranks}:
         time.sleep(0.05)
     fail()
+"""
+_WHEN = {
+    # Rank 0 of a self-launch listens, and does not open the store that the others come to.
+    "store": _WAIT
+    + """
+import penstock.parallel.rendezvous
 if rank == {victim}:
-    penstock.engine.config.EngineConfig.__post_init__ = fail_with_both_there
+    penstock.parallel.rendezvous._open_store = fail_with_all_there
+""",
+    # It has said who it is, and nobody hears it yet.
+    "joining": _WAIT
+    + """
+from penstock.parallel.pulse import Pulse
+if rank == {victim}:
+    setattr(Pulse, "join" if rank else "host", fail_with_all_there)
+""",
+    # As it reads its own options.
+    "meeting": _WAIT
+    + """
+import penstock.engine.config
+if rank == {victim}:
+    penstock.engine.config.EngineConfig.__post_init__ = fail_with_all_there
 """,
     "loading": """
 import penstock.engine.weights.host_store as host_store
 if rank == {victim}:
     host_store._Reader.begin = lambda *_: fail()
 """,
-    "pass": """
-passes, submit = [], Executor.submit
-def submit_or_fail(self, batch):
-    passes.append(batch)
+}
+_IN_A_PASS = """
+passes = []
+def begin_pass(batch):
+    if batch is not None:
+        passes.append(batch)
     if len(passes) == 4 and rank == {victim}:
         fail()
-    return submit(self, batch)
-Executor.submit = submit_or_fail
-""",
-}
+"""
 # The second call: the victim fails as it comes, while the other is elsewhere (idle) or waits in that call (between).
 # Under torchrun rank 1 awaits two messages a call.
 _SECOND = """
@@ -94,20 +116,24 @@ class Case:
     when: str
     victim: int = 1
     again: bool = False
+    num_ranks: int = 2
 
     @property
     def name(self) -> str:
-        return "-".join(
-            ["torchrun" if self.launcher == "torchrun" else "self", f"rank{self.victim}", self.fault, self.when]
-        )
+        ranks = [f"{self.num_ranks}ranks"] if self.num_ranks > 2 else []
+        return "-".join([self.launcher, *ranks, f"rank{self.victim}", self.fault, self.when])
 
-    def faults(self) -> str:
-        """Text for commands.Command."""
+    @property
+    def others(self) -> list[int]:
+        return [rank for rank in range(self.num_ranks) if rank != self.victim]
+
+    def faults(self) -> dict[str, str]:
+        """Texts for commands.Command."""
         after_s = 1.5 if self.when == "between" else 0.0
-        text = _WHEN.get(self.when, _SECOND).format(
-            victim=self.victim, after_s=after_s, torchrun=self.launcher == "torchrun"
-        )
-        return _FAIL.format(do=_DO[self.fault]) + text
+        given = {"victim": self.victim, "num_ranks": self.num_ranks, "after_s": after_s}
+        texts = _WHEN | {"pass": _IN_A_PASS}
+        text = texts.get(self.when, _SECOND).format(**given, torchrun=self.launcher == "torchrun")
+        return {"in_passes" if self.when == "pass" else "fault": _FAIL.format(do=_DO[self.fault]) + text}
 
     def cause(self) -> str:
         """The message that every other rank has to give."""
@@ -125,8 +151,8 @@ def main(case: Case, folder: Path) -> None:
     except Exception as error:
         answer = {"error": type(error).__name__, "text": str(error)}
         if case.again:
-            with LLM("demo", 2, **OPTIONS) as llm:
-                answer["again"] = llm.generate("Return the", PARAMS)[0].outputs[0].token_ids
+            with model(case, folder) as llm:
+                answer["again"] = llm.generate(PROMPT, PARAMS)[0].outputs[0].token_ids
         (folder / f"answer{rank}.json").write_text(json.dumps(answer))
         if rank == case.victim and case.fault == "raise":
             raise
@@ -134,14 +160,24 @@ def main(case: Case, folder: Path) -> None:
         sys.exit(3)
 
 
+def model(case: Case, folder: Path) -> LLM:
+    """The demo model; for three ranks one of six heads, with random weights."""
+    if case.num_ranks == 2:
+        return LLM("demo", 2, **OPTIONS)
+    config = json.loads((DEMO / "config.json").read_text())
+    file = folder / f"config{os.getpid()}.json"
+    file.write_text(json.dumps(config | {"num_attention_heads": 6, "num_key_value_heads": 3}))
+    return LLM(file, case.num_ranks, load_format="dummy", **OPTIONS)
+
+
 def use(case: Case, folder: Path, rank: int) -> None:
-    llm = LLM("demo", 2, **OPTIONS)
-    llm.generate("Return the", PARAMS)
+    llm = model(case, folder)
+    llm.generate(PROMPT, PARAMS)
     if case.when == "idle" and rank != case.victim:
         while not (folder / "failed_at").exists():
             time.sleep(0.1)
         time.sleep(1.0)
-    llm.generate("Return the", PARAMS)
+    llm.generate(PROMPT, PARAMS)
     raise AssertionError("nothing was raised")
 
 

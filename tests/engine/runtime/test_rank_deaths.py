@@ -2,8 +2,8 @@
 CI, all under `make soak`. That it takes 10 s at most is held on the clock of those who wait (test_limits.py): here a
 busy machine may take longer, so that HANG_S only tells slow from never.
 
-Before ranks meet none knows another: one that is killed then torchrun's own agent answers for, and one that is stopped
-then nobody can hear of.
+Before a rank comes to the meeting the others do not know it: one that is killed then torchrun's own agent answers for,
+and one that is stopped then nobody can hear of, unless it is rank 0 of a self-launch, or its child.
 """
 
 import itertools
@@ -30,6 +30,13 @@ CASES += [Case("torchrun", fault, "meeting", victim) for fault in FAULTS for vic
 CASES += [
     Case("self", *one, victim=0) for one in itertools.product(("stay", "kill", "stop"), ("loading", "pass", "between"))
 ]
+CASES += [Case("torchrun", "stop", "joining", victim) for victim in (0, 1)]
+CASES += [Case("self", "stop", when, victim=0) for when in ("store", "joining")]
+CASES += [
+    Case(launcher, fault, "pass", num_ranks=3)
+    for launcher, fault in (("self", "stay"), ("self", "stop"), ("torchrun", "stay"), ("torchrun", "stop"))
+]
+CASES += [Case("torchrun", "stop", "joining", victim, num_ranks=3) for victim in (0, 2)]
 IN_CI = {
     "self-rank1-raise-between",
     "self-rank1-stay-pass",
@@ -39,7 +46,7 @@ IN_CI = {
     "self-rank0-stop-pass",
     "torchrun-rank1-stay-meeting",
     "torchrun-rank1-stay-pass",
-    "torchrun-rank1-stay-loading",
+    "torchrun-3ranks-rank0-stop-joining",
     "torchrun-rank1-kill-between",
     "torchrun-rank1-stop-pass",
 }
@@ -59,8 +66,8 @@ def start(tmp_path):
 
     def start(case: Case) -> Command:
         told = json.dumps({"case": asdict(case), "folder": str(tmp_path)})
-        launcher = TORCHRUN if case.launcher == "torchrun" else ()
-        running.append(Command(tmp_path, SCRIPT, told, launcher=launcher, program=(), fault=case.faults()))
+        launcher = (*TORCHRUN[:-1], str(case.num_ranks)) if case.launcher == "torchrun" else ()
+        running.append(Command(tmp_path, SCRIPT, told, launcher=launcher, program=(), **case.faults()))
         return running[-1]
 
     yield start
@@ -72,18 +79,22 @@ def start(tmp_path):
 def test_every_other_rank_ends_or_says_why(start, tmp_path, case):
     run = start(case)
     wait_until(lambda: (tmp_path / "failed_at").exists(), HANG_S, run)
-    survivor, answer = 1 - case.victim, tmp_path / f"answer{1 - case.victim}.json"
     ranks = {int((tmp_path / f"rank_of{pid}").read_text()): pid for pid in run.pids()}
+    for rank in case.others:
+        assert_ends_or_says_why(case, rank, ranks[rank], tmp_path / f"answer{rank}.json", run)
+    if case.launcher == "self" and case.victim > 0:
+        assert not is_alive(ranks[case.victim])
+
+
+def assert_ends_or_says_why(case: Case, rank: int, pid: int, answer: Path, run: Command) -> None:
     again_s = 30 if case.again else 0  # to make another one
-    wait_until(lambda: answer.exists() or not is_alive(ranks[survivor]), HANG_S + again_s, run)
+    wait_until(lambda: answer.exists() or not is_alive(pid), HANG_S + again_s, run)
     if answer.exists():
         said = json.loads(answer.read_text())
         assert said["error"] == "RankFailed" and case.cause() in said["text"]
         assert len(said.get("again", ())) == (8 if case.again else 0)
     else:
-        assert survivor == 1 or case.launcher == "torchrun", run.finish().stderr  # or it could have answered
-    if case.launcher == "self" and case.victim == 1:
-        assert not is_alive(ranks[1])
+        assert rank > 0 or case.launcher == "torchrun", run.finish().stderr  # or it could have answered
 
 
 def wait_until(is_so, seconds: float, run: Command) -> None:

@@ -13,7 +13,7 @@ import torch
 from penstock.engine.commands.cli import main
 from penstock.engine.config import EngineConfig
 from penstock.engine.split import device_process
-from penstock.engine.split.channel import DeviceSideFailed, Subprocess
+from penstock.engine.split.channel import DeviceSideFailed, Subprocess, _check_values
 from penstock.engine.split.deadline import call_s, load_s
 from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.transfers import SplitConfig
@@ -213,12 +213,31 @@ def test_the_host_side_outlives_a_device_side_that_fails(monkeypatch, capfd):
 def test_an_error_of_the_device_side_is_told_and_ends_it():
     with SplitLLM("demo", SplitConfig(process=True)) as llm:
         channel, x, out = llm.engine.worker.channel, torch.ones(2, 256), torch.empty(2, 256)
+        x[0] = torch.nan  # the row's own, from before
         channel.call(Site("attn_output", 0), [x], out)
+        assert out[0].isnan().all() and out[1].isfinite().all()
         with pytest.raises(RuntimeError, match=r"failed at .*nonsense.*no operation"):
             channel.call(Site("nonsense", 0), [x], out)
         with pytest.raises(RuntimeError, match="the device side is gone"):
             channel.call(Site("attn_output", 0), [x], out)
         assert channel.ledger.total.num_calls == 1
+
+
+def test_values_are_checked_by_row_and_in_attention_as_one():
+    """An answer is as finite as what was sent."""
+    well, first, second = torch.ones(3, 2, 3)
+    first[0, 1], second[1, 2] = torch.nan, torch.inf
+    linear, attention, embedding = Site("ffn_up", 0), Site("attention", 0), Site("embedding", -1)
+    _check_values(linear, [second], second)
+    _check_values(attention, [well, second, well], first)
+    for site, sent in (
+        (linear, [well]),
+        (linear, [first]),
+        (attention, [well, well, well]),
+        (embedding, [torch.ones(2, dtype=torch.int64)]),
+    ):
+        with pytest.raises(DeviceSideFailed, match="with NaN or infinity$"):
+            _check_values(site, sent, second)
 
 
 def test_what_it_cannot_load_is_among_its_last_words(monkeypatch):
