@@ -21,33 +21,22 @@ from collections.abc import Callable, Iterator, Sequence
 
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
-from penstock.engine.planning.decision import Decision
-from penstock.engine.planning.device_profile import plan_rates
-from penstock.engine.planning.engine_plan import EnginePlan, plain_plan
+from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.planning.predictions import pass_work
 from penstock.engine.runtime.build import Builder, Worker, build_worker
 from penstock.engine.runtime.calls import Call
 from penstock.engine.runtime.pass_times import PassTimes
 from penstock.engine.runtime.probe import measure_engine
 from penstock.engine.runtime.protocol import Kind, Messages, Output
-from penstock.engine.runtime.start import (
-    ModelFiles,
-    compare_configs,
-    device_memory,
-    least_memory,
-    open_source,
-    plan_model,
-    read_files,
-)
+from penstock.engine.runtime.start import Start
 from penstock.engine.runtime.trace import Trace, join_traces
 from penstock.engine.runtime.watch import Watch, Watches, load_watch
 from penstock.engine.user_files import check_output
 from penstock.engine.weights.blocks import WeightSource
-from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.parallel.launch import Launch
 from penstock.parallel.ledger import TransferLedger
-from penstock.parallel.rendezvous import connect, meet
-from penstock.parallel.topology import bind_to_numa, device_name, resolve_topology
+from penstock.parallel.rendezvous import connect
+from penstock.parallel.topology import bind_to_numa
 from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.cost.time_model import Rates, with_link
 from penstock.scheduler.residency.compression_choice import CompressionDoesNotPay
@@ -84,72 +73,42 @@ class Engine:
         self.submitted: deque[Batch] = deque()  # passes under way
 
     def _start(self, build: Build) -> str:
-        """Starts this rank. Under torchrun ranks meet first, so that each hears why another one does not go on. Returns
-        why they cannot run together, the same on all ranks; empty if they can."""
-        config, launch = self.config, self.launch
-        if launch.kind == "torchrun":
-            meet(launch)
-        self.topology = resolve_topology(
-            launch.rank, launch.tp_size, launch.local_rank, config.device, launch.num_local_ranks
-        )
-        device = self.topology.device
-        self.trace = Trace(device) if config.trace else None
-        own_watch = load_watch(config.debug.watch) if config.debug.watch else None
+        """Starts this rank. Returns why ranks cannot run together, the same on all; empty if they can."""
+        start, launch = Start(self.config, self.launch), self.launch
+        self.topology = start.topology
+        self.trace = Trace(self.topology.device) if self.config.trace else None
+        own_watch = load_watch(self.config.debug.watch) if self.config.debug.watch else None
         self.watches = Watches(*filter(None, [self.trace, own_watch]))
-        own_memory, plan = device_memory(device), None  # before the ranks' own buffers
         if launch.rank == 0:
-            files = read_files(config)
-            rates = plan_rates(config, launch.tp_size, device.type, device_name(device))
-            plan = plan_model(config, files, launch.tp_size, own_memory, rates)
-            source = open_source(config, files.path, plan)
-            if config.trace:
-                check_output("--trace", config.trace)
-            launch.start(json.dumps(config.to_dict()))
+            start.prepare()
+            if self.config.trace:
+                check_output("--trace", self.config.trace)
+            launch.start(json.dumps(self.config.to_dict()))
         self.collectives = connect(self.topology, launch)
-        memory = least_memory(own_memory, self.collectives)
-        if launch.kind == "torchrun" and (refused := compare_configs(config, self.collectives)):
+        if refused := start.agree(self.collectives):
             return refused
-        if launch.rank > 0:
-            files = read_files(config)
-        elif memory != own_memory:
-            plan = plan_model(config, files, launch.tp_size, memory, plan.rates)
-
-        def share(plan: EnginePlan | None) -> EnginePlan:
-            return self._share(plan, files, memory)
-
-        plan = share(plan)
-        if launch.rank > 0:
-            source = open_source(config, files.path, plan)
-        self.eos_token_ids, self.planned_at_s = files.eos_token_ids, time.perf_counter()
-        self._load(build, plan, source, share)
+        self.config, self.eos_token_ids = start.config, start.files.eos_token_ids
+        self.planned_at_s = time.perf_counter()
+        bind_to_numa(self.topology)
+        self.worker = self._build(build, start)
+        self.plan: EnginePlan = self.worker.plan
+        start.close()
+        self.collectives.barrier()
         return ""
 
-    def _share(self, plan: EnginePlan | None, files: ModelFiles, memory) -> EnginePlan:
-        """Rank 0's plan on all ranks; None on the others, which are told what it decided."""
-        told = self.collectives.broadcast_bytes(None if plan is None else plan.decision.pack())
-        if plan is not None:
-            return plan
-        decision = Decision.unpack(told)
-        self.config = decision.as_told(self.config)
-        return plan_model(self.config, files, self.topology.tp_size, memory, decision.rates, decision)
+    def _build(self, build: Build, start: Start) -> Worker:
+        """Loads and builds; a second time, plain, where the weights turn out not to be worth compressing."""
 
-    def _load(self, build: Build, plan: EnginePlan, source: WeightSource, share: Callable) -> None:
-        """Loads the weights; a second time, plain, where they turn out not to be worth compressing."""
-        bind_to_numa(self.topology)
-
-        def builder(plan: EnginePlan) -> Builder:
-            return Builder(self.config, plan, self.topology, self.collectives, self.watches)
+        def builder() -> Builder:
+            return Builder(self.config, start.plan, self.topology, self.collectives, self.watches)
 
         try:
-            self.worker = build(builder(plan), source)
+            return build(builder(), start.source)
         except CompressionDoesNotPay as error:  # on all ranks alike
             if self.launch.rank == 0:
                 warnings.warn(f"{error}; loading them again, plain", stacklevel=2)
-            self.worker = build(builder(share(plain_plan(plan) if self.launch.rank == 0 else None)), source)
-        self.plan: EnginePlan = self.worker.plan
-        if isinstance(source, Checkpoint):
-            source.close()
-        self.collectives.barrier()
+            start.plan_plain(self.collectives)
+            return build(builder(), start.source)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -11,7 +11,8 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import read_eos_token_ids, tensor_names
 from penstock.engine.model.layout import expected_tensors
 from penstock.engine.planning.decision import Decision
-from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
+from penstock.engine.planning.device_profile import plan_rates
+from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan, plain_plan
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.planning.memory_claims import DeviceMemory
 from penstock.engine.runtime.calls import config_objection, pack_config
@@ -20,6 +21,9 @@ from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.read_model import Model, read_model
 from penstock.parallel.collectives import Collectives
+from penstock.parallel.launch import Launch
+from penstock.parallel.rendezvous import meet
+from penstock.parallel.topology import device_name, resolve_topology
 from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.units import MIB
 
@@ -45,16 +49,71 @@ def read_files(config: EngineConfig) -> ModelFiles:
     return ModelFiles(path, model, read_eos_token_ids(path, model.spec))
 
 
-def plan_model(
-    config: EngineConfig,
-    files: ModelFiles,
-    tp_size: int,
-    memory: DeviceMemory | None,
-    rates: Rates,
-    decided: Decision | None = None,
-) -> EnginePlan:
-    model = files.model
-    return make_engine_plan(config, model.spec, tp_size, memory, rates, model.notes, decided)
+class Start:
+    """One rank's way to a plan and a checked source of its weights. Under torchrun ranks meet first, so that each hears
+    why another one does not go on.
+
+        rank 0   prepare: reads, plans, checks ------ agree: says what it decided
+        others                                        agree: read, make the same plan, check
+    """
+
+    def __init__(self, config: EngineConfig, launch: Launch):
+        if launch.kind == "torchrun":
+            meet(launch)
+        self.config, self.launch = config, launch
+        self.topology = resolve_topology(
+            launch.rank, launch.tp_size, launch.local_rank, config.device, launch.num_local_ranks
+        )
+        self.memory = device_memory(self.topology.device)  # before the ranks' own buffers
+        self.files: ModelFiles | None = None
+        self.plan: EnginePlan | None = None
+        self.source: WeightSource | None = None
+
+    def prepare(self) -> None:
+        """Finds the mistakes of a user before anything is launched; on rank 0. Raises ValueError for them."""
+        device, tp_size = self.topology.device, self.launch.tp_size
+        self.files = read_files(self.config)
+        self.plan = self._plan(plan_rates(self.config, tp_size, device.type, device_name(device)))
+        self.source = open_source(self.config, self.files.path, self.plan)
+
+    def agree(self, collectives: Collectives) -> str:
+        """Comes to one plan, for the least memory of any rank; on all ranks together. Returns why they cannot run
+        together, the same on all; empty if they can."""
+        memory = least_memory(self.memory, collectives)
+        if self.launch.kind == "torchrun" and (refused := _compare(self.config, collectives)):
+            return refused
+        if self.files is None:
+            self.files = read_files(self.config)
+        if self.plan is not None and memory != self.memory:
+            self.memory = memory
+            self.plan = self._plan(self.plan.rates)
+        self.memory = memory
+        self._share(collectives)
+        if self.source is None:
+            self.source = open_source(self.config, self.files.path, self.plan)
+        return ""
+
+    def plan_plain(self, collectives: Collectives) -> None:
+        """Plans plain weights instead of compressed ones; on all ranks together."""
+        self.plan = plain_plan(self.plan) if self.launch.rank == 0 else None
+        self._share(collectives)
+
+    def _share(self, collectives: Collectives) -> None:
+        """Gives rank 0's plan to the others, which have none: they are told what it decided."""
+        told = collectives.broadcast_bytes(None if self.plan is None else self.plan.decision.pack())
+        if self.plan is None:
+            decision = Decision.unpack(told)
+            self.config = decision.as_told(self.config)
+            self.plan = self._plan(decision.rates, decision)
+
+    def _plan(self, rates: Rates, decided: Decision | None = None) -> EnginePlan:
+        model, tp_size = self.files.model, self.launch.tp_size
+        return make_engine_plan(self.config, model.spec, tp_size, self.memory, rates, model.notes, decided)
+
+    def close(self) -> None:
+        """Closes the source."""
+        if isinstance(self.source, Checkpoint):
+            self.source.close()
 
 
 def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSource:
@@ -68,7 +127,7 @@ def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSou
     return checkpoint
 
 
-def compare_configs(config: EngineConfig, collectives: Collectives) -> str:
+def _compare(config: EngineConfig, collectives: Collectives) -> str:
     """Why ranks that were configured each by itself cannot run together, the same on all; empty if they can."""
     return config_objection(collectives.share_frames(pack_config(config)))
 

@@ -245,7 +245,6 @@ def nothing_begins(monkeypatch):
     def begin(*_: Any, **__: Any) -> None:
         pytest.fail("something was allocated or launched before the mistake was found")
 
-    monkeypatch.setattr(rank_module, "Worker", begin)
     monkeypatch.setattr(rank_module, "connect", begin)
     monkeypatch.setattr(Launch, "start", begin)
 

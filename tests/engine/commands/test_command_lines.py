@@ -243,7 +243,6 @@ def nothing_begins(monkeypatch, tmp_path):
     def begin(*_, **__) -> None:
         pytest.fail("something was allocated, launched or measured before the mistake was found")
 
-    monkeypatch.setattr(rank_module, "Worker", begin)
     monkeypatch.setattr(rank_module, "connect", begin)
     monkeypatch.setattr("penstock.parallel.group.connect", begin)
     monkeypatch.setattr(Launch, "start", begin)
