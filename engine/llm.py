@@ -78,8 +78,8 @@ class LLM:
         `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end.
         Outputs are in the order of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that
         cannot be meant, under torchrun on all ranks alike, also if they are given different ones (a rank that gives no
-        prompts takes rank 0's); RankFailed if another rank has failed; RuntimeError if this LLM is closed, or ended
-        with an earlier error of several ranks.
+        prompts takes rank 0's); RankFailed if another rank has failed; RuntimeError if this LLM is closed, ended with
+        an earlier error of several ranks, or if sequences that were added to `loop` have not ended.
 
         A sequence that fails (its logits are NaN) has finish_reason "error", and the others are as they would be
         without it. If `on_text` raises, this ends its prompt's sequences, with finish_reason "abort", and it is not
@@ -91,32 +91,34 @@ class LLM:
         refused, because nothing tells such a call from one that nobody waits for, which only has to take its turn.
         """
         self._check_open()
+        if self.loop.has_unfinished:
+            raise RuntimeError("generate: sequences that were added to `loop` have not ended; advance it, or clear it")
         asked = self._read_for_all(prompts, sampling_params)
-        groups = [self._expand(token_ids, params) for _, token_ids, params in asked]
+        by_prompt = [self._expand(token_ids, params) for _, token_ids, params in asked]
         listener = Listener(on_text)
         with self.engine.together():
             if self.engine.topology.rank > 0:
                 return [RequestOutput.from_dict(output) for output in self.engine.follow()]
-            self._run(groups, listener)
+            self._run(by_prompt, listener)
             outputs = [
-                RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in group])
-                for index, ((prompt, token_ids, _), group) in enumerate(zip(asked, groups))
+                RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in own])
+                for index, ((prompt, token_ids, _), own) in enumerate(zip(asked, by_prompt))
             ]
             self.engine.finish(outputs)
         listener.reraise(outputs)
         return outputs
 
-    def _run(self, groups: list[list[Sequence]], listener: Listener) -> None:
+    def _run(self, by_prompt: list[list[Sequence]], listener: Listener) -> None:
         """Runs the sequences of each prompt until all have ended."""
-        prompts = {sequence.request.id: prompt for prompt, group in enumerate(groups) for sequence in group}
+        prompts = {sequence.request.id: prompt for prompt, own in enumerate(by_prompt) for sequence in own}
         try:
-            for sequence in itertools.chain(*groups):
+            for sequence in itertools.chain(*by_prompt):
                 self.loop.add(sequence)
             while self.loop.has_unfinished:
                 for event in self.loop.advance():
                     prompt = prompts[event.sequence.request.id]
                     error = listener.tell(prompt, event.sequence.index, event.text, event.is_last)
-                    for sequence in groups[prompt] if error else ():
+                    for sequence in by_prompt[prompt] if error else ():
                         self.loop.abort(sequence.request.id, f"on_text raised {error!r}")
         except BaseException:  # an interrupt, in on_text too
             self.loop.clear()
@@ -133,6 +135,12 @@ class LLM:
         """Raises the ValueError that `generate` would raise, and runs nothing."""
         self._check_open()
         self._reader.read(prompts, sampling_params)
+
+    def sequences(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[Sequence]:
+        """The n sequences of one prompt, to be added to `loop`. Raises ValueError as `generate` does."""
+        self._check_open()
+        ((_, token_ids, params),) = self._reader.read([prompt], sampling_params)
+        return self._expand(token_ids, params)
 
     @in_turn
     def close(self) -> None:

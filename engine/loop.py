@@ -6,7 +6,8 @@
             show(event.sequence, event.text)
     loop.abort(sequence.request.id, "the client has gone")
 
-What was added or aborted is read last, before a pass is sealed: it counts for the next pass that has not begun.
+Adds and aborts wait in an inbox. It is emptied right before a pass is sealed and, where weights stream, again before a
+pass that was announced begins.
 
 A sequence fails alone. If its logits are NaN, or it can never run, it ends with FinishReason.ERROR; if it is aborted,
 with FinishReason.ABORT. The others go on as if a stop had ended those.
@@ -40,7 +41,7 @@ class Loop:
     def __init__(self, scheduler: Scheduler, engine: Engine):
         self.scheduler, self.engine = scheduler, engine
         self._sequences: dict[int, Sequence] = {}  # those that have not ended, by request id
-        self._inbox: deque[Callable[[list[Event]], None]] = deque()
+        self._inbox: deque[Callable[[list[Event]], None]] = deque()  # adds and aborts to be done; they append events
 
     def add(self, sequence: Sequence) -> None:
         """Lets a new sequence wait for its row. One that can never run ends with an error, which is an event."""
@@ -56,10 +57,12 @@ class Loop:
         return bool(self._inbox) or self.scheduler.has_unfinished
 
     def advance(self) -> list[Event]:
-        """Enqueues the next pass, and takes in the oldest one that is under way if it is time to. Returns what happened
-        to sequences. An exception, an interrupt too, ends them all, and leaves the engine usable."""
+        """Enqueues the next pass, and takes in the tokens of the oldest one under way once more are under way than the
+        engine may run ahead. Returns what happened to sequences. An exception, an interrupt too, ends them all. The
+        engine of one rank stays usable; that of several ranks has ended, since they no longer agree."""
         try:
-            return self._advance()
+            with self.engine.together():
+                return self._advance()
         except BaseException:
             self.clear()
             raise
@@ -98,7 +101,8 @@ class Loop:
     def _read_inbox(self) -> list[Event]:
         events: list[Event] = []
         while self._inbox:
-            self._inbox.popleft()(events)
+            self._inbox[0](events)
+            self._inbox.popleft()  # only now: until then there is something unfinished
         return events
 
     def _add(self, sequence: Sequence, events: list[Event]) -> None:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         if speaks:
             say_before(llm, len(prompts) * params.n, args.verbose, args.table)
-            llm.engine.times.passes = []
+            llm.engine.times.keep()
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, on_text=printer)
         elapsed_s = time.perf_counter() - start

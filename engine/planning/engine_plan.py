@@ -1,7 +1,7 @@
 """Plans an engine before a byte is loaded: layout, residency, pass plan and predicted passes, from config and spec.
 
 Torch-free, so that `penstock plan` runs on a laptop; the engine itself calls the same function. Everything is for one
-rank; all ranks plan alike (spans have the same sizes on every rank).
+rank; all ranks have the same plan (spans have the same sizes on every rank).
 """
 
 from collections import Counter

@@ -77,7 +77,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Builder:
+class Ingredients:
     """What the parts of a worker are built from."""
 
     config: EngineConfig
@@ -91,24 +91,24 @@ class Builder:
         return self.topology.device
 
 
-def build_worker(builder: Builder, source: WeightSource) -> Worker:
+def build_worker(given: Ingredients, source: WeightSource) -> Worker:
     """Loads the weights and builds all that computes with them. Raises ValueError, or CompressionDoesNotPay, where
     compressed weights turn out not to fit, MemoryError where the host's memory is too small; nothing is left then."""
-    with bound_to(builder.device), _host_memory(builder.plan):
-        topology, plan = builder.topology, builder.plan
+    with bound_to(given.device), _host_memory(given.plan):
+        topology, plan = given.topology, given.plan
         layout = model_layout(plan.spec, tensor_names(plan.spec), plan.dtype, topology.tp_size, topology.rank)
-        weights = load(builder, source, layout)
+        weights = load(given, source, layout)
         try:
-            builder = replace(builder, plan=settled(builder, weights))
-            executor = build_executor(builder, layout, weights)
-            return Worker(builder.plan, weights, executor, build_runner(builder, executor))
+            given = replace(given, plan=settled(given, weights))
+            executor = build_executor(given, layout, weights)
+            return Worker(given.plan, weights, executor, build_runner(given, executor))
         except BaseException:
             weights.close()
             raise
 
 
-def load(builder: Builder, source: WeightSource, layout: ModelLayout) -> LoadedWeights:
-    residency, topology = builder.plan.residency, builder.topology
+def load(given: Ingredients, source: WeightSource, layout: ModelLayout) -> LoadedWeights:
+    residency, topology = given.plan.residency, given.topology
     quiet = topology.rank > 0 or None  # None: shown on a terminal only
     with tqdm(total=layout.nbytes, unit="B", unit_scale=True, desc="loading", disable=quiet, leave=False) as bar:
         return load_weights(
@@ -116,46 +116,46 @@ def load(builder: Builder, source: WeightSource, layout: ModelLayout) -> LoadedW
             layout,
             {group for group, _ in residency.streamed},
             embed_on_host=not residency.embed_resident,
-            device=builder.device,
+            device=given.device,
             compressed=residency.compressed,
             progress=bar.update,
             ranks_on_host=topology.ranks_on_host,
         )
 
 
-def settled(builder: Builder, weights: LoadedWeights) -> EnginePlan:
+def settled(given: Ingredients, weights: LoadedWeights) -> EnginePlan:
     """The plan with the bytes that compressed groups have, now that they are known; the same plan on all ranks."""
     groups = sorted(weights.compressed)
     if not groups:
-        return builder.plan
-    largest = builder.collectives.largest([weights.compressed[group].nbytes for group in groups])
-    return settle_plan(builder.plan, dict(zip(groups, largest)))
+        return given.plan
+    largest = given.collectives.largest([weights.compressed[group].nbytes for group in groups])
+    return settle_plan(given.plan, dict(zip(groups, largest)))
 
 
-def build_executor(builder: Builder, layout: ModelLayout, weights: LoadedWeights) -> Executor:
-    plan, config, device = builder.plan, builder.config, builder.device
+def build_executor(given: Ingredients, layout: ModelLayout, weights: LoadedWeights) -> Executor:
+    plan, config, device = given.plan, given.config, given.device
     ring = aligned_bytes(plan.residency.ring.ring_bytes, device)
     compressed = find_compressed(plan, weights, ring, aligned_bytes(plan.pass_plan.decompression_buffer_bytes, device))
     return Executor(
-        plan=plan.pass_plan,
-        model=build_model(builder, layout, weights),
+        pass_plan=plan.pass_plan,
+        model=build_model(given, layout, weights),
         views=find_views(plan, layout, weights, ring, compressed),
         host_spans=weights.host_spans,
         ring=ring,
-        arena=build_arena(builder),
-        lanes=build_lanes(builder),
-        watches=builder.watches,
+        arena=build_arena(given),
+        lanes=build_lanes(given),
+        watches=given.watches,
         compressed=compressed,
         poison=config.debug.poison,
     )
 
 
-def build_model(builder: Builder, layout: ModelLayout, weights: LoadedWeights) -> ModelContext:
-    plan, topology = builder.plan, builder.topology
+def build_model(given: Ingredients, layout: ModelLayout, weights: LoadedWeights) -> ModelContext:
+    plan, topology = given.plan, given.topology
     spec, dtype = plan.spec, getattr(torch, plan.dtype)
     heads = shard_heads(spec.num_heads, spec.num_kv_heads, topology.tp_size, topology.rank)
     embed = find_embed(plan, layout, weights)
-    rope = rope_table(spec.rope, plan.residency.max_model_len, dtype, builder.device)
+    rope = rope_table(spec.rope, plan.residency.max_model_len, dtype, given.device)
     return ModelContext(
         spec=spec,
         num_heads=heads.num_heads,
@@ -163,34 +163,34 @@ def build_model(builder: Builder, layout: ModelLayout, weights: LoadedWeights) -
         first_vocab=topology.rank * embed.shape[0],
         embed=embed,
         rope=rope,
-        kv=make_cache(plan, builder.config.page_size, len(heads.kv_heads), rope),
-        sampler=Sampler(plan.max_num_seqs, spec.vocab_size, builder.device),
-        collectives=builder.collectives,
+        kv=make_cache(plan, given.config.page_size, len(heads.kv_heads), rope),
+        sampler=Sampler(plan.max_num_seqs, spec.vocab_size, given.device),
+        collectives=given.collectives,
     )
 
 
-def build_arena(builder: Builder) -> ActivationArena:
-    plan, dtype = builder.plan, getattr(torch, builder.plan.dtype)
-    widths = activation_widths(plan.spec, builder.topology.tp_size)
-    most = (builder.config.max_num_batched_tokens, plan.max_num_seqs)
-    return ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, builder.device)
+def build_arena(given: Ingredients) -> ActivationArena:
+    plan, dtype = given.plan, getattr(torch, given.plan.dtype)
+    widths = activation_widths(plan.spec, given.topology.tp_size)
+    most = (given.config.max_num_batched_tokens, plan.max_num_seqs)
+    return ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, given.device)
 
 
-def build_lanes(builder: Builder) -> Lanes:
-    if builder.device.type == "cuda":
-        return CudaLanes(builder.device)
-    return InterleavedLanes(builder.config.debug.lanes, builder.config.seed)
+def build_lanes(given: Ingredients) -> Lanes:
+    if given.device.type == "cuda":
+        return CudaLanes(given.device)
+    return InterleavedLanes(given.config.debug.lanes, given.config.seed)
 
 
-def build_runner(builder: Builder, executor: Executor) -> PassRunner:
+def build_runner(given: Ingredients, executor: Executor) -> PassRunner:
     """Decode passes are padded on a GPU, where this makes them graphs; on a CPU it gains nothing, and only shows what a
     GPU would do."""
-    config, on_gpu = builder.config, builder.device.type == "cuda"
+    config, on_gpu = given.config, given.device.type == "cuda"
     if on_gpu and not config.enforce_eager:
         decode_as = DecodeAs.GRAPHS
     else:
         decode_as = DecodeAs.PADDED if on_gpu or config.debug.as_on_gpu else DecodeAs.EAGER
-    return PassRunner(executor, decode_as, builder.plan.max_num_seqs, builder.plan.residency.max_model_len)
+    return PassRunner(executor, decode_as, given.plan.max_num_seqs, given.plan.residency.max_model_len)
 
 
 def find_embed(plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights) -> Tensor:

@@ -1,7 +1,7 @@
-"""An Engine is one rank from its launch to its end: device, plan, group, worker, and what rank 0 says to the others.
+"""An Engine is one rank from its launch to its end. On rank 0 it also tells the other ranks what to do.
 
-    rank 0   submit(batch): says it and enqueues it    collect(): its tokens      finish(outputs)      close()
-    others   follow(): runs the batches that arrive ------------------------------^ returns outputs    ^ or None
+    rank 0   submit(batch): says it and enqueues it    collect(): waits for its tokens    finish(outputs)   close()
+    others   follow(): runs the batches that arrive, and returns the outputs of `finish`, or None after `close`
 
 A pass is prepared while the one before it runs, so that host and device work at the same time. Where nothing streams it
 is enqueued at once. Where weights stream, a pass that turns out to be unneeded would cost too much: it is announced,
@@ -19,11 +19,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.planning.predictions import pass_work
-from penstock.engine.runtime.build import Builder, Worker, build_worker
+from penstock.engine.runtime.binding import bound_to, on_own_device
+from penstock.engine.runtime.build import Ingredients, Worker, build_worker
 from penstock.engine.runtime.calls import Call
 from penstock.engine.runtime.pass_times import PassTimes
 from penstock.engine.runtime.probe import measure_engine
@@ -43,7 +45,7 @@ from penstock.scheduler.residency.compression_choice import CompressionDoesNotPa
 from penstock.scheduler.units import MIB
 
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
-Build = Callable[[Builder, WeightSource], Worker]
+Build = Callable[[Ingredients, WeightSource], Worker]
 
 
 class Engine:
@@ -64,9 +66,9 @@ class Engine:
         if refused:
             self.close()
             raise ValueError(refused)
-        atexit.register(self.close)  # later than the collectives' own, so before it
+        atexit.register(self.close)  # registered after the collectives' handler, so it runs before that one
         self.messages = Messages(self.collectives)
-        self.stopped = False  # rank 0 has said so
+        self.stopped = False  # whether rank 0 has said STOP
         self.times = PassTimes()
         self.transfers: list[dict] = []
         self.work, self.rates = pass_work(self.plan), self.plan.rates
@@ -74,9 +76,15 @@ class Engine:
 
     def _start(self, build: Build) -> str:
         """Starts this rank. Returns why ranks cannot run together, the same on all; empty if they can."""
-        start, launch = Start(self.config, self.launch), self.launch
+        start = Start(self.config, self.launch)
         self.topology = start.topology
-        self.trace = Trace(self.topology.device) if self.config.trace else None
+        with bound_to(self.device):
+            return self._load(build, start)
+
+    def _load(self, build: Build, start: Start) -> str:
+        """Meets the other ranks and loads; returns what _start does."""
+        launch = self.launch
+        self.trace = Trace(self.device) if self.config.trace else None
         own_watch = load_watch(self.config.debug.watch) if self.config.debug.watch else None
         self.watches = Watches(*filter(None, [self.trace, own_watch]))
         if launch.rank == 0:
@@ -99,16 +107,16 @@ class Engine:
     def _build(self, build: Build, start: Start) -> Worker:
         """Loads and builds; a second time, plain, where the weights turn out not to be worth compressing."""
 
-        def builder() -> Builder:
-            return Builder(self.config, start.plan, self.topology, self.collectives, self.watches)
+        def ingredients() -> Ingredients:
+            return Ingredients(self.config, start.plan, self.topology, self.collectives, self.watches)
 
         try:
-            return build(builder(), start.source)
+            return build(ingredients(), start.source)
         except CompressionDoesNotPay as error:  # on all ranks alike
             if self.launch.rank == 0:
                 warnings.warn(f"{error}; loading them again, plain", stacklevel=2)
             start.plan_plain(self.collectives)
-            return build(builder(), start.source)
+            return build(ingredients(), start.source)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -126,9 +134,11 @@ class Engine:
             raise
 
     def watched_by(self, watch: Watch) -> contextlib.AbstractContextManager[None]:
-        """A context in which `watch` sees every pass of this rank."""
+        """A context in which `watch` sees the passes of this rank. What it replaces in a pass that is captured
+        meanwhile stays in that graph: give it as debug.watch, or enforce_eager."""
         return self.watches.with_one_more(watch)
 
+    @on_own_device
     def begin(self, call: Call) -> None:
         """Lets ranks agree on a call of LLM before it runs under torchrun. Raises ValueError, the same on all ranks, if
         one of them refuses it or makes another call. With other launchers it does nothing."""
@@ -145,9 +155,13 @@ class Engine:
             raise ValueError(refused)
 
     @property
+    def device(self) -> torch.device:
+        return self.topology.device
+
+    @property
     def lookahead(self) -> int:
         """The number of passes that may be under way when one more is prepared. (On a CPU a submitted pass has run.)"""
-        return 1 if self.topology.device.type == "cuda" else 0
+        return 1 if self.device.type == "cuda" else 0
 
     @property
     def must_wait(self) -> bool:
@@ -159,16 +173,19 @@ class Engine:
     def num_under_way(self) -> int:
         return len(self.submitted)
 
+    @on_own_device
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass on all ranks; on rank 0."""
         self._note_submitted(batch)
         self.messages.say_batch(Kind.BATCH, batch)
         self.worker.runner.submit(batch)
 
+    @on_own_device
     def announce(self, batch: Batch) -> None:
         """Says which pass may follow; on rank 0. If it is never run, the next message replaces it."""
         self.messages.say_batch(Kind.ANNOUNCED, batch)
 
+    @on_own_device
     def run_announced(self, batch: Batch) -> None:
         """Enqueues on all ranks the pass that was announced last; on rank 0."""
         self._note_submitted(batch)
@@ -179,6 +196,7 @@ class Engine:
         self.submitted.append(batch)
         self.times.submitted()
 
+    @on_own_device
     def collect(self) -> tuple[Batch, SampleOutput | None]:
         """Waits for the tokens of the oldest pass under way; on rank 0."""
         output = self.worker.runner.collect()
@@ -187,6 +205,7 @@ class Engine:
         self.times.ended(batch.shape, self.work, self.rates)
         return batch, output
 
+    @on_own_device
     def forget(self) -> None:
         """Gives up the passes under way, after an error; on rank 0."""
         self.submitted.clear()
@@ -194,6 +213,7 @@ class Engine:
         if self.worker is not None:  # closed, at the end of the process, while a daemon thread computed
             self.worker.runner.forget()
 
+    @on_own_device
     def measure(self, link_bytes: int = LINK_BYTES) -> None:
         """Measures the rates on all ranks at once; on rank 0, between runs. Later predictions, and the plan's, use
         them. Rates that the config gives are kept: a whole profile, or the link. The link is measured over the copy
@@ -226,11 +246,13 @@ class Engine:
         """The bytes that this rank has moved so far; a measurement of rates clears it."""
         return self.collectives.ledger
 
+    @on_own_device
     def finish(self, outputs: Sequence[Output]) -> None:
         """Ends the run that the other ranks follow and gives them the outputs; on rank 0. `transfers` then has each
         rank's ledger, by rank."""
         self.transfers = self.messages.give_outputs(outputs, self._own_transfers())
 
+    @on_own_device
     def follow(self) -> list[dict] | None:
         """Runs batches until rank 0 gives outputs, and returns these, or None when it says stop; on the other ranks."""
         if self._await(Kind.OUTPUTS) is Kind.STOP:
@@ -265,7 +287,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees everything and leaves the group, in an order that cannot hang. Idempotent."""
+        """Frees everything and leaves the other ranks, in an order that cannot hang. Idempotent."""
         atexit.unregister(self.close)
         worker, collectives = self.worker, self.collectives
         try:
@@ -281,6 +303,7 @@ class Engine:
                     collectives.close() if self.launch.healthy and not self.failed else collectives.abandon()
             self.launch.close()
 
+    @on_own_device
     def _say_farewell(self) -> None:
         """Does what ranks still do together. Under torchrun each leaves when it likes, unless there is a trace to
         join."""

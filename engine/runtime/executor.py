@@ -3,8 +3,9 @@
 What it does not know: batches, graphs, and where the tokens go.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -46,6 +47,10 @@ class Counters:
     decompressed_bytes: Counter = field(default_factory=Counter)  # by group, as they are written
     steps: Counter = field(default_factory=Counter)  # calls by step
 
+    def add_pass(self, num_tokens: int) -> None:
+        self.num_passes += 1
+        self.num_tokens += num_tokens
+
     def clear(self) -> None:
         """Sets all to zero in the same objects: captured passes count into them."""
         self.num_passes = self.num_tokens = 0
@@ -64,7 +69,7 @@ class Executor:
 
     def __init__(
         self,
-        plan: PassPlan,
+        pass_plan: PassPlan,
         model: ModelContext,
         views: Mapping[GroupId, Weights],
         host_spans: Mapping[GroupId, Tensor],
@@ -75,7 +80,7 @@ class Executor:
         compressed: Mapping[GroupId, Compressed],
         poison: bool = False,
     ):
-        self.plan, self.model, self.views, self.host_spans = plan, model, views, host_spans
+        self.pass_plan, self.model, self.views, self.host_spans = pass_plan, model, views, host_spans
         self.ring, self.arena, self.lanes, self.watches = ring, arena, lanes, watches
         self.compressed, self.poison = compressed, poison
         self.device = model.rope.device
@@ -111,17 +116,24 @@ class Executor:
         """Enqueues a pass over `inputs`. `take` gets its tokens, if a row samples, behind `sample` and before the pass
         is joined."""
         ctx = self._context(inputs, asked, take)
-        self.ring_is_filled = False  # an abort within the pass leaves the ring in an unknown state
-        self.lanes.run(self.plan.instructions, partial(self._watched, ctx))
+        with self.filling():
+            self.lanes.run(self.pass_plan.instructions, partial(self._watched, ctx))
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """A context around what leaves the ring filled, as a pass does at its end; an error leaves it in an unknown
+        state."""
+        self.ring_is_filled = False
+        yield
         self.ring_is_filled = True
 
     @on_own_device
     @torch.inference_mode()
     def warm_up(self, inputs: PassInputs, asked: Asked) -> None:
         """Runs the compute lane alone, on what the ring holds, and drops what is sampled."""
-        ctx, ring = self._context(inputs, asked, lambda output: None), self.plan.ring
+        ctx, ring = self._context(inputs, asked, lambda output: None), self.pass_plan.ring
         later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
-        for instruction in self.plan.instructions:
+        for instruction in self.pass_plan.instructions:
             decompresses = isinstance(instruction, Decompress) and instruction.group not in later
             if decompresses or isinstance(instruction, Compute):
                 self._watched(ctx, instruction)
@@ -131,15 +143,21 @@ class Executor:
     def fill_ring(self) -> None:
         """Runs the prologue, which copies the first groups of a pass to the ring, if the last pass did not leave them
         there."""
-        if not self.ring_is_filled and (prologue := self.plan.prologue):
-            self.watches.begin_pass(None)
-            self.lanes.run(prologue, partial(self._watched, None))
-        self.ring_is_filled = True
+        if self.ring_is_filled:
+            return
+        with self.filling():
+            if prologue := self.pass_plan.prologue:
+                self.watches.begin_pass(None)
+                self.lanes.run(prologue, partial(self._watched, None))
+
+    def empty_ring(self) -> None:
+        """Says that the ring was written to, so that it is filled anew before the next pass."""
+        self.ring_is_filled = False
 
     def stretch(self, nbytes: int) -> list[tuple[Tensor, Tensor]]:
         """The copy lane's first copies of at least `nbytes` together (all, if they are fewer): (host span, slot)."""
         copies, total = [], 0
-        for instruction in self.plan.instructions:
+        for instruction in self.pass_plan.instructions:
             if isinstance(instruction, Prefetch) and total < nbytes:
                 span = self.host_spans[instruction.group]
                 copies.append((span, self.slot(instruction)[: span.nbytes]))

@@ -57,16 +57,15 @@ class PassRunner:
         self.watches.begin_pass(batch)
         asked = sampler.asked([row.index for row in batch.rows])
         if self.mailbox is not None and is_decode(batch):
-            num_padded = self.size_of(len(batch.rows))
-            pending = self._run_padded(batch, num_padded, asked)
+            num_logits = self.size_of(len(batch.rows))
+            pending = self._run_padded(batch, num_logits, asked)
         else:
-            num_padded = batch.num_sampled
+            num_logits = batch.num_sampled
             pending = self._run_eagerly(batch, asked)
         self.under_way.append(pending)
-        executor.counters.num_passes += 1
-        executor.counters.num_tokens += batch.num_tokens
+        executor.counters.add_pass(batch.num_tokens)
         if len(self.watches):
-            self.watches.end_pass(batch, self._logits(num_padded)[: batch.num_sampled])
+            self.watches.end_pass(batch, self._logits(num_logits)[: batch.num_sampled])
 
     @on_own_device
     def collect(self) -> SampleOutput | None:
@@ -108,9 +107,8 @@ class PassRunner:
 
     def _replay(self, key: tuple[int, frozenset[str]]) -> None:
         captured = self.graphs.next_take(key)
-        self.executor.ring_is_filled = False
-        captured.graph.replay()
-        self.executor.ring_is_filled = True
+        with self.executor.filling():
+            captured.graph.replay()
         captured.note_replay(self.watches)
 
     def _bucket(self, size: int) -> Bucket:

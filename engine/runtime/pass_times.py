@@ -11,15 +11,20 @@ from penstock.scheduler.cost.time_model import Rates, predict_pass
 @dataclass
 class PassTimes:
     """Seconds of the passes that ended. A pass takes from when it was submitted, or from when the pass before it ended,
-    if that was later. Each is appended to `passes` if a list was put there; it grows for as long as the engine runs.
-    """
+    if that was later. `passes` are those since `keep`."""
 
     num_passes: int = 0
     measured_s: float = 0.0
     predicted_s: float = 0.0
-    passes: list[tuple[PassShape, float, float]] | None = None  # shape, measured, predicted
+    passes: list[tuple[PassShape, float, float]] | None = None  # shape, measured, predicted; None: none are kept
     _submitted_s: deque[float] = field(default_factory=deque)
     _ended_s: float = 0.0
+
+    def keep(self, passes: list[tuple[PassShape, float, float]] | None = None) -> list[tuple[PassShape, float, float]]:
+        """Appends each pass that ends from now on to `passes`, or to a new list, and returns it; it grows for as long
+        as the engine runs."""
+        self.passes = [] if passes is None else passes
+        return self.passes
 
     def submitted(self) -> None:
         self._submitted_s.append(time.perf_counter())

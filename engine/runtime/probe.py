@@ -47,7 +47,7 @@ def measure_engine(runner: PassRunner, plan: EnginePlan, work: PassWork, link_by
     rates = measure_rates(copies, dtype, plan.spec.hidden_size, collectives, device, runner.graphs is not None)
     if plan.residency.compressed:
         rates = dataclasses.replace(rates, decompress_gb_s=decompress_gb_s(device))
-    executor.ring_is_filled = False
+    executor.empty_ring()
     executor.fill_ring()
     if device.type == "cpu":
         rates = dataclasses.replace(rates, step_latency_s=_step_latency_s(runner, work, rates))

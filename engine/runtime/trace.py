@@ -26,6 +26,8 @@ from penstock.scheduler.cost.timeline import predict_timeline
 from penstock.scheduler.passes.pass_plan import COMPUTE, COPY, Instruction
 from penstock.scheduler.units import us
 
+Mark = torch.cuda.Event | float
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -43,8 +45,8 @@ class Marked:
     """An instruction between two marks: events on a GPU, clock readings in seconds on a CPU."""
 
     instruction: Instruction
-    start: object
-    end: object
+    start: Mark
+    end: Mark
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class PassMarks:
     graph."""
 
     pass_index: int
-    begin: object
+    begin: Mark
     marks: list[Marked] = field(default_factory=list)
 
 

@@ -32,7 +32,7 @@ class Watch:
     pass. So instructions are replaced in eager passes, or from an engine's start on.
     """
 
-    num_takes = 1  # how often a pass is captured, for replays in turn
+    num_takes = 1  # graphs that are made of each pass; replays take them in turn
 
     def begin_pass(self, batch: Batch | None) -> None:
         """Says that a pass over `batch` begins, to which the instructions that follow belong; None: copies that fill
@@ -47,8 +47,8 @@ class Watch:
         """Says that a pass is enqueued. `logits` (N, V or more) are those of its sampled rows, once it has run."""
 
     def aside(self) -> contextlib.AbstractContextManager[Any]:
-        """A context around instructions of a warm-up or a capture, which belong to no pass; its value is given to
-        `replayed`."""
+        """A context around a warm-up or a capture, whose instructions are of no pass. What it yields is given to
+        `replayed` at each replay of that graph."""
         return contextlib.nullcontext()
 
     def replayed(self, captured: Any) -> None:
@@ -56,7 +56,7 @@ class Watch:
 
 
 class Watches(Watch):
-    """Several as one, in the order in which they came: a later one stands around those before it."""
+    """Several as one; the last one added is the outermost."""
 
     def __init__(self, *watches: Watch):
         self._watches = list(watches)
@@ -99,16 +99,17 @@ class Watches(Watch):
 
     def replayed(self, captured: list[tuple[Watch, Any]]) -> None:
         for watch, own in captured:
-            watch.replayed(own)
+            if watch in self._watches:
+                watch.replayed(own)
 
 
 def load_watch(name: str) -> Watch:
     """A new watch of the class that `name` means, `module:Class`. Raises ValueError if there is none."""
     module, _, attribute = name.partition(":")
     try:
-        made = getattr(importlib.import_module(module), attribute)()
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"watch={name!r}: expected module:Class of a Watch ({error})") from error
-    if not isinstance(made, Watch):
-        raise ValueError(f"watch={name!r}: makes a {type(made).__name__}, which is no Watch")
-    return made
+    if not (isinstance(found, type) and issubclass(found, Watch)):
+        raise ValueError(f"watch={name!r}: is no subclass of Watch")
+    return found()

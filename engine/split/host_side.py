@@ -18,7 +18,7 @@ from penstock.engine.compute.rope import rope_table
 from penstock.engine.compute.sampler import Sampler
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.engine_plan import EnginePlan
-from penstock.engine.runtime.build import Builder, build_arena, build_lanes, build_runner
+from penstock.engine.runtime.build import Ingredients, build_arena, build_lanes, build_runner
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.pass_runner import PassRunner
 from penstock.engine.runtime.watch import Watch, Watches
@@ -51,7 +51,7 @@ class SplitExecutor(Executor):
 
     def __init__(self, channel: Channel, attention: str, **parts):
         super().__init__(**parts)
-        assert not any(len(step.parts) > 1 for step in self.plan.steps), "a fused step may belong to both sides"
+        assert not any(len(step.parts) > 1 for step in self.pass_plan.steps), "a fused step may belong to both sides"
         self.channel, self.attention = channel, attention
 
     def _compute(self, ctx: PassContext, step: Compute) -> None:
@@ -134,28 +134,28 @@ class HostSide:
         self.weights.close()
 
 
-def build_host_side(split: SplitConfig, builder: Builder, source: WeightSource) -> HostSide:
+def build_host_side(split: SplitConfig, given: Ingredients, source: WeightSource) -> HostSide:
     """Starts the device side, which opens the checked `source` itself, and builds the host's. Raises ValueError,
     MemoryError or DeviceSideFailed; nothing is left then."""
-    plan = builder.plan
-    channel = open_channel(split, builder.config, plan)
+    plan = given.plan
+    channel = open_channel(split, given.config, plan)
     try:
-        weights, named = load_part(builder.config, plan, trusted=True)
+        weights, named = load_part(given.config, plan, trusted=True)
         notes = PassNotes(plan, split, channel if isinstance(channel, PermutedChannel) else None)
         executor = SplitExecutor(
             channel,
             split.attention,
-            plan=plan.pass_plan,
-            model=_model(builder),
+            pass_plan=plan.pass_plan,
+            model=_model(given),
             views=named,
             host_spans={},
             ring=aligned_bytes(0, CPU),
-            arena=build_arena(builder),
-            lanes=build_lanes(builder),
-            watches=Watches(builder.watches, notes),
+            arena=build_arena(given),
+            lanes=build_lanes(given),
+            watches=Watches(given.watches, notes),
             compressed={},
         )
-        return HostSide(plan, weights, executor, build_runner(builder, executor), channel, notes)
+        return HostSide(plan, weights, executor, build_runner(given, executor), channel, notes)
     except BaseException:
         channel.close()
         raise
@@ -173,8 +173,8 @@ def open_channel(split: SplitConfig, config: EngineConfig, plan: EnginePlan) -> 
     return PermutedChannel(channel, split.permute, key)
 
 
-def _model(builder: Builder) -> ModelContext:
-    plan, dtype = builder.plan, getattr(torch, builder.plan.dtype)
+def _model(given: Ingredients) -> ModelContext:
+    plan, dtype = given.plan, getattr(torch, given.plan.dtype)
     spec = plan.spec
     rope = rope_table(spec.rope, plan.residency.max_model_len, dtype, CPU)
     return ModelContext(
@@ -184,7 +184,7 @@ def _model(builder: Builder) -> ModelContext:
         first_vocab=0,
         embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
         rope=rope,
-        kv=make_cache(plan, builder.config.page_size, spec.num_kv_heads, rope),
+        kv=make_cache(plan, given.config.page_size, spec.num_kv_heads, rope),
         sampler=Sampler(plan.max_num_seqs, spec.vocab_size, CPU),
-        collectives=builder.collectives,
+        collectives=given.collectives,
     )

@@ -57,7 +57,7 @@ class Scheduler:
         self._running: dict[int, Request] = {}  # by row, in order of admission
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
-        self._num_free_rows = max_num_seqs  # at the time the last pass was scheduled
+        self._num_free_rows, self._num_waiting = max_num_seqs, 0  # at the time the last pass was scheduled
 
     @property
     def num_waiting(self) -> int:
@@ -115,15 +115,22 @@ class Scheduler:
             return None
         batch = Batch(tuple(rows))
         self._under_way.append((batch, [self._running[row.index] for row in rows]))
-        self._num_free_rows = len(self._free_rows)
+        self._num_free_rows, self._num_waiting = len(self._free_rows), len(self._waiting)
         return batch
 
     def is_wanted(self, batch: Batch) -> bool:
         """Whether the pass that was scheduled last should still run after an update. It should not if all its requests
-        have ended, or if a waiting request may take a row that has become free."""
+        have ended, or if a waiting request fits into it that has come since, or whose row has become free."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
-        return not ended and not (self._waiting and len(self._free_rows) > self._num_free_rows)
+        return not ended and not self._may_admit_more(batch)
+
+    def _may_admit_more(self, batch: Batch) -> bool:
+        changed = len(self._free_rows) > self._num_free_rows or len(self._waiting) > self._num_waiting
+        if not changed or not self._waiting or not self._free_rows:
+            return False
+        fits = self._pages_needed(self._waiting[0]) <= self.pool.num_free
+        return fits and batch.num_tokens < self.max_num_batched_tokens
 
     def withdraw(self, batch: Batch) -> None:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""

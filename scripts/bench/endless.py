@@ -81,7 +81,7 @@ def main() -> None:
         run(llm, args.input_len, 2 * llm.engine.plan.retention.max_cached)
         if llm.engine.topology.rank == 0:
             llm.measure(llm.engine.work.streamed_bytes)
-        llm.engine.times.passes = stretches
+        llm.engine.times.keep(stretches)
         run(llm, args.input_len, args.output_len)
         if llm.engine.topology.rank > 0:
             return

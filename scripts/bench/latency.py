@@ -128,10 +128,10 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
 
 
 def run_once(llm: LLM, jobs: list[Job], n: int) -> Iteration:
-    llm.engine.times.passes, start = [], time.perf_counter()
+    kept, start = llm.engine.times.keep(), time.perf_counter()
     outputs = without_errors(llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs]))
     latency_s = time.perf_counter() - start
-    passes = [(shape, measured_s) for shape, measured_s, _ in llm.engine.times.passes]
+    passes = [(shape, measured_s) for shape, measured_s, _ in kept]
     return Iteration(latency_s, passes, [output.outputs[0].token_ids for output in outputs])
 
 

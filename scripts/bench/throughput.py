@@ -88,12 +88,11 @@ def measure(llm: LLM, jobs: list[Job], args: argparse.Namespace) -> dict | None:
     run(llm, shrinking(jobs, llm.engine.plan.max_num_seqs))
     if engine.topology.rank == 0:
         llm.measure(llm.engine.work.streamed_bytes)
-    engine.times.passes, start = [], time.perf_counter()
+    passes, start = engine.times.keep(), time.perf_counter()
     outputs = run(llm, jobs, args.n)
     elapsed_s = time.perf_counter() - start
     if engine.topology.rank > 0:
         return None
-    passes = engine.times.passes
     num_prompt_tokens = sum(len(job.prompt) for job in jobs)
     num_output_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     return {

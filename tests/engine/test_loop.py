@@ -6,9 +6,9 @@ import pytest
 from penstock.engine.loop import Event
 from penstock.engine.output import Sequence
 from penstock.engine.runtime.engine import Engine
-from penstock.scheduler.batching.request import Request
 
 from penstock import LLM, SamplingParams
+from tests.support.watches import Around, BeginPass
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -28,13 +28,7 @@ def alone(llm):
 
 @pytest.fixture
 def sequence_of(llm):
-    ids = iter(range(10**6, 2 * 10**6))
-
-    def make(prompt: str, params: SamplingParams = PARAMS) -> Sequence:
-        request = Request(next(ids), llm.tokenizer.encode(prompt, llm.engine.plan.spec.vocab_size), params)
-        return Sequence(request, 0, llm.tokenizer, {})
-
-    return make
+    return lambda prompt: llm.sequences(prompt, PARAMS)[0]
 
 
 def run(loop) -> list[Event]:
@@ -82,11 +76,40 @@ def test_one_that_waits_can_be_aborted_too(llm, sequence_of):
     assert sequences[2].output().token_ids == [] and sequences[2].error == "gone"
 
 
-def test_what_can_never_run_is_an_event(llm, sequence_of):
-    sequence = sequence_of("Return the " * 40)
+def test_what_can_never_run_is_refused_or_an_event(llm, sequence_of, monkeypatch):
+    with pytest.raises(ValueError, match="^request 0: the prompt has"):
+        sequence_of("Return the " * 40)
+    sequence = sequence_of("def")
+    monkeypatch.setattr(llm.loop.scheduler, "_pages_needed", lambda request: 10**6)
     llm.loop.add(sequence)
     (event,) = llm.loop.advance()
-    assert event.is_last and "max_model_len" in sequence.error and not llm.loop.has_unfinished
+    assert event.is_last and "need 1000000 pages" in sequence.error and not llm.loop.has_unfinished
+
+
+def test_a_call_beside_the_loop_is_refused(llm, alone, sequence_of):
+    sequence = sequence_of(PROMPTS[0])
+    llm.loop.add(sequence)
+    with pytest.raises(RuntimeError, match="have not ended"):
+        llm.generate(PROMPTS[1], PARAMS)
+    assert text_of(run(llm.loop), sequence) == alone[PROMPTS[0]]
+    assert llm.generate(PROMPTS[1], PARAMS)[0].outputs[0].text == alone[PROMPTS[1]]
+
+
+@pytest.mark.timeout(120)
+def test_an_error_in_a_pass_of_several_ranks_ends_the_engine():
+    """The other rank waits in the sum that this one never reaches; nothing may be sent to it as if it did not."""
+
+    def interrupt(instruction, ctx, run):
+        if str(instruction) == "attn_allreduce":
+            raise KeyboardInterrupt
+        run()
+
+    with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
+        llm.loop.add(llm.sequences(PROMPTS[0], PARAMS)[0])
+        with llm.engine.watched_by(Around(interrupt)), pytest.raises(KeyboardInterrupt):
+            run(llm.loop)
+        with pytest.raises(RuntimeError, match="this engine has ended"):
+            llm.loop.advance()
 
 
 def test_sequences_come_from_other_threads_while_passes_run(llm, alone, sequence_of):
@@ -115,11 +138,11 @@ def test_an_error_in_a_pass_ends_all_and_leaves_the_loop_usable(llm, alone, sequ
     assert text_of(run(llm.loop), again) == alone[PROMPTS[0]]
 
 
-def test_an_abort_counts_for_the_pass_that_is_announced(monkeypatch, sequence_of):
+def test_an_abort_counts_for_the_pass_that_is_announced(monkeypatch):
     """It comes while the pass before is under way: the announced one, which nobody needs any more, never runs."""
     monkeypatch.setattr(Engine, "lookahead", 1)
     with LLM("demo", **OPTIONS, resident="none") as llm:
-        sequence, collect, runs = sequence_of(PROMPTS[0]), llm.engine.collect, []
+        (sequence,), collect, runs = llm.sequences(PROMPTS[0], PARAMS), llm.engine.collect, []
 
         def abort_and_collect():
             llm.loop.abort(sequence.request.id, "gone")
@@ -130,3 +153,23 @@ def test_an_abort_counts_for_the_pass_that_is_announced(monkeypatch, sequence_of
         llm.loop.add(sequence)
         run(llm.loop)
         assert runs == [] and sequence.error == "gone" and llm.engine.times.num_passes == 1
+
+
+def test_an_arrival_enters_the_pass_that_was_announced(monkeypatch, alone):
+    """It comes while the pass before is under way: the announced one is withdrawn, and one of both runs."""
+    monkeypatch.setattr(Engine, "lookahead", 1)
+    with LLM("demo", **OPTIONS, resident="none") as llm:
+        (first,), (late,) = (llm.sequences(prompt, PARAMS) for prompt in PROMPTS[:2])
+        collect, num_rows = llm.engine.collect, []
+
+        def add_and_collect():
+            if len(num_rows) == 1:
+                llm.loop.add(late)
+            return collect()
+
+        monkeypatch.setattr(llm.engine, "collect", add_and_collect)
+        llm.loop.add(first)
+        with llm.engine.watched_by(BeginPass(lambda batch: num_rows.append(len(batch.rows)))):
+            events = run(llm.loop)
+        assert num_rows[:2] == [1, 2]
+        assert [text_of(events, one) for one in (first, late)] == [alone[prompt] for prompt in PROMPTS[:2]]

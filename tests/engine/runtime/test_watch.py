@@ -59,7 +59,7 @@ def test_a_later_watch_stands_around_the_earlier_ones():
         ("nowhere:Watch", "expected module:Class of a Watch .No module named 'nowhere'"),
         ("penstock.engine.runtime.watch", "expected module:Class of a Watch"),
         ("penstock.engine.runtime.watch:Missing", "has no attribute 'Missing'"),
-        ("collections:Counter", "makes a Counter, which is no Watch"),
+        ("collections:Counter", "is no subclass of Watch"),
     ],
 )
 def test_a_name_that_means_no_watch_is_refused(name, message):

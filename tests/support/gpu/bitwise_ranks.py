@@ -64,7 +64,7 @@ def check_what_ran(runner: PassRunner, options: dict) -> None:
     """Graphs were replayed, or were not, as asked; sums over ranks took the fused kernel, in graphs and without, and
     replays count theirs: as many a pass as the plan has."""
     executor = runner.executor
-    steps = Counter(part for step in executor.plan.steps for part in step.parts if part.endswith("allreduce"))
+    steps = Counter(part for step in executor.pass_plan.steps for part in step.parts if part.endswith("allreduce"))
     several = runner.model.collectives.size > 1
     predicted = {name: number * executor.counters.num_passes for name, number in steps.items() if several}
     assert {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()} == predicted

@@ -52,7 +52,7 @@ def around_step(step: str, layer_idx: int | None, change: Callable[[PassContext,
 def edit_plan(edit: Callable[[Instruction], Instruction]) -> Fault:
     def fault(llm: LLM) -> None:
         executor = llm.engine.worker.executor
-        executor.plan = replace(executor.plan, instructions=tuple(map(edit, executor.plan.instructions)))
+        executor.pass_plan = replace(executor.pass_plan, instructions=tuple(map(edit, executor.pass_plan.instructions)))
 
     return fault
 
