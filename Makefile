@@ -14,10 +14,12 @@ OLD_CPU = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Neha
 .PHONY: demo test soak lint wheel clean
 
 demo: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0 \
+	@echo "penstock generate --model demo --resident none --prompt \"Log a message with severity 'ERROR' on the root logger.\""
+	@OMP_NUM_THREADS=1 $(BIN)/penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0 \
 	  --prompt "Log a message with severity 'ERROR' on the root logger."
 	@echo
-	$(BIN)/penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short
+	@echo "penstock plan --model demo --resident none --short"
+	@$(BIN)/penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile

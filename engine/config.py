@@ -112,6 +112,8 @@ class DebugConfig:
     def __post_init__(self):
         _check_types(self)
         _check_seed("page_order_seed", self.page_order_seed)
+        if self.watch is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.watch):
+            raise ValueError(f"watch={show_value(self.watch)}: expected module:Class")
         _check_choices(self)
 
     @classmethod

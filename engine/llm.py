@@ -91,22 +91,28 @@ class LLM:
         refused, because nothing tells such a call from one that nobody waits for, which only has to take its turn.
         """
         self._check_open()
-        if self.loop.has_unfinished:
-            raise RuntimeError("generate: sequences that were added to `loop` have not ended; advance it, or clear it")
-        asked = self._read_for_all(prompts, sampling_params)
-        by_prompt = [self._expand(token_ids, params) for _, token_ids, params in asked]
-        listener = Listener(on_text)
+        asked, refusal = self._read(prompts, sampling_params)
+        listener, outputs = Listener(on_text), []
         with self.engine.together():
-            if self.engine.topology.rank > 0:
-                return [RequestOutput.from_dict(output) for output in self.engine.follow()]
-            self._run(by_prompt, listener)
-            outputs = [
-                RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in own])
-                for index, ((prompt, token_ids, _), own) in enumerate(zip(asked, by_prompt))
-            ]
-            self.engine.finish(outputs)
+            refused = self.engine.agree(Call("generate", digest(asked), refusal))
+            if not refused and self.engine.topology.rank > 0:
+                outputs = [RequestOutput.from_dict(output) for output in self.engine.follow()]
+            elif not refused:
+                outputs = self._complete(asked, listener)
+                self.engine.finish(outputs)
+        if refused:
+            raise ValueError(refused)
         listener.reraise(outputs)
         return outputs
+
+    def _complete(self, asked: list[Asked], listener: Listener) -> list[RequestOutput]:
+        """Runs the sequences of all prompts; on rank 0."""
+        by_prompt = [self._expand(token_ids, params) for _, token_ids, params in asked]
+        self._run(by_prompt, listener)
+        return [
+            RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in own])
+            for index, ((prompt, token_ids, _), own) in enumerate(zip(asked, by_prompt))
+        ]
 
     def _run(self, by_prompt: list[list[Sequence]], listener: Listener) -> None:
         """Runs the sequences of each prompt until all have ended."""
@@ -157,17 +163,17 @@ class LLM:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _read_for_all(self, prompts, sampling_params) -> list[Asked]:
-        """What was asked, read, once all ranks have agreed on this call. All refuse what one of them refuses."""
-        asked, refusal = [], ""
+    def _read(self, prompts, sampling_params) -> tuple[list[Asked], str]:
+        """What was asked, read; or under torchrun, where all ranks refuse what one of them refuses, why it cannot
+        be."""
         try:
-            asked = self._reader.read(prompts, sampling_params)
+            if self.loop.has_unfinished:
+                raise RuntimeError("generate: sequences that were added to `loop` have not ended; advance or clear it")
+            return self._reader.read(prompts, sampling_params), ""
         except Exception as error:
             if self._launch.kind != "torchrun":
                 raise
-            refusal = str(error) if isinstance(error, ValueError) and str(error) else repr(error)
-        self.engine.begin(Call("generate", digest(asked), refusal))
-        return asked
+            return [], str(error) if isinstance(error, ValueError) and str(error) else repr(error)
 
     def _configure(self, options: dict[str, Any]) -> None:
         """Sets `config` and `_launch`. Under torchrun the other ranks are told if this one's options are refused."""

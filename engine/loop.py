@@ -84,14 +84,15 @@ class Loop:
         if batch is not None:
             self.engine.submit(batch)
         if batch is None or self.engine.num_under_way > self.engine.lookahead:
-            events += self._take_in(*self._collect())
+            events += self._take_in(*self._update(*self.engine.collect()))
         return events
 
     def _run_if_wanted(self, batch: Batch) -> list[Event]:
         """Runs a prepared pass as soon as the tokens of the one under way are there; text is made while it runs."""
         self.engine.announce(batch)
-        requests, sampled = self._collect()
+        came = self.engine.collect()
         events = self._read_inbox()
+        requests, sampled = self._update(*came)
         if self.scheduler.is_wanted(batch):
             self.engine.run_announced(batch)
         else:
@@ -121,9 +122,8 @@ class Loop:
             sequence.fail(why)
             events.append(Event(sequence, sequence.take_text(), is_last=True))
 
-    def _collect(self) -> tuple[list[Request | None], SampleOutput | None]:
-        """Waits for the oldest pass. Returns the requests that got its tokens, and the tokens."""
-        batch, sampled = self.engine.collect()
+    def _update(self, batch: Batch, sampled: SampleOutput | None) -> tuple[list[Request | None], SampleOutput | None]:
+        """Gives the requests of a pass their tokens. Returns those that got one, and what was sampled."""
         return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
 
     def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> list[Event]:

@@ -32,7 +32,7 @@ COMMANDS = {
         "penstock.engine.commands.generate",
         "Continue a text with a language model; weights that do not fit on the GPU stream in from host memory.",
         (
-            "penstock generate --model demo --prompt 'Return a list of'",
+            "penstock generate --model demo --temperature 0 --prompt 'Return a new list'",
             "penstock generate --model /path/to/Llama-3-8B --gpu-memory 12GiB --prompt 'Once upon a time'",
         ),
     ),

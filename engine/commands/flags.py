@@ -1,5 +1,6 @@
-"""Flags made from the fields of EngineConfig and DebugConfig, for the command line and the benchmarks, in three groups:
---help shows the everyday ones and those of memory and streaming, --help-all those for debugging as well."""
+"""Flags made from the fields of EngineConfig and DebugConfig, for the command line and the benchmarks, in four groups:
+--help shows the everyday ones, those of sampling and those of memory and streaming, --help-all those for debugging too.
+"""
 
 import argparse
 import dataclasses
@@ -39,6 +40,7 @@ class Groups(NamedTuple):
     """The groups of a parser's options, in the order in which they are shown."""
 
     everyday: argparse._ArgumentGroup
+    sampling: argparse._ArgumentGroup
     memory: argparse._ArgumentGroup
     debugging: argparse._ArgumentGroup
 
@@ -55,7 +57,7 @@ class _HelpAll(argparse.Action):
 def add_groups(parser: Parser) -> Groups:
     """Adds the groups, empty, and --help-all."""
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show the options for debugging as well, and exit")
-    return Groups(*map(parser.add_argument_group, ("everyday", "memory and streaming", DEBUGGING)))
+    return Groups(*map(parser.add_argument_group, ("everyday", "sampling", "memory and streaming", DEBUGGING)))
 
 
 def add_config_arguments(groups: Groups, names: tuple[str, ...] | None = None) -> None:

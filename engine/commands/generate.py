@@ -34,17 +34,19 @@ SAMPLING_FLAGS = {
     "frequency_penalty": (float, "the same, for each time that they were"),
     "logprobs": (int, "log probabilities of this many tokens, in --json"),
 }
+EVERYDAY = ("max_tokens", "temperature")  # of SAMPLING_FLAGS
 
 
 def add_arguments(groups: Groups) -> None:
-    add_request_arguments(groups.everyday)
+    add_request_arguments(groups)
     text = "show the plan before the text, at rates that are measured first, and what was moved after it"
     groups.everyday.add_argument("--verbose", action="store_true", help=text)
     groups.debugging.add_argument("--table", action="store_true", help="print the step table of the plan before")
 
 
-def add_request_arguments(parser) -> None:
+def add_request_arguments(groups: Groups) -> None:
     """Prompts, sampling parameters, and how outputs are shown."""
+    parser, sampling = groups.everyday, groups.sampling
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a text to continue; may be repeated"
     )
@@ -55,10 +57,11 @@ def add_request_arguments(parser) -> None:
         flag = "--" + name.replace("_", "-")
         settings = {"type": kind, "metavar": METAVARS[kind], "default": argparse.SUPPRESS}
         flags = [flag, "--num-sequences"] if name == "n" else [flag]  # torchrun takes --n for one of its own
-        parser.add_argument(*flags, dest=f"sampling_{name}", help=text + _default(name), **settings)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
+        group = parser if name in EVERYDAY else sampling
+        group.add_argument(*flags, dest=f"sampling_{name}", help=text + _default(name), **settings)
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
+    sampling.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
     text = "one JSON object a prompt on stdout, with token ids; one on stderr of what was moved"
     parser.add_argument("--json", action="store_true", help=text)
 

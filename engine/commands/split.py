@@ -36,7 +36,7 @@ CONFIG_FIELDS = (
 def add_arguments(groups: Groups) -> None:
     """Options of `split` beside the engine's own."""
     parser = groups.everyday
-    add_request_arguments(parser)
+    add_request_arguments(groups)
     add_split_arguments(parser)
     parser.add_argument("--process", action="store_true", help="run the device side as a process of its own")
     text = "seconds that the process has for each answer beside its work (default: %(default)g)"

@@ -18,6 +18,8 @@ _CONFIG_BYTES = 4096
 # Fields that may differ between ranks: paths on their own hosts, and values that rank 0 sets for all.
 _OWN_FIELDS = {"model", "tokenizer", "device_profile", "link_gb_s", "max_num_seqs", "tensor_parallel_size"}
 
+MODEL = "what the files of the model say"
+
 Asked = list[tuple[str | None, list[int], SamplingParams]]
 
 
@@ -72,10 +74,10 @@ def objection(calls: list[Call]) -> str:
     return ""
 
 
-def pack_config(config: EngineConfig) -> bytes:
-    """The fields that ranks must have alike, as many bytes on every rank."""
+def pack_config(config: EngineConfig, model_digest: str) -> bytes:
+    """What ranks must have alike, fields of the config and what the model's files say, as many bytes on every rank."""
     fields = config.to_dict()
-    fields |= fields.pop("debug")
+    fields |= fields.pop("debug") | {MODEL: model_digest}
     fields["trace"] = "a file" if config.trace else None  # a path too, but all ranks join the trace, or none
     told = json.dumps({name: value for name, value in fields.items() if name not in _OWN_FIELDS}).encode()
     assert len(told) <= _CONFIG_BYTES
@@ -89,5 +91,7 @@ def config_objection(frames: list[bytes]) -> str:
         for name, value in first.items():
             if other[name] != value:
                 alike = "under torchrun all ranks are configured alike"
+                if name == MODEL:
+                    return f"{MODEL} is not the same on ranks 0 and {rank}: {alike}"
                 return f"{name}={value!r} on rank 0, but {other[name]!r} on rank {rank}: {alike}"
     return ""

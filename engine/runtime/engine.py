@@ -76,21 +76,22 @@ class Engine:
 
     def _start(self, build: Build) -> str:
         """Starts this rank. Returns why ranks cannot run together, the same on all; empty if they can."""
-        start = Start(self.config, self.launch)
-        self.topology = start.topology
-        with bound_to(self.device):
-            return self._load(build, start)
+        with contextlib.closing(Start(self.config, self.launch)) as start:
+            self.topology = start.topology
+            with bound_to(self.device):
+                return self._load(build, start)
 
     def _load(self, build: Build, start: Start) -> str:
         """Meets the other ranks and loads; returns what _start does."""
         launch = self.launch
-        self.trace = Trace(self.device) if self.config.trace else None
-        own_watch = load_watch(self.config.debug.watch) if self.config.debug.watch else None
-        self.watches = Watches(*filter(None, [self.trace, own_watch]))
         if launch.rank == 0:
             start.prepare()
-            if self.config.trace:
-                check_output("--trace", self.config.trace)
+        if launch.rank == 0 and self.config.trace:
+            check_output("--trace", self.config.trace)
+        self.trace = Trace(self.device) if self.config.trace else None
+        own_watch = None if self.config.debug.watch is None else load_watch(self.config.debug.watch)
+        self.watches = Watches(*filter(None, [self.trace, own_watch]))
+        if launch.rank == 0:
             launch.start(json.dumps(self.config.to_dict()))
         self.collectives = connect(self.topology, launch)
         if refused := start.agree(self.collectives):
@@ -100,7 +101,6 @@ class Engine:
         bind_to_numa(self.topology)
         self.worker = self._build(build, start)
         self.plan: EnginePlan = self.worker.plan
-        start.close()
         self.collectives.barrier()
         return ""
 
@@ -139,20 +139,17 @@ class Engine:
         return self.watches.with_one_more(watch)
 
     @on_own_device
-    def begin(self, call: Call) -> None:
-        """Lets ranks agree on a call of LLM before it runs under torchrun. Raises ValueError, the same on all ranks, if
-        one of them refuses it or makes another call. With other launchers it does nothing."""
+    def agree(self, call: Call) -> str:
+        """Lets ranks under torchrun agree on a call of LLM, within `together`, before it runs. Returns why it cannot,
+        the same on all ranks; empty if it can. With other launchers only this rank calls."""
         if self.launch.kind != "torchrun":
-            return
-        self.messages.num_calls += 1
-        with self.together():
-            if self.launch.rank == 0:
-                self.messages.say(Kind.CALL)
-            elif self._await(Kind.CALL) is Kind.STOP:
-                raise RuntimeError(f"call {self.messages.num_calls} ({call.name}): rank 0 has closed its LLM")
-            refused = self.messages.exchange(call)
-        if refused:
-            raise ValueError(refused)
+            return ""
+        number = self.messages.count_call()
+        if self.launch.rank == 0:
+            self.messages.say(Kind.CALL)
+        elif self._await(Kind.CALL) is Kind.STOP:
+            raise RuntimeError(f"call {number} ({call.name}): rank 0 has closed its LLM")
+        return self.messages.exchange(call)
 
     @property
     def device(self) -> torch.device:
@@ -218,17 +215,18 @@ class Engine:
         """Measures the rates on all ranks at once; on rank 0, between runs. Later predictions, and the plan's, use
         them. Rates that the config gives are kept: a whole profile, or the link. The link is measured over the copy
         lane's first `link_bytes`, or all of a pass's if they are fewer. The other ranks need not call it."""
-        if self.config.device_profile is not None:
-            return
         if self.topology.rank > 0:
             return self._answer_measure()
-        link_mib = -(-link_bytes // MIB)  # messages are int32
+        keeps = self.config.device_profile is not None
+        link_mib = 0 if keeps else -(-link_bytes // MIB)  # messages are int32
         with self.together():
             self.messages.say(Kind.MEASURE, link_mib)
             self.rates = with_link(self._measure(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
     def _measure(self, link_mib: int) -> Rates:
+        if not link_mib:  # rank 0 keeps the rates that it was given
+            return self.rates
         return measure_engine(self.worker.runner, self.plan, self.work, link_mib * MIB)
 
     def _answer_measure(self) -> None:
@@ -255,7 +253,10 @@ class Engine:
     @on_own_device
     def follow(self) -> list[dict] | None:
         """Runs batches until rank 0 gives outputs, and returns these, or None when it says stop; on the other ranks."""
-        if self._await(Kind.OUTPUTS) is Kind.STOP:
+        kind = self._await(Kind.OUTPUTS)
+        if kind is Kind.CALL:
+            raise RuntimeError("rank 0 makes another call, and this rank is still in the last one")
+        if kind is Kind.STOP:
             return None
         return self.messages.take_outputs(self._own_transfers())
 
@@ -279,6 +280,8 @@ class Engine:
             self.stopped |= kind is Kind.STOP
             if kind in (awaited, Kind.STOP, Kind.CALL):
                 return kind
+            if kind is Kind.OUTPUTS:
+                raise RuntimeError("rank 0 ends a call in which this rank is not")
 
     def serve(self) -> None:
         """Runs a self-launched rank: it follows until rank 0 says stop."""

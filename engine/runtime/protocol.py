@@ -45,6 +45,11 @@ class Messages:
         self.collectives = collectives
         self.num_calls = 0
 
+    def count_call(self) -> int:
+        """Counts a call that this rank makes, and returns its number."""
+        self.num_calls += 1
+        return self.num_calls
+
     def say(self, kind: Kind, value: int | None = None) -> None:
         """Says something of this kind; on rank 0."""
         if self.collectives.size > 1:

@@ -3,6 +3,7 @@
 Mistakes in config, model and checkpoint are found here, before anything is allocated.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,11 @@ class ModelFiles:
     path: Path
     model: Model
     eos_token_ids: tuple[int, ...]
+
+    def digest(self) -> str:
+        """The digest of all that these files say of a model, wherever they lie."""
+        said = repr((self.model.spec, self.eos_token_ids)).encode()
+        return hashlib.blake2b(said, digest_size=16).hexdigest()
 
 
 def read_files(config: EngineConfig) -> ModelFiles:
@@ -80,10 +86,12 @@ class Start:
         """Comes to one plan, for the least memory of any rank; on all ranks together. Returns why they cannot run
         together, the same on all; empty if they can."""
         memory = least_memory(self.memory, collectives)
-        if self.launch.kind == "torchrun" and (refused := _compare(self.config, collectives)):
-            return refused
         if self.files is None:
             self.files = read_files(self.config)
+        if self.launch.kind == "torchrun":
+            frames = collectives.share_frames(pack_config(self.config, self.files.digest()))
+            if refused := config_objection(frames):
+                return refused
         if self.plan is not None and memory != self.memory:
             self.memory = memory
             self.plan = self._plan(self.plan.rates)
@@ -111,7 +119,7 @@ class Start:
         return make_engine_plan(self.config, model.spec, tp_size, self.memory, rates, model.notes, decided)
 
     def close(self) -> None:
-        """Closes the source."""
+        """Closes the source. Idempotent."""
         if isinstance(self.source, Checkpoint):
             self.source.close()
 
@@ -125,11 +133,6 @@ def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSou
     checkpoint = Checkpoint.open(path)
     checkpoint.check(expected, names.ignorable)
     return checkpoint
-
-
-def _compare(config: EngineConfig, collectives: Collectives) -> str:
-    """Why ranks that were configured each by itself cannot run together, the same on all; empty if they can."""
-    return config_objection(collectives.share_frames(pack_config(config)))
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:

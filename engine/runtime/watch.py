@@ -108,8 +108,8 @@ def load_watch(name: str) -> Watch:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"watch={name!r}: expected module:Class of a Watch ({error})") from error
+    except Exception as error:  # whatever the module raises as it is imported
+        raise ValueError(f"watch={name!r}: expected module:Class of a Watch ({error!r})") from error
     if not (isinstance(found, type) and issubclass(found, Watch)):
         raise ValueError(f"watch={name!r}: is no subclass of Watch")
     return found()

@@ -8,9 +8,11 @@ from typing import Any
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.user_files import has_lone_surrogate
 from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.units import MIB
 
 Prompt = str | list[int]  # or an array of token ids: numpy's, torch's, or what else has `tolist`
 Asked = tuple[str | None, list[int], SamplingParams]  # the prompt's text, if it was one, and its token ids
+ALWAYS_ENCODED_BYTES = MIB  # of a text, whatever a sequence may hold
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class PromptReader:
         text = prompt if isinstance(prompt, str) else None
         if text is not None and has_lone_surrogate(text):
             raise ValueError(f"prompt {index}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        token_ids = self.tokenizer.encode(prompt, self.vocab_size) if text is not None else _as_tokens(index, prompt)
+        token_ids = _as_tokens(index, prompt) if text is None else self._encode(index, text)
         for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
             wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if wrong is not None:
@@ -57,6 +59,17 @@ class PromptReader:
         # the index stands for the id: messages name the prompt
         Request(index, token_ids, params).check_length(self.max_model_len)
         return text, token_ids, params
+
+    def _encode(self, index: int, text: str) -> list[int]:
+        """The token ids of a text. One that no sequence can hold is refused before it is encoded, which may take long;
+        the others say how many tokens they have."""
+        num_bytes = len(text.encode())
+        if num_bytes > max(ALWAYS_ENCODED_BYTES, self.max_model_len * self.tokenizer.most_bytes):
+            raise ValueError(
+                f"prompt {index}: a text of {num_bytes} bytes has more tokens than a sequence,"
+                f" which has {self.max_model_len} at most (max_model_len)"
+            )
+        return self.tokenizer.encode(text, self.vocab_size)
 
     def _warn_of_stops(self, stops: tuple[str, ...]) -> None:
         for stop in stops:

@@ -48,6 +48,13 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder().items()
         return {token.content: token_id for token_id, token in added if token.special}
 
+    @functools.cached_property
+    def most_bytes(self) -> int:
+        """UTF-8 bytes of text that one token may stand for, at most. A normalizer may shorten text, which is taken to
+        be at most fourfold."""
+        longest = max(len(token.encode()) for token in self.backend.get_vocab(with_added_tokens=True))
+        return longest if self.backend.normalizer is None else 4 * longest
+
     def encode(self, text: str, vocab_size: int | None = None) -> list[int]:
         """Token ids, with the special tokens that the file's post-processor adds. Raises ValueError that names the file
         if it cannot encode this text, or has an id in it that no model of `vocab_size` ids knows."""

@@ -55,6 +55,7 @@ BOUNDS = {
     "page_size": ("0", "1099511627776"),
     "num_pages": ("0", "2147483648"),
     "seed": ("18446744073709551616",),
+    "watch": ("nowhere", ":Watch"),
     "page_order_seed": ("-9223372036854775809",),
     "gpu_memory_utilization": ("0", "1.01"),
     "link_gb_s": ("0", "-1", "1e30"),
@@ -92,8 +93,11 @@ LARGE = {
     "emoji": (b'{"' + EMOJI + b'": "', b"a" * MIB, (MAX_JSON_BYTES // MIB - 1), b"\\n"),
     "lines": (EMOJI, b"aa\n", 44_000_000, b""),
     "objects": (b"", b'{"prompt": "a"}\n', 260_000, b"{}"),
+    "text": (EMOJI, b"word ", 125 * MIB // 5, b""),
+    "prompt": (b'{"prompt": "' + EMOJI, b"word ", 60 * MIB // 5, b'"}'),
     "tokens": (b"", b'{"prompt_token_ids": [' + b"300," * 999_999 + b"3]}\n", 5, b"{}"),
 }
+TEXTS = ("text", "prompt")  # refused when the length of sequences is known, which is planned
 SPARSE_BYTES = 16 * GIB
 KINDS = ("missing", "directory", "fifo", "/dev/zero", *FILES, "sparse", "emoji")
 INDEX = "model.safetensors.index.json"  # nobody asks for it where there is one file with all weights
@@ -188,7 +192,11 @@ def file_rows() -> list[Row]:
     rows += [Row((*writes, f"{FOLDER}/no/file"), writes[-1:]) for writes in WRITERS]
     rows.append(Row(("generate", "--prompt", "a", "--tokenizer", f"{FOLDER}/directory"), ("tokenizer",)))
     rows.append(Row(("plan", "--device-profile", f"{FOLDER}/names"), ("names",)))
-    rows += [Row(("generate", "--prompts-file", f"{FOLDER}/{kind}"), (kind,)) for kind in list(LARGE)[1:]]
+    rows += [
+        Row(("generate", "--prompts-file", f"{FOLDER}/{kind}"), (kind,))
+        for kind in LARGE
+        if kind not in ("emoji", *TEXTS)
+    ]
     return rows
 
 
@@ -297,6 +305,14 @@ def test_every_kind_of_file_is_given_to_every_flag_that_reads_one():
 @pytest.mark.timeout(HANGS_S)
 @pytest.mark.parametrize("row", IN_PROCESS, ids=str)
 def test_a_bad_command_line_is_refused_in_one_line(row, nothing_begins, within_bounds, folder, capfd):
+    assert cli.main(row.within(folder)) == 2
+    assert_one_line(row, *capfd.readouterr())
+
+
+@pytest.mark.timeout(HANGS_S)
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_text_that_no_sequence_holds_is_refused_before_it_is_encoded(kind, within_bounds, folder, capfd):
+    row = Row(("generate", "--model", "demo", "--device", "cpu", "--prompts-file", f"{FOLDER}/{kind}"), ("prompt 0:",))
     assert cli.main(row.within(folder)) == 2
     assert_one_line(row, *capfd.readouterr())
 

@@ -215,7 +215,9 @@ def test_help_explains_every_field(capsys, monkeypatch):
     assert {*EVERYDAY, *MEMORY} <= {field.name for field in FIELDS}
     for command in ("generate", "plan"):
         some, text = shown(capsys, command, "--help"), shown(capsys, command, "--help-all")
-        titles = [text.index(f"\n{title}:\n") for title in ("everyday", "memory and streaming", "debugging")]
+        titles = [
+            text.index(f"\n{title}:\n") for title in ("everyday", "sampling", "memory and streaming", "debugging")
+        ]
         assert titles == sorted(titles) and "debugging:" not in some
         assert text.startswith(some.rstrip("\n"))
         for field in FIELDS:

@@ -57,13 +57,14 @@ def test_a_long_refusal_is_cut():
 
 
 def test_configs_that_differ_are_found_by_field():
-    def objection_to(**options) -> str:
-        return config_objection([pack_config(EngineConfig()), pack_config(EngineConfig(**options))])
+    def objection_to(digest="a", **options) -> str:
+        return config_objection([pack_config(EngineConfig(), "a"), pack_config(EngineConfig(**options), digest)])
 
     assert objection_to(model="elsewhere", max_num_seqs=3) == ""
     alike = "under torchrun all ranks are configured alike"
+    assert objection_to("b") == f"what the files of the model say is not the same on ranks 0 and 1: {alike}"
     assert objection_to(trace="mine.json") == f"trace=None on rank 0, but 'a file' on rank 1: {alike}"
-    both = [pack_config(EngineConfig(trace=path)) for path in ("a.json", "b.json")]
+    both = [pack_config(EngineConfig(trace=path), "a") for path in ("a.json", "b.json")]
     assert config_objection(both) == "", "each rank may have a path of its own"
     assert objection_to(page_size=8) == f"page_size=16 on rank 0, but 8 on rank 1: {alike}"
     assert objection_to(debug={"poison": True}) == f"poison=False on rank 0, but True on rank 1: {alike}"

@@ -56,9 +56,10 @@ def test_a_later_watch_stands_around_the_earlier_ones():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere:Watch", "expected module:Class of a Watch .No module named 'nowhere'"),
-        ("penstock.engine.runtime.watch", "expected module:Class of a Watch"),
+        ("nowhere:Watch", "expected module:Class of a Watch .ModuleNotFoundError.*nowhere"),
         ("penstock.engine.runtime.watch:Missing", "has no attribute 'Missing'"),
+        ("os:path", "is no subclass of Watch"),
+        ("tests.support.raises:Watch", "ZeroDivisionError"),
         ("collections:Counter", "is no subclass of Watch"),
     ],
 )
@@ -66,4 +67,10 @@ def test_a_name_that_means_no_watch_is_refused(name, message):
     with pytest.raises(ValueError, match=f"^watch='{name}': .*{message}"):
         load_watch(name)
     with pytest.raises(ValueError, match=message):
+        LLM("demo", **OPTIONS, debug={"watch": name})
+
+
+@pytest.mark.parametrize("name", ["", "penstock.engine.runtime.watch", ":Watch", "module:"])
+def test_what_is_no_name_is_refused_by_the_config(name):
+    with pytest.raises(ValueError, match=f"^watch='{name}': expected module:Class$"):
         LLM("demo", **OPTIONS, debug={"watch": name})
