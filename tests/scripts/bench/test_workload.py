@@ -21,7 +21,7 @@ def test_jobs_are_those_of_their_seed(differ):
 def test_lengths_of_a_range_are_even_in_it():
     inputs, outputs = zip(*lengths(range_ratio=0.8))
     for values, mean in ((inputs, 200), (outputs, 50)):
-        low, high = round(0.2 * mean), round(1.8 * mean)
+        low, high = int(mean * (1 - 0.8)), int(mean * (1 + 0.8))
         assert low <= min(values) <= 0.21 * mean and 1.79 * mean <= max(values) <= high
         assert statistics.fmean(values) == pytest.approx(mean, rel=0.03)
         assert statistics.pstdev(values) == pytest.approx((high - low) / 12**0.5, rel=0.05)
