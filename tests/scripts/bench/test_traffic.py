@@ -66,7 +66,7 @@ def test_rows_of_traffic(monkeypatch, capsys, vllm):
     assert record["benchmark"] == "traffic" and record["vllm"]["version"] == VERSION
     first, token, job = record["rows"]
     assert [(row["row"], row["measures"]) for row in record["rows"]] == [(one.name, one.measures) for one in SMALL[:3]]
-    assert (first["num_passes"], token["num_passes"]) == (1, 3 + 1)  # one of them in the run without the tokens
+    assert (first["num_passes"], token["num_passes"]) == (1, 3 + 1)  # the first of five tokens is the prompts'
     for row in record["rows"]:
         assert row["bound_s"] > 0 and row["fraction_of_bound"] == pytest.approx(row["bound_s"] / row["measured_s"])
         assert row["predicted_over_measured"] == pytest.approx(row["predicted_s"] / row["measured_s"])
