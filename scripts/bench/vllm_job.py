@@ -27,15 +27,18 @@ def main(job_file: str, result_file: str) -> None:
 def measure(llm: LLM, run: dict) -> dict:
     """Runs the first requests as a warm-up, then all of them, several times. Returns the shortest time, or the times at
     which tokens came, if requests have times at which they arrive."""
-    requests, arrivals = run["requests"], run.get("arrivals")
+    requests, arrivals = run["requests"], run["arrivals"]
     together(llm, requests[: run["num_warm_up"]])
     if arrivals is not None:
+        llm.reset_prefix_cache()
         return {"token_times": one_by_one(llm, requests, arrivals)}
     return {"elapsed_s": min(together(llm, requests) for _ in range(run["repeats"]))}
 
 
 def together(llm: LLM, requests: list[dict]) -> float:
-    """Seconds of all requests at once. Raises RuntimeError if one got fewer tokens than it asked for."""
+    """Seconds of all requests at once, of whose prompts nothing is cached from a run before. Raises RuntimeError if one
+    got fewer tokens than it asked for."""
+    llm.reset_prefix_cache()
     prompts, params = [{"prompt_token_ids": one["prompt"]} for one in requests], [params_of(one) for one in requests]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -55,7 +58,8 @@ def one_by_one(llm: LLM, requests: list[dict], arrivals: list[float]) -> list[li
         engine.add_request(str(index), {"prompt_token_ids": request["prompt"]}, params_of(request))
 
     def step() -> list[tuple[int, int]]:
-        return [(int(output.request_id), len(output.outputs[0].token_ids)) for output in engine.step()]
+        news = engine.step()  # some versions append to the id that they were given, behind a hyphen
+        return [(int(one.request_id.partition("-")[0]), len(one.outputs[0].token_ids)) for one in news]
 
     return serve(arrivals, add, engine.has_unfinished_requests, step)
 

@@ -25,9 +25,14 @@ class LLM:
         if os.environ.get("FAKE_VLLM_FAILS"):
             raise RuntimeError("no kernel image")
         log("options", options | {"is_there": os.path.exists(options["model"] + "/config.json")})
-        self.llm_engine, self.alive = self, {}
+        self.llm_engine, self.alive, self.is_cached = self, {}, False
+
+    def reset_prefix_cache(self):
+        self.is_cached = False
 
     def generate(self, prompts, params, use_tqdm):
+        assert not self.is_cached
+        self.is_cached = True
         log("generate", [[one["prompt_token_ids"], other.said] for one, other in zip(prompts, params)])
         return [self.output(index, one.max_tokens) for index, one in enumerate(params)]
 
@@ -35,6 +40,7 @@ class LLM:
         return SimpleNamespace(request_id=str(index), outputs=[SimpleNamespace(token_ids=[0] * num_tokens)])
 
     def add_request(self, request_id, prompt, params):
+        assert not self.is_cached
         log("add", [prompt["prompt_token_ids"], params.said])
         self.alive[request_id] = [0, params.max_tokens]
 
