@@ -119,6 +119,7 @@ def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> lis
 
 
 def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates) -> dict[str, Any]:
+    """The row of the record: its time, bound and prediction; or an `error`."""
     times, passes = [], []
     for jobs in runs:
         repeats = []
@@ -135,6 +136,8 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates) -> di
         bound = against_bound(work, [shape for shape, _ in passes], fields["measured_s"], rates, planned)
         return fields | bound | {"num_passes": len(passes), "by_kind": by_kind(work, passes, rates, planned)}
     decodes = [one for one in passes if one[0].is_decode and one[0].num_rows == row.num]
+    if not decodes:
+        return {"row": row.name, "error": f"the KV cache is too small for its {row.num} sequences at once"}
     shapes = [shape for shape, _ in decodes]
     bound = against_bound(work, shapes, fields["measured_s"] * len(decodes), rates, planned)
     bound |= {name: bound[name] / len(decodes) for name in ("bound_s", "predicted_s")}
@@ -176,12 +179,16 @@ def compare_rows(report: dict, rows: list[Row], drawn: list[list[list[Job]]], re
     for row, runs, fields in zip(rows, drawn, report["rows"]) if "runs" in result else ():
         times = time_fields(row, runs, [next(theirs)["elapsed_s"] for _ in runs])
         fields |= {f"vllm_{name}": value for name, value in times.items()}
-        fields["speedup"] = times["measured_s"] / fields["measured_s"]
+        if "measured_s" in fields:
+            fields["speedup"] = times["measured_s"] / fields["measured_s"]
 
 
 def say(report: dict) -> None:
     print(f"{'row':28}{'ms':>12}{'bound':>12}{'predicted':>12}{'tokens/s':>12}{'vLLM ms':>12}{'speedup':>9}")
     for row in report["rows"]:
+        if "error" in row:
+            print(f"{row['row']:28}{row['error']}")
+            continue
         figures = [ms(row[name]) for name in ("measured_s", "bound_s", "predicted_s")] + [row["tokens_per_second"]]
         theirs = f"{ms(row['vllm_measured_s']):>12.2f}{row['speedup']:>9.3f}" if "speedup" in row else ""
         print(f"{row['row']:28}" + "".join(f"{one:>12.2f}" for one in figures) + theirs)

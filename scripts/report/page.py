@@ -144,7 +144,7 @@ TRAFFICS: list[Column] = [
     *(("row", text("row")), ("measures", text("measures")), ("time", ms("measured_s"))),
     *BOUND,
     *(("tokens/s", number("tokens_per_second", 1)), ("vLLM", text("vllm_version"))),
-    *(("vLLM's time", ms("vllm_measured_s")), ("times faster", number("speedup", 2))),
+    *(("vLLM's time", ms("vllm_measured_s")), ("times faster", number("speedup", 2)), ("error", text("error"))),
     *SOURCE,
 ]
 KINDS: list[Column] = [

@@ -83,6 +83,14 @@ def test_rows_of_traffic(monkeypatch, capsys, vllm):
     assert [said.get("logprobs") for _, said in longer] == [None, None, None, 2]
 
 
+def test_a_batch_that_never_decodes_together_is_said(monkeypatch, capsys, vllm):
+    monkeypatch.setattr(traffic, "ROWS", SMALL[1:2])
+    options = ("--num-pages", "3", "--max-model-len", "32", "--compare", "vllm", "--vllm", str(vllm.site))
+    (row,) = run(monkeypatch, capsys, traffic, *ENGINE, *options)["rows"]
+    assert row["error"] == "the KV cache is too small for its 4 sequences at once"
+    assert row["vllm_measured_s"] and "speedup" not in row
+
+
 def test_vllm_that_fails_keeps_what_was_measured(monkeypatch, capfd, vllm):
     monkeypatch.setenv("FAKE_VLLM_FAILS", "1")
     record = run(monkeypatch, capfd, throughput, *JOBS, "--compare", "vllm", "--vllm", str(vllm.site))
