@@ -5,7 +5,6 @@ Two times are taken: that of the first token, and the median gap between later o
 is not timed.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -134,10 +133,3 @@ def run_continuously(model: PreTrainedModel, prompts: Sequence[list[int]], num: 
 def elapsed_s(outputs: list) -> float:
     """Seconds from the first request to the last token."""
     return max(one.timestamps[-1] for one in outputs) - min(one.created_time for one in outputs)
-
-
-def free_memory() -> None:
-    """Gives back memory that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -15,6 +15,8 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import Rates, predict_pass
 from penstock.scheduler.units import GB, gb_s
 
+KINDS = ("decode", "mixed", "prefill")  # of passes
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -65,3 +67,27 @@ def against_bound(
         "achieved_memory_gb_s": gb_s(bound.read_bytes, measured_s),
         "achieved_tflops": bound.flops / measured_s / 1e12,
     }
+
+
+def kind_of(shape: PassShape) -> str:
+    """What a pass is: `decode`, a token for each row; `prefill`, prompts from their first token on; `mixed`, prompts
+    beside rows, or parts of prompts, that have a context."""
+    if shape.is_decode:
+        return "decode"
+    return "mixed" if shape.context_tokens else "prefill"
+
+
+def by_kind(
+    work: PassWork, passes: Sequence[tuple[PassShape, float]], measured_rates: Rates, planned_rates: Rates
+) -> list[dict[str, Any]]:
+    """A row for each kind of pass there was: the passes' number, tokens and seconds, and the fields of
+    `against_bound`."""
+    rows = []
+    for kind in KINDS:
+        own = [(shape, measured_s) for shape, measured_s in passes if kind_of(shape) == kind]
+        if own:
+            shapes, measured_s = [shape for shape, _ in own], sum(measured_s for _, measured_s in own)
+            counts = {"num_passes": len(own), "num_tokens": sum(shape.num_tokens for shape in shapes)}
+            bound = against_bound(work, shapes, measured_s, measured_rates, planned_rates)
+            rows.append({"kind": kind} | counts | {"measured_s": measured_s} | bound)
+    return rows

@@ -5,6 +5,7 @@ compared (transformers takes seconds to import and need not be installed).
 """
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import traceback
@@ -36,7 +37,7 @@ def check_compare(names: Sequence[str], config: EngineConfig, allowed: Sequence[
     for name in names:
         if name not in allowed:
             raise ValueError(f"--compare {name}: expected some of {', '.join(allowed)}")
-        for library in BASELINES[name]:
+        for library in BASELINES.get(name, ()):
             if importlib.util.find_spec(library) is None:
                 raise ValueError(f"--compare {name}: {library} is not installed (pip install {library})")
     if names and resolve_launch(config.tensor_parallel_size).tp_size > 1:
@@ -82,7 +83,7 @@ def attempt(
     the rows measured before it are kept."""
     from scripts.bench import baselines
 
-    baselines.free_memory()  # of the engine, and of the baseline before
+    free_memory()
     rows, versions = [], {library: importlib.metadata.version(library) for library in BASELINES[name]}
     try:
         for row in measure(baselines, baselines.load(name, config, dtype, device)):
@@ -91,6 +92,13 @@ def attempt(
         traceback.print_exc()
         rows.append({"baseline": name, "error": f"{type(error).__name__}: {error}"})
     return rows
+
+
+def free_memory() -> None:
+    """Gives back memory that nothing refers to any more: of the engine, and of the baseline before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def against(ours: Measured, theirs: Measured) -> dict:

@@ -1,7 +1,9 @@
 """The workload of a benchmark, random prompts by flags with vLLM's names and meaning, and its result."""
 
 import argparse
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from penstock.scheduler.batching.request import SamplingParams
@@ -13,6 +15,35 @@ class Job:
 
     prompt: list[int]
     output_len: int
+
+
+@dataclass(frozen=True)
+class Vary:
+    """How jobs differ from each other.
+
+    Lengths are drawn evenly from [length * (1 - range_ratio), length * (1 + range_ratio)]; with a `sigma`, which is
+    that of their logarithms, from a log-normal distribution with the length as its mean: many short ones, a few very
+    long. Jobs of more than `max_len` tokens are then drawn again. `prefix_len` tokens, the same in all, stand in front
+    of every prompt.
+    """
+
+    range_ratio: float = 0.0
+    sigma: float = 0.0
+    prefix_len: int = 0
+    max_len: float = math.inf
+
+    def length(self, rng: random.Random, middle: int) -> int:
+        """Draws a length, at least 1."""
+        if self.sigma:
+            return max(round(rng.lognormvariate(math.log(middle) - self.sigma**2 / 2, self.sigma)), 1)
+        return max(rng.randint(int(middle * (1 - self.range_ratio)), int(middle * (1 + self.range_ratio))), 1)
+
+    def lengths(self, rng: random.Random, input_len: int, output_len: int) -> tuple[int, int]:
+        """Draws the lengths of a prompt, without its prefix, and of its output."""
+        while True:
+            drawn = self.length(rng, input_len), self.length(rng, output_len)
+            if not self.sigma or self.prefix_len + sum(drawn) <= self.max_len:
+                return drawn
 
 
 @dataclass(frozen=True)
@@ -28,9 +59,10 @@ class Measured:
 
 def add_workload_arguments(parser: argparse.ArgumentParser, output_len: int) -> None:
     """Adds the flags of a workload. `output_len` is a default; the seed is the engine's `--seed`."""
-    parser.add_argument("--input-len", type=positive, default=32, metavar="N", help="tokens of a prompt (default: 32)")
-    text = f"tokens to generate from each (default: {output_len})"
-    parser.add_argument("--output-len", type=positive, default=output_len, metavar="N", help=text)
+    names, text = ("--input-len", "--random-input-len"), "tokens of a prompt (default: 32)"
+    parser.add_argument(*names, type=positive, default=32, metavar="N", help=text)
+    names, text = ("--output-len", "--random-output-len"), f"tokens to generate from each (default: {output_len})"
+    parser.add_argument(*names, type=positive, default=output_len, metavar="N", help=text)
     parser.add_argument("--n", type=positive, default=1, help="sequences generated from each prompt (default: 1)")
 
 
@@ -43,28 +75,47 @@ def positive(text: str) -> int:
 
 def ratio(text: str) -> float:
     """An argparse type: a number from 0, below 1."""
+    return _number(text, lambda value: 0.0 <= value < 1.0, "a number from 0, below 1")
+
+
+def natural(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 0")
+    return int(text)
+
+
+def deviation(text: str) -> float:
+    """An argparse type: a number from 0 to 3."""
+    return _number(text, lambda value: 0.0 <= value <= 3.0, "a number from 0 to 3")
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a number above 0, or inf."""
+    return _number(text, lambda value: value > 0, "a number above 0")
+
+
+def _number(text: str, allowed: Callable[[float], bool], expected: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0, below 1")
+        value = math.nan
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
     return value
 
 
-def random_jobs(
-    num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int, range_ratio: float = 0.0
-) -> list[Job]:
-    """Makes jobs with random prompts. Both lengths are drawn from [length * (1 - range_ratio), length * (1 +
-    range_ratio)], and are at least 1."""
-    rng = random.Random(seed)
-
-    def length(middle: int) -> int:
-        return max(rng.randint(int(middle * (1 - range_ratio)), int(middle * (1 + range_ratio))), 1)
-
-    return [Job(rng.choices(range(vocab_size), k=length(input_len)), length(output_len)) for _ in range(num_prompts)]
+def random_jobs(num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int, **differ) -> list[Job]:
+    """Makes jobs with random prompts, all of these lengths, unless they `differ` by the fields of Vary."""
+    rng, ids, vary = random.Random(seed), range(vocab_size), Vary(**differ)
+    prefix, jobs = rng.choices(ids, k=vary.prefix_len), []
+    for _ in range(num_prompts):
+        own_len, num_outputs = vary.lengths(rng, input_len, output_len)
+        jobs.append(Job(prefix + rng.choices(ids, k=own_len), num_outputs))
+    return jobs
 
 
-def greedy(job: Job, n: int = 1) -> SamplingParams:
-    """Asks for exactly the job's number of tokens, the likeliest ones, which can be compared with another engine's."""
-    return SamplingParams(n=n, temperature=0.0, max_tokens=job.output_len, ignore_eos=True)
+def greedy(job: Job, n: int = 1, **changes) -> SamplingParams:
+    """Asks for exactly the job's number of tokens, the likeliest ones, which can be compared with another engine's;
+    `changes` are fields that differ."""
+    return SamplingParams(**{"n": n, "temperature": 0.0, "max_tokens": job.output_len, "ignore_eos": True} | changes)

@@ -12,13 +12,14 @@ from penstock.scheduler.units import GB, ms
 
 from scripts.report.markdown_table import Column, Row, number, table, text
 from scripts.report.markdown_table import ms as in_ms
-from scripts.report.records import Record, comparison_rows, decode_rows, prefill_rows, throughput_rows
+from scripts.report.records import Record, comparison_rows, decode_rows, prefill_rows, throughput_rows, traffic_rows
 
 NO_RECORD = "No record yet."
 BASELINES = {  # how --compare calls them: what they are
     "accelerate": "accelerate's `cpu_offload`",
     "transformers": "transformers' `generate`",
     "transformers-cb": "transformers' continuous batching",
+    "vllm": "vLLM",
 }
 COMPARES_BITS = ("bit by bit", "bit for bit", "bitwise", "streamed equals resident")
 Figure = Callable[[float], str]
@@ -108,15 +109,16 @@ def summary(rows: list[Row]) -> Row:
 
 
 def compared(question: str, rows: list[Row]) -> Answer:
-    """Others on the same weights, prompts and number of tokens, on the same GPU in the same run."""
+    """Others on the same prompts and number of tokens, on the same GPU in the same run."""
     if not rows:
         return Answer(question)
     rows = [row | {"baseline": BASELINES.get(row["baseline"], row["baseline"])} for row in rows]
     ran = [row for row in rows if row.get("speedup") is not None]
     ratios = (
-        f"{kind[0]['baseline']} {span([row['speedup'] for row in kind], one)}" for kind in alike(ran, ("baseline",))
+        f"{kind[0]['baseline']} {span([row['speedup'] for row in kind], times)}" for kind in alike(ran, ("baseline",))
     )
-    short = f"On the same weights, in the same run, a token takes others so many times as long: {', '.join(ratios)}."
+    short = "On weights of the same shape, in the same run, a token, or a job of many requests, takes others so many"
+    short += f" times as long: {', '.join(ratios)}."
     return Answer(question, short, table(rows, COMPARED), "Against others")
 
 
@@ -128,7 +130,7 @@ def kinds_of_predictions(records: list[Record], streamed: list[Row], resident: l
         for group in sorted(alike(rows, ("tp_size",)), key=lambda group: group[0]["tp_size"]):
             ranks = group[0]["tp_size"]
             kinds.append((f"{name}, {ranks} {'rank' if ranks == 1 else 'ranks'}", group))
-    return [*kinds, ("many requests at once", throughput_rows(records))]
+    return [*kinds, ("many requests at once", throughput_rows(records)), ("real traffic", traffic_rows(records))]
 
 
 def predicted(question: str, kinds: list[Kind]) -> Answer:
@@ -175,8 +177,9 @@ def two(value: float) -> str:
     return f"{value:.2f}"
 
 
-def one(value: float) -> str:
-    return f"{value:.1f}"
+def times(value: float) -> str:
+    """A ratio, more exactly where it is near 1."""
+    return f"{value:.2f}" if value < 2 else f"{value:.1f}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -195,9 +198,9 @@ STREAMED_SHOWN: list[Column] = [
 ]
 RESIDENT_SHOWN: list[Column] = [*MODEL, ("batch", text("batches")), ("prompt tokens", text("prompts")), *TIMES]
 COMPARED: list[Column] = [
-    *(("against", text("baseline")), ("our weights", text("weights")), ("batch", text("batch_size"))),
-    *(("their ms a token", in_ms("theirs_s")), ("ours", in_ms("ours_s"))),
-    *(("times faster", number("speedup", 1)), ("our bound / time", number("fraction_of_bound", 2))),
+    *(("against", text("baseline")), ("our weights", text("weights")), ("row", text("row"))),
+    *(("batch", text("batch_size")), ("their ms", in_ms("theirs_s")), ("ours", in_ms("ours_s"))),
+    *(("times faster", number("speedup", 2)), ("our bound / time", number("fraction_of_bound", 2))),
     *(("error", text("error")), ("record", text("record"))),
 ]
 PREDICTED: list[Column] = [

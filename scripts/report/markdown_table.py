@@ -17,6 +17,11 @@ def number(key: str, decimals: int = DECIMALS, scale: float = 1.0) -> Callable[[
     return lambda row: "" if row.get(key) is None else f"{row[key] * scale:.{decimals}f}"
 
 
+def nonzero(key: str) -> Callable[[Row], str]:
+    """A value that says nothing where it is 0."""
+    return lambda row: cell(row.get(key) or None)
+
+
 def ms(key: str) -> Callable[[Row], str]:
     return number(key, 2, 1e3)
 

@@ -7,15 +7,18 @@ none.
 from penstock.scheduler.units import GB, MIB
 
 from scripts.report.answers import NO_RECORD, answers, first_screen, tables
-from scripts.report.markdown_table import Column, ms, number, table, text
+from scripts.report.markdown_table import Column, ms, nonzero, number, table, text
 from scripts.report.records import (
     LATENCY,
     THROUGHPUT,
+    TRAFFIC,
     Record,
     comparison_rows,
     decode_rows,
+    kind_rows,
     prefill_rows,
     throughput_rows,
+    traffic_rows,
 )
 
 INTRODUCTION = """# Benchmarks
@@ -72,6 +75,8 @@ def measured(records: list[Record]) -> list[str]:
             ("Resident decode", resident, DECODE),
             ("Prefill", prefill_rows(records), PREFILL),
             ("Throughput", throughput_rows(records), THROUGHPUTS),
+            ("Real traffic", traffic_rows(records), TRAFFICS),
+            ("Passes of jobs, by kind", kind_rows(records), KINDS),
             ("Against others", comparison_rows(records), COMPARISONS),
         )
     ]
@@ -83,7 +88,7 @@ def of_other_kinds(records: list[Record]) -> list[str]:
         section(title, [generic(record) for record in records if record.kind == kind])
         for kind, title in GENERIC.items()
     ]
-    others = [record for record in records if record.kind not in (LATENCY, THROUGHPUT, *GENERIC)]
+    others = [record for record in records if record.kind not in (LATENCY, THROUGHPUT, TRAFFIC, *GENERIC)]
     shown = [generic(record) for record in others if has_rows(record)]
     names = [f"- {record.link}: {record.kind or 'no benchmark'}" for record in others if not has_rows(record)]
     return [*sections, section("Other records", [*shown, "\n".join(names) + "\n"])]
@@ -119,15 +124,39 @@ DECODE = [
 PREFILL = [*MODEL, ("passes", text("num_passes")), ("first token", ms("first_token_s")), *BOUND, *RATES, *SOURCE]
 THROUGHPUTS: list[Column] = [
     *(column for column in MODEL if column[0] != "batch"),
-    *(("output", text("output_len")), ("requests", text("num_requests")), ("time", ms("elapsed_time"))),
+    *(
+        ("output", text("output_len")),
+        ("lengths +-", nonzero("random_range_ratio")),
+        ("sigma", nonzero("random_sigma")),
+    ),
+    *(("shared prefix", nonzero("random_prefix_len")), ("requests", text("num_requests"))),
+    *(("arrive a second", text("request_rate")), ("burstiness", text("burstiness")), ("time", ms("elapsed_time"))),
     *BOUND,
+    *(("first token p50", number("median_ttft_ms", 2)), ("first token p99", number("p99_ttft_ms", 2))),
+    *(("between tokens p50", number("median_itl_ms", 2)), ("between tokens p99", number("p99_itl_ms", 2))),
+    *(("request p50", number("median_e2el_ms", 2)), ("request p99", number("p99_e2el_ms", 2))),
     *(("requests/s", number("requests_per_second", 2)), ("output tokens/s", number("output_tokens_per_second", 1))),
     *RATES,
     *SOURCE,
 ]
+TRAFFICS: list[Column] = [
+    *(column for column in MODEL if column[0] not in ("batch", "prompt")),
+    *(("row", text("row")), ("measures", text("measures")), ("time", ms("measured_s"))),
+    *BOUND,
+    *(("tokens/s", number("tokens_per_second", 1)), ("vLLM", text("vllm_version"))),
+    *(("vLLM's time", ms("vllm_measured_s")), ("times faster", number("speedup", 2)), ("error", text("error"))),
+    *SOURCE,
+]
+KINDS: list[Column] = [
+    *(column for column in MODEL if column[0] != "batch"),
+    *(("row", text("job")), ("kind", text("kind")), ("passes", text("num_passes")), ("tokens", text("num_tokens"))),
+    ("time", ms("measured_s")),
+    *BOUND,
+    *SOURCE,
+]
 COMPARISONS: list[Column] = [
     *MODEL,
-    *(("against", text("baseline")), ("theirs", ms("theirs_s")), ("ours", ms("ours_s"))),
+    *(("row", text("row")), ("against", text("baseline")), ("theirs", ms("theirs_s")), ("ours", ms("ours_s"))),
     *(("times faster", number("speedup", 2)), ("first token, times faster", number("first_token_speedup", 2))),
     *(("equal tokens", text("equal_tokens")), ("of", text("num_tokens")), ("error", text("error"))),
     *(("ours bound by", text("bound")), ("fraction", number("fraction_of_bound"))),

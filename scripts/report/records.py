@@ -12,7 +12,7 @@ from penstock.scheduler.units import gb_s
 
 from scripts.report.markdown_table import Row
 
-LATENCY, THROUGHPUT = "latency", "throughput"
+LATENCY, THROUGHPUT, TRAFFIC = "latency", "throughput", "traffic"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,23 @@ def throughput_rows(records: list[Record]) -> list[Row]:
     return [record.content | record.facts() for record in records if record.kind == THROUGHPUT]
 
 
+def traffic_rows(records: list[Record]) -> list[Row]:
+    """A row for each row of real traffic, with vLLM's version where it ran too."""
+    return [
+        record.facts() | {"vllm_version": record.content.get("vllm", {}).get("version")} | row
+        for record in records
+        if record.kind == TRAFFIC
+        for row in record.content["rows"]
+    ]
+
+
+def kind_rows(records: list[Record]) -> list[Row]:
+    """A row for each kind of pass of a job, where the record tells them apart."""
+    jobs = [(record, record.content) for record in records if record.kind == THROUGHPUT]
+    jobs += [(record, row) for record in records if record.kind == TRAFFIC for row in record.content["rows"]]
+    return [record.facts() | {"job": job.get("row")} | row for record, job in jobs for row in job.get("by_kind", ())]
+
+
 def comparison_rows(records: list[Record]) -> list[Row]:
     """A row for each comparison, with the bound of our own pass or run that was compared."""
     rows = []
@@ -97,4 +114,7 @@ def comparison_rows(records: list[Record]) -> list[Row]:
             times = {"ours_s": row.get("our_token_s", ours.get("elapsed_time"))}
             times["theirs_s"] = row.get("token_s", row.get("elapsed_time"))
             rows.append(record.facts() | bound | times | row)
+    for row in traffic_rows(records):
+        if row.get("speedup") is not None:
+            rows.append(row | {"baseline": "vllm", "ours_s": row["measured_s"], "theirs_s": row["vllm_measured_s"]})
     return rows

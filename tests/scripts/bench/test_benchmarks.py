@@ -13,28 +13,14 @@ from penstock.engine.runtime.bucket import bucket_sizes
 from scripts.bench import comparison
 from scripts.bench import latency as benchmark_latency
 from scripts.bench import throughput as benchmark_throughput
-from scripts.bench.entry import run_script
+from scripts.bench.job_run import shrinking
 from scripts.bench.workload import random_jobs
 from tests.support.commands import ROOT, TORCHRUN
+from tests.support.scripts import refused, run
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy", "--resident", "none")
 LATENCY = (*ENGINE, "--input-len", "10", "--output-len", "5", "--num-iters-warmup", "1", "--num-iters", "2")
 THROUGHPUT = (*ENGINE, "--input-len", "10", "--output-len", "6", "--num-prompts", "9", "--max-num-seqs", "4")
-
-
-def run(monkeypatch, capsys, script, *arguments: str) -> dict:
-    """Runs the script and returns its record, the last line that it prints."""
-    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
-    script.main()
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def refused(monkeypatch, capsys, script, *arguments: str) -> str:
-    """Runs the script, which refuses, and returns its message of one line."""
-    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
-    assert run_script(script.main) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def check_bound(fields: dict, time_s: float) -> None:
@@ -157,7 +143,7 @@ def test_throughput_against_continuous_batching(monkeypatch, capsys):
 
 def test_throughput_refuses(monkeypatch, capsys):
     for arguments, message in (
-        (("--compare", "accelerate"), "--compare accelerate: expected some of transformers-cb"),
+        (("--compare", "accelerate"), "--compare accelerate: expected some of transformers-cb, vllm"),
         (("--compare", "transformers-cb", "--random-range-ratio", "0.5"), "one length"),
         (("--dataset-name", "sharegpt"), "invalid choice"),
         (("--random-range-ratio", "1.5"), "--random-range-ratio: '1.5': expected a number from 0, below 1"),
@@ -166,25 +152,16 @@ def test_throughput_refuses(monkeypatch, capsys):
 
 
 def test_throughput_by_torchrun():
-    command = [sys.executable, *TORCHRUN, "-m", "scripts.bench.throughput", *THROUGHPUT]
+    """The warm-up's requests come all at once, the others at a rate."""
+    command = [sys.executable, *TORCHRUN, "-m", "scripts.bench.throughput", *THROUGHPUT, "--request-rate", "100"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
-    assert record["tp_size"] == 2 and record["hardware"].startswith("2 x ")
+    assert record["tp_size"] == 2 and record["hardware"].startswith("2 x ") and record["median_ttft_ms"] > 0
 
 
 def test_the_warm_up_comes_by_every_size_of_a_decode_pass():
-    jobs = benchmark_throughput.shrinking(random_jobs(40, 4, 9, 100, seed=0), 24)
+    jobs = shrinking(random_jobs(40, 4, 9, 100, seed=0), 24)
     alive = [sum(job.output_len > num_passes for job in jobs) for num_passes in range(1, 30)]
     assert [number for number in alive if number] == bucket_sizes(24)[::-1]
-
-
-def test_random_lengths_stay_in_their_range():
-    jobs = random_jobs(200, 20, 10, 50, seed=1, range_ratio=0.5)
-    assert {len(job.prompt) for job in jobs} == set(range(10, 31)) and {job.output_len for job in jobs} == set(
-        range(5, 16)
-    )
-    assert jobs == random_jobs(200, 20, 10, 50, seed=1, range_ratio=0.5) != random_jobs(200, 20, 10, 50, 2, 0.5)
-    assert {(len(job.prompt), job.output_len) for job in random_jobs(9, 20, 10, 50, seed=1)} == {(20, 10)}
-    assert max(max(job.prompt) for job in jobs) < 50

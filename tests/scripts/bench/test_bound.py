@@ -1,11 +1,13 @@
 """Bytes, FLOPs and bounds of passes, by hand and by counting."""
 
+import dataclasses
+
 import pytest
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import Rates
 
-from scripts.bench.bound import against_bound, bound_of
+from scripts.bench.bound import KINDS, against_bound, bound_of, by_kind, kind_of
 
 # 1 GB/s, 10 GB/s, 1 TFLOP/s
 RATES = Rates(link_gb_s=1.0, memory_gb_s=10.0, gemm_tflops=1.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
@@ -74,3 +76,25 @@ def test_a_record_s_fields():
     assert fields["predicted_s"] == 2.5 and fields["predicted_over_measured"] == 1.0
     assert fields["achieved_link_gb_s"] == 0.8
     assert fields["achieved_tflops"] == pytest.approx(2 * (1e9 + 1e8 + 1000) / 2.5 / 1e12)
+
+
+def test_kinds_of_passes():
+    rows = {"decode": [(1, 7), (1, 0)], "mixed": [(1, 7), (40, 0)], "prefill": [(5, 0), (1, 0)]}
+    assert {kind: kind_of(batch(*one).shape) for kind, one in rows.items()} == {kind: kind for kind in rows}
+    assert kind_of(batch((5, 8)).shape) == "mixed"
+
+
+def test_kinds_add_up_to_the_whole():
+    shapes = [batch(*rows).shape for rows in ([(1, 7)], [(1, 9), (1000, 0)], [(1, 3)], [(600, 0)])]
+    passes = [(shape, 1.0 + index) for index, shape in enumerate(shapes)]
+    planned = dataclasses.replace(RATES, memory_gb_s=5.0)
+    rows = by_kind(STREAMED, passes, RATES, planned)
+    whole = against_bound(STREAMED, shapes, 10.0, RATES, planned)
+    assert [(row["kind"], row["num_passes"], row["num_tokens"], row["measured_s"]) for row in rows] == [
+        ("decode", 2, 2, 4.0),
+        ("mixed", 1, 1001, 2.0),
+        ("prefill", 1, 600, 4.0),
+    ]
+    assert tuple(row["kind"] for row in rows) == KINDS
+    for name in ("bound_s", "predicted_s"):
+        assert sum(row[name] for row in rows) == pytest.approx(whole[name])

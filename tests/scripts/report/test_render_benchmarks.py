@@ -186,6 +186,56 @@ def test_a_start_has_a_table_of_its_phases():
     assert "percentiles" not in text and "num_layers" not in text
 
 
+KIND = {"kind": "mixed", "num_passes": 3, "num_tokens": 700, "measured_s": 0.5} | ROW
+TRAFFIC = {key: LATENCY[key] for key in ("hardware", "commit", "model", "dtype", "tp_size", "resident")}
+TRAFFIC |= {"benchmark": "traffic", "vllm": {"version": "0.23.0", "load_s": 40.0}}
+TRAFFIC["rows"] = [
+    {
+        "row": "uneven",
+        "measures": "job",
+        "measured_s": 0.9,
+        "vllm_measured_s": 1.035,
+        "speedup": 1.15,
+        "by_kind": [KIND],
+    }
+    | ROW,
+    {"row": "token-batch-8", "measures": "token", "measured_s": 0.004} | ROW,
+]
+
+
+def test_real_traffic_has_a_table_of_its_rows_and_one_by_kind_of_pass():
+    page = render([Record("traffic.json", TRAFFIC)])
+    uneven, token = cells(page, "Real traffic")
+    assert (uneven["row"], uneven["time"], uneven["vLLM"], uneven["vLLM's time"]) == (
+        "uneven",
+        "900.00",
+        "0.23.0",
+        "1035.00",
+    )
+    assert (uneven["times faster"], token["times faster"], token["bound"]) == ("1.15", "", "90.00")
+    (kind,) = cells(page, "Passes of jobs, by kind")
+    assert (kind["row"], kind["kind"], kind["passes"], kind["time"]) == ("uneven", "mixed", "3", "500.00")
+    (compared,) = cells(page, "How does it compare?")
+    assert (compared["against"], compared["row"], compared["times faster"]) == ("vLLM", "uneven", "1.15")
+    assert "vLLM 1.15." in page and "real traffic" in section(page, "Are the predictions right?")
+    assert "traffic.json" not in section(page, "Other records")
+
+
+def test_a_job_that_arrives_has_its_latencies():
+    job = TRAFFIC | ROW | {"benchmark": "throughput", "elapsed_time": 2.0, "num_requests": 9, "by_kind": [KIND]}
+    job |= {"random_range_ratio": 0.8, "random_sigma": 0.0, "request_rate": 4.0, "burstiness": 0.5}
+    job |= {f"{what}_{name}_ms": 7.0 for what in ("median", "p99") for name in ("ttft", "itl", "e2el")}
+    page = render([Record("job.json", job)])
+    (row,) = cells(page, "Throughput")
+    assert (row["lengths +-"], row["arrive a second"], row["first token p50"], row["request p99"]) == (
+        "0.8",
+        "4",
+        "7.00",
+        "7.00",
+    )
+    assert "sigma" not in row and len(cells(page, "Passes of jobs, by kind")) == 1
+
+
 @pytest.mark.parametrize("content", [{"benchmark": "new", "rows": []}, {"rows": [1, 2]}, [1, 2], 3, {}])
 def test_a_record_of_an_unknown_kind_is_listed(content):
     assert "[some.json](../benchmarks/some.json)" in section(render([Record("some.json", content)]), "Other records")

@@ -1,0 +1,138 @@
+"""Traffic on the demo model: requests that arrive, rows of real traffic, and the same requests in (a fake) vLLM."""
+
+import os
+import sys
+
+import pytest
+
+from scripts.bench import throughput, traffic
+from scripts.bench.traffic_rows import FIRST_TOKEN, JOB, ROWS, TOKEN, Row
+from tests.support.commands import ROOT
+from tests.support.fake_vllm import VERSION, FakeVllm
+from tests.support.scripts import refused, run
+
+ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy", "--max-num-seqs", "4")
+JOBS = (*ENGINE, "--num-prompts", "7", "--input-len", "8", "--output-len", "4")
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch) -> FakeVllm:
+    return FakeVllm(tmp_path, monkeypatch)
+
+
+def check_kinds(record: dict) -> None:
+    kinds = {row["kind"]: row for row in record["by_kind"]}
+    assert kinds.keys() == {"decode", "mixed", "prefill"}
+    for name in ("bound_s", "predicted_s"):
+        assert sum(row[name] for row in kinds.values()) == pytest.approx(record[name])
+    for row in kinds.values():
+        assert row["predicted_over_measured"] == pytest.approx(row["predicted_s"] / row["measured_s"])
+        assert row["fraction_of_bound"] == pytest.approx(row["bound_s"] / row["measured_s"])
+
+
+def test_requests_that_arrive(monkeypatch, capsys, vllm):
+    options = ("--random-sigma", "0.7", "--random-prefix-len", "3", "--request-rate", "200", "--burstiness", "0.5")
+    beside = ("--compare", "vllm", "--vllm", str(vllm.site), "--vllm-options", '{"block_size": 32}')
+    record = run(monkeypatch, capsys, throughput, *JOBS, *options, *beside)
+    assert record["num_requests"] == 7 and record["random_sigma"] == 0.7 and record["burstiness"] == 0.5
+    assert sum(row["num_passes"] for row in record["by_kind"]) == record["num_timed_passes"]
+    assert sum(row["measured_s"] for row in record["by_kind"]) == pytest.approx(record["passes_s"])
+    assert 0 < record["median_ttft_ms"] <= record["p99_ttft_ms"] < record["p99_e2el_ms"]
+    assert record["p99_e2el_ms"] <= 1e3 * record["elapsed_time"]
+    (theirs,) = record["comparisons"]
+    assert theirs["baseline"] == "vllm" and theirs["versions"] == {"vllm": VERSION}
+    assert theirs["total_num_tokens"] == record["total_num_tokens"] and theirs["p99_e2el_ms"] > 0
+    assert theirs["speedup"] == pytest.approx(theirs["elapsed_time"] / record["elapsed_time"])
+    (options,), requests = vllm.asked("options"), vllm.asked("add")
+    assert options["is_there"] and options["block_size"] == 32 and options["skip_tokenizer_init"]
+    assert {options[name] for name in ("max_num_seqs", "max_model_len")} == {4, 512}
+    assert len({tuple(prompt[:3]) for prompt, _ in requests}) == 1 and len({len(prompt) for prompt, _ in requests}) > 2
+    assert sum(len(prompt) + said["max_tokens"] for prompt, said in requests) == record["total_num_tokens"]
+    assert all(said["ignore_eos"] and said["temperature"] == 0 for _, said in requests)
+
+
+SMALL = (
+    Row("first", FIRST_TOKEN, 1, 9, 1),
+    Row("token", TOKEN, 4, 6, 3, first_len=20, fourth={"logprobs": 2}),
+    Row("job", JOB, 9, 10, 4, {"range_ratio": 0.5}, all={"temperature": 1.0, "top_p": 0.9, "seed": 1}),
+    Row("too-long", JOB, 1, 600, 4),
+    Row("too-many", TOKEN, 5, 4, 4),
+)
+
+
+def test_rows_of_traffic(monkeypatch, capsys, vllm):
+    monkeypatch.setattr(traffic, "ROWS", SMALL)
+    record = run(monkeypatch, capsys, traffic, *ENGINE, "--compare", "vllm", "--vllm", str(vllm.site))
+    assert record["benchmark"] == "traffic" and record["vllm"]["version"] == VERSION
+    first, token, job = record["rows"]
+    assert [(row["row"], row["measures"]) for row in record["rows"]] == [(one.name, one.measures) for one in SMALL[:3]]
+    assert (first["num_passes"], token["num_passes"]) == (1, 3 + 1)  # the first of five tokens is the prompts'
+    for row in record["rows"]:
+        assert row["bound_s"] > 0 and row["fraction_of_bound"] == pytest.approx(row["bound_s"] / row["measured_s"])
+        assert row["predicted_over_measured"] == pytest.approx(row["predicted_s"] / row["measured_s"])
+        assert row["speedup"] == pytest.approx(row["vllm_measured_s"] / row["measured_s"])
+    assert token["tokens_per_second"] == pytest.approx(4 / token["measured_s"])
+    check_kinds(job)
+    *_, job_asked = vllm.asked("generate")
+    assert sum(len(prompt) + said["max_tokens"] for prompt, said in job_asked) == pytest.approx(
+        job["tokens_per_second"] * job["measured_s"]
+    )
+    assert {said["top_p"] for _, said in job_asked} == {0.9}
+    longer = next(asked for asked in vllm.asked("generate") if len(asked) == 4 and asked[0][1]["max_tokens"] == 5)
+    assert [len(prompt) for prompt, _ in longer] == [20, 6, 6, 6]
+    assert [said.get("logprobs") for _, said in longer] == [None, None, None, 2]
+
+
+def test_a_batch_that_never_decodes_together_is_said(monkeypatch, capsys, vllm):
+    monkeypatch.setattr(traffic, "ROWS", SMALL[1:2])
+    options = ("--num-pages", "3", "--max-model-len", "32", "--compare", "vllm", "--vllm", str(vllm.site))
+    (row,) = run(monkeypatch, capsys, traffic, *ENGINE, *options)["rows"]
+    assert row["error"] == "the KV cache is too small for its 4 sequences at once"
+    assert row["vllm_measured_s"] and "speedup" not in row
+
+
+def test_vllm_that_fails_keeps_what_was_measured(monkeypatch, capfd, vllm):
+    monkeypatch.setenv("FAKE_VLLM_FAILS", "1")
+    record = run(monkeypatch, capfd, throughput, *JOBS, "--compare", "vllm", "--vllm", str(vllm.site))
+    (row,) = record["comparisons"]
+    assert row["error"] == "ended with status 1: RuntimeError: no kernel image" and record["elapsed_time"] > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (throughput, ("--compare", "vllm", "--vllm", sys.executable), f"--compare vllm: no vLLM at {sys.executable};"),
+        (throughput, ("--compare", "vllm", "--vllm", os.devnull), f"--vllm {os.devnull}: Permission denied"),
+        (throughput, ("--compare", "vllm", "--vllm-options", "[1]"), "--vllm-options [1]: expected a JSON object"),
+        (throughput, ("--compare", "vllm", "--n", "2"), "--compare vllm: expected --n 1, got 2"),
+        (throughput, ("--compare", "transformers-cb", "--request-rate", "2"), "all requests come at once"),
+        (throughput, ("--request-rate", "2", "--n", "2"), "--n 2: expected 1 with --request-rate"),
+        (throughput, ("--request-rate", "0"), "--request-rate: '0': expected a number above 0"),
+        (throughput, ("--burstiness", "nan"), "--burstiness: 'nan': expected a number above 0"),
+        (throughput, ("--random-sigma", "4"), "--random-sigma: '4': expected a number from 0 to 3"),
+        (throughput, ("--random-sigma", "1", "--random-range-ratio", "0.5"), "not by both"),
+        (throughput, ("--random-prefix-len", "-1"), "expected an integer of at least 0"),
+        (traffic, ("--rows", "uneven", "other"), "--rows other: expected some of first-token-128, "),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_runs(monkeypatch, capsys, script, arguments, message):
+    assert message in refused(monkeypatch, capsys, script, *ENGINE, *arguments)
+
+
+def test_what_does_not_fit_is_refused_by_name(monkeypatch, capsys):
+    error = refused(monkeypatch, capsys, traffic, *ENGINE, "--rows", "token-batch-8")
+    assert "--rows token-batch-8: it decodes 8 sequences at once, more than max_num_seqs 4" in error
+    error = refused(monkeypatch, capsys, throughput, *JOBS, "--random-prefix-len", "600")
+    assert "a request has 612 tokens, more than max_model_len 512" in error
+
+
+def test_every_row_is_a_command_in_the_docs():
+    page = (ROOT / "docs/measuring.md").read_text()
+    assert len({row.name for row in ROWS}) == len(ROWS) == 19
+    assert [row.name for row in ROWS if f"`{row.name}`" not in page] == []
+
+
+def test_rows_of_a_long_context_have_the_same_tokens():
+    *_, long, even = ROWS
+    sizes = [sum(len(job.prompt) for job in row.jobs(2, 100, 0, 10**6)) for row in (long, even)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.001)

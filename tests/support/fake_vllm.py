@@ -1,0 +1,74 @@
+"""A folder with a package that looks like vLLM: every request gets its number of tokens, one a step."""
+
+import json
+from pathlib import Path
+
+VERSION = "0.0.99"
+SOURCE = """
+import json, os
+from types import SimpleNamespace
+__version__ = "VERSION"
+
+
+def log(what, said):
+    with open(os.environ["FAKE_VLLM_LOG"], "a") as file:
+        file.write(json.dumps([what, said]) + "\\n")
+
+
+class SamplingParams:
+    def __init__(self, **said):
+        self.max_tokens, self.said = said["max_tokens"], said
+
+
+class LLM:
+    def __init__(self, **options):
+        if os.environ.get("FAKE_VLLM_FAILS"):
+            raise RuntimeError("no kernel image")
+        log("options", options | {"is_there": os.path.exists(options["model"] + "/config.json")})
+        self.llm_engine, self.alive, self.is_cached = self, {}, False
+
+    def reset_prefix_cache(self):
+        self.is_cached = False
+
+    def generate(self, prompts, params, use_tqdm):
+        assert not self.is_cached
+        self.is_cached = True
+        log("generate", [[one["prompt_token_ids"], other.said] for one, other in zip(prompts, params)])
+        return [self.output(index, one.max_tokens) for index, one in enumerate(params)]
+
+    def output(self, index, num_tokens):
+        return SimpleNamespace(request_id=str(index), outputs=[SimpleNamespace(token_ids=[0] * num_tokens)])
+
+    def add_request(self, request_id, prompt, params):
+        assert not self.is_cached
+        log("add", [prompt["prompt_token_ids"], params.said])
+        self.alive[request_id] = [0, params.max_tokens]
+
+    def has_unfinished_requests(self):
+        return bool(self.alive)
+
+    def step(self):
+        for counts in self.alive.values():
+            counts[0] += 1
+        news = [self.output(index, counts[0]) for index, counts in self.alive.items()]
+        self.alive = {index: counts for index, counts in self.alive.items() if counts[0] < counts[1]}
+        return news
+"""
+
+
+class FakeVllm:
+    """The package in `folder`, and what was asked of it."""
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.site, self.log = folder / "site", folder / "log"
+        (self.site / "vllm").mkdir(parents=True)
+        (self.site / "vllm/__init__.py").write_text(SOURCE.replace("VERSION", VERSION))
+        info = self.site / f"vllm-{VERSION}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n")
+        monkeypatch.setenv("FAKE_VLLM_LOG", str(self.log))
+
+    def asked(self, what: str) -> list:
+        """All that was said of this kind, in order."""
+        lines = map(json.loads, self.log.read_text().splitlines())
+        return [said for kind, said in lines if kind == what]
