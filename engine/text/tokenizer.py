@@ -156,6 +156,8 @@ class StopStrings:
         Of stop strings that begin at the same character the shortest wins, and a match waits while text before it could
         still become a stop string.
         """
+        if not self._stops:
+            return text, None
         if self._matched is not None:
             return "", self._matched
         self._held += text
@@ -196,4 +198,5 @@ class StopStrings:
 
 def _after(before: str, text: str) -> str:
     """The part of `text` after the beginning that it shares with `before`."""
-    return text[len(os.path.commonprefix((before, text))) :]
+    shared = before if text.startswith(before) else os.path.commonprefix((before, text))
+    return text[len(shared) :]

@@ -125,7 +125,7 @@ class Simulation:
         assert ends == {row: request.num_computed_tokens for row, request in running.items()}
         assert all(request.num_computed_tokens + 1 == request.num_tokens_ahead for request in running.values())
         if self.scheduler.num_waiting and self.scheduler.num_running < self.scheduler.max_num_seqs:
-            head = self.scheduler._waiting[0]
+            head = next(iter(self.scheduler._waiting))
             num_places = head.most_tokens(self.scheduler.max_model_len) - 1
             assert num_places > self.scheduler.pool.num_free * self.scheduler.page_size
 
