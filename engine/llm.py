@@ -151,12 +151,12 @@ class LLM:
 
     def _read_for_all(self, prompts, sampling_params) -> list[Asked]:
         """What was asked, read, once all ranks have agreed on this call. All refuse what one of them refuses."""
+        if self._launch.kind != "torchrun":
+            return self._reader.read(prompts, sampling_params)
         asked, refusal = [], ""
         try:
             asked = self._reader.read(prompts, sampling_params)
         except Exception as error:
-            if self._launch.kind != "torchrun":
-                raise
             refusal = str(error) if isinstance(error, ValueError) and str(error) else repr(error)
         self.engine.begin(Call("generate", digest(asked), refusal))
         return asked
