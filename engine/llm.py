@@ -94,7 +94,7 @@ class LLM:
         asked, refusal = self._read(prompts, sampling_params)
         listener, outputs = Listener(on_text), []
         with self.engine.together():
-            refused = self.engine.agree(Call("generate", digest(asked), refusal))
+            refused = self._agree(asked, refusal)
             if not refused and self.engine.topology.rank > 0:
                 outputs = [RequestOutput.from_dict(output) for output in self.engine.follow()]
             elif not refused:
@@ -104,6 +104,13 @@ class LLM:
             raise ValueError(refused)
         listener.reraise(outputs)
         return outputs
+
+    def _agree(self, asked: list[Asked], refusal: str) -> str:
+        """Why the ranks cannot run this call, the same on all; empty if they can. Only torchrun's may be given different
+        ones."""
+        if self._launch.kind != "torchrun":
+            return ""
+        return self.engine.agree(Call("generate", digest(asked), refusal))
 
     def _complete(self, asked: list[Asked], listener: Listener) -> list[RequestOutput]:
         """Runs the sequences of all prompts; on rank 0."""

@@ -5,10 +5,11 @@ Field names are vLLM's. `to_dict` and `from_dict` carry outputs to the other ran
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from penstock.engine.text.tokenizer import StopStrings, Tokenizer
+from penstock.engine.text.tokenizer import StopStrings, TextStream, Tokenizer
 from penstock.scheduler.batching.request import FinishReason, Request
 
 OnText = Callable[[int, int, str | None], None]
@@ -127,27 +128,31 @@ class Sequence:
         special_stops: dict[int, str],
     ):
         self.request, self.index, self.tokenizer, self.special_stops = request, index, tokenizer, special_stops
-        self.stream = tokenizer.stream(request.prompt_token_ids) if tokenizer else None
         self.stops = StopStrings(request.params.stop)
         self._pieces: list[str] = []  # a string would be copied for each token of a long text
         self._num_taken = 0
         self.logprobs: list[dict[int, Logprob]] = []
         self.error: str | None = None
 
+    @functools.cached_property
+    def _stream(self) -> TextStream | None:
+        """Made with the first token: a sequence that waits has cost nothing yet."""
+        return self.tokenizer.stream(self.request.prompt_token_ids) if self.tokenizer else None
+
     def push(self, token: int) -> str | None:
         """Adds a sampled token. Returns the stop string that it completed, if any."""
-        if self.stream is None:
+        if self._stream is None:
             return None
-        emitted, stop = self.stops.push(self.stream.push(token))
+        emitted, stop = self.stops.push(self._stream.push(token))
         self._emit(emitted)
         return stop
 
     def flush(self) -> str | None:
         """Gives out the text that was held back, when the sequence has ended. Returns a stop string found in it, if
         any."""
-        if self.stream is None:
+        if self._stream is None:
             return None
-        emitted, _ = self.stops.push(self.stream.finish())
+        emitted, _ = self.stops.push(self._stream.finish())
         rest, stop = self.stops.flush()
         self._emit(emitted + rest)
         return stop

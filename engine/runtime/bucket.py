@@ -31,6 +31,7 @@ class HostTable:
 
     def __init__(self, num_rows: int, max_pages: int, pinned: bool):
         self.table = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=pinned)
+        self.values = self.table.numpy()  # the same memory: a write costs a tenth
         self.pages: list[tuple[int, ...] | None] = [()] * num_rows
 
     def fill(self, batch: Batch, pad_row: int) -> None:
@@ -38,12 +39,13 @@ class HostTable:
         leaves no row whose pages are wrongly taken for written."""
         num_padded = len(self.pages) - len(batch.rows)
         rows = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in batch.rows]
-        self.table[:, :PAGES] = torch.tensor(rows + [(0, 0, pad_row, 0)] * num_padded, dtype=torch.int32)
+        self.values[:, :PAGES] = rows + [(0, 0, pad_row, 0)] * num_padded
         for index, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
-            if self.pages[index] != pages:
+            written = self.pages[index]
+            if written is not pages and written != pages:
                 self.pages[index] = None
-                self.table[index, PAGES:] = 0
-                self.table[index, PAGES : PAGES + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+                self.values[index, PAGES:] = 0
+                self.values[index, PAGES : PAGES + len(pages)] = pages
                 self.pages[index] = pages
 
 

@@ -141,9 +141,7 @@ class Engine:
     @on_own_device
     def agree(self, call: Call) -> str:
         """Lets ranks under torchrun agree on a call of LLM, within `together`, before it runs. Returns why it cannot,
-        the same on all ranks; empty if it can. With other launchers only this rank calls."""
-        if self.launch.kind != "torchrun":
-            return ""
+        the same on all ranks; empty if it can."""
         number = self.messages.count_call()
         if self.launch.rank == 0:
             self.messages.say(Kind.CALL)
@@ -186,7 +184,7 @@ class Engine:
     def run_announced(self, batch: Batch) -> None:
         """Enqueues on all ranks the pass that was announced last; on rank 0."""
         self._note_submitted(batch)
-        self.messages.say(Kind.RUN)
+        self.messages.say_run()
         self.worker.runner.submit(batch)
 
     def _note_submitted(self, batch: Batch) -> None:
@@ -265,13 +263,11 @@ class Engine:
 
     def _await(self, awaited: Kind) -> Kind:
         """Does what rank 0 says until that is `awaited`, STOP or CALL, and returns which; on the other ranks."""
-        runner, batch = self.worker.runner, None
+        runner = self.worker.runner
         while True:
             kind, told = self.messages.hear()
-            if kind in (Kind.BATCH, Kind.ANNOUNCED):
-                batch = told
             if kind in (Kind.BATCH, Kind.RUN):
-                runner.submit(batch)
+                runner.submit(told)
             passes_go_on = kind in (Kind.BATCH, Kind.ANNOUNCED, Kind.RUN)
             while len(runner.under_way) > (self.lookahead if passes_go_on else 0):
                 runner.collect()

@@ -6,7 +6,8 @@
 Under torchrun every rank makes the calls of LLM. They are numbered: rank 0 says CALL, then all say what they were given
 (calls.py), and no rank runs a call that one of them refuses.
 
-Messages are packed int32, or JSON bytes; never pickle. One rank alone says nothing, and packs nothing.
+Messages are packed int32, or JSON bytes; never pickle. That of a pass holds what changed in its rows.
+One rank alone says nothing, and packs nothing.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 from penstock.engine.runtime.calls import Call, objection
 from penstock.parallel.collectives import Collectives
 from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.message import RowMessages
 
 
 class Kind(IntEnum):
@@ -44,6 +46,8 @@ class Messages:
     def __init__(self, collectives: Collectives):
         self.collectives = collectives
         self.num_calls = 0
+        self._rows = RowMessages()
+        self._announced: Batch | None = None
 
     def count_call(self) -> int:
         """Counts a call that this rank makes, and returns its number."""
@@ -58,14 +62,29 @@ class Messages:
     def say_batch(self, kind: Kind, batch: Batch) -> None:
         """Says what a pass computes: BATCH, which runs now, or ANNOUNCED, which may follow; on rank 0."""
         if self.collectives.size > 1:
-            self.collectives.broadcast_ints([kind, *batch.pack()])
+            self.collectives.broadcast_ints([kind, *self._rows.pack(batch)])
+            self._note(kind, batch)
+
+    def say_run(self) -> None:
+        """Says that the pass that was announced last runs now; on rank 0."""
+        if self.collectives.size > 1:
+            self.collectives.broadcast_ints([Kind.RUN])
+            self._note(Kind.RUN, self._announced)
 
     def hear(self) -> tuple[Kind, Batch | int | None]:
-        """What rank 0 says next; on the other ranks."""
+        """What rank 0 says next, and with BATCH and RUN the pass that runs; on the other ranks."""
         kind, *message = self.collectives.broadcast_ints(None)
-        if kind in (Kind.BATCH, Kind.ANNOUNCED):
-            return Kind(kind), Batch.unpack(message)
+        if kind in (Kind.BATCH, Kind.ANNOUNCED, Kind.RUN):
+            batch = self._announced if kind == Kind.RUN else self._rows.unpack(message)
+            self._note(kind, batch)
+            return Kind(kind), batch
         return Kind(kind), message[0] if message else None
+
+    def _note(self, kind: Kind, batch: Batch) -> None:
+        """Keeps a pass that may follow. One that runs changes what later messages build on."""
+        self._announced = batch if kind == Kind.ANNOUNCED else None
+        if kind != Kind.ANNOUNCED:
+            self._rows.note(batch)
 
     def give_outputs(self, outputs: Sequence[Output], transfers: dict[str, Any]) -> list[dict[str, Any]]:
         """Ends a call and gives the other ranks its outputs. Returns all ranks' transfers, by rank; on rank 0."""

@@ -52,8 +52,8 @@ class PromptReader:
             raise ValueError(f"prompt {index}: {prompt!r} is not valid Unicode (a lone surrogate)")
         token_ids = _as_tokens(index, prompt) if text is None else self._encode(index, text)
         for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
-            wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
-            if wrong is not None:
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+                wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
                 raise ValueError(f"prompt {index}: {what} {wrong} is not in 0..{self.vocab_size - 1}")
         self._warn_of_stops(params.stop)
         # the index stands for the id: messages name the prompt
@@ -99,6 +99,8 @@ def _is_number(value: Any) -> bool:
 def _as_tokens(index: int, prompt: list | tuple) -> list[int]:
     """Token ids as Python's integers, from these or numpy's or torch's. Raises ValueError for others, also for
     bools."""
+    if set(map(type, prompt)) == {int}:
+        return list(prompt)
     token_ids = [token if type(token) is int else _as_list(token) for token in prompt]
     for token in token_ids:
         if isinstance(token, bool) or not hasattr(token, "__index__"):

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from penstock.engine.text.tokenizer_files import FILE, library_errors, load_backend
-from tokenizers.decoders import DecodeStream
+from penstock.engine.text.tokenizer_files import FILE, library_errors, load_backend, raise_library_error
 
 CONTEXT_TOKENS = 64  # of the prompt that a stream decodes: a long prompt costs no more than a short one
+MOST_HELD = 32  # tokens that a stream holds back because they make no character
+MOST_BYTES = 4  # of a character in UTF-8, each of which may be a token
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no UTF-8
 
 
@@ -69,8 +70,15 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens; bytes that are no UTF-8 become U+FFFD. Unknown ids give no text. Raises
         ValueError that names the file if it cannot decode these ids."""
-        with library_errors(f"{self.file}: cannot decode {len(token_ids)} tokens"):
-            return self.backend.decode(list(token_ids), skip_special_tokens=True)
+        try:
+            return self.backend.decode(token_ids, skip_special_tokens=True)
+        except BaseException as error:
+            raise_library_error(f"{self.file}: cannot decode {len(token_ids)} tokens", error)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether `decode` does more with this token than to skip it."""
+        token = self.backend.id_to_token(token_id)
+        return token is not None and token not in self.special_ids
 
     def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
         """A decoder of the tokens that follow this prompt."""
@@ -81,43 +89,60 @@ class TextStream:
     """The text of an output, token by token.
 
     All that `push` and `finish` return, joined, is what decode(prompt + output) has after decode(prompt). A character
-    is given out when its last byte has come; bytes that never make one are given out when text follows, or at the end.
-    (A decoder with byte_fallback can revise text: bad bytes after good ones spoil the whole run. What was given out
-    stays, and the stream goes on with the tokens that were still held back.)
+    is given out when its last byte has come; bytes that never make one are given out when text follows, when there are
+    many of them, or at the end. (A decoder with byte_fallback can revise text: bad bytes after good ones spoil the
+    whole run. What was given out stays, and the stream goes on with the tokens that were still held back.)
+
+    Each token is decoded in a short context, whatever the tokens are: those without text are not even held.
+
+        prompt and output | forgotten | given, their text is `before` | held, no character yet |
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
         self._tokenizer = tokenizer
-        recent = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._restart(recent if tokenizer.decode(recent) else list(prompt_ids))
+        context = list(prompt_ids[-CONTEXT_TOKENS:])
+        if not tokenizer.decode(context):
+            context = list(filter(tokenizer.has_text, prompt_ids))[-CONTEXT_TOKENS:]
+        self._restart(context)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes: often "", for a part of a character or a special token."""
-        self._held.append(token_id)
-        try:
-            with library_errors("a token"):
-                text = self._stream.step(self._tokenizer.backend, token_id)
-        except ValueError:  # text that was given out would change
-            text = self._tokenizer.decode(self._held)
-            self._restart(self._held)
-            return text
-        if text is None:
+        if not self._tokenizer.has_text(token_id):
             return ""
-        self._given, self._held = self._held, []
-        unclear, self._unclear = self._unclear, ""
-        return _after(unclear, text)
+        self._held.append(token_id)
+        text = self._tokenizer.decode(self._given + self._held)
+        if text.endswith(REPLACEMENT) or self._before.startswith(text):
+            return self._settle(text) if len(self._held) == MOST_HELD else ""
+        if not text.startswith(self._before.rstrip(REPLACEMENT)):  # text that was given out would change
+            return self._restart(self._held)
+        return self._give(len(self._held), text)
 
     def finish(self) -> str:
         """The text that is still held back; the stream ends here."""
-        held, self._held = self._held, []
-        return _after(self._tokenizer.decode(self._given), self._tokenizer.decode(self._given + held))
+        return _after(self._before, self._tokenizer.decode(self._given + self._held))
 
-    def _restart(self, context: list[int]) -> None:
-        self._given, self._held = context, []  # tokens whose text is the last given out, and those after them
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
-        text = self._tokenizer.decode(context)
-        # a context that ends inside a character is given out by DecodeStream once more, with that character
-        self._unclear = text if text.endswith(REPLACEMENT) else ""
+    def _settle(self, text: str) -> str:
+        """The part of `text`, that of the tokens in hand, which no later token can change: characters are short."""
+        if self._before.startswith(text):
+            self._held = []
+            return ""
+        for num_open in range(MOST_BYTES, 2 * MOST_BYTES):  # at most three of these are inside a character
+            settled = self._tokenizer.decode(self._given + self._held[:-num_open])
+            if text.startswith(settled):
+                break
+        return self._give(len(self._held) - num_open, settled)
+
+    def _give(self, count: int, text: str) -> str:
+        """The new part of `text`, which the first `count` held tokens have after those that were given before."""
+        new = _after(self._before, text)
+        self._restart(self._held[:count], self._held[count:])
+        return new
+
+    def _restart(self, given: list[int], held: Sequence[int] = ()) -> str:
+        """Forgets all tokens but these. Returns the text of the given ones."""
+        self._given, self._held = given, list(held)
+        self._before = self._tokenizer.decode(given)
+        return self._before
 
 
 class StopStrings:
@@ -138,6 +163,8 @@ class StopStrings:
         Of stop strings that begin at the same character the shortest wins, and a match waits while text before it could
         still become a stop string.
         """
+        if not self._stops:
+            return text, None
         if self._matched is not None:
             return "", self._matched
         self._held += text
@@ -178,4 +205,5 @@ class StopStrings:
 
 def _after(before: str, text: str) -> str:
     """The part of `text` after the beginning that it shares with `before`."""
-    return text[len(os.path.commonprefix((before, text))) :]
+    shared = before if text.startswith(before) else os.path.commonprefix((before, text))
+    return text[len(shared) :]

@@ -8,7 +8,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tokenizers
 from penstock.engine.user_files import parse_json, read_bytes, read_json
@@ -48,10 +48,15 @@ def library_errors(where: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        text = " ".join(str(error).split())
-        raise ValueError(f"{where}: {text[:_MOST_ERROR]}") from error
+        raise_library_error(where, error)
+
+
+def raise_library_error(where: str, error: BaseException) -> NoReturn:
+    """Raises the ValueError that `library_errors` makes of `error`, or `error` itself where it is not the library's."""
+    if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+        raise error
+    text = " ".join(str(error).split())
+    raise ValueError(f"{where}: {text[:_MOST_ERROR]}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,17 +1,13 @@
-"""What one pass computes: rows of tokens, and the packed message that carries them to the other ranks."""
+"""What one pass computes: rows of tokens."""
 
-import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from penstock.scheduler.batching.request import RowSampling
 from penstock.scheduler.cost.pass_work import LEAST_WHOLE_TOKENS, PassShape
 
-_SAMPLES, _HAS_SAMPLING = 1, 2  # flags of a packed row
 
-
-@dataclass(frozen=True)
-class BatchRow:
+class BatchRow(NamedTuple):
     """The tokens that one request computes in a pass.
 
     `index` is the row's number, 0..max_num_seqs-1; a request keeps it for its whole life. `tokens` stand at start,
@@ -61,40 +57,3 @@ class Batch:
         pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
         whole = sum(len(row.tokens) for row in self.rows if not row.start and len(row.tokens) >= LEAST_WHOLE_TOKENS)
         return PassShape(self.num_tokens, len(self.rows), cached, pairs, cached + self.num_tokens - whole)
-
-    def pack(self) -> list[int]:
-        """The batch as one int32 message: its length, the number of rows, and the rows one after another."""
-        message = [0, len(self.rows)]
-        for row in self.rows:
-            flags = row.samples * _SAMPLES | (row.sampling is not None) * _HAS_SAMPLING
-            counts = (len(row.tokens), len(row.pages))
-            message += (row.index, row.start, row.num_evicted, flags, *counts, *row.tokens, *row.pages)
-            if row.sampling is not None:
-                message += row.sampling.pack()
-        message[0] = len(message)
-        return message
-
-    @staticmethod
-    def unpack(message: Sequence[int]) -> "Batch":
-        """The batch that `pack` made into this message. Raises ValueError if it is not whole."""
-        if len(message) < 2 or message[0] != len(message):
-            raise ValueError(f"batch message of {len(message)} integers does not state its own length")
-        ints = iter(message[2:])
-        batch = Batch(tuple(_unpack_row(ints) for _ in range(message[1])))
-        if next(ints, None) is not None:
-            raise ValueError("batch message goes on after its last row")
-        return batch
-
-
-def _take(ints: Iterator[int], count: int) -> tuple[int, ...]:
-    taken = tuple(itertools.islice(ints, max(count, 0)))
-    if len(taken) != count:
-        raise ValueError("batch message ends inside a row")
-    return taken
-
-
-def _unpack_row(ints: Iterator[int]) -> BatchRow:
-    index, start, num_evicted, flags, num_tokens, num_pages = _take(ints, 6)
-    tokens, pages = _take(ints, num_tokens), _take(ints, num_pages)
-    sampling = RowSampling.unpack(_take(ints, RowSampling.PACKED_LEN)) if flags & _HAS_SAMPLING else None
-    return BatchRow(index, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted)

@@ -157,6 +157,8 @@ class Request:
     num_computed_tokens: int = 0
     num_unseen_tokens: int = 0
     pages: list[int] = field(default_factory=list)
+    page_table: tuple[int, ...] = ()  # of its last pass, when num_evicted tokens were cached no more
+    num_evicted: int = 0
     row: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string; None after end-of-sequence

@@ -15,11 +15,11 @@ token), its row in the next pass has already been scheduled and is computed for 
 """
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from penstock.scheduler.batching.batch import Batch, BatchRow
-from penstock.scheduler.batching.pages import PagePool
+from penstock.scheduler.batching.pages import PagePool, pages_for
 from penstock.scheduler.batching.request import FinishReason, Request, RequestState, RowSampling
 from penstock.scheduler.batching.retention import KeepAll, Retention
 
@@ -53,9 +53,10 @@ class Scheduler:
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._waiting: deque[Request] = deque()
+        self._waiting: OrderedDict[Request, None] = OrderedDict()  # in order; any of them leaves at once
         self._running: dict[int, Request] = {}  # by row, in order of admission
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
+        self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
         self._num_free_rows, self._num_waiting = max_num_seqs, 0  # at the time the last pass was scheduled
 
@@ -84,7 +85,7 @@ class Scheduler:
         except ValueError:
             request.finish_reason = FinishReason.ERROR
             raise
-        self._waiting.append(request)
+        self._waiting[request] = None
 
     def _check_possible(self, request: Request) -> None:
         request.check_length(self.max_model_len)
@@ -146,14 +147,16 @@ class Scheduler:
         running = [
             request for request in self._running.values() if request.num_tokens_ahead < request.most_tokens(most)
         ]
-        decoding = [request.num_tokens_ahead > len(request.prompt_token_ids) for request in running]
-        yield from (request for request, decodes in zip(running, decoding) if decodes)
-        yield from (request for request, decodes in zip(running, decoding) if not decodes)
+        decodes = {request: request.num_tokens_ahead > len(request.prompt_token_ids) for request in running}
+        self._decoding = _in_places(self._decoding, [request for request in running if decodes[request]])
+        yield from self._decoding
+        yield from (request for request in running if not decodes[request])
         while self._waiting and self._free_rows:
-            num_pages = self._pages_needed(self._waiting[0])
+            request = next(iter(self._waiting))
+            num_pages = self._pages_needed(request)
             if num_pages > self.pool.num_free:
                 return
-            request = self._waiting.popleft()
+            del self._waiting[request]
             request.row, request.pages = heapq.heappop(self._free_rows), self.pool.allocate(num_pages)
             self._running[request.row] = request
             yield request
@@ -165,15 +168,23 @@ class Scheduler:
         tokens = tuple(request.tokens_between(start, end))
         request.num_computed_tokens = end
         request.num_unseen_tokens += samples
+        num_evicted = self._retention.num_evicted(end)
+        self._update_page_table(request, end, num_evicted)
         return BatchRow(
             index=request.row,
             tokens=tokens,
             start=start,
-            pages=self._retention.page_table(request.pages, end),
+            pages=request.page_table,
             samples=samples,
             sampling=RowSampling.of(request) if start == 0 else None,
-            num_evicted=self._retention.num_evicted(end),
+            num_evicted=num_evicted,
         )
+
+    def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
+        """Makes the request's page table anew if it is another one for its first `end` tokens."""
+        num_pages = pages_for(self._retention.margin + end - num_evicted, self.page_size)
+        if (num_pages, num_evicted) != (len(request.page_table), request.num_evicted):
+            request.page_table, request.num_evicted = self._retention.page_table(request.pages, end), num_evicted
 
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
         """Takes in the tokens of the oldest pass under way.
@@ -214,12 +225,12 @@ class Scheduler:
         A finished request only gets the new reason: its last token can complete a stop string.
         """
         if request.state is RequestState.WAITING:
-            self._waiting.remove(request)
+            del self._waiting[request]
         elif request.state is RequestState.RUNNING:
             del self._running[request.row]
             heapq.heappush(self._free_rows, request.row)
             self.pool.release(request.pages)
-            request.row, request.pages = None, []
+            request.row, request.pages, request.page_table = None, [], ()
         request.finish_reason, request.stop_reason = reason, stop_reason
 
     def _pages_needed(self, request: Request) -> int:
@@ -233,3 +244,21 @@ class Scheduler:
         for row, request in self._running.items():
             assert request.row == row and len(request.pages) == self._pages_needed(request)
         assert all(r.state is RequestState.WAITING and not r.pages for r in self._waiting)
+
+
+def _in_places(before: Sequence[Request], now: Sequence[Request]) -> list[Request]:
+    """Those of `now` in an order in which few have moved since `before`: where one has ended a new one takes its place,
+    else the last one does."""
+    here, old = set(now), set(before)
+    left, new = deque(before), deque(request for request in now if request not in old)
+    places: list[Request] = []
+    while left:
+        request = left.popleft()
+        if request not in here:
+            while left and left[-1] not in here:
+                left.pop()
+            if not (new or left):
+                break
+            request = new.popleft() if new else left.pop()
+        places.append(request)
+    return [*places, *new]

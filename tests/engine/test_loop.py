@@ -6,6 +6,7 @@ import pytest
 from penstock.engine.loop import Event
 from penstock.engine.output import Sequence
 from penstock.engine.runtime.engine import Engine
+from penstock.engine.text.tokenizer import Tokenizer
 
 from penstock import LLM, SamplingParams
 from tests.support.watches import Around, BeginPass
@@ -74,6 +75,22 @@ def test_one_that_waits_can_be_aborted_too(llm, sequence_of):
     llm.loop.abort(sequences[2].request.id, "gone")
     run(llm.loop)
     assert sequences[2].output().token_ids == [] and sequences[2].error == "gone"
+
+
+def test_a_prompt_costs_nothing_before_its_turn(llm, alone, sequence_of, monkeypatch):
+    """Text begins with a sequence's first token; ranks that one process launched compare no digests."""
+    make, streams = Tokenizer.stream, []
+    monkeypatch.setattr(Tokenizer, "stream", lambda *args: streams.append(args) or make(*args))
+    sequences = [sequence_of(prompt) for prompt in PROMPTS * 5]
+    for sequence in sequences:
+        llm.loop.add(sequence)
+    llm.loop.advance()
+    assert len(streams) <= OPTIONS["max_num_seqs"] < len(sequences)
+    llm.loop.abort(sequences[-1].request.id, "gone")
+    run(llm.loop)
+    assert len(streams) <= len(sequences)
+    monkeypatch.setattr("penstock.engine.llm.digest", lambda _: pytest.fail("a digest that nobody compares"))
+    assert llm.generate(PROMPTS[0], PARAMS)[0].outputs[0].text == alone[PROMPTS[0]]
 
 
 def test_what_can_never_run_is_refused_or_an_event(llm, sequence_of, monkeypatch):

@@ -8,7 +8,8 @@ from penstock.engine.compute.sampler import Sampler
 from penstock.engine.kernels.decode_inputs import PAGES
 from penstock.engine.runtime.bucket import HostTable, bucket_sizes
 from penstock.scheduler.batching.batch import Batch, BatchRow
-from penstock.scheduler.batching.request import RowSampling
+from penstock.scheduler.batching.request import Request, RowSampling, SamplingParams
+from penstock.scheduler.batching.scheduler import Scheduler
 
 PAD_ROW, NUM_ROWS, MAX_PAGES = 9, 4, 5
 
@@ -49,6 +50,36 @@ def test_a_table_is_the_same_whatever_it_held():
         assert torch.equal(filled(table, batch), filled(new_table(), batch))
 
 
+class Counted:
+    """A table's memory; `rows` are those whose pages were written to it."""
+
+    def __init__(self, held):
+        self.held, self.rows = held, set()
+
+    def __setitem__(self, key, value) -> None:
+        if not isinstance(key[0], slice):
+            self.rows.add(key[0])
+        self.held[key] = value
+
+
+def test_one_row_that_ends_has_one_other_row_written():
+    """Over many decode passes: a row is written where it comes, where it goes, and when it gets a page."""
+    num_rows, page_size = 32, 8
+    scheduler = Scheduler(num_rows, 256, 64, page_size, 400)
+    for number in range(num_rows):
+        scheduler.add(Request(number, [7] * 3, SamplingParams(max_tokens=9 + number, ignore_eos=True)))
+    table, num_written, num_passes = HostTable(num_rows, MAX_PAGES + 4, pinned=False), 0, 0
+    scheduler.update(batch := scheduler.schedule(), [9] * batch.num_sampled)
+    while (batch := scheduler.schedule()) is not None:
+        table.values = counted = Counted(table.table.numpy())
+        table.fill(batch, PAD_ROW)
+        num_written, num_passes = num_written + len(counted.rows), num_passes + 1
+        scheduler.update(batch, [9] * batch.num_sampled)
+        assert torch.equal(table.table, filled(HostTable(num_rows, MAX_PAGES + 4, pinned=False), batch))
+    pages = sum(-(-(12 + number) // page_size) for number in range(num_rows))
+    assert num_passes == 39 and num_written <= pages + 2 * num_rows
+
+
 class Interrupted:
     """A table's memory, or what stands in it, for which a KeyboardInterrupt comes before a use; `left` counts the uses
     that both have until then."""
@@ -75,12 +106,12 @@ class Interrupted:
 
 def fill_interrupted(table: HostTable, batch: Batch, number: int) -> None:
     """Fills the table up to this use of its memory, or of the pages that it remembers."""
-    memory, pages, left = table.table, table.pages, [number]
-    table.table, table.pages = Interrupted(memory, left), Interrupted(pages, left)
+    memory, pages, left = table.values, table.pages, [number]
+    table.values, table.pages = Interrupted(memory, left), Interrupted(pages, left)
     try:
         table.fill(batch, PAD_ROW)
     finally:
-        table.table, table.pages = memory, pages
+        table.values, table.pages = memory, pages
 
 
 @pytest.mark.parametrize("after", [FIRST, SECOND, THIRD], ids=["the old rows", "the new rows", "others"])

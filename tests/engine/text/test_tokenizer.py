@@ -116,6 +116,65 @@ def test_stream_outlives_revised_text():
     assert "".join(texts).startswith("é") and "".join(texts).endswith("aaé")
 
 
+class CountingBackend:
+    """A tokenizer of the library that counts the tokens that it decodes."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self.num_calls = self.num_tokens = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._backend, name)
+
+    def decode(self, token_ids, **options) -> str:
+        self.num_calls += 1
+        self.num_tokens += len(token_ids)
+        return self._backend.decode(token_ids, **options)
+
+
+def odd_tokens(name: str, backend: tokenizers.Tokenizer) -> list[int]:
+    """Thousands of tokens that make no text, or no characters."""
+    vocab = backend.get_vocab()
+    byte = vocab["<0xFF>"] if "<0xFF>" in vocab else vocab["ÿ"]  # as ByteLevel writes this byte
+    one = {"special": [1], "unknown": [10**6], "bytes": [byte], "mixed": [1, byte, 10**6]}[name]
+    return (one * 3000)[:3000]
+
+
+@pytest.mark.parametrize("name", ["special", "unknown", "bytes", "mixed"])
+def test_a_token_costs_the_same_however_many_came_before(tokenizer, name):
+    """Tokens without text are neither decoded nor held, and those that make no character only for a while."""
+    output = odd_tokens(name, tokenizer.backend)
+    num_bytes = sum(tokenizer.decode([token]) != "" for token in output)
+    counting = CountingBackend(tokenizer.backend)
+    stream = Tokenizer(counting).stream(tokenizer.encode("hello"))
+    counting.num_calls = counting.num_tokens = 0
+    texts = list(map(stream.push, output))
+    assert counting.num_calls <= 2 * num_bytes and counting.num_tokens <= 64 * num_bytes
+    assert len("".join(texts)) >= num_bytes - 64, "text was held back"
+    assert "".join(texts) + stream.finish() == "\ufffd" * num_bytes
+
+
+@pytest.mark.parametrize("special", [1, 10**6])
+def test_text_goes_on_after_many_tokens_without_any(tokenizer, special):
+    prompt, first, then = (tokenizer.encode(text) for text in ("hello 🎉", " ab🎉", "é 日本"))
+    output = first[1:-1] + [special] * 500 + first[-1:] + [special] * 500 + then[1:]  # inside a character, and after it
+    for start in ([], prompt, prompt[:-1], [special] * 300, prompt + [special] * 300):
+        assert "".join(streamed(tokenizer, start, output)) == in_context(tokenizer, start, output)
+
+
+def test_bytes_that_make_no_character_are_given_out_exactly():
+    """Also where the text that is given out ends inside a character."""
+    tokenizer, rng = Tokenizer(byte_level()), random.Random(1)
+    vocab = tokenizer.backend.get_vocab()
+    byte = {value: vocab[letter] for value, letter in zip(b"\xff\xe6\x97\xf0\x9f", "ÿæĹðŁ")}
+    smile, sun = tokenizer.encode("🎉")[1:], [byte[0xE6], byte[0x97], vocab["¥"]]
+    for _ in range(200):
+        garbage = rng.choices(list(byte.values()), k=rng.randrange(20, 90))
+        output = garbage + rng.choice([smile, sun, []]) + rng.choices(list(byte.values()), k=rng.randrange(60))
+        texts = streamed(tokenizer, tokenizer.encode("hello"), output)
+        assert "".join(texts) == in_context(tokenizer, tokenizer.encode("hello"), output)
+
+
 def test_an_id_that_the_model_does_not_know_is_refused_by_its_token(tokenizer):
     ids = tokenizer.encode("hello")
     assert tokenizer.encode("hello", max(ids) + 1) == ids and tokenizer.encode("", 2) in ([0], [1])

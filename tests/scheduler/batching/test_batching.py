@@ -2,6 +2,7 @@
 
 import pytest
 from penstock.scheduler.batching.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
+from penstock.scheduler.batching.retention import SinksAndWindow
 from penstock.scheduler.batching.scheduler import Scheduler
 
 EOS, STOP = 2, 5
@@ -183,6 +184,75 @@ def test_finish_of_waiting_running_and_finished_requests():
     sched.finish(requests[1], FinishReason.STOP, "end")
     assert (requests[1].finish_reason, requests[1].stop_reason) == ("stop", "end")
     assert sched.pool.num_free == sched.pool.num_usable
+
+
+class Compared(Request):
+    """A request that counts how often one was compared with another."""
+
+    num_comparisons = 0
+
+    def __eq__(self, other):
+        Compared.num_comparisons += 1
+        return self is other
+
+    __hash__ = Request.__hash__
+
+
+def test_any_waiting_request_ends_without_a_search():
+    sched = scheduler(max_num_seqs=1)
+    requests = [Compared(id, [100, 101], SamplingParams(max_tokens=2)) for id in range(1000)]
+    for req in requests:
+        sched.add(req)
+    run_pass(sched)
+    Compared.num_comparisons = 0
+    for req in [*requests[500:], *requests[499:1:-1]]:
+        sched.finish(req, FinishReason.ABORT)
+    assert Compared.num_comparisons < 1000 and sched.num_waiting == 1
+    while sched.has_unfinished:
+        run_pass(sched)
+    assert requests[1].finish_reason == "length" and requests[1].output_token_ids == [9, 9]
+
+
+@pytest.mark.parametrize("retention", [None, SinksAndWindow(num_sinks=2, window_tokens=8, page_size=4)])
+def test_a_page_table_is_made_only_when_it_changes(retention):
+    """Then it can be known by its identity; pages and positions of the tokens are those of the retention."""
+    sched, req = scheduler(retention=retention), request(num_prompt=3, max_tokens=25)
+    sched.add(req)
+    tables = []
+    while sched.has_unfinished:
+        (row,) = (batch := sched.schedule()).rows
+        tables.append(row.pages)
+        assert row.pages == sched._retention.page_table(req.pages, row.start + len(row.tokens))
+        sched.update(batch, [9])
+    assert len(tables) == 25
+    assert all(before is after for before, after in zip(tables, tables[1:]) if before == after)
+    assert req.page_table == ()
+
+
+def decoding_rows(sched):
+    return [row for row, start, _, _ in run_pass(sched) if start]
+
+
+def test_rows_of_a_pass_keep_their_places_when_others_end():
+    """The last one moves to where one has ended, or a new one comes there."""
+    sched, requests = scheduler(max_num_seqs=8, num_pages=99), [request(id, 1) for id in range(6)]
+    for req in requests:
+        req.params = SamplingParams(max_tokens=20)
+        sched.add(req)
+    run_pass(sched)
+    assert decoding_rows(sched) == [0, 1, 2, 3, 4, 5]
+    sched.finish(requests[1], FinishReason.ABORT)
+    assert decoding_rows(sched) == [0, 5, 2, 3, 4]
+    sched.finish(requests[4], FinishReason.ABORT)
+    sched.finish(requests[0], FinishReason.ABORT)
+    assert decoding_rows(sched) == [3, 5, 2]
+    sched.add(request(6, 1, max_tokens=20))
+    run_pass(sched)
+    sched.finish(requests[5], FinishReason.ABORT)
+    assert decoding_rows(sched) == [3, 0, 2]
+    for req in (requests[2], requests[3]):
+        sched.finish(req, FinishReason.ABORT)
+    assert decoding_rows(sched) == [0]
 
 
 def test_a_request_ended_during_the_pass_gets_nothing_from_it():

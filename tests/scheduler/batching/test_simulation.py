@@ -1,7 +1,6 @@
 """Whole workloads, played on a model of the KV cache that knows which request wrote which position. Passes are
 scheduled one by one, or before the tokens of those under way are known."""
 
-import dataclasses
 import random
 from collections import deque
 
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.pages import RESERVED_PAGE
 from penstock.scheduler.batching.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -78,6 +78,7 @@ class Simulation:
         self.must_wait, self.num_withdrawn = lookahead == PREPARED, 0
         self.under_way: deque[tuple[Batch, list[int]]] = deque()
         self.last_token: dict[int, int] = {}  # by row, on the device
+        self.sides = RowMessages(), RowMessages()
         self.cache = Cache(scheduler.page_size)
         self.num_computed: dict[int, int] = {}  # by request id
         self.row_seed: dict[int, int] = {}  # what the sampler remembers of each row
@@ -93,6 +94,7 @@ class Simulation:
                 if self.scheduler.is_wanted(batch):
                     self.submit(batch, running)
                 else:
+                    self.sent(batch)
                     self.scheduler.withdraw(batch)
                     self.num_withdrawn += 1
                 self.scheduler.check_integrity()
@@ -110,9 +112,18 @@ class Simulation:
         self.scheduler.check_integrity()
 
     def submit(self, batch: Batch, running: dict[int, Request]) -> None:
-        rows = Batch.unpack(batch.pack()).rows
+        rows = self.sent(batch).rows
+        for side in self.sides:
+            side.note(batch)
         sampled = [token for row in rows for token in self.compute(row, running[row.index])]
         self.under_way.append((batch, sampled))
+
+    def sent(self, batch: Batch) -> Batch:
+        """The batch as another rank hears it."""
+        sender, receiver = self.sides
+        heard = receiver.unpack(sender.pack(batch))
+        assert heard == batch
+        return heard
 
     def check_no_budget_is_wasted(self, batch: Batch):
         if batch.num_tokens == self.scheduler.max_num_batched_tokens:
@@ -125,7 +136,7 @@ class Simulation:
         assert ends == {row: request.num_computed_tokens for row, request in running.items()}
         assert all(request.num_computed_tokens + 1 == request.num_tokens_ahead for request in running.values())
         if self.scheduler.num_waiting and self.scheduler.num_running < self.scheduler.max_num_seqs:
-            head = self.scheduler._waiting[0]
+            head = next(iter(self.scheduler._waiting))
             num_places = head.most_tokens(self.scheduler.max_model_len) - 1
             assert num_places > self.scheduler.pool.num_free * self.scheduler.page_size
 
@@ -136,7 +147,7 @@ class Simulation:
             assert row.start == 0
             self.row_seed[row.index] = row.sampling.seed
         known = tuple(self.last_token[row.index] if token == ON_DEVICE else token for token in row.tokens)
-        tokens = self.cache.compute(dataclasses.replace(row, tokens=known), request.id)
+        tokens = self.cache.compute(row._replace(tokens=known), request.id)
         if not row.samples:
             return []
         token = next_token(tokens, self.row_seed[row.index])
