@@ -25,7 +25,7 @@ CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
 GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
-GATHERED_LAYERS = 1  # layers at a time whose keys and values are there twice
+DECODE_WORKSPACE_BYTES = 8 * MIB  # fp32 partials of decode attention in passes that no graph holds
 PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
 
@@ -74,7 +74,7 @@ class MemoryClaims:
         temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
-        workspace = temporaries + (GEMM_WORKSPACE_BYTES if self.on_gpu else 0)
+        workspace = temporaries + (GEMM_WORKSPACE_BYTES + DECODE_WORKSPACE_BYTES if self.on_gpu else 0)
         claims = [("activations", self.activations(num_seqs)[1]), ("workspace", workspace)]
         if self.on_gpu:
             claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
@@ -83,10 +83,14 @@ class MemoryClaims:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a KV page in all layers (KVCache), and of its copy where a pass with a prompt gathers what it
-        attends to (attention.gather), one layer at a time."""
-        layer_bytes = kv_token_bytes(self.spec, self.dtype, self.tp_size) // self.spec.num_layers
-        return self.config.page_size * layer_bytes * (self.spec.num_layers + GATHERED_LAYERS)
+        """Bytes of a KV page in all layers (KVCache)."""
+        return self.config.page_size * kv_token_bytes(self.spec, self.dtype, self.tp_size)
+
+    @property
+    def gathered_page_bytes(self) -> int:
+        """Bytes of a page in a copy of what chunks attend to that continue (attention.gather): one layer at a time, and
+        no more tokens than the longest row has (Binder.max_context)."""
+        return self.page_bytes // self.spec.num_layers
 
     def decompression_buffer(self, names: frozenset[str]) -> int:
         """Bytes of the decompression buffer if groups of these names are compressed."""
