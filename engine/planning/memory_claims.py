@@ -23,9 +23,8 @@ from penstock.scheduler.units import MIB, show_bytes
 # What a GPU's memory holds beside what is planned by name: assumed, since no probe measures it.
 CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
-GRAPHS_BYTES = 256 * MIB
+GRAPHS_BYTES = 256 * MIB  # and the fp32 partials of decode attention, in graphs and in passes that are none
 GEMM_WORKSPACE_BYTES = 64 * MIB
-DECODE_WORKSPACE_BYTES = 8 * MIB  # fp32 partials of decode attention in passes that no graph holds
 PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
 
@@ -74,7 +73,7 @@ class MemoryClaims:
         temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
-        workspace = temporaries + (GEMM_WORKSPACE_BYTES + DECODE_WORKSPACE_BYTES if self.on_gpu else 0)
+        workspace = temporaries + (GEMM_WORKSPACE_BYTES if self.on_gpu else 0)
         claims = [("activations", self.activations(num_seqs)[1]), ("workspace", workspace)]
         if self.on_gpu:
             claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
