@@ -106,8 +106,8 @@ class LLM:
         return outputs
 
     def _agree(self, asked: list[Asked], refusal: str) -> str:
-        """Why the ranks cannot run this call, the same on all; empty if they can. Only torchrun's may be given different
-        ones."""
+        """Why the ranks cannot run this call, the same on all; empty if they can. Only under torchrun each rank makes a
+        call of its own."""
         if self._launch.kind != "torchrun":
             return ""
         return self.engine.agree(Call("generate", digest(asked), refusal))

@@ -1,36 +1,37 @@
 """Attention of a pass over the paged KV cache.
 
-Shapes: T tokens, R rows, n tokens of one row, C gathered context tokens of all rows together, H/K local query/KV heads,
+Shapes: T tokens, R rows, n tokens of some rows, C context tokens of some rows together, H/K local query/KV heads,
 E head dim.
 
-There are several ways behind one function. The kind of pass, device, dtype and the rows' own lengths choose one, so
+There are several ways behind one function. The kind of a row (RowKind), device, dtype and its own length choose one, so
 that a pass has the same bits at any residency:
-  - rows of one token each, in a bucket of fixed size, read the pages where they lie (kernels/decode_attention.py)
-  - on a GPU in bf16 or fp16, a long row that starts in this pass attends to its own keys by cuDNN, which takes half the
-    time of torch's varlen kernel on an H200 (0.88 against 1.70 ms for 8000 tokens and 32 heads of 128). It compiles for
-    each length (45 ms), so rows are padded to few lengths: behind the causal mask nobody sees the padding
-  - for other rows the context is gathered, then the varlen kernel (CUDA, bf16 and fp16) or scaled_dot_product_attention
-    row by row attends
+  - rows of one token each read the pages where they lie (kernels/decode_attention.py)
+  - prompts that start in this pass attend to their own keys and values in the activation: by torch's varlen kernel, all
+    of them in one call (CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
+  - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes half the time of the varlen kernel on an H200 (0.88
+    against 1.70 ms for 8000 tokens and 32 heads of 128). It compiles for each length (45 ms), so rows are padded to few
+    lengths: behind the causal mask nobody sees the padding
+  - for chunks of several tokens that continue behind cached ones, their own context is gathered, then the varlen kernel
+    or scaled_dot_product_attention attends
 """
 
 import inspect
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from penstock.engine.compute.inputs import CachedLayer, GatheredContext, PagedContext, RowRange
+from penstock.engine.compute.inputs import CachedLayer, Chunks, Context, MixedContext, PagedContext, RowRange
 from penstock.engine.kernels.decode_attention import decode_attention
 from penstock.engine.kernels.rope_append import rotate_
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import KEYS_AT_ONCE
-from penstock.scheduler.cost.pass_work import LEAST_WHOLE_TOKENS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Context = GatheredContext | PagedContext
-
+LEAST_WHOLE_TOKENS = 1024
 WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for cuDNN, which pays from LEAST_WHOLE_TOKENS on
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
-calls = {"whole": 0, "gathered": 0}
+calls = {"paged": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
 
 if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes with it: 1 to 2 s of every rank's start
     from torch.nn.attention.varlen import varlen_attn
@@ -40,7 +41,7 @@ if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes 
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
-    """The lengths of rows that attend without a gathered context, up to the narrowest window. The range is empty where
+    """The lengths of prompts that attend each by itself, by cuDNN, up to the narrowest window. The range is empty where
     cuDNN does not serve: it wants bf16 or fp16 and heads of at most 128 in steps of 8, and pays from compute capability
     9.0 on."""
     if not _has_varlen(device, dtype) or spec.head_dim > 128 or spec.head_dim % 8:
@@ -51,54 +52,87 @@ def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> r
 
 
 def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | None) -> None:
-    """Overwrites the q of heads (T, H + 2K, E) with its causal attention, each row over its own context: the pages of
-    `cache`, which hold the pass's own k and v already.
+    """Overwrites the q of heads (T, H + 2K, E) with its causal attention, each row over its own context. The pages of
+    `cache` hold the pass's own k and v already; k in `heads` is rotated.
 
     `window` is how many tokens a token sees, itself included; with None it sees all before it.
     """
     num_kv_heads = cache.keys.shape[1]
-    q = heads[:, : heads.shape[1] - 2 * num_kv_heads]  # (T, H, E)
+    q, own_k, own_v = _split_heads(heads, num_kv_heads)
     if isinstance(context, PagedContext):
-        scale, rows = q.shape[-1] ** -0.5, q[:, None]  # (R, 1, H, E)
-        table = (context.page_table, context.lengths)
-        workspace = (context.partials, context.num_segments)
-        where = {"margin": cache.margin, "key_rope": cache.key_rope}
-        pages = (cache.keys, cache.values, *table)
-        decode_attention(rows, *pages, rows, scale, window, cache.page_size, *workspace, **where)
+        attend_paged_(q, cache, context, window)
         return
-    out = q
-    if context.max_context:
-        out = attend(q, *gather(cache, context), context, window)
-    for row in context.whole:
-        tokens = slice(row.first_query, row.first_query + row.num_queries)
-        out[tokens] = attend_whole(heads[tokens], num_kv_heads)
-    if out is not q:
-        q.copy_(out)
+    if context.paged is not None:
+        attend_paged_(q[: len(context.paged.lengths)], cache, context.paged, window)
+    for part in context.continuing:
+        calls["gathered"] += 1
+        attend_chunks_(q[part.chunks.tokens], *gather(cache, part.addresses, part.positions), part.chunks, window)
+    if context.starting is not None:
+        calls["own"] += 1
+        tokens = context.starting.tokens
+        attend_chunks_(q[tokens], own_k[tokens], own_v[tokens], context.starting, window)
+    for tokens in context.whole:
+        calls["whole"] += 1
+        q[tokens] = attend_whole(heads[tokens], num_kv_heads)
 
 
-def gather(cache: CachedLayer, context: GatheredContext) -> tuple[Tensor, Tensor]:
-    """Keys, rotated, and values of the context: (C, K, E) each."""
-    keys, values = cache.keys[context.addresses], cache.values[context.addresses]
+def attend_paged_(q: Tensor, cache: CachedLayer, context: PagedContext, window: int | None) -> None:
+    """Overwrites q (R, H, E), one token a row, with its attention over the row's pages."""
+    calls["paged"] += 1
+    scale, rows = q.shape[-1] ** -0.5, q[:, None]  # (R, 1, H, E)
+    pages = (cache.keys, cache.values, context.page_table, context.lengths)
+    workspace = (context.partials, context.num_segments)
+    where = {"margin": cache.margin, "key_rope": cache.key_rope}
+    decode_attention(rows, *pages, rows, scale, window, cache.page_size, *workspace, **where)
+
+
+def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, rotated, and values (C, K, E) of cached tokens."""
+    keys, values = cache.keys[addresses], cache.values[addresses]
     if cache.key_rope is not None:
-        for part, positions in zip(keys.split(KEYS_AT_ONCE), context.positions.split(KEYS_AT_ONCE)):
-            rotate_(part, *cache.key_rope[:, positions])
+        for part, at in zip(keys.split(KEYS_AT_ONCE), positions.split(KEYS_AT_ONCE)):
+            rotate_(part, *cache.key_rope[:, at])
     return keys, values
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, context: GatheredContext, window: int | None) -> Tensor:
-    """Attention (T, H, E) of q (T, H, E) over the gathered k, v (C, K, E); what rows without gathered context get means
-    nothing."""
-    calls["gathered"] += 1
+def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None) -> None:
+    """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E)."""
     scale = q.shape[-1] ** -0.5
     if _has_varlen(q.device, q.dtype):
         window_size = (-1 if window is None else window - 1, 0)
-        bounds = (context.query_starts, context.context_starts, context.max_queries, context.max_context)
-        return varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED)
-    out = torch.empty_like(q)
-    for row in context.ranges:
-        if row.num_context:
-            _attend_row(q, k, v, row, scale, window, out)
-    return out
+        bounds = (chunks.query_starts, chunks.context_starts, chunks.max_queries, chunks.max_context)
+        q.copy_(varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED))
+        return
+    for row in chunks.ranges:
+        _attend_row_(q, k, v, row, scale, window)
+
+
+def row_contexts(
+    heads: Tensor, cache: CachedLayer, context: MixedContext
+) -> Iterator[tuple[slice, RowRange, Tensor, Tensor]]:
+    """Each row of a pass in its order, for those who attend by themselves: its tokens, its range, and the keys,
+    rotated, and values (C, K, E) that it attends to. No row may be whole. The host waits for the lengths of paged rows.
+    """
+    assert not context.whole, "rows of `whole` have no range"
+    _, own_k, own_v = _split_heads(heads, cache.keys.shape[1])
+    lengths = [] if context.paged is None else context.paged.lengths.tolist()
+    for row, length in enumerate(lengths):
+        positions = torch.arange(length, device=heads.device)
+        entries = positions + cache.margin
+        pages = context.paged.page_table[row][entries // cache.page_size].long()
+        addresses = pages * cache.page_size + entries % cache.page_size
+        yield slice(row, row + 1), RowRange(0, 1, 0, length), *gather(cache, addresses, positions)
+    parts = [(part.chunks, *gather(cache, part.addresses, part.positions)) for part in context.continuing]
+    if context.starting is not None:
+        tokens = context.starting.tokens
+        parts.append((context.starting, own_k[tokens], own_v[tokens]))
+    for chunks, k, v in parts:
+        for row in chunks.ranges:
+            first, seen = (
+                chunks.first_token + row.first_query,
+                slice(row.first_context, row.first_context + row.num_context),
+            )
+            yield slice(first, first + row.num_queries), row, k[seen], v[seen]
 
 
 def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
@@ -109,9 +143,7 @@ def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
         padded = heads.new_empty(num_tokens + padding, num_heads, head_dim)
         padded[:num_tokens], padded[num_tokens:] = heads, 0.0
         heads = padded
-    parts = heads.split([num_heads - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-    q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (1, H or K, n + padding, E)
-    calls["whole"] += 1
+    q, k, v = (part.transpose(0, 1)[None] for part in _split_heads(heads, num_kv_heads))  # (1, H or K, n + padding, E)
     with sdpa_kernel(WHOLE_BACKEND):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5, enable_gqa=True)
     return out[0].transpose(0, 1)[:num_tokens]
@@ -121,16 +153,21 @@ def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, window: int | None, out: Tensor) -> None:
+def _split_heads(heads: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The q, k and v of heads (n, H + 2K, E)."""
+    return heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+
+
+def _attend_row_(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, window: int | None) -> None:
     """Attends one row by scaled_dot_product_attention, which takes heads first. A mask is aligned to the end of the
-    context, as is_causal is not. q is copied, since the fp32 kernel on a GPU wants 16-byte alignment."""
+    context, as is_causal is not. What is read is copied, since the fp32 kernel on a GPU wants 16-byte alignment."""
     tokens = slice(row.first_query, row.first_query + row.num_queries)
-    q = q[tokens].clone().transpose(0, 1)[None]  # (1, H, q, E)
-    k = k[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]  # (1, K, L, E)
-    v = v[row.first_context : row.first_context + row.num_context].transpose(0, 1)[None]
+    seen = slice(row.first_context, row.first_context + row.num_context)
+    parts = (q[tokens], k[seen], v[seen])
+    own_q, k, v = (part.clone().transpose(0, 1)[None] for part in parts)  # (1, H or K, q or L, E)
     mask = causal_mask(row, window, q.device)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    out[tokens] = attended[0].transpose(0, 1)  # (q, H, E)
+    attended = F.scaled_dot_product_attention(own_q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    q[tokens] = attended[0].transpose(0, 1)  # (q, H, E)
 
 
 def causal_mask(row: RowRange, window: int | None, device: torch.device) -> Tensor:

@@ -142,6 +142,7 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         len_option="max_model_len" if retention.max_cached is None else "attention_sinks+attention_window",
         num_pages=config.num_pages,
         retention=retention,
+        gathered_page_bytes=claims.gathered_page_bytes,
     )
 
 

@@ -23,9 +23,8 @@ from penstock.scheduler.units import MIB, show_bytes
 # What a GPU's memory holds beside what is planned by name: assumed, since no probe measures it.
 CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
-GRAPHS_BYTES = 256 * MIB
+GRAPHS_BYTES = 256 * MIB  # and the fp32 partials of decode attention, in graphs and in passes that are none
 GEMM_WORKSPACE_BYTES = 64 * MIB
-GATHERED_LAYERS = 1  # layers at a time whose keys and values are there twice
 PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
 
@@ -83,10 +82,14 @@ class MemoryClaims:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a KV page in all layers (KVCache), and of its copy where a pass with a prompt gathers what it
-        attends to (attention.gather), one layer at a time."""
-        layer_bytes = kv_token_bytes(self.spec, self.dtype, self.tp_size) // self.spec.num_layers
-        return self.config.page_size * layer_bytes * (self.spec.num_layers + GATHERED_LAYERS)
+        """Bytes of a KV page in all layers (KVCache)."""
+        return self.config.page_size * kv_token_bytes(self.spec, self.dtype, self.tp_size)
+
+    @property
+    def gathered_page_bytes(self) -> int:
+        """Bytes of a page in a copy of what chunks attend to that continue (attention.gather): one layer at a time, and
+        no more tokens than the longest row has (Binder.max_context)."""
+        return self.page_bytes // self.spec.num_layers
 
     def decompression_buffer(self, names: frozenset[str]) -> int:
         """Bytes of the decompression buffer if groups of these names are compressed."""

@@ -14,7 +14,7 @@ from enum import Enum
 
 import torch
 from penstock.engine.compute.attention import whole_tokens
-from penstock.engine.compute.inputs import bind
+from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, bucket_sizes
@@ -39,7 +39,8 @@ class PassRunner:
         assert max_num_seqs <= min(executor.arena.most.values()), "a bucket would be larger than the activations"
         self.executor, self.decode_as, self.max_context = executor, decode_as, max_context
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
-        self.whole_tokens = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
+        whole = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
+        self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
         pads = decode_as is not DecodeAs.EAGER
@@ -87,8 +88,7 @@ class PassRunner:
         return next(size for size in self.sizes if size >= num_rows)
 
     def _run_eagerly(self, batch: Batch, asked: Asked) -> PendingSample | None:
-        kv, last_tokens = self.model.kv, self.model.sampler.last_tokens
-        inputs = bind(batch, kv.page_size, last_tokens, self.whole_tokens, kv.margin)
+        inputs = self.binder.bind(batch)
         pending: list[PendingSample] = []
         self.executor.run(inputs, asked, lambda output: pending.append(PendingSample(output)))
         return pending[0] if pending else None

@@ -8,8 +8,8 @@ G KV heads as they cross (K, or H where they were repeated).
 from collections.abc import Sequence
 
 import torch
-from penstock.engine.compute.attention import attend
-from penstock.engine.compute.inputs import GatheredContext, RowRange
+from penstock.engine.compute.attention import attend_chunks_, attend_paged_
+from penstock.engine.compute.inputs import CachedLayer, Chunks, PagedContext, RowRange
 from penstock.engine.compute.ops import project
 from penstock.engine.config import EngineConfig
 from penstock.engine.kernels.embedding import embed_rows
@@ -66,7 +66,12 @@ class DeviceSide:
 
     def _attention(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention (T, H, E) of q (T, H, E), the last T of C tokens, over k and v (C, G, E)."""
-        return attend(q, k, v, _one_row(len(q), len(k)), self.spec.windows[layer_idx])
+        out, window = q.clone(), self.spec.windows[layer_idx]
+        if len(q) == 1:  # as the engine computes rows of one token
+            attend_paged_(out, CachedLayer(k, v, page_size=len(k)), _one_page(len(k)), window)
+        else:
+            attend_chunks_(out, k, v, _one_row(len(q), len(k)), window)
+        return out
 
     def _scores(self, layer_idx: int, q: Tensor, k: Tensor) -> Tensor:
         """Scores (H, T, C) of q (T, H, E) and k (C, G, E), neither scaled nor masked."""
@@ -109,15 +114,13 @@ def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[Lo
     return loaded, {group.id: views(group, loaded.resident[group.id]) for group in groups}
 
 
-def _one_row(num_queries: int, num_context: int) -> GatheredContext:
+def _one_page(num_context: int) -> PagedContext:
+    """One row, whose context is the first page."""
+    page_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([num_context], dtype=torch.int32)
+    return PagedContext(page_table, lengths, partials=torch.empty(0), num_segments=1)
+
+
+def _one_row(num_queries: int, num_context: int) -> Chunks:
+    query_starts, context_starts = (torch.tensor([0, n], dtype=torch.int32) for n in (num_queries, num_context))
     row = RowRange(0, num_queries, 0, num_context)
-    return GatheredContext(
-        addresses=torch.arange(num_context),
-        positions=torch.arange(num_context),
-        query_starts=torch.tensor([0, num_queries], dtype=torch.int32),
-        context_starts=torch.tensor([0, num_context], dtype=torch.int32),
-        max_queries=num_queries,
-        max_context=num_context,
-        ranges=(row,),
-        whole=(),
-    )
+    return Chunks(0, num_queries, query_starts, context_starts, num_queries, num_context, (row,))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from penstock.engine.compute.arena import aligned_bytes
-from penstock.engine.compute.attention import causal_mask, gather
+from penstock.engine.compute.attention import causal_mask, row_contexts
 from penstock.engine.compute.context import ModelContext, PassContext
 from penstock.engine.compute.inputs import RowRange
 from penstock.engine.compute.kv_cache import make_cache
@@ -73,12 +73,9 @@ class SplitExecutor(Executor):
 
     def _attend_rows(self, ctx: PassContext, layer_idx: int) -> None:
         """Attends row by row; the result overwrites q."""
-        heads, context = ctx.heads(), ctx.inputs.context
-        k, v = gather(self.model.kv.layer(layer_idx), context)  # (C of all rows, K, E)
-        for row in context.ranges:
-            tokens = slice(row.first_query, row.first_query + row.num_queries)
-            span = slice(row.first_context, row.first_context + row.num_context)
-            self._attend(layer_idx, row, heads[tokens, : self.model.num_heads], k[span], v[span])
+        heads, cache = ctx.heads(), self.model.kv.layer(layer_idx)
+        for tokens, row, k, v in row_contexts(heads, cache, ctx.inputs.context):
+            self._attend(layer_idx, row, heads[tokens, : self.model.num_heads], k, v)
 
     def _attend(self, layer_idx: int, row: RowRange, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrites q (T, H, E) with its attention over k and v (C, K, E)."""

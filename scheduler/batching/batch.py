@@ -1,10 +1,22 @@
 """What one pass computes: rows of tokens."""
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 from penstock.scheduler.batching.request import RowSampling
-from penstock.scheduler.cost.pass_work import LEAST_WHOLE_TOKENS, PassShape
+from penstock.scheduler.cost.pass_work import PassShape
+
+
+class RowKind(IntEnum):
+    """What a row attends to, in the order of a pass: one token, by itself, reads what is cached where it lies; a chunk
+    of more continues behind cached tokens, or starts, with all that it sees in the pass."""
+
+    ONE_TOKEN = 0
+    CONTINUES = 1
+    STARTS = 2
 
 
 class BatchRow(NamedTuple):
@@ -30,6 +42,17 @@ class BatchRow(NamedTuple):
         """Tokens that are cached before the pass. The positions of the row's own tokens follow theirs."""
         return self.start - self.num_evicted
 
+    @property
+    def kind(self) -> RowKind:
+        if len(self.tokens) == 1:
+            return RowKind.ONE_TOKEN
+        return RowKind.CONTINUES if self.num_cached else RowKind.STARTS
+
+    @property
+    def order(self) -> tuple[RowKind, int]:
+        """Where in a pass the row stands: by kind, then short rows before long ones."""
+        return self.kind, len(self.tokens)
+
 
 def is_decode(batch: "Batch") -> bool:
     """Whether every row computes one token and samples the next."""
@@ -41,6 +64,15 @@ class Batch:
     """What one pass computes."""
 
     rows: tuple[BatchRow, ...]
+
+    @staticmethod
+    def of(rows: Iterable[BatchRow]) -> "Batch":
+        """The batch of these rows in the order of a pass."""
+        return Batch(tuple(sorted(rows, key=lambda row: row.order)))
+
+    @property
+    def is_in_order(self) -> bool:
+        return all(row.order <= following.order for row, following in itertools.pairwise(self.rows))
 
     @property
     def num_tokens(self) -> int:
@@ -55,5 +87,8 @@ class Batch:
         """The pass as the time model sees it."""
         cached = sum(row.num_cached for row in self.rows)
         pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
-        whole = sum(len(row.tokens) for row in self.rows if not row.start and len(row.tokens) >= LEAST_WHOLE_TOKENS)
-        return PassShape(self.num_tokens, len(self.rows), cached, pairs, cached + self.num_tokens - whole)
+        seen = dict.fromkeys(RowKind, 0)
+        for row in self.rows:
+            seen[row.kind] += row.num_cached + len(row.tokens)
+        read, copied = seen[RowKind.ONE_TOKEN], seen[RowKind.CONTINUES]
+        return PassShape(self.num_tokens, len(self.rows), cached, pairs, read, copied)

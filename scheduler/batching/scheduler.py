@@ -114,8 +114,8 @@ class Scheduler:
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
             return None
-        batch = Batch(tuple(rows))
-        self._under_way.append((batch, [self._running[row.index] for row in rows]))
+        batch = Batch.of(rows)
+        self._under_way.append((batch, [self._running[row.index] for row in batch.rows]))
         self._num_free_rows, self._num_waiting = len(self._free_rows), len(self._waiting)
         return batch
 

@@ -8,26 +8,27 @@ from dataclasses import dataclass
 
 KV_SHARE = 0.72  # decode attention reads keys and values at this share of the memory rate; measured at 32k tokens
 ATTENTION_SHARE = 0.6  # prefill attention's share of the GEMM rate; measured: 0.48 at 2000 tokens, 0.65 at 8000
-# Passes with a prompt in them copy the keys and values that their rows attend to before they attend, entry by entry, at
-# this share of the memory rate.
+# Chunks that continue copy the keys and values that they attend to before they attend, entry by entry, at this share of
+# the memory rate.
 GATHER_SHARE = 0.25
-LEAST_WHOLE_TOKENS = 1024  # a row that starts in a pass with so many tokens attends to its own keys and copies none
 
 
 @dataclass(frozen=True)
 class PassShape:
     """What a pass computes: tokens, rows, and the tokens whose KV is cached already, summed over rows.
 
-    `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_gathered`
-    counts the tokens whose keys and values are copied if the pass is no decode pass. None means that all rows are
-    alike.
+    `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_read` the
+    tokens that rows of one token each attend to, and read where they are cached; `num_copied` those that chunks behind
+    cached tokens attend to, and copy before. Prompts that start in the pass attend to what they have at hand. None
+    means that all rows are alike.
     """
 
     num_tokens: int
     num_rows: int
     context_tokens: int
     num_pairs: int | None = None
-    num_gathered: int | None = None
+    num_read: int | None = None
+    num_copied: int | None = None
 
     @property
     def attended_pairs(self) -> float:
@@ -37,14 +38,18 @@ class PassShape:
         return self.context_tokens * queries_a_row + self.num_tokens * (queries_a_row + 1) / 2
 
     @property
-    def gathered_tokens(self) -> int:
-        """Tokens whose keys and values are copied: none in a decode pass, else those of all rows that are not whole."""
-        if self.is_decode:
-            return 0
-        if self.num_gathered is not None:
-            return self.num_gathered
-        is_whole = not self.context_tokens and self.num_tokens >= LEAST_WHOLE_TOKENS * self.num_rows
-        return 0 if is_whole else self.context_tokens + self.num_tokens
+    def read_tokens(self) -> int:
+        """Tokens whose keys and values are read where they are cached, each for one query."""
+        if self.num_read is not None:
+            return self.num_read
+        return self.context_tokens + self.num_tokens if self.is_decode else 0
+
+    @property
+    def copied_tokens(self) -> int:
+        """Tokens whose keys and values are copied, and read from the copy."""
+        if self.num_copied is not None:
+            return self.num_copied
+        return self.context_tokens + self.num_tokens if self.context_tokens and not self.is_decode else 0
 
     @property
     def is_decode(self) -> bool:
@@ -76,28 +81,31 @@ class StepWork:
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
-        return self.weight_bytes + moved_bytes + self._kv_bytes(shape) + self._gathered_bytes(shape)
+        kv_bytes = (shape.read_tokens + 3 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
+        return self.weight_bytes + moved_bytes + kv_bytes
 
-    def _kv_bytes(self, shape: PassShape) -> int:
-        return (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
+    def cache_bytes(self, shape: PassShape) -> float:
+        """Bytes that would take as long at the full memory rate as to read from the cache and to copy from it, which
+        kernels of their own do."""
+        return (shape.read_tokens / KV_SHARE + 2 * shape.copied_tokens / GATHER_SHARE) * self.kv_token_bytes
 
-    def _gathered_bytes(self, shape: PassShape) -> int:
-        """Bytes read and written by the copies."""
-        return 2 * shape.gathered_tokens * self.kv_token_bytes
+    def other_bytes(self, shape: PassShape) -> int:
+        """Bytes of everything else."""
+        return self.nbytes(shape) - (shape.read_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes
 
     def memory_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long as the step's at the full memory rate."""
-        slow_bytes = (1 / KV_SHARE - 1) * self._kv_bytes(shape) + (1 / GATHER_SHARE - 1) * self._gathered_bytes(shape)
-        return self.nbytes(shape) + slow_bytes
+        return self.cache_bytes(shape) + self.other_bytes(shape)
 
     def flops(self, shape: PassShape) -> float:
         linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
         return linear_flops + shape.attended_pairs * self.attention_flops
 
     def gemm_flops(self, shape: PassShape) -> float:
-        """FLOPs of a GEMM that would take as long as the step."""
-        extra = (1 / ATTENTION_SHARE - 1) * shape.attended_pairs * self.attention_flops
-        return self.flops(shape) + extra
+        """FLOPs of a GEMM that would take as long as the step, but for the rows of one token, which memory binds."""
+        linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
+        pairs = shape.attended_pairs - shape.read_tokens
+        return linear_flops + pairs * self.attention_flops / ATTENTION_SHARE
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ run beside compute, so the longer of the two lanes counts; the compute lane is t
 decompressed; the wrapped copies cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan
 itself, with the same cost of a step (`step_s`):
 
-    latency + sqrt(memory^2 + compute^2)
+    latency + cache + sqrt(memory^2 + compute^2)
 
-`latency` is a graph node's, or the time of the step's all-reduce; `memory` is the time of its reads and writes at the
-memory rate, `compute` that of its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
+`latency` is a graph node's, or the time of the step's all-reduce; `cache` is the time of what attention reads from the
+KV cache and copies out of it, by kernels of its own; `memory` is the time of all other reads and writes at the memory
+rate, `compute` that of its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
 cannot keep both units busy all the time, and where its bytes alone would take as long as its FLOPs it takes 1.4 times
 as long (tests/engine/planning/test_predictions.py compares with what was measured). Steps that the host launches one by
 one take no less than their launches.
@@ -192,8 +193,8 @@ def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
 
 
 def _device_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
-    moves_s = work.memory_bytes(shape) / (rates.memory_gb_s * GB)
-    busy_s = math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
+    cache_s, moves_s = (n / (rates.memory_gb_s * GB) for n in (work.cache_bytes(shape), work.other_bytes(shape)))
+    busy_s = cache_s + math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
     return busy_s + (_reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0)
 
 

@@ -81,14 +81,14 @@ def _fit(demand: Demand, split: Split) -> Residency | None:
     num_pages = demand.wanted_pages(demand.max_num_seqs)
     if demand.memory_bytes is not None:
         room = demand.memory_bytes - demand.claims_bytes(split) - demand.weights_bytes(split)
-        ring_room = room - demand.least_pages * demand.page_bytes
+        ring_room = room - demand.kv_bytes(demand.least_pages)
         if ring_room < (minimum_ring_bytes(streamed) if demand.ring_bytes is None else ring_bytes):
             return None
         if ring_bytes > ring_room:
             notes.append(f"ring cut from {show_bytes(ring_bytes)} to {show_bytes(ring_room)}: no more memory is left")
             ring_bytes = ring_room
         most = demand.max_num_seqs * demand.pages(demand.full_len) + 1
-        num_pages = demand.num_pages or min(most, (room - ring_bytes) // demand.page_bytes)
+        num_pages = demand.num_pages or min(most, demand.pages_in(room - ring_bytes))
     elif demand.num_pages is None:
         num_pages = min(num_pages, max(demand.least_pages, CPU_KV_BYTES // demand.page_bytes + 1))
     made = _assemble(demand, split, ring_bytes, num_pages)
@@ -114,6 +114,8 @@ def _assemble(demand: Demand, split: Split, ring_bytes: int, num_pages: int) -> 
         asked = f"{demand.len_option}={demand.max_model_len} is asked"
         raise ValueError(f"num_pages={num_pages}: {max_model_len} tokens fit, and {asked}")
     claims = [("ring", ring_bytes), *demand.claims(split), ("KV cache", num_pages * demand.page_bytes)]
+    if demand.gathered_page_bytes:
+        claims.append(("gathered context", demand.gathered_bytes(num_pages)))
     claims.insert(0 if not streamed else len(claims), ("resident weights", weights))
     return Residency(
         resident=split.resident,
@@ -148,12 +150,12 @@ def _kv_notes(demand: Demand, made: Residency) -> list[str]:
 def _refusal(demand: Demand, split: Split) -> str:
     """A message with what was asked, what there is, and what would fit."""
     ring = demand.ring_bytes or minimum_ring_bytes(demand.streamed(split))
-    kv, weights = demand.least_pages * demand.page_bytes, demand.weights_bytes(split)
+    kv, weights = demand.kv_bytes(demand.least_pages), demand.weights_bytes(split)
     held = f"KV of {demand.least_len} tokens" if demand.num_pages is None else f"num_pages={demand.num_pages}"
     parts = [("resident weights", weights), ("ring", ring), *demand.claims(split), (held, kv)]
     need = sum(nbytes for _, nbytes in parts)
     listed = ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in parts if nbytes)
-    left = (demand.memory_bytes - need + kv) // demand.page_bytes
+    left = demand.pages_in(demand.memory_bytes - need + kv)
     fits = [f"gpu_memory of at least {show_bytes(need)}"]
     nothing = [Split(frozenset(), compressed, embed_resident=False) for compressed in (split.compressed, frozenset())]
     if split.resident and demand.resident != "auto" and any(_fit(demand, one) is not None for one in nothing):

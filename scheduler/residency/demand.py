@@ -36,7 +36,8 @@ class Demand:
     another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`. `memory_bytes` None
     stands for plain host memory (a CPU), which has no limit here. `max_model_len` None allows the trained length, as
     far as it fits; `len_option` names the option that sets it. `retention` says how many pages a sequence needs: enough
-    for all of its tokens, if it is not given.
+    for all of its tokens, if it is not given. What one sequence has cached may be there once more, in
+    `gathered_page_bytes` a page.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -57,6 +58,7 @@ class Demand:
     len_option: str = "max_model_len"
     num_pages: int | None = None
     retention: Retention | None = None
+    gathered_page_bytes: int = 0
 
     def planned_for(self, num_seqs: int) -> "Demand":
         """The demand with this number of sequences if it is planned, or unchanged if a number was asked for."""
@@ -101,6 +103,19 @@ class Demand:
     def wanted_pages(self, num_seqs: int) -> int:
         """Pages of so many sequences of kv_len tokens, of one full sequence at least, and the reserved one."""
         return self.num_pages or max(num_seqs * self.pages(self.kv_len), self.pages(self.full_len)) + 1
+
+    def gathered_bytes(self, num_pages: int) -> int:
+        """Bytes of a copy of the longest sequence that is wanted and that so many pages hold."""
+        return min(num_pages, self.pages(self.full_len)) * self.gathered_page_bytes
+
+    def kv_bytes(self, num_pages: int) -> int:
+        """Bytes of so many pages, and of the copy."""
+        return num_pages * self.page_bytes + self.gathered_bytes(num_pages)
+
+    def pages_in(self, nbytes: int) -> int:
+        """The most pages whose kv_bytes are no more than `nbytes`."""
+        most_copied = nbytes - self.pages(self.full_len) * self.gathered_page_bytes
+        return max(most_copied // self.page_bytes, nbytes // (self.page_bytes + self.gathered_page_bytes))
 
     @property
     def least_pages(self) -> int:

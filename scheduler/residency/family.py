@@ -96,7 +96,7 @@ class Family:
         demand = self.demand.planned_for(num_seqs)
         if demand.memory_bytes is None:
             return math.inf
-        return demand.memory_bytes - demand.fixed_bytes - demand.wanted_pages(num_seqs) * demand.page_bytes
+        return demand.memory_bytes - demand.fixed_bytes - demand.kv_bytes(demand.wanted_pages(num_seqs))
 
     def fastest(self, num_seqs: int) -> Found | None:
         """The fastest split of so many sequences; None where no split fits."""

@@ -80,7 +80,7 @@ def _holds(demand: Demand, split: Split) -> bool:
     if demand.num_pages is not None or demand.memory_bytes is None:
         return num_pages <= (demand.num_pages or num_pages)
     held = demand.weights_bytes(split) + demand.usual_ring_bytes(split) + demand.claims_bytes(split)
-    return held + num_pages * demand.page_bytes <= demand.memory_bytes
+    return held + demand.kv_bytes(num_pages) <= demand.memory_bytes
 
 
 def most_per_second(most: int, seconds: Callable[[int], float]) -> int | None:

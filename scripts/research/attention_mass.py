@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from penstock.engine.compute.attention import causal_mask, gather
+from penstock.engine.compute.attention import causal_mask, row_contexts
 from penstock.engine.compute.context import PassContext
 from penstock.engine.llm import LLM
 from penstock.engine.runtime.watch import Watch
@@ -41,10 +41,9 @@ def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
 def first_masses(ctx: PassContext, layer_idx: int, num_first: int) -> Tensor:
     """Computes the shares (T, H, num_first) in a pass over one row, whose q and k are rotated and whose attention is
     yet to come."""
-    context, model = ctx.inputs.context, ctx.model
-    (row,) = context.ranges
-    q = ctx.heads()[:, : model.num_heads].float()  # (T, H, E)
-    keys, _ = gather(model.kv.layer(layer_idx), context)
+    heads, model = ctx.heads(), ctx.model
+    ((_, row, keys, _),) = row_contexts(heads, model.kv.layer(layer_idx), ctx.inputs.context)
+    q = heads[:, : model.num_heads].float()  # (T, H, E)
     keys = keys.float().repeat_interleave(model.num_heads // model.num_kv_heads, dim=1)  # (C, H, E)
     scores = torch.einsum("the,che->thc", q, keys) * model.spec.head_dim**-0.5
     mask = causal_mask(row, model.spec.windows[layer_idx], q.device)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from penstock.engine.compute.inputs import PassInputs, bind
+from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.sampler import NAN_LOGITS, Asked, SampleOutput
 from penstock.engine.llm import LLM
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -57,8 +57,8 @@ def _row(retention: Retention, tokens: Sequence[int], start: int, end: int, num_
 def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
     """Log probabilities of the tokens that follow the row's last ones."""
     runner = llm.engine.worker.runner
-    executor, kv, sampler = runner.executor, runner.model.kv, runner.model.sampler
-    inputs = bind(Batch((row,)), kv.page_size, sampler.last_tokens, runner.whole_tokens, kv.margin)
+    executor, sampler = runner.executor, runner.model.sampler
+    inputs = runner.binder.bind(Batch((row,)))
     targets = torch.tensor(following, device=sampler.device)
     scored: list[Tensor] = []
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from penstock.engine.compute.inputs import bind
+from penstock.engine.compute.bind import Binder
 from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.transfers import ATTENTION_WAYS, SplitConfig
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -94,11 +94,16 @@ def test_kernels_are_their_references(tmp_path, name):
 def test_noise_is_drawn_by_the_position_in_the_sequence():
     """Noise does not depend on the address in the cache, which comes again and again."""
     row = BatchRow(1, (9,), start=100, pages=(4, 2, 3), samples=True, sampling=None, num_evicted=92)
-    inputs = bind(Batch((row,)), 4, torch.zeros(4, dtype=torch.int64), margin=1)
-    assert inputs.positions.tolist() == [8] and inputs.sampled_positions.tolist() == [101]
-    assert inputs.addresses.tolist() == [3 * 4 + 1]
-    assert inputs.context.addresses.tolist() == [17, 18, 19, 8, 9, 10, 11, 12, 13]
-    assert inputs.context.positions.tolist() == list(range(9))
+    chunk = row._replace(tokens=(8, 9), start=99)  # which ends with the same token
+    binder = Binder(4, 1, torch.zeros(4, dtype=torch.int64), 2, max_context=9, partials=torch.empty(0))
+    one, two = (binder.bind(Batch((row,))) for row in (row, chunk))
+    assert (one.positions.tolist(), two.positions.tolist()) == ([8], [7, 8])
+    assert one.sampled_positions.tolist() == two.sampled_positions.tolist() == [101]
+    assert (one.addresses.tolist(), two.addresses.tolist()) == ([3 * 4 + 1], [3 * 4, 3 * 4 + 1])
+    assert one.context.paged.lengths.tolist() == [9] and one.context.paged.page_table.tolist() == [[4, 2, 3]]
+    (gathered,) = two.context.continuing
+    assert gathered.addresses.tolist() == [17, 18, 19, 8, 9, 10, 11, 12, 13]
+    assert gathered.positions.tolist() == list(range(9))
 
 
 def test_pages_do_not_grow():

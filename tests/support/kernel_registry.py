@@ -75,8 +75,12 @@ def _kernel(module: ModuleType, stem: str, *steps: str, **rest) -> EngineKernel:
     return EngineKernel(module, steps, **{**ways, "names": tuple((module, name) for name in names), **rest})
 
 
-def _paged(step: Compute, ctx: PassContext) -> bool:
+def _is_bucket(step: Compute, ctx: PassContext) -> bool:
     return isinstance(ctx.inputs.context, PagedContext)
+
+
+def _paged(step: Compute, ctx: PassContext) -> bool:
+    return _is_bucket(step, ctx) or ctx.inputs.context.paged is not None
 
 
 def _one_row(step: Compute, ctx: PassContext) -> bool:
@@ -137,7 +141,7 @@ KERNELS: dict[str, EngineKernel] = {
     "draw": _kernel(draw, "draw_rows", "sample", condition=_asks("draw")),
     "filter": _kernel(filter, "find_limits", "sample", condition=_asks("draw", "filter"), params=FILTERED),
     # before the pass's first step
-    "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_paged, exact=True),
+    "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_is_bucket, exact=True),
     "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decompress", exact=True, params=SHORT),
     "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
     "reduce_residual_norm": EngineKernel(

@@ -75,7 +75,7 @@ def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[Sampling
     def note(instruction: Instruction, ctx: PassContext | None) -> None:
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":
             run.logits.append(ctx.act["logits"].clone())
-            run.addresses.append(ctx.inputs.context.addresses.clone())
+            run.addresses.append(ctx.inputs.addresses.clone())
 
     with llm.engine.watched_by(After(note)):
         run.tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]

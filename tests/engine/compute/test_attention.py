@@ -1,12 +1,16 @@
-"""Rows that attend to their own keys, beside rows that attend to gathered ones, give what they give gathered."""
+"""Rows of every kind in one pass attend as each does by itself, and read nobody else's keys."""
 
 import random
 from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from penstock.engine.compute import attention
-from penstock.engine.compute.inputs import CachedLayer, bind
+from penstock.engine.compute.bind import Binder
+from penstock.engine.compute.inputs import CachedLayer
+from penstock.engine.kernels.rope_append import rotate_
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from torch.nn.attention import SDPBackend
 
@@ -14,56 +18,174 @@ from tests.support.rounding import assert_apart, attention_apart
 
 PAGE_SIZE, NUM_PAGES, H, K = 4, 2000, 4, 2
 LARGEST = 5.0  # of the normal numbers that are drawn here
+Rows = list[tuple[int, int]]  # cached tokens and tokens of each row
 
 
-def batch_of(rows: list[tuple[int, int]], seed: int) -> Batch:
-    """A batch of rows (start, tokens), whose pages are in any order."""
+def batch_of(rows: Rows, seed: int, margin: int = 0) -> Batch:
+    """A batch of these rows, whose pages are in any order."""
     pages = list(range(1, NUM_PAGES))
     random.Random(seed).shuffle(pages)
     made = []
     for index, (start, num_tokens) in enumerate(rows):
-        own = tuple(pages.pop() for _ in range(-(-(start + num_tokens) // PAGE_SIZE)))
+        own = tuple(pages.pop() for _ in range(-(-(margin + start + num_tokens) // PAGE_SIZE)))
         made.append(BatchRow(index, tuple(range(num_tokens)), start, own, True, None))
-    return Batch(tuple(made))
+    return Batch.of(made)
 
 
-def attended(
-    batch: Batch, whole: range, window: int | None, dtype=torch.float32, device="cpu", head_dim: int = 8
-) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
+@dataclass
+class Example:
+    """One layer's tensors in a pass over `rows`; with `turns` keys are cached as they were before their rotation. What
+    belongs to no row of the cache is NaN."""
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+    rows: Rows
+    whole: range = range(0)
+    window: int | None = None
+    turns: bool = False
+    margin: int = 0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    head_dim: int = 8
+    max_context: int = 64
 
-    cache = random(NUM_PAGES * PAGE_SIZE, K, head_dim), random(NUM_PAGES * PAGE_SIZE, K, head_dim)
-    heads = random(batch.num_tokens, H + 2 * K, head_dim)
-    inputs = bind(batch, PAGE_SIZE, torch.zeros(8, dtype=torch.int64, device=device), whole)
-    cache[0][inputs.addresses], cache[1][inputs.addresses] = heads[:, H : H + K], heads[:, H + K :]
-    assert len(inputs.context.whole) == sum(row.start == 0 and len(row.tokens) in whole for row in batch.rows)
-    attention.attend_(heads, CachedLayer(*cache, PAGE_SIZE), inputs.context, window)
-    return heads[:, :H]
+    def __post_init__(self):
+        self.batch = batch_of(self.rows, 3, self.margin)
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+        angles = torch.arange(64 if self.turns else 0)[:, None] * torch.tensor([0.3, 0.02])
+        self.rope = torch.stack([angles.cos(), angles.sin()]).to(self.device, self.dtype)
+        self.contexts = [row.num_cached + len(row.tokens) for row in self.batch.rows]
+        self.keys, self.values = ([normal(length, K, self.head_dim) for length in self.contexts] for _ in "kv")
+        self.q = normal(self.batch.num_tokens, H, self.head_dim)
+
+    def turned(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = keys.clone()
+        if self.turns:
+            rotate_(keys, *self.rope[:, : len(keys)])
+        return keys
+
+    def cache(self) -> CachedLayer:
+        shape = (NUM_PAGES * PAGE_SIZE, K, self.head_dim)
+        keys, values = (torch.full(shape, torch.nan, dtype=self.dtype, device=self.device) for _ in "kv")
+        for row, k, v in zip(self.batch.rows, self.keys, self.values):
+            entries = torch.arange(len(k)) + self.margin
+            addresses = torch.tensor(row.pages)[entries // PAGE_SIZE] * PAGE_SIZE + entries % PAGE_SIZE
+            keys[addresses], values[addresses] = k if self.turns else self.turned(k), v
+        return CachedLayer(keys, values, PAGE_SIZE, self.margin, self.rope if self.turns else None)
+
+    def heads(self) -> torch.Tensor:
+        """The activation (T, H + 2K, E) behind the rotation."""
+        own = [(self.turned(k)[-n:], v[-n:]) for k, v, n in zip(self.keys, self.values, self.lengths)]
+        k, v = (torch.cat(parts) for parts in zip(*own))
+        return torch.cat([self.q, k, v], dim=1)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row.tokens) for row in self.batch.rows]
+
+    def bound(self) -> Binder:
+        last = torch.zeros(8, dtype=torch.int64, device=self.device)
+        partials = torch.empty(10**6, device=self.device)
+        return Binder(PAGE_SIZE, self.margin, last, K, self.max_context, partials, self.whole)
+
+    def attended(self) -> torch.Tensor:
+        heads = self.heads()
+        context = self.bound().bind(self.batch).context
+        attention.attend_(heads, self.cache(), context, self.window)
+        return heads[:, :H]
+
+    def expected(self) -> torch.Tensor:
+        """The attention of each row in float64, by the definition."""
+        out = []
+        for q, k, v in zip(self.q.split(self.lengths), self.keys, self.values):
+            k, v = (part.double().repeat_interleave(H // K, dim=1) for part in (self.turned(k), v))
+            query, key = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
+            seen = (key <= query) & (key > query - (self.window or len(k)))
+            scores = torch.einsum("qhe,che->hqc", q.double(), k) * self.head_dim**-0.5
+            weights = scores.masked_fill(~seen.to(q.device), -torch.inf).softmax(-1)
+            out.append(torch.einsum("hqc,che->qhe", weights, v))
+        return torch.cat(out)
+
+    def assert_attended(self) -> None:
+        queries, keys = (torch.full((n, self.head_dim), LARGEST) for n in (1, max(self.contexts)))
+        bound = attention_apart(queries, keys, LARGEST, self.head_dim**-0.5)
+        assert_apart((self.attended().double() - self.expected()).abs(), bound)
+
+
+ROW = st.tuples(st.just(0) | st.integers(0, 30), st.just(1) | st.integers(1, 30))
+
+
+@pytest.mark.tolerance
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=7),
+    window=st.none() | st.integers(1, 40),
+    turns=st.booleans(),
+    margin=st.integers(0, PAGE_SIZE - 1),
+    max_context=st.integers(60, 130),
+)
+def test_rows_of_every_kind_attend_by_the_definition(rows, window, turns, margin, max_context):
+    before = dict(attention.calls)
+    Example(rows, window=window, turns=turns, margin=margin, max_context=max_context).assert_attended()
+    took = {way: count - before[way] for way, count in attention.calls.items()}
+    continuing = sum(start + length for start, length in rows if start and length > 1)
+    assert took["paged"] == any(length == 1 for _, length in rows)
+    assert took["own"] == any(start == 0 and length > 1 for start, length in rows)
+    assert -(-continuing // max_context) <= took["gathered"] <= len(rows) and (took["gathered"] > 0) == (continuing > 0)
+
+
+@pytest.mark.parametrize("max_context, parts", [(54, [[9, 20, 25]]), (29, [[9, 20], [25]]), (28, [[9], [20], [25]])])
+def test_no_more_is_copied_than_what_chunks_that_continue_attend_to(max_context, parts):
+    """And no more at a time than the longest row may have."""
+    rows = [(300, 1), (12, 8), (0, 50), (1, 24), (6, 3), (70, 1)]
+    context = Example(rows, max_context=max_context).bound().bind(batch_of(rows, 1)).context
+    lengths = [[row.num_context for row in part.chunks.ranges] for part in context.continuing]
+    assert lengths == parts
+    assert all(len(part.addresses) == sum(own) <= max_context for part, own in zip(context.continuing, parts))
+
+
+def test_rows_out_of_order_are_not_bound():
+    rows = batch_of([(0, 9), (5, 1)], seed=1).rows
+    with pytest.raises(AssertionError, match="one token each first"):
+        Example([(0, 9)]).bound().bind(Batch(rows[::-1]))
 
 
 @pytest.mark.tolerance
 @pytest.mark.parametrize(
-    "rows",
+    "rows, num_whole",
     [
-        [(0, 9)],
-        [(0, 16), (0, 9), (0, 30)],
-        [(5, 1), (0, 9), (7, 6), (0, 3), (0, 12), (11, 1)],
-        [(0, 3), (4, 1)],
+        ([(0, 9)], 1),
+        ([(0, 16), (0, 9), (0, 30)], 3),
+        ([(5, 1), (0, 9), (7, 6), (0, 3), (0, 12), (11, 1)], 2),
+        ([(0, 3), (4, 1)], 0),
+        ([(0, 9), (0, 31), (0, 3)], 0),  # which one of them is too long for
     ],
     ids=str,
 )
 @pytest.mark.parametrize("window", [None, 30])
-def test_whole_rows_are_the_gathered_ones(rows, window, monkeypatch):
+def test_whole_rows_attend_by_the_definition(rows, num_whole, window, monkeypatch):
     monkeypatch.setattr(attention, "WHOLE_BACKEND", SDPBackend.MATH)
     monkeypatch.setattr(attention, "WHOLE_STEP_TOKENS", 8)
-    batch = batch_of(rows, seed=3)
-    whole, gathered = attended(batch, range(8, 31), window), attended(batch, range(0), window)
-    most = max(start + num_tokens for start, num_tokens in rows)
-    queries, keys = (torch.full((length, 8), LARGEST) for length in (1, most))
-    assert_apart((whole - gathered).abs(), attention_apart(queries, keys, LARGEST, 8**-0.5))
+    before = attention.calls["whole"]
+    Example(rows, range(8, 31), window).assert_attended()
+    assert attention.calls["whole"] - before == num_whole
+
+
+@pytest.mark.tolerance
+def test_rows_that_somebody_else_attends_see_the_same():
+    example = Example([(5, 1), (0, 9), (7, 6), (0, 3), (0, 1), (11, 1)], turns=True, margin=3, max_context=64)
+    heads, context = example.heads(), example.bound().bind(example.batch).context
+    expected, tokens_of = example.expected(), []
+    for tokens, row, k, v in attention.row_contexts(heads, example.cache(), context):
+        q = example.q[tokens].transpose(0, 1)[None]
+        k, v = (part.transpose(0, 1)[None] for part in (k, v))
+        mask = attention.causal_mask(row, None, q.device)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(out[0].transpose(0, 1).double(), expected[tokens], rtol=1e-5, atol=1e-5)
+        tokens_of += range(tokens.start, tokens.stop)
+    assert tokens_of == list(range(example.batch.num_tokens))
 
 
 @dataclass
@@ -96,11 +218,15 @@ def test_which_rows_are_whole(spec, capability, longest, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [None, 2048], ids=str)
 @pytest.mark.parametrize("rows", [[(0, 1024)], [(9, 1), (0, 1500), (700, 6), (0, 30), (0, 2048), (0, 1)]], ids=str)
-def test_whole_rows_on_a_gpu(rows, dtype):
-    """Compares the kernels that a GPU takes; both ways round to the dtype once."""
-    before = attention.calls["whole"]
-    batch, settings = batch_of(rows, seed=3), {"window": None, "dtype": dtype, "device": "cuda", "head_dim": 128}
-    whole = attended(batch, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)
-    assert attention.calls["whole"] - before == sum(start == 0 and length >= 1024 for start, length in rows)
-    torch.testing.assert_close(whole, attended(batch, range(0), **settings), rtol=2e-2, atol=1e-2)
+def test_rows_on_a_gpu(rows, window, dtype):
+    """Compares the kernels that a GPU takes, which round to the dtype once; long prompts are whole, or not."""
+    settings = {"window": window, "dtype": dtype, "device": "cuda", "head_dim": 128, "max_context": 4096}
+    before = dict(attention.calls)
+    whole = Example(rows, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)
+    num_whole = sum(start == 0 and length >= 1024 for start, length in rows)
+    torch.testing.assert_close(whole.attended().double(), whole.expected(), rtol=2e-2, atol=1e-2)
+    assert attention.calls["whole"] - before["whole"] == num_whole
+    torch.testing.assert_close(Example(rows, **settings).attended().double(), whole.expected(), rtol=2e-2, atol=1e-2)
+    assert attention.calls["own"] - before["own"] == 1 + (len(rows) > 1)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from penstock.engine.compute.inputs import bind
 from penstock.engine.compute.sampler import Asked, PendingSample
 from penstock.engine.llm import LLM
 from penstock.engine.runtime import build, probe
@@ -118,7 +117,7 @@ def test_so_do_passes_of_another_thread(engine, current):
 def test_a_plan_that_is_run_by_itself_too(engine, current):
     """Scores of a given text run one by itself."""
     executor = engine.worker.executor
-    inputs = bind(a_prompt(GREEDY), engine.config.page_size, executor.model.sampler.last_tokens)
+    inputs = engine.worker.runner.binder.bind(a_prompt(GREEDY))
     executor.ring_is_filled = False
     for run in (executor.fill_ring, lambda: executor.run(inputs, Asked(), lambda output: None)):
         with torch.inference_mode(), OnDevice(current) as noted:

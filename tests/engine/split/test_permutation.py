@@ -155,13 +155,14 @@ OF_HEAD_DIM = {
 }
 
 
-def put_in_order(call: Call, permute: str, index: int) -> list[Tensor]:
-    """The tensors that the device side has to see of an unpermuted call; `index` is that of the row that attends."""
+def put_in_order(call: Call, permute: str, index: int, numbers: dict[int, int]) -> list[Tensor]:
+    """The tensors that the device side has to see of an unpermuted call; `index` is that of the row that attends.
+    `numbers` are those of the requests, by row."""
     operation, layer_idx = call.site
     if operation in OF_HEAD_DIM and "head_dim" in permute:
         row = call.batch.rows[index]
         orders = [
-            name and permutation(KEY, row.index, Site(name, layer_idx), row.start, call.tensors[1].shape[-1])
+            name and permutation(KEY, numbers[row.index], Site(name, layer_idx), row.start, call.tensors[1].shape[-1])
             for name in OF_HEAD_DIM[operation]
         ]
         return [t if order is None else t[..., order] for t, order in zip(call.tensors, orders, strict=True)]
@@ -169,14 +170,15 @@ def put_in_order(call: Call, permute: str, index: int) -> list[Tensor]:
         return call.tensors
     (tensor,) = call.tensors
     parts = tensor.split([len(row.tokens) for row in call.batch.rows])
-    orders = [permutation(KEY, row.index, call.site, row.start, len(row.tokens)) for row in call.batch.rows]
+    orders = [permutation(KEY, numbers[row.index], call.site, row.start, len(row.tokens)) for row in call.batch.rows]
     return [torch.cat([part[order] for part, order in zip(parts, orders, strict=True)])]
 
 
 @pytest.mark.parametrize("attention", [SCORES, FUSED])
 @pytest.mark.parametrize("permute", ["rows", "head_dim", pytest.param(ALL, marks=pytest.mark.tolerance)])
 def test_the_device_side_sees_each_requests_rows_and_dims_permuted(permute, attention, checkpoint):
-    """Compares each call with the unpermuted one, put in order. Prompt i is request i, and keeps row i of the batch."""
+    """Compares each call with the unpermuted one, put in order. Requests have numbers as they come in the first pass,
+    and keep their rows."""
     with split(checkpoint("qwen3"), attention=attention) as llm:
         clear = watch(llm)
         generate(llm)
@@ -184,11 +186,12 @@ def test_the_device_side_sees_each_requests_rows_and_dims_permuted(permute, atte
         seen, bound = watch(llm), apart(llm)
         generate(llm)
     num_attended, changed = Counter(), Counter()
+    numbers = {row: number for number, row in enumerate(dict.fromkeys(r.index for c in clear for r in c.batch.rows))}
     for call, other in zip(clear, seen, strict=True):
         assert (call.batch, call.site) == (other.batch, other.site)
         attends = (id(call.batch), call.site)
         for tensor, expected, found in zip(
-            call.tensors, put_in_order(call, permute, num_attended[attends]), other.tensors, strict=True
+            call.tensors, put_in_order(call, permute, num_attended[attends], numbers), other.tensors, strict=True
         ):
             largest = float(expected.abs().max())
             assert_apart((found - expected).abs().max(), bound * largest)

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.batch import Batch, RowKind
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.pages import RESERVED_PAGE
 from penstock.scheduler.batching.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
@@ -108,6 +108,9 @@ class Simulation:
     def check(self, batch: Batch) -> None:
         assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len({row.index for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
+        assert batch.is_in_order
+        continuing = [row for row in batch.rows if row.kind is RowKind.CONTINUES]
+        assert len(continuing) <= 1, "the budget of a pass ends within one prompt"
         self.check_no_budget_is_wasted(batch)
         self.scheduler.check_integrity()
 

@@ -46,7 +46,7 @@ def test_bytes_and_flops_follow_the_shape():
     step = StepWork("all", 1, token_bytes=10, row_bytes=100, kv_token_bytes=1000, token_flops=1, row_flops=10)
     step = dataclasses.replace(step, attention_flops=100)
     shape = PassShape(num_tokens=6, num_rows=2, context_tokens=50)
-    assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + (50 + 6) * 1000 + 2 * 56 * 1000  # all of it copied before
+    assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + 3 * (50 + 6) * 1000  # read, written, and read
     pairs = 50 * 3 + 2 * (1 + 2 + 3)  # three queries a row, each attends to what is there, itself and those before
     assert step.flops(shape) == 6 + 2 * 10 + pairs * 100
     assert step.gemm_flops(shape) == pytest.approx(6 + 2 * 10 + pairs * 100 / ATTENTION_SHARE)
@@ -82,21 +82,31 @@ def replace_latency(given: Rates, step_latency_s: float) -> Rates:
 
 
 @pytest.mark.parametrize(
-    "shape, gathered",
+    "shape, read, copied",
     [
-        (PassShape(4, 4, 400), 0),  # decode passes read pages where they lie
-        (PassShape(1024, 1, 0), 0),  # a long row that starts here attends to its own keys
-        (PassShape(1023, 1, 0), 1023),
-        (PassShape(1024, 1, 512), 1536),
-        (PassShape(2046, 2, 0), 2046),
-        (PassShape(1030, 7, 600, num_gathered=606), 606),
+        (PassShape(4, 4, 400), 404, 0),  # decode passes read pages where they lie
+        (PassShape(1024, 1, 0), 0, 0),  # prompts that start here attend to their own keys
+        (PassShape(2046, 2, 0), 0, 0),
+        (PassShape(1024, 1, 512), 0, 1536),
+        (PassShape(1030, 7, 600, num_read=400, num_copied=206), 400, 206),
     ],
 )
-def test_what_is_copied_before_it_is_attended_to(shape, gathered):
+def test_what_attention_reads_and_copies(shape, read, copied):
     step = StepWork("attention", kv_token_bytes=1000)
-    assert shape.gathered_tokens == gathered
-    in_use = (shape.context_tokens + shape.num_tokens) * 1000
-    assert step.memory_bytes(shape) == pytest.approx(in_use / KV_SHARE + 2 * gathered * 1000 / GATHER_SHARE)
+    assert (shape.read_tokens, shape.copied_tokens) == (read, copied)
+    expected = 1000 * (read / KV_SHARE + 2 * copied / GATHER_SHARE + copied)
+    assert step.memory_bytes(shape) == pytest.approx(expected)
+    assert step.nbytes(shape) == 1000 * (read + 3 * copied)
+
+
+def test_rows_that_decode_beside_a_prompt_take_as_long_as_by_themselves():
+    """Figures by hand: kernels of their own read 1000 tokens, beside a prompt of 4 tokens with 10 pairs."""
+    attention = StepWork("attention", kv_token_bytes=10**6, attention_flops=6 * 10**10)
+    decodes, prompt, both = PassShape(1, 1, 999), PassShape(4, 1, 0), PassShape(5, 2, 999, 1010, 1000, 0)
+    assert step_s(attention, decodes, RATES) == pytest.approx(1e9 / KV_SHARE / 4e12)
+    assert step_s(attention, prompt, RATES) == pytest.approx(6e11 / ATTENTION_SHARE / 8e14)
+    parts = [step_s(attention, shape, RATES) for shape in (decodes, prompt)]
+    assert step_s(attention, both, RATES) == pytest.approx(sum(parts))
 
 
 def test_a_decompressed_group_has_three_kernels():

@@ -50,6 +50,20 @@ def resident_layer_bytes(planned, asked):
     return sum(n for g, n in asked.groups[:-1] if g in planned.resident)
 
 
+@given(st.integers(1, 1000), st.integers(0, 1000), st.integers(1, 300), st.integers(0, 10**5))
+def test_as_many_pages_as_fit_beside_a_copy_of_the_longest_sequence(page_bytes, gathered, longest, nbytes):
+    asked = demand(page_bytes=page_bytes, gathered_page_bytes=gathered, max_position=longest)
+    num_pages, copied = asked.pages_in(nbytes), -(-longest // 16)
+    assert asked.kv_bytes(num_pages) <= nbytes < asked.kv_bytes(num_pages + 1)
+    assert asked.kv_bytes(num_pages) == num_pages * page_bytes + min(num_pages, copied) * gathered
+
+
+def test_a_copy_of_the_longest_sequence_is_claimed():
+    plain, copying = (plan_residency(demand(gathered_page_bytes=nbytes)) for nbytes in (0, MIB))
+    assert dict(copying.claims)["gathered context"] == 8192 // 16 * MIB and "gathered context" not in dict(plain.claims)
+    assert copying.claimed_bytes <= 24 * GIB
+
+
 def test_everything_stays_where_it_fits():
     planned = plan_residency(demand(max_num_seqs=8))
     assert planned.streamed == () and planned.embed_resident and planned.host_bytes == 0

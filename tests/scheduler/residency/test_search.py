@@ -37,6 +37,7 @@ def demands(draw) -> tuple[Demand, Cost]:
         groups=tuple(groups),
         embed_bytes=draw(st.sampled_from((0, head * 10007))),
         page_bytes=draw(st.integers(1, 10**5)),
+        gathered_page_bytes=draw(st.integers(0, 10**5)),
         page_size=16,
         max_num_seqs=draw(st.integers(1, 6)),
         max_position=draw(st.integers(1, 100)),
@@ -88,7 +89,7 @@ def brute_force(asked: Demand, cost: Cost, compressed: bool) -> float:
     best, tried = 0.0, list(splits(asked, compressed))
     for num_seqs in range(1, asked.max_num_seqs + 1):
         settled = asked.planned_for(num_seqs)
-        left = settled.memory_bytes - settled.wanted_pages(num_seqs) * settled.page_bytes
+        left = settled.memory_bytes - settled.kv_bytes(settled.wanted_pages(num_seqs))
         fitting = (split for split in tried if needed_bytes(settled, split) <= left)
         best = max(best, num_seqs / min((seconds_of(asked, cost, s, num_seqs) for s in fitting), default=math.inf))
     return best

@@ -40,9 +40,10 @@ def test_pairs_of_a_batch_are_counted_row_by_row(rows):
     assert RESIDENT.flops(shape) == flops
 
 
-def test_rows_that_are_whole_copy_nothing():
-    assert batch((1024, 0), (1, 300), (1023, 0), (1024, 8)).shape.gathered_tokens == 301 + 1023 + 1032
-    assert batch((1, 300), (1, 20)).shape.gathered_tokens == 0
+def test_rows_read_and_copy_by_their_kind():
+    mixed, decodes = batch((1024, 0), (1, 300), (1, 0), (1024, 8)).shape, batch((1, 300), (1, 20)).shape
+    assert (mixed.read_tokens, mixed.copied_tokens) == (301 + 1, 1032)
+    assert (decodes.read_tokens, decodes.copied_tokens) == (301 + 21, 0)
 
 
 @pytest.mark.parametrize("length, start, num_rows", [(5, 0, 1), (1, 9, 4), (3, 2, 2)])

@@ -1,0 +1,151 @@
+"""Binds a batch to the device: its tokens, and by the kind of each row what it attends to.
+
+Shapes: T tokens in the batch, R rows, C context tokens of some rows together, P pages, S page size.
+The host sends a few small tensors; everything as long as T or C is made from them on the device.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from penstock.engine.compute.context import ModelContext
+from penstock.engine.compute.inputs import (
+    Chunks,
+    GatheredContext,
+    MixedContext,
+    PagedContext,
+    PassInputs,
+    RowRange,
+    to_device,
+)
+from penstock.engine.kernels.decode_attention import choose_segments, partials_size
+from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
+from penstock.scheduler.batching.request import ON_DEVICE
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Binder:
+    """What batches of a model are bound with: its cache's page size and margin, and `last_tokens` (max_num_seqs,),
+    which holds the tokens named as ON_DEVICE.
+
+    `max_context` is the most tokens that a row attends to; no more are gathered at a time. Prompts of a number of
+    tokens in `whole_tokens` attend each by itself. `partials` is the workspace of decode_attention for any number of
+    rows.
+    """
+
+    page_size: int
+    margin: int
+    last_tokens: Tensor
+    num_kv_heads: int
+    max_context: int
+    partials: Tensor
+    whole_tokens: range = range(0)
+
+    def bind(self, batch: Batch) -> PassInputs:
+        """The inputs of a pass over `batch`, whose rows are in the order of their kinds (Batch.of)."""
+        rows = batch.rows
+        assert batch.is_in_order, (
+            "rows of a pass: one token each first, then chunks that continue, then those that start"
+        )
+        lengths = [len(row.tokens) for row in rows]
+        starts = [0, *itertools.accumulate(lengths)]  # R + 1
+        widest = max(len(row.pages) for row in rows)
+        pages = self._put([[*row.pages, *[0] * (widest - len(row.pages))] for row in rows], torch.int32)  # (R, P)
+        of_token = torch.repeat_interleave(self._put(lengths), output_size=batch.num_tokens)  # (T,) row of each token
+        num_cached = self._put([row.num_cached for row in rows])
+        first = num_cached - self._put(starts[:-1])  # (R,) position of the row's first token less its index in the pass
+        positions = torch.arange(batch.num_tokens, device=pages.device) + first[of_token]
+        token_rows = self._put([row.index for row in rows])[of_token]
+        tokens = self._put([token for row in rows for token in row.tokens])
+        if any(ON_DEVICE in row.tokens for row in rows):
+            tokens = torch.where(tokens == ON_DEVICE, self.last_tokens[token_rows], tokens)
+        sampled = [(row, end - 1) for row, end in zip(rows, starts[1:]) if row.samples]
+        return PassInputs(
+            tokens=tokens,
+            positions=positions,
+            addresses=self._addresses(pages, of_token, positions),
+            token_rows=token_rows,
+            context=self._context(rows, pages, num_cached),
+            select=self._put([last for _, last in sampled]),
+            sampled_rows=tuple(row.index for row, _ in sampled),
+            sampled_rows_device=self._put([row.index for row, _ in sampled]),
+            sampled_positions=self._put([row.start + len(row.tokens) for row, _ in sampled]),
+        )
+
+    def _context(self, rows: Sequence[BatchRow], pages: Tensor, num_cached: Tensor) -> MixedContext:
+        of_kind = {kind: [row for row in rows if row.kind is kind] for kind in RowKind}
+        single, continuing, starting = of_kind.values()
+        paged, gathered, first_row, first_token = None, [], len(single), len(single)
+        if single:
+            num_segments = choose_segments(len(single), self.num_kv_heads, self.max_context)
+            lengths = (num_cached[: len(single)] + 1).int()
+            paged = PagedContext(pages[: len(single)], lengths, self.partials, num_segments)
+        for part in _parts(continuing, self.max_context):
+            gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
+            first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
+        is_whole = bool(starting) and len(starting[-1].tokens) in self.whole_tokens  # the longest is the last
+        num_whole = sum(len(row.tokens) in self.whole_tokens for row in starting) if is_whole else 0
+        short, long = starting[: len(starting) - num_whole], starting[len(starting) - num_whole :]
+        chunks = self._chunks(short, first_token) if short else None
+        ends = itertools.accumulate(
+            (len(row.tokens) for row in long), initial=chunks.tokens.stop if short else first_token
+        )
+        return MixedContext(paged, tuple(gathered), chunks, tuple(slice(*both) for both in itertools.pairwise(ends)))
+
+    def _chunks(self, rows: Sequence[BatchRow], first_token: int) -> Chunks:
+        queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
+        query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
+        return Chunks(
+            first_token=first_token,
+            num_tokens=query_starts[-1],
+            query_starts=self._put(query_starts, torch.int32),
+            context_starts=self._put(context_starts, torch.int32),
+            max_queries=max(queries),
+            max_context=max(contexts),
+            ranges=tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts))),
+        )
+
+    def _gathered(self, rows: Sequence[BatchRow], first_token: int, pages: Tensor) -> GatheredContext:
+        """The context of rows whose pages are `pages` (R, P)."""
+        chunks, contexts = self._chunks(rows, first_token), [_num_context(row) for row in rows]
+        of_context = torch.repeat_interleave(self._put(contexts), output_size=sum(contexts))  # (C,)
+        positions = torch.arange(sum(contexts), device=pages.device) - chunks.context_starts[of_context]
+        return GatheredContext(chunks, self._addresses(pages, of_context, positions), positions)
+
+    def _addresses(self, pages: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        entries = positions + self.margin
+        return pages[rows, entries // self.page_size].long() * self.page_size + entries % self.page_size
+
+    def _put(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        return to_device(values, dtype, self.last_tokens.device)
+
+
+def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_tokens: range) -> Binder:
+    """The binder of a model's passes of up to max_num_seqs rows; allocates its workspace."""
+    kv, heads = model.kv, (model.num_heads, model.spec.head_dim)
+    size = max(
+        partials_size(num_rows, *heads, choose_segments(num_rows, model.num_kv_heads, max_context))
+        for num_rows in range(1, max_num_seqs + 1)
+    )
+    partials = torch.empty(size, dtype=torch.float32, device=model.rope.device)
+    last_tokens = model.sampler.last_tokens
+    return Binder(kv.page_size, kv.margin, last_tokens, model.num_kv_heads, max_context, partials, whole_tokens)
+
+
+def _num_context(row: BatchRow) -> int:
+    return row.num_cached + len(row.tokens)
+
+
+def _parts(rows: Sequence[BatchRow], max_context: int) -> list[list[BatchRow]]:
+    """Neighbouring rows whose contexts have no more than max_context tokens together, or one row."""
+    parts: list[list[BatchRow]] = []
+    num_tokens = 0
+    for row in rows:
+        num_tokens += _num_context(row)
+        if not parts or num_tokens > max_context:
+            parts.append([])
+            num_tokens = _num_context(row)
+        parts[-1].append(row)
+    return parts
