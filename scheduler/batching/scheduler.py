@@ -130,7 +130,7 @@ class Scheduler:
         changed = len(self._free_rows) > self._num_free_rows or len(self._waiting) > self._num_waiting
         if not changed or not self._waiting or not self._free_rows:
             return False
-        fits = self._pages_needed(self._waiting[0]) <= self.pool.num_free
+        fits = self._pages_needed(next(iter(self._waiting))) <= self.pool.num_free
         return fits and batch.num_tokens < self.max_num_batched_tokens
 
     def withdraw(self, batch: Batch) -> None:
