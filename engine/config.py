@@ -138,7 +138,7 @@ class EngineConfig:
     model: str = _option("demo", "checkpoint directory, a config.json (plan, or load-format dummy), or 'demo'")
     tokenizer: str | None = _option(None, "directory with tokenizer.json, if it is not the model's")
     tensor_parallel_size: int | None = _option(
-        None, "number of ranks (default: torchrun's world, else 1)", flags=("-tp",), type=int
+        None, "number of ranks (default: torchrun's number of ranks, else 1)", flags=("-tp",), type=int
     )
     dtype: str = _option("auto", "compute dtype; auto is the checkpoint's", ("auto", "float32", "bfloat16", "float16"))
     device: str = _option("auto", "where to compute", ("auto", "cuda", "cpu"))

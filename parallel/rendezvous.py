@@ -114,7 +114,9 @@ def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) ->
         return Solo()
     store = meet(launch, timeout_s)
     meeting = Meeting(store, launch.rank, launch.tp_size, timeout_s, launch.check)
-    kind = _kind([Reach(**one) for one in meeting.tell("reach", reach_of(topology.device).to_dict())], topology)
+    reaches = [Reach(**one) for one in meeting.tell("reach", reach_of(topology.device).to_dict())]
+    _check_alike(reaches)
+    kind = _kind(reaches, topology)
     backend, device = ("nccl", topology.device) if topology.device.type == "cuda" else ("gloo", None)
     if device is not None:
         torch.cuda.set_device(device)
@@ -166,6 +168,16 @@ class Meeting:
         with peer_errors():
             keys = {rank: f"{what}/{rank}" for rank in ranks}
             return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
+
+
+def _check_alike(reaches: list[Reach]) -> None:
+    """Raises ValueError, on all ranks the same, if some of them compute on a GPU and others on a CPU."""
+    kinds = ["cuda" if one.gpu else "cpu" for one in reaches]
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"device: {kinds[0]} on rank 0, but {kind} on rank {rank}: all ranks compute on the same kind"
+            )
 
 
 def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:

@@ -45,6 +45,7 @@ from penstock.scheduler.residency.compression_choice import CompressionDoesNotPa
 from penstock.scheduler.units import MIB
 
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
+KEEPS_RATES = -1  # said instead of MiB of the link: nothing is to be measured
 Build = Callable[[Ingredients, WeightSource], Worker]
 
 
@@ -216,14 +217,14 @@ class Engine:
         if self.topology.rank > 0:
             return self._answer_measure()
         keeps = self.config.device_profile is not None
-        link_mib = 0 if keeps else -(-link_bytes // MIB)  # messages are int32
+        link_mib = KEEPS_RATES if keeps else -(-link_bytes // MIB)  # messages are int32
         with self.together():
             self.messages.say(Kind.MEASURE, link_mib)
             self.rates = with_link(self._measure(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
     def _measure(self, link_mib: int) -> Rates:
-        if not link_mib:  # rank 0 keeps the rates that it was given
+        if link_mib == KEEPS_RATES:
             return self.rates
         return measure_engine(self.worker.runner, self.plan, self.work, link_mib * MIB)
 

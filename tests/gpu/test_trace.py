@@ -61,7 +61,8 @@ def test_the_intervals_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
         tokens_of(llm)
         graphs, trace = llm.engine.worker.runner.graphs, llm.engine.trace
         key, batch = next(iter(graphs.passes)), Batch(())
-        for _ in range(3):
+        shares = []  # the launch may be late, where other processes have the GPU: not each time
+        for _ in range(10):
             known = len(trace.intervals())
             around = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             trace.begin_pass(batch)
@@ -73,9 +74,11 @@ def test_the_intervals_of_a_graph_are_as_long_as_the_graph(tmp_path, resident):
             torch.cuda.synchronize()
             intervals = trace.intervals()[known:]
             graph_s = around[0].elapsed_time(around[1]) / 1e3
-            assert 0.5 * graph_s < pass_s(intervals) <= graph_s + RESOLUTION_S
+            shares.append(pass_s(intervals) / graph_s)
+            assert pass_s(intervals) <= graph_s + RESOLUTION_S
             compute_s = sum(interval.end_s - interval.start_s for interval in intervals if interval.lane == COMPUTE)
             assert compute_s == pytest.approx(pass_s(intervals), abs=len(intervals) * 1e-7, rel=0.02)
+        assert max(shares) > 0.5
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])

@@ -54,6 +54,14 @@ def test_a_cpu_has_gloo_on_any_number_of_hosts():
         assert rendezvous._kind(facts, Topology(0, 2, 0, torch.device("cpu"))) is Gloo
 
 
+def test_a_gpu_beside_a_cpu_is_refused_by_rank():
+    here, gpu = Reach("here", ""), Reach("here", "GPU-0")
+    for facts, message in (([here, gpu], "cpu on rank 0, but cuda on rank 1"), ([gpu, gpu, here], "cpu on rank 2")):
+        with pytest.raises(ValueError, match=message):
+            rendezvous._check_alike(facts)
+    rendezvous._check_alike([here, here])
+
+
 def test_a_gpu_names_those_that_it_reaches(monkeypatch):
     class Properties:
         def __init__(self, index):

@@ -51,6 +51,15 @@ def test_a_whole_pass_can_be_asked_for(monkeypatch):
         assert sizes[1:] == [llm.engine.work.streamed_bytes] * 2 and 0 < sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("given", [None, "cpu"])
+def test_rates_are_measured_where_nothing_streams_unless_a_profile_was_given(given):
+    with LLM("demo", **OPTIONS | {"resident": "all", "device_profile": given}) as llm:
+        assert llm.engine.work.streamed_bytes == 0
+        llm.measure(llm.engine.work.streamed_bytes)
+        assert llm.engine.rates.source == ("measured" if given is None else "assumed: cpu")
+        assert llm.engine.plan.rates == llm.engine.rates
+
+
 def test_the_ring_is_filled_again(tmp_path, monkeypatch):
     """The copies of the ring are in the trace, but belong to no pass."""
     monkeypatch.setattr(probe, "_step_latency_s", lambda *_: 0.0)  # it runs passes, which would fill the ring too
