@@ -105,7 +105,7 @@ TORCH_FREE += (
 )
 TORCH_FREE += ("engine.split.transfers", "engine.split.report", "engine.split.flags")
 TORCH_FREE += ("parallel.ledger", "parallel.failure", "parallel.children", "parallel.launch")
-THIRD_PARTY = {"engine": {"torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch", "triton"}}
+THIRD_PARTY = {"engine": {"numpy", "torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch", "triton"}}
 EXTRAS = {"engine.profile.trace_plot": {"matplotlib"}}  # what only one module needs, and only if it is used
 PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "multiprocessing"}
 

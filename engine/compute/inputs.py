@@ -4,6 +4,7 @@ attend to.
 Shapes: T tokens in the batch, R rows, C context tokens of some rows together, N sampled rows, P pages, S page size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Chunks:
     context_starts: Tensor  # (R + 1,) int32
     max_queries: int
     max_context: int
-    ranges: tuple[RowRange, ...]
+    ranges: Sequence[RowRange]
 
     @property
     def tokens(self) -> slice:

@@ -56,6 +56,7 @@ class Bucket:
     def __init__(self, num_rows: int, max_context: int, model: ModelContext):
         device, sampler = model.rope.device, model.sampler
         self.num_rows, self.kv, self.last_tokens = num_rows, model.kv, sampler.last_tokens
+        self.key, self.num_sampled = num_rows, num_rows
         self.pad_row = sampler.pad_row
         max_pages = pages_for(self.kv.margin + max_context, self.kv.page_size)
         self.tables = deque(HostTable(num_rows, max_pages, pinned=device.type == "cuda") for _ in range(2))

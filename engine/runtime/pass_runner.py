@@ -5,12 +5,17 @@ be captured as a CUDA graph with the sampling that its rows ask for: greedy, pla
 graphs of their own, so that a greedy pass never sorts. Only log probabilities are computed after the graph, from the
 logits that it leaves. Without graphs the same padded pass runs eagerly, so that both have the same bits.
 
+A pass of few tokens with prompts that start in it is padded too, and where nothing streams it is a graph: eager, its
+launches would take longer than its work. A long one, and one with a chunk that continues, runs as it is.
+
 `submit` enqueues a pass and `collect` waits for the oldest one's tokens: two calls, so that a later pass can be
 prepared and enqueued between.
 """
 
 from collections import deque
+from collections.abc import Hashable
 from enum import Enum
+from functools import partial
 
 import torch
 from penstock.engine.compute.attention import whole_tokens
@@ -20,7 +25,10 @@ from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, bucket_sizes
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.graph import Graphs, Mailbox, PendingLetter
+from penstock.engine.runtime.prompt_bucket import PromptBucket, find_size
 from penstock.scheduler.batching.batch import Batch, is_decode
+
+MOST_PROMPT_GRAPHS = 40
 
 
 class DecodeAs(Enum):
@@ -43,6 +51,7 @@ class PassRunner:
         self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
+        self.prompt_buckets: dict[tuple[int, int], PromptBucket] = {}
         pads = decode_as is not DecodeAs.EAGER
         self.mailbox = Mailbox(max_num_seqs, self.device, self.model.collectives.check) if pads else None
         self.graphs = Graphs(self.device, self.watches) if decode_as is DecodeAs.GRAPHS else None
@@ -57,15 +66,12 @@ class PassRunner:
         executor.fill_ring()
         self.watches.begin_pass(batch)
         asked = sampler.asked([row.index for row in batch.rows])
-        if self.mailbox is not None and is_decode(batch):
-            num_logits = self.size_of(len(batch.rows))
-            pending = self._run_padded(batch, num_logits, asked)
-        else:
-            num_logits = batch.num_sampled
-            pending = self._run_eagerly(batch, asked)
+        bucket = self._bucket_of(batch)
+        pending = self._run_eagerly(batch, asked) if bucket is None else self._run_padded(batch, bucket, asked)
         self.under_way.append(pending)
         executor.counters.add_pass(batch.num_tokens)
         if len(self.watches):
+            num_logits = batch.num_sampled if bucket is None else bucket.num_sampled
             self.watches.end_pass(batch, self._logits(num_logits)[: batch.num_sampled])
 
     @on_own_device
@@ -93,19 +99,43 @@ class PassRunner:
         self.executor.run(inputs, asked, lambda output: pending.append(PendingSample(output)))
         return pending[0] if pending else None
 
-    def _run_padded(self, batch: Batch, size: int, asked: Asked) -> PendingLetter | PendingSample:
-        if self.graphs is not None:
-            self._capture_up_to(size, asked.stages)
-        bucket = self._bucket(size)
-        bucket.load(batch)
-        if self.graphs is None:
-            self._run_bucket(bucket, asked.stages)
-        else:
-            self._replay((size, asked.stages))
-        letter = self.mailbox.expect(len(batch.rows))
-        return letter if asked.num_logprobs < 0 else self._score(size, letter, asked.num_logprobs)
+    def _bucket_of(self, batch: Batch) -> Bucket | PromptBucket | None:
+        """The bucket in which a batch runs; None where it runs as it is."""
+        if self.mailbox is None:
+            return None
+        if is_decode(batch):
+            return self._bucket(self.size_of(len(batch.rows)))
+        size = find_size(batch, self.sizes[-1], self.executor.arena.most["tokens"])
+        if size is not None and size not in self.prompt_buckets:
+            self.prompt_buckets[size] = PromptBucket(*size, self.sizes[-1], self.max_context, self.model)
+        return self.prompt_buckets.get(size)
 
-    def _replay(self, key: tuple[int, frozenset[str]]) -> None:
+    def _run_padded(self, batch: Batch, bucket: Bucket | PromptBucket, asked: Asked) -> PendingLetter | PendingSample:
+        key = (bucket.key, asked.stages)
+        replays = self.graphs is not None and self._is_captured(bucket, asked.stages)
+        bucket.load(batch)
+        if replays:
+            self._replay(key)
+        else:
+            self._run_bucket(bucket, asked.stages)
+        letter = self.mailbox.expect(batch.num_sampled)
+        return letter if asked.num_logprobs < 0 else self._score(bucket.num_sampled, letter, asked.num_logprobs)
+
+    def _is_captured(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> bool:
+        """Captures what is missing. Passes with prompts stay eager where weights stream, since their launches hide
+        under the link, and beyond MOST_PROMPT_GRAPHS."""
+        if isinstance(bucket, Bucket):
+            self._capture_up_to(bucket.num_rows, stages)
+            return True
+        if (bucket.key, stages) in self.graphs.passes:
+            return True
+        num_graphs = sum(isinstance(key, tuple) for key, _ in self.graphs.passes)
+        if self.executor.pass_plan.ring.slots or num_graphs >= MOST_PROMPT_GRAPHS:
+            return False
+        self._capture(bucket, stages)
+        return True
+
+    def _replay(self, key: Hashable) -> None:
         captured = self.graphs.next_take(key)
         with self.executor.filling():
             captured.graph.replay()
@@ -122,20 +152,20 @@ class PassRunner:
         for smaller in reversed(self.sizes[: self.sizes.index(size) + 1]):
             if (smaller, stages) in self.graphs.passes:
                 break  # the smaller ones were captured with it
-            bucket = self._bucket(smaller)
-            bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
+            self._capture(self._bucket(smaller), stages)
 
-            def run(bucket: Bucket = bucket) -> None:
-                self._run_bucket(bucket, stages)
+    def _capture(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> None:
+        bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
 
-            def warm_up(bucket: Bucket = bucket) -> None:
-                bucket.derive()
-                with self.model.collectives.for_graphs():
-                    self.executor.warm_up(bucket.inputs, Asked(stages))
+        def warm_up() -> None:
+            bucket.derive()
+            with self.model.collectives.for_graphs():
+                self.executor.warm_up(bucket.inputs, Asked(stages))
 
-            self.graphs.capture((smaller, stages), warm_up, run, self.executor.counted)
+        run = partial(self._run_bucket, bucket, stages)
+        self.graphs.capture((bucket.key, stages), warm_up, run, self.executor.counted)
 
-    def _run_bucket(self, bucket: Bucket, stages: frozenset[str]) -> None:
+    def _run_bucket(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> None:
         bucket.derive()
         self.executor.run(bucket.inputs, Asked(stages), lambda output: self.mailbox.send(output.tokens))
 

@@ -11,6 +11,8 @@ ATTENTION_SHARE = 0.6  # prefill attention's share of the GEMM rate; measured: 0
 # Chunks that continue copy the keys and values that they attend to before they attend, entry by entry, at this share of
 # the memory rate.
 GATHER_SHARE = 0.25
+# Tokens of a pass with prompts that is padded and captured: eager, its launches would take longer than its work.
+MOST_PADDED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class PassShape:
     def is_decode(self) -> bool:
         """Whether each row has one token; such a pass runs as a graph, where there are graphs."""
         return self.num_tokens == self.num_rows
+
+    @property
+    def is_padded(self) -> bool:
+        """Tells whether a pass with prompts is short enough to be padded, and runs as a graph where nothing streams."""
+        return not self.copied_tokens and self.num_tokens <= MOST_PADDED_TOKENS
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
 
 
 def _is_graph(shape: PassShape, rates: Rates) -> bool:
-    return shape.is_decode and rates.node_latency_s is not None
+    return (shape.is_decode or shape.is_padded) and rates.node_latency_s is not None
 
 
 def _latency_s(shape: PassShape, rates: Rates) -> float:
