@@ -51,6 +51,12 @@ def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> r
     return range(LEAST_WHOLE_TOKENS, min((w for w in spec.windows if w is not None), default=2**31) + 1)
 
 
+def takes_padding(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tells whether chunks may be padded: the varlen kernel reads where they start on the device, so that a graph may
+    run it for others. Row by row they are known to the host, which serves a CPU, and never a graph."""
+    return device.type == "cpu" or _has_varlen(device, dtype)
+
+
 def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | None) -> None:
     """Overwrites the q of heads (T, H + 2K, E) with its causal attention, each row over its own context. The pages of
     `cache` hold the pass's own k and v already; k in `heads` is rotated.

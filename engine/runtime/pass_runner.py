@@ -18,7 +18,7 @@ from enum import Enum
 from functools import partial
 
 import torch
-from penstock.engine.compute.attention import whole_tokens
+from penstock.engine.compute.attention import takes_padding, whole_tokens
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
@@ -51,6 +51,7 @@ class PassRunner:
         self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
         self.sizes = bucket_sizes(max_num_seqs)
         self.buckets: dict[int, Bucket] = {}
+        self.pads_prompts = takes_padding(executor.arena.dtype, self.device)
         self.prompt_buckets: dict[tuple[int, int], PromptBucket] = {}
         pads = decode_as is not DecodeAs.EAGER
         self.mailbox = Mailbox(max_num_seqs, self.device, self.model.collectives.check) if pads else None
@@ -105,7 +106,9 @@ class PassRunner:
             return None
         if is_decode(batch):
             return self._bucket(self.size_of(len(batch.rows)))
-        size = find_size(batch, self.sizes[-1], self.executor.arena.most["tokens"])
+        if not self.pads_prompts:
+            return None
+        size = find_size(batch, self.sizes[-1], self.executor.arena.most["tokens"], self.binder.whole_tokens)
         if size is not None and size not in self.prompt_buckets:
             self.prompt_buckets[size] = PromptBucket(*size, self.sizes[-1], self.max_context, self.model)
         return self.prompt_buckets.get(size)

@@ -38,12 +38,14 @@ def padded_rows(num_rows: int, most: int) -> int:
     return min(next((size for size in ROW_STEPS if size >= num_rows), most), most)
 
 
-def find_size(batch: Batch, max_num_seqs: int, most_tokens: int) -> tuple[int, int] | None:
-    """Rows and tokens of the bucket for a batch; None where it has no prompt that starts, a chunk that continues, or
-    more tokens than are padded."""
+def find_size(batch: Batch, max_num_seqs: int, most_tokens: int, whole_tokens: range) -> tuple[int, int] | None:
+    """Rows and tokens of the bucket for a batch; None where it has no prompt that starts, a chunk that continues, a
+    prompt that attends by itself (of `whole_tokens`), or more tokens than are padded."""
     kinds = [row.kind for row in batch.rows]
     num_single = kinds.count(RowKind.ONE_TOKEN)
     if RowKind.CONTINUES in kinds or num_single == len(kinds):
+        return None
+    if len(batch.rows[-1].tokens) in whole_tokens:  # the longest prompt is the last
         return None
     num_rows, num_tokens = padded_rows(num_single, max_num_seqs), padded_tokens(batch.num_tokens - num_single)
     return (num_rows, num_tokens) if num_rows + num_tokens <= min(most_tokens, MOST_PADDED_TOKENS) else None
