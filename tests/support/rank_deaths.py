@@ -93,15 +93,16 @@ calls, build = [], Executor.__init__
 def build_and_put(self, *given, **named):
     build(self, *given, **named)
     Executor.__init__ = build
-    Engine = sys.modules["penstock.engine.runtime.engine"].Engine
-    name = "_await" if rank else "begin"
+    Engine, name = sys.modules["penstock.engine.runtime.engine"].Engine, "_await"
+    if rank == 0:
+        Engine, name = sys.modules["penstock.engine.llm"].LLM, "_agree"
     do = getattr(Engine, name)
-    def do_or_fail(self, what):
+    def do_or_fail(self, *what):
         calls.append(what)
         if rank == {victim} and len(calls) == (3 if {torchrun} and rank else 2):
-            with self.together():
+            with (self if rank else self.engine).together():
                 fail({after_s})
-        return do(self, what)
+        return do(self, *what)
     setattr(Engine, name, do_or_fail)
 Executor.__init__ = build_and_put
 """
