@@ -146,8 +146,8 @@ class Meeting:
         self.store, self.rank, self.size, self.timeout_s, self.check = store, rank, size, timeout_s, check
 
     def tell(self, what: str, own: object, hear: Callable[[int, Any], None] = lambda *_: None) -> list:
-        """What each rank tells (JSON), by rank; `hear` is called with each as it comes. torch's own rendezvous could
-        not be stopped if one had died."""
+        """Exchanges what each rank tells (JSON), by rank; `hear` is called with each as it comes. torch's own
+        rendezvous could not be stopped if one had died."""
         deadline, told = time.monotonic() + self.timeout_s, {}
         with peer_errors():
             self.store.set(f"{what}/{self.rank}", json.dumps(own))
@@ -164,7 +164,7 @@ class Meeting:
         return [told[rank] for rank in range(self.size)]
 
     def _told(self, what: str, ranks: list[int]) -> dict[int, Any]:
-        """What those of these ranks tell that have."""
+        """Reads what these ranks have told so far, by rank."""
         with peer_errors():
             keys = {rank: f"{what}/{rank}" for rank in ranks}
             return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}

@@ -299,7 +299,7 @@ def without_triton(*lines: str) -> subprocess.CompletedProcess:
 
 
 def test_nothing_needs_triton_to_be_imported():
-    """What would launch a kernel is refused; there is no launch of what stands in for one."""
+    """Calls that would launch a kernel are refused; there is no launch of what stands in for one."""
     names = [f"penstock.{name}" for name in PRODUCT if name.split(".")[0] in TOPS and name not in EXTRAS]
     module = "penstock.engine.kernels.gated_activation"
     done = without_triton(

@@ -1,4 +1,4 @@
-"""What `pip install` puts beside other packages is one name, `penstock`; it and the source tree run in any folder,
+"""The only name that `pip install` puts beside other packages is `penstock`; it and the source tree run in any folder,
 whatever a user's own files there are called."""
 
 import shutil
@@ -76,7 +76,7 @@ def users(folder):
 
 @pytest.fixture(scope="module")
 def text():
-    """What the checkout generates, in this process."""
+    """The text that the checkout generates, in this process."""
     with LLM("demo") as llm:
         (output,) = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=4))
     return output.outputs[0].text

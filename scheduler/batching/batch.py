@@ -1,4 +1,4 @@
-"""What one pass computes: rows of tokens."""
+"""The work of one pass: rows of tokens."""
 
 import itertools
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from penstock.scheduler.cost.pass_work import PassShape
 
 
 class RowKind(IntEnum):
-    """What a row attends to, in the order of a pass: one token, by itself, reads what is cached where it lies; a chunk
-    of more continues behind cached tokens, or starts, with all that it sees in the pass."""
+    """Says what a row attends to, in the order of a pass: one token, by itself, reads what is cached where it
+    lies; a chunk of more continues behind cached tokens, or starts, with all that it sees in the pass."""
 
     ONE_TOKEN = 0
     CONTINUES = 1
@@ -50,18 +50,18 @@ class BatchRow(NamedTuple):
 
     @property
     def order(self) -> tuple[RowKind, int]:
-        """Where in a pass the row stands: by kind, then short rows before long ones."""
+        """The row's place in a pass: by kind, then short rows before long ones."""
         return self.kind, len(self.tokens)
 
 
 def is_decode(batch: "Batch") -> bool:
-    """Whether every row computes one token and samples the next."""
+    """Tells whether every row computes one token and samples the next."""
     return all(row.samples and len(row.tokens) == 1 for row in batch.rows)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one pass computes."""
+    """The rows and tokens of one pass."""
 
     rows: tuple[BatchRow, ...]
 

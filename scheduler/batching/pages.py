@@ -1,4 +1,4 @@
-"""Which KV pages are in use: a free list over page numbers.
+"""The KV pages in use: a free list over page numbers.
 
 The list knows neither what a page holds nor who holds it.
 """

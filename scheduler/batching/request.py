@@ -1,4 +1,4 @@
-"""What is asked for: SamplingParams, as a user writes them, and Request, as the scheduler carries it.
+"""The form of a request: SamplingParams, as a user writes them, and Request, as the scheduler carries it.
 
 A request is its tokens plus `num_computed_tokens`: prefill, chunk and decode are all "compute tokens a..b".
 Nothing here knows text: stop strings are found by the engine, which then calls Scheduler.finish().
@@ -24,7 +24,7 @@ ON_DEVICE = -1  # stands for the row's last sampled token, which the host has no
 
 
 class FinishReason(StrEnum):
-    """Why a request ended; equal to the plain strings that vLLM's users compare with."""
+    """The reason for a request's end; equal to the plain strings that vLLM's users compare with."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -40,7 +40,7 @@ class RequestState(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one prompt are chosen. Names and defaults are vLLM's.
+    """Says how the tokens of one prompt are chosen. Names and defaults are vLLM's.
 
     A temperature below 1e-5 is greedy. `top_k` 0 or -1 is off (kept as 0). `max_tokens` None means up to
     max_model_len. `stop` and `stop_token_ids` are kept as tuples; `seed` -1 is None, as in vLLM.
@@ -84,7 +84,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken (temperature below 1e-5)."""
+        """Tells whether the most likely token is always taken (temperature below 1e-5)."""
         return self.temperature < GREEDY_BELOW
 
     def _check_int(self, name: str, low: int, high: int, expected: str, optional: bool = False):
@@ -213,7 +213,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RowSampling:
-    """What the sampler of each rank must know of a row; it is sent once, when a request gets the row.
+    """The facts that the sampler of each rank must know of a row. They are sent once, when a request gets the row.
 
     `temperature` is 0.0 exactly for greedy rows, and their filters are off. `num_logprobs` -1 asks for no logprobs.
     """

@@ -1,5 +1,5 @@
-"""Which of a sequence's tokens keep their keys and values, and in which of its pages they lie. Torch-free: tokens and
-pages are ints.
+"""Decides which of a sequence's tokens keep their keys and values, and in which of its pages they lie. Torch-free:
+tokens and pages are ints.
 
 A row's tokens are cached in order of age, and a token's position is its index in that order. `KeepAll` keeps all, so
 that positions never change. `SinksAndWindow` is StreamingLLM (Xiao et al. 2023, "Efficient Streaming Language Models
@@ -22,7 +22,7 @@ from penstock.scheduler.batching.pages import pages_for
 
 
 class Retention(Protocol):
-    """Which tokens of a row stay cached. `margin` entries of a row's first page stay empty. A row holds at most
+    """Decides which tokens of a row stay cached. `margin` entries of a row's first page stay empty. A row holds at most
     `max_cached` tokens, however long its sequence is: their positions change, and keys are cached un-rotated. With
     None it holds all of them."""
 

@@ -1,4 +1,4 @@
-"""Which tokens run in the next pass: continuous batching with chunked prefill.
+"""Decides which tokens run in the next pass: continuous batching with chunked prefill.
 
 `Scheduler` runs on rank 0; what it decides is a `Batch`, which reaches the other ranks as one packed message.
 The scheduler knows token counts, rows and pages, but neither text nor tensors. There is no preemption: a request is
@@ -70,7 +70,7 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a request is left, or a pass under way."""
+        """Tells whether a request is left, or a pass under way."""
         return bool(self._waiting or self._running or self._under_way)
 
     def add(self, request: Request) -> None:
@@ -120,8 +120,8 @@ class Scheduler:
         return batch
 
     def is_wanted(self, batch: Batch) -> bool:
-        """Whether the pass that was scheduled last should still run after an update. It should not if all its requests
-        have ended, or if a waiting request fits into it that has come since, or whose row has become free."""
+        """Tells whether the pass that was scheduled last should still run after an update. It should not if all its
+        requests have ended, or if a waiting request fits into it that has come since, or whose row has become free."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
         return not ended and not self._may_admit_more(batch)

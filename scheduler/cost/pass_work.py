@@ -17,7 +17,7 @@ MOST_PADDED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class PassShape:
-    """What a pass computes: tokens, rows, and the tokens whose KV is cached already, summed over rows.
+    """The work of a pass: tokens, rows, and the tokens whose KV is cached already, summed over rows.
 
     `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_read` the
     tokens that rows of one token each attend to, and read where they are cached; `num_copied` those that chunks behind
@@ -55,7 +55,7 @@ class PassShape:
 
     @property
     def is_decode(self) -> bool:
-        """Whether each row has one token; such a pass runs as a graph, where there are graphs."""
+        """Tells whether each row has one token; such a pass runs as a graph, where there are graphs."""
         return self.num_tokens == self.num_rows
 
     @property
@@ -66,8 +66,8 @@ class PassShape:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one rank does in one step, for any shape of pass: bytes of weights, of activations a token and a sampled row
-    (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
+    """The work of one rank in one step, for any shape of pass: bytes of weights, of activations a token and a sampled
+    row (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
     bytes a token of the step's all-reduce, 0 where the step contains no all-reduce."""
 
     step: str
@@ -82,7 +82,7 @@ class StepWork:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the step launches nothing, as an all-reduce of one rank does."""
+        """Tells whether the step launches nothing, as an all-reduce of one rank does."""
         return self == StepWork(self.step)
 
     def nbytes(self, shape: PassShape) -> int:
@@ -117,9 +117,9 @@ class StepWork:
 
 @dataclass(frozen=True)
 class PassWork:
-    """What one rank does in a pass, for any shape: bytes of the weights that cross the link and of those that stay, as
-    they are kept; the number of decompressed groups and of the bytes they become; and the steps that launch something,
-    each with the number of times that it occurs."""
+    """The work of one rank in a pass, for any shape: bytes of the weights that cross the link and of those that stay,
+    as they are kept; the number of decompressed groups and of the bytes they become; and the steps that launch
+    something, each with the number of times that it occurs."""
 
     streamed_bytes: int
     resident_bytes: int

@@ -1,4 +1,4 @@
-"""What a pass costs, predicted before it runs, from its bytes, FLOPs and reduces.
+"""The cost of a pass, predicted before it runs, from its bytes, FLOPs and reduces.
 
 Torch-free. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies
 run beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps and of what is
@@ -31,7 +31,7 @@ DECOMPRESS_SHARE = 0.48
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank's hardware does while all ranks are active. Rates are in 1e9 bytes/s and 1e12 FLOP/s, times in
+    """The figures of one rank's hardware while all ranks are active. Rates are in 1e9 bytes/s and 1e12 FLOP/s, times in
     seconds.
 
     `gemm_tflops` is what GEMMs of many tokens sustain. `step_latency_s` is the least time of a step that the host

@@ -68,7 +68,7 @@ def check_ring(plan: PassPlan) -> None:
 
 
 class _RingProof:
-    """What the proof of check_ring knows after the instructions that it has followed."""
+    """The state of check_ring's proof after the instructions that it has followed."""
 
     def __init__(self, plan: PassPlan):
         self.ring = plan.ring

@@ -33,8 +33,8 @@ class GroupId(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What a lane waits for. `ready`: the copy of a group has finished; `free`: its last reader has finished; `fork`:
-    the copy lane may start."""
+    """An event that a lane waits for. `ready`: the copy of a group has finished; `free`: its last reader has finished;
+    `fork`: the copy lane may start."""
 
     kind: str
     group: GroupId | None = None
@@ -62,8 +62,8 @@ COMPUTE, COPY = "compute", "copy"
 
 @dataclass(frozen=True)
 class Instruction:
-    """What all instructions share: a lane, the events that they wait for before they run, and the event that they
-    record after."""
+    """The fields that all instructions share: a lane, the events that they wait for before they run, and the event that
+    they record after."""
 
     lane = COMPUTE
 
@@ -194,7 +194,7 @@ class Decompress(Instruction):
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Where each streamed group lies in the ring; `slots` are in the order of the pass."""
+    """The place of each streamed group in the ring; `slots` are in the order of the pass."""
 
     ring_bytes: int
     num_wrapped: int

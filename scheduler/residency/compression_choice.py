@@ -1,4 +1,4 @@
-"""Whether weights are kept compressed, and which of those that stay: by predicted tokens/s.
+"""Decides whether weights are kept compressed, and which of those that stay: by predicted tokens/s.
 
 Torch-free. Compressed weights are fewer bytes, on the link and in memory, and cost decompression in every pass.
 family.py weighs one against the other; here either all that streams is compressed, or nothing is.
@@ -22,7 +22,8 @@ Planned = tuple[Demand, Residency]
 
 @dataclass(frozen=True)
 class CompressionOffer:
-    """How weights may be compressed: `choice` is that of `--weights-compression`, `cost` predicts decode passes."""
+    """The ways in which weights may be compressed: `choice` is that of `--weights-compression`, `cost` predicts decode
+    passes."""
 
     choice: str
     cost: Cost

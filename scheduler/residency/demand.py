@@ -1,4 +1,4 @@
-"""What an engine asks of one rank's memory: the input of search.py and decide.py. Torch-free. Sizes are in bytes,
+"""The demands of an engine on one rank's memory: the input of search.py and decide.py. Torch-free. Sizes are in bytes,
 lengths in tokens."""
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Demand:
-    """What an engine asks of one rank's memory. Sizes are bytes a rank, lengths are tokens.
+    """The demands of an engine on one rank's memory. Sizes are bytes a rank, lengths are tokens.
 
     `groups` are in the order of a pass, the head last, and those of one name are alike. `embed_bytes` is 0 for a tied
     embedding, which uses the head's bytes. `compressed` gives the compressed bytes of the groups that may be

@@ -114,7 +114,8 @@ class Family:
         return best if best.stay else None
 
     def _counts(self, kind: Kind, room: float, streamed: int, best_s: float) -> Sequence[int]:
-        """How many of the largest kind may stay: no more than there is room for, no fewer than the link allows."""
+        """The numbers of the largest kind that may stay: no more than there is room for, no fewer than the link
+        allows."""
         if room < 0:
             return ()
         nbytes = max(kind.kept_bytes, 1)

@@ -61,7 +61,7 @@ def _most_seqs(demand: Demand) -> int:
 
 
 def _may_shorten(demand: Demand, num_seqs: int) -> bool:
-    """Whether there may be more sequences than these, at the cost of the longest one."""
+    """Tells whether there may be more sequences than these, at the cost of the longest one."""
     is_open = demand.plans_num_seqs and demand.max_model_len is None and demand.memory_bytes is not None
     return is_open and num_seqs < demand.max_num_seqs
 
@@ -75,7 +75,7 @@ def _plan_most(demand: Demand, split: Split) -> tuple[Demand, Residency]:
 
 
 def _holds(demand: Demand, split: Split) -> bool:
-    """Whether max_num_seqs sequences fit beside this split, each of kv_len tokens and none of them longer."""
+    """Tells whether max_num_seqs sequences fit beside this split, each of kv_len tokens and none of them longer."""
     num_pages = demand.max_num_seqs * demand.pages(demand.kv_len) + 1
     if demand.num_pages is not None or demand.memory_bytes is None:
         return num_pages <= (demand.num_pages or num_pages)

@@ -1,4 +1,4 @@
-"""Which groups stay, given their number by name, or their bytes: they are spread evenly over depth.
+"""Decides which groups stay, given their number by name, or their bytes: they are spread evenly over depth.
 
 Streamed groups must lie evenly over a pass: a run of resident layers is time in which the link idles once the ring is
 full. Torch-free; groups of the same name are taken to be of the same size (the largest counts).

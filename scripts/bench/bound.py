@@ -70,8 +70,8 @@ def against_bound(
 
 
 def kind_of(shape: PassShape) -> str:
-    """What a pass is: `decode`, a token for each row; `prefill`, prompts from their first token on; `mixed`, prompts
-    beside rows, or parts of prompts, that have a context."""
+    """The kind of a pass: `decode`, a token for each row; `prefill`, prompts from their first token on; `mixed`,
+    prompts beside rows, or parts of prompts, that have a context."""
     if shape.is_decode:
         return "decode"
     return "mixed" if shape.context_tokens else "prefill"

@@ -152,7 +152,7 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates) -> di
 
 
 def time_fields(row: Row, runs: list[list[Job]], times: list[float]) -> dict[str, float]:
-    """What the shortest times of the runs say: `measured_s`, and the rate of a job or of a batch."""
+    """The figures from the shortest times of the runs: `measured_s`, and the rate of a job or of a batch."""
     if row.measures == TOKEN:
         token_s = (times[1] - times[0]) / row.output_len
         return {"measured_s": token_s, "tokens_per_second": row.num / token_s}

@@ -48,7 +48,7 @@ class Row:
         return jobs
 
     def params(self, jobs: list[Job]) -> list[SamplingParams]:
-        """How each request is sampled."""
+        """Says how each request is sampled."""
         every = [self.all | (self.fourth if index % 4 == 3 else {}) for index in range(len(jobs))]
         return [greedy(job, **changes) for job, changes in zip(jobs, every)]
 

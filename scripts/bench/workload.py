@@ -19,7 +19,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Vary:
-    """How jobs differ from each other.
+    """Says how jobs differ from each other.
 
     Lengths are drawn evenly from [length * (1 - range_ratio), length * (1 + range_ratio)]; with a `sigma`, which is
     that of their logarithms, from a log-normal distribution with the length as its mean: many short ones, a few very

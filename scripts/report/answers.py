@@ -28,7 +28,7 @@ Kind = tuple[str, list[Row]]  # what was predicted, and the rows that say how it
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question is answered by: a sentence or two, a table that shows what they rest on, and the title of the
+    """The answer to a question: a sentence or two, a table that shows what they rest on, and the title of the
     section that has all of it."""
 
     question: str
@@ -134,7 +134,7 @@ def kinds_of_predictions(records: list[Record], streamed: list[Row], resident: l
 
 
 def predicted(question: str, kinds: list[Kind]) -> Answer:
-    """What the plan predicted before anything ran, over what was measured."""
+    """The times that the plan predicted before anything ran, over what was measured."""
     rows, every = [], []
     for what, measured in kinds:
         ratios = [row["predicted_over_measured"] for row in measured if row.get("predicted_over_measured") is not None]

@@ -23,7 +23,7 @@ GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[list[dict], float]:
-    """What one rank gives, twice over, and how far a log probability may be from it for the order of sums."""
+    """The outputs of one rank, twice over, and how far a log probability may be from it for the order of sums."""
     sizes = []
     with LLM("demo", **OPTIONS) as llm:
         spec = llm.engine.plan.spec

@@ -60,7 +60,7 @@ def test_a_request_in_any_company_is_itself_alone(way):
 
 
 def is_short_prompt(batch: Batch) -> bool:
-    """Whether a prompt of one token starts beside longer chunks."""
+    """Tells whether a prompt of one token starts beside longer chunks."""
     return (
         any(row.kind is RowKind.ONE_TOKEN and not row.start for row in batch.rows)
         and len(batch.rows) < batch.num_tokens

@@ -24,7 +24,7 @@ def checkpoints(tmp_path_factory) -> Path:
 
 
 def reports(checkpoints: Path, out: Path, num_ranks: int) -> list[dict]:
-    """What each rank found."""
+    """The findings of each rank."""
     run_ranks(num_ranks, "-m", "tests.support.gpu.bitwise_ranks", checkpoints, out, timeout=280)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 

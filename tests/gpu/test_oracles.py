@@ -34,7 +34,8 @@ for dtype in ("float32", "bfloat16"):
 
 
 def apart(dtype: str) -> float:
-    """How far logits of these prompts may be from another run's, as a share of the largest, for the order of sums."""
+    """Says how far logits of these prompts may be from another run's, as a share of the largest, for the order of
+    sums."""
     spec, longest = read_spec(read_config(path := find_model("demo")), path), max(map(len, PROMPTS))
     return model_apart(spec, longest + GREEDY.max_tokens, getattr(torch, dtype))
 

@@ -10,7 +10,7 @@ NUM_TRIALS = 20
 
 
 def read_across_streams(with_event: bool) -> int:
-    """How many of NUM_TRIALS reads on a second stream saw the old value."""
+    """Counts how many of NUM_TRIALS reads on a second stream saw the old value."""
     writer, reader = torch.cuda.Stream(), torch.cuda.Stream()
     busy = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(busy)

@@ -43,8 +43,8 @@ def named(rows: list[Row]) -> tuple[int, str] | None:
 
 
 def apart(path: str, dtype: str) -> float:
-    """What the order of sums may make of a step, or in float32 of all up to it: each of two ways to a step rounds two
-    results of the dtype at most, one computed from the other."""
+    """The difference that the order of sums may make to a step, or in float32 to all up to it: each of two ways to a
+    step rounds two results of the dtype at most, one computed from the other."""
     if dtype != "float32":
         return sums_apart(2, 1.0, getattr(torch, dtype))
     return model_apart(read_spec(read_config(path), path), len(TOKENS) + RUN["max_tokens"])

@@ -1,4 +1,4 @@
-"""What every kernel is held to inside the real engine: hidden states step by step, tokens, and that it ran at all.
+"""The checks of every kernel inside the real engine: hidden states step by step, tokens, and that it ran at all.
 
 A run goes the way of a GPU on any device: fused steps, and decode passes in buckets over the paged cache. Without a
 GPU the kernels that a run names go through Triton's interpreter, and their references stand in for all others; on a GPU
@@ -96,7 +96,8 @@ def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
 
 
 def apart(run: Run, dtype: str = "float32") -> float:
-    """How far its states may be from those of a run that adds up in another order, as a share of the largest value."""
+    """Says how far its states may be from those of a run that adds up in another order, as a share of the largest
+    value."""
     return model_apart(run.spec, len(PROMPT) + len(run.tokens), getattr(torch, dtype))
 
 

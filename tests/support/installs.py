@@ -26,7 +26,7 @@ _NOT_FETCHED = ("--no-deps", "--no-index", "--no-build-isolation")
 
 
 def copy_of_the_tree(folder: Path) -> Path:
-    """What a wheel is built from: setuptools writes into the tree that it builds."""
+    """The copy that a wheel is built from: setuptools writes into the tree that it builds."""
     folder.mkdir()
     for name in SOURCES:
         source = ROOT / name

@@ -1,4 +1,4 @@
-"""What only tests ask of a layout."""
+"""The questions that only tests ask of a layout."""
 
 from penstock.engine.model.layout import GroupLayout, ModelLayout
 from penstock.scheduler.passes.pass_plan import GroupId

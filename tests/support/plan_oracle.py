@@ -27,7 +27,7 @@ def is_hazardous(plan: PassPlan) -> bool:
 
 
 def _decompresses_too_late(plan: PassPlan) -> bool:
-    """Whether a step of a compressed group finds bytes in its group's slot that are not those of its group."""
+    """Tells whether a step of a compressed group finds bytes in its group's slot that are not those of its group."""
     compressed, bytes_of = {i.group: i.slot for i in plan.instructions if isinstance(i, Decompress)}, {}
     for instruction in plan.instructions:
         group = getattr(instruction, "group", None)
@@ -46,7 +46,7 @@ def _bounds(slot: Slot) -> tuple[int, int]:
 
 
 def _hazard(plan: PassPlan, compute_s: float, copy_s: float) -> bool:
-    """Whether a reader finds bytes that are not its own, or a copy writes while someone reads."""
+    """Tells whether a reader finds bytes that are not its own, or a copy writes while someone reads."""
     clock = {COMPUTE: 0.0, COPY: 0.0}
     writes = [Use(0, g, s, -2.0, -1.0) for g, s in plan.ring.slots[: plan.ring.num_wrapped]]
     reads: list[Use] = []
@@ -75,8 +75,8 @@ def _hazard(plan: PassPlan, compute_s: float, copy_s: float) -> bool:
 
 
 def _is_stale(read: Use, writes: list[Use]) -> bool:
-    """Whether the last write into these bytes that began before the read ended is another group's, was not complete, or
-    is for a later pass: a copy of the same bytes over themselves is a race as well."""
+    """Tells whether the last write into these bytes that began before the read ended is another group's, was not
+    complete, or is for a later pass: a copy of the same bytes over themselves is a race as well."""
     last = None
     for write in writes:
         if write.slot.overlaps(read.slot) and write.start <= read.end:

@@ -1,4 +1,4 @@
-"""How far sums may be apart that add up the same numbers in another order, as another CPU, BLAS or kernel does.
+"""Says how far sums may be apart that add up the same numbers in another order, as another CPU, BLAS or kernel does.
 
 A sum of n numbers rounds n - 1 times, each time by half a unit in the last place of a partial sum, whose size is at
 most what the sizes of the numbers add up to. No test may expect less of two orders, whatever its own machine gives.

@@ -27,8 +27,8 @@ def generate(llm: LLM) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def apart(llm: LLM, wire: torch.dtype = torch.float32) -> float:
-    """How far logits may be from the plain engine's for these requests, as a share of the largest: for the order of
-    sums, or for results that the split execution, alone of the two, rounds to `wire`."""
+    """Says how far logits may be from the plain engine's for these requests, as a share of the largest: for the order
+    of sums, or for results that the split execution, alone of the two, rounds to `wire`."""
     both = model_apart(llm.engine.plan.spec, max(PROMPT_LENGTHS) + GREEDY.max_tokens, wire)
     return both if wire == torch.float32 else both / math.sqrt(2)
 

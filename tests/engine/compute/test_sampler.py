@@ -30,7 +30,8 @@ def run(sampler: Sampler, logits: torch.Tensor, rows: list[int], positions: list
 
 
 def process(sampler: Sampler, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """What the sampler draws from: logits after penalties, filters and temperature; dropped ones are -inf."""
+    """The distribution that the sampler draws from: logits after penalties, filters and temperature; dropped ones are
+    -inf."""
     stages, rows = sampler.asked(rows).stages, torch.tensor(rows, device=sampler.device)
     if "penalty" in stages:
         logits = sampler.penalise(logits, rows)

@@ -1,4 +1,4 @@
-"""What rank 0 decided gives the other ranks its plan, without a search of their own."""
+"""The decision of rank 0 gives the other ranks its plan, without a search of their own."""
 
 import pytest
 from penstock.engine.config import EngineConfig

@@ -266,7 +266,7 @@ def check_plan(made: EnginePlan) -> None:
 
 
 def check_random(seed: int) -> bool:
-    """Whether there is a plan. A refusal is one line."""
+    """Tells whether there is a plan. A refusal is one line."""
     spec, tp_size, memory, options = random_case(random.Random(seed))
     start = time.process_time()
     try:

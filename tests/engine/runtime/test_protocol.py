@@ -1,4 +1,5 @@
-"""What ranks say of passes: heard as it was said, also where some never run; nothing is made for nobody."""
+"""The messages of ranks about passes: heard as they were said, also where some never run; nothing is made for
+nobody."""
 
 import random
 from collections import deque
@@ -59,7 +60,7 @@ def test_a_row_that_decodes_costs_two_numbers():
 
 
 class Untouched:
-    """What a single rank must neither pack nor turn into JSON."""
+    """A thing that a single rank must neither pack nor turn into JSON."""
 
     def __getattr__(self, name: str):
         raise AssertionError(f"{name} of something that nobody reads")

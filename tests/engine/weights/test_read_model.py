@@ -1,4 +1,4 @@
-"""What the files beside config.json say decides: dtype, a head of its own, the tensors' names, and that weights are
+"""The files beside config.json decide: dtype, a head of its own, the tensors' names, and that weights are
 quantised. The engine reads each as transformers does."""
 
 import json

@@ -1,4 +1,5 @@
-"""What a row keeps and where it lies, against a plain simulation: a list of tokens, and memory that is written to."""
+"""The tokens that a row keeps and where they lie, against a plain simulation: a list of tokens, and memory that is
+written to."""
 
 from dataclasses import dataclass, field
 

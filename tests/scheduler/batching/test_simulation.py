@@ -61,7 +61,7 @@ def expected_output(request, max_model_len):
 
 
 def ends_with_what_comes(request: Request, max_model_len: int) -> bool:
-    """Whether the request's last token is under way."""
+    """Tells whether the request's last token is under way."""
     return request.num_tokens_ahead == request.most_tokens(max_model_len)
 
 

@@ -1,5 +1,5 @@
-"""What is kept compressed: only where it makes passes faster, never more than memory holds, and plain what memory
-allows."""
+"""The choice of what is kept compressed: only where it makes passes faster, never more than memory holds, and plain
+what memory allows."""
 
 from dataclasses import replace
 

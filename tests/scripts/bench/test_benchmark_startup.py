@@ -149,7 +149,7 @@ class SlowFirst(Watch):
 
 
 class NoGraphs(SimpleNamespace):
-    """What a runner has that captured none."""
+    """The graphs of a runner that captured none."""
 
     def close(self):
         pass

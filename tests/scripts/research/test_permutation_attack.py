@@ -74,7 +74,7 @@ def test_what_leaks_where(model):
 
 @pytest.fixture(scope="module")
 def apart(model) -> float:
-    """How far a state may be from another run's, for the order of sums, as a share of the largest number in it."""
+    """Says how far a state may be from another run's, for the order of sums, as a share of the largest number in it."""
     return model_apart(read_spec(read_config(model), model), len(TOKENS))
 
 

@@ -47,8 +47,8 @@ def held(variant: Variant) -> list[list[int]]:
 @pytest.fixture(scope="module")
 @torch.no_grad()
 def bound(reference) -> float:
-    """How far log probabilities of these tokens may be from another run's, for the order of sums. Logits are as large
-    whatever is held."""
+    """Says how far log probabilities of these tokens may be from another run's, for the order of sums. Logits are as
+    large whatever is held."""
     largest = float(reference(torch.tensor([TOKENS])).logits.abs().max())
     return logprobs_apart(largest, reference.config.vocab_size, apart(reference, len(TOKENS)))
 

@@ -87,7 +87,7 @@ def check_what_was_compressed(llm: LLM, decompressor_ran: bool) -> None:
 
 
 def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...], **options) -> dict:
-    """Which of these variants have the resident run's bits, in every pass; and its tokens."""
+    """Finds which of these variants have the resident run's bits, in every pass; and its tokens."""
     passes, tokens = logits_of(checkpoint, lengths, dtype=dtype, resident="all", **options)
     same = {}
     for name in variants:

@@ -1,4 +1,4 @@
-"""Which variants run at which tp_size, residency and dtype; and how the engine is set up for each."""
+"""Lists which variants run at which tp_size, residency and dtype; and how the engine is set up for each."""
 
 import random
 from dataclasses import dataclass

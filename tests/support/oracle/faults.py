@@ -106,7 +106,7 @@ def half_lost(layer_idx: int, name: str) -> Fault:
 
 
 def head_dropped(layer_idx: int) -> Fault:
-    """What the first head of this rank has attended to does not count."""
+    """Drops what the first head of this rank has attended to."""
     group = GroupId(layer_idx, "attn")
     return edit_weight(group, "o", lambda weight, ctx: weight[:, : ctx.spec.head_dim].zero_())
 

@@ -1,4 +1,4 @@
-"""What an engine with a mistake in its attention sinks would compute: references that a right engine must not meet."""
+"""The outputs of an engine with a mistake in its attention sinks: references that a right engine must not meet."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What attention sinks must compute (StreamingLLM, Xiao et al. 2023), on transformers' modules and without a cache.
+"""The right outputs of attention sinks (StreamingLLM, Xiao et al. 2023), on transformers' modules and without a cache.
 
 One forward pass over all tokens: un-rotated K and V of every token are computed once in each layer, and each query
 attends densely to those that an eviction schedule would hold by then, rotated by their indices among the held. A deep K
