@@ -106,8 +106,8 @@ class LLM:
         return outputs
 
     def _agree(self, asked: list[Asked], refusal: str) -> str:
-        """Why the ranks cannot run this call, the same on all; empty if they can. Only under torchrun each rank makes a
-        call of its own."""
+        """Says why the ranks cannot run this call, the same on all; empty if they can. Only under torchrun each
+        rank makes a call of its own."""
         if self._launch.kind != "torchrun":
             return ""
         return self.engine.agree(Call("generate", digest(asked), refusal))
@@ -171,7 +171,7 @@ class LLM:
         self.close()
 
     def _read(self, prompts, sampling_params) -> tuple[list[Asked], str]:
-        """What was asked, read; or under torchrun, where all ranks refuse what one of them refuses, why it cannot
+        """Reads what was asked; or says, under torchrun, where all ranks refuse what one of them refuses, why it cannot
         be."""
         try:
             if self.loop.has_unfinished:
@@ -248,7 +248,7 @@ def tokenizer_directory(config: EngineConfig) -> Path:
 
 
 def has_tokenizer(config: EngineConfig) -> bool:
-    """Whether there is a tokenizer.json; it is not read."""
+    """Tells whether there is a tokenizer.json; it is not read."""
     return Tokenizer.is_there(tokenizer_directory(config))
 
 

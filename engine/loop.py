@@ -53,7 +53,7 @@ class Loop:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether there is anything to advance."""
+        """Tells whether there is anything to advance."""
         return bool(self._inbox) or self.scheduler.has_unfinished
 
     def advance(self) -> list[Event]:

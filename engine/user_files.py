@@ -97,7 +97,8 @@ def check_output(flag: str, path: str | Path) -> None:
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether a string has half of a surrogate pair, as Python's strings and JSON's escapes may, and so is no text."""
+    """Tells whether a string has half of a surrogate pair, as Python's strings and JSON's escapes may, and so is no
+    text."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -196,6 +197,6 @@ def _check(content: Any, where: str, keep_too_large: bool) -> None:
 
 
 def _parts(content: dict | list) -> Iterator[tuple[str | int, Any]]:
-    """What may be at fault of an object or a list, by name or index."""
+    """Says what may be at fault of an object or a list, by name or index."""
     parts = content.items() if isinstance(content, dict) else enumerate(content)
     return ((name, part) for name, part in parts if isinstance(part, _CHECKED))

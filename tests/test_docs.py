@@ -1,5 +1,6 @@
-"""What the pages say is so: the tree of modules, the plan that is shown, README's figures, links and their headings."""
+"""The pages tell the truth: the tree of modules, the plan that is shown, README's figures, links and their headings."""
 
+import ast
 import json
 import re
 import shlex
@@ -93,3 +94,17 @@ def test_links_lead_somewhere(page):
         if not target.exists() or (fragment and fragment not in anchors(target)):
             lost.append(link)
     assert lost == []
+
+
+def test_every_docstring_begins_with_a_noun_or_a_verb():
+    """No docstring begins with a question word or with None."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    words = re.compile(r"(What|Whether|How|Which|Where|Why|When|None)\b")
+    found = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for tree in (*TREES, "tests")
+        for path in sorted((ROOT / tree).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, documented) and (text := ast.get_docstring(node)) and words.match(text)
+    ]
+    assert not found, "\n".join(found)

@@ -73,7 +73,7 @@ def _read(file: str) -> io.BytesIO:
 
 
 def _is_open_pipe(file: str) -> bool:
-    """Whether this is a pipe without a name (/dev/fd/63): one with a name has to wait for its writer."""
+    """Tells whether this is a pipe without a name (/dev/fd/63): one with a name has to wait for its writer."""
     return stat.S_ISFIFO(os.stat(file).st_mode) and not os.path.exists(os.path.realpath(file))
 
 

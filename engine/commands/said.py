@@ -1,6 +1,6 @@
-"""What `penstock generate` says on standard error: a line before the text and a line after it, with --verbose the plan
-and what was measured as well. Nothing is measured for the two lines: without --verbose they go by the rates of the
-plan."""
+"""Describes what `penstock generate` says on standard error: a line before the text and a line after it, with --verbose
+the plan and what was measured as well. Nothing is measured for the two lines: without --verbose they go by the rates of
+the plan."""
 
 import sys
 from collections import Counter

@@ -27,8 +27,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Binder:
-    """What batches of a model are bound with: its cache's page size and margin, and `last_tokens` (max_num_seqs,),
-    which holds the tokens named as ON_DEVICE.
+    """Holds what batches of a model are bound with: its cache's page size and margin, and `last_tokens`
+    (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time. Prompts of a number of
     tokens in `whole_tokens` attend each by itself. `partials` is the workspace of decode_attention for any number of

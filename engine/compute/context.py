@@ -1,4 +1,5 @@
-"""What a step sees: what belongs to the model, the same in every pass, and what belongs to the pass that runs.
+"""Describes what a step sees: what belongs to the model, the same in every pass, and what belongs to the pass that
+runs.
 
 Shapes: T tokens in the batch, N sampled rows, H/K local query/KV heads, E head dim, V local vocab, D hidden, L
 positions of the rotation table, F its width.

@@ -1,5 +1,5 @@
-"""What a pass runs on, once a batch is bound to the device: its tokens, and where the keys and values lie that they
-attend to.
+"""Describes what a pass runs on, once a batch is bound to the device: its tokens, and where the keys and values lie
+that they attend to.
 
 Shapes: T tokens in the batch, R rows, C context tokens of some rows together, N sampled rows, P pages, S page size.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowRange:
-    """Where a row's queries and its context lie in the flat tensors, in tokens."""
+    """Holds where a row's queries and its context lie in the flat tensors, in tokens."""
 
     first_query: int
     num_queries: int
@@ -24,7 +24,7 @@ class RowRange:
 
 @dataclass(frozen=True)
 class PagedContext:
-    """What rows of one token each attend to: the pages where they lie. A padded row has length 0."""
+    """Holds what rows of one token each attend to: the pages where they lie. A padded row has length 0."""
 
     page_table: Tensor  # (R, P) int32
     lengths: Tensor  # (R,) int32, the new token included
@@ -53,8 +53,8 @@ class Chunks:
 
 @dataclass(frozen=True)
 class GatheredContext:
-    """What chunks of rows that have cached tokens attend to: `addresses` are page * S + offset of all their tokens, row
-    after row, their own included; `positions` are those of these tokens."""
+    """Holds what chunks of rows that have cached tokens attend to: `addresses` are page * S + offset of all their
+    tokens, row after row, their own included; `positions` are those of these tokens."""
 
     chunks: Chunks
     addresses: Tensor  # (C,) int64
@@ -63,7 +63,7 @@ class GatheredContext:
 
 @dataclass(frozen=True)
 class MixedContext:
-    """What rows attend to by their kind, which is the order of their tokens in a pass:
+    """Holds what rows attend to by their kind, which is the order of their tokens in a pass:
 
         | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting | whole |
 

@@ -1,4 +1,4 @@
-"""What each step computes. `STEPS` maps the names in a PassPlan to functions of a PassContext.
+"""Describes what each step computes. `STEPS` maps the names in a PassPlan to functions of a PassContext.
 
 Shapes: T tokens in the batch, N sampled rows, D hidden, H/K local query/KV heads, E head dim, I local FFN width,
 V local vocab. An operation cannot tell whether its weights stream: it gets them as views by name.

@@ -36,7 +36,8 @@ CHUNK_ELEMENTS = 1 << 22  # of logits copied at a time: bounds temporaries to ab
 
 @dataclass(frozen=True)
 class Asked:
-    """What the rows of a batch ask for, all together: the stages that have to run, and the most logprobs (-1: none)."""
+    """Holds what the rows of a batch ask for, all together: the stages that have to run, and the most logprobs (-1:
+    none)."""
 
     stages: frozenset[str] = frozenset()
     num_logprobs: int = -1
@@ -97,7 +98,7 @@ class Sampler:
         self.output_counts: Tensor | None = None  # (max_num_seqs, V) int32
 
     def asked(self, host_rows: Sequence[int]) -> Asked:
-        """What these rows ask for together."""
+        """Says what these rows ask for together."""
         each = [self.asked_by[row] for row in host_rows]
         stages = frozenset().union(*(asked.stages for asked in each))
         return Asked(stages, max((asked.num_logprobs for asked in each), default=-1))
@@ -162,7 +163,7 @@ class Sampler:
         return torch.where(self._asks_penalty(rows)[:, None], penalised, logits)
 
     def limits(self, logits: Tensor, rows: Tensor) -> Limits:
-        """What the rows' filters keep of logits (R, V)."""
+        """Says what the rows' filters keep of logits (R, V)."""
         filters = Filters(*(self.params[name][rows] for name in Filters._fields))
         return find_limits(logits, self.vocab_size, self.params["temperature"][rows], filters)
 

@@ -1,4 +1,5 @@
-"""How many bytes compressed weights take: counted where escapes and patches are known, planned before anything is read.
+"""Describes how many bytes compressed weights take: counted where escapes and patches are known, planned before
+anything is read.
 
 Torch-free. `weights/codec.py` lays out its blobs by `part_bytes`; the planner asks `planned_bytes`.
 """

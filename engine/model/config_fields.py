@@ -97,7 +97,7 @@ def choice(fields: Fields, key: str, value: Any, choices: Collection[str]) -> st
 
 
 def states_dtype(config: Mapping[str, Any]) -> bool:
-    """Whether a config says in which dtype its checkpoint is; null says nothing."""
+    """Tells whether a config says in which dtype its checkpoint is; null says nothing."""
     return bool(config.get("dtype") or config.get("torch_dtype"))
 
 

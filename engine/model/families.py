@@ -145,7 +145,7 @@ def _common(fields: Fields, family: Family) -> dict[str, Any]:
 
 
 def _gated(fields: Fields, windows: tuple[int | None, ...], **own: bool) -> dict[str, Any]:
-    """What all families but GPT-NeoX share: RMSNorm, a gated FFN, serial residuals; biases where `own` says so."""
+    """Says what all families but GPT-NeoX share: RMSNorm, a gated FFN, serial residuals; biases where `own` says so."""
     flags = dict.fromkeys(("qkv_bias", "o_bias", "ffn_up_bias", "ffn_down_bias", "qk_norm", "parallel_residual"), False)
     norm = {"norm": "rms", "norm_eps": fields.number("rms_norm_eps"), "gated": True}
     return {**flags, **norm, "windows": windows, **own}

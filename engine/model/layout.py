@@ -1,4 +1,4 @@
-"""Which weights a group has, how they are cut for a rank, and at which byte each lies in the group's span.
+"""Describes which weights a group has, how they are cut for a rank, and at which byte each lies in the group's span.
 
 Torch-free. One description serves the planner (sizes before a byte is loaded), the checkpoint reader (what to read to
 where), the host arena, the ring (spans are copied whole) and the views that operations get. A group is one

@@ -1,4 +1,5 @@
-"""How a weight is cut over tensor-parallel ranks. Torch-free: local shapes, and the slices to read, follow from sizes.
+"""Describes how a weight is cut over tensor-parallel ranks. Torch-free: local shapes, and the slices to read, follow
+from sizes.
 
 The shard dimension of a weight is said once, as a `ShardKind`; local shape and the slices of the checkpoint
 tensor follow from it here. Nothing in this file knows a model family or a file format.
@@ -11,7 +12,7 @@ FFN_MULTIPLE = 16  # local FFN widths are padded with zeros to a multiple of thi
 
 
 class ShardKind(Enum):
-    """Which dimension of a weight (out, in) is cut: COLUMN and VOCAB cut its rows (out), ROW its columns (in)."""
+    """Names which dimension of a weight (out, in) is cut: COLUMN and VOCAB cut its rows (out), ROW its columns (in)."""
 
     COLUMN = "column"
     ROW = "row"

@@ -1,4 +1,4 @@
-"""What a model is, as data. Torch-free; this file reads no files: `families.py` fills a ModelSpec in from a
+"""Describes what a model is, as data. Torch-free; this file reads no files: `families.py` fills a ModelSpec in from a
 config.json.
 
 A `ModelSpec` says everything that changes the math or the bytes of a pass, and names the checkpoint's tensors. Every

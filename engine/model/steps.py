@@ -30,7 +30,7 @@ def model_steps(spec: ModelSpec) -> list[Compute]:
 
 
 def sums_over_ranks(step: Compute) -> bool:
-    """Whether the step is an all-reduce or contains one."""
+    """Tells whether the step is an all-reduce or contains one."""
     return any(part.endswith("allreduce") for part in step.parts)
 
 
@@ -84,7 +84,7 @@ def _parallel_layer(spec: ModelSpec, layer_idx: int) -> list[Compute]:
 
 
 def activation_widths(spec: ModelSpec, tp_size: int) -> dict[str, tuple[str, int]]:
-    """What the rows of each activation are ("tokens" of the batch, or "rows" that are sampled), and its width in
+    """Says what the rows of each activation are ("tokens" of the batch, or "rows" that are sampled), and its width in
     elements on one rank."""
     shard = shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0)
     vocab = local_vocab_size(spec.vocab_size, tp_size)

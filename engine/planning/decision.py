@@ -1,4 +1,5 @@
-"""What rank 0 decided of a plan, for the other ranks: they make the same plan from it, without a search of their own.
+"""Describes what rank 0 decided of a plan, for the other ranks: they make the same plan from it, without a search of
+their own.
 
 Torch-free.
 """

@@ -26,8 +26,8 @@ ASSUMED = {"cuda": "h200", "cpu": "cpu"}  # the built-in profile of a type of de
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured on a group of ranks; lists are by rank. Rates are in 1e9 bytes/s and 1e12 FLOP/s, times in
-    seconds.
+    """Holds what was measured on a group of ranks; lists are by rank. Rates are in 1e9 bytes/s and 1e12 FLOP/s,
+    times in seconds.
 
     `link_gb_s` is the rate of the slowest of the first 1, 2, ... ranks while these copy at once. `node_s` is what one
     more kernel costs in a CUDA graph, None without CUDA. `reduces` has a row for each size, as
@@ -95,7 +95,7 @@ def cache_directory() -> Path | None:
 
 
 def profile_path(device_type: str, num_ranks: int) -> Path | None:
-    """Where the probe of so many ranks is kept; None where there is no cache directory."""
+    """Says where the probe of so many ranks is kept; None where there is no cache directory."""
     directory = cache_directory()
     return directory and directory / f"{device_type}-{num_ranks}.json"
 

@@ -65,7 +65,7 @@ class EnginePlan:
 
     @property
     def decision(self) -> Decision:
-        """What the search decided."""
+        """Says what the search decided."""
         job_num_seqs = None if self.demand.plans_num_seqs else self.demand.max_num_seqs
         return Decision(job_num_seqs, self.max_num_seqs, self.residency.split, self.rates)
 

@@ -1,4 +1,4 @@
-"""What a rank's device memory holds beside weights, ring and KV cache, and how much of it there is.
+"""Describes what a rank's device memory holds beside weights, ring and KV cache, and how much of it there is.
 
 Torch-free. Activations, logits and what sampling keeps follow from the number of sequences in a pass, which may be
 planned, so everything here is a function of that number. Layers are alike, so two of them say where activations lie.
@@ -41,7 +41,7 @@ class MemoryClaims:
 
     @property
     def fuses(self) -> bool:
-        """Whether neighbouring steps are fused, as kernels of a GPU are."""
+        """Tells whether neighbouring steps are fused, as kernels of a GPU are."""
         return self.on_gpu or self.config.debug.as_on_gpu
 
     @functools.cached_property

@@ -15,7 +15,7 @@ from penstock.scheduler.residency.demand import Demand
 
 
 def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
-    """What a rank does in a pass, by the plan's residency or by another one of the same demand."""
+    """Says what a rank does in a pass, by the plan's residency or by another one of the same demand."""
     residency = residency or plan.residency
     embed_bytes = plan.layout.embed.nbytes if residency.embed_resident else 0  # no group: few of its rows are read
     decompressed_bytes = sum(group.nbytes for group in plan.layout.groups if group.id in residency.compressed)
@@ -24,7 +24,8 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
 
 
 def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute], float], Rates, float]:
-    """What predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a launch."""
+    """Says what predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a
+    launch."""
     work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
     return lambda step: step_s(work(step), shape, plan.rates), plan.rates, launch_s(shape, plan.rates)
 

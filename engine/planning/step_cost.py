@@ -1,4 +1,5 @@
-"""What one rank does in each compute step of a plan: bytes, FLOPs and reduces, which the time model turns into seconds.
+"""Describes what one rank does in each compute step of a plan: bytes, FLOPs and reduces, which the time model turns
+into seconds.
 
 Torch-free. A fused step does what its parts do: its name joins theirs. Unknown steps (a new family's) count as
 element-wise ones.

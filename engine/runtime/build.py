@@ -53,8 +53,8 @@ def _host_memory(plan: EnginePlan) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Worker:
-    """What one rank computes with: `runner` runs batches by `executor`. `plan` has the sizes that compressed groups
-    turned out to have."""
+    """Holds what one rank computes with: `runner` runs batches by `executor`. `plan` has the sizes that compressed
+    groups turned out to have."""
 
     plan: EnginePlan
     weights: LoadedWeights
@@ -78,7 +78,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What the parts of a worker are built from."""
+    """Holds what the parts of a worker are built from."""
 
     config: EngineConfig
     plan: EnginePlan
@@ -203,7 +203,7 @@ def find_embed(plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights) ->
 def find_compressed(
     plan: EnginePlan, weights: LoadedWeights, ring: Tensor, buffer: Tensor
 ) -> dict[GroupId, Compressed]:
-    """Where each compressed group lies in a pass, and where it is decompressed to."""
+    """Says where each compressed group lies in a pass, and where it is decompressed to."""
     slots = dict(plan.residency.ring.slots)
     outs = {step.group: step.slot for step in plan.pass_plan.decompressions}
     compressed = {}

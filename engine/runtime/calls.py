@@ -56,7 +56,7 @@ def digest(asked: Asked) -> bytes:
 
 
 def objection(calls: list[Call]) -> str:
-    """Why the ranks cannot run a call, given what each says, by rank; empty if they can. The same on all ranks."""
+    """Says why the ranks cannot run a call, given what each says, by rank; empty if they can. The same on all ranks."""
     first = calls[0]
     if first.refusal and all(call.refusal == first.refusal for call in calls):
         return first.refusal
@@ -75,7 +75,8 @@ def objection(calls: list[Call]) -> str:
 
 
 def pack_config(config: EngineConfig, model_digest: str) -> bytes:
-    """What ranks must have alike, fields of the config and what the model's files say, as many bytes on every rank."""
+    """Says what ranks must have alike, fields of the config and what the model's files say, as many bytes on every
+    rank."""
     fields = config.to_dict()
     fields |= fields.pop("debug") | {MODEL: model_digest}
     fields["trace"] = "a file" if config.trace else None  # a path too, but all ranks join the trace, or none
@@ -85,7 +86,7 @@ def pack_config(config: EngineConfig, model_digest: str) -> bytes:
 
 
 def config_objection(frames: list[bytes]) -> str:
-    """Why ranks cannot run together, given how each was configured, by rank; empty if they can."""
+    """Says why ranks cannot run together, given how each was configured, by rank; empty if they can."""
     first, *others = map(json.loads, frames)
     for rank, other in enumerate(others, 1):
         for name, value in first.items():

@@ -161,7 +161,7 @@ class Engine:
 
     @property
     def must_wait(self) -> bool:
-        """Whether rank 0 announces the next pass, which then runs only once the tokens of the one under way are
+        """Tells whether rank 0 announces the next pass, which then runs only once the tokens of the one under way are
         there."""
         return bool(self.submitted) and self.work.streamed_bytes > 0
 

@@ -32,7 +32,7 @@ MOST_PROMPT_GRAPHS = 40
 
 
 class DecodeAs(Enum):
-    """How decode passes run: as other passes do, padded to a bucket, or as the graphs of such passes."""
+    """Names how decode passes run: as other passes do, padded to a bucket, or as the graphs of such passes."""
 
     EAGER = "eager"
     PADDED = "padded"

@@ -1,4 +1,4 @@
-"""How long rank 0's passes took, beside what the time model predicted."""
+"""Describes how long rank 0's passes took, beside what the time model predicted."""
 
 import time
 from collections import deque

@@ -1,4 +1,5 @@
-"""What ranks say to each other while an engine runs. Rank 0 decides and says it, the others hear it and do the same.
+"""Describes what ranks say to each other while an engine runs. Rank 0 decides and says it, the others hear it and do
+the same.
 
     rank 0   BATCH b       ANNOUNCED b  RUN      MEASURE n   OUTPUTS, outputs | transfers      STOP
     others   run b         keep b       run it   measure     return them      | send theirs    leave
@@ -35,7 +36,7 @@ class Kind(IntEnum):
 
 
 class Output(Protocol):
-    """What a call gives for one prompt."""
+    """Holds what a call gives for one prompt."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -72,7 +73,7 @@ class Messages:
             self._note(Kind.RUN, self._announced)
 
     def hear(self) -> tuple[Kind, Batch | int | None]:
-        """What rank 0 says next, and with BATCH and RUN the pass that runs; on the other ranks."""
+        """Hears what rank 0 says next, and with BATCH and RUN the pass that runs; on the other ranks."""
         kind, *message = self.collectives.broadcast_ints(None)
         if kind in (Kind.BATCH, Kind.ANNOUNCED, Kind.RUN):
             batch = self._announced if kind == Kind.RUN else self._rows.unpack(message)

@@ -1,4 +1,5 @@
-"""What an engine needs before it can run: the model's files, the memory there is, and a plan that all ranks share.
+"""Describes what an engine needs before it can run: the model's files, the memory there is, and a plan that all ranks
+share.
 
 Mistakes in config, model and checkpoint are found here, before anything is allocated.
 """
@@ -33,7 +34,7 @@ LEAST_CONTEXT_BYTES = 400 * MIB  # of a CUDA context, before any kernel is loade
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model's files say, without its weights."""
+    """Holds what a model's files say, without its weights."""
 
     path: Path
     model: Model

@@ -175,7 +175,7 @@ def to_wire(tensor: Tensor, wire_dtype: torch.dtype) -> Tensor:
 
 
 def is_text(header: Header) -> bool:
-    """Whether the text of an error follows, of a size that such a text can have."""
+    """Tells whether the text of an error follows, of a size that such a text can have."""
     if header.site.operation != FAILED or len(header.shapes) != 1:
         return False
     ((dtype, dims),) = header.shapes

@@ -121,7 +121,7 @@ class HostSide:
     notes: PassNotes
 
     def transfers(self) -> dict[str, Any]:
-        """What crossed between the sides, for JSON."""
+        """Says what crossed between the sides, for JSON."""
         return {"calls": self.channel.ledger.to_dict()}
 
     def close(self) -> None:

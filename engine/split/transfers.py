@@ -49,7 +49,7 @@ MOST_TIMEOUT_S = 10**6
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How tensors of a split execution cross. With `process` the device side is a process of its own, which has
+    """Holds how tensors of a split execution cross. With `process` the device side is a process of its own, which has
     `timeout_s` seconds for each answer beside what its work takes on the slowest machine (deadline.py). `permute` names
     some of PERMUTED, in a sequence or in a string with commas; the device side sees these in another order.
     `permute_key` is the key of the permutations in hex; with None one is drawn.
@@ -122,7 +122,7 @@ class PassRow(NamedTuple):
 
 
 def is_call(step: Compute) -> bool:
-    """Whether the device side computes this step."""
+    """Tells whether the device side computes this step."""
     return step.step in ("embedding", "attention") or step.step in MATRICES
 
 

@@ -30,7 +30,7 @@ class Tokenizer:
 
     @staticmethod
     def is_there(path: str | Path) -> bool:
-        """Whether directory `path` has a tokenizer.json."""
+        """Tells whether directory `path` has a tokenizer.json."""
         return os.path.lexists(Path(path) / FILE)
 
     @staticmethod
@@ -76,7 +76,7 @@ class Tokenizer:
             raise_library_error(f"{self.file}: cannot decode {len(token_ids)} tokens", error)
 
     def has_text(self, token_id: int) -> bool:
-        """Whether `decode` does more with this token than to skip it."""
+        """Tells whether `decode` does more with this token than to skip it."""
         token = self.backend.id_to_token(token_id)
         return token is not None and token not in self.special_ids
 

@@ -65,7 +65,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _is_llama(directory: Path, config: dict[str, Any]) -> bool:
-    """Whether transformers makes a LlamaTokenizer of this directory."""
+    """Tells whether transformers makes a LlamaTokenizer of this directory."""
     model = _read(directory / "config.json")
     return (config.get("tokenizer_class") or model.get("tokenizer_class")) in _LLAMA and (
         model.get("model_type") not in _NEVER_LLAMA

@@ -17,7 +17,7 @@ BLOCK_BYTES = 8 * MIB
 
 
 class WeightSource(Protocol):
-    """Where weights come from: a `Checkpoint` or `DummyWeights`. It is called from many threads at once."""
+    """The source of weights: a `Checkpoint` or `DummyWeights`. It is called from many threads at once."""
 
     def read_piece(self, piece: Piece, out: Tensor) -> int:
         """Fills `out`, a CPU view (num_rows, num_cols) in the dtype wanted; returns the bytes that were read."""
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def covered(self) -> bool:
-        """Whether the pieces (which never overlap) fill the block."""
+        """Tells whether the pieces (which never overlap) fill the block."""
         return sum(piece.num_rows * piece.num_cols for piece in self.pieces) == self.shape[0] * self.shape[1]
 
     def fill(self, source: WeightSource, memory: Tensor) -> int:
@@ -74,7 +74,7 @@ def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
 
 
 def _clip(weight: Weight, first: int, stop: int) -> tuple[Piece, ...]:
-    """What the pieces of a weight put into its rows [first, stop)."""
+    """Says what the pieces of a weight put into its rows [first, stop)."""
     clipped = []
     for piece in weight.pieces:
         start, end = max(piece.to_row, first), min(piece.to_row + piece.num_rows, stop)

@@ -32,8 +32,8 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class CompressedLayout:
-    """Where a compressed tensor's parts lie in its blob. A raw tensor is kept as its own bytes, without escapes or
-    patches."""
+    """Holds where a compressed tensor's parts lie in its blob. A raw tensor is kept as its own bytes, without
+    escapes or patches."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -65,7 +65,7 @@ def _first_bins(tiles: Tensor) -> Tensor:
 
 
 def _mark_exponents(first: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-    """What each exponent becomes in tiles of these windows: marks (N, 256) uint8 with its index, the 3 bits of an
+    """Says what each exponent becomes in tiles of these windows: marks (N, 256) uint8 with its index, the 3 bits of an
     escape at LATE_SHIFT, and PATCHED where it lies outside; and (N, 256) int32, how many windows away it lies."""
     away = torch.arange(256, device=first.device, dtype=torch.int32) - first[:, None] & 0xFF
     nearest, times = away % WINDOW, away // WINDOW

@@ -15,8 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CompressedWeight:
-    """Where a compressed weight lies. `offset` is its first byte in the span, `blob_offset` the first byte of its blob
-    in the group's blob."""
+    """Holds where a compressed weight lies. `offset` is its first byte in the span, `blob_offset` the first byte of
+    its blob in the group's blob."""
 
     layout: CompressedLayout
     offset: int
@@ -25,8 +25,8 @@ class CompressedWeight:
 
 @dataclass(frozen=True)
 class CompressedGroup:
-    """How a group's span is compressed; `nbytes` is the length of its blob, a multiple of ALIGN and never more than the
-    span's."""
+    """Holds how a group's span is compressed; `nbytes` is the length of its blob, a multiple of ALIGN and never
+    more than the span's."""
 
     weights: tuple[CompressedWeight, ...]
     nbytes: int

@@ -30,7 +30,8 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of weights,
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: `offset` is bytes from the start of `file`, `dtype` the format's name (F32, BF16, ...)."""
+    """Holds where a tensor lies: `offset` is bytes from the start of `file`, `dtype` the format's name (F32, BF16,
+    ...)."""
 
     file: Path
     dtype: str
@@ -66,7 +67,7 @@ def find_entries(directory: Path) -> dict[str, TensorEntry]:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there is anything in a directory that find_entries would read."""
+    """Tells whether there is anything in a directory that find_entries would read."""
     return os.path.lexists(directory / INDEX) or any(directory.glob("*.safetensors"))
 
 

@@ -131,7 +131,7 @@ def _first_dtype(entries: Mapping[str, TensorEntry]) -> str:
 
 
 def _are_equal(first: TensorEntry, second: TensorEntry) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes."""
+    """Tells whether two tensors have the same dtype, shape and bytes."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with open_file(first.file) as left, open_file(second.file) as right:
