@@ -13,7 +13,7 @@ from penstock.scheduler.units import MIB
 
 Prompt = str | list[int]
 # Of a file of prompts. As text its bytes may be four times as many, and each prompt and token id takes memory and time.
-MOST_BYTES = 128 * MIB
+MOST_BYTES = 64 * MIB
 MOST_PROMPTS = 2**18
 MOST_COMMAS = 6_000_000  # of JSONL: about as many as there are token ids
 _PIECE_BYTES = MIB

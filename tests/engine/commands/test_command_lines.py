@@ -93,7 +93,7 @@ LARGE = {
     "emoji": (b'{"' + EMOJI + b'": "', b"a" * MIB, (MAX_JSON_BYTES // MIB - 1), b"\\n"),
     "lines": (EMOJI, b"aa\n", 44_000_000, b""),
     "objects": (b"", b'{"prompt": "a"}\n', 260_000, b"{}"),
-    "text": (EMOJI, b"word ", 125 * MIB // 5, b""),
+    "text": (EMOJI, b"word ", 62 * MIB // 5, b""),
     "prompt": (b'{"prompt": "' + EMOJI, b"word ", 60 * MIB // 5, b'"}'),
     "tokens": (b"", b'{"prompt_token_ids": [' + b"300," * 999_999 + b"3]}\n", 5, b"{}"),
 }
