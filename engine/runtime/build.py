@@ -138,7 +138,7 @@ def build_executor(given: Ingredients, layout: ModelLayout, weights: LoadedWeigh
     compressed = find_compressed(plan, weights, ring, aligned_bytes(plan.pass_plan.decompression_buffer_bytes, device))
     return Executor(
         pass_plan=plan.pass_plan,
-        model=build_model(given, layout, weights),
+        model=build_model(given, find_embed(plan, layout, weights)),
         views=find_views(plan, layout, weights, ring, compressed),
         host_spans=weights.host_spans,
         ring=ring,
@@ -150,11 +150,11 @@ def build_executor(given: Ingredients, layout: ModelLayout, weights: LoadedWeigh
     )
 
 
-def build_model(given: Ingredients, layout: ModelLayout, weights: LoadedWeights) -> ModelContext:
+def build_model(given: Ingredients, embed: Tensor) -> ModelContext:
+    """The part of a rank that embeds by `embed` (V, D)."""
     plan, topology = given.plan, given.topology
     spec, dtype = plan.spec, getattr(torch, plan.dtype)
     heads = shard_heads(spec.num_heads, spec.num_kv_heads, topology.tp_size, topology.rank)
-    embed = find_embed(plan, layout, weights)
     rope = rope_table(spec.rope, plan.residency.max_model_len, dtype, given.device)
     return ModelContext(
         spec=spec,

@@ -93,10 +93,9 @@ class Start:
             frames = collectives.share_frames(pack_config(self.config, self.files.digest()))
             if refused := config_objection(frames):
                 return refused
-        if self.plan is not None and memory != self.memory:
-            self.memory = memory
+        is_less, self.memory = memory != self.memory, memory
+        if self.plan is not None and is_less:
             self.plan = self._plan(self.plan.rates)
-        self.memory = memory
         self._share(collectives)
         if self.source is None:
             self.source = open_source(self.config, self.files.path, self.plan)

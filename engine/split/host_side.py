@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from penstock.engine.compute.arena import aligned_bytes
 from penstock.engine.compute.attention import causal_mask, row_contexts
-from penstock.engine.compute.context import ModelContext, PassContext
+from penstock.engine.compute.context import PassContext
 from penstock.engine.compute.inputs import RowRange
-from penstock.engine.compute.kv_cache import make_cache
-from penstock.engine.compute.rope import rope_table
-from penstock.engine.compute.sampler import Sampler
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.engine_plan import EnginePlan
-from penstock.engine.runtime.build import Ingredients, build_arena, build_lanes, build_runner
+from penstock.engine.runtime.build import Ingredients, build_arena, build_lanes, build_model, build_runner
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.pass_runner import PassRunner
 from penstock.engine.runtime.watch import Watch, Watches
@@ -138,12 +135,13 @@ def build_host_side(split: SplitConfig, given: Ingredients, source: WeightSource
     channel = open_channel(split, given.config, plan)
     try:
         weights, named = load_part(given.config, plan, trusted=True)
+        embed = torch.empty(0, plan.spec.hidden_size, dtype=getattr(torch, plan.dtype))  # the device side has it
         notes = PassNotes(plan, split, channel if isinstance(channel, PermutedChannel) else None)
         executor = SplitExecutor(
             channel,
             split.attention,
             pass_plan=plan.pass_plan,
-            model=_model(given),
+            model=build_model(given, embed),
             views=named,
             host_spans={},
             ring=aligned_bytes(0, CPU),
@@ -168,20 +166,3 @@ def open_channel(split: SplitConfig, config: EngineConfig, plan: EnginePlan) -> 
         return channel
     key = secrets.token_bytes(DRAWN_KEY_BYTES) if split.permute_key is None else bytes.fromhex(split.permute_key)
     return PermutedChannel(channel, split.permute, key)
-
-
-def _model(given: Ingredients) -> ModelContext:
-    plan, dtype = given.plan, getattr(torch, given.plan.dtype)
-    spec = plan.spec
-    rope = rope_table(spec.rope, plan.residency.max_model_len, dtype, CPU)
-    return ModelContext(
-        spec=spec,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        first_vocab=0,
-        embed=torch.empty(0, spec.hidden_size, dtype=dtype),  # the device side has it
-        rope=rope,
-        kv=make_cache(plan, given.config.page_size, spec.num_kv_heads, rope),
-        sampler=Sampler(plan.max_num_seqs, spec.vocab_size, CPU),
-        collectives=given.collectives,
-    )
