@@ -176,6 +176,11 @@ class EngineConfig:
     num_pages: int | None = _option(None, "KV pages (default: what memory allows)", type=int)
     ring: int | str | None = _option(None, "bytes of the ring that holds streamed groups (default: planned)")
     enforce_eager: bool = _option(False, "launch kernels one by one instead of replaying decode passes as CUDA graphs")
+    capture: str = _option(
+        "start",
+        "when passes are captured as CUDA graphs: at the start, or each when it is first needed",
+        ("start", "lazy"),
+    )
     seed: int = _option(0, "base of every random choice that names no seed of its own", type=int)
     trace: str | None = _option(None, "write a Chrome/Perfetto trace of the passes to this file")
     device_profile: str | None = _option(None, "rates to plan with: h200, cpu or a JSON file (default: by device)")

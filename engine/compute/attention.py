@@ -107,7 +107,11 @@ def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int 
     if _has_varlen(q.device, q.dtype):
         window_size = (-1 if window is None else window - 1, 0)
         bounds = (chunks.query_starts, chunks.context_starts, chunks.max_queries, chunks.max_context)
-        q.copy_(varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED))
+        attended = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED)
+        if chunks.is_own is None:
+            q.copy_(attended)
+        else:
+            torch.where(chunks.is_own[:, None, None], attended, q, out=q)
         return
     for row in chunks.ranges:
         _attend_row_(q, k, v, row, scale, window)

@@ -61,11 +61,11 @@ def decode_attention(
     E).
 
     page_table (R, max pages) int32 may hold anything behind a row's context. context_lens (R,) int32 include the row's
-    Q tokens, which are the last of its context; a padded row has 0, and its result is zeros. `out` may be `q`. partials
-    is the workspace of partials_size fp32 values. No segment is shorter than min_segment tokens. The first `margin`
-    entries of a row's first page hold no tokens. With key_rope (2, L, F), cos and sin, keys are rotated here, each by
-    its index 0, 1, ... L - 1 in its row's context; the first 2F dims rotate, by halves. Products and sums of the
-    rotation are rounded to the dtype of the keys, as if the keys had been rotated before they were cached.
+    Q tokens, which are the last of its context; a padded row has 0, and `out` keeps what it has there. `out` may be
+    `q`. partials is the workspace of partials_size fp32 values. No segment is shorter than min_segment tokens. The
+    first `margin` entries of a row's first page hold no tokens. With key_rope (2, L, F), cos and sin, keys are rotated
+    here, each by its index 0, 1, ... L - 1 in its row's context; the first 2F dims rotate, by halves. Products and sums
+    of the rotation are rounded to the dtype of the keys, as if the keys had been rotated before they were cached.
     """
     common = (scale, window, page_size)
     if q.is_cuda:
@@ -129,6 +129,8 @@ def decode_attention_reference(
     calls["reference"] += 1
     num_queries, group = q.shape[1], q.shape[2] // keys.shape[1]
     for row, context in enumerate(context_lens.tolist()):
+        if context == 0:
+            continue
         reach = NO_WINDOW if window is None else window
         key = torch.arange(max(0, context - num_queries + 1 - reach), context, device=q.device)  # (C,) those seen
         addresses = page_table[row].long()[(key + margin) // page_size] * page_size + (key + margin) % page_size
@@ -186,7 +188,7 @@ def _attend_segment(
     first, length = _split(context, Q, segmenting, BLOCK)
     begin = first + segment * length
     end = tl.minimum(begin + length, context)
-    if SPLIT and begin >= end:  # the merge does not read empty segments
+    if begin >= end:  # the merge does not read empty segments
         return
     packed, e = tl.arange(0, M), tl.arange(0, E_PADDED)
     token, head = packed // GROUP, kv_head * GROUP + packed % GROUP
@@ -267,6 +269,8 @@ def _merge_segments(
     head, token, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_heads, num_queries = tl.num_programs(0), tl.num_programs(1)
     context = tl.load(context_lens + row)
+    if context == 0:
+        return
     first, length = _split(context, num_queries, segmenting, BLOCK)
     filled = tl.cdiv(context - first, length)
     index = ((row * num_queries + token) * num_heads + head) * segmenting[0]

@@ -19,27 +19,39 @@ BLOCK = 128
 
 
 class DecodeInputs(NamedTuple):
-    """The inputs of each row: all are (R,) int64, except that lengths are int32."""
+    """The inputs of each row: all are (R,) int64, except that lengths are int32. None stands for what nobody reads."""
 
     tokens: Tensor
     positions: Tensor
     addresses: Tensor  # page * S + offset
     rows: Tensor
-    sampled_positions: Tensor
+    sampled_positions: Tensor | None
     lengths: Tensor
 
 
 def derive_inputs(
-    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
+    table: Tensor,
+    last_tokens: Tensor,
+    on_device: int,
+    page_size: int,
+    out: DecodeInputs,
+    margin: int = 0,
+    keeps_padding: bool = False,
 ) -> None:
     """Fills `out` from the table. A token equal to `on_device` stands for its row's in last_tokens (rows of the
-    sampler,) int64."""
+    sampler,) int64. With `keeps_padding` a row of length 0 has its length written and nothing else."""
     run = _derive_inputs_triton if table.is_cuda and HAS_TRITON else derive_inputs_reference
-    run(table, last_tokens, on_device, page_size, out, margin)
+    run(table, last_tokens, on_device, page_size, out, margin, keeps_padding)
 
 
 def derive_inputs_reference(
-    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
+    table: Tensor,
+    last_tokens: Tensor,
+    on_device: int,
+    page_size: int,
+    out: DecodeInputs,
+    margin: int = 0,
+    keeps_padding: bool = False,
 ) -> None:
     """Does the same in plain torch."""
     calls["reference"] += 1
@@ -55,18 +67,26 @@ def derive_inputs_reference(
         sampled_positions=starts + 1,
         lengths=lengths,
     )
+    written = torch.ones_like(lengths, dtype=torch.bool) if not keeps_padding else lengths > 0
     for target, value in zip(out, values):
-        target.copy_(value)
+        if target is not None:
+            target.copy_(value if target is out.lengths else torch.where(written, value, target))
 
 
 def _derive_inputs_triton(
-    table: Tensor, last_tokens: Tensor, on_device: int, page_size: int, out: DecodeInputs, margin: int = 0
+    table: Tensor,
+    last_tokens: Tensor,
+    on_device: int,
+    page_size: int,
+    out: DecodeInputs,
+    margin: int = 0,
+    keeps_padding: bool = False,
 ) -> None:
     assert table.stride(1) == 1, "decode_inputs: the last dim of the table must have stride 1"
-    assert table.dtype == torch.int32 and all(t.is_contiguous() for t in (last_tokens, *out))
+    assert table.dtype == torch.int32 and all(t.is_contiguous() for t in (last_tokens, *out) if t is not None)
     calls["triton"] += 1
     _derive[(triton.cdiv(len(table), BLOCK),)](
-        *(table, table.stride(0), last_tokens, *out, len(table), on_device, page_size, margin, BLOCK),
+        *(table, table.stride(0), last_tokens, *out, len(table), on_device, page_size, margin, keeps_padding, BLOCK),
         **options(table.device),
     )
 
@@ -77,7 +97,8 @@ _TOKEN, _START, _ROW, _LENGTH, _PAGES = (tl.constexpr(column) for column in (TOK
 @triton.jit
 def _derive(
     table, table_row, last_tokens, tokens, positions, addresses, rows, sampled_positions, lengths, num_rows,
-    ON_DEVICE: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    ON_DEVICE: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, KEEPS_PADDING: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -91,9 +112,11 @@ def _derive(
     page = tl.load(entry + _PAGES + (position + MARGIN) // S, mask=inside, other=0).to(tl.int64)
     waiting = token == ON_DEVICE
     token = tl.where(waiting, tl.load(last_tokens + owner, mask=inside & waiting, other=0), token)
-    tl.store(tokens + row, token, mask=inside)
-    tl.store(positions + row, position, mask=inside)
-    tl.store(addresses + row, page * S + (position + MARGIN) % S, mask=inside)
-    tl.store(rows + row, owner, mask=inside)
-    tl.store(sampled_positions + row, start + 1, mask=inside)
+    written = inside & (length > 0) if KEEPS_PADDING else inside
+    tl.store(tokens + row, token, mask=written)
+    tl.store(positions + row, position, mask=written)
+    tl.store(addresses + row, page * S + (position + MARGIN) % S, mask=written)
+    tl.store(rows + row, owner, mask=written)
+    if sampled_positions is not None:
+        tl.store(sampled_positions + row, start + 1, mask=written)
     tl.store(lengths + row, length, mask=inside)

@@ -1,46 +1,50 @@
-"""A decode batch at fixed addresses: R rows of one token each, padded, so that a pass over it can be captured.
+"""A padded pass at fixed addresses, so that a graph of it can be captured: of decode rows, or of prompts beside them.
 
-Shapes: R rows of the bucket, P most pages of a row, S page size. The host sends one int32 table a pass, from two in
-turn: when the next pass is prepared, the table of the one before may not have been sent yet. Everything else is derived
-from it on the device, by operations that a graph captures as well. Padded rows have length 0, page 0 and a row of the
-sampler that no request has.
+Shapes: T tokens, S of them rows of one token at most, C prompts at most, N sampled rows, P most pages of a row.
+
+    tokens of a pass   | rows of one token | prompts that start, one behind another | padding up to T |
+
+Rows of one token are sent as an int32 table, from which all else is derived on the device, by operations that a graph
+captures as well. What belongs to prompts is known to the host and sent as int64 columns. How many rows of one token
+there are is read on the device. What is padded has a row of the sampler that no request has, and the reserved page;
+padded rows of one token have length 0.
+
+All buckets share the memory of a `Staging`: a pass is sent when the one before it is ahead of it on the device.
 """
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy
 import torch
 from penstock.engine.compute.context import ModelContext
-from penstock.engine.compute.inputs import PagedContext, PassInputs
-from penstock.engine.kernels.decode_attention import choose_segments, partials_size
+from penstock.engine.compute.inputs import Chunks, MixedContext, PagedContext, PassInputs, RowRange
+from penstock.engine.kernels.decode_attention import choose_segments
 from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
-from penstock.scheduler.batching.batch import Batch
-from penstock.scheduler.batching.pages import pages_for
+from penstock.engine.runtime.bucket_sizes import BucketSize
+from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
+from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
 from penstock.scheduler.batching.request import ON_DEVICE
 from torch import Tensor
 
 
-def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Powers of two and the numbers half way between them, up to max_num_seqs."""
-    sizes = {size for power in range(max_num_seqs.bit_length() + 1) for size in (1 << power, 3 << power)}
-    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
-
-
 class HostTable:
-    """A table (R, PAGES + P) int32 in pinned memory. `pages` are those written in each row; None where an interrupt may
-    have left a part of them."""
+    """A table (rows, PAGES + P) int32 in pinned memory. `pages` are those written in each row; None where an interrupt
+    may have left a part of them."""
 
     def __init__(self, num_rows: int, max_pages: int, pinned: bool):
         self.table = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=pinned)
         self.values = self.table.numpy()  # the same memory: a write costs a tenth
         self.pages: list[tuple[int, ...] | None] = [()] * num_rows
 
-    def fill(self, batch: Batch, pad_row: int) -> None:
-        """Rows of the batch, then padded ones. Pages are written only where they changed; an interrupt at any point
-        leaves no row whose pages are wrongly taken for written."""
-        num_padded = len(self.pages) - len(batch.rows)
-        rows = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in batch.rows]
-        self.values[:, :PAGES] = rows + [(0, 0, pad_row, 0)] * num_padded
-        for index, pages in enumerate([row.pages for row in batch.rows] + [()] * num_padded):
+    def fill(self, rows: Sequence[BatchRow], num_rows: int, pad_row: int) -> None:
+        """Writes rows of one token, then padded ones up to `num_rows`. Pages are written only where they changed; an
+        interrupt at any point leaves no row whose pages are wrongly taken for written."""
+        columns = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in rows]
+        padded = num_rows - len(rows)
+        self.values[:num_rows, :PAGES] = columns + [(0, 0, pad_row, 0)] * padded
+        for index, pages in enumerate([row.pages for row in rows] + [()] * padded):
             written = self.pages[index]
             if written is not pages and written != pages:
                 self.pages[index] = None
@@ -49,48 +53,139 @@ class HostTable:
                 self.pages[index] = pages
 
 
-class Bucket:
-    """`inputs` are what the pass runs on; `load` sends a batch and `derive`, before the first step, fills them from
-    it."""
+class Staging:
+    """Memory for passes of up to `most_tokens` tokens and `max_num_seqs` rows, on the host and on the device. What the
+    host writes has two turns: when the next pass is prepared, the one before it may not have been sent yet."""
 
-    def __init__(self, num_rows: int, max_context: int, model: ModelContext):
-        device, sampler = model.rope.device, model.sampler
-        self.num_rows, self.kv, self.last_tokens = num_rows, model.kv, sampler.last_tokens
-        self.key, self.num_sampled = num_rows, num_rows
-        self.pad_row = sampler.pad_row
-        max_pages = pages_for(self.kv.margin + max_context, self.kv.page_size)
-        self.tables = deque(HostTable(num_rows, max_pages, pinned=device.type == "cuda") for _ in range(2))
+    def __init__(self, model: ModelContext, most_tokens: int, max_num_seqs: int, max_context: int):
+        device, kv = model.rope.device, model.kv
+        pinned = device.type == "cuda"
+
+        def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        max_pages = pages_for(kv.margin + max_context, kv.page_size)
+        self.tables = deque(HostTable(max_num_seqs, max_pages, pinned) for _ in range(2))
         self.table = torch.zeros_like(self.tables[0].table, device=device)
-        num_segments = choose_segments(num_rows, model.num_kv_heads, max_context)
-        size = partials_size(num_rows, model.num_heads, model.spec.head_dim, num_segments)
+        size = 4 * most_tokens + 4 * max_num_seqs + 1  # columns, sampled rows, where prompts start
+        self.hosts = deque(torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+        self.sent = ints(size)
+        self.columns = tuple(ints(most_tokens) for _ in range(4))  # tokens, positions, addresses, the sampler's rows
+        self.sampled_positions, self.lengths = ints(max_num_seqs), ints(max_num_seqs, dtype=torch.int32)
+        self.query_starts = ints(max_num_seqs + 1, dtype=torch.int32)
+        self.order, self.is_own = torch.arange(most_tokens, device=device), ints(most_tokens, dtype=torch.bool)
 
-        def column(dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(num_rows, dtype=dtype, device=device)
 
-        self.derived = derived = DecodeInputs(*(column() for _ in range(5)), lengths=column(torch.int32))
+@dataclass(frozen=True)
+class SentPrompts:
+    """The views of what is sent for prompts, in host or device memory: of tokens (4, T); of sampled rows, their tokens
+    in the pass, rows and positions (3, N); where prompts start (C + 1,)."""
+
+    columns: Tensor
+    sampled: Tensor
+    starts: Tensor
+
+    @staticmethod
+    def of(memory: Tensor, size: BucketSize) -> "SentPrompts":
+        lengths = (4 * size.num_tokens, 3 * size.num_sampled, size.num_starting + 1)
+        columns, sampled, starts = memory[: sum(lengths)].split(lengths)
+        return SentPrompts(columns.view(4, -1), sampled.view(3, -1), starts)
+
+
+class Bucket:
+    """`inputs` are what the pass runs on; `load` sends a batch and `derive`, before the first step, fills them from it.
+    On a CPU `load` also says which prompt lies where, since attention goes row by row there. `partials` is the
+    workspace of decode_attention."""
+
+    def __init__(self, size: BucketSize, staging: Staging, model: ModelContext, max_context: int, partials: Tensor):
+        self.size, self.staging, self.kv, self.sampler = size, staging, model.kv, model.sampler
+        self.ranges: list[RowRange] = []
+        tokens, positions, addresses, rows = (column[: size.num_tokens] for column in staging.columns)
+        single = slice(size.num_single)
+        sampled_positions = staging.sampled_positions[single]
+        self.derived = DecodeInputs(
+            tokens[single],
+            positions[single],
+            addresses[single],
+            rows[single],
+            sampled_positions=None if size.num_starting else sampled_positions,
+            lengths=staging.lengths[single],
+        )
+        paged = None
+        if size.num_single:
+            num_segments = choose_segments(size.num_single, model.num_kv_heads, max_context)
+            paged = PagedContext(staging.table[single, PAGES:], self.derived.lengths, partials, num_segments)
+        context, select = paged, torch.arange(size.num_sampled, device=tokens.device)
+        sampled_rows = rows
+        if size.num_starting:
+            self.sent = SentPrompts.of(staging.sent, size)
+            select, sampled_rows, sampled_positions = self.sent.sampled
+            context = MixedContext(paged, (), self._starting(), ())
         self.inputs = PassInputs(
-            tokens=derived.tokens,
-            positions=derived.positions,
-            addresses=derived.addresses,
-            token_rows=derived.rows,
-            context=PagedContext(
-                page_table=self.table[:, PAGES:],
-                lengths=derived.lengths,
-                partials=torch.empty(size, dtype=torch.float32, device=device),
-                num_segments=num_segments,
-            ),
-            select=torch.arange(num_rows, device=device),
-            sampled_rows=(self.pad_row,) * num_rows,
-            sampled_rows_device=derived.rows,
-            sampled_positions=derived.sampled_positions,
+            tokens=tokens,
+            positions=positions,
+            addresses=addresses,
+            token_rows=rows,
+            context=context,
+            select=select,
+            sampled_rows=(self.sampler.pad_row,) * size.num_sampled,
+            sampled_rows_device=sampled_rows,
+            sampled_positions=sampled_positions,
         )
 
+    def _starting(self) -> Chunks:
+        num_tokens, starts = self.size.num_tokens, self.staging.query_starts[: self.size.num_starting + 1]
+        is_own = self.staging.is_own[:num_tokens]
+        return Chunks(0, num_tokens, starts, starts, num_tokens, num_tokens, self.ranges, is_own)
+
     def load(self, batch: Batch) -> None:
-        """Sends a decode batch of at most R rows to the device."""
-        self.tables.rotate()
-        self.tables[0].fill(batch, self.pad_row)
-        self.table.copy_(self.tables[0].table, non_blocking=True)
+        """Sends a batch to the device, whose rows fit and are of one token or start."""
+        staging, size = self.staging, self.size
+        num_single = sum(row.kind is RowKind.ONE_TOKEN for row in batch.rows) if size.num_starting else len(batch.rows)
+        if size.num_single:
+            staging.tables.rotate()
+            host = staging.tables[0]
+            host.fill(batch.rows[:num_single], size.num_single, self.sampler.pad_row)
+            staging.table[: size.num_single].copy_(host.table[: size.num_single], non_blocking=True)
+        if size.num_starting:
+            staging.hosts.rotate()
+            host = SentPrompts.of(staging.hosts[0], size)
+            self._fill(host, batch.rows, num_single)
+            num_sent = host.columns.numel() + host.sampled.numel() + host.starts.numel()
+            staging.sent[:num_sent].copy_(staging.hosts[0][:num_sent], non_blocking=True)
+
+    def _fill(self, host: SentPrompts, rows: Sequence[BatchRow], num_single: int) -> None:
+        """Writes what belongs to the prompts behind `num_single` rows of one token, and which rows are sampled."""
+        tokens, positions, addresses, owners = columns = host.columns.numpy()
+        end, ends = num_single, [num_single]
+        self.ranges.clear()
+        for row in rows[num_single:]:
+            begin, end = end, end + len(row.tokens)
+            own = numpy.arange(end - begin)
+            entries = own + self.kv.margin
+            pages = numpy.array(row.pages)[entries // self.kv.page_size]
+            tokens[begin:end], positions[begin:end], owners[begin:end] = row.tokens, own, row.index
+            addresses[begin:end] = pages * self.kv.page_size + entries % self.kv.page_size
+            self.ranges.append(RowRange(begin, end - begin, begin, end - begin))
+            ends.append(end)
+        unused = (0, 0, RESERVED_PAGE * self.kv.page_size, self.sampler.pad_row)
+        columns[:, end:] = numpy.array(unused)[:, None]
+        host.starts.numpy()[:] = ends + [end] * (len(host.starts) - len(ends))
+        lasts = [*range(num_single), *(each - 1 for each in ends[1:])]
+        sampled = [(last, row.index, row.start + len(row.tokens)) for last, row in zip(lasts, rows) if row.samples]
+        host.sampled.numpy()[:] = numpy.array(
+            [*sampled, *[(0, self.sampler.pad_row, 0)] * (host.sampled.shape[1] - len(sampled))]
+        ).T
 
     def derive(self) -> None:
-        """Fills `inputs` from the table and the tokens that are still on the device."""
-        derive_inputs(self.table, self.last_tokens, ON_DEVICE, self.kv.page_size, self.derived, self.kv.margin)
+        """Fills `inputs` from what was sent and the tokens that are still on the device."""
+        staging, size = self.staging, self.size
+        if size.num_starting:
+            for column, sent in zip(staging.columns, self.sent.columns):
+                column[: size.num_tokens].copy_(sent)
+            staging.query_starts[: size.num_starting + 1].copy_(self.sent.starts)
+            torch.ge(staging.order[: size.num_tokens], self.sent.starts[0], out=staging.is_own[: size.num_tokens])
+        if size.num_single:
+            table, last_tokens = staging.table[: size.num_single], self.sampler.last_tokens
+            keeps_padding = size.num_starting > 0
+            derive_inputs(table, last_tokens, ON_DEVICE, self.kv.page_size, self.derived, self.kv.margin, keeps_padding)

@@ -23,7 +23,7 @@ from penstock.engine.planning.engine_plan import EnginePlan, settle_plan
 from penstock.engine.runtime.binding import bound_to, on_own_device
 from penstock.engine.runtime.executor import Compressed, Executor
 from penstock.engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
-from penstock.engine.runtime.pass_runner import DecodeAs, PassRunner
+from penstock.engine.runtime.pass_runner import PassRunner, RunAs
 from penstock.engine.runtime.watch import Watches
 from penstock.engine.weights.host_store import LoadedWeights, WeightSource, load_weights
 from penstock.engine.weights.views import views
@@ -183,14 +183,17 @@ def build_lanes(given: Ingredients) -> Lanes:
 
 
 def build_runner(given: Ingredients, executor: Executor) -> PassRunner:
-    """Decode passes are padded on a GPU, where this makes them graphs; on a CPU it gains nothing, and only shows what a
-    GPU would do."""
+    """The runner, with its graphs captured if that is wanted at start. Decode and short passes are padded on a GPU,
+    where this makes them graphs; on a CPU it gains nothing, and only shows what a GPU would do."""
     config, on_gpu = given.config, given.device.type == "cuda"
     if on_gpu and not config.enforce_eager:
-        decode_as = DecodeAs.GRAPHS
+        run_as = RunAs.GRAPHS
     else:
-        decode_as = DecodeAs.PADDED if on_gpu or config.debug.as_on_gpu else DecodeAs.EAGER
-    return PassRunner(executor, decode_as, given.plan.max_num_seqs, given.plan.residency.max_model_len)
+        run_as = RunAs.PADDED if on_gpu or config.debug.as_on_gpu else RunAs.EAGER
+    runner = PassRunner(executor, run_as, given.plan.max_num_seqs, given.plan.residency.max_model_len)
+    if run_as is RunAs.GRAPHS and config.capture == "start":
+        runner.capture_all()
+    return runner
 
 
 def find_embed(plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights) -> Tensor:

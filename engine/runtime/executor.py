@@ -130,12 +130,18 @@ class Executor:
     @on_own_device
     @torch.inference_mode()
     def warm_up(self, inputs: PassInputs, asked: Asked) -> None:
-        """Runs the compute lane alone, on what the ring holds, and drops what is sampled."""
+        """Runs the kernels of the compute lane, on what the ring holds, and drops what is sampled. Layers of one window
+        launch the same kernels, so the first of them runs for all."""
         ctx, ring = self._context(inputs, asked, lambda output: None), self.pass_plan.ring
         later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
+        windows, launched = dict(enumerate(self.model.spec.windows)), set()
         for instruction in self.pass_plan.instructions:
-            decompresses = isinstance(instruction, Decompress) and instruction.group not in later
-            if decompresses or isinstance(instruction, Compute):
+            if isinstance(instruction, Compute):
+                kernels = (instruction.step, windows.get(instruction.layer_idx))
+                if kernels not in launched:
+                    self._watched(ctx, instruction)
+                launched.add(kernels)
+            elif isinstance(instruction, Decompress) and instruction.group not in later:
                 self._watched(ctx, instruction)
 
     @on_own_device

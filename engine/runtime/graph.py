@@ -6,6 +6,7 @@ copied to pinned memory, and then the number of the pass, which the host polls: 
 the next pass, which end the graph, are still on the link.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -116,13 +117,14 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.passes: dict[Hashable, deque[CapturedPass]] = {}
+        self.seconds = 0.0  # that capturing took, with the compilation of kernels
 
     def capture(
         self, key: Hashable, warm_up: Callable[[], None], run: Callable[[], None], counts: list[Counts]
     ) -> None:
         """Runs `warm_up`, since a kernel's first launch compiles or loads it, which capture forbids; then `run` under
         capture. Neither is counted; each replay will count what `run` counts under capture."""
-        before = [count.copy() for count in counts]
+        start_s, before = time.perf_counter(), [count.copy() for count in counts]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), self.watches.aside():
             warm_up()
@@ -133,6 +135,7 @@ class Graphs:
             count.update(old)
         torch.cuda.current_stream().wait_stream(self.stream)
         self.passes[key] = takes
+        self.seconds += time.perf_counter() - start_s
 
     def _take(self, run: Callable[[], None], counts: list[Counts]) -> CapturedPass:
         before = [count.copy() for count in counts]

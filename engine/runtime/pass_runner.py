@@ -8,12 +8,14 @@ logits that it leaves. Without graphs the same padded pass runs eagerly, so that
 A pass of few tokens with prompts that start in it is padded too, and where nothing streams it is a graph: eager, its
 launches would take longer than its work. A long one, and one with a chunk that continues, runs as it is.
 
+Graphs are captured at start (`capture_all`), or when they are first needed, in front of rows that wait.
+
 `submit` enqueues a pass and `collect` waits for the oldest one's tokens: two calls, so that a later pass can be
 prepared and enqueued between.
 """
 
+import functools
 from collections import deque
-from collections.abc import Hashable
 from enum import Enum
 from functools import partial
 
@@ -22,17 +24,15 @@ from penstock.engine.compute.attention import takes_padding, whole_tokens
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
-from penstock.engine.runtime.bucket import Bucket, bucket_sizes
+from penstock.engine.runtime.bucket import Bucket, Staging
+from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.graph import Graphs, Mailbox, PendingLetter
-from penstock.engine.runtime.prompt_bucket import PromptBucket, find_size
-from penstock.scheduler.batching.batch import Batch, is_decode
-
-MOST_PROMPT_GRAPHS = 40
+from penstock.scheduler.batching.batch import Batch
 
 
-class DecodeAs(Enum):
-    """Names how decode passes run: as other passes do, padded to a bucket, or as the graphs of such passes."""
+class RunAs(Enum):
+    """Names how passes run that a bucket can take: as they are, padded, or padded and as graphs."""
 
     EAGER = "eager"
     PADDED = "padded"
@@ -40,23 +40,32 @@ class DecodeAs(Enum):
 
 
 class PassRunner:
-    """Owns the passes under way, and where they are padded the buckets, the mailbox and the graphs, which are made when
-    first needed. `max_context` is the most tokens that a row attends to."""
+    """Owns the passes under way, and where they are padded the buckets, the mailbox and the graphs. `max_context` is
+    the most tokens that a row attends to."""
 
-    def __init__(self, executor: Executor, decode_as: DecodeAs, max_num_seqs: int, max_context: int):
+    def __init__(self, executor: Executor, run_as: RunAs, max_num_seqs: int, max_context: int):
         assert max_num_seqs <= min(executor.arena.most.values()), "a bucket would be larger than the activations"
-        self.executor, self.decode_as, self.max_context = executor, decode_as, max_context
+        self.executor, self.max_context = executor, max_context
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
         whole = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
         self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
-        self.sizes = bucket_sizes(max_num_seqs)
-        self.buckets: dict[int, Bucket] = {}
-        self.pads_prompts = takes_padding(executor.arena.dtype, self.device)
-        self.prompt_buckets: dict[tuple[int, int], PromptBucket] = {}
-        pads = decode_as is not DecodeAs.EAGER
-        self.mailbox = Mailbox(max_num_seqs, self.device, self.model.collectives.check) if pads else None
-        self.graphs = Graphs(self.device, self.watches) if decode_as is DecodeAs.GRAPHS else None
+        pads_prompts = takes_padding(executor.arena.dtype, self.device)
+        self.sizes = BucketSizes(executor.arena.most["tokens"] if pads_prompts else 0, max_num_seqs, whole)
+        self.buckets: dict[BucketSize, Bucket] = {}
+        self.staging = self.mailbox = None
+        if run_as is not RunAs.EAGER:
+            self.staging = Staging(self.model, self.sizes.most_tokens, max_num_seqs, max_context)
+            self.mailbox = Mailbox(max_num_seqs, self.device, self.model.collectives.check)
+        self.graphs = Graphs(self.device, self.watches) if run_as is RunAs.GRAPHS else None
         self.under_way: deque[PendingLetter | PendingSample | None] = deque()  # None where no row samples
+
+    @on_own_device
+    @torch.inference_mode()
+    def capture_all(self) -> None:
+        """Captures what greedy passes need, the largest first, so that the others' temporaries fit into its memory."""
+        self.executor.fill_ring()
+        for size in self._captured_sizes[::-1]:
+            self._capture(self._bucket(size), frozenset())
 
     @on_own_device
     @torch.inference_mode()
@@ -72,7 +81,7 @@ class PassRunner:
         self.under_way.append(pending)
         executor.counters.add_pass(batch.num_tokens)
         if len(self.watches):
-            num_logits = batch.num_sampled if bucket is None else bucket.num_sampled
+            num_logits = batch.num_sampled if bucket is None else bucket.size.num_sampled
             self.watches.end_pass(batch, self._logits(num_logits)[: batch.num_sampled])
 
     @on_own_device
@@ -90,74 +99,56 @@ class PassRunner:
         if self.mailbox is not None:
             self.mailbox.catch_up()
 
-    def size_of(self, num_rows: int) -> int:
-        """Rows of the bucket for so many."""
-        return next(size for size in self.sizes if size >= num_rows)
-
     def _run_eagerly(self, batch: Batch, asked: Asked) -> PendingSample | None:
         inputs = self.binder.bind(batch)
         pending: list[PendingSample] = []
         self.executor.run(inputs, asked, lambda output: pending.append(PendingSample(output)))
         return pending[0] if pending else None
 
-    def _bucket_of(self, batch: Batch) -> Bucket | PromptBucket | None:
+    def _bucket_of(self, batch: Batch) -> Bucket | None:
         """The bucket in which a batch runs; None where it runs as it is."""
-        if self.mailbox is None:
-            return None
-        if is_decode(batch):
-            return self._bucket(self.size_of(len(batch.rows)))
-        if not self.pads_prompts:
-            return None
-        size = find_size(batch, self.sizes[-1], self.executor.arena.most["tokens"], self.binder.whole_tokens)
-        if size is not None and size not in self.prompt_buckets:
-            self.prompt_buckets[size] = PromptBucket(*size, self.sizes[-1], self.max_context, self.model)
-        return self.prompt_buckets.get(size)
+        size = None if self.staging is None else self.sizes.find(batch)
+        return None if size is None else self._bucket(size)
 
-    def _run_padded(self, batch: Batch, bucket: Bucket | PromptBucket, asked: Asked) -> PendingLetter | PendingSample:
-        key = (bucket.key, asked.stages)
-        replays = self.graphs is not None and self._is_captured(bucket, asked.stages)
+    def _bucket(self, size: BucketSize) -> Bucket:
+        if size not in self.buckets:
+            self.buckets[size] = Bucket(size, self.staging, self.model, self.max_context, self.binder.partials)
+        return self.buckets[size]
+
+    def _run_padded(self, batch: Batch, bucket: Bucket, asked: Asked) -> PendingLetter | PendingSample:
+        is_graph = self.graphs is not None and bucket.size in self._captured_sizes
+        if is_graph and (bucket.size, asked.stages) not in self.graphs.passes:
+            self._capture_up_to(bucket, asked.stages)
         bucket.load(batch)
-        if replays:
-            self._replay(key)
+        if is_graph:
+            self._replay(bucket, asked.stages)
         else:
             self._run_bucket(bucket, asked.stages)
         letter = self.mailbox.expect(batch.num_sampled)
-        return letter if asked.num_logprobs < 0 else self._score(bucket.num_sampled, letter, asked.num_logprobs)
+        return letter if asked.num_logprobs < 0 else self._score(bucket.size.num_sampled, letter, asked.num_logprobs)
 
-    def _is_captured(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> bool:
-        """Captures what is missing. Passes with prompts stay eager where weights stream, since their launches hide
-        under the link, and beyond MOST_PROMPT_GRAPHS."""
-        if isinstance(bucket, Bucket):
-            self._capture_up_to(bucket.num_rows, stages)
-            return True
-        if (bucket.key, stages) in self.graphs.passes:
-            return True
-        num_graphs = sum(isinstance(key, tuple) for key, _ in self.graphs.passes)
-        if self.executor.pass_plan.ring.slots or num_graphs >= MOST_PROMPT_GRAPHS:
-            return False
-        self._capture(bucket, stages)
-        return True
+    @functools.cached_property
+    def _captured_sizes(self) -> list[BucketSize]:
+        """Sizes of the buckets whose passes are graphs. Where weights stream, passes with prompts are none, since their
+        launches hide under the link."""
+        return self.sizes.decode + ([] if self.executor.pass_plan.ring.slots else self.sizes.with_prompts)
 
-    def _replay(self, key: Hashable) -> None:
-        captured = self.graphs.next_take(key)
+    def _replay(self, bucket: Bucket, stages: frozenset[str]) -> None:
+        captured = self.graphs.next_take((bucket.size, stages))
         with self.executor.filling():
             captured.graph.replay()
         captured.note_replay(self.watches)
 
-    def _bucket(self, size: int) -> Bucket:
-        if size not in self.buckets:
-            self.buckets[size] = Bucket(size, self.max_context, self.model)
-        return self.buckets[size]
-
-    def _capture_up_to(self, size: int, stages: frozenset[str]) -> None:
-        """Captures the graphs that are missing of this bucket and all smaller ones, which are needed as rows end; the
-        largest first, so that the others' temporaries fit into its memory."""
-        for smaller in reversed(self.sizes[: self.sizes.index(size) + 1]):
-            if (smaller, stages) in self.graphs.passes:
+    def _capture_up_to(self, bucket: Bucket, stages: frozenset[str]) -> None:
+        """Captures a bucket; of decode passes all smaller ones too, which are needed as rows end."""
+        decode = self.sizes.decode
+        smaller = decode[: decode.index(bucket.size) + 1] if bucket.size in decode else [bucket.size]
+        for size in reversed(smaller):
+            if (size, stages) in self.graphs.passes:
                 break  # the smaller ones were captured with it
-            self._capture(self._bucket(smaller), stages)
+            self._capture(self._bucket(size), stages)
 
-    def _capture(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> None:
+    def _capture(self, bucket: Bucket, stages: frozenset[str]) -> None:
         bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
 
         def warm_up() -> None:
@@ -166,9 +157,9 @@ class PassRunner:
                 self.executor.warm_up(bucket.inputs, Asked(stages))
 
         run = partial(self._run_bucket, bucket, stages)
-        self.graphs.capture((bucket.key, stages), warm_up, run, self.executor.counted)
+        self.graphs.capture((bucket.size, stages), warm_up, run, self.executor.counted)
 
-    def _run_bucket(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> None:
+    def _run_bucket(self, bucket: Bucket, stages: frozenset[str]) -> None:
         bucket.derive()
         self.executor.run(bucket.inputs, Asked(stages), lambda output: self.mailbox.send(output.tokens))
 

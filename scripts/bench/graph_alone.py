@@ -37,6 +37,6 @@ def replay_s(runner: PassRunner, num_rows: int) -> float | None:
 
 def greedy_graph(runner: PassRunner, num_rows: int) -> torch.cuda.CUDAGraph | None:
     """The graph of passes over so many rows, as it last ran; None if there is none yet, or one with a trace's marks."""
-    key = (runner.size_of(num_rows), frozenset())
+    key = (runner.sizes.of_rows(num_rows), frozenset())
     takes = runner.graphs.passes.get(key, ()) if runner.graphs is not None else ()
     return takes[0].graph if len(takes) == 1 else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
-from penstock.engine.runtime.bucket import bucket_sizes
+from penstock.engine.runtime.bucket_sizes import bucket_sizes
 from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.cost.pass_work import PassShape
 

@@ -1,11 +1,10 @@
 """One start of an engine in this process, which must have begun for it: the seconds of each phase until a first token.
 
-    process start -> imports -> plan -> device -> weights -> engine -> first token, and then: captures
+    process start -> imports -> plan -> device -> weights -> engine -> captures -> first token
 
 `imports` ends where a script's main begins; `plan` has read the config and checked the source of the weights; `device`
-has met the other ranks; `engine` has allocated ring, KV cache and activations, and waited for the other ranks. Graphs
-are captured when a decode pass first needs them: `captures` is what the first pass over max_num_seqs rows takes longer
-than the second, with the compilation of its kernels. Bytes and rates are rank 0's.
+has met the other ranks; `engine` has allocated ring, KV cache and activations, and waited for the other ranks;
+`captures` has made the graphs of passes, and compiled their kernels. Bytes and rates are rank 0's.
 """
 
 import os
@@ -16,9 +15,6 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
-from penstock.engine.runtime.engine import Engine
-from penstock.scheduler.batching.batch import Batch, BatchRow
-from penstock.scheduler.batching.pages import RESERVED_PAGE
 
 from scripts.bench.engine_record import describe
 from scripts.bench.workload import greedy, random_jobs
@@ -37,14 +33,14 @@ def process_start_s() -> float:
 
 def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) -> dict | None:
     """Starts the engine and generates a token from a prompt of `input_len` tokens. On rank 0 a record with `phases` and
-    `startup_s`, of LLM(...) and the captures; None on the other ranks."""
+    `startup_s`, of LLM(...); None on the other ranks."""
     began_at_s = process_start_s()
     with LLM(**config.to_dict()) as llm:
         ready_at_s = time.perf_counter()
         (job,) = random_jobs(1, input_len, 1, llm.engine.plan.spec.vocab_size, config.seed)
         without_errors(llm.generate(job.prompt, greedy(job)))
         first_token_at_s = time.perf_counter()
-        captures_s = measure_captures(llm.engine, llm.engine.plan.max_num_seqs)
+        graphs = llm.engine.worker.runner.graphs
         if llm.engine.topology.rank > 0:
             return None
         weights = llm.engine.worker.weights
@@ -53,15 +49,14 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
             "plan": llm.engine.planned_at_s,
             "device": weights.began_at_s,
             "weights": weights.ended_at_s,
-            "engine": ready_at_s,
+            "engine": ready_at_s - (graphs.seconds if graphs else 0.0),
+            "captures": ready_at_s,
             "first token": first_token_at_s,
         }
         phases = cut_phases(began_at_s, ends)
         phases["weights"]["bytes"] = weights.host_bytes + weights.resident_bytes
-        if captures_s is not None:
-            num_graphs = len(llm.engine.worker.runner.graphs.passes)
-            phases["captures"] = {"seconds": captures_s, "num_graphs": num_graphs}
-        startup_s = ready_at_s - imported_at_s + (captures_s or 0.0)
+        phases["captures"]["num_graphs"] = len(graphs.passes) if graphs else 0
+        startup_s = ready_at_s - imported_at_s
         read = {"bytes_read_per_rank": weights.bytes_read, "input_len": input_len}
         return describe(llm, "startup") | read | {"startup_s": startup_s, "phases": phases}
 
@@ -73,26 +68,3 @@ def cut_phases(began_at_s: float, ends: dict[str, float]) -> dict[str, Phase]:
         name: {"seconds": end_s - begin_s, "since_start_s": end_s - began_at_s}
         for begin_s, (name, end_s) in zip(begins, ends.items())
     }
-
-
-def measure_captures(engine: Engine, num_rows: int) -> float | None:
-    """Seconds to capture greedy decode passes of up to `num_rows` rows; None without graphs, on all ranks. Where other
-    ranks have an LLM of their own, all call this together."""
-    if engine.worker.runner.graphs is None:
-        return None
-    with engine.together():
-        if engine.topology.rank > 0:
-            engine.follow()
-            return None
-        first_s, second_s = full_pass_s(engine, num_rows), full_pass_s(engine, num_rows)
-        engine.finish([])
-    return first_s - second_s
-
-
-def full_pass_s(engine: Engine, num_rows: int) -> float:
-    """Seconds of a decode pass over that many rows, none of which is a request's: they write to the reserved page."""
-    rows = [BatchRow(row, (0,), 0, (RESERVED_PAGE,), samples=True, sampling=None) for row in range(num_rows)]
-    start = time.perf_counter()
-    engine.submit(Batch(tuple(rows)))
-    engine.collect()
-    return time.perf_counter() - start

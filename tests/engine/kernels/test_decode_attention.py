@@ -193,13 +193,14 @@ def test_bits_do_not_depend_on_pages():
 
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("num_queries", [1, 3])
-def test_padded_rows_are_zeros(num_queries, num_segments):
-    """So are queries of a row that has fewer tokens than Q, and all rows of a batch of padding."""
-    inputs = make((4, 2, 64), [0, 40, num_queries - 1], num_queries=num_queries)
+def test_padded_rows_are_not_written(num_queries, num_segments):
+    """Nor are all rows of a batch of padding. Queries of a row that has fewer tokens than Q are zeros."""
+    inputs = make((4, 2, 64), [0, 40, 1], num_queries=num_queries)
     out = inputs.run(num_segments)
-    assert not out[0].any() and not out[2, :1].any()
+    assert torch.equal(out[0], inputs.q[0]) and not out[2, : num_queries - 1].any()
     assert_close(inputs, out)
-    assert not make((4, 2, 64), [0], num_queries=num_queries).run(num_segments).any()
+    padding = make((4, 2, 64), [0], num_queries=num_queries)
+    assert torch.equal(padding.run(num_segments), padding.q)
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])

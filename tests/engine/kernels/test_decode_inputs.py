@@ -49,6 +49,21 @@ def test_kernel_is_the_reference(num_rows, page_size, margin, monkeypatch):
     prove(kernel, reference, tensors, DecodeInputs._fields, equal, TABLES, ["table"])
 
 
+@pytest.mark.parametrize("run", [KERNEL, derive_inputs_reference])
+def test_padding_may_keep_what_it_had(run):
+    """But for its length; and what nobody reads is not written."""
+    tensors = tensors_of(table_of(5, 3))
+    table, last_tokens, columns = tensors.pop("table"), tensors.pop("last_tokens"), DecodeInputs(**tensors)
+    run(table, last_tokens, ON_DEVICE, 3, columns._replace(sampled_positions=None), 0, True)
+    whole = DecodeInputs(**{name: column.clone() for name, column in tensors.items()})
+    run(table, last_tokens, ON_DEVICE, 3, whole)
+    for name, kept, full in zip(DecodeInputs._fields, columns, whole):
+        if name == "sampled_positions":
+            assert kept.eq(-7).all()
+        else:
+            assert torch.equal(kept[:-1], full[:-1]) and kept[-1] == (0 if name == "lengths" else -7)
+
+
 def test_strides_that_are_not_rows_are_refused():
     prove_refusal(writing(KERNEL, 3), tensors_of(table_of(5, 3)), "table")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from penstock.engine.compute.sampler import Sampler
 from penstock.engine.kernels.decode_inputs import PAGES
-from penstock.engine.runtime.bucket import HostTable, bucket_sizes
+from penstock.engine.runtime.bucket import HostTable
+from penstock.engine.runtime.bucket_sizes import bucket_sizes
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import Request, RowSampling, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -25,7 +26,7 @@ THIRD = batch_of((8,))
 
 
 def filled(table: HostTable, batch: Batch) -> torch.Tensor:
-    table.fill(batch, PAD_ROW)
+    table.fill(batch.rows, len(table.pages), PAD_ROW)
     return table.table.clone()
 
 
@@ -72,7 +73,7 @@ def test_one_row_that_ends_has_one_other_row_written():
     scheduler.update(batch := scheduler.schedule(), [9] * batch.num_sampled)
     while (batch := scheduler.schedule()) is not None:
         table.values = counted = Counted(table.table.numpy())
-        table.fill(batch, PAD_ROW)
+        table.fill(batch.rows, num_rows, PAD_ROW)
         num_written, num_passes = num_written + len(counted.rows), num_passes + 1
         scheduler.update(batch, [9] * batch.num_sampled)
         assert torch.equal(table.table, filled(HostTable(num_rows, MAX_PAGES + 4, pinned=False), batch))
@@ -109,7 +110,7 @@ def fill_interrupted(table: HostTable, batch: Batch, number: int) -> None:
     memory, pages, left = table.values, table.pages, [number]
     table.values, table.pages = Interrupted(memory, left), Interrupted(pages, left)
     try:
-        table.fill(batch, PAD_ROW)
+        table.fill(batch.rows, NUM_ROWS, PAD_ROW)
     finally:
         table.values, table.pages = memory, pages
 
@@ -120,7 +121,7 @@ def test_a_table_that_was_interrupted_is_not_believed(after):
     expected = filled(new_table(), after)
     for number in count():
         table = new_table()
-        table.fill(FIRST, PAD_ROW)
+        table.fill(FIRST.rows, NUM_ROWS, PAD_ROW)
         try:
             fill_interrupted(table, SECOND, number)
         except KeyboardInterrupt:

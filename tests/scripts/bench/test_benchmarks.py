@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from penstock.engine.runtime.bucket import bucket_sizes
+from penstock.engine.runtime.bucket_sizes import bucket_sizes
 
 from scripts.bench import comparison
 from scripts.bench import latency as benchmark_latency

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from penstock.engine.measure import rates as measure
+from penstock.engine.runtime.bucket_sizes import BucketSizes
 from penstock.parallel.collectives import Solo
 
 from scripts.bench.graph_alone import NUM_REPLAYS, graph_alone_s
@@ -20,15 +21,14 @@ def llm_of(runner, done, kind="solo"):
     return SimpleNamespace(engine=engine)
 
 
-def size_of(num_rows):
-    return next(size for size in (1, 2, 4) if size >= num_rows)
+SIZES = BucketSizes(most_tokens=4, max_num_seqs=4)
 
 
 def runner_of(done, num_takes=1):
-    """Buckets of 1, 2 and 4 rows; of 4 a greedy graph is captured."""
+    """Buckets of 1, 2, 3 and 4 rows; of 4 a greedy graph is captured."""
     take = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("replay")))
-    passes = {(4, frozenset()): [take] * num_takes, (2, frozenset({"draw"})): [take]}
-    return SimpleNamespace(size_of=size_of, graphs=SimpleNamespace(passes=passes))
+    passes = {(SIZES.of_rows(4), frozenset()): [take] * num_takes, (SIZES.of_rows(2), frozenset({"draw"})): [take]}
+    return SimpleNamespace(sizes=SIZES, graphs=SimpleNamespace(passes=passes))
 
 
 def test_a_graph_alone(monkeypatch):
@@ -37,15 +37,15 @@ def test_a_graph_alone(monkeypatch):
     done = []
     ticks = iter([1.0, 5.0])
     monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
-    assert graph_alone_s(llm_of(runner_of(done), done), 3) == 4.0 / NUM_REPLAYS
+    assert graph_alone_s(llm_of(runner_of(done), done), 4) == 4.0 / NUM_REPLAYS
     assert done == ["replay"] * (1 + NUM_REPLAYS) + ["forget"]
 
 
 def test_none_where_there_is_none():
     """No graphs, none captured of that size, one with a trace's marks, and ranks without a script."""
     done = []
-    eager = SimpleNamespace(size_of=size_of, graphs=None)
-    for runner, num_rows in ((eager, 3), (runner_of(done), 2), (runner_of(done, num_takes=2), 3)):
+    eager = SimpleNamespace(sizes=SIZES, graphs=None)
+    for runner, num_rows in ((eager, 4), (runner_of(done), 2), (runner_of(done, num_takes=2), 4)):
         assert graph_alone_s(llm_of(runner, done), num_rows) is None
-    assert graph_alone_s(llm_of(runner_of(done), done, kind="parent"), 3) is None
+    assert graph_alone_s(llm_of(runner_of(done), done, kind="parent"), 4) is None
     assert done == []

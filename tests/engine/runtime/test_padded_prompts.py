@@ -8,7 +8,7 @@ import pytest
 import torch
 from penstock.engine.compute.context import PassContext
 from penstock.engine.llm import LLM
-from penstock.engine.runtime.prompt_bucket import find_size
+from penstock.engine.runtime.bucket_sizes import BucketSizes
 from penstock.engine.runtime.watch import Watch
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import SamplingParams
@@ -27,23 +27,39 @@ def batch(*rows: tuple[int, int]) -> Batch:
 @pytest.mark.parametrize(
     ("rows", "size"),
     [
-        ([(0, 2)], (0, 64)),
-        ([(0, 65)], (0, 128)),
-        ([(0, 513)], (0, 640)),
-        ([(40, 1), (0, 60), (0, 4)], (6, 64)),  # as many rows of one token as there may be sequences
+        ([(0, 2)], (64, 0, 32, 32)),
+        ([(0, 65)], (128, 0, 64, 64)),
+        ([(0, 513)], (640, 0, 128, 128)),
+        ([(40, 1), (0, 60), (0, 3)], (64, 64, 32, 96)),  # its rows of one token count among its tokens
+        ([(40, 1), (0, 60), (0, 4)], (128, 128, 64, 192)),
         ([(0, 1024)], None),  # attends by itself
-        ([(0, 1000), (0, 1000)], (0, 2048)),
+        ([(0, 1000), (0, 1000)], (2048, 0, 128, 128)),
+        ([(0, 3)] * 129, None),  # more prompts than there is room for
         ([(0, 700), (0, 700), (0, 700)], None),
-        ([(40, 1)], None),  # no prompt
+        ([(40, 1)] * 3, (3, 3, 0, 3)),  # a decode pass
         ([(16, 8), (0, 30)], None),  # a chunk that continues
     ],
 )
 def test_which_batches_are_padded_to_what(rows, size):
-    assert find_size(batch(*rows), max_num_seqs=6, most_tokens=8192, whole_tokens=range(1024, 9000)) == size
+    assert BucketSizes(8192, 256, range(1024, 9000)).find(batch(*rows)) == size
 
 
-def test_a_pass_is_never_padded_beyond_what_the_activations_hold():
-    assert find_size(batch((0, 65)), max_num_seqs=6, most_tokens=100, whole_tokens=range(0)) is None
+def test_a_row_that_is_not_sampled_is_in_no_decode_pass():
+    row = BatchRow(0, (7,), 40, (1,) * 64, False, None)
+    assert BucketSizes(8192, 256).find(Batch((row,))) is None
+
+
+@pytest.mark.parametrize("most_tokens, max_num_seqs", [(1, 1), (2, 1), (6, 6), (100, 6), (700, 256), (8192, 512)])
+def test_no_size_is_larger_than_what_the_activations_hold(most_tokens, max_num_seqs):
+    """There are at most 40 sizes with prompts, and each batch that is padded has one of these."""
+    sizes = BucketSizes(most_tokens, max_num_seqs)
+    prompts = sizes.with_prompts
+    assert all(size.num_tokens <= min(most_tokens, 2048) == prompts[-1].num_tokens for size in prompts)
+    assert all(size.num_sampled <= max_num_seqs and size.num_starting > 0 for size in prompts)
+    assert len(set(prompts)) == len(prompts) <= 40 and bool(prompts) == (most_tokens > 1)
+    assert sizes.most_tokens == max(max_num_seqs, min(most_tokens, 2048))
+    for num_tokens in range(2, most_tokens + 1):
+        assert sizes.find(batch((0, num_tokens))) in [*prompts, *[None] * (num_tokens > 2048)]
 
 
 class Filling(Watch):
@@ -78,4 +94,5 @@ def test_what_padding_holds_never_reaches_a_real_row(resident):
         filling = Filling()
         with llm.engine.watched_by(filling):
             assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
-        assert filling.num_passes >= 3 and any(rows for rows, _ in llm.engine.worker.runner.prompt_buckets)
+        buckets = llm.engine.worker.runner.buckets
+        assert filling.num_passes >= 3 and any(size.num_single and size.num_starting for size in buckets)

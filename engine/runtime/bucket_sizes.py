@@ -1,0 +1,91 @@
+"""The sizes to which passes are padded, and which of them a batch takes.
+
+A decode pass is padded in its rows. A pass with prompts that start in it is padded in its tokens, those of its rows of
+one token included; where it has none of these, it leaves out what they need.
+"""
+
+from typing import NamedTuple
+
+from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
+from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
+
+SMALL_STEP, SMALL, STEP = 64, 512, 128  # passes with prompts have multiples of a step, of the small one up to SMALL
+MOST_STARTING = 128  # prompts that start in such a pass: for so many sampled rows the head takes no longer than for one
+
+
+class BucketSize(NamedTuple):
+    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled. Without
+    prompts the pass is a decode pass."""
+
+    num_tokens: int
+    num_single: int
+    num_starting: int
+    num_sampled: int
+
+
+class BucketSizes:
+    """The sizes for passes of at most `most_tokens` tokens and `max_num_seqs` rows; a prompt of a number of tokens in
+    `whole_tokens` attends by itself, and is in no bucket."""
+
+    def __init__(self, most_tokens: int, max_num_seqs: int, whole_tokens: range = range(0)):
+        self.max_num_seqs, self.whole_tokens = max_num_seqs, whole_tokens
+        self.num_rows = bucket_sizes(max_num_seqs)
+        self.num_tokens = token_sizes(min(most_tokens, MOST_PADDED_TOKENS))
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens of the largest bucket."""
+        return max([*self.num_rows, *self.num_tokens])
+
+    @property
+    def decode(self) -> list[BucketSize]:
+        """Every size of a decode pass, from the smallest."""
+        return [self.of_rows(num_rows) for num_rows in self.num_rows]
+
+    @property
+    def with_prompts(self) -> list[BucketSize]:
+        """Every size of a pass with prompts, from the smallest; a prompt beside a row takes two sequences."""
+        return [
+            self._with_prompts(num_tokens, beside_rows)
+            for num_tokens in self.num_tokens
+            for beside_rows in (False, True)[: self.max_num_seqs]
+        ]
+
+    def of_rows(self, num_rows: int) -> BucketSize:
+        """The size for a decode pass of so many rows."""
+        padded = next(size for size in self.num_rows if size >= num_rows)
+        return BucketSize(padded, padded, 0, padded)
+
+    def find(self, batch: Batch) -> BucketSize | None:
+        """The size for a batch; None where it has a chunk that continues, a prompt that attends by itself, more tokens
+        or prompts than are padded, or a row of one token that is not sampled and no prompt."""
+        if is_decode(batch):
+            return self.of_rows(len(batch.rows))
+        kinds, num_tokens = [row.kind for row in batch.rows], batch.num_tokens
+        if RowKind.CONTINUES in kinds or RowKind.STARTS not in kinds or num_tokens > max(self.num_tokens, default=0):
+            return None
+        if len(batch.rows[-1].tokens) in self.whole_tokens:  # the longest prompt is the last
+            return None
+        padded = next(size for size in self.num_tokens if size >= num_tokens)
+        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds)
+        return size if kinds.count(RowKind.STARTS) <= size.num_starting else None
+
+    def _with_prompts(self, num_tokens: int, beside_rows: bool) -> BucketSize:
+        most = self.max_num_seqs
+        num_single, num_starting = (
+            min(num_tokens, most) if beside_rows else 0,
+            min(num_tokens // 2, MOST_STARTING, most),
+        )
+        return BucketSize(num_tokens, num_single, num_starting, min(num_single + num_starting, most))
+
+
+def bucket_sizes(max_num_seqs: int) -> list[int]:
+    """Rows of decode passes: powers of two and the numbers half way between them, up to max_num_seqs."""
+    sizes = {size for power in range(max_num_seqs.bit_length() + 1) for size in (1 << power, 3 << power)}
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+def token_sizes(most: int) -> list[int]:
+    """Tokens of passes with prompts, which have two at least: multiples of a step, up to `most`."""
+    sizes = [*range(SMALL_STEP, SMALL, SMALL_STEP), *range(SMALL, most, STEP)]
+    return [size for size in sizes if size < most] + [most] if most > 1 else []
