@@ -14,7 +14,7 @@ from typing import Self
 from penstock.scheduler.batching.request import INT32_MAX, SEEDS
 from penstock.scheduler.units import GB, GIB, KIB, MIB, TIB, show_value
 
-MOST_PLANNED_SEQS = 256  # of max_num_seqs, where it is not set
+MOST_PLANNED_SEQS = 512  # of max_num_seqs, where it is not set
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
           "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12}  # fmt: skip
 
@@ -161,7 +161,7 @@ class EngineConfig:
         None, "longest sequence in tokens (default: what the model and memory allow)", type=int
     )
     max_num_seqs: int | None = _option(
-        None, "most sequences in one pass (default: those of the job, else planned; at most 256)", type=int
+        None, "most sequences in one pass (default: those of the job, else planned; at most 512)", type=int
     )
     max_num_batched_tokens: int = _option(
         8192, "most tokens in one pass, at least max_num_seqs; longer prompts are prefilled in chunks", type=int

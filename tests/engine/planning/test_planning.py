@@ -132,7 +132,7 @@ def test_the_number_of_sequences_is_planned_where_none_is_given():
     assert 1 < open_plan.max_num_seqs < 256 == asked.max_num_seqs
     assert plan("Llama-3-8B", 18, max_num_seqs=open_plan.max_num_seqs).residency == open_plan.residency
     assert tokens_s(open_plan) >= tokens_s(asked)  # which claims memory for the activations of 256 rows
-    assert plan("Llama-3-8B", 100).max_num_seqs == 256
+    assert plan("Llama-3-8B", 300).max_num_seqs == 512
     assert plan("Llama-3-8B", 100, max_num_batched_tokens=40).max_num_seqs <= 40
     held = most_seqs(open_plan.kept, open_plan.residency, 2048)
     assert held == open_plan.max_num_seqs
@@ -156,7 +156,7 @@ def test_a_head_that_is_the_embedding_is_not_compressed():
 
 def test_a_job_says_its_number():
     assert EngineConfig().for_job(3).max_num_seqs == 3
-    assert EngineConfig().for_job(1000).max_num_seqs == 256
+    assert EngineConfig().for_job(1000).max_num_seqs == 512
     assert EngineConfig(max_num_batched_tokens=50).for_job(1000).max_num_seqs == 50
     assert EngineConfig(max_num_seqs=7).for_job(3).max_num_seqs == 7
     assert EngineConfig().for_job(0).max_num_seqs is None  # not known
