@@ -14,7 +14,8 @@ from typing import Self
 from penstock.scheduler.batching.request import INT32_MAX, SEEDS
 from penstock.scheduler.units import GB, GIB, KIB, MIB, TIB, show_value
 
-MOST_PLANNED_SEQS = 512  # of max_num_seqs, where it is not set
+MOST_PLANNED_SEQS = 256  # sequences that memory is planned for, where max_num_seqs is not set
+MOST_SEQS = 512  # that are let in then, since shorter ones fit in greater number
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
           "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12}  # fmt: skip
 
@@ -227,8 +228,8 @@ class EngineConfig:
 
     def for_job(self, num_seqs: int) -> "EngineConfig":
         """The config for a job of so many sequences: if max_num_seqs is not set it is their number, as far as one pass
-        takes them."""
-        if self.max_num_seqs is not None or not num_seqs:
+        takes them. That of many is planned, since not all of them need be there at once."""
+        if self.max_num_seqs is not None or not 0 < num_seqs <= MOST_PLANNED_SEQS:
             return self
         return dataclasses.replace(self, max_num_seqs=min(num_seqs, self.most_seqs))
 

@@ -7,7 +7,7 @@ rank; all ranks have the same plan (spans have the same sizes on every rank).
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from penstock.engine.config import EngineConfig
+from penstock.engine.config import MOST_SEQS, EngineConfig
 from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import tensor_names
 from penstock.engine.model.layout import GroupLayout, ModelLayout, model_layout
@@ -137,6 +137,7 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         fixed=claims.fixed(config.most_seqs),
         fixed_of=claims.fixed,
         plans_num_seqs=config.max_num_seqs is None,
+        most_let_in=min(MOST_SEQS, config.max_num_batched_tokens),
         ring_bytes=config.ring,
         max_model_len=_most_cached(config, retention),
         len_option="max_model_len" if retention.max_cached is None else "attention_sinks+attention_window",

@@ -10,12 +10,14 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from penstock.scheduler.residency.decide import Residency, check_demand, plan_residency
 from penstock.scheduler.residency.demand import CPU_KV_BYTES, Demand, Split
 from penstock.scheduler.residency.family import Cost, Family, Found
 
 TOLERANCE = 0.003  # the share of the tokens/s that the number found may give less than the best one
+KV_SHARE = 64
 
 
 def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
@@ -27,6 +29,10 @@ def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
     check_demand(demand)
+    return _with_more_seqs(demand, *_fastest(demand, cost, compressed))
+
+
+def _fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
     family = Family(demand, cost, compressed)
     best, least = _best(family), family.split(family.smallest())
     if best is None:
@@ -37,6 +43,20 @@ def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, 
     if _may_shorten(demand, num_seqs) and _holds(demand.planned_for(num_seqs + 1), least):
         return max((planned, _plan_most(demand, least)), key=lambda each: cost.tokens_s(*each))
     return planned
+
+
+def _with_more_seqs(demand: Demand, kept: Demand, residency: Residency) -> tuple[Demand, Residency]:
+    """The same split for more sequences than its number was planned for, since shorter ones fit at once in greater
+    number. They take at most 1 / KV_SHARE of the KV cache, for activations and logits."""
+    if not demand.plans_num_seqs or demand.memory_bytes is None:
+        return kept, residency
+    most_bytes = kept.fixed_bytes + residency.num_pages * demand.page_bytes // KV_SHARE
+    more = range(kept.max_num_seqs + 1, demand.most_let_in + 1)
+    num_more = bisect.bisect_left(more, True, key=lambda n: demand.planned_for(n).fixed_bytes > most_bytes)
+    if num_more == 0:
+        return kept, residency
+    settled = replace(kept, max_num_seqs=more[num_more - 1], fixed=demand.planned_for(more[num_more - 1]).fixed)
+    return settled, plan_residency(settled, residency.split)
 
 
 def _best(family: Family) -> tuple[int, Found] | None:

@@ -130,12 +130,20 @@ def test_all_but_an_embedding_that_does_not_fit_stays():
 def test_the_number_of_sequences_is_planned_where_none_is_given():
     open_plan, asked = plan("Llama-3-8B", 18), plan("Llama-3-8B", 18, max_num_seqs=256)
     assert 1 < open_plan.max_num_seqs < 256 == asked.max_num_seqs
-    assert plan("Llama-3-8B", 18, max_num_seqs=open_plan.max_num_seqs).residency == open_plan.residency
     assert tokens_s(open_plan) >= tokens_s(asked)  # which claims memory for the activations of 256 rows
     assert plan("Llama-3-8B", 300).max_num_seqs == 512
     assert plan("Llama-3-8B", 100, max_num_batched_tokens=40).max_num_seqs <= 40
     held = most_seqs(open_plan.kept, open_plan.residency, 2048)
     assert held == open_plan.max_num_seqs
+
+
+def test_shorter_sequences_are_let_in_beside_those_that_are_planned():
+    """Activations and logits of these take at most a 64th of the KV cache, and no weight leaves the device for them."""
+    made, fewer = plan("Llama-3-8B", 126), plan("Llama-3-8B", 126, max_num_seqs=256)
+    assert made.max_num_seqs == 512 and made.residency.split == fewer.residency.split
+    more_bytes = made.kept.fixed_bytes - fewer.kept.fixed_bytes
+    assert 0 < more_bytes <= fewer.residency.num_pages * made.demand.page_bytes // 64
+    assert fewer.residency.num_pages - made.residency.num_pages == pytest.approx(more_bytes / made.demand.page_bytes, abs=1)
 
 
 @pytest.mark.parametrize("num_pages, held", [(256, 1), (257, 2), (384, 2), (385, 3), (10_000, 4)])
@@ -156,8 +164,8 @@ def test_a_head_that_is_the_embedding_is_not_compressed():
 
 def test_a_job_says_its_number():
     assert EngineConfig().for_job(3).max_num_seqs == 3
-    assert EngineConfig().for_job(1000).max_num_seqs == 512
-    assert EngineConfig(max_num_batched_tokens=50).for_job(1000).max_num_seqs == 50
+    assert EngineConfig().for_job(1000).max_num_seqs is None  # planned
+    assert EngineConfig(max_num_batched_tokens=50).for_job(200).max_num_seqs == 50
     assert EngineConfig(max_num_seqs=7).for_job(3).max_num_seqs == 7
     assert EngineConfig().for_job(0).max_num_seqs is None  # not known
 
@@ -262,7 +270,7 @@ def check_plan(made: EnginePlan) -> None:
     assert dict(residency.claims)["KV cache"] == residency.num_pages * made.demand.page_bytes
     assert made.pass_plan.decompression_buffer_bytes <= dict(residency.claims).get("decompression buffer", 0)
     assert made.activations_bytes == dict(residency.claims)["activations"]
-    assert 1 <= made.max_num_seqs <= made.demand.max_num_seqs
+    assert 1 <= made.max_num_seqs <= max(made.demand.max_num_seqs, made.demand.most_let_in)
 
 
 def check_random(seed: int) -> bool:
