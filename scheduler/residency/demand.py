@@ -33,10 +33,10 @@ class Demand:
     embedding, which uses the head's bytes. `compressed` gives the compressed bytes of the groups that may be
     compressed; `buffer_bytes` gives the size of the decompression buffer if groups of these names are compressed.
     `fixed` are named claims that no split changes (activations, workspace, context ...); `fixed_of` gives them for
-    another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`, and up to `most_let_in`
-    shorter sequences may run at once. `memory_bytes` None
-    stands for plain host memory (a CPU), which has no limit here. `max_model_len` None allows the trained length, as
-    far as it fits; `len_option` names the option that sets it. `retention` says how many pages a sequence needs: enough
+    another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`, and up to
+    `most_let_in` shorter sequences may run at once. `memory_bytes` None stands for plain host memory (a CPU), which has
+    no limit here. `max_model_len` None allows the trained length, as far as it fits; `len_option` names the option that
+    sets it. `retention` says how many pages a sequence needs: enough
     for all of its tokens, if it is not given. What one sequence has cached may be there once more, in
     `gathered_page_bytes` a page.
     """
