@@ -7,13 +7,16 @@ sampler that no request has.
 """
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import PagedContext, PassInputs
-from penstock.engine.kernels.decode_attention import choose_segments, partials_size
+from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
-from penstock.scheduler.batching.batch import Batch
+from penstock.engine.kernels.decode_work import list_work
+from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.batching.request import ON_DEVICE
 from torch import Tensor
@@ -50,19 +53,18 @@ class HostTable:
 
 
 class Bucket:
-    """`inputs` are what the pass runs on; `load` sends a batch and `derive`, before the first step, fills them from
-    it."""
+    """`inputs` are what the pass runs on; `make_room` sets their room for items of attention, `load` sends a batch and
+    `derive`, before the first step, fills them from it. `key` tells graphs apart."""
 
-    def __init__(self, num_rows: int, max_context: int, model: ModelContext):
+    def __init__(self, num_rows: int, max_context: int, model: ModelContext, cutting: Cutting):
         device, sampler = model.rope.device, model.sampler
         self.num_rows, self.kv, self.last_tokens = num_rows, model.kv, sampler.last_tokens
-        self.key, self.num_sampled = num_rows, num_rows
+        self.num_sampled, self.cutting, self.work = num_rows, cutting, cutting.make_work(num_rows)
+        self.key = (num_rows, self.work.capacity)
         self.pad_row = sampler.pad_row
         max_pages = pages_for(self.kv.margin + max_context, self.kv.page_size)
         self.tables = deque(HostTable(num_rows, max_pages, pinned=device.type == "cuda") for _ in range(2))
         self.table = torch.zeros_like(self.tables[0].table, device=device)
-        num_segments = choose_segments(num_rows, model.num_kv_heads, max_context)
-        size = partials_size(num_rows, model.num_heads, model.spec.head_dim, num_segments)
 
         def column(dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_rows, dtype=dtype, device=device)
@@ -76,14 +78,19 @@ class Bucket:
             context=PagedContext(
                 page_table=self.table[:, PAGES:],
                 lengths=derived.lengths,
-                partials=torch.empty(size, dtype=torch.float32, device=device),
-                num_segments=num_segments,
+                work=self.work,
             ),
             select=torch.arange(num_rows, device=device),
             sampled_rows=(self.pad_row,) * num_rows,
             sampled_rows_device=derived.rows,
             sampled_positions=derived.sampled_positions,
         )
+
+    def make_room(self, rows: Sequence[BatchRow]) -> None:
+        """Makes room for the items of rows of one token, for the passes that follow."""
+        capacity = self.cutting.capacity_for((row.num_cached + 1 for row in rows), self.num_rows)
+        context = replace(self.inputs.context, work=self.work._replace(capacity=capacity))
+        self.inputs, self.key = replace(self.inputs, context=context), (self.num_rows, capacity)
 
     def load(self, batch: Batch) -> None:
         """Sends a decode batch of at most R rows to the device."""
@@ -94,3 +101,4 @@ class Bucket:
     def derive(self) -> None:
         """Fills `inputs` from the table and the tokens that are still on the device."""
         derive_inputs(self.table, self.last_tokens, ON_DEVICE, self.kv.page_size, self.derived, self.kv.margin)
+        list_work(self.derived.lengths, self.work)

@@ -53,6 +53,7 @@ class PassRunner:
         self.buckets: dict[int, Bucket] = {}
         self.pads_prompts = takes_padding(executor.arena.dtype, self.device)
         self.prompt_buckets: dict[tuple[int, int], PromptBucket] = {}
+        self.captured: set[tuple[int, frozenset[str]]] = set()  # buckets and stages of which there is a graph
         pads = decode_as is not DecodeAs.EAGER
         self.mailbox = Mailbox(max_num_seqs, self.device, self.model.collectives.check) if pads else None
         self.graphs = Graphs(self.device, self.watches) if decode_as is DecodeAs.GRAPHS else None
@@ -105,17 +106,23 @@ class PassRunner:
         if self.mailbox is None:
             return None
         if is_decode(batch):
-            return self._bucket(self.size_of(len(batch.rows)))
+            bucket = self._bucket(self.size_of(len(batch.rows)))
+            bucket.make_room(batch.rows)
+            return bucket
         if not self.pads_prompts:
             return None
         size = find_size(batch, self.sizes[-1], self.executor.arena.most["tokens"], self.binder.whole_tokens)
-        if size is not None and size not in self.prompt_buckets:
-            self.prompt_buckets[size] = PromptBucket(*size, self.sizes[-1], self.max_context, self.model)
-        return self.prompt_buckets.get(size)
+        if size is None:
+            return None
+        if size not in self.prompt_buckets:
+            rest = (self.sizes[-1], self.max_context, self.model, self.binder.cutting)
+            self.prompt_buckets[size] = PromptBucket(*size, *rest)
+        self.prompt_buckets[size].make_room(batch.rows)
+        return self.prompt_buckets[size]
 
     def _run_padded(self, batch: Batch, bucket: Bucket | PromptBucket, asked: Asked) -> PendingLetter | PendingSample:
         key = (bucket.key, asked.stages)
-        replays = self.graphs is not None and self._is_captured(bucket, asked.stages)
+        replays = self.graphs is not None and self._is_captured(bucket, batch, asked.stages)
         bucket.load(batch)
         if replays:
             self._replay(key)
@@ -124,15 +131,15 @@ class PassRunner:
         letter = self.mailbox.expect(batch.num_sampled)
         return letter if asked.num_logprobs < 0 else self._score(bucket.num_sampled, letter, asked.num_logprobs)
 
-    def _is_captured(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> bool:
+    def _is_captured(self, bucket: Bucket | PromptBucket, batch: Batch, stages: frozenset[str]) -> bool:
         """Captures what is missing. Passes with prompts stay eager where weights stream, since their launches hide
         under the link, and beyond MOST_PROMPT_GRAPHS."""
         if isinstance(bucket, Bucket):
-            self._capture_up_to(bucket.num_rows, stages)
+            self._capture_up_to(bucket.num_rows, batch, stages)
             return True
         if (bucket.key, stages) in self.graphs.passes:
             return True
-        num_graphs = sum(isinstance(key, tuple) for key, _ in self.graphs.passes)
+        num_graphs = sum(len(key) == len(bucket.key) for key, _ in self.graphs.passes)
         if self.executor.pass_plan.ring.slots or num_graphs >= MOST_PROMPT_GRAPHS:
             return False
         self._capture(bucket, stages)
@@ -146,16 +153,22 @@ class PassRunner:
 
     def _bucket(self, size: int) -> Bucket:
         if size not in self.buckets:
-            self.buckets[size] = Bucket(size, self.max_context, self.model)
+            self.buckets[size] = Bucket(size, self.max_context, self.model, self.binder.cutting)
         return self.buckets[size]
 
-    def _capture_up_to(self, size: int, stages: frozenset[str]) -> None:
-        """Captures the graphs that are missing of this bucket and all smaller ones, which are needed as rows end; the
-        largest first, so that the others' temporaries fit into its memory."""
+    def _capture_up_to(self, size: int, batch: Batch, stages: frozenset[str]) -> None:
+        """Captures the graph that is missing of this bucket, and the first time those of all smaller ones, which are
+        needed as rows end, with room for as many of the batch's rows; the largest first, so that the others'
+        temporaries fit into its memory."""
         for smaller in reversed(self.sizes[: self.sizes.index(size) + 1]):
-            if (smaller, stages) in self.graphs.passes:
+            bucket = self._bucket(smaller)
+            if smaller < size:
+                bucket.make_room(batch.rows[:smaller])
+            if (bucket.key, stages) not in self.graphs.passes:
+                self._capture(bucket, stages)
+            if (smaller, stages) in self.captured:
                 break  # the smaller ones were captured with it
-            self._capture(self._bucket(smaller), stages)
+            self.captured.add((smaller, stages))
 
     def _capture(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> None:
         bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads

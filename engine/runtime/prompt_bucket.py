@@ -9,13 +9,15 @@ belongs to the prompts is known to the host, which sends it in two copies.
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy
 import torch
 from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import Chunks, MixedContext, PagedContext, PassInputs, RowRange
-from penstock.engine.kernels.decode_attention import choose_segments, partials_size
+from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
+from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.runtime.bucket import HostTable
 from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
@@ -52,13 +54,17 @@ def find_size(batch: Batch, max_num_seqs: int, most_tokens: int, whole_tokens: r
 
 
 class PromptBucket:
-    """`inputs` are what the pass runs on; `load` sends a batch and `derive`, before the first step, fills them from
-    it. On a CPU `load` also says which prompt lies where, since attention goes row by row there."""
+    """`inputs` are what the pass runs on; `make_room` sets their room for items of attention, `load` sends a batch and
+    `derive`, before the first step, fills them from it. `key` tells graphs apart. On a CPU `load` also says where each
+    prompt lies, since attention goes row by row there."""
 
-    def __init__(self, num_rows: int, num_tokens: int, max_num_seqs: int, max_context: int, model: ModelContext):
+    def __init__(
+        self, num_rows: int, num_tokens: int, max_num_seqs: int, max_context: int, model: ModelContext, cutting: Cutting
+    ):
         device, sampler, kv = model.rope.device, model.sampler, model.kv
         self.num_rows, self.num_tokens, self.kv, self.sampler = num_rows, num_tokens, kv, sampler
-        self.key = (num_rows, num_tokens)
+        self.cutting, self.work = cutting, cutting.make_work(num_rows) if num_rows else None
+        self.key = (num_rows, num_tokens, 0)
         self.num_starting = min(num_tokens // 2, max_num_seqs)
         self.num_sampled = min(num_rows + self.num_starting, max_num_seqs)
         max_pages, pinned = pages_for(kv.margin + max_context, kv.page_size), device.type == "cuda"
@@ -80,10 +86,7 @@ class PromptBucket:
         self.derived = DecodeInputs(*(one[:num_rows] for one in self.all), unused, row_lengths)
         paged = None
         if num_rows:
-            num_segments = choose_segments(num_rows, model.num_kv_heads, max_context)
-            size = partials_size(num_rows, model.num_heads, model.spec.head_dim, num_segments)
-            partials = torch.empty(size, dtype=torch.float32, device=device)
-            paged = PagedContext(self.table[:, PAGES:], row_lengths, partials, num_segments)
+            paged = PagedContext(self.table[:, PAGES:], row_lengths, self.work)
         self.ranges: list[RowRange] = []
         starting = Chunks(
             num_rows, num_tokens, self.query_starts, self.query_starts, num_tokens, num_tokens, self.ranges
@@ -99,6 +102,15 @@ class PromptBucket:
             sampled_rows_device=sampled_rows,
             sampled_positions=sampled_positions,
         )
+
+    def make_room(self, rows: Sequence[BatchRow]) -> None:
+        """Makes room for the items of those of the rows that have one token, for the passes that follow."""
+        if self.work is None:
+            return
+        lengths = (row.num_cached + 1 for row in rows if row.kind is RowKind.ONE_TOKEN)
+        work = self.work._replace(capacity=self.cutting.capacity_for(lengths, self.num_rows))
+        context = replace(self.inputs.context, paged=replace(self.inputs.context.paged, work=work))
+        self.inputs, self.key = replace(self.inputs, context=context), (self.num_rows, self.num_tokens, work.capacity)
 
     def load(self, batch: Batch) -> None:
         """Sends a batch to the device, whose rows fit and are of one token or start."""
@@ -143,5 +155,6 @@ class PromptBucket:
         if self.num_rows:
             last_tokens, page_size = self.sampler.last_tokens, self.kv.page_size
             derive_inputs(self.table, last_tokens, ON_DEVICE, page_size, self.derived, self.kv.margin)
+            list_work(self.derived.lengths, self.work)
         for whole, sent in zip(self.all, self.of_tokens):
             whole[self.num_rows :].copy_(sent)

@@ -1,0 +1,141 @@
+"""The work of decode attention: the kernel (interpreted where there is no GPU) lists what the reference lists."""
+
+import functools
+import random
+
+import pytest
+import torch
+from penstock.engine.kernels import decode_work as kernels
+
+from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, equal, prove, prove_faster, prove_refusal
+
+KERNEL = kernels._list_work_triton
+WINDOWS = (None, 1, 700)
+LAYOUTS = (CONTIGUOUS, Layout("misaligned", before=1))
+NOTHING = torch.empty(0, device=DEVICE)
+REACHES = kernels.reaches_of(WINDOWS, NOTHING.device)
+
+
+def empty(lengths: list[int], segment: int, windows: tuple = WINDOWS) -> kernels.DecodeWork:
+    """A list with room for these lengths alone."""
+    capacity = kernels.count_items(lengths, segment)
+    reaches = kernels.reaches_of(windows, NOTHING.device)
+    return kernels.make_work(len(lengths), segment, capacity, windows, reaches, NOTHING)
+
+
+def listed(lengths: list[int], segment: int, num_queries: int = 1, run=KERNEL) -> list[list[tuple]]:
+    """The items of each window, in order, whose rows begin where the list says."""
+    work = empty(lengths, segment)
+    work.items.fill_(-1)
+    run(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), work, num_queries)
+    lists = []
+    for items, starts, window in zip(work.items.tolist(), work.starts.tolist(), WINDOWS):
+        there = [tuple(item) for item in items[: starts[-1]]]
+        assert all(item == [-1] * kernels.FIELDS for item in items[starts[-1] :])
+        assert starts == [sum(item[0] < row for item in there) for row in range(len(lengths) + 1)]
+        assert len(there) <= work.room(window, num_queries)
+        lists.append(there)
+    return lists
+
+
+def test_rows_follow_each_other_and_windows_skip_what_lies_before():
+    everything, last, near = listed([1000, 0, 256, 257], 256)
+    assert everything == [
+        *((0, 0, 1000, 4), (0, 1, 1000, 4), (0, 2, 1000, 4), (0, 3, 1000, 4)),
+        *((1, 0, 0, 1), (2, 0, 256, 1), (3, 0, 257, 2), (3, 1, 257, 2)),
+    ]
+    assert last == [(0, 3, 1000, 1), (1, 0, 0, 1), (2, 0, 256, 1), (3, 1, 257, 1)]
+    assert near == [(0, i, 1000, 3) for i in (1, 2, 3)] + everything[4:]
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 2, kernels.BLOCK + 1])
+def test_kernel_is_the_reference(num_rows, num_queries):
+    """Tries lengths that leave a block of rows, or of a row's items, full or just not."""
+    rng = random.Random(num_rows)
+    lengths = [rng.choice([0, 1, 127, 128, 129, 5000]) for _ in range(num_rows - 1)] + [128 * (kernels.BLOCK + 1)]
+    expected = listed(lengths, 128, num_queries, kernels.list_work_reference)
+    assert listed(lengths, 128, num_queries) == expected
+
+
+def test_nothing_is_written_behind_the_room():
+    """A list with too little room says so by its number of items, and leaves its neighbour as it is."""
+    work = empty([100, 900], 128)
+    short = work._replace(items=work.items.new_full((len(WINDOWS) + 1, 4, kernels.FIELDS), -1)[:-1])
+    KERNEL(torch.tensor([100, 900], dtype=torch.int32, device=DEVICE), short)
+    assert short.starts[0, -1] == 9 and short.items[0, :, 1].tolist() == [0, 0, 1, 2]
+    assert short.items[1, :3].tolist() == [[0, 0, 100, 1], [1, 7, 900, 1], [-1] * 4]
+
+
+def test_the_most_items_are_bounded_by_the_cache_and_by_the_rows():
+    assert kernels.max_items(256, 131072, 800_000, 256) == 3381  # 3125 full segments, and one begun for each row
+    assert kernels.max_items(1, 8192, 800_000, 256) == 32
+    rng = random.Random(0)
+    for _ in range(100):
+        lengths = [rng.randint(0, 3000) for _ in range(rng.randint(1, 20))]
+        most = kernels.max_items(len(lengths), max(lengths), sum(lengths), 256)
+        assert kernels.count_items(lengths, 256) <= most
+
+
+def test_room_grows_in_few_steps_from_one_item_a_row():
+    assert [kernels.choose_capacity(count, 64, 1000) for count in (64, 65, 300, 513, 1000)] == [
+        64,
+        128,
+        512,
+        1000,
+        1000,
+    ]
+
+
+def test_segments_are_longer_where_rows_and_heads_are_many():
+    assert [kernels.segment_tokens(rows, 8) for rows in (1, 8, 16, 64, 256)] == [128, 128, 256, 1024, 1024]
+    assert [kernels.segment_tokens(256, heads) for heads in (1, 3)] == [512, 1024]
+
+
+def tensors_of(lengths: list[int]) -> dict[str, torch.Tensor]:
+    """The lengths, and the list that they fill, by name."""
+    work = empty(lengths, 128)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    return {"lengths": lengths, "items": work.items.fill_(-1), "starts": work.starts}
+
+
+def writing(run):
+    def fill(lengths, items, starts):
+        run(lengths, kernels.DecodeWork(128, items.shape[1], WINDOWS, REACHES, items, starts, NOTHING))
+
+    return fill
+
+
+def test_in_every_layout_of_lengths():
+    kernel, reference = (writing(run) for run in (KERNEL, kernels.list_work_reference))
+    prove(kernel, reference, tensors_of([300, 0, 5, 128]), ("items", "starts"), equal, LAYOUTS, ["lengths"])
+
+
+def test_strides_that_are_not_rows_are_refused():
+    prove_refusal(writing(KERNEL), tensors_of([300, 0, 5]), "lengths", "starts")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 256])
+def test_kernel_is_faster(num_rows):
+    """It is compared with the repetition of rows by the number of their items, in torch, for one window."""
+    count, work = num_rows * 5, empty([600] * num_rows, 128, (None,))
+    lengths = torch.full((num_rows,), 600, dtype=torch.int32, device=DEVICE)
+
+    def repeated():
+        siblings = ((lengths + 127) // 128).clamp_(min=1)
+        ends = siblings.cumsum(0)
+        rows = torch.repeat_interleave(siblings, output_size=count)
+        work.starts[0, 1:] = ends
+        fields = (rows, torch.arange(count, device=DEVICE) - (ends - siblings)[rows], lengths[rows], siblings[rows])
+        work.items[0] = torch.stack(fields, 1)
+
+    prove_faster(functools.partial(KERNEL, lengths, work), repeated, work.items.nbytes, f"decode_work {num_rows}")
+
+
+def test_calls_are_counted_by_kind():
+    with counted(kernels.calls, triton=1):
+        listed([3], 128)
+    kind = "triton" if DEVICE == "cuda" else "reference"
+    with counted(kernels.calls, **{kind: 1}):
+        listed([3], 128, run=kernels.list_work)
