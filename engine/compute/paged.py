@@ -8,16 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from penstock.engine.compute.context import ModelContext
-from penstock.engine.kernels.decode_work import (
-    DecodeWork,
-    choose_capacity,
-    count_items,
-    make_work,
-    max_items,
-    partials_size,
-    reaches_of,
-    segment_tokens,
-)
+from penstock.engine.kernels.decode_work import DecodeWork, make_work, reaches_of
+from penstock.engine.kernels.segments import choose_capacity, count_items, max_items, partials_size, segment_tokens
 from torch import Tensor
 
 

@@ -21,9 +21,10 @@ a row merging it: their loop has more registers, and read 2.5 TB/s where a progr
 """
 
 import torch
-from penstock.engine.kernels.decode_work import FIELDS, NO_WINDOW, DecodeWork, first_seen, partials_size
+from penstock.engine.kernels.decode_work import FIELDS, NO_WINDOW, DecodeWork, first_seen
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.rope_append import rotate_
+from penstock.engine.kernels.segments import partials_size
 from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
 

@@ -37,6 +37,8 @@ def replay_s(runner: PassRunner, num_rows: int) -> float | None:
 
 def greedy_graph(runner: PassRunner, num_rows: int) -> torch.cuda.CUDAGraph | None:
     """The graph of passes over so many rows, as it last ran; None if there is none yet, or one with a trace's marks."""
-    bucket = runner.buckets.get(runner.size_of(num_rows))
-    takes = () if runner.graphs is None or bucket is None else runner.graphs.passes.get((bucket.key, frozenset()), ())
+    if runner.graphs is None or runner.size_of(num_rows) not in runner.buckets:
+        return None
+    key = (runner.buckets[runner.size_of(num_rows)].key, frozenset())
+    takes = runner.graphs.passes.get(key, ())
     return takes[0].graph if len(takes) == 1 else None

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 from penstock.engine.commands.flags import Parser
-from penstock.engine.kernels import argmax, decode_attention, decode_work, draw, linear
+from penstock.engine.kernels import argmax, decode_attention, decode_work, draw, linear, segments
 from penstock.engine.kernels import filter as filters
 from penstock.engine.kernels.gated_activation import gated_activation
 from penstock.engine.kernels.residual_norm import residual_norm
@@ -73,12 +73,12 @@ class Benchmark:
         q = torch.randn(num_rows, 1, HEADS, HEAD_DIM, dtype=DTYPE, device=DEVICE)
         lens = torch.full((num_rows,), context, dtype=torch.int32, device=DEVICE)
         pages = torch.randperm(len(keys) // PAGE_SIZE, device=DEVICE).int().view(-1, context // PAGE_SIZE)
-        chosen, windows = decode_work.segment_tokens(num_rows, KV_HEADS), (None,)
+        chosen, windows = segments.segment_tokens(num_rows, KV_HEADS), (None,)
         nbytes = 2 * num_rows * context * keys[0].nbytes
         reaches = decode_work.reaches_of(windows, lens.device)
         for segment in sorted({chosen, *(SEGMENTS[::3] if self.quick else SEGMENTS)}):
             capacity = num_rows * -(-context // segment)
-            partials = torch.empty(decode_work.partials_size(capacity, HEADS, HEAD_DIM), device=DEVICE)
+            partials = torch.empty(segments.partials_size(capacity, HEADS, HEAD_DIM), device=DEVICE)
             work = decode_work.make_work(num_rows, segment, capacity, windows, reaches, partials)
             decode_work.list_work(lens, work)
             rest = (lens, q, HEAD_DIM**-0.5, None, PAGE_SIZE, work)

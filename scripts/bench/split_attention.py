@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.kernels import decode_attention as kernels
-from penstock.engine.kernels import decode_work
+from penstock.engine.kernels import decode_work, segments
 from penstock.engine.kernels.decode_work import DecodeWork
 from penstock.scheduler.units import GB, gb_s, us
 from torch import Tensor
@@ -72,12 +72,12 @@ class Rows:
 
     def work(self, segment: int, step: int | None) -> DecodeWork:
         """The listed work, with room for the next power of `step` times the rows, or for no more than there is."""
-        num_items = capacity = decode_work.count_items(self.lengths, segment)
+        num_items = capacity = segments.count_items(self.lengths, segment)
         if step is not None:
             capacity = len(self.lengths)
             while capacity < num_items:
                 capacity *= step
-        partials = torch.full((decode_work.partials_size(capacity, HEADS, HEAD_DIM),), torch.nan, device=DEVICE)
+        partials = torch.full((segments.partials_size(capacity, HEADS, HEAD_DIM),), torch.nan, device=DEVICE)
         reaches = decode_work.reaches_of((None,), partials.device)
         work = decode_work.make_work(len(self.lengths), segment, capacity, (None,), reaches, partials)
         decode_work.list_work(self.context_lens, work)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from penstock.engine.kernels import decode_attention as kernels
-from penstock.engine.kernels import decode_work
+from penstock.engine.kernels import decode_work, segments
 from penstock.engine.kernels.decode_work import DecodeWork
 from torch import Tensor
 
@@ -86,8 +86,8 @@ class Example:
 def work_of(q: Tensor, lengths: Tensor, segment: int, window: int | None = None, room: int = 1) -> DecodeWork:
     """The work of q (R, Q, H, E) in segments of so many tokens, listed by the kernel, with poisoned partials."""
     num_rows, num_queries, num_heads, head_dim = q.shape
-    capacity = room * decode_work.count_items(lengths.tolist(), segment)
-    size = decode_work.partials_size(capacity, num_heads, head_dim, num_queries)
+    capacity = room * segments.count_items(lengths.tolist(), segment)
+    size = segments.partials_size(capacity, num_heads, head_dim, num_queries)
     partials, reaches = torch.full((size,), float("nan"), device=q.device), decode_work.reaches_of((window,), q.device)
     work = decode_work.make_work(num_rows, segment, capacity, (window,), reaches, partials)
     decode_work._list_work_triton(lengths, work, num_queries)

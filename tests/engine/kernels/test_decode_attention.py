@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from penstock.engine.kernels import decode_attention as kernels
-from penstock.engine.kernels.decode_work import list_work, segment_tokens
+from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.kernels.rope_append import rotate_
+from penstock.engine.kernels.segments import segment_tokens
 from torch import Tensor
 
 from tests.support.kernel_proof import (

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from penstock.engine.kernels import decode_work as kernels
+from penstock.engine.kernels import segments
 
 from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, equal, prove, prove_faster, prove_refusal
 
@@ -18,7 +19,7 @@ REACHES = kernels.reaches_of(WINDOWS, NOTHING.device)
 
 def empty(lengths: list[int], segment: int, windows: tuple = WINDOWS) -> kernels.DecodeWork:
     """A list with room for these lengths alone."""
-    capacity = kernels.count_items(lengths, segment)
+    capacity = segments.count_items(lengths, segment)
     reaches = kernels.reaches_of(windows, NOTHING.device)
     return kernels.make_work(len(lengths), segment, capacity, windows, reaches, NOTHING)
 
@@ -68,17 +69,17 @@ def test_nothing_is_written_behind_the_room():
 
 
 def test_the_most_items_are_bounded_by_the_cache_and_by_the_rows():
-    assert kernels.max_items(256, 131072, 800_000, 256) == 3381  # 3125 full segments, and one begun for each row
-    assert kernels.max_items(1, 8192, 800_000, 256) == 32
+    assert segments.max_items(256, 131072, 800_000, 256) == 3381  # 3125 full segments, and one begun for each row
+    assert segments.max_items(1, 8192, 800_000, 256) == 32
     rng = random.Random(0)
     for _ in range(100):
         lengths = [rng.randint(0, 3000) for _ in range(rng.randint(1, 20))]
-        most = kernels.max_items(len(lengths), max(lengths), sum(lengths), 256)
-        assert kernels.count_items(lengths, 256) <= most
+        most = segments.max_items(len(lengths), max(lengths), sum(lengths), 256)
+        assert segments.count_items(lengths, 256) <= most
 
 
 def test_room_grows_in_few_steps_from_one_item_a_row():
-    assert [kernels.choose_capacity(count, 64, 1000) for count in (64, 65, 300, 513, 1000)] == [
+    assert [segments.choose_capacity(count, 64, 1000) for count in (64, 65, 300, 513, 1000)] == [
         64,
         128,
         512,
@@ -88,8 +89,8 @@ def test_room_grows_in_few_steps_from_one_item_a_row():
 
 
 def test_segments_are_longer_where_rows_and_heads_are_many():
-    assert [kernels.segment_tokens(rows, 8) for rows in (1, 8, 16, 64, 256)] == [128, 128, 256, 1024, 1024]
-    assert [kernels.segment_tokens(256, heads) for heads in (1, 3)] == [512, 1024]
+    assert [segments.segment_tokens(rows, 8) for rows in (1, 8, 16, 64, 256)] == [128, 128, 256, 1024, 1024]
+    assert [segments.segment_tokens(256, heads) for heads in (1, 3)] == [512, 1024]
 
 
 def tensors_of(lengths: list[int]) -> dict[str, torch.Tensor]:

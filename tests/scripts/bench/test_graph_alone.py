@@ -25,10 +25,13 @@ def size_of(num_rows):
 
 
 def runner_of(done, num_takes=1):
-    """Buckets of 1, 2 and 4 rows; of 4 a greedy graph is captured."""
+    """Buckets of 2 and 4 rows; of 4 greedy graphs are captured, of which that with room for 8 items ran last."""
     take = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("replay")))
-    passes = {(4, frozenset()): [take] * num_takes, (2, frozenset({"draw"})): [take]}
-    return SimpleNamespace(size_of=size_of, graphs=SimpleNamespace(passes=passes))
+    other = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("other")))
+    passes = {((4, 4), frozenset()): [other], ((4, 8), frozenset()): [take] * num_takes}
+    passes[(2, 2), frozenset({"draw"})] = [take]
+    buckets = {2: SimpleNamespace(key=(2, 2)), 4: SimpleNamespace(key=(4, 8))}
+    return SimpleNamespace(size_of=size_of, buckets=buckets, graphs=SimpleNamespace(passes=passes))
 
 
 def test_a_graph_alone(monkeypatch):
@@ -45,7 +48,7 @@ def test_none_where_there_is_none():
     """No graphs, none captured of that size, one with a trace's marks, and ranks without a script."""
     done = []
     eager = SimpleNamespace(size_of=size_of, graphs=None)
-    for runner, num_rows in ((eager, 3), (runner_of(done), 2), (runner_of(done, num_takes=2), 3)):
+    for runner, num_rows in ((eager, 3), (runner_of(done), 1), (runner_of(done), 2), (runner_of(done, num_takes=2), 3)):
         assert graph_alone_s(llm_of(runner, done), num_rows) is None
     assert graph_alone_s(llm_of(runner_of(done), done, kind="parent"), 3) is None
     assert done == []
