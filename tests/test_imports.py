@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "engine.model": ("engine.kernels.codec_tile", "engine.user_files", "scheduler.passes"),
     "engine.planning": (
         "engine.config",
+        "engine.kernels.segments",
         "engine.model",
         "engine.user_files",
         "engine.weights.headers",
@@ -88,7 +89,8 @@ LATE_IMPORTS = {
     "scripts.bench.comparison": {"scripts.bench.baselines"},
     "scripts.bench.startup": {"scripts.bench.dummy_checkpoint"},
 }
-TORCH_FREE = ("scheduler", "engine.planning", "engine.config", "engine.user_files", "engine.kernels.codec_tile")
+NUMBERS_OF_KERNELS = ("engine.kernels.codec_tile", "engine.kernels.segments")
+TORCH_FREE = ("scheduler", "engine.planning", "engine.config", "engine.user_files", *NUMBERS_OF_KERNELS)
 TORCH_FREE += (
     "engine.model",
     "engine.measure.probe_report",

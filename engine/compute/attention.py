@@ -87,9 +87,8 @@ def attend_paged_(q: Tensor, cache: CachedLayer, context: PagedContext, window: 
     calls["paged"] += 1
     scale, rows = q.shape[-1] ** -0.5, q[:, None]  # (R, 1, H, E)
     pages = (cache.keys, cache.values, context.page_table, context.lengths)
-    workspace = (context.partials, context.num_segments)
     where = {"margin": cache.margin, "key_rope": cache.key_rope}
-    decode_attention(rows, *pages, rows, scale, window, cache.page_size, *workspace, **where)
+    decode_attention(rows, *pages, rows, scale, window, cache.page_size, context.work, **where)
 
 
 def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from penstock.engine.compute.inputs import (
     RowRange,
     to_device,
 )
-from penstock.engine.kernels.decode_attention import choose_segments, partials_size
+from penstock.engine.compute.paged import Cutting, make_cutting
+from penstock.engine.kernels.decode_work import list_work
 from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
 from penstock.scheduler.batching.request import ON_DEVICE
 from torch import Tensor
@@ -31,16 +32,14 @@ class Binder:
     (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time. Prompts of a number of
-    tokens in `whole_tokens` attend each by itself. `partials` is the workspace of decode_attention for any number of
-    rows.
+    tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one token.
     """
 
     page_size: int
     margin: int
     last_tokens: Tensor
-    num_kv_heads: int
     max_context: int
-    partials: Tensor
+    cutting: Cutting
     whole_tokens: range = range(0)
 
     def bind(self, batch: Batch) -> PassInputs:
@@ -79,9 +78,10 @@ class Binder:
         single, continuing, starting = of_kind.values()
         paged, gathered, first_row, first_token = None, [], len(single), len(single)
         if single:
-            num_segments = choose_segments(len(single), self.num_kv_heads, self.max_context)
             lengths = (num_cached[: len(single)] + 1).int()
-            paged = PagedContext(pages[: len(single)], lengths, self.partials, num_segments)
+            work = self.cutting.exact_work([_num_context(row) for row in single])
+            list_work(lengths, work)
+            paged = PagedContext(pages[: len(single)], lengths, work)
         for part in _parts(continuing, self.max_context):
             gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
             first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
@@ -123,15 +123,9 @@ class Binder:
 
 
 def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_tokens: range) -> Binder:
-    """The binder of a model's passes of up to max_num_seqs rows; allocates its workspace."""
-    kv, heads = model.kv, (model.num_heads, model.spec.head_dim)
-    size = max(
-        partials_size(num_rows, *heads, choose_segments(num_rows, model.num_kv_heads, max_context))
-        for num_rows in range(1, max_num_seqs + 1)
-    )
-    partials = torch.empty(size, dtype=torch.float32, device=model.rope.device)
-    last_tokens = model.sampler.last_tokens
-    return Binder(kv.page_size, kv.margin, last_tokens, model.num_kv_heads, max_context, partials, whole_tokens)
+    """The binder of a model's passes of up to max_num_seqs rows; allocates their workspace."""
+    kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
+    return Binder(kv.page_size, kv.margin, model.sampler.last_tokens, max_context, cutting, whole_tokens)
 
 
 def _num_context(row: BatchRow) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from penstock.engine.kernels.decode_work import DecodeWork
 from torch import Tensor
 
 
@@ -28,8 +29,7 @@ class PagedContext:
 
     page_table: Tensor  # (R, P) int32
     lengths: Tensor  # (R,) int32, the new token included
-    partials: Tensor  # fp32 workspace of decode_attention
-    num_segments: int
+    work: DecodeWork  # of decode_attention, listed from the lengths
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,35 @@
-"""The attention of a decode pass over the paged KV cache, split along the context, for CUDA graphs.
+"""The attention of rows of one token, or a few, over the paged KV cache, split along the context, for CUDA graphs.
 
-Shapes: R rows, Q tokens a row, H/K local query/KV heads, E head dim, P pages, S page size, N segments a row,
-M = H/K * Q queries of a KV head, padded to a power of two and to the 16 that tl.dot wants.
+Shapes: R rows, Q tokens a row, H/K local query/KV heads, E head dim, P pages, S page size, N items of the work, M =
+H/K * Q queries of a KV head, padded to a power of two and to the 16 that tl.dot wants.
 
-Each (KV head, segment, row) has a program, which reads its part of the context once for all M queries and leaves fp32
-partials (weighted values, maximum, sum of weights); a second kernel merges them. With one segment a row the first
-kernel writes the result.
+The work is a list of segments (decode_work.py). Each (segment, KV head) has a program, so that one long row among short
+ones is spread over all of the GPU; it reads its segment once for all M queries. If the segment is its row's only one,
+it writes the result, else fp32 partials (weighted values, maximum, sum of weights), which a second kernel merges in the
+order of the segments. With room for one item a row there is no second kernel.
 Sources: Dao et al. 2023, "Flash-Decoding"; vLLM's PagedAttention.
 
-Launches depend on the bucket alone, since lengths and pages are read on the device. A row's bits depend on its own q,
-keys, values, length, Q, window, N and min_segment. They do not depend on R, the other rows, which pages it has, or what
-the workspace held. choose_segments depends on R, so a row's last bits may differ from bucket to bucket.
+Launches depend on the number of rows and on the work's capacity alone, since lengths and pages are read on the device.
+A row's bits depend on its own q, keys, values, length, Q, window and the length of a segment. They do not depend on R,
+the other rows, the capacity, which pages it has, or what the workspace held.
 Keys that are rotated here are read in halves, with a tl.dot for each half: this takes 133 us for 64 rows of 2048
 tokens, where keys that are cached rotated take 128. Reading them twice, in two orders, took 227 us; joining the halves
 for one tl.dot took 197.
 Tried: 3 stages, with which only 3 programs fit an SM: 25 us instead of 21 for 256 rows of 64 tokens, 142 instead of 126
-for 64 of 2048; fp32 spills registers with 4 warps, not with 8. Not tried: to let the last program of a head merge,
-which would save a node of the graph.
+for 64 of 2048; fp32 spills registers with 4 warps, not with 8. A fixed grid of programs that walk the list, the last of
+a row merging it: their loop has more registers, and read 2.5 TB/s where a program for each item reads 3.75.
 """
 
 import torch
+from penstock.engine.kernels.decode_work import FIELDS, NO_WINDOW, DecodeWork, first_seen
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.rope_append import rotate_
+from penstock.engine.kernels.segments import partials_size
 from penstock.engine.kernels.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
-NO_WINDOW = 1 << 30
-NUM_PROGRAMS = 2 * 132  # 2 on each SM of an H200
-
-
-def choose_segments(num_rows: int, num_kv_heads: int, max_context: int) -> int:
-    """The segments of each row in a bucket: as many as NUM_PROGRAMS allow, and at most one for every 64 tokens."""
-    return max(1, min(NUM_PROGRAMS // (num_rows * num_kv_heads), -(-max_context // 64), 128))
-
-
-def partials_size(num_tokens: int, num_heads: int, head_dim: int, num_segments: int) -> int:
-    """The number of fp32 values in the workspace of R * Q tokens; layers and buckets may share a workspace."""
-    count = -(-num_tokens * num_heads * num_segments // 16) * 16  # aligned for any R, so that R changes no layout
-    return count * (head_dim + 2) if num_segments > 1 else 0
+MERGED_TOKENS = 8192  # whose segments the merge reads at once
 
 
 def decode_attention(
@@ -51,9 +42,7 @@ def decode_attention(
     scale: float,
     window: int | None,
     page_size: int,
-    partials: Tensor,
-    num_segments: int,
-    min_segment: int = 1,
+    work: DecodeWork,
     margin: int = 0,
     key_rope: Tensor | None = None,
 ) -> None:
@@ -62,24 +51,32 @@ def decode_attention(
 
     page_table (R, max pages) int32 may hold anything behind a row's context. context_lens (R,) int32 include the row's
     Q tokens, which are the last of its context; a padded row has 0, and `out` keeps what it has there. `out` may be
-    `q`. partials is the workspace of partials_size fp32 values. No segment is shorter than min_segment tokens. The
-    first `margin` entries of a row's first page hold no tokens. With key_rope (2, L, F), cos and sin, keys are rotated
-    here, each by its index 0, 1, ... L - 1 in its row's context; the first 2F dims rotate, by halves. Products and sums
-    of the rotation are rounded to the dtype of the keys, as if the keys had been rotated before they were cached.
+    `q`. `work`
+    was listed from context_lens, and `window` is one of its windows. The first `margin` entries of a row's first page
+    hold no tokens. With key_rope (2, L, F), cos and sin, keys are rotated here, each by its index 0, 1, ... L - 1 in
+    its row's context; the first 2F dims rotate, by halves. Products and sums of the rotation are rounded to the dtype
+    of the keys, as if the keys had been rotated before they were cached.
     """
-    common = (scale, window, page_size)
+    common = (q, keys, values, page_table, context_lens, out, scale, window, page_size)
     if q.is_cuda:
-        workspace = (partials, num_segments, min_segment)
-        _decode_attention_triton(q, keys, values, page_table, context_lens, out, *common, *workspace, margin, key_rope)
+        _decode_attention_triton(*common, work, margin, key_rope)
     else:
-        rest = {"margin": margin, "key_rope": key_rope}
-        decode_attention_reference(q, keys, values, page_table, context_lens, out, *common, **rest)
+        decode_attention_reference(*common, margin=margin, key_rope=key_rope)
+
+
+def _tuning(q: Tensor, rotates: bool) -> dict[str, int]:
+    """The tokens of a turn and the warps and stages of a program: a tile has 16 KiB at E = 128, so that K and V of two
+    turns are in flight and three programs fit an SM."""
+    return {
+        "BLOCK": 128 // q.element_size(),
+        "num_warps": 4 if q.element_size() == 2 else 8,  # fp32 spills registers with 4
+        "num_stages": 3 if rotates and q.shape[3] <= 128 else 2,  # a wide head has room for 2
+    }
 
 
 def _decode_attention_triton(
-    q, keys, values, page_table, context_lens, out, scale, window, page_size, partials, num_segments, min_segment=1,
-    margin=0, key_rope=None,
-) -> None:  # fmt: skip
+    q, keys, values, page_table, context_lens, out, scale, window, page_size, work, margin=0, key_rope=None, tuning=None
+) -> None:
     require_triton("paged decode attention")
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert q.shape == out.shape and q.dtype == out.dtype == keys.dtype == values.dtype
@@ -87,37 +84,49 @@ def _decode_attention_triton(
     dense = dense if key_rope is None else (*dense, key_rope)
     assert all(t.is_contiguous() for t in dense), "decode_attention: strides: heads, pages, cache, table have no gaps"
     assert num_heads % num_kv_heads == 0
-    assert page_table.dtype == context_lens.dtype == torch.int32 and partials.dtype == torch.float32
+    assert page_table.dtype == torch.int32 and work.partials.dtype == torch.float32
     assert key_rope is None or key_rope.dtype == keys.dtype
     calls["triton"] += 1
-    group, split = num_heads // num_kv_heads, num_segments > 1
-    size = partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
+    tuning = tuning or _tuning(q, key_rope is not None)
+    assert work.segment % tuning["BLOCK"] == 0 and work.starts.shape[1] == num_rows + 1
+    which, room, group = work.windows.index(window), work.room(window, num_queries), num_heads // num_kv_heads
+    size = partials_size(room, num_heads, head_dim, num_queries) if room > num_rows else 0
     count = size // (head_dim + 2)
-    parts = partials[:size].split([count * head_dim, count, count])
-    # a tile has 16 KiB at E = 128, so K and V of two turns are in flight and three programs fit an SM
-    shape = {"E": head_dim, "E_PADDED": max(16, triton.next_power_of_2(head_dim)), "BLOCK": 128 // q.element_size()}
-    segmenting = (num_segments, max(min_segment, 1), NO_WINDOW if window is None else window)
+    parts = work.partials[:size].split([count * head_dim, count, count])
+    strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0))
+    shape = {"Q": num_queries, "GROUP": group, "K": num_kv_heads, "E": head_dim}
+    shape["E_PADDED"] = max(16, triton.next_power_of_2(head_dim))
     pairs, length = (0, 0) if key_rope is None else (key_rope.shape[2], key_rope.shape[1])
     rest = head_dim - 2 * pairs if pairs else 0
     halves = {"F": pairs, "F_PADDED": max(16, triton.next_power_of_2(pairs))}
     halves["REST"] = max(16, triton.next_power_of_2(rest)) if rest else 0
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # the interpreter's tl.dot of bf16 is wrong
-    _attend_segment[(num_kv_heads, num_segments, num_rows)](
-        *(q, keys, values, page_table, context_lens, out, parts, key_rope, length),
-        (q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0)),
-        *(scale * 1.4426950408889634, segmenting),  # log2(e), for exp2
-        **{"Q": num_queries, "GROUP": group, "S": page_size, "MARGIN": margin, "SPLIT": split, **shape, **halves},
+    _attend_segment[(room * num_kv_heads,)](
+        *(q, keys, values, page_table, work.items[which], work.starts[which, num_rows:], out, parts, key_rope, length),
+        *(strides, scale * 1.4426950408889634, NO_WINDOW if window is None else window, work.segment),  # log2(e)
+        **{
+            "S": page_size,
+            "MARGIN": margin,
+            "SPLIT": room > num_rows,
+            **shape,
+            **halves,
+            "FIELDS": FIELDS,
+        },
+        WINDOWED=window is not None,
         M=max(16, triton.next_power_of_2(group * num_queries)),
         DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
         **options(q.device),
-        num_warps=4 if q.element_size() == 2 else 8,  # fp32 spills registers with 4
-        num_stages=3 if pairs and head_dim <= 128 else 2,  # a wide head has room for 2
+        **tuning,
         **({"enable_fp_fusion": False} if pairs else {}),  # a fused multiply-add would not round a rotation's product
     )
-    if split:
+    if room > num_rows:
         _merge_segments[(num_heads, num_queries, num_rows)](
-            *(context_lens, out, parts, (out.stride(0), out.stride(1)), segmenting),
-            **{"CHUNK": min(64, triton.next_power_of_2(num_segments)), **shape, **options(q.device)},
+            *(work.starts[which], out, parts, strides),
+            **{
+                "CHUNK": triton.next_power_of_2(max(16, min(64, MERGED_TOKENS // work.segment))),
+                **shape,
+                **options(q.device),
+            },
         )
 
 
@@ -146,15 +155,6 @@ def decode_attention_reference(
 
 
 @triton.jit
-def _split(context, Q, segmenting, BLOCK: tl.constexpr):
-    """Returns the first token that any query of the row sees, and the tokens of a segment."""
-    segments, shortest, window = segmenting
-    first = tl.maximum(context - Q + 1 - window, 0)
-    length = tl.maximum(tl.cdiv(context - first, segments), shortest)
-    return first, tl.cdiv(length, BLOCK) * BLOCK
-
-
-@triton.jit
 def _finite(top):
     """Replaces a maximum of -inf, where no key was seen yet, by 0: -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -175,21 +175,26 @@ def _turned(x, cos, y, sin):
 
 @triton.jit
 def _attend_segment(
-    q, keys, values, page_table, context_lens, out, parts, rope, rope_part, strides, scale, segmenting,
-    Q: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, SPLIT: tl.constexpr,
-    E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr, F_PADDED: tl.constexpr,
-    REST: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr, OVERLAPS: tl.constexpr,
+    q, keys, values, page_table, items, num_items, out, parts, rope, rope_part, strides, scale, window, tokens,
+    Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr,
+    SPLIT: tl.constexpr, WINDOWED: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, F: tl.constexpr, F_PADDED: tl.constexpr, REST: tl.constexpr, M: tl.constexpr,
+    DOT: tl.constexpr, FIELDS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
-    kv_head, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_kv_heads, segments = tl.num_programs(0), tl.num_programs(1)
-    q_row, q_token, out_row, out_token, table_row = strides
-    context = tl.load(context_lens + row)
-    first, length = _split(context, Q, segmenting, BLOCK)
-    begin = first + segment * length
-    end = tl.minimum(begin + length, context)
-    if begin >= end:  # the merge does not read empty segments
+    index, kv_head = tl.program_id(0) // K, tl.program_id(0) % K
+    item = items + index * FIELDS
+    row, segment = tl.load(item).to(tl.int64), tl.load(item + 1)
+    context, siblings = tl.load(item + 2), tl.load(item + 3)
+    if index >= tl.load(num_items):
         return
+    q_row, q_token, out_row, out_token, table_row = strides
+    begin = segment * tokens
+    end = tl.minimum(begin + tokens, context)
+    first = 0
+    if WINDOWED:
+        first = first_seen(context, window, Q)
+        begin += tl.maximum(first - begin, 0) // BLOCK * BLOCK
     packed, e = tl.arange(0, M), tl.arange(0, E_PADDED)
     token, head = packed // GROUP, kv_head * GROUP + packed % GROUP
     wanted = (token < Q)[:, None] & (e < E)[None, :]  # (M, E)
@@ -210,13 +215,13 @@ def _attend_segment(
     acc = tl.zeros((M, E_PADDED), tl.float32)
     key = begin + tl.arange(0, BLOCK)
     table = page_table + row * table_row
-    pages = tl.load(table + (key + MARGIN) // S, mask=key < end, other=0)
+    pages = tl.load(table + (key + MARGIN) // S, mask=(key >= first) & (key < end), other=0)
     for start in tl.range(begin, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
         entry, ahead = key + MARGIN, key + BLOCK < end
         address = pages.to(tl.int64) * S + entry % S
         pages = tl.load(table + (entry + BLOCK) // S, mask=ahead, other=0)  # one turn before k and v are read
-        start_of, there = (address * num_kv_heads + kv_head)[:, None] * E, key < end
+        start_of, there = (address * K + kv_head)[:, None] * E, (key >= first) & (key < end)
         if F:
             angles = rope + key[:, None] * F
             cos = _columns(angles, f, there, F).to(tl.float32)
@@ -234,7 +239,9 @@ def _attend_segment(
             scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")  # (M, BLOCK)
         v = _columns(values + start_of, e, there, E).to(DOT)
         scores *= scale
-        seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - segmenting[2])
+        seen = key[None, :] <= position[:, None]
+        if WINDOWED:
+            seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights, decay = tl.exp2(scores - _finite(higher)[:, None]), tl.exp2(top - _finite(higher))
@@ -242,11 +249,11 @@ def _attend_segment(
         acc = tl.dot(weights.to(DOT), v, acc * decay[:, None], input_precision="ieee")
         top = higher
 
-    if SPLIT:
-        index = ((row * Q + token) * (num_kv_heads * GROUP) + head) * segments + segment  # (M,)
-        tl.store(parts[0] + index[:, None] * E + e[None, :], acc, mask=wanted)
-        tl.store(parts[1] + index, top, mask=token < Q)
-        tl.store(parts[2] + index, total, mask=token < Q)
+    if SPLIT and siblings > 1:
+        part = (index * K + kv_head).to(tl.int64) * (Q * GROUP) + packed  # (M,)
+        tl.store(parts[0] + part[:, None] * E + e[None, :], acc, mask=wanted)
+        tl.store(parts[1] + part, top, mask=token < Q)
+        tl.store(parts[2] + part, total, mask=token < Q)
     else:
         result = (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + row * out_row + token[:, None] * out_token + columns, result, mask=wanted)
@@ -254,39 +261,31 @@ def _attend_segment(
 
 @triton.jit
 def _merge_segments(
-    context_lens,
-    out,
-    parts,
-    strides,
-    segmenting,
-    E: tl.constexpr,
-    E_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
+    starts, out, parts, strides,
+    Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Merges the segments of a query, unless there is only one, whose program wrote the result."""
     wait_for_inputs(OVERLAPS)
     head, token, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_heads, num_queries = tl.num_programs(0), tl.num_programs(1)
-    context = tl.load(context_lens + row)
-    if context == 0:
+    start, end = tl.load(starts + row), tl.load(starts + row + 1)
+    if end - start <= 1:
         return
-    first, length = _split(context, num_queries, segmenting, BLOCK)
-    filled = tl.cdiv(context - first, length)
-    index = ((row * num_queries + token) * num_heads + head) * segmenting[0]
-    e, top, total = tl.arange(0, E_PADDED), float("-inf"), 0.0
-    acc = tl.zeros((E_PADDED,), tl.float32)
-    for start in tl.range(0, filled, CHUNK):
-        segment = start + tl.arange(0, CHUNK)
-        inside = segment < filled
-        maxima = tl.load(parts[1] + index + segment, mask=inside, other=float("-inf"))
-        sums = tl.load(parts[2] + index + segment, mask=inside, other=0.0)
-        rows = parts[0] + (index + segment)[:, None] * E + e[None, :]  # (CHUNK, E)
-        weighted = tl.load(rows, mask=inside[:, None] & (e < E)[None, :], other=0.0)
+    of_item, e = head // GROUP * (Q * GROUP) + token * GROUP + head % GROUP, tl.arange(0, E_PADDED)
+    top, total, acc = float("-inf"), 0.0, tl.zeros((E_PADDED,), tl.float32)
+    for first in tl.range(start, end, CHUNK):
+        item = first + tl.arange(0, CHUNK)
+        inside = item < end
+        part = item.to(tl.int64) * (K * Q * GROUP) + of_item
+        maxima = tl.load(parts[1] + part, mask=inside, other=float("-inf"))
+        sums = tl.load(parts[2] + part, mask=inside, other=0.0)
+        weighted = tl.load(
+            parts[0] + part[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0
+        )
         higher = tl.maximum(top, tl.max(maxima, 0))
         factor, decay = tl.exp2(maxima - _finite(higher)), tl.exp2(top - _finite(higher))
         total = total * decay + tl.sum(sums * factor, 0)
         acc = acc * decay + tl.sum(weighted * factor[:, None], 0)
         top = higher
     result = (acc / tl.where(total == 0.0, 1.0, total)).to(out.dtype.element_ty)
-    tl.store(out + row * strides[0] + token * strides[1] + head * E + e, result, mask=e < E)
+    tl.store(out + row * strides[2] + token * strides[3] + head * E + e, result, mask=e < E)

@@ -144,6 +144,7 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         num_pages=config.num_pages,
         retention=retention,
         gathered_page_bytes=claims.gathered_page_bytes,
+        partials_page_bytes=claims.partials_page_bytes,
     )
 
 

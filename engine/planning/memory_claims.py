@@ -8,9 +8,10 @@ import functools
 from dataclasses import dataclass, replace
 
 from penstock.engine.config import EngineConfig
+from penstock.engine.kernels.segments import LEAST_SEGMENT, partials_size
 from penstock.engine.model.fusion import fuse, fused_runs
 from penstock.engine.model.layout import ModelLayout
-from penstock.engine.model.shard import local_vocab_size
+from penstock.engine.model.shard import local_vocab_size, shard_heads
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
 from penstock.engine.planning.step_cost import kv_token_bytes
@@ -23,7 +24,7 @@ from penstock.scheduler.units import MIB, show_bytes
 # What a GPU's memory holds beside what is planned by name: assumed, since no probe measures it.
 CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
-GRAPHS_BYTES = 256 * MIB  # and the fp32 partials of decode attention, in graphs and in passes that are none
+GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
 PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
 
@@ -73,6 +74,7 @@ class MemoryClaims:
         temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
+        temporaries += num_seqs * self._item_bytes  # each row may begin one segment more than its cached tokens fill
         workspace = temporaries + (GEMM_WORKSPACE_BYTES if self.on_gpu else 0)
         claims = [("activations", self.activations(num_seqs)[1]), ("workspace", workspace)]
         if self.on_gpu:
@@ -90,6 +92,18 @@ class MemoryClaims:
         """Bytes of a page in a copy of what chunks attend to that continue (attention.gather): one layer at a time, and
         no more tokens than the longest row has (Binder.max_context)."""
         return self.page_bytes // self.spec.num_layers
+
+    @property
+    def partials_page_bytes(self) -> int:
+        """Bytes that decode attention leaves of a page's tokens, in segments of the fewest tokens: one layer at a time
+        (Cutting.partials)."""
+        return -(-self.config.page_size * self._item_bytes // LEAST_SEGMENT)
+
+    @property
+    def _item_bytes(self) -> int:
+        """Bytes that a segment of a row leaves."""
+        num_heads = shard_heads(self.spec.num_heads, self.spec.num_kv_heads, self.tp_size, 0).num_heads
+        return 4 * partials_size(1, num_heads, self.spec.head_dim) if self.on_gpu else 0
 
     def decompression_buffer(self, names: frozenset[str]) -> int:
         """Bytes of the decompression buffer if groups of these names are compressed."""

@@ -20,8 +20,9 @@ import numpy
 import torch
 from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import Chunks, MixedContext, PagedContext, PassInputs, RowRange
-from penstock.engine.kernels.decode_attention import choose_segments
+from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
+from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.runtime.bucket_sizes import BucketSize
 from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
@@ -94,10 +95,9 @@ class SentPrompts:
 
 class Bucket:
     """`inputs` are what the pass runs on; `load` sends a batch and `derive`, before the first step, fills them from it.
-    On a CPU `load` also says which prompt lies where, since attention goes row by row there. `partials` is the
-    workspace of decode_attention."""
+    On a CPU `load` also says which prompt lies where, since attention goes row by row there."""
 
-    def __init__(self, size: BucketSize, staging: Staging, model: ModelContext, max_context: int, partials: Tensor):
+    def __init__(self, size: BucketSize, staging: Staging, model: ModelContext, cutting: Cutting):
         self.size, self.staging, self.kv, self.sampler = size, staging, model.kv, model.sampler
         self.ranges: list[RowRange] = []
         tokens, positions, addresses, rows = (column[: size.num_tokens] for column in staging.columns)
@@ -113,8 +113,8 @@ class Bucket:
         )
         paged = None
         if size.num_single:
-            num_segments = choose_segments(size.num_single, model.num_kv_heads, max_context)
-            paged = PagedContext(staging.table[single, PAGES:], self.derived.lengths, partials, num_segments)
+            self.work = cutting.make_work(size.num_single, size.num_items)
+            paged = PagedContext(staging.table[single, PAGES:], self.derived.lengths, self.work)
         context, select = paged, torch.arange(size.num_sampled, device=tokens.device)
         sampled_rows = rows
         if size.num_starting:
@@ -189,3 +189,4 @@ class Bucket:
             table, last_tokens = staging.table[: size.num_single], self.sampler.last_tokens
             keeps_padding = size.num_starting > 0
             derive_inputs(table, last_tokens, ON_DEVICE, self.kv.page_size, self.derived, self.kv.margin, keeps_padding)
+            list_work(self.derived.lengths, self.work)

@@ -6,6 +6,7 @@ one token included; where it has none of these, it leaves out what they need.
 
 from typing import NamedTuple
 
+from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
 from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 
@@ -14,21 +15,22 @@ MOST_STARTING = 128  # prompts that start in such a pass: for so many sampled ro
 
 
 class BucketSize(NamedTuple):
-    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled. Without
-    prompts the pass is a decode pass."""
+    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled; and the
+    room for items of attention over rows of one token. Without prompts the pass is a decode pass."""
 
     num_tokens: int
     num_single: int
     num_starting: int
     num_sampled: int
+    num_items: int
 
 
 class BucketSizes:
-    """The sizes for passes of at most `most_tokens` tokens and `max_num_seqs` rows; a prompt of a number of tokens in
-    `whole_tokens` attends by itself, and is in no bucket."""
+    """The sizes for passes of at most `most_tokens` tokens and `max_num_seqs` rows, which `segments` cuts; a prompt of
+    a number of tokens in `whole_tokens` attends by itself, and is in no bucket."""
 
-    def __init__(self, most_tokens: int, max_num_seqs: int, whole_tokens: range = range(0)):
-        self.max_num_seqs, self.whole_tokens = max_num_seqs, whole_tokens
+    def __init__(self, most_tokens: int, max_num_seqs: int, segments: Segments, whole_tokens: range = range(0)):
+        self.max_num_seqs, self.segments, self.whole_tokens = max_num_seqs, segments, whole_tokens
         self.num_rows = bucket_sizes(max_num_seqs)
         self.num_tokens = token_sizes(min(most_tokens, MOST_PADDED_TOKENS))
 
@@ -40,7 +42,7 @@ class BucketSizes:
     @property
     def decode(self) -> list[BucketSize]:
         """Every size of a decode pass, from the smallest."""
-        return [self.of_rows(num_rows) for num_rows in self.num_rows]
+        return [_decode(rows, room) for rows in self.num_rows for room in self.segments.capacities(rows)]
 
     @property
     def with_prompts(self) -> list[BucketSize]:
@@ -51,16 +53,12 @@ class BucketSizes:
             for beside_rows in (False, True)[: self.max_num_seqs]
         ]
 
-    def of_rows(self, num_rows: int) -> BucketSize:
-        """The size for a decode pass of so many rows."""
-        padded = next(size for size in self.num_rows if size >= num_rows)
-        return BucketSize(padded, padded, 0, padded)
-
     def find(self, batch: Batch) -> BucketSize | None:
         """The size for a batch; None where it has a chunk that continues, a prompt that attends by itself, more tokens
         or prompts than are padded, or a row of one token that is not sampled and no prompt."""
         if is_decode(batch):
-            return self.of_rows(len(batch.rows))
+            num_rows = next(size for size in self.num_rows if size >= len(batch.rows))
+            return _decode(num_rows, self.segments.capacity([row.num_cached + 1 for row in batch.rows], num_rows))
         kinds, num_tokens = [row.kind for row in batch.rows], batch.num_tokens
         if RowKind.CONTINUES in kinds or RowKind.STARTS not in kinds or num_tokens > max(self.num_tokens, default=0):
             return None
@@ -76,7 +74,12 @@ class BucketSizes:
             min(num_tokens, most) if beside_rows else 0,
             min(num_tokens // 2, MOST_STARTING, most),
         )
-        return BucketSize(num_tokens, num_single, num_starting, min(num_single + num_starting, most))
+        num_items = self.segments.most(num_single) if num_single else 0
+        return BucketSize(num_tokens, num_single, num_starting, min(num_single + num_starting, most), num_items)
+
+
+def _decode(num_rows: int, num_items: int) -> BucketSize:
+    return BucketSize(num_rows, num_rows, 0, num_rows, num_items)
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:

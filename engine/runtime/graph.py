@@ -117,6 +117,7 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.passes: dict[Hashable, deque[CapturedPass]] = {}
+        self.latest: Hashable | None = None  # the key of the pass that was asked for last
         self.seconds = 0.0  # that capturing took, with the compilation of kernels
 
     def capture(
@@ -147,7 +148,7 @@ class Graphs:
 
     def next_take(self, key: Hashable) -> CapturedPass:
         """The take whose turn it is."""
-        takes = self.passes[key]
+        takes, self.latest = self.passes[key], key
         takes.rotate()
         return takes[0]
 

@@ -45,12 +45,13 @@ class PassRunner:
 
     def __init__(self, executor: Executor, run_as: RunAs, max_num_seqs: int, max_context: int):
         assert max_num_seqs <= min(executor.arena.most.values()), "a bucket would be larger than the activations"
-        self.executor, self.max_context = executor, max_context
+        self.executor = executor
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
         whole = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
         self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
         pads_prompts = takes_padding(executor.arena.dtype, self.device)
-        self.sizes = BucketSizes(executor.arena.most["tokens"] if pads_prompts else 0, max_num_seqs, whole)
+        most_tokens, segments = executor.arena.most["tokens"] if pads_prompts else 0, self.binder.cutting.segments
+        self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, whole)
         self.buckets: dict[BucketSize, Bucket] = {}
         self.staging = self.mailbox = None
         if run_as is not RunAs.EAGER:
@@ -112,13 +113,13 @@ class PassRunner:
 
     def _bucket(self, size: BucketSize) -> Bucket:
         if size not in self.buckets:
-            self.buckets[size] = Bucket(size, self.staging, self.model, self.max_context, self.binder.partials)
+            self.buckets[size] = Bucket(size, self.staging, self.model, self.binder.cutting)
         return self.buckets[size]
 
     def _run_padded(self, batch: Batch, bucket: Bucket, asked: Asked) -> PendingLetter | PendingSample:
         is_graph = self.graphs is not None and bucket.size in self._captured_sizes
         if is_graph and (bucket.size, asked.stages) not in self.graphs.passes:
-            self._capture_up_to(bucket, asked.stages)
+            self._capture(bucket, asked.stages)
         bucket.load(batch)
         if is_graph:
             self._replay(bucket, asked.stages)
@@ -138,15 +139,6 @@ class PassRunner:
         with self.executor.filling():
             captured.graph.replay()
         captured.note_replay(self.watches)
-
-    def _capture_up_to(self, bucket: Bucket, stages: frozenset[str]) -> None:
-        """Captures a bucket; of decode passes all smaller ones too, which are needed as rows end."""
-        decode = self.sizes.decode
-        smaller = decode[: decode.index(bucket.size) + 1] if bucket.size in decode else [bucket.size]
-        for size in reversed(smaller):
-            if (size, stages) in self.graphs.passes:
-                break  # the smaller ones were captured with it
-            self._capture(self._bucket(size), stages)
 
     def _capture(self, bucket: Bucket, stages: frozenset[str]) -> None:
         bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads

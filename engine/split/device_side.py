@@ -12,6 +12,7 @@ from penstock.engine.compute.attention import attend_chunks_, attend_paged_
 from penstock.engine.compute.inputs import CachedLayer, Chunks, PagedContext, RowRange
 from penstock.engine.compute.ops import project
 from penstock.engine.config import EngineConfig
+from penstock.engine.kernels.decode_work import make_work, reaches_of
 from penstock.engine.kernels.embedding import embed_rows
 from penstock.engine.model.layout import Weight, select_weights
 from penstock.engine.model.shard import ShardKind
@@ -117,7 +118,9 @@ def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[Lo
 def _one_page(num_context: int) -> PagedContext:
     """One row, whose context is the first page."""
     page_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([num_context], dtype=torch.int32)
-    return PagedContext(page_table, lengths, partials=torch.empty(0), num_segments=1)
+    segment, windows = max(num_context, 1), (None,)
+    work = make_work(1, segment, 1, windows, reaches_of(windows, CPU), torch.empty(0))  # which kernels alone read
+    return PagedContext(page_table, lengths, work)
 
 
 def _one_row(num_queries: int, num_context: int) -> Chunks:

@@ -116,6 +116,8 @@ def _assemble(demand: Demand, split: Split, ring_bytes: int, num_pages: int) -> 
     claims = [("ring", ring_bytes), *demand.claims(split), ("KV cache", num_pages * demand.page_bytes)]
     if demand.gathered_page_bytes:
         claims.append(("gathered context", demand.gathered_bytes(num_pages)))
+    if demand.partials_page_bytes:
+        claims.append(("attention partials", num_pages * demand.partials_page_bytes))
     claims.insert(0 if not streamed else len(claims), ("resident weights", weights))
     return Residency(
         resident=split.resident,

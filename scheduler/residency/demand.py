@@ -38,7 +38,7 @@ class Demand:
     no limit here. `max_model_len` None allows the trained length, as far as it fits; `len_option` names the option that
     sets it. `retention` says how many pages a sequence needs: enough
     for all of its tokens, if it is not given. What one sequence has cached may be there once more, in
-    `gathered_page_bytes` a page.
+    `gathered_page_bytes` a page. Attention over a page's tokens leaves `partials_page_bytes` for a while.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -61,6 +61,7 @@ class Demand:
     num_pages: int | None = None
     retention: Retention | None = None
     gathered_page_bytes: int = 0
+    partials_page_bytes: int = 0
 
     def planned_for(self, num_seqs: int) -> "Demand":
         """The demand with this number of sequences if it is planned, or unchanged if a number was asked for."""
@@ -111,13 +112,14 @@ class Demand:
         return min(num_pages, self.pages(self.full_len)) * self.gathered_page_bytes
 
     def kv_bytes(self, num_pages: int) -> int:
-        """Bytes of so many pages, and of the copy."""
-        return num_pages * self.page_bytes + self.gathered_bytes(num_pages)
+        """Bytes of so many pages, of the copy, and of what attention leaves."""
+        return num_pages * (self.page_bytes + self.partials_page_bytes) + self.gathered_bytes(num_pages)
 
     def pages_in(self, nbytes: int) -> int:
         """The most pages whose kv_bytes are no more than `nbytes`."""
         most_copied = nbytes - self.pages(self.full_len) * self.gathered_page_bytes
-        return max(most_copied // self.page_bytes, nbytes // (self.page_bytes + self.gathered_page_bytes))
+        each = self.page_bytes + self.partials_page_bytes
+        return max(most_copied // each, nbytes // (each + self.gathered_page_bytes))
 
     @property
     def least_pages(self) -> int:

@@ -95,6 +95,7 @@ def _memory(residency: Residency, page_size: int, shown: Sequence[str] | None = 
         + (f", {num_compressed} of them compressed" if num_compressed else "")
         + (", and the embedding" if residency.embed_resident else ""),
         "gathered context": "the keys and values of the longest sequence in one layer, for the chunks of its prompt",
+        "attention partials": "what attention leaves of segments of the context, until they are merged",
         "decompression buffer": "where compressed groups are decompressed to, one after the other",
     }
     budget = "no limit (plain memory)" if residency.memory_bytes is None else show_bytes(residency.memory_bytes)

@@ -36,7 +36,11 @@ def replay_s(runner: PassRunner, num_rows: int) -> float | None:
 
 
 def greedy_graph(runner: PassRunner, num_rows: int) -> torch.cuda.CUDAGraph | None:
-    """The graph of passes over so many rows, as it last ran; None if there is none yet, or one with a trace's marks."""
-    key = (runner.sizes.of_rows(num_rows), frozenset())
-    takes = runner.graphs.passes.get(key, ()) if runner.graphs is not None else ()
-    return takes[0].graph if len(takes) == 1 else None
+    """The graph that ran last; None if there is none, if it is not a greedy decode pass of so many rows, or if it has a
+    trace's marks."""
+    if runner.graphs is None or runner.graphs.latest is None:
+        return None
+    size, stages = runner.graphs.latest
+    takes = runner.graphs.passes[size, stages]
+    is_it = not stages and not size.num_starting and num_rows <= size.num_single < 2 * num_rows
+    return takes[0].graph if is_it and len(takes) == 1 else None

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 from penstock.engine.commands.flags import Parser
-from penstock.engine.kernels import argmax, decode_attention, draw, linear
+from penstock.engine.kernels import argmax, decode_attention, decode_work, draw, linear, segments
 from penstock.engine.kernels import filter as filters
 from penstock.engine.kernels.gated_activation import gated_activation
 from penstock.engine.kernels.residual_norm import residual_norm
@@ -32,8 +32,8 @@ from scripts.bench.record import add_output_argument, keep, machine
 DEVICE, DTYPE = "cuda", torch.bfloat16
 LAYER, HEAD = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (128256, 4096)
 SHAPES = [*LAYER, HEAD, (3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168)]
-HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, MAX_CONTEXT = 4096, 14336, 128256, 32, 8, 128, 16, 8192
-ROWS, CONTEXTS, SEGMENTS, CACHE_TOKENS = (1, 64, 256), (64, 2048), (1, 2, 4, 8, 16, 32, 64), 256 * 2048
+HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 4096, 14336, 128256, 32, 8, 128, 16
+ROWS, CONTEXTS, SEGMENTS, CACHE_TOKENS = (1, 64, 256), (64, 2048), (64, 128, 256, 512, 1024, 2048), 256 * 2048
 BLOCKS = [  # of the GEMV, beside what it chooses
     *((2, 1024, 4, 1), (4, 1024, 4, 1), (8, 1024, 4, 1), (2, 2048, 8, 1), (4, 2048, 8, 1), (8, 2048, 8, 1)),
     *((4, 512, 2, 1), (1, 2048, 4, 1), (4, 1024, 4, 3), (8, 1024, 4, 4)),
@@ -46,7 +46,7 @@ class Benchmark:
         self.quick, self.start, self.rows, self.skipped = quick, time.monotonic(), [], 0
         memory = torch.ones(1 << 28, device=DEVICE)
         self.read_rate = memory.nbytes / measure([partial(torch.sum, memory)], 4)
-        print(f"{'kernel':18}{'shape':20}{'variant':20}{'us':>9}{'GB/s':>8}  share of {self.read_rate / GB:.0f} GB/s")
+        print(f"{'kernel':18}{'shape':20}{'variant':34}{'us':>9}{'GB/s':>8}  share of {self.read_rate / GB:.0f} GB/s")
 
     def add(self, kernel: str, shape: str, variant: str, nbytes: int, calls: Sequence[Callable]) -> None:
         """`calls` do the same in different parts of the memory; one touches `nbytes`."""
@@ -57,7 +57,7 @@ class Benchmark:
         time_us, rate, share = us(seconds), gb_s(nbytes, seconds), nbytes / seconds / self.read_rate
         keys = ("kernel", "shape", "variant", "us", "gb_s", "share")
         self.rows.append(dict(zip(keys, (kernel, shape, variant, round(time_us, 2), round(rate, 1), round(share, 3)))))
-        print(f"{kernel:18}{shape:20}{variant:20}{time_us:9.2f}{rate:8.0f}{share:7.1%}", flush=True)
+        print(f"{kernel:18}{shape:20}{variant:34}{time_us:9.2f}{rate:8.0f}{share:7.1%}", flush=True)
 
     def linears(self, num_columns: int, width: int, memory: Tensor) -> None:
         """Times linears of one token; for more tokens cuBLAS computes them."""
@@ -73,16 +73,20 @@ class Benchmark:
         q = torch.randn(num_rows, 1, HEADS, HEAD_DIM, dtype=DTYPE, device=DEVICE)
         lens = torch.full((num_rows,), context, dtype=torch.int32, device=DEVICE)
         pages = torch.randperm(len(keys) // PAGE_SIZE, device=DEVICE).int().view(-1, context // PAGE_SIZE)
-        chosen = decode_attention.choose_segments(num_rows, KV_HEADS, MAX_CONTEXT)
+        chosen, windows = segments.Segments(KV_HEADS, context, num_rows * context).tokens(num_rows), (None,)
         nbytes = 2 * num_rows * context * keys[0].nbytes
-        for count in sorted({chosen, *(SEGMENTS[::3] if self.quick else SEGMENTS)}):
-            size = decode_attention.partials_size(num_rows, HEADS, HEAD_DIM, count)
-            rest = (lens, q, HEAD_DIM**-0.5, None, PAGE_SIZE, torch.empty(size, device=DEVICE), count)
+        reaches = decode_work.reaches_of(windows, lens.device)
+        for segment in sorted({chosen, *(SEGMENTS[::3] if self.quick else SEGMENTS)}):
+            capacity = num_rows * -(-context // segment)
+            partials = torch.empty(segments.partials_size(capacity, HEADS, HEAD_DIM), device=DEVICE)
+            work = decode_work.make_work(num_rows, segment, capacity, windows, reaches, partials)
+            decode_work.list_work(lens, work)
+            rest = (lens, q, HEAD_DIM**-0.5, None, PAGE_SIZE, work)
             tables = pages.split(num_rows)[: len(pages) // num_rows][:128]
             rope = torch.rand(2, context, HEAD_DIM // 2, dtype=DTYPE, device=DEVICE)
-            for how, key_rope in {"": None, **({" rotating": rope} if count == chosen else {})}.items():
+            for how, key_rope in {"": None, **({" rotating": rope} if segment == chosen else {})}.items():
                 run = partial(decode_attention.decode_attention, key_rope=key_rope)
-                name = f"N={count}" + " chosen" * (count == chosen) + how
+                name = f"{segment} a segment" + " chosen" * (segment == chosen) + how
                 calls = [partial(run, q, keys, values, table, *rest) for table in tables]
                 self.add("decode_attention", f"{num_rows} x {context}", name, nbytes, calls)
 

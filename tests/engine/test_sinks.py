@@ -3,6 +3,9 @@
 import pytest
 import torch
 from penstock.engine.compute.bind import Binder
+from penstock.engine.compute.paged import Cutting
+from penstock.engine.kernels.decode_work import reaches_of
+from penstock.engine.kernels.segments import Segments
 from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.transfers import ATTENTION_WAYS, SplitConfig
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -95,7 +98,8 @@ def test_noise_is_drawn_by_the_position_in_the_sequence():
     """Noise does not depend on the address in the cache, which comes again and again."""
     row = BatchRow(1, (9,), start=100, pages=(4, 2, 3), samples=True, sampling=None, num_evicted=92)
     chunk = row._replace(tokens=(8, 9), start=99)  # which ends with the same token
-    binder = Binder(4, 1, torch.zeros(4, dtype=torch.int64), 2, max_context=9, partials=torch.empty(0))
+    cutting = Cutting(Segments(2, 9, 36), (None,), reaches_of((None,), torch.device("cpu")), torch.empty(0))
+    binder = Binder(4, 1, torch.zeros(4, dtype=torch.int64), 9, cutting)
     one, two = (binder.bind(Batch((row,))) for row in (row, chunk))
     assert (one.positions.tolist(), two.positions.tolist()) == ([8], [7, 8])
     assert one.sampled_positions.tolist() == two.sampled_positions.tolist() == [101]

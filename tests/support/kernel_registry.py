@@ -15,6 +15,7 @@ from penstock.engine.kernels import (
     argmax,
     decode_attention,
     decode_inputs,
+    decode_work,
     decompress_weights,
     draw,
     embedding,
@@ -104,7 +105,7 @@ def _as_the_engine(x: Tensor, *rest) -> None:
 
 
 def _attend_by_reference(*arguments, **reading) -> None:
-    decode_attention.decode_attention_reference(*arguments[:9], **reading)  # without workspace and segments
+    decode_attention.decode_attention_reference(*arguments[:9], **reading)  # without work
 
 
 def _embed_by_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:
@@ -142,6 +143,7 @@ KERNELS: dict[str, EngineKernel] = {
     "filter": _kernel(filter, "find_limits", "sample", condition=_asks("draw", "filter"), params=FILTERED),
     # before the pass's first step
     "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_is_bucket, exact=True),
+    "decode_work": _kernel(decode_work, "list_work", "embedding", condition=_paged, exact=True),
     "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decompress", exact=True, params=SHORT),
     "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
     "reduce_residual_norm": EngineKernel(

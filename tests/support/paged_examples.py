@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from penstock.engine.kernels import decode_attention as kernels
+from penstock.engine.kernels import decode_work, segments
+from penstock.engine.kernels.decode_work import DecodeWork
 from torch import Tensor
 
 from tests.support.kernel_proof import DEVICE, poisoned
@@ -40,14 +42,13 @@ class Example:
         """The arguments that say how keys are read."""
         return {"margin": self.margin, "key_rope": self.key_rope}
 
-    def run(self, num_segments: int, min_segment: int = 1) -> Tensor:
-        """Runs the kernel in place, on a copy of attn, with a poisoned workspace. Returns (R, Q, H, E)."""
-        num_rows, num_queries, num_heads, head_dim = self.q.shape
+    def run(self, segment: int, room: int = 1) -> Tensor:
+        """Runs the kernel in place, on a copy of attn, with a poisoned workspace and room for `room` times as many
+        items as there are. Returns (R, Q, H, E)."""
         q = as_queries(self.attn.clone(), self.q.shape)
-        size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
-        partials = torch.full((size,), float("nan"), device=q.device)
         caches, shared = self.arguments
-        kernels._decode_attention_triton(q, *caches, q, *shared, partials, num_segments, min_segment, **self.reading)
+        work = work_of(q, self.context_lens, segment, self.window, room)
+        kernels._decode_attention_triton(q, *caches, q, *shared, work, **self.reading)
         return q
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -80,6 +81,17 @@ class Example:
         attn = self.attn[row * num_queries : (row + 1) * num_queries].clone()
         alone = {"page_table": self.page_table[row : row + 1], "context_lens": self.context_lens[row : row + 1]}
         return replace(self, attn=attn, q=as_queries(attn, (1, *self.q.shape[1:])), **alone)
+
+
+def work_of(q: Tensor, lengths: Tensor, segment: int, window: int | None = None, room: int = 1) -> DecodeWork:
+    """The work of q (R, Q, H, E) in segments of so many tokens, listed by the kernel, with poisoned partials."""
+    num_rows, num_queries, num_heads, head_dim = q.shape
+    capacity = room * max(segments.count_items(lengths.tolist(), segment), 1)
+    size = segments.partials_size(capacity, num_heads, head_dim, num_queries)
+    partials, reaches = torch.full((size,), float("nan"), device=q.device), decode_work.reaches_of((window,), q.device)
+    work = decode_work.make_work(num_rows, segment, capacity, (window,), reaches, partials)
+    decode_work._list_work_triton(lengths, work, num_queries)
+    return work
 
 
 def as_queries(attn: Tensor, shape: tuple) -> Tensor:

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from penstock.engine.compute import attention
 from penstock.engine.compute.bind import Binder
 from penstock.engine.compute.inputs import CachedLayer
+from penstock.engine.compute.paged import Cutting
+from penstock.engine.kernels.decode_work import reaches_of
 from penstock.engine.kernels.rope_append import rotate_
+from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from torch.nn.attention import SDPBackend
 
@@ -87,8 +90,9 @@ class Example:
 
     def bound(self) -> Binder:
         last = torch.zeros(8, dtype=torch.int64, device=self.device)
-        partials = torch.empty(10**6, device=self.device)
-        return Binder(PAGE_SIZE, self.margin, last, K, self.max_context, partials, self.whole)
+        windows, partials = (self.window,), torch.empty(10**6, device=self.device)
+        cutting = Cutting(Segments(K, self.max_context, 10**4), windows, reaches_of(windows, self.device), partials)
+        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, self.whole)
 
     def attended(self) -> torch.Tensor:
         heads = self.heads()

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from penstock.engine.kernels import decode_attention as kernels
+from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.kernels.rope_append import rotate_
+from penstock.engine.kernels.segments import Segments
 from torch import Tensor
 
 from tests.support.kernel_proof import (
@@ -20,12 +22,11 @@ from tests.support.kernel_proof import (
     PERMUTED,
     Layout,
     counted,
-    poisoned,
     prove,
     prove_faster,
     prove_refusal,
 )
-from tests.support.paged_examples import PAGE_SIZE, Example, addresses_of, make, tensors_of
+from tests.support.paged_examples import PAGE_SIZE, Example, addresses_of, make, tensors_of, work_of
 from tests.support.rounding import assert_apart, attention_apart, sums_apart
 
 KERNEL = kernels._decode_attention_triton
@@ -40,7 +41,7 @@ def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) 
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("segment", [512, 64])
 @pytest.mark.parametrize(
     ("heads", "context", "options"),
     [
@@ -61,11 +62,11 @@ def assert_close(example: Example, out: Tensor, expected: Tensor | None = None) 
         ((7, 1, 96), [130, 0], {"pairs": 48, "num_queries": 3}),
     ],
 )
-def test_kernel_is_the_reference(heads, context, options, num_segments):
+def test_kernel_is_the_reference(heads, context, options, segment):
     """Cases are one token, page borders, block borders, grouped heads, windows, several tokens a row, padded head
     sizes, pages that begin late, and keys that are rotated when they are read."""
     inputs = make(heads, context, **options)
-    assert_close(inputs, inputs.run(num_segments))
+    assert_close(inputs, inputs.run(segment))
 
 
 @pytest.mark.tolerance
@@ -82,9 +83,9 @@ def test_the_reference_is_torchs_attention():
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("segment", [512, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
+def test_keys_rotated_when_read_are_keys_rotated_before(dtype, segment):
     """Only the order of sums differs."""
     inputs = make((4, 2, 64), [100, 7], margin=12, pairs=24, dtype=dtype)
     keys = inputs.keys.clone()
@@ -93,43 +94,42 @@ def test_keys_rotated_when_read_are_keys_rotated_before(dtype, num_segments):
         rotated = keys[addresses]
         rotate_(rotated, *inputs.key_rope[:, :length])
         keys[addresses] = rotated
-    before = replace(inputs, keys=keys, key_rope=None).run(num_segments)
-    assert_close(inputs, inputs.run(num_segments), before)
+    before = replace(inputs, keys=keys, key_rope=None).run(segment)
+    assert_close(inputs, inputs.run(segment), before)
 
 
 @pytest.mark.tolerance
 @pytest.mark.parametrize("options", [{}, {"window": 100, "num_queries": 2}])
-def test_any_number_of_segments(options):
-    """Tries eight segments of 200 tokens, which leave some empty; min_segment makes fewer of them."""
+def test_any_length_of_segments(options):
     inputs = make((4, 1, 64), [200, 33], dtype=torch.float32, **options)
-    for num_segments, min_segment in [(1, 1), (3, 1), (8, 1), (8, 100), (8, 1000)]:
-        assert_close(inputs, inputs.run(num_segments, min_segment))
+    for segment in (32, 64, 96, 128, 192, 224):
+        assert_close(inputs, inputs.run(segment))
 
 
 @pytest.mark.tolerance
 def test_more_segments_than_the_merge_reads_at_once():
     inputs = make((2, 1, 64), [66 * 32], dtype=torch.float32)
     inputs.keys[addresses_of(inputs, 0)[-32:]] *= 3.0  # the largest score comes last
-    assert_close(inputs, inputs.run(70))
+    assert_close(inputs, inputs.run(32))
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("segment", [512, 64])
 @pytest.mark.parametrize("size", [0.0, 1.0, -1.0, 240.0, -240.0, -65504.0])
-def test_equal_keys_give_the_mean(size, num_segments):
+def test_equal_keys_give_the_mean(size, segment):
     """Scores are all 0, or all huge, or all as low as fp16 goes."""
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 240.0
     inputs.keys[addresses_of(inputs, 0)] = size
-    out = inputs.run(num_segments)
+    out = inputs.run(segment)
     values = inputs.values[addresses_of(inputs, 0)].double()
     largest, half = float(values.abs().max()), torch.finfo(torch.float16)
     assert_apart((out.double() - values.mean(0)).abs(), sums_apart(130, largest) + half.eps * largest)
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("num_segments", [1, 2])
-def test_float32_products_keep_their_bits(num_segments):
+@pytest.mark.parametrize("segment", [512, 64])
+def test_float32_products_keep_their_bits(segment):
     """Tries queries of 13 bits, of which ten would make equal scores; values of 13 bits come out as they are."""
     inputs = make((1, 1, 64), [2], dtype=torch.float32)
     first, second = addresses_of(inputs, 0)
@@ -139,42 +139,44 @@ def test_float32_products_keep_their_bits(num_segments):
     inputs.values[first], inputs.values[second] = 1.0, 0.0
     queries, keys = inputs.q[0, 0, :, :2], torch.eye(2, device=DEVICE)  # all that is not zero
     bound = attention_apart(queries, keys, 1.0, 64**-0.5)
-    assert_apart((inputs.run(num_segments) - torch.tensor(0.125).sigmoid().item()).abs(), bound)
+    assert_apart((inputs.run(segment) - torch.tensor(0.125).sigmoid().item()).abs(), bound)
     inputs.values[first] = inputs.values[second] = value = 1 + 2**-12
-    assert_apart((inputs.run(num_segments) - value).abs(), sums_apart(2 + 4, value))
+    assert_apart((inputs.run(segment) - value).abs(), sums_apart(2 + 4, value))
 
 
-@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("segment", [512, 64])
 @pytest.mark.parametrize("token", [0, 15, 16, 63, 64, 129])
-def test_one_huge_score_takes_all(token, num_segments):
+def test_one_huge_score_takes_all(token, segment):
     inputs = make((4, 1, 64), [130])
     inputs.attn[:] = 100.0
     addresses = addresses_of(inputs, 0)
     inputs.keys[addresses] = -100.0
     inputs.keys[addresses[token]] = 100.0
-    out = inputs.run(num_segments)
+    out = inputs.run(segment)
     assert torch.equal(out, inputs.values[addresses[token]].expand_as(out))
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("num_segments", [1, 3])
-def test_scores_that_rise_or_fall_steeply(num_segments):
+@pytest.mark.parametrize("segment", [512, 64])
+def test_scores_that_rise_or_fall_steeply(segment):
     """Tries keys by which the maximum moves at every turn, or never again after the first."""
     for slope in (0.5, -0.5):
         inputs = make((2, 1, 64), [200], dtype=torch.float32)
         inputs.attn[:] = 1.0
         inputs.keys[addresses_of(inputs, 0)] = (slope * torch.arange(200.0, device=DEVICE))[:, None, None]
-        assert_close(inputs, inputs.run(num_segments))
+        assert_close(inputs, inputs.run(segment))
 
 
-@pytest.mark.parametrize("num_segments", [1, 3, 8])
+@pytest.mark.parametrize("segment", [512, 64])
 @pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}, {"margin": 12, "pairs": 32}])
-def test_a_row_does_not_depend_on_its_batch(num_segments, options):
-    """Bits are the same alone and in a batch with longer, shorter and padded rows."""
+def test_a_row_does_not_depend_on_its_batch(segment, options):
+    """Bits are the same alone and in a batch with longer, shorter and padded rows, whatever the room for items."""
     inputs = make((4, 2, 64), [150, 3, 0, 70], **options)
-    together = inputs.run(num_segments)
+    together = inputs.run(segment)
+    assert torch.equal(inputs.run(segment, room=3), together)
     for row in range(4):
-        assert torch.equal(inputs.row(row).run(num_segments)[0], together[row])
+        assert torch.equal(inputs.row(row).run(segment)[0], together[row])
+        assert torch.equal(inputs.row(row).run(segment, room=4)[0], together[row])
 
 
 def test_bits_do_not_depend_on_pages():
@@ -188,57 +190,49 @@ def test_bits_do_not_depend_on_pages():
         page_table=order.argsort()[inputs.page_table.long()].int(),
     )
     assert not torch.equal(moved.page_table, inputs.page_table)
-    assert torch.equal(moved.run(3), inputs.run(3))
+    assert torch.equal(moved.run(64), inputs.run(64))
 
 
-@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("segment", [512, 64])
 @pytest.mark.parametrize("num_queries", [1, 3])
-def test_padded_rows_are_not_written(num_queries, num_segments):
+def test_padded_rows_are_not_written(num_queries, segment):
     """Nor are all rows of a batch of padding. Queries of a row that has fewer tokens than Q are zeros."""
     inputs = make((4, 2, 64), [0, 40, 1], num_queries=num_queries)
-    out = inputs.run(num_segments)
+    out = inputs.run(segment)
     assert torch.equal(out[0], inputs.q[0]) and not out[2, : num_queries - 1].any()
     assert_close(inputs, out)
     padding = make((4, 2, 64), [0], num_queries=num_queries)
-    assert torch.equal(padding.run(num_segments), padding.q)
+    assert torch.equal(padding.run(segment), padding.q)
 
 
-@pytest.mark.parametrize("num_segments", [1, 3])
-def test_entries_behind_the_context_are_never_followed(num_segments):
+@pytest.mark.parametrize("segment", [512, 64])
+def test_entries_behind_the_context_are_never_followed(segment):
     inputs = make((4, 2, 64), [40, 64, 0])
-    expected = inputs.run(num_segments)
+    expected = inputs.run(segment)
     for row, used in enumerate((3, 4, 0)):
         inputs.page_table[row, used:] = 2**31 - 1
-    assert torch.equal(inputs.run(num_segments), expected)
+    assert torch.equal(inputs.run(segment), expected)
 
 
-@pytest.mark.parametrize("num_segments", [1, 3])
-def test_in_place_and_elsewhere(num_segments):
+@pytest.mark.parametrize("segment", [512, 64])
+def test_in_place_and_elsewhere(segment):
     """Overwrites q, beside which the keys and values of its activation stay, and a poisoned output of other strides,
     which gets the same bits."""
     inputs = make((4, 2, 64), [70, 20], num_queries=2)
-    expected, before = inputs.run(num_segments), inputs.attn.clone()
+    expected, before = inputs.run(segment), inputs.attn.clone()
     elsewhere = torch.full((5, 2, 640), float("nan"), dtype=torch.float16, device=DEVICE)
     out = elsewhere[1:3, :, 128:384].unflatten(2, (4, 64))
     caches, shared = inputs.arguments
-    partials = torch.full((kernels.partials_size(4, 4, 64, num_segments) + 5,), float("nan"), device=DEVICE)
-    KERNEL(inputs.q, *caches, out, *shared, partials, num_segments)
+    work = work_of(inputs.q, inputs.context_lens, segment)
+    KERNEL(inputs.q, *caches, out, *shared, work)
     assert torch.equal(out, expected) and torch.equal(inputs.attn, before)
     assert elsewhere.isnan().sum() == elsewhere.numel() - out.numel()
-    KERNEL(inputs.q, *caches, inputs.q, *shared, partials, num_segments)
+    KERNEL(inputs.q, *caches, inputs.q, *shared, work)
     assert torch.equal(inputs.q, expected) and torch.equal(inputs.attn[:, 256:], before[:, 256:])
 
 
-def test_segments_fill_the_chip_once():
-    assert [kernels.choose_segments(rows, 8, 8192) for rows in (1, 2, 8, 16, 64, 256)] == [33, 16, 4, 2, 1, 1]
-    assert kernels.choose_segments(1, 8, 100) == 2 and kernels.choose_segments(1, 1, 1 << 20) == 128
-    assert kernels.partials_size(64, 32, 128, 1) == 0
-
-
-def kernel(q, keys, values, page_table, context_lens, out, num_segments=2, window=None, run=KERNEL, **reading):
-    num_rows, num_queries, num_heads, head_dim = q.shape
-    size = kernels.partials_size(num_rows * num_queries, num_heads, head_dim, num_segments)
-    rest = (head_dim**-0.5, window, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
+def kernel(q, keys, values, page_table, context_lens, out, segment=64, run=KERNEL, **reading):
+    rest = (q.shape[3] ** -0.5, None, PAGE_SIZE, work_of(q, context_lens, segment))
     run(q, keys, values, page_table, context_lens, out, *rest, **reading)
 
 
@@ -251,10 +245,10 @@ def reference(q, keys, values, page_table, context_lens, out, **reading):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_every_layout_of_queries_and_result(dtype):
     """Tries tensors whose heads lie together; tokens may lie apart, and start anywhere."""
-    inputs = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype)
+    inputs = make((4, 2, 64), [100, 20], num_queries=2, dtype=dtype)
     near = functools.partial(assert_close, inputs)
     prove(kernel, reference, tensors_of(inputs), ("out",), near, LAYOUTS, ("q", "out"))
-    rotating = make((4, 2, 64), [40, 20], num_queries=2, dtype=dtype, margin=3, pairs=8)
+    rotating = make((4, 2, 64), [100, 20], num_queries=2, dtype=dtype, margin=3, pairs=8)
     run, slow = (functools.partial(each, margin=3) for each in (kernel, reference))
     tensors = {**tensors_of(rotating), "key_rope": rotating.key_rope}
     near = functools.partial(assert_close, rotating)
@@ -287,7 +281,6 @@ def test_kernel_is_faster(num_rows, context, pairs):
     """It is compared with a gather of the pages, the rotation of keys if they rotate, and torch's attention, with the
     heads of Llama-3-8B."""
     inputs = make((32, 8, 128), [context] * num_rows, pairs=pairs, dtype=torch.bfloat16)
-    num_segments = kernels.choose_segments(num_rows, 8, context)
     caches, _ = inputs.arguments
     ordered = (inputs.q, *caches, torch.empty_like(inputs.q))
     addresses = torch.stack([addresses_of(inputs, row) for row in range(num_rows)])
@@ -299,8 +292,8 @@ def test_kernel_is_faster(num_rows, context, pairs):
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         F.scaled_dot_product_attention(inputs.q.transpose(1, 2), keys, values, enable_gqa=True)
 
-    size = kernels.partials_size(num_rows, 32, 128, num_segments)
-    rest = (128**-0.5, None, PAGE_SIZE, poisoned((size,), torch.float32), num_segments)
+    work = work_of(inputs.q, inputs.context_lens, Segments(8, 1, 1).tokens(num_rows))
+    rest = (128**-0.5, None, PAGE_SIZE, work)
     nbytes = 2 * addresses.numel() * inputs.keys[0].nbytes
     label = f"decode_attention {num_rows} x {context}" + " rotating" * (pairs > 0)
     run = functools.partial(KERNEL, *ordered, *rest, **inputs.reading)
@@ -308,21 +301,22 @@ def test_kernel_is_faster(num_rows, context, pairs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_segments", [1, 4])
-def test_a_captured_launch_serves_any_context(num_segments):
+@pytest.mark.parametrize("segment", [512, 128])
+def test_a_captured_launch_serves_any_context(segment):
     """A launch captured at one context and replayed at others gives the bits of eager launches."""
     inputs = make((8, 2, 128), [500, 200, 0], dtype=torch.bfloat16)
     lengths = torch.tensor([[500, 200, 0], [1, 0, 0], [333, 64, 0]], dtype=torch.int32, device=DEVICE)
     expected = []
     for context_lens in lengths:
         inputs.context_lens.copy_(context_lens)
-        expected.append(inputs.run(num_segments))
+        expected.append(inputs.run(segment))
     out = torch.full_like(inputs.q.contiguous(), float("nan"))
-    size = kernels.partials_size(3, 8, 128, num_segments)
-    partials, (caches, shared) = torch.full((size,), float("nan"), device=DEVICE), inputs.arguments
+    inputs.context_lens.copy_(lengths[0])
+    work, (caches, shared) = work_of(inputs.q, inputs.context_lens, segment), inputs.arguments
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        KERNEL(inputs.q, *caches, out, *shared, partials, num_segments)
+        list_work(inputs.context_lens, work)
+        KERNEL(inputs.q, *caches, out, *shared, work)
     for context_lens, bits in zip(lengths, expected):
         inputs.context_lens.copy_(context_lens)
         graph.replay()

@@ -13,6 +13,7 @@ import torch
 from penstock.engine.compute.attention import gather
 from penstock.engine.compute.kv_cache import make_cache
 from penstock.engine.config import EngineConfig
+from penstock.engine.kernels import segments
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.planning.device_profile import load_profile
@@ -183,6 +184,20 @@ def test_the_claim_of_the_kv_cache_is_what_is_allocated(model, tp_size, dtype):
     claims = dict(made.residency.claims)
     assert claims["KV cache"] == cache.data.nbytes
     assert claims["gathered context"] == sum(tensor.nbytes for tensor in gathered)
+
+
+@pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3.1-8B", 2), ("wide", 2)])
+def test_the_claim_of_attentions_partials_suffices(model, tp_size):
+    """The workspace is allocated for any number of rows (Cutting)."""
+    made = plan(model, 60, tp_size)
+    residency, sizes = made.residency, (made.spec.num_heads // tp_size, made.spec.head_dim)
+    num_cached, most = residency.num_pages * 16, residency.max_model_len
+    rows = range(1, made.max_num_seqs + 1)
+    items = max(map(segments.Segments(made.spec.num_kv_heads // tp_size, most, num_cached).most, rows))
+    begun = 4 * segments.partials_size(made.max_num_seqs, *sizes)  # which the workspace's claim holds
+    nbytes = 4 * segments.partials_size(items, *sizes)
+    claims = dict(residency.claims)
+    assert begun < claims["workspace"] and nbytes <= claims["attention partials"] + begun
 
 
 def test_memory_that_others_hold_is_not_planned_with():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from penstock.engine.compute.context import PassContext
+from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
 from penstock.engine.runtime.bucket_sizes import BucketSizes
 from penstock.engine.runtime.watch import Watch
@@ -15,6 +16,7 @@ from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "page_size": 4, "max_model_len": 96, "max_num_seqs": 6}
+SEGMENTS = Segments(num_kv_heads=8, max_context=8192, num_cached=800_000)
 LARGE = 1e30  # in logits, whose NaN is refused in any row
 
 
@@ -27,32 +29,33 @@ def batch(*rows: tuple[int, int]) -> Batch:
 @pytest.mark.parametrize(
     ("rows", "size"),
     [
-        ([(0, 2)], (64, 0, 32, 32)),
-        ([(0, 65)], (128, 0, 64, 64)),
-        ([(0, 513)], (640, 0, 128, 128)),
-        ([(40, 1), (0, 60), (0, 3)], (64, 64, 32, 96)),  # its rows of one token count among its tokens
-        ([(40, 1), (0, 60), (0, 4)], (128, 128, 64, 192)),
+        ([(0, 2)], (64, 0, 32, 32, 0)),
+        ([(0, 65)], (128, 0, 64, 64, 0)),
+        ([(0, 513)], (640, 0, 128, 128, 0)),
+        ([(40, 1), (0, 60), (0, 3)], (64, 64, 32, 96, 256)),  # its rows of one token count among its tokens
+        ([(40, 1), (0, 60), (0, 4)], (128, 128, 64, 192, 512)),
         ([(0, 1024)], None),  # attends by itself
-        ([(0, 1000), (0, 1000)], (2048, 0, 128, 128)),
+        ([(0, 1000), (0, 1000)], (2048, 0, 128, 128, 0)),
         ([(0, 3)] * 129, None),  # more prompts than there is room for
         ([(0, 700), (0, 700), (0, 700)], None),
-        ([(40, 1)] * 3, (3, 3, 0, 3)),  # a decode pass
+        ([(40, 1)] * 3, (3, 3, 0, 3, 3)),  # a decode pass
+        ([(40, 1), (600, 1)], (2, 2, 0, 2, 8)),  # one row is cut into five
         ([(16, 8), (0, 30)], None),  # a chunk that continues
     ],
 )
 def test_which_batches_are_padded_to_what(rows, size):
-    assert BucketSizes(8192, 256, range(1024, 9000)).find(batch(*rows)) == size
+    assert BucketSizes(8192, 256, SEGMENTS, range(1024, 9000)).find(batch(*rows)) == size
 
 
 def test_a_row_that_is_not_sampled_is_in_no_decode_pass():
     row = BatchRow(0, (7,), 40, (1,) * 64, False, None)
-    assert BucketSizes(8192, 256).find(Batch((row,))) is None
+    assert BucketSizes(8192, 256, SEGMENTS).find(Batch((row,))) is None
 
 
 @pytest.mark.parametrize("most_tokens, max_num_seqs", [(1, 1), (2, 1), (6, 6), (100, 6), (700, 256), (8192, 512)])
 def test_no_size_is_larger_than_what_the_activations_hold(most_tokens, max_num_seqs):
     """There are at most 40 sizes with prompts, and each batch that is padded has one of these."""
-    sizes = BucketSizes(most_tokens, max_num_seqs)
+    sizes = BucketSizes(most_tokens, max_num_seqs, SEGMENTS)
     prompts = sizes.with_prompts
     assert all(size.num_tokens <= min(most_tokens, 2048) == prompts[-1].num_tokens for size in prompts)
     assert all(size.num_sampled <= max_num_seqs and size.num_starting > 0 for size in prompts)

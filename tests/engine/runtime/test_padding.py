@@ -71,7 +71,7 @@ class Filling(Watch):
             values[self.num_rows :] = self.token
         sampler.last_tokens[sampler.pad_row] = self.token
         kv.data[:, :, : kv.page_size] = self.value
-        inputs.context.partials.fill_(self.value)
+        inputs.context.work.partials.fill_(self.value)
 
 
 def asked_for(num_prompts: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.shard import Piece
-from penstock.engine.runtime.bucket_sizes import BucketSizes
+from penstock.engine.runtime.bucket_sizes import bucket_sizes
 from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.dummy import DummyWeights
 
@@ -137,7 +137,7 @@ def test_captures_of_all_buckets(monkeypatch, capsys):
     rows = run(monkeypatch, capsys, *ENGINE, *options)["rows"]
     check_phases(rows)
     captures = rows[PHASES.index("captures")]
-    assert captures["seconds"] > 0 and captures["num_graphs"] == len(BucketSizes(8192, 6).decode)
+    assert captures["seconds"] > 0 and captures["num_graphs"] >= len(bucket_sizes(6))
 
 
 def test_the_process_began_before_now():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from penstock.engine.measure import rates as measure
-from penstock.engine.runtime.bucket_sizes import BucketSizes
+from penstock.engine.runtime.bucket_sizes import BucketSize
 from penstock.parallel.collectives import Solo
 
 from scripts.bench.graph_alone import NUM_REPLAYS, graph_alone_s
@@ -21,14 +21,11 @@ def llm_of(runner, done, kind="solo"):
     return SimpleNamespace(engine=engine)
 
 
-SIZES = BucketSizes(most_tokens=4, max_num_seqs=4)
-
-
-def runner_of(done, num_takes=1):
-    """Buckets of 1, 2, 3 and 4 rows; of 4 a greedy graph is captured."""
+def runner_of(done, num_takes=1, stages=frozenset(), num_rows=4):
+    """A graph of a decode pass of a bucket ran last."""
     take = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("replay")))
-    passes = {(SIZES.of_rows(4), frozenset()): [take] * num_takes, (SIZES.of_rows(2), frozenset({"draw"})): [take]}
-    return SimpleNamespace(sizes=SIZES, graphs=SimpleNamespace(passes=passes))
+    key = (BucketSize(num_rows, num_rows, 0, num_rows, num_rows), stages)
+    return SimpleNamespace(graphs=SimpleNamespace(passes={key: [take] * num_takes}, latest=key))
 
 
 def test_a_graph_alone(monkeypatch):
@@ -42,10 +39,18 @@ def test_a_graph_alone(monkeypatch):
 
 
 def test_none_where_there_is_none():
-    """No graphs, none captured of that size, one with a trace's marks, and ranks without a script."""
+    """No graphs, none that ran, another size, a sampled pass, one with a trace's marks, and ranks without a script."""
     done = []
-    eager = SimpleNamespace(sizes=SIZES, graphs=None)
-    for runner, num_rows in ((eager, 4), (runner_of(done), 2), (runner_of(done, num_takes=2), 4)):
+    eager, fresh = SimpleNamespace(graphs=None), SimpleNamespace(graphs=SimpleNamespace(latest=None))
+    drawn, marked = runner_of(done, stages=frozenset({"draw"})), runner_of(done, num_takes=2)
+    for runner, num_rows in (
+        (eager, 4),
+        (fresh, 4),
+        (runner_of(done), 2),
+        (runner_of(done), 5),
+        (drawn, 4),
+        (marked, 4),
+    ):
         assert graph_alone_s(llm_of(runner, done), num_rows) is None
     assert graph_alone_s(llm_of(runner_of(done), done, kind="parent"), 4) is None
     assert done == []
