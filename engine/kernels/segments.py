@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 LEAST_SEGMENT, MOST_SEGMENT = 128, 2048  # tokens
 PROGRAMS = 512  # (row, KV head) pairs from which on a segment is as long as it may be
-CAPACITY_STEP = 4
+CAPACITY_STEP = 16
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
 from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 
 SMALL_STEP, SMALL, STEP = 64, 512, 128  # passes with prompts have multiples of a step, of the small one up to SMALL
+LEAST_HALF_WAY = 32  # rows: below, a linear takes as long as for one
 MOST_STARTING = 128  # prompts that start in such a pass: for so many sampled rows the head takes no longer than for one
 
 
@@ -83,8 +84,10 @@ def _decode(num_rows: int, num_items: int) -> BucketSize:
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of decode passes: powers of two and the numbers half way between them, up to max_num_seqs."""
-    sizes = {size for power in range(max_num_seqs.bit_length() + 1) for size in (1 << power, 3 << power)}
+    """Rows of decode passes: powers of two and, where rows cost time, the numbers half way between them, up to
+    max_num_seqs."""
+    powers = range(max_num_seqs.bit_length() + 1)
+    sizes = {1 << power for power in powers} | {3 << power for power in powers if 3 << power > LEAST_HALF_WAY}
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 

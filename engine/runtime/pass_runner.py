@@ -134,6 +134,15 @@ class PassRunner:
         launches hide under the link."""
         return self.sizes.decode + ([] if self.executor.pass_plan.ring.slots else self.sizes.with_prompts)
 
+    @property
+    def captured_tokens(self) -> int:
+        """The most tokens of a pass with prompts that is a graph; 0 where none is."""
+        return (
+            0
+            if self.graphs is None
+            else max(size.num_tokens * (size.num_starting > 0) for size in self._captured_sizes)
+        )
+
     def _replay(self, bucket: Bucket, stages: frozenset[str]) -> None:
         captured = self.graphs.next_take((bucket.size, stages))
         with self.executor.filling():

@@ -9,6 +9,9 @@ fit, so nobody starves.
     budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
                        0                                                        max_num_batched_tokens
 
+Where short passes are graphs, a prompt that fits into one is not cut, and makes no pass longer than that: it waits for
+the next pass, unless it is the first of this one. So most passes of a queue are graphs, which longer ones are not.
+
 Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
 ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by a token's value (end-of-sequence, a stop
 token), its row in the next pass has already been scheduled and is computed for nothing.
@@ -29,7 +32,8 @@ class Scheduler:
     each pass in the same order.
 
     A pass has at most `max_num_batched_tokens`, a request at most `max_model_len` prompt and output tokens; a page has
-    `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
+    `page_size` tokens, and `num_pages` counts the reserved page 0. Passes with prompts of up to `captured_tokens` are
+    graphs. `page_order_seed` shuffles the order in which pages
     are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given.
     Raises ValueError for fewer than 2 pages.
     """
@@ -44,11 +48,13 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         page_order_seed: int | None = None,
         retention: Retention | None = None,
+        captured_tokens: int = 0,
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.captured_tokens = captured_tokens
         self.page_size = page_size
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
@@ -58,6 +64,7 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
         self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
+        self._num_filled = 0  # tokens of the pass that is being scheduled
         self._num_free_rows, self._num_waiting = max_num_seqs, 0  # at the time the last pass was scheduled
 
     @property
@@ -105,11 +112,11 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next pass, or None when there is nothing to compute before the next update."""
         rows: list[BatchRow] = []
-        budget_tokens = self.max_num_batched_tokens
-        for request in self._next_requests():
-            rows.append(self._next_tokens(request, budget_tokens))
-            budget_tokens -= len(rows[-1].tokens)
-            if budget_tokens == 0:
+        self._num_filled = 0
+        for request in self._next_requests(rows):
+            rows.append(self._next_tokens(request, self.max_num_batched_tokens - self._num_filled))
+            self._num_filled += len(rows[-1].tokens)
+            if self._num_filled == self.max_num_batched_tokens:
                 break
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
@@ -141,8 +148,9 @@ class Scheduler:
             request.num_computed_tokens = row.start
             request.num_unseen_tokens -= row.samples
 
-    def _next_requests(self) -> Iterator[Request]:
-        """The requests that compute, most urgent first; a waiting one is admitted when the iterator reaches it."""
+    def _next_requests(self, filling: Sequence[BatchRow]) -> Iterator[Request]:
+        """The requests that compute, most urgent first, while their rows come to `filling`; a waiting one is admitted
+        when the iterator reaches it."""
         most = self.max_model_len
         running = [
             request for request in self._running.values() if request.num_tokens_ahead < request.most_tokens(most)
@@ -154,12 +162,20 @@ class Scheduler:
         while self._waiting and self._free_rows:
             request = next(iter(self._waiting))
             num_pages = self._pages_needed(request)
-            if num_pages > self.pool.num_free:
+            if num_pages > self.pool.num_free or self._is_for_the_next_pass(request, filling):
                 return
             del self._waiting[request]
             request.row, request.pages = heapq.heappop(self._free_rows), self.pool.allocate(num_pages)
             self._running[request.row] = request
             yield request
+
+    def _is_for_the_next_pass(self, request: Request, filling: Sequence[BatchRow]) -> bool:
+        """Tells whether a prompt would be cut, or keep a pass that has prompts from being a graph, though it fits into
+        one."""
+        if not filling or len(filling[-1].tokens) == 1:
+            return False
+        num_prompt, num_filled = len(request.prompt_token_ids), self._num_filled
+        return max(num_prompt, num_filled) <= self.captured_tokens < num_prompt + num_filled
 
     def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
         start = request.num_computed_tokens

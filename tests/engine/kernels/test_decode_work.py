@@ -81,7 +81,7 @@ def test_the_most_items_are_bounded_by_the_cache_and_by_the_rows():
 
 def test_room_grows_in_few_steps_from_one_item_a_row():
     cut = segments.Segments(8, 8192, 800_000)
-    assert cut.capacities(64) == [64, 256] and cut.capacities(1) == [1, 4, 16, 64]
+    assert cut.capacities(64) == [64, 256] and cut.capacities(1) == [1, 16, 64]
     assert [cut.capacity([length] * 3, 64) for length in (1, 2048, 2049, 8192)] == [64, 64, 256, 256]
 
 

@@ -35,7 +35,11 @@ def new_table() -> HostTable:
 
 
 def test_sizes_end_with_the_most_rows():
-    assert bucket_sizes(1) == [1] and bucket_sizes(2) == [1, 2] and bucket_sizes(9) == [1, 2, 3, 4, 6, 8, 9]
+    assert (
+        bucket_sizes(1) == [1]
+        and bucket_sizes(2) == [1, 2]
+        and bucket_sizes(100) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 100]
+    )
     assert all(bucket_sizes(most)[-1] == most for most in range(1, 300))
 
 

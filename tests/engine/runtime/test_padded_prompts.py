@@ -38,8 +38,8 @@ def batch(*rows: tuple[int, int]) -> Batch:
         ([(0, 1000), (0, 1000)], (2048, 0, 128, 128, 0)),
         ([(0, 3)] * 129, None),  # more prompts than there is room for
         ([(0, 700), (0, 700), (0, 700)], None),
-        ([(40, 1)] * 3, (3, 3, 0, 3, 3)),  # a decode pass
-        ([(40, 1), (600, 1)], (2, 2, 0, 2, 8)),  # one row is cut into five
+        ([(40, 1)] * 3, (4, 4, 0, 4, 4)),  # a decode pass
+        ([(40, 1), (600, 1)], (2, 2, 0, 2, 32)),  # one row is cut into five
         ([(16, 8), (0, 30)], None),  # a chunk that continues
     ],
 )
