@@ -1,9 +1,9 @@
 """Runs batches through an executor, and chooses how: as a graph, padded, or as they are.
 
 A decode pass, over rows of one token each, may run on the fixed inputs of a bucket, padded to its size, so that it can
-be captured as a CUDA graph with the sampling that its rows ask for: greedy, plain and filtered draws and penalties are
-graphs of their own, so that a greedy pass never sorts. Only log probabilities are computed after the graph, from the
-logits that it leaves. Without graphs the same padded pass runs eagerly, so that both have the same bits.
+be captured as a CUDA graph. There are two of each: one whose rows all take their most likely token, and one with all
+that rows may ask of the sampler, in which a row pays for what it asks. Without graphs the same padded pass runs
+eagerly, so that both have the same bits.
 
 A pass of few tokens with prompts that start in it is padded too, and where nothing streams it is a graph: eager, its
 launches would take longer than its work. A long one, and one with a chunk that continues, runs as it is.
@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from penstock.engine.compute.attention import takes_padding, whole_tokens
 from penstock.engine.compute.bind import make_binder
-from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
+from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, bucket_sizes
 from penstock.engine.runtime.executor import Executor
@@ -54,7 +54,8 @@ class PassRunner:
         self.pads_prompts = takes_padding(executor.arena.dtype, self.device)
         self.prompt_buckets: dict[tuple[int, int], PromptBucket] = {}
         pads = decode_as is not DecodeAs.EAGER
-        self.mailbox = Mailbox(max_num_seqs, self.device, self.model.collectives.check) if pads else None
+        width, check = self.model.sampler.scores_width, self.model.collectives.check
+        self.mailbox = Mailbox(max_num_seqs, width, self.device, check) if pads else None
         self.graphs = Graphs(self.device, self.watches) if decode_as is DecodeAs.GRAPHS else None
         self.under_way: deque[PendingLetter | PendingSample | None] = deque()  # None where no row samples
 
@@ -78,8 +79,7 @@ class PassRunner:
     @on_own_device
     def collect(self) -> SampleOutput | None:
         """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
-        Returns when they are there: before the pass's last copies have ended, unless a decode pass has to give log
-        probabilities."""
+        Returns when they are there, before the pass's last copies have ended."""
         pending = self.under_way.popleft()
         return None if pending is None else pending.wait()
 
@@ -113,29 +113,28 @@ class PassRunner:
             self.prompt_buckets[size] = PromptBucket(*size, self.sizes[-1], self.max_context, self.model)
         return self.prompt_buckets.get(size)
 
-    def _run_padded(self, batch: Batch, bucket: Bucket | PromptBucket, asked: Asked) -> PendingLetter | PendingSample:
-        key = (bucket.key, asked.stages)
-        replays = self.graphs is not None and self._is_captured(bucket, asked.stages)
+    def _run_padded(self, batch: Batch, bucket: Bucket | PromptBucket, asked: Asked) -> PendingLetter:
+        whole = EVERYTHING if asked.stages else asked
+        replays = self.graphs is not None and self._is_captured(bucket, whole)
         bucket.load(batch)
         if replays:
-            self._replay(key)
+            self._replay((bucket.key, whole))
         else:
-            self._run_bucket(bucket, asked.stages)
-        letter = self.mailbox.expect(batch.num_sampled)
-        return letter if asked.num_logprobs < 0 else self._score(bucket.num_sampled, letter, asked.num_logprobs)
+            self._run_bucket(bucket, asked)
+        return self.mailbox.expect(batch.num_sampled, "logprobs" in asked.stages)
 
-    def _is_captured(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> bool:
+    def _is_captured(self, bucket: Bucket | PromptBucket, asked: Asked) -> bool:
         """Captures what is missing. Passes with prompts stay eager where weights stream, since their launches hide
         under the link, and beyond MOST_PROMPT_GRAPHS."""
         if isinstance(bucket, Bucket):
-            self._capture_up_to(bucket.num_rows, stages)
+            self._capture_up_to(bucket.num_rows, asked)
             return True
-        if (bucket.key, stages) in self.graphs.passes:
+        if (bucket.key, asked) in self.graphs.passes:
             return True
         num_graphs = sum(isinstance(key, tuple) for key, _ in self.graphs.passes)
         if self.executor.pass_plan.ring.slots or num_graphs >= MOST_PROMPT_GRAPHS:
             return False
-        self._capture(bucket, stages)
+        self._capture(bucket, asked)
         return True
 
     def _replay(self, key: Hashable) -> None:
@@ -149,34 +148,28 @@ class PassRunner:
             self.buckets[size] = Bucket(size, self.max_context, self.model)
         return self.buckets[size]
 
-    def _capture_up_to(self, size: int, stages: frozenset[str]) -> None:
+    def _capture_up_to(self, size: int, asked: Asked) -> None:
         """Captures the graphs that are missing of this bucket and all smaller ones, which are needed as rows end; the
         largest first, so that the others' temporaries fit into its memory."""
         for smaller in reversed(self.sizes[: self.sizes.index(size) + 1]):
-            if (smaller, stages) in self.graphs.passes:
+            if (smaller, asked) in self.graphs.passes:
                 break  # the smaller ones were captured with it
-            self._capture(self._bucket(smaller), stages)
+            self._capture(self._bucket(smaller), asked)
 
-    def _capture(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> None:
+    def _capture(self, bucket: Bucket | PromptBucket, asked: Asked) -> None:
         bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
 
         def warm_up() -> None:
             bucket.derive()
             with self.model.collectives.for_graphs():
-                self.executor.warm_up(bucket.inputs, Asked(stages))
+                self.executor.warm_up(bucket.inputs, asked)
 
-        run = partial(self._run_bucket, bucket, stages)
-        self.graphs.capture((bucket.key, stages), warm_up, run, self.executor.counted)
+        run = partial(self._run_bucket, bucket, asked)
+        self.graphs.capture((bucket.key, asked), warm_up, run, self.executor.counted)
 
-    def _run_bucket(self, bucket: Bucket | PromptBucket, stages: frozenset[str]) -> None:
+    def _run_bucket(self, bucket: Bucket | PromptBucket, asked: Asked) -> None:
         bucket.derive()
-        self.executor.run(bucket.inputs, Asked(stages), lambda output: self.mailbox.send(output.tokens))
-
-    def _score(self, num_padded: int, letter: PendingLetter, num_logprobs: int) -> PendingSample:
-        """The pass's tokens with their log probabilities. These are computed after the pass's last copies, so where
-        weights stream the link idles until the host has them."""
-        logits, tokens = self._logits(num_padded)[: letter.num_tokens], letter.on_device
-        return PendingSample(SampleOutput(tokens, self.model.sampler.score(logits, tokens, num_logprobs)))
+        self.executor.run(bucket.inputs, asked, self.mailbox.send)
 
     def _logits(self, num_rows: int) -> torch.Tensor:
         """The logits that a pass over so many sampled rows leaves: (num_rows, V or more)."""

@@ -31,7 +31,7 @@ def noise_of(temperatures: list[float], seed: int = 0) -> Noise:
 
 
 def by_kernel(logits, vocab_size, noise, limits=None, num_segments=None):
-    return draw._draw_rows_triton(logits, vocab_size, noise, limits, num_segments)
+    return draw._draw_rows_triton(logits, vocab_size, noise, limits, None, num_segments)
 
 
 def assert_same_but_near_ties(tokens, logits, noise, limits=None):
