@@ -30,7 +30,9 @@ def note_tokens_reference(occurrences: Tensor, asks: Tensor, rows: Tensor, token
 
 
 def _note_tokens_triton(occurrences: Tensor, asks: Tensor, rows: Tensor, tokens: Tensor, sampled: bool) -> None:
-    assert all(part.is_contiguous() for part in (occurrences, asks, rows, tokens)) and rows.shape == tokens.shape
+    parts = (occurrences, asks, rows, tokens)
+    assert all(part.is_contiguous() for part in parts), "the strides must be contiguous"
+    assert rows.shape == tokens.shape
     calls["triton"] += 1
     if num_tokens := len(tokens):
         grid = (triton.cdiv(num_tokens, BLOCK),)

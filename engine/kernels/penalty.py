@@ -67,8 +67,9 @@ def _penalise_rows_triton(
 ) -> Penalised:
     num_rows = len(logits)
     assert logits.stride(1) == 1, "the last dim of the logits must have stride 1"
-    assert 1 <= vocab_size <= logits.shape[1] and occurrences.shape[1] == vocab_size and occurrences.is_contiguous()
-    assert all(part.shape == (num_rows,) and part.is_contiguous() for part in (rows, *penalties))
+    assert 1 <= vocab_size <= logits.shape[1] and occurrences.shape[1] == vocab_size
+    assert all(part.is_contiguous() for part in (occurrences, rows, *penalties)), "the strides must be contiguous"
+    assert all(part.shape == (num_rows,) for part in (rows, *penalties))
     calls["triton"] += 1
     scores = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits.device)
     if num_rows:

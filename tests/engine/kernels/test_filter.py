@@ -7,6 +7,7 @@ import pytest
 import torch
 from penstock.engine.kernels import filter as module
 from penstock.engine.kernels.filter import KEEP_ALL, Filters, find_limits, find_limits_reference
+from penstock.engine.kernels.penalty import Penalised
 
 from tests.support.kernel_proof import DEVICE, counted, equal, prove, prove_faster, prove_refusal
 
@@ -93,7 +94,7 @@ def test_rows_that_do_not_draw_keep_all():
         assert kept.all(-1).tolist() == [True, False, True]
 
 
-def test_segments_and_the_batch_change_no_limit():
+def test_the_batch_changes_no_limit():
     """A row of bfloat16 has the same limits in float32 too: another row's penalties change nothing."""
     asked = [(V, 0.9, 0.0), (50, 0.7, 0.05)]
     logits, filters, temperatures = logits_of("random", 2, torch.bfloat16), filters_of(asked), temperatures_of(asked)
@@ -104,6 +105,33 @@ def test_segments_and_the_batch_change_no_limit():
         assert torch.equal(module._find_limits_triton(logits, V, temperatures, filters)[field], first[field])
         assert torch.equal(module._find_limits_triton(logits[1:], V, temperatures[1:], alone)[field], first[field][1:])
         assert torch.equal(wide[field], first[field])
+
+
+@pytest.mark.parametrize("column", [5, 6])
+def test_what_no_guess_sees_is_found(column):
+    """Most of the mass lies in one lane, of which a guess sees one token; so the border is where it does not look. The
+    lane is that of a sampled token in one case, and of none in the other."""
+    logits = logits_of("random", len(ASKED), torch.float32) / 30
+    logits[:, column::32] = 5.0 + torch.arange(5, device=DEVICE) / 8
+    logits[::2, column] = 9.0
+    filters, temperatures = filters_of(ASKED), temperatures_of(ASKED)
+    expected = kept_by(find_limits_reference, logits, temperatures, filters)
+    assert torch.equal(kept_by(module._find_limits_triton, logits, temperatures, filters), expected)
+
+
+def test_penalised_rows_are_read_beside_the_others():
+    """Each row is read from one place; the other holds NaN. Penalised rows are float32, of which all bits count."""
+    logits, filters = logits_of("random", len(ASKED), torch.bfloat16), filters_of(ASKED)
+    temperatures = temperatures_of(ASKED)
+    asks = torch.arange(len(ASKED), device=DEVICE) % 3 % 2
+    scores = logits_of("random", len(ASKED), torch.float32) / 3
+    scores[asks == 0], logits[asks == 1] = torch.nan, torch.nan
+    beside = Penalised(asks, scores)
+    found, expected = (
+        run(logits, V, temperatures, filters, beside).keep(beside.over(logits))
+        for run in (module._find_limits_triton, find_limits_reference)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_infinities_and_nan():
