@@ -25,7 +25,7 @@ CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
 GRAPHS_BYTES = 256 * MIB  # and the fp32 partials of decode attention, in graphs and in passes that are none
 GEMM_WORKSPACE_BYTES = 64 * MIB
-PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
+PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: occurrences, and a byte for what filters keep beside their copies
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MemoryClaims:
         """Named parts of memory that no split changes."""
         spec, tp_size = self.spec, self.tp_size
         logits = num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
-        # One activation that an operation made before it is copied in; the sampler's float32 logits, twice; penalties.
+        # One activation that an operation made before it is copied in; penalised logits and what filters copy, float32; penalties.
         temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
