@@ -261,7 +261,7 @@ def _search(
             dropped = drop.to(tl.float64) * total.to(tl.float64)
             goal = tl.maximum(total - dropped.to(tl.int64), 1)
         tries += 1
-        tl.debug_barrier()  # what some threads copied others load, or write over
+        tl.debug_barrier()
         if above >= goal:
             low, high = high + 1, highest
         elif above + _add_up(copy, num_copied, low_value, least, peak, log2_slope, scale, COUNT, BLOCK) < goal:
@@ -321,6 +321,7 @@ def _find_limits(
             logit = load_score(logits, scores, is_penalised, column, vocab_size, BESIDE)
             best = tl.maximum(best, logit)
         tl.store(copy + vocab_size + lane, best)
+        tl.debug_barrier()  # what some threads store others load
         peak, log2_slope = tl.max(best, 0), _LOG2_E / temperature
         if count < vocab_size:
             found, goal, before = _search(
