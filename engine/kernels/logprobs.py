@@ -13,7 +13,7 @@ those equal to it. The N largest of them are taken one by one.
 from typing import NamedTuple
 
 import torch
-from penstock.engine.kernels.filter import mass, mass_scale, masses
+from penstock.engine.kernels.mass import mass, mass_scale, masses
 from penstock.engine.kernels.philox import WORD
 from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
