@@ -84,8 +84,8 @@ class Case:
         }
 
     def check(self) -> dict[str, int]:
-        """How many rows differ between kernels and references, stage by stage on the same inputs: none may, but draws
-        at near ties, and mass within the error of the exponential."""
+        """Counts the rows that differ between kernels and references, stage by stage on the same inputs: none may, but
+        draws at near ties, and mass within the error of the exponential."""
         some, size = slice(0, 64), VOCAB
         logits, rows, temperatures = self.logits[some], self.rows[some], self.own["temperature"][some]
         parts = (self.noise, self.filters, self.penalties)
