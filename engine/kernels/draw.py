@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from penstock.engine.kernels.argmax import argmax_rows_reference, hand_in, over_segments, reads_in_place
 from penstock.engine.kernels.filter import Limits
+from penstock.engine.kernels.penalty import Penalised, load_score
 from penstock.engine.kernels.philox import BELOW_ONE, uniform
 from penstock.engine.kernels.triton_door import tl, triton
 from torch import Tensor
@@ -35,16 +36,23 @@ class Noise(NamedTuple):
     positions: Tensor  # (R,) int64
 
 
-def draw_rows(logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None) -> Tensor:
-    """Returns tokens (R,) int64 from the first vocab_size columns of logits (R, V or more) of any float dtype; `limits`
-    says which may be drawn. Ties go to the lowest id. A row with a NaN gives -1, which is no token."""
+def draw_rows(
+    logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None, penalised: Penalised | None = None
+) -> Tensor:
+    """Returns tokens (R,) int64 from the first vocab_size columns of logits (R, V or more) of any float dtype; those of
+    rows that are `penalised` are read there; `limits` says which may be drawn. Ties go to the lowest id. A row with a
+    NaN gives -1, which is no token."""
     run = _draw_rows_triton if reads_in_place(logits) else draw_rows_reference
-    return run(logits, vocab_size, noise, limits)
+    return run(logits, vocab_size, noise, limits, penalised)
 
 
-def draw_rows_reference(logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None) -> Tensor:
+def draw_rows_reference(
+    logits: Tensor, vocab_size: int, noise: Noise, limits: Limits | None = None, penalised: Penalised | None = None
+) -> Tensor:
     """Does the same in plain torch."""
     calls["reference"] += 1
+    if penalised is not None:
+        logits = penalised.over(logits[:, :vocab_size])
     temperatures = noise.temperatures[:, None]
     draws = temperatures > 0  # (R, 1)
     logits = logits[:, :vocab_size].float()  # (R, V)
@@ -60,12 +68,15 @@ def _draw_rows_triton(
     vocab_size: int,
     noise: Noise,
     limits: Limits | None = None,
+    penalised: Penalised | None = None,
     num_segments: int | None = None,
 ) -> Tensor:
-    others = {**noise._asdict(), **(limits or Limits(None, None))._asdict()}
+    asks, scores = penalised or (None, None)
+    others = {**noise._asdict(), **(limits or Limits(None, None))._asdict(), "penalised": asks}
     assert all(t is None or t.shape == logits.shape[:1] and t.is_contiguous() for t in others.values())
     calls["triton"] += 1
-    others |= {"LIMITED": limits is not None, "enable_fp_fusion": False}
+    others |= {"penalised_scores": scores, "LIMITED": limits is not None, "BESIDE": penalised is not None}
+    others |= {"enable_fp_fusion": False}
     return over_segments(_draw_segment, logits, vocab_size, num_segments, **others)
 
 
@@ -92,12 +103,17 @@ def words_of(seed, position, first, COUNT: tl.constexpr):
 @triton.jit
 def _draw_segment(
     logits, logits_row, vocab_size, length, values, ids, tokens, temperatures, seeds, positions,
-    least, last, LIMITED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    least, last, penalised, penalised_scores, LIMITED: tl.constexpr, BESIDE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, lane = segment * length, tl.arange(0, BLOCK)
     seed, position, temperature = tl.load(seeds + row), tl.load(positions + row), tl.load(temperatures + row)
     draws = temperature > 0
+    logits, is_penalised = logits + row * logits_row, tl.zeros((), tl.int64)
+    if BESIDE:
+        penalised_scores += row * vocab_size
+        is_penalised = tl.load(penalised + row)
     if LIMITED:
         least_kept, last_kept = tl.load(least + row), tl.load(last + row)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -105,13 +121,14 @@ def _draw_segment(
     nan = tl.zeros((BLOCK,), tl.int32)
     for offset in tl.range(0, length, BLOCK):
         column = begin + offset + lane
-        scores = tl.load(logits + row * logits_row + column, mask=column < vocab_size, other=float("-inf"))
-        scores = scores.to(tl.float32)
+        scores = load_score(logits, penalised_scores, is_penalised, column, vocab_size, BESIDE)
         nan |= (scores != scores).to(tl.int32)
+        may = draws
         if LIMITED:
             kept = (scores > least_kept) | ((scores == least_kept) & (column <= last_kept))
             scores = tl.where(kept, scores, float("-inf"))
-        if draws:
+            may = draws & (tl.max(kept.to(tl.int32), 0) > 0)  # noise is most of the work
+        if may:
             scores = tl.div_rn(scores, temperature) + _gumbel(words_of(seed, position, begin + offset, BLOCK))
         higher = scores > best
         best, where = tl.where(higher, scores, best), tl.where(higher, column, where)

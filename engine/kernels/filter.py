@@ -6,27 +6,26 @@ are kept; of ties at the border of top_p those with lower ids are kept (transfor
 those of the logits: two float32 logits that only the division by the temperature makes equal are no tie.
 
 Shapes: R rows, V vocab.
-The kernel finds the threshold from the top of the floats' bits, two bits a launch: the smallest value that has less
-than `goal` above it, in tokens for top-k, in mass for top-p. Mass is exp((logit - peak) / temperature) in fixed point,
-which adds up exactly in any order; a mass below 2**-45 of the peak's (V = 128256) is 0. Mass depends on the device's
-exp: a token within its error of the border may be kept on one device and dropped on another. On one device it is
-treated alike in all rows, batches, segments and ranks, in a graph and eagerly. Nothing of size (R, V) is written.
-Not tried: to let the last program of a row narrow, which would save half the launches; three bits a launch.
+A row has one program in one launch; that of a row without filters ends at once. The others find a border by count, for
+top-k, and one by mass, for top-p (border.py). Since mass depends on the device's exp (mass.py), a token within its
+error of the border may be kept on one device and dropped on another. On one device it is treated alike in all rows,
+batches and ranks, in a graph and eagerly.
+Tried before: the value's bits from the top, two a launch (34 launches, eight sums of mass): 630 us for 256 rows.
 """
 
 from typing import NamedTuple
 
 import torch
-from penstock.engine.kernels.argmax import argmax_rows, choose_segments
+from penstock.engine.kernels.border import find_border, value_of
+from penstock.engine.kernels.mass import mass, mass_scale, masses
+from penstock.engine.kernels.penalty import Penalised, load_score
 from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
 KEEP_ALL = -1.0  # a drop_mass that drops no token
-BLOCK, SCAN_BLOCK = 1024, 8192
-DIGIT = 2  # bits that a launch finds
-STATE_FIELDS = 8  # int64 values of a row's state, of which 7 are used
-SEARCHED_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}  # of the logit as float32, from the top
+BLOCK = 4096
+VALUE_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}  # of a logit as float32, from the top
 
 
 class Filters(NamedTuple):
@@ -50,16 +49,24 @@ class Limits(NamedTuple):
         return ~(logits < least) & ~((logits == least) & (ids > last))
 
 
-def find_limits(logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters) -> Limits:
-    """Finds the limits of the first vocab_size columns of logits (R, V or more) of any float dtype. temperatures (R,)
-    are float32, 0 where nothing is drawn. The limits of a row with a NaN mean nothing."""
-    takes = logits.is_cuda and HAS_TRITON and logits.dtype in SEARCHED_BITS
-    return (_find_limits_triton if takes else find_limits_reference)(logits, vocab_size, temperatures, filters)
+def find_limits(
+    logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters, penalised: Penalised | None = None
+) -> Limits:
+    """Finds the limits of the first vocab_size columns of logits (R, V or more) of any float dtype; those of rows that
+    are `penalised` are read there. temperatures (R,) are float32, 0 where nothing is drawn. The limits of a row with a
+    NaN mean nothing."""
+    takes = logits.is_cuda and HAS_TRITON and logits.dtype in VALUE_BITS
+    run = _find_limits_triton if takes else find_limits_reference
+    return run(logits, vocab_size, temperatures, filters, penalised)
 
 
-def find_limits_reference(logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters) -> Limits:
+def find_limits_reference(
+    logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters, penalised: Penalised | None = None
+) -> Limits:
     """Does the same in plain torch, by sorting."""
     calls["reference"] += 1
+    if penalised is not None:
+        logits = penalised.over(logits[:, :vocab_size])
     top_k, drop_mass, log_min_p = (part[:, None] for part in filters)
     draws = temperatures > 0
     temperature = torch.where(draws, temperatures, 1.0)[:, None]
@@ -75,19 +82,8 @@ def find_limits_reference(logits: Tensor, vocab_size: int, temperatures: Tensor,
     return Limits(least.masked_fill(~draws, -torch.inf), last.int().masked_fill(~draws, vocab_size))
 
 
-def masses(logits: Tensor, peak: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """Computes exp((logits - peak) / temperature), (R, V), as int64 in fixed point, where mass_scale() stands for 1. A
-    row's sum does not overflow."""
-    weights = torch.where(logits == peak, 1.0, ((logits - peak) / temperature).exp())  # not exp there: inf - inf is NaN
-    return (weights * mass_scale(logits.shape[-1])).long()
-
-
-def mass_scale(vocab_size: int) -> float:
-    return 2.0 ** (62 - vocab_size.bit_length())
-
-
 def _find_limits_triton(
-    logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters, num_segments: int | None = None
+    logits: Tensor, vocab_size: int, temperatures: Tensor, filters: Filters, penalised: Penalised | None = None
 ) -> Limits:
     num_rows, device = len(logits), logits.device
     assert logits.stride(1) == 1, "the last dim of the logits must have stride 1"
@@ -97,143 +93,82 @@ def _find_limits_triton(
     limits = Limits(*(torch.empty(num_rows, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)))
     if not num_rows:
         return limits
-    segments = num_segments or choose_segments(num_rows, vocab_size)
-    length = triton.cdiv(triton.cdiv(vocab_size, segments), BLOCK) * BLOCK
-    state = torch.zeros(2, num_rows, STATE_FIELDS, dtype=torch.int64, device=device)  # one by count, one by mass
-    tops = argmax_rows(logits, vocab_size)  # -1 for a row with a NaN: read as 0
-    rows = (logits, logits.stride(0), vocab_size, mass_scale(vocab_size), tops, temperatures, *filters, *state)
-    bits = SEARCHED_BITS[logits.dtype]
-    for count in (True, False):
-        for shift in range(32 - DIGIT, 31 - bits, -DIGIT):
-            first = shift == 32 - DIGIT
-            _sum_above[(segments, num_rows)](*rows, length, shift, count, first, bits, BLOCK, enable_fp_fusion=False)
-            _narrow[(num_rows,)](*filters, *state, shift, count, first, num_warps=1)
-    _write_limits[(num_rows,)](*rows, *limits, bits, SCAN_BLOCK, num_warps=16, enable_fp_fusion=False)
+    copies = torch.empty(num_rows, vocab_size + BLOCK, dtype=torch.float32, device=device)
+    _find_limits[(num_rows,)](
+        *(logits, logits.stride(0), *(penalised or (None, None)), vocab_size, mass_scale(vocab_size), temperatures),
+        *(*filters, copies, copies.stride(0), *limits),
+        **{"BESIDE": penalised is not None, "BITS": VALUE_BITS[logits.dtype], "BLOCK": BLOCK},
+        num_warps=16,
+        maxnreg=64,  # so that an SM has room for two rows
+        enable_fp_fusion=False,
+    )
     return limits
 
 
-# Fields of a row's state, int64: the sums at or above four values; the value found so far; GOAL, below which the sum
-# above that value has to stay; and that sum.
-SUMS = tl.constexpr(0)
-LOG2_E = tl.constexpr(1.4426950408889634)
-FOUND, GOAL, BEFORE, FIELDS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(STATE_FIELDS)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _key(value, BITS: tl.constexpr):
-    """Maps float32 to uint32 in the same order, of which the upper BITS count; -0.0 equals 0.0."""
-    bits = (value + 0.0).to(tl.uint32, bitcast=True)
-    key = bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
-    return key >> (32 - BITS) << (32 - BITS)
-
-
-@triton.jit
-def _value(key, BITS: tl.constexpr):
-    bits = tl.where(key >> 31 == 1, key ^ 0x80000000, (key ^ 0xFFFFFFFF) >> (32 - BITS) << (32 - BITS))
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _mass(logit, peak, log2_slope, scale):
-    return (tl.where(logit == peak, 1.0, tl.exp2((logit - peak) * log2_slope)) * scale).to(tl.int64)
-
-
-@triton.jit(do_not_specialize=["shift"])
-def _sum_above(
-    logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
-    length, shift, COUNT: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+def _last_of_ties(
+    logits, scores, is_penalised, vocab_size, least, admitted, BESIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Adds up tokens or mass at or above each of four values: FOUND, and the next three at a distance of 1 << shift."""
-    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    temperature = tl.load(temperatures + row)
-    asks = tl.load(top_k + row) < vocab_size if COUNT else tl.load(drop_mass + row) >= 0
-    if asks & (temperature > 0):
-        state = (by_count if COUNT else by_mass) + row * FIELDS
-        begin, lane = segment * length, tl.arange(0, BLOCK)
-        peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
-        log2_slope = LOG2_E / temperature
-        least = tl.load(by_count + row * FIELDS + FOUND).to(tl.uint32)
-        distance = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
-        value1 = tl.load(state + FOUND).to(tl.uint32) + distance
-        value2 = value1 + distance
-        value3 = value2 + distance
-        zero = tl.zeros((BLOCK,), tl.int64)
-        sum0, sum1, sum2, sum3 = zero, zero, zero, zero
-        for offset in tl.range(0, length, BLOCK):
-            column = begin + offset + lane
-            inside = column < vocab_size
-            logit = tl.load(logits + row * logits_row + column, mask=inside, other=float("-inf")).to(tl.float32)
-            key = _key(logit, BITS)
-            amount = inside.to(tl.int64)
-            if not COUNT:
-                amount = tl.where(inside & (key >= least), _mass(logit, peak, log2_slope, scale), 0)
-            if FIRST:
-                sum0 += amount
-            sum1 += tl.where(key >= value1, amount, 0)
-            sum2 += tl.where(key >= value2, amount, 0)
-            sum3 += tl.where(key >= value3, amount, 0)
-        if FIRST:
-            tl.atomic_add(state + SUMS, tl.sum(sum0, 0), sem="relaxed")
-        tl.atomic_add(state + SUMS + 1, tl.sum(sum1, 0), sem="relaxed")
-        tl.atomic_add(state + SUMS + 2, tl.sum(sum2, 0), sem="relaxed")
-        tl.atomic_add(state + SUMS + 3, tl.sum(sum3, 0), sem="relaxed")
+    """Finds the id of the last of `admitted` logits equal to `least`; 0 if there are fewer."""
+    begin, seen, last = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    while (begin < vocab_size) & (seen < admitted):
+        column = begin + tl.arange(0, BLOCK)
+        logit = load_score(logits, scores, is_penalised, column, vocab_size, BESIDE)
+        tied = ((column < vocab_size) & (logit == least)).to(tl.int32)
+        count = tl.sum(tied, 0)
+        if seen + count >= admitted:
+            kept = (tied > 0) & (seen + tl.cumsum(tied, 0) <= admitted)
+            last = tl.max(tl.where(kept, column, 0), 0)
+        seen += count
+        begin += BLOCK
+    return last
 
 
-@triton.jit(do_not_specialize=["shift"])
-def _narrow(
-    top_k, drop_mass, log_min_p, by_count, by_mass, shift, COUNT: tl.constexpr, FIRST: tl.constexpr
+@triton.jit
+def _find_limits(
+    logits, logits_row, penalised, scores, vocab_size, scale, temperatures, top_k, drop_mass, log_min_p,
+    copies, copies_row, leasts, lasts, BESIDE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds two more bits to FOUND. In a row without such a filter the sums are 0, and so are the bits."""
     row = tl.program_id(0).to(tl.int64)
-    state = (by_count if COUNT else by_mass) + row * FIELDS
-    goal = tl.load(top_k + row) if COUNT else tl.load(state + GOAL)
-    if FIRST and not COUNT:
-        total = tl.load(state + SUMS)
-        dropped = tl.load(drop_mass + row).to(tl.float64) * total.to(tl.float64)
-        goal = tl.maximum(total - dropped.to(tl.int64), 1)  # the most likely token is always kept
-        tl.store(state + GOAL, goal)
-    sum1, sum2, sum3 = tl.load(state + SUMS + 1), tl.load(state + SUMS + 2), tl.load(state + SUMS + 3)
-    digit = (sum1 >= goal).to(tl.int64) + (sum2 >= goal).to(tl.int64) + (sum3 >= goal).to(tl.int64)
-    above = tl.where(digit == 0, sum1, tl.where(digit == 1, sum2, sum3))
-    tl.store(state + FOUND, tl.load(state + FOUND) + (digit << shift))
-    tl.store(state + BEFORE, tl.where(digit == 3, tl.load(state + BEFORE), above))
-    tl.store(state + SUMS + tl.arange(0, 4), tl.zeros((4,), tl.int64))
-
-
-@triton.jit
-def _write_limits(
-    logits, logits_row, vocab_size, scale, tops, temperatures, top_k, drop_mass, log_min_p, by_count, by_mass,
-    leasts, lasts, BITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes the limits from the values found. Ties at the border of top_p are counted up to the last that is kept."""
-    row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperatures + row)
-    least = tl.full((), float("-inf"), tl.float32)
-    last = vocab_size + tl.zeros((), tl.int32)
-    if temperature > 0:
-        state = by_mass + row * FIELDS
-        found = tl.maximum(tl.load(by_count + row * FIELDS + FOUND), tl.load(state + FOUND)).to(tl.uint32)
-        peak = tl.load(logits + row * logits_row + tl.maximum(tl.load(tops + row), 0)).to(tl.float32)
-        log2_slope = LOG2_E / temperature
-        if found > 0:
-            least = _value(found, BITS)
-        if tl.load(drop_mass + row) >= 0:
-            room = tl.load(state + GOAL) - tl.load(state + BEFORE)  # mass, at least 1
-            each = _mass(least, peak, log2_slope, scale)
-            admitted = tl.where(each > 0, (room + each - 1) // tl.maximum(each, 1), vocab_size)
-            begin, seen = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-            while (begin < vocab_size) & (seen < admitted):
-                column = begin + tl.arange(0, BLOCK)
-                inside = column < vocab_size
-                logit = tl.load(logits + row * logits_row + column, mask=inside, other=0.0).to(tl.float32)
-                tied = (inside & (_key(logit, BITS) == found)).to(tl.int32)
-                count = tl.sum(tied, 0)
-                if seen + count >= admitted:
-                    kept = (tied > 0) & (seen + tl.cumsum(tied, 0) <= admitted)
-                    last = tl.max(tl.where(kept, column, 0), 0)
-                seen += count
-                begin += BLOCK
-        floor = peak + tl.load(log_min_p + row) * temperature
+    temperature, count, drop = tl.load(temperatures + row), tl.load(top_k + row), tl.load(drop_mass + row)
+    log_floor = tl.load(log_min_p + row)
+    least, last = tl.full((), float("-inf"), tl.float32), vocab_size + tl.zeros((), tl.int32)
+    if (temperature > 0) & ((count < vocab_size) | (drop >= 0) | (log_floor > float("-inf"))):
+        is_penalised, shift = tl.zeros((), tl.int64), tl.full((), 32 - BITS, tl.int64)
+        logits += row * logits_row
+        if BESIDE:
+            scores += row * vocab_size
+            is_penalised = tl.load(penalised + row)
+            shift = tl.where(is_penalised > 0, 0, shift)
+        copy, lane = copies + row * copies_row, tl.arange(0, BLOCK)
+        best = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for begin in tl.range(0, vocab_size, BLOCK):
+            column = begin + lane
+            logit = load_score(logits, scores, is_penalised, column, vocab_size, BESIDE)
+            best = tl.maximum(best, logit)
+        tl.store(copy + vocab_size + lane, best)
+        tl.debug_barrier()  # what some threads store others load
+        peak, log2_slope = tl.max(best, 0), _LOG2_E / temperature
+        if count < vocab_size:
+            found, goal, before = find_border(
+                logits, scores, is_penalised, vocab_size, copy, shift, count, drop, least, peak, log2_slope, scale,
+                BESIDE, True, BLOCK,
+            )  # fmt: skip
+            least = value_of(found, shift)
+        if drop >= 0:
+            tl.debug_barrier()
+            found, goal, before = find_border(
+                logits, scores, is_penalised, vocab_size, copy, shift, count * 0, drop, least, peak, log2_slope, scale,
+                BESIDE, False, BLOCK,
+            )  # fmt: skip
+            least = value_of(found, shift)
+            each = mass(least, peak, log2_slope, scale)
+            admitted = tl.where(each > 0, (goal - before + each - 1) // tl.maximum(each, 1), vocab_size)
+            last = _last_of_ties(logits, scores, is_penalised, vocab_size, least, admitted, BESIDE, BLOCK)
+        floor = peak + log_floor * temperature
         if floor > least:
             least = floor
             last = vocab_size + tl.zeros((), tl.int32)

@@ -26,7 +26,7 @@ CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
 GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
-PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: seen in the prompt, and how often in the output
+PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: occurrences, and a byte for what filters keep beside their copies
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class MemoryClaims:
         """Named parts of memory that no split changes."""
         spec, tp_size = self.spec, self.tp_size
         logits = num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
-        # One activation that an operation made before it is copied in; the sampler's float32 logits, twice; penalties.
+        # One activation that an operation made before it is copied in; logits as float32, penalised ones and those that
+        # filters copy; penalties.
         temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers

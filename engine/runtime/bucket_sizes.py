@@ -47,12 +47,9 @@ class BucketSizes:
 
     @property
     def with_prompts(self) -> list[BucketSize]:
-        """Every size of a pass with prompts, from the smallest; a prompt beside a row takes two sequences."""
-        return [
-            self._with_prompts(num_tokens, beside_rows)
-            for num_tokens in self.num_tokens
-            for beside_rows in (False, True)[: self.max_num_seqs]
-        ]
+        """Every size of a pass with prompts, from the smallest."""
+        sizes = [self._with_prompts(num_tokens, rows) for num_tokens in self.num_tokens for rows in (False, True)]
+        return list(dict.fromkeys(sizes))
 
     def find(self, batch: Batch) -> BucketSize | None:
         """The size for a batch; None where it has a chunk that continues, a prompt that attends by itself, more tokens
@@ -70,11 +67,11 @@ class BucketSizes:
         return size if kinds.count(RowKind.STARTS) <= size.num_starting else None
 
     def _with_prompts(self, num_tokens: int, beside_rows: bool) -> BucketSize:
+        """The size for so many tokens. Of few, prompts alone have one without what rows beside them need; a row and a
+        prompt are two sequences."""
         most = self.max_num_seqs
-        num_single, num_starting = (
-            min(num_tokens, most) if beside_rows else 0,
-            min(num_tokens // 2, MOST_STARTING, most),
-        )
+        has_rows = most > 1 and (beside_rows or num_tokens > SMALL)
+        num_single, num_starting = min(num_tokens, most) * has_rows, min(num_tokens // 2, MOST_STARTING, most)
         num_items = self.segments.most(num_single) if num_single else 0
         return BucketSize(num_tokens, num_single, num_starting, min(num_single + num_starting, most), num_items)
 

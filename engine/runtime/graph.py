@@ -23,36 +23,42 @@ class Mailbox:
     """Pinned memory that the host polls, to which decode passes write their tokens. An engine has one.
 
     A pass writes its letter, the tokens, beside those of the passes before it, so that up to DEPTH passes may be under
-    way; the pass's number is written last.
+    way; the pass's number is written last. A pass that may give log probabilities has a second sheet, with `width`
+    numbers a row.
     """
 
     DEPTH = 4
 
-    def __init__(self, max_num_seqs: int, device: torch.device, check: Callable[[], None] = lambda: None):
+    def __init__(self, max_num_seqs: int, width: int, device: torch.device, check: Callable[[], None] = lambda: None):
         self.check = check  # raises PeerLost if another rank has failed
         shape, pinned = (self.DEPTH, max_num_seqs), device.type == "cuda"
         self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
+        self.scores = torch.zeros(*shape, width, dtype=torch.int32, pin_memory=pinned)
+        self.device_scores = torch.zeros(*shape, width, dtype=torch.int32, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.device_letters = torch.zeros(shape, dtype=torch.int64, device=device)
         self.device_number = torch.zeros(1, dtype=torch.int64, device=device)
         self.num_sent = 0
 
-    def send(self, tokens: torch.Tensor) -> None:
+    def send(self, output: SampleOutput) -> None:
         """Enqueues a letter; under capture, one for each replay."""
         self.device_number.add_(1)
-        index = self.device_number % self.DEPTH
-        self.device_letters[:, : len(tokens)].index_copy_(0, index, tokens[None])
+        index, num_rows = self.device_number % self.DEPTH, len(output.tokens)
+        self.device_letters[:, :num_rows].index_copy_(0, index, output.tokens[None])
         self.letters.copy_(self.device_letters, non_blocking=True)
+        if output.scores is not None:
+            self.device_scores[:, :num_rows].index_copy_(0, index, output.scores[None])
+            self.scores.copy_(self.device_scores, non_blocking=True)
         self.number.copy_(self.device_number, non_blocking=True)
 
     def catch_up(self) -> None:
         """Waits for all letters that were sent, and counts them; after an interruption."""
         self.num_sent = int(self.device_number)
 
-    def expect(self, num_tokens: int) -> "PendingLetter":
-        """The letter of the pass that was just enqueued, to be waited for."""
+    def expect(self, num_tokens: int, scored: bool) -> "PendingLetter":
+        """The letter of the pass that was just enqueued, to be waited for, with log probabilities if it is `scored`."""
         self.num_sent += 1
-        return PendingLetter(self, self.num_sent, num_tokens)
+        return PendingLetter(self, self.num_sent, num_tokens, scored)
 
 
 @dataclass
@@ -62,11 +68,7 @@ class PendingLetter:
     mailbox: Mailbox
     number: int
     num_tokens: int
-
-    @property
-    def on_device(self) -> torch.Tensor:
-        """The tokens, for work that is enqueued after the pass and before the next one."""
-        return self.mailbox.device_letters[self.number % Mailbox.DEPTH, : self.num_tokens]
+    scored: bool
 
     def wait(self) -> SampleOutput:
         """Raises RuntimeError if the device, PeerLost if another rank has failed."""
@@ -77,8 +79,9 @@ class PendingLetter:
                 torch.cuda.current_stream().query()
                 self.mailbox.check()
         assert came[0] < self.number + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
-        letter = self.mailbox.letters[self.number % Mailbox.DEPTH]
-        return SampleOutput(letter[: self.num_tokens].clone(), None)
+        sheets = (self.mailbox.letters, self.mailbox.scores)
+        tokens, scores = (sheet[self.number % Mailbox.DEPTH, : self.num_tokens] for sheet in sheets)
+        return SampleOutput(tokens.clone(), scores.clone() if self.scored else None)
 
 
 class Counts(Protocol):

@@ -1,9 +1,9 @@
 """Runs batches through an executor, and chooses how: as a graph, padded, or as they are.
 
 A decode pass, over rows of one token each, may run on the fixed inputs of a bucket, padded to its size, so that it can
-be captured as a CUDA graph with the sampling that its rows ask for: greedy, plain and filtered draws and penalties are
-graphs of their own, so that a greedy pass never sorts. Only log probabilities are computed after the graph, from the
-logits that it leaves. Without graphs the same padded pass runs eagerly, so that both have the same bits.
+be captured as a CUDA graph. There are two of each: one whose rows all take their most likely token, and one with all
+that rows may ask of the sampler, in which a row pays for what it asks. Without graphs the same padded pass runs
+eagerly, so that both have the same bits.
 
 A pass of few tokens with prompts that start in it is padded too, and where nothing streams it is a graph: eager, its
 launches would take longer than its work. A long one, and one with a chunk that continues, runs as it is.
@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from penstock.engine.compute.attention import takes_padding, whole_tokens
 from penstock.engine.compute.bind import make_binder
-from penstock.engine.compute.sampler import Asked, PendingSample, SampleOutput
+from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, Staging
 from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
@@ -56,17 +56,19 @@ class PassRunner:
         self.staging = self.mailbox = None
         if run_as is not RunAs.EAGER:
             self.staging = Staging(self.model, self.sizes.most_tokens, max_num_seqs, max_context)
-            self.mailbox = Mailbox(max_num_seqs, self.device, self.model.collectives.check)
+            width, check = self.model.sampler.scores_width, self.model.collectives.check
+            self.mailbox = Mailbox(max_num_seqs, width, self.device, check)
         self.graphs = Graphs(self.device, self.watches) if run_as is RunAs.GRAPHS else None
         self.under_way: deque[PendingLetter | PendingSample | None] = deque()  # None where no row samples
 
     @on_own_device
     @torch.inference_mode()
     def capture_all(self) -> None:
-        """Captures what greedy passes need, the largest first, so that the others' temporaries fit into its memory."""
+        """Captures all graphs, the largest first, so that the others' temporaries fit into its memory."""
         self.executor.fill_ring()
         for size in self._captured_sizes[::-1]:
-            self._capture(self._bucket(size), frozenset())
+            for asked in (EVERYTHING,) if size.num_starting else (EVERYTHING, Asked()):
+                self._capture(self._bucket(size), asked)
 
     @on_own_device
     @torch.inference_mode()
@@ -88,8 +90,7 @@ class PassRunner:
     @on_own_device
     def collect(self) -> SampleOutput | None:
         """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
-        Returns when they are there: before the pass's last copies have ended, unless a decode pass has to give log
-        probabilities."""
+        Returns when they are there, before the pass's last copies have ended."""
         pending = self.under_way.popleft()
         return None if pending is None else pending.wait()
 
@@ -116,17 +117,13 @@ class PassRunner:
             self.buckets[size] = Bucket(size, self.staging, self.model, self.binder.cutting)
         return self.buckets[size]
 
-    def _run_padded(self, batch: Batch, bucket: Bucket, asked: Asked) -> PendingLetter | PendingSample:
-        is_graph = self.graphs is not None and bucket.size in self._captured_sizes
-        if is_graph and (bucket.size, asked.stages) not in self.graphs.passes:
-            self._capture(bucket, asked.stages)
-        bucket.load(batch)
-        if is_graph:
-            self._replay(bucket, asked.stages)
+    def _run_padded(self, batch: Batch, bucket: Bucket, asked: Asked) -> PendingLetter:
+        if self.graphs is not None and bucket.size in self._captured_sizes:
+            self._replay(batch, bucket, EVERYTHING if asked.stages or bucket.size.num_starting else asked)
         else:
-            self._run_bucket(bucket, asked.stages)
-        letter = self.mailbox.expect(batch.num_sampled)
-        return letter if asked.num_logprobs < 0 else self._score(bucket.size.num_sampled, letter, asked.num_logprobs)
+            bucket.load(batch)
+            self._run_bucket(bucket, asked)
+        return self.mailbox.expect(batch.num_sampled, "logprobs" in asked.stages)
 
     @functools.cached_property
     def _captured_sizes(self) -> list[BucketSize]:
@@ -137,38 +134,32 @@ class PassRunner:
     @property
     def captured_tokens(self) -> int:
         """The most tokens of a pass with prompts that is a graph; 0 where none is."""
-        return (
-            0
-            if self.graphs is None
-            else max(size.num_tokens * (size.num_starting > 0) for size in self._captured_sizes)
-        )
+        sizes = [] if self.graphs is None else self._captured_sizes
+        return max((size.num_tokens for size in sizes if size.num_starting), default=0)
 
-    def _replay(self, bucket: Bucket, stages: frozenset[str]) -> None:
-        captured = self.graphs.next_take((bucket.size, stages))
+    def _replay(self, batch: Batch, bucket: Bucket, asked: Asked) -> None:
+        if (bucket.size, asked) not in self.graphs.passes:
+            self._capture(bucket, asked)
+        bucket.load(batch)
+        captured = self.graphs.next_take((bucket.size, asked))
         with self.executor.filling():
             captured.graph.replay()
         captured.note_replay(self.watches)
 
-    def _capture(self, bucket: Bucket, stages: frozenset[str]) -> None:
+    def _capture(self, bucket: Bucket, asked: Asked) -> None:
         bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
 
         def warm_up() -> None:
             bucket.derive()
             with self.model.collectives.for_graphs():
-                self.executor.warm_up(bucket.inputs, Asked(stages))
+                self.executor.warm_up(bucket.inputs, asked)
 
-        run = partial(self._run_bucket, bucket, stages)
-        self.graphs.capture((bucket.size, stages), warm_up, run, self.executor.counted)
+        run = partial(self._run_bucket, bucket, asked)
+        self.graphs.capture((bucket.size, asked), warm_up, run, self.executor.counted)
 
-    def _run_bucket(self, bucket: Bucket, stages: frozenset[str]) -> None:
+    def _run_bucket(self, bucket: Bucket, asked: Asked) -> None:
         bucket.derive()
-        self.executor.run(bucket.inputs, Asked(stages), lambda output: self.mailbox.send(output.tokens))
-
-    def _score(self, num_padded: int, letter: PendingLetter, num_logprobs: int) -> PendingSample:
-        """The pass's tokens with their log probabilities. These are computed after the pass's last copies, so where
-        weights stream the link idles until the host has them."""
-        logits, tokens = self._logits(num_padded)[: letter.num_tokens], letter.on_device
-        return PendingSample(SampleOutput(tokens, self.model.sampler.score(logits, tokens, num_logprobs)))
+        self.executor.run(bucket.inputs, asked, self.mailbox.send)
 
     def _logits(self, num_rows: int) -> torch.Tensor:
         """The logits that a pass over so many sampled rows leaves: (num_rows, V or more)."""

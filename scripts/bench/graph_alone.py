@@ -40,7 +40,7 @@ def greedy_graph(runner: PassRunner, num_rows: int) -> torch.cuda.CUDAGraph | No
     trace's marks."""
     if runner.graphs is None or runner.graphs.latest is None:
         return None
-    size, stages = runner.graphs.latest
-    takes = runner.graphs.passes[size, stages]
-    is_it = not stages and not size.num_starting and num_rows <= size.num_single < 2 * num_rows
+    size, asked = runner.graphs.latest
+    takes = runner.graphs.passes[size, asked]
+    is_it = not asked.stages and not size.num_starting and num_rows <= size.num_single < 2 * num_rows
     return takes[0].graph if is_it and len(takes) == 1 else None

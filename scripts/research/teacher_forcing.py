@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.sampler import NAN_LOGITS, Asked, SampleOutput
+from penstock.engine.kernels.logprobs import Logprobs
 from penstock.engine.llm import LLM
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.retention import Retention, SinksAndWindow
@@ -66,7 +67,8 @@ def _score(llm: LLM, row: BatchRow, following: Sequence[int]) -> Tensor:
         if (output.tokens < 0).any():
             raise ValueError(NAN_LOGITS)
         logits = executor.arena.cut(len(row.tokens), len(following))["logits"]
-        scored.append(sampler.score(logits, targets, num_logprobs=0).sampled_logprob.cpu())
+        scores = sampler.score(logits, targets, wanted=torch.zeros_like(targets))
+        scored.append(Logprobs.of(scores).sampled_logprob.cpu())
 
     executor.fill_ring()
     executor.run(_with_selected(inputs, len(following), sampler.pad_row), Asked(), score)

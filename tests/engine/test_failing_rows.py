@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
 from penstock.engine.runtime.engine import Engine
 from penstock.engine.runtime.graph import Mailbox
@@ -149,9 +150,11 @@ def test_errors_are_carried_as_json():
     assert without_errors([well]) == [well]
 
 
-def test_a_letter_says_which_rows_have_no_token():
-    mailbox = Mailbox(4, torch.device("cpu"))
-    for tokens in ([7, -1, 3, 0], [-1, 5, -1]):
-        mailbox.send(torch.tensor(tokens))
-        letter = mailbox.expect(len(tokens) - 1)
-        assert letter.wait().tokens.tolist() == letter.on_device.tolist() == tokens[:-1]
+def test_a_letter_says_which_rows_have_no_token_and_how_likely_the_others_are():
+    mailbox = Mailbox(4, 2, torch.device("cpu"))
+    for number, tokens in enumerate(([7, -1, 3, 0], [-1, 5, -1])):
+        scores = None if number == 0 else torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int32)
+        mailbox.send(SampleOutput(torch.tensor(tokens), scores))
+        came = mailbox.expect(len(tokens) - 1, scored=scores is not None).wait()
+        assert came.tokens.tolist() == tokens[:-1]
+        assert came.scores is scores or came.scores.tolist() == [[1, 2], [3, 4]]

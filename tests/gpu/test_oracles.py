@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from penstock.engine.compute.sampler import EVERYTHING, Asked
 from penstock.engine.kernels import embedding
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import read_config, read_spec
+from penstock.engine.output import RequestOutput
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.executor import Counters
 from penstock.parallel.ledger import Site, TransferLedger
@@ -107,21 +109,45 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("logprobs", [None, 3])
-def test_sampled_rows_beside_greedy_ones_in_graphs(logprobs):
-    """Penalties and filters in the graph, logprobs behind it; a greedy request beside them keeps its tokens."""
-    params = [SAMPLED[0], dataclasses.replace(SAMPLED[1], logprobs=logprobs), SAMPLED[2]]
-    runs, stages = [], set()
+ASKING = {  # what rows ask for, and how the graphs of their passes are called
+    "greedy": ([{}, {}, {}], {Asked()}),
+    "drawn": ([{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}], {EVERYTHING}),
+    "penalised": ([{}, {"frequency_penalty": 0.7}, {"presence_penalty": 0.5, "temperature": 1.2}], {EVERYTHING}),
+    "scored": ([{}, {"logprobs": 0}, {"logprobs": 20}], {EVERYTHING}),
+}
+
+
+def with_logprobs(output: RequestOutput) -> tuple:
+    (sequence,) = output.outputs
+    return sequence.token_ids, sequence.logprobs
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("resident", ["all", "none"])
+@pytest.mark.parametrize("asking", ASKING)
+def test_what_rows_ask_in_graphs_is_eager_bitwise(asking, resident, dtype):
+    """An eager pass runs the stages that its rows ask for, a graph all or none."""
+    changes, graphs = ASKING[asking]
+    params = [dataclasses.replace(SAMPLED[0], seed=index, **own) for index, own in enumerate(changes)]
+    runs = []
     for enforce_eager in (False, True):
-        with LLM("demo", **SMALL, enforce_eager=enforce_eager) as llm:
-            runs.append([[o.outputs[0].token_ids for o in llm.generate(PROMPTS, params)] for _ in range(2)])
+        options = {"dtype": dtype, "resident": resident, "weights_compression": "none"}
+        with LLM("demo", **SMALL, **options, enforce_eager=enforce_eager) as llm:
+            runs.append([with_logprobs(output) for output in llm.generate(PROMPTS, params)])
             if not enforce_eager:
-                alone = [llm.generate([prompt], own)[0].outputs[0].token_ids for prompt, own in zip(PROMPTS, params)]
-                stages = {asked for _, asked in llm.engine.worker.runner.graphs.passes}
-    assert runs[0] == runs[1] and runs[0][0] == runs[0][1]
-    assert len(set(map(tuple, runs[0][0]))) == 3
-    assert stages >= {frozenset(), frozenset({"draw", "filter"}), frozenset({"penalty"})} and len(stages) == 4
-    assert alone[0] == runs[0][0][0]
+                found = {asked for _, asked in llm.engine.worker.runner.graphs.passes}
+                assert found >= graphs and found <= {Asked(), EVERYTHING}
+    assert runs[0] == runs[1]
+
+
+def test_sampled_rows_beside_greedy_ones_in_graphs():
+    """Penalties, filters and log probabilities in one graph: a request beside them keeps its tokens."""
+    params = [SAMPLED[0], dataclasses.replace(SAMPLED[1], logprobs=3), SAMPLED[2]]
+    with LLM("demo", **SMALL, dtype="float32") as llm:
+        runs = [[with_logprobs(output) for output in llm.generate(PROMPTS, params)] for _ in range(2)]
+        alone = [with_logprobs(llm.generate([prompt], own)[0]) for prompt, own in zip(PROMPTS, params)]
+    assert runs[0] == runs[1] and len({tuple(tokens) for tokens, _ in runs[0]}) == 3
+    assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in runs[0]]
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])

@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tests.support.engine_proof import PROMPT
-from tests.support.kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS
+from tests.support.kernel_registry import ALL, DRAWN, GREEDY, KERNELS
 
 OPTIONS = {"device": "cpu", "resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
 OPTIONS |= {"debug": {"as_on_gpu": True}}
@@ -68,7 +68,7 @@ def main(checkpoints: list[str]) -> None:
         patch.setattr(Segments, "count", lambda self, lengths, num_rows: self.most(num_rows))  # rows that are cut
         for checkpoint, options in itertools.product(checkpoints, WAYS):
             with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:
-                for params in (GREEDY, DRAWN, FILTERED):
+                for params in (GREEDY, DRAWN, ALL):
                     llm.generate([PROMPT], params)
     print(json.dumps({module: sorted(names) for module, names in compiled.items()}))
 

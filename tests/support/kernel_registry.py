@@ -22,6 +22,9 @@ from penstock.engine.kernels import (
     filter,
     gated_activation,
     linear,
+    logprobs,
+    occurrences,
+    penalty,
     reduce_residual_norm,
     residual_norm,
     rope_append,
@@ -32,10 +35,11 @@ from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, Instruction
 from torch import Tensor
 
-Condition = Callable[[Compute, PassContext], bool]
+Condition = Callable[[Compute, PassContext], int]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=1.5, seed=3)  # tokens differ from each other, and depend on every logit
 FILTERED = replace(DRAWN, top_p=0.8)
+ALL = replace(FILTERED, top_k=60, repetition_penalty=1.3, frequency_penalty=0.4, logprobs=3)  # of the sampler's stages
 SHORT = replace(DRAWN, max_tokens=2)  # for kernels that take seconds in the interpreter
 
 
@@ -43,7 +47,8 @@ SHORT = replace(DRAWN, max_tokens=2)  # for kernels that take seconds in the int
 class EngineKernel:
     """A kernel in the engine. `kernel` and `reference` have one signature, and the engine finds them by `names`. If
     `reference` is None, other kernels or a library are the reference. Each step with a part of `steps` in its name
-    calls the kernel once, where `condition` holds. If `exact`, the kernel gives the reference's very bits."""
+    calls the kernel as often as `condition` says, by default once. If `exact`, the kernel gives the reference's very
+    bits."""
 
     module: ModuleType  # its `calls` count
     steps: tuple[str, ...]
@@ -89,7 +94,17 @@ def _one_row(step: Compute, ctx: PassContext) -> bool:
 
 
 def _is_greedy(step: Compute, ctx: PassContext) -> bool:
-    return bool(ctx.inputs.sampled_rows) and "draw" not in ctx.asked.stages
+    return bool(ctx.inputs.sampled_rows) and not _draws(step, ctx)
+
+
+def _draws(step: Compute, ctx: PassContext) -> bool:
+    """Penalised rows are drawn from too: at temperature 0."""
+    return bool(ctx.inputs.sampled_rows) and bool(ctx.asked.stages & {"draw", "penalty"})
+
+
+def _notes(step: Compute, ctx: PassContext) -> int:
+    """Computed tokens are noted, and sampled ones."""
+    return 1 + bool(ctx.inputs.sampled_rows) if "penalty" in ctx.asked.stages else 0
 
 
 def _asks(*stages: str) -> Condition:
@@ -139,8 +154,11 @@ KERNELS: dict[str, EngineKernel] = {
         params=SHORT,
     ),
     "argmax": _kernel(argmax, "argmax_rows", "sample", condition=_is_greedy, exact=True, params=GREEDY),
-    "draw": _kernel(draw, "draw_rows", "sample", condition=_asks("draw")),
+    "draw": _kernel(draw, "draw_rows", "sample", condition=_draws),
     "filter": _kernel(filter, "find_limits", "sample", condition=_asks("draw", "filter"), params=FILTERED),
+    "penalty": _kernel(penalty, "penalise_rows", "sample", condition=_asks("penalty"), exact=True, params=ALL),
+    "occurrences": _kernel(occurrences, "note_tokens", "sample", condition=_notes, exact=True, params=ALL),
+    "logprobs": _kernel(logprobs, "score_rows", "sample", condition=_asks("logprobs"), exact=True, params=ALL),
     # before the pass's first step
     "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_is_bucket, exact=True),
     "decode_work": _kernel(decode_work, "list_work", "embedding", condition=_paged, exact=True),

@@ -1,13 +1,15 @@
 """The sampler against transformers' processors, its own distribution, and itself in other batches."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 from penstock.engine.compute import sampler as sampler_module
-from penstock.engine.compute.sampler import GREEDY, Sampler
-from penstock.engine.kernels import draw
+from penstock.engine.compute.sampler import EVERYTHING, GREEDY, STAGES, Asked, Sampler
+from penstock.engine.kernels import argmax, draw, logprobs, occurrences, penalty
 from penstock.engine.kernels import filter as filters
+from penstock.engine.kernels.logprobs import Logprobs
 from penstock.scheduler.batching.request import RowSampling
 
 from tests.support.kernel_proof import counted
@@ -34,7 +36,7 @@ def process(sampler: Sampler, logits: torch.Tensor, rows: list[int]) -> torch.Te
     -inf."""
     stages, rows = sampler.asked(rows).stages, torch.tensor(rows, device=sampler.device)
     if "penalty" in stages:
-        logits = sampler.penalise(logits, rows)
+        logits = sampler.penalise(logits, rows).over(logits)
     if "filter" in stages:
         logits = logits.masked_fill(~sampler.limits(logits, rows).keep(logits), -torch.inf)
     temperature = sampler.params["temperature"][rows][:, None]
@@ -181,13 +183,12 @@ def test_a_reset_row_forgets(device):
     assert [run(fresh, logits, [1], pass_idx).tokens.item() for pass_idx in range(5)] == first
 
 
-def test_penalty_state_is_allocated_for_the_first_that_asks():
+def test_only_rows_that_ask_for_penalties_are_counted():
     sampler = with_rows([GREEDY, PLAIN])
     run(sampler, random_logits(2), [0, 1])
-    assert sampler.output_counts is None and sampler.prompt_seen is None
     sampler.set_rows({0: replace(GREEDY, frequency_penalty=0.1)})
     run(sampler, random_logits(2), [1, 0])
-    assert sampler.output_counts.sum(-1).tolist() == [1, 0, 0]  # the last is the pad row's
+    assert sampler.occurrences.sum(-1).tolist() == [1, 0, 0]  # the last is the pad row's
 
 
 def test_draws_follow_softmax():
@@ -251,7 +252,8 @@ def decode(
         for index, request in enumerate(order):
             results[request].append(output.tokens[index].item())
             if MIXED[request].num_logprobs >= 0:
-                results[request] += [field[index].tolist() for field in output.logprobs]
+                scores = Logprobs.of(output.scores.cpu())
+                results[request].append(scores.at(index, MIXED[request].num_logprobs))
     return results
 
 
@@ -268,21 +270,74 @@ def test_a_row_does_not_see_its_batch(vocab_size, device, monkeypatch):
             assert found == {request: expected[request] for request in order}
 
 
-def test_kernels_read_a_batch_whole_and_give_the_same_tokens(monkeypatch):
-    """Runs filters and draws by Triton, as on a GPU: one call of each, unless a row asks for penalties."""
-    samplings = [GREEDY, replace(PLAIN, seed=3), replace(PLAIN, temperature=0.7, top_p=0.8, min_p=0.01, seed=4)]
-    logits, rows = random_logits(3).bfloat16(), [0, 1, 2]
-    penalised = [replace(GREEDY, repetition_penalty=1.3), *samplings[1:]]
-    expected = [run(with_rows(asked), logits, rows, 5).tokens.tolist() for asked in (samplings, penalised)]
+KERNELS = (  # what a GPU runs, by the sampler's name for it
+    *(("argmax_rows", argmax, argmax._argmax_rows_triton), ("draw_rows", draw, draw._draw_rows_triton)),
+    *(
+        ("find_limits", filters, filters._find_limits_triton),
+        ("note_tokens", occurrences, occurrences._note_tokens_triton),
+    ),
+    *(("penalise_rows", penalty, penalty._penalise_rows_triton), ("score_rows", logprobs, logprobs._score_rows_triton)),
+)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """Lets a sampler run kernels, by Triton, as on a GPU."""
     monkeypatch.setattr(sampler_module, "reads_in_place", lambda logits: True)
-    monkeypatch.setattr(sampler_module, "draw_rows", draw._draw_rows_triton)
-    monkeypatch.setattr(sampler_module, "find_limits", filters._find_limits_triton)
+    for name, _, kernel in KERNELS:
+        monkeypatch.setattr(sampler_module, name, kernel)
+    for module in (argmax, filters, logprobs):
+        monkeypatch.setattr(module, "BLOCK", 32)
+
+
+def outputs_of(stages: frozenset[str] | None, device: str) -> list[list]:
+    """Three passes of MIXED in bfloat16, each with the rows' own stages or these."""
+    sampler, rows = with_rows(MIXED, device), torch.arange(len(MIXED), device=device)
+    results = []
+    for pass_idx in range(3):
+        if pass_idx == 0:
+            sampler.observe(rows, rows + 5)
+        asked = sampler.asked(rows.tolist()) if stages is None else Asked(stages)
+        logits = random_logits(len(MIXED), seed=pass_idx % 2).to(torch.bfloat16).to(device)
+        output = sampler(logits, rows, rows + pass_idx, asked)
+        scores = None if output.scores is None else Logprobs.of(output.scores.cpu())
+        results.append([output.tokens.tolist(), sampler.last_tokens[rows].tolist()])
+        for index, sampling in enumerate(MIXED):
+            if scores is not None and sampling.num_logprobs >= 0:
+                results[-1].append(scores.at(index, sampling.num_logprobs))
+    return results
+
+
+def test_kernels_read_a_batch_whole_and_give_what_the_references_give(by_kernels, monkeypatch):
+    """Runs all stages by Triton: each kernel once a pass, whatever CHUNK_ELEMENTS is."""
     monkeypatch.setattr(sampler_module, "CHUNK_ELEMENTS", 2 * V)
-    for asked, tokens, num_calls in ((samplings, expected[0], 1), (penalised, expected[1], 2)):
-        sampler = with_rows(asked)
-        with counted(draw.calls, triton=num_calls), counted(filters.calls, triton=num_calls):
-            assert run(sampler, logits, rows, 5).tokens.tolist() == tokens
-        assert sampler.last_tokens[rows].tolist() == tokens
+    with contextlib.ExitStack() as stack:
+        for name, module, _ in KERNELS:
+            num_calls = {"argmax_rows": 0, "note_tokens": 4}.get(name, 3)
+            stack.enter_context(counted(module.calls, **({"triton": num_calls} if num_calls else {})))
+        found = outputs_of(None, "cpu")
+    monkeypatch.undo()
+    for one, other in zip(found, outputs_of(None, "cpu"), strict=True):
+        assert one[:2] == other[:2]
+        for (logprob, rank, top), (expected, own_rank, own_top) in zip(one[2:], other[2:], strict=True):
+            assert (rank, [token for token, _ in top]) == (own_rank, [token for token, _ in own_top])
+            values = torch.tensor([logprob, *(value for _, value in top)])
+            others = torch.tensor([expected, *(value for _, value in own_top)])
+            assert_apart((values - others).abs(), logprobs_apart(20.0, V))  # mass is made by another exponential
+
+
+def test_stages_that_nobody_asks_for_change_nothing(by_kernels):
+    """A captured pass runs all of them: greedy rows stay greedy, and a row asks for none of another's."""
+    assert outputs_of(frozenset(STAGES), "cpu") == outputs_of(None, "cpu")
+    samplings = [GREEDY, replace(PLAIN, seed=4)]
+    logits, rows = random_logits(2), torch.tensor([0, 1])
+    for sampling in samplings:
+        sampler = with_rows([sampling] * 2)
+        assert (
+            sampler(logits, rows, rows, EVERYTHING).tokens.tolist()
+            == run(sampler, logits, [0, 1], [0, 1]).tokens.tolist()
+        )
+        assert not sampler.occurrences.any()
 
 
 def test_greedy_ties_go_to_the_lowest_id(device):
@@ -323,12 +378,12 @@ def test_logprobs_are_of_the_raw_logits(device):
     top = reference.topk(3)
     found = [field.cpu() for field in output.logprobs]
     bound = logprobs_apart(float(logits.abs().max()), V)
-    assert_apart((found[0] - sampled[:, 0]).abs(), bound)
-    assert found[1].tolist() == (reference >= sampled).sum(-1).tolist()
-    assert_apart((found[2] - top.values).abs(), bound)
-    assert torch.equal(found[3], top.indices)
+    assert_apart((found[0] - sampled[:, 0]).abs()[:2], bound)
+    assert found[1][:2].tolist() == (reference >= sampled).sum(-1).tolist()[:2]
+    assert_apart((found[2][0, :3] - top.values[0]).abs(), bound)
+    assert found[3][0, :3].tolist() == top.indices[0].tolist()
     alone = run(with_rows(samplings, device), logits[1:2].to(device), [1]).logprobs
-    assert alone.top_ids.shape == (1, 0) and alone.sampled_logprob.item() == found[0][1].item()
+    assert Logprobs(*(field.cpu() for field in alone)).at(0, 0) == (found[0][1].item(), int(found[1][1]), [])
     assert run(sampler, logits[2:].to(device), [2]).logprobs is None
 
 
@@ -353,9 +408,9 @@ def test_rows_with_nan_logits_give_no_token(sampling, device):
     assert tokens[1:4].tolist() == [-1, -1, -1] and tokens[5] == 7
     assert tokens[[0, 4]].min() >= 0 and tokens.max() < V
     assert sampler.last_tokens[:6].tolist() == tokens.clamp(min=0).tolist()  # a pass ahead computes some token
-    if sampler.output_counts is not None:  # those of the rows beside it have their own token alone
-        assert sampler.output_counts[[0, 4, 5]].sum(-1).tolist() == [1, 1, 1]
-        assert (sampler.output_counts[[0, 4, 5], tokens[[0, 4, 5]]] == 1).all()
+    if "penalty" in sampler.asked([0]).stages:  # those of the rows beside it have their own token alone
+        assert sampler.occurrences[[0, 4, 5]].sum(-1).tolist() == [1, 1, 1]
+        assert (sampler.occurrences[[0, 4, 5], tokens[[0, 4, 5]]] == 1).all()
     healthy = with_rows([sampling], device)
     assert run(healthy, logits[:1].to(device), [0]).tokens == tokens[0]
 
@@ -379,4 +434,4 @@ def test_the_pad_row_may_stand_beside_rows_that_ask_for_anything(device):
         )
         expected = run(alone, logits[:2], [0, 1], pass_idx).tokens.tolist()
         assert padded.tokens.tolist() == expected + logits[2:].argmax(-1).tolist()
-    assert torch.equal(sampler.output_counts, alone.output_counts)
+    assert torch.equal(sampler.occurrences, alone.occurrences)

@@ -9,6 +9,7 @@ from penstock.engine.kernels import argmax, draw
 from penstock.engine.kernels.argmax import argmax_rows_reference
 from penstock.engine.kernels.draw import Noise, draw_rows, draw_rows_reference
 from penstock.engine.kernels.filter import Limits
+from penstock.engine.kernels.penalty import Penalised
 from penstock.engine.kernels.philox import BELOW_ONE, philox, uniform
 
 from tests.support.kernel_proof import DEVICE, DTYPES, adversarial, counted, equal, prove, prove_faster, prove_refusal
@@ -31,7 +32,7 @@ def noise_of(temperatures: list[float], seed: int = 0) -> Noise:
 
 
 def by_kernel(logits, vocab_size, noise, limits=None, num_segments=None):
-    return draw._draw_rows_triton(logits, vocab_size, noise, limits, num_segments)
+    return draw._draw_rows_triton(logits, vocab_size, noise, limits, None, num_segments)
 
 
 def assert_same_but_near_ties(tokens, logits, noise, limits=None):
@@ -109,6 +110,19 @@ def test_only_limits_are_drawn_from():
     assert_same_but_near_ties(tokens, logits, noise, Limits(least, last))
     logits[:, 3] = torch.nan
     assert by_kernel(logits, 90, noise, Limits(least, last), 2).tolist() == [-1] * 8
+
+
+@pytest.mark.parametrize("num_segments", (1, 2))
+def test_penalised_rows_are_read_beside_the_others(num_segments):
+    """Each row is read from one place; the other holds NaN."""
+    logits, scores = torch.randn(2, 6, 90, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    logits, asks, noise = logits.bfloat16(), torch.arange(6, device=DEVICE) % 2, noise_of([1.0, 0.0] * 3)
+    whole = Penalised(asks, scores).over(logits)
+    scores[asks == 0], logits[asks == 1] = torch.nan, torch.nan
+    limits = Limits(torch.zeros(6, device=DEVICE), torch.full((6,), 90, device=DEVICE).int())
+    found = draw._draw_rows_triton(logits, 90, noise, limits, Penalised(asks, scores), num_segments)
+    assert torch.equal(found, by_kernel(whole, 90, noise, limits, num_segments))
+    assert_same_but_near_ties(found, whole, noise, limits)
 
 
 def test_segments_and_the_batch_change_no_token():

@@ -5,9 +5,9 @@ tests/engine/test_sampler.py holds the reference to transformers.
 
 import pytest
 import torch
-from penstock.engine.kernels import argmax
 from penstock.engine.kernels import filter as module
 from penstock.engine.kernels.filter import KEEP_ALL, Filters, find_limits, find_limits_reference
+from penstock.engine.kernels.penalty import Penalised
 
 from tests.support.kernel_proof import DEVICE, counted, equal, prove, prove_faster, prove_refusal
 
@@ -28,9 +28,7 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(argmax, "BLOCK", 32)
-    monkeypatch.setattr(module, "BLOCK", 128)
-    monkeypatch.setattr(module, "SCAN_BLOCK", 64)
+    monkeypatch.setattr(module, "BLOCK", 32)
 
 
 def filters_of(asked: list[tuple[int, float, float]]) -> Filters:
@@ -63,7 +61,7 @@ def test_kernel_keeps_what_the_reference_keeps(dtype, kind):
     logits, filters = logits_of(kind, len(ASKED), dtype), filters_of(ASKED)
     temperatures = temperatures_of(ASKED)
     expected = kept_by(find_limits_reference, logits, temperatures, filters)
-    found = kept_by(module._find_limits_triton, logits, temperatures, filters, 1 + len(kind) % 2)
+    found = kept_by(module._find_limits_triton, logits, temperatures, filters)
     assert torch.equal(found, expected)
     assert expected.any(-1).all() and expected[-1].all()
 
@@ -96,17 +94,44 @@ def test_rows_that_do_not_draw_keep_all():
         assert kept.all(-1).tolist() == [True, False, True]
 
 
-def test_segments_and_the_batch_change_no_limit():
+def test_the_batch_changes_no_limit():
     """A row of bfloat16 has the same limits in float32 too: another row's penalties change nothing."""
     asked = [(V, 0.9, 0.0), (50, 0.7, 0.05)]
     logits, filters, temperatures = logits_of("random", 2, torch.bfloat16), filters_of(asked), temperatures_of(asked)
-    first = module._find_limits_triton(logits, V, temperatures, filters, 1)
+    first = module._find_limits_triton(logits, V, temperatures, filters)
     alone = Filters(*(column[1:] for column in filters))
-    wide = module._find_limits_triton(logits.float(), V, temperatures, filters, 2)
+    wide = module._find_limits_triton(logits.float(), V, temperatures, filters)
     for field in (0, 1):
-        assert torch.equal(module._find_limits_triton(logits, V, temperatures, filters, 4)[field], first[field])
+        assert torch.equal(module._find_limits_triton(logits, V, temperatures, filters)[field], first[field])
         assert torch.equal(module._find_limits_triton(logits[1:], V, temperatures[1:], alone)[field], first[field][1:])
         assert torch.equal(wide[field], first[field])
+
+
+@pytest.mark.parametrize("column", [5, 6])
+def test_what_no_guess_sees_is_found(column):
+    """Most of the mass lies in one lane, of which a guess sees one token; so the border is where it does not look. The
+    lane is that of a sampled token in one case, and of none in the other."""
+    logits = logits_of("random", len(ASKED), torch.float32) / 30
+    logits[:, column::32] = 5.0 + torch.arange(5, device=DEVICE) / 8
+    logits[::2, column] = 9.0
+    filters, temperatures = filters_of(ASKED), temperatures_of(ASKED)
+    expected = kept_by(find_limits_reference, logits, temperatures, filters)
+    assert torch.equal(kept_by(module._find_limits_triton, logits, temperatures, filters), expected)
+
+
+def test_penalised_rows_are_read_beside_the_others():
+    """Each row is read from one place; the other holds NaN. Penalised rows are float32, of which all bits count."""
+    logits, filters = logits_of("random", len(ASKED), torch.bfloat16), filters_of(ASKED)
+    temperatures = temperatures_of(ASKED)
+    asks = torch.arange(len(ASKED), device=DEVICE) % 3 % 2
+    scores = logits_of("random", len(ASKED), torch.float32) / 3
+    scores[asks == 0], logits[asks == 1] = torch.nan, torch.nan
+    beside = Penalised(asks, scores)
+    found, expected = (
+        run(logits, V, temperatures, filters, beside).keep(beside.over(logits))
+        for run in (module._find_limits_triton, find_limits_reference)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_infinities_and_nan():
@@ -116,7 +141,7 @@ def test_infinities_and_nan():
     logits[0] = -torch.inf
     logits[1, [7, 90]] = torch.inf
     logits[2, 60] = torch.nan
-    kept = kept_by(module._find_limits_triton, logits, temperatures_of(asked), filters_of(asked), 2)
+    kept = kept_by(module._find_limits_triton, logits, temperatures_of(asked), filters_of(asked))
     assert kept[1].nonzero()[:, 0].tolist() == [7]  # two ties have half of the mass each, and top_p = 0.5 takes one
     assert kept[0].any() and kept[2, 60]
     expected = kept_by(find_limits_reference, logits, temperatures_of(asked), filters_of(asked))
@@ -130,7 +155,7 @@ def test_columns_behind_the_vocabulary_and_around_are_not_read():
     first = find_limits_reference(logits, 131, temperatures, filters)
 
     def kernel(logits, kept):
-        kept.copy_(module._find_limits_triton(logits, 131, temperatures, filters, 2).keep(logits[:, :131]))
+        kept.copy_(module._find_limits_triton(logits, 131, temperatures, filters).keep(logits[:, :131]))
 
     def reference(logits, kept):
         kept.copy_(first.keep(logits[:, :131]))
@@ -161,9 +186,7 @@ def test_calls_are_counted_by_kind():
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 32])
 def test_kernel_is_faster(monkeypatch, num_rows):
-    monkeypatch.setattr(argmax, "BLOCK", 1024)
-    monkeypatch.setattr(module, "BLOCK", 1024)
-    monkeypatch.setattr(module, "SCAN_BLOCK", 8192)
+    monkeypatch.setattr(module, "BLOCK", 8192)
     logits = torch.randn(num_rows, 128256, dtype=torch.bfloat16, device="cuda")
     rest = (128256, torch.full((num_rows,), 0.8, device="cuda"), filters_of([(128256, 0.9, 0.0)] * num_rows))
     runs = [lambda run=run: run(logits, *rest) for run in (find_limits, find_limits_reference)]

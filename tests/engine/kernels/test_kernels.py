@@ -16,7 +16,7 @@ from tests.support.engine_proof import (
     watched,
 )
 from tests.support.kernel_proof import DEVICE
-from tests.support.kernel_registry import DRAWN, FILTERED, GREEDY, KERNELS, OVER_RANKS
+from tests.support.kernel_registry import ALL, DRAWN, GREEDY, KERNELS, OVER_RANKS
 from tests.support.oracle.checkpoints import write_checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,7 +81,7 @@ def test_states_and_tokens_are_the_references(checkpoints, plain, name, variant,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-@pytest.mark.parametrize("params", [GREEDY, FILTERED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("params", [GREEDY, ALL], ids=["greedy", "sampled"])
 def test_every_kernel_runs_in_the_demo_model(params, eager):
     """Weights stream and are compressed. A captured pass calls its kernels when it is warmed up and captured, not when
     it is replayed."""
@@ -90,8 +90,9 @@ def test_every_kernel_runs_in_the_demo_model(params, eager):
         run = watched(llm, PROMPT, params, states=False)
         graphs = llm.engine.worker.runner.graphs
         assert eager if graphs is None else graphs.passes
-    sampling = {"argmax"} if params is GREEDY else {"draw", "filter"}
-    prove_calls(run, [name for name in ALONE if name not in {"argmax", "draw", "filter"} - sampling])
+    stages = {"draw", "filter", "penalty", "occurrences", "logprobs"}
+    others = stages if params is GREEDY else {"argmax"}
+    prove_calls(run, [name for name in ALONE if name not in others])
 
 
 def test_no_kernel_is_left_out():

@@ -4,12 +4,11 @@ from itertools import count
 
 import pytest
 import torch
-from penstock.engine.compute.sampler import Sampler
 from penstock.engine.kernels.decode_inputs import PAGES
 from penstock.engine.runtime.bucket import HostTable
 from penstock.engine.runtime.bucket_sizes import bucket_sizes
 from penstock.scheduler.batching.batch import Batch, BatchRow
-from penstock.scheduler.batching.request import Request, RowSampling, SamplingParams
+from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
 
 PAD_ROW, NUM_ROWS, MAX_PAGES = 9, 4, 5
@@ -133,25 +132,6 @@ def test_a_table_that_was_interrupted_is_not_believed(after):
         else:
             break
     assert number > 10 and torch.equal(table.table, filled(new_table(), SECOND))
-
-
-@pytest.mark.parametrize("allocated", [0, 1])
-def test_penalties_survive_an_interrupt_while_their_state_is_made(allocated, monkeypatch):
-    asked = {0: RowSampling(0.0, 1.0, 0, 0.0, 1.5, 0.0, 0.0, 0, -1)}
-    sampler = Sampler(2, 8, "cpu")
-    allocate, left = sampler._zeros, iter(range(allocated))
-
-    def interrupted(*shape, **options):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return allocate(*shape, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sampler, "_zeros", interrupted)
-        sampler.set_rows(asked)
-    sampler.set_rows(asked)
-    rows = torch.zeros(1, dtype=torch.int64)
-    assert sampler(torch.eye(8)[:1], rows, rows, sampler.asked([0])).tokens.tolist() == [0]
 
 
 def test_pages_begin_where_the_kernel_reads_them():

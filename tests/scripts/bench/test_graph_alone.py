@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
+from penstock.engine.compute.sampler import EVERYTHING, Asked
 from penstock.engine.measure import rates as measure
 from penstock.engine.runtime.bucket_sizes import BucketSize
 from penstock.parallel.collectives import Solo
@@ -11,6 +12,7 @@ from penstock.parallel.collectives import Solo
 from scripts.bench.graph_alone import NUM_REPLAYS, graph_alone_s
 
 CPU = torch.device("cpu")
+GREEDY = Asked()
 
 
 def llm_of(runner, done, kind="solo"):
@@ -21,10 +23,10 @@ def llm_of(runner, done, kind="solo"):
     return SimpleNamespace(engine=engine)
 
 
-def runner_of(done, num_takes=1, stages=frozenset(), num_rows=4):
+def runner_of(done, num_takes=1, asked=GREEDY, num_rows=4):
     """A graph of a decode pass of a bucket ran last."""
     take = SimpleNamespace(graph=SimpleNamespace(replay=lambda: done.append("replay")))
-    key = (BucketSize(num_rows, num_rows, 0, num_rows, num_rows), stages)
+    key = (BucketSize(num_rows, num_rows, 0, num_rows, num_rows), asked)
     return SimpleNamespace(graphs=SimpleNamespace(passes={key: [take] * num_takes}, latest=key))
 
 
@@ -42,7 +44,7 @@ def test_none_where_there_is_none():
     """No graphs, none that ran, another size, a sampled pass, one with a trace's marks, and ranks without a script."""
     done = []
     eager, fresh = SimpleNamespace(graphs=None), SimpleNamespace(graphs=SimpleNamespace(latest=None))
-    drawn, marked = runner_of(done, stages=frozenset({"draw"})), runner_of(done, num_takes=2)
+    drawn, marked = runner_of(done, asked=EVERYTHING), runner_of(done, num_takes=2)
     for runner, num_rows in (
         (eager, 4),
         (fresh, 4),
