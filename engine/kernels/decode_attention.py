@@ -22,7 +22,7 @@ which would save a node of the graph.
 import torch
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.rope_append import rotate_
-from penstock.engine.kernels.triton_door import require_triton, tl, triton
+from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

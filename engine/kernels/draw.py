@@ -21,7 +21,7 @@ import torch
 from penstock.engine.kernels.argmax import argmax_rows_reference, hand_in, over_segments, reads_in_place
 from penstock.engine.kernels.filter import Limits
 from penstock.engine.kernels.philox import BELOW_ONE, uniform
-from penstock.engine.kernels.triton_door import tl, triton
+from penstock.parallel.triton_door import tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

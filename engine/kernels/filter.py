@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from penstock.engine.kernels.argmax import argmax_rows, choose_segments
-from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
