@@ -1,6 +1,6 @@
 # make demo: install what is needed and run the main job on the embedded model.
 # make test: install the test extra as well and run linter and suite.
-# make soak: every way and time for a rank to die, one after another, which takes minutes.
+# make soak: every way and time for a rank to die, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,6 +10,9 @@ DEVICE = $$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_availa
 
 # the orders in which torch, MKL and numpy add up where a CPU has no wide vectors
 OLD_CPU = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem
+
+# a file to a worker, in the order of tests/conftest.py: the long ones first
+IN_TURN = --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test soak lint wheel clean
 
@@ -22,9 +25,9 @@ demo: $(VENV)/installed
 	@$(BIN)/penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 $(IN_TURN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
-	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 2 $(IN_TURN)
 
 soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak

@@ -29,13 +29,8 @@ Not tried: threads that poll their own words alone, clusters.
 from dataclasses import dataclass
 
 import torch
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU install has no triton
-    triton = None
 
 calls = {"triton": 0}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,7 +61,7 @@ class PeerBuffers:
 
 def fits(part: Tensor) -> bool:
     """Tells whether `push_reduce` can sum such parts."""
-    return triton is not None and part.dtype in DTYPES and part.nbytes <= MOST_BYTES and part.nbytes % WORD_BYTES == 0
+    return HAS_TRITON and part.dtype in DTYPES and part.nbytes <= MOST_BYTES and part.nbytes % WORD_BYTES == 0
 
 
 def fits_rows(rows: Tensor) -> bool:
@@ -91,81 +86,83 @@ def push_reduce(peers: PeerBuffers, part: Tensor, pushes: bool = True, collects:
         )
 
 
-if triton is not None:
-    _EMPTY = tl.constexpr(EMPTY)
-    _OTHER_NAN = tl.constexpr(0x7FFFFFFF)
-    _PART_WORDS = tl.constexpr(PART_WORDS)
-    _POLLS_A_CHECK = tl.constexpr(POLLS_A_CHECK)
-    _MAX_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
+_EMPTY = tl.constexpr(EMPTY)
+_OTHER_NAN = tl.constexpr(0x7FFFFFFF)
+_PART_WORDS = tl.constexpr(PART_WORDS)
+_POLLS_A_CHECK = tl.constexpr(POLLS_A_CHECK)
+_MAX_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
 
-    @triton.jit
-    def load_part(words, offset, inside):
-        """Loads this rank's words (W,) as they are sent: EMPTY becomes another NaN."""
-        own = tl.load(words + offset, mask=inside, other=0)
-        return tl.where(own == _EMPTY, _OTHER_NAN, own)
 
-    @triton.jit
-    def push(own, others, offset, inside, half, rank, size):
-        """Writes `own` (W,) to the offsets (W,) of this rank's words in the memory of every other rank."""
-        start = (half * size + rank) * _PART_WORDS
-        for peer in tl.static_range(len(others)):
-            there = tl.multiple_of(others[peer].to(tl.pointer_type(tl.int32)), 16) + start
-            tl.store(there + offset, own, mask=inside)
+@triton.jit
+def load_part(words, offset, inside):
+    """Loads this rank's words (W,) as they are sent: EMPTY becomes another NaN."""
+    own = tl.load(words + offset, mask=inside, other=0)
+    return tl.where(own == _EMPTY, _OTHER_NAN, own)
 
-    @triton.jit
-    def collect(own, words, offset, inside, half, abort_word, rank, size, RANKS: tl.constexpr):
-        """Returns the words (RANKS, W) of all ranks and empties them, once they have arrived or the abort word is 1.
-        All threads leave the loop together, so none empties or flips what another has yet to read."""
-        peer = tl.arange(0, RANKS)[:, None]
-        theirs = words + (half * size + peer) * _PART_WORDS + offset[None, :]
-        awaited = (peer != rank) & (peer < size) & inside[None, :]
-        kept = tl.where(peer == rank, own[None, :], 0)
+
+@triton.jit
+def push(own, others, offset, inside, half, rank, size):
+    """Writes `own` (W,) to the offsets (W,) of this rank's words in the memory of every other rank."""
+    start = (half * size + rank) * _PART_WORDS
+    for peer in tl.static_range(len(others)):
+        there = tl.multiple_of(others[peer].to(tl.pointer_type(tl.int32)), 16) + start
+        tl.store(there + offset, own, mask=inside)
+
+
+@triton.jit
+def collect(own, words, offset, inside, half, abort_word, rank, size, RANKS: tl.constexpr):
+    """Returns the words (RANKS, W) of all ranks and empties them, once they have arrived or the abort word is 1.
+    All threads leave the loop together, so none empties or flips what another has yet to read."""
+    peer = tl.arange(0, RANKS)[:, None]
+    theirs = words + (half * size + peer) * _PART_WORDS + offset[None, :]
+    awaited = (peer != rank) & (peer < size) & inside[None, :]
+    kept = tl.where(peer == rank, own[None, :], 0)
+    parts = tl.load(theirs, mask=awaited, other=kept, volatile=True)
+    turn, aborted = 0, 0
+    while (tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0) & (aborted == 0):
         parts = tl.load(theirs, mask=awaited, other=kept, volatile=True)
-        turn, aborted = 0, 0
-        while (tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0) & (aborted == 0):
-            parts = tl.load(theirs, mask=awaited, other=kept, volatile=True)
-            turn += 1
-            if turn == _POLLS_A_CHECK:
-                turn = 0
-                aborted = tl.load(abort_word, volatile=True)
-        tl.store(theirs, _EMPTY, mask=awaited)
-        return parts
+        turn += 1
+        if turn == _POLLS_A_CHECK:
+            turn = 0
+            aborted = tl.load(abort_word, volatile=True)
+    tl.store(theirs, _EMPTY, mask=awaited)
+    return parts
 
-    @triton.jit
-    def sum_parts(parts, dtype: tl.constexpr):
-        """Sums words (RANKS, W), of one or two elements each, over ranks, and rounds to dtype."""
-        if dtype.primitive_bitwidth == 32:
-            total = tl.sum(parts.to(dtype, bitcast=True), 0)
-        else:
-            low = tl.sum(parts.to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
-            high = tl.sum((parts >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
-            total = tl.reshape(tl.join(low, high), (2 * low.shape[0],)).to(dtype)
-        return total
 
-    @triton.jit
-    def flip(halves, half):
-        """Writes the next call's half to this program's entry, and to its share of the unread entries."""
-        offset = tl.arange(0, _MAX_PROGRAMS)
-        tl.store(halves + offset, 1 - half, mask=offset % tl.num_programs(0) == tl.program_id(0))
+@triton.jit
+def sum_parts(parts, dtype: tl.constexpr):
+    """Sums words (RANKS, W), of one or two elements each, over ranks, and rounds to dtype."""
+    if dtype.primitive_bitwidth == 32:
+        total = tl.sum(parts.to(dtype, bitcast=True), 0)
+    else:
+        low = tl.sum(parts.to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
+        high = tl.sum((parts >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0)
+        total = tl.reshape(tl.join(low, high), (2 * low.shape[0],)).to(dtype)
+    return total
 
-    @triton.jit(do_not_specialize=["rank"])
-    def _push_reduce(
-        out, part, words, others, halves, abort_word, rank, size, num_words,
-        RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
-    ):  # fmt: skip
-        dtype: tl.constexpr = out.dtype.element_ty
-        PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
-        offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = offset < num_words
-        half = tl.load(halves + tl.program_id(0))
-        own = load_part(part, offset, inside)
-        if PUSHES:
-            push(own, others, offset, inside, half, rank, size)
-        if COLLECTS:
-            parts = collect(own, words, offset, inside, half, abort_word, rank, size, RANKS)
-            element = tl.program_id(0) * BLOCK * PER_WORD + tl.arange(0, BLOCK * PER_WORD)
-            tl.store(out + element, sum_parts(parts, dtype), mask=element < num_words * PER_WORD)
-            flip(halves, half)
 
-else:
-    collect = flip = load_part = push = sum_parts = None  # the fused kernel imports them
+@triton.jit
+def flip(halves, half):
+    """Writes the next call's half to this program's entry, and to its share of the unread entries."""
+    offset = tl.arange(0, _MAX_PROGRAMS)
+    tl.store(halves + offset, 1 - half, mask=offset % tl.num_programs(0) == tl.program_id(0))
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _push_reduce(
+    out, part, words, others, halves, abort_word, rank, size, num_words,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, PUSHES: tl.constexpr, COLLECTS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = out.dtype.element_ty
+    PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < num_words
+    half = tl.load(halves + tl.program_id(0))
+    own = load_part(part, offset, inside)
+    if PUSHES:
+        push(own, others, offset, inside, half, rank, size)
+    if COLLECTS:
+        parts = collect(own, words, offset, inside, half, abort_word, rank, size, RANKS)
+        element = tl.program_id(0) * BLOCK * PER_WORD + tl.arange(0, BLOCK * PER_WORD)
+        tl.store(out + element, sum_parts(parts, dtype), mask=element < num_words * PER_WORD)
+        flip(halves, half)

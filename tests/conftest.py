@@ -1,8 +1,9 @@
 """Tests marked gpu are skipped, with the reason, where there is no CUDA device; the user's cache is out of reach; a
 test has the same random tensors and examples in every run, whichever tests run before it (--hypothesis-profile
-new-examples looks for others)."""
+new-examples looks for others). Files that take long come first."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests share two cores with their ranks
 
@@ -12,6 +13,25 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
+
+from tests.support.interpreter import find_builtins_once
+
+find_builtins_once()
+
+# The files that take a worker longest: begun late, they would leave the other one idle at the end.
+LONG_FILES = (
+    "oracle/test_against_transformers.py",
+    "oracle/test_attention_sinks.py",
+    "engine/weights/test_compressed_weights.py",
+    "engine/planning/test_planning.py",
+    "test_package.py",
+    "engine/commands/test_command_lines.py",
+    "engine/kernels/test_compiled_kernels.py",
+    "engine/test_bad_requests.py",
+    "engine/weights/test_load_memory.py",
+)
+TURNS = {Path(__file__).parent / name: turn for turn, name in enumerate(LONG_FILES)}
+assert all(path.is_file() for path in TURNS)
 
 settings.register_profile("new-examples", deadline=None)
 settings.register_profile("same-examples", parent=settings.get_profile("new-examples"), derandomize=True)
@@ -33,6 +53,7 @@ def pytest_runtest_setup():
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: TURNS.get(item.path, len(TURNS)))
     if "soak" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("soak") and not item.get_closest_marker("alone")]
         config.hook.pytest_deselected(items=left_out)

@@ -9,7 +9,7 @@ Tried, compiled for sm_90 only: 16-byte loads. Not tried: the last program of a 
 """
 
 import torch
-from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

@@ -10,7 +10,7 @@ Values are bisected as keys: integers in the order of the floats, without the lo
 
 from penstock.engine.kernels.mass import mass
 from penstock.engine.kernels.penalty import load_score
-from penstock.engine.kernels.triton_door import tl, triton
+from penstock.parallel.triton_door import tl, triton
 
 _LOWEST_KEY = tl.constexpr(0x007FFFFF)  # of -inf
 _COARSE_BITS = tl.constexpr(16)  # of a key, from the top, with which a guess is made

@@ -25,7 +25,7 @@ from penstock.engine.kernels.decode_work import FIELDS, NO_WINDOW, DecodeWork, f
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.rope_append import rotate_
 from penstock.engine.kernels.segments import partials_size
-from penstock.engine.kernels.triton_door import require_triton, tl, triton
+from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from penstock.engine.kernels.overlap import options, wait_for_inputs
-from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

@@ -22,7 +22,7 @@ from penstock.engine.kernels.argmax import argmax_rows_reference, hand_in, over_
 from penstock.engine.kernels.filter import Limits
 from penstock.engine.kernels.penalty import Penalised, load_score
 from penstock.engine.kernels.philox import BELOW_ONE, uniform
-from penstock.engine.kernels.triton_door import tl, triton
+from penstock.parallel.triton_door import tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

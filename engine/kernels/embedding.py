@@ -8,7 +8,7 @@ Tried: nothing else yet.
 """
 
 import torch
-from penstock.engine.kernels.triton_door import require_triton, tl, triton
+from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

@@ -19,7 +19,7 @@ import torch
 from penstock.engine.kernels.border import find_border, value_of
 from penstock.engine.kernels.mass import mass, mass_scale, masses
 from penstock.engine.kernels.penalty import Penalised, load_score
-from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from penstock.engine.kernels.mass import mass, mass_scale, masses
 from penstock.engine.kernels.philox import WORD
-from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

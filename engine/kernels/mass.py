@@ -6,7 +6,7 @@ Shapes: R rows, V vocab.
 """
 
 import torch
-from penstock.engine.kernels.triton_door import tl, triton
+from penstock.parallel.triton_door import tl, triton
 from torch import Tensor
 
 

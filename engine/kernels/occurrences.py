@@ -4,7 +4,7 @@ Shapes: T tokens, S rows of the state, V vocab.
 """
 
 from penstock.engine.kernels.penalty import IN_PROMPT
-from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

@@ -13,7 +13,7 @@ import functools
 from typing import Any
 
 import torch
-from penstock.engine.kernels.triton_door import tl, triton
+from penstock.parallel.triton_door import tl, triton
 
 
 @functools.cache

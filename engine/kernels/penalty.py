@@ -11,7 +11,7 @@ in what was computed. (A sampled token that is computed may have it too: what co
 from typing import NamedTuple
 
 import torch
-from penstock.engine.kernels.triton_door import HAS_TRITON, tl, triton
+from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

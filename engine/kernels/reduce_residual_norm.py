@@ -11,8 +11,8 @@ shortens the push and adds an exchange of the sum of squares.
 
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.residual_norm import check_rows, load_weights, norm_row
-from penstock.engine.kernels.triton_door import tl, triton
 from penstock.parallel.push_reduce import WORD_BYTES, PeerBuffers, collect, fits_rows, flip, load_part, push, sum_parts
+from penstock.parallel.triton_door import tl, triton
 from torch import Tensor, int32
 
 calls = {"triton": 0}

@@ -11,7 +11,7 @@ Tried: nothing else yet.
 import torch
 import torch.nn.functional as F
 from penstock.engine.kernels.overlap import options, wait_for_inputs
-from penstock.engine.kernels.triton_door import require_triton, tl, triton
+from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}

@@ -13,12 +13,13 @@ from penstock.engine.config import EngineConfig
 from penstock.scheduler.batching.request import SamplingParams
 
 _DIGEST_BYTES = 16
-_FRAME = struct.Struct(f"<q16s{_DIGEST_BYTES}s984s")  # number, name, digest, refusal
+_FRAME = struct.Struct(f"<qq16s{_DIGEST_BYTES}s976s")  # number, argument, name, digest, refusal
 _CONFIG_BYTES = 4096
 # Fields that may differ between ranks: paths on their own hosts, and values that rank 0 sets for all.
 _OWN_FIELDS = {"model", "tokenizer", "device_profile", "link_gb_s", "max_num_seqs", "tensor_parallel_size"}
 
 MODEL = "what the files of the model say"
+MEASURE = "measure"  # the call that rank 0 makes for all: the others answer it whatever they wait for
 
 Asked = list[tuple[str | None, list[int], SamplingParams]]
 
@@ -26,22 +27,25 @@ Asked = list[tuple[str | None, list[int], SamplingParams]]
 @dataclass(frozen=True)
 class Call:
     """One rank's part in a call. `digest` is that of its prompts, empty for a rank that takes those of rank 0;
-    `refusal` is the message of the ValueError with which it refuses; `number` counts the rank's calls."""
+    `refusal` is the message of the ValueError with which it refuses; `number` counts the rank's calls; `argument` is
+    the number that a call takes."""
 
     name: str
     digest: bytes = b""
     refusal: str = ""
     number: int = 0
+    argument: int = 0
 
     def pack(self) -> bytes:
         """The call as bytes, as many on every rank; a refusal that is too long is cut."""
-        return _FRAME.pack(self.number, self.name.encode(), self.digest, self.refusal.encode(errors="replace"))
+        texts = self.name.encode(), self.digest, self.refusal.encode(errors="replace")
+        return _FRAME.pack(self.number, self.argument, *texts)
 
     @classmethod
     def unpack(cls, frame: bytes) -> Self:
-        number, *parts = _FRAME.unpack(frame)
+        number, argument, *parts = _FRAME.unpack(frame)
         name, digest, refusal = (part.rstrip(b"\0") for part in parts)
-        return cls(name.decode(), digest, refusal.decode(errors="ignore"), number)
+        return cls(name.decode(), digest, refusal.decode(errors="ignore"), number, argument)
 
 
 def digest(asked: Asked) -> bytes:

@@ -26,7 +26,7 @@ from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.planning.predictions import pass_work
 from penstock.engine.runtime.binding import bound_to, on_own_device
 from penstock.engine.runtime.build import Ingredients, Worker, build_worker
-from penstock.engine.runtime.calls import Call
+from penstock.engine.runtime.calls import MEASURE, Call
 from penstock.engine.runtime.pass_times import PassTimes
 from penstock.engine.runtime.probe import measure_engine
 from penstock.engine.runtime.protocol import Kind, Messages, Output
@@ -145,7 +145,7 @@ class Engine:
         the same on all ranks; empty if it can."""
         number = self.messages.count_call()
         if self.launch.rank == 0:
-            self.messages.say(Kind.CALL)
+            self.messages.say_call(call)
         elif self._await(Kind.CALL) is Kind.STOP:
             raise RuntimeError(f"call {number} ({call.name}): rank 0 has closed its LLM")
         return self.messages.exchange(call)
@@ -217,9 +217,9 @@ class Engine:
         if self.topology.rank > 0:
             return self._answer_measure()
         keeps = self.config.device_profile is not None
-        link_mib = KEEPS_RATES if keeps else -(-link_bytes // MIB)  # messages are int32
+        link_mib = KEEPS_RATES if keeps else -(-link_bytes // MIB)
         with self.together():
-            self.messages.say(Kind.MEASURE, link_mib)
+            self.messages.say_call(Call(MEASURE, argument=link_mib))
             self.rates = with_link(self._measure(link_mib), self.config.link_gb_s)
         self.plan = dataclasses.replace(self.plan, rates=self.rates)
 
@@ -231,8 +231,8 @@ class Engine:
     def _answer_measure(self) -> None:
         """Does the other ranks' part of `measure`, which only rank 0 begins."""
         with self.together():
-            kind = self._await(Kind.MEASURE)
-            refused = self.messages.exchange(Call("measure")) if kind is Kind.CALL else ""
+            kind = self._await(MEASURE)
+            refused = self.messages.exchange(Call(MEASURE)) if kind is Kind.CALL else ""
         if refused:
             raise ValueError(refused)
         if kind is Kind.STOP:
@@ -262,8 +262,9 @@ class Engine:
     def _own_transfers(self) -> dict:
         return {"rank": self.topology.rank} | self.worker.transfers()
 
-    def _await(self, awaited: Kind) -> Kind:
-        """Does what rank 0 says until that is `awaited`, STOP or CALL, and returns which; on the other ranks."""
+    def _await(self, awaited: Kind | str) -> Kind | str:
+        """Does what rank 0 says, measures too, until that is `awaited`, STOP or a call that all ranks make, and returns
+        which; on the other ranks."""
         runner = self.worker.runner
         while True:
             kind, told = self.messages.hear()
@@ -272,8 +273,9 @@ class Engine:
             passes_go_on = kind in (Kind.BATCH, Kind.ANNOUNCED, Kind.RUN)
             while len(runner.under_way) > (self.lookahead if passes_go_on else 0):
                 runner.collect()
-            if kind is Kind.MEASURE:
-                self._measure(told)
+            if kind is Kind.CALL and told.name == MEASURE:
+                self._measure(told.argument)
+                kind = MEASURE
             self.stopped |= kind is Kind.STOP
             if kind in (awaited, Kind.STOP, Kind.CALL):
                 return kind

@@ -1,11 +1,11 @@
 """Describes what ranks say to each other while an engine runs. Rank 0 decides and says it, the others hear it and do
 the same.
 
-    rank 0   BATCH b       ANNOUNCED b  RUN      MEASURE n   OUTPUTS, outputs | transfers      STOP
-    others   run b         keep b       run it   measure     return them      | send theirs    leave
+    rank 0   BATCH b       ANNOUNCED b  RUN      CALL c         OUTPUTS, outputs | transfers      STOP
+    others   run b         keep b       run it   join in it     return them      | send theirs    leave
 
 Under torchrun every rank makes the calls of LLM. They are numbered: rank 0 says CALL, then all say what they were given
-(calls.py), and no rank runs a call that one of them refuses.
+(calls.py), and no rank runs a call that one of them refuses. Only a measurement is rank 0's word alone.
 
 Messages are packed int32, or JSON bytes; never pickle. That of a pass holds what changed in its rows.
 One rank alone says nothing, and packs nothing.
@@ -13,6 +13,7 @@ One rank alone says nothing, and packs nothing.
 
 import dataclasses
 import json
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, Protocol
@@ -30,9 +31,8 @@ class Kind(IntEnum):
     ANNOUNCED = 2
     RUN = 3
     OUTPUTS = 4
-    MEASURE = 5
-    STOP = 6
-    CALL = 7
+    STOP = 5
+    CALL = 6
 
 
 class Output(Protocol):
@@ -55,10 +55,15 @@ class Messages:
         self.num_calls += 1
         return self.num_calls
 
-    def say(self, kind: Kind, value: int | None = None) -> None:
+    def say(self, kind: Kind) -> None:
         """Says something of this kind; on rank 0."""
         if self.collectives.size > 1:
-            self.collectives.broadcast_ints([kind] if value is None else [kind, value])
+            self.collectives.broadcast_ints([kind])
+
+    def say_call(self, call: Call) -> None:
+        """Says which call rank 0 makes; on rank 0."""
+        if self.collectives.size > 1:
+            self.collectives.broadcast_ints([Kind.CALL, *array("i", call.pack())])
 
     def say_batch(self, kind: Kind, batch: Batch) -> None:
         """Says what a pass computes: BATCH, which runs now, or ANNOUNCED, which may follow; on rank 0."""
@@ -72,14 +77,15 @@ class Messages:
             self.collectives.broadcast_ints([Kind.RUN])
             self._note(Kind.RUN, self._announced)
 
-    def hear(self) -> tuple[Kind, Batch | int | None]:
-        """Hears what rank 0 says next, and with BATCH and RUN the pass that runs; on the other ranks."""
+    def hear(self) -> tuple[Kind, Batch | Call | None]:
+        """Hears what rank 0 says next: with BATCH and RUN the pass that runs, with CALL the call; on the other
+        ranks."""
         kind, *message = self.collectives.broadcast_ints(None)
         if kind in (Kind.BATCH, Kind.ANNOUNCED, Kind.RUN):
             batch = self._announced if kind == Kind.RUN else self._rows.unpack(message)
             self._note(kind, batch)
             return Kind(kind), batch
-        return Kind(kind), message[0] if message else None
+        return Kind(kind), Call.unpack(array("i", message).tobytes()) if kind == Kind.CALL else None
 
     def _note(self, kind: Kind, batch: Batch) -> None:
         """Keeps a pass that may follow. One that runs changes what later messages build on."""

@@ -133,11 +133,11 @@ def check_greedy(models, variant: str, schedule: Schedule, num_tokens: int, **op
     check(model, schedule, PROMPT, output, num_tokens)
 
 
-@pytest.mark.parametrize(
-    "num_tokens, tp_size, resident", [(3000, 1, "all"), (2000, 2, "none")], ids=["tp1-all", "tp2-none"]
-)
-def test_thousands_of_tokens(models, num_tokens, tp_size, resident):
-    check_greedy(models, "llama_gqa", USUAL, num_tokens, tensor_parallel_size=tp_size, resident=resident)
+@pytest.mark.parametrize("num_tokens, tp_size", [(3000, 1), (500, 2)], ids=["tp1", "tp2"])
+def test_many_times_what_is_held(models, num_tokens, tp_size):
+    """Generates thousands of tokens. Two ranks differ from one only in sums, which are many in every token: for them
+    some thirty evictions are enough, behind which nothing but the tokens changes."""
+    check_greedy(models, "llama_gqa", USUAL, num_tokens, tensor_parallel_size=tp_size, resident="none")
 
 
 @pytest.mark.gpu

@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -95,14 +93,6 @@ def test_a_connection_that_ends_without_a_word(ranks, victim):
     others = [rank for rank in range(3) if rank != victim]
     until(lambda: all(three.heard[rank] for rank in others))
     assert all(three.causes()[rank] == [(victim, ENDED)] for rank in others)
-
-
-@pytest.fixture
-def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def test_a_stopped_process_is_told_from_one_that_works(ranks, sleeper, monkeypatch):

@@ -1,8 +1,6 @@
 """Ranks that are stopped before any hears another: found by who knows their processes, with time made short."""
 
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,14 +13,6 @@ from penstock.parallel.pulse import STOPPED_S
 from penstock.parallel.rendezvous import Meeting, meet
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture

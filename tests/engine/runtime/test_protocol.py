@@ -4,6 +4,8 @@ nobody."""
 import random
 from collections import deque
 
+import pytest
+from penstock.engine.runtime.calls import MEASURE, Call
 from penstock.engine.runtime.protocol import Kind, Messages
 from penstock.parallel.collectives import Solo
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -59,6 +61,15 @@ def test_a_row_that_decodes_costs_two_numbers():
     assert pipe.num_ints - before <= 16 * (256 * 2 + 3) + 256 * 3
 
 
+@pytest.mark.parametrize(
+    "call", [Call("generate", b"12\1", number=3), Call(MEASURE, argument=-1), Call("", refusal="é")]
+)
+def test_a_call_is_heard_as_it_was_said(call):
+    pipe = Pipe()
+    Messages(pipe).say_call(call)
+    assert Messages(pipe).hear() == (Kind.CALL, call)
+
+
 class Untouched:
     """A thing that a single rank must neither pack nor turn into JSON."""
 
@@ -71,4 +82,5 @@ def test_one_rank_packs_nothing():
     messages.say_batch(Kind.BATCH, Untouched())
     messages.say_batch(Kind.ANNOUNCED, Untouched())
     messages.say_run()
+    messages.say_call(Untouched())
     assert messages.give_outputs([Untouched()], {"rank": 0}) == [{"rank": 0}]

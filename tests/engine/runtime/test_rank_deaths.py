@@ -19,6 +19,7 @@ from tests.support.rank_deaths import Case
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(200)]
 HANG_S = 60.0
+AT_ONCE = 3
 SCRIPT = Path(__file__).parents[2] / "support" / "rank_deaths.py"
 LAUNCHERS, FAULTS, TIMES = (
     ("self", "torchrun"),
@@ -60,28 +61,51 @@ def marked(case: Case):
     return pytest.param(case, id=case.name, marks=[pytest.mark.alone] if case.name in IN_CI else [])
 
 
-@pytest.fixture
-def start(tmp_path):
-    running = []
+class Deaths:
+    """The runs of the selected cases, in their order. AT_ONCE of them go on together: they wait most of the time, and
+    nothing is held here that a busy machine changes."""
 
-    def start(case: Case) -> Command:
-        told = json.dumps({"case": asdict(case), "folder": str(tmp_path)})
+    def __init__(self, folder: Path, selected: list[Case]):
+        self.folder, self.selected, self.running = folder, selected, {}
+
+    def get(self, case: Case) -> Command:
+        """The run of a case; the next ones are started too."""
+        first = self.selected.index(case)
+        for one in self.selected[first : first + AT_ONCE]:
+            if one not in self.running:
+                self.running[one] = self._start(one)
+        return self.running[case]
+
+    def _start(self, case: Case) -> Command:
+        folder = self.folder / case.name
+        folder.mkdir()
+        told = json.dumps({"case": asdict(case), "folder": str(folder)})
         launcher = (*TORCHRUN[:-1], str(case.num_ranks)) if case.launcher == "torchrun" else ()
-        running.append(Command(tmp_path, SCRIPT, told, launcher=launcher, program=(), **case.faults()))
-        return running[-1]
+        return Command(folder, SCRIPT, told, launcher=launcher, program=(), **case.faults())
 
-    yield start
-    for one in running:
-        one.kill()
+
+@pytest.fixture(scope="module")
+def deaths(request, tmp_path_factory):
+    params = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    selected = [case for case in params if isinstance(case, Case)]
+    deaths = Deaths(tmp_path_factory.mktemp("deaths"), selected)
+    yield deaths
+    for run in deaths.running.values():
+        run.kill()
+
+
+@pytest.fixture
+def run(deaths, case):
+    yield deaths.get(case)
+    deaths.running[case].kill()
 
 
 @pytest.mark.parametrize("case", [*map(marked, CASES)])
-def test_every_other_rank_ends_or_says_why(start, tmp_path, case):
-    run = start(case)
-    wait_until(lambda: (tmp_path / "failed_at").exists(), HANG_S, run)
-    ranks = {int((tmp_path / f"rank_of{pid}").read_text()): pid for pid in run.pids()}
+def test_every_other_rank_ends_or_says_why(run, case):
+    wait_until(lambda: (run.folder / "failed_at").exists(), HANG_S, run)
+    ranks = {int((run.folder / f"rank_of{pid}").read_text()): pid for pid in run.pids()}
     for rank in case.others:
-        assert_ends_or_says_why(case, rank, ranks[rank], tmp_path / f"answer{rank}.json", run)
+        assert_ends_or_says_why(case, rank, ranks[rank], run.folder / f"answer{rank}.json", run)
     if case.launcher == "self" and case.victim > 0:
         assert not is_alive(ranks[case.victim])
 

@@ -1,6 +1,7 @@
-"""The import of Triton, `triton` and `tl`, for every kernel file (parallel/push_reduce.py, which imports nothing of the
-engine, has its own). A CPU install has no Triton. There stand-ins
-replace both, so that the files can be imported and their references run, and whatever would launch a kernel is refused.
+"""The import of Triton, `triton` and `tl`, for every kernel file: the one beside it and the engine's.
+
+A CPU install has no Triton. There stand-ins replace both, so that the files can be imported and their references run,
+and whatever would launch a kernel is refused.
 
 A kernel resolves names among the globals of its own module, so each file imports both by these very names.
 """
