@@ -66,10 +66,11 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
     num_kv_heads = cache.keys.shape[1]
     q, own_k, own_v = _split_heads(heads, num_kv_heads)
     if isinstance(context, PagedContext):
-        attend_paged_(q, cache, context, window)
+        attend_paged(q, cache, context, window, q)
         return
-    if context.paged is not None:
-        attend_paged_(q[: len(context.paged.lengths)], cache, context.paged, window)
+    among_rows = context.starting is not None and context.starting.among_rows
+    single = None if context.paged is None else q[: len(context.paged.lengths)]
+    queries = single.clone() if among_rows and single is not None else single  # which the chunks overwrite
     for part in context.continuing:
         calls["gathered"] += 1
         attend_chunks_(q[part.chunks.tokens], *gather(cache, part.addresses, part.positions), part.chunks, window)
@@ -77,18 +78,21 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
         calls["own"] += 1
         tokens = context.starting.tokens
         attend_chunks_(q[tokens], own_k[tokens], own_v[tokens], context.starting, window)
+    if context.paged is not None:
+        attend_paged(queries, cache, context.paged, window, single)
     for tokens in context.whole:
         calls["whole"] += 1
         q[tokens] = attend_whole(heads[tokens], num_kv_heads)
 
 
-def attend_paged_(q: Tensor, cache: CachedLayer, context: PagedContext, window: int | None) -> None:
-    """Overwrites q (R, H, E), one token a row, with its attention over the row's pages."""
+def attend_paged(q: Tensor, cache: CachedLayer, context: PagedContext, window: int | None, out: Tensor) -> None:
+    """Computes out (R, H, E), which may be q, the attention of q (R, H, E), one token a row, over the row's pages; of
+    padded rows `out` keeps what it has."""
     calls["paged"] += 1
-    scale, rows = q.shape[-1] ** -0.5, q[:, None]  # (R, 1, H, E)
+    scale = q.shape[-1] ** -0.5
     pages = (cache.keys, cache.values, context.page_table, context.lengths)
     where = {"margin": cache.margin, "key_rope": cache.key_rope}
-    decode_attention(rows, *pages, rows, scale, window, cache.page_size, context.work, **where)
+    decode_attention(q[:, None], *pages, out[:, None], scale, window, cache.page_size, context.work, **where)
 
 
 def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,16 +105,13 @@ def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Te
 
 
 def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None) -> None:
-    """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E)."""
+    """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E). Tokens
+    that are in no chunk have no meaning afterwards."""
     scale = q.shape[-1] ** -0.5
     if _has_varlen(q.device, q.dtype):
         window_size = (-1 if window is None else window - 1, 0)
         bounds = (chunks.query_starts, chunks.context_starts, chunks.max_queries, chunks.max_context)
-        attended = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED)
-        if chunks.is_own is None:
-            q.copy_(attended)
-        else:
-            torch.where(chunks.is_own[:, None, None], attended, q, out=q)
+        q.copy_(varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED))
         return
     for row in chunks.ranges:
         _attend_row_(q, k, v, row, scale, window)

@@ -74,7 +74,6 @@ class Staging:
         self.columns = tuple(ints(most_tokens) for _ in range(4))  # tokens, positions, addresses, the sampler's rows
         self.sampled_positions, self.lengths = ints(max_num_seqs), ints(max_num_seqs, dtype=torch.int32)
         self.query_starts = ints(max_num_seqs + 1, dtype=torch.int32)
-        self.order, self.is_own = torch.arange(most_tokens, device=device), ints(most_tokens, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,7 @@ class Bucket:
 
     def _starting(self) -> Chunks:
         num_tokens, starts = self.size.num_tokens, self.staging.query_starts[: self.size.num_starting + 1]
-        is_own = self.staging.is_own[:num_tokens]
-        return Chunks(0, num_tokens, starts, starts, num_tokens, num_tokens, self.ranges, is_own)
+        return Chunks(0, num_tokens, starts, starts, num_tokens, num_tokens, self.ranges, among_rows=True)
 
     def load(self, batch: Batch) -> None:
         """Sends a batch to the device, whose rows fit and are of one token or start."""
@@ -184,7 +182,6 @@ class Bucket:
             for column, sent in zip(staging.columns, self.sent.columns):
                 column[: size.num_tokens].copy_(sent)
             staging.query_starts[: size.num_starting + 1].copy_(self.sent.starts)
-            torch.ge(staging.order[: size.num_tokens], self.sent.starts[0], out=staging.is_own[: size.num_tokens])
         if size.num_single:
             table, last_tokens = staging.table[: size.num_single], self.sampler.last_tokens
             keeps_padding = size.num_starting > 0

@@ -12,7 +12,7 @@ from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 
 SMALL_STEP, SMALL, STEP = 64, 512, 128  # passes with prompts have multiples of a step, of the small one up to SMALL
 LEAST_HALF_WAY = 32  # rows: below, a linear takes as long as for one
-MOST_STARTING = 128  # prompts that start in such a pass: for so many sampled rows the head takes no longer than for one
+MOST_STARTING = 32  # prompts in such a pass: attention launches programs for each, as if all had all of its tokens
 
 
 class BucketSize(NamedTuple):

@@ -8,7 +8,7 @@ G KV heads as they cross (K, or H where they were repeated).
 from collections.abc import Sequence
 
 import torch
-from penstock.engine.compute.attention import attend_chunks_, attend_paged_
+from penstock.engine.compute.attention import attend_chunks_, attend_paged
 from penstock.engine.compute.inputs import CachedLayer, Chunks, PagedContext, RowRange
 from penstock.engine.compute.ops import project
 from penstock.engine.config import EngineConfig
@@ -69,7 +69,7 @@ class DeviceSide:
         """Causal attention (T, H, E) of q (T, H, E), the last T of C tokens, over k and v (C, G, E)."""
         out, window = q.clone(), self.spec.windows[layer_idx]
         if len(q) == 1:  # as the engine computes rows of one token
-            attend_paged_(out, CachedLayer(k, v, page_size=len(k)), _one_page(len(k)), window)
+            attend_paged(out, CachedLayer(k, v, page_size=len(k)), _one_page(len(k)), window, out)
         else:
             attend_chunks_(out, k, v, _one_row(len(q), len(k)), window)
         return out
