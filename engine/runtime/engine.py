@@ -157,7 +157,8 @@ class Engine:
     @property
     def lookahead(self) -> int:
         """The number of passes that may be under way when one more is prepared. (On a CPU a submitted pass has run.)"""
-        return 1 if self.device.type == "cuda" else 0
+        given = self.config.debug.lookahead
+        return int(self.device.type == "cuda") if given is None else given
 
     @property
     def must_wait(self) -> bool:

@@ -5,13 +5,13 @@ import threading
 import pytest
 from penstock.engine.loop import Event
 from penstock.engine.output import Sequence
-from penstock.engine.runtime.engine import Engine
 from penstock.engine.text.tokenizer import Tokenizer
 
 from penstock import LLM, SamplingParams
 from tests.support.watches import Around, BeginPass
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+PREPARED = {"resident": "none", "debug": {"lookahead": 1}}  # as where weights stream to a GPU
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["Return the", "def", "class", "import"]
 
@@ -157,8 +157,7 @@ def test_an_error_in_a_pass_ends_all_and_leaves_the_loop_usable(llm, alone, sequ
 
 def test_an_abort_counts_for_the_pass_that_is_announced(monkeypatch):
     """It comes while the pass before is under way: the announced one, which nobody needs any more, never runs."""
-    monkeypatch.setattr(Engine, "lookahead", 1)
-    with LLM("demo", **OPTIONS, resident="none") as llm:
+    with LLM("demo", **OPTIONS, **PREPARED) as llm:
         (sequence,), collect, runs = llm.sequences(PROMPTS[0], PARAMS), llm.engine.collect, []
 
         def abort_and_collect():
@@ -174,8 +173,7 @@ def test_an_abort_counts_for_the_pass_that_is_announced(monkeypatch):
 
 def test_an_arrival_enters_the_pass_that_was_announced(monkeypatch, alone):
     """It comes while the pass before is under way: the announced one is withdrawn, and one of both runs."""
-    monkeypatch.setattr(Engine, "lookahead", 1)
-    with LLM("demo", **OPTIONS, resident="none") as llm:
+    with LLM("demo", **OPTIONS, **PREPARED) as llm:
         (first,), (late,) = (llm.sequences(prompt, PARAMS) for prompt in PROMPTS[:2])
         collect, num_rows = llm.engine.collect, []
 

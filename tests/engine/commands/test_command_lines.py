@@ -55,6 +55,7 @@ BOUNDS = {
     "page_size": ("0", "1099511627776"),
     "num_pages": ("0", "2147483648"),
     "seed": ("18446744073709551616",),
+    "lookahead": ("-1", "2"),
     "watch": ("nowhere", ":Watch"),
     "page_order_seed": ("-9223372036854775809",),
     "gpu_memory_utilization": ("0", "1.01"),
