@@ -19,7 +19,7 @@ import pytest
 from penstock.engine.commands import cli
 from penstock.engine.config import parse_resident
 from penstock.engine.planning.find_model import find_model
-from penstock.engine.runtime import engine as engine_module
+from penstock.engine.runtime import start_engine
 from penstock.engine.user_files import MAX_JSON_BYTES
 from penstock.parallel.launch import Launch
 from penstock.scheduler.cost.time_model import PROFILES
@@ -252,7 +252,7 @@ def nothing_begins(monkeypatch, tmp_path):
     def begin(*_, **__) -> None:
         pytest.fail("something was allocated, launched or measured before the mistake was found")
 
-    monkeypatch.setattr(engine_module, "connect", begin)
+    monkeypatch.setattr(start_engine, "connect", begin)
     monkeypatch.setattr("penstock.parallel.group.connect", begin)
     monkeypatch.setattr(Launch, "start", begin)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
