@@ -55,7 +55,7 @@ class Company:
         self.batches: list[Batch] = []
 
     def come_and_go(self) -> None:
-        for _ in range(self.rng.choice([0, 0, 0, 1, 2])):
+        for _ in range(self.rng.choice([0, 0, 1, 2, 3])):
             if len(self.sequences) < len(self.asked):
                 self.add(len(self.sequences), *self.asked[len(self.sequences)])
         for number in range(4, len(self.sequences), 5):
@@ -99,7 +99,7 @@ def run_in_company(llm: LLM, seed: int) -> Company:
 
 
 def test_a_request_in_any_company_is_itself_alone(llm):
-    companies = [run_in_company(llm, seed) for seed in range(2)]
+    companies = [run_in_company(llm, seed) for seed in (1, 3)]
     batches = [batch for company in companies for batch in company.batches]
     assert any({row.kind for row in batch.rows} == set(RowKind) for batch in batches), "no pass had rows of every kind"
     assert any(is_short_prompt(batch) for batch in batches)
@@ -111,7 +111,7 @@ def test_a_request_in_any_company_is_itself_alone(llm):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", range(2, 42))
+@pytest.mark.parametrize("seed", range(4, 44))
 def test_a_request_in_any_company_is_itself_alone_soak(llm, seed):
     run_in_company(llm, seed)
 
