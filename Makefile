@@ -1,6 +1,6 @@
 # make demo: install what is needed and run the main job on the embedded model.
 # make test: install the test extra as well and run linter and suite.
-# make soak: every way and time for a rank to die, which takes minutes.
+# make soak: every way and time for a rank to die, and many more cases of one kind, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

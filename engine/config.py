@@ -108,6 +108,9 @@ class DebugConfig:
     poison: bool = _option(False, "fill freed slots with NaN so that a broken contract is loud")
     page_order_seed: int | None = _option(None, "hand out KV pages in this shuffled order", type=int)
     as_on_gpu: bool = _option(False, "CPU only: fuse steps and pad decode passes as on a GPU")
+    lookahead: int | None = _option(
+        None, "passes under way when one more is prepared, 0 or 1 (default: 1 on a GPU, 0 on a CPU)", type=int
+    )
     watch: str | None = _option(None, "module:Class of a Watch that sees every pass on every rank")
 
     def __post_init__(self):
@@ -115,6 +118,8 @@ class DebugConfig:
         _check_seed("page_order_seed", self.page_order_seed)
         if self.watch is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.watch):
             raise ValueError(f"watch={show_value(self.watch)}: expected module:Class")
+        if self.lookahead not in (None, 0, 1):
+            raise ValueError(f"lookahead={show_value(self.lookahead)}: expected 0 or 1")
         _check_choices(self)
 
     @classmethod

@@ -19,6 +19,7 @@ from penstock.engine.planning.engine_plan import longest_sequence
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.calls import Call, digest
 from penstock.engine.runtime.engine import LINK_BYTES, Engine
+from penstock.engine.runtime.start_engine import start_engine
 from penstock.engine.text.prompts import Asked, Prompt, PromptReader
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.turns import Turns, in_turn
@@ -203,7 +204,7 @@ class LLM:
             return load_tokenizer(self.config)
 
     def _start(self) -> Engine:
-        return Engine(self.config, self._launch)
+        return start_engine(self.config, self._launch)
 
     def _check_open(self) -> None:
         if self.engine is None:

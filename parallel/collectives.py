@@ -148,10 +148,10 @@ class Distributed:
 
     uses_gpus = False
 
-    def __init__(self, timeout_s: float):
+    def __init__(self, timeout_s: float, connections: Connections):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.ledger = TransferLedger()
-        self.connections = Connections()
+        self.connections = connections
         self.abort_word = torch.zeros(1, dtype=torch.int32, pin_memory=self.uses_gpus)
         self._timeout = timedelta(seconds=timeout_s)
         self._broken = self._stopped = False

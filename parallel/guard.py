@@ -27,17 +27,19 @@ _POLL_S = 0.05
 
 
 class Guard:
-    """The guard of one launch. `failure` is set once, by any thread."""
+    """The guard of one launch. `failure` is set once, by any thread. Where no thread is inside it is shown after
+    `show_after_s`, since a launcher may report it first."""
 
-    def __init__(self):
+    def __init__(self, show_after_s: float = 0.0):
         self.failure: RankFailed | None = None
-        self.show_after_s = 0.0  # where no thread is inside, since a launcher may report the failure first
         self._known = threading.Event()
         self._actions: list[Callable[[], None]] = []
         self._inside: set[int] = set()  # identifiers of threads
+        self._interrupted: set[int] = set()  # those of them that get an exception, or had it
         self._lock = threading.Lock()
         self._told = False  # a caller has the failure, and raises it
         self._shown = self._closed = False
+        self._show_after_s = show_after_s
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -114,7 +116,7 @@ class Guard:
             self._end_process(EXIT_S)
 
     def _show_late(self) -> None:
-        time.sleep(self.show_after_s)
+        time.sleep(self._show_after_s)
         if not self._told:
             self.show(self.failure)
 
@@ -133,15 +135,31 @@ class Guard:
     def _interrupt(self) -> None:
         with self._lock:
             for thread in list(self._inside):
+                self._interrupted.add(thread)
                 _raise_in(thread, PeerLost)
 
     def _come_out(self, thread: int) -> None:
         with self._lock:
             self._inside.discard(thread)
-            _raise_in(thread, None)  # takes back an interrupt that has not been raised yet
+            was_interrupted = thread in self._interrupted
+            self._interrupted.discard(thread)
+        if was_interrupted:
+            _drop_interrupt(thread)
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raises `error` in another thread when that next runs Python; None takes back an error not raised yet."""
-    which = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), which)
+class _Dropped(BaseException):
+    """Stands in for an interrupt that nobody needs any more."""
+
+
+def _raise_in(thread: int, error: type[BaseException]) -> None:
+    """Raises `error` in a thread when that next runs Python, in place of one that has not been raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+
+
+def _drop_interrupt(thread: int) -> None:
+    """Takes back what this thread has not raised yet, by an exception that ends here. (Taken back by NULL, it would
+    leave CPython 3.11 to look for it at every call, and a call that is traced or profiled would never begin.)"""
+    with contextlib.suppress(_Dropped):
+        _raise_in(thread, _Dropped)
+        while True:
+            time.sleep(0)

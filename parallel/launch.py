@@ -65,13 +65,11 @@ class Launch:
     store: object | None = field(default=None, repr=False, compare=False)
     _failed: bool = field(default=False, repr=False, compare=False)
     _pulse: Pulse | None = field(default=None, repr=False, compare=False)
-    _guard: Guard = field(default_factory=Guard, repr=False, compare=False)
 
     def __post_init__(self):
+        self._guard = Guard(LAUNCHER_WAIT_S if self.kind == "torchrun" else 0.0)
         self._children = Children(self._guard.fail)
         self.on_failure(self._children.kill)
-        if self.kind == "torchrun":
-            self._guard.show_after_s = LAUNCHER_WAIT_S
 
     def start(self, message: str, command: tuple[str, ...] | list[str] = WORKER_COMMAND) -> None:
         """Starts the other ranks of a self-launch, each with `message` (one line) on its stdin.

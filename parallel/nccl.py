@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from penstock.parallel.collectives import Distributed
+from penstock.parallel.connections import Connections
 
 # torch 2.13 warns about the older name, and 2.11 has only that.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -17,8 +18,8 @@ class Nccl(Distributed):
 
     uses_gpus = True
 
-    def __init__(self, timeout_s: float):
-        super().__init__(timeout_s)
+    def __init__(self, timeout_s: float, connections: Connections):
+        super().__init__(timeout_s, connections)
         self._graph_group = dist.new_group(backend="nccl", timeout=self._timeout)
         self._warms_up = False
 

@@ -130,11 +130,10 @@ def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) ->
             timeout=timedelta(seconds=timeout_s),
             device_id=device,
         )
-        collectives = kind(timeout_s)
+        collectives = kind(timeout_s, connections)
     ports = meeting.tell("ports", connections.ports())
     theirs = {(there, here) for rank, ends in enumerate(ports) if rank != launch.rank for here, there in ends}
     connections.keep(theirs.__contains__)
-    collectives.connections = connections
     launch.on_failure(collectives.stop)
     return collectives
 

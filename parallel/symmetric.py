@@ -10,6 +10,7 @@ between runs, and ranks that choose differently hang. Multicast (NVLS) is not us
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
+from penstock.parallel.connections import Connections
 from penstock.parallel.nccl import Nccl
 from penstock.parallel.push_reduce import (
     EMPTY,
@@ -31,8 +32,8 @@ UNIT_BYTES = 16  # of a two-shot sum on each rank: other sizes go through NCCL
 class Symmetric(Nccl):
     """Nccl, except that sums of at most LARGEST_BYTES go through symmetric memory."""
 
-    def __init__(self, timeout_s: float):
-        super().__init__(timeout_s)
+    def __init__(self, timeout_s: float, connections: Connections):
+        super().__init__(timeout_s, connections)
         self.num_symmetric = 0  # sums through symmetric memory, without those of replays
         self._name = dist.group.WORLD.group_name
         self._device = torch.device("cuda", torch.cuda.current_device())

@@ -82,7 +82,7 @@ NOBODY_IMPORTS = ("scripts", "tests", "engine.commands", "penstock")
 # A late import needs a reason: the parent is watched before torch comes in; torch only where a report measures;
 # transformers only where it is compared; safetensors only where a checkpoint is written.
 LATE_IMPORTS = {
-    "engine.commands.worker": {"engine.runtime.engine", "parallel.launch"},
+    "engine.commands.worker": {"engine.runtime.start_engine", "parallel.launch"},
     "engine.commands.probe": {"engine.runtime.probe", "parallel.group"},
     "engine.commands.split_device": {"engine.split.channel"},
     "scripts.research.transfer_report": {"engine.split.llm"},

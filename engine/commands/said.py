@@ -11,7 +11,7 @@ from penstock.engine.output import RequestOutput
 from penstock.engine.planning.device_profile import ranks
 from penstock.engine.planning.predictions import most_seqs
 from penstock.engine.streams import visible
-from penstock.scheduler.cost.time_model import Rates, predict_pass
+from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.residency.demand import KV_LEN
 from penstock.scheduler.units import GIB, MIB, gb_s, show_bytes, show_time
 
@@ -54,9 +54,8 @@ def say_after(llm: LLM, outputs: list[RequestOutput], elapsed_s: float, verbose:
 def _share_of_bound(llm: LLM) -> str:
     """The share that the passes reached of the bound that the time model gives each of them."""
     engine, bounds = llm.engine, Counter()
-    for shape, _, _ in engine.times.passes:
-        time = predict_pass(engine.work, shape, engine.rates)
-        bounds[time.bound] += time.bound_s
+    for _, _, predicted in engine.times.passes:
+        bounds[predicted.bound] += predicted.bound_s
     ((bound, _),) = bounds.most_common(1)
     return f"{bounds.total() / engine.times.measured_s:.2f} of the {bound} bound at the {_kind(engine.rates)} rates"
 

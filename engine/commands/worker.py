@@ -13,8 +13,8 @@ def add_arguments(groups) -> None:
 
 def run(args, config: EngineConfig) -> int:
     message = exit_with_parent()
-    from penstock.engine.runtime.engine import Engine  # imports torch: the parent is watched before that
+    from penstock.engine.runtime.start_engine import start_engine  # imports torch: the parent is watched before that
     from penstock.parallel.launch import resolve_launch
 
-    Engine(EngineConfig(**json.loads(message)), resolve_launch()).serve()
+    start_engine(EngineConfig(**json.loads(message)), resolve_launch()).serve()
     return 0

@@ -1,4 +1,4 @@
-"""An Engine is one rank from its launch to its end. On rank 0 it also tells the other ranks what to do.
+"""An Engine is one running rank (start_engine.py makes it). On rank 0 it also tells the other ranks what to do.
 
     rank 0   submit(batch): says it and enqueues it    collect(): waits for its tokens    finish(outputs)   close()
     others   follow(): runs the batches that arrive, and returns the outputs of `finish`, or None after `close`
@@ -13,111 +13,64 @@ Rank 0 decides and the others have no scheduler. What they say to each other is 
 import atexit
 import contextlib
 import dataclasses
-import json
-import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.planning.predictions import pass_work
-from penstock.engine.runtime.binding import bound_to, on_own_device
-from penstock.engine.runtime.build import Ingredients, Worker, build_worker
+from penstock.engine.runtime.binding import on_own_device
+from penstock.engine.runtime.build import Worker
 from penstock.engine.runtime.calls import MEASURE, Call
 from penstock.engine.runtime.pass_times import PassTimes
 from penstock.engine.runtime.probe import measure_engine
 from penstock.engine.runtime.protocol import Kind, Messages, Output
-from penstock.engine.runtime.start import Start
 from penstock.engine.runtime.trace import Trace, join_traces
-from penstock.engine.runtime.watch import Watch, Watches, load_watch
-from penstock.engine.user_files import check_output
-from penstock.engine.weights.blocks import WeightSource
+from penstock.engine.runtime.watch import Watch, Watches
+from penstock.parallel.collectives import Collectives
 from penstock.parallel.launch import Launch
 from penstock.parallel.ledger import TransferLedger
-from penstock.parallel.rendezvous import connect
-from penstock.parallel.topology import bind_to_numa
+from penstock.parallel.topology import Topology
 from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.cost.time_model import Rates, with_link
-from penstock.scheduler.residency.compression_choice import CompressionDoesNotPay
 from penstock.scheduler.units import MIB
 
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
 KEEPS_RATES = -1  # said instead of MiB of the link: nothing is to be measured
-Build = Callable[[Ingredients, WeightSource], Worker]
 
 
 class Engine:
-    """One running rank; `build` makes what it computes with. Raises ValueError for a user's mistakes, before anything
-    is allocated or launched."""
+    """One running rank, of what start_engine.py has made. It takes over `undo`, which frees that and leaves the other
+    ranks, in an order that cannot hang. `planned_at_s`: when all ranks had their plan, by time.perf_counter."""
 
-    def __init__(self, config: EngineConfig, launch: Launch, build: Build = build_worker):
-        self.config, self.launch = config, launch
-        self.collectives = self.worker = None
-        self.failed = False
-        try:
-            with launch.guard():
-                refused = self._start(build)
-        except BaseException:
-            self.failed = True
-            self.close()
-            raise
-        if refused:
-            self.close()
-            raise ValueError(refused)
-        atexit.register(self.close)  # registered after the collectives' handler, so it runs before that one
-        self.messages = Messages(self.collectives)
-        self.stopped = False  # whether rank 0 has said STOP
+    def __init__(
+        self,
+        config: EngineConfig,
+        launch: Launch,
+        topology: Topology,
+        collectives: Collectives,
+        watches: Watches,
+        trace: Trace | None,
+        worker: Worker,
+        eos_token_ids: tuple[int, ...],
+        planned_at_s: float,
+        undo: contextlib.ExitStack,
+    ):
+        self.config, self.launch, self.topology, self.collectives = config, launch, topology, collectives
+        self.watches, self.trace, self.worker = watches, trace, worker
+        self.eos_token_ids, self.planned_at_s = eos_token_ids, planned_at_s
+        self.plan: EnginePlan = worker.plan
+        self.work, self.rates = pass_work(self.plan), self.plan.rates
+        self.messages = Messages(collectives)
         self.times = PassTimes()
         self.transfers: list[dict] = []
-        self.work, self.rates = pass_work(self.plan), self.plan.rates
         self.submitted: deque[Batch] = deque()  # passes under way
-
-    def _start(self, build: Build) -> str:
-        """Starts this rank. Returns why ranks cannot run together, the same on all; empty if they can."""
-        with contextlib.closing(Start(self.config, self.launch)) as start:
-            self.topology = start.topology
-            with bound_to(self.device):
-                return self._load(build, start)
-
-    def _load(self, build: Build, start: Start) -> str:
-        """Meets the other ranks and loads; returns what _start does."""
-        launch = self.launch
-        if launch.rank == 0:
-            start.prepare()
-        if launch.rank == 0 and self.config.trace:
-            check_output("--trace", self.config.trace)
-        self.trace = Trace(self.device) if self.config.trace else None
-        own_watch = None if self.config.debug.watch is None else load_watch(self.config.debug.watch)
-        self.watches = Watches(*filter(None, [self.trace, own_watch]))
-        if launch.rank == 0:
-            launch.start(json.dumps(self.config.to_dict()))
-        self.collectives = connect(self.topology, launch)
-        if refused := start.agree(self.collectives):
-            return refused
-        self.config, self.eos_token_ids = start.config, start.files.eos_token_ids
-        self.planned_at_s = time.perf_counter()
-        bind_to_numa(self.topology)
-        self.worker = self._build(build, start)
-        self.plan: EnginePlan = self.worker.plan
-        self.collectives.barrier()
-        return ""
-
-    def _build(self, build: Build, start: Start) -> Worker:
-        """Loads and builds; a second time, plain, where the weights turn out not to be worth compressing."""
-
-        def ingredients() -> Ingredients:
-            return Ingredients(self.config, start.plan, self.topology, self.collectives, self.watches)
-
-        try:
-            return build(ingredients(), start.source)
-        except CompressionDoesNotPay as error:  # on all ranks alike
-            if self.launch.rank == 0:
-                warnings.warn(f"{error}; loading them again, plain", stacklevel=2)
-            start.plan_plain(self.collectives)
-            return build(ingredients(), start.source)
+        self.failed = False
+        self.stopped = False  # whether rank 0 has said STOP
+        self._undo = undo.pop_all()
+        atexit.register(self.close)  # registered after the collectives' handler, so it runs before that one
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -157,7 +110,8 @@ class Engine:
     @property
     def lookahead(self) -> int:
         """The number of passes that may be under way when one more is prepared. (On a CPU a submitted pass has run.)"""
-        return 1 if self.device.type == "cuda" else 0
+        given = self.config.debug.lookahead
+        return int(self.device.type == "cuda") if given is None else given
 
     @property
     def must_wait(self) -> bool:
@@ -245,9 +199,10 @@ class Engine:
 
     @on_own_device
     def finish(self, outputs: Sequence[Output]) -> None:
-        """Ends the run that the other ranks follow and gives them the outputs; on rank 0. `transfers` then has each
-        rank's ledger, by rank."""
-        self.transfers = self.messages.give_outputs(outputs, self._own_transfers())
+        """Ends the run that the other ranks follow; on rank 0. Where callers made them follow, under torchrun, it gives
+        them the outputs. `transfers` then has each rank's ledger, by rank."""
+        read = outputs if self.launch.kind == "torchrun" else []
+        self.transfers = self.messages.give_outputs(read, self._own_transfers())
 
     @on_own_device
     def follow(self) -> list[dict] | None:
@@ -289,21 +244,15 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees everything and leaves the other ranks, in an order that cannot hang. Idempotent."""
+        """Frees everything and leaves the other ranks. Idempotent."""
         atexit.unregister(self.close)
-        worker, collectives = self.worker, self.collectives
         try:
-            if worker is not None and self.launch.healthy and not self.failed:
+            if self.worker is not None and self.launch.healthy and not self.failed:
                 with self.launch.guard():
                     self._say_farewell()
         finally:
             self.worker = self.collectives = None
-            with self.launch.leaving():
-                if worker is not None:
-                    worker.close()
-                if collectives is not None:
-                    collectives.close() if self.launch.healthy and not self.failed else collectives.abandon()
-            self.launch.close()
+            self._undo.close()
 
     @on_own_device
     def _say_farewell(self) -> None:

@@ -5,7 +5,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from penstock.scheduler.cost.pass_work import PassShape, PassWork
-from penstock.scheduler.cost.time_model import Rates, predict_pass
+from penstock.scheduler.cost.time_model import PassTime, Rates, predict_pass
+
+Timed = tuple[PassShape, float, PassTime]  # of a pass: its shape, the seconds that it took, and what was predicted
 
 
 @dataclass
@@ -16,11 +18,11 @@ class PassTimes:
     num_passes: int = 0
     measured_s: float = 0.0
     predicted_s: float = 0.0
-    passes: list[tuple[PassShape, float, float]] | None = None  # shape, measured, predicted; None: none are kept
+    passes: list[Timed] | None = None  # None: none are kept
     _submitted_s: deque[float] = field(default_factory=deque)
     _ended_s: float = 0.0
 
-    def keep(self, passes: list[tuple[PassShape, float, float]] | None = None) -> list[tuple[PassShape, float, float]]:
+    def keep(self, passes: list[Timed] | None = None) -> list[Timed]:
         """Appends each pass that ends from now on to `passes`, or to a new list, and returns it; it grows for as long
         as the engine runs."""
         self.passes = [] if passes is None else passes
@@ -33,13 +35,13 @@ class PassTimes:
         """Says that the oldest pass that was submitted has ended."""
         now_s = time.perf_counter()
         measured_s = now_s - max(self._submitted_s.popleft(), self._ended_s)
-        predicted_s = predict_pass(work, shape, rates).total_s
+        predicted = predict_pass(work, shape, rates)
         self._ended_s = now_s
         self.num_passes += 1
         self.measured_s += measured_s
-        self.predicted_s += predicted_s
+        self.predicted_s += predicted.total_s
         if self.passes is not None:
-            self.passes.append((shape, measured_s, predicted_s))
+            self.passes.append((shape, measured_s, predicted))
 
     def forget(self) -> None:
         """Gives up the passes that have not ended."""

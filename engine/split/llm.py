@@ -8,6 +8,7 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.runtime.engine import Engine
+from penstock.engine.runtime.start_engine import start_engine
 from penstock.engine.split.host_side import build_host_side
 from penstock.engine.split.transfers import SplitConfig
 from penstock.parallel.ledger import TransferLedger
@@ -32,7 +33,7 @@ class SplitLLM(LLM):
         return super()._config_of(options)
 
     def _start(self) -> Engine:
-        return Engine(self.config, self._launch, functools.partial(build_host_side, self._split))
+        return start_engine(self.config, self._launch, functools.partial(build_host_side, self._split))
 
     @property
     def counted(self) -> TransferLedger:

@@ -20,6 +20,7 @@ import torch
 from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
+from penstock.engine.runtime.pass_times import Timed
 from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.units import MIB, ms
@@ -41,7 +42,7 @@ class Stretches:
         self.shape: PassShape | None = None  # of the pass with the most context
         self._times: list[float] = []
 
-    def append(self, one: tuple[PassShape, float, float]) -> None:
+    def append(self, one: Timed) -> None:
         shape, measured_s, _ = one
         if not shape.is_decode:
             return

@@ -12,11 +12,11 @@ import pytest
 import torch
 from penstock.engine.commands.cli import main
 from penstock.engine.planning.find_model import find_model
-from penstock.engine.runtime.engine import Engine
 from safetensors.torch import load_file, save_file
 
 from penstock import LLM, SamplingParams
 from tests.support.commands import TORCHRUN, Command
+from tests.support.watches import BeginPass
 
 OPTIONS = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64}
 FLAGS = ("--max-model-len", "64", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
@@ -29,8 +29,9 @@ def llm():
 
 
 @pytest.fixture
-def nothing_runs(llm, monkeypatch):
-    monkeypatch.setattr(Engine, "submit", lambda *_: pytest.fail("a pass ran before the mistake was found"))
+def nothing_runs(llm):
+    with llm.engine.watched_by(BeginPass(lambda _: pytest.fail("a pass ran before the mistake was found"))):
+        yield
 
 
 LONG_IDS = [5] * 64

@@ -9,7 +9,6 @@ import pytest
 import torch
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
-from penstock.engine.runtime.engine import Engine
 from penstock.engine.runtime.graph import Mailbox
 from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.transfers import FUSED, SCORES, SplitConfig
@@ -55,13 +54,12 @@ def poisoned(checkpoint, tokens):
     return poison(checkpoint, checkpoint.parent / "poisoned", tokens[0])
 
 
-@pytest.mark.parametrize(("lookahead", "resident"), WAYS.values(), ids=WAYS)
-def test_a_row_fails_alone(checkpoint, tokens, poisoned, monkeypatch, lookahead, resident):
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_row_fails_alone(checkpoint, tokens, poisoned, way):
     """Twice over. What pages hold from their last owner, be it NaN everywhere, does not reach the next."""
-    monkeypatch.setattr(Engine, "lookahead", lookahead)
-    with LLM(checkpoint, resident=resident, **ON_CPU) as llm:
+    with LLM(checkpoint, **ON_CPU | way) as llm:
         stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
-    with WARNS, LLM(poisoned, resident=resident, **ON_CPU) as llm:
+    with WARNS, LLM(poisoned, **ON_CPU | way) as llm:
         assert_fails_alone_twice(llm, stopped, filled)
 
 
@@ -69,11 +67,10 @@ def test_a_row_fails_alone(checkpoint, tokens, poisoned, monkeypatch, lookahead,
 def test_a_row_fails_alone_in_the_decode_passes_of_a_gpu(checkpoint, tokens, poisoned, monkeypatch, lookahead):
     """Padded, over the paged cache, with tokens by letter; kernels by their references. Log probabilities, which are
     taken behind such a pass, and penalties do not mind a row without a token."""
-    monkeypatch.setattr(Engine, "lookahead", lookahead)
     for kernel in KERNELS.values():
         if kernel.names:
             kernel.put_in(monkeypatch, kernel.reference)
-    as_on_gpu = ON_CPU | {"debug": {"as_on_gpu": True}}
+    as_on_gpu = ON_CPU | {"debug": {"as_on_gpu": True, "lookahead": lookahead}}
     with LLM(checkpoint, **as_on_gpu) as llm:
         stopped, filled = run(llm, ending_at(tokens[1])), fill_all_pages(llm)
     with WARNS, LLM(poisoned, **as_on_gpu) as llm:

@@ -16,14 +16,14 @@ import torch
 from penstock.engine.planning.find_model import find_model
 
 from penstock import LLM, SamplingParams
-from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, WAYS, llm_that_runs, tokens_of
+from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, WAYS, tokens_of
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def llm(request):
-    with llm_that_runs(*request.param) as llm:
+    with LLM("demo", **OPTIONS | request.param) as llm:
         yield llm
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from penstock.engine.output import RequestOutput
 
 from penstock import LLM, SamplingParams
 from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
@@ -80,7 +81,9 @@ def test_self_launched_ranks(one_rank, bound, monkeypatch):
         assert llm.engine.collectives.size == 2 and llm.engine.ledger.operation("attn_allreduce").num_calls > 0
         with pytest.raises(ValueError, match="prompt 0: token id 99999 is not in 0..2047"):
             llm.generate([[0, 99999]])  # refused before the other rank hears of it
-        assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
+        with monkeypatch.context() as patch:
+            patch.setattr(RequestOutput, "to_dict", lambda _: pytest.fail("outputs as JSON, which no rank reads"))
+            assert tokens_of(llm.generate("Return the", GREEDY)) == [one_rank[0]["outputs"][0]["token_ids"]]
         with pytest.raises(ZeroDivisionError) as caught:
             llm.generate([LONG, "Return the"], GREEDY, on_text=lambda prompt, *_: 1 // prompt)
         assert [output.outputs[0].finish_reason for output in caught.value.outputs] == ["abort", "length"]

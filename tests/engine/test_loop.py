@@ -3,15 +3,16 @@
 import threading
 
 import pytest
-from penstock.engine.loop import Event
+from penstock.engine.loop import Event, Loop
 from penstock.engine.output import Sequence
-from penstock.engine.runtime.engine import Engine
 from penstock.engine.text.tokenizer import Tokenizer
 
 from penstock import LLM, SamplingParams
+from tests.support.fake_engine import BusyEngine
 from tests.support.watches import Around, BeginPass
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+PREPARED = {"resident": "none", "debug": {"lookahead": 1}}  # as where weights stream to a GPU
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["Return the", "def", "class", "import"]
 
@@ -155,38 +156,31 @@ def test_an_error_in_a_pass_ends_all_and_leaves_the_loop_usable(llm, alone, sequ
     assert text_of(run(llm.loop), again) == alone[PROMPTS[0]]
 
 
-def test_an_abort_counts_for_the_pass_that_is_announced(monkeypatch):
+def test_an_abort_counts_for_the_pass_that_is_announced():
     """It comes while the pass before is under way: the announced one, which nobody needs any more, never runs."""
-    monkeypatch.setattr(Engine, "lookahead", 1)
-    with LLM("demo", **OPTIONS, resident="none") as llm:
-        (sequence,), collect, runs = llm.sequences(PROMPTS[0], PARAMS), llm.engine.collect, []
-
-        def abort_and_collect():
-            llm.loop.abort(sequence.request.id, "gone")
-            return collect()
-
-        monkeypatch.setattr(llm.engine, "collect", abort_and_collect)
-        monkeypatch.setattr(llm.engine, "run_announced", runs.append)
-        llm.loop.add(sequence)
-        run(llm.loop)
-        assert runs == [] and sequence.error == "gone" and llm.engine.times.num_passes == 1
+    with LLM("demo", **OPTIONS, **PREPARED) as llm:
+        (sequence,) = llm.sequences(PROMPTS[0], PARAMS)
+        engine = BusyEngine(llm.engine, lambda: loop.abort(sequence.request.id, "gone"))
+        loop = Loop(llm.loop.scheduler, engine)
+        loop.add(sequence)
+        run(loop)
+        assert (engine.num_announced, engine.num_run) == (1, 0)
+        assert sequence.error == "gone" and llm.engine.times.num_passes == 1
 
 
-def test_an_arrival_enters_the_pass_that_was_announced(monkeypatch, alone):
+def test_an_arrival_enters_the_pass_that_was_announced(alone):
     """It comes while the pass before is under way: the announced one is withdrawn, and one of both runs."""
-    monkeypatch.setattr(Engine, "lookahead", 1)
-    with LLM("demo", **OPTIONS, resident="none") as llm:
+    with LLM("demo", **OPTIONS, **PREPARED) as llm:
         (first,), (late,) = (llm.sequences(prompt, PARAMS) for prompt in PROMPTS[:2])
-        collect, num_rows = llm.engine.collect, []
+        num_rows = []
 
-        def add_and_collect():
+        def add_late():
             if len(num_rows) == 1:
-                llm.loop.add(late)
-            return collect()
+                loop.add(late)
 
-        monkeypatch.setattr(llm.engine, "collect", add_and_collect)
-        llm.loop.add(first)
+        loop = Loop(llm.loop.scheduler, BusyEngine(llm.engine, add_late))
+        loop.add(first)
         with llm.engine.watched_by(BeginPass(lambda batch: num_rows.append(len(batch.rows)))):
-            events = run(llm.loop)
+            events = run(loop)
         assert num_rows[:2] == [1, 2]
         assert [text_of(events, one) for one in (first, late)] == [alone[prompt] for prompt in PROMPTS[:2]]

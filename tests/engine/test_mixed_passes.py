@@ -1,62 +1,119 @@
-"""Requests that come and go at random, so that rows of every kind share passes, have the tokens that each has alone."""
+"""Requests that come and go at random, between passes and while one runs, so that rows of every kind share passes, have
+the tokens that each has alone."""
 
 import random
 
 import pytest
+from penstock.engine.loop import Loop
 from penstock.engine.output import Sequence
 from penstock.scheduler.batching.batch import Batch, RowKind
 from penstock.scheduler.batching.request import Request
 
 from penstock import LLM, SamplingParams
+from tests.support.fake_engine import BusyEngine
 from tests.support.watches import BeginPass
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 5, "max_num_batched_tokens": 12, "page_size": 4}
 FULL = OPTIONS | {"max_model_len": 48}
+RANDOM_LANES = {"lanes": "random", "poison": True}
 WAYS = {
     "resident": FULL,
-    "padded": FULL | {"debug": {"as_on_gpu": True}},
-    "streamed": FULL | {"resident": "none", "debug": {"lanes": "random", "poison": True}},
+    "ahead": FULL | {"debug": {"lookahead": 1}},
+    "padded": FULL | {"debug": {"as_on_gpu": True, "lookahead": 1}},
+    "streamed": FULL | {"resident": "none", "debug": RANDOM_LANES},
+    "prepared": FULL | {"resident": "none", "debug": RANDOM_LANES | {"lookahead": 1}},
     "sinks": OPTIONS | {"attention_sinks": 3, "attention_window": 13},
 }
+SAMPLING = (
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+    {"min_p": 0.02, "repetition_penalty": 1.3},
+    {"temperature": 0, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logprobs": 2},
+)
 
 
 def requests(seed: int) -> list[tuple[list[int], SamplingParams]]:
-    rng = random.Random(seed)
-    prompts = [rng.choices(range(1, 500), k=rng.choice([1, 2, rng.randint(3, 30)])) for _ in range(11)]
-    ways = ({"temperature": 0}, {"temperature": 1.0, "seed": seed})
-    lengths = [rng.randint(1, 10) for _ in prompts]
-    return [(p, SamplingParams(max_tokens=n, ignore_eos=True, **rng.choice(ways))) for p, n in zip(prompts, lengths)]
+    """Prompts and parameters; every fourth of these ends by the value of a token, which nobody foresees."""
+    rng, asked = random.Random(seed), []
+    for number in range(14):
+        prompt = rng.choices(range(1, 500), k=rng.choice([1, 2, rng.randint(3, 30)]))
+        stop = rng.sample(range(2048), 512) if number % 4 == 3 else None
+        own = {"max_tokens": rng.randint(1, 10), "seed": rng.randrange(2**32), "stop_token_ids": stop}
+        asked.append((prompt, SamplingParams(**own, ignore_eos=True, **rng.choice(SAMPLING))))
+    return asked
 
 
-def run_in_company(llm: LLM, asked: list[tuple[list[int], SamplingParams]], seed: int) -> list[Sequence]:
-    """Adds the requests between passes, and aborts every fifth while it runs."""
-    rng, sequences = random.Random(seed), []
-    while len(sequences) < len(asked) or llm.loop.has_unfinished:
-        for prompt, params in asked[len(sequences) : len(sequences) + rng.randint(0, 3)]:
-            sequences.append(
-                Sequence(Request(10**6 + len(sequences), prompt, params, seed=params.seed or 0), 0, llm.tokenizer, {})
-            )
-            llm.loop.add(sequences[-1])
-        llm.loop.advance()
-        for number in range(4, len(sequences), 5):
-            if rng.random() < 0.3:
-                llm.loop.abort(sequences[number].request.id, "nobody listens")
-        llm.loop.scheduler.check_integrity()
-    return sequences
+class Company:
+    """Requests that are added at random, of which every fifth is aborted at a random time."""
+
+    def __init__(self, llm: LLM, asked: list[tuple[list[int], SamplingParams]], seed: int):
+        self.asked, self.rng = asked, random.Random(seed)
+        self.engine = BusyEngine(llm.engine, self.come_and_go)
+        self.loop = Loop(llm.loop.scheduler, self.engine)
+        self.sequences: list[Sequence] = []
+        self.batches: list[Batch] = []
+
+    def come_and_go(self) -> None:
+        for _ in range(self.rng.choice([0, 0, 1, 2, 3])):
+            if len(self.sequences) < len(self.asked):
+                self.add(len(self.sequences), *self.asked[len(self.sequences)])
+        for number in range(4, len(self.sequences), 5):
+            if self.rng.random() < 0.1:
+                self.loop.abort(self.sequences[number].request.id, "nobody listens")
+
+    def add(self, number: int, prompt: list[int], params: SamplingParams) -> None:
+        self.sequences.append(Sequence(Request(number, prompt, params, seed=params.seed), 0, None, {}))
+        self.loop.add(self.sequences[-1])
+
+    def run(self) -> None:
+        with self.engine.watched_by(BeginPass(self.batches.append)):
+            while len(self.sequences) < len(self.asked) or self.loop.has_unfinished:
+                self.come_and_go()
+                self.loop.advance()
+                self.loop.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_request_in_any_company_is_itself_alone(way):
-    asked, batches = requests(seed=3), []
-    with LLM("demo", **WAYS[way]) as llm:
-        alone = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt, params in asked]
-        llm.engine.watches.add(BeginPass(batches.append))
-        sequences = run_in_company(llm, asked, seed=5)
+def assert_same(sequences: list[Sequence], alone: list[list[int]]) -> None:
+    """Asserts that tokens are those of the request alone; of one that may have been aborted, the first of them."""
     for number, (sequence, expected) in enumerate(zip(sequences, alone, strict=True)):
-        tokens = list(sequence.output().token_ids)
-        assert tokens == list(expected)[: len(tokens)] and (number % 5 == 4 or len(tokens) == len(expected))
+        output = sequence.output()
+        aborted = number % 5 == 4 and output.finish_reason == "abort"
+        assert output.token_ids == expected[: len(output.token_ids)]
+        assert aborted or (len(output.token_ids) == len(expected) and output.error is None)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def llm(request):
+    with LLM("demo", **WAYS[request.param]) as llm:
+        yield llm
+
+
+def run_in_company(llm: LLM, seed: int) -> Company:
+    asked = requests(seed)
+    alone = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt, params in asked]
+    company = Company(llm, asked, seed)
+    company.run()
+    assert_same(company.sequences, alone)
+    return company
+
+
+def test_a_request_in_any_company_is_itself_alone(llm):
+    companies = [run_in_company(llm, seed) for seed in (1, 3)]
+    batches = [batch for company in companies for batch in company.batches]
     assert any({row.kind for row in batch.rows} == set(RowKind) for batch in batches), "no pass had rows of every kind"
     assert any(is_short_prompt(batch) for batch in batches)
+    reasons = {one.output().finish_reason for company in companies for one in company.sequences}
+    assert reasons == {"length", "stop", "abort"}
+    prepares = llm.engine.lookahead > 0 and llm.engine.plan.residency.streamed_bytes > 0
+    assert any(company.engine.num_run < company.engine.num_announced for company in companies) == prepares
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(4, 44))
+def test_a_request_in_any_company_is_itself_alone_soak(llm, seed):
+    run_in_company(llm, seed)
 
 
 def is_short_prompt(batch: Batch) -> bool:

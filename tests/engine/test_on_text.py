@@ -4,7 +4,7 @@ import pytest
 from penstock.engine.output import Listener
 
 from penstock import LLM, SamplingParams
-from tests.support.llm_runs import LONG, WAYS, llm_that_runs
+from tests.support.llm_runs import LONG, OPTIONS, WAYS
 
 PROMPTS = ["Return the", LONG, "def", "Raise an error"]
 PARAMS = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12, n=2)
@@ -16,7 +16,7 @@ class Gone(Exception):
 
 @pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def llm(request):
-    with llm_that_runs(*request.param) as llm:
+    with LLM("demo", **OPTIONS | request.param) as llm:
         yield llm
 
 

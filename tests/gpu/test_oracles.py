@@ -158,9 +158,7 @@ def test_hundreds_of_passes_ahead(resident):
     params = [SamplingParams(temperature=1.2, seed=seed, max_tokens=150) for seed in range(24)]
     runs = []
     for lookahead in (None, 0):
-        with LLM("demo", **SMALL, dtype="float32", resident=resident) as llm, pytest.MonkeyPatch.context() as patch:
-            if lookahead is not None:
-                patch.setattr(type(llm.engine), "lookahead", lookahead)
+        with LLM("demo", **SMALL, dtype="float32", resident=resident, debug={"lookahead": lookahead}) as llm:
             runs.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
             assert llm.engine.times.num_passes > 200
             llm.loop.scheduler.check_integrity()

@@ -23,6 +23,33 @@ with guard.inside():
     guard.fail(RankFailed(1, "was killed by SIGKILL"))
     time.sleep(60)  # runs no Python
 """
+PROFILED = """
+import sys, threading, time
+from penstock.parallel.failure import PeerLost
+from penstock.parallel.guard import Guard, _drop_interrupt
+
+def is_profiled():
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    (lambda: None)()
+    sys.setprofile(None)
+    return "call" in calls
+
+guard = Guard()
+with guard.inside():
+    pass
+assert is_profiled()
+try:
+    with guard.inside():
+        threading.Thread(target=guard._interrupt).start()
+        while True:
+            time.sleep(0.01)
+except PeerLost:
+    assert is_profiled() and not guard.busy
+_drop_interrupt(threading.get_ident())
+assert is_profiled()
+print("profiled")
+"""
 
 
 def fail_soon(guard: Guard) -> None:
@@ -77,3 +104,10 @@ def test_what_runs_no_python_ends_with_the_process():
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", STUCK], env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and done.stderr == "penstock: rank 1 was killed by SIGKILL\n"
+
+
+def test_who_has_been_inside_can_be_traced_and_profiled():
+    """Debuggers, coverage and cProfile; a thread that was interrupted too."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", PROFILED], env=env, capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("profiled\n", "")

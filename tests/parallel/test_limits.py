@@ -50,7 +50,7 @@ def out_after_s(monkeypatch, leaves: bool) -> float:
     clock, guard, out = Clock(), Guard(), threading.Event()
     found, run_no_more = [], threading.Event()
 
-    def raise_in(thread: int, error: type[BaseException] | None) -> None:
+    def raise_in(thread: int, error: type[BaseException]) -> None:
         if error is PeerLost and leaves:
             found.append(clock.now_s)
             guard._inside.clear()

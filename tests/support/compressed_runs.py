@@ -17,17 +17,17 @@ from penstock.engine.llm import LLM
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.planning.device_profile import plan_rates
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
-from penstock.engine.runtime.engine import Engine
 
 from tests.support import streaming_runs
 from tests.support.streaming_runs import copied_bytes, generate
 
 OPTIONS = {**streaming_runs.OPTIONS, "dtype": "bfloat16", "num_pages": 40}
+PREPARED = {"poison": True, "lookahead": 1}  # where weights stream, passes are prepared as on a GPU
 CASES = {
     "plain": {"resident": "all", "weights_compression": "none"},
-    "streamed": {"resident": "none", "weights_compression": "lossless", "debug": {"lanes": "random", "poison": True}},
+    "streamed": {"resident": "none", "weights_compression": "lossless", "debug": PREPARED | {"lanes": "random"}},
     "resident": {"resident": "all", "weights_compression": "lossless"},
-    "mixed": {"resident": 0.5, "weights_compression": "lossless", "debug": {"lanes": "latest", "poison": True}},
+    "mixed": {"resident": 0.5, "weights_compression": "lossless", "debug": PREPARED | {"lanes": "latest"}},
 }
 TIGHT = ("resident", "mixed")  # these have memory for compressed groups only
 
@@ -84,9 +84,7 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
 
 
 def main(folder: Path, variants: list[str]) -> None:
-    """Runs all cases on one rank of torchrun. Where weights stream, passes are prepared before the tokens of the one
-    before are known, as on a GPU."""
-    Engine.lookahead = property(lambda engine: int(engine.work.streamed_bytes > 0))
+    """Runs all cases on one rank of torchrun."""
     tp_size = int(os.environ["WORLD_SIZE"])
     facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

@@ -5,16 +5,13 @@
 Each rank writes FOLDER/rankN.json; the lists in it are equal to what `run_requests` gives on one rank.
 """
 
-import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from penstock.engine.output import RequestOutput
 from penstock.engine.split.llm import SplitLLM
@@ -31,7 +28,11 @@ OPTIONS = {
     "resident": 0.5,
     "page_size": 4,
 }
-WAYS = {"in_turn": (0, 0.5), "ahead": (1, "all"), "prepared": (1, 0.5)}  # how passes follow: lookahead, resident
+WAYS = {  # how passes follow each other
+    "in_turn": {"resident": 0.5, "debug": {"lookahead": 0}},
+    "ahead": {"resident": "all", "debug": {"lookahead": 1}},
+    "prepared": {"resident": 0.5, "debug": {"lookahead": 1}},
+}
 LONG = "Return a new list of all the values that are in the table, and the number of times that each was found."
 REQUESTS: list[tuple[str | list[int], dict[str, Any]]] = [
     ("Return the", {"temperature": 0, "logprobs": 2}),
@@ -42,13 +43,6 @@ REQUESTS: list[tuple[str | list[int], dict[str, Any]]] = [
     ("Raise", {"temperature": 0, "max_tokens": 1}),
     ("Test", {}),  # no seed of its own: the engine's
 ]
-
-
-@contextlib.contextmanager
-def llm_that_runs(lookahead: int, resident: str | float) -> Iterator[LLM]:
-    with pytest.MonkeyPatch.context() as patch, LLM("demo", **OPTIONS | {"resident": resident}) as llm:
-        patch.setattr(type(llm.engine), "lookahead", lookahead)
-        yield llm
 
 
 def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:

@@ -27,8 +27,8 @@ STAY_S = 150.0  # longer than anybody waits for the others: nothing may come of 
 # What goes wrong, and in a rank that raises in the course of being a child and lives on: a close that hangs.
 _DO = {
     "raise": "raise KeyError('the shard is bent')",
-    "stay": "import penstock.engine.runtime.engine as it, os\n"
-    "    if 'PENSTOCK_SELF_LAUNCHED' in os.environ: it.Engine.close = lambda self: time.sleep(150)\n"
+    "stay": "import os\n    from penstock.parallel.launch import Launch as it\n"
+    "    if 'PENSTOCK_SELF_LAUNCHED' in os.environ: it.close = it.leaving = lambda self: time.sleep(150)\n"
     "    raise KeyError('the shard is bent')",
     "kill": "os.kill(os.getpid(), signal.SIGKILL)",
     "stop": "os.kill(os.getpid(), signal.SIGSTOP)",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from penstock.engine.commands.cli import main
 from penstock.engine.planning.find_model import find_model
-from penstock.engine.runtime import engine as engine_module
+from penstock.engine.runtime import start_engine
 from penstock.parallel.launch import Launch
 from safetensors.torch import load_file, save_file
 
@@ -245,7 +245,7 @@ def nothing_begins(monkeypatch):
     def begin(*_: Any, **__: Any) -> None:
         pytest.fail("something was allocated or launched before the mistake was found")
 
-    monkeypatch.setattr(engine_module, "connect", begin)
+    monkeypatch.setattr(start_engine, "connect", begin)
     monkeypatch.setattr(Launch, "start", begin)
 
 

@@ -19,7 +19,7 @@ import pytest
 from penstock.engine.commands import cli
 from penstock.engine.config import parse_resident
 from penstock.engine.planning.find_model import find_model
-from penstock.engine.runtime import engine as engine_module
+from penstock.engine.runtime import start_engine
 from penstock.engine.user_files import MAX_JSON_BYTES
 from penstock.parallel.launch import Launch
 from penstock.scheduler.cost.time_model import PROFILES
@@ -55,6 +55,7 @@ BOUNDS = {
     "page_size": ("0", "1099511627776"),
     "num_pages": ("0", "2147483648"),
     "seed": ("18446744073709551616",),
+    "lookahead": ("-1", "2"),
     "watch": ("nowhere", ":Watch"),
     "page_order_seed": ("-9223372036854775809",),
     "gpu_memory_utilization": ("0", "1.01"),
@@ -251,7 +252,7 @@ def nothing_begins(monkeypatch, tmp_path):
     def begin(*_, **__) -> None:
         pytest.fail("something was allocated, launched or measured before the mistake was found")
 
-    monkeypatch.setattr(engine_module, "connect", begin)
+    monkeypatch.setattr(start_engine, "connect", begin)
     monkeypatch.setattr("penstock.parallel.group.connect", begin)
     monkeypatch.setattr(Launch, "start", begin)
     monkeypatch.setattr(sys, "stdin", io.StringIO())

@@ -1,0 +1,114 @@
+"""The work of the host for a request, counted in Python's own instructions: it depends neither on how many others wait
+or run nor, before its turn, on how long its prompt is."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+from penstock.engine.loop import Loop
+from penstock.engine.output import Sequence
+from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
+from penstock.scheduler.batching.scheduler import Scheduler
+
+from tests.support.fake_engine import FakeEngine
+
+TOKEN, NUM_ROWS, LENGTH = 7, 4, 3
+FEW, MANY = 10, 10_000
+
+
+class Compared(Request):
+    """A request whose comparison with another one is an instruction too, so that a search through a list is seen."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+def sequence(number: int, num_prompt: int = 5) -> Sequence:
+    params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
+    return Sequence(Compared(number, [1] * num_prompt, params), 0, None, {})
+
+
+def scheduler(num_rows: int = NUM_ROWS) -> Scheduler:
+    return Scheduler(num_rows, 2**16, 2**15, page_size=16, num_pages=2**16)
+
+
+def loop_with(num_waiting: int) -> tuple[Loop, list[Sequence]]:
+    """A loop whose rows are all taken, and those that wait."""
+    loop = Loop(scheduler(), FakeEngine(TOKEN))
+    sequences = [sequence(number) for number in range(NUM_ROWS + num_waiting)]
+    for one in sequences:
+        loop.add(one)
+    loop.advance()
+    assert (loop.scheduler.num_running, loop.scheduler.num_waiting) == (NUM_ROWS, num_waiting)
+    return loop, sequences[NUM_ROWS:]
+
+
+def work_of(call: Callable[[], object]) -> int:
+    """The number of instructions of Python that `call` runs."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+EVENTS: dict[str, Callable[[Loop, list[Sequence]], None]] = {
+    "one_comes": lambda loop, waiting: loop.add(sequence(10**6)),
+    "the_next_is_aborted": lambda loop, waiting: loop.abort(waiting[0].request.id, "gone"),
+    "one_in_the_middle_is_aborted": lambda loop, waiting: loop.abort(waiting[len(waiting) // 2].request.id, "gone"),
+    "the_last_is_aborted": lambda loop, waiting: loop.abort(waiting[-1].request.id, "gone"),
+    "one_that_runs_is_aborted": lambda loop, waiting: loop.abort(0, "gone"),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_happens_to_one_costs_the_same_however_many_wait(event):
+    def work(num_waiting: int) -> int:
+        loop, waiting = loop_with(num_waiting)
+        done = work_of(lambda: (EVENTS[event](loop, waiting), loop.advance()))
+        loop.scheduler.check_integrity()
+        return done
+
+    assert work(FEW) == work(MANY) > 100
+
+
+def test_rows_end_and_are_taken_again_at_the_same_cost_however_many_wait():
+    def work(num_waiting: int) -> int:
+        loop, waiting = loop_with(num_waiting)
+        done = work_of(lambda: [loop.advance() for _ in range(LENGTH)])
+        assert [one.request.row is None for one in waiting[: NUM_ROWS + 1]] == [False] * NUM_ROWS + [True]
+        return done
+
+    assert work(FEW) == work(MANY) > 100
+
+
+def test_the_end_of_a_row_costs_the_same_however_many_run():
+    def work(num_rows: int) -> int:
+        deciding = scheduler(num_rows)
+        requests = [sequence(number).request for number in range(num_rows)]
+        for request in requests:
+            deciding.add(request)
+        assert len(deciding.schedule().rows) == num_rows
+        return work_of(lambda: deciding.finish(requests[num_rows // 2], FinishReason.ABORT))
+
+    assert work(2) == work(256) > 10
+
+
+def test_a_prompt_costs_nothing_before_its_turn_however_long_it_is():
+    def work(num_prompt: int) -> int:
+        loop, _ = loop_with(FEW)
+        return work_of(lambda: (loop.add(sequence(10**6, num_prompt)), loop.advance()))
+
+    assert work(5) == work(2**14) > 100
