@@ -57,6 +57,7 @@ class LLM:
             eos_token_ids=self.engine.eos_token_ids,
             page_order_seed=self.config.debug.page_order_seed,
             retention=plan.retention,
+            policy=self.config.scheduling_policy,
         )
         self.loop = Loop(scheduler, self.engine)
         self._reader = PromptReader(

@@ -18,6 +18,7 @@ R rows, V vocab (whole, not this rank's part), N most likely tokens.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from penstock.engine.compute.inputs import to_device
@@ -25,10 +26,12 @@ from penstock.engine.compute.logits import Logprobs, logprobs
 from penstock.engine.kernels.argmax import argmax_rows, reads_in_place
 from penstock.engine.kernels.draw import Noise, draw_rows
 from penstock.engine.kernels.filter import KEEP_ALL, Filters, Limits, find_limits
+from penstock.scheduler.batching.batch import History
 from penstock.scheduler.batching.request import RowSampling
 from torch import Tensor
 
 GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
+EMPTY: Mapping[int, History] = MappingProxyType({})
 STAGES = ("penalty", "draw", "filter")
 NAN_LOGITS = "the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype"
 CHUNK_ELEMENTS = 1 << 22  # of logits copied at a time: bounds temporaries to about 40 bytes times this
@@ -103,8 +106,9 @@ class Sampler:
         stages = frozenset().union(*(asked.stages for asked in each))
         return Asked(stages, max((asked.num_logprobs for asked in each), default=-1))
 
-    def set_rows(self, samplings: Mapping[int, RowSampling]) -> None:
-        """Gives rows to requests, before their first chunks; what the rows' former owners left is dropped."""
+    def set_rows(self, samplings: Mapping[int, RowSampling], histories: Mapping[int, History] = EMPTY) -> None:
+        """Gives rows to requests, before their first chunks; what the rows' former owners left is dropped. `histories`
+        are the tokens that came before, of rows with penalties."""
         if not samplings:
             return
         for row, sampling in samplings.items():
@@ -120,6 +124,12 @@ class Sampler:
         for row in penalised:
             self.prompt_seen[row].zero_()
             self.output_counts[row].zero_()
+            self._recall(row, histories.get(row, History()))
+
+    def _recall(self, row: int, history: History) -> None:
+        cached, outputs = (to_device(list(tokens), torch.int64, self.device) for tokens in history)
+        self.prompt_seen[row, cached] = True
+        self.output_counts[row].scatter_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
 
     def observe(self, rows: Tensor, token_ids: Tensor) -> None:
         """Notes computed tokens (T,) int64 of 0..V-1 and their rows (T,) for the repetition penalty; it is to be called
@@ -214,7 +224,6 @@ def _device_values(sampling: RowSampling, vocab_size: int) -> tuple[dict[str, fl
 
 
 def _stages(sampling: RowSampling) -> frozenset[str]:
-    penalties = (sampling.repetition_penalty - 1.0, sampling.presence_penalty, sampling.frequency_penalty)
     draw, limited = sampling.temperature > 0.0, sampling.top_k or sampling.top_p < 1.0 or sampling.min_p
-    asks = {"penalty": any(penalties), "draw": draw, "filter": draw and limited}
+    asks = {"penalty": sampling.has_penalty, "draw": draw, "filter": draw and limited}
     return frozenset(stage for stage in STAGES if asks[stage])
