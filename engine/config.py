@@ -172,6 +172,9 @@ class EngineConfig:
         "who runs first: who came first, or by priority, where the urgent take the rows of others",
         tuple(POLICIES),
     )
+    enable_prefix_caching: bool = _option(
+        True, "let sequences share the KV pages of what they begin with; never with an attention window"
+    )
     attention_sinks: int = _option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
     attention_window: int | None = _option(
         None,

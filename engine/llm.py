@@ -58,6 +58,7 @@ class LLM:
             page_order_seed=self.config.debug.page_order_seed,
             retention=plan.retention,
             policy=self.config.scheduling_policy,
+            prefix_caching=self.config.enable_prefix_caching,
         )
         self.loop = Loop(scheduler, self.engine)
         self._reader = PromptReader(
@@ -118,7 +119,13 @@ class LLM:
         by_prompt = [self._expand(token_ids, params) for _, token_ids, params in asked]
         self._run(by_prompt, listener)
         return [
-            RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in own])
+            RequestOutput(
+                str(index),
+                prompt,
+                token_ids,
+                [sequence.output() for sequence in own],
+                num_cached_tokens=own[0].request.num_cached_tokens,
+            )
             for index, ((prompt, token_ids, _), own) in enumerate(zip(asked, by_prompt))
         ]
 
@@ -144,6 +151,12 @@ class LLM:
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
         self.engine.measure(link_bytes)
+
+    @in_turn
+    def reset_prefix_cache(self) -> None:
+        """Forgets what is cached of former prompts. On rank 0 only; the others have nothing to forget."""
+        self._check_open()
+        self.loop.scheduler.cache.clear()
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""

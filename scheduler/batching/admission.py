@@ -3,7 +3,7 @@
 from penstock.scheduler.batching.counts import Counts, Wait
 from penstock.scheduler.batching.preemption import next_victim, victims_for
 from penstock.scheduler.batching.request import Request, RequestState
-from penstock.scheduler.batching.seats import Seats
+from penstock.scheduler.batching.seats import HEADROOM, Seats
 from penstock.scheduler.batching.waiting import Line
 
 
@@ -16,8 +16,9 @@ class Admission:
     def make_room(self) -> None:
         """Before a pass: gives each running request the page of its next token, and lets in who is more urgent than
         some who run. Where there is none left, one of them gives way."""
-        for request in list(self.seats.running.values()):
-            if request.num_tokens_ahead > request.num_places and not self.ends_by_itself(request):
+        full = [request for request in self.seats.running.values() if request.num_computed_tokens == request.num_places]
+        for request in full:
+            if not self.ends_by_itself(request):
                 self._grow(request)
         while (urgent := self.line.head()) is not None and self._let_in(urgent):
             pass
@@ -33,22 +34,17 @@ class Admission:
         victims = victims_for(self.seats, urgent)
         for victim in victims:
             self._preempt(victim)
-        if victims:
-            self._admit(urgent)
-        return bool(victims)
+        return bool(victims) and self._admit(urgent, headroom=0)
 
     def admit_next(self) -> Request | None:
         """Admits the head of the line; None if it does not fit."""
         head = self.line.head()
-        if head is None or not self.seats.fits(head):
-            return None
-        self._admit(head)
-        return head
+        return head if head is not None and self._admit(head) else None
 
     def can_admit(self) -> bool:
         """Tells whether the head of the line could be admitted now."""
         head = self.line.head()
-        return head is not None and (self.seats.fits(head) or bool(victims_for(self.seats, head)))
+        return head is not None and (self.seats.offer(head) is not None or bool(victims_for(self.seats, head)))
 
     def why_waiting(self) -> Wait:
         """What the head of the line lacks, but for a pass's tokens."""
@@ -65,14 +61,21 @@ class Admission:
         """Tells whether the request's last token is under way."""
         return request.num_tokens_ahead >= request.most_tokens(self.seats.max_model_len)
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request, headroom: int = HEADROOM) -> bool:
+        """Gives a waiting request its row, if it fits."""
+        blocks = self.seats.offer(request, headroom)
+        if blocks is None:
+            return False
         self.line.leave(request)
-        self.seats.take(request)
-        self.counts.num_recomputed_tokens += request.num_lost_tokens
+        self.counts.num_asked_tokens += request.num_tokens if request.num_preemptions == 0 else 0
+        self.seats.take(request, blocks)
+        self.counts.num_hit_tokens += request.num_computed_tokens if request.num_preemptions == 0 else 0
+        self.counts.num_recomputed_tokens += max(request.num_lost_tokens - request.num_computed_tokens, 0)
         request.num_lost_tokens = 0
+        return True
 
     def _preempt(self, request: Request) -> None:
-        self.counts.num_preemptions += 1
+        self.counts.note_preemption()
         request.num_preemptions += 1
         request.num_lost_tokens, request.num_computed_tokens = request.num_computed_tokens, 0
         self.seats.leave(request)

@@ -44,7 +44,8 @@ class SamplingParams:
 
     A temperature below 1e-5 is greedy. `top_k` 0 or -1 is off (kept as 0). `max_tokens` None means up to
     max_model_len. `stop` and `stop_token_ids` are kept as tuples; `seed` -1 is None, as in vLLM. A lower `priority`
-    comes first, where the engine's scheduling policy is "priority".
+    comes first, where the engine's scheduling policy is "priority". Cached prefixes are shared only by requests of the
+    same `cache_salt`.
     Raises ValueError that names the field, its value and the allowed range.
     """
 
@@ -63,6 +64,7 @@ class SamplingParams:
     logprobs: int | None = None
     ignore_eos: bool = False
     priority: int = 0
+    cache_salt: str | None = None
 
     def __post_init__(self):
         self._check_int("n", 1, MAX_N, f"an integer from 1 to {MAX_N}")
@@ -80,6 +82,8 @@ class SamplingParams:
         self._check_int("logprobs", 0, MAX_LOGPROBS, logprobs, optional=True)
         if not isinstance(self.ignore_eos, bool):
             self._refuse("ignore_eos", "True or False")
+        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
+            self._refuse("cache_salt", "a string that is not empty, or None")
         self._check_stop()
         self._check_stop_token_ids()
         self._set("top_k", max(self.top_k, 0))
@@ -164,6 +168,9 @@ class Request:
     place: tuple[int, int] = (0, 0)  # in the line of those that wait
     pages: list[int] = field(default_factory=list)
     num_places: int = 0
+    num_entered: int = 0  # whole pages that the prefix cache knows; the last of them is its block `last_block`
+    last_block: int | None = None
+    num_cached_tokens: int | None = None  # found in the prefix cache when it first got a row
     page_table: tuple[int, ...] = ()  # of its last pass, when num_evicted tokens were cached no more
     num_evicted: int = 0
     row: int | None = None
@@ -194,7 +201,7 @@ class Request:
     @property
     def num_tokens_ahead(self) -> int:
         """Tokens once the passes under way are done."""
-        return self.num_tokens + self.num_unseen_tokens
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_unseen_tokens
 
     @property
     def may_give_way(self) -> bool:

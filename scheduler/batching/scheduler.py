@@ -22,6 +22,7 @@ from penstock.scheduler.batching.batch import Batch, BatchRow, History
 from penstock.scheduler.batching.counts import Counts, Wait
 from penstock.scheduler.batching.pages import PagePool, pages_for
 from penstock.scheduler.batching.places import in_places
+from penstock.scheduler.batching.prefix_cache import PrefixCache
 from penstock.scheduler.batching.request import FinishReason, Request, RequestState, RowSampling
 from penstock.scheduler.batching.retention import KeepAll, Retention
 from penstock.scheduler.batching.seats import Seats
@@ -35,7 +36,8 @@ class Scheduler:
     A pass has at most `max_num_batched_tokens`, a request at most `max_model_len` prompt and output tokens; a page has
     `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
     are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given. `policy`, one
-    of POLICIES, says who is served first. `counts` says what has happened so far. Raises ValueError for fewer than 2
+    of POLICIES, says who is served first. With `prefix_caching` requests share the whole pages that they begin with,
+    unless old tokens are dropped. `counts` says what has happened so far. Raises ValueError for fewer than 2
     pages.
     """
 
@@ -50,6 +52,7 @@ class Scheduler:
         page_order_seed: int | None = None,
         retention: Retention | None = None,
         policy: str = "fcfs",
+        prefix_caching: bool = False,
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -58,7 +61,8 @@ class Scheduler:
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._seats = Seats(max_num_seqs, self.pool, self._retention, max_model_len, page_size)
+        self.cache = PrefixCache(self.pool, page_size, prefix_caching and self._retention.max_cached is None)
+        self._seats = Seats(max_num_seqs, self.cache, self._retention, max_model_len)
         self._admission = Admission(Line(policy), self._seats)
         self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
@@ -78,6 +82,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._seats.running)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no request holds."""
+        return self.cache.num_available
 
     @property
     def has_unfinished(self) -> bool:
@@ -108,10 +117,11 @@ class Scheduler:
             )
 
     def abort(self) -> None:
-        """Ends every request and forgets the passes under way, one of which has failed."""
+        """Ends every request and forgets the passes under way, one of which has failed, and what they may have left."""
         for request in [*self._admission.line, *self._seats.running.values()]:
             self.finish(request, FinishReason.ABORT)
         self._under_way.clear()
+        self.cache.clear()
 
     def schedule(self) -> Batch | None:
         """The next pass, or None when there is nothing to compute before the next update."""
@@ -132,7 +142,7 @@ class Scheduler:
             request.num_under_way += 1
         self._under_way.append((batch, requests))
         why = Wait.TOKENS if budget_tokens == 0 else self._admission.why_waiting()
-        self.counts.note_waiting(self.num_waiting, why)
+        self.counts.note_pass(self.num_waiting, why)
         return batch
 
     def is_wanted(self, batch: Batch) -> bool:
@@ -155,11 +165,14 @@ class Scheduler:
 
     def _next_requests(self) -> Iterator[Request]:
         """The requests that compute, most urgent first; a waiting one is admitted when the iterator reaches it."""
-        running = [request for request in self._seats.running.values() if not self._admission.ends_by_itself(request)]
-        decodes = {request: request.num_tokens_ahead - request.num_computed_tokens == 1 for request in running}
-        self._decoding = in_places(self._decoding, [request for request in running if decodes[request]])
+        decoding, chunks = [], []
+        for request in self._seats.running.values():
+            if not self._admission.ends_by_itself(request):
+                decodes = request.num_tokens_ahead - request.num_computed_tokens == 1
+                (decoding if decodes else chunks).append(request)
+        self._decoding = in_places(self._decoding, decoding)
         yield from self._decoding
-        yield from sorted((request for request in running if not decodes[request]), key=lambda one: one.place)
+        yield from sorted(chunks, key=lambda request: request.place)
         while (request := self._admission.admit_next()) is not None:
             yield request
 
@@ -202,15 +215,27 @@ class Scheduler:
         assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
         assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
         _, requests = self._under_way.popleft()
-        for request in requests:
+        tokens, updated = iter(sampled), []
+        for row, request in zip(batch.rows, requests, strict=True):
+            token = next(tokens) if row.samples else None
             request.num_under_way -= 1
-        sampling = [request for row, request in zip(batch.rows, requests, strict=True) if row.samples]
-        alive = [None if request.state is RequestState.FINISHED else request for request in sampling]
-        for request, token in zip(alive, sampled, strict=True):
-            if request is not None:
-                request.num_unseen_tokens -= 1
-                self._append(request, token)
-        return alive
+            has_ended = request.finish_reason is not None
+            if not has_ended:
+                self._take_in(request, row, token)
+            if row.samples:
+                updated.append(None if has_ended else request)
+        return updated
+
+    def _take_in(self, request: Request, row: BatchRow, token: int | None) -> None:
+        """Notes what a pass computed of a request, and its token if the row sampled one. What is behind a token that
+        could not be sampled is for nobody else."""
+        if token is not None and token < 0:
+            self.cache.forget(request.pages)
+        elif request.row is not None:
+            self.cache.enter(request, row.start + len(row.tokens))
+        if token is not None:
+            request.num_unseen_tokens -= 1
+            self._append(request, token)
 
     def _append(self, request: Request, token: int) -> None:
         """Gives a request its next token, and ends the request if that was its last."""

@@ -49,7 +49,7 @@ def test_each_request_is_as_alone(monkeypatch, alone, lookahead, options):
         counts = llm.loop.scheduler.counts
         assert counts.num_preemptions > 2 and counts.num_recomputed_tokens > 50
         llm.loop.scheduler.check_integrity()
-        assert llm.loop.scheduler.pool.num_free == 17
+        assert llm.loop.scheduler.num_free_pages == 17
 
 
 @pytest.mark.timeout(120)

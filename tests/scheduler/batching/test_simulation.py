@@ -25,23 +25,24 @@ VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
 
 
 class Cache:
-    """Pages that remember for each of their entries the sequence up to the token that was last written there."""
+    """Pages that remember for each of their entries the sequence, its salt first, up to the token that was last written
+    there."""
 
     def __init__(self, page_size: int):
         self.page_size = page_size
-        self.written: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.written: dict[tuple[int, int], tuple[str | int | None, ...]] = {}
 
     def entry(self, row, position):
         return row.pages[position // self.page_size], position % self.page_size
 
-    def compute(self, row, sequence: list[int]) -> None:
+    def compute(self, row, sequence: list[int], salt: str | None) -> None:
         """Writes this pass's tokens of the sequence, then reads all that attention would see."""
         assert RESERVED_PAGE not in row.pages
         assert list(row.tokens) == sequence[row.start : row.start + len(row.tokens)]
         for position in range(row.start, row.start + len(row.tokens)):
-            self.written[self.entry(row, position)] = tuple(sequence[: position + 1])
+            self.written[self.entry(row, position)] = salt, *sequence[: position + 1]
         for position in range(row.start + len(row.tokens)):
-            assert self.written[self.entry(row, position)] == tuple(sequence[: position + 1])
+            assert self.written[self.entry(row, position)] == (salt, *sequence[: position + 1])
 
 
 class Sampler:
@@ -106,6 +107,7 @@ class Simulation:
         self.cache = Cache(scheduler.page_size)
         self.num_computed: dict[int, int] = {}  # by request id, since it got its row
         self.num_computed_in_all: Counter[int] = Counter()
+        self.num_cached_in_all: Counter[int] = Counter()
         self.samplers: dict[int, Sampler] = {}  # by row
         self.sequences: dict[int, list[int]] = {}  # by request id: what was computed and sampled, seen or not
         self.gave_way: dict[int, list[int]] = {}  # by request id: how many tokens it had then
@@ -181,12 +183,15 @@ class Simulation:
         if head is not None and seats.free_rows and not head.num_under_way:
             num_places = min(head.num_tokens + STRETCH, head.most_tokens(most) - 1)
             num_pages = sum(pages_for(n, seats.page_size) for n in (num_places, len(seats.running) * HEADROOM))
-            assert num_pages > self.scheduler.pool.num_free
+            found = self.scheduler.cache.find(head)
+            num_idle = sum(self.scheduler.cache.is_idle(block.page) for block in found)
+            assert num_pages - len(found) > self.scheduler.num_free_pages - num_idle
 
     def compute(self, row, request: Request) -> list[int]:
         if row.sampling is not None:
             self.samplers[row.index] = Sampler(row.sampling, row.history)
             self.num_computed[request.id] = row.start
+            self.num_cached_in_all[request.id] += row.start
         assert len(row.tokens) > 0 and row.start == self.num_computed[request.id]
         self.num_computed[request.id] += len(row.tokens)
         self.num_computed_in_all[request.id] += len(row.tokens)
@@ -194,7 +199,7 @@ class Simulation:
         known = tuple(sampler.last_token if token == ON_DEVICE else token for token in row.tokens)
         sampler.seen.update(known)
         sequence = self.sequences.setdefault(request.id, list(request.prompt_token_ids))
-        self.cache.compute(row._replace(tokens=known), sequence)
+        self.cache.compute(row._replace(tokens=known), sequence, request.params.cache_salt)
         if not row.samples:
             return []
         assert row.start + len(row.tokens) == len(sequence), "a token that is known is sampled anew"
@@ -217,8 +222,11 @@ def random_request(rng, id, max_model_len, most_tokens):
         ignore_eos=rng.random() < 0.5,
         presence_penalty=rng.choice([0, 1]),
         priority=rng.randint(-1, 1),
+        cache_salt=rng.choice([None, None, "a"]),
     )
-    prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
+    begins = random.Random(rng.randrange(2)).choices(range(VOCAB), k=num_prompt)  # as other requests do
+    prompt = begins[: rng.randint(0, num_prompt)]
+    prompt += rng.choices(range(VOCAB), k=num_prompt - len(prompt))
     return Request(id, prompt, params, seed=rng.randrange(2**64))
 
 
@@ -234,6 +242,7 @@ def random_scheduler(rng):
         eos_token_ids=[EOS],
         page_order_seed=rng.choice([None, rng.randrange(100)]),
         policy=rng.choice(["fcfs", "priority"]),
+        prefix_caching=rng.random() < 0.5,
     )
 
 
@@ -262,11 +271,11 @@ def play(rng, scheduler, late, lookahead, before_pass=lambda simulation: None):
         # computed for nothing.
         gave_way = simulation.gave_way.get(request.id, [])
         assert len(gave_way) == request.num_preemptions
-        wasted = simulation.num_computed_in_all[request.id]
+        wasted = simulation.num_computed_in_all[request.id] + simulation.num_cached_in_all[request.id]
         wasted -= request.num_tokens - (request.finish_reason != "error")
         assert 0 <= wasted <= sum(gave_way) + (0 if request.finish_reason == "length" else abs(lookahead))
         assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
     assert scheduler.counts.num_preemptions == sum(map(len, simulation.gave_way.values()))
 
 
@@ -294,7 +303,7 @@ def test_a_batch_four_times_the_page_pool_finishes():
         most_running = max(most_running, scheduler.num_running)
     assert most_running == 4
     assert all(len(request.output_token_ids) == 4 for request in requests)
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
@@ -317,7 +326,7 @@ def test_ends_at_any_moment_leave_nothing_behind(seed, lookahead):
         simulation.run_pass(while_computing=end_some)
         end_some()
         scheduler.check_integrity()
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
     assert all(request.row is None and request.pages == [] for request in requests)
     for request in requests:
         expected, reason, _ = expected_output(request, scheduler.max_model_len)
