@@ -62,7 +62,11 @@ class LLM:
         )
         self.loop = Loop(scheduler, self.engine)
         self._reader = PromptReader(
-            self.config.model, self.tokenizer, plan.spec.vocab_size, longest_sequence(self.config, plan)
+            model=self.config.model,
+            tokenizer=self.tokenizer,
+            vocab_size=plan.spec.vocab_size,
+            max_model_len=longest_sequence(self.config, plan),
+            policy=self.config.scheduling_policy,
         )
         self._request_ids = itertools.count()
         self._finalizer = weakref.finalize(self, self.engine.close)

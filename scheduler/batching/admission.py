@@ -27,7 +27,7 @@ class Admission:
         while request.row is not None and not self.seats.num_free_pages:
             self._preempt(next_victim(self.seats, request))
         if request.row is not None:
-            self.seats.grow(request, 1)
+            self.seats.grow(request)
 
     def _let_in(self, urgent: Request) -> bool:
         """Admits a waiting request if others give way to it."""

@@ -19,13 +19,14 @@ def next_victim(seats: Seats, needy: Request) -> Request:
 def victims_for(seats: Seats, urgent: Request) -> list[Request]:
     """The running requests that give way to a waiting one that is more urgent: as few as make it fit. Empty where none
     need to, where all of them would not be enough, or where `urgent` cannot run yet."""
-    if urgent.num_under_way or seats.offer(urgent) is not None:
+    candidates = sorted(_candidates(seats, urgent.place[0] + 1), key=_reluctance)
+    if not candidates or urgent.num_under_way or seats.offer(urgent) is not None:
         return []
     found = {block.page for block in seats.cache.find(urgent)}
     num_missing = seats.first_pages(urgent) - seats.num_free_pages
     num_missing -= sum(not seats.cache.is_idle(page) for page in found)
     victims: list[Request] = []
-    for victim in sorted(_candidates(seats, urgent.place[0] + 1), key=_reluctance):
+    for victim in candidates:
         victims.append(victim)
         num_missing -= sum(page not in found and not seats.cache.is_shared(page) for page in victim.pages)
         if num_missing <= 0:

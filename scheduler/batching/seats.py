@@ -13,7 +13,7 @@ from penstock.scheduler.batching.request import Request
 from penstock.scheduler.batching.retention import Retention
 
 STRETCH = 16  # tokens beyond those that a request has, for which it gets pages with its row
-HEADROOM = 8  # tokens of each running request that have pages to come, before another one is admitted
+HEADROOM = 8  # tokens of each that grows that have pages to come, before another one is admitted
 
 
 class Seats:
@@ -25,6 +25,7 @@ class Seats:
         self.max_model_len, self.page_size = max_model_len, cache.page_size
         self.running: dict[int, Request] = {}
         self.free_rows = list(range(max_num_seqs))  # a heap: low rows first
+        self._num_growing = 0  # requests that may need more pages than they have
 
     @property
     def num_free_pages(self) -> int:
@@ -48,11 +49,10 @@ class Seats:
 
     def offer(self, request: Request, headroom: int = HEADROOM) -> list[Block] | None:
         """The cached blocks that a request begins with if it can get a row now, with `headroom` tokens left to each
-        that runs, else None. Of one that has given way all tokens must be known first."""
+        that will need more pages, else None. Of one that has given way all tokens must be known first."""
         if not self.free_rows or request.num_under_way:
             return None
-        num_growing = 0 if self._has_bound else len(self.running)
-        num_pages = self.first_pages(request) + pages_for(num_growing * headroom, self.page_size)
+        num_pages = self.first_pages(request) + pages_for(self._num_growing * headroom, self.page_size)
         if num_pages - request.num_tokens // self.page_size > self.num_free_pages:
             return None
         found = self.cache.find(request)
@@ -69,16 +69,27 @@ class Seats:
         request.num_computed_tokens = len(blocks) * self.page_size
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
-        self.grow(request, self.first_pages(request) - len(blocks))
+        request.pages += self.cache.allocate(self.first_pages(request) - len(blocks))
+        self._note_pages(request)
 
-    def grow(self, request: Request, num_pages: int) -> None:
-        """Gives a request so many pages more."""
-        request.pages += self.cache.allocate(num_pages)
+    def grow(self, request: Request) -> None:
+        """Gives a running request a page more."""
+        self._num_growing -= 1
+        request.pages += self.cache.allocate(1)
+        self._note_pages(request)
+
+    def _note_pages(self, request: Request) -> None:
         request.num_places = self.max_model_len if self._has_bound else len(request.pages) * self.page_size
+        self._num_growing += self._grows(request)
+
+    def _grows(self, request: Request) -> bool:
+        """Tells whether a request may need more pages than it has."""
+        return len(request.pages) < self.most_pages(request)
 
     def leave(self, request: Request) -> None:
         """Frees the row and the pages of a request. A pass under way may still write to them: the passes of the next
         owner come behind it."""
+        self._num_growing -= self._grows(request)
         del self.running[request.row]
         heapq.heappush(self.free_rows, request.row)
         self.cache.release(request.pages)
@@ -89,6 +100,7 @@ class Seats:
         """Asserts that rows are held once and pages as often as is known, by running requests only."""
         self.cache.check_integrity(page for request in self.running.values() for page in request.pages)
         assert sorted([*self.running, *self.free_rows]) == list(range(self.max_num_seqs)), "rows are lost"
+        assert self._num_growing == sum(map(self._grows, self.running.values()))
         for row, request in self.running.items():
             assert request.row == row and request.num_computed_tokens <= request.num_places
             if self._has_bound:

@@ -50,6 +50,7 @@ def test_a_request_in_any_company_is_itself_alone(way):
     asked, batches = requests(seed=3), []
     with LLM("demo", **WAYS[way]) as llm:
         alone = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt, params in asked]
+        llm.reset_prefix_cache()
         llm.engine.watches.add(BeginPass(batches.append))
         sequences = run_in_company(llm, asked, seed=5)
     for number, (sequence, expected) in enumerate(zip(sequences, alone, strict=True)):

@@ -1,35 +1,27 @@
 """Rows that give way and come back, through the loop: each request is as it would be alone, with room for all."""
 
+from dataclasses import replace
+
 import pytest
 from penstock.engine.runtime.engine import Engine
 
-from penstock import LLM, SamplingParams
+from penstock import LLM
+from tests.support.rows_giving_way import (
+    FEW_PAGES,
+    OPTIONS,
+    PARAMS,
+    PROMPTS,
+    assert_as_alone,
+    assert_rows_gave_way,
+    each_alone,
+)
 
-OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_batched_tokens": 32, "page_size": 4}
-PROMPTS = ["Return the", "def", "class", "import os", "Return the", "for i in"]
-PARAMS = [
-    SamplingParams(max_tokens=30, ignore_eos=True, temperature=0),
-    SamplingParams(max_tokens=40, ignore_eos=True, seed=1, repetition_penalty=1.3, presence_penalty=0.5),
-    SamplingParams(max_tokens=36, ignore_eos=True, temperature=0, frequency_penalty=1.5, logprobs=2),
-    SamplingParams(max_tokens=25, ignore_eos=True, seed=3, top_p=0.9, top_k=40),
-    SamplingParams(max_tokens=40, ignore_eos=True, temperature=0, presence_penalty=2.0),
-    SamplingParams(max_tokens=40, ignore_eos=True, seed=4, logprobs=0),
-]
+ON_CPU = OPTIONS | {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def alone():
-    with LLM("demo", **OPTIONS) as llm:
-        return [llm.generate(prompt, params)[0].outputs[0] for prompt, params in zip(PROMPTS, PARAMS)]
-
-
-def assert_as_alone(outputs, alone) -> None:
-    for (output,), expected in zip((one.outputs for one in outputs), alone, strict=True):
-        assert output.token_ids == expected.token_ids and output.text == expected.text
-        assert (output.finish_reason, output.error) == (expected.finish_reason, None)
-        if expected.logprobs is not None:
-            assert len(output.logprobs) == len(expected.logprobs)
-            assert output.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=1e-3)
+    return each_alone("cpu")
 
 
 @pytest.mark.parametrize(
@@ -44,17 +36,31 @@ def assert_as_alone(outputs, alone) -> None:
 def test_each_request_is_as_alone(monkeypatch, alone, lookahead, options):
     """Passes are submitted one by one, ahead of the tokens, or announced."""
     monkeypatch.setattr(Engine, "lookahead", lookahead)
-    with LLM("demo", **OPTIONS, **options, num_pages=18, max_num_seqs=5) as llm:
+    with LLM("demo", **ON_CPU, **options, **FEW_PAGES) as llm:
         assert_as_alone(llm.generate(PROMPTS, PARAMS), alone)
-        counts = llm.loop.scheduler.counts
-        assert counts.num_preemptions > 2 and counts.num_recomputed_tokens > 50
-        llm.loop.scheduler.check_integrity()
-        assert llm.loop.scheduler.num_free_pages == 17
+        assert_rows_gave_way(llm)
 
 
 @pytest.mark.timeout(120)
 def test_each_request_is_as_alone_on_two_ranks(alone):
     """The other rank hears of it by what changed in the rows."""
-    with LLM("demo", **OPTIONS, tensor_parallel_size=2, num_pages=18, max_num_seqs=5) as llm:
+    with LLM("demo", **ON_CPU, tensor_parallel_size=2, **FEW_PAGES) as llm:
         assert_as_alone(llm.generate(PROMPTS, PARAMS), alone)
-        assert llm.loop.scheduler.counts.num_preemptions > 2
+        assert_rows_gave_way(llm)
+
+
+def test_priorities_are_for_the_policy_of_that_name(alone):
+    """The first of them runs when the others come, and gives way to the most urgent."""
+    params = [replace(own, priority=priority) for own, priority in zip(PARAMS, (3, 2, 1, 0, -1, 2), strict=True)]
+    with LLM("demo", **ON_CPU, max_num_seqs=1) as llm, pytest.raises(ValueError, match="^prompt 0: priority=3: "):
+        llm.generate(PROMPTS, params)
+    with LLM("demo", **ON_CPU, max_num_seqs=1, scheduling_policy="priority") as llm:
+        ended, sequences = [], [llm.sequences(*one)[0] for one in zip(PROMPTS, params, strict=True)]
+        llm.loop.add(sequences[0])
+        llm.loop.advance()
+        for sequence in sequences[1:]:
+            llm.loop.add(sequence)
+        while llm.loop.has_unfinished:
+            ended += [sequences.index(event.sequence) for event in llm.loop.advance() if event.is_last]
+        assert ended == [4, 3, 2, 1, 5, 0] and llm.loop.scheduler.counts.num_preemptions == 1
+        assert [sequence.output().token_ids for sequence in sequences] == [one.token_ids for one in alone]

@@ -119,7 +119,7 @@ def test_tiny_pools(lookahead, prefix_caching):
         num_preemptions += sched.counts.num_preemptions
         num_hits += sched.counts.num_hit_tokens
         num_evicted += next(sched.cache._numbers) - len(sched.cache._blocks)
-    assert num_preemptions > 20
+    assert num_preemptions > 10
     assert (num_hits > 20 and num_evicted > 200) if prefix_caching else num_hits == num_evicted == 0
 
 

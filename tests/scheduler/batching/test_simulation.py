@@ -182,7 +182,8 @@ class Simulation:
         head = self.scheduler._admission.line.head()
         if head is not None and seats.free_rows and not head.num_under_way:
             num_places = min(head.num_tokens + STRETCH, head.most_tokens(most) - 1)
-            num_pages = sum(pages_for(n, seats.page_size) for n in (num_places, len(seats.running) * HEADROOM))
+            growing = [one for one in seats.running.values() if one.num_places < one.most_tokens(most) - 1]
+            num_pages = sum(pages_for(n, seats.page_size) for n in (num_places, len(growing) * HEADROOM))
             found = self.scheduler.cache.find(head)
             num_idle = sum(self.scheduler.cache.is_idle(block.page) for block in found)
             assert num_pages - len(found) > self.scheduler.num_free_pages - num_idle
