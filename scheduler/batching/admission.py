@@ -47,7 +47,7 @@ class Admission:
         return head is not None and (self.seats.offer(head) is not None or bool(victims_for(self.seats, head)))
 
     def why_waiting(self) -> Wait:
-        """What the head of the line lacks, but for a pass's tokens."""
+        """The thing that the head of the line lacks, but for a pass's tokens."""
         return Wait.PAGES if self.seats.free_rows else Wait.ROWS
 
     def end(self, request: Request) -> None:

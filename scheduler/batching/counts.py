@@ -11,7 +11,7 @@ LOG_EVERY_S = 1.0
 
 
 class Wait(StrEnum):
-    """What a pass lacked for the first of those that waited."""
+    """The thing that a pass lacked for the first of those that waited."""
 
     ROWS = "rows"
     PAGES = "pages"

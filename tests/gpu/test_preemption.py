@@ -24,9 +24,11 @@ def alone():
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_each_request_is_as_alone(alone, resident, enforce_eager):
-    with LLM("demo", **ON_GPU, **FEW_PAGES, resident=resident, enforce_eager=enforce_eager) as llm:
+def test_each_request_is_as_alone(alone, resident, shares, enforce_eager):
+    options = {"resident": resident, "enable_prefix_caching": shares, "enforce_eager": enforce_eager}
+    with LLM("demo", **ON_GPU, **FEW_PAGES, **options) as llm:
         assert_as_alone(llm.generate(PROMPTS, PARAMS), alone)
         assert_rows_gave_way(llm)
 

@@ -19,7 +19,7 @@ PARAMS = [
 
 
 def each_alone(device: str) -> list[CompletionOutput]:
-    """What each of PROMPTS is with PARAMS, alone."""
+    """The output of each of PROMPTS with PARAMS, alone."""
     with LLM("demo", device=device, **OPTIONS) as llm:
         return [llm.generate(prompt, params)[0].outputs[0] for prompt, params in zip(PROMPTS, PARAMS)]
 
@@ -37,6 +37,7 @@ def assert_as_alone(outputs: list[RequestOutput], alone: list[CompletionOutput])
 def assert_rows_gave_way(llm: LLM) -> None:
     """Asserts that rows gave way and were computed again, and that no page is lost."""
     scheduler = llm.loop.scheduler
-    assert scheduler.counts.num_preemptions > 2 and scheduler.counts.num_recomputed_tokens > 20
+    assert scheduler.counts.num_preemptions > 2
+    assert scheduler.cache.is_on or scheduler.counts.num_recomputed_tokens > 20  # else they find their own pages
     scheduler.check_integrity()
     assert scheduler.num_free_pages == FEW_PAGES["num_pages"] - 1

@@ -1,4 +1,4 @@
-"""What is told of how requests came, waited and gave way."""
+"""Numbers and lines that tell how requests came, waited and gave way."""
 
 import json
 import logging

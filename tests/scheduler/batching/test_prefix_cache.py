@@ -1,4 +1,4 @@
-"""Which pages are found, by whom and for how long; test_simulation.py plays whole workloads on them."""
+"""Pages that are found, by whom and for how long; test_simulation.py plays whole workloads on them."""
 
 import pytest
 from penstock.scheduler.batching.pages import PagePool

@@ -46,7 +46,7 @@ class Cache:
 
 
 class Sampler:
-    """What the sampler remembers of a row: its seed, its last token, and for penalties which tokens came."""
+    """Remembers of a row what the sampler does: its seed, its last token, and for penalties which tokens came."""
 
     def __init__(self, sampling: RowSampling, history: History):
         self.sampling, self.last_token = sampling, 0
