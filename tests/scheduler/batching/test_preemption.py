@@ -203,3 +203,20 @@ def test_nobody_starves_beside_a_stream_of_arrivals():
         if long.finish_reason is not None:
             break
     assert long.finish_reason is not None
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_what_is_kept_does_not_grow_with_the_requests(policy):
+    sched, rng = scheduler(num_pages=40, policy=policy, prefix_caching=True), random.Random(0)
+    for id in range(3000):
+        prompt = [rng.randrange(100) for _ in range(rng.randint(1, 12))]
+        one = Request(id, prompt, SamplingParams(max_tokens=rng.randint(1, 3), priority=rng.randint(0, 2)))
+        sched.add(one)
+        if rng.random() < 0.6:
+            sched.finish(one, FinishReason.ABORT)
+        else:
+            batch = sched.schedule()
+            sched.update(batch, [9] * batch.num_sampled)
+    assert len(sched._admission.line._heap) <= 2 * sched.num_waiting + 16 and sched.num_waiting < 50
+    assert len(sched.cache._blocks) == len(sched.cache._by_page) < 40
+    sched.check_integrity()
