@@ -14,6 +14,7 @@ from tests.support.rows_giving_way import (
     assert_as_alone,
     assert_rows_gave_way,
     each_alone,
+    generate_twice_each,
 )
 
 ON_CPU = OPTIONS | {"device": "cpu"}
@@ -37,7 +38,7 @@ def test_each_request_is_as_alone(monkeypatch, alone, lookahead, options):
     """Passes are submitted one by one, ahead of the tokens, or announced."""
     monkeypatch.setattr(Engine, "lookahead", lookahead)
     with LLM("demo", **ON_CPU, **options, **FEW_PAGES) as llm:
-        assert_as_alone(llm.generate(PROMPTS, PARAMS), alone)
+        assert_as_alone(generate_twice_each(llm), alone)
         assert_rows_gave_way(llm)
 
 
@@ -45,7 +46,7 @@ def test_each_request_is_as_alone(monkeypatch, alone, lookahead, options):
 def test_each_request_is_as_alone_on_two_ranks(alone):
     """The other rank hears of it by what changed in the rows."""
     with LLM("demo", **ON_CPU, tensor_parallel_size=2, **FEW_PAGES, enable_prefix_caching=False) as llm:
-        assert_as_alone(llm.generate(PROMPTS, PARAMS), alone)
+        assert_as_alone(generate_twice_each(llm), alone)
         assert_rows_gave_way(llm)
 
 

@@ -11,6 +11,7 @@ from tests.support.rows_giving_way import (
     assert_as_alone,
     assert_rows_gave_way,
     each_alone,
+    generate_twice_each,
 )
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +30,7 @@ def alone():
 def test_each_request_is_as_alone(alone, resident, shares, enforce_eager):
     options = {"resident": resident, "enable_prefix_caching": shares, "enforce_eager": enforce_eager}
     with LLM("demo", **ON_GPU, **FEW_PAGES, **options) as llm:
-        assert_as_alone(llm.generate(PROMPTS, PARAMS), alone)
+        assert_as_alone(generate_twice_each(llm), alone)
         assert_rows_gave_way(llm)
 
 

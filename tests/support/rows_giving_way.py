@@ -6,7 +6,7 @@ from penstock.engine.output import CompletionOutput, RequestOutput
 from penstock import LLM, SamplingParams
 
 OPTIONS = {"dtype": "float32", "max_model_len": 64, "max_num_batched_tokens": 32, "page_size": 4}
-FEW_PAGES = {"num_pages": 18, "max_num_seqs": 5}
+FEW_PAGES = {"num_pages": 20, "max_num_seqs": 6}
 PROMPTS = ["Return the", "def", "class", "import os", "Return the", "for i in"]
 PARAMS = [
     SamplingParams(max_tokens=30, ignore_eos=True, temperature=0),
@@ -24,9 +24,14 @@ def each_alone(device: str) -> list[CompletionOutput]:
         return [llm.generate(prompt, params)[0].outputs[0] for prompt, params in zip(PROMPTS, PARAMS)]
 
 
+def generate_twice_each(llm: LLM) -> list[RequestOutput]:
+    """Generates all of them twice, together."""
+    return llm.generate(PROMPTS * 2, PARAMS * 2)
+
+
 def assert_as_alone(outputs: list[RequestOutput], alone: list[CompletionOutput]) -> None:
-    """Asserts equal tokens, texts and ends; logprobs are those of other batch shapes."""
-    for (output,), expected in zip((one.outputs for one in outputs), alone, strict=True):
+    """Asserts equal tokens, texts and ends of `generate_twice_each`; logprobs are those of other batch shapes."""
+    for (output,), expected in zip((one.outputs for one in outputs), alone * 2, strict=True):
         assert output.token_ids == expected.token_ids and output.text == expected.text
         assert (output.finish_reason, output.error) == (expected.finish_reason, None)
         if expected.logprobs is not None:
