@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from penstock.scheduler.batching.request import INT32_MAX, SEEDS
+from penstock.scheduler.batching.waiting import POLICIES
 from penstock.scheduler.units import GB, GIB, KIB, MIB, TIB, show_value
 
 MOST_PLANNED_SEQS = 256  # sequences that memory is planned for, where max_num_seqs is not set
@@ -171,6 +172,14 @@ class EngineConfig:
     )
     max_num_batched_tokens: int = _option(
         8192, "most tokens in one pass, at least max_num_seqs; longer prompts are prefilled in chunks", type=int
+    )
+    scheduling_policy: str = _option(
+        "fcfs",
+        "who runs first: who came first, or by priority, where the urgent take the rows of others",
+        tuple(POLICIES),
+    )
+    enable_prefix_caching: bool = _option(
+        True, "let sequences share the KV pages of what they begin with; never with an attention window"
     )
     attention_sinks: int = _option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
     attention_window: int | None = _option(

@@ -59,10 +59,16 @@ class LLM:
             page_order_seed=self.config.debug.page_order_seed,
             retention=plan.retention,
             captured_tokens=self.engine.worker.runner.captured_tokens,
+            policy=self.config.scheduling_policy,
+            prefix_caching=self.config.enable_prefix_caching,
         )
         self.loop = Loop(scheduler, self.engine)
         self._reader = PromptReader(
-            self.config.model, self.tokenizer, plan.spec.vocab_size, longest_sequence(self.config, plan)
+            model=self.config.model,
+            tokenizer=self.tokenizer,
+            vocab_size=plan.spec.vocab_size,
+            max_model_len=longest_sequence(self.config, plan),
+            policy=self.config.scheduling_policy,
         )
         self._request_ids = itertools.count()
         self._finalizer = weakref.finalize(self, self.engine.close)
@@ -119,7 +125,13 @@ class LLM:
         by_prompt = [self._expand(token_ids, params) for _, token_ids, params in asked]
         self._run(by_prompt, listener)
         return [
-            RequestOutput(str(index), prompt, token_ids, [sequence.output() for sequence in own])
+            RequestOutput(
+                str(index),
+                prompt,
+                token_ids,
+                [sequence.output() for sequence in own],
+                num_cached_tokens=own[0].request.num_cached_tokens,
+            )
             for index, ((prompt, token_ids, _), own) in enumerate(zip(asked, by_prompt))
         ]
 
@@ -145,6 +157,12 @@ class LLM:
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
         self.engine.measure(link_bytes)
+
+    @in_turn
+    def reset_prefix_cache(self) -> None:
+        """Forgets what is cached of former prompts. On rank 0 only; the others have nothing to forget."""
+        self._check_open()
+        self.loop.scheduler.cache.clear()
 
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""

@@ -41,13 +41,16 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """All sequences of one prompt; `prompt` is None if it was given as token ids."""
+    """All sequences of one prompt; `prompt` is None if it was given as token ids. `num_cached_tokens` of the prompt
+    were cached when its first sequence got a row; None if it never did. It says what an output cost, not which one it
+    is: equal outputs may differ in it."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = True
+    num_cached_tokens: int | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -14,7 +14,8 @@ DEBUG = dataclasses.fields(DebugConfig)
 EVERYDAY = ("model", "tokenizer", "tensor_parallel_size", "dtype", "device", "max_model_len", "seed")
 MEMORY = (
     *("gpu_memory", "gpu_memory_utilization", "resident", "weights_compression", "max_num_seqs"),
-    *("max_num_batched_tokens", "attention_sinks", "attention_window", "device_profile", "link_gb_s"),
+    *("max_num_batched_tokens", "scheduling_policy", "enable_prefix_caching", "attention_sinks", "attention_window"),
+    *("device_profile", "link_gb_s"),
 )
 DEBUGGING = "debugging"  # the title of the group that --help leaves out
 

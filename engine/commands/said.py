@@ -88,5 +88,6 @@ def _measurements(llm: LLM) -> list[str]:
     if llm.engine.topology.tp_size > 1:
         reduced = executor.reduced.total
         lines.append(f"{reduced.num_calls} all-reduces, {reduced.sent_bytes / MIB:.2f} MiB a rank")
+    lines += llm.loop.scheduler.counts.describe()
     predicted = f"predicted {times.predicted_s:.3f} s ({rates.source} rates)"
     return [*lines, f"passes took {times.measured_s:.3f} s, {predicted}"]

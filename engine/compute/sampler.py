@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from penstock.engine.compute.inputs import to_device
@@ -29,10 +30,12 @@ from penstock.engine.kernels.filter import KEEP_ALL, Filters, Limits, find_limit
 from penstock.engine.kernels.logprobs import Logprobs, packed_width, score_rows
 from penstock.engine.kernels.occurrences import note_tokens
 from penstock.engine.kernels.penalty import Penalised, Penalties, penalise_rows
+from penstock.scheduler.batching.batch import History
 from penstock.scheduler.batching.request import MAX_LOGPROBS, RowSampling
 from torch import Tensor
 
 GREEDY = RowSampling(0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, 0, -1)
+EMPTY: Mapping[int, History] = MappingProxyType({})
 STAGES = ("penalty", "draw", "filter", "logprobs")
 Params = Mapping[str, Tensor]  # by name, a value a row
 NAN_LOGITS = "the logits are NaN: the weights hold NaN or inf, or activations overflow in this dtype"
@@ -111,8 +114,9 @@ class Sampler:
         """Says what these rows ask for together."""
         return Asked(frozenset().union(*{self.asked_by[row] for row in host_rows}))
 
-    def set_rows(self, samplings: Mapping[int, RowSampling]) -> None:
-        """Gives rows to requests, before their first chunks; what the rows' former owners left is dropped."""
+    def set_rows(self, samplings: Mapping[int, RowSampling], histories: Mapping[int, History] = EMPTY) -> None:
+        """Gives rows to requests, before their first chunks; what the rows' former owners left is dropped. `histories`
+        are the tokens that came before, of rows with penalties."""
         if not samplings:
             return
         for row, sampling in samplings.items():
@@ -123,6 +127,15 @@ class Sampler:
         self.ints[:, rows] = to_device([list(ints.values()) for _, ints in values], torch.int64, self.device).T
         if penalised := [row for row in samplings if "penalty" in self.asked_by[row]]:
             self.occurrences.index_fill_(0, to_device(penalised, torch.int64, self.device), 0)
+            for row in penalised:
+                self._recall(row, histories.get(row, History()))
+
+    def _recall(self, row: int, history: History) -> None:
+        for ids, sampled in ((history.cached, False), (history.outputs, True)):
+            if ids:
+                tokens = to_device(list(ids), torch.int64, self.device)
+                rows = torch.full_like(tokens, row)
+                note_tokens(self.occurrences, self.params["asks_penalty"], rows, tokens, sampled)
 
     def observe(self, rows: Tensor, token_ids: Tensor) -> None:
         """Notes computed tokens (T,) int64 of 0..V-1 and their rows (T,) for the repetition penalty; it is to be called
@@ -218,7 +231,11 @@ def _device_values(sampling: RowSampling, vocab_size: int) -> tuple[dict[str, fl
 
 
 def _stages(sampling: RowSampling) -> frozenset[str]:
-    penalties = (sampling.repetition_penalty - 1.0, sampling.presence_penalty, sampling.frequency_penalty)
     draw, limited = sampling.temperature > 0.0, sampling.top_k or sampling.top_p < 1.0 or sampling.min_p
-    asks = {"penalty": any(penalties), "draw": draw, "filter": draw and limited, "logprobs": sampling.num_logprobs >= 0}
+    asks = {
+        "penalty": sampling.has_penalty,
+        "draw": draw,
+        "filter": draw and limited,
+        "logprobs": sampling.num_logprobs >= 0,
+    }
     return frozenset(stage for stage in STAGES if asks[stage])

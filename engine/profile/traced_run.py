@@ -151,6 +151,7 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
             llm.measure()
         shapes = llm.engine.trace.shapes
         first_warm = len(shapes)
+        llm.reset_prefix_cache()  # else the prompts would hardly be computed
         without_errors(llm.generate(prompts, params))
         plan = llm.engine.plan
     return TracedRun(plan, shapes, first_warm, read_intervals(config.trace)) if speaks else None

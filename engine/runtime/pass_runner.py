@@ -75,7 +75,8 @@ class PassRunner:
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
         executor, sampler = self.executor, self.model.sampler
-        sampler.set_rows({row.index: row.sampling for row in batch.rows if row.sampling is not None})
+        new = [row for row in batch.rows if row.sampling is not None]
+        sampler.set_rows({row.index: row.sampling for row in new}, {row.index: row.history for row in new})
         executor.fill_ring()
         self.watches.begin_pass(batch)
         asked = sampler.asked([row.index for row in batch.rows])

@@ -17,12 +17,14 @@ ALWAYS_ENCODED_BYTES = MIB  # of a text, whatever a sequence may hold
 
 @dataclass(frozen=True)
 class PromptReader:
-    """Reads prompts for one model, which messages name; without a tokenizer they are token ids."""
+    """Reads prompts for one model, which messages name; without a tokenizer they are token ids. A priority other than 0
+    is only for the scheduling `policy` of that name."""
 
     model: str
     tokenizer: Tokenizer | None
     vocab_size: int
     max_model_len: int
+    policy: str = "fcfs"
 
     def read(self, prompts: Any, sampling_params: Any) -> list[Asked]:
         """Raises ValueError, naming the prompt, for what cannot be meant, on every rank alike."""
@@ -45,6 +47,11 @@ class PromptReader:
         prompt = _as_list(prompt)
         if not isinstance(prompt, str | list | tuple):
             raise ValueError(f"prompt {index}: {prompt!r} is neither a string nor a list of token ids")
+        if params.priority and self.policy != "priority":
+            raise ValueError(
+                f"prompt {index}: priority={params.priority}: who comes first is served first here; set"
+                " scheduling_policy='priority'"
+            )
         if self.tokenizer is None:
             refuse_text(self.model, index, prompt, params)
         text = prompt if isinstance(prompt, str) else None

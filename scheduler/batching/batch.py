@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-from penstock.scheduler.batching.request import RowSampling
+from penstock.scheduler.batching.request import Request, RowSampling
 from penstock.scheduler.cost.pass_work import PassShape
 
 
@@ -19,14 +19,27 @@ class RowKind(IntEnum):
     STARTS = 2
 
 
+class History(NamedTuple):
+    """Tokens that penalties must know of, though no pass of this row computes the cached ones, or samples the
+    outputs."""
+
+    cached: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(request: Request) -> "History":
+        """Those of a request that has got a row: its tokens that count as computed, and its output."""
+        return History(tuple(request.tokens_between(0, request.num_computed_tokens)), tuple(request.output_token_ids))
+
+
 class BatchRow(NamedTuple):
     """The tokens that one request computes in a pass.
 
-    `index` is the row's number, 0..max_num_seqs-1; a request keeps it for its whole life. `tokens` stand at start,
-    start + 1, ... of the sequence; ON_DEVICE among them is the row's last sampled token. `num_evicted` tokens before
-    them are not cached any more. `pages` is the page table up to the last of these tokens. `samples` is false for a
-    chunk that is not the prompt's last. `sampling` is set in the request's first pass only, and replaces that of the
-    row's former owner.
+    `index` is the row's number, 0..max_num_seqs-1; a request keeps it until it ends or gives way. `tokens` stand at
+    start, start + 1, ... of the sequence; ON_DEVICE among them is the row's last sampled token. `num_evicted` tokens
+    before them are not cached any more. `pages` is the page table up to the last of these tokens. `samples` is false
+    for a chunk behind which known tokens are left. `sampling` is set in the request's first pass in this row only, and
+    replaces that of the row's former owner; with it comes the `history` that it asks for.
     """
 
     index: int
@@ -36,6 +49,7 @@ class BatchRow(NamedTuple):
     samples: bool
     sampling: RowSampling | None
     num_evicted: int = 0
+    history: History = History()
 
     @property
     def num_cached(self) -> int:

@@ -12,7 +12,7 @@ import os.path
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.batch import Batch, BatchRow, History
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
 
 # Flags of a row. Tokens, place and pages follow where they are not these.
@@ -20,6 +20,7 @@ _SAMPLES, _HAS_SAMPLING = 1, 2
 _DECODES = 4  # its only token is ON_DEVICE
 _GOES_ON = 8  # its tokens follow the last ones, and no more are evicted
 _SAME_PAGES = 16
+_HAS_HISTORY = 32
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class RowMessages:
         decodes, same_pages = row.tokens == (ON_DEVICE,), row.pages is known.pages or row.pages == known.pages
         goes_on = (row.start, row.num_evicted) == (known.end, known.num_evicted)
         flags = row.samples * _SAMPLES | (row.sampling is not None) * _HAS_SAMPLING
+        flags |= any(row.history) * _HAS_HISTORY
         packed = [row.index, flags | decodes * _DECODES | goes_on * _GOES_ON | same_pages * _SAME_PAGES]
         if not decodes:
             packed += len(row.tokens), *row.tokens
@@ -76,6 +78,8 @@ class RowMessages:
             packed += num_kept, len(row.pages) - num_kept, *row.pages[num_kept:]
         if row.sampling is not None:
             packed += row.sampling.pack()
+        for told in row.history if flags & _HAS_HISTORY else ():
+            packed += len(told), *told
         return packed
 
     def _unpack_row(self, ints: Iterator[int]) -> BatchRow:
@@ -88,7 +92,10 @@ class RowMessages:
             num_kept, num_new = _take(ints, 2)
             pages = (*_take(iter(known.pages), num_kept), *_take(ints, num_new))
         sampling = RowSampling.unpack(_take(ints, RowSampling.PACKED_LEN)) if flags & _HAS_SAMPLING else None
-        return BatchRow(index, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted)
+        history = History()
+        if flags & _HAS_HISTORY:
+            history = History(*(_take(ints, *_take(ints, 1)) for _ in History._fields))
+        return BatchRow(index, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted, history)
 
 
 def _take(ints: Iterator[int], count: int) -> tuple[int, ...]:

@@ -33,8 +33,8 @@ class FinishReason(StrEnum):
 
 
 class RequestState(Enum):
-    WAITING = auto()  # holds no row and no pages
-    RUNNING = auto()  # holds a row and all the pages it can ever need
+    WAITING = auto()  # holds no row and no pages; it may have had them, and have given way
+    RUNNING = auto()  # holds a row, and pages for the tokens that it computes next
     FINISHED = auto()
 
 
@@ -43,7 +43,9 @@ class SamplingParams:
     """Says how the tokens of one prompt are chosen. Names and defaults are vLLM's.
 
     A temperature below 1e-5 is greedy. `top_k` 0 or -1 is off (kept as 0). `max_tokens` None means up to
-    max_model_len. `stop` and `stop_token_ids` are kept as tuples; `seed` -1 is None, as in vLLM.
+    max_model_len. `stop` and `stop_token_ids` are kept as tuples; `seed` -1 is None, as in vLLM. A lower `priority`
+    comes first, where the engine's scheduling policy is "priority". Cached prefixes are shared only by requests of the
+    same `cache_salt`.
     Raises ValueError that names the field, its value and the allowed range.
     """
 
@@ -61,6 +63,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     ignore_eos: bool = False
+    priority: int = 0
+    cache_salt: str | None = None
 
     def __post_init__(self):
         self._check_int("n", 1, MAX_N, f"an integer from 1 to {MAX_N}")
@@ -73,10 +77,13 @@ class SamplingParams:
         self._check_float("repetition_penalty", lambda x: x > 0, "a finite number above 0")
         for name in ("presence_penalty", "frequency_penalty"):
             self._check_float(name, lambda x: -2 <= x <= 2, "a number from -2 to 2")
+        self._check_int("priority", -INT32_MAX, INT32_MAX, f"an integer from {-INT32_MAX} to {INT32_MAX}")
         logprobs = f"an integer from 0 to {MAX_LOGPROBS}, or None"
         self._check_int("logprobs", 0, MAX_LOGPROBS, logprobs, optional=True)
         if not isinstance(self.ignore_eos, bool):
             self._refuse("ignore_eos", "True or False")
+        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
+            self._refuse("cache_salt", "a string that is not empty, or None")
         self._check_stop()
         self._check_stop_token_ids()
         self._set("top_k", max(self.top_k, 0))
@@ -144,9 +151,10 @@ class Request:
     """One sequence on its way through the engine (the caller expands n > 1 into n requests).
 
     The caller sets the first four fields: `seed` is resolved, 0..2**64-1.
-    Only the Scheduler changes the others. `pages` are all the pages that its KV can ever need;
-    Retention says which tokens lie in which of them. `row` is kept from admission to the end. Tokens that a pass under
-    way computes count as computed; the `num_unseen_tokens` that such passes sample follow the known tokens.
+    Only the scheduler changes the others. `pages` have room for `num_places` tokens; Retention says which tokens lie in
+    which of them. `row` is kept until the request ends or gives way to others; then it waits, and is computed again.
+    Tokens that a pass under way computes count as computed; the `num_unseen_tokens` that such passes sample follow the
+    known tokens.
     """
 
     id: int
@@ -156,10 +164,20 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_unseen_tokens: int = 0
+    num_under_way: int = 0  # passes under way that compute some of it
+    place: tuple[int, int] = (0, 0)  # in the line of those that wait
     pages: list[int] = field(default_factory=list)
+    num_places: int = 0
+    num_entered: int = 0  # whole pages that the prefix cache knows; the last of them is its block `last_block`
+    last_block: int | None = None
+    num_cached_tokens: int | None = None  # found in the prefix cache when it first got a row
     page_table: tuple[int, ...] = ()  # of its last pass, when num_evicted tokens were cached no more
     num_evicted: int = 0
     row: int | None = None
+    is_told: bool = False  # whether the ranks know how its row is sampled
+    num_tokens_admitted: int = 0  # what it had when it last got its row
+    num_preemptions: int = 0
+    num_lost_tokens: int = 0  # that were computed when it last gave way
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string; None after end-of-sequence
 
@@ -183,7 +201,12 @@ class Request:
     @property
     def num_tokens_ahead(self) -> int:
         """Tokens once the passes under way are done."""
-        return self.num_tokens + self.num_unseen_tokens
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_unseen_tokens
+
+    @property
+    def may_give_way(self) -> bool:
+        """Tells whether others may take its row and pages: nobody gives way twice without a token between."""
+        return self.num_preemptions == 0 or self.num_tokens_ahead > self.num_tokens_admitted
 
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Tokens start..end of the sequence, without joining all of it for each new token. Only the last of them can be
@@ -213,7 +236,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RowSampling:
-    """The facts that the sampler of each rank must know of a row. They are sent once, when a request gets the row.
+    """The facts that the sampler of each rank must know of a row. They are sent when a request gets the row.
 
     `temperature` is 0.0 exactly for greedy rows, and their filters are off. `num_logprobs` -1 asks for no logprobs.
     """
@@ -244,6 +267,11 @@ class RowSampling:
             seed=request.seed,
             num_logprobs=-1 if params.logprobs is None else params.logprobs,
         )
+
+    @property
+    def has_penalty(self) -> bool:
+        """Tells whether it matters which tokens the sequence has already."""
+        return any((self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty))
 
     def pack(self) -> tuple[int, ...]:
         return self._INTS.unpack(self._FIELDS.pack(*dataclasses.astuple(self)))

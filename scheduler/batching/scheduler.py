@@ -1,10 +1,10 @@
 """Decides which tokens run in the next pass: continuous batching with chunked prefill.
 
 `Scheduler` runs on rank 0; what it decides is a `Batch`, which reaches the other ranks as one packed message.
-The scheduler knows token counts, rows and pages, but neither text nor tensors. There is no preemption: a request is
-admitted once all the pages it can ever need are free, so a running request never runs out of them. Waiting requests
-are served in the order in which they came; the head of the line is never overtaken because a later, smaller one would
-fit, so nobody starves.
+The scheduler knows token counts, rows and pages, but neither text nor tensors. A request is admitted for what it needs
+now (seats.py), and its pages grow with it. When there are none left, a row gives way (preemption.py): it waits, and is
+computed again from its tokens, the output too. Waiting requests are served in the order of the line (waiting.py); its
+head is never overtaken because a later, smaller one would fit, so nobody starves.
 
     budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
                        0                                                        max_num_batched_tokens
@@ -17,14 +17,19 @@ ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by a
 token), its row in the next pass has already been scheduled and is computed for nothing.
 """
 
-import heapq
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.admission import Admission
+from penstock.scheduler.batching.batch import Batch, BatchRow, History
+from penstock.scheduler.batching.counts import Counts, Wait
 from penstock.scheduler.batching.pages import PagePool, pages_for
+from penstock.scheduler.batching.places import in_places
+from penstock.scheduler.batching.prefix_cache import PrefixCache
 from penstock.scheduler.batching.request import FinishReason, Request, RequestState, RowSampling
 from penstock.scheduler.batching.retention import KeepAll, Retention
+from penstock.scheduler.batching.seats import Seats
+from penstock.scheduler.batching.waiting import Line
 
 
 class Scheduler:
@@ -32,10 +37,11 @@ class Scheduler:
     each pass in the same order.
 
     A pass has at most `max_num_batched_tokens`, a request at most `max_model_len` prompt and output tokens; a page has
-    `page_size` tokens, and `num_pages` counts the reserved page 0. Passes with prompts of up to `captured_tokens` are
-    graphs. `page_order_seed` shuffles the order in which pages
-    are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given.
-    Raises ValueError for fewer than 2 pages.
+    `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
+    are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given. `policy`, one
+    of POLICIES, says who is served first. With `prefix_caching` requests share the whole pages that they begin with,
+    unless old tokens are dropped. Passes with prompts of up to `captured_tokens` are graphs. `counts` says what has
+    happened so far. Raises ValueError for fewer than 2 pages.
     """
 
     def __init__(
@@ -48,10 +54,11 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         page_order_seed: int | None = None,
         retention: Retention | None = None,
+        policy: str = "fcfs",
+        prefix_caching: bool = False,
         captured_tokens: int = 0,
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
-        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.captured_tokens = captured_tokens
@@ -59,26 +66,38 @@ class Scheduler:
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._waiting: OrderedDict[Request, None] = OrderedDict()  # in order; any of them leaves at once
-        self._running: dict[int, Request] = {}  # by row, in order of admission
-        self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
+        self.cache = PrefixCache(self.pool, page_size, prefix_caching and self._retention.max_cached is None)
+        self._seats = Seats(max_num_seqs, self.cache, self._retention, max_model_len)
+        self._admission = Admission(Line(policy), self._seats)
         self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
         self._num_filled = 0  # tokens of the pass that is being scheduled
-        self._num_free_rows, self._num_waiting = max_num_seqs, 0  # at the time the last pass was scheduled
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._seats.max_num_seqs
+
+    @property
+    def counts(self) -> Counts:
+        return self._admission.counts
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._admission.line)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._seats.running)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no request holds."""
+        return self.cache.num_available
 
     @property
     def has_unfinished(self) -> bool:
         """Tells whether a request is left, or a pass under way."""
-        return bool(self._waiting or self._running or self._under_way)
+        return bool(self.num_waiting or self._seats.running or self._under_way)
 
     def add(self, request: Request) -> None:
         """Lets a new request wait for its row.
@@ -92,11 +111,11 @@ class Scheduler:
         except ValueError:
             request.finish_reason = FinishReason.ERROR
             raise
-        self._waiting[request] = None
+        self._admission.line.join(request)
 
     def _check_possible(self, request: Request) -> None:
         request.check_length(self.max_model_len)
-        most_tokens, num_pages = request.most_tokens(self.max_model_len), self._pages_needed(request)
+        most_tokens, num_pages = request.most_tokens(self.max_model_len), self._seats.most_pages(request)
         if num_pages > self.pool.num_usable:
             raise ValueError(
                 f"request {request.id}: {most_tokens} tokens (prompt and max_tokens) need {num_pages} pages"
@@ -104,13 +123,15 @@ class Scheduler:
             )
 
     def abort(self) -> None:
-        """Ends every request and forgets the passes under way, one of which has failed."""
-        for request in [*self._waiting, *self._running.values()]:
+        """Ends every request and forgets the passes under way, one of which has failed, and what they may have left."""
+        for request in [*self._admission.line, *self._seats.running.values()]:
             self.finish(request, FinishReason.ABORT)
         self._under_way.clear()
+        self.cache.clear()
 
     def schedule(self) -> Batch | None:
         """The next pass, or None when there is nothing to compute before the next update."""
+        self._admission.make_room()
         rows: list[BatchRow] = []
         self._num_filled = 0
         for request in self._next_requests(rows):
@@ -122,23 +143,21 @@ class Scheduler:
         if not rows:
             return None
         batch = Batch.of(rows)
-        self._under_way.append((batch, [self._running[row.index] for row in batch.rows]))
-        self._num_free_rows, self._num_waiting = len(self._free_rows), len(self._waiting)
+        requests = [self._seats.running[row.index] for row in batch.rows]
+        for request in requests:
+            request.num_under_way += 1
+        self._under_way.append((batch, requests))
+        why = Wait.TOKENS if self._num_filled == self.max_num_batched_tokens else self._admission.why_waiting()
+        self.counts.note_pass(self.num_waiting, why)
         return batch
 
     def is_wanted(self, batch: Batch) -> bool:
         """Tells whether the pass that was scheduled last should still run after an update. It should not if all its
-        requests have ended, or if a waiting request fits into it that has come since, or whose row has become free."""
+        requests have ended, or if a waiting request can enter it that has come since, or that fits now."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
-        return not ended and not self._may_admit_more(batch)
-
-    def _may_admit_more(self, batch: Batch) -> bool:
-        changed = len(self._free_rows) > self._num_free_rows or len(self._waiting) > self._num_waiting
-        if not changed or not self._waiting or not self._free_rows:
-            return False
-        fits = self._pages_needed(next(iter(self._waiting))) <= self.pool.num_free
-        return fits and batch.num_tokens < self.max_num_batched_tokens
+        is_full = batch.num_tokens == self.max_num_batched_tokens
+        return not ended and (is_full or not self._admission.can_admit())
 
     def withdraw(self, batch: Batch) -> None:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""
@@ -147,53 +166,54 @@ class Scheduler:
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
             request.num_unseen_tokens -= row.samples
+            request.num_under_way -= 1
+            request.is_told &= row.sampling is None
 
     def _next_requests(self, filling: Sequence[BatchRow]) -> Iterator[Request]:
         """The requests that compute, most urgent first, while their rows come to `filling`; a waiting one is admitted
         when the iterator reaches it."""
-        most = self.max_model_len
-        running = [
-            request for request in self._running.values() if request.num_tokens_ahead < request.most_tokens(most)
-        ]
-        decodes = {request: request.num_tokens_ahead > len(request.prompt_token_ids) for request in running}
-        self._decoding = _in_places(self._decoding, [request for request in running if decodes[request]])
+        decoding, chunks = [], []
+        for request in self._seats.running.values():
+            if not self._admission.ends_by_itself(request):
+                decodes = request.num_tokens_ahead - request.num_computed_tokens == 1
+                (decoding if decodes else chunks).append(request)
+        self._decoding = in_places(self._decoding, decoding)
         yield from self._decoding
-        yield from (request for request in running if not decodes[request])
-        while self._waiting and self._free_rows:
-            request = next(iter(self._waiting))
-            num_pages = self._pages_needed(request)
-            if num_pages > self.pool.num_free or self._is_for_the_next_pass(request, filling):
+        yield from sorted(chunks, key=lambda request: request.place)
+        while not self._is_for_the_next_pass(self._admission.line.head(), filling):
+            if (request := self._admission.admit_next()) is None:
                 return
-            del self._waiting[request]
-            request.row, request.pages = heapq.heappop(self._free_rows), self.pool.allocate(num_pages)
-            self._running[request.row] = request
             yield request
 
-    def _is_for_the_next_pass(self, request: Request, filling: Sequence[BatchRow]) -> bool:
-        """Tells whether a prompt would be cut, or keep a pass that has prompts from being a graph, though it fits into
-        one."""
-        if not filling or len(filling[-1].tokens) == 1:
+    def _is_for_the_next_pass(self, head: Request | None, filling: Sequence[BatchRow]) -> bool:
+        """Tells whether the tokens of the head of the line would be cut, or keep a pass that has prompts from being a
+        graph, though they fit into one."""
+        if head is None or not filling or len(filling[-1].tokens) == 1:
             return False
-        num_prompt, num_filled = len(request.prompt_token_ids), self._num_filled
-        return max(num_prompt, num_filled) <= self.captured_tokens < num_prompt + num_filled
+        num_tokens, num_filled = head.num_tokens, self._num_filled
+        return max(num_tokens, num_filled) <= self.captured_tokens < num_tokens + num_filled
 
     def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
         start = request.num_computed_tokens
         end = self._retention.pass_end(start, min(request.num_tokens_ahead, start + budget_tokens))
         samples = end == request.num_tokens_ahead
         tokens = tuple(request.tokens_between(start, end))
+        sampling = None if request.is_told else RowSampling.of(request)
+        history = History.of(request) if sampling is not None and sampling.has_penalty else History()
         request.num_computed_tokens = end
         request.num_unseen_tokens += samples
         num_evicted = self._retention.num_evicted(end)
         self._update_page_table(request, end, num_evicted)
+        request.is_told = True
         return BatchRow(
             index=request.row,
             tokens=tokens,
             start=start,
             pages=request.page_table,
             samples=samples,
-            sampling=RowSampling.of(request) if start == 0 else None,
+            sampling=sampling,
             num_evicted=num_evicted,
+            history=history,
         )
 
     def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
@@ -212,13 +232,27 @@ class Scheduler:
         assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
         assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
         _, requests = self._under_way.popleft()
-        sampling = [request for row, request in zip(batch.rows, requests, strict=True) if row.samples]
-        alive = [None if request.state is RequestState.FINISHED else request for request in sampling]
-        for request, token in zip(alive, sampled, strict=True):
-            if request is not None:
-                request.num_unseen_tokens -= 1
-                self._append(request, token)
-        return alive
+        tokens, updated = iter(sampled), []
+        for row, request in zip(batch.rows, requests, strict=True):
+            token = next(tokens) if row.samples else None
+            request.num_under_way -= 1
+            has_ended = request.finish_reason is not None
+            if not has_ended:
+                self._take_in(request, row, token)
+            if row.samples:
+                updated.append(None if has_ended else request)
+        return updated
+
+    def _take_in(self, request: Request, row: BatchRow, token: int | None) -> None:
+        """Notes what a pass computed of a request, and its token if the row sampled one. What is behind a token that
+        could not be sampled is for nobody else."""
+        if token is not None and token < 0:
+            self.cache.forget(request.pages)
+        elif request.row is not None:
+            self.cache.enter(request, row.start + len(row.tokens))
+        if token is not None:
+            request.num_unseen_tokens -= 1
+            self._append(request, token)
 
     def _append(self, request: Request, token: int) -> None:
         """Gives a request its next token, and ends the request if that was its last."""
@@ -235,46 +269,13 @@ class Scheduler:
             self.finish(request, FinishReason.LENGTH)
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """Ends a request, waiting or running, and frees its row and pages at once. (A pass under way may still write to
-        them; the next owner's passes come behind it.)
+        """Ends a request, waiting or running, and frees its row and pages at once.
 
         A finished request only gets the new reason: its last token can complete a stop string.
         """
-        if request.state is RequestState.WAITING:
-            del self._waiting[request]
-        elif request.state is RequestState.RUNNING:
-            del self._running[request.row]
-            heapq.heappush(self._free_rows, request.row)
-            self.pool.release(request.pages)
-            request.row, request.pages, request.page_table = None, [], ()
+        self._admission.end(request)
         request.finish_reason, request.stop_reason = reason, stop_reason
-
-    def _pages_needed(self, request: Request) -> int:
-        # The last token is sampled and never computed, so it has no KV.
-        return self._retention.num_pages(request.most_tokens(self.max_model_len) - 1)
 
     def check_integrity(self) -> None:
         """Asserts that rows and pages are each held once, by running requests only."""
-        self.pool.check_integrity(page for request in self._running.values() for page in request.pages)
-        assert sorted([*self._running, *self._free_rows]) == list(range(self.max_num_seqs)), "rows are lost"
-        for row, request in self._running.items():
-            assert request.row == row and len(request.pages) == self._pages_needed(request)
-        assert all(r.state is RequestState.WAITING and not r.pages for r in self._waiting)
-
-
-def _in_places(before: Sequence[Request], now: Sequence[Request]) -> list[Request]:
-    """Those of `now` in an order in which few have moved since `before`: where one has ended a new one takes its place,
-    else the last one does."""
-    here, old = set(now), set(before)
-    left, new = deque(before), deque(request for request in now if request not in old)
-    places: list[Request] = []
-    while left:
-        request = left.popleft()
-        if request not in here:
-            while left and left[-1] not in here:
-                left.pop()
-            if not (new or left):
-                break
-            request = new.popleft() if new else left.pop()
-        places.append(request)
-    return [*places, *new]
+        self._admission.check_integrity()

@@ -49,6 +49,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "compressed_from_bytes_per_rank": weights.compressed_from_bytes,
         "compress_s": weights.compress_s,
         "transfers": [without_sites(one) for one in engine.transfers],
+        "requests": llm.loop.scheduler.counts.to_dict(),
         "num_passes": executor.counters.num_passes,
         "rates": engine.rates.source,
         "link_gb_s": engine.rates.link_gb_s,

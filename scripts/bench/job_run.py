@@ -30,7 +30,9 @@ def warm_up(llm: LLM, jobs: list[Job]) -> None:
 
 
 def run(llm: LLM, jobs: Sequence[Job], params: Sequence[SamplingParams]) -> tuple[float, list]:
-    """All requests at once: seconds, and outputs. The engine's times have the passes."""
+    """All requests at once: seconds, and outputs. The engine's times have the passes. What runs before it has cached
+    does not count."""
+    llm.reset_prefix_cache()
     llm.engine.times.keep()
     start = time.perf_counter()
     outputs = without_errors(llm.generate([job.prompt for job in jobs], list(params)))
@@ -41,6 +43,7 @@ def run_arriving(llm: LLM, jobs: Sequence[Job], arrivals: Sequence[float]) -> li
     """Requests, generated greedily, that arrive at their times: the seconds from the start at which the tokens of each
     came. Under torchrun all ranks call it; None on those other than 0. Raises ValueError if a request failed."""
     engine, loop = llm.engine, llm.loop
+    llm.reset_prefix_cache()
     engine.times.keep()
     growing = [llm.sequences(job.prompt, greedy(job))[0] for job in jobs]
     alive: dict[int, Request] = {}

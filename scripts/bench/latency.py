@@ -128,6 +128,7 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
 
 
 def run_once(llm: LLM, jobs: list[Job], n: int) -> Iteration:
+    llm.reset_prefix_cache()
     kept, start = llm.engine.times.keep(), time.perf_counter()
     outputs = without_errors(llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs]))
     latency_s = time.perf_counter() - start

@@ -120,12 +120,12 @@ def test_a_row_fails_alone_on_two_ranks(checkpoint, tokens, on_ranks):
 def test_an_impossible_request_found_late_fails_alone(on_ranks, monkeypatch, tp_size):
     llm = on_ranks(tp_size)
     expected = llm.generate(PROMPTS, GREEDY)
-    needed, told = llm.loop.scheduler._pages_needed, []
+    needed, told = llm.loop.scheduler._seats.most_pages, []
 
     def too_many_for_one(request) -> int:
         return needed(request) + 1000 * (request.prompt_token_ids == PROMPTS[1])
 
-    monkeypatch.setattr(llm.loop.scheduler, "_pages_needed", too_many_for_one)
+    monkeypatch.setattr(llm.loop.scheduler._seats, "most_pages", too_many_for_one)
     outputs = llm.generate(PROMPTS, GREEDY, on_text=lambda *one: told.append(one))
     (one,) = outputs[1].outputs
     assert (one.finish_reason, one.token_ids) == ("error", []) and "need 1011 pages of 4 tokens" in one.error

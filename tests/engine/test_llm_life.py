@@ -40,7 +40,7 @@ def test_calls_do_not_disturb_each_other(llm):
     )
     assert tokens_of(llm.generate(["Return the", LONG], GREEDY)) == before
     llm.loop.scheduler.check_integrity()
-    assert llm.loop.scheduler.pool.num_free == llm.loop.scheduler.pool.num_usable
+    assert llm.loop.scheduler.num_free_pages == llm.loop.scheduler.pool.num_usable
 
 
 @pytest.mark.parametrize(

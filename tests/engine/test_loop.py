@@ -98,7 +98,7 @@ def test_what_can_never_run_is_refused_or_an_event(llm, sequence_of, monkeypatch
     with pytest.raises(ValueError, match="^request 0: the prompt has"):
         sequence_of("Return the " * 40)
     sequence = sequence_of("def")
-    monkeypatch.setattr(llm.loop.scheduler, "_pages_needed", lambda request: 10**6)
+    monkeypatch.setattr(llm.loop.scheduler._seats, "most_pages", lambda request: 10**6)
     llm.loop.add(sequence)
     (event,) = llm.loop.advance()
     assert event.is_last and "need 1000000 pages" in sequence.error and not llm.loop.has_unfinished

@@ -92,6 +92,7 @@ def llm(request):
 def run_in_company(llm: LLM, seed: int) -> Company:
     asked = requests(seed)
     alone = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt, params in asked]
+    llm.reset_prefix_cache()
     company = Company(llm, asked, seed)
     company.run()
     assert_same(company.sequences, alone)

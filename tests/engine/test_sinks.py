@@ -113,7 +113,7 @@ def test_noise_is_drawn_by_the_position_in_the_sequence():
 def test_pages_do_not_grow():
     with LLM("demo", **OPTIONS, **SINKS) as llm:
         llm.generate(PROMPTS, GREEDY)
-        assert llm.loop.scheduler.pool.num_free == llm.loop.scheduler.pool.num_usable
+        assert llm.loop.scheduler.num_free_pages == llm.loop.scheduler.pool.num_usable
         kv = llm.engine.worker.executor.model.kv
         assert (
             llm.engine.plan.residency.num_pages == 3 * 7 + 1 == len(kv.data[0, 0]) // 4

@@ -98,7 +98,7 @@ def assert_same_bits(failed: Run, stopped: Run) -> None:
 def assert_at_rest(llm: LLM) -> None:
     llm.loop.scheduler.check_integrity()
     assert llm.loop.scheduler.num_running == llm.loop.scheduler.num_waiting == 0
-    assert llm.loop.scheduler.pool.num_free == llm.loop.scheduler.pool.num_usable
+    assert llm.loop.scheduler.num_free_pages == llm.loop.scheduler.pool.num_usable
 
 
 def fill_all_pages(llm: LLM) -> list[list[int]]:

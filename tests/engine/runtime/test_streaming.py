@@ -129,7 +129,7 @@ def test_batch_of_four_page_pools(checkpoint, residency):
 
         llm.loop.scheduler.schedule = watched
         together = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
-        assert max(running) == 4 and llm.loop.scheduler.pool.num_free == 8
+        assert max(running) == 4 and llm.loop.scheduler.num_free_pages == 8
         alone = [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts]
     assert together == alone and all(len(tokens) == 8 for tokens in together)
 

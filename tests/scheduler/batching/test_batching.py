@@ -350,19 +350,19 @@ def test_abort_leaves_nothing_behind():
 
 
 def lose_a_page(sched):
-    sched._running[0].pages.pop()
+    sched._seats.running[0].pages.pop()
 
 
 def share_a_page(sched):
-    sched._running[1].pages[0] = sched._running[0].pages[0]
+    sched._seats.running[1].pages[0] = sched._seats.running[0].pages[0]
 
 
 def lose_a_row(sched):
-    sched._free_rows.pop()
+    sched._seats.free_rows.pop()
 
 
 def lose_a_request(sched):
-    sched._running.pop(0)
+    sched._seats.running.pop(0)
 
 
 @pytest.mark.parametrize("harm", [lose_a_page, share_a_page, lose_a_row, lose_a_request])

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.batch import Batch, BatchRow, History
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
 from penstock.scheduler.cost.pass_work import PassShape
@@ -15,7 +15,10 @@ SAMPLING = st.builds(
     RowSampling, NUMBER, NUMBER, COUNT, NUMBER, NUMBER, NUMBER, NUMBER, st.integers(0, 2**64 - 1), INT32
 )
 INTS = st.lists(INT32, max_size=6).map(tuple)
-ROWS = st.builds(BatchRow, st.integers(0, 5) | COUNT, INTS, COUNT, INTS, st.booleans(), st.none() | SAMPLING, COUNT)
+HISTORY = st.builds(History, INTS, INTS)
+ROWS = st.builds(
+    BatchRow, st.integers(0, 5) | COUNT, INTS, COUNT, INTS, st.booleans(), st.none() | SAMPLING, COUNT, HISTORY
+)
 BATCHES = st.builds(Batch, st.lists(ROWS, max_size=5, unique_by=lambda row: row.index).map(tuple))
 
 

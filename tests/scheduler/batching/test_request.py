@@ -25,6 +25,8 @@ BAD_VALUES = {
     "frequency_penalty": ("from -2 to 2", [-2.1, 2.1, INF, None, "1"]),
     "logprobs": ("from 0 to 20", [-1, 21, 1.0, True, "5"]),
     "ignore_eos": ("True or False", [None, 1, "yes"]),
+    "priority": ("from -2147483647 to 2147483647", [2**31, -(2**31), 1.0, True, None, "1"]),
+    "cache_salt": ("a string that is not empty, or None", ["", 5, True, b"a"]),
 }
 GOOD_VALUES = {
     "n": [1, 7, 16384],
@@ -39,6 +41,8 @@ GOOD_VALUES = {
     "frequency_penalty": [-2.0, 2],
     "logprobs": [None, 0, 20],
     "ignore_eos": [True, False],
+    "priority": [-(2**31) + 1, 0, 7],
+    "cache_salt": [None, "a", "two words"],
 }
 
 
@@ -85,6 +89,8 @@ def test_defaults_are_vllms():
         "frequency_penalty": 0.0,
         "logprobs": None,
         "ignore_eos": False,
+        "priority": 0,
+        "cache_salt": None,
     }
 
 

@@ -1,45 +1,69 @@
-"""Whole workloads, played on a model of the KV cache that knows which request wrote which position. Passes are
-scheduled one by one, or before the tokens of those under way are known."""
+"""Whole workloads, played on a model of the KV cache that knows behind which tokens each entry was written, and of what
+a sampler remembers of its rows. Passes are scheduled one by one, or before the tokens of those under way are known."""
 
 import random
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.scheduler.batching.batch import Batch, RowKind
+from penstock.scheduler.batching.batch import Batch, History
 from penstock.scheduler.batching.message import RowMessages
-from penstock.scheduler.batching.pages import RESERVED_PAGE
-from penstock.scheduler.batching.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
+from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
+from penstock.scheduler.batching.request import (
+    ON_DEVICE,
+    FinishReason,
+    Request,
+    RequestState,
+    RowSampling,
+    SamplingParams,
+)
 from penstock.scheduler.batching.scheduler import Scheduler
+from penstock.scheduler.batching.seats import HEADROOM, STRETCH
 
 VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
 
 
 class Cache:
-    """Pages that remember the (request, position, token) last written to each of their entries."""
+    """Pages that remember for each of their entries the sequence, its salt first, up to the token that was last written
+    there."""
 
     def __init__(self, page_size: int):
         self.page_size = page_size
-        self.written: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self.written: dict[tuple[int, int], tuple[str | int | None, ...]] = {}
 
     def entry(self, row, position):
         return row.pages[position // self.page_size], position % self.page_size
 
-    def compute(self, row, request_id: int) -> list[int]:
-        """Writes this pass's tokens, then reads back all the tokens that attention would see."""
+    def compute(self, row, sequence: list[int], salt: str | None) -> None:
+        """Writes this pass's tokens of the sequence, then reads all that attention would see."""
         assert RESERVED_PAGE not in row.pages
-        for position, token in enumerate(row.tokens, row.start):
-            self.written[self.entry(row, position)] = request_id, position, token
-        seen = [self.written[self.entry(row, position)] for position in range(row.start + len(row.tokens))]
-        assert [entry[:2] for entry in seen] == [(request_id, position) for position in range(len(seen))]
-        return [token for _, _, token in seen]
+        assert list(row.tokens) == sequence[row.start : row.start + len(row.tokens)]
+        for position in range(row.start, row.start + len(row.tokens)):
+            self.written[self.entry(row, position)] = salt, *sequence[: position + 1]
+        for position in range(row.start + len(row.tokens)):
+            assert self.written[self.entry(row, position)] == (salt, *sequence[: position + 1])
 
 
-def next_token(tokens, seed):
-    """The token that model and sampler would give, a function of the sequence alone; for odd seeds sometimes a negative
-    number, which is no token."""
-    token = random.Random(f"{tokens} {seed}").randrange(VOCAB)
+class Sampler:
+    """Remembers of a row what the sampler does: its seed, its last token, and for penalties which tokens came."""
+
+    def __init__(self, sampling: RowSampling, history: History):
+        self.sampling, self.last_token = sampling, 0
+        self.seen, self.outputs = set(history.cached), Counter(history.outputs)
+
+    def draw(self, sequence: list[int]) -> int:
+        noted = (sorted(self.seen), sorted(self.outputs.items())) if self.sampling.has_penalty else ()
+        token = next_token(sequence, noted, self.sampling.seed)
+        self.last_token = max(token, 0)
+        self.outputs[self.last_token] += 1
+        return token
+
+
+def next_token(tokens, noted, seed):
+    """The token that model and sampler would give, a function of the sequence and what was noted of it; for odd seeds
+    sometimes a negative number, which is no token."""
+    token = random.Random(f"{tokens} {noted} {seed}").randrange(VOCAB)
     return -1 if token == NAN and seed % 2 else token
 
 
@@ -47,7 +71,9 @@ def expected_output(request, max_model_len):
     """The tokens and the end of the request when it runs alone: the oracle."""
     output, params = [], request.params
     while True:
-        token = next_token(request.prompt_token_ids + output, request.seed)
+        tokens = request.prompt_token_ids + output
+        noted = (sorted(set(tokens)), sorted(Counter(output).items())) if params.presence_penalty else ()
+        token = next_token(tokens, noted, request.seed)
         if token < 0:
             return output, "error", None
         output.append(token)
@@ -77,17 +103,34 @@ class Simulation:
         self.scheduler, self.lookahead = scheduler, abs(lookahead)
         self.must_wait, self.num_withdrawn = lookahead == PREPARED, 0
         self.under_way: deque[tuple[Batch, list[int]]] = deque()
-        self.last_token: dict[int, int] = {}  # by row, on the device
         self.sides = RowMessages(), RowMessages()
         self.cache = Cache(scheduler.page_size)
-        self.num_computed: dict[int, int] = {}  # by request id
-        self.row_seed: dict[int, int] = {}  # what the sampler remembers of each row
+        self.num_computed: dict[int, int] = {}  # by request id, since it got its row
+        self.num_computed_in_all: Counter[int] = Counter()
+        self.num_cached_in_all: Counter[int] = Counter()
+        self.samplers: dict[int, Sampler] = {}  # by row
+        self.sequences: dict[int, list[int]] = {}  # by request id: what was computed and sampled, seen or not
+        self.gave_way: dict[int, list[int]] = {}  # by request id: how many tokens it had then
+        self._watch_preemptions()
+
+    def _watch_preemptions(self):
+        """Sees that nobody gives way twice without a token between."""
+        admission = self.scheduler._admission
+        preempt = admission._preempt
+
+        def watched(request):
+            had = self.gave_way.setdefault(request.id, [])
+            assert not had or had[-1] < request.num_tokens_ahead
+            had.append(request.num_tokens_ahead)
+            preempt(request)
+
+        admission._preempt = watched
 
     def run_pass(self, while_computing=lambda: None) -> None:
         batch = self.scheduler.schedule()
         if batch is not None:
             self.check(batch)
-            running = dict(self.scheduler._running)
+            running = dict(self.scheduler._seats.running)
             if self.must_wait and self.under_way:
                 while_computing()
                 self.scheduler.update(*self.under_way.popleft())
@@ -109,8 +152,8 @@ class Simulation:
         assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len({row.index for row in batch.rows}) == len(batch.rows) <= self.scheduler.max_num_seqs
         assert batch.is_in_order
-        continuing = [row for row in batch.rows if row.kind is RowKind.CONTINUES]
-        assert len(continuing) <= 1, "the budget of a pass ends within one prompt"
+        num_cut = sum(not row.samples for row in batch.rows)
+        assert num_cut <= 1, "the budget of a pass ends within one sequence"
         self.check_no_budget_is_wasted(batch)
         self.scheduler.check_integrity()
 
@@ -132,29 +175,37 @@ class Simulation:
         if batch.num_tokens == self.scheduler.max_num_batched_tokens:
             return
         ends = {row.index: row.start + len(row.tokens) for row in batch.rows}
-        most = self.scheduler.max_model_len
-        running = {
-            row: r for row, r in self.scheduler._running.items() if row in ends or not ends_with_what_comes(r, most)
-        }
+        most, seats = self.scheduler.max_model_len, self.scheduler._seats
+        running = {row: r for row, r in seats.running.items() if row in ends or not ends_with_what_comes(r, most)}
         assert ends == {row: request.num_computed_tokens for row, request in running.items()}
         assert all(request.num_computed_tokens + 1 == request.num_tokens_ahead for request in running.values())
-        if self.scheduler.num_waiting and self.scheduler.num_running < self.scheduler.max_num_seqs:
-            head = next(iter(self.scheduler._waiting))
-            num_places = head.most_tokens(self.scheduler.max_model_len) - 1
-            assert num_places > self.scheduler.pool.num_free * self.scheduler.page_size
+        head = self.scheduler._admission.line.head()
+        if head is not None and seats.free_rows and not head.num_under_way:
+            num_places = min(head.num_tokens + STRETCH, head.most_tokens(most) - 1)
+            growing = [one for one in seats.running.values() if one.num_places < one.most_tokens(most) - 1]
+            num_pages = sum(pages_for(n, seats.page_size) for n in (num_places, len(growing) * HEADROOM))
+            found = self.scheduler.cache.find(head)
+            num_idle = sum(self.scheduler.cache.is_idle(block.page) for block in found)
+            assert num_pages - len(found) > self.scheduler.num_free_pages - num_idle
 
     def compute(self, row, request: Request) -> list[int]:
-        assert len(row.tokens) > 0 and row.start == self.num_computed.get(request.id, 0)
-        self.num_computed[request.id] = row.start + len(row.tokens)
         if row.sampling is not None:
-            assert row.start == 0
-            self.row_seed[row.index] = row.sampling.seed
-        known = tuple(self.last_token[row.index] if token == ON_DEVICE else token for token in row.tokens)
-        tokens = self.cache.compute(row._replace(tokens=known), request.id)
+            self.samplers[row.index] = Sampler(row.sampling, row.history)
+            self.num_computed[request.id] = row.start
+            self.num_cached_in_all[request.id] += row.start
+        assert len(row.tokens) > 0 and row.start == self.num_computed[request.id]
+        self.num_computed[request.id] += len(row.tokens)
+        self.num_computed_in_all[request.id] += len(row.tokens)
+        sampler = self.samplers[row.index]
+        known = tuple(sampler.last_token if token == ON_DEVICE else token for token in row.tokens)
+        sampler.seen.update(known)
+        sequence = self.sequences.setdefault(request.id, list(request.prompt_token_ids))
+        self.cache.compute(row._replace(tokens=known), sequence, request.params.cache_salt)
         if not row.samples:
             return []
-        token = next_token(tokens, self.row_seed[row.index])
-        self.last_token[row.index] = max(token, 0)
+        assert row.start + len(row.tokens) == len(sequence), "a token that is known is sampled anew"
+        token = sampler.draw(list(sequence))
+        sequence.append(max(token, 0))
         return [token]
 
 
@@ -166,8 +217,17 @@ def random_request(rng, id, max_model_len, most_tokens):
     if max_tokens is not None:
         max_tokens = min(max_tokens, most_tokens - num_prompt)
     stop = rng.choice([[], [STOP], [EOS, STOP]])
-    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=rng.random() < 0.5)
-    prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        stop_token_ids=stop,
+        ignore_eos=rng.random() < 0.5,
+        presence_penalty=rng.choice([0, 1]),
+        priority=rng.randint(-1, 1),
+        cache_salt=rng.choice([None, None, "a"]),
+    )
+    begins = random.Random(rng.randrange(2)).choices(range(VOCAB), k=num_prompt)  # as other requests do
+    prompt = begins[: rng.randint(0, num_prompt)]
+    prompt += rng.choices(range(VOCAB), k=num_prompt - len(prompt))
     return Request(id, prompt, params, seed=rng.randrange(2**64))
 
 
@@ -182,6 +242,8 @@ def random_scheduler(rng):
         num_pages=2 + rng.randint(1, 120) // page_size,
         eos_token_ids=[EOS],
         page_order_seed=rng.choice([None, rng.randrange(100)]),
+        policy=rng.choice(["fcfs", "priority"]),
+        prefix_caching=rng.random() < 0.5,
     )
 
 
@@ -190,23 +252,32 @@ def check_workload(seed, lookahead):
     scheduler = random_scheduler(rng)
     most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
     late = [random_request(rng, id, scheduler.max_model_len, most_tokens) for id in range(rng.randint(1, 12))]
+    play(rng, scheduler, late, lookahead)
+
+
+def play(rng, scheduler, late, lookahead, before_pass=lambda simulation: None):
+    """Adds the requests while passes run, and compares each with itself alone."""
     requests, simulation = list(late), Simulation(scheduler, lookahead)
     while late or scheduler.has_unfinished:
         for _ in range(rng.randint(0 if scheduler.has_unfinished else 1, 3)):
             if late:
                 scheduler.add(late.pop(0))
+        before_pass(simulation)
         simulation.run_pass()
     for request in requests:
         outcome = request.output_token_ids, request.finish_reason, request.stop_reason
         assert outcome == expected_output(request, scheduler.max_model_len)
-        # Each token but the last was computed once; the last too, if nothing could be sampled after it.
-        # Simulation.compute() saw that they came in order. Where a token's value ended the request, passes that were
-        # under way then computed for nothing.
-        assert simulation.num_computed[request.id] == request.num_computed_tokens
-        wasted = request.num_computed_tokens - (request.num_tokens - (request.finish_reason != "error"))
-        assert 0 <= wasted <= (0 if request.finish_reason == "length" else abs(lookahead))
+        # Each token but the last was computed once, and those of a row that gave way once more; the last too, if
+        # nothing could be sampled after it. Where a token's value ended the request, passes that were under way then
+        # computed for nothing.
+        gave_way = simulation.gave_way.get(request.id, [])
+        assert len(gave_way) == request.num_preemptions
+        wasted = simulation.num_computed_in_all[request.id] + simulation.num_cached_in_all[request.id]
+        wasted -= request.num_tokens - (request.finish_reason != "error")
+        assert 0 <= wasted <= sum(gave_way) + (0 if request.finish_reason == "length" else abs(lookahead))
         assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
+    assert scheduler.counts.num_preemptions == sum(map(len, simulation.gave_way.values()))
 
 
 @settings(max_examples=150)
@@ -233,7 +304,7 @@ def test_a_batch_four_times_the_page_pool_finishes():
         most_running = max(most_running, scheduler.num_running)
     assert most_running == 4
     assert all(len(request.output_token_ids) == 4 for request in requests)
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
@@ -256,7 +327,7 @@ def test_ends_at_any_moment_leave_nothing_behind(seed, lookahead):
         simulation.run_pass(while_computing=end_some)
         end_some()
         scheduler.check_integrity()
-    assert scheduler.pool.num_free == scheduler.pool.num_usable
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
     assert all(request.row is None and request.pages == [] for request in requests)
     for request in requests:
         expected, reason, _ = expected_output(request, scheduler.max_model_len)

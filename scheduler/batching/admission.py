@@ -1,0 +1,87 @@
+"""Who gets a row and pages, who waits for them, and who gives them back to others."""
+
+from penstock.scheduler.batching.counts import Counts, Wait
+from penstock.scheduler.batching.preemption import next_victim, victims_for
+from penstock.scheduler.batching.request import Request, RequestState
+from penstock.scheduler.batching.seats import HEADROOM, Seats
+from penstock.scheduler.batching.waiting import Line
+
+
+class Admission:
+    """Moves requests between the line and the seats. What it does is in `counts`."""
+
+    def __init__(self, line: Line, seats: Seats):
+        self.line, self.seats, self.counts = line, seats, Counts()
+
+    def make_room(self) -> None:
+        """Before a pass: gives each running request the page of its next token, and lets in who is more urgent than
+        some who run. Where there is none left, one of them gives way."""
+        full = [request for request in self.seats.running.values() if request.num_computed_tokens == request.num_places]
+        for request in full:
+            if not self.ends_by_itself(request):
+                self._grow(request)
+        while (urgent := self.line.head()) is not None and self._let_in(urgent):
+            pass
+
+    def _grow(self, request: Request) -> None:
+        while request.row is not None and not self.seats.num_free_pages:
+            self._preempt(next_victim(self.seats, request))
+        if request.row is not None:
+            self.seats.grow(request)
+
+    def _let_in(self, urgent: Request) -> bool:
+        """Admits a waiting request if others give way to it."""
+        victims = victims_for(self.seats, urgent)
+        for victim in victims:
+            self._preempt(victim)
+        return bool(victims) and self._admit(urgent, headroom=0)
+
+    def admit_next(self) -> Request | None:
+        """Admits the head of the line; None if it does not fit."""
+        head = self.line.head()
+        return head if head is not None and self._admit(head) else None
+
+    def can_admit(self) -> bool:
+        """Tells whether the head of the line could be admitted now."""
+        head = self.line.head()
+        return head is not None and (self.seats.offer(head) is not None or bool(victims_for(self.seats, head)))
+
+    def why_waiting(self) -> Wait:
+        """The thing that the head of the line lacks, but for a pass's tokens."""
+        return Wait.PAGES if self.seats.free_rows else Wait.ROWS
+
+    def end(self, request: Request) -> None:
+        """Takes a request, waiting or running, out of line or seat."""
+        if request.state is RequestState.WAITING:
+            self.line.leave(request)
+        elif request.state is RequestState.RUNNING:
+            self.seats.leave(request)
+
+    def ends_by_itself(self, request: Request) -> bool:
+        """Tells whether the request's last token is under way."""
+        return request.num_tokens_ahead >= request.most_tokens(self.seats.max_model_len)
+
+    def _admit(self, request: Request, headroom: int = HEADROOM) -> bool:
+        """Gives a waiting request its row, if it fits."""
+        blocks = self.seats.offer(request, headroom)
+        if blocks is None:
+            return False
+        self.line.leave(request)
+        self.counts.num_asked_tokens += request.num_tokens if request.num_preemptions == 0 else 0
+        self.seats.take(request, blocks)
+        self.counts.num_hit_tokens += request.num_computed_tokens if request.num_preemptions == 0 else 0
+        self.counts.num_recomputed_tokens += max(request.num_lost_tokens - request.num_computed_tokens, 0)
+        request.num_lost_tokens = 0
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.counts.note_preemption()
+        request.num_preemptions += 1
+        request.num_lost_tokens, request.num_computed_tokens = request.num_computed_tokens, 0
+        self.seats.leave(request)
+        self.line.rejoin(request)
+
+    def check_integrity(self) -> None:
+        """Asserts that rows and pages are each held once, by running requests only."""
+        self.seats.check_integrity()
+        assert all(one.state is RequestState.WAITING and not one.pages for one in self.line)

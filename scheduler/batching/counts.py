@@ -1,0 +1,66 @@
+"""The one object that tells how requests came, waited and gave way: `generate --verbose` and the benchmarks read it."""
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+LOGGER = logging.getLogger("penstock.scheduler")
+LOG_EVERY_S = 1.0
+
+
+class Wait(StrEnum):
+    """The thing that a pass lacked for the first of those that waited."""
+
+    ROWS = "rows"
+    PAGES = "pages"
+    TOKENS = "tokens"
+
+
+@dataclass
+class Counts:
+    """Numbers since the scheduler was made. `waits` counts, by what was lacking, the passes in which requests waited;
+    `num_waiting` is how many did in the last pass."""
+
+    num_passes: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0  # of rows that had given way
+    num_asked_tokens: int = 0  # of requests that got their first row
+    num_hit_tokens: int = 0  # those of them that the prefix cache had
+    num_waiting: int = 0
+    waits: Counter[Wait] = field(default_factory=Counter)
+    _logged_at_s: float = field(default=-LOG_EVERY_S, repr=False, compare=False)
+
+    def note_pass(self, num_waiting: int, why: Wait) -> None:
+        """Notes a pass, how many requests it leaves waiting, and why."""
+        self.num_passes += 1
+        self.num_waiting = num_waiting
+        if num_waiting:
+            self.waits[why] += 1
+
+    def note_preemption(self) -> None:
+        """Notes that a row has given way; logs it, once a second at most."""
+        self.num_preemptions += 1
+        now = time.monotonic()
+        if now - self._logged_at_s >= LOG_EVERY_S:
+            self._logged_at_s = now
+            LOGGER.info("no KV page or row was left: %d rows have given way so far", self.num_preemptions)
+
+    def to_dict(self) -> dict[str, int | dict[str, int]]:
+        """The numbers, as JSON takes them."""
+        numbers = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return numbers | {"waits": {why.value: self.waits[why] for why in Wait}}
+
+    def describe(self) -> list[str]:
+        """Lines that tell a user what happened; none where nothing did."""
+        lines = []
+        if self.num_hit_tokens:
+            share = self.num_hit_tokens / self.num_asked_tokens
+            lines.append(f"{self.num_hit_tokens} tokens of prompts were cached, {share:.1%} of all")
+        if self.num_preemptions:
+            lines.append(f"rows gave way {self.num_preemptions} times: {self.num_recomputed_tokens} tokens once more")
+        if self.waits:
+            lacking = ", ".join(f"{why} {self.waits[why]}" for why in Wait if self.waits[why])
+            lines.append(f"requests waited in {self.waits.total()} of {self.num_passes} passes, for: {lacking}")
+        return lines

@@ -1,0 +1,44 @@
+"""Rows that give way and come back, and prompts that begin alike: in graphs and eager, resident and streamed."""
+
+import pytest
+
+from penstock import LLM
+from tests.support.rows_giving_way import (
+    FEW_PAGES,
+    OPTIONS,
+    PARAMS,
+    PROMPTS,
+    assert_as_alone,
+    assert_rows_gave_way,
+    each_alone,
+    generate_twice_each,
+)
+
+pytestmark = pytest.mark.gpu
+ON_GPU = OPTIONS | {"device": "cuda", "gpu_memory": "2GiB"}
+PADDING = "def add(a, b):\n    return a + b\n\n\n"
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return each_alone("cuda")
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_each_request_is_as_alone(alone, resident, shares, enforce_eager):
+    options = {"resident": resident, "enable_prefix_caching": shares, "enforce_eager": enforce_eager}
+    with LLM("demo", **ON_GPU, **FEW_PAGES, **options) as llm:
+        assert_as_alone(generate_twice_each(llm), alone)
+        assert_rows_gave_way(llm)
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+def test_what_is_cached_changes_no_token(resident):
+    prompts = [PADDING + prompt for prompt in PROMPTS]
+    with LLM("demo", **ON_GPU | {"max_model_len": 128}, resident=resident) as llm:
+        first = llm.generate(prompts, PARAMS)
+        again = llm.generate(prompts, PARAMS)
+    assert all(output.num_cached_tokens >= 8 for output in again)
+    assert [one.outputs[0].token_ids for one in again] == [one.outputs[0].token_ids for one in first]
