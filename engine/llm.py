@@ -58,7 +58,6 @@ class LLM:
             eos_token_ids=self.engine.eos_token_ids,
             page_order_seed=self.config.debug.page_order_seed,
             retention=plan.retention,
-            captured_tokens=self.engine.worker.runner.captured_tokens,
             policy=self.config.scheduling_policy,
             prefix_caching=self.config.enable_prefix_caching,
         )

@@ -132,12 +132,6 @@ class PassRunner:
         launches hide under the link."""
         return self.sizes.decode + ([] if self.executor.pass_plan.ring.slots else self.sizes.with_prompts)
 
-    @property
-    def captured_tokens(self) -> int:
-        """The most tokens of a pass with prompts that is a graph; 0 where none is."""
-        sizes = [] if self.graphs is None else self._captured_sizes
-        return max((size.num_tokens for size in sizes if size.num_starting), default=0)
-
     def _replay(self, batch: Batch, bucket: Bucket, asked: Asked) -> None:
         if (bucket.size, asked) not in self.graphs.passes:
             self._capture(bucket, asked)

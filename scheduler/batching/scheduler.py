@@ -9,9 +9,6 @@ head is never overtaken because a later, smaller one would fit, so nobody starve
     budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
                        0                                                        max_num_batched_tokens
 
-Where short passes are graphs, a prompt that fits into one is not cut, and makes no pass longer than that: it waits for
-the next pass, unless it is the first of this one. So most passes of a queue are graphs, which longer ones are not.
-
 Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
 ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by a token's value (end-of-sequence, a stop
 token), its row in the next pass has already been scheduled and is computed for nothing.
@@ -40,8 +37,7 @@ class Scheduler:
     `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
     are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given. `policy`, one
     of POLICIES, says who is served first. With `prefix_caching` requests share the whole pages that they begin with,
-    unless old tokens are dropped. Passes with prompts of up to `captured_tokens` are graphs. `counts` says what has
-    happened so far. Raises ValueError for fewer than 2 pages.
+    unless old tokens are dropped. `counts` says what has happened so far. Raises ValueError for fewer than 2 pages.
     """
 
     def __init__(
@@ -56,12 +52,10 @@ class Scheduler:
         retention: Retention | None = None,
         policy: str = "fcfs",
         prefix_caching: bool = False,
-        captured_tokens: int = 0,
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.captured_tokens = captured_tokens
         self.page_size = page_size
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
@@ -71,7 +65,6 @@ class Scheduler:
         self._admission = Admission(Line(policy), self._seats)
         self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
-        self._num_filled = 0  # tokens of the pass that is being scheduled
 
     @property
     def max_num_seqs(self) -> int:
@@ -133,11 +126,11 @@ class Scheduler:
         """The next pass, or None when there is nothing to compute before the next update."""
         self._admission.make_room()
         rows: list[BatchRow] = []
-        self._num_filled = 0
-        for request in self._next_requests(rows):
-            rows.append(self._next_tokens(request, self.max_num_batched_tokens - self._num_filled))
-            self._num_filled += len(rows[-1].tokens)
-            if self._num_filled == self.max_num_batched_tokens:
+        budget_tokens = self.max_num_batched_tokens
+        for request in self._next_requests():
+            rows.append(self._next_tokens(request, budget_tokens))
+            budget_tokens -= len(rows[-1].tokens)
+            if budget_tokens == 0:
                 break
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
@@ -147,7 +140,7 @@ class Scheduler:
         for request in requests:
             request.num_under_way += 1
         self._under_way.append((batch, requests))
-        why = Wait.TOKENS if self._num_filled == self.max_num_batched_tokens else self._admission.why_waiting()
+        why = Wait.TOKENS if budget_tokens == 0 else self._admission.why_waiting()
         self.counts.note_pass(self.num_waiting, why)
         return batch
 
@@ -169,9 +162,8 @@ class Scheduler:
             request.num_under_way -= 1
             request.is_told &= row.sampling is None
 
-    def _next_requests(self, filling: Sequence[BatchRow]) -> Iterator[Request]:
-        """The requests that compute, most urgent first, while their rows come to `filling`; a waiting one is admitted
-        when the iterator reaches it."""
+    def _next_requests(self) -> Iterator[Request]:
+        """The requests that compute, most urgent first; a waiting one is admitted when the iterator reaches it."""
         decoding, chunks = [], []
         for request in self._seats.running.values():
             if not self._admission.ends_by_itself(request):
@@ -180,18 +172,8 @@ class Scheduler:
         self._decoding = in_places(self._decoding, decoding)
         yield from self._decoding
         yield from sorted(chunks, key=lambda request: request.place)
-        while not self._is_for_the_next_pass(self._admission.line.head(), filling):
-            if (request := self._admission.admit_next()) is None:
-                return
+        while (request := self._admission.admit_next()) is not None:
             yield request
-
-    def _is_for_the_next_pass(self, head: Request | None, filling: Sequence[BatchRow]) -> bool:
-        """Tells whether the tokens of the head of the line would be cut, or keep a pass that has prompts from being a
-        graph, though they fit into one."""
-        if head is None or not filling or len(filling[-1].tokens) == 1:
-            return False
-        num_tokens, num_filled = head.num_tokens, self._num_filled
-        return max(num_tokens, num_filled) <= self.captured_tokens < num_tokens + num_filled
 
     def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
         start = request.num_computed_tokens

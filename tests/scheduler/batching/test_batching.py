@@ -47,32 +47,6 @@ def test_decodes_come_before_chunks_and_chunks_before_admissions():
     assert run_pass(sched) == [(0, 4, 1, True), (1, 12, 1, True), (2, 0, 2, True)]
 
 
-def test_prompts_that_fit_into_a_graph_are_not_cut_and_make_no_pass_longer():
-    sched = scheduler(max_num_batched_tokens=20, captured_tokens=8)
-    for id, num_prompt in enumerate([3, 4, 6, 3]):
-        sched.add(request(id, num_prompt))
-    assert run_pass(sched) == [(0, 0, 3, True), (1, 0, 4, True)]
-    assert run_pass(sched) == [(0, 3, 1, True), (1, 4, 1, True), (2, 0, 6, True)]
-    assert run_pass(sched) == [*[(row, start, 1, True) for row, start in enumerate((4, 5, 6))], (3, 0, 3, True)]
-
-
-def test_a_prompt_that_fits_into_no_graph_is_cut_where_the_budget_ends():
-    """It may follow shorter ones, and others that fit into what is left follow it."""
-    sched = scheduler(max_num_batched_tokens=20, captured_tokens=8)
-    for id, num_prompt in enumerate([3, 12, 7]):
-        sched.add(request(id, num_prompt))
-    assert run_pass(sched) == [(0, 0, 3, True), (2, 0, 5, False), (1, 0, 12, True)]
-    assert run_pass(sched) == [(0, 3, 1, True), (1, 12, 1, True), (2, 5, 2, True)]
-
-
-def test_a_prompt_that_fits_into_a_graph_by_itself_does_not_wait_for_decodes():
-    sched = scheduler(max_num_batched_tokens=20, captured_tokens=4)
-    sched.add(request(0, 2))
-    run_pass(sched)
-    sched.add(request(1, 4))
-    assert run_pass(sched) == [(0, 2, 1, True), (1, 0, 4, True)]
-
-
 def test_rows_carry_tokens_pages_and_sampling_state():
     sched = scheduler(max_num_batched_tokens=5)
     sched.add(request(num_prompt=7, seed=None))
