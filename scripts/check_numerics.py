@@ -24,6 +24,7 @@ from penstock.engine.llm import LLM, load_tokenizer
 from penstock.engine.output import without_errors
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.watch import Watch
+from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
@@ -104,16 +105,23 @@ OURS: dict[str, str | Callable[[PassContext], Tensor]] = {
 
 
 def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
-    """Keeps the activations of every pass from now on, by step; a single request's passes are in order of position."""
+    """Keeps the activations of every pass from now on, by step, without padding, which is behind the last token; a
+    single request's passes are in order of position."""
     kept: dict[Key, list[Tensor]] = {}
 
     class KeepStates(Watch):
+        num_tokens = 0  # of the pass that runs
+
+        def begin_pass(self, batch: Batch | None) -> None:
+            self.num_tokens = 0 if batch is None else batch.num_tokens
+
         def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
             run()
             for key, step in _keys(instruction) if isinstance(instruction, Compute) else ():
                 take = OURS[step]
                 state = ctx.act[take] if isinstance(take, str) else take(ctx)
-                kept.setdefault(key, []).append(state.cpu().clone())
+                own = slice(self.num_tokens if len(state) == len(ctx.inputs.tokens) else 1)
+                kept.setdefault(key, []).append(state[own].cpu().clone())
 
     llm.engine.watches.add(KeepStates())
     return kept

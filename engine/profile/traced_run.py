@@ -9,7 +9,7 @@ import random
 import statistics
 from dataclasses import dataclass, replace
 
-from penstock.engine.config import EngineConfig
+from penstock.engine.config import MOST_SEQS, EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
 from penstock.engine.planning.engine_plan import EnginePlan
@@ -135,9 +135,9 @@ def run_traced(args: argparse.Namespace, config: EngineConfig) -> TracedRun | No
             raise ValueError(
                 f"{name}={value}: expected at least {least}, for a prefill and a decode pass, and at most {MOST}"
             )
-    config = replace(config.for_job(args.batch_size), trace=config.trace or TRACE)
-    if args.batch_size > config.max_num_seqs:
-        raise ValueError(f"batch_size={args.batch_size}: max_num_seqs is {config.max_num_seqs}")
+    if args.batch_size > (most := config.max_num_seqs or MOST_SEQS):
+        raise ValueError(f"batch_size={args.batch_size}: max_num_seqs is {most}")
+    config = replace(config, max_num_seqs=config.max_num_seqs or args.batch_size, trace=config.trace or TRACE)
     params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
     with LLM(**config.to_dict()) as llm:
         llm.check([0] * args.input_len, params)  # before the tokens of every row are made

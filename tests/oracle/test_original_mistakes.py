@@ -120,7 +120,7 @@ def test_3_kernel_takes_its_inputs_for_others(checkpoint, monkeypatch, kind, nam
     fp16."""
     misread, layout, dtype, _ = MISREADINGS[kind]
     mutate = together(by_kernels(monkeypatch, name, misread=misread), laid_out(layout))
-    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:6], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
+    rows = compare(checkpoint("neox_parallel", **NARROW), TOKENS[:7], dtype, **SHORT, debug=AS_ON_GPU, mutate=mutate)
     assert named(rows) == FIRST_STEPS[name]
 
 

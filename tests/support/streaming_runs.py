@@ -70,7 +70,9 @@ class Run:
 
 
 def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[SamplingParams] = PARAMS) -> Run:
+    """All passes of a run, none of which another run has spared it."""
     run = Run([], [], [])
+    llm.reset_prefix_cache()
 
     def note(instruction: Instruction, ctx: PassContext | None) -> None:
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":
