@@ -49,7 +49,12 @@ MAY_IMPORT = {
     "engine.output": ("engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
     "engine.kernels": ("parallel.push_reduce",),
-    "engine.model": ("engine.kernels.codec_tile", "engine.user_files", "scheduler.passes"),
+    "engine.model": (
+        "engine.kernels.codec_tile",
+        "engine.kernels.ggml_types",
+        "engine.user_files",
+        "scheduler.passes",
+    ),
     "engine.planning": (
         "engine.config",
         "engine.model",
@@ -88,11 +93,19 @@ LATE_IMPORTS = {
     "scripts.bench.comparison": {"scripts.bench.baselines"},
     "scripts.bench.startup": {"scripts.bench.dummy_checkpoint"},
 }
-TORCH_FREE = ("scheduler", "engine.planning", "engine.config", "engine.user_files", "engine.kernels.codec_tile")
+TORCH_FREE = (
+    "scheduler",
+    "engine.planning",
+    "engine.config",
+    "engine.user_files",
+    "engine.kernels.codec_tile",
+    "engine.kernels.ggml_types",
+)
 TORCH_FREE += (
     "engine.model",
     "engine.measure.probe_report",
     "engine.weights.headers",
+    "engine.weights.gguf_file",
     "engine.weights.read_model",
     "penstock",
 )

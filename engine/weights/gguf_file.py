@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.model.ggml_types import GGML_TYPES, GGMLType
+from penstock.engine.kernels.ggml_types import GGML_TYPES, GGMLType
 from penstock.engine.user_files import open_file
 from penstock.engine.weights.gguf_values import HeaderValues
 from penstock.engine.weights.headers import TensorEntry, check_overlaps

@@ -7,7 +7,7 @@ import sys
 import gguf
 import numpy
 import pytest
-from penstock.engine.model.ggml_types import GGML_TYPES
+from penstock.engine.kernels.ggml_types import GGML_TYPES
 from penstock.engine.weights.gguf_file import is_gguf, read_gguf
 from penstock.engine.weights.gguf_values import MAX_DEPTH
 
