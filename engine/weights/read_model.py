@@ -65,8 +65,12 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
 
 
 def _read_config(path: Path) -> tuple[Model, bool]:
-    """The model as config.json says it, and whether that names a dtype."""
-    file, config = config_file(path), read_config(path)
+    """The model as config.json says it, and whether that names a dtype. Raises ValueError, with the file to give, for a
+    directory of GGUF files."""
+    file = config_file(path)
+    if path.is_dir() and not file.exists() and (found := sorted(path.glob("*.gguf"))):
+        raise ValueError(f"{path}: has no config.json, but {found[0].name}: give the GGUF file itself")
+    config = read_config(path)
     spec = read_spec(config, str(file))
     for name, fields in QUANTISED.items():
         if (file.parent / name).exists():

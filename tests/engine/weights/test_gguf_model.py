@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from penstock.engine.config import EngineConfig
+from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.model.layout import model_layout
 from penstock.engine.model.shard import Piece
 from penstock.engine.model.weight_formats import FORMATS
@@ -220,6 +221,11 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, keys, shapes, kinds,
     assert told.startswith(str(file)) and message in told and "\n" not in told
 
 
+def test_a_directory_of_gguf_files_says_which_file_to_give(files):
+    with pytest.raises(ValueError, match=r"has no config\.json, but llama\.gguf: give the GGUF file itself"):
+        read_model(files)
+
+
 UNLIKE = {
     "a layer less": ({"blk.0.ffn_up.weight": None}, "1 tensor(s) missing from the checkpoint: blk.0.ffn_up.weight"),
     "another shape": ({"blk.0.attn_k.weight": (32, 32)}, "blk.0.attn_k.weight has shape (32, 32)"),
@@ -244,3 +250,20 @@ def test_the_smallest_file_that_is_whole_loads(tmp_path):
     config = EngineConfig(str(tmp_path / "m.gguf"))
     plan = make_engine_plan(config, read_model(tmp_path / "m.gguf").spec, 1, None, load_profile("cpu", 1))
     open_source(config, tmp_path / "m.gguf", plan).close()
+
+
+def test_dummy_blocks_are_finite_and_stay_in_their_place(files):
+    """As benchmarks have them: a file's shape, and random bytes that make small scales."""
+    file = files / "llama.gguf"
+    config = EngineConfig(str(file), load_format="dummy")
+    plan = make_engine_plan(config, read_model(file, dummy=True).spec, 1, None, load_profile("cpu", 1))
+    source = open_source(config, file, plan)
+    for group in plan.layout.groups:
+        for rows in (rows for rows in group.rows if rows.format.is_quantised):
+            data = torch.zeros(rows.num_rows, rows.format.row_bytes(rows.num_cols), dtype=torch.uint8)
+            for piece in rows.pieces:
+                part = data[piece.to_row : piece.to_row + piece.num_rows]
+                source.read_piece(piece, part[:, piece.to_col : piece.to_col + piece.num_cols])
+            floats = torch.empty(rows.num_rows, rows.num_cols)
+            dequantise(rows.format.name, data, floats)
+            assert floats.isfinite().all() and floats.std() > 0
