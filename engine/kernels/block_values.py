@@ -10,6 +10,8 @@ and groups are chosen so that scales depend on block and group alone. Blocks are
 halves reads the fp16.
 """
 
+from collections.abc import Sequence
+
 import torch
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.triton_door import tl, triton
@@ -38,14 +40,19 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
-def _shifted(codes: Tensor, shifts: list[int], mask: int) -> Tensor:
-    """Codes (N, h, 1, n) in turn by each shift: (N, h, len(shifts), n)."""
-    return codes >> torch.tensor(shifts, dtype=torch.uint8, device=codes.device)[:, None] & mask
+def _shifted(blocks: Tensor, at: int, runs: tuple[int, int], shifts: Sequence[int], bits: int) -> Tensor:
+    """The codes of so many bits in (h, n) bytes of each block, h runs of n, in turn by each shift: (N, h, len(shifts),
+    n) uint8. Two bytes at a time: what a shift brings from one into the other is masked."""
+    words = blocks.view(torch.int16)[:, at // 2 :][:, : runs[0] * runs[1] // 2].unflatten(1, (runs[0], -1))
+    codes = torch.empty(len(blocks), runs[0], len(shifts), runs[1], dtype=torch.uint8, device=blocks.device)
+    for index, shift in enumerate(shifts):
+        torch.bitwise_and(words >> shift, 0x0101 * ((1 << bits) - 1), out=codes.view(torch.int16)[:, :, index])
+    return codes
 
 
 def _nibbles(blocks: Tensor, at: int) -> Tensor:
     """The codes of 16 bytes, low nibbles first: (N, 32) uint8."""
-    return _shifted(blocks[:, None, None, at : at + 16], [0, 4], 15).reshape(-1, 32)
+    return _shifted(blocks, at, (1, 16), (0, 4), 4).view(-1, 32)
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
@@ -55,39 +62,40 @@ def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks, 2).float() - 8)
+    return _nibbles(blocks, 2).float().sub_(8).mul_(_half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _nibbles(blocks, 4).float() + _half(blocks, 2)
+    return _nibbles(blocks, 4).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * ((_nibbles(blocks, 6) | _fifth_bits(blocks, 2)).float() - 16)
+    return (_nibbles(blocks, 6) | _fifth_bits(blocks, 2)).float().sub_(16).mul_(_half(blocks, 0))
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks, 8) | _fifth_bits(blocks, 4)).float() + _half(blocks, 2)
+    codes = _nibbles(blocks, 8) | _fifth_bits(blocks, 4)
+    return codes.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
+    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
     scales = blocks[:, :16]
-    codes = _shifted(blocks[:, 16:80].view(-1, 2, 1, 32), [0, 2, 4, 6], 3).reshape(-1, 16, 16).float()
+    codes = _shifted(blocks, 16, (2, 32), (0, 2, 4, 6), 2).view(-1, 16, 16)
     scale, least = _half(blocks, 80) * (scales & 15).float(), _half(blocks, 82) * (scales >> 4).float()
-    return scale[:, :, None] * codes - least[:, :, None]
+    return codes.float().mul_(scale[:, :, None]).sub_(least[:, :, None])
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
-    high = _shifted(blocks[:, None, None, :32], list(range(8)), 1).reshape(-1, 16, 16)
-    codes = _shifted(blocks[:, 32:96].view(-1, 2, 1, 32), [0, 2, 4, 6], 3).reshape(-1, 16, 16)
-    low = _shifted(blocks[:, None, None, 96:104], [0, 4], 15).reshape(-1, 16)
-    top = _shifted(blocks[:, None, None, 104:108], [0, 2, 4, 6], 3).reshape(-1, 16)
-    scale = _half(blocks, 108) * ((low | top << 4).float() - 32)
-    return scale[:, :, None] * ((codes | high << 2).float() - 4)
+    codes = _shifted(blocks, 32, (2, 32), (0, 2, 4, 6), 2).view(-1, 16, 16)
+    codes |= _shifted(blocks, 0, (1, 32), range(8), 1).view(-1, 16, 16) << 2
+    low = _shifted(blocks, 96, (1, 8), (0, 4), 4).view(-1, 16)
+    top = _shifted(blocks, 104, (1, 4), (0, 2, 4, 6), 2).view(-1, 16)
+    scale = _half(blocks, 108) * (low | top << 4).float().sub_(32)
+    return codes.float().sub_(4).mul_(scale[:, :, None])
 
 
 def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,24 +109,23 @@ def _scaled(blocks: Tensor, codes: Tensor) -> Tensor:
     """The values of Q4_K and Q5_K, whose codes (N, 8, 32) have the same scales."""
     scales, minima = _six_bit_scales(blocks[:, 4:16])
     scale, least = _half(blocks, 0) * scales.float(), _half(blocks, 2) * minima.float()
-    return scale[:, :, None] * codes.float() - least[:, :, None]
+    return codes.float().mul_(scale[:, :, None]).sub_(least[:, :, None])
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    return _scaled(blocks, _shifted(blocks[:, 16:].view(-1, 4, 1, 32), [0, 4], 15).reshape(-1, 8, 32))
+    return _scaled(blocks, _shifted(blocks, 16, (4, 32), (0, 4), 4).view(-1, 8, 32))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    high = _shifted(blocks[:, None, None, 16:48], list(range(8)), 1).reshape(-1, 8, 32)
-    codes = _shifted(blocks[:, 48:].view(-1, 4, 1, 32), [0, 4], 15).reshape(-1, 8, 32)
-    return _scaled(blocks, codes | high << 4)
+    codes = _shifted(blocks, 48, (4, 32), (0, 4), 4).view(-1, 8, 32)
+    return _scaled(blocks, codes | _shifted(blocks, 16, (1, 32), range(8), 1).view(-1, 8, 32) << 4)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    low = _shifted(blocks[:, :128].view(-1, 2, 1, 64), [0, 4], 15).reshape(-1, 16, 16)
-    high = _shifted(blocks[:, 128:192].view(-1, 2, 1, 32), [0, 2, 4, 6], 3).reshape(-1, 16, 16)
+    codes = _shifted(blocks, 0, (2, 64), (0, 4), 4).view(-1, 16, 16)
+    codes |= _shifted(blocks, 128, (2, 32), (0, 2, 4, 6), 2).view(-1, 16, 16) << 4
     scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
-    return scale[:, :, None] * ((low | high << 4).float() - 32)
+    return codes.float().sub_(32).mul_(scale[:, :, None])
 
 
 _FORMULAS = {
