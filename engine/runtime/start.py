@@ -55,6 +55,10 @@ def read_files(config: EngineConfig) -> ModelFiles:
     if path.is_file() and not is_gguf(path) and config.load_format != "dummy":
         where = "give the checkpoint's directory or a .gguf file (a config.json is enough with load_format='dummy')"
         raise ValueError(f"model={config.model!r} is a file: {where}")
+    if is_gguf(path) and config.load_format == "safetensors":
+        raise ValueError(
+            f"model={config.model!r} is a GGUF file, and load_format='safetensors' asks for another format"
+        )
     model = read_model(path, dummy=config.load_format == "dummy")
     return ModelFiles(path, model, read_eos_token_ids(path, model.spec))
 

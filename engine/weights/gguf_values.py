@@ -13,7 +13,7 @@ from penstock.scheduler.units import MIB, show_value
 MAX_HEADER_BYTES = 128 * MIB
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 4  # of arrays in arrays
-MAX_NAME_BYTES = 1024  # of a key or a tensor's name
+MAX_NAME_BYTES = 256  # of a key or a tensor's name
 _READ_BYTES = MIB
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -46,7 +46,10 @@ class HeaderValues:
         length = self.number("Q")
         if not 0 < length <= MAX_NAME_BYTES:
             raise self.error(f"its name is said to have {length} bytes, and a name has 1 to {MAX_NAME_BYTES}")
-        return self._text(length)
+        name = self._text(length)
+        if not name.isprintable():  # messages of one line show it
+            raise self.error(f"its name is {show_value(name)}")
+        return name
 
     def value(self) -> Any:
         """The next value behind its type: a number, a bool, a string or a list."""

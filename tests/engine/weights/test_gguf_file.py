@@ -117,6 +117,8 @@ BAD = {
     "a key's name that is no text": (
         whole([text(b"\xff\xfe") + typed(U8, 1)], [], bytes(64)), "key 0: a string is not UTF-8"
     ),
+    "a key's name of two lines": (whole([key("a\nb", U8, 1)], [], bytes(64)), r"key 0: its name is 'a\nb'"),
+    "a name that clears the screen": (whole([ARCH], [tensor("\x1b[2J", (32,), 0, 0)], DATA), "tensor 0: its name"),
     "a key twice": (whole([ARCH, ARCH], []), "general.architecture: is there twice"),
     "an unknown type of value": (whole([text("x") + struct.pack("<IQ", 13, 0)], []), "x: there is no type of value 13"),
     "a string without end": (whole([text("x") + struct.pack("<IQ", STRING, 2**62)], []), "x: truncated"),

@@ -16,7 +16,7 @@ from penstock.engine.model.weight_formats import FORMATS
 from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import make_engine_plan
 from penstock.engine.planning.predictions import decode_time, pass_work
-from penstock.engine.runtime.start import open_source
+from penstock.engine.runtime.start import open_source, read_files
 from penstock.engine.weights.gguf_checkpoint import GGUFCheckpoint
 from penstock.engine.weights.gguf_file import read_gguf
 from penstock.engine.weights.read_model import read_model
@@ -219,6 +219,11 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, keys, shapes, kinds,
         read_model(file)
     told = str(raised.value)
     assert told.startswith(str(file)) and message in told and "\n" not in told
+
+
+def test_another_format_that_is_asked_for_is_refused(files):
+    with pytest.raises(ValueError, match="is a GGUF file, and load_format='safetensors' asks for another format"):
+        read_files(EngineConfig(str(files / "llama.gguf"), load_format="safetensors"))
 
 
 def test_a_directory_of_gguf_files_says_which_file_to_give(files):
