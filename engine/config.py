@@ -142,7 +142,7 @@ class EngineConfig:
     Raises ValueError, naming the field, when a value cannot be meant.
     """
 
-    model: str = _option("demo", "checkpoint directory, a config.json (plan, or load-format dummy), or 'demo'")
+    model: str = _option("demo", "checkpoint directory, GGUF file, config.json (plan, or load-format dummy), or 'demo'")
     tokenizer: str | None = _option(None, "directory with tokenizer.json, if it is not the model's")
     tensor_parallel_size: int | None = _option(
         None, "number of ranks (default: torchrun's number of ranks, else 1)", flags=("-tp",), type=int

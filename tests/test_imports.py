@@ -49,7 +49,12 @@ MAY_IMPORT = {
     "engine.output": ("engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
     "engine.kernels": ("parallel.push_reduce", "parallel.triton_door"),
-    "engine.model": ("engine.kernels.codec_tile", "engine.user_files", "scheduler.passes"),
+    "engine.model": (
+        "engine.kernels.codec_tile",
+        "engine.kernels.ggml_types",
+        "engine.user_files",
+        "scheduler.passes",
+    ),
     "engine.planning": (
         "engine.config",
         "engine.kernels.segments",
@@ -89,12 +94,13 @@ LATE_IMPORTS = {
     "scripts.bench.comparison": {"scripts.bench.baselines"},
     "scripts.bench.startup": {"scripts.bench.dummy_checkpoint"},
 }
-NUMBERS_OF_KERNELS = ("engine.kernels.codec_tile", "engine.kernels.segments")
+NUMBERS_OF_KERNELS = ("engine.kernels.codec_tile", "engine.kernels.ggml_types", "engine.kernels.segments")
 TORCH_FREE = ("scheduler", "engine.planning", "engine.config", "engine.user_files", *NUMBERS_OF_KERNELS)
 TORCH_FREE += (
     "engine.model",
     "engine.measure.probe_report",
     "engine.weights.headers",
+    "engine.weights.gguf_file",
     "engine.weights.read_model",
     "penstock",
 )

@@ -155,6 +155,7 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
     best = most_seqs(plan.kept, residency, context)
     return {
         "num_parameters": plan.spec.num_parameters,
+        "formats": sorted({kind for _, kind in plan.spec.formats}),
         "dtype": plan.dtype,
         "tp_size": plan.tp_size,
         "context_tokens": context,
@@ -189,6 +190,8 @@ def _as_json(prediction: Prediction) -> dict[str, Any]:
 
 def _title(config: EngineConfig, plan: EnginePlan) -> str:
     size = f"{plan.spec.num_layers} layers, {show_count(plan.spec.num_parameters)} weights, {plan.dtype}"
+    formats = sorted({kind for _, kind in plan.spec.formats})
+    size += f" (stored as {', '.join(formats)})" if formats else ""
     weights = f"{show_bytes(plan.layout.nbytes)} of weights a rank"
     return f"{visible(config.model)} ({plan.spec.family}): {size}, {ranks(plan.tp_size)}, {weights}"
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.kv_cache import KVCache
 from penstock.engine.compute.sampler import Asked, SampleOutput, Sampler
+from penstock.engine.kernels.stored_linear import StoredRun
 from penstock.engine.model.spec import ModelSpec
 from penstock.parallel.collectives import Collectives
 from torch import Tensor
+
+Embedding = Tensor | StoredRun  # (V, D) floats, or V rows as they are stored
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class ModelContext:
     num_heads: int  # H
     num_kv_heads: int  # K
     first_vocab: int  # first token id of this rank's part of the vocabulary
-    embed: Tensor  # (V, D), on the device or in registered host memory
+    embed: Embedding  # on the device or in registered host memory
     rope: Tensor  # (2, L, F)
     kv: KVCache
     sampler: Sampler

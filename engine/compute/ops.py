@@ -15,20 +15,37 @@ from penstock.engine.kernels.linear import linear
 from penstock.engine.kernels.reduce_residual_norm import reduce_residual_norm
 from penstock.engine.kernels.residual_norm import residual_norm
 from penstock.engine.kernels.rope_append import rope_append
+from penstock.engine.kernels.stored_embedding import embed_stored_rows
+from penstock.engine.kernels.stored_linear import StoredMatrix, stored_linear
 from penstock.engine.model.fusion import FUSED, FUSED_OVER_RANKS, WHOLE_HEAD
 from penstock.scheduler.passes.pass_plan import fused_name
 from torch import Tensor
 
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor | StoredMatrix]
 
 
-def project(weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
-    """Computes out = x @ w.T (+ bias). Weights have the format "plain": one tensor by the weight's own name."""
-    linear(x, weights[name], weights.get(name + "_bias"), out)
+def project(weights: Weights, name: str, x: Tensor, out: Tensor, num_tokens: int) -> None:
+    """Computes out = x @ w.T (+ bias) in a pass of so many tokens, which decides in which form a quantised weight is
+    read."""
+    weight, bias = weights[name], weights.get(name + "_bias")
+    if isinstance(weight, Tensor):
+        linear(x, weight, bias, out)
+    elif num_tokens > weight.as_stored:
+        linear(x, weight.floats, bias, out)
+    else:
+        stored_linear(x, weight.runs, bias, out)
+
+
+def _project(ctx: PassContext, weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
+    project(weights, name, x, out, len(ctx.inputs.tokens))
 
 
 def embedding(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    embed_rows(ctx.model.embed, ctx.inputs.tokens, ctx.model.first_vocab, ctx.act["x"])
+    table, tokens, first, out = ctx.model.embed, ctx.inputs.tokens, ctx.model.first_vocab, ctx.act["x"]
+    if isinstance(table, Tensor):
+        embed_rows(table, tokens, first, out)
+    else:
+        embed_stored_rows(table.kind, table.data, tokens, first, out)
 
 
 def _norm_step(name: str, delta: str | None = None) -> Callable:
@@ -67,7 +84,7 @@ def _reduce_norm_step(label: str, name: str) -> Callable:
 
 
 def attn_qkv(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    project(weights, "qkv", ctx.act["x_"], ctx.act["attn"])
+    _project(ctx, weights, "qkv", ctx.act["x_"], ctx.act["attn"])
 
 
 def rope(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
@@ -97,7 +114,7 @@ def attention(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
 def _attn_output_step(out: str) -> Callable:
     def step(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
         heads = ctx.act["attn"][:, : ctx.model.num_heads * ctx.model.spec.head_dim]  # (T, H E)
-        project(weights, "o", heads, ctx.act[out])
+        _project(ctx, weights, "o", heads, ctx.act[out])
 
     return step
 
@@ -107,7 +124,7 @@ def residual(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
 
 
 def ffn_up(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    project(weights, "gate_up" if ctx.model.spec.gated else "up", ctx.act["x_"], ctx.act["ffn"])
+    _project(ctx, weights, "gate_up" if ctx.model.spec.gated else "up", ctx.act["x_"], ctx.act["ffn"])
 
 
 def activation(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
@@ -116,7 +133,9 @@ def activation(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
 
 
 def ffn_down(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    project(weights, "down", ctx.act["ffn"][:, : weights["down"].shape[1]], ctx.act["x_"])
+    down = weights["down"]
+    width = down.shape[1] if isinstance(down, Tensor) else down.width
+    _project(ctx, weights, "down", ctx.act["ffn"][:, :width], ctx.act["x_"])
 
 
 def parallel_add(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
@@ -129,7 +148,7 @@ def select_rows(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
 
 def _head_step(out: str) -> Callable:
     def step(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-        project(weights, "head", ctx.act["rows"], ctx.act[out])
+        _project(ctx, weights, "head", ctx.act["rows"], ctx.act[out])
 
     return step
 

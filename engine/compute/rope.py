@@ -21,6 +21,8 @@ def inverse_frequencies(rope: RopeSpec) -> tuple[Tensor, float]:
         return _llama3(plain, rope), 1.0
     if rope.kind == "yarn":
         return _yarn(rope), _yarn_attention_factor(rope)
+    if rope.divisors is not None:
+        return plain / torch.tensor(rope.divisors), 1.0
     return plain, 1.0  # the kind is default, or dynamic, which equals it up to the trained length
 
 

@@ -5,7 +5,7 @@ Torch-free. `weights/codec.py` lays out its blobs by `part_bytes`; the planner a
 """
 
 from penstock.engine.kernels.codec_tile import TILE, num_escape_rows
-from penstock.engine.model.layout import ALIGN, GroupLayout, Weight
+from penstock.engine.model.group_layout import ALIGN, GroupLayout, Weight
 from penstock.engine.model.shard import pad_to
 
 PART_BYTES = 16  # every part of a blob starts at a multiple of this, and so does every blob in its group's

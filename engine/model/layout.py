@@ -1,16 +1,15 @@
-"""Describes which weights a group has, how they are cut for a rank, and at which byte each lies in the group's span.
+"""Describes which weights a group has, and how they are cut for a rank.
 
 Torch-free. One description serves the planner (sizes before a byte is loaded), the checkpoint reader (what to read to
-where), the host arena, the ring (spans are copied whole) and the views that operations get. A group is one
-contiguous span and every tensor in it starts at ALIGN bytes, resident and streamed alike: cuBLAS picks kernels by
-alignment, so the bitwise equality of both depends on it.
+where), the host arena, the ring (what is stored is copied whole) and the views that operations get. At which bytes the
+weights of a group lie, group_layout.py says.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from penstock.engine.model.families import TensorNames
+from penstock.engine.model.group_layout import GroupLayout, Weight, pack_group
 from penstock.engine.model.shard import (
     Piece,
     ShardKind,
@@ -18,45 +17,12 @@ from penstock.engine.model.shard import (
     local_ffn_size,
     local_range,
     local_vocab_size,
-    pad_to,
     shard_heads,
+    tp_sizes,
 )
-from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
+from penstock.engine.model.spec import ModelSpec
+from penstock.engine.model.weight_formats import FORMATS
 from penstock.scheduler.passes.pass_plan import GroupId
-
-ALIGN = 256
-
-
-@dataclass(frozen=True)
-class Part:
-    """A named byte range of a group's span. `offset` and `nbytes` are bytes from the span's start."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A logical weight of one rank. `format` says how its parts make up the tensor: "plain" has one part, "data"."""
-
-    name: str
-    kind: ShardKind
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]  # what to read; elements that no piece covers are zero
-    format: str = "plain"
-    parts: tuple[Part, ...] = ()
-
-
-@dataclass(frozen=True)
-class GroupLayout:
-    """A group's weights with their byte ranges; `nbytes` is the length of its span."""
-
-    id: GroupId
-    weights: tuple[Weight, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -72,30 +38,48 @@ class ModelLayout:
 
     @property
     def nbytes(self) -> int:
-        return sum(layout.nbytes for layout in self.groups) + self.embed.nbytes
+        """Bytes of all that is stored of it."""
+        return sum(layout.stored_bytes for layout in self.groups) + self.embed.stored_bytes
 
 
 def model_layout(spec: ModelSpec, names: TensorNames, dtype: str, tp_size: int, rank: int) -> ModelLayout:
-    """The layout of `rank`. Every rank's spans have the same offsets and sizes; only the pieces differ.
+    """The layout of `rank`. Every rank's groups have the same offsets and sizes; only the pieces differ.
 
-    Raises ValueError if tp_size does not divide the query heads.
+    Raises ValueError if tp_size does not divide the query heads, or would cut a row inside of a block.
     """
     check_tp_size(tp_size, spec.num_heads)
+    formats = dict(spec.formats)
+    _check_blocks(spec, names, formats, tp_size)
     cut = _Cutter(spec, names, tp_size, rank)
     groups = []
     for layer_idx in range(spec.num_layers):
-        groups.append(_pack(GroupId(layer_idx, "attn"), cut.attn(layer_idx), dtype))
-        groups.append(_pack(GroupId(layer_idx, "ffn"), cut.ffn(layer_idx), dtype))
-    groups.append(_pack(GroupId(spec.num_layers, "head"), cut.head(), dtype))
-    embed = _pack(GroupId(-1, "embed"), [] if spec.tied else [cut.vocab("embed", names.embed)], dtype)
-    return ModelLayout(tuple(groups), embed, dtype)
+        groups.append(pack_group(GroupId(layer_idx, "attn"), cut.attn(layer_idx), dtype, formats))
+        groups.append(pack_group(GroupId(layer_idx, "ffn"), cut.ffn(layer_idx), dtype, formats))
+    groups.append(pack_group(GroupId(spec.num_layers, "head"), cut.head(), dtype, formats))
+    embed = [] if spec.tied else [cut.vocab("embed", names.embed)]
+    return ModelLayout(tuple(groups), pack_group(GroupId(-1, "embed"), embed, dtype, formats), dtype)
+
+
+def _check_blocks(spec: ModelSpec, names: TensorNames, formats: Mapping[str, str], tp_size: int) -> None:
+    """Raises ValueError, with the sizes that are possible, if a rank's columns of the attention's output are no whole
+    blocks. (Those of the FFN are padded to whole blocks.)"""
+    outputs = [names.layer(layer_idx)["o"] + ".weight" for layer_idx in range(spec.num_layers)]
+    blocks = {name: FORMATS[formats[name]].block for name in outputs if name in formats}
+    for name, block in blocks.items():
+        if spec.num_heads // tp_size * spec.head_dim % block:
+            largest, width = max(blocks.values()), spec.num_heads * spec.head_dim
+            possible = [size for size in tp_sizes(spec.num_heads) if not width // size % largest]
+            raise ValueError(
+                f"tensor_parallel_size={tp_size} cuts rows of {name} inside of a block of {block} weights"
+                f" ({formats[name]}); possible: {', '.join(map(str, possible)) or 'none'}"
+            )
 
 
 def select_weights(layout: ModelLayout, wanted: Callable[[Weight], bool]) -> ModelLayout:
-    """The same groups with only those of their weights that are wanted."""
+    """The same groups with only those of their weights that are wanted; none is quantised."""
 
     def selected(group: GroupLayout) -> GroupLayout:
-        return _pack(group.id, [weight for weight in group.weights if wanted(weight)], layout.dtype)
+        return pack_group(group.id, [weight for weight in group.weights if wanted(weight)], layout.dtype, {})
 
     return ModelLayout(tuple(map(selected, layout.groups)), selected(layout.embed), layout.dtype)
 
@@ -110,16 +94,6 @@ def expected_tensors(spec: ModelSpec, names: TensorNames) -> dict[str, tuple[int
                 rows = max(piece.row + piece.num_rows, shapes.get(piece.tensor, (0,))[0])
                 shapes[piece.tensor] = (rows,) if len(weight.shape) == 1 else (rows, piece.num_cols)
     return shapes
-
-
-def _pack(group: GroupId, weights: list[Weight], dtype: str) -> GroupLayout:
-    offset, packed = 0, []
-    for weight in weights:
-        nbytes = math.prod(weight.shape) * DTYPE_BYTES[dtype]
-        part = Part("data", dtype, weight.shape, offset, nbytes)
-        packed.append(Weight(weight.name, weight.kind, weight.shape, weight.pieces, parts=(part,)))
-        offset = pad_to(offset + nbytes, ALIGN)
-    return GroupLayout(group, tuple(packed), offset)
 
 
 class _Cutter:
@@ -142,14 +116,14 @@ class _Cutter:
             weights += [self._whole("k_norm", names["k_norm"] + ".weight", spec.head_dim)]
         first, num = self.heads.first_head * spec.head_dim, self.heads.num_heads * spec.head_dim
         piece = Piece(names["o"] + ".weight", 0, spec.hidden_size, first, num, 0)
-        weights.append(Weight("o", ShardKind.ROW, (spec.hidden_size, num), (piece,)))
+        weights.append(Weight("o", ShardKind.ROW, (spec.hidden_size, num), (piece,), _source(piece.tensor)))
         if spec.o_bias:
             weights.append(self._row_bias("o_bias", names["o"] + ".bias"))
         return weights
 
     def ffn(self, layer_idx: int) -> list[Weight]:
         spec, names = self.spec, self.names.layer(layer_idx)
-        local = local_ffn_size(spec.ffn_size, self.tp_size)
+        local = local_ffn_size(spec.ffn_size, self.tp_size, spec.ffn_multiple)
         start, stop = local_range(spec.ffn_size, local, self.rank)
         sources = [names["gate"], names["up"]] if spec.gated else [names["up"]]
         up_name = "gate_up" if spec.gated else "up"
@@ -157,13 +131,17 @@ class _Cutter:
         def up(name: str, suffix: str, num_cols: int) -> Weight:
             pieces = [Piece(s + suffix, start, stop - start, 0, num_cols, i * local) for i, s in enumerate(sources)]
             rows = len(sources) * local
-            return Weight(name, ShardKind.COLUMN, (rows,) if suffix == ".bias" else (rows, num_cols), _nonempty(pieces))
+            if suffix == ".bias":
+                return Weight(name, ShardKind.COLUMN, (rows,), _nonempty(pieces))
+            joined = tuple((piece.tensor, piece.to_row) for piece in pieces)
+            return Weight(name, ShardKind.COLUMN, (rows, num_cols), _nonempty(pieces), joined)
 
         weights = [*self._norm("ffn_norm", names["ffn_norm"]), up(up_name, ".weight", spec.hidden_size)]
         if spec.ffn_up_bias:
             weights.append(up(up_name + "_bias", ".bias", 1))
         piece = Piece(names["down"] + ".weight", 0, spec.hidden_size, start, stop - start, 0)
-        weights.append(Weight("down", ShardKind.ROW, (spec.hidden_size, local), _nonempty([piece])))
+        down = Weight("down", ShardKind.ROW, (spec.hidden_size, local), _nonempty([piece]), _source(piece.tensor))
+        weights.append(down)
         if spec.ffn_down_bias:
             weights.append(self._row_bias("down_bias", names["down"] + ".bias"))
         return weights
@@ -177,7 +155,7 @@ class _Cutter:
         local = local_vocab_size(spec.vocab_size, self.tp_size)
         start, stop = local_range(spec.vocab_size, local, self.rank)
         piece = Piece(source, start, stop - start, 0, spec.hidden_size, 0)
-        return Weight(name, ShardKind.VOCAB, (local, spec.hidden_size), _nonempty([piece]))
+        return Weight(name, ShardKind.VOCAB, (local, spec.hidden_size), _nonempty([piece]), _source(source))
 
     def _qkv(self, name: str, names: dict[str, str], suffix: str, num_cols: int) -> Weight:
         """Rows of q, k and v joined: the rank's query heads, then its K heads, then its V heads."""
@@ -194,7 +172,11 @@ class _Cutter:
             piece = Piece(f"{source}.{suffix}", row, spec.head_dim, 0, num_cols, index * spec.head_dim)
             _append_joined(pieces, piece)
         rows = len(wanted) * spec.head_dim
-        return Weight(name, ShardKind.COLUMN, (rows,) if suffix == "bias" else (rows, num_cols), tuple(pieces))
+        if suffix == "bias":
+            return Weight(name, ShardKind.COLUMN, (rows,), tuple(pieces))
+        first = {piece.tensor: piece.to_row for piece in reversed(pieces)}
+        joined = () if "qkv" in names else tuple(sorted(first.items(), key=lambda item: item[1]))
+        return Weight(name, ShardKind.COLUMN, (rows, num_cols), tuple(pieces), joined)
 
     def _norm(self, name: str, source: str) -> list[Weight]:
         weights = [self._whole(name, source + ".weight", self.spec.hidden_size)]
@@ -210,6 +192,11 @@ class _Cutter:
         size = self.spec.hidden_size
         pieces = (Piece(source, 0, size, 0, 1, 0),) if self.rank == 0 else ()
         return Weight(name, ShardKind.ROW, (size,), pieces)
+
+
+def _source(tensor: str) -> tuple[tuple[str, int], ...]:
+    """The sources of a weight that is a part of one matrix."""
+    return ((tensor, 0),)
 
 
 def _nonempty(pieces: list[Piece]) -> tuple[Piece, ...]:

@@ -8,8 +8,6 @@ tensor follow from it here. Nothing in this file knows a model family or a file 
 from dataclasses import dataclass
 from enum import Enum
 
-FFN_MULTIPLE = 16  # local FFN widths are padded with zeros to a multiple of this
-
 
 class ShardKind(Enum):
     """Names which dimension of a weight (out, in) is cut: COLUMN and VOCAB cut its rows (out), ROW its columns (in)."""
@@ -78,9 +76,9 @@ def pad_to(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def local_ffn_size(ffn_size: int, tp_size: int) -> int:
-    """Padded FFN width of a rank."""
-    return pad_to(ffn_size, FFN_MULTIPLE * tp_size) // tp_size
+def local_ffn_size(ffn_size: int, tp_size: int, multiple: int) -> int:
+    """FFN width of a rank, padded to a multiple."""
+    return pad_to(ffn_size, multiple * tp_size) // tp_size
 
 
 def local_vocab_size(vocab_size: int, tp_size: int) -> int:

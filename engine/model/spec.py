@@ -49,6 +49,7 @@ class RopeSpec:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    divisors: tuple[float, ...] | None = None  # default: of each frequency, rotary_dim / 2 of them
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class ModelSpec:
     names: TensorNames
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    formats: tuple[tuple[str, str], ...] = ()  # (tensor, its key in weight_formats.FORMATS) of those that are quantised
+    ffn_multiple: int = 16  # a rank's FFN width is padded with zeros to a multiple of this: whole blocks of `down`
 
     @property
     def num_parameters(self) -> int:

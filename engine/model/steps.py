@@ -93,7 +93,7 @@ def activation_widths(spec: ModelSpec, tp_size: int) -> dict[str, tuple[str, int
         "x_": ("tokens", spec.hidden_size),
         "y": ("tokens", spec.hidden_size),
         "attn": ("tokens", (shard.num_heads + 2 * len(shard.kv_heads)) * spec.head_dim),
-        "ffn": ("tokens", local_ffn_size(spec.ffn_size, tp_size) * (2 if spec.gated else 1)),
+        "ffn": ("tokens", local_ffn_size(spec.ffn_size, tp_size, spec.ffn_multiple) * (2 if spec.gated else 1)),
         "rows": ("rows", spec.hidden_size),
         "part": ("rows", vocab),
         "logits": ("rows", vocab * tp_size),

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from penstock.engine.config import MOST_SEQS, EngineConfig
 from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import tensor_names
-from penstock.engine.model.layout import GroupLayout, ModelLayout, model_layout
+from penstock.engine.model.group_layout import GroupLayout
+from penstock.engine.model.layout import ModelLayout, model_layout
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.planning.decision import Decision
 from penstock.engine.planning.memory_claims import (
@@ -20,7 +21,7 @@ from penstock.engine.planning.memory_claims import (
     engine_steps,
     memory_budget,
 )
-from penstock.engine.planning.step_cost import step_work
+from penstock.engine.planning.step_cost import dequantise_work, step_work
 from penstock.scheduler.batching.request import INT32_MAX
 from penstock.scheduler.batching.retention import KeepAll, Retention, SinksAndWindow
 from penstock.scheduler.cost.pass_work import StepWork
@@ -92,6 +93,7 @@ def make_engine_plan(
     claims = MemoryClaims(config, spec, dtype, tp_size, device_memory is not None, layout)
     steps = engine_steps(spec, tp_size, claims.fuses)
     works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
+    works.update(dequantise_work(group, rates) for group in layout.groups if group.is_quantised)
     counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
     demand = _demand(config, claims, memory_budget(config, device_memory))
     offer = CompressionOffer(config.weights_compression, Cost(counted, rates))
@@ -124,14 +126,15 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
     spec, layout = claims.spec, claims.layout
     retention = _retention(config, spec)
     return Demand(
-        groups=tuple((group.id, group.nbytes) for group in layout.groups),
-        embed_bytes=layout.embed.nbytes,
+        groups=tuple((group.id, group.stored_bytes) for group in layout.groups),
+        embed_bytes=layout.embed.stored_bytes,
         page_bytes=claims.page_bytes,
         page_size=config.page_size,
         max_num_seqs=config.most_seqs,
         max_position=spec.max_position,
         resident=config.resident,
         compressed={group.id: planned_bytes(group) for group in _compressible(config, spec, layout, claims.dtype)},
+        quantised=frozenset(group.id.name for group in layout.groups if group.is_quantised),
         buffer_bytes=claims.decompression_buffer,
         memory_bytes=budget,
         fixed=claims.fixed(config.most_seqs),
@@ -177,15 +180,20 @@ def _most_cached(config: EngineConfig, retention: Retention) -> int | None:
 
 
 def _pass_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) -> PassPlan:
-    decompressed = {group.id: group.nbytes for group in layout.groups if group.id in residency.compressed}
-    return make_plan(steps, residency.ring, decompressed)
+    quantised = {group.id for group in layout.groups if group.is_quantised}
+    kept = residency.compressed | quantised
+    decompressed = {group.id: group.nbytes for group in layout.groups if group.id in kept}
+    return make_plan(steps, residency.ring, decompressed, partly=quantised)
 
 
 def _compressible(config: EngineConfig, spec: ModelSpec, layout: ModelLayout, dtype: str) -> tuple[GroupLayout, ...]:
-    """The groups that may be compressed: only bfloat16 shrinks enough, and a tied head is the embedding too, whose rows
-    are gathered from it. Raises ValueError if compression is asked for and impossible."""
+    """The groups that may be compressed: only bfloat16 shrinks enough, a tied head is the embedding too, whose rows
+    are gathered from it, and of a kind with quantised groups none is. Raises ValueError if compression is asked for and
+    impossible."""
     if dtype == "bfloat16":
-        return layout.groups[:-1] if spec.tied else layout.groups
+        quantised = {group.id.name for group in layout.groups if group.is_quantised}
+        groups = layout.groups[:-1] if spec.tied else layout.groups
+        return tuple(group for group in groups if group.id.name not in quantised)
     if config.weights_compression == "lossless":
         raise ValueError(f"weights_compression='lossless' compresses only bfloat16 weights, but dtype is {dtype}")
     return ()

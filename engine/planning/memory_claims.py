@@ -107,7 +107,7 @@ class MemoryClaims:
         return 4 * partials_size(1, num_heads, self.spec.head_dim) if self.on_gpu else 0
 
     def decompression_buffer(self, names: frozenset[str]) -> int:
-        """Bytes of the decompression buffer if groups of these names are compressed."""
+        """Bytes of the decompression buffer if groups of these names are compressed or quantised."""
         sizes = {group.id.name: group.nbytes for group in self.layout.groups}
         groups = {step.group for step in self._steps if step.group is not None and step.group.name in names}
         slots = lay_out_decompressed(self._steps, {group: sizes[group.name] for group in groups})

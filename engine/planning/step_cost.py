@@ -8,11 +8,13 @@ element-wise ones.
 import math
 from collections.abc import Callable
 
+from penstock.engine.model.group_layout import GroupLayout
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import shard_heads
 from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
 from penstock.engine.model.steps import activation_widths, sums_over_ranks
 from penstock.scheduler.cost.pass_work import StepWork
+from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.passes.pass_plan import Compute
 
 MATRICES = {
@@ -28,6 +30,7 @@ MATRICES = {
 def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
     """Gives the work of a step on one rank of `tp_size`."""
     element = DTYPE_BYTES[dtype]
+    groups = {group.id: group for group in layout.groups}
     sizes = {(g.id, w.name): math.prod(w.shape) for g in layout.groups for w in g.weights}
     widths = activation_widths(spec, tp_size)
     pair_flops = 4 * shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).num_heads * spec.head_dim
@@ -43,7 +46,9 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
         is_reduce = sums_over_ranks(step) and len(parts) == 1
         if tp_size == 1 and is_reduce:
             return StepWork(step.step)  # nothing is launched
-        elements = sum(sizes.get((step.group, name), 0) for part in parts for name in MATRICES.get(part, ()))
+        names = [name for part in parts for name in MATRICES.get(part, ()) if (step.group, name) in sizes]
+        elements = sum(sizes[step.group, name] for name in names)
+        few_tokens, few_bytes = _as_stored(groups[step.group], names) if names else (0, 0)
         attends = "attention" in parts
         return StepWork(
             step=step.step,
@@ -55,9 +60,31 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
             row_flops=2 * elements if "head" in parts else 0,
             attention_flops=pair_flops if attends else 0,
             reduce_token_bytes=spec.hidden_size * element if sums_over_ranks(step) and tp_size > 1 else 0,
+            few_tokens=few_tokens,
+            few_bytes=few_bytes,
         )
 
     return work
+
+
+def _as_stored(group: GroupLayout, names: list[str]) -> tuple[int, int]:
+    """Tokens of the largest pass that reads these weights as they are stored, 0 if none does, and their stored bytes
+    then."""
+    few_tokens = min(group.as_stored(name) for name in names)
+    return few_tokens, sum(rows.nbytes for name in names for rows in group.rows_of(name)) if few_tokens else 0
+
+
+def dequantise_work(group: GroupLayout, rates: Rates) -> StepWork:
+    """The work of making floats of a quantised group, as bytes that would take as long at the memory rate: they are
+    written at the rate of the lossless decompressor, which reads about as much for each. A pass of few tokens leaves
+    out what it reads as it is stored."""
+    sizes = {weight.name: weight.parts[0].nbytes for weight in group.weights if weight.name in group.quantised}
+    few_tokens = max(group.as_stored(name) for name in sizes)
+    left = sum(nbytes for name, nbytes in sizes.items() if not group.as_stored(name))
+    share = rates.memory_gb_s / rates.decompressing_gb_s
+    return StepWork(
+        "decompress", weight_bytes=int(sum(sizes.values()) * share), few_tokens=few_tokens, few_bytes=int(left * share)
+    )
 
 
 def kv_token_bytes(spec: ModelSpec, dtype: str, tp_size: int) -> int:

@@ -73,9 +73,8 @@ def profile_pass(
     for work, count in plan.steps:
         nbytes[work.step] += count * work.nbytes(shape)
         flops[work.step] += count * work.flops(shape)
-    nbytes["decompress"] = sum(
-        plan.kept.compressed[i.group] + i.slot.nbytes for i in plan.pass_plan.decompressions
-    )  # read, written
+    kept = dict(plan.kept.groups) | plan.kept.compressed
+    nbytes["decompress"] = sum(kept[i.group] + i.slot.nbytes for i in plan.pass_plan.decompressions)  # read, written
     steps = [
         StepShare(
             step=step,

@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 from penstock.engine.compute.arena import ActivationArena, aligned_bytes, slot_of
-from penstock.engine.compute.context import ModelContext
+from penstock.engine.compute.context import Embedding, ModelContext
 from penstock.engine.compute.kv_cache import make_cache
 from penstock.engine.compute.rope import rope_table
 from penstock.engine.compute.sampler import Sampler
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import tensor_names
 from penstock.engine.model.layout import ModelLayout, model_layout
-from penstock.engine.model.shard import shard_heads
+from penstock.engine.model.shard import local_vocab_size, shard_heads
 from penstock.engine.model.steps import activation_widths
 from penstock.engine.planning.engine_plan import EnginePlan, settle_plan
 from penstock.engine.runtime.binding import bound_to, on_own_device
-from penstock.engine.runtime.executor import Compressed, Executor
+from penstock.engine.runtime.executor import Compressed, Executor, Weights
 from penstock.engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from penstock.engine.runtime.pass_runner import PassRunner, RunAs
 from penstock.engine.runtime.watch import Watches
 from penstock.engine.weights.host_store import LoadedWeights, WeightSource, load_weights
+from penstock.engine.weights.stored_group import KeptGroup, StoredGroup, stored_run
 from penstock.engine.weights.views import views
 from penstock.parallel.collectives import Collectives
 from penstock.parallel.topology import Topology
@@ -135,7 +136,8 @@ def settled(given: Ingredients, weights: LoadedWeights) -> EnginePlan:
 def build_executor(given: Ingredients, layout: ModelLayout, weights: LoadedWeights) -> Executor:
     plan, config, device = given.plan, given.config, given.device
     ring = aligned_bytes(plan.residency.ring.ring_bytes, device)
-    compressed = find_compressed(plan, weights, ring, aligned_bytes(plan.pass_plan.decompression_buffer_bytes, device))
+    buffer = aligned_bytes(plan.pass_plan.decompression_buffer_bytes, device)
+    compressed = find_compressed(plan, layout, weights, ring, buffer)
     return Executor(
         pass_plan=plan.pass_plan,
         model=build_model(given, find_embed(plan, layout, weights)),
@@ -150,8 +152,8 @@ def build_executor(given: Ingredients, layout: ModelLayout, weights: LoadedWeigh
     )
 
 
-def build_model(given: Ingredients, embed: Tensor) -> ModelContext:
-    """The part of a rank that embeds by `embed` (V, D)."""
+def build_model(given: Ingredients, embed: Embedding) -> ModelContext:
+    """The part of a rank that embeds by `embed`."""
     plan, topology = given.plan, given.topology
     spec, dtype = plan.spec, getattr(torch, plan.dtype)
     heads = shard_heads(spec.num_heads, spec.num_kv_heads, topology.tp_size, topology.rank)
@@ -160,7 +162,7 @@ def build_model(given: Ingredients, embed: Tensor) -> ModelContext:
         spec=spec,
         num_heads=heads.num_heads,
         num_kv_heads=len(heads.kv_heads),
-        first_vocab=topology.rank * embed.shape[0],
+        first_vocab=topology.rank * local_vocab_size(spec.vocab_size, topology.tp_size),
         embed=embed,
         rope=rope,
         kv=make_cache(plan, given.config.page_size, len(heads.kv_heads), rope),
@@ -196,21 +198,23 @@ def build_runner(given: Ingredients, executor: Executor) -> PassRunner:
     return runner
 
 
-def find_embed(plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights) -> Tensor:
-    """The embedding (V, D), or the head where they are tied; on the device or in the host arena."""
+def find_embed(plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights) -> Embedding:
+    """The embedding, or the head where they are tied; on the device or in the host arena."""
     group, name = (layout.groups[-1], "head") if plan.spec.tied else (layout.embed, "embed")
     resident = weights.resident.get(group.id)
-    return views(group, weights.host_spans[group.id] if resident is None else resident)[name]
+    held = weights.host_spans[group.id] if resident is None else resident
+    return stored_run(*group.rows_of(name), held) if name in group.quantised else views(group, held)[name]
 
 
 def find_compressed(
-    plan: EnginePlan, weights: LoadedWeights, ring: Tensor, buffer: Tensor
+    plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights, ring: Tensor, buffer: Tensor
 ) -> dict[GroupId, Compressed]:
-    """Says where each compressed group lies in a pass, and where it is decompressed to."""
+    """Says where each group that is compressed or quantised lies in a pass, and where its floats go."""
     slots = dict(plan.residency.ring.slots)
     outs = {step.group: step.slot for step in plan.pass_plan.decompressions}
+    kept: dict[GroupId, KeptGroup] = {group.id: StoredGroup(group) for group in layout.groups if group.is_quantised}
     compressed = {}
-    for group_id, group in weights.compressed.items():
+    for group_id, group in (kept | weights.compressed).items():
         held = slot_of(ring, slots[group_id]) if group_id in slots else weights.resident[group_id]
         compressed[group_id] = Compressed(group, held[: group.nbytes], slot_of(buffer, outs[group_id]))
     return compressed
@@ -222,9 +226,11 @@ def find_views(
     weights: LoadedWeights,
     ring: Tensor,
     compressed: Mapping[GroupId, Compressed],
-) -> dict[GroupId, dict[str, Tensor]]:
+) -> dict[GroupId, Weights]:
     """Every group's weights by name, where a pass reads them."""
     spans = {group.id: weights.resident.get(group.id) for group in layout.groups}
     spans |= {group: slot_of(ring, slot) for group, slot in plan.residency.ring.slots}
     spans |= {group: one.out for group, one in compressed.items()}
-    return {group.id: views(group, spans[group.id]) for group in layout.groups}
+    named: dict[GroupId, Weights] = {group.id: views(group, spans[group.id]) for group in layout.groups}
+    stored = {group: one for group, one in compressed.items() if isinstance(one.group, StoredGroup)}
+    return named | {group: one.group.views(one.blob, one.out) for group, one in stored.items()}

@@ -14,26 +14,25 @@ import torch
 from penstock.engine.compute.arena import ActivationArena, slot_of
 from penstock.engine.compute.context import ModelContext, PassContext
 from penstock.engine.compute.inputs import PassInputs
-from penstock.engine.compute.ops import STEPS
+from penstock.engine.compute.ops import STEPS, Weights
 from penstock.engine.compute.sampler import Asked, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.graph import Counts
 from penstock.engine.runtime.lanes import Lanes
 from penstock.engine.runtime.watch import Watches
-from penstock.engine.weights.compressed_group import CompressedGroup, decompress_group
+from penstock.engine.weights.stored_group import KeptGroup
 from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId, Instruction, PassPlan, Prefetch, Release
 from torch import Tensor
 
-Weights = Mapping[str, Tensor]
 _NO_WEIGHTS: Weights = {}
 
 
 class Compressed(NamedTuple):
-    """A compressed group: its blob, resident or in its slot of the ring, and `out`, its slot in the decompression
-    buffer; both uint8."""
+    """A group that is kept compressed or quantised: its blob, resident or in its slot of the ring, and `out`, its slot
+    in the decompression buffer; both uint8."""
 
-    group: CompressedGroup
+    group: KeptGroup
     blob: Tensor
     out: Tensor
 
@@ -131,18 +130,24 @@ class Executor:
     @torch.inference_mode()
     def warm_up(self, inputs: PassInputs, asked: Asked) -> None:
         """Runs the kernels of the compute lane, on what the ring holds, and drops what is sampled. Layers of one window
-        launch the same kernels, so the first of them runs for all."""
+        and of plain weights launch the same kernels, so the first of them runs for all."""
         ctx, ring = self._context(inputs, asked, lambda output: None), self.pass_plan.ring
         later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
         windows, launched = dict(enumerate(self.model.spec.windows)), set()
         for instruction in self.pass_plan.instructions:
             if isinstance(instruction, Compute):
                 kernels = (instruction.step, windows.get(instruction.layer_idx))
-                if kernels not in launched:
+                if kernels not in launched or not self._has_plain(instruction.group):
                     self._watched(ctx, instruction)
                 launched.add(kernels)
-            elif isinstance(instruction, Decompress) and instruction.group not in later:
+            elif isinstance(instruction, Decompress) and (
+                instruction.is_partial or instruction.group not in later  # any bytes are a quantised group
+            ):
                 self._watched(ctx, instruction)
+
+    def _has_plain(self, group: GroupId | None) -> bool:
+        """Tells whether a group's weights are floats, and not of types that may differ from layer to layer."""
+        return all(isinstance(weight, Tensor) for weight in self.views.get(group, _NO_WEIGHTS).values())
 
     @on_own_device
     @torch.inference_mode()
@@ -189,16 +194,15 @@ class Executor:
             self.ledger.add(self.copy_sites[instruction.group], span.nbytes)
             self.slot(instruction)[: span.nbytes].copy_(span, non_blocking=True)
         elif isinstance(instruction, Decompress):
-            self._decompress(instruction)
+            self._decompress(ctx, instruction)
         elif isinstance(instruction, Release) and self.poison:
             self.slot(instruction).fill_(0xFF)  # all ones are a NaN in every float format
 
     def _compute(self, ctx: PassContext, step: Compute) -> None:
         STEPS[step.step](ctx, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
 
-    def _decompress(self, instruction: Decompress) -> None:
-        compressed = self.compressed[instruction.group]
+    def _decompress(self, ctx: PassContext, instruction: Decompress) -> None:
+        group, blob, out = self.compressed[instruction.group]
         if self.poison:
-            compressed.out.fill_(0xFF)
-        decompress_group(*compressed)
-        self.counters.decompressed_bytes[instruction.group] += compressed.out.nbytes
+            out.fill_(0xFF)
+        self.counters.decompressed_bytes[instruction.group] += group.restore(blob, out, len(ctx.inputs.tokens))

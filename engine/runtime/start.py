@@ -12,6 +12,7 @@ import torch
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.families import read_eos_token_ids, tensor_names
 from penstock.engine.model.layout import expected_tensors
+from penstock.engine.model.weight_formats import stored_shapes
 from penstock.engine.planning.decision import Decision
 from penstock.engine.planning.device_profile import plan_rates
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan, plain_plan
@@ -21,6 +22,8 @@ from penstock.engine.runtime.calls import config_objection, pack_config
 from penstock.engine.weights.blocks import WeightSource
 from penstock.engine.weights.checkpoint import Checkpoint
 from penstock.engine.weights.dummy import DummyWeights
+from penstock.engine.weights.gguf_checkpoint import GGUFCheckpoint
+from penstock.engine.weights.gguf_file import is_gguf
 from penstock.engine.weights.read_model import Model, read_model
 from penstock.parallel.collectives import Collectives
 from penstock.parallel.launch import Launch
@@ -49,9 +52,13 @@ class ModelFiles:
 def read_files(config: EngineConfig) -> ModelFiles:
     """Raises ValueError naming the file that is wrong."""
     path = find_model(config.model)
-    if path.is_file() and config.load_format != "dummy":
-        where = "give the checkpoint's directory (a config.json is enough with load_format='dummy')"
+    if path.is_file() and not is_gguf(path) and config.load_format != "dummy":
+        where = "give the checkpoint's directory or a .gguf file (a config.json is enough with load_format='dummy')"
         raise ValueError(f"model={config.model!r} is a file: {where}")
+    if is_gguf(path) and config.load_format == "safetensors":
+        raise ValueError(
+            f"model={config.model!r} is a GGUF file, and load_format='safetensors' asks for another format"
+        )
     model = read_model(path, dummy=config.load_format == "dummy")
     return ModelFiles(path, model, read_eos_token_ids(path, model.spec))
 
@@ -129,8 +136,8 @@ def open_source(config: EngineConfig, path: Path, plan: EnginePlan) -> WeightSou
     names = tensor_names(plan.spec)
     expected = expected_tensors(plan.spec, names)
     if config.load_format == "dummy":
-        return DummyWeights(expected, config.seed)
-    checkpoint = Checkpoint.open(path)
+        return DummyWeights(expected | stored_shapes(expected, plan.spec.formats), config.seed)
+    checkpoint = GGUFCheckpoint.open_model(path, plan.spec) if is_gguf(path) else Checkpoint.open(path)
     checkpoint.check(expected, names.ignorable)
     return checkpoint
 

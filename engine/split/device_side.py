@@ -14,7 +14,8 @@ from penstock.engine.compute.ops import project
 from penstock.engine.config import EngineConfig
 from penstock.engine.kernels.decode_work import make_work, reaches_of
 from penstock.engine.kernels.embedding import embed_rows
-from penstock.engine.model.layout import Weight, select_weights
+from penstock.engine.model.group_layout import Weight
+from penstock.engine.model.layout import select_weights
 from penstock.engine.model.shard import ShardKind
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.planning.find_model import find_model
@@ -57,7 +58,7 @@ class DeviceSide:
 
     def _project(self, name: str, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         out = x.new_empty(len(x), len(weights[name]))
-        project(weights, name, x, out)
+        project(weights, name, x, out, len(x))
         return out
 
     def _embedding(self, layer_idx: int, tokens: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def linear_activations(spec: ModelSpec, step: Compute) -> tuple[str, int, str]:
     """The activation that a linear step reads, how many of its first columns, and the activation that it writes."""
     reads = next(name for name, letters in step.effects if "r" in letters)
     writes = next(name for name, letters in step.effects if "w" in letters)
-    leading = {"attn": spec.num_heads * spec.head_dim, "ffn": local_ffn_size(spec.ffn_size, tp_size=1)}
+    leading = {"attn": spec.num_heads * spec.head_dim, "ffn": local_ffn_size(spec.ffn_size, 1, spec.ffn_multiple)}
     return reads, leading.get(reads, spec.hidden_size), writes
 
 

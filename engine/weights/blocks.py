@@ -1,12 +1,12 @@
-"""Cuts the loading of a layout into blocks: ranges of rows of one weight that lie contiguously in its group's span.
-Threads share the work by them, and no buffer is larger than one. Torch-free but for the reading itself."""
+"""Cuts the loading of a layout into blocks: ranges of rows that lie contiguously in what is stored of a group. Threads
+share the work by them, and no buffer is larger than one. Torch-free but for the reading itself."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from penstock.engine.model.layout import GroupLayout, Weight
+from penstock.engine.model.group_layout import GroupLayout, Rows
 from penstock.engine.model.shard import Piece
 from penstock.engine.weights.views import TORCH_DTYPES
 from penstock.scheduler.passes.pass_plan import GroupId
@@ -20,7 +20,8 @@ class WeightSource(Protocol):
     """The source of weights: a `Checkpoint` or `DummyWeights`. It is called from many threads at once."""
 
     def read_piece(self, piece: Piece, out: Tensor) -> int:
-        """Fills `out`, a CPU view (num_rows, num_cols) in the dtype wanted; returns the bytes that were read."""
+        """Fills `out`, a CPU view (num_rows, num_cols) in the dtype wanted, or in bytes (uint8) as they are stored if
+        the tensor is quantised; returns the bytes that were read."""
 
     def finish(self) -> None:
         """Warns of what was found in the values; called once, after the last read."""
@@ -28,7 +29,7 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """Whole rows of one weight, `nbytes` bytes of its group's span from `offset`; `to_row` of its pieces counts from
+    """Whole rows of one weight, `nbytes` of the group's stored bytes from `offset`; `to_row` of its pieces counts from
     the block's first row. A 1-D weight of n elements counts as (n, 1)."""
 
     group: GroupId
@@ -57,26 +58,24 @@ class Block:
 
 
 def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
-    """The blocks of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in no block."""
-    for weight in layout.weights:
-        assert weight.format == "plain", weight.format
-        part = weight.parts[0]
-        dtype = TORCH_DTYPES[part.dtype]
-        num_rows, num_cols = weight.shape if len(weight.shape) == 2 else (*weight.shape, 1)
-        row_bytes = num_cols * dtype.itemsize
+    """The blocks of what is stored of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in
+    no block. Quantised rows count as rows of bytes."""
+    for rows in layout.rows:
+        row_bytes = rows.format.row_bytes(rows.num_cols)
+        dtype = torch.uint8 if rows.format.is_quantised else TORCH_DTYPES[rows.format.name]
         most_rows = max(1, BLOCK_BYTES // row_bytes)
-        for first in range(0, num_rows, most_rows):
-            stop = min(first + most_rows, num_rows)
-            pieces = _clip(weight, first, stop)
+        for first in range(0, rows.num_rows, most_rows):
+            stop = min(first + most_rows, rows.num_rows)
+            pieces = _clip(rows, first, stop)
             if pieces:
-                offset = part.offset + first * row_bytes
-                yield Block(layout.id, offset, dtype, (stop - first, num_cols), pieces)
+                shape = (stop - first, row_bytes // dtype.itemsize)
+                yield Block(layout.id, rows.offset + first * row_bytes, dtype, shape, pieces)
 
 
-def _clip(weight: Weight, first: int, stop: int) -> tuple[Piece, ...]:
-    """Says what the pieces of a weight put into its rows [first, stop)."""
+def _clip(rows: Rows, first: int, stop: int) -> tuple[Piece, ...]:
+    """Says what the pieces of a run of rows put into its rows [first, stop)."""
     clipped = []
-    for piece in weight.pieces:
+    for piece in rows.pieces:
         start, end = max(piece.to_row, first), min(piece.to_row + piece.num_rows, stop)
         if start < end:
             row = piece.row + start - piece.to_row

@@ -31,6 +31,8 @@ class Checkpoint:
     """A directory of safetensors files. `open` reads the headers, `check` compares them with what a model expects,
     then any number of threads may call `read_piece`. It is a context manager that closes the files at its end."""
 
+    dtypes: Mapping[str, torch.dtype] = FILE_DTYPES  # that are read, by the files' names
+
     def __init__(self, directory: Path, entries: dict[str, TensorEntry]):
         self.directory, self.entries = directory, entries
         self._files: dict[Path, int] = {}
@@ -60,7 +62,7 @@ class Checkpoint:
         wrong = [
             f"{name} is {found[name].dtype} ({found[name].file.name})"
             for name in expected
-            if found[name].dtype not in FILE_DTYPES
+            if found[name].dtype not in self.dtypes
         ]
         self._refuse(wrong, f"with a dtype other than {', '.join(FILE_DTYPES)} (quantised checkpoints are not read)")
         patterns = [re.compile(pattern) for pattern in ignorable]
@@ -68,20 +70,21 @@ class Checkpoint:
         self._refuse(left, "that this model does not have: refused, for a weight left out would change the output")
 
     def read_piece(self, piece: Piece, out: Tensor) -> int:
-        """Reads a rectangle into `out`, a CPU view (num_rows, num_cols) of any float dtype whose rows are contiguous.
+        """Reads a rectangle into `out`, a CPU view (num_rows, num_cols) of any float dtype whose rows are contiguous;
+        of bytes, if the tensor is quantised.
 
         Returns the bytes read: those of the rectangle, no more. Values that are not finite are remembered for
         `finish`. Raises ValueError if the file ends early and OSError if it cannot be read, naming file and tensor.
         """
         entry = self.entries[piece.tensor]
-        dtype = FILE_DTYPES[entry.dtype]
+        dtype = self.dtypes[entry.dtype]
         with _naming(entry.file, piece.tensor):
             if out.dtype == dtype:
                 num_read = self._read_rows(piece.tensor, piece.row, piece.col, out)
             else:
                 num_read = self._read_converted(piece, dtype, out)
         # One sum costs a fraction of the read, and NaN and inf survive it; only then is each value looked at.
-        if not math.isfinite(out.sum().item()):
+        if dtype.is_floating_point and not math.isfinite(out.sum().item()):
             self._look_closer(piece.tensor, entry, out)
         return num_read
 
@@ -119,7 +122,7 @@ class Checkpoint:
         fd, itemsize = self._fd(entry.file), out.element_size()
         (num_rows, num_cols), pitch = out.shape, out.stride(0) * itemsize
         target = _bytes_of(out)
-        row_bytes, file_pitch = num_cols * itemsize, entry.num_cols * itemsize
+        row_bytes, file_pitch = num_cols * itemsize, self._row_bytes(entry)
         start = entry.offset + row * file_pitch + col * itemsize
         if row_bytes == file_pitch and out.is_contiguous():
             _read_exactly(fd, target, start)
@@ -127,6 +130,10 @@ class Checkpoint:
             for i in range(num_rows):
                 _read_exactly(fd, target[i * pitch : i * pitch + row_bytes], start + i * file_pitch)
         return num_rows * row_bytes
+
+    def _row_bytes(self, entry: TensorEntry) -> int:
+        """Bytes of a whole row in the file."""
+        return entry.num_cols * self.dtypes[entry.dtype].itemsize
 
     def _read_converted(self, piece: Piece, dtype: torch.dtype, out: Tensor) -> int:
         """Fills `out` through this thread's buffer, as many rows at a time as it holds; returns the bytes read."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from penstock.engine.model.compressed_size import PART_BYTES
-from penstock.engine.model.layout import ALIGN, GroupLayout
+from penstock.engine.model.group_layout import ALIGN, GroupLayout
 from penstock.engine.model.shard import pad_to
 from penstock.engine.weights.codec import CompressedLayout, compress, decompress
 from penstock.engine.weights.views import byte_range, views
@@ -30,6 +30,11 @@ class CompressedGroup:
 
     weights: tuple[CompressedWeight, ...]
     nbytes: int
+
+    def restore(self, blob: Tensor, span: Tensor, num_tokens: int) -> int:
+        """Decompresses the group for a pass of any number of tokens; returns the bytes of the span."""
+        decompress_group(self, blob, span)
+        return span.nbytes
 
 
 def compress_group(

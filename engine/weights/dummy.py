@@ -13,12 +13,13 @@ from penstock.engine.model.shard import Piece
 from torch import Tensor
 
 PERIOD = 2**20 + 7  # prime: rows of a matrix repeat only after PERIOD rows
+SMALL_BYTE = 0x23  # any two such bytes are a finite fp16 of less than 2**-6, as a scale is
 
 
 class DummyWeights:
-    """A `WeightSource` with the tensors `shapes` (name -> global shape): matrices are normal with a deviation of
-    1 / sqrt(columns), norm weights are 1 and biases 0. The same seed gives the same model in every dtype up to
-    rounding."""
+    """A `WeightSource` with the tensors `shapes` (name -> global shape, in bytes for quantised ones): matrices are
+    normal with a deviation of 1 / sqrt(columns), norm weights are 1 and biases 0; of quantised ones every byte is
+    random, up to SMALL_BYTE. The same seed gives the same model in every dtype up to rounding."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0):
         self.shapes, self.seed = shapes, seed
@@ -56,7 +57,10 @@ class DummyWeights:
         with self._lock:
             if (dtype, num_cols) not in self._sequences:
                 generator = torch.Generator().manual_seed(self.seed)
-                period = torch.randn(PERIOD, generator=generator) * num_cols**-0.5
+                if dtype == torch.uint8:
+                    period = torch.randint(0, SMALL_BYTE + 1, (PERIOD,), generator=generator)
+                else:
+                    period = torch.randn(PERIOD, generator=generator) * num_cols**-0.5
                 repeats = -(-num_cols // PERIOD) + 1
                 self._sequences[dtype, num_cols] = period.to(dtype).repeat(repeats)[: PERIOD + num_cols]
             return self._sequences[dtype, num_cols]

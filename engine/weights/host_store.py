@@ -20,7 +20,8 @@ from collections.abc import Set as AbstractSet
 
 import torch
 from penstock.engine.model.compressed_size import planned_bytes
-from penstock.engine.model.layout import GroupLayout, ModelLayout
+from penstock.engine.model.group_layout import GroupLayout
+from penstock.engine.model.layout import ModelLayout
 from penstock.engine.weights import codec
 from penstock.engine.weights.blocks import Block, WeightSource, cut_blocks
 from penstock.engine.weights.compressed_group import CompressedGroup, compress_group
@@ -34,10 +35,10 @@ Blocks = dict[concurrent.futures.Future, int]  # the blocks that are being read,
 
 
 class LoadedWeights:
-    """The spans of one rank, uint8, each as long as its GroupLayout says, or as its CompressedGroup in `compressed`
-    does: `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read` came
-    from files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading lasted from `began_at_s` to
-    `ended_at_s` on the clock of time.perf_counter."""
+    """The spans of one rank, uint8, each as long as what its GroupLayout stores, or as its CompressedGroup in
+    `compressed`: `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read`
+    came from files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading lasted from `began_at_s`
+    to `ended_at_s` on the clock of time.perf_counter."""
 
     def __init__(
         self, host: SpanMemory, resident: SpanMemory, compressor: "_Compressor", bytes_read: int, began_at_s: float
@@ -88,7 +89,7 @@ def load_weights(
     if is_cuda and device.index is None:  # reader threads have a current device of their own
         device = torch.device("cuda", torch.cuda.current_device())
     in_memory = host_groups if is_cuda else groups
-    needed = sum(planned_bytes(group) if group.id in compressed else group.nbytes for group in in_memory)
+    needed = sum(planned_bytes(group) if group.id in compressed else group.stored_bytes for group in in_memory)
     check_host_memory(needed, ranks_on_host)
     with contextlib.ExitStack() as undo:
         host = HostSpans(host_groups, compressed, register=is_cuda)

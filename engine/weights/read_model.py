@@ -14,6 +14,8 @@ from penstock.engine.model.config_fields import states_dtype
 from penstock.engine.model.families import FAMILIES, config_file, read_config, read_spec, without_prefix
 from penstock.engine.model.spec import ModelSpec, TensorNames
 from penstock.engine.user_files import open_file, read_json
+from penstock.engine.weights.gguf_file import is_gguf
+from penstock.engine.weights.gguf_model import read_gguf_spec
 from penstock.engine.weights.headers import DTYPES, TensorEntry, find_entries, has_weights
 from penstock.scheduler.units import MIB, show_value
 
@@ -36,10 +38,12 @@ class Model:
 
 
 def read_model(path: str | Path, dummy: bool = False) -> Model:
-    """The model of a checkpoint's directory; with `dummy` that of a config.json, or of the one in a directory, whatever
-    lies beside it. Raises ValueError as read_spec and find_entries do, and, naming the file, for weights that are
-    quantised or lack their head."""
+    """The model of a checkpoint's directory or of a GGUF file; with `dummy` that of a config.json, or of the one in a
+    directory, whatever lies beside it. Raises ValueError as read_spec, find_entries and read_gguf_spec do, and, naming
+    the file, for weights of a directory that are quantised or lack their head."""
     path = Path(path)
+    if is_gguf(path):
+        return Model(read_gguf_spec(path))
     told = _read_config(path)
     return _as_configured(path, *told) if dummy else _as_stored(path, *told)
 
@@ -48,6 +52,8 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
     """The model as read_model gives it, or, where there are no weights or they cannot be read, that of config.json
     alone. Raises ValueError as read_model does for config.json alone."""
     path = Path(path)
+    if is_gguf(path):
+        return Model(read_gguf_spec(path))
     told = _read_config(path)
     model = _as_configured(path, *told)
     if dummy or not path.is_dir() or not has_weights(path):
@@ -59,8 +65,12 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
 
 
 def _read_config(path: Path) -> tuple[Model, bool]:
-    """The model as config.json says it, and whether that names a dtype."""
-    file, config = config_file(path), read_config(path)
+    """The model as config.json says it, and whether that names a dtype. Raises ValueError, with the file to give, for a
+    directory of GGUF files."""
+    file = config_file(path)
+    if path.is_dir() and not file.exists() and (found := sorted(path.glob("*.gguf"))):
+        raise ValueError(f"{path}: has no config.json, but {found[0].name}: give the GGUF file itself")
+    config = read_config(path)
     spec = read_spec(config, str(file))
     for name, fields in QUANTISED.items():
         if (file.parent / name).exists():

@@ -1,4 +1,5 @@
-"""Memory for the spans of a rank's groups, in the host arena or on the device, and the way of blocks onto a GPU.
+"""Memory for what is stored of a rank's groups (their spans, if nothing is quantised), in the host arena or on the
+device, and the way of blocks onto a GPU.
 
 A compressed group has a blob instead of a span. A blob's length is known only when it has been made, so blobs are kept
 one after the other, behind the spans.
@@ -10,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 import torch
-from penstock.engine.model.layout import GroupLayout
+from penstock.engine.model.group_layout import GroupLayout
 from penstock.engine.weights.blocks import BLOCK_BYTES, Block, WeightSource
 from penstock.engine.weights.host_arena import HostArena
 from penstock.engine.weights.views import byte_range
@@ -117,9 +118,10 @@ class Staging:
 
 
 def span_bytes(groups: Sequence[GroupLayout]) -> int:
-    return sum(group.nbytes for group in groups)
+    """Bytes of what is stored of the groups."""
+    return sum(group.stored_bytes for group in groups)
 
 
 def _cut_spans(memory: Tensor, groups: Sequence[GroupLayout]) -> dict[GroupId, Tensor]:
     """The spans lie one after the other; each is a multiple of 256 bytes long, so all are aligned."""
-    return {group.id: span for group, span in zip(groups, memory.split([group.nbytes for group in groups]))}
+    return {group.id: span for group, span in zip(groups, memory.split([group.stored_bytes for group in groups]))}

@@ -1,7 +1,7 @@
 """Tensors by name as views of a group's span, wherever it lies: resident, in a ring slot, or in the host arena."""
 
 import torch
-from penstock.engine.model.layout import GroupLayout
+from penstock.engine.model.group_layout import GroupLayout, Weight
 from torch import Tensor
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -14,15 +14,12 @@ def byte_range(memory: Tensor, offset: int, nbytes: int) -> Tensor:
     return memory[offset : offset + nbytes]
 
 
-def views(layout: GroupLayout, span: Tensor) -> dict[str, Tensor]:
-    """Views by name of the weights in `span`, uint8 (layout.nbytes,) or longer, with the parts' dtypes and shapes.
+def view_of(weight: Weight, span: Tensor) -> Tensor:
+    """A view of a weight in the span of its group."""
+    part = weight.parts[0]
+    return byte_range(span, part.offset, part.nbytes).view(TORCH_DTYPES[part.dtype]).view(part.shape)
 
-    A plain weight goes by its own name, a part of a compressed one by "weight.part".
-    """
-    named = {}
-    for weight in layout.weights:
-        for part in weight.parts:
-            name = weight.name if weight.format == "plain" else f"{weight.name}.{part.name}"
-            part_bytes = byte_range(span, part.offset, part.nbytes)
-            named[name] = part_bytes.view(TORCH_DTYPES[part.dtype]).view(part.shape)
-    return named
+
+def views(layout: GroupLayout, span: Tensor) -> dict[str, Tensor]:
+    """Views by name of the weights in `span`, uint8 (layout.nbytes,) or longer, with their dtypes and shapes."""
+    return {weight.name: view_of(weight, span) for weight in layout.weights}

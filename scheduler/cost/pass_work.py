@@ -68,7 +68,8 @@ class PassShape:
 class StepWork:
     """The work of one rank in one step, for any shape of pass: bytes of weights, of activations a token and a sampled
     row (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
-    bytes a token of the step's all-reduce, 0 where the step contains no all-reduce."""
+    bytes a token of the step's all-reduce, 0 where the step contains no all-reduce. In passes of up to `few_tokens`
+    it reads `few_bytes` of weights, as they are stored."""
 
     step: str
     weight_bytes: int = 0
@@ -79,6 +80,8 @@ class StepWork:
     row_flops: int = 0
     attention_flops: int = 0
     reduce_token_bytes: int = 0
+    few_tokens: int = 0
+    few_bytes: int = 0
 
     @property
     def is_idle(self) -> bool:
@@ -89,7 +92,8 @@ class StepWork:
         """Bytes read and written in device memory."""
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
         kv_bytes = (shape.read_tokens + 3 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
-        return self.weight_bytes + moved_bytes + kv_bytes
+        weight_bytes = self.few_bytes if shape.num_tokens <= self.few_tokens else self.weight_bytes
+        return weight_bytes + moved_bytes + kv_bytes
 
     def cache_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long at the full memory rate as to read from the cache and to copy from it, which

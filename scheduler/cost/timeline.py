@@ -21,12 +21,13 @@ class Interval:
 
 
 def predict_timeline(
-    plan: PassPlan, compute_s: Callable[[Compute], float], rates: Rates, launch_s: float = 0.0
+    plan: PassPlan, compute_s: Callable[[Compute | Decompress], float], rates: Rates, launch_s: float = 0.0
 ) -> list[Interval]:
     """Replays the plan: each lane runs in its order, and no instruction starts before the events that it waits for.
 
-    `compute_s` gives the seconds of a compute step, which the host launches in `launch_s`, one after another. The
-    intervals are in the plan's order; the last one is the join, and its end is the time of the pass (see `timeline_s`).
+    `compute_s` gives the seconds of a compute step, which the host launches in `launch_s`, one after another, and those
+    of a partial decompression, which depend on the pass. The intervals are in the plan's order; the last one is the
+    join, and its end is the time of the pass (see `timeline_s`).
     """
     clock, host_s = {COMPUTE: 0.0, COPY: 0.0}, 0.0
     at: dict[Event, float] = {}
@@ -39,7 +40,8 @@ def predict_timeline(
             start = max(start, host_s)
             end = start + compute_s(instruction)
         elif isinstance(instruction, Decompress):
-            end = start + decompress_s(instruction.slot.nbytes, 1, rates)
+            nbytes, is_partial = instruction.slot.nbytes, instruction.is_partial
+            end = start + (compute_s(instruction) if is_partial else decompress_s(nbytes, 1, rates))
         elif isinstance(instruction, Prefetch):
             end = start + link_s(instruction.slot.nbytes, rates)
         else:

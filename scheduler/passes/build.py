@@ -2,6 +2,7 @@
 buffer, and adds the copy lane to a model's steps."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from operator import add
 
 from penstock.scheduler.passes.check import validate
@@ -81,11 +82,16 @@ def lay_out_decompressed(steps: list[Compute], sizes: Mapping[GroupId, int]) -> 
     return first_fit({g: sizes[g] for g in in_order}, lambda group, earlier: last[earlier] >= first[group])
 
 
-def make_plan(steps: list[Compute], ring: RingLayout, decompressed: Mapping[GroupId, int] | None = None) -> PassPlan:
+def make_plan(
+    steps: list[Compute],
+    ring: RingLayout,
+    decompressed: Mapping[GroupId, int] | None = None,
+    partly: AbstractSet[GroupId] = frozenset(),
+) -> PassPlan:
     """Adds the copy lane to a model's steps: each streamed group is acquired before its first reader and released
     after its last, and each copy is issued as soon as the groups it overwrites are released. The groups in
     `decompressed` (bytes when decompressed) are decompressed before their first reader; nothing else reads their ring
-    slots.
+    slots, but for those in `partly`, of which steps read a part as it is kept.
 
     Raises ValueError if a streamed group has no reader; validates the plan that it returns.
     """
@@ -114,10 +120,12 @@ def make_plan(steps: list[Compute], ring: RingLayout, decompressed: Mapping[Grou
             if group in slots:
                 plan.append(Acquire(group, slots[group], group in present))
             if group in decompression_slots:
-                plan.append(Decompress(group, decompression_slots[group]))
-                release(group)
+                plan.append(Decompress(group, decompression_slots[group], group in partly))
+                if group not in partly:
+                    release(group)
         plan.append(step)
-        if group is not None and last_reader[group] == index and group not in decompression_slots:
+        is_held = group not in decompression_slots or group in partly
+        if group is not None and last_reader[group] == index and is_held:
             release(group)
     if pending:
         raise ValueError(f"{pending[0]} waits for groups that no step reads: {', '.join(map(str, pending[0].after))}")

@@ -81,7 +81,7 @@ class _RingProof:
         self.written: list[tuple[GroupId, Slot, int]] = [(g, s, 0) for g, s in self.present]
         self.read: list[tuple[GroupId, Slot, int]] = []
         self.held: set[GroupId] = set()
-        decompressed = {decompress.group for decompress in plan.decompressions}
+        decompressed = {decompress.group for decompress in plan.decompressions if not decompress.is_partial}
         steps = (step for step in plan.steps if step.group not in decompressed)
         self.readers = {reader for reader in (*plan.decompressions, *steps) if reader.group in self.slots}
 

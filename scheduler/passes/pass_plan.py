@@ -15,7 +15,8 @@ and read only after `ready` of the group that holds them. A pass starts with the
 in the ring and ends, joined, with them there again, so that passes of any kind follow each other freely.
 
 A compressed group is decompressed on the compute lane before its first step, into a slot of the decompression buffer
-that no group with steps still to come holds. Its slot in the ring is free as soon as it is decompressed.
+that no group with steps still to come holds. Its slot in the ring is free as soon as it is decompressed; where steps
+read a part of it as it is kept, after the last of them.
 """
 
 from dataclasses import dataclass
@@ -182,11 +183,12 @@ class Release(Instruction):
 
 @dataclass(frozen=True)
 class Decompress(Instruction):
-    """Decompresses a compressed group, from its ring slot or from where it stays, to `slot` of the decompression
-    buffer."""
+    """Decompresses a compressed group, or makes floats of a quantised one, from its ring slot or from where it stays,
+    to `slot` of the decompression buffer. `is_partial`: steps read what it was made from as well."""
 
     group: GroupId
     slot: Slot
+    is_partial: bool = False
 
     def __str__(self) -> str:
         return f"decompress {self.group}"

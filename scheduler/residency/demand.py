@@ -29,9 +29,10 @@ class Split:
 class Demand:
     """The demands of an engine on one rank's memory. Sizes are bytes a rank, lengths are tokens.
 
-    `groups` are in the order of a pass, the head last, and those of one name are alike. `embed_bytes` is 0 for a tied
-    embedding, which uses the head's bytes. `compressed` gives the compressed bytes of the groups that may be
-    compressed; `buffer_bytes` gives the size of the decompression buffer if groups of these names are compressed.
+    `groups` are in the order of a pass, the head last, and those of one name are alike; their bytes are those that are
+    stored. `embed_bytes` is 0 for a tied embedding, which uses the head's bytes. `compressed` gives the compressed
+    bytes of the groups that may be compressed, `quantised` the names of those that are stored quantised; `buffer_bytes`
+    gives the size of the decompression buffer for groups of these names.
     `fixed` are named claims that no split changes (activations, workspace, context ...); `fixed_of` gives them for
     another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`, and up to
     `most_let_in` shorter sequences may run at once. `memory_bytes` None stands for plain host memory (a CPU), which has
@@ -49,6 +50,7 @@ class Demand:
     max_position: int
     resident: str | float = "auto"
     compressed: Mapping[GroupId, int] = field(default_factory=dict)
+    quantised: frozenset[str] = frozenset()
     buffer_bytes: Callable[[frozenset[str]], int] = lambda names: 0
     memory_bytes: int | None = None
     fixed: Claims = ()
@@ -140,8 +142,13 @@ class Demand:
 
     def claims(self, split: Split) -> Claims:
         """The claims beside ring, weights and KV cache."""
-        names = frozenset(group.name for group in split.compressed)
-        return (*self.fixed, ("decompression buffer", self.buffer_bytes(names))) if names else self.fixed
+        buffer_bytes = self.buffer_for(frozenset(group.name for group in split.compressed))
+        return (*self.fixed, ("decompression buffer", buffer_bytes)) if buffer_bytes else self.fixed
+
+    def buffer_for(self, names: frozenset[str]) -> int:
+        """Bytes of the decompression buffer if groups of these names are compressed, beside the quantised ones."""
+        names |= self.quantised
+        return self.buffer_bytes(names) if names else 0
 
     def claims_bytes(self, split: Split) -> int:
         return sum(nbytes for _, nbytes in self.claims(split))

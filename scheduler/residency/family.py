@@ -233,7 +233,7 @@ class Family:
 
     def _buffer(self, names: frozenset[str]) -> int:
         if names not in self._buffers:
-            self._buffers[names] = self.demand.buffer_bytes(names) if names else 0
+            self._buffers[names] = self.demand.buffer_for(names)
         return self._buffers[names]
 
     def smallest(self) -> Found:

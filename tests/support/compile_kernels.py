@@ -67,6 +67,8 @@ def main(checkpoints: list[str]) -> None:
                 patch.setattr(kernel.module, "options", lambda device: {"OVERLAPS": True, "launch_pdl": True})
         patch.setattr(Segments, "count", lambda self, lengths, num_rows: self.most(num_rows))  # rows that are cut
         for checkpoint, options in itertools.product(checkpoints, WAYS):
+            if checkpoint.endswith(".gguf") and options != WAYS[1]:
+                continue  # one way has all of its kernels
             with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:
                 for params in (GREEDY, DRAWN, ALL):
                     llm.generate([PROMPT], params)

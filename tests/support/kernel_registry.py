@@ -17,6 +17,7 @@ from penstock.engine.kernels import (
     decode_inputs,
     decode_work,
     decompress_weights,
+    dequantise,
     draw,
     embedding,
     filter,
@@ -28,8 +29,13 @@ from penstock.engine.kernels import (
     reduce_residual_norm,
     residual_norm,
     rope_append,
+    stored_embedding,
+    stored_linear,
 )
+from penstock.engine.planning.step_cost import MATRICES
 from penstock.engine.runtime.executor import Executor
+from penstock.engine.weights.compressed_group import CompressedGroup
+from penstock.engine.weights.stored_group import StoredGroup
 from penstock.parallel import push_reduce
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, Instruction
@@ -62,7 +68,8 @@ class EngineKernel:
     def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
         """The number of times that the instruction, which is about to run, has to call the kernel."""
         if isinstance(instruction, Decompress):
-            weights = executor.compressed[instruction.group].group.weights if "decompress" in self.steps else ()
+            group = executor.compressed[instruction.group].group
+            weights = group.weights if "decompress" in self.steps and isinstance(group, CompressedGroup) else ()
             return sum(not weight.layout.raw for weight in weights)
         if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0
@@ -74,11 +81,40 @@ class EngineKernel:
             patch.setattr(module, name, run)
 
 
-def _kernel(module: ModuleType, stem: str, *steps: str, **rest) -> EngineKernel:
+class _Dequantise(EngineKernel):
+    """The row of dequantise: a call for each run of quantised rows of which floats are read."""
+
+    def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
+        if not isinstance(instruction, Decompress):
+            return 0
+        group = executor.compressed[instruction.group].group
+        if not isinstance(group, StoredGroup):
+            return 0
+        layout, num_tokens = group.layout, len(ctx.inputs.tokens)
+        floats = [name for name in layout.quantised if num_tokens > layout.as_stored(name)]
+        return sum(rows.format.is_quantised for name in floats for rows in layout.rows_of(name))
+
+
+class _StoredLinear(EngineKernel):
+    """The row of stored_linear: a call for each run of rows of a weight that is read as it is stored."""
+
+    def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
+        if not isinstance(instruction, Compute):
+            return 0
+        weights, names = (
+            executor.views.get(instruction.group, {}),
+            [n for p in instruction.parts for n in MATRICES.get(p, ())],
+        )
+        read = [weights[name] for name in names if name in weights]
+        matrices = [each for each in read if not isinstance(each, Tensor) and len(ctx.inputs.tokens) <= each.as_stored]
+        return sum(len(each.runs) for each in matrices)
+
+
+def _kernel(module: ModuleType, stem: str, *steps: str, row: type = EngineKernel, **rest) -> EngineKernel:
     """Makes the row of a module that chooses by device between _STEM_triton and STEM_reference."""
     names = (f"_{stem}_triton", f"{stem}_reference")
     ways = dict(zip(("kernel", "reference"), (getattr(module, name) for name in names)))
-    return EngineKernel(module, steps, **{**ways, "names": tuple((module, name) for name in names), **rest})
+    return row(module, steps, **{**ways, "names": tuple((module, name) for name in names), **rest})
 
 
 def _is_bucket(step: Compute, ctx: PassContext) -> bool:
@@ -131,7 +167,7 @@ _LINEAR, _CUBLAS, _EMBED = linear._linear_triton, linear.linear_reference, embed
 KERNELS: dict[str, EngineKernel] = {
     "embedding": _kernel(
         *(embedding, "embed_rows", "embedding"),
-        condition=lambda step, ctx: not ctx.model.embed.is_cuda,
+        condition=lambda step, ctx: isinstance(ctx.model.embed, Tensor) and not ctx.model.embed.is_cuda,
         reference=_embed_by_reference,
         exact=True,
     ),
@@ -162,6 +198,14 @@ KERNELS: dict[str, EngineKernel] = {
     # before the pass's first step
     "decode_inputs": _kernel(decode_inputs, "derive_inputs", "embedding", condition=_is_bucket, exact=True),
     "decode_work": _kernel(decode_work, "list_work", "embedding", condition=_paged, exact=True),
+    "dequantise": _kernel(dequantise, "dequantise", row=_Dequantise, exact=True, params=SHORT),
+    "stored_embedding": _kernel(
+        *(stored_embedding, "embed_stored_rows", "embedding"),
+        condition=lambda step, ctx: not isinstance(ctx.model.embed, Tensor),
+        exact=True,
+        params=SHORT,
+    ),
+    "stored_linear": _kernel(stored_linear, "stored_linear", row=_StoredLinear, params=SHORT),
     "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decompress", exact=True, params=SHORT),
     "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
     "reduce_residual_norm": EngineKernel(
@@ -170,4 +214,5 @@ KERNELS: dict[str, EngineKernel] = {
         lambda step, ctx: step.step.endswith("norm") and _fits(step, ctx),
     ),
 }
+STORED = ("dequantise", "stored_embedding", "stored_linear")  # of quantised models alone
 OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # one process never launches them: tests/gpu/test_kernel_ranks.py

@@ -1,6 +1,7 @@
 """The questions that only tests ask of a layout."""
 
-from penstock.engine.model.layout import GroupLayout, ModelLayout
+from penstock.engine.model.group_layout import GroupLayout
+from penstock.engine.model.layout import ModelLayout
 from penstock.scheduler.passes.pass_plan import GroupId
 
 

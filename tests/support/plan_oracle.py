@@ -51,7 +51,7 @@ def _hazard(plan: PassPlan, compute_s: float, copy_s: float) -> bool:
     writes = [Use(0, g, s, -2.0, -1.0) for g, s in plan.ring.slots[: plan.ring.num_wrapped]]
     reads: list[Use] = []
     slots = dict(plan.ring.slots)
-    compressed = {i.group for i in plan.instructions if isinstance(i, Decompress)}
+    compressed = {i.group for i in plan.instructions if isinstance(i, Decompress) and not i.is_partial}
     for num_pass in range(2):
         at = {}
         for instruction in plan.instructions:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from penstock.engine.model.families import FAMILIES, read_spec, tensor_names
-from penstock.engine.model.layout import ALIGN, GroupLayout, ModelLayout, Weight, expected_tensors, model_layout
+from penstock.engine.model.group_layout import ALIGN, GroupLayout, Weight
+from penstock.engine.model.layout import ModelLayout, expected_tensors, model_layout
 from penstock.engine.model.shard import ShardKind, tp_sizes
 from penstock.engine.model.spec import ModelSpec
 from safetensors.numpy import load_file

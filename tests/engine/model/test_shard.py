@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from penstock.engine.model.shard import (
-    FFN_MULTIPLE,
     HeadShard,
     check_tp_size,
     local_ffn_size,
@@ -74,7 +73,7 @@ def test_known_shards(num_heads, num_kv_heads, tp_size, rank, expected):
 
 @given(st.integers(1, 400), st.integers(1, 16))
 def test_ranges_of_ffn_and_vocab_join_to_the_whole(size, tp_size):
-    for local in (local_ffn_size(size, tp_size), local_vocab_size(size, tp_size)):
+    for local in (local_ffn_size(size, tp_size, 16), local_vocab_size(size, tp_size)):
         ranges = [local_range(size, local, rank) for rank in range(tp_size)]
         assert [i for start, stop in ranges for i in range(start, stop)] == list(range(size))
         assert all(0 <= stop - start <= local for start, stop in ranges)
@@ -83,13 +82,13 @@ def test_ranges_of_ffn_and_vocab_join_to_the_whole(size, tp_size):
 
 @given(st.integers(1, 400), st.integers(1, 16))
 def test_padding_is_the_least_that_fits(size, tp_size):
-    ffn, vocab = local_ffn_size(size, tp_size), local_vocab_size(size, tp_size)
-    assert ffn % FFN_MULTIPLE == 0 and ffn * tp_size >= size > (ffn - FFN_MULTIPLE) * tp_size
+    ffn, vocab = local_ffn_size(size, tp_size, 16), local_vocab_size(size, tp_size)
+    assert ffn % 16 == 0 and ffn * tp_size >= size > (ffn - 16) * tp_size
     assert vocab * tp_size >= size > (vocab - 1) * tp_size
 
 
 def test_sizes_of_known_models():
-    assert local_ffn_size(14336, 8) == 14336 // 8
+    assert local_ffn_size(14336, 8, 256) == 14336 // 8
     assert local_vocab_size(128256, 8) == 128256 // 8
     assert local_range(5, 2, 3) == (5, 5)  # only padding is left
     assert (pad_to(0, 16), pad_to(1, 16), pad_to(16, 16)) == (0, 16, 16)

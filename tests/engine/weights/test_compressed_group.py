@@ -9,7 +9,8 @@ from penstock.engine.kernels import decompress_weights
 from penstock.engine.kernels.codec_tile import TILE
 from penstock.engine.model.compressed_size import PLANNED_BITS, planned_bytes
 from penstock.engine.model.families import read_spec, tensor_names
-from penstock.engine.model.layout import GroupLayout, Part, Weight, expected_tensors, model_layout
+from penstock.engine.model.group_layout import GroupLayout, Part, Weight
+from penstock.engine.model.layout import expected_tensors, model_layout
 from penstock.engine.model.shard import ShardKind
 from penstock.engine.weights.compressed_group import CompressedGroup, compress_group, decompress_group
 from penstock.engine.weights.dummy import DummyWeights

@@ -422,3 +422,19 @@ def test_the_decompression_buffer_holds_one_group_at_a_time():
     groups = [GroupId(i, name) for i in range(4) for name in ("attn", "ffn")]
     decompressed = {group: 1024 if group.name == "ffn" else 256 for group in groups}
     assert make_plan(steps_of(groups), RingLayout(0, 0, ()), decompressed).decompression_buffer_bytes == 1024
+
+
+@MANY
+@given(compressed_cases())
+def test_a_slot_that_steps_read_too_is_held_to_the_last_of_them(case):
+    """As of quantised groups, of which some steps read what is stored; a release before its steps is rejected."""
+    steps, ring, decompressed = case
+    plan = make_plan(steps, ring, decompressed, partly=frozenset(decompressed))
+    assert all(i.is_partial for i in plan.decompressions) and not is_hazardous(plan)
+    order = list(plan.instructions)
+    for group in decompressed.keys() & dict(ring.slots).keys():
+        release = next(i for i in where(plan, Release) if order[i].group == group)
+        reads = [i for i in where(plan, Compute) if order[i].group == group]
+        assert release == max(reads) + 1
+        early = order[: min(reads)] + [order[release]] + order[min(reads) : release] + order[release + 1 :]
+        assert rejected(PassPlan(tuple(early), plan.ring))

@@ -1,0 +1,51 @@
+"""The formats in which weights are stored, as data: a row of FORMATS each. Torch-free.
+
+A format says how many weights of a row lie together, in how many bytes, and so where a rank may cut a row; a matrix
+may be cut between any two rows. Floats are the format in which a weight is its own block. What is stored in another one
+is kept in it, on the host and on the device, and becomes floats when a step needs it (weights/stored_group.py), or is
+read as it is by a kernel (kernels/stored_linear.py). The lossless code of compressed_size.py is no format of this kind:
+it is made while a model is loaded, of whole groups, and its lengths are known only then.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from penstock.engine.kernels.ggml_types import BY_NAME
+from penstock.engine.model.spec import DTYPE_BYTES
+
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+# Passes of up to so many tokens read a weight of this format as it is stored; all others read floats. A function of
+# format and tokens alone, of all shapes: never of where the weight lies, so that streamed and resident bits are equal.
+AS_STORED = {"Q8_0": 4, "Q4_0": 4, "Q4_1": 4}
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A format: `block` consecutive weights of a row lie in `nbytes` bytes. A block of zeros is a block of zeros."""
+
+    name: str
+    block: int
+    nbytes: int
+    as_stored: int = 0  # tokens of the largest pass that reads it as it is stored
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.block > 1
+
+    def row_bytes(self, num_weights: int) -> int:
+        """Bytes of consecutive weights of a row, or of the distance to a weight in it; they are whole blocks."""
+        assert num_weights % self.block == 0, (self.name, num_weights)
+        return num_weights // self.block * self.nbytes
+
+
+FORMATS = {name: WeightFormat(name, 1, nbytes) for name, nbytes in DTYPE_BYTES.items()}
+FORMATS |= {
+    name: WeightFormat(name, BY_NAME[name].block, BY_NAME[name].nbytes, AS_STORED.get(name, 0)) for name in QUANTISED
+}
+
+
+def stored_shapes(
+    shapes: Mapping[str, tuple[int, ...]], formats: Iterable[tuple[str, str]]
+) -> dict[str, tuple[int, int]]:
+    """The shapes in bytes, rows and bytes of a row, of the tensors that `formats` says to be quantised."""
+    return {name: (shapes[name][0], FORMATS[kind].row_bytes(shapes[name][1])) for name, kind in formats}
