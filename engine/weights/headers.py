@@ -78,7 +78,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     _check_lengths(f"{file}: corrupt header", header)
     entries = {name: _entry(file, name, info, 8 + len(text), size) for name, info in header.items()}
-    _check_overlaps(entries)
+    check_overlaps(entries)
     return entries
 
 
@@ -155,7 +155,8 @@ def _entry(file: Path, name: str, info: object, data_start: int, size: int) -> T
     return TensorEntry(file, dtype, shape, data_start + start, stop - start)
 
 
-def _check_overlaps(entries: dict[str, TensorEntry]) -> None:
+def check_overlaps(entries: dict[str, TensorEntry]) -> None:
+    """Raises ValueError, naming file and tensors, if two tensors of a file share bytes."""
     last_name, end = "", 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset < end and entry.nbytes:
