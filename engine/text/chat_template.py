@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.user_files import has_lone_surrogate
+from penstock.engine.user_files import has_lone_surrogate, parse_json
 from penstock.scheduler.units import GIB, MIB, show_value
 
 Message = Mapping[str, Any]
@@ -76,6 +76,8 @@ class ChatTemplate:
     def _variables(self, messages: Sequence[Message], options: ChatOptions) -> dict[str, Any]:
         if not _iterates_content(self.source):
             messages = [_with_joined_parts(message) for message in messages]
+        if _takes_objects(self.source):
+            messages = [_with_arguments(message) for message in messages]
         if options.continue_final_message:
             messages = [*messages[:-1], _tagged(messages[-1])]
         own = {"messages": messages, "tools": options.tools, "documents": None}
@@ -114,6 +116,33 @@ def _with_joined_parts(message: Message) -> Message:
     if not all(isinstance(part.get("text"), str) for part in content):
         raise ValueError("content: this model's chat template takes text alone, and a part is none")
     return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _takes_objects(source: str) -> bool:
+    """Tells whether a template goes through the arguments of tool calls, or writes them as JSON. Clients send them as
+    JSON already; a template that adds them to a text takes them so."""
+    return re.search(r"\barguments\b", source) is not None and (
+        re.search(r"\barguments\b['\"\]]*\s*\|\s*tojson|\|\s*items\b|\.items\(\)", source) is not None
+    )
+
+
+def _with_arguments(message: Message) -> Message:
+    """The message with the arguments of its tool calls as objects."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_parsed(call) for call in calls]}
+
+
+def _with_parsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    text = function["arguments"].strip()
+    arguments = {} if text in ("", "null") else parse_json(text, "tool_calls: arguments")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"tool_calls: arguments: {show_value(text)} is no JSON object")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _tagged(message: Message) -> dict[str, Any]:
