@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from penstock import LLM, SamplingParams
+from tests.support.oracle.dequantised import dequantised_llama
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]  # on two cores that other work shares
 FRANCE = "What is the capital of France?"
@@ -45,11 +46,10 @@ def answers(request, real_model):
 
 @pytest.fixture(scope="module")
 def reference(real_model):
-    model = AutoModelForCausalLM.from_pretrained(real_model.parent, gguf_file=real_model.name, dtype=torch.float32)
-    return model.eval()
+    return dequantised_llama(real_model)
 
 
-def differs(reference: AutoModelForCausalLM, answer: Answer) -> float | None:
+def differs(reference: LlamaForCausalLM, answer: Answer) -> float | None:
     """The gap of the reference's two largest logits where it would choose another token; None if it never would."""
     with torch.no_grad():
         logits = reference(torch.tensor([[*answer.prompt, *answer.tokens[:-1]]])).logits[0, len(answer.prompt) - 1 :]
