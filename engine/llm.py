@@ -6,20 +6,22 @@ torchrun every rank constructs an LLM and calls the same methods; rank 0 runs th
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.loop import Loop
+from penstock.engine.model_text import load_tokenizer, make_chat_reader
 from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
 from penstock.engine.planning.engine_plan import longest_sequence
-from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.calls import Call, digest
 from penstock.engine.runtime.engine import LINK_BYTES, Engine
 from penstock.engine.runtime.start_engine import start_engine
+from penstock.engine.text.chat import RenderedChat
+from penstock.engine.text.chat_template import ChatOptions, Message
 from penstock.engine.text.prompts import Asked, Prompt, PromptReader
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.turns import Turns, in_turn
@@ -69,6 +71,7 @@ class LLM:
             max_model_len=longest_sequence(self.config, plan),
             policy=self.config.scheduling_policy,
         )
+        self._chat_reader = functools.cache(functools.partial(make_chat_reader, self.config, self.tokenizer))
         self._request_ids = itertools.count()
         self._finalizer = weakref.finalize(self, self.engine.close)
         self._finalizer.atexit = False  # the engine does that itself
@@ -97,11 +100,43 @@ class LLM:
         waits for one of them (joins a thread that calls `generate`) waits for ever, and they with it. This is not
         refused, because nothing tells such a call from one that nobody waits for, which only has to take its turn.
         """
+        return self._call("generate", lambda: self._reader.read(prompts, sampling_params), on_text)
+
+    @in_turn
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        on_text: OnText | None = None,
+        **options,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of several: messages like {"role": "user", "content": "Hello"}, rendered by
+        the model's chat template. Without sampling_params an answer may take all that is left of the context.
+
+        `options` are those of ChatOptions (add_generation_prompt, continue_final_message, tools,
+        chat_template_kwargs). An output's `prompt` is the rendered text. Else it is as `generate`; it also raises
+        ValueError for a model without a chat template, and for messages that the template cannot have.
+        """
+        params = SamplingParams(max_tokens=None) if sampling_params is None else sampling_params
+        return self._call("chat", lambda: self._reader.read(self._render(messages, options), params), on_text)
+
+    def render_chat(self, messages: list[Message] | list[list[Message]], **options) -> list[RenderedChat]:
+        """The conversations as `chat` would give them to the model: text and token ids. They may be prompts of
+        `generate`. Raises ValueError as `chat` does."""
         self._check_open()
-        asked, refusal = self._read(prompts, sampling_params)
+        return self._render(messages, options)
+
+    def _render(self, messages: Any, options: dict[str, Any]) -> list[RenderedChat]:
+        chosen = ChatOptions(**options)
+        return self._chat_reader(bool(chosen.tools)).read(messages, chosen, self._reader.check_size)
+
+    def _call(self, name: str, read: Callable[[], list[Asked]], on_text: OnText | None) -> list[RequestOutput]:
+        """Runs what `read` gives, under torchrun as a call of this name on all ranks."""
+        self._check_open()
+        asked, refusal = self._read(name, read)
         listener, outputs = Listener(on_text), []
         with self.engine.together():
-            refused = self._agree(asked, refusal)
+            refused = self._agree(name, asked, refusal)
             if not refused and self.engine.topology.rank > 0:
                 outputs = [RequestOutput.from_dict(output) for output in self.engine.follow()]
             elif not refused:
@@ -112,12 +147,12 @@ class LLM:
         listener.reraise(outputs)
         return outputs
 
-    def _agree(self, asked: list[Asked], refusal: str) -> str:
+    def _agree(self, name: str, asked: list[Asked], refusal: str) -> str:
         """Says why the ranks cannot run this call, the same on all; empty if they can. Only under torchrun each
         rank makes a call of its own."""
         if self._launch.kind != "torchrun":
             return ""
-        return self.engine.agree(Call("generate", digest(asked), refusal))
+        return self.engine.agree(Call(name, digest(asked), refusal))
 
     def _complete(self, asked: list[Asked], listener: Listener) -> list[RequestOutput]:
         """Runs the sequences of all prompts; on rank 0."""
@@ -189,13 +224,13 @@ class LLM:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _read(self, prompts, sampling_params) -> tuple[list[Asked], str]:
+    def _read(self, name: str, read: Callable[[], list[Asked]]) -> tuple[list[Asked], str]:
         """Reads what was asked; or says, under torchrun, where all ranks refuse what one of them refuses, why it cannot
         be."""
         try:
             if self.loop.has_unfinished:
-                raise RuntimeError("generate: sequences that were added to `loop` have not ended; advance or clear it")
-            return self._reader.read(prompts, sampling_params), ""
+                raise RuntimeError(f"{name}: sequences that were added to `loop` have not ended; advance or clear it")
+            return read(), ""
         except Exception as error:
             if self._launch.kind != "torchrun":
                 raise
@@ -258,23 +293,3 @@ def config_of(options: dict[str, Any]) -> EngineConfig:
     if unknown:
         raise TypeError(f"LLM has no option {', '.join(unknown)}")
     return EngineConfig(**options)
-
-
-def tokenizer_directory(config: EngineConfig) -> Path:
-    """The directory that --tokenizer names, else the model's."""
-    path = find_model(config.tokenizer or config.model)
-    return path if path.is_dir() else path.parent
-
-
-def has_tokenizer(config: EngineConfig) -> bool:
-    """Tells whether there is a tokenizer.json; it is not read."""
-    return Tokenizer.is_there(tokenizer_directory(config))
-
-
-def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The model's tokenizer, or None if there is no tokenizer.json (token ids still work). Raises ValueError if
-    --tokenizer named a directory without one."""
-    tokenizer = Tokenizer.load(tokenizer_directory(config))
-    if tokenizer is None and config.tokenizer is not None:
-        raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer.json there")
-    return tokenizer

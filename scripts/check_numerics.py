@@ -20,7 +20,8 @@ import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM, load_tokenizer
+from penstock.engine.llm import LLM
+from penstock.engine.model_text import load_tokenizer
 from penstock.engine.output import without_errors
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.watch import Watch
@@ -266,7 +267,7 @@ def main() -> int:
     args = parser.parse_args()
     tokenizer = load_tokenizer(EngineConfig(args.model))
     if tokenizer is None and args.token_ids is None:
-        raise ValueError(f"{args.model} has no tokenizer.json: give --token-ids")
+        raise ValueError(f"{args.model} has no tokenizer: give --token-ids")
     token_ids = args.token_ids or tokenizer.encode(args.prompt)
     rows = compare(args.model, token_ids, args.dtype, args.max_tokens, args.tolerance, resident=args.resident)
     print(HEADING, *rows, sep="\n")

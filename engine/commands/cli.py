@@ -36,6 +36,11 @@ COMMANDS = {
             "penstock generate --model /path/to/Llama-3-8B --gpu-memory 12GiB --prompt 'Once upon a time'",
         ),
     ),
+    "chat": Command(
+        "penstock.engine.commands.chat",
+        "Talk with a chat model in the terminal, turn by turn; its answers come as they are generated.",
+        ("penstock chat --model /path/to/Llama-3-8B-Instruct --temperature 0.7",),
+    ),
     "plan": Command(
         "penstock.engine.commands.plan",
         "Say how much of a model fits on the GPU, what streams from host memory and how fast that is; needs no GPU.",

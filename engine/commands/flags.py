@@ -11,7 +11,7 @@ from penstock.engine.config import METAVARS, DebugConfig, EngineConfig
 
 ENGINE = tuple(field for field in dataclasses.fields(EngineConfig) if field.name != "debug")
 DEBUG = dataclasses.fields(DebugConfig)
-EVERYDAY = ("model", "tokenizer", "tensor_parallel_size", "dtype", "device", "max_model_len", "seed")
+EVERYDAY = ("model", "tokenizer", "chat_template", "tensor_parallel_size", "dtype", "device", "max_model_len", "seed")
 MEMORY = (
     *("gpu_memory", "gpu_memory_utilization", "resident", "weights_compression", "max_num_seqs"),
     *("max_num_batched_tokens", "scheduling_policy", "enable_prefix_caching", "attention_sinks", "attention_window"),

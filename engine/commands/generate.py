@@ -9,12 +9,15 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.prompts import read_prompts
 from penstock.engine.commands.said import say_after, say_before
 from penstock.engine.config import METAVARS, EngineConfig
-from penstock.engine.llm import LLM, has_tokenizer
+from penstock.engine.llm import LLM
+from penstock.engine.model_text import check_chat, has_tokenizer
 from penstock.engine.output import RequestOutput, describe_errors
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.text.prompts import refuse_text
@@ -39,6 +42,8 @@ EVERYDAY = ("max_tokens", "temperature")  # of SAMPLING_FLAGS
 
 def add_arguments(groups: Groups) -> None:
     add_request_arguments(groups)
+    text = "a message to a chat model, to be answered; may be repeated"
+    groups.everyday.add_argument("--chat", action="append", default=[], metavar="TEXT", help=text)
     text = "show the plan before the text, at rates that are measured first, and what was moved after it"
     groups.everyday.add_argument("--verbose", action="store_true", help=text)
     groups.debugging.add_argument("--table", action="store_true", help="print the step table of the plan before")
@@ -46,24 +51,31 @@ def add_arguments(groups: Groups) -> None:
 
 def add_request_arguments(groups: Groups) -> None:
     """Prompts, sampling parameters, and how outputs are shown."""
-    parser, sampling = groups.everyday, groups.sampling
+    parser = groups.everyday
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a text to continue; may be repeated"
     )
     parser.add_argument(
         "--prompts-file", metavar="FILE", help="one prompt a line, or JSONL with prompt or prompt_token_ids; - is stdin"
     )
-    for name, (kind, text) in SAMPLING_FLAGS.items():
+    add_sampling_arguments(groups, SAMPLING_FLAGS)
+    text = "one JSON object a prompt on stdout, with token ids; one on stderr of what was moved"
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def add_sampling_arguments(groups: Groups, names: Iterable[str]) -> None:
+    """Those sampling parameters of SAMPLING_FLAGS, and what ends a text."""
+    sampling = groups.sampling
+    for name in names:
+        kind, text = SAMPLING_FLAGS[name]
         flag = "--" + name.replace("_", "-")
         settings = {"type": kind, "metavar": METAVARS[kind], "default": argparse.SUPPRESS}
         flags = [flag, "--num-sequences"] if name == "n" else [flag]  # torchrun takes --n for one of its own
-        group = parser if name in EVERYDAY else sampling
+        group = groups.everyday if name in EVERYDAY else sampling
         group.add_argument(*flags, dest=f"sampling_{name}", help=text + _default(name), **settings)
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     sampling.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end the text")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence")
-    text = "one JSON object a prompt on stdout, with token ids; one on stderr of what was moved"
-    parser.add_argument("--json", action="store_true", help=text)
 
 
 def _default(name: str) -> str:
@@ -72,15 +84,20 @@ def _default(name: str) -> str:
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
-    params = sampling_params(args)
+    params = sampling_params(args, **({"max_tokens": None} if args.chat else {}))
+    if args.chat:
+        check_chat(config)
     speaks = resolve_launch(config.tensor_parallel_size).rank == 0
     # under torchrun all ranks have the same standard input, and only one may read it
-    prompts = read_prompts(args.prompt, args.prompts_file) if speaks else []
+    reads = speaks and (args.prompt or args.prompts_file or not args.chat)
+    prompts = read_prompts(args.prompt, args.prompts_file) if reads else []
+    chats = [[{"role": "user", "content": text}] for text in args.chat] if speaks else []
     is_whole = config.load_format == "dummy" or find_model(config.model).is_dir()
     if is_whole and config.tokenizer is None and not has_tokenizer(config):  # refused before the weights are loaded
         for index, prompt in enumerate(prompts):
             refuse_text(config.model, index, prompt, params)
-    with LLM(**config.for_job(len(prompts) * params.n).to_dict()) as llm:
+    with LLM(**config.for_job((len(prompts) + len(chats)) * params.n).to_dict()) as llm:
+        prompts += llm.render_chat(chats) if chats else []
         llm.check(prompts, params)
         if args.verbose:
             print(llm.engine.topology.describe(), file=sys.stderr)
@@ -98,9 +115,11 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     return say_errors(outputs) if speaks else 0
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """Raises ValueError naming the field, as SamplingParams does."""
-    given = {name: getattr(args, f"sampling_{name}") for name in SAMPLING_FLAGS if hasattr(args, f"sampling_{name}")}
+def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
+    """The parameters that flags give, above `defaults`. Raises ValueError naming the field, as SamplingParams does."""
+    given = defaults | {
+        name: getattr(args, f"sampling_{name}") for name in SAMPLING_FLAGS if hasattr(args, f"sampling_{name}")
+    }
     return SamplingParams(**given, stop=args.stop, stop_token_ids=args.stop_token_ids, ignore_eos=args.ignore_eos)
 
 

@@ -16,7 +16,15 @@ _DIGEST_BYTES = 16
 _FRAME = struct.Struct(f"<qq16s{_DIGEST_BYTES}s976s")  # number, argument, name, digest, refusal
 _CONFIG_BYTES = 4096
 # Fields that may differ between ranks: paths on their own hosts, and values that rank 0 sets for all.
-_OWN_FIELDS = {"model", "tokenizer", "device_profile", "link_gb_s", "max_num_seqs", "tensor_parallel_size"}
+_OWN_FIELDS = {
+    "model",
+    "tokenizer",
+    "chat_template",
+    "device_profile",
+    "link_gb_s",
+    "max_num_seqs",
+    "tensor_parallel_size",
+}
 
 MODEL = "what the files of the model say"
 MEASURE = "measure"  # the call that rank 0 makes for all: the others answer it whatever they wait for

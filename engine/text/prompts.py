@@ -5,12 +5,14 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from penstock.engine.text.chat import RenderedChat
 from penstock.engine.text.tokenizer import Tokenizer
+from penstock.engine.text.tokenizer_files import FILES
 from penstock.engine.user_files import has_lone_surrogate
 from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.units import MIB
 
-Prompt = str | list[int]  # or an array of token ids: numpy's, torch's, or what else has `tolist`
+Prompt = str | list[int] | RenderedChat  # or an array of token ids: numpy's, torch's, or what else has `tolist`
 Asked = tuple[str | None, list[int], SamplingParams]  # the prompt's text, if it was one, and its token ids
 ALWAYS_ENCODED_BYTES = MIB  # of a text, whatever a sequence may hold
 
@@ -54,10 +56,7 @@ class PromptReader:
             )
         if self.tokenizer is None:
             refuse_text(self.model, index, prompt, params)
-        text = prompt if isinstance(prompt, str) else None
-        if text is not None and has_lone_surrogate(text):
-            raise ValueError(f"prompt {index}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        token_ids = _as_tokens(index, prompt) if text is None else self._encode(index, text)
+        text, token_ids = self._text_and_tokens(index, prompt)
         for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
                 wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
@@ -67,16 +66,25 @@ class PromptReader:
         Request(index, token_ids, params).check_length(self.max_model_len)
         return text, token_ids, params
 
-    def _encode(self, index: int, text: str) -> list[int]:
-        """The token ids of a text. One that no sequence can hold is refused before it is encoded, which may take long;
-        the others say how many tokens they have."""
+    def _text_and_tokens(self, index: int, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, RenderedChat):
+            return prompt.text, prompt.token_ids
+        if not isinstance(prompt, str):
+            return None, _as_tokens(index, prompt)
+        if has_lone_surrogate(prompt):
+            raise ValueError(f"prompt {index}: {prompt!r} is not valid Unicode (a lone surrogate)")
+        self.check_size(index, prompt)
+        return prompt, self.tokenizer.encode(prompt, self.vocab_size)
+
+    def check_size(self, index: int, text: str) -> None:
+        """Refuses a text that no sequence can hold before it is encoded, which may take long; the others say how many
+        tokens they have."""
         num_bytes = len(text.encode())
         if num_bytes > max(ALWAYS_ENCODED_BYTES, self.max_model_len * self.tokenizer.most_bytes):
             raise ValueError(
                 f"prompt {index}: a text of {num_bytes} bytes has more tokens than a sequence,"
                 f" which has {self.max_model_len} at most (max_model_len)"
             )
-        return self.tokenizer.encode(text, self.vocab_size)
 
     def _warn_of_stops(self, stops: tuple[str, ...]) -> None:
         for stop in stops:
@@ -91,7 +99,7 @@ def refuse_text(model: str, index: int, prompt: Prompt, params: SamplingParams) 
     """Raises ValueError for a text prompt or a stop string, where there is no tokenizer."""
     if isinstance(prompt, str) or params.stop:
         what = "a text prompt" if isinstance(prompt, str) else "a stop string"
-        raise ValueError(f"{model}: no tokenizer.json, so prompt {index} cannot have {what}; give token ids")
+        raise ValueError(f"{model}: no tokenizer ({FILES}), so prompt {index} cannot have {what}; give token ids")
 
 
 def _as_list(value: Any) -> Any:

@@ -1,17 +1,19 @@
 """Turns text into token ids and back, with the `tokenizers` library alone.
 
-`Tokenizer` is made from a checkpoint's files (tokenizer_files.py); `TextStream` gives out text as its tokens arrive;
+`Tokenizer` is made from a model's files (tokenizer_files.py); `TextStream` gives out text as its tokens arrive;
 `StopStrings` cuts that text at the first stop string, also one that lies across tokens. Chat templates are not rendered
 here.
 """
 
 import functools
 import os.path
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import tokenizers
-from penstock.engine.text.tokenizer_files import FILE, library_errors, load_backend, raise_library_error
+from penstock.engine.text.library_errors import library_errors, raise_library_error
+from penstock.engine.text.tokenizer_files import FILE, find_vocabulary, load_parts
 
 CONTEXT_TOKENS = 64  # of the prompt that a stream decodes: a long prompt costs no more than a short one
 MOST_HELD = 32  # tokens that a stream holds back because they make no character
@@ -20,28 +22,33 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no UTF-8
 
 
 class Tokenizer:
-    """A tokenizer of the library; `file` names it in messages."""
+    """A tokenizer of the library; `file` names it in messages, and `named` has its special tokens by the names that
+    chat templates give them (bos_token ...)."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, file: str | Path = FILE):
-        self.backend, self.file = backend, file
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        file: str | Path = FILE,
+        named: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.backend, self.file, self.named = backend, file, named
         # a file may carry the limits of its training; prompts are never cut nor padded behind the user's back
         backend.no_truncation()
         backend.no_padding()
 
     @staticmethod
-    def is_there(path: str | Path) -> bool:
-        """Tells whether directory `path` has a tokenizer.json."""
-        return os.path.lexists(Path(path) / FILE)
+    def is_there(place: str | Path) -> bool:
+        """Tells whether a directory has a tokenizer's file; a GGUF file is one."""
+        return find_vocabulary(Path(place)) is not None
 
     @staticmethod
-    def load(path: str | Path) -> "Tokenizer | None":
-        """The tokenizer of a checkpoint directory, or None if it has no tokenizer.json.
+    def load(place: str | Path) -> "Tokenizer | None":
+        """The tokenizer of a checkpoint's directory or a GGUF file, or None if the directory has none.
 
         Raises ValueError that names the file if one of the tokenizer's files cannot be read as what it is.
         """
-        if not Tokenizer.is_there(path):
-            return None
-        return Tokenizer(load_backend(Path(path)), Path(path) / FILE)
+        file = find_vocabulary(Path(place))
+        return None if file is None else Tokenizer(*load_parts(file))
 
     @functools.cached_property
     def special_ids(self) -> dict[str, int]:
@@ -56,11 +63,12 @@ class Tokenizer:
         longest = max(len(token.encode()) for token in self.backend.get_vocab(with_added_tokens=True))
         return longest if self.backend.normalizer is None else 4 * longest
 
-    def encode(self, text: str, vocab_size: int | None = None) -> list[int]:
-        """Token ids, with the special tokens that the file's post-processor adds. Raises ValueError that names the file
-        if it cannot encode this text, or has an id in it that no model of `vocab_size` ids knows."""
+    def encode(self, text: str, vocab_size: int | None = None, add_special: bool = True) -> list[int]:
+        """Token ids; with `add_special` also the special tokens that the file's post-processor adds. Raises ValueError
+        that names the file if it cannot encode this text, or has an id in it that no model of `vocab_size` ids
+        knows."""
         with library_errors(f"{self.file}: cannot encode a text of {len(text)} characters"):
-            ids = self.backend.encode(text).ids
+            ids = self.backend.encode(text, add_special_tokens=add_special).ids
         if vocab_size is not None and max(ids, default=0) >= vocab_size:
             token = self.backend.id_to_token(max(ids))
             known = f"the model's ids are 0..{vocab_size - 1}: is it this model's tokenizer?"

@@ -34,8 +34,9 @@ import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM, load_tokenizer
+from penstock.engine.llm import LLM
 from penstock.engine.model.families import config_file, read_config, read_spec
+from penstock.engine.model_text import load_tokenizer
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.watch import Watch
 from penstock.engine.split.channel import InProcess
@@ -284,7 +285,7 @@ def arguments() -> argparse.Namespace:
 def tokenize(model: str, texts: Sequence[str]) -> list[list[int]]:
     tokenizer = load_tokenizer(EngineConfig(model))
     if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer.json: give --token-ids")
+        raise ValueError(f"{model} has no tokenizer: give --token-ids")
     return [tokenizer.encode(text) for text in texts]
 
 

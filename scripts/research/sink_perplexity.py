@@ -38,8 +38,9 @@ from typing import Any
 import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM, load_tokenizer
+from penstock.engine.llm import LLM
 from penstock.engine.model.families import config_file, read_config, read_spec
+from penstock.engine.model_text import load_tokenizer
 from penstock.engine.planning.find_model import find_model
 from penstock.scheduler.batching.batch import BatchRow
 from torch import Tensor
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trained = read_spec(read_config(path), str(config_file(path))).max_position
     tokenizer = load_tokenizer(EngineConfig(args.model))
     if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer.json, and so cannot read a text")
+        raise ValueError(f"{args.model} has no tokenizer, and so cannot read a text")
     tokens, text = read_text(tokenizer.encode, args.num_tokens)
     print(f"{text}\nperplexity:   sinks  window   within {trained}      past it        s")
     rows, running = [], {}

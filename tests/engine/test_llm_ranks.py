@@ -13,7 +13,7 @@ import torch.distributed as dist
 from penstock.engine.output import RequestOutput
 
 from penstock import LLM, SamplingParams
-from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
+from tests.support.llm_runs import LONG, MESSAGE, OPTIONS, REQUESTS, run_requests, tokens_of
 from tests.support.rounding import assert_apart, logprobs_apart, model_apart
 from tests.support.watches import EndPass
 
@@ -115,6 +115,16 @@ def test_what_on_text_raises_under_torchrun_is_rank_0s_alone(torchrun, one_rank)
     assert (aborted["outputs"][0]["finish_reason"], other["outputs"][0]["finish_reason"]) == ("abort", "length")
     assert aborted["outputs"][0]["error"].startswith("on_text raised ZeroDivisionError(")
     assert other["outputs"][0]["token_ids"] == one_rank[0]["outputs"][0]["token_ids"]
+
+
+def test_a_chat_under_torchrun_is_answered_on_all_ranks_alike(torchrun):
+    """Also by ranks that give no messages; one that makes another call than a chat is refused."""
+    with LLM("demo", **OPTIONS) as llm:
+        expected = tokens_of(llm.chat([MESSAGE], GREEDY))
+    for rank in torchrun:
+        assert rank["chats"] == [expected, expected]
+        assert "(chat): refused by rank 1: conversation 0: 'Hello': expected a list" in rank["no_message"]
+        assert "rank 1 calls generate instead" in rank["chat_or_not"]
 
 
 def test_mistakes_under_torchrun_are_found_on_all_ranks_alike(torchrun):

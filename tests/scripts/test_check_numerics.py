@@ -123,7 +123,7 @@ def test_command_with_text(monkeypatch, capsys):
 
 def test_command_refuses_text_without_tokenizer(checkpoint, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["check_numerics.py", "--model", checkpoint("llama_gqa")])
-    with pytest.raises(ValueError, match="no tokenizer.json: give --token-ids"):
+    with pytest.raises(ValueError, match="no tokenizer: give --token-ids"):
         check_numerics.main()
 
 

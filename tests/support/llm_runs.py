@@ -28,6 +28,7 @@ OPTIONS = {
     "resident": 0.5,
     "page_size": 4,
 }
+MESSAGE = {"role": "user", "content": "Hello"}
 WAYS = {  # how passes follow each other
     "in_turn": {"resident": 0.5, "debug": {"lookahead": 0}},
     "ahead": {"resident": "all", "debug": {"lookahead": 1}},
@@ -87,12 +88,15 @@ def mistakes_of_one(llm: LLM, rank: int) -> dict[str, Any]:
         "other_prompts": refusal(lambda: llm.generate(f"Rank {rank}")),
         "other_call": refusal(lambda: llm.generate("def") if rank == 0 else llm.measure()),
         "no_value": refusal(lambda: llm.generate([torch.empty(3, device="meta")] if rank == 1 else "Return the")),
+        "no_message": refusal(lambda: llm.chat([MESSAGE] if rank == 0 else ["Hello"])),
+        "chat_or_not": refusal(lambda: llm.chat([MESSAGE]) if rank == 0 else llm.generate("def")),
     }
     facts["measured"] = refusal(llm.measure)
     if rank == 0:
         llm.measure()  # the others answer within generate
     facts["follows"] = tokens_of(llm.generate("Return the" if rank == 0 else [], greedy))
     facts["own"] = tokens_of(llm.generate("Return the", greedy))
+    facts["chats"] = [tokens_of(llm.chat([MESSAGE] if asks else [], greedy)) for asks in (True, rank == 0)]
     return facts
 
 

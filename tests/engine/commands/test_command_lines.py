@@ -173,14 +173,18 @@ def file_rows() -> list[Row]:
         rows.append(Row(("plan", "--model", path), named))
         rows.append(Row(("plan", "--device-profile", path), named))
         rows += [
-            Row((name, *NEEDED.get(name, ()), "--model", path), named) for name in ("generate", "split", "profile")
+            Row((name, *NEEDED.get(name, ()), "--model", path), named)
+            for name in ("generate", "chat", "split", "profile")
         ]
         rows += [
             Row((*command, "--prompts-file", path), (*named, "no prompt")) for command in (("generate",), ("split",))
         ]
         rows += [
-            Row((name, *NEEDED.get(name, ()), "--device-profile", path), named) for name in ("generate", "profile")
+            Row((name, *NEEDED.get(name, ()), "--device-profile", path), named)
+            for name in ("generate", "chat", "profile")
         ]
+        if kind not in ("empty", "deep", "huge"):  # of which each is a text, and so a template
+            rows.append(Row(("generate", "--chat", "a", "--chat-template", path), named))
         for name in MODEL_FILES:
             if kind == "missing" and name in ("generation_config.json", INDEX):  # nor is it missed
                 continue

@@ -1,0 +1,100 @@
+"""Renders chat templates in a process of its own, which is bounded: a template comes with a model, and may loop or make
+a text of gigabytes in one expression. Run as a script, with the standard library and jinja2 alone.
+
+In: JSON with template, conversations (of each the template's variables), most_characters, cpu_s, memory_bytes. Out:
+JSON with texts, one a conversation; or with error, and index where it is of one conversation. The kernel ends a process
+that takes more than cpu_s.
+
+It renders as transformers does: the same sandbox, filters, globals and tags.
+"""
+
+import contextlib
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class Generation(jinja2.ext.Extension):
+    """The tag {% generation %}, which marks what a model said; here it renders what it holds."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_rendered"), [], [], body).set_lineno(line)
+
+    def _rendered(self, caller: jinja2.runtime.Macro) -> str:
+        return caller()
+
+
+def raise_exception(message: str) -> None:
+    """Ends a rendering, as templates do for messages that they cannot have."""
+    raise jinja2.TemplateError(message)
+
+
+def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
+    """JSON without jinja's own escapes of HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def strftime_now(form: str) -> str:
+    """The local time now."""
+    return datetime.now().strftime(form)
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """The environment that templates of transformers expect."""
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = tojson
+    made.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return made
+
+
+def render_all(request: dict[str, Any]) -> dict[str, Any]:
+    """Renders each conversation; an answer without texts says what is wrong."""
+    try:
+        template = environment().from_string(request["template"])
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": f"line {error.lineno}: {error.message}"}
+    except RecursionError:
+        return {"error": "is nested too deeply"}
+    texts, left = [], request["most_characters"]
+    for index, variables in enumerate(request["conversations"]):
+        try:
+            text = ""
+            for piece in template.generate(**variables):
+                text += piece
+                if len(text) > left:
+                    return {"index": index, "error": f"more than {request['most_characters']} characters"}
+        except MemoryError:
+            return {"index": index, "error": f"takes more than {request['memory_bytes']} bytes of memory"}
+        except Exception as error:
+            told = str(error) if type(error) is jinja2.TemplateError else f"{type(error).__name__}: {error}"
+            return {"index": index, "error": told}
+        texts.append(text)
+        left -= len(text)
+    return {"texts": texts}
+
+
+def main() -> None:
+    """Answers the request on standard input."""
+    request = json.load(sys.stdin)
+    limits = ((resource.RLIMIT_AS, "memory_bytes"), (resource.RLIMIT_CPU, "cpu_s"), (resource.RLIMIT_CORE, None))
+    for limit, name in limits:
+        most = request[name] if name else 0
+        with contextlib.suppress(ValueError, OSError):  # a lower one holds already
+            resource.setrlimit(limit, (most, most))
+    json.dump(render_all(request), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
