@@ -57,6 +57,11 @@ PRE_TOKENIZERS = {
 }
 
 
+def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
+    """Tells whether a file's metadata have a vocabulary."""
+    return any(f"{_KEY}{name}" in metadata for name in ("model", "tokens"))
+
+
 def read_vocabulary(file: str, metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str], dict]:
     """The tokenizer of a file's metadata, its special tokens by name (bos_token ...), and whether a text begins with
     BOS and ends with EOS (add_bos_token, add_eos_token). Raises ValueError naming the file and the key at fault."""

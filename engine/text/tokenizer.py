@@ -38,12 +38,12 @@ class Tokenizer:
 
     @staticmethod
     def is_there(place: str | Path) -> bool:
-        """Tells whether a directory has a tokenizer's file; a GGUF file is one."""
+        """Tells whether a directory has a tokenizer's file, or a GGUF file a vocabulary."""
         return find_vocabulary(Path(place)) is not None
 
     @staticmethod
     def load(place: str | Path) -> "Tokenizer | None":
-        """The tokenizer of a checkpoint's directory or a GGUF file, or None if the directory has none.
+        """The tokenizer of a checkpoint's directory or a GGUF file, or None if there is none.
 
         Raises ValueError that names the file if one of the tokenizer's files cannot be read as what it is.
         """

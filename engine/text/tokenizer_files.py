@@ -21,7 +21,7 @@ from penstock.engine.text.added_tokens import (
     tokens_to_add,
 )
 from penstock.engine.text.bpe import SPACE
-from penstock.engine.text.gguf_vocabulary import read_vocabulary
+from penstock.engine.text.gguf_vocabulary import has_vocabulary, read_vocabulary
 from penstock.engine.text.library_errors import library_errors
 from penstock.engine.text.sentencepiece_file import read_sentencepiece
 from penstock.engine.text.tekken_file import read_tekken
@@ -48,9 +48,9 @@ class Parts(NamedTuple):
 
 
 def find_vocabulary(place: Path) -> Path | None:
-    """The file of a directory that has its vocabulary, or a GGUF file itself; None if there is none."""
+    """The file of a directory that has its vocabulary, or a GGUF file with one; None if there is none."""
     if is_gguf(place):
-        return place
+        return place if has_vocabulary(read_gguf(place).metadata) else None
     return next((place / name for name in (FILE, _TEKKEN_FILE, _MODEL_FILE) if os.path.lexists(place / name)), None)
 
 

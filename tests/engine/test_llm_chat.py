@@ -21,6 +21,7 @@ def llm():
 
 def test_a_chat_is_the_generation_of_its_rendered_text(llm):
     heard = []
+    llm.reset_prefix_cache()
     one, two = llm.chat([HELLO, TURNS], GREEDY, on_text=lambda *told: heard.append(told))
     rendered = llm.render_chat([HELLO, TURNS])
     assert [output.prompt for output in (one, two)] == [each.text for each in rendered]
@@ -29,6 +30,7 @@ def test_a_chat_is_the_generation_of_its_rendered_text(llm):
     assert [o.outputs for o in llm.generate(ids, GREEDY)] == [one.outputs, two.outputs]
     assert [o.outputs for o in llm.generate(rendered, GREEDY)] == [one.outputs, two.outputs]
     assert "".join(text or "" for prompt, _, text in heard if prompt == 1) == two.outputs[0].text
+    llm.reset_prefix_cache()
     assert llm.chat(HELLO, GREEDY)[0].to_dict() == one.to_dict()
     assert llm.chat([], GREEDY) == []
 

@@ -12,7 +12,7 @@ from penstock.engine.model.config_fields import REFUSED
 from penstock.engine.model.families import read_config, read_eos_token_ids, read_spec
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.planning.find_model import find_model
-from penstock.engine.text.tokenizer_files import load_backend
+from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.weights.headers import find_entries
 from penstock.engine.weights.read_model import read_model
 from safetensors.torch import save_file
@@ -193,7 +193,7 @@ def test_a_number_in_a_field_that_is_not_read_refuses_no_model(tmp_path, unread)
     model = read_model(tmp_path, dummy=True)
     assert model.spec == read_spec(llama(), "")
     assert read_eos_token_ids(tmp_path, model.spec) == (2, 7)
-    assert load_backend(tmp_path).encode("Return the").ids
+    assert Tokenizer.load(tmp_path).encode("Return the")
 
 
 def test_an_index_may_state_any_size(tmp_path):
