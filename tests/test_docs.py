@@ -61,6 +61,25 @@ def figures_of_the_readme() -> list[tuple[str, ...]]:
     return [tuple(line) for line in lines if line[0] in BASELINES]
 
 
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def test_figures_beside_vllm_in_the_readme_are_those_of_their_record():
+    """A row of the table, and two rows of traffic in a sentence."""
+    page = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"^\| vLLM .*$", page, flags=re.MULTILINE)
+    _, _, texts, theirs, ours, bound, link = line.strip("| ").split(" | ")
+    record = json.loads((ROOT / re.search(r"\((.*)\)", link)[1]).read_text())
+    rows = {row["row"]: row for row in record["rows"]}
+    row = rows[f"token-batch-{texts}"]
+    assert (theirs, ours) == (ms(row["vllm_measured_s"]), ms(row["measured_s"]))
+    assert bound == f"{ms(row['bound_s'])} ({row['bound']})"
+    for name in ("first-token-512", "uneven"):
+        for seconds in (rows[name]["vllm_measured_s"], rows[name]["measured_s"]):
+            assert ms(seconds) in page
+
+
 @pytest.mark.parametrize("row", figures_of_the_readme(), ids=lambda row: f"{row[0]}, {row[2]}")
 def test_figures_in_the_readme_are_those_of_their_records(row):
     against, _, texts, theirs, ours, bound, link = row
@@ -73,7 +92,7 @@ def test_figures_in_the_readme_are_those_of_their_records(row):
 
 
 def test_the_readme_is_short_and_compares_in_five_rows():
-    assert len(figures_of_the_readme()) == 5
+    assert len(figures_of_the_readme()) + 1 == 5  # and one against vLLM
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
 
