@@ -87,7 +87,7 @@ def test_more_memory_is_never_slower_for_one_prompt(model):
 def check_speeds(model: str, options: dict) -> list[EnginePlan]:
     """The plans of ever more memory, as far as the model fits."""
     plans = []
-    for gib in (8, 10, 11, 11.25, 12, 14, 15, 16, 17, 18, 19, 21, 24, 32, 48, 49, 64, 80, 100, 120, 141):
+    for gib in (8, 10, 11, 11.25, 14, 16, 17, 18, 21, 32, 48, 49, 80, 141):
         with contextlib.suppress(ValueError):
             plans.append(plan(model, gib, **options))
     found = [tokens_s(made) for made in plans]
@@ -304,6 +304,6 @@ def check_random(seed: int) -> bool:
 
 
 def test_random_configurations():
-    """Checks a hundred configurations. More can be checked by hand, in the root of the checkout:
+    """Checks sixty configurations. More can be checked by hand, in the root of the checkout:
     `python -c "import tests.engine.planning.test_planning as t; print(sum(map(t.check_random, range(3000))))"`."""
-    assert sum(map(check_random, range(100))) > 50
+    assert sum(map(check_random, range(60))) > 30
