@@ -48,7 +48,9 @@ def test_one_rank(tmp_path, variant):
     assert_compressed({case: run(str(tmp_path), case) for case in CASES}, variant == "llama_tied")
 
 
-@pytest.mark.parametrize(("num_ranks", "variants"), [(2, FAMILIES[:6]), (4, FAMILIES[:1])])
+@pytest.mark.parametrize(
+    ("num_ranks", "variants"), [(2, FAMILIES[:6]), pytest.param(4, FAMILIES[:1], marks=pytest.mark.soak)]
+)
 def test_several_ranks(tmp_path, num_ranks, variants):
     for variant in variants:
         write_checkpoint(tmp_path / variant, variant, "bfloat16", **BIGGER)

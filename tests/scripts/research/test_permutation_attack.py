@@ -28,6 +28,8 @@ from scripts.research.permutation_attack import (
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.rounding import LOUD, assert_apart, model_apart
 
+pytestmark = pytest.mark.soak  # research, on parts that do not change with the engine
+
 TOKENS = random.Random(1).sample(range(128), k=10)  # no token comes twice, so there is one right order
 LAYERS = [0, 2]
 NUM_ATTACKS = 4 + 3 + 3  # on a layer
