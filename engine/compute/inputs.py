@@ -36,8 +36,8 @@ class PagedContext:
 class Chunks:
     """Rows of any length, one behind another, from token `first_token` of the pass on; starts and ranges count from
     there. A row's queries are the last tokens of its context. A padded row starts where the one before it ends. The
-    numbers `max_queries` and `max_context` are no less than any row's. With `among_rows`
-    tokens of rows of one token lie before the first chunk, as many as it leaves room for."""
+    numbers `max_queries` and `max_context` are no less than any row's. With `among_rows` tokens of rows of one token
+    lie before the first chunk, as many as it leaves room for."""
 
     first_token: int
     num_tokens: int

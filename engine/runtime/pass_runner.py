@@ -14,7 +14,6 @@ Graphs are captured at start (`capture_all`), or when they are first needed, in 
 prepared and enqueued between.
 """
 
-import functools
 from collections import deque
 from enum import Enum
 from functools import partial
@@ -66,7 +65,8 @@ class PassRunner:
     def capture_all(self) -> None:
         """Captures all graphs, the largest first, so that the others' temporaries fit into its memory."""
         self.executor.fill_ring()
-        for size in self._captured_sizes[::-1]:
+        sizes = [*self.sizes.decode, *(self.sizes.with_prompts if self._captures_prompts else ())]
+        for size in reversed(sizes):
             for asked in (EVERYTHING,) if size.num_starting else (EVERYTHING, Asked()):
                 self._capture(self._bucket(size), asked)
 
@@ -119,18 +119,18 @@ class PassRunner:
         return self.buckets[size]
 
     def _run_padded(self, batch: Batch, bucket: Bucket, asked: Asked) -> PendingLetter:
-        if self.graphs is not None and bucket.size in self._captured_sizes:
+        if self.graphs is not None and (self._captures_prompts or not bucket.size.num_starting):
             self._replay(batch, bucket, EVERYTHING if asked.stages or bucket.size.num_starting else asked)
         else:
             bucket.load(batch)
             self._run_bucket(bucket, asked)
         return self.mailbox.expect(batch.num_sampled, "logprobs" in asked.stages)
 
-    @functools.cached_property
-    def _captured_sizes(self) -> list[BucketSize]:
-        """Sizes of the buckets whose passes are graphs. Where weights stream, passes with prompts are none, since their
-        launches hide under the link."""
-        return self.sizes.decode + ([] if self.executor.pass_plan.ring.slots else self.sizes.with_prompts)
+    @property
+    def _captures_prompts(self) -> bool:
+        """Tells whether padded passes with prompts are graphs. Where weights stream they are not, since their launches
+        hide under the link."""
+        return not self.executor.pass_plan.ring.slots
 
     def _replay(self, batch: Batch, bucket: Bucket, asked: Asked) -> None:
         if (bucket.size, asked) not in self.graphs.passes:

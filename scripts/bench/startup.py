@@ -1,8 +1,8 @@
 """Times a process from its start to its first token, phase by phase, each start in a fresh process: cold, with no
-compiled kernel cached, and warm. Then the captures of the decode passes of all buckets.
+compiled kernel cached, and warm.
 
 Flags and the fields avg_{cold,warm}_startup_time, *_times and *_percentiles are those of `vllm bench startup`; all
-engine flags work too. A startup time is that of constructing an LLM and of the captures, as vLLM's is; `rows` has the
+engine flags work too. A startup time is that of constructing an LLM, captures included, as vLLM's is; `rows` has the
 medians of all phases (scripts/bench/startup_phases.py), from the start of the process on. `--checkpoint` writes the
 random weights as a checkpoint first and loads that, from the page cache that the writing has warmed. By torchrun there
 is one start, in torchrun's own processes, with the caches as they are: TRITON_CACHE_DIR=$(mktemp -d) makes it cold. The
