@@ -19,7 +19,7 @@ from typing import Any
 from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.llm import LLM
 from penstock.scheduler.cost.time_model import Rates
-from penstock.scheduler.units import ms
+from penstock.scheduler.units import gb_s, ms
 
 from scripts.bench.bound import against_bound, by_kind
 from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
@@ -28,7 +28,7 @@ from scripts.bench.entry import run_script
 from scripts.bench.job_run import run, timed_passes, warm_up
 from scripts.bench.record import add_output_argument, keep
 from scripts.bench.traffic_rows import JOB, REPEATS, ROWS, SHORT_OUTPUT, TOKEN, Row
-from scripts.bench.vllm_side import add_vllm_arguments, find_vllm, run_of, run_vllm
+from scripts.bench.vllm_side import Vllm, add_vllm_arguments, find_vllm, run_of, run_vllm
 from scripts.bench.workload import Job
 
 WARM_UP = 64  # requests of a job that vLLM runs first
@@ -51,7 +51,7 @@ def main() -> None:
         report = describe(llm, "traffic") | {"rows": measured}
     if vllm is not None:
         free_memory()
-        compare_rows(report, rows, drawn, run_vllm(vllm, config, report, their_runs(rows, drawn)))
+        compare_rows(report, rows, drawn, vllm, run_vllm(vllm, config, report, their_runs(rows, drawn)))
     say_machine(report)
     say(report)
     keep(report, args.output_json)
@@ -171,14 +171,18 @@ def their_runs(rows: list[Row], drawn: list[list[list[Job]]]) -> list[dict[str, 
     ]
 
 
-def compare_rows(report: dict, rows: list[Row], drawn: list[list[list[Job]]], result: dict) -> None:
-    """Adds vLLM's version to the record, and its figures to each row of it: seconds, and how many times ours; or what
-    ended it."""
-    report["vllm"] = {name: result[name] for name in ("version", "error", "load_s") if name in result}
+def compare_rows(report: dict, rows: list[Row], drawn: list[list[list[Job]]], vllm: Vllm, result: dict) -> None:
+    """Adds vLLM's version and options to the record, and its figures to each row of it: seconds, how many times ours,
+    and the rate at which offloaded weights were read if each pass read them once; or what ended it."""
+    said = {name: result[name] for name in ("version", "error", "load_s", "offloaded_bytes") if name in result}
+    report["vllm"] = {"options": vllm.options} | said
+    offloaded_bytes = said.get("offloaded_bytes", 0)
     theirs = iter(result.get("runs", ()))
     for row, runs, fields in zip(rows, drawn, report["rows"]) if "runs" in result else ():
         times = time_fields(row, runs, [next(theirs)["elapsed_s"] for _ in runs])
         fields |= {f"vllm_{name}": value for name, value in times.items()}
+        if row.measures == TOKEN and offloaded_bytes:
+            fields["vllm_link_gb_s"] = gb_s(offloaded_bytes, times["measured_s"])
         if "measured_s" in fields:
             fields["speedup"] = times["measured_s"] / fields["measured_s"]
 

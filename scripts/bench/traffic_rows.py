@@ -64,6 +64,7 @@ ROWS = (
     Row("shared-prefix", JOB, 300, 64, 32, {"prefix_len": 2000}),
     Row("token-64-rows-at-2100", TOKEN, 64, 2048, 128),
     *(Row(f"token-batch-{batch}", TOKEN, batch, 32, 128) for batch in (1, 8, 64, 256)),
+    *(Row(f"token-batch-{batch}-brief", TOKEN, batch, 32, 16) for batch in (1, 64)),  # for passes of streamed weights
     Row("token-batch-256-drawn", TOKEN, 256, 32, 128, all=DRAWN),
     Row("token-batch-256-penalties", TOKEN, 256, 32, 128, all=DRAWN, fourth={"frequency_penalty": 0.5}),
     Row("token-batch-256-logprobs", TOKEN, 256, 32, 128, fourth={"logprobs": 5}),

@@ -86,8 +86,9 @@ def run_of(
 
 
 def run_vllm(vllm: Vllm, config: EngineConfig, record: dict[str, Any], runs: Sequence[dict]) -> dict[str, Any]:
-    """The `runs` in vLLM, with the limits that `record` says the engine had: `version`, `load_s`, and `runs` in their
-    order; or `error`, after its output went to standard error, if it did not come to an end."""
+    """The `runs` in vLLM, with the limits that `record` says the engine had: `version`, `load_s`, `runs` in their
+    order, and with the option cpu_offload_gb `offloaded_bytes`; or `error`, after its output went to standard error, if
+    it did not come to an end."""
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder, _model_folder(config, folder) as model:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))
         options = {

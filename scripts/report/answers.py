@@ -20,6 +20,7 @@ BASELINES = {  # how --compare calls them: what they are
     "transformers": "transformers' `generate`",
     "transformers-cb": "transformers' continuous batching",
     "vllm": "vLLM",
+    "vllm-offload": "vLLM's `cpu_offload_gb`",
 }
 COMPARES_BITS = ("bit by bit", "bit for bit", "bitwise", "streamed equals resident")
 Figure = Callable[[float], str]

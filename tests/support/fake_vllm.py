@@ -15,6 +15,10 @@ def log(what, said):
         file.write(json.dumps([what, said]) + "\\n")
 
 
+def parameter(num, device, **marks):
+    return SimpleNamespace(numel=lambda: num, element_size=lambda: 2, device=device, **marks)
+
+
 class SamplingParams:
     def __init__(self, **said):
         self.max_tokens, self.said = said["max_tokens"], said
@@ -25,7 +29,17 @@ class LLM:
         if os.environ.get("FAKE_VLLM_FAILS"):
             raise RuntimeError("no kernel image")
         log("options", options | {"is_there": os.path.exists(options["model"] + "/config.json")})
+        self.offloaded = options.get("cpu_offload_gb", 0) * 1000
         self.llm_engine, self.alive, self.is_cached = self, {}, False
+
+    def apply_model(self, count):
+        cuda, cpu = SimpleNamespace(type="cuda"), SimpleNamespace(type="cpu")
+        parameters = [
+            parameter(self.offloaded, cuda, _vllm_is_uva_offloaded=True),
+            parameter(10**9, cuda),
+            parameter(5, cpu),
+        ]
+        return [count(SimpleNamespace(parameters=lambda: parameters))]
 
     def reset_prefix_cache(self):
         self.is_cached = False

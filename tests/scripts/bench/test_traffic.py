@@ -91,6 +91,18 @@ def test_a_batch_that_never_decodes_together_is_said(monkeypatch, capsys, vllm):
     assert row["vllm_measured_s"] and "speedup" not in row
 
 
+def test_weights_that_vllm_offloads_are_counted(monkeypatch, capsys, vllm):
+    monkeypatch.setattr(traffic, "ROWS", SMALL[:2])
+    options = ("--compare", "vllm", "--vllm", str(vllm.site), "--vllm-options", '{"cpu_offload_gb": 7}')
+    record = run(monkeypatch, capsys, traffic, *ENGINE, "--resident", "none", *options)
+    assert record["vllm"]["options"] == {"cpu_offload_gb": 7} and vllm.asked("options")[0]["cpu_offload_gb"] == 7
+    assert record["vllm"]["offloaded_bytes"] == 2 * (7000 + 5)
+    first, token = record["rows"]
+    assert token["vllm_link_gb_s"] * 1e9 * token["vllm_measured_s"] == pytest.approx(2 * (7000 + 5))
+    assert "vllm_link_gb_s" not in first
+    assert record["streamed_bytes_per_pass_and_rank"] > 0 and record["link_gb_s"] > 0
+
+
 def test_vllm_that_fails_keeps_what_was_measured(monkeypatch, capfd, vllm):
     monkeypatch.setenv("FAKE_VLLM_FAILS", "1")
     record = run(monkeypatch, capfd, throughput, *JOBS, "--compare", "vllm", "--vllm", str(vllm.site))
@@ -128,7 +140,7 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch, capsys):
 
 def test_every_row_is_a_command_in_the_docs():
     page = (ROOT / "docs/measuring.md").read_text()
-    assert len({row.name for row in ROWS}) == len(ROWS) == 19
+    assert len({row.name for row in ROWS}) == len(ROWS) == 21
     assert [row.name for row in ROWS if f"`{row.name}`" not in page] == []
 
 

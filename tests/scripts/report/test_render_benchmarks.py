@@ -221,6 +221,12 @@ def test_real_traffic_has_a_table_of_its_rows_and_one_by_kind_of_pass():
     assert "traffic.json" not in section(page, "Other records")
 
 
+def test_offloaded_weights_are_compared_apart():
+    offloaded = TRAFFIC | {"vllm": {"version": "0.23.0", "offloaded_bytes": 5}}
+    page = render([Record("traffic.json", TRAFFIC), Record("offload.json", offloaded)])
+    assert [row["against"] for row in cells(page, "How does it compare?")] == ["vLLM", "vLLM's `cpu_offload_gb`"]
+
+
 def test_a_job_that_arrives_has_its_latencies():
     job = TRAFFIC | ROW | {"benchmark": "throughput", "elapsed_time": 2.0, "num_requests": 9, "by_kind": [KIND]}
     job |= {"random_range_ratio": 0.8, "random_sigma": 0.0, "request_rate": 4.0, "burstiness": 0.5}
