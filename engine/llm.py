@@ -14,7 +14,6 @@ from typing import Any
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.loop import Loop
-from penstock.engine.model_text import load_tokenizer, make_chat_reader
 from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
 from penstock.engine.planning.engine_plan import longest_sequence
 from penstock.engine.runtime.calls import Call, digest
@@ -22,6 +21,7 @@ from penstock.engine.runtime.engine import LINK_BYTES, Engine
 from penstock.engine.runtime.start_engine import start_engine
 from penstock.engine.text.chat import RenderedChat
 from penstock.engine.text.chat_template import ChatOptions, Message
+from penstock.engine.text.model_text import load_tokenizer, make_chat_reader
 from penstock.engine.text.prompts import Asked, Prompt, PromptReader
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.turns import Turns, in_turn

@@ -21,10 +21,10 @@ from penstock.engine.commands.flags import Parser
 from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.model_text import load_tokenizer
 from penstock.engine.output import without_errors
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.watch import Watch
+from penstock.engine.text.model_text import load_tokenizer
 from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction

@@ -17,8 +17,8 @@ from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_argum
 from penstock.engine.commands.said import say_after, say_before
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.model_text import check_chat
 from penstock.engine.output import RequestOutput
+from penstock.engine.text.model_text import check_chat
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.units import show_time

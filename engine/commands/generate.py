@@ -17,9 +17,9 @@ from penstock.engine.commands.prompts import read_prompts
 from penstock.engine.commands.said import say_after, say_before
 from penstock.engine.config import METAVARS, EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.model_text import check_chat, has_tokenizer
 from penstock.engine.output import RequestOutput, describe_errors
 from penstock.engine.planning.find_model import find_model
+from penstock.engine.text.model_text import check_chat, has_tokenizer
 from penstock.engine.text.prompts import refuse_text
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams

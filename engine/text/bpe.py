@@ -27,7 +27,7 @@ class Kind(IntEnum):
 
 
 class Piece(NamedTuple):
-    """A piece of a vocabulary; its id is its place."""
+    """A piece of a vocabulary; its id is its index."""
 
     text: str
     kind: int

@@ -21,20 +21,20 @@ _MOST_FILES = 64
 
 
 def find_template(
-    place: Path, named: Mapping[str, str], file: str | None = None, with_tools: bool = False
+    path: Path, named: Mapping[str, str], file: str | None = None, with_tools: bool = False
 ) -> ChatTemplate:
     """The template of a directory or GGUF file, or that of `file`. `named` are the tokenizer's special tokens. Raises
     ValueError if there is none, or none that is the default."""
     if file is not None:
         return ChatTemplate(_read(Path(file)), file, named)
-    found = _of_gguf(place) if is_gguf(place) else _of_directory(place)
+    found = _of_gguf(path) if is_gguf(path) else _of_directory(path)
     name = FOR_TOOLS if with_tools and FOR_TOOLS in found else DEFAULT
     if name in found:
         return ChatTemplate(*found[name], named)
     if found:
-        raise ValueError(f"{place}: has chat templates {', '.join(sorted(found))}, and none that is the default")
-    what = f"key {_GGUF_KEY}" if is_gguf(place) else f"{_FILE}, or chat_template in {CONFIG_FILE}"
-    raise ValueError(f"{place}: has no chat template ({what}): give --chat-template FILE")
+        raise ValueError(f"{path}: has chat templates {', '.join(sorted(found))}, and none that is the default")
+    what = f"key {_GGUF_KEY}" if is_gguf(path) else f"{_FILE}, or chat_template in {CONFIG_FILE}"
+    raise ValueError(f"{path}: has no chat template ({what}): give --chat-template FILE")
 
 
 def _read(file: Path) -> str:

@@ -44,7 +44,7 @@ def _field(content: dict[str, Any], name: str, kind: type, file: Path) -> Any:
 
 
 def _special_tokens(content: dict[str, Any], config: dict[str, Any], file: Path) -> list[str]:
-    """The special tokens, whose ids are their places. A file may state more of them than it names."""
+    """The special tokens, whose ids are their indices. A file may state more of them than it names."""
     if "special_tokens" not in content:
         raise ValueError(f"{file}: has no special_tokens: files of before 2024-11 leave them to mistral-common")
     named = _field(content, "special_tokens", list, file)

@@ -37,17 +37,17 @@ class Tokenizer:
         backend.no_padding()
 
     @staticmethod
-    def is_there(place: str | Path) -> bool:
+    def is_there(path: str | Path) -> bool:
         """Tells whether a directory has a tokenizer's file, or a GGUF file a vocabulary."""
-        return find_vocabulary(Path(place)) is not None
+        return find_vocabulary(Path(path)) is not None
 
     @staticmethod
-    def load(place: str | Path) -> "Tokenizer | None":
+    def load(path: str | Path) -> "Tokenizer | None":
         """The tokenizer of a checkpoint's directory or a GGUF file, or None if there is none.
 
         Raises ValueError that names the file if one of the tokenizer's files cannot be read as what it is.
         """
-        file = find_vocabulary(Path(place))
+        file = find_vocabulary(Path(path))
         return None if file is None else Tokenizer(*load_parts(file))
 
     @functools.cached_property

@@ -47,11 +47,11 @@ class Parts(NamedTuple):
     named: dict[str, str]
 
 
-def find_vocabulary(place: Path) -> Path | None:
+def find_vocabulary(path: Path) -> Path | None:
     """The file of a directory that has its vocabulary, or a GGUF file with one; None if there is none."""
-    if is_gguf(place):
-        return place if has_vocabulary(read_gguf(place).metadata) else None
-    return next((place / name for name in (FILE, _TEKKEN_FILE, _MODEL_FILE) if os.path.lexists(place / name)), None)
+    if is_gguf(path):
+        return path if has_vocabulary(read_gguf(path).metadata) else None
+    return next((path / name for name in (FILE, _TEKKEN_FILE, _MODEL_FILE) if os.path.lexists(path / name)), None)
 
 
 def load_parts(file: Path) -> Parts:

@@ -36,7 +36,6 @@ from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import config_file, read_config, read_spec
-from penstock.engine.model_text import load_tokenizer
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.watch import Watch
 from penstock.engine.split.channel import InProcess
@@ -44,6 +43,7 @@ from penstock.engine.split.device_side import DeviceSide
 from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.permutation import NOTICE, PermutedChannel
 from penstock.engine.split.transfers import FUSED, PERMUTED, SplitConfig
+from penstock.engine.text.model_text import load_tokenizer
 from penstock.parallel.ledger import Site
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import SamplingParams

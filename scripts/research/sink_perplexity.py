@@ -40,8 +40,8 @@ from penstock.engine.commands.flags import Parser
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.model.families import config_file, read_config, read_spec
-from penstock.engine.model_text import load_tokenizer
 from penstock.engine.planning.find_model import find_model
+from penstock.engine.text.model_text import load_tokenizer
 from penstock.scheduler.batching.batch import BatchRow
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from penstock.engine.text.tokenizer_files import FILES
 from penstock.engine.weights.gguf_file import is_gguf
 
 
-def tokenizer_place(config: EngineConfig) -> Path:
+def tokenizer_path(config: EngineConfig) -> Path:
     """The directory or GGUF file that --tokenizer names, else the model's."""
     path = find_model(config.tokenizer or config.model)
     return path if path.is_dir() or is_gguf(path) else path.parent
@@ -19,13 +19,13 @@ def tokenizer_place(config: EngineConfig) -> Path:
 
 def has_tokenizer(config: EngineConfig) -> bool:
     """Tells whether there is a file with a vocabulary; it is not read."""
-    return Tokenizer.is_there(tokenizer_place(config))
+    return Tokenizer.is_there(tokenizer_path(config))
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The model's tokenizer, or None if there is none (token ids still work). Raises ValueError if --tokenizer named a
     directory without one."""
-    tokenizer = Tokenizer.load(tokenizer_place(config))
+    tokenizer = Tokenizer.load(tokenizer_path(config))
     if tokenizer is None and config.tokenizer is not None:
         raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer there ({FILES})")
     return tokenizer
@@ -37,7 +37,7 @@ def check_chat(config: EngineConfig) -> None:
     path = find_model(config.model)
     if config.load_format != "dummy" and not path.is_dir() and not is_gguf(path):
         return
-    find_template(tokenizer_place(config), {}, config.chat_template)
+    find_template(tokenizer_path(config), {}, config.chat_template)
     if not has_tokenizer(config):
         raise ValueError(f"{config.model}: no tokenizer ({FILES}), so there is no chat with it")
 
@@ -47,5 +47,5 @@ def make_chat_reader(config: EngineConfig, tokenizer: Tokenizer | None, with_too
     if tokenizer is None:
         check_chat(config)
     return ChatReader(
-        tokenizer, find_template(tokenizer_place(config), tokenizer.named, config.chat_template, with_tools)
+        tokenizer, find_template(tokenizer_path(config), tokenizer.named, config.chat_template, with_tools)
     )
