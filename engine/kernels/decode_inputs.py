@@ -3,7 +3,7 @@
 Shapes: R rows, P pages of a row, S page size.
 The table (R, PAGES + P) int32 has for each row: its token (or a number that stands for the row's last sampled one), the
 token's index in its sequence, the row's index in the sampler, the length of its context, whose last token this is, and
-its page table, of whose first page `margin` entries are empty.
+its page table.
 """
 
 from typing import NamedTuple
@@ -29,32 +29,27 @@ class DecodeInputs(NamedTuple):
     lengths: Tensor
 
 
-def derive_inputs(
-    table: Tensor,
-    last_tokens: Tensor,
-    on_device: int,
-    page_size: int,
-    out: DecodeInputs,
-    margin: int = 0,
-    keeps_padding: bool = False,
-) -> None:
-    """Fills `out` from the table. A token equal to `on_device` stands for its row's in last_tokens (rows of the
-    sampler,) int64. With `keeps_padding` a row of length 0 has its length written and nothing else."""
+class Reading(NamedTuple):
+    """Says how a table is read. A token equal to `on_device` stands for its row's last sampled one. The first `margin`
+    entries of a row's first page are empty. With `keeps_padding` a row of length 0 has its length written and nothing
+    else."""
+
+    on_device: int
+    page_size: int
+    margin: int = 0
+    keeps_padding: bool = False
+
+
+def derive_inputs(table: Tensor, last_tokens: Tensor, reading: Reading, out: DecodeInputs) -> None:
+    """Fills `out` from the table; last_tokens (rows of the sampler,) int64 are the last sampled ones."""
     run = _derive_inputs_triton if table.is_cuda and HAS_TRITON else derive_inputs_reference
-    run(table, last_tokens, on_device, page_size, out, margin, keeps_padding)
+    run(table, last_tokens, reading, out)
 
 
-def derive_inputs_reference(
-    table: Tensor,
-    last_tokens: Tensor,
-    on_device: int,
-    page_size: int,
-    out: DecodeInputs,
-    margin: int = 0,
-    keeps_padding: bool = False,
-) -> None:
+def derive_inputs_reference(table: Tensor, last_tokens: Tensor, reading: Reading, out: DecodeInputs) -> None:
     """Does the same in plain torch."""
     calls["reference"] += 1
+    on_device, page_size, margin, keeps_padding = reading
     tokens, starts, rows, lengths = table[:, :PAGES].long().unbind(1)
     positions = (lengths - 1).clamp_(min=0)
     entries = positions + margin
@@ -73,20 +68,12 @@ def derive_inputs_reference(
             target.copy_(value if target is out.lengths else torch.where(written, value, target))
 
 
-def _derive_inputs_triton(
-    table: Tensor,
-    last_tokens: Tensor,
-    on_device: int,
-    page_size: int,
-    out: DecodeInputs,
-    margin: int = 0,
-    keeps_padding: bool = False,
-) -> None:
+def _derive_inputs_triton(table: Tensor, last_tokens: Tensor, reading: Reading, out: DecodeInputs) -> None:
     assert table.stride(1) == 1, "decode_inputs: the last dim of the table must have stride 1"
     assert table.dtype == torch.int32 and all(t.is_contiguous() for t in (last_tokens, *out) if t is not None)
     calls["triton"] += 1
     _derive[(triton.cdiv(len(table), BLOCK),)](
-        *(table, table.stride(0), last_tokens, *out, len(table), on_device, page_size, margin, keeps_padding, BLOCK),
+        *(table, table.stride(0), last_tokens, *out, len(table), *reading, BLOCK),
         **options(table.device),
     )
 

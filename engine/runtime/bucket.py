@@ -21,7 +21,7 @@ import torch
 from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import Chunks, MixedContext, PagedContext, PassInputs, RowRange
 from penstock.engine.compute.paged import Cutting
-from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs
+from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, Reading, derive_inputs
 from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.runtime.bucket_sizes import BucketSize
 from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
@@ -184,6 +184,6 @@ class Bucket:
             staging.query_starts[: size.num_starting + 1].copy_(self.sent.starts)
         if size.num_single:
             table, last_tokens = staging.table[: size.num_single], self.sampler.last_tokens
-            keeps_padding = size.num_starting > 0
-            derive_inputs(table, last_tokens, ON_DEVICE, self.kv.page_size, self.derived, self.kv.margin, keeps_padding)
+            reading = Reading(ON_DEVICE, self.kv.page_size, self.kv.margin, keeps_padding=size.num_starting > 0)
+            derive_inputs(table, last_tokens, reading, self.derived)
             list_work(self.derived.lengths, self.work)

@@ -3,51 +3,39 @@
 from dataclasses import replace
 
 import pytest
-from penstock.engine.runtime.engine import Engine
 
 from penstock import LLM
-from tests.support.rows_giving_way import (
-    FEW_PAGES,
-    OPTIONS,
-    PARAMS,
-    PROMPTS,
-    assert_as_alone,
-    assert_rows_gave_way,
-    each_alone,
-    generate_twice_each,
-)
+from tests.support import rows_giving_way
+from tests.support.rows_giving_way import FEW_PAGES, PARAMS, PROMPTS, assert_each_gives_way_and_is_as_alone
 
-ON_CPU = OPTIONS | {"device": "cpu"}
+ON_CPU = rows_giving_way.OPTIONS | {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return each_alone("cpu")
+    return rows_giving_way.each_alone("cpu")
 
 
 @pytest.mark.parametrize(
-    ("lookahead", "options"),
+    ("debug", "options"),
     [
-        (0, {"resident": "all"}),
-        (1, {"resident": "all", "enable_prefix_caching": False}),
-        (1, {"resident": "none", "enable_prefix_caching": False}),
-        (1, {"debug": {"as_on_gpu": True, "page_order_seed": 3}}),
+        ({}, {"resident": "all"}),
+        ({"lookahead": 1}, {"resident": "all", "enable_prefix_caching": False}),
+        ({"lookahead": 1}, {"resident": "none", "enable_prefix_caching": False}),
+        ({"lookahead": 1, "as_on_gpu": True, "page_order_seed": 3}, {}),
     ],
 )
-def test_each_request_is_as_alone(monkeypatch, alone, lookahead, options):
+def test_each_request_is_as_alone(alone, debug, options):
     """Passes are submitted one by one, ahead of the tokens, or announced."""
-    monkeypatch.setattr(Engine, "lookahead", lookahead)
-    with LLM("demo", **ON_CPU, **options, **FEW_PAGES) as llm:
-        assert_as_alone(generate_twice_each(llm), alone)
-        assert_rows_gave_way(llm)
+    with LLM("demo", **ON_CPU, **options, **FEW_PAGES, debug=debug) as llm:
+        assert_each_gives_way_and_is_as_alone(llm, alone)
 
 
 @pytest.mark.timeout(120)
 def test_each_request_is_as_alone_on_two_ranks(alone):
     """The other rank hears of it by what changed in the rows."""
     with LLM("demo", **ON_CPU, tensor_parallel_size=2, **FEW_PAGES, enable_prefix_caching=False) as llm:
-        assert_as_alone(generate_twice_each(llm), alone)
-        assert_rows_gave_way(llm)
+        assert_each_gives_way_and_is_as_alone(llm, alone)
 
 
 def test_priorities_are_for_the_policy_of_that_name(alone):

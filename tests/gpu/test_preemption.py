@@ -3,25 +3,17 @@
 import pytest
 
 from penstock import LLM
-from tests.support.rows_giving_way import (
-    FEW_PAGES,
-    OPTIONS,
-    PARAMS,
-    PROMPTS,
-    assert_as_alone,
-    assert_rows_gave_way,
-    each_alone,
-    generate_twice_each,
-)
+from tests.support import rows_giving_way
+from tests.support.rows_giving_way import FEW_PAGES, PARAMS, PROMPTS, assert_each_gives_way_and_is_as_alone
 
 pytestmark = pytest.mark.gpu
-ON_GPU = OPTIONS | {"device": "cuda", "gpu_memory": "2GiB"}
+ON_GPU = rows_giving_way.OPTIONS | {"device": "cuda", "gpu_memory": "2GiB"}
 PADDING = "def add(a, b):\n    return a + b\n\n\n"
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return each_alone("cuda")
+    return rows_giving_way.each_alone("cuda")
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])
@@ -30,8 +22,7 @@ def alone():
 def test_each_request_is_as_alone(alone, resident, shares, enforce_eager):
     options = {"resident": resident, "enable_prefix_caching": shares, "enforce_eager": enforce_eager}
     with LLM("demo", **ON_GPU, **FEW_PAGES, **options) as llm:
-        assert_as_alone(generate_twice_each(llm), alone)
-        assert_rows_gave_way(llm)
+        assert_each_gives_way_and_is_as_alone(llm, alone)
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from penstock.engine.kernels import decode_inputs as module
-from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, derive_inputs, derive_inputs_reference
+from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, Reading, derive_inputs, derive_inputs_reference
 
 from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, equal, prove, prove_faster, prove_refusal
 
@@ -37,7 +37,8 @@ def tensors_of(table: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def writing(run, page_size: int, margin: int = 0):
-    return lambda table, last_tokens, **out: run(table, last_tokens, ON_DEVICE, page_size, DecodeInputs(**out), margin)
+    reading = Reading(ON_DEVICE, page_size, margin)
+    return lambda table, last_tokens, **out: run(table, last_tokens, reading, DecodeInputs(**out))
 
 
 @pytest.mark.parametrize("page_size, margin", [(1, 0), (3, 0), (16, 0), (3, 2), (16, 12)])
@@ -54,9 +55,9 @@ def test_padding_may_keep_what_it_had(run):
     """But for its length; and what nobody reads is not written."""
     tensors = tensors_of(table_of(5, 3))
     table, last_tokens, columns = tensors.pop("table"), tensors.pop("last_tokens"), DecodeInputs(**tensors)
-    run(table, last_tokens, ON_DEVICE, 3, columns._replace(sampled_positions=None), 0, True)
+    run(table, last_tokens, Reading(ON_DEVICE, 3, keeps_padding=True), columns._replace(sampled_positions=None))
     whole = DecodeInputs(**{name: column.clone() for name, column in tensors.items()})
-    run(table, last_tokens, ON_DEVICE, 3, whole)
+    run(table, last_tokens, Reading(ON_DEVICE, 3), whole)
     for name, kept, full in zip(DecodeInputs._fields, columns, whole):
         if name == "sampled_positions":
             assert kept.eq(-7).all()
