@@ -75,7 +75,7 @@ class Child:
         return RankFailed(self.rank, describe_exit(self.process.returncode), text)
 
     def is_stopped(self) -> bool:
-        """Has it been stopped for STOPPED_S, as far as it was looked at?"""
+        """Tells whether the child has been stopped for STOPPED_S, as far as it was looked at."""
         return self._watched.stopped_s() > STOPPED_S
 
     def wait(self, deadline: float) -> bool:

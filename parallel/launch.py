@@ -106,12 +106,16 @@ class Launch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Know]:
-        """Around the meeting: a rank that is stopped is found, though none hears it yet, as soon as it is known. Gives
-        what is to be told, each rank's process."""
+        """A context around the meeting, in which a stopped rank is found though nobody hears a pulse yet. It gives a
+        function that is to be told each rank's process, once that is known."""
         with watch(self._guard.fail) as know:
             if self.kind == "child":
                 know(0, Process(host_id(), os.getppid()))
             yield know
+
+    def met_in(self, store: object) -> None:
+        """Keeps the store in which the ranks have met."""
+        self.store = store
 
     def hear(self, processes: list[Process], share: Callable[[str | None], str], addresses: list[str]) -> None:
         """Starts this rank's pulse, from which each rank hears whether the others live. All ranks call it; once it

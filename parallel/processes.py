@@ -1,4 +1,4 @@
-"""Processes as Linux sees them: on which host, whether one is stopped or gone, and for how long. No torch."""
+"""Processes as Linux sees them: on which host, whether one is stopped or gone, and for how long. Torch-free."""
 
 import os
 import socket

@@ -61,7 +61,7 @@ def meet(launch: Launch, timeout_s: float = MEETING_S, read: Callable[[], None] 
             _check_no_group()
         _prepare_environment(launch.master_addr)
         with launch.watching() as know:
-            launch.store = _meet(launch, timeout_s, read, know)
+            launch.met_in(_meet(launch, timeout_s, read, know))
     return launch.store
 
 

@@ -1,4 +1,4 @@
-"""Decides which ranks are stopped while ranks meet, before a pulse lets them hear of each other. No torch.
+"""Decides which ranks are stopped while ranks meet, before a pulse lets them hear of each other. Torch-free.
 
 A rank is looked at from when its process is known: to a child that of rank 0 at once, any other when it has said who it
 is. What it does not know: ranks that are gone (launchers see those), and what becomes of this one (guard.py).
