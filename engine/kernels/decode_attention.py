@@ -51,11 +51,10 @@ def decode_attention(
 
     page_table (R, max pages) int32 may hold anything behind a row's context. context_lens (R,) int32 include the row's
     Q tokens, which are the last of its context; a padded row has 0, and `out` keeps what it has there. `out` may be
-    `q`. `work`
-    was listed from context_lens, and `window` is one of its windows. The first `margin` entries of a row's first page
-    hold no tokens. With key_rope (2, L, F), cos and sin, keys are rotated here, each by its index 0, 1, ... L - 1 in
-    its row's context; the first 2F dims rotate, by halves. Products and sums of the rotation are rounded to the dtype
-    of the keys, as if the keys had been rotated before they were cached.
+    `q`. `work` was listed from context_lens, and `window` is one of its windows. The first `margin` entries of a row's
+    first page hold no tokens. With key_rope (2, L, F), cos and sin, keys are rotated here, each by its index 0, 1, ...
+    L - 1 in its row's context; the first 2F dims rotate, by halves. Products and sums of the rotation are rounded to
+    the dtype of the keys, as if the keys had been rotated before they were cached.
     """
     common = (q, keys, values, page_table, context_lens, out, scale, window, page_size)
     if q.is_cuda:

@@ -28,7 +28,7 @@ from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
-COMMON, ESCAPED = 3, 8  # numbers of exponents with codes of 2 bits, and of 2 + 3
+COMMON, ESCAPED = 3, 8  # numbers of exponents that take 2 bits, and 2 + 3
 WINDOW = COMMON + ESCAPED
 PATCH_SHIFT = 5  # bits of a patch's number of elevens, at most 23
 BLOCK_TILES = 1024  # tiles that plain torch handles at a time: up to 60 bytes a weight of temporaries
