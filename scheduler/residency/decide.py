@@ -144,8 +144,8 @@ def _kv_notes(demand: Demand, made: Residency) -> list[str]:
         )
     num_seqs = demand.seqs_in(made.num_pages)
     if num_seqs < demand.max_num_seqs:
-        asked = f"max_num_seqs={demand.max_num_seqs}; the others wait"
-        notes.append(f"the KV cache holds {num_seqs} sequences of {demand.kv_len} tokens at once ({asked})")
+        most = f"up to max_num_seqs={demand.max_num_seqs}"
+        notes.append(f"the KV cache holds {num_seqs} sequences of {demand.kv_len} tokens, or more shorter ones, {most}")
     return notes
 
 
