@@ -180,16 +180,19 @@ class Sequence:
         self.logprobs.append(position)
 
     def output(self) -> CompletionOutput:
-        request = self.request
-        output = CompletionOutput(self.index, "".join(self._pieces), list(request.output_token_ids))
-        output.finish_reason = None if request.finish_reason is None else FinishReason(request.finish_reason).value
-        output.stop_reason = self.special_stops.get(request.stop_reason, request.stop_reason)
-        output.error = self.error
-        if request.params.logprobs is not None:
-            output.logprobs = self.logprobs
-            tokens = request.output_token_ids
-            output.cumulative_logprob = sum(position[token].logprob for position, token in zip(self.logprobs, tokens))
-        return output
+        request, tokens = self.request, list(self.request.output_token_ids)
+        is_scored = request.params.logprobs is not None
+        scores = [position[token].logprob for position, token in zip(self.logprobs, tokens)]
+        return CompletionOutput(
+            index=self.index,
+            text="".join(self._pieces),
+            token_ids=tokens,
+            finish_reason=None if request.finish_reason is None else FinishReason(request.finish_reason).value,
+            stop_reason=self.special_stops.get(request.stop_reason, request.stop_reason),
+            cumulative_logprob=sum(scores) if is_scored else None,
+            logprobs=self.logprobs if is_scored else None,
+            error=self.error,
+        )
 
     def _decoded(self, token: int) -> str | None:
         return self.tokenizer.decode([token]) if self.tokenizer else None
