@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from penstock.parallel.collectives import Distributed
 from penstock.parallel.connections import Connections
+from penstock.parallel.gloo import Distributed
 
 # torch 2.13 warns about the older name, and 2.11 has only that.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from penstock.parallel.collectives import Collectives, Distributed, Gloo, Solo, peer_errors
+from penstock.parallel.collectives import Collectives, Solo
 from penstock.parallel.connections import Connections
 from penstock.parallel.failure import PeerLost
+from penstock.parallel.gloo import Distributed, Gloo, peer_errors
 from penstock.parallel.interfaces import check_interfaces
 from penstock.parallel.launch import Launch
 from penstock.parallel.nccl import Nccl

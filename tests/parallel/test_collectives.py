@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from penstock.parallel.collectives import Solo, peer_errors
+from penstock.parallel.collectives import Solo
 from penstock.parallel.failure import PeerLost, RankFailed
+from penstock.parallel.gloo import peer_errors
 from penstock.parallel.launch import Launch
 from penstock.parallel.ledger import TransferLedger
 from penstock.parallel.rendezvous import connect
@@ -31,7 +32,7 @@ LISTS = [
 RANK = """
 import json, sys
 import torch
-from penstock.parallel.collectives import DIRECT_BYTES
+from penstock.parallel.gloo import DIRECT_BYTES
 from penstock.parallel.launch import resolve_launch, run_rank
 from penstock.parallel.rendezvous import connect
 from penstock.parallel.topology import resolve_topology

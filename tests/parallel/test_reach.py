@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from penstock.parallel import rendezvous
-from penstock.parallel.collectives import Gloo
+from penstock.parallel.gloo import Gloo
 from penstock.parallel.nccl import Nccl
 from penstock.parallel.reach import Reach, reach_of
 from penstock.parallel.symmetric import Symmetric
