@@ -89,6 +89,12 @@ def test_other_figures_of_the_last_row_are_those_of_its_record():
             assert ms(seconds) in page
 
 
+def test_the_compressed_pass_in_the_readme_is_that_of_its_record():
+    record = json.loads((ROOT / "benchmarks/compare_llama3_8b_compressed.json").read_text())
+    page = (ROOT / "README.md").read_text()
+    assert ms(record["passes"][0]["decode_pass_s"]) in page and "compare_llama3_8b_compressed.json" in page
+
+
 @pytest.mark.parametrize("row", figures_of_the_readme(), ids=lambda row: f"{row[0]}, {row[2]}")
 def test_figures_in_the_readme_are_those_of_their_records(row):
     against, _, texts, theirs, ours, bound, link = row

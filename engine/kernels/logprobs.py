@@ -151,20 +151,20 @@ def _score(
             above, equal = (inside & (logit > limit)).to(tl.int32), (inside & (logit == limit)).to(tl.int32)
             if tl.max(above | equal, 0) > 0:  # those above lie behind the first MOST of those that are equal
                 key = _ordered(logit, column)
-                place = MOST + num_above + tl.cumsum(above, 0) - above
-                tl.store(picked + place, key, mask=(above > 0) & (place < CAPACITY))  # a NaN's row may have too many
-                place = num_equal + tl.cumsum(equal, 0) - equal
-                tl.store(picked + place, key, mask=(equal > 0) & (place < MOST))
+                entry = MOST + num_above + tl.cumsum(above, 0) - above
+                tl.store(picked + entry, key, mask=(above > 0) & (entry < CAPACITY))  # a NaN's row may have too many
+                entry = num_equal + tl.cumsum(equal, 0) - equal
+                tl.store(picked + entry, key, mask=(equal > 0) & (entry < MOST))
                 num_above += tl.sum(above, 0)
                 num_equal += tl.sum(equal, 0)
         tl.debug_barrier()  # what some threads stored others load
         log_total = tl.log(tl.sum(total, 0).to(tl.float64) / scale)
         tl.store(packed.to(tl.pointer_type(tl.float32)), ((sampled - peak).to(tl.float64) - log_total).to(tl.float32))
         tl.store(packed + 1, tl.sum(rank, 0))
-        place = tl.arange(0, CAPACITY)
-        there = (place < tl.minimum(num_equal, MOST)) | ((place >= MOST) & (place < MOST + num_above))
+        entry = tl.arange(0, CAPACITY)
+        there = (entry < tl.minimum(num_equal, MOST)) | ((entry >= MOST) & (entry < MOST + num_above))
         lowest = tl.full((), -(2**63), tl.int64)
-        keys = tl.load(picked + place, mask=there, other=lowest)
+        keys = tl.load(picked + entry, mask=there, other=lowest)
         for index in tl.range(0, num_top):
             key = tl.max(keys, 0)
             keys = tl.where(keys == key, lowest, keys)

@@ -3,8 +3,8 @@
 A format says how many weights of a row lie together, in how many bytes, and so where a rank may cut a row; a matrix
 may be cut between any two rows. Floats are the format in which a weight is its own block. What is stored in another one
 is kept in it, on the host and on the device, and becomes floats when a step needs it (weights/stored_group.py), or is
-read as it is by a kernel (kernels/stored_linear.py). The lossless code of compressed_size.py is no format of this kind:
-it is made while a model is loaded, of whole groups, and its lengths are known only then.
+read as it is by a kernel (kernels/stored_linear.py). The lossless compression of compressed_size.py is no format of
+this kind: it is made while a model is loaded, of whole groups, and its lengths are known only then.
 """
 
 from collections.abc import Iterable, Mapping

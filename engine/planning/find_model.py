@@ -7,7 +7,7 @@ from penstock.engine.user_files import named_errors, refuse_cache_root
 
 
 def find_model(model: str) -> Path:
-    """The directory or config.json that `model` names; "demo" is the model inside the package.
+    """The directory, config.json or GGUF file that `model` names; "demo" is the model inside the package.
 
     Raises ValueError if there is none, and for the root of a Hugging Face cache.
     """

@@ -196,7 +196,7 @@ class Decompress(Instruction):
 
 @dataclass(frozen=True)
 class RingLayout:
-    """The place of each streamed group in the ring; `slots` are in the order of the pass."""
+    """The slot of each streamed group in the ring; `slots` are in the order of the pass."""
 
     ring_bytes: int
     num_wrapped: int
