@@ -116,7 +116,7 @@ def _beginnings(special: tuple[str, ...]) -> frozenset[str]:
 
 
 def _letters(conversations: list[list[dict[str, Any]]], special: tuple[str, ...]) -> dict[str, str]:
-    """For each character that has to be replaced one of private use, which no message has; empty if there is none."""
+    """Characters of private use, which no message has, for those that must be replaced; empty if there are none."""
     first = {text[at] for text in _strings(conversations) for at in _starts(text, special)}
     if not first:
         return {}
