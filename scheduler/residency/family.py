@@ -155,7 +155,7 @@ class Family:
 
         def has_room(count: int) -> bool:
             left = self._room_beside_ring(others, count, room)
-            return left >= 0 and left * self._most_saved >= plain_s
+            return left >= 0 and (plain_s == 0 or left * self._most_saved >= plain_s)  # left may be infinite
 
         first, last = bisect.bisect_left(kind.stay, least), bisect.bisect_right(kind.stay, most)
         last = bisect.bisect_left(kind.stay, True, first, max(first, last), key=lambda count: not has_room(count))

@@ -133,10 +133,14 @@ def check_greedy(models, variant: str, schedule: Schedule, num_tokens: int, **op
     check(model, schedule, PROMPT, output, num_tokens)
 
 
-@pytest.mark.parametrize("num_tokens, tp_size", [(3000, 1), (500, 2)], ids=["tp1", "tp2"])
+@pytest.mark.parametrize(
+    "num_tokens, tp_size",
+    [(500, 1), (200, 2), pytest.param(3000, 1, marks=pytest.mark.soak)],
+    ids=["tp1", "tp2", "thousands"],
+)
 def test_many_times_what_is_held(models, num_tokens, tp_size):
-    """Generates thousands of tokens. Two ranks differ from one only in sums, which are many in every token: for them
-    some thirty evictions are enough, behind which nothing but the tokens changes."""
+    """Generates many times the tokens that are held: some thirty evictions, behind which nothing but the tokens
+    changes. Two ranks differ from one only in sums, which are many in every token."""
     check_greedy(models, "llama_gqa", USUAL, num_tokens, tensor_parallel_size=tp_size, resident="none")
 
 
