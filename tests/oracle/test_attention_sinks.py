@@ -152,7 +152,7 @@ def test_thousands_of_tokens_on_a_gpu(models, enforce_eager):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_schedules(models, schedule):
-    check_greedy(models, "llama_gqa", schedule, 300, resident="none" if schedule.page_size == 8 else "all")
+    check_greedy(models, "llama_gqa", schedule, 150, resident="none" if schedule.page_size == 8 else "all")
 
 
 @pytest.mark.tolerance

@@ -51,7 +51,7 @@ class Case:
     @property
     def max_tokens(self) -> int:
         """Number of tokens. More ranks take longer and differ only in sums, which are many in every token."""
-        return 64 if self.tp_size == 1 else 16
+        return {1: 64, 2: 16}.get(self.tp_size, 8)
 
     @property
     def num_passes(self) -> int:
