@@ -145,8 +145,8 @@ def test_the_command_is_installed(ways_in, users, text):
     ],
 )
 def test_a_users_own_files_are_never_imported(ways_in, users, text, way_in, way):
-    """Neither by rank 0 nor by another rank, whoever starts it. Each way under torchrun, of 8 s, is tried once, and a script of
-    a user's in one way in."""
+    """Neither by rank 0 nor by another rank, whoever starts it. Each way under torchrun, of 8 s, is tried once, and so
+    is a script."""
     done = ways_in[way_in].run(*WAYS[way], folder=users)
     assert (done.returncode, done.stdout) == (0, text + "\n"), done.stderr
 
