@@ -111,8 +111,9 @@ class _RingProof:
         slot = copy.slot
         if slot.offset < 0 or slot.end > self.ring.ring_bytes or self.slots.get(copy.group) != slot:
             raise ValueError(f"{copy} goes to {slot}, which the layout of the ring does not give it")
-        for group, other, count in self.read:
-            if other.overlaps(slot) and clock[0] < count:
+        self.read = [one for one in self.read if clock[0] < one[2]]  # for later copies too the others have finished
+        for group, other, _ in self.read:
+            if other.overlaps(slot):
                 raise ValueError(f"{copy} may overwrite {group} while it is read: no wait for free({group})")
         for group in self.held:
             if self.slots[group].overlaps(slot):

@@ -75,12 +75,39 @@ class Found(NamedTuple):
     left_bytes: float = 0
 
 
+class Others(NamedTuple):
+    """Numbers of groups that stay, of all kinds but the largest, and what follows from them: bytes of the groups that
+    stay and of those that stream, seconds of decompressing those that stay, the number of those that stream, and the
+    bytes of the largest of these."""
+
+    stay: tuple[int, ...]
+    held: int
+    streamed: int
+    kept_s: float
+    num_streamed: int
+    largest: int
+
+
+def _others(kinds: Sequence[Kind], stay: tuple[int, ...]) -> Others:
+    both = list(zip(stay, kinds))
+    return Others(
+        stay,
+        held=sum(count * kind.kept_bytes for count, kind in both),
+        streamed=sum((kind.total - count) * kind.kept_bytes for count, kind in both),
+        kept_s=sum(count * kind.decompress_s for count, kind in both),
+        num_streamed=sum(kind.total - count for count, kind in both),
+        largest=max((kind.kept_bytes for count, kind in both if count < kind.total), default=0),
+    )
+
+
 class Family:
     """The splits of a demand: either all groups are plain, or those that may be compressed are."""
 
     def __init__(self, demand: Demand, cost: Cost, compressed: bool):
         self.demand, self.cost, self.compressed = demand, cost, compressed
         self.kinds = find_kinds(demand, cost.rates, compressed)
+        *first, _ = self.kinds
+        self._others = [_others(first, stay) for stay in itertools.product(*(reversed(kind.stay) for kind in first))]
         self._order = [group.name for group, _ in demand.groups]
         self._rings: dict[tuple[int, ...], int | None] = {}
         self._buffers: dict[frozenset[str], int] = {}
@@ -103,39 +130,48 @@ class Family:
         memory = self.memory_for(num_seqs)
         base_s = self.cost.steps_s(num_seqs, self.demand.kv_len)
         best = Found(math.inf, 0, 0.0)
-        *first, last = self.kinds
-        for counts in itertools.product(*(reversed(kind.stay) for kind in first)):
-            held = sum(count * kind.kept_bytes for count, kind in zip(counts, first))
-            streamed = sum((kind.total - count) * kind.kept_bytes for count, kind in zip(counts, first))
-            for count in self._counts(last, memory - held, streamed, best.seconds):
-                stay = (*counts, count)
-                room = memory - held - count * last.kept_bytes
-                best = min(best, self._try(stay, streamed + (last.total - count) * last.kept_bytes, room, base_s, best))
+        for others in self._others:
+            for count in self._counts(others, memory - others.held, base_s, best):
+                best = min(best, self._try(others, count, memory - others.held, base_s, best))
         return best if best.stay else None
 
-    def _counts(self, kind: Kind, room: float, streamed: int, best_s: float) -> Sequence[int]:
-        """The numbers of the largest kind that may stay: no more than there is room for, no fewer than the link
-        allows."""
-        if room < 0:
+    def _counts(self, others: Others, room: float, base_s: float, best: Found) -> Sequence[int]:
+        """The numbers of the largest kind that may stay: no fewer than the link allows, and as many as must be plain
+        for the time, beside which there must be room for the fewest bytes of a ring. The more stay, the less is left
+        of the room, since a ring grows by no more than what streams."""
+        kind, rates = self.kinds[-1], self.cost.rates
+        least, plain_s = 0.0, 0.0
+        if best.seconds < math.inf:
+            free_s = best.seconds - rates.pass_latency_s
+            no_faster = best.seconds <= pass_s(0, base_s, 0.0, rates)  # can be found, but one that streams less can
+            link_bytes = best.streamed_bytes if no_faster else free_s * rates.link_gb_s * GB
+            least = kind.total - (link_bytes - others.streamed) / max(kind.kept_bytes, 1) - 1e-6
+            plain_s = max(self._all_decompress_s + base_s - free_s - 1e-12, 0.0)
+            if kind.decompress_s:
+                least = max(least, (plain_s - others.kept_s) / kind.decompress_s - 1e-6)
+        most = (room - others.largest) / max(kind.kept_bytes, 1)
+        if least > most or most < 0 or others.kept_s + kind.total * kind.decompress_s < plain_s:
             return ()
-        nbytes = max(kind.kept_bytes, 1)
-        first = 0
-        if best_s < math.inf:
-            link_bytes = (best_s - self.cost.rates.pass_latency_s) * self.cost.rates.link_gb_s * GB
-            first = bisect.bisect_left(kind.stay, kind.total - (link_bytes - streamed) / nbytes - 1e-6)
-        return kind.stay[first : bisect.bisect_right(kind.stay, room / nbytes)][::-1]
 
-    def _try(self, stay: tuple[int, ...], streamed: int, room: float, base_s: float, best: Found) -> Found:
+        def has_room(count: int) -> bool:
+            left = self._room_beside_ring(others, count, room)
+            return left >= 0 and (plain_s == 0 or left * self._most_saved >= plain_s)  # left may be infinite
+
+        first, last = bisect.bisect_left(kind.stay, least), bisect.bisect_right(kind.stay, most)
+        last = bisect.bisect_left(kind.stay, True, first, max(first, last), key=lambda count: not has_room(count))
+        return kind.stay[first:last][::-1]
+
+    def _try(self, others: Others, count: int, room: float, base_s: float, best: Found) -> Found:
         """The split with these numbers and as many plain groups as `room` allows; `best` if it cannot be better."""
-        rates = self.cost.rates
-        room_left = room - self._least_ring(stay, streamed)
-        if room_left < 0:
+        kind, rates = self.kinds[-1], self.cost.rates
+        streamed = others.streamed + (kind.total - count) * kind.kept_bytes
+        kept_s = others.kept_s + count * kind.decompress_s
+        saved_s = min(kept_s, self._room_beside_ring(others, count, room) * self._most_saved if kept_s else 0.0)
+        if (pass_s(streamed, base_s, self._all_decompress_s - saved_s, rates), streamed) >= best[:2]:
             return best
-        kept_s = sum(count * kind.decompress_s for count, kind in zip(stay, self.kinds))
-        least_decompress_s = self._all_decompress_s - min(kept_s, room_left * self._most_saved if kept_s else 0.0)
-        if (pass_s(streamed, base_s, least_decompress_s, rates), streamed) >= best[:2]:
-            return best
+        stay = (*others.stay, count)
         ring_bytes = self._ring(stay)
+        room -= count * kind.kept_bytes
         if ring_bytes is None or ring_bytes > room:
             return best
         room -= ring_bytes
@@ -147,6 +183,22 @@ class Family:
         counts, saved_s, left = plain
         decompressing_s = self._all_decompress_s - saved_s
         return Found(pass_s(streamed, base_s, decompressing_s, rates), streamed, decompressing_s, stay, counts, left)
+
+    def _room_beside_ring(self, others: Others, count: int, room: float) -> float:
+        """The most bytes that `count` groups of the largest kind and the ring can leave of the room: a ring has the
+        bytes of the largest group at least, or the mean of three groups in a row. (All runs of three together count
+        each group three times, but for the two at either end.)"""
+        kind = self.kinds[-1]
+        room -= count * kind.kept_bytes
+        if self.demand.ring_bytes is not None:
+            return room
+        num_streamed = kind.total - count
+        streamed = others.streamed + num_streamed * kind.kept_bytes
+        largest = max(others.largest, kind.kept_bytes) if num_streamed else others.largest
+        num_streamed += others.num_streamed
+        if num_streamed <= 3:
+            return room - streamed
+        return room - max(largest, (3 * streamed - 6 * largest) / (num_streamed - 2))
 
     def _ring(self, stay: tuple[int, ...]) -> int | None:
         """Bytes of the ring; None if the one that is asked for is too small."""
@@ -172,15 +224,6 @@ class Family:
             streamed = iter([0 if i in stays else kind.kept_bytes for i in range(kind.total)])
             self._patterns[kind_idx, stay] = [next(streamed) if name == kind.name else 0 for name in self._order]
         return self._patterns[kind_idx, stay]
-
-    def _least_ring(self, stay: tuple[int, ...], streamed: int) -> float:
-        """The fewest bytes that the ring can have: those of the largest group, or the mean of three groups in a row.
-        (All runs of three together count each group three times, but for the two at either end.)"""
-        if self.demand.ring_bytes is not None:
-            return 0
-        number = sum(kind.total - count for count, kind in zip(stay, self.kinds))
-        largest = max((kind.kept_bytes for count, kind in zip(stay, self.kinds) if count < kind.total), default=0)
-        return streamed if number <= 3 else max(largest, (3 * streamed - 6 * largest) / (number - 2))
 
     def _plain(self, stay: tuple[int, ...], room: float) -> tuple[tuple[int, ...], float, float] | None:
         """The number of staying groups of each kind that are plain, so that the least is decompressed; the seconds that

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.commands import SLOW, TORCHRUN, Command
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 GREEDY = ("--temperature", "0", "--ignore-eos")
 # Ranks move alike: so that one's figures are not another's, each counts something of its own in every pass.
 COUNTS_MORE = """
@@ -33,6 +33,7 @@ def command(tmp_path):
         one.kill()
 
 
+@pytest.mark.alone
 def test_text_flows_and_a_trace_is_left(command, tmp_path):
     """Each pass takes 50 ms or more: what comes out of the pipe has to come in many pieces over the whole time."""
     options = ("-tp", "2", "--resident", "none", "--max-tokens", "32", "--trace", "trace.json", *GREEDY)

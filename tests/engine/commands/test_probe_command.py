@@ -8,7 +8,7 @@ from penstock.engine.planning.device_profile import cache_directory, load_profil
 
 from tests.support.commands import TORCHRUN, Command
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 
 def test_the_suite_has_a_cache_of_its_own(tmp_path_factory):

@@ -100,10 +100,12 @@ def test_the_batch_changes_no_limit():
     logits, filters, temperatures = logits_of("random", 2, torch.bfloat16), filters_of(asked), temperatures_of(asked)
     first = module._find_limits_triton(logits, V, temperatures, filters)
     alone = Filters(*(column[1:] for column in filters))
+    again = module._find_limits_triton(logits, V, temperatures, filters)
+    last = module._find_limits_triton(logits[1:], V, temperatures[1:], alone)
     wide = module._find_limits_triton(logits.float(), V, temperatures, filters)
     for field in (0, 1):
-        assert torch.equal(module._find_limits_triton(logits, V, temperatures, filters)[field], first[field])
-        assert torch.equal(module._find_limits_triton(logits[1:], V, temperatures[1:], alone)[field], first[field][1:])
+        assert torch.equal(again[field], first[field])
+        assert torch.equal(last[field], first[field][1:])
         assert torch.equal(wide[field], first[field])
 
 

@@ -67,9 +67,15 @@ def assert_copied(llm: LLM, num_prologues: int = 1) -> None:
     assert llm.engine.worker.executor.copied == predicted
 
 
+FEW = [("none", "minimum"), ("none", "default"), (0.5, "between")]
 STREAMED = [
-    *itertools.product(MODELS[:2], RESIDENCIES, RINGS),
-    *((model, *one) for model in MODELS[2:] for one in [("none", "minimum"), ("none", "default"), (0.5, "between")]),
+    *itertools.product(MODELS[:1], RESIDENCIES, RINGS),
+    *((model, *one) for model in MODELS[1:] for one in FEW),
+    *(
+        pytest.param(MODELS[1], *one, marks=pytest.mark.soak)
+        for one in itertools.product(RESIDENCIES, RINGS)
+        if one not in FEW
+    ),
 ]
 
 

@@ -43,7 +43,7 @@ from penstock.scheduler.residency.spread import counts_within, spread
 from tests.support.layouts import by_group
 from tests.support.plan_oracle import is_hazardous
 
-MANY = settings(max_examples=400)  # the properties together: 10 to 15 s on a free core
+MANY = settings(max_examples=200)  # the properties together: 5 s on a free core
 RATES = Rates(1.0, 1.0, 1.0, 0.0, 1.0, "test")
 
 

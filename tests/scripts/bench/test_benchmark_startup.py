@@ -22,7 +22,6 @@ from scripts.bench.entry import run_script
 from scripts.report.page import Record, generic, has_rows
 from tests.support.commands import ROOT, TORCHRUN
 
-pytestmark = pytest.mark.alone
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-num-seqs", "6", "--resident", "none")
 PHASES = ["imports", "plan", "device", "weights", "engine", "captures", "first token"]
 
@@ -140,6 +139,7 @@ def test_captures_of_all_buckets(monkeypatch, capsys):
     assert captures["seconds"] > 0 and captures["num_graphs"] >= len(bucket_sizes(6))
 
 
+@pytest.mark.alone
 def test_the_process_began_before_now():
     began_s = startup_phases.process_start_s()
     command = [sys.executable, "-c", "from scripts.bench.startup_phases import process_start_s as s; print(repr(s()))"]

@@ -13,6 +13,8 @@ ROPE_ONLY = (  # variants that shard as another one does: two ranks are enough f
     *("llama_theta", "llama_linear", "llama_llama3", "llama_yarn", "llama_yarn_mscale", "llama_dynamic"),
     *("qwen2_yarn", "neox_partial_rotary", "neox_linear"),
 )
+# What stands for all where the order of sums is the question: how angles come about changes no sum but theirs.
+SUMS_ALIKE = tuple(variant for variant in VARIANTS if variant == "llama_yarn" or variant not in ROPE_ONLY)
 RESIDENCIES = ("all", "none", 0.5)
 LANES = ("earliest", "latest", "random")
 PROMPT_LENGTHS = (5, 37, 90)
@@ -51,7 +53,7 @@ class Case:
     @property
     def max_tokens(self) -> int:
         """Number of tokens. More ranks take longer and differ only in sums, which are many in every token."""
-        return 64 if self.tp_size == 1 else 16
+        return {1: 64, 2: 16}.get(self.tp_size, 8)
 
     @property
     def num_passes(self) -> int:
