@@ -89,15 +89,15 @@ def _guess(best, sample, step, goal, drop, least, peak, log2_slope, COUNT: tl.co
 
 
 @triton.jit
-def _walk(
-    logits, scores, is_penalised, vocab_size, copy, low, high, least, peak, log2_slope, scale,
+def walk(
+    logits, scores, is_penalised, first, end, vocab_size, copy, low, high, least, peak, log2_slope, scale,
     BESIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds up what the row's logits count for, all and those above `high`, and copies those from `low` to `high` to
-    `copy`. Returns the sums and how many were copied."""
+    """Adds up what the row's logits from `first` up to `end` count for, all and those above `high`, and copies those
+    from `low` to `high` to `copy`. Returns the sums and how many were copied."""
     lane, zero = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.int64)
     total, above, num_copied = zero, zero, tl.zeros((), tl.int32)
-    for begin in tl.range(0, vocab_size, BLOCK):
+    for begin in tl.range(first, end, BLOCK):
         column = begin + lane
         logit = load_score(logits, scores, is_penalised, column, vocab_size, BESIDE)
         amount = tl.where(column < vocab_size, _amount(logit, least, peak, log2_slope, scale, COUNT), 0)
@@ -123,26 +123,67 @@ def _add_up(
 
 
 @triton.jit
+def guess_bounds(
+    logits, scores, is_penalised, vocab_size, copy, shift, goal, drop, least, peak, log2_slope,
+    BESIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Guesses the least and the largest key, without their lowest `shift` bits, that the border may have."""
+    lane = tl.arange(0, BLOCK)
+    spread = (lane.to(tl.int64) * vocab_size // BLOCK).to(tl.int32)
+    sample = load_score(logits, scores, is_penalised, spread, vocab_size, BESIDE)
+    best = tl.load(copy + vocab_size + lane)
+    low, high = _guess(best, sample, vocab_size / BLOCK, goal, drop, least, peak, log2_slope, COUNT)
+    low = tl.maximum(low << (_COARSE_BITS - shift), tl.full((), _LOWEST_KEY, tl.int64) >> shift)
+    high = tl.minimum(((high + 1) << (_COARSE_BITS - shift)) - 1, key_of(peak) >> shift)
+    return low, high
+
+
+@triton.jit
+def add_up_segments(
+    copy, length, counts, value, least, peak, log2_slope, scale, SEGMENTS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Adds up the masses of at least `value` that segments copied, `counts` (SEGMENTS,) of them: (SEGMENTS,) int64."""
+    WIDTH: tl.constexpr = TILE // SEGMENTS
+    part, lane = tl.arange(0, SEGMENTS)[:, None], tl.arange(0, WIDTH)[None, :]
+    found = tl.zeros((SEGMENTS, WIDTH), tl.int64)
+    for begin in tl.range(0, tl.max(counts, 0), WIDTH):
+        inside = begin + lane < counts[:, None]
+        logit = tl.load(copy + part * length + begin + lane, mask=inside, other=float("nan"))
+        found += tl.where(logit >= value, _amount(logit, least, peak, log2_slope, scale, False), 0)
+    return tl.sum(found, 1)
+
+
+@triton.jit
+def count_segments(copy, length, counts, value, SEGMENTS: tl.constexpr, TILE: tl.constexpr):
+    """Counts the logits equal to `value` that segments copied: (SEGMENTS,) int32."""
+    WIDTH: tl.constexpr = TILE // SEGMENTS
+    part, lane = tl.arange(0, SEGMENTS)[:, None], tl.arange(0, WIDTH)[None, :]
+    found = tl.zeros((SEGMENTS, WIDTH), tl.int32)
+    for begin in tl.range(0, tl.max(counts, 0), WIDTH):
+        inside = begin + lane < counts[:, None]
+        logit = tl.load(copy + part * length + begin + lane, mask=inside, other=float("nan"))
+        found += (logit == value).to(tl.int32)
+    return tl.sum(found, 1)
+
+
+@triton.jit
 def find_border(
     logits, scores, is_penalised, vocab_size, copy, shift, goal, drop, least, peak, log2_slope, scale,
     BESIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Finds the key of the border, without its lowest `shift` bits. Returns it, the goal, and the sum above it. The
     goal of a count is given; that of mass is what `drop` leaves of all, but the most likely token is always kept."""
-    lane = tl.arange(0, BLOCK)
-    spread = (lane.to(tl.int64) * vocab_size // BLOCK).to(tl.int32)
-    sample = load_score(logits, scores, is_penalised, spread, vocab_size, BESIDE)
-    best = tl.load(copy + vocab_size + lane)
-    low, high = _guess(best, sample, vocab_size / BLOCK, goal, drop, least, peak, log2_slope, COUNT)
     lowest, highest = tl.full((), _LOWEST_KEY, tl.int64) >> shift, key_of(peak) >> shift
-    low = tl.maximum(low << (_COARSE_BITS - shift), lowest)
-    high = tl.minimum(((high + 1) << (_COARSE_BITS - shift)) - 1, highest)
+    low, high = guess_bounds(
+        logits, scores, is_penalised, vocab_size, copy, shift, goal, drop, least, peak, log2_slope,
+        BESIDE, COUNT, BLOCK,
+    )  # fmt: skip
     above, num_copied, tries = goal * 0, tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     while tries < 2:
         low_value = value_of(low, shift)
-        total, above, num_copied = _walk(
-            logits, scores, is_penalised, vocab_size, copy, low_value, value_of(high, shift), least, peak, log2_slope,
-            scale, BESIDE, COUNT, BLOCK,
+        total, above, num_copied = walk(
+            logits, scores, is_penalised, 0, vocab_size, vocab_size, copy, low_value, value_of(high, shift), least,
+            peak, log2_slope, scale, BESIDE, COUNT, BLOCK,
         )  # fmt: skip
         if not COUNT:
             dropped = drop.to(tl.float64) * total.to(tl.float64)
