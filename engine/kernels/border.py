@@ -1,9 +1,10 @@
 """Finds the border of a row's filter: the largest value that has at least `goal` at or above it, in tokens for top-k,
-in mass for top-p. It is a part of the kernel of filter.py, in which a row has one program.
+in mass for top-p. It is a part of the kernels of filter.py.
 
-The program guesses two values around the border (_guess), adds up exactly what lies above and between them, keeps a
+A program guesses two values around the border (_guess), adds up exactly what lies above and between them, keeps a
 copy of the logits between, and bisects these. Where the guess was wrong the exact sums say on which side the border
-lies, and that side is walked instead: a guess costs time, never a bit.
+lies, and that side is walked instead: a guess costs time, never a bit. Segments of a row may have
+a program each.
 
 Values are bisected as keys: integers in the order of the floats, without the lowest bits where a dtype has none there.
 """

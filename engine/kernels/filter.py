@@ -6,10 +6,11 @@ are kept; of ties at the border of top_p those with lower ids are kept (transfor
 those of the logits: two float32 logits that only the division by the temperature makes equal are no tie.
 
 Shapes: R rows, V vocab.
-A row has one program in one launch; that of a row without filters ends at once. The others find a border by count, for
-top-k, and one by mass, for top-p (border.py). Since mass depends on the device's exp (mass.py), a token within its
-error of the border may be kept on one device and dropped on another. On one device it is treated alike in all rows,
-batches and ranks, in a graph and eagerly.
+Four launches follow one another; rows without filters end at once in each. Where all of a row is read, each of its
+SEGMENTS has a program, else the row has one: the largest logits; the border by count, for top-k, and a guess of that by
+mass, for top-p; the sums around the guess; the border itself (border.py). Since mass depends on the device's exp
+(mass.py), a token within its error of the border may be kept on one device and dropped on another. On one device it is
+treated alike in all rows, batches and ranks, in a graph and eagerly.
 Tried before: the value's bits from the top, two a launch (34 launches, eight sums of mass): 630 us for 256 rows.
 """
 
