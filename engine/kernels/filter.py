@@ -29,7 +29,7 @@ from torch import Tensor
 calls = {"reference": 0, "triton": 0}
 KEEP_ALL = -1.0  # a drop_mass that drops no token
 BLOCK = 4096
-SEGMENTS = 32  # of a row at most
+SEGMENTS = 16  # of a row at most: those of 256 rows are all under way at once
 TILES = 16  # of a block, for a program of one warp
 OF_SEGMENT = {"num_warps": 1, "maxnreg": 64, "enable_fp_fusion": False}  # an SM has room for 32 segments
 OF_ROW = {"num_warps": 16, "maxnreg": 64, "enable_fp_fusion": False}  # and for two rows
