@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 import torch
 from penstock.engine.compute.inputs import to_device
-from penstock.engine.kernels.argmax import argmax_rows, reads_in_place
+from penstock.engine.kernels.argmax import Owners, argmax_rows, reads_in_place
 from penstock.engine.kernels.draw import Noise, draw_rows
 from penstock.engine.kernels.filter import KEEP_ALL, Filters, Limits, find_limits
 from penstock.engine.kernels.logprobs import Logprobs, packed_width, score_rows
@@ -100,7 +100,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.scores_width = packed_width(min(MAX_LOGPROBS, vocab_size))
         self.device = torch.device(device)
-        self.pad_row = max_num_seqs  # always greedy, and nobody's: padded rows of a bucket are sampled into it
+        self.pad_row = max_num_seqs  # always greedy, and nobody's: that of a bucket's padding, which gets token 0
         max_num_seqs += 1
         self.last_tokens = self._zeros(max_num_seqs, dtype=torch.int64)
         self.asked_by = [_stages(GREEDY)] * max_num_seqs  # the host's copy: branching needs no sync
@@ -148,9 +148,9 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor, asked: Asked) -> SampleOutput:
         """Samples a token a row from logits (R, V) of any float dtype.
 
-        `rows` (R,) int64 are different, but for the pad row; `positions` (R,) int64 are those of the tokens that are
-        being sampled (the length of the prompt for a request's first). `asked` is what the rows ask for together, or
-        more.
+        `rows` (R,) int64 are different, but for the pad row, whose logits are not read. `positions` (R,) int64 are
+        those of the tokens that are being sampled (the length of the prompt for a request's first). `asked` is what
+        the rows ask for together, or more.
         """
         own = self._params_of(rows) if asked.stages else {}
         parts = [self._sample(logits[c], rows[c], positions[c], own, c, asked.stages) for c in self._chunks(logits)]
@@ -182,11 +182,12 @@ class Sampler:
     ) -> Tensor:
         own = {name: values[chunk] for name, values in own.items()}
         penalised = self._penalise(logits, rows, own) if "penalty" in stages else None
+        owners = Owners(rows, self.pad_row)
         if not stages & {"penalty", "draw"}:
-            return argmax_rows(logits, self.vocab_size)
+            return argmax_rows(logits, self.vocab_size, owners)
         noise = Noise(own["temperature"], own["seed"], positions)
         limits = self._limits(logits, own, penalised) if "filter" in stages else None
-        return draw_rows(logits, self.vocab_size, noise, limits, penalised)
+        return draw_rows(logits, self.vocab_size, noise, limits, penalised, owners)
 
     def _penalise(self, logits: Tensor, rows: Tensor, own: Params) -> Penalised:
         penalties = Penalties(*(own[name] for name in Penalties._fields))

@@ -6,17 +6,21 @@ are kept; of ties at the border of top_p those with lower ids are kept (transfor
 those of the logits: two float32 logits that only the division by the temperature makes equal are no tie.
 
 Shapes: R rows, V vocab.
-A row has one program in one launch; that of a row without filters ends at once. The others find a border by count, for
-top-k, and one by mass, for top-p (border.py). Since mass depends on the device's exp (mass.py), a token within its
-error of the border may be kept on one device and dropped on another. On one device it is treated alike in all rows,
-batches and ranks, in a graph and eagerly.
-Tried before: the value's bits from the top, two a launch (34 launches, eight sums of mass): 630 us for 256 rows.
+Seven launches follow one another, in each of which a row that does not ask ends at once: the largest logits of each
+segment of a row; then for the border by count, of top-k, and again for that by mass, of top-p: a guess of two values
+around it (guess.py), what is above and between them in each segment, and the border itself (border.py). Where all of a
+row is read a segment has a program, since one program a row waits for each block; else a row has one.
+Since mass depends on the device's exp (mass.py), a token within its error of the border may be kept on one device and
+dropped on another. On one device it is treated alike in all rows, batches and ranks, in a graph and eagerly.
+Tried before, 256 rows: the value's bits from the top, two a launch (34 launches, eight sums of mass), 630 us; one
+program a row that does all of it, 386 us.
 """
 
 from typing import NamedTuple
 
 import torch
-from penstock.engine.kernels.border import find_border, value_of
+from penstock.engine.kernels.border import find_border, last_of_ties, load_sums, value_of, walk_segment
+from penstock.engine.kernels.guess import guess_bounds, load_best
 from penstock.engine.kernels.mass import mass, mass_scale, masses
 from penstock.engine.kernels.penalty import Penalised, load_score
 from penstock.parallel.triton_door import HAS_TRITON, tl, triton
@@ -25,6 +29,10 @@ from torch import Tensor
 calls = {"reference": 0, "triton": 0}
 KEEP_ALL = -1.0  # a drop_mass that drops no token
 BLOCK = 4096
+SEGMENTS = 16  # of a row at most: those of 256 rows are all under way at once
+TILES = 16  # of a block, for a program of one warp
+OF_SEGMENT = {"num_warps": 1, "maxnreg": 64, "enable_fp_fusion": False}  # an SM has room for 32 segments
+OF_ROW = {"num_warps": 16, "maxnreg": 64, "enable_fp_fusion": False}  # and for two rows
 VALUE_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}  # of a logit as float32, from the top
 
 
@@ -90,18 +98,24 @@ def _find_limits_triton(
     assert 1 <= vocab_size <= logits.shape[1]
     assert all(part.shape == (num_rows,) and part.is_contiguous() for part in (temperatures, *filters))
     calls["triton"] += 1
-    limits = Limits(*(torch.empty(num_rows, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(num_rows, *shape, dtype=dtype, device=device)
+
+    limits = Limits(empty(), empty(dtype=torch.int32))
     if not num_rows:
         return limits
-    copies = torch.empty(num_rows, vocab_size + BLOCK, dtype=torch.float32, device=device)
-    _find_limits[(num_rows,)](
-        *(logits, logits.stride(0), *(penalised or (None, None)), vocab_size, mass_scale(vocab_size), temperatures),
-        *(*filters, copies, copies.stride(0), *limits),
-        **{"BESIDE": penalised is not None, "BITS": VALUE_BITS[logits.dtype], "BLOCK": BLOCK},
-        num_warps=16,
-        maxnreg=64,  # so that an SM has room for two rows
-        enable_fp_fusion=False,
-    )
+    length = triton.cdiv(triton.cdiv(vocab_size, SEGMENTS), BLOCK) * BLOCK
+    bounds, sums = empty(2, dtype=torch.int64), empty(3, SEGMENTS, dtype=torch.int64)
+    row = (logits, logits.stride(0), *(penalised or (filters.top_k, logits)), vocab_size, temperatures, *filters)
+    work = (empty(BLOCK), empty(), bounds, empty(vocab_size), sums, *limits, length, mass_scale(vocab_size))
+    fixed = {"BESIDE": penalised is not None, "BITS": VALUE_BITS[logits.dtype], "SEGMENTS": SEGMENTS, "BLOCK": BLOCK}
+    by_segment, by_row = (triton.cdiv(vocab_size, length), num_rows), (num_rows,)
+    _find_peaks[by_segment](*row, *work, **fixed, num_warps=8)
+    for count in (True, False):
+        _bound_rows[by_row](*row, *work, **fixed, COUNT=count, **OF_ROW)
+        _walk_segments[by_segment](*row, *work, **fixed, COUNT=count, TILE=BLOCK // TILES, **OF_SEGMENT)
+        _settle_rows[by_row](*row, *work, **fixed, COUNT=count, **OF_ROW)
     return limits
 
 
@@ -109,68 +123,130 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _last_of_ties(
-    logits, scores, is_penalised, vocab_size, least, admitted, BESIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Finds the id of the last of `admitted` logits equal to `least`; 0 if there are fewer."""
-    begin, seen, last = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    while (begin < vocab_size) & (seen < admitted):
-        column = begin + tl.arange(0, BLOCK)
-        logit = load_score(logits, scores, is_penalised, column, vocab_size, BESIDE)
-        tied = ((column < vocab_size) & (logit == least)).to(tl.int32)
-        count = tl.sum(tied, 0)
-        if seen + count >= admitted:
-            kept = (tied > 0) & (seen + tl.cumsum(tied, 0) <= admitted)
-            last = tl.max(tl.where(kept, column, 0), 0)
-        seen += count
-        begin += BLOCK
-    return last
+def _asks(row, temperatures, top_k, drop_mass, vocab_size, COUNT: tl.constexpr):
+    """Tells whether a row has a border by count, or by mass."""
+    if COUNT:
+        return (tl.load(temperatures + row) > 0) & (tl.load(top_k + row) < vocab_size)
+    else:
+        return (tl.load(temperatures + row) > 0) & (tl.load(drop_mass + row) >= 0)
 
 
 @triton.jit
-def _find_limits(
-    logits, logits_row, penalised, scores, vocab_size, scale, temperatures, top_k, drop_mass, log_min_p,
-    copies, copies_row, leasts, lasts, BESIDE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+def _find_row(row, logits, logits_row, penalised, scores, vocab_size, BESIDE: tl.constexpr, BITS: tl.constexpr):
+    """Finds a row: its logits, its scores, whether these count, and the lowest bits that keys of them lack."""
+    is_penalised, shift = tl.zeros((), tl.int64), tl.full((), 32 - BITS, tl.int64)
+    if BESIDE:
+        is_penalised = tl.load(penalised + row)
+        shift = tl.where(is_penalised > 0, 0, shift)
+    return logits + row * logits_row, scores + row * vocab_size, is_penalised, shift
+
+
+@triton.jit
+def _find_peaks(
+    logits, logits_row, penalised, scores, vocab_size, temperatures, top_k, drop_mass, log_min_p,
+    best, peaks, bounds, copies, sums, leasts, lasts, length, scale,
+    BESIDE: tl.constexpr, BITS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Finds the largest logits of the lanes of a segment."""
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    count, drop, log_floor = tl.load(top_k + row), tl.load(drop_mass + row), tl.load(log_min_p + row)
+    filtered = (count < vocab_size) | (drop >= 0) | (log_floor > float("-inf"))
+    if (tl.load(temperatures + row) > 0) & filtered:
+        logits, scores, is_penalised, shift = _find_row(
+            row, logits, logits_row, penalised, scores, vocab_size, BESIDE, BITS
+        )
+        column = segment * length + tl.arange(0, BLOCK)
+        largest = load_score(logits, scores, is_penalised, column, vocab_size, float("-inf"), BESIDE)
+        for offset in tl.range(BLOCK, length, BLOCK):
+            logit = load_score(logits, scores, is_penalised, column + offset, vocab_size, float("-inf"), BESIDE)
+            largest = tl.maximum(largest, logit)
+        PART: tl.constexpr = BLOCK // SEGMENTS
+        largest = tl.max(tl.reshape(largest, (SEGMENTS, PART)), 0)
+        tl.store(best + row * BLOCK + segment * PART + tl.arange(0, PART), largest)
+
+
+@triton.jit
+def _bound_rows(
+    logits, logits_row, penalised, scores, vocab_size, temperatures, top_k, drop_mass, log_min_p,
+    best, peaks, bounds, copies, sums, leasts, lasts, length, scale,
+    BESIDE: tl.constexpr, BITS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Guesses bounds of a row's border. The first of two launches writes the limits of a row that keeps all."""
     row = tl.program_id(0).to(tl.int64)
-    temperature, count, drop = tl.load(temperatures + row), tl.load(top_k + row), tl.load(drop_mass + row)
-    log_floor = tl.load(log_min_p + row)
-    least, last = tl.full((), float("-inf"), tl.float32), vocab_size + tl.zeros((), tl.int32)
-    if (temperature > 0) & ((count < vocab_size) | (drop >= 0) | (log_floor > float("-inf"))):
-        is_penalised, shift = tl.zeros((), tl.int64), tl.full((), 32 - BITS, tl.int64)
-        logits += row * logits_row
-        if BESIDE:
-            scores += row * vocab_size
-            is_penalised = tl.load(penalised + row)
-            shift = tl.where(is_penalised > 0, 0, shift)
-        copy, lane = copies + row * copies_row, tl.arange(0, BLOCK)
-        best = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for begin in tl.range(0, vocab_size, BLOCK):
-            column = begin + lane
-            logit = load_score(logits, scores, is_penalised, column, vocab_size, BESIDE)
-            best = tl.maximum(best, logit)
-        tl.store(copy + vocab_size + lane, best)
-        tl.debug_barrier()  # what some threads store others load
-        peak, log2_slope = tl.max(best, 0), _LOG2_E / temperature
-        if count < vocab_size:
-            found, goal, before = find_border(
-                logits, scores, is_penalised, vocab_size, copy, shift, count, drop, least, peak, log2_slope, scale,
-                BESIDE, True, BLOCK,
-            )  # fmt: skip
-            least = value_of(found, shift)
-        if drop >= 0:
-            tl.debug_barrier()
-            found, goal, before = find_border(
-                logits, scores, is_penalised, vocab_size, copy, shift, count * 0, drop, least, peak, log2_slope, scale,
-                BESIDE, False, BLOCK,
-            )  # fmt: skip
-            least = value_of(found, shift)
+    if COUNT:
+        tl.store(leasts + row, float("-inf"))
+        tl.store(lasts + row, vocab_size)
+    if _asks(row, temperatures, top_k, drop_mass, vocab_size, COUNT):
+        logits, scores, is_penalised, shift = _find_row(
+            row, logits, logits_row, penalised, scores, vocab_size, BESIDE, BITS
+        )
+        largest, peak = load_best(best, row, length, vocab_size, SEGMENTS, BLOCK)
+        low, high = guess_bounds(
+            logits, scores, is_penalised, vocab_size, largest, shift, tl.load(top_k + row), tl.load(drop_mass + row),
+            tl.load(leasts + row), peak, _LOG2_E / tl.load(temperatures + row), BESIDE, COUNT, BLOCK,
+        )  # fmt: skip
+        tl.store(peaks + row, peak)
+        tl.store(bounds + row * 2, low)
+        tl.store(bounds + row * 2 + 1, high)
+
+
+@triton.jit
+def _walk_segments(
+    logits, logits_row, penalised, scores, vocab_size, temperatures, top_k, drop_mass, log_min_p,
+    best, peaks, bounds, copies, sums, leasts, lasts, length, scale,
+    BESIDE: tl.constexpr, BITS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Adds up a segment, and copies what lies between the bounds."""
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if _asks(row, temperatures, top_k, drop_mass, vocab_size, COUNT):
+        logits, scores, is_penalised, shift = _find_row(
+            row, logits, logits_row, penalised, scores, vocab_size, BESIDE, BITS
+        )
+        low, high = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
+        walk_segment(
+            logits, scores, is_penalised, segment, length, vocab_size, copies + row * vocab_size,
+            sums + row * 3 * SEGMENTS, value_of(low, shift), value_of(high, shift), tl.load(leasts + row),
+            tl.load(peaks + row), _LOG2_E / tl.load(temperatures + row), scale, BESIDE, COUNT, SEGMENTS, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _settle_rows(
+    logits, logits_row, penalised, scores, vocab_size, temperatures, top_k, drop_mass, log_min_p,
+    best, peaks, bounds, copies, sums, leasts, lasts, length, scale,
+    BESIDE: tl.constexpr, BITS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Finds a row's border; the second of two launches applies min-p as well."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature, least, last = tl.load(temperatures + row), tl.load(leasts + row), tl.load(lasts + row)
+    if _asks(row, temperatures, top_k, drop_mass, vocab_size, COUNT):
+        logits, scores, is_penalised, shift = _find_row(
+            row, logits, logits_row, penalised, scores, vocab_size, BESIDE, BITS
+        )
+        copies, sums = copies + row * vocab_size, sums + row * 3 * SEGMENTS
+        peak, log2_slope, goal = tl.load(peaks + row), _LOG2_E / temperature, tl.load(top_k + row)
+        if not COUNT:
+            total = tl.sum(load_sums(sums, 0, length, vocab_size, SEGMENTS), 0)
+            dropped = tl.load(drop_mass + row).to(tl.float64) * total.to(tl.float64)
+            goal = tl.maximum(total - dropped.to(tl.int64), 1)
+        key, before = find_border(
+            logits, scores, is_penalised, length, vocab_size, copies, sums, shift, tl.load(bounds + row * 2),
+            tl.load(bounds + row * 2 + 1), goal, least, peak, log2_slope, scale, BESIDE, COUNT, SEGMENTS, BLOCK,
+        )  # fmt: skip
+        least = value_of(key, shift)
+        if not COUNT:
             each = mass(least, peak, log2_slope, scale)
-            admitted = tl.where(each > 0, (goal - before + each - 1) // tl.maximum(each, 1), vocab_size)
-            last = _last_of_ties(logits, scores, is_penalised, vocab_size, least, admitted, BESIDE, BLOCK)
-        floor = peak + log_floor * temperature
-        if floor > least:
-            least = floor
-            last = vocab_size + tl.zeros((), tl.int32)
+            admitted = tl.where(each > 0, (goal - before + each - 1) // tl.maximum(each, 1), 0)
+            last = last_of_ties(
+                logits, scores, is_penalised, length, vocab_size, copies, sums, least, admitted, BESIDE, SEGMENTS, BLOCK
+            )
+    if not COUNT:
+        log_floor = tl.load(log_min_p + row)
+        if (temperature > 0) & (log_floor > float("-inf")):
+            largest, peak = load_best(best, row, length, vocab_size, SEGMENTS, BLOCK)
+            floor = peak + log_floor * temperature
+            if floor > least:
+                least, last = floor, vocab_size + last * 0
     tl.store(leasts + row, least)
     tl.store(lasts + row, last)

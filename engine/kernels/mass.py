@@ -22,6 +22,12 @@ def mass_scale(vocab_size: int) -> float:
 
 
 @triton.jit
+def share_of(logit, peak, log2_slope):
+    """Computes exp((logit - peak) * slope) as float32."""
+    return tl.where(logit == peak, 1.0, tl.exp2((logit - peak) * log2_slope))
+
+
+@triton.jit
 def mass(logit, peak, log2_slope, scale):
-    """Computes exp((logit - peak) * slope) as int64 in fixed point, where `scale` stands for 1."""
-    return (tl.where(logit == peak, 1.0, tl.exp2((logit - peak) * log2_slope)) * scale).to(tl.int64)
+    """Computes the same as int64 in fixed point, where `scale` stands for 1."""
+    return (share_of(logit, peak, log2_slope) * scale).to(tl.int64)

@@ -103,12 +103,13 @@ def _penalise(
 
 
 @triton.jit
-def load_score(logits, scores, is_penalised, column, vocab_size, BESIDE: tl.constexpr):
-    """Loads logits of a row as float32, from `scores` if it is penalised; -inf behind the vocabulary. Both begin at the
-    row. With BESIDE unset there are no scores."""
+def load_score(logits, scores, is_penalised, column, vocab_size, other, BESIDE: tl.constexpr):
+    """Loads logits of a row as float32, from `scores` if it is penalised; `other` behind the vocabulary. Both begin at
+    the row. With BESIDE unset there are no scores."""
     inside = column < vocab_size
-    if BESIDE:
-        raw = tl.load(logits + column, mask=inside & (is_penalised == 0), other=float("-inf")).to(tl.float32)
-        return tl.load(scores + column, mask=inside & (is_penalised > 0), other=raw)
+    if BESIDE:  # neither load waits for the other
+        raw = tl.load(logits + column, mask=inside & (is_penalised == 0), other=other).to(tl.float32)
+        score = tl.load(scores + column, mask=inside & (is_penalised > 0), other=other)
+        return tl.where(is_penalised > 0, score, raw)
     else:
-        return tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+        return tl.load(logits + column, mask=inside, other=other).to(tl.float32)

@@ -103,17 +103,18 @@ class Benchmark:
 
     def sampling(self, num_rows: int) -> None:
         logits = torch.randn(min(1024 // num_rows + 1, 128), num_rows, VOCAB, device=DEVICE, dtype=DTYPE)
-        chosen = argmax.choose_segments(num_rows, VOCAB)
+        chosen = argmax.choose_segments(num_rows, VOCAB, argmax.CUT)
         for count in (None, *sorted({1, 2, 8, 32, 126, chosen})):
-            run, rest = (argmax._argmax_rows_triton, (count,)) if count else (argmax.argmax_rows_reference, ())
+            run, rest = (argmax._argmax_rows_triton, (None, count)) if count else (argmax.argmax_rows_reference, ())
             name = f"N={count}" + " chosen" * (count == chosen) if count else "torch"
             calls = [partial(run, part, VOCAB, *rest) for part in logits]
             self.add("argmax", str(num_rows), name, logits[0].nbytes, calls)
         index = torch.arange(num_rows, device=DEVICE)
         noise = draw.Noise(torch.full((num_rows,), 0.8, device=DEVICE), index, index)
+        chosen = argmax.choose_segments(num_rows, VOCAB, draw.CUT)
         for count in sorted({1, 2, 4, 8, 32, 126, chosen}):
             name = f"N={count}" + " chosen" * (count == chosen)
-            calls = [partial(draw._draw_rows_triton, part, VOCAB, noise, None, count) for part in logits]
+            calls = [partial(draw._draw_rows_triton, part, VOCAB, noise, num_segments=count) for part in logits]
             self.add("draw", str(num_rows), name, logits[0].nbytes, calls)
         for name, top_k, top_p in (("top_p=0.9", VOCAB, 0.9), ("top_k=50", 50, 1.0), ("both", 50, 0.9)):
             drop_mass = 1.0 - top_p if top_p < 1.0 else filters.KEEP_ALL

@@ -2,8 +2,9 @@
 
 Each stage runs in a CUDA graph, with all rows asking for it, every fourth row, or none, as in a captured pass, which
 has all stages. First each kernel is held to its reference, with every fourth row penalised. `stages` are kernels
-alone; `passes` are calls of the whole sampler, whose `over_greedy_us` is what they add to a greedy one. The logits are
-those of a flat distribution, as random weights give, and of a peaked one. The last line is one JSON object.
+alone; `passes` are calls of the whole sampler, whose `over_greedy_us` is what they add to a greedy one, and `budget_us`
+what they may. The logits are those of a flat distribution, as random weights give, and of a peaked one. `padded` is a
+pass in whose rows nothing is sampled. The last line is one JSON object.
 
     python -m scripts.bench.sampling
 """
@@ -32,6 +33,8 @@ from scripts.bench.record import add_output_argument, keep, machine
 DEVICE, ROWS, VOCAB, CALLS = "cuda", 256, 128256, 8
 DRAWN = replace(GREEDY, temperature=1.0, top_p=0.9)
 PENALISED, SCORED = {"frequency_penalty": 0.5}, {"num_logprobs": 5}
+GREEDY_PASS_US = 8370.0  # of a resident pass of Llama-3-8B over as many rows
+BUDGETS = {"top_p": 0.05, "top_p, penalty in every fourth": 0.08, "logprobs in every fourth": 0.10}  # of such a pass
 PASSES = {  # what each row asks for, and what every fourth one does instead
     "plain": (replace(GREEDY, temperature=1.0), {}),
     "top_p": (DRAWN, {}),
@@ -42,6 +45,7 @@ PASSES = {  # what each row asks for, and what every fourth one does instead
     "logprobs in all": (replace(GREEDY, num_logprobs=20), {}),
     "everything": (replace(DRAWN, top_k=50, min_p=0.01, repetition_penalty=1.2, num_logprobs=20), {}),
 }
+PADDED = {"greedy": Asked(), "everything": EVERYTHING}
 
 
 class Case:
@@ -177,7 +181,15 @@ def measure_kind(kind: str, logits: Tensor) -> dict:
     for name, (each, changes) in {"greedy": (GREEDY, {}), **PASSES}.items():
         took = time_us(partial(Case(logits, each, changes).sample, EVERYTHING))
         rows["passes"][name] = {"us": took, "over_greedy_us": round(took - greedy, 1)}
-        print(f"{kind:8}{name:34}{took:10.1f} us, {took - greedy:.1f} over greedy ({greedy})", flush=True)
+        budget = ""
+        if name in BUDGETS:
+            rows["passes"][name]["budget_us"] = round(BUDGETS[name] * GREEDY_PASS_US, 1)
+            budget = f", budget {rows['passes'][name]['budget_us']}"
+        print(f"{kind:8}{name:34}{took:10.1f} us, {took - greedy:.1f} over greedy ({greedy}){budget}", flush=True)
+    case = Case(logits, GREEDY, {})
+    case.rows = torch.full_like(case.rows, case.sampler.pad_row)
+    rows["padded"] = {name: time_us(partial(case.sample, asked)) for name, asked in PADDED.items()}
+    print(f"{kind:8}padded rows alone: {rows['padded']}", flush=True)
     return rows
 
 

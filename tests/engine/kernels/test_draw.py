@@ -1,13 +1,15 @@
 """The kernel of the draw: it has Philox's integers, the noise made of them, and the reference's tokens, except near
 ties."""
 
+import math
+
 import pytest
 import torch
 import triton
 import triton.language as tl
-from penstock.engine.kernels import argmax, draw
-from penstock.engine.kernels.argmax import argmax_rows_reference
-from penstock.engine.kernels.draw import Noise, draw_rows, draw_rows_reference
+from penstock.engine.kernels import draw
+from penstock.engine.kernels.argmax import Owners, argmax_rows_reference
+from penstock.engine.kernels.draw import CUT, Noise, draw_rows, draw_rows_reference
 from penstock.engine.kernels.filter import Limits
 from penstock.engine.kernels.penalty import Penalised
 from penstock.engine.kernels.philox import BELOW_ONE, philox, uniform
@@ -21,7 +23,7 @@ SEEDS = [0, 1, 2**31, 2**32 + 5, 2**63 - 1, -(2**63), -1]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(argmax, "BLOCK", 64)
+    monkeypatch.setattr(draw, "CUT", CUT._replace(block=64))
 
 
 def noise_of(temperatures: list[float], seed: int = 0) -> Noise:
@@ -32,7 +34,7 @@ def noise_of(temperatures: list[float], seed: int = 0) -> Noise:
 
 
 def by_kernel(logits, vocab_size, noise, limits=None, num_segments=None):
-    return draw._draw_rows_triton(logits, vocab_size, noise, limits, None, num_segments)
+    return draw._draw_rows_triton(logits, vocab_size, noise, limits, None, None, num_segments)
 
 
 def assert_same_but_near_ties(tokens, logits, noise, limits=None):
@@ -60,9 +62,11 @@ def _write_words(seed, position, first, words, gumbels, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _write_gumbels(words, gumbels, COUNT: tl.constexpr):
+def _write_gumbels(words, gumbels, bounds, COUNT: tl.constexpr):
     lane = tl.arange(0, COUNT)
-    tl.store(gumbels + lane, draw._gumbel(tl.load(words + lane).to(tl.uint32)))
+    word = tl.load(words + lane).to(tl.uint32)
+    tl.store(gumbels + lane, draw._gumbel(word))
+    tl.store(bounds + lane, draw._most_noise(word))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -85,10 +89,20 @@ def test_noise_is_within_its_error_for_every_size_of_word():
     words += [(1 << power) + 3 for power in range(2, 32)]
     words += torch.randint(2**32, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
     words = torch.tensor([word for word in words if 0 <= word < 2**32][:4096], device=DEVICE)
-    gumbels = torch.empty(4096, device=DEVICE)
-    _write_gumbels[(1,)](words, gumbels, 4096)
+    gumbels, bounds = torch.empty(2, 4096, device=DEVICE)
+    _write_gumbels[(1,)](words, gumbels, bounds, 4096)
     u = words.float().add(0.5).mul(2.0**-32).clamp(max=BELOW_ONE).double()
     torch.testing.assert_close(gumbels.double(), -torch.log(-torch.log1p(-u)), rtol=0, atol=NOISE_ERROR)
+    slack = bounds.double() - gumbels.double() / math.log(2)
+    assert slack.min() > -64 * draw.BOUND_ERROR.value and slack[u < 0.01].max() < 0.1
+
+
+def test_blocks_that_are_left_out_change_no_token():
+    """Rows of three scales have 17 blocks; in most no token can win."""
+    scales = torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 1.0])
+    logits = (scales[:, None] * torch.randn(6, 1031, generator=torch.Generator().manual_seed(8))).to(DEVICE)
+    noise = noise_of([1.0, 0.7, 1e-5, 1e4, 1e-2, 100.0], seed=9)
+    assert_same_but_near_ties(by_kernel(logits, 1031, noise, num_segments=1), logits, noise)
 
 
 @pytest.mark.parametrize(("dtype", "num_segments"), list(zip(DTYPES, SPLITS, strict=True)), ids=str)
@@ -120,7 +134,7 @@ def test_penalised_rows_are_read_beside_the_others(num_segments):
     whole = Penalised(asks, scores).over(logits)
     scores[asks == 0], logits[asks == 1] = torch.nan, torch.nan
     limits = Limits(torch.zeros(6, device=DEVICE), torch.full((6,), 90, device=DEVICE).int())
-    found = draw._draw_rows_triton(logits, 90, noise, limits, Penalised(asks, scores), num_segments)
+    found = draw._draw_rows_triton(logits, 90, noise, limits, Penalised(asks, scores), None, num_segments)
     assert torch.equal(found, by_kernel(whole, 90, noise, limits, num_segments))
     assert_same_but_near_ties(found, whole, noise, limits)
 
@@ -191,6 +205,17 @@ def test_memory_around_the_logits_is_not_read_as_logits():
     prove_refusal(lambda logits: by_kernel(logits, 61, noise), {"logits": logits})
 
 
+@pytest.mark.parametrize("num_segments", SPLITS)
+def test_padded_rows_are_not_read(num_segments):
+    """They hold NaN, which would give -1; some draw, which padding does not."""
+    rows = torch.tensor([3, 7, 0, 7], device=DEVICE)
+    logits = torch.randn(4, 90, device=DEVICE).masked_fill(rows[:, None] == 7, torch.nan)
+    noise, owners = noise_of([1.0, 1.0, 0.0, 0.0]), Owners(rows, 7)
+    tokens = draw._draw_rows_triton(logits, 90, noise, None, None, owners, num_segments)
+    assert torch.equal(tokens, draw_rows_reference(logits, 90, noise, owners=owners))
+    assert tokens[[1, 3]].tolist() == [0, 0] and tokens[2] == logits[2].argmax()
+
+
 def test_no_rows_give_no_tokens():
     tokens = by_kernel(torch.empty(0, 40, device=DEVICE), 40, noise_of([]))
     assert tokens.shape == (0,) and tokens.dtype == torch.int64
@@ -209,7 +234,7 @@ def test_calls_are_counted_by_kind():
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 32])
 def test_kernel_is_faster(monkeypatch, num_rows):
-    monkeypatch.setattr(argmax, "BLOCK", 1024)
+    monkeypatch.setattr(draw, "CUT", CUT)
     logits = torch.randn(num_rows, 128256, dtype=torch.bfloat16, device="cuda")
     noise = noise_of([0.8] * num_rows)
     runs = [lambda run=run: run(logits, 128256, noise) for run in (draw_rows, draw_rows_reference)]

@@ -28,7 +28,8 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 32)
+    for name, value in {"BLOCK": 32, "SEGMENTS": 4, "TILES": 4}.items():
+        monkeypatch.setattr(module, name, value)
 
 
 def filters_of(asked: list[tuple[int, float, float]]) -> Filters:
