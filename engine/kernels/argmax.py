@@ -72,7 +72,7 @@ def over_segments(
         **{"SPLIT": split, "BLOCK": BLOCK, **others, "num_warps": 4},
     )
     if split:
-        _merge_segments[(num_rows,)](*(values, ids, tokens, segments, triton.next_power_of_2(segments)), num_warps=1)
+        _merge_segments[(num_rows,)](*(values, ids, tokens, segments, MAX_SEGMENTS), num_warps=1)
     return tokens
 
 
@@ -109,7 +109,7 @@ def _argmax_segment(
     hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _merge_segments(values, ids, tokens, segments, PADDED: tl.constexpr):
     row, segment = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
     inside = segment < segments

@@ -173,7 +173,7 @@ def _turned(x, cos, y, sin):
     return ((x.to(tl.float32) * cos).to(dtype).to(tl.float32) + (y * sin).to(dtype).to(tl.float32)).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_items"])
 def _attend_segment(
     q, keys, values, page_table, items, num_items, out, parts, rope, rope_part, strides, scale, window, tokens,
     Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr,

@@ -17,6 +17,7 @@ prepared and enqueued between.
 from collections import deque
 from enum import Enum
 from functools import partial
+from os import sched_getaffinity
 
 import torch
 from penstock.engine.compute.attention import takes_padding, whole_tokens
@@ -27,6 +28,7 @@ from penstock.engine.runtime.bucket import Bucket, Staging
 from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.graph import Graphs, Mailbox, PendingLetter
+from penstock.parallel.triton_door import compiled_ahead
 from penstock.scheduler.batching.batch import Batch
 
 
@@ -63,12 +65,16 @@ class PassRunner:
     @on_own_device
     @torch.inference_mode()
     def capture_all(self) -> None:
-        """Captures all graphs, the largest first, so that the others' temporaries fit into its memory."""
+        """Captures all graphs, the largest first, so that the others' temporaries fit into its memory. Their kernels
+        are compiled before, several at a time; those of passes with prompts are those of the least and the largest."""
         self.executor.fill_ring()
-        sizes = [*self.sizes.decode, *(self.sizes.with_prompts if self._captures_prompts else ())]
-        for size in reversed(sizes):
-            for asked in (EVERYTHING,) if size.num_starting else (EVERYTHING, Asked()):
-                self._capture(self._bucket(size), asked)
+        decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
+        with_prompts = [(size, EVERYTHING) for size in self.sizes.with_prompts[::-1] if self._captures_prompts]
+        with self.graphs.aside(self.executor.counted), self.watches.aside(), compiled_ahead(len(sched_getaffinity(0))):
+            for size, asked in [*with_prompts[:1], *with_prompts[-1:], *decode]:
+                self._warm_up(self._bucket(size), asked)
+        for size, asked in [*with_prompts, *decode]:
+            self._capture(self._bucket(size), asked)
 
     @on_own_device
     @torch.inference_mode()
@@ -142,15 +148,15 @@ class PassRunner:
         captured.note_replay(self.watches)
 
     def _capture(self, bucket: Bucket, asked: Asked) -> None:
-        bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
-
-        def warm_up() -> None:
-            bucket.derive()
-            with self.model.collectives.for_graphs():
-                self.executor.warm_up(bucket.inputs, asked)
-
-        run = partial(self._run_bucket, bucket, asked)
+        warm_up, run = partial(self._warm_up, bucket, asked), partial(self._run_bucket, bucket, asked)
         self.graphs.capture((bucket.size, asked), warm_up, run, self.executor.counted)
+
+    def _warm_up(self, bucket: Bucket, asked: Asked) -> None:
+        """Runs each kernel of a padded pass over padding alone, of which nobody reads anything."""
+        bucket.load(Batch(()))
+        bucket.derive()
+        with self.model.collectives.for_graphs():
+            self.executor.warm_up(bucket.inputs, asked)
 
     def _run_bucket(self, bucket: Bucket, asked: Asked) -> None:
         bucket.derive()
