@@ -10,9 +10,10 @@ from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
 from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 
-SMALL_STEP, SMALL, STEP = 64, 512, 128  # passes with prompts have multiples of a step, of the small one up to SMALL
+SMALL_STEP, SMALL, STEP = 64, 256, 128  # passes with prompts have multiples of a step, of the small one up to SMALL
+ALONE = 512  # tokens of passes with prompts, up to which some have no rows of one token
 LEAST_ROWS, LEAST_HALF_WAY = 8, 64  # rows: up to the one a linear takes as long as for two, up to the other nearly so
-MOST_STARTING = 32  # prompts in such a pass
+MOST_STARTING, MOST_ALONE = 32, 4  # prompts in such a pass, and in a small one without rows beside them
 # Blocks of a pass's prompts for whose queries attention launches programs, as if each prompt were the longest: an empty
 # program takes about a microsecond.
 QUERY_BLOCK, MOST_BLOCKS = 128, 128
@@ -67,18 +68,18 @@ class BucketSizes:
             return None
         if len(batch.rows[-1].tokens) in self.whole_tokens:  # the longest prompt is the last
             return None
-        padded = next(size for size in self.num_tokens if size >= num_tokens)
-        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds)
-        return size if kinds.count(RowKind.STARTS) <= size.num_starting else None
+        padded, num_starting = next(size for size in self.num_tokens if size >= num_tokens), kinds.count(RowKind.STARTS)
+        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds or num_starting > MOST_ALONE)
+        return size if num_starting <= size.num_starting else None
 
     def _with_prompts(self, num_tokens: int, beside_rows: bool) -> BucketSize:
-        """The size for so many tokens. Of few, prompts alone have one without what rows beside them need; a row and a
-        prompt are two sequences."""
+        """The size for so many tokens. Of few, a few prompts alone have one without what rows beside them need; a row
+        and a prompt are two sequences."""
         most = self.max_num_seqs
-        has_rows, longest = most > 1 and (beside_rows or num_tokens > SMALL), num_tokens
+        has_rows, longest = most > 1 and (beside_rows or num_tokens > ALONE), num_tokens
         if num_tokens in self.whole_tokens:
             longest = self.whole_tokens.start - 1
-        most_starting = min(MOST_STARTING, MOST_BLOCKS // -(-longest // QUERY_BLOCK), most)
+        most_starting = min(MOST_STARTING if has_rows else MOST_ALONE, MOST_BLOCKS // -(-longest // QUERY_BLOCK), most)
         num_single, num_starting = min(num_tokens, most) * has_rows, min(num_tokens // 2, most_starting)
         return BucketSize(
             num_tokens=num_tokens,
