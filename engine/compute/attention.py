@@ -9,8 +9,8 @@ that a pass has the same bits at any residency:
   - prompts that start in this pass attend to their own keys and values in the activation: by torch's varlen kernel, all
     of them in one call (CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
   - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes half the time of the varlen kernel on an H200 (0.88
-    against 1.70 ms for 8000 tokens and 32 heads of 128). It compiles for each length (45 ms), so rows are padded to few
-    lengths: behind the causal mask nobody sees the padding
+    against 1.70 ms for 8000 tokens and 32 heads of 128). It plans each length (45 ms), so rows are padded to few
+    lengths, which are planned at start: behind the causal mask nobody sees the padding
   - for chunks of several tokens that continue behind cached ones, their own context is gathered, then the varlen kernel
     or scaled_dot_product_attention attends
 """
@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LEAST_WHOLE_TOKENS = 1024
 WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for cuDNN, which pays from LEAST_WHOLE_TOKENS on
+WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"paged": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
 
@@ -145,10 +146,24 @@ def row_contexts(
             yield slice(first, first + row.num_queries), row, k[seen], v[seen]
 
 
+def padded_whole(num_tokens: int) -> int:
+    """The length to which a row that attends by itself is padded."""
+    power = 1 << (num_tokens - 1).bit_length()  # the next one
+    step = max(WHOLE_STEP_TOKENS, power // (2 * WHOLE_STEPS))
+    return -(-num_tokens // step) * step
+
+
+def plan_whole(whole: range, most_tokens: int, heads: Tensor, num_kv_heads: int) -> None:
+    """Lets cuDNN plan all lengths to which rows of numbers of tokens in `whole`, up to `most_tokens`, are padded, for
+    heads of the size and dtype of `heads` (any, H + 2K, E). It keeps plans for the calling thread."""
+    for length in sorted({padded_whole(tokens) for tokens in whole[: max(most_tokens + 1 - whole.start, 0)]}):
+        attend_whole(heads.new_zeros(length, *heads.shape[1:]), num_kv_heads)
+
+
 def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
     """Causal attention (n, H, E) of one row, heads (n, H + 2K, E), over its own keys and values."""
     num_tokens, num_heads, head_dim = heads.shape
-    padding = -num_tokens % WHOLE_STEP_TOKENS
+    padding = padded_whole(num_tokens) - num_tokens
     if padding:
         padded = heads.new_empty(num_tokens + padding, num_heads, head_dim)
         padded[:num_tokens], padded[num_tokens:] = heads, 0.0

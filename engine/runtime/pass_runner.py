@@ -20,7 +20,7 @@ from functools import partial
 from os import sched_getaffinity
 
 import torch
-from penstock.engine.compute.attention import takes_padding, whole_tokens
+from penstock.engine.compute.attention import plan_whole, takes_padding, whole_tokens
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
@@ -66,15 +66,24 @@ class PassRunner:
     @torch.inference_mode()
     def capture_all(self) -> None:
         """Captures all graphs, the largest first, so that the others' temporaries fit into its memory. Their kernels
-        are compiled before, several at a time; those of passes with prompts are those of the least and the largest."""
+        are compiled before, several at a time; those of passes with prompts are those of the least and the largest.
+        Attention of prompts that attend by themselves is planned as well."""
         self.executor.fill_ring()
         decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
         with_prompts = [(size, EVERYTHING) for size in self.sizes.with_prompts[::-1] if self._captures_prompts]
-        with self.graphs.aside(self.executor.counted), self.watches.aside(), compiled_ahead(len(sched_getaffinity(0))):
-            for size, asked in [*with_prompts[:1], *with_prompts[-1:], *decode]:
-                self._warm_up(self._bucket(size), asked)
+        with self.graphs.aside(self.executor.counted), self.watches.aside():
+            with compiled_ahead(len(sched_getaffinity(0))):
+                for size, asked in [*with_prompts[:1], *with_prompts[-1:], *decode]:
+                    self._warm_up(self._bucket(size), asked)
+            self._plan_prompts()
         for size, asked in [*with_prompts, *decode]:
             self._capture(self._bucket(size), asked)
+
+    def _plan_prompts(self) -> None:
+        arena, model = self.executor.arena, self.model
+        heads = arena.cut(1, 1)["attn"].view(1, -1, model.spec.head_dim)  # (1, H + 2K, E)
+        most_tokens = min(arena.most["tokens"], self.binder.max_context)
+        plan_whole(self.binder.whole_tokens, most_tokens, heads, model.num_kv_heads)
 
     @on_own_device
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""How long passes took: by the clock, and on the host's CPU, where waiting does not count."""
+"""Times of passes: by the clock, and on the host's CPU, where waiting does not count."""
 
 import time
 
