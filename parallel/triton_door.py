@@ -8,6 +8,7 @@ A kernel resolves names among the globals of its own module, so each file import
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -58,14 +59,18 @@ else:
 
 @contextlib.contextmanager
 def compiled_ahead(num_threads: int) -> Iterator[None]:
-    """A context in which kernels that this thread launches do not run: they are compiled, as many at a time as there
-    are threads, and have been when it ends."""
+    """A context in which kernels that this thread launches do not run: they are compiled at its end, as many at a time
+    as there are threads. Not before: this thread would wait for the interpreter's lock at each of its operations."""
+    begin = threading.Event()
     with ThreadPoolExecutor(num_threads) as pool, _triton.AsyncCompileMode(pool):
+        for _ in range(num_threads):
+            pool.submit(begin.wait)
         token = _AHEAD.set(True)
         try:
             yield
         finally:
             _AHEAD.reset(token)
+            begin.set()
 
 
 def require_triton(purpose: str, instead: str = "") -> None:

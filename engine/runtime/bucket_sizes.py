@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
-from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
+from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS, padded_tokens
 
-SMALL_STEP, SMALL, STEP = 64, 256, 128  # passes with prompts have multiples of a step, of the small one up to SMALL
 ALONE = 512  # tokens of passes with prompts, up to which some have no rows of one token
 LEAST_ROWS, LEAST_HALF_WAY = 8, 64  # rows: up to the one a linear takes as long as for two, up to the other nearly so
 MOST_STARTING, MOST_ALONE = 32, 4  # prompts in such a pass, and in a small one without rows beside them
@@ -105,6 +104,5 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 def token_sizes(most: int) -> list[int]:
-    """Tokens of passes with prompts, which have two at least: multiples of a step, up to `most`."""
-    sizes = [*range(SMALL_STEP, SMALL, SMALL_STEP), *range(SMALL, most, STEP)]
-    return [size for size in sizes if size < most] + [most] if most > 1 else []
+    """Tokens of passes with prompts, which have two at least, up to `most`."""
+    return sorted({min(padded_tokens(num_tokens), most) for num_tokens in range(2, most + 1)})
