@@ -7,7 +7,8 @@ There are several ways behind one function. The kind of a row (RowKind), device,
 that a pass has the same bits at any residency:
   - rows of one token each read the pages where they lie (kernels/decode_attention.py)
   - prompts that start in this pass attend to their own keys and values in the activation: by torch's varlen kernel, all
-    of them in one call (CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
+    of them in one call (CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row. The kernel is called by
+    its operator: torch.nn.attention.varlen imports torch.compile, 1 to 2 s of every rank's start, and launches more
   - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes half the time of the varlen kernel on an H200 (0.88
     against 1.70 ms for 8000 tokens and 32 heads of 128). It plans each length (45 ms), so rows are padded to few
     lengths, which are planned at start: behind the causal mask nobody sees the padding
@@ -15,7 +16,6 @@ that a pass has the same bits at any residency:
     or scaled_dot_product_attention attends
 """
 
-import inspect
 from collections.abc import Iterator
 
 import torch
@@ -33,12 +33,6 @@ WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for cuDNN, wh
 WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"paged": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
-
-if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes with it: 1 to 2 s of every rank's start
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped heads as they come, later versions want to be told
-    _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
@@ -110,9 +104,10 @@ def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int 
     that are in no chunk have no meaning afterwards."""
     scale = q.shape[-1] ** -0.5
     if _has_varlen(q.device, q.dtype):
-        window_size = (-1 if window is None else window - 1, 0)
         bounds = (chunks.query_starts, chunks.context_starts, chunks.max_queries, chunks.max_context)
-        q.copy_(varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED))
+        how = {"dropout_p": 0.0, "is_causal": window is None, "return_debug_mask": False, "scale": scale}
+        how |= {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+        q.copy_(torch.ops.aten._flash_attention_forward(q, k, v, *bounds, **how)[0])
         return
     for row in chunks.ranges:
         _attend_row_(q, k, v, row, scale, window)
