@@ -1,20 +1,30 @@
 """The import of Triton, `triton` and `tl`, for every kernel file: the one beside it and the engine's.
 
 A CPU install has no Triton. There stand-ins replace both, so that the files can be imported and their references run,
-and whatever would launch a kernel is refused.
+and whatever would launch a kernel is refused. `triton` is what kernel files use of the module, with a `jit` whose
+kernels can be compiled before they run.
 
 A kernel resolves names among the globals of its own module, so each file imports both by these very names.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 try:
-    import triton
+    import triton as _triton
     import triton.language as tl
+    from triton.runtime.jit import JITFunction
 
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
+
+_AHEAD: ContextVar[bool] = ContextVar("kernels are compiled ahead", default=False)
 
 
 class _Absent:
@@ -28,8 +38,39 @@ class _Absent:
         return self
 
 
-if not HAS_TRITON:
+if HAS_TRITON:
+
+    class _Kernel(JITFunction):
+        """A kernel, or a function that kernels call."""
+
+        def run(self, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+            return super().run(*args, grid=grid, warmup=warmup or _AHEAD.get(), **named)
+
+    def _jit(function: Any = None, **options: Any) -> Any:
+        """Decorates a kernel, with options or without; in the interpreter as Triton does."""
+        if _triton.knobs.runtime.interpret:
+            return _triton.jit(function, **options)
+        return _Kernel(function, **options) if function else lambda later: _Kernel(later, **options)
+
+    triton = SimpleNamespace(jit=_jit, cdiv=_triton.cdiv, next_power_of_2=_triton.next_power_of_2)
+else:
     triton = tl = _Absent()
+
+
+@contextlib.contextmanager
+def compiled_ahead(num_threads: int) -> Iterator[None]:
+    """A context in which kernels that this thread launches do not run: they are compiled at its end, as many at a time
+    as there are threads. Not before: this thread would wait for the interpreter's lock at each of its operations."""
+    begin = threading.Event()
+    with ThreadPoolExecutor(num_threads) as pool, _triton.AsyncCompileMode(pool):
+        for _ in range(num_threads):
+            pool.submit(begin.wait)
+        token = _AHEAD.set(True)
+        try:
+            yield
+        finally:
+            _AHEAD.reset(token)
+            begin.set()
 
 
 def require_triton(purpose: str, instead: str = "") -> None:

@@ -54,7 +54,7 @@ def say_after(llm: LLM, outputs: list[RequestOutput], elapsed_s: float, verbose:
 def _share_of_bound(llm: LLM) -> str:
     """The share that the passes reached of the bound that the time model gives each of them."""
     engine, bounds = llm.engine, Counter()
-    for _, _, predicted in engine.times.passes:
+    for _, _, predicted, _ in engine.times.passes:
         bounds[predicted.bound] += predicted.bound_s
     ((bound, _),) = bounds.most_common(1)
     return f"{bounds.total() / engine.times.measured_s:.2f} of the {bound} bound at the {_kind(engine.rates)} rates"

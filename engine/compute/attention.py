@@ -7,15 +7,15 @@ There are several ways behind one function. The kind of a row (RowKind), device,
 that a pass has the same bits at any residency:
   - rows of one token each read the pages where they lie (kernels/decode_attention.py)
   - prompts that start in this pass attend to their own keys and values in the activation: by torch's varlen kernel, all
-    of them in one call (CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
+    of them in one call (CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row. The kernel is called by
+    its operator: torch.nn.attention.varlen imports torch.compile, 1 to 2 s of every rank's start, and launches more
   - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes half the time of the varlen kernel on an H200 (0.88
-    against 1.70 ms for 8000 tokens and 32 heads of 128). It compiles for each length (45 ms), so rows are padded to few
-    lengths: behind the causal mask nobody sees the padding
+    against 1.70 ms for 8000 tokens and 32 heads of 128). It plans each length (45 ms), so rows are padded to few
+    lengths, which are planned at start: behind the causal mask nobody sees the padding
   - for chunks of several tokens that continue behind cached ones, their own context is gathered, then the varlen kernel
     or scaled_dot_product_attention attends
 """
 
-import inspect
 from collections.abc import Iterator
 
 import torch
@@ -30,14 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LEAST_WHOLE_TOKENS = 1024
 WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for cuDNN, which pays from LEAST_WHOLE_TOKENS on
+WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"paged": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
-
-if torch.cuda.is_available():  # else nothing calls it, and torch.compile comes with it: 1 to 2 s of every rank's start
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped heads as they come, later versions want to be told
-    _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
@@ -109,9 +104,10 @@ def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int 
     that are in no chunk have no meaning afterwards."""
     scale = q.shape[-1] ** -0.5
     if _has_varlen(q.device, q.dtype):
-        window_size = (-1 if window is None else window - 1, 0)
         bounds = (chunks.query_starts, chunks.context_starts, chunks.max_queries, chunks.max_context)
-        q.copy_(varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **_GROUPED))
+        how = {"dropout_p": 0.0, "is_causal": window is None, "return_debug_mask": False, "scale": scale}
+        how |= {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+        q.copy_(torch.ops.aten._flash_attention_forward(q, k, v, *bounds, **how)[0])
         return
     for row in chunks.ranges:
         _attend_row_(q, k, v, row, scale, window)
@@ -145,10 +141,24 @@ def row_contexts(
             yield slice(first, first + row.num_queries), row, k[seen], v[seen]
 
 
+def padded_whole(num_tokens: int) -> int:
+    """The length to which a row that attends by itself is padded."""
+    power = 1 << (num_tokens - 1).bit_length()  # the next one
+    step = max(WHOLE_STEP_TOKENS, power // (2 * WHOLE_STEPS))
+    return -(-num_tokens // step) * step
+
+
+def plan_whole(whole: range, most_tokens: int, heads: Tensor, num_kv_heads: int) -> None:
+    """Lets cuDNN plan all lengths to which rows of numbers of tokens in `whole`, up to `most_tokens`, are padded, for
+    heads of the size and dtype of `heads` (any, H + 2K, E). It keeps plans for the calling thread."""
+    for length in sorted({padded_whole(tokens) for tokens in whole[: max(most_tokens + 1 - whole.start, 0)]}):
+        attend_whole(heads.new_zeros(length, *heads.shape[1:]), num_kv_heads)
+
+
 def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
     """Causal attention (n, H, E) of one row, heads (n, H + 2K, E), over its own keys and values."""
     num_tokens, num_heads, head_dim = heads.shape
-    padding = -num_tokens % WHOLE_STEP_TOKENS
+    padding = padded_whole(num_tokens) - num_tokens
     if padding:
         padded = heads.new_empty(num_tokens + padding, num_heads, head_dim)
         padded[:num_tokens], padded[num_tokens:] = heads, 0.0

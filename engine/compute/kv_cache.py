@@ -29,10 +29,10 @@ class KVCache:
         self.page_size, self.margin, self.key_rope = page_size, margin, key_rope
         shape = (num_layers, 2, num_pages * page_size, num_kv_heads, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = [CachedLayer(*both, page_size, margin, key_rope) for both in self.data]
 
     def layer(self, layer_idx: int) -> CachedLayer:
-        keys, values = self.data[layer_idx]
-        return CachedLayer(keys, values, self.page_size, self.margin, self.key_rope)
+        return self._layers[layer_idx]
 
 
 def make_cache(plan: EnginePlan, page_size: int, num_kv_heads: int, rope: Tensor) -> KVCache:

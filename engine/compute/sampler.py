@@ -198,8 +198,12 @@ class Sampler:
         return find_limits(logits, self.vocab_size, own["temperature"], filters, penalised)
 
     def _params_of(self, rows: Tensor) -> Params:
-        """The parameters of rows (R,), each (R,) and contiguous, in two launches."""
-        columns = (*self.floats.index_select(1, rows), *self.ints.index_select(1, rows))
+        """The parameters of rows (R,), each (R,) and contiguous, in two launches. Each begins at a multiple of 16
+        bytes, whatever R is, since a kernel is compiled anew for what does not."""
+        num_rows, columns = len(rows), []
+        for values in (self.floats, self.ints):
+            own = values.new_empty(len(values), -(-num_rows // 4) * 4)[:, :num_rows]
+            columns += torch.index_select(values, 1, rows, out=own)
         return dict(zip(self.params, columns, strict=True))
 
     def _chunks(self, logits: Tensor) -> list[slice]:

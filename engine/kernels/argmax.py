@@ -103,7 +103,7 @@ def over_segments(
         **{"OWNED": owners is not None, "SPLIT": split, "BLOCK": cut.block, **others, "num_warps": cut.num_warps},
     )
     if split:
-        _merge_segments[(num_rows,)](*(values, ids, tokens, segments, triton.next_power_of_2(segments)), num_warps=1)
+        _merge_segments[(num_rows,)](*(values, ids, tokens, segments, MAX_SEGMENTS), num_warps=1)
     return tokens
 
 
@@ -161,7 +161,7 @@ def _argmax_segment(
     hand_in(segment, row, best, where, nan, values, ids, tokens, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _merge_segments(values, ids, tokens, segments, PADDED: tl.constexpr):
     row, segment = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
     inside = segment < segments

@@ -30,6 +30,7 @@ from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
 MERGED_TOKENS = 8192  # whose segments the merge reads at once
+MERGED_ALONE = 64  # rows: from here on a program of the merge has all heads of a group, since most find one segment
 
 
 def decode_attention(
@@ -119,10 +120,12 @@ def _decode_attention_triton(
         **({"enable_fp_fusion": False} if pairs else {}),  # a fused multiply-add would not round a rotation's product
     )
     if room > num_rows:
-        _merge_segments[(num_heads, num_queries, num_rows)](
+        members = group if num_rows >= MERGED_ALONE else 1
+        _merge_segments[(num_heads // members, num_queries, num_rows)](
             *(work.starts[which], out, parts, strides),
             **{
                 "CHUNK": triton.next_power_of_2(max(16, min(64, MERGED_TOKENS // work.segment))),
+                "MEMBERS": members,
                 **shape,
                 **options(q.device),
             },
@@ -172,7 +175,7 @@ def _turned(x, cos, y, sin):
     return ((x.to(tl.float32) * cos).to(dtype).to(tl.float32) + (y * sin).to(dtype).to(tl.float32)).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_items"])
 def _attend_segment(
     q, keys, values, page_table, items, num_items, out, parts, rope, rope_part, strides, scale, window, tokens,
     Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr,
@@ -262,14 +265,25 @@ def _attend_segment(
 def _merge_segments(
     starts, out, parts, strides,
     Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, OVERLAPS: tl.constexpr,
+    CHUNK: tl.constexpr, MEMBERS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the segments of a query, unless there is only one, whose program wrote the result."""
+    """Merges the segments of a query in MEMBERS heads, unless there is only one, whose program wrote the result."""
     wait_for_inputs(OVERLAPS)
-    head, token, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, end = tl.load(starts + row), tl.load(starts + row + 1)
     if end - start <= 1:
         return
+    for member in tl.static_range(MEMBERS):
+        head = tl.program_id(0) * MEMBERS + member
+        _merge_head(start, end, head, token, row, out, parts, strides, Q, GROUP, K, E, E_PADDED, CHUNK)
+
+
+@triton.jit
+def _merge_head(
+    start, end, head, token, row, out, parts, strides,
+    Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
     of_item, e = head // GROUP * (Q * GROUP) + token * GROUP + head % GROUP, tl.arange(0, E_PADDED)
     top, total, acc = float("-inf"), 0.0, tl.zeros((E_PADDED,), tl.float32)
     for first in tl.range(start, end, CHUNK):

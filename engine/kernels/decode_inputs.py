@@ -81,7 +81,7 @@ def _derive_inputs_triton(table: Tensor, last_tokens: Tensor, reading: Reading, 
 _TOKEN, _START, _ROW, _LENGTH, _PAGES = (tl.constexpr(column) for column in (TOKEN, START, ROW, LENGTH, PAGES))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _derive(
     table, table_row, last_tokens, tokens, positions, addresses, rows, sampled_positions, lengths, num_rows,
     ON_DEVICE: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, KEEPS_PADDING: tl.constexpr, BLOCK: tl.constexpr,

@@ -104,7 +104,7 @@ def _extent(length, reach, Q, tokens):
     return first, tl.cdiv(length, tokens) - first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _list_work(lengths, reaches, items, starts, most, Q, tokens, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     wait_for_inputs(OVERLAPS)
     row, which, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)

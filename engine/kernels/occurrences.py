@@ -42,7 +42,7 @@ def _note_tokens_triton(occurrences: Tensor, asks: Tensor, rows: Tensor, tokens:
 _IN_PROMPT = tl.constexpr(IN_PROMPT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _note(
     occurrences, vocab_size, asks, rows, tokens, num_tokens, SAMPLED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

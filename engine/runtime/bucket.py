@@ -133,8 +133,8 @@ class Bucket:
         )
 
     def _starting(self) -> Chunks:
-        num_tokens, starts = self.size.num_tokens, self.staging.query_starts[: self.size.num_starting + 1]
-        return Chunks(0, num_tokens, starts, starts, num_tokens, num_tokens, self.ranges, among_rows=True)
+        size, starts = self.size, self.staging.query_starts[: self.size.num_starting + 1]
+        return Chunks(0, size.num_tokens, starts, starts, size.longest, size.longest, self.ranges, among_rows=True)
 
     def load(self, batch: Batch) -> None:
         """Sends a batch to the device, whose rows fit and are of one token or start."""

@@ -8,22 +8,27 @@ from typing import NamedTuple
 
 from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
-from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
+from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS, padded_tokens
 
-SMALL_STEP, SMALL, STEP = 64, 512, 128  # passes with prompts have multiples of a step, of the small one up to SMALL
-LEAST_HALF_WAY = 32  # rows: below, a linear takes as long as for one
-MOST_STARTING = 32  # prompts in such a pass: attention launches programs for each, as if all had all of its tokens
+ALONE = 512  # tokens of passes with prompts, up to which some have no rows of one token
+LEAST_ROWS, LEAST_HALF_WAY = 8, 64  # rows: up to the one a linear takes as long as for two, up to the other nearly so
+MOST_STARTING, MOST_ALONE = 32, 4  # prompts in such a pass, and in a small one without rows beside them
+# Blocks of a pass's prompts for whose queries attention launches programs, as if each prompt were the longest: an empty
+# program takes about a microsecond.
+QUERY_BLOCK, MOST_BLOCKS = 128, 128
 
 
 class BucketSize(NamedTuple):
-    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled; and the
-    room for items of attention over rows of one token. Without prompts the pass is a decode pass."""
+    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled; the room
+    for items of attention over rows of one token; and the most tokens of a prompt. Without prompts the pass is a decode
+    pass."""
 
     num_tokens: int
     num_single: int
     num_starting: int
     num_sampled: int
     num_items: int
+    longest: int = 0
 
 
 class BucketSizes:
@@ -62,18 +67,27 @@ class BucketSizes:
             return None
         if len(batch.rows[-1].tokens) in self.whole_tokens:  # the longest prompt is the last
             return None
-        padded = next(size for size in self.num_tokens if size >= num_tokens)
-        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds)
-        return size if kinds.count(RowKind.STARTS) <= size.num_starting else None
+        padded, num_starting = next(size for size in self.num_tokens if size >= num_tokens), kinds.count(RowKind.STARTS)
+        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds or num_starting > MOST_ALONE)
+        return size if num_starting <= size.num_starting else None
 
     def _with_prompts(self, num_tokens: int, beside_rows: bool) -> BucketSize:
-        """The size for so many tokens. Of few, prompts alone have one without what rows beside them need; a row and a
-        prompt are two sequences."""
+        """The size for so many tokens. Of few, a few prompts alone have one without what rows beside them need; a row
+        and a prompt are two sequences."""
         most = self.max_num_seqs
-        has_rows = most > 1 and (beside_rows or num_tokens > SMALL)
-        num_single, num_starting = min(num_tokens, most) * has_rows, min(num_tokens // 2, MOST_STARTING, most)
-        num_items = self.segments.most(num_single) if num_single else 0
-        return BucketSize(num_tokens, num_single, num_starting, min(num_single + num_starting, most), num_items)
+        has_rows, longest = most > 1 and (beside_rows or num_tokens > ALONE), num_tokens
+        if num_tokens in self.whole_tokens:
+            longest = self.whole_tokens.start - 1
+        most_starting = min(MOST_STARTING if has_rows else MOST_ALONE, MOST_BLOCKS // -(-longest // QUERY_BLOCK), most)
+        num_single, num_starting = min(num_tokens, most) * has_rows, min(num_tokens // 2, most_starting)
+        return BucketSize(
+            num_tokens=num_tokens,
+            num_single=num_single,
+            num_starting=num_starting,
+            num_sampled=min(num_single + num_starting, most),
+            num_items=self.segments.most(num_single) if num_single else 0,
+            longest=longest,
+        )
 
 
 def _decode(num_rows: int, num_items: int) -> BucketSize:
@@ -81,14 +95,14 @@ def _decode(num_rows: int, num_items: int) -> BucketSize:
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of decode passes: powers of two and, where rows cost time, the numbers half way between them, up to
-    max_num_seqs."""
+    """Rows of decode passes: one and, from LEAST_ROWS on, powers of two, and where rows cost time the numbers half way
+    between them, up to max_num_seqs."""
     powers = range(max_num_seqs.bit_length() + 1)
-    sizes = {1 << power for power in powers} | {3 << power for power in powers if 3 << power > LEAST_HALF_WAY}
+    sizes = {1} | {1 << power for power in powers if 1 << power >= LEAST_ROWS}
+    sizes |= {3 << power for power in powers if 3 << power > LEAST_HALF_WAY}
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
 def token_sizes(most: int) -> list[int]:
-    """Tokens of passes with prompts, which have two at least: multiples of a step, up to `most`."""
-    sizes = [*range(SMALL_STEP, SMALL, SMALL_STEP), *range(SMALL, most, STEP)]
-    return [size for size in sizes if size < most] + [most] if most > 1 else []
+    """Tokens of passes with prompts, which have two at least, up to `most`."""
+    return sorted({min(padded_tokens(num_tokens), most) for num_tokens in range(2, most + 1)})

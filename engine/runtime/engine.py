@@ -149,7 +149,8 @@ class Engine:
     @on_own_device
     def collect(self) -> tuple[Batch, SampleOutput | None]:
         """Waits for the tokens of the oldest pass under way; on rank 0."""
-        output = self.worker.runner.collect()
+        with self.times.waiting():
+            output = self.worker.runner.collect()
         self.collectives.check()  # tokens of sums that were given up mean nothing
         batch = self.submitted.popleft()
         self.times.ended(batch.shape, self.work, self.rates)

@@ -86,6 +86,9 @@ class Executor:
         self.counters = Counters()
         self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
         self.ring_is_filled = False
+        self._differing = {  # groups with weights that are stored, whose types may differ from layer to layer
+            group for group, own in views.items() if not all(isinstance(weight, Tensor) for weight in own.values())
+        }
 
     @property
     def ledger(self) -> TransferLedger:
@@ -137,17 +140,13 @@ class Executor:
         for instruction in self.pass_plan.instructions:
             if isinstance(instruction, Compute):
                 kernels = (instruction.step, windows.get(instruction.layer_idx))
-                if kernels not in launched or not self._has_plain(instruction.group):
+                if kernels not in launched or instruction.group in self._differing:
                     self._watched(ctx, instruction)
                 launched.add(kernels)
             elif isinstance(instruction, Decompress) and (
                 instruction.is_partial or instruction.group not in later  # any bytes are a quantised group
             ):
                 self._watched(ctx, instruction)
-
-    def _has_plain(self, group: GroupId | None) -> bool:
-        """Tells whether a group's weights are floats, and not of types that may differ from layer to layer."""
-        return all(isinstance(weight, Tensor) for weight in self.views.get(group, _NO_WEIGHTS).values())
 
     @on_own_device
     @torch.inference_mode()

@@ -6,9 +6,10 @@ copied to pinned memory, and then the number of the pass, which the host polls: 
 the next pass, which end the graph, are still on the link.
 """
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -128,17 +129,23 @@ class Graphs:
     ) -> None:
         """Runs `warm_up`, since a kernel's first launch compiles or loads it, which capture forbids; then `run` under
         capture. Neither is counted; each replay will count what `run` counts under capture."""
-        start_s, before = time.perf_counter(), [count.copy() for count in counts]
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), self.watches.aside():
-            warm_up()
-        self.stream.synchronize()
-        takes = deque(self._take(run, counts) for _ in range(self.watches.num_takes))
+        with self.aside(counts):
+            with self.watches.aside():
+                warm_up()
+            self.stream.synchronize()
+            self.passes[key] = deque(self._take(run, counts) for _ in range(self.watches.num_takes))
+
+    @contextlib.contextmanager
+    def aside(self, counts: list[Counts]) -> Iterator[None]:
+        """A context on the stream of captures, for what belongs to no pass: it is not counted, but for its seconds."""
+        start_s, before, outside = time.perf_counter(), [count.copy() for count in counts], torch.cuda.current_stream()
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            yield
+        outside.wait_stream(self.stream)
         for count, old in zip(counts, before):
             count.clear()
             count.update(old)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.passes[key] = takes
         self.seconds += time.perf_counter() - start_s
 
     def _take(self, run: Callable[[], None], counts: list[Counts]) -> CapturedPass:

@@ -17,9 +17,10 @@ prepared and enqueued between.
 from collections import deque
 from enum import Enum
 from functools import partial
+from os import sched_getaffinity
 
 import torch
-from penstock.engine.compute.attention import takes_padding, whole_tokens
+from penstock.engine.compute.attention import plan_whole, takes_padding, whole_tokens
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
@@ -27,6 +28,7 @@ from penstock.engine.runtime.bucket import Bucket, Staging
 from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.graph import Graphs, Mailbox, PendingLetter
+from penstock.parallel.triton_door import compiled_ahead
 from penstock.scheduler.batching.batch import Batch
 
 
@@ -63,12 +65,25 @@ class PassRunner:
     @on_own_device
     @torch.inference_mode()
     def capture_all(self) -> None:
-        """Captures all graphs, the largest first, so that the others' temporaries fit into its memory."""
+        """Captures all graphs, the largest first, so that the others' temporaries fit into its memory. Their kernels
+        are compiled before, several at a time; those of passes with prompts are those of the least and the largest.
+        Attention of prompts that attend by themselves is planned as well."""
         self.executor.fill_ring()
-        sizes = [*self.sizes.decode, *(self.sizes.with_prompts if self._captures_prompts else ())]
-        for size in reversed(sizes):
-            for asked in (EVERYTHING,) if size.num_starting else (EVERYTHING, Asked()):
-                self._capture(self._bucket(size), asked)
+        decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
+        with_prompts = [(size, EVERYTHING) for size in self.sizes.with_prompts[::-1] if self._captures_prompts]
+        with self.graphs.aside(self.executor.counted), self.watches.aside():
+            with compiled_ahead(len(sched_getaffinity(0))):
+                for size, asked in [*with_prompts[:1], *with_prompts[-1:], *decode]:
+                    self._warm_up(self._bucket(size), asked)
+            self._plan_prompts()
+        for size, asked in [*with_prompts, *decode]:
+            self._capture(self._bucket(size), asked)
+
+    def _plan_prompts(self) -> None:
+        arena, model = self.executor.arena, self.model
+        heads = arena.cut(1, 1)["attn"].view(1, -1, model.spec.head_dim)  # (1, H + 2K, E)
+        most_tokens = min(arena.most["tokens"], self.binder.max_context)
+        plan_whole(self.binder.whole_tokens, most_tokens, heads, model.num_kv_heads)
 
     @on_own_device
     @torch.inference_mode()
@@ -142,15 +157,15 @@ class PassRunner:
         captured.note_replay(self.watches)
 
     def _capture(self, bucket: Bucket, asked: Asked) -> None:
-        bucket.load(Batch(()))  # padding alone: capturing computes nothing that anybody reads
-
-        def warm_up() -> None:
-            bucket.derive()
-            with self.model.collectives.for_graphs():
-                self.executor.warm_up(bucket.inputs, asked)
-
-        run = partial(self._run_bucket, bucket, asked)
+        warm_up, run = partial(self._warm_up, bucket, asked), partial(self._run_bucket, bucket, asked)
         self.graphs.capture((bucket.size, asked), warm_up, run, self.executor.counted)
+
+    def _warm_up(self, bucket: Bucket, asked: Asked) -> None:
+        """Runs each kernel of a padded pass over padding alone, of which nobody reads anything."""
+        bucket.load(Batch(()))
+        bucket.derive()
+        with self.model.collectives.for_graphs():
+            self.executor.warm_up(bucket.inputs, asked)
 
     def _run_bucket(self, bucket: Bucket, asked: Asked) -> None:
         bucket.derive()

@@ -1,13 +1,24 @@
 """Describes how long rank 0's passes took, beside what the time model predicted."""
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import PassTime, Rates, predict_pass
 
-Timed = tuple[PassShape, float, PassTime]  # of a pass: its shape, the seconds that it took, and what was predicted
+
+class Timed(NamedTuple):
+    """A pass that ended: its shape, the seconds that it took, what was predicted, and the CPU seconds of this process,
+    all threads, that went by with it, less those in which it only waited for tokens."""
+
+    shape: PassShape
+    measured_s: float
+    predicted: PassTime
+    host_s: float
 
 
 @dataclass
@@ -19,8 +30,9 @@ class PassTimes:
     measured_s: float = 0.0
     predicted_s: float = 0.0
     passes: list[Timed] | None = None  # None: none are kept
-    _submitted_s: deque[float] = field(default_factory=deque)
-    _ended_s: float = 0.0
+    _submitted_s: deque[tuple[float, float]] = field(default_factory=deque)  # by the clock, and of CPU
+    _ended_s: tuple[float, float] = (0.0, 0.0)
+    _waited_s: float = 0.0  # of CPU, since a pass ended
 
     def keep(self, passes: list[Timed] | None = None) -> list[Timed]:
         """Appends each pass that ends from now on to `passes`, or to a new list, and returns it; it grows for as long
@@ -29,20 +41,33 @@ class PassTimes:
         return self.passes
 
     def submitted(self) -> None:
-        self._submitted_s.append(time.perf_counter())
+        self._submitted_s.append(_now_s())
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which this thread waits for tokens, which it may do by polling."""
+        began_s = time.thread_time()
+        yield
+        self._waited_s += time.thread_time() - began_s
 
     def ended(self, shape: PassShape, work: PassWork, rates: Rates) -> None:
         """Says that the oldest pass that was submitted has ended."""
-        now_s = time.perf_counter()
-        measured_s = now_s - max(self._submitted_s.popleft(), self._ended_s)
+        now_s = _now_s()
+        measured_s, cpu_s = (now - max(both) for now, *both in zip(now_s, self._submitted_s.popleft(), self._ended_s))
         predicted = predict_pass(work, shape, rates)
-        self._ended_s = now_s
+        host_s, self._ended_s, self._waited_s = max(cpu_s - self._waited_s, 0.0), now_s, 0.0
         self.num_passes += 1
         self.measured_s += measured_s
         self.predicted_s += predicted.total_s
         if self.passes is not None:
-            self.passes.append((shape, measured_s, predicted))
+            self.passes.append(Timed(shape, measured_s, predicted, host_s))
 
     def forget(self) -> None:
         """Gives up the passes that have not ended."""
         self._submitted_s.clear()
+        self._waited_s = 0.0
+
+
+def _now_s() -> tuple[float, float]:
+    """The seconds of the clock, and those of CPU that this process has had."""
+    return time.perf_counter(), time.process_time()

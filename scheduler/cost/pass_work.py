@@ -7,12 +7,22 @@ seconds.
 from dataclasses import dataclass
 
 KV_SHARE = 0.72  # decode attention reads keys and values at this share of the memory rate; measured at 32k tokens
-ATTENTION_SHARE = 0.6  # prefill attention's share of the GEMM rate; measured: 0.48 at 2000 tokens, 0.65 at 8000
+ATTENTION_SHARE = 0.65  # the share of the GEMM rate that prefill attention has in long prompts: 0.65 at 8000 tokens
+# What a token of a prompt costs attention beside its pairs, in pairs: tiles that reach over the diagonal, and starts of
+# programs. Measured in passes of 8192 tokens: 707 in prompts of 512, 225 in one of 2000.
+TOKEN_PAIRS = 500
 # Chunks that continue copy the keys and values that they attend to before they attend, entry by entry, at this share of
 # the memory rate.
 GATHER_SHARE = 0.25
 # Tokens of a pass with prompts that is padded and captured: eager, its launches would take longer than its work.
 MOST_PADDED_TOKENS = 2048
+SMALL_STEP, SMALL, STEP = 64, 256, 128  # it is padded to a multiple of a step, of the small one up to SMALL
+
+
+def padded_tokens(num_tokens: int) -> int:
+    """The tokens to which a pass with prompts is padded, if the budget of a pass allows as many."""
+    step = SMALL_STEP if num_tokens <= SMALL else STEP
+    return -(-num_tokens // step) * step
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,11 @@ class PassShape:
         if self.num_copied is not None:
             return self.num_copied
         return self.context_tokens + self.num_tokens if self.context_tokens and not self.is_decode else 0
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens that linears compute, padding included."""
+        return padded_tokens(self.num_tokens) if self.is_padded and not self.is_decode else self.num_tokens
 
     @property
     def is_decode(self) -> bool:
@@ -114,8 +129,8 @@ class StepWork:
 
     def gemm_flops(self, shape: PassShape) -> float:
         """FLOPs of a GEMM that would take as long as the step, but for the rows of one token, which memory binds."""
-        linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
-        pairs = shape.attended_pairs - shape.read_tokens
+        linear_flops = shape.run_tokens * self.token_flops + shape.num_rows * self.row_flops
+        pairs = shape.attended_pairs - shape.read_tokens + TOKEN_PAIRS * (shape.num_tokens - shape.num_rows)
         return linear_flops + pairs * self.attention_flops / ATTENTION_SHARE
 
 

@@ -6,11 +6,14 @@ Every benchmark takes its bound, the fraction of it, and achieved GB/s and FLOP/
 part of a bound: they are costs, not limits. All figures are those of one rank.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+from penstock.engine.runtime.pass_times import Timed
 from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import Rates, predict_pass
 from penstock.scheduler.units import GB, gb_s
@@ -78,16 +81,24 @@ def kind_of(shape: PassShape) -> str:
 
 
 def by_kind(
-    work: PassWork, passes: Sequence[tuple[PassShape, float]], measured_rates: Rates, planned_rates: Rates
+    work: PassWork, passes: Sequence[Timed], measured_rates: Rates, planned_rates: Rates
 ) -> list[dict[str, Any]]:
     """A row for each kind of pass there was: the passes' number, tokens and seconds, and the fields of
     `against_bound`."""
     rows = []
     for kind in KINDS:
-        own = [(shape, measured_s) for shape, measured_s in passes if kind_of(shape) == kind]
+        own = [one for one in passes if kind_of(one.shape) == kind]
         if own:
-            shapes, measured_s = [shape for shape, _ in own], sum(measured_s for _, measured_s in own)
+            shapes, measured_s = [one.shape for one in own], sum(one.measured_s for one in own)
             counts = {"num_passes": len(own), "num_tokens": sum(shape.num_tokens for shape in shapes)}
             bound = against_bound(work, shapes, measured_s, measured_rates, planned_rates)
             rows.append({"kind": kind} | counts | {"measured_s": measured_s} | bound)
     return rows
+
+
+def host_fields(passes: Sequence[Timed]) -> dict[str, float]:
+    """A record's fields on rank 0's host: its CPU seconds a pass, all threads, waiting excluded, as the median and the
+    99th percentile, and the shares that these are of the median pass."""
+    pass_s = statistics.median(one.measured_s for one in passes)
+    host_s, most_s = (float(numpy.percentile([one.host_s for one in passes], p)) for p in (50, 99))
+    return {"host_s": host_s, "host_p99_s": most_s, "host_share": host_s / pass_s, "host_p99_share": most_s / pass_s}

@@ -43,7 +43,7 @@ class Stretches:
         self._times: list[float] = []
 
     def append(self, one: Timed) -> None:
-        shape, measured_s, _ = one
+        shape, measured_s, *_ = one
         if not shape.is_decode:
             return
         if self.shape is None or shape.context_tokens > self.shape.context_tokens:

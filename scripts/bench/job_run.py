@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
 from penstock.engine.runtime.bucket_sizes import bucket_sizes
+from penstock.engine.runtime.pass_times import Timed
 from penstock.scheduler.batching.request import Request, SamplingParams
-from penstock.scheduler.cost.pass_work import PassShape
 
 from scripts.bench.arrivals import serve
 from scripts.bench.workload import Job, greedy
@@ -74,6 +74,6 @@ def run_arriving(llm: LLM, jobs: Sequence[Job], arrivals: Sequence[float]) -> li
     return times
 
 
-def timed_passes(llm: LLM) -> list[tuple[PassShape, float]]:
-    """The passes of the last run with the seconds that each took."""
-    return [(shape, measured_s) for shape, measured_s, _ in llm.engine.times.passes]
+def timed_passes(llm: LLM) -> list[Timed]:
+    """The passes of the last run, as they were timed."""
+    return list(llm.engine.times.passes)

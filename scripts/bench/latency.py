@@ -28,11 +28,11 @@ import numpy
 from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
-from penstock.scheduler.cost.pass_work import PassShape
+from penstock.engine.runtime.pass_times import Timed
 from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.units import ms
 
-from scripts.bench.bound import against_bound
+from scripts.bench.bound import against_bound, host_fields
 from scripts.bench.comparison import add_compare_arguments, check_compare, compare, print_comparisons
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
@@ -42,7 +42,6 @@ from scripts.bench.workload import Job, Measured, add_workload_arguments, greedy
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 VLLM_FIELDS = ("avg_latency", "latencies", "percentiles")
-Passes = list[tuple[PassShape, float]]  # each pass, and the seconds that it took
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Iteration:
     """One whole request: its seconds and, on rank 0, its passes."""
 
     latency_s: float
-    passes: Passes
+    passes: list[Timed]
     tokens: list[list[int]]
 
-    def split(self) -> tuple[Passes, Passes]:
+    def split(self) -> tuple[list[Timed], list[Timed]]:
         """Passes up to the last one with a part of a prompt in it, and the decode passes behind it."""
-        prompt = [index for index, (shape, _) in enumerate(self.passes) if shape.num_tokens > shape.num_rows]
+        prompt = [i for i, one in enumerate(self.passes) if one.shape.num_tokens > one.shape.num_rows]
         first_decode = max(prompt, default=0) + 1
         return self.passes[:first_decode], self.passes[first_decode:]
 
@@ -132,15 +131,14 @@ def run_once(llm: LLM, jobs: list[Job], n: int) -> Iteration:
     kept, start = llm.engine.times.keep(), time.perf_counter()
     outputs = without_errors(llm.generate([job.prompt for job in jobs], [greedy(job, n) for job in jobs]))
     latency_s = time.perf_counter() - start
-    passes = [(shape, measured_s) for shape, measured_s, _ in kept]
-    return Iteration(latency_s, passes, [output.outputs[0].token_ids for output in outputs])
+    return Iteration(latency_s, kept, [output.outputs[0].token_ids for output in outputs])
 
 
 def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates) -> dict:
     """Median time until the last sequence of the batch has its first token: all passes with a prompt in them."""
     prefills = [run.split()[0] for run in runs]
-    times = [sum(seconds for _, seconds in passes) for passes in prefills]
-    shapes, median_s = [shape for shape, _ in prefills[0]], statistics.median(times)
+    times = [sum(one.measured_s for one in passes) for passes in prefills]
+    shapes, median_s = [one.shape for one in prefills[0]], statistics.median(times)
     num_tokens = sum(shape.num_tokens for shape in shapes)
     return {
         "first_token_s": median_s,
@@ -155,15 +153,16 @@ def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates) -> dict:
 def decode_fields(llm: LLM, runs: list[Iteration], num_seqs: int, planned: Rates) -> dict:
     """Median decode pass over the whole batch, bound by the one in the middle of the output; no fields where there was
     none."""
-    decodes = [one for run in runs for one in run.split()[1] if one[0].num_tokens == num_seqs]
+    decodes = [one for run in runs for one in run.split()[1] if one.shape.num_tokens == num_seqs]
     if not decodes:
         return {}
-    median_s = statistics.median(seconds for _, seconds in decodes)
-    middle = sorted((shape for shape, _ in decodes), key=lambda shape: shape.context_tokens)[len(decodes) // 2]
+    median_s = statistics.median(one.measured_s for one in decodes)
+    middle = sorted((one.shape for one in decodes), key=lambda shape: shape.context_tokens)[len(decodes) // 2]
     return {
         "decode_pass_s": median_s,
-        "decode_pass_best_s": min(seconds for _, seconds in decodes),
+        "decode_pass_best_s": min(one.measured_s for one in decodes),
         "num_timed_passes": len(decodes),
+        **host_fields(decodes),
         "tokens_per_second": num_seqs / median_s,
         **against_bound(llm.engine.work, [middle], median_s, llm.engine.rates, planned),
     }

@@ -152,8 +152,8 @@ def measure(llm: LLM, jobs: list[Job], arrivals: list[float] | None, args: argpa
         **rate_fields(jobs, args.n, elapsed_s),
         **latencies,
         "num_timed_passes": len(passes),
-        "passes_s": sum(measured_s for _, measured_s in passes),
-        **against_bound(engine.work, [shape for shape, _ in passes], elapsed_s, engine.rates, planned),
+        "passes_s": sum(one.measured_s for one in passes),
+        **against_bound(engine.work, [one.shape for one in passes], elapsed_s, engine.rates, planned),
         "by_kind": by_kind(engine.work, passes, engine.rates, planned),
     }
 

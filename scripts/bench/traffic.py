@@ -21,7 +21,7 @@ from penstock.engine.llm import LLM
 from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.units import gb_s, ms
 
-from scripts.bench.bound import against_bound, by_kind
+from scripts.bench.bound import against_bound, by_kind, host_fields
 from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
@@ -133,12 +133,12 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates) -> di
     work, rates = llm.engine.work, llm.engine.rates
     fields = {"row": row.name, "measures": row.measures, "num_requests": row.num, **time_fields(row, runs, times)}
     if row.measures != TOKEN:
-        bound = against_bound(work, [shape for shape, _ in passes], fields["measured_s"], rates, planned)
+        bound = against_bound(work, [one.shape for one in passes], fields["measured_s"], rates, planned)
         return fields | bound | {"num_passes": len(passes), "by_kind": by_kind(work, passes, rates, planned)}
-    decodes = [one for one in passes if one[0].is_decode and one[0].num_rows == row.num]
+    decodes = [one for one in passes if one.shape.is_decode and one.shape.num_rows == row.num]
     if not decodes:
         return {"row": row.name, "error": f"the KV cache is too small for its {row.num} sequences at once"}
-    shapes = [shape for shape, _ in decodes]
+    shapes = [one.shape for one in decodes]
     bound = against_bound(work, shapes, fields["measured_s"] * len(decodes), rates, planned)
     bound |= {name: bound[name] / len(decodes) for name in ("bound_s", "predicted_s")}
     return (
@@ -146,7 +146,8 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates) -> di
         | bound
         | {
             "num_passes": len(decodes),
-            "decode_pass_s": statistics.median(measured_s for _, measured_s in decodes),
+            "decode_pass_s": statistics.median(one.measured_s for one in decodes),
+            **host_fields(decodes),
         }
     )
 

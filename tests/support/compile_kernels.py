@@ -2,9 +2,9 @@
 
     python tests/support/compile_kernels.py CHECKPOINT...
 
-The real engine runs as on a GPU, on CPU tensors, and each launch stops when its kernel is compiled. In the interpreter
-kernels may do what Triton's compiler refuses, such as a name whose type changes from one turn of a loop to the next.
-The engine's results mean nothing. It prints the modules of the kernels that were compiled, and their names, in JSON.
+The real engine runs as on a GPU, on CPU tensors, and its kernels are compiled ahead. In the interpreter kernels may do
+what Triton's compiler refuses, such as a name whose type changes from one turn of a loop to the next. The engine's
+results mean nothing. It prints the modules of the kernels that were compiled, and their names, in JSON.
 """
 
 import itertools
@@ -18,7 +18,9 @@ import pytest
 import torch
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
+from penstock.parallel.triton_door import compiled_ahead
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -49,15 +51,15 @@ class Hopper:
 
 
 def main(checkpoints: list[str]) -> None:
-    compiled, run = {}, JITFunction.run
+    launched, run = set(), JITFunction.run
 
-    def compile_only(self, *arguments, grid, warmup, **named):
-        compiled.setdefault(self.fn.__module__, set()).add(self.fn.__name__)
-        return run(self, *arguments, grid=grid, warmup=True, **named)
+    def note(self, *arguments, **named):
+        launched.add(self)
+        return run(self, *arguments, **named)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, compiled_ahead(os.cpu_count()):
         driver.set_active(Hopper())
-        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(JITFunction, "run", note)
         patch.setattr(torch, "empty", torch.zeros)  # nothing is ever written, and tokens have to be valid
         patch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
         for kernel in KERNELS.values():
@@ -73,7 +75,12 @@ def main(checkpoints: list[str]) -> None:
             with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:
                 for params in (GREEDY, DRAWN, ALL):
                     llm.generate([PROMPT], params)
-    print(json.dumps({module: sorted(names) for module, names in compiled.items()}))
+    compiled = {}
+    for kernel in launched:
+        (variants, *_), *others = kernel.device_caches.values()
+        assert not others and all(isinstance(variant, CompiledKernel) for variant in variants.values())
+        compiled.setdefault(kernel.fn.__module__, []).append(kernel.fn.__name__)
+    print(json.dumps(compiled))
 
 
 if __name__ == "__main__":

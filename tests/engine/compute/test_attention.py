@@ -177,6 +177,22 @@ def test_whole_rows_attend_by_the_definition(rows, num_whole, window, monkeypatc
     assert attention.calls["whole"] - before == num_whole
 
 
+def test_whole_rows_are_padded_to_lengths_that_are_planned_at_start(monkeypatch):
+    """There are few, and none is much longer than the row."""
+    planned = []
+    monkeypatch.setattr(attention, "attend_whole", lambda heads, num_kv_heads: planned.append(heads))
+    attention.plan_whole(range(1024, 2**31), 40_000, torch.empty(1, 8, 4, dtype=torch.bfloat16), 2)
+    lengths = [len(heads) for heads in planned]
+    assert lengths[:16] == [*range(1024, 8193, 512), 9216] and lengths[-2:] == [36_864, 40_960] and len(lengths) == 33
+    assert all(heads.shape[1:] == (8, 4) and heads.dtype == torch.bfloat16 for heads in planned)
+    for num_tokens in range(1024, 40_001):
+        padded = attention.padded_whole(num_tokens)
+        assert padded in lengths and num_tokens <= padded < num_tokens + max(512, num_tokens / 8)
+    attention.plan_whole(range(1024, 2**31), 1000, planned[0], 2)
+    attention.plan_whole(range(0), 40_000, planned[0], 2)
+    assert len(planned) == len(lengths)
+
+
 @pytest.mark.tolerance
 def test_rows_that_somebody_else_attends_see_the_same():
     example = Example([(5, 1), (0, 9), (7, 6), (0, 3), (0, 1), (11, 1)], turns=True, margin=3, max_context=64)

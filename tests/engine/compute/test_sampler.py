@@ -418,6 +418,17 @@ def test_rows_with_nan_logits_give_no_token(sampling, device):
     assert run(healthy, logits[:1].to(device), [0]).tokens == tokens[0]
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8])
+def test_parameters_begin_where_kernels_are_not_compiled_anew(num_rows):
+    """Triton compiles a kernel for addresses that are multiples of 16 bytes, and anew for others."""
+    sampler, rows = Sampler(8, 10, "cpu"), torch.arange(num_rows)
+    sampler.set_rows({row: replace(GREEDY, temperature=1.0 + row) for row in range(num_rows)})
+    own = sampler._params_of(rows)
+    assert own["temperature"].tolist() == [1.0 + row for row in range(num_rows)]
+    for values in own.values():
+        assert values.shape == (num_rows,) and values.is_contiguous() and values.data_ptr() % 16 == 0
+
+
 def test_no_rows():
     output = run(with_rows([GREEDY]), torch.empty(0, V), [])
     assert output.tokens.shape == (0,) and output.logprobs is None

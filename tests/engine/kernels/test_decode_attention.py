@@ -169,8 +169,10 @@ def test_scores_that_rise_or_fall_steeply(segment):
 
 @pytest.mark.parametrize("segment", [512, 64])
 @pytest.mark.parametrize("options", [{}, {"window": 30, "num_queries": 3}, {"margin": 12, "pairs": 32}])
-def test_a_row_does_not_depend_on_its_batch(segment, options):
-    """Bits are the same alone and in a batch with longer, shorter and padded rows, whatever the room for items."""
+def test_a_row_does_not_depend_on_its_batch(segment, options, monkeypatch):
+    """Bits are the same alone, where each head has a program of the merge, and in a batch with longer, shorter and
+    padded rows, where a group has one, whatever the room for items."""
+    monkeypatch.setattr(kernels, "MERGED_ALONE", 4)
     inputs = make((4, 2, 64), [150, 3, 0, 70], **options)
     together = inputs.run(segment)
     assert torch.equal(inputs.run(segment, room=3), together)

@@ -5,7 +5,15 @@ import math
 
 import pytest
 from penstock.engine.planning.device_profile import load_profile
-from penstock.scheduler.cost.pass_work import ATTENTION_SHARE, GATHER_SHARE, KV_SHARE, PassShape, PassWork, StepWork
+from penstock.scheduler.cost.pass_work import (
+    ATTENTION_SHARE,
+    GATHER_SHARE,
+    KV_SHARE,
+    TOKEN_PAIRS,
+    PassShape,
+    PassWork,
+    StepWork,
+)
 from penstock.scheduler.cost.time_model import Rates, decompress_s, free_tokens, predict_pass, step_s, steps_s
 
 RATES = Rates(link_gb_s=50.0, memory_gb_s=4000.0, gemm_tflops=800.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
@@ -49,7 +57,24 @@ def test_bytes_and_flops_follow_the_shape():
     assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + 3 * (50 + 6) * 1000  # read, written, and read
     pairs = 50 * 3 + 2 * (1 + 2 + 3)  # three queries a row, each attends to what is there, itself and those before
     assert step.flops(shape) == 6 + 2 * 10 + pairs * 100
+    pairs += (6 - 2) * TOKEN_PAIRS
     assert step.gemm_flops(shape) == pytest.approx(6 + 2 * 10 + pairs * 100 / ATTENTION_SHARE)
+
+
+@pytest.mark.parametrize(
+    "shape, run",
+    [
+        (PassShape(6, 2, 0), 64),
+        (PassShape(300, 2, 0), 384),
+        (PassShape(300, 101, 9000, num_copied=0), 384),
+        (PassShape(300, 300, 9000), 300),  # a decode pass
+        (PassShape(300, 2, 50), 300),  # a chunk that continues
+        (PassShape(2049, 2, 0), 2049),
+    ],
+)
+def test_linears_of_short_passes_with_prompts_compute_padding_too(shape, run):
+    step = StepWork("linears", token_flops=7)
+    assert shape.run_tokens == run and step.gemm_flops(shape) == 7 * run and step.flops(shape) == 7 * shape.num_tokens
 
 
 def test_what_the_host_launches_is_no_shorter_than_its_launches():
@@ -104,7 +129,7 @@ def test_rows_that_decode_beside_a_prompt_take_as_long_as_by_themselves():
     attention = StepWork("attention", kv_token_bytes=10**6, attention_flops=6 * 10**10)
     decodes, prompt, both = PassShape(1, 1, 999), PassShape(4, 1, 0), PassShape(5, 2, 999, 1010, 1000, 0)
     assert step_s(attention, decodes, RATES) == pytest.approx(1e9 / KV_SHARE / 4e12)
-    assert step_s(attention, prompt, RATES) == pytest.approx(6e11 / ATTENTION_SHARE / 8e14)
+    assert step_s(attention, prompt, RATES) == pytest.approx((10 + 3 * TOKEN_PAIRS) * 6e10 / ATTENTION_SHARE / 8e14)
     parts = [step_s(attention, shape, RATES) for shape in (decodes, prompt)]
     assert step_s(attention, both, RATES) == pytest.approx(sum(parts))
 

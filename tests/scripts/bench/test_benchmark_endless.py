@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from penstock.engine.runtime.pass_times import Timed
 from penstock.scheduler.cost.pass_work import PassShape
 
 from scripts.bench import endless as benchmark_endless
@@ -42,8 +43,8 @@ def test_a_record(monkeypatch, capsys):
 def test_only_decode_passes_count():
     stretches = Stretches(2, torch.device("cpu"))
     prefill, short, long = PassShape(9, 1, 0), PassShape(1, 1, 9), PassShape(1, 1, 30)
-    for one in ((prefill, 9.0, 0.0), (short, 1.0, 0.0), (long, 3.0, 0.0), (short, 7.0, 0.0)):
-        stretches.append(one)
+    for shape, measured_s in ((prefill, 9.0), (short, 1.0), (long, 3.0), (short, 7.0)):
+        stretches.append(Timed(shape, measured_s, None, 0.0))
     assert [row["decode_pass_s"] for row in stretches.rows] == [2.0]
     assert stretches.shape is long
 

@@ -54,6 +54,7 @@ def test_latency(monkeypatch, capsys, tmp_path):
             record["streamed_bytes_per_pass_and_rank"] / row["decode_pass_s"] / 1e9
         )
         check_bound(row, row["decode_pass_s"])
+        assert 0 < row["host_s"] <= row["host_p99_s"]
         assert "graph_s" not in row  # there are no graphs on a CPU
         first = row["first_token"]
         assert (first["num_passes"], first["num_tokens"]) == (1, 10 * num_seqs)

@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+from penstock.engine.runtime.pass_times import Timed
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import Rates
 
-from scripts.bench.bound import KINDS, against_bound, bound_of, by_kind, kind_of
+from scripts.bench.bound import KINDS, against_bound, bound_of, by_kind, host_fields, kind_of
 
 # 1 GB/s, 10 GB/s, 1 TFLOP/s
 RATES = Rates(link_gb_s=1.0, memory_gb_s=10.0, gemm_tflops=1.0, reduce_latency_s=0.0, reduce_gb_s=1.0, source="x")
@@ -87,7 +88,7 @@ def test_kinds_of_passes():
 
 def test_kinds_add_up_to_the_whole():
     shapes = [batch(*rows).shape for rows in ([(1, 7)], [(1, 9), (1000, 0)], [(1, 3)], [(600, 0)])]
-    passes = [(shape, 1.0 + index) for index, shape in enumerate(shapes)]
+    passes = [Timed(shape, 1.0 + index, None, 0.0) for index, shape in enumerate(shapes)]
     planned = dataclasses.replace(RATES, memory_gb_s=5.0)
     rows = by_kind(STREAMED, passes, RATES, planned)
     whole = against_bound(STREAMED, shapes, 10.0, RATES, planned)
@@ -99,3 +100,9 @@ def test_kinds_add_up_to_the_whole():
     assert tuple(row["kind"] for row in rows) == KINDS
     for name in ("bound_s", "predicted_s"):
         assert sum(row[name] for row in rows) == pytest.approx(whole[name])
+
+
+def test_the_host_has_a_share_of_the_median_pass():
+    passes = [Timed(None, 4.0, None, host_s) for host_s in (*[0.5] * 50, *[1.0] * 48, 3.0, 3.0)]
+    fields = host_fields(passes)
+    assert fields == pytest.approx({"host_s": 0.75, "host_p99_s": 3.0, "host_share": 0.1875, "host_p99_share": 0.75})
