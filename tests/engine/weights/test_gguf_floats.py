@@ -1,4 +1,4 @@
-"""Weights of GGUF files on a CPU, where no kernel reads them quantised: those that stay are floats once they are loaded."""
+"""GGUF weights on a CPU, where no kernel reads them quantised: those that stay are floats once they are loaded."""
 
 import pytest
 import torch
