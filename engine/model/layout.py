@@ -6,10 +6,11 @@ weights of a group lie, group_layout.py says.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 from penstock.engine.model.families import TensorNames
-from penstock.engine.model.group_layout import GroupLayout, Weight, pack_group
+from penstock.engine.model.group_layout import GroupLayout, Weight, always_floats, as_floats, pack_group
 from penstock.engine.model.shard import (
     Piece,
     ShardKind,
@@ -73,6 +74,13 @@ def _check_blocks(spec: ModelSpec, names: TensorNames, formats: Mapping[str, str
                 f"tensor_parallel_size={tp_size} cuts rows of {name} inside of a block of {block} weights"
                 f" ({formats[name]}); possible: {', '.join(map(str, possible)) or 'none'}"
             )
+
+
+def without_kernels(layout: ModelLayout, floats: AbstractSet[GroupId]) -> ModelLayout:
+    """The same groups where no kernel reads quantised weights, as on a CPU: those in `floats` become floats once, as
+    they are loaded, and all others before their steps in each pass."""
+    groups = tuple(as_floats(group) if group.id in floats else always_floats(group) for group in layout.groups)
+    return replace(layout, groups=groups)
 
 
 def select_weights(layout: ModelLayout, wanted: Callable[[Weight], bool]) -> ModelLayout:

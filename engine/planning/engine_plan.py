@@ -4,6 +4,7 @@ Torch-free, so that `penstock plan` runs on a laptop; the engine itself calls th
 rank; all ranks have the same plan (spans have the same sizes on every rank).
 """
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from penstock.engine.config import MOST_SEQS, EngineConfig
 from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import tensor_names
 from penstock.engine.model.group_layout import GroupLayout
-from penstock.engine.model.layout import ModelLayout, model_layout
+from penstock.engine.model.layout import ModelLayout, model_layout, without_kernels
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.planning.decision import Decision
 from penstock.engine.planning.memory_claims import (
@@ -37,9 +38,10 @@ from penstock.scheduler.residency.search import plan_fastest
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """The plan of an engine: all that is decided before loading. `layout` is rank 0's; `activation_offsets` are bytes
-    in the arena of `activations_bytes`. `demand` is what was asked for and `offer` how weights may be compressed, to
-    plan variants; `kept` is the settled demand, and `residency` its residency. `steps` are what a rank does in a pass,
+    """The plan of an engine: all that is decided before loading. `activation_offsets` are bytes in the arena of
+    `activations_bytes`. `demand` is what was asked for and `offer` how weights may be compressed, to plan variants;
+    `kept` is the settled demand, and `residency` its residency. `has_kernels` tells whether quantised weights are read
+    by kernels. `steps` are what a rank does in a pass,
     each with the number of times that it occurs. Each of `notes` says in a sentence what a user should know of the
     plan."""
 
@@ -47,7 +49,7 @@ class EnginePlan:
     dtype: str
     tp_size: int
     rates: Rates
-    layout: ModelLayout
+    has_kernels: bool
     demand: Demand
     offer: CompressionOffer
     kept: Demand
@@ -63,6 +65,16 @@ class EnginePlan:
     def max_num_seqs(self) -> int:
         """The most sequences in one pass: as asked for, or as planned."""
         return self.kept.max_num_seqs
+
+    @functools.cached_property
+    def layout(self) -> ModelLayout:
+        """The layout of rank 0."""
+        return self.rank_layout(0)
+
+    def rank_layout(self, rank: int) -> ModelLayout:
+        """The layout of a rank, as its weights are kept."""
+        layout = model_layout(self.spec, tensor_names(self.spec), self.dtype, self.tp_size, rank)
+        return layout if self.has_kernels else without_kernels(layout, _floats(self.kept, self.residency))
 
     @property
     def decision(self) -> Decision:
@@ -91,40 +103,57 @@ def make_engine_plan(
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
     claims = MemoryClaims(config, spec, dtype, tp_size, device_memory is not None, layout)
-    steps = engine_steps(spec, tp_size, claims.fuses)
-    works = Counter(map(step_work(spec, layout, dtype, tp_size), steps))
-    works.update(dequantise_work(group, rates) for group in layout.groups if group.is_quantised)
-    counted = tuple((work, count) for work, count in works.items() if not work.is_idle)
+    if not claims.has_kernels:
+        claims = replace(claims, layout=without_kernels(layout, frozenset()))
+    steps = engine_steps(spec, tp_size, claims.has_kernels)
     demand = _demand(config, claims, memory_budget(config, device_memory))
-    offer = CompressionOffer(config.weights_compression, Cost(counted, rates))
+    cost = Cost(_work_of(steps, spec, claims.layout, tp_size, rates), rates)
+    offer = CompressionOffer(config.weights_compression, cost)
     if decided is None:
         kept, residency = choose_compression(offer, demand)
     else:
         kept = demand.planned_for(decided.num_seqs)
         residency = plan_residency(kept, decided.split)
     offsets, total = claims.activations(kept.max_num_seqs)
+    if not claims.has_kernels:
+        layout = without_kernels(layout, _floats(kept, residency))
     return EnginePlan(
         spec=spec,
         dtype=dtype,
         tp_size=tp_size,
         rates=rates,
-        layout=layout,
+        has_kernels=claims.has_kernels,
         demand=demand,
         offer=offer,
         kept=kept,
         retention=demand.retention,
         residency=residency,
         pass_plan=_pass_plan(steps, layout, residency),
-        steps=counted,
+        steps=_work_of(steps, spec, layout, tp_size, rates),
         activation_offsets=offsets,
         activations_bytes=total,
         notes=(*notes, *filter(None, [demand.retention.describe(), describe_memory(config, device_memory)])),
     )
 
 
+def _work_of(
+    steps: list[Compute], spec: ModelSpec, layout: ModelLayout, tp_size: int, rates: Rates
+) -> tuple[tuple[StepWork, int], ...]:
+    """The work of a rank in a pass, each step with the number of times that it occurs."""
+    works = Counter(map(step_work(spec, layout, layout.dtype, tp_size), steps))
+    works.update(dequantise_work(group, rates) for group in layout.groups if group.is_quantised)
+    return tuple((work, count) for work, count in works.items() if not work.is_idle)
+
+
+def _floats(demand: Demand, residency: Residency) -> frozenset[GroupId]:
+    """The quantised groups that are floats, since they stay where no kernel reads them."""
+    return residency.resident & demand.floats.keys()
+
+
 def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> Demand:
     spec, layout = claims.spec, claims.layout
     retention = _retention(config, spec)
+    quantised = [group for group in layout.groups if group.is_quantised]
     return Demand(
         groups=tuple((group.id, group.stored_bytes) for group in layout.groups),
         embed_bytes=layout.embed.stored_bytes,
@@ -134,7 +163,8 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         max_position=spec.max_position,
         resident=config.resident,
         compressed={group.id: planned_bytes(group) for group in _compressible(config, spec, layout, claims.dtype)},
-        quantised=frozenset(group.id.name for group in layout.groups if group.is_quantised),
+        quantised=frozenset(group.id.name for group in quantised),
+        floats={group.id: group.nbytes for group in quantised} if budget is None and not claims.has_kernels else {},
         buffer_bytes=claims.decompression_buffer,
         memory_bytes=budget,
         fixed=claims.fixed(config.most_seqs),

@@ -41,8 +41,8 @@ class MemoryClaims:
     layout: ModelLayout
 
     @property
-    def fuses(self) -> bool:
-        """Tells whether neighbouring steps are fused, as kernels of a GPU are."""
+    def has_kernels(self) -> bool:
+        """Tells whether kernels of a GPU run: neighbouring steps are fused, and weights read as they are stored."""
         return self.on_gpu or self.config.debug.as_on_gpu
 
     @functools.cached_property
@@ -50,7 +50,9 @@ class MemoryClaims:
         """The steps of a pass over two layers."""
         num_layers = min(self.spec.num_layers, 2)
         return engine_steps(
-            replace(self.spec, num_layers=num_layers, windows=self.spec.windows[:num_layers]), self.tp_size, self.fuses
+            replace(self.spec, num_layers=num_layers, windows=self.spec.windows[:num_layers]),
+            self.tp_size,
+            self.has_kernels,
         )
 
     @functools.cached_property

@@ -15,8 +15,7 @@ from penstock.engine.compute.kv_cache import make_cache
 from penstock.engine.compute.rope import rope_table
 from penstock.engine.compute.sampler import Sampler
 from penstock.engine.config import EngineConfig
-from penstock.engine.model.families import tensor_names
-from penstock.engine.model.layout import ModelLayout, model_layout
+from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import local_vocab_size, shard_heads
 from penstock.engine.model.steps import activation_widths
 from penstock.engine.planning.engine_plan import EnginePlan, settle_plan
@@ -96,8 +95,7 @@ def build_worker(given: Ingredients, source: WeightSource) -> Worker:
     """Loads the weights and builds all that computes with them. Raises ValueError, or CompressionDoesNotPay, where
     compressed weights turn out not to fit, MemoryError where the host's memory is too small; nothing is left then."""
     with bound_to(given.device), _host_memory(given.plan):
-        topology, plan = given.topology, given.plan
-        layout = model_layout(plan.spec, tensor_names(plan.spec), plan.dtype, topology.tp_size, topology.rank)
+        layout = given.plan.rank_layout(given.topology.rank)
         weights = load(given, source, layout)
         try:
             given = replace(given, plan=settled(given, weights))

@@ -1,13 +1,16 @@
 """Cuts the loading of a layout into blocks: ranges of rows that lie contiguously in what is stored of a group. Threads
 share the work by them, and no buffer is larger than one. Torch-free but for the reading itself."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.model.group_layout import GroupLayout, Rows
 from penstock.engine.model.shard import Piece
+from penstock.engine.model.weight_formats import WeightFormat
 from penstock.engine.weights.views import TORCH_DTYPES
 from penstock.scheduler.passes.pass_plan import GroupId
 from penstock.scheduler.units import MIB
@@ -30,13 +33,15 @@ class WeightSource(Protocol):
 @dataclass(frozen=True)
 class Block:
     """Whole rows of one weight, `nbytes` of the group's stored bytes from `offset`; `to_row` of its pieces counts from
-    the block's first row. A 1-D weight of n elements counts as (n, 1)."""
+    the block's first row. A 1-D weight of n elements counts as (n, 1). What is quantised in the source, and not here,
+    is `read_as`."""
 
     group: GroupId
     offset: int
     dtype: torch.dtype
     shape: tuple[int, int]
     pieces: tuple[Piece, ...]
+    read_as: WeightFormat | None = None
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +50,7 @@ class Block:
     @property
     def covered(self) -> bool:
         """Tells whether the pieces (which never overlap) fill the block."""
-        return sum(piece.num_rows * piece.num_cols for piece in self.pieces) == self.shape[0] * self.shape[1]
+        return sum(piece.num_rows * self._columns(piece.num_cols) for piece in self.pieces) == math.prod(self.shape)
 
     def fill(self, source: WeightSource, memory: Tensor) -> int:
         """Reads the pieces into `memory`, uint8 (nbytes,) on the CPU; returns the bytes read."""
@@ -53,8 +58,28 @@ class Block:
         num_read = 0
         for piece in self.pieces:
             rows = weight[piece.to_row : piece.to_row + piece.num_rows]
-            num_read += source.read_piece(piece, rows[:, piece.to_col : piece.to_col + piece.num_cols])
+            first = self._columns(piece.to_col)
+            out = rows[:, first : first + self._columns(piece.num_cols)]
+            if self.read_as is None:
+                num_read += source.read_piece(piece, out)
+            else:
+                num_read += _read_floats(source, piece, self.read_as, out)
         return num_read
+
+    def _columns(self, num_cols: int) -> int:
+        """The columns here of so many of a piece."""
+        return num_cols if self.read_as is None else num_cols // self.read_as.nbytes * self.read_as.block
+
+
+def _read_floats(source: WeightSource, piece: Piece, kind: WeightFormat, out: Tensor) -> int:
+    """Reads a piece of quantised rows as floats; returns the bytes read."""
+    stored = torch.empty(piece.num_rows, piece.num_cols, dtype=torch.uint8)
+    num_read = source.read_piece(piece, stored)
+    floats = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+    dequantise(kind.name, stored, floats)
+    if floats is not out:
+        out.copy_(floats)
+    return num_read
 
 
 def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
@@ -69,7 +94,7 @@ def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
             pieces = _clip(rows, first, stop)
             if pieces:
                 shape = (stop - first, row_bytes // dtype.itemsize)
-                yield Block(layout.id, rows.offset + first * row_bytes, dtype, shape, pieces)
+                yield Block(layout.id, rows.offset + first * row_bytes, dtype, shape, pieces, rows.read_as)
 
 
 def _clip(rows: Rows, first: int, stop: int) -> tuple[Piece, ...]:

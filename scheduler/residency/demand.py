@@ -32,7 +32,8 @@ class Demand:
     `groups` are in the order of a pass, the head last, and those of one name are alike; their bytes are those that are
     stored. `embed_bytes` is 0 for a tied embedding, which uses the head's bytes. `compressed` gives the compressed
     bytes of the groups that may be compressed, `quantised` the names of those that are stored quantised; `buffer_bytes`
-    gives the size of the decompression buffer for groups of these names.
+    gives the size of the decompression buffer for groups of these names. `floats` are the quantised groups that are
+    floats where they stay, with the bytes that they have then.
     `fixed` are named claims that no split changes (activations, workspace, context ...); `fixed_of` gives them for
     another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`, and up to
     `most_let_in` shorter sequences may run at once. `memory_bytes` None stands for plain host memory (a CPU), which has
@@ -51,6 +52,7 @@ class Demand:
     resident: str | float = "auto"
     compressed: Mapping[GroupId, int] = field(default_factory=dict)
     quantised: frozenset[str] = frozenset()
+    floats: Mapping[GroupId, int] = field(default_factory=dict)
     buffer_bytes: Callable[[frozenset[str]], int] = lambda names: 0
     memory_bytes: int | None = None
     fixed: Claims = ()
@@ -137,13 +139,16 @@ class Demand:
 
     def weights_bytes(self, split: Split) -> int:
         """Device bytes of the weights that stay."""
-        groups = sum(self.size(group, nbytes, split) for group, nbytes in self.groups if group in split.resident)
+        sizes = [(group, self.size(group, nbytes, split)) for group, nbytes in self.groups if group in split.resident]
+        groups = sum(self.floats.get(group, nbytes) for group, nbytes in sizes)
         return groups + (self.embed_bytes if split.embed_resident else 0)
 
     def claims(self, split: Split) -> Claims:
         """The claims beside ring, weights and KV cache."""
-        buffer_bytes = self.buffer_for(frozenset(group.name for group in split.compressed))
-        return (*self.fixed, ("decompression buffer", buffer_bytes)) if buffer_bytes else self.fixed
+        compressed, floats = {group.name for group in split.compressed}, split.resident & self.floats.keys()
+        quantised = {group.name for group, _ in self.groups if group not in floats} & self.quantised
+        names = frozenset(compressed | quantised)
+        return (*self.fixed, ("decompression buffer", self.buffer_bytes(names))) if names else self.fixed
 
     def buffer_for(self, names: frozenset[str]) -> int:
         """Bytes of the decompression buffer if groups of these names are compressed, beside the quantised ones."""

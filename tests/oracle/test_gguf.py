@@ -17,6 +17,8 @@ CASES = [GGUFCase(model, 1, resident) for model in MODELS for resident in ("none
 CASES += [GGUFCase("llama", 1, 0.5), GGUFCase("llama", 2, "none"), GGUFCase("llama", 2, "all")]
 CASES += [GGUFCase("qwen2", 2, 0.5), GGUFCase("llama", 4, "none"), GGUFCase("qwen2", 4, "all")]
 CASES += [GGUFCase("qwen3", 4, "none")]
+CASES += [GGUFCase("llama", 1, resident, "cpu") for resident in ("none", 0.5, "all")]
+CASES += [GGUFCase("qwen2", 2, resident, "cpu") for resident in ("none", "all")]
 BOUND = 1e-5  # of the largest logit
 
 
@@ -59,7 +61,7 @@ def test_logits_and_tokens_are_transformers(runs, case):
     assert relative_difference(result["logits"], reference).max() < BOUND
     assert torch.equal(result["tokens"], reference.argmax(-1))
     assert (result["copied_bytes"] > 0) == (case.resident != "all")
-    assert result["float_bytes"] > 0
+    assert (result["float_bytes"] > 0) == (case.way == "gpu" or case.resident != "all")
 
 
 ALIKE = [*((model, 1, "none") for model in MODELS), ("llama", 1, 0.5), ("llama", 2, "none")]
@@ -69,6 +71,12 @@ ALIKE = [*((model, 1, "none") for model in MODELS), ("llama", 1, 0.5), ("llama",
 def test_bits_do_not_depend_on_where_weights_lie(runs, model, tp_size, resident):
     one, other = (runs.result(GGUFCase(model, tp_size, kept)) for kept in (resident, "all"))
     assert torch.equal(one["logits"], other["logits"]) and torch.equal(one["float_bytes"], other["float_bytes"])
+
+
+@pytest.mark.parametrize("model, tp_size, resident", [("llama", 1, "none"), ("llama", 1, 0.5), ("qwen2", 2, "none")])
+def test_weights_that_stay_on_a_cpu_are_floats_of_the_same_bits(runs, model, tp_size, resident):
+    one, other = (runs.result(GGUFCase(model, tp_size, kept, "cpu")) for kept in (resident, "all"))
+    assert torch.equal(one["logits"], other["logits"]) and one["float_bytes"] > other["float_bytes"] == 0
 
 
 def test_what_streams_is_what_is_stored(runs):

@@ -24,28 +24,28 @@ PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 @dataclass(frozen=True)
 class GGUFCase:
-    """A run of FOLDER/model.gguf, which is one model's name."""
+    """A run of FOLDER/model.gguf, which is one model's name; `way` is how a CPU computes, or "gpu": as on one."""
 
     model: str
     tp_size: int
     resident: str | float
-    dtype: str = "float32"
+    way: str = "gpu"
 
     @property
     def id(self) -> str:
-        return f"{self.model}-tp{self.tp_size}-{self.resident}-{self.dtype}"
+        return f"{self.model}-tp{self.tp_size}-{self.resident}-{self.way}"
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of the engine: prompts in chunks of many tokens, then passes of three, which read stored bits."""
         return {
             "device": "cpu",
-            "dtype": self.dtype,
+            "dtype": "float32",
             "tensor_parallel_size": self.tp_size,
             "resident": self.resident,
             "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
             "max_num_seqs": len(PROMPT_LENGTHS),
-            "debug": {"lanes": "random", "poison": True},
+            "debug": {"lanes": "random", "poison": True, "as_on_gpu": self.way == "gpu"},
         }
 
 
@@ -76,9 +76,9 @@ def launch_gguf(cases: list[GGUFCase], folder: Path) -> str:
 def main() -> None:
     folder, *ids = sys.argv[1:]
     for case_id in ids:
-        model, tp, resident, dtype = case_id.rsplit("-", 3)
+        model, tp, resident, way = case_id.rsplit("-", 3)
         kept = resident if resident in ("all", "none") else float(resident)
-        result = run_gguf(GGUFCase(model, int(tp.removeprefix("tp")), kept, dtype), Path(folder))
+        result = run_gguf(GGUFCase(model, int(tp.removeprefix("tp")), kept, way), Path(folder))
         if os.environ["RANK"] == "0":
             save_file(result, Path(folder) / f"{case_id}.safetensors")
 

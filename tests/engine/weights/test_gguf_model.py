@@ -260,7 +260,7 @@ def test_the_smallest_file_that_is_whole_loads(tmp_path):
 def test_dummy_blocks_are_finite_and_stay_in_their_place(files):
     """As benchmarks have them: a file's shape, and random bytes that make small scales."""
     file = files / "llama.gguf"
-    config = EngineConfig(str(file), load_format="dummy")
+    config = EngineConfig(str(file), load_format="dummy", resident="none")
     plan = make_engine_plan(config, read_model(file, dummy=True).spec, 1, None, load_profile("cpu", 1))
     source = open_source(config, file, plan)
     for group in plan.layout.groups:
