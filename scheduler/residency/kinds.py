@@ -44,7 +44,7 @@ class Others(NamedTuple):
 
 
 def others_of(kinds: Sequence[Kind], stay: tuple[int, ...]) -> Others:
-    """What follows if so many groups of each of these kinds stay."""
+    """Adds up what follows if so many groups of each of these kinds stay."""
     both = list(zip(stay, kinds))
     return Others(
         stay,
