@@ -31,7 +31,7 @@ from penstock.scheduler.cost.time_model import Rates, decompress_s, pass_s, step
 from penstock.scheduler.passes.build import usual_ring_bytes
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand, Split
-from penstock.scheduler.residency.kinds import Kind, find_kinds
+from penstock.scheduler.residency.kinds import Others, find_kinds, others_of
 from penstock.scheduler.residency.spread import every, spread
 from penstock.scheduler.units import GB
 
@@ -75,31 +75,6 @@ class Found(NamedTuple):
     left_bytes: float = 0
 
 
-class Others(NamedTuple):
-    """Numbers of groups that stay, of all kinds but the largest, and what follows from them: bytes of the groups that
-    stay and of those that stream, seconds of decompressing those that stay, the number of those that stream, and the
-    bytes of the largest of these."""
-
-    stay: tuple[int, ...]
-    held: int
-    streamed: int
-    kept_s: float
-    num_streamed: int
-    largest: int
-
-
-def _others(kinds: Sequence[Kind], stay: tuple[int, ...]) -> Others:
-    both = list(zip(stay, kinds))
-    return Others(
-        stay,
-        held=sum(count * kind.kept_bytes for count, kind in both),
-        streamed=sum((kind.total - count) * kind.kept_bytes for count, kind in both),
-        kept_s=sum(count * kind.decompress_s for count, kind in both),
-        num_streamed=sum(kind.total - count for count, kind in both),
-        largest=max((kind.kept_bytes for count, kind in both if count < kind.total), default=0),
-    )
-
-
 class Family:
     """The splits of a demand: either all groups are plain, or those that may be compressed are."""
 
@@ -107,7 +82,7 @@ class Family:
         self.demand, self.cost, self.compressed = demand, cost, compressed
         self.kinds = find_kinds(demand, cost.rates, compressed)
         *first, _ = self.kinds
-        self._others = [_others(first, stay) for stay in itertools.product(*(reversed(kind.stay) for kind in first))]
+        self._others = [others_of(first, stay) for stay in itertools.product(*(reversed(kind.stay) for kind in first))]
         self._order = [group.name for group, _ in demand.groups]
         self._rings: dict[tuple[int, ...], int | None] = {}
         self._buffers: dict[frozenset[str], int] = {}

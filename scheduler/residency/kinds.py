@@ -3,6 +3,7 @@
 The groups of one name are alike, so they are counted and not told apart.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from penstock.scheduler.cost.time_model import Rates, decompress_s
@@ -27,6 +28,32 @@ class Kind(NamedTuple):
     def extra_bytes(self) -> int:
         """Bytes by which a plain group is larger than a compressed one."""
         return self.plain_bytes - self.kept_bytes
+
+
+class Others(NamedTuple):
+    """Numbers of groups that stay, of all kinds but the largest, and what follows from them: bytes of the groups that
+    stay and of those that stream, seconds of decompressing those that stay, the number of those that stream, and the
+    bytes of the largest of these."""
+
+    stay: tuple[int, ...]
+    held: int
+    streamed: int
+    kept_s: float
+    num_streamed: int
+    largest: int
+
+
+def others_of(kinds: Sequence[Kind], stay: tuple[int, ...]) -> Others:
+    """Adds up what follows if so many groups of each of these kinds stay."""
+    both = list(zip(stay, kinds))
+    return Others(
+        stay,
+        held=sum(count * kind.kept_bytes for count, kind in both),
+        streamed=sum((kind.total - count) * kind.kept_bytes for count, kind in both),
+        kept_s=sum(count * kind.decompress_s for count, kind in both),
+        num_streamed=sum(kind.total - count for count, kind in both),
+        largest=max((kind.kept_bytes for count, kind in both if count < kind.total), default=0),
+    )
 
 
 def find_kinds(demand: Demand, rates: Rates, compressed: bool) -> list[Kind]:

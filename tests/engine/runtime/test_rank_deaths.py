@@ -19,7 +19,7 @@ from tests.support.rank_deaths import Case
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(200)]
 HANG_S = 60.0
-AT_ONCE = 4
+AT_ONCE = 3
 SCRIPT = Path(__file__).parents[2] / "support" / "rank_deaths.py"
 LAUNCHERS, FAULTS, TIMES = (
     ("self", "torchrun"),
