@@ -102,7 +102,7 @@ def set_weights(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr, L
 
 @triton.jit
 def load_scales(rows, start, unit, inside, KIND: tl.constexpr, NBYTES: tl.constexpr, EVEN: tl.constexpr):
-    """What set_scales makes a unit's scales of: two fp32 of the block, and two words of packed scales."""
+    """Two fp32 of the block and two words of packed numbers, of which set_scales makes the scales of a unit."""
     if KIND == "Q4_K" or KIND == "Q5_K":
         at, is_late = start + 2 + (unit & 1), unit >= 2
         first, second = _half(rows, at, inside, EVEN), _half(rows, at + 2, inside, EVEN)

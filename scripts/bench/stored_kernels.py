@@ -34,9 +34,7 @@ from scripts.bench.record import add_output_argument, keep, machine
 
 SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096))
 TOKENS = (1, 4)
-VARIANTS = tuple(  # rows of a program, words of a row in a turn, warps
-    (rows, words * warps, warps) for warps in (1, 2, 4) for rows in (2, 4, 8) for words in (64, 128)
-)
+VARIANTS = ((1, 128, 1, 4), (2, 128, 1, 1), (2, 128, 1, 4), (2, 256, 2, 1), (4, 128, 1, 1))  # stored_linear's Config
 CHECKED_WEIGHTS = 1 << 20
 DTYPES = (torch.bfloat16, torch.float32)
 LARGE_BYTES = 1 << 28  # more than the L2 cache holds
@@ -123,7 +121,7 @@ def time_variants(kind: str, shape: tuple[int, int], device: torch.device) -> di
     x = torch.randn(1, shape[1], device=device).to(torch.bfloat16)
     out = torch.empty(1, shape[0], dtype=torch.bfloat16, device=device)
 
-    def rate(variant: tuple[int, int, int]) -> float:
+    def rate(variant: tuple[int, int, int, int]) -> float:
         run_s = graph_seconds(
             lambda index: _stored_linear_triton(x, kind, own[index % len(own)], None, out, variant), device
         )
