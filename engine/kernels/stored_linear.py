@@ -10,9 +10,9 @@ A program owns BLOCK_N rows and walks D in units of words (block_words.py). What
 of which loads cost most. So codes become floats in one operation, four bf16 values of x are one load, and a load of x
 serves BLOCK_N rows. All lanes lie along D, a word a thread, and scales are loaded for each word anew: so no tensor
 changes its layout in the loop, which would go through shared memory. No partial sums in memory, no atomics.
-Measured on an H200, in shares of the read rate: Q4_0 0.23, Q8_0 0.35, Q4_K 0.16 at one token, where codes converted by
-`to(float32)`, words of two bytes and single values of x had 0.15 and 0.30. Not tried: codes and scales apart, at
-16 bytes, so that one load has the codes of a block; blocks begin at even bytes only.
+On an H200 a variant with the same loads had of the read rate, at one token: Q4_0 0.23, Q8_0 0.35, Q4_K 0.16.
+Codes converted by `to(float32)`, words of two bytes and single values of x had 0.15 and 0.30. Not tried: codes and
+scales apart, at 16 bytes, so that one load has the codes of a block (blocks begin at even bytes only).
 """
 
 from collections.abc import Sequence
