@@ -133,14 +133,16 @@ def always_floats(group: GroupLayout) -> GroupLayout:
 
 
 def _stored_rows(weight: Weight, dtype: str, formats: Mapping[str, str]) -> list[Rows]:
-    """A weight's rows by the format of their source; all at once where none is quantised."""
-    kinds = [FORMATS[formats.get(source, dtype)] for source, _ in weight.sources]
-    if not any(kind.is_quantised for kind in kinds):
+    """A weight's rows by the format of their sources, neighbours of one format together; all at once where none is
+    quantised."""
+    kinds = [formats.get(source, dtype) for source, _ in weight.sources]
+    if not any(FORMATS[kind].is_quantised for kind in kinds):
         return [Rows(weight.name, FORMATS[dtype], 0, weight.num_rows, weight.num_cols, 0, weight.pieces)]
-    starts = [row for _, row in weight.sources]
+    firsts = [index for index, kind in enumerate(kinds) if index == 0 or kind != kinds[index - 1]]
+    starts = [weight.sources[index][1] for index in firsts]
     return [
         Rows(weight.name, kind, start, stop - start, weight.num_cols, 0, _pieces(weight, kind, start, stop))
-        for kind, start, stop in zip(kinds, starts, [*starts[1:], weight.num_rows])
+        for kind, start, stop in zip((FORMATS[kinds[i]] for i in firsts), starts, [*starts[1:], weight.num_rows])
     ]
 
 

@@ -84,7 +84,7 @@ class StepWork:
     """The work of one rank in one step, for any shape of pass: bytes of weights, of activations a token and a sampled
     row (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
     bytes a token of the step's all-reduce, 0 where the step contains no all-reduce. In passes of up to `few_tokens`
-    it reads `few_bytes` of weights, as they are stored."""
+    it reads weights as they are stored, which takes as long as `few_bytes` do at the memory rate."""
 
     step: str
     weight_bytes: int = 0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from penstock.engine.config import EngineConfig
+from penstock.engine.weights.gguf_file import is_gguf
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.units import ms
 
@@ -33,7 +34,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_compare(names: Sequence[str], config: EngineConfig, allowed: Sequence[str] = tuple(BASELINES)) -> None:
-    """Raises ValueError for an unknown name, a library that is missing, or several ranks."""
+    """Raises ValueError for an unknown name, a library that is missing, several ranks, or a GGUF file."""
     for name in names:
         if name not in allowed:
             raise ValueError(f"--compare {name}: expected some of {', '.join(allowed)}")
@@ -42,6 +43,8 @@ def check_compare(names: Sequence[str], config: EngineConfig, allowed: Sequence[
                 raise ValueError(f"--compare {name}: {library} is not installed (pip install {library})")
     if names and resolve_launch(config.tensor_parallel_size).tp_size > 1:
         raise ValueError("--compare: the others run on one device; compare with one rank")
+    if names and is_gguf(config.model):
+        raise ValueError(f"--compare: the others read a directory of safetensors, and {config.model} is a GGUF file")
 
 
 def compare(

@@ -2,6 +2,7 @@
 plain torch, its rate, and the rate at which the linear of few tokens reads what is stored.
 
     python -m scripts.bench.stored_kernels
+    python -m scripts.bench.stored_kernels --variants --kinds Q4_0 Q8_0    # block shapes of the linear of one token
 
 Shapes are those of an 8B model, timed in CUDA graphs over more memory than the L2 cache holds. Rates are 1e9 bytes/s:
 `written` counts floats, `moved` what is read and written, `stored` what the linear reads. Beside them stand the rates
@@ -20,7 +21,7 @@ from penstock.engine.kernels.block_values import write_values
 from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.linear import linear
-from penstock.engine.kernels.stored_linear import StoredRun, stored_linear
+from penstock.engine.kernels.stored_linear import StoredRun, _stored_linear_triton, stored_linear
 from penstock.engine.measure.rates import capture, memory_gb_s, seconds
 from penstock.engine.model.weight_formats import AS_STORED, QUANTISED
 from penstock.parallel.launch import run_rank
@@ -33,6 +34,7 @@ from scripts.bench.record import add_output_argument, keep, machine
 
 SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096))
 TOKENS = (1, 4)
+VARIANTS = ((1, 128, 1, 4), (2, 128, 1, 1), (2, 128, 1, 4), (2, 256, 2, 1), (4, 128, 1, 1))  # stored_linear's Config
 CHECKED_WEIGHTS = 1 << 20
 DTYPES = (torch.bfloat16, torch.float32)
 LARGE_BYTES = 1 << 28  # more than the L2 cache holds
@@ -112,16 +114,40 @@ def copy_gb_s(device: torch.device) -> float:
     return gb_s(2 * source.nbytes, graph_seconds(lambda index: target.copy_(source), device))
 
 
-def measure(device: torch.device) -> dict[str, Any]:
-    record: dict[str, Any] = {"differing": {kind: differing_bits(kind, device) for kind in QUANTISED}}
+def time_variants(kind: str, shape: tuple[int, int], device: torch.device) -> dict[str, float]:
+    """The rate of the linear of one token by its block shape."""
+    data = random_stored(kind, shape[0] * shape[1], device).view(shape[0], -1)
+    own = [data.clone() for _ in range(copies(data.nbytes))]
+    x = torch.randn(1, shape[1], device=device).to(torch.bfloat16)
+    out = torch.empty(1, shape[0], dtype=torch.bfloat16, device=device)
+
+    def rate(variant: tuple[int, int, int, int]) -> float:
+        run_s = graph_seconds(
+            lambda index: _stored_linear_triton(x, kind, own[index % len(own)], None, out, variant), device
+        )
+        return round(gb_s(data.nbytes, run_s))
+
+    return {str(variant): rate(variant) for variant in VARIANTS}
+
+
+def measure_variants(kinds: list[str], device: torch.device) -> dict[str, Any]:
+    record: dict[str, Any] = {"read_gb_s": memory_gb_s(device), "variants": {}}
+    for kind in kinds:
+        record["variants"][kind] = {str(shape): time_variants(kind, shape, device) for shape in SHAPES}
+        print(kind, record["variants"][kind], file=sys.stderr, flush=True)
+    return record
+
+
+def measure(kinds: list[str], device: torch.device) -> dict[str, Any]:
+    record: dict[str, Any] = {"differing": {kind: differing_bits(kind, device) for kind in kinds}}
     print("bits that differ:", record["differing"], file=sys.stderr, flush=True)
     if device.type == "cpu":
         return record
     record |= {"copy_gb_s": copy_gb_s(device), "read_gb_s": memory_gb_s(device), "dequantise": {}, "linear": {}}
-    for kind in QUANTISED:
+    for kind in kinds:
         record["dequantise"][kind] = {str(shape): time_dequantise(kind, shape, device) for shape in SHAPES[:2]}
         print(kind, record["dequantise"][kind], file=sys.stderr, flush=True)
-    for kind in AS_STORED:
+    for kind in filter(AS_STORED.get, kinds):
         record["linear"][kind] = {
             f"{shape} x {n}": time_linear(kind, shape, n, device) for shape in SHAPES for n in TOKENS
         }
@@ -132,10 +158,13 @@ def measure(device: torch.device) -> dict[str, Any]:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--kinds", nargs="+", default=list(QUANTISED), choices=QUANTISED, help="of blocks")
+    parser.add_argument("--variants", action="store_true", help="time block shapes of the linear instead")
     add_output_argument(parser)
     args = parser.parse_args()
     device = resolve_topology(0, 1, 0, args.device).device
-    keep({"benchmark": "stored_kernels", **machine(device), **measure(device)}, args.output_json)
+    measured = (measure_variants if args.variants else measure)(args.kinds, device)
+    keep({"benchmark": "stored_kernels", **machine(device), **measured}, args.output_json)
 
 
 if __name__ == "__main__":

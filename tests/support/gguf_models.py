@@ -1,7 +1,8 @@
 """Tiny GGUF models of random blocks, written by the gguf package, and the transformers model of each.
 
 `write_model(file, "qwen3")` writes one. Every type that is read is in each of them; the FFN is no
-multiple of what four ranks need, nor is the vocabulary. SMALL is for kernels that take seconds in the interpreter.
+multiple of what four ranks need, nor is the vocabulary. SMALL is for kernels that take seconds in the interpreter,
+K_QUANTS for compiling the others.
 """
 
 import itertools
@@ -39,6 +40,9 @@ class Sizes:
 
 SIZES = Sizes()
 SMALL = Sizes(16, 2, 1, 32, 64, 1, 128, ("Q8_0", "Q4_0", "Q5_0", "Q4_1", "Q4_0", "Q8_0", "Q5_1"), ("Q8_0", "Q4_0"))
+K_QUANTS = Sizes(
+    128, 2, 1, 256, 256, 1, 128, ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_K", "Q3_K", "Q2_K"), ("Q5_K", "Q6_K")
+)
 
 
 def write_model(

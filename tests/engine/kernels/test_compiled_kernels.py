@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tests.support.commands import ROOT
-from tests.support.gguf_models import SMALL, write_model
+from tests.support.gguf_models import K_QUANTS, SMALL, write_model
 from tests.support.kernel_registry import KERNELS, OVER_RANKS
 from tests.support.oracle.checkpoints import write_checkpoint
 
@@ -17,8 +17,9 @@ def test_kernels_compile_where_there_is_no_gpu(tmp_path):
     checkpoints = [tmp_path / variant for variant in ("qwen3", "neox_parallel")]
     for checkpoint in checkpoints:
         write_checkpoint(checkpoint, checkpoint.name, **TINY, max_position_embeddings=256)
-    checkpoints.append(tmp_path / "stored.gguf")
-    write_model(checkpoints[-1], "llama", sizes=SMALL)
+    for name, sizes in (("stored", SMALL), ("k_quants", K_QUANTS)):
+        checkpoints.append(tmp_path / f"{name}.gguf")
+        write_model(checkpoints[-1], "llama", sizes=sizes)
     script = ROOT / "tests/support/compile_kernels.py"
     own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, script, *checkpoints]

@@ -16,11 +16,12 @@ from penstock.engine.model.weight_formats import FORMATS
 from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import make_engine_plan
 from penstock.engine.planning.predictions import decode_time, pass_work
+from penstock.engine.planning.step_cost import STORED_WEIGHT_BYTES
 from penstock.engine.runtime.start import open_source, read_files
 from penstock.engine.weights.gguf_checkpoint import GGUFCheckpoint
 from penstock.engine.weights.gguf_file import read_gguf
 from penstock.engine.weights.read_model import read_model
-from penstock.scheduler.units import GIB
+from penstock.scheduler.units import GB, GIB
 
 from tests.support.gguf_models import SIZES, SMALL, write_model
 from tests.support.raw_gguf import ARRAY, F32, STRING, U32, key, tensor, whole
@@ -95,6 +96,15 @@ def test_ranks_join_to_what_the_file_stores(files, tp_size):
         assert seen.keys() == {name for name, _ in spec.formats}
 
 
+def test_neighbours_of_one_type_are_one_run_of_rows(tmp_path):
+    """So q, k and v are one kernel where their types are alike."""
+    for kinds, runs in ((("Q8_0",), {"qkv": 1, "gate_up": 1}), (("Q8_0", "Q4_0"), {"qkv": 3, "gate_up": 2})):
+        write_model(tmp_path / "m.gguf", "llama", sizes=dataclasses.replace(SMALL, kinds=kinds))
+        spec = read_model(tmp_path / "m.gguf").spec
+        groups = model_layout(spec, spec.names, "bfloat16", 1, 0).groups
+        assert {name: len(g.rows_of(name)) for g in groups for name in runs if g.rows_of(name)} == runs
+
+
 def test_heads_are_read_in_order_from_any_row_on(files):
     spec = read_model(files / "llama.gguf").spec
     with GGUFCheckpoint.open_model(files / "llama.gguf", spec) as source:
@@ -130,8 +140,23 @@ def test_a_plan_counts_what_is_stored(files):
     for plan in plans.values():
         assert not plan.residency.compressed and dict(plan.residency.claims)["decompression buffer"] > 0
         assert plan.pass_plan.decompressions and all(each.is_partial for each in plan.pass_plan.decompressions)
-        four, five = (decode_time(pass_work(plan), n, 100, rates) for n in (4, 5))
-        assert four.memory_s < five.memory_s
+        few, more = (decode_time(pass_work(plan), n, 100, rates) for n in (1, 5))
+        assert few.memory_s < more.memory_s
+
+
+def test_a_pass_that_reads_stored_bits_is_predicted_by_their_instructions(tmp_path):
+    """And one of more tokens by the floats that it makes first: written, at the decompressor's rate, and read."""
+    write_model(tmp_path / "m.gguf", "llama", sizes=dataclasses.replace(SMALL, kinds=("Q8_0",), embeds=("Q8_0", None)))
+    rates, spec = load_profile("h200", 1), read_model(tmp_path / "m.gguf").spec
+    plan = make_engine_plan(EngineConfig("m.gguf", resident="all"), spec, 1, 4 * GIB, rates)
+    matrices = sum(
+        weight.num_rows * weight.num_cols for g in plan.layout.groups for weight in g.weights if weight.sources
+    )
+    times = {n: decode_time(pass_work(plan), n, 0, rates).memory_s * rates.memory_gb_s * GB for n in (1, 2, 3)}
+    per_token = times[2] - times[1]
+    assert times[1] - per_token == pytest.approx(STORED_WEIGHT_BYTES * matrices, rel=0.05)
+    floats = 2 * matrices * (1 + rates.memory_gb_s / rates.decompressing_gb_s)
+    assert times[3] - 3 * per_token == pytest.approx(floats, rel=0.05)
 
 
 def test_plan_reads_a_header_without_torch(files):

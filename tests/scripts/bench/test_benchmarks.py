@@ -81,6 +81,7 @@ def test_a_prompt_in_chunks_and_nothing_but_a_first_token(monkeypatch, capsys):
     [
         (("--compare", "vllm"), "--compare vllm: expected some of accelerate, transformers, transformers-cb"),
         (("--compare", "transformers", "-tp", "2"), "compare with one rank"),
+        (("--compare", "transformers", "--model", "m.gguf"), "the others read a directory of safetensors, and m.gguf"),
         (("--compare", "transformers", "--compare-tokens", "1"), "--compare-tokens 1: expected at least 2"),
         (("--batch-size", "8", "--max-num-seqs", "4"), "--max-num-seqs 4: the largest batch has 8 sequences"),
         (("--batch-size", "0"), "'0': expected a positive integer"),
