@@ -9,7 +9,7 @@ A kernel resolves names among the globals of its own module, so each file import
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-_AHEAD: ContextVar[bool] = ContextVar("kernels are compiled ahead", default=False)
+_AHEAD: ContextVar[list | None] = ContextVar("kernels that are compiled ahead", default=None)
 
 
 class _Absent:
@@ -44,7 +44,11 @@ if HAS_TRITON:
         """A kernel, or a function that kernels call."""
 
         def run(self, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-            return super().run(*args, grid=grid, warmup=warmup or _AHEAD.get(), **named)
+            noted = _AHEAD.get()
+            if noted is None:
+                return super().run(*args, grid=grid, warmup=warmup, **named)
+            noted.append(super().run(*args, grid=grid, warmup=True, **named))
+            return noted[-1]
 
     def _jit(function: Any = None, **options: Any) -> Any:
         """Decorates a kernel, with options or without; in the interpreter as Triton does."""
@@ -58,19 +62,34 @@ else:
 
 
 @contextlib.contextmanager
-def compiled_ahead(num_threads: int) -> Iterator[None]:
+def compiled_ahead(num_threads: int, bind: Callable[[], None] | None = None) -> Iterator[None]:
     """A context in which kernels that this thread launches do not run: they are compiled at its end, as many at a time
-    as there are threads. Not before: this thread would wait for the interpreter's lock at each of its operations."""
-    begin = threading.Event()
-    with ThreadPoolExecutor(num_threads) as pool, _triton.AsyncCompileMode(pool):
-        for _ in range(num_threads):
-            pool.submit(begin.wait)
-        token = _AHEAD.set(True)
-        try:
-            yield
-        finally:
-            _AHEAD.reset(token)
-            begin.set()
+    as there are threads. Not before: this thread would wait for the interpreter's lock at each of its operations. Where
+    `bind` is given, which makes a device a thread's current one, they are loaded to it too."""
+    begin, noted = threading.Event(), []
+    with ThreadPoolExecutor(num_threads, initializer=bind) as pool:
+        with _triton.AsyncCompileMode(pool):
+            for _ in range(num_threads):
+                pool.submit(begin.wait)
+            token = _AHEAD.set(noted)
+            try:
+                yield
+            finally:
+                _AHEAD.reset(token)
+                begin.set()
+        if bind is not None:
+            compiled = {id(kernel): kernel for kernel in map(_finished, noted)}
+            list(pool.map(_load, compiled.values()))
+
+
+def _finished(kernel: Any) -> Any:
+    """The kernel that is compiled, of what stands for it until it is."""
+    return kernel.result() if isinstance(kernel, _triton.FutureKernel) else kernel
+
+
+def _load(kernel: Any) -> Any:
+    """Builds what launches a kernel, which may call a compiler, and loads both."""
+    return kernel.run
 
 
 def require_triton(purpose: str, instead: str = "") -> None:

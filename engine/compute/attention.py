@@ -6,14 +6,13 @@ E head dim.
 There are several ways behind one function. The kind of a row (RowKind), device, dtype and its own length choose one, so
 that a pass has the same bits at any residency:
   - rows of one token each read the pages where they lie (kernels/decode_attention.py)
-  - prompts that start in this pass attend to their own keys and values in the activation: by torch's varlen kernel, all
-    of them in one call (CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row. The kernel is called by
-    its operator: torch.nn.attention.varlen imports torch.compile, 1 to 2 s of every rank's start, and launches more
-  - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes half the time of the varlen kernel on an H200 (0.88
-    against 1.70 ms for 8000 tokens and 32 heads of 128). It plans each length (45 ms), so rows are padded to few
+  - prompts that start in this pass attend to their own keys and values in the activation: all of them in one launch
+    (kernels/prompt_attention.py; CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
+  - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes less time on an H200 (0.94 against 1.19 ms for 8000
+    tokens and 32 heads of 128, 96 against 87 us for 2000). It plans each length (45 ms), so rows are padded to few
     lengths, which are planned at start: behind the causal mask nobody sees the padding
-  - for chunks of several tokens that continue behind cached ones, their own context is gathered, then the varlen kernel
-    or scaled_dot_product_attention attends
+  - for chunks of several tokens that continue behind cached ones, their own context is gathered, then they attend to it
+    in the same two ways
 """
 
 from collections.abc import Iterator
@@ -22,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from penstock.engine.compute.inputs import CachedLayer, Chunks, Context, MixedContext, PagedContext, RowRange
 from penstock.engine.kernels.decode_attention import decode_attention
+from penstock.engine.kernels.prompt_attention import attend_blocks_
 from penstock.engine.kernels.rope_append import rotate_
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import KEYS_AT_ONCE
+from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LEAST_WHOLE_TOKENS = 1024
-WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for cuDNN, which pays from LEAST_WHOLE_TOKENS on
+LEAST_WHOLE_TOKENS = MOST_PADDED_TOKENS + 1  # from here on cuDNN pays: it takes no part in passes that are padded
+WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for it
 WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
 calls = {"paged": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
@@ -39,7 +40,7 @@ def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> r
     """The lengths of prompts that attend each by itself, by cuDNN, up to the narrowest window. The range is empty where
     cuDNN does not serve: it wants bf16 or fp16 and heads of at most 128 in steps of 8, and pays from compute capability
     9.0 on."""
-    if not _has_varlen(device, dtype) or spec.head_dim > 128 or spec.head_dim % 8:
+    if not _has_kernel(device, dtype) or spec.head_dim > 128 or spec.head_dim % 8:
         return range(0)
     if torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.is_available():
         return range(0)
@@ -47,9 +48,9 @@ def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> r
 
 
 def takes_padding(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tells whether chunks may be padded: the varlen kernel reads where they start on the device, so that a graph may
-    run it for others. Row by row they are known to the host, which serves a CPU, and never a graph."""
-    return device.type == "cpu" or _has_varlen(device, dtype)
+    """Tells whether chunks may be padded: the kernel reads where they start on the device, so that a graph may run it
+    for others. Row by row they are known to the host, which serves a CPU, and never a graph."""
+    return device.type == "cpu" or _has_kernel(device, dtype)
 
 
 def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | None) -> None:
@@ -63,9 +64,6 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
     if isinstance(context, PagedContext):
         attend_paged(q, cache, context, window, q)
         return
-    among_rows = context.starting is not None and context.starting.among_rows
-    single = None if context.paged is None else q[: len(context.paged.lengths)]
-    queries = single.clone() if among_rows and single is not None else single  # which the chunks overwrite
     for part in context.continuing:
         calls["gathered"] += 1
         attend_chunks_(q[part.chunks.tokens], *gather(cache, part.addresses, part.positions), part.chunks, window)
@@ -74,7 +72,8 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
         tokens = context.starting.tokens
         attend_chunks_(q[tokens], own_k[tokens], own_v[tokens], context.starting, window)
     if context.paged is not None:
-        attend_paged(queries, cache, context.paged, window, single)
+        single = q[: len(context.paged.lengths)]
+        attend_paged(single, cache, context.paged, window, single)
     for tokens in context.whole:
         calls["whole"] += 1
         q[tokens] = attend_whole(heads[tokens], num_kv_heads)
@@ -101,16 +100,12 @@ def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Te
 
 def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None) -> None:
     """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E). Tokens
-    that are in no chunk have no meaning afterwards."""
-    scale = q.shape[-1] ** -0.5
-    if _has_varlen(q.device, q.dtype):
-        bounds = (chunks.query_starts, chunks.context_starts, chunks.max_queries, chunks.max_context)
-        how = {"dropout_p": 0.0, "is_causal": window is None, "return_debug_mask": False, "scale": scale}
-        how |= {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
-        q.copy_(torch.ops.aten._flash_attention_forward(q, k, v, *bounds, **how)[0])
+    that are in no chunk stay as they are."""
+    if _has_kernel(q.device, q.dtype):
+        attend_blocks_(q, k, v, chunks.blocks, window)
         return
     for row in chunks.ranges:
-        _attend_row_(q, k, v, row, scale, window)
+        _attend_row_(q, k, v, row, q.shape[-1] ** -0.5, window)
 
 
 def row_contexts(
@@ -169,7 +164,7 @@ def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
     return out[0].transpose(0, 1)[:num_tokens]
 
 
-def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 

@@ -21,6 +21,7 @@ from penstock.engine.compute.inputs import (
 )
 from penstock.engine.compute.paged import Cutting, make_cutting
 from penstock.engine.kernels.decode_work import list_work
+from penstock.engine.kernels.prompt_attention import list_blocks
 from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
 from penstock.scheduler.batching.request import ON_DEVICE
 from torch import Tensor
@@ -97,21 +98,15 @@ class Binder:
     def _chunks(self, rows: Sequence[BatchRow], first_token: int) -> Chunks:
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
-        return Chunks(
-            first_token=first_token,
-            num_tokens=query_starts[-1],
-            query_starts=self._put(query_starts, torch.int32),
-            context_starts=self._put(context_starts, torch.int32),
-            max_queries=max(queries),
-            max_context=max(contexts),
-            ranges=tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts))),
-        )
+        ranges = tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
+        return Chunks(first_token, query_starts[-1], self._put(list_blocks(ranges), torch.int32), ranges)
 
     def _gathered(self, rows: Sequence[BatchRow], first_token: int, pages: Tensor) -> GatheredContext:
         """The context of rows whose pages are `pages` (R, P)."""
         chunks, contexts = self._chunks(rows, first_token), [_num_context(row) for row in rows]
         of_context = torch.repeat_interleave(self._put(contexts), output_size=sum(contexts))  # (C,)
-        positions = torch.arange(sum(contexts), device=pages.device) - chunks.context_starts[of_context]
+        starts = self._put([each.first_context for each in chunks.ranges])
+        positions = torch.arange(sum(contexts), device=pages.device) - starts[of_context]
         return GatheredContext(chunks, self._addresses(pages, of_context, positions), positions)
 
     def _addresses(self, pages: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

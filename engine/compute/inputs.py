@@ -13,9 +13,8 @@ from penstock.engine.kernels.decode_work import DecodeWork
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class RowRange:
-    """Holds where a row's queries and its context lie in the flat tensors, in tokens."""
+class RowRange(NamedTuple):
+    """Says where a row's queries and its context lie in the flat tensors, in tokens."""
 
     first_query: int
     num_queries: int
@@ -34,19 +33,14 @@ class PagedContext:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Rows of any length, one behind another, from token `first_token` of the pass on; starts and ranges count from
-    there. A row's queries are the last tokens of its context. A padded row starts where the one before it ends. The
-    numbers `max_queries` and `max_context` are no less than any row's. With `among_rows` tokens of rows of one token
-    lie before the first chunk, as many as it leaves room for."""
+    """Rows of any length, one behind another, from token `first_token` of the pass on; blocks and ranges count from
+    there. A row's queries are the last tokens of its context. Tokens that are of no row may lie among them. `blocks`
+    are those of kernels/prompt_attention.py, `ranges` say the same to the host, where attention goes row by row."""
 
     first_token: int
     num_tokens: int
-    query_starts: Tensor  # (R + 1,) int32
-    context_starts: Tensor  # (R + 1,) int32
-    max_queries: int
-    max_context: int
+    blocks: Tensor  # (B, FIELDS) int32
     ranges: Sequence[RowRange]
-    among_rows: bool = False
 
     @property
     def tokens(self) -> slice:

@@ -23,6 +23,7 @@ from penstock.engine.compute.inputs import Chunks, MixedContext, PagedContext, P
 from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, Reading, derive_inputs
 from penstock.engine.kernels.decode_work import list_work
+from penstock.engine.kernels.prompt_attention import FIELDS, list_blocks, most_blocks
 from penstock.engine.runtime.bucket_sizes import BucketSize
 from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
@@ -68,28 +69,29 @@ class Staging:
         max_pages = pages_for(kv.margin + max_context, kv.page_size)
         self.tables = deque(HostTable(max_num_seqs, max_pages, pinned) for _ in range(2))
         self.table = torch.zeros_like(self.tables[0].table, device=device)
-        size = 4 * most_tokens + 4 * max_num_seqs + 1  # columns, sampled rows, where prompts start
+        num_blocks = most_blocks(most_tokens, max_num_seqs)
+        size = 4 * most_tokens + 3 * max_num_seqs + FIELDS * num_blocks  # columns, sampled rows, blocks of prompts
         self.hosts = deque(torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         self.sent = ints(size)
         self.columns = tuple(ints(most_tokens) for _ in range(4))  # tokens, positions, addresses, the sampler's rows
         self.sampled_positions, self.lengths = ints(max_num_seqs), ints(max_num_seqs, dtype=torch.int32)
-        self.query_starts = ints(max_num_seqs + 1, dtype=torch.int32)
+        self.blocks = ints(num_blocks, FIELDS, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
 class SentPrompts:
     """The views of what is sent for prompts, in host or device memory: of tokens (4, T); of sampled rows, their tokens
-    in the pass, rows and positions (3, N); where prompts start (C + 1,)."""
+    in the pass, rows and positions (3, N); the blocks (B, FIELDS) of prompt_attention.py."""
 
     columns: Tensor
     sampled: Tensor
-    starts: Tensor
+    blocks: Tensor
 
     @staticmethod
     def of(memory: Tensor, size: BucketSize) -> "SentPrompts":
-        lengths = (4 * size.num_tokens, 3 * size.num_sampled, size.num_starting + 1)
-        columns, sampled, starts = memory[: sum(lengths)].split(lengths)
-        return SentPrompts(columns.view(4, -1), sampled.view(3, -1), starts)
+        lengths = (4 * size.num_tokens, 3 * size.num_sampled, FIELDS * size.num_blocks)
+        columns, sampled, blocks = memory[: sum(lengths)].split(lengths)
+        return SentPrompts(columns.view(4, -1), sampled.view(3, -1), blocks.view(-1, FIELDS))
 
 
 class Bucket:
@@ -133,8 +135,7 @@ class Bucket:
         )
 
     def _starting(self) -> Chunks:
-        size, starts = self.size, self.staging.query_starts[: self.size.num_starting + 1]
-        return Chunks(0, size.num_tokens, starts, starts, size.longest, size.longest, self.ranges, among_rows=True)
+        return Chunks(0, self.size.num_tokens, self.staging.blocks[: self.size.num_blocks], self.ranges)
 
     def load(self, batch: Batch) -> None:
         """Sends a batch to the device, whose rows fit and are of one token or start."""
@@ -149,7 +150,7 @@ class Bucket:
             staging.hosts.rotate()
             host = SentPrompts.of(staging.hosts[0], size)
             self._fill(host, batch.rows, num_single)
-            num_sent = host.columns.numel() + host.sampled.numel() + host.starts.numel()
+            num_sent = host.columns.numel() + host.sampled.numel() + host.blocks.numel()
             staging.sent[:num_sent].copy_(staging.hosts[0][:num_sent], non_blocking=True)
 
     def _fill(self, host: SentPrompts, rows: Sequence[BatchRow], num_single: int) -> None:
@@ -168,7 +169,8 @@ class Bucket:
             ends.append(end)
         unused = (0, 0, RESERVED_PAGE * self.kv.page_size, self.sampler.pad_row)
         columns[:, end:] = numpy.array(unused)[:, None]
-        host.starts.numpy()[:] = ends + [end] * (len(host.starts) - len(ends))
+        blocks = list_blocks(self.ranges)
+        host.blocks.numpy()[:] = blocks + [(0,) * FIELDS] * (len(host.blocks) - len(blocks))
         lasts = [*range(num_single), *(each - 1 for each in ends[1:])]
         sampled = [(last, row.index, row.start + len(row.tokens)) for last, row in zip(lasts, rows) if row.samples]
         host.sampled.numpy()[:] = numpy.array(
@@ -181,7 +183,7 @@ class Bucket:
         if size.num_starting:
             for column, sent in zip(staging.columns, self.sent.columns):
                 column[: size.num_tokens].copy_(sent)
-            staging.query_starts[: size.num_starting + 1].copy_(self.sent.starts)
+            staging.blocks[: size.num_blocks].copy_(self.sent.blocks)
         if size.num_single:
             table, last_tokens = staging.table[: size.num_single], self.sampler.last_tokens
             reading = Reading(ON_DEVICE, self.kv.page_size, self.kv.margin, keeps_padding=size.num_starting > 0)

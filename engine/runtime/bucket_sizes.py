@@ -6,37 +6,37 @@ one token included; where it has none of these, it leaves out what they need.
 
 from typing import NamedTuple
 
+from penstock.engine.kernels.prompt_attention import most_blocks
 from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
 from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS, padded_tokens
 
 ALONE = 512  # tokens of passes with prompts, up to which some have no rows of one token
 LEAST_ROWS, LEAST_HALF_WAY = 8, 64  # rows: up to the one a linear takes as long as for two, up to the other nearly so
-MOST_STARTING, MOST_ALONE = 32, 4  # prompts in such a pass, and in a small one without rows beside them
-# Blocks of a pass's prompts for whose queries attention launches programs, as if each prompt were the longest: an empty
-# program takes about a microsecond.
-QUERY_BLOCK, MOST_BLOCKS = 128, 128
+MOST_STARTING = 32  # prompts in such a pass
 
 
 class BucketSize(NamedTuple):
-    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled; the room
-    for items of attention over rows of one token; and the most tokens of a prompt. Without prompts the pass is a decode
-    pass."""
+    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled; and the
+    room for items of attention over rows of one token. Without prompts the pass is a decode pass."""
 
     num_tokens: int
     num_single: int
     num_starting: int
     num_sampled: int
     num_items: int
-    longest: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """The room for blocks of its prompts, for whose queries attention launches programs."""
+        return most_blocks(self.num_tokens, self.num_starting)
 
 
 class BucketSizes:
-    """The sizes for passes of at most `most_tokens` tokens and `max_num_seqs` rows, which `segments` cuts; a prompt of
-    a number of tokens in `whole_tokens` attends by itself, and is in no bucket."""
+    """The sizes for passes of at most `most_tokens` tokens and `max_num_seqs` rows, which `segments` cuts."""
 
-    def __init__(self, most_tokens: int, max_num_seqs: int, segments: Segments, whole_tokens: range = range(0)):
-        self.max_num_seqs, self.segments, self.whole_tokens = max_num_seqs, segments, whole_tokens
+    def __init__(self, most_tokens: int, max_num_seqs: int, segments: Segments):
+        self.max_num_seqs, self.segments = max_num_seqs, segments
         self.num_rows = bucket_sizes(max_num_seqs)
         self.num_tokens = token_sizes(min(most_tokens, MOST_PADDED_TOKENS))
 
@@ -57,36 +57,30 @@ class BucketSizes:
         return list(dict.fromkeys(sizes))
 
     def find(self, batch: Batch) -> BucketSize | None:
-        """The size for a batch; None where it has a chunk that continues, a prompt that attends by itself, more tokens
-        or prompts than are padded, or a row of one token that is not sampled and no prompt."""
+        """The size for a batch; None where it has a chunk that continues, more tokens or prompts than are padded, or a
+        row of one token that is not sampled and no prompt."""
         if is_decode(batch):
             num_rows = next(size for size in self.num_rows if size >= len(batch.rows))
             return _decode(num_rows, self.segments.capacity([row.num_cached + 1 for row in batch.rows], num_rows))
         kinds, num_tokens = [row.kind for row in batch.rows], batch.num_tokens
         if RowKind.CONTINUES in kinds or RowKind.STARTS not in kinds or num_tokens > max(self.num_tokens, default=0):
             return None
-        if len(batch.rows[-1].tokens) in self.whole_tokens:  # the longest prompt is the last
-            return None
-        padded, num_starting = next(size for size in self.num_tokens if size >= num_tokens), kinds.count(RowKind.STARTS)
-        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds or num_starting > MOST_ALONE)
-        return size if num_starting <= size.num_starting else None
+        padded = next(size for size in self.num_tokens if size >= num_tokens)
+        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds)
+        return size if kinds.count(RowKind.STARTS) <= size.num_starting else None
 
     def _with_prompts(self, num_tokens: int, beside_rows: bool) -> BucketSize:
-        """The size for so many tokens. Of few, a few prompts alone have one without what rows beside them need; a row
-        and a prompt are two sequences."""
+        """The size for so many tokens. Of few, prompts alone have one without what rows beside them need; a row and a
+        prompt are two sequences."""
         most = self.max_num_seqs
-        has_rows, longest = most > 1 and (beside_rows or num_tokens > ALONE), num_tokens
-        if num_tokens in self.whole_tokens:
-            longest = self.whole_tokens.start - 1
-        most_starting = min(MOST_STARTING if has_rows else MOST_ALONE, MOST_BLOCKS // -(-longest // QUERY_BLOCK), most)
-        num_single, num_starting = min(num_tokens, most) * has_rows, min(num_tokens // 2, most_starting)
+        has_rows = most > 1 and (beside_rows or num_tokens > ALONE)
+        num_single, num_starting = min(num_tokens, most) * has_rows, min(num_tokens // 2, MOST_STARTING, most)
         return BucketSize(
             num_tokens=num_tokens,
             num_single=num_single,
             num_starting=num_starting,
             num_sampled=min(num_single + num_starting, most),
             num_items=self.segments.most(num_single) if num_single else 0,
-            longest=longest,
         )
 
 

@@ -52,7 +52,7 @@ class PassRunner:
         self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
         pads_prompts = takes_padding(executor.arena.dtype, self.device)
         most_tokens, segments = executor.arena.most["tokens"] if pads_prompts else 0, self.binder.cutting.segments
-        self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, whole)
+        self.sizes = BucketSizes(most_tokens, max_num_seqs, segments)
         self.buckets: dict[BucketSize, Bucket] = {}
         self.staging = self.mailbox = None
         if run_as is not RunAs.EAGER:
@@ -72,7 +72,7 @@ class PassRunner:
         decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
         with_prompts = [(size, EVERYTHING) for size in self.sizes.with_prompts[::-1] if self._captures_prompts]
         with self.graphs.aside(self.executor.counted), self.watches.aside():
-            with compiled_ahead(len(sched_getaffinity(0))):
+            with compiled_ahead(len(sched_getaffinity(0)), partial(torch.cuda.set_device, self.device)):
                 for size, asked in [*with_prompts[:1], *with_prompts[-1:], *decode]:
                     self._warm_up(self._bucket(size), asked)
             self._plan_prompts()

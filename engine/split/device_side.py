@@ -14,6 +14,7 @@ from penstock.engine.compute.ops import project
 from penstock.engine.config import EngineConfig
 from penstock.engine.kernels.decode_work import make_work, reaches_of
 from penstock.engine.kernels.embedding import embed_rows
+from penstock.engine.kernels.prompt_attention import list_blocks
 from penstock.engine.model.group_layout import Weight
 from penstock.engine.model.layout import select_weights
 from penstock.engine.model.shard import ShardKind
@@ -125,6 +126,5 @@ def _one_page(num_context: int) -> PagedContext:
 
 
 def _one_row(num_queries: int, num_context: int) -> Chunks:
-    query_starts, context_starts = (torch.tensor([0, n], dtype=torch.int32) for n in (num_queries, num_context))
     row = RowRange(0, num_queries, 0, num_context)
-    return Chunks(0, num_queries, query_starts, context_starts, num_queries, num_context, (row,))
+    return Chunks(0, num_queries, torch.tensor(list_blocks([row]), dtype=torch.int32), (row,))

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from penstock.engine.compute import attention
 from penstock.engine.compute.context import PassContext
-from penstock.engine.compute.inputs import PagedContext
+from penstock.engine.compute.inputs import Chunks, PagedContext
 from penstock.engine.kernels import (
     argmax,
     decode_attention,
@@ -26,6 +26,7 @@ from penstock.engine.kernels import (
     logprobs,
     occurrences,
     penalty,
+    prompt_attention,
     reduce_residual_norm,
     residual_norm,
     rope_append,
@@ -125,6 +126,11 @@ def _paged(step: Compute, ctx: PassContext) -> bool:
     return _is_bucket(step, ctx) or ctx.inputs.context.paged is not None
 
 
+def _chunks(step: Compute, ctx: PassContext) -> int:
+    context = ctx.inputs.context
+    return 0 if isinstance(context, PagedContext) else len(context.continuing) + (context.starting is not None)
+
+
 def _one_row(step: Compute, ctx: PassContext) -> bool:
     return len(ctx.act["rows"] if "head" in step.step else ctx.inputs.tokens) == 1
 
@@ -159,10 +165,15 @@ def _attend_by_reference(*arguments, **reading) -> None:
     decode_attention.decode_attention_reference(*arguments[:9], **reading)  # without work
 
 
+def _attend_chunks_by_kernel(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None) -> None:
+    prompt_attention._attend_blocks_triton(q, k, v, chunks.blocks, window)
+
+
 def _embed_by_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:
     _EMBED(table.to(out.device), tokens, first, out)
 
 
+_BY_ROWS = attention.attend_chunks_
 _LINEAR, _CUBLAS, _EMBED = linear._linear_triton, linear.linear_reference, embedding.embed_rows_reference
 KERNELS: dict[str, EngineKernel] = {
     "embedding": _kernel(
@@ -181,6 +192,12 @@ KERNELS: dict[str, EngineKernel] = {
         kernel=decode_attention._decode_attention_triton,
         reference=_attend_by_reference,
         names=((attention, "decode_attention"),),
+    ),
+    "prompt_attention": EngineKernel(
+        *(prompt_attention, ("attention",), _chunks),
+        kernel=_attend_chunks_by_kernel,
+        reference=_BY_ROWS,
+        names=((attention, "attend_chunks_"),),
     ),
     "gated_activation": _kernel(gated_activation, "gated_activation", "activation"),
     "linear": _kernel(

@@ -238,14 +238,14 @@ def test_which_rows_are_whole(spec, capability, longest, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("window", [None, 2048], ids=str)
-@pytest.mark.parametrize("rows", [[(0, 1024)], [(9, 1), (0, 1500), (700, 6), (0, 30), (0, 2048), (0, 1)]], ids=str)
+@pytest.mark.parametrize("window", [None, 3000], ids=str)
+@pytest.mark.parametrize("rows", [[(0, 2049)], [(9, 1), (0, 1500), (700, 6), (0, 30), (0, 3000), (0, 1)]], ids=str)
 def test_rows_on_a_gpu(rows, window, dtype):
     """Compares the kernels that a GPU takes, which round to the dtype once; long prompts are whole, or not."""
     settings = {"window": window, "dtype": dtype, "device": "cuda", "head_dim": 128, "max_context": 4096}
     before = dict(attention.calls)
     whole = Example(rows, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)
-    num_whole = sum(start == 0 and length >= 1024 for start, length in rows)
+    num_whole = sum(start == 0 and length >= attention.LEAST_WHOLE_TOKENS for start, length in rows)
     torch.testing.assert_close(whole.attended().double(), whole.expected(), rtol=2e-2, atol=1e-2)
     assert attention.calls["whole"] - before["whole"] == num_whole
     torch.testing.assert_close(Example(rows, **settings).attended().double(), whole.expected(), rtol=2e-2, atol=1e-2)

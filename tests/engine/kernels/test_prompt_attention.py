@@ -1,0 +1,176 @@
+"""Attention of prompts and parts of them: the Triton kernel (interpreted where there is no GPU) against float64.
+
+Shapes: T tokens, C tokens of context, H/K query/KV heads, E head dim.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from penstock.engine.kernels import prompt_attention as kernels
+from penstock.engine.kernels.prompt_attention import BLOCK_M, FIELDS, Row, list_blocks, most_blocks
+from torch import Tensor
+
+from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, prove, prove_faster, prove_refusal
+from tests.support.rounding import assert_apart, attention_apart
+
+PROMPTS: list[Row] = [(3, 130, 3, 130), (140, 1, 140, 1), (150, 64, 150, 64), (214, 65, 214, 65)]  # gaps between some
+TWO: list[Row] = [(0, 70, 0, 70), (70, 20, 70, 20)]
+
+
+def activation(num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """The activation attn (T, H + 2K, E)."""
+    num_heads, num_kv_heads, head_dim = heads
+    generator = torch.Generator().manual_seed(0)
+    attn = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=generator)
+    return attn.to(DEVICE, dtype)
+
+
+def parts(attn: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    return attn.split([attn.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], 1)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, rows: list[Row], window: int | None, num_padded: int = 0) -> Tensor:
+    blocks = list_blocks(rows) + [(0,) * FIELDS] * num_padded
+    kernels._attend_blocks_triton(q, k, v, torch.tensor(blocks, dtype=torch.int32, device=DEVICE), window)
+    return q
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, row: Row, window: int | None) -> tuple[Tensor, float]:
+    """The result (n, H, E) of a row in float64, and how far another way to it may be."""
+    first, num_queries, first_key, num_keys = row
+    queries = q[first : first + num_queries].double()
+    group = q.shape[1] // k.shape[1]
+    keys, values = (part[first_key : first_key + num_keys] for part in (k, v))
+    scores = torch.einsum("qhe,khe->hqk", queries, keys.double().repeat_interleave(group, 1)) * q.shape[2] ** -0.5
+    query = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+    key = torch.arange(num_keys, device=q.device)
+    seen = (key <= query) & (key > query - (window or num_keys))
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    result = torch.einsum("hqk,khe->qhe", weights, values.double().repeat_interleave(group, 1))
+    apart = [
+        attention_apart(own, key, float(values.abs().max()), q.shape[2] ** -0.5, q.dtype)
+        for own, key in zip(
+            queries.to(q.dtype).abs().unflatten(1, (-1, group)).movedim(1, 0).flatten(1, 2), keys.abs().transpose(0, 1)
+        )
+    ]
+    return result, max(apart)
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("window", [None, 40, 1])
+@pytest.mark.parametrize(
+    "heads, dtype",
+    [((4, 2, 64), torch.float16), ((2, 1, 80), torch.bfloat16), ((1, 1, 256), torch.float16)],
+    ids=str,
+)
+def test_prompts_attend_by_the_definition(heads, dtype, window):
+    """In place, among tokens of nobody, which are NaN and keep what they have, and with blocks that are none."""
+    attn = activation(290, heads, dtype)
+    owned = torch.zeros(len(attn), dtype=torch.bool, device=DEVICE)
+    for first, num_queries, *_ in PROMPTS:
+        owned[first : first + num_queries] = True
+    attn[~owned] = torch.nan
+    before = attn.clone()
+    q, k, v = parts(attn, heads[1])
+    run(q, k, v, PROMPTS, window, num_padded=3)
+    for row in PROMPTS:
+        result, apart = expected(*parts(before, heads[1]), row, window)
+        assert_apart((q[row[0] : row[0] + row[1]].double() - result).abs(), apart)
+    assert attn[~owned].isnan().all() and torch.equal(k[owned], parts(before, heads[1])[1][owned])
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("window", [None, 70])
+def test_chunks_that_continue_attend_to_their_whole_context(window):
+    q, context = activation(150, (4, 0, 64), torch.float16), activation(260, (0, 2, 64), torch.float16)
+    k, v = context[:, :2], context[:, 2:]
+    rows = [(0, 100, 0, 200), (100, 50, 200, 60)]
+    wanted = [expected(q, k, v, row, window) for row in rows]
+    run(q, k, v, rows, window)
+    for (first, num_queries, *_), (result, apart) in zip(rows, wanted):
+        assert_apart((q[first : first + num_queries].double() - result).abs(), apart)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_row_does_not_depend_on_its_batch(window):
+    attn = activation(290, (2, 1, 64), torch.float16)
+    together = run(*parts(attn.clone(), 1), PROMPTS, window, num_padded=2)
+    for first, num_queries, *_ in PROMPTS:
+        alone = attn[first : first + num_queries].clone()
+        run(*parts(alone, 1), [(0, num_queries, 0, num_queries)], window)
+        assert torch.equal(parts(alone, 1)[0], together[first : first + num_queries])
+
+
+def test_blocks_cover_each_query_once_and_those_with_most_to_do_come_first():
+    rows = [*PROMPTS, (400, 70, 0, 300)]
+    blocks = list_blocks(rows)
+    queries = sorted(query for first, end, *_ in blocks for query in range(first, end))
+    assert queries == sorted(query for first, number, *_ in rows for query in range(first, first + number))
+    assert all(0 < end - first <= BLOCK_M for first, end, *_ in blocks)
+    work = [end + shift - first_key for _, end, first_key, shift in blocks]
+    assert work == sorted(work, reverse=True) and work[0] == 300
+    assert len(blocks) <= most_blocks(330, 5) and list_blocks([]) == []
+    for lengths in ([1] * 9, [64, 65, 63], [128], [200, 1]):
+        assert len(list_blocks([(0, n, 0, n) for n in lengths])) <= most_blocks(sum(lengths), len(lengths))
+
+
+def kernel(q: Tensor, keys: Tensor, values: Tensor) -> None:
+    run(q, keys, values, TWO, None)
+
+
+def reference(q: Tensor, keys: Tensor, values: Tensor) -> None:
+    results = [expected(q, keys, values, row, None)[0] for row in TWO]
+    q.copy_(torch.cat(results))
+
+
+def test_in_every_layout():
+    """Tries tensors whose heads lie together; tokens may start anywhere."""
+    inputs = dict(
+        zip(("q", "keys", "values"), (part.clone() for part in parts(activation(90, (4, 2, 64), torch.float16), 2)))
+    )
+    wanted = [expected(*inputs.values(), row, None) for row in TWO]
+
+    def near(actual: Tensor, _: Tensor) -> None:
+        for (first, number, *_), (result, apart) in zip(TWO, wanted):
+            assert_apart((actual[first : first + number].double() - result).abs(), apart)
+
+    prove(
+        kernel,
+        reference,
+        inputs,
+        ("q",),
+        near,
+        (CONTIGUOUS, Layout("viewed", before=64), Layout("misaligned", before=1)),
+    )
+
+
+def test_strides_that_are_not_heads_are_refused():
+    inputs = dict(zip(("q", "keys", "values"), parts(activation(90, (4, 2, 64), torch.float16), 2)))
+    prove_refusal(kernel, inputs)
+
+
+def test_calls_are_counted():
+    with counted(kernels.calls, triton=1):
+        kernel(*parts(activation(90, (1, 1, 64), torch.float16), 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(512,), (112,) * 16, (512,) * 8, (2000,)], ids=str)
+def test_kernel_is_faster(lengths):
+    """It is compared with torch's kernel for rows of any lengths and the copy of its result, with the heads of
+    Llama-3-8B."""
+    starts = [0, *itertools.accumulate(lengths)]
+    rows = [(first, number, first, number) for first, number in zip(starts, lengths)]
+    attn = activation(starts[-1], (32, 8, 128), torch.bfloat16)
+    q, k, v = parts(attn, 8)
+    blocks, bounds = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in (list_blocks(rows), starts))
+    longest = max(lengths)
+
+    def torchs() -> None:
+        flash = torch.ops.aten._flash_attention_forward
+        q.copy_(flash(q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=128**-0.5)[0])
+
+    ours = functools.partial(kernels._attend_blocks_triton, q, k, v, blocks, None)
+    prove_faster(ours, torchs, attn.nbytes + q.numel() * 2, f"prompt_attention {len(lengths)} x {longest}")
