@@ -30,6 +30,13 @@ class KVCache:
         shape = (num_layers, 2, num_pages * page_size, num_kv_heads, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
 
+    @property
+    def pages(self) -> Tensor:
+        """The cache by page: (P, 2 * layers, S * K * E), strided."""
+        num_layers, two, num_tokens, *heads = self.data.shape
+        num_pages = num_tokens // self.page_size
+        return self.data.view(num_layers * two, num_pages, -1).transpose(0, 1)
+
     def layer(self, layer_idx: int) -> CachedLayer:
         keys, values = self.data[layer_idx]
         return CachedLayer(keys, values, self.page_size, self.margin, self.key_rope)
