@@ -69,9 +69,7 @@ def describe_shortly(config: EngineConfig, plan: EnginePlan, context: int) -> st
     """The plan in ten lines at most, for `context` tokens a sequence, no more than the longest one."""
     this = as_variant(plan, (plan.kept, plan.residency), context, f"one sequence at {context} tokens")
     seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(plan)}"
-    table = short_table(
-        plan.residency, config.page_size, seqs, plan.rates, this.one, this.best, describe_host_pages(config, plan)
-    )
+    table = short_table(plan.residency, config.page_size, seqs, plan.rates, this.one, this.best)
     return f"{_title(config, plan)}\n{table}"
 
 

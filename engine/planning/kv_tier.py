@@ -29,5 +29,7 @@ def describe_host_pages(config: EngineConfig, plan: EnginePlan) -> str:
     num_pages = num_host_pages(config, plan)
     nbytes, remark = show_bytes(num_pages * plan.demand.page_bytes), f"{num_pages} pages of {config.page_size} tokens"
     if not num_pages:
-        remark = "none: to move pages would not pay, since the link is what binds or computing is as fast"
+        binds = moving(config, plan).link_binds(plan.max_num_seqs)
+        why = "the link is what binds" if binds else "to compute them again is as fast"
+        remark = f"no page will move: {why}"
     return f"KV in host memory a rank  {nbytes:>12}   {remark}"

@@ -58,8 +58,11 @@ class PageMover:
         if not moves:
             return
         works = [Work(records=_BEGUN), Work(lane=COPY, records=_COPIED)]
+        pages = to_device([move.page for move in moves], torch.int64, self.pages.device)
+        start = 0
         for index, chunk in enumerate(self._chunks(moves)):
-            works += self._chunk(index, chunk)
+            works += self._chunk(index, chunk, pages[start : start + len(chunk)])
+            start += len(chunk)
         self.lanes.run(tuple(works), lambda work: work.run())
         for move in moves:
             out, back = (self.page_bytes, 0) if move.is_out else (0, self.page_bytes)
@@ -72,11 +75,10 @@ class PageMover:
             alike = list(alike)
             yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
-    def _chunk(self, index: int, moves: Sequence[Move]) -> list[Work]:
-        """The works of a chunk, by way of its slot. The events of an earlier run mean nothing: its chunks are
-        behind by the order of the lanes."""
+    def _chunk(self, index: int, moves: Sequence[Move], pages: Tensor) -> list[Work]:
+        """The works of a chunk of moves, with their `pages` on the device, by way of its slot. The events of an earlier
+        run mean nothing: its chunks are behind by the order of the lanes."""
         slot = self.slots[index % 2, : len(moves)]
-        pages = to_device([move.page for move in moves], torch.int64, self.pages.device)
         staged, free = Event(f"staged {index}"), Event(f"free {index}")
         before = None if index < 2 else Event(f"free {index - 2}")
 

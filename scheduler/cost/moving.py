@@ -33,15 +33,19 @@ class Moving:
         longer, shorter = (predict_pass(self.work, shape, self.rates).total_s for shape in shapes)
         return longer - shorter
 
+    def link_binds(self, num_tokens: int) -> bool:
+        """Tells whether a pass of so many tokens has more that cost nothing."""
+        return self.free_tokens > num_tokens
+
     def pays(self, num_tokens: int, beside: int) -> bool:
         """Tells whether so many tokens shall move to the device rather than be computed in a pass with `beside`
         others."""
-        return beside >= self.free_tokens and self._pays(num_tokens, beside, ways=1)
+        return not self.link_binds(beside) and self._pays(num_tokens, beside, ways=1)
 
     def pays_both_ways(self, num_rows: int) -> bool:
         """Tells whether tokens that leave the device shall move to the host, to come back later, in an engine of so
         many rows."""
-        return num_rows >= self.free_tokens and self._pays(self.most_tokens, num_rows, ways=2)
+        return not self.link_binds(num_rows) and self._pays(self.most_tokens, num_rows, ways=2)
 
     def _pays(self, num_tokens: int, beside: int, ways: int) -> bool:
         num_tokens = min(num_tokens, self.most_tokens)  # more are computed in several passes, each no cheaper

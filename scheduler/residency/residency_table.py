@@ -70,20 +70,14 @@ def table(
 
 
 def short_table(
-    residency: Residency,
-    page_size: int,
-    num_seqs: str,
-    rates: Rates,
-    one: Prediction,
-    best: Prediction,
-    kv_in_host: str = "",
+    residency: Residency, page_size: int, num_seqs: str, rates: Rates, one: Prediction, best: Prediction
 ) -> str:
     """The table in nine lines at most: what stays and streams, and the speed of one sequence and of the most."""
     speed = f"{show_time(one.time.total_s)} a pass of {one.label}, {one.tokens_s:.2f} tokens/s"
     many = f"; {best.tokens_s:.2f} of {best.num_seqs} at once" if best.num_seqs > 1 else ""
     return "\n".join(
         [
-            *_memory(residency, page_size, kv_in_host, shown=("resident weights", "KV cache")),
+            *_memory(residency, page_size, shown=("resident weights", "KV cache")),
             f"most sequences a pass     {num_seqs}",
             _rates(rates),
             f"predicted: {speed}{many}; bound: {_bound(one.time)}",
@@ -91,7 +85,9 @@ def short_table(
     )
 
 
-def _memory(residency: Residency, page_size: int, kv_in_host: str, shown: Sequence[str] | None = None) -> list[str]:
+def _memory(
+    residency: Residency, page_size: int, kv_in_host: str = "", shown: Sequence[str] | None = None
+) -> list[str]:
     """Lines of a rank's memory and its parts; of the parts only those of `shown`, if it is given."""
     num_compressed = len(residency.compressed & residency.resident)
     remarks = {

@@ -1,6 +1,7 @@
 """KV pages that move to host memory and back, through the loop: each request is as it would be alone."""
 
 import pytest
+from penstock.engine.config import EngineConfig
 from penstock.engine.runtime.engine import Engine
 
 from penstock import LLM, SamplingParams
@@ -75,6 +76,11 @@ def test_where_the_link_binds_nothing_moves_and_is_counted(alone):
         moves = llm.loop.scheduler.counts.moves
         assert moves.num_out == moves.num_in == 0 and moves.num_not_moved > 20
         assert moves.describe()
+
+
+def test_it_needs_the_prefix_cache():
+    with pytest.raises(ValueError, match="kv_host_memory=1048576 with enable_prefix_caching=False: pages there"):
+        EngineConfig(kv_host_memory="1MiB", enable_prefix_caching=False)
 
 
 def test_a_reset_forgets_both_tiers():
