@@ -47,9 +47,9 @@ class HostPages:
         counts: MoveCounts | None = None,
     ):
         self.num_pages, self.pays, self.counts = num_pages, pays, counts or MoveCounts()
-        self._free = list(reversed(range(num_pages)))  # a stack: neighbours are handed out one after another
         self._kept: OrderedDict[Key, tuple[Block, int]] = OrderedDict()  # the least recently used first
         self._moves: list[Move] = []
+        self.clear()
 
     def find(self, key: Key) -> Block | None:
         kept = self._kept.get(key)
@@ -85,9 +85,9 @@ class HostPages:
             self._free.append(self._kept.pop(key)[1])
 
     def clear(self) -> None:
-        """Forgets all."""
-        for key in list(self._kept):
-            self.forget(key)
+        """Forgets all, held ones too, as after an interrupt."""
+        self._kept.clear()
+        self._free = list(reversed(range(self.num_pages)))  # a stack: neighbours are handed out one after another
 
     def take_moves(self) -> tuple[Move, ...]:
         """The moves that the next pass begins with, which is made now."""

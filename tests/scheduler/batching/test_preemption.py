@@ -213,7 +213,8 @@ def test_nobody_starves_beside_a_stream_of_arrivals():
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_what_is_kept_does_not_grow_with_the_requests(policy):
-    sched, rng = scheduler(num_pages=40, policy=policy, prefix_caching=True), random.Random(0)
+    host, rng = HostPages(30), random.Random(0)
+    sched = scheduler(num_pages=40, policy=policy, prefix_caching=True, host_pages=host)
     for id in range(3000):
         prompt = [rng.randrange(100) for _ in range(rng.randint(1, 12))]
         one = Request(id, prompt, SamplingParams(max_tokens=rng.randint(1, 3), priority=rng.randint(0, 2)))
@@ -225,4 +226,5 @@ def test_what_is_kept_does_not_grow_with_the_requests(policy):
             sched.update(batch, [9] * batch.num_sampled)
     assert len(sched._admission.line._heap) <= 2 * sched.num_waiting + 16 and sched.num_waiting < 50
     assert len(sched.cache._blocks) == len(sched.cache._by_page) < 40
+    assert len(host._kept) == 30 and not host._moves and host.counts.num_out > 100
     sched.check_integrity()
