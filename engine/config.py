@@ -183,6 +183,11 @@ class EngineConfig:
     enable_prefix_caching: bool = _option(
         True, "let sequences share the KV pages of what they begin with; never with an attention window"
     )
+    kv_host_memory: int | str | None = _option(
+        None,
+        "host memory a rank, in bytes or like 20GiB, to which KV pages move instead of being forgotten, where moving"
+        " them back is faster than computing them again (default: none)",
+    )
     attention_sinks: int = _option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
     attention_window: int | None = _option(
         None,
@@ -210,7 +215,7 @@ class EngineConfig:
         _check_types(self)
         if isinstance(self.debug, dict):
             object.__setattr__(self, "debug", DebugConfig.of(self.debug))
-        for name, parse in (("gpu_memory", parse_bytes), ("ring", parse_bytes)):
+        for name, parse in (("gpu_memory", parse_bytes), ("ring", parse_bytes), ("kv_host_memory", parse_bytes)):
             value = getattr(self, name)
             if value is not None:
                 try:
@@ -233,6 +238,12 @@ class EngineConfig:
             )
         if self.attention_sinks and self.attention_window is None:
             raise ValueError(f"attention_sinks={self.attention_sinks}: there are none without an attention_window")
+        if self.kv_host_memory is not None and (not self.enable_prefix_caching or self.attention_window is not None):
+            other = "an attention_window" if self.enable_prefix_caching else "enable_prefix_caching=False"
+            raise ValueError(
+                f"kv_host_memory={self.kv_host_memory} with {other}: pages there are found by the prefix cache, which"
+                " is off"
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             share = show_value(self.gpu_memory_utilization)
             raise ValueError(f"gpu_memory_utilization={share}: expected a fraction above 0, at most 1")

@@ -16,6 +16,7 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.loop import Loop
 from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
 from penstock.engine.planning.engine_plan import longest_sequence
+from penstock.engine.planning.kv_tier import moving
 from penstock.engine.runtime.calls import Call, digest
 from penstock.engine.runtime.engine import LINK_BYTES, Engine
 from penstock.engine.runtime.start_engine import start_engine
@@ -27,6 +28,8 @@ from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.turns import Turns, in_turn
 from penstock.parallel.launch import Launch, resolve_launch
 from penstock.parallel.rendezvous import read_together
+from penstock.scheduler.batching.counts import MoveCounts
+from penstock.scheduler.batching.host_pages import HostPages
 from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
 
@@ -62,6 +65,7 @@ class LLM:
             retention=plan.retention,
             policy=self.config.scheduling_policy,
             prefix_caching=self.config.enable_prefix_caching,
+            host_pages=self._host_pages(),
         )
         self.loop = Loop(scheduler, self.engine)
         self._reader = PromptReader(
@@ -257,6 +261,14 @@ class LLM:
 
     def _start(self) -> Engine:
         return start_engine(self.config, self._launch)
+
+    def _host_pages(self) -> HostPages | None:
+        """The pages of host memory that this rank's engine moves KV to; None if it was asked for none."""
+        plan, mover = self.engine.plan, self.engine.worker.runner.mover
+        if self.config.kv_host_memory is None:
+            return None
+        counts = MoveCounts(self.config.page_size, plan.demand.page_bytes)
+        return HostPages(0 if mover is None else mover.num_host_pages, moving(self.config, plan).pays, counts)
 
     def _check_open(self) -> None:
         if self.engine is None:

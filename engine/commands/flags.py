@@ -15,7 +15,7 @@ EVERYDAY = ("model", "tokenizer", "chat_template", "tensor_parallel_size", "dtyp
 MEMORY = (
     *("gpu_memory", "gpu_memory_utilization", "resident", "weights_compression", "max_num_seqs"),
     *("max_num_batched_tokens", "scheduling_policy", "enable_prefix_caching", "attention_sinks", "attention_window"),
-    *("device_profile", "link_gb_s"),
+    *("kv_host_memory", "device_profile", "link_gb_s"),
 )
 DEBUGGING = "debugging"  # the title of the group that --help leaves out
 

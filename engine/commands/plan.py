@@ -16,6 +16,7 @@ from penstock.engine.model.steps import activation_widths
 from penstock.engine.planning.device_profile import plan_rates, ranks
 from penstock.engine.planning.engine_plan import EnginePlan, longest_sequence, make_engine_plan
 from penstock.engine.planning.find_model import find_model
+from penstock.engine.planning.kv_tier import describe_host_pages, num_host_pages
 from penstock.engine.planning.predictions import decode_time, most_seqs, pass_work, step_seconds
 from penstock.engine.streams import visible
 from penstock.engine.weights.read_model import read_model_to_plan
@@ -173,6 +174,7 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "max_num_seqs": plan.max_num_seqs,
         "max_num_seqs_is": why_num_seqs(plan),
         "host_bytes": residency.host_bytes,
+        "num_host_pages": num_host_pages(config, plan),
         "streamed_bytes": residency.streamed_bytes,
         "free_tokens": free_tokens(pass_work(plan), plan.rates),
         "predictions": [_as_json(predict(plan, residency, n, context, "")) for n in sorted({1, best} - {0})],
@@ -213,6 +215,8 @@ def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) ->
     others = [(each, gives_up(this, each)) for each in variants(plan, context)] if this else []
     seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(plan)}"
     free = free_tokens(pass_work(plan), plan.rates)
-    text = table(plan.residency, config.page_size, seqs, plan.rates, rows, others, free)
+    text = table(
+        plan.residency, config.page_size, seqs, plan.rates, rows, others, free, describe_host_pages(config, plan)
+    )
     text += "".join(f"\nnote: {note}" for note in plan.notes)
     return text + (f"\nnote: context cut from {asked} to {context}, the longest one" if asked > context else "")

@@ -31,6 +31,13 @@ class KVCache:
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = [CachedLayer(*both, page_size, margin, key_rope) for both in self.data]
 
+    @property
+    def pages(self) -> Tensor:
+        """The cache by page: (P, 2 * layers, S * K * E), strided."""
+        num_layers, two, num_tokens, *heads = self.data.shape
+        num_pages = num_tokens // self.page_size
+        return self.data.view(num_layers * two, num_pages, -1).transpose(0, 1)
+
     def layer(self, layer_idx: int) -> CachedLayer:
         return self._layers[layer_idx]
 

@@ -26,6 +26,7 @@ CONTEXT_BYTES = 640 * MIB  # CUDA context and loaded kernels
 COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where there are ranks
 GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
+STAGING_BYTES = 64 * MIB  # of KV pages on their way to host memory or back, if a page is not more
 PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: occurrences, and a byte for what filters keep beside their copies
 
 
@@ -83,6 +84,8 @@ class MemoryClaims:
         if self.on_gpu:
             claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
             claims += [("collectives", COLLECTIVES_BYTES)] if tp_size > 1 else []
+        if self.config.kv_host_memory is not None:
+            claims += [("KV staging", 2 * num_staged_pages(self.config, self.page_bytes) * self.page_bytes)]
         return tuple(claims)
 
     @property
@@ -114,6 +117,16 @@ class MemoryClaims:
         groups = {step.group for step in self._steps if step.group is not None and step.group.name in names}
         slots = lay_out_decompressed(self._steps, {group: sizes[group.name] for group in groups})
         return max((slot.end for slot in slots.values()), default=0)
+
+
+def num_staged_pages(config: EngineConfig, page_bytes: int) -> int:
+    """KV pages that a slot of staging memory holds, of two. Raises ValueError if host memory has no room for one."""
+    asked = config.kv_host_memory
+    if asked < page_bytes:
+        raise ValueError(
+            f"kv_host_memory={asked}: expected room for a KV page at least, which has {page_bytes} bytes on a rank"
+        )
+    return max(1, min(STAGING_BYTES // 2, asked) // page_bytes)
 
 
 def engine_steps(spec: ModelSpec, tp_size: int, fuses: bool) -> list[Compute]:

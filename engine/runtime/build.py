@@ -19,9 +19,12 @@ from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import local_vocab_size, shard_heads
 from penstock.engine.model.steps import activation_widths
 from penstock.engine.planning.engine_plan import EnginePlan, settle_plan
+from penstock.engine.planning.kv_tier import num_host_pages
+from penstock.engine.planning.memory_claims import num_staged_pages
 from penstock.engine.runtime.binding import bound_to, on_own_device
 from penstock.engine.runtime.executor import Compressed, Executor, Weights
 from penstock.engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
+from penstock.engine.runtime.page_moves import PageMover
 from penstock.engine.runtime.pass_runner import PassRunner, RunAs
 from penstock.engine.runtime.watch import Watches
 from penstock.engine.weights.host_store import LoadedWeights, WeightSource, load_weights
@@ -66,8 +69,10 @@ class Worker:
         return self.executor.device
 
     def transfers(self) -> dict[str, Any]:
-        """The bytes that were moved, for JSON: weights that were copied, by group, and all-reduces, by step."""
-        return {"weights": self.executor.copied.to_dict(), "all_reduces": self.executor.reduced.to_dict()}
+        """The bytes that were moved, for JSON: weights that were copied, by group, all-reduces, by step, KV pages."""
+        moved = {"weights": self.executor.copied.to_dict(), "all_reduces": self.executor.reduced.to_dict()}
+        mover = self.runner.mover
+        return moved if mover is None else moved | {"kv_pages": mover.moved.to_dict()}
 
     @on_own_device
     def close(self) -> None:
@@ -119,6 +124,7 @@ def load(given: Ingredients, source: WeightSource, layout: ModelLayout) -> Loade
             compressed=residency.compressed,
             progress=bar.update,
             ranks_on_host=topology.ranks_on_host,
+            kv_bytes=num_host_pages(given.config, given.plan) * given.plan.demand.page_bytes,
         )
 
 
@@ -190,10 +196,21 @@ def build_runner(given: Ingredients, executor: Executor) -> PassRunner:
         run_as = RunAs.GRAPHS
     else:
         run_as = RunAs.PADDED if on_gpu or config.debug.as_on_gpu else RunAs.EAGER
-    runner = PassRunner(executor, run_as, given.plan.max_num_seqs, given.plan.residency.max_model_len)
+    plan = given.plan
+    mover = build_mover(given, executor)
+    runner = PassRunner(executor, run_as, plan.max_num_seqs, plan.residency.max_model_len, mover)
     if run_as is RunAs.GRAPHS and config.capture == "start":
         runner.capture_all()
     return runner
+
+
+def build_mover(given: Ingredients, executor: Executor) -> PageMover | None:
+    """The mover of KV pages to host memory and back; None where none will move."""
+    num_pages = num_host_pages(given.config, given.plan)
+    if not num_pages:
+        return None
+    num_staged = num_staged_pages(given.config, given.plan.demand.page_bytes)
+    return PageMover(executor.model.kv.pages, num_pages, num_staged, executor.lanes, given.config.debug.poison)
 
 
 def find_embed(plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights) -> Embedding:

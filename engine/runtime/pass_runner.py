@@ -28,6 +28,7 @@ from penstock.engine.runtime.bucket import Bucket, Staging
 from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.graph import Graphs, Mailbox, PendingLetter
+from penstock.engine.runtime.page_moves import PageMover
 from penstock.parallel.triton_door import compiled_ahead
 from penstock.scheduler.batching.batch import Batch
 
@@ -42,11 +43,18 @@ class RunAs(Enum):
 
 class PassRunner:
     """Owns the passes under way, and where they are padded the buckets, the mailbox and the graphs. `max_context` is
-    the most tokens that a row attends to."""
+    the most tokens that a row attends to. `mover`, if there is one, moves KV pages to host memory and back."""
 
-    def __init__(self, executor: Executor, run_as: RunAs, max_num_seqs: int, max_context: int):
+    def __init__(
+        self,
+        executor: Executor,
+        run_as: RunAs,
+        max_num_seqs: int,
+        max_context: int,
+        mover: PageMover | None = None,
+    ):
         assert max_num_seqs <= min(executor.arena.most.values()), "a bucket would be larger than the activations"
-        self.executor = executor
+        self.executor, self.mover = executor, mover
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
         whole = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
         self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
@@ -92,6 +100,9 @@ class PassRunner:
         executor, sampler = self.executor, self.model.sampler
         new = [row for row in batch.rows if row.sampling is not None]
         sampler.set_rows({row.index: row.sampling for row in new}, {row.index: row.history for row in new})
+        assert self.mover is not None or not batch.moves
+        if self.mover is not None:
+            self.mover.run(batch.moves)
         executor.fill_ring()
         self.watches.begin_pass(batch)
         asked = sampler.asked([row.index for row in batch.rows])
@@ -177,8 +188,10 @@ class PassRunner:
 
     @on_own_device
     def close(self) -> None:
-        """Waits for the device and drops the graphs; idempotent."""
+        """Waits for the device, drops the graphs and gives back the host memory of KV pages; idempotent."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.graphs is not None:
             self.graphs.close()
+        if self.mover is not None:
+            self.mover.close()

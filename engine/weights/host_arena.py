@@ -74,7 +74,7 @@ class HostArena:
         self._map = None
 
 
-def check_host_memory(nbytes: int, ranks_on_host: int = 1) -> None:
+def check_host_memory(nbytes: int, ranks_on_host: int = 1, what: str = "the weights") -> None:
     """Raises ValueError if `nbytes` for this rank, or for all ranks together, cannot fit below the cgroup's limit;
     where no limit is set, warns if there seems to be too little. (MemTotal is no limit: some machines grow.)"""
     asked = show_bytes(nbytes) + (f" on each of {ranks_on_host} ranks" if ranks_on_host > 1 else "")
@@ -83,14 +83,14 @@ def check_host_memory(nbytes: int, ranks_on_host: int = 1) -> None:
     if limit is not None:
         if nbytes * ranks_on_host > limit or nbytes > limit - in_use:
             raise ValueError(
-                f"the weights need {asked} of host memory, but the cgroup's limit is {show_bytes(limit)}, of which "
+                f"{what} need {asked} of host memory, but the cgroup's limit is {show_bytes(limit)}, of which "
                 f"{show_bytes(in_use)} are in use: {advice}"
             )
         return
     available = _fields(Path("/proc/meminfo"), scale=1024).get("MemAvailable:")
     if available is not None and nbytes > available:
         warnings.warn(
-            f"the weights need {asked} of host memory, but only {show_bytes(available)} seem to be free: {advice}",
+            f"{what} need {asked} of host memory, but only {show_bytes(available)} seem to be free: {advice}",
             stacklevel=2,
         )
 

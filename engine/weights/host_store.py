@@ -70,14 +70,15 @@ def load_weights(
     progress: Callable[[int], None] | None = None,
     ranks_on_host: int = 1,
     compressed: AbstractSet[GroupId] = frozenset(),
+    kv_bytes: int = 0,
 ) -> LoadedWeights:
     """Loads every group of `layout`: those in `streamed` (and the embedding, if `embed_on_host`) into the host arena,
     the others onto `device`. Elements that no piece covers are zero. Those in `compressed` are compressed, wherever
     they lie.
 
     `progress` is called in this thread, with bytes of spans that add up to layout.nbytes. Raises ValueError if the
-    cgroup's limit cannot hold the arena (compressed groups count as planned), RuntimeError if CUDA cannot register it,
-    and what the source raises; nothing stays allocated then.
+    cgroup's limit cannot hold the arena (compressed groups count as planned) and `kv_bytes` beside it,
+    RuntimeError if CUDA cannot register it, and what the source raises; nothing stays allocated then.
     """
     began_at_s = time.perf_counter()
     groups = (*layout.groups, layout.embed)
@@ -90,7 +91,7 @@ def load_weights(
         device = torch.device("cuda", torch.cuda.current_device())
     in_memory = host_groups if is_cuda else groups
     needed = sum(planned_bytes(group) if group.id in compressed else group.stored_bytes for group in in_memory)
-    check_host_memory(needed, ranks_on_host)
+    check_host_memory(needed + kv_bytes, ranks_on_host, *(["weights and KV pages"] if kv_bytes else []))
     with contextlib.ExitStack() as undo:
         host = HostSpans(host_groups, compressed, register=is_cuda)
         undo.callback(host.close)

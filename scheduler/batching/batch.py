@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+from penstock.scheduler.batching.host_pages import Move
 from penstock.scheduler.batching.request import Request, RowSampling
 from penstock.scheduler.cost.pass_work import PassShape
 
@@ -75,14 +76,15 @@ def is_decode(batch: "Batch") -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows and tokens of one pass."""
+    """The rows and tokens of one pass, and the pages that move before it, one after another."""
 
     rows: tuple[BatchRow, ...]
+    moves: tuple[Move, ...] = ()
 
     @staticmethod
-    def of(rows: Iterable[BatchRow]) -> "Batch":
+    def of(rows: Iterable[BatchRow], moves: tuple[Move, ...] = ()) -> "Batch":
         """The batch of these rows in the order of a pass."""
-        return Batch(tuple(sorted(rows, key=lambda row: row.order)))
+        return Batch(tuple(sorted(rows, key=lambda row: row.order)), moves)
 
     @property
     def is_in_order(self) -> bool:

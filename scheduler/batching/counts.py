@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from penstock.scheduler.units import show_bytes
+
 LOGGER = logging.getLogger("penstock.scheduler")
 LOG_EVERY_S = 1.0
 
@@ -19,6 +21,43 @@ class Wait(StrEnum):
 
 
 @dataclass
+class MoveCounts:
+    """Pages of `page_size` tokens, `page_bytes` on each rank, that moved from the device to host memory, and in from
+    there. `num_not_moved` were forgotten instead. Where no host memory was asked for the sizes are 0."""
+
+    page_size: int = 0
+    page_bytes: int = 0
+    num_out: int = 0
+    num_in: int = 0
+    num_not_moved: int = 0
+
+    def note(self, is_out: bool) -> None:
+        """Notes a page that moves."""
+        self.num_out += is_out
+        self.num_in += not is_out
+
+    @property
+    def num_saved_tokens(self) -> int:
+        """Tokens that moved in and were not computed again."""
+        return self.num_in * self.page_size
+
+    def to_dict(self) -> dict[str, int]:
+        """The numbers, with the bytes of a rank."""
+        moved = {"out_bytes": self.num_out * self.page_bytes, "in_bytes": self.num_in * self.page_bytes}
+        return vars(self) | moved | {"num_saved_tokens": self.num_saved_tokens}
+
+    def describe(self) -> list[str]:
+        """Lines that tell a user what moved, or that nothing did."""
+        lines = []
+        if self.num_out:
+            out, back = (f"{n} ({show_bytes(n * self.page_bytes)} a rank)" for n in (self.num_out, self.num_in))
+            lines.append(f"KV pages moved to host memory: {out}; back: {back}, {self.num_saved_tokens} tokens")
+        if self.num_not_moved and self.page_size:
+            lines.append(f"{self.num_not_moved} KV pages were forgotten: to move them to host memory would not pay")
+        return lines
+
+
+@dataclass
 class Counts:
     """Numbers since the scheduler was made. `waits` counts, by what was lacking, the passes in which requests waited;
     `num_waiting` is how many did in the last pass."""
@@ -29,6 +68,7 @@ class Counts:
     num_asked_tokens: int = 0  # of requests that got their first row
     num_hit_tokens: int = 0  # those of them that the prefix cache had
     num_waiting: int = 0
+    moves: MoveCounts = field(default_factory=MoveCounts)
     waits: Counter[Wait] = field(default_factory=Counter)
     _logged_at_s: float = field(default=-LOG_EVERY_S, repr=False, compare=False)
 
@@ -50,7 +90,7 @@ class Counts:
     def to_dict(self) -> dict[str, int | dict[str, int]]:
         """The numbers, as JSON takes them."""
         numbers = {name: value for name, value in vars(self).items() if name[0] != "_"}
-        return numbers | {"waits": {why.value: self.waits[why] for why in Wait}}
+        return numbers | {"moves": self.moves.to_dict(), "waits": {why.value: self.waits[why] for why in Wait}}
 
     def describe(self) -> list[str]:
         """Lines that tell a user what happened; none where nothing did."""
@@ -60,6 +100,7 @@ class Counts:
             lines.append(f"{self.num_hit_tokens} tokens of prompts were cached, {share:.1%} of all")
         if self.num_preemptions:
             lines.append(f"rows gave way {self.num_preemptions} times: {self.num_recomputed_tokens} tokens once more")
+        lines += self.moves.describe()
         if self.waits:
             lacking = ", ".join(f"{why} {self.waits[why]}" for why in Wait if self.waits[why])
             lines.append(f"requests waited in {self.waits.total()} of {self.num_passes} passes, for: {lacking}")

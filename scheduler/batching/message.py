@@ -2,7 +2,7 @@
 
 Both sides keep what each row was then. A row that decodes, and needs no page more, is its index and flags:
 
-    length, number of rows | index, flags | index, flags, pages before, pages after these, ... | ...
+    length, number of rows, of moves | page, host page, out | index, flags | index, flags, pages before, ... | ...
 
 What a message says counts once its pass runs: an announced one may be withdrawn.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from penstock.scheduler.batching.batch import Batch, BatchRow, History
+from penstock.scheduler.batching.host_pages import Move
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
 
 # Flags of a row. Tokens, place and pages follow where they are not these.
@@ -45,7 +46,9 @@ class RowMessages:
 
     def pack(self, batch: Batch) -> list[int]:
         """The batch as int32 values."""
-        message = [0, len(batch.rows)]
+        message = [0, len(batch.rows), len(batch.moves)]
+        for page, host_page, is_out in batch.moves:
+            message += page, host_page, int(is_out)
         for row in batch.rows:
             message += self._pack_row(row)
         message[0] = len(message)
@@ -54,10 +57,11 @@ class RowMessages:
     def unpack(self, message: Sequence[int]) -> Batch:
         """The batch that `pack` made into this message, if both sides were told of the same passes. Raises ValueError
         if it is not whole."""
-        if len(message) < 2 or message[0] != len(message):
+        if len(message) < 3 or message[0] != len(message):
             raise ValueError(f"batch message of {len(message)} integers does not state its own length")
-        ints = iter(message[2:])
-        batch = Batch(tuple(self._unpack_row(ints) for _ in range(message[1])))
+        ints = iter(message[3:])
+        moves = tuple(_take_move(ints) for _ in range(message[2]))
+        batch = Batch(tuple(self._unpack_row(ints) for _ in range(message[1])), moves)
         if next(ints, None) is not None:
             raise ValueError("batch message goes on after its last row")
         return batch
@@ -98,8 +102,13 @@ class RowMessages:
         return BatchRow(index, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted, history)
 
 
+def _take_move(ints: Iterator[int]) -> Move:
+    page, host_page, is_out = _take(ints, 3)
+    return Move(page, host_page, bool(is_out))
+
+
 def _take(ints: Iterator[int], count: int) -> tuple[int, ...]:
     taken = tuple(itertools.islice(ints, max(count, 0)))
     if len(taken) != count:
-        raise ValueError("batch message ends inside a row")
+        raise ValueError("batch message ends inside a row or a move")
     return taken

@@ -22,7 +22,7 @@ def victims_for(seats: Seats, urgent: Request) -> list[Request]:
     candidates = sorted(_candidates(seats, urgent.place[0] + 1), key=_reluctance)
     if not candidates or urgent.num_under_way or seats.offer(urgent) is not None:
         return []
-    found = {block.page for block in seats.cache.find(urgent)}
+    found = {block.page for block in seats.find(urgent) if block.page is not None}
     num_missing = seats.first_pages(urgent) - seats.num_free_pages
     num_missing -= sum(not seats.cache.is_idle(page) for page in found)
     victims: list[Request] = []

@@ -3,35 +3,28 @@
 A block is a page of tokens behind the block before it, so its key is that one's number and its own tokens: equal keys
 are equal tokens all the way back to the salt, not only equal hashes. Only whole pages enter, once their tokens are
 known and computed, and nobody writes to them any more. A page has as many holders as requests that read it. One that
-nobody holds stays as it is until another one needs the room: the least recently used goes first.
+nobody holds stays as it is until another one needs the room: the least recently used goes first, to host memory if
+there are pages there (host_pages.py), else it is forgotten.
 
     page   | free | held by requests | idle: whole, and held by nobody |
 """
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
+from penstock.scheduler.batching.host_pages import Block, HostPages, Key
 from penstock.scheduler.batching.pages import PagePool
 from penstock.scheduler.batching.request import Request
 
-Key = tuple[int | str | None, tuple[int, ...]]  # the number of the block before, or the salt; and the tokens
-
-
-class Block(NamedTuple):
-    """A page's place among all prefixes; numbers are never given twice."""
-
-    number: int
-    page: int
-    key: Key
-
 
 class PrefixCache:
-    """Hands out the pages of a pool of pages of `page_size` tokens. With `is_on` false nothing is ever found."""
+    """Hands out the pages of a pool of pages of `page_size` tokens. With `is_on` false nothing is ever found. Blocks
+    that lose their page may be kept in `host`."""
 
-    def __init__(self, pool: PagePool, page_size: int, is_on: bool = True):
+    def __init__(self, pool: PagePool, page_size: int, is_on: bool = True, host: HostPages | None = None):
         self.pool, self.page_size, self.is_on = pool, page_size, is_on
+        self.host = host or HostPages()
         self._numbers = itertools.count()
         self._blocks: dict[Key, Block] = {}
         self._by_page: dict[int, Block] = {}
@@ -51,17 +44,26 @@ class PrefixCache:
         """Tells whether a page has several holders."""
         return self._num_holders[page] > 1
 
-    def find(self, request: Request) -> list[Block]:
-        """The blocks with which the request begins; a token at least is left to be computed. What was found for the
-        last one is looked at again and not looked up: the head of the line asks before each pass."""
+    def find(self, request: Request, beside: int = 0) -> list[Block]:
+        """The blocks with which the request begins; a token at least is left to be computed. Those in host memory are
+        among them if it pays to move them, beside a pass of `beside` tokens."""
+        found = self._find_all(request)
+        moved = [index for index, block in enumerate(found) if block.page is None]
+        if moved and not self.host.pays(len(moved) * self.page_size, beside):
+            return found[: moved[0]]
+        return found
+
+    def _find_all(self, request: Request) -> list[Block]:
+        """The blocks of both tiers. What was found for the last request is looked at again and not looked up: the head
+        of the line asks before each pass."""
         asked, found = self._last_found
         if asked is not request:
             found = []
-        found = list(itertools.takewhile(lambda block: self._by_page.get(block.page) is block, found))
+        found = list(itertools.takewhile(self._is_current, found))
         before: int | str | None = found[-1].number if found else request.params.cache_salt
         most = (request.num_tokens - 1) // self.page_size if self.is_on else 0
         for start in range(len(found) * self.page_size, most * self.page_size, self.page_size):
-            block = self._blocks.get((before, tuple(request.tokens_between(start, start + self.page_size))))
+            block = self._look_up((before, tuple(request.tokens_between(start, start + self.page_size))))
             if block is None:
                 break
             found.append(block)
@@ -69,18 +71,37 @@ class PrefixCache:
         self._last_found = request, found
         return found
 
-    def share(self, blocks: Iterable[Block]) -> list[int]:
-        """Adds a holder to each of these blocks. Returns their pages."""
-        pages = [block.page for block in blocks]
-        for page in pages:
-            self._idle.pop(page, None)
-            self._num_holders[page] += 1
+    def _look_up(self, key: Key) -> Block | None:
+        return self._blocks.get(key) or self.host.find(key)
+
+    def _is_current(self, block: Block) -> bool:
+        """Tells whether a block is still what would be found."""
+        return (self._look_up(block.key) if block.page is None else self._by_page.get(block.page)) is block
+
+    def share(self, blocks: Sequence[Block]) -> list[int]:
+        """Adds a holder to each of these blocks, and moves those in host memory to pages. Returns their pages."""
+        for block in blocks:
+            if block.page is not None:
+                self._idle.pop(block.page, None)
+                self._num_holders[block.page] += 1
+        brought = iter(self._bring([block for block in blocks if block.page is None]))
+        return [next(brought) if block.page is None else block.page for block in blocks]
+
+    def _bring(self, blocks: Sequence[Block]) -> list[int]:
+        """Moves blocks from host memory to pages with one holder each."""
+        held = self.host.hold(blocks)  # first: what gives way to them on the device may move to the host
+        pages = self.allocate(len(blocks))
+        self.host.bring(blocks, held, pages)
+        for block, page in zip(blocks, pages, strict=True):
+            self._blocks[block.key] = self._by_page[page] = block._replace(page=page)
         return pages
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Takes this many pages, with one holder each; idle ones are forgotten where none is free."""
+        """Takes this many pages, with one holder each; idle ones lose theirs where none is free."""
         while self.pool.num_free < num_pages:
-            self.forget([next(iter(self._idle))])
+            page = next(iter(self._idle))
+            self.host.keep(self._by_page[page])
+            self._drop(page)
         pages = self.pool.allocate(num_pages)
         for page in pages:
             self._num_holders[page] = 1
@@ -107,23 +128,29 @@ class PrefixCache:
             key = before, tuple(request.tokens_between(start, start + self.page_size))
             block = self._blocks.get(key)
             if block is None:
-                block = Block(next(self._numbers), page, key)
+                kept = self.host.find(key)
+                block = Block(next(self._numbers) if kept is None else kept.number, page, key)
                 self._blocks[key] = self._by_page[page] = block
             request.last_block, request.num_entered = block.number, request.num_entered + 1
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Lets nobody find these pages any more; those who hold them keep them."""
+        """Lets nobody find these pages any more, nor what they hold in host memory; those who hold them keep them."""
         for page in pages:
-            block = self._by_page.pop(page, None)
-            if block is not None:
-                del self._blocks[block.key]
-            if page in self._idle:
-                del self._idle[page]
-                self.pool.release([page])
+            if page in self._by_page:
+                self.host.forget(self._by_page[page].key)
+                self._drop(page)
+
+    def _drop(self, page: int) -> None:
+        """Takes a block's page from it. One that nobody holds is free then."""
+        del self._blocks[self._by_page.pop(page).key]
+        if page in self._idle:
+            del self._idle[page]
+            self.pool.release([page])
 
     def clear(self) -> None:
         """Forgets all."""
         self.forget(list(self._by_page))
+        self.host.clear()
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Asserts that pages have as many holders as `held` names them, and are in the pool else, or idle."""
@@ -133,3 +160,6 @@ class PrefixCache:
         assert all(page in self._by_page for page in self._idle), "an idle page that nobody can find"
         assert {block.key: block for block in self._by_page.values()} == self._blocks
         assert all(block.page == page for page, block in self._by_page.items())
+        self.host.check_integrity()
+        kept = {block.number: self.host.find(block.key) for block in self._blocks.values()}
+        assert all(copy is None or copy.number == number for number, copy in kept.items()), "a block has two numbers"

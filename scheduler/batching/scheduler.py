@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from penstock.scheduler.batching.admission import Admission
 from penstock.scheduler.batching.batch import Batch, BatchRow, History
 from penstock.scheduler.batching.counts import Counts, Wait
+from penstock.scheduler.batching.host_pages import HostPages
 from penstock.scheduler.batching.pages import PagePool, pages_for
 from penstock.scheduler.batching.places import in_places
 from penstock.scheduler.batching.prefix_cache import PrefixCache
@@ -37,7 +38,8 @@ class Scheduler:
     `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
     are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given. `policy`, one
     of POLICIES, says who is served first. With `prefix_caching` requests share the whole pages that they begin with,
-    unless old tokens are dropped. `counts` says what has happened so far. Raises ValueError for fewer than 2 pages.
+    unless old tokens are dropped; what the device has no room for is kept in `host_pages`. `counts` says what has
+    happened so far. Raises ValueError for fewer than 2 pages.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Scheduler:
         retention: Retention | None = None,
         policy: str = "fcfs",
         prefix_caching: bool = False,
+        host_pages: HostPages | None = None,
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -60,9 +63,12 @@ class Scheduler:
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self.cache = PrefixCache(self.pool, page_size, prefix_caching and self._retention.max_cached is None)
+        self.cache = PrefixCache(
+            self.pool, page_size, prefix_caching and self._retention.max_cached is None, host_pages
+        )
         self._seats = Seats(max_num_seqs, self.cache, self._retention, max_model_len)
         self._admission = Admission(Line(policy), self._seats)
+        self.counts.moves = self.cache.host.counts
         self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
 
@@ -135,7 +141,7 @@ class Scheduler:
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
             return None
-        batch = Batch.of(rows)
+        batch = Batch.of(rows, self.cache.host.take_moves())
         requests = [self._seats.running[row.index] for row in batch.rows]
         for request in requests:
             request.num_under_way += 1
@@ -156,6 +162,7 @@ class Scheduler:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         _, requests = self._under_way.pop()
+        self.cache.host.put_back(batch.moves)
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
             request.num_unseen_tokens -= row.samples

@@ -7,8 +7,9 @@ cache knows are shared, and their tokens count as computed.
 
 import heapq
 
+from penstock.scheduler.batching.host_pages import Block
 from penstock.scheduler.batching.pages import pages_for
-from penstock.scheduler.batching.prefix_cache import Block, PrefixCache
+from penstock.scheduler.batching.prefix_cache import PrefixCache
 from penstock.scheduler.batching.request import Request
 from penstock.scheduler.batching.retention import Retention
 
@@ -55,9 +56,14 @@ class Seats:
         num_pages = self.first_pages(request) + pages_for(self._num_growing * headroom, self.page_size)
         if num_pages - request.num_tokens // self.page_size > self.num_free_pages:
             return None
-        found = self.cache.find(request)
-        num_idle = sum(self.cache.is_idle(block.page) for block in found)
-        return found if num_pages - len(found) <= self.num_free_pages - num_idle else None
+        found = self.find(request)
+        here = [block.page for block in found if block.page is not None]
+        num_idle = sum(map(self.cache.is_idle, here))
+        return found if num_pages - len(here) <= self.num_free_pages - num_idle else None
+
+    def find(self, request: Request) -> list[Block]:
+        """The cached blocks that a request would begin with, beside a token of each that runs."""
+        return self.cache.find(request, len(self.running) + 1)
 
     def take(self, request: Request, blocks: list[Block]) -> None:
         """Gives a request its row, the blocks that were found for it and the rest of its first pages."""

@@ -57,10 +57,11 @@ def table(
     predictions: Sequence[Prediction],
     variants: Sequence[tuple[Variant, str]],
     free_tokens: int,
+    kv_in_host: str = "",
 ) -> str:
     """The table as text: what stays and streams on a rank, the time of a pass and its bound, and what other splits
-    would give and give up."""
-    lines = [*_memory(residency, page_size), f"most sequences a pass     {num_seqs}", ""]
+    would give and give up. `kv_in_host` is a line about KV pages in host memory."""
+    lines = [*_memory(residency, page_size, kv_in_host), f"most sequences a pass     {num_seqs}", ""]
     lines += _passes(rates, predictions, free_tokens)
     if variants:
         lines += ["", *_variants(variants)]
@@ -84,7 +85,9 @@ def short_table(
     )
 
 
-def _memory(residency: Residency, page_size: int, shown: Sequence[str] | None = None) -> list[str]:
+def _memory(
+    residency: Residency, page_size: int, kv_in_host: str = "", shown: Sequence[str] | None = None
+) -> list[str]:
     """Lines of a rank's memory and its parts; of the parts only those of `shown`, if it is given."""
     num_compressed = len(residency.compressed & residency.resident)
     remarks = {
@@ -97,6 +100,7 @@ def _memory(residency: Residency, page_size: int, shown: Sequence[str] | None = 
         "gathered context": "the keys and values of the longest sequence in one layer, for the chunks of its prompt",
         "attention partials": "what attention leaves of segments of the context, until they are merged",
         "decompression buffer": "where compressed groups are decompressed to, one after the other",
+        "KV staging": "pages of the KV cache on their way to host memory or back",
     }
     budget = "no limit (plain memory)" if residency.memory_bytes is None else show_bytes(residency.memory_bytes)
     lines = [f"device memory a rank      {budget:>12}"]
@@ -110,6 +114,7 @@ def _memory(residency: Residency, page_size: int, shown: Sequence[str] | None = 
     return [
         *lines,
         f"host memory a rank        {show_bytes(residency.host_bytes):>12}{embed}",
+        *([kv_in_host] if kv_in_host else []),
         f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}{compressed}",
         f"longest context           {residency.max_model_len:>12} tokens",
     ]

@@ -40,6 +40,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "max_model_len": residency.max_model_len,
         "attention_sinks": config.attention_sinks,
         "attention_window": config.attention_window,
+        "kv_host_memory_bytes": config.kv_host_memory,
         "streamed_bytes_per_pass_and_rank": engine.work.streamed_bytes,
         "plain_streamed_bytes_per_pass_and_rank": sum(plain[group] for group, _ in residency.streamed),
         "decompressed_bytes_per_pass_and_rank": engine.work.decompressed_bytes,
@@ -64,7 +65,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
 
 def without_sites(transfers: dict[str, Any]) -> dict[str, Any]:
     """A rank's ledger by operation: a record has no use for every layer."""
-    parts = {kind: transfers[kind] for kind in ("weights", "all_reduces")}
+    parts = {kind: transfers[kind] for kind in ("weights", "all_reduces", "kv_pages") if kind in transfers}
     totals = {kind: {name: part[name] for name in ("total", "operations")} for kind, part in parts.items()}
     return {"rank": transfers["rank"]} | totals
 

@@ -5,7 +5,7 @@ import logging
 from types import SimpleNamespace
 
 from penstock.scheduler.batching import counts
-from penstock.scheduler.batching.counts import Counts, Wait
+from penstock.scheduler.batching.counts import Counts, MoveCounts, Wait
 
 
 def test_lines_tell_what_happened_and_nothing_else():
@@ -24,6 +24,22 @@ def test_lines_tell_what_happened_and_nothing_else():
     numbers = json.loads(json.dumps(told.to_dict()))
     assert numbers["waits"] == {"rows": 0, "pages": 2, "tokens": 1}
     assert (numbers["num_passes"], numbers["num_preemptions"], numbers["num_waiting"]) == (4, 1, 1)
+
+
+def test_what_moved_is_told_where_host_memory_was_asked_for():
+    moves = MoveCounts(num_not_moved=7)
+    assert moves.describe() == []
+    moves = MoveCounts(page_size=16, page_bytes=2**20, num_not_moved=7)
+    assert moves.describe() == ["7 KV pages were forgotten: to move them to host memory would not pay"]
+    moves = MoveCounts(page_size=16, page_bytes=2**20)
+    for is_out in (True, True, True, False):
+        moves.note(is_out)
+    assert moves.describe() == [
+        "KV pages moved to host memory: 3 (3.00 MiB a rank); back: 1 (1.00 MiB a rank), 16 tokens"
+    ]
+    numbers = Counts(moves=moves).to_dict()["moves"]
+    assert numbers == json.loads(json.dumps(numbers))
+    assert (numbers["out_bytes"], numbers["in_bytes"], numbers["num_saved_tokens"]) == (3 * 2**20, 2**20, 16)
 
 
 def test_one_line_a_second_is_logged(caplog, monkeypatch):

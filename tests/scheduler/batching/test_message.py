@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from penstock.scheduler.batching.batch import Batch, BatchRow, History
+from penstock.scheduler.batching.host_pages import Move
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
 from penstock.scheduler.cost.pass_work import PassShape
@@ -19,7 +20,8 @@ HISTORY = st.builds(History, INTS, INTS)
 ROWS = st.builds(
     BatchRow, st.integers(0, 5) | COUNT, INTS, COUNT, INTS, st.booleans(), st.none() | SAMPLING, COUNT, HISTORY
 )
-BATCHES = st.builds(Batch, st.lists(ROWS, max_size=5, unique_by=lambda row: row.index).map(tuple))
+MOVES = st.lists(st.builds(Move, COUNT, COUNT, st.booleans()), max_size=3).map(tuple)
+BATCHES = st.builds(Batch, st.lists(ROWS, max_size=5, unique_by=lambda row: row.index).map(tuple), MOVES)
 
 
 def told(*passes: Batch) -> RowMessages:
@@ -51,11 +53,11 @@ def test_a_message_holds_what_changed():
     """The length of a table or of a sequence does not count, but where it is new."""
     many = tuple(range(1, 1000))
     side = told(decode(50, many))
-    assert len(side.pack(decode(51, many))) == 2 + 3 * 2
-    assert len(side.pack(decode(51, (*many, 5000)))) == 2 + 3 * (2 + 2 + 1)
-    assert len(side.pack(decode(51, many, tokens=(7,)))) == 2 + 3 * (2 + 2)
-    assert len(side.pack(decode(51, (*many[:10], *many[11:], 7), num_evicted=8))) == 2 + 3 * (2 + 2 + 2 + 989)
-    assert len(RowMessages().pack(decode(51, many))) == 2 + 3 * (2 + 2 + 2 + 999)
+    assert len(side.pack(decode(51, many))) == 3 + 3 * 2
+    assert len(side.pack(decode(51, (*many, 5000)))) == 3 + 3 * (2 + 2 + 1)
+    assert len(side.pack(decode(51, many, tokens=(7,)))) == 3 + 3 * (2 + 2)
+    assert len(side.pack(decode(51, (*many[:10], *many[11:], 7), num_evicted=8))) == 3 + 3 * (2 + 2 + 2 + 989)
+    assert len(RowMessages().pack(decode(51, many))) == 3 + 3 * (2 + 2 + 2 + 999)
 
 
 def test_a_page_table_that_stays_is_the_same_object():
@@ -77,7 +79,7 @@ def test_unpack_refuses_what_is_not_whole():
         side.unpack([len(message) + 1, *message[1:], 0])
     with pytest.raises(ValueError, match="ends inside a row"):  # pages are kept that this side never knew
         RowMessages().unpack(message)
-    message[4] = -1  # the first row's number of tokens
+    message[5] = -1  # the first row's number of tokens
     with pytest.raises(ValueError, match="ends inside a row|goes on after its last row"):
         side.unpack(message)
 

@@ -4,7 +4,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from penstock.scheduler.batching.counts import Wait
+from penstock.scheduler.batching.counts import MoveCounts, Wait
+from penstock.scheduler.batching.host_pages import HostPages
 from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 from penstock.scheduler.batching.retention import SinksAndWindow
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -96,11 +97,12 @@ def test_one_that_has_given_way_may_end_while_it_waits():
     sched.check_integrity()
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize(("prefix_caching", "num_host_pages"), [(False, 0), (True, 0), (True, 12), (True, 500)])
 @pytest.mark.parametrize("lookahead", [0, 1, 2, PREPARED])
-def test_tiny_pools(lookahead, prefix_caching):
+def test_tiny_pools(lookahead, prefix_caching, num_host_pages):
     """Requests that together need many times the pages."""
     num_preemptions = num_hits = num_evicted = 0
+    moved = MoveCounts()
     for seed in range(8):
         rng = random.Random(seed)
         page_size = rng.choice([1, 2, 4])
@@ -111,6 +113,7 @@ def test_tiny_pools(lookahead, prefix_caching):
             max_num_batched_tokens=rng.choice([8, 20, 64]),
             policy=rng.choice(["fcfs", "priority"]),
             prefix_caching=prefix_caching,
+            host_pages=HostPages(num_host_pages, counts=moved),
         )
         late = [random_request(rng, id, 14, 14) for id in range(12)]
         for one in late[::2]:
@@ -121,20 +124,23 @@ def test_tiny_pools(lookahead, prefix_caching):
         num_evicted += next(sched.cache._numbers) - len(sched.cache._blocks)
     assert num_preemptions > 10
     assert (num_hits > 20 and num_evicted > 200) if prefix_caching else num_hits == num_evicted == 0
+    assert (moved.num_out > 200 and moved.num_in > 20) if num_host_pages else moved.num_out == moved.num_in == 0
 
 
+@pytest.mark.parametrize("tiers", [0, 1, 2])
 @pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
-def test_any_row_gives_way_at_any_step(lookahead):
+def test_any_row_gives_way_at_any_step(lookahead, tiers):
     for step in range(16):
         for row in range(3):
             rng, passes = random.Random(step), iter(range(1000))
+            both_tiers = {"prefix_caching": tiers > 0, "host_pages": HostPages(20 if tiers > 1 else 0)}
 
             def give_way(simulation, step=step, row=row, passes=passes):
                 victim = simulation.scheduler._seats.running.get(row)
                 if next(passes) == step and victim is not None:
                     simulation.scheduler._admission._preempt(victim)
 
-            sched = scheduler(num_pages=40, max_num_batched_tokens=8)
+            sched = scheduler(num_pages=17, max_num_batched_tokens=8, **both_tiers)
             play(rng, sched, [random_request(rng, id, 60, 60) for id in range(4)], lookahead, give_way)
 
 
@@ -207,7 +213,8 @@ def test_nobody_starves_beside_a_stream_of_arrivals():
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_what_is_kept_does_not_grow_with_the_requests(policy):
-    sched, rng = scheduler(num_pages=40, policy=policy, prefix_caching=True), random.Random(0)
+    host, rng = HostPages(30), random.Random(0)
+    sched = scheduler(num_pages=40, policy=policy, prefix_caching=True, host_pages=host)
     for id in range(3000):
         prompt = [rng.randrange(100) for _ in range(rng.randint(1, 12))]
         one = Request(id, prompt, SamplingParams(max_tokens=rng.randint(1, 3), priority=rng.randint(0, 2)))
@@ -219,4 +226,5 @@ def test_what_is_kept_does_not_grow_with_the_requests(policy):
             sched.update(batch, [9] * batch.num_sampled)
     assert len(sched._admission.line._heap) <= 2 * sched.num_waiting + 16 and sched.num_waiting < 50
     assert len(sched.cache._blocks) == len(sched.cache._by_page) < 40
+    assert len(host._kept) == 30 and not host._moves and host.counts.num_out > 100
     sched.check_integrity()

@@ -3,11 +3,13 @@ a sampler remembers of its rows. Passes are scheduled one by one, or before the 
 
 import random
 from collections import Counter, deque
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.scheduler.batching.batch import Batch, History
+from penstock.scheduler.batching.host_pages import HostPages, Move
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
 from penstock.scheduler.batching.request import (
@@ -26,11 +28,21 @@ VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
 
 class Cache:
     """Pages that remember for each of their entries the sequence, its salt first, up to the token that was last written
-    there."""
+    there; and those of host memory that were moved there."""
 
     def __init__(self, page_size: int):
         self.page_size = page_size
         self.written: dict[tuple[int, int], tuple[str | int | None, ...]] = {}
+        self.in_host: dict[int, list[tuple[str | int | None, ...]]] = {}
+
+    def move(self, moves: Iterable[Move]) -> None:
+        """Copies whole pages, one after another; what was moved out is written by others from now on."""
+        for page, host_page, is_out in moves:
+            entries = [(page, offset) for offset in range(self.page_size)]
+            if is_out:
+                self.in_host[host_page] = [self.written.pop(entry) for entry in entries]
+            else:
+                self.written |= zip(entries, self.in_host[host_page], strict=True)
 
     def entry(self, row, position):
         return row.pages[position // self.page_size], position % self.page_size
@@ -158,7 +170,9 @@ class Simulation:
         self.scheduler.check_integrity()
 
     def submit(self, batch: Batch, running: dict[int, Request]) -> None:
-        rows = self.sent(batch).rows
+        heard = self.sent(batch)
+        rows = heard.rows
+        self.cache.move(heard.moves)
         for side in self.sides:
             side.note(batch)
         sampled = [token for row in rows for token in self.compute(row, running[row.index])]
@@ -184,9 +198,9 @@ class Simulation:
             num_places = min(head.num_tokens + STRETCH, head.most_tokens(most) - 1)
             growing = [one for one in seats.running.values() if one.num_places < one.most_tokens(most) - 1]
             num_pages = sum(pages_for(n, seats.page_size) for n in (num_places, len(growing) * HEADROOM))
-            found = self.scheduler.cache.find(head)
-            num_idle = sum(self.scheduler.cache.is_idle(block.page) for block in found)
-            assert num_pages - len(found) > self.scheduler.num_free_pages - num_idle
+            here = [block.page for block in seats.find(head) if block.page is not None]
+            num_idle = sum(map(self.scheduler.cache.is_idle, here))
+            assert num_pages - len(here) > self.scheduler.num_free_pages - num_idle
 
     def compute(self, row, request: Request) -> list[int]:
         if row.sampling is not None:
@@ -244,7 +258,15 @@ def random_scheduler(rng):
         page_order_seed=rng.choice([None, rng.randrange(100)]),
         policy=rng.choice(["fcfs", "priority"]),
         prefix_caching=rng.random() < 0.5,
+        host_pages=random_host_pages(rng),
     )
+
+
+def random_host_pages(rng):
+    """Few pages or many, to and from which all moves, or little."""
+    least, most_beside = rng.choice([(0, 8), (6, 8), (0, 3)])
+    pays = lambda num_tokens, beside: num_tokens >= least and beside <= most_beside  # noqa: E731
+    return HostPages(rng.choice([0, 1, 3, 10, 100]), pays)
 
 
 def check_workload(seed, lookahead):
