@@ -46,6 +46,16 @@ class Admission:
         head = self.line.head()
         return head is not None and (self.seats.offer(head) is not None or bool(victims_for(self.seats, head)))
 
+    @property
+    def num_fitting(self) -> int:
+        """About how many of those that wait could get a row now, if all needed as many pages as the first; at least
+        that one."""
+        head = self.line.head()
+        if head is None:
+            return 0
+        most = self.seats.num_free_pages // max(self.seats.first_pages(head), 1)
+        return max(min(len(self.line), len(self.seats.free_rows), most), 1)
+
     def why_waiting(self) -> Wait:
         """The thing that the head of the line lacks, but for a pass's tokens."""
         return Wait.PAGES if self.seats.free_rows else Wait.ROWS

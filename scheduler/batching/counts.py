@@ -29,15 +29,25 @@ class Counts:
     num_asked_tokens: int = 0  # of requests that got their first row
     num_hit_tokens: int = 0  # those of them that the prefix cache had
     num_waiting: int = 0
+    num_free_tokens: int = 0  # that the link hid in those passes, T* of each
+    num_free_tokens_used: int = 0
     waits: Counter[Wait] = field(default_factory=Counter)
     _logged_at_s: float = field(default=-LOG_EVERY_S, repr=False, compare=False)
 
-    def note_pass(self, num_waiting: int, why: Wait) -> None:
-        """Notes a pass, how many requests it leaves waiting, and why."""
+    def note_pass(self, num_waiting: int, why: Wait, num_free: int = 0, num_free_used: int = 0) -> None:
+        """Notes a pass, how many requests it leaves waiting, and why; how many tokens are free in it, and how many of
+        these it uses."""
         self.num_passes += 1
         self.num_waiting = num_waiting
+        self.num_free_tokens += num_free
+        self.num_free_tokens_used += num_free_used
         if num_waiting:
             self.waits[why] += 1
+
+    def take_back_pass(self, num_free: int, num_free_used: int) -> None:
+        """Takes back the free tokens of a pass that does not run."""
+        self.num_free_tokens -= num_free
+        self.num_free_tokens_used -= num_free_used
 
     def note_preemption(self) -> None:
         """Notes that a row has given way; logs it, once a second at most."""
@@ -63,4 +73,7 @@ class Counts:
         if self.waits:
             lacking = ", ".join(f"{why} {self.waits[why]}" for why in Wait if self.waits[why])
             lines.append(f"requests waited in {self.waits.total()} of {self.num_passes} passes, for: {lacking}")
+        if self.num_free_tokens:
+            share = self.num_free_tokens_used / self.num_free_tokens
+            lines.append(f"passes used {share:.1%} of the {self.num_free_tokens} tokens that the link hid")
         return lines

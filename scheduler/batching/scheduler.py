@@ -6,8 +6,9 @@ now (seats.py), and its pages grow with it. When there are none left, a row give
 computed again from its tokens, the output too. Waiting requests are served in the order of the line (waiting.py); its
 head is never overtaken because a later, smaller one would fit, so nobody starves.
 
-    budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
-                       0                                                        max_num_batched_tokens
+    budget of a pass   | decodes, 1 token each | next chunks of running requests | admitted prompts ... |
+                       0                                               as far as filling.py says, at most
+                                                                                   max_num_batched_tokens
 
 Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
 ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by a token's value (end-of-sequence, a stop
@@ -15,11 +16,12 @@ token), its row in the next pass has already been scheduled and is computed for 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from penstock.scheduler.batching.admission import Admission
 from penstock.scheduler.batching.batch import Batch, BatchRow, History
 from penstock.scheduler.batching.counts import Counts, Wait
+from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
 from penstock.scheduler.batching.pages import PagePool, pages_for
 from penstock.scheduler.batching.places import in_places
 from penstock.scheduler.batching.prefix_cache import PrefixCache
@@ -37,7 +39,8 @@ class Scheduler:
     `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
     are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given. `policy`, one
     of POLICIES, says who is served first. With `prefix_caching` requests share the whole pages that they begin with,
-    unless old tokens are dropped. `counts` says what has happened so far. Raises ValueError for fewer than 2 pages.
+    unless old tokens are dropped. `filling` knows how many tokens of a pass are free where weights stream; without it
+    passes are filled as they can be. `counts` says what has happened so far. Raises ValueError for fewer than 2 pages.
     """
 
     def __init__(
@@ -52,10 +55,11 @@ class Scheduler:
         retention: Retention | None = None,
         policy: str = "fcfs",
         prefix_caching: bool = False,
+        filling: Filling | None = None,
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
+        self.max_model_len, self.filling = max_model_len, filling
         self.page_size = page_size
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
@@ -63,8 +67,10 @@ class Scheduler:
         self.cache = PrefixCache(self.pool, page_size, prefix_caching and self._retention.max_cached is None)
         self._seats = Seats(max_num_seqs, self.cache, self._retention, max_model_len)
         self._admission = Admission(Line(policy), self._seats)
+        self._running = Running()
         self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
+        self._budget = Budget(max_num_batched_tokens, (), None)  # of the pass that was scheduled last
 
     @property
     def max_num_seqs(self) -> int:
@@ -125,13 +131,16 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next pass, or None when there is nothing to compute before the next update."""
         self._admission.make_room()
-        rows: list[BatchRow] = []
-        budget_tokens = self.max_num_batched_tokens
-        for request in self._next_requests():
-            rows.append(self._next_tokens(request, budget_tokens))
-            budget_tokens -= len(rows[-1].tokens)
-            if budget_tokens == 0:
+        chunks = self._sort_running()
+        rows = [self._next_tokens(request, request.num_tokens_ahead) for request in self._decoding]
+        self._budget = budget = Budget(self.max_num_batched_tokens, rows, self.filling)
+        while (queue := self._queue(chunks)) is not None and budget.has_room(queue):
+            request = chunks.popleft() if chunks else self._admission.admit_next()
+            if request is None:
                 break
+            start = request.num_computed_tokens
+            num_tokens = budget.take(start, self._end_of_pass(request) - start, queue)
+            rows.append(self._next_tokens(request, start + num_tokens))
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
             return None
@@ -140,8 +149,8 @@ class Scheduler:
         for request in requests:
             request.num_under_way += 1
         self._under_way.append((batch, requests))
-        why = Wait.TOKENS if budget_tokens == 0 else self._admission.why_waiting()
-        self.counts.note_pass(self.num_waiting, why)
+        why = Wait.TOKENS if queue is not None and not budget.has_room(queue) else self._admission.why_waiting()
+        self.counts.note_pass(self.num_waiting, why, *budget.free_tokens)
         return batch
 
     def is_wanted(self, batch: Batch) -> bool:
@@ -149,36 +158,51 @@ class Scheduler:
         requests have ended, or if a waiting request can enter it that has come since, or that fits now."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
-        is_full = batch.num_tokens == self.max_num_batched_tokens
-        return not ended and (is_full or not self._admission.can_admit())
+        queue = self._queue(())
+        can_enter = queue is not None and self._budget.has_room(queue) and self._admission.can_admit()
+        return not ended and not can_enter
 
     def withdraw(self, batch: Batch) -> None:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         _, requests = self._under_way.pop()
+        self.counts.take_back_pass(*self._budget.free_tokens)
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
             request.num_unseen_tokens -= row.samples
             request.num_under_way -= 1
             request.is_told &= row.sampling is None
 
-    def _next_requests(self) -> Iterator[Request]:
-        """The requests that compute, most urgent first; a waiting one is admitted when the iterator reaches it."""
-        decoding, chunks = [], []
+    def _sort_running(self) -> deque[Request]:
+        """Finds the running requests that decode, in an order in which few move (`_decoding`), and returns the others
+        that compute: the most urgent first, and prompts before what is computed again."""
+        decoding, chunks, num_outputs = [], [], 0
         for request in self._seats.running.values():
-            if not self._admission.ends_by_itself(request):
-                decodes = request.num_tokens_ahead - request.num_computed_tokens == 1
-                (decoding if decodes else chunks).append(request)
-        self._decoding = in_places(self._decoding, decoding)
-        yield from self._decoding
-        yield from sorted(chunks, key=lambda request: request.place)
-        while (request := self._admission.admit_next()) is not None:
-            yield request
+            num_to_come = request.most_tokens(self.max_model_len) - request.num_tokens_ahead
+            if num_to_come > 0 and request.num_tokens_ahead - request.num_computed_tokens == 1:
+                decoding.append(request)
+                num_outputs += num_to_come
+            elif num_to_come > 0:
+                chunks.append(request)
+        self._decoding, self._running = in_places(self._decoding, decoding), Running(len(decoding), num_outputs)
+        chunks.sort(key=lambda request: (request.place[0], request.num_preemptions > 0, request.place[1]))
+        return deque(chunks)
 
-    def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
-        start = request.num_computed_tokens
-        end = self._retention.pass_end(start, min(request.num_tokens_ahead, start + budget_tokens))
-        samples = end == request.num_tokens_ahead
+    def _queue(self, chunks: Sequence[Request]) -> Queue | None:
+        """These requests, which have their rows, and those that wait and could get one now; None if there is nobody."""
+        first = chunks[0] if chunks else self._admission.line.head()
+        if first is None:
+            return None
+        num_fitting = len(chunks) + self._admission.num_fitting
+        return Queue.of(first, self.max_model_len, len(chunks) + self.num_waiting, num_fitting, self._running)
+
+    def _end_of_pass(self, request: Request) -> int:
+        """The end of what one pass can compute of a request."""
+        return self._retention.pass_end(request.num_computed_tokens, request.num_tokens_ahead)
+
+    def _next_tokens(self, request: Request, end: int) -> BatchRow:
+        """The row that computes a request up to `end`."""
+        start, samples = request.num_computed_tokens, end == request.num_tokens_ahead
         tokens = tuple(request.tokens_between(start, end))
         sampling = None if request.is_told else RowSampling.of(request)
         history = History.of(request) if sampling is not None and sampling.has_penalty else History()

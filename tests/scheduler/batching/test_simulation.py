@@ -3,11 +3,13 @@ a sampler remembers of its rows. Passes are scheduled one by one, or before the 
 
 import random
 from collections import Counter, deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.scheduler.batching.batch import Batch, History
+from penstock.scheduler.batching.batch import Batch, History, RowKind
+from penstock.scheduler.batching.filling import Filling
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
 from penstock.scheduler.batching.request import (
@@ -20,8 +22,11 @@ from penstock.scheduler.batching.request import (
 )
 from penstock.scheduler.batching.scheduler import Scheduler
 from penstock.scheduler.batching.seats import HEADROOM, STRETCH
+from penstock.scheduler.cost.pass_work import PassWork, StepWork
+from penstock.scheduler.cost.time_model import PROFILES, Rates
 
 VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
+H200 = Rates(**PROFILES["h200"] | {"link_gb_s": 55.0}, source="assumed")
 
 
 class Cache:
@@ -172,7 +177,8 @@ class Simulation:
         return heard
 
     def check_no_budget_is_wasted(self, batch: Batch):
-        if batch.num_tokens == self.scheduler.max_num_batched_tokens:
+        is_full = batch.num_tokens == self.scheduler.max_num_batched_tokens
+        if is_full or not has_free_tokens(self.scheduler.filling, batch):
             return
         ends = {row.index: row.start + len(row.tokens) for row in batch.rows}
         most, seats = self.scheduler.max_model_len, self.scheduler._seats
@@ -207,6 +213,16 @@ class Simulation:
         token = sampler.draw(list(sequence))
         sequence.append(max(token, 0))
         return [token]
+
+
+def has_free_tokens(filling: Filling | None, batch: Batch) -> bool:
+    """Tells whether one token more would cost no time."""
+    if filling is None:
+        return True
+    decoding = [row for row in batch.rows if row.tokens == (ON_DEVICE,) or row.kind is RowKind.ONE_TOKEN]
+    compute_s = filling.seconds(len(decoding), sum(row.num_cached for row in decoding))
+    compute_s += sum(filling.chunk_s(row.start, len(row.tokens)) for row in batch.rows if row not in decoding)
+    return compute_s + 2 * filling.token_s <= filling.link_s
 
 
 def random_request(rng, id, max_model_len, most_tokens):
@@ -244,7 +260,18 @@ def random_scheduler(rng):
         page_order_seed=rng.choice([None, rng.randrange(100)]),
         policy=rng.choice(["fcfs", "priority"]),
         prefix_caching=rng.random() < 0.5,
+        filling=rng.choice([None, filling_of(rng.randint(1, 40))]),
     )
+
+
+def filling_of(free_tokens: int) -> Filling:
+    """Hides so many tokens of a prompt, if nothing else is computed."""
+    steps = (
+        (StepWork("linear", weight_bytes=10**6, token_flops=10**9), 1),
+        (StepWork("attention", kv_token_bytes=1000, attention_flops=10**6), 1),
+    )
+    made = Filling.of(PassWork(1, 0, steps), H200)
+    return replace(made, link_s=made.seconds(0, 0) + made.chunk_s(0, free_tokens))
 
 
 def check_workload(seed, lookahead):
