@@ -193,7 +193,7 @@ class LLM:
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
         self.engine.measure(link_bytes)
-        self.loop.scheduler.filling = self._filling()
+        self.loop.scheduler.composer.filling = self._filling()
 
     def _filling(self) -> Filling | None:
         return Filling.of(self.engine.work, self.engine.rates)

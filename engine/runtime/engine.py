@@ -134,6 +134,7 @@ class Engine:
     def announce(self, batch: Batch) -> None:
         """Says which pass may follow; on rank 0. If it is never run, the next message replaces it."""
         self.messages.say_batch(Kind.ANNOUNCED, batch)
+        self.times.foresee(batch.shape, self.work, self.rates)
 
     @on_own_device
     def run_announced(self, batch: Batch) -> None:

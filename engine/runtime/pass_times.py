@@ -21,12 +21,19 @@ class PassTimes:
     passes: list[Timed] | None = None  # None: none are kept
     _submitted_s: deque[float] = field(default_factory=deque)
     _ended_s: float = 0.0
+    _foreseen: deque[tuple[PassShape, PassTime]] = field(default_factory=lambda: deque(maxlen=2))
 
     def keep(self, passes: list[Timed] | None = None) -> list[Timed]:
         """Appends each pass that ends from now on to `passes`, or to a new list, and returns it; it grows for as long
         as the engine runs."""
         self.passes = [] if passes is None else passes
+        self._foreseen.clear()
         return self.passes
+
+    def foresee(self, shape: PassShape, work: PassWork, rates: Rates) -> None:
+        """Predicts a pass that may follow, while another one runs and the host has time; by then that one is not known
+        to have ended."""
+        self._foreseen.append((shape, predict_pass(work, shape, rates)))
 
     def submitted(self) -> None:
         self._submitted_s.append(time.perf_counter())
@@ -35,7 +42,8 @@ class PassTimes:
         """Says that the oldest pass that was submitted has ended."""
         now_s = time.perf_counter()
         measured_s = now_s - max(self._submitted_s.popleft(), self._ended_s)
-        predicted = predict_pass(work, shape, rates)
+        predicted = next((time for one, time in self._foreseen if one == shape), None)
+        predicted = predicted or predict_pass(work, shape, rates)
         self._ended_s = now_s
         self.num_passes += 1
         self.measured_s += measured_s

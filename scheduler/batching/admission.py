@@ -44,7 +44,12 @@ class Admission:
     def can_admit(self) -> bool:
         """Tells whether the head of the line could be admitted now."""
         head = self.line.head()
-        return head is not None and (self.seats.offer(head) is not None or bool(victims_for(self.seats, head)))
+        return head is not None and (self.seats.offer(head) is not None or self.must_make_room())
+
+    def must_make_room(self) -> bool:
+        """Tells whether the head of the line is so urgent that others give way to it."""
+        head = self.line.head()
+        return head is not None and bool(victims_for(self.seats, head))
 
     @property
     def num_fitting(self) -> int:

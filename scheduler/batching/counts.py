@@ -34,20 +34,18 @@ class Counts:
     waits: Counter[Wait] = field(default_factory=Counter)
     _logged_at_s: float = field(default=-LOG_EVERY_S, repr=False, compare=False)
 
-    def note_pass(self, num_waiting: int, why: Wait, num_free: int = 0, num_free_used: int = 0) -> None:
-        """Notes a pass, how many requests it leaves waiting, and why; how many tokens are free in it, and how many of
-        these it uses."""
+    def note_pass(self, num_waiting: int, why: Wait) -> None:
+        """Notes a pass, how many requests it leaves waiting, and why."""
         self.num_passes += 1
         self.num_waiting = num_waiting
-        self.num_free_tokens += num_free
-        self.num_free_tokens_used += num_free_used
         if num_waiting:
             self.waits[why] += 1
 
-    def take_back_pass(self, num_free: int, num_free_used: int) -> None:
-        """Takes back the free tokens of a pass that does not run."""
-        self.num_free_tokens -= num_free
-        self.num_free_tokens_used -= num_free_used
+    def note_free_tokens(self, before: tuple[int, int], now: tuple[int, int]) -> None:
+        """Notes the tokens that are free in a pass, and how many of these it uses, instead of what was noted
+        before."""
+        self.num_free_tokens += now[0] - before[0]
+        self.num_free_tokens_used += now[1] - before[1]
 
     def note_preemption(self) -> None:
         """Notes that a row has given way; logs it, once a second at most."""

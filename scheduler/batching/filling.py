@@ -12,7 +12,8 @@ of R + W in all. So the queue gains where
     W / (R + W) * seconds of a pass / F  >  c
 
 A long queue of prompts with short outputs is bound by its prompts: there passes take so many of their tokens that they
-last as long as all decoding, as far as its ends are known.
+last as long as all decoding, as far as its ends are known. A prompt that has its row takes MOST_PASSES at most, however
+few tokens are free; where none are, waiting for them is of no use.
 """
 
 import math
@@ -26,6 +27,7 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import Rates, decompress_s, link_s, steps_s
 
 SAMPLE = 1024  # tokens over which costs are averaged
+MOST_PASSES = 8  # that a prompt is spread over
 
 
 @dataclass(frozen=True)
@@ -120,22 +122,31 @@ class Budget:
     def take(self, start: int, num_tokens: int, queue: Queue) -> int:
         """Lets in a chunk, for which there is room, of at most `num_tokens` behind `start` cached ones. Returns how
         many of these enter."""
+        least = max(-(-(start + num_tokens) // MOST_PASSES), 1)
         num_tokens = min(num_tokens, self.num_left)
         if self.filling is not None:
             num_free = self._fitting(start, num_tokens)
             self.num_free += num_free
             if not self._is_worth_it(queue):
                 due = math.ceil(queue.prompt_tokens) - self.num_chunks
-                num_tokens = min(num_tokens, max(num_free, due, 1))
+                num_tokens = min(num_tokens, max(num_free, due, least))
             self._spare_s -= self.filling.chunk_s(start, num_tokens)
         self.num_left -= num_tokens
         self.num_chunks += num_tokens
         self.num_rows += 1
         return num_tokens
 
+    def give_back(self, row: BatchRow) -> None:
+        """Takes a row out that was let in."""
+        self.num_rows -= 1
+        self.num_left += len(row.tokens)
+        if self.filling is not None:
+            self._spare_s += self.filling.chunk_s(row.start, len(row.tokens))
+            self._num_single -= len(row.tokens) == 1
+
     def _is_worth_it(self, queue: Queue) -> bool:
         """Tells whether a token past those that are free gains more for the rows to come than it costs all."""
-        costs_s = self.filling.token_s * max(self.num_free, 1) * (self.num_rows + queue.num_rows)
+        costs_s = self.filling.token_s * self.num_free * (self.num_rows + queue.num_rows)
         return queue.num_rows * self._pass_s > costs_s
 
     def _fitting(self, start: int, num_tokens: int) -> int:

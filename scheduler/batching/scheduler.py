@@ -19,13 +19,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from penstock.scheduler.batching.admission import Admission
-from penstock.scheduler.batching.batch import Batch, BatchRow, History
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.composer import Composer
 from penstock.scheduler.batching.counts import Counts, Wait
-from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
-from penstock.scheduler.batching.pages import PagePool, pages_for
-from penstock.scheduler.batching.places import in_places
+from penstock.scheduler.batching.filling import Filling
+from penstock.scheduler.batching.pages import PagePool
 from penstock.scheduler.batching.prefix_cache import PrefixCache
-from penstock.scheduler.batching.request import FinishReason, Request, RequestState, RowSampling
+from penstock.scheduler.batching.request import FinishReason, Request, RequestState
 from penstock.scheduler.batching.retention import KeepAll, Retention
 from penstock.scheduler.batching.seats import Seats
 from penstock.scheduler.batching.waiting import Line
@@ -59,7 +59,7 @@ class Scheduler:
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len, self.filling = max_model_len, filling
+        self.max_model_len = max_model_len
         self.page_size = page_size
         self.pool = PagePool(num_pages, page_order_seed)
         self._retention = retention or KeepAll(page_size)
@@ -67,10 +67,9 @@ class Scheduler:
         self.cache = PrefixCache(self.pool, page_size, prefix_caching and self._retention.max_cached is None)
         self._seats = Seats(max_num_seqs, self.cache, self._retention, max_model_len)
         self._admission = Admission(Line(policy), self._seats)
-        self._running = Running()
-        self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
+        self.composer = Composer(self._admission, self._retention, max_num_batched_tokens, filling)
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
-        self._budget = Budget(max_num_batched_tokens, (), None)  # of the pass that was scheduled last
+        self._free_tokens = 0, 0  # counted of that pass: there are so many, and it uses so many
 
     @property
     def max_num_seqs(self) -> int:
@@ -130,103 +129,69 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next pass, or None when there is nothing to compute before the next update."""
-        self._admission.make_room()
-        chunks = self._sort_running()
-        rows = [self._next_tokens(request, request.num_tokens_ahead) for request in self._decoding]
-        self._budget = budget = Budget(self.max_num_batched_tokens, rows, self.filling)
-        while (queue := self._queue(chunks)) is not None and budget.has_room(queue):
-            request = chunks.popleft() if chunks else self._admission.admit_next()
-            if request is None:
-                break
-            start = request.num_computed_tokens
-            num_tokens = budget.take(start, self._end_of_pass(request) - start, queue)
-            rows.append(self._next_tokens(request, start + num_tokens))
+        rows = self.composer.compose()
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
             return None
-        batch = Batch.of(rows)
-        requests = [self._seats.running[row.index] for row in batch.rows]
-        for request in requests:
-            request.num_under_way += 1
-        self._under_way.append((batch, requests))
-        why = Wait.TOKENS if queue is not None and not budget.has_room(queue) else self._admission.why_waiting()
-        self.counts.note_pass(self.num_waiting, why, *budget.free_tokens)
+        self.counts.note_pass(
+            self.num_waiting, self._admission.why_waiting() if self.composer.has_room() else Wait.TOKENS
+        )
+        self._free_tokens = 0, 0
+        self._note_free_tokens()
+        return self._put_under_way((), rows)
+
+    def _put_under_way(self, stay: Sequence[BatchRow], new: Sequence[BatchRow]) -> Batch:
+        """Makes a pass of rows that were in it already, and of new ones."""
+        for row in new:
+            self._seats.running[row.index].num_under_way += 1
+        batch = Batch.of((*stay, *new))
+        self._under_way.append((batch, [self._seats.running[row.index] for row in batch.rows]))
         return batch
 
-    def is_wanted(self, batch: Batch) -> bool:
-        """Tells whether the pass that was scheduled last should still run after an update. It should not if all its
-        requests have ended, or if a waiting request can enter it that has come since, or that fits now."""
+    def revise(self, batch: Batch) -> Batch | None:
+        """The pass that was scheduled last as it shall run after an update: the same one; or with those that wait and
+        fit in now, without those that have ended; or None, if it is not to run. That is so if all its requests have
+        ended, if one that waits is so urgent that others give way, and if one that waits could enter behind a chunk
+        that was cut: the requests that have not ended are scheduled anew."""
         assert batch is self._under_way[-1][0], "not the newest batch"
-        ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
-        queue = self._queue(())
-        can_enter = queue is not None and self._budget.has_room(queue) and self._admission.can_admit()
-        return not ended and not can_enter
+        requests, stay = self._under_way[-1][1], []
+        for row, request in zip(batch.rows, requests):
+            if request.state is RequestState.FINISHED:
+                self.composer.budget.give_back(row)
+            else:
+                stay.append(row)
+        if not stay or (self.composer.has_room() and self._must_start_anew(stay)):
+            self.withdraw(batch)
+            return None
+        entered = self.composer.let_in()
+        if not entered:
+            return batch
+        self._under_way.pop()
+        for request in requests:
+            request.num_under_way -= request.state is RequestState.FINISHED
+        self._note_free_tokens()
+        return self._put_under_way(stay, entered)
+
+    def _must_start_anew(self, rows: Sequence[BatchRow]) -> bool:
+        """Tells whether one that waits could enter a pass of these rows only if others in it were changed."""
+        is_cut = not all(row.samples for row in rows)
+        return self._admission.must_make_room() or (is_cut and self._admission.can_admit())
+
+    def _note_free_tokens(self) -> None:
+        """Counts the free tokens of the pass that was scheduled last, instead of those it had before."""
+        self.counts.note_free_tokens(self._free_tokens, self.composer.budget.free_tokens)
+        self._free_tokens = self.composer.budget.free_tokens
 
     def withdraw(self, batch: Batch) -> None:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         _, requests = self._under_way.pop()
-        self.counts.take_back_pass(*self._budget.free_tokens)
+        self.counts.note_free_tokens(self._free_tokens, (0, 0))
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
             request.num_unseen_tokens -= row.samples
             request.num_under_way -= 1
             request.is_told &= row.sampling is None
-
-    def _sort_running(self) -> deque[Request]:
-        """Finds the running requests that decode, in an order in which few move (`_decoding`), and returns the others
-        that compute: the most urgent first, and prompts before what is computed again."""
-        decoding, chunks, num_outputs = [], [], 0
-        for request in self._seats.running.values():
-            num_to_come = request.most_tokens(self.max_model_len) - request.num_tokens_ahead
-            if num_to_come > 0 and request.num_tokens_ahead - request.num_computed_tokens == 1:
-                decoding.append(request)
-                num_outputs += num_to_come
-            elif num_to_come > 0:
-                chunks.append(request)
-        self._decoding, self._running = in_places(self._decoding, decoding), Running(len(decoding), num_outputs)
-        chunks.sort(key=lambda request: (request.place[0], request.num_preemptions > 0, request.place[1]))
-        return deque(chunks)
-
-    def _queue(self, chunks: Sequence[Request]) -> Queue | None:
-        """These requests, which have their rows, and those that wait and could get one now; None if there is nobody."""
-        first = chunks[0] if chunks else self._admission.line.head()
-        if first is None:
-            return None
-        num_fitting = len(chunks) + self._admission.num_fitting
-        return Queue.of(first, self.max_model_len, len(chunks) + self.num_waiting, num_fitting, self._running)
-
-    def _end_of_pass(self, request: Request) -> int:
-        """The end of what one pass can compute of a request."""
-        return self._retention.pass_end(request.num_computed_tokens, request.num_tokens_ahead)
-
-    def _next_tokens(self, request: Request, end: int) -> BatchRow:
-        """The row that computes a request up to `end`."""
-        start, samples = request.num_computed_tokens, end == request.num_tokens_ahead
-        tokens = tuple(request.tokens_between(start, end))
-        sampling = None if request.is_told else RowSampling.of(request)
-        history = History.of(request) if sampling is not None and sampling.has_penalty else History()
-        request.num_computed_tokens = end
-        request.num_unseen_tokens += samples
-        num_evicted = self._retention.num_evicted(end)
-        self._update_page_table(request, end, num_evicted)
-        request.is_told = True
-        return BatchRow(
-            index=request.row,
-            tokens=tokens,
-            start=start,
-            pages=request.page_table,
-            samples=samples,
-            sampling=sampling,
-            num_evicted=num_evicted,
-            history=history,
-        )
-
-    def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
-        """Makes the request's page table anew if it is another one for its first `end` tokens."""
-        num_pages = pages_for(self._retention.margin + end - num_evicted, self.page_size)
-        if (num_pages, num_evicted) != (len(request.page_table), request.num_evicted):
-            request.page_table, request.num_evicted = self._retention.page_table(request.pages, end), num_evicted
 
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
         """Takes in the tokens of the oldest pass under way.

@@ -70,9 +70,11 @@ class Run:
 
 
 def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[SamplingParams] = PARAMS) -> Run:
-    """All passes of a run, none of which another run has spared it."""
+    """All passes of a run, none of which another run has spared it. They are filled as if nothing streamed, so that
+    the passes of all runs are the same ones."""
     run = Run([], [], [])
     llm.reset_prefix_cache()
+    llm.loop.scheduler.composer.filling = None
 
     def note(instruction: Instruction, ctx: PassContext | None) -> None:
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":

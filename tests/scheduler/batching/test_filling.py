@@ -93,10 +93,25 @@ def test_a_single_prompt_takes_no_second_pass():
     assert batch.num_tokens == 4000 > free_tokens(replace(WORK, streamed_bytes=4 * 10**9), H200)
 
 
+@pytest.mark.parametrize("num_free", [-10, 0, 5, 50])
+def test_a_prompt_is_spread_over_a_few_passes_at_most(num_free):
+    """Beside 200 rows that leave few tokens free, or none."""
+    scheduler = scheduler_of(WORK)
+    add(scheduler, 200, 16, 3000)
+    passes(scheduler, 10)
+    filling, num_cached = scheduler.composer.filling, sum(r.num_tokens for r in scheduler._seats.running.values())
+    link_s = filling.seconds(200, num_cached) + num_free * filling.token_s
+    scheduler.composer.filling = replace(filling, link_s=link_s)
+    scheduler.add(Request(1000, [1] * 800, SamplingParams(max_tokens=2)))
+    found = passes(scheduler, 9)
+    chunks = [batch.num_tokens - 200 for batch in found if batch.num_tokens > 201]
+    assert sum(chunks) == 800 and (len(chunks) == 1 if num_free < 1 else 1 < len(chunks) <= 8)
+
+
 def makespan_s(work: PassWork, most_tokens: int, is_filled: bool, jobs: tuple[int, int, int]) -> float:
     """Seconds of a whole job, by the time model."""
     scheduler = scheduler_of(work, most_tokens, max_num_seqs=64)
-    scheduler.filling = scheduler.filling if is_filled else None
+    scheduler.composer.filling = scheduler.composer.filling if is_filled else None
     add(scheduler, *jobs)
     return sum(seconds_of(work, batch) for batch in passes(scheduler))
 

@@ -106,7 +106,7 @@ class Simulation:
 
     def __init__(self, scheduler: Scheduler, lookahead: int = 0):
         self.scheduler, self.lookahead = scheduler, abs(lookahead)
-        self.must_wait, self.num_withdrawn = lookahead == PREPARED, 0
+        self.must_wait, self.num_withdrawn, self.num_revised = lookahead == PREPARED, 0, 0
         self.under_way: deque[tuple[Batch, list[int]]] = deque()
         self.sides = RowMessages(), RowMessages()
         self.cache = Cache(scheduler.page_size)
@@ -139,12 +139,8 @@ class Simulation:
             if self.must_wait and self.under_way:
                 while_computing()
                 self.scheduler.update(*self.under_way.popleft())
-                if self.scheduler.is_wanted(batch):
-                    self.submit(batch, running)
-                else:
-                    self.sent(batch)
-                    self.scheduler.withdraw(batch)
-                    self.num_withdrawn += 1
+                self.sent(batch)
+                self.run_revised(batch)
                 self.scheduler.check_integrity()
                 return
             self.submit(batch, running)
@@ -152,6 +148,19 @@ class Simulation:
         if batch is None or len(self.under_way) > self.lookahead:
             self.scheduler.update(*self.under_way.popleft())
         self.scheduler.check_integrity()
+
+    def run_revised(self, batch: Batch) -> None:
+        revised = self.scheduler.revise(batch)
+        if revised is None:
+            self.num_withdrawn += 1
+            return
+        before = {row.index: row for row in batch.rows}
+        self.num_revised += revised is not batch
+        if revised is not batch:
+            self.check(revised)
+            assert any(row.index not in before or row is not before[row.index] for row in revised.rows)
+        running = {row.index: request for row, request in zip(revised.rows, self.scheduler._under_way[-1][1])}
+        self.submit(revised, running)
 
     def check(self, batch: Batch) -> None:
         assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
@@ -178,7 +187,7 @@ class Simulation:
 
     def check_no_budget_is_wasted(self, batch: Batch):
         is_full = batch.num_tokens == self.scheduler.max_num_batched_tokens
-        if is_full or not has_free_tokens(self.scheduler.filling, batch):
+        if is_full or not has_free_tokens(self.scheduler.composer.filling, batch):
             return
         ends = {row.index: row.start + len(row.tokens) for row in batch.rows}
         most, seats = self.scheduler.max_model_len, self.scheduler._seats
@@ -379,15 +388,15 @@ def test_order_of_pages_changes_no_decision():
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "stop", "num_withdrawn"),
+    ("max_tokens", "stop", "num_withdrawn", "num_revised"),
     [
-        ([5, 5], [], 0),  # both ends are foreseen
-        ([5, 9], [], 0),
-        ([5, 9, 4], [], 1),  # one waits for the row that is free after five
-        ([9, 9], range(VOCAB), 1),  # nobody foresaw the end of both
+        ([5, 5], [], 0, 0),  # both ends are foreseen
+        ([5, 9], [], 0, 0),
+        ([5, 9, 4], [], 0, 1),  # one waits for the row that is free after five
+        ([9, 9], range(VOCAB), 1, 0),  # nobody foresaw the end of both
     ],
 )
-def test_a_prepared_pass_is_withdrawn_only_where_it_must_be(max_tokens, stop, num_withdrawn):
+def test_a_prepared_pass_is_changed_only_where_it_must_be(max_tokens, stop, num_withdrawn, num_revised):
     scheduler = Scheduler(2, 32, 64, page_size=4, num_pages=40)
     for id, most in enumerate(max_tokens):
         params = SamplingParams(max_tokens=most, stop_token_ids=list(stop), ignore_eos=True)
@@ -395,4 +404,4 @@ def test_a_prepared_pass_is_withdrawn_only_where_it_must_be(max_tokens, stop, nu
     simulation = Simulation(scheduler, PREPARED)
     while scheduler.has_unfinished:
         simulation.run_pass()
-    assert simulation.num_withdrawn == num_withdrawn
+    assert (simulation.num_withdrawn, simulation.num_revised) == (num_withdrawn, num_revised)
