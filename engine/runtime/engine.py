@@ -129,12 +129,12 @@ class Engine:
         self._note_submitted(batch)
         self.messages.say_batch(Kind.BATCH, batch)
         self.worker.runner.submit(batch)
+        self.times.foresee(batch.shape, self.work, self.rates)
 
     @on_own_device
     def announce(self, batch: Batch) -> None:
         """Says which pass may follow; on rank 0. If it is never run, the next message replaces it."""
         self.messages.say_batch(Kind.ANNOUNCED, batch)
-        self.times.foresee(batch.shape, self.work, self.rates)
 
     @on_own_device
     def run_announced(self, batch: Batch) -> None:
@@ -142,6 +142,7 @@ class Engine:
         self._note_submitted(batch)
         self.messages.say_run()
         self.worker.runner.submit(batch)
+        self.times.foresee(batch.shape, self.work, self.rates)
 
     def _note_submitted(self, batch: Batch) -> None:
         self.submitted.append(batch)
@@ -152,9 +153,8 @@ class Engine:
         """Waits for the tokens of the oldest pass under way; on rank 0."""
         output = self.worker.runner.collect()
         self.collectives.check()  # tokens of sums that were given up mean nothing
-        batch = self.submitted.popleft()
-        self.times.ended(batch.shape, self.work, self.rates)
-        return batch, output
+        self.times.ended()
+        return self.submitted.popleft(), output
 
     @on_own_device
     def forget(self) -> None:

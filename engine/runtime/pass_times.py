@@ -21,29 +21,26 @@ class PassTimes:
     passes: list[Timed] | None = None  # None: none are kept
     _submitted_s: deque[float] = field(default_factory=deque)
     _ended_s: float = 0.0
-    _foreseen: deque[tuple[PassShape, PassTime]] = field(default_factory=lambda: deque(maxlen=2))
+    _foreseen: deque[tuple[PassShape, PassTime]] = field(default_factory=deque)
 
     def keep(self, passes: list[Timed] | None = None) -> list[Timed]:
         """Appends each pass that ends from now on to `passes`, or to a new list, and returns it; it grows for as long
         as the engine runs."""
         self.passes = [] if passes is None else passes
-        self._foreseen.clear()
         return self.passes
 
     def foresee(self, shape: PassShape, work: PassWork, rates: Rates) -> None:
-        """Predicts a pass that may follow, while another one runs and the host has time; by then that one is not known
-        to have ended."""
+        """Predicts the pass that was submitted last, while it runs and the host has time: it looks at every row."""
         self._foreseen.append((shape, predict_pass(work, shape, rates)))
 
     def submitted(self) -> None:
         self._submitted_s.append(time.perf_counter())
 
-    def ended(self, shape: PassShape, work: PassWork, rates: Rates) -> None:
+    def ended(self) -> None:
         """Says that the oldest pass that was submitted has ended."""
         now_s = time.perf_counter()
         measured_s = now_s - max(self._submitted_s.popleft(), self._ended_s)
-        predicted = next((time for one, time in self._foreseen if one == shape), None)
-        predicted = predicted or predict_pass(work, shape, rates)
+        shape, predicted = self._foreseen.popleft()
         self._ended_s = now_s
         self.num_passes += 1
         self.measured_s += measured_s
@@ -54,3 +51,4 @@ class PassTimes:
     def forget(self) -> None:
         """Gives up the passes that have not ended."""
         self._submitted_s.clear()
+        self._foreseen.clear()
