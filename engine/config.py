@@ -15,8 +15,9 @@ from penstock.scheduler.batching.request import INT32_MAX, SEEDS
 from penstock.scheduler.batching.waiting import POLICIES
 from penstock.scheduler.units import GB, GIB, KIB, MIB, TIB, show_value
 
-MOST_PLANNED_SEQS = 256  # sequences that memory is planned for, where max_num_seqs is not set
-MOST_SEQS = 512  # that are let in then, since shorter ones fit in greater number
+MOST_PLANNED_SEQS = 256  # sequences that weights make room for, where max_num_seqs is not set; more may be let in
+MOST_SEQS = 2**16  # that max_num_seqs may be
+USUAL_BATCHED_TOKENS = 8192  # of a pass, where max_num_batched_tokens is not set and the link hides no more
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
           "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12}  # fmt: skip
 
@@ -26,7 +27,7 @@ _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
 _MOST = {
     "tensor_parallel_size": 256,
     "max_model_len": INT32_MAX,
-    "max_num_seqs": 2**16,
+    "max_num_seqs": MOST_SEQS,
     "max_num_batched_tokens": 2**20,
     "attention_window": INT32_MAX,
     "page_size": 2**16,
@@ -170,10 +171,13 @@ class EngineConfig:
         None, "longest sequence in tokens (default: what the model and memory allow)", type=int
     )
     max_num_seqs: int | None = _option(
-        None, "most sequences in one pass (default: those of the job, else planned; at most 512)", type=int
+        None, "most sequences in one pass (default: those of the job, else as many as pay and fit)", type=int
     )
-    max_num_batched_tokens: int = _option(
-        8192, "most tokens in one pass, at least max_num_seqs; longer prompts are prefilled in chunks", type=int
+    max_num_batched_tokens: int | None = _option(
+        None,
+        "most tokens in one pass, at least max_num_seqs; longer prompts are prefilled in chunks (default: 8192, or more"
+        " where the link hides more)",
+        type=int,
     )
     scheduling_policy: str = _option(
         "fcfs",
@@ -231,7 +235,7 @@ class EngineConfig:
         if not 0 <= self.attention_sinks <= INT32_MAX:
             sinks = show_value(self.attention_sinks)
             raise ValueError(f"attention_sinks={sinks}: expected a number of tokens, or 0, at most {INT32_MAX}")
-        if self.max_num_seqs is not None and self.max_num_batched_tokens < self.max_num_seqs:
+        if (self.max_num_seqs or 1) > self.least_batched_tokens:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}:"
                 " each sequence computes at least a token in a pass; raise the one or lower the other"
@@ -263,7 +267,12 @@ class EngineConfig:
     @property
     def most_seqs(self) -> int:
         """The most sequences in one pass: max_num_seqs if it is set, else the most that may be planned."""
-        return self.max_num_seqs or min(MOST_PLANNED_SEQS, self.max_num_batched_tokens)
+        return self.max_num_seqs or min(MOST_PLANNED_SEQS, self.least_batched_tokens)
+
+    @property
+    def least_batched_tokens(self) -> int:
+        """The most tokens in one pass if they are set, else the fewest that may be planned."""
+        return self.max_num_batched_tokens or max(USUAL_BATCHED_TOKENS, self.max_num_seqs or 1)
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them; EngineConfig(**d) is the inverse."""

@@ -29,6 +29,7 @@ from penstock.engine.turns import Turns, in_turn
 from penstock.parallel.launch import Launch, resolve_launch
 from penstock.parallel.rendezvous import read_together
 from penstock.scheduler.batching.counts import MoveCounts
+from penstock.scheduler.batching.filling import Filling
 from penstock.scheduler.batching.host_pages import HostPages
 from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -56,7 +57,7 @@ class LLM:
         plan = self.engine.plan
         scheduler = Scheduler(
             max_num_seqs=plan.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=longest_sequence(self.config, plan),
             page_size=self.config.page_size,
             num_pages=plan.residency.num_pages,
@@ -66,6 +67,7 @@ class LLM:
             policy=self.config.scheduling_policy,
             prefix_caching=self.config.enable_prefix_caching,
             host_pages=self._host_pages(),
+            filling=self._filling(),
         )
         self.loop = Loop(scheduler, self.engine)
         self._reader = PromptReader(
@@ -195,6 +197,10 @@ class LLM:
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
         self.engine.measure(link_bytes)
+        self.loop.scheduler.composer.filling = self._filling()
+
+    def _filling(self) -> Filling | None:
+        return Filling.of(self.engine.work, self.engine.rates)
 
     @in_turn
     def reset_prefix_cache(self) -> None:

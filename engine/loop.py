@@ -88,15 +88,17 @@ class Loop:
         return events
 
     def _run_if_wanted(self, batch: Batch) -> list[Event]:
-        """Runs a prepared pass as soon as the tokens of the one under way are there; text is made while it runs."""
+        """Runs a prepared pass as soon as the tokens of the one under way are there, or one that those who have come
+        since have entered; text is made while it runs."""
         self.engine.announce(batch)
         came = self.engine.collect()
         events = self._read_inbox()
         requests, sampled = self._update(*came)
-        if self.scheduler.is_wanted(batch):
+        revised = self.scheduler.revise(batch)
+        if revised is batch:
             self.engine.run_announced(batch)
-        else:
-            self.scheduler.withdraw(batch)
+        elif revised is not None:
+            self.engine.submit(revised)
         return events + self._take_in(requests, sampled)
 
     def _read_inbox(self) -> list[Event]:

@@ -30,6 +30,7 @@ from penstock.engine.kernels.filter import KEEP_ALL, Filters, Limits, find_limit
 from penstock.engine.kernels.logprobs import Logprobs, packed_width, score_rows
 from penstock.engine.kernels.occurrences import note_tokens
 from penstock.engine.kernels.penalty import Penalised, Penalties, penalise_rows
+from penstock.engine.model.steps import COPIED_ROWS
 from penstock.scheduler.batching.batch import History
 from penstock.scheduler.batching.request import MAX_LOGPROBS, RowSampling
 from torch import Tensor
@@ -153,7 +154,8 @@ class Sampler:
         the rows ask for together, or more.
         """
         own = self._params_of(rows) if asked.stages else {}
-        parts = [self._sample(logits[c], rows[c], positions[c], own, c, asked.stages) for c in self._chunks(logits)]
+        chunks = self._chunks(logits, asked.stages)
+        parts = [self._sample(logits[c], rows[c], positions[c], own, c, asked.stages) for c in chunks]
         tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
         if "penalty" in asked.stages:
             note_tokens(self.occurrences, self.params["asks_penalty"], rows, tokens, sampled=True)
@@ -165,7 +167,7 @@ class Sampler:
         """Logprobs, packed, of tokens (R,) under logits (R, V or more), of rows that want so many of the most likely
         tokens: `wanted` (R,) int64, -1 for no log probabilities."""
         scores = self._zeros(len(logits), self.scores_width, dtype=torch.int32)
-        for c in self._chunks(logits):
+        for c in self._chunks(logits, frozenset()):
             score_rows(logits[c], self.vocab_size, tokens[c], wanted[c], scores[c])
         return scores
 
@@ -206,11 +208,12 @@ class Sampler:
             columns += torch.index_select(values, 1, rows, out=own)
         return dict(zip(self.params, columns, strict=True))
 
-    def _chunks(self, logits: Tensor) -> list[slice]:
-        """Rows to take at a time: all that kernels read in place; fewer where float32 copies are made."""
+    def _chunks(self, logits: Tensor, stages: frozenset[str]) -> list[slice]:
+        """Rows to take at a time: all that kernels read in place; fewer where stages make float32 copies."""
         if reads_in_place(logits):
-            return [slice(0, len(logits))]
-        size = max(1, CHUNK_ELEMENTS // self.vocab_size)
+            size = COPIED_ROWS if stages & {"penalty", "filter"} else max(len(logits), 1)
+        else:
+            size = max(1, CHUNK_ELEMENTS // self.vocab_size)
         return [slice(start, start + size) for start in range(0, len(logits), size) or (0,)]
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:

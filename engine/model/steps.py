@@ -10,6 +10,7 @@ from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
 from penstock.scheduler.passes.pass_plan import Compute, GroupId
 
 KEYS_AT_ONCE = 4096  # tokens whose keys, cached un-rotated, are rotated at a time: it bounds the temporaries
+COPIED_ROWS = 256  # rows whose logits are copied as float32 at a time, for penalties and filters: it bounds them too
 
 
 def model_steps(spec: ModelSpec) -> list[Compute]:

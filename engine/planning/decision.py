@@ -17,11 +17,12 @@ from penstock.scheduler.residency.demand import Split
 
 @dataclass(frozen=True)
 class Decision:
-    """`job_num_seqs` is max_num_seqs in rank 0's config, which knows its job, and `num_seqs` what was planned for;
-    `split` says which groups stay and which are compressed."""
+    """`job_num_seqs` is max_num_seqs in rank 0's config, which knows its job; `num_seqs` and `num_tokens` are the most
+    of a pass that were planned for; `split` says which groups stay and which are compressed."""
 
     job_num_seqs: int | None
     num_seqs: int
+    num_tokens: int
     split: Split
     rates: Rates
 

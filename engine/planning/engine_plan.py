@@ -8,7 +8,7 @@ import functools
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from penstock.engine.config import MOST_SEQS, EngineConfig
+from penstock.engine.config import EngineConfig
 from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import tensor_names
 from penstock.engine.model.group_layout import GroupLayout
@@ -33,17 +33,16 @@ from penstock.scheduler.residency.compression_choice import CompressionOffer, ch
 from penstock.scheduler.residency.decide import Residency, plan_residency
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.family import Cost
-from penstock.scheduler.residency.search import plan_fastest
+from penstock.scheduler.residency.search import KV_SHARE, plan_fastest
 
 
 @dataclass(frozen=True)
 class EnginePlan:
     """The plan of an engine: all that is decided before loading. `activation_offsets` are bytes in the arena of
-    `activations_bytes`. `demand` is what was asked for and `offer` how weights may be compressed, to plan variants;
-    `kept` is the settled demand, and `residency` its residency. `has_kernels` tells whether quantised weights are read
-    by kernels. `steps` are what a rank does in a pass,
-    each with the number of times that it occurs. Each of `notes` says in a sentence what a user should know of the
-    plan."""
+    `activations_bytes`; a pass has at most `max_num_batched_tokens`. `demand` is what was asked for and `offer` how
+    weights may be compressed, to plan variants; `kept` is the settled demand, and `residency` its residency.
+    `has_kernels` tells whether quantised weights are read by kernels. `steps` are what a rank does in a pass, each with
+    the number of times that it occurs. Each of `notes` says in a sentence what a user should know of the plan."""
 
     spec: ModelSpec
     dtype: str
@@ -57,6 +56,7 @@ class EnginePlan:
     residency: Residency
     pass_plan: PassPlan
     steps: tuple[tuple[StepWork, int], ...]
+    max_num_batched_tokens: int
     activation_offsets: dict[str, int]
     activations_bytes: int
     notes: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ class EnginePlan:
     def decision(self) -> Decision:
         """Says what the search decided."""
         job_num_seqs = None if self.demand.plans_num_seqs else self.demand.max_num_seqs
-        return Decision(job_num_seqs, self.max_num_seqs, self.residency.split, self.rates)
+        return Decision(job_num_seqs, self.max_num_seqs, self.max_num_batched_tokens, self.residency.split, self.rates)
 
 
 def make_engine_plan(
@@ -102,7 +102,8 @@ def make_engine_plan(
         device_memory = DeviceMemory(device_memory, device_memory)
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
-    claims = MemoryClaims(config, spec, dtype, tp_size, device_memory is not None, layout)
+    num_tokens = config.least_batched_tokens if decided is None else decided.num_tokens
+    claims = MemoryClaims(config, spec, dtype, tp_size, device_memory is not None, layout, num_tokens)
     if not claims.has_kernels:
         claims = replace(claims, layout=without_kernels(layout, frozenset()))
     steps = engine_steps(spec, tp_size, claims.has_kernels)
@@ -111,6 +112,8 @@ def make_engine_plan(
     offer = CompressionOffer(config.weights_compression, cost)
     if decided is None:
         kept, residency = choose_compression(offer, demand)
+        if config.max_num_batched_tokens is None:
+            claims, demand, kept, residency = _with_free_tokens(claims, offer.cost, demand, kept, residency)
     else:
         kept = demand.planned_for(decided.num_seqs)
         residency = plan_residency(kept, decided.split)
@@ -130,6 +133,7 @@ def make_engine_plan(
         residency=residency,
         pass_plan=_pass_plan(steps, layout, residency),
         steps=_work_of(steps, spec, layout, tp_size, rates),
+        max_num_batched_tokens=claims.most_tokens,
         activation_offsets=offsets,
         activations_bytes=total,
         notes=(*notes, *filter(None, [demand.retention.describe(), describe_memory(config, device_memory)])),
@@ -170,7 +174,7 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         fixed=claims.fixed(config.most_seqs),
         fixed_of=claims.fixed,
         plans_num_seqs=config.max_num_seqs is None,
-        most_let_in=min(MOST_SEQS, config.max_num_batched_tokens),
+        most_let_in=claims.most_tokens,
         ring_bytes=config.ring,
         max_model_len=_most_cached(config, retention),
         len_option="max_model_len" if retention.max_cached is None else "attention_sinks+attention_window",
@@ -179,6 +183,19 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         gathered_page_bytes=claims.gathered_page_bytes,
         partials_page_bytes=claims.partials_page_bytes,
     )
+
+
+def _with_free_tokens(
+    claims: MemoryClaims, cost: Cost, demand: Demand, kept: Demand, residency: Residency
+) -> tuple[MemoryClaims, Demand, Demand, Residency]:
+    """The same split for passes of all tokens that the link hides, if these are more than the passes have, and their
+    activations take no more than a small part of the KV cache."""
+    more = replace(claims, most_tokens=cost.free_tokens(demand, residency))
+    extra_bytes = replace(kept, fixed=more.fixed(kept.max_num_seqs)).fixed_bytes - kept.fixed_bytes
+    if more.most_tokens <= claims.most_tokens or extra_bytes > residency.num_pages * demand.page_bytes // KV_SHARE:
+        return claims, demand, kept, residency
+    demand, kept = (replace(each, fixed=more.fixed(each.max_num_seqs), fixed_of=more.fixed) for each in (demand, kept))
+    return more, demand, kept, plan_residency(kept, residency.split)
 
 
 def _retention(config: EngineConfig, spec: ModelSpec) -> Retention:

@@ -13,8 +13,9 @@ from penstock.engine.model.fusion import fuse, fused_runs
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import local_vocab_size, shard_heads
 from penstock.engine.model.spec import ModelSpec
-from penstock.engine.model.steps import KEYS_AT_ONCE, activation_bytes, model_steps
+from penstock.engine.model.steps import COPIED_ROWS, KEYS_AT_ONCE, activation_bytes, model_steps
 from penstock.engine.planning.step_cost import kv_token_bytes
+from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.passes.build import lay_out_decompressed, make_plan
 from penstock.scheduler.passes.check import lay_out_activations
 from penstock.scheduler.passes.pass_plan import Compute, PassPlan, RingLayout
@@ -27,12 +28,14 @@ COLLECTIVES_BYTES = 512 * MIB  # NCCL's and symmetric memory's buffers, where th
 GRAPHS_BYTES = 256 * MIB
 GEMM_WORKSPACE_BYTES = 64 * MIB
 STAGING_BYTES = 64 * MIB  # of KV pages on their way to host memory or back, if a page is not more
-PENALTY_STATE_BYTES = 5  # a row and vocabulary entry: occurrences, and a byte for what filters keep beside their copies
+PENALTY_STATE_BYTES = 4  # a row and vocabulary entry: occurrences
+COPIED_LOGITS_BYTES = 2 * 4 + 1  # likewise, of rows copied at a time: penalised logits, a filter's and a byte beside
+ROW_BYTES = 1024  # of a row beside that and its page table: parameters, tokens and log probabilities
 
 
 @dataclass(frozen=True)
 class MemoryClaims:
-    """The memory claims of one rank of `tp_size`."""
+    """The memory claims of one rank of `tp_size`, in passes of up to `most_tokens`."""
 
     config: EngineConfig
     spec: ModelSpec
@@ -40,6 +43,7 @@ class MemoryClaims:
     tp_size: int
     on_gpu: bool
     layout: ModelLayout
+    most_tokens: int
 
     @property
     def has_kernels(self) -> bool:
@@ -67,15 +71,16 @@ class MemoryClaims:
         return offsets, max(offset + sizes[name] for name, offset in offsets.items())
 
     def _sizes(self, num_seqs: int) -> dict[str, int]:
-        return activation_bytes(self.spec, self.dtype, self.tp_size, self.config.max_num_batched_tokens, num_seqs)
+        return activation_bytes(self.spec, self.dtype, self.tp_size, self.most_tokens, num_seqs)
 
     def fixed(self, num_seqs: int) -> Claims:
         """Named parts of memory that no split changes."""
         spec, tp_size = self.spec, self.tp_size
-        logits = num_seqs * local_vocab_size(spec.vocab_size, tp_size) * tp_size
-        # One activation that an operation made before it is copied in; logits as float32, penalised ones and those that
-        # filters copy; penalties.
-        temporaries = max(self._sizes(num_seqs).values()) + logits * (2 * 4 + PENALTY_STATE_BYTES)
+        vocab_size = local_vocab_size(spec.vocab_size, tp_size) * tp_size
+        # One activation that an operation made before it is copied in; logits as float32; what is kept of rows.
+        temporaries = max(self._sizes(num_seqs).values())
+        temporaries += min(num_seqs, COPIED_ROWS) * vocab_size * COPIED_LOGITS_BYTES
+        temporaries += num_seqs * (vocab_size * PENALTY_STATE_BYTES + self._table_bytes + ROW_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
         temporaries += num_seqs * self._item_bytes  # each row may begin one segment more than its cached tokens fill
@@ -87,6 +92,12 @@ class MemoryClaims:
         if self.config.kv_host_memory is not None:
             claims += [("KV staging", 2 * num_staged_pages(self.config, self.page_bytes) * self.page_bytes)]
         return tuple(claims)
+
+    @property
+    def _table_bytes(self) -> int:
+        """Bytes of a row's page table (Staging), at its longest."""
+        longest = min(self.config.max_model_len or self.spec.max_position, self.spec.max_position)
+        return 4 * pages_for(longest, self.config.page_size)
 
     @property
     def page_bytes(self) -> int:

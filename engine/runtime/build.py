@@ -178,7 +178,7 @@ def build_model(given: Ingredients, embed: Embedding) -> ModelContext:
 def build_arena(given: Ingredients) -> ActivationArena:
     plan, dtype = given.plan, getattr(torch, given.plan.dtype)
     widths = activation_widths(plan.spec, given.topology.tp_size)
-    most = (given.config.max_num_batched_tokens, plan.max_num_seqs)
+    most = (plan.max_num_batched_tokens, plan.max_num_seqs)
     return ActivationArena(plan.activation_offsets, plan.activations_bytes, widths, *most, dtype, given.device)
 
 

@@ -129,6 +129,7 @@ class Engine:
         self._note_submitted(batch)
         self.messages.say_batch(Kind.BATCH, batch)
         self.worker.runner.submit(batch)
+        self.times.foresee(batch.shape, self.work, self.rates)
 
     @on_own_device
     def announce(self, batch: Batch) -> None:
@@ -141,6 +142,7 @@ class Engine:
         self._note_submitted(batch)
         self.messages.say_run()
         self.worker.runner.submit(batch)
+        self.times.foresee(batch.shape, self.work, self.rates)
 
     def _note_submitted(self, batch: Batch) -> None:
         self.submitted.append(batch)
@@ -152,9 +154,8 @@ class Engine:
         with self.times.waiting():
             output = self.worker.runner.collect()
         self.collectives.check()  # tokens of sums that were given up mean nothing
-        batch = self.submitted.popleft()
-        self.times.ended(batch.shape, self.work, self.rates)
-        return batch, output
+        self.times.ended()
+        return self.submitted.popleft(), output
 
     @on_own_device
     def forget(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 import torch
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.runtime.watch import Watches
+from torch import Tensor
 
 POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
 
@@ -25,14 +26,14 @@ class Mailbox:
 
     A pass writes its letter, the tokens, beside those of the passes before it, so that up to DEPTH passes may be under
     way; the pass's number is written last. A pass that may give log probabilities has a second sheet, with `width`
-    numbers a row.
+    numbers a row. Both are written row by row, so that a pass copies no more rows than it has.
     """
 
     DEPTH = 4
 
     def __init__(self, max_num_seqs: int, width: int, device: torch.device, check: Callable[[], None] = lambda: None):
         self.check = check  # raises PeerLost if another rank has failed
-        shape, pinned = (self.DEPTH, max_num_seqs), device.type == "cuda"
+        shape, pinned = (max_num_seqs, self.DEPTH), device.type == "cuda"
         self.letters = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
         self.scores = torch.zeros(*shape, width, dtype=torch.int32, pin_memory=pinned)
         self.device_scores = torch.zeros(*shape, width, dtype=torch.int32, device=device)
@@ -44,13 +45,16 @@ class Mailbox:
     def send(self, output: SampleOutput) -> None:
         """Enqueues a letter; under capture, one for each replay."""
         self.device_number.add_(1)
-        index, num_rows = self.device_number % self.DEPTH, len(output.tokens)
-        self.device_letters[:, :num_rows].index_copy_(0, index, output.tokens[None])
-        self.letters.copy_(self.device_letters, non_blocking=True)
+        index = self.device_number % self.DEPTH
+        self._write(self.letters, self.device_letters, index, output.tokens)
         if output.scores is not None:
-            self.device_scores[:, :num_rows].index_copy_(0, index, output.scores[None])
-            self.scores.copy_(self.device_scores, non_blocking=True)
+            self._write(self.scores, self.device_scores, index, output.scores)
         self.number.copy_(self.device_number, non_blocking=True)
+
+    def _write(self, host: Tensor, device: Tensor, index: Tensor, values: Tensor) -> None:
+        rows = slice(len(values))
+        device[rows].index_copy_(1, index, values[:, None])
+        host[rows].copy_(device[rows], non_blocking=True)
 
     def catch_up(self) -> None:
         """Waits for all letters that were sent, and counts them; after an interruption."""
@@ -81,7 +85,7 @@ class PendingLetter:
                 self.mailbox.check()
         assert came[0] < self.number + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
         sheets = (self.mailbox.letters, self.mailbox.scores)
-        tokens, scores = (sheet[self.number % Mailbox.DEPTH, : self.num_tokens] for sheet in sheets)
+        tokens, scores = (sheet[: self.num_tokens, self.number % Mailbox.DEPTH] for sheet in sheets)
         return SampleOutput(tokens.clone(), scores.clone() if self.scored else None)
 
 

@@ -33,12 +33,17 @@ class PassTimes:
     _submitted_s: deque[tuple[float, float]] = field(default_factory=deque)  # by the clock, and of CPU
     _ended_s: tuple[float, float] = (0.0, 0.0)
     _waited_s: float = 0.0  # of CPU, since a pass ended
+    _foreseen: deque[tuple[PassShape, PassTime]] = field(default_factory=deque)
 
     def keep(self, passes: list[Timed] | None = None) -> list[Timed]:
         """Appends each pass that ends from now on to `passes`, or to a new list, and returns it; it grows for as long
         as the engine runs."""
         self.passes = [] if passes is None else passes
         return self.passes
+
+    def foresee(self, shape: PassShape, work: PassWork, rates: Rates) -> None:
+        """Predicts the pass that was submitted last, while it runs and the host has time: it looks at every row."""
+        self._foreseen.append((shape, predict_pass(work, shape, rates)))
 
     def submitted(self) -> None:
         self._submitted_s.append(_now_s())
@@ -50,11 +55,11 @@ class PassTimes:
         yield
         self._waited_s += time.thread_time() - began_s
 
-    def ended(self, shape: PassShape, work: PassWork, rates: Rates) -> None:
+    def ended(self) -> None:
         """Says that the oldest pass that was submitted has ended."""
         now_s = _now_s()
         measured_s, cpu_s = (now - max(both) for now, *both in zip(now_s, self._submitted_s.popleft(), self._ended_s))
-        predicted = predict_pass(work, shape, rates)
+        shape, predicted = self._foreseen.popleft()
         host_s, self._ended_s, self._waited_s = max(cpu_s - self._waited_s, 0.0), now_s, 0.0
         self.num_passes += 1
         self.measured_s += measured_s
@@ -65,6 +70,7 @@ class PassTimes:
     def forget(self) -> None:
         """Gives up the passes that have not ended."""
         self._submitted_s.clear()
+        self._foreseen.clear()
         self._waited_s = 0.0
 
 

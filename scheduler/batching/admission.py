@@ -44,7 +44,22 @@ class Admission:
     def can_admit(self) -> bool:
         """Tells whether the head of the line could be admitted now."""
         head = self.line.head()
-        return head is not None and (self.seats.offer(head) is not None or bool(victims_for(self.seats, head)))
+        return head is not None and (self.seats.offer(head) is not None or self.must_make_room())
+
+    def must_make_room(self) -> bool:
+        """Tells whether the head of the line is so urgent that others give way to it."""
+        head = self.line.head()
+        return head is not None and bool(victims_for(self.seats, head))
+
+    @property
+    def num_fitting(self) -> int:
+        """About how many of those that wait could get a row now, if all needed as many pages as the first; at least
+        that one."""
+        head = self.line.head()
+        if head is None:
+            return 0
+        most = self.seats.num_free_pages // max(self.seats.first_pages(head), 1)
+        return max(min(len(self.line), len(self.seats.free_rows), most), 1)
 
     def why_waiting(self) -> Wait:
         """The thing that the head of the line lacks, but for a pass's tokens."""

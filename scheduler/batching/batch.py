@@ -1,5 +1,6 @@
 """The work of one pass: rows of tokens."""
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -98,9 +99,9 @@ class Batch:
     def num_sampled(self) -> int:
         return sum(row.samples for row in self.rows)
 
-    @property
+    @functools.cached_property
     def shape(self) -> PassShape:
-        """The pass as the time model sees it."""
+        """The pass as the time model sees it; made once, since it looks at every row."""
         cached = sum(row.num_cached for row in self.rows)
         pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
         seen = dict.fromkeys(RowKind, 0)

@@ -68,6 +68,8 @@ class Counts:
     num_asked_tokens: int = 0  # of requests that got their first row
     num_hit_tokens: int = 0  # those of them that the prefix cache had
     num_waiting: int = 0
+    num_free_tokens: int = 0  # that the link hid in those passes, T* of each
+    num_free_tokens_used: int = 0
     moves: MoveCounts = field(default_factory=MoveCounts)
     waits: Counter[Wait] = field(default_factory=Counter)
     _logged_at_s: float = field(default=-LOG_EVERY_S, repr=False, compare=False)
@@ -78,6 +80,12 @@ class Counts:
         self.num_waiting = num_waiting
         if num_waiting:
             self.waits[why] += 1
+
+    def note_free_tokens(self, before: tuple[int, int], now: tuple[int, int]) -> None:
+        """Notes the tokens that are free in a pass, and how many of these it uses, instead of what was noted
+        before."""
+        self.num_free_tokens += now[0] - before[0]
+        self.num_free_tokens_used += now[1] - before[1]
 
     def note_preemption(self) -> None:
         """Notes that a row has given way; logs it, once a second at most."""
@@ -104,4 +112,7 @@ class Counts:
         if self.waits:
             lacking = ", ".join(f"{why} {self.waits[why]}" for why in Wait if self.waits[why])
             lines.append(f"requests waited in {self.waits.total()} of {self.num_passes} passes, for: {lacking}")
+        if self.num_free_tokens:
+            share = self.num_free_tokens_used / self.num_free_tokens
+            lines.append(f"passes used {share:.1%} of the {self.num_free_tokens} tokens that the link hid")
         return lines

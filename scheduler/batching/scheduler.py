@@ -6,8 +6,9 @@ now (seats.py), and its pages grow with it. When there are none left, a row give
 computed again from its tokens, the output too. Waiting requests are served in the order of the line (waiting.py); its
 head is never overtaken because a later, smaller one would fit, so nobody starves.
 
-    budget of a pass   | decodes, 1 token each | next chunk of a running prefill | admitted prompts ... |
-                       0                                                        max_num_batched_tokens
+    budget of a pass   | decodes, 1 token each | next chunks of running requests | admitted prompts ... |
+                       0                                               as far as filling.py says, at most
+                                                                                   max_num_batched_tokens
 
 Passes may be scheduled ahead: schedule() counts on the tokens that passes under way will sample, and names them as
 ON_DEVICE; update() takes them in later, pass by pass. Where a request ends by a token's value (end-of-sequence, a stop
@@ -15,16 +16,17 @@ token), its row in the next pass has already been scheduled and is computed for 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from penstock.scheduler.batching.admission import Admission
-from penstock.scheduler.batching.batch import Batch, BatchRow, History
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.composer import Composer
 from penstock.scheduler.batching.counts import Counts, Wait
-from penstock.scheduler.batching.host_pages import HostPages
-from penstock.scheduler.batching.pages import PagePool, pages_for
-from penstock.scheduler.batching.places import in_places
+from penstock.scheduler.batching.filling import Filling
+from penstock.scheduler.batching.host_pages import HostPages, Move
+from penstock.scheduler.batching.pages import PagePool
 from penstock.scheduler.batching.prefix_cache import PrefixCache
-from penstock.scheduler.batching.request import FinishReason, Request, RequestState, RowSampling
+from penstock.scheduler.batching.request import FinishReason, Request, RequestState
 from penstock.scheduler.batching.retention import KeepAll, Retention
 from penstock.scheduler.batching.seats import Seats
 from penstock.scheduler.batching.waiting import Line
@@ -38,7 +40,8 @@ class Scheduler:
     `page_size` tokens, and `num_pages` counts the reserved page 0. `page_order_seed` shuffles the order in which pages
     are handed out. `retention` says which tokens of a row stay cached: all of them, if it is not given. `policy`, one
     of POLICIES, says who is served first. With `prefix_caching` requests share the whole pages that they begin with,
-    unless old tokens are dropped; what the device has no room for is kept in `host_pages`. `counts` says what has
+    unless old tokens are dropped; what the device has no room for is kept in `host_pages`. `filling` knows how many
+    tokens of a pass are free where weights stream; without it passes are filled as they can be. `counts` says what has
     happened so far. Raises ValueError for fewer than 2 pages.
     """
 
@@ -55,6 +58,7 @@ class Scheduler:
         policy: str = "fcfs",
         prefix_caching: bool = False,
         host_pages: HostPages | None = None,
+        filling: Filling | None = None,
     ):
         assert max_num_seqs <= max_num_batched_tokens, "rows would starve: each computes a token in a pass"
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -69,8 +73,9 @@ class Scheduler:
         self._seats = Seats(max_num_seqs, self.cache, self._retention, max_model_len)
         self._admission = Admission(Line(policy), self._seats)
         self.counts.moves = self.cache.host.counts
-        self._decoding: list[Request] = []  # in the pass that was scheduled last, in its order
+        self.composer = Composer(self._admission, self._retention, max_num_batched_tokens, filling)
         self._under_way: deque[tuple[Batch, list[Request]]] = deque()
+        self._free_tokens = 0, 0  # counted of that pass: there are so many, and it uses so many
 
     @property
     def max_num_seqs(self) -> int:
@@ -130,86 +135,70 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next pass, or None when there is nothing to compute before the next update."""
-        self._admission.make_room()
-        rows: list[BatchRow] = []
-        budget_tokens = self.max_num_batched_tokens
-        for request in self._next_requests():
-            rows.append(self._next_tokens(request, budget_tokens))
-            budget_tokens -= len(rows[-1].tokens)
-            if budget_tokens == 0:
-                break
+        rows = self.composer.compose()
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
             return None
-        batch = Batch.of(rows, self.cache.host.take_moves())
-        requests = [self._seats.running[row.index] for row in batch.rows]
-        for request in requests:
-            request.num_under_way += 1
-        self._under_way.append((batch, requests))
-        why = Wait.TOKENS if budget_tokens == 0 else self._admission.why_waiting()
-        self.counts.note_pass(self.num_waiting, why)
+        self.counts.note_pass(
+            self.num_waiting, self._admission.why_waiting() if self.composer.has_room() else Wait.TOKENS
+        )
+        self._free_tokens = 0, 0
+        self._note_free_tokens()
+        return self._put_under_way((), rows)
+
+    def _put_under_way(self, stay: Sequence[BatchRow], new: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> Batch:
+        """Makes a pass of rows that were in it already, with their pages' moves, and of new ones."""
+        for row in new:
+            self._seats.running[row.index].num_under_way += 1
+        batch = Batch.of((*stay, *new), (*moves, *self.cache.host.take_moves()))
+        self._under_way.append((batch, [self._seats.running[row.index] for row in batch.rows]))
         return batch
 
-    def is_wanted(self, batch: Batch) -> bool:
-        """Tells whether the pass that was scheduled last should still run after an update. It should not if all its
-        requests have ended, or if a waiting request can enter it that has come since, or that fits now."""
+    def revise(self, batch: Batch) -> Batch | None:
+        """The pass that was scheduled last as it shall run after an update: the same one; or with those that wait and
+        fit in now, without those that have ended; or None, if it is not to run. That is so if all its requests have
+        ended, if one that waits is so urgent that others give way, and if one that waits could enter behind a chunk
+        that was cut: the requests that have not ended are scheduled anew."""
         assert batch is self._under_way[-1][0], "not the newest batch"
-        ended = all(request.state is RequestState.FINISHED for request in self._under_way[-1][1])
-        is_full = batch.num_tokens == self.max_num_batched_tokens
-        return not ended and (is_full or not self._admission.can_admit())
+        requests, stay = self._under_way[-1][1], []
+        for row, request in zip(batch.rows, requests):
+            if request.state is RequestState.FINISHED:
+                self.composer.budget.give_back(row)
+            else:
+                stay.append(row)
+        if not stay or (self.composer.has_room() and self._must_start_anew(stay)):
+            self.withdraw(batch)
+            return None
+        entered = self.composer.let_in()
+        if not entered:
+            return batch
+        self._under_way.pop()
+        for request in requests:
+            request.num_under_way -= request.state is RequestState.FINISHED
+        self._note_free_tokens()
+        return self._put_under_way(stay, entered, batch.moves)
+
+    def _must_start_anew(self, rows: Sequence[BatchRow]) -> bool:
+        """Tells whether one that waits could enter a pass of these rows only if others in it were changed."""
+        is_cut = not all(row.samples for row in rows)
+        return self._admission.must_make_room() or (is_cut and self._admission.can_admit())
+
+    def _note_free_tokens(self) -> None:
+        """Counts the free tokens of the pass that was scheduled last, instead of those it had before."""
+        self.counts.note_free_tokens(self._free_tokens, self.composer.budget.free_tokens)
+        self._free_tokens = self.composer.budget.free_tokens
 
     def withdraw(self, batch: Batch) -> None:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         _, requests = self._under_way.pop()
         self.cache.host.put_back(batch.moves)
+        self.counts.note_free_tokens(self._free_tokens, (0, 0))
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
             request.num_unseen_tokens -= row.samples
             request.num_under_way -= 1
             request.is_told &= row.sampling is None
-
-    def _next_requests(self) -> Iterator[Request]:
-        """The requests that compute, most urgent first; a waiting one is admitted when the iterator reaches it."""
-        decoding, chunks = [], []
-        for request in self._seats.running.values():
-            if not self._admission.ends_by_itself(request):
-                decodes = request.num_tokens_ahead - request.num_computed_tokens == 1
-                (decoding if decodes else chunks).append(request)
-        self._decoding = in_places(self._decoding, decoding)
-        yield from self._decoding
-        yield from sorted(chunks, key=lambda request: request.place)
-        while (request := self._admission.admit_next()) is not None:
-            yield request
-
-    def _next_tokens(self, request: Request, budget_tokens: int) -> BatchRow:
-        start = request.num_computed_tokens
-        end = self._retention.pass_end(start, min(request.num_tokens_ahead, start + budget_tokens))
-        samples = end == request.num_tokens_ahead
-        tokens = tuple(request.tokens_between(start, end))
-        sampling = None if request.is_told else RowSampling.of(request)
-        history = History.of(request) if sampling is not None and sampling.has_penalty else History()
-        request.num_computed_tokens = end
-        request.num_unseen_tokens += samples
-        num_evicted = self._retention.num_evicted(end)
-        self._update_page_table(request, end, num_evicted)
-        request.is_told = True
-        return BatchRow(
-            index=request.row,
-            tokens=tokens,
-            start=start,
-            pages=request.page_table,
-            samples=samples,
-            sampling=sampling,
-            num_evicted=num_evicted,
-            history=history,
-        )
-
-    def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
-        """Makes the request's page table anew if it is another one for its first `end` tokens."""
-        num_pages = pages_for(self._retention.margin + end - num_evicted, self.page_size)
-        if (num_pages, num_evicted) != (len(request.page_table), request.num_evicted):
-            request.page_table, request.num_evicted = self._retention.page_table(request.pages, end), num_evicted
 
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
         """Takes in the tokens of the oldest pass under way.

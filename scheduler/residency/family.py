@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from operator import add
 from typing import NamedTuple
 
-from penstock.scheduler.cost.pass_work import PassShape, StepWork
-from penstock.scheduler.cost.time_model import Rates, decompress_s, pass_s, steps_s
+from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
+from penstock.scheduler.cost.time_model import Rates, decompress_s, free_tokens, pass_s, steps_s
 from penstock.scheduler.passes.build import usual_ring_bytes
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand, Split
@@ -56,11 +56,23 @@ class Cost:
 
     def tokens_s(self, demand: Demand, residency: Residency) -> float:
         """Predicted tokens/s of the sequences that are planned, as far as they fit."""
+        return self.tokens_s_of(max(demand.seqs_in(residency.num_pages), 1), demand.kv_len, demand, residency)
+
+    def tokens_s_of(self, num_seqs: int, context_tokens: int, demand: Demand, residency: Residency) -> float:
+        """Predicted tokens/s of so many sequences of this length."""
+        work = self._work(demand, residency)
+        sizes = (work.streamed_bytes, work.num_decompressed, work.decompressed_bytes)
+        return num_seqs / self.pass_s(num_seqs, context_tokens, *sizes)
+
+    def free_tokens(self, demand: Demand, residency: Residency) -> int:
+        """The tokens of a pass that the link hides."""
+        return free_tokens(self._work(demand, residency), self.rates)
+
+    def _work(self, demand: Demand, residency: Residency) -> PassWork:
         plain = dict(demand.groups)
         decompressed_bytes = sum(plain[group] for group in residency.compressed)
-        num_seqs = max(demand.seqs_in(residency.num_pages), 1)
-        sizes = (residency.streamed_bytes, len(residency.compressed), decompressed_bytes)
-        return num_seqs / self.pass_s(num_seqs, demand.kv_len, *sizes)
+        sizes = (residency.streamed_bytes, residency.resident_bytes)
+        return PassWork(*sizes, self.steps, len(residency.compressed), decompressed_bytes)
 
 
 class Found(NamedTuple):

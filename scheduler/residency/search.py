@@ -18,6 +18,9 @@ from penstock.scheduler.residency.family import Cost, Family, Found
 
 TOLERANCE = 0.003  # the share of the tokens/s that the number found may give less than the best one
 KV_SHARE = 64
+USUAL_SEQS = 512  # sequences that are let in wherever they fit; more only where that pays
+SHORT_LEN = 512  # tokens of each of these
+LEAST_GAIN = 0.05  # share of the tokens/s that twice as many must gain
 
 
 def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
@@ -29,7 +32,7 @@ def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
     check_demand(demand)
-    return _with_more_seqs(demand, *_fastest(demand, cost, compressed))
+    return _with_more_seqs(demand, cost, *_fastest(demand, cost, compressed))
 
 
 def _fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
@@ -45,18 +48,36 @@ def _fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Resi
     return planned
 
 
-def _with_more_seqs(demand: Demand, kept: Demand, residency: Residency) -> tuple[Demand, Residency]:
+def _with_more_seqs(demand: Demand, cost: Cost, kept: Demand, residency: Residency) -> tuple[Demand, Residency]:
     """The same split for more sequences than its number was planned for, since shorter ones fit at once in greater
-    number. They take at most 1 / KV_SHARE of the KV cache, for activations and logits."""
+    number. They take at most 1 / KV_SHARE of the KV cache, for activations, logits and what is kept of rows."""
     if not demand.plans_num_seqs or demand.memory_bytes is None:
         return kept, residency
     most_bytes = kept.fixed_bytes + residency.num_pages * demand.page_bytes // KV_SHARE
-    more = range(kept.max_num_seqs + 1, demand.most_let_in + 1)
+    more = range(kept.max_num_seqs + 1, min(_most_that_pay(kept, cost, residency), demand.most_let_in) + 1)
     num_more = bisect.bisect_left(more, True, key=lambda n: demand.planned_for(n).fixed_bytes > most_bytes)
     if num_more == 0:
         return kept, residency
     settled = replace(kept, max_num_seqs=more[num_more - 1], fixed=demand.planned_for(more[num_more - 1]).fixed)
     return settled, plan_residency(settled, residency.split)
+
+
+def _most_that_pay(kept: Demand, cost: Cost, residency: Residency) -> int:
+    """The most sequences that are let in: USUAL_SEQS, and as many of SHORT_LEN as the KV cache holds while twice as
+    many gain LEAST_GAIN at least. Where weights stream each is a gain, until the link no longer binds."""
+    short_len = min(SHORT_LEN, kept.full_len)
+    held = (residency.num_pages - 1) // kept.pages(short_len)
+
+    def tokens_s(num_seqs: int) -> float:
+        return cost.tokens_s_of(num_seqs, short_len, kept, residency)
+
+    num_seqs = max(kept.max_num_seqs, USUAL_SEQS)
+    while num_seqs < held:
+        more = min(2 * num_seqs, held)
+        if tokens_s(more) < tokens_s(num_seqs) * (1 + LEAST_GAIN * (more / num_seqs - 1)):
+            break
+        num_seqs = more
+    return num_seqs
 
 
 def _best(family: Family) -> tuple[int, Found] | None:

@@ -36,7 +36,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         ],
         "graphs": engine.worker.runner.graphs is not None,
         "max_num_seqs": engine.plan.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_num_batched_tokens": engine.plan.max_num_batched_tokens,
         "max_model_len": residency.max_model_len,
         "attention_sinks": config.attention_sinks,
         "attention_window": config.attention_window,

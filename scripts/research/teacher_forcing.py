@@ -26,7 +26,7 @@ def logprobs_of(llm: LLM, tokens: Sequence[int], row_of: Callable[..., BatchRow]
     `row_of(retention, tokens, start, end)` is `cached_row` or `recomputed_row`; its rows, all of whose tokens may be
     sampled from, are as long as the engine's passes can be."""
     retention = llm.engine.plan.retention
-    chunk_tokens = min(llm.config.max_num_batched_tokens, llm.engine.plan.max_num_seqs)
+    chunk_tokens = min(llm.engine.plan.max_num_batched_tokens, llm.engine.plan.max_num_seqs)
     parts, start, last = [], 0, len(tokens) - 1
     while start < last:
         end = retention.pass_end(start, min(start + chunk_tokens, last))

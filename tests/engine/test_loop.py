@@ -169,7 +169,7 @@ def test_an_abort_counts_for_the_pass_that_is_announced():
 
 
 def test_an_arrival_enters_the_pass_that_was_announced(alone):
-    """It comes while the pass before is under way: the announced one is withdrawn, and one of both runs."""
+    """It comes while the pass before is under way: the announced one runs with both."""
     with LLM("demo", **OPTIONS, **PREPARED) as llm:
         (first,), (late,) = (llm.sequences(prompt, PARAMS) for prompt in PROMPTS[:2])
         num_rows = []
@@ -184,3 +184,22 @@ def test_an_arrival_enters_the_pass_that_was_announced(alone):
             events = run(loop)
         assert num_rows[:2] == [1, 2]
         assert [text_of(events, one) for one in (first, late)] == [alone[prompt] for prompt in PROMPTS[:2]]
+
+
+def test_one_that_waits_takes_a_place_in_the_pass_that_was_announced(alone):
+    """Another one, which would have been in it, ends while the pass before is under way."""
+    with LLM("demo", **OPTIONS, **PREPARED) as llm:
+        first, other, waiting = (llm.sequences(prompt, PARAMS)[0] for prompt in PROMPTS[:3])
+        rows = []
+
+        def end_first():
+            if len(rows) == 2:
+                loop.abort(first.request.id, "gone")
+
+        loop = Loop(llm.loop.scheduler, BusyEngine(llm.engine, end_first))
+        for sequence in (first, other, waiting):
+            loop.add(sequence)
+        with llm.engine.watched_by(BeginPass(lambda batch: rows.append([len(row.tokens) for row in batch.rows]))):
+            events = run(loop)
+        assert rows[1:4] == [[1, 1], [1, len(waiting.request.prompt_token_ids)], [1, 1]]
+        assert [text_of(events, one) for one in (other, waiting)] == [alone[prompt] for prompt in PROMPTS[1:3]]

@@ -6,6 +6,7 @@ from penstock.engine.llm import LLM
 from penstock.scheduler.batching.request import SamplingParams
 
 from tests.support.gguf_models import load_reference, write_model
+from tests.support.streaming_runs import fill_alike
 from tests.support.watches import EndPass
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +25,7 @@ def run(file, dtype, num_prompts, **options):
     logits = []
     options |= {"dtype": dtype, "max_num_seqs": num_prompts, "gpu_memory": "4GiB", "debug": {"poison": True}}
     with LLM(str(file), **options) as llm:
+        fill_alike(llm)
         note = EndPass(lambda batch, gathered: logits.append(gathered[:, :130].cpu()) if len(gathered) else None)
         with llm.engine.watched_by(note):
             outputs = llm.generate(PROMPTS[:num_prompts], PARAMS)

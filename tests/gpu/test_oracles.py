@@ -18,6 +18,7 @@ from penstock.scheduler.residency.decide import Residency
 
 from tests.support.commands import run_ranks
 from tests.support.rounding import assert_apart, model_apart
+from tests.support.streaming_runs import fill_alike
 from tests.support.watches import keep_logits
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,7 @@ class Run(NamedTuple):
 def generate(**options) -> Run:
     logits = []
     with LLM("demo", **(SMALL | options)) as llm:
+        fill_alike(llm)
         executor = llm.engine.worker.executor
         llm.engine.watches.add(keep_logits(logits))
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
@@ -133,6 +135,7 @@ def test_what_rows_ask_in_graphs_is_eager_bitwise(asking, resident, dtype):
     for enforce_eager in (False, True):
         options = {"dtype": dtype, "resident": resident, "weights_compression": "none"}
         with LLM("demo", **SMALL, **options, enforce_eager=enforce_eager) as llm:
+            fill_alike(llm)
             runs.append([with_logprobs(output) for output in llm.generate(PROMPTS, params)])
             if not enforce_eager:
                 _, asked = llm.engine.worker.runner.graphs.latest

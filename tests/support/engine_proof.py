@@ -84,11 +84,11 @@ def watch(llm: LLM, run: Run, states: bool) -> None:
 
 def run_steps(llm: LLM, spec: ModelSpec, steps: list[Compute]) -> None:
     """Makes the engine run these steps from now on, in an arena laid out for them."""
-    executor, config = llm.engine.worker.executor, llm.config
-    compressed = {group.id: group.nbytes for group in llm.engine.plan.layout.groups if group.id in executor.compressed}
+    executor, plan = llm.engine.worker.executor, llm.engine.plan
+    compressed = {group.id: group.nbytes for group in plan.layout.groups if group.id in executor.compressed}
     executor.pass_plan = make_plan(steps, executor.pass_plan.ring, compressed)
     dtype, device = executor.arena.dtype, executor.arena.data.device
-    most = (config.max_num_batched_tokens, llm.engine.plan.max_num_seqs)
+    most = (plan.max_num_batched_tokens, plan.max_num_seqs)
     sizes = activation_bytes(spec, str(dtype).removeprefix("torch."), 1, *most)
     offsets = lay_out_activations(executor.pass_plan, sizes)
     nbytes = max(offset + sizes[name] for name, offset in offsets.items())

@@ -69,10 +69,16 @@ class Run:
         return hashlib.sha256(rows + repr(self.tokens).encode()).hexdigest()
 
 
+def fill_alike(llm: LLM) -> None:
+    """Lets passes be filled as if nothing streamed, so that those of all runs are the same ones."""
+    llm.loop.scheduler.composer.filling = None
+
+
 def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: list[SamplingParams] = PARAMS) -> Run:
     """All passes of a run, none of which another run has spared it."""
     run = Run([], [], [])
     llm.reset_prefix_cache()
+    fill_alike(llm)
 
     def note(instruction: Instruction, ctx: PassContext | None) -> None:
         if isinstance(instruction, Compute) and instruction.step == "logits_gather":

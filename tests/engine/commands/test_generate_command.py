@@ -224,7 +224,7 @@ def test_help_explains_every_field(capsys, monkeypatch):
             assert (option in some.replace(",", " ")) == (field.name in (*EVERYDAY, *MEMORY)), option
             assert option in text.replace(",", " ")
             assert " ".join(field.metadata["help"].split()[:3]) in " ".join(text.split())
-        assert "-tp" in text and "(default: 8192)" in text and "(default: None)" not in text
+        assert "-tp" in text and "(default: 16)" in text and "(default: None)" not in text
 
 
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.does])

@@ -145,7 +145,7 @@ def test_a_single_decode_pass_has_nothing_behind_it():
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("input-len", "1"), ("output-len", "1"), ("batch-size", "0"), ("batch-size", "513")]
+    "flag, value", [("input-len", "1"), ("output-len", "1"), ("batch-size", "0"), ("batch-size", "65537")]
 )
 def test_a_workload_without_both_kinds_of_pass_is_refused(capsys, tmp_path, monkeypatch, flag, value):
     monkeypatch.chdir(tmp_path)

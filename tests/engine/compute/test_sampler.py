@@ -329,6 +329,15 @@ def test_kernels_read_a_batch_whole_and_give_what_the_references_give(by_kernels
             assert_apart((values - others).abs(), logprobs_apart(20.0, V))  # mass is made by another exponential
 
 
+def test_logits_are_copied_for_some_rows_at_a_time(by_kernels, monkeypatch):
+    """Those that penalties and filters copy; the bits are those of all rows at once."""
+    found = outputs_of(None, "cpu")
+    monkeypatch.setattr(sampler_module, "COPIED_ROWS", 3)
+    num_calls = 3 * -(-len(MIXED) // 3)
+    with counted(penalty.calls, triton=num_calls), counted(filters.calls, triton=num_calls):
+        assert outputs_of(None, "cpu") == found
+
+
 def test_stages_that_nobody_asks_for_change_nothing(by_kernels):
     """A captured pass runs all of them: greedy rows stay greedy, and a row asks for none of another's."""
     assert outputs_of(frozenset(STAGES), "cpu") == outputs_of(None, "cpu")

@@ -12,15 +12,18 @@ import pytest
 import torch
 from penstock.engine.compute.attention import gather
 from penstock.engine.compute.kv_cache import make_cache
+from penstock.engine.compute.sampler import Sampler
 from penstock.engine.config import EngineConfig
 from penstock.engine.kernels import segments
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.model.spec import ModelSpec
+from penstock.engine.model.steps import COPIED_ROWS
 from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
 from penstock.engine.planning.memory_claims import DeviceMemory
 from penstock.engine.planning.predictions import decode_time, most_seqs, pass_work
 from penstock.engine.runtime import start
+from penstock.scheduler.cost.time_model import free_tokens
 from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.units import GIB
 
@@ -145,6 +148,54 @@ def test_shorter_sequences_are_let_in_beside_those_that_are_planned():
     assert 0 < more_bytes <= fewer.residency.num_pages * made.demand.page_bytes // 64
     num_pages = fewer.residency.num_pages - made.residency.num_pages
     assert num_pages == pytest.approx(more_bytes / made.demand.page_bytes, abs=1)
+
+
+@pytest.mark.parametrize(
+    "model, gib, options, least_seqs, least_tokens_s",
+    [
+        ("Llama-3-8B", 118, {"resident": "none"}, 1800, 7180),
+        ("Llama-3-70B", 80, {}, 365, 200),
+        ("Llama-3-70B", 118, {"tp_size": 4, "resident": "none"}, 2500, 3700),
+    ],
+)
+def test_where_weights_stream_there_are_as_many_rows_as_the_cache_holds(
+    model, gib, options, least_seqs, least_tokens_s
+):
+    """Predicts their tokens/s at 640 tokens each: the link alone bounds them."""
+    made = plan(model, gib, **options)
+    num_seqs = most_seqs(made.kept, made.residency, 640)
+    time = decode_time(pass_work(made), num_seqs, 640, made.rates)
+    assert made.max_num_seqs >= least_seqs and num_seqs / time.total_s >= least_tokens_s
+    assert num_seqs >= 0.97 * made.residency.num_pages * 16 / 640 and time.bound == "link"
+
+
+def test_more_rows_than_usual_are_let_in_only_where_they_pay():
+    """Of twice as many resident ones each would take nearly twice as long."""
+    made, streamed = plan("Llama-3-8B", 141), plan("Llama-3-8B", 141, resident="none")
+    assert made.max_num_seqs == 512 < streamed.max_num_seqs
+    assert plan("Llama-3-8B", 141, resident="none", max_num_batched_tokens=700).max_num_seqs == 700
+
+
+def test_a_pass_has_the_tokens_that_the_link_hides():
+    slow, fast = (plan("Llama-3-8B", 100, link_gb_s=link, resident="none") for link in (20.0, 200.0))
+    num_free = free_tokens(pass_work(slow), slow.rates)
+    assert slow.max_num_batched_tokens == num_free > 2 * 8192 and fast.max_num_batched_tokens == 8192
+    check_plan(slow)
+    asked = plan("Llama-3-8B", 100, link_gb_s=20.0, resident="none", max_num_batched_tokens=1000)
+    assert asked.max_num_batched_tokens == 1000
+    tight = plan("Llama-3-8B", 6, link_gb_s=20.0, resident="none", max_num_seqs=4)  # activations for more would cost KV
+    assert tight.max_num_batched_tokens == 8192 < free_tokens(pass_work(tight), tight.rates)
+    assert plan("Llama-3-8B", 100, max_num_seqs=10_000).max_num_batched_tokens >= 10_000
+
+
+def test_what_is_kept_of_rows_is_claimed():
+    """Counts the sampler's state, the logits that it copies at a time, and page tables, for 1,800 rows."""
+    made = plan("Llama-3-8B", 118, resident="none")
+    sampler = Sampler(made.max_num_seqs, made.spec.vocab_size, "meta")
+    kept = sampler.occurrences.nbytes + sampler.floats.nbytes + sampler.ints.nbytes
+    copied = 2 * 4 * COPIED_ROWS * made.spec.vocab_size
+    tables = 4 * made.max_num_seqs * made.residency.max_model_len // 16
+    assert kept + copied + tables <= dict(made.residency.claims)["workspace"] <= 3 * (kept + copied + tables)
 
 
 @pytest.mark.parametrize("num_pages, held", [(256, 1), (257, 2), (384, 2), (385, 3), (10_000, 4)])

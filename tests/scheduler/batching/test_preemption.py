@@ -164,8 +164,7 @@ def test_an_urgent_request_enters_the_pass_that_is_announced():
     urgent = request(1)
     sched.add(urgent)
     sched.update(first, [9])
-    assert not sched.is_wanted(announced)
-    sched.withdraw(announced)
+    assert sched.revise(announced) is None
     (row,) = sched.schedule().rows
     assert row.tokens == tuple(urgent.prompt_token_ids)
 

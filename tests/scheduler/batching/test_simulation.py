@@ -4,11 +4,13 @@ a sampler remembers of its rows. Passes are scheduled one by one, or before the 
 import random
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.scheduler.batching.batch import Batch, History
+from penstock.scheduler.batching.batch import Batch, History, RowKind
+from penstock.scheduler.batching.filling import Filling
 from penstock.scheduler.batching.host_pages import HostPages, Move
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
@@ -22,8 +24,11 @@ from penstock.scheduler.batching.request import (
 )
 from penstock.scheduler.batching.scheduler import Scheduler
 from penstock.scheduler.batching.seats import HEADROOM, STRETCH
+from penstock.scheduler.cost.pass_work import PassWork, StepWork
+from penstock.scheduler.cost.time_model import PROFILES, Rates
 
 VOCAB, EOS, STOP, NAN = 50, 2, 5, 7
+H200 = Rates(**PROFILES["h200"] | {"link_gb_s": 55.0}, source="assumed")
 
 
 class Cache:
@@ -113,7 +118,7 @@ class Simulation:
 
     def __init__(self, scheduler: Scheduler, lookahead: int = 0):
         self.scheduler, self.lookahead = scheduler, abs(lookahead)
-        self.must_wait, self.num_withdrawn = lookahead == PREPARED, 0
+        self.must_wait, self.num_withdrawn, self.num_revised = lookahead == PREPARED, 0, 0
         self.under_way: deque[tuple[Batch, list[int]]] = deque()
         self.sides = RowMessages(), RowMessages()
         self.cache = Cache(scheduler.page_size)
@@ -146,12 +151,8 @@ class Simulation:
             if self.must_wait and self.under_way:
                 while_computing()
                 self.scheduler.update(*self.under_way.popleft())
-                if self.scheduler.is_wanted(batch):
-                    self.submit(batch, running)
-                else:
-                    self.sent(batch)
-                    self.scheduler.withdraw(batch)
-                    self.num_withdrawn += 1
+                self.sent(batch)
+                self.run_revised(batch)
                 self.scheduler.check_integrity()
                 return
             self.submit(batch, running)
@@ -159,6 +160,19 @@ class Simulation:
         if batch is None or len(self.under_way) > self.lookahead:
             self.scheduler.update(*self.under_way.popleft())
         self.scheduler.check_integrity()
+
+    def run_revised(self, batch: Batch) -> None:
+        revised = self.scheduler.revise(batch)
+        if revised is None:
+            self.num_withdrawn += 1
+            return
+        before = {row.index: row for row in batch.rows}
+        self.num_revised += revised is not batch
+        if revised is not batch:
+            self.check(revised)
+            assert any(row.index not in before or row is not before[row.index] for row in revised.rows)
+        running = {row.index: request for row, request in zip(revised.rows, self.scheduler._under_way[-1][1])}
+        self.submit(revised, running)
 
     def check(self, batch: Batch) -> None:
         assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
@@ -186,7 +200,8 @@ class Simulation:
         return heard
 
     def check_no_budget_is_wasted(self, batch: Batch):
-        if batch.num_tokens == self.scheduler.max_num_batched_tokens:
+        is_full = batch.num_tokens == self.scheduler.max_num_batched_tokens
+        if is_full or not has_free_tokens(self.scheduler.composer.filling, batch):
             return
         ends = {row.index: row.start + len(row.tokens) for row in batch.rows}
         most, seats = self.scheduler.max_model_len, self.scheduler._seats
@@ -221,6 +236,16 @@ class Simulation:
         token = sampler.draw(list(sequence))
         sequence.append(max(token, 0))
         return [token]
+
+
+def has_free_tokens(filling: Filling | None, batch: Batch) -> bool:
+    """Tells whether one token more would cost no time."""
+    if filling is None:
+        return True
+    decoding = [row for row in batch.rows if row.tokens == (ON_DEVICE,) or row.kind is RowKind.ONE_TOKEN]
+    compute_s = filling.seconds(len(decoding), sum(row.num_cached for row in decoding))
+    compute_s += sum(filling.chunk_s(row.start, len(row.tokens)) for row in batch.rows if row not in decoding)
+    return compute_s + 2 * filling.token_s <= filling.link_s
 
 
 def random_request(rng, id, max_model_len, most_tokens):
@@ -259,6 +284,7 @@ def random_scheduler(rng):
         policy=rng.choice(["fcfs", "priority"]),
         prefix_caching=rng.random() < 0.5,
         host_pages=random_host_pages(rng),
+        filling=rng.choice([None, filling_of(rng.randint(1, 40))]),
     )
 
 
@@ -267,6 +293,16 @@ def random_host_pages(rng):
     least, most_beside = rng.choice([(0, 8), (6, 8), (0, 3)])
     pays = lambda num_tokens, beside: num_tokens >= least and beside <= most_beside  # noqa: E731
     return HostPages(rng.choice([0, 1, 3, 10, 100]), pays)
+
+
+def filling_of(free_tokens: int) -> Filling:
+    """Hides so many tokens of a prompt, if nothing else is computed."""
+    steps = (
+        (StepWork("linear", weight_bytes=10**6, token_flops=10**9), 1),
+        (StepWork("attention", kv_token_bytes=1000, attention_flops=10**6), 1),
+    )
+    made = Filling.of(PassWork(1, 0, steps), H200)
+    return replace(made, link_s=made.seconds(0, 0) + made.chunk_s(0, free_tokens))
 
 
 def check_workload(seed, lookahead):
@@ -374,15 +410,15 @@ def test_order_of_pages_changes_no_decision():
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "stop", "num_withdrawn"),
+    ("max_tokens", "stop", "num_withdrawn", "num_revised"),
     [
-        ([5, 5], [], 0),  # both ends are foreseen
-        ([5, 9], [], 0),
-        ([5, 9, 4], [], 1),  # one waits for the row that is free after five
-        ([9, 9], range(VOCAB), 1),  # nobody foresaw the end of both
+        ([5, 5], [], 0, 0),  # both ends are foreseen
+        ([5, 9], [], 0, 0),
+        ([5, 9, 4], [], 0, 1),  # one waits for the row that is free after five
+        ([9, 9], range(VOCAB), 1, 0),  # nobody foresaw the end of both
     ],
 )
-def test_a_prepared_pass_is_withdrawn_only_where_it_must_be(max_tokens, stop, num_withdrawn):
+def test_a_prepared_pass_is_changed_only_where_it_must_be(max_tokens, stop, num_withdrawn, num_revised):
     scheduler = Scheduler(2, 32, 64, page_size=4, num_pages=40)
     for id, most in enumerate(max_tokens):
         params = SamplingParams(max_tokens=most, stop_token_ids=list(stop), ignore_eos=True)
@@ -390,4 +426,4 @@ def test_a_prepared_pass_is_withdrawn_only_where_it_must_be(max_tokens, stop, nu
     simulation = Simulation(scheduler, PREPARED)
     while scheduler.has_unfinished:
         simulation.run_pass()
-    assert simulation.num_withdrawn == num_withdrawn
+    assert (simulation.num_withdrawn, simulation.num_revised) == (num_withdrawn, num_revised)

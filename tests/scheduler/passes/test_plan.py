@@ -353,7 +353,7 @@ def test_each_engine_plan_is_safe(case):
     assert pass_plan.ring.ring_bytes <= (config.ring or sum(slot.nbytes for _, slot in pass_plan.ring.slots))
     assert config.gpu_memory is None or residency.claimed_bytes <= config.gpu_memory
 
-    sizes = activation_bytes(plan.spec, plan.dtype, plan.tp_size, config.max_num_batched_tokens, config.max_num_seqs)
+    sizes = activation_bytes(plan.spec, plan.dtype, plan.tp_size, plan.max_num_batched_tokens, config.max_num_seqs)
     ranges = {name: range(at, at + sizes[name]) for name, at in plan.activation_offsets.items()}
     assert all(r.start >= 0 and r.stop <= plan.activations_bytes for r in ranges.values())
     for together in bytes_alive(pass_plan, ranges):

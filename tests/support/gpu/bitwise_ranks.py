@@ -17,6 +17,7 @@ from penstock.parallel.launch import run_rank
 
 from penstock import LLM, SamplingParams
 from tests.support.compressed_runs import least_memory
+from tests.support.streaming_runs import fill_alike
 from tests.support.watches import keep_logits
 
 LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
@@ -49,6 +50,7 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
         del options["gpu_memory"]
         options |= {"gpu_memory": least_memory(checkpoint, tp_size, **GPU, **OPTIONS | options)}
     with LLM(checkpoint, **OPTIONS | {"max_num_seqs": max(8, len(lengths))} | options) as llm:
+        fill_alike(llm)
         executor = llm.engine.worker.executor
         llm.engine.watches.add(keep_logits(passes))
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]

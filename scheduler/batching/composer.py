@@ -1,0 +1,110 @@
+"""Composes a pass: rows of requests that decode, chunks of others, and those that get their rows for it."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from penstock.scheduler.batching.admission import Admission
+from penstock.scheduler.batching.batch import BatchRow, History
+from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
+from penstock.scheduler.batching.pages import pages_for
+from penstock.scheduler.batching.places import in_places
+from penstock.scheduler.batching.request import Request, RowSampling
+from penstock.scheduler.batching.retention import Retention
+
+
+class Composer:
+    """Composes passes of at most `most_tokens`, filled as `filling` says, one after another; `budget` is that of the
+    last one."""
+
+    def __init__(self, admission: Admission, retention: Retention, most_tokens: int, filling: Filling | None):
+        self.most_tokens, self.filling = most_tokens, filling
+        self._admission, self._retention, self._seats = admission, retention, admission.seats
+        self._running = Running()
+        self._decoding: list[Request] = []  # in the last pass, in its order
+        self.budget = Budget(most_tokens, (), None)
+
+    def compose(self) -> list[BatchRow]:
+        """The rows of the next pass."""
+        self._admission.make_room()
+        chunks = self._sort_running()
+        rows = [self._next_tokens(request, request.num_tokens_ahead) for request in self._decoding]
+        self.budget = Budget(self.most_tokens, rows, self.filling)
+        return rows + self._fill(chunks)
+
+    def let_in(self) -> list[BatchRow]:
+        """The rows of those that wait and still enter the last pass."""
+        return self._fill(deque())
+
+    def _fill(self, chunks: deque[Request]) -> list[BatchRow]:
+        """Lets chunks of these requests, then those that wait, into the pass as far as it is filled."""
+        rows = []
+        while (queue := self._queue(chunks)) is not None and self.budget.has_room(queue):
+            request = chunks.popleft() if chunks else self._admission.admit_next()
+            if request is None:
+                break
+            start = request.num_computed_tokens
+            num_tokens = self.budget.take(start, self._end_of_pass(request) - start, queue)
+            rows.append(self._next_tokens(request, start + num_tokens))
+        return rows
+
+    def has_room(self) -> bool:
+        """Tells whether the last pass has tokens left for one that waits."""
+        queue = self._queue(())
+        return queue is not None and self.budget.has_room(queue)
+
+    def _sort_running(self) -> deque[Request]:
+        """Finds the running requests that decode, in an order in which few move (`_decoding`), and returns the others
+        that compute: the most urgent first, and prompts before what is computed again."""
+        decoding, chunks, num_outputs = [], [], 0
+        for request in self._seats.running.values():
+            num_to_come = request.most_tokens(self._seats.max_model_len) - request.num_tokens_ahead
+            if num_to_come > 0 and request.num_tokens_ahead - request.num_computed_tokens == 1:
+                decoding.append(request)
+                num_outputs += num_to_come
+            elif num_to_come > 0:
+                chunks.append(request)
+        self._decoding, self._running = in_places(self._decoding, decoding), Running(len(decoding), num_outputs)
+        chunks.sort(key=lambda request: (request.place[0], request.num_preemptions > 0, request.place[1]))
+        return deque(chunks)
+
+    def _queue(self, chunks: Sequence[Request]) -> Queue | None:
+        """These requests, which have their rows, and those that wait and could get one now; None if there is nobody."""
+        first = chunks[0] if chunks else self._admission.line.head()
+        if first is None:
+            return None
+        num_fitting = len(chunks) + self._admission.num_fitting
+        return Queue.of(
+            first, self._seats.max_model_len, len(chunks) + len(self._admission.line), num_fitting, self._running
+        )
+
+    def _end_of_pass(self, request: Request) -> int:
+        """The end of what one pass can compute of a request."""
+        return self._retention.pass_end(request.num_computed_tokens, request.num_tokens_ahead)
+
+    def _next_tokens(self, request: Request, end: int) -> BatchRow:
+        """The row that computes a request up to `end`."""
+        start, samples = request.num_computed_tokens, end == request.num_tokens_ahead
+        tokens = tuple(request.tokens_between(start, end))
+        sampling = None if request.is_told else RowSampling.of(request)
+        history = History.of(request) if sampling is not None and sampling.has_penalty else History()
+        request.num_computed_tokens = end
+        request.num_unseen_tokens += samples
+        num_evicted = self._retention.num_evicted(end)
+        self._update_page_table(request, end, num_evicted)
+        request.is_told = True
+        return BatchRow(
+            index=request.row,
+            tokens=tokens,
+            start=start,
+            pages=request.page_table,
+            samples=samples,
+            sampling=sampling,
+            num_evicted=num_evicted,
+            history=history,
+        )
+
+    def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
+        """Makes the request's page table anew if it is another one for its first `end` tokens."""
+        num_pages = pages_for(self._retention.margin + end - num_evicted, self._seats.page_size)
+        if (num_pages, num_evicted) != (len(request.page_table), request.num_evicted):
+            request.page_table, request.num_evicted = self._retention.page_table(request.pages, end), num_evicted

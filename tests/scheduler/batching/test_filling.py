@@ -1,0 +1,155 @@
+"""The filling of passes: the costs against the time model, the rule against brute force over fixed budgets."""
+
+from dataclasses import replace
+
+import pytest
+from penstock.scheduler.batching.batch import Batch, RowKind
+from penstock.scheduler.batching.filling import Budget, Filling, Queue
+from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.batching.scheduler import Scheduler
+from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
+from penstock.scheduler.cost.time_model import PROFILES, Rates, free_tokens, pass_s, steps_s
+
+H200 = Rates(**PROFILES["h200"] | {"link_gb_s": 55.0, "pass_latency_s": 0.0}, source="assumed")
+STEPS = (  # about those of 8 billion weights
+    (StepWork("linear", weight_bytes=15 * 10**9, token_flops=16 * 10**9), 1),
+    (StepWork("attention", kv_token_bytes=131072, attention_flops=524288), 1),
+)
+WORK = PassWork(10 * 10**9, 0, STEPS)
+
+
+def scheduler_of(work: PassWork, most_tokens: int = 8192, max_num_seqs: int = 256, num_pages: int = 60_000):
+    return Scheduler(max_num_seqs, most_tokens, 4096, 16, num_pages, filling=Filling.of(work, H200))
+
+
+def add(scheduler: Scheduler, num: int, num_prompt: int, num_outputs: int) -> list[Request]:
+    params = SamplingParams(max_tokens=num_outputs, ignore_eos=True)
+    requests = [Request(id, [1] * num_prompt, params) for id in range(num)]
+    for request in requests:
+        scheduler.add(request)
+    return requests
+
+
+def passes(scheduler: Scheduler, most: int = 10**6) -> list[Batch]:
+    found = []
+    while scheduler.has_unfinished and len(found) < most:
+        found.append(scheduler.schedule())
+        scheduler.update(found[-1], [9] * found[-1].num_sampled)
+    return found
+
+
+def seconds_of(work: PassWork, batch: Batch) -> float:
+    return pass_s(work.streamed_bytes, steps_s(work.steps, batch.shape, H200), 0.0, H200)
+
+
+def test_where_nothing_streams_passes_are_filled_as_they_can_be():
+    resident = replace(WORK, streamed_bytes=0)
+    assert Filling.of(resident, H200) is None
+    scheduler = scheduler_of(resident, most_tokens=1000)
+    add(scheduler, 50, 300, 4)
+    assert [batch.num_tokens for batch in passes(scheduler, 3)] == [1000] * 3
+    assert scheduler.counts.num_free_tokens == 0
+
+
+@pytest.mark.parametrize("num_rows, num_cached", [(0, 0), (1, 100), (64, 64 * 500), (1000, 640_000)])
+def test_costs_are_those_of_the_time_model(num_rows, num_cached):
+    """Compares passes of rows with chunks beside them, near T* and past it."""
+    filling, seen = Filling.of(WORK, H200), num_rows + num_cached
+    for chunks in ([(0, 4000)], [(0, 512)] * 9, [(2000, 3000)], [(0, 5000), (3000, 2000)]):
+        num_tokens = sum(length for _, length in chunks)
+        pairs = sum(length * (2 * start + length + 1) // 2 for start, length in chunks)
+        copied = sum(start + length for start, length in chunks if start)
+        cached = num_cached + sum(start for start, _ in chunks)
+        shape = PassShape(num_rows + num_tokens, num_rows + len(chunks), cached, seen + pairs, seen, copied)
+        found = filling.seconds(num_rows, num_cached) + sum(filling.chunk_s(*chunk) for chunk in chunks)
+        assert found == pytest.approx(steps_s(STEPS, shape, H200), rel=0.05)
+
+
+def test_beside_many_rows_a_pass_ends_where_the_link_does():
+    """Of a few prompts that are still to come, each would delay all rows for longer than it gains."""
+    scheduler = scheduler_of(WORK, max_num_seqs=1024)
+    add(scheduler, 1000, 64, 3000)
+    passes(scheduler, 40)
+    before = scheduler.counts.num_free_tokens, scheduler.counts.num_free_tokens_used
+    assert scheduler.num_running == 1000
+    add(scheduler, 24, 1024, 5)
+    (batch,) = passes(scheduler, 1)
+    assert 1000 + 1024 < batch.num_tokens < 8192 and scheduler.num_waiting > 0
+    assert seconds_of(WORK, batch) == pytest.approx(WORK.streamed_bytes / 55e9, rel=0.02)
+    counts = scheduler.counts
+    num_free, num_used = counts.num_free_tokens - before[0], counts.num_free_tokens_used - before[1]
+    assert num_free == num_used == batch.num_tokens and "that the link hid" in counts.describe()[-1]
+
+
+def test_a_single_prompt_takes_no_second_pass():
+    """Its few tokens past T* cost less than another pass would."""
+    num_free = free_tokens(WORK, H200)
+    scheduler = scheduler_of(WORK, most_tokens=num_free + 900)
+    scheduler.add(Request(0, [1] * 4000, SamplingParams(max_tokens=2)))
+    assert passes(scheduler, 1)[0].num_tokens == 4000
+    tight = scheduler_of(replace(WORK, streamed_bytes=4 * 10**9))
+    tight.add(Request(0, [1] * 4000, SamplingParams(max_tokens=2)))
+    (batch,) = passes(tight, 1)
+    assert batch.num_tokens == 4000 > free_tokens(replace(WORK, streamed_bytes=4 * 10**9), H200)
+
+
+@pytest.mark.parametrize("num_free", [-10, 0, 5, 50])
+def test_a_prompt_is_spread_over_a_few_passes_at_most(num_free):
+    """Beside 200 rows that leave few tokens free, or none."""
+    scheduler = scheduler_of(WORK)
+    add(scheduler, 200, 16, 3000)
+    passes(scheduler, 10)
+    filling, num_cached = scheduler.composer.filling, sum(r.num_tokens for r in scheduler._seats.running.values())
+    link_s = filling.seconds(200, num_cached) + num_free * filling.token_s
+    scheduler.composer.filling = replace(filling, link_s=link_s)
+    scheduler.add(Request(1000, [1] * 800, SamplingParams(max_tokens=2)))
+    found = passes(scheduler, 9)
+    chunks = [batch.num_tokens - 200 for batch in found if batch.num_tokens > 201]
+    assert sum(chunks) == 800 and (len(chunks) == 1 if num_free < 1 else 1 < len(chunks) <= 8)
+
+
+def makespan_s(work: PassWork, most_tokens: int, is_filled: bool, jobs: tuple[int, int, int]) -> float:
+    """Seconds of a whole job, by the time model."""
+    scheduler = scheduler_of(work, most_tokens, max_num_seqs=64)
+    scheduler.composer.filling = scheduler.composer.filling if is_filled else None
+    add(scheduler, *jobs)
+    return sum(seconds_of(work, batch) for batch in passes(scheduler))
+
+
+@pytest.mark.parametrize("streamed_gb", [0.8, 3, 10])
+@pytest.mark.parametrize("jobs", [(100, 400, 12), (100, 128, 40)], ids=str)
+def test_no_fixed_budget_is_faster(streamed_gb, jobs):
+    """Whole jobs, with a link that hides 600 to 8,000 tokens: the rule against the best of all numbers of tokens."""
+    work = replace(WORK, streamed_bytes=int(streamed_gb * 10**9))
+    best, *_, worst = sorted(makespan_s(work, n, False, jobs) for n in (512, 1024, 2048, 8192))
+    assert makespan_s(work, 8192, True, jobs) <= 1.04 * best < worst
+
+
+def test_prompts_come_before_what_is_computed_again():
+    """Both are chunks of requests that have their rows; the one that had given way came first."""
+    scheduler = scheduler_of(replace(WORK, streamed_bytes=10**9), most_tokens=512, num_pages=400)
+    first, second = add(scheduler, 2, 1500, 4)
+    first.num_preemptions = 1
+    passes(scheduler, 1)  # admits the first, and computes a part of it
+    scheduler._admission.admit_next()
+    (batch,) = passes(scheduler, 1)
+    assert batch.rows[0].index == second.row and scheduler.num_running == 2
+
+
+def test_a_budget_lets_in_a_token_wherever_it_has_room():
+    """Whatever is spare, a chunk that may enter gets on."""
+    filling, queue = Filling.of(WORK, H200), Queue(1, 0.0)
+    for spare in (-1.0, 0.0, 1.0, 1.5, 700.0):
+        budget = Budget(100, (), replace(filling, link_s=filling.seconds(0, 0) + spare * filling.token_s))
+        while budget.has_room(queue) and budget.num_rows < 200:
+            left = budget.num_left
+            assert 1 <= budget.take(5, 3, queue) <= 3 and budget.num_left < left
+        assert budget.num_left >= 0
+
+
+def test_rows_of_one_token_that_are_chunks_count_as_chunks():
+    scheduler = scheduler_of(WORK)
+    add(scheduler, 3, 1, 2)
+    (batch,) = passes(scheduler, 1)
+    assert [row.kind for row in batch.rows] == [RowKind.ONE_TOKEN] * 3
+    assert scheduler.counts.num_free_tokens_used == 3
