@@ -195,6 +195,7 @@ class LLM:
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
         self.engine.measure(link_bytes)
+        self.loop.scheduler.cache.host.pays = moving(self.config, self.engine.plan).pays
 
     @in_turn
     def reset_prefix_cache(self) -> None:
