@@ -198,6 +198,7 @@ class LLM:
         self._check_open()
         self.engine.measure(link_bytes)
         self.loop.scheduler.composer.filling = self._filling()
+        self.loop.scheduler.cache.host.pays = moving(self.config, self.engine.plan).pays
 
     def _filling(self) -> Filling | None:
         return Filling.of(self.engine.work, self.engine.rates)

@@ -1,4 +1,4 @@
-"""Who gets a row and pages, who waits for them, and who gives them back to others."""
+"""Decides who gets a row and pages, who waits for them, and who gives them back to others."""
 
 from penstock.scheduler.batching.counts import Counts, Wait
 from penstock.scheduler.batching.preemption import next_victim, victims_for
@@ -16,7 +16,7 @@ class Admission:
     def make_room(self) -> None:
         """Before a pass: gives each running request the page of its next token, and lets in who is more urgent than
         some who run. Where there is none left, one of them gives way."""
-        full = [request for request in self.seats.running.values() if request.num_computed_tokens == request.num_places]
+        full = [one for one in self.seats.running.values() if one.num_computed_tokens == one.room_tokens]
         for request in full:
             if not self.ends_by_itself(request):
                 self._grow(request)

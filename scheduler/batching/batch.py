@@ -66,7 +66,7 @@ class BatchRow(NamedTuple):
 
     @property
     def order(self) -> tuple[RowKind, int]:
-        """The row's place in a pass: by kind, then short rows before long ones."""
+        """The row's order in a pass: by kind, then short rows before long ones."""
         return self.kind, len(self.tokens)
 
 

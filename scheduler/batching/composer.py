@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from penstock.scheduler.batching.admission import Admission
 from penstock.scheduler.batching.batch import BatchRow, History
+from penstock.scheduler.batching.decode_order import keep_order
 from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
 from penstock.scheduler.batching.pages import pages_for
-from penstock.scheduler.batching.places import in_places
 from penstock.scheduler.batching.request import Request, RowSampling
 from penstock.scheduler.batching.retention import Retention
 
@@ -63,8 +63,8 @@ class Composer:
                 num_outputs += num_to_come
             elif num_to_come > 0:
                 chunks.append(request)
-        self._decoding, self._running = in_places(self._decoding, decoding), Running(len(decoding), num_outputs)
-        chunks.sort(key=lambda request: (request.place[0], request.num_preemptions > 0, request.place[1]))
+        self._decoding, self._running = keep_order(self._decoding, decoding), Running(len(decoding), num_outputs)
+        chunks.sort(key=lambda request: (request.turn[0], request.num_preemptions > 0, request.turn[1]))
         return deque(chunks)
 
     def _queue(self, chunks: Sequence[Request]) -> Queue | None:

@@ -16,7 +16,7 @@ from penstock.scheduler.batching.batch import Batch, BatchRow, History
 from penstock.scheduler.batching.host_pages import Move
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
 
-# Flags of a row. Tokens, place and pages follow where they are not these.
+# Flags of a row. Tokens, start and pages follow where they are not these.
 _SAMPLES, _HAS_SAMPLING = 1, 2
 _DECODES = 4  # its only token is ON_DEVICE
 _GOES_ON = 8  # its tokens follow the last ones, and no more are evicted

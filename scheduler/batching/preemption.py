@@ -1,4 +1,4 @@
-"""Who gives way: whose row and pages others get when there are none left.
+"""Decides who gives way: whose row and pages others get when there are none left.
 
 The one with the least computed work, since all of it is computed again: of those who are no more urgent than the one
 that needs it. Nobody gives way twice without a token between, so all get on: a request that has got its row has the
@@ -13,13 +13,13 @@ from penstock.scheduler.batching.seats import Seats
 
 def next_victim(seats: Seats, needy: Request) -> Request:
     """The request that gives way so that `needy`, a running one, can grow; it may be `needy` itself."""
-    return min(_candidates(seats, needy.place[0]), key=_reluctance)
+    return min(_candidates(seats, needy.turn[0]), key=_reluctance)
 
 
 def victims_for(seats: Seats, urgent: Request) -> list[Request]:
     """The running requests that give way to a waiting one that is more urgent: as few as make it fit. Empty where none
     need to, where all of them would not be enough, or where `urgent` cannot run yet."""
-    candidates = sorted(_candidates(seats, urgent.place[0] + 1), key=_reluctance)
+    candidates = sorted(_candidates(seats, urgent.turn[0] + 1), key=_reluctance)
     if not candidates or urgent.num_under_way or seats.offer(urgent) is not None:
         return []
     found = {block.page for block in seats.find(urgent) if block.page is not None}
@@ -41,11 +41,11 @@ def _candidates(seats: Seats, urgency: int) -> Iterable[Request]:
     return (
         request
         for request in seats.running.values()
-        if request.place[0] >= urgency and request.may_give_way and request.num_tokens_ahead < request.most_tokens(most)
+        if request.turn[0] >= urgency and request.may_give_way and request.num_tokens_ahead < request.most_tokens(most)
     )
 
 
 def _reluctance(request: Request) -> tuple:
     """The least gives way first: the least urgent, then the least computed, then the latest."""
-    urgency, arrival = request.place
+    urgency, arrival = request.turn
     return -urgency, request.num_computed_tokens, -arrival

@@ -151,7 +151,7 @@ class Request:
     """One sequence on its way through the engine (the caller expands n > 1 into n requests).
 
     The caller sets the first four fields: `seed` is resolved, 0..2**64-1.
-    Only the scheduler changes the others. `pages` have room for `num_places` tokens; Retention says which tokens lie in
+    Only the scheduler changes the others. `pages` hold up to `room_tokens`; Retention says which tokens lie in
     which of them. `row` is kept until the request ends or gives way to others; then it waits, and is computed again.
     Tokens that a pass under way computes count as computed; the `num_unseen_tokens` that such passes sample follow the
     known tokens.
@@ -165,9 +165,9 @@ class Request:
     num_computed_tokens: int = 0
     num_unseen_tokens: int = 0
     num_under_way: int = 0  # passes under way that compute some of it
-    place: tuple[int, int] = (0, 0)  # in the line of those that wait
+    turn: tuple[int, int] = (0, 0)  # in the line of those that wait
     pages: list[int] = field(default_factory=list)
-    num_places: int = 0
+    room_tokens: int = 0
     num_entered: int = 0  # whole pages that the prefix cache knows; the last of them is its block `last_block`
     last_block: int | None = None
     num_cached_tokens: int | None = None  # found in the prefix cache when it first got a row

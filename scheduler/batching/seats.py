@@ -85,7 +85,7 @@ class Seats:
         self._note_pages(request)
 
     def _note_pages(self, request: Request) -> None:
-        request.num_places = self.max_model_len if self._has_bound else len(request.pages) * self.page_size
+        request.room_tokens = self.max_model_len if self._has_bound else len(request.pages) * self.page_size
         self._num_growing += self._grows(request)
 
     def _grows(self, request: Request) -> bool:
@@ -99,7 +99,7 @@ class Seats:
         del self.running[request.row]
         heapq.heappush(self.free_rows, request.row)
         self.cache.release(request.pages)
-        request.row, request.pages, request.num_places = None, [], 0
+        request.row, request.pages, request.room_tokens = None, [], 0
         request.page_table, request.num_evicted, request.num_entered = (), 0, 0
 
     def check_integrity(self) -> None:
@@ -108,8 +108,8 @@ class Seats:
         assert sorted([*self.running, *self.free_rows]) == list(range(self.max_num_seqs)), "rows are lost"
         assert self._num_growing == sum(map(self._grows, self.running.values()))
         for row, request in self.running.items():
-            assert request.row == row and request.num_computed_tokens <= request.num_places
+            assert request.row == row and request.num_computed_tokens <= request.room_tokens
             if self._has_bound:
                 assert len(request.pages) == self.most_pages(request)
             else:
-                assert request.num_places == len(request.pages) * self.page_size
+                assert request.room_tokens == len(request.pages) * self.page_size

@@ -1,6 +1,6 @@
 """The line of the requests that wait for a row, by policy.
 
-A request keeps its place in the line for life: one that has given way comes before all that came later.
+A request keeps its turn for life: one that has given way comes before all that came later.
 """
 
 import heapq
@@ -33,19 +33,19 @@ class Line:
         return iter(self._waiting)
 
     def join(self, request: Request) -> None:
-        """Gives a new request its place, and lets it wait."""
-        request.place = self._urgency(request), next(self._arrivals)
+        """Gives a new request its turn, and lets it wait."""
+        request.turn = self._urgency(request), next(self._arrivals)
         self.rejoin(request)
 
     def rejoin(self, request: Request) -> None:
-        """Lets a request wait at the place that it has."""
+        """Lets a request wait for the turn that it has."""
         self._waiting[request] = None
-        heapq.heappush(self._heap, (request.place, request))
+        heapq.heappush(self._heap, (request.turn, request))
 
     def leave(self, request: Request) -> None:
         del self._waiting[request]
         if len(self._heap) > 2 * len(self._waiting) + 16:  # so that those who left take no memory
-            self._heap = [(waiting.place, waiting) for waiting in self._waiting]
+            self._heap = [(waiting.turn, waiting) for waiting in self._waiting]
             heapq.heapify(self._heap)
 
     def head(self) -> Request | None:

@@ -210,9 +210,9 @@ class Simulation:
         assert all(request.num_computed_tokens + 1 == request.num_tokens_ahead for request in running.values())
         head = self.scheduler._admission.line.head()
         if head is not None and seats.free_rows and not head.num_under_way:
-            num_places = min(head.num_tokens + STRETCH, head.most_tokens(most) - 1)
-            growing = [one for one in seats.running.values() if one.num_places < one.most_tokens(most) - 1]
-            num_pages = sum(pages_for(n, seats.page_size) for n in (num_places, len(growing) * HEADROOM))
+            room_tokens = min(head.num_tokens + STRETCH, head.most_tokens(most) - 1)
+            growing = [one for one in seats.running.values() if one.room_tokens < one.most_tokens(most) - 1]
+            num_pages = sum(pages_for(n, seats.page_size) for n in (room_tokens, len(growing) * HEADROOM))
             here = [block.page for block in seats.find(head) if block.page is not None]
             num_idle = sum(map(self.scheduler.cache.is_idle, here))
             assert num_pages - len(here) > self.scheduler.num_free_pages - num_idle

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from penstock.scheduler.batching.request import Request
 
 
-def in_places(before: Sequence[Request], now: Sequence[Request]) -> list[Request]:
-    """Those of `now` in an order in which few have moved since `before`: where one has ended a new one takes its place,
-    else the last one does."""
+def keep_order(before: Sequence[Request], now: Sequence[Request]) -> list[Request]:
+    """Those of `now` in an order in which few have moved since `before`: where one has ended a new one stands there,
+    else the last one."""
     here, old = set(now), set(before)
     left, new = deque(before), deque(request for request in now if request not in old)
-    places: list[Request] = []
+    ordered: list[Request] = []
     while left:
         request = left.popleft()
         if request not in here:
@@ -21,5 +21,5 @@ def in_places(before: Sequence[Request], now: Sequence[Request]) -> list[Request
             if not (new or left):
                 break
             request = new.popleft() if new else left.pop()
-        places.append(request)
-    return [*places, *new]
+        ordered.append(request)
+    return [*ordered, *new]
