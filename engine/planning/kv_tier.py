@@ -12,7 +12,7 @@ from penstock.scheduler.units import show_bytes
 
 def moving(config: EngineConfig, plan: EnginePlan) -> Moving:
     """The costs of moving pages in passes of this plan, at its rates."""
-    return Moving(pass_work(plan), plan.rates, config.max_num_batched_tokens)
+    return Moving(pass_work(plan), plan.rates, plan.max_num_batched_tokens)
 
 
 def num_host_pages(config: EngineConfig, plan: EnginePlan) -> int:

@@ -2,7 +2,6 @@
 
 import pytest
 from penstock.engine.config import EngineConfig
-from penstock.engine.runtime.engine import Engine
 
 from penstock import LLM, SamplingParams
 from tests.support.rows_giving_way import (
@@ -51,11 +50,11 @@ def assert_moved(llm) -> None:
         (1, {"kv_host_memory": "40KiB"}),
     ],
 )
-def test_each_request_is_as_alone(monkeypatch, alone, lookahead, options):
+def test_each_request_is_as_alone(alone, lookahead, options):
     """Passes are submitted one by one, ahead of the tokens, or announced, by rates at which the link never binds; host
     memory has room for all, or little."""
-    monkeypatch.setattr(Engine, "lookahead", lookahead)
-    with LLM("demo", **ON_CPU | options, **FEW_PAGES) as llm:
+    debug = options.get("debug", {}) | {"lookahead": lookahead}
+    with LLM("demo", **ON_CPU | options | {"debug": debug}, **FEW_PAGES) as llm:
         assert_as_alone(generate_twice_each(llm), alone)
         assert_rows_gave_way(llm)
         assert_moved(llm)

@@ -1,7 +1,7 @@
 """Requests that want more of the KV cache than there is, of every kind of sampling, and what each is alone."""
 
 import pytest
-from penstock.engine.output import CompletionOutput
+from penstock.engine.output import CompletionOutput, RequestOutput
 
 from penstock import LLM, SamplingParams
 
@@ -24,18 +24,31 @@ def each_alone(device: str) -> list[CompletionOutput]:
         return [llm.generate(prompt, params)[0].outputs[0] for prompt, params in zip(PROMPTS, PARAMS)]
 
 
-def assert_each_gives_way_and_is_as_alone(llm: LLM, alone: list[CompletionOutput]) -> None:
-    """Generates all of them twice, together. Asserts equal tokens, texts and ends (logprobs are those of other batch
-    shapes), that rows gave way and were computed again, and that no page is lost."""
-    outputs = llm.generate(PROMPTS * 2, PARAMS * 2)
+def generate_twice_each(llm: LLM) -> list[RequestOutput]:
+    """Generates all of them twice, together."""
+    return llm.generate(PROMPTS * 2, PARAMS * 2)
+
+
+def assert_as_alone(outputs: list[RequestOutput], alone: list[CompletionOutput]) -> None:
+    """Asserts equal tokens, texts and ends of `generate_twice_each`; logprobs are those of other batch shapes."""
     for (output,), expected in zip((one.outputs for one in outputs), alone * 2, strict=True):
         assert output.token_ids == expected.token_ids and output.text == expected.text
         assert (output.finish_reason, output.error) == (expected.finish_reason, None)
         if expected.logprobs is not None:
             assert len(output.logprobs) == len(expected.logprobs)
             assert output.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=1e-3)
+
+
+def assert_rows_gave_way(llm: LLM) -> None:
+    """Asserts that rows gave way and were computed again, and that no page is lost."""
     scheduler = llm.loop.scheduler
     assert scheduler.counts.num_preemptions > 2
     assert scheduler.cache.is_on or scheduler.counts.num_recomputed_tokens > 20  # else they find their own pages
     scheduler.check_integrity()
     assert scheduler.num_free_pages == FEW_PAGES["num_pages"] - 1
+
+
+def assert_each_gives_way_and_is_as_alone(llm: LLM, alone: list[CompletionOutput]) -> None:
+    """Asserts both of all of them, generated twice, together."""
+    assert_as_alone(generate_twice_each(llm), alone)
+    assert_rows_gave_way(llm)

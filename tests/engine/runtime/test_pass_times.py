@@ -17,19 +17,24 @@ def compute() -> None:
         pass
 
 
+def submit(times: PassTimes) -> None:
+    times.submitted()
+    times.foresee(SHAPE, NOTHING, RATES)
+
+
 def test_the_host_counts_what_it_computes_and_not_what_it_waits():
     times = PassTimes()
     passes, began_s = times.keep(), time.process_time()
     compute()  # before any pass
-    times.submitted()
-    times.submitted()
+    submit(times)
+    submit(times)
     with times.waiting():
         compute()
-    times.ended(SHAPE, NOTHING, RATES)
+    times.ended()
     compute()
     with times.waiting():
         compute()
-    times.ended(SHAPE, NOTHING, RATES)
+    times.ended()
     spent_s = time.process_time() - began_s
     idle, busy = (one.host_s for one in passes)
     assert busy >= SOME_S and idle + busy <= spent_s - 3 * SOME_S
@@ -38,12 +43,12 @@ def test_the_host_counts_what_it_computes_and_not_what_it_waits():
 
 def test_a_pass_that_was_given_up_leaves_nothing_to_the_next():
     times = PassTimes()
-    times.submitted()
+    submit(times)
     with times.waiting():
         compute()
     times.forget()
-    times.submitted()
+    submit(times)
     passes = times.keep()
     compute()
-    times.ended(SHAPE, NOTHING, RATES)
+    times.ended()
     assert passes[0].host_s >= SOME_S
