@@ -16,7 +16,7 @@ from penstock.engine.model.spec import DTYPE_BYTES
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Passes of up to so many tokens read a weight of this format as it is stored; all others read floats. A function of
 # format and tokens alone, of all shapes: never of where the weight lies, so that streamed and resident bits are equal.
-# On an H200 floats first take longer, as measured for Q4_0, Q8_0 and Q4_K, and reckoned by loads for the others.
+# On an H200 floats first take longer, as measured for Q4_0, Q8_0, Q4_K and Q6_K, and reckoned by loads for the others.
 AS_STORED = dict.fromkeys(QUANTISED, 1) | {"Q8_0": 2, "Q4_0": 2, "Q4_1": 2, "Q6_K": 4}
 
 
