@@ -15,6 +15,7 @@ from tests.support.engine_proof import apart, prove_calls, prove_states_and_toke
 from tests.support.kernel_proof import DEVICE
 from tests.support.kernel_registry import DRAWN
 from tests.support.oracle.checkpoints import write_checkpoint
+from tests.support.streaming_runs import fill_alike
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 3, "max_num_batched_tokens": 64, "page_size": 4}
 SINKS = {"attention_sinks": 3, "attention_window": 21}
@@ -24,8 +25,9 @@ SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=60, ignore_eos=T
 
 
 def outputs_of(options: dict, prompts=PROMPTS, params=GREEDY) -> list:
-    """Tokens and the very bits of their log probabilities."""
+    """Tokens and the very bits of their log probabilities, of passes that are filled alike."""
     with LLM("demo", **OPTIONS | options) as llm:
+        fill_alike(llm)
         outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
     return [(output.token_ids, output.cumulative_logprob) for output in outputs]
 
