@@ -12,6 +12,8 @@ DEVICE = $$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_availa
 
 # the orders in which torch, MKL and numpy add up where a CPU has no wide vectors
 OLD_CPU = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem
+# the tests that show most of that; `make soak` runs all that have tolerances so
+SUMS = tests/oracle/test_against_transformers.py tests/engine/compute
 
 # a file to a worker, in the order of tests/conftest.py: the long ones first
 IN_TURN = --dist loadfile --no-loadscope-reorder
@@ -43,13 +45,14 @@ $(REAL_MODEL): | $(VENV)/installed
 test: lint $(REAL_MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --real-model=$(REAL_MODEL) --numprocesses 3 $(IN_TURN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
-	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN)
+	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN) $(SUMS)
 
 test-real: $(VENV)/installed-test $(REAL_MODEL)
 	$(BIN)/python -m pytest -m real --real-model=$(REAL_MODEL)
 
 soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
