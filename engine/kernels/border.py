@@ -5,7 +5,7 @@ Two values around the border are guessed (guess.py). A walk over the row adds up
 copies the logits between, of which the border is bisected. Where the guess was wrong the exact sums say on which side
 the border lies, and that side is walked as well: a guess costs time, never a bit.
 
-A row is walked in segments of `length` tokens; each has a place in `copies`, (V,) of a row, and in `sums`, of a row
+A row is walked in segments of `length` tokens; each has a range of `copies`, (V,) of a row, and one of `sums`, of a row
 (3, SEGMENTS) int64: what all of the segment counts for, what lies above the guess, and how many logits were copied.
 
 Values are bisected as keys: integers in the order of the floats, without the lowest bits where a dtype has none there.

@@ -1,4 +1,4 @@
-"""A decode pass as one CUDA graph: the executor runs the same plan once under capture.
+"""A padded pass as one CUDA graph: the executor runs the same plan once under capture.
 
 The copy lane becomes a side branch of memcpy nodes. Graphs keep raw addresses: weights, ring, activations, KV cache and
 the bucket's inputs never move, and every temporary lies in the one pool that all graphs share. What the sampler drew is
