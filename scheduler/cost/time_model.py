@@ -229,10 +229,10 @@ def free_tokens(work: PassWork, rates: Rates) -> int:
     if not work.streamed_bytes:
         return 0
     low, high = 0, 1 << 24
-    link_s = work.streamed_bytes / (rates.link_gb_s * GB)
+    copies_s = link_s(work.streamed_bytes, rates)
     quiet = replace(rates, pass_latency_s=0.0)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = predict_pass(work, PassShape(middle, 1, 0), quiet).total_s <= link_s
+        fits = predict_pass(work, PassShape(middle, 1, 0), quiet).total_s <= copies_s
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
