@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import vllm
 from vllm import LLM, SamplingParams
@@ -19,19 +18,25 @@ def main(job_file: str, result_file: str) -> None:
     job, start = json.loads(Path(job_file).read_text()), time.perf_counter()
     llm = LLM(**job["options"])
     result = {"version": vllm.__version__, "load_s": time.perf_counter() - start}
-    if "cpu_offload_gb" in job["options"]:
-        (result["offloaded_bytes"],) = llm.apply_model(offloaded_bytes)
+    if job["offloads"]:
+        result["offloaded_bytes"] = offloaded_bytes()
     result["runs"] = [measure(llm, run) for run in job["runs"]]
     Path(result_file).write_text(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # its threads and processes need not end in order
 
 
-def offloaded_bytes(model: Any) -> int:
-    """Bytes of the parameters that lie in host memory, each of which a pass reads over the link at least once. vLLM's
-    kernels read them from there: they look like tensors of the GPU, but for a mark."""
-    parameters = [one for one in model.parameters() if getattr(one, "_vllm_is_uva_offloaded", one.device.type == "cpu")]
-    return sum(one.numel() * one.element_size() for one in parameters)
+def offloaded_bytes() -> int:
+    """Bytes of the weights that lie in host memory, each of which a pass reads over the link at least once, as the
+    offloader of this process counted them. Raises RuntimeError if there are none: not every runner of vLLM's
+    offloads."""
+    from vllm.model_executor.offloader import get_offloader  # older ones have it elsewhere, and may not be asked
+
+    offloader = get_offloader()
+    count = getattr(offloader, "total_offloaded_bytes", 0) or getattr(offloader, "cpu_offload_bytes", 0)
+    if not count:
+        raise RuntimeError(f"vLLM left no weights in host memory ({type(offloader).__name__})")
+    return count
 
 
 def measure(llm: LLM, run: dict) -> dict:

@@ -27,6 +27,8 @@ VERSION += "print(importlib.metadata.version('vllm'))"
 RUN = "import sys; from scripts.bench.vllm_job import main; main(*sys.argv[1:])"
 # In one process, and without kernels that are compiled when first used; the environment may say otherwise.
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+# 0.23 ignores these options in its newer runner
+OFFLOADS, OFFLOADING = ("cpu_offload_gb", "offload_group_size"), {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 SAMPLING = ("temperature", "top_p", "max_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty")
 SAMPLING += ("logprobs", "ignore_eos", "seed")
 
@@ -56,7 +58,8 @@ def find_vllm(path: str, options: str) -> Vllm:
         raise ValueError(f"--vllm-options {options}: expected a JSON object")
     is_folder = Path(path).is_dir()
     folders = [str(ROOT), *([path] if is_folder else ()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = SETTINGS | os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    settings = SETTINGS | (OFFLOADING if _offloads(wanted) else {})
+    environment = settings | os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     python = sys.executable if is_folder else path
     try:
         found = subprocess.run([python, "-c", VERSION], env=environment, capture_output=True, text=True)
@@ -65,6 +68,11 @@ def find_vllm(path: str, options: str) -> Vllm:
     if found.returncode:
         raise ValueError(f"--compare vllm: no vLLM at {path}; --vllm names an interpreter or a folder that has it")
     return Vllm(python, environment, found.stdout.strip(), wanted)
+
+
+def _offloads(options: dict[str, Any]) -> bool:
+    """Tells whether these options leave weights in host memory."""
+    return any(options.get(name) for name in OFFLOADS)
 
 
 def request_of(job: Job, params: SamplingParams) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def run_of(
 
 def run_vllm(vllm: Vllm, config: EngineConfig, record: dict[str, Any], runs: Sequence[dict]) -> dict[str, Any]:
     """The `runs` in vLLM, with the limits that `record` says the engine had: `version`, `load_s`, `runs` in their
-    order, and with the option cpu_offload_gb `offloaded_bytes`; or `error`, after its output went to standard error, if
+    order, and with weights in host memory `offloaded_bytes`; or `error`, after its output went to standard error, if
     it did not come to an end."""
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder, _model_folder(config, folder) as model:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))
@@ -99,7 +107,8 @@ def run_vllm(vllm: Vllm, config: EngineConfig, record: dict[str, Any], runs: Seq
             "seed": config.seed,
             **{name: record[name] for name in ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")},
         }
-        job.write_text(json.dumps({"options": options | vllm.options, "runs": list(runs)}))
+        asked = {"options": options | vllm.options, "offloads": _offloads(vllm.options), "runs": list(runs)}
+        job.write_text(json.dumps(asked))
         with log.open("w") as output:
             command = [vllm.python, "-c", RUN, str(job), str(result)]
             status = subprocess.run(command, env=vllm.environment, stdout=output, stderr=output).returncode

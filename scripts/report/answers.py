@@ -20,7 +20,7 @@ BASELINES = {  # how --compare calls them: what they are
     "transformers": "transformers' `generate`",
     "transformers-cb": "transformers' continuous batching",
     "vllm": "vLLM",
-    "vllm-offload": "vLLM's `cpu_offload_gb`",
+    "vllm-offload": "vLLM's weight offload",
 }
 COMPARES_BITS = ("bit by bit", "bit for bit", "bitwise", "streamed equals resident")
 Figure = Callable[[float], str]

@@ -15,10 +15,6 @@ def log(what, said):
         file.write(json.dumps([what, said]) + "\\n")
 
 
-def parameter(num, device, **marks):
-    return SimpleNamespace(numel=lambda: num, element_size=lambda: 2, device=device, **marks)
-
-
 class SamplingParams:
     def __init__(self, **said):
         self.max_tokens, self.said = said["max_tokens"], said
@@ -29,17 +25,11 @@ class LLM:
         if os.environ.get("FAKE_VLLM_FAILS"):
             raise RuntimeError("no kernel image")
         log("options", options | {"is_there": os.path.exists(options["model"] + "/config.json")})
-        self.offloaded = options.get("cpu_offload_gb", 0) * 1000
+        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":  # as in 0.23
+            from vllm.model_executor.offloader import counted
+            counted.cpu_offload_bytes = options.get("cpu_offload_gb", 0) * 1000
+            counted.total_offloaded_bytes = options.get("offload_group_size", 0) * 1000
         self.llm_engine, self.alive, self.is_cached = self, {}, False
-
-    def apply_model(self, count):
-        cuda, cpu = SimpleNamespace(type="cuda"), SimpleNamespace(type="cpu")
-        parameters = [
-            parameter(self.offloaded, cuda, _vllm_is_uva_offloaded=True),
-            parameter(10**9, cuda),
-            parameter(5, cpu),
-        ]
-        return [count(SimpleNamespace(parameters=lambda: parameters))]
 
     def reset_prefix_cache(self):
         self.is_cached = False
@@ -69,13 +59,23 @@ class LLM:
         return news
 """
 
+OFFLOADER = """
+from types import SimpleNamespace
+counted = SimpleNamespace()
+
+
+def get_offloader():
+    return counted
+"""
+
 
 class FakeVllm:
     """The package in `folder`, and what was asked of it."""
 
     def __init__(self, folder: Path, monkeypatch):
         self.site, self.log = folder / "site", folder / "log"
-        (self.site / "vllm").mkdir(parents=True)
+        (self.site / "vllm/model_executor").mkdir(parents=True)
+        (self.site / "vllm/model_executor/offloader.py").write_text(OFFLOADER)
         (self.site / "vllm/__init__.py").write_text(SOURCE.replace("VERSION", VERSION))
         info = self.site / f"vllm-{VERSION}.dist-info"
         info.mkdir()

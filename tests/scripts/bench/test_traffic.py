@@ -91,16 +91,25 @@ def test_a_batch_that_never_decodes_together_is_said(monkeypatch, capsys, vllm):
     assert row["vllm_measured_s"] and "speedup" not in row
 
 
-def test_weights_that_vllm_offloads_are_counted(monkeypatch, capsys, vllm):
+@pytest.mark.parametrize("option", ["cpu_offload_gb", "offload_group_size"])
+def test_weights_that_vllm_offloads_are_counted(monkeypatch, capsys, vllm, option):
     monkeypatch.setattr(traffic, "ROWS", SMALL[:2])
-    options = ("--compare", "vllm", "--vllm", str(vllm.site), "--vllm-options", '{"cpu_offload_gb": 7}')
+    options = ("--compare", "vllm", "--vllm", str(vllm.site), "--vllm-options", f'{{"{option}": 7}}')
     record = run(monkeypatch, capsys, traffic, *ENGINE, "--resident", "none", *options)
-    assert record["vllm"]["options"] == {"cpu_offload_gb": 7} and vllm.asked("options")[0]["cpu_offload_gb"] == 7
-    assert record["vllm"]["offloaded_bytes"] == 2 * (7000 + 5)
+    assert record["vllm"]["options"] == {option: 7} and vllm.asked("options")[0][option] == 7
+    assert record["vllm"]["offloaded_bytes"] == 7000
     first, token = record["rows"]
-    assert token["vllm_link_gb_s"] * 1e9 * token["vllm_measured_s"] == pytest.approx(2 * (7000 + 5))
+    assert token["vllm_link_gb_s"] * 1e9 * token["vllm_measured_s"] == pytest.approx(7000)
     assert "vllm_link_gb_s" not in first
     assert record["streamed_bytes_per_pass_and_rank"] > 0 and record["link_gb_s"] > 0
+
+
+def test_weights_that_vllm_should_offload_and_does_not_are_an_error(monkeypatch, capfd, vllm):
+    monkeypatch.setattr(traffic, "ROWS", SMALL[:1])
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    options = ("--compare", "vllm", "--vllm", str(vllm.site), "--vllm-options", '{"cpu_offload_gb": 7}')
+    record = run(monkeypatch, capfd, traffic, *ENGINE, "--resident", "none", *options)
+    assert "vLLM left no weights in host memory" in record["vllm"]["error"]
 
 
 def test_vllm_that_fails_keeps_what_was_measured(monkeypatch, capfd, vllm):

@@ -224,7 +224,7 @@ def test_real_traffic_has_a_table_of_its_rows_and_one_by_kind_of_pass():
 def test_offloaded_weights_are_compared_apart():
     offloaded = TRAFFIC | {"vllm": {"version": "0.23.0", "offloaded_bytes": 5}}
     page = render([Record("traffic.json", TRAFFIC), Record("offload.json", offloaded)])
-    assert [row["against"] for row in cells(page, "How does it compare?")] == ["vLLM", "vLLM's `cpu_offload_gb`"]
+    assert [row["against"] for row in cells(page, "How does it compare?")] == ["vLLM", "vLLM's weight offload"]
 
 
 def test_a_job_that_arrives_has_its_latencies():
