@@ -69,11 +69,16 @@ class PageMover:
             self.moved.add(OUT if move.is_out else IN, back, out)
 
     def _chunks(self, moves: Sequence[Move]) -> Iterator[list[Move]]:
-        """The moves, in order, by direction and no more at a time than a slot holds."""
-        most = self.slots.shape[1]
-        for _, alike in itertools.groupby(moves, key=lambda move: move.is_out):
-            alike = list(alike)
-            yield from (alike[start : start + most] for start in range(0, len(alike), most))
+        """The moves, in order, by direction, no more at a time than a slot holds and no page twice: a GPU writes the
+        pages of a chunk in any order."""
+        chunk: list[Move] = []
+        for move in moves:
+            is_full = len(chunk) == self.slots.shape[1]
+            if chunk and (is_full or move.is_out != chunk[0].is_out or move.page in {one.page for one in chunk}):
+                yield chunk
+                chunk = []
+            chunk.append(move)
+        yield chunk
 
     def _chunk(self, index: int, moves: Sequence[Move], pages: Tensor) -> list[Work]:
         """The works of a chunk of moves, with their `pages` on the device, by way of its slot. The events of an earlier

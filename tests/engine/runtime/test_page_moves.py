@@ -54,6 +54,16 @@ def test_moves_are_as_if_one_after_another(order, num_staged):
     mover.close()
 
 
+def test_pages_that_move_at_once_are_different_ones():
+    """A GPU writes them in any order."""
+    rng, (_, mover) = random.Random(0), make("earliest", 3)
+    moves = [Move(rng.randrange(1, 4), rng.randrange(9), is_out=rng.random() < 0.3) for _ in range(200)]
+    chunks = list(mover._chunks(moves))
+    assert sum(chunks, []) == moves and max(map(len, chunks)) == 3
+    for chunk in chunks:
+        assert len({move.page for move in chunk}) == len(chunk) and len({move.is_out for move in chunk}) == 1
+
+
 def test_a_page_that_comes_back_has_the_bits_that_went_out():
     cache, mover = make("random", 2)
     cache.data.copy_(torch.randn(cache.data.shape))
