@@ -14,9 +14,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
 
-from tests.support.interpreter import find_builtins_once
+from tests.support import interpreter
 
-find_builtins_once()
+interpreter.make_faster()
 
 # The files that take a worker longest: begun late, they would leave the other one idle at the end.
 LONG_FILES = (
