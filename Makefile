@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported when it is first imported: a small part of what is installed
+# Python compiles what is imported when it is first imported, a small part of what is installed, and has to keep that
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # two ranks, but one on a machine with one GPU
 RANKS = $$($(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)")
