@@ -14,21 +14,23 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
 
-from tests.support.interpreter import find_builtins_once
+from tests.support import interpreter
 
-find_builtins_once()
+interpreter.make_faster()
 
 # The files that take a worker longest: begun late, they would leave the other one idle at the end.
 LONG_FILES = (
     "oracle/test_against_transformers.py",
-    "oracle/test_attention_sinks.py",
-    "oracle/test_real_model.py",
-    "engine/weights/test_compressed_weights.py",
-    "engine/planning/test_planning.py",
-    "test_package.py",
-    "engine/commands/test_command_lines.py",
     "engine/kernels/test_compiled_kernels.py",
-    "engine/test_bad_requests.py",
+    "oracle/test_real_model.py",
+    "engine/commands/test_command_lines.py",
+    "oracle/test_attention_sinks.py",
+    "test_package.py",
+    "engine/kernels/test_filter.py",
+    "engine/test_host_pages.py",
+    "engine/test_llm_ranks.py",
+    "engine/planning/test_planning.py",
+    "engine/weights/test_compressed_weights.py",
     "engine/weights/test_load_memory.py",
 )
 TURNS = {Path(__file__).parent / name: turn for turn, name in enumerate(LONG_FILES)}

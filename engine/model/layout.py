@@ -5,6 +5,7 @@ where), the host arena, the ring (what is stored is copied whole) and the views 
 weights of a group lie, group_layout.py says.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class ModelLayout:
         return sum(layout.stored_bytes for layout in self.groups) + self.embed.stored_bytes
 
 
+@functools.lru_cache(maxsize=8)  # planner, engine and worker ask for the same one
 def model_layout(spec: ModelSpec, names: TensorNames, dtype: str, tp_size: int, rank: int) -> ModelLayout:
     """The layout of `rank`. Every rank's groups have the same offsets and sizes; only the pieces differ.
 

@@ -101,7 +101,7 @@ def make_engine_plan(
     if isinstance(device_memory, int):
         device_memory = DeviceMemory(device_memory, device_memory)
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
-    layout = model_layout(spec, tensor_names(spec), dtype, tp_size, rank=0)
+    layout = model_layout(spec, tensor_names(spec), dtype, tp_size, 0)
     num_tokens = config.least_batched_tokens if decided is None else decided.num_tokens
     claims = MemoryClaims(config, spec, dtype, tp_size, device_memory is not None, layout, num_tokens)
     if not claims.has_kernels:
@@ -132,7 +132,7 @@ def make_engine_plan(
         retention=demand.retention,
         residency=residency,
         pass_plan=_pass_plan(steps, layout, residency),
-        steps=_work_of(steps, spec, layout, tp_size, rates),
+        steps=cost.steps if claims.has_kernels else _work_of(steps, spec, layout, tp_size, rates),
         max_num_batched_tokens=claims.most_tokens,
         activation_offsets=offsets,
         activations_bytes=total,

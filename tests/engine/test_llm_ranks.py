@@ -1,24 +1,21 @@
-"""LLM over two ranks gives what one rank gives, in fp32: self-launched, and under torchrun on every rank."""
+"""LLM over two ranks gives what one rank gives, in fp32: self-launched, and as torchrun launches them."""
 
 import gc
 import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from penstock.engine.output import RequestOutput
 
 from penstock import LLM, SamplingParams
+from tests.support.forked_ranks import fork_ranks
 from tests.support.llm_runs import LONG, MESSAGE, OPTIONS, REQUESTS, run_requests, tokens_of
 from tests.support.rounding import assert_apart, logprobs_apart, model_apart
 from tests.support.watches import EndPass
 
 pytestmark = pytest.mark.timeout(120)
-ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 
 
@@ -48,11 +45,8 @@ def bound(measured) -> float:
 def torchrun(tmp_path_factory):
     """The files that the ranks of one launch wrote."""
     folder = tmp_path_factory.mktemp("torchrun")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, ROOT / "tests/support/llm_runs.py", folder]
-    path = str(ROOT)
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(2, "-m", "tests.support.llm_runs", folder, timeout=100)
+    assert done.all_ended, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.oracle.cases import PROMPT_LENGTHS, RESIDENCIES, SUMS_ALIKE, TP_SIZES, Case, fp32_cases, half_cases
+from tests.support.oracle.cases import (
+    MEET_ALL,
+    PROMPT_LENGTHS,
+    RESIDENCIES,
+    SUMS_ALIKE,
+    TP_SIZES,
+    Case,
+    fp32_cases,
+    half_cases,
+    usual_cases,
+)
 from tests.support.oracle.checkpoints import write_checkpoint, write_off
 from tests.support.oracle.compare import apart, choices, reference_logits, relative_difference, shared_prefix
 from tests.support.oracle.engine_runs import launch_cases, run_case
@@ -71,13 +81,17 @@ def runs(request, tmp_path_factory):
 
 
 def each_case(cases):
-    """Parametrizes by cases, and marks with `tolerance` those that stand for all where the order of sums is the
-    question: variants on one rank, streamed, and two of them on two ranks, which add up partial sums."""
-    many = ("llama_gqa", "neox_parallel")
-    streamed = [case for case in cases if case.resident == "none"]
-    alike = {case for case in streamed if case.variant in {1: SUMS_ALIKE, 2: many}.get(case.tp_size, ())}
-    marks = {case: [pytest.mark.tolerance] if case in alike else [] for case in cases}
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=marks[case]) for case in cases])
+    """Parametrizes by cases, those that are not usual marked with `soak`; and marks with `tolerance` those that stand
+    for all where the order of sums is the question: variants on one rank, streamed, and two of them on two ranks, which
+    add up partial sums."""
+    alike, usual = {1: SUMS_ALIKE, 2: MEET_ALL}, {*usual_cases(), *half_cases()}
+
+    def marked(case: Case):
+        sums = case.resident == "none" and case.variant in alike.get(case.tp_size, ())
+        marks = [pytest.mark.tolerance] * sums + [pytest.mark.soak] * (case not in usual)
+        return pytest.param(case, id=case.id, marks=marks)
+
+    return pytest.mark.parametrize("case", [*map(marked, cases)])
 
 
 @each_case(fp32_cases())
@@ -102,8 +116,9 @@ def test_the_case_ran_as_meant(case, runs):
 
 @each_case([case for case in fp32_cases() if case.tp_size > 1])
 def test_fp32_ranks_agree_with_one(case, runs):
-    """Compares ranks as long as both have the same tokens behind them: to the end, unless a near tie parts them."""
-    many, one = runs.result(case), runs.result(Case(case.variant, 1, case.resident))
+    """Compares ranks as long as both have the same tokens behind them: to the end, unless a near tie parts them. On the
+    one rank all weights stream."""
+    many, one = runs.result(case), runs.result(Case(case.variant, 1, "none"))
     one_logits, one_tokens = one["logits"][:, : case.max_tokens], one["tokens"][:, : case.max_tokens]
     shared = shared_prefix(many["tokens"], one_tokens)
     assert_apart(relative_difference(many["logits"], one_logits)[shared], bound := runs.apart(case))
@@ -143,6 +158,6 @@ def test_only_dynamic_has_no_switch():
 
 
 def test_every_family_meets_every_residency():
-    met = {(VARIANTS[case.variant].model_type, case.tp_size, case.resident) for case in fp32_cases()}
+    met = {(VARIANTS[case.variant].model_type, case.tp_size, case.resident) for case in usual_cases()}
     families = {variant.model_type for variant in VARIANTS.values()}
     assert met == {(family, n, resident) for family in families for n in TP_SIZES for resident in RESIDENCIES}

@@ -1,11 +1,7 @@
-"""Collectives on two gloo ranks, of one launch by torchrun, which write their results; then the errors that count as a
+"""Collectives on two gloo ranks, of one launch, which write their results; then the errors that count as a
 lost peer, and the group of one rank."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +14,9 @@ from penstock.parallel.ledger import TransferLedger
 from penstock.parallel.rendezvous import connect
 from penstock.parallel.topology import Topology
 
+from tests.support.forked_ranks import fork_ranks
+
 pytestmark = pytest.mark.timeout(60)
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float32", "bfloat16", "float16", "int32")
 LONG = [*range(-5000, 5000), 2**31 - 1, -(2**31)]
 LISTS = [
@@ -92,13 +89,8 @@ def got(tmp_path_factory) -> list[dict]:
     """The results of the two ranks, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "rank.py").write_text(RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = json.dumps([str(folder), LISTS, DTYPES])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, folder / "rank.py", arguments], env=env, capture_output=True, text=True, timeout=55
-    )
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(2, folder / "rank.py", json.dumps([str(folder), LISTS, DTYPES]), timeout=55)
+    assert done.all_ended, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

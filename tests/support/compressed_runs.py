@@ -1,7 +1,7 @@
 """The same requests with plain and with compressed weights, and all that can be counted about them; in this process, or
-on the ranks of torchrun:
+on ranks, each with
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.support.compressed_runs FOLDER VARIANT ...
+    -m tests.support.compressed_runs FOLDER VARIANT ...
 
 FOLDER holds a checkpoint for each VARIANT; each rank writes FOLDER/rankN.json, {variant: {case: facts}}.
 """
@@ -84,7 +84,7 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
 
 
 def main(folder: Path, variants: list[str]) -> None:
-    """Runs all cases on one rank of torchrun."""
+    """Runs all cases on one rank of a launch."""
     tp_size = int(os.environ["WORLD_SIZE"])
     facts = {name: {case: run(str(folder / name), case, tp_size) for case in CASES} for name in variants}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(facts))

@@ -1,10 +1,10 @@
-"""Runs tiny GGUF models on the real engine and keeps tokens and logits: in this process, or on the ranks of one launch.
+"""Runs tiny GGUF models on the real engine and keeps tokens and logits: in this process, or on the ranks of one launch,
+each with
 
-torchrun --standalone --nproc-per-node N -m tests.support.gguf_runs FOLDER CASE_ID...
+    -m tests.support.gguf_runs FOLDER CASE_ID...
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from penstock.scheduler.batching.request import SamplingParams
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.support.forked_ranks import fork_ranks
 from tests.support.oracle.cases import MAX_NUM_BATCHED_TOKENS, PROMPT_LENGTHS, prompts
 from tests.support.oracle.engine_runs import capture_logits
 
@@ -66,11 +67,8 @@ def run_gguf(case: GGUFCase, folder: Path) -> dict[str, Tensor]:
 def launch_gguf(cases: list[GGUFCase], folder: Path) -> str:
     """Runs all cases, of one tp_size, on one launch of ranks; their results lie in FOLDER then. Returns what it wrote
     to stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cases[0].tp_size)]
-    command += ["-m", __name__, str(folder), *(case.id for case in cases)]
-    tests = Path(__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240).stderr
+    ids = (case.id for case in cases)
+    return fork_ranks(cases[0].tp_size, "-m", __name__, folder, *ids, timeout=240).stderr
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The same requests for one rank, for self-launched ranks and, run as a script, for the ranks of torchrun.
+"""The same requests for one rank, for self-launched ranks and, as a module, for ranks as under torchrun, each with
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/llm_runs.py FOLDER
+    -m tests.support.llm_runs FOLDER
 
 Each rank writes FOLDER/rankN.json; the lists in it are equal to what `run_requests` gives on one rank.
 """

@@ -13,7 +13,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def typed(kind: int, value) -> bytes:
-    """A value behind its type; that of an array is (kind of the items, items)."""
+    """A value behind its type; that of an array is (kind of the items, items), or their bytes."""
     return struct.pack("<I", kind) + packed(kind, value)
 
 
@@ -22,7 +22,8 @@ def packed(kind: int, value) -> bytes:
         return text(value)
     if kind == ARRAY:
         items, values = value
-        return struct.pack("<IQ", items, len(values)) + b"".join(packed(items, each) for each in values)
+        head = struct.pack("<IQ", items, len(values))
+        return head + (values if isinstance(values, bytes) else b"".join(packed(items, each) for each in values))
     return struct.pack("<" + _NUMBERS[kind], value)
 
 

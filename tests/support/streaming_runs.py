@@ -1,7 +1,7 @@
 """The same requests at different residencies, rings and lane orders, and all that can be counted about them; in this
-process, or on the ranks of torchrun:
+process, or on ranks, each with
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.support.streaming_runs FOLDER
+    -m tests.support.streaming_runs FOLDER
 
 FOLDER holds a checkpoint for each of MODELS; each rank writes FOLDER/rankN.json, {case: facts}.
 """

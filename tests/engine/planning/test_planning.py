@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import random
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,24 +62,34 @@ def pass_ms(made: EnginePlan) -> float:
     return decode_time(pass_work(made), 1, 0, made.rates).total_s * 1e3
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_num_seqs": 1, "max_model_len": 2048},
-        {"max_num_seqs": 64, "max_model_len": 2048},
-        {"max_model_len": 2048},
-        {},  # the number of sequences is planned, and what memory takes is the longest context
-        {"tp_size": 2},
-    ],
-    ids=str,
+OPTIONS = (
+    {"max_num_seqs": 1, "max_model_len": 2048},
+    {"max_num_seqs": 64, "max_model_len": 2048},
+    {"max_model_len": 2048},
+    {},  # the number of sequences is planned, and what memory takes is the longest context
+    {"tp_size": 2},
+)
+# The options of models that are as another one but for size, contexts or a tied head; all of them are tried in a soak.
+FEW_OPTIONS = {"Llama-3-70B": ({"tp_size": 2},), "Llama-3.1-8B": ({},), "Llama-3.2-1B": OPTIONS[:1]}
+
+
+def each(names: str, rows: Iterable[tuple], is_usual: Callable[..., bool]):
+    """Parametrizes by rows, those that are not usual marked with `soak`."""
+    marked = [pytest.param(*row, marks=[] if is_usual(*row) else [pytest.mark.soak]) for row in rows]
+    return pytest.mark.parametrize(names, marked, ids=str)
+
+
+@each(
+    "model, options",
+    itertools.product(MODELS, OPTIONS),
+    lambda model, options: options in FEW_OPTIONS.get(model, OPTIONS),
 )
 def test_more_memory_is_never_slower(model, options):
     """Compares predicted tokens/s of all sequences together, at the number that was asked for or planned."""
     check_speeds(model, options)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@each("model", ((model,) for model in MODELS), lambda model: model != "Llama-3-70B")
 def test_more_memory_is_never_slower_for_one_prompt(model):
     """Plans as `generate` does, for the sequences of its job: the tokens/s are those of its one sequence."""
     job = EngineConfig().for_job(1)
@@ -98,7 +109,7 @@ def check_speeds(model: str, options: dict) -> list[EnginePlan]:
     return plans
 
 
-@pytest.mark.parametrize("model", MODELS)
+@each("model", ((model,) for model in MODELS), lambda model: model not in ("Llama-3-70B", "Llama-3.1-8B"))
 def test_a_faster_link_is_never_slower(model):
     for gib in (10, 17, 40):
         found = [tokens_s(plan(model, gib, link_gb_s=link, max_model_len=2048)) for link in (5.0, 25.0, 55.0, 200.0)]

@@ -2,17 +2,13 @@
 expected sizes are worked out here from the config, apart from the engine's own layout. One launch serves all."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.forked_ranks import fork_ranks
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.streaming_runs import MODELS, RANK_CASES
 
-TESTS = Path(__file__).parents[2]
 RANKS, LAYERS, HIDDEN, HEAD_DIM, FFN, VOCAB = 2, 3, 128, 16, 160, 128  # of both models
 QUERY_HEADS, KV_HEADS = 8, {"llama_gqa": 4, "neox_parallel": 8}
 CASES = [f"{resident}-{ring}-{lanes}" for resident, ring, lanes in RANK_CASES]
@@ -24,11 +20,8 @@ def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     for model in MODELS:
         write_checkpoint(folder / model, model)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "tests.support.streaming_runs", str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(RANKS, "-m", "tests.support.streaming_runs", folder, timeout=200)
+    assert done.all_ended, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 

@@ -2,22 +2,17 @@
 Counters show that compressed bytes crossed and were decompressed: no test passes because nothing was compressed."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from penstock.engine.llm import LLM
 from safetensors.torch import load_file, save_file
 
-from tests.support.commands import run_ranks
 from tests.support.compressed_runs import CASES, OPTIONS, plan_of, run
+from tests.support.forked_ranks import fork_ranks
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.streaming_runs import generate
 
-TESTS = Path(__file__).parents[2]
 FAMILIES = ("llama_gqa", "llama_tied", "mistral_window", "qwen2", "qwen3", "neox_parallel", "neox_serial")
 
 BIGGER = {"hidden_size": 256, "intermediate_size": 384}  # sizes whose shards have more than a tile or two
@@ -62,11 +57,8 @@ SHARDED = ("llama_tied", "qwen2", "neox_parallel")  # a tied head, biases, biase
 def test_several_ranks(tmp_path, num_ranks, variants):
     for variant in variants:
         write_checkpoint(tmp_path / variant, variant, "bfloat16", **BIGGER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "tests.support.compressed_runs", str(tmp_path), *variants]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(num_ranks, "-m", "tests.support.compressed_runs", tmp_path, *variants, timeout=280)
+    assert done.all_ended, done.stderr
     for rank in range(num_ranks):
         facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for variant in variants:
@@ -152,6 +144,7 @@ def test_all_ranks_plan_with_the_rates_of_rank_0(tmp_path):
     write_checkpoint(tmp_path / "model", "llama_gqa", "bfloat16")
     script = tmp_path / "rank.py"
     script.write_text(RATES_SCRIPT)
-    run_ranks(2, script, tmp_path, tmp_path / "model", timeout=100)
+    done = fork_ranks(2, script, tmp_path, tmp_path / "model", timeout=100)
+    assert done.all_ended, done.stderr
     first, second = (json.loads((tmp_path / f"rates{rank}.json").read_text()) for rank in range(2))
     assert first == second and first[0] > 1

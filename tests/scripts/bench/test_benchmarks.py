@@ -3,9 +3,6 @@ records."""
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from penstock.engine.runtime.bucket_sizes import bucket_sizes
@@ -15,7 +12,7 @@ from scripts.bench import latency as benchmark_latency
 from scripts.bench import throughput as benchmark_throughput
 from scripts.bench.job_run import shrinking
 from scripts.bench.workload import random_jobs
-from tests.support.commands import ROOT, TORCHRUN
+from tests.support.forked_ranks import fork_ranks
 from tests.support.scripts import refused, run
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy", "--resident", "none")
@@ -153,12 +150,10 @@ def test_throughput_refuses(monkeypatch, capsys):
         assert message in refused(monkeypatch, capsys, benchmark_throughput, *THROUGHPUT, *arguments)
 
 
-def test_throughput_by_torchrun():
+def test_throughput_of_two_ranks():
     """The warm-up's requests come all at once, the others at a rate."""
-    command = [sys.executable, *TORCHRUN, "-m", "scripts.bench.throughput", *THROUGHPUT, "--request-rate", "100"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(2, "-m", "scripts.bench.throughput", *THROUGHPUT, "--request-rate", "100", timeout=120)
+    assert done.all_ended, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["tp_size"] == 2 and record["hardware"].startswith("2 x ") and record["median_ttft_ms"] > 0
 

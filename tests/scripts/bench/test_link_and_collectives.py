@@ -2,19 +2,16 @@
 
 import itertools
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from penstock.scheduler.units import MIB
 
 from scripts.bench import collectives as benchmark_collectives
 from scripts.bench.link import REDUCE_BYTES, cases
+from tests.support.forked_ranks import fork_ranks
 
 pytestmark = pytest.mark.timeout(120)
-ROOT = Path(__file__).resolve().parents[3]
 RANK = """
 import sys
 from penstock.parallel.launch import run_rank
@@ -36,10 +33,8 @@ sys.exit(run_rank(main))
 def records(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("benchmarks")
     (folder / "rank.py").write_text(RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(torchrun, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(2, "rank.py", timeout=100, cwd=folder)
+    assert done.all_ended, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     kept = [json.loads((folder / f"scripts.bench.{name}.json").read_text()) for name in ("link", "collectives")]
     assert printed == kept  # rank 0 alone speaks, once for each script

@@ -15,6 +15,7 @@ ROPE_ONLY = (  # variants that shard as another one does: two ranks are enough f
 )
 # What stands for all where the order of sums is the question: how angles come about changes no sum but theirs.
 SUMS_ALIKE = tuple(variant for variant in VARIANTS if variant == "llama_yarn" or variant not in ROPE_ONLY)
+MEET_ALL = ("llama_gqa", "neox_parallel")  # variants that meet every residency on every number of ranks
 RESIDENCIES = ("all", "none", 0.5)
 LANES = ("earliest", "latest", "random")
 PROMPT_LENGTHS = (5, 37, 90)
@@ -52,8 +53,9 @@ class Case:
 
     @property
     def max_tokens(self) -> int:
-        """Number of tokens. More ranks take longer and differ only in sums, which are many in every token."""
-        return {1: 64, 2: 16}.get(self.tp_size, 8)
+        """Number of tokens. More ranks take longer and differ only in sums, which are many in every token; on one rank
+        residencies differ in nothing but where weights lie."""
+        return (64 if self.resident == "none" else 16) if self.tp_size == 1 else {2: 16}.get(self.tp_size, 8)
 
     @property
     def num_passes(self) -> int:
@@ -85,15 +87,30 @@ def prompts() -> list[list[int]]:
 def fp32_cases() -> list[Case]:
     """Cases in fp32: on one rank every variant with each residency; on more ranks the residencies take turns, but two
     variants meet all; on four ranks only variants that shard in a way of their own."""
-    whole = ("llama_gqa", "neox_parallel")
     cases = [Case(variant, 1, resident) for variant in VARIANTS for resident in RESIDENCIES]
     for n in TP_SIZES[1:]:
         for turn, variant in enumerate(VARIANTS):
             if n == TP_SIZES[-1] and variant in ROPE_ONLY:
                 continue
-            turns = RESIDENCIES if variant in whole else [RESIDENCIES[(turn + n // 2) % len(RESIDENCIES)]]
+            turns = RESIDENCIES if variant in MEET_ALL else [RESIDENCIES[(turn + n // 2) % len(RESIDENCIES)]]
             cases += [Case(variant, n, resident) for resident in turns]
     return cases
+
+
+def usual_cases() -> list[Case]:
+    """Those of the cases in fp32 that need no soak: on one rank every variant streams whole, and "all" and a half take
+    turns; on two a change of angles alone, which no rank cuts, is tried once for each family that has some."""
+    once = ("llama_yarn", "qwen2_yarn", "neox_partial_rotary")
+    turns = {variant: (RESIDENCIES[0], RESIDENCIES[2])[turn % 2] for turn, variant in enumerate(VARIANTS)}
+
+    def is_usual(case: Case) -> bool:
+        if case.variant in MEET_ALL:
+            return True
+        if case.tp_size == 1:
+            return case.resident in ("none", turns[case.variant])
+        return case.variant not in ROPE_ONLY or case.variant in once
+
+    return list(filter(is_usual, fp32_cases()))
 
 
 def half_cases() -> list[Case]:

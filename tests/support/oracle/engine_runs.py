@@ -1,12 +1,11 @@
-"""Runs cases on the real engine and keeps tokens and logits: in this process, or on the ranks of one torchrun launch.
+"""Runs cases on the real engine and keeps tokens and logits: in this process, or on the ranks of one launch, each with
 
-    torchrun --standalone --nproc-per-node N -m tests.support.oracle.engine_runs FOLDER CASE_ID...
+    -m tests.support.oracle.engine_runs FOLDER CASE_ID...
 
 A rank goes over all cases, one LLM after another; rank 0 writes FOLDER/CASE_ID.safetensors after each.
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,10 +17,10 @@ from penstock.scheduler.batching.request import SamplingParams
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.support.forked_ranks import fork_ranks
 from tests.support.oracle.cases import Case, fp32_cases, half_cases, prompts
 from tests.support.watches import EndPass
 
-_LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 _LAUNCH_TIMEOUT_S = 540
 
 
@@ -64,15 +63,8 @@ def launch_cases(cases: Iterable[Case], folder: Path) -> str:
     checkpoints and receives their results, those of the cases that finished."""
     cases = list(cases)
     (tp_size,) = {case.tp_size for case in cases}
-    command = [*_LAUNCH, str(tp_size), "-m", __name__, str(folder), *(case.id for case in cases)]
-    tests = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as ranks:
-        try:
-            return ranks.communicate(timeout=_LAUNCH_TIMEOUT_S)[1]
-        except subprocess.TimeoutExpired:
-            ranks.terminate()  # torchrun ends its ranks before itself
-            return ranks.communicate()[1] + f"\nended after {_LAUNCH_TIMEOUT_S} s"
+    ids = (case.id for case in cases)
+    return fork_ranks(tp_size, "-m", __name__, folder, *ids, timeout=_LAUNCH_TIMEOUT_S).stderr
 
 
 def main() -> None:
