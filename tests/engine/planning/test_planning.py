@@ -154,6 +154,7 @@ def test_shorter_sequences_are_let_in_beside_those_that_are_planned():
     "model, gib, options, least_seqs, least_tokens_s",
     [
         ("Llama-3-8B", 118, {"resident": "none"}, 1800, 7180),
+        ("Llama-3-8B", 118, {"resident": "none", "max_model_len": 1024}, 1800, 7180),
         ("Llama-3-70B", 80, {}, 365, 200),
         ("Llama-3-70B", 118, {"tp_size": 4, "resident": "none"}, 2500, 3700),
     ],
