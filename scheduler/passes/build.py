@@ -45,6 +45,13 @@ def usual_ring_bytes(sizes: Sequence[int]) -> int:
     return max(max(windows), sum(sizes[:NUM_WRAPPED]) + sizes[-1] + sizes[-2])
 
 
+def roomy_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
+    """Bytes of a ring in which the largest group, mostly the head, has room beside those of `default_ring_bytes`. Where
+    compute takes about as long as the copies, its copy can begin while what lies before it is still to be read."""
+    largest = max((nbytes for _, nbytes in streamed), default=0)
+    return min(default_ring_bytes(streamed) + largest, sum(nbytes for _, nbytes in streamed))
+
+
 def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int = NUM_WRAPPED) -> RingLayout:
     """Gives every streamed group (id, bytes; in the order of a pass) its slot in a ring of `ring_bytes`.
 

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from penstock.scheduler.residency.decide import Residency, check_demand, plan_residency
-from penstock.scheduler.residency.demand import CPU_KV_BYTES, Demand, Split
+from penstock.scheduler.residency.demand import CPU_KV_BYTES, KV_SHARE, Demand, Split
 from penstock.scheduler.residency.family import Cost, Family, Found
 
 TOLERANCE = 0.003  # the share of the tokens/s that the number found may give less than the best one
-KV_SHARE = 64
 USUAL_SEQS = 512  # sequences that are let in wherever they fit; more only where that pays
 SHORT_LEN = 512  # tokens of each of these
 LEAST_GAIN = 0.05  # share of the tokens/s that twice as many must gain
