@@ -193,8 +193,8 @@ def test_a_pass_has_the_tokens_that_the_link_hides():
 
 @pytest.mark.parametrize("compression", ["none", "lossless"])
 def test_a_pass_that_is_filled_waits_for_no_copy(compression):
-    """Where the KV cache is large the ring is so long that lanes which take as long as each other overlap: the time of
-    a pass is that of the longer one, as filling reckons."""
+    """Makes the ring so long, where the KV cache is large, that lanes overlap which take as long as each other: the
+    time of a pass is that of the longer one, as filling reckons."""
     options = {"resident": "none", "weights_compression": compression}
     made = plan("Llama-3-8B", 118, **options)
     usual = plan("Llama-3-8B", 118, ring=default_ring_bytes(list(made.residency.streamed)), **options)
