@@ -31,9 +31,9 @@ from penstock.scheduler.passes.build import make_plan
 from penstock.scheduler.passes.pass_plan import Compute, GroupId, PassPlan
 from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression, settle
 from penstock.scheduler.residency.decide import Residency, plan_residency
-from penstock.scheduler.residency.demand import Demand
+from penstock.scheduler.residency.demand import KV_SHARE, Demand
 from penstock.scheduler.residency.family import Cost
-from penstock.scheduler.residency.search import KV_SHARE, plan_fastest
+from penstock.scheduler.residency.search import plan_fastest
 
 
 @dataclass(frozen=True)

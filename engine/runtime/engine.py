@@ -133,8 +133,10 @@ class Engine:
 
     @on_own_device
     def announce(self, batch: Batch) -> None:
-        """Says which pass may follow; on rank 0. If it is never run, the next message replaces it."""
+        """Says which pass may follow, for which all ranks prepare; on rank 0. If it is never run, the next message
+        replaces it."""
         self.messages.say_batch(Kind.ANNOUNCED, batch)
+        self.worker.runner.prepare(batch)
 
     @on_own_device
     def run_announced(self, batch: Batch) -> None:
@@ -227,6 +229,8 @@ class Engine:
             kind, told = self.messages.hear()
             if kind in (Kind.BATCH, Kind.RUN):
                 runner.submit(told)
+            elif kind is Kind.ANNOUNCED:
+                runner.prepare(told)
             passes_go_on = kind in (Kind.BATCH, Kind.ANNOUNCED, Kind.RUN)
             while len(runner.under_way) > (self.lookahead if passes_go_on else 0):
                 runner.collect()

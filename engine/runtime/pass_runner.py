@@ -11,17 +11,19 @@ launches would take longer than its work. A long one, and one with a chunk that 
 Graphs are captured at start (`capture_all`), or when they are first needed, in front of rows that wait.
 
 `submit` enqueues a pass and `collect` waits for the oldest one's tokens: two calls, so that a later pass can be
-prepared and enqueued between.
+prepared and enqueued between. `prepare` does what that takes the host for a pass which may follow.
 """
 
 from collections import deque
 from enum import Enum
 from functools import partial
 from os import sched_getaffinity
+from typing import NamedTuple
 
 import torch
 from penstock.engine.compute.attention import plan_whole, takes_padding, whole_tokens
 from penstock.engine.compute.bind import make_binder
+from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, Staging
@@ -39,6 +41,14 @@ class RunAs(Enum):
     EAGER = "eager"
     PADDED = "padded"
     GRAPHS = "graphs"
+
+
+class Prepared(NamedTuple):
+    """A batch with the bucket in which it runs, or with its inputs where it runs as it is."""
+
+    batch: Batch
+    bucket: Bucket | None
+    inputs: PassInputs | None
 
 
 class PassRunner:
@@ -69,6 +79,7 @@ class PassRunner:
             self.mailbox = Mailbox(max_num_seqs, width, self.device, check)
         self.graphs = Graphs(self.device, self.watches) if run_as is RunAs.GRAPHS else None
         self.under_way: deque[PendingLetter | PendingSample | None] = deque()  # None where no row samples
+        self._prepared: Prepared | None = None
 
     @on_own_device
     @torch.inference_mode()
@@ -95,6 +106,14 @@ class PassRunner:
 
     @on_own_device
     @torch.inference_mode()
+    def prepare(self, batch: Batch) -> None:
+        """Does for a batch that may be submitted next what can be done while the pass before it runs. Tokens that this
+        pass will sample are read behind it on the device."""
+        bucket = self._bucket_of(batch)
+        self._prepared = Prepared(batch, bucket, self.binder.bind(batch) if bucket is None else None)
+
+    @on_own_device
+    @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
         executor, sampler = self.executor, self.model.sampler
@@ -106,8 +125,10 @@ class PassRunner:
         executor.fill_ring()
         self.watches.begin_pass(batch)
         asked = sampler.asked([row.index for row in batch.rows])
-        bucket = self._bucket_of(batch)
-        pending = self._run_eagerly(batch, asked) if bucket is None else self._run_padded(batch, bucket, asked)
+        if self._prepared is None or self._prepared.batch is not batch:
+            self.prepare(batch)
+        (_, bucket, inputs), self._prepared = self._prepared, None
+        pending = self._run_eagerly(inputs, asked) if bucket is None else self._run_padded(batch, bucket, asked)
         self.under_way.append(pending)
         executor.counters.add_pass(batch.num_tokens)
         if len(self.watches):
@@ -125,11 +146,11 @@ class PassRunner:
     def forget(self) -> None:
         """Gives up the passes under way, after an interruption."""
         self.under_way.clear()
+        self._prepared = None
         if self.mailbox is not None:
             self.mailbox.catch_up()
 
-    def _run_eagerly(self, batch: Batch, asked: Asked) -> PendingSample | None:
-        inputs = self.binder.bind(batch)
+    def _run_eagerly(self, inputs: PassInputs, asked: Asked) -> PendingSample | None:
         pending: list[PendingSample] = []
         self.executor.run(inputs, asked, lambda output: pending.append(PendingSample(output)))
         return pending[0] if pending else None

@@ -23,6 +23,7 @@ from penstock.scheduler.passes.pass_plan import (
 )
 
 NUM_WRAPPED = 2  # groups copied for the next pass while head and sampling run: one layer's attn and ffn
+MOST_WRAPPED = 4  # where a ring has room for them: the link then has work until the host, too, is done with the pass
 
 
 def minimum_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
@@ -45,8 +46,18 @@ def usual_ring_bytes(sizes: Sequence[int]) -> int:
     return max(max(windows), sum(sizes[:NUM_WRAPPED]) + sizes[-1] + sizes[-2])
 
 
-def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int = NUM_WRAPPED) -> RingLayout:
-    """Gives every streamed group (id, bytes; in the order of a pass) its slot in a ring of `ring_bytes`.
+def roomy_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
+    """Bytes of a ring in which the largest group, mostly the head, and more groups that are copied ahead have room
+    beside those of `default_ring_bytes`. Where compute takes about as long as the copies, these can then begin while
+    what lies before them is still to be read."""
+    sizes = [nbytes for _, nbytes in streamed]
+    more = max(sizes, default=0) + sum(sizes[NUM_WRAPPED:MOST_WRAPPED])
+    return min(default_ring_bytes(streamed) + more, sum(sizes))
+
+
+def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int | None = None) -> RingLayout:
+    """Gives every streamed group (id, bytes; in the order of a pass) its slot in a ring of `ring_bytes`, of which the
+    first `num_wrapped` are copied ahead (None: MOST_WRAPPED if there is room, else NUM_WRAPPED).
 
     Slots follow each other and start again at 0 where the end is reached. The last group of a pass avoids the front:
     the next pass's first groups are copied there while it is still read. Raises ValueError if a group does not fit.
@@ -61,6 +72,10 @@ def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapp
             offset = 0
         slots.append((group, Slot(offset, nbytes)))
         offset += nbytes
+    if num_wrapped is None:
+        sizes = [nbytes for _, nbytes in streamed]
+        has_room = sum(sizes[:MOST_WRAPPED]) + sum(sizes[-2:]) <= ring_bytes
+        num_wrapped = MOST_WRAPPED if has_room else NUM_WRAPPED
     wrapped = 0  # the first groups that are in the ring together
     while wrapped < min(num_wrapped, len(slots)) and not any(
         slot.overlaps(slots[wrapped][1]) for _, slot in slots[:wrapped]

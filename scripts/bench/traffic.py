@@ -25,6 +25,7 @@ from scripts.bench.bound import against_bound, by_kind, host_fields
 from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
+from scripts.bench.full_engine import measure_limit, warm_up_row
 from scripts.bench.job_run import run, timed_passes, warm_up
 from scripts.bench.record import add_output_argument, keep
 from scripts.bench.traffic_rows import JOB, REPEATS, ROWS, SHORT_OUTPUT, TOKEN, Row
@@ -39,12 +40,12 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     rows = chosen(args.rows)
-    config = config_from_args(args).for_job(max(row.num for row in rows))
+    config = config_from_args(args).for_job(max(row.num for row in rows) if all(row.num for row in rows) else 0)
     check_compare(args.compare, config, allowed=("vllm",))
     vllm = find_vllm(args.vllm, args.vllm_options) if args.compare else None
     with LLM(**config.to_dict()) as llm:
         rows = fitting(llm, rows, must=bool(args.rows))
-        drawn = [runs_of(llm, row) for row in rows]
+        drawn = [runs_of(llm, row) if row.is_usual else [] for row in rows]
         measured = measure_rows(llm, rows, drawn)
         if llm.engine.topology.rank > 0:
             return
@@ -59,7 +60,7 @@ def main() -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
-    text = f"some of {', '.join(row.name for row in ROWS)} (default: all that fit the engine)"
+    text = f"some of {', '.join(row.name for row in ROWS)} (default: all that fit the engine, of the usual ones)"
     group.add_argument("--rows", nargs="+", default=[], metavar="NAME", help=text)
     add_compare_arguments(group)
     add_vllm_arguments(group)
@@ -68,12 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(names: list[str]) -> list[Row]:
-    """The rows of these names, all if there are none. Raises ValueError for a name that no row has."""
+    """The rows of these names, all usual ones if there are none. Raises ValueError for a name that no row has."""
     known = {row.name: row for row in ROWS}
     for name in names:
         if name not in known:
             raise ValueError(f"--rows {name}: expected some of {', '.join(known)}")
-    return [known[name] for name in names] or list(ROWS)
+    return [known[name] for name in names] or [row for row in ROWS if row.is_usual]
 
 
 def fitting(llm: LLM, rows: list[Row], must: bool) -> list[Row]:
@@ -108,13 +109,15 @@ def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> lis
     """A row of the record for each; those of other ranks than 0 mean nothing."""
     planned, measured = llm.engine.rates, []
     for row, runs in zip(rows, drawn):
-        if row.measures == JOB:
+        if not row.is_usual:
+            warm_up_row(llm, row)
+        elif row.measures == JOB:
             warm_up(llm, runs[-1])
         else:
             run(llm, runs[-1], row.params(runs[-1]))
         if not measured and llm.engine.topology.rank == 0:
             llm.measure(llm.engine.work.streamed_bytes)
-        measured.append(measure_row(llm, row, runs, planned))
+        measured.append(measure_row(llm, row, runs, planned) if row.is_usual else measure_limit(llm, row, planned))
     return measured
 
 
@@ -180,6 +183,8 @@ def compare_rows(report: dict, rows: list[Row], drawn: list[list[list[Job]]], vl
     offloaded_bytes = said.get("offloaded_bytes", 0)
     theirs = iter(result.get("runs", ()))
     for row, runs, fields in zip(rows, drawn, report["rows"]) if "runs" in result else ():
+        if not runs:
+            continue
         times = time_fields(row, runs, [next(theirs)["elapsed_s"] for _ in runs])
         fields |= {f"vllm_{name}": value for name, value in times.items()}
         if row.measures == TOKEN and offloaded_bytes:

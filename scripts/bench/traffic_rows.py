@@ -8,6 +8,7 @@ from penstock.scheduler.batching.request import SamplingParams
 from scripts.bench.workload import Job, greedy, random_jobs
 
 FIRST_TOKEN, TOKEN, JOB = "first token", "token", "job"  # what a row measures
+FULL, URGENT, ENDING = "full engine", "urgent request", "job with unknown ends"  # full_engine.py measures these
 SHORT_OUTPUT = 2  # tokens of the run that a token's time leaves out: prompts, and what starts
 REPEATS = {FIRST_TOKEN: 3, TOKEN: 2, JOB: 1}  # the shortest counts
 
@@ -18,8 +19,14 @@ class Row:
 
     FIRST_TOKEN: seconds of prompts with one token of output each. TOKEN: seconds a token of a batch in which all decode
     `output_len` tokens: a run with so many more, less a run with SHORT_OUTPUT, over `output_len`. JOB: seconds of all
-    requests, more than run at once. `differ` are fields of workload's Vary; the first prompt has `first_len` tokens, if
-    that is set. All are generated greedily but for the fields `all`, and `fourth` in every fourth request.
+    requests, more than run at once. FULL: a token of as many rows as the KV cache holds, with `input_len` tokens each,
+    over `output_len` passes. URGENT: seconds to the first token of one more request, when others of `input_len` tokens
+    have taken all rows or pages, and wait for more. ENDING: a JOB whose requests may have `most_len` tokens of output
+    and end after those that were drawn, which the scheduler does not know. Rows of these three, which want an engine of
+    their own, run if they are named.
+
+    `differ` are fields of workload's Vary; the first prompt has `first_len` tokens, if that is set. All are generated
+    greedily but for the fields `all`, and `fourth` in every fourth request.
     """
 
     name: str
@@ -29,6 +36,7 @@ class Row:
     output_len: int
     differ: dict[str, Any] = field(default_factory=dict)
     first_len: int | None = None
+    most_len: int | None = None
     all: dict[str, Any] = field(default_factory=dict)
     fourth: dict[str, Any] = field(default_factory=dict)
 
@@ -37,7 +45,13 @@ class Row:
         """Tokens of the longest request that may be drawn; of the mean one where lengths have no range."""
         stretch = 1 + self.differ.get("range_ratio", 0.0)
         prompt = max(int(self.input_len * stretch), self.first_len or 0) + self.differ.get("prefix_len", 0)
-        return prompt + int(self.output_len * stretch) + (SHORT_OUTPUT if self.measures == TOKEN else 0)
+        output = self.most_len or int(self.output_len * stretch)
+        return prompt + output + (SHORT_OUTPUT if self.measures == TOKEN else 0)
+
+    @property
+    def is_usual(self) -> bool:
+        """Tells whether the row is one of those that run if none is named, and that vLLM can run too."""
+        return self.measures in REPEATS
 
     def jobs(self, output_len: int, vocab_size: int, seed: int, max_len: int) -> list[Job]:
         """The requests, drawn by the seed, with outputs around `output_len`."""
@@ -62,6 +76,9 @@ ROWS = (
     Row("short", JOB, 1000, 128, 64),
     Row("long-tailed", JOB, 512, 512, 128, {"sigma": 1.0}),
     Row("shared-prefix", JOB, 300, 64, 32, {"prefix_len": 2000}),
+    Row("unknown-ends", ENDING, 2000, 128, 200, {"range_ratio": 0.8}, most_len=4096),
+    Row("full-at-640", FULL, 0, 640, 8),
+    Row("urgent", URGENT, 1, 640, 1),
     Row("token-64-rows-at-2100", TOKEN, 64, 2048, 128),
     *(Row(f"token-batch-{batch}", TOKEN, batch, 32, 128) for batch in (1, 8, 64, 256)),
     *(Row(f"token-batch-{batch}-brief", TOKEN, batch, 32, 16) for batch in (1, 64)),  # for passes of streamed weights

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from penstock.engine.compute.bind import Binder
 from penstock.engine.loop import Event, Loop
 from penstock.engine.output import Sequence
 from penstock.engine.text.tokenizer import Tokenizer
@@ -203,3 +204,25 @@ def test_one_that_waits_takes_a_place_in_the_pass_that_was_announced(alone):
             events = run(loop)
         assert rows[1:4] == [[1, 1], [1, len(waiting.request.prompt_token_ids)], [1, 1]]
         assert [text_of(events, one) for one in (other, waiting)] == [alone[prompt] for prompt in PROMPTS[1:3]]
+
+
+def test_a_pass_that_was_announced_is_bound_while_the_one_before_runs(alone, monkeypatch):
+    """Binds each pass once, and before the tokens of the one before it are there, which it reads on the device."""
+    done = []
+    with LLM("demo", **OPTIONS | PREPARED) as llm:
+        runner, bind = llm.engine.worker.runner, Binder.bind
+        collect = runner.collect
+
+        def binds(binder, batch):
+            done.append("bind")
+            return bind(binder, batch)
+
+        def collects():
+            done.append("collect")
+            return collect()
+
+        monkeypatch.setattr(Binder, "bind", binds)
+        monkeypatch.setattr(runner, "collect", collects)
+        assert [one.outputs[0].text for one in llm.generate(PROMPTS[:2], PARAMS)] == list(alone.values())[:2]
+        num_passes = llm.engine.worker.executor.counters.num_passes
+    assert done == ["bind"] * 2 + ["collect", "bind"] * (num_passes - 2) + ["collect"] * 2

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from scripts.bench import throughput, traffic
-from scripts.bench.traffic_rows import FIRST_TOKEN, JOB, ROWS, TOKEN, Row
+from scripts.bench.traffic_rows import ENDING, FIRST_TOKEN, FULL, JOB, ROWS, TOKEN, URGENT, Row
+from scripts.report.page import Record, render
 from tests.support.commands import ROOT
 from tests.support.fake_vllm import VERSION, FakeVllm
 from tests.support.scripts import refused, run
@@ -119,6 +120,41 @@ def test_vllm_that_fails_keeps_what_was_measured(monkeypatch, capfd, vllm):
     assert row["error"] == "ended with status 1: RuntimeError: no kernel image" and record["elapsed_time"] > 0
 
 
+LIMITS = (
+    Row("full", FULL, 0, 40, 3),
+    Row("urgent", URGENT, 1, 40, 1),
+    Row("ending", ENDING, 8, 10, 40, {"range_ratio": 0.8}, most_len=100),
+)
+
+
+@pytest.mark.parametrize("options", [("--resident", "all"), ("--resident", "none", "--max-num-batched-tokens", "64")])
+def test_rows_that_take_an_engine_to_its_limits(monkeypatch, capsys, options):
+    monkeypatch.setattr(traffic, "ROWS", LIMITS)
+    options += ("--num-pages", "10", "--page-size", "16", "--max-model-len", "144", "--scheduling-policy", "priority")
+    record = run(monkeypatch, capsys, traffic, *ENGINE, *options, "--rows", "full", "urgent", "ending")
+    full, urgent, ending = record["rows"]
+    assert full["num_requests"] == 2 == int(0.98 * 9 * 16 / (40 + 1 + 8)) and full["num_passes"] == 3
+    assert 38 <= full["live_tokens"] <= 43 and full["num_preemptions"] == 0
+    assert full["tokens_per_second"] == pytest.approx(2 / full["measured_s"])
+    assert full["filling"]["num_passes"] >= 1 and full["filling"]["predicted_s"] > 0
+    assert urgent["num_passes"] <= 2 and urgent["num_preemptions"] >= 1
+    assert ending["num_preemptions"] > 0 and 1 < ending["mean_rows"] <= 4
+    assert sum(row["num_passes"] for row in ending["by_kind"]) == ending["num_passes"]
+    drawn = LIMITS[2].jobs(40, 512, 0, 144)
+    assert ending["tokens_per_second"] * ending["measured_s"] == pytest.approx(
+        sum(len(job.prompt) + job.output_len for job in drawn)
+    )
+    for row in record["rows"]:
+        assert row["fraction_of_bound"] == pytest.approx(row["bound_s"] / row["measured_s"])
+    assert "| urgent |" in render([Record("traffic.json", record)])
+
+
+def test_nobody_is_urgent_without_priorities(monkeypatch, capsys):
+    monkeypatch.setattr(traffic, "ROWS", LIMITS)
+    error = refused(monkeypatch, capsys, traffic, *ENGINE, "--rows", "urgent")
+    assert "--rows urgent: nobody is urgent without --scheduling-policy priority" in error
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -149,7 +185,7 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch, capsys):
 
 def test_every_row_is_a_command_in_the_docs():
     page = (ROOT / "docs/measuring.md").read_text()
-    assert len({row.name for row in ROWS}) == len(ROWS) == 21
+    assert len({row.name for row in ROWS}) == len(ROWS) == 24
     assert [row.name for row in ROWS if f"`{row.name}`" not in page] == []
 
 
