@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 QUIET_S = 10.0  # without news; then a comment keeps clients, and what lies between, from giving up
 WRITE_S = 60.0
 GONE = "the client has gone"
+DISCONNECTED, DISCONNECTED_STATUS = "client_disconnected", 499  # as logs have it; nobody hears it
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -68,7 +69,7 @@ class Delivery(Response):
         """Ends the sequences as soon as the client has gone."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.delivered.status, self.delivered.error = 499, "client_disconnected"
+        self.delivered.status, self.delivered.error = DISCONNECTED_STATUS, DISCONNECTED
         self.outbox.close()
         self.engine.abort(self.outbox, GONE)
 

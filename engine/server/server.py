@@ -21,6 +21,7 @@ from penstock.engine.llm import LLM
 from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
 from penstock.engine.server.engine_thread import Observer
+from penstock.engine.server.notes import Notes
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.service import Service
 
@@ -55,8 +56,9 @@ class Server:
         defaults: Mapping[str, Any],
         say: Callable[[str], None],
         observer: Observer | None = None,
+        notes: Notes | None = None,
     ):
-        self.service = Service(config, options, make, defaults, self._engine_changed, observer)
+        self.service = Service(config, options, make, defaults, self._engine_changed, observer, notes)
         self.options, self._say = options, say
         self._num_signals = 0
         self._changed = asyncio.Event()
