@@ -4,6 +4,7 @@ Log probabilities are keyed by texts there; of two tokens with one text the like
 """
 
 import itertools
+import json
 import secrets
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from penstock.engine.server.journey import finish_of
 from penstock.engine.server.outbox import Finish, Piece
 
 LEAST_LOGPROB = -9999.0
+to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder each time
 Position = dict[int, Logprob]  # a token's log probability first, then those of the most likely ones
 
 

@@ -6,6 +6,7 @@ here, what follows joins the last piece of its choice, so an outbox is bounded b
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class Outbox:
     failure: Finish | None = None
     closed: bool = False
     num_ended: int = 0
+    on_ended: Callable[[], None] | None = None  # called when all sequences have ended
     _pieces: deque[Piece] = field(default_factory=deque)
     _last: dict[int, Piece] = field(default_factory=dict)  # of each choice, among those pieces
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -75,6 +77,8 @@ class Outbox:
             self._pieces.append(piece)
             self._last[piece.choice] = piece
         self._news.set()
+        if self.has_ended and self.on_ended is not None:
+            self.on_ended()
 
     def take(self) -> list[Piece]:
         """All pieces that lie here, in order."""

@@ -95,7 +95,9 @@ class Service:
             self.num_open -= 1
             if delivered.error == DISCONNECTED:
                 self.notes.client_disconnected()
-            self.notes.request_ended(record_of(answer.id, asked, outbox, delivered, came_s))
+            outbox.on_ended = lambda: self.notes.request_ended(record_of(answer.id, asked, outbox, delivered, came_s))
+            if outbox.has_ended:  # those that were aborted end a little later
+                outbox.on_ended()
 
         self.num_open += 1
         self.engine.add(outbox)

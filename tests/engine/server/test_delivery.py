@@ -13,7 +13,7 @@ from tests.support.serving import Client, chunks_of, until
 from tests.support.watches import After, BeginPass
 
 PATH = "/v1/completions"
-LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 200, "ignore_eos": True}
+LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 100, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("streams", [True, False])
@@ -27,14 +27,16 @@ def test_who_goes_away_leaves_nothing_within_two_passes(served, streams, num_pas
             left_at.append(times.num_passes)
         return bool(left_at)
 
+    num_records = len(served.kept.records)
     client = served.abandoned(PATH, leaves, stream=streams, **LONG)
     until(served.at_rest)
+    until(lambda: len(served.kept.records) > num_records)
     assert times.num_passes - left_at[0] <= 3  # two, and the one under way when it was seen
     assert served.kept.num_disconnects == num_disconnects + 1
     assert (client.status, client.text == "") == ((200, False) if streams else (None, True)) or num_passes == 0
     record = served.kept.records[-1]
     assert (record["error"], record["finish_reasons"]) == ("client_disconnected", ["abort"])
-    assert record["completion_tokens"] < 200 and "Return" not in json.dumps(record)
+    assert record["completion_tokens"] < 100 and "Return" not in json.dumps(record)
 
 
 def test_all_sequences_of_who_goes_away_end_together(served):
@@ -53,7 +55,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(served):
     async def ask_both():
         slow = Client(PATH, LONG | {"stream": True}, takes=may_take.wait)
         slow_asks = asyncio.create_task(slow.ask(served.app))
-        quick = await Client(PATH, LONG | {"stream": True, "max_tokens": 210}).ask(served.app)
+        quick = await Client(PATH, LONG | {"stream": True, "max_tokens": 104}).ask(served.app)
         assert not slow.bodies
         while served.service.engine.num_unfinished:
             await asyncio.sleep(0.001)
@@ -63,16 +65,17 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(served):
 
     slow, quick = served.run(ask_both())
     texts = ["".join(chunk["choices"][0]["text"] for chunk in chunks) for chunks in (slow, quick)]
-    assert texts[1].startswith(texts[0]) and len(quick) == 210
-    assert LATE <= len(slow) < 200  # what came late was joined
+    assert texts[1].startswith(texts[0]) and len(quick) == 104
+    assert LATE <= len(slow) < 100  # what came late was joined
     assert slow[-1]["choices"][0]["finish_reason"] == "length"
 
 
 def test_who_takes_nothing_is_given_up(served, monkeypatch):
     monkeypatch.setattr(delivery, "WRITE_S", 0.05)
     client = Client(PATH, LONG | {"stream": True}, takes=asyncio.Event().wait)
+    num_records = len(served.kept.records)
     served.run(client.ask(served.app))
-    until(served.at_rest)
+    until(lambda: len(served.kept.records) > num_records)
     assert client.bodies == [] and served.kept.records[-1]["finish_reasons"] == ["abort"]
 
 
@@ -89,7 +92,7 @@ def test_silence_is_filled_with_comments(served, monkeypatch):
 
 def test_a_row_that_fails_ends_its_client_alone(served):
     """In the middle of a stream, and of an answer that is not streamed; the third does not notice."""
-    poisoned = {"prompt": "class", "temperature": 0, "max_tokens": 200, "ignore_eos": True}
+    poisoned = {"prompt": "class", "temperature": 0, "max_tokens": 100, "ignore_eos": True}
     num_tokens = 4
 
     def poison(instruction, ctx) -> None:
@@ -97,7 +100,7 @@ def test_a_row_that_fails_ends_its_client_alone(served):
             return
         for journey in list(served.service.engine._journeys.values()):
             request = journey.sequence.request
-            if len(request.output_token_ids) == num_tokens and request.params.max_tokens == 200 and ctx is not None:
+            if len(request.output_token_ids) == num_tokens and request.params.max_tokens == 100 and ctx is not None:
                 ctx.act["logits"][rows.index(request.row)] = float("nan")
 
     rows: list[int] = []

@@ -13,7 +13,7 @@ from tests.support.serving import CONFIG, WAIT_S, Client, Serving, until
 from tests.support.watches import BeginPass
 
 PATH = "/v1/completions"
-LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 200, "ignore_eos": True}
+LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 100, "ignore_eos": True}
 
 
 def error_of(response) -> tuple[int, str, dict]:

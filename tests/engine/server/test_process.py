@@ -119,6 +119,15 @@ def test_a_second_signal_ends_what_is_under_way(tmp_path):
 
 
 @pytest.mark.alone
+def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
+    with server_process(tmp_path, fault="import time\ntime.sleep(120)") as server:
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "demo"
+        assert server.health() == 503
+        server.signal()
+        assert server.exit_code() == 0
+
+
+@pytest.mark.alone
 def test_connections_that_say_nothing_or_too_much_are_ended(tmp_path):
     """Half a head, half a body, a head that is too large: others are answered meanwhile."""
     settings = "from penstock.engine.server import access, connection\naccess.BODY_S = connection.HEAD_S = 1.0\n"
