@@ -15,6 +15,7 @@ def output(alone):
     """Gives the output of LLM.chat."""
 
     def chat(messages, options=None, **params):
+        alone.reset_prefix_cache()
         return alone.chat(messages, SamplingParams(**params), **options or {})[0].outputs[0]
 
     return chat
@@ -64,7 +65,8 @@ def test_an_answer_may_fill_the_context(served, alone):
 def test_log_probabilities_are_a_list_of_tokens(served, output):
     expected = output(HELLO, logprobs=2, **GREEDY)
     for top in (2, 0):
-        (choice,) = served.answer(PATH, messages=HELLO, logprobs=True, top_logprobs=top, **GREEDY)["choices"]
+        asked = {"logprobs": True, "top_logprobs": top, "cache_salt": f"{top}"}  # nothing is cached: the same sums
+        (choice,) = served.answer(PATH, messages=HELLO, **asked, **GREEDY)["choices"]
         content = choice["logprobs"]["content"]
         assert [c["logprob"] for c in content] == [p[t].logprob for p, t in zip(expected.logprobs, expected.token_ids)]
         assert [len(c["top_logprobs"]) for c in content] == [top] * 6

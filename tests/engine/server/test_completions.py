@@ -17,6 +17,7 @@ def outputs(alone):
     """Gives the outputs of LLM.generate, one for each choice."""
 
     def generate(prompts, **params):
+        alone.reset_prefix_cache()
         results = alone.generate(prompts, SamplingParams(**params))
         return [output for result in results for output in result.outputs]
 

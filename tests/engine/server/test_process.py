@@ -1,5 +1,6 @@
 """`penstock serve` as its users have it: a process, a port, signals, several ranks, and the official client."""
 
+import functools
 import json
 import os
 import signal
@@ -24,6 +25,15 @@ from tests.support.serving import until
 HELLO = [{"role": "user", "content": "Hello"}]
 LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 100, "extra_body": {"ignore_eos": True}}
 TOLD_S = 10.0  # in which every client is answered
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
+HALVES = [
+    b"",
+    HEAD,
+    HEAD + b"Content-Length: 10\r\n\r\n{",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\n{",
+    HEAD + b"X: " + b"a" * 70_000 + b"\r\n\r\n",
+]
 
 
 def client_of(server: ServerProcess, **options) -> openai.OpenAI:
@@ -103,10 +113,14 @@ def check_client(client: openai.OpenAI) -> None:
 
 @pytest.mark.alone
 def test_a_second_signal_ends_what_is_under_way(tmp_path):
-    with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW) as server:
+    """Before that, half a head, half a body and a head that is too large are ended, and others answered meanwhile."""
+    settings = "from penstock.engine.server import access, connection\naccess.BODY_S = connection.HEAD_S = 1.0\n"
+    with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW, fault=settings) as server:
         refused = httpx.get(f"{server.url}/v1/models")
         assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         server.wait_ready()
+        answers = list(map(functools.partial(answer_to, server), HALVES))
+        assert answers[:2] == [b"", b""] and all(answer.startswith(b"HTTP/1.1 400") for answer in answers[2:])
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
         streams = Streams(client, 2, max_tokens=250)
         streams.wait_for_tokens()
@@ -118,36 +132,23 @@ def test_a_second_signal_ends_what_is_under_way(tmp_path):
         assert [error.code for error in streams.errors] == ["shutting_down"] * 2
 
 
+def answer_to(server: ServerProcess, said: bytes) -> bytes:
+    """The bytes that come back until the server closes the connection, on which this was said."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(said)
+        assert server.health() == 200
+        return b"".join(iter(functools.partial(connection.recv, 65536), b""))
+
+
 @pytest.mark.alone
 def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
-    with server_process(tmp_path, fault="import time\ntime.sleep(120)") as server:
+    slow = "import time\nExecutor.__init__ = lambda self, *given, **named: time.sleep(120)"
+    with server_process(tmp_path, fault=slow) as server:
         assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "demo"
         assert server.health() == 503
         server.signal()
         assert server.exit_code() == 0
-
-
-@pytest.mark.alone
-def test_connections_that_say_nothing_or_too_much_are_ended(tmp_path):
-    """Half a head, half a body, a head that is too large: others are answered meanwhile."""
-    settings = "from penstock.engine.server import access, connection\naccess.BODY_S = connection.HEAD_S = 1.0\n"
-    with server_process(tmp_path, fault=settings) as server:
-        server.wait_ready()
-        address = server.url.removeprefix("http://").split(":")
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-        said = [b"", head, head + b"Content-Length: 10\r\n\r\n{", head + b"Transfer-Encoding: chunked\r\n\r\n3\r\n{"]
-        said.append(head + b"X: " + b"a" * 70_000 + b"\r\n\r\n")
-        answers = []
-        for text in said:
-            with socket.create_connection((address[0], int(address[1])), timeout=30) as connection:
-                connection.sendall(text)
-                assert server.health() == 200
-                answer = b""
-                while piece := connection.recv(65536):
-                    answer += piece
-                answers.append(answer)
-        assert answers[:2] == [b"", b""]
-        assert all(answer.startswith(b"HTTP/1.1 400") for answer in answers[2:])
 
 
 @pytest.mark.alone
