@@ -26,13 +26,14 @@ class Finish(NamedTuple):
 @dataclass
 class Piece:
     """News of choice `choice`: the text of some tokens (usually one), their log probabilities if asked for, and the
-    end. `num_tokens` counts all tokens of the choice so far."""
+    end. `num_tokens` counts all tokens of the choice so far; `is_first`: nothing of the choice came before."""
 
     choice: int
     texts: list[str]
     logprobs: list[dict[int, Logprob]]
     num_tokens: int
     finish: Finish | None = None
+    is_first: bool = False
 
     @property
     def text(self) -> str:

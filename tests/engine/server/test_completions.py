@@ -160,9 +160,11 @@ def test_a_stream_tells_usage_at_its_end_or_always(served):
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 6, 6]
 
 
-def test_an_echo_comes_before_a_stream(served):
+def test_an_echo_is_in_the_first_chunk(served):
     first, *rest = served.stream(PATH, prompt=PROMPT, echo=True, **GREEDY)
-    assert first["choices"][0]["text"] == PROMPT and len(rest) == 6
+    plain, *others = served.stream(PATH, prompt=PROMPT, **GREEDY)
+    assert first["choices"][0]["text"] == PROMPT + plain["choices"][0]["text"]
+    assert [chunk["choices"] for chunk in rest] == [chunk["choices"] for chunk in others]
 
 
 def test_requests_at_once_answer_as_if_alone(served, outputs):
