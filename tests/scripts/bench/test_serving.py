@@ -1,4 +1,4 @@
-"""The benchmark scripts.bench.serving: both ways of the same requests, arrivals and clients, answers that are not whole."""
+"""The benchmark scripts.bench.serving: both ways of the same requests, arrivals, clients, and answers cut short."""
 
 import asyncio
 
