@@ -86,7 +86,7 @@ class Service:
         came_s = time.perf_counter()
         self.check_open()
         self.check_model(asked.model)
-        self.admission.check(asked.num_sequences)
+        self.admission.check()
         sequences = await self.in_worker(sequences_of, self.engine.llm, asked)
         self.check_open()
         outbox, answer = Outbox(sequences, asked.params.n), await self._answer(asked)
