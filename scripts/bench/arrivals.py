@@ -50,10 +50,12 @@ def serve(
 
 
 def latency_fields(arrivals: Sequence[float], times: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Mean, median and 99th percentile, in ms, of the time to first token (ttft), between a request's tokens (itl), and
-    from arrival to last token (e2el). Each request has at least one token."""
+    """Mean, median and 99th percentile, in ms, of the time to first token (ttft), a request's mean time between tokens
+    (tpot), that between any two tokens (itl), and from arrival to last token (e2el). Each request has at least one
+    token."""
     figures = {
         "ttft": [one[0] - arrival for arrival, one in zip(arrivals, times)],
+        "tpot": [(one[-1] - one[0]) / (len(one) - 1) for one in times if len(one) > 1],
         "itl": [after - before for one in times for before, after in pairwise(one)],
         "e2el": [one[-1] - arrival for arrival, one in zip(arrivals, times)],
     }

@@ -47,7 +47,7 @@ def test_latencies_are_those_of_their_definitions():
     arrivals = [0.5, 1.0, 4.0]
     times = [[1.0, 1.5, 3.0], [1.25], [4.5, 4.75]]
     fields = latency_fields(arrivals, times)
-    samples = {"ttft": [0.5, 0.25, 0.5], "itl": [0.5, 1.5, 0.25], "e2el": [2.5, 0.25, 0.75]}
+    samples = {"ttft": [0.5, 0.25, 0.5], "tpot": [1.0, 0.25], "itl": [0.5, 1.5, 0.25], "e2el": [2.5, 0.25, 0.75]}
     for name, values in samples.items():
         assert fields[f"mean_{name}_ms"] == pytest.approx(1e3 * numpy.mean(values))
         assert fields[f"median_{name}_ms"] == pytest.approx(1e3 * numpy.percentile(values, 50))

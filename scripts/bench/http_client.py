@@ -1,0 +1,73 @@
+"""A client of an OpenAI-compatible server that costs the machine little: it notes when lines come, and reads none."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+TOKEN, USAGE = b"data: {", b'"choices":[],'
+
+
+async def stream(address: tuple[str, int], body: dict[str, Any]) -> list[float]:
+    """Sends a completion that is streamed. Returns time.perf_counter of each of its tokens. Raises RuntimeError unless
+    the server says that it gave as many as were asked for."""
+    reader, writer = await asyncio.open_connection(*address)
+    asked = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    writer.write(head("POST", "/v1/completions", len(asked)) + asked)
+    times, usage = [], b""
+    try:
+        while line := await reader.readline():
+            if line.startswith(TOKEN):
+                times.append(time.perf_counter())
+                usage = line
+    finally:
+        writer.close()
+    if USAGE not in usage:
+        raise RuntimeError(f"the answer ended with {usage or line!r}")
+    num_tokens = json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"]
+    if num_tokens != body["max_tokens"]:
+        raise RuntimeError(f"asked for {body['max_tokens']} tokens, got {num_tokens}")
+    del times[-1]
+    return times + times[-1:] * (num_tokens - len(times))  # the last ones may have come as one
+
+
+async def poll(address: tuple[str, int], path: str, most: int) -> list[float]:
+    """Seconds of each of up to `most` calls, one after another on one connection, until cancelled."""
+    reader, writer = await asyncio.open_connection(*address)
+    took: list[float] = []
+    try:
+        while len(took) < most:
+            start = time.perf_counter()
+            writer.write(head("GET", path, 0, "keep-alive"))
+            said = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if not said.startswith(b"http/1.1 200") or b"content-length: 0" not in said:
+                raise RuntimeError(f"GET {path}: {said!r}")
+            took.append(time.perf_counter() - start)
+    except asyncio.CancelledError:
+        pass
+    finally:
+        writer.close()
+    return took
+
+
+def head(method: str, path: str, length: int, connection: str = "close") -> bytes:
+    return (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\nConnection: {connection}\r\n\r\n"
+    ).encode()
+
+
+async def send(
+    address: tuple[str, int], bodies: Sequence[dict[str, Any]], arrivals: Sequence[float], most_open: int
+) -> list[list[float]]:
+    """Sends each request when its time has come, in seconds from the start, and no more than `most_open` at once.
+    Returns the seconds from the start at which the tokens of each came."""
+    start, room = time.perf_counter(), asyncio.Semaphore(most_open)
+
+    async def one(body: dict[str, Any], arrival: float) -> list[float]:
+        await asyncio.sleep(arrival - (time.perf_counter() - start))
+        async with room:
+            return [at - start for at in await stream(address, body)]
+
+    return list(await asyncio.gather(*map(one, bodies, arrivals)))

@@ -1,0 +1,158 @@
+"""Measures the server beside the loop that it stands on: the same requests at the same times, once fed to the loop in
+one process, and once sent to `penstock serve` by HTTP, as streams.
+
+Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
+--burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
+(ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and `ratios` the server's over
+the loop's. While requests run GET /health is called without a pause. All engine flags work; the last line is one JSON
+object.
+
+    python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
+      --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7
+"""
+
+import argparse
+import asyncio
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
+from penstock.engine.llm import LLM
+
+from scripts.bench.arrivals import arrival_times, latency_fields, percentile
+from scripts.bench.comparison import free_memory
+from scripts.bench.engine_record import describe, say_machine
+from scripts.bench.entry import run_script
+from scripts.bench.http_client import poll, send
+from scripts.bench.job_run import run, run_arriving, shrinking, warm_up
+from scripts.bench.record import add_output_argument, keep
+from scripts.bench.workload import Job, above_zero, add_workload_arguments, greedy, positive, random_jobs, ratio
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 300.0  # for the server to be ready
+HEALTH_CALLS = 10_000
+SAID = ("num_prompts", "input_len", "output_len", "random_range_ratio", "burstiness", "max_concurrency")
+
+
+def main() -> None:
+    own, engine = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter), Parser()
+    add_arguments(own)
+    add_config_arguments(add_groups(engine))
+    args, flags = own.parse_known_args()
+    config = config_from_args(engine.parse_args(flags)).for_job(args.max_concurrency or args.num_prompts)
+    with LLM(**config.to_dict()) as llm:
+        plan = llm.engine.plan
+        vary = {"range_ratio": args.random_range_ratio, "max_len": plan.residency.max_model_len}
+        jobs = random_jobs(args.num_prompts, args.input_len, args.output_len, plan.spec.vocab_size, config.seed, **vary)
+        warm_up(llm, jobs)
+        elapsed_s, _ = run(llm, jobs, [greedy(job) for job in jobs])
+        rate = args.load * len(jobs) / elapsed_s
+        arrivals = arrival_times(len(jobs), rate, args.burstiness, config.seed)
+        if args.max_concurrency is not None:
+            arrivals = [0.0] * len(jobs)  # in one process its rows are the clients
+        fed = run_arriving(llm, jobs, arrivals)
+        limits = {name: getattr(plan, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
+        report = describe(llm, "serving")
+    free_memory()
+    report |= {name: getattr(args, name) for name in SAID}
+    report |= {"load": args.load, "requests_per_second_at_once": len(jobs) / elapsed_s, "request_rate": rate}
+    with served(flags, limits) as address:
+        sent, health_s = asyncio.run(by_http(address, jobs, arrivals, limits["max_num_seqs"], args.max_concurrency))
+    rows = [row_of(name, jobs, arrivals, times) for name, times in (("in process", fed), ("by HTTP", sent))]
+    report["rows"] = rows
+    report["ratios"] = {name: rows[1][name] / rows[0][name] for name in rows[0] if name != "fed"}
+    health_s.sort()
+    report["health"] = {"num_calls": len(health_s), "median_ms": 1e3 * percentile(health_s, 50)}
+    report["health"]["p99_ms"] = 1e3 * percentile(health_s, 99)
+    say_machine(report)
+    say(report)
+    keep(report, args.output_json)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--num-prompts", type=positive, default=512, metavar="N", help="requests (default: 512)")
+    text = "both lengths vary by up to this fraction (default: 0)"
+    group.add_argument("--random-range-ratio", type=ratio, default=0.0, metavar="X", help=text)
+    text = "requests that arrive, as a share of what the engine does with all of them at once (default: 0.7)"
+    group.add_argument("--load", type=above_zero, default=0.7, metavar="X", help=text)
+    text = "how arrivals vary: 1 as in a Poisson process, below it in bursts, above it evenly (default: 1)"
+    group.add_argument("--burstiness", type=above_zero, default=1.0, metavar="X", help=text)
+    text = "clients that send one request after another, instead of arrivals"
+    group.add_argument("--max-concurrency", type=positive, default=None, metavar="N", help=text)
+    add_workload_arguments(group, output_len=128)
+    add_output_argument(group)
+
+
+async def by_http(
+    address: tuple[str, int], jobs: Sequence[Job], arrivals: Sequence[float], rows: int, num_clients: int | None
+) -> tuple[list[list[float]], list[float]]:
+    """The seconds from the start at which the tokens of each request came from the server, and those that calls of
+    /health took meanwhile."""
+    warming = [body_of(job) for job in shrinking(list(jobs), rows)]
+    await send(address, warming, [0.0] * len(warming), len(warming))
+    watching = asyncio.create_task(poll(address, "/health", HEALTH_CALLS))
+    times = await send(address, [body_of(job) for job in jobs], arrivals, num_clients or len(jobs))
+    watching.cancel()
+    return times, await watching
+
+
+def body_of(job: Job) -> dict[str, Any]:
+    return {"prompt": job.prompt, "max_tokens": job.output_len, "temperature": 0, "ignore_eos": True}
+
+
+@contextlib.contextmanager
+def served(flags: Sequence[str], limits: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own, ready; its address. Raises RuntimeError, with what it said, if it is not ready
+    in START_S or ends before."""
+    limit_flags = [part for name, value in limits.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "penstock", "serve", *flags, *limit_flags, "--port", "0"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            yield wait_for(process, log)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def wait_for(process: subprocess.Popen, log) -> tuple[str, int]:
+    """The address of a server, once it says that it is ready."""
+    end_s = time.monotonic() + START_S
+    while True:
+        log.seek(0)
+        said = log.read()
+        if "ready after" in said:
+            address = said.partition("http://")[2].partition(",")[0]
+            host, _, port = address.rpartition(":")
+            return host, int(port)
+        if process.poll() is not None or time.monotonic() > end_s:
+            raise RuntimeError(f"the server is not ready: {said[-2000:]}")
+        time.sleep(0.1)
+
+
+def row_of(fed: str, jobs: Sequence[Job], arrivals: Sequence[float], times: list[list[float]]) -> dict[str, Any]:
+    elapsed_s = max(one[-1] for one in times)
+    num_tokens = sum(len(job.prompt) + job.output_len for job in jobs)
+    return {"fed": fed, "tokens_per_second": num_tokens / elapsed_s, **latency_fields(arrivals, times)}
+
+
+def say(report: dict[str, Any]) -> None:
+    names = [f"{what}_{name}_ms" for name in ("ttft", "tpot") for what in ("median", "p99")]
+    print(f"{'':12}{'tokens/s':>12}" + "".join(f"{name:>16}" for name in names))
+    for row in [*report["rows"], {"fed": "ratio"} | report["ratios"]]:
+        digits = 3 if row["fed"] == "ratio" else 2
+        figures = [row[name] for name in ("tokens_per_second", *names)]
+        first, *others = (f"{figure:.{digits}f}" for figure in figures)
+        print(f"{row['fed']:12}{first:>12}" + "".join(f"{one:>16}" for one in others))
+    print("GET /health: {num_calls} calls, median {median_ms:.2f} ms, p99 {p99_ms:.2f} ms".format(**report["health"]))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
