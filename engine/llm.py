@@ -17,8 +17,10 @@ from penstock.engine.loop import Loop
 from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
 from penstock.engine.planning.engine_plan import longest_sequence
 from penstock.engine.planning.kv_tier import moving
+from penstock.engine.runtime.build import build_worker
 from penstock.engine.runtime.calls import Call, digest
 from penstock.engine.runtime.engine import LINK_BYTES, Engine
+from penstock.engine.runtime.progress import Progress
 from penstock.engine.runtime.start_engine import start_engine
 from penstock.engine.text.chat import RenderedChat
 from penstock.engine.text.chat_template import ChatOptions, Message
@@ -39,7 +41,7 @@ _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 class LLM:
     """A loaded model. `options` are EngineConfig's fields (tensor_parallel_size, dtype, gpu_memory, resident, ...);
-    `debug` takes a DebugConfig, or its fields as a dict.
+    `debug` takes a DebugConfig, or its fields as a dict. `progress` is told how far the start is.
 
     A context manager: leaving it frees everything and ends the ranks that it launched. Raises ValueError, naming the
     file, tensor or field, for what cannot be loaded or does not fit; RankFailed if another rank ended.
@@ -49,7 +51,16 @@ class LLM:
     another thread's call either: `generate` says why.
     """
 
-    def __init__(self, model: str = "demo", tensor_parallel_size: int | None = None, **options):
+    scores_prompts = True  # whether it gives log probabilities of prompts
+
+    def __init__(
+        self,
+        model: str = "demo",
+        tensor_parallel_size: int | None = None,
+        progress: Progress | None = None,
+        **options,
+    ):
+        self._progress = progress
         self._configure({"model": model, "tensor_parallel_size": tensor_parallel_size} | options)
         self.turns = Turns()
         self.tokenizer = self._load_tokenizer()
@@ -76,6 +87,7 @@ class LLM:
             vocab_size=plan.spec.vocab_size,
             max_model_len=longest_sequence(self.config, plan),
             policy=self.config.scheduling_policy,
+            scores_prompts=self.scores_prompts,
         )
         self._chat_reader = functools.cache(functools.partial(make_chat_reader, self.config, self.tokenizer))
         self._request_ids = itertools.count()
@@ -171,6 +183,7 @@ class LLM:
                 token_ids,
                 [sequence.output() for sequence in own],
                 num_cached_tokens=own[0].request.num_cached_tokens,
+                prompt_logprobs=own[0].prompt_logprobs,
             )
             for index, ((prompt, token_ids, _), own) in enumerate(zip(asked, by_prompt))
         ]
@@ -287,7 +300,7 @@ class LLM:
             return load_tokenizer(self.config)
 
     def _start(self) -> Engine:
-        return start_engine(self.config, self._launch)
+        return start_engine(self.config, self._launch, functools.partial(build_worker, progress=self._progress))
 
     def _host_pages(self) -> HostPages | None:
         """The pages of host memory that this rank's engine moves KV to; None if it was asked for none."""
@@ -303,17 +316,19 @@ class LLM:
 
     def _expand(self, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
         """The n sequences of a prompt, each with a seed of its own. A stop string that is a special token, which is no
-        part of any text, ends them as a stop token id does."""
+        part of any text, ends them as a stop token id does. The first gives the prompt's log probabilities."""
         special_ids = self.tokenizer.special_ids if params.stop else {}
         special_stops = {special_ids[stop]: stop for stop in params.stop if stop in special_ids}
         if special_stops:
             params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *special_stops))
+        asks_once = dataclasses.replace(params, prompt_logprobs=None)
         sequences = []
         for index in range(params.n):
             number = next(self._request_ids)
             own = params.seed + index if params.seed is not None else (self.config.seed + 1) * _GOLDEN + number
             request = Request(number, token_ids, params, seed=own & _MASK)
             sequences.append(Sequence(request, index, self.tokenizer, special_stops))
+            params = asks_once
         return sequences
 
 

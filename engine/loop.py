@@ -9,10 +9,13 @@
 Adds and aborts wait in an inbox. It is emptied right before a pass is sealed and, where weights stream, again before a
 pass that was announced begins.
 
-A sequence fails alone. If its logits are NaN, or it can never run, it ends with FinishReason.ERROR; if it is aborted,
-with FinishReason.ABORT. The others go on as if a stop had ended those.
+A sequence fails alone. If its logits are NaN, if it can never run, or if its text cannot be made, it ends with
+FinishReason.ERROR; if it is aborted, with FinishReason.ABORT. The others go on as if a stop had ended those. So they do
+where rows cannot be packed for the other ranks. Where a pass cannot be scheduled at all, those that hold rows end, and
+those that wait go on.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +24,11 @@ from penstock.engine.compute.sampler import NAN_LOGITS, SampleOutput
 from penstock.engine.output import Sequence
 from penstock.engine.runtime.engine import Engine
 from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.message import UnpackedRows
 from penstock.scheduler.batching.request import FinishReason, Request
 from penstock.scheduler.batching.scheduler import Scheduler
+
+LOGGER = logging.getLogger("penstock.loop")
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,9 @@ class Loop:
 
     def advance(self) -> list[Event]:
         """Enqueues the next pass, and takes in the tokens of the oldest one under way once more are under way than the
-        engine may run ahead. Returns what happened to sequences. An exception, an interrupt too, ends them all. The
-        engine of one rank stays usable; that of several ranks has ended, since they no longer agree."""
+        engine may run ahead. Returns what happened to sequences. An exception of a pass, of a rank or of an update ends
+        them all, and so does an interrupt. The engine of one rank stays usable; that of several ranks has ended, since
+        they no longer agree."""
         try:
             with self.engine.together():
                 return self._advance()
@@ -79,28 +86,60 @@ class Loop:
         events = self._read_inbox()
         if not self.scheduler.has_unfinished:
             return events
-        batch = self.scheduler.schedule()
+        batch = self._schedule(events)
         if batch is not None and self.engine.must_wait:
             return events + self._run_if_wanted(batch)
         if batch is not None:
-            self.engine.submit(batch)
-        if batch is None or self.engine.num_under_way > self.engine.lookahead:
+            self._send(self.engine.submit, batch, events)
+        if self.engine.num_under_way > (0 if batch is None else self.engine.lookahead):
             events += self._take_in(*self._update(*self.engine.collect()))
         return events
 
     def _run_if_wanted(self, batch: Batch) -> list[Event]:
         """Runs a prepared pass as soon as the tokens of the one under way are there, or one that those who have come
         since have entered; text is made while it runs."""
-        self.engine.announce(batch)
+        events: list[Event] = []
+        was_sent = self._send(self.engine.announce, batch, events)
         came = self.engine.collect()
-        events = self._read_inbox()
+        events += self._read_inbox()
         requests, sampled = self._update(*came)
-        revised = self.scheduler.revise(batch)
+        revised = self.scheduler.revise(batch) if was_sent else None
         if revised is batch:
             self.engine.run_announced(batch)
         elif revised is not None:
-            self.engine.submit(revised)
+            self._send(self.engine.submit, revised, events)
         return events + self._take_in(requests, sampled)
+
+    def _schedule(self, events: list[Event]) -> Batch | None:
+        """The next pass, None if there is none. If that fails, those that hold rows end, whose state nobody knows; with
+        nobody left to blame it, it is raised."""
+        while True:
+            try:
+                return self.scheduler.schedule()
+            except Exception as error:
+                if not (seated := self.scheduler.seated):
+                    raise
+                self._fail(seated, "its pass could not be scheduled", error, events)
+                self.scheduler.check_integrity()
+
+    def _send(self, send: Callable[[Batch], None], batch: Batch, events: list[Event]) -> bool:
+        """Sends a pass to the ranks. False where some rows cannot be packed: these end, and the others are scheduled
+        anew."""
+        try:
+            send(batch)
+        except UnpackedRows as error:
+            self._fail(self.scheduler.withdraw(batch, error.rows), "it could not be told to the ranks", error, events)
+            return False
+        return True
+
+    def _fail(self, requests: list[Request], what: str, error: Exception, events: list[Event]) -> None:
+        """Ends requests with an error, which the log has whole."""
+        LOGGER.error("%d sequences end: %s", len(requests), what, exc_info=error)
+        for request in requests:
+            self.scheduler.finish(request, FinishReason.ERROR)
+            if (sequence := self._sequences.pop(request.id, None)) is not None:
+                sequence.fail(f"{what} ({type(error.__cause__ or error).__name__})")
+                events.append(Event(sequence, sequence.take_text(), is_last=True))
 
     def _read_inbox(self) -> list[Event]:
         events: list[Event] = []
@@ -126,8 +165,19 @@ class Loop:
             events.append(Event(sequence, sequence.take_text(), is_last=True))
 
     def _update(self, batch: Batch, sampled: SampleOutput | None) -> tuple[list[Request | None], SampleOutput | None]:
-        """Gives the requests of a pass their tokens. Returns those that got one, and what was sampled."""
+        """Gives the requests of a pass their tokens, and sequences the log probabilities of their prompts. Returns the
+        requests that got a token, and what was sampled."""
+        if sampled is not None and sampled.prompt_logprobs is not None:
+            self._score_prompts(batch, sampled)
         return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
+
+    def _score_prompts(self, batch: Batch, sampled: SampleOutput) -> None:
+        start, rows = 0, [row for row in batch.rows if row.scores]
+        for request, row in zip(self.scheduler.scored(batch), rows, strict=True):
+            scores = sampled.prompt_logprobs.rows(slice(start, start + row.num_scored), row.scores.num_top)
+            start += row.num_scored
+            if request is not None:
+                self._sequences[request.id].add_prompt_logprobs(scores)
 
     def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> list[Event]:
         """Gives each sequence of a pass its token."""
@@ -136,11 +186,13 @@ class Loop:
             sequence = None if request is None else self._sequences.get(request.id)
             if sequence is None:  # it has ended meanwhile
                 continue
-            if request.finish_reason == FinishReason.ERROR:
-                sequence.fail(NAN_LOGITS)
-            else:
+            try:
                 self._push(sequence, sampled, index)
-            is_last, text = request.finish_reason is not None, sequence.take_text()
+                text = sequence.take_text()
+            except Exception as error:
+                self._fail([request], "its text could not be made", error, events)
+                continue
+            is_last = request.finish_reason is not None
             if is_last:
                 del self._sequences[request.id]
             events.append(Event(sequence, text, is_last))
@@ -149,6 +201,9 @@ class Loop:
     def _push(self, sequence: Sequence, sampled: SampleOutput, index: int) -> None:
         """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""
         request = sequence.request
+        if request.finish_reason == FinishReason.ERROR:
+            sequence.fail(NAN_LOGITS)
+            return
         token = request.output_token_ids[-1]
         if request.params.logprobs is not None:
             sequence.add_logprobs(token, *sampled.logprobs.at(index, request.params.logprobs))

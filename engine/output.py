@@ -13,6 +13,7 @@ from penstock.engine.text.tokenizer import StopStrings, TextStream, Tokenizer
 from penstock.scheduler.batching.request import FinishReason, Request
 
 OnText = Callable[[int, int, str | None], None]
+Scored = tuple[float, int, list[tuple[int, float]]]  # a token's logprob and rank, and the most likely (id, logprob)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class CompletionOutput:
 class RequestOutput:
     """All sequences of one prompt; `prompt` is None if it was given as token ids. `num_cached_tokens` of the prompt
     were cached when its first sequence got a row; None if it never did. It says what an output cost, not which one it
-    is: equal outputs may differ in it."""
+    is: equal outputs may differ in it. `prompt_logprobs`, if they were asked for, are None and then for each token of
+    the prompt but its first one a mapping of token id to Logprob: that token and the top ones. They end early where the
+    first sequence did."""
 
     request_id: str
     prompt: str | None
@@ -51,6 +54,7 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = True
     num_cached_tokens: int | None = field(default=None, compare=False)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -58,14 +62,27 @@ class RequestOutput:
     @staticmethod
     def from_dict(data: dict) -> "RequestOutput":
         outputs = [CompletionOutput(**{**out, "logprobs": _logprobs(out["logprobs"])}) for out in data["outputs"]]
-        return RequestOutput(**{**data, "outputs": outputs})
+        of_prompt = _logprobs(data.get("prompt_logprobs"))
+        return RequestOutput(**{**data, "outputs": outputs, "prompt_logprobs": of_prompt})
 
 
-def _logprobs(positions: list[dict] | None) -> list[dict[int, Logprob]] | None:
+def _position(token: int, scores: Scored, decoded: Callable[[int], str | None]) -> dict[int, Logprob]:
+    """The log probabilities at one position: of its token, and of the most likely ones."""
+    logprob, rank, top = scores
+    position = {token: Logprob(logprob, rank, decoded(token))}
+    for top_rank, (top_id, top_logprob) in enumerate(top, 1):
+        position.setdefault(top_id, Logprob(top_logprob, top_rank, decoded(top_id)))
+    return position
+
+
+def _logprobs(positions: list[dict | None] | None) -> list[dict[int, Logprob] | None] | None:
     """Log probabilities from JSON, whose keys are strings."""
     if positions is None:
         return None
-    return [{int(token): Logprob(**logprob) for token, logprob in position.items()} for position in positions]
+    return [
+        None if position is None else {int(token): Logprob(**logprob) for token, logprob in position.items()}
+        for position in positions
+    ]
 
 
 def describe_errors(outputs: list[RequestOutput]) -> list[str]:
@@ -135,6 +152,7 @@ class Sequence:
         self._pieces: list[str] = []  # a string would be copied for each token of a long text
         self._num_taken = 0
         self.logprobs: list[dict[int, Logprob]] = []
+        self._prompt_scores: list[Scored] = []
         self.error: str | None = None
 
     @functools.cached_property
@@ -167,17 +185,29 @@ class Sequence:
         return "".join(new)
 
     def fail(self, error: str) -> None:
-        """Ends the sequence for this reason, and gives out the text that was held back."""
+        """Ends the sequence for this reason, and gives out the text that was held back, if that can be made."""
         self.error = error
-        self.flush()
+        with contextlib.suppress(Exception):
+            self.flush()
 
     def add_logprobs(self, token: int, logprob: float, rank: int, top: list[tuple[int, float]]) -> None:
         """Adds log probabilities of the sampled token and of the most likely ones (id, logprob; the first has rank
         1)."""
-        position = {token: Logprob(logprob, rank, self._decoded(token))}
-        for top_rank, (top_id, top_logprob) in enumerate(top, 1):
-            position.setdefault(top_id, Logprob(top_logprob, top_rank, self._decoded(top_id)))
-        self.logprobs.append(position)
+        self.logprobs.append(_position(token, (logprob, rank, top), self._decoded))
+
+    def add_prompt_logprobs(self, scores: list[Scored]) -> None:
+        """Adds log probabilities of the next tokens of the prompt, and of the most likely ones there."""
+        self._prompt_scores += scores
+
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """The log probabilities of the prompt that have come so far, as RequestOutput has them; None if nobody asked.
+        Their texts are made here, which takes long for a long prompt: not while passes wait."""
+        if self.request.params.prompt_logprobs is None:
+            return None
+        decoded = functools.cache(self._decoded)
+        scored = zip(self.request.prompt_token_ids[1:], self._prompt_scores)
+        return [None, *(_position(token, scores, decoded) for token, scores in scored)]
 
     def output(self) -> CompletionOutput:
         request, tokens = self.request, list(self.request.output_token_ids)

@@ -54,6 +54,24 @@ MAY_IMPORT = {
     ),
     "engine.output": ("engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
+    "engine.server.histogram": (),
+    "engine.server.metrics": (
+        "engine.llm",
+        "engine.output",
+        "engine.runtime.pass_times",
+        "engine.server.histogram",
+        "scheduler.batching",
+    ),
+    "engine.server.pages": ("engine.server.metrics", "engine.server.status"),
+    "engine.server.request_log": ("engine.server.metrics",),
+    "engine.server.status": (
+        "engine.llm",
+        "engine.server.metrics",
+        "engine.planning.engine_plan",
+        "engine.runtime.pass_times",
+        "engine.version",
+        "scheduler.batching",
+    ),
     "engine.kernels": ("parallel.push_reduce", "parallel.triton_door"),
     "engine.model": (
         "engine.kernels.codec_tile",
@@ -135,6 +153,9 @@ TORCH_FREE += ("parallel.ledger", "parallel.failure", "parallel.children", "para
 THIRD_PARTY = {"engine": {"numpy", "torch", "tokenizers", "tqdm", "triton"}, "parallel": {"torch", "triton"}}
 EXTRAS = {  # what only one module needs, and only if it is used
     "engine.profile.trace_plot": {"matplotlib"},
+    "engine.server.histogram": {"prometheus_client"},
+    "engine.server.metrics": {"prometheus_client"},
+    "engine.server.pages": {"fastapi"},
     "engine.text.sentencepiece_file": {"sentencepiece"},
     "engine.text.template_process": {"jinja2"},
     "engine.server.access": {"starlette"},

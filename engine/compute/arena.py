@@ -1,6 +1,7 @@
 """The activations of a pass: one device allocation, laid out by their lifetimes, cut to the pass's tokens and rows."""
 
 import torch
+from penstock.engine.model.steps import most_rows
 from penstock.engine.weights.views import byte_range
 from penstock.scheduler.passes.pass_plan import Slot
 from torch import Tensor
@@ -24,8 +25,8 @@ class ActivationArena:
     """Memory of the activations: `cut` gives views of it, and activations whose lifetimes do not overlap share bytes.
     It is allocated once and never moved.
 
-    `offsets` are bytes in the arena of `nbytes`, as planned for `most_tokens` and `most_rows`; `widths` give for each
-    activation what its rows are ("tokens" or "rows") and their width in elements.
+    `offsets` are bytes in the arena of `nbytes`, as planned for `most_tokens` and `most_sampled` rows; `widths` give
+    for each activation what its rows are, and their width in elements.
     """
 
     def __init__(
@@ -34,12 +35,12 @@ class ActivationArena:
         nbytes: int,
         widths: dict[str, tuple[str, int]],
         most_tokens: int,
-        most_rows: int,
+        most_sampled: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
         self.offsets, self.dtype = offsets, dtype
-        self.most = {"tokens": most_tokens, "rows": most_rows}
+        self.most = most_rows(most_tokens, most_sampled)
         self.widths = {name: widths[name] for name in offsets}
         for name, (unit, width) in self.widths.items():
             end = offsets[name] + self.most[unit] * width * dtype.itemsize
@@ -48,8 +49,8 @@ class ActivationArena:
 
     def cut(self, num_tokens: int, num_rows: int) -> dict[str, Tensor]:
         """Views of all activations by name, (T, width) or (N, width): never more than was planned, since the next
-        activation lies behind."""
-        lengths = {"tokens": num_tokens, "rows": num_rows}
+        activation lies behind. Where rows of prompts are scored there are as many as at a time."""
+        lengths = self.most | {"tokens": num_tokens, "rows": num_rows}
         for unit, length in lengths.items():
             assert length <= self.most[unit], f"{length} {unit}, and the arena has room for {self.most[unit]}"
         views = {}

@@ -17,6 +17,7 @@ from penstock.engine.compute.inputs import (
     PagedContext,
     PassInputs,
     RowRange,
+    ScoredTokens,
     to_device,
 )
 from penstock.engine.compute.paged import Cutting, make_cutting
@@ -72,7 +73,20 @@ class Binder:
             sampled_rows=tuple(row.index for row, _ in sampled),
             sampled_rows_device=self._put([row.index for row, _ in sampled]),
             sampled_positions=self._put([row.start + len(row.tokens) for row, _ in sampled]),
+            scored=self._scored(rows, starts) if any(row.scores for row in rows) else None,
         )
+
+    def _scored(self, rows: Sequence[BatchRow], starts: Sequence[int]) -> ScoredTokens:
+        """The log probabilities that rows ask for, whose first tokens are `starts` of the pass."""
+        select, targets, wanted = [], [], []
+        for row, start in zip(rows, starts):
+            if row.scores is not None:
+                own = row.scores.targets(row.tokens)
+                first = start + row.scores.first
+                select += range(first, first + len(own))
+                targets += own
+                wanted += [row.scores.num_top] * len(own)
+        return ScoredTokens(*map(self._put, (select, targets, wanted)))
 
     def _context(self, rows: Sequence[BatchRow], pages: Tensor, num_cached: Tensor) -> MixedContext:
         of_kind = {kind: [row for row in rows if row.kind is kind] for kind in RowKind}

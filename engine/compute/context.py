@@ -37,13 +37,14 @@ class ModelContext:
 @dataclass
 class PassContext:
     """One pass: `act` holds the activations, cut to its T or N rows; `asked` is what its rows ask the sampler for;
-    `take` gets what they sampled, if any row samples, before the pass ends."""
+    `take` gets what they sampled and what was scored of prompts, if there is either, before the pass ends."""
 
     model: ModelContext
     inputs: PassInputs
     act: Mapping[str, Tensor]
     asked: Asked
     take: Callable[[SampleOutput], None]
+    prompt_scores: Tensor | None = None  # (M, packed_width) int32, once they are there
 
     def heads(self) -> Tensor:
         """The activation attn as (T, H + 2K, E): q, k and v."""

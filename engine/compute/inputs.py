@@ -89,9 +89,19 @@ class CachedLayer(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ScoredTokens:
+    """Holds which log probabilities of prompts are asked, M of them: behind which tokens of the pass, of which tokens,
+    and with how many of the most likely ones."""
+
+    select: Tensor  # (M,) int64
+    targets: Tensor  # (M,) int64
+    wanted: Tensor  # (M,) int64
+
+
+@dataclass(frozen=True)
 class PassInputs:
     """A batch on the device. `positions` are indices in the row's cached tokens, in order of age, and set the rotation.
-    `addresses` are page * S + offset of the batch's own tokens."""
+    `addresses` are page * S + offset of the batch's own tokens. `scored` is None where no row asks for it."""
 
     tokens: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
@@ -102,6 +112,7 @@ class PassInputs:
     sampled_rows: tuple[int, ...]  # the sampler's rows that are sampled
     sampled_rows_device: Tensor  # (N,) int64
     sampled_positions: Tensor  # (N,) int64: where in its sequence the token is that is being sampled
+    scored: ScoredTokens | None = None
 
 
 def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ V local vocab. An operation cannot tell whether its weights stream: it gets them
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from penstock.engine.compute.attention import attend_
@@ -142,6 +143,31 @@ def parallel_add(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
     ctx.act["x_"].add_(ctx.act["y"])
 
 
+def score_prompts(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
+    """Log probabilities of the prompts' tokens for which rows ask. Logits are there for some of them at a time."""
+    if ctx.inputs.scored is None:
+        return
+    asked, num_scored, memory = ctx.inputs.scored, len(ctx.inputs.scored.select), ctx.act["prompt_logits"]
+    scores = []
+    for start in range(0, num_scored, len(memory)):
+        select, targets, wanted = (each[start : start + len(memory)] for each in vars(asked).values())
+        logits = memory[: len(select)]
+        _whole_head(ctx, weights, ctx.act["x_"].index_select(0, select), logits)
+        scores.append(ctx.model.sampler.score(logits[:, : ctx.model.spec.vocab_size], targets, wanted))
+    ctx.prompt_scores = torch.cat(scores)
+
+
+def _whole_head(ctx: PassContext, weights: Weights, rows: Tensor, logits: Tensor) -> None:
+    """Computes logits (R, V of all ranks) of rows (R, D)."""
+    collectives = ctx.model.collectives
+    if collectives.size == 1:
+        _project(ctx, weights, "head", rows, logits)
+    else:
+        part = logits.new_empty(len(rows), logits.shape[1] // collectives.size)
+        _project(ctx, weights, "head", rows, part)
+        collectives.all_gather_columns(part, logits)
+
+
 def select_rows(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
     torch.index_select(ctx.act["x_"], 0, ctx.inputs.select, out=ctx.act["rows"])
 
@@ -164,9 +190,10 @@ def sample(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
     inputs, sampler = ctx.inputs, ctx.model.sampler
     if "penalty" in ctx.asked.stages:
         sampler.observe(inputs.token_rows, inputs.tokens)
-    if inputs.sampled_rows:
+    if inputs.sampled_rows or ctx.prompt_scores is not None:
         logits = ctx.act["logits"][:, : ctx.model.spec.vocab_size]
-        ctx.take(sampler(logits, inputs.sampled_rows_device, inputs.sampled_positions, ctx.asked))
+        output = sampler(logits, inputs.sampled_rows_device, inputs.sampled_positions, ctx.asked)
+        ctx.take(replace(output, prompt_scores=ctx.prompt_scores))
 
 
 STEPS: dict[str, Callable[[PassContext, Weights, int], None]] = {
@@ -188,6 +215,7 @@ STEPS: dict[str, Callable[[PassContext, Weights, int], None]] = {
     "ffn_allreduce": _reduce_step("x_", "ffn_allreduce"),
     "ffn_residual": residual,
     "final_norm": _norm_step("final_norm"),
+    "score_prompts": score_prompts,
     "select_rows": select_rows,
     "head": _head_step("part"),
     "logits_gather": logits_gather,

@@ -18,7 +18,7 @@ R rows, V vocab (whole, not this rank's part), N most likely tokens.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -56,14 +56,25 @@ EVERYTHING = Asked(frozenset(STAGES))
 @dataclass(frozen=True)
 class SampleOutput:
     """Sampled `tokens` (R,) int64, each 0..V-1, or -1 where the row's logits hold a NaN: no token could be drawn, and
-    the row's log probabilities mean nothing. `scores` (R, packed_width(N)) int32 are Logprobs; None if no row asked."""
+    the row's log probabilities mean nothing. `scores` (R, packed_width(N)) int32 are Logprobs; None if no row asked.
+    `prompt_scores` (M, packed_width(N)) int32 are those of the prompts' tokens for which rows asked, likewise."""
 
     tokens: Tensor
     scores: Tensor | None
+    prompt_scores: Tensor | None = None
 
     @functools.cached_property
     def logprobs(self) -> Logprobs | None:
         return None if self.scores is None else Logprobs.of(self.scores)
+
+    @functools.cached_property
+    def prompt_logprobs(self) -> Logprobs | None:
+        return None if self.prompt_scores is None else Logprobs.of(self.prompt_scores)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "SampleOutput":
+        """The same with each tensor changed."""
+        scores = (None if one is None else change(one) for one in (self.scores, self.prompt_scores))
+        return SampleOutput(change(self.tokens), *scores)
 
 
 class PendingSample:
@@ -73,8 +84,7 @@ class PendingSample:
 
     def __init__(self, output: SampleOutput):
         self._event = torch.cuda.Event() if output.tokens.is_cuda else None
-        scores = None if output.scores is None else self._to_host(output.scores)
-        self._output = SampleOutput(self._to_host(output.tokens), scores)
+        self._output = output.map(self._to_host)
         if self._event is not None:
             self._event.record()
 
@@ -83,8 +93,8 @@ class PendingSample:
             return tensor.clone()
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
-    def wait(self) -> SampleOutput:
-        """The output on the host."""
+    def wait(self, expected_s: float = 0.0) -> SampleOutput:
+        """The output on the host; other threads of Python run meanwhile, whenever it is expected."""
         if self._event is not None:
             self._event.synchronize()
         return self._output

@@ -46,6 +46,12 @@ class Logprobs(NamedTuple):
         logprob, rank, top_logprobs, top_ids = (field.numpy()[index] for field in self)  # a tenth of torch's time
         return float(logprob), int(rank), list(zip(top_ids[:num_top].tolist(), top_logprobs[:num_top].tolist()))
 
+    def rows(self, rows: slice, num_top: int) -> list[tuple[float, int, list[tuple[int, float]]]]:
+        """The same of many rows."""
+        logprobs, ranks, top_logprobs, top_ids = (field.numpy()[rows] for field in self)
+        tops = zip(top_ids[:, :num_top].tolist(), top_logprobs[:, :num_top].tolist())
+        return list(zip(logprobs.tolist(), ranks.tolist(), (list(zip(*top)) for top in tops)))
+
 
 def packed_width(num_top: int) -> int:
     """Values of a row of Logprobs."""

@@ -11,6 +11,7 @@ from penstock.scheduler.passes.pass_plan import Compute, GroupId
 
 KEYS_AT_ONCE = 4096  # tokens whose keys, cached un-rotated, are rotated at a time: it bounds the temporaries
 COPIED_ROWS = 256  # rows whose logits are copied as float32 at a time, for penalties and filters: it bounds them too
+SCORED_ROWS = 128  # tokens of prompts whose logits are there at a time, for their log probabilities
 
 
 def model_steps(spec: ModelSpec) -> list[Compute]:
@@ -23,6 +24,7 @@ def model_steps(spec: ModelSpec) -> list[Compute]:
     return [
         *steps,
         _step("final_norm", head.layer_idx, head, x="rx", x_="+w"),
+        _step("score_prompts", head.layer_idx, head, x_="r", prompt_logits="+rwx"),
         _step("select_rows", head.layer_idx, None, x_="rx", rows="+w"),
         _step("head", head.layer_idx, head, rows="rx", part="+w"),
         _step("logits_gather", head.layer_idx, None, part="rx", logits="+w"),
@@ -85,8 +87,8 @@ def _parallel_layer(spec: ModelSpec, layer_idx: int) -> list[Compute]:
 
 
 def activation_widths(spec: ModelSpec, tp_size: int) -> dict[str, tuple[str, int]]:
-    """Says what the rows of each activation are ("tokens" of the batch, or "rows" that are sampled), and its width in
-    elements on one rank."""
+    """Says what the rows of each activation are ("tokens" of the batch, "rows" that are sampled, or "scored rows" of
+    prompts, some at a time), and its width in elements on one rank."""
     shard = shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0)
     vocab = local_vocab_size(spec.vocab_size, tp_size)
     return {
@@ -98,13 +100,20 @@ def activation_widths(spec: ModelSpec, tp_size: int) -> dict[str, tuple[str, int
         "rows": ("rows", spec.hidden_size),
         "part": ("rows", vocab),
         "logits": ("rows", vocab * tp_size),
+        "prompt_logits": ("scored rows", vocab * tp_size),
     }
+
+
+def most_rows(max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, int]:
+    """Says how many rows activations have at most, by what their rows are."""
+    scored = min(SCORED_ROWS, max_num_batched_tokens)
+    return {"tokens": max_num_batched_tokens, "rows": max_num_seqs, "scored rows": scored}
 
 
 def activation_bytes(
     spec: ModelSpec, dtype: str, tp_size: int, max_num_batched_tokens: int, max_num_seqs: int
 ) -> dict[str, int]:
     """Bytes of each activation at its largest, rounded up to 256."""
-    most = {"tokens": max_num_batched_tokens, "rows": max_num_seqs}
+    most = most_rows(max_num_batched_tokens, max_num_seqs)
     widths = activation_widths(spec, tp_size)
     return {name: pad_to(most[unit] * width * DTYPE_BYTES[dtype], 256) for name, (unit, width) in widths.items()}

@@ -30,6 +30,7 @@ GEMM_WORKSPACE_BYTES = 64 * MIB
 STAGING_BYTES = 64 * MIB  # of KV pages on their way to host memory or back, if a page is not more
 PENALTY_STATE_BYTES = 4  # a row and vocabulary entry: occurrences
 COPIED_LOGITS_BYTES = 2 * 4 + 1  # likewise, of rows copied at a time: penalised logits, a filter's and a byte beside
+SCORED_TOKEN_BYTES = 512  # of a prompt's token: log probabilities, twice as they are joined, and what asks for them
 ROW_BYTES = 1024  # of a row beside that and its page table: parameters, tokens and log probabilities
 
 
@@ -83,6 +84,7 @@ class MemoryClaims:
         temporaries += num_seqs * (vocab_size * PENALTY_STATE_BYTES + self._table_bytes + ROW_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
+        temporaries += self.most_tokens * SCORED_TOKEN_BYTES
         temporaries += num_seqs * self._item_bytes  # each row may begin one segment more than its cached tokens fill
         workspace = temporaries + (GEMM_WORKSPACE_BYTES if self.on_gpu else 0)
         claims = [("activations", self.activations(num_seqs)[1]), ("workspace", workspace)]

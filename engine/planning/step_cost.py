@@ -49,7 +49,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
     def work(step: Compute) -> StepWork:
         parts = step.parts
         is_reduce = sums_over_ranks(step) and len(parts) == 1
-        if tp_size == 1 and is_reduce:
+        if (tp_size == 1 and is_reduce) or step.step == "score_prompts":  # that one only where a row asks for it
             return StepWork(step.step)  # nothing is launched
         names = [name for part in parts for name in MATRICES.get(part, ()) if (step.group, name) in sizes]
         elements = sum(sizes[step.group, name] for name in names)

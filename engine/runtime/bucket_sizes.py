@@ -57,13 +57,15 @@ class BucketSizes:
         return list(dict.fromkeys(sizes))
 
     def find(self, batch: Batch) -> BucketSize | None:
-        """The size for a batch; None where it has a chunk that continues, more tokens or prompts than are padded, or a
-        row of one token that is not sampled and no prompt."""
+        """The size for a batch; None where it has a chunk that continues, more tokens or prompts than are padded, a row
+        of one token that is not sampled and no prompt, or a row that asks for log probabilities of its prompt."""
         if is_decode(batch):
             num_rows = next(size for size in self.num_rows if size >= len(batch.rows))
             return _decode(num_rows, self.segments.capacity([row.num_cached + 1 for row in batch.rows], num_rows))
         kinds, num_tokens = [row.kind for row in batch.rows], batch.num_tokens
         if RowKind.CONTINUES in kinds or RowKind.STARTS not in kinds or num_tokens > max(self.num_tokens, default=0):
+            return None
+        if any(row.scores for row in batch.rows):
             return None
         padded = next(size for size in self.num_tokens if size >= num_tokens)
         size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds)

@@ -26,6 +26,7 @@ from penstock.engine.runtime.executor import Compressed, Executor, Weights
 from penstock.engine.runtime.lanes import CudaLanes, InterleavedLanes, Lanes
 from penstock.engine.runtime.page_moves import PageMover
 from penstock.engine.runtime.pass_runner import PassRunner, RunAs
+from penstock.engine.runtime.progress import Progress
 from penstock.engine.runtime.watch import Watches
 from penstock.engine.weights.host_store import LoadedWeights, WeightSource, load_weights
 from penstock.engine.weights.stored_group import KeptGroup, StoredGroup, stored_run
@@ -96,23 +97,29 @@ class Ingredients:
         return self.topology.device
 
 
-def build_worker(given: Ingredients, source: WeightSource) -> Worker:
-    """Loads the weights and builds all that computes with them. Raises ValueError, or CompressionDoesNotPay, where
-    compressed weights turn out not to fit, MemoryError where the host's memory is too small; nothing is left then."""
+def build_worker(given: Ingredients, source: WeightSource, progress: Progress | None = None) -> Worker:
+    """Loads the weights and builds all that computes with them, and tells `progress`. Raises ValueError, or
+    CompressionDoesNotPay, where compressed weights turn out not to fit, MemoryError where the host's memory is too
+    small; nothing is left then."""
+    progress = progress or Progress()
     with bound_to(given.device), _host_memory(given.plan):
         layout = given.plan.rank_layout(given.topology.rank)
-        weights = load(given, source, layout)
+        weights = load(given, source, layout, progress)
         try:
+            progress.part = "building"
             given = replace(given, plan=settled(given, weights))
             executor = build_executor(given, layout, weights)
-            return Worker(given.plan, weights, executor, build_runner(given, executor))
+            worker = Worker(given.plan, weights, executor, build_runner(given, executor))
         except BaseException:
             weights.close()
             raise
+        progress.part = "done"
+        return worker
 
 
-def load(given: Ingredients, source: WeightSource, layout: ModelLayout) -> LoadedWeights:
+def load(given: Ingredients, source: WeightSource, layout: ModelLayout, progress: Progress) -> LoadedWeights:
     residency, topology = given.plan.residency, given.topology
+    progress.begin_loading(layout.nbytes)
     quiet = topology.rank > 0 or None  # None: shown on a terminal only
     with tqdm(total=layout.nbytes, unit="B", unit_scale=True, desc="loading", disable=quiet, leave=False) as bar:
         return load_weights(
@@ -122,7 +129,7 @@ def load(given: Ingredients, source: WeightSource, layout: ModelLayout) -> Loade
             embed_on_host=not residency.embed_resident,
             device=given.device,
             compressed=residency.compressed,
-            progress=bar.update,
+            progress=lambda nbytes: (bar.update(nbytes), progress.add(nbytes)),
             ranks_on_host=topology.ranks_on_host,
             kv_bytes=num_host_pages(given.config, given.plan) * given.plan.demand.page_bytes,
         )

@@ -126,16 +126,17 @@ class Engine:
 
     @on_own_device
     def submit(self, batch: Batch) -> None:
-        """Enqueues a pass on all ranks; on rank 0."""
-        self._note_submitted(batch)
+        """Enqueues a pass on all ranks; on rank 0. Raises UnpackedRows, and does nothing, if rows cannot be told to the
+        others."""
         self.messages.say_batch(Kind.BATCH, batch)
+        self._note_submitted(batch)
         self.worker.runner.submit(batch)
         self.times.foresee(batch.shape, self.work, self.rates)
 
     @on_own_device
     def announce(self, batch: Batch) -> None:
         """Says which pass may follow, for which all ranks prepare; on rank 0. If it is never run, the next message
-        replaces it."""
+        replaces it. Raises UnpackedRows as `submit` does."""
         self.messages.say_batch(Kind.ANNOUNCED, batch)
         self.worker.runner.prepare(batch)
 
@@ -155,9 +156,9 @@ class Engine:
     def collect(self) -> tuple[Batch, SampleOutput | None]:
         """Waits for the tokens of the oldest pass under way; on rank 0."""
         with self.times.waiting():
-            output = self.worker.runner.collect()
+            output = self.worker.runner.collect(self.times.expected_s)
         self.collectives.check()  # tokens of sums that were given up mean nothing
-        self.times.ended()
+        self.times.ended(0 if output is None else len(output.tokens))
         return self.submitted.popleft(), output
 
     @on_own_device

@@ -18,7 +18,10 @@ from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.runtime.watch import Watches
 from torch import Tensor
 
-POLLS_A_CHECK = 20_000  # how often to ask whether the device has failed
+POLLS_A_CHECK = 200  # how often to ask whether the device has failed
+# Between two polls the host sleeps, so that other threads have Python's lock: long until shortly before the pass is
+# expected to end, then as short as it can. A pass that ends early is so seen no later than half a millisecond.
+LONG_SLEEP_S, SHORT_SLEEP_S, SHORTLY_S = 5e-4, 2e-5, 2e-3
 
 
 class Mailbox:
@@ -60,6 +63,12 @@ class Mailbox:
         """Waits for all letters that were sent, and counts them; after an interruption."""
         self.num_sent = int(self.device_number)
 
+    def check_all(self) -> None:
+        """Raises RuntimeError if the device has failed, PeerLost if another rank."""
+        if self.device_number.is_cuda:
+            torch.cuda.current_stream().query()
+        self.check()
+
     def expect(self, num_tokens: int, scored: bool) -> "PendingLetter":
         """The letter of the pass that was just enqueued, to be waited for, with log probabilities if it is `scored`."""
         self.num_sent += 1
@@ -75,14 +84,16 @@ class PendingLetter:
     num_tokens: int
     scored: bool
 
-    def wait(self) -> SampleOutput:
-        """Raises RuntimeError if the device, PeerLost if another rank has failed."""
+    def wait(self, expected_s: float = 0.0) -> SampleOutput:
+        """Waits for the letter, which is expected at that time of time.perf_counter. Raises RuntimeError if the device,
+        PeerLost if another rank has failed."""
         came, polls = self.mailbox.number.numpy(), 0
         while came[0] < self.number:
+            is_near = time.perf_counter() > expected_s - SHORTLY_S
+            time.sleep(SHORT_SLEEP_S if is_near else LONG_SLEEP_S)
             polls += 1
             if polls % POLLS_A_CHECK == 0:
-                torch.cuda.current_stream().query()
-                self.mailbox.check()
+                self.mailbox.check_all()
         assert came[0] < self.number + Mailbox.DEPTH, "the letter was overwritten: too many passes under way"
         sheets = (self.mailbox.letters, self.mailbox.scores)
         tokens, scores = (sheet[: self.num_tokens, self.number % Mailbox.DEPTH] for sheet in sheets)

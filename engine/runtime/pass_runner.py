@@ -63,7 +63,8 @@ class PassRunner:
         max_context: int,
         mover: PageMover | None = None,
     ):
-        assert max_num_seqs <= min(executor.arena.most.values()), "a bucket would be larger than the activations"
+        most = executor.arena.most
+        assert max_num_seqs <= min(most["tokens"], most["rows"]), "a bucket would be larger than the activations"
         self.executor, self.mover = executor, mover
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
         whole = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
@@ -136,11 +137,12 @@ class PassRunner:
             self.watches.end_pass(batch, self._logits(num_logits)[: batch.num_sampled])
 
     @on_own_device
-    def collect(self) -> SampleOutput | None:
+    def collect(self, expected_s: float = 0.0) -> SampleOutput | None:
         """The tokens of the oldest pass under way, one for each row that samples, on the host; None if no row did.
-        Returns when they are there, before the pass's last copies have ended."""
+        Returns when they are there, before the pass's last copies have ended; they are expected at that time of
+        time.perf_counter."""
         pending = self.under_way.popleft()
-        return None if pending is None else pending.wait()
+        return None if pending is None else pending.wait(expected_s)
 
     @on_own_device
     def forget(self) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import PassTime, Rates, predict_pass
 
+NUM_RECENT, RECENT_S = 1000, 10.0  # the passes, and their last seconds, over which tokens/s are taken
+
 
 class Timed(NamedTuple):
     """A pass that ended: its shape, the seconds that it took, what was predicted, and the CPU seconds of this process,
@@ -24,12 +26,14 @@ class Timed(NamedTuple):
 @dataclass
 class PassTimes:
     """Seconds of the passes that ended. A pass takes from when it was submitted, or from when the pass before it ended,
-    if that was later. `passes` are those since `keep`."""
+    if that was later. `passes` are those since `keep`; `recent` has when the last ones ended, and their tokens."""
 
     num_passes: int = 0
     measured_s: float = 0.0
     predicted_s: float = 0.0
     passes: list[Timed] | None = None  # None: none are kept
+    last: Timed | None = None  # the one that ended last
+    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     _submitted_s: deque[tuple[float, float]] = field(default_factory=deque)  # by the clock, and of CPU
     _ended_s: tuple[float, float] = (0.0, 0.0)
     _waited_s: float = 0.0  # of CPU, since a pass ended
@@ -48,6 +52,19 @@ class PassTimes:
     def submitted(self) -> None:
         self._submitted_s.append(_now_s())
 
+    @property
+    def expected_s(self) -> float:
+        """The time, of time.perf_counter, at which the oldest pass under way is predicted to end."""
+        return max(self._submitted_s[0][0], self._ended_s[0]) + self._foreseen[0][1].total_s
+
+    def tokens_s(self) -> float:
+        """The tokens a second of late, for any thread; 0 where no pass has ended for some seconds."""
+        now_s = time.perf_counter()
+        recent = [(ended_s, number) for ended_s, number in list(self.recent) if now_s - ended_s < RECENT_S]
+        if len(recent) < 2:
+            return 0.0
+        return sum(number for _, number in recent[1:]) / (now_s - recent[0][0])
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """A context in which this thread waits for tokens, which it may do by polling."""
@@ -55,17 +72,19 @@ class PassTimes:
         yield
         self._waited_s += time.thread_time() - began_s
 
-    def ended(self) -> None:
-        """Says that the oldest pass that was submitted has ended."""
+    def ended(self, num_sampled: int = 0) -> None:
+        """Says that the oldest pass that was submitted has ended, and how many tokens it gave."""
         now_s = _now_s()
         measured_s, cpu_s = (now - max(both) for now, *both in zip(now_s, self._submitted_s.popleft(), self._ended_s))
         shape, predicted = self._foreseen.popleft()
         host_s, self._ended_s, self._waited_s = max(cpu_s - self._waited_s, 0.0), now_s, 0.0
+        self.recent.append((now_s[0], num_sampled))
         self.num_passes += 1
         self.measured_s += measured_s
         self.predicted_s += predicted.total_s
+        self.last = Timed(shape, measured_s, predicted, host_s)
         if self.passes is not None:
-            self.passes.append(Timed(shape, measured_s, predicted, host_s))
+            self.passes.append(self.last)
 
     def forget(self) -> None:
         """Gives up the passes that have not ended."""

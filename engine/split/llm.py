@@ -19,7 +19,10 @@ FIXED = {"tensor_parallel_size": 1, "device": "cpu", "resident": "all", "weights
 
 class SplitLLM(LLM):
     """An LLM whose device side is not trusted. `options` are EngineConfig's fields, without those of FIXED. Raises
-    ValueError as LLM does. What `split.permute` does is obfuscation, not confidentiality (permutation.py)."""
+    ValueError as LLM does, and for prompt_logprobs. What `split.permute` does is obfuscation, not confidentiality
+    (permutation.py)."""
+
+    scores_prompts = False
 
     def __init__(self, model: str = "demo", split: SplitConfig | None = None, **options):
         self._split, self._own_options = SplitConfig() if split is None else split, options

@@ -20,13 +20,14 @@ ALWAYS_ENCODED_BYTES = MIB  # of a text, whatever a sequence may hold
 @dataclass(frozen=True)
 class PromptReader:
     """Reads prompts for one model, which messages name; without a tokenizer they are token ids. A priority other than 0
-    is only for the scheduling `policy` of that name."""
+    is only for the scheduling `policy` of that name, and log probabilities of prompts where `scores_prompts`."""
 
     model: str
     tokenizer: Tokenizer | None
     vocab_size: int
     max_model_len: int
     policy: str = "fcfs"
+    scores_prompts: bool = True
 
     def read(self, prompts: Any, sampling_params: Any) -> list[Asked]:
         """Raises ValueError, naming the prompt, for what cannot be meant, on every rank alike."""
@@ -54,6 +55,8 @@ class PromptReader:
                 f"prompt {index}: priority={params.priority}: who comes first is served first here; set"
                 " scheduling_policy='priority'"
             )
+        if params.prompt_logprobs is not None and not self.scores_prompts:
+            raise ValueError(f"prompt {index}: prompt_logprobs={params.prompt_logprobs}: a split execution has none")
         if self.tokenizer is None:
             refuse_text(self.model, index, prompt, params)
         text, token_ids = self._text_and_tokens(index, prompt)

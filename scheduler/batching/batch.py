@@ -21,6 +21,9 @@ class RowKind(IntEnum):
     STARTS = 2
 
 
+NO_TOKEN = -1
+
+
 class History(NamedTuple):
     """Tokens that penalties must know of, though no pass of this row computes the cached ones, or samples the
     outputs."""
@@ -34,6 +37,20 @@ class History(NamedTuple):
         return History(tuple(request.tokens_between(0, request.num_computed_tokens)), tuple(request.output_token_ids))
 
 
+class PromptScores(NamedTuple):
+    """The tokens of a prompt whose log probabilities a row gives, with those of the `num_top` most likely ones: each
+    that follows one of the row's tokens, from its `first` on. `following` is the one behind its last token; NO_TOKEN
+    where the prompt ends with that."""
+
+    num_top: int
+    first: int
+    following: int
+
+    def targets(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """These tokens, of a row of `tokens`."""
+        return tokens[self.first + 1 :] + (() if self.following == NO_TOKEN else (self.following,))
+
+
 class BatchRow(NamedTuple):
     """The tokens that one request computes in a pass.
 
@@ -41,7 +58,8 @@ class BatchRow(NamedTuple):
     start, start + 1, ... of the sequence; ON_DEVICE among them is the row's last sampled token. `num_evicted` tokens
     before them are not cached any more. `pages` is the page table up to the last of these tokens. `samples` is false
     for a chunk behind which known tokens are left. `sampling` is set in the request's first pass in this row only, and
-    replaces that of the row's former owner; with it comes the `history` that it asks for.
+    replaces that of the row's former owner; with it comes the `history` that it asks for. `scores` says of which tokens
+    of the prompt log probabilities are asked, if any.
     """
 
     index: int
@@ -52,6 +70,12 @@ class BatchRow(NamedTuple):
     sampling: RowSampling | None
     num_evicted: int = 0
     history: History = History()
+    scores: PromptScores | None = None
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens of the prompt of which the row gives log probabilities."""
+        return len(self.scores.targets(self.tokens)) if self.scores else 0
 
     @property
     def num_cached(self) -> int:

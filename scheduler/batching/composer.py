@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from penstock.scheduler.batching.admission import Admission
-from penstock.scheduler.batching.batch import BatchRow, History
+from penstock.scheduler.batching.batch import NO_TOKEN, BatchRow, History, PromptScores
 from penstock.scheduler.batching.decode_order import keep_order
 from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
 from penstock.scheduler.batching.pages import pages_for
@@ -101,6 +101,7 @@ class Composer:
             sampling=sampling,
             num_evicted=num_evicted,
             history=history,
+            scores=_scores(request, start, end) if request.num_unscored_tokens else None,
         )
 
     def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
@@ -108,3 +109,13 @@ class Composer:
         num_pages = pages_for(self._retention.margin + end - num_evicted, self._seats.page_size)
         if (num_pages, num_evicted) != (len(request.page_table), request.num_evicted):
             request.page_table, request.num_evicted = self._retention.page_table(request.pages, end), num_evicted
+
+
+def _scores(request: Request, start: int, end: int) -> PromptScores | None:
+    """The log probabilities of its prompt that a request asks for and a row of its tokens start..end can give. What was
+    given before it gave way is kept."""
+    prompt = request.prompt_token_ids
+    first = max(request.num_scored_tokens, start)
+    if first >= min(end, len(prompt) - 1):
+        return None
+    return PromptScores(request.params.prompt_logprobs, first - start, prompt[end] if end < len(prompt) else NO_TOKEN)

@@ -72,14 +72,20 @@ class Counts:
     num_free_tokens_used: int = 0
     moves: MoveCounts = field(default_factory=MoveCounts)
     waits: Counter[Wait] = field(default_factory=Counter)
+    _why_waiting: Wait | None = field(default=None, repr=False, compare=False)
     _logged_at_s: float = field(default=-LOG_EVERY_S, repr=False, compare=False)
 
     def note_pass(self, num_waiting: int, why: Wait) -> None:
         """Notes a pass, how many requests it leaves waiting, and why."""
         self.num_passes += 1
-        self.num_waiting = num_waiting
+        self.num_waiting, self._why_waiting = num_waiting, why if num_waiting else None
         if num_waiting:
             self.waits[why] += 1
+
+    @property
+    def why_waiting(self) -> Wait | None:
+        """The thing that the last pass lacked for those that wait; None if nobody does."""
+        return self._why_waiting
 
     def note_free_tokens(self, before: tuple[int, int], now: tuple[int, int]) -> None:
         """Notes the tokens that are free in a pass, and how many of these it uses, instead of what was noted

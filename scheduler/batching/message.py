@@ -9,10 +9,11 @@ What a message says counts once its pass runs: an announced one may be withdrawn
 
 import itertools
 import os.path
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from penstock.scheduler.batching.batch import Batch, BatchRow, History
+from penstock.scheduler.batching.batch import Batch, BatchRow, History, PromptScores
 from penstock.scheduler.batching.host_pages import Move
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
 
@@ -22,6 +23,7 @@ _DECODES = 4  # its only token is ON_DEVICE
 _GOES_ON = 8  # its tokens follow the last ones, and no more are evicted
 _SAME_PAGES = 16
 _HAS_HISTORY = 32
+_HAS_SCORES = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class Known:
     end: int = 0  # of its tokens
     num_evicted: int = 0
     pages: tuple[int, ...] = ()
+
+
+class UnpackedRows(Exception):
+    """Rows of a batch, by their numbers, that cannot be packed. Nothing of the batch has been said then."""
+
+    def __init__(self, rows: list[int]):
+        super().__init__(f"rows {rows} cannot be packed")
+        self.rows = rows
 
 
 class RowMessages:
@@ -45,13 +55,28 @@ class RowMessages:
             self._known[row.index] = Known(row.start + len(row.tokens), row.num_evicted, row.pages)
 
     def pack(self, batch: Batch) -> list[int]:
-        """The batch as int32 values."""
+        """The batch as int32 values. Raises UnpackedRows, from what was raised first, for those that do not fit, or all
+        of them if it is none by itself."""
+        try:
+            return self._pack(batch)
+        except Exception as error:
+            unpacked = [row.index for row in batch.rows if not self._can_pack(Batch((row,)))]
+            raise UnpackedRows(unpacked or [row.index for row in batch.rows]) from error
+
+    def _can_pack(self, batch: Batch) -> bool:
+        try:
+            return bool(self._pack(batch))
+        except Exception:
+            return False
+
+    def _pack(self, batch: Batch) -> list[int]:
         message = [0, len(batch.rows), len(batch.moves)]
         for page, host_page, is_out in batch.moves:
             message += page, host_page, int(is_out)
         for row in batch.rows:
             message += self._pack_row(row)
         message[0] = len(message)
+        array("i", message)  # raises OverflowError
         return message
 
     def unpack(self, message: Sequence[int]) -> Batch:
@@ -71,7 +96,7 @@ class RowMessages:
         decodes, same_pages = row.tokens == (ON_DEVICE,), row.pages is known.pages or row.pages == known.pages
         goes_on = (row.start, row.num_evicted) == (known.end, known.num_evicted)
         flags = row.samples * _SAMPLES | (row.sampling is not None) * _HAS_SAMPLING
-        flags |= any(row.history) * _HAS_HISTORY
+        flags |= any(row.history) * _HAS_HISTORY | (row.scores is not None) * _HAS_SCORES
         packed = [row.index, flags | decodes * _DECODES | goes_on * _GOES_ON | same_pages * _SAME_PAGES]
         if not decodes:
             packed += len(row.tokens), *row.tokens
@@ -84,7 +109,7 @@ class RowMessages:
             packed += row.sampling.pack()
         for told in row.history if flags & _HAS_HISTORY else ():
             packed += len(told), *told
-        return packed
+        return packed + list(row.scores or ())
 
     def _unpack_row(self, ints: Iterator[int]) -> BatchRow:
         index, flags = _take(ints, 2)
@@ -99,7 +124,8 @@ class RowMessages:
         history = History()
         if flags & _HAS_HISTORY:
             history = History(*(_take(ints, *_take(ints, 1)) for _ in History._fields))
-        return BatchRow(index, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted, history)
+        scores = PromptScores(*_take(ints, len(PromptScores._fields))) if flags & _HAS_SCORES else None
+        return BatchRow(index, tokens, start, pages, bool(flags & _SAMPLES), sampling, num_evicted, history, scores)
 
 
 def _take_move(ints: Iterator[int]) -> Move:

@@ -45,8 +45,8 @@ class PrefixCache:
         return self._num_holders[page] > 1
 
     def find(self, request: Request, beside: int = 0) -> list[Block]:
-        """The blocks with which the request begins; a token at least is left to be computed. Those in host memory are
-        among them if it pays to move them, beside a pass of `beside` tokens."""
+        """The blocks with which the request begins; what has logits that are asked for is left to be computed, a token
+        at least. Those in host memory are among them if it pays to move them, beside a pass of `beside` tokens."""
         found = self._find_all(request)
         moved = [index for index, block in enumerate(found) if block.page is None]
         if moved and not self.host.pays(len(moved) * self.page_size, beside):
@@ -61,7 +61,7 @@ class PrefixCache:
             found = []
         found = list(itertools.takewhile(self._is_current, found))
         before: int | str | None = found[-1].number if found else request.params.cache_salt
-        most = (request.num_tokens - 1) // self.page_size if self.is_on else 0
+        most = request.num_reusable_tokens // self.page_size if self.is_on else 0
         for start in range(len(found) * self.page_size, most * self.page_size, self.page_size):
             block = self._look_up((before, tuple(request.tokens_between(start, start + self.page_size))))
             if block is None:

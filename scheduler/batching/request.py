@@ -49,7 +49,8 @@ class SamplingParams:
     A temperature below 1e-5 is greedy. `top_k` 0 or -1 is off (kept as 0). `max_tokens` None means up to
     max_model_len. `stop` and `stop_token_ids` are kept as tuples; `seed` -1 is None, as in vLLM. A lower `priority`
     comes first, where the engine's scheduling policy is "priority". Cached prefixes are shared only by requests of the
-    same `cache_salt`.
+    same `cache_salt`. `logprobs` and `prompt_logprobs` ask for log probabilities of the tokens of the output and of the
+    prompt, and of so many most likely ones.
     Raises ValueError that names the field, its value and the allowed range.
     """
 
@@ -66,6 +67,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     priority: int = 0
     cache_salt: str | None = None
@@ -83,7 +85,8 @@ class SamplingParams:
             self._check_float(name, lambda x: -2 <= x <= 2, "a number from -2 to 2")
         self._check_int("priority", -INT32_MAX, INT32_MAX, f"an integer from {-INT32_MAX} to {INT32_MAX}")
         logprobs = f"an integer from 0 to {MAX_LOGPROBS}, or None"
-        self._check_int("logprobs", 0, MAX_LOGPROBS, logprobs, optional=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            self._check_int(name, 0, MAX_LOGPROBS, logprobs, optional=True)
         if not isinstance(self.ignore_eos, bool):
             self._refuse("ignore_eos", "True or False")
         if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
@@ -168,6 +171,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_unseen_tokens: int = 0
+    num_scored_tokens: int = 0  # of its first ones, behind which the prompt's log probabilities are known
     num_under_way: int = 0  # passes under way that compute some of it
     turn: tuple[int, int] = (0, 0)  # in the line of those that wait
     pages: list[int] = field(default_factory=list)
@@ -211,6 +215,18 @@ class Request:
     def may_give_way(self) -> bool:
         """Tells whether others may take its row and pages: nobody gives way twice without a token between."""
         return self.num_preemptions == 0 or self.num_tokens_ahead > self.num_tokens_admitted
+
+    @property
+    def num_unscored_tokens(self) -> int:
+        """Tokens behind which log probabilities of the prompt are still to come."""
+        asks = self.params.prompt_logprobs is not None
+        return len(self.prompt_token_ids) - 1 - self.num_scored_tokens if asks else 0
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """The first tokens of which the KV may come from elsewhere, because nobody asks for their logits. The last one
+        is always computed: something must be sampled from."""
+        return self.num_scored_tokens if self.num_unscored_tokens else self.num_tokens - 1
 
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Tokens start..end of the sequence, without joining all of it for each new token. Only the last of them can be

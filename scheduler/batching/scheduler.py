@@ -16,7 +16,7 @@ token), its row in the next pass has already been scheduled and is computed for 
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from penstock.scheduler.batching.admission import Admission
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -92,6 +92,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._seats.running)
+
+    @property
+    def seated(self) -> list[Request]:
+        """The requests that hold rows."""
+        return list(self._seats.running.values())
 
     @property
     def num_free_pages(self) -> int:
@@ -189,8 +194,9 @@ class Scheduler:
         self.counts.note_free_tokens(self._free_tokens, self.composer.budget.free_tokens)
         self._free_tokens = self.composer.budget.free_tokens
 
-    def withdraw(self, batch: Batch) -> None:
-        """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew."""
+    def withdraw(self, batch: Batch, rows: Collection[int] = ()) -> list[Request]:
+        """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew.
+        Returns those of `rows`."""
         assert batch is self._under_way[-1][0], "not the newest batch"
         _, requests = self._under_way.pop()
         self.cache.host.put_back(batch.moves)
@@ -200,6 +206,14 @@ class Scheduler:
             request.num_unseen_tokens -= row.samples
             request.num_under_way -= 1
             request.is_told &= row.sampling is None
+        return [request for row, request in zip(batch.rows, requests) if row.index in rows]
+
+    def scored(self, batch: Batch) -> list[Request | None]:
+        """The requests whose prompts the oldest pass under way gives log probabilities of, in batch order; None for one
+        that has ended meanwhile."""
+        assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
+        both = zip(batch.rows, self._under_way[0][1], strict=True)
+        return [None if request.finish_reason else request for row, request in both if row.scores]
 
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
         """Takes in the tokens of the oldest pass under way.
@@ -225,6 +239,8 @@ class Scheduler:
     def _take_in(self, request: Request, row: BatchRow, token: int | None) -> None:
         """Notes what a pass computed of a request, and its token if the row sampled one. What is behind a token that
         could not be sampled is for nobody else."""
+        if row.scores is not None:
+            request.num_scored_tokens = row.start + row.scores.first + row.num_scored
         if token is not None and token < 0:
             self.cache.forget(request.pages)
         elif request.row is not None:

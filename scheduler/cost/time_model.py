@@ -131,7 +131,7 @@ def _is_rate(value: Any, zero: bool) -> bool:
 @dataclass(frozen=True)
 class PassTime:
     """Seconds of a pass by what they are spent on, their total, and the bound: link, memory, compute, launch, reduce or
-    decompress, whichever takes longest by itself."""
+    decompress, whichever takes longest by itself. `lane_s` are those of the compute lane."""
 
     link_s: float
     memory_s: float
@@ -141,6 +141,7 @@ class PassTime:
     decompress_s: float
     total_s: float
     bound: str
+    lane_s: float = 0.0
 
     @property
     def bound_s(self) -> float:
@@ -157,9 +158,12 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
         "decompress": decompress_s(work.decompressed_bytes, work.num_decompressed, rates),
     }
-    total_s = pass_s(work.streamed_bytes, steps_s(work.steps, shape, rates), parts["decompress"], rates)
+    all_steps_s = steps_s(work.steps, shape, rates)
     return PassTime(
-        **{f"{name}_s": value for name, value in parts.items()}, total_s=total_s, bound=max(parts, key=parts.get)
+        **{f"{name}_s": value for name, value in parts.items()},
+        total_s=pass_s(work.streamed_bytes, all_steps_s, parts["decompress"], rates),
+        bound=max(parts, key=parts.get),
+        lane_s=all_steps_s + parts["decompress"],
     )
 
 

@@ -8,10 +8,11 @@ import json
 import pytest
 import torch
 from penstock.engine.compute.sampler import SampleOutput
-from penstock.engine.output import CompletionOutput, RequestOutput, describe_errors, without_errors
+from penstock.engine.output import CompletionOutput, RequestOutput, Sequence, describe_errors, without_errors
 from penstock.engine.runtime.graph import Mailbox
 from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.transfers import FUSED, SCORES, SplitConfig
+from penstock.scheduler.batching.message import RowMessages
 
 from penstock import LLM, SamplingParams
 from tests.support.failing_rows import (
@@ -29,7 +30,7 @@ from tests.support.failing_rows import (
     run,
 )
 from tests.support.kernel_registry import KERNELS
-from tests.support.llm_runs import WAYS
+from tests.support.llm_runs import WAYS, tokens_of
 from tests.support.oracle.checkpoints import write_checkpoint
 
 ON_CPU = OPTIONS | {"device": "cpu", "dtype": "float32"}
@@ -134,6 +135,99 @@ def test_an_impossible_request_found_late_fails_alone(on_ranks, monkeypatch, tp_
     monkeypatch.undo()
     assert llm.generate(PROMPTS, GREEDY) == expected
     assert_at_rest(llm)
+
+
+def once(monkeypatch, owner: object, name: str, is_due, do) -> None:
+    """Makes a method do something else once, when `is_due` of its arguments first holds."""
+    real, told = getattr(owner, name), []
+
+    def changed(*given):
+        if told or not is_due(*given):
+            return real(*given)
+        told.append(given)
+        return do()
+
+    monkeypatch.setattr(owner, name, changed)
+
+
+def divide() -> None:
+    raise ZeroDivisionError("a secret path")
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_row_whose_text_cannot_be_made_fails_alone(checkpoint, monkeypatch, way):
+    """Tokeniser, stop strings and log probabilities: the others have the bits of a run in which a stop string, which is
+    found in a text, ended it there."""
+
+    def is_due(sequence, *_) -> bool:
+        return sequence.request.prompt_token_ids == PROMPTS[0] and len(sequence.request.output_token_ids) == 5
+
+    with LLM(checkpoint, **ON_CPU | way) as llm:
+
+        def changed(name: str, do) -> list[RequestOutput]:
+            llm.reset_prefix_cache()
+            with monkeypatch.context() as patch:
+                once(patch, Sequence, name, is_due, do)
+                return llm.generate(PROMPTS, PARAMS)
+
+        stopped = changed("push", lambda: "a stop string")
+        assert stopped[0].outputs[0].stop_reason == "a stop string"
+        for name in ("push", "take_text", "add_logprobs"):
+            failed = changed(name, divide)
+            one = failed[0].outputs[0]
+            assert (one.finish_reason, one.token_ids) == ("error", stopped[0].outputs[0].token_ids)
+            assert one.error == "its text could not be made (ZeroDivisionError)"
+            assert failed[1:] == stopped[1:]
+            assert_at_rest(llm)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_rows_of_a_pass_that_cannot_be_scheduled_fail_and_those_that_wait_go_on(checkpoint, monkeypatch, way):
+    """There are three rows for four prompts. Whatever the passes under way give is for nobody."""
+    with LLM(checkpoint, **ON_CPU | way) as llm:
+        alone = llm.generate([PROMPTS[3]], PARAMS[3])
+        llm.reset_prefix_cache()
+        counts = iter(range(100))
+        with monkeypatch.context() as patch:
+            once(patch, llm.loop.scheduler.composer, "compose", lambda: next(counts) == 6, divide)
+            outputs = llm.generate(PROMPTS, PARAMS)
+        ends = [output.outputs[0].finish_reason for output in outputs]
+        assert ends == ["error", "error", "error", "length"]
+        assert outputs[0].outputs[0].error == "its pass could not be scheduled (ZeroDivisionError)"
+        assert tokens_of(outputs[3:]) == tokens_of(alone)
+        assert_at_rest(llm)
+        assert llm.generate(PROMPTS, PARAMS)[3].outputs[0].token_ids == alone[0].outputs[0].token_ids
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(llm.loop.scheduler, "schedule", lambda: 1 / 0)  # with nobody to blame
+            llm.generate(PROMPTS, PARAMS)
+        assert_at_rest(llm)
+
+
+@pytest.mark.timeout(120)
+def test_a_row_that_cannot_be_told_to_the_ranks_fails_alone(on_ranks, monkeypatch):
+    llm = on_ranks(2)
+    expected = llm.generate(PROMPTS, GREEDY)
+    for num_before, is_due in ((0, lambda side, row: row.start == 0), (3, lambda side, row: row.start == 39)):
+        llm.reset_prefix_cache()
+        with monkeypatch.context() as patch:
+            real = RowMessages._pack_row
+
+            def pack(side, row, due=is_due, real=real):
+                is_mine = row.pages and row.index == number(PROMPTS[1]) and due(side, row)
+                return [2**31] if is_mine else real(side, row)
+
+            def number(prompt) -> int | None:
+                seated = (one for one in llm.loop.scheduler.seated if one.prompt_token_ids == prompt)
+                return next((one.row for one in seated), None)
+
+            patch.setattr(RowMessages, "_pack_row", pack)
+            outputs = llm.generate(PROMPTS, GREEDY)
+        (one,) = outputs[1].outputs
+        assert (one.finish_reason, len(one.token_ids)) == ("error", num_before)
+        assert one.error == "it could not be told to the ranks (OverflowError)"
+        assert tokens_of([outputs[index] for index in (0, 2, 3)]) == tokens_of([expected[index] for index in (0, 2, 3)])
+        assert_at_rest(llm)
+    assert tokens_of(llm.generate(PROMPTS, GREEDY)) == tokens_of(expected)
 
 
 def test_errors_are_carried_as_json():

@@ -54,7 +54,11 @@ def assert_same(outputs: list[dict], expected: list[dict], bound: float) -> None
     """Every field equal, but for the last bits of log probabilities, up to `bound` of each."""
     assert len(outputs) == len(expected)
     for output, other in zip(outputs, expected):
-        assert output | {"outputs": None} == other | {"outputs": None}
+        rest = dict.fromkeys(("outputs", "prompt_logprobs"))
+        assert output | rest == other | rest
+        assert (output["prompt_logprobs"] is not None) == (other["prompt"] == LONG)
+        for position, position_two in zip(output["prompt_logprobs"] or (), other["prompt_logprobs"] or (), strict=True):
+            assert_apart_at(position, position_two, bound)
         for one, two in zip(output["outputs"], other["outputs"], strict=True):
             numbers = dict.fromkeys(("logprobs", "cumulative_logprob"))
             assert one | numbers == two | numbers
@@ -63,7 +67,15 @@ def assert_same(outputs: list[dict], expected: list[dict], bound: float) -> None
                 difference = abs(one["cumulative_logprob"] - two["cumulative_logprob"])
                 assert_apart(difference, math.sqrt(len(one["token_ids"])) * bound)  # each errs by itself
             for position, position_two in zip(one["logprobs"] or (), two["logprobs"] or ()):
-                assert {int(token) for token in position} == {int(token) for token in position_two}
+                assert_apart_at(position, position_two, bound)
+
+
+def assert_apart_at(position: dict | None, other: dict | None, bound: float) -> None:
+    """Asserts that the same tokens have log probabilities at one position, none farther than `bound` from its other."""
+    one, two = ({int(token): own["logprob"] for token, own in (each or {}).items()} for each in (position, other))
+    assert one.keys() == two.keys() and (position is None) == (other is None)
+    for token, logprob in one.items():
+        assert_apart(abs(logprob - two[token]), bound)
 
 
 @pytest.mark.tolerance

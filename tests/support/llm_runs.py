@@ -38,7 +38,7 @@ LONG = "Return a new list of all the values that are in the table, and the numbe
 REQUESTS: list[tuple[str | list[int], dict[str, Any]]] = [
     ("Return the", {"temperature": 0, "logprobs": 2}),
     ([0, 376, 268], {"seed": 11, "max_tokens": 5}),
-    (LONG, {"seed": 12, "temperature": 0.8, "top_p": 0.9, "max_tokens": 12}),
+    (LONG, {"seed": 12, "temperature": 0.8, "top_p": 0.9, "max_tokens": 12, "prompt_logprobs": 2}),
     ("def", {"seed": 13, "top_k": 20, "n": 2, "logprobs": 0}),
     ("The", {"seed": 14, "min_p": 0.05, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}),
     ("Raise", {"temperature": 0, "max_tokens": 1}),

@@ -129,7 +129,7 @@ def test_the_token_is_waited_for_on_it(engine, current, monkeypatch):
     waited = []
     for kind in (PendingSample, PendingLetter):
         wait = kind.wait
-        monkeypatch.setattr(kind, "wait", lambda self, wait=wait: waited.append(current.device) or wait(self))
+        monkeypatch.setattr(kind, "wait", lambda *given, wait=wait: waited.append(current.device) or wait(*given))
     for batch in (a_prompt(GREEDY), a_token(3)):
         engine.submit(batch)
         engine.collect()

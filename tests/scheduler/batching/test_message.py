@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from penstock.scheduler.batching.batch import Batch, BatchRow, History
+from penstock.scheduler.batching.batch import Batch, BatchRow, History, PromptScores
 from penstock.scheduler.batching.host_pages import Move
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
@@ -17,8 +17,11 @@ SAMPLING = st.builds(
 )
 INTS = st.lists(INT32, max_size=6).map(tuple)
 HISTORY = st.builds(History, INTS, INTS)
+SCORES = st.builds(PromptScores, COUNT, COUNT, INT32)
 ROWS = st.builds(
-    BatchRow, st.integers(0, 5) | COUNT, INTS, COUNT, INTS, st.booleans(), st.none() | SAMPLING, COUNT, HISTORY
+    BatchRow,
+    *(st.integers(0, 5) | COUNT, INTS, COUNT, INTS, st.booleans()),
+    *(st.none() | SAMPLING, COUNT, HISTORY, st.none() | SCORES),
 )
 MOVES = st.lists(st.builds(Move, COUNT, COUNT, st.booleans()), max_size=3).map(tuple)
 BATCHES = st.builds(Batch, st.lists(ROWS, max_size=5, unique_by=lambda row: row.index).map(tuple), MOVES)

@@ -128,6 +128,7 @@ class Simulation:
         self.samplers: dict[int, Sampler] = {}  # by row
         self.sequences: dict[int, list[int]] = {}  # by request id: what was computed and sampled, seen or not
         self.gave_way: dict[int, list[int]] = {}  # by request id: how many tokens it had then
+        self.scored: dict[int, list[int]] = {}  # by request id: the prompt's tokens whose log probabilities were given
         self._watch_preemptions()
 
     def _watch_preemptions(self):
@@ -150,7 +151,7 @@ class Simulation:
             running = dict(self.scheduler._seats.running)
             if self.must_wait and self.under_way:
                 while_computing()
-                self.scheduler.update(*self.under_way.popleft())
+                self.update()
                 self.sent(batch)
                 self.run_revised(batch)
                 self.scheduler.check_integrity()
@@ -158,8 +159,16 @@ class Simulation:
             self.submit(batch, running)
         while_computing()
         if batch is None or len(self.under_way) > self.lookahead:
-            self.scheduler.update(*self.under_way.popleft())
+            self.update()
         self.scheduler.check_integrity()
+
+    def update(self) -> None:
+        """Takes in the oldest pass under way."""
+        batch, sampled = self.under_way.popleft()
+        for request, row in zip(self.scheduler.scored(batch), filter(scores_of, batch.rows), strict=True):
+            if request is not None:
+                self.scored.setdefault(request.id, []).extend(row.scores.targets(row.tokens))
+        self.scheduler.update(batch, sampled)
 
     def run_revised(self, batch: Batch) -> None:
         revised = self.scheduler.revise(batch)
@@ -239,6 +248,10 @@ class Simulation:
         return [token]
 
 
+def scores_of(row):
+    return row.scores
+
+
 def has_free_tokens(filling: Filling | None, batch: Batch) -> bool:
     """Tells whether one token more would cost no time."""
     if filling is None:
@@ -264,6 +277,7 @@ def random_request(rng, id, max_model_len, most_tokens):
         presence_penalty=rng.choice([0, 1]),
         priority=rng.randint(-1, 1),
         cache_salt=rng.choice([None, None, "a"]),
+        prompt_logprobs=rng.choice([None, None, 0, 3]),
     )
     begins = random.Random(rng.randrange(2)).choices(range(VOCAB), k=num_prompt)  # as other requests do
     prompt = begins[: rng.randint(0, num_prompt)]
@@ -335,6 +349,9 @@ def play(rng, scheduler, late, lookahead, before_pass=lambda simulation: None):
         wasted -= request.num_tokens - (request.finish_reason != "error")
         assert 0 <= wasted <= sum(gave_way) + (0 if request.finish_reason == "length" else abs(lookahead))
         assert request.state is RequestState.FINISHED and request.pages == [] and request.row is None
+        # Log probabilities of a prompt come once for each token, in order, whatever was cached and who gave way.
+        asks = request.params.prompt_logprobs is not None
+        assert simulation.scored.get(request.id, []) == request.prompt_token_ids[1:] * asks
     assert scheduler.num_free_pages == scheduler.pool.num_usable
     assert scheduler.counts.num_preemptions == sum(map(len, simulation.gave_way.values()))
 

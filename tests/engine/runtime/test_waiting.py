@@ -1,0 +1,83 @@
+"""The wait for a pass's letter: asleep, so that other threads have Python's lock, and no longer than needed."""
+
+import threading
+import time
+
+import torch
+from penstock.engine.compute.sampler import SampleOutput
+from penstock.engine.runtime import graph
+from penstock.engine.runtime.graph import LONG_SLEEP_S, SHORT_SLEEP_S, SHORTLY_S, Mailbox
+from penstock.engine.runtime.pass_times import PassTimes
+from penstock.scheduler.cost.pass_work import PassShape, PassWork
+from penstock.scheduler.cost.time_model import Rates
+
+TOKENS = SampleOutput(torch.tensor([7, 3]), None)
+
+
+class Clock:
+    """A clock that only sleeping moves; the letter arrives at `arrives_s`."""
+
+    def __init__(self, mailbox: Mailbox, arrives_s: float):
+        self.mailbox, self.arrives_s, self.now_s, self.sleeps = mailbox, arrives_s, 0.0, []
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now_s += seconds
+        if self.now_s >= self.arrives_s and self.mailbox.num_sent > self.mailbox.number:
+            self.mailbox.send(TOKENS)
+
+
+def waited(monkeypatch, expected_s: float, arrives_s: float) -> Clock:
+    """The clock after waiting for a letter that was expected at one time, and arrived at another."""
+    mailbox = Mailbox(2, 2, torch.device("cpu"))
+    pending, clock = mailbox.expect(2, scored=False), Clock(mailbox, arrives_s)
+    monkeypatch.setattr(graph, "time", clock)
+    assert pending.wait(expected_s).tokens.tolist() == [7, 3]
+    return clock
+
+
+def test_it_sleeps_long_until_shortly_before_the_letter_is_expected(monkeypatch):
+    clock = waited(monkeypatch, expected_s=0.1, arrives_s=0.101)
+    num_long = clock.sleeps.count(LONG_SLEEP_S)
+    assert clock.sleeps[num_long:] == [SHORT_SLEEP_S] * (len(clock.sleeps) - num_long)
+    assert abs(num_long * LONG_SLEEP_S - (0.1 - SHORTLY_S)) <= LONG_SLEEP_S
+    assert clock.now_s <= 0.101 + SHORT_SLEEP_S
+
+
+def test_a_letter_that_comes_early_is_seen_soon(monkeypatch):
+    clock = waited(monkeypatch, expected_s=10.0, arrives_s=0.0123)
+    assert clock.now_s <= 0.0123 + LONG_SLEEP_S
+
+
+def test_the_thread_that_waits_takes_no_cpu():
+    """Nor the lock with it; a poll without sleep would take a core's."""
+    mailbox = Mailbox(2, 2, torch.device("cpu"))
+    pending = mailbox.expect(2, scored=False)
+    sender = threading.Timer(0.2, mailbox.send, [TOKENS])
+    sender.start()
+    began_s, cpu_s = time.perf_counter(), time.thread_time()
+    pending.wait(began_s + 0.2)
+    took_s = time.perf_counter() - began_s
+    assert took_s >= 0.19 and time.thread_time() - cpu_s < 0.2 * took_s
+    sender.join()
+
+
+def test_a_letter_that_is_there_is_not_waited_for(monkeypatch):
+    mailbox = Mailbox(2, 2, torch.device("cpu"))
+    mailbox.send(TOKENS)
+    monkeypatch.setattr(graph, "time", None)
+    assert mailbox.expect(2, scored=False).wait(1e9).tokens.tolist() == [7, 3]
+
+
+def test_a_pass_is_expected_by_its_prediction_from_when_the_one_before_it_ended():
+    times, rates = PassTimes(), Rates(1.0, 1.0, 1.0, 0.0, 1.0, "assumed", pass_latency_s=0.25)
+    for _ in range(2):
+        times.submitted()
+        times.foresee(PassShape(1, 1, 0), PassWork(0, 0, ()), rates)
+    before_s = time.perf_counter()
+    assert 0.0 <= before_s + 0.25 - times.expected_s < 0.2
+    times.ended()
+    assert times.last.predicted.total_s == 0.25 and times.expected_s >= before_s + 0.25
