@@ -66,7 +66,7 @@ def parse_resident(value: str | float) -> str | float:
     return fraction
 
 
-def _option(default, help: str, choices: tuple[str, ...] | None = None, flags: tuple[str, ...] = (), type=None):
+def option(default, help: str, choices: tuple[str, ...] | None = None, flags: tuple[str, ...] = (), type=None):
     """A config field that the command line shows: `flags` are short aliases, `type` parses its text."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flags": flags, "type": type})
 
@@ -105,16 +105,16 @@ class DebugConfig:
     Raises ValueError, naming the field, when a value cannot be meant.
     """
 
-    lanes: str = _option(
+    lanes: str = option(
         "earliest", "CPU only: order in which the two lanes interleave", ("earliest", "latest", "random")
     )
-    poison: bool = _option(False, "fill freed slots with NaN so that a broken contract is loud")
-    page_order_seed: int | None = _option(None, "hand out KV pages in this shuffled order", type=int)
-    as_on_gpu: bool = _option(False, "CPU only: fuse steps, pad decode passes and read quantised weights as on a GPU")
-    lookahead: int | None = _option(
+    poison: bool = option(False, "fill freed slots with NaN so that a broken contract is loud")
+    page_order_seed: int | None = option(None, "hand out KV pages in this shuffled order", type=int)
+    as_on_gpu: bool = option(False, "CPU only: fuse steps, pad decode passes and read quantised weights as on a GPU")
+    lookahead: int | None = option(
         None, "passes under way when one more is prepared, 0 or 1 (default: 1 on a GPU, 0 on a CPU)", type=int
     )
-    watch: str | None = _option(None, "module:Class of a Watch that sees every pass on every rank")
+    watch: str | None = option(None, "module:Class of a Watch that sees every pass on every rank")
 
     def __post_init__(self):
         _check_types(self)
@@ -144,73 +144,73 @@ class EngineConfig:
     Raises ValueError, naming the field, when a value cannot be meant.
     """
 
-    model: str = _option("demo", "checkpoint directory, GGUF file, config.json (plan, or load-format dummy), or 'demo'")
-    tokenizer: str | None = _option(None, "directory or GGUF file with a tokenizer, if it is not the model's")
-    chat_template: str | None = _option(None, "file with a chat template, instead of the model's own")
-    tensor_parallel_size: int | None = _option(
+    model: str = option("demo", "checkpoint directory, GGUF file, config.json (plan, or load-format dummy), or 'demo'")
+    tokenizer: str | None = option(None, "directory or GGUF file with a tokenizer, if it is not the model's")
+    chat_template: str | None = option(None, "file with a chat template, instead of the model's own")
+    tensor_parallel_size: int | None = option(
         None, "number of ranks (default: torchrun's number of ranks, else 1)", flags=("-tp",), type=int
     )
-    dtype: str = _option("auto", "compute dtype; auto is the checkpoint's", ("auto", "float32", "bfloat16", "float16"))
-    device: str = _option("auto", "where to compute", ("auto", "cuda", "cpu"))
-    gpu_memory_utilization: float = _option(0.9, "fraction of each GPU that may be used", type=float)
-    gpu_memory: int | str | None = _option(
+    dtype: str = option("auto", "compute dtype; auto is the checkpoint's", ("auto", "float32", "bfloat16", "float16"))
+    device: str = option("auto", "where to compute", ("auto", "cuda", "cpu"))
+    gpu_memory_utilization: float = option(0.9, "fraction of each GPU that may be used", type=float)
+    gpu_memory: int | str | None = option(
         None, "GPU memory that may be used a rank, in bytes or like 24GiB; wins over the utilization"
     )
-    resident: str | float = _option(
+    resident: str | float = option(
         "auto",
         "what stays on the GPU: auto, all, none, or a fraction of the layers' bytes",
         type=parse_resident,
     )
-    weights_compression: str = _option(
+    weights_compression: str = option(
         "auto",
         "lossless compresses bfloat16 weights to two thirds of their bytes; auto does so where weights would stream",
         ("auto", "none", "lossless"),
     )
-    load_format: str = _option("auto", "dummy fills random weights without a file", ("auto", "safetensors", "dummy"))
-    max_model_len: int | None = _option(
+    load_format: str = option("auto", "dummy fills random weights without a file", ("auto", "safetensors", "dummy"))
+    max_model_len: int | None = option(
         None, "longest sequence in tokens (default: what the model and memory allow)", type=int
     )
-    max_num_seqs: int | None = _option(
+    max_num_seqs: int | None = option(
         None, "most sequences in one pass (default: those of the job, else as many as pay and fit)", type=int
     )
-    max_num_batched_tokens: int | None = _option(
+    max_num_batched_tokens: int | None = option(
         None,
         "most tokens in one pass, at least max_num_seqs; longer prompts are prefilled in chunks (default: 8192, or more"
         " where the link hides more)",
         type=int,
     )
-    scheduling_policy: str = _option(
+    scheduling_policy: str = option(
         "fcfs",
         "who runs first: who came first, or by priority, where the urgent take the rows of others",
         tuple(POLICIES),
     )
-    enable_prefix_caching: bool = _option(
+    enable_prefix_caching: bool = option(
         True, "let sequences share the KV pages of what they begin with; never with an attention window"
     )
-    kv_host_memory: int | str | None = _option(
+    kv_host_memory: int | str | None = option(
         None,
         "host memory a rank, in bytes or like 20GiB, to which KV pages move instead of being forgotten, where moving"
         " them back is faster than computing them again (default: none)",
     )
-    attention_sinks: int = _option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
-    attention_window: int | None = _option(
+    attention_sinks: int = option(0, "first tokens that stay in the KV cache beside the attention window", type=int)
+    attention_window: int | None = option(
         None,
         "keep only so many recent tokens in the KV cache, for sequences of any length (default: all)",
         type=int,
     )
-    page_size: int = _option(16, "tokens in one page of the KV cache", type=int)
-    num_pages: int | None = _option(None, "KV pages (default: what memory allows)", type=int)
-    ring: int | str | None = _option(None, "bytes of the ring that holds streamed groups (default: planned)")
-    enforce_eager: bool = _option(False, "launch kernels one by one instead of replaying decode passes as CUDA graphs")
-    capture: str = _option(
+    page_size: int = option(16, "tokens in one page of the KV cache", type=int)
+    num_pages: int | None = option(None, "KV pages (default: what memory allows)", type=int)
+    ring: int | str | None = option(None, "bytes of the ring that holds streamed groups (default: planned)")
+    enforce_eager: bool = option(False, "launch kernels one by one instead of replaying decode passes as CUDA graphs")
+    capture: str = option(
         "start",
         "when passes are captured as CUDA graphs: at the start, or each when it is first needed",
         ("start", "lazy"),
     )
-    seed: int = _option(0, "base of every random choice that names no seed of its own", type=int)
-    trace: str | None = _option(None, "write a Chrome/Perfetto trace of the passes to this file")
-    device_profile: str | None = _option(None, "rates to plan with: h200, cpu or a JSON file (default: by device)")
-    link_gb_s: float | None = _option(
+    seed: int = option(0, "base of every random choice that names no seed of its own", type=int)
+    trace: str | None = option(None, "write a Chrome/Perfetto trace of the passes to this file")
+    device_profile: str | None = option(None, "rates to plan with: h200, cpu or a JSON file (default: by device)")
+    link_gb_s: float | None = option(
         None, "host-to-device rate a rank in 1e9 bytes/s, instead of the profile's", type=float
     )
     debug: DebugConfig | dict = DebugConfig()

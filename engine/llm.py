@@ -214,11 +214,31 @@ class LLM:
         self._check_open()
         self._reader.read(prompts, sampling_params)
 
-    def sequences(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[Sequence]:
-        """The n sequences of one prompt, to be added to `loop`. Raises ValueError as `generate` does."""
+    def sequences(
+        self, prompts: Prompt | list[Prompt], sampling_params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Sequence]:
+        """The sequences of a prompt, or of several, n of each, to be added to `loop`; for any thread. Raises ValueError
+        as `generate` does."""
         self._check_open()
-        ((_, token_ids, params),) = self._reader.read([prompt], sampling_params)
-        return self._expand(token_ids, params)
+        asked = self._reader.read(prompts, sampling_params)
+        return [sequence for _, token_ids, params in asked for sequence in self._expand(token_ids, params)]
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """The token ids of a text, as those of a prompt; with `add_special` those that the tokenizer puts around it
+        too. For any thread. Raises ValueError as `generate` does."""
+        self._check_open()
+        return self._reader.encode(0, text, add_special)
+
+    def lead(self) -> None:
+        """Lets the other ranks of torchrun, each of which calls `serve`, do what `loop` does, until this LLM is
+        closed; on rank 0."""
+        self.engine.leads = True
+
+    def serve(self) -> None:
+        """Does what rank 0's `loop` does until rank 0 closes its LLM; on the other ranks of torchrun."""
+        self._check_open()
+        with self.engine.together():
+            self.engine.serve()
 
     @in_turn
     def close(self) -> None:

@@ -27,7 +27,8 @@ from penstock.scheduler.batching.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Event:
-    """News of a sequence: text that can no longer become part of a stop string, or its end, or both."""
+    """News of a sequence: a token, with the text that can no longer become part of a stop string (often none), or its
+    end, or both."""
 
     sequence: Sequence
     text: str
@@ -142,8 +143,7 @@ class Loop:
             is_last, text = request.finish_reason is not None, sequence.take_text()
             if is_last:
                 del self._sequences[request.id]
-            if text or is_last:
-                events.append(Event(sequence, text, is_last))
+            events.append(Event(sequence, text, is_last))
         return events
 
     def _push(self, sequence: Sequence, sampled: SampleOutput, index: int) -> None:

@@ -85,6 +85,17 @@ MAY_IMPORT = {
     "engine.loop": ("engine.compute.sampler", "engine.output", "engine.runtime", "scheduler.batching"),
     "engine.profile": (*BELOW_RUNTIME, "engine.llm", "engine.output", "engine.runtime"),
     "engine.split": (*BELOW_RUNTIME, "engine.llm", "engine.runtime"),
+    "engine.server": (
+        "engine.config",
+        "engine.llm",
+        "engine.output",
+        "engine.planning.find_model",
+        "engine.text",
+        "engine.user_files",
+        "engine.version",
+        "engine.weights.gguf_file",
+        "scheduler",
+    ),
     "engine.commands": ("engine", "parallel", "scheduler"),
     "penstock": ("engine.streams", "parallel.failure"),
     "scripts": ("engine", "parallel", "scheduler", "penstock"),
@@ -126,6 +137,11 @@ EXTRAS = {  # what only one module needs, and only if it is used
     "engine.profile.trace_plot": {"matplotlib"},
     "engine.text.sentencepiece_file": {"sentencepiece"},
     "engine.text.template_process": {"jinja2"},
+    "engine.server.access": {"starlette"},
+    "engine.server.app": {"fastapi", "starlette"},
+    "engine.server.connection": {"h11", "uvicorn"},
+    "engine.server.delivery": {"starlette"},
+    "engine.server.server": {"uvicorn"},
 }
 PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "multiprocessing"}
 

@@ -41,6 +41,11 @@ COMMANDS = {
         "Talk with a chat model in the terminal, turn by turn; its answers come as they are generated.",
         ("penstock chat --model /path/to/Llama-3-8B-Instruct --temperature 0.7",),
     ),
+    "serve": Command(
+        "penstock.engine.commands.serve",
+        "Answer OpenAI's API over HTTP: completions and chats, streamed or whole, of many clients at once.",
+        ("penstock serve demo", "penstock serve /path/to/Llama-3-8B-Instruct --port 8080 --gpu-memory 24GiB"),
+    ),
     "plan": Command(
         "penstock.engine.commands.plan",
         "Say how much of a model fits on the GPU, what streams from host memory and how fast that is; needs no GPU.",
@@ -65,7 +70,8 @@ COMMANDS = {
     "split-device": Command("penstock.engine.commands.split_device"),
 }
 
-OWN_VARIABLES = (SELF_LAUNCHED, "PENSTOCK_COMMIT")  # the second goes into the records of benchmarks
+# the second goes into the records of benchmarks, the third is for `serve`
+OWN_VARIABLES = (SELF_LAUNCHED, "PENSTOCK_COMMIT", "PENSTOCK_API_KEY")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

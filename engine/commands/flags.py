@@ -68,7 +68,7 @@ def add_config_arguments(groups: Groups, names: tuple[str, ...] | None = None) -
         groups.everyday.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     for field in (*ENGINE, *DEBUG):
         if names is None or field.name in names:
-            _add_flag(_group(groups, field), field)
+            add_flag(_group(groups, field), field)
 
 
 def _group(groups: Groups, field: dataclasses.Field) -> argparse._ArgumentGroup:
@@ -77,7 +77,7 @@ def _group(groups: Groups, field: dataclasses.Field) -> argparse._ArgumentGroup:
     return groups.memory if field.name in MEMORY else groups.debugging
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     option = "--" + field.name.replace("_", "-")
     text = field.metadata["help"].replace("%", "%%")
     if "default:" not in text and field.default is not None:

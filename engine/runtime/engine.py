@@ -69,6 +69,7 @@ class Engine:
         self.submitted: deque[Batch] = deque()  # passes under way
         self.failed = False
         self.stopped = False  # whether rank 0 has said STOP
+        self.leads = launch.kind == "parent"  # whether the other ranks serve, and leave when rank 0 says STOP
         self._undo = undo.pop_all()
         atexit.register(self.close)  # registered after the collectives' handler, so it runs before that one
 
@@ -240,7 +241,7 @@ class Engine:
                 raise RuntimeError("rank 0 ends a call in which this rank is not")
 
     def serve(self) -> None:
-        """Runs a self-launched rank: it follows until rank 0 says stop."""
+        """Runs a rank that makes no calls of its own: it follows until rank 0 says stop."""
         while self.follow() is not None:
             pass
         self.close()
@@ -261,7 +262,7 @@ class Engine:
         """Does what ranks still do together. Under torchrun each leaves when it likes, unless there is a trace to
         join."""
         joins = self.launch.kind == "torchrun" and self.trace is not None
-        if self.launch.kind == "parent" or (joins and self.launch.rank == 0):
+        if self.leads or (joins and self.launch.rank == 0):
             self.messages.say(Kind.STOP)
         elif joins and not self.stopped and self._await(Kind.STOP) is Kind.CALL:
             self.messages.exchange(Call("close"))

@@ -9,7 +9,7 @@ from penstock.engine.text.chat import RenderedChat
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.text.tokenizer_files import FILES
 from penstock.engine.user_files import has_lone_surrogate
-from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.batching.request import Request, SamplingParams, TooLong
 from penstock.scheduler.units import MIB
 
 Prompt = str | list[int] | RenderedChat  # or an array of token ids: numpy's, torch's, or what else has `tolist`
@@ -71,17 +71,25 @@ class PromptReader:
             return prompt.text, prompt.token_ids
         if not isinstance(prompt, str):
             return None, _as_tokens(index, prompt)
-        if has_lone_surrogate(prompt):
-            raise ValueError(f"prompt {index}: {prompt!r} is not valid Unicode (a lone surrogate)")
-        self.check_size(index, prompt)
-        return prompt, self.tokenizer.encode(prompt, self.vocab_size)
+        return prompt, self.encode(index, prompt)
+
+    def encode(self, index: int, text: str, add_special: bool = True) -> list[int]:
+        """The token ids of a text, with `add_special` those that the tokenizer puts around a prompt too. Raises
+        ValueError, naming the prompt, for a text that is none, has more tokens than a sequence, or cannot be encoded,
+        or where there is no tokenizer."""
+        if self.tokenizer is None:
+            refuse_text(self.model, index, text, SamplingParams())
+        if has_lone_surrogate(text):
+            raise ValueError(f"prompt {index}: {text!r} is not valid Unicode (a lone surrogate)")
+        self.check_size(index, text)
+        return self.tokenizer.encode(text, self.vocab_size, add_special)
 
     def check_size(self, index: int, text: str) -> None:
         """Refuses a text that no sequence can hold before it is encoded, which may take long; the others say how many
         tokens they have."""
         num_bytes = len(text.encode())
         if num_bytes > max(ALWAYS_ENCODED_BYTES, self.max_model_len * self.tokenizer.most_bytes):
-            raise ValueError(
+            raise TooLong(
                 f"prompt {index}: a text of {num_bytes} bytes has more tokens than a sequence,"
                 f" which has {self.max_model_len} at most (max_model_len)"
             )

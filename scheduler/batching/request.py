@@ -32,6 +32,10 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the request could not go on; the output carries the reason
 
 
+class TooLong(ValueError):
+    """A prompt has more tokens than a sequence may have."""
+
+
 class RequestState(Enum):
     WAITING = auto()  # holds no row and no pages; it may have had them, and have given way
     RUNNING = auto()  # holds a row, and pages for the tokens that it computes next
@@ -217,12 +221,13 @@ class Request:
         return known if len(known) == end - start else [*known, ON_DEVICE]
 
     def check_length(self, max_model_len: int) -> None:
-        """Raises ValueError if the prompt is empty or leaves no room for one output token (vLLM's rule)."""
+        """Raises ValueError if the prompt is empty, TooLong if it leaves no room for one output token (vLLM's
+        rule)."""
         num_prompt, most = len(self.prompt_token_ids), max_model_len - 1
         if num_prompt == 0:
             raise ValueError(f"request {self.id}: the prompt is empty")
         if num_prompt > most:
-            raise ValueError(
+            raise TooLong(
                 f"request {self.id}: the prompt has {num_prompt} tokens, and at most {most} fit"
                 f" (max_model_len is {max_model_len}, one of them for the output)"
             )

@@ -111,13 +111,14 @@ class Scheduler:
         """
         assert request.state is RequestState.WAITING and request.num_computed_tokens == 0
         try:
-            self._check_possible(request)
+            self.check_possible(request)
         except ValueError:
             request.finish_reason = FinishReason.ERROR
             raise
         self._admission.line.join(request)
 
-    def _check_possible(self, request: Request) -> None:
+    def check_possible(self, request: Request) -> None:
+        """Raises ValueError as `add` does, and changes nothing; for any thread."""
         request.check_length(self.max_model_len)
         most_tokens, num_pages = request.most_tokens(self.max_model_len), self._seats.most_pages(request)
         if num_pages > self.pool.num_usable:

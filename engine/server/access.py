@@ -1,0 +1,89 @@
+"""The door of the server: the key that a request must bring, where one is set, and its body, read within bounds of size
+and time.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from penstock.engine.server.errors import ApiError, refused, unauthorised
+from penstock.engine.user_files import has_lone_surrogate, parse_json
+from penstock.scheduler.units import MIB
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+MOST_BODY_BYTES = 32 * MIB
+BODY_S = 60.0  # in which a body must have come
+SMALL_BYTES = 64 * 1024  # of a body that is parsed at once; a larger one must not hold up others
+OPEN = ("/", "/health")  # routes without a key
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # what half of a surrogate pair is written as
+_CLOSE = (("Connection", "close"),)  # what is left of the body is not read
+
+
+class KeyGuard:
+    """An ASGI application in front of another, which only those reach who send the key. The keys are compared by their
+    digests, in a time that tells nothing."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], key: str, open_routes: tuple[str, ...]):
+        self._app, self._digest, self._open = app, _digest(key.encode()), open_routes
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] not in self._open and not self._has_key(scope["headers"]):
+            error = unauthorised()
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _has_key(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        given = dict(headers).get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(key.strip()), self._digest)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+async def read_body(request: Request) -> Any:
+    """The JSON of a request. Raises ApiError for another kind of body, one that is too large, that does not come, or
+    that is not JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another site may send other kinds without asking
+        raise refused("Content-Type: expected application/json")
+    told = request.headers.get("content-length", "0")
+    if told.isdecimal() and int(told[:20]) > MOST_BODY_BYTES:
+        raise _too_large()
+    try:
+        async with asyncio.timeout(BODY_S):
+            body = await _read(request)
+    except TimeoutError:
+        raise ApiError(400, f"the body did not come within {BODY_S:g} s", more_headers=_CLOSE) from None
+    return parse(body) if len(body) <= SMALL_BYTES else await asyncio.to_thread(parse, body)
+
+
+async def _read(request: Request) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MOST_BODY_BYTES:
+            raise _too_large()
+    return bytes(body)
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body has more than {MOST_BODY_BYTES} bytes", more_headers=_CLOSE)
+
+
+def parse(body: bytes) -> Any:
+    """The JSON of a body. Raises ApiError."""
+    try:
+        content = parse_json(body, "body")
+    except ValueError as error:
+        raise refused(str(error)) from None
+    if _HALF.search(body) and has_lone_surrogate(json.dumps(content, ensure_ascii=False)):
+        raise refused("body: has half of a surrogate pair, which is no text")
+    return content

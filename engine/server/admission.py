@@ -1,0 +1,58 @@
+"""Decides whether a request may wait: not if too many wait already, nor if it would wait too long.
+
+The wait is predicted from what the passes of this engine take (the time model, corrected by how far its passes were off
+so far), from the tokens that sequences got on average, and from the prompts that wait to be read.
+"""
+
+import time
+
+from penstock.engine.server.engine_thread import EngineThread
+from penstock.engine.server.errors import queue_full
+from penstock.scheduler.cost.pass_work import PassShape
+from penstock.scheduler.cost.time_model import predict_pass
+
+FRESH_S = 0.05  # as long as a prediction holds
+USUAL_TOKENS = 128  # of an answer, while none has ended
+
+
+class Admission:
+    """Predicts waits for one engine; limits are in sequences and seconds."""
+
+    def __init__(self, engine: EngineThread, most_queued: int, most_wait_s: float):
+        self._engine, self._most_queued, self._most_wait_s = engine, most_queued, most_wait_s
+        self._predicted_s, self._predicted_at_s = 0.0, float("-inf")
+
+    def check(self, num_sequences: int) -> None:
+        """Raises ApiError, with the predicted wait, if so many more sequences may not wait."""
+        queued, most = self._engine.num_rowless, self._most_queued
+        scheduler = self._engine.llm.loop.scheduler
+        free_rows = max(scheduler.max_num_seqs - scheduler.num_running, 0)
+        if queued + num_sequences > most + free_rows:
+            raise queue_full(f"{queued} sequences wait already, and at most {most} may", self.predicted_wait_s())
+        wait_s = self.predicted_wait_s()
+        if wait_s > self._most_wait_s:
+            raise queue_full(f"it would wait {wait_s:.0f} s, and at most {self._most_wait_s:g} s are allowed", wait_s)
+
+    def predicted_wait_s(self) -> float:
+        """The seconds that a sequence which comes now would wait for its row; 0 while nothing is loaded."""
+        now_s = time.monotonic()
+        if self._engine.is_ready and now_s - self._predicted_at_s > FRESH_S:
+            self._predicted_s, self._predicted_at_s = self._predict(), now_s
+        return self._predicted_s
+
+    def _predict(self) -> float:
+        engine, llm = self._engine, self._engine.llm
+        scheduler = llm.loop.scheduler
+        rows, queued = scheduler.max_num_seqs, engine.num_rowless
+        in_front = queued + scheduler.num_running - rows + 1  # sequences that must end first
+        passes = engine.mean_tokens(USUAL_TOKENS) * max(in_front, 0) / rows
+        passes += engine.num_rowless_tokens() / scheduler.max_num_batched_tokens
+        return passes * self._pass_s(min(rows, max(scheduler.num_running, 1)))
+
+    def _pass_s(self, num_rows: int) -> float:
+        """The seconds of a pass of so many rows."""
+        engine = self._engine.llm.engine
+        shape = PassShape(num_rows, num_rows, 0)
+        times = engine.times
+        off_by = times.measured_s / times.predicted_s if times.predicted_s else 1.0
+        return predict_pass(engine.work, shape, engine.rates).total_s * off_by

@@ -1,0 +1,123 @@
+"""The routes: OpenAI's, and those that tell how the server is."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from penstock.engine.server import openapi
+from penstock.engine.server.access import OPEN, KeyGuard, read_body
+from penstock.engine.server.encoding import need_tokenizer, text_of, token_ids_of, tokenizer_facts
+from penstock.engine.server.errors import ApiError, failed, model_not_found
+from penstock.engine.server.service import Service
+from penstock.engine.server.status import describe
+from penstock.engine.server.validation import read_chat, read_completion, read_detokenize, read_tokenize
+from penstock.engine.version import VERSION
+from starlette.exceptions import HTTPException
+
+
+def make_app(service: Service) -> Any:
+    """The ASGI application of a service."""
+    app = FastAPI(title="Penstock", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    _add_error_handlers(app)
+    _add_generation(app, service)
+    _add_texts(app, service)
+    _add_models(app, service)
+    _add_health(app, service)
+    if service.options.api_key is None:
+        return app
+    open_routes = (*OPEN, "/metrics") if service.options.metrics_without_key else OPEN
+    return KeyGuard(app, service.options.api_key, open_routes)
+
+
+def respond_with(error: ApiError) -> JSONResponse:
+    """The response that tells an error."""
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def tell(_: Request, error: ApiError) -> Response:
+        return respond_with(error)
+
+    @app.exception_handler(HTTPException)
+    async def tell_route(_: Request, error: HTTPException) -> Response:
+        known = {404: "there is no such route", 405: "the route does not take this method"}
+        headers = tuple((error.headers or {}).items())
+        return respond_with(ApiError(error.status_code, known.get(error.status_code, "failed"), more_headers=headers))
+
+    @app.exception_handler(Exception)
+    async def tell_fault(_: Request, error: Exception) -> Response:
+        return respond_with(failed("internal error; the server's log has more"))
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", **openapi.COMPLETIONS)
+    async def completions(request: Request) -> Response:
+        return await service.respond(read_completion(await read_body(request), service.defaults))
+
+    @app.post("/v1/chat/completions", **openapi.CHAT_COMPLETIONS)
+    async def chat_completions(request: Request) -> Response:
+        return await service.respond(read_chat(await read_body(request), service.defaults))
+
+
+def _add_texts(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", **openapi.TOKENIZE_ROUTE)
+    async def tokenize(request: Request) -> Response:
+        asked = read_tokenize(await read_body(request))
+        service.check_open()
+        service.check_model(asked.model)
+        llm = service.engine.llm
+        tokens = await service.in_worker(token_ids_of, llm, asked)
+        texts = [need_tokenizer(llm).backend.id_to_token(token) for token in tokens] if asked.with_texts else None
+        most = llm.loop.scheduler.max_model_len
+        return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": texts})
+
+    @app.post("/detokenize", **openapi.DETOKENIZE_ROUTE)
+    async def detokenize(request: Request) -> Response:
+        model, tokens = read_detokenize(await read_body(request))
+        service.check_open()
+        service.check_model(model)
+        return JSONResponse({"prompt": await service.in_worker(text_of, service.engine.llm, tokens)})
+
+    @app.get("/tokenizer_info", **openapi.TOKENIZER_INFO)
+    async def tokenizer_info() -> Response:
+        service.check_open()
+        return JSONResponse(await service.in_worker(tokenizer_facts, service.engine.llm))
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def card(name: str) -> dict[str, Any]:
+        llm = service.engine.llm
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "penstock",
+            "root": service.names[0],
+            "parent": None,
+            "max_model_len": None if llm is None else llm.loop.scheduler.max_model_len,
+        }
+
+    @app.get("/v1/models", **openapi.MODELS)
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card(name) for name in service.names]})
+
+    @app.get("/v1/models/{model_id:path}", **openapi.MODEL)
+    async def model(model_id: str) -> Response:
+        if model_id not in service.names:
+            raise model_not_found(model_id, service.names)
+        return JSONResponse(card(model_id))
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health", **openapi.HEALTH)
+    async def health() -> Response:
+        return Response(status_code=200 if service.phase == "ready" else 503)
+
+    @app.get("/version", **openapi.VERSION)
+    async def version() -> Response:
+        return JSONResponse({"version": VERSION})
+
+    @app.get("/status", **openapi.STATUS)
+    async def status() -> Response:
+        return JSONResponse(describe(service))

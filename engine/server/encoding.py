@@ -1,0 +1,123 @@
+"""Encodes checked requests with the model's tokenizer and chat template. That may take a second, and waits for other
+processes, so it runs in a worker thread (or a job's own).
+
+The errors are the API's, and name no path of this machine.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM
+from penstock.engine.output import Sequence
+from penstock.engine.server.errors import refused
+from penstock.engine.server.requests import Chat, Completion, Tokenize
+from penstock.engine.server.validation import naming_field
+from penstock.engine.text.added_tokens import CONFIG_FILE, read_fields
+from penstock.engine.text.chat import RenderedChat
+from penstock.engine.text.chat_files import find_template
+from penstock.engine.text.chat_template import ChatOptions
+from penstock.engine.text.model_text import tokenizer_path
+from penstock.engine.text.prompts import Prompt
+from penstock.engine.text.tokenizer import Tokenizer
+from penstock.engine.weights.gguf_file import is_gguf
+from penstock.scheduler.batching.request import TooLong
+
+TOO_LONG = "context_length_exceeded"
+
+
+def sequences_of(llm: LLM, asked: Completion | Chat) -> list[Sequence]:
+    """The sequences of a request, n of each prompt, in the order of its choices. Raises ApiError."""
+    field = "prompt" if isinstance(asked, Completion) else "messages"
+    with api_errors(llm.config, field):
+        if isinstance(asked, Completion):
+            prompts = [_encoded(llm, prompt, asked.add_special) for prompt in asked.prompts]
+        else:
+            prompts = [_rendered(llm, asked.messages, asked.options, asked.add_special)]
+        sequences = llm.sequences(prompts, asked.params)
+        for sequence in sequences:
+            llm.loop.scheduler.check_possible(sequence.request)
+        return sequences
+
+
+def token_ids_of(llm: LLM, asked: Tokenize) -> list[int]:
+    """The token ids of a text or of messages. Raises ApiError."""
+    with api_errors(llm.config, "messages" if asked.text is None else "prompt"):
+        if asked.text is not None:
+            return llm.encode(asked.text, asked.add_special)
+        return _rendered(llm, asked.messages, asked.options, asked.add_special).token_ids
+
+
+def text_of(llm: LLM, token_ids: list[int]) -> str:
+    """The text of token ids, without special tokens. Raises ApiError."""
+    with api_errors(llm.config, "tokens"):
+        return need_tokenizer(llm).decode(token_ids)
+
+
+def need_tokenizer(llm: LLM) -> Tokenizer:
+    """The model's tokenizer. Raises ApiError if there is none."""
+    if llm.tokenizer is None:
+        raise refused("this model has no tokenizer")
+    return llm.tokenizer
+
+
+@contextlib.contextmanager
+def api_errors(config: EngineConfig, field: str) -> Iterator[None]:
+    """A context in which a ValueError becomes the API's error, of that field unless it names another."""
+    try:
+        yield
+    except ValueError as error:
+        told = naming_field(error, field, TOO_LONG if isinstance(error, TooLong) else None)
+        told.message = without_paths(told.message, config)
+        raise told from None
+
+
+def without_paths(text: str, config: EngineConfig) -> str:
+    """The text without the folders of the model's files, which are the server's business."""
+    folder = str(tokenizer_path(config))
+    names = {
+        config.chat_template: "the chat template",
+        f"{folder}/": "",
+        folder: "the model",
+        config.model: "the model",
+    }
+    for path, shown in names.items():
+        text = text.replace(path, shown) if path and "/" in path else text
+    return text
+
+
+def _encoded(llm: LLM, prompt: Prompt, add_special: bool) -> Prompt:
+    if add_special or not isinstance(prompt, str):
+        return prompt
+    return RenderedChat(prompt, llm.encode(prompt, add_special=False))
+
+
+def _rendered(llm: LLM, messages: list[dict[str, Any]], options: ChatOptions, add_special: bool) -> RenderedChat:
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError("messages: expected a list of objects")
+    (chat,) = llm.render_chat([messages], **vars(options))
+    if not add_special:
+        return chat
+    before, after = _put_around(llm.tokenizer)
+    return RenderedChat(chat.text, [*before, *chat.token_ids, *after])
+
+
+def _put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    plain, whole = (tokenizer.encode("a", add_special=special) for special in (False, True))
+    start = next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain) :]
+
+
+def tokenizer_facts(llm: LLM) -> dict[str, Any]:
+    """The facts of a tokenizer that clients ask for: class, special tokens, chat template. Raises ApiError if there is
+    none."""
+    named, path = need_tokenizer(llm).named, tokenizer_path(llm.config)
+    try:
+        template = find_template(path, named, llm.config.chat_template).source
+    except ValueError:
+        template = None
+    kind = None if is_gguf(path) else read_fields(path / CONFIG_FILE).get("tokenizer_class")
+    tokens = {name: named.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    return {"tokenizer_class": kind or type(llm.tokenizer).__name__, **tokens, "chat_template": template}

@@ -1,0 +1,108 @@
+"""The service behind the routes: it takes checked requests in, lets the engine run them, and gives their responses."""
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM
+from penstock.engine.server import errors
+from penstock.engine.server.admission import Admission
+from penstock.engine.server.answers import ChatAnswer, CompletionAnswer
+from penstock.engine.server.delivery import Delivered, Delivery, EventStream, WholeAnswer
+from penstock.engine.server.encoding import sequences_of
+from penstock.engine.server.engine_thread import SHUT_DOWN, EngineThread, Observer
+from penstock.engine.server.options import ServeOptions
+from penstock.engine.server.outbox import Outbox
+from penstock.engine.server.requests import Chat, Completion
+
+NUM_WORKERS = 4  # threads in which texts are encoded and templates rendered
+LOADING_S = 10.0  # after which another try makes sense while the model loads
+
+
+class Service:
+    """One served model, of the event loop. `defaults` are the checkpoint's for sampling. `on_change` is called when the
+    engine is loaded, or has ended."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        options: ServeOptions,
+        make: Callable[[], LLM],
+        defaults: Mapping[str, Any],
+        on_change: Callable[[], None] = lambda: None,
+        observer: Observer | None = None,
+    ):
+        self.config, self.options, self.defaults = config, options, defaults
+        self.names = options.names(config.model)
+        self.engine = EngineThread(make, on_change, observer)
+        self.admission = Admission(self.engine, options.max_num_queued_reqs, options.max_queue_wait)
+        self.started_s, self.created = time.monotonic(), int(time.time())
+        self.is_draining = False
+        self.num_open = 0  # requests whose responses are not sent yet
+        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="encode")
+
+    @property
+    def phase(self) -> str:
+        """The state that it is in: loading, ready, draining or dead."""
+        if self.engine.error is not None:
+            return "dead"
+        if self.is_draining:
+            return "draining"
+        return "loading" if self.engine.llm is None else "ready"
+
+    def progress(self) -> dict[str, Any]:
+        """Says how far the start is."""
+        return {"elapsed_s": time.monotonic() - self.started_s}
+
+    def check_open(self) -> None:
+        """Raises ApiError unless requests are taken."""
+        if self.phase == "dead":
+            raise errors.engine_dead()
+        if self.phase == "draining":
+            raise errors.shutting_down()
+        if self.phase == "loading":
+            raise errors.loading(LOADING_S)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for a model that is not this one; none is this one."""
+        if name is not None and name not in self.names:
+            raise errors.model_not_found(name, self.names)
+
+    async def in_worker(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls something in another thread, since it may take long, and returns what it gives."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, functools.partial(call, *arguments))
+
+    async def respond(self, asked: Completion | Chat) -> Delivery:
+        """Lets a request run, and gives the response that will bring its answer. Raises ApiError for what can be
+        refused."""
+        self.check_open()
+        self.check_model(asked.model)
+        self.admission.check(asked.num_sequences)
+        sequences = await self.in_worker(sequences_of, self.engine.llm, asked)
+        self.check_open()
+        outbox = Outbox(sequences, asked.params.n)
+        kind = CompletionAnswer if isinstance(asked, Completion) else ChatAnswer
+        answer = kind(asked.model or self.names[0], asked.params.logprobs or 0)
+        self.num_open += 1
+        self.engine.add(outbox)
+        if not asked.streams:
+            return WholeAnswer(self.engine, outbox, answer, self._ended)
+        usage = {"sends_usage": asked.sends_usage, "sends_usage_always": asked.sends_usage_always}
+        return EventStream(self.engine, outbox, answer, self._ended, **usage)
+
+    def _ended(self, delivered: Delivered) -> None:
+        self.num_open -= 1
+
+    def abort_all(self) -> None:
+        """Ends all requests, whose clients are told that the server goes."""
+        if self.engine.is_ready:
+            self.engine.abort_all(SHUT_DOWN)
+
+    def close(self) -> None:
+        """Ends the threads that encode; those of the engine end by `engine.stop`."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
