@@ -22,6 +22,7 @@ from penstock.scheduler.batching.request import FinishReason
 
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
 MOST_WAITING = 256  # rows that have ended, where many fail one after another
 
 
@@ -169,8 +170,7 @@ class BatchRun:
 @contextlib.contextmanager
 def stopping(run: BatchRun) -> Iterator[None]:
     """A context in which SIGTERM and SIGINT stop the run."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: run.stop()) for number in numbers}
+    before = {number: signal.signal(number, lambda *_: run.stop()) for number in SIGNALS}
     try:
         yield
     finally:

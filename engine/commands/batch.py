@@ -7,6 +7,7 @@ Standard output gets one JSON object at the end, standard error all else. Under 
 import argparse
 import json
 import re
+import signal
 import sys
 import time
 from typing import Any
@@ -20,7 +21,7 @@ from penstock.engine.batch.job_files import JobFiles
 from penstock.engine.batch.merge import merge
 from penstock.engine.batch.progress import Progress, summary
 from penstock.engine.batch.rows import RowReader
-from penstock.engine.batch.run import BatchRun, stopping
+from penstock.engine.batch.run import SIGNALS, BatchRun, stopping
 from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_arguments
 from penstock.engine.commands.plan import plan_of
@@ -64,9 +65,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         raise ValueError("--input-file: is missing")
     shard = _shard(args.shard)
     if resolve_launch(config.tensor_parallel_size).rank > 0:
-        with LLM(**config.to_dict()) as llm:
-            llm.serve()
-        return DONE
+        return _follow(config)
     reader = _reader(args, config)
     if args.dry_run:
         return _predict(args, config, reader, shard)
@@ -83,6 +82,15 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         say(f"stopped with {done.num_done} of {done.num_rows} rows done: the same command goes on")
         return STOPPED
     return ROWS_FAILED if done.num_failed else DONE
+
+
+def _follow(config: EngineConfig) -> int:
+    """Runs a rank that computes with rank 0. A launcher sends signals to all ranks, and rank 0 alone decides by them."""
+    with LLM(**config.to_dict()) as llm:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        llm.serve()
+    return DONE
 
 
 def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: JobFiles) -> bool:
