@@ -46,6 +46,11 @@ COMMANDS = {
         "Answer OpenAI's API over HTTP: completions and chats, streamed or whole, of many clients at once.",
         ("penstock serve demo", "penstock serve /path/to/Llama-3-8B-Instruct --port 8080 --gpu-memory 24GiB"),
     ),
+    "batch": Command(
+        "penstock.engine.commands.batch",
+        "Run a file of requests, as OpenAI's batches have them, and lose nothing whatever ends it in between.",
+        ("penstock batch --model demo -i requests.jsonl -o answers.jsonl",),
+    ),
     "plan": Command(
         "penstock.engine.commands.plan",
         "Say how much of a model fits on the GPU, what streams from host memory and how fast that is; needs no GPU.",

@@ -1,0 +1,126 @@
+"""The rows of an input file, found once and read lazily: where each line begins, and what tells whether it has changed.
+
+Memory is 26 bytes a row, in arrays, whatever the rows hold.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from penstock.engine.batch.rows import MOST_LINE_BYTES, Row
+from penstock.engine.user_files import open_file
+
+MOST_NAMED = 5  # further lines at fault that a message names
+ReadRow = Callable[[bytes, int], Row]  # a line and its number; raises ValueError, naming both
+
+
+@dataclass
+class InputLines:
+    """The lines of a file that are not blank, by index. `numbers` are their numbers in the file, from 1 on, `offsets`
+    the bytes before them, `marks` hashes of their bytes that hold in this process alone. A row has `num_sequences`,
+    each of `most_tokens` output tokens at most, 0 for as many as fit. `sha256` is that of the whole file."""
+
+    path: Path
+    sha256: str = ""
+    numbers: array = field(default_factory=lambda: array("I"))
+    offsets: array = field(default_factory=lambda: array("Q"))
+    marks: array = field(default_factory=lambda: array("q"))
+    most_tokens: array = field(default_factory=lambda: array("I"))
+    num_sequences: array = field(default_factory=lambda: array("H"))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, stream: BinaryIO, index: int) -> bytes:
+        """A line. Raises ValueError if it is not what it was when the file was checked."""
+        stream.seek(self.offsets[index])
+        line = stream.readline(MOST_LINE_BYTES + 1)
+        if hash(line) != self.marks[index]:
+            raise ValueError(f"{self.path}, line {self.numbers[index]}: has changed since the job began")
+        return line
+
+
+def check_lines(path: str | Path, read_row: ReadRow) -> InputLines:
+    """All rows of a file, each read once. Raises ValueError for the first line that is at fault, which also names
+    others that are, and for a custom_id that is there twice."""
+    found, ids, faults = InputLines(Path(path)), array("q"), _Faults()
+    digest = hashlib.sha256()
+    with open_file(path) as stream:
+        for number, offset, line in _lines(stream):
+            digest.update(line)
+            if not line.strip():
+                continue
+            try:
+                row = read_row(line, number)
+            except ValueError as error:
+                faults.add(number, str(error))
+                continue
+            found.numbers.append(number)
+            found.offsets.append(offset)
+            found.marks.append(hash(line))
+            found.most_tokens.append(row.asked.params.max_tokens or 0)
+            found.num_sequences.append(row.asked.num_sequences)
+            ids.append(hash(row.custom_id))
+        faults.check()
+        if not found.numbers:
+            raise ValueError(f"{path}: has no line with a request")
+        _check_ids(found, ids, lambda index: read_row(found.read(stream, index), found.numbers[index]).custom_id)
+    found.sha256 = digest.hexdigest()
+    return found
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Each line's number, offset and bytes, with its end. One that is too long comes in parts that have the same
+    number, the first of which is too long."""
+    number, offset, ended = 0, 0, True
+    while line := stream.readline(MOST_LINE_BYTES + 1):
+        number += ended
+        yield number, offset, line
+        offset += len(line)
+        ended = line.endswith(b"\n")
+
+
+class _Faults:
+    """Lines that are at fault: what the first of them has, and the numbers of the next ones."""
+
+    def __init__(self):
+        self.first, self.others, self.num_lines, self._last = "", [], 0, 0
+
+    def add(self, number: int, fault: str) -> None:
+        if number == self._last:  # another part of a line that is too long
+            return
+        self._last = number
+        self.num_lines += 1
+        if not self.first:
+            self.first = fault
+        elif len(self.others) < MOST_NAMED:
+            self.others.append(number)
+
+    def check(self) -> None:
+        if not self.first:
+            return
+        more = self.num_lines - 1
+        rest = ", ..." if more > len(self.others) else ""
+        others = f"; {more} more at fault: line {', '.join(map(str, self.others))}{rest}" if more else ""
+        raise ValueError(f"{self.first}{others}")
+
+
+def _check_ids(found: InputLines, ids: array, custom_id: Callable[[int], str]) -> None:
+    """Refuses a custom_id that is there twice. Ids of one hash are rare, and only they are read again."""
+    hashes = np.frombuffer(ids, dtype=np.int64)
+    order = np.argsort(hashes, kind="stable")
+    in_order = hashes[order]
+    for twice in np.unique(in_order[1:][in_order[1:] == in_order[:-1]]):
+        first, end = np.searchsorted(in_order, twice), np.searchsorted(in_order, twice, "right")
+        line_with: dict[str, int] = {}
+        for index in map(int, order[first:end]):
+            text, number = custom_id(index), found.numbers[index]
+            if text in line_with:
+                raise ValueError(
+                    f"{found.path}, line {number}: custom_id {text[:200]!r} is there already, in line {line_with[text]}"
+                )
+            line_with[text] = number

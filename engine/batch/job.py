@@ -1,0 +1,115 @@
+"""A job: what decides its rows to the last byte, kept beside its output in `OUTPUT.job`.
+
+Its name is a hash of that; ids and seeds of rows are made from it and from the row's line, so a row is the same
+whenever and wherever it runs.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from penstock.engine.batch.output_log import sync_folder
+from penstock.engine.user_files import named_errors, read_json
+
+SEMANTICS = 1  # raised when the same job would give other rows
+FIELDS = ("job", "created", "facts", "shard", "num_shards", "errors")
+NAME_CHARACTERS = 16  # of the hash, in ids
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or the share of it that the lines of `shard` of `num_shards` are. `facts` decide its rows; `created` is
+    the Unix time at which it began, `errors` the file that failed rows go to, from the output's folder on, if it is not
+    the output."""
+
+    facts: dict[str, Any]
+    created: int
+    shard: int = 0
+    num_shards: int = 1
+    errors: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The hash of the facts, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    def has(self, index: int) -> bool:
+        """Tells whether the row of this index, among all of the input, is in this share."""
+        return index % self.num_shards == self.shard
+
+    def row_id(self, number: int) -> str:
+        """The name of the row of a line, in ids."""
+        return f"{self.name[:NAME_CHARACTERS]}_{number}"
+
+    def seed(self, number: int) -> int:
+        """The seed of the row of a line whose body gives none."""
+        digest = hashlib.sha256(f"{self.name} {number}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
+
+    def errors_beside(self, output: Path) -> Path | None:
+        """The file of failed rows, if there is one."""
+        return None if self.errors is None else output.parent / self.errors
+
+    def continued(self, output: Path) -> Self:
+        """This job as it was begun, by the file beside its output. Raises ValueError, saying what differs, if the
+        output is another job's."""
+        begun = read_job(output)
+        other = _difference(begun.facts, self.facts)
+        for name in ("shard", "num_shards", "errors"):
+            before, now = getattr(begun, name), getattr(self, name)
+            if before != now:
+                other = other or f"--{name.replace('num_shards', 'shard')} was {before}, and is {now}"
+        if other:
+            raise ValueError(
+                f"{output}: is the output of another job: {other} (give another -o, or --force-new to begin anew)"
+            )
+        return dataclasses.replace(self, created=begun.created)
+
+    def keep(self, output: Path) -> None:
+        """Writes the file beside the output, all at once. Raises ValueError if it cannot be."""
+        file = job_file(output)
+        new = file.with_name(file.name + ".new")
+        content = {"job": self.name, **dataclasses.asdict(self)}
+        with named_errors(file):
+            with open(new, "w") as stream:
+                json.dump(content, stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.rename(new, file)
+            sync_folder(file)
+
+
+def job_file(output: Path) -> Path:
+    """The file in which the job of an output is kept."""
+    return output.with_name(output.name + ".job")
+
+
+def errors_from(output: str, errors: str | None) -> str | None:
+    """The file of failed rows as seen from the folder of the output: the two move together."""
+    return None if errors is None else os.path.relpath(errors, Path(output).parent)
+
+
+def read_job(output: Path) -> Job:
+    """The job of an output. Raises ValueError, naming the file beside it, if that is none."""
+    file = job_file(output)
+    content = read_json(file)
+    if set(content) != set(FIELDS) or not isinstance(content["facts"], dict):
+        raise ValueError(f"{file}: expected the fields {', '.join(FIELDS)}")
+    name = content.pop("job")
+    job = Job(**content)
+    if job.name != name:
+        raise ValueError(f"{file}: job: is not the hash of the facts; the file was changed")
+    return job
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first fact that is not what it was, empty if there is none."""
+    for name in [*now, *before]:
+        if before.get(name) != now.get(name):
+            shown = [f"{str(facts.get(name))[:NAME_CHARACTERS]!s}" for facts in (before, now)]
+            return f"its {name.replace('_', ' ')} was {shown[0]}, and is {shown[1]}"
+    return ""

@@ -1,0 +1,95 @@
+"""The files of a job: its output, that of failed rows if there is one, and the job's own beside the output.
+
+Both are locked before anything is read, so that no two processes write one job.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from penstock.engine.batch.done_rows import DoneRows
+from penstock.engine.batch.in_order import in_order
+from penstock.engine.batch.input_lines import InputLines
+from penstock.engine.batch.job import Job, job_file
+from penstock.engine.batch.output_log import OutputLog
+from penstock.engine.batch.results import has_failed
+
+Result = tuple[int, bytes]  # a row's index, and its line
+
+
+class JobFiles:
+    """The files of one job, held by this process alone. A context manager. Raises ValueError as OutputLog does."""
+
+    def __init__(self, output: str, errors: str | None):
+        if errors is not None and Path(errors).absolute() == Path(output).absolute():
+            raise ValueError(f"--errors {errors}: is the output too")
+        with contextlib.ExitStack() as undo:
+            self.output = OutputLog("--output-file", output)
+            undo.callback(self.output.close)
+            self.errors = self.output if errors is None else OutputLog("--errors", errors)
+            undo.callback(self.errors.close)
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> "JobFiles":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._undo.close()
+
+    @property
+    def _logs(self) -> list[OutputLog]:
+        return [self.output] if self.errors is self.output else [self.output, self.errors]
+
+    def begin(self, job: Job, force_new: bool = False) -> Job:
+        """The job as it was begun, or this one if it begins now; with `force_new` whatever was there is forgotten.
+        Raises ValueError if what is there is something else."""
+        path = self.output.path
+        for log in self._logs if force_new else ():
+            log.clear()
+        is_begun, used = job_file(path).exists(), [log for log in self._logs if log.nbytes]
+        if used and not is_begun:
+            raise ValueError(
+                f"{used[0].path}: is there already, and is no output of a batch job: {job_file(path)} is missing"
+                " (give another -o, or --force-new to write over it)"
+            )
+        for log in self._logs:
+            log.stays = True
+        if is_begun and not force_new:
+            with contextlib.nullcontext() if used else contextlib.suppress(ValueError):  # nothing is lost without rows
+                return job.continued(path)
+        job.keep(path)
+        return job
+
+    def read(self, lines: InputLines, job: Job, retry_errors: bool = False) -> DoneRows:
+        """The state of all rows; with `retry_errors` those that failed are taken out, to run again."""
+        done = self._read(lines, job)
+        if not retry_errors or not done.num_failed:
+            return done
+        for log in self._logs:
+            log.rewrite(line for _, line in log.rows(lambda line: True) if not has_failed(line))
+        return self._read(lines, job)
+
+    def _read(self, lines: InputLines, job: Job) -> DoneRows:
+        done = DoneRows(lines, job)
+        for log in self._logs:
+            done.read(log)
+        return done
+
+    def write(self, lines: Iterable[bytes]) -> None:
+        """Writes rows, each where it belongs."""
+        lines = list(lines)
+        for log in self._logs:
+            log.append([line for line in lines if self._log_of(line) is log])
+
+    def _log_of(self, line: bytes) -> OutputLog:
+        return self.errors if has_failed(line) else self.output
+
+    def sync(self) -> None:
+        """Waits until all is on disk."""
+        for log in self._logs:
+            log.sync()
+
+    def sort(self, say: Callable[[str], None]) -> None:
+        """Puts the rows into the order of the input, where they are in another one."""
+        for log in self._logs:
+            in_order(log, say)

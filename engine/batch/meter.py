@@ -1,0 +1,84 @@
+"""Measures a job as it runs: tokens and passes by time, and the bound of its passes."""
+
+import time
+from array import array
+from collections import Counter
+
+from penstock.engine.runtime.pass_times import PassTimes
+
+SAMPLE_S = 1.0  # between two samples: a week of them takes 15 MB
+RECENT_S = 30.0
+FULL = 0.95  # the share of its usual tokens a second from which on a job counts as full
+
+
+class Meter:
+    """The measures of one run. Of its passes the sums are kept, not each; of what it gave a sample each second."""
+
+    def __init__(self, times: PassTimes):
+        self._passes = times.keep()
+        self.began_s = time.perf_counter()
+        self.num_tokens = self.num_passes = 0
+        self.passes_s = 0.0
+        self.bounds_s: Counter = Counter()  # by what binds
+        self._times_s, self._tokens, self._num_passes = array("d", [self.began_s]), array("Q", [0]), array("Q", [0])
+        self.drains_s: float | None = None  # since when no row waits
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.began_s
+
+    def note_pass(self, num_tokens: int) -> bool:
+        """Takes in the passes that ended, which gave so many output tokens. Returns whether a second went by since
+        it last did."""
+        self.num_tokens += num_tokens
+        for _, measured_s, predicted, _ in self._passes:
+            self.num_passes += 1
+            self.passes_s += measured_s
+            self.bounds_s[predicted.bound] += predicted.bound_s
+        self._passes.clear()
+        now_s = time.perf_counter()
+        if now_s < self._times_s[-1] + SAMPLE_S:
+            return False
+        self._times_s.append(now_s)
+        self._tokens.append(self.num_tokens)
+        self._num_passes.append(self.num_passes)
+        return True
+
+    def drain(self) -> None:
+        """Says that no row waits."""
+        self.drains_s = self.drains_s or time.perf_counter()
+
+    def recent(self) -> tuple[float, float, float]:
+        """Output tokens a second, tokens a pass and seconds a pass of late; zeros before there is a pass."""
+        first = len(self._times_s) - 1
+        while first > 0 and self._times_s[-1] - self._times_s[first] < RECENT_S:
+            first -= 1
+        seconds = self._times_s[-1] - self._times_s[first]
+        tokens, passes = self._tokens[-1] - self._tokens[first], self._num_passes[-1] - self._num_passes[first]
+        return (tokens / seconds, tokens / passes, seconds / passes) if passes else (0.0, 0.0, 0.0)
+
+    @property
+    def share_of_bound(self) -> float:
+        """The share of the bounds of all passes in the time that they took."""
+        return self.bounds_s.total() / self.passes_s if self.passes_s else 0.0
+
+    @property
+    def bound(self) -> str | None:
+        """The part that binds most."""
+        return max(self.bounds_s, key=self.bounds_s.get, default=None)
+
+    def steady_tokens_s(self) -> float | None:
+        """Output tokens a second between ramp and drain: from the first second that gave nearly as many as usual until
+        no row waited any more. None for a job too short to have both."""
+        end = len(self._times_s)
+        while end > 0 and self._times_s[end - 1] > (self.drains_s or 0.0):
+            end -= 1
+        rates = [
+            (self._tokens[at] - self._tokens[at - 1]) / (self._times_s[at] - self._times_s[at - 1])
+            for at in range(1, end)
+        ]
+        if not rates:
+            return None
+        usual = sorted(rates)[len(rates) // 2]
+        first = next(at for at, rate in enumerate(rates) if rate >= FULL * usual)
+        return (self._tokens[end - 1] - self._tokens[first]) / (self._times_s[end - 1] - self._times_s[first])

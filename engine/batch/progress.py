@@ -1,0 +1,90 @@
+"""Shows on standard error how far a job is: a bar in a terminal, elsewhere a line now and then."""
+
+import sys
+import time
+from typing import Any
+
+from penstock.engine.batch.run import BatchRun
+from penstock.scheduler.units import show_time
+from tqdm import tqdm
+
+LINE_S = 60.0  # between two lines where there is no terminal; the first comes after a sixth of it
+MARKS = (0.05, 0.2)  # shares of the rows of a run at which its prediction is kept
+
+
+class Progress:
+    """The view of one run, of `num_rows` of which `num_done` were done before. A context manager."""
+
+    def __init__(self, num_rows: int, num_done: int):
+        self.num_rows, self.num_before = num_rows, num_done
+        self.predicted: list[dict[str, float]] = []  # the whole run's seconds, as they looked at MARKS
+        self._bar = None
+        if sys.stderr.isatty():
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
+            self._bar = tqdm(total=num_rows, initial=num_done, bar_format=layout, dynamic_ncols=True)
+        self._next_line_s = time.perf_counter() + LINE_S / 6
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, run: BatchRun) -> None:
+        """Shows the state of the run, which calls this each second."""
+        left_s = run.seconds_left()
+        self._keep(run, left_s)
+        if self._bar is not None:
+            self._bar.set_postfix_str(describe(run, left_s), refresh=False)
+            self._bar.update(run.done.num_done - self._bar.n)
+            self._bar.refresh()
+        elif time.perf_counter() >= self._next_line_s:
+            self._next_line_s = time.perf_counter() + LINE_S
+            line = f"{run.done.num_done}/{self.num_rows} rows, {describe(run, left_s)}"
+            print(f"penstock batch: {line}", file=sys.stderr, flush=True)
+
+    def _keep(self, run: BatchRun, left_s: float | None) -> None:
+        share = (run.done.num_done - self.num_before) / max(self.num_rows - self.num_before, 1)
+        if left_s is not None and len(self.predicted) < len(MARKS) and share >= MARKS[len(self.predicted)]:
+            self.predicted.append({"share": round(share, 4), "seconds": run.meter.elapsed_s + left_s})
+
+
+def describe(run: BatchRun, left_s: float | None) -> str:
+    """The speed of late, its share of the bound, and when the job ends."""
+    tokens_s, _, _ = run.meter.recent()
+    parts = [f"{tokens_s:.{0 if tokens_s >= 100 else 1}f} tokens/s"]
+    if run.meter.bound is not None:
+        parts.append(f"{run.meter.share_of_bound:.2f} of the {run.meter.bound} bound")
+    if left_s is not None:
+        at = time.strftime("%a %H:%M:%S", time.localtime(time.time() + left_s))
+        parts.append(f"ends in {show_time(left_s)} ({at})")
+    if run.done.num_failed:
+        parts.append(f"{run.done.num_failed} failed")
+    return ", ".join(parts)
+
+
+def summary(run: BatchRun | None, progress: Progress, done: Any, is_whole: bool) -> dict[str, Any]:
+    """The job and what this run did of it, as JSON; `run` is None if there was nothing left to do."""
+    content = {
+        "status": "done" if is_whole else "stopped",
+        "rows": done.num_rows,
+        "done": done.num_done,
+        "failed": done.num_failed,
+        "done_before": progress.num_before,
+    }
+    if run is None:
+        return content
+    meter = run.meter
+    return content | {
+        "seconds": meter.elapsed_s,
+        "prompt_tokens": run.num_prompt_tokens,
+        "output_tokens": meter.num_tokens,
+        "output_tokens_s": meter.num_tokens / meter.elapsed_s,
+        "steady_output_tokens_s": meter.steady_tokens_s(),
+        "passes": meter.num_passes,
+        "passes_s": meter.passes_s,
+        "bound": meter.bound,
+        "share_of_bound": meter.share_of_bound,
+        "predicted": progress.predicted,
+    }

@@ -1,0 +1,64 @@
+"""Lines of an output: what a row gave, in OpenAI's batch format, the same bytes whenever the row runs.
+
+    {"id": "batch_req_JOB_LINE", "custom_id": .., "response": {"status_code", "request_id", "body"}, "error": null}
+
+A row that failed has `error`, and its response the status and body that a server would have answered with. Rows hold
+no times but the job's, and nothing of what ran beside them.
+"""
+
+import json
+import re
+from typing import Any
+
+from penstock.engine.batch.job import NAME_CHARACTERS, Job
+from penstock.engine.batch.rows import Row
+from penstock.engine.output import Sequence
+from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Usage
+from penstock.engine.server.errors import ApiError, failed
+from penstock.engine.server.requests import Completion
+
+_HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{%d})_(\d{1,18})", "custom_id": ' % NAME_CHARACTERS)
+_DONE, _FAILED_END = b'"error": null}\n', b"}}\n"
+
+
+def line_of(job: Job, row: Row, sequences: list[Sequence], model: str) -> bytes:
+    """The line of a row whose sequences have ended. `model` is the name of one that it does not name."""
+    error = next((sequence.error for sequence in sequences if sequence.error is not None), None)
+    if error is not None:
+        return error_line(job, row, failed(error))
+    asked = row.asked
+    kind = CompletionAnswer if isinstance(asked, Completion) else ChatAnswer
+    answer = kind(asked.model or model, asked.params.logprobs or 0, created=job.created)
+    answer.id = f"{kind.prefix}-{job.row_id(row.number)}"
+    body = answer.whole(sequences, Usage.of(sequences, asked.params.n))
+    del body["usage"]["prompt_tokens_details"]  # what was cached depends on what ran before
+    return _line(job, row, 200, body, None)
+
+
+def error_line(job: Job, row: Row, error: ApiError) -> bytes:
+    """The line of a row that failed."""
+    code = error.code or error.body["error"]["type"]
+    return _line(job, row, error.status, error.body, {"code": code, "message": error.message})
+
+
+def _line(job: Job, row: Row, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> bytes:
+    name = job.row_id(row.number)
+    response = {"status_code": status, "request_id": f"req_{name}", "body": body}
+    content = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": response, "error": error}
+    return json.dumps(content).encode() + b"\n"
+
+
+def is_row(line: bytes, job: Job) -> bool:
+    """Tells whether a line of an output, with its end, is a row of this job."""
+    head = _HEAD.match(line)
+    return head is not None and head[1].decode() == job.name[:NAME_CHARACTERS] and line.endswith((_DONE, _FAILED_END))
+
+
+def number_of(line: bytes) -> int:
+    """The line in the input of a row."""
+    return int(_HEAD.match(line)[2])
+
+
+def has_failed(line: bytes) -> bool:
+    """Tells whether a row has an error."""
+    return not line.endswith(_DONE)

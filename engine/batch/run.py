@@ -1,0 +1,178 @@
+"""Runs the rows of a job through the engine's loop: enough are in flight to fill passes, and each is written as soon as
+it has ended."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from penstock.engine.batch.done_rows import DoneRows
+from penstock.engine.batch.job_files import JobFiles
+from penstock.engine.batch.meter import Meter
+from penstock.engine.batch.outlook import Outlook
+from penstock.engine.batch.results import error_line, has_failed, line_of
+from penstock.engine.batch.rows import Row, RowReader
+from penstock.engine.batch.windows import WINDOW, in_windows
+from penstock.engine.llm import LLM
+from penstock.engine.output import Sequence
+from penstock.engine.server.encoding import sequences_of
+from penstock.engine.server.errors import ApiError, failed
+from penstock.engine.user_files import open_file
+from penstock.scheduler.batching.request import FinishReason
+
+_MASK = 2**64 - 1
+QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
+MOST_WAITING = 256  # rows that have ended, where many fail one after another
+
+
+@dataclass
+class InFlight:
+    """A row whose sequences run or wait."""
+
+    index: int
+    row: Row
+    sequences: list[Sequence]
+    num_left: int
+
+
+class BatchRun:
+    """One run of a job: of those of its rows that have not run. `tell` is
+    called each second with this run."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        reader: RowReader,
+        done: DoneRows,
+        files: JobFiles,
+        tell: Callable[["BatchRun"], None] = lambda run: None,
+    ):
+        self.llm, self.reader, self.done, self.files, self._tell = llm, reader, done, files, tell
+        self.lines, self.job = done.lines, done.job
+        self.in_flight: dict[int, InFlight] = {}  # by request id
+        self.meter = Meter(llm.engine.times)
+        self.outlook = Outlook(llm.loop.scheduler.max_model_len)
+        self.num_prompt_tokens = 0
+        self.is_stopped = False
+        self._lines: list[bytes] = []  # of rows that have ended, not written yet
+
+    def run(self) -> bool:
+        """Runs until all rows have run, or `stop` was called. Tells whether all have. Raises ValueError if the output
+        takes no more or the input has changed; what was written is kept."""
+        for index in self.done.pending():
+            self.outlook.add_row(self.lines, index)
+        try:
+            with open_file(self.lines.path) as self._stream:
+                self._run(self._in_order())
+        finally:
+            self.llm.loop.clear()
+        self.files.sync()
+        return self.done.num_done == self.done.num_rows
+
+    def stop(self) -> None:
+        """Lets `run` end after the pass that runs now; for handlers of signals."""
+        self.is_stopped = True
+
+    def _run(self, order: Iterator[int]) -> None:
+        loop = self.llm.loop
+        self._fill(order)
+        while loop.has_unfinished and not self.is_stopped:
+            events = loop.advance()
+            for event in events:
+                if event.is_last:
+                    self._end(event.sequence)
+            self._write()
+            self._measure(len(events))
+            self._fill(order)
+
+    def _in_order(self) -> Iterator[int]:
+        seats = self.llm.loop.scheduler.max_num_seqs
+        longest = self.outlook.longest
+        return in_windows(
+            self.done.pending(),
+            max(WINDOW, QUEUED * seats),
+            lambda index: self._read(index).prefix,
+            lambda index: self.lines.most_tokens[index] or longest,
+            seats,
+        )
+
+    def _read(self, index: int) -> Row:
+        return self.reader.read(self.lines.read(self._stream, index), self.lines.numbers[index])
+
+    def _fill(self, order: Iterator[int]) -> None:
+        """Puts rows into the loop until enough are there."""
+        enough = QUEUED * self.llm.loop.scheduler.max_num_seqs
+        while len(self.in_flight) < enough and not self.is_stopped:
+            index = next(order, None)
+            if index is None:
+                break
+            self.outlook.take_row(self.lines, index)
+            self._begin(index, self._read(index))
+        self._write()
+
+    def _begin(self, index: int, row: Row) -> None:
+        try:
+            sequences = sequences_of(self.llm, row.asked)
+        except ApiError as error:
+            return self._note(index, error_line(self.job, row, error))
+        except Exception as error:  # of a tokenizer or a template: this row fails, and no other
+            return self._note(index, error_line(self.job, row, failed(f"it cannot be encoded: {error!r}")))
+        if row.asked.params.seed is None:
+            for number, sequence in enumerate(sequences):
+                sequence.request.seed = (self.job.seed(row.number) + number) & _MASK
+        one = InFlight(index, row, sequences, len(sequences))
+        for sequence in sequences:
+            self.in_flight[sequence.request.id] = one
+            self.llm.loop.add(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Takes in a sequence that has ended, and its row if it was the last of it."""
+        request = sequence.request
+        one = self.in_flight.pop(request.id)
+        self.outlook.lengths.ended(len(request.output_token_ids), request.finish_reason is FinishReason.STOP)
+        one.num_left -= 1
+        if one.num_left == 0:
+            self.num_prompt_tokens += sum(
+                len(each.request.prompt_token_ids) for each in one.sequences[:: one.row.asked.params.n]
+            )
+            self._note(one.index, line_of(self.job, one.row, one.sequences, self.reader.names[0]))
+
+    def _note(self, index: int, line: bytes) -> None:
+        self.done.note(index, has_failed(line))
+        self._lines.append(line)
+        if len(self._lines) >= MOST_WAITING:
+            self._write()
+
+    def _write(self) -> None:
+        lines, self._lines = self._lines, []
+        if lines:
+            self.files.write(lines)
+
+    def _measure(self, num_tokens: int) -> None:
+        if not self.llm.loop.scheduler.num_waiting and not self.outlook.num_waiting:
+            self.meter.drain()
+        if self.meter.note_pass(num_tokens):
+            self._tell(self)
+
+    def seconds_left(self) -> float | None:
+        """The seconds until all rows have run, as it looks now; None before anything is known."""
+        _, tokens_a_pass, pass_s = self.meter.recent()
+        if not pass_s:
+            return None
+        requests = [one.request for row in self._rows() for one in row.sequences if one.request.finish_reason is None]
+        return self.outlook.passes_left(requests, tokens_a_pass) * pass_s
+
+    def _rows(self) -> list[InFlight]:
+        return list({one.index: one for one in self.in_flight.values()}.values())
+
+
+@contextlib.contextmanager
+def stopping(run: BatchRun) -> Iterator[None]:
+    """A context in which SIGTERM and SIGINT stop the run."""
+    before = {number: signal.signal(number, lambda *_: run.stop()) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

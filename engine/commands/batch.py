@@ -1,0 +1,171 @@
+"""`penstock batch` runs a file of requests and writes a file of answers, each row exactly once, whatever ends it
+between; the same command goes on.
+
+Standard output gets one JSON object at the end, standard error all else. Under torchrun rank 0 reads and writes.
+"""
+
+import argparse
+import json
+import re
+import signal
+import sys
+import time
+from typing import Any
+
+from penstock.engine.batch.checkpoint_digest import checkpoint_digest
+from penstock.engine.batch.done_rows import DoneRows
+from penstock.engine.batch.estimate import estimate
+from penstock.engine.batch.input_lines import InputLines, check_lines
+from penstock.engine.batch.job import SEMANTICS, Job, errors_from
+from penstock.engine.batch.job_files import JobFiles
+from penstock.engine.batch.merge import merge
+from penstock.engine.batch.progress import Progress, summary
+from penstock.engine.batch.rows import RowReader
+from penstock.engine.batch.run import SIGNALS, BatchRun, stopping
+from penstock.engine.commands.flags import Groups
+from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_arguments
+from penstock.engine.commands.plan import plan_of
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM
+from penstock.engine.server.generation_defaults import read_defaults
+from penstock.parallel.launch import resolve_launch
+from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.units import show_time
+
+DONE, ROWS_FAILED, STOPPED = 0, 1, 143  # exit statuses; the last is that of a process that SIGTERM ended
+DEFAULTS = tuple(name for name in SAMPLING_FLAGS if name not in ("n", "logprobs"))
+# fields of the config that decide tokens; others decide how fast they come
+DECIDING = ("dtype", "seed", "max_model_len", "attention_sinks", "attention_window", "load_format")
+
+
+def add_arguments(groups: Groups) -> None:
+    add = groups.everyday.add_argument
+    text = "requests: OpenAI's batch lines, or plain prompts, one a line, if the name ends in .txt"
+    add("-i", "--input-file", metavar="FILE", help=text)
+    add("-o", "--output-file", metavar="FILE", required=True, help="answers, a line a request; a job goes on there")
+    add("--errors", metavar="FILE", help="where requests that failed go (default: to the others)")
+    text = "rows of the output as they end, or sorted once all have (default: done)"
+    add("--order", choices=("done", "input"), default="done", help=text)
+    add("--retry-errors", action="store_true", help="run the rows again that failed")
+    add("--force-new", action="store_true", help="begin anew, and forget what the output has")
+    add("--dry-run", action="store_true", help="check the input and predict time and tokens/s; load and write nothing")
+    add("--shard", default="0/1", metavar="I/N", help="run every N-th row, from the I-th on, counted from 0")
+    add("--merge", nargs="+", metavar="FILE", help="join the outputs of all shards instead")
+    text = "names by which requests ask for the model, with commas between them (default: as --model has it)"
+    add("--served-model-name", metavar="NAMES", help=text)
+    text = "auto takes defaults for sampling from the checkpoint's generation_config.json; none takes the API's own"
+    add("--generation-config", choices=("auto", "none"), default="auto", help=text)
+    add_sampling_arguments(groups, DEFAULTS)
+
+
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    if args.merge:
+        return ROWS_FAILED if merge(args.merge, args.output_file, say) else DONE
+    if args.input_file is None:
+        raise ValueError("--input-file: is missing")
+    shard = _shard(args.shard)
+    if resolve_launch(config.tensor_parallel_size).rank > 0:
+        return _follow(config)
+    reader = _reader(args, config)
+    if args.dry_run:
+        return _predict(args, config, reader, shard)
+    with JobFiles(args.output_file, args.errors) as files:
+        lines = _check(args.input_file, reader)
+        job = files.begin(_job(args, config, reader, lines, shard), args.force_new)
+        done = files.read(lines, job, args.retry_errors)
+        if done.num_done:
+            say(f"{done.num_done} of {done.num_rows} rows were done before")
+        is_whole = _run_rows(config, reader, done, files)
+        if is_whole and args.order == "input":
+            files.sort(say)
+    if not is_whole:
+        say(f"stopped with {done.num_done} of {done.num_rows} rows done: the same command goes on")
+        return STOPPED
+    return ROWS_FAILED if done.num_failed else DONE
+
+
+def _follow(config: EngineConfig) -> int:
+    """Runs a rank that computes with rank 0. A launcher sends signals to all ranks, and rank 0 alone decides by them."""
+    with LLM(**config.to_dict()) as llm:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        llm.serve()
+    return DONE
+
+
+def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: JobFiles) -> bool:
+    """Runs the rows that have not run, and prints the summary. Tells whether all have run."""
+    with Progress(done.num_rows, done.num_done) as progress:
+        run, is_whole = None, done.num_done == done.num_rows
+        if not is_whole:
+            with LLM(**config.for_job(_num_sequences(done)).to_dict()) as llm:
+                llm.lead()
+                run = BatchRun(llm, reader, done, files, progress.show)
+                with stopping(run):
+                    is_whole = run.run()
+    print(json.dumps(summary(run, progress, done, is_whole)), flush=True)
+    return is_whole
+
+
+def _num_sequences(done: DoneRows) -> int:
+    return sum(done.lines.num_sequences[index] for index in done.pending())
+
+
+def _predict(args: argparse.Namespace, config: EngineConfig, reader: RowReader, shard: tuple[int, int]) -> int:
+    lines = _check(args.input_file, reader)
+    done = DoneRows(lines, _job(args, config, reader, lines, shard))
+    plan = plan_of(config.for_job(_num_sequences(done)))
+    predicted = estimate(config, plan, reader, done).to_dict()
+    say(
+        f"{predicted['rows']} rows, about {predicted['prompt_tokens']} tokens of prompts and at most"
+        f" {predicted['output_tokens']} of outputs: {show_time(predicted['seconds'])} at"
+        f" {predicted['output_tokens_s']:.1f} output tokens/s, {predicted['num_at_once']} sequences at once, bound by"
+        f" {predicted['bound']} ({plan.rates.source})"
+    )
+    print(json.dumps(predicted))
+    return DONE
+
+
+def _check(file: str, reader: RowReader) -> InputLines:
+    began_s = time.perf_counter()
+    lines = check_lines(file, reader.read)
+    say(f"{file}: {len(lines)} rows, checked in {show_time(time.perf_counter() - began_s)}")
+    return lines
+
+
+def _reader(args: argparse.Namespace, config: EngineConfig) -> RowReader:
+    """The reader of the input's rows. Raises ValueError for a default that cannot be meant."""
+    defaults = read_defaults(config) if args.generation_config == "auto" and config.load_format != "dummy" else {}
+    defaults |= {name: getattr(args, f"sampling_{name}") for name in DEFAULTS if hasattr(args, f"sampling_{name}")}
+    defaults |= {name: getattr(args, name) for name in ("stop", "stop_token_ids", "ignore_eos") if getattr(args, name)}
+    SamplingParams(**defaults)
+    names = tuple(name.strip() for name in (args.served_model_name or config.model).split(","))
+    return RowReader(args.input_file, defaults, names, is_text=args.input_file.endswith(".txt"))
+
+
+def _job(
+    args: argparse.Namespace, config: EngineConfig, reader: RowReader, lines: InputLines, shard: tuple[int, int]
+) -> Job:
+    facts: dict[str, Any] = {
+        "input": lines.sha256,
+        "rows": len(lines),
+        "is_text": reader.is_text,
+        "checkpoint": checkpoint_digest(config),
+        "model_name": reader.names[0],
+        "defaults": dict(reader.defaults),
+        "semantics": SEMANTICS,
+    }
+    facts |= {name: getattr(config, name) for name in DECIDING}
+    return Job(facts, int(time.time()), *shard, errors_from(args.output_file, args.errors))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    shard, num_shards = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not shard < num_shards:
+        raise ValueError(f"--shard {text}: expected I/N, with I from 0 to N - 1")
+    return shard, num_shards
+
+
+def say(line: str) -> None:
+    print(f"penstock batch: {line}", file=sys.stderr, flush=True)

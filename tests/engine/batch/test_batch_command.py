@@ -1,0 +1,294 @@
+"""`penstock batch` on the demo model: what it writes, what it refuses in one line, and how a job goes on."""
+
+import json
+import os
+import resource
+import signal
+
+import pytest
+from penstock.engine.batch import meter, run
+from penstock.engine.batch.run import BatchRun
+from penstock.engine.loop import Loop
+from penstock.engine.server import encoding
+
+from penstock import SamplingParams
+from tests.support.batch_jobs import line, mixed_lines, rows_of, run_here, same_job, write_lines
+
+ROWS = mixed_lines(24)
+
+
+@pytest.fixture(scope="module")
+def reference(llm, tmp_path_factory):
+    """A job that nothing disturbed: its input, and its output."""
+    folder = tmp_path_factory.mktemp("reference")
+    given = write_lines(folder / "in.jsonl", ROWS)
+    assert run_here(llm, given, folder / "out.jsonl") == 0
+    return given, folder / "out.jsonl"
+
+
+def test_rows_are_openais_and_what_generate_gives(llm, reference):
+    job = json.loads(reference[1].with_name("out.jsonl.job").read_text())
+    rows = {row["custom_id"]: row for row in rows_of(reference[1])}
+    assert sorted(rows) == sorted(json.loads(text)["custom_id"] for text in ROWS)
+    seeded = [(number, json.loads(text)["body"]) for number, text in enumerate(ROWS, 1) if "seed" in text]
+    for number, body in seeded:
+        row, name = rows[f"row {number - 1}"], f"{job['job'][:16]}_{number}"
+        params = SamplingParams(max_tokens=body["max_tokens"], temperature=body["temperature"], seed=body["seed"])
+        output = llm.generate([body["prompt"]], params)[0]
+        (given,) = output.outputs
+        assert (row["id"], row["error"]) == (f"batch_req_{name}", None)
+        response, answer = row["response"], row["response"]["body"]
+        assert (response["status_code"], response["request_id"]) == (200, f"req_{name}")
+        assert (answer["id"], answer["created"], answer["model"]) == (f"cmpl-{name}", job["created"], "demo")
+        (choice,) = answer["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (given.text, given.finish_reason)
+        tokens = (len(output.prompt_token_ids), len(given.token_ids))
+        assert answer["usage"] == dict(
+            zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*tokens, sum(tokens)))
+        )
+    assert len(seeded) >= 4
+
+
+def test_the_summary_counts_and_the_job_is_done_once(llm, reference, said):
+    rows = rows_of(reference[1])
+    assert run_here(llm, *reference) == 0
+    summary, lines = said()
+    assert summary == {"status": "done", "rows": 24, "done": 24, "failed": 0, "done_before": 24}
+    assert lines[-1] == "penstock batch: 24 of 24 rows were done before"
+    assert rows_of(reference[1]) == rows
+
+
+def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
+    message = {"role": "user", "content": "Return 5"}
+    texts = [
+        line("chat", "/v1/chat/completions", messages=[message], max_completion_tokens=3, logprobs=True),
+        line("many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, logprobs=1),
+    ]
+    assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
+    chat, many = sorted((row["response"]["body"] for row in rows_of(tmp_path / "out.jsonl")), key=lambda b: b["id"])
+    assert chat["object"] == "chat.completion" and chat["choices"][0]["message"]["role"] == "assistant"
+    assert len(chat["choices"][0]["logprobs"]["content"]) == 3
+    assert [choice["index"] for choice in many["choices"]] == [0, 1, 2, 3]
+    assert many["usage"]["completion_tokens"] == 8
+
+
+def test_order_input_sorts_once_all_have_run(llm, reference, tmp_path, said):
+    output = tmp_path / "out.jsonl"
+    same_job(reference[1], output)
+    assert run_here(llm, reference[0], output, "--order", "input") == 0
+    assert [row["custom_id"] for row in rows_of(output)] == [f"row {number}" for number in range(24)]
+    assert sorted(output.read_bytes().splitlines()) == sorted(reference[1].read_bytes().splitlines())
+    assert run_here(llm, reference[0], output, "--order", "input") == 0, "sorted already"
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_plain_prompts_and_flags_as_defaults(llm, tmp_path):
+    file = write_lines(tmp_path / "in.txt", ["Return the", "", "def f("])
+    assert run_here(llm, file, tmp_path / "out.jsonl", "--max-tokens", "4", "--temperature", "0", "--ignore-eos") == 0
+    rows = {row["custom_id"]: row["response"]["body"] for row in rows_of(tmp_path / "out.jsonl")}
+    expected = llm.generate(["Return the", "def f("], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    assert [rows[name]["choices"][0]["text"] for name in ("line-1", "line-3")] == [o.outputs[0].text for o in expected]
+
+
+FAILING = [line("ok", prompt="def", max_tokens=2), line("long", prompt=[5] * 70), line("id", prompt=[10**6])]
+
+
+def test_rows_that_fail_are_rows_and_run_again_if_asked(llm, tmp_path, said):
+    given, output = write_lines(tmp_path / "in.jsonl", FAILING), tmp_path / "out.jsonl"
+    assert run_here(llm, given, output) == 1
+    assert said()[0]["failed"] == 2
+    rows = {row["custom_id"]: row for row in rows_of(output)}
+    assert rows["ok"]["error"] is None
+    assert rows["long"]["error"]["code"] == "context_length_exceeded"
+    assert "the prompt has 70 tokens, and at most 63 fit" in rows["long"]["error"]["message"]
+    assert rows["long"]["response"]["status_code"] == 400
+    assert rows["long"]["response"]["body"]["error"]["type"] == "invalid_request_error"
+    first = output.read_bytes()
+    assert run_here(llm, given, output) == 1 and output.read_bytes() == first
+    said()
+    assert run_here(llm, given, output, "--retry-errors") == 1
+    assert said()[0]["done_before"] == 1
+    assert sorted(output.read_bytes().splitlines()) == sorted(first.splitlines())
+
+
+def test_rows_that_fail_go_to_a_file_of_their_own(llm, tmp_path, said):
+    given, output, errors = write_lines(tmp_path / "in.jsonl", FAILING), tmp_path / "out.jsonl", tmp_path / "err.jsonl"
+    assert run_here(llm, given, output, "--errors", errors) == 1
+    assert [row["custom_id"] for row in rows_of(output)] == ["ok"]
+    assert sorted(row["custom_id"] for row in rows_of(errors)) == ["id", "long"]
+    said()
+    assert run_here(llm, given, output, "--errors", errors, "--retry-errors") == 1
+    assert said()[0]["done_before"] == 1 and len(rows_of(errors)) == 2
+    assert run_here(llm, given, output) == 2
+    assert "--errors was err.jsonl, and is None" in said()[1][-1]
+
+
+@pytest.mark.parametrize("kind", ["when it is encoded", "in a pass"])
+def test_one_row_that_fails_leaves_the_others_as_they_are(llm, reference, tmp_path, monkeypatch, kind):
+    bodies = [json.loads(text)["body"] for text in ROWS]
+    chosen = next(
+        at for at, body in enumerate(bodies) if at % 4 == 3 and body["max_tokens"] > 4
+    )  # its prompt is its own
+
+    def sequences_of(llm, asked):
+        sequences = encoding.sequences_of(llm, asked)
+        if asked.prompts == [bodies[chosen]["prompt"]]:
+            if kind == "when it is encoded":
+                raise TypeError("no such text")
+            (sequence,) = sequences
+            sequence.push = lambda token: llm.loop.abort(sequence.request.id, "the logits are NaN")
+        return sequences
+
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(run, "sequences_of", sequences_of)
+    same_job(reference[1], output)
+    assert run_here(llm, reference[0], output) == 1
+    rows, whole = ({row["custom_id"]: row for row in rows_of(file)} for file in (output, reference[1]))
+    assert [name for name in whole if rows[name] != whole[name]] == [f"row {chosen}"]
+    message = {"in a pass": "the logits are NaN"}.get(kind, "it cannot be encoded: TypeError('no such text')")
+    assert rows[f"row {chosen}"]["error"] == {"code": "request_failed", "message": message}
+    assert rows[f"row {chosen}"]["response"]["status_code"] == 500
+
+
+def test_another_job_is_refused_in_one_line_and_its_output_kept(llm, reference, tmp_path, said):
+    given, output = write_lines(tmp_path / "in.jsonl", ROWS[:3]), tmp_path / "out.jsonl"
+    assert run_here(llm, given, output) == 0
+    kept = output.read_bytes()
+    said()
+    write_lines(given, ROWS[:4])
+    assert run_here(llm, given, output) == 2
+    assert "is the output of another job: its input was " in said()[1][-1]
+    write_lines(given, ROWS[:3])
+    for flags, message in (
+        (("--temperature", "0"), "its defaults was {}, and is {'temperature'"),
+        (("--seed", "5"), "its seed was 0, and is 5"),
+        (("--shard", "1/2"), "--shard was 0, and is 1"),
+    ):
+        assert run_here(llm, given, output, *flags) == 2
+        assert message in said()[1][-1]
+    assert output.read_bytes() == kept
+    assert run_here(llm, given, output, "--temperature", "0", "--force-new") == 0
+    assert len(rows_of(output)) == 3 and output.read_bytes() != kept
+
+
+def test_a_file_that_is_no_output_is_refused(llm, reference, tmp_path, said):
+    output = write_lines(tmp_path / "out.jsonl", ["my letters"])
+    assert run_here(llm, reference[0], output) == 2
+    assert "is there already, and is no output of a batch job" in said()[1][-1]
+    assert output.read_text() == "my letters\n" and [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_rows_of_another_job_or_twice_there_are_refused(llm, reference, tmp_path, said):
+    output, lines = tmp_path / "out.jsonl", reference[1].read_bytes().splitlines(keepends=True)
+    same_job(reference[1], output)
+    for content, message in (
+        (lines[0] + lines[0], "is there twice"),
+        (lines[0].replace(b"batch_req_", b"batch_req_0", 1)[: len(lines[0])] + lines[1], "line 1: is no row"),
+        (lines[0].replace(b'", "custom', b'000", "custom', 1), "which is no line of this job"),
+    ):
+        output.write_bytes(content)
+        assert run_here(llm, reference[0], output) == 2
+        assert message in said()[1][-1] and output.read_bytes() == content
+
+
+def test_an_output_that_was_removed_runs_again_to_the_same_bytes(llm, reference, tmp_path):
+    output = tmp_path / "out.jsonl"
+    same_job(reference[1], output)
+    assert run_here(llm, reference[0], output) == 0
+    assert sorted(output.read_bytes().splitlines()) == sorted(reference[1].read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("how", ["full", "removed", "input changed", "stopped", "interrupted"])
+def test_what_ends_a_job_is_one_line_and_it_goes_on_to_the_same_bytes(llm, reference, tmp_path, said, monkeypatch, how):
+    given, output = write_lines(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    same_job(reference[1], output)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    advance, passes = Loop.advance, iter(range(10**6))
+
+    def advancing(loop):
+        if next(passes) == 8:
+            if how == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (output.stat().st_size + 100, limits[1]))
+            elif how == "removed":
+                output.unlink()
+            elif how == "input changed":
+                given.write_bytes(given.read_bytes().replace(b"def", b"dfe"))
+            else:
+                os.kill(os.getpid(), signal.SIGTERM if how == "stopped" else signal.SIGINT)
+        return advance(loop)
+
+    monkeypatch.setattr(Loop, "advance", advancing)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        status = run_here(llm, given, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    summary, lines = said()
+    expected = {
+        "full": (2, "out.jsonl: File too large (the rows before it are kept: make room, and run the same command"),
+        "removed": (2, "out.jsonl: was removed or replaced while the job ran; its rows have to run again"),
+        "input changed": (2, "has changed since the job began"),
+        "stopped": (143, "rows done: the same command goes on"),
+        "interrupted": (143, "rows done: the same command goes on"),
+    }[how]
+    assert status == expected[0] and expected[1] in lines[-1], lines
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    if status == 143:
+        assert next(passes) <= 10, "two passes later it has ended"
+        assert summary["status"] == "stopped" and 0 < summary["done"] == len(rows_of(output)) < 24
+    monkeypatch.setattr(Loop, "advance", advance)
+    write_lines(given, ROWS)
+    assert run_here(llm, given, output) == 0
+    assert said()[0]["done_before"] > 0 or how == "removed"
+    assert sorted(output.read_bytes().splitlines()) == sorted(reference[1].read_bytes().splitlines())
+
+
+def test_a_bad_line_is_refused_before_anything_is_made(llm, tmp_path, said):
+    given = write_lines(tmp_path / "in.jsonl", [ROWS[0], "{", ROWS[1]])
+    assert run_here(None, given, tmp_path / "out.jsonl") == 2
+    assert "in.jsonl, line 2: is not JSON" in said()[1][-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--shard", "2/2"), "--shard 2/2: expected I/N, with I from 0 to N - 1"),
+        (("--top-p", "2"), "top_p=2.0: expected a number above 0, at most 1"),
+        (("--errors", "OUT"), "is the output too"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(reference, tmp_path, said, flags, message):
+    flags = [str(tmp_path / "out.jsonl") if flag == "OUT" else flag for flag in flags]
+    assert run_here(None, reference[0], tmp_path / "out.jsonl", *flags) == 2
+    assert message in said()[1][-1] and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_predicts_without_an_engine_and_writes_nothing(reference, tmp_path, said):
+    profile = ("--device-profile", "h200")
+    assert run_here(None, reference[0], tmp_path / "out.jsonl", "--dry-run", *profile) == 0
+    predicted, lines = said()
+    bodies = [json.loads(text)["body"] for text in ROWS]
+    assert (predicted["rows"], predicted["output_tokens"]) == (24, sum(body["max_tokens"] for body in bodies))
+    assert 24 * 3 <= predicted["prompt_tokens"] <= 24 * 8
+    assert predicted["seconds"] == pytest.approx(predicted["passes"] * predicted["pass_s"])
+    assert lines[-1].startswith("penstock batch: 24 rows, about ") and "h200" in lines[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):
+    """A second is as short as a pass here; the job's end is known to the pass, since all lengths are fixed."""
+    monkeypatch.setattr(meter, "SAMPLE_S", 0.0)
+    texts = [line(str(number), prompt=[5, number + 5], max_tokens=8, ignore_eos=True) for number in range(40)]
+    told, show = [], BatchRun.seconds_left
+
+    def seconds_left(run):
+        seconds, pass_s = show(run), run.meter.recent()[2]
+        told.append((run.meter.num_passes, seconds / pass_s if seconds is not None else None))
+        return seconds
+
+    monkeypatch.setattr(BatchRun, "seconds_left", seconds_left)
+    assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
+    total = told[-1][0]
+    late = [(passes, left) for passes, left in told if passes > total / 4]
+    assert len(late) > 20 and all(abs(passes + left - total) <= 0.15 * total + 2 for passes, left in late)

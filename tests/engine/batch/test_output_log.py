@@ -1,0 +1,126 @@
+"""The output as a log: whole lines or none, one writer, a torn tail cut, and what is said when it takes no more."""
+
+import errno
+import os
+import resource
+import threading
+from contextlib import closing
+
+import pytest
+from penstock.engine.batch import syncing
+from penstock.engine.batch.output_log import OutputLog
+
+from tests.support.batch_jobs import begin_in_fork, status_of
+
+
+def is_row(line: bytes) -> bool:
+    return line.startswith(b"row")
+
+
+def read(log: OutputLog) -> list[tuple[int, bytes]]:
+    return list(log.rows(is_row))
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
+@pytest.mark.parametrize("tail", [b"", b"row 3", b"ro", b"\0" * 9, b"\0\0\nwreck\n", b"row 3\0\nro"[:5]])
+def test_a_torn_tail_is_cut_and_rows_follow_the_last_whole_one(file, tail):
+    file.write_bytes(b"row 1\nrow 2\n" + tail)
+    with closing(OutputLog("-o", file)) as log:
+        assert read(log) == [(0, b"row 1\n"), (6, b"row 2\n")]
+        log.append([b"row 3\n", b"row 4\n"])
+    assert file.read_bytes() == b"row 1\nrow 2\nrow 3\nrow 4\n"
+
+
+def test_a_line_between_rows_that_is_none_is_refused_and_left_alone(file):
+    file.write_bytes(b"row 1\nwreck\nrow 2\n")
+    with closing(OutputLog("-o", file)) as log, pytest.raises(ValueError, match="line 2: is no row of this job"):
+        read(log)
+    assert file.read_bytes() == b"row 1\nwreck\nrow 2\n"
+
+
+def test_a_file_that_got_nothing_is_gone_again(file):
+    OutputLog("-o", file).close()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("how", ["here", "in another process"])
+def test_there_is_one_writer(file, how):
+    def second() -> int:
+        with pytest.raises(ValueError, match="out.jsonl: another job writes it now$"):
+            OutputLog("-o", file)
+        return 0
+
+    with closing(OutputLog("-o", file)) as log:
+        log.append([b"row 1\n"])
+        assert second() == 0 if how == "here" else status_of(begin_in_fork(second)) == 0
+        log.rewrite([b"row 2\n"])  # the lock goes on with the new file
+        assert second() == 0
+    with closing(OutputLog("-o", file)) as log:
+        assert read(log) == [(0, b"row 2\n")]
+
+
+def test_a_full_disk_leaves_whole_lines_and_says_so(file):
+    """A limit on the size of files: a write is cut short there, and the next one fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(OutputLog("-o", file)) as log:
+        log.append([b"row 1\n", b"row 2\n"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        try:
+            with pytest.raises(ValueError, match=r"out.jsonl: File too large \(the rows before it are kept: make room"):
+                log.append([b"row 3\n", b"row 4\n"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert file.read_bytes() == b"row 1\nrow 2\n"
+
+
+def test_a_full_disk_while_a_new_file_is_made_leaves_the_old_one(file):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(OutputLog("-o", file)) as log:
+        log.append([b"row 1\n"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        try:
+            with pytest.raises(ValueError, match="out.jsonl: File too large"):
+                log.rewrite([b"row 1\n"] * 9)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.append([b"row 2\n"])
+    assert file.read_bytes() == b"row 1\nrow 2\n" and [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_an_output_that_is_gone_is_noticed_before_more_is_written(file, how):
+    with closing(OutputLog("-o", file)) as log:
+        log.append([b"row 1\n"])
+        file.unlink()
+        if how == "replaced":
+            file.write_bytes(b"mine\n")
+        with pytest.raises(ValueError, match="out.jsonl: was removed or replaced while the job ran"):
+            log.append([b"row 2\n"])
+    assert file.exists() == (how == "replaced")
+
+
+def test_rows_are_synced_by_themselves_and_a_failed_sync_ends_the_job(file, monkeypatch):
+    synced, fails = threading.Event(), threading.Event()
+
+    def fsync(descriptor):
+        synced.set()
+        if fails.is_set():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(syncing.os, "fsync", fsync)
+    assert syncing.MOST_S <= 0.5 and syncing.MOST_ROWS == 256
+    with closing(OutputLog("-o", file)) as log:
+        log.append([b"row 1\n"])
+        assert synced.wait(timeout=60)
+        fails.set()
+        synced.clear()
+        log.append([b"row 2\n"])
+        assert synced.wait(timeout=60)
+        with pytest.raises(ValueError, match="out.jsonl: Input/output error"):
+            log.sync()
+        with pytest.raises(ValueError, match="out.jsonl: Input/output error"):
+            log.append([b"row 3\n"])

@@ -1,0 +1,135 @@
+"""Jobs for `penstock batch`: inputs, the command on an engine that is there already, in this process or in a fork that
+may die, and an engine without a model for jobs of many rows."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from penstock.engine.commands import batch
+from penstock.engine.commands.cli import main
+from penstock.engine.config import EngineConfig
+from penstock.engine.loop import Loop
+from penstock.engine.output import Sequence
+from penstock.engine.runtime.pass_times import PassTimes
+from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.batching.scheduler import Scheduler
+
+from tests.support.fake_engine import FakeEngine
+
+MODEL = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-model-len", "64")
+FORK_S = 120
+
+
+def line(custom_id: str, url: str = "/v1/completions", method: str = "POST", **body) -> str:
+    return json.dumps({"custom_id": custom_id, "method": method, "url": url, "body": body})
+
+
+def mixed_lines(num_rows: int, seed: int = 0) -> list[str]:
+    """Rows of texts and of token ids, greedy and drawn, with and without a seed, of uneven lengths. Each fourth has a
+    prompt that no other has."""
+    chosen, lines = random.Random(seed), []
+    for number in range(num_rows):
+        prompt = [5 + number, 7, 9] if number % 4 == 3 else f"def name_{number % 7}("
+        body = {"prompt": prompt, "max_tokens": chosen.randint(1, 9), "temperature": number % 3 / 2}
+        lines.append(line(f"row {number}", **body | ({"seed": number} if number % 5 == 0 else {})))
+    return lines
+
+
+def write_lines(file: Path, lines: list[str]) -> Path:
+    file.write_text("".join(f"{each}\n" for each in lines))
+    return file
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(each) for each in file.read_bytes().splitlines()]
+
+
+def same_job(first: Path, other: Path) -> None:
+    """Lets another output belong to the job of the first: its rows are then the same, `created` too."""
+    (other.parent / f"{other.name}.job").write_bytes((first.parent / f"{first.name}.job").read_bytes())
+
+
+def run_here(llm, given: Path, output: Path, *more: str) -> int:
+    """The command's exit status, on an engine that is there."""
+    before, batch.LLM = batch.LLM, lambda **options: contextlib.nullcontext(llm)
+    try:
+        return main(["batch", *MODEL, "-i", str(given), "-o", str(output), *map(str, more)])
+    finally:
+        batch.LLM = before
+
+
+def begin_in_fork(work: Callable[[], int]) -> int:
+    """The process id of a fork that exits with what `work` returns."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            signal.alarm(FORK_S)
+            status = work()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def status_of(pid: int) -> int:
+    """The exit status of a fork, once it has ended; negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_in_a_pass(number: int) -> None:
+    """This process is killed before its pass of that number, from 0 on."""
+    advance, passes = Loop.advance, itertools.count()
+
+    def advancing(loop):
+        if next(passes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return advance(loop)
+
+    Loop.advance = advancing
+
+
+def kill_in_a_write(number: int, share: float) -> None:
+    """This process is killed inside a write of rows, the one of that number, of which such a share was written."""
+    write, writes = os.write, itertools.count()
+
+    def writing(descriptor, data):
+        if bytes(data).startswith(b'{"id": "batch_req_') and next(writes) == number:
+            write(descriptor, bytes(data)[: max(int(len(data) * share), 1)])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(descriptor, data)
+
+    os.write = writing
+
+
+class StubLLM:
+    """An LLM as a job needs it, whose passes compute nothing."""
+
+    tokenizer = None
+
+    def __init__(self, max_num_seqs: int = 256):
+        self.config = EngineConfig()
+        self.engine = FakeEngine(token=5)
+        self.engine.times = PassTimes()
+        scheduler = Scheduler(max_num_seqs, 4096, max_model_len=64, page_size=16, num_pages=4 * max_num_seqs + 1)
+        self.loop = Loop(scheduler, self.engine)
+        self._ids = itertools.count()
+
+    def sequences(self, prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:
+        return [Sequence(Request(next(self._ids), prompt, params), 0, None, {}) for prompt in prompts]
+
+    def lead(self) -> None:
+        pass
+
+
+def write_many(file: Path, num_rows: int) -> Path:
+    """A file of short rows of token ids."""
+    with open(file, "w") as stream:
+        for number in range(num_rows):
+            body = f'{{"prompt": [{number % 97}, {number % 89}], "max_tokens": {1 + number % 3}}}'
+            stream.write(f'{{"custom_id": "{number}", "method": "POST", "url": "/v1/completions", "body": {body}}}\n')
+    return file
