@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy
 import torch
 from penstock.engine.kernels.decode_work import DecodeWork
 from torch import Tensor
@@ -58,17 +59,27 @@ class GatheredContext:
 
 
 @dataclass(frozen=True)
+class ChunkPages:
+    """Holds what chunks of rows that have cached tokens attend to: the pages where they lie, `page_table` (R, P) int32.
+    The context of each row begins at 0."""
+
+    chunks: Chunks
+    page_table: Tensor
+
+
+@dataclass(frozen=True)
 class MixedContext:
     """Holds what rows attend to by their kind, which is the order of their tokens in a pass:
 
         | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting | whole |
 
-    Rows of `continuing` attend to a copy of their own context, some rows at a time; those of `starting` and `whole`
-    have all of it in this pass, and attend to it in the activation. Each of `whole`, token ranges, does so by itself.
+    Rows of `continuing` attend to the pages, or to a copy of their own context, some rows at a time; those of
+    `starting` and `whole` have all of it in this pass, and attend to it in the activation. Each of `whole`, token
+    ranges, does so by itself.
     """
 
     paged: PagedContext | None
-    continuing: tuple[GatheredContext, ...]
+    continuing: tuple[GatheredContext | ChunkPages, ...]
     starting: Chunks | None
     whole: tuple[slice, ...]
 
@@ -104,7 +115,8 @@ class PassInputs:
     sampled_positions: Tensor  # (N,) int64: where in its sequence the token is that is being sampled
 
 
-def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copies numbers from the host to the device; the host does not wait for the copy."""
-    tensor = torch.tensor(values, dtype=dtype)
+def to_device(values: list | numpy.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copies numbers from the host to the device; the host does not wait for the copy. (numpy takes a fifth of torch's
+    time for the numbers of a list.)"""
+    tensor = torch.from_numpy(numpy.asarray(values, getattr(numpy, str(dtype).removeprefix("torch."))))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

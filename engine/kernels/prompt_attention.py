@@ -141,7 +141,7 @@ def _step(
     else:
         inside = (n >= 0)[:, None] & (e < E)[None, :]
         k, v = tl.load(key_rows, mask=inside, other=0.0), tl.load(value_rows, mask=inside, other=0.0)
-    scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
+    scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee")  # (BLOCK_M, BLOCK_N), not yet scaled
     if MASKED:
         key = (start + n)[None, :]
         seen = (key <= last_seen[:, None]) & (key < end)
@@ -150,7 +150,7 @@ def _step(
         scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     finite = tl.where(higher == float("-inf"), 0.0, higher) if WINDOWED else higher  # of a query that saw no key yet
-    weights, decay = tl.exp2(scores - finite[:, None]), tl.exp2(top - finite)
+    weights, decay = tl.exp2(scores * scale - (finite * scale)[:, None]), tl.exp2((top - finite) * scale)
     total = total * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(DOT), v.to(DOT), acc * decay[:, None], input_precision="ieee")
     return higher, total, acc, page
