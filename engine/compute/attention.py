@@ -10,27 +10,19 @@ that a pass has the same bits at any residency:
     (kernels/prompt_attention.py; CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
   - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes less time on an H200 (0.94 against 1.19 ms for 8000
     tokens and 32 heads of 128, 96 against 87 us for 2000). It plans each length (45 ms), so rows are padded to few
-    lengths, which are planned at start: behind the causal mask nobody sees the padding
-  - chunks of several tokens that continue behind cached ones read the pages where they lie by the same kernel; where it
-    does not serve, and where keys are rotated when they are read, their own context is gathered before
+    lengths, which are planned at start: behind the causal mask nobody sees the padding. Up to 4096 tokens the copies
+    that it needs and its plans are not worth the little that it saves
+  - for chunks of several tokens that continue behind cached ones, their own context is gathered, then they attend to it
+    in the same two ways
 """
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from penstock.engine.compute.inputs import (
-    CachedLayer,
-    ChunkPages,
-    Chunks,
-    Context,
-    MixedContext,
-    PagedContext,
-    RowRange,
-)
-from penstock.engine.compute.kv_cache import KVCache
+from penstock.engine.compute.inputs import CachedLayer, Chunks, Context, MixedContext, PagedContext, RowRange
 from penstock.engine.kernels.decode_attention import decode_attention
-from penstock.engine.kernels.prompt_attention import Pages, attend_blocks_
+from penstock.engine.kernels.prompt_attention import attend_blocks_
 from penstock.engine.kernels.rope_append import rotate_
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import KEYS_AT_ONCE
@@ -38,11 +30,11 @@ from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LEAST_WHOLE_TOKENS = MOST_PADDED_TOKENS + 1  # from here on cuDNN pays: it takes no part in passes that are padded
+LEAST_WHOLE_TOKENS = 2 * MOST_PADDED_TOKENS + 1  # from here on cuDNN pays; it takes no part in passes that are padded
 WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for it
 WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
-calls = {"paged": 0, "continued": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
+calls = {"paged": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
@@ -62,12 +54,6 @@ def takes_padding(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" or _has_kernel(device, dtype)
 
 
-def reads_pages(kv: KVCache) -> bool:
-    """Tells whether chunks that continue read the pages where they lie. Keys that are cached as they were before their
-    rotation are copied and rotated first."""
-    return _has_kernel(kv.data.device, kv.data.dtype) and kv.key_rope is None
-
-
 def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | None) -> None:
     """Overwrites the q of heads (T, H + 2K, E) with its causal attention, each row over its own context. The pages of
     `cache` hold the pass's own k and v already; k in `heads` is rotated.
@@ -80,14 +66,8 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
         attend_paged(q, cache, context, window, q)
         return
     for part in context.continuing:
-        tokens, pages = part.chunks.tokens, None
-        if isinstance(part, ChunkPages):
-            calls["continued"] += 1
-            k, v, pages = cache.keys, cache.values, Pages(part.page_table, cache.page_size, cache.margin)
-        else:
-            calls["gathered"] += 1
-            k, v = gather(cache, part.addresses, part.positions)
-        attend_chunks_(q[tokens], k, v, part.chunks, window, pages)
+        calls["gathered"] += 1
+        attend_chunks_(q[part.chunks.tokens], *gather(cache, part.addresses, part.positions), part.chunks, window)
     if context.starting is not None:
         calls["own"] += 1
         tokens = context.starting.tokens
@@ -119,15 +99,12 @@ def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Te
     return keys, values
 
 
-def attend_chunks_(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None, pages: Pages | None = None
-) -> None:
-    """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E), which is a
-    cache if it lies in `pages`. Tokens that are in no chunk stay as they are."""
+def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None) -> None:
+    """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E). Tokens
+    that are in no chunk stay as they are."""
     if _has_kernel(q.device, q.dtype):
-        attend_blocks_(q, k, v, chunks.blocks, window, pages)
+        attend_blocks_(q, k, v, chunks.blocks, window)
         return
-    assert pages is None, "only the kernel reads pages"
     for row in chunks.ranges:
         _attend_row_(q, k, v, row, q.shape[-1] ** -0.5, window)
 
@@ -142,15 +119,12 @@ def row_contexts(
     _, own_k, own_v = _split_heads(heads, cache.keys.shape[1])
     lengths = [] if context.paged is None else context.paged.lengths.tolist()
     for row, length in enumerate(lengths):
-        yield slice(row, row + 1), RowRange(0, 1, 0, length), *_read_row(cache, context.paged.page_table[row], length)
-    parts = []
-    for part in context.continuing:
-        if isinstance(part, ChunkPages):
-            for table, row in zip(part.page_table, part.chunks.ranges, strict=True):
-                first = part.chunks.first_token + row.first_query
-                yield slice(first, first + row.num_queries), row, *_read_row(cache, table, row.num_context)
-        else:
-            parts.append((part.chunks, *gather(cache, part.addresses, part.positions)))
+        positions = torch.arange(length, device=heads.device)
+        entries = positions + cache.margin
+        pages = context.paged.page_table[row][entries // cache.page_size].long()
+        addresses = pages * cache.page_size + entries % cache.page_size
+        yield slice(row, row + 1), RowRange(0, 1, 0, length), *gather(cache, addresses, positions)
+    parts = [(part.chunks, *gather(cache, part.addresses, part.positions)) for part in context.continuing]
     if context.starting is not None:
         tokens = context.starting.tokens
         parts.append((context.starting, own_k[tokens], own_v[tokens]))
@@ -161,14 +135,6 @@ def row_contexts(
                 slice(row.first_context, row.first_context + row.num_context),
             )
             yield slice(first, first + row.num_queries), row, k[seen], v[seen]
-
-
-def _read_row(cache: CachedLayer, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys, rotated, and values (length, K, E) of a row whose pages are (P,)."""
-    positions = torch.arange(length, device=pages.device)
-    entries = positions + cache.margin
-    addresses = pages[entries // cache.page_size].long() * cache.page_size + entries % cache.page_size
-    return gather(cache, addresses, positions)
 
 
 def _copy_heads_(to: Tensor, source: Tensor) -> None:

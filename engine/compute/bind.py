@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from penstock.engine.compute.attention import reads_pages
 from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import (
-    ChunkPages,
     Chunks,
     GatheredContext,
     MixedContext,
@@ -35,9 +33,8 @@ class Binder:
     """Holds what batches of a model are bound with: its cache's page size and margin, and `last_tokens`
     (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
-    `max_context` is the most tokens that a row attends to; no more are gathered at a time, and none if `reads_pages`.
-    Prompts of a number of tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one
-    token.
+    `max_context` is the most tokens that a row attends to; no more are gathered at a time. Prompts of a number of
+    tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one token.
     """
 
     page_size: int
@@ -46,7 +43,6 @@ class Binder:
     max_context: int
     cutting: Cutting
     whole_tokens: range = range(0)
-    reads_pages: bool = False
 
     def bind(self, batch: Batch) -> PassInputs:
         """The inputs of a pass over `batch`, whose rows are in the order of their kinds (Batch.of)."""
@@ -83,15 +79,15 @@ class Binder:
     def _context(self, rows: Sequence[BatchRow], pages: Tensor, num_cached: Tensor) -> MixedContext:
         of_kind = {kind: [row for row in rows if row.kind is kind] for kind in RowKind}
         single, continuing, starting = of_kind.values()
-        paged, first_token = None, len(single)
+        paged, gathered, first_row, first_token = None, [], len(single), len(single)
         if single:
             lengths = (num_cached[: len(single)] + 1).int()
             work = self.cutting.exact_work([_num_context(row) for row in single])
             list_work(lengths, work)
             paged = PagedContext(pages[: len(single)], lengths, work)
-        parts = self._continuing(continuing, first_token, pages[len(single) : len(single) + len(continuing)])
-        if parts:
-            first_token = parts[-1].chunks.tokens.stop
+        for part in _parts(continuing, self.max_context):
+            gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
+            first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
         is_whole = bool(starting) and len(starting[-1].tokens) in self.whole_tokens  # the longest is the last
         num_whole = sum(len(row.tokens) in self.whole_tokens for row in starting) if is_whole else 0
         short, long = starting[: len(starting) - num_whole], starting[len(starting) - num_whole :]
@@ -99,25 +95,11 @@ class Binder:
         ends = itertools.accumulate(
             (len(row.tokens) for row in long), initial=chunks.tokens.stop if short else first_token
         )
-        return MixedContext(paged, parts, chunks, tuple(slice(*both) for both in itertools.pairwise(ends)))
+        return MixedContext(paged, tuple(gathered), chunks, tuple(slice(*both) for both in itertools.pairwise(ends)))
 
-    def _continuing(
-        self, rows: Sequence[BatchRow], first_token: int, pages: Tensor
-    ) -> tuple[GatheredContext | ChunkPages, ...]:
-        """The context of rows that have cached tokens, whose pages are `pages` (R, P)."""
-        if self.reads_pages and rows:
-            return (ChunkPages(self._chunks(rows, first_token, in_pages=True), pages),)
-        gathered, first_row = [], 0
-        for part in _parts(rows, self.max_context):
-            gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
-            first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
-        return tuple(gathered)
-
-    def _chunks(self, rows: Sequence[BatchRow], first_token: int, in_pages: bool = False) -> Chunks:
+    def _chunks(self, rows: Sequence[BatchRow], first_token: int) -> Chunks:
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
-        if in_pages:
-            context_starts = [0] * len(context_starts)
         ranges = tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
         return Chunks(first_token, query_starts[-1], self._put(list_blocks(ranges), torch.int32), ranges)
 
@@ -140,8 +122,7 @@ class Binder:
 def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_tokens: range) -> Binder:
     """The binder of a model's passes of up to max_num_seqs rows; allocates their workspace."""
     kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
-    reads = reads_pages(kv)
-    return Binder(kv.page_size, kv.margin, model.sampler.last_tokens, max_context, cutting, whole_tokens, reads)
+    return Binder(kv.page_size, kv.margin, model.sampler.last_tokens, max_context, cutting, whole_tokens)
 
 
 def _num_context(row: BatchRow) -> int:

@@ -59,27 +59,17 @@ class GatheredContext:
 
 
 @dataclass(frozen=True)
-class ChunkPages:
-    """Holds what chunks of rows that have cached tokens attend to: the pages where they lie, `page_table` (R, P) int32.
-    The context of each row begins at 0."""
-
-    chunks: Chunks
-    page_table: Tensor
-
-
-@dataclass(frozen=True)
 class MixedContext:
     """Holds what rows attend to by their kind, which is the order of their tokens in a pass:
 
         | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting | whole |
 
-    Rows of `continuing` attend to the pages, or to a copy of their own context, some rows at a time; those of
-    `starting` and `whole` have all of it in this pass, and attend to it in the activation. Each of `whole`, token
-    ranges, does so by itself.
+    Rows of `continuing` attend to a copy of their own context, some rows at a time; those of `starting` and `whole`
+    have all of it in this pass, and attend to it in the activation. Each of `whole`, token ranges, does so by itself.
     """
 
     paged: PagedContext | None
-    continuing: tuple[GatheredContext | ChunkPages, ...]
+    continuing: tuple[GatheredContext, ...]
     starting: Chunks | None
     whole: tuple[slice, ...]
 

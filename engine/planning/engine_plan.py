@@ -41,8 +41,7 @@ class EnginePlan:
     """The plan of an engine: all that is decided before loading. `activation_offsets` are bytes in the arena of
     `activations_bytes`; a pass has at most `max_num_batched_tokens`. `demand` is what was asked for and `offer` how
     weights may be compressed, to plan variants; `kept` is the settled demand, and `residency` its residency.
-    `has_kernels` tells whether quantised weights are read by kernels, `copies_contexts` whether chunks that continue
-    attend to a copy. `steps` are what a rank does in a pass, each with
+    `has_kernels` tells whether quantised weights are read by kernels. `steps` are what a rank does in a pass, each with
     the number of times that it occurs. Each of `notes` says in a sentence what a user should know of the plan."""
 
     spec: ModelSpec
@@ -50,7 +49,6 @@ class EnginePlan:
     tp_size: int
     rates: Rates
     has_kernels: bool
-    copies_contexts: bool
     demand: Demand
     offer: CompressionOffer
     kept: Demand
@@ -110,7 +108,7 @@ def make_engine_plan(
         claims = replace(claims, layout=without_kernels(layout, frozenset()))
     steps = engine_steps(spec, tp_size, claims.has_kernels)
     demand = _demand(config, claims, memory_budget(config, device_memory))
-    cost = Cost(_work_of(steps, claims, claims.layout, rates), rates)
+    cost = Cost(_work_of(steps, spec, claims.layout, tp_size, rates), rates)
     offer = CompressionOffer(config.weights_compression, cost)
     if decided is None:
         kept, residency = choose_compression(offer, demand)
@@ -128,14 +126,13 @@ def make_engine_plan(
         tp_size=tp_size,
         rates=rates,
         has_kernels=claims.has_kernels,
-        copies_contexts=claims.copies_contexts,
         demand=demand,
         offer=offer,
         kept=kept,
         retention=demand.retention,
         residency=residency,
         pass_plan=_pass_plan(steps, layout, residency),
-        steps=_work_of(steps, claims, layout, rates),
+        steps=_work_of(steps, spec, layout, tp_size, rates),
         max_num_batched_tokens=claims.most_tokens,
         activation_offsets=offsets,
         activations_bytes=total,
@@ -144,11 +141,10 @@ def make_engine_plan(
 
 
 def _work_of(
-    steps: list[Compute], claims: MemoryClaims, layout: ModelLayout, rates: Rates
+    steps: list[Compute], spec: ModelSpec, layout: ModelLayout, tp_size: int, rates: Rates
 ) -> tuple[tuple[StepWork, int], ...]:
     """The work of a rank in a pass, each step with the number of times that it occurs."""
-    work = step_work(claims.spec, layout, layout.dtype, claims.tp_size, claims.copies_contexts)
-    works = Counter(map(work, steps))
+    works = Counter(map(step_work(spec, layout, layout.dtype, tp_size), steps))
     works.update(dequantise_work(group, rates) for group in layout.groups if group.is_quantised)
     return tuple((work, count) for work, count in works.items() if not work.is_idle)
 

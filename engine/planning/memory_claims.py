@@ -105,15 +105,10 @@ class MemoryClaims:
         return self.config.page_size * kv_token_bytes(self.spec, self.dtype, self.tp_size)
 
     @property
-    def copies_contexts(self) -> bool:
-        """Tells whether chunks that continue attend to a copy, where they do not read pages (attention.reads_pages)."""
-        return not self.on_gpu or self.dtype == "float32" or self.config.attention_window is not None
-
-    @property
     def gathered_page_bytes(self) -> int:
         """Bytes of a page in a copy of what chunks attend to that continue (attention.gather): one layer at a time, and
         no more tokens than the longest row has (Binder.max_context)."""
-        return self.page_bytes // self.spec.num_layers if self.copies_contexts else 0
+        return self.page_bytes // self.spec.num_layers
 
     @property
     def partials_page_bytes(self) -> int:

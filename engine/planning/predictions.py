@@ -28,7 +28,7 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
 def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute | Decompress], float], Rates, float]:
     """Says what predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a
     launch."""
-    work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size, plan.copies_contexts)
+    work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
     floats = {group.id: dequantise_work(group, plan.rates) for group in plan.layout.groups if group.is_quantised}
 
     def seconds(step: Compute | Decompress) -> float:

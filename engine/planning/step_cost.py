@@ -32,10 +32,8 @@ MATRICES = {
 STORED_WEIGHT_BYTES = 3
 
 
-def step_work(
-    spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int, copies_contexts: bool
-) -> Callable[[Compute], StepWork]:
-    """Gives the work of a step on one rank of `tp_size`. `copies_contexts` is that of MemoryClaims."""
+def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
+    """Gives the work of a step on one rank of `tp_size`."""
     element = DTYPE_BYTES[dtype]
     groups = {group.id: group for group in layout.groups}
     sizes = {(g.id, w.name): math.prod(w.shape) for g in layout.groups for w in g.weights}
@@ -63,7 +61,6 @@ def step_work(
             token_bytes=0 if is_reduce else touched_bytes(step, "tokens"),  # counted in the rate of reduces
             row_bytes=touched_bytes(step, "rows"),
             kv_token_bytes=layer_kv_bytes if attends else 0,
-            copied_token_bytes=layer_kv_bytes if attends and copies_contexts else 0,
             token_flops=0 if "head" in parts else 2 * elements,
             row_flops=2 * elements if "head" in parts else 0,
             attention_flops=pair_flops if attends else 0,

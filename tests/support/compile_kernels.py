@@ -16,7 +16,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # triton reads it when it is imported
 
 import pytest
 import torch
-from penstock.engine.compute import bind
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
 from penstock.parallel.triton_door import compiled_ahead
@@ -68,7 +67,6 @@ def main(checkpoints: list[str]) -> None:
                 kernel.put_in(patch, kernel.kernel)
             if hasattr(kernel.module, "options"):
                 patch.setattr(kernel.module, "options", lambda device: {"OVERLAPS": True, "launch_pdl": True})
-        patch.setattr(bind, "reads_pages", lambda kv: kv.key_rope is None)
         patch.setattr(Segments, "count", lambda self, lengths, num_rows: self.most(num_rows))  # rows that are cut
         for checkpoint, options in itertools.product(checkpoints, WAYS):
             ways = {".gguf": WAYS[1:2], "neox_parallel": WAYS[:3]}  # these have all of their kernels

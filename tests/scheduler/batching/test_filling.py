@@ -13,7 +13,7 @@ from penstock.scheduler.cost.time_model import PROFILES, Rates, free_tokens, pas
 H200 = Rates(**PROFILES["h200"] | {"link_gb_s": 55.0, "pass_latency_s": 0.0}, source="assumed")
 STEPS = (  # about those of 8 billion weights
     (StepWork("linear", weight_bytes=15 * 10**9, token_flops=16 * 10**9), 1),
-    (StepWork("attention", kv_token_bytes=131072, copied_token_bytes=131072, attention_flops=524288), 1),
+    (StepWork("attention", kv_token_bytes=131072, attention_flops=524288), 1),
 )
 WORK = PassWork(10 * 10**9, 0, STEPS)
 

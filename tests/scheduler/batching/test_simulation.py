@@ -300,7 +300,7 @@ def filling_of(free_tokens: int) -> Filling:
     """Hides so many tokens of a prompt, if nothing else is computed."""
     steps = (
         (StepWork("linear", weight_bytes=10**6, token_flops=10**9), 1),
-        (StepWork("attention", kv_token_bytes=1000, copied_token_bytes=1000, attention_flops=10**6), 1),
+        (StepWork("attention", kv_token_bytes=1000, attention_flops=10**6), 1),
     )
     made = Filling.of(PassWork(1, 0, steps), H200)
     return replace(made, link_s=made.seconds(0, 0) + made.chunk_s(0, free_tokens))

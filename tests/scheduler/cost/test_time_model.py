@@ -52,7 +52,7 @@ def test_a_step_takes_its_latency_and_what_it_moves_and_computes():
 
 def test_bytes_and_flops_follow_the_shape():
     step = StepWork("all", 1, token_bytes=10, row_bytes=100, kv_token_bytes=1000, token_flops=1, row_flops=10)
-    step = dataclasses.replace(step, copied_token_bytes=1000, attention_flops=100)
+    step = dataclasses.replace(step, attention_flops=100)
     shape = PassShape(num_tokens=6, num_rows=2, context_tokens=50)
     assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + 3 * (50 + 6) * 1000  # read, written, and read
     pairs = 50 * 3 + 2 * (1 + 2 + 3)  # three queries a row, each attends to what is there, itself and those before
@@ -117,14 +117,11 @@ def replace_latency(given: Rates, step_latency_s: float) -> Rates:
     ],
 )
 def test_what_attention_reads_and_copies(shape, read, copied):
-    step = StepWork("attention", kv_token_bytes=1000, copied_token_bytes=1000)
-    in_place = dataclasses.replace(step, copied_token_bytes=0)
+    step = StepWork("attention", kv_token_bytes=1000)
     assert (shape.read_tokens, shape.copied_tokens) == (read, copied)
     expected = 1000 * (read / KV_SHARE + 2 * copied / GATHER_SHARE + copied)
     assert step.memory_bytes(shape) == pytest.approx(expected)
     assert step.nbytes(shape) == 1000 * (read + 3 * copied)
-    assert in_place.nbytes(shape) == 1000 * (read + copied)
-    assert in_place.memory_bytes(shape) == pytest.approx(1000 * (read / KV_SHARE + copied))
 
 
 def test_rows_that_decode_beside_a_prompt_take_as_long_as_by_themselves():
