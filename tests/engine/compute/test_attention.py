@@ -218,7 +218,7 @@ class Spec:
     "spec, capability, longest",
     [
         (Spec((None, None)), (9, 0), 2**31),
-        (Spec((None, 4096)), (9, 0), 4096),
+        (Spec((None, 6000)), (9, 0), 6000),
         (Spec((512,)), (9, 0), 0),
         (Spec(head_dim=256), (9, 0), 0),
         (Spec(head_dim=20), (9, 0), 0),
