@@ -70,7 +70,7 @@ class Binder:
             addresses=self._addresses(pages, of_token, positions),
             token_rows=token_rows,
             context=self._context(rows, pages, num_cached),
-            select=self._put([last for _, last in sampled]),
+            select=None if len(sampled) == batch.num_tokens else self._put([last for _, last in sampled]),
             sampled_rows=tuple(row.index for row, _ in sampled),
             sampled_rows_device=self._put([row.index for row, _ in sampled]),
             sampled_positions=self._put([row.start + len(row.tokens) for row, _ in sampled]),

@@ -99,7 +99,7 @@ class PassInputs:
     addresses: Tensor  # (T,) int64
     token_rows: Tensor  # (T,) int64: the sampler's row of each token
     context: Context
-    select: Tensor  # (N,) int64: which tokens are sampled from
+    select: Tensor | None  # (N,) int64: which tokens are sampled from; None: all, in their order
     sampled_rows: tuple[int, ...]  # the sampler's rows that are sampled
     sampled_rows_device: Tensor  # (N,) int64
     sampled_positions: Tensor  # (N,) int64: where in its sequence the token is that is being sampled

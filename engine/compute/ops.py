@@ -1,12 +1,12 @@
 """Describes what each step computes. `STEPS` maps the names in a PassPlan to functions of a PassContext.
 
-Shapes: T tokens in the batch, N sampled rows, D hidden, H/K local query/KV heads, E head dim, I local FFN width,
-V local vocab. An operation cannot tell whether its weights stream: it gets them as views by name.
+Shapes: T tokens in the batch, or its sampled rows behind their selection, N sampled rows, D hidden, H/K local query/KV
+heads, E head dim, I local FFN width, V local vocab. An operation cannot tell whether its weights stream: it gets them
+as views by name.
 """
 
 from collections.abc import Callable, Mapping
 
-import torch
 from penstock.engine.compute.attention import attend_
 from penstock.engine.compute.context import PassContext
 from penstock.engine.kernels.embedding import embed_rows
@@ -18,6 +18,7 @@ from penstock.engine.kernels.rope_append import rope_append
 from penstock.engine.kernels.stored_embedding import embed_stored_rows
 from penstock.engine.kernels.stored_linear import StoredMatrix, stored_linear
 from penstock.engine.model.fusion import FUSED, FUSED_OVER_RANKS, WHOLE_HEAD
+from penstock.engine.model.steps import SELECT, SELECT_ATTENDED
 from penstock.scheduler.passes.pass_plan import fused_name
 from torch import Tensor
 
@@ -142,20 +143,29 @@ def parallel_add(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
     ctx.act["x_"].add_(ctx.act["y"])
 
 
-def select_rows(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    torch.index_select(ctx.act["x_"], 0, ctx.inputs.select, out=ctx.act["rows"])
+def _select_step(*names: str) -> Callable:
+    """The step that leaves the sampled rows of these activations, of which no more is alive; those of the steps behind
+    it have as many rows."""
+
+    def step(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
+        select = ctx.inputs.select
+        if select is not None:
+            for name in names:
+                ctx.act[name][: len(select)] = ctx.act[name].index_select(0, select)
+            ctx.act = {name: activation[: len(select)] for name, activation in ctx.act.items()}
+
+    return step
 
 
 def _head_step(out: str) -> Callable:
     def step(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-        _project(ctx, weights, "head", ctx.act["rows"], ctx.act[out])
+        _project(ctx, weights, "head", ctx.act["x_"], ctx.act[out])
 
     return step
 
 
 def logits_gather(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    if ctx.inputs.sampled_rows:
-        ctx.model.collectives.all_gather_columns(ctx.act["part"], ctx.act["logits"])
+    ctx.model.collectives.all_gather_columns(ctx.act["part"], ctx.act["logits"])
 
 
 def sample(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
@@ -188,7 +198,8 @@ STEPS: dict[str, Callable[[PassContext, Weights, int], None]] = {
     "ffn_allreduce": _reduce_step("x_", "ffn_allreduce"),
     "ffn_residual": residual,
     "final_norm": _norm_step("final_norm"),
-    "select_rows": select_rows,
+    SELECT: _select_step("x_"),
+    SELECT_ATTENDED: _select_step("attn", "x"),
     "head": _head_step("part"),
     "logits_gather": logits_gather,
     "sample": sample,

@@ -122,7 +122,7 @@ class Bucket:
         if size.num_single:
             self.work = cutting.make_work(size.num_single, size.num_items)
             paged = PagedContext(staging.table[single, PAGES:], self.derived.lengths, self.work)
-        context, select = paged, torch.arange(size.num_sampled, device=tokens.device)
+        context, select = paged, None
         sampled_rows = rows
         if size.num_starting:
             self.sent = SentPrompts.of(staging.sent, size)
