@@ -180,6 +180,8 @@ class Sequence:
 
     def take_text(self) -> str:
         """The text that has come since the last time, and can no longer become part of a stop string."""
+        if self._num_taken == len(self._pieces):
+            return ""
         new = self._pieces[self._num_taken :]
         self._num_taken = len(self._pieces)
         return "".join(new)

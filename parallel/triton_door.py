@@ -50,6 +50,14 @@ if HAS_TRITON:
             noted.append(super().run(*args, grid=grid, warmup=True, **named))
             return noted[-1]
 
+        def _do_compile(self, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+            """Compiles a variant, of which the next launch that is not run finds what stands for it: Triton 3.6 would
+            look for it by its whole source each time."""
+            kernel = super()._do_compile(key, signature, device, *rest)
+            if _AHEAD.get() is not None:
+                self.device_caches[device][0].setdefault(key, kernel)
+            return kernel
+
     def _jit(function: Any = None, **options: Any) -> Any:
         """Decorates a kernel, with options or without; in the interpreter as Triton does."""
         if _triton.knobs.runtime.interpret:
@@ -62,10 +70,13 @@ else:
 
 
 @contextlib.contextmanager
-def compiled_ahead(num_threads: int, bind: Callable[[], None] | None = None) -> Iterator[None]:
+def compiled_ahead(
+    num_threads: int, bind: Callable[[], None] | None = None, meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """A context in which kernels that this thread launches do not run: they are compiled at its end, as many at a time
-    as there are threads. Not before: this thread would wait for the interpreter's lock at each of its operations. Where
-    `bind` is given, which makes a device a thread's current one, they are loaded to it too."""
+    as there are threads, while this one does `meanwhile`. Not before: this thread would wait for the interpreter's lock
+    at each of its operations. Where `bind` is given, which makes a device a thread's current one, they are loaded to it
+    too."""
     begin, noted = threading.Event(), []
     with ThreadPoolExecutor(num_threads, initializer=bind) as pool:
         with _triton.AsyncCompileMode(pool):
@@ -77,6 +88,7 @@ def compiled_ahead(num_threads: int, bind: Callable[[], None] | None = None) -> 
             finally:
                 _AHEAD.reset(token)
                 begin.set()
+            meanwhile()
         if bind is not None:
             compiled = {id(kernel): kernel for kernel in map(_finished, noted)}
             list(pool.map(_load, compiled.values()))

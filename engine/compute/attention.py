@@ -10,7 +10,8 @@ that a pass has the same bits at any residency:
     (kernels/prompt_attention.py; CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
   - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes less time on an H200 (0.94 against 1.19 ms for 8000
     tokens and 32 heads of 128, 96 against 87 us for 2000). It plans each length (45 ms), so rows are padded to few
-    lengths, which are planned at start: behind the causal mask nobody sees the padding
+    lengths, which are planned at start: behind the causal mask nobody sees the padding. Up to 4096 tokens the copies
+    that it needs and its plans are not worth the little that it saves
   - for chunks of several tokens that continue behind cached ones, their own context is gathered, then they attend to it
     in the same two ways
 """
@@ -29,7 +30,7 @@ from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LEAST_WHOLE_TOKENS = MOST_PADDED_TOKENS + 1  # from here on cuDNN pays: it takes no part in passes that are padded
+LEAST_WHOLE_TOKENS = 2 * MOST_PADDED_TOKENS + 1  # from here on cuDNN pays; it takes no part in passes that are padded
 WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for it
 WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
@@ -76,7 +77,7 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
         attend_paged(single, cache, context.paged, window, single)
     for tokens in context.whole:
         calls["whole"] += 1
-        q[tokens] = attend_whole(heads[tokens], num_kv_heads)
+        _copy_heads_(q[tokens], attend_whole(heads[tokens], num_kv_heads))
 
 
 def attend_paged(q: Tensor, cache: CachedLayer, context: PagedContext, window: int | None, out: Tensor) -> None:
@@ -134,6 +135,11 @@ def row_contexts(
                 slice(row.first_context, row.first_context + row.num_context),
             )
             yield slice(first, first + row.num_queries), row, k[seen], v[seen]
+
+
+def _copy_heads_(to: Tensor, source: Tensor) -> None:
+    """Copies source (n, H, E) 16 bytes at a time: torch copies rows that lie apart element by element."""
+    to.view(torch.complex128).copy_(source.view(torch.complex128))
 
 
 def padded_whole(num_tokens: int) -> int:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import (
@@ -59,8 +60,9 @@ class Binder:
         first = num_cached - self._put(starts[:-1])  # (R,) position of the row's first token less its index in the pass
         positions = torch.arange(batch.num_tokens, device=pages.device) + first[of_token]
         token_rows = self._put([row.index for row in rows])[of_token]
-        tokens = self._put([token for row in rows for token in row.tokens])
-        if any(ON_DEVICE in row.tokens for row in rows):
+        all_tokens = itertools.chain.from_iterable(row.tokens for row in rows)
+        tokens = self._put(numpy.fromiter(all_tokens, numpy.int64, batch.num_tokens))
+        if any(row.tokens[-1] == ON_DEVICE for row in rows):  # no other token of a row can be unknown
             tokens = torch.where(tokens == ON_DEVICE, self.last_tokens[token_rows], tokens)
         sampled = [(row, end - 1) for row, end in zip(rows, starts[1:]) if row.samples]
         return PassInputs(
@@ -69,7 +71,7 @@ class Binder:
             addresses=self._addresses(pages, of_token, positions),
             token_rows=token_rows,
             context=self._context(rows, pages, num_cached),
-            select=self._put([last for _, last in sampled]),
+            select=None if len(sampled) == batch.num_tokens else self._put([last for _, last in sampled]),
             sampled_rows=tuple(row.index for row, _ in sampled),
             sampled_rows_device=self._put([row.index for row, _ in sampled]),
             sampled_positions=self._put([row.start + len(row.tokens) for row, _ in sampled]),
@@ -127,7 +129,7 @@ class Binder:
         entries = positions + self.margin
         return pages[rows, entries // self.page_size].long() * self.page_size + entries % self.page_size
 
-    def _put(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+    def _put(self, values: list | numpy.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return to_device(values, dtype, self.last_tokens.device)
 
 

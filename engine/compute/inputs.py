@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy
 import torch
 from penstock.engine.kernels.decode_work import DecodeWork
 from torch import Tensor
@@ -108,14 +109,20 @@ class PassInputs:
     addresses: Tensor  # (T,) int64
     token_rows: Tensor  # (T,) int64: the sampler's row of each token
     context: Context
-    select: Tensor  # (N,) int64: which tokens are sampled from
+    select: Tensor | None  # (N,) int64: which tokens are sampled from; None: all, in their order
     sampled_rows: tuple[int, ...]  # the sampler's rows that are sampled
     sampled_rows_device: Tensor  # (N,) int64
     sampled_positions: Tensor  # (N,) int64: where in its sequence the token is that is being sampled
     scored: ScoredTokens | None = None
 
+    @property
+    def wants_logits(self) -> bool:
+        """Tells whether any row is sampled or scored."""
+        return bool(self.sampled_rows) or self.scored is not None
 
-def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copies numbers from the host to the device; the host does not wait for the copy."""
-    tensor = torch.tensor(values, dtype=dtype)
+
+def to_device(values: list | numpy.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copies numbers from the host to the device; the host does not wait for the copy. (numpy takes a fifth of torch's
+    time for the numbers of a list.)"""
+    tensor = torch.from_numpy(numpy.asarray(values, getattr(numpy, str(dtype).removeprefix("torch."))))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

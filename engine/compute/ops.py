@@ -1,7 +1,8 @@
 """Describes what each step computes. `STEPS` maps the names in a PassPlan to functions of a PassContext.
 
-Shapes: T tokens in the batch, N sampled rows, D hidden, H/K local query/KV heads, E head dim, I local FFN width,
-V local vocab. An operation cannot tell whether its weights stream: it gets them as views by name.
+Shapes: T tokens in the batch, or its sampled rows behind their selection, N sampled rows, D hidden, H/K local query/KV
+heads, E head dim, I local FFN width, V local vocab. An operation cannot tell whether its weights stream: it gets them
+as views by name.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from penstock.engine.kernels.rope_append import rope_append
 from penstock.engine.kernels.stored_embedding import embed_stored_rows
 from penstock.engine.kernels.stored_linear import StoredMatrix, stored_linear
 from penstock.engine.model.fusion import FUSED, FUSED_OVER_RANKS, WHOLE_HEAD
+from penstock.engine.model.steps import SCORE, SELECT, SELECT_ATTENDED
 from penstock.scheduler.passes.pass_plan import fused_name
 from torch import Tensor
 
@@ -169,12 +171,35 @@ def _whole_head(ctx: PassContext, weights: Weights, rows: Tensor, logits: Tensor
 
 
 def select_rows(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    torch.index_select(ctx.act["x_"], 0, ctx.inputs.select, out=ctx.act["rows"])
+    if ctx.inputs.select is not None:
+        _leave(ctx, ctx.inputs.select, "x_")
+
+
+def select_attended(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
+    """Leaves the rows whose logits are wanted: the sampled ones, then those that are scored."""
+    inputs, scored = ctx.inputs, ctx.inputs.scored
+    if inputs.select is None:
+        return
+    if scored is None:
+        _leave(ctx, inputs.select, "attn", "x")
+        ctx.inputs = replace(inputs, select=None)
+        return
+    left = torch.arange(len(inputs.select) + len(scored.select), device=scored.select.device)
+    _leave(ctx, torch.cat((inputs.select, scored.select)), "attn", "x")
+    sampled, others = left[: len(inputs.select)], left[len(inputs.select) :]
+    ctx.inputs = replace(inputs, select=sampled, scored=replace(scored, select=others))
+
+
+def _leave(ctx: PassContext, select: Tensor, *names: str) -> None:
+    """Leaves these rows of the activations that are alive; those of the steps behind it have as many."""
+    for name in names:
+        ctx.act[name][: len(select)] = ctx.act[name].index_select(0, select)
+    ctx.act = {name: activation[: len(select)] for name, activation in ctx.act.items()}
 
 
 def _head_step(out: str) -> Callable:
     def step(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-        _project(ctx, weights, "head", ctx.act["rows"], ctx.act[out])
+        _project(ctx, weights, "head", ctx.act["x_"], ctx.act[out])
 
     return step
 
@@ -215,8 +240,9 @@ STEPS: dict[str, Callable[[PassContext, Weights, int], None]] = {
     "ffn_allreduce": _reduce_step("x_", "ffn_allreduce"),
     "ffn_residual": residual,
     "final_norm": _norm_step("final_norm"),
-    "score_prompts": score_prompts,
-    "select_rows": select_rows,
+    SCORE: score_prompts,
+    SELECT: select_rows,
+    SELECT_ATTENDED: select_attended,
     "head": _head_step("part"),
     "logits_gather": logits_gather,
     "sample": sample,

@@ -55,7 +55,8 @@ def join(first: Compute, second: Compute) -> Compute:
     inner = {name for name in before if "+" in before[name] and "x" in after.get(name, "")}
     names = [name for name in {**before, **after} if name not in inner]
     effects = tuple((name, _merged(before.get(name), after.get(name))) for name in names)
-    return Compute(fused_name(first.step, second.step), owner.layer_idx, owner.group, effects)
+    assert first.of_rows == second.of_rows, f"{first} and {second} compute different rows"
+    return Compute(fused_name(first.step, second.step), owner.layer_idx, owner.group, effects, owner.of_rows)
 
 
 def _merged(first: str | None, second: str | None) -> str:

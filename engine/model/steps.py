@@ -5,11 +5,15 @@ of the step table: + create, r read, w write, x destroy. The residual is added o
 transformers' order of additions.
 """
 
+from dataclasses import replace
+
 from penstock.engine.model.shard import local_ffn_size, local_vocab_size, pad_to, shard_heads
 from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
 from penstock.scheduler.passes.pass_plan import Compute, GroupId
 
 KEYS_AT_ONCE = 4096  # tokens whose keys, cached un-rotated, are rotated at a time: it bounds the temporaries
+SCORE = "score_prompts"
+SELECT, SELECT_ATTENDED = "select_rows", "select_attended"  # steps that leave the rows whose logits are wanted
 COPIED_ROWS = 256  # rows whose logits are copied as float32 at a time, for penalties and filters: it bounds them too
 SCORED_ROWS = 128  # tokens of prompts whose logits are there at a time, for their log probabilities
 
@@ -24,12 +28,27 @@ def model_steps(spec: ModelSpec) -> list[Compute]:
     return [
         *steps,
         _step("final_norm", head.layer_idx, head, x="rx", x_="+w"),
-        _step("score_prompts", head.layer_idx, head, x_="r", prompt_logits="+rwx"),
-        _step("select_rows", head.layer_idx, None, x_="rx", rows="+w"),
-        _step("head", head.layer_idx, head, rows="rx", part="+w"),
-        _step("logits_gather", head.layer_idx, None, part="rx", logits="+w"),
-        _step("sample", head.layer_idx, None, logits="rx"),
+        _step(SCORE, head.layer_idx, head, x_="r", prompt_logits="+rwx"),
+        _step(SELECT, head.layer_idx, None, x_="rw"),
+        *_of_rows(
+            _step("head", head.layer_idx, head, x_="rx", part="+w"),
+            _step("logits_gather", head.layer_idx, None, part="rx", logits="+w"),
+        ),
+        _step("sample", head.layer_idx, None, logits="rx"),  # which notes all tokens too
     ]
+
+
+def select_early(steps: list[Compute]) -> list[Compute]:
+    """The same steps with the rows whose logits are wanted selected behind the last attention: nobody reads more of
+    other tokens than the keys and values that they have in each layer."""
+    last = max(index for index, step in enumerate(steps) if step.step == "attention")
+    select = _step(SELECT_ATTENDED, steps[last].layer_idx, None, attn="rw", x="rw")
+    *behind, sample = steps[last + 1 :]
+    return [*steps[: last + 1], select, *_of_rows(*behind), sample]
+
+
+def _of_rows(*steps: Compute) -> list[Compute]:
+    return [replace(step, of_rows=True) for step in steps]
 
 
 def sums_over_ranks(step: Compute) -> bool:
@@ -97,7 +116,6 @@ def activation_widths(spec: ModelSpec, tp_size: int) -> dict[str, tuple[str, int
         "y": ("tokens", spec.hidden_size),
         "attn": ("tokens", (shard.num_heads + 2 * len(shard.kv_heads)) * spec.head_dim),
         "ffn": ("tokens", local_ffn_size(spec.ffn_size, tp_size, spec.ffn_multiple) * (2 if spec.gated else 1)),
-        "rows": ("rows", spec.hidden_size),
         "part": ("rows", vocab),
         "logits": ("rows", vocab * tp_size),
         "prompt_logits": ("scored rows", vocab * tp_size),

@@ -13,7 +13,7 @@ from penstock.engine.model.fusion import fuse, fused_runs
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import local_vocab_size, shard_heads
 from penstock.engine.model.spec import ModelSpec
-from penstock.engine.model.steps import COPIED_ROWS, KEYS_AT_ONCE, activation_bytes, model_steps
+from penstock.engine.model.steps import COPIED_ROWS, KEYS_AT_ONCE, activation_bytes, model_steps, select_early
 from penstock.engine.planning.step_cost import kv_token_bytes
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.passes.build import lay_out_decompressed, make_plan
@@ -145,7 +145,7 @@ def num_staged_pages(config: EngineConfig, page_bytes: int) -> int:
 def engine_steps(spec: ModelSpec, tp_size: int, fuses: bool) -> list[Compute]:
     """The steps of a pass as the engine runs them."""
     steps = model_steps(spec)
-    return fuse(steps, fused_runs(tp_size, spec.hidden_size)) if fuses else steps
+    return fuse(select_early(steps), fused_runs(tp_size, spec.hidden_size)) if fuses else steps
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,19 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
         names = [name for part in parts for name in MATRICES.get(part, ()) if (step.group, name) in sizes]
         elements = sum(sizes[step.group, name] for name in names)
         few_tokens, few_bytes = _as_stored(groups[step.group], names) if names else (0, 0)
-        attends = "attention" in parts
+        attends, moved = "attention" in parts, {unit: touched_bytes(step, unit) for unit in ("tokens", "rows")}
+        if is_reduce:
+            moved["tokens"] = 0  # counted in the rate of reduces
+        if step.of_rows:
+            moved = {"tokens": 0, "rows": sum(moved.values())}
         return StepWork(
             step=step.step,
             weight_bytes=elements * element,
-            token_bytes=0 if is_reduce else touched_bytes(step, "tokens"),  # counted in the rate of reduces
-            row_bytes=touched_bytes(step, "rows"),
+            token_bytes=moved["tokens"],
+            row_bytes=moved["rows"],
             kv_token_bytes=layer_kv_bytes if attends else 0,
-            token_flops=0 if "head" in parts else 2 * elements,
-            row_flops=2 * elements if "head" in parts else 0,
+            token_flops=0 if step.of_rows else 2 * elements,
+            row_flops=2 * elements if step.of_rows else 0,
             attention_flops=pair_flops if attends else 0,
             reduce_token_bytes=spec.hidden_size * element if sums_over_ranks(step) and tp_size > 1 else 0,
             few_tokens=few_tokens,

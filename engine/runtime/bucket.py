@@ -44,15 +44,21 @@ class HostTable:
         """Writes rows of one token, then padded ones up to `num_rows`. Pages are written only where they changed; an
         interrupt at any point leaves no row whose pages are wrongly taken for written."""
         columns = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in rows]
-        padded = num_rows - len(rows)
-        self.values[:num_rows, :PAGES] = columns + [(0, 0, pad_row, 0)] * padded
-        for index, pages in enumerate([row.pages for row in rows] + [()] * padded):
+        _fill_rows(self.values[:num_rows, :PAGES], columns, (0, 0, pad_row, 0))
+        for index, pages in enumerate([row.pages for row in rows] + [()] * (num_rows - len(rows))):
             written = self.pages[index]
             if written is not pages and written != pages:
                 self.pages[index] = None
                 self.values[index, PAGES:] = 0
                 self.values[index, PAGES : PAGES + len(pages)] = pages
                 self.pages[index] = pages
+
+
+def _fill_rows(table: numpy.ndarray, rows: Sequence[Sequence[int]], unused: Sequence[int]) -> None:
+    """Writes rows to the top of a table (N, W), and `unused` below them."""
+    if rows:
+        table[: len(rows)] = rows
+    table[len(rows) :] = unused
 
 
 class Staging:
@@ -116,7 +122,7 @@ class Bucket:
         if size.num_single:
             self.work = cutting.make_work(size.num_single, size.num_items)
             paged = PagedContext(staging.table[single, PAGES:], self.derived.lengths, self.work)
-        context, select = paged, torch.arange(size.num_sampled, device=tokens.device)
+        context, select = paged, None
         sampled_rows = rows
         if size.num_starting:
             self.sent = SentPrompts.of(staging.sent, size)
@@ -169,13 +175,10 @@ class Bucket:
             ends.append(end)
         unused = (0, 0, RESERVED_PAGE * self.kv.page_size, self.sampler.pad_row)
         columns[:, end:] = numpy.array(unused)[:, None]
-        blocks = list_blocks(self.ranges)
-        host.blocks.numpy()[:] = blocks + [(0,) * FIELDS] * (len(host.blocks) - len(blocks))
+        _fill_rows(host.blocks.numpy(), list_blocks(self.ranges), (0,) * FIELDS)
         lasts = [*range(num_single), *(each - 1 for each in ends[1:])]
         sampled = [(last, row.index, row.start + len(row.tokens)) for last, row in zip(lasts, rows) if row.samples]
-        host.sampled.numpy()[:] = numpy.array(
-            [*sampled, *[(0, self.sampler.pad_row, 0)] * (host.sampled.shape[1] - len(sampled))]
-        ).T
+        _fill_rows(host.sampled.numpy().T, sampled, (0, self.sampler.pad_row, 0))
 
     def derive(self) -> None:
         """Fills `inputs` from what was sent and the tokens that are still on the device."""

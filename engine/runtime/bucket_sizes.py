@@ -81,7 +81,7 @@ class BucketSizes:
             num_tokens=num_tokens,
             num_single=num_single,
             num_starting=num_starting,
-            num_sampled=min(num_single + num_starting, most),
+            num_sampled=min(num_single + num_starting, most, num_tokens),
             num_items=self.segments.most(num_single) if num_single else 0,
         )
 

@@ -139,7 +139,7 @@ class Executor:
         windows, launched = dict(enumerate(self.model.spec.windows)), set()
         for instruction in self.pass_plan.instructions:
             if isinstance(instruction, Compute):
-                kernels = (instruction.step, windows.get(instruction.layer_idx))
+                kernels = (instruction.step, instruction.of_rows, windows.get(instruction.layer_idx))
                 if kernels not in launched or instruction.group in self._differing:
                     self._watched(ctx, instruction)
                 launched.add(kernels)
@@ -198,7 +198,8 @@ class Executor:
             self.slot(instruction).fill_(0xFF)  # all ones are a NaN in every float format
 
     def _compute(self, ctx: PassContext, step: Compute) -> None:
-        STEPS[step.step](ctx, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
+        if ctx.inputs.wants_logits or not step.of_rows:
+            STEPS[step.step](ctx, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
 
     def _decompress(self, ctx: PassContext, instruction: Decompress) -> None:
         group, blob, out = self.compressed[instruction.group]

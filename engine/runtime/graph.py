@@ -140,14 +140,22 @@ class Graphs:
         self.seconds = 0.0  # that capturing took, with the compilation of kernels
 
     def capture(
-        self, key: Hashable, warm_up: Callable[[], None], run: Callable[[], None], counts: list[Counts]
+        self,
+        key: Hashable,
+        warm_up: Callable[[], None] | None,
+        run: Callable[[], None],
+        counts: list[Counts],
     ) -> None:
         """Runs `warm_up`, since a kernel's first launch compiles or loads it, which capture forbids; then `run` under
-        capture. Neither is counted; each replay will count what `run` counts under capture."""
+        capture. Neither is counted; each replay will count what `run` counts under capture. Without `warm_up` its
+        kernels have been launched, and its temporaries fit into what earlier graphs have; else the memory that is
+        cached for others is given back for them."""
         with self.aside(counts):
-            with self.watches.aside():
-                warm_up()
-            self.stream.synchronize()
+            if warm_up is not None:
+                with self.watches.aside():
+                    warm_up()
+                self.stream.synchronize()
+                torch.cuda.empty_cache()
             self.passes[key] = deque(self._take(run, counts) for _ in range(self.watches.num_takes))
 
     @contextlib.contextmanager
@@ -166,9 +174,12 @@ class Graphs:
     def _take(self, run: Callable[[], None], counts: list[Counts]) -> CapturedPass:
         before = [count.copy() for count in counts]
         graph = torch.cuda.CUDAGraph()
-        captured = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with self.watches.aside() as watched, captured:
-            run()
+        with self.watches.aside() as watched:
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
         return CapturedPass(graph, [(count, count - old) for count, old in zip(counts, before)], watched)
 
     def next_take(self, key: Hashable) -> CapturedPass:

@@ -86,18 +86,23 @@ class PassRunner:
     @torch.inference_mode()
     def capture_all(self) -> None:
         """Captures all graphs, the largest first, so that the others' temporaries fit into its memory. Their kernels
-        are compiled before, several at a time; those of passes with prompts are those of the least and the largest.
-        Attention of prompts that attend by themselves is planned as well."""
+        are compiled before, several at a time, and meanwhile the attention of prompts that attend by themselves is
+        planned; others, of libraries, are launched once."""
         self.executor.fill_ring()
-        decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
-        with_prompts = [(size, EVERYTHING) for size in self.sizes.with_prompts[::-1] if self._captures_prompts]
+        graphs = [(size, EVERYTHING) for size in self.sizes.with_prompts[::-1] if self._captures_prompts]
+        graphs += [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
+        num_threads, bind = len(sched_getaffinity(0)), partial(torch.cuda.set_device, self.device)
         with self.graphs.aside(self.executor.counted), self.watches.aside():
-            with compiled_ahead(len(sched_getaffinity(0)), partial(torch.cuda.set_device, self.device)):
-                for size, asked in [*with_prompts[:1], *with_prompts[-1:], *decode]:
+            with compiled_ahead(num_threads, bind, meanwhile=self._plan_prompts):
+                for size, asked in graphs:
                     self._warm_up(self._bucket(size), asked)
-            self._plan_prompts()
-        for size, asked in [*with_prompts, *decode]:
-            self._capture(self._bucket(size), asked)
+            self._warm_up(self._bucket(graphs[0][0]), graphs[0][1])  # once in earnest, where nothing is forbidden
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what warm-ups have left
+        for size, asked in graphs:
+            bucket = self._bucket(size)
+            run = partial(self._run_bucket, bucket, asked)
+            self.graphs.capture((size, asked), None, run, self.executor.counted)
 
     def _plan_prompts(self) -> None:
         arena, model = self.executor.arena, self.model

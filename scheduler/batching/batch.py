@@ -126,10 +126,13 @@ class Batch:
     @functools.cached_property
     def shape(self) -> PassShape:
         """The pass as the time model sees it; made once, since it looks at every row."""
-        cached = sum(row.num_cached for row in self.rows)
-        pairs = sum(len(row.tokens) * (2 * row.num_cached + len(row.tokens) + 1) // 2 for row in self.rows)
-        seen = dict.fromkeys(RowKind, 0)
+        num_tokens = num_cached = pairs = read = copied = 0
         for row in self.rows:
-            seen[row.kind] += row.num_cached + len(row.tokens)
-        read, copied = seen[RowKind.ONE_TOKEN], seen[RowKind.CONTINUES]
-        return PassShape(self.num_tokens, len(self.rows), cached, pairs, read, copied)
+            own, before = len(row.tokens), row.start - row.num_evicted
+            num_tokens, num_cached = num_tokens + own, num_cached + before
+            pairs += own * (2 * before + own + 1) // 2
+            if own == 1:
+                read += before + 1
+            elif before:
+                copied += before + own
+        return PassShape(num_tokens, len(self.rows), num_cached, pairs, read, copied)

@@ -27,7 +27,7 @@ class Composer:
         """The rows of the next pass."""
         self._admission.make_room()
         chunks = self._sort_running()
-        rows = [self._next_tokens(request, request.num_tokens_ahead) for request in self._decoding]
+        rows = [self._next_tokens(request, request.num_computed_tokens + 1) for request in self._decoding]
         self.budget = Budget(self.most_tokens, rows, self.filling)
         return rows + self._fill(chunks)
 
@@ -57,8 +57,9 @@ class Composer:
         that compute: the most urgent first, and prompts before what is computed again."""
         decoding, chunks, num_outputs = [], [], 0
         for request in self._seats.running.values():
-            num_to_come = request.most_tokens(self._seats.max_model_len) - request.num_tokens_ahead
-            if num_to_come > 0 and request.num_tokens_ahead - request.num_computed_tokens == 1:
+            num_ahead = request.num_tokens_ahead
+            num_to_come = request.most_tokens(self._seats.max_model_len) - num_ahead
+            if num_to_come > 0 and num_ahead - request.num_computed_tokens == 1:
                 decoding.append(request)
                 num_outputs += num_to_come
             elif num_to_come > 0:

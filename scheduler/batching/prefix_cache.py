@@ -122,16 +122,20 @@ class PrefixCache:
     def enter(self, request: Request, num_tokens: int) -> None:
         """Lets others find the whole pages of the request's first `num_tokens`, which are known and computed. Where
         they find them already its own pages stay its own."""
-        while self.is_on and (request.num_entered + 1) * self.page_size <= num_tokens:
-            start, page = request.num_entered * self.page_size, request.pages[request.num_entered]
-            before = request.last_block if request.num_entered else request.params.cache_salt
+        most = num_tokens // self.page_size if self.is_on else 0
+        before = request.last_block if request.num_entered else request.params.cache_salt
+        for index in range(request.num_entered, most):
+            start = index * self.page_size
             key = before, tuple(request.tokens_between(start, start + self.page_size))
-            block = self._blocks.get(key)
-            if block is None:
-                kept = self.host.find(key)
-                block = Block(next(self._numbers) if kept is None else kept.number, page, key)
-                self._blocks[key] = self._by_page[page] = block
-            request.last_block, request.num_entered = block.number, request.num_entered + 1
+            block = self._blocks.get(key) or self._enter(key, request.pages[index])
+            before = request.last_block = block.number
+        request.num_entered = max(request.num_entered, most)
+
+    def _enter(self, key: Key, page: int) -> Block:
+        kept = self.host.find(key)
+        block = Block(next(self._numbers) if kept is None else kept.number, page, key)
+        self._blocks[key] = self._by_page[page] = block
+        return block
 
     def forget(self, pages: Iterable[int]) -> None:
         """Lets nobody find these pages any more, nor what they hold in host memory; those who hold them keep them."""

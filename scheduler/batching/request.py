@@ -232,6 +232,10 @@ class Request:
         """Tokens start..end of the sequence, without joining all of it for each new token. Only the last of them can be
         one that the host has not seen yet: ON_DEVICE."""
         num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        if start == num_prompt + len(self.output_token_ids):
+            return [ON_DEVICE]
         outputs = self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
         known = self.prompt_token_ids[start:end] + outputs
         return known if len(known) == end - start else [*known, ON_DEVICE]

@@ -80,12 +80,14 @@ class Instruction:
 @dataclass(frozen=True)
 class Compute(Instruction):
     """One step of the model. `effects` says what it does to each activation it touches, in the table's letters:
-    + create, r read, w write, x destroy. The name of a fused step joins those of its parts."""
+    + create, r read, w write, x destroy. The name of a fused step joins those of its parts. One `of_rows` computes the
+    rows that are sampled, and nothing where there are none; the others compute all tokens of the pass."""
 
     step: str
     layer_idx: int
     group: GroupId | None
     effects: tuple[tuple[str, str], ...]
+    of_rows: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:

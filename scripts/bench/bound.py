@@ -54,12 +54,17 @@ def bound_of(work: PassWork, shapes: Sequence[PassShape], rates: Rates) -> Bound
 
 
 def against_bound(
-    work: PassWork, shapes: Sequence[PassShape], measured_s: float, measured_rates: Rates, planned_rates: Rates
+    work: PassWork,
+    shapes: Sequence[PassShape],
+    measured_s: float,
+    measured_rates: Rates,
+    planned_rates: Rates,
+    beside_s: float = 0.0,
 ) -> dict[str, Any]:
     """A record's fields for passes of these shapes that took `measured_s` together: the bound by the rates measured
-    beside them, the prediction by those that the plan had."""
+    beside them, the prediction by those that the plan had. `beside_s` of the measured seconds are no pass's."""
     bound = bound_of(work, shapes, measured_rates)
-    predicted_s = sum(predict_pass(work, shape, planned_rates).total_s for shape in shapes)
+    predicted_s = sum(predict_pass(work, shape, planned_rates).total_s for shape in shapes) + beside_s
     return {
         "bound": bound.term,
         "bound_s": bound.bound_s,

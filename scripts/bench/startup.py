@@ -4,9 +4,10 @@ compiled kernel cached, and warm.
 Flags and the fields avg_{cold,warm}_startup_time, *_times and *_percentiles are those of `vllm bench startup`; all
 engine flags work too. A startup time is that of constructing an LLM, captures included, as vLLM's is; `rows` has the
 medians of all phases (scripts/bench/startup_phases.py), from the start of the process on. `--checkpoint` writes the
-random weights as a checkpoint first and loads that, from the page cache that the writing has warmed. By torchrun there
-is one start, in torchrun's own processes, with the caches as they are: TRITON_CACHE_DIR=$(mktemp -d) makes it cold. The
-last line is one JSON object.
+random weights as a checkpoint first and loads that, from the page cache that the writing has warmed. `--against-lazy`
+starts as often with `--capture lazy` too, for what capturing at start costs: {cold,warm}_capture_cost_s. By torchrun
+there is one start, in torchrun's own processes, with the caches as they are: TRITON_CACHE_DIR=$(mktemp -d) makes it
+cold. The last line is one JSON object.
 
     python -m scripts.bench.startup --model benchmarks/shapes/Llama-3-8B.json --load-format dummy --resident none
 """
@@ -39,6 +40,7 @@ from scripts.bench.workload import positive
 
 ROOT = Path(__file__).resolve().parents[2]
 COLD, WARM = "cold", "warm"
+LAZY = "_lazy"  # follows the kind of starts with `--capture lazy`
 ITERATIONS = {"num_iters_cold": 3, "num_iters_warmup": 1, "num_iters_warm": 3}
 CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH")  # where compiled kernels are kept between processes
 
@@ -76,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint", action="store_true", help="write a checkpoint of random weights and load that")
     text = "where, for the time of the run (default: the system's temporary directory)"
     group.add_argument("--checkpoint-dir", metavar="DIR", help=text)
+    text = "start as often with --capture lazy, and say what capturing at start costs"
+    group.add_argument("--against-lazy", action="store_true", help=text)
     group.add_argument("--child", metavar="CONFIG", help=argparse.SUPPRESS)  # a start of this benchmark
     add_output_argument(group)
     add_config_arguments(add_groups(parser))
@@ -84,12 +88,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace, config: EngineConfig, by_torchrun: bool) -> None:
     """Fills in the numbers of starts. Raises ValueError for flags that do not go together."""
     given = [name for name in ITERATIONS if getattr(args, name) is not None]
-    if by_torchrun and (given or args.checkpoint):
-        flag = "--" + (given[0].replace("_", "-") if given else "checkpoint")
+    others = [name for name in ("checkpoint", "against_lazy") if getattr(args, name)]
+    if by_torchrun and (given or others):
+        flag = "--" + (given + others)[0].replace("_", "-")
         raise ValueError(f"{flag}: by torchrun there is one start, of what is there; -tp N starts N ranks without it")
     vars(args).update({name: default for name, default in ITERATIONS.items() if name not in given})
     if min(getattr(args, name) for name in ITERATIONS) < 0 or not args.num_iters_cold + args.num_iters_warm:
         raise ValueError("--num-iters-cold, --num-iters-warm: expected at least one start to measure")
+    if args.against_lazy and (config.capture != "start" or config.enforce_eager):
+        raise ValueError("--against-lazy: expected an engine that captures at start, to compare with")
     if args.checkpoint_dir is not None and not (args.checkpoint and Path(args.checkpoint_dir).is_dir()):
         raise ValueError(
             f"--checkpoint-dir {args.checkpoint_dir}: expected --checkpoint, and a directory that is there"
@@ -114,13 +121,16 @@ def measure_starts(config: EngineConfig, args: argparse.Namespace) -> dict[str, 
 
 
 def start_all(config: EngineConfig, args: argparse.Namespace) -> dict[str, list[dict]]:
-    starts = {COLD: [], WARM: []}
-    for _ in range(args.num_iters_cold):
-        with tempfile.TemporaryDirectory() as cache:
-            starts[COLD].append(start(config, args.input_len, dict.fromkeys(CACHES, cache)))
-    for _ in range(args.num_iters_warmup):
-        start(config, args.input_len, {})
-    starts[WARM] = [start(config, args.input_len, {}) for _ in range(args.num_iters_warm)]
+    """The records of the starts by their kind, those without any left out."""
+    configs = {"": config} | ({LAZY: dataclasses.replace(config, capture="lazy")} if args.against_lazy else {})
+    starts = {kind + suffix: [] for suffix in configs for kind in (COLD, WARM)}
+    for suffix, one in configs.items():
+        for _ in range(args.num_iters_cold):
+            with tempfile.TemporaryDirectory() as cache:
+                starts[COLD + suffix].append(start(one, args.input_len, dict.fromkeys(CACHES, cache)))
+        for _ in range(0 if suffix else args.num_iters_warmup):
+            start(one, args.input_len, {})
+        starts[WARM + suffix] = [start(one, args.input_len, {}) for _ in range(args.num_iters_warm)]
     return {kind: records for kind, records in starts.items() if records}
 
 
@@ -145,6 +155,9 @@ def summarise(starts: dict[str, list[dict]]) -> dict[str, Any]:
         report[f"avg_{kind}_startup_time"] = statistics.mean(times)
         report[f"{kind}_startup_times"] = times
         report[f"{kind}_startup_percentiles"] = {p: float(numpy.percentile(times, p)) for p in PERCENTILES}
+        if kind + LAZY in starts:
+            lazy_s = statistics.median(record["startup_s"] for record in starts[kind + LAZY])
+            report[f"{kind}_capture_cost_s"] = statistics.median(times) - lazy_s
     rows = [median_row(kind, phase, measured) for kind, measured in starts.items() for phase in measured[0]["phases"]]
     return report | {"rows": rows}
 
@@ -156,12 +169,12 @@ def median_row(kind: str, phase: str, records: list[dict]) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"{'start':6} {'phase':12} {'s':>9} {'since start':>12} {'GB':>8} {'GB/s':>8} {'graphs':>7}")
+    print(f"{'start':10} {'phase':12} {'s':>9} {'since start':>12} {'GB':>8} {'GB/s':>8} {'graphs':>7}")
     for row in rows:
         since = f"{row['since_start_s']:.3f}" if "since_start_s" in row else ""
         size, rate = (f"{row['bytes'] / GB:.3f}", f"{row['gb_s']:.2f}") if "bytes" in row else ("", "")
         numbers = f"{row['seconds']:9.3f} {since:>12} {size:>8} {rate:>8} {row.get('num_graphs', ''):>7}"
-        print(f"{row['start']:6} {row['phase']:12} {numbers}")
+        print(f"{row['start']:10} {row['phase']:12} {numbers}")
 
 
 if __name__ == "__main__":

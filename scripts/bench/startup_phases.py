@@ -4,7 +4,8 @@
 
 `imports` ends where a script's main begins; `plan` has read the config and checked the source of the weights; `device`
 has met the other ranks; `engine` has allocated ring, KV cache and activations, and waited for the other ranks;
-`captures` has made the graphs of passes, and compiled their kernels. Bytes and rates are rank 0's.
+`captures` has made the graphs of passes, and compiled their kernels; with `capture="lazy"` it is empty, and the first
+token waits for the graphs that it needs. Bytes and rates are rank 0's.
 """
 
 import os
@@ -36,11 +37,11 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
     `startup_s`, of LLM(...); None on the other ranks."""
     began_at_s = process_start_s()
     with LLM(**config.to_dict()) as llm:
-        ready_at_s = time.perf_counter()
+        ready_at_s, graphs = time.perf_counter(), llm.engine.worker.runner.graphs
+        captures_s, num_graphs = (graphs.seconds, len(graphs.passes)) if graphs else (0.0, 0)
         (job,) = random_jobs(1, input_len, 1, llm.engine.plan.spec.vocab_size, config.seed)
         without_errors(llm.generate(job.prompt, greedy(job)))
         first_token_at_s = time.perf_counter()
-        graphs = llm.engine.worker.runner.graphs
         if llm.engine.topology.rank > 0:
             return None
         weights = llm.engine.worker.weights
@@ -49,13 +50,13 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
             "plan": llm.engine.planned_at_s,
             "device": weights.began_at_s,
             "weights": weights.ended_at_s,
-            "engine": ready_at_s - (graphs.seconds if graphs else 0.0),
+            "engine": ready_at_s - captures_s,
             "captures": ready_at_s,
             "first token": first_token_at_s,
         }
         phases = cut_phases(began_at_s, ends)
         phases["weights"]["bytes"] = weights.host_bytes + weights.resident_bytes
-        phases["captures"]["num_graphs"] = len(graphs.passes) if graphs else 0
+        phases["captures"]["num_graphs"] = num_graphs
         startup_s = ready_at_s - imported_at_s
         read = {"bytes_read_per_rank": weights.bytes_read, "input_len": input_len}
         return describe(llm, "startup") | read | {"startup_s": startup_s, "phases": phases}

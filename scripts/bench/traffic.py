@@ -4,8 +4,10 @@ its bound, its prediction, and, with `--compare vllm`, an installed vLLM in the 
 scripts/bench/traffic_rows.py has the rows; --rows picks some of them, else all that fit the engine run. Times are those
 of whole calls, taken alike on both sides: the shortest of some repeats, after a warm-up. The bound and the prediction
 of a first token and of a job are sums over all their passes; those of a token are the mean over the batch's decode
-passes. Rates are measured once, in the same run, after the first row's warm-up. All engine flags work. Run it plainly,
-or by torchrun over several ranks; the last line is one JSON object, with a row each in `rows`.
+passes. What a call takes beside passes that follow each other, `call_s`, is measured by one prompt of one token, and is
+part of the prediction of a first token, which waits for it. Rates are measured once, in the same run, after the first
+row's warm-up. All engine flags work. Run it plainly, or by torchrun over several ranks; the last line is one JSON
+object, with a row each in `rows`.
 
     python -m scripts.bench.traffic --model benchmarks/shapes/Llama-3-8B.json --load-format dummy --compare vllm \\
       --rows first-token-128 uneven --output-json traffic.json
@@ -28,10 +30,11 @@ from scripts.bench.entry import run_script
 from scripts.bench.full_engine import measure_limit, warm_up_row
 from scripts.bench.job_run import run, timed_passes, warm_up
 from scripts.bench.record import add_output_argument, keep
-from scripts.bench.traffic_rows import JOB, REPEATS, ROWS, SHORT_OUTPUT, TOKEN, Row
+from scripts.bench.traffic_rows import FIRST_TOKEN, JOB, REPEATS, ROWS, SHORT_OUTPUT, TOKEN, Row
 from scripts.bench.vllm_side import Vllm, add_vllm_arguments, find_vllm, run_of, run_vllm
-from scripts.bench.workload import Job
+from scripts.bench.workload import Job, greedy
 
+CALL_TOKENS, CALL_REPEATS = 8, 5
 WARM_UP = 64  # requests of a job that vLLM runs first
 
 
@@ -107,7 +110,7 @@ def runs_of(llm: LLM, row: Row) -> list[list[Job]]:
 
 def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> list[dict[str, Any]]:
     """A row of the record for each; those of other ranks than 0 mean nothing."""
-    planned, measured = llm.engine.rates, []
+    planned, measured, call_s = llm.engine.rates, [], 0.0
     for row, runs in zip(rows, drawn):
         if not row.is_usual:
             warm_up_row(llm, row)
@@ -117,11 +120,23 @@ def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> lis
             run(llm, runs[-1], row.params(runs[-1]))
         if not measured and llm.engine.topology.rank == 0:
             llm.measure(llm.engine.work.streamed_bytes)
-        measured.append(measure_row(llm, row, runs, planned) if row.is_usual else measure_limit(llm, row, planned))
+        call_s = call_s or measure_call(llm)
+        row_of = measure_row(llm, row, runs, planned, call_s) if row.is_usual else measure_limit(llm, row, planned)
+        measured.append(row_of)
     return measured
 
 
-def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates) -> dict[str, Any]:
+def measure_call(llm: LLM) -> float:
+    """Seconds that a call takes beside passes that follow each other, before which the host is ahead: those of one
+    token from one, less what each of CALL_TOKENS more takes; each the shortest."""
+    first_s, more_s = (
+        min(run(llm, [job], [greedy(job)])[0] for _ in range(CALL_REPEATS))
+        for job in (Job([0], 1), Job([0], 1 + CALL_TOKENS))
+    )
+    return max(first_s - (more_s - first_s) / CALL_TOKENS, 0.0)
+
+
+def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates, call_s: float) -> dict[str, Any]:
     """The row of the record: its time, bound and prediction; or an `error`."""
     times, passes = [], []
     for jobs in runs:
@@ -136,7 +151,9 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates) -> di
     work, rates = llm.engine.work, llm.engine.rates
     fields = {"row": row.name, "measures": row.measures, "num_requests": row.num, **time_fields(row, runs, times)}
     if row.measures != TOKEN:
-        bound = against_bound(work, [one.shape for one in passes], fields["measured_s"], rates, planned)
+        beside_s = call_s if row.measures == FIRST_TOKEN else 0.0  # of a job little, and much of it hidden by passes
+        bound = against_bound(work, [one.shape for one in passes], fields["measured_s"], rates, planned, beside_s)
+        bound |= {"call_s": call_s} if beside_s else {}
         return fields | bound | {"num_passes": len(passes), "by_kind": by_kind(work, passes, rates, planned)}
     decodes = [one for one in passes if one.shape.is_decode and one.shape.num_rows == row.num]
     if not decodes:

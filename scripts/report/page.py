@@ -180,6 +180,7 @@ STARTED: list[Column] = [
     *(("dtype", text("dtype")), ("ranks", text("tp_size"))),
     *(("resident", text("resident")), ("weights", text("weights")), ("prompt", text("input_len"))),
     *(("cold start-up s", number("avg_cold_startup_time", 2)), ("warm s", number("avg_warm_startup_time", 2))),
+    *((f"capturing costs {kind}, s", number(f"{kind}_capture_cost_s", 2)) for kind in ("cold", "warm")),
 ]
 ENDLESS: list[Column] = [
     *(("model", text("model")), ("dtype", text("dtype")), ("ranks", text("tp_size")), ("resident", text("resident"))),

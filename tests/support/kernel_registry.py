@@ -74,6 +74,8 @@ class EngineKernel:
             return sum(not weight.layout.raw for weight in weights)
         if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0
+        if instruction.of_rows and not ctx.inputs.sampled_rows:
+            return 0
         return int(self.condition(instruction, ctx))
 
     def put_in(self, patch: pytest.MonkeyPatch, run: Callable) -> None:
@@ -132,7 +134,7 @@ def _chunks(step: Compute, ctx: PassContext) -> int:
 
 
 def _one_row(step: Compute, ctx: PassContext) -> bool:
-    return len(ctx.act["rows"] if "head" in step.step else ctx.inputs.tokens) == 1
+    return len(ctx.act["x_"]) == 1
 
 
 def _is_greedy(step: Compute, ctx: PassContext) -> bool:

@@ -218,7 +218,7 @@ class Spec:
     "spec, capability, longest",
     [
         (Spec((None, None)), (9, 0), 2**31),
-        (Spec((None, 4096)), (9, 0), 4096),
+        (Spec((None, 6000)), (9, 0), 6000),
         (Spec((512,)), (9, 0), 0),
         (Spec(head_dim=256), (9, 0), 0),
         (Spec(head_dim=20), (9, 0), 0),
@@ -238,11 +238,11 @@ def test_which_rows_are_whole(spec, capability, longest, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("window", [None, 3000], ids=str)
-@pytest.mark.parametrize("rows", [[(0, 2049)], [(9, 1), (0, 1500), (700, 6), (0, 30), (0, 3000), (0, 1)]], ids=str)
+@pytest.mark.parametrize("window", [None, 5000], ids=str)
+@pytest.mark.parametrize("rows", [[(0, 4097)], [(9, 1), (0, 500), (700, 6), (0, 30), (0, 5000), (0, 1)]], ids=str)
 def test_rows_on_a_gpu(rows, window, dtype):
     """Compares the kernels that a GPU takes, which round to the dtype once; long prompts are whole, or not."""
-    settings = {"window": window, "dtype": dtype, "device": "cuda", "head_dim": 128, "max_context": 4096}
+    settings = {"window": window, "dtype": dtype, "device": "cuda", "head_dim": 128, "max_context": 5120}
     before = dict(attention.calls)
     whole = Example(rows, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)
     num_whole = sum(start == 0 and length >= attention.LEAST_WHOLE_TOKENS for start, length in rows)

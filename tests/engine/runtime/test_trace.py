@@ -41,10 +41,10 @@ class Device:
         while self.work and not until():
             self.work.pop(0)()
 
-    @contextlib.contextmanager
-    def graph(self, graph, **_):
+    def begin_capture(self, graph):
         self.capturing, self.main.is_captured = graph, True
-        yield
+
+    def end_capture(self):
         assert not self.copy.is_captured or self.copy.is_joined, "unjoined work on the copy stream"
         self.capturing = None
         self.main.is_captured = self.copy.is_captured = False
@@ -110,6 +110,12 @@ def graph_type(device):
         def __init__(self):
             self.work, self.events = [], []
 
+        def capture_begin(self, **_):
+            device.begin_capture(self)
+
+        def capture_end(self):
+            device.end_capture()
+
         def replay(self):
             device.work += self.work
             for event in self.events:
@@ -125,7 +131,7 @@ def device(monkeypatch):
     streams = iter([device.copy, device.main])  # that of the copy lane, and then that of captures
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: next(streams))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph_type(device))
-    monkeypatch.setattr(torch.cuda, "graph", device.graph)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: device.current)
     monkeypatch.setattr(torch.cuda, "stream", device.on)

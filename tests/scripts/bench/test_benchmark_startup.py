@@ -76,6 +76,8 @@ def test_by_torchrun():
     [
         ("torchrun", ("--num-iters-cold", "1"), "--num-iters-cold: by torchrun there is one start"),
         ("torchrun", ("--checkpoint",), "--checkpoint: by torchrun there is one start"),
+        ("torchrun", ("--against-lazy",), "--against-lazy: by torchrun there is one start"),
+        ("none", ("--against-lazy", "--capture", "lazy"), "--against-lazy: expected an engine that captures at start"),
         ("none", ("--num-iters-cold", "0", "--num-iters-warm", "0"), "expected at least one start"),
         ("none", ("--num-iters-warmup", "-1"), "expected at least one start"),
         ("none", ("--checkpoint", "--load-format", "dummy"), "which one?"),
@@ -103,12 +105,29 @@ def test_a_start_that_fails_ends_the_benchmark(monkeypatch):
 def test_cold_starts_have_caches_of_their_own(monkeypatch):
     seen = []
     monkeypatch.setattr(benchmark_startup, "start", lambda config, input_len, environment: seen.append(environment))
-    args = SimpleNamespace(num_iters_cold=2, num_iters_warmup=1, num_iters_warm=2, input_len=4)
+    args = SimpleNamespace(num_iters_cold=2, num_iters_warmup=1, num_iters_warm=2, input_len=4, against_lazy=False)
     starts = benchmark_startup.start_all(EngineConfig(), args)
     assert {kind: len(records) for kind, records in starts.items()} == {"cold": 2, "warm": 2}
     first, second, *others = seen
     assert first.keys() == second.keys() == set(benchmark_startup.CACHES) and others == [{}] * 3
     assert not set(first.values()) & set(second.values())
+
+
+def test_what_capturing_at_start_costs(monkeypatch):
+    def started(config, input_len, environment):
+        seconds = {"start": 7.0, "lazy": 4.5}[config.capture] + (10.0 if environment else 0.0)
+        return {"startup_s": seconds, "phases": {"captures": {"seconds": seconds - 4.5}}}
+
+    monkeypatch.setattr(benchmark_startup, "start", started)
+    args = SimpleNamespace(num_iters_cold=1, num_iters_warmup=1, num_iters_warm=2, input_len=4, against_lazy=True)
+    report = benchmark_startup.summarise(benchmark_startup.start_all(EngineConfig(), args))
+    assert [(row["start"], row["seconds"]) for row in report["rows"]] == [
+        ("cold", 12.5),
+        ("warm", 2.5),
+        ("cold_lazy", 10.0),
+        ("warm_lazy", 0.0),
+    ]
+    assert (report["cold_capture_cost_s"], report["warm_capture_cost_s"]) == (2.5, 2.5)
 
 
 def test_the_checkpoint_has_the_dummy_weights(tmp_path):

@@ -73,6 +73,9 @@ def test_rows_of_traffic(monkeypatch, capsys, vllm):
         assert row["predicted_over_measured"] == pytest.approx(row["predicted_s"] / row["measured_s"])
         assert row["speedup"] == pytest.approx(row["vllm_measured_s"] / row["measured_s"])
     assert token["tokens_per_second"] == pytest.approx(4 / token["measured_s"])
+    (prefill,) = first["by_kind"]
+    assert first["predicted_s"] == pytest.approx(prefill["predicted_s"] + first["call_s"]) and first["call_s"] >= 0
+    assert "call_s" not in token and "call_s" not in job
     check_kinds(job)
     *_, job_asked = vllm.asked("generate")
     assert sum(len(prompt) + said["max_tokens"] for prompt, said in job_asked) == pytest.approx(

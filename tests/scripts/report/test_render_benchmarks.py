@@ -150,7 +150,7 @@ STARTUP = {
     "compressed_groups": [1, 2],
     "model_shape": {"num_layers": 3},
 }
-STARTUP |= {"avg_cold_startup_time": 11.6281, "cold_startup_percentiles": {"50": 11.6281}}
+STARTUP |= {"avg_cold_startup_time": 11.6281, "cold_capture_cost_s": 2.504, "cold_startup_percentiles": {"50": 11.6281}}
 STARTUP["rows"] = [
     {"start": "cold", "phase": "plan", "seconds": 0.2209, "since_start_s": 2.4128},
     {
@@ -182,7 +182,7 @@ def test_a_start_has_a_table_of_its_phases():
     assert (weights["GB"], weights["GB/s"], plan["GB"]) == ("11.18", "1.49", "")
     assert (captures["s"], captures["since start, s"], captures["graphs"]) == ("3.80", "", "16")
     text = section(page, "Start-up")
-    assert "model Tiny, ranks 2, weights compressed, cold start-up s 11.63\n" in text
+    assert "model Tiny, ranks 2, weights compressed, cold start-up s 11.63, capturing costs cold, s 2.50\n" in text
     assert "percentiles" not in text and "num_layers" not in text
 
 
