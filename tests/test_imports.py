@@ -141,6 +141,7 @@ LATE_IMPORTS = {
     "scripts.research.transfer_report": {"engine.split.llm"},
     "scripts.bench.comparison": {"scripts.bench.baselines"},
     "scripts.bench.startup": {"scripts.bench.dummy_checkpoint"},
+    "scripts.bench.vllm_job": {"vllm.model_executor.offloader"},
 }
 NUMBERS_OF_KERNELS = ("engine.kernels.codec_tile", "engine.kernels.ggml_types", "engine.kernels.segments")
 TORCH_FREE = ("scheduler", "engine.planning", "engine.config", "engine.user_files", *NUMBERS_OF_KERNELS)

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
 
 def _follow(config: EngineConfig) -> int:
-    """Runs a rank that computes with rank 0. A launcher sends signals to all ranks, and rank 0 alone decides by them."""
+    """Runs a rank that computes with rank 0. A launcher signals all ranks, and rank 0 alone decides by that."""
     with LLM(**config.to_dict()) as llm:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

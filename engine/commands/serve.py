@@ -19,6 +19,7 @@ from penstock.parallel.launch import resolve_launch
 try:
     from penstock.engine.server.generation_defaults import FILE, read_defaults
     from penstock.engine.server.options import FIELDS, KEY_VARIABLE, ServeOptions
+    from penstock.engine.server.request_log import request_log
     from penstock.engine.server.server import Server, bind
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] == "penstock":
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         say("this model has no tokenizer: prompts are token ids, and answers have no text")
     # a text of a request is not for the log
     warnings.filterwarnings("ignore", message="stop=")
-    Server(config, options, lambda: leading(config), defaults, say).run(listener)
+    with request_log(options.request_log) as log:
+        Server(config, options, lambda: leading(config), defaults, say, log).run(listener)
     return 0
 
 

@@ -12,7 +12,7 @@ from penstock.engine.model.group_layout import GroupLayout
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import shard_heads
 from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
-from penstock.engine.model.steps import activation_widths, sums_over_ranks
+from penstock.engine.model.steps import SCORE, activation_widths, sums_over_ranks
 from penstock.scheduler.cost.pass_work import StepWork
 from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.passes.pass_plan import Compute
@@ -49,7 +49,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
     def work(step: Compute) -> StepWork:
         parts = step.parts
         is_reduce = sums_over_ranks(step) and len(parts) == 1
-        if (tp_size == 1 and is_reduce) or step.step == "score_prompts":  # that one only where a row asks for it
+        if (tp_size == 1 and is_reduce) or step.step == SCORE:  # that one only where a row asks for it
             return StepWork(step.step)  # nothing is launched
         names = [name for part in parts for name in MATRICES.get(part, ()) if (step.group, name) in sizes]
         elements = sum(sizes[step.group, name] for name in names)

@@ -4,10 +4,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from penstock.engine.server import openapi
+from penstock.engine.server import openapi, pages
 from penstock.engine.server.access import OPEN, KeyGuard, read_body
 from penstock.engine.server.encoding import need_tokenizer, text_of, token_ids_of, tokenizer_facts
 from penstock.engine.server.errors import ApiError, failed, model_not_found
+from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.notes import rejection
 from penstock.engine.server.service import Service
 from penstock.engine.server.status import describe
@@ -16,14 +17,15 @@ from penstock.engine.version import VERSION
 from starlette.exceptions import HTTPException
 
 
-def make_app(service: Service) -> Any:
-    """The ASGI application of a service."""
+def make_app(service: Service, metrics: Metrics) -> Any:
+    """The ASGI application of a service, whose metrics are those."""
     app = FastAPI(title="Penstock", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_handlers(app, service)
     _add_generation(app, service)
     _add_texts(app, service)
     _add_models(app, service)
     _add_health(app, service)
+    pages.add_routes(app, service, metrics)
     if service.options.api_key is None:
         return app
     open_routes = (*OPEN, "/metrics") if service.options.metrics_without_key else OPEN

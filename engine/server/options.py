@@ -25,6 +25,7 @@ class ServeOptions:
     )
     api_key: str | None = option(None, f"key that clients must send (default: that of {KEY_VARIABLE}, else none)")
     metrics_without_key: bool = option(False, "let /metrics be read without the key")
+    request_log: str | None = option(None, "file to which a JSON line is appended for each request; - prints them")
     max_num_queued_reqs: int = option(2048, "most sequences that wait for a row; further requests get a 503", type=int)
     max_queue_wait: float = option(
         300.0, "most seconds that a request may be predicted to wait for a row; beyond, it gets a 503", type=float

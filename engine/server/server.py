@@ -22,9 +22,9 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
-from penstock.engine.server.engine_thread import Observer
-from penstock.engine.server.notes import Notes
+from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.options import ServeOptions
+from penstock.engine.server.request_log import RequestLog, RequestNotes
 from penstock.engine.server.service import Service
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,7 +48,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """One server, on the main thread. `say` shows a line to whoever started it."""
+    """One server, on the main thread. `say` shows a line to whoever started it; `log` gets a line a request."""
 
     def __init__(
         self,
@@ -57,16 +57,17 @@ class Server:
         make: Callable[[], LLM],
         defaults: Mapping[str, Any],
         say: Callable[[str], None],
-        observer: Observer | None = None,
-        notes: Notes | None = None,
+        log: RequestLog | None = None,
     ):
-        self.service = Service(config, options, make, defaults, self._engine_changed, observer, notes)
+        metrics = Metrics()
+        notes = RequestNotes(metrics, log)
+        self.service = Service(config, options, make, defaults, self._engine_changed, metrics, notes)
         self.options, self._say = options, say
         self._num_signals = 0
         self._changed = asyncio.Event()
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                make_app(self.service),
+                make_app(self.service, metrics),
                 http=Connection,
                 ws="none",
                 lifespan="off",

@@ -13,6 +13,7 @@ import httpx
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.server.app import make_app
+from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.service import Service
 
@@ -64,7 +65,7 @@ class Serving:
         self.service = Service(
             config, ServeOptions(**options), lambda: LLM(**config.to_dict()), {}, observer=self.kept, notes=self.kept
         )
-        self.app = make_app(self.service)
+        self.app = make_app(self.service, Metrics())
 
     def start(self) -> "Serving":
         """Loads the engine."""

@@ -15,7 +15,7 @@ def llm():
 
 @pytest.fixture
 def said(capsys):
-    """What the command said since the last time: the summary, and the lines of standard error."""
+    """Takes what the command said since the last time: the summary, and the lines of standard error."""
 
     def take():
         out, err = capsys.readouterr()
