@@ -264,7 +264,9 @@ def test_bad_command_line(tmp_path, monkeypatch, capfd, nothing_runs, arguments,
 @pytest.mark.parametrize(
     "launcher, arguments, message",
     [
-        (TORCHRUN, ["--model", "nowhere"], "model='nowhere': no such file or directory"),
+        pytest.param(
+            TORCHRUN, ["--model", "nowhere"], "model='nowhere': no such file or directory", marks=pytest.mark.soak
+        ),
         (TORCHRUN, ["--prompt", "x " * 900], "and at most 63 fit (max_model_len is 64"),
         ((), ["-tp", "2", "--prompt", "x " * 900], "and at most 63 fit (max_model_len is 64"),
     ],

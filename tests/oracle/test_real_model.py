@@ -38,10 +38,11 @@ def answer_all(file: str, tp_size: int, resident: str) -> tuple[Answer, ...]:
     return tuple(Answer(tuple(o.prompt_token_ids), tuple(o.outputs[0].token_ids), o.outputs[0].text) for o in outputs)
 
 
-@pytest.fixture(scope="module", params=[1, 3])
+@pytest.fixture(scope="module", params=[(1, ("all", "none")), (3, ("none",))], ids=["1", "3"])
 def answers(request, real_model):
-    """The answers with all weights resident, and with all of them streamed."""
-    return {resident: answer_all(str(real_model), request.param, resident) for resident in ("all", "none")}
+    """The answers of so many ranks: on one with all weights resident too, on more with all of them streamed."""
+    tp_size, residencies = request.param
+    return {resident: answer_all(str(real_model), tp_size, resident) for resident in residencies}
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +75,13 @@ def first_gap(logits: torch.Tensor, tokens: tuple[int, ...]) -> float | None:
 
 
 def test_answers_are_those_of_transformers(answers, gaps):
-    assert answers["all"] == answers["none"]
-    others = gaps(answers["all"])
+    assert len(set(answers.values())) == 1
+    others = gaps(answers["none"])
     print("prompts that go another way at a near tie:", others)
     assert len(others) <= 1 and all(gap < CLOSE for gap in others.values()), others
 
 
 def test_the_capital_of_france_is_paris(answers):
-    assert "Paris" in answers["all"][PROMPTS.index(FRANCE)].text
-    assert len({answer.tokens for answer in answers["all"]}) == len(PROMPTS) == 20
-    assert all(answer.tokens for answer in answers["all"])
+    assert "Paris" in answers["none"][PROMPTS.index(FRANCE)].text
+    assert len({answer.tokens for answer in answers["none"]}) == len(PROMPTS) == 20
+    assert all(answer.tokens for answer in answers["none"])

@@ -11,7 +11,9 @@ from penstock.parallel.children import Children
 
 from tests.support.commands import GONE_S, SLOW, TORCHRUN, Command, fault_in_a_pass
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
+alone = pytest.mark.alone
+soak = pytest.mark.soak  # what test_launch.py tries too, without an engine
 RAISE = "raise KeyError('the shard is bent')"
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 OPTIONS = ("generate", "--prompt", "Return the", "--ignore-eos", "--max-tokens", "200", "--resident", "none")
@@ -47,6 +49,7 @@ def assert_failed(done: Command, first: str, exit_code: int = 1) -> None:
         assert complaint not in done.stderr[: done.stderr.index(first)], done.stderr
 
 
+@alone
 def test_a_child_that_raises(command):
     """A ValueError in the middle of a run is no user's mistake: it keeps its traceback, as any other error does."""
     done = command("-tp", "2", in_passes=fault_in_a_pass(1, "raise ValueError('a bent shape')")).finish()
@@ -54,18 +57,21 @@ def test_a_child_that_raises(command):
     assert done.stderr.count("ValueError: a bent shape") == done.stderr.count("Traceback") == 1
 
 
+@soak
 def test_a_child_that_is_killed(command):
     done = command("-tp", "2", in_passes=fault_in_a_pass(1, KILL)).finish()
     assert_failed(done, "penstock: rank 1 was killed by SIGKILL")
     assert "Traceback" not in done.stderr
 
 
+@alone
 def test_a_child_that_cannot_load(command):
     done = command("-tp", "2", fault=LOAD_FAILS).finish()
     assert_failed(done, "penstock: rank 1 failed with exit code 1:\nTraceback (most recent call last):")
     assert done.stderr.count("OSError: the disk is gone") == 1
 
 
+@soak
 def test_rank_0_that_raises(command):
     done = command("-tp", "2", in_passes=fault_in_a_pass(0, RAISE)).finish()
     assert_failed(done, "KeyError: 'the shard is bent'")
@@ -79,6 +85,7 @@ def start_and_wait_for_text(command) -> Command:
     return started
 
 
+@alone
 def test_children_end_with_a_killed_parent(command):
     started = start_and_wait_for_text(command)
     started.process.send_signal(signal.SIGKILL)
@@ -88,6 +95,7 @@ def test_children_end_with_a_killed_parent(command):
     assert started.exit_code == -signal.SIGKILL and time.time() - killed_at < GONE_S
 
 
+@alone
 def test_an_interrupted_run_ends_at_once(command):
     started = start_and_wait_for_text(command)
     started.process.send_signal(signal.SIGINT)
@@ -97,6 +105,7 @@ def test_an_interrupted_run_ends_at_once(command):
     assert started.stderr.endswith("penstock: interrupted\n") and "Traceback" not in started.stderr
 
 
+@alone
 def test_a_port_in_use(monkeypatch, capfd):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -112,6 +121,7 @@ def test_a_port_in_use(monkeypatch, capfd):
     )
 
 
+@alone
 def test_torchrun_shows_the_rank_that_raised(command):
     done = command("--trace", "trace.json", launcher=TORCHRUN, in_passes=fault_in_a_pass(1, RAISE)).finish()
     assert_failed(done, "KeyError: 'the shard is bent'")

@@ -19,7 +19,7 @@ from tests.support.watches import Around, BeginPass
 
 MODELS = ("llama_gqa", "llama_tied", "neox_parallel", "neox_serial")
 RESIDENCIES = ("none", 0.3, 0.5, 0.8)
-LANES = [("earliest", 0), ("latest", 0), *(("random", seed) for seed in range(4))]
+LANES = [("earliest", 0), ("latest", 0), *(("random", seed) for seed in range(2))]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 

@@ -98,7 +98,7 @@ def test_one_that_has_given_way_may_end_while_it_waits():
 
 
 @pytest.mark.parametrize(("prefix_caching", "num_host_pages"), [(False, 0), (True, 0), (True, 12), (True, 500)])
-@pytest.mark.parametrize("lookahead", [0, 1, 2, PREPARED])
+@pytest.mark.parametrize("lookahead", [0, 1, pytest.param(2, marks=pytest.mark.soak), PREPARED])
 def test_tiny_pools(lookahead, prefix_caching, num_host_pages):
     """Requests that together need many times the pages."""
     num_preemptions = num_hits = num_evicted = 0
