@@ -23,6 +23,12 @@ OPTIONS |= {"load_format": "dummy", "tokenizer": "demo"}
 WAYS = {
     "in_turn": {},
     "prepared": {"resident": "none", "debug": {"lookahead": 1}},
+    "crowded": {  # pages are shared, moved and taken away
+        "page_size": 2,
+        "num_pages": 120,
+        "kv_host_memory": "256KiB",
+        "scheduling_policy": "priority",
+    },
 }
 KINDS = (
     {"temperature": 0, "max_tokens": 1},
@@ -35,11 +41,15 @@ NUM_BLOCKS = 1000  # that Python may hold more: caches that fill late, and no mo
 RSS_BYTES = 48 * 2**20
 
 
-def arrivals(llm: LLM) -> Iterator[Sequence]:
-    """Requests of all kinds without end; every hundredth can never run."""
-    params = [SamplingParams(**kind) for kind in KINDS]
+def arrivals(llm: LLM, is_crowded: bool) -> Iterator[Sequence]:
+    """Requests of all kinds without end; every hundredth can never run. In a crowd they are longer, begin alike, and
+    some are urgent."""
+    num_more, num_kinds = (8, 16) if is_crowded else (0, VOCAB - 1)
+    changes = [{"max_tokens": kind["max_tokens"] + num_more, "priority": index % 2} for index, kind in enumerate(KINDS)]
+    params = [SamplingParams(**kind | (changed if is_crowded else {})) for kind, changed in zip(KINDS, changes)]
     for number in itertools.count():
-        prompt = [1 + number % (VOCAB - 1)] * (MAX_MODEL_LEN if number % 100 == 99 else 1 + number % 3)
+        length = MAX_MODEL_LEN if number % 100 == 99 else 1 + number % 3 + num_more // 4
+        prompt = [1 + number % num_kinds] * length
         yield Sequence(Request(number, prompt, params[number % len(params)], seed=number), 0, llm.tokenizer, {})
 
 
@@ -76,17 +86,20 @@ def model(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*list(WAYS)[:2], pytest.param("crowded", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
-    "num_requests", [1500, pytest.param(100_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+    "num_requests", [1500, pytest.param(100_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
 def test_requests_that_have_ended_leave_nothing_behind(model, way, num_requests):
     with LLM(model, **OPTIONS | WAYS[way]) as llm:
-        sequences = arrivals(llm)
+        sequences = arrivals(llm, way == "crowded")
         serve(llm, sequences, 500)
         blocks, rss_bytes = held()
         assert serve(llm, sequences, num_requests) == num_requests
         more_blocks, more_rss_bytes = held()
         llm.loop.scheduler.check_integrity()
+        counts = llm.loop.scheduler.counts
+    is_crowded = [bool(n) for n in (counts.num_preemptions, counts.num_hit_tokens, counts.moves.num_in)]
+    assert is_crowded == [way == "crowded"] * 3
     assert more_blocks - blocks < NUM_BLOCKS < num_requests
     assert more_rss_bytes - rss_bytes < RSS_BYTES
