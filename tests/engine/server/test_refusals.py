@@ -188,6 +188,19 @@ def test_routes_models_and_methods_that_are_not_there(served):
     assert "access-control-allow-origin" not in served.call("GET", "/v1/models", headers={"origin": "http://a"}).headers
 
 
+def test_an_error_is_one_line_however_long_a_value_is(served):
+    for body in ({"prompt": {"a" * 10**6: 1}}, {"prompt": "a", "model": "b" * 10**6}, {"prompt": [[1.5] * 10**6]}):
+        error = served.post(COMPLETIONS, **body).json()["error"]
+        assert len(error["message"]) < 2100 and error["message"].isprintable()
+
+
+def test_the_routes_are_described(served):
+    paths = served.call("GET", "/openapi.json").json()["paths"]
+    fields = paths[COMPLETIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert "min_p" in fields and {COMPLETIONS, CHAT, "/tokenize", "/health", "/v1/models/{model_id}"} <= set(paths)
+    assert served.call("HEAD", "/health").status_code == 200
+
+
 def test_models_are_listed(served):
     (card,) = served.call("GET", "/v1/models").json()["data"]
     assert card["id"] == card["root"] == "demo" and card["max_model_len"] == 256 and card["parent"] is None
