@@ -64,7 +64,7 @@ class Outbox:
     @property
     def has_ended(self) -> bool:
         """Tells whether all sequences have ended; their last pieces may still lie here."""
-        return self.num_ended == len(self.sequences)
+        return self.num_ended >= len(self.sequences)
 
     def put(self, piece: Piece) -> None:
         """Takes news in."""
