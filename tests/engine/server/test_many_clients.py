@@ -61,7 +61,7 @@ def passes_of(served: Serving, num_tokens: int) -> list[int]:
 def test_one_that_stays_gets_a_token_in_every_pass(served):
     served.kept.passes.clear()
     served.kept.journeys.clear()
-    stays = served.run(beside(served, random.Random(1), number=24, at_once=8))
+    stays = served.run(beside(served, random.Random(1), number=16, at_once=8))
     assert stays.text.endswith("data: [DONE]\n\n") and stays.status == 200
     until(lambda: len(passes_of(served, MOST_TOKENS)) == MOST_TOKENS)  # the last one is noted behind its token
     numbers = passes_of(served, MOST_TOKENS)
