@@ -108,6 +108,7 @@ MAY_IMPORT = {
         "engine.llm",
         "engine.output",
         "engine.planning.find_model",
+        "engine.streams",
         "engine.text",
         "engine.user_files",
         "engine.version",

@@ -114,6 +114,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", **openapi.HEALTH)
     async def health() -> Response:
         return Response(status_code=200 if service.phase == "ready" else 503)

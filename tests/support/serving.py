@@ -36,7 +36,7 @@ class Kept:
         self.rejected: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.num_disconnects = 0
-        self.passes: list[int] = []  # tokens given in each
+        self.passes: list[set[int]] = []  # the requests that each gave a token
         self.journeys: list[Any] = []
 
     def request_rejected(self, reason: str) -> None:
@@ -49,7 +49,7 @@ class Kept:
         self.records.append(record)
 
     def observe_pass(self, llm: LLM, moved: list[Any]) -> None:
-        self.passes.append(len(moved))
+        self.passes.append({journey.sequence.request.id for journey in moved})
 
     def sequence_ended(self, llm: LLM, journey: Any) -> None:
         self.journeys.append(journey)
@@ -84,9 +84,9 @@ class Serving:
         assert self.service.engine.join(WAIT_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-    def run(self, work: Coroutine) -> Any:
+    def run(self, work: Coroutine, most_s: float = WAIT_S) -> Any:
         """Runs a coroutine in the event loop, and returns what it gives."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(most_s)
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
         """The response to one request."""
