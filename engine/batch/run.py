@@ -22,6 +22,7 @@ from penstock.scheduler.batching.request import FinishReason
 
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
+MOST_BEGUN = 256  # sequences whose prompts are encoded between two passes
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
 MOST_WAITING = 256  # rows that have ended, where many fail one after another
 
@@ -101,8 +102,8 @@ class BatchRun:
         return self.reader.read(self.lines.read(self._stream, index), self.lines.numbers[index])
 
     def _fill(self, order: Iterator[int]) -> None:
-        """Puts rows into the loop until enough are there."""
-        enough = QUEUED * self.llm.loop.scheduler.max_num_seqs
+        """Puts rows into the loop until enough are there, or as many as a pass may wait for."""
+        enough = min(QUEUED * self.llm.loop.scheduler.max_num_seqs, len(self.in_flight) + MOST_BEGUN)
         while len(self.in_flight) < enough and not self.is_stopped:
             index = next(order, None)
             if index is None:
