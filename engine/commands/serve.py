@@ -6,6 +6,7 @@ Under torchrun rank 0 serves, and the others compute with it.
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import warnings
 
@@ -38,9 +39,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         raise ValueError(f"penstock serve needs {MISSING}: pip install 'penstock[serve]'")
     options = options_of(args)
     if resolve_launch(config.tensor_parallel_size).rank > 0:
-        with LLM(**config.to_dict()) as llm:
-            llm.serve()
-        return 0
+        return follow(config)
     listener = bind(options.host, options.port)
     defaults = read_defaults(config) if options.generation_config == "auto" else {}
     address, port = listener.getsockname()[:2]
@@ -53,6 +52,16 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     # a text of a request is not for the log
     warnings.filterwarnings("ignore", message="stop=")
     Server(config, options, lambda: leading(config), defaults, say).run(listener)
+    return 0
+
+
+def follow(config: EngineConfig) -> int:
+    """Does what rank 0 says until that one ends: torchrun tells all ranks when they are to end, and rank 0 answers its
+    clients first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with LLM(**config.to_dict()) as llm:
+        llm.serve()
     return 0
 
 

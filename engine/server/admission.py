@@ -22,13 +22,12 @@ class Admission:
         self._engine, self._most_queued, self._most_wait_s = engine, most_queued, most_wait_s
         self._predicted_s, self._predicted_at_s = 0.0, float("-inf")
 
-    def check(self, num_sequences: int) -> None:
-        """Raises ApiError, with the predicted wait, if so many more sequences may not wait."""
-        queued, most = self._engine.num_rowless, self._most_queued
-        scheduler = self._engine.llm.loop.scheduler
-        free_rows = max(scheduler.max_num_seqs - scheduler.num_running, 0)
-        if queued + num_sequences > most + free_rows:
-            raise queue_full(f"{queued} sequences wait already, and at most {most} may", self.predicted_wait_s())
+    def check(self) -> None:
+        """Raises ApiError, with the predicted wait, if no more may wait."""
+        waiting = self._engine.num_unfinished - self._engine.llm.loop.scheduler.max_num_seqs
+        if waiting >= self._most_queued:
+            why = f"{waiting} sequences wait already, and at most {self._most_queued} may"
+            raise queue_full(why, self.predicted_wait_s())
         wait_s = self.predicted_wait_s()
         if wait_s > self._most_wait_s:
             raise queue_full(f"it would wait {wait_s:.0f} s, and at most {self._most_wait_s:g} s are allowed", wait_s)

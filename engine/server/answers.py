@@ -4,6 +4,7 @@ Log probabilities are keyed by texts there; of two tokens with one text the like
 """
 
 import itertools
+import json
 import secrets
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from penstock.engine.server.journey import finish_of
 from penstock.engine.server.outbox import Finish, Piece
 
 LEAST_LOGPROB = -9999.0
+to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder each time
 Position = dict[int, Logprob]  # a token's log probability first, then those of the most likely ones
 
 
@@ -86,24 +88,22 @@ class CompletionAnswer(_Answer):
 
     def choice(self, index: int, sequence: Sequence) -> dict[str, Any]:
         """The choice of a sequence that has ended."""
-        output, echo = sequence.output(), self._echo(index)
-        logprobs = None if output.logprobs is None else echo.joined(output.logprobs)
-        return _completion_choice(index, echo.text + output.text, logprobs, finish_of(sequence))
+        output = sequence.output()
+        return self._choice(index, output.text, output.logprobs, finish_of(sequence), is_first=True)
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """The choice of a chunk before all others, if there is one."""
-        if self.echoes is None:
-            return None
-        echo = self._echo(index)
-        return _completion_choice(index, echo.text, echo.joined([]) if echo.positions else None, None)
+    def first(self, index: int) -> None:
+        """Nothing: there is no chunk before all others."""
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """The choice of a chunk."""
-        logprobs = completion_logprobs(piece.logprobs) if piece.logprobs else None
-        return _completion_choice(piece.choice, piece.text, logprobs, piece.finish)
+        """The choice of a chunk; the prompt is in the first one, as in vLLM."""
+        return self._choice(piece.choice, piece.text, piece.logprobs or None, piece.finish, piece.is_first)
 
-    def _echo(self, index: int) -> "Echo":
-        return Echo() if self.echoes is None else self.echoes[index]
+    def _choice(
+        self, index: int, text: str, positions: list[Position] | None, finish: Finish | None, is_first: bool
+    ) -> dict[str, Any]:
+        echo = self.echoes[index] if is_first and self.echoes is not None else Echo()
+        logprobs = None if positions is None else completion_logprobs([*echo.positions, *positions])
+        return {"index": index, "text": echo.text + text, "logprobs": logprobs} | _ending(finish)
 
 
 @dataclass
@@ -112,10 +112,6 @@ class Echo:
 
     text: str = ""
     positions: list[Position] = field(default_factory=list)
-
-    def joined(self, output: list[Position]) -> dict[str, Any]:
-        """The log probabilities of prompt and output."""
-        return completion_logprobs([*self.positions, *output])
 
 
 @dataclass
@@ -141,10 +137,6 @@ class ChatAnswer(_Answer):
     def _rest(self, positions: list[Position] | None, finish: Finish | None) -> dict[str, Any]:
         logprobs = chat_logprobs(positions, self.num_top) if positions else None
         return {"logprobs": logprobs} | _ending(finish)
-
-
-def _completion_choice(index: int, text: str, logprobs: dict | None, finish: Finish | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs} | _ending(finish)
 
 
 def _ending(finish: Finish | None) -> dict[str, Any]:

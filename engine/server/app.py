@@ -8,6 +8,7 @@ from penstock.engine.server import openapi
 from penstock.engine.server.access import OPEN, KeyGuard, read_body
 from penstock.engine.server.encoding import need_tokenizer, text_of, token_ids_of, tokenizer_facts
 from penstock.engine.server.errors import ApiError, failed, model_not_found
+from penstock.engine.server.notes import rejection
 from penstock.engine.server.service import Service
 from penstock.engine.server.status import describe
 from penstock.engine.server.validation import read_chat, read_completion, read_detokenize, read_tokenize
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 def make_app(service: Service) -> Any:
     """The ASGI application of a service."""
     app = FastAPI(title="Penstock", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
-    _add_error_handlers(app)
+    _add_error_handlers(app, service)
     _add_generation(app, service)
     _add_texts(app, service)
     _add_models(app, service)
@@ -34,9 +35,10 @@ def respond_with(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ApiError)
     async def tell(_: Request, error: ApiError) -> Response:
+        service.notes.request_rejected(rejection(error))
         return respond_with(error)
 
     @app.exception_handler(HTTPException)

@@ -5,13 +5,12 @@ nothing for WRITE_S is given up.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Usage
+from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Usage, to_json
 from penstock.engine.server.engine_thread import DEAD, SHUT_DOWN, EngineThread
 from penstock.engine.server.errors import ApiError, engine_dead, failed, shutting_down
 from penstock.engine.server.outbox import Finish, Outbox
@@ -21,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 QUIET_S = 10.0  # without news; then a comment keeps clients, and what lies between, from giving up
 WRITE_S = 60.0
 GONE = "the client has gone"
+DISCONNECTED, DISCONNECTED_STATUS = "client_disconnected", 499  # as logs have it; nobody hears it
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -68,7 +68,7 @@ class Delivery(Response):
         """Ends the sequences as soon as the client has gone."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.delivered.status, self.delivered.error = 499, "client_disconnected"
+        self.delivered.status, self.delivered.error = DISCONNECTED_STATUS, DISCONNECTED
         self.outbox.close()
         self.engine.abort(self.outbox, GONE)
 
@@ -87,10 +87,14 @@ class WholeAnswer(Delivery):
             error = error_of(outbox.failure)
             self.delivered.status, self.delivered.error = error.status, error.code
             response = JSONResponse(error.body, error.status, error.headers)
-        else:
-            response = JSONResponse(self.answer.whole(outbox.sequences, Usage.of(outbox.sequences, outbox.n)))
+        else:  # a large one must not hold up others
+            response = Response(await asyncio.to_thread(self._body), media_type="application/json")
         async with asyncio.timeout(WRITE_S):
             await response(scope, receive, send)
+
+    def _body(self) -> str:
+        sequences = self.outbox.sequences
+        return to_json(self.answer.whole(sequences, Usage.of(sequences, self.outbox.n)))
 
 
 class EventStream(Delivery):
@@ -99,45 +103,69 @@ class EventStream(Delivery):
     def __init__(self, *arguments: Any, sends_usage: bool, sends_usage_always: bool):
         super().__init__(*arguments)
         self._chunks = Chunks(self.answer, self.outbox, sends_usage, sends_usage_always)
+        self._moved_s = time.monotonic()  # when bytes were last given to the connection, or taken by it
+        self._is_sending = self._has_ended = self._is_given_up = False
 
     async def deliver(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        with contextlib.suppress(TimeoutError):  # it takes nothing any more
-            await self._send(send, self._chunks.first())
-            while not self.outbox.closed:
-                if await self._send_news(send):
-                    break
-
-    async def _send_news(self, send: Send) -> bool:
-        """Sends what has come, or after a while that nothing has. Returns whether that was the end."""
-        outbox = self.outbox
+        keeper = asyncio.create_task(self._keep(send, asyncio.current_task()))
         try:
-            async with asyncio.timeout(QUIET_S):
-                await outbox.wait()
-        except TimeoutError:
-            await self._send(send, KEEP_ALIVE)
-            return False
-        pieces = outbox.take()
-        whole = [piece for piece in pieces if piece.finish is None or piece.finish.error is None]
-        if whole and self.delivered.first_s is None:
-            self.delivered.first_s = time.perf_counter()
-        if outbox.failure is not None:
+            await self._send(send, self._chunks.first())
+            while not (self.outbox.closed or self._has_ended):
+                await self.outbox.wait()
+                await self._send_news(send)
+        except asyncio.CancelledError:
+            if not self._is_given_up:
+                raise
+        finally:
+            keeper.cancel()
+
+    async def _send_news(self, send: Send) -> None:
+        """Sends what has come, with what ends a stream if that was all."""
+        outbox, pieces = self.outbox, self.outbox.take()
+        if outbox.failure is None:
+            data = self._chunks.of(pieces)
+            self._has_ended = outbox.has_ended
+            end = self._chunks.last() if outbox.has_ended else b""
+        else:
             error = error_of(outbox.failure)
             self.delivered.status, self.delivered.error = error.status, error.code
-            await self._send(send, self._chunks.of(whole) + failure(error), is_last=True)
-            return True
-        if outbox.has_ended:
-            await self._send(send, self._chunks.of(whole) + self._chunks.last(), is_last=True)
-            return True
-        await self._send(send, self._chunks.of(whole))
-        return False
+            data = self._chunks.of([piece for piece in pieces if piece.finish is None or piece.finish.error is None])
+            self._has_ended, end = True, failure(error)
+        if data and self.delivered.first_s is None:
+            self.delivered.first_s = time.perf_counter()
+        await self._send(send, data + end)
 
-    async def _send(self, send: Send, data: bytes, is_last: bool = False) -> None:
-        """Sends bytes. Raises TimeoutError if the client takes nothing."""
+    async def _send(self, send: Send, data: bytes) -> None:
         if data and not self.outbox.closed:
+            self._is_sending, self._moved_s = True, time.monotonic()
+            await send({"type": "http.response.body", "body": data, "more_body": not self._has_ended})
+            self._is_sending, self._moved_s = False, time.monotonic()
+
+    async def _keep(self, send: Send, sender: asyncio.Task) -> None:
+        """Sends comments in silence, and gives up a client that takes nothing: one timer for a stream, where a timeout
+        around each chunk would cost more than the chunk."""
+        while True:
+            due_s = self._moved_s + (WRITE_S if self._is_sending else QUIET_S)
+            await asyncio.sleep(min(due_s - time.monotonic(), QUIET_S, WRITE_S))
+            silent_s = time.monotonic() - self._moved_s
+            if self._is_sending:
+                self._is_given_up = silent_s >= WRITE_S
+            elif silent_s >= QUIET_S and not self._has_ended:
+                self._is_given_up = not await self._is_taken(send, KEEP_ALIVE)
+            if self._is_given_up:
+                sender.cancel()
+                return
+
+    async def _is_taken(self, send: Send, data: bytes) -> bool:
+        """Sends bytes; tells whether the client took them."""
+        try:
             async with asyncio.timeout(WRITE_S):
-                await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+                await self._send(send, data)
+        except TimeoutError:
+            return False
+        return True
 
 
 def error_of(finish: Finish) -> ApiError:

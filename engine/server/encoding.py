@@ -11,6 +11,7 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
+from penstock.engine.server.answers import Echo
 from penstock.engine.server.errors import refused
 from penstock.engine.server.requests import Chat, Completion, Tokenize
 from penstock.engine.server.validation import naming_field
@@ -39,6 +40,13 @@ def sequences_of(llm: LLM, asked: Completion | Chat) -> list[Sequence]:
         for sequence in sequences:
             llm.loop.scheduler.check_possible(sequence.request)
         return sequences
+
+
+def echoes_of(llm: LLM, asked: Completion) -> list[Echo]:
+    """The prompts of a request as they are given back, one for each choice. Raises ApiError."""
+    with api_errors(llm.config, "prompt"):
+        texts = [prompt if isinstance(prompt, str) else text_of(llm, prompt) for prompt in asked.prompts]
+    return [Echo(text) for text in texts for _ in range(asked.params.n)]
 
 
 def token_ids_of(llm: LLM, asked: Tokenize) -> list[int]:

@@ -35,7 +35,8 @@ class Journey:
             self.last_token_s = now_s
         if is_last:
             self.ended_s, self.finish = now_s, finish_of(sequence)
-        return Piece(self.choice, [text], sequence.logprobs[num_before:], self.num_tokens, self.finish)
+        logprobs = sequence.logprobs[num_before:]
+        return Piece(self.choice, [text], logprobs, self.num_tokens, self.finish, is_first=num_before == 0)
 
 
 def finish_of(sequence: Sequence) -> Finish:

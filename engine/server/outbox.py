@@ -6,6 +6,7 @@ here, what follows joins the last piece of its choice, so an outbox is bounded b
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,13 +26,14 @@ class Finish(NamedTuple):
 @dataclass
 class Piece:
     """News of choice `choice`: the text of some tokens (usually one), their log probabilities if asked for, and the
-    end. `num_tokens` counts all tokens of the choice so far."""
+    end. `num_tokens` counts all tokens of the choice so far; `is_first`: nothing of the choice came before."""
 
     choice: int
     texts: list[str]
     logprobs: list[dict[int, Logprob]]
     num_tokens: int
     finish: Finish | None = None
+    is_first: bool = False
 
     @property
     def text(self) -> str:
@@ -54,6 +56,7 @@ class Outbox:
     failure: Finish | None = None
     closed: bool = False
     num_ended: int = 0
+    on_ended: Callable[[], None] | None = None  # called when all sequences have ended
     _pieces: deque[Piece] = field(default_factory=deque)
     _last: dict[int, Piece] = field(default_factory=dict)  # of each choice, among those pieces
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -75,6 +78,8 @@ class Outbox:
             self._pieces.append(piece)
             self._last[piece.choice] = piece
         self._news.set()
+        if self.has_ended and self.on_ended is not None:
+            self.on_ended()
 
     def take(self) -> list[Piece]:
         """All pieces that lie here, in order."""

@@ -9,8 +9,10 @@ signals do none of that, so they are off.
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,12 +23,13 @@ from penstock.engine.llm import LLM
 from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
 from penstock.engine.server.engine_thread import Observer
+from penstock.engine.server.notes import Notes
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.service import Service
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ANSWER_S = 3.0  # for clients to take the last answer, once the engine has ended or all was aborted
-CLOSE_S = 20.0  # for the engine to end
+CLOSE_S, GIVE_UP_S = 20.0, 3.0  # for the engine to end: one that serves, and one that loads or has failed
 _POLL_S = 0.02
 
 
@@ -55,8 +58,9 @@ class Server:
         defaults: Mapping[str, Any],
         say: Callable[[str], None],
         observer: Observer | None = None,
+        notes: Notes | None = None,
     ):
-        self.service = Service(config, options, make, defaults, self._engine_changed, observer)
+        self.service = Service(config, options, make, defaults, self._engine_changed, observer, notes)
         self.options, self._say = options, say
         self._num_signals = 0
         self._changed = asyncio.Event()
@@ -77,12 +81,16 @@ class Server:
 
     def run(self, listener: socket.socket) -> None:
         """Serves until it is told to end. Raises the exception that ended the engine."""
-        asyncio.run(self._run(listener))
+        has_ended = asyncio.run(self._run(listener))
         error = self.service.engine.error
         if error is not None:
             raise error
+        if not has_ended:  # it loads, and nothing can be asked of it: a thread inside a library may not see this end
+            sys.stderr.flush()
+            os._exit(0)
 
-    async def _run(self, listener: socket.socket) -> None:
+    async def _run(self, listener: socket.socket) -> bool:
+        """Returns whether the engine's thread has ended."""
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._hear)
@@ -90,11 +98,12 @@ class Server:
         self.service.engine.start(loop)
         await self._until(lambda: self._num_signals or self.service.phase == "dead" or serving.done())
         await self._drain()
+        close_s = CLOSE_S if self.service.engine.is_ready else GIVE_UP_S
         self.service.engine.stop()
         self.service.close()
         self._uvicorn.should_exit = True
         await serving
-        await asyncio.to_thread(self.service.engine.join, CLOSE_S)
+        return await asyncio.to_thread(self.service.engine.join, close_s)
 
     def _hear(self) -> None:
         self._num_signals += 1

@@ -12,9 +12,10 @@ from penstock.engine.llm import LLM
 from penstock.engine.server import errors
 from penstock.engine.server.admission import Admission
 from penstock.engine.server.answers import ChatAnswer, CompletionAnswer
-from penstock.engine.server.delivery import Delivered, Delivery, EventStream, WholeAnswer
-from penstock.engine.server.encoding import sequences_of
+from penstock.engine.server.delivery import DISCONNECTED, Delivered, Delivery, EventStream, WholeAnswer
+from penstock.engine.server.encoding import echoes_of, sequences_of
 from penstock.engine.server.engine_thread import SHUT_DOWN, EngineThread, Observer
+from penstock.engine.server.notes import NoNotes, Notes, record_of
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.outbox import Outbox
 from penstock.engine.server.requests import Chat, Completion
@@ -25,7 +26,7 @@ LOADING_S = 10.0  # after which another try makes sense while the model loads
 
 class Service:
     """One served model, of the event loop. `defaults` are the checkpoint's for sampling. `on_change` is called when the
-    engine is loaded, or has ended."""
+    engine is loaded, or has ended; `observer` and `notes` hear of passes and requests."""
 
     def __init__(
         self,
@@ -35,12 +36,14 @@ class Service:
         defaults: Mapping[str, Any],
         on_change: Callable[[], None] = lambda: None,
         observer: Observer | None = None,
+        notes: Notes | None = None,
     ):
         self.config, self.options, self.defaults = config, options, defaults
         self.names = options.names(config.model)
         self.engine = EngineThread(make, on_change, observer)
         self.admission = Admission(self.engine, options.max_num_queued_reqs, options.max_queue_wait)
         self.started_s, self.created = time.monotonic(), int(time.time())
+        self.notes = notes or NoNotes()
         self.is_draining = False
         self.num_open = 0  # requests whose responses are not sent yet
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="encode")
@@ -80,23 +83,36 @@ class Service:
     async def respond(self, asked: Completion | Chat) -> Delivery:
         """Lets a request run, and gives the response that will bring its answer. Raises ApiError for what can be
         refused."""
+        came_s = time.perf_counter()
         self.check_open()
         self.check_model(asked.model)
-        self.admission.check(asked.num_sequences)
+        self.admission.check()
         sequences = await self.in_worker(sequences_of, self.engine.llm, asked)
         self.check_open()
-        outbox = Outbox(sequences, asked.params.n)
-        kind = CompletionAnswer if isinstance(asked, Completion) else ChatAnswer
-        answer = kind(asked.model or self.names[0], asked.params.logprobs or 0)
+        outbox, answer = Outbox(sequences, asked.params.n), await self._answer(asked)
+
+        def end(delivered: Delivered) -> None:
+            self.num_open -= 1
+            if delivered.error == DISCONNECTED:
+                self.notes.client_disconnected()
+            outbox.on_ended = lambda: self.notes.request_ended(record_of(answer.id, asked, outbox, delivered, came_s))
+            if outbox.has_ended:  # those that were aborted end a little later
+                outbox.on_ended()
+
         self.num_open += 1
         self.engine.add(outbox)
         if not asked.streams:
-            return WholeAnswer(self.engine, outbox, answer, self._ended)
+            return WholeAnswer(self.engine, outbox, answer, end)
         usage = {"sends_usage": asked.sends_usage, "sends_usage_always": asked.sends_usage_always}
-        return EventStream(self.engine, outbox, answer, self._ended, **usage)
+        return EventStream(self.engine, outbox, answer, end, **usage)
 
-    def _ended(self, delivered: Delivered) -> None:
-        self.num_open -= 1
+    async def _answer(self, asked: Completion | Chat) -> CompletionAnswer | ChatAnswer:
+        """The bodies of an answer that is yet to come."""
+        name, num_top = asked.model or self.names[0], asked.params.logprobs or 0
+        if isinstance(asked, Chat):
+            return ChatAnswer(name, num_top)
+        echoes = await self.in_worker(echoes_of, self.engine.llm, asked) if asked.echo else None
+        return CompletionAnswer(name, num_top, echoes=echoes)
 
     def abort_all(self) -> None:
         """Ends all requests, whose clients are told that the server goes."""

@@ -4,11 +4,10 @@ Only `data:` lines and comments are sent. Once the first byte is out an error ca
 with it.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Usage
+from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Usage, to_json
 from penstock.engine.server.errors import ApiError
 from penstock.engine.server.outbox import Outbox, Piece
 
@@ -23,7 +22,7 @@ HEADERS = {
 
 def event(content: dict[str, Any]) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {to_json(content)}\n\n".encode()
 
 
 class Chunks:
@@ -36,6 +35,7 @@ class Chunks:
         self._answer, self._outbox = answer, outbox
         self._sends_usage, self._always = sends_usage, sends_usage_always
         self._counts = [0] * len(outbox.sequences)  # tokens of each choice that were sent
+        self._head = to_json(answer.part()).removesuffix("]}")  # what all chunks begin with
 
     def first(self) -> bytes:
         """The events before all pieces."""
@@ -60,12 +60,12 @@ class Chunks:
             yield self._event(self._answer.chunk(piece))
 
     def _event(self, choice: dict[str, Any]) -> bytes:
-        body = self._answer.part(choice)
+        usage = ""
         if self._always:
-            body["usage"] = self._usage().to_dict(sum(self._counts))
+            usage = f',"usage":{to_json(self._usage().to_dict(sum(self._counts)))}'
         elif self._sends_usage:
-            body["usage"] = None
-        return event(body)
+            usage = ',"usage":null'
+        return f"data: {self._head}{to_json(choice)}]{usage}}}\n\n".encode()
 
 
 def failure(error: ApiError) -> bytes:

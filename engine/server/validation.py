@@ -31,6 +31,8 @@ def read_completion(body: Any, defaults: Body) -> Completion:
     _check_best_of(body, params)
     if len(prompts) * params.n > MOST_SEQUENCES:
         raise refused(f"{len(prompts)} prompts times n={params.n}: expected at most {MOST_SEQUENCES} sequences", "n")
+    if given.get("echo") and params.logprobs is not None:
+        raise refused("echo: log probabilities of a prompt are not built", "echo")
     return Completion(
         params=params,
         prompts=prompts,
@@ -43,7 +45,7 @@ def read_completion(body: Any, defaults: Body) -> Completion:
 def read_chat(body: Any, defaults: Body) -> Chat:
     """A request for a chat completion. Raises ApiError."""
     given = _fields(body, CHAT)
-    if given.get("echo"):
+    if body.get("echo"):
         raise refused("echo: is for /v1/completions", "echo")
     top = given.get("top_logprobs", 0)
     if top and not given.get("logprobs"):

@@ -6,13 +6,11 @@ with BOS if the template says so: it is encoded without the special tokens that 
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from penstock.engine.text.template_processes import TemplateProcesses
 from penstock.engine.user_files import has_lone_surrogate, parse_json
 from penstock.scheduler.units import GIB, MIB, show_value
 
@@ -20,7 +18,6 @@ Message = Mapping[str, Any]
 MOST_CHARACTERS = 64 * MIB  # of all texts of a call
 MEMORY_BYTES = 2 * GIB
 CPU_S, CPU_S_EACH = 10, 1  # of a call, and of each conversation in it
-_PROCESS = Path(__file__).with_name("template_process.py")
 _NOT_GIVEN = {"messages", "tools", "documents", "chat_template", "tokenize"}
 _NOT_GIVEN |= {"add_generation_prompt", "continue_final_message"}
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # stands where a last message that is to be continued ends
@@ -52,6 +49,7 @@ class ChatTemplate:
     source: str
     where: str
     named: Mapping[str, str] = field(default_factory=dict)
+    processes: TemplateProcesses = field(default_factory=TemplateProcesses, repr=False, compare=False)
 
     def render(self, conversations: Sequence[Sequence[Message]], options: ChatOptions) -> list[str]:
         """The text of each conversation. Raises ValueError naming the template, and the conversation, for messages that
@@ -85,15 +83,13 @@ class ChatTemplate:
         return {**self.named, **options.chat_template_kwargs, **own}
 
     def _answer(self, request: str, cpu_s: int) -> dict[str, Any]:
-        """The answer of the process. -P: nothing of the current folder is imported there."""
-        done = subprocess.run(
-            [sys.executable, "-P", str(_PROCESS)], input=request.encode(), capture_output=True, check=False
-        )
-        if done.returncode:
-            told = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
-            what = f"takes more than {cpu_s} s of CPU time" if done.returncode < 0 else told[0]
+        """The answer of a process that renders."""
+        answer, exit_code, stderr = self.processes.ask(request)
+        if not answer:
+            told = stderr.strip().splitlines()[-1:] or [f"ended with {exit_code}"]
+            what = f"takes more than {cpu_s} s of CPU time" if exit_code < 0 else told[0]
             raise ValueError(f"{self.where}: cannot be rendered: {what}")
-        return json.loads(done.stdout)
+        return json.loads(answer)
 
     def _open_ended(self, index: int, text: str) -> str:
         """The text before the tag, as transformers cuts it: a template may have taken the space after it away."""

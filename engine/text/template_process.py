@@ -1,23 +1,31 @@
 """Renders chat templates in a process of its own, which is bounded: a template comes with a model, and may loop or make
 a text of gigabytes in one expression. Run as a script, with the standard library and jinja2 alone.
 
+A line of standard input is a request, answered by a line of standard output, until there are no more of them, or one
+took much memory.
+
 In: JSON with template, conversations (of each the template's variables), most_characters, cpu_s, memory_bytes. Out:
 JSON with texts, one a conversation; or with error, and index where it is of one conversation. The kernel ends a process
-that takes more than cpu_s.
+that takes more than cpu_s for a request.
 
 It renders as transformers does: the same sandbox, filters, globals and tags.
 """
 
 import contextlib
+import functools
 import json
+import math
 import resource
 import sys
+import time
 from datetime import datetime
 from typing import Any
 
 import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MOST_KEPT_KIB = 256 * 1024  # of memory at most: a process that once took more ends with its answer
 
 
 class Generation(jinja2.ext.Extension):
@@ -59,10 +67,16 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
+@functools.lru_cache(maxsize=4)
+def compiled(source: str) -> jinja2.Template:
+    """The template; it is compiled once."""
+    return environment().from_string(source)
+
+
 def render_all(request: dict[str, Any]) -> dict[str, Any]:
     """Renders each conversation; an answer without texts says what is wrong."""
     try:
-        template = environment().from_string(request["template"])
+        template = compiled(request["template"])
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error.message}"}
     except RecursionError:
@@ -85,15 +99,24 @@ def render_all(request: dict[str, Any]) -> dict[str, Any]:
     return {"texts": texts}
 
 
-def main() -> None:
-    """Answers the request on standard input."""
-    request = json.load(sys.stdin)
-    limits = ((resource.RLIMIT_AS, "memory_bytes"), (resource.RLIMIT_CPU, "cpu_s"), (resource.RLIMIT_CORE, None))
-    for limit, name in limits:
-        most = request[name] if name else 0
+def set_limits(request: dict[str, Any]) -> None:
+    """Bounds what this request may take; the time counts from now, in whole seconds of the process."""
+    cpu_s = math.ceil(time.process_time()) + request["cpu_s"]
+    for limit, most in ((resource.RLIMIT_AS, request["memory_bytes"]), (resource.RLIMIT_CPU, cpu_s)):
         with contextlib.suppress(ValueError, OSError):  # a lower one holds already
-            resource.setrlimit(limit, (most, most))
-    json.dump(render_all(request), sys.stdout)
+            resource.setrlimit(limit, (most, resource.getrlimit(limit)[1]))
+
+
+def main() -> None:
+    """Answers the requests on standard input."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in sys.stdin:
+        request = json.loads(line)
+        set_limits(request)
+        json.dump(render_all(request), sys.stdout)
+        print(flush=True)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MOST_KEPT_KIB:
+            return
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
     message = {"role": "user", "content": "Return 5"}
     texts = [
         line("chat", "/v1/chat/completions", messages=[message], max_completion_tokens=3, logprobs=True),
-        line("many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, logprobs=1),
+        line(
+            "many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, logprobs=1, echo=True, ignore_eos=True
+        ),
     ]
     assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
     chat, many = sorted((row["response"]["body"] for row in rows_of(tmp_path / "out.jsonl")), key=lambda b: b["id"])
@@ -70,6 +72,7 @@ def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
     assert len(chat["choices"][0]["logprobs"]["content"]) == 3
     assert [choice["index"] for choice in many["choices"]] == [0, 1, 2, 3]
     assert many["usage"]["completion_tokens"] == 8
+    assert [choice["text"].startswith("def") for choice in many["choices"][:2]] == [True, True]
 
 
 def test_order_input_sorts_once_all_have_run(llm, reference, tmp_path, said):

@@ -227,6 +227,24 @@ def test_a_template_without_end_is_ended(monkeypatch):
     assert refusal(loops) == "T: cannot be rendered: takes more than 1 s of CPU time"
 
 
+def test_a_process_renders_many_requests_and_one_that_took_too_much_is_replaced():
+    template = ChatTemplate("{{ 'a' * messages[0].size }}", "T")
+
+    def size_of(size: int) -> int:
+        (text,) = template.render([[USER | {"size": size}]], OPENING)
+        return len(text)
+
+    assert size_of(3) == 3
+    (process,) = template.processes._idle
+    assert size_of(5) == 5 and list(template.processes._idle) == [process]
+    with pytest.raises(ValueError, match="takes more than"):
+        size_of(10**10)
+    assert size_of(60 * 2**20) == 60 * 2**20
+    assert size_of(7) == 7
+    process.wait(30)
+    assert process not in template.processes._idle
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

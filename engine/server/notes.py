@@ -1,0 +1,67 @@
+"""Notes of requests, for metrics and logs: whoever keeps them gives the service a Notes."""
+
+import time
+from typing import Any, Protocol
+
+from penstock.engine.server.answers import Usage
+from penstock.engine.server.delivery import Delivered
+from penstock.engine.server.errors import ApiError
+from penstock.engine.server.outbox import Outbox
+from penstock.engine.server.requests import Chat, Completion
+
+REJECTIONS = ("loading", "queue_full", "shutting_down", "engine_dead")  # others are the client's mistake: invalid
+
+
+class Notes(Protocol):
+    """Hears of requests, in the event loop."""
+
+    def request_rejected(self, reason: str) -> None:
+        """A request was not taken in; the reason is one of REJECTIONS, or "invalid"."""
+
+    def client_disconnected(self) -> None:
+        """A client went away before its answer was whole."""
+
+    def request_ended(self, record: dict[str, Any]) -> None:
+        """A request that was taken in has ended; the record has no text of it."""
+
+
+class NoNotes:
+    """Keeps nothing."""
+
+    def request_rejected(self, reason: str) -> None:
+        pass
+
+    def client_disconnected(self) -> None:
+        pass
+
+    def request_ended(self, record: dict[str, Any]) -> None:
+        pass
+
+
+def rejection(error: ApiError) -> str:
+    """The reason of a request that was not taken in."""
+    return error.code if error.code in REJECTIONS else "invalid"
+
+
+def record_of(
+    request_id: str, asked: Completion | Chat, outbox: Outbox, delivered: Delivered, came_s: float
+) -> dict[str, Any]:
+    """A request that has ended, for a log: numbers and codes, and nothing that a client wrote. `came_s` is
+    time.perf_counter's."""
+    now_s, usage = time.perf_counter(), Usage.of(outbox.sequences, outbox.n)
+    return {
+        "request_id": request_id,
+        "route": "completions" if isinstance(asked, Completion) else "chat/completions",
+        "status": delivered.status,
+        "streamed": asked.streams,
+        "num_prompts": len(outbox.sequences) // outbox.n,
+        "n": outbox.n,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "finish_reasons": [sequence.request.finish_reason for sequence in outbox.sequences],
+        "came": time.time() - (now_s - came_s),
+        "duration_s": now_s - came_s,
+        "first_token_s": None if delivered.first_s is None else delivered.first_s - came_s,
+        "error": delivered.error,
+    }

@@ -1,0 +1,201 @@
+"""A service while it loads, while it drains and once its engine has ended; keys; and who may wait."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+from penstock.engine.llm import LLM
+from penstock.engine.server.errors import ApiError
+from penstock.engine.server.options import ServeOptions
+
+from tests.support.serving import CONFIG, WAIT_S, Client, Serving, until
+from tests.support.watches import BeginPass
+
+PATH = "/v1/completions"
+LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 100, "ignore_eos": True}
+
+
+def error_of(response) -> tuple[int, str, dict]:
+    return response.status_code, response.json()["error"]["code"], response.headers
+
+
+def test_while_it_loads_models_are_listed_and_nothing_is_answered():
+    may_load = threading.Event()
+    served = Serving()
+    served.service.engine._make = lambda: may_load.wait(WAIT_S) and LLM(**CONFIG.to_dict())
+    served.service.engine.start(served.loop)
+    models = served.call("GET", "/v1/models")
+    assert models.status_code == 200 and models.json()["data"][0]["max_model_len"] is None
+    health = served.call("GET", "/health")
+    assert (health.status_code, health.content) == (503, b"")
+    for path, body in ((PATH, LONG), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        status, code, headers = error_of(served.post(path, **body))
+        assert (status, code) == (503, "loading") and 1 <= int(headers["retry-after"]) <= 60
+    assert served.call("GET", "/status").json()["phase"] == "loading"
+    may_load.set()
+    until(lambda: served.service.phase == "ready")
+    assert served.call("GET", "/health").status_code == 200
+    assert served.answer(PATH, **LONG | {"max_tokens": 2})["usage"]["completion_tokens"] == 2
+    served.close()
+
+
+def test_an_engine_that_cannot_be_loaded_is_dead():
+    served = Serving()
+
+    def fail():
+        raise ValueError("no such model")
+
+    served.service.engine._make = fail
+    served.service.engine.start(served.loop)
+    until(lambda: served.service.phase == "dead")
+    assert str(served.service.engine.error) == "no such model"
+    assert served.call("GET", "/health").status_code == 503
+    served.close()
+
+
+def test_when_the_engine_fails_every_client_is_told():
+    served = Serving().start()
+
+    def fail(batch) -> None:
+        if served.llm.engine.times.num_passes >= 5:
+            raise RuntimeError("the device is lost")
+
+    async def ask_all():
+        bodies = [LONG | {"stream": True}, LONG, LONG | {"n": 2}, LONG | {"prompt": ["a"] * 20}]
+        return await asyncio.gather(*(Client(PATH, body).ask(served.app) for body in bodies))
+
+    with served.llm.engine.watched_by(BeginPass(fail)):
+        streamed, *whole = served.run(ask_all())
+    until(lambda: served.service.phase == "dead")
+    last = json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))
+    assert last["error"]["code"] == "engine_dead" and "[DONE]" not in streamed.text
+    assert [(client.status, json.loads(client.text)["error"]["code"]) for client in whole] == [(503, "engine_dead")] * 3
+    status, code, headers = error_of(served.post(PATH, **LONG))
+    assert (status, code, headers["x-should-retry"]) == (503, "engine_dead", "false") and "retry-after" not in headers
+    assert served.call("GET", "/health").status_code == 503 and served.call("GET", "/v1/models").status_code == 200
+    assert "lost" not in streamed.text and str(served.service.engine.error) == "the device is lost"
+    served.close()
+
+
+def test_while_it_drains_new_requests_are_turned_away_and_old_ones_end(served):
+    async def ask():
+        old = asyncio.create_task(Client(PATH, LONG | {"max_tokens": 30, "stream": True}).ask(served.app))
+        while not served.service.engine.num_unfinished:
+            await asyncio.sleep(0.001)
+        served.service.is_draining = True
+        new = await Client(PATH, LONG).ask(served.app)
+        return await old, new
+
+    old, new = served.run(ask())
+    try:
+        assert old.text.endswith("data: [DONE]\n\n")
+        assert (new.status, json.loads(new.text)["error"]["code"]) == (503, "shutting_down")
+        assert served.call("GET", "/health").status_code == 503
+        assert served.call("GET", "/v1/models").status_code == 200
+    finally:
+        served.service.is_draining = False
+
+
+def test_an_end_of_all_is_told_to_every_client(served):
+    async def ask():
+        asks = [asyncio.create_task(Client(PATH, LONG | {"stream": s}).ask(served.app)) for s in (True, False)]
+        while served.service.engine.num_unfinished < 2:
+            await asyncio.sleep(0.001)
+        served.service.abort_all()
+        return await asyncio.gather(*asks)
+
+    streamed, whole = served.run(ask())
+    last = json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))
+    assert last["error"]["code"] == "shutting_down"
+    assert (whole.status, json.loads(whole.text)["error"]["code"]) == (503, "shutting_down")
+
+
+def test_beyond_the_queue_a_request_is_turned_away_with_the_predicted_wait(served):
+    """Four rows and two that may wait, while the passes stand still."""
+    admission = served.service.admission
+    may_go = threading.Event()
+
+    async def ask_all():
+        asks = []
+        for number in range(6):
+            asks.append(asyncio.create_task(Client(PATH, LONG | {"max_tokens": 4}).ask(served.app)))
+            while served.service.engine.num_unfinished <= number:
+                await asyncio.sleep(0.001)
+        late = await Client(PATH, LONG).ask(served.app)
+        may_go.set()
+        return late, await asyncio.gather(*asks)
+
+    most, admission._most_queued = admission._most_queued, 2
+    num_rejected = served.kept.rejected.count("queue_full")
+    try:
+        with served.llm.engine.watched_by(BeginPass(lambda batch: may_go.wait(WAIT_S))):
+            late, others = served.run(ask_all())
+    finally:
+        admission._most_queued = most
+    assert (late.status, json.loads(late.text)["error"]["code"]) == (503, "queue_full")
+    assert served.kept.rejected.count("queue_full") == num_rejected + 1
+    assert [client.status for client in others] == [200] * 6
+
+
+def test_the_predicted_wait_grows_with_the_queue_and_is_bounded(served):
+    admission, engine = served.service.admission, served.service.engine
+    assert admission._predict() == 0.0
+    rowless, engine._rowless = engine._rowless, set(range(10**6, 10**6 + 100))
+    try:
+        some = admission._predict()
+        engine._rowless = set(range(10**6, 10**6 + 1000))
+        many = admission._predict()
+        assert 0 < some < many
+        admission._most_wait_s, most = many / 2, admission._most_wait_s
+        admission._predicted_at_s = float("-inf")
+        with pytest.raises(ApiError, match="it would wait") as raised:
+            admission.check()
+        assert raised.value.wait_s == many and raised.value.headers["Retry-After"]
+    finally:
+        engine._rowless = rowless
+        admission._most_wait_s = most
+        admission._predicted_at_s = float("-inf")
+
+
+def test_with_a_key_only_the_page_and_health_are_open(served):
+    locked = Serving(api_key="secret-key")
+    locked.service.engine = served.service.engine
+    paths = (
+        "/v1/models",
+        "/v1/models/demo",
+        "/version",
+        "/status",
+        "/metrics",
+        "/openapi.json",
+        "/tokenizer_info",
+        "/v1/no",
+    )
+    for headers in (
+        {},
+        {"authorization": "Bearer "},
+        {"authorization": "Bearer secret-kez"},
+        {"authorization": "secret-key"},
+    ):
+        for path in paths:
+            response = locked.call("GET", path, headers=headers)
+            status, code, told = error_of(response)
+            assert (status, code, told["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
+            assert "secret" not in response.text
+        assert locked.call("POST", PATH, json=LONG, headers=headers).status_code == 401
+    assert locked.call("GET", "/health").status_code == 200
+    assert locked.call("GET", "/v1/models", headers={"authorization": "bearer secret-key"}).status_code == 200
+    locked.service.close()
+    open_metrics = Serving(api_key="k", metrics_without_key=True)
+    assert open_metrics.call("GET", "/metrics").status_code != 401
+    open_metrics.service.close()
+
+
+def test_options_that_cannot_be_meant_are_refused():
+    for wrong in (
+        {"port": 70000}, {"max_num_queued_reqs": -1}, {"shutdown_timeout": -1}, {"max_queue_wait": 0},
+        {"api_key": "a\nb"}, {"api_key": ""}, {"served_model_name": "a,,b"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ServeOptions(**wrong)
+    assert ServeOptions(served_model_name="a/b, c").names("demo") == ["a/b", "c"]

@@ -1,0 +1,209 @@
+"""`penstock serve` as its users have it: a process, a port, signals, several ranks, and the official client."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from penstock.engine.commands import serve
+from penstock.engine.commands.cli import main
+from penstock.engine.config import EngineConfig
+from penstock.engine.server.generation_defaults import read_defaults
+
+from tests.support.commands import SLOW, TORCHRUN
+from tests.support.server_process import ServerProcess, server_process
+from tests.support.serving import until
+
+HELLO = [{"role": "user", "content": "Hello"}]
+LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+TOLD_S = 10.0  # in which every client is answered
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
+HALVES = [
+    b"",
+    HEAD,
+    HEAD + b"Content-Length: 10\r\n\r\n{",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\n{",
+    HEAD + b"X: " + b"a" * 70_000 + b"\r\n\r\n",
+]
+
+
+def client_of(server: ServerProcess, **options) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-x", max_retries=0, timeout=60, **options)
+
+
+class Streams:
+    """Clients that read streams, in threads; `tokens` counts what came, `errors` what the SDK raised, `s` when."""
+
+    def __init__(self, client: openai.OpenAI, number: int, **body):
+        self.client, self.body = client, LONG | body
+        self.tokens, self.errors, self.ended_s = [0] * number, [None] * number, [0.0] * number
+        self.threads = [threading.Thread(target=self._read, args=(index,), daemon=True) for index in range(number)]
+        for thread in self.threads:
+            thread.start()
+
+    def _read(self, index: int) -> None:
+        try:
+            for _ in self.client.completions.create(model="demo", stream=True, **self.body):
+                self.tokens[index] += 1
+        except openai.OpenAIError as error:
+            self.errors[index] = error
+        self.ended_s[index] = time.monotonic()
+
+    def wait_for_tokens(self) -> None:
+        until(lambda: all(self.tokens))
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(60)
+
+
+@pytest.mark.alone
+def test_the_official_client_gets_what_it_expects_and_a_signal_drains(tmp_path):
+    with server_process(tmp_path, "--served-model-name", "org/demo,demo", in_passes=SLOW) as server:
+        client = client_of(server)
+        assert [model.id for model in client.models.list()] == ["org/demo", "demo"]
+        server.wait_ready()
+        assert client.models.retrieve("org/demo").root == "org/demo"
+        check_client(client)
+        with pytest.raises(openai.APIStatusError) as raised:
+            client.completions.create(model="demo", prompt="a", extra_body={"min_tokens": 3})
+        assert (raised.value.status_code, raised.value.param) == (400, "min_tokens")
+        with pytest.raises(openai.NotFoundError, match="is not served"):
+            client.completions.create(model="gpt-4", prompt="a")
+        streams = Streams(client, 2, max_tokens=30)
+        streams.wait_for_tokens()
+        server.signal()
+        until(lambda: server.health() == 503)
+        with pytest.raises(openai.InternalServerError) as raised:
+            client.completions.create(**LONG, model="demo")
+        assert raised.value.code == "shutting_down"
+        streams.join()
+        assert streams.errors == [None, None] and streams.tokens == [30, 30]
+        assert server.exit_code() == 0
+        assert "Return the" not in server.text and "Traceback" not in server.text, server.text
+
+
+def check_client(client: openai.OpenAI) -> None:
+    """Asks in the ways that applications do."""
+    asked = {"model": "demo", "messages": HELLO, "max_tokens": 4}
+    chat = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, n=2)
+    assert len(chat.choices) == 2 and chat.choices[0].message.role == "assistant"
+    assert chat.usage.total_tokens == chat.usage.prompt_tokens + chat.usage.completion_tokens
+    assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 2
+    options = {"include_usage": True}
+    *chunks, last = client.chat.completions.create(
+        **asked, stream=True, stream_options=options, extra_body={"ignore_eos": True}
+    )
+    assert len(chunks) == 1 + last.usage.completion_tokens and last.choices == []
+    whole = client.completions.create(model="demo", prompt=["def", "class"], max_tokens=3, logprobs=1, echo=False)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    with client.chat.completions.stream(model="demo", messages=HELLO, max_completion_tokens=100) as stream:
+        kinds = [next(iter(stream)).type]  # and goes away
+    assert kinds == ["chunk"]
+
+
+@pytest.mark.alone
+def test_a_second_signal_ends_what_is_under_way(tmp_path):
+    """Before that, half a head, half a body and a head that is too large are ended, and others answered meanwhile."""
+    settings = "from penstock.engine.server import access, connection\naccess.BODY_S = connection.HEAD_S = 1.0\n"
+    with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW, fault=settings) as server:
+        refused = httpx.get(f"{server.url}/v1/models")
+        assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+        server.wait_ready()
+        answers = list(map(functools.partial(answer_to, server), HALVES))
+        assert answers[:2] == [b"", b""] and all(answer.startswith(b"HTTP/1.1 400") for answer in answers[2:])
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+        streams = Streams(client, 2, max_tokens=250)
+        streams.wait_for_tokens()
+        server.signal(signal.SIGINT)
+        until(lambda: server.health() == 503)
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+        streams.join()
+        assert [error.code for error in streams.errors] == ["shutting_down"] * 2
+
+
+def answer_to(server: ServerProcess, said: bytes) -> bytes:
+    """The bytes that come back until the server closes the connection, on which this was said."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(said)
+        assert server.health() == 200
+        return b"".join(iter(functools.partial(connection.recv, 65536), b""))
+
+
+@pytest.mark.alone
+def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
+    slow = "import time\nExecutor.__init__ = lambda self, *given, **named: time.sleep(120)"
+    with server_process(tmp_path, fault=slow) as server:
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "demo"
+        assert server.health() == 503
+        server.signal()
+        assert server.exit_code() == 0
+
+
+@pytest.mark.alone
+def test_when_a_rank_dies_every_client_is_told_and_the_server_ends(tmp_path):
+    with server_process(tmp_path, "-tp", "2", in_passes=SLOW) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 3)
+        streams.wait_for_tokens()
+        (child,) = [pid for pid in server.command.pids() if pid != server.command.process.pid]
+        killed_s = time.monotonic()
+        os.kill(child, signal.SIGKILL)
+        streams.join()
+        assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * 3
+        assert max(streams.ended_s) - killed_s < TOLD_S
+        assert server.exit_code() == 1 and time.monotonic() - killed_s < TOLD_S
+        assert "rank 1 was killed by SIGKILL" in server.text
+
+
+@pytest.mark.alone
+def test_under_torchrun_rank_0_serves_and_all_end_well(tmp_path):
+    with server_process(tmp_path, launcher=TORCHRUN) as server:
+        server.wait_ready()
+        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "def", "max_tokens": 5}, timeout=60).json()
+        assert answer["choices"][0]["finish_reason"] == "length"
+        ranks = {(tmp_path / f"rank_of{pid}").read_text(): pid for pid in server.command.pids()}
+        os.kill(ranks["0"], signal.SIGTERM)
+        assert server.exit_code() == 0, server.text
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "no-such-model", "--port", str(port)]) == 2
+    assert f"--host 127.0.0.1 --port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "MISSING", "fastapi")
+    assert main(["serve", "demo"]) == 2
+    assert capsys.readouterr().err == "penstock: error: penstock serve needs fastapi: pip install 'penstock[serve]'\n"
+
+
+def test_the_rest_of_the_command_line_needs_no_library_of_the_servers():
+    program = "import sys\nfor name in ('fastapi', 'uvicorn', 'pydantic', 'starlette'): sys.modules[name] = None\n"
+    program += "from penstock.engine.commands import serve, cli\nimport penstock.engine.server.validation\n"
+    program += "print(serve.MISSING)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() in ("fastapi", "starlette", "uvicorn")
+
+
+def test_defaults_of_the_checkpoint_are_read_unless_that_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "max_new_tokens": 9, "x": 1}))
+    assert read_defaults(EngineConfig(str(tmp_path))) == {"temperature": 0.6, "max_tokens": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": -1}))
+    with pytest.raises(ValueError, match="generation_config.json: temperature=-1"):
+        read_defaults(EngineConfig(str(tmp_path)))

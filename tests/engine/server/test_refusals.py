@@ -1,0 +1,202 @@
+"""Requests that are refused: with which status, code and field, and never by a server error."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from penstock.engine.planning.find_model import find_model
+from penstock.engine.server.access import MOST_BODY_BYTES
+from penstock.engine.server.encoding import without_paths
+from penstock.engine.server.fields import REFUSED
+from penstock.engine.server.validation import MOST_PROMPTS, MOST_SEQUENCES, MOST_STOPS, read_completion
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+WRONG = {  # by field: values that are refused on both routes
+    "temperature": [-1, "hot", True, [0]],
+    "top_p": [0, 1.1, "1"],
+    "top_k": [-2, 1.5, 2**31],
+    "min_p": [-0.1, 2],
+    "n": [0, 1.5, "2", 20000],
+    "seed": [2**64, -(2**63) - 1, 0.5],
+    "max_tokens": [0, -1, 1.5, 2**31],
+    "stop": [[""], "", [1], {"a": 1}, ["a"] * (MOST_STOPS + 1)],
+    "stop_token_ids": [[-1], [2**31], [2048], "1", [True]],
+    "presence_penalty": [2.1, -2.1],
+    "frequency_penalty": [3],
+    "repetition_penalty": [0, -1],
+    "ignore_eos": [1, "true"],
+    "priority": [2**31, "first"],
+    "cache_salt": ["", 1],
+    "stream": ["yes", 1],
+    "stream_options": [{"include_usage": True}, [], {"include_usage": 1}],
+    "add_special_tokens": [0],
+    "model": [1],
+    "best_of": [2, "1"],
+    "logit_bias": [{"1": 5}, [1], {"1": "a"}],
+    "suffix": ["end"],
+    "functions": [[{"name": "f"}]],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "text"],
+    "structured_outputs": [{"regex": "a"}],
+    "guided_json": [{"type": "object"}],
+    "guided_regex": ["a"],
+    "min_tokens": [1],
+    "bad_words": [["a"]],
+    "allowed_token_ids": [[1]],
+    "use_beam_search": [True],
+    "length_penalty": [0.5],
+    "truncate_prompt_tokens": [5],
+    "skip_special_tokens": [False],
+    "include_stop_str_in_output": [True],
+    "prompt_embeds": ["a"],
+    "chat_template": ["{{ messages }}"],
+    "modalities": [["audio"]],
+}
+IN_COMPLETIONS = {
+    "prompt": [None, [], [[]], [2048], [-1], [2**63], [[1], "a", 1], {"a": 1}, [True], [1.5], ["\ud800"]],
+    "logprobs": [21, -1, True],
+    "echo": ["yes"],
+}
+IN_COMPLETIONS["prompt"] += [["a"] * (MOST_PROMPTS + 1)]
+IN_CHAT = {
+    "messages": [None, [], "Hello", [1], [{"content": "a"}], [{"role": "user", "content": 5}], [HELLO]],
+    "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "top_logprobs": [3, 21],
+    "logprobs": [1],
+    "echo": [True],
+    "chat_template_kwargs": [{"messages": []}, [1]],
+}
+CASES = [
+    *((COMPLETIONS, field, value) for field, values in (WRONG | IN_COMPLETIONS).items() for value in values),
+    *((CHAT, field, value) for field, values in (WRONG | IN_CHAT).items() for value in values),
+]
+JSON = {"content-type": "application/json"}
+GOOD = {COMPLETIONS: {"prompt": "def"}, CHAT: {"messages": HELLO}}
+
+
+def error_of(response, status: int) -> dict:
+    """The error of a response, whose form is checked."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    (error,) = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert "/" not in error["message"].replace("/v1/", "").replace("application/json", "")
+    return error
+
+
+def test_what_cannot_be_meant_is_refused_and_the_field_is_named(served):
+    num_passes = served.llm.engine.times.num_passes
+    wrong = []
+    for path, field, value in CASES:
+        response = served.call("POST", path, content=json.dumps(GOOD[path] | {field: value}), headers=JSON)
+        if response.status_code != 400:
+            wrong.append((path, field, value, response.status_code))
+        elif error_of(response, 400)["param"] != (None if value == ["\ud800"] else field):
+            wrong.append((path, field, value, response.json()))
+    assert not wrong
+    assert served.llm.engine.times.num_passes == num_passes
+
+
+def test_what_changes_nothing_is_taken(served):
+    neutral = {
+        "best_of": 1, "logit_bias": {"5": 0}, "suffix": "", "functions": [], "response_format": {"type": "text"},
+        "min_tokens": 0, "use_beam_search": False, "length_penalty": 1.0, "skip_special_tokens": True, "bad_words": [],
+        "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prompt_cache_key": "k",
+        "parallel_tool_calls": True, "reasoning_effort": "high", "no_such_field": [1], "tools": [], "max_tokens": 1,
+        "guided_json": None,
+    }  # fmt: skip
+    for path in GOOD:
+        served.answer(path, **GOOD[path], **neutral)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    served.answer(CHAT, messages=HELLO, tools=tools, tool_choice="none", max_tokens=1)
+
+
+def test_every_field_that_is_refused_has_a_neutral_value():
+    assert not [name for name, is_neutral in REFUSED.items() if is_neutral({"other": [1]})]
+
+
+def test_caps_are_the_largest_that_is_taken(served):
+    served.answer(COMPLETIONS, prompt="def", stop=["\0"] * MOST_STOPS, logprobs=20, max_tokens=1)
+    assert len(read_completion({"prompt": ["def"] * 512, "n": MOST_SEQUENCES // 512}, {}).prompts) == 512
+    error = error_of(served.post(COMPLETIONS, prompt=["def"] * 512, n=3), 400)
+    assert error["param"] == "n"
+    served.answer(COMPLETIONS, prompt=[5] * 255, max_tokens=1)
+    served.answer(COMPLETIONS, prompt=[2047], max_tokens=1)
+
+
+def test_a_prompt_that_is_too_long_has_its_code(served):
+    for path, body in (
+        (COMPLETIONS, {"prompt": [5] * 256}),
+        (COMPLETIONS, {"prompt": "a" * 2**21}),
+        (COMPLETIONS, {"prompt": ["def", "word " * 400]}),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 400}]}),
+    ):
+        assert error_of(served.post(path, **body), 400)["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b"5", b'"a"', b"\xff", b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "\x00"}',
+        b'{"prompt": "def", "temperature": NaN}', b'{"prompt": "def", "temperature": 1e400}',
+        b'{"prompt": "def", "temperature": Infinity}', b'{"prompt": "def", "seed": ' + b"1" * 5000 + b"}",
+        b"[" * 50_000, b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", b'{"prompt": "\\ud800"}',
+        b'{"prompt": "def", "stop": "\\ud83d"}', b'{"prompt": "def", "cache_salt": "\\udfff"}',
+    ],
+    ids=lambda body: body[:40].decode(errors="replace"),
+)  # fmt: skip
+def test_a_body_that_is_no_request_is_refused(served, body):
+    error_of(served.call("POST", COMPLETIONS, content=body, headers=JSON), 400)
+
+
+def test_nul_and_whole_surrogate_pairs_are_text(served):
+    served.answer(COMPLETIONS, prompt="a\0b", max_tokens=1)
+    body = b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    assert served.call("POST", COMPLETIONS, content=body, headers=JSON).is_success
+
+
+def test_a_body_that_is_too_large_is_refused_as_it_comes(served):
+    async def endless():
+        taken = 0
+        while True:
+            assert taken <= MOST_BODY_BYTES + 2**20, "it was read to its end"
+            taken += 2**20
+            yield b" " * 2**20
+
+    error_of(served.call("POST", COMPLETIONS, content=endless(), headers=JSON), 413)
+    told = {"content-length": str(2**40), **JSON}
+    error_of(served.call("POST", COMPLETIONS, content=b"", headers=told), 413)
+
+
+def test_only_json_is_taken(served):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        error_of(served.call("POST", COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": kind}), 400)
+    response = served.call(
+        "POST", COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": "application/json; charset=utf-8"}
+    )
+    assert response.is_success
+
+
+def test_routes_models_and_methods_that_are_not_there(served):
+    assert error_of(served.post(COMPLETIONS, prompt="a", model="gpt-4"), 404)["code"] == "model_not_found"
+    assert error_of(served.call("GET", "/v1/models/no-such"), 404)["code"] == "model_not_found"
+    for path in ("/v1/nothing", "/v1/models/", "/v1/completions/", "/docs"):
+        error_of(served.call("GET", path), 404)
+    assert served.call("GET", COMPLETIONS).headers["allow"] == "POST"
+    error_of(served.call("GET", COMPLETIONS), 405)
+    error_of(served.call("OPTIONS", COMPLETIONS), 405)
+    assert "access-control-allow-origin" not in served.call("GET", "/v1/models", headers={"origin": "http://a"}).headers
+
+
+def test_models_are_listed(served):
+    (card,) = served.call("GET", "/v1/models").json()["data"]
+    assert card["id"] == card["root"] == "demo" and card["max_model_len"] == 256 and card["parent"] is None
+    assert served.call("GET", "/v1/models/demo").json() == card
+
+
+def test_no_folder_of_the_server_is_told(served, tmp_path):
+    config = replace(served.service.config, chat_template=str(tmp_path / "strict.jinja"))
+    told = without_paths(f"{tmp_path}/strict.jinja: conversation 0: roles must alternate", config)
+    assert told == "the chat template: conversation 0: roles must alternate"
+    folder = find_model("demo")
+    assert without_paths(f"{folder}/tokenizer.json: cannot encode", config) == "tokenizer.json: cannot encode"

@@ -1,0 +1,199 @@
+"""A service on the demo model without a socket: its routes are called in an event loop of their own, through httpx, or
+as ASGI has it where a client goes away in the middle or reads slowly."""
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import httpx
+from penstock.engine.config import EngineConfig
+from penstock.engine.llm import LLM
+from penstock.engine.server.app import make_app
+from penstock.engine.server.options import ServeOptions
+from penstock.engine.server.service import Service
+
+CONFIG = EngineConfig(
+    model="demo",
+    device="cpu",
+    dtype="float32",
+    max_model_len=256,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    scheduling_policy="priority",
+)
+WAIT_S = 60.0
+
+
+class Kept:
+    """Notes and observations, for tests to look at."""
+
+    def __init__(self):
+        self.rejected: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self.num_disconnects = 0
+        self.passes: list[int] = []  # tokens given in each
+        self.journeys: list[Any] = []
+
+    def request_rejected(self, reason: str) -> None:
+        self.rejected.append(reason)
+
+    def client_disconnected(self) -> None:
+        self.num_disconnects += 1
+
+    def request_ended(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def observe_pass(self, llm: LLM, moved: list[Any]) -> None:
+        self.passes.append(len(moved))
+
+    def sequence_ended(self, llm: LLM, journey: Any) -> None:
+        self.journeys.append(journey)
+
+
+class Serving:
+    """A service whose engine is loaded, and the event loop that it lives in. `llm` is the engine's own."""
+
+    def __init__(self, config: EngineConfig = CONFIG, **options: Any):
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.kept = Kept()
+        self.service = Service(
+            config, ServeOptions(**options), lambda: LLM(**config.to_dict()), {}, observer=self.kept, notes=self.kept
+        )
+        self.app = make_app(self.service)
+
+    def start(self) -> "Serving":
+        """Loads the engine."""
+        self.service.engine.start(self.loop)
+        until(lambda: self.service.phase != "loading")
+        assert self.service.phase == "ready", self.service.engine.error
+        return self
+
+    @property
+    def llm(self) -> LLM:
+        return self.service.engine.llm
+
+    def close(self) -> None:
+        self.service.engine.stop()
+        self.service.close()
+        assert self.service.engine.join(WAIT_S)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    def run(self, work: Coroutine) -> Any:
+        """Runs a coroutine in the event loop, and returns what it gives."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+
+    def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """The response to one request."""
+
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=WAIT_S) as client:
+                return await client.request(method, path, **request)
+
+        return self.run(ask())
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """The response to a body of these fields."""
+        return self.call("POST", path, json=body)
+
+    def answer(self, path: str, **body: Any) -> dict[str, Any]:
+        """The body of a good answer."""
+        response = self.post(path, **body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The chunks of a good answer, before [DONE]."""
+        response = self.post(path, stream=True, **body)
+        assert response.status_code == 200, response.text
+        return chunks_of(response.text)
+
+    def at_rest(self) -> bool:
+        """Tells whether no row and no page is held."""
+        scheduler = self.llm.loop.scheduler
+        free = scheduler.num_free_pages == scheduler.pool.num_usable
+        return not (scheduler.num_running or scheduler.num_waiting or self.service.engine.num_unfinished) and free
+
+    def abandoned(self, path: str, when: Callable[["Client"], bool], **body: Any) -> "Client":
+        """A client that goes away as soon as `when` is so."""
+        client = Client(path, body, when)
+        self.run(client.ask(self.app))
+        return client
+
+
+class Client:
+    """A client as ASGI sees it: `bodies` are the bytes that it got. It goes away when `leaves` says so; `takes` is
+    awaited whenever it is to take bytes."""
+
+    def __init__(
+        self,
+        path: str,
+        body: dict[str, Any],
+        leaves: Callable[["Client"], bool] = lambda client: False,
+        takes: Callable[[], Coroutine] | None = None,
+    ):
+        self.path, self.body, self.leaves, self.takes = path, body, leaves, takes
+        self.status: int | None = None
+        self.bodies: list[bytes] = []
+
+    async def ask(self, app: Any) -> "Client":
+        """Sends the request, and returns when the application has ended."""
+        sent = False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": json.dumps(self.body).encode(), "more_body": False}
+            while not self.leaves(self):
+                await asyncio.sleep(0.001)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+            else:
+                if self.takes is not None:
+                    await self.takes()
+                self.bodies.append(message.get("body", b""))
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"server")]
+        scope = {"type": "http", "method": "POST", "path": self.path, "raw_path": self.path.encode()}
+        scope |= {"query_string": b"", "root_path": "", "scheme": "http", "headers": headers, "http_version": "1.1"}
+        await app(scope | {"asgi": {"version": "3.0"}, "server": ("server", 80), "client": ("c", 1)}, receive, send)
+        return self
+
+    @property
+    def text(self) -> str:
+        return b"".join(self.bodies).decode()
+
+
+def chunks_of(text: str) -> list[dict[str, Any]]:
+    """The chunks of a stream that ended well. Asserts that nothing else is in it."""
+    events = text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""], events[-2:]
+    assert all(event.startswith("data: ") for event in events[:-1])
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+
+def until(is_so: Callable[[], Any], most_s: float = WAIT_S) -> None:
+    """Waits until something is so; fails if it takes too long."""
+    end_s = time.monotonic() + most_s
+    while not is_so():
+        assert time.monotonic() < end_s, "it did not come to be so"
+        time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def serving(**options: Any) -> Iterator[Serving]:
+    """A service that is loaded, and is ended at the end."""
+    served = Serving(**options).start()
+    try:
+        yield served
+    finally:
+        served.close()
