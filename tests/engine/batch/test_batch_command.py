@@ -62,9 +62,7 @@ def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
     message = {"role": "user", "content": "Return 5"}
     texts = [
         line("chat", "/v1/chat/completions", messages=[message], max_completion_tokens=3, logprobs=True),
-        line(
-            "many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, logprobs=1, echo=True, ignore_eos=True
-        ),
+        line("many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, echo=True, ignore_eos=True),
     ]
     assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
     chat, many = sorted((row["response"]["body"] for row in rows_of(tmp_path / "out.jsonl")), key=lambda b: b["id"])
