@@ -80,7 +80,7 @@ def test_order_input_sorts_once_all_have_run(llm, reference, tmp_path, said):
     assert [row["custom_id"] for row in rows_of(output)] == [f"row {number}" for number in range(24)]
     assert sorted(output.read_bytes().splitlines()) == sorted(reference[1].read_bytes().splitlines())
     assert run_here(llm, reference[0], output, "--order", "input") == 0, "sorted already"
-    assert not list(tmp_path.glob("*.new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.job"]
 
 
 def test_plain_prompts_and_flags_as_defaults(llm, tmp_path):
