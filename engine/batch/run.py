@@ -41,8 +41,7 @@ class InFlight:
 
 
 class BatchRun:
-    """One run of a job: of those of its rows that have not run. `tell` is
-    called each second with this run."""
+    """One run of a job: of those of its rows that have not run. `tell` is called each second with this run."""
 
     def __init__(
         self,
