@@ -63,7 +63,7 @@ def check_lines(path: str | Path, read_row: ReadRow) -> InputLines:
             found.offsets.append(offset)
             found.marks.append(hash(line))
             found.most_tokens.append(row.asked.params.max_tokens or 0)
-            found.num_sequences.append(row.asked.num_sequences)
+            found.num_sequences.append(row.num_sequences)
             ids.append(hash(row.custom_id))
         faults.check()
         if not found.numbers:

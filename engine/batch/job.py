@@ -5,6 +5,7 @@ whenever and wherever it runs.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ class Job:
     num_shards: int = 1
     errors: str | None = None
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The hash of the facts, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()

@@ -14,8 +14,6 @@ from penstock.engine.batch.job import Job, job_file
 from penstock.engine.batch.output_log import OutputLog
 from penstock.engine.batch.results import has_failed
 
-Result = tuple[int, bytes]  # a row's index, and its line
-
 
 class JobFiles:
     """The files of one job, held by this process alone. A context manager. Raises ValueError as OutputLog does."""

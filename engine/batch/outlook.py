@@ -5,6 +5,7 @@ free. So the end of the job, in which ever fewer sequences run, is in it. A prom
 comes; sequences therefore take as many passes more as there are seats without a token in a pass.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -45,8 +46,8 @@ class Outlook:
         got, most, runs = np.array(table, dtype=np.float64).reshape(-1, 3).T
         left = self.lengths.draw(got, most, got[runs > 0])
         running, queued = left[runs > 0], left[runs == 0]
-        seats = max(len(running), 1)
-        share = min(tokens_a_pass / seats, 1.0) or 1.0
+        seats = max(len(running), math.ceil(tokens_a_pass), 1)  # of late, too: many may just have ended together
+        share = tokens_a_pass / seats or 1.0
         later = self._later()
         queued = np.concatenate([queued, later])
         more = later.mean() * (self.num_waiting - len(later)) if len(later) else 0.0

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from penstock.engine.batch.syncing import Syncing
 from penstock.engine.user_files import check_output
+from penstock.scheduler.units import MIB
 
-_COPY_BYTES = 1 << 20
+NEW = ".job.rows"  # follows the name of an output that is written anew
+_COPY_BYTES = MIB
 
 
 class OutputLog:
@@ -66,7 +68,7 @@ class OutputLog:
     def rewrite(self, lines: Iterable[bytes]) -> None:
         """Replaces the file by one that holds these lines: a new one, renamed, so that one of the two is there at any
         moment. `lines` may read the old file."""
-        new = self.path.with_name(self.path.name + ".new")
+        new = self.path.with_name(self.path.name + NEW)
         self._check()
         with contextlib.suppress(FileNotFoundError):
             new.unlink()

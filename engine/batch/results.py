@@ -13,7 +13,7 @@ from typing import Any
 from penstock.engine.batch.job import NAME_CHARACTERS, Job
 from penstock.engine.batch.rows import Row
 from penstock.engine.output import Sequence
-from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Usage
+from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Echo, Usage
 from penstock.engine.server.errors import ApiError, failed
 from penstock.engine.server.requests import Completion
 
@@ -21,15 +21,16 @@ _HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{%d})_(\d{1,18})", "custom_id"
 _DONE, _FAILED_END = b'"error": null}\n', b"}}\n"
 
 
-def line_of(job: Job, row: Row, sequences: list[Sequence], model: str) -> bytes:
-    """The line of a row whose sequences have ended. `model` is the name of one that it does not name."""
+def line_of(job: Job, row: Row, sequences: list[Sequence], echoes: list[Echo] | None, model: str) -> bytes:
+    """The line of a row whose sequences have ended. `echoes` are its prompts, where they are to be given back, `model`
+    is the name of one that it does not name."""
     error = next((sequence.error for sequence in sequences if sequence.error is not None), None)
     if error is not None:
         return error_line(job, row, failed(error))
     asked = row.asked
-    kind = CompletionAnswer if isinstance(asked, Completion) else ChatAnswer
-    answer = kind(asked.model or model, asked.params.logprobs or 0, created=job.created)
-    answer.id = f"{kind.prefix}-{job.row_id(row.number)}"
+    shared = (asked.model or model, asked.params.logprobs or 0, job.created)
+    answer = CompletionAnswer(*shared, echoes) if isinstance(asked, Completion) else ChatAnswer(*shared)
+    answer.id = f"{answer.prefix}-{job.row_id(row.number)}"
     body = answer.whole(sequences, Usage.of(sequences, asked.params.n))
     del body["usage"]["prompt_tokens_details"]  # what was cached depends on what ran before
     return _line(job, row, 200, body, None)

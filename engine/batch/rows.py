@@ -30,6 +30,12 @@ class Row:
     asked: Completion | Chat
 
     @property
+    def num_sequences(self) -> int:
+        """The sequences of its answer: n of each prompt."""
+        prompts = self.asked.prompts if isinstance(self.asked, Completion) else [self.asked.messages]
+        return len(prompts) * self.asked.params.n
+
+    @property
     def prefix(self) -> str:
         """The beginning of its prompt: rows that begin alike follow each other when they are sorted by it."""
         asked = self.asked

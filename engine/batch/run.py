@@ -15,13 +15,16 @@ from penstock.engine.batch.rows import Row, RowReader
 from penstock.engine.batch.windows import WINDOW, in_windows
 from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
-from penstock.engine.server.encoding import sequences_of
+from penstock.engine.server.answers import Echo
+from penstock.engine.server.encoding import echoes_of, sequences_of
 from penstock.engine.server.errors import ApiError, failed
+from penstock.engine.server.requests import Completion
 from penstock.engine.user_files import open_file
 from penstock.scheduler.batching.request import FinishReason
 
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
+MOST_BEGUN = 256  # sequences whose prompts are encoded between two passes
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
 MOST_WAITING = 256  # rows that have ended, where many fail one after another
 
@@ -33,12 +36,12 @@ class InFlight:
     index: int
     row: Row
     sequences: list[Sequence]
+    echoes: list[Echo] | None
     num_left: int
 
 
 class BatchRun:
-    """One run of a job: of those of its rows that have not run. `tell` is
-    called each second with this run."""
+    """One run of a job: of those of its rows that have not run. `tell` is called each second with this run."""
 
     def __init__(
         self,
@@ -101,8 +104,8 @@ class BatchRun:
         return self.reader.read(self.lines.read(self._stream, index), self.lines.numbers[index])
 
     def _fill(self, order: Iterator[int]) -> None:
-        """Puts rows into the loop until enough are there."""
-        enough = QUEUED * self.llm.loop.scheduler.max_num_seqs
+        """Puts rows into the loop until enough are there, or as many as a pass may wait for."""
+        enough = min(QUEUED * self.llm.loop.scheduler.max_num_seqs, len(self.in_flight) + MOST_BEGUN)
         while len(self.in_flight) < enough and not self.is_stopped:
             index = next(order, None)
             if index is None:
@@ -114,6 +117,7 @@ class BatchRun:
     def _begin(self, index: int, row: Row) -> None:
         try:
             sequences = sequences_of(self.llm, row.asked)
+            echoes = echoes_of(self.llm, row.asked) if isinstance(row.asked, Completion) and row.asked.echo else None
         except ApiError as error:
             return self._note(index, error_line(self.job, row, error))
         except Exception as error:  # of a tokenizer or a template: this row fails, and no other
@@ -121,7 +125,7 @@ class BatchRun:
         if row.asked.params.seed is None:
             for number, sequence in enumerate(sequences):
                 sequence.request.seed = (self.job.seed(row.number) + number) & _MASK
-        one = InFlight(index, row, sequences, len(sequences))
+        one = InFlight(index, row, sequences, echoes, len(sequences))
         for sequence in sequences:
             self.in_flight[sequence.request.id] = one
             self.llm.loop.add(sequence)
@@ -136,7 +140,7 @@ class BatchRun:
             self.num_prompt_tokens += sum(
                 len(each.request.prompt_token_ids) for each in one.sequences[:: one.row.asked.params.n]
             )
-            self._note(one.index, line_of(self.job, one.row, one.sequences, self.reader.names[0]))
+            self._note(one.index, line_of(self.job, one.row, one.sequences, one.echoes, self.reader.names[0]))
 
     def _note(self, index: int, line: bytes) -> None:
         self.done.note(index, has_failed(line))

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
 
 def _follow(config: EngineConfig) -> int:
-    """Runs a rank that computes with rank 0. A launcher signals all ranks, and rank 0 alone decides by that."""
+    """Runs a rank that computes with rank 0. A launcher signals to all ranks, and rank 0 alone decides by that."""
     with LLM(**config.to_dict()) as llm:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -100,6 +100,8 @@ def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: Jo
         if not is_whole:
             with LLM(**config.for_job(_num_sequences(done)).to_dict()) as llm:
                 llm.lead()
+                if llm.engine.device.type == "cuda":
+                    llm.measure()  # a second, for predictions and for how far passes are filled
                 run = BatchRun(llm, reader, done, files, progress.show)
                 with stopping(run):
                     is_whole = run.run()

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from penstock.engine.commands import batch
 from penstock.engine.commands.cli import main
 from penstock.engine.config import EngineConfig
@@ -106,6 +107,20 @@ def kill_in_a_write(number: int, share: float) -> None:
     os.write = writing
 
 
+class StubEngine(FakeEngine):
+    """Its passes compute nothing, and are not timed."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, token: int):
+        super().__init__(token)
+        self.times = PassTimes()
+
+    def forget(self) -> None:
+        while self.num_under_way:
+            self.collect()
+
+
 class StubLLM:
     """An LLM as a job needs it, whose passes compute nothing."""
 
@@ -113,8 +128,7 @@ class StubLLM:
 
     def __init__(self, max_num_seqs: int = 256):
         self.config = EngineConfig()
-        self.engine = FakeEngine(token=5)
-        self.engine.times = PassTimes()
+        self.engine = StubEngine(token=5)
         scheduler = Scheduler(max_num_seqs, 4096, max_model_len=64, page_size=16, num_pages=4 * max_num_seqs + 1)
         self.loop = Loop(scheduler, self.engine)
         self._ids = itertools.count()

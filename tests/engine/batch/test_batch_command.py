@@ -62,7 +62,7 @@ def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
     message = {"role": "user", "content": "Return 5"}
     texts = [
         line("chat", "/v1/chat/completions", messages=[message], max_completion_tokens=3, logprobs=True),
-        line("many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, logprobs=1),
+        line("many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, echo=True, ignore_eos=True),
     ]
     assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
     chat, many = sorted((row["response"]["body"] for row in rows_of(tmp_path / "out.jsonl")), key=lambda b: b["id"])
@@ -70,6 +70,7 @@ def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
     assert len(chat["choices"][0]["logprobs"]["content"]) == 3
     assert [choice["index"] for choice in many["choices"]] == [0, 1, 2, 3]
     assert many["usage"]["completion_tokens"] == 8
+    assert [choice["text"].startswith("def") for choice in many["choices"][:2]] == [True, True]
 
 
 def test_order_input_sorts_once_all_have_run(llm, reference, tmp_path, said):
@@ -79,7 +80,7 @@ def test_order_input_sorts_once_all_have_run(llm, reference, tmp_path, said):
     assert [row["custom_id"] for row in rows_of(output)] == [f"row {number}" for number in range(24)]
     assert sorted(output.read_bytes().splitlines()) == sorted(reference[1].read_bytes().splitlines())
     assert run_here(llm, reference[0], output, "--order", "input") == 0, "sorted already"
-    assert not list(tmp_path.glob("*.new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.job"]
 
 
 def test_plain_prompts_and_flags_as_defaults(llm, tmp_path):

@@ -76,7 +76,7 @@ def test_a_kill_while_the_output_is_written_anew_leaves_the_old_one(llm, tmp_pat
         return run_here(llm, given, output, flag)
 
     assert status_of(begin_in_fork(work)) == -9
-    assert output.read_bytes() == kept and (tmp_path / "out.jsonl.new").exists()
+    assert output.read_bytes() == kept and (tmp_path / "out.jsonl.job.rows").exists()
     assert run_here(llm, given, output, flag) == 1
     assert sorted(output.read_bytes().splitlines()) == sorted(kept.splitlines())
-    assert not (tmp_path / "out.jsonl.new").exists()
+    assert not (tmp_path / "out.jsonl.job.rows").exists()
