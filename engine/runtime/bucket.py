@@ -44,7 +44,9 @@ class HostTable:
         """Writes rows of one token, then padded ones up to `num_rows`. Pages are written only where they changed; an
         interrupt at any point leaves no row whose pages are wrongly taken for written."""
         columns = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in rows]
-        _fill_rows(self.values[:num_rows, :PAGES], columns, (0, 0, pad_row, 0))
+        if rows:
+            self.values[: len(rows), :PAGES] = columns
+        self.values[len(rows) : num_rows, :PAGES] = (0, 0, pad_row, 0)
         for index, pages in enumerate([row.pages for row in rows] + [()] * (num_rows - len(rows))):
             written = self.pages[index]
             if written is not pages and written != pages:
