@@ -134,10 +134,9 @@ def part_at(data, num_blocks, block, BEFORE: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def half_at(part, INDEX: tl.constexpr, inside=None, EVEN: tl.constexpr = True):
-    """The fp16 of that index at a part's bytes, as fp32; 0 outside, unless all are inside (EVEN)."""
-    halves = part.to(tl.pointer_type(tl.float16)) + INDEX
-    return tl.load(halves, mask=inside, other=None if EVEN else 0.0).to(tl.float32)
+def half_at(part, INDEX: tl.constexpr):
+    """The fp16 of that index at a part's bytes, as fp32."""
+    return tl.load(part.to(tl.pointer_type(tl.float16)) + INDEX).to(tl.float32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ into the upper mantissa bits of a power of two instead, so that the float is som
 
 from typing import NamedTuple
 
-from penstock.engine.kernels.block_values import half_at, part_at
+from penstock.engine.kernels.block_values import part_at
 from penstock.parallel.triton_door import tl, triton
 
 
@@ -40,10 +40,9 @@ WORDS = {
 
 
 @triton.jit
-def load_pair(at, inside, EVEN: tl.constexpr):
+def load_pair(at, inside):
     """Two words at 8 bytes, one pair a thread: as no tensor is read otherwise, none changes its layout."""
-    pointers = tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 1])
-    pair = tl.load(pointers, mask=inside, other=None if EVEN else 0)
+    pair = _load(tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 1]), inside)
     return pair.to(tl.int32), (pair >> 32).to(tl.int32)
 
 
@@ -55,18 +54,18 @@ def _at(data, num_blocks, row, block, BEFORE: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def further_bits(data, num_blocks, row, block, unit, lane, inside, KIND: tl.constexpr, EVEN: tl.constexpr):
+def further_bits(data, num_blocks, row, block, unit, lane, inside, KIND: tl.constexpr):
     """The pair of words with the bits of codes that are not in their own words; any numbers where there are none."""
     if KIND == "Q5_0" or KIND == "Q5_1":
-        bits = _word(_at(data, num_blocks, row, block, 16, 4), inside, EVEN) >> 4 * lane
-        return bits, bits >> 4
+        bits = _load(_at(data, num_blocks, row, block, 16, 4).to(tl.pointer_type(tl.int32)), inside)
+        return bits, bits
     elif KIND == "Q5_K":
-        return load_pair(_at(data, num_blocks, row, block, 128, 32) + 4 * lane, inside, EVEN)
+        return load_pair(_at(data, num_blocks, row, block, 128, 32) + 4 * lane, inside)
     elif KIND == "Q3_K":
-        return load_pair(_at(data, num_blocks, row, block, 64, 32) + (16 * (unit & 1) + 4 * lane), inside, EVEN)
+        return load_pair(_at(data, num_blocks, row, block, 64, 32) + (16 * (unit & 1) + 4 * lane), inside)
     elif KIND == "Q6_K":
         at = 32 * (unit >> 2) + 16 * (unit & 1) + 4 * lane
-        return load_pair(_at(data, num_blocks, row, block, 128, 64) + at, inside, EVEN)
+        return load_pair(_at(data, num_blocks, row, block, 128, 64) + at, inside)
     else:
         return lane, lane
 
@@ -85,7 +84,7 @@ def first_weight(unit, KIND: tl.constexpr):
 
 
 @triton.jit
-def set_bytes(word, bits, unit, SET: tl.constexpr, KIND: tl.constexpr):
+def set_bytes(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr):
     """The four codes of a set in the bytes of a word, `higher * SET` bits up, among others where that is not 0."""
     if KIND == "Q8_0":
         return word ^ -0x7F7F7F80  # the sign's bit: from -128..127 to 0..255
@@ -96,7 +95,7 @@ def set_bytes(word, bits, unit, SET: tl.constexpr, KIND: tl.constexpr):
     elif KIND == "Q5_K":
         return word >> 4 * SET & 0x0F0F0F0F | (bits >> 2 * unit + SET & 0x01010101) << 4
     elif KIND == "Q5_0" or KIND == "Q5_1":
-        upper = (bits >> 16 * SET & 15) * 0x00204081 & 0x01010101  # bit i to byte i
+        upper = (bits >> 4 * lane + 16 * SET & 15) * 0x00204081 & 0x01010101  # bit i to byte i
         return word >> 4 * SET & 0x0F0F0F0F | upper << 4
     else:
         return word
@@ -115,39 +114,57 @@ def code_float(codes, zero, BYTE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.co
 
 
 @triton.jit
-def load_scales(data, num_blocks, row, block, unit, inside, KIND: tl.constexpr, EVEN: tl.constexpr):
-    """Two fp32 of the block and two words of packed numbers, of which set_scales makes the scales of a unit."""
+def load_scales(data, num_blocks, row, block, unit, inside, KIND: tl.constexpr):
+    """Two fp16 of the block and three words of packed numbers, as they are stored; unit_scales reads them. Any numbers
+    stand for those that a format does not have."""
     if KIND == "Q4_K" or KIND == "Q5_K":
         CODES: tl.constexpr = 160 if KIND == "Q5_K" else 128
-        packed, is_late = _at(data, num_blocks, row, block, CODES, 12) + 2 * (unit & 1), unit >= 2
-        first, second = _short(packed, inside, EVEN), _short(packed + 4, inside, EVEN)
-        third = _short(packed + 8, inside, EVEN)
-        scales = tl.where(is_late, third & 0x0F0F | first >> 2 & 0x3030, first & 0x3F3F)
-        minima = tl.where(is_late, third >> 4 & 0x0F0F | second >> 2 & 0x3030, second & 0x3F3F)
+        packed = (_at(data, num_blocks, row, block, CODES, 12) + 2 * (unit & 1)).to(tl.pointer_type(tl.uint16))
         halves = _at(data, num_blocks, row, block, CODES + 12, 4)
-        return half_at(halves, 0, inside, EVEN), half_at(halves, 1, inside, EVEN), scales, minima
+        first, second, third = _load(packed, inside), _load(packed + 2, inside), _load(packed + 4, inside)
+        return _half(halves, 0, inside), _half(halves, 1, inside), first, second, third
     elif KIND == "Q2_K":
-        first, second = load_pair(_at(data, num_blocks, row, block, 64, 16) + 8 * (unit >> 1), inside, EVEN)
-        halves, shift = _at(data, num_blocks, row, block, 80, 4), 8 * (unit & 1)
-        return half_at(halves, 0, inside, EVEN), half_at(halves, 1, inside, EVEN), first >> shift, second >> shift
+        halves = _at(data, num_blocks, row, block, 80, 4)
+        first, second = load_pair(_at(data, num_blocks, row, block, 64, 16) + 8 * (unit >> 1), inside)
+        return _half(halves, 0, inside), _half(halves, 1, inside), first, second, second
     elif KIND == "Q3_K":
-        packed, shift = _at(data, num_blocks, row, block, 96, 12), 8 * (unit & 1) + 4 * (unit >> 1)
-        top = _word(packed + 8, inside, EVEN) >> shift
-        first = _word(packed, inside, EVEN) >> shift & 0x000F000F | (top & 0x00030003) << 4
-        second = _word(packed + 4, inside, EVEN) >> shift & 0x000F000F | (top & 0x000C000C) << 2
-        d = half_at(_at(data, num_blocks, row, block, 108, 2), 0, inside, EVEN)
-        return d, d, first, second
+        packed = _at(data, num_blocks, row, block, 96, 12).to(tl.pointer_type(tl.int32))
+        d = _half(_at(data, num_blocks, row, block, 108, 2), 0, inside)
+        return d, d, _load(packed, inside), _load(packed + 1, inside), _load(packed + 2, inside)
     elif KIND == "Q6_K":
         at = _at(data, num_blocks, row, block, 192, 16) + ((unit >> 2) * 8 + (unit & 3))
-        d = half_at(_at(data, num_blocks, row, block, 208, 2), 0, inside, EVEN)
-        return d, d, _byte(at, inside, EVEN), _byte(at + 4, inside, EVEN)
+        d = _half(_at(data, num_blocks, row, block, 208, 2), 0, inside)
+        first, second = _load(at, inside), _load(at + 4, inside)
+        return d, d, first, second, second
     elif KIND == "Q4_1" or KIND == "Q5_1":
         halves = _at(data, num_blocks, row, block, 20 if KIND == "Q5_1" else 16, 4)
-        return half_at(halves, 0, inside, EVEN), half_at(halves, 1, inside, EVEN), unit, unit
+        return _half(halves, 0, inside), _half(halves, 1, inside), unit, unit, unit
     else:
         CODES: tl.constexpr = 32 if KIND == "Q8_0" else 20 if KIND == "Q5_0" else 16
-        d = half_at(_at(data, num_blocks, row, block, CODES, 2), 0, inside, EVEN)
-        return d, d, unit, unit
+        d = _half(_at(data, num_blocks, row, block, CODES, 2), 0, inside)
+        return d, d, unit, unit, unit
+
+
+@triton.jit
+def unit_scales(first, second, third, unit, KIND: tl.constexpr):
+    """Two words of packed numbers, of which set_scales makes the scales of a unit's sets."""
+    if KIND == "Q4_K" or KIND == "Q5_K":
+        first, second, third, is_late = first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), unit >= 2
+        scales = tl.where(is_late, third & 0x0F0F | first >> 2 & 0x3030, first & 0x3F3F)
+        minima = tl.where(is_late, third >> 4 & 0x0F0F | second >> 2 & 0x3030, second & 0x3F3F)
+        return scales, minima
+    elif KIND == "Q2_K":
+        shift = 8 * (unit & 1)
+        return first >> shift, second >> shift
+    elif KIND == "Q3_K":
+        shift = 8 * (unit & 1) + 4 * (unit >> 1)
+        top = third >> shift
+        return (
+            first >> shift & 0x000F000F | (top & 0x00030003) << 4,
+            second >> shift & 0x000F000F | (top & 0x000C000C) << 2,
+        )
+    else:
+        return first.to(tl.int32), second.to(tl.int32)
 
 
 @triton.jit
@@ -173,15 +190,10 @@ def _one(code):
 
 
 @triton.jit
-def _byte(at, inside, EVEN: tl.constexpr):
-    return tl.load(at, inside, None if EVEN else 0).to(tl.int32)
+def _half(part, INDEX: tl.constexpr, inside):
+    return _load(part.to(tl.pointer_type(tl.float16)) + INDEX, inside)
 
 
 @triton.jit
-def _short(at, inside, EVEN: tl.constexpr):
-    return tl.load(at.to(tl.pointer_type(tl.uint16)), inside, None if EVEN else 0).to(tl.int32)
-
-
-@triton.jit
-def _word(at, inside, EVEN: tl.constexpr):
-    return tl.load(at.to(tl.pointer_type(tl.int32)), inside, None if EVEN else 0)
+def _load(pointers, inside):
+    return tl.load(pointers, mask=inside, other=0)

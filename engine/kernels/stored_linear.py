@@ -31,6 +31,7 @@ from penstock.engine.kernels.block_words import (
     load_scales,
     set_bytes,
     set_scales,
+    unit_scales,
 )
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.overlap import options, wait_for_inputs
@@ -42,11 +43,11 @@ MOST_TOKENS = 4
 
 
 class Config(NamedTuple):
-    """The shape of a program: its rows, its warps, and the turns of its loop that are written out."""
+    """The shape of a program: its rows, its warps, and the turns whose loads are under way."""
 
     rows: int
     num_warps: int
-    unroll: int
+    stages: int
 
 
 class StoredRun(NamedTuple):
@@ -97,7 +98,7 @@ def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | N
 
 def config(kind: str, num_tokens: int) -> Config:
     """Chooses the shape of a program."""
-    return Config(8 if num_tokens == 1 else 4, 4, 1)
+    return Config(4, 4, 4)
 
 
 def _stored_linear_triton(
@@ -111,14 +112,14 @@ def _stored_linear_triton(
     assert data.data_ptr() % 16 == 0, "stored_linear: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     calls["triton"] += 1
-    rows, num_warps, unroll = shape or config(kind, num_tokens)
+    rows, num_warps, stages = shape or config(kind, num_tokens)
     row_pairs = width // layout.block * words.units * words.lanes // 2
     fours = x.dtype == torch.bfloat16 and x.data_ptr() % 8 == 0 and (num_tokens == 1 or x.stride(0) % 4 == 0)
     _stored_gemv[(triton.cdiv(num_rows, rows),)](
         *(x, data, bias, out, x.stride(0), out.stride(0), num_rows, row_pairs, 0, kind, layout.block, *words),
-        **{"BIAS": bias is not None, "TOKENS": num_tokens, "EVEN": row_pairs % (32 * num_warps) == 0},
+        **{"BIAS": bias is not None, "TOKENS": num_tokens},
         **{"EXACT": x.dtype != torch.bfloat16, "FOURS": fours},
-        **{"ROWS": rows, "PAIRS": 32 * num_warps, "UNROLL": unroll, **options(x.device)},
+        **{"ROWS": rows, "PAIRS": 32 * num_warps, "STAGES": stages, **options(x.device)},
         num_warps=num_warps,
     )
 
@@ -128,8 +129,8 @@ def _stored_gemv(
     x, data, bias, out, x_row, out_row, num_rows, row_pairs, zero,
     KIND: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, SETS: tl.constexpr,
     STEP: tl.constexpr, BITS: tl.constexpr, HIGHER: tl.constexpr, LESS: tl.constexpr, MINIMUM: tl.constexpr,
-    BIAS: tl.constexpr, TOKENS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, UNROLL: tl.constexpr, OVERLAPS: tl.constexpr,
+    BIAS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     BLOCK_PAIRS: tl.constexpr = UNITS * LANES // 2
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -139,28 +140,31 @@ def _stored_gemv(
     sums_0 = tl.zeros((ROWS, PAIRS), tl.float32)
     sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
     wait_for_inputs(OVERLAPS)
-    for first in tl.range(0, row_pairs, PAIRS, loop_unroll_factor=UNROLL):
-        at = first + tl.arange(0, PAIRS)[None, :]  # (1, PAIRS)
-        inside = None if EVEN else at < row_pairs
+    lanes = tl.arange(0, PAIRS)[None, :]  # (1, PAIRS)
+    for first in tl.range(0, row_pairs, PAIRS, num_stages=STAGES):
+        at = first + lanes
+        loaded = _load_turn(data, codes, num_blocks, first_block, at, row_pairs, KIND, BLOCK_PAIRS, LANES)
+        word, next_word, bits, next_bits, d, d_least, first_scales, second_scales, third_scales = loaded
+        inside = at < row_pairs
         block, pair = at // BLOCK_PAIRS, at % BLOCK_PAIRS
         unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
-        word, next_word = load_pair(codes + at * 8, inside, EVEN)
-        bits, next_bits = further_bits(data, num_blocks, first_block, block, unit, lane, inside, KIND, EVEN)
-        d, d_least, packed, further = load_scales(data, num_blocks, first_block, block, unit, inside, KIND, EVEN)
+        packed, further = unit_scales(first_scales, second_scales, third_scales, unit, KIND)
         column = x + (block * BLOCK + first_weight(unit, KIND) + 4 * lane)
         for SET in tl.static_range(SETS):
-            scale, least = set_scales(d, d_least, packed, further, SET, KIND)
+            scale, least = set_scales(d.to(tl.float32), d_least.to(tl.float32), packed, further, SET, KIND)
             more = 2.0 ** (8 - SET * HIGHER) + LESS
-            a = _floats(set_bytes(word, bits, unit, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
-            b = _floats(set_bytes(next_word, next_bits, unit, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
+            a = _floats(set_bytes(word, bits, unit, lane, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
+            b = _floats(
+                set_bytes(next_word, next_bits, unit, lane + 1, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT
+            )
             here = column + SET * STEP
-            sums_0 += _products(a, b, scale, least, here, inside, more, MINIMUM, EXACT, FOURS, EVEN)
+            sums_0 += _products(a, b, scale, least, here, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 1:
-                sums_1 += _products(a, b, scale, least, here + x_row, inside, more, MINIMUM, EXACT, FOURS, EVEN)
+                sums_1 += _products(a, b, scale, least, here + x_row, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 2:
-                sums_2 += _products(a, b, scale, least, here + 2 * x_row, inside, more, MINIMUM, EXACT, FOURS, EVEN)
+                sums_2 += _products(a, b, scale, least, here + 2 * x_row, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 3:
-                sums_3 += _products(a, b, scale, least, here + 3 * x_row, inside, more, MINIMUM, EXACT, FOURS, EVEN)
+                sums_3 += _products(a, b, scale, least, here + 3 * x_row, inside, more, MINIMUM, EXACT, FOURS)
     added = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         added = tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)
@@ -171,6 +175,20 @@ def _stored_gemv(
         _store_sums(out + 2 * out_row, n, num_rows, sums_2, added)
     if TOKENS > 3:
         _store_sums(out + 3 * out_row, n, num_rows, sums_3, added)
+
+
+@triton.jit
+def _load_turn(
+    data, codes, num_blocks, first_block, at, row_pairs,
+    KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """What a turn reads of a row: a pair of words of codes, one of further bits, and scales, as they are stored."""
+    inside, block, pair = at < row_pairs, at // BLOCK_PAIRS, at % BLOCK_PAIRS
+    unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
+    word, next_word = load_pair(codes + at * 8, inside)
+    bits, next_bits = further_bits(data, num_blocks, first_block, block, unit, lane, inside, KIND)
+    d, d_least, first, second, third = load_scales(data, num_blocks, first_block, block, unit, inside, KIND)
+    return word, next_word, bits, next_bits, d, d_least, first, second, third
 
 
 @triton.jit
@@ -186,13 +204,13 @@ def _floats(codes, zero, SHIFT: tl.constexpr, BITS: tl.constexpr, more, EXACT: t
 @triton.jit
 def _products(
     weights, next_weights, scale, least, x, inside, more,
-    MINIMUM: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr, EVEN: tl.constexpr,
+    MINIMUM: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
 ):  # fmt: skip
     """The sum of eight weights times their values of x."""
     a, b, c, d = weights
     e, f, g, h = next_weights
-    x_a, x_b, x_c, x_d = _four_values(x, inside, FOURS, EVEN)
-    x_e, x_f, x_g, x_h = _four_values(x + 4, inside, FOURS, EVEN)
+    x_a, x_b, x_c, x_d = _four_values(x, inside, FOURS)
+    x_e, x_f, x_g, x_h = _four_values(x + 4, inside, FOURS)
     all_x = ((x_a + x_b) + (x_c + x_d)) + ((x_e + x_f) + (x_g + x_h))
     products = a * x_a if EXACT else a * x_a - more * all_x
     products = d * x_d + (c * x_c + (b * x_b + products))
@@ -201,21 +219,21 @@ def _products(
 
 
 @triton.jit
-def _four_values(x, inside, FOURS: tl.constexpr, EVEN: tl.constexpr):
+def _four_values(x, inside, FOURS: tl.constexpr):
     """Four consecutive values of x as fp32. With FOURS they are bf16 at 8 bytes, and one load."""
     if FOURS:
-        low, high = load_pair(x, inside, EVEN)
+        low, high = load_pair(x, inside)
         x_a, x_b = (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True)
         x_c, x_d = (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True)
     else:
-        x_a, x_b = _value(x, inside, EVEN), _value(x + 1, inside, EVEN)
-        x_c, x_d = _value(x + 2, inside, EVEN), _value(x + 3, inside, EVEN)
+        x_a, x_b = _value(x, inside), _value(x + 1, inside)
+        x_c, x_d = _value(x + 2, inside), _value(x + 3, inside)
     return x_a, x_b, x_c, x_d
 
 
 @triton.jit
-def _value(x, inside, EVEN: tl.constexpr):
-    return tl.load(x, mask=inside, other=None if EVEN else 0.0).to(tl.float32)
+def _value(x, inside):
+    return tl.load(x, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ from scripts.bench.record import add_output_argument, keep, machine
 
 SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
 TOKENS = (1, 2, 4)
-VARIANTS = ((2, 4, 1), (4, 4, 1), (4, 4, 2), (8, 4, 1), (8, 4, 2), (8, 2, 1), (8, 2, 2), (16, 2, 1))  # of stored_linear
+VARIANTS = ((1, 4, 4), (2, 4, 4), (4, 4, 3), (4, 4, 4), (8, 4, 3), (4, 2, 4), (8, 2, 4), (4, 1, 5))  # of stored_linear
 CHECKED_WEIGHTS = 1 << 20
 DTYPES = (torch.bfloat16, torch.float32)
 LARGE_BYTES = 1 << 28  # more than the L2 cache holds
@@ -167,11 +167,11 @@ def compile_ahead(launch: Callable[[], Any]) -> None:
         launch()
 
 
-def measure_variants(kinds: list[str], device: torch.device) -> dict[str, Any]:
+def measure_variants(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     record: dict[str, Any] = {"read_gb_s": memory_gb_s(device), "variants": {}}
     print(record, file=sys.stderr, flush=True)
-    compile_ahead(lambda: [time_variants(kind, SHAPES[0], n, device, launch_once) for kind in kinds for n in TOKENS])
-    for num_tokens in TOKENS:
+    compile_ahead(lambda: [time_variants(kind, SHAPES[0], n, device, launch_once) for kind in kinds for n in tokens])
+    for num_tokens in tokens:
         for kind in kinds:
             found = {str(shape): time_variants(kind, shape, num_tokens, device) for shape in SHAPES}
             record["variants"][f"{kind} x {num_tokens}"] = found
@@ -179,10 +179,10 @@ def measure_variants(kinds: list[str], device: torch.device) -> dict[str, Any]:
     return record
 
 
-def measure(kinds: list[str], device: torch.device) -> dict[str, Any]:
+def measure(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
-        compile_ahead(lambda: check(kinds, device))
-    record = check(kinds, device)
+        compile_ahead(lambda: check(kinds, tokens, device))
+    record = check(kinds, tokens, device)
     print(record, file=sys.stderr, flush=True)
     if device.type == "cpu":
         return record
@@ -192,17 +192,17 @@ def measure(kinds: list[str], device: torch.device) -> dict[str, Any]:
         print(kind, record["dequantise"][kind], file=sys.stderr, flush=True)
     for kind in kinds:
         record["linear"][kind] = {
-            f"{shape} x {n}": time_linear(kind, shape, n, device) for shape in SHAPES for n in TOKENS
+            f"{shape} x {n}": time_linear(kind, shape, n, device) for shape in SHAPES for n in tokens
         }
         print(kind, record["linear"][kind], file=sys.stderr, flush=True)
     return record
 
 
-def check(kinds: list[str], device: torch.device) -> dict[str, Any]:
+def check(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     """Weights whose bits are wrong, and on a GPU the errors of the linear."""
     record: dict[str, Any] = {"differing": {kind: differing_bits(kind, device) for kind in kinds}}
     if device.type == "cuda":
-        cases = [(kind, n, dtype) for kind in kinds for n in TOKENS for dtype in DTYPES]
+        cases = [(kind, n, dtype) for kind in kinds for n in tokens for dtype in DTYPES]
         record["linear_error"] = {
             f"{kind} x {n}, {dtype}": linear_error(kind, n, dtype, device) for kind, n, dtype in cases
         }
@@ -213,11 +213,14 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--kinds", nargs="+", default=list(QUANTISED), choices=QUANTISED, help="of blocks")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N", help="of the linear")
     parser.add_argument("--variants", action="store_true", help="time shapes of the linear's programs instead")
     add_output_argument(parser)
     args = parser.parse_args()
     device = resolve_topology(0, 1, 0, args.device).device
-    measured = (measure_variants if args.variants else measure)(args.kinds, device)
+    measured = (
+        measure_variants(args.kinds, args.tokens, device) if args.variants else measure(args.kinds, args.tokens, device)
+    )
     keep({"benchmark": "stored_kernels", **machine(device), **measured}, args.output_json)
 
 
