@@ -1,13 +1,13 @@
 """The values of quantised weights: one formula a layout of blocks, in torch and in Triton.
 
 A block is `block` consecutive weights of a row in `nbytes` bytes (ggml_types.py): codes of 2 to 8 bits, and scales
-that are fp16, or for the K-quants integers of 4 to 8 bits times one fp16. Results are fp32. Each is the exact value
-rounded once, whatever the order of the operations and whether they are fused (the products of codes and scales are
-exact), so that all kernels that use a formula, and the gguf package, give the same bits.
+that are fp16, or for the K-quants integers of 4 to 8 bits times one fp16. They lie in parts (block_parts.py). Results
+are fp32. Each is the exact value rounded once, whatever the order of the operations and whether they are fused (the
+products of codes and scales are exact), so that all kernels that use a formula, and the gguf package, give the same
+bits.
 
 In Triton weights are addressed as (block, group, lane): the group and the lane make the weight, group * lanes + lane,
-and groups are chosen so that scales depend on block and group alone. Blocks are even numbers of bytes, so a pointer to
-halves reads the fp16.
+and groups are chosen so that scales depend on block and group alone.
 """
 
 from collections.abc import Sequence
@@ -24,107 +24,100 @@ GROUPS = {  # of a block, and so its lanes
 CHUNK_WEIGHTS = 1 << 18  # that plain torch handles at a time: its temporaries stay in the cache
 
 
-def write_values(kind: str, data: Tensor, out: Tensor) -> None:
-    """Writes the weights of `data` (uint8, whole blocks) to `out`, contiguous, of any float dtype: the fp32 value, cast
-    once."""
-    layout = BY_NAME[kind]
-    step = max(1, CHUNK_WEIGHTS // layout.block)
-    blocks, values = data.reshape(-1, layout.nbytes), out.view(-1, layout.block)
-    for first in range(0, len(blocks), step):
-        part = blocks[first : first + step]
-        values[first : first + step] = _FORMULAS[kind](part).view(len(part), layout.block)
+def write_values(kind: str, parts: Sequence[Tensor], out: Tensor) -> None:
+    """Writes the weights of blocks to `out`, contiguous, of any float dtype: the fp32 value, cast once. `parts` are
+    those of block_parts.py, each (blocks, bytes) uint8."""
+    block = BY_NAME[kind].block
+    step, values = max(1, CHUNK_WEIGHTS // block), out.view(-1, block)
+    for first in range(0, len(values), step):
+        some = [part[first : first + step] for part in parts]
+        values[first : first + step] = _FORMULAS[kind](*some).view(-1, block)
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
-    """The fp16 at a byte of each block, (N, 1) fp32."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+def _half(part: Tensor, at: int = 0) -> Tensor:
+    """The fp16 at a byte of each row, (N, 1) fp32."""
+    return part[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
-def _shifted(blocks: Tensor, at: int, runs: tuple[int, int], shifts: Sequence[int], bits: int) -> Tensor:
-    """The codes of so many bits in (h, n) bytes of each block, h runs of n, in turn by each shift: (N, h, len(shifts),
-    n) uint8. Two bytes at a time: what a shift brings from one into the other is masked."""
-    words = blocks.view(torch.int16)[:, at // 2 :][:, : runs[0] * runs[1] // 2].unflatten(1, (runs[0], -1))
-    codes = torch.empty(len(blocks), runs[0], len(shifts), runs[1], dtype=torch.uint8, device=blocks.device)
+def _shifted(part: Tensor, num_runs: int, shifts: Sequence[int], bits: int) -> Tensor:
+    """The codes of so many bits in each row of bytes, in runs, of each run in turn by each shift: (N, num_runs,
+    len(shifts), bytes of a run) uint8. Two bytes at a time: what a shift brings from one into the other is masked."""
+    words = part.view(torch.int16).unflatten(1, (num_runs, -1))
+    codes = torch.empty(len(part), num_runs, len(shifts), 2 * words.shape[2], dtype=torch.uint8, device=part.device)
     for index, shift in enumerate(shifts):
         torch.bitwise_and(words >> shift, 0x0101 * ((1 << bits) - 1), out=codes.view(torch.int16)[:, :, index])
     return codes
 
 
-def _nibbles(blocks: Tensor, at: int) -> Tensor:
+def _nibbles(part: Tensor) -> Tensor:
     """The codes of 16 bytes, low nibbles first: (N, 32) uint8."""
-    return _shifted(blocks, at, (1, 16), (0, 4), 4).view(-1, 32)
+    return _shifted(part, 1, (0, 4), 4).view(-1, 32)
 
 
-def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
-    """Bit i of the 32 at a byte, as 0 or 16, for weight i: (N, 32) uint8."""
-    bits = blocks[:, at : at + 4, None] >> torch.arange(8, dtype=torch.uint8, device=blocks.device) & 1
+def _fifth_bits(part: Tensor) -> Tensor:
+    """Bit i of the 32 of each row, as 0 or 16, for weight i: (N, 32) uint8."""
+    bits = part[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=part.device) & 1
     return bits.reshape(-1, 32) << 4
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    return _nibbles(blocks, 2).float().sub_(8).mul_(_half(blocks, 0))
+def _q4_0(codes: Tensor, scales: Tensor) -> Tensor:
+    return _nibbles(codes).float().sub_(8).mul_(_half(scales))
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
-    return _nibbles(blocks, 4).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+def _q4_1(codes: Tensor, scales: Tensor) -> Tensor:
+    return _nibbles(codes).float().mul_(_half(scales)).add_(_half(scales, 2))
 
 
-def _q5_0(blocks: Tensor) -> Tensor:
-    return (_nibbles(blocks, 6) | _fifth_bits(blocks, 2)).float().sub_(16).mul_(_half(blocks, 0))
+def _q5_0(codes: Tensor, fifth: Tensor, scales: Tensor) -> Tensor:
+    return (_nibbles(codes) | _fifth_bits(fifth)).float().sub_(16).mul_(_half(scales))
 
 
-def _q5_1(blocks: Tensor) -> Tensor:
-    codes = _nibbles(blocks, 8) | _fifth_bits(blocks, 4)
-    return codes.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+def _q5_1(codes: Tensor, fifth: Tensor, scales: Tensor) -> Tensor:
+    both = _nibbles(codes) | _fifth_bits(fifth)
+    return both.float().mul_(_half(scales)).add_(_half(scales, 2))
 
 
-def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+def _q8_0(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.view(torch.int8).float().mul_(_half(scales))
 
 
-def _q2_k(blocks: Tensor) -> Tensor:
-    scales = blocks[:, :16]
-    codes = _shifted(blocks, 16, (2, 32), (0, 2, 4, 6), 2).view(-1, 16, 16)
-    scale, least = _half(blocks, 80) * (scales & 15).float(), _half(blocks, 82) * (scales >> 4).float()
+def _q2_k(codes: Tensor, packed: Tensor, halves: Tensor) -> Tensor:
+    codes = _shifted(codes, 2, (0, 2, 4, 6), 2).view(-1, 16, 16)
+    scale, least = _half(halves) * (packed & 15).float(), _half(halves, 2) * (packed >> 4).float()
     return codes.float().mul_(scale[:, :, None]).sub_(least[:, :, None])
 
 
-def _q3_k(blocks: Tensor) -> Tensor:
-    codes = _shifted(blocks, 32, (2, 32), (0, 2, 4, 6), 2).view(-1, 16, 16)
-    codes |= _shifted(blocks, 0, (1, 32), range(8), 1).view(-1, 16, 16) << 2
-    low = _shifted(blocks, 96, (1, 8), (0, 4), 4).view(-1, 16)
-    top = _shifted(blocks, 104, (1, 4), (0, 2, 4, 6), 2).view(-1, 16)
-    scale = _half(blocks, 108) * (low | top << 4).float().sub_(32)
+def _q3_k(codes: Tensor, third: Tensor, packed: Tensor, half: Tensor) -> Tensor:
+    codes = _shifted(codes, 2, (0, 2, 4, 6), 2).view(-1, 16, 16)
+    codes |= _shifted(third, 1, range(8), 1).view(-1, 16, 16) << 2
+    low = _shifted(packed[:, :8], 1, (0, 4), 4).view(-1, 16)
+    top = _shifted(packed[:, 8:], 1, (0, 2, 4, 6), 2).view(-1, 16)
+    scale = _half(half) * (low | top << 4).float().sub_(32)
     return codes.float().sub_(4).mul_(scale[:, :, None])
 
 
-def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The eight scales and the eight minima in 12 bytes, each (N, 8) uint8."""
+def _scaled(codes: Tensor, packed: Tensor, halves: Tensor) -> Tensor:
+    """The values of Q4_K and Q5_K, whose codes (N, 8, 32) have eight scales and eight minima in 12 bytes."""
     first, second, third = packed.split(4, 1)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], 1)
-    return scales, torch.cat([second & 63, third >> 4 | second >> 6 << 4], 1)
-
-
-def _scaled(blocks: Tensor, codes: Tensor) -> Tensor:
-    """The values of Q4_K and Q5_K, whose codes (N, 8, 32) have the same scales."""
-    scales, minima = _six_bit_scales(blocks[:, 4:16])
-    scale, least = _half(blocks, 0) * scales.float(), _half(blocks, 2) * minima.float()
+    minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], 1)
+    scale, least = _half(halves) * scales.float(), _half(halves, 2) * minima.float()
     return codes.float().mul_(scale[:, :, None]).sub_(least[:, :, None])
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _scaled(blocks, _shifted(blocks, 16, (4, 32), (0, 4), 4).view(-1, 8, 32))
+def _q4_k(codes: Tensor, packed: Tensor, halves: Tensor) -> Tensor:
+    return _scaled(_shifted(codes, 4, (0, 4), 4).view(-1, 8, 32), packed, halves)
 
 
-def _q5_k(blocks: Tensor) -> Tensor:
-    codes = _shifted(blocks, 48, (4, 32), (0, 4), 4).view(-1, 8, 32)
-    return _scaled(blocks, codes | _shifted(blocks, 16, (1, 32), range(8), 1).view(-1, 8, 32) << 4)
+def _q5_k(codes: Tensor, fifth: Tensor, packed: Tensor, halves: Tensor) -> Tensor:
+    codes = _shifted(codes, 4, (0, 4), 4).view(-1, 8, 32) | _shifted(fifth, 1, range(8), 1).view(-1, 8, 32) << 4
+    return _scaled(codes, packed, halves)
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
-    codes = _shifted(blocks, 0, (2, 64), (0, 4), 4).view(-1, 16, 16)
-    codes |= _shifted(blocks, 128, (2, 32), (0, 2, 4, 6), 2).view(-1, 16, 16) << 4
-    scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
+def _q6_k(codes: Tensor, upper: Tensor, scales: Tensor, half: Tensor) -> Tensor:
+    codes = _shifted(codes, 2, (0, 4), 4).view(-1, 16, 16)
+    codes |= _shifted(upper, 2, (0, 2, 4, 6), 2).view(-1, 16, 16) << 4
+    scale = _half(half) * scales.view(torch.int8).float()
     return codes.float().sub_(32).mul_(scale[:, :, None])
 
 
@@ -135,64 +128,70 @@ _FORMULAS = {
 
 
 @triton.jit
-def block_values(data, halves, block, group, lane, KIND: tl.constexpr):
-    """The fp32 values at (block, group, lane), which broadcast; `data` points to bytes and `halves` to the same bytes
-    as fp16."""
+def part_at(data, num_blocks, block, BEFORE: tl.constexpr, SIZE: tl.constexpr):
+    """Points to a block's bytes of a part of SIZE bytes, which comes behind parts of BEFORE bytes a block."""
+    return data + tl.cast(num_blocks, tl.int64) * BEFORE + block * SIZE
+
+
+@triton.jit
+def half_at(part, INDEX: tl.constexpr):
+    """The fp16 of that index at a part's bytes, as fp32."""
+    return tl.load(part.to(tl.pointer_type(tl.float16)) + INDEX).to(tl.float32)
+
+
+@triton.jit
+def block_values(data, num_blocks, block, group, lane, KIND: tl.constexpr):
+    """The fp32 values at (block, group, lane), which broadcast, of `num_blocks` blocks in parts at `data`."""
     if KIND == "Q8_0":
-        code = tl.load(data + block * 34 + 2 + lane).to(tl.int8, bitcast=True).to(tl.float32)
-        value = tl.load(halves + block * 17).to(tl.float32) * code
+        code = tl.load(data + block * 32 + lane).to(tl.int8, bitcast=True).to(tl.float32)
+        value = half_at(part_at(data, num_blocks, block, 32, 2), 0) * code
     elif KIND == "Q4_0" or KIND == "Q4_1" or KIND == "Q5_0" or KIND == "Q5_1":
-        value = _of_32(data, halves, block, group, lane, KIND)
+        value = _of_32(data, num_blocks, block, group, lane, KIND)
     elif KIND == "Q4_K" or KIND == "Q5_K":
-        value = _of_8_groups(data, halves, block, group, lane, KIND)
+        value = _of_8_groups(data, num_blocks, block, group, lane, KIND)
     elif KIND == "Q2_K":
-        value = _q2_k_values(data, halves, block, group, lane)
+        value = _q2_k_values(data, num_blocks, block, group, lane)
     elif KIND == "Q3_K":
-        value = _q3_k_values(data, halves, block, group, lane)
+        value = _q3_k_values(data, num_blocks, block, group, lane)
     else:
         tl.static_assert(KIND == "Q6_K")
-        value = _q6_k_values(data, halves, block, group, lane)
+        value = _q6_k_values(data, num_blocks, block, group, lane)
     return value
 
 
 @triton.jit
-def _of_32(data, halves, block, group, lane, KIND: tl.constexpr):
-    """Q4_0, Q4_1, Q5_0, Q5_1: scale, minimum if there is one, fifth bits if there are any, nibbles."""
+def _of_32(data, num_blocks, block, group, lane, KIND: tl.constexpr):
+    """Q4_0, Q4_1, Q5_0, Q5_1: nibbles, fifth bits if there are any, scale, minimum if there is one."""
     MINIMUM: tl.constexpr = KIND == "Q4_1" or KIND == "Q5_1"
     FIVE: tl.constexpr = KIND == "Q5_0" or KIND == "Q5_1"
-    HEAD: tl.constexpr = 4 if MINIMUM else 2
-    CODES: tl.constexpr = HEAD + 4 if FIVE else HEAD
-    start = data + block * (CODES + 16)
-    code = tl.load(start + CODES + lane).to(tl.int32) >> (4 * group) & 15
+    code = tl.load(data + block * 16 + lane).to(tl.int32) >> (4 * group) & 15
     if FIVE:
-        bits = tl.load(start + HEAD + 2 * group + lane // 8).to(tl.int32)
+        bits = tl.load(part_at(data, num_blocks, block, 16, 4) + 2 * group + lane // 8).to(tl.int32)
         code += (bits >> lane % 8 & 1) << 4
-    scale = tl.load(halves + block * ((CODES + 16) // 2)).to(tl.float32)
+    scales = part_at(data, num_blocks, block, 20 if FIVE else 16, 4 if MINIMUM else 2)
     if MINIMUM:
-        value = scale * code.to(tl.float32) + tl.load(halves + block * ((CODES + 16) // 2) + 1).to(tl.float32)
+        value = half_at(scales, 0) * code.to(tl.float32) + half_at(scales, 1)
     else:
-        value = scale * (code - (16 if FIVE else 8)).to(tl.float32)
+        value = half_at(scales, 0) * (code - (16 if FIVE else 8)).to(tl.float32)
     return value
 
 
 @triton.jit
-def _of_8_groups(data, halves, block, group, lane, KIND: tl.constexpr):
-    """Q4_K and Q5_K: two fp16, scales and minima of six bits, fifth bits if there are any, nibbles."""
+def _of_8_groups(data, num_blocks, block, group, lane, KIND: tl.constexpr):
+    """Q4_K and Q5_K: nibbles, fifth bits if there are any, scales and minima of six bits, two fp16."""
     FIVE: tl.constexpr = KIND == "Q5_K"
-    NBYTES: tl.constexpr = 176 if FIVE else 144
-    start = data + block * NBYTES
-    code = tl.load(start + (NBYTES - 128) + group // 2 * 32 + lane).to(tl.int32) >> (group % 2 * 4) & 15
+    CODES: tl.constexpr = 160 if FIVE else 128
+    code = tl.load(data + block * 128 + group // 2 * 32 + lane).to(tl.int32) >> (group % 2 * 4) & 15
     if FIVE:
-        code += (tl.load(start + 16 + lane).to(tl.int32) >> group & 1) << 4
+        code += (tl.load(part_at(data, num_blocks, block, 128, 32) + lane).to(tl.int32) >> group & 1) << 4
+    packed, halves = part_at(data, num_blocks, block, CODES, 12), part_at(data, num_blocks, block, CODES + 12, 4)
     is_late = group >= 4
-    first = tl.load(start + 4 + group).to(tl.int32)  # of groups 4 to 7: second
-    second = tl.load(start + 8 + group).to(tl.int32)  # of groups 4 to 7: third
-    before = tl.load(start + 4 + group % 4).to(tl.int32)
+    first = tl.load(packed + group).to(tl.int32)  # of groups 4 to 7: second
+    second = tl.load(packed + 4 + group).to(tl.int32)  # of groups 4 to 7: third
+    before = tl.load(packed + group % 4).to(tl.int32)
     scale = tl.where(is_late, second & 15 | before >> 6 << 4, first & 63)
     least = tl.where(is_late, second >> 4 | first >> 6 << 4, second & 63)
-    d = tl.load(halves + block * (NBYTES // 2)).to(tl.float32)
-    d_least = tl.load(halves + block * (NBYTES // 2) + 1).to(tl.float32)
-    return d * scale.to(tl.float32) * code.to(tl.float32) - d_least * least.to(tl.float32)
+    return half_at(halves, 0) * scale.to(tl.float32) * code.to(tl.float32) - half_at(halves, 1) * least.to(tl.float32)
 
 
 @triton.jit
@@ -202,28 +201,30 @@ def _two_bits(codes, group, lane):
 
 
 @triton.jit
-def _q2_k_values(data, halves, block, group, lane):
-    start = data + block * 84
-    code, scales = _two_bits(start + 16, group, lane), tl.load(start + group).to(tl.int32)
-    d, d_least = tl.load(halves + block * 42 + 40).to(tl.float32), tl.load(halves + block * 42 + 41).to(tl.float32)
-    return d * (scales & 15).to(tl.float32) * code.to(tl.float32) - d_least * (scales >> 4).to(tl.float32)
+def _q2_k_values(data, num_blocks, block, group, lane):
+    code = _two_bits(data + block * 64, group, lane)
+    scales = tl.load(part_at(data, num_blocks, block, 64, 16) + group).to(tl.int32)
+    halves = part_at(data, num_blocks, block, 80, 4)
+    scale, least = half_at(halves, 0) * (scales & 15).to(tl.float32), half_at(halves, 1) * (scales >> 4).to(tl.float32)
+    return scale * code.to(tl.float32) - least
 
 
 @triton.jit
-def _q3_k_values(data, halves, block, group, lane):
-    start = data + block * 110
-    code = _two_bits(start + 32, group, lane)
-    code += (tl.load(start + group % 2 * 16 + lane).to(tl.int32) >> (group // 2) & 1) << 2
-    low = tl.load(start + 96 + group % 8).to(tl.int32) >> (group // 8 * 4) & 15
-    top = tl.load(start + 104 + group % 4).to(tl.int32) >> (group // 4 * 2) & 3
+def _q3_k_values(data, num_blocks, block, group, lane):
+    code = _two_bits(data + block * 64, group, lane)
+    third = tl.load(part_at(data, num_blocks, block, 64, 32) + group % 2 * 16 + lane).to(tl.int32)
+    code += (third >> (group // 2) & 1) << 2
+    packed = part_at(data, num_blocks, block, 96, 12)
+    low = tl.load(packed + group % 8).to(tl.int32) >> (group // 8 * 4) & 15
+    top = tl.load(packed + 8 + group % 4).to(tl.int32) >> (group // 4 * 2) & 3
     scale = (low + (top << 4) - 32).to(tl.float32)
-    return tl.load(halves + block * 55 + 54).to(tl.float32) * scale * (code - 4).to(tl.float32)
+    return half_at(part_at(data, num_blocks, block, 108, 2), 0) * scale * (code - 4).to(tl.float32)
 
 
 @triton.jit
-def _q6_k_values(data, halves, block, group, lane):
-    start = data + block * 210
-    low = tl.load(start + group // 8 * 64 + group % 4 * 16 + lane).to(tl.int32) >> (group // 4 % 2 * 4) & 15
-    code = low + (_two_bits(start + 128, group, lane) << 4)
-    scale = tl.load(start + 192 + group).to(tl.int8, bitcast=True).to(tl.float32)
-    return tl.load(halves + block * 105 + 104).to(tl.float32) * scale * (code - 32).to(tl.float32)
+def _q6_k_values(data, num_blocks, block, group, lane):
+    low = tl.load(data + block * 128 + group // 8 * 64 + group % 4 * 16 + lane).to(tl.int32)
+    upper = _two_bits(part_at(data, num_blocks, block, 128, 64), group, lane)
+    code = (low >> (group // 4 % 2 * 4) & 15) + (upper << 4)
+    scale = tl.load(part_at(data, num_blocks, block, 192, 16) + group).to(tl.int8, bitcast=True).to(tl.float32)
+    return half_at(part_at(data, num_blocks, block, 208, 2), 0) * scale * (code - 32).to(tl.float32)

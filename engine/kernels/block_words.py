@@ -1,67 +1,73 @@
-"""The words of quantised blocks: what a linear over stored bits reads 32 bits at a time, in Triton.
+"""The words of quantised blocks: what a linear over stored bits reads of a row 64 bits at a time, in Triton.
 
-A row's blocks are cut into *units* of `lanes` words with the same scales, and a word into `sets` of four codes, a byte
-each, which belong to four consecutive weights: `4 * lane` from the first of the unit's set. (block_values.py describes
-the same blocks weight by weight.)
+The codes of a block (block_parts.py) are cut into *units* of `lanes` words with the same scales, and a word into `sets`
+of four codes, a byte each, which belong to four consecutive weights: `4 * lane` from the first of the unit's set. Words
+are read in pairs, of lanes 2 i and 2 i + 1. (block_values.py describes the same blocks weight by weight.)
 
 Integers are not converted to floats: that is done for 16 to 64 numbers a cycle, where 128 are multiplied. A code is put
-into the mantissa of a power of two instead, the one where its lowest bit counts 1, and the power is subtracted.
-Blocks of 18, 22, 34, 110 and 210 bytes start at even bytes only, so their words are read as two halves.
+into the upper mantissa bits of a power of two instead, so that the float is some power of two more than the code.
 """
 
 from typing import NamedTuple
 
+from penstock.engine.kernels.block_values import part_at
 from penstock.parallel.triton_door import tl, triton
 
 
 class Words(NamedTuple):
     """A layout's units: how many a block has, their lanes, the sets of a word, the weights from one set to the next,
-    the halves (two bytes each) of a block before its words, what is subtracted from a code, and whether a set has a
-    minimum, which is added to the products of scale and codes."""
+    the bits of a code, how many bits higher each set lies than the one before it (0 where its bytes are put together),
+    what is subtracted from a code, and whether a set has a minimum, which is added to the products of scale and
+    codes."""
 
     units: int
     lanes: int
     sets: int
     step: int
-    start: int
+    bits: int
+    higher: int
     less: int
     minimum: bool
 
 
 WORDS = {
-    "Q4_0": Words(1, 4, 2, 16, 1, 8, False), "Q4_1": Words(1, 4, 2, 16, 2, 0, True),
-    "Q5_0": Words(1, 4, 2, 16, 3, 16, False), "Q5_1": Words(1, 4, 2, 16, 4, 0, True),
-    "Q8_0": Words(1, 8, 1, 0, 1, 128, False), "Q2_K": Words(4, 4, 4, 32, 8, 0, True),
-    "Q3_K": Words(4, 4, 4, 32, 16, 4, False), "Q4_K": Words(4, 8, 2, 32, 8, 0, True),
-    "Q5_K": Words(4, 8, 2, 32, 24, 0, True), "Q6_K": Words(8, 4, 2, 64, 0, 32, False),
+    "Q4_0": Words(1, 4, 2, 16, 4, 4, 8, False), "Q4_1": Words(1, 4, 2, 16, 4, 4, 0, True),
+    "Q5_0": Words(1, 4, 2, 16, 5, 0, 16, False), "Q5_1": Words(1, 4, 2, 16, 5, 0, 0, True),
+    "Q8_0": Words(1, 8, 1, 0, 8, 0, 128, False), "Q2_K": Words(4, 4, 4, 32, 2, 2, 0, True),
+    "Q3_K": Words(4, 4, 4, 32, 3, 0, 4, False), "Q4_K": Words(4, 8, 2, 32, 4, 4, 0, True),
+    "Q5_K": Words(4, 8, 2, 32, 5, 0, 0, True), "Q6_K": Words(8, 4, 2, 64, 6, 0, 32, False),
 }  # fmt: skip
 
 
 @triton.jit
-def load_word(rows, at, inside, NBYTES: tl.constexpr, EVEN: tl.constexpr):
-    """The int32 at a half of a row; `rows` points to halves (int16), and blocks have NBYTES bytes."""
-    if NBYTES % 4 == 0:
-        at = tl.max_contiguous(at >> 1, [1, 1, 1])  # a word a thread: x is read so too, and no layout is exchanged
-        return _load(rows.to(tl.pointer_type(tl.int32)) + at, inside, EVEN)
-    else:
-        return _half(rows, at, inside, EVEN) | _half(rows, at + 1, inside, EVEN) << 16
+def load_pair(at, inside):
+    """Two words at 8 bytes, one pair a thread: as no tensor is read otherwise, none changes its layout."""
+    pair = _load(tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 1]), inside)
+    return pair.to(tl.int32), (pair >> 32).to(tl.int32)
 
 
 @triton.jit
-def further_bits(rows, start, unit, lane, inside, KIND: tl.constexpr, NBYTES: tl.constexpr, EVEN: tl.constexpr):
-    """The word with the bits of codes that are not in their own word; any number where there are none."""
-    if KIND == "Q5_0":
-        return load_word(rows, start + 1, inside, NBYTES, EVEN)
-    elif KIND == "Q5_1":
-        return load_word(rows, start + 2, inside, NBYTES, EVEN)
+def _at(data, num_blocks, row, block, BEFORE: tl.constexpr, SIZE: tl.constexpr):
+    """Points to the part of a block of the row that begins with block `row`: a 64-bit base that no turn of a loop
+    changes, and 32 bits."""
+    return part_at(data, num_blocks, row, BEFORE, SIZE) + block * SIZE
+
+
+@triton.jit
+def further_bits(data, num_blocks, row, block, unit, lane, inside, KIND: tl.constexpr):
+    """The pair of words with the bits of codes that are not in their own words; any numbers where there are none."""
+    if KIND == "Q5_0" or KIND == "Q5_1":
+        bits = _load(_at(data, num_blocks, row, block, 16, 4).to(tl.pointer_type(tl.int32)), inside)
+        return bits, bits
     elif KIND == "Q5_K":
-        return load_word(rows, start + 8 + 2 * lane, inside, NBYTES, EVEN)
+        return load_pair(_at(data, num_blocks, row, block, 128, 32) + 4 * lane, inside)
     elif KIND == "Q3_K":
-        return load_word(rows, start + 8 * (unit & 1) + 2 * lane, inside, NBYTES, EVEN)
+        return load_pair(_at(data, num_blocks, row, block, 64, 32) + (16 * (unit & 1) + 4 * lane), inside)
     elif KIND == "Q6_K":
-        return load_word(rows, start + 64 + (unit >> 2) * 16 + 8 * (unit & 1) + 2 * lane, inside, NBYTES, EVEN)
+        at = 32 * (unit >> 2) + 16 * (unit & 1) + 4 * lane
+        return load_pair(_at(data, num_blocks, row, block, 128, 64) + at, inside)
     else:
-        return lane
+        return lane, lane
 
 
 @triton.jit
@@ -78,62 +84,87 @@ def first_weight(unit, KIND: tl.constexpr):
 
 
 @triton.jit
-def set_weights(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr, LESS: tl.constexpr):
-    """The four codes of a set as fp32, each less LESS."""
+def set_bytes(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr):
+    """The four codes of a set in the bytes of a word, `higher * SET` bits up, among others where that is not 0."""
     if KIND == "Q8_0":
-        return _four_floats(word ^ -0x7F7F7F80, 0, 8, LESS)  # the sign's bit: from -128..127 to 0..255
-    elif KIND == "Q2_K":
-        return _four_floats(word, 2 * SET, 2, LESS)
+        return word ^ -0x7F7F7F80  # the sign's bit: from -128..127 to 0..255
     elif KIND == "Q3_K":
-        upper = bits >> 4 * (unit >> 1) + SET & 0x01010101
-        return _four_floats(word >> 2 * SET & 0x03030303 | upper << 2, 0, 3, LESS)
+        return word >> 2 * SET & 0x03030303 | (bits >> 4 * (unit >> 1) + SET & 0x01010101) << 2
     elif KIND == "Q6_K":
-        upper = bits >> 2 * (unit >> 1 & 1) + 4 * SET & 0x03030303
-        return _four_floats(word >> 4 * SET & 0x0F0F0F0F | upper << 4, 0, 6, LESS)
+        return word >> 4 * SET & 0x0F0F0F0F | (bits >> 2 * (unit >> 1 & 1) + 4 * SET & 0x03030303) << 4
     elif KIND == "Q5_K":
-        upper = bits >> 2 * unit + SET & 0x01010101
-        return _four_floats(word >> 4 * SET & 0x0F0F0F0F | upper << 4, 0, 5, LESS)
+        return word >> 4 * SET & 0x0F0F0F0F | (bits >> 2 * unit + SET & 0x01010101) << 4
     elif KIND == "Q5_0" or KIND == "Q5_1":
-        upper = (bits >> 16 * SET + 4 * lane & 15) * 0x00204081 & 0x01010101  # bit i to byte i
-        return _four_floats(word >> 4 * SET & 0x0F0F0F0F | upper << 4, 0, 5, LESS)
+        upper = (bits >> 4 * lane + 16 * SET & 15) * 0x00204081 & 0x01010101  # bit i to byte i
+        return word >> 4 * SET & 0x0F0F0F0F | upper << 4
     else:
-        return _four_floats(word, 4 * SET, 4, LESS)
+        return word
 
 
 @triton.jit
-def load_scales(rows, start, unit, inside, KIND: tl.constexpr, NBYTES: tl.constexpr, EVEN: tl.constexpr):
-    """Two fp32 of the block and two words of packed numbers, of which set_scales makes the scales of a unit."""
+def code_float(codes, zero, BYTE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """A byte's BITS bits from SHIFT on as fp32, plus 2**(8 - SHIFT). `zero` is 0, which the compiler does not know: so
+    the mask and the exponent are no two constants, of which an instruction takes but one."""
+    if BYTE < 2:
+        moved = codes << 15 - 8 * BYTE
+    else:
+        moved = codes >> 8 * BYTE - 15
+    placed = moved & ((1 << BITS) - 1 << 15 + SHIFT) | (zero + (127 + 8 - SHIFT << 23))
+    return placed.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_scales(data, num_blocks, row, block, unit, inside, KIND: tl.constexpr):
+    """Two fp16 of the block and three words of packed numbers, as they are stored; unit_scales reads them. Any numbers
+    stand for those that a format does not have."""
     if KIND == "Q4_K" or KIND == "Q5_K":
-        at, is_late = start + 2 + (unit & 1), unit >= 2
-        first, second = _half(rows, at, inside, EVEN), _half(rows, at + 2, inside, EVEN)
-        third = _half(rows, at + 4, inside, EVEN)
+        CODES: tl.constexpr = 160 if KIND == "Q5_K" else 128
+        packed = (_at(data, num_blocks, row, block, CODES, 12) + 2 * (unit & 1)).to(tl.pointer_type(tl.uint16))
+        halves = _at(data, num_blocks, row, block, CODES + 12, 4)
+        first, second, third = _load(packed, inside), _load(packed + 2, inside), _load(packed + 4, inside)
+        return _half(halves, 0, inside), _half(halves, 1, inside), first, second, third
+    elif KIND == "Q2_K":
+        halves = _at(data, num_blocks, row, block, 80, 4)
+        first, second = load_pair(_at(data, num_blocks, row, block, 64, 16) + 8 * (unit >> 1), inside)
+        return _half(halves, 0, inside), _half(halves, 1, inside), first, second, second
+    elif KIND == "Q3_K":
+        packed = _at(data, num_blocks, row, block, 96, 12).to(tl.pointer_type(tl.int32))
+        d = _half(_at(data, num_blocks, row, block, 108, 2), 0, inside)
+        return d, d, _load(packed, inside), _load(packed + 1, inside), _load(packed + 2, inside)
+    elif KIND == "Q6_K":
+        at = _at(data, num_blocks, row, block, 192, 16) + ((unit >> 2) * 8 + (unit & 3))
+        d = _half(_at(data, num_blocks, row, block, 208, 2), 0, inside)
+        first, second = _load(at, inside), _load(at + 4, inside)
+        return d, d, first, second, second
+    elif KIND == "Q4_1" or KIND == "Q5_1":
+        halves = _at(data, num_blocks, row, block, 20 if KIND == "Q5_1" else 16, 4)
+        return _half(halves, 0, inside), _half(halves, 1, inside), unit, unit, unit
+    else:
+        CODES: tl.constexpr = 32 if KIND == "Q8_0" else 20 if KIND == "Q5_0" else 16
+        d = _half(_at(data, num_blocks, row, block, CODES, 2), 0, inside)
+        return d, d, unit, unit, unit
+
+
+@triton.jit
+def unit_scales(first, second, third, unit, KIND: tl.constexpr):
+    """Two words of packed numbers, of which set_scales makes the scales of a unit's sets."""
+    if KIND == "Q4_K" or KIND == "Q5_K":
+        first, second, third, is_late = first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), unit >= 2
         scales = tl.where(is_late, third & 0x0F0F | first >> 2 & 0x3030, first & 0x3F3F)
         minima = tl.where(is_late, third >> 4 & 0x0F0F | second >> 2 & 0x3030, second & 0x3F3F)
-        return _float(rows, start, inside, EVEN), _float(rows, start + 1, inside, EVEN), scales, minima
+        return scales, minima
     elif KIND == "Q2_K":
-        at, shift = start + 4 * (unit >> 1), 8 * (unit & 1)
-        first, second = load_word(rows, at, inside, NBYTES, EVEN), load_word(rows, at + 2, inside, NBYTES, EVEN)
-        d, least = _float(rows, start + 40, inside, EVEN), _float(rows, start + 41, inside, EVEN)
-        return d, least, first >> shift, second >> shift
+        shift = 8 * (unit & 1)
+        return first >> shift, second >> shift
     elif KIND == "Q3_K":
         shift = 8 * (unit & 1) + 4 * (unit >> 1)
-        first, second = (
-            load_word(rows, start + 48, inside, NBYTES, EVEN),
-            load_word(rows, start + 50, inside, NBYTES, EVEN),
+        top = third >> shift
+        return (
+            first >> shift & 0x000F000F | (top & 0x00030003) << 4,
+            second >> shift & 0x000F000F | (top & 0x000C000C) << 2,
         )
-        top = load_word(rows, start + 52, inside, NBYTES, EVEN) >> shift
-        first = first >> shift & 0x000F000F | (top & 0x00030003) << 4
-        second = second >> shift & 0x000F000F | (top & 0x000C000C) << 2
-        d = _float(rows, start + 54, inside, EVEN)
-        return d, d, first, second
-    elif KIND == "Q6_K":
-        at = 192 + (unit >> 2) * 8 + (unit & 3)
-        d = _float(rows, start + 104, inside, EVEN)
-        return d, d, _byte(rows, start, at, inside, EVEN), _byte(rows, start, at + 4, inside, EVEN)
     else:
-        d = _float(rows, start, inside, EVEN)
-        least = _float(rows, start + 1, inside, EVEN) if KIND == "Q4_1" or KIND == "Q5_1" else d
-        return d, least, unit, unit
+        return first.to(tl.int32), second.to(tl.int32)
 
 
 @triton.jit
@@ -153,43 +184,16 @@ def set_scales(d, least, first, second, SET: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _four_floats(codes, SHIFT: tl.constexpr, BITS: tl.constexpr, LESS: tl.constexpr):
-    """Each byte's BITS bits from SHIFT on, as fp32 less LESS."""
-    upper = codes >> 16
-    a, b = _from_mantissa(codes, SHIFT, BITS, LESS), _from_mantissa(codes, 8 + SHIFT, BITS, LESS)
-    c, d = _from_mantissa(upper, SHIFT, BITS, LESS), _from_mantissa(upper, 8 + SHIFT, BITS, LESS)
-    return a, b, c, d
-
-
-@triton.jit
-def _from_mantissa(codes, SHIFT: tl.constexpr, BITS: tl.constexpr, LESS: tl.constexpr):
-    """The BITS bits from SHIFT on as fp32 less LESS, by way of the power of two where bit SHIFT of a mantissa is 1."""
-    EXPONENT: tl.constexpr = 23 - SHIFT
-    placed = codes & ((1 << BITS) - 1 << SHIFT) | (127 + EXPONENT << 23)
-    return placed.to(tl.float32, bitcast=True) - (2.0**EXPONENT + LESS)
-
-
-@triton.jit
 def _one(code):
-    """The lowest byte of an int32 as fp32."""
-    return _from_mantissa(code, 0, 8, 0)
+    """The lowest byte of an int32 as fp32: it is put into the lowest mantissa bits of 2**23."""
+    return (code & 255 | 150 << 23).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
-def _byte(rows, start, at, inside, EVEN: tl.constexpr):
-    return _load(rows.to(tl.pointer_type(tl.uint8)) + (2 * start + at), inside, EVEN).to(tl.int32)
+def _half(part, INDEX: tl.constexpr, inside):
+    return _load(part.to(tl.pointer_type(tl.float16)) + INDEX, inside)
 
 
 @triton.jit
-def _half(rows, at, inside, EVEN: tl.constexpr):
-    return _load(rows.to(tl.pointer_type(tl.uint16)) + at, inside, EVEN).to(tl.int32)
-
-
-@triton.jit
-def _float(rows, at, inside, EVEN: tl.constexpr):
-    return _load(rows.to(tl.pointer_type(tl.float16)) + at, inside, EVEN).to(tl.float32)
-
-
-@triton.jit
-def _load(pointers, inside, EVEN: tl.constexpr):
-    return tl.load(pointers, mask=inside, other=None if EVEN else 0)
+def _load(pointers, inside):
+    return tl.load(pointers, mask=inside, other=0)

@@ -1,11 +1,11 @@
 """Dequantises stored weights to a float dtype, bit for bit as the gguf package: fp32 values, cast once.
 
-A program handles a run of consecutive blocks, and writes their weights in order. A thread's codes lie together, so that
-loads are as wide as the layout's alignment allows: 16 bytes for Q4_K and Q5_K, 2 to 8 for the others.
+A program handles a run of consecutive blocks, and writes their weights in order. A thread's codes lie together.
 Not tried on a GPU yet: other numbers of weights a program, and codes by way of shared memory.
 """
 
 import torch
+from penstock.engine.kernels.block_parts import split_parts
 from penstock.engine.kernels.block_values import GROUPS, block_values, write_values
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.overlap import options, wait_for_inputs
@@ -18,8 +18,8 @@ NUM_WARPS = 4
 
 
 def dequantise(kind: str, data: Tensor, out: Tensor) -> None:
-    """Writes the weights of `data` (uint8, whole blocks of `kind`, from a 16-byte boundary) to `out`: as many weights,
-    contiguous, of a float dtype."""
+    """Writes the weights of `data` (uint8, blocks of `kind` in parts, from a 16-byte boundary) to `out`: as many
+    weights, contiguous, of a float dtype."""
     layout = BY_NAME[kind]
     assert data.dtype == torch.uint8 and data.is_contiguous() and out.is_contiguous(), "dequantise: strides"
     assert data.numel() * layout.block == out.numel() * layout.nbytes, "dequantise: sizes do not fit each other"
@@ -31,7 +31,7 @@ def dequantise(kind: str, data: Tensor, out: Tensor) -> None:
 def dequantise_reference(kind: str, data: Tensor, out: Tensor) -> None:
     """Does the same in plain torch."""
     calls["reference"] += 1
-    write_values(kind, data, out)
+    write_values(kind, split_parts(kind, data), out)
 
 
 def _dequantise_triton(kind: str, data: Tensor, out: Tensor) -> None:
@@ -39,9 +39,8 @@ def _dequantise_triton(kind: str, data: Tensor, out: Tensor) -> None:
     calls["triton"] += 1
     layout, groups = BY_NAME[kind], GROUPS[kind]
     num_blocks, blocks = out.numel() // layout.block, PROGRAM_WEIGHTS // layout.block
-    flat = data.view(-1)
     _dequantise_blocks[(triton.cdiv(num_blocks, blocks),)](
-        *(flat, flat.view(torch.float16), out, num_blocks, kind, blocks, groups, layout.block // groups),
+        *(data.view(-1), out, num_blocks, kind, blocks, groups, layout.block // groups),
         **options(out.device),
         num_warps=NUM_WARPS,
     )
@@ -49,13 +48,13 @@ def _dequantise_triton(kind: str, data: Tensor, out: Tensor) -> None:
 
 @triton.jit
 def _dequantise_blocks(
-    data, halves, out, num_blocks,
+    data, out, num_blocks,
     KIND: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None, None]
     group, lane = tl.arange(0, GROUPS)[None, :, None], tl.arange(0, LANES)[None, None, :]
     inside = block < num_blocks
     wait_for_inputs(OVERLAPS)
-    values = block_values(data, halves, tl.minimum(block, num_blocks - 1), group, lane, KIND)
+    values = block_values(data, num_blocks, tl.minimum(block, num_blocks - 1), group, lane, KIND)
     weight = (block * GROUPS + group) * LANES + lane
     tl.store(out + weight, values.to(out.dtype.element_ty), mask=inside)

@@ -33,3 +33,13 @@ _SIZES = {
 }  # fmt: skip
 GGML_TYPES = {number: GGMLType(*sizes) for number, sizes in _SIZES.items()}  # by their id in a file
 BY_NAME = {each.name: each for each in GGML_TYPES.values()}
+
+# How blocks are kept once they are read, codes apart from scales: of each part its first byte in a file's block and its
+# bytes. They are codes (of Q6_K their four lower bits), the bits that codes have beyond, integer scales, and the fp16
+# scale, with the fp16 minimum behind it if there is one.
+PARTS = {
+    "Q4_0": ((2, 16), (0, 2)), "Q4_1": ((4, 16), (0, 4)), "Q5_0": ((6, 16), (2, 4), (0, 2)),
+    "Q5_1": ((8, 16), (4, 4), (0, 4)), "Q8_0": ((2, 32), (0, 2)), "Q2_K": ((16, 64), (0, 16), (80, 4)),
+    "Q3_K": ((32, 64), (0, 32), (96, 12), (108, 2)), "Q4_K": ((16, 128), (4, 12), (0, 4)),
+    "Q5_K": ((48, 128), (16, 32), (4, 12), (0, 4)), "Q6_K": ((0, 128), (128, 64), (192, 16), (208, 2)),
+}  # fmt: skip

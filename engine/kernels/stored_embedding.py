@@ -6,6 +6,7 @@ zeros, and only the rows that are needed cross the link, as they are stored. The
 """
 
 import torch
+from penstock.engine.kernels.block_parts import split_parts
 from penstock.engine.kernels.block_values import GROUPS, block_values, write_values
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.parallel.triton_door import require_triton, tl, triton
@@ -16,9 +17,9 @@ PROGRAM_WEIGHTS = 1024
 
 
 def embed_stored_rows(kind: str, table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:
-    """Computes out (T, D) = dequantised rows `tokens - first` of `table` (V, bytes of a row) uint8, in blocks of
-    `kind`, with zeros for tokens outside [first, first + V). `table` is on the device, or in registered host memory
-    that a CUDA device can read."""
+    """Computes out (T, D) = dequantised rows `tokens - first` of `table` (V, bytes of a row) uint8, blocks of
+    `kind` in parts, with zeros for tokens outside [first, first + V). `table` is on the device, or in registered host
+    memory that a CUDA device can read."""
     run = _embed_stored_rows_triton if out.is_cuda else embed_stored_rows_reference
     run(kind, table, tokens, first, out)
 
@@ -29,7 +30,9 @@ def embed_stored_rows_reference(kind: str, table: Tensor, tokens: Tensor, first:
     local = tokens - first
     mine = (local >= 0) & (local < len(table))
     rows = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    write_values(kind, table.index_select(0, local.clamp(0, len(table) - 1)), rows)
+    chosen, width = local.clamp(0, len(table) - 1), BY_NAME[kind].block
+    parts = [part.view(len(table), -1).index_select(0, chosen) for part in split_parts(kind, table)]
+    write_values(kind, [part.view(rows.numel() // width, -1) for part in parts], rows)
     out.copy_(rows.masked_fill_(~mine[:, None], 0))
 
 
@@ -43,14 +46,14 @@ def _embed_stored_rows_triton(kind: str, table: Tensor, tokens: Tensor, first: i
     calls["triton"] += 1
     blocks = PROGRAM_WEIGHTS // layout.block
     _gather_stored_rows[(len(tokens), triton.cdiv(row_blocks, blocks))](
-        *(table, table.view(torch.float16), tokens, out, first, len(table), row_blocks, out.stride(0)),
+        *(table, tokens, out, first, len(table), row_blocks, out.stride(0)),
         *(kind, blocks, groups, layout.block // groups),
     )
 
 
 @triton.jit
 def _gather_stored_rows(
-    table, halves, tokens, out, first, num_rows, row_blocks, out_row,
+    table, tokens, out, first, num_rows, row_blocks, out_row,
     KIND: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -60,6 +63,7 @@ def _gather_stored_rows(
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[:, None, None]
     group, lane = tl.arange(0, GROUPS)[None, :, None], tl.arange(0, LANES)[None, None, :]
     inside = block < row_blocks
-    values = block_values(table, halves, token * row_blocks + tl.minimum(block, row_blocks - 1), group, lane, KIND)
+    stored = token * row_blocks + tl.minimum(block, row_blocks - 1)
+    values = block_values(table, num_rows * row_blocks, stored, group, lane, KIND)
     column = (block * GROUPS + group) * LANES + lane
     tl.store(out + row * out_row + column, tl.where(mine, values, 0.0).to(out.dtype.element_ty), mask=inside)

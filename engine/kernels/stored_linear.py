@@ -2,32 +2,36 @@
 
 Shapes: T tokens of x, at most MOST_TOKENS; N output columns, D input width.
 At a few tokens the time of a linear is that of reading its weight, so 2.6 to 8.5 bits are read where floats would be
-written and read again. Codes are multiplied and added in fp32, four at a time, then their scale; the sum is rounded
+written and read again. Codes are multiplied and added in fp32, eight at a time, then their scale; the sum is rounded
 once. So the result is not that of `linear` over bf16 floats, which were rounded before: which of both runs is the same
 wherever the weight lies (model/weight_formats.py).
 
-A program owns BLOCK_N rows and walks D in units of words (block_words.py). What binds is not memory but instructions,
-of which loads cost most. So codes become floats in one operation, four bf16 values of x are one load, and a load of x
-serves BLOCK_N rows. All lanes lie along D, a word a thread, and scales are loaded for each word anew: so no tensor
-changes its layout in the loop, which would go through shared memory. No partial sums in memory, no atomics.
-On an H200 a variant with the same loads had of the read rate, at one token: Q4_0 0.23, Q8_0 0.35, Q4_K 0.16.
-Codes converted by `to(float32)`, words of two bytes and single values of x had 0.15 and 0.30. Not tried: codes and
-scales apart, at 16 bytes, so that one load has the codes of a block (blocks begin at even bytes only).
+A program owns `rows` rows and walks D. A thread has a pair of words of codes (block_words.py) of each of the rows at a
+time: all tensors are (rows, threads), so that none changes its layout in the loop, which would go through shared
+memory. What binds is not memory but instructions. So a code becomes a float in one and a half of them, four bf16 values
+of x are one load, and a load of x serves all rows. No partial sums in memory, no atomics: the order of sums depends on
+the shape alone.
+
+A float is `offset` more than its code. Where x is bf16 the offsets are not subtracted of each: offset times the sum of
+x is, of all of a set together, at 16 to 60 times the rounding of fp32, which is a thousandth of that of bf16.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from penstock.engine.kernels.block_parts import split_parts
 from penstock.engine.kernels.block_values import CHUNK_WEIGHTS, write_values
 from penstock.engine.kernels.block_words import (
     WORDS,
+    code_float,
     first_weight,
     further_bits,
+    load_pair,
     load_scales,
-    load_word,
+    set_bytes,
     set_scales,
-    set_weights,
+    unit_scales,
 )
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.overlap import options, wait_for_inputs
@@ -36,7 +40,14 @@ from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
 MOST_TOKENS = 4
-Config = tuple[int, int, int, int]  # BLOCK_N, words of a row in a turn, num_warps, turns unrolled
+
+
+class Config(NamedTuple):
+    """The shape of a program: its rows, its warps, and the turns whose loads are under way."""
+
+    rows: int
+    num_warps: int
+    stages: int
 
 
 class StoredRun(NamedTuple):
@@ -44,7 +55,7 @@ class StoredRun(NamedTuple):
 
     kind: str
     first_row: int
-    data: Tensor  # (rows, bytes of a row) uint8
+    data: Tensor  # (rows, bytes of a row) uint8, in parts of all rows
 
 
 class StoredMatrix(NamedTuple):
@@ -73,84 +84,88 @@ def stored_linear(x: Tensor, runs: Sequence[StoredRun], bias: Tensor | None, out
 def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Does the same for one run in plain torch: floats of some rows at a time."""
     calls["reference"] += 1
-    width = x.shape[1]
+    width, row_blocks = x.shape[1], x.shape[1] // BY_NAME[kind].block
     step = max(1, 16 * CHUNK_WEIGHTS // width)
     for first in range(0, len(data), step):
-        part = data[first : first + step]
-        floats = torch.empty(len(part), width, dtype=torch.float32, device=x.device)
-        write_values(kind, part, floats)
+        stop = min(first + step, len(data))
+        floats = torch.empty(stop - first, width, dtype=torch.float32, device=x.device)
+        write_values(kind, [part[first * row_blocks : stop * row_blocks] for part in split_parts(kind, data)], floats)
         sums = x.float() @ floats.t()
         if bias is not None:
-            sums += bias[first : first + step].float()
-        out[:, first : first + step] = sums
+            sums += bias[first:stop].float()
+        out[:, first:stop] = sums
 
 
-def config(kind: str) -> Config:
-    """Chooses the block shape for a format, as measured on an H200 for Q4_0, Q8_0 and Q4_K: more rows, words or warps
-    only take registers. Unrolling the walk of the K-quants would take the compiler long."""
-    return 2, 128, 1, 4 if BY_NAME[kind].block == 32 else 1
+def config(kind: str, num_tokens: int) -> Config:
+    """Chooses the shape of a program."""
+    return Config(4, 4, 4)
 
 
 def _stored_linear_triton(
-    x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor, blocks: Config | None = None
+    x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor, shape: Config | None = None
 ) -> None:
     require_triton("stored_linear on a GPU", "device='cpu'")
     layout, words = BY_NAME[kind], WORDS[kind]
     (num_tokens, width), num_rows = x.shape, len(data)
     assert x.stride(1) == out.stride(1) == 1, "stored_linear: the last dim of x and out must have stride 1"
     assert data.is_contiguous(), "stored_linear: strides: stored rows have no gaps"
-    assert data.data_ptr() % 4 == 0, "stored_linear: stored rows begin at a word"
+    assert data.data_ptr() % 16 == 0, "stored_linear: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     calls["triton"] += 1
-    block_n, walk_words, num_warps, unroll = blocks or config(kind)
-    row_units, units = width // layout.block * words.units, walk_words // words.lanes
+    rows, num_warps, stages = shape or config(kind, num_tokens)
+    row_pairs = width // layout.block * words.units * words.lanes // 2
     fours = x.dtype == torch.bfloat16 and x.data_ptr() % 8 == 0 and (num_tokens == 1 or x.stride(0) % 4 == 0)
-    _stored_gemv[(triton.cdiv(num_rows, block_n),)](
-        *(x, data.view(torch.int16), bias, out, x.stride(0), out.stride(0), num_rows, row_units),
-        *(kind, layout.block, layout.nbytes, *words),
-        **{"BIAS": bias is not None, "TOKENS": num_tokens, "EVEN": row_units % units == 0, "FOURS": fours},
-        **{"BLOCK_N": block_n, "UNITS": units, "UNROLL": unroll, **options(x.device)},
+    _stored_gemv[(triton.cdiv(num_rows, rows),)](
+        *(x, data, bias, out, x.stride(0), out.stride(0), num_rows, row_pairs, 0, kind, layout.block, *words),
+        **{"BIAS": bias is not None, "TOKENS": num_tokens},
+        **{"EXACT": x.dtype != torch.bfloat16, "FOURS": fours},
+        **{"ROWS": rows, "PAIRS": 32 * num_warps, "STAGES": stages, **options(x.device)},
         num_warps=num_warps,
     )
 
 
 @triton.jit
 def _stored_gemv(
-    x, data, bias, out, x_row, out_row, num_rows, row_units,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, NBYTES: tl.constexpr, BLOCK_UNITS: tl.constexpr, LANES: tl.constexpr,
-    SETS: tl.constexpr, STEP: tl.constexpr, START: tl.constexpr, LESS: tl.constexpr, MINIMUM: tl.constexpr,
-    BIAS: tl.constexpr, TOKENS: tl.constexpr, EVEN: tl.constexpr, FOURS: tl.constexpr,
-    BLOCK_N: tl.constexpr, UNITS: tl.constexpr, UNROLL: tl.constexpr, OVERLAPS: tl.constexpr,
+    x, data, bias, out, x_row, out_row, num_rows, row_pairs, zero,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, SETS: tl.constexpr,
+    STEP: tl.constexpr, BITS: tl.constexpr, HIGHER: tl.constexpr, LESS: tl.constexpr, MINIMUM: tl.constexpr,
+    BIAS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    HALVES: tl.constexpr = NBYTES // 2
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(n, num_rows - 1).to(tl.int64)[:, None, None]  # (BLOCK_N, 1, 1)
-    rows = data + row * (row_units // BLOCK_UNITS * HALVES)
-    lane = tl.arange(0, LANES)[None, None, :]
-    sums_0 = tl.zeros((BLOCK_N, UNITS, LANES), tl.float32)
+    BLOCK_PAIRS: tl.constexpr = UNITS * LANES // 2
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(n, num_rows - 1).to(tl.int64)[:, None]  # (ROWS, 1)
+    row_blocks = row_pairs // BLOCK_PAIRS
+    num_blocks, first_block, codes = num_rows * row_blocks, row * row_blocks, data + row * row_pairs * 8
+    sums_0 = tl.zeros((ROWS, PAIRS), tl.float32)
     sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
     wait_for_inputs(OVERLAPS)
-    for first in tl.range(0, row_units, UNITS, loop_unroll_factor=UNROLL):
-        at = first + tl.arange(0, UNITS)[None, :, None]  # (1, UNITS, 1)
-        inside = None if EVEN else at < row_units
-        block, unit = at // BLOCK_UNITS, at % BLOCK_UNITS
-        start = block * HALVES + lane * 0  # of all words, so that scales have their layout
-        word = load_word(rows, start + (START + unit * 2 * LANES) + 2 * lane, inside, NBYTES, EVEN)
-        bits = further_bits(rows, start, unit, lane, inside, KIND, NBYTES, EVEN)
-        d, d_least, packed, further = load_scales(rows, start, unit, inside, KIND, NBYTES, EVEN)
+    lanes = tl.arange(0, PAIRS)[None, :]  # (1, PAIRS)
+    for first in tl.range(0, row_pairs, PAIRS, num_stages=STAGES):
+        at = first + lanes
+        loaded = _load_turn(data, codes, num_blocks, first_block, at, row_pairs, KIND, BLOCK_PAIRS, LANES)
+        word, next_word, bits, next_bits, d, d_least, first_scales, second_scales, third_scales = loaded
+        inside = at < row_pairs
+        block, pair = at // BLOCK_PAIRS, at % BLOCK_PAIRS
+        unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
+        packed, further = unit_scales(first_scales, second_scales, third_scales, unit, KIND)
         column = x + (block * BLOCK + first_weight(unit, KIND) + 4 * lane)
         for SET in tl.static_range(SETS):
-            scale, least = set_scales(d, d_least, packed, further, SET, KIND)
-            weights = set_weights(word, bits, unit, lane, SET, KIND, LESS)
+            scale, least = set_scales(d.to(tl.float32), d_least.to(tl.float32), packed, further, SET, KIND)
+            more = 2.0 ** (8 - SET * HIGHER) + LESS
+            a = _floats(set_bytes(word, bits, unit, lane, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
+            b = _floats(
+                set_bytes(next_word, next_bits, unit, lane + 1, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT
+            )
             here = column + SET * STEP
-            sums_0 += _products(weights, scale, least, here, inside, MINIMUM, FOURS, EVEN)
+            sums_0 += _products(a, b, scale, least, here, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 1:
-                sums_1 += _products(weights, scale, least, here + x_row, inside, MINIMUM, FOURS, EVEN)
+                sums_1 += _products(a, b, scale, least, here + x_row, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 2:
-                sums_2 += _products(weights, scale, least, here + 2 * x_row, inside, MINIMUM, FOURS, EVEN)
+                sums_2 += _products(a, b, scale, least, here + 2 * x_row, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 3:
-                sums_3 += _products(weights, scale, least, here + 3 * x_row, inside, MINIMUM, FOURS, EVEN)
-    added = tl.zeros((BLOCK_N,), tl.float32)
+                sums_3 += _products(a, b, scale, least, here + 3 * x_row, inside, more, MINIMUM, EXACT, FOURS)
+    added = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         added = tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)
     _store_sums(out, n, num_rows, sums_0, added)
@@ -163,35 +178,65 @@ def _stored_gemv(
 
 
 @triton.jit
-def _products(weights, scale, least, x, inside, MINIMUM: tl.constexpr, FOURS: tl.constexpr, EVEN: tl.constexpr):
-    """The sum of four weights times their values of x."""
-    a, b, c, d = weights
-    x_a, x_b, x_c, x_d = _four_values(x, inside, FOURS, EVEN)
-    products = scale * (a * x_a + b * x_b + c * x_c + d * x_d)
-    return products + least * ((x_a + x_b) + (x_c + x_d)) if MINIMUM else products
+def _load_turn(
+    data, codes, num_blocks, first_block, at, row_pairs,
+    KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """What a turn reads of a row: a pair of words of codes, one of further bits, and scales, as they are stored."""
+    inside, block, pair = at < row_pairs, at // BLOCK_PAIRS, at % BLOCK_PAIRS
+    unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
+    word, next_word = load_pair(codes + at * 8, inside)
+    bits, next_bits = further_bits(data, num_blocks, first_block, block, unit, lane, inside, KIND)
+    d, d_least, first, second, third = load_scales(data, num_blocks, first_block, block, unit, inside, KIND)
+    return word, next_word, bits, next_bits, d, d_least, first, second, third
 
 
 @triton.jit
-def _four_values(x, inside, FOURS: tl.constexpr, EVEN: tl.constexpr):
+def _floats(codes, zero, SHIFT: tl.constexpr, BITS: tl.constexpr, more, EXACT: tl.constexpr):
+    """The four codes of a word as fp32: EXACT, or `more` than they are."""
+    a, b = code_float(codes, zero, 0, SHIFT, BITS), code_float(codes, zero, 1, SHIFT, BITS)
+    c, d = code_float(codes, zero, 2, SHIFT, BITS), code_float(codes, zero, 3, SHIFT, BITS)
+    if EXACT:
+        a, b, c, d = a - more, b - more, c - more, d - more
+    return a, b, c, d
+
+
+@triton.jit
+def _products(
+    weights, next_weights, scale, least, x, inside, more,
+    MINIMUM: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
+):  # fmt: skip
+    """The sum of eight weights times their values of x."""
+    a, b, c, d = weights
+    e, f, g, h = next_weights
+    x_a, x_b, x_c, x_d = _four_values(x, inside, FOURS)
+    x_e, x_f, x_g, x_h = _four_values(x + 4, inside, FOURS)
+    all_x = ((x_a + x_b) + (x_c + x_d)) + ((x_e + x_f) + (x_g + x_h))
+    products = a * x_a if EXACT else a * x_a - more * all_x
+    products = d * x_d + (c * x_c + (b * x_b + products))
+    products = scale * (h * x_h + (g * x_g + (f * x_f + (e * x_e + products))))
+    return products + least * all_x if MINIMUM else products
+
+
+@triton.jit
+def _four_values(x, inside, FOURS: tl.constexpr):
     """Four consecutive values of x as fp32. With FOURS they are bf16 at 8 bytes, and one load."""
     if FOURS:
-        pointers = tl.max_contiguous(x.to(tl.pointer_type(tl.int64)), [1, 1, 1])
-        packed = tl.load(pointers, mask=inside, other=None if EVEN else 0)
-        low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+        low, high = load_pair(x, inside)
         x_a, x_b = (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True)
         x_c, x_d = (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True)
     else:
-        x_a, x_b = _value(x, inside, EVEN), _value(x + 1, inside, EVEN)
-        x_c, x_d = _value(x + 2, inside, EVEN), _value(x + 3, inside, EVEN)
+        x_a, x_b = _value(x, inside), _value(x + 1, inside)
+        x_c, x_d = _value(x + 2, inside), _value(x + 3, inside)
     return x_a, x_b, x_c, x_d
 
 
 @triton.jit
-def _value(x, inside, EVEN: tl.constexpr):
-    return tl.load(x, mask=inside, other=None if EVEN else 0.0).to(tl.float32)
+def _value(x, inside):
+    return tl.load(x, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_sums(out, n, num_rows, sums, added):
-    result = tl.sum(tl.sum(sums, 2), 1) + added
+    result = tl.sum(sums, 1) + added
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < num_rows)

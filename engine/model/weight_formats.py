@@ -2,15 +2,15 @@
 
 A format says how many weights of a row lie together, in how many bytes, and so where a rank may cut a row; a matrix
 may be cut between any two rows. Floats are the format in which a weight is its own block. What is stored in another one
-is kept in it, on the host and on the device, and becomes floats when a step needs it (weights/stored_group.py), or is
-read as it is by a kernel (kernels/stored_linear.py). The lossless compression of compressed_size.py is no format of
-this kind: it is made while a model is loaded, of whole groups, and its lengths are known only then.
+is kept in it, on the host and on the device, and becomes floats when a step needs it, or is read as it is by a kernel
+(weights/kept_group.py). The lossless code of compressed_size.py has no row here: no file has it. It is made while a
+model is loaded, of whole groups, and its lengths are known only then.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from penstock.engine.kernels.ggml_types import BY_NAME
+from penstock.engine.kernels.ggml_types import BY_NAME, PARTS
 from penstock.engine.model.spec import DTYPE_BYTES
 
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -22,12 +22,17 @@ AS_STORED = dict.fromkeys(QUANTISED, 1) | {"Q8_0": 2, "Q4_0": 2, "Q4_1": 2, "Q6_
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """A format: `block` consecutive weights of a row lie in `nbytes` bytes. A block of zeros is a block of zeros."""
+    """A format: `block` consecutive weights of a row lie in `nbytes` bytes, `parts` of so many, which are kept apart
+    from each other. A block of zeros is a block of zeros."""
 
     name: str
     block: int
-    nbytes: int
+    parts: tuple[int, ...]
     as_stored: int = 0  # tokens of the largest pass that reads it as it is stored
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.parts)
 
     @property
     def is_quantised(self) -> bool:
@@ -38,10 +43,19 @@ class WeightFormat:
         assert num_weights % self.block == 0, (self.name, num_weights)
         return num_weights // self.block * self.nbytes
 
+    def ranges(self, num_cols: int, num_rows: int, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The places of the rows [first, stop) among `num_rows` rows of so many weights that are kept together: of each
+        part the first byte and the number of bytes."""
+        row_blocks, start = num_cols // self.block, 0
+        for size in self.parts:
+            yield start + first * row_blocks * size, (stop - first) * row_blocks * size
+            start += num_rows * row_blocks * size
 
-FORMATS = {name: WeightFormat(name, 1, nbytes) for name, nbytes in DTYPE_BYTES.items()}
+
+FORMATS = {name: WeightFormat(name, 1, (nbytes,)) for name, nbytes in DTYPE_BYTES.items()}
 FORMATS |= {
-    name: WeightFormat(name, BY_NAME[name].block, BY_NAME[name].nbytes, AS_STORED.get(name, 0)) for name in QUANTISED
+    name: WeightFormat(name, BY_NAME[name].block, tuple(size for _, size in PARTS[name]), AS_STORED[name])
+    for name in QUANTISED
 }
 
 

@@ -29,8 +29,7 @@ from penstock.engine.runtime.pass_runner import PassRunner, RunAs
 from penstock.engine.runtime.progress import Progress
 from penstock.engine.runtime.watch import Watches
 from penstock.engine.weights.host_store import LoadedWeights, WeightSource, load_weights
-from penstock.engine.weights.stored_group import KeptGroup, StoredGroup, stored_run
-from penstock.engine.weights.views import views
+from penstock.engine.weights.kept_group import stored_group
 from penstock.parallel.collectives import Collectives
 from penstock.parallel.topology import Topology
 from penstock.scheduler.passes.pass_plan import GroupId
@@ -225,7 +224,8 @@ def find_embed(plan: EnginePlan, layout: ModelLayout, weights: LoadedWeights) ->
     group, name = (layout.groups[-1], "head") if plan.spec.tied else (layout.embed, "embed")
     resident = weights.resident.get(group.id)
     held = weights.host_spans[group.id] if resident is None else resident
-    return stored_run(*group.rows_of(name), held) if name in group.quantised else views(group, held)[name]
+    kept = next(each for each in stored_group(group).weights if each.weight.name == name)
+    return kept.view(held, held) if kept.in_place else kept.rows[0].run(held)
 
 
 def find_compressed(
@@ -234,9 +234,9 @@ def find_compressed(
     """Says where each group that is compressed or quantised lies in a pass, and where its floats go."""
     slots = dict(plan.residency.ring.slots)
     outs = {step.group: step.slot for step in plan.pass_plan.decompressions}
-    kept: dict[GroupId, KeptGroup] = {group.id: StoredGroup(group) for group in layout.groups if group.is_quantised}
+    kept = {group.id: stored_group(group) for group in layout.groups if group.is_quantised} | weights.compressed
     compressed = {}
-    for group_id, group in (kept | weights.compressed).items():
+    for group_id, group in kept.items():
         held = slot_of(ring, slots[group_id]) if group_id in slots else weights.resident[group_id]
         compressed[group_id] = Compressed(group, held[: group.nbytes], slot_of(buffer, outs[group_id]))
     return compressed
@@ -252,7 +252,6 @@ def find_views(
     """Every group's weights by name, where a pass reads them."""
     spans = {group.id: weights.resident.get(group.id) for group in layout.groups}
     spans |= {group: slot_of(ring, slot) for group, slot in plan.residency.ring.slots}
-    spans |= {group: one.out for group, one in compressed.items()}
-    named: dict[GroupId, Weights] = {group.id: views(group, spans[group.id]) for group in layout.groups}
-    stored = {group: one for group, one in compressed.items() if isinstance(one.group, StoredGroup)}
-    return named | {group: one.group.views(one.blob, one.out) for group, one in stored.items()}
+    plain = {group.id: stored_group(group) for group in layout.groups if group.id not in compressed}
+    named = {group: kept.views(spans[group], spans[group]) for group, kept in plain.items()}
+    return named | {group: one.group.views(one.blob, one.out) for group, one in compressed.items()}

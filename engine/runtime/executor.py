@@ -20,7 +20,7 @@ from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.graph import Counts
 from penstock.engine.runtime.lanes import Lanes
 from penstock.engine.runtime.watch import Watches
-from penstock.engine.weights.stored_group import KeptGroup
+from penstock.engine.weights.kept_group import KeptGroup
 from penstock.parallel.ledger import Site, TransferLedger
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId, Instruction, PassPlan, Prefetch, Release
 from torch import Tensor
@@ -29,8 +29,8 @@ _NO_WEIGHTS: Weights = {}
 
 
 class Compressed(NamedTuple):
-    """A group that is kept compressed or quantised: its blob, resident or in its slot of the ring, and `out`, its slot
-    in the decompression buffer; both uint8."""
+    """A group that is kept compressed or quantised: `blob` is what is kept, resident or in its slot of the ring, and
+    `out` its slot in the decompression buffer; both uint8."""
 
     group: KeptGroup
     blob: Tensor

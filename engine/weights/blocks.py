@@ -1,12 +1,13 @@
-"""Cuts the loading of a layout into blocks: ranges of rows that lie contiguously in what is stored of a group. Threads
-share the work by them, and no buffer is larger than one. Torch-free but for the reading itself."""
+"""Cuts the loading of a layout into blocks: rows of one weight, which threads share. No buffer is larger than one.
+Torch-free but for the reading itself."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from penstock.engine.kernels.block_parts import in_parts, take_apart
 from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.model.group_layout import GroupLayout, Rows
 from penstock.engine.model.shard import Piece
@@ -32,29 +33,37 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """Whole rows of one weight, `nbytes` of the group's stored bytes from `offset`; `to_row` of its pieces counts from
-    the block's first row. A 1-D weight of n elements counts as (n, 1). What is quantised in the source, and not here,
-    is `read_as`."""
+    """Whole rows of one weight; `to_row` of its pieces counts from the first of them. They fill `ranges` (offset,
+    bytes) of what is stored of the group: one range, or one for each part of a quantised `format`. A 1-D weight of n
+    elements counts as (n, 1). What is quantised in the source, and not here, is `read_as`."""
 
     group: GroupId
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, int]
+    format: WeightFormat
+    shape: tuple[int, int]  # in bytes of a row where the format is quantised
+    ranges: tuple[tuple[int, int], ...]
     pieces: tuple[Piece, ...]
     read_as: WeightFormat | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return sum(nbytes for _, nbytes in self.ranges)
 
     @property
     def covered(self) -> bool:
         """Tells whether the pieces (which never overlap) fill the block."""
         return sum(piece.num_rows * self._columns(piece.num_cols) for piece in self.pieces) == math.prod(self.shape)
 
-    def fill(self, source: WeightSource, memory: Tensor) -> int:
-        """Reads the pieces into `memory`, uint8 (nbytes,) on the CPU; returns the bytes read."""
-        weight = memory.view(self.dtype).view(self.shape)
+    def fill(self, source: WeightSource, memory: Sequence[Tensor]) -> int:
+        """Reads the pieces into memory for each range, uint8 on the CPU; returns the bytes read. What no piece covers
+        is left as it is, or zeros where the format is quantised."""
+        if not self.format.is_quantised:
+            return self._read(source, memory[0].view(TORCH_DTYPES[self.format.name]).view(self.shape))
+        blocks = (torch.empty if self.covered else torch.zeros)(self.shape, dtype=torch.uint8)
+        num_read = self._read(source, blocks)
+        take_apart(self.format.name, blocks, memory)
+        return num_read
+
+    def _read(self, source: WeightSource, weight: Tensor) -> int:
         num_read = 0
         for piece in self.pieces:
             rows = weight[piece.to_row : piece.to_row + piece.num_rows]
@@ -76,7 +85,7 @@ def _read_floats(source: WeightSource, piece: Piece, kind: WeightFormat, out: Te
     stored = torch.empty(piece.num_rows, piece.num_cols, dtype=torch.uint8)
     num_read = source.read_piece(piece, stored)
     floats = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
-    dequantise(kind.name, stored, floats)
+    dequantise(kind.name, in_parts(kind.name, stored), floats)
     if floats is not out:
         out.copy_(floats)
     return num_read
@@ -84,17 +93,18 @@ def _read_floats(source: WeightSource, piece: Piece, kind: WeightFormat, out: Te
 
 def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
     """The blocks of what is stored of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in
-    no block. Quantised rows count as rows of bytes."""
+    no block."""
     for rows in layout.rows:
         row_bytes = rows.format.row_bytes(rows.num_cols)
-        dtype = torch.uint8 if rows.format.is_quantised else TORCH_DTYPES[rows.format.name]
         most_rows = max(1, BLOCK_BYTES // row_bytes)
         for first in range(0, rows.num_rows, most_rows):
             stop = min(first + most_rows, rows.num_rows)
             pieces = _clip(rows, first, stop)
             if pieces:
-                shape = (stop - first, row_bytes // dtype.itemsize)
-                yield Block(layout.id, rows.offset + first * row_bytes, dtype, shape, pieces, rows.read_as)
+                shape = (stop - first, row_bytes if rows.format.is_quantised else rows.num_cols)
+                found = rows.format.ranges(rows.num_cols, rows.num_rows, first, stop)
+                ranges = tuple((rows.offset + start, nbytes) for start, nbytes in found)
+                yield Block(layout.id, rows.format, shape, ranges, pieces, rows.read_as)
 
 
 def _clip(rows: Rows, first: int, stop: int) -> tuple[Piece, ...]:

@@ -24,8 +24,9 @@ from penstock.engine.model.group_layout import GroupLayout
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.weights import codec
 from penstock.engine.weights.blocks import Block, WeightSource, cut_blocks
-from penstock.engine.weights.compressed_group import CompressedGroup, compress_group
+from penstock.engine.weights.compressed_group import compress_group
 from penstock.engine.weights.host_arena import check_host_memory
+from penstock.engine.weights.kept_group import KeptGroup
 from penstock.engine.weights.span_memory import CudaSpans, HostSpans, SpanMemory, Staging, span_bytes
 from penstock.engine.weights.views import byte_range
 from penstock.scheduler.passes.pass_plan import GroupId
@@ -35,8 +36,8 @@ Blocks = dict[concurrent.futures.Future, int]  # the blocks that are being read,
 
 
 class LoadedWeights:
-    """The spans of one rank, uint8, each as long as what its GroupLayout stores, or as its CompressedGroup in
-    `compressed`: `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read`
+    """The spans of one rank, uint8, each as long as what its GroupLayout stores, or as `compressed` says of
+    it: `host_spans` are views of one arena (registered for CUDA), `resident` lie on the device. `bytes_read`
     came from files; `compressed_from_bytes` of spans were compressed in `compress_s`. Loading lasted from `began_at_s`
     to `ended_at_s` on the clock of time.perf_counter."""
 
@@ -163,7 +164,7 @@ class _Reader:
     def _load(self, block: Block, span: Tensor) -> int:
         if span.is_cuda:
             return self._staging.load(block, self._source, span)
-        return block.fill(self._source, byte_range(span, block.offset, block.nbytes))
+        return block.fill(self._source, [byte_range(span, *each) for each in block.ranges])
 
 
 class _Compressor:
@@ -171,7 +172,7 @@ class _Compressor:
     compressed; on a CPU, where compressing takes all cores and most of the time, there is but one."""
 
     def __init__(self, device: torch.device, num_threads: int):
-        self.compressed: dict[GroupId, CompressedGroup] = {}
+        self.compressed: dict[GroupId, KeptGroup] = {}
         self.from_bytes, self.compress_s = 0, 0.0
         self._device, self._num_threads = device, num_threads
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for a compression

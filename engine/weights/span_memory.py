@@ -96,7 +96,7 @@ class Staging:
             self._free.put((buffer, torch.cuda.Event()))
 
     def load(self, block: Block, source: WeightSource, span: Tensor) -> int:
-        """Reads a block into its bytes of a span; returns the bytes read. The copy to the device is only begun: what
+        """Reads a block into its bytes of a span; returns the bytes read. Copies to the device are only begun: what
         reads the span must come after a synchronisation of the device."""
         assert block.nbytes <= BLOCK_BYTES, "a row is longer than a staging buffer"
         buffer, copied = self._free.get()
@@ -105,8 +105,10 @@ class Staging:
             staged = buffer[: block.nbytes]
             if not block.covered:
                 staged.zero_()
-            num_read = block.fill(source, staged)
-            byte_range(span, block.offset, block.nbytes).copy_(staged, non_blocking=True)
+            parts = staged.split([nbytes for _, nbytes in block.ranges])
+            num_read = block.fill(source, parts)
+            for part, (offset, nbytes) in zip(parts, block.ranges):
+                byte_range(span, offset, nbytes).copy_(part, non_blocking=True)
             copied.record(torch.cuda.current_stream(self._device))
         finally:
             self._free.put((buffer, copied))

@@ -3,6 +3,7 @@
 import gguf
 import numpy as np
 import torch
+from penstock.engine.kernels.block_parts import in_parts
 from penstock.engine.kernels.ggml_types import BY_NAME
 from torch import Tensor
 
@@ -28,6 +29,11 @@ def random_blocks(kind: str, num_blocks: int, seed: int = 0, scale: float | None
             halves = (rng.standard_normal(num_blocks) * scale).astype(np.float16)
         blocks[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
     return blocks
+
+
+def stored(kind: str, blocks: np.ndarray) -> Tensor:
+    """Blocks (N, bytes) as they are kept once they are read, in parts."""
+    return in_parts(kind, torch.from_numpy(blocks))
 
 
 def oracle(kind: str, blocks: np.ndarray) -> Tensor:

@@ -35,8 +35,7 @@ from penstock.engine.kernels import (
 )
 from penstock.engine.planning.step_cost import MATRICES
 from penstock.engine.runtime.executor import Executor
-from penstock.engine.weights.compressed_group import CompressedGroup
-from penstock.engine.weights.stored_group import StoredGroup
+from penstock.engine.weights.kept_group import Blocks, Lossless
 from penstock.parallel import push_reduce
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, Instruction
@@ -70,8 +69,10 @@ class EngineKernel:
         """The number of times that the instruction, which is about to run, has to call the kernel."""
         if isinstance(instruction, Decompress):
             group = executor.compressed[instruction.group].group
-            weights = group.weights if "decompress" in self.steps and isinstance(group, CompressedGroup) else ()
-            return sum(not weight.layout.raw for weight in weights)
+            formats = (
+                [rows.format for each in group.weights for rows in each.rows] if "decompress" in self.steps else []
+            )
+            return sum(isinstance(each, Lossless) and not each.layout.raw for each in formats)
         if not isinstance(instruction, Compute) or not set(self.steps) & set(instruction.parts):
             return 0
         if instruction.of_rows and not ctx.inputs.sampled_rows:
@@ -90,12 +91,9 @@ class _Dequantise(EngineKernel):
     def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
         if not isinstance(instruction, Decompress):
             return 0
-        group = executor.compressed[instruction.group].group
-        if not isinstance(group, StoredGroup):
-            return 0
-        layout, num_tokens = group.layout, len(ctx.inputs.tokens)
-        floats = [name for name in layout.quantised if num_tokens > layout.as_stored(name)]
-        return sum(rows.format.is_quantised for name in floats for rows in layout.rows_of(name))
+        group, num_tokens = executor.compressed[instruction.group].group, len(ctx.inputs.tokens)
+        floats = [each for each in group.weights if num_tokens > each.as_stored]
+        return sum(isinstance(rows.format, Blocks) for each in floats for rows in each.rows)
 
 
 class _StoredLinear(EngineKernel):

@@ -7,7 +7,7 @@ from penstock.engine.kernels.block_values import GROUPS
 from penstock.engine.kernels.dequantise import _dequantise_triton, dequantise, dequantise_reference
 from penstock.engine.kernels.ggml_types import BY_NAME
 
-from tests.support.ggml_blocks import QUANTISED, oracle, random_blocks
+from tests.support.ggml_blocks import QUANTISED, oracle, random_blocks, stored
 from tests.support.kernel_proof import (
     CONTIGUOUS,
     DEVICE,
@@ -30,7 +30,7 @@ def test_every_quantised_type_has_a_formula():
 def test_the_bits_are_those_of_the_gguf_package(kind):
     """300 blocks of any bits: more than a program handles, and no multiple of it."""
     blocks = random_blocks(kind, 300)
-    expected, data = oracle(kind, blocks).to(DEVICE), torch.from_numpy(blocks).to(DEVICE)
+    expected, data = oracle(kind, blocks).to(DEVICE), stored(kind, blocks).to(DEVICE)
     for dtype in DTYPES:
         for run, name in ((_dequantise_triton, "triton"), (dequantise_reference, "reference")):
             memory = poisoned((expected.numel() + 16,), dtype)
@@ -42,7 +42,7 @@ def test_the_bits_are_those_of_the_gguf_package(kind):
 
 
 def tensors_of(kind, num_blocks=40, dtype=torch.float32):
-    data = torch.from_numpy(random_blocks(kind, num_blocks, scale=0.1)).to(DEVICE)
+    data = stored(kind, random_blocks(kind, num_blocks, scale=0.1)).to(DEVICE)
     return {"data": data, "out": poisoned((num_blocks, BY_NAME[kind].block), dtype)}
 
 

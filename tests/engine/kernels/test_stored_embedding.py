@@ -9,7 +9,7 @@ from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.kernels.embedding import embed_rows
 from penstock.engine.kernels.ggml_types import BY_NAME
 
-from tests.support.ggml_blocks import QUANTISED, oracle, random_blocks
+from tests.support.ggml_blocks import QUANTISED, oracle, random_blocks, stored
 from tests.support.kernel_proof import (
     DEVICE,
     DTYPES,
@@ -29,7 +29,7 @@ TOKENS = [0, 7, 8, 11, 13, 14, 99, 11]  # of this rank, rows 8 to 13
 def inputs_of(kind, num_rows=6, width=1280, dtype=torch.float32):
     """A table of more than one program a row, and no multiple of it."""
     blocks = random_blocks(kind, num_rows * width // BY_NAME[kind].block, scale=0.1)
-    table = torch.from_numpy(blocks).view(num_rows, -1).to(DEVICE)
+    table = stored(kind, blocks).view(num_rows, -1).to(DEVICE)
     tokens = torch.tensor(TOKENS, device=DEVICE)
     return {"table": table, "tokens": tokens, "out": poisoned((len(TOKENS), width), dtype)}, oracle(kind, blocks)
 

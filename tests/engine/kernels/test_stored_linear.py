@@ -11,7 +11,7 @@ from penstock.engine.kernels.linear import linear
 from penstock.engine.kernels.stored_linear import WORDS, StoredRun, stored_linear
 from penstock.engine.model.weight_formats import AS_STORED
 
-from tests.support.ggml_blocks import oracle, random_blocks
+from tests.support.ggml_blocks import oracle, random_blocks, stored
 from tests.support.kernel_proof import (
     DEVICE,
     DTYPES,
@@ -30,7 +30,7 @@ KERNEL, REFERENCE = module._stored_linear_triton, module.stored_linear_reference
 def weight_of(kind, num_rows=10, width=1280):
     """Stored rows: no multiple of a program's, and wider than it walks at once."""
     blocks = random_blocks(kind, num_rows * width // BY_NAME[kind].block, scale=0.1)
-    return torch.from_numpy(blocks).view(num_rows, -1).to(DEVICE), oracle(kind, blocks).view(num_rows, width).to(DEVICE)
+    return stored(kind, blocks).view(num_rows, -1).to(DEVICE), oracle(kind, blocks).view(num_rows, width).to(DEVICE)
 
 
 def inputs_of(num_tokens, width=1280, num_rows=10, dtype=torch.float32):

@@ -12,9 +12,11 @@ from penstock.engine.model.families import read_spec, tensor_names
 from penstock.engine.model.group_layout import GroupLayout, Part, Weight
 from penstock.engine.model.layout import expected_tensors, model_layout
 from penstock.engine.model.shard import ShardKind
-from penstock.engine.weights.compressed_group import CompressedGroup, compress_group, decompress_group
+from penstock.engine.weights.codec import CompressedLayout
+from penstock.engine.weights.compressed_group import compress_group
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.host_store import load_weights
+from penstock.engine.weights.kept_group import KeptGroup
 from penstock.engine.weights.views import views
 from penstock.scheduler.passes.pass_plan import GroupId
 
@@ -63,14 +65,19 @@ def group_of(*tensors: torch.Tensor) -> tuple[GroupLayout, torch.Tensor]:
     return layout, span
 
 
-def round_trip(layout: GroupLayout, span: torch.Tensor) -> CompressedGroup:
+def codes(group: KeptGroup) -> list[CompressedLayout]:
+    """The code of each weight."""
+    return [rows.format.layout for each in group.weights for rows in each.rows]
+
+
+def round_trip(layout: GroupLayout, span: torch.Tensor) -> KeptGroup:
     """Decompresses into poisoned memory: weights are as they were, and nothing else is touched."""
     compressed, blob = compress_group(layout, span)
     assert blob.dtype == torch.uint8 and blob.device == span.device and len(blob) == compressed.nbytes
     assert compressed.nbytes % 256 == 0 and compressed.nbytes <= layout.nbytes
-    assert [weight.offset for weight in compressed.weights] == [weight.parts[0].offset for weight in layout.weights]
+    assert [each.weight for each in compressed.weights] == list(layout.weights)
     out = torch.full_like(span, 0x5A)
-    decompress_group(compressed, blob.clone(), out)
+    assert compressed.restore(blob.clone(), out, num_tokens=1) == layout.nbytes
     for weight in layout.weights:
         part = slice(weight.parts[0].offset, weight.parts[0].offset + weight.parts[0].nbytes)
         assert torch.equal(out[part], span[part]), weight.name
@@ -86,9 +93,9 @@ def test_every_group_of_every_rank(family, tp_size):
     for rank in range(tp_size):
         for layout, span in spans_of(family, "bfloat16", tp_size, rank):
             compressed = round_trip(layout, span)
-            num_raw += sum(weight.layout.raw for weight in compressed.weights)
-            num_compressed += sum(not weight.layout.raw for weight in compressed.weights)
-            assert compressed.nbytes < layout.nbytes or all(weight.layout.raw for weight in compressed.weights)
+            num_raw += sum(code.raw for code in codes(compressed))
+            num_compressed += sum(not code.raw for code in codes(compressed))
+            assert compressed.nbytes < layout.nbytes or all(code.raw for code in codes(compressed))
     assert num_compressed >= 3 * tp_size and num_raw >= 2 * tp_size
 
 
@@ -96,7 +103,7 @@ def test_every_group_of_every_rank(family, tp_size):
 def test_other_dtypes_are_kept_as_they_are(dtype):
     for layout, span in spans_of("llama", dtype, 1, 0):
         compressed = round_trip(layout, span)
-        assert all(weight.layout.raw for weight in compressed.weights)
+        assert all(code.raw for code in codes(compressed))
         assert compressed.nbytes <= planned_bytes(layout) <= layout.nbytes
 
 
@@ -106,14 +113,15 @@ def test_what_does_not_shrink_is_raw_beside_what_does(monkeypatch):
     normal = (torch.randn(5, TILE, generator=GENERATOR) * 0.02).bfloat16()
     layout, span = group_of(torch.ones(100).bfloat16(), noise, normal, torch.randn(64, 31, generator=GENERATOR))
     compressed = round_trip(layout, span)
-    assert [weight.layout.raw for weight in compressed.weights] == [True, True, False, True]
-    assert compressed.weights[1].layout.nbytes == noise.nbytes
-    end = compressed.weights[3].blob_offset + compressed.weights[3].layout.nbytes
+    assert [code.raw for code in codes(compressed)] == [True, True, False, True]
+    assert codes(compressed)[1].nbytes == noise.nbytes
+    last = compressed.weights[3].rows[0]
+    end = last.offset + last.nbytes
     assert end < compressed.nbytes and not compress_group(layout, span)[1][end:].any()
 
 
 def test_a_group_without_weights_is_empty():
-    assert round_trip(*group_of()) == CompressedGroup((), 0)
+    assert round_trip(*group_of()) == KeptGroup((), 0)
 
 
 def test_a_kernel_a_weight():
@@ -123,7 +131,7 @@ def test_a_kernel_a_weight():
     compressed, blob = compress_group(layout, span)
     name = "triton" if DEVICE == "cuda" else "reference"
     before = decompress_weights.calls[name]
-    decompress_group(compressed, blob, span)
+    compressed.restore(blob, span, num_tokens=1)
     assert decompress_weights.calls[name] == before + 2
 
 
@@ -167,10 +175,10 @@ def test_decompression_is_captured():
     for layout, span in spans_of("llama", "bfloat16", 1, 0):
         compressed, blob = compress_group(layout, span)
         blob, out = blob.clone(), torch.full_like(span, 0x5A)
-        decompress_group(compressed, blob, out)
+        compressed.restore(blob, out, num_tokens=1)
         graph, expected = torch.cuda.CUDAGraph(), out.clone()
         with torch.cuda.graph(graph):
-            decompress_group(compressed, blob, out)
+            compressed.restore(blob, out, num_tokens=1)
         out.fill_(0x5A)
         graph.replay()
         assert torch.equal(out, expected) and not (out == 0x5A).all()

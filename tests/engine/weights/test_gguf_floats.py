@@ -7,9 +7,10 @@ from penstock.engine.model.layout import model_layout
 from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
 from penstock.engine.runtime.start import open_source
+from penstock.engine.weights import blocks as blocks_module
 from penstock.engine.weights.host_store import load_weights
+from penstock.engine.weights.kept_group import stored_group
 from penstock.engine.weights.read_model import read_model
-from penstock.engine.weights.stored_group import StoredGroup
 from penstock.engine.weights.views import views
 
 from tests.support.gguf_models import write_model
@@ -44,10 +45,23 @@ def test_they_are_the_floats_that_a_pass_makes_of_stored_ones(file, tp_size, loa
         for group, other in zip(floats.groups, stored.groups):
             assert not group.is_quantised and len(kept.resident[group.id]) == other.nbytes
             span = torch.zeros(other.nbytes, dtype=torch.uint8)
-            StoredGroup(other).restore(blocks.resident[group.id], span, num_tokens=100)
+            stored_group(other).restore(blocks.resident[group.id], span, num_tokens=100)
             for name in other.quantised:
                 assert torch.equal(views(group, kept.resident[group.id])[name], views(other, span)[name]), (rank, name)
         kept.close(), blocks.close()
+
+
+@pytest.mark.parametrize("block_bytes", [4096, 100_000])
+def test_what_is_kept_does_not_depend_on_how_loading_is_cut(file, monkeypatch, block_bytes):
+    """Parts of few rows at a time come to their places among those of all rows."""
+    made = plan(file, 2, resident="none")
+    with open_source(EngineConfig(str(file)), file, made) as source:
+        whole = load_weights(source, made.rank_layout(1), set(), False, CPU)
+        monkeypatch.setattr(blocks_module, "BLOCK_BYTES", block_bytes)
+        cut = load_weights(source, made.rank_layout(1), set(), False, CPU)
+    for group, span in whole.resident.items():
+        assert torch.equal(cut.resident[group], span), group
+    whole.close(), cut.close()
 
 
 def test_the_plan_counts_their_floats(file):

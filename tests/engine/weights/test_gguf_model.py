@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from penstock.engine.config import EngineConfig
+from penstock.engine.kernels.block_parts import in_parts
 from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.model.layout import model_layout
 from penstock.engine.model.shard import Piece
@@ -295,5 +296,5 @@ def test_dummy_blocks_are_finite_and_stay_in_their_place(files):
                 part = data[piece.to_row : piece.to_row + piece.num_rows]
                 source.read_piece(piece, part[:, piece.to_col : piece.to_col + piece.num_cols])
             floats = torch.empty(rows.num_rows, rows.num_cols)
-            dequantise(rows.format.name, data, floats)
+            dequantise(rows.format.name, in_parts(rows.format.name, data), floats)
             assert floats.isfinite().all() and floats.std() > 0

@@ -9,7 +9,6 @@ from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import read_spec, tensor_names
 from penstock.engine.model.layout import ModelLayout, expected_tensors, model_layout
 from penstock.engine.weights import host_store
-from penstock.engine.weights.compressed_group import decompress_group
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.host_arena import HostArena
 from penstock.engine.weights.host_store import LoadedWeights, load_weights
@@ -64,7 +63,7 @@ def assert_decompresses_to(loaded: LoadedWeights, plain: LoadedWeights, layout: 
             compressed = loaded.compressed[group.id]
             assert len(span) == compressed.nbytes and span.dtype == torch.uint8
             decompressed = torch.zeros_like(expected[group.id], device=span.device)
-            decompress_group(compressed, span, decompressed)
+            compressed.restore(span, decompressed, num_tokens=1)
             span = decompressed
         assert torch.equal(span.cpu(), expected[group.id].cpu()), group.id
 
@@ -212,7 +211,7 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
         assert events == [f"{what} {index}" for index in (a, b, c, d, e) for what in ("read", "compress")]
     for group in layout.groups:
         decompressed = torch.zeros(group.nbytes, dtype=torch.uint8)
-        decompress_group(compressor.compressed[group.id], spans.spans[group.id], decompressed)
+        compressor.compressed[group.id].restore(spans.spans[group.id], decompressed, num_tokens=1)
         assert torch.equal(decompressed, plain.host_spans[group.id])
 
 
