@@ -182,7 +182,7 @@ def _load_turn(
     data, codes, num_blocks, first_block, at, row_pairs,
     KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What a turn reads of a row: a pair of words of codes, one of further bits, and scales, as they are stored."""
+    """Holds what a turn reads of a row: a pair of words of codes, one of further bits, and scales, as they are stored."""
     inside, block, pair = at < row_pairs, at // BLOCK_PAIRS, at % BLOCK_PAIRS
     unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
     word, next_word = load_pair(codes + at * 8, inside)

@@ -47,12 +47,11 @@ def usual_ring_bytes(sizes: Sequence[int]) -> int:
 
 
 def roomy_ring_bytes(streamed: list[tuple[GroupId, int]]) -> int:
-    """Bytes of a ring in which the largest group, mostly the head, and more groups that are copied ahead have room
-    beside those of `default_ring_bytes`. Where compute takes about as long as the copies, these can then begin while
-    what lies before them is still to be read."""
-    sizes = [nbytes for _, nbytes in streamed]
-    more = max(sizes, default=0) + sum(sizes[NUM_WRAPPED:MOST_WRAPPED])
-    return min(default_ring_bytes(streamed) + more, sum(sizes))
+    """Bytes of a ring in which the last two groups, mostly the last FFN and the head, have room beside those of
+    `default_ring_bytes`. What reads them computes few rows and takes no time, so where compute takes about as long as
+    the copies, theirs must begin while what lies before them is still to be read."""
+    last = sum(nbytes for _, nbytes in streamed[-2:])
+    return min(default_ring_bytes(streamed) + last, sum(nbytes for _, nbytes in streamed))
 
 
 def lay_out_ring(streamed: list[tuple[GroupId, int]], ring_bytes: int, num_wrapped: int | None = None) -> RingLayout:

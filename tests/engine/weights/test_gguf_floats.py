@@ -87,7 +87,7 @@ def test_half_of_them(file):
 
 
 @pytest.mark.parametrize(
-    "options", [{"gpu_memory": 2**28}, {"debug": {"as_on_gpu": True}}], ids=["bounded", "as on a GPU"]
+    "options", [{"gpu_memory": 3 * 2**27}, {"debug": {"as_on_gpu": True}}], ids=["bounded", "as on a GPU"]
 )
 def test_weights_stay_as_they_are_stored(file, options):
     """In memory with a bound, and where kernels read them."""
