@@ -191,6 +191,19 @@ def test_with_a_key_only_the_page_and_health_are_open(served):
     open_metrics.service.close()
 
 
+def test_without_a_key_this_machine_is_not_asked_under_another_name(served):
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "[::1"):
+        response = served.call("GET", "/v1/models", headers={"host": host})
+        assert response.status_code == 400 and response.json()["error"]["message"].startswith("Host: "), host
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "192.168.0.5"):
+        assert served.call("GET", "/v1/models", headers={"host": host}).status_code == 200, host
+    for options in ({"api_key": "k"}, {"host": "0.0.0.0"}):
+        open_to_names = Serving(**options)
+        headers = {"host": "my.example", "authorization": "Bearer k"}
+        assert open_to_names.call("GET", "/v1/models", headers=headers).status_code == 200
+        open_to_names.service.close()
+
+
 def test_options_that_cannot_be_meant_are_refused():
     for wrong in (
         {"port": 70000}, {"max_num_queued_reqs": -1}, {"shutdown_timeout": -1}, {"max_queue_wait": 0},
