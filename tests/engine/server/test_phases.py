@@ -6,6 +6,8 @@ import threading
 
 import pytest
 from penstock.engine.llm import LLM
+from penstock.engine.server import service
+from penstock.engine.server.encoding import sequences_of
 from penstock.engine.server.errors import ApiError
 from penstock.engine.server.options import ServeOptions
 
@@ -136,6 +138,23 @@ def test_beyond_the_queue_a_request_is_turned_away_with_the_predicted_wait(serve
     assert (late.status, json.loads(late.text)["error"]["code"]) == (503, "queue_full")
     assert served.kept.rejected.count("queue_full") == num_rejected + 1
     assert [client.status for client in others] == [200] * 6
+
+
+def test_those_whose_texts_are_being_encoded_count_too(served, monkeypatch):
+    """A flood of a hundred, of which a queue of none lets in as many as there are rows."""
+    may_go = threading.Event()
+    monkeypatch.setattr(service, "sequences_of", lambda *asked: may_go.wait(WAIT_S) and sequences_of(*asked))
+    monkeypatch.setattr(served.service.admission, "_most_queued", 0)
+
+    async def flood():
+        asks = [asyncio.create_task(Client(PATH, LONG | {"max_tokens": 2}).ask(served.app)) for _ in range(100)]
+        while sum(task.done() for task in asks) < 96:
+            await asyncio.sleep(0.001)
+        may_go.set()
+        return await asyncio.gather(*asks)
+
+    statuses = sorted(client.status for client in served.run(flood()))
+    assert statuses == [200] * 4 + [503] * 96
 
 
 def test_the_predicted_wait_grows_with_the_queue_and_is_bounded(served):
