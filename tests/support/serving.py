@@ -93,7 +93,7 @@ class Serving:
 
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=WAIT_S) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=WAIT_S) as client:
                 return await client.request(method, path, **request)
 
         return self.run(ask())
@@ -163,7 +163,7 @@ class Client:
                     await self.takes()
                 self.bodies.append(message.get("body", b""))
 
-        headers = [(b"content-type", b"application/json"), (b"host", b"server")]
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost:80")]
         scope = {"type": "http", "method": "POST", "path": self.path, "raw_path": self.path.encode()}
         scope |= {"query_string": b"", "root_path": "", "scheme": "http", "headers": headers, "http_version": "1.1"}
         await app(scope | {"asgi": {"version": "3.0"}, "server": ("server", 80), "client": ("c", 1)}, receive, send)

@@ -202,8 +202,8 @@ def test_the_rest_of_the_command_line_needs_no_library_of_the_servers():
 
 
 def test_defaults_of_the_checkpoint_are_read_unless_that_is_refused(tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "max_new_tokens": 9, "x": 1}))
-    assert read_defaults(EngineConfig(str(tmp_path))) == {"temperature": 0.6, "max_tokens": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
+    assert read_defaults(EngineConfig(str(tmp_path))) == {"temperature": 0.6, "top_k": 20}
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": -1}))
     with pytest.raises(ValueError, match="generation_config.json: temperature=-1"):
         read_defaults(EngineConfig(str(tmp_path)))

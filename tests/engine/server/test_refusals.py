@@ -14,6 +14,7 @@ from penstock.engine.server.validation import (
     MOST_STOP_CHARACTERS,
     MOST_STOP_IDS,
     MOST_STOPS,
+    read_chat,
     read_completion,
 )
 
@@ -118,6 +119,15 @@ def test_what_changes_nothing_is_taken(served):
         served.answer(path, **GOOD[path], **neutral)
     tools = [{"type": "function", "function": {"name": "f"}}]
     served.answer(CHAT, messages=HELLO, tools=tools, tool_choice="none", max_tokens=1)
+
+
+def test_defaults_stand_in_for_what_is_absent():
+    defaults = {"temperature": 0.0, "top_k": 20}
+    for read, good in ((read_completion, GOOD[COMPLETIONS]), (read_chat, GOOD[CHAT])):
+        params = read(good | {"temperature": None, "top_k": 5}, defaults).params
+        assert (params.temperature, params.top_k) == (0.0, 5)
+    assert read_completion(GOOD[COMPLETIONS], {}).params.max_tokens == 16
+    assert read_chat(GOOD[CHAT], {}).params.max_tokens is None
 
 
 def test_every_field_that_is_refused_has_a_neutral_value():
