@@ -19,11 +19,13 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from penstock.engine.compute.sampler import NAN_LOGITS, SampleOutput
 from penstock.engine.output import Sequence
 from penstock.engine.runtime.engine import Engine
-from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.message import UnpackedRows
 from penstock.scheduler.batching.request import FinishReason, Request
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -39,6 +41,15 @@ class Event:
     sequence: Sequence
     text: str
     is_last: bool
+
+
+class EndedPass(NamedTuple):
+    """A pass whose tokens the requests have: what it gave, the rows with log probabilities of prompts, each with its
+    request, and the requests that got a token; None for one that has ended."""
+
+    sampled: SampleOutput | None
+    scored: list[tuple[BatchRow, Request | None]]
+    requests: list[Request | None]
 
 
 class Loop:
@@ -92,7 +103,7 @@ class Loop:
         if batch is not None:
             self._send(self.engine.submit, batch, events)
         if self.engine.num_under_way > (0 if batch is None else self.engine.lookahead):
-            events += self._take_in(*self._update(*self.engine.collect()))
+            events += self._take_in(self._update(*self.engine.collect()))
         return events
 
     def _run_if_wanted(self, batch: Batch) -> list[Event]:
@@ -102,13 +113,13 @@ class Loop:
         was_sent = self._send(self.engine.announce, batch, events)
         came = self.engine.collect()
         events += self._read_inbox()
-        requests, sampled = self._update(*came)
+        ended = self._update(*came)
         revised = self.scheduler.revise(batch) if was_sent else None
         if revised is batch:
             self.engine.run_announced(batch)
         elif revised is not None:
             self._send(self.engine.submit, revised, events)
-        return events + self._take_in(requests, sampled)
+        return events + self._take_in(ended)
 
     def _schedule(self, events: list[Event]) -> Batch | None:
         """The next pass, None if there is none. If that fails, those that hold rows end, whose state nobody knows; with
@@ -164,46 +175,47 @@ class Loop:
             sequence.fail(why)
             events.append(Event(sequence, sequence.take_text(), is_last=True))
 
-    def _update(self, batch: Batch, sampled: SampleOutput | None) -> tuple[list[Request | None], SampleOutput | None]:
-        """Gives the requests of a pass their tokens, and sequences the log probabilities of their prompts. Returns the
-        requests that got a token, and what was sampled."""
-        if sampled is not None and sampled.prompt_logprobs is not None:
-            self._score_prompts(batch, sampled)
-        return self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []), sampled
+    def _update(self, batch: Batch, sampled: SampleOutput | None) -> EndedPass:
+        """Gives the requests of a pass their tokens; the sequences get theirs later."""
+        scored: list[tuple[BatchRow, Request | None]] = []
+        if sampled is not None and sampled.prompt_scores is not None:
+            rows = (row for row in batch.rows if row.scores)
+            scored = list(zip(rows, self.scheduler.scored(batch), strict=True))
+        return EndedPass(sampled, scored, self.scheduler.update(batch, sampled.tokens.tolist() if sampled else []))
 
-    def _score_prompts(self, batch: Batch, sampled: SampleOutput) -> None:
-        start, rows = 0, [row for row in batch.rows if row.scores]
-        for request, row in zip(self.scheduler.scored(batch), rows, strict=True):
-            scores = sampled.prompt_logprobs.rows(slice(start, start + row.num_scored), row.scores.num_top)
+    def _take_in(self, ended: EndedPass) -> list[Event]:
+        """Gives each sequence of a pass what it got."""
+        events: list[Event] = []
+        start = 0
+        for row, request in ended.scored:
+            self._try(request, partial(_score_prompt, ended.sampled, row, start), events)
             start += row.num_scored
-            if request is not None:
-                self._sequences[request.id].add_prompt_logprobs(scores)
-
-    def _take_in(self, requests: list[Request | None], sampled: SampleOutput | None) -> list[Event]:
-        """Gives each sequence of a pass its token."""
-        events = []
-        for index, request in enumerate(requests):
-            sequence = None if request is None else self._sequences.get(request.id)
-            if sequence is None:  # it has ended meanwhile
-                continue
-            try:
-                self._push(sequence, sampled, index)
-                text = sequence.take_text()
-            except Exception as error:
-                self._fail([request], "its text could not be made", error, events)
-                continue
-            is_last = request.finish_reason is not None
-            if is_last:
-                del self._sequences[request.id]
-            events.append(Event(sequence, text, is_last))
+        for index, request in enumerate(ended.requests):
+            text = self._try(request, partial(self._push, ended.sampled, index), events)
+            if text is not None:
+                is_last = request.finish_reason is not None
+                sequence = self._sequences.pop(request.id) if is_last else self._sequences[request.id]
+                events.append(Event(sequence, text, is_last))
         return events
 
-    def _push(self, sequence: Sequence, sampled: SampleOutput, index: int) -> None:
-        """Gives a sequence its newest token. The token that ends it is not part of the text, as in vLLM."""
+    def _try(self, request: Request | None, make: Callable[[Sequence], str], events: list[Event]) -> str | None:
+        """The text that `make` gives of a request's sequence; None if that has ended, or ends now since it fails."""
+        sequence = None if request is None else self._sequences.get(request.id)
+        if sequence is None:
+            return None
+        try:
+            return make(sequence)
+        except Exception as error:
+            self._fail([request], "its text could not be made", error, events)
+            return None
+
+    def _push(self, sampled: SampleOutput, index: int, sequence: Sequence) -> str:
+        """Gives a sequence its newest token, and returns its new text. The token that ends it is not part of the text,
+        as in vLLM."""
         request = sequence.request
         if request.finish_reason == FinishReason.ERROR:
             sequence.fail(NAN_LOGITS)
-            return
+            return sequence.take_text()
         token = request.output_token_ids[-1]
         if request.params.logprobs is not None:
             sequence.add_logprobs(token, *sampled.logprobs.at(index, request.params.logprobs))
@@ -214,3 +226,11 @@ class Loop:
             stop = sequence.flush()
         if stop is not None:
             self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
+        return sequence.take_text()
+
+
+def _score_prompt(sampled: SampleOutput, row: BatchRow, start: int, sequence: Sequence) -> str:
+    """Gives a sequence the log probabilities of its prompt that its row gave, from `start` of the pass's on."""
+    rows = slice(start, start + row.num_scored)
+    sequence.add_prompt_logprobs(sampled.prompt_logprobs.rows(rows, row.scores.num_top))
+    return ""

@@ -203,6 +203,27 @@ def test_rows_of_a_pass_that_cannot_be_scheduled_fail_and_those_that_wait_go_on(
         assert_at_rest(llm)
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_row_whose_prompt_cannot_be_scored_fails_alone(checkpoint, monkeypatch, way):
+    params = [dataclasses.replace(own, prompt_logprobs=1) for own in PARAMS]
+    with LLM(checkpoint, **ON_CPU | way) as llm:
+        expected = llm.generate(PROMPTS, params)
+        with monkeypatch.context() as patch:
+            once(
+                patch,
+                Sequence,
+                "add_prompt_logprobs",
+                lambda one, _: one.request.prompt_token_ids == PROMPTS[3],
+                divide,
+            )
+            outputs = llm.generate(PROMPTS, params)
+        assert_at_rest(llm)
+    (failed,) = outputs[3].outputs
+    assert (failed.finish_reason, failed.token_ids, outputs[3].prompt_logprobs) == ("error", [], [None])
+    assert tokens_of(outputs[:3]) == tokens_of(expected[:3])
+    assert [len(output.prompt_logprobs) for output in outputs[:3]] == [len(prompt) for prompt in PROMPTS[:3]]
+
+
 @pytest.mark.timeout(120)
 def test_a_row_that_cannot_be_told_to_the_ranks_fails_alone(on_ranks, monkeypatch):
     llm = on_ranks(2)

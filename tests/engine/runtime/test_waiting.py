@@ -6,10 +6,12 @@ import time
 import torch
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.runtime import graph
-from penstock.engine.runtime.graph import LONG_SLEEP_S, SHORT_SLEEP_S, SHORTLY_S, Mailbox
+from penstock.engine.runtime.graph import LONG_SLEEP_S, SHORT_SLEEP_S, SHORTLY_S, Mailbox, PendingLetter
 from penstock.engine.runtime.pass_times import PassTimes
 from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import Rates
+
+from penstock import LLM, SamplingParams
 
 TOKENS = SampleOutput(torch.tensor([7, 3]), None)
 
@@ -81,3 +83,18 @@ def test_a_pass_is_expected_by_its_prediction_from_when_the_one_before_it_ended(
     assert 0.0 <= before_s + 0.25 - times.expected_s < 0.2
     times.ended()
     assert times.last.predicted.total_s == 0.25 and times.expected_s >= before_s + 0.25
+
+
+def test_the_engine_says_when_it_expects_a_letter(monkeypatch):
+    """By predictions, which are milliseconds for this model."""
+    told, wait = [], PendingLetter.wait
+
+    def noted(letter: PendingLetter, expected_s: float) -> SampleOutput:
+        told.append((expected_s, time.perf_counter()))
+        return wait(letter, expected_s)
+
+    monkeypatch.setattr(PendingLetter, "wait", noted)
+    with LLM("demo", device="cpu", max_num_seqs=1, max_model_len=32, debug={"as_on_gpu": True}) as llm:
+        began_s = time.perf_counter()
+        llm.generate("def", SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(told) == 4 and all(began_s < expected_s < now_s + 1.0 for expected_s, now_s in told)
