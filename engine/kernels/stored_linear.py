@@ -48,6 +48,7 @@ class Config(NamedTuple):
     rows: int
     num_warps: int
     stages: int
+    ahead: bool = True
 
 
 class StoredRun(NamedTuple):
@@ -112,14 +113,14 @@ def _stored_linear_triton(
     assert data.data_ptr() % 16 == 0, "stored_linear: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     calls["triton"] += 1
-    rows, num_warps, stages = shape or config(kind, num_tokens)
+    rows, num_warps, stages, ahead = shape or config(kind, num_tokens)
     row_pairs = width // layout.block * words.units * words.lanes // 2
     fours = x.dtype == torch.bfloat16 and x.data_ptr() % 8 == 0 and (num_tokens == 1 or x.stride(0) % 4 == 0)
     _stored_gemv[(triton.cdiv(num_rows, rows),)](
         *(x, data, bias, out, x.stride(0), out.stride(0), num_rows, row_pairs, 0, kind, layout.block, *words),
         **{"BIAS": bias is not None, "TOKENS": num_tokens},
         **{"EXACT": x.dtype != torch.bfloat16, "FOURS": fours},
-        **{"ROWS": rows, "PAIRS": 32 * num_warps, "STAGES": stages, **options(x.device)},
+        **{"ROWS": rows, "PAIRS": 32 * num_warps, "STAGES": stages, "AHEAD": ahead, **options(x.device)},
         num_warps=num_warps,
     )
 
@@ -130,7 +131,7 @@ def _stored_gemv(
     KIND: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, SETS: tl.constexpr,
     STEP: tl.constexpr, BITS: tl.constexpr, HIGHER: tl.constexpr, LESS: tl.constexpr, MINIMUM: tl.constexpr,
     BIAS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     BLOCK_PAIRS: tl.constexpr = UNITS * LANES // 2
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -141,10 +142,16 @@ def _stored_gemv(
     sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
     wait_for_inputs(OVERLAPS)
     lanes = tl.arange(0, PAIRS)[None, :]  # (1, PAIRS)
+    scales = _turn_scales(data, num_blocks, first_block, lanes, row_pairs, KIND, BLOCK_PAIRS, LANES)
+    d, d_least, first_scales, second_scales, third_scales = scales
     for first in tl.range(0, row_pairs, PAIRS, num_stages=STAGES):
         at = first + lanes
-        loaded = _load_turn(data, codes, num_blocks, first_block, at, row_pairs, KIND, BLOCK_PAIRS, LANES)
-        word, next_word, bits, next_bits, d, d_least, first_scales, second_scales, third_scales = loaded
+        ahead = at + PAIRS if AHEAD else at
+        later = _turn_scales(data, num_blocks, first_block, ahead, row_pairs, KIND, BLOCK_PAIRS, LANES)
+        if not AHEAD:
+            d, d_least, first_scales, second_scales, third_scales = later
+        loaded = _turn_codes(data, codes, num_blocks, first_block, at, row_pairs, KIND, BLOCK_PAIRS, LANES)
+        word, next_word, bits, next_bits = loaded
         inside = at < row_pairs
         block, pair = at // BLOCK_PAIRS, at % BLOCK_PAIRS
         unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
@@ -165,6 +172,8 @@ def _stored_gemv(
                 sums_2 += _products(a, b, scale, least, here + 2 * x_row, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 3:
                 sums_3 += _products(a, b, scale, least, here + 3 * x_row, inside, more, MINIMUM, EXACT, FOURS)
+        if AHEAD:
+            d, d_least, first_scales, second_scales, third_scales = later
     added = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         added = tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)
@@ -178,17 +187,25 @@ def _stored_gemv(
 
 
 @triton.jit
-def _load_turn(
+def _turn_codes(
     data, codes, num_blocks, first_block, at, row_pairs,
     KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Holds what a turn reads of a row: a pair of words of codes, one of further bits, and scales, as they are stored."""
+    """Reads a turn of a row's codes: a pair of words, and one of further bits."""
     inside, block, pair = at < row_pairs, at // BLOCK_PAIRS, at % BLOCK_PAIRS
     unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
     word, next_word = load_pair(codes + at * 8, inside)
     bits, next_bits = further_bits(data, num_blocks, first_block, block, unit, lane, inside, KIND)
-    d, d_least, first, second, third = load_scales(data, num_blocks, first_block, block, unit, inside, KIND)
-    return word, next_word, bits, next_bits, d, d_least, first, second, third
+    return word, next_word, bits, next_bits
+
+
+@triton.jit
+def _turn_scales(
+    data, num_blocks, first_block, at, row_pairs, KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """What a turn reads of a row's scales."""
+    unit = at % BLOCK_PAIRS // (LANES // 2)
+    return load_scales(data, num_blocks, first_block, at // BLOCK_PAIRS, unit, at < row_pairs, KIND)
 
 
 @triton.jit

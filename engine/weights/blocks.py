@@ -18,6 +18,7 @@ from penstock.scheduler.units import MIB
 from torch import Tensor
 
 BLOCK_BYTES = 8 * MIB
+APART_BYTES = MIB  # of blocks that are taken apart, by way of memory of their own: it stays in a core's cache
 
 
 class WeightSource(Protocol):
@@ -92,11 +93,11 @@ def _read_floats(source: WeightSource, piece: Piece, kind: WeightFormat, out: Te
 
 
 def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
-    """The blocks of what is stored of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in
-    no block."""
+    """The blocks of what is stored of a group, of at most BLOCK_BYTES or APART_BYTES (or one row); rows that no piece
+    touches are in no block."""
     for rows in layout.rows:
         row_bytes = rows.format.row_bytes(rows.num_cols)
-        most_rows = max(1, BLOCK_BYTES // row_bytes)
+        most_rows = max(1, min(BLOCK_BYTES, APART_BYTES if rows.format.is_quantised else BLOCK_BYTES) // row_bytes)
         for first in range(0, rows.num_rows, most_rows):
             stop = min(first + most_rows, rows.num_rows)
             pieces = _clip(rows, first, stop)

@@ -30,6 +30,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "tp_size": engine.topology.tp_size,
         "resident": str(config.resident),
         "weights_compression": config.weights_compression,
+        "quantised_as": sorted({kind for _, kind in spec.formats}),
         "compressed_groups": [
             len(residency.compressed & residency.resident),
             len(residency.compressed - residency.resident),

@@ -35,6 +35,7 @@ class Record:
         names = ("hardware", "commit", "model", "dtype", "tp_size", "resident")
         names += ("input_len", "output_len", "attention_window")
         weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"
+        weights = ", ".join(self.content.get("quantised_as", ())) or weights
         return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
 
 
