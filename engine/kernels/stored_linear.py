@@ -203,7 +203,7 @@ def _turn_codes(
 def _turn_scales(
     data, num_blocks, first_block, at, row_pairs, KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """What a turn reads of a row's scales."""
+    """Reads a turn of a row's scales."""
     unit = at % BLOCK_PAIRS // (LANES // 2)
     return load_scales(data, num_blocks, first_block, at // BLOCK_PAIRS, unit, at < row_pairs, KIND)
 
