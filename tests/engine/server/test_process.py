@@ -167,6 +167,22 @@ def test_when_a_rank_dies_every_client_is_told_and_the_server_ends(tmp_path):
         assert "rank 1 was killed by SIGKILL" in server.text
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, number, is_busy):
+    with server_process(tmp_path, "-tp", "2", in_passes=SLOW) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 3 if is_busy else 0)
+        streams.wait_for_tokens()
+        (child,) = [pid for pid in server.command.pids() if pid != server.command.process.pid]
+        failed_s = time.monotonic()
+        os.kill(child, number)
+        assert server.exit_code() == 1 and time.monotonic() - failed_s < TOLD_S
+        streams.join()
+        assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * len(streams.errors)
+
+
 @pytest.mark.alone
 def test_under_torchrun_rank_0_serves_and_all_end_well(tmp_path):
     with server_process(tmp_path, launcher=TORCHRUN) as server:
