@@ -15,7 +15,7 @@ from typing import Any
 from penstock.engine.server.errors import ApiError, refused, unauthorised
 from penstock.engine.user_files import has_lone_surrogate, parse_json
 from penstock.scheduler.units import MIB
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 MOST_BODY_BYTES = 32 * MIB
@@ -103,6 +103,8 @@ async def read_body(request: Request) -> Any:
             body = await _read(request)
     except TimeoutError:
         raise ApiError(400, f"the body did not come within {BODY_S:g} s", more_headers=_CLOSE) from None
+    except ClientDisconnect:
+        raise refused("the body ended early") from None  # nobody hears it
     return parse(body) if len(body) <= SMALL_BYTES else await asyncio.to_thread(parse, body)
 
 

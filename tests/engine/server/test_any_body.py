@@ -2,11 +2,12 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.engine.server.fields import CHAT, COMPLETION, DETOKENIZE, REFUSED, TOKENIZE
 
-from tests.support.serving import until
+from tests.support.serving import Serving, until
 
 ROUTES = {
     "/v1/completions": (COMPLETION, {"prompt": "def"}),
@@ -35,14 +36,26 @@ def requests(draw):
     return path, body | {"max_tokens": 2, "max_completion_tokens": 2}
 
 
-@settings(max_examples=80)
-@given(request=requests())
-def test_a_body_is_answered_or_refused(shared, request):
-    path, body = request
+def check(served: Serving, path: str, body: dict) -> None:
+    """Asserts that a body is answered or refused, and that nothing of it stays."""
     content = json.dumps(body).encode()
-    response = shared.call("POST", path, content=content, headers={"content-type": "application/json"})
+    response = served.call("POST", path, content=content, headers={"content-type": "application/json"})
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-    assert shared.service.phase == "ready"
-    until(shared.at_rest)
+    assert served.service.phase == "ready"
+    until(served.at_rest)
+
+
+@settings(max_examples=80)
+@given(request=requests())
+def test_a_body_is_answered_or_refused(shared, request):
+    check(shared, *request)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@settings(max_examples=10_000)
+@given(request=requests())
+def test_ten_thousand_bodies_are_answered_or_refused(shared, request):
+    check(shared, *request)
