@@ -149,14 +149,16 @@ def score_prompts(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
     """Log probabilities of the prompts' tokens for which rows ask. Logits are there for some of them at a time."""
     if ctx.inputs.scored is None:
         return
-    asked, num_scored, memory = ctx.inputs.scored, len(ctx.inputs.scored.select), ctx.act["prompt_logits"]
-    scores = []
+    asked, memory, sampler = ctx.inputs.scored, ctx.act["prompt_logits"], ctx.model.sampler
+    num_scored = len(asked.select)
+    ctx.prompt_scores = asked.select.new_empty(num_scored, sampler.scores_width, dtype=torch.int32)
     for start in range(0, num_scored, len(memory)):
-        select, targets, wanted = (each[start : start + len(memory)] for each in vars(asked).values())
-        logits = memory[: len(select)]
-        _whole_head(ctx, weights, ctx.act["x_"].index_select(0, select), logits)
-        scores.append(ctx.model.sampler.score(logits[:, : ctx.model.spec.vocab_size], targets, wanted))
-    ctx.prompt_scores = torch.cat(scores)
+        part = slice(start, start + len(memory))
+        rows = ctx.act["x_"].index_select(0, asked.select[part])
+        logits = memory[: len(rows)]
+        _whole_head(ctx, weights, rows, logits)
+        logits = logits[:, : ctx.model.spec.vocab_size]
+        ctx.prompt_scores[part] = sampler.score(logits, asked.targets[part], asked.wanted[part])
 
 
 def _whole_head(ctx: PassContext, weights: Weights, rows: Tensor, logits: Tensor) -> None:

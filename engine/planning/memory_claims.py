@@ -12,8 +12,15 @@ from penstock.engine.kernels.segments import LEAST_SEGMENT, partials_size
 from penstock.engine.model.fusion import fuse, fused_runs
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import local_vocab_size, shard_heads
-from penstock.engine.model.spec import ModelSpec
-from penstock.engine.model.steps import COPIED_ROWS, KEYS_AT_ONCE, activation_bytes, model_steps, select_early
+from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
+from penstock.engine.model.steps import (
+    COPIED_ROWS,
+    KEYS_AT_ONCE,
+    activation_bytes,
+    model_steps,
+    most_rows,
+    select_early,
+)
 from penstock.engine.planning.step_cost import kv_token_bytes
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.passes.build import lay_out_decompressed, make_plan
@@ -30,7 +37,7 @@ GEMM_WORKSPACE_BYTES = 64 * MIB
 STAGING_BYTES = 64 * MIB  # of KV pages on their way to host memory or back, if a page is not more
 PENALTY_STATE_BYTES = 4  # a row and vocabulary entry: occurrences
 COPIED_LOGITS_BYTES = 2 * 4 + 1  # likewise, of rows copied at a time: penalised logits, a filter's and a byte beside
-SCORED_TOKEN_BYTES = 512  # of a prompt's token: log probabilities, twice as they are joined, and what asks for them
+SCORED_TOKEN_BYTES = 192  # of a prompt's token: log probabilities, and what asks for them
 ROW_BYTES = 1024  # of a row beside that and its page table: parameters, tokens and log probabilities
 
 
@@ -78,13 +85,13 @@ class MemoryClaims:
         """Named parts of memory that no split changes."""
         spec, tp_size = self.spec, self.tp_size
         vocab_size = local_vocab_size(spec.vocab_size, tp_size) * tp_size
-        # One activation that an operation made before it is copied in; logits as float32; what is kept of rows.
-        temporaries = max(self._sizes(num_seqs).values())
+        # One activation that an operation made before it is copied in, or what scoring prompts makes, behind which no
+        # operation makes any; logits as float32; what is kept of rows.
+        temporaries = max(*self._sizes(num_seqs).values(), self._scored_bytes)
         temporaries += min(num_seqs, COPIED_ROWS) * vocab_size * COPIED_LOGITS_BYTES
         temporaries += num_seqs * (vocab_size * PENALTY_STATE_BYTES + self._table_bytes + ROW_BYTES)
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
-        temporaries += self.most_tokens * SCORED_TOKEN_BYTES
         temporaries += num_seqs * self._item_bytes  # each row may begin one segment more than its cached tokens fill
         workspace = temporaries + (GEMM_WORKSPACE_BYTES if self.on_gpu else 0)
         claims = [("activations", self.activations(num_seqs)[1]), ("workspace", workspace)]
@@ -94,6 +101,14 @@ class MemoryClaims:
         if self.config.kv_host_memory is not None:
             claims += [("KV staging", 2 * num_staged_pages(self.config, self.page_bytes) * self.page_bytes)]
         return tuple(claims)
+
+    @property
+    def _scored_bytes(self) -> int:
+        """Bytes of what is computed for log probabilities of prompts, beside logits (ops.score_prompts)."""
+        rows = most_rows(self.most_tokens, 1)["scored rows"]
+        part = local_vocab_size(self.spec.vocab_size, self.tp_size) if self.tp_size > 1 else 0
+        rows_bytes = rows * (self.spec.hidden_size + part) * DTYPE_BYTES[self.dtype]
+        return rows_bytes + (self.most_tokens + rows) * SCORED_TOKEN_BYTES
 
     @property
     def _table_bytes(self) -> int:
