@@ -14,10 +14,10 @@ TOKEN_PAIRS = 500
 # Chunks that continue copy the keys and values that they attend to before they attend, entry by entry, at this share of
 # the memory rate.
 GATHER_SHARE = 0.25
-GATHERED_TOKENS = 8192  # that are copied at a time, of several such chunks; of one chunk that has more, all
 # Tokens of a pass with prompts that is padded and captured: eager, its launches would take longer than its work.
 MOST_PADDED_TOKENS = 2048
 SMALL_STEP, SMALL, STEP = 64, 256, 128  # it is padded to a multiple of a step, of the small one up to SMALL
+GATHERED_TOKENS = 8192  # of contexts that are copied at a time for several chunks; for one that has more, all
 
 
 def padded_tokens(num_tokens: int) -> int:
