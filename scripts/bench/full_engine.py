@@ -64,6 +64,7 @@ def full_jobs(llm: LLM, num_tokens: int, num_passes: int) -> list[Job]:
     num_rows = min(int(FILLED * held / grown), plan.max_num_seqs)
     free = free_tokens(llm.engine.work, llm.engine.rates) or plan.max_num_batched_tokens
     num_filling = num_rows * num_tokens / max(min(free, plan.max_num_batched_tokens) - num_rows / 2, 1)  # passes
+    num_filling = min(num_filling, num_tokens / 2)  # where hardly a token is free, a pass takes more all the same
     rng, ids = random.Random(llm.config.seed), range(plan.spec.vocab_size)
     jobs = []
     for index in range(num_rows):
