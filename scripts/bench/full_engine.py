@@ -114,10 +114,10 @@ def _measure_full(llm: LLM, row: Row, planned: Rates) -> dict[str, Any]:
 
     drive(llm, _sequences(llm, jobs), lambda: sum(map(is_full, timed_passes(llm)[-wanted:])) < wanted)
     passes = timed_passes(llm)
-    full = [one for one in passes if is_full(one)][FIRST_FULL:]
+    full = [one for one in passes if is_full(one)][FIRST_FULL:wanted]  # not what was under way at the end
     if not full:
         return {"error": f"its {len(jobs)} sequences never decoded together"}
-    pass_s = statistics.mean(one.measured_s for one in full)
+    pass_s = statistics.median(one.measured_s for one in full)
     bound = _bound(llm, full, pass_s * len(full), planned)
     return {
         "num_requests": len(jobs),
