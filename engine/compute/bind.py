@@ -26,6 +26,7 @@ from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.kernels.prompt_attention import list_blocks
 from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
 from penstock.scheduler.batching.request import ON_DEVICE
+from penstock.scheduler.cost.pass_work import GATHERED_TOKENS
 from torch import Tensor
 
 
@@ -34,8 +35,9 @@ class Binder:
     """Holds what batches of a model are bound with: its cache's page size and margin, and `last_tokens`
     (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
-    `max_context` is the most tokens that a row attends to; no more are gathered at a time. Prompts of a number of
-    tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one token.
+    `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
+    Prompts of a number of tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one
+    token.
     """
 
     page_size: int
@@ -44,6 +46,7 @@ class Binder:
     max_context: int
     cutting: Cutting
     whole_tokens: range = range(0)
+    most_gathered: int = 0
 
     def bind(self, batch: Batch) -> PassInputs:
         """The inputs of a pass over `batch`, whose rows are in the order of their kinds (Batch.of)."""
@@ -99,7 +102,7 @@ class Binder:
             work = self.cutting.exact_work([_num_context(row) for row in single])
             list_work(lengths, work)
             paged = PagedContext(pages[: len(single)], lengths, work)
-        for part in _parts(continuing, self.max_context):
+        for part in _parts(continuing, max(self.max_context, self.most_gathered)):
             gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
             first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
         is_whole = bool(starting) and len(starting[-1].tokens) in self.whole_tokens  # the longest is the last
@@ -136,20 +139,21 @@ class Binder:
 def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_tokens: range) -> Binder:
     """The binder of a model's passes of up to max_num_seqs rows; allocates their workspace."""
     kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
-    return Binder(kv.page_size, kv.margin, model.sampler.last_tokens, max_context, cutting, whole_tokens)
+    most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
+    return Binder(kv.page_size, kv.margin, model.sampler.last_tokens, max_context, cutting, whole_tokens, most_gathered)
 
 
 def _num_context(row: BatchRow) -> int:
     return row.num_cached + len(row.tokens)
 
 
-def _parts(rows: Sequence[BatchRow], max_context: int) -> list[list[BatchRow]]:
-    """Neighbouring rows whose contexts have no more than max_context tokens together, or one row."""
+def _parts(rows: Sequence[BatchRow], most_tokens: int) -> list[list[BatchRow]]:
+    """Neighbouring rows whose contexts have no more than most_tokens together, or one row."""
     parts: list[list[BatchRow]] = []
     num_tokens = 0
     for row in rows:
         num_tokens += _num_context(row)
-        if not parts or num_tokens > max_context:
+        if not parts or num_tokens > most_tokens:
             parts.append([])
             num_tokens = _num_context(row)
         parts[-1].append(row)

@@ -124,7 +124,7 @@ class MemoryClaims:
     @property
     def gathered_page_bytes(self) -> int:
         """Bytes of a page in a copy of what chunks attend to that continue (attention.gather): one layer at a time, and
-        no more tokens than the longest row has (Binder.max_context)."""
+        no more tokens than the longest row has (Binder.max_context), or GATHERED_TOKENS."""
         return self.page_bytes // self.spec.num_layers
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from penstock.scheduler.batching.retention import KeepAll, Retention
+from penstock.scheduler.cost.pass_work import GATHERED_TOKENS
 from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId
 from penstock.scheduler.units import GIB
@@ -39,9 +40,9 @@ class Demand:
     another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`, and up to
     `most_let_in` shorter sequences may run at once. `memory_bytes` None stands for plain host memory (a CPU), which has
     no limit here. `max_model_len` None allows the trained length, as far as it fits; `len_option` names the option that
-    sets it. `retention` says how many pages a sequence needs: enough
-    for all of its tokens, if it is not given. What one sequence has cached may be there once more, in
-    `gathered_page_bytes` a page. Attention over a page's tokens leaves `partials_page_bytes` for a while.
+    sets it. `retention` says how many pages a sequence needs: enough for all of its tokens, if it is not given. What
+    one sequence has cached, or several that are short, may be there once more, in `gathered_page_bytes` a page.
+    Attention over a page's tokens leaves `partials_page_bytes` for a while.
     """
 
     groups: tuple[tuple[GroupId, int], ...]
@@ -112,9 +113,14 @@ class Demand:
         """Pages of so many sequences of kv_len tokens, of one full sequence at least, and the reserved one."""
         return self.num_pages or max(num_seqs * self.pages(self.kv_len), self.pages(self.full_len)) + 1
 
+    @property
+    def most_gathered(self) -> int:
+        """The most pages of which there is a copy: those of the longest sequence that is wanted, or of several."""
+        return self.pages(max(self.full_len, GATHERED_TOKENS))
+
     def gathered_bytes(self, num_pages: int) -> int:
-        """Bytes of a copy of the longest sequence that is wanted and that so many pages hold."""
-        return min(num_pages, self.pages(self.full_len)) * self.gathered_page_bytes
+        """Bytes of such a copy where there are so many pages."""
+        return min(num_pages, self.most_gathered) * self.gathered_page_bytes
 
     def kv_bytes(self, num_pages: int) -> int:
         """Bytes of so many pages, of the copy, and of what attention leaves."""
@@ -122,7 +128,7 @@ class Demand:
 
     def pages_in(self, nbytes: int) -> int:
         """The most pages whose kv_bytes are no more than `nbytes`."""
-        most_copied = nbytes - self.pages(self.full_len) * self.gathered_page_bytes
+        most_copied = nbytes - self.most_gathered * self.gathered_page_bytes
         each = self.page_bytes + self.partials_page_bytes
         return max(most_copied // each, nbytes // (each + self.gathered_page_bytes))
 

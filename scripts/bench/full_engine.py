@@ -64,6 +64,7 @@ def full_jobs(llm: LLM, num_tokens: int, num_passes: int) -> list[Job]:
     num_rows = min(int(FILLED * held / grown), plan.max_num_seqs)
     free = free_tokens(llm.engine.work, llm.engine.rates) or plan.max_num_batched_tokens
     num_filling = num_rows * num_tokens / max(min(free, plan.max_num_batched_tokens) - num_rows / 2, 1)  # passes
+    num_filling = min(num_filling, num_tokens / 2)  # where hardly a token is free, a pass takes more all the same
     rng, ids = random.Random(llm.config.seed), range(plan.spec.vocab_size)
     jobs = []
     for index in range(num_rows):
@@ -113,10 +114,10 @@ def _measure_full(llm: LLM, row: Row, planned: Rates) -> dict[str, Any]:
 
     drive(llm, _sequences(llm, jobs), lambda: sum(map(is_full, timed_passes(llm)[-wanted:])) < wanted)
     passes = timed_passes(llm)
-    full = [one for one in passes if is_full(one)][FIRST_FULL:]
+    full = [one for one in passes if is_full(one)][FIRST_FULL:wanted]  # not what was under way at the end
     if not full:
         return {"error": f"its {len(jobs)} sequences never decoded together"}
-    pass_s = statistics.mean(one.measured_s for one in full)
+    pass_s = statistics.median(one.measured_s for one in full)
     bound = _bound(llm, full, pass_s * len(full), planned)
     return {
         "num_requests": len(jobs),

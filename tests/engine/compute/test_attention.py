@@ -1,7 +1,7 @@
 """Rows of every kind in one pass attend as each does by itself, and read nobody else's keys."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -142,12 +142,14 @@ def test_rows_of_every_kind_attend_by_the_definition(rows, window, turns, margin
 
 @pytest.mark.parametrize("max_context, parts", [(54, [[9, 20, 25]]), (29, [[9, 20], [25]]), (28, [[9], [20], [25]])])
 def test_no_more_is_copied_than_what_chunks_that_continue_attend_to(max_context, parts):
-    """And no more at a time than the longest row may have."""
+    """And no more at a time than the longest row may have, or than several may."""
     rows = [(300, 1), (12, 8), (0, 50), (1, 24), (6, 3), (70, 1)]
     context = Example(rows, max_context=max_context).bound().bind(batch_of(rows, 1)).context
     lengths = [[row.num_context for row in part.chunks.ranges] for part in context.continuing]
     assert lengths == parts
     assert all(len(part.addresses) == sum(own) <= max_context for part, own in zip(context.continuing, parts))
+    many = replace(Example(rows, max_context=max_context).bound(), most_gathered=54).bind(batch_of(rows, 1)).context
+    assert [len(part.addresses) for part in many.continuing] == [54]
 
 
 def test_rows_out_of_order_are_not_bound():

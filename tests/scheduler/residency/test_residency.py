@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.engine.planning.device_profile import load_profile
-from penstock.scheduler.cost.pass_work import StepWork
+from penstock.scheduler.cost.pass_work import GATHERED_TOKENS, StepWork
 from penstock.scheduler.cost.time_model import PassTime
 from penstock.scheduler.passes.build import default_ring_bytes, minimum_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId
@@ -53,7 +53,7 @@ def resident_layer_bytes(planned, asked):
 @given(st.integers(1, 1000), st.integers(0, 1000), st.integers(1, 300), st.integers(0, 10**5))
 def test_as_many_pages_as_fit_beside_a_copy_of_the_longest_sequence(page_bytes, gathered, longest, nbytes):
     asked = demand(page_bytes=page_bytes, gathered_page_bytes=gathered, max_position=longest)
-    num_pages, copied = asked.pages_in(nbytes), -(-longest // 16)
+    num_pages, copied = asked.pages_in(nbytes), GATHERED_TOKENS // 16  # longer than any of these
     assert asked.kv_bytes(num_pages) <= nbytes < asked.kv_bytes(num_pages + 1)
     assert asked.kv_bytes(num_pages) == num_pages * page_bytes + min(num_pages, copied) * gathered
 
