@@ -1,17 +1,21 @@
 """Requests that come and go at random, between passes and while one runs, so that rows of every kind share passes, have
 the tokens that each has alone."""
 
+import itertools
 import random
 
 import pytest
+from penstock.engine.compute.context import PassContext
+from penstock.engine.kernels import gated_activation
 from penstock.engine.loop import Loop
 from penstock.engine.output import Sequence
 from penstock.scheduler.batching.batch import Batch, RowKind
 from penstock.scheduler.batching.request import Request
+from penstock.scheduler.passes.pass_plan import Compute, Instruction
 
 from penstock import LLM, SamplingParams
 from tests.support.fake_engine import BusyEngine
-from tests.support.watches import BeginPass
+from tests.support.watches import After, BeginPass
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 5, "max_num_batched_tokens": 12, "page_size": 4}
 FULL = OPTIONS | {"max_model_len": 48}
@@ -115,6 +119,29 @@ def test_a_request_in_any_company_is_itself_alone(llm):
 @pytest.mark.parametrize("seed", range(4, 44))
 def test_a_request_in_any_company_is_itself_alone_soak(llm, seed):
     run_in_company(llm, seed)
+
+
+def test_what_follows_the_last_attention_computes_sampled_rows_alone():
+    """And is left out of a pass in which no row samples."""
+    widths, num_activations = [], []
+
+    def note(instruction: Instruction, ctx: PassContext | None) -> None:
+        if isinstance(instruction, Compute) and instruction.step == "ffn_down":
+            widths.append((instruction.of_rows, len(ctx.act["x"]), len(ctx.inputs.tokens)))
+        if isinstance(instruction, Compute) and instruction.step == "sample":
+            num_activations.append(gated_activation.calls["reference"])
+
+    with LLM("demo", **WAYS["padded"]) as llm:
+        num_layers = llm.engine.plan.spec.num_layers
+        with llm.engine.watched_by(After(note)):
+            before = gated_activation.calls["reference"]
+            llm.generate([[7] * 30], SamplingParams(max_tokens=2, temperature=0))
+    made = [after - earlier for earlier, after in itertools.pairwise([before, *num_activations])]
+    assert made == [num_layers, num_layers - 1, num_layers, num_layers]  # the second chunk samples nothing, eagerly
+    last = [rows for of_rows, *rows in widths if of_rows]
+    padded, left_out, sampling, decoding = last
+    assert padded[0] < padded[1] and left_out == [0, 12] and sampling == [1, 6] and decoding[0] == decoding[1]
+    assert all(rows == tokens for of_rows, rows, tokens in widths if not of_rows)
 
 
 def is_short_prompt(batch: Batch) -> bool:
