@@ -90,6 +90,7 @@ MAY_IMPORT = {
         "engine.llm",
         "engine.output",
         "engine.planning.find_model",
+        "engine.streams",
         "engine.text",
         "engine.user_files",
         "engine.version",

@@ -11,6 +11,7 @@ import sys
 import warnings
 
 from penstock.engine.commands.flags import Groups, add_flag
+from penstock.engine.commands.said import say_before
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.text.model_text import has_tokenizer
@@ -73,9 +74,10 @@ def options_of(args: argparse.Namespace) -> "ServeOptions":
 
 
 def leading(config: EngineConfig) -> LLM:
-    """The engine, whose other ranks follow."""
+    """The engine, whose other ranks follow; says what streams, and how fast that is."""
     llm = LLM(**config.to_dict())
     llm.lead()
+    say_before(llm, llm.loop.scheduler.max_num_seqs, verbose=False, table=False)
     return llm
 
 

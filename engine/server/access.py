@@ -1,19 +1,21 @@
-"""The door of the server: the key that a request must bring, where one is set, and its body, read within bounds of size
-and time.
+"""The door of the server: the key that a request must bring, where one is set, the name by which it asks, and its body,
+read within bounds of size and time.
 """
 
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import re
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from penstock.engine.server.errors import ApiError, refused, unauthorised
 from penstock.engine.user_files import has_lone_surrogate, parse_json
 from penstock.scheduler.units import MIB
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 MOST_BODY_BYTES = 32 * MIB
@@ -44,6 +46,45 @@ class KeyGuard:
         return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(key.strip()), self._digest)
 
 
+class HostGuard:
+    """An ASGI application in front of another that listens on this machine alone, without a key: a page of another site
+    may have its name lead to this machine, and would then be let in by the browser. A request under such a name is
+    refused; addresses and localhost cannot be made to lead elsewhere."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]):
+        self._app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not _is_own(dict(scope["headers"]).get(b"host", b"").decode("latin-1")):
+            error = refused("Host: expected an address or localhost; for other names set --api-key or --host")
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_own(host: str) -> bool:
+    """Tells whether a Host header names an address, or localhost."""
+    try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    return name == "localhost" or is_address(name)
+
+
+def is_address(name: str) -> bool:
+    """Tells whether this is an IP address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Tells whether only this machine can reach that address."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
@@ -62,6 +103,8 @@ async def read_body(request: Request) -> Any:
             body = await _read(request)
     except TimeoutError:
         raise ApiError(400, f"the body did not come within {BODY_S:g} s", more_headers=_CLOSE) from None
+    except ClientDisconnect:
+        raise refused("the body ended early") from None  # nobody hears it
     return parse(body) if len(body) <= SMALL_BYTES else await asyncio.to_thread(parse, body)
 
 

@@ -22,9 +22,10 @@ class Admission:
         self._engine, self._most_queued, self._most_wait_s = engine, most_queued, most_wait_s
         self._predicted_s, self._predicted_at_s = 0.0, float("-inf")
 
-    def check(self) -> None:
-        """Raises ApiError, with the predicted wait, if no more may wait."""
-        waiting = self._engine.num_unfinished - self._engine.llm.loop.scheduler.max_num_seqs
+    def check(self, num_coming: int = 0) -> None:
+        """Raises ApiError, with the predicted wait, if no more may wait; `num_coming` were let in and are still being
+        encoded."""
+        waiting = self._engine.num_unfinished + num_coming - self._engine.llm.loop.scheduler.max_num_seqs
         if waiting >= self._most_queued:
             why = f"{waiting} sequences wait already, and at most {self._most_queued} may"
             raise queue_full(why, self.predicted_wait_s())

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from penstock.engine.server import openapi
-from penstock.engine.server.access import OPEN, KeyGuard, read_body
+from penstock.engine.server.access import OPEN, HostGuard, KeyGuard, is_loopback, read_body
 from penstock.engine.server.encoding import need_tokenizer, text_of, token_ids_of, tokenizer_facts
 from penstock.engine.server.errors import ApiError, failed, model_not_found
 from penstock.engine.server.notes import rejection
@@ -25,7 +25,7 @@ def make_app(service: Service) -> Any:
     _add_models(app, service)
     _add_health(app, service)
     if service.options.api_key is None:
-        return app
+        return HostGuard(app) if is_loopback(service.options.host) else app
     open_routes = (*OPEN, "/metrics") if service.options.metrics_without_key else OPEN
     return KeyGuard(app, service.options.api_key, open_routes)
 
@@ -112,6 +112,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", **openapi.HEALTH)
     async def health() -> Response:
         return Response(status_code=200 if service.phase == "ready" else 503)

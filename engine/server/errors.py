@@ -8,6 +8,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from penstock.engine.streams import one_line
+from penstock.scheduler.units import show_value
+
 RETRY_AFTER_S = (1, 60)  # what clients are told to wait, at least and at most
 
 
@@ -24,6 +27,7 @@ class ApiError(Exception):
     more_headers: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
+        self.message = one_line(self.message)  # it may show a value of megabytes
         super().__init__(self.message)
 
     @property
@@ -59,8 +63,8 @@ def unauthorised() -> ApiError:
 
 def model_not_found(name: str, served: list[str]) -> ApiError:
     """The error of a request for another model."""
-    shown = name if len(name) <= 200 else f"{name[:200]}..."
-    return ApiError(404, f"the model {shown!r} is not served; there is {', '.join(served)}", "model", "model_not_found")
+    why = f"the model {show_value(name)} is not served; there is {', '.join(served)}"
+    return ApiError(404, why, "model", "model_not_found")
 
 
 def failed(why: str) -> ApiError:

@@ -1,4 +1,4 @@
-"""The sampling defaults that a checkpoint brings, in its generation_config.json, as vLLM reads them."""
+"""The sampling defaults that a checkpoint brings, in its generation_config.json; how long answers are is the API's."""
 
 from typing import Any
 
@@ -8,14 +8,7 @@ from penstock.engine.user_files import read_json
 from penstock.scheduler.batching.request import SamplingParams
 
 FILE = "generation_config.json"
-_NAMES = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
+_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_defaults(config: EngineConfig) -> dict[str, Any]:
@@ -26,7 +19,7 @@ def read_defaults(config: EngineConfig) -> dict[str, Any]:
     if not file.is_file():
         return {}
     given = read_json(file, keep_too_large=True)
-    defaults = {own: given[name] for name, own in _NAMES.items() if given.get(name) is not None}
+    defaults = {name: given[name] for name in _NAMES if given.get(name) is not None}
     try:
         SamplingParams(**defaults)
     except ValueError as error:

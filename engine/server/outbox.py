@@ -1,6 +1,6 @@
 """The way from the engine to one client: what its sequences gave, piece by piece, kept until the client takes it.
 
-The engine never waits for a client. Each token is a piece of its own while a client keeps up; once LATE pieces lie
+The engine never waits for a client. Each token is a piece of its own while a client keeps up; once many pieces lie
 here, what follows joins the last piece of its choice, so an outbox is bounded by the answer that it holds.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from penstock.engine.output import Logprob, Sequence
 
-LATE = 64  # pieces that a client has not taken
+LATE, LATE_EACH = 64, 4  # pieces that a client has not taken, and more of these for each choice of its answer
 
 
 class Finish(NamedTuple):
@@ -64,14 +64,15 @@ class Outbox:
     @property
     def has_ended(self) -> bool:
         """Tells whether all sequences have ended; their last pieces may still lie here."""
-        return self.num_ended == len(self.sequences)
+        return self.num_ended >= len(self.sequences)
 
     def put(self, piece: Piece) -> None:
         """Takes news in."""
         if piece.finish is not None:
             self.num_ended += 1
             self.failure = self.failure or (piece.finish if piece.finish.error is not None else None)
-        last = self._last.get(piece.choice) if len(self._pieces) >= LATE else None
+        is_late = len(self._pieces) >= LATE + LATE_EACH * len(self.sequences)
+        last = self._last.get(piece.choice) if is_late else None
         if last is not None:
             last.join(piece)
         else:

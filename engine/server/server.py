@@ -30,6 +30,8 @@ from penstock.engine.server.service import Service
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ANSWER_S = 3.0  # for clients to take the last answer, once the engine has ended or all was aborted
 CLOSE_S, GIVE_UP_S = 20.0, 3.0  # for the engine to end: one that serves, and one that loads or has failed
+# The most that engine and event loop wait for each other's Python: by Python's default, 5 ms, that is a whole pass.
+SWITCH_S = 0.5e-3
 _POLL_S = 0.02
 
 
@@ -81,7 +83,12 @@ class Server:
 
     def run(self, listener: socket.socket) -> None:
         """Serves until it is told to end. Raises the exception that ended the engine."""
-        has_ended = asyncio.run(self._run(listener))
+        before_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            has_ended = asyncio.run(self._run(listener))
+        finally:
+            sys.setswitchinterval(before_s)
         error = self.service.engine.error
         if error is not None:
             raise error

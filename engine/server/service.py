@@ -45,6 +45,7 @@ class Service:
         self.started_s, self.created = time.monotonic(), int(time.time())
         self.notes = notes or NoNotes()
         self.is_draining = False
+        self._num_coming = 0  # requests that were let in and are being encoded
         self.num_open = 0  # requests whose responses are not sent yet
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="encode")
 
@@ -86,10 +87,15 @@ class Service:
         came_s = time.perf_counter()
         self.check_open()
         self.check_model(asked.model)
-        self.admission.check()
-        sequences = await self.in_worker(sequences_of, self.engine.llm, asked)
+        self.admission.check(self._num_coming)
+        self._num_coming += 1
+        try:
+            sequences = await self.in_worker(sequences_of, self.engine.llm, asked)
+            answer = await self._answer(asked)
+        finally:
+            self._num_coming -= 1
         self.check_open()
-        outbox, answer = Outbox(sequences, asked.params.n), await self._answer(asked)
+        outbox = Outbox(sequences, asked.params.n)
 
         def end(delivered: Delivered) -> None:
             self.num_open -= 1

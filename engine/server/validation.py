@@ -4,6 +4,7 @@ The one validator of the server's routes and of jobs in files. It needs no libra
 tokenizer: what only those can tell (too long, no such token) is found when the prompt is encoded.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,8 @@ from penstock.scheduler.units import show_value
 
 MOST_PROMPTS = 1024
 MOST_SEQUENCES = 1024  # n of each prompt
-MOST_STOPS = 16
+# They are compared with each token, while a pass waits.
+MOST_STOPS, MOST_STOP_CHARACTERS, MOST_STOP_IDS = 16, 256, 1024
 _PATTERN = re.compile(r"(?:prompt \d+: )?(\w+)[=:]")  # the field that SamplingParams' and PromptReader's errors name
 
 Body = Mapping[str, Any]
@@ -120,14 +122,23 @@ def _has_type(value: Any, kind: str) -> bool:
 
 
 def _params(given: Body, defaults: Body, logprobs: int | None) -> SamplingParams:
-    stops = given.get("stop")
-    if isinstance(stops, list) and len(stops) > MOST_STOPS:
-        raise refused(f"stop: {len(stops)} strings, and at most {MOST_STOPS} are taken", "stop")
+    _check_stops(given)
     chosen = {**defaults, **{name: given[name] for name in SAMPLING if name in given}}
     try:
         return SamplingParams(**chosen, logprobs=logprobs)
     except ValueError as error:
         raise naming_field(error, "") from None
+
+
+def _check_stops(given: Body) -> None:
+    stops, ids = given.get("stop", []), given.get("stop_token_ids", [])
+    stops = [stops] if isinstance(stops, str) else stops
+    if len(stops) > MOST_STOPS:
+        raise refused(f"stop: {len(stops)} strings, and at most {MOST_STOPS} are taken", "stop")
+    if any(isinstance(stop, str) and len(stop) > MOST_STOP_CHARACTERS for stop in stops):
+        raise refused(f"stop: a string has more than {MOST_STOP_CHARACTERS} characters", "stop")
+    if len(ids) > MOST_STOP_IDS:
+        raise refused(f"stop_token_ids: {len(ids)} ids, and at most {MOST_STOP_IDS} are taken", "stop_token_ids")
 
 
 def _check_best_of(body: Body, params: SamplingParams) -> None:
@@ -173,6 +184,11 @@ def _messages(given: Body) -> list[Any]:
     messages = given.get("messages")
     if not messages:
         raise refused("messages: expected a list of messages, one at least", "messages")
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    for part in itertools.chain.from_iterable(content for content in contents if isinstance(content, list)):
+        kind = part.get("type", "text") if isinstance(part, dict) else part
+        if kind != "text":
+            raise refused(f"messages: a part of type {show_value(kind)}: only text is taken", "messages")
     return messages
 
 

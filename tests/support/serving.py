@@ -35,7 +35,7 @@ class Kept:
         self.rejected: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.num_disconnects = 0
-        self.passes: list[int] = []  # tokens given in each
+        self.passes: list[set[int]] = []  # the requests that each gave a token
         self.journeys: list[Any] = []
 
     def request_rejected(self, reason: str) -> None:
@@ -48,7 +48,7 @@ class Kept:
         self.records.append(record)
 
     def observe_pass(self, llm: LLM, moved: list[Any]) -> None:
-        self.passes.append(len(moved))
+        self.passes.append({journey.sequence.request.id for journey in moved})
 
     def sequence_ended(self, llm: LLM, journey: Any) -> None:
         self.journeys.append(journey)
@@ -83,16 +83,16 @@ class Serving:
         assert self.service.engine.join(WAIT_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-    def run(self, work: Coroutine) -> Any:
+    def run(self, work: Coroutine, most_s: float = WAIT_S) -> Any:
         """Runs a coroutine in the event loop, and returns what it gives."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(most_s)
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
         """The response to one request."""
 
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=WAIT_S) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=WAIT_S) as client:
                 return await client.request(method, path, **request)
 
         return self.run(ask())
@@ -162,7 +162,7 @@ class Client:
                     await self.takes()
                 self.bodies.append(message.get("body", b""))
 
-        headers = [(b"content-type", b"application/json"), (b"host", b"server")]
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost:80")]
         scope = {"type": "http", "method": "POST", "path": self.path, "raw_path": self.path.encode()}
         scope |= {"query_string": b"", "root_path": "", "scheme": "http", "headers": headers, "http_version": "1.1"}
         await app(scope | {"asgi": {"version": "3.0"}, "server": ("server", 80), "client": ("c", 1)}, receive, send)

@@ -174,7 +174,7 @@ def test_requests_at_once_answer_as_if_alone(served, outputs):
 
     async def ask_all():
         transport = httpx.ASGITransport(served.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             asks = [client.post(PATH, json={"prompt": prompt, **GREEDY}) for prompt in prompts]
             return await asyncio.gather(*asks)
 

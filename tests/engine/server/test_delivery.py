@@ -6,7 +6,7 @@ import json
 import pytest
 from penstock.engine.output import Logprob
 from penstock.engine.server import delivery
-from penstock.engine.server.outbox import LATE, Finish, Outbox, Piece
+from penstock.engine.server.outbox import LATE, LATE_EACH, Finish, Outbox, Piece
 from penstock.engine.server.sse import KEEP_ALIVE
 
 from tests.support.serving import Client, chunks_of, until
@@ -134,10 +134,10 @@ def test_an_outbox_joins_what_comes_late_and_keeps_its_order():
         return outbox
 
     outbox = asyncio.run(fill())
-    pieces = outbox.take()
-    assert outbox.has_ended and len(pieces) == LATE and outbox.take() == []
+    pieces, most = outbox.take(), LATE + 2 * LATE_EACH
+    assert outbox.has_ended and len(pieces) == most and outbox.take() == []
     for choice in (0, 1):
         mine = [each for each in pieces if each.choice == choice]
         assert "".join(each.text for each in mine) == "".join(f"{choice}.{token} " for token in range(1, 1001))
         assert sum(len(each.logprobs) for each in mine) == 1000
-        assert [each.num_tokens for each in mine][-2:] == [LATE // 2 - 1, 1000] and mine[-1].finish.reason == "stop"
+        assert [each.num_tokens for each in mine][-2:] == [most // 2 - 1, 1000] and mine[-1].finish.reason == "stop"

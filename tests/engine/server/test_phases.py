@@ -6,6 +6,8 @@ import threading
 
 import pytest
 from penstock.engine.llm import LLM
+from penstock.engine.server import service
+from penstock.engine.server.encoding import sequences_of
 from penstock.engine.server.errors import ApiError
 from penstock.engine.server.options import ServeOptions
 
@@ -138,6 +140,23 @@ def test_beyond_the_queue_a_request_is_turned_away_with_the_predicted_wait(serve
     assert [client.status for client in others] == [200] * 6
 
 
+def test_those_whose_texts_are_being_encoded_count_too(served, monkeypatch):
+    """A flood of a hundred, of which a queue of none lets in as many as there are rows."""
+    may_go = threading.Event()
+    monkeypatch.setattr(service, "sequences_of", lambda *asked: may_go.wait(WAIT_S) and sequences_of(*asked))
+    monkeypatch.setattr(served.service.admission, "_most_queued", 0)
+
+    async def flood():
+        asks = [asyncio.create_task(Client(PATH, LONG | {"max_tokens": 2}).ask(served.app)) for _ in range(100)]
+        while sum(task.done() for task in asks) < 96:
+            await asyncio.sleep(0.001)
+        may_go.set()
+        return await asyncio.gather(*asks)
+
+    statuses = sorted(client.status for client in served.run(flood()))
+    assert statuses == [200] * 4 + [503] * 96
+
+
 def test_the_predicted_wait_grows_with_the_queue_and_is_bounded(served):
     admission, engine = served.service.admission, served.service.engine
     assert admission._predict() == 0.0
@@ -189,6 +208,19 @@ def test_with_a_key_only_the_page_and_health_are_open(served):
     open_metrics = Serving(api_key="k", metrics_without_key=True)
     assert open_metrics.call("GET", "/metrics").status_code != 401
     open_metrics.service.close()
+
+
+def test_without_a_key_this_machine_is_not_asked_under_another_name(served):
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "[::1"):
+        response = served.call("GET", "/v1/models", headers={"host": host})
+        assert response.status_code == 400 and response.json()["error"]["message"].startswith("Host: "), host
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "192.168.0.5"):
+        assert served.call("GET", "/v1/models", headers={"host": host}).status_code == 200, host
+    for options in ({"api_key": "k"}, {"host": "0.0.0.0"}):
+        open_to_names = Serving(**options)
+        headers = {"host": "my.example", "authorization": "Bearer k"}
+        assert open_to_names.call("GET", "/v1/models", headers=headers).status_code == 200
+        open_to_names.service.close()
 
 
 def test_options_that_cannot_be_meant_are_refused():

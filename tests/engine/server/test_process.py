@@ -121,6 +121,8 @@ def test_a_second_signal_ends_what_is_under_way(tmp_path):
         server.wait_ready()
         answers = list(map(functools.partial(answer_to, server), HALVES))
         assert answers[:2] == [b"", b""] and all(answer.startswith(b"HTTP/1.1 400") for answer in answers[2:])
+        for text in HALVES:  # and who leaves in the middle of it
+            connect_to(server, text).close()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
         streams = Streams(client, 2, max_tokens=250)
         streams.wait_for_tokens()
@@ -130,13 +132,20 @@ def test_a_second_signal_ends_what_is_under_way(tmp_path):
         assert server.exit_code() == 0
         streams.join()
         assert [error.code for error in streams.errors] == ["shutting_down"] * 2
+        assert "Traceback" not in server.text, server.text
+
+
+def connect_to(server: ServerProcess, said: bytes) -> socket.socket:
+    """A connection on which this was said."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(said)
+    return connection
 
 
 def answer_to(server: ServerProcess, said: bytes) -> bytes:
     """The bytes that come back until the server closes the connection, on which this was said."""
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(said)
+    with connect_to(server, said) as connection:
         assert server.health() == 200
         return b"".join(iter(functools.partial(connection.recv, 65536), b""))
 
@@ -165,6 +174,22 @@ def test_when_a_rank_dies_every_client_is_told_and_the_server_ends(tmp_path):
         assert max(streams.ended_s) - killed_s < TOLD_S
         assert server.exit_code() == 1 and time.monotonic() - killed_s < TOLD_S
         assert "rank 1 was killed by SIGKILL" in server.text
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, number, is_busy):
+    with server_process(tmp_path, "-tp", "2", in_passes=SLOW) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 3 if is_busy else 0)
+        streams.wait_for_tokens()
+        (child,) = [pid for pid in server.command.pids() if pid != server.command.process.pid]
+        failed_s = time.monotonic()
+        os.kill(child, number)
+        assert server.exit_code() == 1 and time.monotonic() - failed_s < TOLD_S
+        streams.join()
+        assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * len(streams.errors)
 
 
 @pytest.mark.alone
@@ -202,8 +227,8 @@ def test_the_rest_of_the_command_line_needs_no_library_of_the_servers():
 
 
 def test_defaults_of_the_checkpoint_are_read_unless_that_is_refused(tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "max_new_tokens": 9, "x": 1}))
-    assert read_defaults(EngineConfig(str(tmp_path))) == {"temperature": 0.6, "max_tokens": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
+    assert read_defaults(EngineConfig(str(tmp_path))) == {"temperature": 0.6, "top_k": 20}
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": -1}))
     with pytest.raises(ValueError, match="generation_config.json: temperature=-1"):
         read_defaults(EngineConfig(str(tmp_path)))

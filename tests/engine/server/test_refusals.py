@@ -8,7 +8,15 @@ from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.access import MOST_BODY_BYTES
 from penstock.engine.server.encoding import without_paths
 from penstock.engine.server.fields import REFUSED
-from penstock.engine.server.validation import MOST_PROMPTS, MOST_SEQUENCES, MOST_STOPS, read_completion
+from penstock.engine.server.validation import (
+    MOST_PROMPTS,
+    MOST_SEQUENCES,
+    MOST_STOP_CHARACTERS,
+    MOST_STOP_IDS,
+    MOST_STOPS,
+    read_chat,
+    read_completion,
+)
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -20,8 +28,8 @@ WRONG = {  # by field: values that are refused on both routes
     "n": [0, 1.5, "2", 20000],
     "seed": [2**64, -(2**63) - 1, 0.5],
     "max_tokens": [0, -1, 1.5, 2**31],
-    "stop": [[""], "", [1], {"a": 1}, ["a"] * (MOST_STOPS + 1)],
-    "stop_token_ids": [[-1], [2**31], [2048], "1", [True]],
+    "stop": [[""], "", [1], {"a": 1}, ["a"] * (MOST_STOPS + 1), "a" * (MOST_STOP_CHARACTERS + 1)],
+    "stop_token_ids": [[-1], [2**31], [2048], "1", [True], [5] * (MOST_STOP_IDS + 1)],
     "presence_penalty": [2.1, -2.1],
     "frequency_penalty": [3],
     "repetition_penalty": [0, -1],
@@ -57,6 +65,7 @@ IN_COMPLETIONS = {
     "logprobs": [21, -1, True],
     "echo": ["yes"],
 }
+IMAGE = {"type": "image_url", "image_url": {"url": "http://a/b.png"}}
 IN_COMPLETIONS["prompt"] += [["a"] * (MOST_PROMPTS + 1)]
 IN_CHAT = {
     "messages": [None, [], "Hello", [1], [{"content": "a"}], [{"role": "user", "content": 5}], [HELLO]],
@@ -66,6 +75,7 @@ IN_CHAT = {
     "echo": [True],
     "chat_template_kwargs": [{"messages": []}, [1]],
 }
+IN_CHAT["messages"] += [[{"role": "user", "content": [IMAGE]}], [{"role": "user", "content": ["Hello"]}]]
 CASES = [
     *((COMPLETIONS, field, value) for field, values in (WRONG | IN_COMPLETIONS).items() for value in values),
     *((CHAT, field, value) for field, values in (WRONG | IN_CHAT).items() for value in values),
@@ -111,12 +121,21 @@ def test_what_changes_nothing_is_taken(served):
     served.answer(CHAT, messages=HELLO, tools=tools, tool_choice="none", max_tokens=1)
 
 
+def test_defaults_stand_in_for_what_is_absent():
+    defaults = {"temperature": 0.0, "top_k": 20}
+    for read, good in ((read_completion, GOOD[COMPLETIONS]), (read_chat, GOOD[CHAT])):
+        params = read(good | {"temperature": None, "top_k": 5}, defaults).params
+        assert (params.temperature, params.top_k) == (0.0, 5)
+    assert read_completion(GOOD[COMPLETIONS], {}).params.max_tokens == 16
+    assert read_chat(GOOD[CHAT], {}).params.max_tokens is None
+
+
 def test_every_field_that_is_refused_has_a_neutral_value():
     assert not [name for name, is_neutral in REFUSED.items() if is_neutral({"other": [1]})]
 
 
 def test_caps_are_the_largest_that_is_taken(served):
-    served.answer(COMPLETIONS, prompt="def", stop=["\0"] * MOST_STOPS, logprobs=20, max_tokens=1)
+    served.answer(COMPLETIONS, prompt="def", stop=["\0" * MOST_STOP_CHARACTERS] * MOST_STOPS, logprobs=20, max_tokens=1)
     assert len(read_completion({"prompt": ["def"] * 512, "n": MOST_SEQUENCES // 512}, {}).prompts) == 512
     error = error_of(served.post(COMPLETIONS, prompt=["def"] * 512, n=3), 400)
     assert error["param"] == "n"
@@ -186,6 +205,19 @@ def test_routes_models_and_methods_that_are_not_there(served):
     error_of(served.call("GET", COMPLETIONS), 405)
     error_of(served.call("OPTIONS", COMPLETIONS), 405)
     assert "access-control-allow-origin" not in served.call("GET", "/v1/models", headers={"origin": "http://a"}).headers
+
+
+def test_an_error_is_one_line_however_long_a_value_is(served):
+    for body in ({"prompt": {"a" * 10**6: 1}}, {"prompt": "a", "model": "b" * 10**6}, {"prompt": [[1.5] * 10**6]}):
+        error = served.post(COMPLETIONS, **body).json()["error"]
+        assert len(error["message"]) < 2100 and error["message"].isprintable()
+
+
+def test_the_routes_are_described(served):
+    paths = served.call("GET", "/openapi.json").json()["paths"]
+    fields = paths[COMPLETIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert "min_p" in fields and {COMPLETIONS, CHAT, "/tokenize", "/health", "/v1/models/{model_id}"} <= set(paths)
+    assert served.call("HEAD", "/health").status_code == 200
 
 
 def test_models_are_listed(served):
