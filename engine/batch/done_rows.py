@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from penstock.engine.batch.input_lines import InputLines
 from penstock.engine.batch.job import Job
 from penstock.engine.batch.output_log import OutputLog
-from penstock.engine.batch.results import has_failed, is_row, number_of
+from penstock.engine.batch.row_form import RowForm, has_failed, number_of
 
 PENDING, DONE, FAILED = range(3)
 
@@ -23,7 +23,7 @@ class DoneRows:
     def read(self, log: OutputLog) -> None:
         """Takes in the rows of a file, from which a torn tail is cut. Raises ValueError for a row that is not this
         job's, or is there twice."""
-        for _, line in log.rows(lambda line: is_row(line, self.job)):
+        for _, line in log.rows(RowForm(self.job.name)):
             number = number_of(line)
             index = bisect_left(self.lines.numbers, number)
             if index == len(self.lines) or self.lines.numbers[index] != number or not self.job.has(index):

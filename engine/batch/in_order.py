@@ -9,13 +9,13 @@ from typing import BinaryIO
 
 import numpy as np
 from penstock.engine.batch.output_log import OutputLog
-from penstock.engine.batch.results import number_of
+from penstock.engine.batch.row_form import number_of
 
 
 def in_order(log: OutputLog, say: Callable[[str], None]) -> None:
     """Sorts the rows of a file, unless they are sorted."""
     numbers, offsets = array("I"), array("Q")
-    for offset, line in log.rows(lambda line: True):
+    for offset, line in log.rows():
         numbers.append(number_of(line))
         offsets.append(offset)
     if not len(numbers) or is_sorted(numbers):

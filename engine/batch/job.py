@@ -18,7 +18,7 @@ from penstock.engine.user_files import named_errors, read_json
 
 SEMANTICS = 1  # raised when the same job would give other rows
 FIELDS = ("job", "created", "facts", "shard", "num_shards", "errors")
-NAME_CHARACTERS = 16  # of the hash, in ids
+MOST_SHOWN = 16  # characters of a fact
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,6 @@ class Job:
     def has(self, index: int) -> bool:
         """Tells whether the row of this index, among all of the input, is in this share."""
         return index % self.num_shards == self.shard
-
-    def row_id(self, number: int) -> str:
-        """The name of the row of a line, in ids."""
-        return f"{self.name[:NAME_CHARACTERS]}_{number}"
 
     def seed(self, number: int) -> int:
         """The seed of the row of a line whose body gives none."""
@@ -111,6 +107,6 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first fact that is not what it was, empty if there is none."""
     for name in [*now, *before]:
         if before.get(name) != now.get(name):
-            shown = [f"{str(facts.get(name))[:NAME_CHARACTERS]!s}" for facts in (before, now)]
+            shown = [f"{str(facts.get(name))[:MOST_SHOWN]!s}" for facts in (before, now)]
             return f"its {name.replace('_', ' ')} was {shown[0]}, and is {shown[1]}"
     return ""

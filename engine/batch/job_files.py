@@ -12,7 +12,7 @@ from penstock.engine.batch.in_order import in_order
 from penstock.engine.batch.input_lines import InputLines
 from penstock.engine.batch.job import Job, job_file
 from penstock.engine.batch.output_log import OutputLog
-from penstock.engine.batch.results import has_failed
+from penstock.engine.batch.row_form import has_failed
 
 
 class JobFiles:
@@ -64,7 +64,7 @@ class JobFiles:
         if not retry_errors or not done.num_failed:
             return done
         for log in self._logs:
-            log.rewrite(line for _, line in log.rows(lambda line: True) if not has_failed(line))
+            log.rewrite(line for _, line in log.rows() if not has_failed(line))
         return self._read(lines, job)
 
     def _read(self, lines: InputLines, job: Job) -> DoneRows:

@@ -9,7 +9,7 @@ import numpy as np
 from penstock.engine.batch.in_order import copied
 from penstock.engine.batch.job import Job, read_job
 from penstock.engine.batch.output_log import OutputLog
-from penstock.engine.batch.results import has_failed, is_row, number_of
+from penstock.engine.batch.row_form import RowForm, has_failed, number_of
 from penstock.engine.user_files import open_file
 
 MOST_PARTS = 1000
@@ -33,7 +33,7 @@ def merge(parts: list[str], output: str, say: Callable[[str], None]) -> int:
             raise ValueError(f"--output-file {output}: is there already; give another one")
         numbers, sources, offsets, num_failed = array("I"), array("H"), array("Q"), 0
         for source, log in enumerate(logs):
-            for offset, line in log.rows(lambda line: is_row(line, jobs[0])):
+            for offset, line in log.rows(RowForm(jobs[0].name)):
                 numbers.append(number_of(line))
                 sources.append(source)
                 offsets.append(offset)

@@ -7,9 +7,10 @@ Whatever ended a job, its output holds rows, then perhaps a part of one, which i
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from penstock.engine.batch.row_form import RowForm
 from penstock.engine.batch.syncing import Syncing
 from penstock.engine.user_files import check_output
 from penstock.scheduler.units import MIB
@@ -33,20 +34,21 @@ class OutputLog:
     def nbytes(self) -> int:
         return os.fstat(self.descriptor).st_size
 
-    def rows(self, is_row: Callable[[bytes], bool]) -> Iterator[tuple[int, bytes]]:
-        """The lines, with the bytes before them. What follows the last row is a torn tail, and is cut off. Raises
-        ValueError for a line before it that is no row."""
-        end, fault = 0, 0
+    def rows(self, form: RowForm | None = None) -> Iterator[tuple[int, bytes]]:
+        """The rows, with the bytes before them. What is torn at the end is cut off. Raises ValueError for anything else
+        that is not of the `form`; without one all lines were seen to be rows before."""
+        end = torn = 0
         with open(os.dup(self.descriptor), "rb") as stream:
             stream.seek(0)
             for number, line in enumerate(stream, 1):
-                if not line.endswith(b"\n") or not is_row(line):
-                    fault = fault or number
-                    continue
-                if fault:
-                    raise ValueError(f"{self.path}, line {fault}: is no row of this job, and rows follow it")
-                yield end, line
-                end += len(line)
+                is_row = form is None or form.is_row(line)
+                if is_row and not torn:
+                    yield end, line
+                    end += len(line)
+                elif is_row or not (torn or form.is_torn(line)):
+                    raise ValueError(f"{self.path}, line {torn or number}: is no row of this job")
+                else:
+                    torn = torn or number
         if self.nbytes > end:
             os.ftruncate(self.descriptor, end)
             os.fsync(self.descriptor)

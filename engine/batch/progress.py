@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 from penstock.engine.batch.run import BatchRun
-from penstock.scheduler.units import show_time
 from tqdm import tqdm
 
 LINE_S = 60.0  # between two lines where there is no terminal; the first comes after a sixth of it
@@ -50,6 +49,11 @@ class Progress:
             self.predicted.append({"share": round(share, 4), "seconds": run.meter.elapsed_s + left_s})
 
 
+def duration(seconds: float) -> str:
+    """A time that may be hours: minutes and seconds, with hours before them."""
+    return tqdm.format_interval(seconds)
+
+
 def describe(run: BatchRun, left_s: float | None) -> str:
     """The speed of late, its share of the bound, and when the job ends."""
     tokens_s, _, _ = run.meter.recent()
@@ -58,7 +62,7 @@ def describe(run: BatchRun, left_s: float | None) -> str:
         parts.append(f"{run.meter.share_of_bound:.2f} of the {run.meter.bound} bound")
     if left_s is not None:
         at = time.strftime("%a %H:%M:%S", time.localtime(time.time() + left_s))
-        parts.append(f"ends in {show_time(left_s)} ({at})")
+        parts.append(f"ends in {duration(left_s)} ({at})")
     if run.done.num_failed:
         parts.append(f"{run.done.num_failed} failed")
     return ", ".join(parts)
@@ -75,7 +79,7 @@ def summary(run: BatchRun | None, progress: Progress, done: Any, is_whole: bool)
     }
     if run is None:
         return content
-    meter = run.meter
+    meter, counts = run.meter, run.llm.loop.scheduler.counts
     return content | {
         "seconds": meter.elapsed_s,
         "prompt_tokens": run.num_prompt_tokens,
@@ -86,5 +90,7 @@ def summary(run: BatchRun | None, progress: Progress, done: Any, is_whole: bool)
         "passes_s": meter.passes_s,
         "bound": meter.bound,
         "share_of_bound": meter.share_of_bound,
+        "preemptions": counts.num_preemptions,
+        "recomputed_tokens": counts.num_recomputed_tokens,
         "predicted": progress.predicted,
     }

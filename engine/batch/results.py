@@ -7,18 +7,15 @@ no times but the job's, and nothing of what ran beside them.
 """
 
 import json
-import re
 from typing import Any
 
-from penstock.engine.batch.job import NAME_CHARACTERS, Job
+from penstock.engine.batch.job import Job
+from penstock.engine.batch.row_form import row_id
 from penstock.engine.batch.rows import Row
 from penstock.engine.output import Sequence
 from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Echo, Usage
 from penstock.engine.server.errors import ApiError, failed
 from penstock.engine.server.requests import Completion
-
-_HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{%d})_(\d{1,18})", "custom_id": ' % NAME_CHARACTERS)
-_DONE, _FAILED_END = b'"error": null}\n', b"}}\n"
 
 
 def line_of(job: Job, row: Row, sequences: list[Sequence], echoes: list[Echo] | None, model: str) -> bytes:
@@ -30,7 +27,7 @@ def line_of(job: Job, row: Row, sequences: list[Sequence], echoes: list[Echo] | 
     asked = row.asked
     shared = (asked.model or model, asked.params.logprobs or 0, job.created)
     answer = CompletionAnswer(*shared, echoes) if isinstance(asked, Completion) else ChatAnswer(*shared)
-    answer.id = f"{answer.prefix}-{job.row_id(row.number)}"
+    answer.id = f"{answer.prefix}-{row_id(job.name, row.number)}"
     body = answer.whole(sequences, Usage.of(sequences, asked.params.n))
     del body["usage"]["prompt_tokens_details"]  # what was cached depends on what ran before
     return _line(job, row, 200, body, None)
@@ -43,23 +40,7 @@ def error_line(job: Job, row: Row, error: ApiError) -> bytes:
 
 
 def _line(job: Job, row: Row, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> bytes:
-    name = job.row_id(row.number)
+    name = row_id(job.name, row.number)
     response = {"status_code": status, "request_id": f"req_{name}", "body": body}
     content = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": response, "error": error}
     return json.dumps(content).encode() + b"\n"
-
-
-def is_row(line: bytes, job: Job) -> bool:
-    """Tells whether a line of an output, with its end, is a row of this job."""
-    head = _HEAD.match(line)
-    return head is not None and head[1].decode() == job.name[:NAME_CHARACTERS] and line.endswith((_DONE, _FAILED_END))
-
-
-def number_of(line: bytes) -> int:
-    """The line in the input of a row."""
-    return int(_HEAD.match(line)[2])
-
-
-def has_failed(line: bytes) -> bool:
-    """Tells whether a row has an error."""
-    return not line.endswith(_DONE)

@@ -10,7 +10,8 @@ from penstock.engine.batch.done_rows import DoneRows
 from penstock.engine.batch.job_files import JobFiles
 from penstock.engine.batch.meter import Meter
 from penstock.engine.batch.outlook import Outlook
-from penstock.engine.batch.results import error_line, has_failed, line_of
+from penstock.engine.batch.results import error_line, line_of
+from penstock.engine.batch.row_form import has_failed
 from penstock.engine.batch.rows import Row, RowReader
 from penstock.engine.batch.windows import WINDOW, in_windows
 from penstock.engine.llm import LLM

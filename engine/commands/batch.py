@@ -19,7 +19,7 @@ from penstock.engine.batch.input_lines import InputLines, check_lines
 from penstock.engine.batch.job import SEMANTICS, Job, errors_from
 from penstock.engine.batch.job_files import JobFiles
 from penstock.engine.batch.merge import merge
-from penstock.engine.batch.progress import Progress, summary
+from penstock.engine.batch.progress import Progress, duration, summary
 from penstock.engine.batch.rows import RowReader
 from penstock.engine.batch.run import SIGNALS, BatchRun, stopping
 from penstock.engine.commands.flags import Groups
@@ -59,13 +59,13 @@ def add_arguments(groups: Groups) -> None:
 
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    if resolve_launch(config.tensor_parallel_size).rank > 0:
+        return DONE if args.merge or args.dry_run else _follow(config)
     if args.merge:
         return ROWS_FAILED if merge(args.merge, args.output_file, say) else DONE
     if args.input_file is None:
         raise ValueError("--input-file: is missing")
     shard = _shard(args.shard)
-    if resolve_launch(config.tensor_parallel_size).rank > 0:
-        return _follow(config)
     reader = _reader(args, config)
     if args.dry_run:
         return _predict(args, config, reader, shard)
@@ -120,7 +120,7 @@ def _predict(args: argparse.Namespace, config: EngineConfig, reader: RowReader, 
     predicted = estimate(config, plan, reader, done).to_dict()
     say(
         f"{predicted['rows']} rows, about {predicted['prompt_tokens']} tokens of prompts and at most"
-        f" {predicted['output_tokens']} of outputs: {show_time(predicted['seconds'])} at"
+        f" {predicted['output_tokens']} of outputs: {duration(predicted['seconds'])} at"
         f" {predicted['output_tokens_s']:.1f} output tokens/s, {predicted['num_at_once']} sequences at once, bound by"
         f" {predicted['bound']} ({plan.rates.source})"
     )

@@ -13,17 +13,22 @@ from pathlib import Path
 import torch
 from penstock.engine.commands import batch
 from penstock.engine.commands.cli import main
+from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
 from penstock.engine.loop import Loop
 from penstock.engine.output import Sequence
 from penstock.engine.runtime.pass_times import PassTimes
+from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
+from penstock.scheduler.cost.pass_work import PassWork
+from penstock.scheduler.cost.time_model import Rates
 
 from tests.support.fake_engine import FakeEngine
 
 MODEL = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-model-len", "64")
 FORK_S = 120
+TOKEN, STOP = 5, 7  # that the engine without a model gives
 
 
 def line(custom_id: str, url: str = "/v1/completions", method: str = "POST", **body) -> str:
@@ -108,13 +113,25 @@ def kill_in_a_write(number: int, share: float) -> None:
 
 
 class StubEngine(FakeEngine):
-    """Its passes compute nothing, and are not timed."""
+    """Its passes compute nothing. Each token is TOKEN, or STOP with a chance of `stop_share`."""
 
     device = torch.device("cpu")
 
-    def __init__(self, token: int):
-        super().__init__(token)
-        self.times = PassTimes()
+    def __init__(self, stop_share: float):
+        super().__init__(TOKEN)
+        self.times, self.stop_share = PassTimes(), stop_share
+        self._random = torch.Generator().manual_seed(0)
+
+    def submit(self, batch: Batch) -> None:
+        super().submit(batch)
+        self.times.submitted()
+        self.times.foresee(batch.shape, PassWork(0, 0, ()), Rates(1, 1, 1, 0, 1, "none"))
+
+    def collect(self) -> tuple[Batch, SampleOutput]:
+        batch, sampled = super().collect()
+        self.times.ended()
+        stops = torch.rand(batch.num_sampled, generator=self._random) < self.stop_share
+        return batch, SampleOutput(torch.where(stops, STOP, sampled.tokens), None)
 
     def forget(self) -> None:
         while self.num_under_way:
@@ -122,14 +139,14 @@ class StubEngine(FakeEngine):
 
 
 class StubLLM:
-    """An LLM as a job needs it, whose passes compute nothing."""
+    """An LLM as a job needs it, with such an engine."""
 
     tokenizer = None
 
-    def __init__(self, max_num_seqs: int = 256):
+    def __init__(self, max_num_seqs: int = 256, stop_share: float = 0.0):
         self.config = EngineConfig()
-        self.engine = StubEngine(token=5)
-        scheduler = Scheduler(max_num_seqs, 4096, max_model_len=64, page_size=16, num_pages=4 * max_num_seqs + 1)
+        self.engine = StubEngine(stop_share)
+        scheduler = Scheduler(max_num_seqs, 4096, max_model_len=128, page_size=16, num_pages=8 * max_num_seqs + 1)
         self.loop = Loop(scheduler, self.engine)
         self._ids = itertools.count()
 

@@ -61,7 +61,9 @@ def test_the_summary_counts_and_the_job_is_done_once(llm, reference, said):
 def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
     message = {"role": "user", "content": "Return 5"}
     texts = [
-        line("chat", "/v1/chat/completions", messages=[message], max_completion_tokens=3, logprobs=True),
+        line(
+            "chat", "/v1/chat/completions", messages=[message], max_completion_tokens=3, logprobs=True, ignore_eos=True
+        ),
         line("many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, echo=True, ignore_eos=True),
     ]
     assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
@@ -184,7 +186,7 @@ def test_rows_of_another_job_or_twice_there_are_refused(llm, reference, tmp_path
     same_job(reference[1], output)
     for content, message in (
         (lines[0] + lines[0], "is there twice"),
-        (lines[0].replace(b"batch_req_", b"batch_req_0", 1)[: len(lines[0])] + lines[1], "line 1: is no row"),
+        (lines[0].replace(b"batch_req_", b"batch_req_0", 1), "line 1: is no row of this job"),
         (lines[0].replace(b'", "custom', b'000", "custom', 1), "which is no line of this job"),
     ):
         output.write_bytes(content)

@@ -9,16 +9,19 @@ from contextlib import closing
 import pytest
 from penstock.engine.batch import syncing
 from penstock.engine.batch.output_log import OutputLog
+from penstock.engine.batch.row_form import RowForm
 
 from tests.support.batch_jobs import begin_in_fork, status_of
 
-
-def is_row(line: bytes) -> bool:
-    return line.startswith(b"row")
+JOB = "0123456789abcdef" * 4
+ONE, TWO, THREE, FOUR = (
+    f'{{"id": "batch_req_0123456789abcdef_{number}", "custom_id": "a", "error": null}}\n'.encode()
+    for number in range(4)
+)
 
 
 def read(log: OutputLog) -> list[tuple[int, bytes]]:
-    return list(log.rows(is_row))
+    return list(log.rows(RowForm(JOB)))
 
 
 @pytest.fixture
@@ -26,20 +29,31 @@ def file(tmp_path):
     return tmp_path / "out.jsonl"
 
 
-@pytest.mark.parametrize("tail", [b"", b"row 3", b"ro", b"\0" * 9, b"\0\0\nwreck\n", b"row 3\0\nro"[:5]])
+@pytest.mark.parametrize("tail", [b"", THREE[:-1], THREE[:20], b"{", b"\0" * 9, b"\0\0\nwreck\n" + THREE[:9]])
 def test_a_torn_tail_is_cut_and_rows_follow_the_last_whole_one(file, tail):
-    file.write_bytes(b"row 1\nrow 2\n" + tail)
+    file.write_bytes(ONE + TWO + tail)
     with closing(OutputLog("-o", file)) as log:
-        assert read(log) == [(0, b"row 1\n"), (6, b"row 2\n")]
-        log.append([b"row 3\n", b"row 4\n"])
-    assert file.read_bytes() == b"row 1\nrow 2\nrow 3\nrow 4\n"
+        assert read(log) == [(0, ONE), (len(ONE), TWO)]
+        log.append([THREE, FOUR])
+    assert file.read_bytes() == ONE + TWO + THREE + FOUR
 
 
-def test_a_line_between_rows_that_is_none_is_refused_and_left_alone(file):
-    file.write_bytes(b"row 1\nwreck\nrow 2\n")
-    with closing(OutputLog("-o", file)) as log, pytest.raises(ValueError, match="line 2: is no row of this job"):
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (ONE + b"wreck\n" + TWO, 2),
+        (ONE + b"\0\n" + TWO, 2),
+        (b"my letters", 1),
+        (b"my letters\n", 1),
+        (ONE.replace(b"0123", b"3210"), 1),
+        (ONE + TWO[:-3] + b"\n", 2),
+    ],
+)
+def test_what_no_kill_leaves_is_refused_and_left_alone(file, content, line):
+    file.write_bytes(content)
+    with closing(OutputLog("-o", file)) as log, pytest.raises(ValueError, match=f"line {line}: is no row of this job"):
         read(log)
-    assert file.read_bytes() == b"row 1\nwreck\nrow 2\n"
+    assert file.read_bytes() == content
 
 
 def test_a_file_that_got_nothing_is_gone_again(file):
@@ -55,51 +69,51 @@ def test_there_is_one_writer(file, how):
         return 0
 
     with closing(OutputLog("-o", file)) as log:
-        log.append([b"row 1\n"])
+        log.append([ONE])
         assert second() == 0 if how == "here" else status_of(begin_in_fork(second)) == 0
-        log.rewrite([b"row 2\n"])  # the lock goes on with the new file
+        log.rewrite([TWO])  # the lock goes on with the new file
         assert second() == 0
     with closing(OutputLog("-o", file)) as log:
-        assert read(log) == [(0, b"row 2\n")]
+        assert read(log) == [(0, TWO)]
 
 
 def test_a_full_disk_leaves_whole_lines_and_says_so(file):
     """A limit on the size of files: a write is cut short there, and the next one fails, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with closing(OutputLog("-o", file)) as log:
-        log.append([b"row 1\n", b"row 2\n"])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        log.append([ONE, TWO])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 * len(ONE) - 9, limits[1]))
         try:
             with pytest.raises(ValueError, match=r"out.jsonl: File too large \(the rows before it are kept: make room"):
-                log.append([b"row 3\n", b"row 4\n"])
+                log.append([THREE, FOUR])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert file.read_bytes() == b"row 1\nrow 2\n"
+        assert file.read_bytes() == ONE + TWO
 
 
 def test_a_full_disk_while_a_new_file_is_made_leaves_the_old_one(file):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with closing(OutputLog("-o", file)) as log:
-        log.append([b"row 1\n"])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        log.append([ONE])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 * len(ONE) - 9, limits[1]))
         try:
             with pytest.raises(ValueError, match="out.jsonl: File too large"):
-                log.rewrite([b"row 1\n"] * 9)
+                log.rewrite([ONE] * 9)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        log.append([b"row 2\n"])
-    assert file.read_bytes() == b"row 1\nrow 2\n" and [path.name for path in file.parent.iterdir()] == [file.name]
+        log.append([TWO])
+    assert file.read_bytes() == ONE + TWO and [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])
 def test_an_output_that_is_gone_is_noticed_before_more_is_written(file, how):
     with closing(OutputLog("-o", file)) as log:
-        log.append([b"row 1\n"])
+        log.append([ONE])
         file.unlink()
         if how == "replaced":
             file.write_bytes(b"mine\n")
         with pytest.raises(ValueError, match="out.jsonl: was removed or replaced while the job ran"):
-            log.append([b"row 2\n"])
+            log.append([TWO])
     assert file.exists() == (how == "replaced")
 
 
@@ -114,13 +128,13 @@ def test_rows_are_synced_by_themselves_and_a_failed_sync_ends_the_job(file, monk
     monkeypatch.setattr(syncing.os, "fsync", fsync)
     assert syncing.MOST_S <= 0.5 and syncing.MOST_ROWS == 256
     with closing(OutputLog("-o", file)) as log:
-        log.append([b"row 1\n"])
+        log.append([ONE])
         assert synced.wait(timeout=60)
         fails.set()
         synced.clear()
-        log.append([b"row 2\n"])
+        log.append([TWO])
         assert synced.wait(timeout=60)
         with pytest.raises(ValueError, match="out.jsonl: Input/output error"):
             log.sync()
         with pytest.raises(ValueError, match="out.jsonl: Input/output error"):
-            log.append([b"row 3\n"])
+            log.append([THREE])

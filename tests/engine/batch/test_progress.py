@@ -1,0 +1,39 @@
+"""The view of a run: a bar in a terminal, a line now and then elsewhere."""
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+from penstock.engine.batch import progress
+from penstock.engine.batch.progress import Progress
+
+RUN = SimpleNamespace(
+    done=SimpleNamespace(num_done=25, num_failed=2),
+    meter=SimpleNamespace(recent=lambda: (7012.3, 1300.0, 0.19), share_of_bound=0.953, bound="link", elapsed_s=10.0),
+    seconds_left=lambda: 90.0,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_rows_speed_share_of_the_bound_and_end_are_shown(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    with Progress(100, num_done=5) as view:
+        view.show(RUN)
+    shown = stream.getvalue()
+    assert "25/100 rows" in shown and "7012 tokens/s, 0.95 of the link bound, ends in 01:30 (" in shown
+    assert "2 failed" in shown and (" 25%|" in shown) == stream.isatty()
+    assert view.predicted == [{"share": 0.2105, "seconds": 100.0}]
+
+
+def test_elsewhere_it_is_quiet_between_two_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress(100, num_done=5) as view:
+        view.show(RUN)
+    assert sys.stderr.getvalue() == ""
