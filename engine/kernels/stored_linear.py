@@ -6,14 +6,15 @@ written and read again. Codes are multiplied and added in fp32, eight at a time,
 once. So the result is not that of `linear` over bf16 floats, which were rounded before: which of both runs is the same
 wherever the weight lies (model/weight_formats.py).
 
-A program owns `rows` rows and walks D. A thread has a pair of words of codes (block_words.py) of each of the rows at a
-time: all tensors are (rows, threads), so that none changes its layout in the loop, which would go through shared
-memory. What binds is not memory but instructions. So a code becomes a float in one and a half of them, four bf16 values
-of x are one load, and a load of x serves all rows. No partial sums in memory, no atomics: the order of sums depends on
-the shape alone.
+A program owns `rows` rows and walks D in turns. A thread has a pair of words of codes (block_words.py) of each of the
+rows in a turn: all tensors are (rows, threads), so that none changes its layout in the loop. If loads do not wait for
+each other, instructions bind: a code becomes a float in one and a half of them, four bf16 values of x are one load, and
+a load of x serves all rows. The compiler saves registers by putting loads between the sums, one after the other's use.
+So codes and x are copied to shared memory some turns ahead, and scales, too short for that, read one turn ahead. No
+partial sums in memory, no atomics: the order of sums depends on the shape alone.
 
-A float is `offset` more than its code. Where x is bf16 the offsets are not subtracted of each: offset times the sum of
-x is, of all of a set together, at 16 to 60 times the rounding of fp32, which is a thousandth of that of bf16.
+A float is a power of two more than its code. Where x is bf16 these are not subtracted of each code, but their product
+with the sum of x is, once for all rows: the error is 16 to 60 times that of fp32, a thousandth of that of bf16.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,6 @@ class Config(NamedTuple):
     rows: int
     num_warps: int
     stages: int
-    ahead: bool = True
 
 
 class StoredRun(NamedTuple):
@@ -113,14 +113,14 @@ def _stored_linear_triton(
     assert data.data_ptr() % 16 == 0, "stored_linear: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     calls["triton"] += 1
-    rows, num_warps, stages, ahead = shape or config(kind, num_tokens)
+    rows, num_warps, stages = shape or config(kind, num_tokens)
     row_pairs = width // layout.block * words.units * words.lanes // 2
     fours = x.dtype == torch.bfloat16 and x.data_ptr() % 8 == 0 and (num_tokens == 1 or x.stride(0) % 4 == 0)
     _stored_gemv[(triton.cdiv(num_rows, rows),)](
         *(x, data, bias, out, x.stride(0), out.stride(0), num_rows, row_pairs, 0, kind, layout.block, *words),
         **{"BIAS": bias is not None, "TOKENS": num_tokens},
         **{"EXACT": x.dtype != torch.bfloat16, "FOURS": fours},
-        **{"ROWS": rows, "PAIRS": 32 * num_warps, "STAGES": stages, "AHEAD": ahead, **options(x.device)},
+        **{"ROWS": rows, "PAIRS": 32 * num_warps, "STAGES": stages, **options(x.device)},
         num_warps=num_warps,
     )
 
@@ -131,7 +131,7 @@ def _stored_gemv(
     KIND: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, SETS: tl.constexpr,
     STEP: tl.constexpr, BITS: tl.constexpr, HIGHER: tl.constexpr, LESS: tl.constexpr, MINIMUM: tl.constexpr,
     BIAS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     BLOCK_PAIRS: tl.constexpr = UNITS * LANES // 2
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -146,10 +146,7 @@ def _stored_gemv(
     d, d_least, first_scales, second_scales, third_scales = scales
     for first in tl.range(0, row_pairs, PAIRS, num_stages=STAGES):
         at = first + lanes
-        ahead = at + PAIRS if AHEAD else at
-        later = _turn_scales(data, num_blocks, first_block, ahead, row_pairs, KIND, BLOCK_PAIRS, LANES)
-        if not AHEAD:
-            d, d_least, first_scales, second_scales, third_scales = later
+        later = _turn_scales(data, num_blocks, first_block, at + PAIRS, row_pairs, KIND, BLOCK_PAIRS, LANES)
         loaded = _turn_codes(data, codes, num_blocks, first_block, at, row_pairs, KIND, BLOCK_PAIRS, LANES)
         word, next_word, bits, next_bits = loaded
         inside = at < row_pairs
@@ -172,8 +169,7 @@ def _stored_gemv(
                 sums_2 += _products(a, b, scale, least, here + 2 * x_row, inside, more, MINIMUM, EXACT, FOURS)
             if TOKENS > 3:
                 sums_3 += _products(a, b, scale, least, here + 3 * x_row, inside, more, MINIMUM, EXACT, FOURS)
-        if AHEAD:
-            d, d_least, first_scales, second_scales, third_scales = later
+        d, d_least, first_scales, second_scales, third_scales = later
     added = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         added = tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)

@@ -14,10 +14,10 @@ from penstock.engine.kernels.ggml_types import BY_NAME, PARTS
 from penstock.engine.model.spec import DTYPE_BYTES
 
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-# Passes of up to so many tokens read a weight of this format as it is stored; all others read floats. A function of
-# format and tokens alone, of all shapes: never of where the weight lies, so that streamed and resident bits are equal.
-# On an H200 floats first take longer, as measured for Q4_0, Q8_0, Q4_K and Q6_K, and reckoned by loads for the others.
-AS_STORED = dict.fromkeys(QUANTISED, 1) | {"Q8_0": 2, "Q4_0": 2, "Q4_1": 2, "Q6_K": 4}
+# Passes of up to so many tokens read a quantised weight as it is stored; all others read floats. A function of tokens
+# alone, of all formats and shapes: never of where the weight lies, so that streamed and resident bits are equal. On an
+# H200 floats first took 1.4 to 2.1 times as long at one and two tokens, 1.1 to 1.5 times at four, in all formats.
+AS_STORED = 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class WeightFormat:
 
 FORMATS = {name: WeightFormat(name, 1, (nbytes,)) for name, nbytes in DTYPE_BYTES.items()}
 FORMATS |= {
-    name: WeightFormat(name, BY_NAME[name].block, tuple(size for _, size in PARTS[name]), AS_STORED[name])
+    name: WeightFormat(name, BY_NAME[name].block, tuple(size for _, size in PARTS[name]), AS_STORED)
     for name in QUANTISED
 }
 

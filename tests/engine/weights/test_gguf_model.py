@@ -153,11 +153,11 @@ def test_a_pass_that_reads_stored_bits_is_predicted_by_their_instructions(tmp_pa
     matrices = sum(
         weight.num_rows * weight.num_cols for g in plan.layout.groups for weight in g.weights if weight.sources
     )
-    times = {n: decode_time(pass_work(plan), n, 0, rates).memory_s * rates.memory_gb_s * GB for n in (1, 2, 3)}
+    times = {n: decode_time(pass_work(plan), n, 0, rates).memory_s * rates.memory_gb_s * GB for n in (1, 2, 5)}
     per_token = times[2] - times[1]
     assert times[1] - per_token == pytest.approx(STORED_WEIGHT_BYTES * matrices, rel=0.05)
     floats = 2 * matrices * (1 + rates.memory_gb_s / rates.decompressing_gb_s)
-    assert times[3] - 3 * per_token == pytest.approx(floats, rel=0.05)
+    assert times[5] - 5 * per_token == pytest.approx(floats, rel=0.05)
 
 
 def test_plan_reads_a_header_without_torch(files):
