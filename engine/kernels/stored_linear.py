@@ -98,8 +98,9 @@ def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | N
 
 
 def config(kind: str, num_tokens: int) -> Config:
-    """Chooses the shape of a program."""
-    return Config(4, 4, 4)
+    """Chooses the shape of a program, as measured on an H200 for Q4_0 and Q8_0. More rows, warps or turns ahead take
+    registers and shared memory, and the warps of a program wait for each other in each turn."""
+    return Config(4, 1, 5) if num_tokens == 1 else Config(4, 4, 1)
 
 
 def _stored_linear_triton(

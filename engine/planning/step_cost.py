@@ -27,8 +27,8 @@ MATRICES = {
 }
 
 
-# Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored, by one token:
-# instructions bind there. H200s took 2.5 (Q4_0), 3.1 (Q8_0) and 3.5 (Q4_K).
+# Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored: memory does
+# not bind there. H200s took 1.8 (Q4_0) and 2.3 (Q8_0) at one token, and 4 at four.
 STORED_WEIGHT_BYTES = 3
 
 
