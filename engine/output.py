@@ -195,7 +195,7 @@ class Sequence:
     def add_logprobs(self, token: int, logprob: float, rank: int, top: list[tuple[int, float]]) -> None:
         """Adds log probabilities of the sampled token and of the most likely ones (id, logprob; the first has rank
         1)."""
-        self.logprobs.append(_position(token, (logprob, rank, top), self._decoded))
+        self.logprobs.append(_position(token, (logprob, rank, top), self.decoded))
 
     def add_prompt_logprobs(self, scores: list[Scored]) -> None:
         """Adds log probabilities of the next tokens of the prompt, and of the most likely ones there."""
@@ -207,7 +207,7 @@ class Sequence:
         Their texts are made here, which takes long for a long prompt: not while passes wait."""
         if self.request.params.prompt_logprobs is None:
             return None
-        decoded = functools.cache(self._decoded)
+        decoded = functools.cache(self.decoded)
         scored = zip(self.request.prompt_token_ids[1:], self._prompt_scores)
         return [None, *(_position(token, scores, decoded) for token, scores in scored)]
 
@@ -226,7 +226,8 @@ class Sequence:
             error=self.error,
         )
 
-    def _decoded(self, token: int) -> str | None:
+    def decoded(self, token: int) -> str | None:
+        """The text of one token; None without a tokenizer."""
         return self.tokenizer.decode([token]) if self.tokenizer else None
 
     def _emit(self, text: str) -> None:

@@ -108,10 +108,18 @@ class CompletionAnswer(_Answer):
 
 @dataclass
 class Echo:
-    """A prompt that is given back: its text, and the log probabilities of its tokens if they were asked for."""
+    """A prompt that is given back: its text, and of the sequence that is `scored` the log probabilities of its tokens,
+    if they were asked for. The first one has none."""
 
     text: str = ""
-    positions: list[Position] = field(default_factory=list)
+    scored: Sequence | None = None
+
+    @property
+    def positions(self) -> list[Position]:
+        if self.scored is None or self.scored.prompt_logprobs is None:
+            return []
+        (first, *_), (_, *others) = self.scored.request.prompt_token_ids, self.scored.prompt_logprobs
+        return [{first: Logprob(None, None, self.scored.decoded(first))}, *others]
 
 
 @dataclass

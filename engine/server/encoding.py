@@ -42,11 +42,13 @@ def sequences_of(llm: LLM, asked: Completion | Chat) -> list[Sequence]:
         return sequences
 
 
-def echoes_of(llm: LLM, asked: Completion) -> list[Echo]:
-    """The prompts of a request as they are given back, one for each choice. Raises ApiError."""
+def echoes_of(llm: LLM, asked: Completion, sequences: list[Sequence]) -> list[Echo]:
+    """The prompts of a request as they are given back, one for each choice; the first of a prompt's choices has its log
+    probabilities. Raises ApiError."""
     with api_errors(llm.config, "prompt"):
         texts = [prompt if isinstance(prompt, str) else text_of(llm, prompt) for prompt in asked.prompts]
-    return [Echo(text) for text in texts for _ in range(asked.params.n)]
+    firsts = sequences[:: asked.params.n]
+    return [Echo(text, first) for text, first in zip(texts, firsts, strict=True) for _ in range(asked.params.n)]
 
 
 def token_ids_of(llm: LLM, asked: Tokenize) -> list[int]:

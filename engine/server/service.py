@@ -9,6 +9,7 @@ from typing import Any
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
+from penstock.engine.output import Sequence
 from penstock.engine.server import errors
 from penstock.engine.server.admission import Admission
 from penstock.engine.server.answers import ChatAnswer, CompletionAnswer
@@ -91,7 +92,7 @@ class Service:
         self._num_coming += 1
         try:
             sequences = await self.in_worker(sequences_of, self.engine.llm, asked)
-            answer = await self._answer(asked)
+            answer = await self._answer(asked, sequences)
         finally:
             self._num_coming -= 1
         self.check_open()
@@ -112,12 +113,12 @@ class Service:
         usage = {"sends_usage": asked.sends_usage, "sends_usage_always": asked.sends_usage_always}
         return EventStream(self.engine, outbox, answer, end, **usage)
 
-    async def _answer(self, asked: Completion | Chat) -> CompletionAnswer | ChatAnswer:
+    async def _answer(self, asked: Completion | Chat, sequences: list[Sequence]) -> CompletionAnswer | ChatAnswer:
         """The bodies of an answer that is yet to come."""
         name, num_top = asked.model or self.names[0], asked.params.logprobs or 0
         if isinstance(asked, Chat):
             return ChatAnswer(name, num_top)
-        echoes = await self.in_worker(echoes_of, self.engine.llm, asked) if asked.echo else None
+        echoes = await self.in_worker(echoes_of, self.engine.llm, asked, sequences) if asked.echo else None
         return CompletionAnswer(name, num_top, echoes=echoes)
 
     def abort_all(self) -> None:

@@ -29,12 +29,13 @@ def read_completion(body: Any, defaults: Body) -> Completion:
     """A request for a completion; `defaults` stand in for SamplingParams' fields that are absent. Raises ApiError."""
     given = _fields(body, COMPLETION)
     prompts = _prompts(given)
-    params = _params(given, defaults, logprobs=given.get("logprobs"))
+    top = given.get("logprobs")
+    params = _params(given, defaults, logprobs=top, prompt_logprobs=top if given.get("echo") else None)
     _check_best_of(body, params)
     if len(prompts) * params.n > MOST_SEQUENCES:
         raise refused(f"{len(prompts)} prompts times n={params.n}: expected at most {MOST_SEQUENCES} sequences", "n")
-    if given.get("echo") and params.logprobs is not None:
-        raise refused("echo: log probabilities of a prompt are not built", "echo")
+    if params.prompt_logprobs is not None and given.get("stream") and params.n > 1:
+        raise refused(f"echo: log probabilities of a prompt are streamed with n=1 only, not n={params.n}", "echo")
     return Completion(
         params=params,
         prompts=prompts,
@@ -121,11 +122,11 @@ def _has_type(value: Any, kind: str) -> bool:
     return isinstance(value, TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
-def _params(given: Body, defaults: Body, logprobs: int | None) -> SamplingParams:
+def _params(given: Body, defaults: Body, **scores: int | None) -> SamplingParams:
     _check_stops(given)
     chosen = {**defaults, **{name: given[name] for name in SAMPLING if name in given}}
     try:
-        return SamplingParams(**chosen, logprobs=logprobs)
+        return SamplingParams(**chosen, **scores)
     except ValueError as error:
         raise naming_field(error, "") from None
 

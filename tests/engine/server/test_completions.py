@@ -105,6 +105,34 @@ def test_a_prompt_may_be_given_back(served, outputs):
         assert choice["text"] == PROMPT + plain.text
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_echo_has_the_log_probabilities_of_its_prompt(served, alone, n):
+    """Each choice has, the first token of a prompt none; what lm-eval cuts out of it is the engine's own, and greedy
+    where the token is the likeliest."""
+    params = SamplingParams(**GREEDY, logprobs=2, prompt_logprobs=2)
+    (expected,) = alone.generate([PROMPT], params)
+    answer = served.answer(PATH, prompt=PROMPT, echo=True, logprobs=2, n=n, **GREEDY)
+    tokens, scored = expected.prompt_token_ids, expected.prompt_logprobs
+    for choice in answer["choices"]:
+        told = choice["logprobs"]
+        assert len(told["tokens"]) == len(tokens) + len(expected.outputs[0].token_ids)
+        assert told["token_logprobs"][0] is None is told["top_logprobs"][0] and told["text_offset"][0] == 0
+        of_prompt = [position[token].logprob for token, position in zip(tokens[1:], scored[1:])]
+        assert told["token_logprobs"][1 : len(tokens)] == of_prompt
+        assert "".join(told["tokens"]) == choice["text"]
+        for (token, position), top in zip(zip(tokens[1:], scored[1:]), told["top_logprobs"][1:]):
+            assert (position[token].rank == 1) == (position[token].logprob == max(top.values()))
+
+
+def test_an_echo_is_streamed_with_its_log_probabilities(served):
+    body = {"prompt": PROMPT, "echo": True, "logprobs": 1} | GREEDY
+    (whole,) = served.answer(PATH, **body)["choices"]
+    chunks = [chunk["choices"][0]["logprobs"] for chunk in served.stream(PATH, **body)]
+    assert [one for told in chunks for one in told["token_logprobs"]] == whole["logprobs"]["token_logprobs"]
+    response = served.call("POST", PATH, json=body | {"stream": True, "n": 2})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "echo"
+
+
 def test_the_default_length_is_16_and_null_is_absent(served):
     answer = served.answer(PATH, prompt=PROMPT, ignore_eos=True, max_tokens=None, stop=None, seed=None, logprobs=None)
     assert answer["usage"]["completion_tokens"] == 16
