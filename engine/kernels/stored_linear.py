@@ -188,7 +188,7 @@ def _turn_codes(
     data, codes, num_blocks, first_block, at, row_pairs,
     KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Reads a turn of a row's codes: a pair of words, and one of further bits."""
+    """Loads a turn's codes of each row: a pair of words, and one of further bits."""
     inside, block, pair = at < row_pairs, at // BLOCK_PAIRS, at % BLOCK_PAIRS
     unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
     word, next_word = load_pair(codes + at * 8, inside)
@@ -200,7 +200,7 @@ def _turn_codes(
 def _turn_scales(
     data, num_blocks, first_block, at, row_pairs, KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Reads a turn of a row's scales."""
+    """Loads a turn's scales of each row."""
     unit = at % BLOCK_PAIRS // (LANES // 2)
     return load_scales(data, num_blocks, first_block, at // BLOCK_PAIRS, unit, at < row_pairs, KIND)
 
