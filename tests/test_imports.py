@@ -104,6 +104,7 @@ MAY_IMPORT = {
     "engine.profile": (*BELOW_RUNTIME, "engine.llm", "engine.output", "engine.runtime"),
     "engine.split": (*BELOW_RUNTIME, "engine.llm", "engine.runtime"),
     "engine.server": (
+        "engine.runtime.progress",
         "engine.config",
         "engine.llm",
         "engine.output",

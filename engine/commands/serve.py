@@ -14,6 +14,7 @@ from penstock.engine.commands.flags import Groups, add_flag
 from penstock.engine.commands.said import say_before
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
+from penstock.engine.runtime.progress import Progress
 from penstock.engine.text.model_text import has_tokenizer
 from penstock.parallel.launch import resolve_launch
 
@@ -53,8 +54,9 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         say("this model has no tokenizer: prompts are token ids, and answers have no text")
     # a text of a request is not for the log
     warnings.filterwarnings("ignore", message="stop=")
+    start = Progress()
     with request_log(options.request_log) as log:
-        Server(config, options, lambda: leading(config), defaults, say, log).run(listener)
+        Server(config, options, lambda: leading(config, start), defaults, say, log, start).run(listener)
     return 0
 
 
@@ -75,9 +77,9 @@ def options_of(args: argparse.Namespace) -> "ServeOptions":
     return options if options.api_key else dataclasses.replace(options, api_key=os.environ.get(KEY_VARIABLE))
 
 
-def leading(config: EngineConfig) -> LLM:
+def leading(config: EngineConfig, start: Progress) -> LLM:
     """The engine, whose other ranks follow; says what streams, and how fast that is."""
-    llm = LLM(**config.to_dict())
+    llm = LLM(**config.to_dict(), progress=start)
     llm.lead()
     say_before(llm, llm.loop.scheduler.max_num_seqs, verbose=False, table=False)
     return llm

@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
+from penstock.engine.runtime.progress import Progress
 from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
 from penstock.engine.server.metrics import Metrics
@@ -50,7 +51,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """One server, on the main thread. `say` shows a line to whoever started it; `log` gets a line a request."""
+    """One server, on the main thread. `say` shows a line to whoever started it; `log` gets a line a request, and
+    `start` hears how far `make` is."""
 
     def __init__(
         self,
@@ -60,10 +62,11 @@ class Server:
         defaults: Mapping[str, Any],
         say: Callable[[str], None],
         log: RequestLog | None = None,
+        start: Progress | None = None,
     ):
         metrics = Metrics()
         notes = RequestNotes(metrics, log)
-        self.service = Service(config, options, make, defaults, self._engine_changed, metrics, notes)
+        self.service = Service(config, options, make, defaults, self._engine_changed, metrics, notes, start)
         self.options, self._say = options, say
         self._num_signals = 0
         self._changed = asyncio.Event()

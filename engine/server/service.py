@@ -10,6 +10,7 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
+from penstock.engine.runtime.progress import Progress
 from penstock.engine.server import errors
 from penstock.engine.server.admission import Admission
 from penstock.engine.server.answers import ChatAnswer, CompletionAnswer
@@ -27,7 +28,7 @@ LOADING_S = 10.0  # after which another try makes sense while the model loads
 
 class Service:
     """One served model, of the event loop. `defaults` are the checkpoint's for sampling. `on_change` is called when the
-    engine is loaded, or has ended; `observer` and `notes` hear of passes and requests."""
+    engine is loaded, or has ended; `observer` and `notes` hear of passes and requests, `start` of how far `make` is."""
 
     def __init__(
         self,
@@ -38,13 +39,14 @@ class Service:
         on_change: Callable[[], None] = lambda: None,
         observer: Observer | None = None,
         notes: Notes | None = None,
+        start: Progress | None = None,
     ):
         self.config, self.options, self.defaults = config, options, defaults
         self.names = options.names(config.model)
         self.engine = EngineThread(make, on_change, observer)
         self.admission = Admission(self.engine, options.max_num_queued_reqs, options.max_queue_wait)
         self.started_s, self.created = time.monotonic(), int(time.time())
-        self.notes = notes or NoNotes()
+        self.notes, self._start = notes or NoNotes(), start or Progress()
         self.is_draining = False
         self._num_coming = 0  # requests that were let in and are being encoded
         self.num_open = 0  # requests whose responses are not sent yet
@@ -61,7 +63,7 @@ class Service:
 
     def progress(self) -> dict[str, Any]:
         """Says how far the start is."""
-        return {"elapsed_s": time.monotonic() - self.started_s}
+        return {"elapsed_s": time.monotonic() - self.started_s} | self._start.to_dict()
 
     def check_open(self) -> None:
         """Raises ApiError unless requests are taken."""

@@ -40,7 +40,7 @@ def run(clients: Path, name: str, *arguments: str, cwd: Path) -> str:
 
 
 def samples(folder: Path, task: str) -> list[dict]:
-    """What lm-eval logged of each document, in their order."""
+    """Reads what lm-eval logged of each document, in their order."""
     (file,) = folder.glob(f"out/*/samples_{task}_*.jsonl")
     logged = [json.loads(line) for line in file.read_text().splitlines()]
     return sorted(logged, key=lambda one: one["doc_id"])

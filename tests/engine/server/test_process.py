@@ -72,6 +72,8 @@ def test_the_official_client_gets_what_it_expects_and_a_signal_drains(tmp_path):
         client = client_of(server)
         assert [model.id for model in client.models.list()] == ["org/demo", "demo"]
         server.wait_ready()
+        start = httpx.get(f"{server.url}/status").json()["progress"]
+        assert start["part"] == "done" and start["loaded_bytes"] == start["total_bytes"] > 0
         assert client.models.retrieve("org/demo").root == "org/demo"
         check_client(client)
         with pytest.raises(openai.APIStatusError) as raised:
