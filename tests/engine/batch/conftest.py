@@ -15,7 +15,7 @@ def llm():
 
 @pytest.fixture
 def said(capsys):
-    """Takes what the command said since the last time: the summary, and the lines of standard error."""
+    """The summary that the command printed since the last time, and the lines of standard error."""
 
     def take():
         out, err = capsys.readouterr()

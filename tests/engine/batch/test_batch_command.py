@@ -14,7 +14,8 @@ from penstock.engine.server import encoding
 from penstock import SamplingParams
 from tests.support.batch_jobs import line, mixed_lines, rows_of, run_here, same_job, write_lines
 
-ROWS = mixed_lines(24)
+LONG = "x" * 9000  # in a field that is ignored: a row is read from the file when its turn comes, not from a buffer
+ROWS = [text.replace('"body": {', f'"body": {{"user": "{LONG}", ') for text in mixed_lines(24)]
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ BOUNDS = {
     "permute_key": ("zz", "00"),
 }
 NEEDED = {"generate": ("--prompt", "a"), "split": ("--prompt", "a"), "serve": ("--port", "0")}
+NEEDED["batch"] = ("-i", "in.jsonl", "-o", "out.jsonl")
 BYTES = ("gpu_memory", "ring")
 WRITERS = (("probe", "--output"), ("profile", "--plot"), ("generate", "--prompt", "a", "--trace"))
 
@@ -160,7 +161,7 @@ def value_rows() -> list[Row]:
         flag, values = action.option_strings[0], bad_values(action)
         names = (flag, f"{action.dest.removeprefix('sampling_')}=", f"{action.dest}:", f"{action.dest} ")
         start = (command, *NEEDED.get(command, ()))
-        if not values and action.nargs is None:
+        if not values and action.nargs in (None, "+"):
             rows.append(Row((*start, flag), names))
         for value in dict.fromkeys(values[next(turn) % len(values)] for _ in range(2 if values else 0)):
             rows.append(Row((*start, f"{flag}={value}"), names))
@@ -178,14 +179,14 @@ def file_rows() -> list[Row]:
         rows.append(Row(("plan", "--device-profile", path), named))
         rows += [
             Row((name, *NEEDED.get(name, ()), "--model", path), named)
-            for name in ("generate", "chat", "serve", "split", "profile")
+            for name in ("generate", "chat", "batch", "serve", "split", "profile")
         ]
         rows += [
             Row((*command, "--prompts-file", path), (*named, "no prompt")) for command in (("generate",), ("split",))
         ]
         rows += [
             Row((name, *NEEDED.get(name, ()), "--device-profile", path), named)
-            for name in ("generate", "chat", "serve", "profile")
+            for name in ("generate", "chat", "batch", "serve", "profile")
         ]
         if kind not in ("empty", "deep", "huge"):  # of which each is a text, and so a template
             rows.append(Row(("generate", "--chat", "a", "--chat-template", path), named))
