@@ -150,9 +150,11 @@ class Watcher:
         transformers goes on with."""
         self.states[key] = torch.cat([self.states[key], theirs.cpu()], -1) if key in self.states else theirs.cpu()
         ours = self.forced.get(key)
-        if ours is None or len(ours) != len(theirs):  # our logits are those of sampled tokens alone
+        if ours is None:
             return theirs
-        return ours[:, columns].to(theirs.device)
+        taken = theirs.clone()
+        taken[-len(ours) :] = ours[:, columns]  # at the end ours are those of sampled tokens alone, which come last
+        return taken
 
 
 @torch.inference_mode()

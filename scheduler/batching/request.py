@@ -234,7 +234,7 @@ class Request:
         num_prompt = len(self.prompt_token_ids)
         if end <= num_prompt:
             return self.prompt_token_ids[start:end]
-        if start == num_prompt + len(self.output_token_ids):
+        if start == num_prompt + len(self.output_token_ids) < end:
             return [ON_DEVICE]
         outputs = self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
         known = self.prompt_token_ids[start:end] + outputs

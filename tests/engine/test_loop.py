@@ -217,9 +217,9 @@ def test_a_pass_that_was_announced_is_bound_while_the_one_before_runs(alone, mon
             done.append("bind")
             return bind(binder, batch)
 
-        def collects():
+        def collects(expected_s):
             done.append("collect")
-            return collect()
+            return collect(expected_s)
 
         monkeypatch.setattr(Binder, "bind", binds)
         monkeypatch.setattr(runner, "collect", collects)
