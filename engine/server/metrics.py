@@ -6,33 +6,20 @@ added once a pass, in the engine's thread. Gauges are read when somebody asks. B
 
 from collections import Counter as Tally
 from collections.abc import Sequence
-from typing import Protocol
 
 from penstock.engine.llm import LLM
-from penstock.engine.output import Sequence as TextSequence
 from penstock.engine.runtime.pass_times import Timed
 from penstock.engine.server.histogram import Histogram
+from penstock.engine.server.journey import Journey
 from penstock.scheduler.batching.request import FinishReason
 from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
-__all__ = ["CONTENT_TYPE", "REJECTIONS", "Metrics", "Travelled", "link_use", "pass_kind", "stall_s"]
+__all__ = ["CONTENT_TYPE", "INVALID", "REJECTIONS", "Metrics", "link_use", "pass_kind", "stall_s"]
 
-REJECTIONS = ("loading", "queue_full", "shutting_down", "engine_dead", "invalid")
+INVALID = "invalid"  # the client's mistake
+REJECTIONS = ("loading", "queue_full", "shutting_down", "engine_dead", INVALID)
 KINDS = ("prefill", "decode")
-
-
-class Travelled(Protocol):
-    """A sequence and the times of its way, of time.perf_counter; None where something has not happened."""
-
-    sequence: TextSequence
-    came_s: float
-    row_s: float | None  # when it got its first row
-    first_token_s: float | None
-    last_token_s: float | None
-    ended_s: float | None
-    gap_s: float | None  # between its two newest tokens
-    num_tokens: int
 
 
 class Metrics:
@@ -81,7 +68,7 @@ class Metrics:
         self._resident_bytes = gauge("weights_resident_bytes", "bytes of weights that stay on a rank's device")
         self._streamed_bytes = gauge("weights_streamed_bytes", "bytes of weights that cross a rank's link in a pass")
 
-    def observe_pass(self, llm: LLM, moved: Sequence[Travelled]) -> None:
+    def observe_pass(self, llm: LLM, moved: Sequence[Journey]) -> None:
         """Notes the pass that ended last, and those that got a token in it."""
         last, counts = llm.engine.times.last, llm.loop.scheduler.counts
         self._pass.observe(last.measured_s, value=pass_kind(last))
@@ -106,7 +93,7 @@ class Metrics:
         counter.inc(number - self._before[name])
         self._before[name] = number
 
-    def sequence_ended(self, llm: LLM, journey: Travelled) -> None:
+    def sequence_ended(self, llm: LLM, journey: Journey) -> None:
         """Notes the end of a sequence, for whatever reason."""
         self._success.labels(journey.sequence.request.finish_reason.value).inc()
         row_s, first_s, last_s = journey.row_s, journey.first_token_s, journey.last_token_s

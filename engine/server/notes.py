@@ -6,17 +6,16 @@ from typing import Any, Protocol
 from penstock.engine.server.answers import Usage
 from penstock.engine.server.delivery import Delivered
 from penstock.engine.server.errors import ApiError
+from penstock.engine.server.metrics import INVALID, REJECTIONS
 from penstock.engine.server.outbox import Outbox
 from penstock.engine.server.requests import Chat, Completion
-
-REJECTIONS = ("loading", "queue_full", "shutting_down", "engine_dead")  # others are the client's mistake: invalid
 
 
 class Notes(Protocol):
     """Hears of requests, in the event loop."""
 
     def request_rejected(self, reason: str) -> None:
-        """A request was not taken in; the reason is one of REJECTIONS, or "invalid"."""
+        """A request was not taken in; the reason is one of metrics' REJECTIONS."""
 
     def client_disconnected(self) -> None:
         """A client went away before its answer was whole."""
@@ -40,7 +39,7 @@ class NoNotes:
 
 def rejection(error: ApiError) -> str:
     """The reason of a request that was not taken in."""
-    return error.code if error.code in REJECTIONS else "invalid"
+    return error.code if error.code in REJECTIONS else INVALID
 
 
 def record_of(

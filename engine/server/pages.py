@@ -5,7 +5,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from penstock.engine.server.metrics import CONTENT_TYPE, Metrics
-from penstock.engine.server.status import Served
+from penstock.engine.server.service import Service
 
 PAGE = Path(__file__).with_name("page.html")
 # Nothing is loaded from anywhere, and only this server is asked; nobody may frame the page.
@@ -20,7 +20,7 @@ HEADERS = {
 }
 
 
-def add_routes(app: FastAPI, service: Served, metrics: Metrics) -> None:
+def add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     """Adds them to an application."""
     page = PAGE.read_text(encoding="utf-8")
 

@@ -5,46 +5,18 @@ one rank. Nothing of a request is in it.
 """
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from penstock.engine.llm import LLM
 from penstock.engine.planning.engine_plan import EnginePlan
 from penstock.engine.runtime.pass_times import PassTimes
 from penstock.engine.server.metrics import link_use, pass_kind, stall_s
+from penstock.engine.server.service import Service
 from penstock.engine.version import VERSION
 from penstock.scheduler.batching.scheduler import Scheduler
 
 
-class Waits(Protocol):
-    """Who may wait."""
-
-    def predicted_wait_s(self) -> float:
-        """The seconds that a request which comes now would wait for its row."""
-
-
-class Thread(Protocol):
-    """The thread of an engine; `llm` is None until it is loaded, and `num_rowless` sequences wait for their first
-    row."""
-
-    llm: LLM | None
-    num_rowless: int
-
-
-class Served(Protocol):
-    """A model that is served, by `names`, since `started_s` of time.monotonic. `phase` is loading, ready, draining or
-    dead."""
-
-    phase: str
-    names: list[str]
-    started_s: float
-    engine: Thread
-    admission: Waits
-
-    def progress(self) -> dict[str, Any]:
-        """Says how far the start is."""
-
-
-def describe(service: Served) -> dict[str, Any]:
+def describe(service: Service) -> dict[str, Any]:
     """The phase of the server, and all numbers of its engine once there is one."""
     told: dict[str, Any] = {
         "phase": service.phase,

@@ -2,11 +2,11 @@
 pass."""
 
 import time
-from dataclasses import dataclass
 
 import pytest
 from penstock.engine.output import Sequence
 from penstock.engine.server.histogram import SECONDS, Series
+from penstock.engine.server.journey import Journey
 from penstock.engine.server.metrics import CONTENT_TYPE, REJECTIONS, Metrics
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,26 +28,6 @@ NAMES = {
 }
 
 
-@dataclass
-class Way:
-    """A sequence on its way, as the server keeps it."""
-
-    sequence: Sequence
-    came_s: float
-    row_s: float | None = None
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-    ended_s: float | None = None
-    gap_s: float | None = None
-    num_tokens: int = 0
-
-    def move(self, now_s: float) -> None:
-        self.row_s = self.row_s or now_s
-        self.gap_s = now_s - self.last_token_s if self.last_token_s else None
-        self.first_token_s, self.last_token_s = self.first_token_s or now_s, now_s
-        self.num_tokens += 1
-
-
 def families(metrics: Metrics, llm: LLM | None = None) -> dict:
     return {one.name: one for one in text_string_to_metric_families(metrics.text(llm).decode())}
 
@@ -64,18 +44,17 @@ def serve(llm: LLM, metrics: Metrics, prompts: list[str], params: SamplingParams
     ways = {}
     for prompt in prompts:
         for sequence in llm.sequences(prompt, params):
-            ways[sequence.request.id] = Way(sequence, time.perf_counter())
+            ways[sequence.request.id] = Journey(sequence, None, 0, time.perf_counter())
             llm.loop.add(sequence)
     while llm.loop.has_unfinished:
         num_passes, events = llm.engine.times.num_passes, llm.loop.advance()
         now_s, moved = time.perf_counter(), []
         for event in events:
             way = ways[event.sequence.request.id]
-            if len(event.sequence.request.output_token_ids) > way.num_tokens:
-                way.move(now_s)
-                moved.append(way)
+            way.row_s = way.row_s or now_s
+            way.take(event.text, event.is_last, now_s)
+            moved += [way] if way.last_token_s == now_s else []
             if event.is_last:
-                way.ended_s = now_s
                 metrics.sequence_ended(llm, way)
         if llm.engine.times.num_passes > num_passes:
             metrics.observe_pass(llm, moved)
@@ -145,7 +124,7 @@ def test_a_pass_of_many_rows_is_one_note(monkeypatch):
     with LLM("demo", **OPTIONS) as llm:
         (sequence,) = serve(llm, metrics, ["def"], SamplingParams(max_tokens=2, ignore_eos=True))
         noted.clear()
-        ways = [Way(sequence, 0.0, 0.1, 0.2, 0.7, gap_s=0.5, num_tokens=3) for _ in range(1000)]
+        ways = [Journey(sequence, None, 0, 0.0, 0.1, 0.2, 0.7, gap_s=0.5, num_tokens=3) for _ in range(1000)]
         metrics.observe_pass(llm, ways)
     assert noted == [(llm_pass, 1) for llm_pass, _ in noted[:1]] + [(0.5, 1000)]
 
