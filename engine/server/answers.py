@@ -3,6 +3,7 @@
 Log probabilities are keyed by texts there; of two tokens with one text the likelier is kept.
 """
 
+import functools
 import itertools
 import json
 import secrets
@@ -109,16 +110,17 @@ class CompletionAnswer(_Answer):
 @dataclass
 class Echo:
     """A prompt that is given back: its text, and of the sequence that is `scored` the log probabilities of its tokens,
-    if they were asked for. The first one has none."""
+    if they were asked for. The first one has none. They are made once, when a choice begins: all have come by then."""
 
     text: str = ""
     scored: Sequence | None = None
 
-    @property
+    @functools.cached_property
     def positions(self) -> list[Position]:
-        if self.scored is None or self.scored.prompt_logprobs is None:
+        found = None if self.scored is None else self.scored.prompt_logprobs
+        if found is None:
             return []
-        (first, *_), (_, *others) = self.scored.request.prompt_token_ids, self.scored.prompt_logprobs
+        first, (_, *others) = self.scored.request.prompt_token_ids[0], found
         return [{first: Logprob(None, None, self.scored.decoded(first))}, *others]
 
 

@@ -48,7 +48,8 @@ def echoes_of(llm: LLM, asked: Completion, sequences: list[Sequence]) -> list[Ec
     with api_errors(llm.config, "prompt"):
         texts = [prompt if isinstance(prompt, str) else text_of(llm, prompt) for prompt in asked.prompts]
     firsts = sequences[:: asked.params.n]
-    return [Echo(text, first) for text, first in zip(texts, firsts, strict=True) for _ in range(asked.params.n)]
+    echoes = [Echo(text, first) for text, first in zip(texts, firsts, strict=True)]
+    return [echo for echo in echoes for _ in range(asked.params.n)]
 
 
 def token_ids_of(llm: LLM, asked: Tokenize) -> list[int]:
