@@ -110,7 +110,7 @@ def runs_of(llm: LLM, row: Row) -> list[list[Job]]:
 
 def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> list[dict[str, Any]]:
     """A row of the record for each; those of other ranks than 0 mean nothing."""
-    planned, measured, call_s = llm.engine.rates, [], 0.0
+    planned, measured, call_s = llm.engine.rates, [], None
     for row, runs in zip(rows, drawn):
         if not row.is_usual:
             warm_up_row(llm, row)
@@ -120,7 +120,7 @@ def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> lis
             run(llm, runs[-1], row.params(runs[-1]))
         if not measured and llm.engine.topology.rank == 0:
             llm.measure(llm.engine.work.streamed_bytes)
-        call_s = call_s or measure_call(llm)
+        call_s = measure_call(llm) if call_s is None else call_s
         row_of = measure_row(llm, row, runs, planned, call_s) if row.is_usual else measure_limit(llm, row, planned)
         measured.append(row_of)
     return measured
@@ -151,10 +151,11 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates, call_
     work, rates = llm.engine.work, llm.engine.rates
     fields = {"row": row.name, "measures": row.measures, "num_requests": row.num, **time_fields(row, runs, times)}
     if row.measures != TOKEN:
-        beside_s = call_s if row.measures == FIRST_TOKEN else 0.0  # of a job little, and much of it hidden by passes
-        bound = against_bound(work, [one.shape for one in passes], fields["measured_s"], rates, planned, beside_s)
-        bound |= {"call_s": call_s} if beside_s else {}
-        return fields | bound | {"num_passes": len(passes), "by_kind": by_kind(work, passes, rates, planned)}
+        # Of a job it is little, and much of it is hidden by passes.
+        beside = {"call_s": call_s} if row.measures == FIRST_TOKEN else {}
+        shapes, beside_s = [one.shape for one in passes], sum(beside.values())
+        bound = against_bound(work, shapes, fields["measured_s"], rates, planned, beside_s)
+        return fields | bound | beside | {"num_passes": len(passes), "by_kind": by_kind(work, passes, rates, planned)}
     decodes = [one for one in passes if one.shape.is_decode and one.shape.num_rows == row.num]
     if not decodes:
         return {"row": row.name, "error": f"the KV cache is too small for its {row.num} sequences at once"}
