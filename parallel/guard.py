@@ -53,10 +53,15 @@ class Guard:
             yield
         finally:
             if outermost:
-                try:
-                    self._come_out(me)
-                except PeerLost:  # the interrupt of _interrupt, which comes once
-                    self._come_out(me)
+                self.come_out()
+
+    def come_out(self) -> None:
+        """Takes this thread out of all contexts: it leaves them with the failure, and no longer waits for a rank."""
+        me = threading.get_ident()
+        try:
+            self._come_out(me)
+        except PeerLost:  # the interrupt of _interrupt, which comes once
+            self._come_out(me)
 
     @property
     def busy(self) -> bool:

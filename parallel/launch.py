@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,9 +50,10 @@ _POLL_S = 0.02
 class Launch:
     """The position of this process among the ranks and, on rank 0 of a self-launch, its children.
 
-    `kind` is solo, torchrun, parent (rank 0 of a self-launch) or child. Only a parent has a `listener`, the bound
-    socket where ranks meet; `store` is the store where they have met (rendezvous.py). Every kind may call every method;
-    only a parent starts and ends processes.
+    `kind` is solo, torchrun, parent (rank 0 of a self-launch) or child. `num_local_ranks` is how many the launcher
+    started beside each other, which share the GPUs that they see; torchrun may have several such groups on one host.
+    Only a parent has a `listener`, the bound socket where ranks meet; `store` is the store where they have met
+    (rendezvous.py). Every kind may call every method; only a parent starts and ends processes.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class Launch:
     master_port: int = 0
     listener: socket.socket | None = None
     store: object | None = field(default=None, repr=False, compare=False)
+    hosts: tuple[str, ...] = field(default=(), repr=False, compare=False)  # by rank, once the ranks have met
     _failed: bool = field(default=False, repr=False, compare=False)
     _pulse: Pulse | None = field(default=None, repr=False, compare=False)
 
@@ -104,6 +107,17 @@ class Launch:
             )
         return Launch("parent", tp_size=tensor_parallel_size, num_local_ranks=tensor_parallel_size)
 
+    @property
+    def ranks_on_host(self) -> int:
+        """The number of ranks on this host, with which this one shares its memory. Under torchrun it is known once the
+        ranks have met; all that Penstock launches itself are on one host."""
+        return Counter(self.hosts)[self.hosts[self.rank]] if self.hosts else self.tp_size
+
+    @property
+    def most_ranks_on_a_host(self) -> int:
+        """The largest such number of any host: the same on all ranks."""
+        return max(Counter(self.hosts).values()) if self.hosts else self.tp_size
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[Know]:
         """A context around the meeting, in which a stopped rank is found though nobody hears a pulse yet. It gives a
@@ -122,6 +136,7 @@ class Launch:
         returns on rank 0, all hear rank 0. `processes` are those of the ranks, by rank. `share` passes rank 0's
         argument to all ranks and returns it. `addresses` are those of rank 0; there are none where all ranks share a
         host."""
+        self.hosts = tuple(one.host for one in processes)
         self._pulse = Pulse(self.rank, processes, self._suspect)
         if self.rank > 0:
             self._pulse.join(share(None))
@@ -188,6 +203,7 @@ class Launch:
             failure = RankFailed(min(self._pulse.left), LEFT)
         self.give_up(failure or error)
         if self.kind == "torchrun" and not (failure and failure.stopped):
+            self._guard.come_out()  # else the wait would be taken for one without an end
             wait_for_launcher()
         return failure or error
 

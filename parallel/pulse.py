@@ -8,7 +8,7 @@ failure on to all, so the first one that reaches rank 0 is the cause that all ra
     a rank raises       it says so before it leaves, whether or not its process goes on
     a rank is killed    its connection ends without a word, or Linux says that its process is gone
     a rank is stopped   no beats come for STOPPED_S, and Linux says that its process is stopped
-    on another host     no beats come for SILENT_S, since we cannot ask Linux there
+    on another host     a rank on that host asks Linux, and tells rank 0; or no beats come for SILENT_S
 
 A process that Linux calls alive may be silent for any time: it compiles, loads, or holds Python's lock. This file does
 not know what becomes of this rank after a failure (guard.py), nor the launcher (children.py).
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.parallel.failure import RankFailed
-from penstock.parallel.processes import GONE, STOPPED, UNKNOWN, Process
+from penstock.parallel.processes import GONE, STOPPED, UNKNOWN, Process, Watched
 
 BEAT_S = 0.5
 STOPPED_S = 4.0
@@ -52,6 +52,9 @@ class Pulse:
         self._received: dict[int, bytes] = {}
         self._quiet_s = dict.fromkeys(range(len(processes)) if rank == 0 else (0,), 0.0)
         self._quiet_s.pop(rank, None)
+        host = processes[rank].host  # if it is not rank 0's, this rank asks Linux there in its place
+        near = [other for other, one in enumerate(processes) if other != rank and one.host == host]
+        self._neighbours = {other: Watched(processes[other]) for other in near if host != processes[0].host}
         self._listener: socket.socket | None = None
         self._token = secrets.token_hex(16)
         self._lock = threading.RLock()
@@ -121,6 +124,7 @@ class Pulse:
                 beat_at += elapsed_s
                 self._send_all(b"\n")
                 self._judge(min(elapsed_s, 2 * BEAT_S))  # if this thread slept, the others were not silent
+                self._look()
         self._close()
 
     def _accept(self) -> None:
@@ -178,6 +182,12 @@ class Pulse:
                 self._hear(RankFailed(peer, ENDED))
             elif state == UNKNOWN and quiet_s > SILENT_S:
                 self._hear(RankFailed(peer, f"gave no sign of life for {SILENT_S:.0f} s", stopped=True))
+
+    def _look(self) -> None:
+        """Tells rank 0, which passes it on, of a stopped rank that only this host can see."""
+        for rank in [rank for rank, one in self._neighbours.items() if one.stopped_s() > STOPPED_S]:
+            del self._neighbours[rank]
+            self._send_all(_failure_line(RankFailed(rank, stopped_for(STOPPED_S), stopped=True)))
 
     def _hear(self, failure: RankFailed) -> None:
         """Takes a failure, and passes on the first one."""

@@ -111,12 +111,18 @@ def push(own, others, offset, inside, half, rank, size):
 
 @triton.jit
 def collect(own, words, offset, inside, half, abort_word, rank, size, RANKS: tl.constexpr):
-    """Returns the words (RANKS, W) of all ranks and empties them, once they have arrived or the abort word is 1.
-    All threads leave the loop together, so none empties or flips what another has yet to read."""
+    """Returns the words (RANKS, W) of all ranks and empties them, once they have arrived."""
     peer = tl.arange(0, RANKS)[:, None]
     theirs = words + (half * size + peer) * _PART_WORDS + offset[None, :]
     awaited = (peer != rank) & (peer < size) & inside[None, :]
-    kept = tl.where(peer == rank, own[None, :], 0)
+    return take(theirs, awaited, tl.where(peer == rank, own[None, :], 0), abort_word)
+
+
+@triton.jit
+def take(theirs, awaited, kept, abort_word):
+    """Returns the words (RANKS, W) at `theirs` and empties them, once all that are awaited have arrived or the abort
+    word is 1; `kept` where none is awaited. All threads leave the loop together, so none empties or flips what another
+    has yet to read."""
     parts = tl.load(theirs, mask=awaited, other=kept, volatile=True)
     turn, aborted = 0, 0
     while (tl.max(tl.max((parts == _EMPTY).to(tl.int32), 0), 0) > 0) & (aborted == 0):

@@ -20,7 +20,7 @@ from penstock.parallel.collectives import Collectives, Solo
 from penstock.parallel.connections import Connections
 from penstock.parallel.failure import PeerLost
 from penstock.parallel.gloo import Distributed, Gloo, peer_errors
-from penstock.parallel.interfaces import check_interfaces
+from penstock.parallel.interfaces import check_interfaces, is_loopback, own_address, prefer_interface_of
 from penstock.parallel.launch import Launch
 from penstock.parallel.nccl import Nccl
 from penstock.parallel.processes import Process, this_process
@@ -72,7 +72,7 @@ def _meet(launch: Launch, timeout_s: float, read: Callable[[], None] | None, kno
     meeting = Meeting(store, launch.rank, launch.tp_size, timeout_s, launch.check)
     told = meeting.tell("process", this_process().to_dict(), lambda rank, one: know(rank, Process(**one)))
     people = [Process(**one) for one in told]
-    addresses = _addresses(launch) if len({one.host for one in people}) > 1 else []
+    addresses = _addresses(launch, meeting, people) if len({one.host for one in people}) > 1 else []
     try:
         launch.hear(people, lambda text: meeting.tell("pulse", text)[0], addresses)
     except OSError as error:
@@ -192,12 +192,16 @@ def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:
     return Nccl
 
 
-def _addresses(launch: Launch) -> list[str]:
-    """Addresses where ranks on other hosts may find this one: that from which it reaches the store, and its name."""
-    family, kind, _, _, address = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as connection:
-        connection.connect(address)
-        return [connection.getsockname()[0], socket.gethostname()]
+def _addresses(launch: Launch, meeting: "Meeting", people: list[Process]) -> list[str]:
+    """Addresses where ranks on other hosts may find this one: that of the interface from which it reaches them, which
+    gloo is told to take as well, and its name. On the store's own host the way to the store is a loopback, so what
+    counts there is the way to another host."""
+    told = meeting.tell("address", own_address(launch.master_addr, launch.master_port))
+    elsewhere = [address for address, one in zip(told, people) if one.host != people[launch.rank].host]
+    there = next((address for address in elsewhere if not is_loopback(address)), None)
+    own = told[launch.rank] if there is None else own_address(there, launch.master_port)
+    prefer_interface_of(own)
+    return [own, socket.gethostname()]
 
 
 def _check_no_group() -> None:

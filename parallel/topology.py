@@ -17,19 +17,13 @@ _SYS = Path("/sys")
 
 @dataclass(frozen=True)
 class Topology:
-    """The device of one rank. `numa_node` is None where it is unknown or does not matter (CPU); `num_local_ranks`, the
-    number of ranks on this host, is None where the launcher does not say."""
+    """The device of one rank. `numa_node` is None where it is unknown or does not matter (CPU)."""
 
     rank: int
     tp_size: int
     local_rank: int
     device: torch.device
     numa_node: int | None = None
-    num_local_ranks: int | None = None
-
-    @property
-    def ranks_on_host(self) -> int:
-        return self.num_local_ranks or self.tp_size
 
     def describe(self) -> str:
         """Returns one line, e.g. `rank 1 of 2: cuda:1 (NVIDIA H200), NUMA node 0, 48 CPUs`."""
@@ -50,8 +44,8 @@ def resolve_topology(
 ) -> Topology:
     """Chooses the device of a rank: cuda:local_rank where torch sees a GPU and the CPU is not asked for, else the CPU.
 
-    `num_local_ranks`, if known, lets rank 0 refuse too few GPUs before any other rank starts.
-    Raises ValueError, naming the flag, if there is no CUDA device or fewer than the ranks on this host.
+    `num_local_ranks`, of those that see the same GPUs, lets rank 0 refuse too few before any other rank starts.
+    Raises ValueError, naming the flag, if there is no CUDA device or fewer than these ranks.
     """
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device={device!r}: expected auto, cuda or cpu")
@@ -59,7 +53,7 @@ def resolve_topology(
     if device == "cuda" and num_gpus == 0:
         raise ValueError("device=cuda: no CUDA device is visible to torch")
     if num_gpus == 0:
-        return Topology(rank, tp_size, local_rank, torch.device("cpu"), num_local_ranks=num_local_ranks)
+        return Topology(rank, tp_size, local_rank, torch.device("cpu"))
     needed = max(num_local_ranks or 0, local_rank + 1)
     if needed > num_gpus:
         raise ValueError(
@@ -67,7 +61,7 @@ def resolve_topology(
             "(lower tensor_parallel_size, or device=cpu)"
         )
     device = torch.device("cuda", local_rank)
-    return Topology(rank, tp_size, local_rank, device, read_numa_node(local_rank), num_local_ranks)
+    return Topology(rank, tp_size, local_rank, device, read_numa_node(local_rank))
 
 
 def read_numa_node(gpu: int, sys: Path = _SYS) -> int | None:

@@ -113,45 +113,49 @@ def find_profile(device_type: str, tp_size: int) -> Path | None:
     return found[min(found)] if found else None
 
 
-def plan_rates(config: EngineConfig, tp_size: int, device: str, device_name: str | None = None) -> Rates:
+def plan_rates(
+    config: EngineConfig, tp_size: int, device: str, device_name: str | None = None, ranks_on_host: int | None = None
+) -> Rates:
     """The profile that the config names, else what `penstock probe` saved for this type of device, else a built-in one;
     with the link rate that the config gives, and without graphs if it wants none.
 
-    `device_name`, where it is known, must be that of the saved probe; if it is not, `source` says so. Raises ValueError
-    as load_profile does.
+    `device_name`, where it is known, must be that of the saved probe; if it is not, `source` says so. `ranks_on_host`
+    (None: all) of the `tp_size` share a host, and so what its links get. Raises ValueError as load_profile does.
     """
-    rates = _load_rates(config, tp_size, "cpu" if device == "cpu" else "cuda", device_name)
+    kind = "cpu" if device == "cpu" else "cuda"
+    rates = _load_rates(config, tp_size, kind, device_name, ranks_on_host or tp_size)
     return replace(rates, node_latency_s=None) if config.enforce_eager else rates
 
 
-def _load_rates(config: EngineConfig, tp_size: int, kind: str, device_name: str | None) -> Rates:
+def _load_rates(config: EngineConfig, tp_size: int, kind: str, device_name: str | None, ranks_on_host: int) -> Rates:
     if config.device_profile is not None:
-        return load_profile(config.device_profile, tp_size, config.link_gb_s)
+        return load_profile(config.device_profile, ranks_on_host, config.link_gb_s)
     saved = find_profile(kind, tp_size)
     if saved is None:
-        return load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
+        return load_profile(ASSUMED[kind], ranks_on_host, config.link_gb_s)
     measured = read_device(saved)
     if device_name in (None, measured):
-        return load_profile(str(saved), tp_size, config.link_gb_s)
-    rates = load_profile(ASSUMED[kind], tp_size, config.link_gb_s)
+        return load_profile(str(saved), ranks_on_host, config.link_gb_s)
+    rates = load_profile(ASSUMED[kind], ranks_on_host, config.link_gb_s)
     return replace(rates, source=f"{rates.source}; the saved probe is of {measured}, not {device_name}")
 
 
-def load_profile(name_or_file: str, tp_size: int = 1, link_gb_s: float | None = None) -> Rates:
-    """The rates of a rank among `tp_size`, from PROFILES or a JSON file with the fields of Rates; `link_gb_s` wins.
+def load_profile(name_or_file: str, num_ranks: int = 1, link_gb_s: float | None = None) -> Rates:
+    """The rates of a rank among `num_ranks` of a host, from PROFILES or a JSON file with the fields of Rates;
+    `link_gb_s` wins.
 
     Raises ValueError, naming the file and the field, if the file cannot be read or as profile_rates does.
     """
     if name_or_file in PROFILES:
         values = {"source": f"assumed: {name_or_file}", **PROFILES[name_or_file]}
-        return with_link(profile_rates(values, name_or_file, tp_size), link_gb_s)
+        return with_link(profile_rates(values, name_or_file, num_ranks), link_gb_s)
     path = Path(name_or_file)
     if not path.exists():
         raise ValueError(f"device_profile={name_or_file!r}: neither one of {', '.join(PROFILES)} nor a file")
     values = {"source": f"assumed: {path.name}", **read_json(path)}
     if not isinstance(values["source"], str):
         raise ValueError(f"{path}: source={values['source']!r}: expected text")
-    return with_link(profile_rates(values | {"source": visible(values["source"])}, str(path), tp_size), link_gb_s)
+    return with_link(profile_rates(values | {"source": visible(values["source"])}, str(path), num_ranks), link_gb_s)
 
 
 def read_device(path: Path) -> str:

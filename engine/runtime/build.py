@@ -83,13 +83,14 @@ class Worker:
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Holds what the parts of a worker are built from."""
+    """Holds what the parts of a worker are built from. `ranks_on_host` share this host's memory and CPUs."""
 
     config: EngineConfig
     plan: EnginePlan
     topology: Topology
     collectives: Collectives
     watches: Watches
+    ranks_on_host: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +130,7 @@ def load(given: Ingredients, source: WeightSource, layout: ModelLayout, progress
             device=given.device,
             compressed=residency.compressed,
             progress=lambda nbytes: (bar.update(nbytes), progress.add(nbytes)),
-            ranks_on_host=topology.ranks_on_host,
+            ranks_on_host=given.ranks_on_host,
             kv_bytes=num_host_pages(given.config, given.plan) * given.plan.demand.page_bytes,
         )
 

@@ -85,9 +85,10 @@ class Start:
 
     def prepare(self) -> None:
         """Finds the mistakes of a user before anything is launched; on rank 0. Raises ValueError for them."""
-        device, tp_size = self.topology.device, self.launch.tp_size
+        device, launch = self.topology.device, self.launch
         self.files = read_files(self.config)
-        self.plan = self._plan(plan_rates(self.config, tp_size, device.type, device_name(device)))
+        name, sharing = device_name(device), launch.most_ranks_on_a_host
+        self.plan = self._plan(plan_rates(self.config, launch.tp_size, device.type, name, sharing))
         self.source = open_source(self.config, self.files.path, self.plan)
 
     def agree(self, collectives: Collectives) -> str:

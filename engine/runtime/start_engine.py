@@ -89,7 +89,8 @@ def load(start: Start, collectives: Collectives, watches: Watches, build: Build,
     not to be worth compressing."""
 
     def ingredients() -> Ingredients:
-        return Ingredients(start.config, start.plan, start.topology, collectives, watches)
+        ranks_on_host = start.launch.ranks_on_host
+        return Ingredients(start.config, start.plan, start.topology, collectives, watches, ranks_on_host)
 
     bind_to_numa(start.topology)
     try:

@@ -8,6 +8,7 @@ for the other lane (acquire, join) have the wait in their interval, where it sho
 import contextlib
 import json
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -181,23 +182,17 @@ def chrome_events(intervals: list[Interval], process: str, pid: int) -> list[dic
 
 
 def join_traces(path: str, trace: Trace, plan: EnginePlan, collectives: Collectives) -> None:
-    """Writes each rank's part, as measured and as predicted, beside the file; rank 0 joins them. All ranks call this
-    together, once their devices may be waited for."""
+    """Writes what all ranks have measured, and what was predicted, to one file, on rank 0: the others, which may be on
+    other hosts, send it theirs. All ranks call this together, once their devices may be waited for."""
     if trace.cuda:
         torch.cuda.synchronize(trace.device)
     rank, measured = collectives.rank, trace.intervals()
     events = chrome_events(measured, f"rank {rank}", pid=2 * rank)
     predicted = predicted_intervals(plan, trace.shapes, measured)
     events += chrome_events(predicted, f"rank {rank}, predicted", pid=2 * rank + 1)
-    if rank > 0:
-        write_trace(f"{path}.rank{rank}", events)
-    collectives.barrier()
-    if rank == 0:
-        for other in range(1, collectives.size):
-            part = Path(f"{path}.rank{other}")
-            events += json.loads(part.read_text())["traceEvents"]
-            part.unlink()
-        write_trace(path, events)
+    parts = collectives.gather_bytes(zlib.compress(json.dumps(events).encode(), level=1))
+    if parts is not None:
+        write_trace(path, [event for part in parts for event in json.loads(zlib.decompress(part))])
 
 
 def write_trace(path: str, events: list[dict]) -> None:

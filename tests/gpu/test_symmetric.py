@@ -1,5 +1,5 @@
 """Sums through symmetric memory on several GPUs: right, counted, the same bits on all ranks, eagerly and in a graph;
-those that its buffer does not hold in pieces; and no hang at the end, where graphs have a communicator of their own."""
+and no hang at the end, where graphs have a communicator of their own."""
 
 import json
 from pathlib import Path
@@ -24,9 +24,6 @@ def test_sums_of_every_size(tmp_path, tp_size):
         print(f"{dtype:>15} {nbytes:>9} bytes {row['microseconds']:8.1f} us in a graph, symmetric: {bool(ways)}")
         assert row["close"] and row["same_on_all"] and row["graph_is_eager"], row
         least = 4096 if "16" in dtype else 30  # of which 28 bytes are whole elements, and whole words
-        most = 1 << 20 if dtype == "torch.float16" else 16 << 20
-        assert ways == (least <= nbytes <= most), (dtype, nbytes)
-    pieces = report["pieces"]
-    print(f" torch.bfloat16  67108864 bytes {pieces['microseconds']:8.1f} us in a graph, in pieces")
-    assert pieces["close"] and pieces["same_on_all"] and pieces["graph_is_eager"] and pieces["whole_is_cut"]
-    assert pieces["ways"] == 5  # 64 MiB eagerly, in a warm-up and in a capture; 16 MiB whole and cut
+        assert ways == (least <= nbytes <= 16 << 20), (dtype, nbytes)
+    for nbytes, microseconds in report["two_shot"].items():
+        print(f" torch.bfloat16 {nbytes:>9} bytes {microseconds:8.1f} us in a graph, torch's two-shot and its copies")

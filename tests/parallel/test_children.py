@@ -35,6 +35,16 @@ def test_kinds_of_launch(no_torchrun, monkeypatch):
         resolve_launch()
 
 
+def test_ranks_that_share_a_host():
+    """Those that are there count, whichever group of torchrun they belong to."""
+    alone = Launch("parent", tp_size=4)
+    assert alone.ranks_on_host == alone.most_ranks_on_a_host == 4
+    hosts = ("a", "b", "a", "a")
+    for rank, expected in enumerate((3, 1, 3, 3)):
+        launch = Launch("torchrun", rank, tp_size=4, num_local_ranks=2, hosts=hosts)
+        assert (launch.ranks_on_host, launch.most_ranks_on_a_host) == (expected, 3)
+
+
 def test_a_solo_launch_starts_and_guards_nothing(no_torchrun):
     launch = resolve_launch()
     launch.start("{}")

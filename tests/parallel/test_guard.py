@@ -69,6 +69,20 @@ def test_a_long_computation_in_python_gets_an_exception(monkeypatch):
     time.sleep(0.3)  # no interrupt comes afterwards
 
 
+def test_who_leaves_with_the_failure_may_wait_for_the_launcher(monkeypatch):
+    """In a sleep that runs no Python, inside of an outer context, it is neither interrupted nor ended."""
+    monkeypatch.setattr(module, "INTERRUPT_S", 0.1)
+    monkeypatch.setattr(module, "EXIT_S", 0.1)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the process would have ended"))
+    guard = Guard()
+    with pytest.raises(ZeroDivisionError), guard.inside(), guard.inside():
+        guard.come_out()
+        guard.fail(FAILURE)
+        time.sleep(1.0)
+        raise ZeroDivisionError
+    assert guard.wait(0) is FAILURE and not guard.busy
+
+
 def test_actions_are_done_before_anybody_is_interrupted():
     guard, done = Guard(), threading.Event()
     guard.on_failure(lambda: 1 / 0)

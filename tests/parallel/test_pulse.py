@@ -120,6 +120,20 @@ def test_silence_of_another_host(ranks, monkeypatch):
     assert two.causes()[0] == [(1, "gave no sign of life for 1 s")]
 
 
+def test_a_rank_sees_for_rank_0_who_is_stopped_on_its_host(ranks, sleeper, monkeypatch):
+    monkeypatch.setattr(module, "STOPPED_S", 0.5)
+    monkeypatch.setattr(module, "BEAT_S", 0.1)
+    here = this_process()
+    three = ranks(Process("elsewhere", 1), here, Process(here.host, sleeper.pid))
+    assert [set(pulse._neighbours) for pulse in three.pulses] == [set(), {2}, {1}]
+    assert not Ranks([here] * 2).pulses[1]._neighbours  # rank 0 asks Linux itself
+    sleeper.send_signal(signal.SIGSTOP)
+    until(lambda: three.heard[0] and three.heard[1])
+    for rank in (0, 1):
+        (failure,) = three.heard[rank]
+        assert failure.rank == 2 and failure.stopped and failure.cause.startswith("was stopped (SIGSTOP)")
+
+
 def test_strangers_are_turned_away(ranks):
     pulse = Pulse(0, [this_process()] * 2, pytest.fail)
     told = json.loads(pulse.host([]))

@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from penstock.parallel import push_reduce, symmetric
+from penstock.parallel import push_reduce, symmetric, two_step_reduce
 from penstock.parallel.ledger import Site, Transfer, TransferLedger
 from penstock.parallel.nccl import Nccl
 from penstock.parallel.symmetric import Symmetric
 from penstock.scheduler.units import MIB
 
-BIG = 256 * MIB
 GRAPHS = object()  # the communicator of graphs
 
 
@@ -19,16 +18,15 @@ class Device(Symmetric):
     def __init__(self, monkeypatch):
         self.rank, self.size, self.took, self.capturing = 0, 4, [], False
         self.ledger, self.num_symmetric = TransferLedger(), 0
-        self._graph_group, self._warms_up, self._peer_buffers = GRAPHS, False, None
+        self._graph_group, self._warms_up = GRAPHS, False
+        self._peer_buffers = self._share_buffers = None
         self._broken = self._stopped = False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: self.sum("nccl", tensor, group))
         monkeypatch.setattr(symmetric, "push_reduce", lambda _, tensor: self.sum("push", tensor))
-        monkeypatch.setattr(symmetric, "fits", lambda tensor: tensor.nbytes <= push_reduce.MOST_BYTES)
-
-    def _two_shot(self, tensor):
-        assert tensor.is_contiguous()
-        self.sum("two-shot", tensor)
+        monkeypatch.setattr(symmetric, "two_step_reduce", lambda _, tensor: self.sum("shares", tensor))
+        for module in (push_reduce, two_step_reduce):
+            monkeypatch.setattr(module, "HAS_TRITON", True)
 
     def sum(self, way, tensor, *group):
         self.took.append((way, tensor.nbytes, *group))
@@ -53,25 +51,13 @@ def summed(device, num_rows: int, width: int = 4096, dtype=torch.bfloat16) -> li
     return device.took
 
 
-def test_small_ones_are_pushed_and_large_ones_are_nccl_s(device):
+def test_small_ones_are_pushed_larger_ones_shared_and_the_largest_are_nccl_s(device):
     assert summed(device, 128) == [("push", MIB)]
-    assert summed(device, 129) == [("two-shot", 129 * 8192)]
-    assert summed(device, 2048) == [("two-shot", 16 * MIB)]
+    assert summed(device, 129) == [("shares", 129 * 8192)]
+    assert summed(device, 2048) == [("shares", 16 * MIB)]
     assert summed(device, 2049) == [("nccl", 2049 * 8192, None)]
-
-
-def test_sums_that_the_buffer_does_not_hold_are_cut_into_whole_rows(device, monkeypatch):
-    monkeypatch.setattr(symmetric, "LARGEST_BYTES", BIG)
-    assert summed(device, 2048) == [("two-shot", 16 * MIB)]
-    assert summed(device, 8192) == [("two-shot", 16 * MIB)] * 4
-    assert summed(device, 2049) == [("two-shot", 16 * MIB), ("two-shot", 8192)]
-    assert summed(device, 3000, width=5120) == [("two-shot", 1638 * 10240), ("two-shot", 1362 * 10240)]
-    assert summed(device, 20000, width=1024, dtype=torch.float16) == [("nccl", 20000 * 2048, None)]
-    assert summed(device, 1001, width=9001) == [("nccl", 1001 * 9001 * 2, None)]  # ragged rows
-    assert summed(device, 1, width=9 * MIB) == [("nccl", 18 * MIB, None)]  # a row that is too large
-    flat = torch.ones(17 * MIB // 2, dtype=torch.bfloat16)
-    device.all_reduce(flat)
-    assert flat.eq(4).all() and device.took[1:] == [("two-shot", 16 * MIB), ("two-shot", MIB)]
+    assert summed(device, 1024, width=5120, dtype=torch.float16) == [("shares", 10 * MIB)]
+    assert summed(device, 1001, width=1001) == [("nccl", 1001 * 1001 * 2, None)]  # ends within a word
 
 
 def test_captured_calls_and_their_warm_up_have_a_communicator_of_their_own(device):

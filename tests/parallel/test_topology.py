@@ -31,12 +31,6 @@ def test_cpu_without_gpus(gpus, device):
     assert found.describe().startswith("rank 1 of 2: cpu, ")
 
 
-def test_ranks_on_this_host():
-    """Ranks on other hosts do not count, where the launcher says how many are here."""
-    assert resolve_topology(5, 8, 1, "cpu", 4).ranks_on_host == 4
-    assert resolve_topology(5, 8, 1, "cpu").ranks_on_host == 8
-
-
 def test_cpu_wins_over_gpus_when_asked(gpus):
     gpus(2)
     assert resolve_topology(3, 4, 3, "cpu").device == torch.device("cpu")

@@ -18,12 +18,15 @@ import pytest
 import torch
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
+from penstock.parallel.push_reduce import MOST_BYTES, push_reduce
 from penstock.parallel.triton_door import compiled_ahead
+from penstock.parallel.two_step_reduce import two_step_reduce
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.support.emulated_ranks import connect_ranks, connect_sharing_ranks
 from tests.support.engine_proof import PROMPT
 from tests.support.kernel_registry import ALL, DRAWN, GREEDY, KERNELS
 
@@ -75,6 +78,10 @@ def main(checkpoints: list[str]) -> None:
             with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:
                 for params in (GREEDY, DRAWN, ALL):
                     llm.generate([PROMPT], params)
+        for dtype in (torch.float32, torch.bfloat16):  # what one rank never launches
+            part = torch.zeros(MOST_BYTES // dtype.itemsize, dtype=dtype)
+            push_reduce(connect_ranks(4)[0], part)
+            two_step_reduce(connect_sharing_ranks(4, MOST_BYTES)[0], part)
     compiled = {}
     for kernel in launched:
         (variants, *_), *others = kernel.device_caches.values()

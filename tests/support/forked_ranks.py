@@ -3,6 +3,8 @@
     done = fork_ranks(2, "-m", "tests.support.streaming_runs", folder, timeout=100)
     assert done.all_ended, done.stderr
 
+With `hosts` they are as many on each of so many hosts, in order: none sees that these are one.
+
 Importing torch is most of the work of a short rank, so ranks are forked from a process that has imported it once: this
 file, run as a script. It has no other thread, which a fork would lose. The store where ranks meet is that of the tests'
 own process, as it is the agent's under torchrun.
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import penstock.engine.llm  # noqa: F401  (what ranks are forked with)
 import safetensors.torch  # noqa: F401
+from penstock.parallel import processes
 from torch.distributed import TCPStore
 
 from tests.support.commands import LAUNCH_NAMES, ROOT
@@ -39,13 +42,13 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def fork_ranks(num_ranks: int, *arguments: str | Path, timeout: float, cwd: Path = ROOT) -> Ended:
+def fork_ranks(num_ranks: int, *arguments: str | Path, timeout: float, cwd: Path = ROOT, hosts: int = 1) -> Ended:
     """Runs a script, or `-m` and a module, with its arguments on each rank. If one fails, or after `timeout` seconds,
     all are ended."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_NAMES}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(num_ranks)}
-    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": str(num_ranks // hosts)}
     with tempfile.TemporaryDirectory() as folder:
         job = {"arguments": [*map(str, arguments)], "environment": environment, "cwd": str(cwd)}
         job |= {"timeout": timeout, "folder": folder}
@@ -104,7 +107,10 @@ def _run(job: dict[str, Any], rank: int) -> int:
         os.dup2(os.open(f"{job['folder']}/{stream}{rank}", os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(job["cwd"])
     os.environ.clear()
-    os.environ.update(job["environment"], RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(job["environment"], RANK=str(rank))
+    host, local_rank = divmod(rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    be_on_host(f"host {host} of {processes.host_id()}")
     module = job["arguments"][0] == "-m"
     sys.argv = job["arguments"][module:]
     try:
@@ -124,6 +130,14 @@ def _run(job: dict[str, Any], rank: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
+
+
+def be_on_host(host: str) -> None:
+    """Lets this process, which has imported what asks for it, take that for the identity of its host."""
+    found = processes.host_id
+    for module in list(sys.modules.values()):
+        if getattr(module, "host_id", None) is found:
+            module.host_id = lambda: host
 
 
 def _wait(pids: list[int], deadline: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""A user's script on two or three ranks, one of which dies in one of four ways at one of seven times. It catches what
+"""A user's script on two ranks or more, one of which dies in one of four ways at one of seven times. It catches what
 LLM raises.
 
     python tests/support/rank_deaths.py '{"case": {...}, "folder": ...}', or under torchrun
@@ -77,6 +77,12 @@ if rank == {victim}:
     host_store._Reader.begin = lambda *_: fail()
 """,
 }
+# Which agent of torchrun started a rank stands for its host.
+_HOST = """
+import os
+from tests.support.forked_ranks import be_on_host
+be_on_host("host " + os.environ["GROUP_RANK"])
+"""
 _IN_A_PASS = """
 passes = []
 def begin_pass(batch):
@@ -112,7 +118,7 @@ Executor.__init__ = build_and_put
 class Case:
     """One death."""
 
-    launcher: str  # self or torchrun
+    launcher: str  # self, torchrun, or hosts: torchrun on two hosts, each with half of the ranks
     fault: str
     when: str
     victim: int = 1
@@ -128,13 +134,20 @@ class Case:
     def others(self) -> list[int]:
         return [rank for rank in range(self.num_ranks) if rank != self.victim]
 
+    @property
+    def must_answer(self) -> list[int]:
+        """The ranks that no launcher ends before they can answer: torchrun ends those beside one that has ended."""
+        return {"self": [0], "torchrun": [], "hosts": [*range(self.num_ranks // 2)]}[self.launcher]
+
     def faults(self) -> dict[str, str]:
         """Texts for commands.Command."""
         after_s = 1.5 if self.when == "between" else 0.0
         given = {"victim": self.victim, "num_ranks": self.num_ranks, "after_s": after_s}
         texts = _WHEN | {"pass": _IN_A_PASS}
         text = texts.get(self.when, _SECOND).format(**given, torchrun=self.launcher == "torchrun")
-        return {"in_passes" if self.when == "pass" else "fault": _FAIL.format(do=_DO[self.fault]) + text}
+        kind = "in_passes" if self.when == "pass" else "fault"
+        faults = {kind: _FAIL.format(do=_DO[self.fault]) + text}
+        return faults | {"fault": _HOST + faults.get("fault", "")} if self.launcher == "hosts" else faults
 
     def cause(self) -> str:
         """The message that every other rank has to give."""
@@ -163,8 +176,8 @@ def main(case: Case, folder: Path) -> None:
 
 def model(case: Case, folder: Path) -> LLM:
     """The demo model; for three ranks one of six heads, with random weights."""
-    if case.num_ranks == 2:
-        return LLM("demo", 2, **OPTIONS)
+    if case.num_ranks != 3:
+        return LLM("demo", case.num_ranks, **OPTIONS)
     config = json.loads((DEMO / "config.json").read_text())
     file = folder / f"config{os.getpid()}.json"
     file.write_text(json.dumps(config | {"num_attention_heads": 6, "num_key_value_heads": 3}))

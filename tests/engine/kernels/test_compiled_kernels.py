@@ -27,4 +27,5 @@ def test_kernels_compile_where_there_is_no_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
     assert compiled.keys() >= {kernel.module.__name__ for name, kernel in KERNELS.items() if name not in OVER_RANKS}
+    assert compiled.keys() >= {"penstock.parallel.push_reduce", "penstock.parallel.two_step_reduce"}
     assert "_merge_segments" in compiled["penstock.engine.kernels.decode_attention"]

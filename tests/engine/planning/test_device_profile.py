@@ -92,6 +92,15 @@ def test_what_is_said_wins_over_what_was_measured():
     assert plan_rates(EngineConfig(), 4, "cpu").source == "assumed: cpu"
 
 
+def test_links_are_shared_by_the_ranks_of_one_host():
+    """All else is that of the whole group."""
+    whole, spread = (plan_rates(EngineConfig(), 4, "cuda", ranks_on_host=number) for number in (4, 2))
+    assert (whole.link_gb_s, spread.link_gb_s) == (40.4, 53.1)
+    keep(FOUR)
+    whole, spread = (plan_rates(EngineConfig(), 4, "cuda", ranks_on_host=number) for number in (None, 2))
+    assert (whole.link_gb_s, spread.link_gb_s) == (40.0, 53.0) and whole.source == spread.source
+
+
 def test_an_engine_on_another_device_does_not_use_it():
     keep(FOUR)
     assert plan_rates(EngineConfig(), 2, "cuda", "NVIDIA H200").link_gb_s == 53.0

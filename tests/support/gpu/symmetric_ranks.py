@@ -1,12 +1,13 @@
-"""One rank of test_symmetric.py: sums of every size and dtype, eagerly and in a graph, and large ones in pieces."""
+"""One rank of test_symmetric.py: sums of every size and dtype, eagerly and in a graph, and torch's two-shot beside."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from penstock.parallel import symmetric
+import torch.distributed._symmetric_memory as symm_mem
 from penstock.parallel.group import run_in_group
 from penstock.parallel.launch import resolve_launch, run_rank
 from penstock.parallel.symmetric import Symmetric
@@ -42,15 +43,25 @@ def same_on_all(tensor: torch.Tensor) -> bool:
 def sum_in_graph(group: Symmetric, part: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The sum that a graph leaves behind when it was replayed often, and the microseconds of a replay."""
     static = part.clone()
-    with group.for_graphs():
-        group.all_reduce(static, "warm-up")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+    def run() -> None:
         static.copy_(part)
         group.all_reduce(static, "graph")
+
+    with group.for_graphs():
+        group.all_reduce(static, "warm-up")
+    return static, timed_in_graph(run, group, before=lambda: static.fill_(float("nan")))
+
+
+def timed_in_graph(run: Callable[[], None], group: Symmetric, before: Callable[[], object] = lambda: None) -> float:
+    """Microseconds of a replay of `run`, of many in a row; `before` runs ahead of them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
     graph.replay()
     torch.cuda.synchronize()
-    static.fill_(float("nan"))
+    group.barrier()
+    before()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(REPLAYS):
@@ -58,7 +69,7 @@ def sum_in_graph(group: Symmetric, part: torch.Tensor) -> tuple[torch.Tensor, fl
     end.record()
     torch.cuda.synchronize()
     graph.reset()
-    return static, start.elapsed_time(end) * 1e3 / REPLAYS
+    return start.elapsed_time(end) * 1e3 / REPLAYS
 
 
 def sum_up(group: Symmetric, dtype: torch.dtype, nbytes: int) -> dict:
@@ -79,34 +90,26 @@ def sum_up(group: Symmetric, dtype: torch.dtype, nbytes: int) -> dict:
     }
 
 
-def sum_in_pieces(group: Symmetric) -> dict:
-    """64 MiB by NCCL and in pieces; 16 MiB whole and in pieces."""
-    parts = parts_of(group, 64 * MIB, torch.bfloat16)
-    part = parts[group.rank].cuda().view(-1, 4096)
-    nccl, pieces = part.clone(), part.clone()
-    whole, cut = part[:2048].clone(), part[:2048].clone()
-    group.all_reduce(nccl, "nccl")
-    plain, before = (symmetric.LARGEST_BYTES, symmetric.TWO_SHOT_BYTES), group.num_symmetric
-    symmetric.LARGEST_BYTES = 64 * MIB
-    group.all_reduce(pieces, "pieces")
-    in_graph, microseconds = sum_in_graph(group, part)
-    group.all_reduce(whole, "whole")
-    symmetric.TWO_SHOT_BYTES = 4 * MIB
-    group.all_reduce(cut, "cut")
-    symmetric.LARGEST_BYTES, symmetric.TWO_SHOT_BYTES = plain
-    return {
-        "ways": group.num_symmetric - before,
-        "close": is_close(pieces, nccl, parts),
-        "same_on_all": same_on_all(pieces),
-        "graph_is_eager": torch.equal(pieces, in_graph),
-        "whole_is_cut": torch.equal(whole, cut),
-        "microseconds": microseconds,
-    }
+def two_shot_microseconds(group: Symmetric) -> dict[int, float]:
+    """Of torch's own kernel for such sums, in a graph with the copies to and from its buffer, by bytes."""
+    name, found = dist.group.WORLD.group_name, {}
+    for nbytes in SIZES[3:5]:
+        part = torch.ones(nbytes // 2, dtype=torch.bfloat16, device="cuda")
+        buffer = symm_mem.empty(nbytes // 2, dtype=torch.bfloat16, device="cuda")
+        symm_mem.rendezvous(buffer, name)
+
+        def run(part=part, buffer=buffer) -> None:
+            buffer.copy_(part)
+            torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", name)
+            part.copy_(buffer)
+
+        found[nbytes] = timed_in_graph(run, group)
+    return found
 
 
 def work(topology: Topology, group: Symmetric) -> None:
     rows = [sum_up(group, dtype, nbytes) for dtype in DTYPES for nbytes in SIZES]
-    report = {"rows": rows, "pieces": sum_in_pieces(group)}
+    report = {"rows": rows, "two_shot": two_shot_microseconds(group)}
     if topology.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(report))
 
