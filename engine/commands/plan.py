@@ -76,20 +76,22 @@ def describe_shortly(config: EngineConfig, plan: EnginePlan, context: int) -> st
 def plan_of(config: EngineConfig) -> EnginePlan:
     """The plan of a config on the device that its profile describes. Raises ValueError as its parts do."""
     model = read_model_to_plan(find_model(config.model), dummy=config.load_format == "dummy")
-    tp_size, rank_notes = _planned_ranks(config)
-    rates = plan_rates(config, tp_size, config.device)
+    tp_size, ranks_on_host, rank_notes = _planned_ranks(config)
+    rates = plan_rates(config, tp_size, config.device, ranks_on_host=ranks_on_host)
     return make_engine_plan(config, model.spec, tp_size, rates.memory_bytes, rates, (*model.notes, *rank_notes))
 
 
-def _planned_ranks(config: EngineConfig) -> tuple[int, list[str]]:
-    """The number of ranks that is asked for, else torchrun's, else one; and a note if torchrun's was ignored. Nothing
-    is launched: a cluster may have set only a part of torchrun's environment."""
+def _planned_ranks(config: EngineConfig) -> tuple[int, int | None, list[str]]:
+    """The number of ranks that is asked for, else torchrun's, else one; those of them on this host, None for all; and
+    a note if torchrun's was ignored. Nothing is launched: a cluster may have set only a part of torchrun's
+    environment."""
     if config.tensor_parallel_size is not None:
-        return config.tensor_parallel_size, []
+        return config.tensor_parallel_size, None, []
     try:
-        return resolve_launch().tp_size, []
+        launch = resolve_launch()
+        return launch.tp_size, launch.num_local_ranks, []
     except ValueError as error:
-        return 1, [f"planned for one rank; {visible(str(error))} (-tp plans for more)"]
+        return 1, None, [f"planned for one rank; {visible(str(error))} (-tp plans for more)"]
 
 
 def step_table(plan: EnginePlan) -> str:

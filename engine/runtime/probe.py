@@ -103,6 +103,7 @@ def measure_rates(
         reduce_latency_s=small_s,
         reduce_gb_s=reduce_gb_s,
         source="measured",
+        link_note="alone" if collectives.size == 1 else "with all ranks copying at once",
         step_latency_s=KERNELS_A_STEP * launch_s(device),
         node_latency_s=NODES_A_STEP * launch_s(device, in_graph=True) if in_graphs else None,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,

@@ -38,7 +38,8 @@ class Rates:
     launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None
     where there are no graphs), `reduce_latency_s` that of an all-reduce, `pass_latency_s` the part of a pass that
     nothing hides. `decompress_gb_s` counts bytes written by the decompressor (None where it was not measured: see
-    `decompressing_gb_s`). `memory_bytes` is the device's memory; a CPU has None.
+    `decompressing_gb_s`). `memory_bytes` is the device's memory; a CPU has None. `link_note` says how many ranks copy at
+    once at `link_gb_s`, behind that number; nothing where nobody knows.
     """
 
     link_gb_s: float
@@ -52,6 +53,7 @@ class Rates:
     pass_latency_s: float = 0.0
     decompress_gb_s: float | None = None
     memory_bytes: int | None = None
+    link_note: str = ""
 
     @property
     def decompressing_gb_s(self) -> float:
@@ -94,24 +96,24 @@ def with_link(rates: Rates, link_gb_s: float | None) -> Rates:
     """The rates, with the link rate replaced if one is given."""
     if link_gb_s is None:
         return rates
-    return replace(rates, link_gb_s=link_gb_s, source=f"{rates.source}, link as given")
+    return replace(rates, link_gb_s=link_gb_s, source=f"{rates.source}, link as given", link_note="")
 
 
-def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
-    """The rates of a rank among `tp_size`, from a profile's values: the fields of Rates.
+def profile_rates(values: Mapping[str, Any], where: str, num_ranks: int) -> Rates:
+    """The rates of a rank among `num_ranks` of a host, from a profile's values: the fields of Rates but `link_note`.
 
     `link_gb_s` may be a list: the rate of each of 1, 2, ... ranks that copy at once. If there are more ranks than it
     has entries, they share the sum of the last entry. The field `probe`, with the figures behind a measured profile, is
     ignored. Raises ValueError, beginning with `where` and naming the field, if one is missing, unknown or bad.
     """
     values = {name: value for name, value in values.items() if name != "probe"}
-    known = {field.name for field in fields(Rates)}
+    known = {field.name for field in fields(Rates)} - {"link_note"}
     optional = {"step_latency_s", "node_latency_s", "pass_latency_s", "decompress_gb_s", "memory_bytes"}
     for name in values.keys() - known:
         raise ValueError(f"{where}: unknown field {name!r}; known: {', '.join(sorted(known))}")
-    links = values.get("link_gb_s")
+    links, note = values.get("link_gb_s"), ""
     if isinstance(links, list) and links and all(_is_rate(link, zero=False) for link in links):
-        values["link_gb_s"] = links[tp_size - 1] if tp_size <= len(links) else links[-1] * len(links) / tp_size
+        values["link_gb_s"], note = _shared_link(links, num_ranks)
     for name in known - {"source"}:
         value = values.get(name)
         if value is None and name in optional:
@@ -120,7 +122,16 @@ def profile_rates(values: Mapping[str, Any], where: str, tp_size: int) -> Rates:
             raise ValueError(
                 f"{where}: {name}={value!r}: expected a {'number' if value is None else 'positive number'}"
             )
-    return Rates(**values)
+    return Rates(**values, link_note=note)
+
+
+def _shared_link(links: list[float], num_ranks: int) -> tuple[float, str]:
+    """The rate of each of `num_ranks` that copy at once, and `link_note`."""
+    if num_ranks == 1:
+        return links[0], "alone"
+    if num_ranks <= len(links):
+        return links[num_ranks - 1], f"with {num_ranks} ranks of a host copying at once ({links[0]:g} alone)"
+    return links[-1] * len(links) / num_ranks, f"if {num_ranks} ranks of a host share what {len(links)} get at once"
 
 
 def _is_rate(value: Any, zero: bool) -> bool:

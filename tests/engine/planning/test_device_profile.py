@@ -101,6 +101,21 @@ def test_links_are_shared_by_the_ranks_of_one_host():
     assert (whole.link_gb_s, spread.link_gb_s) == (40.0, 53.0) and whole.source == spread.source
 
 
+def test_the_link_says_how_many_ranks_copy_at_once(capsys, monkeypatch):
+    notes = {number: plan_rates(EngineConfig(), number, "cuda").link_note for number in (1, 2, 8)}
+    assert notes[1] == "alone" and notes[2] == "with 2 ranks of a host copying at once (55.1 alone)"
+    assert notes[8] == "if 8 ranks of a host share what 4 get at once"
+    assert plan_rates(EngineConfig(link_gb_s=12.0), 2, "cuda").link_note == ""
+    keep(FOUR)  # as measured here
+    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"), "00421"):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    for flags, link in (([], "53 GB/s with 2 ranks of a host"), (["-tp", "4"], "40 GB/s with 4 ranks of a host")):
+        assert cli.main(["plan", "--model", "demo", *flags]) == 0
+        shown = capsys.readouterr().out
+        assert f"2026-11-21): link {link} copying at once (55.1 alone), memory" in shown
+
+
 def test_an_engine_on_another_device_does_not_use_it():
     keep(FOUR)
     assert plan_rates(EngineConfig(), 2, "cuda", "NVIDIA H200").link_gb_s == 53.0
