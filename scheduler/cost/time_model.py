@@ -38,8 +38,8 @@ class Rates:
     launches, `node_latency_s` what each step of a decode pass costs beside its work, as a node of a CUDA graph (None
     where there are no graphs), `reduce_latency_s` that of an all-reduce, `pass_latency_s` the part of a pass that
     nothing hides. `decompress_gb_s` counts bytes written by the decompressor (None where it was not measured: see
-    `decompressing_gb_s`). `memory_bytes` is the device's memory; a CPU has None. `link_note` says how many ranks copy at
-    once at `link_gb_s`, behind that number; nothing where nobody knows.
+    `decompressing_gb_s`). `memory_bytes` is the device's memory; a CPU has None. `link_note` says behind
+    `link_gb_s` how many ranks copy at once; nothing where nobody knows.
     """
 
     link_gb_s: float
