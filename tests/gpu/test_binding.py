@@ -7,6 +7,8 @@ import torch
 from penstock.engine.llm import LLM
 from penstock.scheduler.batching.request import SamplingParams
 
+from tests.support.commands import run_ranks
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
@@ -47,6 +49,11 @@ def test_an_engine_is_used_from_there(expected, on_the_second):
         assert tokens_of(llm) == tokens
         assert torch.cuda.current_device() == 1
     assert torch.cuda.memory_allocated(1) == 0, "something of the engine's lay on the second"
+
+
+def test_each_of_two_ranks_is_used_from_the_others_gpu():
+    """And by another thread, also on local rank 1, whose GPU is no thread's first one."""
+    run_ranks(2, "-m", "tests.support.gpu.binding_ranks", timeout=120)
 
 
 def test_the_user_changes_over_between_calls(expected):

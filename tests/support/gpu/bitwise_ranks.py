@@ -7,6 +7,7 @@ of passes.
 import json
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
 MANY_LENGTHS = tuple(range(2, 42))  # one row fewer in each pass, from the largest bucket to the smallest
 PROMPTS = [[(3 + row + index) % 128 for index in range(37 + 4 * (row % 8))] for row in range(len(MANY_LENGTHS))]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "gpu_memory": "2GiB", "page_size": 4}
+OPTIONS |= {"capture": "lazy"}  # of all graphs few are used, and the kernels of the others would be compiled too
 PLAIN = {"weights_compression": "none"}
 VARIANTS = {
     "streamed": {"resident": "none", "debug": {"poison": True}, **PLAIN},
@@ -90,11 +92,14 @@ def check_what_was_compressed(llm: LLM, decompressor_ran: bool) -> None:
 
 def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tuple[str, ...], **options) -> dict:
     """Finds which of these variants have the resident run's bits, in every pass; and its tokens."""
+    began_s, what = time.perf_counter(), f"{Path(checkpoint).name} {dtype}, {len(lengths)} rows {options or ''}"
     passes, tokens = logits_of(checkpoint, lengths, dtype=dtype, resident="all", **options)
     same = {}
     for name in variants:
         others, _ = logits_of(checkpoint, lengths, dtype=dtype, **(VARIANTS | COMPRESSED_VARIANTS)[name], **options)
         same[name] = len(passes) == len(others) and all(torch.equal(a, b) for a, b in zip(passes, others))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{what}: {same}, {time.perf_counter() - began_s:.1f} s", flush=True)
     return {"same": same, "tokens": tokens, "num_passes": len(passes)}
 
 

@@ -3,7 +3,9 @@
 Without the fused kernel a pass sums and then norms; without the pushed sum it goes the way of larger ones.
 """
 
+import os
 import sys
+import time
 
 import pytest
 from penstock.engine.llm import LLM
@@ -15,6 +17,7 @@ from tests.support.engine_proof import PROMPT, Run, apart, first_difference, pro
 from tests.support.kernel_registry import DRAWN, GREEDY
 
 OPTIONS = {"resident": "all", "max_num_seqs": 1, "max_num_batched_tokens": 16, "gpu_memory": "2GiB"}
+OPTIONS |= {"capture": "lazy"}  # of all graphs one is used, and the kernels of the others would be compiled too
 KERNELS = ("push_reduce", "reduce_residual_norm")
 
 
@@ -33,17 +36,27 @@ def _never(tensor: Tensor) -> bool:
     return False
 
 
+def say(what: str) -> None:
+    """Says what begins now, and the seconds of this process: compiling takes most of them."""
+    if os.environ["RANK"] == "0":
+        print(f"{time.process_time():7.1f} s  {what}", flush=True)
+
+
 def main() -> None:
     """argv: a checkpoint. Whatever does not hold is raised."""
     for dtype in ("float32", "bfloat16"):
+        say(f"{dtype}: all kernels, eager")
         plain = generate(sys.argv[1], dtype)
         prove_calls(plain, (*KERNELS, "residual_norm"))
         for name in KERNELS:
+            say(f"{dtype}: without {name}, eager")
             other = generate(sys.argv[1], dtype, name)
             assert other.made[name]["triton"] == 0
             assert first_difference(plain, other, apart(plain, dtype)) is None
             assert dtype == "bfloat16" or plain.tokens == other.tokens
+        say(f"{dtype}: all kernels, in graphs")
         prove_calls(generate(sys.argv[1], dtype, eager=False), KERNELS)
+    say("done")
 
 
 if __name__ == "__main__":
