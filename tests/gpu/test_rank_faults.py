@@ -1,5 +1,5 @@
-"""A rank on a GPU is killed, stopped or fails alone, in graphs that stream, in a capture and in large sums: the other one
-says why within 10 s, and its process can go on."""
+"""A rank on a GPU is killed, stopped or fails alone, in graphs that stream, in a capture and in large sums: the other
+one says why within 10 s, and its process can go on."""
 
 import json
 import subprocess
