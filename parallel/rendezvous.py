@@ -171,13 +171,19 @@ class Meeting:
 
 
 def _check_alike(reaches: list[Reach]) -> None:
-    """Raises ValueError, on all ranks the same, if some of them compute on a GPU and others on a CPU."""
+    """Raises ValueError, on all ranks the same, if some of them compute on a GPU and others on a CPU, or two on one
+    GPU, as groups of torchrun side by side do that see the same GPUs."""
     kinds = ["cuda" if one.gpu else "cpu" for one in reaches]
     for rank, kind in enumerate(kinds):
         if kind != kinds[0]:
             raise ValueError(
                 f"device: {kinds[0]} on rank 0, but {kind} on rank {rank}: all ranks compute on the same kind"
             )
+    gpus = [one.gpu for one in reaches if one.gpu]
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) != rank:
+            own = "CUDA_VISIBLE_DEVICES can give each group of ranks its own"
+            raise ValueError(f"device: ranks {first} and {rank} are both on GPU {gpu}: {own}")
 
 
 def _kind(reaches: list[Reach], topology: Topology) -> type[Distributed]:

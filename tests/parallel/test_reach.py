@@ -62,6 +62,14 @@ def test_a_gpu_beside_a_cpu_is_refused_by_rank():
     rendezvous._check_alike([here, here])
 
 
+def test_two_ranks_on_one_gpu_are_refused_by_rank():
+    """Also where two containers, which are two hosts to us, have the same one."""
+    rendezvous._check_alike(group(4))
+    for host in ("host0", "host1"):
+        with pytest.raises(ValueError, match="ranks 1 and 3 are both on GPU gpu1: CUDA_VISIBLE_DEVICES"):
+            rendezvous._check_alike([*group(3), Reach(host, "gpu1")])
+
+
 def test_a_gpu_names_those_that_it_reaches(monkeypatch):
     class Properties:
         def __init__(self, index):

@@ -51,7 +51,7 @@ def fork_ranks(num_ranks: int, *arguments: str | Path, timeout: float, cwd: Path
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": str(num_ranks // hosts)}
     with tempfile.TemporaryDirectory() as folder:
         job = {"arguments": [*map(str, arguments)], "environment": environment, "cwd": str(cwd)}
-        job |= {"timeout": timeout, "folder": folder}
+        job |= {"timeout": timeout, "folder": folder, "hosts": hosts}
         codes = _codes_of(job)
         stdout, stderr = (
             [Path(folder, f"{stream}{rank}").read_text(errors="replace") for rank in range(num_ranks)]
@@ -110,7 +110,8 @@ def _run(job: dict[str, Any], rank: int) -> int:
     os.environ.update(job["environment"], RANK=str(rank))
     host, local_rank = divmod(rank, int(os.environ["LOCAL_WORLD_SIZE"]))
     os.environ["LOCAL_RANK"] = str(local_rank)
-    be_on_host(f"host {host} of {processes.host_id()}")
+    if job["hosts"] > 1:
+        be_on_host(f"host {host}")
     module = job["arguments"][0] == "-m"
     sys.argv = job["arguments"][module:]
     try:
