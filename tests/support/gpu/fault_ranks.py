@@ -62,7 +62,7 @@ def tokens() -> list[list[int]]:
 
 
 def fail(case: str, folder: Path) -> dict[str, str | float]:
-    """What a case raises on rank 0, and after how many seconds."""
+    """Runs a case; returns what it raises on rank 0, and after how many seconds."""
     how, when = case.split(", ")
     options, fault, condition = TIMES[when]
     folder.mkdir()
