@@ -11,7 +11,9 @@ from penstock.parallel.push_reduce import DTYPES, EMPTY, NUM_HALVES, WORD_BYTES
 from penstock.parallel.two_step_reduce import BLOCK_WORDS, MOST_BYTES, STEPS, buffer_shape, fits_shares, two_step_reduce
 from torch import Tensor
 
+from tests.support import sharing_ranks
 from tests.support.emulated_ranks import assert_at_rest, connect_sharing_ranks, no_hang, run_in_steps, sum_of
+from tests.support.forked_ranks import fork_ranks
 from tests.support.kernel_proof import DEVICE, adversarial, counted, equal, same_bits, within
 
 SIZES = (2, 3, 4, 8)
@@ -86,6 +88,15 @@ def test_who_comes_early_waits_in_the_other_half():
         two_step_reduce(peers[1], second[1], steps=(2,))
     assert all((part == 3.0).all() for part in first) and all((part == 21.0).all() for part in second)
     assert_at_rest(peers, 2)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of interpreted kernels; tests/gpu/test_push_reduce.py has real ranks")
+def test_ranks_at_their_own_pace(tmp_path):
+    """Three processes that share memory make the same calls one after another, in one step and in two."""
+    sharing_ranks.write_buffers(tmp_path)
+    done = fork_ranks(sharing_ranks.RANKS, "-m", "tests.support.sharing_ranks", tmp_path, timeout=120)
+    assert done.all_ended, done.stderr
+    assert all(set(path.read_bytes()) == {0xFF} for path in tmp_path.iterdir()), "a word is left that nobody took"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
