@@ -69,9 +69,10 @@ class BatchRun:
         try:
             with self._stopping.awaited(), open_file(self.lines.path) as self._stream:
                 self._run(self._in_order())
+            self.files.sync()
         finally:
+            self.meter.end()
             self.llm.loop.clear()
-        self.files.sync()
         return self.done.num_done == self.done.num_rows
 
     def _run(self, order: Iterator[int]) -> None:
