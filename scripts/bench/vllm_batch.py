@@ -37,7 +37,7 @@ def run_vllm_batch(vllm: Vllm, model: Path, given: Path, output: Path, num_rows:
         return result | {"error": f"ended with status {process.returncode} and {len(answers)} answers: {last[:300]}"}
     tokens, seconds = sum(body["usage"]["completion_tokens"] for body in answers), times_s[-1] - times_s[0]
     result |= {"load_s": times_s[0] - began_s, "seconds": seconds, "output_tokens": tokens}
-    return result | {"output_tokens_s": tokens / seconds}
+    return result | ({"output_tokens_s": tokens / seconds} if seconds else {})
 
 
 def flags_of(options: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from penstock.engine.batch import meter
 
 from tests.support.batch_jobs import STOP, StubLLM, line, run_here, write_lines
 
-ROWS = 700
+ROWS = 500
 AFTER = {0.05: 0, 0.2: 1}  # shares of the rows, by the place of what was predicted then
 
 
@@ -16,7 +16,7 @@ AFTER = {0.05: 0, 0.2: 1}  # shares of the rows, by the place of what was predic
         ("uneven and fixed", 32, lambda number: 1 + 37 * number % 60, 0.0, 0.05, 0.05),
         ("lengths unknown", 32, lambda number: 80, 0.05, 0.2, 0.15),
         ("some unknown", 32, lambda number: 10 + 37 * number % 90, 0.02, 0.2, 0.15),
-        ("unknown, and a fifth of the rows at once", 140, lambda number: 200, 0.01, 0.2, 0.15),
+        ("unknown, and a ninth of the rows at once", 56, lambda number: 200, 0.01, 0.2, 0.15),
     ],
 )
 def test_the_end_is_foreseen(tmp_path, said, monkeypatch, name, seats, lengths, stop_share, after, within):
