@@ -128,15 +128,22 @@ def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: Jo
     """Runs the rows that have not run, and prints the summary. Tells whether all have run."""
     with Progress(done.num_rows, done.num_done) as progress:
         run, is_whole = None, done.num_done == done.num_rows
-        if not is_whole:
+        if not is_whole or _others_wait(config):
             with LLM(**config.for_job(_num_sequences(done)).to_dict()) as llm:
                 llm.lead()
                 if llm.engine.device.type == "cuda":
                     llm.measure()  # a second, for predictions and for how far passes are filled
-                run = BatchRun(llm, reader, done, files, stopping, progress.show)
-                is_whole = run.run()
+                if not is_whole:
+                    run = BatchRun(llm, reader, done, files, stopping, progress.show)
+                    is_whole = run.run()
     print(json.dumps(summary(run, progress, done, is_whole)), flush=True)
     return is_whole
+
+
+def _others_wait(config: EngineConfig) -> bool:
+    """Tells whether ranks of torchrun start an engine with this one, and would wait for it in vain."""
+    launch = resolve_launch(config.tensor_parallel_size)
+    return launch.kind == "torchrun" and launch.tp_size > 1
 
 
 def _num_sequences(done: DoneRows) -> int:
