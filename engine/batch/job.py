@@ -42,7 +42,7 @@ class Job:
 
     @property
     def flags(self) -> dict[str, str | None]:
-        """What decides which rows are in the output, by flag."""
+        """The flags that decide which rows are in the output, and their values."""
         return {"shard": f"{self.shard}/{self.num_shards}", "errors": self.errors}
 
     def has(self, index: int) -> bool:

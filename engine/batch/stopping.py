@@ -1,4 +1,4 @@
-"""How SIGTERM and SIGINT end a job: its rows after the pass that runs now, all else (loading, sorting) at once."""
+"""Lets SIGTERM and SIGINT end a job: its rows after the pass that runs now, all else (loading, sorting) at once."""
 
 import contextlib
 import signal

@@ -129,7 +129,7 @@ def check_output(output: Path, num_rows: int) -> int:
 
 
 def errors_of(summary: dict[str, Any]) -> list[dict[str, float]]:
-    """What was predicted on the way, each with how far it was off, as a share of the seconds."""
+    """The predictions on the way, each with how far it was off, as a share of the seconds."""
     return [one | {"error": one["seconds"] / summary["seconds"] - 1} for one in summary["predicted"]]
 
 

@@ -1,4 +1,4 @@
-"""What ends a job from outside, whenever: signals while it loads, computes or sorts, and the failure of an engine. Each
+"""Ends of a job from outside, at any time: signals while it loads, computes or sorts, and the failure of an engine. Each
 has its exit status, and the same command goes on."""
 
 import os
