@@ -1,5 +1,5 @@
-"""Ends of a job from outside, at any time: signals while it loads, computes or sorts, and the failure of an engine. Each
-has its exit status, and the same command goes on."""
+"""Ends of a job from outside: signals while it loads, computes or sorts, and the failure of an engine. Each
+has its own exit status, and the same command goes on."""
 
 import os
 import signal
