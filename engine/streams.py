@@ -2,7 +2,8 @@
 
 A character that the output's encoding does not have is replaced. Control characters in names of files, tensors and
 flags are shown on standard error as escapes. If standard output can take no more (closed, full, its reader gone) the
-run ends with one line and status 1. Generated text goes to standard output as it is. Torch-free.
+run ends with one line and status 1; without standard error it goes on. Generated text goes to standard output as it is.
+Torch-free.
 """
 
 import contextlib
@@ -102,14 +103,32 @@ class _Stream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    def _discard(self) -> None:
+        """Discards what is still in the buffer, so that the flush at exit does not fail too, and what is written from
+        now on."""
+        with contextlib.suppress(OSError):  # a stream without a descriptor
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(descriptor, self._stream.fileno())
+            os.close(descriptor)
+
 
 class _Messages(_Stream):
-    """Standard error: it passes newlines, tabs and a progress bar's carriage return, and escapes other controls."""
+    """Standard error: it passes newlines, tabs and a progress bar's carriage return, and escapes other controls. Where
+    it takes no more it is discarded: work of hours does not end with the terminal that watches it."""
 
     def write(self, text: str) -> int:
         begin = "\r" if text.startswith("\r") else ""
-        self._stream.write(begin + visible(text.removeprefix(begin), keep="\n\t"))
+        try:
+            self._stream.write(begin + visible(text.removeprefix(begin), keep="\n\t"))
+        except OSError:
+            self._discard()
         return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._discard()
 
 
 class _Output(_Stream):
@@ -136,10 +155,3 @@ class _Output(_Stream):
         except OSError as error:
             self._discard()
             _end(self._program, error.strerror)
-
-    def _discard(self) -> None:
-        """Discards what is still in the buffer, so that the flush at exit does not fail too."""
-        with contextlib.suppress(OSError):  # a stream without a descriptor
-            descriptor = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(descriptor, self._stream.fileno())
-            os.close(descriptor)

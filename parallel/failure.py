@@ -64,7 +64,7 @@ def run_rank(main: Callable[[], int | None]) -> int:
 
     An exception is shown once and ends the process by `os._exit`, so that no destructor (a process group, a CUDA
     context) can block the exit. PeerLost is shown as one line; RankFailed as its message, unless rank 0 shows it
-    itself; any other with its traceback. SystemExit passes.
+    itself; any other with its traceback, and status 1, or its `exit_status` if it has one. SystemExit passes.
     """
     try:
         return main() or 0
@@ -77,15 +77,19 @@ def run_rank(main: Callable[[], int | None]) -> int:
         _leave("" if is_shown_by_parent(error) else f"penstock: {error}", exit_after(error))
     except KeyboardInterrupt:
         _leave("penstock: interrupted", 130)
-    except Exception:
-        _leave(traceback.format_exc(), 1)
+    except Exception as error:
+        _leave(traceback.format_exc(), _status_of(error))
     raise AssertionError("unreachable")
 
 
-def exit_after(_: RankFailed) -> int:
+def exit_after(failure: RankFailed) -> int:
     """The exit code of this rank when another one has failed. A child of rank 0 exits with PEER_LOST_EXIT, so that rank
     0 does not take it for the rank that failed first."""
-    return PEER_LOST_EXIT if SELF_LAUNCHED in os.environ else 1
+    return PEER_LOST_EXIT if SELF_LAUNCHED in os.environ else _status_of(failure)
+
+
+def _status_of(error: Exception) -> int:
+    return getattr(error, "exit_status", 1)
 
 
 def is_shown_by_parent(failure: RankFailed) -> bool:

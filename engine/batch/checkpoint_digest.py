@@ -30,7 +30,7 @@ def _files(config: EngineConfig) -> Iterator[Path]:
     for named in (config.model, config.tokenizer):
         if named is not None:
             path = find_model(named)
-            there = sorted(path.iterdir()) if path.is_dir() else [path]
+            there = sorted([*path.iterdir(), *path.glob("*/*.jinja")]) if path.is_dir() else [path]
             yield from (file for file in there if file.suffix in (*WEIGHTS, *OTHERS) and file.is_file())
     if config.chat_template is not None:
         yield Path(config.chat_template)

@@ -4,6 +4,7 @@ Its name is a hash of that; ids and seeds of rows are made from it and from the 
 whenever and wherever it runs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,8 @@ from penstock.engine.batch.output_log import sync_folder
 from penstock.engine.user_files import named_errors, read_json
 
 SEMANTICS = 1  # raised when the same job would give other rows
-FIELDS = ("job", "created", "facts", "shard", "num_shards", "errors")
+FIELDS = {"job": str, "created": int, "facts": dict, "shard": int, "num_shards": int, "errors": str | None}
+ANEW = "give another -o, or --force-new to begin anew"
 MOST_SHOWN = 16  # characters of a fact
 
 
@@ -38,6 +40,11 @@ class Job:
         """The hash of the facts, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def flags(self) -> dict[str, str | None]:
+        """The flags that decide which rows are in the output, and their values."""
+        return {"shard": f"{self.shard}/{self.num_shards}", "errors": self.errors}
+
     def has(self, index: int) -> bool:
         """Tells whether the row of this index, among all of the input, is in this share."""
         return index % self.num_shards == self.shard
@@ -54,16 +61,17 @@ class Job:
     def continued(self, output: Path) -> Self:
         """This job as it was begun, by the file beside its output. Raises ValueError, saying what differs, if the
         output is another job's."""
-        begun = read_job(output)
+        try:
+            begun = read_job(output)
+        except ValueError as error:
+            raise ValueError(f"{error} ({ANEW})") from None
         other = _difference(begun.facts, self.facts)
-        for name in ("shard", "num_shards", "errors"):
-            before, now = getattr(begun, name), getattr(self, name)
+        for flag in ("shard", "errors"):
+            before, now = begun.flags[flag], self.flags[flag]
             if before != now:
-                other = other or f"--{name.replace('num_shards', 'shard')} was {before}, and is {now}"
+                other = other or f"--{flag} was {before}, and is {now}"
         if other:
-            raise ValueError(
-                f"{output}: is the output of another job: {other} (give another -o, or --force-new to begin anew)"
-            )
+            raise ValueError(f"{output}: is the output of another job: {other} ({ANEW})")
         return dataclasses.replace(self, created=begun.created)
 
     def keep(self, output: Path) -> None:
@@ -71,7 +79,8 @@ class Job:
         file = job_file(output)
         new = file.with_name(file.name + ".new")
         content = {"job": self.name, **dataclasses.asdict(self)}
-        with named_errors(file):
+        with named_errors(file), contextlib.ExitStack() as undo:
+            undo.callback(new.unlink, missing_ok=True)
             with open(new, "w") as stream:
                 json.dump(content, stream, indent=1)
                 stream.flush()
@@ -93,9 +102,11 @@ def errors_from(output: str, errors: str | None) -> str | None:
 def read_job(output: Path) -> Job:
     """The job of an output. Raises ValueError, naming the file beside it, if that is none."""
     file = job_file(output)
+    if output.exists() and not file.exists():
+        raise ValueError(f"{output}: is no output of a batch job: {file} is missing")
     content = read_json(file)
-    if set(content) != set(FIELDS) or not isinstance(content["facts"], dict):
-        raise ValueError(f"{file}: expected the fields {', '.join(FIELDS)}")
+    if set(content) != set(FIELDS) or not all(isinstance(content[name], kind) for name, kind in FIELDS.items()):
+        raise ValueError(f"{file}: expected the fields {', '.join(FIELDS)}; another version may have others")
     name = content.pop("job")
     job = Job(**content)
     if job.name != name:

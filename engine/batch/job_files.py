@@ -4,6 +4,8 @@ Both are locked before anything is read, so that no two processes write one job.
 """
 
 import contextlib
+import itertools
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,11 +18,14 @@ from penstock.engine.batch.row_form import has_failed
 
 
 class JobFiles:
-    """The files of one job, held by this process alone. A context manager. Raises ValueError as OutputLog does."""
+    """The files of one job, held by this process alone. A context manager. Raises ValueError as OutputLog does, and for
+    a file that is the input or another one of the job's: nothing is written there."""
 
-    def __init__(self, output: str, errors: str | None):
-        if errors is not None and Path(errors).absolute() == Path(output).absolute():
-            raise ValueError(f"--errors {errors}: is the output too")
+    def __init__(self, given: str, output: str, errors: str | None):
+        _check_apart(
+            {"--input-file": Path(given), "--output-file": Path(output), "OUTPUT.job": job_file(Path(output))}
+            | ({} if errors is None else {"--errors": Path(errors)})
+        )
         with contextlib.ExitStack() as undo:
             self.output = OutputLog("--output-file", output)
             undo.callback(self.output.close)
@@ -50,13 +55,15 @@ class JobFiles:
                 f"{used[0].path}: is there already, and is no output of a batch job: {job_file(path)} is missing"
                 " (give another -o, or --force-new to write over it)"
             )
-        for log in self._logs:
-            log.stays = True
+        begun = None
         if is_begun and not force_new:
             with contextlib.nullcontext() if used else contextlib.suppress(ValueError):  # nothing is lost without rows
-                return job.continued(path)
-        job.keep(path)
-        return job
+                begun = job.continued(path)
+        if begun is None:
+            job.keep(path)
+        for log in self._logs:
+            log.stays = True
+        return begun or job
 
     def read(self, lines: InputLines, job: Job, retry_errors: bool = False) -> DoneRows:
         """The state of all rows; with `retry_errors` those that failed are taken out, to run again."""
@@ -91,3 +98,10 @@ class JobFiles:
         """Puts the rows into the order of the input, where they are in another one."""
         for log in self._logs:
             in_order(log, say)
+
+
+def _check_apart(files: dict[str, Path]) -> None:
+    """Refuses two names of one file; `files` are by what names them."""
+    for (name, file), (other_name, other) in itertools.combinations(files.items(), 2):
+        if file.absolute() == other.absolute() or (file.exists() and other.exists() and os.path.samefile(file, other)):
+            raise ValueError(f"{other_name} {other}: is the file of {name} too")

@@ -10,7 +10,6 @@ from penstock.engine.batch.in_order import copied
 from penstock.engine.batch.job import Job, read_job
 from penstock.engine.batch.output_log import OutputLog
 from penstock.engine.batch.row_form import RowForm, has_failed, number_of
-from penstock.engine.user_files import open_file
 
 MOST_PARTS = 1000
 
@@ -39,7 +38,7 @@ def merge(parts: list[str], output: str, say: Callable[[str], None]) -> int:
                 offsets.append(offset)
                 num_failed += has_failed(line)
         _check_rows(jobs[0], parts, numbers)
-        streams = [stack.enter_context(open_file(log.path)) for log in logs]
+        streams = [stack.enter_context(open(log.descriptor, "rb", closefd=False)) for log in logs]
         target.rewrite(copied(streams, numbers, sources, offsets))
         say(f"{len(numbers)} rows of {len(parts)} shards are in {output}, {num_failed} of them failed")
     return num_failed

@@ -22,10 +22,16 @@ class Meter:
         self.bounds_s: Counter = Counter()  # by what binds
         self._times_s, self._tokens, self._num_passes = array("d", [self.began_s]), array("Q", [0]), array("Q", [0])
         self.drains_s: float | None = None  # since when no row waits
+        self._ended_s: float | None = None
 
     @property
     def elapsed_s(self) -> float:
-        return time.perf_counter() - self.began_s
+        """The seconds of the run, until now or until it ended: the end of the engine is none of it."""
+        return (self._ended_s or time.perf_counter()) - self.began_s
+
+    def end(self) -> None:
+        """Says that the run is over."""
+        self._ended_s = time.perf_counter()
 
     def note_pass(self, num_tokens: int) -> bool:
         """Takes in the passes that ended, which gave so many output tokens. Returns whether a second went by since

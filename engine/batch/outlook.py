@@ -44,11 +44,12 @@ class Outlook:
         """The passes until all have ended, where a pass brings so many tokens now."""
         table = [(len(one.output_token_ids), self._most(one), _runs(one)) for one in in_flight]
         got, most, runs = np.array(table, dtype=np.float64).reshape(-1, 3).T
-        left = self.lengths.draw(got, most, got[runs > 0])
+        far = got[runs > 0]
+        left = self.lengths.draw(got, most, far)
         running, queued = left[runs > 0], left[runs == 0]
         seats = max(len(running), math.ceil(tokens_a_pass), 1)  # of late, too: many may just have ended together
         share = tokens_a_pass / seats or 1.0
-        later = self._later()
+        later = self._later(far)
         queued = np.concatenate([queued, later])
         more = later.mean() * (self.num_waiting - len(later)) if len(later) else 0.0
         return more / share / seats + num_passes(queued / share, seats, running)
@@ -56,13 +57,14 @@ class Outlook:
     def _most(self, request: Request) -> int:
         return request.most_tokens(self.longest) - len(request.prompt_token_ids)
 
-    def _later(self) -> np.ndarray:
-        """Lengths of sequences that have not begun, drawn; of no more than MOST_PLAYED or so."""
+    def _later(self, far: np.ndarray) -> np.ndarray:
+        """Lengths of sequences that have not begun, drawn; of no more than MOST_PLAYED or so. Those that run have come
+        so `far` (M,)."""
         kinds = [(most, count) for most, count in self.waiting.items() if count]
         share = min(1.0, MOST_PLAYED / max(self.num_waiting, 1))
         counts = [max(round(count * share), 1) for _, count in kinds]
         most = np.repeat(np.array([most for most, _ in kinds], dtype=np.float64), counts)
-        return self.lengths.draw(np.zeros(len(most)), most, np.zeros(0))
+        return self.lengths.draw(np.zeros(len(most)), most, far)
 
 
 def _runs(request: Request) -> bool:

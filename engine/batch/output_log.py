@@ -7,6 +7,7 @@ Whatever ended a job, its output holds rows, then perhaps a part of one, which i
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,8 +26,9 @@ class OutputLog:
     written or another process writes it."""
 
     def __init__(self, flag: str, path: str | Path):
-        self.path, self.stays = Path(path), False
+        self.path = Path(path)
         check_output(flag, self.path)
+        self.stays = self.path.exists()
         self.descriptor = _open_locked(self.path)
         self._syncing = Syncing(self.descriptor)
 
@@ -68,18 +70,20 @@ class OutputLog:
         self._syncing.note(len(lines))
 
     def rewrite(self, lines: Iterable[bytes]) -> None:
-        """Replaces the file by one that holds these lines: a new one, renamed, so that one of the two is there at any
-        moment. `lines` may read the old file."""
-        new = self.path.with_name(self.path.name + NEW)
+        """Replaces the file, to which links may lead, by one that holds these lines: a new one, renamed, so that one of
+        the two is there at any moment. `lines` may read the old file."""
         self._check()
+        file = self.path.resolve()
+        new = file.with_name(file.name + NEW)
         with contextlib.suppress(FileNotFoundError):
             new.unlink()
         descriptor = _open_locked(new)
         try:
+            os.fchmod(descriptor, stat.S_IMODE(os.fstat(self.descriptor).st_mode))
             _write_all(descriptor, lines)
             os.fsync(descriptor)
-            os.rename(new, self.path)
-            sync_folder(self.path)
+            os.rename(new, file)
+            sync_folder(file)
         except BaseException as error:
             os.close(descriptor)
             with contextlib.suppress(FileNotFoundError):

@@ -84,7 +84,7 @@ def summary(run: BatchRun | None, progress: Progress, done: Any, is_whole: bool)
         "seconds": meter.elapsed_s,
         "prompt_tokens": run.num_prompt_tokens,
         "output_tokens": meter.num_tokens,
-        "output_tokens_s": meter.num_tokens / meter.elapsed_s,
+        "output_tokens_s": meter.num_tokens / meter.elapsed_s if meter.elapsed_s else 0.0,
         "steady_output_tokens_s": meter.steady_tokens_s(),
         "passes": meter.num_passes,
         "passes_s": meter.passes_s,

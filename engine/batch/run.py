@@ -1,8 +1,6 @@
 """Runs the rows of a job through the engine's loop: enough are in flight to fill passes, and each is written as soon as
 it has ended."""
 
-import contextlib
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +11,7 @@ from penstock.engine.batch.outlook import Outlook
 from penstock.engine.batch.results import error_line, line_of
 from penstock.engine.batch.row_form import has_failed
 from penstock.engine.batch.rows import Row, RowReader
+from penstock.engine.batch.stopping import Stopping
 from penstock.engine.batch.windows import WINDOW, in_windows
 from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
@@ -26,7 +25,6 @@ from penstock.scheduler.batching.request import FinishReason
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
 MOST_BEGUN = 256  # sequences whose prompts are encoded between two passes
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
 MOST_WAITING = 256  # rows that have ended, where many fail one after another
 
 
@@ -42,7 +40,8 @@ class InFlight:
 
 
 class BatchRun:
-    """One run of a job: of those of its rows that have not run. `tell` is called each second with this run."""
+    """One run of a job: of those of its rows that have not run. It ends early once `stopping` is asked for that. `tell`
+    is called each second with this run."""
 
     def __init__(
         self,
@@ -50,38 +49,36 @@ class BatchRun:
         reader: RowReader,
         done: DoneRows,
         files: JobFiles,
+        stopping: Stopping,
         tell: Callable[["BatchRun"], None] = lambda run: None,
     ):
-        self.llm, self.reader, self.done, self.files, self._tell = llm, reader, done, files, tell
+        self.llm, self.reader, self.done, self.files = llm, reader, done, files
+        self._stopping, self._tell = stopping, tell
         self.lines, self.job = done.lines, done.job
         self.in_flight: dict[int, InFlight] = {}  # by request id
         self.meter = Meter(llm.engine.times)
         self.outlook = Outlook(llm.loop.scheduler.max_model_len)
         self.num_prompt_tokens = 0
-        self.is_stopped = False
         self._lines: list[bytes] = []  # of rows that have ended, not written yet
 
     def run(self) -> bool:
-        """Runs until all rows have run, or `stop` was called. Tells whether all have. Raises ValueError if the output
-        takes no more or the input has changed; what was written is kept."""
+        """Runs until all rows have run, or until the pass in which this was to stop has ended. Tells whether all have.
+        Raises ValueError if the output takes no more or the input has changed; what was written is kept."""
         for index in self.done.pending():
             self.outlook.add_row(self.lines, index)
         try:
-            with open_file(self.lines.path) as self._stream:
+            with self._stopping.awaited(), open_file(self.lines.path) as self._stream:
                 self._run(self._in_order())
+            self.files.sync()
         finally:
+            self.meter.end()
             self.llm.loop.clear()
-        self.files.sync()
         return self.done.num_done == self.done.num_rows
-
-    def stop(self) -> None:
-        """Lets `run` end after the pass that runs now; for handlers of signals."""
-        self.is_stopped = True
 
     def _run(self, order: Iterator[int]) -> None:
         loop = self.llm.loop
         self._fill(order)
-        while loop.has_unfinished and not self.is_stopped:
+        while loop.has_unfinished and not self._stopping.is_asked:
             events = loop.advance()
             for event in events:
                 if event.is_last:
@@ -107,7 +104,7 @@ class BatchRun:
     def _fill(self, order: Iterator[int]) -> None:
         """Puts rows into the loop until enough are there, or as many as a pass may wait for."""
         enough = min(QUEUED * self.llm.loop.scheduler.max_num_seqs, len(self.in_flight) + MOST_BEGUN)
-        while len(self.in_flight) < enough and not self.is_stopped:
+        while len(self.in_flight) < enough and not self._stopping.is_asked:
             index = next(order, None)
             if index is None:
                 break
@@ -171,14 +168,3 @@ class BatchRun:
 
     def _rows(self) -> list[InFlight]:
         return list({one.index: one for one in self.in_flight.values()}.values())
-
-
-@contextlib.contextmanager
-def stopping(run: BatchRun) -> Iterator[None]:
-    """A context in which SIGTERM and SIGINT stop the run."""
-    before = {number: signal.signal(number, lambda *_: run.stop()) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

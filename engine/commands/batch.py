@@ -21,7 +21,8 @@ from penstock.engine.batch.job_files import JobFiles
 from penstock.engine.batch.merge import merge
 from penstock.engine.batch.progress import Progress, duration, summary
 from penstock.engine.batch.rows import RowReader
-from penstock.engine.batch.run import SIGNALS, BatchRun, stopping
+from penstock.engine.batch.run import BatchRun
+from penstock.engine.batch.stopping import SIGNALS, Stopped, Stopping
 from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_arguments
 from penstock.engine.commands.plan import plan_of
@@ -30,12 +31,14 @@ from penstock.engine.llm import LLM
 from penstock.engine.planning.device_profile import plan_rates
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.generation_defaults import read_defaults
+from penstock.engine.streams import mistake
 from penstock.engine.weights.read_model import read_model_to_plan
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.units import show_time
 
-DONE, ROWS_FAILED, STOPPED = 0, 1, 143  # exit statuses; the last is that of a process that SIGTERM ended
+# exit statuses: all rows ran; some of them failed; the engine did (EX_SOFTWARE); as of a process that SIGTERM ended
+DONE, ROWS_FAILED, ENGINE_FAILED, STOPPED = 0, 1, 70, 143
 DEFAULTS = tuple(name for name in SAMPLING_FLAGS if name not in ("n", "logprobs"))
 # fields of the config that decide tokens; others decide how fast they come
 DECIDING = ("dtype", "seed", "max_model_len", "attention_sinks", "attention_window", "load_format")
@@ -45,7 +48,7 @@ def add_arguments(groups: Groups) -> None:
     add = groups.everyday.add_argument
     text = "requests: OpenAI's batch lines, or plain prompts, one a line, if the name ends in .txt"
     add("-i", "--input-file", metavar="FILE", help=text)
-    add("-o", "--output-file", metavar="FILE", required=True, help="answers, a line a request; a job goes on there")
+    add("-o", "--output-file", metavar="FILE", help="answers, a line a request; a job goes on there")
     add("--errors", metavar="FILE", help="where requests that failed go (default: to the others)")
     text = "rows of the output as they end, or sorted once all have (default: done)"
     add("--order", choices=("done", "input"), default="done", help=text)
@@ -64,28 +67,16 @@ def add_arguments(groups: Groups) -> None:
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     if resolve_launch(config.tensor_parallel_size).rank > 0:
         return DONE if args.merge or args.dry_run else _follow(config)
-    if args.merge:
-        return ROWS_FAILED if merge(args.merge, args.output_file, say) else DONE
-    if args.input_file is None:
-        raise ValueError("--input-file: is missing")
-    shard = _shard(args.shard)
-    _check_model(config)
-    reader = _reader(args, config)
-    if args.dry_run:
-        return _predict(args, config, reader, shard)
-    with JobFiles(args.output_file, args.errors) as files:
-        lines = _check(args.input_file, reader)
-        job = files.begin(_job(args, config, reader, lines, shard), args.force_new)
-        done = files.read(lines, job, args.retry_errors)
-        if done.num_done:
-            say(f"{done.num_done} of {done.num_rows} rows were done before")
-        is_whole = _run_rows(config, reader, done, files)
-        if is_whole and args.order == "input":
-            files.sort(say)
-    if not is_whole:
-        say(f"stopped with {done.num_done} of {done.num_rows} rows done: the same command goes on")
+    try:
+        with Stopping() as stopping:
+            return _lead(args, config, stopping)
+    except Stopped:
+        say("stopped: the same command goes on")
         return STOPPED
-    return ROWS_FAILED if done.num_failed else DONE
+    except Exception as error:
+        if mistake(error) is None:
+            error.exit_status = ENGINE_FAILED
+        raise
 
 
 def _follow(config: EngineConfig) -> int:
@@ -97,20 +88,62 @@ def _follow(config: EngineConfig) -> int:
     return DONE
 
 
-def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: JobFiles) -> bool:
+def _lead(args: argparse.Namespace, config: EngineConfig, stopping: Stopping) -> int:
+    """Does what was asked, on rank 0. Returns the exit status."""
+    _check_files(args)
+    if args.merge:
+        return ROWS_FAILED if merge(args.merge, args.output_file, say) else DONE
+    shard = _shard(args.shard)
+    _check_model(config)
+    reader = _reader(args, config)
+    if args.dry_run:
+        return _predict(args, config, reader, shard)
+    with JobFiles(args.input_file, args.output_file, args.errors) as files:
+        lines = _check(args.input_file, reader)
+        job = files.begin(_job(args, config, reader, lines, shard), args.force_new)
+        done = files.read(lines, job, args.retry_errors)
+        if done.num_done:
+            say(f"{done.num_done} of {done.num_rows} rows were done before")
+        is_whole = _run_rows(config, reader, done, files, stopping)
+        if is_whole and args.order == "input":
+            files.sort(say)
+    if not is_whole:
+        say(f"stopped with {done.num_done} of {done.num_rows} rows done: the same command goes on")
+        return STOPPED
+    return ROWS_FAILED if done.num_failed else DONE
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises ValueError for a file that is not named, or is none."""
+    needed = {"--input-file": not args.merge, "--output-file": not args.dry_run}
+    for flag, is_needed in needed.items():
+        file = getattr(args, flag[2:].replace("-", "_"))
+        if file is None and is_needed:
+            raise ValueError(f"{flag}: is missing")
+        if file == "-":
+            raise ValueError(f"{flag} -: expected a file, in which a job can find its rows again")
+
+
+def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: JobFiles, stopping: Stopping) -> bool:
     """Runs the rows that have not run, and prints the summary. Tells whether all have run."""
     with Progress(done.num_rows, done.num_done) as progress:
         run, is_whole = None, done.num_done == done.num_rows
-        if not is_whole:
+        if not is_whole or _others_wait(config):
             with LLM(**config.for_job(_num_sequences(done)).to_dict()) as llm:
                 llm.lead()
                 if llm.engine.device.type == "cuda":
                     llm.measure()  # a second, for predictions and for how far passes are filled
-                run = BatchRun(llm, reader, done, files, progress.show)
-                with stopping(run):
+                if not is_whole:
+                    run = BatchRun(llm, reader, done, files, stopping, progress.show)
                     is_whole = run.run()
     print(json.dumps(summary(run, progress, done, is_whole)), flush=True)
     return is_whole
+
+
+def _others_wait(config: EngineConfig) -> bool:
+    """Tells whether ranks of torchrun start an engine with this one, and would wait for it in vain."""
+    launch = resolve_launch(config.tensor_parallel_size)
+    return launch.kind == "torchrun" and launch.tp_size > 1
 
 
 def _num_sequences(done: DoneRows) -> int:
@@ -119,7 +152,7 @@ def _num_sequences(done: DoneRows) -> int:
 
 def _predict(args: argparse.Namespace, config: EngineConfig, reader: RowReader, shard: tuple[int, int]) -> int:
     lines = _check(args.input_file, reader)
-    done = DoneRows(lines, _job(args, config, reader, lines, shard))
+    done = DoneRows(lines, Job({}, 0, *shard))  # whatever ran before: it is about the whole
     plan = plan_of(config.for_job(_num_sequences(done)))
     predicted = estimate(config, plan, reader, done).to_dict()
     say(

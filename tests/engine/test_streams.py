@@ -105,6 +105,22 @@ def test_without_standard_error_nothing_else_is_on_standard_output():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
+@pytest.mark.parametrize("stderr", [full, left])
+def test_work_goes_on_when_standard_error_takes_no_more(stderr):
+    code = """
+import sys
+from penstock.engine.streams import guarded_streams
+with guarded_streams():
+    for _ in range(2):
+        print("5 of 9 rows", file=sys.stderr, flush=True)
+    print("done")
+"""
+    with stderr() as stream:
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=stream, timeout=100)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_a_character_that_the_output_does_not_have_is_replaced(monkeypatch, encoding):
     written = io.BytesIO()

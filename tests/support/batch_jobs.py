@@ -112,14 +112,29 @@ def kill_in_a_write(number: int, share: float) -> None:
     os.write = writing
 
 
+class Clock:
+    """A clock that only passes move: each takes LINK_S, as where the link binds, or longer if it has many tokens."""
+
+    LINK_S, HIDDEN_TOKENS = 0.2, 400
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def passes(self, num_tokens: int) -> None:
+        self.now_s += self.LINK_S * max(1.0, num_tokens / self.HIDDEN_TOKENS)
+
+
 class StubEngine(FakeEngine):
     """Its passes compute nothing. Each token is TOKEN, or STOP with a chance of `stop_share`."""
 
     device = torch.device("cpu")
 
-    def __init__(self, stop_share: float):
+    def __init__(self, stop_share: float, clock: Clock):
         super().__init__(TOKEN)
-        self.times, self.stop_share = PassTimes(), stop_share
+        self.times, self.stop_share, self.clock = PassTimes(), stop_share, clock
         self._random = torch.Generator().manual_seed(0)
 
     def submit(self, batch: Batch) -> None:
@@ -130,6 +145,7 @@ class StubEngine(FakeEngine):
     def collect(self) -> tuple[Batch, SampleOutput]:
         batch, sampled = super().collect()
         self.times.ended()
+        self.clock.passes(sum(len(row.tokens) for row in batch.rows))
         stops = torch.rand(batch.num_sampled, generator=self._random) < self.stop_share
         return batch, SampleOutput(torch.where(stops, STOP, sampled.tokens), None)
 
@@ -144,9 +160,9 @@ class StubLLM:
     tokenizer = None
 
     def __init__(self, max_num_seqs: int = 256, stop_share: float = 0.0):
-        self.config = EngineConfig()
-        self.engine = StubEngine(stop_share)
-        scheduler = Scheduler(max_num_seqs, 4096, max_model_len=128, page_size=16, num_pages=8 * max_num_seqs + 1)
+        self.config, self.clock = EngineConfig(), Clock()
+        self.engine = StubEngine(stop_share, self.clock)
+        scheduler = Scheduler(max_num_seqs, 4096, max_model_len=256, page_size=16, num_pages=16 * max_num_seqs + 1)
         self.loop = Loop(scheduler, self.engine)
         self._ids = itertools.count()
 

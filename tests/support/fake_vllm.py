@@ -1,4 +1,5 @@
-"""A folder with a package that looks like vLLM: every request gets its number of tokens, one a step."""
+"""A folder with a package that looks like vLLM: every request gets its number of tokens, one a step or, in a batch of
+rows, at once."""
 
 import json
 from pathlib import Path
@@ -68,6 +69,29 @@ def get_offloader():
     return counted
 """
 
+RUN_BATCH = """
+import argparse, json, os, sys
+from vllm import log
+
+parser = argparse.ArgumentParser()
+for flag in ("-i", "-o", "--model"):
+    parser.add_argument(flag)
+args, flags = parser.parse_known_args()
+if os.environ.get("FAKE_VLLM_FAILS"):
+    raise RuntimeError("no kernel image")
+rows = [json.loads(line) for line in open(args.i)]
+is_there = [os.path.exists(f"{args.model}/{name}") for name in ("config.json", "tokenizer.json")]
+log("run_batch", {"flags": flags, "is_there": is_there, "prompts": len({str(row["body"]["messages"]) for row in rows})})
+print("Running batch:   0% Completed | 0/?", file=sys.stderr, flush=True)
+with open(args.o, "w") as output:
+    for row in rows:
+        body = {"usage": {"completion_tokens": row["body"]["max_tokens"]}}
+        response = {"status_code": 200, "request_id": "x", "body": body}
+        answer = {"id": "x", "custom_id": row["custom_id"], "response": response, "error": None}
+        output.write(json.dumps(answer) + "\\n")
+print("Running batch: 100% Completed", file=sys.stderr, flush=True)
+"""
+
 
 class FakeVllm:
     """The package in `folder`, and what was asked of it."""
@@ -76,6 +100,8 @@ class FakeVllm:
         self.site, self.log = folder / "site", folder / "log"
         (self.site / "vllm/model_executor").mkdir(parents=True)
         (self.site / "vllm/model_executor/offloader.py").write_text(OFFLOADER)
+        (self.site / "vllm/entrypoints/openai").mkdir(parents=True)
+        (self.site / "vllm/entrypoints/openai/run_batch.py").write_text(RUN_BATCH)
         (self.site / "vllm/__init__.py").write_text(SOURCE.replace("VERSION", VERSION))
         info = self.site / f"vllm-{VERSION}.dist-info"
         info.mkdir()

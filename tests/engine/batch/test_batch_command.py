@@ -8,6 +8,7 @@ import signal
 import pytest
 from penstock.engine.batch import meter, run
 from penstock.engine.batch.run import BatchRun
+from penstock.engine.commands.cli import main
 from penstock.engine.loop import Loop
 from penstock.engine.server import encoding
 
@@ -166,7 +167,7 @@ def test_another_job_is_refused_in_one_line_and_its_output_kept(llm, reference, 
     for flags, message in (
         (("--temperature", "0"), "its defaults was {}, and is {'temperature'"),
         (("--seed", "5"), "its seed was 0, and is 5"),
-        (("--shard", "1/2"), "--shard was 0, and is 1"),
+        (("--shard", "1/2"), "--shard was 0/1, and is 1/2"),
     ):
         assert run_here(llm, given, output, *flags) == 2
         assert message in said()[1][-1]
@@ -259,13 +260,49 @@ def test_a_bad_line_is_refused_before_anything_is_made(llm, tmp_path, said):
     [
         (("--shard", "2/2"), "--shard 2/2: expected I/N, with I from 0 to N - 1"),
         (("--top-p", "2"), "top_p=2.0: expected a number above 0, at most 1"),
-        (("--errors", "OUT"), "is the output too"),
+        (("--errors", "OUT"), "out.jsonl: is the file of --output-file too"),
+        (("--errors", "OUT.job"), "out.jsonl.job: is the file of OUTPUT.job too"),
+        (("-o", "IN", "--force-new"), "in.jsonl: is the file of --input-file too"),
+        (("--errors", "LINK", "--force-new"), "link.jsonl: is the file of --input-file too"),
+        (("-o", "-"), "--output-file -: expected a file, in which a job can find its rows again"),
+        (("-i", "-"), "--input-file -: expected a file, in which a job can find its rows again"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused(reference, tmp_path, said, flags, message):
-    flags = [str(tmp_path / "out.jsonl") if flag == "OUT" else flag for flag in flags]
-    assert run_here(None, reference[0], tmp_path / "out.jsonl", *flags) == 2
-    assert message in said()[1][-1] and not list(tmp_path.iterdir())
+    names = {"OUT": "out.jsonl", "OUT.job": "out.jsonl.job", "IN": "in.jsonl", "LINK": "link.jsonl"}
+    given = tmp_path / "in.jsonl"
+    given.write_bytes(reference[0].read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(given)
+    flags = [str(tmp_path / names[flag]) if flag in names else flag for flag in flags]
+    assert run_here(None, given, tmp_path / "out.jsonl", *flags) == 2
+    assert message in said()[1][-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "link.jsonl"]
+    assert given.read_bytes() == reference[0].read_bytes()
+
+
+def test_a_job_file_of_another_version_is_refused_and_says_what_to_do(llm, reference, tmp_path, said):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(reference[1].read_bytes())
+    kept = json.loads(reference[1].with_name("out.jsonl.job").read_text())
+    for content, message in (
+        (kept | {"version": 2}, "another version may have others (give another -o, or --force-new"),
+        (kept | {"created": None}, "expected the fields job, created, facts, shard, num_shards, errors"),
+        (kept | {"job": "0"}, "job: is not the hash of the facts; the file was changed (give another -o"),
+    ):
+        (tmp_path / "out.jsonl.job").write_text(json.dumps(content))
+        assert run_here(llm, reference[0], output) == 2
+        assert message in said()[1][-1]
+    assert output.read_bytes() == reference[1].read_bytes()
+
+
+def test_a_disk_that_has_no_room_for_the_job_itself_is_left_as_it_was(reference, tmp_path, said):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert run_here(None, reference[0], tmp_path / "out.jsonl") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "out.jsonl.job: File too large" in said()[1][-1] and not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_predicts_without_an_engine_and_writes_nothing(reference, tmp_path, said):
@@ -278,6 +315,10 @@ def test_a_dry_run_predicts_without_an_engine_and_writes_nothing(reference, tmp_
     assert predicted["seconds"] == pytest.approx(predicted["passes"] * predicted["pass_s"])
     assert lines[-1].startswith("penstock batch: 24 rows, about ") and "h200" in lines[-1]
     assert not list(tmp_path.iterdir())
+    model = ("--model", "demo", "--device", "cpu")
+    assert main(["batch", *model, "-i", str(reference[0]), "--dry-run", *profile]) == 0, "it needs no output"
+    assert main(["batch", *model, "-i", str(reference[0])]) == 2
+    assert said()[1][-1] == "penstock: error: --output-file: is missing"
 
 
 def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):

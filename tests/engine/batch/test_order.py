@@ -5,7 +5,11 @@ import random
 import numpy as np
 import pytest
 from penstock.engine.batch.lengths import Lengths
-from penstock.engine.batch.windows import in_windows, longest_first, num_passes
+from penstock.engine.batch.windows import ALIKE, first_ahead, in_windows, longest_first, num_passes
+from penstock.engine.loop import Loop
+from penstock.scheduler.batching.scheduler import Scheduler
+
+from tests.support.batch_jobs import StubLLM, line, run_here, write_lines
 
 
 def order(prefixes, lengths, size, seats):
@@ -31,6 +35,31 @@ def test_the_next_window_is_not_looked_into_before_its_turn():
     rows = in_windows(iter(range(100)), 10, lambda row: looked.append(row) or "", lambda row: 1, 4)
     next(rows)
     assert looked == list(range(10))
+
+
+def test_the_first_of_those_that_begin_alike_goes_ahead():
+    starts = ["a" * ALIKE, "b" * ALIKE, "c" * (ALIKE - 1)]  # and then its own
+    rows = [(f"{start}{number}", 10 * kind + number) for kind, start in enumerate(starts) for number in range(9)]
+    order = first_ahead(rows)
+    assert sorted(order) == sorted(index for _, index in rows)
+    assert order == [0, 10, *range(20, 29), *range(1, 9), *range(11, 19)]
+
+
+def test_rows_that_begin_alike_compute_their_beginning_once(tmp_path):
+    """Rows of one length, of which all seats begin one in the same pass."""
+    num_kinds, num_alike, num_shared, seats = 12, 8, 64, 16
+    llm, computed = StubLLM(seats), []
+    scheduler = Scheduler(seats, 2048, 256, page_size=16, num_pages=12 * seats + 1, prefix_caching=True)
+    llm.loop, submit = Loop(scheduler, llm.engine), llm.engine.submit
+    llm.engine.submit = lambda batch: (computed.append(sum(len(row.tokens) for row in batch.rows)), submit(batch))
+    rows = [(kind, number) for number in range(num_alike) for kind in range(num_kinds)]
+    texts = [
+        line(f"{kind} {number}", prompt=[*range(100 + kind, 100 + kind + num_shared), number], max_tokens=4)
+        for kind, number in rows
+    ]
+    assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
+    at_least = num_kinds * num_shared + len(rows) * 4  # of each row the last of its prompt, and 3 outputs
+    assert at_least <= sum(computed) <= at_least + seats * num_shared, "but for the first pass"
 
 
 def test_longest_first_only_where_that_ends_sooner():

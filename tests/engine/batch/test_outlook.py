@@ -1,37 +1,33 @@
-"""The predicted end of a job, in passes, against those that it took; without a model, so that its lengths are known."""
+"""The end of a job as it is predicted on its way, against when it comes, by a clock that only passes move."""
 
 import pytest
 from penstock.engine.batch import meter
-from penstock.engine.batch.progress import Progress
 
 from tests.support.batch_jobs import STOP, StubLLM, line, run_here, write_lines
 
-ROWS, SEATS = 700, 32
+ROWS = 500
+AFTER = {0.05: 0, 0.2: 1}  # shares of the rows, by the place of what was predicted then
 
 
 @pytest.mark.parametrize(
-    "name, lengths, stop_share, share_done, within",
+    "name, seats, lengths, stop_share, after, within",
     [
-        ("lengths fixed", lambda number: 40, 0.0, 0.05, 0.05),
-        ("uneven and fixed", lambda number: 1 + 37 * number % 60, 0.0, 0.05, 0.05),
-        ("lengths unknown", lambda number: 80, 0.05, 0.2, 0.15),
-        ("some unknown", lambda number: 10 + 37 * number % 90, 0.02, 0.2, 0.15),
+        ("lengths fixed", 32, lambda number: 40, 0.0, 0.05, 0.05),
+        ("uneven and fixed", 32, lambda number: 1 + 37 * number % 60, 0.0, 0.05, 0.05),
+        ("lengths unknown", 32, lambda number: 80, 0.05, 0.2, 0.15),
+        ("some unknown", 32, lambda number: 10 + 37 * number % 90, 0.02, 0.2, 0.15),
+        ("unknown, and a ninth of the rows at once", 56, lambda number: 200, 0.01, 0.2, 0.15),
     ],
 )
-def test_the_end_is_foreseen(tmp_path, monkeypatch, name, lengths, stop_share, share_done, within):
-    told = {}
-
-    def show(progress, run):
-        told["passes"] = run.meter.num_passes
-        if "predicted" not in told and run.done.num_done >= share_done * ROWS:
-            told["predicted"] = run.meter.num_passes + run.seconds_left() / run.meter.recent()[2]
-
-    monkeypatch.setattr(Progress, "show", show)
-    monkeypatch.setattr(meter, "SAMPLE_S", 0.0)  # each pass is told of
+def test_the_end_is_foreseen(tmp_path, said, monkeypatch, name, seats, lengths, stop_share, after, within):
+    llm = StubLLM(seats, stop_share)
+    monkeypatch.setattr(meter, "time", llm.clock)
+    prompt = [5] * 20
     texts = [
-        line(str(number), prompt=[5, 6], max_tokens=lengths(number), stop_token_ids=[STOP], seed=number)
-        for number in range(ROWS)
+        line(str(number), prompt=prompt, max_tokens=lengths(number), stop_token_ids=[STOP]) for number in range(ROWS)
     ]
-    given = write_lines(tmp_path / "in.jsonl", texts)
-    assert run_here(StubLLM(SEATS, stop_share), given, tmp_path / "out.jsonl") == 0
-    assert abs(told["predicted"] / told["passes"] - 1) <= within
+    assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
+    summary = said()[0]
+    predicted = summary["predicted"][AFTER[after]]
+    assert after <= predicted["share"] <= after + 0.05
+    assert abs(predicted["seconds"] / summary["seconds"] - 1) <= within

@@ -61,6 +61,25 @@ def test_a_file_that_got_nothing_is_gone_again(file):
     assert not file.exists()
 
 
+def test_an_empty_file_of_the_users_stays(file):
+    file.touch()
+    OutputLog("-o", file).close()
+    assert file.exists()
+
+
+def test_a_file_written_anew_stays_behind_its_link_and_keeps_its_mode(file, tmp_path):
+    (tmp_path / "far").mkdir()
+    far = tmp_path / "far/rows"
+    far.write_bytes(ONE)
+    far.chmod(0o640)
+    file.symlink_to(far)
+    with closing(OutputLog("-o", file)) as log:
+        log.rewrite([TWO])
+        log.append([THREE])
+    assert file.is_symlink() and far.read_bytes() == TWO + THREE
+    assert far.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("how", ["here", "in another process"])
 def test_there_is_one_writer(file, how):
     def second() -> int:

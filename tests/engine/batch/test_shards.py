@@ -58,6 +58,7 @@ def test_two_processes_give_what_one_gives(shards, tmp_path):
         (lambda folder, whole, one, two: [one, one], "is shard 0/2, as "),
         (lambda folder, whole, one, two: [whole, one], "is of another job than"),
         (lambda folder, whole, one, two: [one, folder / "none.jsonl"], "none.jsonl.job: No such file"),
+        (lambda folder, whole, one, two: [one.parent / "in.jsonl"], "in.jsonl: is no output of a batch job: "),
     ],
 )
 def test_parts_that_are_no_whole_are_refused(shards, tmp_path, capsys, choose, message):

@@ -1,0 +1,34 @@
+"""A folder for random weights with a tokenizer of words: w5 is token 5, so that a text has as many tokens as it is to.
+
+Penstock and vLLM both load it, and render a chat as the text of its messages.
+"""
+
+import json
+from pathlib import Path
+
+from penstock.engine.model.families import config_file, read_config
+from penstock.engine.planning.find_model import find_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def word(token: int) -> str:
+    """The text of a token."""
+    return f"w{token}"
+
+
+def write_word_model(model: str, folder: Path) -> int:
+    """Writes config.json and tokenizer of a model (a config.json, or a folder that has one) into a new folder. Returns
+    the size of its vocabulary. Raises ValueError as read_config does."""
+    config = read_config(config_file(find_model(model)))
+    vocab_size = config["vocab_size"]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    vocab = {word(token): token for token in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=word(0)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": word(0), "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return vocab_size
