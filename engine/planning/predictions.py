@@ -14,9 +14,9 @@ from penstock.scheduler.residency.demand import Demand
 
 
 def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
-    """Says what a rank does in a pass, by the plan's residency or by another one of the same demand, of which nobody
-    knows what it waits for."""
-    waited_bytes = plan.waited_bytes if residency in (None, plan.residency) else 0
+    """Says what a rank does in a pass, by the plan's residency, or by a given one of the same demand. Those are compared
+    with each other, without what they wait for: that takes a pass plan of each."""
+    waited_bytes = plan.waited_bytes if residency is None else 0
     residency = residency or plan.residency
     embed_bytes = (
         plan.layout.embed.stored_bytes if residency.embed_resident else 0
