@@ -14,8 +14,8 @@ from penstock.scheduler.residency.demand import Demand
 
 
 def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
-    """Says what a rank does in a pass, by the plan's residency, or by a given one of the same demand. Those are compared
-    with each other, without what they wait for: that takes a pass plan of each."""
+    """Says what a rank does in a pass, by the plan's residency, or by a given one of the same demand. Those are
+    compared with each other, without what they wait for: that takes a pass plan of each."""
     waited_bytes = plan.waited_bytes if residency is None else 0
     residency = residency or plan.residency
     embed_bytes = (
@@ -31,7 +31,7 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
 def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute | Decompress], float], Rates, float]:
     """Says what predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a
     launch."""
-    return plan.step_seconds(shape), plan.rates, launch_s(shape, plan.rates)
+    return plan.step_seconds(shape), plan.rates, launch_s(shape, plan.rates, streams=bool(plan.residency.streamed))
 
 
 def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:

@@ -158,7 +158,7 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
         "link": link_s(work.streamed_bytes, rates),
         "memory": sum(count * step.memory_bytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
         "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
-        "launch": (work.num_steps(shape) - work.num_reduces) * _latency_s(shape, rates),
+        "launch": (work.num_steps(shape) - work.num_reduces) * _latency_s(work, shape, rates),
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
         "decompress": decompress_s(work.decompressed_bytes, work.num_decompressed, rates),
     }
@@ -193,16 +193,17 @@ def steps_s(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rate
     return max(sum(count * step_s(step, shape, rates) for step, count in steps), launches_s)
 
 
-def launch_s(shape: PassShape, rates: Rates) -> float:
-    """Seconds that the host takes to launch a step while a GPU works on earlier ones; 0 in a graph."""
-    return 0.0 if _is_graph(shape, rates) or rates.node_latency_s is None else rates.step_latency_s
+def launch_s(shape: PassShape, rates: Rates, streams: bool = False) -> float:
+    """Seconds that the host takes to launch a step while a GPU works on earlier ones; 0 in a graph. Where weights
+    stream, fewer passes are graphs."""
+    return 0.0 if _is_graph(shape, rates, streams) or rates.node_latency_s is None else rates.step_latency_s
 
 
 def host_s(work: PassWork, shape: PassShape, rates: Rates) -> float:
     """Seconds that a pass takes the host, which prepares the next one meanwhile; 0 in a graph, before which it is
     ahead. A group that is decompressed is launched as a step is."""
     num_launched = work.num_steps(shape) + work.num_decompressed + ROW_STEPS * shape.num_rows
-    return launch_s(shape, rates) * num_launched
+    return launch_s(shape, rates, streams=work.streamed_bytes > 0) * num_launched
 
 
 def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
@@ -235,13 +236,13 @@ def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     return reduce_s(shape.num_tokens * work.reduce_token_bytes, rates) if work.reduce_token_bytes else 0.0
 
 
-def _is_graph(shape: PassShape, rates: Rates) -> bool:
-    return (shape.is_decode or shape.is_padded) and rates.node_latency_s is not None
+def _is_graph(shape: PassShape, rates: Rates, streams: bool) -> bool:
+    return (shape.is_decode or (shape.is_padded and not streams)) and rates.node_latency_s is not None
 
 
-def _latency_s(shape: PassShape, rates: Rates) -> float:
+def _latency_s(work: PassWork, shape: PassShape, rates: Rates) -> float:
     """The least seconds of a step without a reduce."""
-    return rates.node_latency_s if _is_graph(shape, rates) else rates.step_latency_s
+    return rates.node_latency_s if _is_graph(shape, rates, work.streamed_bytes > 0) else rates.step_latency_s
 
 
 def free_tokens(work: PassWork, rates: Rates) -> int:

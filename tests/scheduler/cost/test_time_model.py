@@ -185,6 +185,14 @@ def test_a_pass_that_is_launched_step_by_step_takes_no_less_than_the_host():
     assert predict_pass(work, mixed, rates(node_latency_s=1e-6, step_latency_s=1e-5)).bound == "link"
 
 
+def test_a_short_pass_with_prompts_is_a_graph_where_nothing_streams():
+    """So little may stream that such a pass takes longer to launch than to copy."""
+    short, eager = PassShape(300, 4, 0), rates(node_latency_s=1e-6, step_latency_s=3e-3)
+    little = dataclasses.replace(WORK, streamed_bytes=10**6)
+    assert short.is_padded and predict_pass(little, short, eager).total_s == pytest.approx((16 + 1) * 3e-3)
+    assert predict_pass(RESIDENT, short, eager).total_s < 0.5 * (16 + 1) * 3e-3
+
+
 def test_tokens_of_prompts_that_are_scored_cost_time_where_there_are_any():
     """By hand: 4e6 bytes and 800e6 FLOPs of each of 1000 scored tokens take 1 ms apiece at 4 TB/s and 800 TFLOP/s."""
     score = StepWork("score_prompts", scored_bytes=4 * 10**6, scored_flops=800 * 10**6)
