@@ -64,7 +64,14 @@ if HAS_TRITON:
             return _triton.jit(function, **options)
         return _Kernel(function, **options) if function else lambda later: _Kernel(later, **options)
 
-    triton = SimpleNamespace(jit=_jit, cdiv=_triton.cdiv, next_power_of_2=_triton.next_power_of_2)
+    def _cdiv(number: int, divisor: int) -> int:
+        return -(-number // divisor)
+
+    def _next_power_of_2(number: int) -> int:
+        return 1 << (number - 1).bit_length() if number else 0
+
+    # Triton's own two are made for kernels too, and take microseconds, at each of a pass's hundreds of launches
+    triton = SimpleNamespace(jit=_jit, cdiv=_cdiv, next_power_of_2=_next_power_of_2)
 else:
     triton = tl = _Absent()
 

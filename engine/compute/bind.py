@@ -5,8 +5,9 @@ The host sends a few small tensors; everything as long as T or C is made from th
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy
 import torch
@@ -21,10 +22,12 @@ from penstock.engine.compute.inputs import (
     ScoredTokens,
     to_device,
 )
+from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting, make_cutting
 from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.kernels.prompt_attention import list_blocks
-from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.batching.request import ON_DEVICE
 from penstock.scheduler.cost.pass_work import GATHERED_TOKENS
 from torch import Tensor
@@ -37,7 +40,7 @@ class Binder:
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
     Prompts of a number of tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one
-    token.
+    token. `page_table` is the host's copy of the last pass's.
     """
 
     page_size: int
@@ -45,6 +48,7 @@ class Binder:
     last_tokens: Tensor
     max_context: int
     cutting: Cutting
+    page_table: PageTable
     whole_tokens: range = range(0)
     most_gathered: int = 0
 
@@ -54,32 +58,37 @@ class Binder:
         assert batch.is_in_order, (
             "rows of a pass: one token each first, then chunks that continue, then those that start"
         )
-        lengths = [len(row.tokens) for row in rows]
-        starts = [0, *itertools.accumulate(lengths)]  # R + 1
-        widest = max(len(row.pages) for row in rows)
-        pages = self._put([[*row.pages, *[0] * (widest - len(row.pages))] for row in rows], torch.int32)  # (R, P)
+        lengths, begins, indices, evicted, samples = (_ints(rows, of) for of in _COLUMNS)
+        starts = numpy.concatenate(([0], lengths.cumsum()))  # R + 1
+        pages = self._pages(rows)
+        cached = begins - evicted
         of_token = torch.repeat_interleave(self._put(lengths), output_size=batch.num_tokens)  # (T,) row of each token
-        num_cached = self._put([row.num_cached for row in rows])
-        first = num_cached - self._put(starts[:-1])  # (R,) position of the row's first token less its index in the pass
+        first = self._put(cached - starts[:-1])  # (R,) position of the row's first token less its index in the pass
         positions = torch.arange(batch.num_tokens, device=pages.device) + first[of_token]
-        token_rows = self._put([row.index for row in rows])[of_token]
-        all_tokens = itertools.chain.from_iterable(row.tokens for row in rows)
+        token_rows = self._put(indices)[of_token]
+        all_tokens = itertools.chain.from_iterable(map(_TOKENS, rows))
         tokens = self._put(numpy.fromiter(all_tokens, numpy.int64, batch.num_tokens))
         if any(row.tokens[-1] == ON_DEVICE for row in rows):  # no other token of a row can be unknown
             tokens = torch.where(tokens == ON_DEVICE, self.last_tokens[token_rows], tokens)
-        sampled = [(row, end - 1) for row, end in zip(rows, starts[1:]) if row.samples]
+        sampled = samples.nonzero()[0]
         return PassInputs(
             tokens=tokens,
             positions=positions,
             addresses=self._addresses(pages, of_token, positions),
             token_rows=token_rows,
-            context=self._context(rows, pages, num_cached),
-            select=None if len(sampled) == batch.num_tokens else self._put([last for _, last in sampled]),
-            sampled_rows=tuple(row.index for row, _ in sampled),
-            sampled_rows_device=self._put([row.index for row, _ in sampled]),
-            sampled_positions=self._put([row.start + len(row.tokens) for row, _ in sampled]),
-            scored=self._scored(rows, starts) if any(row.scores for row in rows) else None,
+            context=self._context(batch, pages, cached),
+            select=None if len(sampled) == batch.num_tokens else self._put(starts[1:][sampled] - 1),
+            sampled_rows=tuple(indices[sampled].tolist()),
+            sampled_rows_device=self._put(indices[sampled]),
+            sampled_positions=self._put((begins + lengths)[sampled]),
+            scored=self._scored(rows, starts.tolist()) if batch.shape.num_scored else None,
         )
+
+    def _pages(self, rows: Sequence[BatchRow]) -> Tensor:
+        """The page tables (R, P), P the most pages of any row."""
+        tables = [row.pages for row in rows]
+        self.page_table.fill(tables)
+        return self._put(self.page_table.values[: len(rows), : max(map(len, tables))].copy(), torch.int32)
 
     def _scored(self, rows: Sequence[BatchRow], starts: Sequence[int]) -> ScoredTokens:
         """The log probabilities that rows ask for, whose first tokens are `starts` of the pass."""
@@ -93,15 +102,16 @@ class Binder:
                 wanted += [row.scores.num_top] * len(own)
         return ScoredTokens(*map(self._put, (select, targets, wanted)))
 
-    def _context(self, rows: Sequence[BatchRow], pages: Tensor, num_cached: Tensor) -> MixedContext:
-        of_kind = {kind: [row for row in rows if row.kind is kind] for kind in RowKind}
-        single, continuing, starting = of_kind.values()
-        paged, gathered, first_row, first_token = None, [], len(single), len(single)
-        if single:
-            lengths = (num_cached[: len(single)] + 1).int()
-            work = self.cutting.exact_work([_num_context(row) for row in single])
-            list_work(lengths, work)
-            paged = PagedContext(pages[: len(single)], lengths, work)
+    def _context(self, batch: Batch, pages: Tensor, cached: numpy.ndarray) -> MixedContext:
+        """Says what the rows attend to, of which so many tokens are `cached` (R,)."""
+        num_single, first_starting = batch.num_single, batch.num_single + batch.num_continuing
+        continuing, starting = batch.rows[num_single:first_starting], batch.rows[first_starting:]
+        paged, gathered, first_row, first_token = None, [], num_single, num_single
+        if num_single:
+            lengths = cached[:num_single] + 1
+            work, on_device = self.cutting.exact_work(lengths.tolist()), self._put(lengths, torch.int32)
+            list_work(on_device, work)
+            paged = PagedContext(pages[:num_single], on_device, work)
         for part in _parts(continuing, max(self.max_context, self.most_gathered)):
             gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
             first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
@@ -140,7 +150,18 @@ def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_
     """The binder of a model's passes of up to max_num_seqs rows; allocates their workspace."""
     kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
     most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
-    return Binder(kv.page_size, kv.margin, model.sampler.last_tokens, max_context, cutting, whole_tokens, most_gathered)
+    table = PageTable(numpy.zeros((max_num_seqs, pages_for(kv.margin + max_context, kv.page_size)), numpy.int32))
+    sizes = (kv.page_size, kv.margin, model.sampler.last_tokens, max_context)
+    return Binder(*sizes, cutting, table, whole_tokens, most_gathered)
+
+
+_TOKENS = attrgetter("tokens")
+_COLUMNS = (lambda row: len(row.tokens), *map(attrgetter, ("start", "index", "num_evicted", "samples")))
+
+
+def _ints(rows: Sequence[BatchRow], of: Callable[[BatchRow], int]) -> numpy.ndarray:
+    """A number of each row (R,)."""
+    return numpy.fromiter(map(of, rows), numpy.int64, len(rows))
 
 
 def _num_context(row: BatchRow) -> int:

@@ -4,6 +4,7 @@ that they attend to.
 Shapes: T tokens in the batch, R rows, C context tokens of some rows together, N sampled rows, P pages, S page size.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,6 +115,11 @@ class PassInputs:
     sampled_rows_device: Tensor  # (N,) int64
     sampled_positions: Tensor  # (N,) int64: where in its sequence the token is that is being sampled
     scored: ScoredTokens | None = None
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return self.tokens.shape[0]
 
     @property
     def wants_logits(self) -> bool:

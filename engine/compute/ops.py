@@ -40,7 +40,7 @@ def project(weights: Weights, name: str, x: Tensor, out: Tensor, num_tokens: int
 
 
 def _project(ctx: PassContext, weights: Weights, name: str, x: Tensor, out: Tensor) -> None:
-    project(weights, name, x, out, len(ctx.inputs.tokens))
+    project(weights, name, x, out, ctx.inputs.num_tokens)
 
 
 def embedding(ctx: PassContext, weights: Weights, layer_idx: int) -> None:

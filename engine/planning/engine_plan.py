@@ -6,6 +6,7 @@ rank; all ranks have the same plan (spans have the same sizes on every rank).
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from penstock.engine.config import EngineConfig
@@ -22,18 +23,20 @@ from penstock.engine.planning.memory_claims import (
     engine_steps,
     memory_budget,
 )
-from penstock.engine.planning.step_cost import dequantise_work, step_work
+from penstock.engine.planning.step_cost import dequantise_work, step_seconds_of, step_work
 from penstock.scheduler.batching.request import INT32_MAX
 from penstock.scheduler.batching.retention import KeepAll, Retention, SinksAndWindow
-from penstock.scheduler.cost.pass_work import StepWork
+from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS, PassShape, StepWork
 from penstock.scheduler.cost.time_model import Rates
+from penstock.scheduler.cost.timeline import waited_s
 from penstock.scheduler.passes.build import make_plan
-from penstock.scheduler.passes.pass_plan import Compute, GroupId, PassPlan
+from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId, PassPlan
 from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression, settle
 from penstock.scheduler.residency.decide import Residency, plan_residency
 from penstock.scheduler.residency.demand import KV_SHARE, Demand
 from penstock.scheduler.residency.family import Cost
 from penstock.scheduler.residency.search import plan_fastest
+from penstock.scheduler.units import GB
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,16 @@ class EnginePlan:
         """The layout of a rank, as its weights are kept."""
         layout = model_layout(self.spec, tensor_names(self.spec), self.dtype, self.tp_size, rank)
         return layout if self.has_kernels else without_kernels(layout, _floats(self.kept, self.residency))
+
+    def step_seconds(self, shape: PassShape) -> Callable[[Compute | Decompress], float]:
+        """Gives the seconds of a step in a pass of this shape."""
+        return step_seconds_of(self.spec, self.layout, self.dtype, self.tp_size, self.rates, shape)
+
+    @functools.cached_property
+    def waited_bytes(self) -> int:
+        """The bytes of copies that compute waits for, in a pass whose lanes take as long as each other."""
+        seconds_waited = waited_s(self.pass_plan, self.step_seconds(PassShape(MOST_PADDED_TOKENS, 1, 0)), self.rates)
+        return int(seconds_waited * self.rates.link_gb_s * GB)
 
     @property
     def decision(self) -> Decision:

@@ -6,35 +6,32 @@ Torch-free.
 from collections.abc import Callable
 
 from penstock.engine.planning.engine_plan import EnginePlan
-from penstock.engine.planning.step_cost import dequantise_work, step_work
 from penstock.scheduler.cost.pass_work import PassShape, PassWork
-from penstock.scheduler.cost.time_model import PassTime, Rates, launch_s, predict_pass, step_s
+from penstock.scheduler.cost.time_model import PassTime, Rates, launch_s, predict_pass
 from penstock.scheduler.passes.pass_plan import Compute, Decompress
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import Demand
 
 
 def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
-    """Says what a rank does in a pass, by the plan's residency or by another one of the same demand."""
+    """Says what a rank does in a pass, by the plan's residency, or by a given one of the same demand. Those are
+    compared with each other, without what they wait for: that takes a pass plan of each."""
+    waited_bytes = plan.waited_bytes if residency is None else 0
     residency = residency or plan.residency
     embed_bytes = (
         plan.layout.embed.stored_bytes if residency.embed_resident else 0
     )  # no group: few of its rows are read
     decompressed_bytes = sum(group.nbytes for group in plan.layout.groups if group.id in residency.compressed)
     resident_bytes = residency.resident_bytes - embed_bytes
-    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps, len(residency.compressed), decompressed_bytes)
+    num_decompressed = len(residency.compressed)
+    sizes = (num_decompressed, decompressed_bytes, waited_bytes)
+    return PassWork(residency.streamed_bytes, resident_bytes, plan.steps, *sizes)
 
 
 def step_seconds(plan: EnginePlan, shape: PassShape) -> tuple[Callable[[Compute | Decompress], float], Rates, float]:
     """Says what predict_timeline takes for a pass of this shape: the seconds of a step, the rates, those of a
     launch."""
-    work = step_work(plan.spec, plan.layout, plan.dtype, plan.tp_size)
-    floats = {group.id: dequantise_work(group, plan.rates) for group in plan.layout.groups if group.is_quantised}
-
-    def seconds(step: Compute | Decompress) -> float:
-        return step_s(floats[step.group] if isinstance(step, Decompress) else work(step), shape, plan.rates)
-
-    return seconds, plan.rates, launch_s(shape, plan.rates)
+    return plan.step_seconds(shape), plan.rates, launch_s(shape, plan.rates, streams=bool(plan.residency.streamed))
 
 
 def decode_time(work: PassWork, num_seqs: int, context_tokens: int, rates: Rates) -> PassTime:

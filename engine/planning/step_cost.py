@@ -6,16 +6,16 @@ element-wise ones.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from penstock.engine.model.group_layout import GroupLayout
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import shard_heads
 from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
-from penstock.engine.model.steps import SCORE, activation_widths, sums_over_ranks
-from penstock.scheduler.cost.pass_work import StepWork
-from penstock.scheduler.cost.time_model import Rates
-from penstock.scheduler.passes.pass_plan import Compute
+from penstock.engine.model.steps import SCORE, SCORED_ROWS, activation_widths, sums_over_ranks
+from penstock.scheduler.cost.pass_work import PassShape, StepWork
+from penstock.scheduler.cost.time_model import Rates, step_s
+from penstock.scheduler.passes.pass_plan import Compute, Decompress
 
 MATRICES = {
     "attn_qkv": ("qkv",),
@@ -27,9 +27,14 @@ MATRICES = {
 }
 
 
-# Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored: memory does
-# not bind there. H200s took 1.8 (Q4_0) and 2.3 (Q8_0) at one token, and 4 at four.
-STORED_WEIGHT_BYTES = 3
+AFTER_SCORES = {"head", "logits_gather"}  # steps of sampled rows alone, which tokens that are scored have left
+
+
+def stored_weight_bytes(num_tokens: int) -> float:
+    """Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored: memory
+    does not bind there. At one token, for which the kernel has a shape of its own, H200s took 1.8 (Q4_0) and 2.3
+    (Q8_0); at two 2.9 to 3.9, at four 4.1 to 5.3, Q4_K and Q5_K the most (in the matrices of the 8B shape together)."""
+    return 2.3 if num_tokens == 1 else 2.2 + 0.6 * num_tokens
 
 
 def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
@@ -49,16 +54,18 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
     def work(step: Compute) -> StepWork:
         parts = step.parts
         is_reduce = sums_over_ranks(step) and len(parts) == 1
-        if (tp_size == 1 and is_reduce) or step.step == SCORE:  # that one only where a row asks for it
+        if tp_size == 1 and is_reduce:
             return StepWork(step.step)  # nothing is launched
+        if step.step == SCORE:
+            return _score_work(step, sizes[step.group, "head"] * element, widths, element)
         names = [name for part in parts for name in MATRICES.get(part, ()) if (step.group, name) in sizes]
         elements = sum(sizes[step.group, name] for name in names)
-        few_tokens, few_bytes = _as_stored(groups[step.group], names) if names else (0, 0)
         attends, moved = "attention" in parts, {unit: touched_bytes(step, unit) for unit in ("tokens", "rows")}
         if is_reduce:
             moved["tokens"] = 0  # counted in the rate of reduces
         if step.of_rows:
             moved = {"tokens": 0, "rows": sum(moved.values())}
+        has_scored = step.of_rows and not AFTER_SCORES & set(parts)
         return StepWork(
             step=step.step,
             weight_bytes=elements * element,
@@ -68,20 +75,29 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
             token_flops=0 if step.of_rows else 2 * elements,
             row_flops=2 * elements if step.of_rows else 0,
             attention_flops=pair_flops if attends else 0,
+            scored_bytes=moved["rows"] if has_scored else 0,
+            scored_flops=2 * elements if has_scored else 0,
             reduce_token_bytes=spec.hidden_size * element if sums_over_ranks(step) and tp_size > 1 else 0,
-            few_tokens=few_tokens,
-            few_bytes=few_bytes,
+            few_bytes=_as_stored(groups[step.group], names) if names else (),
         )
 
     return work
 
 
-def _as_stored(group: GroupLayout, names: list[str]) -> tuple[int, int]:
-    """Tokens of the largest pass that reads these weights as they are stored, 0 if none does, and the bytes that would
-    take as long then."""
+def _score_work(step: Compute, head_bytes: int, widths: Mapping[str, tuple[str, int]], element: int) -> StepWork:
+    """The work of log probabilities of prompts: the head, which is read once for SCORED_ROWS tokens, writes logits that
+    are read twice."""
+    (_, hidden), (_, vocab) = widths["x_"], widths["prompt_logits"]
+    scored_bytes = head_bytes // SCORED_ROWS + element * (3 * hidden + 3 * vocab)
+    return StepWork(step.step, scored_bytes=scored_bytes, scored_flops=2 * head_bytes // element)
+
+
+def _as_stored(group: GroupLayout, names: list[str]) -> tuple[int, ...]:
+    """The bytes that would take as long as to read these weights as they are stored, in passes of 1, 2, ... tokens as
+    far as they do."""
     few_tokens = min(group.as_stored(name) for name in names)
     num_weights = sum(rows.num_rows * rows.num_cols for name in names for rows in group.rows_of(name))
-    return few_tokens, STORED_WEIGHT_BYTES * num_weights if few_tokens else 0
+    return tuple(round(stored_weight_bytes(n) * num_weights) for n in range(1, few_tokens + 1))
 
 
 def dequantise_work(group: GroupLayout, rates: Rates) -> StepWork:
@@ -92,9 +108,21 @@ def dequantise_work(group: GroupLayout, rates: Rates) -> StepWork:
     few_tokens = min(filter(None, map(group.as_stored, sizes)), default=0)
     left = sum(nbytes for name, nbytes in sizes.items() if not group.as_stored(name))
     share = rates.memory_gb_s / rates.decompressing_gb_s
-    return StepWork(
-        "decompress", weight_bytes=int(sum(sizes.values()) * share), few_tokens=few_tokens, few_bytes=int(left * share)
-    )
+    few_bytes = (int(left * share),) * few_tokens
+    return StepWork("decompress", weight_bytes=int(sum(sizes.values()) * share), few_bytes=few_bytes)
+
+
+def step_seconds_of(
+    spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int, rates: Rates, shape: PassShape
+) -> Callable[[Compute | Decompress], float]:
+    """Gives the seconds of a step, or of a partial decompression, in a pass of this shape."""
+    work = step_work(spec, layout, dtype, tp_size)
+    floats = {group.id: dequantise_work(group, rates) for group in layout.groups if group.is_quantised}
+
+    def seconds(step: Compute | Decompress) -> float:
+        return step_s(floats[step.group] if isinstance(step, Decompress) else work(step), shape, rates)
+
+    return seconds
 
 
 def kv_token_bytes(spec: ModelSpec, dtype: str, tp_size: int) -> int:

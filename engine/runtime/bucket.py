@@ -20,40 +20,33 @@ import numpy
 import torch
 from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import Chunks, MixedContext, PagedContext, PassInputs, RowRange
+from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, Reading, derive_inputs
 from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.kernels.prompt_attention import FIELDS, list_blocks, most_blocks
 from penstock.engine.runtime.bucket_sizes import BucketSize
-from penstock.scheduler.batching.batch import Batch, BatchRow, RowKind
+from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
 from penstock.scheduler.batching.request import ON_DEVICE
 from torch import Tensor
 
 
 class HostTable:
-    """A table (rows, PAGES + P) int32 in pinned memory. `pages` are those written in each row; None where an interrupt
-    may have left a part of them."""
+    """A table (rows, PAGES + P) int32 in pinned memory; `pages` are its part behind PAGES."""
 
     def __init__(self, num_rows: int, max_pages: int, pinned: bool):
         self.table = torch.zeros(num_rows, PAGES + max_pages, dtype=torch.int32, pin_memory=pinned)
         self.values = self.table.numpy()  # the same memory: a write costs a tenth
-        self.pages: list[tuple[int, ...] | None] = [()] * num_rows
+        self.pages = PageTable(self.values[:, PAGES:])
 
     def fill(self, rows: Sequence[BatchRow], num_rows: int, pad_row: int) -> None:
-        """Writes rows of one token, then padded ones up to `num_rows`. Pages are written only where they changed; an
-        interrupt at any point leaves no row whose pages are wrongly taken for written."""
+        """Writes rows of one token, then padded ones up to `num_rows`."""
         columns = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in rows]
         if rows:
             self.values[: len(rows), :PAGES] = columns
         self.values[len(rows) : num_rows, :PAGES] = (0, 0, pad_row, 0)
-        for index, pages in enumerate([row.pages for row in rows] + [()] * (num_rows - len(rows))):
-            written = self.pages[index]
-            if written is not pages and written != pages:
-                self.pages[index] = None
-                self.values[index, PAGES:] = 0
-                self.values[index, PAGES : PAGES + len(pages)] = pages
-                self.pages[index] = pages
+        self.pages.fill([row.pages for row in rows] + [()] * (num_rows - len(rows)))
 
 
 def _fill_rows(table: numpy.ndarray, rows: Sequence[Sequence[int]], unused: Sequence[int]) -> None:
@@ -148,7 +141,7 @@ class Bucket:
     def load(self, batch: Batch) -> None:
         """Sends a batch to the device, whose rows fit and are of one token or start."""
         staging, size = self.staging, self.size
-        num_single = sum(row.kind is RowKind.ONE_TOKEN for row in batch.rows) if size.num_starting else len(batch.rows)
+        num_single = batch.num_single
         if size.num_single:
             staging.tables.rotate()
             host = staging.tables[0]

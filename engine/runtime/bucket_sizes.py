@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from penstock.engine.kernels.prompt_attention import most_blocks
 from penstock.engine.kernels.segments import Segments
-from penstock.scheduler.batching.batch import Batch, RowKind, is_decode
+from penstock.scheduler.batching.batch import Batch, is_decode
 from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS, padded_tokens
 
 ALONE = 512  # tokens of passes with prompts, up to which some have no rows of one token
@@ -62,14 +62,14 @@ class BucketSizes:
         if is_decode(batch):
             num_rows = next(size for size in self.num_rows if size >= len(batch.rows))
             return _decode(num_rows, self.segments.capacity([row.num_cached + 1 for row in batch.rows], num_rows))
-        kinds, num_tokens = [row.kind for row in batch.rows], batch.num_tokens
-        if RowKind.CONTINUES in kinds or RowKind.STARTS not in kinds or num_tokens > max(self.num_tokens, default=0):
+        num_starting, num_tokens = len(batch.rows) - batch.num_single - batch.num_continuing, batch.num_tokens
+        if batch.num_continuing or not num_starting or num_tokens > max(self.num_tokens, default=0):
             return None
-        if any(row.scores for row in batch.rows):
+        if batch.shape.num_scored:
             return None
         padded = next(size for size in self.num_tokens if size >= num_tokens)
-        size = self._with_prompts(padded, RowKind.ONE_TOKEN in kinds)
-        return size if kinds.count(RowKind.STARTS) <= size.num_starting else None
+        size = self._with_prompts(padded, batch.num_single > 0)
+        return size if num_starting <= size.num_starting else None
 
     def _with_prompts(self, num_tokens: int, beside_rows: bool) -> BucketSize:
         """The size for so many tokens. Of few, prompts alone have one without what rows beside them need; a row and a

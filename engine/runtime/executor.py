@@ -84,6 +84,10 @@ class Executor:
         self.compressed, self.poison = compressed, poison
         self.device = model.rope.device
         self.counters = Counters()
+        # by group, since a pass copies and restores hundreds of times: views of its slot and its span, and its restorer
+        slots = {group: slot_of(ring, slot) for group, slot in pass_plan.ring.slots if group in host_spans}
+        self._copies = {g: (slot[: host_spans[g].nbytes], host_spans[g]) for g, slot in slots.items()}
+        self._restorers = {group: one.group.restorer(one.blob, one.out) for group, one in compressed.items()}
         self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
         self.ring_is_filled = False
         self._differing = {  # groups with weights that are stored, whose types may differ from layer to layer
@@ -169,8 +173,8 @@ class Executor:
         copies, total = [], 0
         for instruction in self.pass_plan.instructions:
             if isinstance(instruction, Prefetch) and total < nbytes:
-                span = self.host_spans[instruction.group]
-                copies.append((span, self.slot(instruction)[: span.nbytes]))
+                target, span = self._copies[instruction.group]
+                copies.append((span, target))
                 total += span.nbytes
         return copies
 
@@ -189,9 +193,9 @@ class Executor:
             self.counters.steps[instruction.step] += 1
             self._compute(ctx, instruction)
         elif isinstance(instruction, Prefetch):
-            span = self.host_spans[instruction.group]
+            target, span = self._copies[instruction.group]
             self.ledger.add(self.copy_sites[instruction.group], span.nbytes)
-            self.slot(instruction)[: span.nbytes].copy_(span, non_blocking=True)
+            target.copy_(span, non_blocking=True)
         elif isinstance(instruction, Decompress):
             self._decompress(ctx, instruction)
         elif isinstance(instruction, Release) and self.poison:
@@ -202,7 +206,6 @@ class Executor:
             STEPS[step.step](ctx, self.views.get(step.group, _NO_WEIGHTS), step.layer_idx)
 
     def _decompress(self, ctx: PassContext, instruction: Decompress) -> None:
-        group, blob, out = self.compressed[instruction.group]
         if self.poison:
-            out.fill_(0xFF)
-        self.counters.decompressed_bytes[instruction.group] += group.restore(blob, out, len(ctx.inputs.tokens))
+            self.compressed[instruction.group].out.fill_(0xFF)
+        self.counters.decompressed_bytes[instruction.group] += self._restorers[instruction.group](ctx.inputs.num_tokens)

@@ -69,7 +69,7 @@ def _step_latency_s(runner: PassRunner, work: PassWork, rates: Rates) -> float:
         runner.collect()
 
     known_s = work.num_reduces * rates.reduce_latency_s + work.streamed_bytes / rates.link_gb_s / GB
-    return max(seconds(run, runner.device, repeats=3) - known_s, 0.0) / work.num_steps
+    return max(seconds(run, runner.device, repeats=3) - known_s, 0.0) / work.num_steps(batch.shape)
 
 
 def measure_rates(

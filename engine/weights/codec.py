@@ -18,6 +18,7 @@ weight take 0.01 to 0.09 bits more.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -112,13 +113,24 @@ def compress(weights: Tensor, out: Tensor | None = None, num_threads: int = 1) -
 def decompress(layout: CompressedLayout, blob: Tensor, out: Tensor) -> None:
     """Writes the tensor that was compressed, bit for bit, to `out`: contiguous, of its shape and dtype, on the blob's
     device. The blob is trusted to be what `compress` made."""
+    decompressor(layout, blob, out)()
+
+
+def decompressor(layout: CompressedLayout, blob: Tensor, out: Tensor) -> Callable[[], None]:
+    """A function that does so each time, with whatever lies in the blob's memory then: the views are made once."""
     assert tuple(out.shape) == layout.shape and out.dtype == layout.dtype and out.is_contiguous()
-    flat = out.view(-1)
     covered = 0 if layout.raw else layout.num_tiles * TILE
-    if covered:
-        decompress_weights(layout.planes(blob), flat[:covered])
-    if covered < layout.numel:
-        flat[covered:].copy_(layout.part(blob, "rest").view(layout.dtype))
+    tiles, others = out.view(-1)[:covered], out.view(-1)[covered:]
+    planes = layout.planes(blob) if covered else None
+    rest = layout.part(blob, "rest").view(layout.dtype) if len(others) else None
+
+    def run() -> None:
+        if planes is not None:
+            decompress_weights(planes, tiles)
+        if rest is not None:
+            others.copy_(rest)
+
+    return run
 
 
 def warm_up(device: torch.device) -> None:

@@ -11,15 +11,19 @@ it; a row of tests. Weights that are plain are read where they are kept, and not
 any keeps its slot in the ring until its last step has run.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.kernels.stored_linear import StoredMatrix, StoredRun
 from penstock.engine.model.group_layout import GroupLayout, Rows, Weight
-from penstock.engine.weights.codec import CompressedLayout, decompress
+from penstock.engine.weights.codec import CompressedLayout, decompressor
 from penstock.engine.weights.views import TORCH_DTYPES, byte_range, view_of
 from torch import Tensor
+
+Restorer = Callable[[], None]  # reads what lies in its memory when it is called
 
 
 class KeptFormat(Protocol):
@@ -27,9 +31,10 @@ class KeptFormat(Protocol):
 
     as_stored: int
 
-    def restore(self, kept: Tensor, out: Tensor) -> None:
-        """Writes rows to `out` as floats; `kept` is uint8, both start at 16 bytes of one device. Nothing is allocated
-        on a GPU and the host waits for nothing, so that a CUDA graph can hold it (once its kernel is compiled)."""
+    def restorer(self, kept: Tensor, out: Tensor) -> Restorer:
+        """A function that writes rows to `out` as floats; `kept` is uint8, both start at 16 bytes of one device. A call
+        allocates nothing on a GPU and the host waits for nothing, so that a CUDA graph can hold it (once its kernel is
+        compiled)."""
 
 
 class Lossless(NamedTuple):
@@ -38,8 +43,8 @@ class Lossless(NamedTuple):
     layout: CompressedLayout
     as_stored: int = 0
 
-    def restore(self, kept: Tensor, out: Tensor) -> None:
-        decompress(self.layout, kept, out)
+    def restorer(self, kept: Tensor, out: Tensor) -> Restorer:
+        return decompressor(self.layout, kept, out)
 
 
 class Plain(NamedTuple):
@@ -48,8 +53,8 @@ class Plain(NamedTuple):
     dtype: str
     as_stored: int = 0
 
-    def restore(self, kept: Tensor, out: Tensor) -> None:
-        out.view(-1).copy_(kept.view(out.dtype))
+    def restorer(self, kept: Tensor, out: Tensor) -> Restorer:
+        return partial(out.view(-1).copy_, kept.view(out.dtype))
 
 
 class Blocks(NamedTuple):
@@ -58,8 +63,8 @@ class Blocks(NamedTuple):
     kind: str
     as_stored: int
 
-    def restore(self, kept: Tensor, out: Tensor) -> None:
-        dequantise(self.kind, kept, out)
+    def restorer(self, kept: Tensor, out: Tensor) -> Restorer:
+        return partial(dequantise, self.kind, kept, out)
 
 
 class KeptRows(NamedTuple):
@@ -96,12 +101,11 @@ class KeptWeight(NamedTuple):
         """Tokens of the largest pass that reads it as it is kept: all of its rows are then."""
         return min(rows.format.as_stored for rows in self.rows)
 
-    def restore(self, kept: Tensor, span: Tensor) -> int:
-        """Writes it to its place in the span; returns its bytes there."""
+    def restorers(self, kept: Tensor, span: Tensor) -> list[Restorer]:
+        """Functions that write its rows to its place in the span."""
         floats = view_of(self.weight, span)
-        for rows in self.rows:
-            rows.format.restore(rows.of(kept), floats[rows.first_row : rows.first_row + rows.num_rows])
-        return floats.nbytes
+        places = [floats[rows.first_row : rows.first_row + rows.num_rows] for rows in self.rows]
+        return [rows.format.restorer(rows.of(kept), place) for rows, place in zip(self.rows, places)]
 
     def view(self, kept: Tensor, span: Tensor) -> Tensor | StoredMatrix:
         """The weight as steps read it."""
@@ -121,12 +125,30 @@ class KeptGroup:
     nbytes: int
 
     def restore(self, kept: Tensor, span: Tensor, num_tokens: int) -> int:
-        """Writes the floats that steps of a pass of so many tokens do not read where they are kept to their places in
-        the span; the gaps between weights are not written. Returns the bytes: those of the span, if it gets all."""
-        written = [
-            each.restore(kept, span) for each in self.weights if not each.in_place and num_tokens > each.as_stored
+        """Does once what `restorer` gives."""
+        return self.restorer(kept, span)(num_tokens)
+
+    def restorer(self, kept: Tensor, span: Tensor) -> Callable[[int], int]:
+        """A function that writes the floats that steps of a pass of so many tokens do not read where they are kept to
+        their places in the span; the gaps between weights are not written. It returns the bytes: those of the span, if
+        it gets all. The views are made once: a pass has hundreds of weights."""
+        restorers = [
+            (each.as_stored, view_of(each.weight, span).nbytes, each.restorers(kept, span))
+            for each in self.weights
+            if not each.in_place
         ]
-        return span.nbytes if len(written) == len(self.weights) else sum(written)
+        num_weights, span_bytes = len(self.weights), span.nbytes
+
+        def restore(num_tokens: int) -> int:
+            written = []
+            for as_stored, nbytes, runs in restorers:
+                if num_tokens > as_stored:
+                    written.append(nbytes)
+                    for run in runs:
+                        run()
+            return span_bytes if len(written) == num_weights else sum(written)
+
+        return restore
 
     def views(self, kept: Tensor, span: Tensor) -> dict[str, Tensor | StoredMatrix]:
         """The weights by name, as steps read them."""

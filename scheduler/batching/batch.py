@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -37,6 +37,9 @@ class History(NamedTuple):
         return History(tuple(request.tokens_between(0, request.num_computed_tokens)), tuple(request.output_token_ids))
 
 
+NO_HISTORY = History()
+
+
 class PromptScores(NamedTuple):
     """The tokens of a prompt whose log probabilities a row gives, with those of the `num_top` most likely ones: each
     that follows one of the row's tokens, from its `first` on. `following` is the one behind its last token; NO_TOKEN
@@ -69,7 +72,7 @@ class BatchRow(NamedTuple):
     samples: bool
     sampling: RowSampling | None
     num_evicted: int = 0
-    history: History = History()
+    history: History = NO_HISTORY
     scores: PromptScores | None = None
 
     @property
@@ -96,7 +99,11 @@ class BatchRow(NamedTuple):
 
 def is_decode(batch: "Batch") -> bool:
     """Tells whether every row computes one token and samples the next."""
-    return all(row.samples and len(row.tokens) == 1 for row in batch.rows)
+    return batch.num_single == batch.num_sampled == len(batch.rows)
+
+
+def _order(row: BatchRow) -> tuple[RowKind, int]:
+    return row.order
 
 
 @dataclass(frozen=True)
@@ -107,32 +114,47 @@ class Batch:
     moves: tuple[Move, ...] = ()
 
     @staticmethod
-    def of(rows: Iterable[BatchRow], moves: tuple[Move, ...] = ()) -> "Batch":
+    def of(rows: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> "Batch":
         """The batch of these rows in the order of a pass."""
-        return Batch(tuple(sorted(rows, key=lambda row: row.order)), moves)
+        single = [row for row in rows if len(row.tokens) == 1]  # most rows, and in order as they are
+        return Batch((*single, *sorted((row for row in rows if len(row.tokens) > 1), key=_order)), moves)
 
     @property
     def is_in_order(self) -> bool:
-        return all(row.order <= following.order for row, following in itertools.pairwise(self.rows))
+        return all(row.order <= following.order for row, following in itertools.pairwise(self.rows[self.num_single :]))
+
+    @functools.cached_property
+    def num_single(self) -> int:
+        """The rows of one token each, with which a pass begins."""
+        return next((index for index, row in enumerate(self.rows) if len(row.tokens) > 1), len(self.rows))
+
+    @functools.cached_property
+    def num_continuing(self) -> int:
+        """The rows behind these of which tokens are cached."""
+        return sum(row.num_cached > 0 for row in self.rows[self.num_single :])
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
+        return self.shape.num_tokens
 
-    @property
+    @functools.cached_property
     def num_sampled(self) -> int:
-        return sum(row.samples for row in self.rows)
+        return sum([row.samples for row in self.rows])
 
     @functools.cached_property
     def shape(self) -> PassShape:
         """The pass as the time model sees it; made once, since it looks at every row."""
-        num_tokens = num_cached = pairs = read = copied = 0
+        num_tokens = num_cached = pairs = read = copied = scored = 0
         for row in self.rows:
             own, before = len(row.tokens), row.start - row.num_evicted
-            num_tokens, num_cached = num_tokens + own, num_cached + before
-            pairs += own * (2 * before + own + 1) // 2
+            num_cached += before
             if own == 1:
                 read += before + 1
-            elif before:
-                copied += before + own
-        return PassShape(num_tokens, len(self.rows), num_cached, pairs, read, copied)
+            else:
+                num_tokens += own - 1
+                pairs += own * (2 * before + own + 1) // 2
+                copied += before + own if before else 0
+            if row.scores is not None:
+                scored += row.num_scored
+        num_tokens, pairs = num_tokens + len(self.rows), pairs + read  # a row of one token sees what it reads
+        return PassShape(num_tokens, len(self.rows), num_cached, pairs, read, copied, scored)

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from penstock.scheduler.batching.admission import Admission
-from penstock.scheduler.batching.batch import NO_TOKEN, BatchRow, History, PromptScores
+from penstock.scheduler.batching.batch import NO_HISTORY, NO_TOKEN, BatchRow, History, PromptScores
 from penstock.scheduler.batching.decode_order import keep_order
 from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
 from penstock.scheduler.batching.pages import pages_for
@@ -27,7 +27,7 @@ class Composer:
         """The rows of the next pass."""
         self._admission.make_room()
         chunks = self._sort_running()
-        rows = [self._next_tokens(request, request.num_computed_tokens + 1) for request in self._decoding]
+        rows = [self._row(request, request.num_computed_tokens + 1, samples=True) for request in self._decoding]
         self.budget = Budget(self.most_tokens, rows, self.filling)
         return rows + self._fill(chunks)
 
@@ -44,7 +44,8 @@ class Composer:
                 break
             start = request.num_computed_tokens
             num_tokens = self.budget.take(start, self._end_of_pass(request) - start, queue)
-            rows.append(self._next_tokens(request, start + num_tokens))
+            end = start + num_tokens
+            rows.append(self._row(request, end, samples=end == request.num_tokens_ahead))
         return rows
 
     def has_room(self) -> bool:
@@ -82,28 +83,20 @@ class Composer:
         """The end of what one pass can compute of a request."""
         return self._retention.pass_end(request.num_computed_tokens, request.num_tokens_ahead)
 
-    def _next_tokens(self, request: Request, end: int) -> BatchRow:
-        """The row that computes a request up to `end`."""
-        start, samples = request.num_computed_tokens, end == request.num_tokens_ahead
+    def _row(self, request: Request, end: int, samples: bool) -> BatchRow:
+        """The row that computes a request up to `end`, behind which it `samples` if no known token is left."""
+        start, sampling, history = request.num_computed_tokens, None, NO_HISTORY
         tokens = tuple(request.tokens_between(start, end))
-        sampling = None if request.is_told else RowSampling.of(request)
-        history = History.of(request) if sampling is not None and sampling.has_penalty else History()
+        if not request.is_told:
+            sampling = RowSampling.of(request)
+            history = History.of(request) if sampling.has_penalty else NO_HISTORY
+            request.is_told = True
         request.num_computed_tokens = end
         request.num_unseen_tokens += samples
         num_evicted = self._retention.num_evicted(end)
         self._update_page_table(request, end, num_evicted)
-        request.is_told = True
-        return BatchRow(
-            index=request.row,
-            tokens=tokens,
-            start=start,
-            pages=request.page_table,
-            samples=samples,
-            sampling=sampling,
-            num_evicted=num_evicted,
-            history=history,
-            scores=_scores(request, start, end) if request.num_unscored_tokens else None,
-        )
+        scores = None if request.params.prompt_logprobs is None else _scores(request, start, end)
+        return BatchRow(request.row, tokens, start, request.page_table, samples, sampling, num_evicted, history, scores)
 
     def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
         """Makes the request's page table anew if it is another one for its first `end` tokens."""

@@ -82,6 +82,12 @@ class Counts:
         if num_waiting:
             self.waits[why] += 1
 
+    def take_pass_back(self) -> None:
+        """Says that the last pass will not run, or that it is noted anew."""
+        self.num_passes -= 1
+        if self._why_waiting is not None:
+            self.waits[self._why_waiting] -= 1
+
     @property
     def why_waiting(self) -> Wait | None:
         """The thing that the last pass lacked for those that wait; None if nobody does."""

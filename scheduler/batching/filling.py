@@ -63,12 +63,11 @@ class Filling:
         )
 
     def seconds(self, num_rows: int, num_cached: int) -> float:
-        """Seconds of computing rows of one token that attend to so many cached ones together."""
+        """Seconds of the compute lane for rows of one token that attend to so many cached ones together."""
         seen = num_rows + num_cached
         shape = PassShape(num_rows, num_rows, num_cached, seen, seen, 0)
-        return steps_s(self.work.steps, shape, self.rates) + decompress_s(
-            self.work.decompressed_bytes, self.work.num_decompressed, self.rates
-        )
+        restored_s = decompress_s(self.work.decompressed_bytes, self.work.num_decompressed, self.rates)
+        return steps_s(self.work.steps, shape, self.rates) + restored_s + link_s(self.work.waited_bytes, self.rates)
 
     def chunk_s(self, start: int, num_tokens: int) -> float:
         """Seconds of a chunk behind `start` cached tokens."""

@@ -123,13 +123,15 @@ class PrefixCache:
         """Lets others find the whole pages of the request's first `num_tokens`, which are known and computed. Where
         they find them already its own pages stay its own."""
         most = num_tokens // self.page_size if self.is_on else 0
+        if most <= request.num_entered:
+            return
         before = request.last_block if request.num_entered else request.params.cache_salt
         for index in range(request.num_entered, most):
             start = index * self.page_size
             key = before, tuple(request.tokens_between(start, start + self.page_size))
             block = self._blocks.get(key) or self._enter(key, request.pages[index])
             before = request.last_block = block.number
-        request.num_entered = max(request.num_entered, most)
+        request.num_entered = most
 
     def _enter(self, key: Key, page: int) -> Block:
         kept = self.host.find(key)

@@ -145,12 +145,18 @@ class Scheduler:
         assert rows or self._under_way or not self.has_unfinished, "nothing can run"
         if not rows:
             return None
+        self._free_tokens = 0, 0
+        self._note_pass()
+        return self._put_under_way((), rows)
+
+    def _note_pass(self) -> None:
+        """Counts the pass that was composed last: who it leaves waiting, and its free tokens, instead of those that it
+        had before."""
         self.counts.note_pass(
             self.num_waiting, self._admission.why_waiting() if self.composer.has_room() else Wait.TOKENS
         )
-        self._free_tokens = 0, 0
-        self._note_free_tokens()
-        return self._put_under_way((), rows)
+        self.counts.note_free_tokens(self._free_tokens, self.composer.budget.free_tokens)
+        self._free_tokens = self.composer.budget.free_tokens
 
     def _put_under_way(self, stay: Sequence[BatchRow], new: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> Batch:
         """Makes a pass of rows that were in it already, with their pages' moves, and of new ones."""
@@ -181,18 +187,14 @@ class Scheduler:
         self._under_way.pop()
         for request in requests:
             request.num_under_way -= request.state is RequestState.FINISHED
-        self._note_free_tokens()
+        self.counts.take_pass_back()
+        self._note_pass()
         return self._put_under_way(stay, entered, batch.moves)
 
     def _must_start_anew(self, rows: Sequence[BatchRow]) -> bool:
         """Tells whether one that waits could enter a pass of these rows only if others in it were changed."""
         is_cut = not all(row.samples for row in rows)
         return self._admission.must_make_room() or (is_cut and self._admission.can_admit())
-
-    def _note_free_tokens(self) -> None:
-        """Counts the free tokens of the pass that was scheduled last, instead of those it had before."""
-        self.counts.note_free_tokens(self._free_tokens, self.composer.budget.free_tokens)
-        self._free_tokens = self.composer.budget.free_tokens
 
     def withdraw(self, batch: Batch, rows: Collection[int] = ()) -> list[Request]:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew.
@@ -201,6 +203,7 @@ class Scheduler:
         _, requests = self._under_way.pop()
         self.cache.host.put_back(batch.moves)
         self.counts.note_free_tokens(self._free_tokens, (0, 0))
+        self.counts.take_pass_back()
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
             request.num_unseen_tokens -= row.samples

@@ -34,7 +34,7 @@ class PassShape:
     `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_read` the
     tokens that rows of one token each attend to, and read where they are cached; `num_copied` those that chunks behind
     cached tokens attend to, and copy before. Prompts that start in the pass attend to what they have at hand. None
-    means that all rows are alike.
+    means that all rows are alike. `num_scored` counts the tokens of prompts whose log probabilities are asked for.
     """
 
     num_tokens: int
@@ -43,6 +43,7 @@ class PassShape:
     num_pairs: int | None = None
     num_read: int | None = None
     num_copied: int | None = None
+    num_scored: int = 0
 
     @functools.cached_property
     def attended_pairs(self) -> float:
@@ -73,20 +74,21 @@ class PassShape:
     @functools.cached_property
     def is_decode(self) -> bool:
         """Tells whether each row has one token; such a pass runs as a graph, where there are graphs."""
-        return self.num_tokens == self.num_rows
+        return self.num_tokens == self.num_rows and not self.num_scored
 
     @functools.cached_property
     def is_padded(self) -> bool:
         """Tells whether a pass with prompts is short enough to be padded, and runs as a graph where nothing streams."""
-        return not self.copied_tokens and self.num_tokens <= MOST_PADDED_TOKENS
+        return not (self.copied_tokens or self.num_scored) and self.num_tokens <= MOST_PADDED_TOKENS
 
 
 @dataclass(frozen=True)
 class StepWork:
     """The work of one rank in one step, for any shape of pass: bytes of weights, of activations a token and a sampled
     row (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
-    bytes a token of the step's all-reduce, 0 where the step contains no all-reduce. In passes of up to `few_tokens`
-    it reads weights as they are stored, which takes as long as `few_bytes` do at the memory rate."""
+    bytes and FLOPs of a token that is scored, beside those; bytes a token of the step's all-reduce, 0 where the step
+    contains no all-reduce. In passes of 1, 2, ... tokens, for each of which `few_bytes` has an entry, it reads weights
+    as they are stored, which takes as long as these bytes do at the memory rate."""
 
     step: str
     weight_bytes: int = 0
@@ -96,21 +98,35 @@ class StepWork:
     token_flops: int = 0
     row_flops: int = 0
     attention_flops: int = 0
+    scored_bytes: int = 0
+    scored_flops: int = 0
     reduce_token_bytes: int = 0
-    few_tokens: int = 0
-    few_bytes: int = 0
+    few_bytes: tuple[int, ...] = ()
 
     @functools.cached_property
     def is_idle(self) -> bool:
-        """Tells whether the step launches nothing, as an all-reduce of one rank does."""
+        """Tells whether the step never launches anything, as an all-reduce of one rank does."""
         return self == StepWork(self.step)
+
+    @functools.cached_property
+    def only_scores(self) -> bool:
+        """Tells whether the step launches something only where tokens are scored."""
+        return self == StepWork(self.step, scored_bytes=self.scored_bytes, scored_flops=self.scored_flops)
+
+    def runs(self, shape: PassShape) -> bool:
+        """Tells whether the step launches something in a pass."""
+        return not (self.is_idle or (self.only_scores and not shape.num_scored))
 
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
+        moved_bytes += shape.num_scored * self.scored_bytes
         kv_bytes = (shape.read_tokens + 3 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
-        weight_bytes = self.few_bytes if shape.num_tokens <= self.few_tokens else self.weight_bytes
-        return weight_bytes + moved_bytes + kv_bytes
+        return self._read_bytes(shape.num_tokens) + moved_bytes + kv_bytes
+
+    def _read_bytes(self, num_tokens: int) -> int:
+        """Bytes of weights that are read, or those that would take as long."""
+        return self.few_bytes[num_tokens - 1] if 0 < num_tokens <= len(self.few_bytes) else self.weight_bytes
 
     def cache_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long at the full memory rate as to read from the cache and to copy from it, which
@@ -126,12 +142,15 @@ class StepWork:
         return self.cache_bytes(shape) + self.other_bytes(shape)
 
     def flops(self, shape: PassShape) -> float:
-        linear_flops = shape.num_tokens * self.token_flops + shape.num_rows * self.row_flops
-        return linear_flops + shape.attended_pairs * self.attention_flops
+        return self._linear_flops(shape, shape.num_tokens) + shape.attended_pairs * self.attention_flops
+
+    def _linear_flops(self, shape: PassShape, num_tokens: int) -> int:
+        by_row = shape.num_rows * self.row_flops + shape.num_scored * self.scored_flops
+        return num_tokens * self.token_flops + by_row
 
     def gemm_flops(self, shape: PassShape) -> float:
         """FLOPs of a GEMM that would take as long as the step, but for the rows of one token, which memory binds."""
-        linear_flops = shape.run_tokens * self.token_flops + shape.num_rows * self.row_flops
+        linear_flops = self._linear_flops(shape, shape.run_tokens)
         pairs = shape.attended_pairs - shape.read_tokens + TOKEN_PAIRS * (shape.num_tokens - shape.num_rows)
         return linear_flops + pairs * self.attention_flops / ATTENTION_SHARE
 
@@ -140,17 +159,19 @@ class StepWork:
 class PassWork:
     """The work of one rank in a pass, for any shape: bytes of the weights that cross the link and of those that stay,
     as they are kept; the number of decompressed groups and of the bytes they become; and the steps that launch
-    something, each with the number of times that it occurs."""
+    something, each with the number of times that it occurs. Where compute takes about as long as the copies, it waits
+    for `waited_bytes` of them (timeline.waited_s)."""
 
     streamed_bytes: int
     resident_bytes: int
     steps: tuple[tuple[StepWork, int], ...]
     num_decompressed: int = 0
     decompressed_bytes: int = 0
+    waited_bytes: int = 0
 
-    @property
-    def num_steps(self) -> int:
-        return sum(count for _, count in self.steps)
+    def num_steps(self, shape: PassShape) -> int:
+        """The steps that launch something in a pass."""
+        return sum(count for work, count in self.steps if work.runs(shape))
 
     @property
     def num_reduces(self) -> int:

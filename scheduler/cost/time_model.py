@@ -1,8 +1,9 @@
 """The cost of a pass, predicted before it runs, from its bytes, FLOPs and reduces.
 
 Torch-free. Rates come from a profile (assumed) or a probe (measured), and every prediction carries their source. Copies
-run beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps and of what is
-decompressed; the wrapped copies cover sampling, so only `pass_latency_s` is left over. timeline.py replays the plan
+run beside compute, so the longer of the two lanes counts; the compute lane is the sum of its steps, of what is
+decompressed, and of what it waits for at the ring's end; the wrapped copies cover sampling, so only `pass_latency_s` is
+left over. timeline.py replays the plan
 itself, with the same cost of a step (`step_s`):
 
     latency + cache + sqrt(memory^2 + compute^2)
@@ -12,7 +13,7 @@ KV cache and copies out of it, by kernels of its own; `memory` is the time of al
 rate, `compute` that of its FLOPs at the GEMM rate. The root rounds the roofline's corner: a GEMM
 cannot keep both units busy all the time, and where its bytes alone would take as long as its FLOPs it takes 1.4 times
 as long (tests/engine/planning/test_predictions.py compares with what was measured). Steps that the host launches one by
-one take no less than their launches.
+one take no less than their launches, and such a pass no less than the host (`host_s`).
 """
 
 import math
@@ -24,6 +25,9 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.units import GB
 
 KERNELS_A_GROUP = 3  # kernels that decompress a group, one a weight: a norm and two matrices
+# What a row costs the host in a pass that it launches step by step (to schedule it, to bind it, to take in its token),
+# in steps. 1,454 rows beside prompts took 17 us each where a step of 8B took 65, and both are Python.
+ROW_STEPS = 0.25
 # The share of the memory rate at which the decompressor writes, where it was not measured (1.7 bytes move for one that
 # is written). H200s had 0.44 to 0.49: decompress_gb_s and memory_gb_s of benchmarks/*compressed*.json.
 DECOMPRESS_SHARE = 0.48
@@ -165,22 +169,28 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
         "link": link_s(work.streamed_bytes, rates),
         "memory": sum(count * step.memory_bytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
         "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
-        "launch": (work.num_steps - work.num_reduces) * _latency_s(shape, rates),
+        "launch": (work.num_steps(shape) - work.num_reduces) * _latency_s(work, shape, rates),
         "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
         "decompress": decompress_s(work.decompressed_bytes, work.num_decompressed, rates),
     }
     all_steps_s = steps_s(work.steps, shape, rates)
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()},
-        total_s=pass_s(work.streamed_bytes, all_steps_s, parts["decompress"], rates),
+        total_s=max(
+            pass_s(work.streamed_bytes, all_steps_s, parts["decompress"], rates, work.waited_bytes),
+            host_s(work, shape, rates),
+        ),
         bound=max(parts, key=parts.get),
         lane_s=all_steps_s + parts["decompress"],
     )
 
 
-def pass_s(streamed_bytes: int, all_steps_s: float, all_decompress_s: float, rates: Rates) -> float:
-    """Seconds of a pass, given those of all its steps and of all its decompressing."""
-    return max(link_s(streamed_bytes, rates), all_steps_s + all_decompress_s) + rates.pass_latency_s
+def pass_s(
+    streamed_bytes: int, all_steps_s: float, all_decompress_s: float, rates: Rates, waited_bytes: int = 0
+) -> float:
+    """Seconds of a pass, given those of all its steps and of all its decompressing, which wait for so many bytes."""
+    compute_s = all_steps_s + all_decompress_s + link_s(waited_bytes, rates)
+    return max(link_s(streamed_bytes, rates), compute_s) + rates.pass_latency_s
 
 
 def link_s(nbytes: int, rates: Rates) -> float:
@@ -190,19 +200,27 @@ def link_s(nbytes: int, rates: Rates) -> float:
 
 def steps_s(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> float:
     """Seconds of all steps of a pass: of their work, or of their launches where these take longer."""
-    launches_s = launch_s(shape, rates) * sum(count for step, count in steps if not step.is_idle)
+    launches_s = launch_s(shape, rates) * sum(count for step, count in steps if step.runs(shape))
     return max(sum(count * step_s(step, shape, rates) for step, count in steps), launches_s)
 
 
-def launch_s(shape: PassShape, rates: Rates) -> float:
-    """Seconds that the host takes to launch a step while a GPU works on earlier ones; 0 in a graph."""
-    return 0.0 if _is_graph(shape, rates) or rates.node_latency_s is None else rates.step_latency_s
+def launch_s(shape: PassShape, rates: Rates, streams: bool = False) -> float:
+    """Seconds that the host takes to launch a step while a GPU works on earlier ones; 0 in a graph. Where weights
+    stream, fewer passes are graphs."""
+    return 0.0 if _is_graph(shape, rates, streams) or rates.node_latency_s is None else rates.step_latency_s
+
+
+def host_s(work: PassWork, shape: PassShape, rates: Rates) -> float:
+    """Seconds that a pass takes the host, which prepares the next one meanwhile; 0 in a graph, before which it is
+    ahead. A group that is decompressed is launched as a step is."""
+    num_launched = work.num_steps(shape) + work.num_decompressed + ROW_STEPS * shape.num_rows
+    return launch_s(shape, rates, streams=work.streamed_bytes > 0) * num_launched
 
 
 def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     """Seconds of one step of a pass: its latency, and the time of what it moves and computes. A CPU launches nothing
     ahead, so a step there takes no less than its latency."""
-    if work.is_idle:
+    if not work.runs(shape):
         return 0.0
     return max(_device_s(work, shape, rates), rates.step_latency_s if rates.node_latency_s is None else 0.0)
 
@@ -229,13 +247,13 @@ def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     return reduce_s(shape.num_tokens * work.reduce_token_bytes, rates) if work.reduce_token_bytes else 0.0
 
 
-def _is_graph(shape: PassShape, rates: Rates) -> bool:
-    return (shape.is_decode or shape.is_padded) and rates.node_latency_s is not None
+def _is_graph(shape: PassShape, rates: Rates, streams: bool) -> bool:
+    return (shape.is_decode or (shape.is_padded and not streams)) and rates.node_latency_s is not None
 
 
-def _latency_s(shape: PassShape, rates: Rates) -> float:
+def _latency_s(work: PassWork, shape: PassShape, rates: Rates) -> float:
     """The least seconds of a step without a reduce."""
-    return rates.node_latency_s if _is_graph(shape, rates) else rates.step_latency_s
+    return rates.node_latency_s if _is_graph(shape, rates, work.streamed_bytes > 0) else rates.step_latency_s
 
 
 def free_tokens(work: PassWork, rates: Rates) -> int:

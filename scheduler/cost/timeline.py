@@ -53,6 +53,25 @@ def predict_timeline(
     return intervals
 
 
+def waited_s(plan: PassPlan, compute_s: Callable[[Compute | Decompress], float], rates: Rates) -> float:
+    """Seconds by which a pass is longer than each of its lanes where both take as long as each other. The ring has no
+    room for all that could be copied ahead then, so the compute lane waits, mostly for the last groups. `compute_s` is
+    that of any pass, which is stretched to take as long as the copies."""
+    copies_s = sum(link_s(each.slot.nbytes, rates) for each in plan.instructions if isinstance(each, Prefetch))
+    if not copies_s:
+        return 0.0
+    replayed = zip(plan.instructions, predict_timeline(plan, compute_s, rates), strict=True)
+    taken = [
+        (isinstance(each, Decompress) and not each.is_partial, one.end_s - one.start_s)
+        for each, one in replayed
+        if isinstance(each, Compute | Decompress)
+    ]
+    fixed_s, steps_s = (sum(seconds for is_fixed, seconds in taken if is_fixed is which) for which in (True, False))
+    stretch = max(copies_s - fixed_s, 0.0) / steps_s if steps_s else 0.0
+    stretched = iter([stretch * seconds for is_fixed, seconds in taken if not is_fixed])
+    return max(timeline_s(predict_timeline(plan, lambda step: next(stretched), rates)) - copies_s, 0.0)
+
+
 def timeline_s(intervals: list[Interval]) -> float:
     """Seconds of the predicted pass."""
     return max((interval.end_s for interval in intervals), default=0.0)

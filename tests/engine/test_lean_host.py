@@ -4,9 +4,18 @@ or run nor, before its turn, on how long its prompt is."""
 import sys
 from collections.abc import Callable
 
+import numpy
 import pytest
+import torch
+from penstock.engine.compute import bind
+from penstock.engine.compute.bind import Binder
+from penstock.engine.compute.page_table import PageTable
+from penstock.engine.compute.paged import Cutting
+from penstock.engine.kernels.decode_work import reaches_of
+from penstock.engine.kernels.segments import Segments
 from penstock.engine.loop import Loop
 from penstock.engine.output import Sequence
+from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
 
@@ -14,6 +23,7 @@ from tests.support.fake_engine import FakeEngine
 
 TOKEN, NUM_ROWS, LENGTH = 7, 4, 3
 FEW, MANY = 10, 10_000
+INSTRUCTIONS_A_ROW = 150
 
 
 class Compared(Request):
@@ -62,6 +72,24 @@ def work_of(call: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def work_of_binding(num_rows: int) -> int:
+    """The instructions that bind a pass over rows of 40 pages, which goes on where the one before it ended."""
+    lasts, windows = torch.zeros(num_rows, dtype=torch.int64), (None,)
+    cutting = Cutting(Segments(1, 640, 2**16), windows, reaches_of(windows, lasts.device), torch.empty(2**16))
+    binder = Binder(16, 0, lasts, 640, cutting, PageTable(numpy.zeros((num_rows, 40), numpy.int32)))
+    rows = [BatchRow(index, (TOKEN,), 600, tuple(range(40)), True, None) for index in range(num_rows)]
+    binder.bind(Batch.of(rows))
+    following = [row._replace(start=601) for row in rows]
+    return work_of(lambda: binder.bind(Batch.of(following)))
+
+
+def test_a_row_that_keeps_its_pages_costs_a_few_instructions_to_bind(monkeypatch):
+    """The host binds passes of a thousand rows and more while others run; their pages were written when they came."""
+    monkeypatch.setattr(bind, "list_work", lambda *_: None)  # a GPU's work
+    few, many = map(work_of_binding, (64, 256))
+    assert many - few < 192 * INSTRUCTIONS_A_ROW
 
 
 EVENTS: dict[str, Callable[[Loop, list[Sequence]], None]] = {

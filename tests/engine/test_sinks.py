@@ -1,8 +1,10 @@
 """Attention sinks in the engine: what must hold without an oracle, which is in tests/oracle."""
 
+import numpy
 import pytest
 import torch
 from penstock.engine.compute.bind import Binder
+from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_work import reaches_of
 from penstock.engine.kernels.segments import Segments
@@ -101,7 +103,8 @@ def test_noise_is_drawn_by_the_position_in_the_sequence():
     row = BatchRow(1, (9,), start=100, pages=(4, 2, 3), samples=True, sampling=None, num_evicted=92)
     chunk = row._replace(tokens=(8, 9), start=99)  # which ends with the same token
     cutting = Cutting(Segments(2, 9, 36), (None,), reaches_of((None,), torch.device("cpu")), torch.empty(0))
-    binder = Binder(4, 1, torch.zeros(4, dtype=torch.int64), 9, cutting)
+    table = PageTable(numpy.zeros((1, 3), numpy.int32))
+    binder = Binder(4, 1, torch.zeros(4, dtype=torch.int64), 9, cutting, table)
     one, two = (binder.bind(Batch((row,))) for row in (row, chunk))
     assert (one.positions.tolist(), two.positions.tolist()) == ([8], [7, 8])
     assert one.sampled_positions.tolist() == two.sampled_positions.tolist() == [101]

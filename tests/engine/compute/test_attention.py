@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from penstock.engine.compute import attention
 from penstock.engine.compute.bind import Binder
 from penstock.engine.compute.inputs import CachedLayer
+from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_work import reaches_of
 from penstock.engine.kernels.rope_append import rotate_
@@ -92,7 +94,8 @@ class Example:
         last = torch.zeros(8, dtype=torch.int64, device=self.device)
         windows, partials = (self.window,), torch.empty(10**6, device=self.device)
         cutting = Cutting(Segments(K, self.max_context, 10**4), windows, reaches_of(windows, self.device), partials)
-        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, self.whole)
+        table = PageTable(numpy.zeros((len(self.lengths), 10**3), numpy.int32))
+        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, table, self.whole)
 
     def attended(self) -> torch.Tensor:
         heads = self.heads()

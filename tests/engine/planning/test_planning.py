@@ -25,7 +25,7 @@ from penstock.engine.planning.memory_claims import DeviceMemory
 from penstock.engine.planning.predictions import decode_time, most_seqs, pass_work, step_seconds
 from penstock.engine.runtime import start
 from penstock.scheduler.cost.pass_work import PassShape
-from penstock.scheduler.cost.time_model import free_tokens, predict_pass
+from penstock.scheduler.cost.time_model import free_tokens, link_s, predict_pass
 from penstock.scheduler.cost.timeline import predict_timeline, timeline_s
 from penstock.scheduler.passes.build import default_ring_bytes, roomy_ring_bytes
 from penstock.scheduler.units import GIB
@@ -56,7 +56,8 @@ def plan(model: str, gib: float, tp_size: int = 1, link_gb_s: float | None = Non
 
 def tokens_s(made: EnginePlan) -> float:
     num_seqs = most_seqs(made.kept, made.residency, made.kept.kv_len)
-    return num_seqs / decode_time(pass_work(made), num_seqs, made.kept.kv_len, made.rates).total_s
+    work = replace(pass_work(made), waited_bytes=0)  # as the search reckons, which knows no order of copies
+    return num_seqs / decode_time(work, num_seqs, made.kept.kv_len, made.rates).total_s
 
 
 def pass_ms(made: EnginePlan) -> float:
@@ -192,7 +193,7 @@ def test_more_rows_than_usual_are_let_in_only_where_they_pay():
 
 def test_a_pass_has_the_tokens_that_the_link_hides():
     slow, fast = (plan("Llama-3-8B", 100, link_gb_s=link, resident="none") for link in (20.0, 200.0))
-    num_free = free_tokens(pass_work(slow), slow.rates)
+    num_free = free_tokens(replace(pass_work(slow), waited_bytes=0), slow.rates)  # the plan does not know of waits yet
     assert slow.max_num_batched_tokens == num_free > 2 * 8192 and fast.max_num_batched_tokens == 8192
     check_plan(slow)
     asked = plan("Llama-3-8B", 100, link_gb_s=20.0, resident="none", max_num_batched_tokens=1000)
@@ -202,10 +203,11 @@ def test_a_pass_has_the_tokens_that_the_link_hides():
     assert plan("Llama-3-8B", 100, max_num_seqs=10_000).max_num_batched_tokens >= 10_000
 
 
-@pytest.mark.parametrize("compression, most_over", [("none", 0.022), ("lossless", 0.001)])
+@pytest.mark.parametrize("compression, most_over", [("none", 0.015), ("lossless", 0.001)])
 def test_a_pass_that_is_filled_waits_for_no_copy(compression, most_over):
     """Makes the ring so long, where the KV cache is large, that lanes overlap which take as long as each other: the
-    time of a pass is that of the longer one, as filling reckons. Plain weights leave a gap at the ring's end."""
+    time of a pass is that of the longer one, as filling reckons. Plain weights leave a gap at the ring's end, which is
+    foreseen, and is less the longer compute takes."""
     options = {"resident": "none", "weights_compression": compression}
     made = plan("Llama-3-8B", 118, **options)
     usual = plan("Llama-3-8B", 118, ring=default_ring_bytes(list(made.residency.streamed)), **options)
@@ -215,8 +217,28 @@ def test_a_pass_that_is_filled_waits_for_no_copy(compression, most_over):
         shape = PassShape(num_tokens, 1, 0)
         whole_s = timeline_s(predict_timeline(made.pass_plan, *step_seconds(made, shape)))
         assert whole_s == pytest.approx(predict_pass(work, shape, rates).total_s, rel=most_over)
+        if share == 1.0:
+            assert whole_s < 1.006 * link_s(work.streamed_bytes, rates)
     longer_s = timeline_s(predict_timeline(usual.pass_plan, *step_seconds(usual, shape)))
     assert longer_s > 1.03 * whole_s and made.residency.num_pages > (1 - 1 / 64) * usual.residency.num_pages - 1
+
+
+@pytest.mark.parametrize(
+    "model, resident, compression",
+    [("Llama-3-8B", 0.5, "none"), ("Llama-3-8B", 0.5, "lossless"), ("Llama-3-70B", "none", "none")],
+)
+def test_what_compute_waits_for_is_part_of_a_prediction(model, resident, compression):
+    """Compares with the plan replayed on two clocks, around the tokens with which both lanes take as long."""
+    made = plan(model, 118, resident=resident, weights_compression=compression)
+    work, rates = pass_work(made), replace(made.rates, pass_latency_s=0.0)
+    free, lanes_alone = free_tokens(work, rates), replace(work, waited_bytes=0)
+    for share in (0.8, 0.97, 1.0, 1.05, 1.2):
+        shape = PassShape(int(share * free), 1, 0)
+        replayed_s = timeline_s(predict_timeline(made.pass_plan, *step_seconds(made, shape)))
+        assert predict_pass(work, shape, rates).total_s == pytest.approx(replayed_s, rel=0.01)
+    assert predict_pass(lanes_alone, shape, rates).total_s < 0.98 * replayed_s
+    assert free < free_tokens(lanes_alone, rates)
+    assert pass_work(plan(model, 200, resident="all", weights_compression="none")).waited_bytes == 0
 
 
 def test_what_is_kept_of_rows_is_claimed():

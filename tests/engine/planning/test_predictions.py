@@ -217,6 +217,19 @@ def test_passes_with_prompts_are_those_measured(shape, measured_ms):
     assert predict_pass(work, shape, rates(1)).total_s * 1e3 == pytest.approx(measured_ms, rel=0.1)
 
 
+@pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3-70B", 4)])
+def test_a_prompt_that_is_scored_passes_the_head_and_the_last_layer_with_all_of_its_tokens(model, tp_size):
+    """By hand: o, gate, up and down of one layer, and the head, of whose columns a rank has its part."""
+    plan, num_tokens = plan_of(model, tp_size), 2048  # no token is padding
+    work, spec, none = pass_work(plan), plan.spec, PassShape(num_tokens, 1, 0)
+    some = replace(none, num_scored=num_tokens - 1)
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    weights = hidden * (heads + 3 * spec.ffn_size + spec.vocab_size) / tp_size
+    assert work.flops(some) - work.flops(none) == pytest.approx(2 * weights * some.num_scored, rel=0.001)
+    longer_s = (predict_pass(work, each, rates(tp_size)).total_s for each in (some, none))
+    assert next(longer_s) - next(longer_s) > 2 * weights * some.num_scored / (rates(tp_size).gemm_tflops * 1e12)
+
+
 def test_an_eager_pass_of_prompts_beside_rows_is_the_one_measured():
     """Compares with the kernels of 8B on one H200: 15 prompts of 512 tokens and one of 212 beside 300 rows at 580."""
     rows = [BatchRow(row, (0,), 580, (), True, None) for row in range(300)]

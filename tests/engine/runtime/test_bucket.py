@@ -25,7 +25,7 @@ THIRD = batch_of((8,))
 
 
 def filled(table: HostTable, batch: Batch) -> torch.Tensor:
-    table.fill(batch.rows, len(table.pages), PAD_ROW)
+    table.fill(batch.rows, len(table.values), PAD_ROW)
     return table.table.clone()
 
 
@@ -57,8 +57,7 @@ class Counted:
         self.held, self.rows = held, set()
 
     def __setitem__(self, key, value) -> None:
-        if not isinstance(key[0], slice):
-            self.rows.add(key[0])
+        self.rows.add(key if isinstance(key, int) else key[0])
         self.held[key] = value
 
 
@@ -71,7 +70,7 @@ def test_one_row_that_ends_has_one_other_row_written():
     table, num_written, num_passes = HostTable(num_rows, MAX_PAGES + 4, pinned=False), 0, 0
     scheduler.update(batch := scheduler.schedule(), [9] * batch.num_sampled)
     while (batch := scheduler.schedule()) is not None:
-        table.values = counted = Counted(table.table.numpy())
+        table.pages.values = counted = Counted(table.table.numpy()[:, PAGES:])
         table.fill(batch.rows, num_rows, PAD_ROW)
         num_written, num_passes = num_written + len(counted.rows), num_passes + 1
         scheduler.update(batch, [9] * batch.num_sampled)
@@ -107,11 +106,12 @@ class Interrupted:
 def fill_interrupted(table: HostTable, batch: Batch, number: int) -> None:
     """Fills the table up to this use of its memory, or of the pages that it remembers."""
     memory, pages, left = table.values, table.pages, [number]
-    table.values, table.pages = Interrupted(memory, left), Interrupted(pages, left)
+    table.values, written, known = Interrupted(memory, left), pages.values, pages.pages
+    pages.values, pages.pages = Interrupted(written, left), Interrupted(known, left)
     try:
         table.fill(batch.rows, NUM_ROWS, PAD_ROW)
     finally:
-        table.values, table.pages = memory, pages
+        table.values, pages.values, pages.pages = memory, written, known
 
 
 @pytest.mark.parametrize("after", [FIRST, SECOND, THIRD], ids=["the old rows", "the new rows", "others"])

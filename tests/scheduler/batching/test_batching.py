@@ -371,3 +371,23 @@ def test_a_refused_request_has_ended():
     with pytest.raises(ValueError, match="request 0: 23 tokens .* need 6 pages of 4 tokens, and there are 1"):
         sched.add(refused)
     assert refused.finish_reason is FinishReason.ERROR and not sched.has_unfinished
+
+
+def test_a_pass_counts_once_as_it_runs_whatever_was_announced():
+    """One that is withdrawn does not count, and one that others have entered counts with those who wait then."""
+    sched = scheduler(max_num_seqs=2)
+    for id in range(3):
+        sched.add(request(id))
+    first = sched.schedule()
+    announced = sched.schedule()
+    assert len(announced.rows) == 2 and sched.counts.waits.total() == 2 and sched.counts.num_waiting == 1
+    sched.finish(sched.seated[0], FinishReason.ABORT)
+    sched.update(first, [9, 9])
+    entered = sched.revise(announced)
+    assert [row.start for row in entered.rows] == [3, 0]
+    assert (sched.counts.num_passes, sched.counts.waits.total(), sched.counts.num_waiting) == (2, 1, 0)
+    last = sched.schedule()
+    for seated in sched.seated:
+        sched.finish(seated, FinishReason.ABORT)
+    sched.update(entered, [9, 9])
+    assert sched.revise(last) is None and sched.counts.num_passes == 2

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from penstock.scheduler.batching.batch import Batch, BatchRow, History, PromptScores
+from penstock.scheduler.batching.batch import NO_TOKEN, Batch, BatchRow, History, PromptScores
 from penstock.scheduler.batching.host_pages import Move
 from penstock.scheduler.batching.message import RowMessages
 from penstock.scheduler.batching.request import ON_DEVICE, RowSampling
@@ -92,6 +92,8 @@ def test_counts_of_a_batch():
     batch = Batch((row, row._replace(index=1, tokens=(ON_DEVICE,), samples=True)))
     assert (batch.num_tokens, batch.num_sampled) == (4, 1)
     assert batch.shape == PassShape(4, 2, 0, 3 + 2 + 1 + 1, 1, 0)
+    scored = row._replace(scores=PromptScores(num_top=1, first=1, following=NO_TOKEN))
+    assert Batch((scored,)).shape.num_scored == 1 and batch.shape.num_scored == 0
 
 
 def test_evicted_tokens_are_no_context():

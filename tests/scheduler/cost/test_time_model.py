@@ -88,7 +88,7 @@ def test_what_the_host_launches_is_no_shorter_than_its_launches():
     graph, eager = (predict_pass(launches, shape, gpu) for shape in (DECODE, prefill))
     assert graph.bound == eager.bound == "launch"
     assert (graph.launch_s, eager.launch_s) == pytest.approx((2e-4, 8e-4))
-    assert (graph.total_s, eager.total_s) == pytest.approx((2e-4, 8e-4), rel=1e-3)
+    assert (graph.total_s, eager.total_s) == pytest.approx((2e-4, 8e-4 + 2e-6), rel=1e-3)  # with what a row costs
     assert steps_s(((READ, 1), (tiny, 5)), prefill, gpu) > 2e-4  # what computes longer hides launches
 
 
@@ -172,7 +172,38 @@ def test_a_pass_is_the_sum_of_its_steps():
     slow = rates(reduce_latency_s=1e-4, node_latency_s=1e-5, step_latency_s=2e-5)
     expected = sum(count * step_s(step, shape, slow) for step, count in mixed.steps)
     assert predict_pass(mixed, shape, slow).total_s == pytest.approx(expected)
-    assert (mixed.num_steps, mixed.num_reduces, mixed.kv_token_bytes) == (10, 2, 3 * 10**5)
+    assert (mixed.num_steps(shape), mixed.num_reduces, mixed.kv_token_bytes) == (10, 2, 3 * 10**5)
+
+
+def test_a_pass_that_is_launched_step_by_step_takes_no_less_than_the_host():
+    """By hand: 16 steps, 4 groups that are decompressed and 400 rows, of which four cost as much as a step."""
+    work = dataclasses.replace(WORK, num_decompressed=4)
+    eager = rates(node_latency_s=1e-6, step_latency_s=3e-3)
+    mixed, decode = PassShape(5000, 400, 0), PassShape(400, 400, 0)
+    assert predict_pass(work, mixed, eager).total_s == pytest.approx((16 + 4 + 100) * 3e-3)
+    assert predict_pass(work, decode, eager).total_s == pytest.approx(10 / 50)  # a graph, which copies bind
+    assert predict_pass(work, mixed, rates(node_latency_s=1e-6, step_latency_s=1e-5)).bound == "link"
+
+
+def test_a_short_pass_with_prompts_is_a_graph_where_nothing_streams():
+    """So little may stream that such a pass takes longer to launch than to copy."""
+    short, eager = PassShape(300, 4, 0), rates(node_latency_s=1e-6, step_latency_s=3e-3)
+    little = dataclasses.replace(WORK, streamed_bytes=10**6)
+    assert short.is_padded and predict_pass(little, short, eager).total_s == pytest.approx((16 + 1) * 3e-3)
+    assert predict_pass(RESIDENT, short, eager).total_s < 0.5 * (16 + 1) * 3e-3
+
+
+def test_tokens_of_prompts_that_are_scored_cost_time_where_there_are_any():
+    """By hand: 4e6 bytes and 800e6 FLOPs of each of 1000 scored tokens take 1 ms apiece at 4 TB/s and 800 TFLOP/s."""
+    score = StepWork("score_prompts", scored_bytes=4 * 10**6, scored_flops=800 * 10**6)
+    work, eager = PassWork(0, 0, ((READ, 1), (score, 1))), rates(node_latency_s=1e-6, step_latency_s=1e-3)
+    none, some = PassShape(2000, 1, 0), PassShape(2000, 1, 0, num_scored=1000)
+    assert none.is_padded and not some.is_padded and not PassShape(1, 1, 0, num_scored=1).is_decode
+    assert step_s(score, some, RATES) == pytest.approx(math.sqrt(2) * 1e-3) and step_s(score, none, RATES) == 0
+    assert (work.num_steps(none), work.num_steps(some)) == (1, 2)
+    assert work.flops(some) - work.flops(none) == 1000 * 800 * 10**6
+    plain_s = predict_pass(PassWork(0, 0, ((READ, 1),)), some, eager).total_s
+    assert predict_pass(work, some, eager).total_s == pytest.approx(plain_s + math.sqrt(2) * 1e-3 + 1e-6)
 
 
 def test_reduces_add_to_the_compute_lane_only():

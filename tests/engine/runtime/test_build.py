@@ -1,0 +1,39 @@
+"""Parts of a worker that a CPU never builds as a GPU does."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from penstock.engine.config import EngineConfig
+from penstock.engine.runtime import build
+from penstock.engine.runtime.pass_runner import RunAs
+
+
+class Runner:
+    """A PassRunner that captures nothing, and says whether it was asked to."""
+
+    def __init__(self, executor, run_as, *rest):
+        self.run_as, self.num_captures = run_as, 0
+
+    def capture_all(self) -> None:
+        self.num_captures += 1
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cuda", {}, (RunAs.GRAPHS, 1)),
+        ("cuda", {"capture": "lazy"}, (RunAs.GRAPHS, 0)),
+        ("cuda", {"enforce_eager": True}, (RunAs.PADDED, 0)),
+        ("cpu", {}, (RunAs.EAGER, 0)),
+    ],
+)
+def test_graphs_are_captured_at_start_where_there_are_any_unless_they_shall_be_lazy(
+    device, options, expected, monkeypatch
+):
+    monkeypatch.setattr(build, "PassRunner", Runner)
+    monkeypatch.setattr(build, "build_mover", lambda given, executor: None)
+    plan = SimpleNamespace(max_num_seqs=1, residency=SimpleNamespace(max_model_len=1))
+    given = SimpleNamespace(config=EngineConfig("demo", **options), plan=plan, device=torch.device(device))
+    runner = build.build_runner(given, None)
+    assert (runner.run_as, runner.num_captures) == expected
