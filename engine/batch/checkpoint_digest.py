@@ -7,6 +7,7 @@ from pathlib import Path
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.user_files import open_file
+from penstock.engine.weights.gguf_file import gguf_files, is_gguf
 from penstock.scheduler.units import KIB, MIB
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -30,8 +31,8 @@ def _files(config: EngineConfig) -> Iterator[Path]:
     for named in (config.model, config.tokenizer):
         if named is not None:
             path = find_model(named)
-            there = sorted(path.iterdir()) if path.is_dir() else [path]
-            yield from (file for file in there if file.suffix in (*WEIGHTS, *OTHERS) and file.is_file())
+            there = sorted(path.iterdir()) if path.is_dir() else gguf_files(path) if is_gguf(path) else [path]
+            yield from (file for file in there if file.suffix.lower() in (*WEIGHTS, *OTHERS) and file.is_file())
     if config.chat_template is not None:
         yield Path(config.chat_template)
 
@@ -40,7 +41,7 @@ def _parts(file: Path) -> Iterator[bytes]:
     size = file.stat().st_size
     yield f"{size} ".encode()
     with open_file(file) as stream:
-        if file.suffix not in WEIGHTS:
+        if file.suffix.lower() not in WEIGHTS:
             while part := stream.read(MIB):
                 yield part
             return
