@@ -62,7 +62,7 @@ def _at(data, num_blocks, row, block, BEFORE: tl.constexpr, SIZE: tl.constexpr):
 def further_bits(data, num_blocks, row, block, unit, lane, KIND: tl.constexpr):
     """The pair of words with the bits of codes that are not in their own words; any numbers where there are none."""
     if KIND == "Q5_0" or KIND == "Q5_1":
-        bits = tl.load(_at(data, num_blocks, row, block, 16, 4).to(tl.pointer_type(tl.int32))).to(tl.int64)
+        bits = tl.load(_at(data, num_blocks, row, block, 16, 4).to(tl.pointer_type(tl.uint32))).to(tl.int64)
         return bits | bits << 32
     elif KIND == "Q5_K":
         return load_pair(_at(data, num_blocks, row, block, 128, 32) + 4 * lane)
@@ -91,9 +91,7 @@ def first_weight(unit, KIND: tl.constexpr):
 @triton.jit
 def set_bytes(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr):
     """The four codes of a set in the bytes of a word, `higher * SET` bits up, among others where that is not 0."""
-    if KIND == "Q8_0":
-        return word ^ -0x7F7F7F80  # the sign's bit: from -128..127 to 0..255
-    elif KIND == "Q3_K":
+    if KIND == "Q3_K":
         return word >> 2 * SET & 0x03030303 | (bits >> 4 * (unit >> 1) + SET & 0x01010101) << 2
     elif KIND == "Q6_K":
         return word >> 4 * SET & 0x0F0F0F0F | (bits >> 2 * (unit >> 1 & 1) + 4 * SET & 0x03030303) << 4
@@ -109,12 +107,14 @@ def set_bytes(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def code_float(codes, zero, BYTE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """A byte's BITS bits from SHIFT on as fp32, plus 2**(8 - SHIFT). `zero` is 0, which the compiler does not know: so
-    the mask and the exponent are no two constants, of which an instruction takes but one."""
+    the mask and the exponent are no two constants, of which an instruction takes but one. Codes of 8 bits have a sign,
+    whose bit is turned over: from -128..127 to 0..255."""
+    SIGN: tl.constexpr = 1 << 22 if BITS == 8 else 0
     if BYTE < 2:
         moved = codes << 15 - 8 * BYTE
     else:
         moved = codes >> 8 * BYTE - 15
-    placed = moved & ((1 << BITS) - 1 << 15 + SHIFT) | (zero + (127 + 8 - SHIFT << 23))
+    placed = moved & ((1 << BITS) - 1 << 15 + SHIFT) ^ (zero + (127 + 8 - SHIFT << 23 | SIGN))
     return placed.to(tl.float32, bitcast=True)
 
 

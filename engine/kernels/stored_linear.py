@@ -6,12 +6,13 @@ written and read again. Codes are multiplied and added in fp32, eight at a time,
 once. So the result is not that of `linear` over bf16 floats, which were rounded before: which of both runs is the same
 wherever the weight lies (model/weight_formats.py).
 
-A program owns `rows` rows and walks D in turns. A thread has a pair of words of codes (block_words.py) of each of the
-rows in a turn: all tensors are (rows, threads), so that none changes its layout in the loop. If loads do not wait for
-each other, instructions bind: a code becomes a float in one and a half of them, four bf16 values of x are one load, and
-a load of x serves all rows. The compiler saves registers by putting loads between the sums, one after the other's use.
-So codes and x are copied to shared memory some turns ahead, and scales, too short for that, read one turn ahead. No
-partial sums in memory, no atomics: the order of sums depends on the shape alone.
+A program owns `rows` rows and walks D in turns. A thread has some pairs of words of codes (block_words.py) of each of
+the rows in a turn: all tensors are (rows, pairs), so that none changes its layout in the loop, and nothing goes through
+shared memory. If loads do not wait for each other, instructions bind: a code becomes a float in two of them, eight bf16
+values of x are one load, and a load of x serves all rows. The compiler would save registers by putting loads between
+the sums, one after the other's use. So a barrier stands behind a turn's loads of what is stored: they are all under way
+at once, and other warps compute meanwhile. No partial sums in memory, no atomics: the order of sums depends on the
+shape alone.
 
 A float is a power of two more than its code. Where x is bf16 these are not subtracted of each code, but their product
 with the sum of x is, once for all rows: the error is 16 to 60 times that of fp32, a thousandth of that of bf16.
@@ -46,11 +47,11 @@ MOST_TOKENS = 4
 
 
 class Config(NamedTuple):
-    """The shape of a program: its rows, its warps, and the turns whose loads are under way."""
+    """The shape of a program: its rows, its warps, and the pairs of words of each row that a thread has in a turn."""
 
     rows: int
     num_warps: int
-    turns: int
+    pairs: int
 
 
 class StoredRun(NamedTuple):
@@ -100,9 +101,9 @@ def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | N
 
 
 def config(kind: str, num_tokens: int) -> Config:
-    """Chooses the shape of a program, as measured on an H200 for Q4_0 and Q8_0. More rows, warps or turns ahead take
-    registers and shared memory, and the warps of a program wait for each other in each turn."""
-    return Config(4, 1, 2)
+    """Chooses the shape of a program, by the machine code that is made of it: with one warp no thread waits for
+    another one, and with so many rows and pairs 16 warps or more have room for their registers."""
+    return Config(4, 1, 2) if num_tokens == 1 and BY_NAME[kind].block == 32 else Config(4, 1, 1)
 
 
 def _stored_linear_triton(
@@ -116,14 +117,14 @@ def _stored_linear_triton(
     assert data.data_ptr() % 16 == 0, "stored_linear: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     calls["triton"] += 1
-    rows, num_warps, turns = shape or config(kind, num_tokens)
+    rows, num_warps, pairs = shape or config(kind, num_tokens)
     row_pairs = width // layout.block * words.units * words.lanes // 2
     eights = x.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and (num_tokens == 1 or x.stride(0) % 8 == 0)
     _stored_gemv[(triton.cdiv(num_rows, rows),)](
         *(x, data, bias, out, x.stride(0), out.stride(0), num_rows, row_pairs, 0, kind, layout.block, *words),
         **{"BIAS": bias is not None, "TOKENS": num_tokens},
         **{"EXACT": x.dtype != torch.bfloat16, "EIGHTS": eights},
-        **{"ROWS": rows, "PAIRS": 32 * num_warps * turns, **options(x.device)},
+        **{"ROWS": rows, "PAIRS": 32 * num_warps * pairs, **options(x.device)},
         num_warps=num_warps,
     )
 
@@ -165,7 +166,9 @@ def _stored_gemv(
             scale, least = set_scales(d, d_least, packed, further, SET, KIND)
             more = 2.0 ** (8 - SET * HIGHER) + LESS
             a = _floats(set_bytes(word, word_bits, unit, lane, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
-            b = _floats(set_bytes(next_word, next_bits, unit, lane + 1, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
+            b = _floats(
+                set_bytes(next_word, next_bits, unit, lane + 1, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT
+            )
             here = column + SET * STEP
             sums_0 += _products(a, b, scale, least, here, inside, more, MINIMUM, EXACT, EIGHTS)
             if TOKENS > 1:
