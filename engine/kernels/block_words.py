@@ -40,9 +40,18 @@ WORDS = {
 
 
 @triton.jit
+def load(pointers, dtype: tl.constexpr, SIZE: tl.constexpr):
+    """A value of SIZE bytes of each row and pair, one a thread, and neighbours in a row to neighbouring threads: Triton
+    gives a tensor's threads to the dim that is contiguous, so all are called so, in runs of two. Nothing else follows
+    from that, as no two are said to be aligned; and as no tensor is read otherwise, none changes its layout."""
+    typed = pointers.to(tl.pointer_type(dtype))
+    return tl.load(tl.max_contiguous(tl.multiple_of(typed, [SIZE, SIZE]), [1, 2]))
+
+
+@triton.jit
 def load_pair(at):
-    """Two words at 8 bytes, as an int64, one a thread: as no tensor is read otherwise, none changes its layout."""
-    return tl.load(tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 1]))
+    """Two words at 8 bytes, as an int64."""
+    return load(at, tl.int64, 8)
 
 
 @triton.jit
@@ -62,7 +71,7 @@ def _at(data, num_blocks, row, block, BEFORE: tl.constexpr, SIZE: tl.constexpr):
 def further_bits(data, num_blocks, row, block, unit, lane, KIND: tl.constexpr):
     """The pair of words with the bits of codes that are not in their own words; any numbers where there are none."""
     if KIND == "Q5_0" or KIND == "Q5_1":
-        bits = tl.load(_at(data, num_blocks, row, block, 16, 4).to(tl.pointer_type(tl.uint32))).to(tl.int64)
+        bits = load(_at(data, num_blocks, row, block, 16, 4), tl.uint32, 4).to(tl.int64)
         return bits | bits << 32
     elif KIND == "Q5_K":
         return load_pair(_at(data, num_blocks, row, block, 128, 32) + 4 * lane)
@@ -135,8 +144,7 @@ def load_scales(data, num_blocks, row, block, unit, KIND: tl.constexpr):
         halves = _short(_at(data, num_blocks, row, block, 108, 2))
         return halves, _word(packed), _word(packed + 4), _word(packed + 8)
     elif KIND == "Q6_K":
-        at = _at(data, num_blocks, row, block, 192, 16) + ((unit >> 2) * 8 + (unit & 3))
-        first, second = tl.load(at).to(tl.int32), tl.load(at + 4).to(tl.int32)
+        first, second = words_of(load_pair(_at(data, num_blocks, row, block, 192, 16) + 8 * (unit >> 2)))
         return _short(_at(data, num_blocks, row, block, 208, 2)), first, second, second
     elif KIND == "Q4_1" or KIND == "Q5_1":
         return _word(_at(data, num_blocks, row, block, 20 if KIND == "Q5_1" else 16, 4)), unit, unit, unit
@@ -170,6 +178,9 @@ def unit_scales(first, second, third, unit, KIND: tl.constexpr):
             first >> shift & 0x000F000F | (top & 0x00030003) << 4,
             second >> shift & 0x000F000F | (top & 0x000C000C) << 2,
         )
+    elif KIND == "Q6_K":
+        shift = 8 * (unit & 3)
+        return first >> shift, second >> shift
     else:
         return first, second
 
@@ -198,10 +209,10 @@ def _one(code):
 
 @triton.jit
 def _word(part):
-    return tl.load(part.to(tl.pointer_type(tl.int32)))
+    return load(part, tl.int32, 4)
 
 
 @triton.jit
 def _short(part):
-    """Two bytes, in an int32: carried from turn to turn as they are, they would be packed, and waited for."""
-    return tl.load(part.to(tl.pointer_type(tl.uint16))).to(tl.int32)
+    """Two bytes, in an int32."""
+    return load(part, tl.uint16, 2).to(tl.int32)
