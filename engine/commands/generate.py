@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     prompts = read_prompts(args.prompt, args.prompts_file) if reads else []
     chats = [[{"role": "user", "content": text}] for text in args.chat] if speaks else []
     path = find_model(config.model)
-    is_whole = config.load_format == "dummy" or path.is_dir() or is_gguf(path)
+    is_whole = config.load_format == "dummy" or is_gguf(path) or (path / "config.json").exists()
     if is_whole and config.tokenizer is None and not has_tokenizer(config):  # refused before the weights are loaded
         for index, prompt in enumerate(prompts):
             refuse_text(config.model, index, prompt, params)

@@ -282,4 +282,11 @@ def test_a_text_for_a_gguf_file_without_vocabulary_is_refused_before_weights_are
     write_model(tmp_path / "m.gguf", "llama", sizes=SMALL)
     monkeypatch.setattr("penstock.engine.commands.generate.LLM", lambda **config: pytest.fail("loaded"))
     assert run("--model", str(tmp_path / "m.gguf"), "--prompt", "a") == 2
-    assert re.search(r"m\.gguf: no tokenizer \(.*\), so prompt 0 cannot have a text prompt", capsys.readouterr().err)
+    told = "m.gguf: no tokenizer (keys tokenizer.ggml.*), so prompt 0 cannot have a text prompt; give token ids"
+    assert told in capsys.readouterr().err
+
+
+def test_a_text_for_a_directory_of_gguf_files_says_which_file_to_give(tmp_path, capsys):
+    write_model(tmp_path / "m.gguf", "llama", sizes=SMALL)
+    assert run("--model", str(tmp_path), "--prompt", "a") == 2
+    assert "has no config.json, but m.gguf: give the GGUF file itself" in capsys.readouterr().err
