@@ -48,7 +48,7 @@ class Parts(NamedTuple):
 
 
 def sought(path: str | Path) -> str:
-    """Where a vocabulary is sought: files of a directory, or keys of a GGUF file."""
+    """The places of a vocabulary, for messages: files of a directory, or keys of a GGUF file."""
     return "keys tokenizer.ggml.*" if is_gguf(path) else FILES
 
 
