@@ -126,6 +126,7 @@ MAY_IMPORT = {
         "engine.server",
         "engine.text.model_text",
         "engine.user_files",
+        "engine.weights.gguf_file",
         "scheduler",
     ),
     "engine.commands": ("engine", "parallel", "scheduler"),

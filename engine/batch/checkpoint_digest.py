@@ -7,6 +7,7 @@ from pathlib import Path
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.user_files import open_file
+from penstock.engine.weights.gguf_file import gguf_files, is_gguf
 from penstock.scheduler.units import KIB, MIB
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -29,18 +30,24 @@ def checkpoint_digest(config: EngineConfig) -> str:
 def _files(config: EngineConfig) -> Iterator[Path]:
     for named in (config.model, config.tokenizer):
         if named is not None:
-            path = find_model(named)
-            there = sorted([*path.iterdir(), *path.glob("*/*.jinja")]) if path.is_dir() else [path]
-            yield from (file for file in there if file.suffix in (*WEIGHTS, *OTHERS) and file.is_file())
+            there = _there(find_model(named))
+            yield from (file for file in there if file.suffix.lower() in (*WEIGHTS, *OTHERS) and file.is_file())
     if config.chat_template is not None:
         yield Path(config.chat_template)
+
+
+def _there(path: Path) -> list[Path]:
+    """What stands in a directory, and a level deeper its templates; the shards of a GGUF file; or the file itself."""
+    if path.is_dir():
+        return sorted([*path.iterdir(), *path.glob("*/*.jinja")])
+    return gguf_files(path) if is_gguf(path) else [path]
 
 
 def _parts(file: Path) -> Iterator[bytes]:
     size = file.stat().st_size
     yield f"{size} ".encode()
     with open_file(file) as stream:
-        if file.suffix not in WEIGHTS:
+        if file.suffix.lower() not in WEIGHTS:
             while part := stream.read(MIB):
                 yield part
             return

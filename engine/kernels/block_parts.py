@@ -5,8 +5,8 @@ scales.
     as they are kept   | codes | codes | codes ... | d | d | d ...
 
 A part of all blocks of consecutive rows lies together, in the order of the blocks, and so do the parts, in the order of
-PARTS (ggml_types.py). If the whole begins at 16 bytes, a part of a block begins at a multiple of its length, of 16 or
-of 4 bytes. Nothing is converted, and as many bytes are kept as the file has.
+PARTS (ggml_types.py): the last one has the fp16 numbers. If the whole begins at 16 bytes, a part of a block begins at a
+multiple of its length, of 16 or of 4 bytes. Nothing is converted, and as many bytes are kept as the file has.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,11 @@ def take_apart(kind: str, blocks: Tensor, parts: Sequence[Tensor]) -> None:
     for (start, nbytes), part in zip(PARTS[kind], parts):
         run = np.dtype((np.void, nbytes))
         part.numpy().reshape(-1, nbytes).view(run)[:] = found[:, start : start + nbytes].view(run)
+
+
+def are_finite(scales: Tensor) -> bool:
+    """Tells whether all fp16 of blocks, their last part, are numbers: (rows, bytes) uint8, on the CPU."""
+    return bool((scales.numpy().view(np.uint16) & 0x7C00).max(initial=0) < 0x7C00)
 
 
 def in_parts(kind: str, blocks: Tensor) -> Tensor:

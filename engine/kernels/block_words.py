@@ -40,9 +40,23 @@ WORDS = {
 
 
 @triton.jit
-def load_pair(at, inside):
-    """Two words at 8 bytes, one pair a thread: as no tensor is read otherwise, none changes its layout."""
-    pair = _load(tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 1]), inside)
+def load(pointers, dtype: tl.constexpr, SIZE: tl.constexpr):
+    """A value of SIZE bytes of each row and pair, one a thread, and neighbours in a row to neighbouring threads: Triton
+    gives a tensor's threads to the dim that is contiguous, so all are called so, in runs of two. Nothing else follows
+    from that, as no two are said to be aligned; and as no tensor is read otherwise, none changes its layout."""
+    typed = pointers.to(tl.pointer_type(dtype))
+    return tl.load(tl.max_contiguous(tl.multiple_of(typed, [SIZE, SIZE]), [1, 2]))
+
+
+@triton.jit
+def load_pair(at):
+    """Two words at 8 bytes, as an int64."""
+    return load(at, tl.int64, 8)
+
+
+@triton.jit
+def words_of(pair):
+    """The two words of a pair."""
     return pair.to(tl.int32), (pair >> 32).to(tl.int32)
 
 
@@ -54,20 +68,20 @@ def _at(data, num_blocks, row, block, BEFORE: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def further_bits(data, num_blocks, row, block, unit, lane, inside, KIND: tl.constexpr):
+def further_bits(data, num_blocks, row, block, unit, lane, KIND: tl.constexpr):
     """The pair of words with the bits of codes that are not in their own words; any numbers where there are none."""
     if KIND == "Q5_0" or KIND == "Q5_1":
-        bits = _load(_at(data, num_blocks, row, block, 16, 4).to(tl.pointer_type(tl.int32)), inside)
-        return bits, bits
+        bits = load(_at(data, num_blocks, row, block, 16, 4), tl.uint32, 4).to(tl.int64)
+        return bits | bits << 32
     elif KIND == "Q5_K":
-        return load_pair(_at(data, num_blocks, row, block, 128, 32) + 4 * lane, inside)
+        return load_pair(_at(data, num_blocks, row, block, 128, 32) + 4 * lane)
     elif KIND == "Q3_K":
-        return load_pair(_at(data, num_blocks, row, block, 64, 32) + (16 * (unit & 1) + 4 * lane), inside)
+        return load_pair(_at(data, num_blocks, row, block, 64, 32) + (16 * (unit & 1) + 4 * lane))
     elif KIND == "Q6_K":
         at = 32 * (unit >> 2) + 16 * (unit & 1) + 4 * lane
-        return load_pair(_at(data, num_blocks, row, block, 128, 64) + at, inside)
+        return load_pair(_at(data, num_blocks, row, block, 128, 64) + at)
     else:
-        return lane, lane
+        return lane.to(tl.int64)
 
 
 @triton.jit
@@ -86,9 +100,7 @@ def first_weight(unit, KIND: tl.constexpr):
 @triton.jit
 def set_bytes(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr):
     """The four codes of a set in the bytes of a word, `higher * SET` bits up, among others where that is not 0."""
-    if KIND == "Q8_0":
-        return word ^ -0x7F7F7F80  # the sign's bit: from -128..127 to 0..255
-    elif KIND == "Q3_K":
+    if KIND == "Q3_K":
         return word >> 2 * SET & 0x03030303 | (bits >> 4 * (unit >> 1) + SET & 0x01010101) << 2
     elif KIND == "Q6_K":
         return word >> 4 * SET & 0x0F0F0F0F | (bits >> 2 * (unit >> 1 & 1) + 4 * SET & 0x03030303) << 4
@@ -104,52 +116,55 @@ def set_bytes(word, bits, unit, lane, SET: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def code_float(codes, zero, BYTE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """A byte's BITS bits from SHIFT on as fp32, plus 2**(8 - SHIFT). `zero` is 0, which the compiler does not know: so
-    the mask and the exponent are no two constants, of which an instruction takes but one."""
+    the mask and the exponent are no two constants, of which an instruction takes but one. Codes of 8 bits have a sign,
+    whose bit is turned over: from -128..127 to 0..255."""
+    SIGN: tl.constexpr = 1 << 22 if BITS == 8 else 0
     if BYTE < 2:
         moved = codes << 15 - 8 * BYTE
     else:
         moved = codes >> 8 * BYTE - 15
-    placed = moved & ((1 << BITS) - 1 << 15 + SHIFT) | (zero + (127 + 8 - SHIFT << 23))
+    placed = moved & ((1 << BITS) - 1 << 15 + SHIFT) ^ (zero + (127 + 8 - SHIFT << 23 | SIGN))
     return placed.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def load_scales(data, num_blocks, row, block, unit, inside, KIND: tl.constexpr):
-    """Two fp16 of the block and three words of packed numbers, as they are stored; unit_scales reads them. Any numbers
-    stand for those that a format does not have."""
+def load_scales(data, num_blocks, row, block, unit, KIND: tl.constexpr):
+    """The fp16 of the block, one or two in an int32, and three words of packed numbers, as they are stored; `halves_of`
+    and `unit_scales` read them. Any numbers stand for those that a format does not have."""
     if KIND == "Q4_K" or KIND == "Q5_K":
         CODES: tl.constexpr = 160 if KIND == "Q5_K" else 128
-        packed = (_at(data, num_blocks, row, block, CODES, 12) + 2 * (unit & 1)).to(tl.pointer_type(tl.uint16))
-        halves = _at(data, num_blocks, row, block, CODES + 12, 4)
-        first, second, third = _load(packed, inside), _load(packed + 2, inside), _load(packed + 4, inside)
-        return _half(halves, 0, inside), _half(halves, 1, inside), first, second, third
+        packed = _at(data, num_blocks, row, block, CODES, 12) + 2 * (unit & 1)
+        halves = _word(_at(data, num_blocks, row, block, CODES + 12, 4))
+        return halves, _short(packed), _short(packed + 4), _short(packed + 8)
     elif KIND == "Q2_K":
-        halves = _at(data, num_blocks, row, block, 80, 4)
-        first, second = load_pair(_at(data, num_blocks, row, block, 64, 16) + 8 * (unit >> 1), inside)
-        return _half(halves, 0, inside), _half(halves, 1, inside), first, second, second
+        first, second = words_of(load_pair(_at(data, num_blocks, row, block, 64, 16) + 8 * (unit >> 1)))
+        return _word(_at(data, num_blocks, row, block, 80, 4)), first, second, second
     elif KIND == "Q3_K":
-        packed = _at(data, num_blocks, row, block, 96, 12).to(tl.pointer_type(tl.int32))
-        d = _half(_at(data, num_blocks, row, block, 108, 2), 0, inside)
-        return d, d, _load(packed, inside), _load(packed + 1, inside), _load(packed + 2, inside)
+        packed = _at(data, num_blocks, row, block, 96, 12)
+        halves = _short(_at(data, num_blocks, row, block, 108, 2))
+        return halves, _word(packed), _word(packed + 4), _word(packed + 8)
     elif KIND == "Q6_K":
-        at = _at(data, num_blocks, row, block, 192, 16) + ((unit >> 2) * 8 + (unit & 3))
-        d = _half(_at(data, num_blocks, row, block, 208, 2), 0, inside)
-        first, second = _load(at, inside), _load(at + 4, inside)
-        return d, d, first, second, second
+        first, second = words_of(load_pair(_at(data, num_blocks, row, block, 192, 16) + 8 * (unit >> 2)))
+        return _short(_at(data, num_blocks, row, block, 208, 2)), first, second, second
     elif KIND == "Q4_1" or KIND == "Q5_1":
-        halves = _at(data, num_blocks, row, block, 20 if KIND == "Q5_1" else 16, 4)
-        return _half(halves, 0, inside), _half(halves, 1, inside), unit, unit, unit
+        return _word(_at(data, num_blocks, row, block, 20 if KIND == "Q5_1" else 16, 4)), unit, unit, unit
     else:
         CODES: tl.constexpr = 32 if KIND == "Q8_0" else 20 if KIND == "Q5_0" else 16
-        d = _half(_at(data, num_blocks, row, block, CODES, 2), 0, inside)
-        return d, d, unit, unit, unit
+        return _short(_at(data, num_blocks, row, block, CODES, 2)), unit, unit, unit
+
+
+@triton.jit
+def halves_of(halves):
+    """The two fp16 in an int32, lower one first, as fp32."""
+    low, high = (halves & 0xFFFF).to(tl.int16), (halves >> 16).to(tl.int16)
+    return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def unit_scales(first, second, third, unit, KIND: tl.constexpr):
     """Two words of packed numbers, of which set_scales makes the scales of a unit's sets."""
     if KIND == "Q4_K" or KIND == "Q5_K":
-        first, second, third, is_late = first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), unit >= 2
+        is_late = unit >= 2
         scales = tl.where(is_late, third & 0x0F0F | first >> 2 & 0x3030, first & 0x3F3F)
         minima = tl.where(is_late, third >> 4 & 0x0F0F | second >> 2 & 0x3030, second & 0x3F3F)
         return scales, minima
@@ -163,8 +178,11 @@ def unit_scales(first, second, third, unit, KIND: tl.constexpr):
             first >> shift & 0x000F000F | (top & 0x00030003) << 4,
             second >> shift & 0x000F000F | (top & 0x000C000C) << 2,
         )
+    elif KIND == "Q6_K":
+        shift = 8 * (unit & 3)
+        return first >> shift, second >> shift
     else:
-        return first.to(tl.int32), second.to(tl.int32)
+        return first, second
 
 
 @triton.jit
@@ -190,10 +208,11 @@ def _one(code):
 
 
 @triton.jit
-def _half(part, INDEX: tl.constexpr, inside):
-    return _load(part.to(tl.pointer_type(tl.float16)) + INDEX, inside)
+def _word(part):
+    return load(part, tl.int32, 4)
 
 
 @triton.jit
-def _load(pointers, inside):
-    return tl.load(pointers, mask=inside, other=0)
+def _short(part):
+    """Two bytes, in an int32."""
+    return load(part, tl.uint16, 2).to(tl.int32)

@@ -6,12 +6,13 @@ written and read again. Codes are multiplied and added in fp32, eight at a time,
 once. So the result is not that of `linear` over bf16 floats, which were rounded before: which of both runs is the same
 wherever the weight lies (model/weight_formats.py).
 
-A program owns `rows` rows and walks D in turns. A thread has a pair of words of codes (block_words.py) of each of the
-rows in a turn: all tensors are (rows, threads), so that none changes its layout in the loop. If loads do not wait for
-each other, instructions bind: a code becomes a float in one and a half of them, four bf16 values of x are one load, and
-a load of x serves all rows. The compiler saves registers by putting loads between the sums, one after the other's use.
-So codes and x are copied to shared memory some turns ahead, and scales, too short for that, read one turn ahead. No
-partial sums in memory, no atomics: the order of sums depends on the shape alone.
+A program owns `rows` rows and walks D in turns. A thread has some pairs of words of codes (block_words.py) of each of
+the rows in a turn: all tensors are (rows, pairs), so that none changes its layout in the loop, and nothing goes through
+shared memory. If loads do not wait for each other, instructions bind: a code becomes a float in two of them, eight bf16
+values of x are one load, and a load of x serves all rows. The compiler would save registers by putting loads between
+the sums, one after the other's use. So a barrier stands behind a turn's loads of what is stored: they are all under way
+at once, and other warps compute meanwhile. No partial sums in memory, no atomics: the order of sums depends on the
+shape alone.
 
 A float is a power of two more than its code. Where x is bf16 these are not subtracted of each code, but their product
 with the sum of x is, once for all rows: the error is 16 to 60 times that of fp32, a thousandth of that of bf16.
@@ -28,11 +29,13 @@ from penstock.engine.kernels.block_words import (
     code_float,
     first_weight,
     further_bits,
+    halves_of,
     load_pair,
     load_scales,
     set_bytes,
     set_scales,
     unit_scales,
+    words_of,
 )
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.overlap import options, wait_for_inputs
@@ -44,11 +47,11 @@ MOST_TOKENS = 4
 
 
 class Config(NamedTuple):
-    """The shape of a program: its rows, its warps, and the turns whose loads are under way."""
+    """The shape of a program: its rows, its warps, and the pairs of words of each row that a thread has in a turn."""
 
     rows: int
     num_warps: int
-    stages: int
+    pairs: int
 
 
 class StoredRun(NamedTuple):
@@ -98,9 +101,9 @@ def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | N
 
 
 def config(kind: str, num_tokens: int) -> Config:
-    """Chooses the shape of a program, as measured on an H200 for Q4_0 and Q8_0. More rows, warps or turns ahead take
-    registers and shared memory, and the warps of a program wait for each other in each turn."""
-    return Config(4, 1, 5) if num_tokens == 1 else Config(4, 4, 1)
+    """Chooses the shape of a program, by the machine code that is made of it: with one warp no thread waits for
+    another one, and with so many rows and pairs 16 warps or more have room for their registers."""
+    return Config(4, 1, 2) if num_tokens == 1 and BY_NAME[kind].block == 32 else Config(4, 1, 1)
 
 
 def _stored_linear_triton(
@@ -114,14 +117,14 @@ def _stored_linear_triton(
     assert data.data_ptr() % 16 == 0, "stored_linear: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     calls["triton"] += 1
-    rows, num_warps, stages = shape or config(kind, num_tokens)
+    rows, num_warps, pairs = shape or config(kind, num_tokens)
     row_pairs = width // layout.block * words.units * words.lanes // 2
-    fours = x.dtype == torch.bfloat16 and x.data_ptr() % 8 == 0 and (num_tokens == 1 or x.stride(0) % 4 == 0)
+    eights = x.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and (num_tokens == 1 or x.stride(0) % 8 == 0)
     _stored_gemv[(triton.cdiv(num_rows, rows),)](
         *(x, data, bias, out, x.stride(0), out.stride(0), num_rows, row_pairs, 0, kind, layout.block, *words),
         **{"BIAS": bias is not None, "TOKENS": num_tokens},
-        **{"EXACT": x.dtype != torch.bfloat16, "FOURS": fours},
-        **{"ROWS": rows, "PAIRS": 32 * num_warps, "STAGES": stages, **options(x.device)},
+        **{"EXACT": x.dtype != torch.bfloat16, "EIGHTS": eights},
+        **{"ROWS": rows, "PAIRS": 32 * num_warps * pairs, **options(x.device)},
         num_warps=num_warps,
     )
 
@@ -131,8 +134,8 @@ def _stored_gemv(
     x, data, bias, out, x_row, out_row, num_rows, row_pairs, zero,
     KIND: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, SETS: tl.constexpr,
     STEP: tl.constexpr, BITS: tl.constexpr, HIGHER: tl.constexpr, LESS: tl.constexpr, MINIMUM: tl.constexpr,
-    BIAS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    BIAS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     BLOCK_PAIRS: tl.constexpr = UNITS * LANES // 2
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -142,35 +145,38 @@ def _stored_gemv(
     sums_0 = tl.zeros((ROWS, PAIRS), tl.float32)
     sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
     wait_for_inputs(OVERLAPS)
-    lanes = tl.arange(0, PAIRS)[None, :]  # (1, PAIRS)
-    scales = _turn_scales(data, num_blocks, first_block, lanes, row_pairs, KIND, BLOCK_PAIRS, LANES)
-    d, d_least, first_scales, second_scales, third_scales = scales
-    for first in tl.range(0, row_pairs, PAIRS, num_stages=STAGES):
-        at = first + lanes
-        later = _turn_scales(data, num_blocks, first_block, at + PAIRS, row_pairs, KIND, BLOCK_PAIRS, LANES)
-        loaded = _turn_codes(data, codes, num_blocks, first_block, at, row_pairs, KIND, BLOCK_PAIRS, LANES)
-        word, next_word, bits, next_bits = loaded
+    for first in range(0, row_pairs, PAIRS):
+        at = first + tl.arange(0, PAIRS)[None, :]  # (1, PAIRS)
         inside = at < row_pairs
+        at = tl.minimum(at, row_pairs - 1)  # behind the end of a row, where x is 0, its last pair is read once more
         block, pair = at // BLOCK_PAIRS, at % BLOCK_PAIRS
         unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
+        words = load_pair(codes + at * 8)
+        bits = further_bits(data, num_blocks, first_block, block, unit, lane, KIND)
+        halves, first_scales, second_scales, third_scales = load_scales(
+            data, num_blocks, first_block, block, unit, KIND
+        )
+        tl.debug_barrier()  # without it loads are put between the sums, and wait for each other
+        word, next_word = words_of(words)
+        word_bits, next_bits = words_of(bits)
+        d, d_least = halves_of(halves)
         packed, further = unit_scales(first_scales, second_scales, third_scales, unit, KIND)
         column = x + (block * BLOCK + first_weight(unit, KIND) + 4 * lane)
         for SET in tl.static_range(SETS):
-            scale, least = set_scales(d.to(tl.float32), d_least.to(tl.float32), packed, further, SET, KIND)
+            scale, least = set_scales(d, d_least, packed, further, SET, KIND)
             more = 2.0 ** (8 - SET * HIGHER) + LESS
-            a = _floats(set_bytes(word, bits, unit, lane, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
+            a = _floats(set_bytes(word, word_bits, unit, lane, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT)
             b = _floats(
                 set_bytes(next_word, next_bits, unit, lane + 1, SET, KIND), zero, SET * HIGHER, BITS, more, EXACT
             )
             here = column + SET * STEP
-            sums_0 += _products(a, b, scale, least, here, inside, more, MINIMUM, EXACT, FOURS)
+            sums_0 += _products(a, b, scale, least, here, inside, more, MINIMUM, EXACT, EIGHTS)
             if TOKENS > 1:
-                sums_1 += _products(a, b, scale, least, here + x_row, inside, more, MINIMUM, EXACT, FOURS)
+                sums_1 += _products(a, b, scale, least, here + x_row, inside, more, MINIMUM, EXACT, EIGHTS)
             if TOKENS > 2:
-                sums_2 += _products(a, b, scale, least, here + 2 * x_row, inside, more, MINIMUM, EXACT, FOURS)
+                sums_2 += _products(a, b, scale, least, here + 2 * x_row, inside, more, MINIMUM, EXACT, EIGHTS)
             if TOKENS > 3:
-                sums_3 += _products(a, b, scale, least, here + 3 * x_row, inside, more, MINIMUM, EXACT, FOURS)
-        d, d_least, first_scales, second_scales, third_scales = later
+                sums_3 += _products(a, b, scale, least, here + 3 * x_row, inside, more, MINIMUM, EXACT, EIGHTS)
     added = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         added = tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)
@@ -181,28 +187,6 @@ def _stored_gemv(
         _store_sums(out + 2 * out_row, n, num_rows, sums_2, added)
     if TOKENS > 3:
         _store_sums(out + 3 * out_row, n, num_rows, sums_3, added)
-
-
-@triton.jit
-def _turn_codes(
-    data, codes, num_blocks, first_block, at, row_pairs,
-    KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Loads a turn's codes of each row: a pair of words, and one of further bits."""
-    inside, block, pair = at < row_pairs, at // BLOCK_PAIRS, at % BLOCK_PAIRS
-    unit, lane = pair // (LANES // 2), pair % (LANES // 2) * 2
-    word, next_word = load_pair(codes + at * 8, inside)
-    bits, next_bits = further_bits(data, num_blocks, first_block, block, unit, lane, inside, KIND)
-    return word, next_word, bits, next_bits
-
-
-@triton.jit
-def _turn_scales(
-    data, num_blocks, first_block, at, row_pairs, KIND: tl.constexpr, BLOCK_PAIRS: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """Loads a turn's scales of each row."""
-    unit = at % BLOCK_PAIRS // (LANES // 2)
-    return load_scales(data, num_blocks, first_block, at // BLOCK_PAIRS, unit, at < row_pairs, KIND)
 
 
 @triton.jit
@@ -218,13 +202,12 @@ def _floats(codes, zero, SHIFT: tl.constexpr, BITS: tl.constexpr, more, EXACT: t
 @triton.jit
 def _products(
     weights, next_weights, scale, least, x, inside, more,
-    MINIMUM: tl.constexpr, EXACT: tl.constexpr, FOURS: tl.constexpr,
+    MINIMUM: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The sum of eight weights times their values of x."""
     a, b, c, d = weights
     e, f, g, h = next_weights
-    x_a, x_b, x_c, x_d = _four_values(x, inside, FOURS)
-    x_e, x_f, x_g, x_h = _four_values(x + 4, inside, FOURS)
+    x_a, x_b, x_c, x_d, x_e, x_f, x_g, x_h = _eight_values(x, inside, EIGHTS)
     all_x = ((x_a + x_b) + (x_c + x_d)) + ((x_e + x_f) + (x_g + x_h))
     products = a * x_a if EXACT else a * x_a - more * all_x
     products = d * x_d + (c * x_c + (b * x_b + products))
@@ -233,15 +216,28 @@ def _products(
 
 
 @triton.jit
-def _four_values(x, inside, FOURS: tl.constexpr):
-    """Four consecutive values of x as fp32. With FOURS they are bf16 at 8 bytes, and one load."""
-    if FOURS:
-        low, high = load_pair(x, inside)
-        x_a, x_b = (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True)
-        x_c, x_d = (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True)
+def _eight_values(x, inside, EIGHTS: tl.constexpr):
+    """Eight consecutive values of x as fp32. With EIGHTS they are bf16 at 16 bytes, and one load."""
+    if EIGHTS:
+        pointers = x.to(tl.pointer_type(tl.int64))[:, :, None] + tl.arange(0, 2)[None, None, :]
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 1, 16]), [1, 1, 2])
+        low, high = tl.split(tl.load(pointers, mask=inside[:, :, None], other=0))
+        x_a, x_b, x_c, x_d = _four_values(low)
+        x_e, x_f, x_g, x_h = _four_values(high)
     else:
         x_a, x_b = _value(x, inside), _value(x + 1, inside)
         x_c, x_d = _value(x + 2, inside), _value(x + 3, inside)
+        x_e, x_f = _value(x + 4, inside), _value(x + 5, inside)
+        x_g, x_h = _value(x + 6, inside), _value(x + 7, inside)
+    return x_a, x_b, x_c, x_d, x_e, x_f, x_g, x_h
+
+
+@triton.jit
+def _four_values(pair):
+    """The four bf16 of an int64 as fp32."""
+    low, high = words_of(pair)
+    x_a, x_b = (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True)
+    x_c, x_d = (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True)
     return x_a, x_b, x_c, x_d
 
 

@@ -7,7 +7,7 @@ from penstock.engine.planning.find_model import find_model
 from penstock.engine.text.chat import ChatReader
 from penstock.engine.text.chat_files import find_template
 from penstock.engine.text.tokenizer import Tokenizer
-from penstock.engine.text.tokenizer_files import FILES
+from penstock.engine.text.tokenizer_files import sought
 from penstock.engine.weights.gguf_file import is_gguf
 
 
@@ -27,7 +27,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     directory without one."""
     tokenizer = Tokenizer.load(tokenizer_path(config))
     if tokenizer is None and config.tokenizer is not None:
-        raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer there ({FILES})")
+        raise ValueError(f"tokenizer={config.tokenizer!r}: no tokenizer there ({sought(config.tokenizer)})")
     return tokenizer
 
 
@@ -39,7 +39,7 @@ def check_chat(config: EngineConfig) -> None:
         return
     find_template(tokenizer_path(config), {}, config.chat_template)
     if not has_tokenizer(config):
-        raise ValueError(f"{config.model}: no tokenizer ({FILES}), so there is no chat with it")
+        raise ValueError(f"{config.model}: no tokenizer ({sought(config.model)}), so there is no chat with it")
 
 
 def make_chat_reader(config: EngineConfig, tokenizer: Tokenizer | None, with_tools: bool) -> ChatReader:

@@ -7,7 +7,7 @@ from typing import Any
 
 from penstock.engine.text.chat import RenderedChat
 from penstock.engine.text.tokenizer import Tokenizer
-from penstock.engine.text.tokenizer_files import FILES
+from penstock.engine.text.tokenizer_files import sought
 from penstock.engine.user_files import has_lone_surrogate
 from penstock.scheduler.batching.request import Request, SamplingParams, TooLong
 from penstock.scheduler.units import MIB
@@ -110,7 +110,9 @@ def refuse_text(model: str, index: int, prompt: Prompt, params: SamplingParams) 
     """Raises ValueError for a text prompt or a stop string, where there is no tokenizer."""
     if isinstance(prompt, str) or params.stop:
         what = "a text prompt" if isinstance(prompt, str) else "a stop string"
-        raise ValueError(f"{model}: no tokenizer ({FILES}), so prompt {index} cannot have {what}; give token ids")
+        raise ValueError(
+            f"{model}: no tokenizer ({sought(model)}), so prompt {index} cannot have {what}; give token ids"
+        )
 
 
 def _as_list(value: Any) -> Any:

@@ -47,6 +47,11 @@ class Parts(NamedTuple):
     named: dict[str, str]
 
 
+def sought(path: str | Path) -> str:
+    """The places of a vocabulary, for messages: files of a directory, or keys of a GGUF file."""
+    return "keys tokenizer.ggml.*" if is_gguf(path) else FILES
+
+
 def find_vocabulary(path: Path) -> Path | None:
     """The file of a directory that has its vocabulary, or a GGUF file with one; None if there is none."""
     if is_gguf(path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from penstock.engine.kernels.block_parts import in_parts, take_apart
+from penstock.engine.kernels.block_parts import are_finite, in_parts, split_parts, take_apart
 from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.model.group_layout import GroupLayout, Rows
 from penstock.engine.model.shard import Piece
@@ -27,6 +27,9 @@ class WeightSource(Protocol):
     def read_piece(self, piece: Piece, out: Tensor) -> int:
         """Fills `out`, a CPU view (num_rows, num_cols) in the dtype wanted, or in bytes (uint8) as they are stored if
         the tensor is quantised; returns the bytes that were read."""
+
+    def note_scales(self, tensor: str) -> None:
+        """Remembers a quantised tensor in which a scale is NaN or infinite, for `finish`."""
 
     def finish(self) -> None:
         """Warns of what was found in the values; called once, after the last read."""
@@ -62,7 +65,18 @@ class Block:
         blocks = (torch.empty if self.covered else torch.zeros)(self.shape, dtype=torch.uint8)
         num_read = self._read(source, blocks)
         take_apart(self.format.name, blocks, memory)
+        self._look_at(source, memory[-1].view(self.shape[0], -1))
         return num_read
+
+    def _look_at(self, source: WeightSource, scales: Tensor) -> None:
+        """Tells the source which of the pieces has a scale that is no number."""
+        for piece in self.pieces:
+            first, stop = (
+                col // self.format.nbytes * self.format.parts[-1]
+                for col in (piece.to_col, piece.to_col + piece.num_cols)
+            )
+            if not are_finite(scales[piece.to_row : piece.to_row + piece.num_rows, first:stop]):
+                source.note_scales(piece.tensor)
 
     def _read(self, source: WeightSource, weight: Tensor) -> int:
         num_read = 0
@@ -86,7 +100,10 @@ def _read_floats(source: WeightSource, piece: Piece, kind: WeightFormat, out: Te
     stored = torch.empty(piece.num_rows, piece.num_cols, dtype=torch.uint8)
     num_read = source.read_piece(piece, stored)
     floats = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
-    dequantise(kind.name, in_parts(kind.name, stored), floats)
+    data = in_parts(kind.name, stored)
+    dequantise(kind.name, data, floats)
+    if not are_finite(split_parts(kind.name, data)[-1]):
+        source.note_scales(piece.tensor)
     if floats is not out:
         out.copy_(floats)
     return num_read

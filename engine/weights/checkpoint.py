@@ -88,6 +88,9 @@ class Checkpoint:
             self._look_closer(piece.tensor, entry, out)
         return num_read
 
+    def note_scales(self, tensor: str) -> None:
+        self._not_finite[tensor] = "scales that are NaN or inf"
+
     def finish(self) -> None:
         """Warns once, after the last read, and names the first tensors in which NaN or inf was found."""
         if self._not_finite:

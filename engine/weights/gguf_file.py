@@ -44,6 +44,11 @@ def is_gguf(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".gguf"
 
 
+def gguf_files(path: str | Path) -> list[Path]:
+    """The file, or all shards of the model that it is one of. Raises ValueError if one of them is missing."""
+    return _shards(Path(path)) or [Path(path)]
+
+
 def read_gguf(path: str | Path) -> GGUFHeader:
     """The header of a model, of one file or of all its shards. Raises ValueError naming the file, and the key or tensor
     that is at fault."""

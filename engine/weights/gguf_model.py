@@ -37,6 +37,7 @@ NAMES = TensorNames(
     ),
     ignorable=(re.escape(_ROPE_FREQS),),
 )
+_BOS = "tokenizer.ggml.bos_token_id"
 _END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 # Keys of an architecture, behind its name, and of transformers' config.
 _SIZES = {
@@ -94,9 +95,9 @@ def _config(fields: Fields, header: GGUFHeader, arch: str) -> dict[str, Any]:
         config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if arch == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
-    ends = [fields.get(key) for key in _END_TOKENS if fields.get(key) is not None]
-    tokens = {"bos_token_id": fields.get("tokenizer.ggml.bos_token_id"), "eos_token_id": list(dict.fromkeys(ends))}
-    return config | tokens
+    ends = [fields.size(key, at_least=0) for key in _END_TOKENS if fields.get(key) is not None]
+    begins = None if fields.get(_BOS) is None else fields.size(_BOS, at_least=0)
+    return config | {"bos_token_id": begins, "eos_token_id": list(dict.fromkeys(ends))}
 
 
 def _of_architecture(fields: Fields, arch: str) -> Mapping[str, Any]:

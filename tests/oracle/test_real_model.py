@@ -38,11 +38,10 @@ def answer_all(file: str, tp_size: int, resident: str) -> tuple[Answer, ...]:
     return tuple(Answer(tuple(o.prompt_token_ids), tuple(o.outputs[0].token_ids), o.outputs[0].text) for o in outputs)
 
 
-@pytest.fixture(scope="module", params=[(1, ("all", "none")), (3, ("none",))], ids=["1", "3"])
+@pytest.fixture(scope="module", params=[1, 3])
 def answers(request, real_model):
-    """The answers of so many ranks: on one with all weights resident too, on more with all of them streamed."""
-    tp_size, residencies = request.param
-    return {resident: answer_all(str(real_model), tp_size, resident) for resident in residencies}
+    """The answers of so many ranks, with all weights resident and with all of them streamed."""
+    return {resident: answer_all(str(real_model), request.param, resident) for resident in ("all", "none")}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@
 
 The real engine runs as on a GPU, on CPU tensors, and its kernels are compiled ahead. In the interpreter kernels may do
 what Triton's compiler refuses, such as a name whose type changes from one turn of a loop to the next. The engine's
-results mean nothing. It prints the modules of the kernels that were compiled, and their names, in JSON.
+results mean nothing. It prints, in JSON, the names of the kernels that were compiled by module, each with the bytes of
+shared memory that its programs take at most.
 """
 
 import itertools
@@ -86,7 +87,8 @@ def main(checkpoints: list[str]) -> None:
     for kernel in launched:
         (variants, *_), *others = kernel.device_caches.values()
         assert not others and all(isinstance(variant, CompiledKernel) for variant in variants.values())
-        compiled.setdefault(kernel.fn.__module__, []).append(kernel.fn.__name__)
+        most = max(variant.metadata.shared for variant in variants.values())
+        compiled.setdefault(kernel.fn.__module__, {})[kernel.fn.__name__] = most
     print(json.dumps(compiled))
 
 

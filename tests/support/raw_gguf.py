@@ -4,7 +4,7 @@ import struct
 
 from penstock.engine.weights.gguf_values import _NUMBERS
 
-U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
+U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 
 
 def text(value: str | bytes) -> bytes:

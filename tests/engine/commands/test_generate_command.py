@@ -20,6 +20,7 @@ from penstock.scheduler.batching.request import SamplingParams as Params
 from penstock.scheduler.units import show_bytes
 
 from penstock import LLM, SamplingParams
+from tests.support.gguf_models import SMALL, write_model
 
 GREEDY = ("--temperature", "0", "--ignore-eos", "--max-tokens", "8")
 
@@ -275,3 +276,17 @@ def test_rates_that_are_given_are_not_measured(capsys):
     assert "rates (measured, link as given): link 3 GB/s" in capsys.readouterr().err
     assert main([*arguments, "--device-profile", "cpu"]) == 0
     assert "rates (assumed: cpu)" in capsys.readouterr().err
+
+
+def test_a_text_for_a_gguf_file_without_vocabulary_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
+    write_model(tmp_path / "m.gguf", "llama", sizes=SMALL)
+    monkeypatch.setattr("penstock.engine.commands.generate.LLM", lambda **config: pytest.fail("loaded"))
+    assert run("--model", str(tmp_path / "m.gguf"), "--prompt", "a") == 2
+    told = "m.gguf: no tokenizer (keys tokenizer.ggml.*), so prompt 0 cannot have a text prompt; give token ids"
+    assert told in capsys.readouterr().err
+
+
+def test_a_text_for_a_directory_of_gguf_files_says_which_file_to_give(tmp_path, capsys):
+    write_model(tmp_path / "m.gguf", "llama", sizes=SMALL)
+    assert run("--model", str(tmp_path), "--prompt", "a") == 2
+    assert "has no config.json, but m.gguf: give the GGUF file itself" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from penstock.engine.config import EngineConfig
+from penstock.engine.kernels.ggml_types import BY_NAME, PARTS
 from penstock.engine.model.layout import model_layout
 from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
 from penstock.engine.runtime.start import open_source
 from penstock.engine.weights import blocks as blocks_module
+from penstock.engine.weights.gguf_file import read_gguf
 from penstock.engine.weights.host_store import load_weights
 from penstock.engine.weights.kept_group import stored_group
 from penstock.engine.weights.read_model import read_model
@@ -95,3 +97,24 @@ def test_weights_stay_as_they_are_stored(file, options):
     assert made.residency.resident and all(group.is_quantised for group in made.layout.groups)
     few_tokens = {group.as_stored(name) for group in made.layout.groups for name in group.quantised}
     assert (max(few_tokens) > 0) == ("debug" in options)
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+def test_a_scale_that_is_no_number_is_warned_of_by_name(file, tmp_path, resident):
+    """As it is in floats, whether blocks are kept or become floats; tensors that lie beside it are not named."""
+    wrong, content = tmp_path / "m.gguf", bytearray(file.read_bytes())
+    entries = read_gguf(file).tensors
+    first, last = entries["blk.1.ffn_down.weight"], entries["blk.0.attn_k.weight"]
+    ends = last.offset + last.nbytes - BY_NAME[last.dtype].nbytes
+    for entry, block in ((first, first.offset), (last, ends)):  # of rank 0, and of rank 1
+        start, size = PARTS[entry.dtype][-1]
+        at = block + start + size - 2
+        content[at : at + 2] = b"\x01\xfc"  # NaN
+    wrong.write_bytes(content)
+    made = plan(file, 2, resident=resident)
+    for rank, named in ((0, {"blk.1.ffn_down.weight"}), (1, {"blk.0.attn_k.weight"})):
+        with open_source(EngineConfig(str(wrong)), wrong, made) as source, pytest.warns(UserWarning) as caught:
+            load_weights(source, made.rank_layout(rank), set(), False, CPU).close()
+        told = [str(each.message) for each in caught]
+        assert len(told) == 1 and {name for name in entries if name in told[0]} == named, told
+        assert "scales that are NaN or inf" in told[0]

@@ -24,7 +24,7 @@ from penstock.engine.weights.read_model import read_model
 from penstock.scheduler.units import GB, GIB
 
 from tests.support.gguf_models import SIZES, SMALL, write_model
-from tests.support.raw_gguf import ARRAY, F32, STRING, U32, key, tensor, whole
+from tests.support.raw_gguf import ARRAY, F32, I32, STRING, U32, key, tensor, whole
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +216,9 @@ REFUSED = {
     "heads by layer": ({"llama.attention.head_count": (ARRAY, (U32, [2]))}, {}, {}, "attention.head_count must be"),
     "heads that do not fit": ({"llama.attention.head_count_kv": (U32, 3)}, {}, {}, "is not a multiple of"),
     "no norm": ({"llama.attention.layer_norm_rms_epsilon": None}, {}, {}, "layer_norm_rms_epsilon must be a positive"),
+    "an end in words": ({"tokenizer.ggml.eos_token_id": (STRING, "</s>")}, {}, {}, "ggml.eos_token_id must be an"),
+    "ends in an array": ({"tokenizer.ggml.eot_token_id": (ARRAY, (U32, [2]))}, {}, {}, "ggml.eot_token_id must be an"),
+    "a negative begin": ({"tokenizer.ggml.bos_token_id": (I32, -1)}, {}, {}, "ggml.bos_token_id must be an integer"),
     "a norm of NaN": (
         {"llama.attention.layer_norm_rms_epsilon": (F32, float("nan"))}, {}, {}, "epsilon must be a positive number"
     ),
