@@ -34,6 +34,9 @@ LONG_FILES = (
     "engine/planning/test_planning.py",
     "engine/weights/test_compressed_weights.py",
     "engine/weights/test_load_memory.py",
+    "engine/batch/test_batch_ranks.py",
+    "engine/commands/test_generate_ranks.py",
+    "engine/batch/test_many_rows.py",
 )
 TURNS = {Path(__file__).parent / name: turn for turn, name in enumerate(LONG_FILES)}
 assert all(path.is_file() for path in TURNS)
