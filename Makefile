@@ -56,7 +56,8 @@ $(REAL_MODEL): | $(VENV)/installed
 
 test: lint $(REAL_MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --real-model=$(REAL_MODEL) --numprocesses 3 $(IN_TURN)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" --numprocesses 2 $(IN_TURN)
+	@[ $(DEVICE) = cpu ] || OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
 	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN) $(SUMS)
 
 test-real: $(VENV)/installed-test $(REAL_MODEL)
@@ -75,7 +76,7 @@ lint: $(VENV)/installed-test
 
 wheel: $(VENV)/installed-test
 	rm -rf build  # what an earlier tree left there would go into the wheel
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
 $(VENV)/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -20,6 +20,8 @@ interpreter.make_faster()
 
 # The files that take a worker longest: begun late, they would leave the other one idle at the end.
 LONG_FILES = (
+    "engine/runtime/test_rank_deaths.py",
+    "engine/runtime/test_launch_failures.py",
     "oracle/test_against_transformers.py",
     "engine/kernels/test_compiled_kernels.py",
     "oracle/test_real_model.py",
@@ -32,6 +34,9 @@ LONG_FILES = (
     "engine/planning/test_planning.py",
     "engine/weights/test_compressed_weights.py",
     "engine/weights/test_load_memory.py",
+    "engine/batch/test_batch_ranks.py",
+    "engine/commands/test_generate_ranks.py",
+    "engine/batch/test_many_rows.py",
 )
 TURNS = {Path(__file__).parent / name: turn for turn, name in enumerate(LONG_FILES)}
 assert all(path.is_file() for path in TURNS)
@@ -77,6 +82,16 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out, where -m asks for one marker, the files that do not name it: to import them takes seconds. Tests of a
+    GPU are alone without saying so."""
+    marker, *others = config.option.markexpr.split(" and not ")
+    if marker.isidentifier() and collection_path.suffix == ".py":
+        marks = [f"mark.{marker}"] + ["mark.gpu"] * (marker == "alone" and "gpu" not in others)
+        text = collection_path.read_text()
+        return None if any(mark in text for mark in marks) else True
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of any scope

@@ -5,6 +5,7 @@ Names here are those below `penstock`: `engine.llm` is penstock.engine.llm, in e
 
 import ast
 import configparser
+import functools
 import graphlib
 import importlib.util
 import itertools
@@ -12,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -197,10 +199,23 @@ def imports_of(tree: ast.AST) -> list[tuple[str, ast.AST]]:
     return found
 
 
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
-IMPORTS = {name: {target for target, _ in imports_of(tree)} for name, tree in TREES.items()}
+@functools.cache  # by the worker that has these tests, and not by each that collects them
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text())
+
+
+@functools.cache
+def imports(name: str) -> frozenset[str]:
+    """All that a module imports."""
+    return frozenset(target for target, _ in imports_of(tree_of(name)))
+
+
+def own(name: str) -> set[str]:
+    """Those of them that are ours."""
+    return {target for target in imports(name) if target.split(".")[0] in OURS}
+
+
 OURS = (*TOPS, "penstock", "scripts", "tests")
-OWN = {name: {target for target in targets if target.split(".")[0] in OURS} for name, targets in IMPORTS.items()}
 PRODUCT = [name for name in FILES if not name.startswith("scripts")]
 
 
@@ -215,7 +230,7 @@ def reached(name: str) -> set[str]:
         current = todo.pop()
         if current not in seen:
             seen.add(current)
-            todo += IMPORTS.get(current, ())
+            todo += imports(current) if current in FILES else ()
             todo += [current.rpartition(".")[0]] if "." in current else []
     return seen
 
@@ -224,24 +239,54 @@ def foreign(modules: set[str]) -> set[str]:
     return {module.split(".")[0] for module in modules} - set(OURS) - sys.stdlib_module_names
 
 
+def of_all(names: Collection[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """Makes one test of a check of each module; it names all that fail. Fifteen hundred tests of their own would take
+    longer to begin than to run."""
+
+    def one_test(check: Callable[[str], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = {}
+            for name in names:
+                try:
+                    check(name)
+                except AssertionError as error:
+                    wrong[name] = str(error)
+            assert names and not wrong, wrong
+
+        return test
+
+    return one_test
+
+
+def test_a_check_of_all_names_those_that_fail():
+    def check(name: str) -> None:
+        assert name == "right", f"{name} is wrong"
+
+    of_all(["right"])(check)()
+    with pytest.raises(AssertionError, match="(?s)left is wrong.*up is wrong"):
+        of_all(["right", "left", "up"])(check)()
+    with pytest.raises(AssertionError):
+        of_all([])(check)()
+
+
 def test_the_tree_was_found():
     assert {"penstock", "engine.llm", "parallel.launch", "scheduler.batching.scheduler"} <= set(FILES)
     assert "torch" in reached("engine.llm") and "engine.compute.ops" in reached("engine.llm")
 
 
-@pytest.mark.parametrize("name", FILES)
+@of_all(FILES)
 def test_directions(name):
     room = max((row for row in MAY_IMPORT if is_within(name, row)), key=len, default=name)
-    for target in OWN[name]:
+    for target in own(name):
         units = target == FOR_ALL and not any(is_within(name, apart) for apart in ("parallel", "engine.kernels"))
         allowed = units or any(is_within(target, other) for other in (room, *MAY_IMPORT.get(room, ())))
         assert allowed, f"{name} may not import {target}"
         assert target in FILES, f"{name} imports {target}, which is not there"
 
 
-@pytest.mark.parametrize("name", PRODUCT)
+@of_all(PRODUCT)
 def test_nobody_imports_what_stands_at_the_top(name):
-    for target in OWN[name]:
+    for target in own(name):
         assert not any(is_within(target, top) for top in NOBODY_IMPORTS if not is_within(name, top))
 
 
@@ -250,13 +295,14 @@ def test_few_files_stand_loose_in_the_engine():
 
 
 def test_no_cycles():
-    list(graphlib.TopologicalSorter(OWN).static_order())  # raises CycleError, which shows the circle
+    graph = {name: own(name) for name in FILES}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which shows the circle
 
 
-@pytest.mark.parametrize("name", FILES)
+@of_all(FILES)
 def test_imports_stand_at_the_top(name):
     """Before any other statement; `try` and `if` may choose between imports there."""
-    tree, body_began, at_top = TREES[name], False, set()
+    tree, body_began, at_top = tree_of(name), False, set()
     for node in tree.body:
         chooses = isinstance(node, (ast.Try, ast.If)) and any(True for _ in imports_of(node))
         if isinstance(node, (ast.Import, ast.ImportFrom)) or chooses:
@@ -282,20 +328,20 @@ def test_the_wheel_holds_every_package():
     assert set(config["options"]["packages"].split()) == there | {"penstock"}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if any(is_within(name, room) for room in TORCH_FREE)])
+@of_all([name for name in FILES if any(is_within(name, room) for room in TORCH_FREE)])
 def test_torch_free_modules_reach_nothing_heavy(name):
     assert foreign(reached(name)) == set()
 
 
-@pytest.mark.parametrize("name", PRODUCT)
+@of_all(PRODUCT)
 def test_third_party(name):
-    assert foreign(IMPORTS[name]) <= THIRD_PARTY.get(name.split(".")[0], set()) | EXTRAS.get(name, set())
+    assert foreign(imports(name)) <= THIRD_PARTY.get(name.split(".")[0], set()) | EXTRAS.get(name, set())
 
 
-@pytest.mark.parametrize("name", PRODUCT)
+@of_all(PRODUCT)
 def test_nothing_is_pickled(name):
-    assert not {module.split(".")[0] for module in IMPORTS[name]} & PICKLES
-    attributes = {ast.unparse(node) for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
+    assert not {module.split(".")[0] for module in imports(name)} & PICKLES
+    attributes = {ast.unparse(node) for node in ast.walk(tree_of(name)) if isinstance(node, ast.Attribute)}
     assert not attributes & {"torch.load", "torch.save", "dist.broadcast_object_list", "dist.all_gather_object"}
 
 
@@ -363,7 +409,7 @@ def test_names_that_are_imported_late_exist(target):
 
 
 def test_triton_has_one_door():
-    whoever = {name for name in FILES if any(target.split(".")[0] == "triton" for target in IMPORTS[name])}
+    whoever = {name for name in FILES if any(target.split(".")[0] == "triton" for target in imports(name))}
     assert whoever == {"parallel.triton_door"}
 
 

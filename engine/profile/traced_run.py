@@ -34,9 +34,10 @@ def add_workload_arguments(parser) -> None:
 
 @dataclass(frozen=True)
 class DecodeTimes:
-    """Decode passes in a row on one rank, in seconds. `graph_s`: from a pass's first mark to its last (median);
-    `period_s`: from the start of one to the start of the next (median; None if there is but one); `copy_gaps_s`: from
-    the end of the last copy of each to the start of the next one's first (empty where nothing streams)."""
+    """Decode passes in a row on one rank, in seconds. `graph_s`: from a pass's first mark to its last (median of those
+    that have a next one); `period_s`: from the start of one to the start of the next (median; None if there is but
+    one); `copy_gaps_s`: from the end of the last copy of each to the start of the next one's first (empty where nothing
+    streams)."""
 
     graph_s: float
     period_s: float | None
@@ -81,8 +82,9 @@ class TracedRun:
             index: [interval for interval in intervals if interval.lane == COPY] for index, intervals in passes.items()
         }
         pairs = [(index, index + 1) for index in passes if index + 1 in passes]
+        same = [before for before, _ in pairs] or list(passes)  # so that it is no longer than the period
         return DecodeTimes(
-            graph_s=statistics.median(pass_s(intervals) for intervals in passes.values()),
+            graph_s=statistics.median(pass_s(passes[index]) for index in same),
             period_s=statistics.median(starts[after] - starts[before] for before, after in pairs) if pairs else None,
             copy_gaps_s=[
                 min(interval.start_s for interval in copies[after]) - max(interval.end_s for interval in copies[before])

@@ -111,8 +111,8 @@ def measure(source: str, shape: str, tensors: Iterator[Tensor], link: float | No
         num_weights, num_raw = num_weights + weights.numel(), num_raw + layout.raw * weights.numel()
     row = {"source": source, "shape": shape, "bits": round(bits / num_weights, 3)}
     row |= {"floor_bits": round(floor / num_weights, 3), "raw_share": round(num_raw / num_weights, 4)}
-    row |= {"compress_gb_s": round(2e-9 * num_weights / compress_s, 3)}
-    row |= {"decompress_gb_s": round(2e-9 * num_weights / decompress_s, 3)}
+    row |= {"compress_gb_s": float(f"{2e-9 * num_weights / compress_s:.4g}")}
+    row |= {"decompress_gb_s": float(f"{2e-9 * num_weights / decompress_s:.4g}")}
     row |= {"effective_link_gb_s": None if link is None else round(link * 16 * num_weights / bits, 1)}
     cells = (*list(row.values())[:7], row["effective_link_gb_s"] or "")
     print("{:14}{:>14}{:9.3f}{:9.3f}{:8.2%}{:10.2f}{:10.2f}{:>10}".format(*cells), flush=True)

@@ -32,20 +32,19 @@ async def stream(address: tuple[str, int], body: dict[str, Any]) -> list[float]:
     return times + times[-1:] * (num_tokens - len(times))  # the last ones may have come as one
 
 
-async def poll(address: tuple[str, int], path: str, most: int) -> list[float]:
-    """Seconds of each of up to `most` calls, one after another on one connection, until cancelled."""
+async def poll(address: tuple[str, int], path: str, most: int, ended: asyncio.Event) -> list[float]:
+    """Seconds of each of up to `most` calls, one after another on one connection, until all has `ended`; of one call at
+    least."""
     reader, writer = await asyncio.open_connection(*address)
     took: list[float] = []
     try:
-        while len(took) < most:
+        while not took or (len(took) < most and not ended.is_set()):
             start = time.perf_counter()
             writer.write(head("GET", path, 0, "keep-alive"))
             said = (await reader.readuntil(b"\r\n\r\n")).lower()
             if not said.startswith(b"http/1.1 200") or b"content-length: 0" not in said:
                 raise RuntimeError(f"GET {path}: {said!r}")
             took.append(time.perf_counter() - start)
-    except asyncio.CancelledError:
-        pass
     finally:
         writer.close()
     return took

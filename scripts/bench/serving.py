@@ -4,8 +4,8 @@ one process, and once sent to `penstock serve` by HTTP, as streams.
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
 (ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and `ratios` the server's over
-the loop's. While requests run GET /health is called without a pause. All engine flags work; the last line is one JSON
-object.
+the loop's, where these are not 0. While requests run GET /health is called without a pause. All engine flags work; the
+last line is one JSON object.
 
     python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
       --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7
@@ -66,7 +66,7 @@ def main() -> None:
         sent, health_s = asyncio.run(by_http(address, jobs, arrivals, limits["max_num_seqs"], args.max_concurrency))
     rows = [row_of(name, jobs, arrivals, times) for name, times in (("in process", fed), ("by HTTP", sent))]
     report["rows"] = rows
-    report["ratios"] = {name: rows[1][name] / rows[0][name] for name in rows[0] if name != "fed"}
+    report["ratios"] = ratios_of(*rows)
     health_s.sort()
     report["health"] = {"num_calls": len(health_s), "median_ms": 1e3 * percentile(health_s, 50)}
     report["health"]["p99_ms"] = 1e3 * percentile(health_s, 99)
@@ -97,9 +97,10 @@ async def by_http(
     /health took meanwhile."""
     warming = [body_of(job) for job in shrinking(list(jobs), rows)]
     await send(address, warming, [0.0] * len(warming), len(warming))
-    watching = asyncio.create_task(poll(address, "/health", HEALTH_CALLS))
+    ended = asyncio.Event()
+    watching = asyncio.create_task(poll(address, "/health", HEALTH_CALLS, ended))
     times = await send(address, [body_of(job) for job in jobs], arrivals, num_clients or len(jobs))
-    watching.cancel()
+    ended.set()
     return times, await watching
 
 
@@ -143,13 +144,18 @@ def row_of(fed: str, jobs: Sequence[Job], arrivals: Sequence[float], times: list
     return {"fed": fed, "tokens_per_second": num_tokens / elapsed_s, **latency_fields(arrivals, times)}
 
 
+def ratios_of(loop: dict[str, Any], http: dict[str, Any]) -> dict[str, float]:
+    """The server's figures over the loop's, but those that are 0 there, as gaps are where outputs have one token."""
+    return {name: http[name] / loop[name] for name in loop if name != "fed" and loop[name]}
+
+
 def say(report: dict[str, Any]) -> None:
     names = [f"{what}_{name}_ms" for name in ("ttft", "tpot") for what in ("median", "p99")]
     print(f"{'':12}{'tokens/s':>12}" + "".join(f"{name:>16}" for name in names))
     for row in [*report["rows"], {"fed": "ratio"} | report["ratios"]]:
         digits = 3 if row["fed"] == "ratio" else 2
-        figures = [row[name] for name in ("tokens_per_second", *names)]
-        first, *others = (f"{figure:.{digits}f}" for figure in figures)
+        figures = [row.get(name) for name in ("tokens_per_second", *names)]
+        first, *others = ("-" if figure is None else f"{figure:.{digits}f}" for figure in figures)
         print(f"{row['fed']:12}{first:>12}" + "".join(f"{one:>16}" for one in others))
     print("GET /health: {num_calls} calls, median {median_ms:.2f} ms, p99 {p99_ms:.2f} ms".format(**report["health"]))
 

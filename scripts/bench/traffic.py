@@ -148,8 +148,10 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates, call_
         times.append(shortest_s)
     if llm.engine.topology.rank > 0:
         return {}
-    work, rates = llm.engine.work, llm.engine.rates
-    fields = {"row": row.name, "measures": row.measures, "num_requests": row.num, **time_fields(row, runs, times)}
+    work, rates, timed = llm.engine.work, llm.engine.rates, time_fields(row, runs, times)
+    if "error" in timed:
+        return {"row": row.name} | timed
+    fields = {"row": row.name, "measures": row.measures, "num_requests": row.num} | timed
     if row.measures != TOKEN:
         # Of a job it is little, and much of it is hidden by passes.
         beside = {"call_s": call_s} if row.measures == FIRST_TOKEN else {}
@@ -173,10 +175,13 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates, call_
     )
 
 
-def time_fields(row: Row, runs: list[list[Job]], times: list[float]) -> dict[str, float]:
-    """The figures from the shortest times of the runs: `measured_s`, and the rate of a job or of a batch."""
+def time_fields(row: Row, runs: list[list[Job]], times: list[float]) -> dict[str, Any]:
+    """The figures from the shortest times of the runs: `measured_s`, and the rate of a job or of a batch. `error` where
+    a batch took no longer for its tokens than without them, which other work on the machine may do."""
     if row.measures == TOKEN:
         token_s = (times[1] - times[0]) / row.output_len
+        if token_s <= 0:
+            return {"error": f"its run of {row.output_len} more tokens took no longer than the one without them"}
         return {"measured_s": token_s, "tokens_per_second": row.num / token_s}
     num_tokens = sum(len(job.prompt) + job.output_len for job in runs[-1])
     return {"measured_s": times[-1], "tokens_per_second": num_tokens / times[-1]}
@@ -205,9 +210,9 @@ def compare_rows(report: dict, rows: list[Row], drawn: list[list[list[Job]]], vl
             continue
         times = time_fields(row, runs, [next(theirs)["elapsed_s"] for _ in runs])
         fields |= {f"vllm_{name}": value for name, value in times.items()}
-        if row.measures == TOKEN and offloaded_bytes:
+        if row.measures == TOKEN and offloaded_bytes and "measured_s" in times:
             fields["vllm_link_gb_s"] = gb_s(offloaded_bytes, times["measured_s"])
-        if "measured_s" in fields:
+        if "measured_s" in fields and "measured_s" in times:
             fields["speedup"] = times["measured_s"] / fields["measured_s"]
 
 

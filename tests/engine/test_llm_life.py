@@ -1,14 +1,13 @@
 """The life of an LLM on one rank: seeds, calls after one another, interruptions, closing."""
 
 import itertools
-import os
-import threading
 import weakref
 
 import pytest
 from penstock.engine.runtime.watch import Watch
 
 from penstock import LLM, SamplingParams
+from tests.support.held import assert_no_more_than, held
 from tests.support.llm_runs import LONG, OPTIONS, REQUESTS, run_requests, tokens_of
 from tests.support.watches import After
 
@@ -75,18 +74,18 @@ def test_one_engine_after_another_repeats_itself():
 def test_leaving_frees_everything():
     with LLM("demo", **OPTIONS):
         pass  # what the process keeps from a first engine (thread pools of torch) does not count
-    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = held()
     with LLM("demo", **OPTIONS) as llm:
         llm.generate("Return the", GREEDY)
-        held = [
+        parts = [
             weakref.ref(llm.engine.worker),
             weakref.ref(llm.engine.worker.executor),
             weakref.ref(llm.engine.worker.executor.ring),
         ]
         arena = [weakref.ref(span) for span in llm.engine.worker.weights.host_spans.values()]
         assert arena
-    assert [ref() for ref in held + arena] == [None] * len(held + arena)
-    assert len(os.listdir("/proc/self/fd")) == files and threading.active_count() == threads
+    assert [ref() for ref in parts + arena] == [None] * len(parts + arena)
+    assert_no_more_than(before)
 
 
 def test_a_closed_engine_says_so():

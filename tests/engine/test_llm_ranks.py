@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import os
 
 import pytest
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from penstock.engine.output import RequestOutput
 
 from penstock import LLM, SamplingParams
 from tests.support.forked_ranks import fork_ranks
+from tests.support.held import assert_no_more_than, held
 from tests.support.llm_runs import LONG, MESSAGE, OPTIONS, REQUESTS, run_requests, tokens_of
 from tests.support.rounding import assert_apart, logprobs_apart, model_apart
 from tests.support.watches import EndPass
@@ -101,10 +101,11 @@ def test_self_launched_ranks(one_rank, bound, monkeypatch):
         with pytest.raises(RuntimeError, match="an earlier error"):
             llm.generate(LONG, GREEDY)
     assert not dist.is_initialized()
-    files = len(os.listdir("/proc/self/fd"))
+    before = held()
     with LLM("demo", tensor_parallel_size=2, **OPTIONS) as llm:
         assert_same(run_requests(llm), one_rank[: len(REQUESTS)], bound)
-    assert len(os.listdir("/proc/self/fd")) <= files and not dist.is_initialized()
+    assert not dist.is_initialized()
+    assert_no_more_than(before)
 
 
 def test_torchrun_gives_every_rank_the_same_outputs(torchrun, one_rank, bound):

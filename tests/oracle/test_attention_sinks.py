@@ -20,6 +20,7 @@ from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.oracle.compare import apart
 from tests.support.oracle.sink_faults import CHUNK, SINKS, WINDOW, WRONG
 from tests.support.oracle.sink_oracle import eviction_chunk, held_indices, sink_logits
+from tests.support.oracle.sink_runs import run_on_ranks
 from tests.support.oracle.variants import VARIANTS
 from tests.support.rounding import LOUD, assert_apart, logprobs_apart
 
@@ -28,6 +29,7 @@ TINY = {"num_hidden_layers": 2, "max_position_embeddings": TRAINED}
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 4}
 OPTIONS["debug"] = {"page_order_seed": 5, "poison": True}
 NUM_LOGPROBS = 5
+GREEDY = {"temperature": 0, "ignore_eos": True, "logprobs": NUM_LOGPROBS}
 TOKENS = random.Random(9).choices(range(128), k=200)
 PROMPT = TOKENS[:5]
 
@@ -80,7 +82,7 @@ def models(tmp_path_factory):
 
 
 def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=NUM_LOGPROBS)
+    return SamplingParams(**GREEDY, max_tokens=max_tokens)
 
 
 def generate(directory: str, schedule: Schedule, prompts: list[list[int]], params, **options: Any):
@@ -134,15 +136,11 @@ def check_greedy(models, variant: str, schedule: Schedule, num_tokens: int, **op
     check(model, schedule, PROMPT, output, num_tokens)
 
 
-@pytest.mark.parametrize(
-    "num_tokens, tp_size",
-    [(500, 1), (200, 2), pytest.param(3000, 1, marks=pytest.mark.soak)],
-    ids=["tp1", "tp2", "thousands"],
-)
-def test_many_times_what_is_held(models, num_tokens, tp_size):
+@pytest.mark.parametrize("num_tokens", [500, pytest.param(3000, marks=pytest.mark.soak)], ids=["hundreds", "thousands"])
+def test_many_times_what_is_held(models, num_tokens):
     """Generates many times the tokens that are held: some thirty evictions, behind which nothing but the tokens
-    changes. Two ranks differ from one only in sums, which are many in every token."""
-    check_greedy(models, "llama_gqa", USUAL, num_tokens, tensor_parallel_size=tp_size, resident="none")
+    changes."""
+    check_greedy(models, "llama_gqa", USUAL, num_tokens, resident="none")
 
 
 @pytest.mark.gpu
@@ -173,16 +171,57 @@ def test_variants(models, variant):
     check_greedy(models, variant, schedule, 110, resident="none")
 
 
+@dataclass(frozen=True)
+class OnRanks:
+    """A case on several ranks."""
+
+    variant: str
+    num_ranks: int
+    resident: str | float
+    schedule: Schedule = Schedule(3, 45, 8)
+    num_tokens: int = 100
+
+    def __str__(self) -> str:
+        return f"{self.variant}-{self.num_ranks}-{self.resident}"
+
+    def told(self, directory: str) -> dict[str, Any]:
+        """The case as sink_runs.py is told it."""
+        options = OPTIONS | self.schedule.options | {"resident": self.resident}
+        params = GREEDY | {"max_tokens": self.num_tokens}
+        return {"model": directory, "options": options, "prompt": PROMPT, "params": params}
+
+
+ON_RANKS = [
+    OnRanks("neox_parallel", 2, "all"),
+    OnRanks("qwen3", 2, 0.5),
+    OnRanks("mistral_window", 2, "none", Schedule(2, 14, 4)),
+    OnRanks("llama_gqa", 2, "none", USUAL, 200),  # many times what is held
+    OnRanks("llama_gqa", 4, "none"),
+]
+
+
+@pytest.fixture(scope="module")
+def output_of(models, tmp_path_factory):
+    """The output of a case on several ranks. One launch serves all that have as many."""
+    made = {}
+
+    def get(case: OnRanks) -> CompletionOutput:
+        if case not in made:
+            told = {str(one): one.told(models(one.variant)[0]) for one in ON_RANKS if one.num_ranks == case.num_ranks}
+            outputs = run_on_ranks(case.num_ranks, tmp_path_factory.mktemp("ranks"), told)
+            made.update((one, outputs[str(one)]) for one in ON_RANKS if one.num_ranks == case.num_ranks)
+        return made[case]
+
+    return get
+
+
 @pytest.mark.parametrize(
-    "variant, tp_size, resident",
-    [
-        *(("neox_parallel", 2, "all"), ("qwen3", 2, 0.5), ("mistral_window", 2, "none")),
-        pytest.param("llama_gqa", 4, "none", marks=pytest.mark.soak),
-    ],
+    "case", [pytest.param(one, id=str(one), marks=[pytest.mark.soak] * (one.num_ranks > 2)) for one in ON_RANKS]
 )
-def test_variants_on_several_ranks(models, variant, tp_size, resident):
-    schedule = Schedule(2, 14, 4) if variant == "mistral_window" else Schedule(3, 45, 8)
-    check_greedy(models, variant, schedule, 100, tensor_parallel_size=tp_size, resident=resident)
+def test_on_several_ranks(models, output_of, case):
+    """They differ from one only in sums, which are many in every token."""
+    _, model = models(case.variant)
+    check(model, case.schedule, PROMPT, output_of(case), case.num_tokens)
 
 
 @pytest.mark.tolerance

@@ -12,7 +12,7 @@ import torch
 from penstock import LLM, SamplingParams
 from tests.support.oracle.dequantised import dequantised_llama
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]  # half a minute where the machine does nothing else
 FRANCE = "What is the capital of France?"
 PROMPTS = (
     *(FRANCE, "And what is the capital of Italy?", "Name three colors.", "Write a haiku about the sea."),

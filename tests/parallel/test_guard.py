@@ -54,6 +54,7 @@ print("profiled")
 
 
 def fail_soon(guard: Guard) -> None:
+    """From inside the guard: a failure that comes before anybody is inside is another case."""
     threading.Timer(0.2, guard.fail, [FAILURE]).start()
 
 
@@ -61,8 +62,8 @@ def test_a_long_computation_in_python_gets_an_exception(monkeypatch):
     monkeypatch.setattr(module, "INTERRUPT_S", 0.1)
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the process would have ended"))
     guard = Guard()
-    fail_soon(guard)
     with pytest.raises(PeerLost), guard.inside():
+        fail_soon(guard)
         while True:
             time.sleep(0.01)
     assert guard.wait(0) is FAILURE and not guard.busy
@@ -87,8 +88,8 @@ def test_actions_are_done_before_anybody_is_interrupted():
     guard, done = Guard(), threading.Event()
     guard.on_failure(lambda: 1 / 0)
     guard.on_failure(done.set)
-    fail_soon(guard)
     with guard.inside():
+        fail_soon(guard)
         assert done.wait(10)
     assert guard.wait(10) is FAILURE
 

@@ -116,7 +116,7 @@ class Command:
 
     def finish(self, stdin: str = "") -> "Command":
         """Waits for its end, and then until every rank is gone: no longer than GONE_S after the failure."""
-        stdout, stderr = self.process.communicate(stdin.encode(), timeout=60)
+        stdout, stderr = self.process.communicate(stdin.encode(), timeout=110)
         self.stdout, self.stderr = stdout.decode(), stderr.decode()
         self.exit_code = self.process.returncode
         self.wait_until_gone(self.failed_at())

@@ -1,14 +1,25 @@
 """A folder with a package that looks like vLLM: every request gets its number of tokens, one a step or, in a batch of
-rows, at once."""
+rows, at once. Its process has a clock of its own, on which a step takes STEP_S, whatever the machine does, and nothing
+else but sleeping any time."""
 
 import json
 from pathlib import Path
 
-VERSION = "0.0.99"
+VERSION, STEP_S = "0.0.99", 1e-3
 SOURCE = """
-import json, os
+import json, os, time
 from types import SimpleNamespace
 __version__ = "VERSION"
+now_s = 100.0
+time.perf_counter = lambda: now_s
+
+
+def take(seconds):
+    global now_s
+    now_s += seconds
+
+
+time.sleep = lambda seconds: take(seconds + 1e-6)  # more than a rounding of the sum
 
 
 def log(what, said):
@@ -39,6 +50,7 @@ class LLM:
         assert not self.is_cached
         self.is_cached = True
         log("generate", [[one["prompt_token_ids"], other.said] for one, other in zip(prompts, params)])
+        take(STEP_S * max(one.max_tokens for one in params))
         return [self.output(index, one.max_tokens) for index, one in enumerate(params)]
 
     def output(self, index, num_tokens):
@@ -53,6 +65,7 @@ class LLM:
         return bool(self.alive)
 
     def step(self):
+        take(STEP_S)
         for counts in self.alive.values():
             counts[0] += 1
         news = [self.output(index, counts[0]) for index, counts in self.alive.items()]
@@ -102,7 +115,7 @@ class FakeVllm:
         (self.site / "vllm/model_executor/offloader.py").write_text(OFFLOADER)
         (self.site / "vllm/entrypoints/openai").mkdir(parents=True)
         (self.site / "vllm/entrypoints/openai/run_batch.py").write_text(RUN_BATCH)
-        (self.site / "vllm/__init__.py").write_text(SOURCE.replace("VERSION", VERSION))
+        (self.site / "vllm/__init__.py").write_text(SOURCE.replace("VERSION", VERSION).replace("STEP_S", str(STEP_S)))
         info = self.site / f"vllm-{VERSION}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n")

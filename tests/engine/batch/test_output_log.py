@@ -140,8 +140,9 @@ def test_rows_are_synced_by_themselves_and_a_failed_sync_ends_the_job(file, monk
     synced, fails = threading.Event(), threading.Event()
 
     def fsync(descriptor):
+        failing = fails.is_set()  # as it began: who waits for `synced` may set it before this ends
         synced.set()
-        if fails.is_set():
+        if failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(syncing.os, "fsync", fsync)

@@ -211,7 +211,7 @@ def file_rows() -> list[Row]:
 
 
 ROWS = [*value_rows(), *file_rows()]
-PROCESSES = {"generate": 2, "split": 1, "profile": 1, "probe": 1, "plan": 5}
+PROCESSES = {"generate": 1, "split": 1, "profile": 1, "probe": 1, "plan": 1}  # each takes a torch of its own
 
 
 def spread(command: str, count: int) -> list[Row]:
@@ -297,7 +297,7 @@ def flags_of(row: Row) -> set[str]:
 
 
 def test_there_are_three_hundred_over_every_subcommand_and_flag():
-    assert len(AS_PROCESSES) == 10 and len(IN_PROCESS) >= 290
+    assert len(AS_PROCESSES) == 5 and len(IN_PROCESS) >= 290
     for command in COMMANDS:
         seen = set().union(*(flags_of(row) for row in ROWS if row.arguments[0] == command))
         for action in flags(command):

@@ -74,12 +74,21 @@ def assert_trace(file, num_passes: int) -> None:
 
 
 @pytest.mark.parametrize("options", [("-tp", "2"), ()], ids=["self-launched", "torchrun"])
-def test_json_says_what_each_rank_moved(command, options):
+def test_rank_0_alone_speaks_and_says_what_each_rank_moved(command, options):
+    """Under torchrun both ranks have the same standard input: rank 0 reads it for all."""
     launcher = () if options else TORCHRUN
-    more = ("--resident", "none", "--max-tokens", "4", "--json", "--prompt", "Return the", *GREEDY)
-    done = command("generate", *options, *more, launcher=launcher, in_passes=COUNTS_MORE).finish()
+    more = ("--resident", "none", "--max-tokens", "4", "--json", "--verbose", *GREEDY)
+    more += ("--device-profile", "cpu")  # what would be measured might cut the prompts
+    started = command("generate", *options, *more, launcher=launcher, in_passes=COUNTS_MORE)
+    done = started.finish(stdin="Return the\nRaise an error\nTest\n")
     assert done.exit_code == 0, done.stderr
-    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["Return the"]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["Return the", "Raise an error", "Test"]
+    assert [len(line["outputs"][0]["token_ids"]) for line in lines] == [4, 4, 4]
+    assert len(done.pids()) == 2
+    assert done.stderr.count("predicted decode pass") == 1 and done.stderr.count("passes took") == 1
+    assert "rank 0 of 2: cpu" in done.stderr  # each where it runs, when asked; what another one says is its launcher's
+    assert ("rank 1 of 2: cpu" in done.stderr) == bool(launcher)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith('{"transfers":')]
     transfers = json.loads(line)["transfers"]
     assert [one["rank"] for one in transfers] == [0, 1]
@@ -93,16 +102,3 @@ def test_json_says_what_each_rank_moved(command, options):
         assert calls == {"embed_allreduce": 4, "attn_allreduce": 16, "ffn_allreduce": 16}
         copies = 4 * (4 * 2 + 1) + 2  # those of the passes, and of the prologue
         assert one["weights"]["total"]["num_calls"] == copies and one["weights"]["total"]["sent_bytes"] > 2**20
-
-
-def test_rank_0_alone_speaks_under_torchrun(command):
-    """Both ranks have the same standard input: rank 0 reads it for all."""
-    options = ("--max-tokens", "4", "--json", "--verbose", *GREEDY)
-    done = command("generate", *options, launcher=TORCHRUN).finish(stdin="Return the\nRaise an error\nTest\n")
-    assert done.exit_code == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["prompt"] for line in lines] == ["Return the", "Raise an error", "Test"]
-    assert [len(line["outputs"][0]["token_ids"]) for line in lines] == [4, 4, 4]
-    assert len(done.pids()) == 2
-    assert done.stderr.count("predicted decode pass") == 1 and done.stderr.count("passes took") == 1
-    assert "rank 0 of 2: cpu" in done.stderr and "rank 1 of 2: cpu" in done.stderr  # each where it runs, when asked

@@ -6,7 +6,8 @@ import pytest
 from penstock.engine.commands import cli
 from penstock.engine.planning.device_profile import cache_directory, load_profile
 
-from tests.support.commands import TORCHRUN, Command
+from tests.support.commands import Command
+from tests.support.forked_ranks import fork_ranks
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,15 +53,20 @@ def test_mistakes_are_one_line_and_status_two(capsys, arguments, message):
     assert f"penstock: error: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("launcher, arguments", [((), ["-tp", "2"]), (TORCHRUN, [])], ids=["self-launch", "torchrun"])
-def test_two_ranks(tmp_path, launcher, arguments):
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = Command(tmp_path, "probe", "--device", "cpu", "--json", *arguments, launcher=launcher, **cache)
-    try:
-        done = command.finish()
-    finally:
-        command.kill()
-    assert done.exit_code == 0, done.stderr
+@pytest.mark.parametrize("launcher", ["self-launch", "torchrun"])
+def test_two_ranks(tmp_path, monkeypatch, launcher):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ("probe", "--device", "cpu", "--json")
+    if launcher == "torchrun":
+        done = fork_ranks(2, "-m", "penstock", *arguments, timeout=100)
+        assert done.all_ended, done.stderr
+    else:
+        command = Command(tmp_path, *arguments, "-tp", "2")
+        try:
+            done = command.finish()
+        finally:
+            command.kill()
+        assert done.exit_code == 0, done.stderr
     (line,) = done.stdout.splitlines()  # one voice
     profile = json.loads(line)
     assert profile == json.loads((tmp_path / "cache" / "penstock" / "cpu-2.json").read_text())

@@ -137,6 +137,15 @@ def test_what_lies_between_decode_passes():
     assert "starts 14.500 ms after" in line and "takes 10.000 ms" in line
 
 
+def test_a_last_pass_that_takes_long_makes_no_pass_longer_than_its_period():
+    """It is in no period: both medians are those of the same passes."""
+    traced = traced_by_hand()
+    lane = [replace(one, end_s=one.end_s + 1.0) if one.pass_index == 4 else one for one in traced.intervals[0, False]]
+    two = replace(traced, shapes=traced.shapes[:5], intervals=traced.intervals | {(0, False): lane})
+    times = two.decode_times(rank=0)
+    assert times.graph_s == pytest.approx(10e-3) and times.period_s == pytest.approx(14e-3)
+
+
 def test_a_single_decode_pass_has_nothing_behind_it():
     traced = traced_by_hand()
     alone = replace(traced, shapes=traced.shapes[:4])

@@ -1,6 +1,7 @@
 """The sampler against transformers' processors, its own distribution, and itself in other batches."""
 
 import contextlib
+import functools
 from dataclasses import replace
 
 import pytest
@@ -311,6 +312,12 @@ def outputs_of(stages: frozenset[str] | None, device: str) -> list[list]:
     return results
 
 
+@functools.cache
+def outputs_once() -> list[list]:
+    """Those of the rows' own stages; whoever asks has the kernels put in."""
+    return outputs_of(None, "cpu")
+
+
 def test_kernels_read_a_batch_whole_and_give_what_the_references_give(by_kernels, monkeypatch):
     """Runs all stages by Triton: each kernel once a pass, whatever CHUNK_ELEMENTS is."""
     monkeypatch.setattr(sampler_module, "CHUNK_ELEMENTS", 2 * V)
@@ -331,7 +338,7 @@ def test_kernels_read_a_batch_whole_and_give_what_the_references_give(by_kernels
 
 def test_logits_are_copied_for_some_rows_at_a_time(by_kernels, monkeypatch):
     """Those that penalties and filters copy; the bits are those of all rows at once."""
-    found = outputs_of(None, "cpu")
+    found = outputs_once()
     monkeypatch.setattr(sampler_module, "COPIED_ROWS", 3)
     num_calls = 3 * -(-len(MIXED) // 3)
     with counted(penalty.calls, triton=num_calls), counted(filters.calls, triton=num_calls):
@@ -340,7 +347,7 @@ def test_logits_are_copied_for_some_rows_at_a_time(by_kernels, monkeypatch):
 
 def test_stages_that_nobody_asks_for_change_nothing(by_kernels):
     """A captured pass runs all of them: greedy rows stay greedy, and a row asks for none of another's."""
-    assert outputs_of(frozenset(STAGES), "cpu") == outputs_of(None, "cpu")
+    assert outputs_of(frozenset(STAGES), "cpu") == outputs_once()
     samplings = [GREEDY, replace(PLAIN, seed=4)]
     logits, rows = random_logits(2), torch.tensor([0, 1])
     for sampling in samplings:

@@ -105,7 +105,6 @@ def test_an_interrupted_run_ends_at_once(command):
     assert started.stderr.endswith("penstock: interrupted\n") and "Traceback" not in started.stderr
 
 
-@alone
 def test_a_port_in_use(monkeypatch, capfd):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

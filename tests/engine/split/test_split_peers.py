@@ -1,10 +1,8 @@
 """The host side against device sides that do what they should not: it fails with one line and leaves nothing behind."""
 
 import gc
-import os
 import re
 import sys
-import threading
 import time
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ from penstock.parallel.ledger import Site
 from penstock.scheduler.batching.request import SamplingParams
 
 from tests.support.commands import is_alive
+from tests.support.held import assert_no_more_than, held
 
 # A peer has `connection`, frames, and the answer to the call of the tests below.
 PRELUDE = r"""
@@ -135,10 +134,6 @@ def use(monkeypatch, does: str) -> None:
     monkeypatch.setattr(device_process, "DEVICE_COMMAND", (sys.executable, "-I", "-S", "-c", PRELUDE + does))
 
 
-def left() -> tuple[int, set]:
-    return len(os.listdir("/proc/self/fd")), {thread.name for thread in threading.enumerate()}
-
-
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_that_does_something_else_ends_with_one_line(name, monkeypatch):
     peer = PEERS[name]
@@ -146,7 +141,7 @@ def test_a_peer_that_does_something_else_ends_with_one_line(name, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "of the host side's")
     if "closes and lives on" in name:
         monkeypatch.setattr(device_process, "CLOSE_S", 0.1)
-    before, x, out = left(), torch.ones(peer.num_rows, 256), torch.full((peer.num_rows, 256), 7.0)
+    before, x, out = held(), torch.ones(peer.num_rows, 256), torch.full((peer.num_rows, 256), 7.0)
     channel, start = Subprocess(EngineConfig("demo"), torch.float32, 300, 0), time.monotonic()
     if peer.message == LATE:
         channel._await_ready()  # for that it has its time, on any machine
@@ -163,7 +158,7 @@ def test_a_peer_that_does_something_else_ends_with_one_line(name, monkeypatch):
         channel.call(Site("attn_output", 0), [x], out)
     channel.close()
     assert torch.equal(out, expected) and channel.ledger.total.num_calls == peer.num_answered
-    assert left() == before
+    assert_no_more_than(before)
 
 
 def test_values_that_are_odd_but_finite_are_taken(monkeypatch):

@@ -158,10 +158,10 @@ def test_captures_of_all_buckets(monkeypatch, capsys):
     assert captures["seconds"] > 0 and captures["num_graphs"] >= len(bucket_sizes(6))
 
 
-@pytest.mark.alone
 def test_the_process_began_before_now():
+    """To a clock tick; another one began between the moment before it was started and the one behind its end."""
     began_s = startup_phases.process_start_s()
     command = [sys.executable, "-c", "from scripts.bench.startup_phases import process_start_s as s; print(repr(s()))"]
     before = time.perf_counter()
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert began_s < before and before - 0.05 < float(done.stdout) < before + 1.0
+    assert began_s < before and before - 0.05 < float(done.stdout) < time.perf_counter()

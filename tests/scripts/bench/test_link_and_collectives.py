@@ -52,18 +52,20 @@ def test_link(records):
     for load, in_flight in itertools.product(("reads", *REDUCE_BYTES), (None, 2)):
         assert ("h2d", "together", MIB, in_flight, load) in seen
     for row in record["rows"]:
-        assert len(row["rates_gb_s"]) == 2 and row["gb_s"] == min(row["rates_gb_s"]) > 0.001
+        assert len(row["rates_gb_s"]) == 2 and row["gb_s"] == min(row["rates_gb_s"]) > 0
         assert row["sum_gb_s"] == pytest.approx(sum(row["rates_gb_s"])) and 0 < row["fraction_of_best"] <= 1
-    assert sum(row["fraction_of_best"] == 1 for row in record["rows"]) == 4  # directions x ranks
+    for direction, ranks in itertools.product(("h2d", "d2h"), ("alone", "together")):
+        alike = [row for row in record["rows"] if (row["direction"], row["ranks"]) == (direction, ranks)]
+        assert max(row["fraction_of_best"] for row in alike) == 1
 
 
 def test_collectives(records):
     record = records[1]
-    assert record["benchmark"] == "collectives" and record["collectives"] == "Gloo" and record["copies_gb_s"] > 0.01
+    assert record["benchmark"] == "collectives" and record["collectives"] == "Gloo" and record["copies_gb_s"] > 0
     assert [row["bytes"] for row in record["rows"]] == [4096, 65536]
     for row in record["rows"]:
         assert row["bus_gb_s"] == pytest.approx(row["bytes"] / row["eager_s"] / 1e9)  # 2 (n - 1) / n is 1
-        assert row["eager_s"] > 1e-5 and row["eager_s_beside_copies"] > 1e-5
+        assert row["eager_s"] > 0 and row["eager_s_beside_copies"] > 0
 
 
 def test_one_rank_has_no_collectives(monkeypatch, capsys):

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from scripts.bench import serving
-from scripts.bench.http_client import stream
+from scripts.bench.arrivals import latency_fields
+from scripts.bench.http_client import poll, stream
 from tests.support.scripts import run
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-model-len", "64", "--resident", "all")
@@ -18,11 +19,37 @@ def test_both_ways_are_measured(monkeypatch, capsys, how):
     record = run(monkeypatch, capsys, serving, *ENGINE, *JOBS, *how)
     loop, http = record["rows"]
     assert (loop["fed"], http["fed"]) == ("in process", "by HTTP")
+    assert record["ratios"].keys() == loop.keys() - {"fed"}
     for name, ratio in record["ratios"].items():
-        assert http[name] > 0 and ratio == pytest.approx(http[name] / loop[name])
+        is_gap = "tpot" in name or "itl" in name  # which are 0 where tokens came together
+        assert http[name] > 0 or (is_gap and http[name] == 0)
+        assert loop[name] > 0 and ratio == pytest.approx(http[name] / loop[name])
     assert record["max_num_seqs"] == (5 if how[0] == "--load" else 2)
     assert record["request_rate"] == pytest.approx(record["load"] * record["requests_per_second_at_once"])
     assert record["health"]["num_calls"] > 0 and record["health"]["p99_ms"] >= record["health"]["median_ms"] > 0
+
+
+def test_outputs_of_one_token_have_no_gaps_to_compare(capsys):
+    rows = [{"fed": fed, "tokens_per_second": 4.0, **latency_fields([0.0], [[2.0]])} for fed in ("a", "b")]
+    ratios = serving.ratios_of(*rows)
+    assert ratios["tokens_per_second"] == ratios["p99_ttft_ms"] == 1.0 and "median_tpot_ms" not in ratios
+    serving.say({"rows": rows, "ratios": ratios, "health": {"num_calls": 1, "median_ms": 1.0, "p99_ms": 1.0}})
+    assert capsys.readouterr().out.splitlines()[3].split() == ["ratio", "1.000", "1.000", "1.000", "-", "-"]
+
+
+def test_health_is_asked_once_however_soon_all_has_ended():
+    async def ask() -> list[float]:
+        async def answer(reader, writer):
+            while await reader.read(1000):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+
+        ended = asyncio.Event()
+        ended.set()
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            return await poll(server.sockets[0].getsockname(), "/health", 10, ended)
+
+    assert len(asyncio.run(ask())) == 1
 
 
 def test_a_server_that_does_not_start_is_an_error():

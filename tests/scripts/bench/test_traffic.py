@@ -2,14 +2,15 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from scripts.bench import throughput, traffic
+from scripts.bench import job_run, throughput, traffic
 from scripts.bench.traffic_rows import ENDING, FIRST_TOKEN, FULL, JOB, ROWS, TOKEN, URGENT, Row
 from scripts.report.page import Record, render
 from tests.support.commands import ROOT
-from tests.support.fake_vllm import VERSION, FakeVllm
+from tests.support.fake_vllm import STEP_S, VERSION, FakeVllm
 from tests.support.scripts import refused, run
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy", "--max-num-seqs", "4")
@@ -19,6 +20,18 @@ JOBS = (*ENGINE, "--num-prompts", "7", "--input-len", "8", "--output-len", "4")
 @pytest.fixture
 def vllm(tmp_path, monkeypatch) -> FakeVllm:
     return FakeVllm(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def timed(monkeypatch) -> None:
+    """A run of the engine takes a hundredth of a second for each token of its longest output, whatever the machine
+    does: what is measured as a difference of runs is known, and a call takes nothing beside its passes."""
+
+    def run(llm, jobs, params):
+        _, outputs = job_run.run(llm, jobs, params)
+        return 0.01 * max(job.output_len for job in jobs), outputs
+
+    monkeypatch.setattr(traffic, "run", run)
 
 
 def check_kinds(record: dict) -> None:
@@ -61,7 +74,7 @@ SMALL = (
 )
 
 
-def test_rows_of_traffic(monkeypatch, capsys, vllm):
+def test_rows_of_traffic(monkeypatch, capsys, vllm, timed):
     monkeypatch.setattr(traffic, "ROWS", SMALL)
     record = run(monkeypatch, capsys, traffic, *ENGINE, "--compare", "vllm", "--vllm", str(vllm.site))
     assert record["benchmark"] == "traffic" and record["vllm"]["version"] == VERSION
@@ -72,9 +85,10 @@ def test_rows_of_traffic(monkeypatch, capsys, vllm):
         assert row["bound_s"] > 0 and row["fraction_of_bound"] == pytest.approx(row["bound_s"] / row["measured_s"])
         assert row["predicted_over_measured"] == pytest.approx(row["predicted_s"] / row["measured_s"])
         assert row["speedup"] == pytest.approx(row["vllm_measured_s"] / row["measured_s"])
+    assert token["measured_s"] == pytest.approx(0.01) and token["vllm_measured_s"] == pytest.approx(STEP_S)
     assert token["tokens_per_second"] == pytest.approx(4 / token["measured_s"])
     (prefill,) = first["by_kind"]
-    assert first["predicted_s"] == pytest.approx(prefill["predicted_s"] + first["call_s"]) and first["call_s"] >= 0
+    assert first["predicted_s"] == pytest.approx(prefill["predicted_s"]) and first["call_s"] == pytest.approx(0.0)
     assert "call_s" not in token and "call_s" not in job
     check_kinds(job)
     *_, job_asked = vllm.asked("generate")
@@ -87,16 +101,36 @@ def test_rows_of_traffic(monkeypatch, capsys, vllm):
     assert [said.get("logprobs") for _, said in longer] == [None, None, None, 2]
 
 
-def test_a_batch_that_never_decodes_together_is_said(monkeypatch, capsys, vllm):
+def test_a_batch_that_never_decodes_together_is_said(monkeypatch, capsys, vllm, timed):
     monkeypatch.setattr(traffic, "ROWS", SMALL[1:2])
     options = ("--num-pages", "3", "--max-model-len", "32", "--compare", "vllm", "--vllm", str(vllm.site))
     (row,) = run(monkeypatch, capsys, traffic, *ENGINE, *options)["rows"]
     assert row["error"] == "the KV cache is too small for its 4 sequences at once"
-    assert row["vllm_measured_s"] and "speedup" not in row
+    assert row["vllm_measured_s"] == pytest.approx(STEP_S) and "speedup" not in row
+
+
+@pytest.mark.parametrize("first_s, more_s, call_s", [(0.5, 1.3, 0.4), (0.5, 4.5, 0.0), (0.5, 5.0, 0.0)])
+def test_a_call_takes_what_its_token_does_not(monkeypatch, first_s, more_s, call_s):
+    """Of the shortest of some runs; where a token takes longer than the whole call did, nothing is left."""
+    times = {1: [9.0] * 4 + [first_s], 9: [more_s] + [9.0] * 4}
+    monkeypatch.setattr(traffic, "run", lambda _, jobs, params: (times[jobs[0].output_len].pop(), []))
+    assert traffic.measure_call(None) == pytest.approx(call_s)
+
+
+@pytest.mark.parametrize("short_s", [0.5, 0.6])
+def test_a_longer_run_that_takes_no_longer_is_said(short_s):
+    """It has neither a time of a token nor anything that would follow from one; ours or theirs."""
+    row, runs = SMALL[1], [[], []]
+    error = {"error": "its run of 3 more tokens took no longer than the one without them"}
+    assert traffic.time_fields(row, runs, [short_s, 0.5]) == error
+    report = {"rows": [{"measured_s": 0.1}]}
+    result = {"offloaded_bytes": 7, "runs": [{"elapsed_s": short_s}, {"elapsed_s": 0.5}]}
+    traffic.compare_rows(report, [row], [runs], SimpleNamespace(options={}), result)
+    assert report["rows"] == [{"measured_s": 0.1, "vllm_error": error["error"]}]
 
 
 @pytest.mark.parametrize("option", ["cpu_offload_gb", "offload_group_size"])
-def test_weights_that_vllm_offloads_are_counted(monkeypatch, capsys, vllm, option):
+def test_weights_that_vllm_offloads_are_counted(monkeypatch, capsys, vllm, timed, option):
     monkeypatch.setattr(traffic, "ROWS", SMALL[:2])
     options = ("--compare", "vllm", "--vllm", str(vllm.site), "--vllm-options", f'{{"{option}": 7}}')
     record = run(monkeypatch, capsys, traffic, *ENGINE, "--resident", "none", *options)
