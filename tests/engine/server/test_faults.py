@@ -29,6 +29,16 @@ def begin_pass(batch):
         time.sleep(0.01)
     time.sleep(0.02)
 """
+# A tokenizer that fails at a token of those who ask for 40.
+FAILING = """
+from penstock.engine.output import Sequence
+push = Sequence.push
+def failing_push(sequence, token):
+    if len(sequence.request.output_token_ids) == 3 and sequence.request.params.max_tokens == 40:
+        raise RuntimeError("a secret of the tokenizer")
+    return push(sequence, token)
+Sequence.push = failing_push
+"""
 
 
 class Reader:
@@ -109,10 +119,12 @@ def test_while_a_pass_stands_still_the_server_answers_and_forgets_who_leaves(tmp
 
 @pytest.mark.alone
 def test_rows_that_give_way_and_pages_that_are_used_again_give_the_same_texts(tmp_path):
-    """Pages for two of four rows. Those that are cached of a prompt are found, and no more once others used them."""
+    """Pages for two of four rows. Those that are cached of a prompt are found, and no more once others used them. Texts
+    that failed before leave nothing of that."""
     long, *others = (list(range(first, first + 64)) for first in (100, 200, 300))
-    with server_process(tmp_path, "--max-model-len", "80", "--num-pages", "9") as server:
+    with server_process(tmp_path, "--max-model-len", "80", "--num-pages", "9", in_passes=FAILING) as server:
         server.wait_ready()
+        check_failing_texts(server)
         together = ask(server, prompt=PROMPTS)
         assert metric(server, "num_preemptions_total") > 0
         prompts = [long, long, *others, long]
@@ -125,6 +137,18 @@ def test_rows_that_give_way_and_pages_that_are_used_again_give_the_same_texts(tm
         again = [llm.generate([prompt], params)[0].outputs[0].text for prompt in prompts]
     assert [choice["text"] for choice in together["choices"]] == expected
     assert [answer["choices"][0]["text"] for answer in answers] == again
+
+
+def check_failing_texts(server: ServerProcess) -> None:
+    """Asserts that a text that cannot be made ends its request alone, streamed or not, and tells nothing."""
+    streamed = Reader(server, prompt=PROMPTS[0], max_tokens=40)
+    whole = httpx.post(f"{server.url}{PATH}", json=LONG | {"prompt": PROMPTS[1], "max_tokens": 40}, timeout=60)
+    *chunks, last = [json.loads(event.removeprefix("data: ")) for event in streamed.join().split("\n\n")[:-1]]
+    assert len(chunks) < 40 and all("choices" in chunk for chunk in chunks)
+    assert whole.status_code == 500 and whole.headers["x-should-retry"] == "false"
+    for error in (last["error"], whole.json()["error"]):
+        assert error["code"] == "request_failed" and "secret" not in error["message"]
+    assert server.health() == 200
 
 
 def test_no_wait_of_the_server_asks_for_the_time_of_day():
