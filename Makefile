@@ -3,7 +3,7 @@
 # make serve-demo: install what a server needs and serve the embedded model at http://127.0.0.1:8000, until Ctrl-C.
 # make test: install the test extra as well, fetch that model, and run linter and suite.
 # make test-real: compare that model's answers with those of transformers, and nothing else.
-# make test-clients: install lm-eval and schemathesis, and try them against a server.
+# make test-clients: install lm-eval and schemathesis, and try them against servers.
 # make soak: every way and time for a rank to die, and many more cases of one kind, which takes minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -64,10 +64,10 @@ test-real: $(VENV)/installed-test $(REAL_MODEL)
 	$(BIN)/python -m pytest -m real --real-model=$(REAL_MODEL)
 
 test-clients: $(CLIENTS)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients --clients=$(CLIENTS)/bin
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients --clients=$(CLIENTS)/bin --numprocesses 2
 
-soak: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+soak: $(CLIENTS)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --clients=$(CLIENTS)/bin
 	OMP_NUM_THREADS=1 $(OLD_CPU) $(BIN)/python -m pytest -m "tolerance and not alone" --numprocesses 3 $(IN_TURN)
 
 lint: $(VENV)/installed-test
@@ -91,11 +91,18 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(INSTALL) -e ".[test]"
 	touch $@
 
-$(CLIENTS)/installed: $(VENV)/installed-test
-	$(PYTHON) -m venv $(CLIENTS)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > $$($(CLIENTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "lm-eval[api]==0.4.13" schemathesis==4.32.5
+# Beside the packages of $(VENV), but torch, which lm-eval would import if it were there, and without lm-eval's own 14,000
+# files of tasks, all of which it would read first.
+$(CLIENTS)/installed: tests/clients.txt $(VENV)/installed-test
+	rm -rf $(CLIENTS)
+	$(PYTHON) -m venv --without-pip $(CLIENTS)
+	mkdir $(CLIENTS)/shared
+	ln -s $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/* $(CLIENTS)/shared
+	rm $(CLIENTS)/shared/torch $(CLIENTS)/shared/torch-*
+	echo $(abspath $(CLIENTS)/shared) > $$(echo $(CLIENTS)/lib/python*/site-packages)/shared.pth
+	$(BIN)/pip --python $(CLIENTS)/bin/python install --quiet --disable-pip-version-check --no-compile --no-deps \
+	  -r tests/clients.txt
+	rm -r $(CLIENTS)/lib/python*/site-packages/lm_eval/tasks/*/
 	touch $@
 
 clean:

@@ -5,6 +5,7 @@ The errors are the API's, and name no path of this machine.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from penstock.engine.weights.gguf_file import is_gguf
 from penstock.scheduler.batching.request import TooLong
 
 TOO_LONG = "context_length_exceeded"
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object, in Python's words for what a template cannot do
 
 
 def sequences_of(llm: LLM, asked: Completion | Chat) -> list[Sequence]:
@@ -80,7 +82,7 @@ def api_errors(config: EngineConfig, field: str) -> Iterator[None]:
         yield
     except ValueError as error:
         told = naming_field(error, field, TOO_LONG if isinstance(error, TooLong) else None)
-        told.message = without_paths(told.message, config)
+        told.message = _ADDRESS.sub("", without_paths(told.message, config))
         raise told from None
 
 

@@ -48,6 +48,7 @@ GENERIC = {  # kind of record: its section
     "collectives": "Collectives",
     "codec": "Lossless compression",
     "startup": "Start-up",
+    "serve_startup": "Start-up of a server",
     "endless": "Sequences without an end",
     "sink_perplexity": "Attention sinks",
     "split": "Split execution",

@@ -1,4 +1,4 @@
-"""Programs that others wrote, as they are, against a server: lm-eval and schemathesis."""
+"""Programs that others wrote, as they are, each against a server of its own: lm-eval and schemathesis."""
 
 import json
 import os
@@ -10,8 +10,11 @@ import pytest
 from penstock import LLM, SamplingParams
 from tests.support.server_process import server_process
 
-pytestmark = [pytest.mark.clients, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 ENGINE = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
+# Many short rows: a request of hundreds of choices is done in seconds.
+SHORT = ("--max-model-len", "64", "--max-num-seqs", "256")
+ANSWER_S = 120  # that schemathesis waits for an answer
 DEMO = Path(__file__).parents[3] / "engine/demo_model"
 QUESTIONS = ["Return the", "Open the file", "Log a message with", "If the"]
 CHOICES = [" value", " first line of it", " number", "\n"]
@@ -21,14 +24,6 @@ CHOOSES = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "do
 WRITES = {"output_type": "generate_until", "doc_to_target": "{{gold}}"}
 WRITES |= {"generation_kwargs": {"until": [UNTIL], "max_gen_toks": MOST, "do_sample": False, "temperature": 0}}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    options = [part for name, value in ENGINE.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    with server_process(tmp_path_factory.mktemp("server"), *options) as server:
-        server.wait_ready()
-        yield server
 
 
 def run(clients: Path, name: str, *arguments: str, cwd: Path) -> str:
@@ -46,24 +41,31 @@ def samples(folder: Path, task: str) -> list[dict]:
     return sorted(logged, key=lambda one: one["doc_id"])
 
 
-def test_lm_eval_sees_the_engines_own_numbers(clients, server, tmp_path):
-    rows = [{"q": question, "choices": CHOICES, "gold": 0} for question in QUESTIONS]
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks").mkdir()
-    for name, metric, own in (("chooses", "acc", CHOOSES), ("writes", "exact_match", WRITES)):
-        task = TASK | own | {"task": name, "metric_list": [{"metric": metric}]}
-        task["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "docs.jsonl")}}
-        (tmp_path / f"tasks/{name}.yaml").write_text(json.dumps(task))
-    model = f"model=demo,base_url={server.url}/v1/completions,tokenizer={DEMO},num_concurrent=4"
-    options = ["--model", "local-completions", "--model_args", model, "--batch_size", "8", "--include_path", "tasks"]
-    run(
-        clients, "lm_eval", *options, "--tasks", "chooses,writes", "--log_samples", "--output_path", "out", cwd=tmp_path
-    )
+@pytest.mark.alone
+def test_lm_eval_sees_the_engines_own_numbers(clients, tmp_path):
+    write_tasks(tmp_path)
+    with server_process(tmp_path / "server") as server:
+        server.wait_ready()
+        model = f"model=demo,base_url={server.url}/v1/completions,tokenizer={DEMO},num_concurrent=4"
+        options = ["--model", "local-completions", "--model_args", model, "--batch_size", "8"]
+        options += ["--include_path", "tasks", "--tasks", "chooses,writes", "--log_samples", "--output_path", "out"]
+        run(clients, "lm_eval", *options, cwd=tmp_path)
     with LLM("demo", **ENGINE) as llm:
         check_choices(llm, samples(tmp_path, "chooses"))
         for logged, question in zip(samples(tmp_path, "writes"), QUESTIONS, strict=True):
             params = SamplingParams(temperature=0, max_tokens=MOST, stop=[UNTIL])
             assert logged["resps"] == [[llm.generate(question, params)[0].outputs[0].text]]
+
+
+def write_tasks(folder: Path) -> None:
+    """Writes two tasks for lm-eval, one of choices and one of texts, and their questions."""
+    rows = [{"q": question, "choices": CHOICES, "gold": 0} for question in QUESTIONS]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks").mkdir()
+    for name, metric, own in (("chooses", "acc", CHOOSES), ("writes", "exact_match", WRITES)):
+        task = TASK | own | {"task": name, "metric_list": [{"metric": metric}]}
+        task["dataset_kwargs"] = {"data_files": {"test": str(folder / "docs.jsonl")}}
+        (folder / f"tasks/{name}.yaml").write_text(json.dumps(task))
 
 
 def check_choices(llm: LLM, logged: list[dict]) -> None:
@@ -79,6 +81,18 @@ def check_choices(llm: LLM, logged: list[dict]) -> None:
             assert is_greedy in (str(all(one.rank == 1 for one in scored)), all(one.rank == 1 for one in scored))
 
 
-def test_schemathesis_finds_no_fault_of_the_servers(clients, server, tmp_path):
-    options = ["--max-examples", "100", "--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--seed", "1"]
-    run(clients, "schemathesis", "run", f"{server.url}/openapi.json", *options, cwd=tmp_path)
+@pytest.mark.parametrize(
+    "most",
+    [
+        pytest.param(100, marks=pytest.mark.alone),
+        pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_schemathesis_finds_no_fault_of_the_servers(clients, tmp_path, most):
+    """In so many requests for each route."""
+    with server_process(tmp_path / "server", *SHORT) as server:
+        server.wait_ready()
+        options = ["--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--seed", "1", "--workers", "2"]
+        limits = ["--max-examples", str(most), "--request-timeout", str(ANSWER_S)]
+        run(clients, "schemathesis", "run", f"{server.url}/openapi.json", *options, *limits, cwd=tmp_path)
+        assert server.health() == 200

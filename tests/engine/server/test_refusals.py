@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.access import MOST_BODY_BYTES
-from penstock.engine.server.encoding import without_paths
+from penstock.engine.server.encoding import api_errors, without_paths
+from penstock.engine.server.errors import ApiError
 from penstock.engine.server.fields import REFUSED
 from penstock.engine.server.validation import (
     MOST_PROMPTS,
@@ -44,10 +45,11 @@ WRONG = {  # by field: values that are refused on both routes
     "logit_bias": [{"1": 5}, [1], {"1": "a"}],
     "suffix": ["end"],
     "functions": [[{"name": "f"}]],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "text"],
-    "structured_outputs": [{"regex": "a"}],
-    "guided_json": [{"type": "object"}],
-    "guided_regex": ["a"],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "text", {"schema": {"$ref": "#"}}],
+    "structured_outputs": [{"regex": "a"}, {"regex": "(a+)+$" * 10_000}],
+    "guided_json": [{"type": "object"}, {"$ref": "#"}],
+    "guided_regex": ["a", "((a*)*)*b" * 10_000],
+    "guided_choice": [[str(number) for number in range(100_000)]],
     "min_tokens": [1],
     "bad_words": [["a"]],
     "allowed_token_ids": [[1]],
@@ -232,3 +234,10 @@ def test_no_folder_of_the_server_is_told(served, tmp_path):
     assert told == "the chat template: conversation 0: roles must alternate"
     folder = find_model("demo")
     assert without_paths(f"{folder}/tokenizer.json: cannot encode", config) == "tokenizer.json: cannot encode"
+
+
+def test_no_address_of_the_servers_memory_is_told(served):
+    told = "TypeError: can only concatenate str (not <Macro object at 0x7f00deadBEEF>) to str"
+    with pytest.raises(ApiError) as raised, api_errors(served.service.config, "messages"):
+        raise ValueError(told)
+    assert raised.value.message == told.replace(" at 0x7f00deadBEEF", "")
