@@ -30,7 +30,7 @@ from scripts.bench.workload import natural, positive
 ROOT = Path(__file__).resolve().parents[2]
 MOST_OVER_GENERATE = 1.3
 START_S = 600.0  # for a server to be ready
-PAUSE_S = 0.005  # between two looks at it
+PAUSE_S = 0.05  # between two looks at it, which take their time from it
 PROMPT = json.dumps({"prompt_token_ids": [5] * 32})
 IMPORT = "import time, penstock.engine.llm; start = time.perf_counter(); import fastapi, uvicorn"
 KINDS = ("generate", "serve", "import")
