@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "engine.text",
         "engine.weights.gguf_file",
     ),
+    "engine.text.model_prompts": ("engine.config", "engine.output", "engine.text", "scheduler.batching"),
     "engine.output": ("engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
     "engine.server.histogram": (),
