@@ -37,7 +37,6 @@ class RemoteEngine:
         self.facts: EngineFacts | None = None
         self.state, self.times, self.progress = EngineState(), PassTimes(), Progress().to_dict()
         self.has_failed = False
-        self.num_messages = 0  # of passes
         self._journeys: dict[int, Journey] = {}  # those that have not ended, by request id
         self._rowless: dict[int, Journey] = {}  # those of them that never had a row
         self._mean_tokens: float | None = None  # of answers that ended by themselves; recent ones count more
@@ -150,7 +149,6 @@ class RemoteEngine:
     def _hear_outputs(self, told: Outputs) -> None:
         """Gives each sequence, and its client, what came."""
         now_s = time.perf_counter()
-        self.num_messages += 1
         self.state = EngineState(*told.state)
         for request_id, num_cached in told.rows:
             if (journey := self._rowless.pop(request_id, None)) is not None:
