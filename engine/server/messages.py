@@ -48,11 +48,11 @@ class Ready(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Says what came of a turn of the loop. The columns `ids`, `counts`, `tokens` and `texts` have a request, its number
-    of tokens, the last of them and new text for each event. `logprobs` have the position [token, logprob, rank, text] * k
-    of that token where it was asked for, `scores` those of a prompt, both by request id; `ends` are (id, finish reason,
-    stop reason, error), `rows` (id, cached tokens) of those that got their first row. `passed` is the pass that ended,
-    if one did (pass_told), and `state` EngineState's fields."""
+    """Tells what came of a turn of the loop. The columns `ids`, `counts`, `tokens` and `texts` have a request, its
+    number of tokens, the last of them and new text for each event. `logprobs` have (token, logprob, rank, text) of each
+    candidate there, if asked for, `scores` those of a prompt, both by request id; `ends` are
+    (id, finish reason, stop reason, error), `rows` (id, cached tokens) of those that got their first row. `passed` is
+    the pass that ended, if one did (pass_told), and `state` EngineState's fields."""
 
     ids: list[int]
     counts: list[int]

@@ -127,10 +127,10 @@ class Server:
         """Lets requests end: until the time is over, a second signal comes, or the engine ends; then they are ended."""
         service = self.service
         if service.phase != "dead" and service.num_open:
-            self._say(f"ending: {service.num_open} requests have {self.options.shutdown_timeout:g} s")
+            self._say(f"ending: {service.num_open} requests have {self.service.options.shutdown_timeout:g} s")
             await self._until(
                 lambda: not service.num_open or self._num_signals > 1 or service.phase == "dead",
-                self.options.shutdown_timeout,
+                self.service.options.shutdown_timeout,
             )
             service.abort_all()
         await self._until(lambda: not service.num_open, ANSWER_S)

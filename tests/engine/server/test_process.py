@@ -127,7 +127,7 @@ def check_client(client: openai.OpenAI) -> None:
 def test_a_second_signal_ends_what_is_under_way(tmp_path):
     """Before that, half a head, half a body and a head that is too large are ended, and others answered meanwhile."""
     settings = "from penstock.engine.server import access, connection\naccess.BODY_S = connection.HEAD_S = 1.0\n"
-    with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW, fault=settings) as server:
+    with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW, in_front=settings) as server:
         refused = httpx.get(f"{server.url}/v1/models")
         assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         server.wait_ready()
@@ -181,7 +181,8 @@ def test_when_the_engines_process_is_killed_every_client_is_told_and_the_server_
         server.wait_ready()
         streams = Streams(client_of(server), 2)
         streams.wait_for_tokens()
-        whole = [threading.Thread(target=ask_whole, args=(server, answers := [])) for _ in range(2)]
+        answers: list[tuple[int, str]] = []
+        whole = [threading.Thread(target=ask_whole, args=(server, answers)) for _ in range(2)]
         for thread in whole:
             thread.start()
         until(lambda: httpx.get(f"{server.url}/status").json()["rows"]["running"] == 4)
