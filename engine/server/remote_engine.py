@@ -29,11 +29,10 @@ WEIGHT = 0.05  # of the newest answer in the mean
 
 
 class RemoteEngine:
-    """One engine. `metrics` hear of its passes and of sequences that end; `on_change` is called when it is loaded, or
-    has failed. `facts` are None until it is loaded."""
+    """One engine. `metrics` hear of its passes and of sequences that end. `facts` are None until it is loaded."""
 
-    def __init__(self, metrics: Metrics, on_change: Callable[[], None] = lambda: None):
-        self._metrics, self._on_change = metrics, on_change
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
         self.facts: EngineFacts | None = None
         self.state, self.times, self.progress = EngineState(), PassTimes(), Progress().to_dict()
         self.has_failed = False
@@ -112,7 +111,6 @@ class RemoteEngine:
             self._loop.remove_writer(self._channel.fileno())
             self._fail_all()
             self._known.set()
-            self._on_change()
 
     def _abort(self, ids: list[int], why: str) -> None:
         if ids:
@@ -144,7 +142,6 @@ class RemoteEngine:
     def _hear_ready(self, message: Ready) -> None:
         self.facts, self.state = EngineFacts(**message.facts), EngineState(*message.state)
         self._known.set()
-        self._on_change()
 
     def _hear_outputs(self, told: Outputs) -> None:
         """Gives each sequence, and its client, what came."""
@@ -200,4 +197,5 @@ class RemoteEngine:
         """Gives all clients the end of the engine."""
         journeys, self._journeys, self._rowless = list(self._journeys.values()), {}, {}
         for journey in journeys:
+            journey.sequence.request.finish_reason = FinishReason.ABORT
             journey.outbox.put(Piece(journey.choice, [], [], journey.num_tokens, Finish("error", None, DEAD)))
