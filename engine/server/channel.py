@@ -1,6 +1,7 @@
 """One end of the pair of sockets between front and engine. It never waits: what the other side does not take yet is
 kept, which the answers of the requests that were let in bound."""
 
+import contextlib
 import select
 import socket
 import threading
@@ -72,6 +73,11 @@ class Channel:
             return []
         *lines, self._received = self._received.split(b"\n")
         return [of_line(line) for line in lines]
+
+    def deafen(self) -> None:
+        """Ends what this end receives, so that a thread which waits for it goes on."""
+        with contextlib.suppress(OSError):  # the other side has gone
+            self._socket.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Closes this end; what is kept is lost."""

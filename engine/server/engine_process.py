@@ -18,6 +18,7 @@ from penstock.parallel.launch import python_path
 from penstock.parallel.processes import Process, Watched, host_id
 from penstock.parallel.pulse import STOPPED_S, stopped_for
 
+HEAR_S = 1.0  # for it to see that its standard input is closed
 COMMAND = (sys.executable, "-P", "-m", "penstock", "engine")
 
 
@@ -48,13 +49,19 @@ class EngineProcess:
 
     def end(self, most_s: float) -> None:
         """Waits so long for its end, and then ends it, and its ranks. Idempotent."""
-        for ask, wait_s in ((self._process.stdin.close, most_s), (self._process.kill, 1.0), (lambda: None, None)):
-            try:
-                self._process.wait(wait_s)
-                break
-            except subprocess.TimeoutExpired:
-                ask()
-        self._process.stdin.close()
+        has_ended = self._has_ended(most_s)
+        with contextlib.suppress(OSError):  # what it never read cannot be flushed
+            self._process.stdin.close()
+        if not has_ended and not self._has_ended(HEAR_S):
+            self._process.kill()
+            self._process.wait()
+
+    def _has_ended(self, within_s: float) -> bool:
+        try:
+            self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     @property
     def exit_status(self) -> int:

@@ -42,7 +42,7 @@ class EngineWork:
         """Works until the front says stop, or is gone. Raises what ended the engine, which the front is told before."""
         try:
             self.llm = self._load()
-            self.llm.engine.launch.on_failure(self._say_dead)
+            self.llm.engine.launch.on_failure(self._lose_rank)
             self.llm.loop.receive = self._receive
             self._channel.send(Ready(vars(facts_of(self.llm)), self._state()))
             while not self._stops:
@@ -72,10 +72,14 @@ class EngineWork:
             self._channel.send(Loading(progress.to_dict()))
 
     def _say_dead(self) -> None:
-        """Tells the front that the engine has failed. Where another rank has, a thread of the guard's does it: this
-        one may be inside a pass that never ends."""
         self._channel.send(Dead())
         self._channel.flush(DEAD_S)
+
+    def _lose_rank(self) -> None:
+        """Tells the front at once that another rank has failed, in a thread of the guard's: the engine's may be inside
+        a pass that never ends. If it waits for requests it goes on, to raise that."""
+        self._say_dead()
+        self._channel.deafen()
 
     def _turn(self) -> None:
         """Advances by a pass, or sleeps until there is something to do; tells what came of it."""

@@ -83,15 +83,16 @@ class Server:
         service.engine.attach(self.process.channel)
         others = [asyncio.create_task(self._open()), asyncio.create_task(self._watch())]
         await self._until(lambda: self._num_signals or service.phase == "dead" or serving.done() or self._error)
+        ends_s = time.monotonic()
         await self._drain()
-        has_failed, end_s = service.engine.has_failed, self._time_to_end()
+        has_failed, most_s = service.engine.has_failed, self._time_to_end(time.monotonic() - ends_s)
         service.engine.stop()
         service.close()
         for task in others:
             task.cancel()
         self._uvicorn.should_exit = True
         await serving
-        await asyncio.to_thread(self.process.end, end_s)
+        await asyncio.to_thread(self.process.end, most_s)
         return has_failed
 
     def _hear(self) -> None:
@@ -117,11 +118,13 @@ class Server:
         self._is_stopped = True
         self.service.engine.fail()
 
-    def _time_to_end(self) -> float:
-        """The seconds that the engine's process has to end by itself."""
-        if self._is_stopped or self.service.model is None and not self.service.engine.has_failed:
+    def _time_to_end(self, passed_s: float) -> float:
+        """The seconds that the engine's process has to end by itself, when so many have passed since it failed, or the
+        server was told to end."""
+        has_failed = self.service.engine.has_failed
+        if self._is_stopped or (self.service.model is None and not has_failed):
             return GIVE_UP_S
-        return FAIL_S if self.service.engine.has_failed else CLOSE_S
+        return max(FAIL_S - passed_s, GIVE_UP_S) if has_failed else CLOSE_S
 
     async def _drain(self) -> None:
         """Lets requests end: until the time is over, a second signal comes, or the engine ends; then they are ended."""

@@ -98,6 +98,17 @@ def test_who_waits_sends_meanwhile_what_is_kept(ends):
     assert theirs.receive() == [Stop()]
 
 
+def test_who_waits_goes_on_once_it_is_deaf(ends):
+    ours, theirs = ends
+    waiting = threading.Thread(target=theirs.wait)
+    waiting.start()
+    theirs.deafen()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    theirs.send(Dead())
+    assert receive_until(ours, 1) == [Dead()]
+
+
 def test_the_end_comes_behind_all_messages(ends):
     ours, theirs = ends
     theirs.send(Stop())
