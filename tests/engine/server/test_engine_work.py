@@ -4,7 +4,8 @@ import asyncio
 import dataclasses
 import json
 
-from penstock.engine.server.messages import Outputs
+from penstock.engine.server.channel import Channel
+from penstock.engine.server.messages import Message, Outputs
 
 from tests.support.serving import CONFIG, WAIT_S, Client, Serving, until
 from tests.support.watches import BeginPass
@@ -14,15 +15,26 @@ BODY = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 6, "ig
 MANY = 64
 
 
+def sent_by(channel: Channel, monkeypatch) -> list[Message]:
+    """The messages that are sent from now on at one end, each noted once it is out."""
+    sent, send = [], channel.send
+
+    def sending(message: Message) -> None:
+        send(message)
+        sent.append(message)
+
+    monkeypatch.setattr(channel, "send", sending)
+    return sent
+
+
 def test_a_pass_is_one_message_whatever_its_number_of_rows(monkeypatch):
     """Of many clients, all of which are there before the second pass is sealed."""
     config = dataclasses.replace(CONFIG, max_num_seqs=MANY, max_num_batched_tokens=MANY * 16)
     served = Serving(config).start()
-    sent, send = [], served.work._channel.send
-    monkeypatch.setattr(served.work._channel, "send", lambda message: sent.append(message) or send(message))
+    sent, asked = sent_by(served.work._channel, monkeypatch), sent_by(served._channels[0], monkeypatch)
 
     def wait_for_all(batch) -> None:
-        until(lambda: served.service.engine.num_unfinished == MANY or sent)
+        until(lambda: len(asked) == MANY)
 
     async def ask_all():
         clients = [Client(PATH, BODY | {"stream": number % 2 == 0}) for number in range(MANY)]
