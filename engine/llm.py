@@ -23,9 +23,10 @@ from penstock.engine.runtime.engine import LINK_BYTES, Engine
 from penstock.engine.runtime.progress import Progress
 from penstock.engine.runtime.start_engine import start_engine
 from penstock.engine.text.chat import RenderedChat
-from penstock.engine.text.chat_template import ChatOptions, Message
-from penstock.engine.text.model_text import load_tokenizer, make_chat_reader
-from penstock.engine.text.prompts import Asked, Prompt, PromptReader
+from penstock.engine.text.chat_template import Message
+from penstock.engine.text.model_prompts import ModelPrompts
+from penstock.engine.text.model_text import load_tokenizer
+from penstock.engine.text.prompts import Asked, Prompt
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.turns import Turns, in_turn
 from penstock.parallel.launch import Launch, resolve_launch
@@ -33,10 +34,8 @@ from penstock.parallel.rendezvous import read_together
 from penstock.scheduler.batching.counts import MoveCounts
 from penstock.scheduler.batching.filling import Filling
 from penstock.scheduler.batching.host_pages import HostPages
-from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
-
-_GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
 class LLM:
@@ -81,16 +80,9 @@ class LLM:
             filling=self._filling(),
         )
         self.loop = Loop(scheduler, self.engine)
-        self._reader = PromptReader(
-            model=self.config.model,
-            tokenizer=self.tokenizer,
-            vocab_size=plan.spec.vocab_size,
-            max_model_len=longest_sequence(self.config, plan),
-            policy=self.config.scheduling_policy,
-            scores_prompts=self.scores_prompts,
+        self.prompts = ModelPrompts(
+            self.config, self.tokenizer, plan.spec.vocab_size, scheduler.limits, self.scores_prompts
         )
-        self._chat_reader = functools.cache(functools.partial(make_chat_reader, self.config, self.tokenizer))
-        self._request_ids = itertools.count()
         self._finalizer = weakref.finalize(self, self.engine.close)
         self._finalizer.atexit = False  # the engine does that itself
 
@@ -118,7 +110,7 @@ class LLM:
         waits for one of them (joins a thread that calls `generate`) waits for ever, and they with it. This is not
         refused, because nothing tells such a call from one that nobody waits for, which only has to take its turn.
         """
-        return self._call("generate", lambda: self._reader.read(prompts, sampling_params), on_text)
+        return self._call("generate", lambda: self.prompts.read(prompts, sampling_params), on_text)
 
     @in_turn
     def chat(
@@ -136,17 +128,13 @@ class LLM:
         ValueError for a model without a chat template, and for messages that the template cannot have.
         """
         params = SamplingParams(max_tokens=None) if sampling_params is None else sampling_params
-        return self._call("chat", lambda: self._reader.read(self._render(messages, options), params), on_text)
+        return self._call("chat", lambda: self.prompts.read(self.prompts.render(messages, **options), params), on_text)
 
     def render_chat(self, messages: list[Message] | list[list[Message]], **options) -> list[RenderedChat]:
         """The conversations as `chat` would give them to the model: text and token ids. They may be prompts of
         `generate`. Raises ValueError as `chat` does."""
         self._check_open()
-        return self._render(messages, options)
-
-    def _render(self, messages: Any, options: dict[str, Any]) -> list[RenderedChat]:
-        chosen = ChatOptions(**options)
-        return self._chat_reader(bool(chosen.tools)).read(messages, chosen, self._reader.check_size)
+        return self.prompts.render(messages, **options)
 
     def _call(self, name: str, read: Callable[[], list[Asked]], on_text: OnText | None) -> list[RequestOutput]:
         """Runs what `read` gives, under torchrun as a call of this name on all ranks."""
@@ -174,7 +162,7 @@ class LLM:
 
     def _complete(self, asked: list[Asked], listener: Listener) -> list[RequestOutput]:
         """Runs the sequences of all prompts; on rank 0."""
-        by_prompt = [self._expand(token_ids, params) for _, token_ids, params in asked]
+        by_prompt = [self.prompts.expand(token_ids, params) for _, token_ids, params in asked]
         self._run(by_prompt, listener)
         return [
             RequestOutput(
@@ -225,7 +213,7 @@ class LLM:
     def check(self, prompts, sampling_params=None) -> None:
         """Raises the ValueError that `generate` would raise, and runs nothing."""
         self._check_open()
-        self._reader.read(prompts, sampling_params)
+        self.prompts.read(prompts, sampling_params)
 
     def sequences(
         self, prompts: Prompt | list[Prompt], sampling_params: SamplingParams | list[SamplingParams] | None = None
@@ -233,14 +221,13 @@ class LLM:
         """The sequences of a prompt, or of several, n of each, to be added to `loop`; for any thread. Raises ValueError
         as `generate` does."""
         self._check_open()
-        asked = self._reader.read(prompts, sampling_params)
-        return [sequence for _, token_ids, params in asked for sequence in self._expand(token_ids, params)]
+        return self.prompts.sequences(prompts, sampling_params)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """The token ids of a text, as those of a prompt; with `add_special` those that the tokenizer puts around it
         too. For any thread. Raises ValueError as `generate` does."""
         self._check_open()
-        return self._reader.encode(0, text, add_special)
+        return self.prompts.encode(text, add_special)
 
     def lead(self) -> None:
         """Lets the other ranks of torchrun, each of which calls `serve`, do what `loop` does, until this LLM is
@@ -313,23 +300,6 @@ class LLM:
     def _check_open(self) -> None:
         if self.engine is None:
             raise RuntimeError("this LLM is closed")
-
-    def _expand(self, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
-        """The n sequences of a prompt, each with a seed of its own. A stop string that is a special token, which is no
-        part of any text, ends them as a stop token id does. The first gives the prompt's log probabilities."""
-        special_ids = self.tokenizer.special_ids if params.stop else {}
-        special_stops = {special_ids[stop]: stop for stop in params.stop if stop in special_ids}
-        if special_stops:
-            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *special_stops))
-        asks_once = dataclasses.replace(params, prompt_logprobs=None)
-        sequences = []
-        for index in range(params.n):
-            number = next(self._request_ids)
-            own = params.seed + index if params.seed is not None else (self.config.seed + 1) * _GOLDEN + number
-            request = Request(number, token_ids, params, seed=own & _MASK)
-            sequences.append(Sequence(request, index, self.tokenizer, special_stops))
-            params = asks_once
-        return sequences
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@
     loop.abort(sequence.request.id, "the client has gone")
 
 Adds and aborts wait in an inbox. It is emptied right before a pass is sealed and, where weights stream, again before a
-pass that was announced begins.
+pass that was announced begins. `receive` is called right before that: whoever hears of adds and aborts by other ways
+puts them into the inbox there.
 
 A sequence fails alone. If its logits are NaN, if it can never run, or if its text cannot be made, it ends with
 FinishReason.ERROR; if it is aborted, with FinishReason.ABORT. The others go on as if a stop had ended those. So they do
@@ -60,6 +61,7 @@ class Loop:
         self.scheduler, self.engine = scheduler, engine
         self._sequences: dict[int, Sequence] = {}  # those that have not ended, by request id
         self._inbox: deque[Callable[[list[Event]], None]] = deque()  # adds and aborts to be done; they append events
+        self.receive: Callable[[], None] = lambda: None
 
     def add(self, sequence: Sequence) -> None:
         """Lets a new sequence wait for its row. One that can never run ends with an error, which is an event."""
@@ -154,6 +156,7 @@ class Loop:
 
     def _read_inbox(self) -> list[Event]:
         events: list[Event] = []
+        self.receive()
         while self._inbox:
             self._inbox[0](events)
             self._inbox.popleft()  # only now: until then there is something unfinished

@@ -152,7 +152,7 @@ class Sequence:
         self._pieces: list[str] = []  # a string would be copied for each token of a long text
         self._num_taken = 0
         self.logprobs: list[dict[int, Logprob]] = []
-        self._prompt_scores: list[Scored] = []
+        self.prompt_scores: list[Scored] = []
         self.error: str | None = None
 
     @functools.cached_property
@@ -192,6 +192,11 @@ class Sequence:
         with contextlib.suppress(Exception):
             self.flush()
 
+    def take_in(self, tokens: list[int], text: str) -> None:
+        """Takes the tokens and the text that another process's sequence of the same request has got."""
+        self.request.output_token_ids += tokens
+        self._emit(text)
+
     def add_logprobs(self, token: int, logprob: float, rank: int, top: list[tuple[int, float]]) -> None:
         """Adds log probabilities of the sampled token and of the most likely ones (id, logprob; the first has rank
         1)."""
@@ -199,7 +204,7 @@ class Sequence:
 
     def add_prompt_logprobs(self, scores: list[Scored]) -> None:
         """Adds log probabilities of the next tokens of the prompt, and of the most likely ones there."""
-        self._prompt_scores += scores
+        self.prompt_scores += scores
 
     @property
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
@@ -208,7 +213,7 @@ class Sequence:
         if self.request.params.prompt_logprobs is None:
             return None
         decoded = functools.cache(self.decoded)
-        scored = zip(self.request.prompt_token_ids[1:], self._prompt_scores)
+        scored = zip(self.request.prompt_token_ids[1:], self.prompt_scores)
         return [None, *(_position(token, scores, decoded) for token, scores in scored)]
 
     def output(self) -> CompletionOutput:

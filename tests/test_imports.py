@@ -54,25 +54,38 @@ MAY_IMPORT = {
         "engine.text",
         "engine.weights.gguf_file",
     ),
+    "engine.text.model_prompts": ("engine.config", "engine.output", "engine.text", "scheduler.batching"),
     "engine.output": ("engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
     "engine.server.histogram": (),
     "engine.server.metrics": (
-        "engine.llm",
         "engine.runtime.pass_times",
+        "engine.server.engine_state",
         "engine.server.histogram",
         "engine.server.journey",
         "scheduler.batching",
     ),
     "engine.server.pages": ("engine.server.metrics", "engine.server.service"),
-    "engine.server.request_log": ("engine.server.metrics",),
+    "engine.server.request_log": (),
     "engine.server.status": (
-        "engine.llm",
+        "engine.runtime.pass_times",
+        "engine.server.engine_state",
         "engine.server.metrics",
         "engine.server.service",
-        "engine.planning.engine_plan",
-        "engine.runtime.pass_times",
         "engine.version",
+    ),
+    "engine.server.engine_facts": (
+        "engine.llm",
+        "engine.planning.engine_plan",
+        "engine.server.engine_state",
+        "scheduler",
+    ),
+    "engine.server.engine_work": (
+        "engine.llm",
+        "engine.loop",
+        "engine.output",
+        "engine.runtime.progress",
+        "engine.server",
         "scheduler.batching",
     ),
     "engine.kernels": ("parallel.push_reduce", "parallel.triton_door"),
@@ -107,16 +120,18 @@ MAY_IMPORT = {
     "engine.profile": (*BELOW_RUNTIME, "engine.llm", "engine.output", "engine.runtime"),
     "engine.split": (*BELOW_RUNTIME, "engine.llm", "engine.runtime"),
     "engine.server": (
+        "engine.runtime.pass_times",
         "engine.runtime.progress",
         "engine.config",
-        "engine.llm",
         "engine.output",
+        "engine.planning.engine_plan",
         "engine.planning.find_model",
         "engine.streams",
         "engine.text",
         "engine.user_files",
         "engine.version",
         "engine.weights.gguf_file",
+        "parallel",
         "scheduler",
     ),
     "engine.batch": (
@@ -136,11 +151,24 @@ MAY_IMPORT = {
     "scripts": ("engine", "parallel", "scheduler", "penstock"),
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.commands", "penstock")
-# A late import needs a reason: the parent is watched before torch comes in; torch only where a report measures;
+# A late import needs a reason: the parent is watched before torch comes in; a server's front is without torch, and its
+# libraries come in while its engine's process loads; torch only where a report measures;
 # transformers only where it is compared; safetensors only where a checkpoint is written; sentencepiece only where a
 # tokenizer.model is read.
 LATE_IMPORTS = {
     "engine.commands.worker": {"engine.runtime.start_engine", "parallel.launch"},
+    "engine.commands.engine": {
+        "engine.commands.said",
+        "engine.llm",
+        "engine.server.channel",
+        "engine.server.engine_work",
+    },
+    "engine.commands.serve": {
+        "engine.llm",
+        "engine.server.metrics",
+        "engine.server.server",
+        "engine.server.service",
+    },
     "engine.commands.probe": {"engine.runtime.probe", "parallel.group"},
     "engine.commands.split_device": {"engine.split.channel"},
     "engine.text.sentencepiece_file": {"sentencepiece"},
@@ -331,6 +359,11 @@ def test_the_wheel_holds_every_package():
 @of_all([name for name in FILES if any(is_within(name, room) for room in TORCH_FREE)])
 def test_torch_free_modules_reach_nothing_heavy(name):
     assert foreign(reached(name)) == set()
+
+
+@pytest.mark.parametrize("name", ["engine.server.server", "engine.server.engine_process", "engine.server.app"])
+def test_the_front_of_a_server_has_no_torch(name):
+    assert not foreign(reached(name)) & {"torch", "triton"}
 
 
 @of_all(PRODUCT)

@@ -114,9 +114,9 @@ class BatchRun:
 
     def _begin(self, index: int, row: Row) -> None:
         try:
-            sequences = sequences_of(self.llm, row.asked)
+            sequences = sequences_of(self.llm.prompts, row.asked)
             gives_back = isinstance(row.asked, Completion) and row.asked.echo
-            echoes = echoes_of(self.llm, row.asked, sequences) if gives_back else None
+            echoes = echoes_of(self.llm.prompts, row.asked, sequences) if gives_back else None
         except ApiError as error:
             return self._note(index, error_line(self.job, row, error))
         except Exception as error:  # of a tokenizer or a template: this row fails, and no other

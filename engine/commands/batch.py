@@ -23,16 +23,14 @@ from penstock.engine.batch.progress import Progress, duration, summary
 from penstock.engine.batch.rows import RowReader
 from penstock.engine.batch.run import BatchRun
 from penstock.engine.batch.stopping import SIGNALS, Stopped, Stopping
+from penstock.engine.commands.check_model import check_model
 from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_arguments
 from penstock.engine.commands.plan import plan_of
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.planning.device_profile import plan_rates
-from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.generation_defaults import read_defaults
 from penstock.engine.streams import mistake
-from penstock.engine.weights.read_model import read_model_to_plan
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.units import show_time
@@ -94,7 +92,7 @@ def _lead(args: argparse.Namespace, config: EngineConfig, stopping: Stopping) ->
     if args.merge:
         return ROWS_FAILED if merge(args.merge, args.output_file, say) else DONE
     shard = _shard(args.shard)
-    _check_model(config)
+    check_model(config)
     reader = _reader(args, config)
     if args.dry_run:
         return _predict(args, config, reader, shard)
@@ -170,13 +168,6 @@ def _check(file: str, reader: RowReader) -> InputLines:
     lines = check_lines(file, reader.read)
     say(f"{file}: {len(lines)} rows, checked in {show_time(time.perf_counter() - began_s)}")
     return lines
-
-
-def _check_model(config: EngineConfig) -> None:
-    """Raises ValueError for files that no engine could start with, before a long input is read."""
-    read_model_to_plan(find_model(config.model), dummy=config.load_format == "dummy")
-    if config.device_profile is not None:
-        plan_rates(config, config.tensor_parallel_size or 1, config.device)
 
 
 def _reader(args: argparse.Namespace, config: EngineConfig) -> RowReader:

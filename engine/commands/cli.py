@@ -72,6 +72,7 @@ COMMANDS = {
         ("penstock split --model demo --process --prompt 'Return a list of'",),
     ),
     "worker": Command("penstock.engine.commands.worker"),
+    "engine": Command("penstock.engine.commands.engine"),
     "split-device": Command("penstock.engine.commands.split_device"),
 }
 

@@ -211,11 +211,18 @@ def _with_free_tokens(
     return more, demand, kept, plan_residency(kept, residency.split)
 
 
-def _retention(config: EngineConfig, spec: ModelSpec) -> Retention:
-    """The retention of a config. Raises ValueError if it keeps more positions than the model knows."""
+def retention_of(config: EngineConfig) -> Retention:
+    """The retention of a config, whatever model it is for. Raises ValueError for a window smaller than a page."""
     if config.attention_window is None:
         return KeepAll(config.page_size)
-    made = SinksAndWindow(config.attention_sinks, config.attention_window, config.page_size)
+    return SinksAndWindow(config.attention_sinks, config.attention_window, config.page_size)
+
+
+def _retention(config: EngineConfig, spec: ModelSpec) -> Retention:
+    """The retention of a config. Raises ValueError if it keeps more positions than the model knows."""
+    made = retention_of(config)
+    if config.attention_window is None:
+        return made
     narrowest = min((window for window in spec.windows if window is not None), default=spec.max_position)
     if made.max_cached > min(narrowest, spec.max_position):
         trained = "was trained for" if narrowest >= spec.max_position else "has layers that see"

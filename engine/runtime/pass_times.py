@@ -78,13 +78,17 @@ class PassTimes:
         measured_s, cpu_s = (now - max(both) for now, *both in zip(now_s, self._submitted_s.popleft(), self._ended_s))
         shape, predicted = self._foreseen.popleft()
         host_s, self._ended_s, self._waited_s = max(cpu_s - self._waited_s, 0.0), now_s, 0.0
-        self.recent.append((now_s[0], num_sampled))
+        self.note(Timed(shape, measured_s, predicted, host_s), num_sampled, now_s[0])
+
+    def note(self, timed: Timed, num_sampled: int, now_s: float) -> None:
+        """Counts a pass that ended now, by time.perf_counter, and gave so many tokens."""
+        self.recent.append((now_s, num_sampled))
         self.num_passes += 1
-        self.measured_s += measured_s
-        self.predicted_s += predicted.total_s
-        self.last = Timed(shape, measured_s, predicted, host_s)
+        self.measured_s += timed.measured_s
+        self.predicted_s += timed.predicted.total_s
+        self.last = timed
         if self.passes is not None:
-            self.passes.append(self.last)
+            self.passes.append(timed)
 
     def forget(self) -> None:
         """Gives up the passes that have not ended."""

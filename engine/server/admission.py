@@ -6,10 +6,8 @@ so far), from the tokens that sequences got on average, and from the prompts tha
 
 import time
 
-from penstock.engine.server.engine_thread import EngineThread
 from penstock.engine.server.errors import queue_full
-from penstock.scheduler.cost.pass_work import PassShape
-from penstock.scheduler.cost.time_model import predict_pass
+from penstock.engine.server.remote_engine import RemoteEngine
 
 FRESH_S = 0.05  # as long as a prediction holds
 USUAL_TOKENS = 128  # of an answer, while none has ended
@@ -18,14 +16,14 @@ USUAL_TOKENS = 128  # of an answer, while none has ended
 class Admission:
     """Predicts waits for one engine; limits are in sequences and seconds."""
 
-    def __init__(self, engine: EngineThread, most_queued: int, most_wait_s: float):
+    def __init__(self, engine: RemoteEngine, most_queued: int, most_wait_s: float):
         self._engine, self._most_queued, self._most_wait_s = engine, most_queued, most_wait_s
         self._predicted_s, self._predicted_at_s = 0.0, float("-inf")
 
     def check(self, num_coming: int = 0) -> None:
         """Raises ApiError, with the predicted wait, if no more may wait; `num_coming` were let in and are still being
         encoded."""
-        waiting = self._engine.num_unfinished + num_coming - self._engine.llm.loop.scheduler.max_num_seqs
+        waiting = self._engine.num_unfinished + num_coming - self._engine.facts.max_num_seqs
         if waiting >= self._most_queued:
             why = f"{waiting} sequences wait already, and at most {self._most_queued} may"
             raise queue_full(why, self.predicted_wait_s())
@@ -41,18 +39,11 @@ class Admission:
         return self._predicted_s
 
     def _predict(self) -> float:
-        engine, llm = self._engine, self._engine.llm
-        scheduler = llm.loop.scheduler
-        rows, queued = scheduler.max_num_seqs, engine.num_rowless
-        in_front = queued + scheduler.num_running - rows + 1  # sequences that must end first
+        engine, rows = self._engine, self._engine.facts.max_num_seqs
+        # sequences that must end first: what was sent since the engine told its state has no row yet
+        in_front = engine.num_unfinished - rows + 1
         passes = engine.mean_tokens(USUAL_TOKENS) * max(in_front, 0) / rows
-        passes += engine.num_rowless_tokens() / scheduler.max_num_batched_tokens
-        return passes * self._pass_s(min(rows, max(scheduler.num_running, 1)))
-
-    def _pass_s(self, num_rows: int) -> float:
-        """The seconds of a pass of so many rows."""
-        engine = self._engine.llm.engine
-        shape = PassShape(num_rows, num_rows, 0)
+        passes += engine.num_rowless_tokens() / engine.facts.max_num_batched_tokens
         times = engine.times
         off_by = times.measured_s / times.predicted_s if times.predicted_s else 1.0
-        return predict_pass(engine.work, shape, engine.rates).total_s * off_by
+        return passes * engine.state.pass_s * off_by

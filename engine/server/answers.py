@@ -58,6 +58,7 @@ class _Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(init=False)
 
+    gives_scores: ClassVar[bool] = False  # whether log probabilities of prompts are given back
     prefix: ClassVar[str]
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
@@ -87,6 +88,10 @@ class CompletionAnswer(_Answer):
     prefix = "cmpl"
     kind = chunk_kind = "text_completion"
 
+    @property
+    def gives_scores(self) -> bool:
+        return any(echo.is_scored for echo in self.echoes or ())
+
     def choice(self, index: int, sequence: Sequence) -> dict[str, Any]:
         """The choice of a sequence that has ended."""
         output = sequence.output()
@@ -114,6 +119,10 @@ class Echo:
 
     text: str = ""
     scored: Sequence | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        return self.scored is not None and self.scored.request.params.prompt_logprobs is not None
 
     @functools.cached_property
     def positions(self) -> list[Position]:

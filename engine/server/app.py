@@ -8,7 +8,6 @@ from penstock.engine.server import openapi, pages
 from penstock.engine.server.access import OPEN, HostGuard, KeyGuard, is_loopback, read_body
 from penstock.engine.server.encoding import need_tokenizer, text_of, token_ids_of, tokenizer_facts
 from penstock.engine.server.errors import ApiError, failed, model_not_found
-from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.notes import rejection
 from penstock.engine.server.service import Service
 from penstock.engine.server.status import describe
@@ -17,15 +16,15 @@ from penstock.engine.version import VERSION
 from starlette.exceptions import HTTPException
 
 
-def make_app(service: Service, metrics: Metrics) -> Any:
-    """The ASGI application of a service, whose metrics are those."""
+def make_app(service: Service) -> Any:
+    """The ASGI application of a service."""
     app = FastAPI(title="Penstock", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_handlers(app, service)
     _add_generation(app, service)
     _add_texts(app, service)
     _add_models(app, service)
     _add_health(app, service)
-    pages.add_routes(app, service, metrics)
+    pages.add_routes(app, service)
     if service.options.api_key is None:
         return HostGuard(app) if is_loopback(service.options.host) else app
     open_routes = (*OPEN, "/metrics") if service.options.metrics_without_key else OPEN
@@ -40,7 +39,7 @@ def respond_with(error: ApiError) -> JSONResponse:
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ApiError)
     async def tell(_: Request, error: ApiError) -> Response:
-        service.notes.request_rejected(rejection(error))
+        service.metrics.request_rejected(rejection(error))
         return respond_with(error)
 
     @app.exception_handler(HTTPException)
@@ -70,28 +69,28 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         asked = read_tokenize(await read_body(request))
         service.check_open()
         service.check_model(asked.model)
-        llm = service.engine.llm
-        tokens = await service.in_worker(token_ids_of, llm, asked)
-        texts = [need_tokenizer(llm).backend.id_to_token(token) for token in tokens] if asked.with_texts else None
-        most = llm.loop.scheduler.max_model_len
+        model = service.model
+        tokens = await service.in_worker(token_ids_of, model, asked)
+        texts = [need_tokenizer(model).backend.id_to_token(token) for token in tokens] if asked.with_texts else None
+        most = model.limits.max_model_len
         return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": texts})
 
     @app.post("/detokenize", **openapi.DETOKENIZE_ROUTE)
     async def detokenize(request: Request) -> Response:
-        model, tokens = read_detokenize(await read_body(request))
+        name, tokens = read_detokenize(await read_body(request))
         service.check_open()
-        service.check_model(model)
-        return JSONResponse({"prompt": await service.in_worker(text_of, service.engine.llm, tokens)})
+        service.check_model(name)
+        return JSONResponse({"prompt": await service.in_worker(text_of, service.model, tokens)})
 
     @app.get("/tokenizer_info", **openapi.TOKENIZER_INFO)
     async def tokenizer_info() -> Response:
         service.check_open()
-        return JSONResponse(await service.in_worker(tokenizer_facts, service.engine.llm))
+        return JSONResponse(await service.in_worker(tokenizer_facts, service.model))
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
     def card(name: str) -> dict[str, Any]:
-        llm = service.engine.llm
+        facts = service.engine.facts
         return {
             "id": name,
             "object": "model",
@@ -99,7 +98,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "owned_by": "penstock",
             "root": service.names[0],
             "parent": None,
-            "max_model_len": None if llm is None else llm.loop.scheduler.max_model_len,
+            "max_model_len": None if facts is None else facts.max_model_len,
         }
 
     @app.get("/v1/models", **openapi.MODELS)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.engine.server.answers import ChatAnswer, CompletionAnswer, Usage, to_json
-from penstock.engine.server.engine_thread import DEAD, SHUT_DOWN, EngineThread
 from penstock.engine.server.errors import ApiError, engine_dead, failed, shutting_down
-from penstock.engine.server.outbox import Finish, Outbox
+from penstock.engine.server.outbox import Finish, Outbox, Piece
+from penstock.engine.server.remote_engine import DEAD, SHUT_DOWN, RemoteEngine
 from penstock.engine.server.sse import HEADERS, KEEP_ALIVE, Chunks, failure
 from starlette.responses import JSONResponse, Response
 
@@ -41,7 +41,7 @@ class Delivery(Response):
 
     def __init__(
         self,
-        engine: EngineThread,
+        engine: RemoteEngine,
         outbox: Outbox,
         answer: ChatAnswer | CompletionAnswer,
         on_end: Callable[[Delivered], None],
@@ -125,9 +125,9 @@ class EventStream(Delivery):
         """Sends what has come, with what ends a stream if that was all."""
         outbox, pieces = self.outbox, self.outbox.take()
         if outbox.failure is None:
-            data = self._chunks.of(pieces)
             self._has_ended = outbox.has_ended
-            end = self._chunks.last() if outbox.has_ended else b""
+            data = await self._made(pieces)
+            end = self._chunks.last() if self._has_ended else b""
         else:
             error = error_of(outbox.failure)
             self.delivered.status, self.delivered.error = error.status, error.code
@@ -136,6 +136,12 @@ class EventStream(Delivery):
         if data and self.delivered.first_s is None:
             self.delivered.first_s = time.perf_counter()
         await self._send(send, data + end)
+
+    async def _made(self, pieces: list[Piece]) -> bytes:
+        """The events of some pieces. Texts of a prompt's log probabilities take long: another thread makes them."""
+        if any(piece.is_first for piece in pieces) and self.answer.gives_scores:
+            return await asyncio.to_thread(self._chunks.of, pieces)
+        return self._chunks.of(pieces)
 
     async def _send(self, send: Send, data: bytes) -> None:
         if data and not self.outbox.closed:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
 from penstock.engine.server.answers import Echo
 from penstock.engine.server.errors import refused
@@ -20,6 +19,7 @@ from penstock.engine.text.added_tokens import CONFIG_FILE, read_fields
 from penstock.engine.text.chat import RenderedChat
 from penstock.engine.text.chat_files import find_template
 from penstock.engine.text.chat_template import ChatOptions
+from penstock.engine.text.model_prompts import ModelPrompts
 from penstock.engine.text.model_text import tokenizer_path
 from penstock.engine.text.prompts import Prompt
 from penstock.engine.text.tokenizer import Tokenizer
@@ -30,49 +30,49 @@ TOO_LONG = "context_length_exceeded"
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object, in Python's words for what a template cannot do
 
 
-def sequences_of(llm: LLM, asked: Completion | Chat) -> list[Sequence]:
+def sequences_of(model: ModelPrompts, asked: Completion | Chat) -> list[Sequence]:
     """The sequences of a request, n of each prompt, in the order of its choices. Raises ApiError."""
     field = "prompt" if isinstance(asked, Completion) else "messages"
-    with api_errors(llm.config, field):
+    with api_errors(model.config, field):
         if isinstance(asked, Completion):
-            prompts = [_encoded(llm, prompt, asked.add_special) for prompt in asked.prompts]
+            prompts = [_encoded(model, prompt, asked.add_special) for prompt in asked.prompts]
         else:
-            prompts = [_rendered(llm, asked.messages, asked.options, asked.add_special)]
-        sequences = llm.sequences(prompts, asked.params)
+            prompts = [_rendered(model, asked.messages, asked.options, asked.add_special)]
+        sequences = model.sequences(prompts, asked.params)
         for sequence in sequences:
-            llm.loop.scheduler.check_possible(sequence.request)
+            model.limits.check(sequence.request)
         return sequences
 
 
-def echoes_of(llm: LLM, asked: Completion, sequences: list[Sequence]) -> list[Echo]:
+def echoes_of(model: ModelPrompts, asked: Completion, sequences: list[Sequence]) -> list[Echo]:
     """The prompts of a request as they are given back, one for each choice; the first of a prompt's choices has its log
     probabilities. Raises ApiError."""
-    with api_errors(llm.config, "prompt"):
-        texts = [prompt if isinstance(prompt, str) else text_of(llm, prompt) for prompt in asked.prompts]
+    with api_errors(model.config, "prompt"):
+        texts = [prompt if isinstance(prompt, str) else text_of(model, prompt) for prompt in asked.prompts]
     firsts = sequences[:: asked.params.n]
     echoes = [Echo(text, first) for text, first in zip(texts, firsts, strict=True)]
     return [echo for echo in echoes for _ in range(asked.params.n)]
 
 
-def token_ids_of(llm: LLM, asked: Tokenize) -> list[int]:
+def token_ids_of(model: ModelPrompts, asked: Tokenize) -> list[int]:
     """The token ids of a text or of messages. Raises ApiError."""
-    with api_errors(llm.config, "messages" if asked.text is None else "prompt"):
+    with api_errors(model.config, "messages" if asked.text is None else "prompt"):
         if asked.text is not None:
-            return llm.encode(asked.text, asked.add_special)
-        return _rendered(llm, asked.messages, asked.options, asked.add_special).token_ids
+            return model.encode(asked.text, asked.add_special)
+        return _rendered(model, asked.messages, asked.options, asked.add_special).token_ids
 
 
-def text_of(llm: LLM, token_ids: list[int]) -> str:
+def text_of(model: ModelPrompts, token_ids: list[int]) -> str:
     """The text of token ids, without special tokens. Raises ApiError."""
-    with api_errors(llm.config, "tokens"):
-        return need_tokenizer(llm).decode(token_ids)
+    with api_errors(model.config, "tokens"):
+        return need_tokenizer(model).decode(token_ids)
 
 
-def need_tokenizer(llm: LLM) -> Tokenizer:
+def need_tokenizer(model: ModelPrompts) -> Tokenizer:
     """The model's tokenizer. Raises ApiError if there is none."""
-    if llm.tokenizer is None:
+    if model.tokenizer is None:
         raise refused("this model has no tokenizer")
-    return llm.tokenizer
+    return model.tokenizer
 
 
 @contextlib.contextmanager
@@ -100,19 +100,21 @@ def without_paths(text: str, config: EngineConfig) -> str:
     return text
 
 
-def _encoded(llm: LLM, prompt: Prompt, add_special: bool) -> Prompt:
+def _encoded(model: ModelPrompts, prompt: Prompt, add_special: bool) -> Prompt:
     if add_special or not isinstance(prompt, str):
         return prompt
-    return RenderedChat(prompt, llm.encode(prompt, add_special=False))
+    return RenderedChat(prompt, model.encode(prompt, add_special=False))
 
 
-def _rendered(llm: LLM, messages: list[dict[str, Any]], options: ChatOptions, add_special: bool) -> RenderedChat:
+def _rendered(
+    model: ModelPrompts, messages: list[dict[str, Any]], options: ChatOptions, add_special: bool
+) -> RenderedChat:
     if not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages: expected a list of objects")
-    (chat,) = llm.render_chat([messages], **vars(options))
+    (chat,) = model.render([messages], **vars(options))
     if not add_special:
         return chat
-    before, after = _put_around(llm.tokenizer)
+    before, after = _put_around(model.tokenizer)
     return RenderedChat(chat.text, [*before, *chat.token_ids, *after])
 
 
@@ -123,14 +125,14 @@ def _put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(plain) :]
 
 
-def tokenizer_facts(llm: LLM) -> dict[str, Any]:
+def tokenizer_facts(model: ModelPrompts) -> dict[str, Any]:
     """The facts of a tokenizer that clients ask for: class, special tokens, chat template. Raises ApiError if there is
     none."""
-    named, path = need_tokenizer(llm).named, tokenizer_path(llm.config)
+    named, path = need_tokenizer(model).named, tokenizer_path(model.config)
     try:
-        template = find_template(path, named, llm.config.chat_template).source
+        template = find_template(path, named, model.config.chat_template).source
     except ValueError:
         template = None
     kind = None if is_gguf(path) else read_fields(path / CONFIG_FILE).get("tokenizer_class")
     tokens = {name: named.get(name) for name in ("bos_token", "eos_token", "pad_token")}
-    return {"tokenizer_class": kind or type(llm.tokenizer).__name__, **tokens, "chat_template": template}
+    return {"tokenizer_class": kind or type(model.tokenizer).__name__, **tokens, "chat_template": template}

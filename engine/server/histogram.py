@@ -12,7 +12,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0
 
 
 class Series:
-    """The values of one label: how many lie in each bucket, and their sum. One thread adds to it."""
+    """The values of one label: how many lie in each bucket, and their sum."""
 
     def __init__(self, bounds: Sequence[float]):
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0

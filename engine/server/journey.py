@@ -8,7 +8,7 @@ from penstock.engine.server.outbox import Finish, Outbox, Piece
 
 @dataclass
 class Journey:
-    """One sequence, of the engine's thread alone. Times are time.perf_counter's: when it came, got its first row, its
+    """One sequence, of the event loop. Times are time.perf_counter's: when it came, got its first row, its
     first and its newest token, and ended; None while that has not happened. `gap_s` is the time between its two newest
     tokens."""
 

@@ -1,14 +1,14 @@
 """The server's metrics, for Prometheus: vLLM's names where it has them, under `penstock:`.
 
 They have a registry of their own, and labels of a few fixed values, so their number never grows. What passes give is
-added once a pass, in the engine's thread. Gauges are read when somebody asks. Bytes are those of one rank.
+added once a pass, as the engine tells of it. Gauges are set when somebody asks. Bytes are those of one rank.
 """
 
 from collections import Counter as Tally
 from collections.abc import Sequence
 
-from penstock.engine.llm import LLM
-from penstock.engine.runtime.pass_times import Timed
+from penstock.engine.runtime.pass_times import PassTimes, Timed
+from penstock.engine.server.engine_state import EngineFacts, EngineState
 from penstock.engine.server.histogram import Histogram
 from penstock.engine.server.journey import Journey
 from penstock.scheduler.batching.request import FinishReason
@@ -23,7 +23,7 @@ KINDS = ("prefill", "decode")
 
 
 class Metrics:
-    """All of them. `observe_pass` and `sequence_ended` are for the engine's thread, the others for any."""
+    """All of them, in the event loop. `facts`, `state` and `times` are those that the engine told."""
 
     def __init__(self):
         disable_created_metrics()  # a second series for each counter, with the time at which it began
@@ -68,12 +68,11 @@ class Metrics:
         self._resident_bytes = gauge("weights_resident_bytes", "bytes of weights that stay on a rank's device")
         self._streamed_bytes = gauge("weights_streamed_bytes", "bytes of weights that cross a rank's link in a pass")
 
-    def observe_pass(self, llm: LLM, moved: Sequence[Journey]) -> None:
-        """Notes the pass that ended last, and those that got a token in it."""
-        last, counts = llm.engine.times.last, llm.loop.scheduler.counts
+    def observe_pass(self, facts: EngineFacts, state: EngineState, last: Timed, moved: Sequence[Journey]) -> None:
+        """Notes a pass that ended, and those that got a token in it."""
         self._pass.observe(last.measured_s, value=pass_kind(last))
-        if llm.engine.work.streamed_bytes:
-            self._streamed.inc(llm.engine.work.streamed_bytes)
+        if facts.streamed_bytes:
+            self._streamed.inc(facts.streamed_bytes)
             self._stall.observe(stall_s(last))
         self._generation_tokens.inc(len(moved))
         for gap_s, times in Tally(journey.gap_s for journey in moved).items():
@@ -83,17 +82,17 @@ class Metrics:
             if journey.gap_s is None:
                 self._first_token.observe(journey.first_token_s - journey.came_s)
                 self._prompt_tokens.inc(len(journey.sequence.request.prompt_token_ids))
-        self._follow(self._preemptions, "preemptions", counts.num_preemptions)
-        self._follow(self._recomputed, "recomputed", counts.num_recomputed_tokens)
-        self._follow(self._cache_queries, "asked", counts.num_asked_tokens)
-        self._follow(self._cache_hits, "hit", counts.num_hit_tokens)
+        self._follow(self._preemptions, "preemptions", state.num_preemptions)
+        self._follow(self._recomputed, "recomputed", state.num_recomputed_tokens)
+        self._follow(self._cache_queries, "asked", state.num_asked_tokens)
+        self._follow(self._cache_hits, "hit", state.num_hit_tokens)
 
     def _follow(self, counter: Counter, name: str, number: int) -> None:
         """Brings a counter up to a number that grows elsewhere."""
         counter.inc(number - self._before[name])
         self._before[name] = number
 
-    def sequence_ended(self, llm: LLM, journey: Journey) -> None:
+    def sequence_ended(self, journey: Journey) -> None:
         """Notes the end of a sequence, for whatever reason."""
         self._success.labels(journey.sequence.request.finish_reason.value).inc()
         row_s, first_s, last_s = journey.row_s, journey.first_token_s, journey.last_token_s
@@ -114,21 +113,16 @@ class Metrics:
         """Notes a client that went before its answer was whole."""
         self._disconnects.inc()
 
-    def text(self, llm: LLM | None) -> bytes:
-        """All metrics as Prometheus reads them; `llm` is None until it is loaded."""
-        if llm is not None:
-            self._read_gauges(llm)
+    def text(self, facts: EngineFacts | None, state: EngineState, times: PassTimes) -> bytes:
+        """All metrics as Prometheus reads them; there are no facts until the engine is loaded."""
+        if facts is not None:
+            self._running.set(state.num_running)
+            self._waiting.set(state.num_waiting)
+            self._pages.set(1.0 - state.num_available_pages / facts.num_pages)
+            self._resident_bytes.set(facts.resident_bytes)
+            self._streamed_bytes.set(facts.streamed_bytes)
+            self._link.set(link_use(times.last))
         return generate_latest(self.registry)
-
-    def _read_gauges(self, llm: LLM) -> None:
-        scheduler, engine = llm.loop.scheduler, llm.engine
-        self._running.set(scheduler.num_running)
-        self._waiting.set(scheduler.num_waiting)
-        self._pages.set(1.0 - scheduler.num_free_pages / scheduler.pool.num_usable)
-        if engine is not None:  # it may have been closed
-            self._resident_bytes.set(engine.work.resident_bytes)
-            self._streamed_bytes.set(engine.work.streamed_bytes)
-            self._link.set(link_use(engine.times.last))
 
     def _counter(self, name: str, what: str, label: str = "", values: Sequence[str] = ()) -> Counter:
         made = Counter(f"penstock:{name}", what, [label] if label else [], registry=self.registry)

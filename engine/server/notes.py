@@ -1,7 +1,7 @@
-"""Notes of requests, for metrics and logs: whoever keeps them gives the service a Notes."""
+"""Notes of requests, for metrics and the log."""
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from penstock.engine.server.answers import Usage
 from penstock.engine.server.delivery import Delivered
@@ -9,32 +9,6 @@ from penstock.engine.server.errors import ApiError
 from penstock.engine.server.metrics import INVALID, REJECTIONS
 from penstock.engine.server.outbox import Outbox
 from penstock.engine.server.requests import Chat, Completion
-
-
-class Notes(Protocol):
-    """Hears of requests, in the event loop."""
-
-    def request_rejected(self, reason: str) -> None:
-        """A request was not taken in; the reason is one of metrics' REJECTIONS."""
-
-    def client_disconnected(self) -> None:
-        """A client went away before its answer was whole."""
-
-    def request_ended(self, record: dict[str, Any]) -> None:
-        """A request that was taken in has ended; the record has no text of it."""
-
-
-class NoNotes:
-    """Keeps nothing."""
-
-    def request_rejected(self, reason: str) -> None:
-        pass
-
-    def client_disconnected(self) -> None:
-        pass
-
-    def request_ended(self, record: dict[str, Any]) -> None:
-        pass
 
 
 def rejection(error: ApiError) -> str:

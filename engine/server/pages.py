@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
-from penstock.engine.server.metrics import CONTENT_TYPE, Metrics
+from penstock.engine.server.metrics import CONTENT_TYPE
 from penstock.engine.server.service import Service
 
 PAGE = Path(__file__).with_name("page.html")
@@ -20,13 +20,14 @@ HEADERS = {
 }
 
 
-def add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def add_routes(app: FastAPI, service: Service) -> None:
     """Adds them to an application."""
     page = PAGE.read_text(encoding="utf-8")
 
     @app.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
     async def tell_metrics() -> Response:
-        return Response(metrics.text(service.engine.llm), media_type=CONTENT_TYPE)
+        engine = service.engine
+        return Response(service.metrics.text(engine.facts, engine.state, engine.times), media_type=CONTENT_TYPE)
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> Response:

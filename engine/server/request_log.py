@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from penstock.engine.server.metrics import Metrics
-
 FIELDS = (
     "request_id",
     "route",
@@ -45,20 +43,6 @@ class RequestLog:
         except OSError as error:
             self._stream = None
             print(f"penstock serve: the request log ends: {error.strerror}", file=sys.stderr, flush=True)
-
-
-class RequestNotes:
-    """Tells metrics, and the log if there is one, of requests."""
-
-    def __init__(self, metrics: Metrics, log: RequestLog | None = None):
-        self._metrics, self._log = metrics, log
-        self.request_rejected = metrics.request_rejected
-        self.client_disconnected = metrics.client_disconnected
-
-    def request_ended(self, record: dict[str, Any]) -> None:
-        """Logs a request that has ended."""
-        if self._log is not None:
-            self._log.write(record)
 
 
 @contextlib.contextmanager

@@ -1,78 +1,49 @@
-"""The life of a server's process: bind, load while it listens, serve, and end by a signal or with the engine.
+"""The life of a server's front: listen while the engine loads in its process, serve, and end by a signal or with the
+engine.
 
-    bind the port -> listen, and load the engine in its thread -> serve -> a signal: new requests get a 503, those under
-    way may end until --shutdown-timeout; a second signal ends them at once -> close the engine -> exit 0
+    the port is bound, the engine's process runs -> listen -> serve -> a signal: new requests get a 503, those under way
+    may end until --shutdown-timeout; a second signal ends them at once -> end the engine's process -> exit 0
 
-If the engine fails, clients are answered, then the process ends with the engine's exception. uvicorn's own handlers of
-signals do none of that, so they are off.
+If the engine fails, its process says why on standard error; clients are answered, then the front ends as well.
+uvicorn's own handlers of signals do none of that, so they are off.
 """
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import uvicorn
-from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM
-from penstock.engine.runtime.progress import Progress
 from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
-from penstock.engine.server.metrics import Metrics
-from penstock.engine.server.options import ServeOptions
-from penstock.engine.server.request_log import RequestLog, RequestNotes
+from penstock.engine.server.engine_process import EngineProcess
 from penstock.engine.server.service import Service
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ANSWER_S = 3.0  # for clients to take the last answer, once the engine has ended or all was aborted
-CLOSE_S, GIVE_UP_S = 20.0, 3.0  # for the engine to end: one that serves, and one that loads or has failed
-# The most that engine and event loop wait for each other's Python: by Python's default, 5 ms, that is a whole pass.
+# For the engine's process to end: one that serves, one that has failed and says why, and one that loads or is stopped.
+CLOSE_S, FAIL_S, GIVE_UP_S = 20.0, 5.5, 0.0
+# The most that event loop and workers wait for each other's Python: by Python's default, 5 ms, that is a whole pass.
 SWITCH_S = 0.5e-3
+LOOK_S = 0.5  # between two looks at the engine's process
 _POLL_S = 0.02
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises ValueError if there can be none."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
-    return listener
-
-
 class Server:
-    """One server, on the main thread. `say` shows a line to whoever started it; `log` gets a line a request, and
-    `start` hears how far `make` is."""
+    """One server, on the main thread. `say` shows a line to whoever started it."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        options: ServeOptions,
-        make: Callable[[], LLM],
-        defaults: Mapping[str, Any],
-        say: Callable[[str], None],
-        log: RequestLog | None = None,
-        start: Progress | None = None,
-    ):
-        metrics = Metrics()
-        notes = RequestNotes(metrics, log)
-        self.service = Service(config, options, make, defaults, self._engine_changed, metrics, notes, start)
-        self.options, self._say = options, say
+    def __init__(self, service: Service, process: EngineProcess, say: Callable[[str], None]):
+        self.service, self.process, self._say = service, process, say
         self._num_signals = 0
+        self._is_stopped = False  # the engine's process
+        self._error: Exception | None = None  # of the front's own start
         self._changed = asyncio.Event()
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                make_app(self.service, metrics),
+                make_app(service),
                 http=Connection,
                 ws="none",
                 lifespan="off",
@@ -85,56 +56,84 @@ class Server:
             )
         )
 
-    def run(self, listener: socket.socket) -> None:
-        """Serves until it is told to end. Raises the exception that ended the engine."""
+    def run(self, listener: socket.socket) -> int:
+        """Serves until it is told to end. Returns the exit status: that of the engine, or 1, if it failed. Raises
+        ValueError for a tokenizer that cannot be read."""
         before_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
         try:
-            has_ended = asyncio.run(self._run(listener))
+            has_failed = asyncio.run(self._run(listener))
         finally:
             sys.setswitchinterval(before_s)
-        error = self.service.engine.error
-        if error is not None:
-            raise error
-        if not has_ended:  # it loads, and nothing can be asked of it: a thread inside a library may not see this end
-            sys.stderr.flush()
-            os._exit(0)
+            self.process.end(GIVE_UP_S)
+        if self._error is not None:
+            raise self._error
+        if not has_failed:
+            return 0
+        if not self._is_stopped and (how := self.process.unexplained_end) is not None:
+            self._say(f"the engine {how}")
+        return self.process.exit_status
 
     async def _run(self, listener: socket.socket) -> bool:
-        """Returns whether the engine's thread has ended."""
-        loop = asyncio.get_running_loop()
+        """Returns whether the engine has failed."""
+        loop, service = asyncio.get_running_loop(), self.service
         for number in SIGNALS:
             loop.add_signal_handler(number, self._hear)
         serving = asyncio.create_task(self._uvicorn.serve([listener]))
-        self.service.engine.start(loop)
-        await self._until(lambda: self._num_signals or self.service.phase == "dead" or serving.done())
+        service.engine.attach(self.process.channel)
+        others = [asyncio.create_task(self._open()), asyncio.create_task(self._watch())]
+        await self._until(lambda: self._num_signals or service.phase == "dead" or serving.done() or self._error)
+        ends_s = time.monotonic()
         await self._drain()
-        close_s = CLOSE_S if self.service.engine.is_ready else GIVE_UP_S
-        self.service.engine.stop()
-        self.service.close()
+        has_failed, most_s = service.engine.has_failed, self._time_to_end(time.monotonic() - ends_s)
+        service.engine.stop()
+        service.close()
+        for task in others:
+            task.cancel()
         self._uvicorn.should_exit = True
         await serving
-        return await asyncio.to_thread(self.service.engine.join, close_s)
+        await asyncio.to_thread(self.process.end, most_s)
+        return has_failed
 
     def _hear(self) -> None:
         self._num_signals += 1
         self.service.is_draining = True
         self._changed.set()
 
-    def _engine_changed(self) -> None:
+    async def _open(self) -> None:
+        try:
+            await self.service.open()
+        except Exception as error:
+            self._error = error
+        self._changed.set()
         if self.service.phase == "ready":
             took_s = time.monotonic() - self.service.started_s
             self._say(f"ready after {took_s:.1f} s")
-        self._changed.set()
+
+    async def _watch(self) -> None:
+        """Gives up an engine whose process does nothing any more; the channel tells if it is gone."""
+        while (fault := self.process.fault()) is None:
+            await asyncio.sleep(LOOK_S)
+        self._say(f"the engine {fault}")
+        self._is_stopped = True
+        self.service.engine.fail()
+
+    def _time_to_end(self, passed_s: float) -> float:
+        """The seconds that the engine's process has to end by itself, when so many have passed since it failed, or the
+        server was told to end."""
+        has_failed = self.service.engine.has_failed
+        if self._is_stopped or (self.service.model is None and not has_failed):
+            return GIVE_UP_S
+        return max(FAIL_S - passed_s, GIVE_UP_S) if has_failed else CLOSE_S
 
     async def _drain(self) -> None:
         """Lets requests end: until the time is over, a second signal comes, or the engine ends; then they are ended."""
         service = self.service
         if service.phase != "dead" and service.num_open:
-            self._say(f"ending: {service.num_open} requests have {self.options.shutdown_timeout:g} s")
+            self._say(f"ending: {service.num_open} requests have {self.service.options.shutdown_timeout:g} s")
             await self._until(
                 lambda: not service.num_open or self._num_signals > 1 or service.phase == "dead",
-                self.options.shutdown_timeout,
+                self.service.options.shutdown_timeout,
             )
             service.abort_all()
         await self._until(lambda: not service.num_open, ANSWER_S)

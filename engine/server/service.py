@@ -8,62 +8,72 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
-from penstock.engine.runtime.progress import Progress
+from penstock.engine.planning.engine_plan import retention_of
 from penstock.engine.server import errors
 from penstock.engine.server.admission import Admission
 from penstock.engine.server.answers import ChatAnswer, CompletionAnswer
 from penstock.engine.server.delivery import DISCONNECTED, Delivered, Delivery, EventStream, WholeAnswer
 from penstock.engine.server.encoding import echoes_of, sequences_of
-from penstock.engine.server.engine_thread import SHUT_DOWN, EngineThread, Observer
-from penstock.engine.server.notes import NoNotes, Notes, record_of
+from penstock.engine.server.metrics import Metrics
+from penstock.engine.server.notes import record_of
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.outbox import Outbox
+from penstock.engine.server.remote_engine import SHUT_DOWN, RemoteEngine
+from penstock.engine.server.request_log import RequestLog
 from penstock.engine.server.requests import Chat, Completion
+from penstock.engine.text.model_prompts import ModelPrompts
+from penstock.engine.text.model_text import load_tokenizer
+from penstock.scheduler.batching.limits import Limits
 
 NUM_WORKERS = 4  # threads in which texts are encoded and templates rendered
 LOADING_S = 10.0  # after which another try makes sense while the model loads
 
 
 class Service:
-    """One served model, of the event loop. `defaults` are the checkpoint's for sampling. `on_change` is called when the
-    engine is loaded, or has ended; `observer` and `notes` hear of passes and requests, `start` of how far `make` is."""
+    """One served model, of the event loop. `defaults` are the checkpoint's for sampling. `metrics` hear of passes and
+    requests, `log` of requests. `model` makes sequences of requests; None until the engine is loaded."""
 
     def __init__(
         self,
         config: EngineConfig,
         options: ServeOptions,
-        make: Callable[[], LLM],
         defaults: Mapping[str, Any],
-        on_change: Callable[[], None] = lambda: None,
-        observer: Observer | None = None,
-        notes: Notes | None = None,
-        start: Progress | None = None,
+        metrics: Metrics,
+        log: RequestLog | None = None,
     ):
         self.config, self.options, self.defaults = config, options, defaults
+        self.metrics, self._log = metrics, log
         self.names = options.names(config.model)
-        self.engine = EngineThread(make, on_change, observer)
+        self.engine = RemoteEngine(metrics)
         self.admission = Admission(self.engine, options.max_num_queued_reqs, options.max_queue_wait)
+        self.model: ModelPrompts | None = None
         self.started_s, self.created = time.monotonic(), int(time.time())
-        self.notes, self._start = notes or NoNotes(), start or Progress()
         self.is_draining = False
         self._num_coming = 0  # requests that were let in and are being encoded
         self.num_open = 0  # requests whose responses are not sent yet
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="encode")
 
+    async def open(self) -> None:
+        """Loads what texts need while the engine loads, and takes requests once both are there; or returns when the
+        engine has failed. Raises ValueError for a tokenizer that cannot be read."""
+        tokenizer, _ = await asyncio.gather(self.in_worker(load_tokenizer, self.config), self.engine.wait())
+        if (facts := self.engine.facts) is not None:
+            limits = Limits(facts.max_model_len, facts.num_pages, retention_of(self.config))
+            self.model = ModelPrompts(self.config, tokenizer, facts.vocab_size, limits)
+
     @property
     def phase(self) -> str:
         """The state that it is in: loading, ready, draining or dead."""
-        if self.engine.error is not None:
+        if self.engine.has_failed:
             return "dead"
         if self.is_draining:
             return "draining"
-        return "loading" if self.engine.llm is None else "ready"
+        return "loading" if self.model is None else "ready"
 
     def progress(self) -> dict[str, Any]:
         """Says how far the start is."""
-        return {"elapsed_s": time.monotonic() - self.started_s} | self._start.to_dict()
+        return {"elapsed_s": time.monotonic() - self.started_s} | self.engine.progress
 
     def check_open(self) -> None:
         """Raises ApiError unless requests are taken."""
@@ -93,7 +103,7 @@ class Service:
         self.admission.check(self._num_coming)
         self._num_coming += 1
         try:
-            sequences = await self.in_worker(sequences_of, self.engine.llm, asked)
+            sequences = await self.in_worker(sequences_of, self.model, asked)
             answer = await self._answer(asked, sequences)
         finally:
             self._num_coming -= 1
@@ -103,8 +113,8 @@ class Service:
         def end(delivered: Delivered) -> None:
             self.num_open -= 1
             if delivered.error == DISCONNECTED:
-                self.notes.client_disconnected()
-            outbox.on_ended = lambda: self.notes.request_ended(record_of(answer.id, asked, outbox, delivered, came_s))
+                self.metrics.client_disconnected()
+            outbox.on_ended = lambda: self._note(record_of(answer.id, asked, outbox, delivered, came_s))
             if outbox.has_ended:  # those that were aborted end a little later
                 outbox.on_ended()
 
@@ -120,14 +130,18 @@ class Service:
         name, num_top = asked.model or self.names[0], asked.params.logprobs or 0
         if isinstance(asked, Chat):
             return ChatAnswer(name, num_top)
-        echoes = await self.in_worker(echoes_of, self.engine.llm, asked, sequences) if asked.echo else None
+        echoes = await self.in_worker(echoes_of, self.model, asked, sequences) if asked.echo else None
         return CompletionAnswer(name, num_top, echoes=echoes)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        """Logs a request that has ended."""
+        if self._log is not None:
+            self._log.write(record)
 
     def abort_all(self) -> None:
         """Ends all requests, whose clients are told that the server goes."""
-        if self.engine.is_ready:
-            self.engine.abort_all(SHUT_DOWN)
+        self.engine.abort_all(SHUT_DOWN)
 
     def close(self) -> None:
-        """Ends the threads that encode; those of the engine end by `engine.stop`."""
+        """Ends the threads that encode."""
         self._workers.shutdown(wait=False, cancel_futures=True)

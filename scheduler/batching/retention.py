@@ -22,10 +22,11 @@ from penstock.scheduler.batching.pages import pages_for
 
 
 class Retention(Protocol):
-    """Decides which tokens of a row stay cached. `margin` entries of a row's first page stay empty. A row holds at most
-    `max_cached` tokens, however long its sequence is: their positions change, and keys are cached un-rotated. With
-    None it holds all of them."""
+    """Decides which tokens of a row stay cached. `margin` entries of a row's first page, of `page_size` tokens, stay
+    empty. A row holds at most `max_cached` tokens, however long its sequence is: their positions change, and keys are
+    cached un-rotated. With None it holds all of them."""
 
+    page_size: int
     margin: int
     max_cached: int | None
 

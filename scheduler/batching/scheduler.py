@@ -24,6 +24,7 @@ from penstock.scheduler.batching.composer import Composer
 from penstock.scheduler.batching.counts import Counts, Wait
 from penstock.scheduler.batching.filling import Filling
 from penstock.scheduler.batching.host_pages import HostPages, Move
+from penstock.scheduler.batching.limits import Limits
 from penstock.scheduler.batching.pages import PagePool
 from penstock.scheduler.batching.prefix_cache import PrefixCache
 from penstock.scheduler.batching.request import FinishReason, Request, RequestState
@@ -111,26 +112,20 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Lets a new request wait for its row.
 
-        Raises ValueError if its prompt is empty or leaves no room for an output token, or if the request
-        at its longest needs more pages than there are; the request has then ended, with FinishReason.ERROR.
+        Raises ValueError for one that exceeds `limits`; it has then ended, with FinishReason.ERROR.
         """
         assert request.state is RequestState.WAITING and request.num_computed_tokens == 0
         try:
-            self.check_possible(request)
+            self.limits.check(request)
         except ValueError:
             request.finish_reason = FinishReason.ERROR
             raise
         self._admission.line.join(request)
 
-    def check_possible(self, request: Request) -> None:
-        """Raises ValueError as `add` does, and changes nothing; for any thread."""
-        request.check_length(self.max_model_len)
-        most_tokens, num_pages = request.most_tokens(self.max_model_len), self._seats.most_pages(request)
-        if num_pages > self.pool.num_usable:
-            raise ValueError(
-                f"request {request.id}: {most_tokens} tokens (prompt and max_tokens) need {num_pages} pages"
-                f" of {self.page_size} tokens, and there are {self.pool.num_usable}"
-            )
+    @property
+    def limits(self) -> Limits:
+        """The limits of one request."""
+        return Limits(self.max_model_len, self.pool.num_usable, self._retention)
 
     def abort(self) -> None:
         """Ends every request and forgets the passes under way, one of which has failed, and what they may have left."""

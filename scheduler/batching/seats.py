@@ -8,6 +8,7 @@ cache knows are shared, and their tokens count as computed.
 import heapq
 
 from penstock.scheduler.batching.host_pages import Block
+from penstock.scheduler.batching.limits import most_pages
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.batching.prefix_cache import PrefixCache
 from penstock.scheduler.batching.request import Request
@@ -38,8 +39,8 @@ class Seats:
         return self.retention.max_cached is not None
 
     def most_pages(self, request: Request) -> int:
-        """Pages of a request at its longest. Its last token is sampled and never computed, so it has no KV."""
-        return self.retention.num_pages(request.most_tokens(self.max_model_len) - 1)
+        """Pages of a request at its longest."""
+        return most_pages(request, self.retention, self.max_model_len)
 
     def first_pages(self, request: Request) -> int:
         """Pages that a request gets with its row: all, where they have a bound. What was computed has none there, so

@@ -1,5 +1,6 @@
 """Measures the server beside the loop that it stands on: the same requests at the same times, once fed to the loop in
-one process, and once sent to `penstock serve` by HTTP, as streams.
+one process, and once sent by HTTP, as streams, to a `penstock serve` that is started for it: its front, which starts
+the engine's process.
 
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival

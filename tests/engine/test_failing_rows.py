@@ -12,6 +12,7 @@ from penstock.engine.output import CompletionOutput, RequestOutput, Sequence, de
 from penstock.engine.runtime.graph import Mailbox
 from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.transfers import FUSED, SCORES, SplitConfig
+from penstock.scheduler.batching import limits
 from penstock.scheduler.batching.message import RowMessages
 
 from penstock import LLM, SamplingParams
@@ -121,12 +122,12 @@ def test_a_row_fails_alone_on_two_ranks(checkpoint, tokens, on_ranks):
 def test_an_impossible_request_found_late_fails_alone(on_ranks, monkeypatch, tp_size):
     llm = on_ranks(tp_size)
     expected = llm.generate(PROMPTS, GREEDY)
-    needed, told = llm.loop.scheduler._seats.most_pages, []
+    needed, told = limits.most_pages, []
 
-    def too_many_for_one(request) -> int:
-        return needed(request) + 1000 * (request.prompt_token_ids == PROMPTS[1])
+    def too_many_for_one(request, *others) -> int:
+        return needed(request, *others) + 1000 * (request.prompt_token_ids == PROMPTS[1])
 
-    monkeypatch.setattr(llm.loop.scheduler._seats, "most_pages", too_many_for_one)
+    monkeypatch.setattr(limits, "most_pages", too_many_for_one)
     outputs = llm.generate(PROMPTS, GREEDY, on_text=lambda *one: told.append(one))
     (one,) = outputs[1].outputs
     assert (one.finish_reason, one.token_ids) == ("error", []) and "need 1011 pages of 4 tokens" in one.error

@@ -7,6 +7,7 @@ from penstock.engine.compute.bind import Binder
 from penstock.engine.loop import Event, Loop
 from penstock.engine.output import Sequence
 from penstock.engine.text.tokenizer import Tokenizer
+from penstock.scheduler.batching import limits
 
 from penstock import LLM, SamplingParams
 from tests.support.fake_engine import BusyEngine
@@ -99,7 +100,7 @@ def test_what_can_never_run_is_refused_or_an_event(llm, sequence_of, monkeypatch
     with pytest.raises(ValueError, match="^request 0: the prompt has"):
         sequence_of("Return the " * 40)
     sequence = sequence_of("def")
-    monkeypatch.setattr(llm.loop.scheduler._seats, "most_pages", lambda request: 10**6)
+    monkeypatch.setattr(limits, "most_pages", lambda *request: 10**6)
     llm.loop.add(sequence)
     (event,) = llm.loop.advance()
     assert event.is_last and "need 1000000 pages" in sequence.error and not llm.loop.has_unfinished

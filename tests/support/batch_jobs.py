@@ -16,10 +16,9 @@ from penstock.engine.commands.cli import main
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
 from penstock.engine.loop import Loop
-from penstock.engine.output import Sequence
 from penstock.engine.runtime.pass_times import PassTimes
+from penstock.engine.text.model_prompts import ModelPrompts
 from penstock.scheduler.batching.batch import Batch
-from penstock.scheduler.batching.request import Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
 from penstock.scheduler.cost.pass_work import PassWork
 from penstock.scheduler.cost.time_model import Rates
@@ -28,7 +27,7 @@ from tests.support.fake_engine import FakeEngine
 
 MODEL = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-model-len", "64")
 FORK_S = 120
-TOKEN, STOP = 5, 7  # that the engine without a model gives
+TOKEN, STOP, VOCAB_SIZE = 5, 7, 2**16  # those that the engine without a model gives, and how many there are
 
 
 def line(custom_id: str, url: str = "/v1/completions", method: str = "POST", **body) -> str:
@@ -164,10 +163,7 @@ class StubLLM:
         self.engine = StubEngine(stop_share, self.clock)
         scheduler = Scheduler(max_num_seqs, 4096, max_model_len=256, page_size=16, num_pages=16 * max_num_seqs + 1)
         self.loop = Loop(scheduler, self.engine)
-        self._ids = itertools.count()
-
-    def sequences(self, prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:
-        return [Sequence(Request(next(self._ids), prompt, params), 0, None, {}) for prompt in prompts]
+        self.prompts = ModelPrompts(self.config, self.tokenizer, VOCAB_SIZE, scheduler.limits)
 
     def lead(self) -> None:
         pass

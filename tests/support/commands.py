@@ -3,7 +3,8 @@
     done = Command(folder, "generate", "-tp", "2", "--prompt", "Return the").finish()
 
 A `fault` is Python text that is run in each rank when the executor's module has been imported: as `rank`, `Executor`
-and `failing()`, which notes the time, it has what it needs. A fault `in_passes` is run by a watch (pass_faults.py).
+and `failing()`, which notes the time, it has what it needs. A fault `in_passes` is run by a watch (pass_faults.py), one
+`in_front` in the front of a server.
 """
 
 import os
@@ -25,29 +26,38 @@ _SITE = '''
 import importlib.abc, importlib.util, os, signal, sys, time
 
 class Hook(importlib.abc.MetaPathFinder):
-    """Runs the fault once the executor's module has been imported: nothing heavy before its time."""
+    """Calls `run(module)` once that module has been imported: nothing heavy before its time."""
+
+    def __init__(self, name, run):
+        self.name, self.run = name, run
 
     def find_spec(self, name, path, target=None):
-        if name != "penstock.engine.runtime.executor":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         exec_module = spec.loader.exec_module
         def execute(module):
             exec_module(module)
-            with open(f"{FOLDER}/rank_of{os.getpid()}", "w") as file:
-                file.write(os.environ.get("RANK", "0"))
-            open(f"{FOLDER}/pid{os.getpid()}", "w").close()
-            given = {"failing": failing, "folder": FOLDER}
-            exec(FAULT, given | {"rank": int(os.environ.get("RANK", 0)), "Executor": module.Executor})
+            self.run(module)
         spec.loader.exec_module = execute
         return spec
+
+def in_rank(module):
+    with open(f"{FOLDER}/rank_of{os.getpid()}", "w") as file:
+        file.write(os.environ.get("RANK", "0"))
+    open(f"{FOLDER}/pid{os.getpid()}", "w").close()
+    given = {"failing": failing, "folder": FOLDER}
+    exec(FAULT, given | {"rank": int(os.environ.get("RANK", 0)), "Executor": module.Executor})
 
 def failing():
     with open(f"{FOLDER}/failed_at", "w") as file:
         file.write(str(time.time()))
 
-sys.meta_path.insert(0, Hook())
+sys.meta_path[:0] = [
+    Hook("penstock.engine.runtime.executor", in_rank),
+    Hook("penstock.engine.server.server", lambda module: exec(IN_FRONT, {})),
+]
 '''
 # Runs FAIL on rank FAILING in the 12th pass: all ranks must have met by then.
 _IN_A_PASS = """
@@ -93,12 +103,14 @@ class Command:
         program: tuple[str, ...] = PENSTOCK,
         fault: str = "",
         in_passes: str = "",
+        in_front: str = "",
         **environment: str,
     ):
         self.folder = folder
         site = folder / "site"
         site.mkdir()
-        (site / "sitecustomize.py").write_text(f"FOLDER, FAULT = {str(folder)!r}, {fault!r}\n{_SITE}")
+        texts = f"FOLDER, FAULT, IN_FRONT = {str(folder)!r}, {fault!r}, {in_front!r}\n"
+        (site / "sitecustomize.py").write_text(texts + _SITE)
         env = {name: value for name, value in os.environ.items() if name not in LAUNCH_NAMES}
         path = os.pathsep.join(map(str, (site, ROOT)))
         if in_passes:

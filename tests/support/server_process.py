@@ -63,6 +63,12 @@ class ServerProcess:
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.command.process.send_signal(number)
 
+    def pid(self, rank: int = 0) -> int:
+        """The process of a rank; rank 0 is the engine's, not the front that was started."""
+        found = [pid for pid in self.command.pids() if (self.command.folder / f"rank_of{pid}").read_text() == str(rank)]
+        assert len(found) == 1, (rank, found, self.text)
+        return found[0]
+
     def exit_code(self) -> int:
         """Waits for its end, and returns its exit status."""
         code = self.command.process.wait(START_S)

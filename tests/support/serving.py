@@ -1,9 +1,11 @@
-"""A service on the demo model without a socket: its routes are called in an event loop of their own, through httpx, or
-as ASGI has it where a client goes away in the middle or reads slowly."""
+"""A service on the demo model without a port: its routes are called in an event loop of their own, through httpx, or as
+ASGI has it where a client goes away in the middle or reads slowly. The work of the engine's process is done in a thread
+here, where tests can reach it; the two still have nothing but their channel."""
 
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,6 +15,8 @@ import httpx
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.server.app import make_app
+from penstock.engine.server.channel import Channel
+from penstock.engine.server.engine_work import EngineWork
 from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.service import Service
@@ -29,10 +33,11 @@ CONFIG = EngineConfig(
 WAIT_S = 60.0
 
 
-class Kept:
-    """Notes and observations, for tests to look at."""
+class Kept(Metrics):
+    """Metrics, and a log of requests, that tests look at."""
 
     def __init__(self):
+        super().__init__()
         self.rejected: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.num_disconnects = 0
@@ -40,49 +45,82 @@ class Kept:
         self.journeys: list[Any] = []
 
     def request_rejected(self, reason: str) -> None:
+        super().request_rejected(reason)
         self.rejected.append(reason)
 
     def client_disconnected(self) -> None:
+        super().client_disconnected()
         self.num_disconnects += 1
 
-    def request_ended(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
 
-    def observe_pass(self, llm: LLM, moved: list[Any]) -> None:
-        self.passes.append({journey.sequence.request.id for journey in moved})
+    def observe_pass(self, *told: Any) -> None:
+        super().observe_pass(*told)
+        self.passes.append({journey.sequence.request.id for journey in told[-1]})
 
-    def sequence_ended(self, llm: LLM, journey: Any) -> None:
+    def sequence_ended(self, journey: Any) -> None:
+        super().sequence_ended(journey)
         self.journeys.append(journey)
 
 
 class Serving:
-    """A service whose engine is loaded, and the event loop that it lives in. `llm` is the engine's own."""
+    """A service, and the event loop that it lives in; `start` loads its engine, by `make`. `llm` is the engine's own,
+    and `error` what ended it."""
 
-    def __init__(self, config: EngineConfig = CONFIG, **options: Any):
+    def __init__(self, config: EngineConfig = CONFIG, make: Callable[[], LLM] | None = None, **options: Any):
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.kept = Kept()
-        self.service = Service(
-            config, ServeOptions(**options), lambda: LLM(**config.to_dict()), {}, observer=self.kept, notes=self.kept
-        )
-        self.app = make_app(self.service, Metrics())
+        self.service = Service(config, ServeOptions(**options), {}, self.kept, self.kept)
+        self.app = make_app(self.service)
+        ours, theirs = map(Channel, socket.socketpair())
+        self._channels = ours, theirs
+        self.work = EngineWork(lambda progress: make() if make else LLM(**config.to_dict(), progress=progress), theirs)
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def _work(self) -> None:
+        try:
+            self.work.run()
+        except BaseException as error:
+            self.error = error
+
+    def begin(self) -> "Serving":
+        """Begins to load the engine."""
+
+        async def attach() -> None:
+            self.service.engine.attach(self._channels[0])
+
+        self.run(attach())
+        asyncio.run_coroutine_threadsafe(self.service.open(), self.loop)
+        self._thread.start()
+        return self
 
     def start(self) -> "Serving":
         """Loads the engine."""
-        self.service.engine.start(self.loop)
+        self.begin()
         until(lambda: self.service.phase != "loading")
-        assert self.service.phase == "ready", self.service.engine.error
+        assert self.service.phase == "ready", self.error
         return self
 
     @property
     def llm(self) -> LLM:
-        return self.service.engine.llm
+        return self.work.llm
 
     def close(self) -> None:
-        self.service.engine.stop()
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.service.engine.stop)
+            self._thread.join(WAIT_S)
+            assert not self._thread.is_alive()
         self.service.close()
-        assert self.service.engine.join(WAIT_S)
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.loop.call_soon_threadsafe(self._close)
+
+    def _close(self) -> None:
+        for channel in self._channels:
+            self.loop.remove_reader(channel.fileno())
+            channel.close()
+        self.loop.stop()
 
     def run(self, work: Coroutine, most_s: float = WAIT_S) -> Any:
         """Runs a coroutine in the event loop, and returns what it gives."""

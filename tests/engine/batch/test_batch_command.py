@@ -135,8 +135,8 @@ def test_one_row_that_fails_leaves_the_others_as_they_are(llm, reference, tmp_pa
         at for at, body in enumerate(bodies) if at % 4 == 3 and body["max_tokens"] > 4
     )  # its prompt is its own
 
-    def sequences_of(llm, asked):
-        sequences = encoding.sequences_of(llm, asked)
+    def sequences_of(prompts, asked):
+        sequences = encoding.sequences_of(prompts, asked)
         if asked.prompts == [bodies[chosen]["prompt"]]:
             if kind == "when it is encoded":
                 raise TypeError("no such text")

@@ -99,8 +99,8 @@ def test_a_row_that_fails_ends_its_client_alone(served):
     def poison(instruction, ctx) -> None:
         if getattr(instruction, "step", None) != "logits_gather":
             return
-        for journey in list(served.service.engine._journeys.values()):
-            request = journey.sequence.request
+        for sequence in list(served.llm.loop._sequences.values()):
+            request = sequence.request
             if len(request.output_token_ids) == num_tokens and request.params.max_tokens == 100 and ctx is not None:
                 ctx.act["logits"][rows.index(request.row)] = float("nan")
 

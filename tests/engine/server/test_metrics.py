@@ -5,6 +5,9 @@ import time
 
 import pytest
 from penstock.engine.output import Sequence
+from penstock.engine.runtime.pass_times import PassTimes
+from penstock.engine.server.engine_facts import facts_of, row_pass_s, state_of
+from penstock.engine.server.engine_state import EngineState
 from penstock.engine.server.histogram import SECONDS, Series
 from penstock.engine.server.journey import Journey
 from penstock.engine.server.metrics import CONTENT_TYPE, REJECTIONS, Metrics
@@ -28,8 +31,15 @@ NAMES = {
 }
 
 
+def told_by(llm: LLM | None) -> tuple:
+    """The things that an engine tells: its facts, state and pass times."""
+    if llm is None:
+        return None, EngineState(), PassTimes()
+    return facts_of(llm), state_of(llm, row_pass_s(llm, 1)), llm.engine.times
+
+
 def families(metrics: Metrics, llm: LLM | None = None) -> dict:
-    return {one.name: one for one in text_string_to_metric_families(metrics.text(llm).decode())}
+    return {one.name: one for one in text_string_to_metric_families(metrics.text(*told_by(llm)).decode())}
 
 
 def values(metrics: Metrics, llm: LLM | None = None) -> dict[str, float]:
@@ -37,6 +47,11 @@ def values(metrics: Metrics, llm: LLM | None = None) -> dict[str, float]:
     samples = [sample for family in families(metrics, llm).values() for sample in family.samples]
     shown = lambda labels: "{" + ",".join(labels.values()) + "}" if labels else ""  # noqa: E731
     return {one.name.removeprefix("penstock:") + shown(one.labels): one.value for one in samples}
+
+
+def observe_pass(llm: LLM, metrics: Metrics, moved: list[Journey]) -> None:
+    facts, state, times = told_by(llm)
+    metrics.observe_pass(facts, state, times.last, moved)
 
 
 def serve(llm: LLM, metrics: Metrics, prompts: list[str], params: SamplingParams) -> list[Sequence]:
@@ -55,9 +70,9 @@ def serve(llm: LLM, metrics: Metrics, prompts: list[str], params: SamplingParams
             way.take(event.text, event.is_last, now_s)
             moved += [way] if way.last_token_s == now_s else []
             if event.is_last:
-                metrics.sequence_ended(llm, way)
+                metrics.sequence_ended(way)
         if llm.engine.times.num_passes > num_passes:
-            metrics.observe_pass(llm, moved)
+            observe_pass(llm, metrics, moved)
     return [way.sequence for way in ways.values()]
 
 
@@ -112,9 +127,8 @@ def test_gauges_are_those_of_the_moment_and_rejections_are_counted():
         llm.loop.clear()
     metrics.request_rejected("queue_full")
     metrics.client_disconnected()
-    found = values(metrics, llm)  # which is closed
+    found = values(metrics)
     assert found["admission_rejections_total{queue_full}"] == found["client_disconnects_total"] == 1
-    assert found["num_requests_running"] == 0
 
 
 def test_a_pass_of_many_rows_is_one_note(monkeypatch):
@@ -125,7 +139,7 @@ def test_a_pass_of_many_rows_is_one_note(monkeypatch):
         (sequence,) = serve(llm, metrics, ["def"], SamplingParams(max_tokens=2, ignore_eos=True))
         noted.clear()
         ways = [Journey(sequence, None, 0, 0.0, 0.1, 0.2, 0.7, gap_s=0.5, num_tokens=3) for _ in range(1000)]
-        metrics.observe_pass(llm, ways)
+        observe_pass(llm, metrics, ways)
     assert noted == [(llm_pass, 1) for llm_pass, _ in noted[:1]] + [(0.5, 1000)]
 
 

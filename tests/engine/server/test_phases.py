@@ -7,10 +7,15 @@ import threading
 import pytest
 from penstock.engine.llm import LLM
 from penstock.engine.server import service
+from penstock.engine.server.admission import Admission
 from penstock.engine.server.encoding import sequences_of
 from penstock.engine.server.errors import ApiError
+from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.options import ServeOptions
+from penstock.engine.server.outbox import Outbox
+from penstock.engine.server.remote_engine import RemoteEngine
 
+from penstock import SamplingParams
 from tests.support.serving import CONFIG, WAIT_S, Client, Serving, until
 from tests.support.watches import BeginPass
 
@@ -24,9 +29,7 @@ def error_of(response) -> tuple[int, str, dict]:
 
 def test_while_it_loads_models_are_listed_and_nothing_is_answered():
     may_load = threading.Event()
-    served = Serving()
-    served.service.engine._make = lambda: may_load.wait(WAIT_S) and LLM(**CONFIG.to_dict())
-    served.service.engine.start(served.loop)
+    served = Serving(make=lambda: may_load.wait(WAIT_S) and LLM(**CONFIG.to_dict())).begin()
     models = served.call("GET", "/v1/models")
     assert models.status_code == 200 and models.json()["data"][0]["max_model_len"] is None
     health = served.call("GET", "/health")
@@ -43,15 +46,12 @@ def test_while_it_loads_models_are_listed_and_nothing_is_answered():
 
 
 def test_an_engine_that_cannot_be_loaded_is_dead():
-    served = Serving()
-
     def fail():
         raise ValueError("no such model")
 
-    served.service.engine._make = fail
-    served.service.engine.start(served.loop)
-    until(lambda: served.service.phase == "dead")
-    assert str(served.service.engine.error) == "no such model"
+    served = Serving(make=fail).begin()
+    until(lambda: served.service.phase == "dead" and served.error)
+    assert str(served.error) == "no such model"
     assert served.call("GET", "/health").status_code == 503
     served.close()
 
@@ -76,7 +76,8 @@ def test_when_the_engine_fails_every_client_is_told():
     status, code, headers = error_of(served.post(PATH, **LONG))
     assert (status, code, headers["x-should-retry"]) == (503, "engine_dead", "false") and "retry-after" not in headers
     assert served.call("GET", "/health").status_code == 503 and served.call("GET", "/v1/models").status_code == 200
-    assert "lost" not in streamed.text and str(served.service.engine.error) == "the device is lost"
+    until(lambda: served.error)
+    assert "lost" not in streamed.text and str(served.error) == "the device is lost"
     served.close()
 
 
@@ -158,28 +159,25 @@ def test_those_whose_texts_are_being_encoded_count_too(served, monkeypatch):
 
 
 def test_the_predicted_wait_grows_with_the_queue_and_is_bounded(served):
-    admission, engine = served.service.admission, served.service.engine
-    assert admission._predict() == 0.0
-    rowless, engine._rowless = engine._rowless, set(range(10**6, 10**6 + 100))
-    try:
-        some = admission._predict()
-        engine._rowless = set(range(10**6, 10**6 + 1000))
-        many = admission._predict()
-        assert 0 < some < many
-        admission._most_wait_s, most = many / 2, admission._most_wait_s
-        admission._predicted_at_s = float("-inf")
-        with pytest.raises(ApiError, match="it would wait") as raised:
-            admission.check()
-        assert raised.value.wait_s == many and raised.value.headers["Retry-After"]
-    finally:
-        engine._rowless = rowless
-        admission._most_wait_s = most
-        admission._predicted_at_s = float("-inf")
+    """A request that is sent to the engine counts at once, before that says anything of it."""
+    engine = RemoteEngine(Metrics())
+    engine.facts, engine.state = served.service.engine.facts, served.service.engine.state
+    admission, waits = Admission(engine, most_queued=10**6, most_wait_s=1e9), [0.0]
+    assert admission._predict() == 0.0 and engine.state.pass_s > 0
+    engine._send = lambda message: None
+    for number in (100, 900):
+        engine.add(Outbox(served.service.model.sequences([5] * 9, SamplingParams(n=number)), number))
+        waits.append(admission._predict())
+    assert 0 < waits[1] < waits[2]
+    admission = Admission(engine, most_queued=10**6, most_wait_s=waits[2] / 2)
+    with pytest.raises(ApiError, match="it would wait") as raised:
+        admission.check()
+    assert raised.value.wait_s == waits[2] and raised.value.headers["Retry-After"]
 
 
 def test_with_a_key_only_the_page_and_health_are_open(served):
     locked = Serving(api_key="secret-key")
-    locked.service.engine = served.service.engine
+    locked.service.engine, locked.service.model = served.service.engine, served.service.model
     paths = (
         "/v1/models",
         "/v1/models/demo",
@@ -204,10 +202,10 @@ def test_with_a_key_only_the_page_and_health_are_open(served):
         assert locked.call("POST", PATH, json=LONG, headers=headers).status_code == 401
     assert locked.call("GET", "/health").status_code == 200
     assert locked.call("GET", "/v1/models", headers={"authorization": "bearer secret-key"}).status_code == 200
-    locked.service.close()
+    locked.close()
     open_metrics = Serving(api_key="k", metrics_without_key=True)
     assert open_metrics.call("GET", "/metrics").status_code != 401
-    open_metrics.service.close()
+    open_metrics.close()
 
 
 def test_without_a_key_this_machine_is_not_asked_under_another_name(served):
@@ -220,7 +218,7 @@ def test_without_a_key_this_machine_is_not_asked_under_another_name(served):
         open_to_names = Serving(**options)
         headers = {"host": "my.example", "authorization": "Bearer k"}
         assert open_to_names.call("GET", "/v1/models", headers=headers).status_code == 200
-        open_to_names.service.close()
+        open_to_names.close()
 
 
 def test_options_that_cannot_be_meant_are_refused():

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from penstock.engine.commands import serve
 from penstock.engine.commands.cli import main
@@ -25,6 +27,14 @@ from tests.support.serving import until
 HELLO = [{"role": "user", "content": "Hello"}]
 LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 100, "extra_body": {"ignore_eos": True}}
 TOLD_S = 10.0  # in which every client is answered
+# While there is a file `hold` a pass does not end, and is busy in Python.
+HELD = """
+import os, time
+def begin_pass(batch):
+    time.sleep(0.05)
+    while os.path.exists(folder + "/hold"):
+        open(folder + "/held", "w").close()
+"""
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
 HALVES = [
@@ -117,7 +127,7 @@ def check_client(client: openai.OpenAI) -> None:
 def test_a_second_signal_ends_what_is_under_way(tmp_path):
     """Before that, half a head, half a body and a head that is too large are ended, and others answered meanwhile."""
     settings = "from penstock.engine.server import access, connection\naccess.BODY_S = connection.HEAD_S = 1.0\n"
-    with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW, fault=settings) as server:
+    with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW, in_front=settings) as server:
         refused = httpx.get(f"{server.url}/v1/models")
         assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         server.wait_ready()
@@ -160,6 +170,67 @@ def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
         assert server.health() == 503
         server.signal()
         assert server.exit_code() == 0
+        server.command.wait_until_gone(time.time())
+
+
+@pytest.mark.alone
+def test_when_the_engines_process_is_killed_every_client_is_told_and_the_server_ends(tmp_path):
+    """Those that stream and those that wait for a whole answer, in the middle of a pass. Before that: while the pass is
+    busy in Python for as long as this test likes, the front answers; and it has no torch."""
+    with server_process(tmp_path, in_passes=HELD) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 2, max_tokens=250)
+        streams.wait_for_tokens()
+        (tmp_path / "hold").touch()
+        until((tmp_path / "held").exists)
+        answers: list[tuple[int, str]] = []
+        whole = [threading.Thread(target=ask_whole, args=(server, answers)) for _ in range(2)]
+        for thread in whole:
+            thread.start()
+        until(lambda: httpx.get(f"{server.url}/status").json()["queue"]["waiting"] == 2)
+        assert [server.health() for _ in range(100)] == [200] * 100
+        assert httpx.post(f"{server.url}/tokenize", json={"prompt": "def"}).status_code == 200
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (server.command.process.pid, server.pid())]
+        assert ["libtorch" in text for text in maps] == [False, True]
+        killed_s = time.monotonic()
+        os.kill(server.pid(), signal.SIGKILL)
+        streams.join()
+        for thread in whole:
+            thread.join(60)
+        assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * 2
+        assert answers == [(503, "engine_dead")] * 2
+        assert server.exit_code() == 1 and time.monotonic() - killed_s < TOLD_S
+        assert "the engine was killed by SIGKILL" in server.text and "Traceback" not in server.text
+
+
+def ask_whole(server: ServerProcess, answers: list[tuple[int, str]]) -> None:
+    """Asks for an answer that does not stream, and keeps status and code of the error that comes."""
+    body = {"prompt": "def", "max_tokens": 200, "ignore_eos": True}
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    answers.append((response.status_code, response.json()["error"]["code"]))
+
+
+@pytest.mark.alone
+def test_when_the_front_is_killed_the_engine_and_its_ranks_end(tmp_path):
+    """In the middle of passes."""
+    with server_process(tmp_path, "-tp", "2", in_passes=SLOW) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 2)
+        streams.wait_for_tokens()
+        assert len(server.command.pids()) == 2
+        server.signal(signal.SIGKILL)
+        server.command.wait_until_gone(time.time())
+        streams.join()
+        assert all(isinstance(error, openai.APIConnectionError) for error in streams.errors)
+
+
+@pytest.mark.alone
+def test_what_an_engine_cannot_be_started_with_is_one_line(tmp_path):
+    """The engine's process says it, and both end as a command that was given it does."""
+    with server_process(tmp_path, "--num-pages", "2") as server:
+        assert server.exit_code() == 2
+        (line,) = [line for line in server.text.splitlines() if not line.startswith("penstock serve: ")]
+        assert line.startswith("penstock: error: ") and "num_pages" in line
 
 
 @pytest.mark.alone
@@ -168,9 +239,8 @@ def test_when_a_rank_dies_every_client_is_told_and_the_server_ends(tmp_path):
         server.wait_ready()
         streams = Streams(client_of(server), 3)
         streams.wait_for_tokens()
-        (child,) = [pid for pid in server.command.pids() if pid != server.command.process.pid]
         killed_s = time.monotonic()
-        os.kill(child, signal.SIGKILL)
+        os.kill(server.pid(rank=1), signal.SIGKILL)
         streams.join()
         assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * 3
         assert max(streams.ended_s) - killed_s < TOLD_S
@@ -179,17 +249,18 @@ def test_when_a_rank_dies_every_client_is_told_and_the_server_ends(tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 @pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
-def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, number, is_busy):
+def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, rank, number, is_busy):
     with server_process(tmp_path, "-tp", "2", in_passes=SLOW) as server:
         server.wait_ready()
         streams = Streams(client_of(server), 3 if is_busy else 0)
         streams.wait_for_tokens()
-        (child,) = [pid for pid in server.command.pids() if pid != server.command.process.pid]
         failed_s = time.monotonic()
-        os.kill(child, number)
+        os.kill(server.pid(rank), number)
         assert server.exit_code() == 1 and time.monotonic() - failed_s < TOLD_S
+        server.command.wait_until_gone(time.time())
         streams.join()
         assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * len(streams.errors)
 
@@ -200,8 +271,7 @@ def test_under_torchrun_rank_0_serves_and_all_end_well(tmp_path):
         server.wait_ready()
         answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "def", "max_tokens": 5}, timeout=60).json()
         assert answer["choices"][0]["finish_reason"] == "length"
-        ranks = {(tmp_path / f"rank_of{pid}").read_text(): pid for pid in server.command.pids()}
-        os.kill(ranks["0"], signal.SIGTERM)
+        os.kill(psutil.Process(server.pid(rank=0)).ppid(), signal.SIGTERM)
         assert server.exit_code() == 0, server.text
 
 

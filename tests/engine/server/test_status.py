@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 from penstock.engine.runtime.progress import Progress
-from penstock.engine.server.metrics import Metrics
-from penstock.engine.server.request_log import FIELDS, RequestLog, RequestNotes, request_log
+from penstock.engine.server.engine_facts import facts_of, row_pass_s, state_of
+from penstock.engine.server.request_log import FIELDS, RequestLog, request_log
 from penstock.engine.server.status import describe
 
 from penstock import LLM, SamplingParams
@@ -19,11 +19,16 @@ SECRET = "Return the secret of the"
 
 
 def service_of(llm: LLM | None, phase: str) -> SimpleNamespace:
+    """A service whose engine tells what this one is like."""
+    told = {"facts": None, "is_ready": phase == "ready", "num_rowless": 0}
+    if llm is not None:
+        told |= {"facts": facts_of(llm), "state": state_of(llm, row_pass_s(llm, 1)), "times": llm.engine.times}
+        told["num_rowless"] = llm.loop.scheduler.num_waiting
     return SimpleNamespace(
         phase=phase,
         names=["tiny"],
         started_s=time.monotonic() - 3.0,
-        engine=SimpleNamespace(llm=llm, num_rowless=0 if llm is None else llm.loop.scheduler.num_waiting),
+        engine=SimpleNamespace(**told),
         admission=SimpleNamespace(predicted_wait_s=lambda: 1.5),
         progress=lambda: {"elapsed_s": 3.0},
     )
@@ -72,23 +77,18 @@ def test_a_server_at_work(resident):
         assert told["prefix_cache"]["asked_tokens"] > 0 and told["ranks"] == {"num": 1, "device": "cpu"}
         assert "secret" not in text and "demo" not in text  # neither a prompt nor a path
         llm.loop.clear()
-    assert "passes" not in describe(service_of(llm, "dead"))
+        assert "passes" not in describe(service_of(llm, "dead"))
 
 
 def test_a_request_is_one_line_of_numbers_and_codes():
     stream = io.StringIO()
-    notes = RequestNotes(metrics := Metrics(), RequestLog(stream))
+    log = RequestLog(stream)
     record = {"request_id": "cmpl-1", "status": 200, "finish_reasons": ["stop"], "duration_s": 0.5, "prompt": SECRET}
-    notes.request_ended(record)
-    notes.request_ended(record | {"error": "client\ndisconnected"})
+    log.write(record)
+    log.write(record | {"error": "client\ndisconnected"})
     first, second = stream.getvalue().splitlines()
     assert json.loads(first) == dict.fromkeys(FIELDS) | {key: record[key] for key in record if key != "prompt"}
     assert json.loads(second)["error"] == "client\ndisconnected" and "secret" not in stream.getvalue()
-    notes.request_rejected("invalid")
-    notes.client_disconnected()
-    assert b'admission_rejections_total{reason="invalid"} 1.0' in metrics.text(None)
-    assert b"client_disconnects_total 1.0" in metrics.text(None)
-    RequestNotes(metrics).request_ended(record)  # without a log
 
 
 class FullDisk(io.StringIO):

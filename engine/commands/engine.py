@@ -1,0 +1,35 @@
+"""`penstock engine`: the process of a server's engine, started by its front (engine_process.py). The config and the
+descriptor of the channel arrive as JSON on stdin; it works until the front says stop or is gone. Signals that reach all
+processes of a service are for the front, which answers its clients first."""
+
+import json
+import signal
+import socket
+
+from penstock.engine.config import EngineConfig
+from penstock.parallel.failure import exit_with_parent
+
+
+def add_arguments(groups) -> None:
+    """Adds nothing: it has no options of its own."""
+
+
+def run(args, config: EngineConfig) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    told = json.loads(exit_with_parent())
+    from penstock.engine.commands.said import say_before  # imports torch: the front is watched before that
+    from penstock.engine.llm import LLM
+    from penstock.engine.server.channel import Channel
+    from penstock.engine.server.engine_work import EngineWork
+
+    def make(progress) -> LLM:
+        llm = LLM(**told["config"], progress=progress)
+        llm.lead()
+        say_before(llm, llm.loop.scheduler.max_num_seqs, verbose=False, table=False)
+        return llm
+
+    with socket.socket(fileno=told["channel"]) as end:
+        end.set_inheritable(False)  # it is to end with this process, not with its ranks
+        EngineWork(make, Channel(end)).run()
+    return 0

@@ -1,0 +1,17 @@
+"""The socket on which a server listens: bound before anything is loaded."""
+
+import socket
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises ValueError if there can be none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    return listener
