@@ -37,7 +37,7 @@ def _files(config: EngineConfig) -> Iterator[Path]:
 
 
 def _there(path: Path) -> list[Path]:
-    """What stands in a directory, and a level deeper its templates; the shards of a GGUF file; or the file itself."""
+    """The files in a directory, and a level deeper its templates; the shards of a GGUF file; or the file itself."""
     if path.is_dir():
         return sorted([*path.iterdir(), *path.glob("*/*.jinja")])
     return gguf_files(path) if is_gguf(path) else [path]
