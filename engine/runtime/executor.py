@@ -84,9 +84,9 @@ class Executor:
         self.compressed, self.poison = compressed, poison
         self.device = model.rope.device
         self.counters = Counters()
-        # by group, since a pass copies and restores hundreds of times: views of its slot and its span, and its restorer
+        # by group, since a pass copies and restores hundreds of times: where it is copied to, and its restorer
         slots = {group: slot_of(ring, slot) for group, slot in pass_plan.ring.slots if group in host_spans}
-        self._copies = {g: (slot[: host_spans[g].nbytes], host_spans[g]) for g, slot in slots.items()}
+        self._targets = {group: slot[: host_spans[group].nbytes] for group, slot in slots.items()}
         self._restorers = {group: one.group.restorer(one.blob, one.out) for group, one in compressed.items()}
         self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
         self.ring_is_filled = False
@@ -173,8 +173,8 @@ class Executor:
         copies, total = [], 0
         for instruction in self.pass_plan.instructions:
             if isinstance(instruction, Prefetch) and total < nbytes:
-                target, span = self._copies[instruction.group]
-                copies.append((span, target))
+                span = self.host_spans[instruction.group]
+                copies.append((span, self._targets[instruction.group]))
                 total += span.nbytes
         return copies
 
@@ -193,9 +193,9 @@ class Executor:
             self.counters.steps[instruction.step] += 1
             self._compute(ctx, instruction)
         elif isinstance(instruction, Prefetch):
-            target, span = self._copies[instruction.group]
+            span = self.host_spans[instruction.group]
             self.ledger.add(self.copy_sites[instruction.group], span.nbytes)
-            target.copy_(span, non_blocking=True)
+            self._targets[instruction.group].copy_(span, non_blocking=True)
         elif isinstance(instruction, Decompress):
             self._decompress(ctx, instruction)
         elif isinstance(instruction, Release) and self.poison:

@@ -107,6 +107,8 @@ def is_healthy(log) -> bool:
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
+    except OSError:  # it ends, and says why
+        return False
     finally:
         connection.close()
 

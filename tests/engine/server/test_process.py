@@ -78,7 +78,7 @@ class Streams:
 
 @pytest.mark.alone
 def test_the_official_client_gets_what_it_expects_and_a_signal_drains(tmp_path):
-    with server_process(tmp_path, "--served-model-name", "org/demo,demo", in_passes=SLOW) as server:
+    with server_process(tmp_path, "--served-model-name", "org/demo,demo", in_passes=HELD) as server:
         client = client_of(server)
         assert [model.id for model in client.models.list()] == ["org/demo", "demo"]
         server.wait_ready()
@@ -93,11 +93,13 @@ def test_the_official_client_gets_what_it_expects_and_a_signal_drains(tmp_path):
             client.completions.create(model="gpt-4", prompt="a")
         streams = Streams(client, 2, max_tokens=30)
         streams.wait_for_tokens()
+        (tmp_path / "hold").touch()  # as long as it drains
         server.signal()
         until(lambda: server.health() == 503)
         with pytest.raises(openai.InternalServerError) as raised:
             client.completions.create(**LONG, model="demo")
         assert raised.value.code == "shutting_down"
+        (tmp_path / "hold").unlink()
         streams.join()
         assert streams.errors == [None, None] and streams.tokens == [30, 30]
         assert server.exit_code() == 0
