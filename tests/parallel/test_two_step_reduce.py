@@ -14,9 +14,21 @@ from torch import Tensor
 from tests.support import sharing_ranks
 from tests.support.emulated_ranks import assert_at_rest, connect_sharing_ranks, no_hang, run_in_steps, sum_of
 from tests.support.forked_ranks import fork_ranks
-from tests.support.kernel_proof import DEVICE, adversarial, counted, equal, same_bits, within
+from tests.support.kernel_proof import (
+    CONTIGUOUS,
+    DEVICE,
+    Layout,
+    adversarial,
+    counted,
+    equal,
+    prove,
+    prove_refusal,
+    same_bits,
+    within,
+)
 
 SIZES = (2, 3, 4, 8)
+DENSE = (CONTIGUOUS, Layout("viewed", before=64), Layout("from any word", before=2))
 BLOCK_BYTES = BLOCK_WORDS * WORD_BYTES
 MOST = 32 * BLOCK_BYTES  # of a part here
 
@@ -51,12 +63,16 @@ def test_the_sum_of_all_parts_on_all_ranks(size, dtype, monkeypatch):
     assert_at_rest(peers, 1)
 
 
-def test_memory_around_a_part_is_not_written():
-    kept = [torch.full((BLOCK_WORDS + 5 + 16,), 7.0, device=DEVICE) for _ in range(2)]
-    parts = [each[8:-8] for each in kept]
-    run_in_steps(functools.partial(two_step_reduce, *rank) for rank in zip(connect_sharing_ranks(2, MOST), parts))
-    for each in kept:
-        assert (each[8:-8] == 14.0).all() and (each[:8] == 7.0).all() and (each[-8:] == 7.0).all()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wherever_a_part_starts(dtype):
+    """A part may start at any word; memory around it is not written."""
+    part, other = parts_of(2, BLOCK_WORDS + 5, dtype)
+
+    def kernel(part):
+        pairs = zip(connect_sharing_ranks(2, MOST), (part, other.clone()))
+        run_in_steps(functools.partial(two_step_reduce, *rank) for rank in pairs)
+
+    prove(kernel, lambda part: part.copy_(sum_of([part, other])), {"part": part}, ("part",), equal, DENSE)
 
 
 def test_calls_of_any_sizes_follow_each_other():
@@ -152,9 +168,11 @@ def test_what_fits(size):
     assert MOST_BYTES <= words * size * WORD_BYTES < MOST_BYTES + size * BLOCK_BYTES and words % BLOCK_WORDS == 0
 
 
-def test_strides_with_gaps_are_refused_and_calls_are_counted():
-    peers = connect_sharing_ranks(2, MOST)
-    with pytest.raises(AssertionError, match="strides"):
-        two_step_reduce(peers[0], torch.ones(4, 2 * BLOCK_WORDS, device=DEVICE)[:, ::2])
+def test_strides_with_gaps_are_refused():
+    refused = functools.partial(two_step_reduce, connect_sharing_ranks(2, MOST)[0])
+    prove_refusal(refused, {"part": torch.ones(4, 2 * BLOCK_WORDS, device=DEVICE)})
+
+
+def test_calls_are_counted():
     with counted(module.calls, triton=6):
-        sum_everywhere(peers, parts_of(2, 2 * BLOCK_WORDS, torch.float32))
+        sum_everywhere(connect_sharing_ranks(2, MOST), parts_of(2, 2 * BLOCK_WORDS, torch.float32))

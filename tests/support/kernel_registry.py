@@ -36,7 +36,7 @@ from penstock.engine.kernels import (
 from penstock.engine.planning.step_cost import MATRICES
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.weights.kept_group import Blocks, Lossless
-from penstock.parallel import push_reduce
+from penstock.parallel import push_reduce, two_step_reduce
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, Instruction
 from torch import Tensor
@@ -157,6 +157,11 @@ def _fits(step: Compute, ctx: PassContext) -> bool:
     return ctx.model.collectives.size > 1 and push_reduce.fits_rows(ctx.act["x"])
 
 
+def _fits_shares(step: Compute, ctx: PassContext) -> bool:
+    x, size = ctx.act["x"], ctx.model.collectives.size
+    return size > 1 and not push_reduce.fits(x) and two_step_reduce.fits_shares(x, size)
+
+
 def _as_the_engine(x: Tensor, *rest) -> None:
     (_LINEAR if len(x) == 1 else _CUBLAS)(x, *rest)
 
@@ -225,6 +230,9 @@ KERNELS: dict[str, EngineKernel] = {
     "stored_linear": _kernel(stored_linear, "stored_linear", row=_StoredLinear, params=SHORT),
     "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decompress", exact=True, params=SHORT),
     "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
+    "two_step_reduce": EngineKernel(
+        two_step_reduce, ("embed_allreduce", "attn_allreduce", "ffn_allreduce"), _fits_shares
+    ),
     "reduce_residual_norm": EngineKernel(
         reduce_residual_norm,
         ("attn_allreduce", "ffn_allreduce"),
@@ -232,4 +240,5 @@ KERNELS: dict[str, EngineKernel] = {
     ),
 }
 STORED = ("dequantise", "stored_embedding", "stored_linear")  # of quantised models alone
-OVER_RANKS = ("push_reduce", "reduce_residual_norm")  # one process never launches them: tests/gpu/test_kernel_ranks.py
+# one process never launches them: tests/gpu/test_kernel_ranks.py
+OVER_RANKS = ("push_reduce", "two_step_reduce", "reduce_residual_norm")
