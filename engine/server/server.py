@@ -130,7 +130,8 @@ class Server:
         """Lets requests end: until the time is over, a second signal comes, or the engine ends; then they are ended."""
         service = self.service
         if service.phase != "dead" and service.num_open:
-            self._say(f"ending: {service.num_open} requests have {self.service.options.shutdown_timeout:g} s")
+            may_take = f"may take {service.options.shutdown_timeout:g} s more; a second signal ends them at once"
+            self._say(f"ending: requests under way ({service.num_open}) {may_take}")
             await self._until(
                 lambda: not service.num_open or self._num_signals > 1 or service.phase == "dead",
                 self.service.options.shutdown_timeout,
