@@ -34,7 +34,7 @@ from torch import Tensor
 
 calls = {"triton": 0}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_BYTES = 2**20  # of a part: for larger ones sending all to every rank takes longer than torch's two-shot
+MOST_BYTES = 2**20  # of a part: for larger ones sending all to every rank took longer than torch's two-shot
 MAX_PROGRAMS = 128  # an H200 has 132 SMs
 NUM_HALVES = 2
 WORD_BYTES = 4
@@ -46,10 +46,11 @@ POLLS_A_CHECK = 1024  # a turn takes less than a microsecond; the word is read o
 
 @dataclass(frozen=True)
 class PeerBuffers:
-    """The buffers in which the parts of a sum meet. `words` (NUM_HALVES, size, PART_WORDS) int32 is this rank's memory;
-    each rank writes to the PART_WORDS of its own. `others` are the addresses of the other ranks' `words`, the next
-    rank's first. `half` (MAX_PROGRAMS,) int32 holds the next call's half in every entry; a program reads its own entry.
-    `abort_word` (1,) int32 lies in host memory that the device can read."""
+    """The buffers in which the parts of a sum meet. `words` int32 is this rank's memory. Here it is (NUM_HALVES, size,
+    PART_WORDS), and each rank writes to the PART_WORDS of its own; `two_step_reduce.buffer_shape` is another shape.
+    `others` are the addresses of the other ranks' `words`, the next rank's first. `half` (MAX_PROGRAMS,) int32 holds
+    the next call's half in every entry; a program reads its own entry. `abort_word` (1,) int32 lies in host memory that
+    the device can read."""
 
     rank: int
     size: int
@@ -94,10 +95,15 @@ _MAX_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
 
 
 @triton.jit
+def as_sent(words):
+    """Returns words (W,) as they are sent: EMPTY becomes another NaN."""
+    return tl.where(words == _EMPTY, _OTHER_NAN, words)
+
+
+@triton.jit
 def load_part(words, offset, inside):
-    """Loads this rank's words (W,) as they are sent: EMPTY becomes another NaN."""
-    own = tl.load(words + offset, mask=inside, other=0)
-    return tl.where(own == _EMPTY, _OTHER_NAN, own)
+    """Loads this rank's words (W,) as they are sent."""
+    return as_sent(tl.load(words + offset, mask=inside, other=0))
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from penstock.parallel.push_reduce import (
     fits_rows,
     push_reduce,
 )
-from penstock.parallel.two_step_reduce import ShareBuffers, buffer_shape, fits_shares, two_step_reduce
+from penstock.parallel.two_step_reduce import buffer_shape, fits_shares, two_step_reduce
 
 
 class Symmetric(Nccl):
@@ -33,12 +33,12 @@ class Symmetric(Nccl):
         self.num_symmetric = 0  # sums through symmetric memory, without those of replays
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._handles = []  # peers' memory is mapped as long as they live
-        self._peer_buffers = self._meet(PeerBuffers, (NUM_HALVES, self.size, PART_WORDS))
-        self._share_buffers = self._meet(ShareBuffers, buffer_shape(self.size))
+        self._peer_buffers = self._meet((NUM_HALVES, self.size, PART_WORDS))
+        self._share_buffers = self._meet(buffer_shape(self.size))
         torch.cuda.synchronize()
         self.barrier()  # no rank may write before the buffers of all are empty
 
-    def _meet(self, kind: type, shape: tuple[int, ...]) -> PeerBuffers | ShareBuffers:
+    def _meet(self, shape: tuple[int, ...]) -> PeerBuffers:
         """Makes empty buffers of `shape` on all ranks, which know each other's addresses."""
         words = symm_mem.empty(shape, dtype=torch.int32, device=self._device).fill_(EMPTY)
         handle = symm_mem.rendezvous(words, dist.group.WORLD.group_name)
@@ -47,7 +47,7 @@ class Symmetric(Nccl):
         assert addresses[self.rank] == words.data_ptr() and not any(address % 16 for address in addresses)
         others = tuple(addresses[(self.rank + distance) % self.size] for distance in range(1, self.size))
         half = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=self._device)
-        return kind(self.rank, self.size, words, others, half, self.abort_word)
+        return PeerBuffers(self.rank, self.size, words, others, half, self.abort_word)
 
     def all_reduce(self, tensor: torch.Tensor, label: str = "") -> None:
         if fits(tensor):

@@ -16,10 +16,18 @@ that it has before it waits for the first word, and waits for the same program o
 Compiled for sm_90 only, where accesses are of 16 bytes. Not tried: other blocks; sums while parts are still sent.
 """
 
-from dataclasses import dataclass
-
 import torch
-from penstock.parallel.push_reduce import DTYPES, EMPTY, MAX_PROGRAMS, NUM_HALVES, WORD_BYTES, flip, load_part, take
+from penstock.parallel.push_reduce import (
+    DTYPES,
+    MAX_PROGRAMS,
+    NUM_HALVES,
+    WORD_BYTES,
+    PeerBuffers,
+    as_sent,
+    flip,
+    load_part,
+    take,
+)
 from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 
@@ -30,22 +38,10 @@ STEPS = (0, 1, 2)  # parts are sent; sums are made and sent; sums are taken
 NUM_BUFFERS = 2  # of a half: one for parts, one for sums
 
 
-@dataclass(frozen=True)
-class ShareBuffers:
-    """The buffers in which parts and sums meet. `words` (NUM_HALVES, NUM_BUFFERS, size, S) int32, where S are the words
-    of a share, is this rank's memory. Each rank writes to its own index of the third dimension: what it has of this
-    rank's share, and the sums of its own share. `others`, `half` and `abort_word` are as in PeerBuffers."""
-
-    rank: int
-    size: int
-    words: Tensor
-    others: tuple[int, ...]
-    half: Tensor
-    abort_word: Tensor
-
-
 def buffer_shape(size: int, most_bytes: int = MOST_BYTES) -> tuple[int, int, int, int]:
-    """The shape of `words` for parts of so many bytes at most; a share is whole blocks."""
+    """The shape of PeerBuffers' `words` for parts of so many bytes at most: (NUM_HALVES, NUM_BUFFERS, size, S), where S
+    are the words of a share, whole blocks. Each rank writes to its own index of the third dimension: what it has of
+    this rank's share, and the sums of its own share."""
     num_blocks = triton.cdiv(most_bytes, BLOCK_WORDS * WORD_BYTES)
     return NUM_HALVES, NUM_BUFFERS, size, triton.cdiv(num_blocks, size) * BLOCK_WORDS
 
@@ -56,7 +52,7 @@ def fits_shares(part: Tensor, size: int) -> bool:
     return HAS_TRITON and is_whole and (size - 1) * BLOCK_WORDS * WORD_BYTES < part.nbytes <= MOST_BYTES
 
 
-def two_step_reduce(buffers: ShareBuffers, part: Tensor, steps: tuple[int, ...] = STEPS) -> None:
+def two_step_reduce(buffers: PeerBuffers, part: Tensor, steps: tuple[int, ...] = STEPS) -> None:
     """Sums a contiguous `part` over ranks, in place, on the caller's stream. Where ranks share a process, as in a test,
     all of them do a step before any does the next one."""
     assert part.is_contiguous(), "two_step_reduce: strides: a part has no gaps"
@@ -72,8 +68,6 @@ def two_step_reduce(buffers: ShareBuffers, part: Tensor, steps: tuple[int, ...] 
     )
 
 
-_EMPTY = tl.constexpr(EMPTY)
-_OTHER_NAN = tl.constexpr(0x7FFFFFFF)
 _NUM_BUFFERS = tl.constexpr(NUM_BUFFERS)
 
 
@@ -94,7 +88,7 @@ def _sum_as_words(parts, dtype: tl.constexpr):
         high = tl.sum((parts >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32), 0).to(dtype)
         bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
         total = bits | (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
-    return tl.where(total == _EMPTY, _OTHER_NAN, total)
+    return as_sent(total)
 
 
 @triton.jit(do_not_specialize=["rank"])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from penstock.parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, PART_WORDS, PeerBuffers
-from penstock.parallel.two_step_reduce import STEPS, ShareBuffers, buffer_shape
+from penstock.parallel.two_step_reduce import STEPS, buffer_shape
 from torch import Tensor
 
 from tests.support.kernel_proof import DEVICE
@@ -15,20 +15,20 @@ HANG_S = 30
 
 
 def connect_ranks(size: int) -> list[PeerBuffers]:
-    return _connected(PeerBuffers, size, (NUM_HALVES, size, PART_WORDS))
+    return _connected(size, (NUM_HALVES, size, PART_WORDS))
 
 
-def connect_sharing_ranks(size: int, most_bytes: int) -> list[ShareBuffers]:
+def connect_sharing_ranks(size: int, most_bytes: int) -> list[PeerBuffers]:
     """Ranks that sum parts of so many bytes at most in two steps."""
-    return _connected(ShareBuffers, size, buffer_shape(size, most_bytes))
+    return _connected(size, buffer_shape(size, most_bytes))
 
 
-def _connected(kind: type, size: int, shape: tuple[int, ...]) -> list:
+def _connected(size: int, shape: tuple[int, ...]) -> list[PeerBuffers]:
     words = [torch.full(shape, EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(size)]
     others = [tuple(words[(rank + step) % size].data_ptr() for step in range(1, size)) for rank in range(size)]
     halves = torch.zeros(size, MAX_PROGRAMS, dtype=torch.int32, device=DEVICE)
     goes_on = torch.zeros(1, dtype=torch.int32, pin_memory=torch.device(DEVICE).type == "cuda")
-    return [kind(rank, size, words[rank], others[rank], halves[rank], goes_on) for rank in range(size)]
+    return [PeerBuffers(rank, size, words[rank], others[rank], halves[rank], goes_on) for rank in range(size)]
 
 
 def run_together(ranks: Iterable[Callable[..., None]]) -> None:
@@ -50,7 +50,7 @@ def run_in_steps(ranks: Iterable[Callable[..., None]]) -> None:
                 rank(steps=(step,))
 
 
-def assert_at_rest(peers: list[PeerBuffers] | list[ShareBuffers], num_calls: int) -> None:
+def assert_at_rest(peers: list[PeerBuffers], num_calls: int) -> None:
     """Asserts that every word is empty again and every entry of `half` names the next half."""
     for buffers in peers:
         assert (buffers.words == EMPTY).all()

@@ -16,32 +16,32 @@ from pathlib import Path
 import torch
 from penstock.parallel import two_step_reduce as module
 from penstock.parallel.push_reduce import MAX_PROGRAMS, NUM_HALVES, PART_WORDS, WORD_BYTES, PeerBuffers, push_reduce
-from penstock.parallel.two_step_reduce import BLOCK_WORDS, ShareBuffers, buffer_shape, two_step_reduce
+from penstock.parallel.two_step_reduce import BLOCK_WORDS, buffer_shape, two_step_reduce
 
 RANKS = 3
 SHAPES = {
-    "shares": (ShareBuffers, buffer_shape(RANKS, 16 * BLOCK_WORDS * WORD_BYTES)),
-    "pushes": (PeerBuffers, (NUM_HALVES, RANKS, PART_WORDS)),
+    "shares": buffer_shape(RANKS, 16 * BLOCK_WORDS * WORD_BYTES),
+    "pushes": (NUM_HALVES, RANKS, PART_WORDS),
 }
 CALLS = 8
 MOST_DELAY_S = 0.05
 
 
 def write_buffers(folder: Path) -> None:
-    for name, (_, shape) in SHAPES.items():
+    for name, shape in SHAPES.items():
         for rank in range(RANKS):
             (folder / f"{name}{rank}").write_bytes(b"\xff" * (WORD_BYTES * torch.Size(shape).numel()))
 
 
-def map_buffers(name: str, folder: Path, rank: int) -> tuple[PeerBuffers | ShareBuffers, list[torch.Tensor]]:
+def map_buffers(name: str, folder: Path, rank: int) -> tuple[PeerBuffers, list[torch.Tensor]]:
     """The buffers of this rank, and those of all ranks as this process maps them."""
-    kind, shape = SHAPES[name]
+    shape = SHAPES[name]
     size = torch.Size(shape).numel()
     files = [str(folder / f"{name}{each}") for each in range(RANKS)]
     mapped = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
     others = tuple(mapped[(rank + distance) % RANKS].data_ptr() for distance in range(1, RANKS))
     half, goes_on = torch.zeros(MAX_PROGRAMS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    return kind(rank, RANKS, mapped[rank].view(shape), others, half, goes_on), mapped
+    return PeerBuffers(rank, RANKS, mapped[rank].view(shape), others, half, goes_on), mapped
 
 
 def main() -> None:
