@@ -12,17 +12,27 @@ that a pass has the same bits at any residency:
     tokens and 32 heads of 128, 96 against 87 us for 2000). It plans each length (45 ms), so rows are padded to few
     lengths, which are planned at start: behind the causal mask nobody sees the padding. Up to 4096 tokens the copies
     that it needs and its plans are not worth the little that it saves
-  - for chunks of several tokens that continue behind cached ones, their own context is gathered, then they attend to it
-    in the same two ways
+  - chunks of several tokens that continue behind cached ones read pages where they lie, in a pass that is padded, so
+    that a graph may run it for any lengths; in a longer one their own context is gathered, which takes less time
+    (kernels/prompt_attention.py), then they attend to it. Their bits are the same either way
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from penstock.engine.compute.inputs import CachedLayer, Chunks, Context, MixedContext, PagedContext, RowRange
+from penstock.engine.compute.inputs import (
+    CachedLayer,
+    Chunks,
+    Context,
+    MixedContext,
+    PagedChunks,
+    PagedContext,
+    RowRange,
+)
 from penstock.engine.kernels.decode_attention import decode_attention
-from penstock.engine.kernels.prompt_attention import attend_blocks_
+from penstock.engine.kernels.prompt_attention import Pages, attend_blocks_
 from penstock.engine.kernels.rope_append import rotate_
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import KEYS_AT_ONCE
@@ -34,7 +44,7 @@ LEAST_WHOLE_TOKENS = 2 * MOST_PADDED_TOKENS + 1  # from here on cuDNN pays; it t
 WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for it
 WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
 WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
-calls = {"paged": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
+calls = {"paged": 0, "behind": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
 
 
 def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
@@ -66,8 +76,12 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
         attend_paged(q, cache, context, window, q)
         return
     for part in context.continuing:
-        calls["gathered"] += 1
-        attend_chunks_(q[part.chunks.tokens], *gather(cache, part.addresses, part.positions), part.chunks, window)
+        if isinstance(part, PagedChunks):
+            calls["behind"] += 1
+            attend_behind_(q[part.chunks.tokens], cache, part, window)
+        else:
+            calls["gathered"] += 1
+            attend_chunks_(q[part.chunks.tokens], *gather(cache, part.addresses, part.positions), part.chunks, window)
     if context.starting is not None:
         calls["own"] += 1
         tokens = context.starting.tokens
@@ -88,6 +102,31 @@ def attend_paged(q: Tensor, cache: CachedLayer, context: PagedContext, window: i
     pages = (cache.keys, cache.values, context.page_table, context.lengths)
     where = {"margin": cache.margin, "key_rope": cache.key_rope}
     decode_attention(q[:, None], *pages, out[:, None], scale, window, cache.page_size, context.work, **where)
+
+
+def attend_behind_(q: Tensor, cache: CachedLayer, context: PagedChunks, window: int | None) -> None:
+    """Overwrites q (n, H, E), the queries of chunks, with its attention over the pages of their rows, whose keys are
+    rotated."""
+    assert cache.key_rope is None
+    if _has_kernel(q.device, q.dtype):
+        pages = Pages(context.page_table, cache.page_size, cache.margin)
+        attend_blocks_(q, cache.keys, cache.values, context.chunks.blocks, window, pages)
+        return
+    for row, (k, v) in zip(context.chunks.ranges, _read_pages(cache, context)):
+        _attend_row_(q, k, v, row, q.shape[-1] ** -0.5, window)
+
+
+def _read_pages(cache: CachedLayer, context: PagedChunks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values (C, K, E) of each row of chunks, for those who attend row by row."""
+    for pages, row in zip(context.page_table, context.chunks.ranges):
+        yield gather(cache, *_row_entries(cache, pages, row.num_context))
+
+
+def _row_entries(cache: CachedLayer, pages: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Addresses and positions of a row's first tokens, which its pages (P,) hold."""
+    positions = torch.arange(num_tokens, device=pages.device)
+    entries = positions + cache.margin
+    return pages[entries // cache.page_size].long() * cache.page_size + entries % cache.page_size, positions
 
 
 def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,22 +158,26 @@ def row_contexts(
     _, own_k, own_v = _split_heads(heads, cache.keys.shape[1])
     lengths = [] if context.paged is None else context.paged.lengths.tolist()
     for row, length in enumerate(lengths):
-        positions = torch.arange(length, device=heads.device)
-        entries = positions + cache.margin
-        pages = context.paged.page_table[row][entries // cache.page_size].long()
-        addresses = pages * cache.page_size + entries % cache.page_size
-        yield slice(row, row + 1), RowRange(0, 1, 0, length), *gather(cache, addresses, positions)
-    parts = [(part.chunks, *gather(cache, part.addresses, part.positions)) for part in context.continuing]
+        entries = _row_entries(cache, context.paged.page_table[row], length)
+        yield slice(row, row + 1), RowRange(0, 1, 0, length), *gather(cache, *entries)
+    for part in context.continuing:
+        if isinstance(part, PagedChunks):
+            yield from _own_contexts(part.chunks, _read_pages(cache, part))
+        else:
+            k, v = gather(cache, part.addresses, part.positions)
+            yield from _own_contexts(part.chunks, itertools.repeat((k, v)))
     if context.starting is not None:
         tokens = context.starting.tokens
-        parts.append((context.starting, own_k[tokens], own_v[tokens]))
-    for chunks, k, v in parts:
-        for row in chunks.ranges:
-            first, seen = (
-                chunks.first_token + row.first_query,
-                slice(row.first_context, row.first_context + row.num_context),
-            )
-            yield slice(first, first + row.num_queries), row, k[seen], v[seen]
+        yield from _own_contexts(context.starting, itertools.repeat((own_k[tokens], own_v[tokens])))
+
+
+def _own_contexts(
+    chunks: Chunks, contexts: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[slice, RowRange, Tensor, Tensor]]:
+    """What row_contexts says of each of these rows, whose keys and values lie in its tensors where its range says."""
+    for row, (k, v) in zip(chunks.ranges, contexts):
+        first, seen = chunks.first_token + row.first_query, slice(row.first_context, row.end_context)
+        yield slice(first, first + row.num_queries), row, k[seen], v[seen]
 
 
 def _copy_heads_(to: Tensor, source: Tensor) -> None:
@@ -183,7 +226,7 @@ def _attend_row_(q: Tensor, k: Tensor, v: Tensor, row: RowRange, scale: float, w
     """Attends one row by scaled_dot_product_attention, which takes heads first. A mask is aligned to the end of the
     context, as is_causal is not. What is read is copied, since the fp32 kernel on a GPU wants 16-byte alignment."""
     tokens = slice(row.first_query, row.first_query + row.num_queries)
-    seen = slice(row.first_context, row.first_context + row.num_context)
+    seen = slice(row.first_context, row.end_context)
     parts = (q[tokens], k[seen], v[seen])
     own_q, k, v = (part.clone().transpose(0, 1)[None] for part in parts)  # (1, H or K, q or L, E)
     mask = causal_mask(row, window, q.device)

@@ -23,6 +23,10 @@ class RowRange(NamedTuple):
     first_context: int
     num_context: int
 
+    @property
+    def end_context(self) -> int:
+        return self.first_context + self.num_context
+
 
 @dataclass(frozen=True)
 class PagedContext:
@@ -50,6 +54,15 @@ class Chunks:
 
 
 @dataclass(frozen=True)
+class PagedChunks:
+    """Holds what chunks of rows that have cached tokens attend to: the pages where they lie. A block's or range's place
+    among its chunks is that of its row in the page table."""
+
+    chunks: Chunks
+    page_table: Tensor  # (R, P) int32
+
+
+@dataclass(frozen=True)
 class GatheredContext:
     """Holds what chunks of rows that have cached tokens attend to: `addresses` are page * S + offset of all their
     tokens, row after row, their own included; `positions` are those of these tokens."""
@@ -65,12 +78,13 @@ class MixedContext:
 
         | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting | whole |
 
-    Rows of `continuing` attend to a copy of their own context, some rows at a time; those of `starting` and `whole`
-    have all of it in this pass, and attend to it in the activation. Each of `whole`, token ranges, does so by itself.
+    Rows of `continuing` attend to pages in a padded pass, else to a copy of their own context, some rows at a time;
+    those of `starting` and `whole` have all of it in this pass, and attend to it in the activation. Each of `whole`,
+    token ranges, does so by itself.
     """
 
     paged: PagedContext | None
-    continuing: tuple[GatheredContext, ...]
+    continuing: tuple[PagedChunks | GatheredContext, ...]
     starting: Chunks | None
     whole: tuple[slice, ...]
 

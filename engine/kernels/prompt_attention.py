@@ -1,7 +1,8 @@
-"""Causal attention of chunks, prompts or parts of them, over keys and values that lie one behind another: in one launch
-for rows of any lengths, in place, for CUDA graphs.
+"""Causal attention of chunks, prompts or parts of them, over keys and values that lie one behind another, or in the
+pages of a cache: in one launch for rows of any lengths, in place, for CUDA graphs.
 
-Shapes: T tokens, C tokens of context, H/K local query/KV heads, E head dim, B blocks.
+Shapes: T tokens, C tokens of context or of a cache, H/K local query/KV heads, E head dim, B blocks, R rows, P most
+pages of a row.
 
 The work is a list of blocks of up to BLOCK_M queries, which the host makes from the rows' lengths, those with most to
 do first. Each (block, head) has a program. It holds its queries, walks its row's keys up to its last query in steps of
@@ -15,11 +16,13 @@ Tried, on an H200 with 32 and 8 heads of 128, us, for 1 x 512 / 4 x 448 / 15 x 5
 14 / 32 / 142 / 88 / 1192. Torch's varlen kernel, which has programs for each row as if it were the longest, with the
 copy of its result 32 / 80 / 303 / 189 / 1721. Two stages 14 / 30 / 148 / 87 / 1296, 128 queries, 8 warps, 3 stages
 15 / 38 / 168 / 91 / 1129, 128 queries and 128 keys 15 / 41 / 179 / 90 / 1186, 32 keys and 4 stages 15 / 34 / 150 / 98 /
-1264. Reading pages where they lie instead of a copy, with addresses one step ahead: 15 to 40 % more time for 64 to 8000
-queries behind 2048 to 32768 tokens, where the copy itself takes 1 to 15 %. Not tried: keys and values by bulk copies.
+1264. Reading pages where they lie instead of a copy takes 15 to 40 % more time for 64 to 8000 queries behind 2048 to
+32768 tokens, where the copy itself takes 1 to 15 %; so long passes copy, and short ones, which are graphs, read pages.
+Not tried: keys and values by bulk copies.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from penstock.engine.kernels.overlap import options, wait_for_inputs
@@ -28,19 +31,28 @@ from torch import Tensor
 
 calls = {"triton": 0}
 BLOCK_M = 64
-FIRST, END, FIRST_KEY, SHIFT, FIELDS = range(5)  # of a block
+FIRST, END, FIRST_KEY, SHIFT, ROW, FIELDS = range(6)  # of a block
 NO_WINDOW = 1 << 30
 Row = tuple[int, int, int, int]  # first query, number of queries, first token of context, number of those
 
 
-def list_blocks(rows: Iterable[Row]) -> list[tuple[int, int, int, int]]:
+class Pages(NamedTuple):
+    """Says where rows' keys and values lie in a cache: key n of a row is entry n + margin of its pages, in their order.
+    `table` (R, P) int32 may hold anything behind a row's context."""
+
+    table: Tensor
+    page_size: int
+    margin: int = 0
+
+
+def list_blocks(rows: Iterable[Row]) -> list[tuple[int, int, int, int, int]]:
     """The blocks of rows, whose queries are the last tokens of their context: the block's first query; where the
-    queries end, of row or block; the row's first key; and what is added to a query's index for the last key that it
-    sees. Those that see most come first."""
+    queries end, of row or block; the row's first key; what is added to a query's index for the last key that it sees;
+    and which row it is. Those that see most come first."""
     blocks = []
-    for first, num_queries, first_key, num_keys in rows:
+    for row, (first, num_queries, first_key, num_keys) in enumerate(rows):
         shift, end = first_key + num_keys - first - num_queries, first + num_queries
-        blocks += [(at, min(at + BLOCK_M, end), first_key, shift) for at in range(first, end, BLOCK_M)]
+        blocks += [(at, min(at + BLOCK_M, end), first_key, shift, row) for at in range(first, end, BLOCK_M)]
     return sorted(blocks, key=lambda block: block[FIRST_KEY] - block[END] - block[SHIFT])
 
 
@@ -49,11 +61,13 @@ def most_blocks(num_tokens: int, num_rows: int) -> int:
     return num_tokens // BLOCK_M + num_rows
 
 
-def attend_blocks_(q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, window: int | None) -> None:
+def attend_blocks_(
+    q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, window: int | None, pages: Pages | None = None
+) -> None:
     """Overwrites q (T, H, E), bf16 or fp16, with its attention over keys and values (C, K, E). `blocks` (B, FIELDS)
-    int32 are those of list_blocks; one that ends at 0 is none. Heads of a token have no gaps between them; tokens
-    may."""
-    _attend_blocks_triton(q, keys, values, blocks, window)
+    int32 are those of list_blocks; one that ends at 0 is none. With `pages` keys and values are a cache, in which the
+    first key of each row is 0. Heads of a token have no gaps between them; tokens may."""
+    _attend_blocks_triton(q, keys, values, blocks, window, pages)
 
 
 def _tuning(q: Tensor) -> dict[str, int]:
@@ -65,21 +79,31 @@ def _tuning(q: Tensor) -> dict[str, int]:
 
 
 def _attend_blocks_triton(
-    q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, window: int | None, tuning: dict[str, int] | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    window: int | None,
+    pages: Pages | None = None,
+    tuning: dict[str, int] | None = None,
 ) -> None:
     require_triton("attention of prompts on a GPU", "device='cpu'")
     (_, num_heads, head_dim), num_kv_heads = q.shape, keys.shape[1]
     assert keys.shape == values.shape and q.dtype == keys.dtype == values.dtype and num_heads % num_kv_heads == 0
     assert all(t.stride(2) == 1 and t.stride(1) == head_dim for t in (q, keys, values)), "strides: heads have no gaps"
     assert blocks.dtype == torch.int32 and blocks.is_contiguous()
+    table, page_size, margin = pages or (None, 0, 0)
+    assert pages is None or (table.dtype == torch.int32 and table.stride(1) == 1), "strides: a row's pages have no gaps"
     calls["triton"] += 1
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # the interpreter's tl.dot of bf16 is wrong
     if len(blocks):
         _attend_block[(num_heads, len(blocks))](
-            *(q, keys, values, blocks, q.stride(0), keys.stride(0), values.stride(0)),
+            *(q, keys, values, blocks, table, q.stride(0), keys.stride(0), values.stride(0)),
+            0 if table is None else table.stride(0),
             *(head_dim**-0.5 * 1.4426950408889634, NO_WINDOW if window is None else window),  # log2(e)
             **{"GROUP": num_heads // num_kv_heads, "E": head_dim, "WINDOWED": window is not None},
             **{"E_PADDED": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": BLOCK_M, "FIELDS": FIELDS},
+            **{"S": page_size, "MARGIN": margin},
             DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
             **options(q.device),
             **(tuning or _tuning(q)),
@@ -87,15 +111,29 @@ def _attend_blocks_triton(
 
 
 @triton.jit
+def _pages_of(pages, start, end, BLOCK_N: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr):
+    """Reads the pages (BLOCK_N,) of the keys from `start` on, before `end`."""
+    key = start + tl.arange(0, BLOCK_N)
+    return tl.load(pages + (key + MARGIN) // S, mask=key < end, other=0)
+
+
+@triton.jit
 def _step(
-    q, keys, values, key_token, value_token, start, end, last_seen, window, scale, top, total, acc,
+    q, keys, values, pages, page, key_token, value_token, start, end, last_seen, window, scale, top, total, acc,
     E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
-    DOT: tl.constexpr,
+    S: tl.constexpr, MARGIN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries see of the keys from `start` on, before `end`; all see all of them unless MASKED."""
+    """Adds what queries see of the keys from `start` on, before `end`; all see all of them unless MASKED. `page` are
+    their pages, if they lie in any; returns those of the next step, which are read before its keys are."""
     n, e = tl.arange(0, BLOCK_N), tl.arange(0, E_PADDED)
-    key_rows = keys + start.to(tl.int64) * key_token + n[:, None] * key_token + e[None, :]
-    value_rows = values + start.to(tl.int64) * value_token + n[:, None] * value_token + e[None, :]
+    if S:
+        token = page.to(tl.int64) * S + (start + n + MARGIN) % S
+        key_rows, value_rows = keys + token[:, None] * key_token, values + token[:, None] * value_token
+        page = _pages_of(pages, start + BLOCK_N, end, BLOCK_N, S, MARGIN)
+    else:
+        key_rows = keys + start.to(tl.int64) * key_token + n[:, None] * key_token
+        value_rows = values + start.to(tl.int64) * value_token + n[:, None] * value_token
+    key_rows, value_rows = key_rows + e[None, :], value_rows + e[None, :]
     if MASKED:
         inside = (start + n < end)[:, None] & (e < E)[None, :]
         k, v = tl.load(key_rows, mask=inside, other=0.0), tl.load(value_rows, mask=inside, other=0.0)
@@ -116,14 +154,15 @@ def _step(
     weights, decay = tl.exp2(scores * scale - (finite * scale)[:, None]), tl.exp2((top - finite) * scale)
     total = total * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(DOT), v.to(DOT), acc * decay[:, None], input_precision="ieee")
-    return higher, total, acc
+    return higher, total, acc, page
 
 
 @triton.jit
 def _attend_block(
-    q, keys, values, blocks, q_token, key_token, value_token, scale, window,
+    q, keys, values, blocks, table, q_token, key_token, value_token, table_row, scale, window,
     GROUP: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, DOT: tl.constexpr, FIELDS: tl.constexpr, OVERLAPS: tl.constexpr,
+    WINDOWED: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, DOT: tl.constexpr, FIELDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
     head, block = tl.program_id(0), blocks + tl.program_id(1) * FIELDS
@@ -140,18 +179,21 @@ def _attend_block(
         begin += tl.maximum(first + shift - window + 1 - begin, 0) // BLOCK_N * BLOCK_N
     top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, E_PADDED), tl.float32)
-    diagonal = begin
+    pages, page, diagonal = table, 0, begin
+    if S:
+        pages = table + tl.load(block + 4).to(tl.int64) * table_row
+        page = _pages_of(pages, begin, end, BLOCK_N, S, MARGIN)
     if not WINDOWED:
         diagonal += (first + shift + 1 - begin) // BLOCK_N * BLOCK_N  # before it all queries see all keys
         for offset in tl.range(0, diagonal - begin, BLOCK_N):
-            top, total, acc = _step(
-                tile, keys, values, key_token, value_token, begin + offset, end, last_seen, window, scale, top, total,
-                acc, E, E_PADDED, BLOCK_N, False, False, DOT,
+            top, total, acc, page = _step(
+                tile, keys, values, pages, page, key_token, value_token, begin + offset, end, last_seen, window, scale,
+                top, total, acc, E, E_PADDED, BLOCK_N, False, False, S, MARGIN, DOT,
             )  # fmt: skip
     for offset in tl.range(0, end - diagonal, BLOCK_N):
-        top, total, acc = _step(
-            tile, keys, values, key_token, value_token, diagonal + offset, end, last_seen, window, scale, top, total,
-            acc, E, E_PADDED, BLOCK_N, True, WINDOWED, DOT,
+        top, total, acc, page = _step(
+            tile, keys, values, pages, page, key_token, value_token, diagonal + offset, end, last_seen, window, scale,
+            top, total, acc, E, E_PADDED, BLOCK_N, True, WINDOWED, S, MARGIN, DOT,
         )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # behind the last query, where a window sees nothing
     tl.store(rows, (acc / total[:, None]).to(q.dtype.element_ty), mask=inside)

@@ -11,8 +11,8 @@ the rows in a turn: all tensors are (rows, pairs), so that none changes its layo
 shared memory. If loads do not wait for each other, instructions bind: a code becomes a float in two of them, eight bf16
 values of x are one load, and a load of x serves all rows. The compiler would save registers by putting loads between
 the sums, one after the other's use. So a barrier stands behind a turn's loads of what is stored: they are all under way
-at once, and other warps compute meanwhile. No partial sums in memory, no atomics: the order of sums depends on the
-shape alone.
+at once, and other warps compute meanwhile. Those of the first turn are under way before the kernel that makes x has
+ended. No partial sums in memory, no atomics: the order of sums depends on the shape alone.
 
 A float is a power of two more than its code. Where x is bf16 these are not subtracted of each code, but their product
 with the sum of x is, once for all rows: the error is 16 to 60 times that of fp32, a thousandth of that of bf16.
@@ -52,6 +52,11 @@ class Config(NamedTuple):
     rows: int
     num_warps: int
     pairs: int
+
+
+# Measured on an H200 over the linears of an 8B one after another, GB/s of Q8_0 and Q4_0 at one token: four warps of one
+# pair 3366 and 2375, two warps of two pairs 3175 and 2332, one warp of two pairs 2836 and 2036.
+CONFIG = Config(4, 4, 1)
 
 
 class StoredRun(NamedTuple):
@@ -100,14 +105,8 @@ def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | N
         out[:, first:stop] = sums
 
 
-def config(kind: str, num_tokens: int) -> Config:
-    """Chooses the shape of a program, by the machine code that is made of it: with one warp no thread waits for
-    another one, and with so many rows and pairs 16 warps or more have room for their registers."""
-    return Config(4, 1, 2) if num_tokens == 1 and BY_NAME[kind].block == 32 else Config(4, 1, 1)
-
-
 def _stored_linear_triton(
-    x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor, shape: Config | None = None
+    x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor, shape: Config = CONFIG
 ) -> None:
     require_triton("stored_linear on a GPU", "device='cpu'")
     layout, words = BY_NAME[kind], WORDS[kind]
@@ -117,7 +116,7 @@ def _stored_linear_triton(
     assert data.data_ptr() % 16 == 0, "stored_linear: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     calls["triton"] += 1
-    rows, num_warps, pairs = shape or config(kind, num_tokens)
+    rows, num_warps, pairs = shape
     row_pairs = width // layout.block * words.units * words.lanes // 2
     eights = x.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and (num_tokens == 1 or x.stride(0) % 8 == 0)
     _stored_gemv[(triton.cdiv(num_rows, rows),)](
@@ -144,7 +143,6 @@ def _stored_gemv(
     num_blocks, first_block, codes = num_rows * row_blocks, row * row_blocks, data + row * row_pairs * 8
     sums_0 = tl.zeros((ROWS, PAIRS), tl.float32)
     sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
-    wait_for_inputs(OVERLAPS)
     for first in range(0, row_pairs, PAIRS):
         at = first + tl.arange(0, PAIRS)[None, :]  # (1, PAIRS)
         inside = at < row_pairs
@@ -156,6 +154,8 @@ def _stored_gemv(
         halves, first_scales, second_scales, third_scales = load_scales(
             data, num_blocks, first_block, block, unit, KIND
         )
+        if first == 0:
+            wait_for_inputs(OVERLAPS)  # no kernel has written what is stored
         tl.debug_barrier()  # without it loads are put between the sums, and wait for each other
         word, next_word = words_of(words)
         word_bits, next_bits = words_of(bits)

@@ -23,6 +23,7 @@ from penstock.engine.model.steps import (
 )
 from penstock.engine.planning.step_cost import kv_token_bytes
 from penstock.scheduler.batching.pages import pages_for
+from penstock.scheduler.cost.pass_work import MOST_PADDED_CHUNKS
 from penstock.scheduler.passes.build import lay_out_decompressed, make_plan
 from penstock.scheduler.passes.check import lay_out_activations
 from penstock.scheduler.passes.pass_plan import Compute, PassPlan, RingLayout
@@ -90,6 +91,7 @@ class MemoryClaims:
         temporaries = max(*self._sizes(num_seqs).values(), self._scored_bytes)
         temporaries += min(num_seqs, COPIED_ROWS) * vocab_size * COPIED_LOGITS_BYTES
         temporaries += num_seqs * (vocab_size * PENALTY_STATE_BYTES + self._table_bytes + ROW_BYTES)
+        temporaries += min(num_seqs, MOST_PADDED_CHUNKS) * self._table_bytes
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
         temporaries += num_seqs * self._item_bytes  # each row may begin one segment more than its cached tokens fill

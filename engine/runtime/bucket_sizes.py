@@ -1,7 +1,7 @@
 """The sizes to which passes are padded, and which of them a batch takes.
 
-A decode pass is padded in its rows. A pass with prompts that start in it is padded in its tokens, those of its rows of
-one token included; where it has none of these, it leaves out what they need.
+A decode pass is padded in its rows. A pass with chunks, prompts or parts of them, is padded in its tokens, those of its
+rows of one token included; where it has none of these, it leaves out what they need.
 """
 
 from typing import NamedTuple
@@ -9,34 +9,34 @@ from typing import NamedTuple
 from penstock.engine.kernels.prompt_attention import most_blocks
 from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, is_decode
-from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS, padded_tokens
+from penstock.scheduler.cost.pass_work import MOST_PADDED_CHUNKS, MOST_PADDED_TOKENS, padded_tokens
 
-ALONE = 512  # tokens of passes with prompts, up to which some have no rows of one token
+ALONE = 512  # tokens of passes with chunks, up to which some have no rows of one token
 LEAST_ROWS, LEAST_HALF_WAY = 8, 64  # rows: up to the one a linear takes as long as for two, up to the other nearly so
-MOST_STARTING = 32  # prompts in such a pass
 
 
 class BucketSize(NamedTuple):
-    """The most tokens of a pass, of rows of one token, of prompts that start, and of rows that are sampled; and the
-    room for items of attention over rows of one token. Without prompts the pass is a decode pass."""
+    """The most tokens of a pass, of rows of one token, of chunks, and of rows that are sampled; and the room for items
+    of attention over rows of one token. Without chunks the pass is a decode pass."""
 
     num_tokens: int
     num_single: int
-    num_starting: int
+    num_chunks: int
     num_sampled: int
     num_items: int
 
     @property
     def num_blocks(self) -> int:
-        """The room for blocks of its prompts, for whose queries attention launches programs."""
-        return most_blocks(self.num_tokens, self.num_starting)
+        """The room for blocks of its chunks of either kind, for whose queries attention launches programs."""
+        return most_blocks(self.num_tokens, self.num_chunks)
 
 
 class BucketSizes:
-    """The sizes for passes of at most `most_tokens` tokens and `max_num_seqs` rows, which `segments` cuts."""
+    """The sizes for passes of at most `most_tokens` tokens and `max_num_seqs` rows, which `segments` cuts. Chunks that
+    continue have room in them if they read `pages` where they lie."""
 
-    def __init__(self, most_tokens: int, max_num_seqs: int, segments: Segments):
-        self.max_num_seqs, self.segments = max_num_seqs, segments
+    def __init__(self, most_tokens: int, max_num_seqs: int, segments: Segments, pages: bool = True):
+        self.max_num_seqs, self.segments, self.pages = max_num_seqs, segments, pages
         self.num_rows = bucket_sizes(max_num_seqs)
         self.num_tokens = token_sizes(min(most_tokens, MOST_PADDED_TOKENS))
 
@@ -51,37 +51,38 @@ class BucketSizes:
         return [_decode(rows, room) for rows in self.num_rows for room in self.segments.capacities(rows)]
 
     @property
-    def with_prompts(self) -> list[BucketSize]:
-        """Every size of a pass with prompts, from the smallest."""
-        sizes = [self._with_prompts(num_tokens, rows) for num_tokens in self.num_tokens for rows in (False, True)]
+    def with_chunks(self) -> list[BucketSize]:
+        """Every size of a pass with chunks, from the smallest."""
+        sizes = [self._with_chunks(num_tokens, rows) for num_tokens in self.num_tokens for rows in (False, True)]
         return list(dict.fromkeys(sizes))
 
     def find(self, batch: Batch) -> BucketSize | None:
-        """The size for a batch; None where it has a chunk that continues, more tokens or prompts than are padded, a row
-        of one token that is not sampled and no prompt, or a row that asks for log probabilities of its prompt."""
+        """The size for a batch; None where it has more tokens or chunks than are padded, a chunk for which there is no
+        room, a row of one token that is not sampled and no chunk, or a row that asks for log probabilities of its
+        prompt."""
         if is_decode(batch):
             num_rows = next(size for size in self.num_rows if size >= len(batch.rows))
             return _decode(num_rows, self.segments.capacity([row.num_cached + 1 for row in batch.rows], num_rows))
-        num_starting, num_tokens = len(batch.rows) - batch.num_single - batch.num_continuing, batch.num_tokens
-        if batch.num_continuing or not num_starting or num_tokens > max(self.num_tokens, default=0):
+        num_chunks, num_tokens = len(batch.rows) - batch.num_single, batch.num_tokens
+        if not num_chunks or num_tokens > max(self.num_tokens, default=0):
             return None
-        if batch.shape.num_scored:
+        if batch.shape.num_scored or (batch.num_continuing and not self.pages):
             return None
         padded = next(size for size in self.num_tokens if size >= num_tokens)
-        size = self._with_prompts(padded, batch.num_single > 0)
-        return size if num_starting <= size.num_starting else None
+        size = self._with_chunks(padded, batch.num_single > 0)
+        return size if num_chunks <= size.num_chunks else None
 
-    def _with_prompts(self, num_tokens: int, beside_rows: bool) -> BucketSize:
-        """The size for so many tokens. Of few, prompts alone have one without what rows beside them need; a row and a
-        prompt are two sequences."""
+    def _with_chunks(self, num_tokens: int, beside_rows: bool) -> BucketSize:
+        """The size for so many tokens. Of few, chunks alone have one without what rows beside them need; a row and a
+        chunk are two sequences."""
         most = self.max_num_seqs
         has_rows = most > 1 and (beside_rows or num_tokens > ALONE)
-        num_single, num_starting = min(num_tokens, most) * has_rows, min(num_tokens // 2, MOST_STARTING, most)
+        num_single, num_chunks = min(num_tokens, most) * has_rows, min(num_tokens // 2, MOST_PADDED_CHUNKS, most)
         return BucketSize(
             num_tokens=num_tokens,
             num_single=num_single,
-            num_starting=num_starting,
-            num_sampled=min(num_single + num_starting, most, num_tokens),
+            num_chunks=num_chunks,
+            num_sampled=min(num_single + num_chunks, most, num_tokens),
             num_items=self.segments.most(num_single) if num_single else 0,
         )
 
@@ -100,5 +101,5 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 def token_sizes(most: int) -> list[int]:
-    """Tokens of passes with prompts, which have two at least, up to `most`."""
+    """Tokens of passes with chunks, which have two at least, up to `most`."""
     return sorted({min(padded_tokens(num_tokens), most) for num_tokens in range(2, most + 1)})

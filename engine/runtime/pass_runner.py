@@ -5,8 +5,8 @@ be captured as a CUDA graph. There are two of each: one whose rows all take thei
 that rows may ask of the sampler, in which a row pays for what it asks. Without graphs the same padded pass runs
 eagerly, so that both have the same bits.
 
-A pass of few tokens with prompts that start in it is padded too, and where nothing streams it is a graph: eager, its
-launches would take longer than its work. A long one, and one with a chunk that continues, runs as it is.
+A pass of few tokens with prompts or parts of them is padded too, and where nothing streams it is a graph: eager, its
+launches would take longer than its work. A long one runs as it is.
 
 Graphs are captured at start (`capture_all`), or when they are first needed, in front of rows that wait.
 
@@ -71,7 +71,7 @@ class PassRunner:
         self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
         pads_prompts = takes_padding(executor.arena.dtype, self.device)
         most_tokens, segments = executor.arena.most["tokens"] if pads_prompts else 0, self.binder.cutting.segments
-        self.sizes = BucketSizes(most_tokens, max_num_seqs, segments)
+        self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, pages=self.model.kv.key_rope is None)
         self.buckets: dict[BucketSize, Bucket] = {}
         self.staging = self.mailbox = None
         if run_as is not RunAs.EAGER:
@@ -89,7 +89,7 @@ class PassRunner:
         are compiled before, several at a time, and meanwhile the attention of prompts that attend by themselves is
         planned; others, of libraries, are launched once."""
         self.executor.fill_ring()
-        graphs = [(size, EVERYTHING) for size in self.sizes.with_prompts[::-1] if self._captures_prompts]
+        graphs = [(size, EVERYTHING) for size in self.sizes.with_chunks[::-1] if self._captures_prompts]
         graphs += [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
         num_threads, bind = len(sched_getaffinity(0)), partial(torch.cuda.set_device, self.device)
         with self.graphs.aside(self.executor.counted), self.watches.aside():
@@ -173,8 +173,8 @@ class PassRunner:
         return self.buckets[size]
 
     def _run_padded(self, batch: Batch, bucket: Bucket, asked: Asked) -> PendingLetter:
-        if self.graphs is not None and (self._captures_prompts or not bucket.size.num_starting):
-            self._replay(batch, bucket, EVERYTHING if asked.stages or bucket.size.num_starting else asked)
+        if self.graphs is not None and (self._captures_prompts or not bucket.size.num_chunks):
+            self._replay(batch, bucket, EVERYTHING if asked.stages or bucket.size.num_chunks else asked)
         else:
             bucket.load(batch)
             self._run_bucket(bucket, asked)

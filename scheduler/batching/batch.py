@@ -144,7 +144,7 @@ class Batch:
     @functools.cached_property
     def shape(self) -> PassShape:
         """The pass as the time model sees it; made once, since it looks at every row."""
-        num_tokens = num_cached = pairs = read = copied = scored = 0
+        num_tokens = num_cached = pairs = read = behind = scored = 0
         for row in self.rows:
             own, before = len(row.tokens), row.start - row.num_evicted
             num_cached += before
@@ -153,8 +153,8 @@ class Batch:
             else:
                 num_tokens += own - 1
                 pairs += own * (2 * before + own + 1) // 2
-                copied += before + own if before else 0
+                behind += before + own if before else 0
             if row.scores is not None:
                 scored += row.num_scored
         num_tokens, pairs = num_tokens + len(self.rows), pairs + read  # a row of one token sees what it reads
-        return PassShape(num_tokens, len(self.rows), num_cached, pairs, read, copied, scored)
+        return PassShape(num_tokens, len(self.rows), num_cached, pairs, read, behind, scored)

@@ -49,8 +49,8 @@ class Filling:
         if not work.streamed_bytes:
             return None
 
-        def seconds(num_tokens: int, num_pairs: int, num_copied: int) -> float:
-            return steps_s(work.steps, PassShape(num_tokens, 1, 0, num_pairs, 0, num_copied), rates)
+        def seconds(num_tokens: int, num_pairs: int, num_behind: int) -> float:
+            return steps_s(work.steps, PassShape(num_tokens, 1, 0, num_pairs, 0, num_behind), rates)
 
         alone = seconds(2 * SAMPLE, 0, 0)
         return Filling(
@@ -59,7 +59,7 @@ class Filling:
             link_s(work.streamed_bytes, rates),
             token_s=max(alone - seconds(SAMPLE, 0, 0), 0.0) / SAMPLE,
             pair_s=max(seconds(2 * SAMPLE, SAMPLE**2, 0) - alone, 0.0) / SAMPLE**2,
-            copied_s=max(seconds(2 * SAMPLE, 0, SAMPLE) - alone, 0.0) / SAMPLE,
+            copied_s=max(seconds(4 * SAMPLE, 0, SAMPLE) - seconds(4 * SAMPLE, 0, 0), 0.0) / SAMPLE,  # a long pass
         )
 
     def seconds(self, num_rows: int, num_cached: int) -> float:

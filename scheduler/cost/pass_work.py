@@ -12,11 +12,12 @@ ATTENTION_SHARE = 0.65  # the share of the GEMM rate that prefill attention has 
 # What a token of a prompt costs attention beside its pairs, in pairs: tiles that reach over the diagonal, and starts of
 # programs. Measured in passes of 8192 tokens: 707 in prompts of 512, 225 in one of 2000.
 TOKEN_PAIRS = 500
-# Chunks that continue copy the keys and values that they attend to before they attend, at this share of the memory
-# rate. Measured where a token has 2 KiB of each: 0.6 of 4,000 tokens, 0.75 of 10,000, 0.9 of 35,000.
+# In long passes chunks that continue copy the keys and values that they attend to before they attend, at this share of
+# the memory rate. Measured where a token has 2 KiB of each: 0.6 of 4,000 tokens, 0.75 of 10,000, 0.9 of 35,000.
 GATHER_SHARE = 0.7
 # Tokens of a pass with prompts that is padded and captured: eager, its launches would take longer than its work.
 MOST_PADDED_TOKENS = 2048
+MOST_PADDED_CHUNKS = 32  # prompts, or parts of them, in such a pass
 SMALL_STEP, SMALL, STEP = 64, 256, 128  # it is padded to a multiple of a step, of the small one up to SMALL
 GATHERED_TOKENS = 8192  # of contexts that are copied at a time for several chunks; for one that has more, all
 
@@ -32,9 +33,9 @@ class PassShape:
     """The work of a pass: tokens, rows, and the tokens whose KV is cached already, summed over rows.
 
     `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_read` the
-    tokens that rows of one token each attend to, and read where they are cached; `num_copied` those that chunks behind
-    cached tokens attend to, and copy before. Prompts that start in the pass attend to what they have at hand. None
-    means that all rows are alike. `num_scored` counts the tokens of prompts whose log probabilities are asked for.
+    tokens that rows of one token each attend to, and read where they are cached; `num_behind` those that chunks behind
+    cached tokens attend to. Prompts that start in the pass attend to what they have at hand. None means that all rows
+    are alike. `num_scored` counts the tokens of prompts whose log probabilities are asked for.
     """
 
     num_tokens: int
@@ -42,7 +43,7 @@ class PassShape:
     context_tokens: int
     num_pairs: int | None = None
     num_read: int | None = None
-    num_copied: int | None = None
+    num_behind: int | None = None
     num_scored: int = 0
 
     @functools.cached_property
@@ -54,17 +55,27 @@ class PassShape:
 
     @functools.cached_property
     def read_tokens(self) -> int:
-        """Tokens whose keys and values are read where they are cached, each for one query."""
+        """Tokens that rows of one token attend to, and read where they are cached, each for one query."""
         if self.num_read is not None:
             return self.num_read
         return self.context_tokens + self.num_tokens if self.is_decode else 0
 
     @functools.cached_property
-    def copied_tokens(self) -> int:
-        """Tokens whose keys and values are copied, and read from the copy."""
-        if self.num_copied is not None:
-            return self.num_copied
+    def behind_tokens(self) -> int:
+        """Tokens that chunks behind cached ones attend to."""
+        if self.num_behind is not None:
+            return self.num_behind
         return self.context_tokens + self.num_tokens if self.context_tokens and not self.is_decode else 0
+
+    @functools.cached_property
+    def copied_tokens(self) -> int:
+        """Those of them whose keys and values are copied, and read from the copy: where the pass is not padded."""
+        return 0 if self.is_padded else self.behind_tokens
+
+    @functools.cached_property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values attention reads where they are cached."""
+        return self.read_tokens + self.behind_tokens - self.copied_tokens
 
     @functools.cached_property
     def run_tokens(self) -> int:
@@ -79,7 +90,7 @@ class PassShape:
     @functools.cached_property
     def is_padded(self) -> bool:
         """Tells whether a pass with prompts is short enough to be padded, and runs as a graph where nothing streams."""
-        return not (self.copied_tokens or self.num_scored) and self.num_tokens <= MOST_PADDED_TOKENS
+        return not self.num_scored and self.num_tokens <= MOST_PADDED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ class StepWork:
         """Bytes read and written in device memory."""
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
         moved_bytes += shape.num_scored * self.scored_bytes
-        kv_bytes = (shape.read_tokens + 3 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
+        kv_bytes = (shape.cached_tokens + 3 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
         return self._read_bytes(shape.num_tokens) + moved_bytes + kv_bytes
 
     def _read_bytes(self, num_tokens: int) -> int:
@@ -131,11 +142,11 @@ class StepWork:
     def cache_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long at the full memory rate as to read from the cache and to copy from it, which
         kernels of their own do."""
-        return (shape.read_tokens / KV_SHARE + 2 * shape.copied_tokens / GATHER_SHARE) * self.kv_token_bytes
+        return (shape.cached_tokens / KV_SHARE + 2 * shape.copied_tokens / GATHER_SHARE) * self.kv_token_bytes
 
     def other_bytes(self, shape: PassShape) -> int:
         """Bytes of everything else."""
-        return self.nbytes(shape) - (shape.read_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes
+        return self.nbytes(shape) - (shape.cached_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes
 
     def memory_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long as the step's at the full memory rate."""

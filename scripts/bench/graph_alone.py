@@ -42,5 +42,5 @@ def greedy_graph(runner: PassRunner, num_rows: int) -> torch.cuda.CUDAGraph | No
         return None
     size, asked = runner.graphs.latest
     takes = runner.graphs.passes[size, asked]
-    is_it = not asked.stages and not size.num_starting and num_rows <= size.num_single < 2 * num_rows
+    is_it = not asked.stages and not size.num_chunks and num_rows <= size.num_single < 2 * num_rows
     return takes[0].graph if is_it and len(takes) == 1 else None

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from penstock.engine.kernels import prompt_attention as kernels
-from penstock.engine.kernels.prompt_attention import BLOCK_M, FIELDS, Row, list_blocks, most_blocks
+from penstock.engine.kernels.prompt_attention import BLOCK_M, FIELDS, Pages, Row, list_blocks, most_blocks
 from torch import Tensor
 
 from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, prove, prove_faster, prove_refusal
@@ -93,6 +93,36 @@ def test_chunks_that_continue_attend_to_their_whole_context(window):
         assert_apart((q[first : first + num_queries].double() - result).abs(), apart)
 
 
+def paged(context: Tensor, lengths: list[int], page_size: int, margin: int) -> tuple[Tensor, Pages]:
+    """The keys or values (C, K, E) of rows of these lengths in a cache whose other entries are NaN, and their pages,
+    each row's in an order of its own."""
+    needed = [-(-(margin + length) // page_size) for length in lengths]
+    order = iter((1 + torch.randperm(sum(needed), generator=torch.Generator().manual_seed(5))).tolist())
+    cache = torch.full(((1 + sum(needed)) * page_size, *context.shape[1:]), torch.nan).to(context)
+    table = torch.zeros(len(lengths), max(needed) + 1, dtype=torch.int32)
+    for row, (number, own) in enumerate(zip(needed, context.split(lengths))):
+        table[row, :number] = torch.tensor(list(itertools.islice(order, number)))
+        entries = torch.arange(len(own)) + margin
+        cache[(table[row].long()[entries // page_size] * page_size + entries % page_size).to(DEVICE)] = own
+    return cache, Pages(table.to(DEVICE), page_size, margin)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("page_size, margin", [(16, 0), (8, 3), (128, 5)])
+def test_pages_are_read_to_the_bits_of_a_copy(window, page_size, margin):
+    """Among what belongs to nobody, which is NaN."""
+    lengths = [200, 60, 129]
+    rows = [(0, 100, 0, 200), (100, 50, 200, 60), (150, 2, 260, 129)]
+    q, context = activation(152, (4, 0, 64), torch.float16), activation(389, (0, 2, 64), torch.float16)
+    copied = run(q.clone(), context[:, :2], context[:, 2:], rows, window)
+    caches = [paged(part, lengths, page_size, margin) for part in context.split(2, 1)]
+    blocks = [*list_blocks([(first, number, 0, keys) for first, number, _, keys in rows]), (0,) * FIELDS]
+    keys, values = (cache for cache, _ in caches)
+    blocks = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
+    kernels._attend_blocks_triton(q, keys, values, blocks, window, caches[0][1])
+    assert not q.isnan().any() and torch.equal(q, copied)
+
+
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_row_does_not_depend_on_its_batch(window):
     attn = activation(290, (2, 1, 64), torch.float16)
@@ -109,7 +139,7 @@ def test_blocks_cover_each_query_once_and_those_with_most_to_do_come_first():
     queries = sorted(query for first, end, *_ in blocks for query in range(first, end))
     assert queries == sorted(query for first, number, *_ in rows for query in range(first, first + number))
     assert all(0 < end - first <= BLOCK_M for first, end, *_ in blocks)
-    work = [end + shift - first_key for _, end, first_key, shift in blocks]
+    work = [end + shift - first_key for _, end, first_key, shift, _ in blocks]
     assert work == sorted(work, reverse=True) and work[0] == 300
     assert len(blocks) <= most_blocks(330, 5) and list_blocks([]) == []
     for lengths in ([1] * 9, [64, 65, 63], [128], [200, 1]):

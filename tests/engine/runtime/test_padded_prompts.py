@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from penstock.engine.compute import attention
 from penstock.engine.compute.context import PassContext
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
@@ -42,7 +43,7 @@ def batch(*rows: tuple[int, int]) -> Batch:
         ([(0, 700), (0, 700), (0, 700)], None),
         ([(40, 1)] * 3, (8, 8, 0, 8, 8)),  # a decode pass
         ([(40, 1), (600, 1)], (8, 8, 0, 8, 128)),  # one row is cut into three
-        ([(16, 8), (0, 30)], None),  # a chunk that continues
+        ([(16, 8), (0, 30)], (64, 0, 32, 32, 0)),  # a chunk that continues
     ],
 )
 def test_which_batches_are_padded_to_what(rows, size):
@@ -58,9 +59,9 @@ def test_a_row_that_is_not_sampled_is_in_no_decode_pass():
 def test_no_size_is_larger_than_what_the_activations_hold(most_tokens, max_num_seqs):
     """There are at most 40 sizes with prompts, and each batch that is padded has one of these."""
     sizes = BucketSizes(most_tokens, max_num_seqs, SEGMENTS)
-    prompts = sizes.with_prompts
+    prompts = sizes.with_chunks
     assert all(size.num_tokens <= min(most_tokens, 2048) == prompts[-1].num_tokens for size in prompts)
-    assert all(size.num_sampled <= max_num_seqs and size.num_starting > 0 for size in prompts)
+    assert all(size.num_sampled <= max_num_seqs and size.num_chunks > 0 for size in prompts)
     assert len(set(prompts)) == len(prompts) <= 40 and bool(prompts) == (most_tokens > 1)
     assert sizes.most_tokens == max(max_num_seqs, min(most_tokens, 2048))
     for num_tokens in range(2, most_tokens + 1):
@@ -100,4 +101,26 @@ def test_what_padding_holds_never_reaches_a_real_row(resident):
         with llm.engine.watched_by(filling):
             assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
         buckets = llm.engine.worker.runner.buckets
-        assert filling.num_passes >= 3 and any(size.num_single and size.num_starting for size in buckets)
+        assert filling.num_passes >= 3 and any(size.num_single and size.num_chunks for size in buckets)
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+def test_chunks_that_continue_read_pages_in_padded_passes(resident):
+    """Chunks of prompts that are cut, and prompts whose beginning is cached, beside rows of one token and prompts that
+    start; tokens are those of passes without padding, which copy what these chunks attend to."""
+    rng = random.Random(4)
+    shared = rng.choices(range(1, 1000), k=22)
+    prompts = [(shared if i % 3 else []) + rng.choices(range(1, 1000), k=rng.randint(2, 40)) for i in range(14)]
+    params = [SamplingParams(temperature=0, max_tokens=rng.randint(2, 9), ignore_eos=True) for _ in prompts]
+    cut = OPTIONS | {"resident": resident, "max_num_batched_tokens": 24}
+    took = {}
+    for as_on_gpu in (False, True):
+        before = dict(attention.calls)
+        with LLM("demo", debug={"as_on_gpu": as_on_gpu}, **cut) as llm:
+            tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+            cached = llm.loop.scheduler.counts.num_hit_tokens
+        took[as_on_gpu] = tokens, {way: attention.calls[way] - before[way] for way in ("behind", "gathered")}
+        assert cached > 0
+    (plain, copies), (padded, pages) = took[False], took[True]
+    assert padded == plain
+    assert copies["gathered"] > 0 == copies["behind"] and pages["behind"] > 0 == pages["gathered"]

@@ -135,7 +135,7 @@ def test_padding_was_there(checkpoints):
             tokens_of(llm, asked_for(7, seed=0))
         assert (7, 8) in filling.sizes
         buckets = llm.engine.worker.runner.buckets
-        assert {size.num_tokens for size in buckets if not size.num_starting} == {size for _, size in filling.sizes}
+        assert {size.num_tokens for size in buckets if not size.num_chunks} == {size for _, size in filling.sizes}
 
 
 def arena(most_tokens: int = 6, most_rows: int = 2, nbytes: int = 256 + 128) -> ActivationArena:

@@ -54,11 +54,11 @@ def test_bytes_and_flops_follow_the_shape():
     step = StepWork("all", 1, token_bytes=10, row_bytes=100, kv_token_bytes=1000, token_flops=1, row_flops=10)
     step = dataclasses.replace(step, attention_flops=100)
     shape = PassShape(num_tokens=6, num_rows=2, context_tokens=50)
-    assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + 3 * (50 + 6) * 1000  # read, written, and read
+    assert step.nbytes(shape) == 1 + 6 * 10 + 2 * 100 + (50 + 6) * 1000
     pairs = 50 * 3 + 2 * (1 + 2 + 3)  # three queries a row, each attends to what is there, itself and those before
     assert step.flops(shape) == 6 + 2 * 10 + pairs * 100
     pairs += (6 - 2) * TOKEN_PAIRS
-    assert step.gemm_flops(shape) == pytest.approx(6 + 2 * 10 + pairs * 100 / ATTENTION_SHARE)
+    assert step.gemm_flops(shape) == pytest.approx(64 + 2 * 10 + pairs * 100 / ATTENTION_SHARE)  # padded
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_bytes_and_flops_follow_the_shape():
     [
         (PassShape(6, 2, 0), 64),
         (PassShape(300, 2, 0), 384),
-        (PassShape(300, 101, 9000, num_copied=0), 384),
+        (PassShape(300, 101, 9000, num_behind=0), 384),
         (PassShape(300, 300, 9000), 300),  # a decode pass
-        (PassShape(300, 2, 50), 300),  # a chunk that continues
+        (PassShape(300, 2, 50), 384),  # a chunk that continues
         (PassShape(2049, 2, 0), 2049),
     ],
 )
@@ -79,8 +79,8 @@ def test_linears_of_short_passes_with_prompts_compute_padding_too(shape, run):
 
 def test_what_the_host_launches_is_no_shorter_than_its_launches():
     """Decode passes are graphs, where there are graphs."""
-    tiny = StepWork("norm", token_bytes=8)
-    prefill = PassShape(2, 1, 2)
+    tiny = StepWork("norm", token_bytes=1)
+    prefill = PassShape(3000, 1, 0)
     gpu, cpu = rates(step_latency_s=8e-6, node_latency_s=2e-6), rates(step_latency_s=8e-6)
     assert (step_s(tiny, DECODE, gpu), step_s(tiny, prefill, gpu)) == pytest.approx((2e-6, 2e-6), rel=1e-3)
     assert step_s(tiny, prefill, cpu) == step_s(tiny, DECODE, cpu) == 8e-6
@@ -95,7 +95,7 @@ def test_what_the_host_launches_is_no_shorter_than_its_launches():
 def test_the_host_runs_ahead_of_a_gpu_and_not_of_a_cpu():
     """Figures by hand: a step of 1 ms and ten of nothing, each of which takes 50 us to launch."""
     steps = ((StepWork("read", weight_bytes=4 * 10**9), 1), (StepWork("norm", token_bytes=1), 10))
-    prefill = PassShape(2, 1, 2)
+    prefill = PassShape(3000, 1, 0)
     gpu, cpu = rates(step_latency_s=5e-5, node_latency_s=0.0), rates(step_latency_s=5e-5)
     assert steps_s(steps, prefill, gpu) == pytest.approx(1e-3, rel=1e-3)
     assert steps_s(steps, prefill, replace_latency(gpu, 2e-4)) == pytest.approx(11 * 2e-4)
@@ -107,18 +107,20 @@ def replace_latency(given: Rates, step_latency_s: float) -> Rates:
 
 
 @pytest.mark.parametrize(
-    "shape, read, copied",
+    "shape, single, read, copied",
     [
-        (PassShape(4, 4, 400), 404, 0),  # decode passes read pages where they lie
-        (PassShape(1024, 1, 0), 0, 0),  # prompts that start here attend to their own keys
-        (PassShape(2046, 2, 0), 0, 0),
-        (PassShape(1024, 1, 512), 0, 1536),
-        (PassShape(1030, 7, 600, num_read=400, num_copied=206), 400, 206),
+        (PassShape(4, 4, 400), 404, 404, 0),  # decode passes read pages where they lie
+        (PassShape(1024, 1, 0), 0, 0, 0),  # prompts that start here attend to their own keys
+        (PassShape(2046, 2, 0), 0, 0, 0),
+        (PassShape(1024, 1, 512), 0, 1536, 0),  # in padded passes chunks that continue read pages too
+        (PassShape(3024, 1, 512), 0, 0, 3536),
+        (PassShape(1030, 7, 600, num_read=400, num_behind=206), 400, 606, 0),
+        (PassShape(3030, 7, 600, num_read=400, num_behind=206), 400, 400, 206),
     ],
 )
-def test_what_attention_reads_and_copies(shape, read, copied):
+def test_what_attention_reads_and_copies(shape, single, read, copied):
     step = StepWork("attention", kv_token_bytes=1000)
-    assert (shape.read_tokens, shape.copied_tokens) == (read, copied)
+    assert (shape.read_tokens, shape.cached_tokens, shape.copied_tokens) == (single, read, copied)
     expected = 1000 * (read / KV_SHARE + 2 * copied / GATHER_SHARE + copied)
     assert step.memory_bytes(shape) == pytest.approx(expected)
     assert step.nbytes(shape) == 1000 * (read + 3 * copied)

@@ -42,7 +42,7 @@ def test_pairs_of_a_batch_are_counted_row_by_row(rows):
 
 
 def test_rows_read_and_copy_by_their_kind():
-    mixed, decodes = batch((1024, 0), (1, 300), (1, 0), (1024, 8)).shape, batch((1, 300), (1, 20)).shape
+    mixed, decodes = batch((1024, 0), (1, 300), (1, 0), (1024, 8), (8, 0)).shape, batch((1, 300), (1, 20)).shape
     assert (mixed.read_tokens, mixed.copied_tokens) == (301 + 1, 1032)
     assert (decodes.read_tokens, decodes.copied_tokens) == (301 + 21, 0)
 
