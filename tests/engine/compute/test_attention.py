@@ -94,7 +94,8 @@ class Example:
         last = torch.zeros(8, dtype=torch.int64, device=self.device)
         windows, partials = (self.window,), torch.empty(10**6, device=self.device)
         cutting = Cutting(Segments(K, self.max_context, 10**4), windows, reaches_of(windows, self.device), partials)
-        table = PageTable(numpy.zeros((len(self.lengths), 10**3), numpy.int32))
+        most_pages = max(len(row.pages) for row in self.batch.rows)
+        table = PageTable(numpy.zeros((len(self.lengths), most_pages), numpy.int32))
         return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, table, self.whole)
 
     def attended(self) -> torch.Tensor:
