@@ -17,7 +17,7 @@ TOKEN_PAIRS = 500
 GATHER_SHARE = 0.7
 # Tokens of a pass with prompts that is padded and captured: eager, its launches would take longer than its work.
 MOST_PADDED_TOKENS = 2048
-SMALL_STEP, SMALL, STEP = 64, 256, 128  # it is padded to a multiple of a step, of the small one up to SMALL
+SMALL_STEP, SMALL, STEP = 64, 512, 128  # it is padded to a multiple of a step, of the small one up to SMALL
 GATHERED_TOKENS = 8192  # of contexts that are copied at a time for several chunks; for one that has more, all
 
 
