@@ -108,11 +108,12 @@ class Budget:
     def __init__(self, most_tokens: int, rows: Sequence[BatchRow], filling: Filling | None):
         self.num_rows, self.num_left, self.filling = len(rows), most_tokens - len(rows), filling
         self.num_chunks = self.num_free = 0  # tokens of chunks, and those of them that cost no time
+        self._free_of: dict[int | None, int] = {}  # these by row, of each chunk
+        self._num_single = len(rows)
         self._spare_s, self._pass_s = math.inf, 0.0
         if filling is not None:
             compute_s = filling.seconds(len(rows), sum(row.num_cached for row in rows))
             self._spare_s, self._pass_s = filling.link_s - compute_s, max(filling.link_s, compute_s)
-            self._num_single = len(rows)
 
     def has_room(self, queue: Queue) -> bool:
         """Tells whether a chunk of the first in the queue may enter."""
@@ -126,7 +127,7 @@ class Budget:
         """Lets in a chunk of a request, for which there is room, of at most its next `num_tokens`. Returns how many of
         these enter."""
         least = max(-(-(request.num_computed_tokens + num_tokens) // MOST_PASSES), 1)
-        num_tokens = min(num_tokens, self.num_left)
+        num_tokens, num_free = min(num_tokens, self.num_left), 0
         if self.filling is not None:
             num_free = self._fitting(request, num_tokens)
             self.num_free += num_free
@@ -136,6 +137,7 @@ class Budget:
             self._spare_s -= self._chunk_s(request, num_tokens)
         self.num_left -= num_tokens
         self.num_chunks += num_tokens
+        self._free_of[request.row] = num_free
         self.num_rows += 1
         return num_tokens
 
@@ -145,7 +147,11 @@ class Budget:
         self.num_left += len(row.tokens)
         if self.filling is not None:
             self._spare_s += self.filling.chunk_s(row.start, len(row.tokens), row.num_scored)
-            self._num_single -= len(row.tokens) == 1
+        if row.index in self._free_of:
+            self.num_chunks -= len(row.tokens)
+            self.num_free -= self._free_of.pop(row.index)
+        else:
+            self._num_single -= 1
 
     def _is_worth_it(self, queue: Queue) -> bool:
         """Tells whether a token past those that are free gains more for the rows to come than it costs all."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from penstock.scheduler.batching.batch import Batch, RowKind
 from penstock.scheduler.batching.filling import Budget, Filling, Queue
-from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import PROFILES, Rates, free_tokens, pass_s, steps_s
@@ -161,3 +161,46 @@ def test_rows_of_one_token_that_are_chunks_count_as_chunks():
     (batch,) = passes(scheduler, 1)
     assert [row.kind for row in batch.rows] == [RowKind.ONE_TOKEN] * 3
     assert scheduler.counts.num_free_tokens_used == 3
+
+
+def counted(scheduler: Scheduler) -> tuple[int, int]:
+    return scheduler.counts.num_free_tokens, scheduler.counts.num_free_tokens_used
+
+
+def test_a_chunk_that_has_ended_gives_its_free_tokens_to_another():
+    """One that enters the announced pass in its place, in which there is no room for both. A pass that never runs has
+    no tokens."""
+    scheduler = scheduler_of(replace(WORK, streamed_bytes=7 * 10**9), max_num_seqs=2)
+    (first,) = add(scheduler, 1, 100, 9)
+    before = scheduler.schedule()
+    gone, late = add(scheduler, 2, 4000, 9)
+    announced, free = scheduler.schedule(), counted(scheduler)
+    scheduler.finish(gone, FinishReason.ABORT)
+    scheduler.update(before, [9])
+    revised = scheduler.revise(announced)
+    assert late.row == 1 and announced.num_tokens == revised.num_tokens == 4001
+    assert counted(scheduler) == free and free[1] == 100 + 4001
+    last = scheduler.schedule()
+    for one in (first, late):
+        scheduler.finish(one, FinishReason.ABORT)
+    scheduler.update(revised, [9, 9])
+    assert scheduler.revise(last) is None and counted(scheduler) == free
+
+
+def test_a_row_that_has_ended_uses_no_free_token():
+    scheduler = scheduler_of(WORK, max_num_seqs=2)
+    first, _, late = add(scheduler, 3, 100, 9)
+    before, announced = scheduler.schedule(), scheduler.schedule()
+    scheduler.finish(first, FinishReason.ABORT)
+    scheduler.update(before, [9, 9])
+    assert scheduler.revise(announced).num_tokens == 101 and late.row == 0
+    assert counted(scheduler)[1] == 200 + 101
+
+
+def test_tokens_are_free_whether_or_not_there_is_anybody_to_use_them():
+    scheduler = scheduler_of(WORK)
+    add(scheduler, 1, 100, 1)
+    (batch,) = passes(scheduler, 1)
+    most = PassShape(scheduler.counts.num_free_tokens, 1, 0, num_pairs=0, num_copied=0)
+    assert scheduler.counts.num_free_tokens_used == batch.num_tokens == 100
+    assert steps_s(WORK.steps, most, H200) == pytest.approx(WORK.streamed_bytes / 55e9, rel=0.02)

@@ -157,6 +157,25 @@ def test_an_urgent_request_computes_in_the_next_pass():
     assert any(row.index == urgent.row and row.samples for row in batch.rows)
 
 
+def test_nobody_gives_way_twice_without_a_token_between():
+    """Urgent requests come one after another while one that has given way is computed again, chunk by chunk."""
+    sched, one = scheduler(max_num_seqs=1, max_num_batched_tokens=4, policy="priority"), request(0, 9, priority=1)
+    urgent = [request(id, 3, max_tokens=1) for id in (1, 2)]
+    sched.add(one)
+    for _ in range(3):
+        run_pass(sched)
+    sched.add(urgent[0])
+    run_pass(sched)
+    assert urgent[0].finish_reason == "length" and one.row is None and one.output_token_ids == [9]
+    run_pass(sched)
+    sched.add(urgent[1])
+    while one.output_token_ids == [9]:
+        assert one.num_preemptions == 1 and urgent[1].row is None
+        run_pass(sched)
+    run_pass(sched)
+    assert urgent[1].finish_reason == "length" and one.num_preemptions == 2
+
+
 def test_an_urgent_request_enters_the_pass_that_is_announced():
     sched, others = scheduler(max_num_seqs=1, policy="priority"), [request(0, priority=1)]
     add_all(sched, *others)
