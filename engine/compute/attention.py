@@ -174,7 +174,8 @@ def row_contexts(
 def _own_contexts(
     chunks: Chunks, contexts: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[slice, RowRange, Tensor, Tensor]]:
-    """What row_contexts says of each of these rows, whose keys and values lie in its tensors where its range says."""
+    """Rows of chunks as row_contexts gives them, each with tensors in which its keys and values lie where its range
+    says."""
     for row, (k, v) in zip(chunks.ranges, contexts):
         first, seen = chunks.first_token + row.first_query, slice(row.first_context, row.end_context)
         yield slice(first, first + row.num_queries), row, k[seen], v[seen]

@@ -32,9 +32,9 @@ AFTER_SCORES = {"head", "logits_gather"}  # steps of sampled rows alone, which t
 
 def stored_weight_bytes(num_tokens: int) -> float:
     """Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored: memory
-    does not bind there. At one token, for which the kernel has a shape of its own, H200s took 1.8 (Q4_0) and 2.3
-    (Q8_0); at two 2.9 to 3.9, at four 4.1 to 5.3, Q4_K and Q5_K the most (in the matrices of the 8B shape together)."""
-    return 2.3 if num_tokens == 1 else 2.2 + 0.6 * num_tokens
+    does not bind there. An H200 took 1.0 (Q4_0) to 1.5 (Q6_K) at one token, 1.5 (Q4_0) to 1.9 (Q6_K) at two and 2.4
+    (Q4_0) to 3.1 (Q4_K) at four, in the matrices of the 8B shape together."""
+    return 0.75 + 0.5 * num_tokens
 
 
 def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:

@@ -89,8 +89,7 @@ class PassRunner:
         are compiled before, several at a time, and meanwhile the attention of prompts that attend by themselves is
         planned; others, of libraries, are launched once."""
         self.executor.fill_ring()
-        graphs = [(size, EVERYTHING) for size in self.sizes.with_chunks[::-1] if self._captures_prompts]
-        graphs += [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
+        graphs = self.all_graphs
         num_threads, bind = len(sched_getaffinity(0)), partial(torch.cuda.set_device, self.device)
         with self.graphs.aside(self.executor.counted), self.watches.aside():
             with compiled_ahead(num_threads, bind, meanwhile=self._plan_prompts):
@@ -103,6 +102,13 @@ class PassRunner:
             bucket = self._bucket(size)
             run = partial(self._run_bucket, bucket, asked)
             self.graphs.capture((size, asked), None, run, self.executor.counted)
+
+    @property
+    def all_graphs(self) -> list[tuple[BucketSize, Asked]]:
+        """The keys of all graphs, the largest first: each size of a pass, and what its rows ask."""
+        with_chunks = self.sizes.with_chunks[::-1] if self._captures_prompts else []
+        decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
+        return [(size, EVERYTHING) for size in with_chunks] + decode
 
     def _plan_prompts(self) -> None:
         arena, model = self.executor.arena, self.model

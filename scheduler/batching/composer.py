@@ -43,7 +43,7 @@ class Composer:
             if request is None:
                 break
             start = request.num_computed_tokens
-            num_tokens = self.budget.take(start, self._end_of_pass(request) - start, queue)
+            num_tokens = self.budget.take(request, self._end_of_pass(request) - start, queue)
             end = start + num_tokens
             rows.append(self._row(request, end, samples=end == request.num_tokens_ahead))
         return rows
@@ -106,10 +106,9 @@ class Composer:
 
 
 def _scores(request: Request, start: int, end: int) -> PromptScores | None:
-    """The log probabilities of its prompt that a request asks for and a row of its tokens start..end can give. What was
-    given before it gave way is kept."""
-    prompt = request.prompt_token_ids
-    first = max(request.num_scored_tokens, start)
-    if first >= min(end, len(prompt) - 1):
+    """The log probabilities of its prompt that a row of the request's tokens start..end gives, if any."""
+    scored, prompt = request.scored_between(start, end), request.prompt_token_ids
+    if not scored:
         return None
-    return PromptScores(request.params.prompt_logprobs, first - start, prompt[end] if end < len(prompt) else NO_TOKEN)
+    following = prompt[end] if end < len(prompt) else NO_TOKEN
+    return PromptScores(request.params.prompt_logprobs, scored.start - start, following)

@@ -5,6 +5,7 @@ that needs it. Nobody gives way twice without a token between, so all get on: a 
 pages for a token, and one that needs a page more has had one.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 from penstock.scheduler.batching.request import Request
@@ -26,9 +27,12 @@ def victims_for(seats: Seats, urgent: Request) -> list[Request]:
     num_missing = seats.first_pages(urgent) - seats.num_free_pages
     num_missing -= sum(not seats.cache.is_idle(page) for page in found)
     victims: list[Request] = []
+    left: Counter[int] = Counter()  # how many holders a page loses
     for victim in candidates:
         victims.append(victim)
-        num_missing -= sum(page not in found and not seats.cache.is_shared(page) for page in victim.pages)
+        own = [page for page in victim.pages if page not in found]
+        left.update(own)
+        num_missing -= sum(left[page] == seats.cache.num_holders(page) for page in own)
         if num_missing <= 0:
             return victims
     return []

@@ -40,9 +40,9 @@ class PrefixCache:
     def is_idle(self, page: int) -> bool:
         return page in self._idle
 
-    def is_shared(self, page: int) -> bool:
-        """Tells whether a page has several holders."""
-        return self._num_holders[page] > 1
+    def num_holders(self, page: int) -> int:
+        """The requests that hold a page."""
+        return self._num_holders[page]
 
     def find(self, request: Request, beside: int = 0) -> list[Block]:
         """The blocks with which the request begins; what has logits that are asked for is left to be computed, a token

@@ -222,6 +222,13 @@ class Request:
         asks = self.params.prompt_logprobs is not None
         return len(self.prompt_token_ids) - 1 - self.num_scored_tokens if asks else 0
 
+    def scored_between(self, start: int, end: int) -> range:
+        """Tokens behind which a pass over start..end gives log probabilities of the prompt: those that are asked for
+        and were not given before."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        return range(max(self.num_scored_tokens, start), min(end, len(self.prompt_token_ids) - 1))
+
     @property
     def num_reusable_tokens(self) -> int:
         """The first tokens of which the KV may come from elsewhere, because nobody asks for their logits. The last one

@@ -82,12 +82,14 @@ def test_it_needs_the_prefix_cache():
         EngineConfig(kv_host_memory="1MiB", enable_prefix_caching=False)
 
 
-def test_measured_rates_decide_what_moves():
+def test_measured_rates_decide_what_moves_and_how_passes_are_filled():
     with LLM("demo", **ON_CPU, **FEW_PAGES, resident="none") as llm:
-        host = llm.loop.scheduler.cache.host
-        assert host.pays.__self__.rates.source.startswith("assumed")
+        host, composer = llm.loop.scheduler.cache.host, llm.loop.scheduler.composer
+        assumed = llm.engine.rates
+        assert host.pays.__self__.rates == composer.filling.rates == assumed and assumed.source.startswith("assumed")
         llm.measure(link_bytes=2**20)
-        assert host.pays.__self__.rates == llm.engine.rates and llm.engine.rates.source.startswith("measured")
+        measured = llm.engine.rates
+        assert host.pays.__self__.rates == composer.filling.rates == measured and measured.source.startswith("measured")
 
 
 def test_a_reset_forgets_both_tiers():

@@ -104,6 +104,18 @@ def test_graph_is_eager_bitwise(resident, dtype):
     assert graph.copied == eager.copied and graph.counters.steps == eager.counters.steps
 
 
+@pytest.mark.parametrize("resident", ["all", "none"])
+def test_a_short_prompt_is_a_graph_where_nothing_streams(resident):
+    """It is one of those that were captured at start, and no other is captured for it."""
+    with LLM("demo", **SMALL, dtype="bfloat16", resident=resident) as llm:
+        graphs = llm.engine.worker.runner.graphs
+        before = set(graphs.passes)
+        llm.generate(PROMPTS[0], SamplingParams(max_tokens=1))
+        assert set(graphs.passes) == before == set(llm.engine.worker.runner.all_graphs)
+        is_graph = graphs.latest is not None and graphs.latest[0].num_starting > 0
+        assert is_graph == (resident == "all")
+
+
 SAMPLED = [
     SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
     SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True),

@@ -12,6 +12,7 @@ from penstock.engine.commands.cli import COMMANDS, _parsers, main
 from penstock.engine.commands.flags import EVERYDAY, MEMORY
 from penstock.engine.commands.generate import SAMPLING_FLAGS
 from penstock.engine.commands.plan import plan_of
+from penstock.engine.commands.said import say_after
 from penstock.engine.config import DebugConfig, EngineConfig
 from penstock.engine.runtime.engine import Engine
 from penstock.engine.streams import guarded_streams
@@ -87,6 +88,20 @@ def test_verbose_shows_the_plan_and_what_was_measured(capsys, expected):
     assert "attn_residual" in err and "moved 0.0" in err  # the step table; weights crossed the link
     (after,) = [line for line in err.splitlines() if line.startswith("8 tokens in")]
     assert after.endswith("bound at the measured rates")
+
+
+def test_verbose_says_how_requests_came_and_waited(capsys):
+    """At a link that hides more tokens than there are; of two prompts that begin alike one waits for the other's
+    row."""
+    prompts, few = ["Return the first", "Return the first one"], {"max_num_seqs": 1, "page_size": 2}
+    with LLM("demo", device="cpu", resident="none", link_gb_s=0.001, **few) as llm:
+        llm.engine.times.keep()
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        say_after(llm, outputs, 1.0, verbose=True)
+        said = llm.loop.scheduler.counts.describe()
+    assert set(said) <= set(capsys.readouterr().err.splitlines()) and len(said) == 3
+    for line, part in zip(said, ("tokens of prompts were cached", "for: rows 2", "tokens that the link hid")):
+        assert part in line
 
 
 def test_what_a_user_should_know_of_the_plan_is_a_line_of_its_own(capsys, nothing_is_measured):

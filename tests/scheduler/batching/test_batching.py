@@ -1,6 +1,7 @@
 """The scheduler's decisions one by one; test_simulation.py plays whole workloads."""
 
 import pytest
+from penstock.scheduler.batching.counts import Wait
 from penstock.scheduler.batching.request import ON_DEVICE, FinishReason, Request, RequestState, SamplingParams
 from penstock.scheduler.batching.retention import SinksAndWindow
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -42,7 +43,7 @@ def test_decodes_come_before_chunks_and_chunks_before_admissions():
     for id, num_prompt in enumerate([3, 12, 2]):
         sched.add(request(id, num_prompt))
     assert run_pass(sched) == [(0, 0, 3, True), (1, 0, 5, False)]
-    assert (sched.num_running, sched.num_waiting) == (2, 1)
+    assert (sched.num_running, sched.num_waiting, sched.counts.waits) == (2, 1, {Wait.TOKENS: 1})
     assert run_pass(sched) == [(0, 3, 1, True), (1, 5, 7, True)]
     assert run_pass(sched) == [(0, 4, 1, True), (1, 12, 1, True), (2, 0, 2, True)]
 

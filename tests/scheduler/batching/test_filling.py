@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from penstock.scheduler.batching.batch import Batch, RowKind
 from penstock.scheduler.batching.filling import Budget, Filling, Queue
-from penstock.scheduler.batching.request import Request, SamplingParams
+from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import PROFILES, Rates, free_tokens, pass_s, steps_s
@@ -15,15 +15,16 @@ STEPS = (  # about those of 8 billion weights
     (StepWork("linear", weight_bytes=15 * 10**9, token_flops=16 * 10**9), 1),
     (StepWork("attention", kv_token_bytes=131072, attention_flops=524288), 1),
 )
-WORK = PassWork(10 * 10**9, 0, STEPS)
+SCORING = StepWork("score_prompts", scored_flops=4 * 10**9)
+WORK = PassWork(10 * 10**9, 0, (*STEPS, (SCORING, 1)))
 
 
 def scheduler_of(work: PassWork, most_tokens: int = 8192, max_num_seqs: int = 256, num_pages: int = 60_000):
     return Scheduler(max_num_seqs, most_tokens, 4096, 16, num_pages, filling=Filling.of(work, H200))
 
 
-def add(scheduler: Scheduler, num: int, num_prompt: int, num_outputs: int) -> list[Request]:
-    params = SamplingParams(max_tokens=num_outputs, ignore_eos=True)
+def add(scheduler: Scheduler, num: int, num_prompt: int, num_outputs: int, **asked) -> list[Request]:
+    params = SamplingParams(max_tokens=num_outputs, ignore_eos=True, **asked)
     requests = [Request(id, [1] * num_prompt, params) for id in range(num)]
     for request in requests:
         scheduler.add(request)
@@ -51,29 +52,36 @@ def test_where_nothing_streams_passes_are_filled_as_they_can_be():
     assert scheduler.counts.num_free_tokens == 0
 
 
+@pytest.mark.parametrize("scored", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_rows, num_cached", [(0, 0), (1, 100), (64, 64 * 500), (1000, 640_000)])
-def test_costs_are_those_of_the_time_model(num_rows, num_cached):
-    """Compares passes of rows with chunks beside them, near T* and past it."""
+def test_costs_are_those_of_the_time_model(num_rows, num_cached, scored):
+    """Compares passes of rows with chunks beside them, a share of which is scored, near T* and past it."""
     filling, seen = Filling.of(WORK, H200), num_rows + num_cached
     for chunks in ([(0, 4000)], [(0, 512)] * 9, [(2000, 3000)], [(0, 5000), (3000, 2000)]):
         num_tokens = sum(length for _, length in chunks)
         pairs = sum(length * (2 * start + length + 1) // 2 for start, length in chunks)
         copied = sum(start + length for start, length in chunks if start)
         cached = num_cached + sum(start for start, _ in chunks)
-        shape = PassShape(num_rows + num_tokens, num_rows + len(chunks), cached, seen + pairs, seen, copied)
-        found = filling.seconds(num_rows, num_cached) + sum(filling.chunk_s(*chunk) for chunk in chunks)
-        assert found == pytest.approx(steps_s(STEPS, shape, H200), rel=0.05)
+        num_scored = [int(scored * length) for _, length in chunks]
+        sums = seen + pairs, seen, copied, sum(num_scored)
+        shape = PassShape(num_rows + num_tokens, num_rows + len(chunks), cached, *sums)
+        chunks_s = sum(filling.chunk_s(*chunk, of_it) for chunk, of_it in zip(chunks, num_scored))
+        found = filling.seconds(num_rows, num_cached) + chunks_s
+        assert found == pytest.approx(steps_s(WORK.steps, shape, H200), rel=0.05)
 
 
-def test_beside_many_rows_a_pass_ends_where_the_link_does():
-    """Of a few prompts that are still to come, each would delay all rows for longer than it gains."""
+@pytest.mark.parametrize("asked", [{}, {"prompt_logprobs": 1}])
+def test_beside_many_rows_a_pass_ends_where_the_link_does(asked):
+    """Of a few prompts that are still to come, each would delay all rows for longer than it gains; one whose tokens are
+    scored for longer than another."""
     scheduler = scheduler_of(WORK, max_num_seqs=1024)
     add(scheduler, 1000, 64, 3000)
     passes(scheduler, 40)
     before = scheduler.counts.num_free_tokens, scheduler.counts.num_free_tokens_used
     assert scheduler.num_running == 1000
-    add(scheduler, 24, 1024, 5)
+    add(scheduler, 24, 1024, 5, **asked)
     (batch,) = passes(scheduler, 1)
+    assert (batch.shape.num_scored > 2000) == bool(asked)
     assert 1000 + 1024 < batch.num_tokens < 8192 and scheduler.num_waiting > 0
     assert seconds_of(WORK, batch) == pytest.approx(WORK.streamed_bytes / 55e9, rel=0.02)
     counts = scheduler.counts
@@ -93,9 +101,9 @@ def test_a_single_prompt_takes_no_second_pass():
     assert batch.num_tokens == 4000 > free_tokens(replace(WORK, streamed_bytes=4 * 10**9), H200)
 
 
-@pytest.mark.parametrize("num_free", [-10, 0, 5, 50])
+@pytest.mark.parametrize("num_free", [-10, 0, 5, 60])
 def test_a_prompt_is_spread_over_a_few_passes_at_most(num_free):
-    """Beside 200 rows that leave few tokens free, or none."""
+    """Beside 200 rows that leave few tokens free, or none: up to 256 the pass would be padded."""
     scheduler = scheduler_of(WORK)
     add(scheduler, 200, 16, 3000)
     passes(scheduler, 10)
@@ -105,7 +113,7 @@ def test_a_prompt_is_spread_over_a_few_passes_at_most(num_free):
     scheduler.add(Request(1000, [1] * 800, SamplingParams(max_tokens=2)))
     found = passes(scheduler, 9)
     chunks = [batch.num_tokens - 200 for batch in found if batch.num_tokens > 201]
-    assert sum(chunks) == 800 and (len(chunks) == 1 if num_free < 1 else 1 < len(chunks) <= 8)
+    assert sum(chunks) == 800 and (len(chunks) == 1 if num_free < 56 else 1 < len(chunks) <= 8)
 
 
 def makespan_s(work: PassWork, most_tokens: int, is_filled: bool, jobs: tuple[int, int, int]) -> float:
@@ -142,8 +150,8 @@ def test_a_budget_lets_in_a_token_wherever_it_has_room():
     for spare in (-1.0, 0.0, 1.0, 1.5, 700.0):
         budget = Budget(100, (), replace(filling, link_s=filling.seconds(0, 0) + spare * filling.token_s))
         while budget.has_room(queue) and budget.num_rows < 200:
-            left = budget.num_left
-            assert 1 <= budget.take(5, 3, queue) <= 3 and budget.num_left < left
+            left, request = budget.num_left, Request(0, [1] * 9, SamplingParams(), num_computed_tokens=5)
+            assert 1 <= budget.take(request, 3, queue) <= 3 and budget.num_left < left
         assert budget.num_left >= 0
 
 
@@ -153,3 +161,46 @@ def test_rows_of_one_token_that_are_chunks_count_as_chunks():
     (batch,) = passes(scheduler, 1)
     assert [row.kind for row in batch.rows] == [RowKind.ONE_TOKEN] * 3
     assert scheduler.counts.num_free_tokens_used == 3
+
+
+def counted(scheduler: Scheduler) -> tuple[int, int]:
+    return scheduler.counts.num_free_tokens, scheduler.counts.num_free_tokens_used
+
+
+def test_a_chunk_that_has_ended_gives_its_free_tokens_to_another():
+    """One that enters the announced pass in its place, in which there is no room for both. A pass that never runs has
+    no tokens."""
+    scheduler = scheduler_of(replace(WORK, streamed_bytes=7 * 10**9), max_num_seqs=2)
+    (first,) = add(scheduler, 1, 100, 9)
+    before = scheduler.schedule()
+    gone, late = add(scheduler, 2, 4000, 9)
+    announced, free = scheduler.schedule(), counted(scheduler)
+    scheduler.finish(gone, FinishReason.ABORT)
+    scheduler.update(before, [9])
+    revised = scheduler.revise(announced)
+    assert late.row == 1 and announced.num_tokens == revised.num_tokens == 4001
+    assert counted(scheduler) == free and free[1] == 100 + 4001
+    last = scheduler.schedule()
+    for one in (first, late):
+        scheduler.finish(one, FinishReason.ABORT)
+    scheduler.update(revised, [9, 9])
+    assert scheduler.revise(last) is None and counted(scheduler) == free
+
+
+def test_a_row_that_has_ended_uses_no_free_token():
+    scheduler = scheduler_of(WORK, max_num_seqs=2)
+    first, _, late = add(scheduler, 3, 100, 9)
+    before, announced = scheduler.schedule(), scheduler.schedule()
+    scheduler.finish(first, FinishReason.ABORT)
+    scheduler.update(before, [9, 9])
+    assert scheduler.revise(announced).num_tokens == 101 and late.row == 0
+    assert counted(scheduler)[1] == 200 + 101
+
+
+def test_tokens_are_free_whether_or_not_there_is_anybody_to_use_them():
+    scheduler = scheduler_of(WORK)
+    add(scheduler, 1, 100, 1)
+    (batch,) = passes(scheduler, 1)
+    most = PassShape(scheduler.counts.num_free_tokens, 1, 0, num_pairs=0, num_behind=0)
+    assert scheduler.counts.num_free_tokens_used == batch.num_tokens == 100
+    assert steps_s(WORK.steps, most, H200) == pytest.approx(WORK.streamed_bytes / 55e9, rel=0.02)

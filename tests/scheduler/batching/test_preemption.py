@@ -157,6 +157,79 @@ def test_an_urgent_request_computes_in_the_next_pass():
     assert any(row.index == urgent.row and row.samples for row in batch.rows)
 
 
+def test_one_is_let_in_with_pages_left_for_those_that_grow():
+    """Of 21 pages each takes five; a fourth one would leave one for all of them."""
+    sched = scheduler(num_pages=22)
+    add_all(sched, *(request(id) for id in range(4)))
+    run_pass(sched)
+    assert sched.num_running == 3 and sched.counts.waits == {Wait.PAGES: 1}
+
+
+def test_an_urgent_request_gets_the_pages_that_others_would_grow_into():
+    """Rows are free, and of 16 pages one is."""
+    sched = scheduler(num_pages=17, policy="priority")
+    others = [request(id, priority=1) for id in range(3)]
+    add_all(sched, *others)
+    run_pass(sched)
+    sched.add(urgent := request(3, 8))
+    run_pass(sched)
+    assert urgent.output_token_ids == [9] and sched.counts.num_preemptions == 1
+
+
+SHARED = list(range(16))
+
+
+def shared(id, priority):
+    """A request that begins with four pages of others, and needs a page of its own."""
+    return Request(id, [*SHARED, 90 + id], SamplingParams(max_tokens=4, priority=priority), seed=id)
+
+
+def test_pages_that_those_who_give_way_share_are_free_once_all_have():
+    sched = scheduler(num_pages=8, policy="priority", prefix_caching=True)
+    others = [shared(id, priority=1) for id in range(2)]
+    for one in others:
+        sched.add(one)
+        run_pass(sched)
+    assert others[1].num_cached_tokens == 16
+    sched.add(urgent := request(2, 20, max_tokens=4))
+    run_pass(sched)
+    assert urgent.output_token_ids == [9] and [one.num_preemptions for one in others] == [1, 1]
+
+
+def test_nobody_gives_way_for_pages_that_an_urgent_request_finds():
+    """It shares all but one with one that runs; the less computed ones have three each."""
+    sched, first = scheduler(num_pages=12, policy="priority", prefix_caching=True), shared(0, priority=1)
+    others = [request(id, 9, max_tokens=4, priority=1) for id in (1, 2)]
+    for one in (first, *others):
+        one.prompt_token_ids[0] = one.id
+        sched.add(one)
+    run_pass(sched)
+    assert sched.num_running == 3 and sched.num_free_pages == 0
+    sched.add(urgent := shared(3, priority=0))
+    run_pass(sched)
+    assert urgent.output_token_ids == [9] and urgent.num_cached_tokens == 16
+    assert [one.num_preemptions for one in (first, *others)] == [0, 0, 1]
+
+
+def test_nobody_gives_way_twice_without_a_token_between():
+    """Urgent requests come one after another while one that has given way is computed again, chunk by chunk."""
+    sched, one = scheduler(max_num_seqs=1, max_num_batched_tokens=4, policy="priority"), request(0, 9, priority=1)
+    urgent = [request(id, 3, max_tokens=1) for id in (1, 2)]
+    sched.add(one)
+    for _ in range(3):
+        run_pass(sched)
+    sched.add(urgent[0])
+    run_pass(sched)
+    assert urgent[0].finish_reason == "length" and one.row is None and one.output_token_ids == [9]
+    run_pass(sched)
+    sched.add(urgent[1])
+    while one.output_token_ids == [9]:
+        assert one.num_preemptions == 1 and urgent[1].row is None
+        run_pass(sched)
+    run_pass(sched)
+    assert urgent[1].finish_reason == "length" and one.num_preemptions == 2
+
+
 def test_an_urgent_request_enters_the_pass_that_is_announced():
     sched, others = scheduler(max_num_seqs=1, policy="priority"), [request(0, priority=1)]
     add_all(sched, *others)

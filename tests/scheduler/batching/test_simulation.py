@@ -258,8 +258,9 @@ def has_free_tokens(filling: Filling | None, batch: Batch) -> bool:
         return True
     decoding = [row for row in batch.rows if row.tokens == (ON_DEVICE,) or row.kind is RowKind.ONE_TOKEN]
     compute_s = filling.seconds(len(decoding), sum(row.num_cached for row in decoding))
-    compute_s += sum(filling.chunk_s(row.start, len(row.tokens)) for row in batch.rows if row not in decoding)
-    return compute_s + 2 * filling.token_s <= filling.link_s
+    chunks = [row for row in batch.rows if row not in decoding]
+    compute_s += sum(filling.chunk_s(row.start, len(row.tokens), row.num_scored) for row in chunks)
+    return compute_s + 2 * (filling.token_s + filling.scored_s) <= filling.link_s
 
 
 def random_request(rng, id, max_model_len, most_tokens):
@@ -315,6 +316,7 @@ def filling_of(free_tokens: int) -> Filling:
     steps = (
         (StepWork("linear", weight_bytes=10**6, token_flops=10**9), 1),
         (StepWork("attention", kv_token_bytes=1000, attention_flops=10**6), 1),
+        (StepWork("score_prompts", scored_flops=10**9), 1),
     )
     made = Filling.of(PassWork(1, 0, steps), H200)
     return replace(made, link_s=made.seconds(0, 0) + made.chunk_s(0, free_tokens))

@@ -65,10 +65,11 @@ def test_bytes_and_flops_follow_the_shape():
     "shape, run",
     [
         (PassShape(6, 2, 0), 64),
-        (PassShape(300, 2, 0), 384),
-        (PassShape(300, 101, 9000, num_behind=0), 384),
+        (PassShape(300, 2, 0), 320),
+        (PassShape(300, 101, 9000, num_behind=0), 320),
         (PassShape(300, 300, 9000), 300),  # a decode pass
-        (PassShape(300, 2, 50), 384),  # a chunk that continues
+        (PassShape(300, 2, 50), 320),  # a chunk that continues
+        (PassShape(600, 2, 0), 640),
         (PassShape(2049, 2, 0), 2049),
     ],
 )
