@@ -17,6 +17,7 @@ from penstock.engine.loop import Loop
 from penstock.engine.output import Listener, OnText, RequestOutput, Sequence
 from penstock.engine.planning.engine_plan import longest_sequence
 from penstock.engine.planning.kv_tier import moving
+from penstock.engine.runtime import heap
 from penstock.engine.runtime.build import build_worker
 from penstock.engine.runtime.calls import Call, digest
 from penstock.engine.runtime.engine import LINK_BYTES, Engine
@@ -83,8 +84,9 @@ class LLM:
         self.prompts = ModelPrompts(
             self.config, self.tokenizer, plan.spec.vocab_size, scheduler.limits, self.scores_prompts
         )
-        self._finalizer = weakref.finalize(self, self.engine.close)
+        self._finalizer = weakref.finalize(self, _close, self.engine)
         self._finalizer.atexit = False  # the engine does that itself
+        heap.set_aside()
 
     @in_turn
     def generate(
@@ -300,6 +302,11 @@ class LLM:
     def _check_open(self) -> None:
         if self.engine is None:
             raise RuntimeError("this LLM is closed")
+
+
+def _close(engine: Engine) -> None:
+    engine.close()
+    heap.give_back()
 
 
 @contextlib.contextmanager

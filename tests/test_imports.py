@@ -120,6 +120,7 @@ MAY_IMPORT = {
     "engine.profile": (*BELOW_RUNTIME, "engine.llm", "engine.output", "engine.runtime"),
     "engine.split": (*BELOW_RUNTIME, "engine.llm", "engine.runtime"),
     "engine.server": (
+        "engine.runtime.heap",
         "engine.runtime.pass_times",
         "engine.runtime.progress",
         "engine.config",

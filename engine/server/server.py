@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from penstock.engine.runtime import heap
 from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
 from penstock.engine.server.engine_process import EngineProcess
@@ -107,6 +108,7 @@ class Server:
             self._error = error
         self._changed.set()
         if self.service.phase == "ready":
+            heap.set_aside()
             took_s = time.monotonic() - self.service.started_s
             self._say(f"ready after {took_s:.1f} s")
 

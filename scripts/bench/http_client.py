@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 TOKEN, USAGE = b"data: {", b'"choices":[],'
+PAUSE_S = 1e-3  # between two calls, which others would wait for else
 
 
 async def stream(address: tuple[str, int], body: dict[str, Any]) -> list[float]:
@@ -33,8 +34,8 @@ async def stream(address: tuple[str, int], body: dict[str, Any]) -> list[float]:
 
 
 async def poll(address: tuple[str, int], path: str, most: int, ended: asyncio.Event) -> list[float]:
-    """Seconds of each of up to `most` calls, one after another on one connection, until all has `ended`; of one call at
-    least."""
+    """Seconds of each of up to `most` calls, one after another on one connection, PAUSE_S apart, until all has `ended`;
+    of one call at least."""
     reader, writer = await asyncio.open_connection(*address)
     took: list[float] = []
     try:
@@ -45,6 +46,7 @@ async def poll(address: tuple[str, int], path: str, most: int, ended: asyncio.Ev
             if not said.startswith(b"http/1.1 200") or b"content-length: 0" not in said:
                 raise RuntimeError(f"GET {path}: {said!r}")
             took.append(time.perf_counter() - start)
+            await asyncio.sleep(PAUSE_S)
     finally:
         writer.close()
     return took

@@ -5,8 +5,8 @@ the engine's process.
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
 (ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and `ratios` the server's over
-the loop's, where these are not 0. While requests run GET /health is called without a pause. All engine flags work; the
-last line is one JSON object.
+the loop's, where these are not 0. While requests run GET /health is called about every millisecond. All engine flags
+work; the last line is one JSON object.
 
     python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
       --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7
