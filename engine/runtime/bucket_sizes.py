@@ -94,7 +94,7 @@ def _decode(num_rows: int, num_items: int) -> BucketSize:
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of decode passes: one and, from LEAST_ROWS on, powers of two, and where rows cost time the halves and quarters
+    """Rows of decode passes: one and, from LEAST_ROWS on, powers of two, and where rows cost time halves and quarters
     of the ways between them, up to max_num_seqs."""
     powers = range(max_num_seqs.bit_length() + 1)
     steps = {1: LEAST_ROWS, 3: LEAST_HALVES + 1, 5: LEAST_QUARTERS + 1, 7: LEAST_QUARTERS + 1}
