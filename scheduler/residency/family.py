@@ -69,8 +69,7 @@ class Cost:
         return free_tokens(self._work(demand, residency), self.rates)
 
     def _work(self, demand: Demand, residency: Residency) -> PassWork:
-        plain = dict(demand.groups)
-        decompressed_bytes = sum(plain[group] for group in residency.compressed)
+        decompressed_bytes = demand.decompressed_bytes(residency.compressed)
         sizes = (residency.streamed_bytes, residency.resident_bytes)
         return PassWork(*sizes, self.steps, len(residency.compressed), decompressed_bytes)
 

@@ -62,14 +62,11 @@ def find_kinds(demand: Demand, rates: Rates, compressed: bool) -> list[Kind]:
     sizes, kinds = dict(demand.groups), []
     for name, members in by_name([group for group, _ in demand.groups]).items():
         plain = kept = max(sizes[group] for group in members)
-        is_compressed = compressed and any(group in demand.compressed for group in members)
-        if is_compressed:
-            kept = max(demand.compressed[group] for group in members)
-        kinds.append(
-            Kind(
-                name, len(members), plain, kept, decompress_s(plain, 1, rates) if is_compressed else 0.0, allowed[name]
-            )
-        )
+        group_s, shrink = 0.0, [group for group in members if compressed and group in demand.compressed]
+        if shrink:
+            kept = max(demand.compressed[group] if group in shrink else sizes[group] for group in members)
+            group_s = decompress_s(max(demand.decompressed_bytes([group]) for group in shrink), 1, rates)
+        kinds.append(Kind(name, len(members), plain, kept, group_s, allowed[name]))
     return sorted(kinds, key=lambda kind: kind.total * kind.plain_bytes)
 
 

@@ -30,7 +30,7 @@ def demands(draw) -> tuple[Demand, Cost]:
     groups = [(GroupId(i, name), n * 10007) for i in range(num_layers) for name, n in (("attn", attn), ("ffn", ffn))]
     groups.append((GroupId(num_layers, "head"), head * 10007))
     codable = [group for group, _ in groups if group.name != "head" or draw(st.booleans())]
-    share = draw(st.floats(0.5, 0.9))
+    share, floats = draw(st.floats(0.5, 0.9)), draw(st.sampled_from((1.0, 0.9, 0.3)))
     largest = {group.name: nbytes for group, nbytes in groups}
     total = sum(nbytes for _, nbytes in groups)
     asked = Demand(
@@ -42,6 +42,7 @@ def demands(draw) -> tuple[Demand, Cost]:
         max_num_seqs=draw(st.integers(1, 6)),
         max_position=draw(st.integers(1, 100)),
         compressed={group: int(dict(groups)[group] * share) + 1 for group in codable},
+        decompressed={group: int(dict(groups)[group] * floats) for group in codable},
         buffer_bytes=lambda names: max(largest[name] for name in names),
         memory_bytes=int(total * draw(st.floats(0.2, 1.3))) + 1000,
         fixed_of=lambda n: (("workspace", 1000 * n),),
@@ -72,7 +73,7 @@ def splits(asked: Demand, compressed: bool):
 
 
 def seconds_of(asked: Demand, cost: Cost, split: Split, num_seqs: int) -> float:
-    decompressed = sum(nbytes for group, nbytes in asked.groups if group in split.compressed)
+    decompressed = sum(asked.decompressed[group] for group in split.compressed)
     streamed = sum(nbytes for _, nbytes in asked.streamed(split))
     work = PassWork(streamed, 0, cost.steps, len(split.compressed), decompressed)
     shape = PassShape(num_seqs, num_seqs, num_seqs * asked.kv_len)
