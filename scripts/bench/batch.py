@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.planning.find_model import find_model
+from penstock.engine.weights.gguf_file import is_gguf
 
 from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
@@ -49,6 +50,8 @@ def main() -> None:
     args, passed_on = parser.parse_known_args()
     if args.text is not None and args.compare:
         raise ValueError(f"--compare {args.compare}: not with --text: it is given random weights")
+    if args.text is None and is_gguf(args.model):
+        raise ValueError(f"--model {args.model}: a GGUF file has weights and a tokenizer of its own: give it a --text")
     vllm = find_vllm(args.vllm, args.vllm_options) if args.compare == "vllm" else None
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
         model, given, output = (Path(folder) / name for name in ("model", "in.jsonl", "out.jsonl"))
