@@ -31,7 +31,7 @@ class Split:
 class Demand:
     """The demands of an engine on one rank's memory. Sizes are bytes a rank, lengths are tokens.
 
-    `groups` are in the order of a pass, the head last, and those of one name are alike; their bytes are those that are
+    `groups` are in the order of a pass, the head last, and those of one name count as alike; their bytes are those as
     stored. `embed_bytes` is 0 for a tied embedding, which uses the head's bytes. `compressed` gives the compressed
     bytes of the groups that may be compressed, and `decompressed` the bytes that decompressing one of them writes: all
     of it, if it is not given. `quantised` are the names of groups that are stored quantised; `buffer_bytes` gives the

@@ -13,6 +13,7 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import predict_pass
 from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.residency import search
 from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression
 from penstock.scheduler.residency.demand import Demand, Split
 from penstock.scheduler.residency.family import Cost, Family
@@ -193,6 +194,40 @@ def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
     assert not tight.streamed and not tight.embed_resident and tight.host_bytes == 2**30
     assert tight.ring.ring_bytes == 0 and roomy.embed_resident and roomy.host_bytes == 0
     assert plan(held - 0.01, cost, groups).streamed
+
+
+def uneven_groups() -> tuple[tuple[GroupId, int], ...]:
+    """Layers of which every fourth is twice as large."""
+    sizes = (("attn", 84), ("ffn", 352))
+    groups = tuple((GroupId(i, name), n * (1 if i % 4 else 2) << 20) for i in range(16) for name, n in sizes)
+    return (*groups, (GroupId(16, "head"), 1 << 30))
+
+
+def test_groups_of_different_sizes_stay_where_all_of_them_fit():
+    groups, cost = uneven_groups(), Cost((), H200)
+    total = sum(nbytes for _, nbytes in groups)
+    held = (total + 129 * 2**21) / 2**30
+    assert not plan(held, cost, groups).streamed and plan(held - 0.01, cost, groups).streamed
+
+
+@pytest.mark.parametrize("left", [0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("changes", [{}, {"max_num_seqs": 9, "plans_num_seqs": True}, {"memory_bytes": None}])
+def test_groups_of_different_sizes_are_no_slower_and_no_shorter_than_if_all_were_the_largest(
+    monkeypatch, left, changes
+):
+    """As much more stays as the mean is smaller than the largest, but for a few groups."""
+    groups, cost = uneven_groups(), Cost((), H200)
+    total = sum(nbytes for _, nbytes in groups)
+    gib = (left * total + 257 * 2**21) / 2**30
+    found = plan(gib, cost, groups, **changes)
+    monkeypatch.setattr(search, "are_alike", lambda demand: True)
+    largest = plan(gib, cost, groups, **changes)
+    assert found.max_model_len >= largest.max_model_len
+    assert found.streamed_bytes <= largest.streamed_bytes
+    if "memory_bytes" not in changes:
+        assert found.claimed_bytes <= found.memory_bytes
+    if not changes:
+        assert found.streamed_bytes < largest.streamed_bytes - 0.05 * total
 
 
 @pytest.mark.parametrize("attn_share, ffn_share", [(0.5, 0.9), (0.9, 0.5), (0.7, 0.7)])
