@@ -15,6 +15,7 @@ from penstock.engine.weights.gguf_checkpoint import GGUFCheckpoint
 from penstock.engine.weights.host_store import load_weights
 from penstock.engine.weights.kept_group import Blocks, Lossless, stored_group
 from penstock.engine.weights.read_model import read_model
+from penstock.scheduler.residency.residency_table import how_streamed
 
 from tests.support.compressed_runs import CASES, OPTIONS, plan_of, run
 from tests.support.forked_ranks import fork_ranks
@@ -130,6 +131,7 @@ def test_compression_of_a_part_is_counted_in_the_plan(file):
     assert all(0 < group.float_bytes < group.stored_bytes < group.nbytes for group in mixed)
     assert all(compressed.demand.decompressed[group.id] == group.float_bytes for group in mixed)
     assert compressed.steps == plain.steps
+    assert how_streamed(plain.residency) == "" and how_streamed(compressed.residency).startswith("5 of 7 groups ")
     assert compressed.residency.streamed_bytes == sum(
         planned_bytes(group) if str(group.id) in COMPRESSED else group.stored_bytes for group in sizes.values()
     )
