@@ -34,7 +34,7 @@ def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, 
     """
     check_demand(demand)
     planned = _with_more_seqs(demand, cost, *_fastest(demand, cost, compressed, max))
-    if are_alike(demand):
+    if are_alike(demand) or not planned[1].streamed:
         return planned
     try:
         other = _with_more_seqs(demand, cost, *_fastest_by_mean(demand, cost, compressed))
