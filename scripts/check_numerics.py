@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from scripts.bench.entry import run_script
+from scripts.bench.entry import no_gguf, run_script
 
 Key = tuple[int, str]  # layer_idx, step
 States = dict[Key, Tensor]  # (T, width), in our layout: q, k, v joined; gate and up joined
@@ -258,7 +258,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="checkpoint directory, or 'demo'")
+    parser.add_argument("--model", type=no_gguf, default="demo", help="checkpoint directory, or 'demo'")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="Return the number of items, or None if there is no")
     prompt.add_argument("--token-ids", type=int, nargs="+", help="instead of a text")

@@ -13,6 +13,7 @@ from penstock.engine.planning.predictions import most_seqs
 from penstock.engine.streams import visible
 from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.residency.demand import KV_LEN
+from penstock.scheduler.residency.residency_table import how_streamed
 from penstock.scheduler.units import GIB, MIB, gb_s, show_bytes, show_time
 
 
@@ -36,8 +37,9 @@ def _prediction(llm: LLM, num_seqs: int, context: int) -> str:
     many = "1 sequence" if num_seqs == 1 else f"{num_seqs} sequences at once"
     streams = "nothing streams"
     if residency.streamed_bytes:
-        how = ", compressed without loss" if residency.compressed - residency.resident else ""
-        streams = f"{show_bytes(residency.streamed_bytes)} of weights stream to each rank in a pass{how}"
+        how = how_streamed(residency)
+        streams = f"{show_bytes(residency.streamed_bytes)} of weights stream to each rank in a pass"
+        streams += f", {how}" if how else ""
     where = f"{visible(llm.config.model)} on {ranks(plan.tp_size)} ({llm.engine.topology.device.type})"
     return f"{where}: {streams}; predicted {_speed(tokens_s)} for {many} ({plan.rates.source})"
 

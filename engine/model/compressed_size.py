@@ -5,7 +5,7 @@ Torch-free. `weights/codec.py` lays out its blobs by `part_bytes`; the planner a
 """
 
 from penstock.engine.kernels.codec_tile import TILE, num_escape_rows
-from penstock.engine.model.group_layout import ALIGN, GroupLayout, Weight
+from penstock.engine.model.group_layout import ALIGN, GroupLayout, Rows
 from penstock.engine.model.shard import pad_to
 
 PART_BYTES = 16  # every part of a blob starts at a multiple of this, and so does every blob in its group's
@@ -36,17 +36,16 @@ def part_bytes(num_weights: int, num_escapes: int, num_patches: int) -> dict[str
 
 def planned_bytes(layout: GroupLayout) -> int:
     """The bytes that a group's blob is planned with. It takes fewer where weights are Gaussian, Laplace or Student-t,
-    and may take more where many zeros that pad a shard lie among them; never more than the span."""
-    return pad_to(sum(_planned_weight_bytes(weight) for weight in layout.weights), ALIGN)
+    and may take more where many zeros that pad a shard lie among them; never more than what is stored."""
+    return pad_to(sum(map(_planned_rows_bytes, layout.rows)), ALIGN)
 
 
-def _planned_weight_bytes(weight: Weight) -> int:
-    """Planned bytes of one weight; the difference of PLANNED_BITS and WEIGHT_BITS is planned as escapes."""
-    part = weight.parts[0]
-    raw = pad_to(part.nbytes, PART_BYTES)
-    if part.dtype != COMPRESSED_DTYPE or part.nbytes < 2 * TILE:
+def _planned_rows_bytes(rows: Rows) -> int:
+    """Planned bytes of rows; the difference of PLANNED_BITS and WEIGHT_BITS is planned as escapes."""
+    raw = pad_to(rows.nbytes, PART_BYTES)
+    if rows.format.name != COMPRESSED_DTYPE or rows.nbytes < 2 * TILE:
         return raw
-    num_weights = part.nbytes // 2
+    num_weights = rows.nbytes // 2
     escape_bits = int((PLANNED_BITS - WEIGHT_BITS) * TILE * (num_weights // TILE))
     sizes = part_bytes(num_weights, escape_bits // ESCAPE_BITS, num_patches=0)
     return min(raw, sum(pad_to(size, PART_BYTES) for size in sizes.values()) + SPREAD_BYTES)

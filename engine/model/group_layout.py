@@ -91,6 +91,16 @@ class GroupLayout:
         """The names of the weights of which any row is quantised; steps read the others where they are stored."""
         return frozenset(rows.weight for rows in self.rows if rows.format.is_quantised)
 
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of what is stored of it as floats, and may be compressed."""
+        return self.stored_bytes - sum(rows.nbytes for rows in self.rows if rows.format.is_quantised)
+
+    @property
+    def has_float_matrix(self) -> bool:
+        """Tells whether any matrix of it is stored as floats, or some of its rows."""
+        return any(rows.num_cols > 1 and not rows.format.is_quantised for rows in self.rows)
+
     def rows_of(self, name: str) -> tuple[Rows, ...]:
         return tuple(rows for rows in self.rows if rows.weight == name)
 

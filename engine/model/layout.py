@@ -85,11 +85,14 @@ def without_kernels(layout: ModelLayout, floats: AbstractSet[GroupId]) -> ModelL
     return replace(layout, groups=groups)
 
 
-def select_weights(layout: ModelLayout, wanted: Callable[[Weight], bool]) -> ModelLayout:
-    """The same groups with only those of their weights that are wanted; none is quantised."""
+def select_weights(layout: ModelLayout, spec: ModelSpec, wanted: Callable[[Weight], bool]) -> ModelLayout:
+    """The same groups with only those of their weights that are wanted; quantised ones become floats as they are
+    read."""
+    formats = dict(spec.formats)
 
     def selected(group: GroupLayout) -> GroupLayout:
-        return pack_group(group.id, [weight for weight in group.weights if wanted(weight)], layout.dtype, {})
+        weights = [weight for weight in group.weights if wanted(weight)]
+        return as_floats(pack_group(group.id, weights, layout.dtype, formats))
 
     return ModelLayout(tuple(map(selected, layout.groups)), selected(layout.embed), layout.dtype)
 

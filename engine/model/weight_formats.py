@@ -4,7 +4,7 @@ A format says how many weights of a row lie together, in how many bytes, and so 
 may be cut between any two rows. Floats are the format in which a weight is its own block. What is stored in another one
 is kept in it, on the host and on the device, and becomes floats when a step needs it, or is read as it is by a kernel
 (weights/kept_group.py). The lossless code of compressed_size.py has no row here: no file has it. It is made while a
-model is loaded, of whole groups, and its lengths are known only then.
+model is loaded, of rows of floats, and its lengths are known only then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -81,7 +81,8 @@ class EnginePlan:
 
     def step_seconds(self, shape: PassShape) -> Callable[[Compute | Decompress], float]:
         """Gives the seconds of a step in a pass of this shape."""
-        return step_seconds_of(self.spec, self.layout, self.dtype, self.tp_size, self.rates, shape)
+        about = (self.spec, self.layout, self.dtype, self.tp_size, self.rates)
+        return step_seconds_of(*about, shape, self.residency.compressed)
 
     @functools.cached_property
     def waited_bytes(self) -> int:
@@ -171,6 +172,7 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
     spec, layout = claims.spec, claims.layout
     retention = _retention(config, spec)
     quantised = [group for group in layout.groups if group.is_quantised]
+    compressible = _compressible(config, spec, layout, claims.dtype)
     return Demand(
         groups=tuple((group.id, group.stored_bytes) for group in layout.groups),
         embed_bytes=layout.embed.stored_bytes,
@@ -179,7 +181,8 @@ def _demand(config: EngineConfig, claims: MemoryClaims, budget: int | None) -> D
         max_num_seqs=config.most_seqs,
         max_position=spec.max_position,
         resident=config.resident,
-        compressed={group.id: planned_bytes(group) for group in _compressible(config, spec, layout, claims.dtype)},
+        compressed={group.id: planned_bytes(group) for group in compressible},
+        decompressed={group.id: group.float_bytes for group in compressible},
         quantised=frozenset(group.id.name for group in quantised),
         floats={group.id: group.nbytes for group in quantised} if budget is None and not claims.has_kernels else {},
         buffer_bytes=claims.decompression_buffer,
@@ -254,13 +257,12 @@ def _pass_plan(steps: list[Compute], layout: ModelLayout, residency: Residency) 
 
 
 def _compressible(config: EngineConfig, spec: ModelSpec, layout: ModelLayout, dtype: str) -> tuple[GroupLayout, ...]:
-    """The groups that may be compressed: only bfloat16 shrinks enough, a tied head is the embedding too, whose rows
-    are gathered from it, and of a kind with quantised groups none is. Raises ValueError if compression is asked for and
+    """The groups that may be compressed: only bfloat16 shrinks enough, so one must have a matrix of it, and a tied head
+    is the embedding too, whose rows are gathered from it. Raises ValueError if compression is asked for and
     impossible."""
     if dtype == "bfloat16":
-        quantised = {group.id.name for group in layout.groups if group.is_quantised}
         groups = layout.groups[:-1] if spec.tied else layout.groups
-        return tuple(group for group in groups if group.id.name not in quantised)
+        return tuple(group for group in groups if group.has_float_matrix)
     if config.weights_compression == "lossless":
         raise ValueError(f"weights_compression='lossless' compresses only bfloat16 weights, but dtype is {dtype}")
     return ()

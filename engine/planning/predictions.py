@@ -21,7 +21,7 @@ def pass_work(plan: EnginePlan, residency: Residency | None = None) -> PassWork:
     embed_bytes = (
         plan.layout.embed.stored_bytes if residency.embed_resident else 0
     )  # no group: few of its rows are read
-    decompressed_bytes = sum(group.nbytes for group in plan.layout.groups if group.id in residency.compressed)
+    decompressed_bytes = plan.demand.decompressed_bytes(residency.compressed)
     resident_bytes = residency.resident_bytes - embed_bytes
     num_decompressed = len(residency.compressed)
     sizes = (num_decompressed, decompressed_bytes, waited_bytes)

@@ -7,6 +7,7 @@ element-wise ones.
 
 import math
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 
 from penstock.engine.model.group_layout import GroupLayout
 from penstock.engine.model.layout import ModelLayout
@@ -14,8 +15,8 @@ from penstock.engine.model.shard import shard_heads
 from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
 from penstock.engine.model.steps import SCORE, SCORED_ROWS, activation_widths, sums_over_ranks
 from penstock.scheduler.cost.pass_work import PassShape, StepWork
-from penstock.scheduler.cost.time_model import Rates, step_s
-from penstock.scheduler.passes.pass_plan import Compute, Decompress
+from penstock.scheduler.cost.time_model import Rates, decompress_s, step_s
+from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId
 
 MATRICES = {
     "attn_qkv": ("qkv",),
@@ -113,14 +114,24 @@ def dequantise_work(group: GroupLayout, rates: Rates) -> StepWork:
 
 
 def step_seconds_of(
-    spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int, rates: Rates, shape: PassShape
+    spec: ModelSpec,
+    layout: ModelLayout,
+    dtype: str,
+    tp_size: int,
+    rates: Rates,
+    shape: PassShape,
+    compressed: AbstractSet[GroupId],
 ) -> Callable[[Compute | Decompress], float]:
     """Gives the seconds of a step, or of a partial decompression, in a pass of this shape."""
     work = step_work(spec, layout, dtype, tp_size)
-    floats = {group.id: dequantise_work(group, rates) for group in layout.groups if group.is_quantised}
+    quantised = [group for group in layout.groups if group.is_quantised]
+    floats = {group.id: dequantise_work(group, rates) for group in quantised}
+    lossless_s = {group.id: decompress_s(group.float_bytes, 1, rates) for group in quantised if group.id in compressed}
 
     def seconds(step: Compute | Decompress) -> float:
-        return step_s(floats[step.group] if isinstance(step, Decompress) else work(step), shape, rates)
+        if isinstance(step, Decompress):
+            return step_s(floats[step.group], shape, rates) + lossless_s.get(step.group, 0.0)
+        return step_s(work(step), shape, rates)
 
     return seconds
 

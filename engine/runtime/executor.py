@@ -147,10 +147,12 @@ class Executor:
                 if kernels not in launched or instruction.group in self._differing:
                     self._watched(ctx, instruction)
                 launched.add(kernels)
-            elif isinstance(instruction, Decompress) and (
-                instruction.is_partial or instruction.group not in later  # any bytes are a quantised group
-            ):
-                self._watched(ctx, instruction)
+            elif isinstance(instruction, Decompress):
+                if instruction.group not in later:
+                    self._watched(ctx, instruction)
+                else:
+                    one = self.compressed[instruction.group]
+                    one.group.only_blocks().restore(one.blob, one.out, ctx.inputs.num_tokens)
 
     @on_own_device
     @torch.inference_mode()

@@ -108,7 +108,7 @@ def load_part(config: EngineConfig, plan: EnginePlan, trusted: bool) -> tuple[Lo
     def is_wanted(weight: Weight) -> bool:
         return (weight.kind == ShardKind.REPLICATED) == trusted
 
-    layout = select_weights(plan.layout, is_wanted)
+    layout = select_weights(plan.layout, plan.spec, is_wanted)
     source = open_source(config, find_model(config.model), plan)
     loaded = load_weights(source, layout, set(), embed_on_host=False, device=CPU)
     if isinstance(source, Checkpoint):

@@ -132,8 +132,6 @@ def build_host_side(split: SplitConfig, given: Ingredients, source: WeightSource
     """Starts the device side, which opens the checked `source` itself, and builds the host's. Raises ValueError,
     MemoryError or DeviceSideFailed; nothing is left then."""
     plan = given.plan
-    if plan.spec.formats:
-        raise ValueError(f"model={given.config.model!r}: a quantised model cannot be split over two sides yet")
     channel = open_channel(split, given.config, plan)
     try:
         weights, named = load_part(given.config, plan, trusted=True)

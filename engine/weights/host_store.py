@@ -187,24 +187,26 @@ class _Compressor:
             reader.finish(blocks, reports=False)
             self._compress(group, scratch, memory[group.id], reader.report)
 
-        for group in sorted(groups, key=lambda group: -group.nbytes):
+        for group in sorted(groups, key=lambda group: -group.stored_bytes):
             if len(begun) > (self._stream is not None):
                 finish_oldest()
-            scratch = torch.zeros(group.nbytes, dtype=torch.uint8, device=self._device)
+            scratch = torch.zeros(group.stored_bytes, dtype=torch.uint8, device=self._device)
             self._synchronize()
             begun.append((group, scratch, reader.begin(group, scratch)))
             del scratch  # it goes when it is compressed
         while begun:
             finish_oldest()
 
-    def _compress(self, group: GroupLayout, span: Tensor, memory: SpanMemory, progress: Callable[[int], None]) -> None:
+    def _compress(
+        self, group: GroupLayout, stored: Tensor, memory: SpanMemory, progress: Callable[[int], None]
+    ) -> None:
         self._synchronize()
         began_at_s = time.perf_counter()
         with torch.cuda.stream(self._stream):
-            compressed, blob = compress_group(group, span, self._num_threads, progress)
+            compressed, blob = compress_group(group, stored, self._num_threads, progress)
         self._synchronize()
         self.compress_s += time.perf_counter() - began_at_s
-        self.from_bytes += group.nbytes
+        self.from_bytes += group.stored_bytes
         self.compressed[group.id] = compressed
         memory.keep(group.id, blob)
 

@@ -6,13 +6,15 @@
     | norm | qkv | o | bias | ...                                      kept compressed without loss
     | norm | qkv            | o         | bias | ...                   its span
 
+    | norm | q rows, Q8_0 | k, v rows, compressed | o, Q8_0 | ...      kept as both
+
 What a format is: a class here, which says how kept bytes become floats; a row of model/weight_formats.py if files have
 it; a row of tests. Weights that are plain are read where they are kept, and not copied, so a streamed group that has
 any keeps its slot in the ring until its last step has run.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -123,6 +125,14 @@ class KeptGroup:
 
     weights: tuple[KeptWeight, ...]
     nbytes: int
+
+    def only_blocks(self) -> "KeptGroup":
+        """The group with no other rows than blocks, which any bytes are."""
+        blocks = (
+            each._replace(rows=tuple(rows for rows in each.rows if isinstance(rows.format, Blocks)))
+            for each in self.weights
+        )
+        return replace(self, weights=tuple(each for each in blocks if each.rows))
 
     def restore(self, kept: Tensor, span: Tensor, num_tokens: int) -> int:
         """Does once what `restorer` gives."""

@@ -15,7 +15,7 @@ from penstock.scheduler.residency.search import plan_fastest
 from penstock.scheduler.units import show_bytes
 
 LEAST_GAIN = 0.005  # share of the tokens/s that "auto" must gain to compress, since loading takes longer
-LEAST_SHRINK = 0.02  # share of the bytes that compression must save, once sizes are known
+LEAST_SHRINK = 0.02  # share of the bytes of floats that compression must save, once sizes are known
 
 Planned = tuple[Demand, Residency]
 
@@ -70,8 +70,9 @@ def settle(offer: CompressionOffer, planned: Planned, sizes: Mapping[GroupId, in
     compressed = {group: sizes[group] for group in residency.compressed}
     settled = replace(demand, compressed=compressed)
     expected, plain = (sum(each[group] for group in compressed) for each in (demand.compressed, dict(demand.groups)))
+    saved, least = plain - sum(compressed.values()), LEAST_SHRINK * demand.decompressed_bytes(compressed)
     found = f"compressed weights have {show_bytes(sum(compressed.values()))}, where {show_bytes(expected)} were planned"
-    if offer.choice == "auto" and sum(compressed.values()) > (1 - LEAST_SHRINK) * plain:
+    if offer.choice == "auto" and saved < least:
         raise CompressionDoesNotPay(f"weights_compression: {found}, and plain ones {show_bytes(plain)}")
     try:
         return settled, plan_residency(settled, residency.split)

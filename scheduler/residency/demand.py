@@ -1,7 +1,7 @@
 """The demands of an engine on one rank's memory: the input of search.py and decide.py. Torch-free. Sizes are in bytes,
 lengths in tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from penstock.scheduler.batching.retention import KeepAll, Retention
@@ -31,11 +31,12 @@ class Split:
 class Demand:
     """The demands of an engine on one rank's memory. Sizes are bytes a rank, lengths are tokens.
 
-    `groups` are in the order of a pass, the head last, and those of one name are alike; their bytes are those that are
+    `groups` are in the order of a pass, the head last, and those of one name count as alike; their bytes are those as
     stored. `embed_bytes` is 0 for a tied embedding, which uses the head's bytes. `compressed` gives the compressed
-    bytes of the groups that may be compressed, `quantised` the names of those that are stored quantised; `buffer_bytes`
-    gives the size of the decompression buffer for groups of these names. `floats` are the quantised groups that are
-    floats where they stay, with the bytes that they have then.
+    bytes of the groups that may be compressed, and `decompressed` the bytes that decompressing one of them writes: all
+    of it, if it is not given. `quantised` are the names of groups that are stored quantised; `buffer_bytes` gives the
+    size of the decompression buffer for groups of these names. `floats` are the quantised groups that are floats where
+    they stay, with the bytes that they have then.
     `fixed` are named claims that no split changes (activations, workspace, context ...); `fixed_of` gives them for
     another number of sequences. With `plans_num_seqs` that number is planned, up to `max_num_seqs`, and up to
     `most_let_in` shorter sequences may run at once. `memory_bytes` None stands for plain host memory (a CPU), which has
@@ -53,6 +54,7 @@ class Demand:
     max_position: int
     resident: str | float = "auto"
     compressed: Mapping[GroupId, int] = field(default_factory=dict)
+    decompressed: Mapping[GroupId, int] = field(default_factory=dict)
     quantised: frozenset[str] = frozenset()
     floats: Mapping[GroupId, int] = field(default_factory=dict)
     buffer_bytes: Callable[[frozenset[str]], int] = lambda names: 0
@@ -139,6 +141,11 @@ class Demand:
     def size(self, group: GroupId, nbytes: int, split: Split) -> int:
         """Bytes of a group as it is kept, compressed or not; `nbytes` are those of the plain group."""
         return self.compressed[group] if group in split.compressed else nbytes
+
+    def decompressed_bytes(self, groups: Iterable[GroupId]) -> int:
+        """Bytes that decompressing these groups writes."""
+        sizes = {**dict(self.groups), **self.decompressed}
+        return sum(sizes[group] for group in groups)
 
     def streamed(self, split: Split) -> list[tuple[GroupId, int]]:
         """The groups that stream, with their bytes, in the order of a pass."""

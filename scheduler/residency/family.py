@@ -1,6 +1,6 @@
 """The splits of one demand: how many groups of each kind stay, and how many of those are kept compressed.
 
-Torch-free. The groups of one name are alike and spread evenly, so a split is a few numbers. Of kind k there are L
+Torch-free. Groups of one name count as alike and are spread evenly, so a split is a few numbers. Of kind k there are L
 groups of b bytes, c bytes compressed, which takes d seconds to decompress; s of them stream and p of those that stay
 are plain. A decode pass of n sequences takes
 
@@ -21,7 +21,7 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import add
 from typing import NamedTuple
@@ -69,8 +69,7 @@ class Cost:
         return free_tokens(self._work(demand, residency), self.rates)
 
     def _work(self, demand: Demand, residency: Residency) -> PassWork:
-        plain = dict(demand.groups)
-        decompressed_bytes = sum(plain[group] for group in residency.compressed)
+        decompressed_bytes = demand.decompressed_bytes(residency.compressed)
         sizes = (residency.streamed_bytes, residency.resident_bytes)
         return PassWork(*sizes, self.steps, len(residency.compressed), decompressed_bytes)
 
@@ -88,11 +87,12 @@ class Found(NamedTuple):
 
 
 class Family:
-    """The splits of a demand: either all groups are plain, or those that may be compressed are."""
+    """The splits of a demand: either all groups are plain, or those that may be compressed are. Groups of one name that
+    differ in size all count as `size` of them."""
 
-    def __init__(self, demand: Demand, cost: Cost, compressed: bool):
+    def __init__(self, demand: Demand, cost: Cost, compressed: bool, size: Callable[[Sequence[int]], int] = max):
         self.demand, self.cost, self.compressed = demand, cost, compressed
-        self.kinds = find_kinds(demand, cost.rates, compressed)
+        self.kinds = find_kinds(demand, cost.rates, compressed, size)
         *first, _ = self.kinds
         self._others = [others_of(first, stay) for stay in itertools.product(*(reversed(kind.stay) for kind in first))]
         self._order = [group.name for group, _ in demand.groups]

@@ -1,9 +1,9 @@
 """The kinds of groups that a demand has, and how many groups of each may stay. Torch-free.
 
-The groups of one name are alike, so they are counted and not told apart.
+The groups of one name are taken to be alike, so they are counted and not told apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from penstock.scheduler.cost.time_model import Rates, decompress_s
@@ -56,20 +56,31 @@ def others_of(kinds: Sequence[Kind], stay: tuple[int, ...]) -> Others:
     )
 
 
-def find_kinds(demand: Demand, rates: Rates, compressed: bool) -> list[Kind]:
-    """The kinds of a demand, the largest last; either all groups are plain, or those that may be compressed are."""
+def mean(sizes: Sequence[int]) -> int:
+    """Their mean, rounded up."""
+    return -(-sum(sizes) // len(sizes))
+
+
+def are_alike(demand: Demand) -> bool:
+    """Tells whether the groups of each name have the same bytes, plain and compressed."""
+    sizes = {(group.name, nbytes, demand.compressed.get(group)) for group, nbytes in demand.groups}
+    return len(sizes) == len({group.name for group, _ in demand.groups})
+
+
+def find_kinds(
+    demand: Demand, rates: Rates, compressed: bool, size: Callable[[Sequence[int]], int] = max
+) -> list[Kind]:
+    """The kinds of a demand, the largest last; either all groups are plain, or those that may be compressed are. Groups
+    of one name that differ in size all count as `size` of them."""
     allowed = _allowed(demand, compressed)
     sizes, kinds = dict(demand.groups), []
     for name, members in by_name([group for group, _ in demand.groups]).items():
-        plain = kept = max(sizes[group] for group in members)
-        is_compressed = compressed and any(group in demand.compressed for group in members)
-        if is_compressed:
-            kept = max(demand.compressed[group] for group in members)
-        kinds.append(
-            Kind(
-                name, len(members), plain, kept, decompress_s(plain, 1, rates) if is_compressed else 0.0, allowed[name]
-            )
-        )
+        plain = kept = size([sizes[group] for group in members])
+        group_s, shrink = 0.0, {group for group in members if compressed and group in demand.compressed}
+        if shrink:
+            kept = size([demand.compressed[group] if group in shrink else sizes[group] for group in members])
+            group_s = decompress_s(size([demand.decompressed_bytes({group} & shrink) for group in members]), 1, rates)
+        kinds.append(Kind(name, len(members), plain, kept, group_s, allowed[name]))
     return sorted(kinds, key=lambda kind: kind.total * kind.plain_bytes)
 
 

@@ -85,6 +85,13 @@ def short_table(
     )
 
 
+def how_streamed(residency: Residency) -> str:
+    """Text of how much of what streams is compressed; empty if nothing is."""
+    num_compressed, num_streamed = len(residency.compressed - residency.resident), len(residency.streamed)
+    share = "" if num_compressed == num_streamed else f"{num_compressed} of {num_streamed} groups "
+    return f"{share}compressed without loss" if num_compressed else ""
+
+
 def _memory(
     residency: Residency, page_size: int, kv_in_host: str = "", shown: Sequence[str] | None = None
 ) -> list[str]:
@@ -110,12 +117,12 @@ def _memory(
     if residency.memory_bytes is not None and shown is None:
         lines.append(f"  {'unused':<22}  {show_bytes(residency.memory_bytes - residency.claimed_bytes):>12}")
     embed = "" if residency.embed_resident else "   streamed groups; the embedding's rows are gathered from here"
-    compressed = "   compressed without loss" if residency.compressed - residency.resident else ""
+    compressed = how_streamed(residency)
     return [
         *lines,
         f"host memory a rank        {show_bytes(residency.host_bytes):>12}{embed}",
         *([kv_in_host] if kv_in_host else []),
-        f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}{compressed}",
+        f"streamed a pass and rank  {show_bytes(residency.streamed_bytes):>12}   {compressed}".rstrip(),
         f"longest context           {residency.max_model_len:>12} tokens",
     ]
 

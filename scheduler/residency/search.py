@@ -9,12 +9,13 @@ family.py finds the fastest split of a given number of sequences.
 import bisect
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from penstock.scheduler.residency.decide import Residency, check_demand, plan_residency
 from penstock.scheduler.residency.demand import CPU_KV_BYTES, KV_SHARE, Demand, Split
 from penstock.scheduler.residency.family import Cost, Family, Found
+from penstock.scheduler.residency.kinds import are_alike, mean
 
 TOLERANCE = 0.003  # the share of the tokens/s that the number found may give less than the best one
 USUAL_SEQS = 512  # sequences that are let in wherever they fit; more only where that pays
@@ -26,16 +27,40 @@ def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, 
     """The demand, with the planned number of sequences if no number was asked for, and the residency with the most
     tokens/s; either all groups are plain, or those that may be compressed are. The residency is the one that leaves
     most to the KV cache where not even one full sequence fits otherwise. That one is also tried where neither the
-    number nor the length of sequences is set and more of them would fit.
+    number nor the length of sequences is set and more of them would fit. Groups of one name that differ in size all
+    count as the largest, or as their mean where the split that is found so is faster, and allows sequences as long.
 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
     check_demand(demand)
-    return _with_more_seqs(demand, cost, *_fastest(demand, cost, compressed))
+    planned = _with_more_seqs(demand, cost, *_fastest(demand, cost, compressed, max))
+    if are_alike(demand) or not planned[1].streamed:
+        return planned
+    try:
+        other = _with_more_seqs(demand, cost, *_fastest_by_mean(demand, cost, compressed))
+    except ValueError:  # the larger ones of those that stay are too many
+        return planned
+    is_as_long = other[1].max_model_len >= planned[1].max_model_len
+    return other if is_as_long and cost.tokens_s(*other) > cost.tokens_s(*planned) else planned
 
 
-def _fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
-    family = Family(demand, cost, compressed)
+def _fastest_by_mean(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
+    """The fastest split where groups of one name count as their mean. Those that stay may be larger than it, or lie
+    together in the ring: the bytes that the KV cache lacks then are left aside in a second search."""
+    kept, residency = _fastest(demand, cost, compressed, mean)
+    missing = kept.kv_bytes(kept.wanted_pages(kept.max_num_seqs)) - kept.kv_bytes(residency.num_pages)
+    if demand.memory_bytes is None or missing <= 0:
+        return kept, residency
+    less = replace(demand, memory_bytes=demand.memory_bytes - missing)
+    kept, residency = _fastest(less, cost, compressed, mean)
+    kept = replace(kept, memory_bytes=demand.memory_bytes)
+    return kept, plan_residency(kept, residency.split)
+
+
+def _fastest(
+    demand: Demand, cost: Cost, compressed: bool, size: Callable[[Sequence[int]], int]
+) -> tuple[Demand, Residency]:
+    family = Family(demand, cost, compressed, size)
     best, least = _best(family), family.split(family.smallest())
     if best is None:
         return _plan_most(demand, least)

@@ -2,13 +2,17 @@
 
 The rows are drawn: `--input-len` words, each a token of a tokenizer made for that, in a folder with the model's
 config.json; the weights are random, and a job costs the same with others. `--lengths fixed` gives each row
-`--output-len` tokens; `unknown` lets a stop end it, at twice that at the latest. `--stop-after` ends the job by SIGTERM
+`--output-len` tokens; `unknown` lets a stop end it, at twice that at the latest. With --text the model is itself, with
+its weights and tokenizer: rows are stretches of the text, and an answer of unknown length ends where the model ends it.
+`--stop-after` ends the job by SIGTERM
 once that share of its rows is there, and lets it go on. `--compare vllm` runs the same file in `vllm run-batch`
 afterwards, whose weights stay on the GPU; its seconds are those of its progress bar, without the load, as ours are.
 All other flags are passed on to `penstock batch`. The last line is one JSON object.
 
     python -m scripts.bench.batch --model benchmarks/shapes/Llama-3-8B.json --resident none --num-prompts 2400 \\
       --input-len 512 --output-len 256 --compare vllm --vllm /tmp/site
+    python -m scripts.bench.batch --model SmolLM2-135M-Instruct.Q4_1.gguf --text docs/log.md --lengths unknown \
+      --num-prompts 200 --input-len 100 --output-len 64
 """
 
 import argparse
@@ -19,18 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from penstock.engine.commands.flags import Parser
+from penstock.engine.planning.find_model import find_model
+from penstock.engine.weights.gguf_file import is_gguf
 
 from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 from scripts.bench.vllm_batch import run_vllm_batch
 from scripts.bench.vllm_side import ROOT, add_vllm_arguments, find_vllm
-from scripts.bench.word_model import word, write_word_model
-from scripts.bench.workload import positive, ratio
+from scripts.bench.word_model import write_word_model
+from scripts.bench.workload import add_text_argument, positive, ratio, read_text, stretch
 
 DONE, STOPPED = 0, 143  # exit statuses of penstock batch
 STOPS = 250  # of so many words one ends a row of unknown length
@@ -41,11 +48,20 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_arguments(parser)
     args, passed_on = parser.parse_known_args()
+    if args.text is not None and args.compare:
+        raise ValueError(f"--compare {args.compare}: not with --text: it is given random weights")
+    if args.text is None and is_gguf(args.model):
+        raise ValueError(f"--model {args.model}: a GGUF file has weights and a tokenizer of its own: give it a --text")
     vllm = find_vllm(args.vllm, args.vllm_options) if args.compare == "vllm" else None
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
         model, given, output = (Path(folder) / name for name in ("model", "in.jsonl", "out.jsonl"))
-        write_rows(args, write_word_model(args.model, model), given)
-        command = [sys.executable, "-m", "penstock", "batch", "--model", str(model), "--load-format", "dummy"]
+        command = [sys.executable, "-m", "penstock", "batch", "--model"]
+        if args.text is None:
+            write_rows(args, write_word_model(args.model, model), given)
+            command += [str(model), "--load-format", "dummy"]
+        else:
+            write_rows(args, read_text(args.text).split(), given)
+            command += [str(find_model(args.model))]
         command += ["-i", str(given), "-o", str(output), *passed_on]
         record = {
             "benchmark": "batch",
@@ -53,6 +69,7 @@ def main() -> None:
             "model": Path(args.model).stem,
             "flags": passed_on,
             **{name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "lengths")},
+            **({} if args.text is None else {"text": args.text.name}),
             "dry_run": run_job([*command, "--dry-run"]),
         }
         if args.stop_after:
@@ -68,10 +85,11 @@ def main() -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a config.json, or a folder that has one")
+    parser.add_argument("--model", required=True, help="a config.json, or a folder that has one; with --text any model")
     text = "rows, words of each, and tokens of each answer"
     for flag in ("--num-prompts", "--input-len", "--output-len"):
         parser.add_argument(flag, type=positive, required=True, metavar="N", help=text)
+    add_text_argument(parser)
     parser.add_argument("--lengths", choices=("fixed", "unknown"), default="fixed", help="of the answers")
     parser.add_argument("--stop-after", type=ratio, default=0.0, metavar="X", help="share of the rows, before SIGTERM")
     parser.add_argument("--compare", choices=("vllm",), help="run the same file in vllm run-batch as well")
@@ -79,18 +97,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_argument(parser)
 
 
-def write_rows(args: argparse.Namespace, vocab_size: int, file: Path) -> None:
-    """Writes the job's input."""
+def write_rows(args: argparse.Namespace, words: Sequence[str], file: Path) -> None:
+    """Writes the job's input, of words of a text or of a word model."""
     chosen = random.Random(0)
     with open(file, "w") as stream:
         for number in range(args.num_prompts):
-            text = " ".join(word(chosen.randrange(vocab_size)) for _ in range(args.input_len))
-            body = {"messages": [{"role": "user", "content": text}], "max_tokens": args.output_len, "ignore_eos": True}
-            if args.lengths == "unknown":
-                stops = range(number % STOPS, vocab_size, STOPS)
-                body |= {"max_tokens": 2 * args.output_len, "stop_token_ids": [*stops][:1024]}
+            if args.text is None:
+                drawn = [words[chosen.randrange(len(words))] for _ in range(args.input_len)]
+            else:
+                drawn = stretch(chosen, words, args.input_len)
+            body = {"messages": [{"role": "user", "content": " ".join(drawn)}]} | ends_of(args, number, len(words))
             line = {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
             stream.write(json.dumps(line) + "\n")
+
+
+def ends_of(args: argparse.Namespace, number: int, vocab_size: int) -> dict[str, Any]:
+    """Fields that say when a row's answer ends."""
+    if args.lengths == "fixed":
+        return {"max_tokens": args.output_len, "ignore_eos": True}
+    if args.text is not None:
+        return {"max_tokens": 2 * args.output_len}
+    stops = [*range(number % STOPS, vocab_size, STOPS)]
+    return {"max_tokens": 2 * args.output_len, "ignore_eos": True, "stop_token_ids": stops[:1024]}
 
 
 def run_job(command: list[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from penstock.parallel.topology import resolve_topology
 from penstock.scheduler.units import MIB
 from torch import Tensor
 
-from scripts.bench.entry import run_script
+from scripts.bench.entry import no_gguf, run_script
 from scripts.bench.record import add_output_argument, keep, machine
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (4096, 3584))  # the last is the third, split over four ranks
@@ -128,7 +128,9 @@ def measured_link(device: torch.device) -> float:
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
-    parser.add_argument("--model", nargs="*", default=["demo"], help="directories of safetensors checkpoints")
+    parser.add_argument(
+        "--model", type=no_gguf, nargs="*", default=["demo"], help="directories of safetensors checkpoints"
+    )
     parser.add_argument("--rows", type=int, default=None, help=f"of each shape (default: all, on a CPU {CPU_ROWS})")
     parser.add_argument("--link-gb-s", type=float, default=None, help="default: measured, on a GPU")
     add_output_argument(parser)

@@ -28,6 +28,7 @@ from penstock.engine.weights.gguf_file import ALIGNMENT, MAGIC
 from penstock.engine.weights.gguf_model import ARCHITECTURES, NAMES
 
 from scripts.bench.entry import run_script
+from scripts.bench.workload import positive
 
 TYPE_IDS = {kind.name: number for number, kind in GGML_TYPES.items()}
 PATTERN_BYTES = 1 << 24
@@ -51,17 +52,25 @@ def metadata(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def tensors(spec: ModelSpec, kind: str, head_kind: str) -> Iterator[tuple[str, tuple[int, ...], GGMLType]]:
-    """Every tensor: vectors are F32, embedding and head of `head_kind`, all other matrices of `kind`."""
+def tensors(
+    spec: ModelSpec, kind: str, head_kind: str, bf16_every: int | None
+) -> Iterator[tuple[str, tuple[int, ...], GGMLType]]:
+    """Every tensor: vectors are F32, embedding and head of `head_kind`, all other matrices of `kind`, or BF16 in every
+    so many layers."""
+    layers = range(0, spec.num_layers, bf16_every) if bf16_every else ()
+    of_bf16 = tuple(NAMES.layer_prefix.format(layer_idx) for layer_idx in layers)
     for name, shape in expected_tensors(spec, NAMES).items():
-        chosen = "F32" if len(shape) == 1 else head_kind if name in (NAMES.embed, NAMES.head) else kind
+        in_layer = "BF16" if name.startswith(of_bf16) else kind
+        chosen = "F32" if len(shape) == 1 else head_kind if name in (NAMES.embed, NAMES.head) else in_layer
         yield name, shape, GGML_TYPES[TYPE_IDS[chosen]]
 
 
-def write_gguf(spec: ModelSpec, file: Path, kind: str, head_kind: str, sparse: bool) -> int:
+def write_gguf(
+    spec: ModelSpec, file: Path, kind: str, head_kind: str, sparse: bool, bf16_every: int | None = None
+) -> int:
     """Writes the file; returns its bytes. Raises OSError if it cannot be written."""
     described, offset = [], 0
-    for name, shape, each in tensors(spec, kind, head_kind):
+    for name, shape, each in tensors(spec, kind, head_kind, bf16_every):
         described.append((name, shape, each, offset))
         offset = _aligned(offset + each.row_bytes(math.prod(shape)))
     keys = metadata(spec)
@@ -112,13 +121,15 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="the file to write")
     parser.add_argument("--type", choices=QUANTISED, default="Q4_K", help="of the matrices in the layers")
     parser.add_argument("--head-type", choices=QUANTISED, default="Q6_K", help="of embedding and head")
+    text = "matrices of every N-th layer, from the first on, are BF16 instead"
+    parser.add_argument("--bf16-every", type=positive, default=None, metavar="N", help=text)
     parser.add_argument("--sparse", action="store_true", help="leave the data out: zeros, without space on the disk")
     args = parser.parse_args()
     spec = read_spec(read_config(args.config), args.config)
     if spec.family not in ARCHITECTURES:
         raise ValueError(f"{args.config}: {spec.family} is no architecture of a GGUF file that is read")
     began_at_s = time.perf_counter()
-    nbytes = write_gguf(spec, args.file, args.type, args.head_type, args.sparse)
+    nbytes = write_gguf(spec, args.file, args.type, args.head_type, args.sparse, args.bf16_every)
     print(json.dumps({"file": str(args.file), "bytes": nbytes, "seconds": time.perf_counter() - began_at_s}))
 
 

@@ -33,7 +33,17 @@ from scripts.bench.entry import run_script
 from scripts.bench.http_client import poll, send
 from scripts.bench.job_run import run, run_arriving, shrinking, warm_up
 from scripts.bench.record import add_output_argument, keep
-from scripts.bench.workload import Job, above_zero, add_workload_arguments, greedy, positive, random_jobs, ratio
+from scripts.bench.workload import (
+    Job,
+    above_zero,
+    add_text_argument,
+    add_workload_arguments,
+    greedy,
+    positive,
+    random_jobs,
+    ratio,
+    text_tokens,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0  # for the server to be ready
@@ -50,6 +60,7 @@ def main() -> None:
     with LLM(**config.to_dict()) as llm:
         plan = llm.engine.plan
         vary = {"range_ratio": args.random_range_ratio, "max_len": plan.residency.max_model_len}
+        vary |= {"text": text_tokens(llm.tokenizer, args.text)}
         jobs = random_jobs(args.num_prompts, args.input_len, args.output_len, plan.spec.vocab_size, config.seed, **vary)
         warm_up(llm, jobs)
         elapsed_s, _ = run(llm, jobs, [greedy(job) for job in jobs])
@@ -62,6 +73,7 @@ def main() -> None:
         report = describe(llm, "serving")
     free_memory()
     report |= {name: getattr(args, name) for name in SAID}
+    report |= {} if args.text is None else {"text": args.text.name}
     report |= {"load": args.load, "requests_per_second_at_once": len(jobs) / elapsed_s, "request_rate": rate}
     with served(flags, limits) as address:
         sent, health_s = asyncio.run(by_http(address, jobs, arrivals, limits["max_num_seqs"], args.max_concurrency))
@@ -87,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--burstiness", type=above_zero, default=1.0, metavar="X", help=text)
     text = "clients that send one request after another, instead of arrivals"
     group.add_argument("--max-concurrency", type=positive, default=None, metavar="N", help=text)
+    add_text_argument(group)
     add_workload_arguments(group, output_len=128)
     add_output_argument(group)
 

@@ -4,11 +4,12 @@ The flags and the fields elapsed_time, num_requests, total_num_tokens, requests_
 those of `vllm bench throughput` (tokens are those of prompts and outputs); all engine flags work too. Tokens are drawn
 greedily. Lengths may vary (--random-range-ratio, --random-sigma), prompts may share a prefix (--random-prefix-len), and
 requests may arrive at a rate instead of at once (--request-rate, --burstiness: as in `vllm bench serve`, whose fields
-of latencies the record then has). A warm-up with a batch that shrinks from the largest to a single row comes first,
-then the rates are measured on all ranks at once. A pass is bound by max(bytes streamed / link, bytes read / read rate,
-FLOPs / GEMM rate) of one rank (scripts/bench/bound.py); the run by the sum over its passes, without what lies between
-them; `by_kind` has the same by kind of pass. `--compare vllm` runs the same requests in an installed vLLM afterwards.
-Run it plainly, or by torchrun over several ranks; the last line is one JSON object.
+of latencies the record then has). With --text prompts are stretches of a text, by the model's tokenizer. A warm-up with
+a batch that shrinks from the largest to a single row comes first, then the rates are measured on all ranks at once. A
+pass is bound by max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate) of one rank
+(scripts/bench/bound.py); the run by the sum over its passes, without what lies between them; `by_kind` has the same by
+kind of pass. `--compare vllm` runs the same requests in an installed vLLM afterwards. Run it plainly, or by torchrun
+over several ranks; the last line is one JSON object.
 
     torchrun --nproc-per-node 2 -m scripts.bench.throughput --model benchmarks/shapes/Llama-3-8B.json \\
       --load-format dummy --resident none --num-prompts 512 --input-len 128 --output-len 32
@@ -36,6 +37,7 @@ from scripts.bench.vllm_side import Vllm, add_vllm_arguments, find_vllm, run_of,
 from scripts.bench.workload import (
     Job,
     above_zero,
+    add_text_argument,
     add_workload_arguments,
     deviation,
     greedy,
@@ -43,6 +45,7 @@ from scripts.bench.workload import (
     positive,
     random_jobs,
     ratio,
+    text_tokens,
 )
 
 WORKLOAD = ("num_prompts", "input_len", "output_len", "random_range_ratio", "random_sigma", "random_prefix_len", "n")
@@ -80,7 +83,8 @@ def main() -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
     group.add_argument("--num-prompts", type=positive, default=1000, metavar="N", help="requests (default: 1000)")
-    group.add_argument("--dataset-name", choices=("random",), default="random", help="random token ids")
+    group.add_argument("--dataset-name", choices=("random",), default="random", help="random token ids, without --text")
+    add_text_argument(group)
     text = "both lengths vary by up to this fraction (default: 0)"
     group.add_argument("--random-range-ratio", type=ratio, default=0.0, metavar="X", help=text)
     text = "both lengths are long-tailed: log-normal, with this deviation of their logarithm (default: 0)"
@@ -123,6 +127,7 @@ def draw(args: argparse.Namespace, llm: LLM) -> tuple[list[Job], list[float] | N
         raise ValueError(f"--input-len, --output-len: a request has {mean} tokens, more than max_model_len {longest}")
     differ = {"range_ratio": args.random_range_ratio, "sigma": args.random_sigma}
     differ |= {"prefix_len": args.random_prefix_len, "max_len": longest}
+    differ |= {"text": text_tokens(llm.tokenizer, args.text)}
     jobs = random_jobs(args.num_prompts, args.input_len, args.output_len, plan.spec.vocab_size, seed, **differ)
     if not math.isfinite(args.request_rate):
         return jobs, None
@@ -149,6 +154,7 @@ def measure(llm: LLM, jobs: list[Job], arrivals: list[float] | None, args: argpa
     passes = timed_passes(llm)
     return {
         **{name: getattr(args, name) for name in WORKLOAD},
+        **({} if args.text is None else {"text": args.text.name}),
         **rate_fields(jobs, args.n, elapsed_s),
         **latencies,
         "num_timed_passes": len(passes),

@@ -18,17 +18,16 @@ def word(token: int) -> str:
     return f"w{token}"
 
 
-def write_word_model(model: str, folder: Path) -> int:
+def write_word_model(model: str, folder: Path) -> list[str]:
     """Writes config.json and tokenizer of a model (a config.json, or a folder that has one) into a new folder. Returns
-    the size of its vocabulary. Raises ValueError as read_config does."""
+    its words by token. Raises ValueError as read_config does."""
     config = read_config(config_file(find_model(model)))
-    vocab_size = config["vocab_size"]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    vocab = {word(token): token for token in range(vocab_size)}
+    vocab = {word(token): token for token in range(config["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=word(0)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": word(0), "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
-    return vocab_size
+    return list(vocab)

@@ -1,11 +1,15 @@
-"""The workload of a benchmark, random prompts by flags with vLLM's names and meaning, and its result."""
+"""The workload of a benchmark, random prompts or stretches of a text, by flags with vLLM's names and meaning where it
+has them, and its result."""
 
 import argparse
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from penstock.engine.text.tokenizer import Tokenizer
+from penstock.engine.user_files import read_bytes
 from penstock.scheduler.batching.request import SamplingParams
 
 
@@ -66,6 +70,37 @@ def add_workload_arguments(parser: argparse.ArgumentParser, output_len: int) -> 
     parser.add_argument("--n", type=positive, default=1, help="sequences generated from each prompt (default: 1)")
 
 
+def add_text_argument(parser: argparse.ArgumentParser) -> None:
+    text = "a text in UTF-8, stretches of which are the prompts (default: random tokens)"
+    parser.add_argument("--text", type=Path, default=None, metavar="FILE", help=text)
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. Raises ValueError, naming it, if it is not UTF-8 or has no words."""
+    try:
+        text = read_bytes(file).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {file}: is not UTF-8: byte {error.start}") from error
+    if not text.split():
+        raise ValueError(f"--text {file}: has no words")
+    return text
+
+
+def text_tokens(tokenizer: Tokenizer | None, file: Path | None) -> list[int] | None:
+    """The tokens of a text; None without a file. Raises ValueError as read_text does, and without a tokenizer."""
+    if file is None:
+        return None
+    if tokenizer is None:
+        raise ValueError(f"--text {file}: the model has no tokenizer")
+    return tokenizer.encode(read_text(file), add_special=False)
+
+
+def stretch(rng: random.Random, parts: Sequence, length: int) -> list:
+    """Parts of a text from a random one on; the first follow the last."""
+    start = rng.randrange(len(parts))
+    return [parts[index % len(parts)] for index in range(start, start + length)]
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -105,13 +140,26 @@ def _number(text: str, allowed: Callable[[float], bool], expected: str) -> float
     return value
 
 
-def random_jobs(num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int, **differ) -> list[Job]:
-    """Makes jobs with random prompts, all of these lengths, unless they `differ` by the fields of Vary."""
+def random_jobs(
+    num_prompts: int,
+    input_len: int,
+    output_len: int,
+    vocab_size: int,
+    seed: int,
+    text: Sequence[int] | None = None,
+    **differ,
+) -> list[Job]:
+    """Makes jobs with random prompts, or stretches of a text's tokens, all of these lengths, unless they `differ` by
+    the fields of Vary."""
     rng, ids, vary = random.Random(seed), range(vocab_size), Vary(**differ)
-    prefix, jobs = rng.choices(ids, k=vary.prefix_len), []
+
+    def tokens(length: int) -> list[int]:
+        return rng.choices(ids, k=length) if text is None else stretch(rng, text, length)
+
+    prefix, jobs = tokens(vary.prefix_len), []
     for _ in range(num_prompts):
         own_len, num_outputs = vary.lengths(rng, input_len, output_len)
-        jobs.append(Job(prefix + rng.choices(ids, k=own_len), num_outputs))
+        jobs.append(Job(prefix + tokens(own_len), num_outputs))
     return jobs
 
 

@@ -50,7 +50,7 @@ from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
 
-from scripts.bench.entry import run_script
+from scripts.bench.entry import no_gguf, run_script
 from scripts.bench.record import add_output_argument, keep, machine
 from scripts.report.markdown_table import Row, table, text
 
@@ -271,7 +271,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="checkpoint directory, or 'demo' (default)")
+    parser.add_argument("--model", type=no_gguf, default="demo", help="checkpoint directory, or 'demo' (default)")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     told = "a prompt instead of a text; may be given several times"

@@ -45,7 +45,7 @@ from penstock.engine.text.model_text import load_tokenizer
 from penstock.scheduler.batching.batch import BatchRow
 from torch import Tensor
 
-from scripts.bench.entry import run_script
+from scripts.bench.entry import no_gguf, run_script
 from scripts.bench.record import add_output_argument, keep, machine
 from scripts.research.attention_mass import summarise, verdict, watched_masses
 from scripts.research.sink_plot import check_installed, draw
@@ -192,7 +192,9 @@ def print_mass(record: dict[str, Any]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="checkpoint directory with a tokenizer, or 'demo'")
+    parser.add_argument(
+        "--model", type=no_gguf, default="demo", help="checkpoint directory with a tokenizer, or 'demo'"
+    )
     parser.add_argument("--num-tokens", type=int, default=20_000, help="tokens of the text that are scored")
     parser.add_argument("--sinks", type=int, default=4, help="first tokens that stay cached")
     parser.add_argument("--window", type=int, default=252, help="recent tokens beside them")

@@ -5,7 +5,7 @@ import torch
 from penstock.engine.llm import LLM
 from penstock.scheduler.batching.request import SamplingParams
 
-from tests.support.gguf_models import load_reference, write_model
+from tests.support.gguf_models import FLOATS_BESIDE, load_reference, write_model
 from tests.support.streaming_runs import fill_alike
 from tests.support.watches import EndPass
 
@@ -41,6 +41,17 @@ def test_bits_do_not_depend_on_where_weights_lie(tmp_path, arch, dtype):
         found = {name: run(tmp_path / "m.gguf", dtype, num_prompts, **options) for name, options in WAYS.items()}
         tokens, logits = found["resident"]
         for name, (other, others) in found.items():
+            assert other == tokens and len(others) == len(logits), name
+            assert all(torch.equal(a, b) for a, b in zip(others, logits)), name
+
+
+def test_floats_beside_are_compressed_to_the_same_bits(tmp_path):
+    write_model(tmp_path / "m.gguf", "llama", sizes=FLOATS_BESIDE)
+    for num_prompts in (1, 3):
+        tokens, logits = run(tmp_path / "m.gguf", "bfloat16", num_prompts, **WAYS["resident"])
+        for name in ("streamed", "eager"):
+            options = WAYS[name] | {"weights_compression": "lossless"}
+            other, others = run(tmp_path / "m.gguf", "bfloat16", num_prompts, **options)
             assert other == tokens and len(others) == len(logits), name
             assert all(torch.equal(a, b) for a, b in zip(others, logits)), name
 

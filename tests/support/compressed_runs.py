@@ -3,7 +3,8 @@ on ranks, each with
 
     -m tests.support.compressed_runs FOLDER VARIANT ...
 
-FOLDER holds a checkpoint for each VARIANT; each rank writes FOLDER/rankN.json, {variant: {case: facts}}.
+FOLDER holds a checkpoint for each VARIANT, or VARIANT.gguf; each rank writes FOLDER/rankN.json,
+{variant: {case: facts}}.
 """
 
 import json
@@ -14,9 +15,9 @@ from typing import Any
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.planning.device_profile import plan_rates
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
+from penstock.engine.weights.read_model import read_model
 
 from tests.support import streaming_runs
 from tests.support.streaming_runs import copied_bytes, generate
@@ -35,7 +36,7 @@ TIGHT = ("resident", "mixed")  # these have memory for compressed groups only
 def plan_of(model: str, tp_size: int, memory_bytes: int | None = None, **options) -> EnginePlan:
     """The plan of a case; `memory_bytes` is that of a GPU, None on a CPU."""
     config = EngineConfig(model, **{**OPTIONS, **options})
-    spec = read_spec(read_config(model), model)
+    spec = read_model(model).spec
     return make_engine_plan(config, spec, tp_size, memory_bytes, plan_rates(config, tp_size, config.device))
 
 
@@ -57,6 +58,8 @@ def least_memory(model: str, tp_size: int, memory_bytes: int | None = None, **op
 
 def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
     options = dict(CASES[case])
+    if model.endswith(".gguf"):  # its stored bits are read as on a GPU, by passes of few tokens
+        options["debug"] = {**options.get("debug", {}), "as_on_gpu": True}
     if case in TIGHT:
         options["gpu_memory"] = least_memory(model, tp_size, **options)
     with LLM(model, **{**OPTIONS, **options}) as llm:
@@ -64,14 +67,17 @@ def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
         plan, counters, weights = llm.engine.plan, llm.engine.worker.executor.counters, llm.engine.worker.weights
         compressed, residency = plan.residency.compressed, plan.residency
         sizes = {group.id: group.nbytes for group in plan.layout.groups}
+        stored = {group.id: group.stored_bytes for group in plan.layout.groups}
         return {
             "digest": digest,
             "num_passes": counters.num_passes,
             "num_groups": len(sizes),
+            "streamed_bytes": residency.streamed_bytes,
+            "quantised": [str(group.id) for group in plan.layout.groups if group.is_quantised],
             "compressed": sorted(map(str, compressed)),
             "compressed_resident": len(compressed & residency.resident),
             "compressed_bytes": sum(weights.compressed[group].nbytes for group in compressed),
-            "plain_bytes": sum(sizes[group] for group in compressed),
+            "plain_bytes": sum(stored[group] for group in compressed),
             "copied": copied_bytes(llm.engine.worker.executor),
             "decompressed": {str(group): nbytes for group, nbytes in counters.decompressed_bytes.items()},
             "expected_copied": {

@@ -2,7 +2,8 @@
 
 `write_model(file, "qwen3")` writes one. Every type that is read is in each of them; the FFN is no
 multiple of what four ranks need, nor is the vocabulary. SMALL is for kernels that take seconds in the interpreter,
-K_QUANTS for compiling the others.
+K_QUANTS for compiling the others. FLOATS_BESIDE has matrices of floats beside quantised ones in some of its groups, and
+others that are all one or the other.
 """
 
 import itertools
@@ -42,6 +43,15 @@ SIZES = Sizes()
 SMALL = Sizes(16, 2, 1, 32, 64, 1, 128, ("Q8_0", "Q4_0", "Q5_0", "Q4_1", "Q4_0", "Q8_0", "Q5_1"), ("Q8_0", "Q4_0"))
 K_QUANTS = Sizes(
     16, 16, 1, 256, 256, 1, 128, ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_K", "Q3_K", "Q2_K"), ("Q5_K", "Q6_K")
+)
+FLOATS_BESIDE = Sizes(
+    kinds=(
+        *("Q8_0", "Q8_0"),  # in place of the embedding and the head, which have kinds of their own
+        *("Q8_0", "Q8_0", "Q8_0", "Q8_0", "BF16", "Q4_K", "F16"),  # q, k, v, o, gate, up, down
+        *("BF16", "BF16", "BF16", "BF16", "Q6_K", "Q4_K", "Q8_0"),
+        *("Q5_0", "BF16", "F32", "Q6_K", "Q8_0", "BF16", "Q4_1"),
+    ),
+    embeds=("Q8_0", "BF16"),
 )
 
 

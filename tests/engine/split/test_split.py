@@ -12,6 +12,7 @@ from penstock.engine.split.transfers import FUSED, REPEATED, SCORES, SplitConfig
 from penstock.parallel.ledger import Site
 from penstock.scheduler.batching.request import SamplingParams
 
+from tests.support.gguf_models import write_model
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.oracle.compare import choices, relative_difference, shared_prefix
 from tests.support.rounding import assert_apart
@@ -99,6 +100,20 @@ def test_sampling_penalties_and_stops_are_the_plain_engines():
     asked = (["Return the", "Raise an error"], params)
     with LLM("demo", device="cpu", max_num_seqs=4) as llm, split("demo", attention=FUSED) as other:
         assert llm.generate(*asked) == other.generate(*asked)
+
+
+@pytest.mark.parametrize(("arch", "process"), [("llama", False), ("qwen2", False), ("qwen3", True)])
+def test_a_gguf_model_is_split_into_the_plain_engines_floats(tmp_path, arch, process):
+    """Of embeddings that are quantised too, tied and not, with biases and norms of heads."""
+    file = tmp_path / "m.gguf"
+    write_model(file, arch)
+    options = OPTIONS | {"dtype": "float32"}
+    with LLM(str(file), device="cpu", **options) as llm:
+        expected = generate(llm)
+    with SplitLLM(str(file), SplitConfig(attention=FUSED, process=process), **options) as llm:
+        found = generate(llm)
+        assert llm.predicted == llm.counted
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_the_host_side_holds_norms_and_the_device_side_all_else(checkpoint):

@@ -9,9 +9,10 @@ from penstock.engine.kernels import decompress_weights
 from penstock.engine.kernels.codec_tile import TILE
 from penstock.engine.model.compressed_size import PLANNED_BITS, planned_bytes
 from penstock.engine.model.families import read_spec, tensor_names
-from penstock.engine.model.group_layout import GroupLayout, Part, Weight
+from penstock.engine.model.group_layout import GroupLayout, Part, Rows, Weight
 from penstock.engine.model.layout import expected_tensors, model_layout
 from penstock.engine.model.shard import ShardKind
+from penstock.engine.model.weight_formats import FORMATS
 from penstock.engine.weights.codec import CompressedLayout
 from penstock.engine.weights.compressed_group import compress_group
 from penstock.engine.weights.dummy import DummyWeights
@@ -51,14 +52,20 @@ def spans_of(family: str, dtype: str, tp_size: int, rank: int) -> list[tuple[Gro
     return [(group, loaded.host_spans[group.id].to(DEVICE)) for group in (*layout.groups, layout.embed)]
 
 
+def plain_rows(weight: Weight) -> Rows:
+    part = weight.parts[0]
+    return Rows(weight.name, FORMATS[part.dtype], 0, weight.num_rows, weight.num_cols, part.offset, ())
+
+
 def group_of(*tensors: torch.Tensor) -> tuple[GroupLayout, torch.Tensor]:
     """A group of weights with these values, each from a multiple of 256 bytes, and its span; the gaps are poisoned."""
-    weights, offset = [], 0
+    weights, rows, offset = [], [], 0
     for index, tensor in enumerate(tensors):
         part = Part("data", str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, tensor.nbytes)
         weights.append(Weight(f"w{index}", ShardKind.COLUMN, part.shape, (), parts=(part,)))
+        rows.append(plain_rows(weights[-1]))
         offset = math.ceil((offset + tensor.nbytes) / 256) * 256
-    layout = GroupLayout(GroupId(0, "attn"), tuple(weights), offset)
+    layout = GroupLayout(GroupId(0, "attn"), tuple(weights), offset, tuple(rows), offset)
     span = torch.full((offset,), 0xA5, dtype=torch.uint8, device=DEVICE)
     for found, tensor in zip(views(layout, span).values(), tensors):
         found.copy_(tensor)
@@ -161,9 +168,8 @@ def test_no_group_takes_more_than_planned(values, scale):
 
 def test_planned_bytes_of_a_large_matrix():
     part = Part("data", "bfloat16", (14336, 4096), 0, 2 * 14336 * 4096)
-    layout = GroupLayout(
-        GroupId(0, "ffn"), (Weight("up", ShardKind.COLUMN, part.shape, (), parts=(part,)),), part.nbytes
-    )
+    weight = Weight("up", ShardKind.COLUMN, part.shape, (), parts=(part,))
+    layout = GroupLayout(GroupId(0, "ffn"), (weight,), part.nbytes, (plain_rows(weight),), part.nbytes)
     tiles = 14336 * 4096 // TILE
     exactly = (PLANNED_BITS * TILE / 8 + 10) * tiles
     assert exactly <= planned_bytes(layout) <= exactly + 512  # nothing but rounding beside bits, starts and window

@@ -159,6 +159,33 @@ def test_weights_that_do_not_shrink_stay_plain_unless_compression_is_asked_for()
     assert settle(offer("lossless"), planned, SIZES)[1].streamed_bytes == sum(SIZES.values())
 
 
+def test_what_is_quantised_need_not_shrink():
+    """Settles groups of which a tenth is floats: a third of these is saved, and a thirtieth of all."""
+    floats = {group: nbytes // 10 for group, nbytes in GROUPS}
+    compressed = {group: nbytes - floats[group] // 3 for group, nbytes in GROUPS}
+    asked = demand(memory_bytes=40 * GIB, resident="none", compressed=compressed, decompressed=floats)
+    planned = choose_compression(offer("auto"), asked)
+    for share, pays in ((0.021, True), (0.019, False)):
+        sizes = {group: nbytes - int(floats[group] * share) for group, nbytes in GROUPS}
+        if pays:
+            assert settle(offer("auto"), planned, sizes)[1].streamed_bytes == sum(sizes.values())
+            continue
+        with pytest.raises(CompressionDoesNotPay):
+            settle(offer("auto"), planned, sizes)
+
+
+def test_a_kind_may_have_groups_that_are_not_compressed():
+    """Plans layers of which every other one may be compressed, as where a file quantised the others."""
+    some = {group: nbytes for group, nbytes in COMPRESSED.items() if group.layer_idx % 2}
+    residency = chosen("lossless", memory_bytes=8 * GIB, compressed=some)
+    assert residency.streamed and residency.compressed and residency.compressed <= some.keys()
+    assert {group for group, _ in residency.streamed} & some.keys() <= residency.compressed
+    assert (
+        dict(residency.streamed) == {group: some.get(group, SIZES[group]) for group, _ in residency.streamed}
+        and residency.claimed_bytes <= 8 * GIB
+    )
+
+
 def test_nothing_is_claimed_for_decompressing_where_all_stays_plain():
     residency = chosen("lossless", memory_bytes=40 * GIB)
     assert not residency.compressed and residency == chosen("none", memory_bytes=40 * GIB)

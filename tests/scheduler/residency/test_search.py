@@ -13,6 +13,7 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import predict_pass
 from penstock.scheduler.passes.build import default_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.residency import search
 from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression
 from penstock.scheduler.residency.demand import Demand, Split
 from penstock.scheduler.residency.family import Cost, Family
@@ -30,7 +31,7 @@ def demands(draw) -> tuple[Demand, Cost]:
     groups = [(GroupId(i, name), n * 10007) for i in range(num_layers) for name, n in (("attn", attn), ("ffn", ffn))]
     groups.append((GroupId(num_layers, "head"), head * 10007))
     codable = [group for group, _ in groups if group.name != "head" or draw(st.booleans())]
-    share = draw(st.floats(0.5, 0.9))
+    share, floats = draw(st.floats(0.5, 0.9)), draw(st.sampled_from((1.0, 0.9, 0.3)))
     largest = {group.name: nbytes for group, nbytes in groups}
     total = sum(nbytes for _, nbytes in groups)
     asked = Demand(
@@ -42,6 +43,7 @@ def demands(draw) -> tuple[Demand, Cost]:
         max_num_seqs=draw(st.integers(1, 6)),
         max_position=draw(st.integers(1, 100)),
         compressed={group: int(dict(groups)[group] * share) + 1 for group in codable},
+        decompressed={group: int(dict(groups)[group] * floats) for group in codable},
         buffer_bytes=lambda names: max(largest[name] for name in names),
         memory_bytes=int(total * draw(st.floats(0.2, 1.3))) + 1000,
         fixed_of=lambda n: (("workspace", 1000 * n),),
@@ -72,7 +74,7 @@ def splits(asked: Demand, compressed: bool):
 
 
 def seconds_of(asked: Demand, cost: Cost, split: Split, num_seqs: int) -> float:
-    decompressed = sum(nbytes for group, nbytes in asked.groups if group in split.compressed)
+    decompressed = sum(asked.decompressed[group] for group in split.compressed)
     streamed = sum(nbytes for _, nbytes in asked.streamed(split))
     work = PassWork(streamed, 0, cost.steps, len(split.compressed), decompressed)
     shape = PassShape(num_seqs, num_seqs, num_seqs * asked.kv_len)
@@ -192,6 +194,40 @@ def test_the_embedding_is_the_first_that_goes_and_costs_nothing():
     assert not tight.streamed and not tight.embed_resident and tight.host_bytes == 2**30
     assert tight.ring.ring_bytes == 0 and roomy.embed_resident and roomy.host_bytes == 0
     assert plan(held - 0.01, cost, groups).streamed
+
+
+def uneven_groups() -> tuple[tuple[GroupId, int], ...]:
+    """Layers of which every fourth is twice as large."""
+    sizes = (("attn", 84), ("ffn", 352))
+    groups = tuple((GroupId(i, name), n * (1 if i % 4 else 2) << 20) for i in range(16) for name, n in sizes)
+    return (*groups, (GroupId(16, "head"), 1 << 30))
+
+
+def test_groups_of_different_sizes_stay_where_all_of_them_fit():
+    groups, cost = uneven_groups(), Cost((), H200)
+    total = sum(nbytes for _, nbytes in groups)
+    held = (total + 129 * 2**21) / 2**30
+    assert not plan(held, cost, groups).streamed and plan(held - 0.01, cost, groups).streamed
+
+
+@pytest.mark.parametrize("left", [0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("changes", [{}, {"max_num_seqs": 9, "plans_num_seqs": True}, {"memory_bytes": None}])
+def test_groups_of_different_sizes_are_no_slower_and_no_shorter_than_if_all_were_the_largest(
+    monkeypatch, left, changes
+):
+    """As much more stays as the mean is smaller than the largest, but for a few groups."""
+    groups, cost = uneven_groups(), Cost((), H200)
+    total = sum(nbytes for _, nbytes in groups)
+    gib = (left * total + 257 * 2**21) / 2**30
+    found = plan(gib, cost, groups, **changes)
+    monkeypatch.setattr(search, "are_alike", lambda demand: True)
+    largest = plan(gib, cost, groups, **changes)
+    assert found.max_model_len >= largest.max_model_len
+    assert found.streamed_bytes <= largest.streamed_bytes
+    if "memory_bytes" not in changes:
+        assert found.claimed_bytes <= found.memory_bytes
+    if not changes:
+        assert found.streamed_bytes < largest.streamed_bytes - 0.05 * total
 
 
 @pytest.mark.parametrize("attn_share, ffn_share", [(0.5, 0.9), (0.9, 0.5), (0.7, 0.7)])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,30 @@ def test_a_job_runs_beside_vllm(monkeypatch, capsys, tmp_path, config):
     (asked,) = vllm.asked("run_batch")
     assert asked["flags"] == ["--load-format", "dummy", "--max-num-seqs", "5", "--enforce-eager"]
     assert asked["is_there"] == [True, True] and asked["prompts"] == 12
+
+
+def test_rows_of_a_text_are_answered_by_the_model_itself(monkeypatch, capsys, tmp_path):
+    """Its answers end where it ends them, of which these say nothing; the demo model has a chat template."""
+    file, given, told = tmp_path / "text.md", [], batch.run_job
+    file.write_text(" ".join(f"word{number}" for number in range(50)))
+
+    def note(command):
+        if "--dry-run" in command:
+            return SAID
+        given.extend(map(json.loads, Path(command[command.index("-i") + 1]).read_text().splitlines()))
+        return told(command)
+
+    monkeypatch.setattr(batch, "run_job", note)
+    text = ("--text", str(file), "--lengths", "unknown")
+    record = run(monkeypatch, capsys, batch, "--model", "demo", *JOB, *ENGINE, *text)
+    assert (record["text"], record["done"], record["lines"]) == ("text.md", 12, 12)
+    assert record["output_tokens"] <= 12 * 12
+    for row in given:
+        (message,) = row["body"]["messages"]
+        assert message["content"] in 2 * (file.read_text() + " ") and len(message["content"].split()) == 8
+        assert row["body"].keys() == {"messages", "max_tokens"}
+    beside = refused(monkeypatch, capsys, batch, "--model", "demo", *JOB, *text, "--compare", "vllm")
+    assert "--compare vllm: not with --text" in beside
 
 
 def test_a_vllm_that_fails_is_said(monkeypatch, capsys, tmp_path, config):

@@ -133,6 +133,19 @@ def test_throughput(monkeypatch, capsys):
     check_bound(record, record["elapsed_time"])
 
 
+def test_throughput_of_a_text(monkeypatch, capsys, tmp_path):
+    file, prompts = tmp_path / "text.md", []
+    file.write_text(" ".join(f"word{number}" for number in range(500)))
+
+    def note(llm, jobs):
+        prompts.extend(llm.tokenizer.decode(job.prompt) for job in jobs)
+
+    monkeypatch.setattr(benchmark_throughput, "warm_up", note)
+    record = run(monkeypatch, capsys, benchmark_throughput, *THROUGHPUT, "--text", str(file))
+    assert record["text"] == "text.md" and record["total_num_tokens"] == 9 * (10 + 6)
+    assert len(set(prompts)) > 1 and all(prompt in 2 * file.read_text() for prompt in prompts)
+
+
 def test_throughput_against_continuous_batching(monkeypatch, capsys):
     pytest.importorskip("transformers")
     record = run(monkeypatch, capsys, benchmark_throughput, *THROUGHPUT, "--compare", "transformers-cb")

@@ -1,5 +1,6 @@
 """Scripts end as the command line does."""
 
+import importlib
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import pytest
 
 from scripts.bench.entry import run_script
 from tests.support.commands import ROOT, TORCHRUN
+from tests.support.scripts import refused
 
 SCRIPTS = {
     str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path.read_text()
@@ -34,6 +36,16 @@ def test_every_script_answers_as_a_module(monkeypatch, capsys, name):
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
     assert f"-m {name}" in SCRIPTS[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["check_numerics", "bench.batch", "bench.codec", "research.permutation_attack", "research.sink_perplexity"]
+)
+def test_a_script_that_reads_no_gguf_file_says_so(monkeypatch, capsys, name):
+    needed = ("--num-prompts", "1", "--input-len", "1", "--output-len", "1") if name == "bench.batch" else ()
+    script = importlib.import_module(f"scripts.{name}")
+    message = refused(monkeypatch, capsys, script, "--model", "models/m.gguf", *needed)
+    assert "models/m.gguf" in message and ("safetensors" in message or "--text" in message)
 
 
 @pytest.mark.parametrize("page", ["README.md", "Makefile", ".ci/run", "docs", "scripts"])

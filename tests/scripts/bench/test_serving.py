@@ -13,7 +13,7 @@ ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-mod
 JOBS = ("--num-prompts", "5", "--input-len", "8", "--output-len", "6", "--random-range-ratio", "0.5")
 
 
-@pytest.mark.parametrize("how", [("--load", "2"), ("--max-concurrency", "2")])
+@pytest.mark.parametrize("how", [("--load", "2", "--text", __file__), ("--max-concurrency", "2")])
 def test_both_ways_are_measured(monkeypatch, capsys, how):
     pytest.importorskip("fastapi")
     record = run(monkeypatch, capsys, serving, *ENGINE, *JOBS, *how)
@@ -24,6 +24,7 @@ def test_both_ways_are_measured(monkeypatch, capsys, how):
         is_gap = "tpot" in name or "itl" in name  # which are 0 where tokens came together
         assert http[name] > 0 or (is_gap and http[name] == 0)
         assert loop[name] > 0 and ratio == pytest.approx(http[name] / loop[name])
+    assert record.get("text") == ("test_serving.py" if "--text" in how else None)
     assert record["max_num_seqs"] == (5 if how[0] == "--load" else 2)
     assert record["request_rate"] == pytest.approx(record["load"] * record["requests_per_second_at_once"])
     assert record["health"]["num_calls"] > 0 and record["health"]["p99_ms"] >= record["health"]["median_ms"] > 0

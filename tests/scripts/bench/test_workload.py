@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from scripts.bench.workload import random_jobs
+from scripts.bench.workload import random_jobs, read_text, text_tokens
 
 
 def lengths(**differ) -> list[tuple[int, int]]:
@@ -44,6 +44,29 @@ def test_prompts_share_a_prefix_and_nothing_else():
     jobs = random_jobs(20, 30, 5, 1000, seed=3, prefix_len=12)
     assert len({tuple(job.prompt[:12]) for job in jobs}) == 1 and {len(job.prompt) for job in jobs} == {42}
     assert len({job.prompt[12] for job in jobs}) > 15
+
+
+def test_prompts_of_a_text_are_stretches_of_it():
+    text = list(range(100, 130))
+    jobs = random_jobs(40, 20, 5, 1000, seed=3, text=text, range_ratio=0.5, prefix_len=4)
+    for job in jobs:
+        own = job.prompt[4:]
+        assert job.prompt[:4] == jobs[0].prompt[:4] and 10 <= len(own) <= 30
+        assert own == [100 + (own[0] + index) % 30 for index in range(-100, len(own) - 100)]
+    assert len({job.prompt[4] for job in jobs}) > 15
+    (longer,) = random_jobs(1, 70, 5, 1000, seed=3, text=text)
+    assert longer.prompt[:30] == longer.prompt[30:60] and set(longer.prompt) == set(text)
+
+
+def test_a_text_without_words_or_tokenizer_is_refused(tmp_path):
+    file = tmp_path / "text"
+    for content, message in ((b" \n", "has no words"), (b"ab\xff", "is not UTF-8: byte 2")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"--text .*text: {message}"):
+            read_text(file)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        text_tokens(None, file)
+    assert text_tokens(None, None) is None
 
 
 def test_without_differences_all_are_alike():
