@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from penstock.engine.packed_scores import Scored, unpack
+from penstock.engine.kernels.packed_scores import Scored, unpack
 from penstock.engine.text.tokenizer import StopStrings, TextStream, Tokenizer
 from penstock.scheduler.batching.request import FinishReason, Request
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from penstock.engine.kernels.mass import mass, mass_scale, masses
+from penstock.engine.kernels.packed_scores import NO_ID
 from penstock.engine.kernels.philox import WORD
-from penstock.engine.packed_scores import NO_ID
 from penstock.parallel.triton_door import HAS_TRITON, tl, triton
 from torch import Tensor
 

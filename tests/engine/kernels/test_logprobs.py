@@ -7,7 +7,7 @@ import pytest
 import torch
 from penstock.engine.kernels import logprobs as module
 from penstock.engine.kernels.logprobs import Logprobs, packed_width, score_rows, score_rows_reference
-from penstock.engine.packed_scores import unpack
+from penstock.engine.kernels.packed_scores import unpack
 
 from tests.support.kernel_proof import DEVICE, DTYPES, counted, equal, prove, prove_faster, prove_refusal
 from tests.support.rounding import assert_apart, logprobs_apart
