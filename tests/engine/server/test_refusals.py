@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.access import MOST_BODY_BYTES
-from penstock.engine.server.encoding import api_errors, without_paths
+from penstock.engine.server.encoding import TEMPLATE_FAILED, api_errors, without_paths
 from penstock.engine.server.errors import ApiError
 from penstock.engine.server.fields import REFUSED
 from penstock.engine.server.validation import (
@@ -18,6 +18,8 @@ from penstock.engine.server.validation import (
     read_chat,
     read_completion,
 )
+from penstock.engine.text import chat_template
+from penstock.engine.text.model_prompts import ModelPrompts
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -82,6 +84,7 @@ CASES = [
     *((COMPLETIONS, field, value) for field, values in (WRONG | IN_COMPLETIONS).items() for value in values),
     *((CHAT, field, value) for field, values in (WRONG | IN_CHAT).items() for value in values),
 ]
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 JSON = {"content-type": "application/json"}
 GOOD = {COMPLETIONS: {"prompt": "def"}, CHAT: {"messages": HELLO}}
 
@@ -234,6 +237,37 @@ def test_no_folder_of_the_server_is_told(served, tmp_path):
     assert told == "the chat template: conversation 0: roles must alternate"
     folder = find_model("demo")
     assert without_paths(f"{folder}/tokenizer.json: cannot encode", config) == "tokenizer.json: cannot encode"
+
+
+TEMPLATES = {  # what a client is told of each: its own words, or none of Python's
+    "{{ raise_exception('roles must alternate') }}": "the chat template: conversation 0: roles must alternate",
+    "{{ x.y }}": TEMPLATE_FAILED,
+    "{{ messages[0].content + 1 }}": TEMPLATE_FAILED,
+    "{{ {}[messages[0].content].x }}": TEMPLATE_FAILED,
+    "{{ ''.__class__.__mro__ }}": TEMPLATE_FAILED,
+    "{{ 2.0 ** 9999 }}": TEMPLATE_FAILED,
+    "{% if %}": TEMPLATE_FAILED,
+    "{{ messages[0].content }}" + LOOP: "the chat template: cannot be rendered: takes more than 1 s of CPU time",
+}
+
+
+def test_a_template_that_fails_is_refused_in_its_own_words_or_in_none(served, tmp_path, monkeypatch, caplog):
+    """What failed where is printed, without a word of a request; and the next request is answered."""
+    monkeypatch.setattr(chat_template, "CPU_S", 1)
+    monkeypatch.setattr(chat_template, "CPU_S_EACH", 0)
+    model, secret = served.service.model, [{"role": "user", "content": "a secret"}]
+    for number, (template, message) in enumerate(TEMPLATES.items()):
+        file = tmp_path / f"{number}.jinja"
+        file.write_text(template)
+        config = replace(model.config, chat_template=str(file))
+        own = ModelPrompts(config, model.tokenizer, served.llm.engine.plan.spec.vocab_size, model.limits)
+        monkeypatch.setattr(served.service, "model", own)
+        error = error_of(served.post(CHAT, messages=secret), 400)
+        assert (error["message"], error["param"]) == (message, "messages")
+        served.answer(COMPLETIONS, prompt="def", max_tokens=1)
+    printed = [record.getMessage() for record in caplog.records]
+    kinds = ["UndefinedError", "TypeError", "UndefinedError", "SecurityError", "OverflowError", "a syntax error"]
+    assert printed == [f"{TEMPLATE_FAILED}: {kind} in line 1" for kind in kinds]
 
 
 def test_no_address_of_the_servers_memory_is_told(served):
