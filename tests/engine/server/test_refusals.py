@@ -252,7 +252,7 @@ TEMPLATES = {  # what a client is told of each: its own words, or none of Python
 
 
 def test_a_template_that_fails_is_refused_in_its_own_words_or_in_none(served, tmp_path, monkeypatch, caplog):
-    """What failed where is printed, without a word of a request; and the next request is answered."""
+    """Prints what failed where, without a word of a request; and the next request is answered."""
     monkeypatch.setattr(chat_template, "CPU_S", 1)
     monkeypatch.setattr(chat_template, "CPU_S_EACH", 0)
     model, secret = served.service.model, [{"role": "user", "content": "a secret"}]
