@@ -66,6 +66,7 @@ def token_ids_of(model: ModelPrompts, asked: Tokenize) -> list[int]:
 def text_of(model: ModelPrompts, token_ids: list[int]) -> str:
     """The text of token ids, without special tokens. Raises ApiError."""
     with api_errors(model.config, "tokens"):
+        model.check_ids(token_ids)
         return need_tokenizer(model).decode(token_ids)
 
 

@@ -63,6 +63,12 @@ WRONG = {  # by field: values that are refused on both routes
     "prompt_embeds": ["a"],
     "chat_template": ["{{ messages }}"],
     "modalities": [["audio"]],
+    "thinking_token_budget": [0, 5],
+    "early_stopping": [True, "never"],
+    "num_beams": [4],
+    "mirostat": [2],
+    "dry_multiplier": [0.8],
+    "vllm_xargs": [{"a": 1}],
 }
 IN_COMPLETIONS = {
     "prompt": [None, [], [[]], [2048], [-1], [2**63], [[1], "a", 1], {"a": 1}, [True], [1.5], ["\ud800"]],
@@ -74,6 +80,7 @@ IN_COMPLETIONS["prompt"] += [["a"] * (MOST_PROMPTS + 1)]
 IN_CHAT = {
     "messages": [None, [], "Hello", [1], [{"content": "a"}], [{"role": "user", "content": 5}], [HELLO]],
     "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
     "top_logprobs": [3, 21],
     "logprobs": [1],
     "echo": [True],
@@ -137,6 +144,16 @@ def test_defaults_stand_in_for_what_is_absent():
 
 def test_every_field_that_is_refused_has_a_neutral_value():
     assert not [name for name, is_neutral in REFUSED.items() if is_neutral({"other": [1]})]
+
+
+def test_ids_that_the_model_does_not_have_are_refused(served):
+    """Also where they are to become text."""
+    vocab_size = served.llm.engine.plan.spec.vocab_size
+    for token in (vocab_size, vocab_size + 100, 2**31, 2**63, -1):
+        for path, body in ((COMPLETIONS, {"prompt": [5, token]}), ("/detokenize", {"tokens": [5, token]})):
+            error = error_of(served.post(path, **body), 400)
+            assert error["param"] in ("prompt", "tokens") and "Python" not in error["message"]
+    assert served.answer("/detokenize", tokens=[5, vocab_size - 1])["prompt"]
 
 
 def test_caps_are_the_largest_that_is_taken(served):
