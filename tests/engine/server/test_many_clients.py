@@ -1,15 +1,17 @@
 """Clients that come and go by the hundred: nothing of them stays, and one that stays gets a token in every pass."""
 
 import asyncio
+import dataclasses
 import os
 import random
 import threading
 
 import psutil
 import pytest
+from penstock.engine.server import delivery
 from penstock.scheduler.units import MIB
 
-from tests.support.serving import Client, Serving, serving, until
+from tests.support.serving import CONFIG, Client, Serving, chunks_of, serving, until
 
 PATHS = {
     "/v1/completions": {"prompt": "Return the number of"},
@@ -17,6 +19,7 @@ PATHS = {
 }
 BODY = {"temperature": 0, "ignore_eos": True}
 MOST_TOKENS = 200
+STAYS = PATHS["/v1/completions"] | BODY | {"max_tokens": MOST_TOKENS, "stream": True}
 
 
 def body_of(rng: random.Random) -> tuple[str, dict]:
@@ -44,12 +47,16 @@ async def come_and_go(served: Serving, rng: random.Random, number: int, at_once:
 
 async def beside(served: Serving, rng: random.Random, number: int, at_once: int) -> Client:
     """One that stays, from before the others come until it has its answer."""
-    stays = Client("/v1/completions", PATHS["/v1/completions"] | BODY | {"max_tokens": MOST_TOKENS, "stream": True})
+    stays = Client("/v1/completions", STAYS)
     asks = asyncio.create_task(stays.ask(served.app))
     while not stays.bodies:
         await asyncio.sleep(0.001)
     await come_and_go(served, rng, number, at_once)
     return await asks
+
+
+def text_of(client: Client) -> str:
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks_of(client.text))
 
 
 def passes_of(served: Serving, num_tokens: int) -> list[int]:
@@ -67,6 +74,41 @@ def test_one_that_stays_gets_a_token_in_every_pass(served):
     numbers = passes_of(served, MOST_TOKENS)
     assert numbers == list(range(numbers[0], numbers[0] + MOST_TOKENS))
     until(served.at_rest)
+
+
+async def beside_slow_readers(served: Serving, rng: random.Random) -> tuple[Client, list[Client]]:
+    """One that stays, beside 64 that have rows and take nothing until it has its answer, and others of which 200 go
+    away."""
+    may_take, slow = asyncio.Event(), {"prompt": "def", "max_tokens": MOST_TOKENS - 1, "stream": True}
+    readers = [Client("/v1/completions", BODY | slow, takes=may_take.wait) for _ in range(64)]
+    reading = asyncio.gather(*(reader.ask(served.app) for reader in readers))
+    while served.service.engine.num_unfinished < len(readers):
+        await asyncio.sleep(0.001)
+    stays = await beside(served, rng, number=100, at_once=12)
+    while served.kept.num_disconnects < 200:
+        await come_and_go(served, rng, number=50, at_once=12)
+    assert not any(reader.bodies for reader in readers)
+    may_take.set()
+    await reading
+    return stays, readers
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_one_beside_slow_readers_and_who_go_away_gets_a_token_in_every_pass(monkeypatch):
+    """And the text that it has without them."""
+    monkeypatch.setattr(delivery, "WRITE_S", 3600.0)  # however slow this machine is, nobody is given up
+    config = dataclasses.replace(CONFIG, max_num_seqs=80, max_num_batched_tokens=256)
+    with serving(config=config) as served:
+        alone = served.run(Client("/v1/completions", STAYS).ask(served.app))
+        served.kept.passes.clear()
+        served.kept.journeys.clear()
+        stays, readers = served.run(beside_slow_readers(served, random.Random(2)), 1500)
+        until(served.at_rest)
+        numbers = passes_of(served, MOST_TOKENS)
+        assert numbers == list(range(numbers[0], numbers[0] + MOST_TOKENS))
+        assert [text_of(client) for client in (stays, *readers[1:])] == [text_of(alone)] + [text_of(readers[0])] * 63
+        served.llm.loop.scheduler.check_integrity()
 
 
 @pytest.mark.soak
