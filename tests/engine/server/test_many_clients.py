@@ -2,9 +2,11 @@
 
 import asyncio
 import dataclasses
+import json
 import os
 import random
 import threading
+from collections import Counter
 
 import psutil
 import pytest
@@ -53,6 +55,10 @@ async def beside(served: Serving, rng: random.Random, number: int, at_once: int)
         await asyncio.sleep(0.001)
     await come_and_go(served, rng, number, at_once)
     return await asks
+
+
+async def ask_all(served: Serving, clients: list[Client]) -> None:
+    await asyncio.gather(*(client.ask(served.app) for client in clients))
 
 
 def text_of(client: Client) -> str:
@@ -127,3 +133,22 @@ def test_nothing_stays_of_thousands_of_clients():
         assert last_bytes - first_bytes < 24 * MIB and last_files == first_files, sizes
         assert last_threads - first_threads <= 8, sizes  # pools begin their threads when they need them
         served.llm.loop.scheduler.check_integrity()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_flood_of_ten_thousand_is_answered_or_turned_away_and_leaves_nothing():
+    """A thousand at a time, of which rows and queue hold twenty."""
+    with serving(max_num_queued_reqs=16) as served:
+        process, sizes, statuses = psutil.Process(), [], Counter()
+        for _ in range(10):
+            body = PATHS["/v1/completions"] | BODY | {"max_tokens": 5}
+            clients = [Client("/v1/completions", body) for _ in range(1000)]
+            served.run(ask_all(served, clients), 1500)
+            until(served.at_rest)
+            statuses += Counter(client.status for client in clients)
+            away = [json.loads(client.text)["error"]["code"] for client in clients if client.status == 503]
+            assert set(away) <= {"queue_full"}
+            sizes.append(process.memory_info().rss)
+        assert statuses[200] + statuses[503] == 10_000 and min(statuses[200], statuses[503]) >= 20
+        assert sizes[-1] - sizes[1] < 24 * MIB, sizes

@@ -243,7 +243,9 @@ def test_with_a_key_only_the_page_and_health_are_open(served):
             status, code, told = error_of(response)
             assert (status, code, told["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
             assert "secret" not in response.text
-        assert locked.call("POST", PATH, json=LONG, headers=headers).status_code == 401
+        for path in (PATH, "/v1/chat/completions", "/tokenize", "/detokenize", "/health/"):
+            assert locked.call("POST", path, json=LONG, headers=headers).status_code == 401
+            assert locked.call("OPTIONS", path, headers=headers).status_code == 401
     assert locked.call("GET", "/health").status_code == 200
     assert locked.call("GET", "/v1/models", headers={"authorization": "bearer secret-key"}).status_code == 200
     locked.close()
