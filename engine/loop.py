@@ -235,5 +235,5 @@ class Loop:
 def _score_prompt(sampled: SampleOutput, row: BatchRow, start: int, sequence: Sequence) -> str:
     """Gives a sequence the log probabilities of its prompt that its row gave, from `start` of the pass's on."""
     rows = slice(start, start + row.num_scored)
-    sequence.add_prompt_logprobs(sampled.prompt_logprobs.rows(rows, row.scores.num_top))
+    sequence.add_prompt_logprobs(sampled.prompt_logprobs.packed(rows, row.scores.num_top))
     return ""

@@ -9,11 +9,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from penstock.engine.kernels.packed_scores import Scored, unpack
 from penstock.engine.text.tokenizer import StopStrings, TextStream, Tokenizer
 from penstock.scheduler.batching.request import FinishReason, Request
 
 OnText = Callable[[int, int, str | None], None]
-Scored = tuple[float, int, list[tuple[int, float]]]  # a token's logprob and rank, and the most likely (id, logprob)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Sequence:
         self._pieces: list[str] = []  # a string would be copied for each token of a long text
         self._num_taken = 0
         self.logprobs: list[dict[int, Logprob]] = []
-        self.prompt_scores: list[Scored] = []
+        self.prompt_scores = bytearray()  # packed
         self.error: str | None = None
 
     @functools.cached_property
@@ -202,18 +202,18 @@ class Sequence:
         1)."""
         self.logprobs.append(_position(token, (logprob, rank, top), self.decoded))
 
-    def add_prompt_logprobs(self, scores: list[Scored]) -> None:
-        """Adds log probabilities of the next tokens of the prompt, and of the most likely ones there."""
-        self.prompt_scores += scores
+    def add_prompt_logprobs(self, packed: bytes) -> None:
+        """Adds log probabilities of the next tokens of the prompt, and of the most likely ones there, packed."""
+        self.prompt_scores += packed
 
     @property
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
         """The log probabilities of the prompt that have come so far, as RequestOutput has them; None if nobody asked.
         Their texts are made here, which takes long for a long prompt: not while passes wait."""
-        if self.request.params.prompt_logprobs is None:
+        if (num_top := self.request.params.prompt_logprobs) is None:
             return None
         decoded = functools.cache(self.decoded)
-        scored = zip(self.request.prompt_token_ids[1:], self.prompt_scores)
+        scored = zip(self.request.prompt_token_ids[1:], unpack(bytes(self.prompt_scores), num_top))
         return [None, *(_position(token, scores, decoded) for token, scores in scored)]
 
     def output(self) -> CompletionOutput:

@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "engine.weights.gguf_file",
     ),
     "engine.text.model_prompts": ("engine.config", "engine.output", "engine.text", "scheduler.batching"),
-    "engine.output": ("engine.text", "scheduler.batching"),
+    "engine.output": ("engine.kernels.packed_scores", "engine.text", "scheduler.batching"),
     "engine.config": ("scheduler",),
     "engine.server.histogram": (),
     "engine.server.metrics": (
@@ -181,6 +181,7 @@ LATE_IMPORTS = {
 NUMBERS_OF_KERNELS = ("engine.kernels.codec_tile", "engine.kernels.ggml_types", "engine.kernels.segments")
 TORCH_FREE = ("scheduler", "engine.planning", "engine.config", "engine.user_files", *NUMBERS_OF_KERNELS)
 TORCH_FREE += (
+    "engine.kernels.packed_scores",
     "engine.model",
     "engine.measure.probe_report",
     "engine.weights.headers",

@@ -36,7 +36,8 @@ def line_of(job: Job, row: Row, sequences: list[Sequence], echoes: list[Echo] | 
 def error_line(job: Job, row: Row, error: ApiError) -> bytes:
     """The line of a row that failed."""
     code = error.code or error.body["error"]["type"]
-    return _line(job, row, error.status, error.body, {"code": code, "message": error.message})
+    told = error.message if error.place is None else f"{error.message}: {error.place}"
+    return _line(job, row, error.status, error.body, {"code": code, "message": told})
 
 
 def _line(job: Job, row: Row, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> bytes:

@@ -1,4 +1,5 @@
-"""Decides whether a request may wait: not if too many wait already, nor if it would wait too long.
+"""Decides whether a request may wait: not if too many would wait then, all its sequences counted as vLLM does, nor if
+the first of them would wait too long.
 
 The wait is predicted from what the passes of this engine take (the time model, corrected by how far its passes were off
 so far), from the tokens that sequences got on average, and from the prompts that wait to be read.
@@ -6,7 +7,7 @@ so far), from the tokens that sequences got on average, and from the prompts tha
 
 import time
 
-from penstock.engine.server.errors import queue_full
+from penstock.engine.server.errors import queue_full, refused
 from penstock.engine.server.remote_engine import RemoteEngine
 
 FRESH_S = 0.05  # as long as a prediction holds
@@ -20,12 +21,16 @@ class Admission:
         self._engine, self._most_queued, self._most_wait_s = engine, most_queued, most_wait_s
         self._predicted_s, self._predicted_at_s = 0.0, float("-inf")
 
-    def check(self, num_coming: int = 0) -> None:
-        """Raises ApiError, with the predicted wait, if no more may wait; `num_coming` were let in and are still being
-        encoded."""
-        waiting = self._engine.num_unfinished + num_coming - self._engine.facts.max_num_seqs
-        if waiting >= self._most_queued:
-            why = f"{waiting} sequences wait already, and at most {self._most_queued} may"
+    def check(self, num_own: int = 1, num_coming: int = 0) -> None:
+        """Raises ApiError, with the predicted wait, if a request of so many sequences may not wait; `num_coming` were
+        let in and are still being encoded. One that could never be let in is refused for good."""
+        rows = self._engine.facts.max_num_seqs
+        if num_own > rows + self._most_queued:
+            why = f"{num_own} sequences: {rows} run here at a time, and at most {self._most_queued} may wait"
+            raise refused(why, "n")
+        waiting = self._engine.num_unfinished + num_coming + num_own - rows
+        if waiting > self._most_queued:
+            why = f"{waiting} sequences would wait with this request, and at most {self._most_queued} may"
             raise queue_full(why, self.predicted_wait_s())
         wait_s = self.predicted_wait_s()
         if wait_s > self._most_wait_s:

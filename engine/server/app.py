@@ -1,5 +1,6 @@
 """The routes: OpenAI's, and those that tell how the server is."""
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,8 @@ from penstock.engine.server.status import describe
 from penstock.engine.server.validation import read_chat, read_completion, read_detokenize, read_tokenize
 from penstock.engine.version import VERSION
 from starlette.exceptions import HTTPException
+
+LOGGER = logging.getLogger("penstock.server")
 
 
 def make_app(service: Service) -> Any:
@@ -40,6 +43,8 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ApiError)
     async def tell(_: Request, error: ApiError) -> Response:
         service.metrics.request_rejected(rejection(error))
+        if error.place is not None:
+            LOGGER.warning("%s: %s", error.message, error.place)
         return respond_with(error)
 
     @app.exception_handler(HTTPException)

@@ -12,13 +12,13 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.output import Sequence
 from penstock.engine.server.answers import Echo
-from penstock.engine.server.errors import refused
+from penstock.engine.server.errors import ApiError, refused
 from penstock.engine.server.requests import Chat, Completion, Tokenize
 from penstock.engine.server.validation import naming_field
 from penstock.engine.text.added_tokens import CONFIG_FILE, read_fields
 from penstock.engine.text.chat import RenderedChat
 from penstock.engine.text.chat_files import find_template
-from penstock.engine.text.chat_template import ChatOptions
+from penstock.engine.text.chat_template import ChatOptions, TemplateFault
 from penstock.engine.text.model_prompts import ModelPrompts
 from penstock.engine.text.model_text import tokenizer_path
 from penstock.engine.text.prompts import Prompt
@@ -27,7 +27,8 @@ from penstock.engine.weights.gguf_file import is_gguf
 from penstock.scheduler.batching.request import TooLong
 
 TOO_LONG = "context_length_exceeded"
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object, in Python's words for what a template cannot do
+TEMPLATE_FAILED = "messages: the model's chat template fails at them"
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object, in a library's words
 
 
 def sequences_of(model: ModelPrompts, asked: Completion | Chat) -> list[Sequence]:
@@ -65,6 +66,7 @@ def token_ids_of(model: ModelPrompts, asked: Tokenize) -> list[int]:
 def text_of(model: ModelPrompts, token_ids: list[int]) -> str:
     """The text of token ids, without special tokens. Raises ApiError."""
     with api_errors(model.config, "tokens"):
+        model.check_ids(token_ids)
         return need_tokenizer(model).decode(token_ids)
 
 
@@ -77,9 +79,12 @@ def need_tokenizer(model: ModelPrompts) -> Tokenizer:
 
 @contextlib.contextmanager
 def api_errors(config: EngineConfig, field: str) -> Iterator[None]:
-    """A context in which a ValueError becomes the API's error, of that field unless it names another."""
+    """A context in which a ValueError becomes the API's error, of that field unless it names another. Of a template
+    that fails by itself no words are told."""
     try:
         yield
+    except TemplateFault as fault:
+        raise ApiError(400, TEMPLATE_FAILED, "messages", place=fault.place) from None
     except ValueError as error:
         told = naming_field(error, field, TOO_LONG if isinstance(error, TooLong) else None)
         told.message = _ADDRESS.sub("", without_paths(told.message, config))

@@ -8,6 +8,7 @@ front does not take yet is kept (channel.py). An exception out of `advance` ends
 device hold then is unknown.
 """
 
+import binascii
 import logging
 import threading
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from penstock.engine.runtime.progress import Progress
 from penstock.engine.server.channel import Channel
 from penstock.engine.server.engine_facts import facts_of, row_pass_s, state_of
 from penstock.engine.server.engine_state import pass_told
-from penstock.engine.server.messages import Abort, Add, Dead, Loading, Outputs, Ready, Stop
+from penstock.engine.server.messages import Abort, Add, Dead, Loading, Outputs, Ready, Scores, Stop
 from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 
 LOGGER = logging.getLogger("penstock.server")
@@ -36,6 +37,7 @@ class EngineWork:
         self.llm: LLM | None = None
         self._stops = False
         self._rowless: dict[int, Request] = {}  # those that never had a row
+        self._scored: dict[int, Sequence] = {}  # those whose prompts get log probabilities
         self._pass_s: dict[int, float] = {}  # by the number of rows
 
     def run(self) -> None:
@@ -90,6 +92,7 @@ class EngineWork:
         events = loop.advance()
         passed = pass_told(times.last, times.recent[-1][1]) if times.num_passes > num_passes else None
         rows = self._seated()
+        self._tell_scores()
         if events or rows or passed:
             self._channel.send(self._outputs(events, rows, passed))
 
@@ -125,6 +128,8 @@ class EngineWork:
             return
         for sequence in (sequence for sequences in made for sequence in sequences):
             self._rowless[sequence.request.id] = sequence.request
+            if sequence.request.params.prompt_logprobs is not None:
+                self._scored[sequence.request.id] = sequence
             self.llm.loop.add(sequence)
 
     def _seated(self) -> list[tuple[int, int]]:
@@ -135,8 +140,18 @@ class EngineWork:
             del self._rowless[number]
         return [row for row in rows if row[1] is not None]
 
+    def _tell_scores(self) -> None:
+        """Tells what a pass gave of prompts' log probabilities, and forgets it."""
+        for number, sequence in list(self._scored.items()):
+            if sequence.prompt_scores:
+                packed = binascii.b2a_base64(sequence.prompt_scores, newline=False).decode()
+                sequence.prompt_scores.clear()
+                self._channel.send(Scores(number, packed))
+            if sequence.request.output_token_ids or sequence.request.finish_reason is not None:
+                del self._scored[number]
+
     def _outputs(self, events: list[Event], rows: list[tuple[int, int]], passed: list[Any] | None) -> Outputs:
-        told = Outputs([], [], [], [], [], [], [], rows, passed, self._state())
+        told = Outputs([], [], [], [], [], [], rows, passed, self._state())
         for event in events:
             sequence, request = event.sequence, event.sequence.request
             tokens = request.output_token_ids
@@ -144,8 +159,8 @@ class EngineWork:
             told.counts.append(len(tokens))
             told.tokens.append(tokens[-1] if tokens else 0)
             told.texts.append(event.text)
-            if request.params.logprobs is not None or request.params.prompt_logprobs is not None:
-                _tell_scores(sequence, told)
+            if len(sequence.logprobs) == len(tokens) > 0:
+                told.logprobs.append((request.id, position_told(sequence.logprobs[-1])))
             if event.is_last:
                 told.ends.append((request.id, request.finish_reason, request.stop_reason, sequence.error))
         return told
@@ -159,15 +174,6 @@ class EngineWork:
 
 def _waits(request: Request) -> bool:
     return request.num_cached_tokens is None and request.finish_reason is None
-
-
-def _tell_scores(sequence: Sequence, told: Outputs) -> None:
-    """Tells the log probabilities of a sequence's newest token, and with the first one those of its prompt."""
-    num_tokens = len(sequence.request.output_token_ids)
-    if num_tokens and len(sequence.logprobs) == num_tokens:
-        told.logprobs.append((sequence.request.id, position_told(sequence.logprobs[-1])))
-    if num_tokens == 1 and sequence.prompt_scores:
-        told.scores.append((sequence.request.id, sequence.prompt_scores))
 
 
 def position_told(position: dict[int, Logprob]) -> list[Any]:

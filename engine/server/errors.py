@@ -17,7 +17,8 @@ RETRY_AFTER_S = (1, 60)  # what clients are told to wait, at least and at most
 @dataclass
 class ApiError(Exception):
     """A request that is not answered, or not to its end. `param` is the field at fault; `wait_s` the seconds after
-    which another try makes sense, where one does."""
+    which another try makes sense, where one does. `place` says where a chat template failed by itself, to who runs
+    this and not to clients."""
 
     status: int
     message: str
@@ -25,6 +26,7 @@ class ApiError(Exception):
     code: str | None = None
     wait_s: float | None = None
     more_headers: tuple[tuple[str, str], ...] = ()
+    place: str | None = None
 
     def __post_init__(self):
         self.message = one_line(self.message)  # it may show a value of megabytes

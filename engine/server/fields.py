@@ -64,6 +64,10 @@ def _empty(value: Any) -> bool:
     return value in ([], {}, "", False)
 
 
+def _never(value: Any) -> bool:
+    return False
+
+
 def _is(neutral: Any) -> Callable[[Any], bool]:
     return lambda value: value == neutral and type(value) is type(neutral)
 
@@ -109,7 +113,18 @@ REFUSED: Mapping[str, Callable[[Any], bool]] = {
     "modalities": lambda value: value in ([], ["text"]),
     "web_search_options": _empty,
     "logits_processors": _empty,
+    "min_new_tokens": _number(0),
+    "num_beams": _number(1),
+    "early_stopping": _is(False),
+    "thinking_token_budget": _never,
+    "repetition_detection": _empty,
+    "vllm_xargs": _empty,
+    "ebnf": _empty,
     "typical_p": _number(1),
+    "tfs_z": _number(1),
     "top_a": _number(0),
+    "mirostat": _number(0),
+    "dry_multiplier": _number(0),
+    "xtc_probability": _number(0),
     "no_repeat_ngram_size": _number(0),
 }

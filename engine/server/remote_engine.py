@@ -8,6 +8,7 @@ fails, or is gone, every client gets the end.
 """
 
 import asyncio
+import binascii
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from penstock.engine.runtime.progress import Progress
 from penstock.engine.server.channel import Channel
 from penstock.engine.server.engine_state import EngineFacts, EngineState, pass_heard
 from penstock.engine.server.journey import Journey
-from penstock.engine.server.messages import Abort, Add, Dead, Loading, Message, Outputs, Ready, Stop
+from penstock.engine.server.messages import Abort, Add, Dead, Loading, Message, Outputs, Ready, Scores, Stop
 from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.outbox import Finish, Outbox, Piece
 from penstock.scheduler.batching.request import FinishReason
@@ -43,6 +44,7 @@ class RemoteEngine:
         self._hears: dict[type, Callable[[Any], None]] = {
             Loading: self._hear_loading,
             Ready: self._hear_ready,
+            Scores: self._hear_scores,
             Outputs: self._hear_outputs,
             Dead: lambda _: self.fail(),
         }
@@ -143,6 +145,10 @@ class RemoteEngine:
         self.facts, self.state = EngineFacts(**message.facts), EngineState(*message.state)
         self._known.set()
 
+    def _hear_scores(self, told: Scores) -> None:
+        if (journey := self._journeys.get(told.id)) is not None:
+            journey.sequence.add_prompt_logprobs(binascii.a2b_base64(told.packed))
+
     def _hear_outputs(self, told: Outputs) -> None:
         """Gives each sequence, and its client, what came."""
         now_s = time.perf_counter()
@@ -150,7 +156,9 @@ class RemoteEngine:
         for request_id, num_cached in told.rows:
             if (journey := self._rowless.pop(request_id, None)) is not None:
                 journey.row_s, journey.sequence.request.num_cached_tokens = now_s, num_cached
-        self._take_scores(told)
+        for request_id, position in told.logprobs:
+            if (journey := self._journeys.get(request_id)) is not None:
+                journey.sequence.logprobs.append({token: Logprob(*rest) for token, *rest in position})
         ends = {request_id: rest for request_id, *rest in told.ends}
         moved = []
         for request_id, count, token, text in zip(told.ids, told.counts, told.tokens, told.texts, strict=True):
@@ -164,14 +172,6 @@ class RemoteEngine:
         if told.passed is not None:
             self.times.note(*pass_heard(told.passed), now_s)
             self._metrics.observe_pass(self.facts, self.state, self.times.last, moved)
-
-    def _take_scores(self, told: Outputs) -> None:
-        for request_id, position in told.logprobs:
-            if (journey := self._journeys.get(request_id)) is not None:
-                journey.sequence.logprobs.append({token: Logprob(*rest) for token, *rest in position})
-        for request_id, scores in told.scores:
-            if (journey := self._journeys.get(request_id)) is not None:
-                journey.sequence.add_prompt_logprobs(scores)
 
     def _move(self, journey: Journey, count: int, token: int, text: str, end: Any, now_s: float) -> None:
         """Gives a sequence its newest token and text, and its end if that has come."""

@@ -27,6 +27,10 @@ class Completion(Generation):
     prompts: list[Prompt]
     echo: bool = False
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.params.n
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(Generation):
@@ -35,6 +39,10 @@ class Chat(Generation):
     messages: list[dict[str, Any]]
     options: ChatOptions
     add_special: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        return self.params.n
 
 
 @dataclass(frozen=True, kw_only=True)

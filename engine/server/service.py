@@ -50,7 +50,7 @@ class Service:
         self.model: ModelPrompts | None = None
         self.started_s, self.created = time.monotonic(), int(time.time())
         self.is_draining = False
-        self._num_coming = 0  # requests that were let in and are being encoded
+        self._num_coming = 0  # sequences of requests that were let in and are being encoded
         self.num_open = 0  # requests whose responses are not sent yet
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="encode")
 
@@ -100,13 +100,13 @@ class Service:
         came_s = time.perf_counter()
         self.check_open()
         self.check_model(asked.model)
-        self.admission.check(self._num_coming)
-        self._num_coming += 1
+        self.admission.check(asked.num_sequences, self._num_coming)
+        self._num_coming += asked.num_sequences
         try:
             sequences = await self.in_worker(sequences_of, self.model, asked)
             answer = await self._answer(asked, sequences)
         finally:
-            self._num_coming -= 1
+            self._num_coming -= asked.num_sequences
         self.check_open()
         outbox = Outbox(sequences, asked.params.n)
 

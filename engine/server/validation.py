@@ -194,10 +194,13 @@ def _messages(given: Body) -> list[Any]:
 
 
 def _options(given: Body) -> ChatOptions:
-    """Says how messages are rendered. Tools without `tool_choice` none would ask for answers that are parsed."""
-    tools = given.get("tools")
-    if tools and given.get("tool_choice") != "none":
+    """Says how messages are rendered. Tools without `tool_choice` none would ask for answers that are parsed, and other
+    choices for a call in any case."""
+    tools, choice = given.get("tools"), given.get("tool_choice")
+    if tools and choice != "none":
         raise refused("tools: answers are not parsed for calls: expected tool_choice 'none' with them", "tools")
+    if choice not in (None, "none", "auto"):
+        raise refused(f"tool_choice={show_value(choice)}: expected 'none', or 'auto' without tools", "tool_choice")
     continues = given.get("continue_final_message", False)
     try:
         return ChatOptions(

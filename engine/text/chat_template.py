@@ -23,6 +23,15 @@ _NOT_GIVEN |= {"add_generation_prompt", "continue_final_message"}
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # stands where a last message that is to be continued ends
 
 
+class TemplateFault(ValueError):
+    """Says that a template fails by itself, with the words of the error, which may show texts of a conversation;
+    `place` says what failed where, without them."""
+
+    def __init__(self, told: str, place: str):
+        super().__init__(told)
+        self.place = place
+
+
 @dataclass(frozen=True)
 class ChatOptions:
     """Says how conversations are rendered; names and defaults are transformers' and vLLM's. `add_generation_prompt`:
@@ -53,7 +62,7 @@ class ChatTemplate:
 
     def render(self, conversations: Sequence[Sequence[Message]], options: ChatOptions) -> list[str]:
         """The text of each conversation. Raises ValueError naming the template, and the conversation, for messages that
-        it cannot have, and beyond the bounds."""
+        it cannot have, and beyond the bounds; TemplateFault where the template fails by itself."""
         if not conversations:
             return []
         variables = [self._variables(messages, options) for messages in conversations]
@@ -66,7 +75,8 @@ class ChatTemplate:
         answer = self._answer(text, request["cpu_s"])
         if "texts" not in answer:
             which = f": conversation {answer['index']}" if "index" in answer else ""
-            raise ValueError(f"{self.where}{which}: {' '.join(answer['error'].split())}")
+            told = f"{self.where}{which}: {' '.join(answer['error'].split())}"
+            raise TemplateFault(told, answer["place"]) if "place" in answer else ValueError(told)
         if not options.continue_final_message:
             return answer["texts"]
         return [self._open_ended(index, text) for index, text in enumerate(answer["texts"])]
@@ -86,9 +96,11 @@ class ChatTemplate:
         """The answer of a process that renders."""
         answer, exit_code, stderr = self.processes.ask(request)
         if not answer:
-            told = stderr.strip().splitlines()[-1:] or [f"ended with {exit_code}"]
-            what = f"takes more than {cpu_s} s of CPU time" if exit_code < 0 else told[0]
-            raise ValueError(f"{self.where}: cannot be rendered: {what}")
+            if exit_code < 0:
+                raise ValueError(f"{self.where}: cannot be rendered: takes more than {cpu_s} s of CPU time")
+            ended = f"its process ended with {exit_code}"
+            *_, what = ended, *stderr.strip().splitlines()
+            raise TemplateFault(f"{self.where}: cannot be rendered: {what}", ended)
         return json.loads(answer)
 
     def _open_ended(self, index: int, text: str) -> str:

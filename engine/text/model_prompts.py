@@ -58,6 +58,10 @@ class ModelPrompts:
         too. Raises ValueError as LLM.generate does."""
         return self._reader.encode(0, text, add_special)
 
+    def check_ids(self, token_ids: list[int]) -> None:
+        """Raises ValueError for a token id that the model does not have."""
+        self._reader.check_ids("token id", token_ids)
+
     def sequences(self, prompts: Any, sampling_params: Any) -> list[Sequence]:
         """The sequences of a prompt, or of several, n of each. Raises ValueError as LLM.generate does."""
         asked = self.read(prompts, sampling_params)

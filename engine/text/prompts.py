@@ -2,6 +2,7 @@
 
 import operator
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.text.tokenizer_files import sought
 from penstock.engine.user_files import has_lone_surrogate
 from penstock.scheduler.batching.request import Request, SamplingParams, TooLong
-from penstock.scheduler.units import MIB
+from penstock.scheduler.units import MIB, show_value
 
 Prompt = str | list[int] | RenderedChat  # or an array of token ids: numpy's, torch's, or what else has `tolist`
 Asked = tuple[str | None, list[int], SamplingParams]  # the prompt's text, if it was one, and its token ids
@@ -60,14 +61,18 @@ class PromptReader:
         if self.tokenizer is None:
             refuse_text(self.model, index, prompt, params)
         text, token_ids = self._text_and_tokens(index, prompt)
-        for what, tokens in (("token id", token_ids), ("stop_token_ids:", params.stop_token_ids)):
-            if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-                wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
-                raise ValueError(f"prompt {index}: {what} {wrong} is not in 0..{self.vocab_size - 1}")
+        self.check_ids(f"prompt {index}: token id", token_ids)
+        self.check_ids(f"prompt {index}: stop_token_ids:", params.stop_token_ids)
         self._warn_of_stops(params.stop)
         # the index stands for the id: messages name the prompt
         Request(index, token_ids, params).check_length(self.max_model_len)
         return text, token_ids, params
+
+    def check_ids(self, what: str, tokens: Sequence[int]) -> None:
+        """Raises ValueError for a token that the model does not have."""
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
+            raise ValueError(f"{what} {show_value(wrong)} is not in 0..{self.vocab_size - 1}")
 
     def _text_and_tokens(self, index: int, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, RenderedChat):

@@ -5,8 +5,9 @@ A line of standard input is a request, answered by a line of standard output, un
 took much memory.
 
 In: JSON with template, conversations (of each the template's variables), most_characters, cpu_s, memory_bytes. Out:
-JSON with texts, one a conversation; or with error, and index where it is of one conversation. The kernel ends a process
-that takes more than cpu_s for a request.
+JSON with texts, one a conversation; or with error, index where it is of one conversation, and place where the template
+fails by itself: what failed in which line, without the words of the error, which may show texts of the conversation.
+The kernel ends a process that takes more than cpu_s for a request.
 
 It renders as transformers does: the same sandbox, filters, globals and tags.
 """
@@ -18,6 +19,7 @@ import math
 import resource
 import sys
 import time
+import traceback
 from datetime import datetime
 from typing import Any
 
@@ -78,9 +80,9 @@ def render_all(request: dict[str, Any]) -> dict[str, Any]:
     try:
         template = compiled(request["template"])
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}"}
-    except RecursionError:
-        return {"error": "is nested too deeply"}
+        return {"error": f"line {error.lineno}: {error.message}", "place": f"a syntax error in line {error.lineno}"}
+    except RecursionError as error:
+        return {"error": "is nested too deeply", "place": _place(error)}
     texts, left = [], request["most_characters"]
     for index, variables in enumerate(request["conversations"]):
         try:
@@ -92,11 +94,19 @@ def render_all(request: dict[str, Any]) -> dict[str, Any]:
         except MemoryError:
             return {"index": index, "error": f"takes more than {request['memory_bytes']} bytes of memory"}
         except Exception as error:
-            told = str(error) if type(error) is jinja2.TemplateError else f"{type(error).__name__}: {error}"
-            return {"index": index, "error": told}
+            if type(error) is jinja2.TemplateError:
+                return {"index": index, "error": str(error)}
+            return {"index": index, "error": f"{type(error).__name__}: {error}", "place": _place(error)}
         texts.append(text)
         left -= len(text)
     return {"texts": texts}
+
+
+def _place(error: Exception) -> str:
+    """Says what failed, and in which line of the template, which jinja2 puts into the traceback."""
+    name, frames = type(error).__name__, traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
+    return f"{name} in line {lines[-1]}" if lines else name
 
 
 def set_limits(request: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from penstock.engine.kernels import logprobs as module
 from penstock.engine.kernels.logprobs import Logprobs, packed_width, score_rows, score_rows_reference
+from penstock.engine.kernels.packed_scores import unpack
 
 from tests.support.kernel_proof import DEVICE, DTYPES, counted, equal, prove, prove_faster, prove_refusal
 from tests.support.rounding import assert_apart, logprobs_apart
@@ -127,3 +128,12 @@ def test_kernel_is_faster(monkeypatch, num_rows):
     packed = torch.zeros(num_rows, packed_width(MOST), dtype=torch.int32, device="cuda")
     runs = [lambda run=run: run(logits, 128256, *rest, packed) for run in (score_rows, score_rows_reference)]
     prove_faster(*runs, logits.nbytes, f"logprobs {num_rows}")
+
+
+@pytest.mark.parametrize("num_top", [0, 3, MOST, MOST + 2])
+def test_rows_are_packed_as_they_are(num_top):
+    """With fewer of the most likely ones than asked for, where a vocabulary has no more."""
+    scores = Logprobs.of(run_with(score_rows_reference, logits_of("random", torch.float32), tokens_on_device()).cpu())
+    packed = scores.packed(slice(1, 6), num_top)
+    assert len(packed) == 4 * 5 * packed_width(num_top)
+    assert list(unpack(packed, num_top)) == [scores.at(index, num_top) for index in range(1, 6)]

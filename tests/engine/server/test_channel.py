@@ -9,7 +9,7 @@ import pytest
 from penstock.engine.runtime.pass_times import Timed
 from penstock.engine.server.channel import Channel
 from penstock.engine.server.engine_state import pass_heard, pass_told
-from penstock.engine.server.messages import Abort, Add, Dead, Loading, Outputs, Ready, Stop, of_line, to_line
+from penstock.engine.server.messages import Abort, Add, Dead, Loading, Outputs, Ready, Scores, Stop, of_line, to_line
 from penstock.scheduler.batching.request import FinishReason
 from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.cost.time_model import PassTime
@@ -17,7 +17,7 @@ from penstock.scheduler.cost.time_model import PassTime
 TEXTS = ["", "a\nb", "\0", "\U0001f600", "\ud83d", '"', "\u2028"]
 OUTPUTS = Outputs(
     ids=[1, 2], counts=[3, 1], tokens=[5, 0], texts=TEXTS[:2], logprobs=[(1, [[5, -math.inf, 1, "x"]])],
-    scores=[(2, [[-0.1, 2, [[4, -0.05]]]])], ends=[(2, FinishReason.STOP, "end", None)], rows=[(1, 16)], passed=None,
+    ends=[(2, FinishReason.STOP, "end", None)], rows=[(1, 16)], passed=None,
     state=[1, 2, None],
 )  # fmt: skip
 MESSAGES = [
@@ -26,6 +26,7 @@ MESSAGES = [
     Stop(),
     Loading({"part": "loading", "loaded_bytes": 2**40}),
     Ready({"shown": {"model": {}}}, [0]),
+    Scores(2, "AAAAvwIAAAA="),
     OUTPUTS,
     Dead(),
 ]

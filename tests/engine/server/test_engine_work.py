@@ -1,11 +1,12 @@
 """The engine's side of a server: what it says, and what it does when it cannot do what it is told."""
 
 import asyncio
+import binascii
 import dataclasses
 import json
 
 from penstock.engine.server.channel import Channel
-from penstock.engine.server.messages import Message, Outputs
+from penstock.engine.server.messages import Message, Outputs, Scores
 
 from tests.support.serving import CONFIG, WAIT_S, Client, Serving, until
 from tests.support.watches import BeginPass
@@ -51,6 +52,20 @@ def test_a_pass_is_one_message_whatever_its_number_of_rows(monkeypatch):
     assert all(client.status == 200 for client in clients)
     assert len({json.loads(text)["choices"][0]["text"] for text in texts}) == 1
     served.close()
+
+
+def test_what_a_pass_gives_of_a_prompts_log_probabilities_is_told_right_behind_it(served, monkeypatch):
+    """So what a turn tells is bounded by the tokens of a pass. Where the prompt ends its first token comes next."""
+    sent, num_top, prompt = sent_by(served.work._channel, monkeypatch), 20, list(range(5, 205))
+    body = BODY | {"prompt": prompt, "echo": True, "logprobs": num_top, "max_tokens": 2}
+    (choice,) = served.answer(PATH, **body)["choices"]
+    until(served.at_rest)
+    sizes = [len(binascii.a2b_base64(message.packed)) if isinstance(message, Scores) else None for message in sent]
+    most = CONFIG.max_num_batched_tokens
+    lengths = [most, most, most, len(prompt) - 1 - 3 * most]
+    assert sizes[:8] == [size for length in lengths for size in (4 * length * (2 + 2 * num_top), None)]
+    assert [len(message.ids) for message in sent[1:8:2]] == [0, 0, 0, 1] and sizes[8:] == [None] * len(sizes[8:])
+    assert len(choice["logprobs"]["tokens"]) == len(prompt) + 2
 
 
 def test_sequences_that_cannot_be_made_end_alone(served, monkeypatch):

@@ -1,6 +1,7 @@
 """A service while it loads, while it drains and once its engine has ended; keys; and who may wait."""
 
 import asyncio
+import dataclasses
 import json
 import threading
 
@@ -14,6 +15,7 @@ from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.outbox import Outbox
 from penstock.engine.server.remote_engine import RemoteEngine
+from penstock.engine.text.model_prompts import ModelPrompts
 
 from penstock import SamplingParams
 from tests.support.serving import CONFIG, WAIT_S, Client, Serving, until
@@ -141,6 +143,48 @@ def test_beyond_the_queue_a_request_is_turned_away_with_the_predicted_wait(serve
     assert [client.status for client in others] == [200] * 6
 
 
+def test_every_sequence_of_a_request_takes_a_place_in_the_queue(served, monkeypatch):
+    """Four rows and two that may wait: six sequences fill them, of one request or of several."""
+    admission, engine = served.service.admission, served.service.engine
+    monkeypatch.setattr(admission, "_most_queued", 2)
+    may_go, short = threading.Event(), LONG | {"max_tokens": 2}
+
+    async def ask_all():
+        first = asyncio.create_task(Client(PATH, short | {"n": 3}).ask(served.app))
+        while engine.num_unfinished < 3:
+            await asyncio.sleep(0.001)
+        many = [short | {"n": 4}, short | {"prompt": ["a", "b"], "n": 2}, short | {"prompt": ["a"] * 4}]
+        late = [await Client(PATH, body).ask(served.app) for body in many]
+        fits = asyncio.create_task(Client(PATH, short | {"n": 3}).ask(served.app))
+        while engine.num_unfinished < 6:
+            await asyncio.sleep(0.001)
+        late.append(await Client(PATH, short).ask(served.app))
+        may_go.set()
+        return late, await asyncio.gather(first, fits)
+
+    with served.llm.engine.watched_by(BeginPass(lambda batch: may_go.wait(WAIT_S))):
+        late, others = served.run(ask_all())
+    codes = [(client.status, json.loads(client.text)["error"]["code"]) for client in late]
+    assert codes == [(503, "queue_full")] * 4 and [client.status for client in others] == [200] * 2
+    assert len(served.answer(PATH, **short | {"n": 6})["choices"]) == 6
+    for never in (short | {"n": 7}, short | {"prompt": ["a"] * 7}):
+        refused = served.post(PATH, **never)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+
+
+def test_a_priority_is_refused_where_who_comes_first_is_served_first(served, monkeypatch):
+    """As vLLM does: it would be ignored."""
+    model = served.service.model
+    config = dataclasses.replace(model.config, scheduling_policy="fcfs")
+    vocab_size = served.llm.engine.plan.spec.vocab_size
+    monkeypatch.setattr(served.service, "model", ModelPrompts(config, model.tokenizer, vocab_size, model.limits))
+    for path, body in ((PATH, LONG), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})):
+        for priority, status in ((1, 400), (-1, 400), (0, 200), (None, 200)):
+            response = served.post(path, **body | {"priority": priority, "max_tokens": 1})
+            assert response.status_code == status, response.text
+            assert status == 200 or response.json()["error"]["param"] == "priority"
+
+
 def test_those_whose_texts_are_being_encoded_count_too(served, monkeypatch):
     """A flood of a hundred, of which a queue of none lets in as many as there are rows."""
     may_go = threading.Event()
@@ -199,7 +243,9 @@ def test_with_a_key_only_the_page_and_health_are_open(served):
             status, code, told = error_of(response)
             assert (status, code, told["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
             assert "secret" not in response.text
-        assert locked.call("POST", PATH, json=LONG, headers=headers).status_code == 401
+        for path in (PATH, "/v1/chat/completions", "/tokenize", "/detokenize", "/health/"):
+            assert locked.call("POST", path, json=LONG, headers=headers).status_code == 401
+            assert locked.call("OPTIONS", path, headers=headers).status_code == 401
     assert locked.call("GET", "/health").status_code == 200
     assert locked.call("GET", "/v1/models", headers={"authorization": "bearer secret-key"}).status_code == 200
     locked.close()

@@ -1,5 +1,6 @@
 """`penstock serve` as its users have it: a process, a port, signals, several ranks, and the official client."""
 
+import contextlib
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -34,6 +36,15 @@ def begin_pass(batch):
     time.sleep(0.05)
     while os.path.exists(folder + "/hold"):
         open(folder + "/held", "w").close()
+"""
+# While there is a file `hold_prompts` a pass with more of a prompt than a token does not begin, on any rank.
+HELD_PROMPTS = """
+import os, time
+def begin_pass(batch):
+    time.sleep(0.05)
+    while batch and any(len(row.tokens) > 1 for row in batch.rows) and os.path.exists(folder + "/hold_prompts"):
+        open(f"{folder}/held{rank}", "w").close()
+        time.sleep(0.01)
 """
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
@@ -207,7 +218,7 @@ def test_when_the_engines_process_is_killed_every_client_is_told_and_the_server_
 
 def ask_whole(server: ServerProcess, answers: list[tuple[int, str]]) -> None:
     """Asks for an answer that does not stream, and keeps status and code of the error that comes."""
-    body = {"prompt": "def", "max_tokens": 200, "ignore_eos": True}
+    body = {"prompt": LONG["prompt"], "max_tokens": 200, "ignore_eos": True}
     response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     answers.append((response.status_code, response.json()["error"]["code"]))
 
@@ -235,14 +246,31 @@ def test_what_an_engine_cannot_be_started_with_is_one_line(tmp_path):
         assert line.startswith("penstock: error: ") and "num_pages" in line
 
 
+@contextlib.contextmanager
+def held_in_prefill(server: ServerProcess, num_ranks: int) -> Iterator[None]:
+    """A context in which all ranks are at the begin of a pass that computes a part of a prompt; behind it they go
+    on."""
+    folder = server.command.folder
+    (folder / "hold_prompts").touch()
+    asks = threading.Thread(target=ask_whole, args=(server, answers := []))
+    asks.start()
+    until(lambda: all((folder / f"held{rank}").exists() for rank in range(num_ranks)))
+    yield
+    (folder / "hold_prompts").unlink()
+    asks.join(60)
+    assert answers == [(503, "engine_dead")]
+
+
 @pytest.mark.alone
 def test_when_a_rank_dies_every_client_is_told_and_the_server_ends(tmp_path):
-    with server_process(tmp_path, "-tp", "2", in_passes=SLOW) as server:
+    """In the middle of a pass that computes a prompt for one of them, and a token for each of the others."""
+    with server_process(tmp_path, "-tp", "2", in_passes=HELD_PROMPTS) as server:
         server.wait_ready()
-        streams = Streams(client_of(server), 3)
+        streams = Streams(client_of(server), 3, max_tokens=200)
         streams.wait_for_tokens()
-        killed_s = time.monotonic()
-        os.kill(server.pid(rank=1), signal.SIGKILL)
+        with held_in_prefill(server, num_ranks=2):
+            killed_s = time.monotonic()
+            os.kill(server.pid(rank=1), signal.SIGKILL)
         streams.join()
         assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * 3
         assert max(streams.ended_s) - killed_s < TOLD_S
@@ -253,14 +281,15 @@ def test_when_a_rank_dies_every_client_is_told_and_the_server_ends(tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
-@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
-def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, rank, number, is_busy):
-    with server_process(tmp_path, "-tp", "2", in_passes=SLOW) as server:
+@pytest.mark.parametrize("when", ["idle", "decode", "prefill"])
+def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, rank, number, when):
+    with server_process(tmp_path, "-tp", "2", in_passes=HELD_PROMPTS) as server:
         server.wait_ready()
-        streams = Streams(client_of(server), 3 if is_busy else 0)
+        streams = Streams(client_of(server), 0 if when == "idle" else 3, max_tokens=200)
         streams.wait_for_tokens()
-        failed_s = time.monotonic()
-        os.kill(server.pid(rank), number)
+        with held_in_prefill(server, num_ranks=2) if when == "prefill" else contextlib.nullcontext():
+            failed_s = time.monotonic()
+            os.kill(server.pid(rank), number)
         assert server.exit_code() == 1 and time.monotonic() - failed_s < TOLD_S
         server.command.wait_until_gone(time.time())
         streams.join()

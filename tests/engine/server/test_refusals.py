@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.access import MOST_BODY_BYTES
-from penstock.engine.server.encoding import api_errors, without_paths
+from penstock.engine.server.encoding import TEMPLATE_FAILED, api_errors, without_paths
 from penstock.engine.server.errors import ApiError
 from penstock.engine.server.fields import REFUSED
 from penstock.engine.server.validation import (
@@ -18,6 +18,8 @@ from penstock.engine.server.validation import (
     read_chat,
     read_completion,
 )
+from penstock.engine.text import chat_template
+from penstock.engine.text.model_prompts import ModelPrompts
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -61,6 +63,12 @@ WRONG = {  # by field: values that are refused on both routes
     "prompt_embeds": ["a"],
     "chat_template": ["{{ messages }}"],
     "modalities": [["audio"]],
+    "thinking_token_budget": [0, 5],
+    "early_stopping": [True, "never"],
+    "num_beams": [4],
+    "mirostat": [2],
+    "dry_multiplier": [0.8],
+    "vllm_xargs": [{"a": 1}],
 }
 IN_COMPLETIONS = {
     "prompt": [None, [], [[]], [2048], [-1], [2**63], [[1], "a", 1], {"a": 1}, [True], [1.5], ["\ud800"]],
@@ -72,6 +80,7 @@ IN_COMPLETIONS["prompt"] += [["a"] * (MOST_PROMPTS + 1)]
 IN_CHAT = {
     "messages": [None, [], "Hello", [1], [{"content": "a"}], [{"role": "user", "content": 5}], [HELLO]],
     "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
     "top_logprobs": [3, 21],
     "logprobs": [1],
     "echo": [True],
@@ -82,6 +91,7 @@ CASES = [
     *((COMPLETIONS, field, value) for field, values in (WRONG | IN_COMPLETIONS).items() for value in values),
     *((CHAT, field, value) for field, values in (WRONG | IN_CHAT).items() for value in values),
 ]
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 JSON = {"content-type": "application/json"}
 GOOD = {COMPLETIONS: {"prompt": "def"}, CHAT: {"messages": HELLO}}
 
@@ -134,6 +144,16 @@ def test_defaults_stand_in_for_what_is_absent():
 
 def test_every_field_that_is_refused_has_a_neutral_value():
     assert not [name for name, is_neutral in REFUSED.items() if is_neutral({"other": [1]})]
+
+
+def test_ids_that_the_model_does_not_have_are_refused(served):
+    """Also where they are to become text."""
+    vocab_size = served.llm.engine.plan.spec.vocab_size
+    for token in (vocab_size, vocab_size + 100, 2**31, 2**63, -1):
+        for path, body in ((COMPLETIONS, {"prompt": [5, token]}), ("/detokenize", {"tokens": [5, token]})):
+            error = error_of(served.post(path, **body), 400)
+            assert error["param"] in ("prompt", "tokens") and "Python" not in error["message"]
+    assert served.answer("/detokenize", tokens=[5, vocab_size - 1])["prompt"]
 
 
 def test_caps_are_the_largest_that_is_taken(served):
@@ -234,6 +254,37 @@ def test_no_folder_of_the_server_is_told(served, tmp_path):
     assert told == "the chat template: conversation 0: roles must alternate"
     folder = find_model("demo")
     assert without_paths(f"{folder}/tokenizer.json: cannot encode", config) == "tokenizer.json: cannot encode"
+
+
+TEMPLATES = {  # what a client is told of each: its own words, or none of Python's
+    "{{ raise_exception('roles must alternate') }}": "the chat template: conversation 0: roles must alternate",
+    "{{ x.y }}": TEMPLATE_FAILED,
+    "{{ messages[0].content + 1 }}": TEMPLATE_FAILED,
+    "{{ {}[messages[0].content].x }}": TEMPLATE_FAILED,
+    "{{ ''.__class__.__mro__ }}": TEMPLATE_FAILED,
+    "{{ 2.0 ** 9999 }}": TEMPLATE_FAILED,
+    "{% if %}": TEMPLATE_FAILED,
+    "{{ messages[0].content }}" + LOOP: "the chat template: cannot be rendered: takes more than 1 s of CPU time",
+}
+
+
+def test_a_template_that_fails_is_refused_in_its_own_words_or_in_none(served, tmp_path, monkeypatch, caplog):
+    """Prints what failed where, without a word of a request; and the next request is answered."""
+    monkeypatch.setattr(chat_template, "CPU_S", 1)
+    monkeypatch.setattr(chat_template, "CPU_S_EACH", 0)
+    model, secret = served.service.model, [{"role": "user", "content": "a secret"}]
+    for number, (template, message) in enumerate(TEMPLATES.items()):
+        file = tmp_path / f"{number}.jinja"
+        file.write_text(template)
+        config = replace(model.config, chat_template=str(file))
+        own = ModelPrompts(config, model.tokenizer, served.llm.engine.plan.spec.vocab_size, model.limits)
+        monkeypatch.setattr(served.service, "model", own)
+        error = error_of(served.post(CHAT, messages=secret), 400)
+        assert (error["message"], error["param"]) == (message, "messages")
+        served.answer(COMPLETIONS, prompt="def", max_tokens=1)
+    printed = [record.getMessage() for record in caplog.records]
+    kinds = ["UndefinedError", "TypeError", "UndefinedError", "SecurityError", "OverflowError", "a syntax error"]
+    assert printed == [f"{TEMPLATE_FAILED}: {kind} in line 1" for kind in kinds]
 
 
 def test_no_address_of_the_servers_memory_is_told(served):

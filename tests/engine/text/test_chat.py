@@ -9,7 +9,7 @@ from penstock.engine.planning.find_model import find_model
 from penstock.engine.text import chat_template
 from penstock.engine.text.chat import ChatReader
 from penstock.engine.text.chat_files import find_template
-from penstock.engine.text.chat_template import ChatOptions, ChatTemplate, read_conversations
+from penstock.engine.text.chat_template import ChatOptions, ChatTemplate, TemplateFault, read_conversations
 from penstock.engine.text.tokenizer import Tokenizer
 
 from tests.support.vocabularies import CONTROL, sentencepiece_model, write_byte_level
@@ -218,6 +218,19 @@ def refusal(source: str, messages=None, options: ChatOptions = OPENING) -> str:
 )
 def test_what_a_template_cannot_do_is_one_line(source, message):
     assert refusal(source).startswith(message)
+
+
+def test_where_a_template_fails_by_itself_is_told_without_texts():
+    for source, place in (
+        ("{{ 1 }}\n{{ {}[messages[0].content].x }}", "UndefinedError in line 2"),
+        ("{% macro f(x) %}\n\n{{ x + 1 }}{% endmacro %}\n{{ f(messages[0].content) }}", "TypeError in line 3"),
+        ("\n\n\n{{ ''.__class__.__mro__ }}", "SecurityError in line 4"),
+        ("{{ 2.0 ** 9999 }}", "OverflowError in line 1"),
+        ("\n{% if %}", "a syntax error in line 2"),
+    ):
+        with pytest.raises(TemplateFault) as raised:
+            ChatTemplate(source, "T").render([[USER]], OPENING)
+        assert raised.value.place == place
 
 
 def test_a_template_without_end_is_ended(monkeypatch):
