@@ -13,7 +13,7 @@ from penstock.scheduler.units import MIB
 from torch import Tensor
 
 PERMUTED = ("llama",)  # families whose q and k the converter permutes
-HEADS_BYTES = MIB  # of whole heads that are put in order at a time
+HEADS_BYTES = MIB // 2  # of whole heads that are put in order at a time
 
 
 class GGUFCheckpoint(Checkpoint):
