@@ -25,13 +25,22 @@ def split_parts(kind: str, data: Tensor) -> list[Tensor]:
     return [part.view(num_blocks, -1) for part in flat.split([num_blocks * size for size in sizes])]
 
 
-def take_apart(kind: str, blocks: Tensor, parts: Sequence[Tensor]) -> None:
-    """Copies a file's blocks to memory for each of their parts; all uint8, contiguous, on the CPU. (By numpy: torch
-    copies such short runs at half the rate.)"""
-    found = blocks.numpy().reshape(-1, BY_NAME[kind].nbytes)
-    for (start, nbytes), part in zip(PARTS[kind], parts):
-        run = np.dtype((np.void, nbytes))
-        part.numpy().reshape(-1, nbytes).view(run)[:] = found[:, start : start + nbytes].view(run)
+def part_runs(kind: str, parts: Sequence[Tensor], num_rows: int) -> list[np.ndarray]:
+    """Memory for each part of the blocks of so many rows, as arrays (rows, blocks of a row): a part of a block is one
+    element. The memory is uint8, contiguous, on the CPU."""
+    return [
+        part.numpy().view(np.dtype((np.void, nbytes))).reshape(num_rows, -1)
+        for (_, nbytes), part in zip(PARTS[kind], parts)
+    ]
+
+
+def take_apart(kind: str, blocks: Tensor, runs: Sequence[np.ndarray], row: int = 0, block: int = 0) -> None:
+    """Copies blocks of a file, (rows, bytes) uint8, contiguous, on the CPU, to the rows from `row` and the blocks from
+    `block` of each part's run. (By numpy: torch copies such short pieces at half the rate.)"""
+    found = blocks.numpy().reshape(len(blocks), -1, BY_NAME[kind].nbytes)
+    where = slice(row, row + found.shape[0]), slice(block, block + found.shape[1])
+    for (start, nbytes), run in zip(PARTS[kind], runs):
+        run[where] = found[:, :, start : start + nbytes].view(run.dtype)[:, :, 0]
 
 
 def are_finite(scales: Tensor) -> bool:
@@ -40,7 +49,8 @@ def are_finite(scales: Tensor) -> bool:
 
 
 def in_parts(kind: str, blocks: Tensor) -> Tensor:
-    """A file's blocks (uint8, contiguous, on the CPU) as they are kept; of the same shape."""
+    """A file's blocks, (rows, bytes) uint8, contiguous, on the CPU, as they are kept; of the same shape."""
     data = torch.empty_like(blocks)
-    take_apart(kind, blocks, split_parts(kind, data))
+    parts = [part.view(-1) for part in split_parts(kind, data)]
+    take_apart(kind, blocks, part_runs(kind, parts, len(blocks)))
     return data

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from penstock.engine.kernels.block_parts import are_finite, in_parts, split_parts, take_apart
+from penstock.engine.kernels.block_parts import are_finite, in_parts, part_runs, split_parts, take_apart
 from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.model.group_layout import GroupLayout, Rows
 from penstock.engine.model.shard import Piece
@@ -18,7 +18,8 @@ from penstock.scheduler.units import MIB
 from torch import Tensor
 
 BLOCK_BYTES = 8 * MIB
-APART_BYTES = MIB  # of blocks that are taken apart, by way of memory of their own: it stays in a core's cache
+APART_BYTES = MIB  # that are taken apart at a time, by way of memory of their own: it stays in a core's cache
+HEAD_ROWS = 128  # or a divisor, for most models: rows of a head, which a GGUF file may have in an order of its own
 
 
 class WeightSource(Protocol):
@@ -59,13 +60,25 @@ class Block:
 
     def fill(self, source: WeightSource, memory: Sequence[Tensor]) -> int:
         """Reads the pieces into memory for each range, uint8 on the CPU; returns the bytes read. What no piece covers
-        is left as it is, or zeros where the format is quantised."""
+        is left as it is."""
         if not self.format.is_quantised:
             return self._read(source, memory[0].view(TORCH_DTYPES[self.format.name]).view(self.shape))
-        blocks = (torch.empty if self.covered else torch.zeros)(self.shape, dtype=torch.uint8)
-        num_read = self._read(source, blocks)
-        take_apart(self.format.name, blocks, memory)
+        num_read = self._read_apart(source, memory)
         self._look_at(source, memory[-1].view(self.shape[0], -1))
+        return num_read
+
+    def _read_apart(self, source: WeightSource, memory: Sequence[Tensor]) -> int:
+        """Reads quantised pieces, a few rows at a time, to the memory of their parts. Threads share the interpreter,
+        and each view of a tensor hands it over: there is one for 1 MiB."""
+        num_read, runs = 0, part_runs(self.format.name, memory, self.shape[0])
+        for piece in self.pieces:
+            step, block = _rows_within(APART_BYTES, piece.num_cols), piece.to_col // self.format.nbytes
+            buffer = torch.empty(min(step, piece.num_rows), piece.num_cols, dtype=torch.uint8)
+            for first in range(0, piece.num_rows, step):
+                part = _rows_of(piece, first, min(first + step, piece.num_rows))
+                rows = buffer if part.num_rows == len(buffer) else buffer[: part.num_rows]
+                num_read += source.read_piece(part, rows)
+                take_apart(self.format.name, rows, runs, part.to_row, block)
         return num_read
 
     def _look_at(self, source: WeightSource, scales: Tensor) -> None:
@@ -110,13 +123,13 @@ def _read_floats(source: WeightSource, piece: Piece, kind: WeightFormat, out: Te
 
 
 def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
-    """The blocks of what is stored of a group, of at most BLOCK_BYTES or APART_BYTES (or one row); rows that no piece
-    touches are in no block."""
+    """The blocks of what is stored of a group, of at most BLOCK_BYTES (or one row); rows that no piece touches are in
+    no block."""
     for rows in layout.rows:
         row_bytes = rows.format.row_bytes(rows.num_cols)
-        most_rows = max(1, min(BLOCK_BYTES, APART_BYTES if rows.format.is_quantised else BLOCK_BYTES) // row_bytes)
-        for first in range(0, rows.num_rows, most_rows):
-            stop = min(first + most_rows, rows.num_rows)
+        step = _rows_within(BLOCK_BYTES, row_bytes)
+        for first in range(0, rows.num_rows, step):
+            stop = min(first + step, rows.num_rows)
             pieces = _clip(rows, first, stop)
             if pieces:
                 shape = (stop - first, row_bytes if rows.format.is_quantised else rows.num_cols)
@@ -125,12 +138,23 @@ def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
                 yield Block(layout.id, rows.format, shape, ranges, pieces, rows.read_as)
 
 
+def _rows_within(most_bytes: int, row_bytes: int) -> int:
+    """Rows that so many bytes hold, or one; whole heads where that is many."""
+    rows = max(1, most_bytes // row_bytes)
+    return rows - rows % HEAD_ROWS if rows > HEAD_ROWS else rows
+
+
 def _clip(rows: Rows, first: int, stop: int) -> tuple[Piece, ...]:
     """Says what the pieces of a run of rows put into its rows [first, stop)."""
     clipped = []
     for piece in rows.pieces:
         start, end = max(piece.to_row, first), min(piece.to_row + piece.num_rows, stop)
         if start < end:
-            row = piece.row + start - piece.to_row
-            clipped.append(replace(piece, row=row, num_rows=end - start, to_row=start - first))
+            part = _rows_of(piece, start - piece.to_row, end - piece.to_row)
+            clipped.append(replace(part, to_row=part.to_row - first))
     return tuple(clipped)
+
+
+def _rows_of(piece: Piece, first: int, stop: int) -> Piece:
+    """The rows [first, stop) of a piece."""
+    return replace(piece, row=piece.row + first, num_rows=stop - first, to_row=piece.to_row + first)

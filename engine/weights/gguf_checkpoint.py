@@ -9,9 +9,11 @@ from penstock.engine.model.weight_formats import FORMATS, QUANTISED
 from penstock.engine.weights.checkpoint import FILE_DTYPES, Checkpoint
 from penstock.engine.weights.gguf_file import read_gguf
 from penstock.engine.weights.headers import TensorEntry
+from penstock.scheduler.units import MIB
 from torch import Tensor
 
 PERMUTED = ("llama",)  # families whose q and k the converter permutes
+HEADS_BYTES = MIB // 2  # of whole heads that are put in order at a time
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -39,14 +41,17 @@ class GGUFCheckpoint(Checkpoint):
         return super()._row_bytes(entry)
 
     def _read_rows(self, name: str, row: int, col: int, out: Tensor) -> int:
-        """Reads as Checkpoint does; of permuted tensors whole heads, each in one read."""
+        """Reads as Checkpoint does; of permuted tensors whole heads, some at a time."""
         head_dim, num_read, last = self.head_dims.get(name), 0, row + len(out)
         if head_dim is None:
             return super()._read_rows(name, row, col, out)
-        for first in range(row - row % head_dim, last, head_dim):
-            head = out.new_empty(head_dim, out.shape[1])
-            num_read += super()._read_rows(name, first, col, head)
-            ordered = head.view(head_dim // 2, 2, -1).transpose(0, 1).reshape(head_dim, -1)
-            start, stop = max(row, first), min(last, first + head_dim)
+        row_bytes = out.shape[1] * out.element_size()
+        step = max(1, HEADS_BYTES // (head_dim * row_bytes)) * head_dim
+        for first in range(row - row % head_dim, last, step):
+            stop = min(first + step, -(-last // head_dim) * head_dim)
+            heads = out.new_empty(stop - first, out.shape[1])
+            num_read += super()._read_rows(name, first, col, heads)
+            ordered = heads.view(-1, head_dim // 2, 2, out.shape[1]).transpose(1, 2).reshape(heads.shape)
+            start, stop = max(row, first), min(last, stop)
             out[start - row : stop - row] = ordered[start - first : stop - first]
         return num_read
