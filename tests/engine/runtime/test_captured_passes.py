@@ -1,5 +1,4 @@
-"""Which passes are graphs, and that a start captures all of these; on a CPU, where what was captured is run step by
-step."""
+"""Passes that are graphs, all of which a start captures; on a CPU, where what was captured is run step by step."""
 
 import random
 from collections.abc import Callable, Hashable
