@@ -1,8 +1,7 @@
-"""Passes that are graphs, all of which a start captures; on a CPU, where what was captured is run step by step."""
+"""The passes that are graphs, all of which a start captures; on a CPU, where what was captured is run step by step."""
 
 import random
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,25 +38,23 @@ class Stepwise:
 
 @pytest.mark.parametrize("resident", ["all", "none"])
 def test_graphs_are_what_a_start_captures(resident):
-    """Prompts of any length, which come as rows end, are graphs where they are padded and nothing streams. What rows
-    ask for makes no graph that is not there; a prompt that is scored runs as it is."""
+    """Prompts of any length, which come as rows end, are graphs where nothing streams; but for those with a chunk that
+    continues. What rows ask for makes no graph that is not there."""
     rng = random.Random(1)
     prompts = [rng.choices(range(1, 1000), k=rng.randint(1, 30)) for _ in range(16)] + [[3] * 80]
     most = [rng.randint(2, 6) for _ in range(16)] + [9]
     params = [SamplingParams(max_tokens=n, ignore_eos=True, **ASKED[i % 4]) for i, n in enumerate(most)]
-    params[-1] = replace(params[-1], prompt_logprobs=0)
     with LLM("demo", resident=resident, **OPTIONS) as llm:
         runner, batches = llm.engine.worker.runner, []
         expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
         runner.graphs = graphs = Stepwise()
         with llm.engine.watched_by(BeginPass(batches.append)):
             assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
-        decode = runner.sizes.decode
         assert graphs.passes.keys() < set(runner.all_graphs)
-        assert {asked for size, asked in graphs.passes if size in decode} == {EVERYTHING, Asked()}
+        assert {asked for size, asked in graphs.passes if not size.num_starting} == {EVERYTHING, Asked()}
     with_prompts = [batch for batch in batches if not is_decode(batch)]
-    num_padded = sum(runner.sizes.find(batch) is not None for batch in with_prompts)
-    assert 3 < num_padded < len(with_prompts) < len(batches)
-    num_captured = num_padded if resident == "all" else 0
-    assert sum(size not in decode for size, _ in graphs.replayed) == num_captured
+    num_short = sum(not batch.num_continuing for batch in with_prompts)
+    assert 3 < num_short < len(with_prompts) < len(batches)
+    num_captured = num_short if resident == "all" else 0
+    assert sum(size.num_starting > 0 for size, _ in graphs.replayed) == num_captured
     assert len(graphs.replayed) == len(batches) - len(with_prompts) + num_captured

@@ -201,6 +201,6 @@ def test_tokens_are_free_whether_or_not_there_is_anybody_to_use_them():
     scheduler = scheduler_of(WORK)
     add(scheduler, 1, 100, 1)
     (batch,) = passes(scheduler, 1)
-    most = PassShape(scheduler.counts.num_free_tokens, 1, 0, 0, 0, 0)  # no token sees another one
+    most = PassShape(scheduler.counts.num_free_tokens, 1, 0, num_pairs=0, num_copied=0)
     assert scheduler.counts.num_free_tokens_used == batch.num_tokens == 100
     assert steps_s(WORK.steps, most, H200) == pytest.approx(WORK.streamed_bytes / 55e9, rel=0.02)
