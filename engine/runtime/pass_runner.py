@@ -105,7 +105,7 @@ class PassRunner:
 
     @property
     def all_graphs(self) -> list[tuple[BucketSize, Asked]]:
-        """The keys of all graphs, the largest first: each size of a pass, and what its rows ask."""
+        """The graphs from which passes are replayed, the largest first: a pass's size, and what its rows ask."""
         with_chunks = self.sizes.with_chunks[::-1] if self._captures_prompts else []
         decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
         return [(size, EVERYTHING) for size in with_chunks] + decode

@@ -227,3 +227,20 @@ def test_a_pass_that_was_announced_is_bound_while_the_one_before_runs(alone, mon
         assert [one.outputs[0].text for one in llm.generate(PROMPTS[:2], PARAMS)] == list(alone.values())[:2]
         num_passes = llm.engine.worker.executor.counters.num_passes
     assert done == ["bind"] * 2 + ["collect", "bind"] * (num_passes - 2) + ["collect"] * 2
+
+
+@pytest.mark.parametrize("options", [PREPARED, {"debug": {"lookahead": 1}}], ids=["announced", "submitted"])
+def test_text_is_made_while_the_next_pass_runs(options, monkeypatch):
+    done = []
+
+    def note(owner: object, name: str, what: str) -> None:
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: done.append(what) or call(*args))
+
+    with LLM("demo", **OPTIONS | options) as llm:
+        note(llm.engine, "submit", "pass")
+        note(llm.engine, "run_announced", "pass")
+        note(Sequence, "push", "text")
+        (output,) = llm.generate(PROMPTS[0], PARAMS)
+    num_tokens = len(output.outputs[0].token_ids)
+    assert done == ["pass"] + ["pass", "text"] * (num_tokens - 1) + ["text"]

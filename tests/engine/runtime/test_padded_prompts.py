@@ -55,7 +55,9 @@ def test_a_row_that_is_not_sampled_is_in_no_decode_pass():
     assert BucketSizes(8192, 256, SEGMENTS).find(Batch((row,))) is None
 
 
-@pytest.mark.parametrize("most_tokens, max_num_seqs", [(1, 1), (2, 1), (6, 6), (100, 6), (700, 256), (8192, 512)])
+@pytest.mark.parametrize(
+    "most_tokens, max_num_seqs", [(1, 1), (2, 1), (6, 6), (100, 6), (700, 256), (8192, 512), (8192, 2500)]
+)
 def test_no_size_is_larger_than_what_the_activations_hold(most_tokens, max_num_seqs):
     """There are at most 40 sizes with prompts, and each batch that is padded has one of these."""
     sizes = BucketSizes(most_tokens, max_num_seqs, SEGMENTS)

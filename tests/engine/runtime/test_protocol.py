@@ -61,6 +61,17 @@ def test_a_row_that_decodes_costs_two_numbers():
     assert pipe.num_ints - before <= 16 * (256 * 2 + 4) + 256 * 3
 
 
+def test_an_announced_pass_that_never_runs_changes_nothing():
+    """The rows of the pass that runs instead go on from the one that ran last."""
+    pipe = Pipe()
+    rank_0 = Messages(pipe)
+    rank_0.say_batch(Kind.BATCH, decode(0, num_rows=256, num_pages=100))
+    rank_0.say_batch(Kind.ANNOUNCED, decode(1, num_rows=256, num_pages=100))
+    before = pipe.num_ints
+    rank_0.say_batch(Kind.BATCH, decode(1, num_rows=256, num_pages=100))
+    assert pipe.num_ints - before == 256 * 2 + 4
+
+
 @pytest.mark.parametrize(
     "call", [Call("generate", b"12\1", number=3), Call(MEASURE, argument=-1), Call("", refusal="é")]
 )

@@ -166,12 +166,13 @@ def test_one_is_let_in_with_pages_left_for_those_that_grow():
 
 
 def test_an_urgent_request_gets_the_pages_that_others_would_grow_into():
-    """Rows are free, and of 16 pages one is."""
-    sched = scheduler(num_pages=17, policy="priority")
+    """It needs nine, of which five are free; one that gives way has five more."""
+    sched = scheduler(num_pages=21, policy="priority")
     others = [request(id, priority=1) for id in range(3)]
     add_all(sched, *others)
     run_pass(sched)
-    sched.add(urgent := request(3, 8))
+    assert (sched.num_running, sched.num_free_pages) == (3, 5)
+    sched.add(urgent := request(3, 20))
     run_pass(sched)
     assert urgent.output_token_ids == [9] and sched.counts.num_preemptions == 1
 

@@ -128,6 +128,7 @@ def test_throughput(monkeypatch, capsys):
     assert record["tokens_per_second"] == pytest.approx(record["total_num_tokens"] / record["elapsed_time"])
     assert record["output_tokens_per_second"] == pytest.approx(9 * 2 * 6 / record["elapsed_time"])
     assert 0 < record["passes_s"] < record["elapsed_time"]
+    assert record["requests"]["num_passes"] >= record["num_timed_passes"] and record["requests"]["moves"]["num_in"] == 0
     moved = record["num_timed_passes"] * record["streamed_bytes_per_pass_and_rank"]
     assert record["achieved_link_gb_s"] == pytest.approx(moved / record["elapsed_time"] / 1e9)
     check_bound(record, record["elapsed_time"])
