@@ -30,6 +30,7 @@ from penstock.scheduler.residency.compression_choice import Planned, choose_comp
 from penstock.scheduler.residency.decide import Residency
 from penstock.scheduler.residency.demand import KV_LEN, Demand
 from penstock.scheduler.residency.residency_table import Prediction, Variant, gives_up, short_table, table
+from penstock.scheduler.residency.search import STREAMING_GAIN
 from penstock.scheduler.units import GIB, show_bytes, show_count
 
 
@@ -185,8 +186,18 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "timeline_s": timeline_s(predict_timeline(plan.pass_plan, *step_seconds(plan, PassShape(1, 1, context)))),
         "attention_sinks": config.attention_sinks,
         "attention_window": config.attention_window,
-        "notes": [*residency.notes, *plan.notes],
+        "notes": [*residency.notes, *_notes(plan)],
     }
+
+
+def _notes(plan: EnginePlan) -> list[str]:
+    """The plan's notes, and why all weights stay where that was for the planner to choose."""
+    residency, demand = plan.residency, plan.demand
+    chosen = demand.resident == "auto" and demand.memory_bytes is not None
+    if not chosen or residency.streamed or residency.compressed:
+        return list(plan.notes)
+    why = f"streaming some of them would gain less than {STREAMING_GAIN:.0%} of the tokens/s"
+    return [f"all weights fit and stay: {why}", *plan.notes]
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:
@@ -222,5 +233,5 @@ def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) ->
     text = table(
         plan.residency, config.page_size, seqs, plan.rates, rows, others, free, describe_host_pages(config, plan)
     )
-    text += "".join(f"\nnote: {note}" for note in plan.notes)
+    text += "".join(f"\nnote: {note}" for note in _notes(plan))
     return text + (f"\nnote: context cut from {asked} to {context}, the longest one" if asked > context else "")

@@ -88,11 +88,20 @@ class Found(NamedTuple):
 
 class Family:
     """The splits of a demand: either all groups are plain, or those that may be compressed are. Groups of one name that
-    differ in size all count as `size` of them."""
+    differ in size all count as `size` of them. With `all_stay` none streams."""
 
-    def __init__(self, demand: Demand, cost: Cost, compressed: bool, size: Callable[[Sequence[int]], int] = max):
+    def __init__(
+        self,
+        demand: Demand,
+        cost: Cost,
+        compressed: bool,
+        size: Callable[[Sequence[int]], int] = max,
+        all_stay: bool = False,
+    ):
         self.demand, self.cost, self.compressed = demand, cost, compressed
         self.kinds = find_kinds(demand, cost.rates, compressed, size)
+        if all_stay:
+            self.kinds = [kind._replace(stay=(kind.total,)) for kind in self.kinds]
         *first, _ = self.kinds
         self._others = [others_of(first, stay) for stay in itertools.product(*(reversed(kind.stay) for kind in first))]
         self._order = [group.name for group, _ in demand.groups]

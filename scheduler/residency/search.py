@@ -1,4 +1,5 @@
-"""The split with the most predicted tokens/s, and for how many sequences.
+"""The split with the most predicted tokens/s, and for how many sequences. Where all weights fit, they stay, unless
+streaming some gains STREAMING_GAIN of the tokens/s.
 
 Torch-free. The number of sequences that is asked for need not be the best: with a few fewer all weights may stay,
 and the others wait. A pass over more sequences never takes less time, so a number between two known ones, low < high,
@@ -21,23 +22,46 @@ TOLERANCE = 0.003  # the share of the tokens/s that the number found may give le
 USUAL_SEQS = 512  # sequences that are let in wherever they fit; more only where that pays
 SHORT_LEN = 512  # tokens of each of these
 LEAST_GAIN = 0.05  # share of the tokens/s that twice as many must gain
+STREAMING_GAIN = 0.05  # share that streaming must gain where all weights fit: it slows one sequence, predictions err
 
 
 def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
     """The demand, with the planned number of sequences if no number was asked for, and the residency with the most
-    tokens/s; either all groups are plain, or those that may be compressed are. The residency is the one that leaves
-    most to the KV cache where not even one full sequence fits otherwise. That one is also tried where neither the
-    number nor the length of sequences is set and more of them would fit. Groups of one name that differ in size all
-    count as the largest, or as their mean where the split that is found so is faster, and allows sequences as long.
+    tokens/s, or that in which all weights stay, if they fit and streaming gains too little. Where groups stream, either
+    all are plain, or those that may be compressed are; those of one name that differ in size all count as the largest,
+    or as their mean where the split that is found so is faster, and allows sequences as long. The residency is the one
+    that leaves most to the KV cache where not even one full sequence fits otherwise. That one is also tried where
+    neither the number nor the length of sequences is set and more of them would fit.
 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
     check_demand(demand)
-    planned = _with_more_seqs(demand, cost, *_fastest(demand, cost, compressed, max))
-    if are_alike(demand) or not planned[1].streamed:
-        return planned
+    planned = _fastest(demand, cost, compressed, max)
+    if planned[1].streamed and not are_alike(demand):
+        planned = _or_by_mean(demand, cost, compressed, planned)
+    staying = _all_stay(demand, cost) if demand.resident == "auto" and planned[1].streamed else None
+    if staying and cost.tokens_s(*planned) < (1 + STREAMING_GAIN) * cost.tokens_s(*staying):
+        planned = staying
+    return _with_more_seqs(demand, cost, *planned)
+
+
+def _all_stay(demand: Demand, cost: Cost) -> tuple[Demand, Residency] | None:
+    """The fastest plan in which all weights stay as they are stored: the embedding, too, unless that costs more than
+    TOLERANCE, since its rows can be gathered from the host. None if not all fit beside the KV cache."""
+    groups = _best_plan(demand, Family(demand, cost, compressed=False, size=mean, all_stay=True))
+    everything = _best_plan(demand, Family(replace(demand, resident="all"), cost, compressed=False, size=mean))
+    if groups is None or everything is None:
+        return groups
+    return max(everything, groups, key=lambda each: cost.tokens_s(*each) * (1 + TOLERANCE * each[1].embed_resident))
+
+
+def _or_by_mean(
+    demand: Demand, cost: Cost, compressed: bool, planned: tuple[Demand, Residency]
+) -> tuple[Demand, Residency]:
+    """The plan, or the one that is found where groups of one name count as their mean, if it is better."""
     try:
-        other = _with_more_seqs(demand, cost, *_fastest_by_mean(demand, cost, compressed))
+        other = _fastest_by_mean(demand, cost, compressed)
+        _with_more_seqs(demand, cost, *other)
     except ValueError:  # the larger ones of those that stay are too many
         return planned
     is_as_long = other[1].max_model_len >= planned[1].max_model_len
@@ -61,15 +85,23 @@ def _fastest(
     demand: Demand, cost: Cost, compressed: bool, size: Callable[[Sequence[int]], int]
 ) -> tuple[Demand, Residency]:
     family = Family(demand, cost, compressed, size)
-    best, least = _best(family), family.split(family.smallest())
-    if best is None:
+    planned, least = _best_plan(demand, family), family.split(family.smallest())
+    if planned is None:
         return _plan_most(demand, least)
-    num_seqs, found = best
-    settled = demand.planned_for(num_seqs)
-    planned = settled, plan_residency(settled, family.split(found))
+    num_seqs = planned[0].max_num_seqs
     if _may_shorten(demand, num_seqs) and _holds(demand.planned_for(num_seqs + 1), least):
         return max((planned, _plan_most(demand, least)), key=lambda each: cost.tokens_s(*each))
     return planned
+
+
+def _best_plan(demand: Demand, family: Family) -> tuple[Demand, Residency] | None:
+    """The demand for the number of sequences with the most tokens/s, and its residency; None where nothing fits."""
+    best = _best(family)
+    if best is None:
+        return None
+    num_seqs, found = best
+    settled = demand.planned_for(num_seqs)
+    return settled, plan_residency(settled, family.split(found))
 
 
 def _with_more_seqs(demand: Demand, cost: Cost, kept: Demand, residency: Residency) -> tuple[Demand, Residency]:

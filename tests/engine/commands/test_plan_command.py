@@ -57,7 +57,11 @@ def two_seconds() -> float:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("options", [[LARGE, "-tp", "2", "--gpu-memory", "24GiB"], [HUGE, "-tp", "8"], [HUGE]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [[LARGE, "-tp", "2", "--gpu-memory", "24GiB"], [HUGE, "-tp", "8", "--gpu-memory", "100GiB"], [HUGE]],
+    ids=str,
+)
 def test_it_needs_neither_torch_nor_transformers_and_two_seconds(options, two_seconds):
     code = (
         "import sys\nfrom penstock.engine.commands.cli import main\n"
@@ -74,6 +78,10 @@ def test_it_needs_neither_torch_nor_transformers_and_two_seconds(options, two_se
 def test_a_model_that_fits_stays(capsys):
     shown = plan_json(capsys, "--model", SMALL, "--gpu-memory", "24GiB", "--max-num-seqs", "8")
     assert shown["streamed"] == [] and shown["embed_resident"] and shown["host_bytes"] == 0
+    note = "all weights fit and stay: streaming some of them would gain less than 5% of the tokens/s"
+    assert note in shown["notes"]
+    assert note not in plan_json(capsys, "--model", SMALL, "--gpu-memory", "8GiB")["notes"]
+    assert note not in plan_json(capsys, "--model", SMALL, "--gpu-memory", "24GiB", "--resident", "all")["notes"]
     assert len(shown["resident"]) == 65
     assert [p["bound"] for p in shown["predictions"]] == ["memory", "memory"]
     assert shown["memory_bytes"] == 24 * 2**30 >= sum(shown["claims_bytes"].values())
