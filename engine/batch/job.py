@@ -10,17 +10,19 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from penstock.engine.batch.output_log import sync_folder
 from penstock.engine.user_files import named_errors, read_json
+from penstock.scheduler.units import show_value
 
 SEMANTICS = 1  # raised when the same job would give other rows
 FIELDS = {"job": str, "created": int, "facts": dict, "shard": int, "num_shards": int, "errors": str | None}
 ANEW = "give another -o, or --force-new to begin anew"
-MOST_SHOWN = 16  # characters of a fact
+HASHES, MOST_SHOWN = ("input", "checkpoint"), 16  # facts of which so many characters are shown
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Job:
             begun = read_job(output)
         except ValueError as error:
             raise ValueError(f"{error} ({ANEW})") from None
-        other = _difference(begun.facts, self.facts)
+        other = difference(begun.facts, self.facts)
         for flag in ("shard", "errors"):
             before, now = begun.flags[flag], self.flags[flag]
             if before != now:
@@ -114,10 +116,17 @@ def read_job(output: Path) -> Job:
     return job
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first fact that is not what it was, empty if there is none."""
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first fact, or default, that is not what it was; empty if there is none."""
     for name in [*now, *before]:
-        if before.get(name) != now.get(name):
-            shown = [f"{str(facts.get(name))[:MOST_SHOWN]!s}" for facts in (before, now)]
-            return f"its {name.replace('_', ' ')} was {shown[0]}, and is {shown[1]}"
+        facts = before.get(name), now.get(name)
+        if facts[0] != facts[1] and name == "defaults":
+            return difference(*facts)
+        if facts[0] != facts[1]:
+            was, is_now = ("not given" if fact is None else _shown(name, fact) for fact in facts)
+            return f"its {name.replace('_', ' ')} was {was}, and is {is_now}"
     return ""
+
+
+def _shown(name: str, fact: Any) -> str:
+    return fact[:MOST_SHOWN] if name in HASHES else show_value(fact)

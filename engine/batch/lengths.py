@@ -19,12 +19,19 @@ class Lengths:
     def __init__(self):
         self._reached, self._stops = np.zeros(len(_STARTS)), np.zeros(len(_STARTS))
         self._random = np.random.default_rng(SEED)
+        self._num_ended = self._num_tokens = 0
 
     def ended(self, num_tokens: int, stopped: bool) -> None:
         """Takes in a sequence that has ended, by a stop or at its longest."""
+        self._num_ended, self._num_tokens = self._num_ended + 1, self._num_tokens + num_tokens
         self._reached += num_tokens > _STARTS
         if stopped and num_tokens:
             self._stops[np.searchsorted(_STARTS, num_tokens - 1, "right") - 1] += 1
+
+    @property
+    def mean(self) -> float:
+        """The tokens of a sequence that has ended; 0 before one has."""
+        return self._num_tokens / max(self._num_ended, 1)
 
     def draw(self, num_tokens: np.ndarray, most: np.ndarray, running: np.ndarray) -> np.ndarray:
         """Tokens that sequences may still get, drawn by those shares: they have `num_tokens` (N,) by now, and get

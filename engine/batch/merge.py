@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from penstock.engine.batch.in_order import copied
-from penstock.engine.batch.job import Job, read_job
+from penstock.engine.batch.job import Job, difference, read_job
 from penstock.engine.batch.output_log import OutputLog
 from penstock.engine.batch.row_form import RowForm, has_failed, number_of
 
@@ -51,8 +51,13 @@ def _check_parts(parts: list[str]) -> list[Job]:
     jobs = [read_job(Path(part)) for part in parts]
     part_of: dict[int, str] = {}
     for part, job in zip(parts, jobs):
-        if (job.name, job.num_shards) != (jobs[0].name, jobs[0].num_shards):
-            raise ValueError(f"--merge {part}: is of another job than {parts[0]}, or is split otherwise")
+        if job.name != jobs[0].name:
+            other = difference(jobs[0].facts, job.facts)
+            raise ValueError(f"--merge {part}: is of another job than {parts[0]}: {other}")
+        if job.num_shards != jobs[0].num_shards:
+            raise ValueError(
+                f"--merge {part}: is one of {job.num_shards} shards, and {parts[0]} of {jobs[0].num_shards}"
+            )
         if job.shard in part_of:
             raise ValueError(f"--merge {part}: is shard {job.shard}/{job.num_shards}, as {part_of[job.shard]} is")
         part_of[job.shard] = part

@@ -54,10 +54,13 @@ class Meter:
         """Says that no row waits."""
         self.drains_s = self.drains_s or time.perf_counter()
 
-    def recent(self) -> tuple[float, float, float]:
-        """Output tokens a second, tokens a pass and seconds a pass of late; zeros before there is a pass."""
-        first = len(self._times_s) - 1
-        while first > 0 and self._times_s[-1] - self._times_s[first] < RECENT_S:
+    def recent(self, least_passes: float = 0) -> tuple[float, float, float]:
+        """Output tokens a second, tokens a pass and seconds a pass of late: of RECENT_S, and of so many passes at
+        least; zeros before there is a pass."""
+        first, ended = len(self._times_s) - 1, self._num_passes[-1]
+        while first > 0 and (
+            self._times_s[-1] - self._times_s[first] < RECENT_S or ended - self._num_passes[first] < least_passes
+        ):
             first -= 1
         seconds = self._times_s[-1] - self._times_s[first]
         tokens, passes = self._tokens[-1] - self._tokens[first], self._num_passes[-1] - self._num_passes[first]

@@ -132,7 +132,8 @@ class OutputLog:
 
 
 def _open_locked(path: Path) -> int:
-    """Opens a file for appending, and locks it. Raises ValueError if another process holds it."""
+    """Opens a file for appending, and locks it. Raises ValueError if another process holds it, or if nothing can be
+    locked there."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -147,6 +148,9 @@ def _open_locked(path: Path) -> int:
             raise ValueError(f"{path}: another job writes it now") from None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            os.close(descriptor)
+            raise ValueError(f"{path}: cannot be locked there: {error.strerror} (flock has to work)") from None
         os.close(descriptor)  # another process has replaced it in between
 
 

@@ -159,8 +159,9 @@ class BatchRun:
             self._tell(self)
 
     def seconds_left(self) -> float | None:
-        """The seconds until all rows have run, as it looks now; None before anything is known."""
-        _, tokens_a_pass, pass_s = self.meter.recent()
+        """The seconds until all rows have run, as it looks now; None before anything is known. What a pass gives is
+        taken over the life of a sequence: those that began together are short, and then long, together."""
+        _, tokens_a_pass, pass_s = self.meter.recent(self.outlook.lengths.mean)
         if not pass_s:
             return None
         requests = [one.request for row in self._rows() for one in row.sequences if one.request.finish_reason is None]

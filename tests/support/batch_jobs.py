@@ -158,10 +158,10 @@ class StubLLM:
 
     tokenizer = None
 
-    def __init__(self, max_num_seqs: int = 256, stop_share: float = 0.0):
+    def __init__(self, max_num_seqs: int = 256, stop_share: float = 0.0, scheduler: Scheduler | None = None):
         self.config, self.clock = EngineConfig(), Clock()
         self.engine = StubEngine(stop_share, self.clock)
-        scheduler = Scheduler(max_num_seqs, 4096, max_model_len=256, page_size=16, num_pages=16 * max_num_seqs + 1)
+        scheduler = scheduler or Scheduler(max_num_seqs, 4096, 256, page_size=16, num_pages=16 * max_num_seqs + 1)
         self.loop = Loop(scheduler, self.engine)
         self.prompts = ModelPrompts(self.config, self.tokenizer, VOCAB_SIZE, scheduler.limits)
 

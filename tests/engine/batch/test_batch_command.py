@@ -165,7 +165,8 @@ def test_another_job_is_refused_in_one_line_and_its_output_kept(llm, reference, 
     assert "is the output of another job: its input was " in said()[1][-1]
     write_lines(given, ROWS[:3])
     for flags, message in (
-        (("--temperature", "0"), "its defaults was {}, and is {'temperature'"),
+        (("--temperature", "0"), "its temperature was not given, and is 0.0 "),
+        (("--served-model-name", "a-name-of-more-than-16-letters"), "and is 'a-name-of-more-than-16-letters' "),
         (("--seed", "5"), "its seed was 0, and is 5"),
         (("--shard", "1/2"), "--shard was 0/1, and is 1/2"),
     ):

@@ -2,6 +2,7 @@
 
 import pytest
 from penstock.engine.batch import meter
+from penstock.scheduler.batching.scheduler import Scheduler
 
 from tests.support.batch_jobs import STOP, StubLLM, line, run_here, write_lines
 
@@ -31,3 +32,17 @@ def test_the_end_is_foreseen(tmp_path, said, monkeypatch, name, seats, lengths, 
     predicted = summary["predicted"][AFTER[after]]
     assert after <= predicted["share"] <= after + 0.05
     assert abs(predicted["seconds"] / summary["seconds"] - 1) <= within
+
+
+def test_the_end_is_foreseen_where_rows_grow_together(tmp_path, said, monkeypatch):
+    """Rows of 100 and 100 tokens: the cache holds 20 of them, and 38 that have just begun. Passes are so long
+    that a few of them say nothing of the others."""
+    llm = StubLLM(scheduler=Scheduler(64, 4096, 256, page_size=4, num_pages=1001))
+    monkeypatch.setattr(llm.clock, "LINK_S", 2.0)
+    monkeypatch.setattr(meter, "time", llm.clock)
+    row = {"prompt": [5] * 100, "max_tokens": 100, "ignore_eos": True}
+    texts = [line(str(number), **row) for number in range(200)]
+    assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
+    summary = said()[0]
+    assert summary["preemptions"] > 0 and len(summary["predicted"]) == 2
+    assert all(abs(one["seconds"] / summary["seconds"] - 1) <= 0.05 for one in summary["predicted"])

@@ -1,6 +1,7 @@
 """The output as a log: whole lines or none, one writer, a torn tail cut, and what is said when it takes no more."""
 
 import errno
+import fcntl
 import os
 import resource
 import threading
@@ -94,6 +95,15 @@ def test_there_is_one_writer(file, how):
         assert second() == 0
     with closing(OutputLog("-o", file)) as log:
         assert read(log) == [(0, TWO)]
+
+
+def test_a_file_system_without_locks_is_refused(file, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match=r"out.jsonl: cannot be locked there: No locks available \(flock has to work"):
+        OutputLog("-o", file)
 
 
 def test_a_full_disk_leaves_whole_lines_and_says_so(file):

@@ -1,7 +1,10 @@
 """A job that is split over processes, whose outputs are merged: each row once, or a refusal that says what is
 missing."""
 
+import dataclasses
+
 import pytest
+from penstock.engine.batch.job import read_job
 from penstock.engine.commands.cli import main
 
 from tests.support.batch_jobs import (
@@ -56,7 +59,7 @@ def test_two_processes_give_what_one_gives(shards, tmp_path):
     [
         (lambda folder, whole, one, two: [one], "--merge: shard 1/2 is missing"),
         (lambda folder, whole, one, two: [one, one], "is shard 0/2, as "),
-        (lambda folder, whole, one, two: [whole, one], "is of another job than"),
+        (lambda folder, whole, one, two: [whole, one], "part 0.jsonl: is one of 2 shards, and "),
         (lambda folder, whole, one, two: [one, folder / "none.jsonl"], "none.jsonl.job: No such file"),
         (lambda folder, whole, one, two: [one.parent / "in.jsonl"], "in.jsonl: is no output of a batch job: "),
     ],
@@ -65,6 +68,20 @@ def test_parts_that_are_no_whole_are_refused(shards, tmp_path, capsys, choose, m
     _, whole, parts = shards
     assert merged(*choose(tmp_path, whole, *parts), into=tmp_path / "all.jsonl") == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_part_of_another_job_is_refused_by_what_differs(shards, tmp_path, capsys):
+    _, _, (one, two) = shards
+    job, other = read_job(two), tmp_path / "other.jsonl"
+    for change in ({"seed": 1}, {"defaults": job.facts["defaults"] | {"max_tokens": 7}}):
+        dataclasses.replace(job, facts=job.facts | change).keep(other)
+        other.touch()
+        assert merged(one, other, into=tmp_path / "all.jsonl") == 2
+        said = capsys.readouterr().err
+        assert f"--merge {other}: is of another job than {one}: its " in said
+        assert (
+            "its seed was 0, and is 1\n" if "seed" in change else "its max tokens was not given, and is 7\n"
+        ) in said
 
 
 def test_rows_that_have_not_run_are_missed(shards, tmp_path, capsys):
