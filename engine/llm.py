@@ -185,7 +185,8 @@ class LLM:
             for sequence in itertools.chain(*by_prompt):
                 self.loop.add(sequence)
             while self.loop.has_unfinished:
-                for event in self.loop.advance():
+                events = self.loop.advance()
+                for event in events if listener.listens else ():
                     prompt = prompts[event.sequence.request.id]
                     error = listener.tell(prompt, event.sequence.index, event.text, event.is_last)
                     for sequence in by_prompt[prompt] if error else ():

@@ -19,8 +19,6 @@ those that wait go on.
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 from penstock.engine.compute.sampler import NAN_LOGITS, SampleOutput
@@ -34,8 +32,7 @@ from penstock.scheduler.batching.scheduler import Scheduler
 LOGGER = logging.getLogger("penstock.loop")
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """News of a sequence: a token, with the text that can no longer become part of a stop string (often none), or its
     end, or both."""
 
@@ -191,48 +188,55 @@ class Loop:
         events: list[Event] = []
         start = 0
         for row, request in ended.scored:
-            self._try(request, partial(_score_prompt, ended.sampled, row, start), events)
+            if (sequence := self._sequence_of(request)) is not None:
+                self._try(sequence, events, _score_prompt, ended.sampled, row, start)
             start += row.num_scored
         for index, request in enumerate(ended.requests):
-            text = self._try(request, partial(self._push, ended.sampled, index), events)
+            if (sequence := self._sequence_of(request)) is None:
+                continue
+            text = self._try(sequence, events, self._push, ended.sampled, index)
             if text is not None:
                 is_last = request.finish_reason is not None
-                sequence = self._sequences.pop(request.id) if is_last else self._sequences[request.id]
+                if is_last:
+                    del self._sequences[request.id]
                 events.append(Event(sequence, text, is_last))
         return events
 
-    def _try(self, request: Request | None, make: Callable[[Sequence], str], events: list[Event]) -> str | None:
-        """The text that `make` gives of a request's sequence; None if that has ended, or ends now since it fails."""
-        sequence = None if request is None else self._sequences.get(request.id)
-        if sequence is None:
-            return None
+    def _sequence_of(self, request: Request | None) -> Sequence | None:
+        """The sequence of a request; None if it has ended."""
+        return None if request is None else self._sequences.get(request.id)
+
+    def _try(
+        self, sequence: Sequence, events: list[Event], make: Callable[..., str], sampled: SampleOutput, *which
+    ) -> str | None:
+        """The text that `make` gives of a sequence, and of what a pass sampled; None if it fails, and so ends now."""
         try:
-            return make(sequence)
+            return make(sequence, sampled, *which)
         except Exception as error:
-            self._fail([request], "its text could not be made", error, events)
+            self._fail([sequence.request], "its text could not be made", error, events)
             return None
 
-    def _push(self, sampled: SampleOutput, index: int, sequence: Sequence) -> str:
+    def _push(self, sequence: Sequence, sampled: SampleOutput, index: int) -> str:
         """Gives a sequence its newest token, and returns its new text. The token that ends it is not part of the text,
         as in vLLM."""
         request = sequence.request
-        if request.finish_reason == FinishReason.ERROR:
+        reason = request.finish_reason
+        is_last = reason is not None
+        if is_last and reason is FinishReason.ERROR:
             sequence.fail(NAN_LOGITS)
             return sequence.take_text()
         token = request.output_token_ids[-1]
         if request.params.logprobs is not None:
             sequence.add_logprobs(token, *sampled.logprobs.at(index, request.params.logprobs))
-        stop = None
-        if request.finish_reason != FinishReason.STOP:
-            stop = sequence.push(token)
-        if stop is None and request.finish_reason is not None:
+        stop = None if is_last and reason is FinishReason.STOP else sequence.push(token)
+        if stop is None and is_last:
             stop = sequence.flush()
         if stop is not None:
             self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
         return sequence.take_text()
 
 
-def _score_prompt(sampled: SampleOutput, row: BatchRow, start: int, sequence: Sequence) -> str:
+def _score_prompt(sequence: Sequence, sampled: SampleOutput, row: BatchRow, start: int) -> str:
     """Gives a sequence the log probabilities of its prompt that its row gave, from `start` of the pass's on."""
     rows = slice(start, start + row.num_scored)
     sequence.add_prompt_logprobs(sampled.prompt_logprobs.packed(rows, row.scores.num_top))

@@ -107,10 +107,15 @@ class Listener:
         self.raised: list[tuple[int, Exception]] = []
         self._deaf: set[int] = set()
 
+    @property
+    def listens(self) -> bool:
+        """Tells whether there is anybody to be told."""
+        return self.on_text is not None
+
     def tell(self, prompt: int, index: int, text: str, is_last: bool) -> Exception | None:
         """Calls `on_text` with the text, if there is any, and with None at the end. Returns what it raised, if it
         did."""
-        if self.on_text is None or prompt in self._deaf:
+        if not self.listens or prompt in self._deaf:
             return None
         try:
             for told in [text] * bool(text) + [None] * is_last:

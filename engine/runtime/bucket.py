@@ -12,6 +12,7 @@ sampler that no request has, and the reserved page; padded rows of one token hav
 All buckets share the memory of a `Staging`: a pass is sent when the one before it is ahead of it on the device.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ class HostTable:
 
     def fill(self, rows: Sequence[BatchRow], num_rows: int, pad_row: int) -> None:
         """Writes rows of one token, then padded ones up to `num_rows`."""
-        columns = [(row.tokens[0], row.start, row.index, row.num_cached + 1) for row in rows]
-        if rows:
-            self.values[: len(rows), :PAGES] = columns
+        columns = [(row.tokens[0], row.start, row.index, row.start - row.num_evicted + 1) for row in rows]
+        flat = itertools.chain.from_iterable(columns)  # numpy takes half the time for numbers in a row
+        self.values[: len(rows), :PAGES] = numpy.fromiter(flat, numpy.int32, len(rows) * PAGES).reshape(-1, PAGES)
         self.values[len(rows) : num_rows, :PAGES] = (0, 0, pad_row, 0)
         self.pages.fill([row.pages for row in rows] + [()] * (num_rows - len(rows)))
 

@@ -8,8 +8,10 @@ from penstock.scheduler.batching.batch import NO_HISTORY, NO_TOKEN, BatchRow, Hi
 from penstock.scheduler.batching.decode_order import keep_order
 from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
 from penstock.scheduler.batching.pages import pages_for
-from penstock.scheduler.batching.request import Request, RowSampling
+from penstock.scheduler.batching.request import ON_DEVICE, Request, RowSampling
 from penstock.scheduler.batching.retention import Retention
+
+NEXT = (ON_DEVICE,)  # the tokens of a row whose last one the host has not seen yet
 
 
 class Composer:
@@ -86,7 +88,8 @@ class Composer:
     def _row(self, request: Request, end: int, samples: bool) -> BatchRow:
         """The row that computes a request up to `end`, behind which it `samples` if no known token is left."""
         start, sampling, history = request.num_computed_tokens, None, NO_HISTORY
-        tokens = tuple(request.tokens_between(start, end))
+        is_ahead = start == request.num_tokens  # of what the host has seen
+        tokens = NEXT if is_ahead else tuple(request.tokens_between(start, end))
         if not request.is_told:
             sampling = RowSampling.of(request)
             history = History.of(request) if sampling.has_penalty else NO_HISTORY
@@ -101,7 +104,7 @@ class Composer:
     def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
         """Makes the request's page table anew if it is another one for its first `end` tokens."""
         num_pages = pages_for(self._retention.margin + end - num_evicted, self._seats.page_size)
-        if (num_pages, num_evicted) != (len(request.page_table), request.num_evicted):
+        if num_pages != len(request.page_table) or num_evicted != request.num_evicted:
             request.page_table, request.num_evicted = self._retention.page_table(request.pages, end), num_evicted
 
 

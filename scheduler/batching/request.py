@@ -261,9 +261,11 @@ class Request:
 
     def most_tokens(self, max_model_len: int) -> int:
         """Prompt and output tokens of the request at its longest."""
-        if self.params.max_tokens is None:
+        output = self.params.max_tokens
+        if output is None:
             return max_model_len
-        return min(len(self.prompt_token_ids) + self.params.max_tokens, max_model_len)
+        most = len(self.prompt_token_ids) + output
+        return most if most < max_model_len else max_model_len  # min() takes three times as long, for each row
 
 
 @dataclass(frozen=True)

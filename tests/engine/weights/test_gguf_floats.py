@@ -59,10 +59,13 @@ def test_what_is_kept_does_not_depend_on_how_loading_is_cut(file, monkeypatch, b
     made = plan(file, 2, resident="none")
     with open_source(EngineConfig(str(file)), file, made) as source:
         whole = load_weights(source, made.rank_layout(1), set(), False, CPU)
+        monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 2 * block_bytes)
         monkeypatch.setattr(blocks_module, "APART_BYTES", block_bytes)
         cut = load_weights(source, made.rank_layout(1), set(), False, CPU)
     for group, span in whole.resident.items():
         assert torch.equal(cut.resident[group], span), group
+    holds_heads = block_bytes > 128 * 300  # rows of a head
+    assert (cut.bytes_read == whole.bytes_read) == holds_heads, "a head that is cut is read twice"
     whole.close(), cut.close()
 
 
