@@ -150,7 +150,8 @@ class RemoteEngine:
             journey.sequence.add_prompt_logprobs(binascii.a2b_base64(told.packed))
 
     def _hear_outputs(self, told: Outputs) -> None:
-        """Gives each sequence, and its client, what came."""
+        """Gives each sequence, and its client, what came: the last rows of a pass first, among which those are that
+        began in it, since their clients have waited longest."""
         now_s = time.perf_counter()
         self.state = EngineState(*told.state)
         for request_id, num_cached in told.rows:
@@ -161,7 +162,8 @@ class RemoteEngine:
                 journey.sequence.logprobs.append({token: Logprob(*rest) for token, *rest in position})
         ends = {request_id: rest for request_id, *rest in told.ends}
         moved = []
-        for request_id, count, token, text in zip(told.ids, told.counts, told.tokens, told.texts, strict=True):
+        news = list(zip(told.ids, told.counts, told.tokens, told.texts, strict=True))
+        for request_id, count, token, text in reversed(news):
             journey = self._journeys.get(request_id)
             if journey is not None:
                 self._move(journey, count, token, text, ends.pop(request_id, None), now_s)

@@ -1,16 +1,20 @@
 """The pair of sockets between front and engine: messages come as they were sent, in order, and no side waits for the
-other one."""
+other one; and in which order clients hear what they say."""
 
 import math
 import socket
 import threading
 
 import pytest
+from penstock.engine.output import Sequence
 from penstock.engine.runtime.pass_times import Timed
 from penstock.engine.server.channel import Channel
-from penstock.engine.server.engine_state import pass_heard, pass_told
+from penstock.engine.server.engine_state import EngineState, pass_heard, pass_told
 from penstock.engine.server.messages import Abort, Add, Dead, Loading, Outputs, Ready, Scores, Stop, of_line, to_line
-from penstock.scheduler.batching.request import FinishReason
+from penstock.engine.server.metrics import Metrics
+from penstock.engine.server.outbox import Outbox
+from penstock.engine.server.remote_engine import RemoteEngine
+from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 from penstock.scheduler.cost.pass_work import PassShape
 from penstock.scheduler.cost.time_model import PassTime
 
@@ -122,3 +126,17 @@ def test_the_end_comes_behind_all_messages(ends):
             ours.receive()
     ours.send(Stop())  # nobody hears it
     assert not ours.has_unsent
+
+
+def test_rows_that_began_in_a_pass_are_told_first():
+    """They are its last ones; clients are served in the order in which they are told."""
+    engine, told = RemoteEngine(Metrics()), []
+    engine._send = lambda message: None
+    for number in range(3):
+        sequence = Sequence(Request(number, [1, 2], SamplingParams(max_tokens=9)), 0, None, {})
+        outbox = Outbox([sequence], 1)
+        outbox.put = lambda piece, number=number: told.append((number, piece.text))
+        engine.add(outbox)
+    state = list(EngineState())
+    engine._hear_outputs(Outputs([0, 1, 2], [1, 1, 1], [5, 5, 5], ["a", "b", "c"], [], [], [], None, state))
+    assert told == [(2, "c"), (1, "b"), (0, "a")]
