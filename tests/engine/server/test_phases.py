@@ -4,9 +4,12 @@ import asyncio
 import dataclasses
 import json
 import threading
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 from penstock.engine.llm import LLM
+from penstock.engine.runtime import heap
 from penstock.engine.server import service
 from penstock.engine.server.admission import Admission
 from penstock.engine.server.encoding import sequences_of
@@ -15,6 +18,7 @@ from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.outbox import Outbox
 from penstock.engine.server.remote_engine import RemoteEngine
+from penstock.engine.server.server import Server
 from penstock.engine.text.model_prompts import ModelPrompts
 
 from penstock import SamplingParams
@@ -275,3 +279,14 @@ def test_options_that_cannot_be_meant_are_refused():
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ServeOptions(**wrong)
     assert ServeOptions(served_model_name="a/b, c").names("demo") == ["a/b", "c"]
+
+
+@pytest.mark.parametrize("phase", ["ready", "dead"])
+def test_a_front_that_is_ready_sets_its_modules_aside(phase, monkeypatch):
+    """So that a full collection does not hold up its clients."""
+    called, server = [], object.__new__(Server)
+    monkeypatch.setattr(heap, "set_aside", lambda: called.append("aside"))
+    server.service = SimpleNamespace(open=AsyncMock(), phase=phase, started_s=0.0)
+    server._changed, server._say = asyncio.Event(), lambda text: called.append("said")
+    asyncio.run(server._open())
+    assert called == (["aside", "said"] if phase == "ready" else [])
