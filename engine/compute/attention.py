@@ -19,6 +19,7 @@ that a pass has the same bits at any residency:
 
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,9 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
     for part in context.continuing:
         if isinstance(part, PagedChunks):
             calls["behind"] += 1
-            attend_behind_(q[part.chunks.tokens], cache, part, window)
+            assert cache.key_rope is None, "keys in pages are rotated"
+            pages = Pages(part.page_table, cache.page_size, cache.margin)
+            attend_chunks_(q[part.chunks.tokens], cache.keys, cache.values, part.chunks, window, pages)
         else:
             calls["gathered"] += 1
             attend_chunks_(q[part.chunks.tokens], *gather(cache, part.addresses, part.positions), part.chunks, window)
@@ -104,29 +107,16 @@ def attend_paged(q: Tensor, cache: CachedLayer, context: PagedContext, window: i
     decode_attention(q[:, None], *pages, out[:, None], scale, window, cache.page_size, context.work, **where)
 
 
-def attend_behind_(q: Tensor, cache: CachedLayer, context: PagedChunks, window: int | None) -> None:
-    """Overwrites q (n, H, E), the queries of chunks, with its attention over the pages of their rows, whose keys are
-    rotated."""
-    assert cache.key_rope is None
-    if _has_kernel(q.device, q.dtype):
-        pages = Pages(context.page_table, cache.page_size, cache.margin)
-        attend_blocks_(q, cache.keys, cache.values, context.chunks.blocks, window, pages)
-        return
-    for row, (k, v) in zip(context.chunks.ranges, _read_pages(cache, context)):
-        _attend_row_(q, k, v, row, q.shape[-1] ** -0.5, window)
+def _addresses(pages: Tensor, num_tokens: int, page_size: int, margin: int) -> Tensor:
+    """The places in the cache (C,) of the first tokens of a row, whose pages are these (P,)."""
+    entries = torch.arange(num_tokens, device=pages.device) + margin
+    return pages[entries // page_size].long() * page_size + entries % page_size
 
 
-def _read_pages(cache: CachedLayer, context: PagedChunks) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values (C, K, E) of each row of chunks, for those who attend row by row."""
-    for pages, row in zip(context.page_table, context.chunks.ranges):
-        yield gather(cache, *_row_entries(cache, pages, row.num_context))
-
-
-def _row_entries(cache: CachedLayer, pages: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Addresses and positions of a row's first tokens, which its pages (P,) hold."""
+def _read_pages(cache: CachedLayer, pages: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (C, K, E) of the first tokens of a row, whose pages are these (P,)."""
     positions = torch.arange(num_tokens, device=pages.device)
-    entries = positions + cache.margin
-    return pages[entries // cache.page_size].long() * cache.page_size + entries % cache.page_size, positions
+    return gather(cache, _addresses(pages, num_tokens, cache.page_size, cache.margin), positions)
 
 
 def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,14 +128,19 @@ def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Te
     return keys, values
 
 
-def attend_chunks_(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None) -> None:
+def attend_chunks_(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None, pages: Pages | None = None
+) -> None:
     """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E). Tokens
-    that are in no chunk stay as they are."""
+    that are in no chunk stay as they are. With `pages` k and v are a cache, and each row's context begins at 0."""
     if _has_kernel(q.device, q.dtype):
-        attend_blocks_(q, k, v, chunks.blocks, window)
+        attend_blocks_(q, k, v, chunks.blocks, window, pages)
         return
-    for row in chunks.ranges:
-        _attend_row_(q, k, v, row, q.shape[-1] ** -0.5, window)
+    for index, row in enumerate(chunks.ranges):
+        own = slice(None)
+        if pages is not None:
+            own = _addresses(pages.table[index], row.num_context, pages.page_size, pages.margin)
+        _attend_row_(q, k[own], v[own], row, q.shape[-1] ** -0.5, window)
 
 
 def row_contexts(
@@ -158,11 +153,11 @@ def row_contexts(
     _, own_k, own_v = _split_heads(heads, cache.keys.shape[1])
     lengths = [] if context.paged is None else context.paged.lengths.tolist()
     for row, length in enumerate(lengths):
-        entries = _row_entries(cache, context.paged.page_table[row], length)
-        yield slice(row, row + 1), RowRange(0, 1, 0, length), *gather(cache, *entries)
+        yield slice(row, row + 1), RowRange(0, 1, 0, length), *_read_pages(cache, context.paged.page_table[row], length)
     for part in context.continuing:
         if isinstance(part, PagedChunks):
-            yield from _own_contexts(part.chunks, _read_pages(cache, part))
+            lengths = (row.num_context for row in part.chunks.ranges)
+            yield from _own_contexts(part.chunks, map(partial(_read_pages, cache), part.page_table, lengths))
         else:
             k, v = gather(cache, part.addresses, part.positions)
             yield from _own_contexts(part.chunks, itertools.repeat((k, v)))

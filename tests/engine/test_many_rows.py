@@ -20,7 +20,7 @@ NUM_ROWS, NUM_DISTINCT = 620, 31
 
 
 def test_every_row_of_hundreds_is_as_alone():
-    """Compares tokens of 620 rows, in decode passes of up to 700 that shrink as rows end, with 31 requests alone."""
+    """Compares tokens of 620 rows, in decode passes of up to 640 that shrink as rows end, with 31 requests alone."""
     rng = random.Random(0)
     prompts = [rng.choices(range(500), k=rng.randint(1, 4)) for _ in range(NUM_DISTINCT)]
     params = [SamplingParams(max_tokens=2 + i % 5, ignore_eos=True, **CHOICES[i % 4]) for i in range(NUM_DISTINCT)]
@@ -29,7 +29,7 @@ def test_every_row_of_hundreds_is_as_alone():
     order = rng.choices(range(NUM_DISTINCT), k=NUM_ROWS)
     with LLM("demo", max_num_seqs=700, debug={"as_on_gpu": True, "poison": True}, **OPTIONS) as llm:
         found = tokens_of(llm.generate([prompts[i] for i in order], [params[i] for i in order]))
-        assert {size.num_tokens for size in llm.engine.worker.runner.buckets} >= {700, 512, 256}
+        assert {size.num_tokens for size in llm.engine.worker.runner.buckets} >= {640, 512, 256}
         assert llm.loop.scheduler.counts.num_passes < 10  # all at once
     assert found == [alone[i] for i in order]
 

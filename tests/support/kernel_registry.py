@@ -33,6 +33,7 @@ from penstock.engine.kernels import (
     stored_embedding,
     stored_linear,
 )
+from penstock.engine.kernels.prompt_attention import Pages
 from penstock.engine.planning.step_cost import MATRICES
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.weights.kept_group import Blocks, Lossless
@@ -170,8 +171,10 @@ def _attend_by_reference(*arguments, **reading) -> None:
     decode_attention.decode_attention_reference(*arguments[:9], **reading)  # without work
 
 
-def _attend_chunks_by_kernel(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None) -> None:
-    prompt_attention._attend_blocks_triton(q, k, v, chunks.blocks, window)
+def _attend_chunks_by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None, pages: Pages | None = None
+) -> None:
+    prompt_attention._attend_blocks_triton(q, k, v, chunks.blocks, window, pages)
 
 
 def _embed_by_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:
