@@ -3,8 +3,11 @@ test has the same random tensors and examples in every run, whichever tests run 
 new-examples looks for others). Files that take long come first."""
 
 import os
+import signal
 from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; tests interrupt jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests share two cores with their ranks
 
 import pytest
