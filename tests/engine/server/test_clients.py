@@ -24,7 +24,7 @@ CHOOSES = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "do
 WRITES = {"output_type": "generate_until", "doc_to_target": "{{gold}}"}
 WRITES |= {"generation_kwargs": {"until": [UNTIL], "max_gen_toks": MOST, "do_sample": False, "temperature": 0}}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-# A fault of Python 3.11 where several threads of a program call ast.parse at once (python/cpython#106905).
+# A fault of Python 3.11, whose parser loses count of its own depth now and then (python/cpython#106905).
 NOT_OURS = "AST constructor recursion depth mismatch"
 
 
