@@ -19,7 +19,6 @@ that a pass has the same bits at any residency:
 
 import itertools
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -107,16 +106,10 @@ def attend_paged(q: Tensor, cache: CachedLayer, context: PagedContext, window: i
     decode_attention(q[:, None], *pages, out[:, None], scale, window, cache.page_size, context.work, **where)
 
 
-def _addresses(pages: Tensor, num_tokens: int, page_size: int, margin: int) -> Tensor:
-    """The places in the cache (C,) of the first tokens of a row, whose pages are these (P,)."""
-    entries = torch.arange(num_tokens, device=pages.device) + margin
-    return pages[entries // page_size].long() * page_size + entries % page_size
-
-
-def _read_pages(cache: CachedLayer, pages: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (C, K, E) of the first tokens of a row, whose pages are these (P,)."""
-    positions = torch.arange(num_tokens, device=pages.device)
-    return gather(cache, _addresses(pages, num_tokens, cache.page_size, cache.margin), positions)
+def _read_pages(cache: CachedLayer, page_table: Tensor, row: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (C, K, E) of the first tokens of a row of a page table (R, P)."""
+    positions = torch.arange(num_tokens, device=page_table.device)
+    return gather(cache, Pages(page_table, cache.page_size, cache.margin).addresses(row, positions), positions)
 
 
 def gather(cache: CachedLayer, addresses: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +132,7 @@ def attend_chunks_(
     for index, row in enumerate(chunks.ranges):
         own = slice(None)
         if pages is not None:
-            own = _addresses(pages.table[index], row.num_context, pages.page_size, pages.margin)
+            own = pages.addresses(index, torch.arange(row.num_context, device=q.device))
         _attend_row_(q, k[own], v[own], row, q.shape[-1] ** -0.5, window)
 
 
@@ -153,11 +146,13 @@ def row_contexts(
     _, own_k, own_v = _split_heads(heads, cache.keys.shape[1])
     lengths = [] if context.paged is None else context.paged.lengths.tolist()
     for row, length in enumerate(lengths):
-        yield slice(row, row + 1), RowRange(0, 1, 0, length), *_read_pages(cache, context.paged.page_table[row], length)
+        context_of = _read_pages(cache, context.paged.page_table, row, length)
+        yield slice(row, row + 1), RowRange(0, 1, 0, length), *context_of
     for part in context.continuing:
         if isinstance(part, PagedChunks):
-            lengths = (row.num_context for row in part.chunks.ranges)
-            yield from _own_contexts(part.chunks, map(partial(_read_pages, cache), part.page_table, lengths))
+            rows = enumerate(part.chunks.ranges)
+            own = (_read_pages(cache, part.page_table, index, row.num_context) for index, row in rows)
+            yield from _own_contexts(part.chunks, own)
         else:
             k, v = gather(cache, part.addresses, part.positions)
             yield from _own_contexts(part.chunks, itertools.repeat((k, v)))

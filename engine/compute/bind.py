@@ -25,7 +25,7 @@ from penstock.engine.compute.inputs import (
 from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting, make_cutting
 from penstock.engine.kernels.decode_work import list_work
-from penstock.engine.kernels.prompt_attention import list_blocks
+from penstock.engine.kernels.prompt_attention import Pages, list_blocks
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.batching.request import ON_DEVICE
@@ -139,8 +139,7 @@ class Binder:
         return GatheredContext(chunks, self._addresses(pages, of_context, positions), positions)
 
     def _addresses(self, pages: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        entries = positions + self.margin
-        return pages[rows, entries // self.page_size].long() * self.page_size + entries % self.page_size
+        return Pages(pages, self.page_size, self.margin).addresses(rows, positions)
 
     def _put(self, values: list | numpy.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return to_device(values, dtype, self.last_tokens.device)

@@ -44,6 +44,11 @@ class Pages(NamedTuple):
     page_size: int
     margin: int = 0
 
+    def addresses(self, rows: Tensor | int, positions: Tensor) -> Tensor:
+        """The places in the cache (C,) of keys at `positions` (C,) int64, of one row or of `rows` (C,)."""
+        entries = positions + self.margin
+        return self.table[rows, entries // self.page_size].long() * self.page_size + entries % self.page_size
+
 
 def list_blocks(rows: Iterable[Row]) -> list[tuple[int, int, int, int, int]]:
     """The blocks of rows, whose queries are the last tokens of their context: the block's first query; where the

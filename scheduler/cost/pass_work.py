@@ -26,7 +26,7 @@ GATHERED_TOKENS = 8192  # of contexts that are copied at a time for several chun
 
 def padded_tokens(num_tokens: int) -> int:
     """The tokens to which a pass with prompts is padded, if the budget of a pass allows as many."""
-    step = SMALL_STEP if num_tokens <= SMALL else STEP
+    step = _padding_step(num_tokens)
     return -(-num_tokens // step) * step
 
 
@@ -34,8 +34,12 @@ def unpadded_tokens(num_tokens: int) -> int:
     """The most tokens of a pass with prompts, up to so many, that are not padded."""
     if num_tokens > MOST_PADDED_TOKENS:
         return num_tokens
-    step = SMALL_STEP if num_tokens <= SMALL else STEP
+    step = _padding_step(num_tokens)
     return num_tokens // step * step
+
+
+def _padding_step(num_tokens: int) -> int:
+    return SMALL_STEP if num_tokens <= SMALL else STEP
 
 
 @dataclass(frozen=True)

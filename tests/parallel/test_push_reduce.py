@@ -18,11 +18,17 @@ from penstock.parallel.push_reduce import (
     push_reduce,
 )
 
-from tests.support.emulated_ranks import assert_at_rest, connect_ranks, no_hang, run_together, sum_of
+from tests.support.emulated_ranks import (
+    DENSE,
+    SIZES,
+    assert_at_rest,
+    connect_ranks,
+    no_hang,
+    run_together,
+    sum_of,
+)
 from tests.support.kernel_proof import (
-    CONTIGUOUS,
     DEVICE,
-    Layout,
     adversarial,
     counted,
     equal,
@@ -31,9 +37,6 @@ from tests.support.kernel_proof import (
     same_bits,
     within,
 )
-
-SIZES = (2, 3, 4, 8)
-DENSE = (CONTIGUOUS, Layout("viewed", before=64), Layout("from any word", before=2))
 
 
 def sum_everywhere(peers, parts):

@@ -12,12 +12,18 @@ from penstock.parallel.two_step_reduce import BLOCK_WORDS, MOST_BYTES, STEPS, bu
 from torch import Tensor
 
 from tests.support import sharing_ranks
-from tests.support.emulated_ranks import assert_at_rest, connect_sharing_ranks, no_hang, run_in_steps, sum_of
+from tests.support.emulated_ranks import (
+    DENSE,
+    SIZES,
+    assert_at_rest,
+    connect_sharing_ranks,
+    no_hang,
+    run_in_steps,
+    sum_of,
+)
 from tests.support.forked_ranks import fork_ranks
 from tests.support.kernel_proof import (
-    CONTIGUOUS,
     DEVICE,
-    Layout,
     adversarial,
     counted,
     equal,
@@ -27,8 +33,6 @@ from tests.support.kernel_proof import (
     within,
 )
 
-SIZES = (2, 3, 4, 8)
-DENSE = (CONTIGUOUS, Layout("viewed", before=64), Layout("from any word", before=2))
 BLOCK_BYTES = BLOCK_WORDS * WORD_BYTES
 MOST = 32 * BLOCK_BYTES  # of a part here
 

@@ -9,9 +9,11 @@ from penstock.parallel.push_reduce import EMPTY, MAX_PROGRAMS, NUM_HALVES, PART_
 from penstock.parallel.two_step_reduce import STEPS, buffer_shape
 from torch import Tensor
 
-from tests.support.kernel_proof import DEVICE
+from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout
 
 HANG_S = 30
+SIZES = (2, 3, 4, 8)  # ranks
+DENSE = (CONTIGUOUS, Layout("viewed", before=64), Layout("from any word", before=2))  # of what is summed
 
 
 def connect_ranks(size: int) -> list[PeerBuffers]:
