@@ -47,6 +47,24 @@ def test_a_signal_while_rows_are_sorted_leaves_the_output_as_it_was(tmp_path, sa
     assert sorted(output.read_bytes().splitlines()) == sorted(kept.splitlines())
 
 
+def test_a_signal_while_the_last_rows_run_leaves_the_sorting_to_the_next_start(tmp_path, said, monkeypatch):
+    given, output, advance = write_many(tmp_path / "in.jsonl", 9), tmp_path / "out.jsonl", Loop.advance
+
+    def advancing(loop):
+        events = advance(loop)
+        if not loop.has_unfinished:
+            send(signal.SIGTERM)
+        return events
+
+    monkeypatch.setattr(Loop, "advance", advancing)
+    assert run_here(StubLLM(), given, output, "--order", "input") == 143
+    assert said()[0]["done"] == len(rows_of(output)) == 9
+    kept = output.read_bytes()
+    monkeypatch.setattr(Loop, "advance", advance)
+    assert run_here(StubLLM(), given, output, "--order", "input") == 0
+    assert output.read_bytes() != kept and sorted(output.read_bytes().splitlines()) == sorted(kept.splitlines())
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     """As SIGINT in the background of a script."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
