@@ -213,10 +213,14 @@ def test_rows_are_synced_by_themselves_and_a_failed_sync_ends_the_job(file, monk
 
 
 def test_many_rows_are_synced_at_once(file, monkeypatch):
-    synced = threading.Event()
+    synced, waits = threading.Event(), threading.Event()
     monkeypatch.setattr(syncing, "MOST_S", 3600.0)
     monkeypatch.setattr(syncing.os, "fsync", lambda descriptor: synced.set())
     with closing(OutputLog("-o", file)) as log:
+        news = log._syncing._news
+        wait_for = news.wait_for
+        news.wait_for = lambda comes, timeout=None: (timeout and waits.set()) or wait_for(comes, timeout)
         log.append([ONE])
+        assert waits.wait(timeout=60), "for more rows"
         log.append([TWO] * syncing.MOST_ROWS)
         assert synced.wait(timeout=60)

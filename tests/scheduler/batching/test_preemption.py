@@ -170,8 +170,8 @@ def test_an_urgent_request_computes_in_the_next_pass():
 
 
 def test_an_urgent_prompt_comes_before_the_rest_of_others():
-    """With a row and pages for it, and a prompt that takes several passes before it: until it has its tokens it takes of
-    each pass what it can."""
+    """There are a row and pages for it, and one before it computes a prompt of several passes: it takes of each pass
+    what it can."""
     sched = scheduler(num_pages=40, max_num_batched_tokens=8, policy="priority")
     first, urgent, computed = request(0, 40, priority=1), request(1, 12), []
     sched.add(first)
