@@ -71,7 +71,7 @@ def blocks_of(num: int) -> list[Block]:
 
 
 def test_in_host_memory_too_what_was_used_last_stays():
-    """What loses its page a second time, having come back, counts as used then."""
+    """A block that loses its page a second time, having come back, counts as used then."""
     host, (first, second, third) = HostPages(2), blocks_of(3)
     for block in (first, second, first, third):
         host.keep(block)
