@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
 
 def describe(run: BatchRun, left_s: float | None) -> str:
     """The speed of late, its share of the bound, and when the job ends."""
-    tokens_s, _, _ = run.meter.recent()
+    tokens_s = run.meter.tokens_s
     parts = [f"{tokens_s:.{0 if tokens_s >= 100 else 1}f} tokens/s"]
     if run.meter.bound is not None:
         parts.append(f"{run.meter.share_of_bound:.2f} of the {run.meter.bound} bound")
