@@ -22,6 +22,7 @@ from penstock.scheduler.batching.limits import Limits
 from penstock.scheduler.cost.time_model import PassTime
 
 SAMPLE = 200  # rows whose prompts are encoded
+MOST_PLAYED = 10**5  # sequences; once, so more than on the way
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class Estimate:
 
 
 def estimate(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: DoneRows) -> Estimate:
-    """The prediction for all rows that have not run. Raises ValueError for prompts that cannot be encoded, and if not
-    one sequence fits."""
+    """The prediction for all rows that have not run. Raises ValueError for prompts that cannot be encoded."""
     limits = Limits(longest_sequence(config, plan), plan.residency.num_pages - 1, plan.retention)
     passes = Passes(pass_work(plan), plan.rates, plan.max_num_batched_tokens, plan.max_num_seqs, limits)
     outlook, rows = Outlook(passes), 0
@@ -60,8 +60,8 @@ def estimate(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: Do
         rows += 1
         outlook.add_row(done.lines, index)
     sequences, outputs = outlook.num_waiting, outlook.most_tokens
-    played = outlook.play(most_played=sequences)
-    pass_time = played.pass_time(played.most_rows, played.most_rows * sequences / max(outputs, 1))
+    played = outlook.play(most_played=MOST_PLAYED)
+    pass_time = played.costs.pass_time(played.most_rows, played.most_rows * sequences / max(outputs, 1))
     tokens = (round(sequences * outlook.prompt), outputs)
     return Estimate(rows, sequences, *tokens, played.most_rows, round(played.passes), played.seconds, pass_time)
 

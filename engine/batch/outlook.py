@@ -12,7 +12,7 @@ from penstock.engine.batch.lengths import Lengths
 from penstock.engine.batch.play import Passes, Play, Sequences, play
 from penstock.scheduler.batching.request import Request, RequestState
 
-MOST_PLAYED = 2048  # sequences that have not begun, or two for each row of a pass; of more a share is played
+MOST_PLAYED = 8192  # sequences that have not begun; of more a share is played
 SEED = 0
 
 
@@ -67,13 +67,11 @@ class Outlook:
         """Plays until all have ended. Of all prompts a share is `shared`, and neither computed nor kept for each."""
         running, others = ([one for one in in_flight if _runs(one) is runs] for runs in (True, False))
         known = np.array([self._known(one) for one in running + others], dtype=np.float64).reshape(-1, 3)
-        table = np.concatenate([known, self._later(max(most_played, 2 * self.passes.most_rows))])
+        table = np.concatenate([known, self._later(most_played)])
         prompts, got, most = table.T
         outputs = self.lengths.draw(got, most, got[: len(running)])
-        own = prompts * (1 - shared) + got
-        to_compute = np.where(np.arange(len(own)) < len(running), 0.0, own)
-        num_more = self.num_waiting + len(known) - len(table)
-        return play(self.passes, Sequences(to_compute, outputs, own + outputs / 2), num_more)
+        sequences = Sequences(prompts * (1 - shared) + got, outputs, len(running))
+        return play(self.passes, sequences, self.num_waiting + len(known) - len(table))
 
     def _known(self, request: Request) -> tuple[int, int, int]:
         """The tokens of its prompt, those that it has got, and those that it gets in all at the longest."""

@@ -24,11 +24,13 @@ from penstock.scheduler.batching.request import Request
 from penstock.scheduler.batching.scheduler import Scheduler
 from penstock.scheduler.cost.pass_work import PassWork, StepWork
 from penstock.scheduler.cost.time_model import Rates
+from penstock.scheduler.units import GB
 
 from tests.support.fake_engine import FakeEngine
 
 MODEL = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-model-len", "64")
 FORK_S = 120
+RATES = Rates(link_gb_s=1, memory_gb_s=1, gemm_tflops=1, reduce_latency_s=0, reduce_gb_s=1, source="none")
 TOKEN, STOP, VOCAB_SIZE = 5, 7, 2**16  # those that the engine without a model gives, and how many there are
 
 
@@ -153,11 +155,10 @@ class StubEngine(FakeEngine):
 
 
 class StubLLM:
-    """An LLM as a job needs it, with such an engine; by default one whose link takes LINK_S a pass, and hides
-    HIDDEN_TOKENS."""
+    """An LLM as a job needs it, with such an engine. Without `work` its passes take `link_s`, or longer if they have
+    more tokens than `hidden_tokens`."""
 
     tokenizer = None
-    LINK_S, HIDDEN_TOKENS = 0.2, 400
 
     def __init__(
         self,
@@ -165,12 +166,12 @@ class StubLLM:
         stops: Callable[[Request], bool] = lambda request: False,
         scheduler: Scheduler | None = None,
         work: PassWork | None = None,
-        rates: Rates | None = None,
+        rates: Rates = RATES,
+        link_s: float = 0.2,
+        hidden_tokens: int = 400,
     ):
-        rates = rates or Rates(1, 1, 1, 0, 1, "none")
-        token_flops = int(rates.gemm_tflops * 1e12 * self.LINK_S / self.HIDDEN_TOKENS)
-        streamed_bytes = int(self.LINK_S * rates.link_gb_s * 1e9)
-        work = work or PassWork(streamed_bytes, 0, ((StepWork("linear", token_flops=token_flops), 1),))
+        linear = StepWork("linear", token_flops=int(RATES.gemm_tflops * 1e12 * link_s / hidden_tokens))
+        work = work or PassWork(int(RATES.link_gb_s * GB * link_s), 0, ((linear, 1),))
         self.config, self.engine = EngineConfig(), StubEngine(stops, work, rates)
         self.clock = self.engine.clock
         scheduler = scheduler or Scheduler(max_num_seqs, 4096, 256, page_size=16, num_pages=16 * max_num_seqs + 1)
