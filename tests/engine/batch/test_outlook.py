@@ -115,7 +115,7 @@ def test_the_end_is_foreseen_where_rows_grow_together(errors_of):
 
 
 def test_the_end_is_foreseen_where_rows_begin_alike(errors_of):
-    """What is cached of a prompt is not computed, and takes no pages of a row's own."""
+    """Tokens that are cached are not computed, and take no pages of a row's own."""
     llm = StubLLM(scheduler=Scheduler(64, 4096, 256, page_size=4, num_pages=1001, prefix_caching=True))
     rows = [{"prompt": [5] * 100 + [number] * 20, "max_tokens": 60, "ignore_eos": True} for number in range(500)]
     errors = errors_of(llm, rows)
@@ -127,7 +127,8 @@ def test_the_end_is_foreseen_where_rows_begin_alike(errors_of):
 def test_a_job_of_a_planned_engine_is_foreseen_before_it_begins_and_on_its_way(
     errors_of, tmp_path, resident, stop_share
 ):
-    """Where all weights stream most of the job is ramp; where none do, passes with prompts are many times as long."""
+    """Jobs where all weights stream, of which most is ramp, and where none do: there passes with prompts are many times
+    as long."""
     model = str(SHAPES / "Llama-3-8B.json")
     config = EngineConfig(model=model, device_profile="h200", resident=resident, load_format="dummy", max_num_seqs=128)
     plan = plan_of(config)
