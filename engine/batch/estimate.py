@@ -5,27 +5,30 @@ Lengths are taken as the longest that rows ask for, so a job that stops earlier 
 
 import functools
 import itertools
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from penstock.engine.batch.done_rows import DoneRows
+from penstock.engine.batch.outlook import Outlook
+from penstock.engine.batch.play import Passes
 from penstock.engine.batch.rows import Row, RowReader
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.engine_plan import EnginePlan, longest_sequence
-from penstock.engine.planning.predictions import most_seqs, pass_work
+from penstock.engine.planning.predictions import pass_work
 from penstock.engine.server.requests import Completion
 from penstock.engine.text.model_text import load_tokenizer, make_chat_reader
 from penstock.engine.user_files import open_file
-from penstock.scheduler.cost.pass_work import PassShape
-from penstock.scheduler.cost.time_model import PassTime, predict_pass
+from penstock.scheduler.batching.limits import Limits
+from penstock.scheduler.cost.time_model import PassTime
 
 SAMPLE = 200  # rows whose prompts are encoded
+MOST_PLAYED = 10**5  # sequences; once, so more than on the way
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A job as it is predicted: `num_at_once` sequences run in each pass, and `pass_time` is that of one between ramp
-    and drain."""
+    """A job as it is predicted: `num_at_once` sequences run at most, and `pass_time` is that of a pass in which so many
+    do, and as many begin as end."""
 
     rows: int
     sequences: int
@@ -47,50 +50,29 @@ class Estimate:
 
 
 def estimate(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: DoneRows) -> Estimate:
-    """The prediction for all rows that have not run. Raises ValueError for prompts that cannot be encoded, and if not
-    one sequence fits."""
-    lines, longest = done.lines, longest_sequence(config, plan)
-    prompt = _mean_prompt_tokens(config, plan, reader, done)
-    rows = sequences = prompts = outputs = 0
+    """The prediction for all rows that have not run. Raises ValueError for prompts that cannot be encoded."""
+    limits = Limits(longest_sequence(config, plan), plan.residency.num_pages - 1, plan.retention)
+    passes = Passes(pass_work(plan), plan.rates, plan.max_num_batched_tokens, plan.max_num_seqs, limits)
+    outlook, rows = Outlook(passes), 0
+    for num_tokens in _sampled_prompts(config, plan, reader, done):
+        outlook.note_prompt(num_tokens)
     for index in done.pending():
         rows += 1
-        sequences += lines.num_sequences[index]
-        most = lines.most_tokens[index] or longest
-        outputs += lines.num_sequences[index] * max(min(most, longest - math.ceil(prompt)), 1)
-    prompts = round(sequences * prompt)
-    mean = outputs / max(sequences, 1)
-    fit = most_seqs(plan.kept, plan.residency, min(math.ceil(prompt + mean / 2), plan.residency.max_model_len))
-    if not fit:
-        raise ValueError(f"not one sequence of {math.ceil(prompt + mean)} tokens fits into the KV cache")
-    seats = max(min(fit, sequences), 1)
-    pass_time, share = _steady_pass(plan, seats, prompt, mean)
-    drain = mean / 2 if sequences > seats else 0.0  # in which, on average, half of the last ones have ended
-    passes = math.ceil((outputs / seats + drain) * share)
-    return Estimate(rows, sequences, prompts, outputs, seats, passes, passes * pass_time.total_s, pass_time)
+        outlook.add_row(done.lines, index)
+    sequences, outputs = outlook.num_waiting, outlook.most_tokens
+    played = outlook.play(most_played=MOST_PLAYED)
+    pass_time = played.costs.pass_time(played.most_rows, played.most_rows * sequences / max(outputs, 1))
+    tokens = (round(sequences * outlook.prompt), outputs)
+    return Estimate(rows, sequences, *tokens, played.most_rows, round(played.passes), played.seconds, pass_time)
 
 
-def _steady_pass(plan: EnginePlan, seats: int, prompt: float, output: float) -> tuple[PassTime, float]:
-    """A pass in which as many prompts come as sequences end; and how many passes one token of each takes, more than
-    one if the prompts do not fit into it."""
-    came = seats / max(output, 1.0)
-    passes = max((seats + came * prompt) / plan.max_num_batched_tokens, 1.0)
-    num_tokens, read = (seats + came * prompt) / passes, seats * (prompt + output / 2) / passes
-    pairs = read + came * prompt * (prompt + 1) / 2 / passes
-    shape = PassShape(round(num_tokens), max(round(seats / passes), 1), 0, round(pairs), round(read), 0)
-    return predict_pass(pass_work(plan), shape, plan.rates), passes
-
-
-def _mean_prompt_tokens(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: DoneRows) -> float:
-    """The tokens of a prompt, over rows evenly spread."""
+def _sampled_prompts(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: DoneRows) -> Iterator[int]:
+    """The tokens of prompts, of rows evenly spread."""
     lines, count = done.lines, _Counter(config, plan.spec.vocab_size)
     step = max((done.num_rows - done.num_done) // SAMPLE, 1)
     with open_file(lines.path) as stream:
-        counts = [
-            num_tokens
-            for index in itertools.islice(done.pending(), 0, None, step)
-            for num_tokens in count.tokens_of(reader.read(lines.read(stream, index), lines.numbers[index]))
-        ]
-    return sum(counts) / max(len(counts), 1)
+        for index in itertools.islice(done.pending(), 0, None, step):
+            yield from count.tokens_of(reader.read(lines.read(stream, index), lines.numbers[index]))
 
 
 class _Counter:

@@ -1,5 +1,7 @@
 """Measures a job as it runs: tokens and passes by time, and the bound of its passes."""
 
+import itertools
+import statistics
 import time
 from array import array
 from collections import Counter
@@ -8,6 +10,7 @@ from penstock.engine.runtime.pass_times import PassTimes
 
 SAMPLE_S = 1.0  # between two samples: a week of them takes 15 MB
 RECENT_S = 30.0
+PACES = 60  # samples
 FULL = 0.95  # the share of its usual tokens a second from which on a job counts as full
 
 
@@ -18,9 +21,9 @@ class Meter:
         self._passes = times.keep()
         self.began_s = time.perf_counter()
         self.num_tokens = self.num_passes = 0
-        self.passes_s = 0.0
+        self.passes_s = self.predicted_s = 0.0
         self.bounds_s: Counter = Counter()  # by what binds
-        self._times_s, self._tokens, self._num_passes = array("d", [self.began_s]), array("Q", [0]), array("Q", [0])
+        self._times_s, self._tokens, self._predicted_s = array("d", [self.began_s]), array("Q", [0]), array("d", [0.0])
         self.drains_s: float | None = None  # since when no row waits
         self._ended_s: float | None = None
 
@@ -40,6 +43,7 @@ class Meter:
         for _, measured_s, predicted, _ in self._passes:
             self.num_passes += 1
             self.passes_s += measured_s
+            self.predicted_s += predicted.total_s
             self.bounds_s[predicted.bound] += predicted.bound_s
         self._passes.clear()
         now_s = time.perf_counter()
@@ -47,24 +51,29 @@ class Meter:
             return False
         self._times_s.append(now_s)
         self._tokens.append(self.num_tokens)
-        self._num_passes.append(self.num_passes)
+        self._predicted_s.append(self.predicted_s)
         return True
 
     def drain(self) -> None:
         """Says that no row waits."""
         self.drains_s = self.drains_s or time.perf_counter()
 
-    def recent(self, least_passes: float = 0) -> tuple[float, float, float]:
-        """Output tokens a second, tokens a pass and seconds a pass of late: of RECENT_S, and of so many passes at
-        least; zeros before there is a pass."""
-        first, ended = len(self._times_s) - 1, self._num_passes[-1]
-        while first > 0 and (
-            self._times_s[-1] - self._times_s[first] < RECENT_S or ended - self._num_passes[first] < least_passes
-        ):
-            first -= 1
-        seconds = self._times_s[-1] - self._times_s[first]
-        tokens, passes = self._tokens[-1] - self._tokens[first], self._num_passes[-1] - self._num_passes[first]
-        return (tokens / seconds, tokens / passes, seconds / passes) if passes else (0.0, 0.0, 0.0)
+    @property
+    def tokens_s(self) -> float:
+        """Output tokens a second of late; 0 before a second has gone by."""
+        times_s = self._times_s
+        first = next((at for at in range(len(times_s) - 1, 0, -1) if times_s[-1] - times_s[at] >= RECENT_S), 0)
+        seconds = times_s[-1] - times_s[first]
+        return (self._tokens[-1] - self._tokens[first]) / seconds if seconds else 0.0
+
+    @property
+    def pace(self) -> float | None:
+        """The seconds that go by while passes run for which one second was predicted: the median of late, since now and
+        then they wait for other work, and most at first. None before anything is known."""
+        times_s, predicted_s = self._times_s[-PACES:], self._predicted_s[-PACES:]
+        both = zip(itertools.pairwise(times_s), itertools.pairwise(predicted_s))
+        paces = [(now_s - then_s) / (now - then) for (then_s, now_s), (then, now) in both if now > then]
+        return statistics.median(paces) if paces else None
 
     @property
     def share_of_bound(self) -> float:

@@ -8,6 +8,7 @@ from penstock.engine.batch.run import BatchRun
 from tqdm import tqdm
 
 LINE_S = 60.0  # between two lines where there is no terminal; the first comes after a sixth of it
+PREDICT_S = 10.0  # between two predictions, each of which takes the host up to a tenth of a second
 MARKS = (0.05, 0.2)  # shares of the rows of a run at which its prediction is kept
 
 
@@ -17,6 +18,8 @@ class Progress:
     def __init__(self, num_rows: int, num_done: int):
         self.num_rows, self.num_before = num_rows, num_done
         self.predicted: list[dict[str, float]] = []  # the whole run's seconds, as they looked at MARKS
+        self._seconds: float | None = None  # of the whole run, as they looked last
+        self._next_s = 0.0
         self._bar = None
         if sys.stderr.isatty():
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
@@ -32,8 +35,7 @@ class Progress:
 
     def show(self, run: BatchRun) -> None:
         """Shows the state of the run, which calls this each second."""
-        left_s = run.seconds_left()
-        self._keep(run, left_s)
+        left_s = self._seconds_left(run)
         if self._bar is not None:
             self._bar.set_postfix_str(describe(run, left_s), refresh=False)
             self._bar.update(run.done.num_done - self._bar.n)
@@ -43,10 +45,17 @@ class Progress:
             line = f"{run.done.num_done}/{self.num_rows} rows, {describe(run, left_s)}"
             print(f"penstock batch: {line}", file=sys.stderr, flush=True)
 
-    def _keep(self, run: BatchRun, left_s: float | None) -> None:
+    def _seconds_left(self, run: BatchRun) -> float | None:
+        """The seconds of the run that are left, predicted anew now and then, and at MARKS."""
         share = (run.done.num_done - self.num_before) / max(self.num_rows - self.num_before, 1)
-        if left_s is not None and len(self.predicted) < len(MARKS) and share >= MARKS[len(self.predicted)]:
-            self.predicted.append({"share": round(share, 4), "seconds": run.meter.elapsed_s + left_s})
+        is_mark = len(self.predicted) < len(MARKS) and share >= MARKS[len(self.predicted)]
+        elapsed_s = run.meter.elapsed_s
+        if is_mark or elapsed_s >= self._next_s:
+            left_s, self._next_s = run.seconds_left(), elapsed_s + PREDICT_S
+            self._seconds = None if left_s is None else elapsed_s + left_s
+        if is_mark and self._seconds is not None:
+            self.predicted.append({"share": round(share, 4), "seconds": self._seconds})
+        return None if self._seconds is None else max(self._seconds - elapsed_s, 0.0)
 
 
 def duration(seconds: float) -> str:
@@ -56,7 +65,7 @@ def duration(seconds: float) -> str:
 
 def describe(run: BatchRun, left_s: float | None) -> str:
     """The speed of late, its share of the bound, and when the job ends."""
-    tokens_s, _, _ = run.meter.recent()
+    tokens_s = run.meter.tokens_s
     parts = [f"{tokens_s:.{0 if tokens_s >= 100 else 1}f} tokens/s"]
     if run.meter.bound is not None:
         parts.append(f"{run.meter.share_of_bound:.2f} of the {run.meter.bound} bound")

@@ -8,6 +8,7 @@ from penstock.engine.batch.done_rows import DoneRows
 from penstock.engine.batch.job_files import JobFiles
 from penstock.engine.batch.meter import Meter
 from penstock.engine.batch.outlook import Outlook
+from penstock.engine.batch.play import Passes
 from penstock.engine.batch.results import error_line, line_of
 from penstock.engine.batch.row_form import has_failed
 from penstock.engine.batch.rows import Row, RowReader
@@ -57,7 +58,9 @@ class BatchRun:
         self.lines, self.job = done.lines, done.job
         self.in_flight: dict[int, InFlight] = {}  # by request id
         self.meter = Meter(llm.engine.times)
-        self.outlook = Outlook(llm.loop.scheduler.max_model_len)
+        scheduler, engine = llm.loop.scheduler, llm.engine
+        sizes = (scheduler.max_num_batched_tokens, scheduler.max_num_seqs, scheduler.limits)
+        self.outlook = Outlook(Passes(engine.work, engine.rates, *sizes))
         self.num_prompt_tokens = 0
         self._lines: list[bytes] = []  # of rows that have ended, not written yet
 
@@ -89,7 +92,7 @@ class BatchRun:
 
     def _in_order(self) -> Iterator[int]:
         seats = self.llm.loop.scheduler.max_num_seqs
-        longest = self.outlook.longest
+        longest = self.llm.loop.scheduler.max_model_len
         return in_windows(
             self.done.pending(),
             max(WINDOW, QUEUED * seats),
@@ -126,6 +129,7 @@ class BatchRun:
                 sequence.request.seed = (self.job.seed(row.number) + number) & _MASK
         one = InFlight(index, row, sequences, echoes, len(sequences))
         for sequence in sequences:
+            self.outlook.note_prompt(len(sequence.request.prompt_token_ids))
             self.in_flight[sequence.request.id] = one
             self.llm.loop.add(sequence)
 
@@ -159,13 +163,12 @@ class BatchRun:
             self._tell(self)
 
     def seconds_left(self) -> float | None:
-        """The seconds until all rows have run, as it looks now; None before anything is known. What a pass gives is
-        taken over the life of a sequence: those that began together are short, and then long, together."""
-        _, tokens_a_pass, pass_s = self.meter.recent(self.outlook.lengths.mean)
-        if not pass_s:
+        """The seconds until all rows have run, as it looks now; None before anything is known."""
+        if (pace := self.meter.pace) is None:
             return None
+        counts = self.llm.loop.scheduler.counts
         requests = [one.request for row in self._rows() for one in row.sequences if one.request.finish_reason is None]
-        return self.outlook.passes_left(requests, tokens_a_pass) * pass_s
+        return self.outlook.play(requests, counts.num_hit_tokens / max(counts.num_asked_tokens, 1)).seconds * pace
 
     def _rows(self) -> list[InFlight]:
         return list({one.index: one for one in self.in_flight.values()}.values())

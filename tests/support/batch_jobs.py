@@ -19,14 +19,18 @@ from penstock.engine.loop import Loop
 from penstock.engine.runtime.pass_times import PassTimes
 from penstock.engine.text.model_prompts import ModelPrompts
 from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.batching.filling import Filling
+from penstock.scheduler.batching.request import Request
 from penstock.scheduler.batching.scheduler import Scheduler
-from penstock.scheduler.cost.pass_work import PassWork
+from penstock.scheduler.cost.pass_work import PassWork, StepWork
 from penstock.scheduler.cost.time_model import Rates
+from penstock.scheduler.units import GB
 
 from tests.support.fake_engine import FakeEngine
 
 MODEL = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-model-len", "64")
 FORK_S = 120
+RATES = Rates(link_gb_s=1, memory_gb_s=1, gemm_tflops=1, reduce_latency_s=0, reduce_gb_s=1, source="none")
 TOKEN, STOP, VOCAB_SIZE = 5, 7, 2**16  # those that the engine without a model gives, and how many there are
 
 
@@ -112,9 +116,7 @@ def kill_in_a_write(number: int, share: float) -> None:
 
 
 class Clock:
-    """A clock that only passes move: each takes LINK_S, as where the link binds, or longer if it has many tokens."""
-
-    LINK_S, HIDDEN_TOKENS = 0.2, 400
+    """A clock that only passes move."""
 
     def __init__(self):
         self.now_s = 0.0
@@ -122,31 +124,30 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now_s
 
-    def passes(self, num_tokens: int) -> None:
-        self.now_s += self.LINK_S * max(1.0, num_tokens / self.HIDDEN_TOKENS)
-
 
 class StubEngine(FakeEngine):
-    """Its passes compute nothing. Each token is TOKEN, or STOP with a chance of `stop_share`."""
+    """Its passes compute nothing, and take as long as predicted for this work at these rates. A request gets TOKEN, or
+    STOP where it `stops`."""
 
     device = torch.device("cpu")
 
-    def __init__(self, stop_share: float, clock: Clock):
+    def __init__(self, stops: Callable[[Request], bool], work: PassWork, rates: Rates):
         super().__init__(TOKEN)
-        self.times, self.stop_share, self.clock = PassTimes(), stop_share, clock
-        self._random = torch.Generator().manual_seed(0)
+        self.times, self.clock, self.stops, self.work, self.rates = PassTimes(), Clock(), stops, work, rates
+        self.scheduler: Scheduler | None = None
 
     def submit(self, batch: Batch) -> None:
         super().submit(batch)
         self.times.submitted()
-        self.times.foresee(batch.shape, PassWork(0, 0, ()), Rates(1, 1, 1, 0, 1, "none"))
+        self.times.foresee(batch.shape, self.work, self.rates)
 
     def collect(self) -> tuple[Batch, SampleOutput]:
-        batch, sampled = super().collect()
+        batch, _ = super().collect()
         self.times.ended()
-        self.clock.passes(sum(len(row.tokens) for row in batch.rows))
-        stops = torch.rand(batch.num_sampled, generator=self._random) < self.stop_share
-        return batch, SampleOutput(torch.where(stops, STOP, sampled.tokens), None)
+        self.clock.now_s += self.times.last.predicted.total_s
+        requests = {request.row: request for request in self.scheduler.seated}
+        stops = [row.index in requests and self.stops(requests[row.index]) for row in batch.rows if row.samples]
+        return batch, SampleOutput(torch.where(torch.tensor(stops, dtype=torch.bool), STOP, TOKEN), None)
 
     def forget(self) -> None:
         while self.num_under_way:
@@ -154,14 +155,28 @@ class StubEngine(FakeEngine):
 
 
 class StubLLM:
-    """An LLM as a job needs it, with such an engine."""
+    """An LLM as a job needs it, with such an engine. Without `work` its passes take `link_s`, or longer if they have
+    more tokens than `hidden_tokens`."""
 
     tokenizer = None
 
-    def __init__(self, max_num_seqs: int = 256, stop_share: float = 0.0, scheduler: Scheduler | None = None):
-        self.config, self.clock = EngineConfig(), Clock()
-        self.engine = StubEngine(stop_share, self.clock)
+    def __init__(
+        self,
+        max_num_seqs: int = 256,
+        stops: Callable[[Request], bool] = lambda request: False,
+        scheduler: Scheduler | None = None,
+        work: PassWork | None = None,
+        rates: Rates = RATES,
+        link_s: float = 0.2,
+        hidden_tokens: int = 400,
+    ):
+        linear = StepWork("linear", token_flops=int(RATES.gemm_tflops * 1e12 * link_s / hidden_tokens))
+        work = work or PassWork(int(RATES.link_gb_s * GB * link_s), 0, ((linear, 1),))
+        self.config, self.engine = EngineConfig(), StubEngine(stops, work, rates)
+        self.clock = self.engine.clock
         scheduler = scheduler or Scheduler(max_num_seqs, 4096, 256, page_size=16, num_pages=16 * max_num_seqs + 1)
+        scheduler.composer.filling = Filling.of(work, rates)
+        self.engine.scheduler = scheduler
         self.loop = Loop(scheduler, self.engine)
         self.prompts = ModelPrompts(self.config, self.tokenizer, VOCAB_SIZE, scheduler.limits)
 

@@ -6,7 +6,7 @@ import resource
 import signal
 
 import pytest
-from penstock.engine.batch import meter, run
+from penstock.engine.batch import meter, progress, run
 from penstock.engine.batch.run import BatchRun
 from penstock.engine.commands.cli import main
 from penstock.engine.loop import Loop
@@ -314,7 +314,11 @@ def test_a_dry_run_predicts_without_an_engine_and_writes_nothing(reference, tmp_
     bodies = [json.loads(text)["body"] for text in ROWS]
     assert (predicted["rows"], predicted["output_tokens"]) == (24, sum(body["max_tokens"] for body in bodies))
     assert 24 * 3 <= predicted["prompt_tokens"] <= 24 * 8
-    assert predicted["seconds"] == pytest.approx(predicted["passes"] * predicted["pass_s"])
+    assert predicted["num_at_once"] == 24
+    assert predicted["passes"] == pytest.approx(max(body["max_tokens"] for body in bodies), abs=1)
+    assert predicted["seconds"] == pytest.approx(predicted["passes"] * predicted["pass_s"], rel=0.2), (
+        "the first has all prompts"
+    )
     assert lines[-1].startswith("penstock batch: 24 rows, about ") and "h200" in lines[-1]
     assert not list(tmp_path.iterdir())
     model = ("--model", "demo", "--device", "cpu")
@@ -337,12 +341,14 @@ def test_a_job_takes_the_passes_that_a_dry_run_predicts(llm, tmp_path, said):
 def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):
     """A second is as short as a pass here; the job's end is known to the pass, since all lengths are fixed."""
     monkeypatch.setattr(meter, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(progress, "PREDICT_S", 0.0)
     texts = [line(str(number), prompt=[5, number + 5], max_tokens=8, ignore_eos=True) for number in range(40)]
     told, show = [], BatchRun.seconds_left
 
     def seconds_left(run):
-        seconds, pass_s = show(run), run.meter.recent()[2]
-        told.append((run.meter.num_passes, seconds / pass_s if seconds is not None else None))
+        seconds, measured = show(run), run.meter
+        if seconds is not None:
+            told.append((measured.num_passes, seconds / measured.pace / measured.predicted_s * measured.num_passes))
         return seconds
 
     monkeypatch.setattr(BatchRun, "seconds_left", seconds_left)

@@ -10,7 +10,7 @@ from penstock.engine.batch.progress import Progress
 
 RUN = SimpleNamespace(
     done=SimpleNamespace(num_done=25, num_failed=2),
-    meter=SimpleNamespace(recent=lambda: (7012.3, 1300.0, 0.19), share_of_bound=0.953, bound="link", elapsed_s=10.0),
+    meter=SimpleNamespace(tokens_s=7012.3, share_of_bound=0.953, bound="link", elapsed_s=10.0),
     seconds_left=lambda: 90.0,
 )
 
