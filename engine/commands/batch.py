@@ -136,7 +136,10 @@ def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: Jo
                 if not is_whole:
                     run = BatchRun(llm, reader, done, files, stopping, progress.show)
                     is_whole = run.run()
-    print(json.dumps(summary(run, progress, done, is_whole)), flush=True)
+    try:
+        print(json.dumps(summary(run, progress, done, is_whole)), flush=True)
+    except SystemExit as error:  # standard output takes no more; the exit status is about the rows
+        print(error, file=sys.stderr)
     return is_whole
 
 

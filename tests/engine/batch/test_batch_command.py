@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import sys
 
 import pytest
 from penstock.engine.batch import meter, progress, run
@@ -11,6 +12,7 @@ from penstock.engine.batch.run import BatchRun
 from penstock.engine.commands.cli import main
 from penstock.engine.loop import Loop
 from penstock.engine.server import encoding
+from penstock.engine.streams import guarded_streams
 
 from penstock import SamplingParams
 from tests.support.batch_jobs import line, mixed_lines, rows_of, run_here, same_job, write_lines
@@ -86,6 +88,15 @@ def test_order_input_sorts_once_all_have_run(llm, reference, tmp_path, said):
     assert sorted(output.read_bytes().splitlines()) == sorted(reference[1].read_bytes().splitlines())
     assert run_here(llm, reference[0], output, "--order", "input") == 0, "sorted already"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.job"]
+
+
+def test_a_summary_that_nobody_can_have_changes_nothing_about_the_rows(llm, reference, tmp_path, said, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    with open("/dev/full", "w") as full, guarded_streams():
+        monkeypatch.setattr(sys.stdout, "_stream", full)
+        assert run_here(llm, reference[0], output, "--order", "input") == 0
+    assert [row["custom_id"] for row in rows_of(output)] == [f"row {number}" for number in range(24)]
+    assert "penstock: error: standard output: No space left on device" in said()[1]
 
 
 def test_plain_prompts_and_flags_as_defaults(llm, tmp_path):
