@@ -93,7 +93,7 @@ def _decode_attention_triton(
     size = partials_size(room, num_heads, head_dim, num_queries) if room > num_rows else 0
     count = size // (head_dim + 2)
     parts = work.partials[:size].split([count * head_dim, count, count])
-    strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0))
+    strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1))
     shape = {"Q": num_queries, "GROUP": group, "K": num_kv_heads, "E": head_dim}
     shape["E_PADDED"] = max(16, triton.next_power_of_2(head_dim))
     pairs, length = (0, 0) if key_rope is None else (key_rope.shape[2], key_rope.shape[1])
@@ -103,7 +103,8 @@ def _decode_attention_triton(
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # the interpreter's tl.dot of bf16 is wrong
     _attend_segment[(room * num_kv_heads,)](
         *(q, keys, values, page_table, work.items[which], work.starts[which, num_rows:], out, parts, key_rope, length),
-        *(strides, scale * 1.4426950408889634, NO_WINDOW if window is None else window, work.segment),  # log2(e)
+        *(strides, page_table.stride(0)),
+        *(scale * 1.4426950408889634, NO_WINDOW if window is None else window, work.segment),  # log2(e)
         **{
             "S": page_size,
             "MARGIN": margin,
@@ -175,9 +176,11 @@ def _turned(x, cos, y, sin):
     return ((x.to(tl.float32) * cos).to(dtype).to(tl.float32) + (y * sin).to(dtype).to(tl.float32)).to(dtype)
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_items"])
+# A table is as wide as its pass's longest row: a variant by its width would be compiled in the middle of a job
+@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["num_items"])
 def _attend_segment(
-    q, keys, values, page_table, items, num_items, out, parts, rope, rope_part, strides, scale, window, tokens,
+    q, keys, values, page_table, items, num_items, out, parts, rope, rope_part, strides, table_row, scale, window,
+    tokens,
     Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr,
     SPLIT: tl.constexpr, WINDOWED: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, F: tl.constexpr, F_PADDED: tl.constexpr, REST: tl.constexpr, M: tl.constexpr,
@@ -190,7 +193,7 @@ def _attend_segment(
     context, siblings = tl.load(item + 2), tl.load(item + 3)
     if index >= tl.load(num_items):
         return
-    q_row, q_token, out_row, out_token, table_row = strides
+    q_row, q_token, out_row, out_token = strides
     begin = segment * tokens
     end = tl.minimum(begin + tokens, context)
     first = 0

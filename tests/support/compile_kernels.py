@@ -17,6 +17,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # triton reads it when it is imported
 
 import pytest
 import torch
+from penstock.engine.kernels.decode_attention import _attend_segment, _decode_attention_triton
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
 from penstock.parallel.push_reduce import MOST_BYTES, push_reduce
@@ -30,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from tests.support.emulated_ranks import connect_ranks, connect_sharing_ranks
 from tests.support.engine_proof import PROMPT
 from tests.support.kernel_registry import ALL, DRAWN, GREEDY, KERNELS
+from tests.support.paged_examples import work_of
 
 OPTIONS = {"device": "cpu", "resident": "none", "max_num_seqs": 1, "max_num_batched_tokens": 8, "num_pages": 16}
 OPTIONS |= {"debug": {"as_on_gpu": True}}
@@ -83,6 +85,7 @@ def main(checkpoints: list[str]) -> None:
             part = torch.zeros(MOST_BYTES // dtype.itemsize, dtype=dtype)
             push_reduce(connect_ranks(4)[0], part)
             two_step_reduce(connect_sharing_ranks(4, MOST_BYTES)[0], part)
+        hold_for_any_table()
     compiled = {}
     for kernel in launched:
         (variants, *_), *others = kernel.device_caches.values()
@@ -90,6 +93,20 @@ def main(checkpoints: list[str]) -> None:
         most = max(variant.metadata.shared for variant in variants.values())
         compiled.setdefault(kernel.fn.__module__, {})[kernel.fn.__name__] = most
     print(json.dumps(compiled))
+
+
+def hold_for_any_table() -> None:
+    """Attends through tables of several widths. Raises AssertionError unless one variant serves all: another would be
+    compiled in the middle of a job, by the first pass whose longest row makes its table so wide."""
+    caches, q = _attend_segment.device_caches, torch.zeros(2, 1, 4, 32)
+    keys, lengths = torch.zeros(64, 2, 32), torch.tensor([3, 5], dtype=torch.int32)
+    before = None
+    for width in (1, 3, 16):
+        table = torch.zeros(2, width, dtype=torch.int32)
+        _decode_attention_triton(q, keys, keys, table, lengths, q, 1.0, None, 16, work_of(q, lengths, 128))
+        variants = set(caches[0][0])
+        assert before in (None, variants), f"a table of {width} pages has a variant of its own"
+        before = variants
 
 
 if __name__ == "__main__":
