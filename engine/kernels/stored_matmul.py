@@ -10,11 +10,10 @@ A program owns `rows` rows of the weight and walks `words` words of codes (block
 `stored_linear` does: a thread has the eight codes of a pair and set in order, which are eight neighbours of a row, and
 what is stored of the next turn is under way meanwhile. The weight is the left operand of the product, since tensor
 cores take 64 rows of it but 8 of the right one. Where the rows make few programs, several walk parts of D, and a second
-kernel adds up their sums, in order: it depends on the shape alone.
+kernel adds up their sums, in order. All of it depends on format, shape and tokens alone (matmul_tiles.py).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from penstock.engine.kernels.block_parts import split_parts
@@ -33,28 +32,15 @@ from penstock.engine.kernels.block_words import (
     words_of,
 )
 from penstock.engine.kernels.ggml_types import BY_NAME
+from penstock.engine.kernels.matmul_tiles import TOKENS, Shape, row_pairs, tiles_of
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.stored_linear import StoredRun
 from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
-MOST_TOKENS = 64
+MOST_TOKENS = TOKENS[-1]
 MERGED_COLUMNS = 256  # of a program that adds up the sums of several
-
-
-class Config(NamedTuple):
-    """The shape of a program: its rows, the words of each that it walks a turn, its warps, the stages of the loads of
-    x; and the programs for which D is split over several, if there are fewer otherwise."""
-
-    rows: int
-    words: int
-    num_warps: int
-    num_stages: int
-    programs: int
-
-
-CONFIG = Config(64, 16, 4, 3, 528)
 
 
 def stored_matmul(x: Tensor, runs: Sequence[StoredRun], bias: Tensor | None, out: Tensor) -> None:
@@ -82,32 +68,30 @@ def stored_matmul_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | N
 
 
 def _stored_matmul_triton(
-    x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor, shape: Config = CONFIG
+    x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor, shape: Shape | None = None
 ) -> None:
     require_triton("stored_matmul on a GPU", "device='cpu'")
-    layout, words = BY_NAME[kind], WORDS[kind]
-    (num_tokens, width), num_rows = x.shape, len(data)
+    layout, (num_tokens, width), num_rows = BY_NAME[kind], x.shape, len(data)
     assert x.stride(1) == out.stride(1) == 1, "stored_matmul: the last dim of x and out must have stride 1"
     assert data.is_contiguous(), "stored_matmul: strides: stored rows have no gaps"
     assert data.data_ptr() % 16 == 0, "stored_matmul: stored rows begin at 16 bytes"
     assert data.shape[1] == layout.row_bytes(width) and out.shape == (num_tokens, num_rows)
     assert x.dtype == out.dtype == torch.bfloat16, "stored_matmul: x and out are bf16"
     calls["triton"] += 1
-    rows, pairs = shape.rows, shape.words // 2
-    row_pairs = width // layout.block * words.units * words.lanes // 2
-    tiles, turns = triton.cdiv(num_rows, rows), triton.cdiv(row_pairs, pairs)
-    own_turns = triton.cdiv(turns, min(turns, max(1, shape.programs // tiles)))
-    splits = triton.cdiv(turns, own_turns)
-    tokens = max(8, triton.next_power_of_2(num_tokens))
-    parts = torch.empty(splits, num_tokens, num_rows, dtype=torch.float32, device=x.device) if splits > 1 else None
-    _multiply_stored[(tiles, splits)](
-        *(x, data, bias, out if parts is None else parts, x.stride(0), out.stride(0) if parts is None else num_rows),
-        *(num_tokens, num_rows, row_pairs, own_turns * pairs, 0, kind, layout.block, *words),
+    tiles = tiles_of(kind, num_rows, width, num_tokens, shape)
+    splits, parts, sums, sums_row = tiles.splits, None, out, out.stride(0)
+    if splits > 1:
+        sums = parts = torch.empty(splits, num_tokens, num_rows, dtype=torch.float32, device=x.device)
+        sums_row = num_rows
+    _multiply_stored[(tiles.num_tiles, splits)](
+        *(x, data, bias, sums, x.stride(0), sums_row, num_tokens, num_rows, row_pairs(kind, width), tiles.pairs, 0),
+        *(kind, layout.block, *WORDS[kind]),
         **{"BIAS": bias is not None and parts is None, "SPLITS": parts is not None},
         **{"EIGHTS": x.data_ptr() % 16 == 0 and (num_tokens == 1 or x.stride(0) % 8 == 0)},
         **{"DOT": tl.bfloat16 if x.is_cuda else tl.float32},  # the interpreter's tl.dot of bf16 is wrong
-        **{"ROWS": rows, "TOKENS": tokens, "PAIRS": pairs, "STAGES": shape.num_stages, **options(x.device)},
-        num_warps=shape.num_warps,
+        **{"ROWS": tiles.shape.rows, "TOKENS": tiles.tokens, "PAIRS": tiles.shape.words // 2},
+        **{"STAGES": tiles.shape.num_stages, **options(x.device)},
+        num_warps=tiles.shape.num_warps,
     )
     if parts is not None:
         _merge_sums[(triton.cdiv(num_rows, MERGED_COLUMNS), num_tokens)](
