@@ -163,7 +163,7 @@ def _load_stored(
     data, codes, num_blocks, first_block, first, row_pairs,
     UNITS: tl.constexpr, LANES: tl.constexpr, PAIRS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """What is stored of a turn. Behind the end of a row, where x is 0, its last pair is read once more."""
+    """Reads what is stored of a turn. Behind the end of a row, where x is 0, its last pair is read once more."""
     BLOCK_PAIRS: tl.constexpr = UNITS * LANES // 2
     at = tl.minimum(first + tl.arange(0, PAIRS)[None, :], row_pairs - 1)  # (1, PAIRS)
     block, pair = at // BLOCK_PAIRS, at % BLOCK_PAIRS

@@ -111,7 +111,7 @@ def run_stored(x: Tensor, kind: str, data: Tensor, out: Tensor) -> None:
 
 
 def runs_beside(kind: str, own: list[Tensor], x: Tensor, out: Tensor) -> dict[str, Run]:
-    """What the linear over stored bits stands beside: floats first, and as if the weight were bf16."""
+    """The runs beside which the linear over stored bits stands: floats first, and as if the weight were bf16."""
     shape = (out.shape[1], x.shape[1])
     floats = [torch.zeros(shape, dtype=x.dtype, device=x.device) for _ in range(copies(2 * shape[0] * shape[1]))]
 

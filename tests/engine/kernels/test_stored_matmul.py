@@ -152,7 +152,7 @@ def test_runs_of_other_formats_make_one_weight():
     "kind, num_tokens", [(kind, n) for kind in QUANTISED for n in TOKENS[: None if kind in SHAPES else 2]]
 )
 def test_the_kernel_is_faster_than_floats_first(kind, num_tokens):
-    """Where neither form of the weight fits into the L2 cache; for most tokens in formats that were measured so."""
+    """Times weights of which neither form fits into the L2 cache; for most tokens in formats that were measured so."""
     num_rows, width = 28672, 4096
     size = (num_rows, BY_NAME[kind].row_bytes(width))
     data = torch.randint(0, 0x24, size, dtype=torch.uint8, device=DEVICE)

@@ -12,9 +12,11 @@ import torch
 from penstock.engine.config import EngineConfig
 from penstock.engine.kernels.block_parts import in_parts
 from penstock.engine.kernels.dequantise import dequantise
+from penstock.engine.kernels.matmul_tiles import partial_bytes
 from penstock.engine.model.layout import model_layout
 from penstock.engine.model.shard import Piece
 from penstock.engine.model.weight_formats import FORMATS
+from penstock.engine.planning import memory_claims
 from penstock.engine.planning.device_profile import load_profile
 from penstock.engine.planning.engine_plan import make_engine_plan
 from penstock.engine.planning.predictions import decode_time, pass_work
@@ -187,6 +189,23 @@ def test_a_pass_of_some_tokens_is_predicted_by_what_was_measured(tmp_path, kind)
         compute_s = 2 * num_tokens * num_weights / (rates.gemm_tflops * 1e12)
         predicted_s = math.hypot(memory_s, compute_s) + 4 * rates.node_latency_s
         assert predicted_s * 1e6 == pytest.approx(measured_us, rel=0.05)
+
+
+def test_sums_that_are_added_up_are_planned(files, monkeypatch):
+    """The largest of any linear over stored weights, in the dtype that has them."""
+    spec, rates = read_model(files / "llama.gguf").spec, load_profile("h200", 1)
+
+    def workspace(dtype: str) -> int:
+        config = EngineConfig("m.gguf", resident="all", dtype=dtype, max_num_seqs=8, max_num_batched_tokens=512)
+        plan = make_engine_plan(config, spec, 1, 4 * GIB, rates)
+        return dict(plan.residency.claims)["workspace"]
+
+    in_bf16, in_fp32 = workspace("bfloat16"), workspace("float32")
+    monkeypatch.setattr(memory_claims, "partial_bytes", lambda *sizes: 0)
+    rows = [rows for g in model_layout(spec, spec.names, "bfloat16", 1, 0).groups for rows in g.rows]
+    sizes = [(each.format.name, each.num_rows, each.num_cols) for each in rows if each.format.is_quantised]
+    assert in_bf16 - workspace("bfloat16") == max(partial_bytes(*each, 64) for each in sizes) > 0
+    assert in_fp32 == workspace("float32")
 
 
 def test_plan_reads_a_header_without_torch(files):
