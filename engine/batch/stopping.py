@@ -1,11 +1,11 @@
-"""Lets SIGTERM and SIGINT end a job: its rows after the pass that runs now, all else (loading, sorting) at once."""
+"""Lets signals end a job: its rows after the pass that runs now, all else (loading, sorting) at once."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when its terminal is gone
 
 
 class Stopped(BaseException):
@@ -14,7 +14,7 @@ class Stopped(BaseException):
 
 class Stopping:
     """A context in which the first of the SIGNALS sets `is_asked`, and raises Stopped but in `awaited`; later ones do
-    nothing more. One that is ignored, as SIGINT by `nohup` or in the background of a script, stays so."""
+    nothing more. One that is ignored, as SIGHUP by `nohup` or SIGINT in the background of a script, stays so."""
 
     def __init__(self):
         self.is_asked = self._is_awaited = False

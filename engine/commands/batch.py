@@ -104,6 +104,8 @@ def _lead(args: argparse.Namespace, config: EngineConfig, stopping: Stopping) ->
             say(f"{done.num_done} of {done.num_rows} rows were done before")
         is_whole = _run_rows(config, reader, done, files, stopping)
         if is_whole and args.order == "input":
+            if stopping.is_asked:  # while the last rows ran
+                raise Stopped
             files.sort(say)
     if not is_whole:
         say(f"stopped with {done.num_done} of {done.num_rows} rows done: the same command goes on")

@@ -17,11 +17,15 @@ tokens, where keys that are cached rotated take 128. Reading them twice, in two 
 for one tl.dot took 197.
 Tried: 3 stages, with which only 3 programs fit an SM: 25 us instead of 21 for 256 rows of 64 tokens, 142 instead of 126
 for 64 of 2048; fp32 spills registers with 4 warps, not with 8. A fixed grid of programs that walk the list, the last of
-a row merging it: their loop has more registers, and read 2.5 TB/s where a program for each item reads 3.75.
+a row merging it: their loop has more registers, and read 2.5 TB/s where a program for each item reads 3.75. No checks
+but those that one token without a window needs: 96 registers, so that five programs fit an SM, which helps 640 programs
+(191 us instead of 217), but an SM then has five of 512 where another has three: 28.6 us instead of 27.2 for 8 rows of
+2000, 134 instead of 122 for one of 64k beside 63 of 512. The last program of a row merging it: 13 us instead of 9.4 for
+one row of 2000, 37.5 instead of 28.4 for 8.
 """
 
 import torch
-from penstock.engine.kernels.decode_work import FIELDS, NO_WINDOW, DecodeWork, first_seen
+from penstock.engine.kernels.decode_work import FIELDS, NO_WINDOW, DecodeWork, first_seen, segment_end
 from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.engine.kernels.rope_append import rotate_
 from penstock.engine.kernels.segments import partials_size
@@ -65,8 +69,8 @@ def decode_attention(
 
 
 def _tuning(q: Tensor, rotates: bool) -> dict[str, int]:
-    """The tokens of a turn and the warps and stages of a program: a tile has 16 KiB at E = 128, so that K and V of two
-    turns are in flight and three programs fit an SM."""
+    """The tokens of a turn and the warps and stages of a program: a tile has 16 KiB at E = 128. Four programs have 128
+    registers a thread each, and fit an SM: an H200 holds the 512 of segments.PROGRAMS at once, evenly."""
     return {
         "BLOCK": 128 // q.element_size(),
         "num_warps": 4 if q.element_size() == 2 else 8,  # fp32 spills registers with 4
@@ -88,7 +92,7 @@ def _decode_attention_triton(
     assert key_rope is None or key_rope.dtype == keys.dtype
     calls["triton"] += 1
     tuning = tuning or _tuning(q, key_rope is not None)
-    assert work.segment % tuning["BLOCK"] == 0 and work.starts.shape[1] == num_rows + 1
+    assert work.segment % tuning["BLOCK"] == 0 and work.starts.shape[1] == num_rows
     which, room, group = work.windows.index(window), work.room(window, num_queries), num_heads // num_kv_heads
     size = partials_size(room, num_heads, head_dim, num_queries) if room > num_rows else 0
     count = size // (head_dim + 2)
@@ -102,7 +106,7 @@ def _decode_attention_triton(
     halves["REST"] = max(16, triton.next_power_of_2(rest)) if rest else 0
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # the interpreter's tl.dot of bf16 is wrong
     _attend_segment[(room * num_kv_heads,)](
-        *(q, keys, values, page_table, work.items[which], work.starts[which, num_rows:], out, parts, key_rope, length),
+        *(q, keys, values, page_table, work.items[which], work.num_items[which:], out, parts, key_rope, length),
         *(strides, page_table.stride(0)),
         *(scale * 1.4426950408889634, NO_WINDOW if window is None else window, work.segment),  # log2(e)
         **{
@@ -123,7 +127,7 @@ def _decode_attention_triton(
     if room > num_rows:
         members = group if num_rows >= MERGED_ALONE else 1
         _merge_segments[(num_heads // members, num_queries, num_rows)](
-            *(work.starts[which], out, parts, strides),
+            *(work.starts[which], work.counts[which], out, parts, strides),
             **{
                 "CHUNK": triton.next_power_of_2(max(16, min(64, MERGED_TOKENS // work.segment))),
                 "MEMBERS": members,
@@ -195,7 +199,7 @@ def _attend_segment(
         return
     q_row, q_token, out_row, out_token = strides
     begin = segment * tokens
-    end = tl.minimum(begin + tokens, context)
+    end = segment_end(begin, context, tokens)
     first = 0
     if WINDOWED:
         first = first_seen(context, window, Q)
@@ -264,21 +268,21 @@ def _attend_segment(
         tl.store(out + row * out_row + token[:, None] * out_token + columns, result, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts", "counts"])  # those of a second window lie anywhere
 def _merge_segments(
-    starts, out, parts, strides,
+    starts, counts, out, parts, strides,
     Q: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
     CHUNK: tl.constexpr, MEMBERS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Merges the segments of a query in MEMBERS heads, unless there is only one, whose program wrote the result."""
     wait_for_inputs(OVERLAPS)
     token, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start, end = tl.load(starts + row), tl.load(starts + row + 1)
-    if end - start <= 1:
+    start, count = tl.load(starts + row), tl.load(counts + row)
+    if count <= 1:
         return
     for member in tl.static_range(MEMBERS):
         head = tl.program_id(0) * MEMBERS + member
-        _merge_head(start, end, head, token, row, out, parts, strides, Q, GROUP, K, E, E_PADDED, CHUNK)
+        _merge_head(start, start + count, head, token, row, out, parts, strides, Q, GROUP, K, E, E_PADDED, CHUNK)
 
 
 @triton.jit

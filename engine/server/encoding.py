@@ -1,5 +1,5 @@
 """Encodes checked requests with the model's tokenizer and chat template. That may take a second, and waits for other
-processes, so it runs in a worker thread (or a job's own).
+processes, so it runs in a worker thread (or a job's own), but for what `is_quick`.
 
 The errors are the API's, and name no path of this machine.
 """
@@ -27,8 +27,17 @@ from penstock.engine.weights.gguf_file import is_gguf
 from penstock.scheduler.batching.request import TooLong
 
 TOO_LONG = "context_length_exceeded"
+FEW_IDS = 8192  # which take less than a millisecond to check
 TEMPLATE_FAILED = "messages: the model's chat template fails at them"
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object, in a library's words
+
+
+def is_quick(asked: Completion | Chat) -> bool:
+    """Tells whether a request is one sequence of few token ids, without a text to encode: it is made in less time than
+    another thread's turn takes to come."""
+    if not isinstance(asked, Completion) or asked.num_sequences > 1:
+        return False
+    return isinstance(asked.prompts[0], list) and len(asked.prompts[0]) <= FEW_IDS
 
 
 def sequences_of(model: ModelPrompts, asked: Completion | Chat) -> list[Sequence]:

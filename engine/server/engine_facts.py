@@ -45,6 +45,8 @@ def state_of(llm: LLM, pass_s: float) -> EngineState:
         num_recomputed_tokens=counts.num_recomputed_tokens,
         num_asked_tokens=counts.num_asked_tokens,
         num_hit_tokens=counts.num_hit_tokens,
+        num_free_tokens=counts.num_free_tokens,
+        num_free_tokens_used=counts.num_free_tokens_used,
         pass_s=pass_s,
     )
 

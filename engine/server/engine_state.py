@@ -40,6 +40,8 @@ class EngineState(NamedTuple):
     num_recomputed_tokens: int = 0
     num_asked_tokens: int = 0
     num_hit_tokens: int = 0
+    num_free_tokens: int = 0
+    num_free_tokens_used: int = 0
     pass_s: float = 0.0
 
 

@@ -11,6 +11,7 @@ from penstock.engine.runtime.pass_times import PassTimes, Timed
 from penstock.engine.server.engine_state import EngineFacts, EngineState
 from penstock.engine.server.histogram import Histogram
 from penstock.engine.server.journey import Journey
+from penstock.scheduler.batching.counts import Wait
 from penstock.scheduler.batching.request import FinishReason
 from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
@@ -41,6 +42,8 @@ class Metrics:
         self._recomputed = counter("recompute_tokens", "tokens of rows that gave way, computed once more")
         self._cache_queries = counter("prefix_cache_queries", "tokens that were looked for in the prefix cache")
         self._cache_hits = counter("prefix_cache_hits", "tokens that were found there")
+        self._free = counter("free_tokens", "tokens that the link hid in passes, whether or not there were so many")
+        self._free_used = counter("free_tokens_used", "those of them that were computed")
         self._streamed = counter("weight_stream_bytes", "bytes of weights that crossed the link of a rank")
         self._disconnects = counter("client_disconnects", "clients that went before their answer was whole")
         reasons = [reason.value for reason in FinishReason]
@@ -63,6 +66,8 @@ class Metrics:
         gauge = self._gauge
         self._running = gauge("num_requests_running", "sequences that hold a row")
         self._waiting = gauge("num_requests_waiting", "sequences that wait for a row")
+        what = "those of them for whose first this was lacking in the last pass"
+        self._waiting_for = gauge("num_requests_waiting_by_reason", what, "reason", [why.value for why in Wait])
         self._pages = gauge("kv_cache_usage_perc", "share of the KV pages that are held; 1 is all of them")
         self._link = gauge("link_utilisation", "share of the last pass in which the link was busy; 1 is all of it")
         self._resident_bytes = gauge("weights_resident_bytes", "bytes of weights that stay on a rank's device")
@@ -86,6 +91,8 @@ class Metrics:
         self._follow(self._recomputed, "recomputed", state.num_recomputed_tokens)
         self._follow(self._cache_queries, "asked", state.num_asked_tokens)
         self._follow(self._cache_hits, "hit", state.num_hit_tokens)
+        self._follow(self._free, "free", state.num_free_tokens)
+        self._follow(self._free_used, "free used", state.num_free_tokens_used)
 
     def _follow(self, counter: Counter, name: str, number: int) -> None:
         """Brings a counter up to a number that grows elsewhere."""
@@ -118,20 +125,25 @@ class Metrics:
         if facts is not None:
             self._running.set(state.num_running)
             self._waiting.set(state.num_waiting)
+            for why in Wait:
+                self._waiting_for.labels(why.value).set(state.num_waiting if state.why_waiting == why else 0)
             self._pages.set(1.0 - state.num_available_pages / facts.num_pages)
             self._resident_bytes.set(facts.resident_bytes)
             self._streamed_bytes.set(facts.streamed_bytes)
             self._link.set(link_use(times.last))
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, what: str, label: str = "", values: Sequence[str] = ()) -> Counter:
-        made = Counter(f"penstock:{name}", what, [label] if label else [], registry=self.registry)
+    def _counter(self, *what: str | Sequence[str]) -> Counter:
+        return self._made(Counter, *what)
+
+    def _gauge(self, *what: str | Sequence[str]) -> Gauge:
+        return self._made(Gauge, *what)
+
+    def _made(self, kind: type, name: str, what: str, label: str = "", values: Sequence[str] = ()) -> Counter | Gauge:
+        made = kind(f"penstock:{name}", what, [label] if label else [], registry=self.registry)
         for value in values:
             made.labels(value)
         return made
-
-    def _gauge(self, name: str, what: str) -> Gauge:
-        return Gauge(f"penstock:{name}", what, registry=self.registry)
 
     def _histogram(self, name: str, what: str, label: str = "", values: Sequence[str] = ()) -> Histogram:
         return Histogram(self.registry, f"penstock:{name}_seconds", f"seconds {what}", label, values)

@@ -14,7 +14,7 @@ from penstock.engine.server import errors
 from penstock.engine.server.admission import Admission
 from penstock.engine.server.answers import ChatAnswer, CompletionAnswer
 from penstock.engine.server.delivery import DISCONNECTED, Delivered, Delivery, EventStream, WholeAnswer
-from penstock.engine.server.encoding import echoes_of, sequences_of
+from penstock.engine.server.encoding import echoes_of, is_quick, sequences_of
 from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.notes import record_of
 from penstock.engine.server.options import ServeOptions
@@ -103,7 +103,7 @@ class Service:
         self.admission.check(asked.num_sequences, self._num_coming)
         self._num_coming += asked.num_sequences
         try:
-            sequences = await self.in_worker(sequences_of, self.model, asked)
+            sequences = await self._sequences(asked)
             answer = await self._answer(asked, sequences)
         finally:
             self._num_coming -= asked.num_sequences
@@ -124,6 +124,12 @@ class Service:
             return WholeAnswer(self.engine, outbox, answer, end)
         usage = {"sends_usage": asked.sends_usage, "sends_usage_always": asked.sends_usage_always}
         return EventStream(self.engine, outbox, answer, end, **usage)
+
+    async def _sequences(self, asked: Completion | Chat) -> list[Sequence]:
+        """The sequences of a request, not yet running. Raises ApiError."""
+        if is_quick(asked):
+            return sequences_of(self.model, asked)
+        return await self.in_worker(sequences_of, self.model, asked)
 
     async def _answer(self, asked: Completion | Chat, sequences: list[Sequence]) -> CompletionAnswer | ChatAnswer:
         """The bodies of an answer that is yet to come."""

@@ -1,7 +1,7 @@
-"""Host memory of exact size that a GPU can copy from: an anonymous mapping, registered after it was filled.
+"""Host memory of exact size that a GPU can copy from: an anonymous mapping, registered where it was touched.
 
 torch's pinned allocator rounds to powers of two and pins before first touch (0.6 s per GiB); registering memory that
-was touched takes 0.06 s per GiB and copies just as fast.
+was touched takes 0.06 s per GiB and copies just as fast. A copy lies in one registered range.
 """
 
 import contextlib
@@ -10,7 +10,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from penstock.engine.model.shard import pad_to
 from penstock.scheduler.units import show_bytes
+from torch import Tensor
 
 MAP_NORESERVE = 0x4000  # Linux; mmap has no name for it before Python 3.13
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
@@ -26,7 +28,7 @@ class HostArena:
 
     def __init__(self, nbytes: int, sparse: bool = False):
         self.nbytes = nbytes
-        self._registered = False
+        self._registered: dict[int, int] = {}  # bytes by the address of the first
         self._map = None
         self.tensor = torch.empty(0, dtype=torch.uint8)
         if nbytes == 0:
@@ -41,37 +43,39 @@ class HostArena:
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def trim(self, nbytes: int) -> None:
-        """Keeps the first `nbytes` and gives back the pages behind them. The memory must not be registered."""
-        assert not self._registered and nbytes <= self.nbytes
-        unused = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        """Keeps the first `nbytes` and gives back the pages behind them, which must not be registered."""
+        assert nbytes <= self.nbytes
+        unused = pad_to(nbytes, mmap.PAGESIZE)
         if unused < self.nbytes:
             self._map.madvise(mmap.MADV_DONTNEED, unused)
         self.nbytes, self.tensor = nbytes, self.tensor[:nbytes]
 
-    def register(self) -> None:
-        """Makes the memory a source of asynchronous copies and readable by kernels; call it after filling.
-        Raises RuntimeError, with what to do, if CUDA refuses."""
-        if self.nbytes == 0 or self._registered:
+    def register(self, part: Tensor | None = None) -> None:
+        """Makes the memory, or a view of it that begins at a page, a source of asynchronous copies and readable by
+        kernels; call it after filling. Raises RuntimeError, with what to do, if CUDA refuses."""
+        part = self.tensor if part is None else part
+        pointer, nbytes = part.data_ptr(), len(part)
+        if nbytes == 0 or pointer in self._registered:
             return
-        error = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.nbytes, 0)
+        error = torch.cuda.cudart().cudaHostRegister(pointer, nbytes, 0)
         if int(error) != 0:
             raise RuntimeError(
-                f"CUDA cannot register {show_bytes(self.nbytes)} of host memory ({error}): raise the limit of locked "
+                f"CUDA cannot register {show_bytes(nbytes)} of host memory ({error}): raise the limit of locked "
                 "memory (ulimit -l unlimited) and of the container's memory (cgroup), or keep more of the model "
                 "resident, or use more ranks"
             )
-        self._registered = True
+        self._registered[pointer] = nbytes
 
     def close(self) -> None:
         """Unregisters the memory and gives it back. Views that others still hold stay valid; the memory goes with the
         last of them."""
-        if self._registered:
-            error = torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
-            self._registered = False
-            if int(error) != 0:
-                raise RuntimeError(f"CUDA cannot unregister {show_bytes(self.nbytes)} of host memory ({error})")
+        registered, self._registered = self._registered, {}
+        errors = [torch.cuda.cudart().cudaHostUnregister(pointer) for pointer in registered]
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._map = None
+        for nbytes, error in zip(registered.values(), errors):
+            if int(error) != 0:
+                raise RuntimeError(f"CUDA cannot unregister {show_bytes(nbytes)} of host memory ({error})")
 
 
 def check_host_memory(nbytes: int, ranks_on_host: int = 1, what: str = "the weights") -> None:

@@ -7,6 +7,7 @@ A group that is compressed goes by way of a scratch span on the device, where it
 
     scratch span --compress--> blob --copy--> host arena, or memory of its own on the device
 
+Host memory is registered group by group, while the groups behind are read.
 Reader threads are our own: torchrun sets OMP_NUM_THREADS=1. After loading, the spans are read-only by contract.
 """
 
@@ -67,7 +68,7 @@ def load_weights(
     streamed: set[GroupId],
     embed_on_host: bool,
     device: torch.device,
-    num_threads: int = 8,
+    num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     ranks_on_host: int = 1,
     compressed: AbstractSet[GroupId] = frozenset(),
@@ -75,7 +76,7 @@ def load_weights(
 ) -> LoadedWeights:
     """Loads every group of `layout`: those in `streamed` (and the embedding, if `embed_on_host`) into the host arena,
     the others onto `device`. Elements that no piece covers are zero. Those in `compressed` are compressed, wherever
-    they lie.
+    they lie. Without `num_threads`, as many read as this rank has CPUs.
 
     `progress` is called in this thread, with bytes of spans that add up to layout.nbytes. Raises ValueError if the
     cgroup's limit cannot hold the arena (compressed groups count as planned) and `kv_bytes` beside it,
@@ -87,26 +88,26 @@ def load_weights(
     host_groups = [group for group in groups if group.id in on_host]
     device_groups = [group for group in groups if group.id not in on_host]
     compressed_groups = [group for group in groups if group.id in compressed]
-    is_cuda = device.type == "cuda"
+    is_cuda, cores = device.type == "cuda", max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
     if is_cuda and device.index is None:  # reader threads have a current device of their own
         device = torch.device("cuda", torch.cuda.current_device())
     in_memory = host_groups if is_cuda else groups
     needed = sum(planned_bytes(group) if group.id in compressed else group.stored_bytes for group in in_memory)
     check_host_memory(needed + kv_bytes, ranks_on_host, *(["weights and KV pages"] if kv_bytes else []))
     with contextlib.ExitStack() as undo:
-        host = HostSpans(host_groups, compressed, register=is_cuda)
+        host = HostSpans(host_groups, compressed, register=is_cuda, num_threads=cores)
         undo.callback(host.close)
         resident = CudaSpans(device_groups, compressed, device) if is_cuda else HostSpans(device_groups, compressed)
         undo.callback(resident.close)
         memory = {group.id: host if group.id in on_host else resident for group in groups}
-        compressor = _Compressor(device, max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+        compressor = _Compressor(device, cores)
         through_device = is_cuda and span_bytes(device_groups) + span_bytes(compressed_groups) > 0
-        with _Reader(source, device if through_device else None, num_threads, progress) as reader:
-            blocks: Blocks = {}
-            for group in groups:
-                if group.id not in compressed:
-                    blocks |= reader.begin(group, memory[group.id].spans[group.id])
-            reader.finish(blocks)
+        with _Reader(source, device if through_device else None, num_threads or cores, progress) as reader:
+            plain = [group for group in groups if group.id not in compressed]
+            begun = [(group.id, reader.begin(group, memory[group.id].spans[group.id])) for group in plain]
+            for group, blocks in begun:
+                reader.finish(blocks)
+                memory[group].filled(group)
             compressor.load(compressed_groups, reader, memory)
             reader.report(layout.nbytes - reader.reported_bytes)  # gaps between tensors, and rows that are zero
         if is_cuda and compressed_groups:
@@ -169,23 +170,42 @@ class _Reader:
 
 class _Compressor:
     """Compresses groups by way of scratch spans on the device: on CUDA one is read while the one before it is
-    compressed; on a CPU, where compressing takes all cores and most of the time, there is but one."""
+    compressed, and the blob of the one before that kept; on a CPU, where compressing takes all cores and most of the
+    time, there is but one."""
 
     def __init__(self, device: torch.device, num_threads: int):
         self.compressed: dict[GroupId, KeptGroup] = {}
         self.from_bytes, self.compress_s = 0, 0.0
         self._device, self._num_threads = device, num_threads
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # no copy waits for a compression
+        self._kept: concurrent.futures.Future | None = None
 
     def load(self, groups: Sequence[GroupLayout], reader: _Reader, memory: dict[GroupId, SpanMemory]) -> None:
         """Reads and compresses the groups, each into its `memory`. The largest comes first, since it needs most memory
         beside it and the device holds least then."""
+        with concurrent.futures.ThreadPoolExecutor(1, "keeper", self._bind) as keeper:
+            self._load(groups, reader, memory, keeper)
+            if self._kept:
+                self._kept.result()
+
+    def _load(
+        self,
+        groups: Sequence[GroupLayout],
+        reader: _Reader,
+        memory: dict[GroupId, SpanMemory],
+        keeper: concurrent.futures.Executor,
+    ) -> None:
         begun: collections.deque[tuple[GroupLayout, Tensor, Blocks]] = collections.deque()
 
         def finish_oldest() -> None:
             group, scratch, blocks = begun.popleft()
             reader.finish(blocks, reports=False)
-            self._compress(group, scratch, memory[group.id], reader.report)
+            blob = self._compress(group, scratch, reader.report)
+            if self._kept:
+                self._kept.result()
+            self._kept = keeper.submit(memory[group.id].keep, group.id, blob)
+            if not self._stream:
+                self._kept.result()
 
         for group in sorted(groups, key=lambda group: -group.stored_bytes):
             if len(begun) > (self._stream is not None):
@@ -197,9 +217,7 @@ class _Compressor:
         while begun:
             finish_oldest()
 
-    def _compress(
-        self, group: GroupLayout, stored: Tensor, memory: SpanMemory, progress: Callable[[int], None]
-    ) -> None:
+    def _compress(self, group: GroupLayout, stored: Tensor, progress: Callable[[int], None]) -> Tensor:
         self._synchronize()
         began_at_s = time.perf_counter()
         with torch.cuda.stream(self._stream):
@@ -208,7 +226,12 @@ class _Compressor:
         self.compress_s += time.perf_counter() - began_at_s
         self.from_bytes += group.stored_bytes
         self.compressed[group.id] = compressed
-        memory.keep(group.id, blob)
+        return blob
+
+    def _bind(self) -> None:
+        """Makes the device that of this thread, which registers memory."""
+        if self._stream:
+            torch.cuda.set_device(self._device)
 
     def _synchronize(self) -> None:
         if self._stream:

@@ -5,18 +5,24 @@ A compressed group has a blob instead of a span. A blob's length is known only w
 one after the other, behind the spans.
 """
 
+import concurrent.futures
 import queue
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from mmap import PAGESIZE
 from typing import Protocol
 
 import torch
 from penstock.engine.model.group_layout import GroupLayout
+from penstock.engine.model.shard import pad_to
 from penstock.engine.weights.blocks import BLOCK_BYTES, Block, WeightSource
 from penstock.engine.weights.host_arena import HostArena
 from penstock.engine.weights.views import byte_range
 from penstock.scheduler.passes.pass_plan import GroupId
+from penstock.scheduler.units import MIB
 from torch import Tensor
+
+TOUCH_BYTES = 8 * MIB  # that a thread touches at a time
 
 
 class SpanMemory(Protocol):
@@ -26,39 +32,64 @@ class SpanMemory(Protocol):
     spans: dict[GroupId, Tensor]
     nbytes: int
 
+    def filled(self, group: GroupId) -> None:
+        """Ends the filling of a span; called once it has its last block."""
+
     def keep(self, group: GroupId, blob: Tensor) -> None:
         """Copies a blob from the device that compressed it; the blob may be overwritten afterwards."""
 
     def finish(self) -> None:
-        """Ends the filling; called after the last block and blob."""
+        """Ends all filling; called after the last span and blob."""
 
     def close(self) -> None: ...
 
 
 class HostSpans:
-    """Spans and blobs in one arena, which never takes more memory than they need."""
+    """Spans and blobs in one arena, each from the start of a page on, since each is registered alone: while others are
+    still being filled. The arena never takes more memory than they need."""
 
     def __init__(
-        self, groups: Sequence[GroupLayout], compressed: AbstractSet[GroupId] = frozenset(), register: bool = False
+        self,
+        groups: Sequence[GroupLayout],
+        compressed: AbstractSet[GroupId] = frozenset(),
+        register: bool = False,
+        num_threads: int = 1,
     ):
         plain = [group for group in groups if group.id not in compressed]
         self.nbytes = span_bytes(plain)
-        self._arena, self._register = HostArena(span_bytes(groups), sparse=len(plain) < len(groups)), register
-        self.spans = _cut_spans(self._arena.tensor[: self.nbytes], plain)
+        self._register, self._num_threads = register, num_threads
+        self._arena = HostArena(sum(map(_paged_bytes, groups)), sparse=len(plain) < len(groups))
+        self._end, self.spans = 0, {}
+        for group in plain:
+            self.spans[group.id] = self._take(group.stored_bytes)
+
+    def filled(self, group: GroupId) -> None:
+        if self._register:
+            self._arena.register(self.spans[group])
 
     def keep(self, group: GroupId, blob: Tensor) -> None:
-        kept = byte_range(self._arena.tensor, self.nbytes, len(blob))
+        kept = self._take(len(blob))
+        if self._register:
+            self._touch(kept)
+            self._arena.register(kept)
         self.spans[group] = kept.copy_(blob)
         self.nbytes += len(blob)
 
     def finish(self) -> None:
-        self._arena.trim(self.nbytes)
-        if self._register:
-            self._arena.register()
+        self._arena.trim(self._end)
 
     def close(self) -> None:
         self.spans = {}
         self._arena.close()
+
+    def _take(self, nbytes: int) -> Tensor:
+        start, self._end = self._end, self._end + pad_to(nbytes, PAGESIZE)
+        return byte_range(self._arena.tensor, start, nbytes)
+
+    def _touch(self, memory: Tensor) -> None:
+        """Takes the pages by many threads: of new memory one may get no more than 3 GB/s from a virtual machine."""
+        with concurrent.futures.ThreadPoolExecutor(self._num_threads, thread_name_prefix="touch") as threads:
+            list(threads.map(Tensor.zero_, memory.split(TOUCH_BYTES)))
 
 
 class CudaSpans:
@@ -70,6 +101,9 @@ class CudaSpans:
         self._device = device
         self.spans = _cut_spans(torch.zeros(self.nbytes, dtype=torch.uint8, device=device), plain)
         torch.cuda.synchronize(device)  # the reader threads copy on a stream that does not wait for this one
+
+    def filled(self, group: GroupId) -> None:
+        """Does nothing: what copies are under way end before `finish` does."""
 
     def keep(self, group: GroupId, blob: Tensor) -> None:
         self.spans[group] = blob.clone()
@@ -122,6 +156,11 @@ class Staging:
 def span_bytes(groups: Sequence[GroupLayout]) -> int:
     """Bytes of what is stored of the groups."""
     return sum(group.stored_bytes for group in groups)
+
+
+def _paged_bytes(group: GroupLayout) -> int:
+    """Bytes of whole pages for what is stored of the group."""
+    return pad_to(group.stored_bytes, PAGESIZE)
 
 
 def _cut_spans(memory: Tensor, groups: Sequence[GroupLayout]) -> dict[GroupId, Tensor]:

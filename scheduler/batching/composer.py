@@ -38,10 +38,10 @@ class Composer:
         return self._fill(deque())
 
     def _fill(self, chunks: deque[Request]) -> list[BatchRow]:
-        """Lets chunks of these requests, then those that wait, into the pass as far as it is filled."""
+        """Lets chunks of these requests and those that wait into the pass as far as it is filled."""
         rows = []
         while (queue := self._queue(chunks)) is not None and self.budget.has_room(queue):
-            request = chunks.popleft() if chunks else self._admission.admit_next()
+            request = self._next(chunks)
             if request is None:
                 break
             start = request.num_computed_tokens
@@ -49,6 +49,14 @@ class Composer:
             end = start + num_tokens
             rows.append(self._row(request, end, samples=end == request.num_tokens_ahead))
         return rows
+
+    def _next(self, chunks: deque[Request]) -> Request | None:
+        """Takes the first of these requests, or admits one that waits: a more urgent one, or where these are none. None
+        if nobody is left that fits."""
+        head = self._admission.line.head()
+        is_urgent = bool(chunks) and head is not None and head.turn[0] < chunks[0].turn[0]
+        admitted = self._admission.admit_next() if is_urgent or not chunks else None
+        return admitted or (chunks.popleft() if chunks else None)
 
     def has_room(self) -> bool:
         """Tells whether the last pass has tokens left for one that waits."""

@@ -4,10 +4,10 @@ copies; T* is their number. Past it each one makes the pass longer for all.
     a pass | a token of every running row | chunks of prompts, then of what is computed again |          |
            0                                                                                  T*   most tokens
 
-What comes first is worth most: a row's token needs nothing else, and a prompt adds a token to every later pass, as does
-a row that is computed again. A prompt's token past T* costs c seconds of R rows' time. It brings all that waits forward
-by 1 / F of a pass, where F are the tokens for prompts that are free in a pass, and so W rows that are still to come,
-of R + W in all. So the queue gains where
+Of those that have begun, what comes first is worth most: a row's token needs nothing else, and a prompt adds a token to
+every later pass, as does a row that is computed again. A prompt's token past T* costs c seconds of R rows' time. It
+brings all that waits forward by 1 / F of a pass, where F are the tokens for prompts that are free in a pass, and so W
+rows that are still to come, of R + W in all. So the queue gains where
 
     W / (R + W) * seconds of a pass / F  >  c
 

@@ -4,7 +4,8 @@
 The scheduler knows token counts, rows and pages, but neither text nor tensors. A request is admitted for what it needs
 now (seats.py), and its pages grow with it. When there are none left, a row gives way (preemption.py): it waits, and is
 computed again from its tokens, the output too. Waiting requests are served in the order of the line (waiting.py); its
-head is never overtaken because a later, smaller one would fit, so nobody starves.
+head is never overtaken because a later, smaller one would fit, so nobody starves. If it is more urgent than those that
+run, it comes before their chunks.
 
     budget of a pass   | decodes, 1 token each | next chunks of running requests | admitted prompts ... |
                        0                                               as far as filling.py says, at most

@@ -16,16 +16,17 @@ async def stream(address: tuple[str, int], body: dict[str, Any]) -> list[float]:
     reader, writer = await asyncio.open_connection(*address)
     asked = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     writer.write(head("POST", "/v1/completions", len(asked)) + asked)
-    times, usage = [], b""
+    times, usage, last = [], b"", b""
     try:
         while line := await reader.readline():
+            last = line.strip() or last
             if line.startswith(TOKEN):
                 times.append(time.perf_counter())
                 usage = line
     finally:
         writer.close()
     if USAGE not in usage:
-        raise RuntimeError(f"the answer ended with {usage or line!r}")
+        raise RuntimeError(f"the answer ended with {usage or last!r}")
     num_tokens = json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"]
     if num_tokens != body["max_tokens"]:
         raise RuntimeError(f"asked for {body['max_tokens']} tokens, got {num_tokens}")

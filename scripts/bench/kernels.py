@@ -77,7 +77,7 @@ class Benchmark:
         nbytes = 2 * num_rows * context * keys[0].nbytes
         reaches = decode_work.reaches_of(windows, lens.device)
         for segment in sorted({chosen, *(SEGMENTS[::3] if self.quick else SEGMENTS)}):
-            capacity = num_rows * -(-context // segment)
+            capacity = num_rows * segments.count_segments(context, segment)
             partials = torch.empty(segments.partials_size(capacity, HEADS, HEAD_DIM), device=DEVICE)
             work = decode_work.make_work(num_rows, segment, capacity, windows, reaches, partials)
             decode_work.list_work(lens, work)

@@ -5,16 +5,20 @@ the engine's process.
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
 (ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and `ratios` the server's over
-the loop's, where these are not 0. While requests run GET /health is called about every millisecond. All engine flags
-work; the last line is one JSON object.
+the loop's, where these are not 0. While requests run GET /health is called about every millisecond. With `--compare
+vllm` the same client then sends the same requests at the same times to vLLM's server, which is not asked for /health
+meanwhile: a row more, and in `vllm_ratios` our server's figures over its. All engine flags work; the last line is one
+JSON object.
 
     python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
-      --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7
+      --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7 \\
+      --compare vllm --vllm ~/vllm/bin/python
 """
 
 import argparse
 import asyncio
 import contextlib
+import functools
 import subprocess
 import sys
 import tempfile
@@ -27,12 +31,14 @@ from penstock.engine.commands.flags import Parser, add_config_arguments, add_gro
 from penstock.engine.llm import LLM
 
 from scripts.bench.arrivals import arrival_times, latency_fields, percentile
-from scripts.bench.comparison import free_memory
+from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
 from scripts.bench.http_client import poll, send
 from scripts.bench.job_run import run, run_arriving, shrinking, warm_up
 from scripts.bench.record import add_output_argument, keep
+from scripts.bench.vllm_server import run_vllm_server
+from scripts.bench.vllm_side import add_vllm_arguments, find_vllm
 from scripts.bench.workload import (
     Job,
     above_zero,
@@ -48,6 +54,8 @@ from scripts.bench.workload import (
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0  # for the server to be ready
 HEALTH_CALLS = 10_000
+LOOP, OURS, VLLM = "in process", "by HTTP", "vLLM by HTTP"  # how requests are fed
+WARM_UP_S, PATIENCE = 60.0, 5  # what vLLM's server may take: for its warm-up, and times what ours took
 SAID = ("num_prompts", "input_len", "output_len", "random_range_ratio", "burstiness", "max_concurrency")
 
 
@@ -57,6 +65,8 @@ def main() -> None:
     add_config_arguments(add_groups(engine))
     args, flags = own.parse_known_args()
     config = config_from_args(engine.parse_args(flags)).for_job(args.max_concurrency or args.num_prompts)
+    check_compare(args.compare, config, allowed=("vllm",))
+    vllm = find_vllm(args.vllm, args.vllm_options) if args.compare else None
     with LLM(**config.to_dict()) as llm:
         plan = llm.engine.plan
         vary = {"range_ratio": args.random_range_ratio, "max_len": plan.residency.max_model_len}
@@ -75,11 +85,19 @@ def main() -> None:
     report |= {name: getattr(args, name) for name in SAID}
     report |= {} if args.text is None else {"text": args.text.name}
     report |= {"load": args.load, "requests_per_second_at_once": len(jobs) / elapsed_s, "request_rate": rate}
+    ask = functools.partial(by_http, jobs, arrivals, limits["max_num_seqs"], args.max_concurrency)
     with served(flags, limits) as address:
-        sent, health_s = asyncio.run(by_http(address, jobs, arrivals, limits["max_num_seqs"], args.max_concurrency))
-    rows = [row_of(name, jobs, arrivals, times) for name, times in (("in process", fed), ("by HTTP", sent))]
-    report["rows"] = rows
-    report["ratios"] = ratios_of(*rows)
+        sent, health_s = asyncio.run(ask(HEALTH_CALLS, address))
+    loop, ours = (row_of(name, jobs, arrivals, times) for name, times in ((LOOP, fed), (OURS, sent)))
+    report |= {"rows": [loop, ours], "ratios": ratios_of(loop, ours)}
+    if vllm is not None:
+        most_s = WARM_UP_S + PATIENCE * max(one[-1] for one in sent)
+        result = run_vllm_server(vllm, config, report, functools.partial(ask, 1), most_s)
+        if "sent" in result:
+            theirs, _ = result.pop("sent")
+            report["rows"].append(row_of(VLLM, jobs, arrivals, theirs))
+            report["vllm_ratios"] = ratios_of(report["rows"][-1], ours)
+        report["vllm"] = result
     health_s.sort()
     report["health"] = {"num_calls": len(health_s), "median_ms": 1e3 * percentile(health_s, 50)}
     report["health"]["p99_ms"] = 1e3 * percentile(health_s, 99)
@@ -101,18 +119,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-concurrency", type=positive, default=None, metavar="N", help=text)
     add_text_argument(group)
     add_workload_arguments(group, output_len=128)
+    add_compare_arguments(group)
+    add_vllm_arguments(group)
     add_output_argument(group)
 
 
 async def by_http(
-    address: tuple[str, int], jobs: Sequence[Job], arrivals: Sequence[float], rows: int, num_clients: int | None
+    jobs: Sequence[Job],
+    arrivals: Sequence[float],
+    rows: int,
+    num_clients: int | None,
+    health_calls: int,
+    address: tuple[str, int],
 ) -> tuple[list[list[float]], list[float]]:
-    """The seconds from the start at which the tokens of each request came from the server, and those that calls of
-    /health took meanwhile."""
+    """The seconds from the start at which the tokens of each request came from the server, and those that up to
+    `health_calls` of /health took meanwhile."""
     warming = [body_of(job) | {"cache_salt": "warm-up"} for job in shrinking(list(jobs), rows)]  # not to be found again
     await send(address, warming, [0.0] * len(warming), len(warming))
     ended = asyncio.Event()
-    watching = asyncio.create_task(poll(address, "/health", HEALTH_CALLS, ended))
+    watching = asyncio.create_task(poll(address, "/health", health_calls, ended))
     times = await send(address, [body_of(job) for job in jobs], arrivals, num_clients or len(jobs))
     ended.set()
     return times, await watching
@@ -158,20 +183,24 @@ def row_of(fed: str, jobs: Sequence[Job], arrivals: Sequence[float], times: list
     return {"fed": fed, "tokens_per_second": num_tokens / elapsed_s, **latency_fields(arrivals, times)}
 
 
-def ratios_of(loop: dict[str, Any], http: dict[str, Any]) -> dict[str, float]:
-    """The server's figures over the loop's, but those that are 0 there, as gaps are where outputs have one token."""
-    return {name: http[name] / loop[name] for name in loop if name != "fed" and loop[name]}
+def ratios_of(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
+    """Our server's figures over another row's, but those that are 0 there, as gaps are where outputs have one token."""
+    return {name: ours[name] / other[name] for name in other if name != "fed" and other[name]}
 
 
 def say(report: dict[str, Any]) -> None:
     names = [f"{what}_{name}_ms" for name in ("ttft", "tpot") for what in ("median", "p99")]
-    print(f"{'':12}{'tokens/s':>12}" + "".join(f"{name:>16}" for name in names))
-    for row in [*report["rows"], {"fed": "ratio"} | report["ratios"]]:
-        digits = 3 if row["fed"] == "ratio" else 2
+    print(f"{'':14}{'tokens/s':>12}" + "".join(f"{name:>16}" for name in names))
+    ratios = {"ratio": "ratios", "over vLLM's": "vllm_ratios"}
+    lines = [(row["fed"], row, 2) for row in report["rows"]]
+    lines += [(title, report[name], 3) for title, name in ratios.items() if name in report]
+    for title, row, digits in lines:
         figures = [row.get(name) for name in ("tokens_per_second", *names)]
         first, *others = ("-" if figure is None else f"{figure:.{digits}f}" for figure in figures)
-        print(f"{row['fed']:12}{first:>12}" + "".join(f"{one:>16}" for one in others))
+        print(f"{title:14}{first:>12}" + "".join(f"{one:>16}" for one in others))
     print("GET /health: {num_calls} calls, median {median_ms:.2f} ms, p99 {p99_ms:.2f} ms".format(**report["health"]))
+    if "vllm" in report:
+        print("vLLM", *report["vllm"].values())
 
 
 if __name__ == "__main__":

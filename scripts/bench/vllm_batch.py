@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.vllm_side import Vllm
+from scripts.bench.vllm_side import Vllm, asynchronous, flags_of
 
 MODULE = "vllm.entrypoints.openai.run_batch"
 BAR = "Running batch"
@@ -19,11 +19,9 @@ def run_vllm_batch(vllm: Vllm, model: Path, given: Path, output: Path, num_rows:
     not answer each."""
     command = [vllm.python, "-m", MODULE, "-i", str(given), "-o", str(output), "--model", str(model)]
     command += ["--load-format", "dummy", *flags_of(vllm.options)]
-    # its asynchronous engine has a process of its own, which it needs
-    environment = {name: value for name, value in vllm.environment.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     began_s = time.perf_counter()
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command, env=asynchronous(vllm), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     times_s, said = [], []
     for line in process.stdout:
@@ -38,15 +36,6 @@ def run_vllm_batch(vllm: Vllm, model: Path, given: Path, output: Path, num_rows:
     tokens, seconds = sum(body["usage"]["completion_tokens"] for body in answers), times_s[-1] - times_s[0]
     result |= {"load_s": times_s[0] - began_s, "seconds": seconds, "output_tokens": tokens}
     return result | ({"output_tokens_s": tokens / seconds} if seconds else {})
-
-
-def flags_of(options: dict[str, Any]) -> list[str]:
-    """Arguments of vLLM's LLM as its command line has them."""
-    flags = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return flags
 
 
 def read_answers(output: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """vLLM beside the engine, for `--compare vllm`: the same token ids, output counts and arrivals, on the same machine in
-the same run, in a process of its own (scripts/bench/vllm_job.py) once the engine is gone."""
+the same run, in a process of its own (scripts/bench/vllm_job.py, vllm_batch.py, vllm_server.py) once the engine is
+gone."""
 
 import argparse
 import contextlib
@@ -97,31 +98,56 @@ def run_vllm(vllm: Vllm, config: EngineConfig, record: dict[str, Any], runs: Seq
     """The `runs` in vLLM, with the limits that `record` says the engine had: `version`, `load_s`, `runs` in their
     order, and with weights in host memory `offloaded_bytes`; or `error`, after its output went to standard error, if
     it did not come to an end."""
-    with tempfile.TemporaryDirectory(prefix="vllm-") as folder, _model_folder(config, folder) as model:
+    with tempfile.TemporaryDirectory(prefix="vllm-") as folder, model_folder(config, folder) as model:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))
-        options = {
-            "model": model,
-            "skip_tokenizer_init": True,
-            "load_format": config.load_format,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "seed": config.seed,
-            **{name: record[name] for name in ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")},
-        }
-        asked = {"options": options | vllm.options, "offloads": _offloads(vllm.options), "runs": list(runs)}
+        options = options_of(vllm, config, record, model)
+        asked = {"options": options, "offloads": _offloads(vllm.options), "runs": list(runs)}
         job.write_text(json.dumps(asked))
         with log.open("w") as output:
             command = [vllm.python, "-c", RUN, str(job), str(result)]
             status = subprocess.run(command, env=vllm.environment, stdout=output, stderr=output).returncode
         if status == 0 and result.exists():
             return json.loads(result.read_text())
-        said = log.read_text(errors="replace")
-        print(said[-10_000:], file=sys.stderr)
-        last = next((line for line in reversed(said.splitlines()) if line.strip()), "no output")
-        return {"version": vllm.version, "error": f"ended with status {status}: {last.strip()[:300]}"}
+        return {"version": vllm.version, "error": f"ended with status {status}: {last_words(log)}"}
+
+
+def options_of(vllm: Vllm, config: EngineConfig, record: dict[str, Any], model: str) -> dict[str, Any]:
+    """Options of its engine: the limits that `record` says ours had, and the user's."""
+    return {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "load_format": config.load_format,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "seed": config.seed,
+        **{name: record[name] for name in ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")},
+        **vllm.options,
+    }
+
+
+def flags_of(options: dict[str, Any]) -> list[str]:
+    """Arguments of vLLM's LLM as its command line has them."""
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return flags
+
+
+def asynchronous(vllm: Vllm) -> dict[str, str]:
+    """The environment for its asynchronous engine, which needs a process of its own."""
+    return {name: value for name, value in vllm.environment.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+
+
+def last_words(log: Path) -> str:
+    """The last line of its output, of which the end goes to standard error."""
+    said = log.read_text(errors="replace")
+    print(said[-10_000:], file=sys.stderr)
+    last = next((line for line in reversed(said.splitlines()) if line.strip()), "no output")
+    return last.strip()[:300]
 
 
 @contextlib.contextmanager
-def _model_folder(config: EngineConfig, folder: str) -> Iterator[str]:
+def model_folder(config: EngineConfig, folder: str) -> Iterator[str]:
     """The model's folder; for a config alone, one that has it as config.json."""
     path = find_model(config.model)
     if path.is_file():

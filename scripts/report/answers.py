@@ -21,6 +21,7 @@ BASELINES = {  # how --compare calls them: what they are
     "transformers-cb": "transformers' continuous batching",
     "vllm": "vLLM",
     "vllm-offload": "vLLM's weight offload",
+    "vllm-serve": "vLLM's server",
 }
 COMPARES_BITS = ("bit by bit", "bit for bit", "bitwise", "streamed equals resident")
 Figure = Callable[[float], str]

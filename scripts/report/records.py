@@ -4,6 +4,7 @@ It imports no torch.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from penstock.scheduler.units import gb_s
 
 from scripts.report.markdown_table import Row
 
-LATENCY, THROUGHPUT, TRAFFIC = "latency", "throughput", "traffic"
+LATENCY, THROUGHPUT, TRAFFIC, SERVING = "latency", "throughput", "traffic", "serving"
 
 
 @dataclass(frozen=True)
@@ -121,4 +122,17 @@ def comparison_rows(records: list[Record]) -> list[Row]:
     for row in traffic_rows(records):
         if row.get("speedup") is not None:
             rows.append(row | {"ours_s": row["measured_s"], "theirs_s": row["vllm_measured_s"]})
-    return rows
+    return rows + [row for record in records if record.kind == SERVING for row in served_rows(record)]
+
+
+def served_rows(record: Record) -> Iterator[Row]:
+    """Rows of what clients of our server and of vLLM's felt, if both ran: all requests, by tokens a second, and the
+    medians of first tokens and of tokens."""
+    if "vllm_ratios" not in record.content:
+        return
+    _, ours, theirs = record.content["rows"]
+    facts = record.facts() | {"baseline": "vllm-serve"}
+    yield facts | {"row": "served requests", "speedup": ours["tokens_per_second"] / theirs["tokens_per_second"]}
+    for name, row in (("ttft", "first token, served"), ("tpot", "token, served")):
+        ours_s, theirs_s = (one[f"median_{name}_ms"] / 1e3 for one in (ours, theirs))
+        yield facts | {"row": row, "ours_s": ours_s, "theirs_s": theirs_s, "speedup": theirs_s / ours_s}

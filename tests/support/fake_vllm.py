@@ -1,6 +1,6 @@
 """A folder with a package that looks like vLLM: every request gets its number of tokens, one a step or, in a batch of
-rows, at once. Its process has a clock of its own, on which a step takes STEP_S, whatever the machine does, and nothing
-else but sleeping any time."""
+rows and from its server, at once. Its process has a clock of its own, on which a step takes STEP_S, whatever the
+machine does, and nothing else but sleeping any time."""
 
 import json
 from pathlib import Path
@@ -105,6 +105,59 @@ with open(args.o, "w") as output:
 print("Running batch: 100% Completed", file=sys.stderr, flush=True)
 """
 
+API_SERVER = """
+import argparse, json, os, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from vllm import log
+
+parser = argparse.ArgumentParser()
+for flag in ("--host", "--port", "--model"):
+    parser.add_argument(flag)
+args, flags = parser.parse_known_args()
+fails = os.environ.get("FAKE_VLLM_FAILS")
+if fails == "start":
+    raise RuntimeError("no kernel image")
+if fails == "never ready":
+    threading.Event().wait()
+own_process = "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
+is_there = os.path.exists(f"{args.model}/config.json")
+log("served", {"flags": flags, "is_there": is_there, "own_process": own_process})
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        log("get", self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        log("post", [self.path, asked])
+        self.send_response(200)
+        self.end_headers()
+        if fails == "answer":
+            self.say({"error": {"message": "no page is free"}})
+            print("EngineDeadError", file=sys.stderr, flush=True)
+            return
+        for _ in range(asked["max_tokens"]):
+            self.say({"choices": [{"index": 0, "text": ""}]})
+        self.say({"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}})
+        self.wfile.write(b"data: [DONE]\\n\\n")
+        self.close_connection = True
+
+    def say(self, event):
+        self.wfile.write(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\\n\\n")
+
+    def log_message(self, *said):
+        pass
+
+
+ThreadingHTTPServer((args.host, int(args.port)), Handler).serve_forever()
+"""
+
 
 class FakeVllm:
     """The package in `folder`, and what was asked of it."""
@@ -115,6 +168,7 @@ class FakeVllm:
         (self.site / "vllm/model_executor/offloader.py").write_text(OFFLOADER)
         (self.site / "vllm/entrypoints/openai").mkdir(parents=True)
         (self.site / "vllm/entrypoints/openai/run_batch.py").write_text(RUN_BATCH)
+        (self.site / "vllm/entrypoints/openai/api_server.py").write_text(API_SERVER)
         (self.site / "vllm/__init__.py").write_text(SOURCE.replace("VERSION", VERSION).replace("STEP_S", str(STEP_S)))
         info = self.site / f"vllm-{VERSION}.dist-info"
         info.mkdir()

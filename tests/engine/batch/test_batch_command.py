@@ -66,14 +66,15 @@ def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
         line(
             "chat", "/v1/chat/completions", messages=[message], max_completion_tokens=3, logprobs=True, ignore_eos=True
         ),
-        line("many", prompt=["def", [5, 6]], n=2, max_tokens=2, temperature=0.9, echo=True, ignore_eos=True),
+        line("many", prompt=["def", [5, 6]], n=2, max_tokens=9, temperature=0.9, echo=True, ignore_eos=True),
     ]
     assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
     chat, many = sorted((row["response"]["body"] for row in rows_of(tmp_path / "out.jsonl")), key=lambda b: b["id"])
     assert chat["object"] == "chat.completion" and chat["choices"][0]["message"]["role"] == "assistant"
     assert len(chat["choices"][0]["logprobs"]["content"]) == 3
     assert [choice["index"] for choice in many["choices"]] == [0, 1, 2, 3]
-    assert many["usage"]["completion_tokens"] == 8
+    assert many["usage"]["completion_tokens"] == 4 * 9
+    assert len({choice["text"] for choice in many["choices"]}) == 4, "each sequence has a seed of its own"
     assert [choice["text"].startswith("def") for choice in many["choices"][:2]] == [True, True]
 
 
@@ -320,6 +321,17 @@ def test_a_dry_run_predicts_without_an_engine_and_writes_nothing(reference, tmp_
     assert main(["batch", *model, "-i", str(reference[0]), "--dry-run", *profile]) == 0, "it needs no output"
     assert main(["batch", *model, "-i", str(reference[0])]) == 2
     assert said()[1][-1] == "penstock: error: --output-file: is missing"
+
+
+def test_a_job_takes_the_passes_that_a_dry_run_predicts(llm, tmp_path, said):
+    texts = [line(str(number), prompt=[5, number + 5], n=2, max_tokens=8, ignore_eos=True) for number in range(20)]
+    given = write_lines(tmp_path / "in.jsonl", texts)
+    assert run_here(None, given, tmp_path / "out.jsonl", "--dry-run", "--max-num-seqs", "4") == 0
+    predicted = said()[0]
+    assert [predicted[name] for name in ("sequences", "num_at_once", "output_tokens")] == [40, 4, 40 * 8]
+    assert run_here(llm, given, tmp_path / "out.jsonl") == 0
+    done = said()[0]
+    assert done["output_tokens"] == 40 * 8 and done["passes"] == pytest.approx(predicted["passes"], rel=0.1)
 
 
 def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ import random
 
 import numpy as np
 import pytest
+from penstock.engine.batch import run
 from penstock.engine.batch.lengths import Lengths
+from penstock.engine.batch.run import BatchRun
 from penstock.engine.batch.windows import ALIKE, first_ahead, in_windows, longest_first, num_passes
 from penstock.engine.loop import Loop
 from penstock.scheduler.batching.scheduler import Scheduler
 
-from tests.support.batch_jobs import StubLLM, line, run_here, write_lines
+from tests.support.batch_jobs import StubLLM, line, run_here, write_lines, write_many
 
 
 def order(prefixes, lengths, size, seats):
@@ -35,6 +37,22 @@ def test_the_next_window_is_not_looked_into_before_its_turn():
     rows = in_windows(iter(range(100)), 10, lambda row: looked.append(row) or "", lambda row: 1, 4)
     next(rows)
     assert looked == list(range(10))
+
+
+def test_a_job_reads_its_file_window_by_window(tmp_path, monkeypatch):
+    looked, last_of_pass, read, advance = [], [], BatchRun._read, Loop.advance
+    monkeypatch.setattr(run, "WINDOW", 8)
+    monkeypatch.setattr(BatchRun, "_read", lambda job, index: looked.append(index) or read(job, index))
+    monkeypatch.setattr(Loop, "advance", lambda loop: last_of_pass.append(max(looked)) or advance(loop))
+    given = write_many(tmp_path / "in.jsonl", 100)
+    assert run_here(StubLLM(max_num_seqs=2), given, tmp_path / "out.jsonl") == 0
+    assert (last_of_pass[0], last_of_pass[-1]) == (7, 99)
+    assert {(index + 1) % 8 for index in last_of_pass if index < 99} == {0}
+
+
+def test_only_in_the_last_window_the_longest_come_first():
+    lengths = [1, 1, 1, 9] * 3
+    assert order([""] * 12, lengths, size=4, seats=2) == [*range(8), 11, 8, 9, 10]
 
 
 def test_the_first_of_those_that_begin_alike_goes_ahead():

@@ -97,6 +97,25 @@ def test_there_is_one_writer(file, how):
         assert read(log) == [(0, TWO)]
 
 
+def test_a_file_that_is_replaced_before_it_is_locked_is_opened_anew(file, monkeypatch):
+    """As by another process, which has sorted it."""
+    flock = fcntl.flock
+
+    def replaced_before(descriptor, operation):
+        monkeypatch.undo()
+        new = file.with_name("new")
+        new.write_bytes(ONE)
+        new.rename(file)
+        flock(descriptor, operation)
+
+    file.write_bytes(TWO)
+    monkeypatch.setattr(fcntl, "flock", replaced_before)
+    with closing(OutputLog("-o", file)) as log:
+        assert read(log) == [(0, ONE)]
+        log.append([THREE])
+    assert file.read_bytes() == ONE + THREE
+
+
 def test_a_file_system_without_locks_is_refused(file, monkeypatch):
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -104,6 +123,28 @@ def test_a_file_system_without_locks_is_refused(file, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(ValueError, match=r"out.jsonl: cannot be locked there: No locks available \(flock has to work"):
         OutputLog("-o", file)
+
+
+def test_the_rows_of_a_pass_are_one_write(file, monkeypatch):
+    written, write = [], os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: written.append(bytes(data)) or write(descriptor, data))
+    with closing(OutputLog("-o", file)) as log:
+        log.append([ONE, TWO])
+    assert written == [ONE + TWO]
+
+
+def test_a_file_written_anew_is_on_disk_before_it_takes_the_place_of_the_old_one(file, monkeypatch):
+    done, fsync, rename = [], os.fsync, os.rename
+
+    def synced(descriptor):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    with closing(OutputLog("-o", file)) as log:
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "rename", lambda *names: done.append("renamed") or rename(*names))
+        log.rewrite([ONE])
+    assert done[:3] == ["out.jsonl.job.rows", "renamed", file.parent.name]
 
 
 def test_a_full_disk_leaves_whole_lines_and_says_so(file):
@@ -141,9 +182,10 @@ def test_an_output_that_is_gone_is_noticed_before_more_is_written(file, how):
         file.unlink()
         if how == "replaced":
             file.write_bytes(b"mine\n")
-        with pytest.raises(ValueError, match="out.jsonl: was removed or replaced while the job ran"):
-            log.append([TWO])
-    assert file.exists() == (how == "replaced")
+        for write in (log.append, log.rewrite):
+            with pytest.raises(ValueError, match="out.jsonl: was removed or replaced while the job ran"):
+                write([TWO])
+    assert file.exists() == (how == "replaced") and (how == "removed" or file.read_bytes() == b"mine\n")
 
 
 def test_rows_are_synced_by_themselves_and_a_failed_sync_ends_the_job(file, monkeypatch):
@@ -168,3 +210,17 @@ def test_rows_are_synced_by_themselves_and_a_failed_sync_ends_the_job(file, monk
             log.sync()
         with pytest.raises(ValueError, match="out.jsonl: Input/output error"):
             log.append([THREE])
+
+
+def test_many_rows_are_synced_at_once(file, monkeypatch):
+    synced, waits = threading.Event(), threading.Event()
+    monkeypatch.setattr(syncing, "MOST_S", 3600.0)
+    monkeypatch.setattr(syncing.os, "fsync", lambda descriptor: synced.set())
+    with closing(OutputLog("-o", file)) as log:
+        news = log._syncing._news
+        wait_for = news.wait_for
+        news.wait_for = lambda comes, timeout=None: (timeout and waits.set()) or wait_for(comes, timeout)
+        log.append([ONE])
+        assert waits.wait(timeout=60), "for more rows"
+        log.append([TWO] * syncing.MOST_ROWS)
+        assert synced.wait(timeout=60)

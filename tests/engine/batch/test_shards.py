@@ -92,4 +92,31 @@ def test_rows_that_have_not_run_are_missed(shards, tmp_path, capsys):
     assert merged(short, two, into=tmp_path / "all.jsonl") == 2
     assert "--merge: 2 of 12 rows have not run yet" in capsys.readouterr().err
     assert not (tmp_path / "all.jsonl").exists()
-    assert merged(one, two, into=two) == 2
+
+
+def test_a_row_that_two_shards_have_is_refused(shards, tmp_path, capsys):
+    """Beside one that is missing: the number of rows is right."""
+    _, _, (one, two) = shards
+    both = tmp_path / two.name
+    same_job(two, both)
+    both.write_bytes(one.read_bytes().splitlines(keepends=True)[0] + two.read_bytes())
+    assert merged(one, both, into=tmp_path / "all.jsonl") == 2
+    assert "is there twice" in capsys.readouterr().err and not (tmp_path / "all.jsonl").exists()
+
+
+def test_what_is_there_is_not_written_over_by_a_merge(shards, tmp_path, capsys):
+    _, _, (one, two) = shards
+    (tmp_path / "mine").write_text("my letters")
+    for into, message in ((two, "is one of the parts"), (tmp_path / "mine", "is there already; give another one")):
+        kept = into.read_bytes()
+        assert merged(one, two, into=into) == 2
+        assert message in capsys.readouterr().err and into.read_bytes() == kept
+
+
+def test_a_row_of_another_shard_is_refused(llm, shards, tmp_path, capsys):
+    given, _, (one, two) = shards
+    output = tmp_path / "out.jsonl"
+    same_job(one, output)
+    output.write_bytes(two.read_bytes())
+    assert run_here(llm, given, output, "--shard", "0/2") == 2
+    assert "which is no line of this job" in capsys.readouterr().err and output.read_bytes() == two.read_bytes()

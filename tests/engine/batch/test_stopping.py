@@ -12,7 +12,7 @@ from penstock.parallel.failure import RankFailed, run_rank
 from penstock import LLM
 from tests.support.batch_jobs import StubLLM, begin_in_fork, rows_of, run_here, status_of, write_many
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 class LoadingLLM(StubLLM):
@@ -47,14 +47,33 @@ def test_a_signal_while_rows_are_sorted_leaves_the_output_as_it_was(tmp_path, sa
     assert sorted(output.read_bytes().splitlines()) == sorted(kept.splitlines())
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path):
-    """As SIGINT in the background of a script."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def test_a_signal_while_the_last_rows_run_leaves_the_sorting_to_the_next_start(tmp_path, said, monkeypatch):
+    given, output, advance = write_many(tmp_path / "in.jsonl", 9), tmp_path / "out.jsonl", Loop.advance
+
+    def advancing(loop):
+        events = advance(loop)
+        if not loop.has_unfinished:
+            send(signal.SIGTERM)
+        return events
+
+    monkeypatch.setattr(Loop, "advance", advancing)
+    assert run_here(StubLLM(), given, output, "--order", "input") == 143
+    assert said()[0]["done"] == len(rows_of(output)) == 9
+    kept = output.read_bytes()
+    monkeypatch.setattr(Loop, "advance", advance)
+    assert run_here(StubLLM(), given, output, "--order", "input") == 0
+    assert output.read_bytes() != kept and sorted(output.read_bytes().splitlines()) == sorted(kept.splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_so(tmp_path, number):
+    """As SIGINT in the background of a script, and SIGHUP by nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        llm = LoadingLLM(lambda: send(signal.SIGINT))
+        llm = LoadingLLM(lambda: send(number))
         assert run_here(llm, write_many(tmp_path / "in.jsonl", 9), tmp_path / "out.jsonl") == 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_a_streamed_job_ends_within_two_passes_and_a_second_signal_changes_nothing(tmp_path, said, monkeypatch):

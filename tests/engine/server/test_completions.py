@@ -4,6 +4,7 @@ import asyncio
 
 import httpx
 import pytest
+from penstock.engine.server import encoding
 
 from penstock import SamplingParams
 
@@ -55,6 +56,21 @@ def test_prompts_are_texts_or_token_ids_or_lists_of_either(served, outputs):
     ):
         choices = served.answer(PATH, prompt=prompt, **GREEDY)["choices"]
         assert [(c["index"], c["text"]) for c in choices] == [(i, e.text) for i, e in enumerate(expected)]
+
+
+@pytest.mark.parametrize("num_prompts, few, waits", [(1, 8192, False), (2, 8192, True), (1, 0, True)])
+def test_few_token_ids_wait_for_no_thread(served, monkeypatch, num_prompts, few, waits):
+    """Of one prompt; more of them, or of prompts, may take long."""
+    called, in_worker = [], served.service.in_worker
+
+    def note(call, *arguments):
+        called.append(call)
+        return in_worker(call, *arguments)
+
+    monkeypatch.setattr(served.service, "in_worker", note)
+    monkeypatch.setattr(encoding, "FEW_IDS", few)
+    choices = served.answer(PATH, prompt=num_prompts * [served.llm.encode(PROMPT)], **GREEDY)["choices"]
+    assert len(choices) == num_prompts and called == waits * [encoding.sequences_of]
 
 
 def test_choices_are_those_of_each_prompt_in_turn(served, outputs):

@@ -21,8 +21,8 @@ GAUGES = "num_requests_running num_requests_waiting kv_cache_usage_perc link_uti
 COUNTERS = "prompt_tokens generation_tokens request_success num_preemptions recompute_tokens admission_rejections"
 HISTOGRAMS = "time_to_first_token inter_token_latency request_time_per_output_token e2e_request_latency"
 NAMES = {
-    "gauge": [*GAUGES.split(), "weights_streamed_bytes"],
-    "counter": [*COUNTERS.split(), "client_disconnects", "weight_stream_bytes", "prefix_cache_queries"],
+    "gauge": [*GAUGES.split(), "weights_streamed_bytes", "num_requests_waiting_by_reason"],
+    "counter": [*COUNTERS.split(), "client_disconnects", "weight_stream_bytes", "prefix_cache_queries", "free_tokens"],
     "histogram": [
         *(f"{name}_seconds" for name in HISTOGRAMS.split()),
         *(f"request_{part}_time_seconds" for part in ("queue", "prefill", "decode")),
@@ -93,7 +93,7 @@ def test_names_are_vllms_and_labels_are_fixed():
 @pytest.mark.parametrize("resident", ["all", "none"])
 def test_values_are_what_happened(resident):
     params, metrics = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, n=2), Metrics()
-    with LLM("demo", **OPTIONS, resident=resident) as llm:
+    with LLM("demo", **OPTIONS, resident=resident, link_gb_s=0.001) as llm:  # which hides all that is computed
         sequences = serve(llm, metrics, ["Return the", "def"], params)
         passes, work = llm.engine.times.num_passes, llm.engine.work
         found = values(metrics, llm)
@@ -110,6 +110,9 @@ def test_values_are_what_happened(resident):
         assert found[f"{name}_seconds_count"] == 4 and found[f"{name}_seconds_sum"] >= 0
     assert found["prefix_cache_queries_total"] == counts.num_asked_tokens > 0
     assert found["prefix_cache_hits_total"] == counts.num_hit_tokens
+    assert found["free_tokens_total"] == counts.num_free_tokens
+    assert found["free_tokens_used_total"] == counts.num_free_tokens_used
+    assert (counts.num_free_tokens_used > 0) == (resident == "none")
     assert (found["num_requests_running"], found["num_requests_waiting"], found["kv_cache_usage_perc"]) == (0, 0, 0)
     assert found["weights_resident_bytes"] + found["weights_streamed_bytes"] > 0
     assert (found["link_utilisation"] > 0) == (resident == "none") and found["link_utilisation"] <= 1
@@ -123,6 +126,8 @@ def test_gauges_are_those_of_the_moment_and_rejections_are_counted():
         llm.loop.advance()
         found = values(metrics, llm)
         assert (found["num_requests_running"], found["num_requests_waiting"]) == (3, 1)
+        lacking = [found[f"num_requests_waiting_by_reason{{{why}}}"] for why in ("rows", "pages", "tokens")]
+        assert lacking == [1, 0, 0]
         assert 0 < found["kv_cache_usage_perc"] <= 1
         llm.loop.clear()
     metrics.request_rejected("queue_full")

@@ -2,12 +2,15 @@
 more."""
 
 import contextlib
+import threading
+from mmap import PAGESIZE
 
 import pytest
 import torch
 from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.families import read_spec, tensor_names
 from penstock.engine.model.layout import ModelLayout, expected_tensors, model_layout
+from penstock.engine.model.shard import pad_to
 from penstock.engine.weights import host_store
 from penstock.engine.weights.dummy import DummyWeights
 from penstock.engine.weights.host_arena import HostArena
@@ -144,8 +147,8 @@ def test_an_error_frees_the_arenas(monkeypatch, fails):
     assert all(arena.tensor.numel() == 0 for arena in opened) and torch.get_num_threads() == num_threads
 
 
-def test_only_what_blobs_fill_is_registered(monkeypatch):
-    registered = []
+def test_only_what_is_filled_is_registered_and_each_from_a_page_on(monkeypatch):
+    registered, unregistered = [], []
 
     class Cudart:
         def cudaHostRegister(self, pointer, nbytes, flags):
@@ -153,6 +156,7 @@ def test_only_what_blobs_fill_is_registered(monkeypatch):
             return 0
 
         def cudaHostUnregister(self, pointer):
+            unregistered.append(pointer)
             return 0
 
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
@@ -160,14 +164,27 @@ def test_only_what_blobs_fill_is_registered(monkeypatch):
     first, second = (group.id for group in layout.groups[:2])
     spans = HostSpans(layout.groups[:3], compressed={first, second}, register=True)
     assert set(spans.spans) == {layout.groups[2].id} and spans.nbytes == layout.groups[2].nbytes
-    for group, nbytes in ((second, 512), (first, 256)):
+    plain, pointer = layout.groups[2], spans.spans[layout.groups[2].id].data_ptr()
+    assert not registered
+    spans.filled(plain.id)
+    for group, nbytes in ((second, PAGESIZE + 512), (first, 256)):
         spans.keep(group, torch.full((nbytes,), 7, dtype=torch.uint8))
     spans.finish()
-    pointer = spans.spans[layout.groups[2].id].data_ptr()
-    assert spans.nbytes == layout.groups[2].nbytes + 768 and registered == [(pointer, spans.nbytes)]
-    assert spans.spans[first].data_ptr() == pointer + layout.groups[2].nbytes + 512
-    assert (spans.spans[first] == 7).all() and not spans.spans[layout.groups[2].id].any()
+    assert spans.nbytes == plain.nbytes + PAGESIZE + 768
+    pages = pad_to(plain.nbytes, PAGESIZE) // PAGESIZE
+    firsts = [pointer, pointer + pages * PAGESIZE, pointer + (pages + 2) * PAGESIZE]
+    assert registered == list(zip(firsts, (plain.nbytes, PAGESIZE + 512, 256)))
+    assert pointer % PAGESIZE == 0 and spans.spans[first].data_ptr() == firsts[-1]
+    assert (spans.spans[first] == 7).all() and not spans.spans[plain.id].any()
     spans.close()
+    assert unregistered == firsts
+
+
+def as_on_cuda(monkeypatch):
+    """Lets a compressor that is given a stream run on a CPU."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -189,8 +206,7 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
 
     monkeypatch.setattr(host_store, "compress_group", compress)
     monkeypatch.setattr(host_store._Reader, "begin", begin)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    as_on_cuda(monkeypatch)
     spans = HostSpans(layout.groups, compressed=set(by_group(layout)))
     compressor = host_store._Compressor(CPU, 1)
     compressor._stream = "a stream" if overlaps else None
@@ -213,6 +229,38 @@ def test_two_scratch_spans_at_most(monkeypatch, overlaps):
         decompressed = torch.zeros(group.nbytes, dtype=torch.uint8)
         compressor.compressed[group.id].restore(spans.spans[group.id], decompressed, num_tokens=1)
         assert torch.equal(decompressed, plain.host_spans[group.id])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_blob_is_kept_while_the_next_group_is_compressed(monkeypatch, fails):
+    """Keeps no blob before the next group is being compressed; one that cannot be kept ends the loading."""
+    source, layout = model()
+    order = sorted(layout.groups, key=lambda group: -group.nbytes)
+    begun = {group.id: threading.Event() for group in order}
+    following = dict(zip(begun, list(begun.values())[1:]))
+    whole_compress = host_store.compress_group
+
+    class LateSpans(HostSpans):
+        def keep(self, group, blob):
+            if group in following:
+                assert following[group].wait(60), "nothing is compressed meanwhile"
+            elif fails:
+                raise ValueError("no such luck")
+            super().keep(group, blob)
+
+    def compress(group, *rest):
+        begun[group.id].set()
+        return whole_compress(group, *rest)
+
+    monkeypatch.setattr(host_store, "compress_group", compress)
+    as_on_cuda(monkeypatch)
+    spans = LateSpans(layout.groups, compressed=set(begun))
+    compressor = host_store._Compressor(CPU, 1)
+    compressor._stream = "a stream"
+    with host_store._Reader(source, None, 2, None) as reader:
+        with pytest.raises(ValueError, match="no such luck") if fails else contextlib.nullcontext():
+            compressor.load(layout.groups, reader, dict.fromkeys(begun, spans))
+    assert list(spans.spans) == list(begun)[: len(begun) - fails]
 
 
 @pytest.mark.gpu

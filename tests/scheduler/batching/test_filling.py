@@ -101,7 +101,7 @@ def test_a_single_prompt_takes_no_second_pass():
     assert batch.num_tokens == 4000 > free_tokens(replace(WORK, streamed_bytes=4 * 10**9), H200)
 
 
-@pytest.mark.parametrize("num_free", [-10, 0, 5, 60])
+@pytest.mark.parametrize("num_free", [-10, 0, 5, 60, 100])
 def test_a_prompt_is_spread_over_a_few_passes_at_most(num_free):
     """Beside 200 rows that leave few tokens free, or none: up to 256 the pass would be padded."""
     scheduler = scheduler_of(WORK)

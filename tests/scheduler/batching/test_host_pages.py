@@ -1,7 +1,7 @@
 """Blocks that leave the device for host memory and come back; test_simulation.py plays whole workloads on them."""
 
 import pytest
-from penstock.scheduler.batching.host_pages import HostPages, Move
+from penstock.scheduler.batching.host_pages import Block, HostPages, Move
 from penstock.scheduler.batching.pages import PagePool
 from penstock.scheduler.batching.prefix_cache import PrefixCache
 from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
@@ -66,6 +66,27 @@ def test_with_few_pages_the_least_recently_used_goes_the_end_first(num_host_page
     cache.check_integrity(held)
 
 
+def blocks_of(num: int) -> list[Block]:
+    return [Block(number, page=number + 1, key=(None, (number,))) for number in range(num)]
+
+
+def test_in_host_memory_too_what_was_used_last_stays():
+    """A block that loses its page a second time, having come back, counts as used then."""
+    host, (first, second, third) = HostPages(2), blocks_of(3)
+    for block in (first, second, first, third):
+        host.keep(block)
+    assert [host.find(block.key) is not None for block in (first, second, third)] == [True, False, True]
+
+
+def test_of_what_came_back_together_the_beginning_stays_longest():
+    host, (beginning, end, other) = HostPages(2), blocks_of(3)
+    for block in (end, beginning):
+        host.keep(block)
+    host.bring([beginning, end], host.hold([beginning, end]), [7, 8])
+    host.keep(other)
+    assert [host.find(block.key) is not None for block in (beginning, end, other)] == [True, False, True]
+
+
 def test_what_makes_room_for_a_block_does_not_take_its_place_in_host_memory():
     """The only page there is held until its block is brought: what gives way on the device is forgotten."""
     cache = PrefixCache(PagePool(2), page_size=4, host=HostPages(1))
@@ -91,6 +112,18 @@ def test_only_what_pays_comes_back_and_what_is_computed_again_keeps_its_number()
     assert set(asked) == {(8, 1)}  # tokens, beside one of each row
     run(sched, request(2))
     assert host.counts.num_out == 4 and host.counts.num_in == 0
+
+
+def test_moving_is_weighed_beside_the_rows_that_run():
+    asked = []
+    sched = scheduler(HostPages(9, pays=lambda *numbers: asked.append(numbers)), num_pages=5)
+    for id in (1, 2):
+        run(sched, request(id))
+    sched.add(request(3, num_prompt=2, max_tokens=9))
+    sched.update(sched.schedule(), [9])
+    sched.add(request(1))
+    sched.schedule()
+    assert set(asked) == {(8, 2)}
 
 
 def test_moves_of_a_pass_that_is_withdrawn_go_with_the_next_one():

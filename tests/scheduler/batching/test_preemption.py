@@ -52,6 +52,18 @@ def test_one_with_all_it_can_need_gets_no_more():
     assert len(sched._seats.running[0].pages) == 1
 
 
+def test_pages_come_one_by_one():
+    """Beyond those that it got with its row, a request holds none that it does not write to yet."""
+    sched, one = scheduler(), request(0)
+    sched.add(one)
+    run_pass(sched)
+    first = len(one.pages)
+    for _ in range(40):
+        run_pass(sched)
+        assert len(one.pages) == max(first, -(-one.num_computed_tokens // 4))
+    assert len(one.pages) > first + 3
+
+
 def test_the_least_computed_gives_way_and_comes_back_before_all_that_came_later():
     sched, order = scheduler(num_pages=17), [request(id, num_prompt) for id, num_prompt in enumerate([9, 3, 5])]
     add_all(sched, *order[:2])
@@ -145,9 +157,9 @@ def test_any_row_gives_way_at_any_step(lookahead, tiers):
 
 
 def test_an_urgent_request_computes_in_the_next_pass():
-    """All rows and pages are taken by others; the least urgent and least computed gives way."""
+    """All rows and pages are taken by others; of the least urgent ones the least computed gives way."""
     sched = scheduler(max_num_seqs=3, policy="priority")
-    others = [request(0, 9, priority=5), request(1, 3, priority=7), request(2, 4, priority=7)]
+    others = [request(0, 3, priority=5), request(1, 4, priority=7), request(2, 9, priority=7)]
     add_all(sched, *others)
     run_pass(sched)
     urgent = request(3, 8, priority=-1)
@@ -155,6 +167,43 @@ def test_an_urgent_request_computes_in_the_next_pass():
     batch = sched.schedule()
     assert urgent.row is not None and [one.num_preemptions for one in others] == [0, 1, 0]
     assert any(row.index == urgent.row and row.samples for row in batch.rows)
+
+
+def test_an_urgent_prompt_comes_before_the_rest_of_others():
+    """There are a row and pages for it, and one before it computes a prompt of several passes: it takes of each pass
+    what it can."""
+    sched = scheduler(num_pages=40, max_num_batched_tokens=8, policy="priority")
+    first, urgent, computed = request(0, 40, priority=1), request(1, 12), []
+    sched.add(first)
+    run_pass(sched)
+    sched.add(urgent)
+    for _ in range(3):
+        run_pass(sched)
+        computed.append((first.num_computed_tokens, urgent.num_computed_tokens))
+    assert computed == [(8, 8), (12, 12), (19, 13)]
+
+
+def test_an_urgent_prompt_that_does_not_fit_keeps_nobody_from_computing():
+    """Its pages are taken by one that is as urgent."""
+    sched = scheduler(max_num_batched_tokens=8, max_num_seqs=3, policy="priority")
+    as_urgent, late, urgent = request(0, 20), request(1, 20, max_tokens=1, priority=1), request(2, 40)
+    add_all(sched, as_urgent, late)
+    while late.num_computed_tokens == 0:
+        run_pass(sched)
+    sched.add(urgent)
+    run_pass(sched)
+    assert late.num_computed_tokens > 8 and urgent.row is None and sched.counts.num_preemptions == 0
+
+
+def test_nobody_gives_way_whose_last_token_is_under_way():
+    sched, one, urgent = scheduler(max_num_seqs=1, policy="priority"), request(0, max_tokens=1, priority=1), request(1)
+    sched.add(one)
+    batch = sched.schedule()
+    sched.add(urgent)
+    assert sched.schedule() is None and sched.counts.num_preemptions == 0
+    sched.update(batch, [9])
+    run_pass(sched)
+    assert (one.finish_reason, urgent.output_token_ids) == ("length", [9])
 
 
 def test_one_is_let_in_with_pages_left_for_those_that_grow():

@@ -13,9 +13,10 @@ from penstock.scheduler.residency.compression_choice import (
     choose_compression,
     settle,
 )
-from penstock.scheduler.residency.decide import Residency
+from penstock.scheduler.residency.decide import Residency, plan_residency
 from penstock.scheduler.residency.demand import Demand
 from penstock.scheduler.residency.family import Cost
+from penstock.scheduler.residency.search import plan_fastest
 from penstock.scheduler.units import GIB, MIB
 
 ATTN, FFN, HEAD = 84 * MIB, 352 * MIB, 1050 * MIB
@@ -114,6 +115,35 @@ def test_plain_groups_are_spread_over_depth():
         max(b - a for a, b in zip(compressed, compressed[1:])) - min(b - a for a, b in zip(compressed, compressed[1:]))
         <= 1
     )
+
+
+@pytest.mark.parametrize("choice", ["auto", "lossless"])
+@pytest.mark.parametrize("gib, pays", [(32, True), (64, True), (100, False), (140, False)])
+def test_what_stays_is_compressed_only_where_that_gains_its_share(choice, gib, pays):
+    """Plans three quarters of the layers to stay beside a KV cache that takes more sequences the less they take."""
+    asked = demand(memory_bytes=gib * GIB, resident=0.75, max_num_seqs=512)
+    cost = offer(choice).cost
+    kept, fastest = plan_fastest(asked, cost, compressed=True)
+    plain = plan_residency(kept, replace(fastest.split, compressed=fastest.compressed - fastest.resident))
+    gain = cost.tokens_s(kept, fastest) / cost.tokens_s(kept, plain) - 1
+    assert fastest.compressed & fastest.resident and (gain >= 0.05) == pays
+    assert choose_compression(offer(choice), asked) == (kept, fastest if pays else plain)
+
+
+def test_what_stays_is_compressed_where_sequences_would_be_shorter_otherwise():
+    asked = {"memory_bytes": 14 * GIB, "resident": 0.75, "max_num_seqs": 1, "max_position": 32768}
+    made = chosen("lossless", **asked)
+    plain = plan_residency(demand(**asked), replace(made.split, compressed=made.compressed - made.resident))
+    assert made.compressed > made.resident and plain.max_model_len < made.max_model_len
+    assert pass_s(plain) == pass_s(made)
+
+
+def test_what_stays_is_compressed_where_the_ring_would_be_cut_otherwise():
+    """Plans memory that is a quarter of a GiB less than plain groups take beside ring and KV cache."""
+    asked = {"memory_bytes": 27 * GIB // 2, "resident": 0.75, "max_num_seqs": 1, "max_model_len": 2048}
+    made = chosen("lossless", **asked)
+    plain = plan_residency(demand(**asked), replace(made.split, compressed=made.compressed - made.resident))
+    assert made.compressed & made.resident and any("ring cut" in note for note in plain.notes)
 
 
 def test_nothing_that_stays_is_compressed_in_memory_without_limit():

@@ -21,7 +21,7 @@ from penstock.scheduler.residency.family import Cost, Family
 from penstock.scheduler.residency.search import most_per_second, plan_fastest
 from penstock.scheduler.residency.spread import by_name, every
 
-from tests.support.plan_worth import worth
+from tests.support.plan_worth import most_instead, worth
 
 H200 = load_profile("h200")
 
@@ -104,9 +104,11 @@ def needed_bytes(asked: Demand, split: Split) -> int:
     return asked.weights_bytes(split) + default_ring_bytes(asked.streamed(split)) + claims
 
 
-def brute_force(asked: Demand, cost: Cost, compressed: bool) -> float:
-    """The most that any split and number of sequences is worth; 0 where nothing fits."""
-    best, tried = 0.0, list(splits(asked, compressed))
+def brute_force(asked: Demand, cost: Cost, compressed: bool, resident: frozenset[GroupId] | None = None) -> float:
+    """The most that any split, or any with these groups that stay, and number of sequences is worth; 0 where nothing
+    fits."""
+    best = 0.0
+    tried = [split for split in splits(asked, compressed) if resident is None or split.resident == resident]
     for num_seqs in range(1, asked.max_num_seqs + 1):
         settled = asked.planned_for(num_seqs)
         left = settled.memory_bytes - settled.kv_bytes(settled.wanted_pages(num_seqs))
@@ -149,6 +151,34 @@ def check(asked: Demand, cost: Cost, compressed: bool) -> None:
     assert settled.max_num_seqs == (num_seqs if asked.plans_num_seqs else asked.max_num_seqs)
 
 
+@settings(max_examples=60)
+@given(demands(), st.sampled_from(("auto", 0.25, 0.5, 0.75)), st.floats(1.0, 4.0))
+def test_what_stays_is_compressed_only_where_it_has_no_room_or_gains_its_share(case, resident, more):
+    """Compares with all splits, or those of the groups that were to stay; and where some that stay are compressed, with
+    the same groups plain and as many sequences as then fit."""
+    asked, cost = case
+    asked = replace(asked, resident=resident, memory_bytes=int(asked.memory_bytes * more))
+    try:
+        settled, residency = choose_compression(CompressionOffer("lossless", cost), asked)
+    except ValueError:
+        assume(False)
+    best = brute_force(asked, cost, True, None if resident == "auto" else residency.resident)
+    assume(best)
+    tokens_s = cost.tokens_s(settled, residency)
+    assert most_instead(tokens_s, residency) >= 0.99 * best
+    if residency.compressed & residency.resident:
+        assert tokens_s > 1.0499 * plain_tokens_s(settled, cost, residency)
+
+
+def plain_tokens_s(settled: Demand, cost: Cost, residency: Residency) -> float:
+    """Tokens/s with the same groups, those that stay plain; 0 where not one sequence fits."""
+    split = replace(residency.split, compressed=residency.compressed - residency.resident)
+    ring_bytes = min(residency.ring.ring_bytes, default_ring_bytes(settled.streamed(split)))
+    left = settled.memory_bytes - ring_bytes - settled.weights_bytes(split) - settled.claims_bytes(split)
+    fitting = [n for n in range(1, settled.max_num_seqs + 1) if settled.kv_bytes(settled.wanted_pages(n)) <= left]
+    return max((n / seconds_of(settled, cost, split, n) for n in fitting), default=0.0)
+
+
 @settings(max_examples=40)
 @given(demands(), st.booleans())
 def test_no_ring_is_smaller_than_the_bound_by_which_splits_are_dismissed(case, compressed):
@@ -176,10 +206,8 @@ def test_more_memory_or_a_faster_link_is_never_worse(case, choice, factor, what)
     except ValueError:
         assume(False)
     after = choose_compression(CompressionOffer(choice, faster), more)
-    worths = [
-        worth(each.tokens_s(*planned), stays(asked, planned[1])) for each, planned in ((cost, before), (faster, after))
-    ]
-    assert worths[1] >= 0.99 * worths[0]
+    least = worth(cost.tokens_s(*before), stays(asked, before[1]))
+    assert most_instead(faster.tokens_s(*after), after[1]) >= 0.99 * least
 
 
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=60), st.integers(0, 60))

@@ -3,10 +3,13 @@
 import asyncio
 
 import pytest
+from penstock.engine.config import EngineConfig
 
-from scripts.bench import serving
+from scripts.bench import serving, vllm_server
 from scripts.bench.arrivals import latency_fields
 from scripts.bench.http_client import poll, stream
+from scripts.bench.vllm_side import find_vllm
+from tests.support.fake_vllm import VERSION, FakeVllm
 from tests.support.scripts import run
 
 ENGINE = ("--model", "demo", "--device", "cpu", "--dtype", "float32", "--max-model-len", "64", "--resident", "all")
@@ -28,6 +31,68 @@ def test_both_ways_are_measured(monkeypatch, capsys, how):
     assert record["max_num_seqs"] == (5 if how[0] == "--load" else 2)
     assert record["request_rate"] == pytest.approx(record["load"] * record["requests_per_second_at_once"])
     assert record["health"]["num_calls"] > 0 and record["health"]["p99_ms"] >= record["health"]["median_ms"] > 0
+
+
+@pytest.mark.timeout(180)
+def test_vllms_server_gets_the_same_requests(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("fastapi")
+    vllm = FakeVllm(tmp_path, monkeypatch)
+    beside = ("--compare", "vllm", "--vllm", str(vllm.site), "--vllm-options", '{"enable_prefix_caching": false}')
+    record = run(monkeypatch, capsys, serving, *ENGINE, "--load-format", "dummy", *JOBS, *beside)
+    _, ours, theirs = record["rows"]
+    assert theirs["fed"] == "vLLM by HTTP" and theirs.keys() == ours.keys()
+    assert record["vllm"].keys() == {"version", "options", "load_s"} and record["vllm"]["version"] == VERSION
+    for name, ratio in record["vllm_ratios"].items():
+        assert ratio == pytest.approx(ours[name] / theirs[name])
+    (served,), posts = vllm.asked("served"), vllm.asked("post")
+    assert served["is_there"] and served["own_process"]
+    said = " ".join(served["flags"])
+    for flag in ("--skip-tokenizer-init", "--load-format dummy", "--max-model-len 64", "--no-enable-prefix-caching"):
+        assert flag in said
+    assert f"--max-num-seqs {record['max_num_seqs']}" in said
+    warming = [asked for _, asked in posts if "cache_salt" in asked]
+    asked = [asked for _, asked in posts if "cache_salt" not in asked]
+    assert {path for path, _ in posts} == {"/v1/completions"} and len(warming) == len(asked) == 5
+    assert sorted(one["prompt"] for one in warming) == sorted(one["prompt"] for one in asked)
+    assert {one["max_tokens"] for one in asked} <= {*range(3, 10)}
+    assert all(one["stream"] and one["ignore_eos"] and one["temperature"] == 0 for one in asked)
+
+
+@pytest.mark.parametrize(
+    "fails, error",
+    [("start", "ended with status 1: RuntimeError: no kernel image"), ("never ready", "not ready after")],
+)
+def test_a_vllm_server_that_does_not_start_is_said(monkeypatch, capsys, tmp_path, fails, error):
+    result = beside(monkeypatch, tmp_path, fails, nothing, start_s=-1.0 if fails == "never ready" else 300.0)
+    assert error in result["error"] and result["version"] == VERSION and "sent" not in result
+    assert fails == "never ready" or "Traceback" in capsys.readouterr().err
+
+
+def test_a_vllm_server_that_fails_to_answer_is_said(monkeypatch, capsys, tmp_path):
+    def ask(address):
+        return stream(address, {"max_tokens": 2})
+
+    result = beside(monkeypatch, tmp_path, "answer", ask)
+    assert result["error"].endswith(": EngineDeadError") and "no page is free" in result["error"]
+
+
+def test_a_vllm_server_that_takes_too_long_is_left(monkeypatch, tmp_path):
+    result = beside(monkeypatch, tmp_path, "", lambda _: asyncio.Event().wait(), most_s=0.0)
+    assert "not all answered after 0 s" in result["error"]
+
+
+def beside(monkeypatch, tmp_path, fails, send, start_s=300.0, most_s=300.0) -> dict:
+    """Runs a server that fails in this way; its result."""
+    vllm = FakeVllm(tmp_path, monkeypatch)
+    monkeypatch.setenv("FAKE_VLLM_FAILS", fails)
+    monkeypatch.setattr(vllm_server, "START_S", start_s)
+    limits = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    config = EngineConfig(model="demo", load_format="dummy")
+    return vllm_server.run_vllm_server(find_vllm(str(vllm.site), "{}"), config, limits, send, most_s)
+
+
+async def nothing(address) -> None:
+    pass
 
 
 def test_outputs_of_one_token_have_no_gaps_to_compare(capsys):

@@ -227,6 +227,21 @@ def test_offloaded_weights_are_compared_apart():
     assert [row["against"] for row in cells(page, "How does it compare?")] == ["vLLM", "vLLM's weight offload"]
 
 
+def test_a_server_is_compared_by_what_clients_felt():
+    fed = [("in process", 9.0, 20.0, 5.0), ("by HTTP", 8.0, 24.0, 6.0), ("vLLM by HTTP", 4.0, 30.0, 5.4)]
+    names = ("fed", "tokens_per_second", "median_ttft_ms", "median_tpot_ms")
+    alone = TRAFFIC | {"benchmark": "serving", "rows": [dict(zip(names, one)) for one in fed[:2]]}
+    beside = alone | {"rows": [dict(zip(names, one)) for one in fed], "vllm_ratios": {"tokens_per_second": 2.0}}
+    page = render([Record("alone.json", alone), Record("beside.json", beside)])
+    rows = cells(page, "How does it compare?")
+    assert [(row["row"], row["their ms"], row["ours"], row["times faster"]) for row in rows] == [
+        ("served requests", "", "", "2.00"),
+        ("first token, served", "30.00", "24.00", "1.25"),
+        ("token, served", "5.40", "6.00", "0.90"),
+    ]
+    assert {row["against"] for row in rows} == {"vLLM's server"} and "vLLM's server 0.90 to 2.0." in page
+
+
 def test_a_job_that_arrives_has_its_latencies():
     job = TRAFFIC | ROW | {"benchmark": "throughput", "elapsed_time": 2.0, "num_requests": 9, "by_kind": [KIND]}
     job |= {"random_range_ratio": 0.8, "random_sigma": 0.0, "request_rate": 4.0, "burstiness": 0.5}
