@@ -31,7 +31,7 @@ class WeightFormat:
     name: str
     block: int
     parts: tuple[int, ...]
-    as_stored: int = 0  # tokens of the largest pass that reads it as it is stored
+    as_stored: int = 0  # tokens of the largest pass that reads it as it is stored (format_in)
 
     @property
     def nbytes(self) -> int:
