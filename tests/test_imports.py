@@ -97,6 +97,7 @@ MAY_IMPORT = {
     ),
     "engine.planning": (
         "engine.config",
+        "engine.kernels.matmul_tiles",
         "engine.kernels.segments",
         "engine.model",
         "engine.user_files",

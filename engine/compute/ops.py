@@ -19,8 +19,10 @@ from penstock.engine.kernels.residual_norm import residual_norm
 from penstock.engine.kernels.rope_append import rope_append
 from penstock.engine.kernels.stored_embedding import embed_stored_rows
 from penstock.engine.kernels.stored_linear import StoredMatrix, stored_linear
+from penstock.engine.kernels.stored_matmul import stored_matmul
 from penstock.engine.model.fusion import FUSED, FUSED_OVER_RANKS, WHOLE_HEAD
 from penstock.engine.model.steps import SCORE, SELECT, SELECT_ATTENDED
+from penstock.engine.model.weight_formats import FEW_TOKENS
 from penstock.scheduler.passes.pass_plan import fused_name
 from torch import Tensor
 
@@ -35,6 +37,8 @@ def project(weights: Weights, name: str, x: Tensor, out: Tensor, num_tokens: int
         linear(x, weight, bias, out)
     elif num_tokens > weight.as_stored:
         linear(x, weight.floats, bias, out)
+    elif num_tokens > FEW_TOKENS:
+        stored_matmul(x, weight.runs, bias, out)
     else:
         stored_linear(x, weight.runs, bias, out)
 

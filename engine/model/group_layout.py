@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from penstock.engine.model.shard import Piece, ShardKind, pad_to
-from penstock.engine.model.weight_formats import FORMATS, WeightFormat
+from penstock.engine.model.weight_formats import FORMATS, WeightFormat, format_in
 from penstock.scheduler.passes.pass_plan import GroupId
 
 ALIGN = 256
@@ -149,10 +149,10 @@ def _stored_rows(weight: Weight, dtype: str, formats: Mapping[str, str]) -> list
     if not any(FORMATS[kind].is_quantised for kind in kinds):
         return [Rows(weight.name, FORMATS[dtype], 0, weight.num_rows, weight.num_cols, 0, weight.pieces)]
     firsts = [index for index, kind in enumerate(kinds) if index == 0 or kind != kinds[index - 1]]
-    starts = [weight.sources[index][1] for index in firsts]
+    starts, own_kinds = [weight.sources[index][1] for index in firsts], [format_in(kinds[i], dtype) for i in firsts]
     return [
         Rows(weight.name, kind, start, stop - start, weight.num_cols, 0, _pieces(weight, kind, start, stop))
-        for kind, start, stop in zip((FORMATS[kinds[i]] for i in firsts), starts, [*starts[1:], weight.num_rows])
+        for kind, start, stop in zip(own_kinds, starts, [*starts[1:], weight.num_rows])
     ]
 
 

@@ -8,16 +8,19 @@ model is loaded, of rows of floats, and its lengths are known only then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock.engine.kernels.ggml_types import BY_NAME, PARTS
 from penstock.engine.model.spec import DTYPE_BYTES
 
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-# Passes of up to so many tokens read a quantised weight as it is stored; all others read floats. A function of tokens
-# alone, of all formats and shapes: never of where the weight lies, so that streamed and resident bits are equal. On an
-# H200 floats first took 1.4 to 2.1 times as long at one and two tokens, 1.1 to 1.5 times at four, in all formats.
-AS_STORED = 4
+# Passes of up to so many tokens, by the dtype of the pass, read a quantised weight as it is stored; all others read
+# floats. Of these, passes of up to FEW_TOKENS multiply in registers (stored_linear), others through tensor cores
+# (stored_matmul, which has bf16 alone). So what runs is a function of dtype, format, shape and tokens: never of where
+# the weight lies, so that streamed and resident bits are equal. On an H200 floats first took 3.6 to 4.6 times as long
+# at one token, 1.8 to 2.3 at four, 2.2 to 2.8 at eight and 1.4 to 1.9 at 64.
+AS_STORED = {"bfloat16": 64, "float16": 4, "float32": 4}
+FEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class WeightFormat:
     name: str
     block: int
     parts: tuple[int, ...]
-    as_stored: int = 0  # tokens of the largest pass that reads it as it is stored
+    as_stored: int = 0  # tokens of the largest pass that reads it as it is stored (format_in)
 
     @property
     def nbytes(self) -> int:
@@ -53,10 +56,13 @@ class WeightFormat:
 
 
 FORMATS = {name: WeightFormat(name, 1, (nbytes,)) for name, nbytes in DTYPE_BYTES.items()}
-FORMATS |= {
-    name: WeightFormat(name, BY_NAME[name].block, tuple(size for _, size in PARTS[name]), AS_STORED)
-    for name in QUANTISED
-}
+FORMATS |= {name: WeightFormat(name, BY_NAME[name].block, tuple(size for _, size in PARTS[name])) for name in QUANTISED}
+
+
+def format_in(name: str, dtype: str) -> WeightFormat:
+    """The format in passes of a dtype."""
+    kind = FORMATS[name]
+    return replace(kind, as_stored=AS_STORED[dtype]) if kind.is_quantised else kind
 
 
 def stored_shapes(

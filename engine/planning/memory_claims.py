@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from penstock.engine.config import EngineConfig
+from penstock.engine.kernels.matmul_tiles import partial_bytes
 from penstock.engine.kernels.segments import LEAST_SEGMENT, partials_size
 from penstock.engine.model.fusion import fuse, fused_runs
 from penstock.engine.model.layout import ModelLayout
@@ -21,6 +22,7 @@ from penstock.engine.model.steps import (
     most_rows,
     select_early,
 )
+from penstock.engine.model.weight_formats import FEW_TOKENS
 from penstock.engine.planning.step_cost import kv_token_bytes
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.cost.pass_work import MOST_PADDED_CHUNKS
@@ -95,7 +97,7 @@ class MemoryClaims:
         if self.config.attention_window is not None:  # copies, products and angles of the keys rotated at a time
             temporaries += 2 * KEYS_AT_ONCE * kv_token_bytes(spec, self.dtype, tp_size) // spec.num_layers
         temporaries += num_seqs * self._item_bytes  # each row may begin one segment more than its cached tokens fill
-        workspace = temporaries + (GEMM_WORKSPACE_BYTES if self.on_gpu else 0)
+        workspace = temporaries + (GEMM_WORKSPACE_BYTES + self._partial_sums if self.on_gpu else 0)
         claims = [("activations", self.activations(num_seqs)[1]), ("workspace", workspace)]
         if self.on_gpu:
             claims += [("context", CONTEXT_BYTES), ("graphs", GRAPHS_BYTES)]
@@ -111,6 +113,13 @@ class MemoryClaims:
         part = local_vocab_size(self.spec.vocab_size, self.tp_size) if self.tp_size > 1 else 0
         rows_bytes = rows * (self.spec.hidden_size + part) * DTYPE_BYTES[self.dtype]
         return rows_bytes + (self.most_tokens + rows) * SCORED_TOKEN_BYTES
+
+    @property
+    def _partial_sums(self) -> int:
+        """Bytes of sums that a linear over stored weights has in memory, at most (stored_matmul.py)."""
+        stored = (rows for group in self.layout.groups for rows in group.rows if rows.format.as_stored > FEW_TOKENS)
+        sizes = {(rows.format, rows.num_rows, rows.num_cols) for rows in stored}
+        return max((partial_bytes(kind.name, *size, kind.as_stored) for kind, *size in sizes), default=0)
 
     @property
     def _table_bytes(self) -> int:

@@ -6,14 +6,17 @@ element-wise ones.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 
+from penstock.engine.kernels.matmul_tiles import NEAREST, tile_index
 from penstock.engine.model.group_layout import GroupLayout
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import shard_heads
 from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
 from penstock.engine.model.steps import SCORE, SCORED_ROWS, activation_widths, sums_over_ranks
+from penstock.engine.model.weight_formats import FEW_TOKENS
 from penstock.scheduler.cost.pass_work import PassShape, StepWork
 from penstock.scheduler.cost.time_model import Rates, decompress_s, step_s
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId
@@ -31,11 +34,17 @@ MATRICES = {
 AFTER_SCORES = {"head", "logits_gather"}  # steps of sampled rows alone, which tokens that are scored have left
 
 
-def stored_weight_bytes(num_tokens: int) -> float:
-    """Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored: memory
-    does not bind there. An H200 took 1.0 (Q4_0) to 1.5 (Q6_K) at one token, 1.5 (Q4_0) to 1.9 (Q6_K) at two and 2.4
-    (Q4_0) to 3.1 (Q4_K) at four, in the matrices of the 8B shape together."""
-    return 0.75 + 0.5 * num_tokens
+# Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored by the tokens
+# of a tile (matmul_tiles.py): what an H200 took in the matrices of the 8B shape together, without the steps' latency.
+MATMUL_BYTES = {"Q4_0": (1.7, 2.1, 3.7), "Q8_0": (2.3, 2.5, 2.8), "Q4_K": (2.4, 2.7, 3.9), "Q6_K": (2.9, 3.5, 4.6)}
+
+
+def stored_weight_bytes(kind: str, num_tokens: int) -> float:
+    """These bytes for any number of tokens; memory does not bind there. For few tokens an H200 took 1.0 (Q4_0) to 1.5
+    (Q6_K) at one, 1.5 (Q4_0) to 1.9 (Q6_K) at two and 2.4 (Q4_0) to 3.1 (Q4_K) at four."""
+    if num_tokens <= FEW_TOKENS:
+        return 0.75 + 0.5 * num_tokens
+    return MATMUL_BYTES[NEAREST[kind]][tile_index(num_tokens)]
 
 
 def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
@@ -96,9 +105,14 @@ def _score_work(step: Compute, head_bytes: int, widths: Mapping[str, tuple[str, 
 def _as_stored(group: GroupLayout, names: list[str]) -> tuple[int, ...]:
     """The bytes that would take as long as to read these weights as they are stored, in passes of 1, 2, ... tokens as
     far as they do."""
-    few_tokens = min(group.as_stored(name) for name in names)
-    num_weights = sum(rows.num_rows * rows.num_cols for name in names for rows in group.rows_of(name))
-    return tuple(round(stored_weight_bytes(n) * num_weights) for n in range(1, few_tokens + 1))
+    num_weights = Counter()
+    for rows in (rows for name in names for rows in group.rows_of(name)):
+        num_weights[rows.format.name] += rows.num_rows * rows.num_cols
+
+    def read_bytes(num_tokens: int) -> int:
+        return round(sum(stored_weight_bytes(kind, num_tokens) * count for kind, count in num_weights.items()))
+
+    return tuple(map(read_bytes, range(1, min(map(group.as_stored, names)) + 1)))
 
 
 def dequantise_work(group: GroupLayout, rates: Rates) -> StepWork:

@@ -147,7 +147,7 @@ class StepWork:
         moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
         moved_bytes += shape.num_scored * self.scored_bytes
         kv_bytes = (shape.cached_tokens + 3 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
-        return self._read_bytes(shape.num_tokens) + moved_bytes + kv_bytes
+        return self._read_bytes(shape.run_tokens) + moved_bytes + kv_bytes
 
     def _read_bytes(self, num_tokens: int) -> int:
         """Bytes of weights that are read, or those that would take as long."""

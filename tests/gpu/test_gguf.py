@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from penstock.engine.kernels import stored_matmul
 from penstock.engine.llm import LLM
 from penstock.scheduler.batching.request import SamplingParams
 
@@ -20,25 +21,27 @@ WAYS = {
 }
 
 
-def run(file, dtype, num_prompts, **options):
-    """Tokens, and the logits of each pass."""
+def run(file, dtype, max_num_seqs, **options):
+    """Tokens, and the logits of each pass. Decode passes are padded to `max_num_seqs`."""
     logits = []
-    options |= {"dtype": dtype, "max_num_seqs": num_prompts, "gpu_memory": "4GiB", "debug": {"poison": True}}
+    options |= {"dtype": dtype, "max_num_seqs": max_num_seqs, "gpu_memory": "4GiB", "debug": {"poison": True}}
     with LLM(str(file), **options) as llm:
         fill_alike(llm)
         note = EndPass(lambda batch, gathered: logits.append(gathered[:, :130].cpu()) if len(gathered) else None)
         with llm.engine.watched_by(note):
-            outputs = llm.generate(PROMPTS[:num_prompts], PARAMS)
+            outputs = llm.generate(PROMPTS[:max_num_seqs], PARAMS)
     return [output.outputs[0].token_ids for output in outputs], logits
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bits_do_not_depend_on_where_weights_lie(tmp_path, arch, dtype):
-    """In passes of one and of three rows, which read stored bits."""
+@pytest.mark.parametrize("dtype, most", [("float32", 3), ("bfloat16", 8)])
+def test_bits_do_not_depend_on_where_weights_lie(tmp_path, arch, dtype, most):
+    """In passes that read stored bits: of one row, of more, and of prompts in bf16."""
     write_model(tmp_path / "m.gguf", arch)
-    for num_prompts in (1, 3):
-        found = {name: run(tmp_path / "m.gguf", dtype, num_prompts, **options) for name, options in WAYS.items()}
+    for max_num_seqs in (1, most):
+        before = stored_matmul.calls["triton"]
+        found = {name: run(tmp_path / "m.gguf", dtype, max_num_seqs, **options) for name, options in WAYS.items()}
+        assert (stored_matmul.calls["triton"] > before) == (dtype == "bfloat16")
         tokens, logits = found["resident"]
         for name, (other, others) in found.items():
             assert other == tokens and len(others) == len(logits), name
@@ -47,11 +50,11 @@ def test_bits_do_not_depend_on_where_weights_lie(tmp_path, arch, dtype):
 
 def test_floats_beside_are_compressed_to_the_same_bits(tmp_path):
     write_model(tmp_path / "m.gguf", "llama", sizes=FLOATS_BESIDE)
-    for num_prompts in (1, 3):
-        tokens, logits = run(tmp_path / "m.gguf", "bfloat16", num_prompts, **WAYS["resident"])
+    for max_num_seqs in (1, 3):
+        tokens, logits = run(tmp_path / "m.gguf", "bfloat16", max_num_seqs, **WAYS["resident"])
         for name in ("streamed", "eager"):
             options = WAYS[name] | {"weights_compression": "lossless"}
-            other, others = run(tmp_path / "m.gguf", "bfloat16", num_prompts, **options)
+            other, others = run(tmp_path / "m.gguf", "bfloat16", max_num_seqs, **options)
             assert other == tokens and len(others) == len(logits), name
             assert all(torch.equal(a, b) for a, b in zip(others, logits)), name
 

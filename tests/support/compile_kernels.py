@@ -75,7 +75,7 @@ def main(checkpoints: list[str]) -> None:
                 patch.setattr(kernel.module, "options", lambda device: {"OVERLAPS": True, "launch_pdl": True})
         patch.setattr(Segments, "count", lambda self, lengths, num_rows: self.most(num_rows))  # rows that are cut
         for checkpoint, options in itertools.product(checkpoints, WAYS):
-            ways = {".gguf": WAYS[1:2], "neox_parallel": WAYS[:3]}  # these have all of their kernels
+            ways = {".gguf": WAYS[:2], "neox_parallel": WAYS[:3]}  # these have all of their kernels
             if options not in next((some for end, some in ways.items() if checkpoint.endswith(end)), WAYS):
                 continue
             with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:

@@ -15,6 +15,7 @@ from typing import Any
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
+from penstock.engine.model.weight_formats import AS_STORED
 from penstock.engine.planning.device_profile import plan_rates
 from penstock.engine.planning.engine_plan import EnginePlan, make_engine_plan
 from penstock.engine.weights.read_model import read_model
@@ -58,8 +59,9 @@ def least_memory(model: str, tp_size: int, memory_bytes: int | None = None, **op
 
 def run(model: str, case: str, tp_size: int = 1) -> dict[str, Any]:
     options = dict(CASES[case])
-    if model.endswith(".gguf"):  # its stored bits are read as on a GPU, by passes of few tokens
+    if model.endswith(".gguf"):  # its stored bits are read as on a GPU, but in passes of so many tokens
         options["debug"] = {**options.get("debug", {}), "as_on_gpu": True}
+        options["max_num_batched_tokens"] = AS_STORED["bfloat16"] + 16
     if case in TIGHT:
         options["gpu_memory"] = least_memory(model, tp_size, **options)
     with LLM(model, **{**OPTIONS, **options}) as llm:

@@ -32,8 +32,10 @@ from penstock.engine.kernels import (
     rope_append,
     stored_embedding,
     stored_linear,
+    stored_matmul,
 )
 from penstock.engine.kernels.prompt_attention import Pages
+from penstock.engine.model.weight_formats import FEW_TOKENS
 from penstock.engine.planning.step_cost import MATRICES
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.weights.kept_group import Blocks, Lossless
@@ -101,15 +103,24 @@ class _StoredLinear(EngineKernel):
     """The row of stored_linear: a call for each run of rows of a weight that is read as it is stored."""
 
     def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
-        if not isinstance(instruction, Compute):
+        num_tokens = len(ctx.inputs.tokens) if isinstance(instruction, Compute) else 0
+        if not num_tokens or not self.has(num_tokens):
             return 0
-        weights, names = (
-            executor.views.get(instruction.group, {}),
-            [n for p in instruction.parts for n in MATRICES.get(p, ())],
-        )
+        weights = executor.views.get(instruction.group, {})
+        names = [name for part in instruction.parts for name in MATRICES.get(part, ())]
         read = [weights[name] for name in names if name in weights]
-        matrices = [each for each in read if not isinstance(each, Tensor) and len(ctx.inputs.tokens) <= each.as_stored]
+        matrices = [each for each in read if not isinstance(each, Tensor) and num_tokens <= each.as_stored]
         return sum(len(each.runs) for each in matrices)
+
+    def has(self, num_tokens: int) -> bool:
+        return num_tokens <= FEW_TOKENS
+
+
+class _StoredMatmul(_StoredLinear):
+    """The row of stored_matmul: likewise, for more tokens."""
+
+    def has(self, num_tokens: int) -> bool:
+        return num_tokens > FEW_TOKENS
 
 
 def _kernel(module: ModuleType, stem: str, *steps: str, row: type = EngineKernel, **rest) -> EngineKernel:
@@ -231,6 +242,7 @@ KERNELS: dict[str, EngineKernel] = {
         params=SHORT,
     ),
     "stored_linear": _kernel(stored_linear, "stored_linear", row=_StoredLinear, params=SHORT),
+    "stored_matmul": _kernel(stored_matmul, "stored_matmul", row=_StoredMatmul, params=SHORT),
     "decompress_weights": _kernel(decompress_weights, "decompress_weights", "decompress", exact=True, params=SHORT),
     "push_reduce": EngineKernel(push_reduce, ("embed_allreduce",), _fits),
     "two_step_reduce": EngineKernel(
@@ -242,6 +254,12 @@ KERNELS: dict[str, EngineKernel] = {
         lambda step, ctx: step.step.endswith("norm") and _fits(step, ctx),
     ),
 }
-STORED = ("dequantise", "stored_embedding", "stored_linear")  # of quantised models alone
+# of quantised models alone; by a dtype in which they have them
+STORED = {
+    "dequantise": "float32",
+    "stored_embedding": "float32",
+    "stored_linear": "float32",
+    "stored_matmul": "bfloat16",
+}
 # one process never launches them: tests/gpu/test_kernel_ranks.py
 OVER_RANKS = ("push_reduce", "two_step_reduce", "reduce_residual_norm")

@@ -9,7 +9,7 @@ from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.linear import linear
 from penstock.engine.kernels.stored_linear import WORDS, StoredRun, stored_linear
-from penstock.engine.model.weight_formats import AS_STORED, QUANTISED
+from penstock.engine.model.weight_formats import FEW_TOKENS, QUANTISED
 
 from tests.support.ggml_blocks import oracle, random_blocks, stored
 from tests.support.kernel_proof import (
@@ -45,7 +45,7 @@ def sizes(x, floats):
 
 
 def test_what_the_table_says_is_what_the_kernel_reads():
-    assert WORDS.keys() == set(QUANTISED) and AS_STORED <= module.MOST_TOKENS
+    assert WORDS.keys() == set(QUANTISED) and FEW_TOKENS <= module.MOST_TOKENS
 
 
 @pytest.mark.parametrize("kind", WORDS)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from penstock.engine.compute.sampler import Asked
-from penstock.engine.kernels import decompress_weights, dequantise
+from penstock.engine.kernels import decompress_weights, dequantise, stored_linear, stored_matmul
 from penstock.engine.llm import LLM
 from penstock.engine.model.compressed_size import planned_bytes
 from penstock.engine.model.layout import model_layout
@@ -49,7 +49,11 @@ def assert_alike(facts: dict[str, dict]) -> None:
 
 
 def test_one_rank(file):
+    """Its passes read what is stored in every way: of few tokens, of more, and as floats."""
+    kernels = (stored_linear, stored_matmul, dequantise)
+    before = [kernel.calls["reference"] for kernel in kernels]
     assert_alike({case: run(str(file), case) for case in CASES})
+    assert all(kernel.calls["reference"] > count for kernel, count in zip(kernels, before))
 
 
 def test_two_ranks(file):
