@@ -18,7 +18,6 @@ from penstock.scheduler.units import MIB
 from torch import Tensor
 
 BLOCK_BYTES = 8 * MIB
-APART_BYTES = MIB  # that are taken apart at a time, by way of memory of their own: it stays in a core's cache
 HEAD_ROWS = 128  # or a divisor, for most models: rows of a head, which a GGUF file may have in an order of its own
 
 
@@ -68,17 +67,13 @@ class Block:
         return num_read
 
     def _read_apart(self, source: WeightSource, memory: Sequence[Tensor]) -> int:
-        """Reads quantised pieces, a few rows at a time, to the memory of their parts. Threads share the interpreter,
-        and each view of a tensor hands it over: there is one for 1 MiB."""
+        """Reads quantised pieces to the memory of their parts, by way of memory of their own. Each is read whole: threads
+        share the interpreter, and each view of a tensor hands it over."""
         num_read, runs = 0, part_runs(self.format.name, memory, self.shape[0])
         for piece in self.pieces:
-            step, block = _rows_within(APART_BYTES, piece.num_cols), piece.to_col // self.format.nbytes
-            buffer = torch.empty(min(step, piece.num_rows), piece.num_cols, dtype=torch.uint8)
-            for first in range(0, piece.num_rows, step):
-                part = _rows_of(piece, first, min(first + step, piece.num_rows))
-                rows = buffer if part.num_rows == len(buffer) else buffer[: part.num_rows]
-                num_read += source.read_piece(part, rows)
-                take_apart(self.format.name, rows, runs, part.to_row, block)
+            rows = torch.empty(piece.num_rows, piece.num_cols, dtype=torch.uint8)
+            num_read += source.read_piece(piece, rows)
+            take_apart(self.format.name, rows, runs, piece.to_row, piece.to_col // self.format.nbytes)
         return num_read
 
     def _look_at(self, source: WeightSource, scales: Tensor) -> None:
@@ -127,7 +122,7 @@ def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
     no block."""
     for rows in layout.rows:
         row_bytes = rows.format.row_bytes(rows.num_cols)
-        step = _rows_within(BLOCK_BYTES, row_bytes)
+        step = _rows_within(row_bytes)
         for first in range(0, rows.num_rows, step):
             stop = min(first + step, rows.num_rows)
             pieces = _clip(rows, first, stop)
@@ -138,9 +133,9 @@ def cut_blocks(layout: GroupLayout) -> Iterator[Block]:
                 yield Block(layout.id, rows.format, shape, ranges, pieces, rows.read_as)
 
 
-def _rows_within(most_bytes: int, row_bytes: int) -> int:
-    """Rows that so many bytes hold, or one; whole heads where that is many."""
-    rows = max(1, most_bytes // row_bytes)
+def _rows_within(row_bytes: int) -> int:
+    """Rows that a block holds, or one; whole heads where that is many."""
+    rows = max(1, BLOCK_BYTES // row_bytes)
     return rows - rows % HEAD_ROWS if rows > HEAD_ROWS else rows
 
 

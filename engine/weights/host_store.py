@@ -34,6 +34,7 @@ from penstock.scheduler.passes.pass_plan import GroupId
 from torch import Tensor
 
 Blocks = dict[concurrent.futures.Future, int]  # the blocks that are being read, and their bytes
+MOST_READERS = 8  # threads: of more each waits longer for the interpreter than its core brings
 
 
 class LoadedWeights:
@@ -76,7 +77,7 @@ def load_weights(
 ) -> LoadedWeights:
     """Loads every group of `layout`: those in `streamed` (and the embedding, if `embed_on_host`) into the host arena,
     the others onto `device`. Elements that no piece covers are zero. Those in `compressed` are compressed, wherever
-    they lie. Without `num_threads`, as many read as this rank has CPUs.
+    they lie. Without `num_threads`, as many read as this rank has CPUs, up to MOST_READERS.
 
     `progress` is called in this thread, with bytes of spans that add up to layout.nbytes. Raises ValueError if the
     cgroup's limit cannot hold the arena (compressed groups count as planned) and `kv_bytes` beside it,
@@ -88,7 +89,7 @@ def load_weights(
     host_groups = [group for group in groups if group.id in on_host]
     device_groups = [group for group in groups if group.id not in on_host]
     compressed_groups = [group for group in groups if group.id in compressed]
-    is_cuda, cores = device.type == "cuda", max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
+    is_cuda, cores = device.type == "cuda", max(1, min(len(os.sched_getaffinity(0)) // ranks_on_host, MOST_READERS))
     if is_cuda and device.index is None:  # reader threads have a current device of their own
         device = torch.device("cuda", torch.cuda.current_device())
     in_memory = host_groups if is_cuda else groups

@@ -322,4 +322,5 @@ def test_a_captured_launch_serves_any_context(segment):
     for context_lens, bits in zip(lengths, expected):
         inputs.context_lens.copy_(context_lens)
         graph.replay()
-        assert torch.equal(out, bits)
+        there = context_lens > 0  # padded rows keep what `out` has
+        assert torch.equal(out[there], bits[there])

@@ -157,9 +157,9 @@ def test_more_tiles_than_are_handled_at_once(monkeypatch):
     weights = sown(scaled_rows(9, TILE), SPECIAL, 0.02)
     _, whole = compress(weights)
     assert decompress_weights.BLOCK_TILES > 9 and compress_tiles.CPU_BLOCK_TILES > 9
-    for module in (compress_tiles, decompress_weights):
-        monkeypatch.setattr(module, "BLOCK_TILES", 2)
-    monkeypatch.setattr(compress_tiles, "CPU_BLOCK_TILES", 2)
+    monkeypatch.setattr(decompress_weights, "BLOCK_TILES", 2)
+    for name in ("CPU_BLOCK_TILES", "GPU_BLOCK_TILES"):
+        monkeypatch.setattr(compress_tiles, name, 2)
     round_trip(weights)
     assert torch.equal(compress(weights)[1], whole)
     assert torch.equal(compress(weights, num_threads=3)[1], whole)

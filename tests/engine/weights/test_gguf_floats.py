@@ -59,8 +59,7 @@ def test_what_is_kept_does_not_depend_on_how_loading_is_cut(file, monkeypatch, b
     made = plan(file, 2, resident="none")
     with open_source(EngineConfig(str(file)), file, made) as source:
         whole = load_weights(source, made.rank_layout(1), set(), False, CPU)
-        monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 2 * block_bytes)
-        monkeypatch.setattr(blocks_module, "APART_BYTES", block_bytes)
+        monkeypatch.setattr(blocks_module, "BLOCK_BYTES", block_bytes)
         cut = load_weights(source, made.rank_layout(1), set(), False, CPU)
     for group, span in whole.resident.items():
         assert torch.equal(cut.resident[group], span), group
