@@ -3,6 +3,8 @@
 Rows mostly stay where they are from pass to pass, and keep their pages, so that little is written.
 """
 
+import itertools
+import operator
 from collections.abc import Sequence
 
 import numpy
@@ -13,16 +15,26 @@ class PageTable:
 
     def __init__(self, values: numpy.ndarray):
         self.values = values
+        self.most_pages = values.shape[1]
         self.pages: list[tuple[int, ...] | None] = [()] * len(values)  # None where an interrupt may have left a part
 
     def fill(self, rows: Sequence[tuple[int, ...]]) -> None:
-        """Writes the first rows, where they changed; an interrupt at any point leaves no row whose pages are wrongly
-        taken for written."""
-        known = self.pages
-        changed = [index for index, pages in enumerate(rows) if known[index] is not pages and known[index] != pages]
+        """Writes the first rows, where they changed, all in one go; an interrupt at any point leaves no row whose pages
+        are wrongly taken for written."""
+        known, others = self.pages, map(operator.is_not, self.pages, rows)
+        changed = list(itertools.compress(itertools.count(), others))
+        indices, columns, values = [], [], []
         for index in changed:
-            pages = rows[index]
+            before, pages = known[index], rows[index]
+            num_before = self.most_pages if before is None else len(before)
+            first = num_before if pages[:num_before] == before else 0
+            end = max(num_before, len(pages))
+            indices += [index] * (end - first)
+            columns += range(first, end)
+            values += pages[first:]
+            values += [0] * (end - len(pages))
             known[index] = None
-            self.values[index] = 0
-            self.values[index, : len(pages)] = pages
-            known[index] = pages
+        if values:
+            self.values[indices, columns] = values
+        for index in changed:
+            known[index] = rows[index]
