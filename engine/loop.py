@@ -188,30 +188,25 @@ class Loop:
         events: list[Event] = []
         start = 0
         for row, request in ended.scored:
-            if (sequence := self._sequence_of(request)) is not None:
-                self._try(sequence, events, _score_prompt, ended.sampled, row, start)
+            if request is not None and (sequence := self._sequences.get(request.id)) is not None:
+                self._try(sequence, events, _score_prompt, sequence, ended.sampled, row, start)
             start += row.num_scored
         for index, request in enumerate(ended.requests):
-            if (sequence := self._sequence_of(request)) is None:
+            if request is None or (sequence := self._sequences.get(request.id)) is None:  # it has ended
                 continue
-            text = self._try(sequence, events, self._push, ended.sampled, index)
-            if text is not None:
-                is_last = request.finish_reason is not None
-                if is_last:
-                    del self._sequences[request.id]
-                events.append(Event(sequence, text, is_last))
+            text = self._try(sequence, events, self._push, sequence, ended.sampled, index)
+            if text is None:
+                continue
+            is_last = request.finish_reason is not None
+            if is_last:
+                del self._sequences[request.id]
+            events.append(Event(sequence, text, is_last))
         return events
 
-    def _sequence_of(self, request: Request | None) -> Sequence | None:
-        """The sequence of a request; None if it has ended."""
-        return None if request is None else self._sequences.get(request.id)
-
-    def _try(
-        self, sequence: Sequence, events: list[Event], make: Callable[..., str], sampled: SampleOutput, *which
-    ) -> str | None:
-        """The text that `make` gives of a sequence, and of what a pass sampled; None if it fails, and so ends now."""
+    def _try(self, sequence: Sequence, events: list[Event], make: Callable[..., str], *given) -> str | None:
+        """The text of a sequence that `make` gives; None if it fails, and so ends now."""
         try:
-            return make(sequence, sampled, *which)
+            return make(*given)
         except Exception as error:
             self._fail([sequence.request], "its text could not be made", error, events)
             return None
@@ -221,15 +216,14 @@ class Loop:
         as in vLLM."""
         request = sequence.request
         reason = request.finish_reason
-        is_last = reason is not None
-        if is_last and reason is FinishReason.ERROR:
+        if reason is FinishReason.ERROR:
             sequence.fail(NAN_LOGITS)
             return sequence.take_text()
         token = request.output_token_ids[-1]
         if request.params.logprobs is not None:
             sequence.add_logprobs(token, *sampled.logprobs.at(index, request.params.logprobs))
-        stop = None if is_last and reason is FinishReason.STOP else sequence.push(token)
-        if stop is None and is_last:
+        stop = None if reason is FinishReason.STOP else sequence.push(token)
+        if stop is None and reason is not None:
             stop = sequence.flush()
         if stop is not None:
             self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)

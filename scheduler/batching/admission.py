@@ -18,7 +18,7 @@ class Admission:
         some who run. Where there is none left, one of them gives way."""
         full = [one for one in self.seats.running.values() if one.num_computed_tokens == one.room_tokens]
         for request in full:
-            if not self.ends_by_itself(request):
+            if not request.ends_by_itself:
                 self._grow(request)
         while (urgent := self.line.head()) is not None and self._let_in(urgent):
             pass
@@ -71,10 +71,6 @@ class Admission:
             self.line.leave(request)
         elif request.state is RequestState.RUNNING:
             self.seats.leave(request)
-
-    def ends_by_itself(self, request: Request) -> bool:
-        """Tells whether the request's last token is under way."""
-        return request.num_tokens_ahead >= request.most_tokens(self.seats.max_model_len)
 
     def _admit(self, request: Request, headroom: int = HEADROOM) -> bool:
         """Gives a waiting request its row, if it fits."""
