@@ -30,6 +30,7 @@ from penstock.scheduler.batching.request import FinishReason, Request
 from penstock.scheduler.batching.scheduler import Scheduler
 
 LOGGER = logging.getLogger("penstock.loop")
+NO_TEXT = "its text could not be made"
 
 
 class Event(NamedTuple):
@@ -189,13 +190,18 @@ class Loop:
         start = 0
         for row, request in ended.scored:
             if request is not None and (sequence := self._sequences.get(request.id)) is not None:
-                self._try(sequence, events, _score_prompt, sequence, ended.sampled, row, start)
+                try:
+                    _score_prompt(sequence, ended.sampled, row, start)
+                except Exception as error:
+                    self._fail([request], NO_TEXT, error, events)
             start += row.num_scored
         for index, request in enumerate(ended.requests):
             if request is None or (sequence := self._sequences.get(request.id)) is None:  # it has ended
                 continue
-            text = self._try(sequence, events, self._push, sequence, ended.sampled, index)
-            if text is None:
+            try:
+                text = self._push(sequence, ended.sampled, index)
+            except Exception as error:
+                self._fail([request], NO_TEXT, error, events)
                 continue
             is_last = request.finish_reason is not None
             if is_last:
@@ -203,35 +209,27 @@ class Loop:
             events.append(Event(sequence, text, is_last))
         return events
 
-    def _try(self, sequence: Sequence, events: list[Event], make: Callable[..., str], *given) -> str | None:
-        """The text of a sequence that `make` gives; None if it fails, and so ends now."""
-        try:
-            return make(*given)
-        except Exception as error:
-            self._fail([sequence.request], "its text could not be made", error, events)
-            return None
-
     def _push(self, sequence: Sequence, sampled: SampleOutput, index: int) -> str:
         """Gives a sequence its newest token, and returns its new text. The token that ends it is not part of the text,
         as in vLLM."""
         request = sequence.request
         reason = request.finish_reason
-        if reason is FinishReason.ERROR:
+        is_last = reason is not None
+        if is_last and reason is FinishReason.ERROR:
             sequence.fail(NAN_LOGITS)
             return sequence.take_text()
         token = request.output_token_ids[-1]
         if request.params.logprobs is not None:
             sequence.add_logprobs(token, *sampled.logprobs.at(index, request.params.logprobs))
-        stop = None if reason is FinishReason.STOP else sequence.push(token)
-        if stop is None and reason is not None:
+        stop = None if is_last and reason is FinishReason.STOP else sequence.push(token)
+        if stop is None and is_last:
             stop = sequence.flush()
         if stop is not None:
             self.scheduler.finish(request, FinishReason.STOP, stop_reason=stop)
         return sequence.take_text()
 
 
-def _score_prompt(sequence: Sequence, sampled: SampleOutput, row: BatchRow, start: int) -> str:
+def _score_prompt(sequence: Sequence, sampled: SampleOutput, row: BatchRow, start: int) -> None:
     """Gives a sequence the log probabilities of its prompt that its row gave, from `start` of the pass's on."""
     rows = slice(start, start + row.num_scored)
     sequence.add_prompt_logprobs(sampled.prompt_logprobs.packed(rows, row.scores.num_top))
-    return ""

@@ -117,10 +117,8 @@ class Batch:
     @staticmethod
     def of(rows: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> "Batch":
         """The batch of these rows in the order of a pass."""
-        chunks = sorted((row for row in rows if len(row.tokens) > 1), key=_order)
-        if chunks:  # most rows have one token, and are in order as they are
-            rows = *(row for row in rows if len(row.tokens) == 1), *chunks
-        return Batch(tuple(rows), moves)
+        batch = Batch(tuple(rows), moves)
+        return batch if batch.is_in_order else Batch(tuple(sorted(rows, key=_order)), moves)
 
     @property
     def is_in_order(self) -> bool:

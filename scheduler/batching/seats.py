@@ -6,6 +6,7 @@ cache knows are shared, and their tokens count as computed.
 """
 
 import heapq
+from collections.abc import Sequence
 
 from penstock.scheduler.batching.host_pages import Block
 from penstock.scheduler.batching.limits import most_pages
@@ -80,11 +81,12 @@ class Seats:
         request.room_tokens = self.max_model_len if self._has_bound else len(request.pages) * self.page_size
         self._num_growing += self._grows(request)
 
-    def grow(self, request: Request) -> None:
-        """Gives a running request a page more."""
-        request.pages += self.cache.allocate(1)
-        request.room_tokens += self.page_size
-        self._num_growing -= not self._grows(request)
+    def grow(self, requests: Sequence[Request]) -> None:
+        """Gives each of these running requests a page more."""
+        for request, page in zip(requests, self.cache.allocate(len(requests)), strict=True):
+            request.pages.append(page)
+            request.room_tokens += self.page_size
+            self._num_growing -= not self._grows(request)
 
     def _grows(self, request: Request) -> bool:
         """Tells whether a request may need more pages than it has. Its last token is never computed."""
