@@ -19,22 +19,15 @@ class PageTable:
         self.pages: list[tuple[int, ...] | None] = [()] * len(values)  # None where an interrupt may have left a part
 
     def fill(self, rows: Sequence[tuple[int, ...]]) -> None:
-        """Writes the first rows, where they changed, all in one go; an interrupt at any point leaves no row whose pages
-        are wrongly taken for written."""
+        """Writes of the first rows what changed; an interrupt at any point leaves no row whose pages are wrongly taken
+        for written."""
         known, others = self.pages, map(operator.is_not, self.pages, rows)
-        changed = list(itertools.compress(itertools.count(), others))
-        indices, columns, values = [], [], []
-        for index in changed:
+        for index in list(itertools.compress(itertools.count(), others)):
             before, pages = known[index], rows[index]
             num_before = self.most_pages if before is None else len(before)
             first = num_before if pages[:num_before] == before else 0
-            end = max(num_before, len(pages))
-            indices += [index] * (end - first)
-            columns += range(first, end)
-            values += pages[first:]
-            values += [0] * (end - len(pages))
             known[index] = None
-        if values:
-            self.values[indices, columns] = values
-        for index in changed:
-            known[index] = rows[index]
+            self.values[index, first : len(pages)] = pages[first:]
+            if num_before > len(pages):
+                self.values[index, len(pages) : num_before] = 0
+            known[index] = pages

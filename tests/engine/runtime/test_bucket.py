@@ -57,7 +57,7 @@ class Counted:
         self.held, self.rows = held, set()
 
     def __setitem__(self, key, value) -> None:
-        self.rows.update(key[0])
+        self.rows.add(key[0])
         self.held[key] = value
 
 
