@@ -1,7 +1,6 @@
 """The work of one pass: rows of tokens."""
 
 import functools
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +97,9 @@ class BatchRow(NamedTuple):
         return self.kind, len(self.tokens)
 
 
+batch_row = functools.partial(tuple.__new__, BatchRow)  # of a tuple of all fields, in half the time of BatchRow(...)
+
+
 def is_decode(batch: "Batch") -> bool:
     """Tells whether every row computes one token and samples the next."""
     return batch.num_single == batch.num_sampled == len(batch.rows)
@@ -122,8 +124,9 @@ class Batch:
 
     @property
     def is_in_order(self) -> bool:
-        single, chunks = self.lengths[: self.num_single], self.rows[self.num_single :]
-        return set(single) <= {1} and all(row.order <= following.order for row, following in itertools.pairwise(chunks))
+        single = self.lengths[: self.num_single]
+        orders = [row.order for row in self.rows[self.num_single :]]
+        return single.count(1) == len(single) and orders == sorted(orders)
 
     @functools.cached_property
     def columns(self) -> BatchRow:

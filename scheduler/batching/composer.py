@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from penstock.scheduler.batching.admission import Admission
-from penstock.scheduler.batching.batch import NO_HISTORY, NO_TOKEN, BatchRow, History, PromptScores
+from penstock.scheduler.batching.batch import NO_HISTORY, NO_TOKEN, BatchRow, History, PromptScores, batch_row
 from penstock.scheduler.batching.decode_order import keep_order
 from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
 from penstock.scheduler.batching.request import ON_DEVICE, Request, RowSampling
@@ -98,7 +98,7 @@ class Composer:
         if request.params.prompt_logprobs is not None:
             scores = _scores(request, start, end)
         pages, num_evicted = request.page_table, request.num_evicted
-        return BatchRow(request.row, tokens, start, pages, samples, sampling, num_evicted, history, scores)
+        return batch_row((request.row, tokens, start, pages, samples, sampling, num_evicted, history, scores))
 
     def _make_page_table(self, request: Request, end: int) -> None:
         """Makes the request's page table for its first `end` tokens. It serves until they need another page, or until
