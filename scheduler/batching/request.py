@@ -172,8 +172,8 @@ class Request:
     num_tokens_ahead: int = field(init=False)  # once the passes under way are done
     num_scored_tokens: int = 0  # of its first ones, behind which the prompt's log probabilities are known
     num_under_way: int = 0  # passes under way that compute some of it
-    longest: int = 0  # tokens that it has at most; the scheduler knows, from when it is added, and
-    ends: frozenset[int] = frozenset()  # the tokens with which it ends
+    longest: int = 0  # the most tokens that it may have; known, as its `ends` are, once it is added
+    ends: frozenset[int] = frozenset()  # the tokens of which each ends it
     turn: tuple[int, int] = (0, 0)  # in the line of those that wait
     pages: list[int] = field(default_factory=list)
     room_tokens: int = 0
