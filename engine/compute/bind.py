@@ -5,9 +5,8 @@ The host sends a few small tensors; everything as long as T or C is made from th
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy
 import torch
@@ -54,23 +53,22 @@ class Binder:
 
     def bind(self, batch: Batch) -> PassInputs:
         """The inputs of a pass over `batch`, whose rows are in the order of their kinds (Batch.of)."""
-        rows = batch.rows
+        rows, columns = batch.rows, batch.columns
         assert batch.is_in_order, (
             "rows of a pass: one token each first, then chunks that continue, then those that start"
         )
-        lengths, begins, indices, evicted, samples = (_ints(rows, of) for of in _COLUMNS)
+        lengths, begins, indices, cached = map(_ints, (batch.lengths, columns.start, columns.index, batch.cached))
         starts = numpy.concatenate(([0], lengths.cumsum()))  # R + 1
-        pages = self._pages(rows)
-        cached = begins - evicted
+        pages = self._pages(columns.pages)
         of_token = torch.repeat_interleave(self._put(lengths), output_size=batch.num_tokens)  # (T,) row of each token
         first = self._put(cached - starts[:-1])  # (R,) position of the row's first token less its index in the pass
         positions = torch.arange(batch.num_tokens, device=pages.device) + first[of_token]
         token_rows = self._put(indices)[of_token]
-        all_tokens = itertools.chain.from_iterable(map(_TOKENS, rows))
-        tokens = self._put(numpy.fromiter(all_tokens, numpy.int64, batch.num_tokens))
-        if any(row.tokens[-1] == ON_DEVICE for row in rows):  # no other token of a row can be unknown
+        on_host = numpy.fromiter(itertools.chain.from_iterable(columns.tokens), numpy.int64, batch.num_tokens)
+        tokens = self._put(on_host)
+        if (on_host == ON_DEVICE).any():
             tokens = torch.where(tokens == ON_DEVICE, self.last_tokens[token_rows], tokens)
-        sampled = samples.nonzero()[0]
+        sampled = numpy.flatnonzero(columns.samples)
         return PassInputs(
             tokens=tokens,
             positions=positions,
@@ -84,11 +82,10 @@ class Binder:
             scored=self._scored(rows, starts.tolist()) if batch.shape.num_scored else None,
         )
 
-    def _pages(self, rows: Sequence[BatchRow]) -> Tensor:
-        """The page tables (R, P), P the most pages of any row."""
-        tables = [row.pages for row in rows]
+    def _pages(self, tables: Sequence[tuple[int, ...]]) -> Tensor:
+        """The rows' page tables (R, P), P the most pages of any row."""
         self.page_table.fill(tables)
-        return self._put(self.page_table.values[: len(rows), : max(map(len, tables))].copy(), torch.int32)
+        return self._put(self.page_table.values[: len(tables), : max(map(len, tables))].copy(), torch.int32)
 
     def _scored(self, rows: Sequence[BatchRow], starts: Sequence[int]) -> ScoredTokens:
         """The log probabilities that rows ask for, whose first tokens are `starts` of the pass."""
@@ -154,13 +151,8 @@ def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_
     return Binder(*sizes, cutting, table, whole_tokens, most_gathered)
 
 
-_TOKENS = attrgetter("tokens")
-_COLUMNS = (lambda row: len(row.tokens), *map(attrgetter, ("start", "index", "num_evicted", "samples")))
-
-
-def _ints(rows: Sequence[BatchRow], of: Callable[[BatchRow], int]) -> numpy.ndarray:
-    """A number of each row (R,)."""
-    return numpy.fromiter(map(of, rows), numpy.int64, len(rows))
+def _ints(values: Sequence[int]) -> numpy.ndarray:
+    return numpy.fromiter(values, numpy.int64, len(values))
 
 
 def _num_context(row: BatchRow) -> int:

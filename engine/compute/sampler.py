@@ -123,7 +123,7 @@ class Sampler:
 
     def asked(self, host_rows: Sequence[int]) -> Asked:
         """Says what these rows ask for together."""
-        return Asked(frozenset().union(*{self.asked_by[row] for row in host_rows}))
+        return Asked(frozenset().union(*set(map(self.asked_by.__getitem__, host_rows))))
 
     def set_rows(self, samplings: Mapping[int, RowSampling], histories: Mapping[int, History] = EMPTY) -> None:
         """Gives rows to requests, before their first chunks; what the rows' former owners left is dropped. `histories`

@@ -23,7 +23,16 @@ from penstock.engine.compute.context import ModelContext
 from penstock.engine.compute.inputs import Chunks, MixedContext, PagedChunks, PagedContext, PassInputs, RowRange
 from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting
-from penstock.engine.kernels.decode_inputs import PAGES, DecodeInputs, Reading, derive_inputs
+from penstock.engine.kernels.decode_inputs import (
+    LENGTH,
+    PAGES,
+    ROW,
+    START,
+    TOKEN,
+    DecodeInputs,
+    Reading,
+    derive_inputs,
+)
 from penstock.engine.kernels.decode_work import list_work
 from penstock.engine.kernels.prompt_attention import FIELDS, list_blocks, most_blocks
 from penstock.engine.runtime.bucket_sizes import BucketSize
@@ -42,13 +51,16 @@ class HostTable:
         self.values = self.table.numpy()  # the same memory: a write costs a tenth
         self.pages = PageTable(self.values[:, PAGES:])
 
-    def fill(self, rows: Sequence[BatchRow], num_rows: int, pad_row: int) -> None:
-        """Writes rows of one token, then padded ones up to `num_rows`."""
-        columns = [(row.tokens[0], row.start, row.index, row.start - row.num_evicted + 1) for row in rows]
-        flat = itertools.chain.from_iterable(columns)  # numpy takes half the time for numbers in a row
-        self.values[: len(rows), :PAGES] = numpy.fromiter(flat, numpy.int32, len(rows) * PAGES).reshape(-1, PAGES)
-        self.values[len(rows) : num_rows, :PAGES] = (0, 0, pad_row, 0)
-        self.pages.fill([row.pages for row in rows] + [()] * (num_rows - len(rows)))
+    def fill(self, batch: Batch, num_rows: int, pad_row: int) -> None:
+        """Writes the rows of one token of a batch, then padded ones up to `num_rows`."""
+        columns, num_single = batch.columns, batch.num_single
+        tokens = itertools.chain.from_iterable(columns.tokens)  # of these rows, which come first
+        own, padded = self.values[:num_single], self.values[num_single:num_rows]
+        for column, values in ((TOKEN, tokens), (START, columns.start), (ROW, columns.index), (LENGTH, batch.cached)):
+            own[:, column] = numpy.fromiter(values, numpy.int32, num_single)
+        own[:, LENGTH] += 1  # the token's own
+        padded[:, :PAGES] = (0, 0, pad_row, 0)
+        self.pages.fill([*columns.pages[:num_single], *[()] * (num_rows - num_single)])
 
 
 class ChunkPages:
@@ -162,13 +174,13 @@ class Bucket:
         if size.num_single:
             staging.tables.rotate()
             host = staging.tables[0]
-            host.fill(batch.rows[:num_single], size.num_single, self.sampler.pad_row)
+            host.fill(batch, size.num_single, self.sampler.pad_row)
             staging.table[: size.num_single].copy_(host.table[: size.num_single], non_blocking=True)
         if size.num_chunks:
             staging.hosts.rotate()
             host = SentChunks.of(staging.hosts[0], size)
             self._fill(host, batch.rows, num_single)
-            self._load_pages([row.pages for row in batch.rows[num_single : num_single + batch.num_continuing]])
+            self._load_pages(batch.columns.pages[num_single : num_single + batch.num_continuing])
             num_sent = host.columns.numel() + host.sampled.numel() + host.blocks.numel()
             staging.sent[:num_sent].copy_(staging.hosts[0][:num_sent], non_blocking=True)
 

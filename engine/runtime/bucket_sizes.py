@@ -64,7 +64,7 @@ class BucketSizes:
         prompt."""
         if is_decode(batch):
             num_rows = next(size for size in self.num_rows if size >= len(batch.rows))
-            return _decode(num_rows, self.segments.capacity([row.num_cached + 1 for row in batch.rows], num_rows))
+            return _decode(num_rows, self.segments.capacity([cached + 1 for cached in batch.cached], num_rows))
         num_chunks, num_tokens = len(batch.rows) - batch.num_single, batch.num_tokens
         if not num_chunks or num_tokens > max(self.num_tokens, default=0):
             return None

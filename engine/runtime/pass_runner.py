@@ -129,14 +129,14 @@ class PassRunner:
     def submit(self, batch: Batch) -> None:
         """Enqueues a pass over `batch`. On a CPU it has run when this returns."""
         executor, sampler = self.executor, self.model.sampler
-        new = [row for row in batch.rows if row.sampling is not None]
+        new = [row for row in batch.rows if row.sampling is not None] if any(batch.columns.sampling) else ()
         sampler.set_rows({row.index: row.sampling for row in new}, {row.index: row.history for row in new})
         assert self.mover is not None or not batch.moves
         if self.mover is not None:
             self.mover.run(batch.moves)
         executor.fill_ring()
         self.watches.begin_pass(batch)
-        asked = sampler.asked([row.index for row in batch.rows])
+        asked = sampler.asked(batch.columns.index)
         if self._prepared is None or self._prepared.batch is not batch:
             self.prepare(batch)
         (_, bucket, inputs), self._prepared = self._prepared, None

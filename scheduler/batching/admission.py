@@ -17,9 +17,11 @@ class Admission:
         """Before a pass: gives each running request the page of its next token, and lets in who is more urgent than
         some who run. Where there is none left, one of them gives way."""
         full = [one for one in self.seats.running.values() if one.num_computed_tokens == one.room_tokens]
-        for request in full:
-            if not self.ends_by_itself(request):
-                self._grow(request)
+        growing = [one for one in full if not one.ends_by_itself]
+        num_free = self.seats.num_free_pages
+        self.seats.grow(growing[:num_free])
+        for request in growing[num_free:]:
+            self._grow(request)
         while (urgent := self.line.head()) is not None and self._let_in(urgent):
             pass
 
@@ -27,7 +29,7 @@ class Admission:
         while request.row is not None and not self.seats.num_free_pages:
             self._preempt(next_victim(self.seats, request))
         if request.row is not None:
-            self.seats.grow(request)
+            self.seats.grow([request])
 
     def _let_in(self, urgent: Request) -> bool:
         """Admits a waiting request if others give way to it."""
@@ -71,10 +73,6 @@ class Admission:
             self.line.leave(request)
         elif request.state is RequestState.RUNNING:
             self.seats.leave(request)
-
-    def ends_by_itself(self, request: Request) -> bool:
-        """Tells whether the request's last token is under way."""
-        return request.num_tokens_ahead >= request.most_tokens(self.seats.max_model_len)
 
     def _admit(self, request: Request, headroom: int = HEADROOM) -> bool:
         """Gives a waiting request its row, if it fits."""

@@ -1,7 +1,7 @@
 """The work of one pass: rows of tokens."""
 
 import functools
-import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -97,6 +97,9 @@ class BatchRow(NamedTuple):
         return self.kind, len(self.tokens)
 
 
+batch_row = functools.partial(tuple.__new__, BatchRow)  # of a tuple of all fields, in half the time of BatchRow(...)
+
+
 def is_decode(batch: "Batch") -> bool:
     """Tells whether every row computes one token and samples the next."""
     return batch.num_single == batch.num_sampled == len(batch.rows)
@@ -116,45 +119,61 @@ class Batch:
     @staticmethod
     def of(rows: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> "Batch":
         """The batch of these rows in the order of a pass."""
-        single = [row for row in rows if len(row.tokens) == 1]  # most rows, and in order as they are
-        return Batch((*single, *sorted((row for row in rows if len(row.tokens) > 1), key=_order)), moves)
+        batch = Batch(tuple(rows), moves)
+        return batch if batch.is_in_order else Batch(tuple(sorted(rows, key=_order)), moves)
 
     @property
     def is_in_order(self) -> bool:
-        return all(row.order <= following.order for row, following in itertools.pairwise(self.rows[self.num_single :]))
+        single = self.lengths[: self.num_single]
+        orders = [row.order for row in self.rows[self.num_single :]]
+        return single.count(1) == len(single) and orders == sorted(orders)
+
+    @functools.cached_property
+    def columns(self) -> BatchRow:
+        """Each field of all rows together, by its name: to look at columns costs a fraction of looking at rows."""
+        return BatchRow(*(zip(*self.rows) if self.rows else [()] * len(BatchRow._fields)))
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """The tokens of each row."""
+        return list(map(len, self.columns.tokens))
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The tokens of each row's sequence up to the last of its own."""
+        return list(map(operator.add, self.columns.start, self.lengths))
+
+    @functools.cached_property
+    def cached(self) -> list[int]:
+        """The tokens of each row that are cached before the pass."""
+        return list(map(operator.sub, self.columns.start, self.columns.num_evicted))
 
     @functools.cached_property
     def num_single(self) -> int:
         """The rows of one token each, with which a pass begins."""
-        return next((index for index, row in enumerate(self.rows) if len(row.tokens) > 1), len(self.rows))
+        return self.lengths.count(1)
 
     @functools.cached_property
     def num_continuing(self) -> int:
         """The rows behind these of which tokens are cached."""
-        return sum(row.num_cached > 0 for row in self.rows[self.num_single :])
+        return sum(before > 0 for before in self.cached[self.num_single :])
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
-        return self.shape.num_tokens
+        return sum(self.lengths)
 
     @functools.cached_property
     def num_sampled(self) -> int:
-        return sum([row.samples for row in self.rows])
+        return sum(self.columns.samples)
 
     @functools.cached_property
     def shape(self) -> PassShape:
-        """The pass as the time model sees it; made once, since it looks at every row."""
-        num_tokens = num_cached = pairs = read = behind = scored = 0
-        for row in self.rows:
-            own, before = len(row.tokens), row.start - row.num_evicted
-            num_cached += before
-            if own == 1:
-                read += before + 1
-            else:
-                num_tokens += own - 1
-                pairs += own * (2 * before + own + 1) // 2
-                behind += before + own if before else 0
-            if row.scores is not None:
-                scored += row.num_scored
-        num_tokens, pairs = num_tokens + len(self.rows), pairs + read  # a row of one token sees what it reads
-        return PassShape(num_tokens, len(self.rows), num_cached, pairs, read, behind, scored)
+        """The pass as the time model sees it."""
+        num_cached, num_single = sum(self.cached), self.num_single
+        read = pairs = sum(self.cached[:num_single]) + num_single  # a row of one token sees what it reads
+        behind = 0
+        for own, before in zip(self.lengths[num_single:], self.cached[num_single:]):
+            pairs += own * (2 * before + own + 1) // 2
+            behind += before + own if before else 0
+        scored = sum(row.num_scored for row in self.rows) if any(self.columns.scores) else 0
+        return PassShape(self.num_tokens, len(self.rows), num_cached, pairs, read, behind, scored)

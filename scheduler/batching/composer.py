@@ -4,10 +4,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from penstock.scheduler.batching.admission import Admission
-from penstock.scheduler.batching.batch import NO_HISTORY, NO_TOKEN, BatchRow, History, PromptScores
+from penstock.scheduler.batching.batch import NO_HISTORY, NO_TOKEN, BatchRow, History, PromptScores, batch_row
 from penstock.scheduler.batching.decode_order import keep_order
 from penstock.scheduler.batching.filling import Budget, Filling, Queue, Running
-from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.batching.request import ON_DEVICE, Request, RowSampling
 from penstock.scheduler.batching.retention import Retention
 
@@ -68,9 +67,8 @@ class Composer:
         that compute: the most urgent first, and prompts before what is computed again."""
         decoding, chunks, num_outputs = [], [], 0
         for request in self._seats.running.values():
-            num_ahead = request.num_tokens_ahead
-            num_to_come = request.most_tokens(self._seats.max_model_len) - num_ahead
-            if num_to_come > 0 and num_ahead - request.num_computed_tokens == 1:
+            num_to_come = request.longest - request.num_tokens_ahead
+            if num_to_come > 0 and request.num_tokens_ahead - request.num_computed_tokens == 1:
                 decoding.append(request)
                 num_outputs += num_to_come
             elif num_to_come > 0:
@@ -85,9 +83,7 @@ class Composer:
         if first is None:
             return None
         num_fitting = len(chunks) + self._admission.num_fitting
-        return Queue.of(
-            first, self._seats.max_model_len, len(chunks) + len(self._admission.line), num_fitting, self._running
-        )
+        return Queue.of(first, len(chunks) + len(self._admission.line), num_fitting, self._running)
 
     def _end_of_pass(self, request: Request) -> int:
         """The end of what one pass can compute of a request."""
@@ -95,25 +91,30 @@ class Composer:
 
     def _row(self, request: Request, end: int, samples: bool) -> BatchRow:
         """The row that computes a request up to `end`, behind which it `samples` if no known token is left."""
-        start, sampling, history = request.num_computed_tokens, None, NO_HISTORY
-        is_ahead = start == request.num_tokens  # of what the host has seen
-        tokens = NEXT if is_ahead else tuple(request.tokens_between(start, end))
+        start, sampling, history, scores = request.num_computed_tokens, None, NO_HISTORY, None
+        num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        tokens = NEXT if start == num_known else tuple(request.tokens_between(start, end))
         if not request.is_told:
             sampling = RowSampling.of(request)
             history = History.of(request) if sampling.has_penalty else NO_HISTORY
             request.is_told = True
         request.num_computed_tokens = end
-        request.num_unseen_tokens += samples
-        num_evicted = self._retention.num_evicted(end)
-        self._update_page_table(request, end, num_evicted)
-        scores = None if request.params.prompt_logprobs is None else _scores(request, start, end)
-        return BatchRow(request.row, tokens, start, request.page_table, samples, sampling, num_evicted, history, scores)
+        request.num_tokens_ahead += samples
+        request.num_under_way += 1
+        if end > request.table_tokens:
+            self._make_page_table(request, end)
+        if request.params.prompt_logprobs is not None:
+            scores = _scores(request, start, end)
+        pages, num_evicted = request.page_table, request.num_evicted
+        return batch_row((request.row, tokens, start, pages, samples, sampling, num_evicted, history, scores))
 
-    def _update_page_table(self, request: Request, end: int, num_evicted: int) -> None:
-        """Makes the request's page table anew if it is another one for its first `end` tokens."""
-        num_pages = pages_for(self._retention.margin + end - num_evicted, self._seats.page_size)
-        if num_pages != len(request.page_table) or num_evicted != request.num_evicted:
-            request.page_table, request.num_evicted = self._retention.page_table(request.pages, end), num_evicted
+    def _make_page_table(self, request: Request, end: int) -> None:
+        """Makes the request's page table for its first `end` tokens. It serves until they need another page, or until
+        some more are evicted."""
+        retention, page_size = self._retention, self._seats.page_size
+        request.page_table, request.num_evicted = retention.page_table(request.pages, end), retention.num_evicted(end)
+        room_tokens = len(request.page_table) * page_size - retention.margin + request.num_evicted
+        request.table_tokens = retention.pass_end(end - 1, room_tokens)
 
 
 def _scores(request: Request, start: int, end: int) -> PromptScores | None:

@@ -11,6 +11,8 @@ def keep_order(before: Sequence[Request], now: Sequence[Request]) -> list[Reques
     """Those of `now` in an order in which few have moved since `before`: where one has ended a new one stands there,
     else the last one."""
     here, old = set(now), set(before)
+    if here == old:
+        return list(before)
     left, new = deque(before), deque(request for request in now if request not in old)
     ordered: list[Request] = []
     while left:

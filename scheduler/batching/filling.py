@@ -89,9 +89,9 @@ class Queue(NamedTuple):
     prompt_tokens: float
 
     @staticmethod
-    def of(first: Request, max_model_len: int, num_requests: int, num_rows: int, running: "Running") -> "Queue":
+    def of(first: Request, num_requests: int, num_rows: int, running: "Running") -> "Queue":
         """The queue of these requests, taken to be like the first, of which so many could enter now."""
-        outputs = running.num_outputs + num_requests * max(first.most_tokens(max_model_len) - first.num_tokens_ahead, 1)
+        outputs = running.num_outputs + num_requests * max(first.longest - first.num_tokens_ahead, 1)
         prompts = num_requests * (first.num_tokens_ahead - first.num_computed_tokens)
         return Queue(num_rows, prompts * (running.num_rows + num_rows) / outputs)
 

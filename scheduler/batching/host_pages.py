@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from penstock.scheduler.batching.counts import MoveCounts
 
-Key = tuple[int | str | None, tuple[int, ...]]  # the number of the block before, or the salt; and the tokens
+Key = tuple[int | str | None, *tuple[int, ...]]  # the number of the block before, or the salt; then the tokens
 
 
 class Block(NamedTuple):

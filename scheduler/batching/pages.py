@@ -43,7 +43,9 @@ class PagePool:
     def allocate(self, num_pages: int) -> list[int]:
         """Takes this many free pages, which are held from now on. The caller looks at `num_free` first."""
         assert 0 <= num_pages <= self.num_free, f"{num_pages} pages asked, {self.num_free} free"
-        pages = [self._free.pop() for _ in range(num_pages)]
+        left = len(self._free) - num_pages
+        pages = self._free[left:][::-1]
+        del self._free[left:]
         for page in pages:
             self._is_held[page] = True
         return pages

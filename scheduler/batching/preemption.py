@@ -41,11 +41,10 @@ def victims_for(seats: Seats, urgent: Request) -> list[Request]:
 def _candidates(seats: Seats, urgency: int) -> Iterable[Request]:
     """Running requests that may give way to one of this urgency. Those whose last token is under way end by
     themselves."""
-    most = seats.max_model_len
     return (
         request
         for request in seats.running.values()
-        if request.turn[0] >= urgency and request.may_give_way and request.num_tokens_ahead < request.most_tokens(most)
+        if request.turn[0] >= urgency and request.may_give_way and not request.ends_by_itself
     )
 
 

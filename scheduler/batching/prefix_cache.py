@@ -63,7 +63,7 @@ class PrefixCache:
         before: int | str | None = found[-1].number if found else request.params.cache_salt
         most = request.num_reusable_tokens // self.page_size if self.is_on else 0
         for start in range(len(found) * self.page_size, most * self.page_size, self.page_size):
-            block = self._look_up((before, tuple(request.tokens_between(start, start + self.page_size))))
+            block = self._look_up((before, *request.tokens_between(start, start + self.page_size)))
             if block is None:
                 break
             found.append(block)
@@ -128,13 +128,13 @@ class PrefixCache:
         before = request.last_block if request.num_entered else request.params.cache_salt
         for index in range(request.num_entered, most):
             start = index * self.page_size
-            key = before, tuple(request.tokens_between(start, start + self.page_size))
+            key = before, *request.tokens_between(start, start + self.page_size)
             block = self._blocks.get(key) or self._enter(key, request.pages[index])
-            before = request.last_block = block.number
-        request.num_entered = most
+            before = block.number
+        request.num_entered, request.last_block = most, before
 
     def _enter(self, key: Key, page: int) -> Block:
-        kept = self.host.find(key)
+        kept = self.host.find(key) if self.host.num_pages else None
         block = Block(next(self._numbers) if kept is None else kept.number, page, key)
         self._blocks[key] = self._by_page[page] = block
         return block

@@ -153,15 +153,14 @@ def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One sequence on its way through the engine (the caller expands n > 1 into n requests).
 
     The caller sets the first four fields: `seed` is resolved, 0..2**64-1.
     Only the scheduler changes the others. `pages` hold up to `room_tokens`; Retention says which tokens lie in
     which of them. `row` is kept until the request ends or gives way to others; then it waits, and is computed again.
-    Tokens that a pass under way computes count as computed; the `num_unseen_tokens` that such passes sample follow the
-    known tokens.
+    Tokens that a pass under way computes count as computed, and those that it samples as `num_tokens_ahead`.
     """
 
     id: int
@@ -170,9 +169,11 @@ class Request:
     seed: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
-    num_unseen_tokens: int = 0
+    num_tokens_ahead: int = field(init=False)  # once the passes under way are done
     num_scored_tokens: int = 0  # of its first ones, behind which the prompt's log probabilities are known
     num_under_way: int = 0  # passes under way that compute some of it
+    longest: int = 0  # the most tokens that it may have; known, as its `ends` are, once it is added
+    ends: frozenset[int] = frozenset()  # the tokens of which each ends it
     turn: tuple[int, int] = (0, 0)  # in the line of those that wait
     pages: list[int] = field(default_factory=list)
     room_tokens: int = 0
@@ -181,6 +182,7 @@ class Request:
     num_cached_tokens: int | None = None  # found in the prefix cache when it first got a row
     page_table: tuple[int, ...] = ()  # of its last pass, when num_evicted tokens were cached no more
     num_evicted: int = 0
+    table_tokens: int = 0  # up to which that page table serves
     row: int | None = None
     is_told: bool = False  # whether the ranks know how its row is sampled
     num_tokens_admitted: int = 0  # what it had when it last got its row
@@ -191,6 +193,7 @@ class Request:
 
     def __post_init__(self):
         assert 0 <= self.seed < 2**64, f"request {self.id}: seed {self.seed} is not resolved to 64 bits"
+        self.num_tokens_ahead = self.num_tokens
 
     @property
     def state(self) -> RequestState:
@@ -207,9 +210,9 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def num_tokens_ahead(self) -> int:
-        """Tokens once the passes under way are done."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_unseen_tokens
+    def ends_by_itself(self) -> bool:
+        """Tells whether its last token is under way."""
+        return self.num_tokens_ahead >= self.longest
 
     @property
     def may_give_way(self) -> bool:
@@ -241,10 +244,9 @@ class Request:
         num_prompt = len(self.prompt_token_ids)
         if end <= num_prompt:
             return self.prompt_token_ids[start:end]
-        if start == num_prompt + len(self.output_token_ids) < end:
-            return [ON_DEVICE]
-        outputs = self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
-        known = self.prompt_token_ids[start:end] + outputs
+        known = self.output_token_ids[max(start - num_prompt, 0) : end - num_prompt]
+        if start < num_prompt:
+            known = self.prompt_token_ids[start:] + known
         return known if len(known) == end - start else [*known, ON_DEVICE]
 
     def check_length(self, max_model_len: int) -> None:

@@ -116,6 +116,9 @@ class Scheduler:
         Raises ValueError for one that exceeds `limits`; it has then ended, with FinishReason.ERROR.
         """
         assert request.state is RequestState.WAITING and request.num_computed_tokens == 0
+        params = request.params
+        request.longest = request.most_tokens(self.max_model_len)
+        request.ends = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._eos_token_ids)
         try:
             self.limits.check(request)
         except ValueError:
@@ -143,7 +146,7 @@ class Scheduler:
             return None
         self._free_tokens = 0, 0
         self._note_pass()
-        return self._put_under_way((), rows)
+        return self._put_under_way(rows)
 
     def _note_pass(self) -> None:
         """Counts the pass that was composed last: who it leaves waiting, and its free tokens, instead of those that it
@@ -154,12 +157,10 @@ class Scheduler:
         self.counts.note_free_tokens(self._free_tokens, self.composer.budget.free_tokens)
         self._free_tokens = self.composer.budget.free_tokens
 
-    def _put_under_way(self, stay: Sequence[BatchRow], new: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> Batch:
-        """Makes a pass of rows that were in it already, with their pages' moves, and of new ones."""
-        for row in new:
-            self._seats.running[row.index].num_under_way += 1
-        batch = Batch.of((*stay, *new), (*moves, *self.cache.host.take_moves()))
-        self._under_way.append((batch, [self._seats.running[row.index] for row in batch.rows]))
+    def _put_under_way(self, rows: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> Batch:
+        """Makes a pass of these rows, of which the first pages have moved already."""
+        batch = Batch.of(rows, (*moves, *self.cache.host.take_moves()))
+        self._under_way.append((batch, list(map(self._seats.running.__getitem__, batch.columns.index))))
         return batch
 
     def revise(self, batch: Batch) -> Batch | None:
@@ -185,7 +186,7 @@ class Scheduler:
             request.num_under_way -= request.state is RequestState.FINISHED
         self.counts.take_pass_back()
         self._note_pass()
-        return self._put_under_way(stay, entered, batch.moves)
+        return self._put_under_way([*stay, *entered], batch.moves)
 
     def _must_start_anew(self, rows: Sequence[BatchRow]) -> bool:
         """Tells whether one that waits could enter a pass of these rows only if others in it were changed."""
@@ -202,7 +203,8 @@ class Scheduler:
         self.counts.take_pass_back()
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
-            request.num_unseen_tokens -= row.samples
+            request.num_tokens_ahead -= row.samples
+            request.table_tokens = 0
             request.num_under_way -= 1
             request.is_told &= row.sampling is None
         return [request for row, request in zip(batch.rows, requests) if row.index in rows]
@@ -224,42 +226,44 @@ class Scheduler:
         assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
         assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
         _, requests = self._under_way.popleft()
+        for row, request in zip(batch.rows, requests) if any(batch.columns.scores) else ():
+            if row.scores is not None and request.finish_reason is None:
+                request.num_scored_tokens = row.start + row.scores.first + row.num_scored
         tokens, updated = iter(sampled), []
-        for row, request in zip(batch.rows, requests, strict=True):
-            token = next(tokens) if row.samples else None
+        for request, end, samples in zip(requests, batch.ends, batch.columns.samples, strict=True):
+            token = next(tokens) if samples else None
             request.num_under_way -= 1
-            has_ended = request.finish_reason is not None
-            if not has_ended:
-                self._take_in(request, row, token)
-            if row.samples:
-                updated.append(None if has_ended else request)
+            if request.finish_reason is not None:
+                request = None
+            else:
+                self._take_in(request, end, token)
+            if samples:
+                updated.append(request)
         return updated
 
-    def _take_in(self, request: Request, row: BatchRow, token: int | None) -> None:
-        """Notes what a pass computed of a request, and its token if the row sampled one. What is behind a token that
-        could not be sampled is for nobody else."""
-        if row.scores is not None:
-            request.num_scored_tokens = row.start + row.scores.first + row.num_scored
+    def _take_in(self, request: Request, end: int, token: int | None) -> None:
+        """Notes that a pass computed a request's tokens up to `end`, and the token that it sampled behind these, if it
+        did. What is behind a token that could not be sampled is for nobody else."""
         if token is not None and token < 0:
             self.cache.forget(request.pages)
-        elif request.row is not None:
-            self.cache.enter(request, row.start + len(row.tokens))
-        if token is not None:
-            request.num_unseen_tokens -= 1
-            self._append(request, token)
-
-    def _append(self, request: Request, token: int) -> None:
-        """Gives a request its next token, and ends the request if that was its last."""
-        if token < 0:
             self.finish(request, FinishReason.ERROR)
             return
+        if request.num_entered < end // self.page_size and request.row is not None:
+            self.cache.enter(request, end)
+        if token is None:
+            return
         request.output_token_ids.append(token)
-        # As in vLLM, a stop token is kept in the output and wins over a length that is reached with it.
+        if token in request.ends or end + 1 >= request.longest:
+            self._end(request, token)
+
+    def _end(self, request: Request, token: int) -> None:
+        """Ends a request by its last token. As in vLLM, a stop token is kept in the output and wins over a length that
+        is reached with it."""
         if token in self._eos_token_ids and not request.params.ignore_eos:
             self.finish(request, FinishReason.STOP)
         elif token in request.params.stop_token_ids:
             self.finish(request, FinishReason.STOP, stop_reason=token)
-        elif request.num_tokens >= request.most_tokens(self.max_model_len):
+        else:
             self.finish(request, FinishReason.LENGTH)
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:

@@ -6,6 +6,7 @@ cache knows are shared, and their tokens count as computed.
 """
 
 import heapq
+from collections.abc import Sequence
 
 from penstock.scheduler.batching.host_pages import Block
 from penstock.scheduler.batching.limits import most_pages
@@ -77,21 +78,19 @@ class Seats:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
         request.pages += self.cache.allocate(self.first_pages(request) - len(blocks))
-        self._note_pages(request)
-
-    def grow(self, request: Request) -> None:
-        """Gives a running request a page more."""
-        self._num_growing -= 1
-        request.pages += self.cache.allocate(1)
-        self._note_pages(request)
-
-    def _note_pages(self, request: Request) -> None:
         request.room_tokens = self.max_model_len if self._has_bound else len(request.pages) * self.page_size
         self._num_growing += self._grows(request)
 
+    def grow(self, requests: Sequence[Request]) -> None:
+        """Gives each of these running requests a page more."""
+        for request, page in zip(requests, self.cache.allocate(len(requests)), strict=True):
+            request.pages.append(page)
+            request.room_tokens += self.page_size
+            self._num_growing -= not self._grows(request)
+
     def _grows(self, request: Request) -> bool:
-        """Tells whether a request may need more pages than it has."""
-        return len(request.pages) < self.most_pages(request)
+        """Tells whether a request may need more pages than it has. Its last token is never computed."""
+        return request.room_tokens < request.longest - 1
 
     def leave(self, request: Request) -> None:
         """Frees the row and the pages of a request. A pass under way may still write to them: the passes of the next
@@ -101,13 +100,14 @@ class Seats:
         heapq.heappush(self.free_rows, request.row)
         self.cache.release(request.pages)
         request.row, request.pages, request.room_tokens = None, [], 0
-        request.page_table, request.num_evicted, request.num_entered = (), 0, 0
+        request.page_table, request.num_evicted, request.table_tokens, request.num_entered = (), 0, 0, 0
 
     def check_integrity(self) -> None:
         """Asserts that rows are held once and pages as often as is known, by running requests only."""
         self.cache.check_integrity(page for request in self.running.values() for page in request.pages)
         assert sorted([*self.running, *self.free_rows]) == list(range(self.max_num_seqs)), "rows are lost"
-        assert self._num_growing == sum(map(self._grows, self.running.values()))
+        growing = [one for one in self.running.values() if len(one.pages) < self.most_pages(one)]
+        assert self._num_growing == len(growing)
         for row, request in self.running.items():
             assert request.row == row and request.num_computed_tokens <= request.room_tokens
             if self._has_bound:

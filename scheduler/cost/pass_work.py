@@ -144,10 +144,8 @@ class StepWork:
 
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""
-        moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
-        moved_bytes += shape.num_scored * self.scored_bytes
-        kv_bytes = (shape.cached_tokens + 3 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
-        return self._read_bytes(shape.run_tokens) + moved_bytes + kv_bytes
+        kv_bytes = (shape.cached_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
+        return self.other_bytes(shape) + kv_bytes
 
     def _read_bytes(self, num_tokens: int) -> int:
         """Bytes of weights that are read, or those that would take as long."""
@@ -156,11 +154,15 @@ class StepWork:
     def cache_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long at the full memory rate as to read from the cache and to copy from it, which
         kernels of their own do."""
+        if not self.kv_token_bytes:
+            return 0.0
         return (shape.cached_tokens / KV_SHARE + 2 * shape.copied_tokens / GATHER_SHARE) * self.kv_token_bytes
 
     def other_bytes(self, shape: PassShape) -> int:
-        """Bytes of everything else."""
-        return self.nbytes(shape) - (shape.cached_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes
+        """Bytes of everything else; what was copied is read."""
+        moved_bytes = shape.num_tokens * self.token_bytes + shape.num_rows * self.row_bytes
+        moved_bytes += shape.num_scored * self.scored_bytes + shape.copied_tokens * self.kv_token_bytes
+        return self._read_bytes(shape.run_tokens) + moved_bytes
 
     def memory_bytes(self, shape: PassShape) -> float:
         """Bytes that would take as long as the step's at the full memory rate."""

@@ -19,7 +19,7 @@ one take no less than their launches, and such a pass no less than the host (`ho
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
 from penstock.scheduler.units import GB
@@ -165,15 +165,16 @@ class PassTime:
 
 def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
     """The time of one pass: the longer of the two lanes, and the latency that neither hides."""
+    steps = _sum_steps(work.steps, shape, rates)
     parts = {
         "link": link_s(work.streamed_bytes, rates),
-        "memory": sum(count * step.memory_bytes(shape) for step, count in work.steps) / (rates.memory_gb_s * GB),
-        "compute": sum(count * step.gemm_flops(shape) for step, count in work.steps) / (rates.gemm_tflops * 1e12),
-        "launch": (work.num_steps(shape) - work.num_reduces) * _latency_s(work, shape, rates),
-        "reduce": sum(count * _reduce_s(step, shape, rates) for step, count in work.steps),
+        "memory": steps.memory_s,
+        "compute": steps.compute_s,
+        "launch": (steps.num - work.num_reduces) * _latency_s(work, shape, rates),
+        "reduce": steps.reduce_s,
         "decompress": decompress_s(work.decompressed_bytes, work.num_decompressed, rates),
     }
-    all_steps_s = steps_s(work.steps, shape, rates)
+    all_steps_s = max(steps.total_s, steps.num * launch_s(shape, rates))
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()},
         total_s=max(
@@ -200,8 +201,32 @@ def link_s(nbytes: int, rates: Rates) -> float:
 
 def steps_s(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> float:
     """Seconds of all steps of a pass: of their work, or of their launches where these take longer."""
-    launches_s = launch_s(shape, rates) * sum(count for step, count in steps if step.runs(shape))
-    return max(sum(count * step_s(step, shape, rates) for step, count in steps), launches_s)
+    all_of = _sum_steps(steps, shape, rates)
+    return max(all_of.total_s, all_of.num * launch_s(shape, rates))
+
+
+class StepsTime(NamedTuple):
+    """The number of steps of a pass that launch something, their seconds, and what these are spent on."""
+
+    num: int
+    total_s: float
+    memory_s: float
+    compute_s: float
+    reduce_s: float
+
+
+def _sum_steps(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> StepsTime:
+    """The steps of a pass together. Each is looked at once: it is asked for every pass that runs."""
+    num, total_s, memory_s, compute_s, reduces_s = 0, 0.0, 0.0, 0.0, 0.0
+    for step, count in steps:
+        if step.runs(shape):
+            cache_s, moves_s, gemm_s, own_reduce_s = parts = _parts_s(step, shape, rates)
+            num += count
+            total_s += count * _step_s(parts, rates)
+            memory_s += count * (cache_s + moves_s)
+            compute_s += count * gemm_s
+            reduces_s += count * own_reduce_s
+    return StepsTime(num, total_s, memory_s, compute_s, reduces_s)
 
 
 def launch_s(shape: PassShape, rates: Rates, streams: bool = False) -> float:
@@ -213,22 +238,34 @@ def launch_s(shape: PassShape, rates: Rates, streams: bool = False) -> float:
 def host_s(work: PassWork, shape: PassShape, rates: Rates) -> float:
     """Seconds that a pass takes the host, which prepares the next one meanwhile; 0 in a graph, before which it is
     ahead. A group that is decompressed is launched as a step is."""
-    num_launched = work.num_steps(shape) + work.num_decompressed + ROW_STEPS * shape.num_rows
-    return launch_s(shape, rates, streams=work.streamed_bytes > 0) * num_launched
+    launched_s = launch_s(shape, rates, streams=work.streamed_bytes > 0)
+    if not launched_s:
+        return 0.0
+    return launched_s * (work.num_steps(shape) + work.num_decompressed + ROW_STEPS * shape.num_rows)
 
 
 def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
     """Seconds of one step of a pass: its latency, and the time of what it moves and computes. A CPU launches nothing
     ahead, so a step there takes no less than its latency."""
-    if not work.runs(shape):
-        return 0.0
-    return max(_device_s(work, shape, rates), rates.step_latency_s if rates.node_latency_s is None else 0.0)
+    return _step_s(_parts_s(work, shape, rates), rates) if work.runs(shape) else 0.0
 
 
-def _device_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
-    cache_s, moves_s = (n / (rates.memory_gb_s * GB) for n in (work.cache_bytes(shape), work.other_bytes(shape)))
-    busy_s = cache_s + math.hypot(moves_s, work.gemm_flops(shape) / (rates.gemm_tflops * 1e12))
-    return busy_s + (_reduce_s(work, shape, rates) if work.reduce_token_bytes else rates.node_latency_s or 0.0)
+def _step_s(parts_s: tuple[float, float, float, float], rates: Rates) -> float:
+    cache_s, moves_s, gemm_s, own_reduce_s = parts_s
+    device_s = cache_s + math.hypot(moves_s, gemm_s) + (own_reduce_s or rates.node_latency_s or 0.0)
+    return device_s if rates.node_latency_s is not None else max(device_s, rates.step_latency_s)
+
+
+def _parts_s(work: StepWork, shape: PassShape, rates: Rates) -> tuple[float, float, float, float]:
+    """Seconds of what a step reads from the cache, of what else it moves, of what it computes and of its all-reduce,
+    each by itself."""
+    memory_bytes_s = rates.memory_gb_s * GB
+    return (
+        work.cache_bytes(shape) / memory_bytes_s,
+        work.other_bytes(shape) / memory_bytes_s,
+        work.gemm_flops(shape) / (rates.gemm_tflops * 1e12),
+        _reduce_s(work, shape, rates),
+    )
 
 
 def decompress_s(nbytes: int, num_groups: int, rates: Rates) -> float:

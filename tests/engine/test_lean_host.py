@@ -11,10 +11,13 @@ from penstock.engine.compute import bind
 from penstock.engine.compute.bind import Binder
 from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting
+from penstock.engine.kernels.decode_inputs import PAGES
 from penstock.engine.kernels.decode_work import reaches_of
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.loop import Loop
 from penstock.engine.output import Sequence
+from penstock.engine.runtime.bucket import HostTable
+from penstock.engine.runtime.bucket_sizes import BucketSizes
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
@@ -23,7 +26,7 @@ from tests.support.fake_engine import FakeEngine
 
 TOKEN, NUM_ROWS, LENGTH = 7, 4, 3
 FEW, MANY = 10, 10_000
-INSTRUCTIONS_A_ROW = 150
+FEW_ROWS, MANY_ROWS, PAGE = 64, 256, 16
 
 
 class Compared(Request):
@@ -41,7 +44,7 @@ def sequence(number: int, num_prompt: int = 5) -> Sequence:
 
 
 def scheduler(num_rows: int = NUM_ROWS) -> Scheduler:
-    return Scheduler(num_rows, 2**16, 2**15, page_size=16, num_pages=2**16)
+    return Scheduler(num_rows, 2**16, 2**15, PAGE, num_pages=2**16, prefix_caching=True)
 
 
 def loop_with(num_waiting: int) -> tuple[Loop, list[Sequence]]:
@@ -74,22 +77,67 @@ def work_of(call: Callable[[], object]) -> int:
     return count
 
 
+def work_a_row(work: Callable[[int], int]) -> float:
+    """The instructions that a row adds to the work of so many rows."""
+    return (work(MANY_ROWS) - work(FEW_ROWS)) / (MANY_ROWS - FEW_ROWS)
+
+
+def work_of_pass(num_rows: int, num_passes: int) -> int:
+    """The instructions of the pass behind so many, in which all rows have been since the first: it is scheduled, and
+    the tokens of the one before it are taken in."""
+    loop = Loop(scheduler(num_rows), FakeEngine(TOKEN))
+    loop.engine.lookahead = 1
+    for number in range(num_rows):
+        params = SamplingParams(max_tokens=2 * PAGE, ignore_eos=True)
+        loop.add(Sequence(Request(number, [number] * PAGE, params), 0, None, {}))
+    for _ in range(num_passes):
+        loop.advance()
+    requests, events = loop.scheduler.seated, []
+    num_pages = [len(request.pages) for request in requests]
+    done = work_of(lambda: events.extend(loop.advance()))
+    assert [(event.text, event.is_last) for event in events] == [("", False)] * num_rows
+    grown = [len(request.pages) - before for request, before in zip(requests, num_pages)]
+    assert grown == [num_passes == PAGE + 1] * num_rows
+    return done
+
+
+def test_a_row_that_decodes_on_costs_few_instructions_a_pass():
+    """Nothing but its token is new. With a page more its tokens enter the prefix cache, and its page table is made."""
+    assert work_a_row(lambda num_rows: work_of_pass(num_rows, PAGE - 2)) < 340
+    assert work_a_row(lambda num_rows: work_of_pass(num_rows, PAGE + 1)) < 700
+
+
+def decoding(num_rows: int, start: int, pages: tuple[int, ...]) -> Batch:
+    return Batch.of([BatchRow(index, (TOKEN,), start, pages, True, None) for index in range(num_rows)])
+
+
 def work_of_binding(num_rows: int) -> int:
     """The instructions that bind a pass over rows of 40 pages, which goes on where the one before it ended."""
     lasts, windows = torch.zeros(num_rows, dtype=torch.int64), (None,)
     cutting = Cutting(Segments(1, 640, 2**16), windows, reaches_of(windows, lasts.device), torch.empty(2**16))
     binder = Binder(16, 0, lasts, 640, cutting, PageTable(numpy.zeros((num_rows, 40), numpy.int32)))
-    rows = [BatchRow(index, (TOKEN,), 600, tuple(range(40)), True, None) for index in range(num_rows)]
-    binder.bind(Batch.of(rows))
-    following = [row._replace(start=601) for row in rows]
-    return work_of(lambda: binder.bind(Batch.of(following)))
+    before, batch = (decoding(num_rows, start, tuple(range(40))) for start in (600, 601))
+    binder.bind(before)
+    return work_of(lambda: binder.bind(batch))
 
 
-def test_a_row_that_keeps_its_pages_costs_a_few_instructions_to_bind(monkeypatch):
+def work_of_padding(num_rows: int, *pages: int) -> int:
+    """The instructions that size, describe and write a padded pass over rows that get these pages more."""
+    sizes = BucketSizes(0, num_rows, Segments(1, 640, 2**16))
+    table, old = HostTable(num_rows, 40, pinned=False), tuple(range(1, 20))
+    table.fill(decoding(num_rows, 300, old), num_rows, num_rows)
+    batch = decoding(num_rows, 304, (*old, *pages) if pages else old)
+    done = work_of(lambda: (sizes.find(batch), batch.shape, table.fill(batch, num_rows, num_rows)))
+    assert table.table[-1, PAGES + len(old)] == sum(pages) and batch.shape.num_tokens == num_rows
+    return done
+
+
+def test_a_row_that_keeps_its_pages_costs_next_to_nothing_to_bind(monkeypatch):
     """The host binds passes of a thousand rows and more while others run; their pages were written when they came."""
     monkeypatch.setattr(bind, "list_work", lambda *_: None)  # a GPU's work
-    few, many = map(work_of_binding, (64, 256))
-    assert many - few < 192 * INSTRUCTIONS_A_ROW
+    assert work_a_row(work_of_binding) < 65
+    assert work_a_row(work_of_padding) < 10
+    assert work_a_row(lambda num_rows: work_of_padding(num_rows, 77)) < 75
 
 
 EVENTS: dict[str, Callable[[Loop, list[Sequence]], None]] = {

@@ -25,7 +25,7 @@ THIRD = batch_of((8,))
 
 
 def filled(table: HostTable, batch: Batch) -> torch.Tensor:
-    table.fill(batch.rows, len(table.values), PAD_ROW)
+    table.fill(batch, len(table.values), PAD_ROW)
     return table.table.clone()
 
 
@@ -57,7 +57,7 @@ class Counted:
         self.held, self.rows = held, set()
 
     def __setitem__(self, key, value) -> None:
-        self.rows.add(key if isinstance(key, int) else key[0])
+        self.rows.add(key[0])
         self.held[key] = value
 
 
@@ -71,7 +71,7 @@ def test_one_row_that_ends_has_one_other_row_written():
     scheduler.update(batch := scheduler.schedule(), [9] * batch.num_sampled)
     while (batch := scheduler.schedule()) is not None:
         table.pages.values = counted = Counted(table.table.numpy()[:, PAGES:])
-        table.fill(batch.rows, num_rows, PAD_ROW)
+        table.fill(batch, num_rows, PAD_ROW)
         num_written, num_passes = num_written + len(counted.rows), num_passes + 1
         scheduler.update(batch, [9] * batch.num_sampled)
         assert torch.equal(table.table, filled(HostTable(num_rows, MAX_PAGES + 4, pinned=False), batch))
@@ -109,7 +109,7 @@ def fill_interrupted(table: HostTable, batch: Batch, number: int) -> None:
     table.values, written, known = Interrupted(memory, left), pages.values, pages.pages
     pages.values, pages.pages = Interrupted(written, left), Interrupted(known, left)
     try:
-        table.fill(batch.rows, NUM_ROWS, PAD_ROW)
+        table.fill(batch, NUM_ROWS, PAD_ROW)
     finally:
         table.values, pages.values, pages.pages = memory, written, known
 
@@ -120,7 +120,7 @@ def test_a_table_that_was_interrupted_is_not_believed(after):
     expected = filled(new_table(), after)
     for number in count():
         table = new_table()
-        table.fill(FIRST.rows, NUM_ROWS, PAD_ROW)
+        table.fill(FIRST, NUM_ROWS, PAD_ROW)
         try:
             fill_interrupted(table, SECOND, number)
         except KeyboardInterrupt:

@@ -89,7 +89,7 @@ def test_unpack_refuses_what_is_not_whole():
 
 def test_counts_of_a_batch():
     row = BatchRow(0, (1, 2, 3), 0, (1,), False, None)
-    batch = Batch((row, row._replace(index=1, tokens=(ON_DEVICE,), samples=True)))
+    batch = Batch.of((row, row._replace(index=1, tokens=(ON_DEVICE,), samples=True)))
     assert (batch.num_tokens, batch.num_sampled) == (4, 1)
     assert batch.shape == PassShape(4, 2, 0, 3 + 2 + 1 + 1, 1, 0)
     scored = row._replace(scores=PromptScores(num_top=1, first=1, following=NO_TOKEN))
