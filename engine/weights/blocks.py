@@ -67,8 +67,8 @@ class Block:
         return num_read
 
     def _read_apart(self, source: WeightSource, memory: Sequence[Tensor]) -> int:
-        """Reads quantised pieces to the memory of their parts, by way of memory of their own. Each is read whole: threads
-        share the interpreter, and each view of a tensor hands it over."""
+        """Reads quantised pieces, each whole, to the memory of their parts, by way of a buffer. Threads share the
+        interpreter, which each view of a tensor hands over."""
         num_read, runs = 0, part_runs(self.format.name, memory, self.shape[0])
         for piece in self.pieces:
             rows = torch.empty(piece.num_rows, piece.num_cols, dtype=torch.uint8)
