@@ -65,6 +65,7 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
+JOBS = ("uneven", "shared-prefix")  # rows of traffic that the README has beside vLLM
 VLLM = re.findall(r"^\| (vLLM.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
 
 
@@ -80,13 +81,16 @@ def test_figures_beside_vllm_in_the_readme_are_those_of_their_record(line):
     assert bound == f"{ms(row['bound_s'])} ({row['bound']})"
 
 
-def test_other_figures_of_the_last_row_are_those_of_its_record():
+def test_jobs_beside_vllm_in_the_readme_are_those_of_their_records():
     page = (ROOT / "README.md").read_text()
-    record = json.loads((ROOT / re.search(r"\(([^(]*)\)$", VLLM[-1])[1]).read_text())
-    rows = {row["row"]: row for row in record["rows"]}
-    for name in ("first-token-512", "uneven"):
-        for seconds in (rows[name]["vllm_measured_s"], rows[name]["measured_s"]):
-            assert ms(seconds) in page
+    names = ("traffic_llama3_8b_beside_vllm_1rank", "batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank")
+    traffic, batch, serving = (json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in names)
+    pairs = [(row["vllm_measured_s"], row["measured_s"]) for row in traffic["rows"] if row["row"] in JOBS]
+    pairs.append((batch["vllm"]["seconds"], batch["seconds"]))
+    served = {row["fed"]: row["median_ttft_ms"] / 1e3 for row in serving["rows"]}
+    pairs.append((served["vLLM by HTTP"], served["by HTTP"]))
+    assert len(pairs) == len(JOBS) + 2 and all(f"{name}.json" in page for name in names)
+    assert all(ms(seconds) in page for pair in pairs for seconds in pair)
 
 
 def test_the_compressed_pass_in_the_readme_is_that_of_its_record():
