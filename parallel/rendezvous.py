@@ -132,6 +132,8 @@ def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) ->
             device_id=device,
         )
         collectives = kind(timeout_s, connections)
+        if isinstance(collectives, Symmetric):
+            collectives.share_memory(store)
     ports = meeting.tell("ports", connections.ports())
     theirs = {(there, here) for rank, ends in enumerate(ports) if rank != launch.rank for here, there in ends}
     connections.keep(theirs.__contains__)
@@ -222,6 +224,7 @@ def _agent_has_store() -> bool:
 
 def _prepare_environment(master_addr: str) -> None:
     os.environ["NCCL_GRAPH_REGISTER"] = "0"  # captured reduces must not register their buffers
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # unused; a meeting of one rank might go another way with it
     if master_addr in ("127.0.0.1", "localhost") and os.path.exists("/sys/class/net/lo"):
         # Without it gloo asks the resolver for the host's own name, which a container may not know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
