@@ -31,7 +31,7 @@ def main() -> int:
     agents = []
     for agent in range(2):
         gpus = ",".join(str(agent * num_ranks + rank) for rank in range(num_ranks))
-        own = {"CUDA_VISIBLE_DEVICES": gpus, "NCCL_HOSTID": f"host {agent}"}
+        own = {"CUDA_VISIBLE_DEVICES": gpus, "NCCL_HOSTID": f"host{agent}"}
         agents.append(subprocess.Popen(command, env=os.environ | own))
     return max(abs(agent.wait()) for agent in agents)
 
