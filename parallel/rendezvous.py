@@ -132,13 +132,23 @@ def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) ->
             device_id=device,
         )
         collectives = kind(timeout_s, connections)
+    try:
+        _keep_connections(connections, meeting)
+        launch.on_failure(collectives.stop)
         if isinstance(collectives, Symmetric):
-            collectives.share_memory(store)
-    ports = meeting.tell("ports", connections.ports())
-    theirs = {(there, here) for rank, ends in enumerate(ports) if rank != launch.rank for here, there in ends}
-    connections.keep(theirs.__contains__)
-    launch.on_failure(collectives.stop)
+            with peer_errors():
+                collectives.share_memory(store)
+    except BaseException:
+        collectives.abandon()
+        raise
     return collectives
+
+
+def _keep_connections(connections: Connections, meeting: "Meeting") -> None:
+    """Keeps those that are another rank's too, to be cut when a rank has failed."""
+    ports = meeting.tell("ports", connections.ports())
+    theirs = {(there, here) for rank, ends in enumerate(ports) if rank != meeting.rank for here, there in ends}
+    connections.keep(theirs.__contains__)
 
 
 class Meeting:
