@@ -9,6 +9,7 @@ import array
 import atexit
 import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -139,11 +140,13 @@ class Distributed:
         atexit.unregister(self.abandon)
         self._control = None  # gloo aborts the process at exit if a group is still referenced
         if self._broken:
-            self._abort()
+            for thread in self._abort():
+                thread.join()
         dist.destroy_process_group()
 
-    def _abort(self) -> None:
-        """Gives up calls that a lost rank will never answer."""
+    def _abort(self) -> list[threading.Thread]:
+        """Begins to give up calls that a lost rank will never answer. The threads end when that is done."""
+        return []
 
     def abandon(self) -> None:
         self._broken = True

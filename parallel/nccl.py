@@ -1,6 +1,7 @@
 """Collectives of ranks on GPUs over NCCL alone."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -41,11 +42,22 @@ class Nccl(Distributed):
             _all_gather_single(stacked, part.contiguous(), group=self._group)
         out.view(part.shape[0], self.size, part.shape[1]).copy_(stacked.transpose(0, 1))
 
-    def _abort(self) -> None:
-        for group in filter(None, (self._graph_group, dist.group.WORLD)):
-            with contextlib.suppress(RuntimeError):
-                group.abort()
+    def _abort(self) -> list[threading.Thread]:
+        """Aborts both communicators at once. NCCL ends the kernels of one at once, and returns when no graph holds its
+        calls any more. Graphs are dropped behind eager calls, whose end must not wait for that."""
+        threads = [threading.Thread(target=_abort_group, args=(group,), daemon=True) for group in self._groups()]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        return [group for group in (self._graph_group, dist.group.WORLD) if group is not None]
 
     def close(self) -> None:
         super().close()
         self._graph_group = None
+
+
+def _abort_group(group: dist.ProcessGroup) -> None:
+    with contextlib.suppress(RuntimeError):
+        group.abort()

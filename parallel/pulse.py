@@ -107,6 +107,8 @@ class Pulse:
             return
         self._leaving = True
         self._send_all(_line({"leaves": self.rank}))
+        if self.failure is not None:
+            self._drop(self.failure.rank)  # it may be stopped, and would be waited for
         if self._thread.ident not in (None, threading.get_ident()):  # the garbage collector may call this in any thread
             self._thread.join(_LEAVE_S)
         for peer in list(self._sockets):

@@ -132,11 +132,23 @@ def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) ->
             device_id=device,
         )
         collectives = kind(timeout_s, connections)
-    ports = meeting.tell("ports", connections.ports())
-    theirs = {(there, here) for rank, ends in enumerate(ports) if rank != launch.rank for here, there in ends}
-    connections.keep(theirs.__contains__)
-    launch.on_failure(collectives.stop)
+    try:
+        _keep_connections(connections, meeting)
+        launch.on_failure(collectives.stop)
+        if isinstance(collectives, Symmetric):
+            with peer_errors():
+                collectives.share_memory(store)
+    except BaseException:
+        collectives.abandon()
+        raise
     return collectives
+
+
+def _keep_connections(connections: Connections, meeting: "Meeting") -> None:
+    """Keeps those that are another rank's too, to be cut when a rank has failed."""
+    ports = meeting.tell("ports", connections.ports())
+    theirs = {(there, here) for rank, ends in enumerate(ports) if rank != meeting.rank for here, there in ends}
+    connections.keep(theirs.__contains__)
 
 
 class Meeting:
@@ -222,6 +234,7 @@ def _agent_has_store() -> bool:
 
 def _prepare_environment(master_addr: str) -> None:
     os.environ["NCCL_GRAPH_REGISTER"] = "0"  # captured reduces must not register their buffers
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # unused; a meeting of one rank might go another way with it
     if master_addr in ("127.0.0.1", "localhost") and os.path.exists("/sys/class/net/lo"):
         # Without it gloo asks the resolver for the host's own name, which a container may not know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

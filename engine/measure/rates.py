@@ -46,14 +46,19 @@ def _seconds_cuda(run: Callable[[], object]) -> float:
 
 
 def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """`run` as a graph, after one eager call on the same stream. Drop it (`reset`) before the group is left."""
+    """`run` as a graph, after one eager call on the same stream. Drop it (`reset`) before the group is left, also after
+    an error, whose traceback would keep it."""
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()
     stream.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        run()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+    except BaseException:
+        graph.reset()
+        raise
     return graph
 
 

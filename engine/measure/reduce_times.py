@@ -64,10 +64,12 @@ def reduce_seconds(reduce: Reduce, tensor: torch.Tensor, collectives: Collective
         with collectives.for_graphs():
             graph = capture(calls, device)
     run, runs_s = (graph.replay if in_graph else calls), []
-    for _ in range(REPEATS):
-        collectives.barrier()
-        runs_s.append(seconds(run, device, repeats=1))
-    if graph is not None:
-        graph.reset()
+    try:
+        for _ in range(REPEATS):
+            collectives.barrier()
+            runs_s.append(seconds(run, device, repeats=1))
+    finally:
+        if graph is not None:
+            graph.reset()
     slowest = [max(times) for times in zip(*all_ranks(runs_s, collectives, device))]
     return min(slowest) / num_calls

@@ -207,7 +207,11 @@ def build_runner(given: Ingredients, executor: Executor) -> PassRunner:
     mover = build_mover(given, executor)
     runner = PassRunner(executor, run_as, plan.max_num_seqs, plan.residency.max_model_len, mover)
     if run_as is RunAs.GRAPHS and config.capture == "start":
-        runner.capture_all()
+        try:
+            runner.capture_all()
+        except BaseException:
+            runner.close()
+            raise
     return runner
 
 

@@ -174,12 +174,16 @@ class Graphs:
     def _take(self, run: Callable[[], None], counts: list[Counts]) -> CapturedPass:
         before = [count.copy() for count in counts]
         graph = torch.cuda.CUDAGraph()
-        with self.watches.aside() as watched:
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                run()
-            finally:
-                graph.capture_end()
+        try:
+            with self.watches.aside() as watched:
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+        except BaseException:
+            graph.reset()  # the traceback keeps it, and it would keep NCCL's communicator
+            raise
         return CapturedPass(graph, [(count, count - old) for count, old in zip(counts, before)], watched)
 
     def next_take(self, key: Hashable) -> CapturedPass:

@@ -6,7 +6,7 @@ from penstock.engine.measure.rates import all_ranks, seconds
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.pass_runner import PassRunner
 
-NUM_REPLAYS = 20
+NUM_REPLAYS, LEAST_REPLAYS, MOST_S = 20, 3, 2.0  # fewer of a graph that takes long
 
 
 def graph_alone_s(llm: LLM, num_rows: int) -> float | None:
@@ -28,11 +28,18 @@ def replay_s(runner: PassRunner, num_rows: int) -> float | None:
     if graph is None:
         return None
     collectives, device = runner.model.collectives, runner.device
+
+    def slowest_s(number: int) -> float:
+        own_s = seconds(lambda: [graph.replay() for _ in range(number)], device, repeats=1, warm_ups=0)
+        return max(rank_s for (rank_s,) in all_ranks([own_s], collectives, device))
+
+    collectives.barrier()
+    number = min(NUM_REPLAYS, max(LEAST_REPLAYS, int(MOST_S / slowest_s(1))))
     collectives.barrier()
     graph.replay()  # this replay lines the ranks up
-    own_s = seconds(lambda: [graph.replay() for _ in range(NUM_REPLAYS)], device, repeats=1, warm_ups=0)
+    graph_s = slowest_s(number) / number
     runner.forget()  # the letters that the replays sent
-    return max(rank_s for (rank_s,) in all_ranks([own_s], collectives, device)) / NUM_REPLAYS
+    return graph_s
 
 
 def greedy_graph(runner: PassRunner, num_rows: int) -> torch.cuda.CUDAGraph | None:

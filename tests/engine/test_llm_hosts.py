@@ -8,7 +8,7 @@ from penstock.engine.runtime.trace import read_intervals
 
 from penstock import LLM
 from tests.support.forked_ranks import fork_ranks
-from tests.support.host_runs import OPTIONS, PARAMS, PROMPT
+from tests.support.host_runs import ON, PARAMS, PROMPT
 
 RANKS, HOSTS = 4, 2
 pytestmark = pytest.mark.timeout(120)
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
-    done = fork_ranks(RANKS, "-m", "tests.support.host_runs", folder, timeout=100, hosts=HOSTS)
+    done = fork_ranks(RANKS, "-m", "tests.support.host_runs", folder, "cpu", timeout=100, hosts=HOSTS)
     assert done.all_ended, done.stderr
     return folder
 
@@ -28,7 +28,7 @@ def ranks(folder) -> list[dict]:
 
 
 def test_tokens_are_those_of_one_rank(ranks):
-    with LLM("demo", **OPTIONS) as llm:
+    with LLM("demo", **ON["cpu"]) as llm:
         (output,) = llm.generate(PROMPT, PARAMS)
     assert [rank["num_hosts"] for rank in ranks] == [HOSTS] * RANKS
     assert [rank["tokens"] for rank in ranks] == [output.outputs[0].token_ids] * RANKS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.commands import run_ranks
-from tests.support.gpu.bitwise_ranks import HUNDREDS, LENGTHS
+from tests.support.gpu.bitwise_ranks import HUNDREDS, LENGTHS, logits_of
 from tests.support.oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -29,11 +29,6 @@ def reports(checkpoints: Path, out: Path, num_ranks: int) -> list[dict]:
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-@pytest.fixture(scope="module")
-def one_rank(checkpoints, tmp_path_factory) -> dict:
-    return reports(checkpoints, tmp_path_factory.mktemp("one"), 1)[0]
-
-
 def assert_same_bits(report: dict) -> None:
     assert {name.split()[0] for name in report} == {*FAMILIES, "buckets", "hundreds"}
     for case, found in report.items():
@@ -41,16 +36,22 @@ def assert_same_bits(report: dict) -> None:
         assert found["num_passes"] >= (HUNDREDS if case == "hundreds" else max(LENGTHS))
 
 
-def test_one_rank(one_rank):
-    assert_same_bits(one_rank)
+def test_one_rank(checkpoints, tmp_path):
+    assert_same_bits(reports(checkpoints, tmp_path, 1)[0])
+
+
+def tokens_of_one_rank(checkpoint: Path) -> list[list[int]]:
+    _, tokens = logits_of(str(checkpoint), LENGTHS, dtype="float32", resident="all")
+    return tokens
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_several_ranks(checkpoints, one_rank, tmp_path, num_ranks):
+def test_several_ranks(checkpoints, tmp_path, num_ranks):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} CUDA devices")
-    for report in reports(checkpoints, tmp_path, num_ranks):
+    found = reports(checkpoints, tmp_path, num_ranks)
+    for report in found:
         assert_same_bits(report)
-        for case in report:
-            if case.endswith("float32"):
-                assert report[case]["tokens"] == one_rank[case]["tokens"], case
+    for name in FAMILIES:
+        tokens = tokens_of_one_rank(checkpoints / name)
+        assert [report[f"{name} float32"]["tokens"] for report in found] == [tokens] * num_ranks, name

@@ -85,6 +85,17 @@ def test_leaving_is_no_failure(ranks):
     assert not any(pulse._thread.is_alive() for pulse in three.pulses)
 
 
+def test_leaving_waits_for_no_rank_that_has_failed(ranks, monkeypatch):
+    three = ranks()
+    three.pulses[0]._hear(RankFailed(2, "was stopped", stopped=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_LEAVE_S", 30.0)
+        patch.setattr(three.pulses[2], "_drop", lambda peer: None)  # nobody leaves there
+        three.pulses[1].leave()
+        three.pulses[0].leave()
+    assert not three.pulses[0]._thread.is_alive()
+
+
 @pytest.mark.parametrize("victim", [1, 2])
 def test_a_connection_that_ends_without_a_word(ranks, victim):
     three = ranks()

@@ -2,7 +2,6 @@
 
 import functools
 import random
-import threading
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from tests.support.emulated_ranks import (
     no_hang,
     run_together,
     sum_of,
+    write_late,
 )
 from tests.support.kernel_proof import (
     DEVICE,
@@ -150,8 +150,7 @@ def test_the_abort_word_ends_a_wait_for_a_rank_that_is_gone():
 def test_an_abort_word_that_is_not_set_ends_nothing():
     """A part comes late, after the word was read many times, and is summed."""
     peers, part = connect_ranks(2), torch.ones(64, device=DEVICE)
-    late = threading.Timer(1.0, peers[0].words[0, 1, :64].copy_, [part.view(torch.int32)])
-    late.start()
+    late = write_late(1.0, peers[0].words[0, 1, :64], part)
     with no_hang():
         push_reduce(peers[0], part)
     late.join()

@@ -1,4 +1,9 @@
-"""The way that a sum over GPUs takes, by its size, and the communicator of NCCL's calls; no GPU is needed."""
+"""The way that a sum over GPUs takes, by its size, the communicator of NCCL's calls and its end, and the numbers of
+meetings; no GPU is needed."""
+
+import itertools
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,3 +81,29 @@ def test_captured_calls_and_their_warm_up_have_a_communicator_of_their_own(devic
         raise RuntimeError
     reduce(device, tensor)
     assert device.took[-1][-1] is None
+
+
+@pytest.mark.parametrize(("own", "of_others", "alone"), [(0, 0, 0), (0, 4, 4), (4, 0, 0), (3, 5, 2)])
+def test_all_meet_by_the_number_of_the_rank_that_has_met_most(device, monkeypatch, own, of_others, alone):
+    """torch counts meetings in each process; a child of a later self-launch has had none."""
+    met = []
+    monkeypatch.setattr(symmetric, "_numbers", itertools.count(own))
+    monkeypatch.setattr(device, "largest", lambda ints: [max(*ints, of_others)])
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **_: SimpleNamespace(group_name=f"only {ranks}"))
+    monkeypatch.setattr(symmetric.symm_mem, "empty", lambda *shape, **_: torch.empty(shape))
+    monkeypatch.setattr(symmetric.symm_mem, "rendezvous", lambda tensor, group: met.append(group))
+    monkeypatch.setattr(device, "_device", torch.device("cpu"), raising=False)
+    device._catch_up()
+    assert met == ["only [0]"] * alone
+    assert next(symmetric._numbers) == max(own, of_others) + 1
+
+
+def test_a_communicator_that_graphs_hold_keeps_no_other_one_from_its_end(device, monkeypatch):
+    """Graphs are dropped when eager calls have ended."""
+    ended = threading.Event()
+    of_graphs = SimpleNamespace(abort=lambda: device.took.append(("graphs", ended.wait(10))))
+    of_calls = SimpleNamespace(abort=lambda: (device.took.append(("calls", True)), ended.set()))
+    monkeypatch.setattr(device, "_groups", lambda: [of_graphs, of_calls])
+    for thread in device._abort():
+        thread.join()
+    assert device.took == [("calls", True), ("graphs", True)]

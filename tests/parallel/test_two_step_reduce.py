@@ -2,7 +2,6 @@
 
 import functools
 import random
-import threading
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from tests.support.emulated_ranks import (
     no_hang,
     run_in_steps,
     sum_of,
+    write_late,
 )
 from tests.support.forked_ranks import fork_ranks
 from tests.support.kernel_proof import (
@@ -147,10 +147,7 @@ def test_an_abort_word_that_is_not_set_ends_nothing():
     """A part and sums come late, after the word was read many times, and are taken."""
     peers, part = connect_sharing_ranks(2, MOST), torch.ones(2 * BLOCK_WORDS, device=DEVICE)
     (theirs, sums), ones = peers[0].words[0, :, 1, :BLOCK_WORDS], torch.ones(BLOCK_WORDS, device=DEVICE)
-    late = [threading.Timer(0.7, theirs.copy_, [ones.view(torch.int32)])]
-    late += [threading.Timer(1.4, sums.copy_, [(5 * ones).view(torch.int32)])]
-    for one in late:
-        one.start()
+    late = [write_late(0.7, theirs, ones), write_late(1.4, sums, 5 * ones)]
     with no_hang():
         two_step_reduce(peers[0], part)
     for one in late:

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -50,6 +51,19 @@ def run_in_steps(ranks: Iterable[Callable[..., None]]) -> None:
         for step in STEPS:
             for rank in ranks:
                 rank(steps=(step,))
+
+
+def write_late(seconds: float, words: Tensor, part: Tensor) -> threading.Timer:
+    """Starts a thread that writes the words of `part` after so long; on a GPU beside the kernel that waits for them."""
+    late = part.view(torch.int32).clone()
+
+    def write() -> None:
+        with torch.cuda.stream(torch.cuda.Stream() if words.is_cuda else None):
+            words.copy_(late)
+
+    timer = threading.Timer(seconds, write)
+    timer.start()
+    return timer
 
 
 def assert_at_rest(peers: list[PeerBuffers], num_calls: int) -> None:

@@ -22,6 +22,7 @@ DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo_model"
 if pass_faults.TEXT in os.environ:
     OPTIONS |= {"debug": {"watch": pass_faults.NAME}}
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+MOST_WAIT_S = 30.0
 STAY_S = 150.0  # longer than anybody waits for the others: nothing may come of its end
 
 # What goes wrong, and in a rank that raises in the course of being a child and lives on: a close that hangs.
@@ -168,10 +169,19 @@ def main(case: Case, folder: Path) -> None:
             with model(case, folder) as llm:
                 answer["again"] = llm.generate(PROMPT, PARAMS)[0].outputs[0].token_ids
         (folder / f"answer{rank}.json").write_text(json.dumps(answer))
+        wait_for_answers(case, folder, rank)
         if rank == case.victim and case.fault == "raise":
             raise
         time.sleep(STAY_S if rank == case.victim else 0)
         sys.exit(3)
+
+
+def wait_for_answers(case: Case, folder: Path, rank: int) -> None:
+    """Stays until the others beside this rank have answered, too: their launcher ends them when one has ended."""
+    beside = [folder / f"answer{other}.json" for other in case.must_answer if rank in case.must_answer]
+    deadline = time.monotonic() + MOST_WAIT_S
+    while not all(answer.exists() for answer in beside) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def model(case: Case, folder: Path) -> LLM:

@@ -32,8 +32,29 @@ def test_graphs_are_captured_at_start_where_there_are_any_unless_they_shall_be_l
     device, options, expected, monkeypatch
 ):
     monkeypatch.setattr(build, "PassRunner", Runner)
+    runner = build_runner(monkeypatch, device, **options)
+    assert (runner.run_as, runner.num_captures) == expected
+
+
+def build_runner(monkeypatch, device, **options):
     monkeypatch.setattr(build, "build_mover", lambda given, executor: None)
     plan = SimpleNamespace(max_num_seqs=1, residency=SimpleNamespace(max_model_len=1))
     given = SimpleNamespace(config=EngineConfig("demo", **options), plan=plan, device=torch.device(device))
-    runner = build.build_runner(given, None)
-    assert (runner.run_as, runner.num_captures) == expected
+    return build.build_runner(given, None)
+
+
+def test_graphs_are_dropped_where_a_later_one_cannot_be_captured(monkeypatch):
+    """The traceback keeps the runner, and its graphs would keep NCCL's communicator."""
+    closed = []
+
+    class Failing(Runner):
+        def capture_all(self) -> None:
+            raise RuntimeError("another rank has failed")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr(build, "PassRunner", Failing)
+    with pytest.raises(RuntimeError, match="another rank"):
+        build_runner(monkeypatch, "cuda")
+    assert len(closed) == 1

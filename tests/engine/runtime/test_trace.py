@@ -116,6 +116,9 @@ def graph_type(device):
         def capture_end(self):
             device.end_capture()
 
+        def reset(self):
+            self.work = None
+
         def replay(self):
             device.work += self.work
             for event in self.events:
@@ -165,6 +168,19 @@ def replay(graphs, key):
     take = graphs.next_take(key)
     take.graph.replay()
     take.note_replay(graphs.watches)
+
+
+def test_an_error_drops_the_graph_that_was_captured(device, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda kind=torch.cuda.CUDAGraph: made.append(kind()) or made[-1])
+
+    def fail() -> None:
+        raise KeyError("the shard is bent")
+
+    graphs = Graphs(torch.device("cuda"), Watches())
+    with pytest.raises(KeyError):
+        graphs.capture("decode", None, fail, counts=[])
+    assert [graph.work for graph in made] == [None] and not graphs.passes
 
 
 @pytest.mark.parametrize("traced", [False, True])  # a trace wants a pass captured twice

@@ -3,13 +3,14 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pytest
 import torch
 from penstock.engine.compute.sampler import EVERYTHING, Asked
 from penstock.engine.measure import rates as measure
 from penstock.engine.runtime.bucket_sizes import BucketSize
 from penstock.parallel.collectives import Solo
 
-from scripts.bench.graph_alone import NUM_REPLAYS, graph_alone_s
+from scripts.bench.graph_alone import LEAST_REPLAYS, MOST_S, NUM_REPLAYS, graph_alone_s
 
 CPU = torch.device("cpu")
 GREEDY = Asked()
@@ -30,14 +31,15 @@ def runner_of(done, num_takes=1, asked=GREEDY, num_rows=4):
     return SimpleNamespace(graphs=SimpleNamespace(passes={key: [take] * num_takes}, latest=key))
 
 
-def test_a_graph_alone(monkeypatch):
-    """The graph is replayed NUM_REPLAYS times in a row, after a replay that lines the ranks up; then its letters are
+@pytest.mark.parametrize(("first_s", "number"), [(0.01, NUM_REPLAYS), (MOST_S / 5, 5), (MOST_S, LEAST_REPLAYS)])
+def test_a_graph_alone(monkeypatch, first_s, number):
+    """It is replayed in a row, after a replay that is timed and one that lines the ranks up; then its letters are
     forgotten."""
     done = []
-    ticks = iter([1.0, 5.0])
+    ticks = iter([0.0, first_s, 1.0, 5.0])
     monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
-    assert graph_alone_s(llm_of(runner_of(done), done), 4) == 4.0 / NUM_REPLAYS
-    assert done == ["replay"] * (1 + NUM_REPLAYS) + ["forget"]
+    assert graph_alone_s(llm_of(runner_of(done), done), 4) == 4.0 / number
+    assert done == ["replay"] * (2 + number) + ["forget"]
 
 
 def test_none_where_there_is_none():
