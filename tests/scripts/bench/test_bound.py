@@ -23,9 +23,8 @@ STREAMED = PassWork(10**9, 10**9, STEPS)
 
 def batch(*rows: tuple[int, int]) -> Batch:
     """Makes the shape of a pass over rows, of (tokens, start) each."""
-    return Batch(
-        tuple(BatchRow(index, (0,) * length, start, (), True, None) for index, (length, start) in enumerate(rows))
-    )
+    numbered = enumerate(rows)
+    return Batch.of([BatchRow(index, (0,) * length, start, (), True, None) for index, (length, start) in numbered])
 
 
 def pairs(*rows: tuple[int, int]) -> int:
