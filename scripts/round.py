@@ -151,7 +151,7 @@ def scratch() -> Iterator[tuple[str, str]]:
 
 
 def words_of(command: Command, args: Namespace, in_memory: str) -> list[str]:
-    """What stands behind `python`."""
+    """The arguments of Python."""
     compare = ["--compare", "vllm", "--vllm", args.vllm] if args.vllm else []
     given = f"{command.words} {command.small}" if args.small else command.words
     words = ["-m"]

@@ -79,8 +79,8 @@ def gguf_decode(kind: str, flags: str, record: str) -> Command:
     return Command(words, record, f"{SHORT} --batch-size 1 2 --input-len 8 --output-len 3")
 
 
-def gpu_tests(words: str) -> Command:
-    return Command(f"pytest -m gpu -p no:cacheprovider --durations 8 {words}", small="--collect-only")
+def tests(words: str) -> Command:
+    return Command(f"pytest -p no:cacheprovider --durations 8 {words}", small="--collect-only")
 
 
 FIRST_TOKENS = "first-token-128 first-token-512 first-token-2000"
@@ -307,10 +307,11 @@ ONE_GPU = (
     one(
         "tests_compute",
         270,
-        "tests of kernels, and of what is computed with them",
-        gpu_tests("tests/engine tests/oracle tests/scripts"),
+        "tests of kernels, and of what is computed with them; sums of ranks that are emulated on one GPU",
+        tests("tests/parallel/test_push_reduce.py tests/parallel/test_two_step_reduce.py"),
+        tests("-m gpu tests/engine tests/oracle tests/scripts"),
     ),
-    one("tests_gpu", 270, "tests of whole engines", gpu_tests("tests/gpu")),
+    one("tests_gpu", 270, "tests of whole engines", tests("-m gpu tests/gpu")),
 )
 
 TWO_GPUS = (
@@ -318,7 +319,7 @@ TWO_GPUS = (
         "tests_2gpus",
         220,
         "what two ranks compute, share and survive; four tests at once, which mostly compile and start",
-        gpu_tests(
+        tests(
             "-n 4 --dist worksteal tests/gpu/test_bitwise.py::test_several_ranks[2] tests/gpu/test_rank_faults.py "
             "tests/gpu/test_kernel_ranks.py tests/gpu/test_hosts.py tests/gpu/test_binding.py "
             "tests/gpu/test_oracles.py::test_two_ranks_agree_with_one "
@@ -329,7 +330,7 @@ TWO_GPUS = (
         "times_2gpus",
         100,
         "tests of what two ranks compute, and in which time",
-        gpu_tests(
+        tests(
             "tests/gpu/test_symmetric.py::test_sums_of_every_size[2] tests/gpu/test_push_reduce.py "
             "tests/gpu/test_probe.py::test_probe[2]"
         ),

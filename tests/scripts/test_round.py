@@ -31,7 +31,7 @@ RECORDS = [command.record for step in STEPS.values() for command in step.command
 
 
 class Parsed(Exception):
-    """What a script would have run with."""
+    """A script has parsed its flags: it would run with these."""
 
 
 def parse(self, words=None):
