@@ -38,8 +38,8 @@ from scripts.round_steps import STEPS, Command, Step
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "ROUND_STEP"  # in the environment of all that a step starts
 TIMED_OUT = 124  # as `timeout` has it
-TERM_S, TRACE_S = 4.0, 2.0  # to end by SIGTERM; to print where it is
-ENDING_S = TERM_S + TRACE_S + 2.0  # of the round, to end its last step and pack
+TERM_S, TRACE_S, KILL_S = 4.0, 2.0, 1.0  # to end by SIGTERM; to print where it is; to be gone
+ENDING_S = TERM_S + TRACE_S + KILL_S + 1.0  # of the round, to end its last step and pack
 SHOWN_LINES, SHOWN_ERRORS, SHOWN_WIDTH = 16, 5, 180
 SMALL = {"intermediate_size": 768, "max_position_embeddings": 8192}  # blocks of GGUF and long rows want this much
 
@@ -89,19 +89,23 @@ def chosen(names: Sequence[str]) -> list[Step]:
 def run_round(steps: Sequence[Step], args: Namespace) -> int:
     """Runs the steps, and returns 1 if one failed or was left out."""
     began_s = time.monotonic()
-    end_s, failed = began_s + args.seconds - ENDING_S, 0
+    end_s, failed = began_s + args.seconds - ENDING_S, False
     for step in steps:
         left_s = end_s - time.monotonic()
+        code, lines = 1, []
         if step.needs_vllm and not args.vllm and not args.small:
-            lines = [f"{step.name}: left out, without --vllm"]
+            said = "left out, without --vllm"
         elif left_s < (0 if args.small else step.seconds):
-            lines = [f"{step.name}: left out, {max(left_s, 0):.0f} s are left of the {step.seconds} s that it takes"]
+            said = f"left out, {max(left_s, 0):.0f} s are left of the {step.seconds} s that it takes"
         else:
-            lines = run_step(step, args, left_s if args.small else min(left_s, 2 * step.seconds))
-        failed += " rc 0," not in lines[0]
-        say(lines, args.out)
+            step_began_s, limit_s = time.monotonic(), left_s if args.small else min(left_s, 2 * step.seconds)
+            code = run_step(step, args, limit_s)
+            said = f"rc {code}, {time.monotonic() - step_began_s:.0f} s of {limit_s:.0f}"
+            lines = tail_of(args.out / f"{step.name}.log", code)
+        failed = failed or code != 0
+        say([f"{step.name}: {said}", *lines], args.out)
     say([f"all: {time.monotonic() - began_s:.0f} s"], args.out)
-    return int(failed > 0)
+    return int(failed)
 
 
 def say(lines: Sequence[str], out: Path) -> None:
@@ -109,19 +113,18 @@ def say(lines: Sequence[str], out: Path) -> None:
     print(*lines, sep="\n", flush=True)
     with (out / "summary.txt").open("a") as summary:
         print(*lines, sep="\n", file=summary)
-    packed = out / "round.tar.gz"
-    with tarfile.open(out / "packing", "w:gz") as archive:
+    packing = out / "packing"  # the last whole archive stays until there is another
+    with tarfile.open(packing, "w:gz") as archive:
         for path in sorted(out.iterdir()):
             if path.suffix in (".json", ".log", ".txt"):
                 archive.add(path, path.name)
-    (out / "packing").replace(packed)
+    packing.replace(out / "round.tar.gz")
 
 
-def run_step(step: Step, args: Namespace, limit_s: float) -> list[str]:
-    """Runs a step's commands, the later ones even if one failed, and returns the lines that tell of it."""
+def run_step(step: Step, args: Namespace, limit_s: float) -> int:
+    """Runs a step's commands, the later ones even if one failed, and returns the exit status of the first that did."""
     began_s, codes = time.monotonic(), []
-    log = args.out / f"{step.name}.log"
-    with log.open("wb") as file, scratch() as (on_disk, in_memory):
+    with (args.out / f"{step.name}.log").open("wb") as file, scratch() as (on_disk, in_memory):
         environment = os.environ | {
             MARKER: f"{os.getpid()}-{step.name}",
             "PYTHONFAULTHANDLER": "1",
@@ -135,8 +138,7 @@ def run_step(step: Step, args: Namespace, limit_s: float) -> list[str]:
             file.flush()
             left_s = limit_s - (time.monotonic() - began_s)
             codes.append(run([sys.executable, *words], environment, file, left_s))
-    code = next((code for code in codes if code), 0)
-    return [f"{step.name}: rc {code}, {time.monotonic() - began_s:.0f} s of {limit_s:.0f}", *tail_of(log, code)]
+    return next((code for code in codes if code), 0)
 
 
 @contextlib.contextmanager
@@ -205,11 +207,11 @@ def sweep(marker: str, log: BinaryIO) -> None:
         return
     log.write(f"left processes: {' '.join(map(str, left))}\n".encode())
     log.flush()
-    signal_all(left, signal.SIGABRT)
-    waited_until_s = time.monotonic() + TRACE_S
-    while marked(marker) and time.monotonic() < waited_until_s:
-        time.sleep(0.05)
-    signal_all(marked(marker), signal.SIGKILL)
+    for sent, wait_s in ((signal.SIGABRT, TRACE_S), (signal.SIGKILL, KILL_S)):
+        signal_all(marked(marker), sent)
+        until_s = time.monotonic() + wait_s
+        while marked(marker) and time.monotonic() < until_s:
+            time.sleep(0.05)
 
 
 def marked(marker: str) -> list[int]:
