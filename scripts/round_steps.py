@@ -88,15 +88,48 @@ JOBS = "uneven long-prompts short"
 DRAWN = "token-batch-256-drawn token-batch-256-penalties token-batch-256-logprobs"
 TOKENS = "token-batch-1 token-batch-8 token-batch-64 token-batch-256"
 RESIDENT = "--resident all --max-num-seqs 512"
+UNEVEN = "--input-len 512 --output-len 128 --random-range-ratio 0.8"
 TIMED_ONCE = "--num-iters-warmup 1 --num-iters 1"
 START_ONCE = "--num-iters-cold 1 --num-iters-warmup 0 --num-iters-warm 1"
 STREAMED_8B = f"--resident none --input-len 32 --output-len 10 {TIMED_ONCE}"
-RESIDENT_RANKS = "--resident all --input-len 32 --num-iters-warmup 1 --num-iters 3"
+RESIDENT_DECODE = "--resident all --input-len 32 --num-iters-warmup 1 --num-iters 3"
 STREAMED_70B = f"--input-len 32 --max-num-batched-tokens 2048 {TIMED_ONCE}"
 IN_24_GIB = f"{STREAMED_70B} --gpu-memory 24GiB --batch-size 1 --output-len 6"
 REUSE_SMALL = f"{SHORT} --kv-host-memory 16MiB --prefix-gb 0.001 --prefix-len 64 --own-len 8 --share 0.6"
 
 ONE_GPU = (
+    one(
+        "decode_8b",
+        80,
+        "decode passes with all weights on the GPU, and while they stream, compressed or as they are",
+        *(
+            bench(
+                "latency",
+                "Llama-3-8B",
+                f"{flags} --batch-size 1 64 {largest}",
+                f"decode_llama3_8b_{name}_1rank",
+                f"{CPU} --batch-size 1 3 --output-len 6",
+            )
+            for flags, largest, name in (
+                (f"{RESIDENT_DECODE} --output-len 64", 256, "resident"),
+                (STREAMED_8B, 512, "compressed"),
+                (f"{STREAMED_8B} --weights-compression none", 512, "streamed"),
+            )
+        ),
+    ),
+    one(
+        "throughput",
+        100,
+        "jobs against the sum of their passes: alike, alike while all weights stream, and of uneven lengths",
+        *(
+            bench("throughput", "Llama-3-8B", flags, f"throughput_llama3_8b_{name}_1rank", FEW_REQUESTS)
+            for flags, name in (
+                ("--resident all --num-prompts 1000 --input-len 128 --output-len 64", "resident"),
+                ("--resident none --num-prompts 512 --input-len 128 --output-len 32", "compressed"),
+                (f"--resident all --num-prompts 512 {UNEVEN}", "mixed_resident"),
+            )
+        ),
+    ),
     one(
         "traffic",
         90,
@@ -226,8 +259,7 @@ ONE_GPU = (
         bench(
             "serving",
             "Llama-3-8B",
-            f"{RESIDENT} --max-model-len 2048 --num-prompts 512 --input-len 512 --output-len 128 "
-            "--random-range-ratio 0.8 {vllm}",
+            f"{RESIDENT} --max-model-len 2048 --num-prompts 512 {UNEVEN} {{vllm}}",
             "serving_llama3_8b_1rank",
             FEW_REQUESTS,
         ),
@@ -355,7 +387,7 @@ TWO_GPUS = (
         bench(
             "latency",
             "Llama-3-8B",
-            f"{RESIDENT_RANKS} --output-len 64 --batch-size 1 64 256",
+            f"{RESIDENT_DECODE} --output-len 64 --batch-size 1 64 256",
             "decode_llama3_8b_resident_2ranks",
             f"{CPU} --batch-size 1 2 --output-len 6",
             RANKS,
@@ -447,7 +479,7 @@ TWO_GPUS = (
         bench(
             "latency",
             "Llama-3-70B",
-            f"{RESIDENT_RANKS} --max-model-len 2048 --output-len 34 --batch-size 1 64",
+            f"{RESIDENT_DECODE} --max-model-len 2048 --output-len 34 --batch-size 1 64",
             "decode_llama3_70b_resident_2ranks",
             f"{CPU} --batch-size 1 2 --output-len 6",
             RANKS,
