@@ -436,10 +436,10 @@ TWO_GPUS = (
         "probe_2ranks",
         30,
         "what the machine does for two ranks, and a plan by that",
-        Command("penstock probe -tp 2 --output {out}/probe_2ranks.json", small=CPU),
+        Command("penstock probe -tp 2 --output {out}/device_profile.json", small=CPU),
         Command(
             "penstock plan benchmarks/shapes/Llama-3-8B.json -tp 2 --resident none --short "
-            "--device-profile {out}/probe_2ranks.json",
+            "--device-profile {out}/device_profile.json",
             small=CPU,
         ),
     ),
