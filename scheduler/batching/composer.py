@@ -48,6 +48,7 @@ class Composer:
             num_tokens = self.budget.take(request, self._end_of_pass(request) - start, queue)
             end = start + num_tokens
             rows.append(self._row(request, end, samples=end == request.num_tokens_ahead))
+            self._seats.cache.announce(request, end)
         return rows
 
     def _next(self, chunks: deque[Request]) -> Request | None:

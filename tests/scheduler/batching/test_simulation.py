@@ -52,12 +52,15 @@ class Cache:
     def entry(self, row, position):
         return row.pages[position // self.page_size], position % self.page_size
 
-    def compute(self, row, sequence: list[int], salt: str | None) -> None:
-        """Writes this pass's tokens of the sequence, then reads all that attention would see."""
+    def write(self, row, sequence: list[int], salt: str | None) -> None:
+        """Writes a row's tokens of the sequence."""
         assert RESERVED_PAGE not in row.pages
         assert list(row.tokens) == sequence[row.start : row.start + len(row.tokens)]
         for position in range(row.start, row.start + len(row.tokens)):
             self.written[self.entry(row, position)] = salt, *sequence[: position + 1]
+
+    def read(self, row, sequence: list[int], salt: str | None) -> None:
+        """Reads all that attention would see, once all rows of the pass have written."""
         for position in range(row.start + len(row.tokens)):
             assert self.written[self.entry(row, position)] == (salt, *sequence[: position + 1])
 
@@ -199,7 +202,8 @@ class Simulation:
         self.cache.move(heard.moves)
         for side in self.sides:
             side.note(batch)
-        sampled = [token for row in rows for token in self.compute(row, running[row.index])]
+        known = [self.write(row, running[row.index]) for row in rows]
+        sampled = [token for row in known for token in self.read(row, running[row.index])]
         self.under_way.append((batch, sampled))
 
     def sent(self, batch: Batch) -> Batch:
@@ -227,7 +231,8 @@ class Simulation:
             num_idle = sum(map(self.scheduler.cache.is_idle, here))
             assert num_pages - len(here) > self.scheduler.num_free_pages - num_idle
 
-    def compute(self, row, request: Request) -> list[int]:
+    def write(self, row, request: Request):
+        """Writes a row's tokens to the cache. Returns the row with them."""
         if row.sampling is not None:
             self.samplers[row.index] = Sampler(row.sampling, row.history)
             self.num_computed[request.id] = row.start
@@ -239,7 +244,14 @@ class Simulation:
         known = tuple(sampler.last_token if token == ON_DEVICE else token for token in row.tokens)
         sampler.seen.update(known)
         sequence = self.sequences.setdefault(request.id, list(request.prompt_token_ids))
-        self.cache.compute(row._replace(tokens=known), sequence, request.params.cache_salt)
+        row = row._replace(tokens=known)
+        self.cache.write(row, sequence, request.params.cache_salt)
+        return row
+
+    def read(self, row, request: Request) -> list[int]:
+        """Reads what a row attends to, and samples its next token, if it does."""
+        sampler, sequence = self.samplers[row.index], self.sequences[request.id]
+        self.cache.read(row, sequence, request.params.cache_salt)
         if not row.samples:
             return []
         assert row.start + len(row.tokens) == len(sequence), "a token that is known is sampled anew"
