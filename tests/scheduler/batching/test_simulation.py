@@ -132,12 +132,20 @@ class Simulation:
         self.sequences: dict[int, list[int]] = {}  # by request id: what was computed and sampled, seen or not
         self.gave_way: dict[int, list[int]] = {}  # by request id: how many tokens it had then
         self.scored: dict[int, list[int]] = {}  # by request id: the prompt's tokens whose log probabilities were given
+        self.num_shared_in_pass = self.num_taken_back = 0  # tokens of rows, and requests
+        self.cannot_send = lambda: False
         self._watch_preemptions()
 
     def _watch_preemptions(self):
-        """Sees that nobody gives way twice without a token between."""
+        """Sees that nobody gives way twice without a token between, and counts who waits again without."""
         admission = self.scheduler._admission
-        preempt = admission._preempt
+        preempt, take_back = admission._preempt, admission.take_back
+
+        def counted(request):
+            self.num_taken_back += 1
+            take_back(request)
+
+        admission.take_back = counted
 
         def watched(request):
             had = self.gave_way.setdefault(request.id, [])
@@ -151,6 +159,10 @@ class Simulation:
         batch = self.scheduler.schedule()
         if batch is not None:
             self.check(batch)
+            if self.cannot_send():
+                self.scheduler.withdraw(batch)
+                self.scheduler.check_integrity()
+                return
             running = dict(self.scheduler._seats.running)
             if self.must_wait and self.under_way:
                 while_computing()
@@ -202,9 +214,17 @@ class Simulation:
         self.cache.move(heard.moves)
         for side in self.sides:
             side.note(batch)
+        before = dict(self.cache.written)
         known = [self.write(row, running[row.index]) for row in rows]
+        self.num_shared_in_pass += sum(self.shares_in_pass(row, before, running[row.index]) for row in rows)
         sampled = [token for row in known for token in self.read(row, running[row.index])]
         self.under_way.append((batch, sampled))
+
+    def shares_in_pass(self, row, before, request: Request) -> int:
+        """The tokens that a row begins with, though they were not there before the pass."""
+        salt, sequence = request.params.cache_salt, self.sequences[request.id]
+        there = (before.get(self.cache.entry(row, at)) == (salt, *sequence[: at + 1]) for at in range(row.start))
+        return row.start - sum(there)
 
     def sent(self, batch: Batch) -> Batch:
         """The batch as another rank hears it."""
@@ -423,6 +443,87 @@ def test_ends_at_any_moment_leave_nothing_behind(seed, lookahead):
         expected, reason, _ = expected_output(request, scheduler.max_model_len)
         assert request.output_token_ids == expected[: len(request.output_token_ids)]
         assert request.finish_reason in (reason, FinishReason.ABORT)
+
+
+def prompts_that_begin_alike(rng, num_requests, most_tokens, max_model_len):
+    """Requests that begin with more or less of one text, all at once."""
+    begins = rng.choices(range(VOCAB), k=max_model_len)
+    for id in range(num_requests):
+        num_prompt = min(rng.randint(2, max_model_len - 1), most_tokens - 1)
+        alike = rng.choice([num_prompt, rng.randint(0, num_prompt)])
+        params = SamplingParams(
+            max_tokens=min(rng.choice([1, 3, 10]), most_tokens - num_prompt),
+            presence_penalty=rng.choice([0, 1]),
+            priority=rng.choice([0, 0, 0, 1, -1]),
+            cache_salt=rng.choice([None, None, None, "a"]),
+            prompt_logprobs=rng.choice([None, None, None, 0]),
+        )
+        prompt = begins[:alike] + rng.choices(range(VOCAB), k=num_prompt - alike)
+        yield Request(id, prompt, params, seed=rng.randrange(2**64))
+
+
+def play_alike(seed, lookahead) -> Counter:
+    """Plays requests that begin alike, in few pages, of which some end at any moment. Returns what happened."""
+    rng = random.Random(f"alike {seed}")
+    page_size, max_model_len, max_num_seqs = rng.choice([1, 2, 4]), rng.randint(20, 50), rng.randint(3, 16)
+    scheduler = Scheduler(
+        max_num_seqs,
+        max(max_num_seqs, rng.choice([20, 60, 200])),
+        max_model_len,
+        page_size,
+        num_pages=2 + rng.randint(40, 300) // page_size,
+        eos_token_ids=[EOS],
+        page_order_seed=rng.randrange(100),
+        policy=rng.choice(["fcfs", "priority"]),
+        prefix_caching=True,
+        host_pages=random_host_pages(rng),
+        filling=rng.choice([None, filling_of(rng.randint(1, 40))]),
+    )
+    most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
+    requests = list(prompts_that_begin_alike(rng, 16, most_tokens, max_model_len))
+    simulation, late, ends = Simulation(scheduler, lookahead), deque(requests), rng.choice([0, 0.02, 0.2])
+    simulation.cannot_send = lambda: rng.random() < 0.15
+
+    def come_and_go():
+        for _ in range(rng.choice([0, 1, 8])):
+            if late:
+                scheduler.add(late.popleft())
+        for request in requests[: len(requests) - len(late)]:
+            if request.state is not RequestState.FINISHED and rng.random() < ends:
+                scheduler.finish(request, FinishReason.ABORT)
+                scheduler.check_integrity()
+
+    while late or scheduler.has_unfinished:
+        come_and_go()
+        if scheduler.has_unfinished:
+            simulation.run_pass(while_computing=come_and_go)
+    for request in requests:
+        expected, reason, _ = expected_output(request, max_model_len)
+        assert request.finish_reason in (reason, FinishReason.ABORT)
+        is_whole = request.finish_reason == reason
+        assert request.output_token_ids == (expected if is_whole else expected[: len(request.output_token_ids)])
+        num_computed = simulation.num_computed_in_all[request.id] + simulation.num_cached_in_all[request.id]
+        assert not is_whole or num_computed >= request.num_tokens - (reason != "error")
+        asks = request.params.prompt_logprobs is not None
+        assert not is_whole or simulation.scored.get(request.id, []) == request.prompt_token_ids[1:] * asks
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
+    scheduler.check_integrity()
+    return Counter(
+        shared=simulation.num_shared_in_pass,
+        taken_back=simulation.num_taken_back,
+        preempted=scheduler.counts.num_preemptions,
+        withdrawn=simulation.num_withdrawn,
+        revised=simulation.num_revised,
+        moved=scheduler.counts.moves.num_in,
+    )
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
+def test_rows_that_share_what_their_pass_computes_get_the_tokens_they_would_get_alone(lookahead):
+    happened = sum((play_alike(seed, lookahead) for seed in range(150)), Counter())
+    assert happened["shared"] > 1000
+    assert all(happened[what] > 10 for what in ("taken_back", "preempted", "moved"))
+    assert lookahead != PREPARED or all(happened[what] > 10 for what in ("withdrawn", "revised"))
 
 
 def test_order_of_pages_changes_no_decision():
