@@ -85,10 +85,11 @@ class Composer:
         first = chunks[0] if chunks else self._admission.line.head()
         if first is None:
             return None
+        num_done, num_requests = first.num_computed_tokens, len(chunks) + len(self._admission.line)
+        if self.filling is not None and not chunks:
+            num_done = len(self._seats.find(first)) * self._seats.page_size
         num_fitting = len(chunks) + self._admission.num_fitting
-        return Queue.of(
-            first, self._seats.max_model_len, len(chunks) + len(self._admission.line), num_fitting, self._running
-        )
+        return Queue.of(first, num_done, self._seats.max_model_len, num_requests, num_fitting, self._running)
 
     def _end_of_pass(self, request: Request) -> int:
         """The end of what one pass can compute of a request."""
