@@ -8,9 +8,9 @@ it is until another one needs the room: the least recently used goes first, to h
 
     page   | free | held by requests; some of them coming | idle: whole, and held by nobody |
 
-A page is *coming* from when a pass is to compute it until that has run. It can be found by the other rows of the same
-pass, since in each layer all of them write before anybody reads, and by the passes behind it. If the pass is withdrawn
-it is nobody's any more; so it is where its holders end before, since what they left may not be computed at all.
+A page is *coming* from when a pass is to compute it until that has run. It is found by the other rows of the same pass,
+since in each layer all of them write before anybody reads, and by those of the passes behind it. It is forgotten if the
+pass is withdrawn, or if its holders end before it has run, since then it may not be computed at all.
 """
 
 import itertools

@@ -193,7 +193,8 @@ class Scheduler:
                 ended.append(row)
             else:
                 stay.append(row)
-        is_missed = any(self._computes_any(row, self.cache.still_coming(coming)) for row in ended)
+        shared = self.cache.still_coming(coming) if ended else set()
+        is_missed = any(self._computes_any(row, shared) for row in ended)
         if not stay or is_missed or (self.composer.has_room() and self._must_start_anew(stay)):
             self.withdraw(batch)
             return None

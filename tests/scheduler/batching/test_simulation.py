@@ -508,6 +508,9 @@ def play_alike(seed, lookahead) -> Counter:
         assert not is_whole or simulation.scored.get(request.id, []) == request.prompt_token_ids[1:] * asks
     assert scheduler.num_free_pages == scheduler.pool.num_usable
     scheduler.check_integrity()
+    begun = [request for request in requests if request.num_cached_tokens is not None]
+    assert scheduler.counts.num_asked_tokens == sum(len(request.prompt_token_ids) for request in begun)
+    assert scheduler.counts.num_hit_tokens == sum(request.num_cached_tokens for request in begun)
     return Counter(
         shared=simulation.num_shared_in_pass,
         taken_back=simulation.num_taken_back,
