@@ -80,12 +80,26 @@ class Admission:
         if blocks is None:
             return False
         self.line.leave(request)
-        self.counts.num_asked_tokens += request.num_tokens if request.num_preemptions == 0 else 0
         self.seats.take(request, blocks)
-        self.counts.num_hit_tokens += request.num_computed_tokens if request.num_preemptions == 0 else 0
-        self.counts.num_recomputed_tokens += max(request.num_lost_tokens - request.num_computed_tokens, 0)
-        request.num_lost_tokens = 0
+        self._count(request, 1)
         return True
+
+    def _count(self, request: Request, times: int) -> None:
+        """Counts a request that has got its row; with -1 that it had not."""
+        if request.num_preemptions:
+            self.counts.num_recomputed_tokens += times * max(request.num_lost_tokens - request.num_computed_tokens, 0)
+        else:
+            self.counts.num_asked_tokens += times * request.num_tokens
+            self.counts.num_hit_tokens += times * request.num_computed_tokens
+
+    def take_back(self, request: Request) -> None:
+        """Lets a request wait again that has just got its row, and of which nothing has been computed in it."""
+        self._count(request, -1)
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = None
+        request.num_computed_tokens = 0
+        self.seats.leave(request)
+        self.line.rejoin(request)
 
     def _preempt(self, request: Request) -> None:
         self.counts.note_preemption()

@@ -47,6 +47,7 @@ class Composer:
             num_tokens = self.budget.take(request, self._end_of_pass(request) - start, queue)
             end = start + num_tokens
             rows.append(self._row(request, end, samples=end == request.num_tokens_ahead))
+            self._seats.cache.announce(request, end)
         return rows
 
     def _next(self, chunks: deque[Request]) -> Request | None:
@@ -82,8 +83,11 @@ class Composer:
         first = chunks[0] if chunks else self._admission.line.head()
         if first is None:
             return None
+        num_done, num_requests = first.num_computed_tokens, len(chunks) + len(self._admission.line)
+        if self.filling is not None and not chunks:
+            num_done = len(self._seats.find(first)) * self._seats.page_size
         num_fitting = len(chunks) + self._admission.num_fitting
-        return Queue.of(first, len(chunks) + len(self._admission.line), num_fitting, self._running)
+        return Queue.of(first, num_done, num_requests, num_fitting, self._running)
 
     def _end_of_pass(self, request: Request) -> int:
         """The end of what one pass can compute of a request."""

@@ -89,10 +89,11 @@ class Queue(NamedTuple):
     prompt_tokens: float
 
     @staticmethod
-    def of(first: Request, num_requests: int, num_rows: int, running: "Running") -> "Queue":
-        """The queue of these requests, taken to be like the first, of which so many could enter now."""
+    def of(first: Request, num_done: int, num_requests: int, num_rows: int, running: "Running") -> "Queue":
+        """The queue of these requests, taken to be like the first, of which `num_done` tokens need not be computed any
+        more; so many of them could enter now."""
         outputs = running.num_outputs + num_requests * max(first.longest - first.num_tokens_ahead, 1)
-        prompts = num_requests * (first.num_tokens_ahead - first.num_computed_tokens)
+        prompts = num_requests * (first.num_tokens_ahead - num_done)
         return Queue(num_rows, prompts * (running.num_rows + num_rows) / outputs)
 
 

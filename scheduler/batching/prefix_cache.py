@@ -1,12 +1,16 @@
 """The pages of the KV cache by what they hold: a prompt that begins as another sequence did takes its pages over.
 
 A block is a page of tokens behind the block before it, so its key is that one's number and its own tokens: equal keys
-are equal tokens all the way back to the salt, not only equal hashes. Only whole pages enter, once their tokens are
-known and computed, and nobody writes to them any more. A page has as many holders as requests that read it. One that
-nobody holds stays as it is until another one needs the room: the least recently used goes first, to host memory if
-there are pages there (host_pages.py), else it is forgotten.
+are equal tokens all the way back to the salt, not only equal hashes. Only whole pages enter whose tokens are known,
+and nobody writes to them any more. A page has as many holders as requests that read it. One that nobody holds stays as
+it is until another one needs the room: the least recently used goes first, to host memory if there are pages there
+(host_pages.py), else it is forgotten.
 
-    page   | free | held by requests | idle: whole, and held by nobody |
+    page   | free | held by requests; some of them coming | idle: whole, and held by nobody |
+
+A page is *coming* from when a pass is to compute it until that has run. It is found by the other rows of the same pass,
+since in each layer all of them write before anybody reads, and by those of the passes behind it. It is forgotten if the
+pass is withdrawn, or if its holders end before it has run, since then it may not be computed at all.
 """
 
 import itertools
@@ -29,6 +33,8 @@ class PrefixCache:
         self._blocks: dict[Key, Block] = {}
         self._by_page: dict[int, Block] = {}
         self._num_holders = [0] * pool.num_pages
+        self._coming: dict[int, Block] = {}  # by page
+        self._newly_coming: list[Block] = []  # of the pass that is being made
         self._last_found: tuple[Request | None, list[Block]] = None, []
         self._idle: OrderedDict[int, None] = OrderedDict()  # the least recently used page first
 
@@ -114,26 +120,60 @@ class PrefixCache:
             self._num_holders[page] -= 1
             if self._num_holders[page]:
                 continue
+            if page in self._coming:
+                self._drop(page)
             if page in self._by_page:
                 self._idle[page] = None
             else:
                 self.pool.release([page])
 
+    def announce(self, request: Request, num_tokens: int) -> None:
+        """Lets others find the whole pages of the request's first `num_tokens`, which the pass that is being made
+        computes as far as they are not entered yet. They are coming."""
+        for block in self._enter(request, min(num_tokens, request.num_tokens)):
+            self._coming[block.page] = block
+            self._newly_coming.append(block)
+
+    def take_coming(self) -> tuple[Block, ...]:
+        """The blocks that come with the pass that is made now."""
+        blocks = tuple(self._newly_coming)
+        self._newly_coming.clear()
+        return blocks
+
+    def has_come(self, blocks: Iterable[Block]) -> None:
+        """Says that the pass with which these blocks came has run."""
+        for page in self.still_coming(blocks):
+            del self._coming[page]
+
+    def forget_coming(self, blocks: Iterable[Block]) -> None:
+        """Says that the pass with which these blocks come will not run."""
+        for page in self.still_coming(blocks):
+            self._drop(page)
+
+    def still_coming(self, blocks: Iterable[Block]) -> set[int]:
+        """The pages of these blocks, without those that are others' by now, or nobody's."""
+        return {block.page for block in blocks if self._coming.get(block.page) is block}
+
     def enter(self, request: Request, num_tokens: int) -> None:
         """Lets others find the whole pages of the request's first `num_tokens`, which are known and computed. Where
         they find them already its own pages stay its own."""
-        most = num_tokens // self.page_size if self.is_on else 0
-        if most <= request.num_entered:
-            return
-        before = request.last_block if request.num_entered else request.params.cache_salt
-        for index in range(request.num_entered, most):
-            start = index * self.page_size
-            key = before, *request.tokens_between(start, start + self.page_size)
-            block = self._blocks.get(key) or self._enter(key, request.pages[index])
-            before = block.number
-        request.num_entered, request.last_block = most, before
+        self._enter(request, num_tokens)
 
-    def _enter(self, key: Key, page: int) -> Block:
+    def _enter(self, request: Request, num_tokens: int) -> list[Block]:
+        """Enters these pages. Returns the blocks that others did not find before."""
+        most = num_tokens // self.page_size if self.is_on else 0
+        made, numbers = [], request.block_numbers
+        for index in range(len(numbers), most):
+            start = index * self.page_size
+            before = numbers[-1] if numbers else request.params.cache_salt
+            key = before, *request.tokens_between(start, start + self.page_size)
+            block = self._blocks.get(key)
+            if block is None:
+                made.append(block := self._make(key, request.pages[index]))
+            numbers.append(block.number)
+        return made
+
+    def _make(self, key: Key, page: int) -> Block:
         kept = self.host.find(key) if self.host.num_pages else None
         block = Block(next(self._numbers) if kept is None else kept.number, page, key)
         self._blocks[key] = self._by_page[page] = block
@@ -148,6 +188,7 @@ class PrefixCache:
 
     def _drop(self, page: int) -> None:
         """Takes a block's page from it. One that nobody holds is free then."""
+        self._coming.pop(page, None)
         del self._blocks[self._by_page.pop(page).key]
         if page in self._idle:
             del self._idle[page]
@@ -158,6 +199,10 @@ class PrefixCache:
         self.forget(list(self._by_page))
         self.host.clear()
 
+    def check_coming(self, blocks: Iterable[Block]) -> None:
+        """Asserts that only these blocks are coming."""
+        assert self.still_coming(blocks) == self._coming.keys(), "a page comes with no pass"
+
     def check_integrity(self, held: Iterable[int]) -> None:
         """Asserts that pages have as many holders as `held` names them, and are in the pool else, or idle."""
         holders = Counter(held)
@@ -166,6 +211,7 @@ class PrefixCache:
         assert all(page in self._by_page for page in self._idle), "an idle page that nobody can find"
         assert {block.key: block for block in self._by_page.values()} == self._blocks
         assert all(block.page == page for page, block in self._by_page.items())
+        assert all(holders[page] and self._by_page[page] is block for page, block in self._coming.items())
         self.host.check_integrity()
         kept = {block.number: self.host.find(block.key) for block in self._blocks.values()}
         assert all(copy is None or copy.number == number for number, copy in kept.items()), "a block has two numbers"

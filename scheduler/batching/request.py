@@ -177,8 +177,7 @@ class Request:
     turn: tuple[int, int] = (0, 0)  # in the line of those that wait
     pages: list[int] = field(default_factory=list)
     room_tokens: int = 0
-    num_entered: int = 0  # whole pages that the prefix cache knows; the last of them is its block `last_block`
-    last_block: int | None = None
+    block_numbers: list[int] = field(default_factory=list)  # in the prefix cache, of its first whole pages
     num_cached_tokens: int | None = None  # found in the prefix cache when it first got a row
     page_table: tuple[int, ...] = ()  # of its last pass, when num_evicted tokens were cached no more
     num_evicted: int = 0

@@ -18,13 +18,14 @@ token), its row in the next pass has already been scheduled and is computed for 
 
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from penstock.scheduler.batching.admission import Admission
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.composer import Composer
 from penstock.scheduler.batching.counts import Counts, Wait
 from penstock.scheduler.batching.filling import Filling
-from penstock.scheduler.batching.host_pages import HostPages, Move
+from penstock.scheduler.batching.host_pages import Block, HostPages, Move
 from penstock.scheduler.batching.limits import Limits
 from penstock.scheduler.batching.pages import PagePool
 from penstock.scheduler.batching.prefix_cache import PrefixCache
@@ -32,6 +33,14 @@ from penstock.scheduler.batching.request import FinishReason, Request, RequestSt
 from penstock.scheduler.batching.retention import KeepAll, Retention
 from penstock.scheduler.batching.seats import Seats
 from penstock.scheduler.batching.waiting import Line
+
+
+class UnderWay(NamedTuple):
+    """A pass that has been scheduled, the requests of its rows, and the blocks that come with it."""
+
+    batch: Batch
+    requests: list[Request]
+    coming: tuple[Block, ...]
 
 
 class Scheduler:
@@ -76,7 +85,7 @@ class Scheduler:
         self._admission = Admission(Line(policy), self._seats)
         self.counts.moves = self.cache.host.counts
         self.composer = Composer(self._admission, self._retention, max_num_batched_tokens, filling)
-        self._under_way: deque[tuple[Batch, list[Request]]] = deque()
+        self._under_way: deque[UnderWay] = deque()
         self._free_tokens = 0, 0  # counted of that pass: there are so many, and it uses so many
 
     @property
@@ -157,25 +166,32 @@ class Scheduler:
         self.counts.note_free_tokens(self._free_tokens, self.composer.budget.free_tokens)
         self._free_tokens = self.composer.budget.free_tokens
 
-    def _put_under_way(self, rows: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> Batch:
-        """Makes a pass of these rows, of which the first pages have moved already."""
+    def _put_under_way(
+        self, rows: Sequence[BatchRow], moves: tuple[Move, ...] = (), coming: tuple[Block, ...] = ()
+    ) -> Batch:
+        """Makes a pass of these rows, with the moves of pages and the blocks that some of them brought with them."""
         batch = Batch.of(rows, (*moves, *self.cache.host.take_moves()))
-        self._under_way.append((batch, list(map(self._seats.running.__getitem__, batch.columns.index))))
+        requests = list(map(self._seats.running.__getitem__, batch.columns.index))
+        self._under_way.append(UnderWay(batch, requests, coming + self.cache.take_coming()))
         return batch
 
     def revise(self, batch: Batch) -> Batch | None:
         """The pass that was scheduled last as it shall run after an update: the same one; or with those that wait and
         fit in now, without those that have ended; or None, if it is not to run. That is so if all its requests have
-        ended, if one that waits is so urgent that others give way, and if one that waits could enter behind a chunk
-        that was cut: the requests that have not ended are scheduled anew."""
-        assert batch is self._under_way[-1][0], "not the newest batch"
-        requests, stay = self._under_way[-1][1], []
+        ended, or one whose pages others share, if one that waits is so urgent that others give way, and if one that
+        waits could enter behind a chunk that was cut: the requests that have not ended are scheduled anew."""
+        assert batch is self._under_way[-1].batch, "not the newest batch"
+        _, requests, coming = self._under_way[-1]
+        stay, ended = [], []
         for row, request in zip(batch.rows, requests):
             if request.state is RequestState.FINISHED:
                 self.composer.budget.give_back(row)
+                ended.append(row)
             else:
                 stay.append(row)
-        if not stay or (self.composer.has_room() and self._must_start_anew(stay)):
+        shared = self.cache.still_coming(coming) if ended else set()
+        is_missed = any(self._computes_any(row, shared) for row in ended)
+        if not stay or is_missed or (self.composer.has_room() and self._must_start_anew(stay)):
             self.withdraw(batch)
             return None
         entered = self.composer.let_in()
@@ -186,7 +202,15 @@ class Scheduler:
             request.num_under_way -= request.state is RequestState.FINISHED
         self.counts.take_pass_back()
         self._note_pass()
-        return self._put_under_way([*stay, *entered], batch.moves)
+        return self._put_under_way([*stay, *entered], batch.moves, coming)
+
+    def _computes_any(self, row: BatchRow, pages: set[int]) -> bool:
+        """Tells whether a row's own tokens lie in any of these pages."""
+        return not pages.isdisjoint(row.pages[row.start // self.page_size :])
+
+    def _begins_with_any(self, row: BatchRow, pages: set[int]) -> bool:
+        """Tells whether a row that has just been given reads any of these pages, and another one computes it."""
+        return row.sampling is not None and not pages.isdisjoint(row.pages[: row.start // self.page_size])
 
     def _must_start_anew(self, rows: Sequence[BatchRow]) -> bool:
         """Tells whether one that waits could enter a pass of these rows only if others in it were changed."""
@@ -195,25 +219,30 @@ class Scheduler:
 
     def withdraw(self, batch: Batch, rows: Collection[int] = ()) -> list[Request]:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew.
-        Returns those of `rows`."""
-        assert batch is self._under_way[-1][0], "not the newest batch"
-        _, requests = self._under_way.pop()
+        Those that begin with what others were to compute in it wait again. Returns those of `rows`."""
+        assert batch is self._under_way[-1].batch, "not the newest batch"
+        _, requests, blocks = self._under_way.pop()
+        coming = self.cache.still_coming(blocks)
+        self.cache.forget_coming(blocks)
         self.cache.host.put_back(batch.moves)
         self.counts.note_free_tokens(self._free_tokens, (0, 0))
         self.counts.take_pass_back()
         for row, request in zip(batch.rows, requests, strict=True):
             request.num_computed_tokens = row.start
+            del request.block_numbers[row.start // self.page_size :]
             request.num_tokens_ahead -= row.samples
             request.table_tokens = 0
             request.num_under_way -= 1
             request.is_told &= row.sampling is None
+            if request.state is RequestState.RUNNING and self._begins_with_any(row, coming):
+                self._admission.take_back(request)
         return [request for row, request in zip(batch.rows, requests) if row.index in rows]
 
     def scored(self, batch: Batch) -> list[Request | None]:
         """The requests whose prompts the oldest pass under way gives log probabilities of, in batch order; None for one
         that has ended meanwhile."""
-        assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
-        both = zip(batch.rows, self._under_way[0][1], strict=True)
+        assert self._under_way and batch is self._under_way[0].batch, "not the oldest batch under way"
+        both = zip(batch.rows, self._under_way[0].requests, strict=True)
         return [None if request.finish_reason else request for row, request in both if row.scores]
 
     def update(self, batch: Batch, sampled: Sequence[int]) -> list[Request | None]:
@@ -223,9 +252,10 @@ class Scheduler:
         could be sampled, and ends the request with FinishReason.ERROR. Returns the requests that got the tokens, in
         that order, with None for a request that ended meanwhile; finished ones hold no row and no pages.
         """
-        assert self._under_way and batch is self._under_way[0][0], "not the oldest batch under way"
+        assert self._under_way and batch is self._under_way[0].batch, "not the oldest batch under way"
         assert len(sampled) == batch.num_sampled, f"{len(sampled)} tokens for {batch.num_sampled} rows"
-        _, requests = self._under_way.popleft()
+        _, requests, blocks = self._under_way.popleft()
+        self.cache.has_come(blocks)
         for row, request in zip(batch.rows, requests) if any(batch.columns.scores) else ():
             if row.scores is not None and request.finish_reason is None:
                 request.num_scored_tokens = row.start + row.scores.first + row.num_scored
@@ -248,7 +278,7 @@ class Scheduler:
             self.cache.forget(request.pages)
             self.finish(request, FinishReason.ERROR)
             return
-        if request.num_entered < end // self.page_size and request.row is not None:
+        if len(request.block_numbers) < end // self.page_size and request.row is not None:
             self.cache.enter(request, end)
         if token is None:
             return
@@ -275,5 +305,7 @@ class Scheduler:
         request.finish_reason, request.stop_reason = reason, stop_reason
 
     def check_integrity(self) -> None:
-        """Asserts that rows and pages are each held once, by running requests only."""
+        """Asserts that rows and pages are each held once, by running requests only, and that what is coming comes with
+        passes under way."""
         self._admission.check_integrity()
+        self.cache.check_coming(block for under_way in self._under_way for block in under_way.coming)

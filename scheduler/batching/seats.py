@@ -73,7 +73,7 @@ class Seats:
         self.running[request.row] = request
         request.is_told, request.num_tokens_admitted = False, request.num_tokens
         request.pages = self.cache.share(blocks)
-        request.num_entered, request.last_block = len(blocks), blocks[-1].number if blocks else None
+        request.block_numbers = [block.number for block in blocks]
         request.num_computed_tokens = len(blocks) * self.page_size
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
@@ -100,7 +100,7 @@ class Seats:
         heapq.heappush(self.free_rows, request.row)
         self.cache.release(request.pages)
         request.row, request.pages, request.room_tokens = None, [], 0
-        request.page_table, request.num_evicted, request.table_tokens, request.num_entered = (), 0, 0, 0
+        request.page_table, request.num_evicted, request.table_tokens, request.block_numbers = (), 0, 0, []
 
     def check_integrity(self) -> None:
         """Asserts that rows are held once and pages as often as is known, by running requests only."""

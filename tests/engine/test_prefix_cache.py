@@ -50,6 +50,38 @@ def test_what_is_cached_is_not_computed_and_changes_no_token(alone, options):
         llm.loop.scheduler.check_integrity()
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"debug": {"as_on_gpu": True, "lookahead": 1, "page_order_seed": 3}},
+        {"resident": "none", "debug": {"lanes": "random", "poison": True}},
+        {"resident": "none", "debug": {"as_on_gpu": True, "lookahead": 1}},
+        {"tensor_parallel_size": 2},
+    ],
+    ids=["resident", "padded", "streamed", "prepared", "ranks"],
+)
+def test_what_begins_in_one_pass_is_computed_once_and_changes_no_token(alone, options):
+    """One of them has a single token of its own, which reads pages as rows that decode do."""
+    with LLM("demo", **OPTIONS | {"max_num_batched_tokens": 256}, **options) as llm:
+        tokens = llm.tokenizer.encode(PROMPTS[0])
+        single = tokens[: len(tokens) // 4 * 4 - 3]
+        counters = llm.engine.worker.executor.counters
+        before = counters.num_tokens
+        together = llm.generate([*PROMPTS * 2, single, single], [*PARAMS * 2, PARAMS[0], PARAMS[0]])
+        num_computed, counts = counters.num_tokens - before, llm.loop.scheduler.counts
+        for output, (expected, _) in zip(together, alone * 2):
+            assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        assert together[8].outputs[0].token_ids == together[9].outputs[0].token_ids
+        llm.loop.scheduler.check_integrity()
+    assert counts.num_passes == 20, "they did not all begin in the first pass"
+    cached = [output.num_cached_tokens for output in together]
+    assert cached[0] == 0 and min(cached[1:]) >= 12 and sum(cached) == counts.num_hit_tokens
+    assert cached[9] == len(single) - 1
+    assert num_computed == sum(len(output.prompt_token_ids) + 19 for output in together) - sum(cached)
+
+
 def test_a_reset_and_a_salt_find_nothing(alone):
     with LLM("demo", **OPTIONS) as llm:
         for salt, num_cached in ((None, 0), ("a", 0), ("a", 1)):

@@ -33,3 +33,29 @@ def test_what_is_cached_changes_no_token(resident):
         again = llm.generate(prompts, PARAMS)
     assert all(output.num_cached_tokens >= 8 for output in again)
     assert [one.outputs[0].token_ids for one in again] == [one.outputs[0].token_ids for one in first]
+
+
+def generate_in_one_pass(**options):
+    """The outputs of prompts that begin alike and in one pass."""
+    roomy = ON_GPU | {"max_model_len": 128, "max_num_batched_tokens": 512, "max_num_seqs": 16}
+    with LLM("demo", **roomy | options) as llm:
+        outputs = llm.generate([PADDING + prompt for prompt in PROMPTS] * 2, PARAMS * 2)
+        assert llm.loop.scheduler.counts.num_passes == max(params.max_tokens for params in PARAMS)
+        llm.loop.scheduler.check_integrity()
+    return outputs
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_what_one_row_of_a_pass_computes_for_others_changes_no_token(resident, enforce_eager):
+    options = {"resident": resident, "enforce_eager": enforce_eager}
+    shared, expected = generate_in_one_pass(**options), generate_in_one_pass(**options, enable_prefix_caching=False)
+    assert shared[0].num_cached_tokens == 0 and min(output.num_cached_tokens for output in shared[1:]) >= 8
+    assert [one.outputs[0].token_ids for one in shared] == [one.outputs[0].token_ids for one in expected]
+
+
+def test_graphs_and_eager_passes_agree_on_it_in_bf16():
+    """There chunks read the pages that others of the pass write where they lie."""
+    graphs, eager = (generate_in_one_pass(dtype="bfloat16", enforce_eager=is_eager) for is_eager in (False, True))
+    assert min(output.num_cached_tokens for output in graphs[1:]) >= 8
+    assert [one.outputs[0].token_ids for one in graphs] == [one.outputs[0].token_ids for one in eager]

@@ -89,6 +89,20 @@ def test_beside_many_rows_a_pass_ends_where_the_link_does(asked):
     assert num_free == num_used == batch.num_tokens and "that the link hid" in counts.describe()[-1]
 
 
+def test_what_others_of_a_pass_compute_takes_no_room_in_it():
+    """Of prompts that begin alike all but the first count with their own tokens, in the pass and in the queue: so their
+    passes end where the link does, as those of short prompts."""
+    scheduler = Scheduler(256, 8192, 4096, 16, 60_000, prefix_caching=True, filling=Filling.of(WORK, H200))
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    for id in range(300):
+        scheduler.add(Request(id, [*range(2000), *[5000 + id] * 64], params))
+    first, second = passes(scheduler, 2)
+    num_shared, num_free = len(first.rows) - 1, free_tokens(WORK, H200)
+    assert num_shared > 30 and first.num_tokens == 2064 + 64 * num_shared < 1.05 * num_free
+    assert len(first.rows) + 30 < second.num_tokens < 1.05 * num_free
+    assert scheduler.counts.num_hit_tokens == 2000 * (scheduler.num_running - 1)
+
+
 def test_a_single_prompt_takes_no_second_pass():
     """Its few tokens past T* cost less than another pass would."""
     num_free = free_tokens(WORK, H200)

@@ -84,10 +84,14 @@ def test_equal_hashes_are_not_equal_tokens():
     assert run(sched, request(0, prompt)) + run(sched, request(1, other)) == [0, 0]
 
 
-def test_two_that_compute_the_same_at_once_keep_their_own_pages():
-    sched = scheduler()
-    assert run(sched, request(0), request(1)) == [0, 0]
-    assert run(sched, request(2)) == [12]
+def test_two_that_begin_in_one_pass_share_what_one_of_them_computes():
+    sched, first, second = scheduler(), request(0), request(1)
+    sched.add(first), sched.add(second)
+    rows = sorted(sched.schedule().rows)
+    assert [(row.start, len(row.tokens)) for row in rows] == [(0, 14), (12, 2)]
+    assert rows[0].pages[:3] == rows[1].pages[:3] and rows[0].pages[3] != rows[1].pages[3]
+    assert (first.num_cached_tokens, second.num_cached_tokens, sched.counts.num_hit_tokens) == (0, 12, 12)
+    sched.check_integrity()
 
 
 def test_the_least_recently_used_goes_first_and_the_end_before_the_beginning():
@@ -115,15 +119,133 @@ def test_what_is_held_is_not_evicted():
     assert [block.page for block in cache.find(one)] == other == one.pages[:2]
 
 
-def test_tokens_of_a_pass_are_found_once_it_has_run():
-    sched = scheduler()
+def test_the_whole_pages_of_a_pass_are_found_from_when_it_is_made_until_it_is_withdrawn():
+    sched = scheduler(max_num_batched_tokens=11)
     sched.add(request(max_tokens=9))
     first = sched.schedule()
+    assert len(sched.cache.find(request(1))) == 2  # of a chunk of eleven tokens
     announced = sched.schedule()
-    assert not sched.cache.find(request(1))
-    sched.update(first, [9])
+    assert len(sched.cache.find(request(1))) == 3
+    sched.update(first, [])
     sched.withdraw(announced)
+    assert len(sched.cache.find(request(1))) == 2
+    sched.update(sched.schedule(), [9])
+    sched.withdraw(sched.schedule())
     assert len(sched.cache.find(request(1, [*PROMPT, 9, 9, 9]))) == 3  # the fourth page was never whole
+
+
+@pytest.mark.parametrize("num_ahead", [1, 2])
+def test_what_many_begin_with_is_computed_once(num_ahead):
+    """However many passes are scheduled before the tokens of the first are known."""
+    sched = scheduler(max_num_seqs=30, max_num_batched_tokens=200, max_model_len=220, num_pages=6000)
+    for id in range(30):
+        sched.add(request(id, [*range(150), *[1000 + id] * 6]))
+    batches, num_tokens = [], 0
+    while sched.has_unfinished:
+        while len(batches) < num_ahead and (batch := sched.schedule()) is not None:
+            batches.append(batch)
+            num_tokens += sum(len(row.tokens) for row in batch.rows)
+        batch = batches.pop(0)
+        sched.update(batch, [9] * batch.num_sampled)
+        sched.check_integrity()
+    assert (num_tokens, sched.counts.num_passes) == (156 + 29 * 8, 2)
+    assert sched.counts.num_hit_tokens == 29 * 148
+
+
+def announced_behind(sched, *requests):
+    """A pass in which these requests begin, scheduled behind one that is under way, and the latter."""
+    sched.add(request(99, [7] * 5, max_tokens=2))
+    before = sched.schedule()
+    for one in requests:
+        sched.add(one)
+    return before, sched.schedule()
+
+
+def test_those_who_count_on_a_pass_that_is_withdrawn_wait_again():
+    sched, owner, other, last = scheduler(), request(0), request(1), request(2, [50] * 6)
+    before, announced = announced_behind(sched, owner, other, last)
+    asked, hits = sched.counts.num_asked_tokens, sched.counts.num_hit_tokens
+    assert (other.num_computed_tokens, other.num_cached_tokens, hits) == (14, 12, 12)
+    assert set(sched.withdraw(announced, [other.row, owner.row])) == {owner, other}
+    assert (other.row, other.pages, other.num_cached_tokens, other.num_computed_tokens) == (None, [], None, 0)
+    assert owner.row is not None and last.row is not None and not sched.cache.find(request(3))
+    assert (sched.counts.num_asked_tokens, sched.counts.num_hit_tokens) == (asked - 14, 0)
+    sched.check_integrity()
+    sched.update(before, [9])
+    rows = {row.index: row for row in sched.schedule().rows}
+    assert rows[owner.row].start == 0 and rows[other.row].start == 12
+    assert (sched.counts.num_asked_tokens, sched.counts.num_hit_tokens) == (asked, hits)
+    sched.check_integrity()
+
+
+def test_an_announced_pass_is_made_anew_if_one_ends_whose_pages_others_share():
+    sched, owner, others = scheduler(), request(0), [request(1), request(2)]
+    before, announced = announced_behind(sched, owner, *others)
+    sched.finish(owner, FinishReason.ABORT)
+    sched.update(before, [9])
+    sched.check_integrity()
+    assert sched.revise(announced) is None
+    assert all(one.row is None for one in others)
+    sched.check_integrity()
+    rows = sorted(row.start for row in sched.schedule().rows if row.pages[0] in others[0].pages)
+    assert rows == [0, 12] and [one.num_cached_tokens for one in others] == [0, 12]
+
+
+def test_an_announced_pass_stays_if_nobody_shares_the_pages_of_one_that_ends():
+    sched, owner, other = scheduler(), request(0), request(1)
+    before, announced = announced_behind(sched, owner, other)
+    sched.finish(other, FinishReason.ABORT)
+    sched.update(before, [9])
+    assert sched.revise(announced) is announced
+    sched.update(announced, [9] * announced.num_sampled)
+    assert owner.finish_reason == "length" and run(sched, request(2)) == [12]
+
+
+def test_one_who_enters_an_announced_pass_shares_what_it_computes():
+    sched, owner, late = scheduler(), request(0), request(1)
+    before, announced = announced_behind(sched, owner)
+    sched.add(late)
+    sched.update(before, [9])
+    revised = sched.revise(announced)
+    assert sorted(row.start for row in revised.rows if len(row.tokens) > 1) == [0, 12]
+    sched.finish(owner, FinishReason.ABORT)  # it runs: what it computes is there for the other one
+    sched.check_integrity()
+    sched.update(revised, [9] * revised.num_sampled)
+    assert late.finish_reason == "length" and late.num_cached_tokens == 12
+    assert run(sched, request(2)) == [12]
+
+
+def test_what_is_coming_is_nobodys_once_its_holders_have_ended():
+    sched, owner = scheduler(), request(0)
+    sched.add(owner)
+    batch = sched.schedule()
+    sched.finish(owner, FinishReason.ABORT)
+    sched.check_integrity()
+    assert not sched.cache.find(request(1)) and sched.pool.num_free == sched.pool.num_usable
+    sched.update(batch, [9])
+    assert run(sched, request(1)) == [0]
+
+
+def test_a_pass_that_cannot_be_made_leaves_nothing_that_is_coming(monkeypatch):
+    sched, requests = scheduler(), [request(0), request(1)]
+    for one in requests:
+        sched.add(one)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(sched, "_note_pass", lambda: 1 / 0)
+        sched.schedule()
+    assert requests[1].num_cached_tokens == 12
+    for one in sched.seated:
+        sched.finish(one, FinishReason.ERROR)
+    sched.check_integrity()
+    assert run(sched, request(2)) == [0]
+
+
+def test_who_asks_for_log_probabilities_of_a_prompt_computes_it_and_others_share_it():
+    sched = scheduler()
+    asks = [request(id, prompt_logprobs=0) for id in range(2)]
+    for one in (*asks, request(2)):
+        sched.add(one)
+    assert sorted(row.start for row in sched.schedule().rows) == [0, 0, 12]
 
 
 def test_what_had_no_token_is_found_by_nobody():

@@ -52,12 +52,15 @@ class Cache:
     def entry(self, row, position):
         return row.pages[position // self.page_size], position % self.page_size
 
-    def compute(self, row, sequence: list[int], salt: str | None) -> None:
-        """Writes this pass's tokens of the sequence, then reads all that attention would see."""
+    def write(self, row, sequence: list[int], salt: str | None) -> None:
+        """Writes a row's tokens of the sequence."""
         assert RESERVED_PAGE not in row.pages
         assert list(row.tokens) == sequence[row.start : row.start + len(row.tokens)]
         for position in range(row.start, row.start + len(row.tokens)):
             self.written[self.entry(row, position)] = salt, *sequence[: position + 1]
+
+    def read(self, row, sequence: list[int], salt: str | None) -> None:
+        """Reads all that attention would see, once all rows of the pass have written."""
         for position in range(row.start + len(row.tokens)):
             assert self.written[self.entry(row, position)] == (salt, *sequence[: position + 1])
 
@@ -129,12 +132,20 @@ class Simulation:
         self.sequences: dict[int, list[int]] = {}  # by request id: what was computed and sampled, seen or not
         self.gave_way: dict[int, list[int]] = {}  # by request id: how many tokens it had then
         self.scored: dict[int, list[int]] = {}  # by request id: the prompt's tokens whose log probabilities were given
+        self.num_shared_in_pass = self.num_taken_back = 0  # tokens of rows, and requests
+        self.cannot_send = lambda: False
         self._watch_preemptions()
 
     def _watch_preemptions(self):
-        """Sees that nobody gives way twice without a token between."""
+        """Sees that nobody gives way twice without a token between, and counts who waits again without."""
         admission = self.scheduler._admission
-        preempt = admission._preempt
+        preempt, take_back = admission._preempt, admission.take_back
+
+        def counted(request):
+            self.num_taken_back += 1
+            take_back(request)
+
+        admission.take_back = counted
 
         def watched(request):
             had = self.gave_way.setdefault(request.id, [])
@@ -148,6 +159,10 @@ class Simulation:
         batch = self.scheduler.schedule()
         if batch is not None:
             self.check(batch)
+            if self.cannot_send():
+                self.scheduler.withdraw(batch)
+                self.scheduler.check_integrity()
+                return
             running = dict(self.scheduler._seats.running)
             if self.must_wait and self.under_way:
                 while_computing()
@@ -199,8 +214,17 @@ class Simulation:
         self.cache.move(heard.moves)
         for side in self.sides:
             side.note(batch)
-        sampled = [token for row in rows for token in self.compute(row, running[row.index])]
+        before = dict(self.cache.written)
+        known = [self.write(row, running[row.index]) for row in rows]
+        self.num_shared_in_pass += sum(self.shares_in_pass(row, before, running[row.index]) for row in rows)
+        sampled = [token for row in known for token in self.read(row, running[row.index])]
         self.under_way.append((batch, sampled))
+
+    def shares_in_pass(self, row, before, request: Request) -> int:
+        """The tokens that a row begins with, though they were not there before the pass."""
+        salt, sequence = request.params.cache_salt, self.sequences[request.id]
+        there = (before.get(self.cache.entry(row, at)) == (salt, *sequence[: at + 1]) for at in range(row.start))
+        return row.start - sum(there)
 
     def sent(self, batch: Batch) -> Batch:
         """The batch as another rank hears it."""
@@ -227,7 +251,8 @@ class Simulation:
             num_idle = sum(map(self.scheduler.cache.is_idle, here))
             assert num_pages - len(here) > self.scheduler.num_free_pages - num_idle
 
-    def compute(self, row, request: Request) -> list[int]:
+    def write(self, row, request: Request):
+        """Writes a row's tokens to the cache. Returns the row with them."""
         if row.sampling is not None:
             self.samplers[row.index] = Sampler(row.sampling, row.history)
             self.num_computed[request.id] = row.start
@@ -239,7 +264,14 @@ class Simulation:
         known = tuple(sampler.last_token if token == ON_DEVICE else token for token in row.tokens)
         sampler.seen.update(known)
         sequence = self.sequences.setdefault(request.id, list(request.prompt_token_ids))
-        self.cache.compute(row._replace(tokens=known), sequence, request.params.cache_salt)
+        row = row._replace(tokens=known)
+        self.cache.write(row, sequence, request.params.cache_salt)
+        return row
+
+    def read(self, row, request: Request) -> list[int]:
+        """Reads what a row attends to, and samples its next token, if it does."""
+        sampler, sequence = self.samplers[row.index], self.sequences[request.id]
+        self.cache.read(row, sequence, request.params.cache_salt)
         if not row.samples:
             return []
         assert row.start + len(row.tokens) == len(sequence), "a token that is known is sampled anew"
@@ -411,6 +443,90 @@ def test_ends_at_any_moment_leave_nothing_behind(seed, lookahead):
         expected, reason, _ = expected_output(request, scheduler.max_model_len)
         assert request.output_token_ids == expected[: len(request.output_token_ids)]
         assert request.finish_reason in (reason, FinishReason.ABORT)
+
+
+def prompts_that_begin_alike(rng, num_requests, most_tokens, max_model_len):
+    """Requests that begin with more or less of one text, all at once."""
+    begins = rng.choices(range(VOCAB), k=max_model_len)
+    for id in range(num_requests):
+        num_prompt = min(rng.randint(2, max_model_len - 1), most_tokens - 1)
+        alike = rng.choice([num_prompt, rng.randint(0, num_prompt)])
+        params = SamplingParams(
+            max_tokens=min(rng.choice([1, 3, 10]), most_tokens - num_prompt),
+            presence_penalty=rng.choice([0, 1]),
+            priority=rng.choice([0, 0, 0, 1, -1]),
+            cache_salt=rng.choice([None, None, None, "a"]),
+            prompt_logprobs=rng.choice([None, None, None, 0]),
+        )
+        prompt = begins[:alike] + rng.choices(range(VOCAB), k=num_prompt - alike)
+        yield Request(id, prompt, params, seed=rng.randrange(2**64))
+
+
+def play_alike(seed, lookahead) -> Counter:
+    """Plays requests that begin alike, in few pages, of which some end at any moment. Returns what happened."""
+    rng = random.Random(f"alike {seed}")
+    page_size, max_model_len, max_num_seqs = rng.choice([1, 2, 4]), rng.randint(20, 50), rng.randint(3, 16)
+    scheduler = Scheduler(
+        max_num_seqs,
+        max(max_num_seqs, rng.choice([20, 60, 200])),
+        max_model_len,
+        page_size,
+        num_pages=2 + rng.randint(40, 300) // page_size,
+        eos_token_ids=[EOS],
+        page_order_seed=rng.randrange(100),
+        policy=rng.choice(["fcfs", "priority"]),
+        prefix_caching=True,
+        host_pages=random_host_pages(rng),
+        filling=rng.choice([None, filling_of(rng.randint(1, 40))]),
+    )
+    most_tokens = scheduler.pool.num_usable * scheduler.page_size + 1
+    requests = list(prompts_that_begin_alike(rng, 16, most_tokens, max_model_len))
+    simulation, late, ends = Simulation(scheduler, lookahead), deque(requests), rng.choice([0, 0.02, 0.2])
+    simulation.cannot_send = lambda: rng.random() < 0.15
+
+    def come_and_go():
+        for _ in range(rng.choice([0, 1, 8])):
+            if late:
+                scheduler.add(late.popleft())
+        for request in requests[: len(requests) - len(late)]:
+            if request.state is not RequestState.FINISHED and rng.random() < ends:
+                scheduler.finish(request, FinishReason.ABORT)
+                scheduler.check_integrity()
+
+    while late or scheduler.has_unfinished:
+        come_and_go()
+        if scheduler.has_unfinished:
+            simulation.run_pass(while_computing=come_and_go)
+    for request in requests:
+        expected, reason, _ = expected_output(request, max_model_len)
+        assert request.finish_reason in (reason, FinishReason.ABORT)
+        is_whole = request.finish_reason == reason
+        assert request.output_token_ids == (expected if is_whole else expected[: len(request.output_token_ids)])
+        num_computed = simulation.num_computed_in_all[request.id] + simulation.num_cached_in_all[request.id]
+        assert not is_whole or num_computed >= request.num_tokens - (reason != "error")
+        asks = request.params.prompt_logprobs is not None
+        assert not is_whole or simulation.scored.get(request.id, []) == request.prompt_token_ids[1:] * asks
+    assert scheduler.num_free_pages == scheduler.pool.num_usable
+    scheduler.check_integrity()
+    begun = [request for request in requests if request.num_cached_tokens is not None]
+    assert scheduler.counts.num_asked_tokens == sum(len(request.prompt_token_ids) for request in begun)
+    assert scheduler.counts.num_hit_tokens == sum(request.num_cached_tokens for request in begun)
+    return Counter(
+        shared=simulation.num_shared_in_pass,
+        taken_back=simulation.num_taken_back,
+        preempted=scheduler.counts.num_preemptions,
+        withdrawn=simulation.num_withdrawn,
+        revised=simulation.num_revised,
+        moved=scheduler.counts.moves.num_in,
+    )
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, PREPARED])
+def test_rows_that_share_what_their_pass_computes_get_the_tokens_they_would_get_alone(lookahead):
+    happened = sum((play_alike(seed, lookahead) for seed in range(150)), Counter())
+    assert happened["shared"] > 1000
+    assert all(happened[what] > 10 for what in ("taken_back", "preempted", "moved"))
+    assert lookahead != PREPARED or all(happened[what] > 10 for what in ("withdrawn", "revised"))
 
 
 def test_order_of_pages_changes_no_decision():
