@@ -25,6 +25,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self):
         self.is_open, self.used_s = True, time.perf_counter()
+        self._ended: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
@@ -36,8 +37,9 @@ class Connection(asyncio.Protocol):
         self._has_head = self._in_chunks = False
         self._num_left = -1  # bytes of an answer that has not come in chunks; below 0 if it ends with the connection
         self._ended = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
-        await self._ended
+        if self.is_open:
+            self.transport.write(request)
+            await self._ended
         self.used_s = time.perf_counter()
 
     def data_received(self, data: bytes) -> None:
@@ -59,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._end()
 
     def _end(self) -> None:
-        if not self._ended.done():
+        if self._ended is not None and not self._ended.done():
             self.last = self._line or self.last
             self._ended.set_result(None)
 

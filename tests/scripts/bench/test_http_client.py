@@ -43,7 +43,7 @@ class Server:
         writer.close()
 
     def run(self, use: Any) -> Any:
-        """What `use` gives of a client of this server."""
+        """Returns what `use` gives of a client of this server."""
 
         async def running() -> Any:
             async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as server:
