@@ -139,7 +139,7 @@ async def by_http(
     bodies, at_once = [body_of(job) for job in jobs], [0.0] * len(jobs)
     warming = [body_of(job) for job in shrinking(list(jobs), rows)]
     await client.send(salted(warming, "warm-up"), at_once, len(warming))
-    await client.send(salted(bodies, "at once"), at_once, len(jobs))
+    await client.send(salted(bodies, "at once"), at_once, num_clients)
     times, late_s = await client.send(bodies, arrivals, num_clients), client.late_s
     health_s: list[float] = []
     if health_calls:
