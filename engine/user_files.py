@@ -139,7 +139,7 @@ def parse_json(text: bytes | str, where: str, keep_too_large: bool = False) -> A
     if sum(map(decoded.count, ",:[{")) > MAX_JSON_VALUES:
         raise ValueError(f"{where}: has more than {MAX_JSON_VALUES} values, the most that are read")
     try:
-        content = _DECODER.decode(decoded)
+        content = (_DECODER if _may_have_large(text) else _QUICK_DECODER).decode(decoded)
     except RecursionError:
         raise ValueError(f"{where}: is nested deeper than {MAX_JSON_DEPTH} objects and lists") from None
     except _TwiceNamed as error:
@@ -173,6 +173,13 @@ def _float(text: str) -> float:
 
 _CHECKED = (dict, list, TooLarge)  # a union takes ten times as long
 _DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_float, object_pairs_hook=_object)
+_QUICK_DECODER = json.JSONDecoder(parse_float=_float, object_pairs_hook=_object)  # no call for each token of a prompt
+_SAME_DIGIT = bytes.maketrans(b"123456789", b"000000000")
+
+
+def _may_have_large(text: bytes | str) -> bool:
+    """Tells whether there may be an integer of over MAX_DIGITS digits."""
+    return isinstance(text, str) or b"0" * (MAX_DIGITS + 1) in text.translate(_SAME_DIGIT)
 
 
 def _check(content: Any, where: str, keep_too_large: bool) -> None:
@@ -198,5 +205,7 @@ def _check(content: Any, where: str, keep_too_large: bool) -> None:
 
 def _parts(content: dict | list) -> Iterator[tuple[str | int, Any]]:
     """Says what may be at fault of an object or a list, by name or index."""
+    if isinstance(content, list) and set(map(type, content)).isdisjoint(_CHECKED):  # as token ids
+        return iter(())
     parts = content.items() if isinstance(content, dict) else enumerate(content)
     return ((name, part) for name, part in parts if isinstance(part, _CHECKED))

@@ -1,6 +1,7 @@
 """The routes: OpenAI's, and those that tell how the server is."""
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,19 +16,22 @@ from penstock.engine.server.status import describe
 from penstock.engine.server.validation import read_chat, read_completion, read_detokenize, read_tokenize
 from penstock.engine.version import VERSION
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 
 LOGGER = logging.getLogger("penstock.server")
+Handler = Callable[..., Awaitable[Response]]
 
 
 def make_app(service: Service) -> Any:
     """The ASGI application of a service."""
     app = FastAPI(title="Penstock", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
-    _add_error_handlers(app, service)
-    _add_generation(app, service)
+    tell, tell_fault = _add_error_handlers(app, service)
+    generation = _add_generation(app, service)
     _add_texts(app, service)
     _add_models(app, service)
     _add_health(app, service)
     pages.add_routes(app, service)
+    app = Direct(app, generation, tell, tell_fault)
     if service.options.api_key is None:
         return HostGuard(app) if is_loopback(service.options.host) else app
     open_routes = (*OPEN, "/metrics") if service.options.metrics_without_key else OPEN
@@ -39,7 +43,30 @@ def respond_with(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-def _add_error_handlers(app: FastAPI, service: Service) -> None:
+class Direct:
+    """An ASGI application in front of another, some of whose routes it answers to POST itself: a request for a text,
+    and each chunk of its answer, need not go through all layers of FastAPI. Errors are told as there."""
+
+    def __init__(self, app: Any, routes: dict[str, Handler], tell: Handler, tell_fault: Handler):
+        self._app, self._routes, self._tell = app, routes, tell
+        self._direct = ServerErrorMiddleware(self._answer, handler=tell_fault)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        is_direct = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._routes
+        await (self._direct if is_direct else self._app)(scope, receive, send)
+
+    async def _answer(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await self._routes[scope["path"]](request)
+        except ApiError as error:
+            response = await self._tell(request, error)
+        await response(scope, receive, send)
+
+
+def _add_error_handlers(app: FastAPI, service: Service) -> tuple[Handler, Handler]:
+    """Adds the handlers of errors; returns those of the API's errors and of all that is not foreseen."""
+
     @app.exception_handler(ApiError)
     async def tell(_: Request, error: ApiError) -> Response:
         service.metrics.request_rejected(rejection(error))
@@ -57,8 +84,12 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def tell_fault(_: Request, error: Exception) -> Response:
         return respond_with(failed("internal error; the server's log has more"))
 
+    return tell, tell_fault
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+
+def _add_generation(app: FastAPI, service: Service) -> dict[str, Handler]:
+    """Adds the routes that generate texts; returns them by path."""
+
     @app.post("/v1/completions", **openapi.COMPLETIONS)
     async def completions(request: Request) -> Response:
         return await service.respond(read_completion(await read_body(request), service.defaults))
@@ -66,6 +97,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", **openapi.CHAT_COMPLETIONS)
     async def chat_completions(request: Request) -> Response:
         return await service.respond(read_chat(await read_body(request), service.defaults))
+
+    return {"/v1/completions": completions, "/v1/chat/completions": chat_completions}
 
 
 def _add_texts(app: FastAPI, service: Service) -> None:

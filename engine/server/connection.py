@@ -1,4 +1,5 @@
-"""uvicorn's HTTP connection with what it lacks: a time within which the head of a request must have come."""
+"""uvicorn's HTTP connection with what it lacks: a time within which the head of a request must have come. Between
+requests it is kept for longer."""
 
 import asyncio
 
@@ -7,6 +8,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_HEAD_BYTES = 32 * 1024
 HEAD_S = 20.0
+KEEP_ALIVE_S = 75  # without a request; longer than clients keep one, which might use it again while it is closed
 
 
 class Connection(H11Protocol):
@@ -17,6 +19,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.timeout_keep_alive = KEEP_ALIVE_S
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:

@@ -9,8 +9,9 @@ fails, or is gone, every client gets the end.
 
 import asyncio
 import binascii
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from penstock.engine.output import Logprob
@@ -26,6 +27,7 @@ from penstock.scheduler.batching.request import FinishReason
 
 DEAD = "the engine has ended"
 SHUT_DOWN = "the server is shutting down"
+AT_ONCE = 4  # rows of a pass that get their news before the event loop looks for requests
 WEIGHT = 0.05  # of the newest answer in the mean
 
 
@@ -40,6 +42,7 @@ class RemoteEngine:
         self._journeys: dict[int, Journey] = {}  # those that have not ended, by request id
         self._rowless: dict[int, Journey] = {}  # those of them that never had a row
         self._mean_tokens: float | None = None  # of answers that ended by themselves; recent ones count more
+        self._giving: Iterator[None] = iter(())  # the rest of the newest pass to be given
         self._known = asyncio.Event()  # whether it is loaded, or has failed
         self._hears: dict[type, Callable[[Any], None]] = {
             Loading: self._hear_loading,
@@ -130,6 +133,7 @@ class RemoteEngine:
             self._loop.remove_writer(self._channel.fileno())
 
     def _read(self) -> None:
+        self._give_rest()
         try:
             messages = self._channel.receive()
         except EOFError:
@@ -150,9 +154,23 @@ class RemoteEngine:
             journey.sequence.add_prompt_logprobs(binascii.a2b_base64(told.packed))
 
     def _hear_outputs(self, told: Outputs) -> None:
-        """Gives each sequence, and its client, what came: the last rows of a pass first, among which those are that
-        began in it, since their clients have waited longest."""
-        now_s = time.perf_counter()
+        """Begins to give each sequence, and its client, what came of a pass: once what came before it is given."""
+        self._give_rest()
+        self._giving = self._give(told, time.perf_counter())
+        self._give_more()
+
+    def _give_more(self) -> None:
+        """Gives some more of a pass, and leaves the rest until the event loop has looked for requests that came."""
+        if any(True for _ in itertools.islice(self._giving, 1)):
+            self._loop.call_soon(self._give_more)
+
+    def _give_rest(self) -> None:
+        for _ in self._giving:
+            pass
+
+    def _give(self, told: Outputs, now_s: float) -> Iterator[None]:
+        """Gives what came of a pass, AT_ONCE rows at a time: the last ones first, among which those are that began in
+        it, since their clients have waited longest."""
         self.state = EngineState(*told.state)
         for request_id, num_cached in told.rows:
             if (journey := self._rowless.pop(request_id, None)) is not None:
@@ -162,12 +180,14 @@ class RemoteEngine:
                 journey.sequence.logprobs.append({token: Logprob(*rest) for token, *rest in position})
         ends = {request_id: rest for request_id, *rest in told.ends}
         moved = []
-        news = list(zip(told.ids, told.counts, told.tokens, told.texts, strict=True))
-        for request_id, count, token, text in reversed(news):
+        news = zip(*map(reversed, (told.ids, told.counts, told.tokens, told.texts)), strict=True)
+        for index, (request_id, count, token, text) in enumerate(news, start=1):
             journey = self._journeys.get(request_id)
             if journey is not None:
                 self._move(journey, count, token, text, ends.pop(request_id, None), now_s)
                 moved += [journey] if journey.last_token_s == now_s else []
+            if index % AT_ONCE == 0:
+                yield
         for request_id, end in ends.items():  # without an event of their own
             if (journey := self._journeys.get(request_id)) is not None:
                 self._move(journey, journey.num_tokens, 0, "", end, now_s)

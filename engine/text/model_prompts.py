@@ -77,7 +77,9 @@ class ModelPrompts:
         special_stops = {special_ids[stop]: stop for stop in params.stop if stop in special_ids}
         if special_stops:
             params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *special_stops))
-        asks_once = dataclasses.replace(params, prompt_logprobs=None)
+        asks_once = params  # copied only where it differs: that checks all fields, in the time between two passes
+        if params.prompt_logprobs is not None:
+            asks_once = dataclasses.replace(params, prompt_logprobs=None)
         sequences = []
         for index in range(params.n):
             number = next(request_ids or self._request_ids)

@@ -4,11 +4,12 @@ the engine's process.
 
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
-(ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and `ratios` the server's over
-the loop's, where these are not 0. While requests run GET /health is called about every millisecond. With `--compare
-vllm` the same client then sends the same requests at the same times to vLLM's server, which is not asked for /health
-meanwhile: a row more, and in `vllm_ratios` our server's figures over its. All engine flags work; the last line is one
-JSON object.
+(ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and how late the client sent
+requests, and `ratios` the server's over the loop's, where these are not 0. Both ways have the same warm-up: a batch
+that shrinks, then all requests at once. With `--compare vllm` the same client then does the same to vLLM's server: a
+row more, and in `vllm_ratios` our server's figures over its. After its row our server gets the requests once more, and
+GET /health is called about every millisecond meanwhile (`health`). All engine flags work; the last line is one JSON
+object.
 
     python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
       --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7 \\
@@ -34,7 +35,7 @@ from scripts.bench.arrivals import arrival_times, latency_fields, percentile
 from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
-from scripts.bench.http_client import poll, send
+from scripts.bench.http_client import Client, poll
 from scripts.bench.job_run import run, run_arriving, shrinking, warm_up
 from scripts.bench.record import add_output_argument, keep
 from scripts.bench.vllm_server import run_vllm_server
@@ -55,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0  # for the server to be ready
 HEALTH_CALLS = 10_000
 LOOP, OURS, VLLM = "in process", "by HTTP", "vLLM by HTTP"  # how requests are fed
-WARM_UP_S, PATIENCE = 60.0, 5  # what vLLM's server may take: for its warm-up, and times what ours took
+WARM_UP_S, PATIENCE = 90.0, 5  # what vLLM's server may take: for its warm-up, and times what ours took
 SAID = ("num_prompts", "input_len", "output_len", "random_range_ratio", "burstiness", "max_concurrency")
 
 
@@ -87,15 +88,15 @@ def main() -> None:
     report |= {"load": args.load, "requests_per_second_at_once": len(jobs) / elapsed_s, "request_rate": rate}
     ask = functools.partial(by_http, jobs, arrivals, limits["max_num_seqs"], args.max_concurrency)
     with served(flags, limits) as address:
-        sent, health_s = asyncio.run(ask(HEALTH_CALLS, address))
-    loop, ours = (row_of(name, jobs, arrivals, times) for name, times in ((LOOP, fed), (OURS, sent)))
+        sent, late_s, health_s = asyncio.run(ask(HEALTH_CALLS, address))
+    loop, ours = row_of(LOOP, jobs, arrivals, fed), row_of(OURS, jobs, arrivals, sent, late_s)
     report |= {"rows": [loop, ours], "ratios": ratios_of(loop, ours)}
     if vllm is not None:
         most_s = WARM_UP_S + PATIENCE * max(one[-1] for one in sent)
-        result = run_vllm_server(vllm, config, report, functools.partial(ask, 1), most_s)
+        result = run_vllm_server(vllm, config, report, functools.partial(ask, 0), most_s)
         if "sent" in result:
-            theirs, _ = result.pop("sent")
-            report["rows"].append(row_of(VLLM, jobs, arrivals, theirs))
+            theirs, late_s, _ = result.pop("sent")
+            report["rows"].append(row_of(VLLM, jobs, arrivals, theirs, late_s))
             report["vllm_ratios"] = ratios_of(report["rows"][-1], ours)
         report["vllm"] = result
     health_s.sort()
@@ -131,16 +132,29 @@ async def by_http(
     num_clients: int | None,
     health_calls: int,
     address: tuple[str, int],
-) -> tuple[list[list[float]], list[float]]:
-    """The seconds from the start at which the tokens of each request came from the server, and those that up to
-    `health_calls` of /health took meanwhile."""
-    warming = [body_of(job) | {"cache_salt": "warm-up"} for job in shrinking(list(jobs), rows)]  # not to be found again
-    await send(address, warming, [0.0] * len(warming), len(warming))
-    ended = asyncio.Event()
-    watching = asyncio.create_task(poll(address, "/health", health_calls, ended))
-    times = await send(address, [body_of(job) for job in jobs], arrivals, num_clients or len(jobs))
-    ended.set()
-    return times, await watching
+) -> tuple[list[list[float]], list[float], list[float]]:
+    """The seconds from the start at which the tokens of each request came from the server, those by which requests were
+    sent late, and, of another run of them, those that up to `health_calls` of /health took meanwhile."""
+    client, num_clients = Client(address), num_clients or len(jobs)
+    bodies, at_once = [body_of(job) for job in jobs], [0.0] * len(jobs)
+    warming = [body_of(job) for job in shrinking(list(jobs), rows)]
+    await client.send(salted(warming, "warm-up"), at_once, len(warming))
+    await client.send(salted(bodies, "at once"), at_once, num_clients)
+    times, late_s = await client.send(bodies, arrivals, num_clients), client.late_s
+    health_s: list[float] = []
+    if health_calls:
+        ended = asyncio.Event()
+        watching = asyncio.create_task(poll(address, "/health", health_calls, ended))
+        await client.send(salted(bodies, "health"), arrivals, num_clients)
+        ended.set()
+        health_s = await watching
+    client.close()
+    return times, late_s, health_s
+
+
+def salted(bodies: list[dict[str, Any]], salt: str) -> list[dict[str, Any]]:
+    """Requests whose prompts no later ones find in the prefix cache."""
+    return [body | {"cache_salt": salt} for body in bodies]
 
 
 def body_of(job: Job) -> dict[str, Any]:
@@ -177,15 +191,25 @@ def wait_for(process: subprocess.Popen, log) -> tuple[str, int]:
         time.sleep(0.1)
 
 
-def row_of(fed: str, jobs: Sequence[Job], arrivals: Sequence[float], times: list[list[float]]) -> dict[str, Any]:
+def row_of(
+    fed: str,
+    jobs: Sequence[Job],
+    arrivals: Sequence[float],
+    times: list[list[float]],
+    late_s: Sequence[float] | None = None,
+) -> dict[str, Any]:
     elapsed_s = max(one[-1] for one in times)
     num_tokens = sum(len(job.prompt) + job.output_len for job in jobs)
-    return {"fed": fed, "tokens_per_second": num_tokens / elapsed_s, **latency_fields(arrivals, times)}
+    row = {"fed": fed, "tokens_per_second": num_tokens / elapsed_s, **latency_fields(arrivals, times)}
+    if late_s is not None:
+        row |= {f"{name}_late_ms": 1e3 * percentile(sorted(late_s), at) for name, at in (("median", 50), ("p99", 99))}
+    return row
 
 
 def ratios_of(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
-    """Our server's figures over another row's, but those that are 0 there, as gaps are where outputs have one token."""
-    return {name: ours[name] / other[name] for name in other if name != "fed" and other[name]}
+    """Our server's figures over another row's, but the client's own, and those that are 0 there, as gaps are where
+    outputs have one token."""
+    return {name: ours[name] / other[name] for name in other if name != "fed" and "late" not in name and other[name]}
 
 
 def say(report: dict[str, Any]) -> None:

@@ -136,20 +136,26 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         log("post", [self.path, asked])
+        log("connection", self.client_address[1])
         self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         if fails == "answer":
             self.say({"error": {"message": "no page is free"}})
             print("EngineDeadError", file=sys.stderr, flush=True)
+            self.send("")
             return
         for _ in range(asked["max_tokens"]):
             self.say({"choices": [{"index": 0, "text": ""}]})
         self.say({"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}})
-        self.wfile.write(b"data: [DONE]\\n\\n")
-        self.close_connection = True
+        self.send("data: [DONE]\\n\\n")
+        self.send("")
 
     def say(self, event):
-        self.wfile.write(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\\n\\n")
+        self.send("data: " + json.dumps(event, separators=(",", ":")) + "\\n\\n")
+
+    def send(self, chunk):
+        self.wfile.write(f"{len(chunk):x}\\r\\n{chunk}\\r\\n".encode())
 
     def log_message(self, *said):
         pass

@@ -4,10 +4,12 @@ other one; and in which order clients hear what they say."""
 import math
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from penstock.engine.output import Sequence
 from penstock.engine.runtime.pass_times import Timed
+from penstock.engine.server import remote_engine
 from penstock.engine.server.channel import Channel
 from penstock.engine.server.engine_state import EngineState, pass_heard, pass_told
 from penstock.engine.server.messages import Abort, Add, Dead, Loading, Outputs, Ready, Scores, Stop, of_line, to_line
@@ -128,15 +130,63 @@ def test_the_end_comes_behind_all_messages(ends):
     assert not ours.has_unsent
 
 
+class Rows:
+    """Rows 0, 1, ... of an engine, whose `told` has what clients get, in order; `later` what the event loop is to call
+    when it has looked for requests."""
+
+    def __init__(self, num_rows: int):
+        self.engine, self.told, self.later, self.num_passes = RemoteEngine(Metrics()), [], [], 0
+        self.engine._send = lambda message: None
+        self.engine._loop = SimpleNamespace(call_soon=self.later.append, remove_reader=int, remove_writer=int)
+        for number in range(num_rows):
+            sequence = Sequence(Request(number, [1, 2], SamplingParams(max_tokens=9)), 0, None, {})
+            outbox = Outbox([sequence], 1)
+            outbox.put = lambda piece, number=number: self.told.append((number, piece.text))
+            self.engine.add(outbox)
+
+    def hear(self, *texts: str) -> None:
+        """Hears of a pass that gave these texts."""
+        self.num_passes += 1
+        ids, counts = [*range(len(texts))], [self.num_passes] * len(texts)
+        outputs = Outputs(ids, counts, [5] * len(texts), list(texts), [], [], [], None, list(EngineState()))
+        self.engine._hear_outputs(outputs)
+
+
 def test_rows_that_began_in_a_pass_are_told_first():
     """They are its last ones; clients are served in the order in which they are told."""
-    engine, told = RemoteEngine(Metrics()), []
-    engine._send = lambda message: None
-    for number in range(3):
-        sequence = Sequence(Request(number, [1, 2], SamplingParams(max_tokens=9)), 0, None, {})
-        outbox = Outbox([sequence], 1)
-        outbox.put = lambda piece, number=number: told.append((number, piece.text))
-        engine.add(outbox)
-    state = list(EngineState())
-    engine._hear_outputs(Outputs([0, 1, 2], [1, 1, 1], [5, 5, 5], ["a", "b", "c"], [], [], [], None, state))
-    assert told == [(2, "c"), (1, "b"), (0, "a")]
+    rows = Rows(3)
+    rows.hear("a", "b", "c")
+    assert rows.told == [(2, "c"), (1, "b"), (0, "a")]
+
+
+def test_the_event_loop_looks_for_requests_while_many_rows_are_told(monkeypatch):
+    monkeypatch.setattr(remote_engine, "AT_ONCE", 2)
+    rows = Rows(5)
+    rows.hear(*"abcde")
+    assert rows.told == [(4, "e"), (3, "d")]
+    rows.later.pop()()
+    assert rows.told[2:] == [(2, "c"), (1, "b")]
+    rows.later.pop()()
+    assert rows.told[4:] == [(0, "a")] and not rows.later
+
+
+def test_what_a_pass_gave_is_told_before_what_the_next_one_gave(monkeypatch):
+    monkeypatch.setattr(remote_engine, "AT_ONCE", 1)
+    rows = Rows(3)
+    rows.hear(*"abc")
+    rows.hear(*"ABC")
+    while rows.later:
+        rows.later.pop()()
+    assert rows.told == [(2, "c"), (1, "b"), (0, "a"), (2, "C"), (1, "B"), (0, "A")]
+
+
+def test_what_a_pass_gave_is_told_before_the_end_of_the_engine(monkeypatch):
+    monkeypatch.setattr(remote_engine, "AT_ONCE", 1)
+    ours, theirs = map(Channel, socket.socketpair())
+    rows = Rows(2)
+    rows.engine._channel = ours
+    rows.hear(*"ab")
+    theirs.close()
+    rows.engine._read()
+    assert rows.engine.has_failed and rows.told == [(1, "b"), (0, "a"), (0, ""), (1, "")]
+    ours.close()

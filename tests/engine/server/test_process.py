@@ -97,6 +97,7 @@ def test_the_official_client_gets_what_it_expects_and_a_signal_drains(tmp_path):
         assert start["part"] == "done" and start["loaded_bytes"] == start["total_bytes"] > 0
         assert client.models.retrieve("org/demo").root == "org/demo"
         check_client(client)
+        check_connection_is_kept(server)
         with pytest.raises(openai.APIStatusError) as raised:
             client.completions.create(model="demo", prompt="a", extra_body={"min_tokens": 3})
         assert (raised.value.status_code, raised.value.param) == (400, "min_tokens")
@@ -115,6 +116,18 @@ def test_the_official_client_gets_what_it_expects_and_a_signal_drains(tmp_path):
         assert streams.errors == [None, None] and streams.tokens == [30, 30]
         assert server.exit_code() == 0
         assert "Return the" not in server.text and "Traceback" not in server.text, server.text
+
+
+def check_connection_is_kept(server: ServerProcess) -> None:
+    """Streams of one client come by one connection, one after another."""
+    connections = set()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for _ in range(3):
+            body = {"prompt": "a", "max_tokens": 2, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                connections.add(response.extensions["network_stream"].get_extra_info("client_addr"))
+                assert "data: [DONE]" in response.read().decode()
+    assert len(connections) == 1
 
 
 def check_client(client: openai.OpenAI) -> None:
@@ -139,7 +152,8 @@ def check_client(client: openai.OpenAI) -> None:
 @pytest.mark.alone
 def test_a_second_signal_ends_what_is_under_way(tmp_path):
     """Before that, half a head, half a body and a head that is too large are ended, and others answered meanwhile."""
-    settings = "from penstock.engine.server import access, connection\naccess.BODY_S = connection.HEAD_S = 1.0\n"
+    settings = "from penstock.engine.server import access, connection\n"
+    settings += "access.BODY_S = connection.HEAD_S = connection.KEEP_ALIVE_S = 1.0\n"
     with server_process(tmp_path, "--api-key", "secret", in_passes=SLOW, in_front=settings) as server:
         refused = httpx.get(f"{server.url}/v1/models")
         assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"

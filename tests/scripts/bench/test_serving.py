@@ -7,7 +7,7 @@ from penstock.engine.config import EngineConfig
 
 from scripts.bench import serving, vllm_server
 from scripts.bench.arrivals import latency_fields
-from scripts.bench.http_client import poll, stream
+from scripts.bench.http_client import Client, poll
 from scripts.bench.vllm_side import find_vllm
 from tests.support.fake_vllm import VERSION, FakeVllm
 from tests.support.scripts import run
@@ -41,6 +41,7 @@ def test_vllms_server_gets_the_same_requests(monkeypatch, capsys, tmp_path):
     record = run(monkeypatch, capsys, serving, *ENGINE, "--load-format", "dummy", *JOBS, *beside)
     _, ours, theirs = record["rows"]
     assert theirs["fed"] == "vLLM by HTTP" and theirs.keys() == ours.keys()
+    assert all(row["p99_late_ms"] >= row["median_late_ms"] >= 0.0 for row in (ours, theirs))
     assert record["vllm"].keys() == {"version", "options", "load_s"} and record["vllm"]["version"] == VERSION
     for name, ratio in record["vllm_ratios"].items():
         assert ratio == pytest.approx(ours[name] / theirs[name])
@@ -50,10 +51,12 @@ def test_vllms_server_gets_the_same_requests(monkeypatch, capsys, tmp_path):
     for flag in ("--skip-tokenizer-init", "--load-format dummy", "--max-model-len 64", "--no-enable-prefix-caching"):
         assert flag in said
     assert f"--max-num-seqs {record['max_num_seqs']}" in said
-    warming = [asked for _, asked in posts if "cache_salt" in asked]
     asked = [asked for _, asked in posts if "cache_salt" not in asked]
-    assert {path for path, _ in posts} == {"/v1/completions"} and len(warming) == len(asked) == 5
-    assert sorted(one["prompt"] for one in warming) == sorted(one["prompt"] for one in asked)
+    assert {path for path, _ in posts} == {"/v1/completions"} and len(asked) == 5
+    for salt in ("warm-up", "at once"):
+        warming = [asked for _, asked in posts if asked.get("cache_salt") == salt]
+        assert sorted(one["prompt"] for one in warming) == sorted(one["prompt"] for one in asked)
+    assert len(posts) == 15 and len(set(vllm.asked("connection"))) < len(posts)
     assert {one["max_tokens"] for one in asked} <= {*range(3, 10)}
     assert all(one["stream"] and one["ignore_eos"] and one["temperature"] == 0 for one in asked)
 
@@ -70,7 +73,7 @@ def test_a_vllm_server_that_does_not_start_is_said(monkeypatch, capsys, tmp_path
 
 def test_a_vllm_server_that_fails_to_answer_is_said(monkeypatch, capsys, tmp_path):
     def ask(address):
-        return stream(address, {"max_tokens": 2})
+        return Client(address).stream({"max_tokens": 2})
 
     result = beside(monkeypatch, tmp_path, "answer", ask)
     assert result["error"].endswith(": EngineDeadError") and "no page is free" in result["error"]
@@ -137,7 +140,7 @@ def test_an_answer_that_is_not_whole_is_an_error(said):
             writer.close()
 
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            await stream(server.sockets[0].getsockname(), {"max_tokens": 2})
+            await Client(server.sockets[0].getsockname()).stream({"max_tokens": 2})
 
     with pytest.raises(RuntimeError, match="ended with|got 1"):
         asyncio.run(ask())
