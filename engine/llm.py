@@ -201,8 +201,7 @@ class LLM:
         the link by copies of `link_bytes`, at most a pass's. On rank 0 only; the others answer within `generate`."""
         self._check_open()
         self.engine.measure(link_bytes)
-        self.loop.scheduler.composer.filling = self._filling()
-        self.loop.scheduler.cache.host.pays = moving(self.config, self.engine.plan).pays
+        self.loop.scheduler.predict_by(self._filling(), moving(self.config, self.engine.plan).pays)
 
     def _filling(self) -> Filling | None:
         return Filling.of(self.engine.work, self.engine.rates)
@@ -235,7 +234,7 @@ class LLM:
     def lead(self) -> None:
         """Lets the other ranks of torchrun, each of which calls `serve`, do what `loop` does, until this LLM is
         closed; on rank 0."""
-        self.engine.leads = True
+        self.engine.lead()
 
     def serve(self) -> None:
         """Does what rank 0's `loop` does until rank 0 closes its LLM; on the other ranks of torchrun."""

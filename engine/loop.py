@@ -7,8 +7,8 @@
     loop.abort(sequence.request.id, "the client has gone")
 
 Adds and aborts wait in an inbox. It is emptied right before a pass is sealed and, where weights stream, again before a
-pass that was announced begins. `receive` is called right before that: whoever hears of adds and aborts by other ways
-puts them into the inbox there.
+pass that was announced begins. What `hear` was given is called right before that: whoever learns of adds and aborts by
+other ways puts them into the inbox there.
 
 A sequence fails alone. If its logits are NaN, if it can never run, or if its text cannot be made, it ends with
 FinishReason.ERROR; if it is aborted, with FinishReason.ABORT. The others go on as if a stop had ended those. So they do
@@ -63,7 +63,7 @@ class Loop:
         self.scheduler, self.engine = scheduler, engine
         self._sequences: dict[int, Sequence] = {}  # those that have not ended, by request id
         self._inbox: deque[Callable[[list[Event]], None]] = deque()  # adds and aborts to be done; they append events
-        self.receive: Callable[[], None] = lambda: None
+        self._receive: Callable[[], None] = lambda: None
 
     def add(self, sequence: Sequence) -> None:
         """Lets a new sequence wait for its row. One that can never run ends with an error, which is an event."""
@@ -72,6 +72,10 @@ class Loop:
     def abort(self, request_id: int, why: str) -> None:
         """Ends a sequence, with `why` as its error; one that has ended is left alone."""
         self._inbox.append(lambda events: self._abort(request_id, why, events))
+
+    def hear(self, receive: Callable[[], None]) -> None:
+        """Lets `receive` be called right before adds and aborts are read."""
+        self._receive = receive
 
     @property
     def has_unfinished(self) -> bool:
@@ -158,7 +162,7 @@ class Loop:
 
     def _read_inbox(self) -> list[Event]:
         events: list[Event] = []
-        self.receive()
+        self._receive()
         while self._inbox:
             self._inbox[0](events)
             self._inbox.popleft()  # only now: until then there is something unfinished

@@ -93,6 +93,10 @@ class Engine:
         meanwhile stays in that graph: give it as debug.watch, or enforce_eager."""
         return self.watches.with_one_more(watch)
 
+    def lead(self) -> None:
+        """Says that the other ranks serve, and leave when this one, rank 0, closes."""
+        self.leads = True
+
     @on_own_device
     def agree(self, call: Call) -> str:
         """Lets ranks under torchrun agree on a call of LLM, within `together`, before it runs. Returns why it cannot,

@@ -45,7 +45,7 @@ class EngineWork:
         try:
             self.llm = self._load()
             self.llm.engine.launch.on_failure(self._lose_rank)
-            self.llm.loop.receive = self._receive
+            self.llm.loop.hear(self._receive)
             self._channel.send(Ready(vars(facts_of(self.llm)), self._state()))
             while not self._stops:
                 self._turn()

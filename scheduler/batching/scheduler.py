@@ -17,7 +17,7 @@ token), its row in the next pass has already been scheduled and is computed for 
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from penstock.scheduler.batching.admission import Admission
@@ -134,6 +134,10 @@ class Scheduler:
             request.finish_reason = FinishReason.ERROR
             raise
         self._admission.line.join(request)
+
+    def predict_by(self, filling: Filling | None, pays: Callable[[int, int], bool]) -> None:
+        """Fills passes, and moves pages where it pays, by these predictions from now on."""
+        self.composer.filling, self.cache.host.pays = filling, pays
 
     @property
     def limits(self) -> Limits:

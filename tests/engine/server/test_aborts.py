@@ -51,9 +51,9 @@ class Aborts:
         self._announced: set[int] = set()  # rows of a pass that has not begun
         self._sent: set[int] = set()  # ids in Abort messages
         self._freed: list[tuple[int, Request]] = []  # those that were aborted, and by which pass they must have left
-        self._receive, self._send = self.loop.receive, served.service.engine._channel.send
+        self._receive, self._send = self.loop._receive, served.service.engine._channel.send
         self._announce = self.loop.engine.announce
-        monkeypatch.setattr(self.loop, "receive", self.receive)
+        monkeypatch.setattr(self.loop, "_receive", self.receive)
         monkeypatch.setattr(self.loop.engine, "announce", self.announce)
         monkeypatch.setattr(served.service.engine._channel, "send", self.send)
 
