@@ -21,7 +21,7 @@ LONG = {"prompt": "Return the number of", "temperature": 0, "max_tokens": 100, "
 def test_who_goes_away_leaves_nothing_within_two_passes(served, monkeypatch, streams, num_passes):
     loop, times = served.llm.loop, served.llm.engine.times
     num_disconnects, begin, left_at = served.kept.num_disconnects, times.num_passes, []
-    receive = loop.receive
+    receive = loop._receive
 
     async def turns() -> None:
         for _ in range(100):
@@ -32,7 +32,7 @@ def test_who_goes_away_leaves_nothing_within_two_passes(served, monkeypatch, str
             served.run(turns())  # on a busy machine whole answers would pass before the event loop is first
         receive()
 
-    monkeypatch.setattr(loop, "receive", receive_later)
+    monkeypatch.setattr(loop, "_receive", receive_later)
 
     def leaves(client: Client) -> bool:
         if served.service.engine.num_unfinished and times.num_passes >= begin + num_passes:
