@@ -93,13 +93,19 @@ def stored_linear(x: Tensor, runs: Sequence[StoredRun], bias: Tensor | None, out
 def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Does the same for one run in plain torch: floats of some rows at a time."""
     calls["reference"] += 1
+    multiply_floats(x, kind, data, bias, out, torch.float32)
+
+
+def multiply_floats(x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor, dtype: torch.dtype) -> None:
+    """Computes out (T, N) = x (T, D) @ w.T + bias (N,) in fp32 of a run's w (N, D), rounded to `dtype`: of some rows at
+    a time."""
     width, row_blocks = x.shape[1], x.shape[1] // BY_NAME[kind].block
     step = max(1, 16 * CHUNK_WEIGHTS // width)
     for first in range(0, len(data), step):
         stop = min(first + step, len(data))
-        floats = torch.empty(stop - first, width, dtype=torch.float32, device=x.device)
+        floats = torch.empty(stop - first, width, dtype=dtype, device=x.device)
         write_values(kind, [part[first * row_blocks : stop * row_blocks] for part in split_parts(kind, data)], floats)
-        sums = x.float() @ floats.t()
+        sums = x.float() @ floats.float().t()
         if bias is not None:
             sums += bias[first:stop].float()
         out[:, first:stop] = sums

@@ -16,8 +16,6 @@ kernel adds up their sums, in order. All of it depends on format, shape and toke
 from collections.abc import Sequence
 
 import torch
-from penstock.engine.kernels.block_parts import split_parts
-from penstock.engine.kernels.block_values import CHUNK_WEIGHTS, write_values
 from penstock.engine.kernels.block_words import (
     WORDS,
     code_float,
@@ -34,7 +32,7 @@ from penstock.engine.kernels.block_words import (
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.matmul_tiles import TOKENS, Shape, row_pairs, tiles_of
 from penstock.engine.kernels.overlap import options, wait_for_inputs
-from penstock.engine.kernels.stored_linear import StoredRun
+from penstock.engine.kernels.stored_linear import StoredRun, multiply_floats
 from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
@@ -55,16 +53,7 @@ def stored_matmul(x: Tensor, runs: Sequence[StoredRun], bias: Tensor | None, out
 def stored_matmul_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Does the same for one run in plain torch: floats of some rows at a time."""
     calls["reference"] += 1
-    width, row_blocks = x.shape[1], x.shape[1] // BY_NAME[kind].block
-    step = max(1, 16 * CHUNK_WEIGHTS // width)
-    for first in range(0, len(data), step):
-        stop = min(first + step, len(data))
-        floats = torch.empty(stop - first, width, dtype=x.dtype, device=x.device)
-        write_values(kind, [part[first * row_blocks : stop * row_blocks] for part in split_parts(kind, data)], floats)
-        sums = x.float() @ floats.float().t()
-        if bias is not None:
-            sums += bias[first:stop].float()
-        out[:, first:stop] = sums
+    multiply_floats(x, kind, data, bias, out, x.dtype)
 
 
 def _stored_matmul_triton(
