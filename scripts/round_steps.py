@@ -206,7 +206,7 @@ ONE_GPU = (
     one(
         "full_70b",
         280,
-        "the same of 70B in 80 GiB, where part of it streams",
+        "the same of 70B in 80 GiB, where all layers stream",
         bench(
             "traffic",
             "Llama-3-70B",
