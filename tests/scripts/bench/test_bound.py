@@ -65,6 +65,8 @@ def test_a_pass_is_bound_by_what_takes_longest():
 def test_what_rows_share_must_be_read_once():
     shape = PassShape(4, 4, 4000, num_shared=2700)
     assert RESIDENT.read_bytes(shape) == 2 * 10**9 + (1300 + 4) * 10**4
+    one_of_several = dataclasses.replace(batch((1, 40), (8, 0)), num_shared=64).shape  # the others are not in this pass
+    assert RESIDENT.read_bytes(one_of_several) == 2 * 10**9 + 9 * 10**4
 
 
 def test_passes_in_a_row_add_up_each_by_its_own_bound():
