@@ -206,7 +206,7 @@ ONE_GPU = (
     one(
         "full_70b",
         280,
-        "the same of 70B in 80 GiB, where part of it streams",
+        "the same of 70B in 80 GiB, where all layers stream",
         bench(
             "traffic",
             "Llama-3-70B",
@@ -229,13 +229,21 @@ ONE_GPU = (
     ),
     one(
         "unknown_ends",
-        60,
-        "a job of requests whose ends nobody knows",
+        110,
+        "a job of requests whose ends nobody knows, with pages for 0.6 of the tokens that 256 rows have in the mean; "
+        "and with 149 rows, as many as these pages hold, and pages for all of them",
         bench(
             "traffic",
             "Llama-3-8B",
-            "--resident all --max-num-seqs 256 --max-model-len 4352 --rows unknown-ends",
+            "--resident all --max-num-seqs 256 --num-pages 2394 --max-model-len 4352 --rows unknown-ends",
             "ends_llama3_8b_1rank",
+            BRIEF,
+        ),
+        bench(
+            "traffic",
+            "Llama-3-8B",
+            "--resident all --max-num-seqs 149 --max-model-len 4352 --rows unknown-ends",
+            "ends_llama3_8b_rows_that_fit_1rank",
             BRIEF,
         ),
     ),

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -111,16 +111,18 @@ def _order(row: BatchRow) -> tuple[RowKind, int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows and tokens of one pass, and the pages that move before it, one after another."""
+    """The rows and tokens of one pass, and the pages that move before it, one after another. Tokens that are cached in
+    pages of several rows count in `num_shared` for each row but one; only rank 0 knows of it, which predicts passes."""
 
     rows: tuple[BatchRow, ...]
     moves: tuple[Move, ...] = ()
+    num_shared: int = field(default=0, compare=False)
 
     @staticmethod
-    def of(rows: Sequence[BatchRow], moves: tuple[Move, ...] = ()) -> "Batch":
+    def of(rows: Sequence[BatchRow], moves: tuple[Move, ...] = (), num_shared: int = 0) -> "Batch":
         """The batch of these rows in the order of a pass."""
-        batch = Batch(tuple(rows), moves)
-        return batch if batch.is_in_order else Batch(tuple(sorted(rows, key=_order)), moves)
+        batch = Batch(tuple(rows), moves, num_shared)
+        return batch if batch.is_in_order else Batch(tuple(sorted(rows, key=_order)), moves, num_shared)
 
     @property
     def is_in_order(self) -> bool:
@@ -176,4 +178,5 @@ class Batch:
             pairs += own * (2 * before + own + 1) // 2
             behind += before + own if before else 0
         scored = sum(row.num_scored for row in self.rows) if any(self.columns.scores) else 0
-        return PassShape(self.num_tokens, len(self.rows), num_cached, pairs, read, behind, scored)
+        shared = min(self.num_shared, num_cached)
+        return PassShape(self.num_tokens, len(self.rows), num_cached, pairs, read, behind, scored, shared)

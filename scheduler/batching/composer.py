@@ -29,7 +29,7 @@ class Composer:
         self._admission.make_room()
         chunks = self._sort_running()
         rows = [self._row(request, request.num_computed_tokens + 1, samples=True) for request in self._decoding]
-        self.budget = Budget(self.most_tokens, rows, self.filling)
+        self.budget = Budget(self.most_tokens, rows, self.filling, self._seats.cache.num_shared_tokens)
         return rows + self._fill(chunks)
 
     def let_in(self) -> list[BatchRow]:

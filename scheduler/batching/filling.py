@@ -66,10 +66,11 @@ class Filling:
             scored_s=max(seconds(2 * SAMPLE, 0, 0, 2 * SAMPLE) - scored, 0.0) / SAMPLE,
         )
 
-    def seconds(self, num_rows: int, num_cached: int) -> float:
-        """Seconds of the compute lane for rows of one token that attend to so many cached ones together."""
+    def seconds(self, num_rows: int, num_cached: int, num_shared: int = 0) -> float:
+        """Seconds of the compute lane for rows of one token that attend to so many cached ones together, and share so
+        many (PassShape)."""
         seen = num_rows + num_cached
-        shape = PassShape(num_rows, num_rows, num_cached, seen, seen, 0)
+        shape = PassShape(num_rows, num_rows, num_cached, seen, seen, 0, num_shared=num_shared)
         restored_s = decompress_s(self.work.decompressed_bytes, self.work.num_decompressed, self.rates)
         return steps_s(self.work.steps, shape, self.rates) + restored_s + link_s(self.work.waited_bytes, self.rates)
 
@@ -105,9 +106,10 @@ class Running(NamedTuple):
 
 
 class Budget:
-    """The tokens of one pass of at most `most_tokens`, which begins with `rows` of one token each."""
+    """The tokens of one pass of at most `most_tokens`, which begins with `rows` of one token each. What is cached of
+    them is shared as PassShape says."""
 
-    def __init__(self, most_tokens: int, rows: Sequence[BatchRow], filling: Filling | None):
+    def __init__(self, most_tokens: int, rows: Sequence[BatchRow], filling: Filling | None, num_shared: int = 0):
         self.most_tokens, self.num_rows, self.num_left = most_tokens, len(rows), most_tokens - len(rows)
         self.filling = filling
         self.num_chunks = self.num_free = 0  # tokens of chunks, and those of them that cost no time
@@ -115,7 +117,8 @@ class Budget:
         self._num_single = len(rows)
         self._spare_s, self._pass_s = math.inf, 0.0
         if filling is not None:
-            compute_s = filling.seconds(len(rows), sum(row.num_cached for row in rows))
+            num_cached = sum(row.num_cached for row in rows)
+            compute_s = filling.seconds(len(rows), num_cached, min(num_shared, num_cached))
             self._spare_s, self._pass_s = filling.link_s - compute_s, max(filling.link_s, compute_s)
 
     def has_room(self, queue: Queue) -> bool:

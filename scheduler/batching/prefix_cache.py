@@ -33,6 +33,7 @@ class PrefixCache:
         self._blocks: dict[Key, Block] = {}
         self._by_page: dict[int, Block] = {}
         self._num_holders = [0] * pool.num_pages
+        self._num_shared = 0  # holders of pages, without one of each
         self._coming: dict[int, Block] = {}  # by page
         self._newly_coming: list[Block] = []  # of the pass that is being made
         self._last_found: tuple[Request | None, list[Block]] = None, []
@@ -49,6 +50,11 @@ class PrefixCache:
     def num_holders(self, page: int) -> int:
         """The requests that hold a page."""
         return self._num_holders[page]
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """The tokens of pages that several requests hold, for each of these but one."""
+        return self._num_shared * self.page_size
 
     def find(self, request: Request, beside: int = 0) -> list[Block]:
         """The blocks with which the request begins; what has logits that are asked for is left to be computed, a token
@@ -89,6 +95,7 @@ class PrefixCache:
         for block in blocks:
             if block.page is not None:
                 self._idle.pop(block.page, None)
+                self._num_shared += self._num_holders[block.page] > 0
                 self._num_holders[block.page] += 1
         brought = iter(self._bring([block for block in blocks if block.page is None]))
         return [next(brought) if block.page is None else block.page for block in blocks]
@@ -119,6 +126,7 @@ class PrefixCache:
         for page in reversed(list(pages)):
             self._num_holders[page] -= 1
             if self._num_holders[page]:
+                self._num_shared -= 1
                 continue
             if page in self._coming:
                 self._drop(page)
@@ -208,6 +216,7 @@ class PrefixCache:
         holders = Counter(held)
         self.pool.check_integrity([*holders, *self._idle])
         assert all(self._num_holders[page] == holders[page] for page in range(self.pool.num_pages)), "a holder is lost"
+        assert self._num_shared == holders.total() - len(holders)
         assert all(page in self._by_page for page in self._idle), "an idle page that nobody can find"
         assert {block.key: block for block in self._by_page.values()} == self._blocks
         assert all(block.page == page for page, block in self._by_page.items())

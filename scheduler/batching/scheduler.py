@@ -174,7 +174,7 @@ class Scheduler:
         self, rows: Sequence[BatchRow], moves: tuple[Move, ...] = (), coming: tuple[Block, ...] = ()
     ) -> Batch:
         """Makes a pass of these rows, with the moves of pages and the blocks that some of them brought with them."""
-        batch = Batch.of(rows, (*moves, *self.cache.host.take_moves()))
+        batch = Batch.of(rows, (*moves, *self.cache.host.take_moves()), self.cache.num_shared_tokens)
         requests = list(map(self._seats.running.__getitem__, batch.columns.index))
         self._under_way.append(UnderWay(batch, requests, coming + self.cache.take_coming()))
         return batch

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 # Decode attention reads keys and values at this share of the memory rate: 64 rows of 1,519 tokens at 1.0 of it, of
 # 2,100 at 0.88, one of 65,000 among 63 of 512 at 0.85, 8 of 32,000 at 0.73.
 KV_SHARE = 0.8
+# And at this one what several rows share, each time but the first: it is in the GPU's own cache by then. 290 rows
+# behind the same 2,000 tokens, 8 MB in a layer, read them at 1.7. Nobody measured more than that cache holds.
+SHARED_KV_SHARE = 1.7
 ATTENTION_SHARE = 0.65  # the share of the GEMM rate that prefill attention has in long prompts: 0.65 at 8000 tokens
 # What a token of a prompt costs attention beside its pairs, in pairs: tiles that reach over the diagonal, and starts of
 # programs. Measured in passes of 8192 tokens: 707 in prompts of 512, 225 in one of 2000.
@@ -49,7 +52,8 @@ class PassShape:
     `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_read` the
     tokens that rows of one token each attend to, and read where they are cached; `num_behind` those that chunks behind
     cached tokens attend to. Prompts that start in the pass attend to what they have at hand. None means that all rows
-    are alike. `num_scored` counts the tokens of prompts whose log probabilities are asked for.
+    are alike. `num_scored` counts the tokens of prompts whose log probabilities are asked for. Of the cached tokens,
+    those that several rows share count for each of them, and in `num_shared` for each but one.
     """
 
     num_tokens: int
@@ -59,6 +63,7 @@ class PassShape:
     num_read: int | None = None
     num_behind: int | None = None
     num_scored: int = 0
+    num_shared: int = 0
 
     @functools.cached_property
     def attended_pairs(self) -> float:
@@ -90,6 +95,11 @@ class PassShape:
     def cached_tokens(self) -> int:
         """Tokens whose keys and values attention reads where they are cached."""
         return self.read_tokens + self.behind_tokens - self.copied_tokens
+
+    @functools.cached_property
+    def reread_tokens(self) -> int:
+        """Those of them that another row reads too, for each row but one; what is copied is taken to share as much."""
+        return self.num_shared * self.cached_tokens // max(self.read_tokens + self.behind_tokens, 1)
 
     @functools.cached_property
     def run_tokens(self) -> int:
@@ -144,7 +154,8 @@ class StepWork:
 
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""
-        kv_bytes = (shape.cached_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
+        first_tokens = shape.cached_tokens - shape.reread_tokens
+        kv_bytes = (first_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
         return self.other_bytes(shape) + kv_bytes
 
     def _read_bytes(self, num_tokens: int) -> int:
@@ -156,7 +167,9 @@ class StepWork:
         kernels of their own do."""
         if not self.kv_token_bytes:
             return 0.0
-        return (shape.cached_tokens / KV_SHARE + 2 * shape.copied_tokens / GATHER_SHARE) * self.kv_token_bytes
+        first_tokens = shape.cached_tokens - shape.reread_tokens
+        read_tokens = first_tokens / KV_SHARE + shape.reread_tokens / SHARED_KV_SHARE
+        return (read_tokens + 2 * shape.copied_tokens / GATHER_SHARE) * self.kv_token_bytes
 
     def other_bytes(self, shape: PassShape) -> int:
         """Bytes of everything else; what was copied is read."""
@@ -210,8 +223,9 @@ class PassWork:
         return sum(count * work.kv_token_bytes for work, count in self.steps)
 
     def read_bytes(self, shape: PassShape) -> int:
-        """The bytes that a pass must read: each weight once, and keys and values of context and new tokens."""
-        kv_bytes = (shape.context_tokens + shape.num_tokens) * self.kv_token_bytes
+        """The bytes that a pass must read: each weight once, and keys and values of context and new tokens, those that
+        rows share once."""
+        kv_bytes = (shape.context_tokens - shape.num_shared + shape.num_tokens) * self.kv_token_bytes
         return self.streamed_bytes + self.resident_bytes + kv_bytes
 
     def flops(self, shape: PassShape) -> float:

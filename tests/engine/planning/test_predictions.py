@@ -4,7 +4,7 @@ Figures without a file are those of docs/log.md; the others are records of bench
 """
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from penstock.scheduler.cost.time_model import predict_pass, reduce_s, step_s
 from penstock.scheduler.cost.timeline import predict_timeline, timeline_s
 from penstock.scheduler.units import KIB, MIB
 
+from scripts.bench.bound import kind_of
+from scripts.bench.traffic_rows import ROWS
 from scripts.bench.workload import greedy, random_jobs
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -260,6 +262,27 @@ def test_a_mix_of_uneven_requests_takes_what_was_measured():
     for kind in row["by_kind"]:
         measured[kind["kind"] == "decode"] += kind["measured_s"]
     assert seconds == pytest.approx(measured, rel=0.1)
+
+
+def test_requests_that_begin_alike_take_what_was_measured():
+    """Predicts 300 requests of 2,000 shared and 64 own tokens, with 32 generated ones, of 8B on one H200 with
+    everything resident. Each pass is made before the tokens of the one before it are known, as the engine does."""
+    record = record_of("traffic_llama3_8b_beside_vllm_1rank")
+    (row,) = (row for row in record["rows"] if row["row"] == "shared-prefix")
+    (own,) = (one for one in ROWS if one.name == "shared-prefix")
+    plan = plan_of("Llama-3-8B", 1)
+    work, seconds, under_way = pass_work(plan), Counter(), deque()
+    scheduler = Scheduler(512, 8192, 8192, 16, plan.residency.num_pages, prefix_caching=True)
+    for number, job in enumerate(own.jobs(own.output_len, plan.spec.vocab_size, 0, 8192)):
+        scheduler.add(Request(number, job.prompt, greedy(job), seed=0))
+    while scheduler.has_unfinished:
+        if (batch := scheduler.schedule()) is not None:
+            under_way.append(batch)
+            seconds[kind_of(batch.shape)] += predict_pass(work, batch.shape, rates(1)).total_s
+        if batch is None or len(under_way) > 1:
+            ended = under_way.popleft()
+            scheduler.update(ended, [7] * ended.num_sampled)
+    assert seconds == pytest.approx({kind["kind"]: kind["measured_s"] for kind in row["by_kind"]}, rel=0.1)
 
 
 def test_rows_that_decode_beside_a_prompt_cost_what_they_read():

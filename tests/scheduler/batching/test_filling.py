@@ -7,7 +7,7 @@ from penstock.scheduler.batching.batch import Batch, RowKind
 from penstock.scheduler.batching.filling import Budget, Filling, Queue
 from penstock.scheduler.batching.request import FinishReason, Request, SamplingParams
 from penstock.scheduler.batching.scheduler import Scheduler
-from penstock.scheduler.cost.pass_work import PassShape, PassWork, StepWork
+from penstock.scheduler.cost.pass_work import KV_SHARE, SHARED_KV_SHARE, PassShape, PassWork, StepWork
 from penstock.scheduler.cost.time_model import PROFILES, Rates, free_tokens, pass_s, steps_s
 
 H200 = Rates(**PROFILES["h200"] | {"link_gb_s": 55.0, "pass_latency_s": 0.0}, source="assumed")
@@ -101,6 +101,24 @@ def test_what_others_of_a_pass_compute_takes_no_room_in_it():
     assert num_shared > 30 and first.num_tokens == 2064 + 64 * num_shared < 1.05 * num_free
     assert len(first.rows) + 30 < second.num_tokens < 1.05 * num_free
     assert scheduler.counts.num_hit_tokens == 2000 * (scheduler.num_running - 1)
+
+
+def test_what_rows_share_leaves_tokens_free_for_prompts():
+    """Rows behind the same 2,000 tokens read these in less time than rows of as many tokens of their own."""
+
+    def num_free(prefix: int, own: int) -> int:
+        scheduler = Scheduler(256, 8192, 4096, 16, 60_000, prefix_caching=True, filling=Filling.of(WORK, H200))
+        for id in range(200):
+            prompt = [*range(prefix), *[5000 + id] * own]
+            scheduler.add(Request(id, prompt, SamplingParams(max_tokens=2000, ignore_eos=True)))
+        *_, last = passes(scheduler, 100)
+        assert last.shape.is_decode and last.num_tokens == 200
+        assert last.shape.num_shared == 199 * prefix
+        return scheduler.composer.budget.free_tokens[0]
+
+    saved_s = 199 * 2000 * WORK.kv_token_bytes * (1 / KV_SHARE - 1 / SHARED_KV_SHARE) / (H200.memory_gb_s * 1e9)
+    more = saved_s / Filling.of(WORK, H200).token_s
+    assert num_free(2000, 64) - num_free(0, 2064) == pytest.approx(more, rel=0.1) and more > 300
 
 
 def test_a_single_prompt_takes_no_second_pass():

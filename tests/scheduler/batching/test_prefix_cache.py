@@ -62,6 +62,23 @@ def test_only_what_is_not_cached_is_computed_in_pages_of_its_own():
     sched.check_integrity()
 
 
+@pytest.mark.parametrize("num_requests", [1, 2, 3])
+def test_a_pass_says_what_its_rows_share(num_requests):
+    """Three pages of the prompt, which the first row computes and the others find, for each of them; and nothing once
+    they have left."""
+    sched = scheduler()
+    assert run(sched, request(10)) == [0]  # what nobody holds is not shared
+    for id in range(num_requests):
+        sched.add(request(id, [*PROMPT, id], max_tokens=3))
+    first = sched.schedule()
+    assert len(first.rows) == num_requests and first.shape.num_shared == 12 * (num_requests - 1)
+    sched.update(first, [9] * num_requests)
+    decode = sched.schedule()
+    assert decode.shape.is_decode and decode.shape.num_shared == 12 * (num_requests - 1)
+    sched.finish(sched.seated[0], FinishReason.ABORT)
+    assert sched.cache.num_shared_tokens == 12 * max(num_requests - 2, 0)
+
+
 def test_output_is_found_too_but_for_its_last_token():
     sched = scheduler()
     run(sched, request(max_tokens=7), token=9)  # 20 of 21 tokens are computed

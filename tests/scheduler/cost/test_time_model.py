@@ -9,6 +9,7 @@ from penstock.scheduler.cost.pass_work import (
     ATTENTION_SHARE,
     GATHER_SHARE,
     KV_SHARE,
+    SHARED_KV_SHARE,
     TOKEN_PAIRS,
     PassShape,
     PassWork,
@@ -125,6 +126,23 @@ def test_what_attention_reads_and_copies(shape, single, read, copied):
     expected = 1000 * (read / KV_SHARE + 2 * copied / GATHER_SHARE + copied)
     assert step.memory_bytes(shape) == pytest.approx(expected)
     assert step.nbytes(shape) == 1000 * (read + 3 * copied)
+
+
+@pytest.mark.parametrize(
+    "shape, first, again, copied",
+    [
+        (PassShape(4, 4, 400, num_shared=240), 164, 240, 0),
+        (PassShape(1024, 1, 512, num_shared=500), 1036, 500, 0),
+        (PassShape(3030, 7, 600, num_read=400, num_behind=200, num_shared=300), 200, 200, 200),  # two thirds are read
+        (PassShape(1024, 1, 0, num_shared=500), 0, 0, 0),  # nothing is read
+    ],
+)
+def test_what_rows_share_is_read_again_at_a_rate_of_its_own(shape, first, again, copied):
+    step = StepWork("attention", kv_token_bytes=1000)
+    assert (shape.cached_tokens, shape.reread_tokens) == (first + again, again)
+    expected = first / KV_SHARE + again / SHARED_KV_SHARE + 2 * copied / GATHER_SHARE + copied
+    assert step.memory_bytes(shape) == pytest.approx(1000 * expected)
+    assert step.nbytes(shape) == 1000 * (first + 3 * copied)
 
 
 def test_rows_that_decode_beside_a_prompt_take_as_long_as_by_themselves():

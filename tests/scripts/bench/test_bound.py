@@ -62,6 +62,13 @@ def test_a_pass_is_bound_by_what_takes_longest():
     assert (compute.term, compute.bound_s) == ("compute", pytest.approx((1e12 + 1e8 + 1000 * 500500) / 1e12))
 
 
+def test_what_rows_share_must_be_read_once():
+    shape = PassShape(4, 4, 4000, num_shared=2700)
+    assert RESIDENT.read_bytes(shape) == 2 * 10**9 + (1300 + 4) * 10**4
+    one_of_several = dataclasses.replace(batch((1, 40), (8, 0)), num_shared=64).shape  # the others are not in this pass
+    assert RESIDENT.read_bytes(one_of_several) == 2 * 10**9 + 9 * 10**4
+
+
 def test_passes_in_a_row_add_up_each_by_its_own_bound():
     few, many = PassShape(1, 1, 100, 101), PassShape(1000, 1, 0, 500500)
     both = bound_of(RESIDENT, [few, many, few], RATES)
