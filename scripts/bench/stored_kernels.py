@@ -39,8 +39,12 @@ from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 
 SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
+ENDS = (SHAPES[0], SHAPES[-1])  # without and with a split of D
 TOKENS = (1, 2, 4, 8, 32, 64)
-LINEAR_VARIANTS = ((4, 1, 1), (4, 1, 2), (4, 1, 4), (2, 1, 2), (2, 1, 4), (8, 1, 1), (4, 2, 2), (4, 4, 1))
+LINEAR_VARIANTS = (
+    *((4, warps, 1) for warps in (1, 2, 4, 8)), (4, 2, 2), (4, 4, 2), *((2, warps, 1) for warps in (2, 4, 8)),
+    (2, 4, 2), (1, 4, 1), (1, 8, 1), (8, 2, 1),
+)  # fmt: skip
 MATMUL_VARIANTS = (
     *((64, 16, 4, stages, 528) for stages in (1, 2, 3, 4)), *((64, 16, 4, 3, programs) for programs in (264, 1056)),
     (64, 32, 4, 3, 528), (128, 16, 8, 3, 264), (128, 16, 8, 3, 528), (128, 16, 4, 3, 264), (32, 16, 2, 3, 1056),
@@ -141,10 +145,12 @@ def operands(shape: tuple[int, int], num_tokens: int, device: torch.device) -> t
     return x, torch.empty(num_tokens, shape[0], dtype=torch.bfloat16, device=device)
 
 
-def time_linear(kind: str, shape: tuple[int, int], num_tokens: int, device: torch.device) -> dict[str, float]:
+def time_linear(
+    kind: str, shape: tuple[int, int], num_tokens: int, device: torch.device, time: Callable = graph_seconds
+) -> dict[str, float]:
     own, (x, out) = stored_copies(kind, shape, device), operands(shape, num_tokens, device)
-    run_s = graph_seconds(lambda index: run_stored(x, kind, own[index % len(own)], out), device)
-    others = {f"us, {name}": graph_seconds(run, device) * 1e6 for name, run in runs_beside(kind, own, x, out).items()}
+    run_s = time(lambda index: run_stored(x, kind, own[index % len(own)], out), device)
+    others = {f"us, {name}": time(run, device) * 1e6 for name, run in runs_beside(kind, own, x, out).items()}
     return {"stored": gb_s(own[0].nbytes, run_s), "us": run_s * 1e6, **others}
 
 
@@ -217,8 +223,8 @@ def compile_ahead(launch: Callable[[], Any]) -> None:
 def measure_variants(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     record: dict[str, Any] = {"read_gb_s": memory_gb_s(device), "variants": {}}
     print(record, file=sys.stderr, flush=True)
-    cases, ends = [(kind, n) for n in tokens for kind in kinds], (SHAPES[0], SHAPES[-1])  # without and with a split
-    compile_ahead(lambda: [time_variants(kind, shape, n, device, launch_once) for kind, n in cases for shape in ends])
+    cases = [(kind, n) for n in tokens for kind in kinds]
+    compile_ahead(lambda: [time_variants(kind, shape, n, device, launch_once) for kind, n in cases for shape in ENDS])
     for kind, num_tokens in cases:
         found = {str(shape): time_variants(kind, shape, num_tokens, device) for shape in SHAPES}
         names = found[str(SHAPES[0])]
@@ -230,7 +236,10 @@ def measure_variants(kinds: list[str], tokens: list[int], device: torch.device) 
 
 def measure(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
-        compile_ahead(lambda: check(kinds, tokens, device))
+        cases = [(kind, shape, n) for kind in kinds for shape in ENDS for n in tokens]
+        compile_ahead(
+            lambda: [check(kinds, tokens, device), *(time_linear(*one, device, launch_once) for one in cases)]
+        )
     record = check(kinds, tokens, device)
     print(record, file=sys.stderr, flush=True)
     if device.type == "cpu":

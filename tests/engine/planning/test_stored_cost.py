@@ -124,8 +124,8 @@ def work_of(tmp_path_factory):
 
 
 # Tokens of prompts up to which these records say what to expect. Their weights had a mean, so that all activations were
-# nearly alike (DummyWeights gives them either sign since), and GEMMs of such numbers take less: 8,192 tokens took 154 ms
-# without the floats, and 181 over bf16 (decode_llama3_8b_resident_1rank.json). To be lifted with new records.
+# nearly alike (DummyWeights gives them either sign since), and GEMMs of such numbers take less: 8,192 tokens took 154
+# ms without the floats, and 181 over bf16 (decode_llama3_8b_resident_1rank.json). To be lifted with new records.
 MOST_PROMPT_TOKENS = 128
 
 
