@@ -259,7 +259,7 @@ def test_another_format_that_is_asked_for_is_refused(files):
 
 
 def test_a_directory_of_gguf_files_says_which_file_to_give(files):
-    with pytest.raises(ValueError, match=r"has no config\.json, but llama\.gguf: give the GGUF file itself"):
+    with pytest.raises(ValueError, match=r"no config\.json, but llama\.gguf and 2 more GGUF files: give the"):
         read_model(files)
 
 
