@@ -86,8 +86,8 @@ class KeptRows(NamedTuple):
 
     def run(self, kept: Tensor) -> StoredRun:
         """A view of blocks that a kernel reads as they are."""
-        kind, _, few_tokens = self.format
-        return StoredRun(kind, self.first_row, self.of(kept).view(self.num_rows, -1), few_tokens)
+        blocks = self.format
+        return StoredRun(blocks.kind, self.first_row, self.of(kept).view(self.num_rows, -1), blocks.few_tokens)
 
 
 class KeptWeight(NamedTuple):
@@ -176,6 +176,5 @@ def stored_group(layout: GroupLayout) -> KeptGroup:
 
 def stored_rows(rows: Rows) -> KeptRows:
     stored = rows.format
-    blocks, plain = Blocks(stored.name, stored.as_stored, stored.few_tokens), Plain(stored.name)
-    kept = blocks if stored.is_quantised else plain
+    kept = Blocks(stored.name, stored.as_stored, stored.few_tokens) if stored.is_quantised else Plain(stored.name)
     return KeptRows(kept, rows.first_row, rows.num_rows, rows.offset, rows.nbytes)
