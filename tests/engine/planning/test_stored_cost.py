@@ -37,7 +37,8 @@ LINEARS, VARIANTS = record_of("stored_kernels"), record_of("stored_matmul")["var
 @pytest.mark.parametrize("kind", LINEARS["linear"])
 def test_few_tokens_in_registers_are_those_of_the_record(kind):
     for num_tokens in (1, 2, 4):
-        took_s = 1e-6 * LINEARS["linear"][kind][f"(28672, 4096) x {num_tokens}"]["us"] - RATES.node_latency_s
+        row = LINEARS["linear"][kind][f"(28672, 4096) x {num_tokens}"]
+        took_s = 1e-6 * row.get("us, registers", row["us"]) - RATES.node_latency_s
         nbytes = took_s * RATES.memory_gb_s * GB
         assert FEW_BYTES[kind][num_tokens - 1] * LARGEST == pytest.approx(nbytes, rel=0.01)
     _, two, three, four = FEW_BYTES[kind]
