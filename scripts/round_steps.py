@@ -327,7 +327,7 @@ ONE_GPU = (
     ),
     one(
         "stored_kernels",
-        60,
+        90,
         "kernels of quantised weights, held to their reference, and their rates",
         Command("scripts.bench.stored_kernels", "stored_kernels", f"{CPU} --kinds Q8_0 --tokens 1"),
     ),

@@ -22,7 +22,6 @@ from penstock.engine.kernels.stored_linear import StoredMatrix, stored_linear
 from penstock.engine.kernels.stored_matmul import stored_matmul
 from penstock.engine.model.fusion import FUSED, FUSED_OVER_RANKS, WHOLE_HEAD
 from penstock.engine.model.steps import SCORE, SELECT, SELECT_ATTENDED
-from penstock.engine.model.weight_formats import FEW_TOKENS
 from penstock.scheduler.passes.pass_plan import fused_name
 from torch import Tensor
 
@@ -37,10 +36,9 @@ def project(weights: Weights, name: str, x: Tensor, out: Tensor, num_tokens: int
         linear(x, weight, bias, out)
     elif num_tokens > weight.as_stored:
         linear(x, weight.floats, bias, out)
-    elif num_tokens > FEW_TOKENS:
-        stored_matmul(x, weight.runs, bias, out)
     else:
-        stored_linear(x, weight.runs, bias, out)
+        for run in weight.runs:
+            (stored_linear if num_tokens <= run.few_tokens else stored_matmul)(x, run, bias, out)
 
 
 def _project(ctx: PassContext, weights: Weights, name: str, x: Tensor, out: Tensor) -> None:

@@ -18,7 +18,6 @@ A float is a power of two more than its code. Where x is bf16 these are not subt
 with the sum of x is, once for all rows: the error is 16 to 60 times that of fp32, a thousandth of that of bf16.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,11 +59,18 @@ CONFIG = Config(4, 4, 1)
 
 
 class StoredRun(NamedTuple):
-    """Consecutive rows of a weight, from `first_row` on, as they are stored in blocks of `kind`."""
+    """Consecutive rows of a weight, from `first_row` on, as they are stored in blocks of `kind`. This linear is for
+    passes of up to `few_tokens`."""
 
     kind: str
     first_row: int
     data: Tensor  # (rows, bytes of a row) uint8, in parts of all rows
+    few_tokens: int = MOST_TOKENS
+
+    def columns(self, bias: Tensor | None, out: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The part of a bias (N,), if there is one, and of a result (T, N) that is these rows'."""
+        stop = self.first_row + len(self.data)
+        return None if bias is None else bias[self.first_row : stop], out[:, self.first_row : stop]
 
 
 class StoredMatrix(NamedTuple):
@@ -81,17 +87,16 @@ class StoredMatrix(NamedTuple):
         return self.floats.shape[1]
 
 
-def stored_linear(x: Tensor, runs: Sequence[StoredRun], bias: Tensor | None, out: Tensor) -> None:
-    """Computes out (T, N) = x (T, D) @ w.T + bias (N,), all of one float dtype; the runs make up w (N, D)."""
-    assert len(x) <= MOST_TOKENS and sum(len(run.data) for run in runs) == out.shape[1]
-    for kind, first, data in runs:
-        stop = first + len(data)
-        run = _stored_linear_triton if x.is_cuda else stored_linear_reference
-        run(x, kind, data, None if bias is None else bias[first:stop], out[:, first:stop])
+def stored_linear(x: Tensor, run: StoredRun, bias: Tensor | None, out: Tensor) -> None:
+    """Computes the columns of out (T, N) = x (T, D) @ w.T + bias (N,) that are those of a run of w (N, D), all of one
+    float dtype."""
+    assert len(x) <= MOST_TOKENS
+    multiply = _stored_linear_triton if x.is_cuda else stored_linear_reference
+    multiply(x, run.kind, run.data, *run.columns(bias, out))
 
 
 def stored_linear_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Does the same for one run in plain torch: floats of some rows at a time."""
+    """Does the same in plain torch: floats of some rows at a time."""
     calls["reference"] += 1
     multiply_floats(x, kind, data, bias, out, torch.float32)
 

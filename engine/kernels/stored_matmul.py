@@ -13,8 +13,6 @@ cores take 64 rows of it but 8 of the right one. Where the rows make few program
 kernel adds up their sums, in order. All of it depends on format, shape and tokens alone (matmul_tiles.py).
 """
 
-from collections.abc import Sequence
-
 import torch
 from penstock.engine.kernels.block_words import (
     WORDS,
@@ -41,17 +39,15 @@ MOST_TOKENS = TOKENS[-1]
 MERGED_COLUMNS = 256  # of a program that adds up the sums of several
 
 
-def stored_matmul(x: Tensor, runs: Sequence[StoredRun], bias: Tensor | None, out: Tensor) -> None:
-    """Computes out (T, N) = x (T, D) @ w.T + bias (N,), all bf16; the runs make up w (N, D)."""
-    assert len(x) <= MOST_TOKENS and sum(len(run.data) for run in runs) == out.shape[1]
-    for kind, first, data in runs:
-        stop = first + len(data)
-        run = _stored_matmul_triton if x.is_cuda else stored_matmul_reference
-        run(x, kind, data, None if bias is None else bias[first:stop], out[:, first:stop])
+def stored_matmul(x: Tensor, run: StoredRun, bias: Tensor | None, out: Tensor) -> None:
+    """Computes the columns of out (T, N) = x (T, D) @ w.T + bias (N,) that are those of a run of w (N, D), all bf16."""
+    assert len(x) <= MOST_TOKENS
+    multiply = _stored_matmul_triton if x.is_cuda else stored_matmul_reference
+    multiply(x, run.kind, run.data, *run.columns(bias, out))
 
 
 def stored_matmul_reference(x: Tensor, kind: str, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Does the same for one run in plain torch: floats of some rows at a time."""
+    """Does the same in plain torch: floats of some rows at a time."""
     calls["reference"] += 1
     multiply_floats(x, kind, data, bias, out, x.dtype)
 

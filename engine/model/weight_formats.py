@@ -15,12 +15,15 @@ from penstock.engine.model.spec import DTYPE_BYTES
 
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Passes of up to so many tokens, by the dtype of the pass, read a quantised weight as it is stored; all others read
-# floats. Of these, passes of up to FEW_TOKENS multiply in registers (stored_linear), others through tensor cores
+# floats. Of these, passes of few tokens multiply in registers (stored_linear), others through tensor cores
 # (stored_matmul, which has bf16 alone). So what runs is a function of dtype, format, shape and tokens: never of where
 # the weight lies, so that streamed and resident bits are equal. On an H200 floats first took 3.6 to 4.6 times as long
 # at one token, 1.8 to 2.3 at four, 2.2 to 2.8 at eight and 1.4 to 1.9 at 64.
 AS_STORED = {"bfloat16": 64, "float16": 4, "float32": 4}
-FEW_TOKENS = 4
+MOST_FEW = 4  # tokens that stored_linear multiplies at most
+# Fewer in bf16, where tensor cores took less for a tile of 8 tokens than registers for 4 on an H200, in each matrix of
+# an 8B (tests/engine/compute/test_project.py). With Q6_K they took longer; others were not timed.
+FEW_TOKENS = {"Q4_0": 3, "Q8_0": 3, "Q4_K": 3}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class WeightFormat:
     block: int
     parts: tuple[int, ...]
     as_stored: int = 0  # tokens of the largest pass that reads it as it is stored (format_in)
+    few_tokens: int = 0  # and of the largest that multiplies it in registers
 
     @property
     def nbytes(self) -> int:
@@ -61,8 +65,11 @@ FORMATS |= {name: WeightFormat(name, BY_NAME[name].block, tuple(size for _, size
 
 def format_in(name: str, dtype: str) -> WeightFormat:
     """The format in passes of a dtype."""
-    kind = FORMATS[name]
-    return replace(kind, as_stored=AS_STORED[dtype]) if kind.is_quantised else kind
+    kind, as_stored = FORMATS[name], AS_STORED[dtype]
+    if not kind.is_quantised:
+        return kind
+    few_tokens = FEW_TOKENS.get(name, MOST_FEW) if as_stored > MOST_FEW else MOST_FEW
+    return replace(kind, as_stored=as_stored, few_tokens=few_tokens)
 
 
 def stored_shapes(

@@ -22,7 +22,6 @@ from penstock.engine.model.steps import (
     most_rows,
     select_early,
 )
-from penstock.engine.model.weight_formats import FEW_TOKENS
 from penstock.engine.planning.step_cost import kv_token_bytes
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.cost.pass_work import MOST_PADDED_CHUNKS
@@ -117,8 +116,8 @@ class MemoryClaims:
     @property
     def _partial_sums(self) -> int:
         """Bytes of sums that a linear over stored weights has in memory, at most (stored_matmul.py)."""
-        stored = (rows for group in self.layout.groups for rows in group.rows if rows.format.as_stored > FEW_TOKENS)
-        sizes = {(rows.format, rows.num_rows, rows.num_cols) for rows in stored}
+        stored = [(rows.format, rows) for group in self.layout.groups for rows in group.rows]
+        sizes = {(kind, rows.num_rows, rows.num_cols) for kind, rows in stored if kind.as_stored > kind.few_tokens}
         return max((partial_bytes(kind.name, *size, kind.as_stored) for kind, *size in sizes), default=0)
 
     @property

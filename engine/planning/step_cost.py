@@ -9,14 +9,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 from penstock.engine.kernels.matmul_tiles import NEAREST, tile_index
-from penstock.engine.model.group_layout import GroupLayout
+from penstock.engine.model.group_layout import GroupLayout, Weight
 from penstock.engine.model.layout import ModelLayout
 from penstock.engine.model.shard import shard_heads
 from penstock.engine.model.spec import DTYPE_BYTES, ModelSpec
 from penstock.engine.model.steps import SCORE, SCORED_ROWS, activation_widths, sums_over_ranks
-from penstock.engine.model.weight_formats import FEW_TOKENS
+from penstock.engine.model.weight_formats import WeightFormat
 from penstock.scheduler.cost.pass_work import PassShape, StepWork
 from penstock.scheduler.cost.time_model import Rates, decompress_s, step_s
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId
@@ -34,17 +35,31 @@ MATRICES = {
 AFTER_SCORES = {"head", "logits_gather"}  # steps of sampled rows alone, which tokens that are scored have left
 
 
-# Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored by the tokens
-# of a tile (matmul_tiles.py): what an H200 took in the matrices of the 8B shape together, without the steps' latency.
+# What an H200 took in the matrices of the 8B shape, by format (tests/engine/planning/test_stored_cost.py compares with
+# the records). Other formats are taken to be as their NEAREST one.
+# Bytes that would take as long at the memory rate as to multiply one weight that is read as it is stored, without the
+# step's latency: in registers by 1, 2, 3 (not timed: the mean) and 4 tokens, in the largest matrix. In a pass smaller
+# ones take as long a weight, though Q8_0 alone took a third longer there at one token.
+FEW_BYTES = {
+    "Q4_0": (0.90, 1.32, 1.89, 2.45), "Q8_0": (1.13, 1.51, 2.08, 2.65), "Q4_K": (1.33, 1.81, 2.50, 3.18),
+    "Q6_K": (1.39, 1.84, 2.35, 2.85), "Q5_0": (1.19, 1.61, 2.14, 2.66), "Q2_K": (1.09, 1.71, 2.42, 3.12),
+}  # fmt: skip
+# And through tensor cores by the tokens of a tile (matmul_tiles.py), in all matrices together.
 MATMUL_BYTES = {"Q4_0": (1.7, 2.1, 3.7), "Q8_0": (2.3, 2.5, 2.8), "Q4_K": (2.4, 2.7, 3.9), "Q6_K": (2.9, 3.5, 4.6)}
+# How many times as fast as the lossless decompressor floats are written that linears then read: what these took longer
+# than over bf16.
+WRITTEN = {"Q4_0": 1.44, "Q8_0": 1.20, "Q4_K": 1.15, "Q6_K": 0.93, "Q5_0": 1.39, "Q2_K": 1.28}
 
 
-def stored_weight_bytes(kind: str, num_tokens: int) -> float:
-    """These bytes for any number of tokens; memory does not bind there. For few tokens an H200 took 1.0 (Q4_0) to 1.5
-    (Q6_K) at one, 1.5 (Q4_0) to 1.9 (Q6_K) at two and 2.4 (Q4_0) to 3.1 (Q4_K) at four."""
-    if num_tokens <= FEW_TOKENS:
-        return 0.75 + 0.5 * num_tokens
-    return MATMUL_BYTES[NEAREST[kind]][tile_index(num_tokens)]
+def stored_weight_bytes(kind: WeightFormat, num_tokens: int) -> float:
+    """The bytes for any number of tokens that reads a weight as it is stored; memory does not bind there."""
+    if num_tokens <= kind.few_tokens:
+        return _of_kind(FEW_BYTES, kind)[num_tokens - 1]
+    return _of_kind(MATMUL_BYTES, kind)[tile_index(num_tokens)]
+
+
+def _of_kind(measured: Mapping[str, Any], kind: WeightFormat) -> Any:
+    return measured[kind.name if kind.name in measured else NEAREST[kind.name]]
 
 
 def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) -> Callable[[Compute], StepWork]:
@@ -107,7 +122,7 @@ def _as_stored(group: GroupLayout, names: list[str]) -> tuple[int, ...]:
     far as they do."""
     num_weights = Counter()
     for rows in (rows for name in names for rows in group.rows_of(name)):
-        num_weights[rows.format.name] += rows.num_rows * rows.num_cols
+        num_weights[rows.format] += rows.num_rows * rows.num_cols
 
     def read_bytes(num_tokens: int) -> int:
         return round(sum(stored_weight_bytes(kind, num_tokens) * count for kind, count in num_weights.items()))
@@ -116,15 +131,24 @@ def _as_stored(group: GroupLayout, names: list[str]) -> tuple[int, ...]:
 
 
 def dequantise_work(group: GroupLayout, rates: Rates) -> StepWork:
-    """The work of making floats of a quantised group, as bytes that would take as long at the memory rate: they are
-    written at the rate of the lossless decompressor, which reads about as much for each. A pass of few tokens leaves
-    out what it reads as it is stored."""
-    sizes = {weight.name: weight.parts[0].nbytes for weight in group.weights if weight.name in group.quantised}
-    few_tokens = min(filter(None, map(group.as_stored, sizes)), default=0)
-    left = sum(nbytes for name, nbytes in sizes.items() if not group.as_stored(name))
+    """The work of making floats of a quantised group, as bytes that would take as long at the memory rate; rows that
+    are floats are copied beside, as fast as the lossless decompressor writes. A pass of few tokens leaves out what it
+    reads as it is stored."""
     share = rates.memory_gb_s / rates.decompressing_gb_s
-    few_bytes = (int(left * share),) * few_tokens
-    return StepWork("decompress", weight_bytes=int(sum(sizes.values()) * share), few_bytes=few_bytes)
+    moved = {weight.name: share * _written_bytes(group, weight) for weight in group.weights}
+    moved = {name: nbytes for name, nbytes in moved.items() if name in group.quantised}
+    few_tokens = min(filter(None, map(group.as_stored, moved)), default=0)
+    left = sum(nbytes for name, nbytes in moved.items() if not group.as_stored(name))
+    return StepWork("decompress", weight_bytes=int(sum(moved.values())), few_bytes=(int(left),) * few_tokens)
+
+
+def _written_bytes(group: GroupLayout, weight: Weight) -> float:
+    """Bytes of floats of a weight, those of quantised rows by how fast they are made."""
+    row_bytes = weight.parts[0].nbytes / weight.num_rows
+    return sum(
+        rows.num_rows * row_bytes / (_of_kind(WRITTEN, rows.format) if rows.format.is_quantised else 1.0)
+        for rows in group.rows_of(weight.name)
+    )
 
 
 def step_seconds_of(

@@ -16,10 +16,17 @@ PERIOD = 2**20 + 7  # prime: rows of a matrix repeat only after PERIOD rows
 SMALL_BYTE = 0x23  # any two such bytes are a finite fp16 of less than 2**-6, as a scale is
 
 
+def small_bytes(number: int, generator: torch.Generator) -> Tensor:
+    """Random bytes for quantised blocks: up to SMALL_BYTE in their lower bits, and of either sign. All of one sign, the
+    weights have a mean, and behind three layers all activations are within a tenth of each other."""
+    values = torch.randint(0, 2 * (SMALL_BYTE + 1), (number,), generator=generator)
+    return (values >> 1 | (values & 1) << 7).to(torch.uint8)
+
+
 class DummyWeights:
     """A `WeightSource` with the tensors `shapes` (name -> global shape, in bytes for quantised ones): matrices are
-    normal with a deviation of 1 / sqrt(columns), norm weights are 1 and biases 0; of quantised ones every byte is
-    random, up to SMALL_BYTE. The same seed gives the same model in every dtype up to rounding."""
+    normal with a deviation of 1 / sqrt(columns), norm weights are 1 and biases 0; quantised ones are `small_bytes`. The
+    same seed gives the same model in every dtype up to rounding."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0):
         self.shapes, self.seed = shapes, seed
@@ -61,7 +68,7 @@ class DummyWeights:
             if (dtype, num_cols) not in self._sequences:
                 generator = torch.Generator().manual_seed(self.seed)
                 if dtype == torch.uint8:
-                    period = torch.randint(0, SMALL_BYTE + 1, (PERIOD,), generator=generator)
+                    period = small_bytes(PERIOD, generator)
                 else:
                     period = torch.randn(PERIOD, generator=generator) * num_cols**-0.5
                 repeats = -(-num_cols // PERIOD) + 1

@@ -60,10 +60,12 @@ class Plain(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Quantised blocks of a GGUF file, in parts."""
+    """Quantised blocks of a GGUF file, in parts. `few_tokens`: those of the largest pass that multiplies them in
+    registers."""
 
     kind: str
     as_stored: int
+    few_tokens: int
 
     def restorer(self, kept: Tensor, out: Tensor) -> Restorer:
         return partial(dequantise, self.kind, kept, out)
@@ -84,7 +86,8 @@ class KeptRows(NamedTuple):
 
     def run(self, kept: Tensor) -> StoredRun:
         """A view of blocks that a kernel reads as they are."""
-        return StoredRun(self.format.kind, self.first_row, self.of(kept).view(self.num_rows, -1))
+        blocks = self.format
+        return StoredRun(blocks.kind, self.first_row, self.of(kept).view(self.num_rows, -1), blocks.few_tokens)
 
 
 class KeptWeight(NamedTuple):
@@ -173,5 +176,5 @@ def stored_group(layout: GroupLayout) -> KeptGroup:
 
 def stored_rows(rows: Rows) -> KeptRows:
     stored = rows.format
-    kept = Blocks(stored.name, stored.as_stored) if stored.is_quantised else Plain(stored.name)
+    kept = Blocks(stored.name, stored.as_stored, stored.few_tokens) if stored.is_quantised else Plain(stored.name)
     return KeptRows(kept, rows.first_row, rows.num_rows, rows.offset, rows.nbytes)

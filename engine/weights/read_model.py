@@ -69,7 +69,8 @@ def _read_config(path: Path) -> tuple[Model, bool]:
     directory of GGUF files."""
     file = config_file(path)
     if path.is_dir() and not file.exists() and (found := sorted(path.glob("*.gguf"))):
-        raise ValueError(f"{path}: has no config.json, but {found[0].name}: give the GGUF file itself")
+        others = f" and {len(found) - 1} more GGUF files" if len(found) > 1 else ""
+        raise ValueError(f"{path}: has no config.json, but {found[0].name}{others}: give the GGUF file itself")
     config = read_config(path)
     spec = read_spec(config, str(file))
     for name, fields in QUANTISED.items():

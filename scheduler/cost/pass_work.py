@@ -144,13 +144,20 @@ class StepWork:
         return self == StepWork(self.step)
 
     @functools.cached_property
+    def only_weights(self) -> bool:
+        """Tells whether the step does nothing but move weights."""
+        return self == StepWork(self.step, weight_bytes=self.weight_bytes, few_bytes=self.few_bytes)
+
+    @functools.cached_property
     def only_scores(self) -> bool:
         """Tells whether the step launches something only where tokens are scored."""
         return self == StepWork(self.step, scored_bytes=self.scored_bytes, scored_flops=self.scored_flops)
 
     def runs(self, shape: PassShape) -> bool:
         """Tells whether the step launches something in a pass."""
-        return not (self.is_idle or (self.only_scores and not shape.num_scored))
+        if self.only_weights:
+            return self._read_bytes(shape.run_tokens) > 0
+        return not (self.only_scores and not shape.num_scored)
 
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""

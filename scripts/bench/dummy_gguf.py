@@ -10,7 +10,6 @@ random blocks of its own. The last line is one JSON object.
 import argparse
 import json
 import math
-import os
 import struct
 import sys
 import time
@@ -18,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.kernels.ggml_types import GGML_TYPES, GGMLType
 from penstock.engine.model.families import read_config, read_spec
 from penstock.engine.model.layout import expected_tensors
 from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.weight_formats import QUANTISED
+from penstock.engine.weights.dummy import small_bytes
 from penstock.engine.weights.gguf_file import ALIGNMENT, MAGIC
 from penstock.engine.weights.gguf_model import ARCHITECTURES, NAMES
 
@@ -32,7 +33,6 @@ from scripts.bench.workload import positive
 
 TYPE_IDS = {kind.name: number for number, kind in GGML_TYPES.items()}
 PATTERN_BYTES = 1 << 24
-SMALL_BYTE = 0x23  # two of them are a finite fp16
 
 
 def metadata(spec: ModelSpec) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def write_gguf(
 
 def _write_data(stream: BinaryIO, start: int, described: list[tuple]) -> None:
     """Writes ones to the vectors, and one random pattern again and again to the matrices."""
-    pattern = bytes(byte % (SMALL_BYTE + 1) for byte in os.urandom(PATTERN_BYTES))
+    pattern = small_bytes(PATTERN_BYTES, torch.Generator().manual_seed(0)).numpy().tobytes()
     for _, shape, each, offset in described:
         stream.seek(start + offset)
         left = each.row_bytes(math.prod(shape))

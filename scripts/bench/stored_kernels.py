@@ -28,7 +28,7 @@ from penstock.engine.kernels.matmul_tiles import Shape
 from penstock.engine.kernels.stored_linear import Config, StoredRun, _stored_linear_triton, stored_linear
 from penstock.engine.kernels.stored_matmul import MOST_TOKENS, _stored_matmul_triton, stored_matmul
 from penstock.engine.measure.rates import capture, memory_gb_s, seconds
-from penstock.engine.model.weight_formats import AS_STORED, FEW_TOKENS, QUANTISED
+from penstock.engine.model.weight_formats import AS_STORED, MOST_FEW, QUANTISED, format_in
 from penstock.parallel.launch import run_rank
 from penstock.parallel.topology import resolve_topology
 from penstock.parallel.triton_door import compiled_ahead
@@ -39,8 +39,12 @@ from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 
 SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
+ENDS = (SHAPES[0], SHAPES[-1])  # without and with a split of D
 TOKENS = (1, 2, 4, 8, 32, 64)
-LINEAR_VARIANTS = ((4, 1, 1), (4, 1, 2), (4, 1, 4), (2, 1, 2), (2, 1, 4), (8, 1, 1), (4, 2, 2), (4, 4, 1))
+LINEAR_VARIANTS = (
+    *((4, warps, 1) for warps in (1, 2, 4, 8)), (4, 2, 2), (4, 4, 2), *((2, warps, 1) for warps in (2, 4, 8)),
+    (2, 4, 2), (1, 4, 1), (1, 8, 1), (8, 2, 1),
+)  # fmt: skip
 MATMUL_VARIANTS = (
     *((64, 16, 4, stages, 528) for stages in (1, 2, 3, 4)), *((64, 16, 4, 3, programs) for programs in (264, 1056)),
     (64, 32, 4, 3, 528), (128, 16, 8, 3, 264), (128, 16, 8, 3, 528), (128, 16, 4, 3, 264), (32, 16, 2, 3, 1056),
@@ -107,11 +111,18 @@ def stored_copies(kind: str, shape: tuple[int, int], device: torch.device) -> li
 
 def run_stored(x: Tensor, kind: str, data: Tensor, out: Tensor) -> None:
     """The linear over stored bits, as the engine chooses it."""
-    (stored_linear if len(x) <= FEW_TOKENS else stored_matmul)(x, [StoredRun(kind, 0, data)], None, out)
+    multiply = stored_linear if len(x) <= few_tokens(kind, x.dtype) else stored_matmul
+    multiply(x, StoredRun(kind, 0, data), None, out)
+
+
+def few_tokens(kind: str, dtype: torch.dtype) -> int:
+    """Tokens of the largest pass that multiplies in registers."""
+    return format_in(kind, str(dtype).removeprefix("torch.")).few_tokens
 
 
 def runs_beside(kind: str, own: list[Tensor], x: Tensor, out: Tensor) -> dict[str, Run]:
-    """The runs beside which the linear over stored bits stands: floats first, and as if the weight were bf16."""
+    """The runs beside which the linear over stored bits stands: floats first, and as if the weight were bf16; of few
+    tokens also in registers and through tensor cores."""
     shape = (out.shape[1], x.shape[1])
     floats = [torch.zeros(shape, dtype=x.dtype, device=x.device) for _ in range(copies(2 * shape[0] * shape[1]))]
 
@@ -119,7 +130,13 @@ def runs_beside(kind: str, own: list[Tensor], x: Tensor, out: Tensor) -> dict[st
         dequantise(kind, own[index % len(own)], floats[0])
         linear(x, floats[0], None, out)
 
-    return {"floats first": by_floats, "bf16": lambda index: linear(x, floats[index % len(floats)], None, out)}
+    def stored_by(multiply: Callable[..., None]) -> Run:
+        return lambda index: multiply(x, StoredRun(kind, 0, own[index % len(own)]), None, out)
+
+    runs = {"floats first": by_floats, "bf16": lambda index: linear(x, floats[index % len(floats)], None, out)}
+    if len(x) <= MOST_FEW:
+        runs |= {"registers": stored_by(stored_linear), "tensor cores": stored_by(stored_matmul)}
+    return runs
 
 
 def operands(shape: tuple[int, int], num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -128,16 +145,13 @@ def operands(shape: tuple[int, int], num_tokens: int, device: torch.device) -> t
     return x, torch.empty(num_tokens, shape[0], dtype=torch.bfloat16, device=device)
 
 
-def time_linear(kind: str, shape: tuple[int, int], num_tokens: int, device: torch.device) -> dict[str, float]:
+def time_linear(
+    kind: str, shape: tuple[int, int], num_tokens: int, device: torch.device, time: Callable = graph_seconds
+) -> dict[str, float]:
     own, (x, out) = stored_copies(kind, shape, device), operands(shape, num_tokens, device)
-    run_s = graph_seconds(lambda index: run_stored(x, kind, own[index % len(own)], out), device)
-    others = {name: graph_seconds(run, device) * 1e6 for name, run in runs_beside(kind, own, x, out).items()}
-    return {
-        "stored": gb_s(own[0].nbytes, run_s),
-        "us": run_s * 1e6,
-        "us_by_floats": others["floats first"],
-        "us_of_bf16": others["bf16"],
-    }
+    run_s = time(lambda index: run_stored(x, kind, own[index % len(own)], out), device)
+    others = {f"us, {name}": time(run, device) * 1e6 for name, run in runs_beside(kind, own, x, out).items()}
+    return {"stored": gb_s(own[0].nbytes, run_s), "us": run_s * 1e6, **others}
 
 
 def copy_gb_s(device: torch.device) -> float:
@@ -152,7 +166,7 @@ def linear_error(kind: str, num_tokens: int, dtype: torch.dtype, device: torch.d
     shape = (1008, 4096)
     data = random_stored(kind, shape[0] * shape[1], device).view(shape[0], -1)
     x = torch.randn(num_tokens, shape[1], device=device).to(dtype)
-    floats = torch.empty(shape, dtype=torch.float32 if num_tokens <= FEW_TOKENS else dtype, device=device)
+    floats = torch.empty(shape, dtype=torch.float32 if num_tokens <= few_tokens(kind, dtype) else dtype, device=device)
     dequantise(kind, data, floats)
     exact, sizes = x.double() @ floats.double().t(), x.double().abs() @ floats.double().abs().t()
     out = torch.empty(num_tokens, shape[0], dtype=dtype, device=device)
@@ -175,7 +189,7 @@ def wrong_weights(kind: str, device: torch.device) -> int:
 
 def variants_of(num_tokens: int) -> dict[str, Callable[..., None]]:
     """The linear over stored bits of so many tokens, by the shape of its programs."""
-    if num_tokens > FEW_TOKENS:
+    if num_tokens > MOST_FEW:
         return {str(each): partial(_stored_matmul_triton, shape=Shape(*each)) for each in MATMUL_VARIANTS}
     shapes = [each for each in LINEAR_VARIANTS if each[0] * num_tokens <= MOST_SUMS]
     return {str(each): partial(_stored_linear_triton, shape=Config(*each)) for each in shapes}
@@ -209,8 +223,8 @@ def compile_ahead(launch: Callable[[], Any]) -> None:
 def measure_variants(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     record: dict[str, Any] = {"read_gb_s": memory_gb_s(device), "variants": {}}
     print(record, file=sys.stderr, flush=True)
-    cases, ends = [(kind, n) for n in tokens for kind in kinds], (SHAPES[0], SHAPES[-1])  # without and with a split
-    compile_ahead(lambda: [time_variants(kind, shape, n, device, launch_once) for kind, n in cases for shape in ends])
+    cases = [(kind, n) for n in tokens for kind in kinds]
+    compile_ahead(lambda: [time_variants(kind, shape, n, device, launch_once) for kind, n in cases for shape in ENDS])
     for kind, num_tokens in cases:
         found = {str(shape): time_variants(kind, shape, num_tokens, device) for shape in SHAPES}
         names = found[str(SHAPES[0])]
@@ -222,7 +236,10 @@ def measure_variants(kinds: list[str], tokens: list[int], device: torch.device) 
 
 def measure(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
-        compile_ahead(lambda: check(kinds, tokens, device))
+        cases = [(kind, shape, n) for kind in kinds for shape in ENDS for n in tokens]
+        compile_ahead(
+            lambda: [check(kinds, tokens, device), *(time_linear(*one, device, launch_once) for one in cases)]
+        )
     record = check(kinds, tokens, device)
     print(record, file=sys.stderr, flush=True)
     if device.type == "cpu":

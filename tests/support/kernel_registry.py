@@ -35,7 +35,7 @@ from penstock.engine.kernels import (
     stored_matmul,
 )
 from penstock.engine.kernels.prompt_attention import Pages
-from penstock.engine.model.weight_formats import FEW_TOKENS
+from penstock.engine.kernels.stored_linear import StoredRun
 from penstock.engine.planning.step_cost import MATRICES
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.weights.kept_group import Blocks, Lossless
@@ -104,23 +104,23 @@ class _StoredLinear(EngineKernel):
 
     def calls_at(self, instruction: Instruction, ctx: PassContext, executor: Executor) -> int:
         num_tokens = len(ctx.inputs.tokens) if isinstance(instruction, Compute) else 0
-        if not num_tokens or not self.has(num_tokens):
+        if not num_tokens:
             return 0
         weights = executor.views.get(instruction.group, {})
         names = [name for part in instruction.parts for name in MATRICES.get(part, ())]
         read = [weights[name] for name in names if name in weights]
         matrices = [each for each in read if not isinstance(each, Tensor) and num_tokens <= each.as_stored]
-        return sum(len(each.runs) for each in matrices)
+        return sum(self.has(num_tokens, run) for each in matrices for run in each.runs)
 
-    def has(self, num_tokens: int) -> bool:
-        return num_tokens <= FEW_TOKENS
+    def has(self, num_tokens: int, run: StoredRun) -> bool:
+        return num_tokens <= run.few_tokens
 
 
 class _StoredMatmul(_StoredLinear):
     """The row of stored_matmul: likewise, for more tokens."""
 
-    def has(self, num_tokens: int) -> bool:
-        return num_tokens > FEW_TOKENS
+    def has(self, num_tokens: int, run: StoredRun) -> bool:
+        return num_tokens > run.few_tokens
 
 
 def _kernel(module: ModuleType, stem: str, *steps: str, row: type = EngineKernel, **rest) -> EngineKernel:

@@ -9,7 +9,7 @@ from penstock.engine.kernels.dequantise import dequantise
 from penstock.engine.kernels.ggml_types import BY_NAME
 from penstock.engine.kernels.linear import linear
 from penstock.engine.kernels.stored_linear import WORDS, StoredRun, stored_linear
-from penstock.engine.model.weight_formats import FEW_TOKENS, QUANTISED
+from penstock.engine.model.weight_formats import AS_STORED, MOST_FEW, QUANTISED, format_in
 
 from tests.support.ggml_blocks import oracle, random_blocks, stored
 from tests.support.kernel_proof import (
@@ -45,7 +45,9 @@ def sizes(x, floats):
 
 
 def test_what_the_table_says_is_what_the_kernel_reads():
-    assert WORDS.keys() == set(QUANTISED) and FEW_TOKENS <= module.MOST_TOKENS
+    assert WORDS.keys() == set(QUANTISED) and MOST_FEW == module.MOST_TOKENS
+    formats = [format_in(kind, dtype) for kind in QUANTISED for dtype in AS_STORED]
+    assert all(1 <= each.few_tokens <= MOST_FEW <= each.as_stored for each in formats)
 
 
 @pytest.mark.parametrize("kind", WORDS)
@@ -80,7 +82,8 @@ def test_runs_of_other_formats_make_one_weight():
     for has_bias in (True, False):
         inputs = inputs_of(2, num_rows=14)
         bias = inputs["bias"] if has_bias else None
-        stored_linear(inputs["x"], runs, bias, inputs["out"])
+        for run in runs:
+            stored_linear(inputs["x"], run, bias, inputs["out"])
         exact = inputs["x"].double() @ floats.double().t() + (bias.double() if has_bias else 0.0)
         within(16.0, scale=sizes(inputs["x"], floats))(inputs["out"], exact)
 

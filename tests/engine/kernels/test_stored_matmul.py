@@ -21,7 +21,7 @@ from penstock.engine.kernels.matmul_tiles import (
 )
 from penstock.engine.kernels.stored_linear import StoredRun
 from penstock.engine.kernels.stored_matmul import stored_matmul
-from penstock.engine.model.weight_formats import AS_STORED, FEW_TOKENS, QUANTISED
+from penstock.engine.model.weight_formats import AS_STORED, MOST_FEW, QUANTISED, format_in
 
 from tests.support.ggml_blocks import oracle, random_blocks, stored
 from tests.support.kernel_proof import (
@@ -65,7 +65,9 @@ def exact(x, floats, bias):
 def test_what_the_table_says_is_what_the_kernel_has():
     assert NEAREST.keys() == set(QUANTISED) and set(NEAREST.values()) == SHAPES.keys()
     assert all(len(shapes) == len(TOKENS) for shapes in SHAPES.values())
-    assert AS_STORED["bfloat16"] == module.MOST_TOKENS > FEW_TOKENS == max(AS_STORED["float16"], AS_STORED["float32"])
+    assert AS_STORED["bfloat16"] == module.MOST_TOKENS > MOST_FEW
+    without = [format_in(kind, dtype) for kind in QUANTISED for dtype in ("float16", "float32")]
+    assert all(each.few_tokens == each.as_stored for each in without)  # the kernel has bf16 alone
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -143,7 +145,8 @@ def test_runs_of_other_formats_make_one_weight():
     parts = [weight_of(kind, num_rows=n) for kind, n in zip(kinds, counts)]
     runs = [StoredRun(kind, first, data) for kind, first, (data, _) in zip(kinds, (0, 6, 9), parts)]
     inputs, floats = inputs_of(6, num_rows=14), torch.cat([floats for _, floats in parts])
-    stored_matmul(inputs["x"], runs, inputs["bias"], inputs["out"])
+    for run in runs:
+        stored_matmul(inputs["x"], run, inputs["bias"], inputs["out"])
     agree(inputs["x"], floats)(inputs["out"], exact(inputs["x"], floats, inputs["bias"]))
 
 

@@ -3,6 +3,7 @@
 import os
 import struct
 import sys
+import tracemalloc
 
 import gguf
 import numpy
@@ -10,6 +11,7 @@ import pytest
 from penstock.engine.kernels.ggml_types import GGML_TYPES
 from penstock.engine.weights.gguf_file import is_gguf, read_gguf
 from penstock.engine.weights.gguf_values import MAX_DEPTH
+from penstock.scheduler.units import MIB
 
 from tests.support.raw_gguf import ARRAY, BOOL, F32, STRING, U8, U32, U64, key, tensor, text, typed, whole
 
@@ -186,10 +188,15 @@ BAD = {
 
 @pytest.mark.parametrize("content, message", BAD.values(), ids=BAD)
 def test_a_damaged_header_is_refused_in_one_line(tmp_path, content, message):
+    """Takes no memory for what the header says, but a buffer and the values so far."""
     file = tmp_path / "m.gguf"
     file.write_bytes(content)
+    tracemalloc.start()
     with pytest.raises(ValueError) as raised:
         read_gguf(file)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_bytes < 2 * MIB + 10 * len(content)
     told = str(raised.value)
     assert told.startswith(str(file)) and message in told and "\n" not in told and len(told) < len(str(file)) + 300
 

@@ -11,30 +11,36 @@ import torch
 from penstock.engine.model.families import read_config, read_spec, tensor_names
 from penstock.engine.model.layout import expected_tensors
 from penstock.engine.model.shard import Piece
+from penstock.engine.weights.blocks import BLOCK_BYTES
 from penstock.engine.weights.dummy import DummyWeights
+from penstock.engine.weights.host_store import MOST_READERS
 from safetensors.torch import save_file
+
+from scripts.bench.dummy_gguf import write_gguf
 
 ROOT = Path(__file__).parents[3]
 
 LOAD_AND_MEASURE = """
     import sys, torch
     from pathlib import Path
-    from penstock.engine.model.families import read_config, read_spec, tensor_names
+    from penstock.engine.model.families import tensor_names
     from penstock.engine.model.layout import expected_tensors, model_layout
     from penstock.engine.weights.checkpoint import Checkpoint
+    from penstock.engine.weights.gguf_checkpoint import GGUFCheckpoint
     from penstock.engine.weights.host_store import load_weights
+    from penstock.engine.weights.read_model import read_model
 
     def peak_bytes():
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
     directory, dtype, tp_size, rank, compressed = *sys.argv[1:3], *map(int, sys.argv[3:])
-    spec = read_spec(read_config(directory), directory)
-    names = tensor_names(spec)
+    spec = read_model(directory).spec
+    names = spec.names if directory.endswith(".gguf") else tensor_names(spec)
     layout = model_layout(spec, names, dtype, tp_size, rank)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = peak_bytes()
-    with Checkpoint.open(directory) as source:
+    with GGUFCheckpoint.open_model(directory, spec) if spec.formats else Checkpoint.open(directory) as source:
         source.check(expected_tensors(spec, names), names.ignorable)
         groups = {group.id for group in layout.groups}
         compressed = groups if compressed else set()
@@ -93,3 +99,14 @@ def test_peak_memory_of_compressed_loading(large):
     assert 0.95 * held < added < held + 2 * largest + 128e6, (
         "more than those, torch's own code and a block for each thread"
     )
+
+
+def test_peak_memory_of_loading_blocks(large, tmp_path):
+    """Expects what is held, and two blocks of the file for each thread that takes blocks apart: of an 8B in Q4_K 1.03
+    times its bytes. Norms are read in fp32."""
+    spec, file = read_spec(read_config(large), str(large)), tmp_path / "m.gguf"
+    write_gguf(spec, file, "Q8_0", "Q8_0", sparse=False)
+    added, _, num_read, held, _ = measured(file, "bfloat16", 1, 0)
+    print(f"blocks: held {held / 1e6:.0f} MB, added {added / 1e6:.0f} MB")
+    assert held > 150e6 and num_read == pytest.approx(held, rel=1e-3)
+    assert 0.95 * held < added < held + 2 * MOST_READERS * BLOCK_BYTES

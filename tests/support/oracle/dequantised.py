@@ -17,20 +17,28 @@ IN_LAYER = {
 }
 
 
-def dequantised_llama(file: Path) -> LlamaForCausalLM:
-    """The model, whose head is its embedding."""
+def dequantised_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Each tensor of the file in fp32, the rows of q and k in transformers' order."""
     reader = gguf.GGUFReader(str(file))
-    config = llama_config({name.removeprefix("llama."): field for name, field in reader.fields.items()})
+    config, weights = read_config(reader), {}
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    state = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
-        *layer, name, _ = tensor.name.split(".")
         weight = weight.reshape([int(size) for size in reversed(tensor.shape)])
+        *_, name, _ = tensor.name.split(".")
         if name in heads:  # the converter puts the two halves of a head's rows in turn
             weight = weight.unflatten(0, (heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+        weights[tensor.name] = weight.float()
+    return weights
+
+
+def dequantised_llama(file: Path) -> LlamaForCausalLM:
+    """The model, whose head is its embedding."""
+    config, state = read_config(gguf.GGUFReader(str(file))), {}
+    for tensor, weight in dequantised_weights(file).items():
+        *layer, name, _ = tensor.split(".")
         inner = f"model.layers.{layer[1]}.{IN_LAYER[name]}" if layer else NAMES[name]
-        state[f"{inner}.weight"] = weight.float()
+        state[f"{inner}.weight"] = weight
     model = LlamaForCausalLM(config)
     lost = model.load_state_dict(state, strict=False)
     assert lost.missing_keys == ["lm_head.weight"] and not lost.unexpected_keys
@@ -38,7 +46,8 @@ def dequantised_llama(file: Path) -> LlamaForCausalLM:
     return model.eval()
 
 
-def llama_config(fields: dict[str, gguf.ReaderField]) -> LlamaConfig:
+def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
+    fields = {name.removeprefix("llama."): field for name, field in reader.fields.items()}
     return LlamaConfig(
         vocab_size=fields["vocab_size"].contents(),
         hidden_size=fields["embedding_length"].contents(),
