@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from penstock.engine.runtime import heap
 from penstock.engine.server.app import make_app
-from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
+from penstock.engine.server.connection import Connection
 from penstock.engine.server.engine_process import EngineProcess
 from penstock.engine.server.service import Service
 
@@ -52,7 +52,6 @@ class Server:
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 timeout_graceful_shutdown=1,
             )
         )
