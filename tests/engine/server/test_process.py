@@ -201,6 +201,15 @@ def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_before_the_server_hears_any_ends_it_well(tmp_path, number):
+    """Behind the line that says where it listens."""
+    with server_process(tmp_path, in_front=f"import os; os.kill(os.getpid(), {number:d})") as server:
+        assert server.exit_code() == 0 and "Traceback" not in server.text, server.text
+        server.command.wait_until_gone(time.time())
+
+
+@pytest.mark.alone
 def test_when_the_engines_process_is_killed_every_client_is_told_and_the_server_ends(tmp_path):
     """Those that stream and those that wait for a whole answer, in the middle of a pass. Before that: while the pass is
     busy in Python for as long as this test likes, the front answers; and it has no torch."""
