@@ -277,6 +277,7 @@ def test_a_bad_line_is_refused_before_anything_is_made(llm, tmp_path, said):
         (("--errors", "OUT.job"), "out.jsonl.job: is the file of OUTPUT.job too"),
         (("-o", "IN", "--force-new"), "in.jsonl: is the file of --input-file too"),
         (("--errors", "LINK", "--force-new"), "link.jsonl: is the file of --input-file too"),
+        (("-o", "."), "--output-file .: is a directory, and a file is expected"),
         (("-o", "-"), "--output-file -: expected a file, in which a job can find its rows again"),
         (("-i", "-"), "--input-file -: expected a file, in which a job can find its rows again"),
     ],
