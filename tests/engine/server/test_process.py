@@ -319,6 +319,23 @@ def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, rank, n
         assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * len(streams.errors)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_torchrun_a_rank_that_dies_ends_the_server(tmp_path, rank):
+    """Its clients are told at once; torchrun's agent may take half a minute."""
+    with server_process(tmp_path, launcher=TORCHRUN, in_passes=SLOW) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 3, max_tokens=200)
+        streams.wait_for_tokens()
+        failed_s = time.monotonic()
+        os.kill(server.pid(rank), signal.SIGKILL)
+        streams.join()
+        assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * 3
+        assert max(streams.ended_s) - failed_s < TOLD_S
+        assert server.exit_code() == 1 and time.monotonic() - failed_s < TOLD_S + 30
+        server.command.wait_until_gone(time.time())
+
+
 @pytest.mark.alone
 def test_under_torchrun_rank_0_serves_and_all_end_well(tmp_path):
     with server_process(tmp_path, launcher=TORCHRUN) as server:
