@@ -20,7 +20,9 @@ import pytest
 from penstock.engine.commands import serve
 from penstock.engine.commands.cli import main
 from penstock.engine.config import EngineConfig
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.generation_defaults import read_defaults
+from penstock.engine.server.server import Server
 
 from tests.support.commands import SLOW, TORCHRUN
 from tests.support.server_process import ServerProcess, server_process
@@ -369,7 +371,24 @@ def test_the_rest_of_the_command_line_needs_no_library_of_the_servers():
     assert done.stdout.strip() in ("fastapi", "starlette", "uvicorn")
 
 
-def test_defaults_of_the_checkpoint_are_read_unless_that_is_refused(tmp_path):
+@pytest.mark.parametrize("choice, expected", [("auto", {"temperature": 0.25}), ("none", {})])
+def test_defaults_of_the_checkpoint_are_said_and_served_unless_that_is_refused(
+    tmp_path, monkeypatch, capsys, choice, expected
+):
+    for file in find_model("demo").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.25}))
+    served = []
+    monkeypatch.setattr(serve, "EngineProcess", lambda config: None)
+    monkeypatch.setattr(Server, "__init__", lambda server, service, *_: served.append(service.defaults))
+    monkeypatch.setattr(Server, "run", lambda *_: 0)
+    flags = ("--port", "0", "--device", "cpu", "--generation-config", choice)
+    assert main(["serve", str(tmp_path), *flags]) == 0 and served == [expected]
+    assert ("temperature 0.25" in capsys.readouterr().err) == bool(expected)
+
+
+def test_defaults_of_the_checkpoint_are_read(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
     assert read_defaults(EngineConfig(str(tmp_path))) == {"temperature": 0.6, "top_k": 20}
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": -1}))
