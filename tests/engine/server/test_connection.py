@@ -80,6 +80,18 @@ def test_what_is_no_request_gets_an_error_in_json(connect, said):
     assert (status, set(json.loads(body)["error"])) == (400, {"message", "type", "param", "code"})
 
 
+@pytest.mark.parametrize("route", [b"GET /health", b"POST /v1/completions"])
+def test_a_body_that_is_no_http_is_answered_once(connect, caplog, route):
+    """By the connection, before the handler can."""
+    head = b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect() as stream:
+        stream.sendall(route + head + b"no chunk\r\n")
+        answer = rest_of(stream)
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    assert said_to(connect, ASK + b"\r\n") == (200, b"")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_what_follows_an_answer_and_is_no_http_ends_the_connection_alone(connect, served):
     """An answer that came before the body is the only one; nothing fails in the event loop."""
     failed = []
