@@ -113,7 +113,7 @@ def _starts(text: str, special: tuple[str, ...]) -> set[int]:
 
 @functools.cache
 def _first_letters(special: tuple[str, ...]) -> frozenset[str]:
-    """What special tokens begin with."""
+    """The first characters of special tokens."""
     return frozenset(token[:1] for token in special)
 
 
