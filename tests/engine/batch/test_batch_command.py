@@ -350,6 +350,17 @@ def test_a_job_takes_the_passes_that_a_dry_run_predicts(llm, tmp_path, said):
     assert done["output_tokens"] == 40 * 8 and done["passes"] == pytest.approx(predicted["passes"], rel=0.1)
 
 
+def test_a_dry_run_leaves_out_prompts_that_no_sequence_can_have(tmp_path, said):
+    texts = [line(str(number), prompt=[5] * 8, max_tokens=8) for number in range(8)]
+    predicted = []
+    for name, more in (("short", []), ("long", [line("long", prompt=[5] * 10_000, max_tokens=8)])):
+        given = write_lines(tmp_path / f"{name}.jsonl", texts + more)
+        assert run_here(None, given, tmp_path / "out.jsonl", "--dry-run", "--max-num-seqs", "4") == 0
+        predicted.append(said()[0])
+    assert [one["prompt_tokens"] for one in predicted] == [8 * 8, 9 * 8]
+    assert predicted[1]["seconds"] < 2 * predicted[0]["seconds"]
+
+
 def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):
     """A second is as short as a pass here; the job's end is known to the pass, since all lengths are fixed."""
     monkeypatch.setattr(meter, "SAMPLE_S", 0.0)
