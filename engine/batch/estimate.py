@@ -55,7 +55,8 @@ def estimate(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: Do
     passes = Passes(pass_work(plan), plan.rates, plan.max_num_batched_tokens, plan.max_num_seqs, limits)
     outlook, rows = Outlook(passes), 0
     for num_tokens in _sampled_prompts(config, plan, reader, done):
-        outlook.note_prompt(num_tokens)
+        if num_tokens < limits.max_model_len:  # a longer one is refused, and takes no time
+            outlook.note_prompt(num_tokens)
     for index in done.pending():
         rows += 1
         outlook.add_row(done.lines, index)

@@ -93,7 +93,7 @@ class Job:
 
 def job_file(output: Path) -> Path:
     """The file in which the job of an output is kept."""
-    return output.with_name(output.name + ".job")
+    return output.parent / f"{output.name}.job"  # `with_name` takes no folder, which others refuse by its flag
 
 
 def errors_from(output: str, errors: str | None) -> str | None:

@@ -84,6 +84,7 @@ class CompletionAnswer(_Answer):
     """The bodies of a completion. `echoes` stand before the choices, where that was asked for."""
 
     echoes: list["Echo"] | None = None
+    _ends: dict[int, int] = field(init=False, default_factory=dict)  # of the tokens that chunks told, by choice
 
     prefix = "cmpl"
     kind = chunk_kind = "text_completion"
@@ -102,13 +103,18 @@ class CompletionAnswer(_Answer):
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """The choice of a chunk; the prompt is in the first one, as in vLLM."""
-        return self._choice(piece.choice, piece.text, piece.logprobs or None, piece.finish, piece.is_first)
+        choice = self._choice(piece.choice, piece.text, piece.logprobs or None, piece.finish, piece.is_first)
+        if (told := choice["logprobs"]) is not None:
+            self._ends[piece.choice] = told["text_offset"][-1] + len(told["tokens"][-1])
+        return choice
 
     def _choice(
         self, index: int, text: str, positions: list[Position] | None, finish: Finish | None, is_first: bool
     ) -> dict[str, Any]:
         echo = self.echoes[index] if is_first and self.echoes is not None else Echo()
-        logprobs = None if positions is None else completion_logprobs([*echo.positions, *positions])
+        logprobs = None
+        if positions is not None:
+            logprobs = completion_logprobs([*echo.positions, *positions], self._ends.get(index, 0))
         return {"index": index, "text": echo.text + text, "logprobs": logprobs} | _ending(finish)
 
 
@@ -163,15 +169,16 @@ def _ending(finish: Finish | None) -> dict[str, Any]:
     return {"finish_reason": reason, "stop_reason": stop_reason}
 
 
-def completion_logprobs(positions: list[Position]) -> dict[str, Any]:
-    """Log probabilities as completions have them: lists by token. Offsets count characters of the tokens' texts."""
+def completion_logprobs(positions: list[Position], start: int = 0) -> dict[str, Any]:
+    """Log probabilities as completions have them: lists by token. Offsets count characters of the tokens' texts, of
+    which `start` came before."""
     chosen = [next(iter(position.values())) for position in positions]
     texts = [each.decoded_token or "" for each in chosen]
     return {
         "tokens": texts,
         "token_logprobs": [_finite(each.logprob) for each in chosen],
         "top_logprobs": [_by_text(position) for position in positions],
-        "text_offset": list(itertools.accumulate(map(len, texts), initial=0))[:-1],
+        "text_offset": list(itertools.accumulate(map(len, texts), initial=start))[:-1],
     }
 
 

@@ -102,7 +102,7 @@ REFUSED: Mapping[str, Callable[[Any], bool]] = {
     "allowed_token_ids": _empty,
     "use_beam_search": _empty,
     "length_penalty": _number(1),
-    "truncate_prompt_tokens": _empty,
+    "truncate_prompt_tokens": _never,
     "skip_special_tokens": _is(True),
     "spaces_between_special_tokens": _is(True),
     "include_stop_str_in_output": _is(False),

@@ -1,12 +1,14 @@
 """The options of a server, beside those of its engine: the flags of `penstock serve` are made from these fields."""
 
 import dataclasses
+import signal
 from dataclasses import dataclass
 
 from penstock.engine.config import option
 from penstock.scheduler.units import show_value
 
 KEY_VARIABLE = "PENSTOCK_API_KEY"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that end a server
 
 
 @dataclass(frozen=True)

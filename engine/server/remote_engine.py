@@ -32,13 +32,14 @@ WEIGHT = 0.05  # of the newest answer in the mean
 
 
 class RemoteEngine:
-    """One engine. `metrics` hear of its passes and of sequences that end. `facts` are None until it is loaded."""
+    """One engine. `metrics` hear of its passes and of sequences that end. `facts` are None until it is loaded. Once it
+    `is_stopping` its end is no failure."""
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
         self.facts: EngineFacts | None = None
         self.state, self.times, self.progress = EngineState(), PassTimes(), Progress().to_dict()
-        self.has_failed = False
+        self.has_failed = self.is_stopping = False
         self._journeys: dict[int, Journey] = {}  # those that have not ended, by request id
         self._rowless: dict[int, Journey] = {}  # those of them that never had a row
         self._mean_tokens: float | None = None  # of answers that ended by themselves; recent ones count more
@@ -106,6 +107,7 @@ class RemoteEngine:
 
     def stop(self) -> None:
         """Lets the engine close and its process end, after the pass that is under way."""
+        self.is_stopping = not self.has_failed
         self._send(Stop())
 
     def fail(self) -> None:

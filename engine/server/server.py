@@ -10,7 +10,6 @@ uvicorn's own handlers of signals do none of that, so they are off.
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
 import time
@@ -19,11 +18,11 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from penstock.engine.runtime import heap
 from penstock.engine.server.app import make_app
-from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
+from penstock.engine.server.connection import Connection
 from penstock.engine.server.engine_process import EngineProcess
+from penstock.engine.server.options import SIGNALS
 from penstock.engine.server.service import Service
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ANSWER_S = 3.0  # for clients to take the last answer, once the engine has ended or all was aborted
 # For the engine's process to end: one that serves, one that has failed and says why, and one that loads or is stopped.
 CLOSE_S, FAIL_S, GIVE_UP_S = 20.0, 5.5, 0.0
@@ -52,7 +51,6 @@ class Server:
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 timeout_graceful_shutdown=1,
             )
         )

@@ -65,9 +65,9 @@ class Service:
     @property
     def phase(self) -> str:
         """The state that it is in: loading, ready, draining or dead."""
-        if self.engine.has_failed:
+        if self.engine.has_failed and not self.engine.is_stopping:
             return "dead"
-        if self.is_draining:
+        if self.is_draining or self.engine.is_stopping:
             return "draining"
         return "loading" if self.model is None else "ready"
 

@@ -96,6 +96,8 @@ def _strings(value: Any) -> Iterator[str]:
 def _starts(text: str, special: tuple[str, ...]) -> set[int]:
     """Finds where in a text a special token begins, or could where another text follows at its end."""
     found = set()
+    if not any(letter in text for letter in _first_letters(special)):  # nearly always, and special tokens may be many
+        return found
     for token in special:
         at = text.find(token)
         while at >= 0:
@@ -107,6 +109,12 @@ def _starts(text: str, special: tuple[str, ...]) -> set[int]:
             at for at in range(max(0, len(end) - max(map(len, special), default=0)), len(end)) if end[at:] in beginnings
         }
     return found
+
+
+@functools.cache
+def _first_letters(special: tuple[str, ...]) -> frozenset[str]:
+    """The first characters of special tokens."""
+    return frozenset(token[:1] for token in special)
 
 
 @functools.cache

@@ -277,6 +277,7 @@ def test_a_bad_line_is_refused_before_anything_is_made(llm, tmp_path, said):
         (("--errors", "OUT.job"), "out.jsonl.job: is the file of OUTPUT.job too"),
         (("-o", "IN", "--force-new"), "in.jsonl: is the file of --input-file too"),
         (("--errors", "LINK", "--force-new"), "link.jsonl: is the file of --input-file too"),
+        (("-o", "."), "--output-file .: is a directory, and a file is expected"),
         (("-o", "-"), "--output-file -: expected a file, in which a job can find its rows again"),
         (("-i", "-"), "--input-file -: expected a file, in which a job can find its rows again"),
     ],
@@ -347,6 +348,17 @@ def test_a_job_takes_the_passes_that_a_dry_run_predicts(llm, tmp_path, said):
     assert run_here(llm, given, tmp_path / "out.jsonl") == 0
     done = said()[0]
     assert done["output_tokens"] == 40 * 8 and done["passes"] == pytest.approx(predicted["passes"], rel=0.1)
+
+
+def test_a_dry_run_leaves_out_prompts_that_no_sequence_can_have(tmp_path, said):
+    texts = [line(str(number), prompt=[5] * 8, max_tokens=8) for number in range(8)]
+    predicted = []
+    for name, more in (("short", []), ("long", [line("long", prompt=[5] * 10_000, max_tokens=8)])):
+        given = write_lines(tmp_path / f"{name}.jsonl", texts + more)
+        assert run_here(None, given, tmp_path / "out.jsonl", "--dry-run", "--max-num-seqs", "4") == 0
+        predicted.append(said()[0])
+    assert [one["prompt_tokens"] for one in predicted] == [8 * 8, 9 * 8]
+    assert predicted[1]["seconds"] < 2 * predicted[0]["seconds"]
 
 
 def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):

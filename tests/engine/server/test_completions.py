@@ -144,7 +144,8 @@ def test_an_echo_is_streamed_with_its_log_probabilities(served):
     body = {"prompt": PROMPT, "echo": True, "logprobs": 1} | GREEDY
     (whole,) = served.answer(PATH, **body)["choices"]
     chunks = [chunk["choices"][0]["logprobs"] for chunk in served.stream(PATH, **body)]
-    assert [one for told in chunks for one in told["token_logprobs"]] == whole["logprobs"]["token_logprobs"]
+    for name, told in whole["logprobs"].items():
+        assert [one for chunk in chunks for one in chunk[name]] == told, name
     response = served.call("POST", PATH, json=body | {"stream": True, "n": 2})
     assert response.status_code == 400 and response.json()["error"]["param"] == "echo"
 
@@ -192,6 +193,9 @@ def test_a_stream_of_several_choices_has_each_of_them_whole(served, outputs):
         assert "".join(choice["text"] for choice in mine) == output.text and len(mine) == 5
         told = [logprob for choice in mine for logprob in choice["logprobs"]["token_logprobs"]]
         assert told == [p[t].logprob for p, t in zip(output.logprobs, output.token_ids)]
+        tokens = [token for choice in mine for token in choice["logprobs"]["tokens"]]
+        offsets = [offset for choice in mine for offset in choice["logprobs"]["text_offset"]]
+        assert offsets == [len("".join(tokens[:number])) for number in range(5)]
 
 
 def test_a_stream_tells_usage_at_its_end_or_always(served):

@@ -106,6 +106,21 @@ def test_while_it_drains_new_requests_are_turned_away_and_old_ones_end(served):
         served.service.is_draining = False
 
 
+def test_an_engine_that_was_told_to_end_has_not_failed():
+    """Who comes between its end and the server's is told that the server goes."""
+    served = Serving().start()
+
+    async def end() -> None:
+        served.service.engine.stop()
+        served.service.engine.fail()
+
+    served.run(end())
+    status, code, headers = error_of(served.post(PATH, **LONG))
+    assert (status, code) == (503, "shutting_down") and "retry-after" in headers
+    assert served.call("GET", "/status").json()["phase"] == "draining"
+    served.close()
+
+
 def test_an_end_of_all_is_told_to_every_client(served):
     async def ask():
         asks = [asyncio.create_task(Client(PATH, LONG | {"stream": s}).ask(served.app)) for s in (True, False)]

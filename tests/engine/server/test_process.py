@@ -20,7 +20,9 @@ import pytest
 from penstock.engine.commands import serve
 from penstock.engine.commands.cli import main
 from penstock.engine.config import EngineConfig
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.generation_defaults import read_defaults
+from penstock.engine.server.server import Server
 
 from tests.support.commands import SLOW, TORCHRUN
 from tests.support.server_process import ServerProcess, server_process
@@ -201,6 +203,15 @@ def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_before_the_server_hears_any_ends_it_well(tmp_path, number):
+    """Behind the line that says where it listens."""
+    with server_process(tmp_path, in_front=f"import os; os.kill(os.getpid(), {number:d})") as server:
+        assert server.exit_code() == 0 and "Traceback" not in server.text, server.text
+        server.command.wait_until_gone(time.time())
+
+
+@pytest.mark.alone
 def test_when_the_engines_process_is_killed_every_client_is_told_and_the_server_ends(tmp_path):
     """Those that stream and those that wait for a whole answer, in the middle of a pass. Before that: while the pass is
     busy in Python for as long as this test likes, the front answers; and it has no torch."""
@@ -310,6 +321,23 @@ def test_a_rank_that_dies_or_stops_at_any_time_ends_the_server(tmp_path, rank, n
         assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * len(streams.errors)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_torchrun_a_rank_that_dies_ends_the_server(tmp_path, rank):
+    """Its clients are told at once; torchrun's agent may take half a minute."""
+    with server_process(tmp_path, launcher=TORCHRUN, in_passes=SLOW) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 3, max_tokens=200)
+        streams.wait_for_tokens()
+        failed_s = time.monotonic()
+        os.kill(server.pid(rank), signal.SIGKILL)
+        streams.join()
+        assert [getattr(error, "code", error) for error in streams.errors] == ["engine_dead"] * 3
+        assert max(streams.ended_s) - failed_s < TOLD_S
+        assert server.exit_code() == 1 and time.monotonic() - failed_s < TOLD_S + 30
+        server.command.wait_until_gone(time.time())
+
+
 @pytest.mark.alone
 def test_under_torchrun_rank_0_serves_and_all_end_well(tmp_path):
     with server_process(tmp_path, launcher=TORCHRUN) as server:
@@ -343,7 +371,24 @@ def test_the_rest_of_the_command_line_needs_no_library_of_the_servers():
     assert done.stdout.strip() in ("fastapi", "starlette", "uvicorn")
 
 
-def test_defaults_of_the_checkpoint_are_read_unless_that_is_refused(tmp_path):
+@pytest.mark.parametrize("choice, expected", [("auto", {"temperature": 0.25}), ("none", {})])
+def test_defaults_of_the_checkpoint_are_said_and_served_unless_that_is_refused(
+    tmp_path, monkeypatch, capsys, choice, expected
+):
+    for file in find_model("demo").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.25}))
+    served = []
+    monkeypatch.setattr(serve, "EngineProcess", lambda config: None)
+    monkeypatch.setattr(Server, "__init__", lambda server, service, *_: served.append(service.defaults))
+    monkeypatch.setattr(Server, "run", lambda *_: 0)
+    flags = ("--port", "0", "--device", "cpu", "--generation-config", choice)
+    assert main(["serve", str(tmp_path), *flags]) == 0 and served == [expected]
+    assert ("temperature 0.25" in capsys.readouterr().err) == bool(expected)
+
+
+def test_defaults_of_the_checkpoint_are_read(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}))
     assert read_defaults(EngineConfig(str(tmp_path))) == {"temperature": 0.6, "top_k": 20}
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": -1}))

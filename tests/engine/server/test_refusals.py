@@ -57,7 +57,7 @@ WRONG = {  # by field: values that are refused on both routes
     "allowed_token_ids": [[1]],
     "use_beam_search": [True],
     "length_penalty": [0.5],
-    "truncate_prompt_tokens": [5],
+    "truncate_prompt_tokens": [5, 0, -1],
     "skip_special_tokens": [False],
     "include_stop_str_in_output": [True],
     "prompt_embeds": ["a"],
