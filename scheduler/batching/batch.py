@@ -176,4 +176,5 @@ class Batch:
             pairs += own * (2 * before + own + 1) // 2
             behind += before + own if before else 0
         scored = sum(row.num_scored for row in self.rows) if any(self.columns.scores) else 0
-        return PassShape(self.num_tokens, len(self.rows), num_cached, pairs, read, behind, scored)
+        chunks = len(self.rows) - num_single
+        return PassShape(self.num_tokens, len(self.rows), num_cached, pairs, read, behind, scored, chunks)

@@ -48,8 +48,9 @@ class PassShape:
 
     `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_read` the
     tokens that rows of one token each attend to, and read where they are cached; `num_behind` those that chunks behind
-    cached tokens attend to. Prompts that start in the pass attend to what they have at hand. None means that all rows
-    are alike. `num_scored` counts the tokens of prompts whose log probabilities are asked for.
+    cached tokens attend to. Prompts that start in the pass attend to what they have at hand. `num_chunks` counts
+    prompts and parts of them. None means that all rows are alike. `num_scored` counts the tokens of prompts whose log
+    probabilities are asked for.
     """
 
     num_tokens: int
@@ -59,6 +60,7 @@ class PassShape:
     num_read: int | None = None
     num_behind: int | None = None
     num_scored: int = 0
+    num_chunks: int | None = None
 
     @functools.cached_property
     def attended_pairs(self) -> float:
@@ -103,8 +105,9 @@ class PassShape:
 
     @functools.cached_property
     def is_padded(self) -> bool:
-        """Tells whether a pass with prompts is short enough to be padded, and runs as a graph where nothing streams."""
-        return not self.num_scored and self.num_tokens <= MOST_PADDED_TOKENS
+        """Tells whether a pass with prompts is small enough to be padded, and runs as a graph where nothing streams."""
+        num_chunks = (0 if self.is_decode else self.num_rows) if self.num_chunks is None else self.num_chunks
+        return not self.num_scored and self.num_tokens <= MOST_PADDED_TOKENS and num_chunks <= MOST_PADDED_CHUNKS
 
 
 @dataclass(frozen=True)
