@@ -121,8 +121,8 @@ def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tup
 
 
 def cases(folder: Path) -> dict[str, tuple[str, str, tuple[int, ...], tuple[str, ...], dict]]:
-    """What `compare` is given, by case. Several ranks compare fewer variants, and bf16 in the first family only: each
-    of their engines takes a second to start."""
+    """Arguments of `compare`, by case. Several ranks compare fewer variants, and bf16 in the first family only: each of
+    their engines takes a second to start."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     variants = ("streamed", "eager") if several else tuple(VARIANTS)
     compressed = ("compressed", "half compressed resident") if several else tuple(COMPRESSED_VARIANTS)
