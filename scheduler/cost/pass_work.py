@@ -114,9 +114,9 @@ class PassShape:
 class StepWork:
     """The work of one rank in one step, for any shape of pass: bytes of weights, of activations a token and a sampled
     row (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
-    bytes and FLOPs of a token that is scored, beside those; bytes a token of the step's all-reduce, 0 where the step
-    contains no all-reduce. In passes of 1, 2, ... tokens, for each of which `few_bytes` has an entry, it reads weights
-    as they are stored, which takes as long as these bytes do at the memory rate."""
+    bytes and FLOPs of a token that is scored, beside those; bytes a token, or a sampled row, of the step's all-reduce,
+    0 where the step contains none. In passes of 1, 2, ... tokens, for each of which `few_bytes` has an entry, it reads
+    weights as they are stored, which takes as long as these bytes do at the memory rate."""
 
     step: str
     weight_bytes: int = 0
@@ -129,6 +129,7 @@ class StepWork:
     scored_bytes: int = 0
     scored_flops: int = 0
     reduce_token_bytes: int = 0
+    reduce_row_bytes: int = 0
     few_bytes: tuple[int, ...] = ()
 
     @functools.cached_property
@@ -144,6 +145,15 @@ class StepWork:
     def runs(self, shape: PassShape) -> bool:
         """Tells whether the step launches something in a pass."""
         return not (self.is_idle or (self.only_scores and not shape.num_scored))
+
+    @functools.cached_property
+    def is_reduce(self) -> bool:
+        """Tells whether the step contains an all-reduce, or what counts as one."""
+        return bool(self.reduce_token_bytes or self.reduce_row_bytes)
+
+    def reduce_bytes(self, shape: PassShape) -> int:
+        """Bytes of its all-reduce."""
+        return shape.num_tokens * self.reduce_token_bytes + shape.num_rows * self.reduce_row_bytes
 
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""
@@ -205,7 +215,7 @@ class PassWork:
 
     @property
     def num_reduces(self) -> int:
-        return sum(count for work, count in self.steps if work.reduce_token_bytes)
+        return sum(count for work, count in self.steps if work.is_reduce)
 
     @property
     def kv_token_bytes(self) -> int:

@@ -288,7 +288,7 @@ def reduce_s(nbytes: int, rates: Rates) -> float:
 
 
 def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
-    return reduce_s(shape.num_tokens * work.reduce_token_bytes, rates) if work.reduce_token_bytes else 0.0
+    return reduce_s(work.reduce_bytes(shape), rates) if work.is_reduce else 0.0
 
 
 def _is_graph(shape: PassShape, rates: Rates, streams: bool) -> bool:

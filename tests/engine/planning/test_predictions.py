@@ -228,6 +228,15 @@ def test_passes_with_prompts_are_those_measured(shape, measured_ms):
     assert predict_pass(work, shape, rates(1)).total_s * 1e3 == pytest.approx(measured_ms, rel=0.1)
 
 
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_logits_that_are_gathered_over_ranks_take_half_as_long_as_to_sum_them(tp_size):
+    """By hand: all ranks get 128,256 numbers of two bytes for each of 256 rows, but not of the tokens of a prompt."""
+    work = pass_work(plan_of("Llama-3-8B", tp_size))
+    (gather,) = (step for step, _ in work.steps if step.step in ("logits_gather", "head+logits_gather"))
+    assert gather.reduce_bytes(PassShape(256, 256, 0)) == (0 if tp_size == 1 else 256 * 128256 * 2 // 2)
+    assert gather.reduce_bytes(PassShape(8192, 1, 0)) == (0 if tp_size == 1 else 128256 * 2 // 2)
+
+
 @pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3-70B", 4)])
 def test_a_prompt_that_is_scored_passes_the_head_and_the_last_layer_with_all_of_its_tokens(model, tp_size):
     """By hand: o, gate, up and down of one layer, and the head, of whose columns a rank has its part."""
