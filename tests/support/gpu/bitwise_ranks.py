@@ -134,6 +134,7 @@ def cases(folder: Path) -> dict[str, tuple[str, str, tuple[int, ...], tuple[str,
             found[f"{name} {dtype}"] = path, dtype, LENGTHS, tried, {}
         if name in ("llama_gqa", "neox_parallel")[several:]:
             found[f"{name} sinks"] = path, "bfloat16", LENGTHS, variants, SINKS
+            found[f"{name} sinks float32"] = path, "float32", LENGTHS, variants[:1], SINKS
     first, buckets = str(min(folder.iterdir())), ("streamed", "half streamed", "eager", "compressed")
     found["buckets"] = first, "bfloat16", MANY_LENGTHS, buckets, {}
     found["hundreds"] = first, "bfloat16", (HUNDREDS,), ("streamed", "compressed"), {}
