@@ -402,12 +402,12 @@ TWO_GPUS = (
     ),
     two(
         "rows_8b_traffic",
-        60,
-        "first tokens, tokens of batches and a job of two ranks",
+        95,
+        "first tokens, tokens of batches, and jobs of two ranks, with all weights on the GPUs",
         bench(
             "traffic",
             "Llama-3-8B",
-            f"--resident all --rows {FIRST_TOKENS} uneven token-64-rows-at-2100 token-batch-256",
+            f"{RESIDENT} --rows {FIRST_TOKENS} first-token-8000 {TOKENS} token-64-rows-at-2100 {JOBS}",
             "traffic_llama3_8b_resident_2ranks",
             BRIEF,
             RANKS,

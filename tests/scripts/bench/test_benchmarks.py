@@ -35,7 +35,7 @@ def test_latency(monkeypatch, capsys, tmp_path):
     (transfers,) = record["transfers"]
     num_passes = record["num_passes"]  # since the rates were measured; the ring is full
     assert num_passes == (1 + 2) * 5, "the batch was not warmed up again, to be filled by these rates"
-    assert record["predicted_by"] == "assumed: cpu"
+    assert record["predicted_by"] == "assumed: cpu" and record["collectives"] == "Solo"
     assert transfers["weights"]["total"] == {
         "num_calls": num_passes * (4 * 2 + 1),
         "sent_bytes": num_passes * record["streamed_bytes_per_pass_and_rank"],
