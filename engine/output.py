@@ -4,7 +4,6 @@ Field names are vLLM's. `to_dict` and `from_dict` carry outputs to the other ran
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,7 +56,9 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """Makes a dict for JSON, with this output's own lists: `asdict` would copy them, and others wait for it."""
+        outputs = [vars(out) | {"logprobs": _told(out.logprobs)} for out in self.outputs]
+        return vars(self) | {"outputs": outputs, "prompt_logprobs": _told(self.prompt_logprobs)}
 
     @staticmethod
     def from_dict(data: dict) -> "RequestOutput":
@@ -73,6 +74,13 @@ def _position(token: int, scores: Scored, decoded: Callable[[int], str | None]) 
     for top_rank, (top_id, top_logprob) in enumerate(top, 1):
         position.setdefault(top_id, Logprob(top_logprob, top_rank, decoded(top_id)))
     return position
+
+
+def _told(positions: list[dict[int, Logprob] | None] | None) -> list[dict | None] | None:
+    """Log probabilities for JSON."""
+    if positions is None:
+        return None
+    return [position and {token: vars(logprob) for token, logprob in position.items()} for position in positions]
 
 
 def _logprobs(positions: list[dict | None] | None) -> list[dict[int, Logprob] | None] | None:

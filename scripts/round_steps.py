@@ -91,7 +91,7 @@ RESIDENT = "--resident all --max-num-seqs 512"
 UNEVEN = "--input-len 512 --output-len 128 --random-range-ratio 0.8"
 TIMED_ONCE = "--num-iters-warmup 1 --num-iters 1"
 START_ONCE = "--num-iters-cold 1 --num-iters-warmup 0 --num-iters-warm 1"
-STREAMED_8B = f"--resident none --input-len 32 --output-len 10 {TIMED_ONCE}"
+STREAMED_8B = "--resident none --input-len 32 --output-len 10 --num-iters-warmup 1"
 RESIDENT_DECODE = "--resident all --input-len 32 --num-iters-warmup 1 --num-iters 3"
 STREAMED_70B = f"--input-len 32 --max-num-batched-tokens 2048 {TIMED_ONCE}"
 IN_24_GIB = f"{STREAMED_70B} --gpu-memory 24GiB --batch-size 1 --output-len 6"
@@ -100,7 +100,7 @@ REUSE_SMALL = f"{SHORT} --kv-host-memory 16MiB --prefix-gb 0.001 --prefix-len 64
 ONE_GPU = (
     one(
         "decode_8b",
-        80,
+        95,
         "decode passes with all weights on the GPU, and while they stream, compressed or as they are",
         *(
             bench(
@@ -112,8 +112,8 @@ ONE_GPU = (
             )
             for flags, largest, name in (
                 (f"{RESIDENT_DECODE} --output-len 64", 256, "resident"),
-                (STREAMED_8B, 512, "compressed"),
-                (f"{STREAMED_8B} --weights-compression none", 512, "streamed"),
+                (f"{STREAMED_8B} --num-iters 1", 512, "compressed"),
+                (f"{STREAMED_8B} --num-iters 1 --weights-compression none", 512, "streamed"),
             )
         ),
     ),
@@ -357,7 +357,7 @@ ONE_GPU = (
 TWO_GPUS = (
     two(
         "tests_2gpus",
-        220,
+        180,
         "what two ranks compute, share and survive; four tests at once, which mostly compile and start",
         tests(
             "-n 4 --dist worksteal tests/gpu/test_bitwise.py::test_several_ranks[2] tests/gpu/test_rank_faults.py "
@@ -376,13 +376,20 @@ TWO_GPUS = (
         ),
     ),
     two(
+        "probe_2ranks",
+        30,
+        "what the machine does for two ranks, and a plan by that, which predicts the rows behind it",
+        Command("penstock probe -tp 2", small=f"{CPU} --output {{out}}/device_profile.json"),
+        Command("penstock plan benchmarks/shapes/Llama-3-8B.json -tp 2 --resident none --short", small=CPU),
+    ),
+    two(
         "rows_8b_compressed",
-        40,
+        60,
         "decode passes while all weights stream, compressed",
         bench(
             "latency",
             "Llama-3-8B",
-            f"{STREAMED_8B} --batch-size 1 64 512",
+            f"{STREAMED_8B} --num-iters 3 --batch-size 1 64 512",
             "decode_llama3_8b_compressed_2ranks",
             f"{CPU} --batch-size 1 3",
             RANKS,
@@ -403,12 +410,12 @@ TWO_GPUS = (
     ),
     two(
         "rows_8b_traffic",
-        60,
-        "first tokens, tokens of batches and a job of two ranks",
+        95,
+        "first tokens, tokens of batches, and jobs of two ranks, with all weights on the GPUs",
         bench(
             "traffic",
             "Llama-3-8B",
-            f"--resident all --rows {FIRST_TOKENS} uneven token-64-rows-at-2100 token-batch-256",
+            f"{RESIDENT} --rows {FIRST_TOKENS} first-token-8000 {TOKENS} token-64-rows-at-2100 {JOBS}",
             "traffic_llama3_8b_resident_2ranks",
             BRIEF,
             RANKS,
@@ -416,12 +423,12 @@ TWO_GPUS = (
     ),
     two(
         "rows_8b_streamed",
-        40,
+        60,
         "decode passes while all weights stream as they are",
         bench(
             "latency",
             "Llama-3-8B",
-            f"{STREAMED_8B} --weights-compression none --batch-size 1 64 512",
+            f"{STREAMED_8B} --num-iters 3 --weights-compression none --batch-size 1 64 512",
             "decode_llama3_8b_streamed_2ranks",
             f"{CPU} --batch-size 1 3",
             RANKS,
@@ -429,26 +436,16 @@ TWO_GPUS = (
     ),
     two(
         "rows_8b_hosts",
-        30,
-        "the compressed passes of two ranks that talk as over a network",
+        70,
+        "the compressed passes of two ranks that talk as over a network, predicted by a probe of theirs",
+        Command(f"{HOSTS} penstock probe --output {{out}}/hosts_profile.json", small=CPU),
         bench(
             "latency",
             "Llama-3-8B",
-            f"{STREAMED_8B} --batch-size 1 64",
+            f"{STREAMED_8B} --num-iters 3 --batch-size 1 64 --device-profile {{out}}/hosts_profile.json",
             "decode_llama3_8b_compressed_2hosts",
             f"{CPU} --batch-size 1 2",
             HOSTS,
-        ),
-    ),
-    two(
-        "probe_2ranks",
-        30,
-        "what the machine does for two ranks, and a plan by that",
-        Command("penstock probe -tp 2 --output {out}/device_profile.json", small=CPU),
-        Command(
-            "penstock plan benchmarks/shapes/Llama-3-8B.json -tp 2 --resident none --short "
-            "--device-profile {out}/device_profile.json",
-            small=CPU,
         ),
     ),
     two(
@@ -459,7 +456,7 @@ TWO_GPUS = (
     ),
     two(
         "link_2ranks",
-        25,
+        30,
         "copies of two ranks, one at a time and both at once",
         Command(
             f"{RANKS} scripts.bench.link --piece-mib 4 64 --in-flight 2 --repeats 1",
@@ -469,7 +466,7 @@ TWO_GPUS = (
     ),
     two(
         "rows_70b_24gib_compressed",
-        65,
+        70,
         "decode passes of 70B with 24 GiB on each GPU, what streams compressed",
         bench(
             "latency",
@@ -495,7 +492,7 @@ TWO_GPUS = (
     ),
     two(
         "rows_70b_compressed",
-        80,
+        90,
         "decode passes of 70B while all weights stream, compressed",
         bench(
             "latency",
@@ -508,7 +505,7 @@ TWO_GPUS = (
     ),
     two(
         "rows_70b_24gib_streamed",
-        40,
+        45,
         "decode passes of 70B with 24 GiB on each GPU, what streams as it is",
         bench(
             "latency",

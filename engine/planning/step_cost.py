@@ -32,7 +32,8 @@ MATRICES = {
 }
 
 
-AFTER_SCORES = {"head", "logits_gather"}  # steps of sampled rows alone, which tokens that are scored have left
+GATHER = "logits_gather"
+AFTER_SCORES = {"head", GATHER}  # steps of sampled rows alone, which tokens that are scored have left
 
 
 # What an H200 took in the matrices of the 8B shape, by format (tests/engine/planning/test_stored_cost.py compares with
@@ -70,6 +71,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
     widths = activation_widths(spec, tp_size)
     pair_flops = 4 * shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, 0).num_heads * spec.head_dim
     layer_kv_bytes = kv_token_bytes(spec, dtype, tp_size) // spec.num_layers
+    gathered_bytes = widths["logits"][1] * element  # of a row; a gather sends half of what an all-reduce does
 
     def touched_bytes(step: Compute, unit: str) -> int:
         """Bytes of the activations with a row for each of `unit`, counted once for each letter that reads or writes."""
@@ -103,6 +105,7 @@ def step_work(spec: ModelSpec, layout: ModelLayout, dtype: str, tp_size: int) ->
             scored_bytes=moved["rows"] if has_scored else 0,
             scored_flops=2 * elements if has_scored else 0,
             reduce_token_bytes=spec.hidden_size * element if sums_over_ranks(step) and tp_size > 1 else 0,
+            reduce_row_bytes=gathered_bytes // 2 if step.step == GATHER and tp_size > 1 else 0,
             few_bytes=_as_stored(groups[step.group], names) if names else (),
         )
 

@@ -103,9 +103,9 @@ class Messages:
 
     def take_outputs(self, transfers: dict[str, Any]) -> list[dict[str, Any]]:
         """The outputs that rank 0 gives, once it has said so. `transfers` are this rank's; on the other ranks."""
-        outputs = json.loads(self.collectives.broadcast_bytes(None))
-        self.collectives.gather_bytes(json.dumps(transfers).encode())
-        return outputs
+        outputs = self.collectives.broadcast_bytes(None)
+        self.collectives.gather_bytes(json.dumps(transfers).encode())  # rank 0 waits for these, and for no more
+        return json.loads(outputs)
 
     def exchange(self, call: Call) -> str:
         """Tells all ranks this rank's call, on all together. Returns why they cannot run it, the same on all; empty if

@@ -179,4 +179,5 @@ class Batch:
             behind += before + own if before else 0
         scored = sum(row.num_scored for row in self.rows) if any(self.columns.scores) else 0
         shared = min(self.num_shared, num_cached)
-        return PassShape(self.num_tokens, len(self.rows), num_cached, pairs, read, behind, scored, shared)
+        sums = num_cached, pairs, read, behind, scored, shared
+        return PassShape(self.num_tokens, len(self.rows), *sums, num_chunks=len(self.rows) - num_single)

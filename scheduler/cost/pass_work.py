@@ -51,9 +51,10 @@ class PassShape:
 
     `num_pairs` counts the pairs of a query and a token that it attends to, itself or an earlier one; `num_read` the
     tokens that rows of one token each attend to, and read where they are cached; `num_behind` those that chunks behind
-    cached tokens attend to. Prompts that start in the pass attend to what they have at hand. None means that all rows
-    are alike. `num_scored` counts the tokens of prompts whose log probabilities are asked for. Of the cached tokens,
-    those that several rows share count for each of them, and in `num_shared` for each but one.
+    cached tokens attend to. Prompts that start in the pass attend to what they have at hand. `num_scored` counts the
+    tokens of prompts whose log probabilities are asked for. Of the cached tokens, those that several rows share count
+    for each of them, and in `num_shared` for each but one. `num_chunks` counts prompts and parts of them. None means
+    that all rows are alike.
     """
 
     num_tokens: int
@@ -64,6 +65,7 @@ class PassShape:
     num_behind: int | None = None
     num_scored: int = 0
     num_shared: int = 0
+    num_chunks: int | None = None
 
     @functools.cached_property
     def attended_pairs(self) -> float:
@@ -113,17 +115,18 @@ class PassShape:
 
     @functools.cached_property
     def is_padded(self) -> bool:
-        """Tells whether a pass with prompts is short enough to be padded, and runs as a graph where nothing streams."""
-        return not self.num_scored and self.num_tokens <= MOST_PADDED_TOKENS
+        """Tells whether a pass with prompts is small enough to be padded, and runs as a graph where nothing streams."""
+        num_chunks = (0 if self.is_decode else self.num_rows) if self.num_chunks is None else self.num_chunks
+        return not self.num_scored and self.num_tokens <= MOST_PADDED_TOKENS and num_chunks <= MOST_PADDED_CHUNKS
 
 
 @dataclass(frozen=True)
 class StepWork:
     """The work of one rank in one step, for any shape of pass: bytes of weights, of activations a token and a sampled
     row (each read and write counts), and of KV a token; FLOPs a token, a row, and a pair of query and context token;
-    bytes and FLOPs of a token that is scored, beside those; bytes a token of the step's all-reduce, 0 where the step
-    contains no all-reduce. In passes of 1, 2, ... tokens, for each of which `few_bytes` has an entry, it reads weights
-    as they are stored, which takes as long as these bytes do at the memory rate."""
+    bytes and FLOPs of a token that is scored, beside those; bytes a token, or a sampled row, of the step's all-reduce,
+    0 where the step contains none. In passes of 1, 2, ... tokens, for each of which `few_bytes` has an entry, it reads
+    weights as they are stored, which takes as long as these bytes do at the memory rate."""
 
     step: str
     weight_bytes: int = 0
@@ -136,6 +139,7 @@ class StepWork:
     scored_bytes: int = 0
     scored_flops: int = 0
     reduce_token_bytes: int = 0
+    reduce_row_bytes: int = 0
     few_bytes: tuple[int, ...] = ()
 
     @functools.cached_property
@@ -158,6 +162,15 @@ class StepWork:
         if self.only_weights:
             return self._read_bytes(shape.run_tokens) > 0
         return not (self.only_scores and not shape.num_scored)
+
+    @functools.cached_property
+    def is_reduce(self) -> bool:
+        """Tells whether the step contains an all-reduce, or what counts as one."""
+        return bool(self.reduce_token_bytes or self.reduce_row_bytes)
+
+    def reduce_bytes(self, shape: PassShape) -> int:
+        """Bytes of its all-reduce."""
+        return shape.num_tokens * self.reduce_token_bytes + shape.num_rows * self.reduce_row_bytes
 
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""
@@ -222,7 +235,7 @@ class PassWork:
 
     @property
     def num_reduces(self) -> int:
-        return sum(count for work, count in self.steps if work.reduce_token_bytes)
+        return sum(count for work, count in self.steps if work.is_reduce)
 
     @property
     def kv_token_bytes(self) -> int:

@@ -28,6 +28,9 @@ KERNELS_A_GROUP = 3  # kernels that decompress a group, one a weight: a norm and
 # What a row costs the host in a pass that it launches step by step (to schedule it, to bind it, to take in its token),
 # in steps. 1,454 rows beside prompts took 17 us each where a step of 8B took 65, and both are Python.
 ROW_STEPS = 0.25
+# What a sum over ranks costs the host where it launches the pass, beside its step, in steps: it is a call of its own
+# then. H200s took 31 to 65 us for sums of up to 4 MiB where a step took 104.
+REDUCE_STEPS = 0.5
 # The share of the memory rate at which the decompressor writes, where it was not measured (1.7 bytes move for one that
 # is written). H200s had 0.44 to 0.49: decompress_gb_s and memory_gb_s of benchmarks/*compressed*.json.
 DECOMPRESS_SHARE = 0.48
@@ -174,7 +177,7 @@ def predict_pass(work: PassWork, shape: PassShape, rates: Rates) -> PassTime:
         "reduce": steps.reduce_s,
         "decompress": decompress_s(work.decompressed_bytes, work.num_decompressed, rates),
     }
-    all_steps_s = max(steps.total_s, steps.num * launch_s(shape, rates))
+    all_steps_s = max(steps.total_s, steps.num_launches * launch_s(shape, rates))
     return PassTime(
         **{f"{name}_s": value for name, value in parts.items()},
         total_s=max(
@@ -202,13 +205,15 @@ def link_s(nbytes: int, rates: Rates) -> float:
 def steps_s(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> float:
     """Seconds of all steps of a pass: of their work, or of their launches where these take longer."""
     all_of = _sum_steps(steps, shape, rates)
-    return max(all_of.total_s, all_of.num * launch_s(shape, rates))
+    return max(all_of.total_s, all_of.num_launches * launch_s(shape, rates))
 
 
 class StepsTime(NamedTuple):
-    """The number of steps of a pass that launch something, their seconds, and what these are spent on."""
+    """The steps of a pass that launch something: their number, and as how many they count where the host launches them;
+    their seconds, and what these are spent on."""
 
     num: int
+    num_launches: float
     total_s: float
     memory_s: float
     compute_s: float
@@ -217,16 +222,17 @@ class StepsTime(NamedTuple):
 
 def _sum_steps(steps: Sequence[tuple[StepWork, int]], shape: PassShape, rates: Rates) -> StepsTime:
     """The steps of a pass together. Each is looked at once: it is asked for every pass that runs."""
-    num, total_s, memory_s, compute_s, reduces_s = 0, 0.0, 0.0, 0.0, 0.0
+    num, num_launches, total_s, memory_s, compute_s, reduces_s = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     for step, count in steps:
         if step.runs(shape):
             cache_s, moves_s, gemm_s, own_reduce_s = parts = _parts_s(step, shape, rates)
             num += count
+            num_launches += count * (1 + REDUCE_STEPS) if own_reduce_s else count
             total_s += count * _step_s(parts, rates)
             memory_s += count * (cache_s + moves_s)
             compute_s += count * gemm_s
             reduces_s += count * own_reduce_s
-    return StepsTime(num, total_s, memory_s, compute_s, reduces_s)
+    return StepsTime(num, num_launches, total_s, memory_s, compute_s, reduces_s)
 
 
 def launch_s(shape: PassShape, rates: Rates, streams: bool = False) -> float:
@@ -241,7 +247,8 @@ def host_s(work: PassWork, shape: PassShape, rates: Rates) -> float:
     launched_s = launch_s(shape, rates, streams=work.streamed_bytes > 0)
     if not launched_s:
         return 0.0
-    return launched_s * (work.num_steps(shape) + work.num_decompressed + ROW_STEPS * shape.num_rows)
+    steps = work.num_steps(shape) + REDUCE_STEPS * work.num_reduces
+    return launched_s * (steps + work.num_decompressed + ROW_STEPS * shape.num_rows)
 
 
 def step_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
@@ -281,7 +288,7 @@ def reduce_s(nbytes: int, rates: Rates) -> float:
 
 
 def _reduce_s(work: StepWork, shape: PassShape, rates: Rates) -> float:
-    return reduce_s(shape.num_tokens * work.reduce_token_bytes, rates) if work.reduce_token_bytes else 0.0
+    return reduce_s(work.reduce_bytes(shape), rates) if work.is_reduce else 0.0
 
 
 def _is_graph(shape: PassShape, rates: Rates, streams: bool) -> bool:

@@ -28,6 +28,7 @@ def describe(llm: LLM, benchmark: str) -> dict[str, Any]:
         "load_format": config.load_format,
         "dtype": engine.plan.dtype,
         "tp_size": engine.topology.tp_size,
+        "collectives": type(engine.collectives).__name__,
         "resident": str(config.resident),
         "weights_compression": config.weights_compression,
         "quantised_as": sorted({kind for _, kind in spec.formats}),

@@ -5,13 +5,16 @@ The flags and the fields avg_latency, latencies and percentiles are those of `vl
 too (--load-format dummy, --resident, -tp, --trace, ...). Several batch sizes share one engine: each has its own row in
 `passes`, and vLLM's fields at the top are the first one's. Tokens are drawn greedily. For each batch size, after its
 warm-up, link, memory and GEMM rates are measured on all ranks at once, the link over all copies of a pass (a shorter
-run would not do: four H200s reach 44.5 GB/s a rank over 2 GiB and sustain 40); a pass is bound by
+run would not do: four H200s reach 44.5 GB/s a rank over 2 GiB and sustain 40). Where weights stream, these say how far
+passes are filled, so the batch is warmed up once more. A pass is bound by
 
     max(bytes streamed / link, bytes read / read rate, FLOPs / GEMM rate)      of one rank (scripts/bench/bound.py)
 
 The graph of a decode pass is replayed alone as well, back to back, as it ran: `pass_over_graph` says what the host
 adds. (With several ranks under torchrun only: ranks that are launched by `-tp` run no script.) The prediction is that
-of the rates which the plan had, before anything was measured. Run it plainly, or by torchrun over several ranks; the
+of the rates which the plan had (`predicted_by`), before anything was measured; of a first token it has what the first
+pass of a call takes beside those that follow, too, measured where nothing streams (`start_s`). `by_pass` has each pass
+up to the first token, with the prediction by the measured rates. Run it plainly, or by torchrun over several ranks; the
 last line is one JSON object.
 
     python -m scripts.bench.latency --model benchmarks/shapes/Llama-3-8B.json --load-format dummy --resident none \\
@@ -33,6 +36,7 @@ from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.units import ms
 
 from scripts.bench.bound import against_bound, host_fields
+from scripts.bench.call_time import start_s
 from scripts.bench.comparison import add_compare_arguments, check_compare, compare, print_comparisons
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
@@ -75,7 +79,8 @@ def main() -> None:
         rows = [measure_batch(llm, batch_size, planned, args) for batch_size in args.batch_size]
         if llm.engine.topology.rank > 0:
             return
-        report = describe(llm, "latency") | {"input_len": args.input_len, "output_len": args.output_len, "n": args.n}
+        report = describe(llm, "latency") | {"predicted_by": planned.source}
+        report |= {"input_len": args.input_len, "output_len": args.output_len, "n": args.n}
         dtype, device = llm.engine.plan.dtype, llm.engine.topology.device
     report |= {name: rows[0][0][name] for name in VLLM_FIELDS} | {"passes": [row for row, _ in rows]}
     say_machine(report)
@@ -107,11 +112,14 @@ def measure_batch(llm: LLM, batch_size: int, planned: Rates, args: argparse.Name
     for _ in range(args.num_iters_warmup):
         run_once(llm, jobs, args.n)
     llm.measure(llm.engine.work.streamed_bytes)
-    graph_s = graph_alone_s(llm, batch_size * args.n)
+    if llm.engine.work.streamed_bytes:
+        run_once(llm, jobs, args.n)
+    graph_s, beside_s = graph_alone_s(llm, batch_size * args.n), start_s(llm)
     runs = [run_once(llm, jobs, args.n) for _ in range(args.num_iters)]
     if not speaks:
         return None
-    first_token, decode = first_token_fields(llm, runs, planned), decode_fields(llm, runs, batch_size * args.n, planned)
+    first_token = first_token_fields(llm, runs, planned, beside_s)
+    decode = decode_fields(llm, runs, batch_size * args.n, planned)
     latencies = [run.latency_s for run in runs]
     row = {
         "batch_size": batch_size,
@@ -134,8 +142,9 @@ def run_once(llm: LLM, jobs: list[Job], n: int) -> Iteration:
     return Iteration(latency_s, kept, [output.outputs[0].token_ids for output in outputs])
 
 
-def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates) -> dict:
-    """Median time until the last sequence of the batch has its first token: all passes with a prompt in them."""
+def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates, beside_s: float) -> dict:
+    """Median time until the last sequence of the batch has its first token: all passes with a prompt in them, the first
+    of which takes `beside_s` more than one that follows."""
     prefills = [run.split()[0] for run in runs]
     times = [sum(one.measured_s for one in passes) for passes in prefills]
     shapes, median_s = [one.shape for one in prefills[0]], statistics.median(times)
@@ -146,7 +155,17 @@ def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates) -> dict:
         "num_passes": len(shapes),
         "num_tokens": num_tokens,
         "tokens_per_second": num_tokens / median_s,
-        **against_bound(llm.engine.work, shapes, median_s, llm.engine.rates, planned),
+        "start_s": beside_s,
+        **against_bound(llm.engine.work, shapes, median_s, llm.engine.rates, planned, beside_s),
+        "by_pass": [
+            {
+                "num_tokens": one.shape.num_tokens,
+                "num_rows": one.shape.num_rows,
+                "measured_s": one.measured_s,
+                "predicted_s": one.predicted.total_s,
+            }
+            for one in prefills[-1]
+        ],
     }
 
 

@@ -24,6 +24,7 @@ from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.units import gb_s, ms
 
 from scripts.bench.bound import against_bound, by_kind, host_fields
+from scripts.bench.call_time import call_s
 from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
@@ -32,9 +33,8 @@ from scripts.bench.job_run import run, timed_passes, warm_up
 from scripts.bench.record import add_output_argument, keep
 from scripts.bench.traffic_rows import FIRST_TOKEN, JOB, REPEATS, ROWS, SHORT_OUTPUT, TOKEN, Row
 from scripts.bench.vllm_side import Vllm, add_vllm_arguments, find_vllm, run_of, run_vllm
-from scripts.bench.workload import Job, greedy
+from scripts.bench.workload import Job
 
-CALL_TOKENS, CALL_REPEATS = 8, 5
 WARM_UP = 64  # requests of a job that vLLM runs first
 
 
@@ -49,10 +49,11 @@ def main() -> None:
     with LLM(**config.to_dict()) as llm:
         rows = fitting(llm, rows, must=bool(args.rows))
         drawn = [runs_of(llm, row) if row.is_usual else [] for row in rows]
+        planned = llm.engine.rates
         measured = measure_rows(llm, rows, drawn)
         if llm.engine.topology.rank > 0:
             return
-        report = describe(llm, "traffic") | {"rows": measured}
+        report = describe(llm, "traffic") | {"predicted_by": planned.source, "rows": measured}
     if vllm is not None:
         free_memory()
         compare_rows(report, rows, drawn, vllm, run_vllm(vllm, config, report, their_runs(rows, drawn)))
@@ -110,7 +111,7 @@ def runs_of(llm: LLM, row: Row) -> list[list[Job]]:
 
 def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> list[dict[str, Any]]:
     """A row of the record for each; those of other ranks than 0 mean nothing."""
-    planned, measured, call_s = llm.engine.rates, [], None
+    planned, measured, beside_s = llm.engine.rates, [], None
     for row, runs in zip(rows, drawn):
         if not row.is_usual:
             warm_up_row(llm, row)
@@ -120,24 +121,15 @@ def measure_rows(llm: LLM, rows: list[Row], drawn: list[list[list[Job]]]) -> lis
             run(llm, runs[-1], row.params(runs[-1]))
         if not measured and llm.engine.topology.rank == 0:
             llm.measure(llm.engine.work.streamed_bytes)
-        call_s = measure_call(llm) if call_s is None else call_s
-        row_of = measure_row(llm, row, runs, planned, call_s) if row.is_usual else measure_limit(llm, row, planned)
+        beside_s = call_s(llm) if beside_s is None else beside_s
+        row_of = measure_row(llm, row, runs, planned, beside_s) if row.is_usual else measure_limit(llm, row, planned)
         measured.append(row_of)
     return measured
 
 
-def measure_call(llm: LLM) -> float:
-    """Seconds that a call takes beside passes that follow each other, before which the host is ahead: those of one
-    token from one, less what each of CALL_TOKENS more takes; each the shortest."""
-    first_s, more_s = (
-        min(run(llm, [job], [greedy(job)])[0] for _ in range(CALL_REPEATS))
-        for job in (Job([0], 1), Job([0], 1 + CALL_TOKENS))
-    )
-    return max(first_s - (more_s - first_s) / CALL_TOKENS, 0.0)
-
-
-def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates, call_s: float) -> dict[str, Any]:
-    """The row of the record: its time, bound and prediction; or an `error`."""
+def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates, beside_s: float) -> dict[str, Any]:
+    """The row of the record: its time, bound and prediction; or an `error`. `beside_s` is what a call takes beside its
+    passes."""
     times, passes = [], []
     for jobs in runs:
         repeats = []
@@ -154,9 +146,9 @@ def measure_row(llm: LLM, row: Row, runs: list[list[Job]], planned: Rates, call_
     fields = {"row": row.name, "measures": row.measures, "num_requests": row.num} | timed
     if row.measures != TOKEN:
         # Of a job it is little, and much of it is hidden by passes.
-        beside = {"call_s": call_s} if row.measures == FIRST_TOKEN else {}
-        shapes, beside_s = [one.shape for one in passes], sum(beside.values())
-        bound = against_bound(work, shapes, fields["measured_s"], rates, planned, beside_s)
+        beside = {"call_s": beside_s} if row.measures == FIRST_TOKEN else {}
+        shapes = [one.shape for one in passes]
+        bound = against_bound(work, shapes, fields["measured_s"], rates, planned, sum(beside.values()))
         return fields | bound | beside | {"num_passes": len(passes), "by_kind": by_kind(work, passes, rates, planned)}
     decodes = [one for one in passes if one.shape.is_decode and one.shape.num_rows == row.num]
     if not decodes:

@@ -188,9 +188,9 @@ def milliseconds(seconds: float) -> str:
     return f"{ms(seconds):.4g}"
 
 
-STREAMED = ("model", "tp_size", "resident", "weights", "streamed_bytes")
-RESIDENT = ("model", "tp_size", "weights", "batch_size")
-MODEL: list[Column] = [("model", text("model")), ("ranks", text("tp_size")), ("weights", text("weights"))]
+STREAMED = ("model", "ranks", "resident", "weights", "streamed_bytes")
+RESIDENT = ("model", "ranks", "weights", "batch_size")
+MODEL: list[Column] = [(name, text(name)) for name in ("model", "ranks", "weights")]
 TIMES: list[Column] = [("a decode pass, ms", text("passes")), ("bound, ms", text("bounds"))]
 TIMES.append(("bound / time", text("fractions")))
 STREAMED_SHOWN: list[Column] = [

@@ -99,7 +99,7 @@ def section(title: str, parts: list[str]) -> str:
     return f"## {title}\n\n" + ("\n".join(parts) or f"{NO_RECORD}\n")
 
 
-MODEL: list[Column] = [(name, text(key)) for name, key in (("model", "model"), ("ranks", "tp_size"))]
+MODEL: list[Column] = [(name, text(name)) for name in ("model", "ranks")]
 MODEL += [
     ("resident", text("resident")),
     ("weights", text("weights")),

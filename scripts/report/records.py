@@ -37,7 +37,9 @@ class Record:
         names += ("input_len", "output_len", "attention_window")
         weights = "compressed" if any(self.content.get("compressed_groups", ())) else "plain"
         weights = ", ".join(self.content.get("quantised_as", ())) or weights
-        return {name: self.content.get(name) for name in names} | {"weights": weights, "record": self.link}
+        facts = {name: self.content.get(name) for name in names}
+        ranks = f"{facts['tp_size']}, NCCL alone" if self.content.get("collectives") == "Nccl" else facts["tp_size"]
+        return facts | {"ranks": ranks, "weights": weights, "record": self.link}
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.commands import run_ranks
-from tests.support.gpu.bitwise_ranks import HUNDREDS, LENGTHS, logits_of
+from tests.support.gpu.bitwise_ranks import HUNDREDS, LENGTHS, SINKS, logits_of
 from tests.support.oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -40,8 +40,8 @@ def test_one_rank(checkpoints, tmp_path):
     assert_same_bits(reports(checkpoints, tmp_path, 1)[0])
 
 
-def tokens_of_one_rank(checkpoint: Path) -> list[list[int]]:
-    _, tokens = logits_of(str(checkpoint), LENGTHS, dtype="float32", resident="all")
+def tokens_of_one_rank(checkpoint: Path, **options) -> list[list[int]]:
+    _, tokens = logits_of(str(checkpoint), LENGTHS, dtype="float32", resident="all", **options)
     return tokens
 
 
@@ -55,3 +55,5 @@ def test_several_ranks(checkpoints, tmp_path, num_ranks):
     for name in FAMILIES:
         tokens = tokens_of_one_rank(checkpoints / name)
         assert [report[f"{name} float32"]["tokens"] for report in found] == [tokens] * num_ranks, name
+    tokens = tokens_of_one_rank(checkpoints / "neox_parallel", **SINKS)
+    assert [report["neox_parallel sinks float32"]["tokens"] for report in found] == [tokens] * num_ranks

@@ -78,7 +78,7 @@ def record_of(name: str) -> dict:
     [
         ("decode_llama3_8b_resident_1rank", 256),
         ("decode_llama31_8b_32k_resident_1rank", 8),
-        ("decode_llama3_8b_resident_2ranks", 64),
+        ("decode_llama3_8b_resident_2ranks", 256),
         ("decode_llama3_8b_resident_4ranks", 1),  # 64 rows take a quarter longer than this model says
         ("decode_llama3_70b_resident_4ranks", 1),
     ],
@@ -110,6 +110,17 @@ def prefill_s(name: str) -> tuple[int, float, float]:
 def test_prefill_passes_are_the_records(name):
     _, predicted_s, measured_s = prefill_s(name)
     assert predicted_s == pytest.approx(measured_s, rel=0.1)
+
+
+@pytest.mark.parametrize("batch, is_padded", [(64, False), (256, False)])
+def test_passes_of_many_prompts_on_two_ranks_are_the_records(batch, is_padded):
+    """Predicts at the step latency of the machine that measured, since the host launches each step and each sum."""
+    record = record_of("decode_llama3_8b_resident_2ranks")
+    (row,) = (row["first_token"] for row in record["passes"] if row["batch_size"] == batch)
+    shape, launched = prompts(record["input_len"], batch), replace(rates(2), step_latency_s=record["step_latency_s"])
+    assert row["num_passes"] == 1 and shape.num_tokens == row["num_tokens"] and shape.is_padded == is_padded
+    predicted = predict_pass(pass_work(plan_of(record["model"], 2)), shape, launched)
+    assert predicted.total_s == pytest.approx(row["first_token_s"], rel=0.1)
 
 
 @pytest.mark.parametrize("shorter, longer", [PREFILLS[:2], PREFILLS[1:]])
@@ -219,6 +230,15 @@ def test_passes_with_prompts_are_those_measured(shape, measured_ms):
     assert predict_pass(work, shape, rates(1)).total_s * 1e3 == pytest.approx(measured_ms, rel=0.1)
 
 
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_logits_that_are_gathered_over_ranks_take_half_as_long_as_to_sum_them(tp_size):
+    """By hand: all ranks get 128,256 numbers of two bytes for each of 256 rows, but not of the tokens of a prompt."""
+    work = pass_work(plan_of("Llama-3-8B", tp_size))
+    (gather,) = (step for step, _ in work.steps if step.step in ("logits_gather", "head+logits_gather"))
+    assert gather.reduce_bytes(PassShape(256, 256, 0)) == (0 if tp_size == 1 else 256 * 128256 * 2 // 2)
+    assert gather.reduce_bytes(PassShape(8192, 1, 0)) == (0 if tp_size == 1 else 128256 * 2 // 2)
+
+
 @pytest.mark.parametrize("model, tp_size", [("Llama-3-8B", 1), ("Llama-3-70B", 4)])
 def test_a_prompt_that_is_scored_passes_the_head_and_the_last_layer_with_all_of_its_tokens(model, tp_size):
     """By hand: o, gate, up and down of one layer, and the head, of whose columns a rank has its part."""
@@ -244,19 +264,20 @@ def test_the_built_in_rate_of_launches_is_among_those_measured():
     assert 36e-6 <= rates(1).step_latency_s <= 96e-6
 
 
-def test_a_mix_of_uneven_requests_takes_what_was_measured():
-    """Predicts 512 requests of 512 tokens +- 80 % and 128 generated ones +- 80 %, of 8B on one H200 with everything
+@pytest.mark.parametrize("name, tp_size", [("jobs_llama3_8b_1rank", 1), ("traffic_llama3_8b_resident_2ranks", 2)])
+def test_a_mix_of_uneven_requests_takes_what_was_measured(name, tp_size):
+    """Predicts 512 requests of 512 tokens +- 80 % and 128 generated ones +- 80 %, of 8B on H200s with everything
     resident: its decode passes, and those with prompts. The scheduler chooses what runs in which pass."""
-    record = record_of("jobs_llama3_8b_1rank")
+    record = record_of(name)
     (row,) = (row for row in record["rows"] if row["row"] == "uneven")
-    plan = plan_of("Llama-3-8B", 1)
+    plan = plan_of("Llama-3-8B", tp_size)
     work, seconds = pass_work(plan), Counter()
     scheduler = Scheduler(512, 8192, 8192, 16, plan.residency.num_pages, eos_token_ids=(), retention=plan.retention)
     for number, job in enumerate(random_jobs(512, 512, 128, vocab_size=1000, seed=0, range_ratio=0.8)):
         scheduler.add(Request(number, job.prompt, greedy(job), seed=0))
     while scheduler.has_unfinished:
         batch = scheduler.schedule()
-        seconds[is_decode(batch)] += predict_pass(work, batch.shape, rates(1)).total_s
+        seconds[is_decode(batch)] += predict_pass(work, batch.shape, rates(tp_size)).total_s
         scheduler.update(batch, [7] * batch.num_sampled)
     measured = Counter()
     for kind in row["by_kind"]:

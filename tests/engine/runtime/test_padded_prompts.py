@@ -47,7 +47,9 @@ def batch(*rows: tuple[int, int]) -> Batch:
     ],
 )
 def test_which_batches_are_padded_to_what(rows, size):
-    assert BucketSizes(8192, 256, SEGMENTS).find(batch(*rows)) == size
+    given = batch(*rows)
+    assert BucketSizes(8192, 256, SEGMENTS).find(given) == size
+    assert given.shape.is_padded == (size is not None)  # as the time model sees it
 
 
 def test_a_row_that_is_not_sampled_is_in_no_decode_pass():

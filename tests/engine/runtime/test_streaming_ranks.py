@@ -130,3 +130,14 @@ def test_rank_0_hears_what_each_rank_has_moved(ranks, model, case):
         assert {name: moved["sent_bytes"] for name, moved in reduces["operations"].items()} == facts["reduced_bytes"]
         by_site = sorted(facts["ledger"]["sites"], key=str)
         assert sorted([*weights["sites"], *reduces["sites"]], key=str) == by_site and by_site
+
+
+def test_a_pass_that_samples_nothing_leaves_out_the_sums_behind_the_last_attention(tmp_path):
+    """One with a chunk that continues behind keys that are not rotated, and so is not padded. The GPU tests' own ranks
+    count: what they predict is what every pass of each way has."""
+    checkpoints, case = tmp_path / "checkpoints", "neox_parallel sinks"
+    write_checkpoint(checkpoints / "neox_parallel", "neox_parallel")
+    done = fork_ranks(RANKS, "-m", "tests.support.gpu.bitwise_ranks", checkpoints, tmp_path, case, timeout=100)
+    assert done.all_ended, done.stderr
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    assert [report[case]["same"] for report in reports] == [{"streamed": True, "eager": True}] * RANKS

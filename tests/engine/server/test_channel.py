@@ -70,7 +70,8 @@ def test_a_message_comes_as_it_was_sent(message):
 
 
 def test_a_pass_comes_as_it_was_told():
-    timed = Timed(PassShape(5, 2, 7, None, 3, 0), 0.1, PassTime(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, "link", 8.0), 0.2)
+    shape, predicted = PassShape(5, 2, 7, None, 3, 0, 0, 1), PassTime(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, "link", 8.0)
+    timed = Timed(shape, 0.1, predicted, 0.2)
     message = of_line(to_line(OUTPUTS._replace(passed=pass_told(timed, 2)))[:-1])
     assert pass_heard(message.passed) == (timed, 2)
 

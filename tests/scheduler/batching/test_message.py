@@ -91,11 +91,11 @@ def test_counts_of_a_batch():
     row = BatchRow(0, (1, 2, 3), 0, (1,), False, None)
     batch = Batch.of((row, row._replace(index=1, tokens=(ON_DEVICE,), samples=True)))
     assert (batch.num_tokens, batch.num_sampled) == (4, 1)
-    assert batch.shape == PassShape(4, 2, 0, 3 + 2 + 1 + 1, 1, 0)
+    assert batch.shape == PassShape(4, 2, 0, 3 + 2 + 1 + 1, 1, 0, num_chunks=1)
     scored = row._replace(scores=PromptScores(num_top=1, first=1, following=NO_TOKEN))
     assert Batch((scored,)).shape.num_scored == 1 and batch.shape.num_scored == 0
 
 
 def test_evicted_tokens_are_no_context():
     row = BatchRow(0, (7, 8), 100, (1, 2), True, None, num_evicted=90)
-    assert row.num_cached == 10 and Batch((row,)).shape == PassShape(2, 1, 10, 11 + 12, 0, 12)
+    assert row.num_cached == 10 and Batch((row,)).shape == PassShape(2, 1, 10, 11 + 12, 0, 12, num_chunks=1)

@@ -67,7 +67,8 @@ def test_bytes_and_flops_follow_the_shape():
     [
         (PassShape(6, 2, 0), 64),
         (PassShape(300, 2, 0), 320),
-        (PassShape(300, 101, 9000, num_behind=0), 320),
+        (PassShape(300, 101, 9000, num_behind=0, num_chunks=1), 320),
+        (PassShape(300, 33, 0), 300),  # more prompts than are padded
         (PassShape(300, 300, 9000), 300),  # a decode pass
         (PassShape(300, 2, 50), 320),  # a chunk that continues
         (PassShape(600, 2, 0), 640),
@@ -204,6 +205,16 @@ def test_a_pass_that_is_launched_step_by_step_takes_no_less_than_the_host():
     assert predict_pass(work, mixed, eager).total_s == pytest.approx((16 + 4 + 100) * 3e-3)
     assert predict_pass(work, decode, eager).total_s == pytest.approx(10 / 50)  # a graph, which copies bind
     assert predict_pass(work, mixed, rates(node_latency_s=1e-6, step_latency_s=1e-5)).bound == "link"
+
+
+def test_sums_over_ranks_are_launched_too():
+    """By hand: six steps of a prompt that computes next to nothing, four of which have a sum that counts as half a step
+    more; in a graph nothing is launched."""
+    steps = ((StepWork("norm", token_bytes=1), 2), (StepWork("allreduce", reduce_token_bytes=1), 4))
+    work, eager = PassWork(0, 0, steps), rates(node_latency_s=1e-6, step_latency_s=1e-3)
+    assert steps_s(steps, PassShape(3000, 1, 0), eager) == pytest.approx((6 + 4 / 2) * 1e-3)
+    assert predict_pass(work, PassShape(3000, 4, 0), eager).total_s == pytest.approx((6 + 4 / 2 + 4 / 4) * 1e-3)
+    assert predict_pass(work, PassShape(2000, 4, 0), eager).total_s < 1e-4
 
 
 def test_a_short_pass_with_prompts_is_a_graph_where_nothing_streams():

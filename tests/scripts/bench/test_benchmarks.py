@@ -33,7 +33,9 @@ def test_latency(monkeypatch, capsys, tmp_path):
     assert {"hardware", "versions", "commit", "model_shape", "link_gb_s"} <= record.keys()
     assert record["rates"] == "measured" and record["max_num_seqs"] == 3
     (transfers,) = record["transfers"]
-    num_passes = record["num_passes"]  # passes since the rates were measured; the ring is full
+    num_passes = record["num_passes"]  # since the rates were measured; the ring is full
+    assert num_passes == (1 + 2) * 5, "the batch was not warmed up again, to be filled by these rates"
+    assert record["predicted_by"] == "assumed: cpu" and record["collectives"] == "Solo"
     assert transfers["weights"]["total"] == {
         "num_calls": num_passes * (4 * 2 + 1),
         "sent_bytes": num_passes * record["streamed_bytes_per_pass_and_rank"],
@@ -54,7 +56,10 @@ def test_latency(monkeypatch, capsys, tmp_path):
         assert 0 < row["host_s"] <= row["host_p99_s"]
         assert "graph_s" not in row  # there are no graphs on a CPU
         first = row["first_token"]
-        assert (first["num_passes"], first["num_tokens"]) == (1, 10 * num_seqs)
+        assert (first["num_passes"], first["num_tokens"], first["start_s"]) == (1, 10 * num_seqs, 0.0)
+        (by_pass,) = first["by_pass"]
+        assert (by_pass["num_tokens"], by_pass["num_rows"]) == (10 * num_seqs, num_seqs)
+        assert by_pass["measured_s"] > 0 and by_pass["predicted_s"] > 0
         check_bound(first, first["first_token_s"])
         assert first["first_token_s"] + 4 * row["decode_pass_best_s"] < max(row["latencies"])
 

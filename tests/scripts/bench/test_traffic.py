@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.bench import job_run, throughput, traffic
+from scripts.bench import call_time, job_run, throughput, traffic
 from scripts.bench.traffic_rows import ENDING, FIRST_TOKEN, FULL, JOB, ROWS, TOKEN, URGENT, Row
 from scripts.report.page import Record, render
 from tests.support.commands import ROOT
@@ -31,7 +31,8 @@ def timed(monkeypatch) -> None:
         _, outputs = job_run.run(llm, jobs, params)
         return 0.01 * max(job.output_len for job in jobs), outputs
 
-    monkeypatch.setattr(traffic, "run", run)
+    for module in (traffic, call_time):
+        monkeypatch.setattr(module, "run", run)
 
 
 def check_kinds(record: dict) -> None:
@@ -107,14 +108,6 @@ def test_a_batch_that_never_decodes_together_is_said(monkeypatch, capsys, vllm, 
     (row,) = run(monkeypatch, capsys, traffic, *ENGINE, *options)["rows"]
     assert row["error"] == "the KV cache is too small for its 4 sequences at once"
     assert row["vllm_measured_s"] == pytest.approx(STEP_S) and "speedup" not in row
-
-
-@pytest.mark.parametrize("first_s, more_s, call_s", [(0.5, 1.3, 0.4), (0.5, 4.5, 0.0), (0.5, 5.0, 0.0)])
-def test_a_call_takes_what_its_token_does_not(monkeypatch, first_s, more_s, call_s):
-    """Of the shortest of some runs; where a token takes longer than the whole call did, nothing is left."""
-    times = {1: [9.0] * 4 + [first_s], 9: [more_s] + [9.0] * 4}
-    monkeypatch.setattr(traffic, "run", lambda _, jobs, params: (times[jobs[0].output_len].pop(), []))
-    assert traffic.measure_call(None) == pytest.approx(call_s)
 
 
 @pytest.mark.parametrize("short_s", [0.5, 0.6])

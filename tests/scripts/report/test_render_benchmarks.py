@@ -118,6 +118,14 @@ def test_passes_that_are_alike_are_one_row():
     assert whats == ["decode, weights stream, 1 rank", "first token, 1 rank"]
 
 
+def test_ranks_that_sum_by_nccl_alone_are_a_row_apart():
+    two = LATENCY | {"tp_size": 2}
+    near, far = (Record(name, two | {"collectives": name}) for name in ("Symmetric", "Nccl"))
+    page = render([near, far])
+    for title in ("How fast is it when weights stream?", "Streamed decode"):
+        assert [row["ranks"] for row in cells(page, title)] == ["2", "2, NCCL alone"]
+
+
 def test_nothing_streamed_is_resident_decode():
     page = render([Record("tiny.json", LATENCY | {"streamed_bytes_per_pass_and_rank": 0})])
     assert len(cells(page, "Resident decode")) == 1 and "No record yet" in section(page, "Streamed decode")

@@ -1,7 +1,10 @@
 """One rank of test_bitwise.py: each family's logits, streamed, half streamed, eager and resident, bit by bit.
 
-Rows end one after another, so that passes of every bucket up to their number run, in one run up to 40; one has hundreds
-of passes.
+    -m tests.support.gpu.bitwise_ranks FOLDER OUT [CASE ...]
+
+FOLDER has a checkpoint in each subfolder; each rank leaves its report in OUT, on these cases or on all. A CPU runs them
+padded, as a GPU does. Rows end one after another, so that passes of every bucket up to their number run, in one run up
+to 40; one has hundreds of passes.
 """
 
 import json
@@ -15,11 +18,12 @@ import torch
 from penstock.engine.kernels import decompress_weights, reduce_residual_norm
 from penstock.engine.runtime.pass_runner import PassRunner
 from penstock.parallel.launch import run_rank
+from penstock.scheduler.batching.batch import Batch
 
 from penstock import LLM, SamplingParams
 from tests.support.compressed_runs import least_memory
 from tests.support.streaming_runs import fill_alike
-from tests.support.watches import keep_logits
+from tests.support.watches import EndPass, keep_logits
 
 LENGTHS = (14, 12, 10, 9, 7, 6, 4, 3)  # output tokens of each row
 MANY_LENGTHS = tuple(range(2, 42))  # one row fewer in each pass, from the largest bucket to the smallest
@@ -51,29 +55,42 @@ def logits_of(checkpoint: str, lengths: tuple[int, ...], **options) -> tuple[lis
     if options.get("gpu_memory") == "least":
         del options["gpu_memory"]
         options |= {"gpu_memory": least_memory(checkpoint, tp_size, **GPU, **OPTIONS | options)}
+    options["debug"] = {"as_on_gpu": not torch.cuda.is_available()} | options.get("debug", {})
     with LLM(checkpoint, **OPTIONS | {"max_num_seqs": max(8, len(lengths))} | options) as llm:
         fill_alike(llm)
-        executor = llm.engine.worker.executor
+        runner, executor = llm.engine.worker.runner, llm.engine.worker.executor
+        short = []
         llm.engine.watches.add(keep_logits(passes))
+        llm.engine.watches.add(EndPass(lambda batch, _: short.append(is_short(runner, batch))))
         params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[: len(lengths)], params)]
-        check_what_ran(llm.engine.worker.runner, options)
+        check_what_ran(runner, options, short)
         check_what_was_compressed(llm, decompress_weights.calls["triton"] > decompressed)
         copied = executor.copied.total.sent_bytes
         assert (copied > 0) == (options["resident"] != "all"), "what was to stream did not, or the other way round"
     return passes, tokens
 
 
-def check_what_ran(runner: PassRunner, options: dict) -> None:
+def is_short(runner: PassRunner, batch: Batch) -> bool:
+    """Tells whether a pass leaves out what is computed for sampled rows alone: it has none, and is not padded."""
+    return not batch.num_sampled and (runner.staging is None or runner.sizes.find(batch) is None)
+
+
+def check_what_ran(runner: PassRunner, options: dict, short: list[bool]) -> None:
     """Graphs were replayed, or were not, as asked; sums over ranks took the fused kernel, in graphs and without, and
-    replays count theirs: as many a pass as the plan has."""
-    executor = runner.executor
-    steps = Counter(part for step in executor.pass_plan.steps for part in step.parts if part.endswith("allreduce"))
-    several = runner.model.collectives.size > 1
-    predicted = {name: number * executor.counters.num_passes for name, number in steps.items() if several}
-    assert {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()} == predicted
+    replays count theirs: as many a pass as the plan has, without those that a pass leaves out if it is `short`."""
+    executor, several = runner.executor, runner.model.collectives.size > 1
+    assert len(short) == executor.counters.num_passes
+    predicted = Counter()
+    for step in executor.pass_plan.steps if several else ():
+        num_passes = short.count(False) if step.of_rows else len(short)
+        predicted.update({part: num_passes for part in step.parts if part.endswith("allreduce")})
+    counted = {site.operation: moved.num_calls for site, moved in executor.reduced.sites.items()}
+    assert counted == predicted, f"sums over ranks: {counted} counted, {dict(predicted)} predicted, passes {short}"
+    if "attention_sinks" in options:
+        assert any(short), "no pass had a chunk of a prompt alone, behind keys that are not rotated"
     if runner.device.type == "cpu":
-        return  # to try this file
+        return
     graphs = runner.graphs
     assert bool(graphs and graphs.passes) != options.get("enforce_eager", False)
     if several:
@@ -103,24 +120,32 @@ def compare(checkpoint: str, dtype: str, lengths: tuple[int, ...], variants: tup
     return {"same": same, "tokens": tokens, "num_passes": len(passes)}
 
 
-def main() -> None:
-    """Compares variants; argv has a folder with a checkpoint in each subfolder, and where each rank leaves its report.
-    Several ranks compare fewer variants, and bf16 in the first family only: each of their engines takes a second to
-    start."""
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+def cases(folder: Path) -> dict[str, tuple[str, str, tuple[int, ...], tuple[str, ...], dict]]:
+    """Arguments of `compare`, by case. Several ranks compare fewer variants, and bf16 in the first family only: each of
+    their engines takes a second to start."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     variants = ("streamed", "eager") if several else tuple(VARIANTS)
     compressed = ("compressed", "half compressed resident") if several else tuple(COMPRESSED_VARIANTS)
-    report = {}
+    found = {}
     for index, checkpoint in enumerate(sorted(folder.iterdir())):
+        name, path = checkpoint.name, str(checkpoint)
         for dtype in ("float32", "bfloat16")[: 1 if several and index else 2]:
             tried = variants + compressed if dtype == "bfloat16" else variants
-            report[f"{checkpoint.name} {dtype}"] = compare(str(checkpoint), dtype, LENGTHS, tried)
-        if checkpoint.name in ("llama_gqa", "neox_parallel")[several:]:
-            report[f"{checkpoint.name} sinks"] = compare(str(checkpoint), "bfloat16", LENGTHS, variants, **SINKS)
-    buckets = ("streamed", "half streamed", "eager", "compressed")
-    report["buckets"] = compare(str(min(folder.iterdir())), "bfloat16", MANY_LENGTHS, buckets)
-    report["hundreds"] = compare(str(min(folder.iterdir())), "bfloat16", (HUNDREDS,), ("streamed", "compressed"))
+            found[f"{name} {dtype}"] = path, dtype, LENGTHS, tried, {}
+        if name in ("llama_gqa", "neox_parallel")[several:]:
+            found[f"{name} sinks"] = path, "bfloat16", LENGTHS, variants, SINKS
+            found[f"{name} sinks float32"] = path, "float32", LENGTHS, variants[:1], SINKS
+    first, buckets = str(min(folder.iterdir())), ("streamed", "half streamed", "eager", "compressed")
+    found["buckets"] = first, "bfloat16", MANY_LENGTHS, buckets, {}
+    found["hundreds"] = first, "bfloat16", (HUNDREDS,), ("streamed", "compressed"), {}
+    return found
+
+
+def main() -> None:
+    folder, out, *chosen = sys.argv[1:]
+    found = cases(Path(folder))
+    report = {name: compare(*found[name][:4], **found[name][4]) for name in chosen or found}
+    out = Path(out)
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
 
 

@@ -14,16 +14,19 @@ import time
 from pathlib import Path
 
 import torch
+from penstock.parallel import push_reduce, two_step_reduce
 from penstock.parallel.failure import RankFailed
 
 from penstock import LLM, SamplingParams
 from tests.support import pass_faults
 
-LARGE_TOKENS = 1100  # of a pass: sums of 1.1 MiB in float32, which are more than is pushed
+TOKEN_BYTES = 4 * 256  # of a sum: the hidden states of the embedded model in float32
+LARGE_TOKENS, NCCL_TOKENS = (way.MOST_BYTES // TOKEN_BYTES + 1 for way in (push_reduce, two_step_reduce))
 OPTIONS = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 2048, "enable_prefix_caching": False}
 OPTIONS |= {"gpu_memory": "4GiB", "capture": "lazy"}
 PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-PROMPTS = [[0, 376, 268], *([(first + 7 * index) % 2000 + 1 for index in range(400)] for first in range(3))]
+LONG = [[(first + 7 * index) % 2000 + 1 for index in range(400)] for first in range(NCCL_TOKENS // 400 + 1)]
+PROMPTS = [[0, 376, 268], *LONG[:3]]
 DO = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
@@ -48,10 +51,16 @@ def around(instruction, ctx, run):
         {do}
     run()
 """
-TIMES = {  # options, and when
-    "streaming in graphs": ({"resident": "none"}, IN_A_PASS, "len(passes) == 12"),
-    "in capture": ({"resident": "none", "capture": "start"}, IN_CAPTURE, ""),
-    "in large sums": ({"resident": "all"}, IN_A_PASS, f"batch.shape.num_tokens >= {LARGE_TOKENS}"),
+TIMES = {  # options, prompts, and when
+    "streaming in graphs": ({"resident": "none"}, PROMPTS, IN_A_PASS, "len(passes) == 12"),
+    "in capture": ({"resident": "none", "capture": "start"}, PROMPTS, IN_CAPTURE, ""),
+    "in large sums": ({"resident": "all"}, PROMPTS, IN_A_PASS, f"batch.num_tokens >= {LARGE_TOKENS}"),
+    "in sums of NCCL": (
+        {"resident": "all", "max_num_seqs": len(LONG), "max_num_batched_tokens": 400 * len(LONG)},
+        LONG,
+        IN_A_PASS,
+        f"batch.num_tokens >= {NCCL_TOKENS}",
+    ),
 }
 CASES = [f"{how}, {when}" for when in TIMES for how in DO]
 
@@ -64,12 +73,12 @@ def tokens() -> list[list[int]]:
 def fail(case: str, folder: Path) -> dict[str, str | float]:
     """Runs a case; returns what it raises on rank 0, and after how many seconds."""
     how, when = case.split(", ")
-    options, fault, condition = TIMES[when]
+    options, prompts, fault, condition = TIMES[when]
     folder.mkdir()
     os.environ |= {pass_faults.FOLDER: str(folder), pass_faults.TEXT: fault.format(do=DO[how], when=condition)}
     try:
         with LLM("demo", 2, **OPTIONS | options | {"debug": {"watch": pass_faults.NAME}}) as llm:
-            llm.generate(PROMPTS, PARAMS)
+            llm.generate(prompts, PARAMS)
         return {"raised": "", "text": "nothing was raised", "seconds": 0.0}
     except RankFailed as error:
         seconds = time.time() - float((folder / "failed_at").read_text())
