@@ -56,8 +56,9 @@ class Costs:
         """The time of a pass of so many rows beside prompts that begin."""
         read, tokens = num_rows * self._context, num_begun * self._prompt
         pairs = read + tokens * (self._prompt + 1) / 2
-        counts = 0, round(pairs), round(read), 0, 0, round(num_begun)
-        shape = PassShape(round(num_rows + tokens), round(num_rows + num_begun), *counts)
+        sums = 0, round(pairs), round(read), 0
+        num_tokens, num_seqs = round(num_rows + tokens), round(num_rows + num_begun)
+        shape = PassShape(num_tokens, num_seqs, *sums, num_chunks=round(num_begun))
         return predict_pass(self._passes.work, shape, self._passes.rates)
 
     def at(self, num_rows: int) -> tuple[float, float, float]:
