@@ -8,7 +8,8 @@
 
 Adds and aborts wait in an inbox. It is emptied right before a pass is sealed and, where weights stream, again before a
 pass that was announced begins. What `hear` was given is called right before that: whoever learns of adds and aborts by
-other ways puts them into the inbox there.
+other ways puts them into the inbox there. For these a pass is sealed as late as the one under way allows: who misses it
+waits for a whole pass more.
 
 A sequence fails alone. If its logits are NaN, if it can never run, or if its text cannot be made, it ends with
 FinishReason.ERROR; if it is aborted, with FinishReason.ABORT. The others go on as if a stop had ended those. So they do
@@ -63,7 +64,7 @@ class Loop:
         self.scheduler, self.engine = scheduler, engine
         self._sequences: dict[int, Sequence] = {}  # those that have not ended, by request id
         self._inbox: deque[Callable[[list[Event]], None]] = deque()  # adds and aborts to be done; they append events
-        self._receive: Callable[[], None] = lambda: None
+        self._receive: Callable[[], None] | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Lets a new sequence wait for its row. One that can never run ends with an error, which is an event."""
@@ -74,7 +75,7 @@ class Loop:
         self._inbox.append(lambda events: self._abort(request_id, why, events))
 
     def hear(self, receive: Callable[[], None]) -> None:
-        """Lets `receive` be called right before adds and aborts are read."""
+        """Lets `receive` be called right before adds and aborts are read, which is late from now on."""
         self._receive = receive
 
     @property
@@ -102,6 +103,8 @@ class Loop:
         self.engine.forget()
 
     def _advance(self) -> list[Event]:
+        if self._receive is not None:
+            self.engine.rest()
         events = self._read_inbox()
         if not self.scheduler.has_unfinished:
             return events
@@ -162,7 +165,8 @@ class Loop:
 
     def _read_inbox(self) -> list[Event]:
         events: list[Event] = []
-        self._receive()
+        if self._receive is not None:
+            self._receive()
         while self._inbox:
             self._inbox[0](events)
             self._inbox.popleft()  # only now: until then there is something unfinished

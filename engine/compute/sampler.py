@@ -93,6 +93,11 @@ class PendingSample:
             return tensor.clone()
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
+    @property
+    def has_come(self) -> bool:
+        """Tells whether the output is on the host."""
+        return self._event is None or self._event.query()
+
     def wait(self, expected_s: float = 0.0) -> SampleOutput:
         """The output on the host; other threads of Python run meanwhile, whenever it is expected."""
         if self._event is not None:

@@ -38,6 +38,7 @@ from penstock.scheduler.cost.time_model import Rates, with_link
 from penstock.scheduler.units import MIB
 
 LINK_BYTES = 2048 * MIB  # that the probe copies in one go: long enough that all ranks copy at once
+SPARE_S = 1.5e-3  # by which the host seals a pass earlier than it has to
 KEEPS_RATES = -1  # said instead of MiB of the link: nothing is to be measured
 
 
@@ -164,6 +165,14 @@ class Engine:
         self.collectives.check()  # tokens of sums that were given up mean nothing
         self.times.ended(0 if output is None else len(output.tokens))
         return self.submitted.popleft(), output
+
+    @on_own_device
+    def rest(self) -> None:
+        """Waits while the pass under way leaves the host more time than it needs to prepare the next one; on rank 0.
+        Where weights stream it does not: what is announced is looked at again."""
+        if self.submitted and not self.must_wait:
+            with self.times.waiting():
+                self.worker.runner.rest(self.times.leisure_s - SPARE_S)
 
     @on_own_device
     def forget(self) -> None:

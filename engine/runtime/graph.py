@@ -84,6 +84,11 @@ class PendingLetter:
     num_tokens: int
     scored: bool
 
+    @property
+    def has_come(self) -> bool:
+        """Tells whether the letter is there."""
+        return bool(self.mailbox.number[0] >= self.number)
+
     def wait(self, expected_s: float = 0.0) -> SampleOutput:
         """Waits for the letter, which is expected at that time of time.perf_counter. Raises RuntimeError if the device,
         PeerLost if another rank has failed."""

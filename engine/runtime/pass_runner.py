@@ -14,6 +14,7 @@ Graphs are captured at start (`capture_all`), or when they are first needed, in 
 prepared and enqueued between. `prepare` does what that takes the host for a pass which may follow.
 """
 
+import time
 from collections import deque
 from enum import Enum
 from functools import partial
@@ -29,7 +30,7 @@ from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, Staging
 from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
 from penstock.engine.runtime.executor import Executor
-from penstock.engine.runtime.graph import Graphs, Mailbox, PendingLetter
+from penstock.engine.runtime.graph import LONG_SLEEP_S, Graphs, Mailbox, PendingLetter
 from penstock.engine.runtime.page_moves import PageMover
 from penstock.parallel.triton_door import compiled_ahead
 from penstock.scheduler.batching.batch import Batch
@@ -154,6 +155,13 @@ class PassRunner:
         time.perf_counter."""
         pending = self.under_way.popleft()
         return None if pending is None else pending.wait(expected_s)
+
+    def rest(self, until_s: float) -> None:
+        """Sleeps until that time of time.perf_counter, or until the newest pass under way has ended; not at all behind
+        one that gives no tokens, whose end nobody hears of."""
+        newest = self.under_way[-1]
+        while newest is not None and time.perf_counter() < until_s and not newest.has_come:
+            time.sleep(LONG_SLEEP_S)
 
     @on_own_device
     def forget(self) -> None:

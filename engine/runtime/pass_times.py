@@ -11,6 +11,7 @@ from penstock.scheduler.cost.pass_work import PassShape, PassWork
 from penstock.scheduler.cost.time_model import PassTime, Rates, predict_pass
 
 NUM_RECENT, RECENT_S = 1000, 10.0  # the passes, and their last seconds, over which tokens/s are taken
+NUM_LATE = 32  # passes that tell how early the next one may end, and how long the host may take
 
 
 class Timed(NamedTuple):
@@ -38,6 +39,7 @@ class PassTimes:
     _ended_s: tuple[float, float] = (0.0, 0.0)
     _waited_s: float = 0.0  # of CPU, since a pass ended
     _foreseen: deque[tuple[PassShape, PassTime]] = field(default_factory=deque)
+    _late: deque[Timed] = field(default_factory=lambda: deque(maxlen=NUM_LATE))
 
     def keep(self, passes: list[Timed] | None = None) -> list[Timed]:
         """Appends each pass that ends from now on to `passes`, or to a new list, and returns it; it grows for as long
@@ -56,6 +58,17 @@ class PassTimes:
     def expected_s(self) -> float:
         """The time, of time.perf_counter, at which the oldest pass under way is predicted to end."""
         return max(self._submitted_s[0][0], self._ended_s[0]) + self._foreseen[0][1].total_s
+
+    @property
+    def leisure_s(self) -> float:
+        """The time until which the oldest pass under way leaves the host nothing to do: until it ends, by its
+        prediction, and as early as any of late did by theirs, less the most that the host had to do for one of them. So
+        a wrong profile or a slow host does no harm. It is over while few passes tell that."""
+        if len(self._late) < NUM_LATE:
+            return 0.0
+        begun_s, predicted_s = max(self._submitted_s[0][0], self._ended_s[0]), self._foreseen[0][1].total_s
+        earliest = min(1.0, min(timed.measured_s / timed.predicted.total_s for timed in self._late))
+        return begun_s + earliest * predicted_s - max(timed.host_s for timed in self._late)
 
     def tokens_s(self) -> float:
         """The tokens a second of late, for any thread; 0 where no pass has ended for some seconds."""
@@ -78,7 +91,8 @@ class PassTimes:
         measured_s, cpu_s = (now - max(both) for now, *both in zip(now_s, self._submitted_s.popleft(), self._ended_s))
         shape, predicted = self._foreseen.popleft()
         host_s, self._ended_s, self._waited_s = max(cpu_s - self._waited_s, 0.0), now_s, 0.0
-        self.note(Timed(shape, measured_s, predicted, host_s), num_sampled, now_s[0])
+        self._late.append(timed := Timed(shape, measured_s, predicted, host_s))
+        self.note(timed, num_sampled, now_s[0])
 
     def note(self, timed: Timed, num_sampled: int, now_s: float) -> None:
         """Counts a pass that ended now, by time.perf_counter, and gave so many tokens."""

@@ -40,17 +40,18 @@ def run(llm: LLM, jobs: Sequence[Job], params: Sequence[SamplingParams]) -> tupl
 
 
 def run_arriving(llm: LLM, jobs: Sequence[Job], arrivals: Sequence[float]) -> list[list[float]] | None:
-    """Requests, generated greedily, that arrive at their times: the seconds from the start at which the tokens of each
-    came. Under torchrun all ranks call it; None on those other than 0. Raises ValueError if a request failed."""
+    """Requests, generated greedily, that arrive at their times, and are checked and made then: the seconds from the
+    start at which the tokens of each came. Under torchrun all ranks call it; None on those other than 0. Raises
+    ValueError if a request failed."""
     engine, loop = llm.engine, llm.loop
     llm.reset_prefix_cache()
     engine.times.keep()
-    growing = [llm.sequences(job.prompt, greedy(job))[0] for job in jobs]
     alive: dict[int, Request] = {}
 
     def add(index: int) -> None:
-        loop.add(growing[index])
-        alive[index] = growing[index].request
+        (sequence,) = llm.sequences(jobs[index].prompt, greedy(jobs[index]))
+        loop.add(sequence)
+        alive[index] = sequence.request
 
     def step() -> list[tuple[int, int]]:
         for event in loop.advance():

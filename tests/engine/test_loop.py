@@ -10,7 +10,7 @@ from penstock.engine.text.tokenizer import Tokenizer
 from penstock.scheduler.batching import limits
 
 from penstock import LLM, SamplingParams
-from tests.support.fake_engine import BusyEngine
+from tests.support.fake_engine import BusyEngine, RestingEngine
 from tests.support.watches import Around, BeginPass
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
@@ -244,3 +244,20 @@ def test_text_is_made_while_the_next_pass_runs(options, monkeypatch):
         (output,) = llm.generate(PROMPTS[0], PARAMS)
     num_tokens = len(output.outputs[0].token_ids)
     assert done == ["pass"] + ["pass", "text"] * (num_tokens - 1) + ["text"]
+
+
+def test_who_comes_while_the_loop_rests_enters_the_pass_that_it_seals_then(alone):
+    """Only a loop that hears of others rests: right before it reads the inbox."""
+    rows, came = [], []
+    with LLM("demo", **OPTIONS | {"debug": {"lookahead": 1}}) as llm:
+        first, second = (llm.sequences(prompt, PARAMS)[0] for prompt in PROMPTS[:2])
+        engine = RestingEngine(llm.engine, lambda: came.append(second) if len(rows) == 2 else None)
+        loop = Loop(llm.loop.scheduler, engine)
+        loop.add(first)
+        with llm.engine.watched_by(BeginPass(lambda batch: rows.append(len(batch.rows)))):
+            events = loop.advance() + loop.advance()
+            assert rows == [1, 1] and engine.num_rests == 0
+            loop.hear(lambda: [loop.add(came.pop()) for _ in list(came)])
+            events += run(loop)
+        assert rows[2] == 2 and engine.num_rests > 0
+        assert [text_of(events, one) for one in (first, second)] == [alone[prompt] for prompt in PROMPTS[:2]]

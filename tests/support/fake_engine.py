@@ -1,4 +1,4 @@
-"""Engines for a Loop: one without a model, and one during whose passes something happens."""
+"""Engines for a Loop: one without a model, and those during whose passes or rests something happens."""
 
 import contextlib
 from collections import deque
@@ -55,3 +55,18 @@ class BusyEngine:
     def collect(self) -> tuple[Batch, SampleOutput | None]:
         self._happens()
         return self._engine.collect()
+
+
+class RestingEngine:
+    """An engine that calls `happens` while it rests, and counts how often that was."""
+
+    def __init__(self, engine: Engine, happens: Callable[[], None]):
+        self._engine, self._happens = engine, happens
+        self.num_rests = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine, name)
+
+    def rest(self) -> None:
+        self.num_rests += 1
+        self._happens()

@@ -84,11 +84,17 @@ def test_a_connection_that_the_server_has_closed_is_replaced():
     assert [len(times) for times in server.run(use)] == [3, 3] and server.requests == [1, 1]
 
 
-def test_a_connection_that_was_idle_for_long_is_replaced(monkeypatch):
+def test_a_connection_that_was_idle_for_long_is_replaced_and_closed_at_the_end(monkeypatch):
     monkeypatch.setattr(http_client, "IDLE_S", 0.0)
-    server = Server(in_chunks(*TOKENS, USAGE))
-    server.run(two)
-    assert server.requests == [1, 1]
+    server, clients = Server(in_chunks(*TOKENS, USAGE)), []
+
+    async def use(client: Client) -> None:
+        clients.append(client)
+        await two(client)
+        assert [connection.is_open for connection in client._free] == [True, True]
+
+    server.run(use)
+    assert server.requests == [1, 1] and not clients[0]._free
 
 
 def test_an_answer_that_is_an_error_is_said_and_its_connection_kept():
