@@ -74,8 +74,9 @@ class Loop:
         """Ends a sequence, with `why` as its error; one that has ended is left alone."""
         self._inbox.append(lambda events: self._abort(request_id, why, events))
 
-    def hear(self, receive: Callable[[], None]) -> None:
-        """Lets `receive` be called right before adds and aborts are read, which is late from now on."""
+    def hear(self, receive: Callable[[], None] | None) -> None:
+        """Lets `receive` be called right before adds and aborts are read, which is late from now on; until None says
+        that nobody feeds the loop any more."""
         self._receive = receive
 
     @property

@@ -27,20 +27,26 @@ def serve(
     add: Callable[[int], None],
     is_busy: Callable[[], bool],
     step: Callable[[], Iterable[tuple[int, int]]],
+    hear: Callable[[Callable[[], None]], None] = lambda receive: None,
 ) -> list[list[float]]:
     """Adds each request when its time has come, and steps while there is anything to do.
 
-    `step` returns the requests that may have new tokens, each with the number of all its tokens. Returns the seconds
-    from the start at which the tokens of each request came.
+    `step` returns the requests that may have new tokens, each with the number of all its tokens. `hear` is given what
+    adds those whose time has come, for a step to call where it can still take them. Returns the seconds from the start
+    at which the tokens of each request came.
     """
     start, coming = time.perf_counter(), deque(sorted(range(len(arrivals)), key=arrivals.__getitem__))
     times: list[list[float]] = [[] for _ in arrivals]
-    while coming or is_busy():
-        now = time.perf_counter() - start
-        while coming and arrivals[coming[0]] <= now:
+
+    def receive() -> None:
+        while coming and arrivals[coming[0]] <= time.perf_counter() - start:
             add(coming.popleft())
+
+    hear(receive)
+    while coming or is_busy():
+        receive()
         if not is_busy():
-            time.sleep(arrivals[coming[0]] - now)
+            time.sleep(max(start + arrivals[coming[0]] - time.perf_counter(), 0.0))
             continue
         news = step()
         now = time.perf_counter() - start

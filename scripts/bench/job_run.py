@@ -67,10 +67,12 @@ def run_arriving(llm: LLM, jobs: Sequence[Job], arrivals: Sequence[float]) -> li
             engine.follow()
             return None
         try:
-            times = serve(arrivals, add, lambda: loop.has_unfinished, step)
+            times = serve(arrivals, add, lambda: loop.has_unfinished, step, loop.hear)
         except BaseException:
             loop.clear()
             raise
+        finally:
+            loop.hear(None)
         engine.finish([])
     return times
 

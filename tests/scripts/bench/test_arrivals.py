@@ -19,28 +19,34 @@ def test_gaps_have_their_mean_and_their_deviation(burstiness):
     assert times == arrival_times(20_000, 10.0, burstiness, seed=1) != arrival_times(20_000, 10.0, burstiness, seed=2)
 
 
-def test_requests_are_added_when_their_time_has_come(monkeypatch):
-    """Over a clock that only sleeping and stepping moves: three tokens a request, a second a step."""
+@pytest.mark.parametrize("hears", [False, True])
+def test_requests_are_added_when_their_time_has_come(hears, monkeypatch):
+    """Over a clock that only sleeping and stepping moves: three tokens a request, a second a step, the first half of
+    which it rests if it hears."""
     clock = {"now": 100.0}
     monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.update(now=clock["now"] + seconds))
-    tokens, added = {}, []
+    tokens, added, heard = {}, [], []
 
     def add(index: int) -> None:
         tokens[index] = 0
         added.append((index, clock["now"] - 100.0))
 
     def step() -> list[tuple[int, int]]:
-        clock["now"] += 1.0
+        for receive in heard:
+            clock["now"] += 0.5
+            receive()
+        clock["now"] += 0.5 if heard else 1.0
         tokens.update({index: num + 1 for index, num in tokens.items()})
         news = list(tokens.items())
         for index in [index for index, num in news if num == 3]:
             del tokens[index]
         return news
 
-    times = serve([9.0, 0.5, 0.75], add, lambda: bool(tokens), step)
-    assert added == [(1, 0.5), (2, 1.5), (0, 9.0)]
-    assert times == [[10.0, 11.0, 12.0], [1.5, 2.5, 3.5], [2.5, 3.5, 4.5]]
+    times = serve([9.0, 0.5, 0.75], add, lambda: bool(tokens), step, *([heard.append] if hears else []))
+    assert added == [(1, 0.5), (2, 1.0 if hears else 1.5), (0, 9.0)]
+    second = [1.5, 2.5, 3.5] if hears else [2.5, 3.5, 4.5]
+    assert times == [[10.0, 11.0, 12.0], [1.5, 2.5, 3.5], second]
 
 
 def test_latencies_are_those_of_their_definitions():
