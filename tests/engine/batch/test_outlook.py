@@ -149,17 +149,34 @@ def test_a_job_of_a_planned_engine_is_foreseen_before_it_begins_and_on_its_way(
     assert stop_share or predicted.seconds == pytest.approx(llm.clock.now_s, rel=0.03)
 
 
-def test_seconds_in_which_no_pass_runs_do_not_last(monkeypatch):
-    """At first many rows are encoded between two passes; then passes take a tenth longer than predicted."""
+def meter_of(monkeypatch, seconds: list[float]) -> Meter:
+    """A meter that has seen passes after so many seconds each, for all of which 2 were predicted."""
     clock, times = Clock(), PassTimes()
     monkeypatch.setattr(meter, "time", clock)
     measured = Meter(times)
     assert measured.pace is None
-    for number in range(20):
-        times.note(Timed(PassShape(1, 1, 0), 2.2, PassTime(2.0, 0, 0, 0, 0, 0, 2.0, "link"), 0.0), 1, clock.now_s)
-        clock.now_s += 12.0 if number < 5 else 2.2
+    for each in seconds:
+        times.note(Timed(PassShape(1, 1, 0), each, PassTime(2.0, 0, 0, 0, 0, 0, 2.0, "link"), 0.0), 1, clock.now_s)
+        clock.now_s += each
         measured.note_pass(1)
-    assert measured.pace == pytest.approx(1.1) and measured.tokens_s == pytest.approx(15 / 33)
+    return measured
+
+
+@pytest.mark.parametrize("num_slow", [0, 1, 5, 10, 13])
+def test_slow_passes_at_first_do_not_last(monkeypatch, num_slow):
+    """Rows are encoded between passes, and prompts fill them; then passes take a tenth longer than predicted."""
+    measured = meter_of(monkeypatch, [3.0] * num_slow + [2.2] * (20 - num_slow))
+    assert measured.pace == pytest.approx(1.1)
+
+
+def test_a_pass_that_waited_for_other_work_says_nothing_of_the_others(monkeypatch):
+    assert meter_of(monkeypatch, [2.2, 2.2, 12.0, 2.2, 2.2, 12.0, 2.2]).pace == pytest.approx(1.1)
+
+
+def test_the_pace_of_late_is_that_of_the_last_minute_of_a_long_job(monkeypatch):
+    measured = meter_of(monkeypatch, [2.2] * 400 + [3.0] * 40)
+    assert measured.pace == pytest.approx(1.5) and measured.tokens_s == pytest.approx(1 / 3)
+    assert meter_of(monkeypatch, [2.0]).pace == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
