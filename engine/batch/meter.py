@@ -69,10 +69,10 @@ class Meter:
     @property
     def pace(self) -> float | None:
         """The seconds that go by while passes run for which one second was predicted: the median of late, since now and
-        then they wait for other work. Late is the later half of the run, or less: at first rows are encoded, and passes
+        then they wait for other work. Late is the last third of the run, or less: at first rows are encoded, and passes
         are full of prompts, which are slower than the rest. None before anything is known."""
-        first = max(len(self._times_s) // 2 - 1, len(self._times_s) - 1 - PACES)
-        times_s, predicted_s = self._times_s[first:], self._predicted_s[first:]
+        number = min(-(-(len(self._times_s) - 1) // 3), PACES)
+        times_s, predicted_s = self._times_s[-number - 1 :], self._predicted_s[-number - 1 :]
         both = zip(itertools.pairwise(times_s), itertools.pairwise(predicted_s))
         paces = [(now_s - then_s) / (now - then) for (then_s, now_s), (then, now) in both if now > then]
         return statistics.median(paces) if paces else None
