@@ -14,9 +14,10 @@ import numpy as np
 # beginnings of ranges, some 4 of them for each doubling; the last one has no end
 _STARTS = np.unique(np.round(2 ** (np.arange(0, 96) / 4)).astype(np.int64) - 1).astype(np.float64)  # (B,)
 _WIDTHS = np.diff(_STARTS, append=np.inf)
-# What the ranges before one count in it: such a share, of so many stops at most. What is foreseen of lengths that none
-# has reached hangs on the last ranges, which have seen few: with one stop at most, chance moved the end of a job by a
-# third. With more than these, it takes longer to tell that longer ones are stopped otherwise.
+# What the ranges before one count in it: such a share, but no more than so many stops, whether seen or to be expected at
+# the range's own rate. What is foreseen of lengths that none has reached hangs on the last ranges, which have seen few:
+# with one stop at most, chance moved the end of a job by a third. With more than these, it takes longer to tell that
+# longer ones are stopped otherwise.
 SHARE_BEFORE, MOST_BEFORE = 0.7, 10
 SEED = 0
 
@@ -49,7 +50,8 @@ class Lengths:
         """The stops a token in each range (B,), in which those before it count too."""
         rates, stops, tokens = [], 0.0, 0.0
         for more_stops, more_tokens in zip(self._stops, self._tokens + _by_range(begun)):
-            share = min(SHARE_BEFORE, MOST_BEFORE / max(stops, 1))
+            expected = tokens * more_stops / max(more_tokens, 1)  # if those before were stopped as those in it
+            share = min(SHARE_BEFORE, MOST_BEFORE / max(stops, expected, 1))
             stops, tokens = share * stops + more_stops, share * tokens + more_tokens
             rates.append(stops / max(tokens, 1))
         return np.array(rates)

@@ -213,7 +213,7 @@ def test_what_is_foreseen_does_not_jump_where_nothing_has_happened():
 
 
 def after_60_passes(drawn: random.Random, length: Callable[[random.Random], float]) -> tuple[Lengths, np.ndarray]:
-    """Lengths learnt from rows of which in each of the last 60 passes 20 have begun, and the tokens of those that run."""
+    """Lengths learnt from rows of which 20 began in each of the last 60 passes, and the tokens of those that run."""
     lengths, running = Lengths(), []
     for age in range(60):
         for _ in range(20):
