@@ -14,8 +14,8 @@ import numpy as np
 # beginnings of ranges, some 4 of them for each doubling; the last one has no end
 _STARTS = np.unique(np.round(2 ** (np.arange(0, 96) / 4)).astype(np.int64) - 1).astype(np.float64)  # (B,)
 _WIDTHS = np.diff(_STARTS, append=np.inf)
-# What the ranges before one count in it: such a share, but no more than so many stops, whether seen or to be expected at
-# the range's own rate. What is foreseen of lengths that none has reached hangs on the last ranges, which have seen few:
+# What the ranges before one count in it: such a share, but no more than so many stops, seen or to be expected at the
+# range's own rate. What is foreseen of lengths that none has reached hangs on the last ranges, which have seen few:
 # with one stop at most, chance moved the end of a job by a third. With more than these, it takes longer to tell that
 # longer ones are stopped otherwise.
 SHARE_BEFORE, MOST_BEFORE = 0.7, 10
