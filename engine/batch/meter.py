@@ -10,7 +10,7 @@ from penstock.engine.runtime.pass_times import PassTimes
 
 SAMPLE_S = 1.0  # between two samples: a week of them takes 15 MB
 RECENT_S = 30.0
-PACES = 60  # samples
+PACES = 60  # samples, at most
 FULL = 0.95  # the share of its usual tokens a second from which on a job counts as full
 
 
@@ -69,8 +69,10 @@ class Meter:
     @property
     def pace(self) -> float | None:
         """The seconds that go by while passes run for which one second was predicted: the median of late, since now and
-        then they wait for other work, and most at first. None before anything is known."""
-        times_s, predicted_s = self._times_s[-PACES:], self._predicted_s[-PACES:]
+        then they wait for other work. Late is the last third of the run, or less: at first rows are encoded, and passes
+        are full of prompts, which are slower than the rest. None before anything is known."""
+        number = min(-(-(len(self._times_s) - 1) // 3), PACES)
+        times_s, predicted_s = self._times_s[-number - 1 :], self._predicted_s[-number - 1 :]
         both = zip(itertools.pairwise(times_s), itertools.pairwise(predicted_s))
         paces = [(now_s - then_s) / (now - then) for (then_s, now_s), (then, now) in both if now > then]
         return statistics.median(paces) if paces else None

@@ -69,7 +69,7 @@ class Outlook:
         known = np.array([self._known(one) for one in running + others], dtype=np.float64).reshape(-1, 3)
         table = np.concatenate([known, self._later(most_played)])
         prompts, got, most = table.T
-        outputs = self.lengths.draw(got, most, got[: len(running)])
+        outputs = self.lengths.draw(got, most, got[: len(known)])
         sequences = Sequences(prompts * (1 - shared) + got, outputs, len(running))
         return play(self.passes, sequences, self.num_waiting + len(known) - len(table))
 
