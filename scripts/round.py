@@ -9,7 +9,7 @@ demo model's shape, which shows that its flags are right. Steps have the environ
 and what NCCL needs.
 
     python -m scripts.round --list
-    python -m scripts.round traffic 'rows_8b*' --out results --vllm ~/vllm/bin/python
+    python -m scripts.round traffic '*_2ranks' --out results --vllm ~/vllm/bin/python
 """
 
 import contextlib
@@ -67,9 +67,9 @@ def main() -> int:
 
 
 def print_steps() -> int:
-    print(f"{'step':27}{'GPUs':>5}{'s':>5}  what it shows")
+    print(f"{'step':32}{'GPUs':>5}{'s':>5}  what it shows")
     for step in STEPS.values():
-        print(f"{step.name:27}{step.gpus:5}{step.seconds:5}  {step.shows}{' (--vllm)' if step.needs_vllm else ''}")
+        print(f"{step.name:32}{step.gpus:5}{step.seconds:5}  {step.shows}{' (--vllm)' if step.needs_vllm else ''}")
     return 0
 
 

@@ -36,18 +36,14 @@ FEW = f"{SHORT} --max-num-seqs 4"
 FEW_REQUESTS = f"{FEW} --num-prompts 6 --input-len 20 --output-len 6"
 BRIEF = f"{SHORT} --max-num-seqs 8 --rows first-token-128 token-batch-1-brief"
 TIGHT = "--gpu-memory 24MiB --num-pages 20"  # where part of the demo model streams
-RANKS = "torch.distributed.run --standalone --nproc-per-node 2 -m"
-HOSTS = "tests.support.two_agents 1 -m"
+FEW_ROWS, IN_LITTLE = f"{CPU} --batch-size 1 2", f"{SHORT} {TIGHT}"
+RANKS = "torch.distributed.run --standalone --nproc-per-node"
+HOSTS = "tests.support.two_agents"
 
 
 def one(name: str, seconds: int, shows: str, *commands: Command, needs_vllm: bool = False) -> Step:
     """A step on one GPU."""
     return Step(name, 1, seconds, shows, commands, needs_vllm)
-
-
-def two(name: str, seconds: int, shows: str, *commands: Command) -> Step:
-    """A step on two GPUs."""
-    return Step(name, 2, seconds, shows, commands)
 
 
 def bench(script: str, model: str, flags: str, record: str, small: str, launcher: str = "") -> Command:
@@ -92,10 +88,17 @@ UNEVEN = "--input-len 512 --output-len 128 --random-range-ratio 0.8"
 TIMED_ONCE = "--num-iters-warmup 1 --num-iters 1"
 START_ONCE = "--num-iters-cold 1 --num-iters-warmup 0 --num-iters-warm 1"
 STREAMED_8B = "--resident none --input-len 32 --output-len 10 --num-iters-warmup 1"
+STREAMED_8B_THRICE = f"{STREAMED_8B} --num-iters 3"
 RESIDENT_DECODE = "--resident all --input-len 32 --num-iters-warmup 1 --num-iters 3"
 STREAMED_70B = f"--input-len 32 --max-num-batched-tokens 2048 {TIMED_ONCE}"
 IN_24_GIB = f"{STREAMED_70B} --gpu-memory 24GiB --batch-size 1 --output-len 6"
 REUSE_SMALL = f"{SHORT} --kv-host-memory 16MiB --prefix-gb 0.001 --prefix-len 64 --own-len 8 --share 0.6"
+
+OF_TWO = (
+    "tests/gpu/test_rank_faults.py tests/gpu/test_kernel_ranks.py tests/gpu/test_hosts.py tests/gpu/test_binding.py "
+    "tests/gpu/test_oracles.py::test_two_ranks_agree_with_one "
+    "tests/gpu/test_failing_rows.py::test_a_row_fails_alone_on_two_ranks"
+)
 
 ONE_GPU = (
     one(
@@ -354,168 +357,148 @@ ONE_GPU = (
     one("tests_gpu", 270, "tests of whole engines", tests("-m gpu tests/gpu")),
 )
 
-TWO_GPUS = (
-    two(
-        "tests_2gpus",
-        180,
-        "what two ranks compute, share and survive; four tests at once, which mostly compile and start",
-        tests(
-            "-n 4 --dist worksteal tests/gpu/test_bitwise.py::test_several_ranks[2] tests/gpu/test_rank_faults.py "
-            "tests/gpu/test_kernel_ranks.py tests/gpu/test_hosts.py tests/gpu/test_binding.py "
-            "tests/gpu/test_oracles.py::test_two_ranks_agree_with_one "
-            "tests/gpu/test_failing_rows.py::test_a_row_fails_alone_on_two_ranks"
-        ),
-    ),
-    two(
-        "times_2gpus",
-        100,
-        "tests of what two ranks compute, and in which time",
-        tests(
-            "tests/gpu/test_symmetric.py::test_sums_of_every_size[2] tests/gpu/test_push_reduce.py "
-            "tests/gpu/test_probe.py::test_probe[2]"
-        ),
-    ),
-    two(
-        "probe_2ranks",
-        30,
-        "what the machine does for two ranks, and a plan by that, which predicts the rows behind it",
-        Command("penstock probe -tp 2", small=f"{CPU} --output {{out}}/device_profile.json"),
-        Command("penstock plan benchmarks/shapes/Llama-3-8B.json -tp 2 --resident none --short", small=CPU),
-    ),
-    two(
-        "rows_8b_compressed",
-        60,
-        "decode passes while all weights stream, compressed",
-        bench(
-            "latency",
-            "Llama-3-8B",
-            f"{STREAMED_8B} --num-iters 3 --batch-size 1 64 512",
-            "decode_llama3_8b_compressed_2ranks",
-            f"{CPU} --batch-size 1 3",
-            RANKS,
-        ),
-    ),
-    two(
-        "rows_8b_resident",
-        35,
-        "decode passes with all weights on the GPUs",
-        bench(
-            "latency",
-            "Llama-3-8B",
-            f"{RESIDENT_DECODE} --output-len 64 --batch-size 1 64 256",
-            "decode_llama3_8b_resident_2ranks",
-            f"{CPU} --batch-size 1 2 --output-len 6",
-            RANKS,
-        ),
-    ),
-    two(
-        "rows_8b_traffic",
-        95,
-        "first tokens, tokens of batches, and jobs of two ranks, with all weights on the GPUs",
-        bench(
-            "traffic",
-            "Llama-3-8B",
-            f"{RESIDENT} --rows {FIRST_TOKENS} first-token-8000 {TOKENS} token-64-rows-at-2100 {JOBS}",
-            "traffic_llama3_8b_resident_2ranks",
-            BRIEF,
-            RANKS,
-        ),
-    ),
-    two(
-        "rows_8b_streamed",
-        60,
-        "decode passes while all weights stream as they are",
-        bench(
-            "latency",
-            "Llama-3-8B",
-            f"{STREAMED_8B} --num-iters 3 --weights-compression none --batch-size 1 64 512",
-            "decode_llama3_8b_streamed_2ranks",
-            f"{CPU} --batch-size 1 3",
-            RANKS,
-        ),
-    ),
-    two(
-        "rows_8b_hosts",
-        70,
-        "the compressed passes of two ranks that talk as over a network, predicted by a probe of theirs",
-        Command(f"{HOSTS} penstock probe --output {{out}}/hosts_profile.json", small=CPU),
-        bench(
-            "latency",
-            "Llama-3-8B",
-            f"{STREAMED_8B} --num-iters 3 --batch-size 1 64 --device-profile {{out}}/hosts_profile.json",
-            "decode_llama3_8b_compressed_2hosts",
-            f"{CPU} --batch-size 1 2",
-            HOSTS,
-        ),
-    ),
-    two(
-        "collectives_2ranks",
-        20,
-        "all-reduces by size, alone and beside copies",
-        Command(f"{RANKS} scripts.bench.collectives", "collectives_2ranks", f"{CPU} --size-kib 4"),
-    ),
-    two(
-        "link_2ranks",
-        30,
-        "copies of two ranks, one at a time and both at once",
-        Command(
-            f"{RANKS} scripts.bench.link --piece-mib 4 64 --in-flight 2 --repeats 1",
-            "link_2ranks",
-            f"{CPU} --piece-mib 4",
-        ),
-    ),
-    two(
-        "rows_70b_24gib_compressed",
-        70,
-        "decode passes of 70B with 24 GiB on each GPU, what streams compressed",
-        bench(
-            "latency",
-            "Llama-3-70B",
-            IN_24_GIB,
-            "decode_llama3_70b_24gib_compressed_2ranks",
-            f"{SHORT} {TIGHT}",
-            RANKS,
-        ),
-    ),
-    two(
-        "rows_70b_resident",
-        40,
-        "decode passes of 70B with all weights on the GPUs",
-        bench(
-            "latency",
-            "Llama-3-70B",
-            f"{RESIDENT_DECODE} --max-model-len 2048 --output-len 34 --batch-size 1 64",
-            "decode_llama3_70b_resident_2ranks",
-            f"{CPU} --batch-size 1 2 --output-len 6",
-            RANKS,
-        ),
-    ),
-    two(
-        "rows_70b_compressed",
-        90,
-        "decode passes of 70B while all weights stream, compressed",
-        bench(
-            "latency",
-            "Llama-3-70B",
-            f"{STREAMED_70B} --resident none --output-len 5 --batch-size 1 64",
-            "decode_llama3_70b_compressed_2ranks",
-            f"{CPU} --batch-size 1 2",
-            RANKS,
-        ),
-    ),
-    two(
-        "rows_70b_24gib_streamed",
-        45,
-        "decode passes of 70B with 24 GiB on each GPU, what streams as it is",
-        bench(
-            "latency",
-            "Llama-3-70B",
-            f"{IN_24_GIB} --weights-compression none",
-            "decode_llama3_70b_24gib_streamed_2ranks",
-            f"{SHORT} {TIGHT}",
-            RANKS,
-        ),
-    ),
-)
 
-STEPS = {step.name: step for step in (*ONE_GPU, *TWO_GPUS)}
+def over(num: int) -> tuple[Step, ...]:
+    """The steps on two or four GPUs of one host, with a rank on each; two agents of torchrun share them as two hosts
+    would."""
+    launched, as_hosts = f"{RANKS} {num} -m", f"{HOSTS} {num // 2} -m"
+
+    def step(name: str, seconds: int, shows: str, *commands: Command) -> Step:
+        return Step(f"{name}_{num}ranks", num, seconds, shows, commands)
+
+    def rows(model: str, record: str, flags: str, small: str, script: str = "latency") -> Command:
+        return bench(script, model, flags, f"{record}_{num}ranks", small, launched)
+
+    return (
+        step(
+            "tests",
+            180,
+            "what ranks compute, share and survive; four tests at once, which mostly compile and start",
+            tests(f"-n 4 --dist worksteal tests/gpu/test_bitwise.py::test_several_ranks[{num}] {OF_TWO}"),
+        ),
+        step(
+            "times",
+            100,
+            "tests of what ranks compute, and in which time",
+            tests(
+                f"tests/gpu/test_symmetric.py::test_sums_of_every_size[{num}] tests/gpu/test_push_reduce.py "
+                f"tests/gpu/test_probe.py::test_probe[{num}]"
+            ),
+        ),
+        step(
+            "probe",
+            30,
+            "what the machine does for these ranks, and a plan by that, which predicts the rows behind it",
+            Command(f"penstock probe -tp {num}", small=f"{CPU} --output {{out}}/device_profile_{num}ranks.json"),
+            Command(f"penstock plan benchmarks/shapes/Llama-3-8B.json -tp {num} --resident none --short", small=CPU),
+        ),
+        step(
+            "rows_8b_compressed",
+            60,
+            "decode passes while all weights stream, compressed",
+            rows("Llama-3-8B", "decode_llama3_8b_compressed", f"{STREAMED_8B_THRICE} --batch-size 1 64 512", FEW_ROWS),
+        ),
+        step(
+            "rows_8b_resident",
+            35,
+            "decode passes with all weights on the GPUs",
+            rows(
+                "Llama-3-8B",
+                "decode_llama3_8b_resident",
+                f"{RESIDENT_DECODE} --output-len 64 --batch-size 1 64 256",
+                f"{FEW_ROWS} --output-len 6",
+            ),
+        ),
+        step(
+            "rows_8b_traffic",
+            95,
+            "first tokens, tokens of batches, and jobs, with all weights on the GPUs",
+            rows(
+                "Llama-3-8B",
+                "traffic_llama3_8b_resident",
+                f"{RESIDENT} --rows {FIRST_TOKENS} first-token-8000 {TOKENS} token-64-rows-at-2100 {JOBS}",
+                BRIEF,
+                script="traffic",
+            ),
+        ),
+        step(
+            "rows_8b_streamed",
+            60,
+            "decode passes while all weights stream as they are",
+            rows(
+                "Llama-3-8B",
+                "decode_llama3_8b_streamed",
+                f"{STREAMED_8B_THRICE} --weights-compression none --batch-size 1 64 512",
+                FEW_ROWS,
+            ),
+        ),
+        step(
+            "rows_8b_hosts",
+            70,
+            "the compressed passes of ranks that talk as over a network, predicted by a probe of theirs",
+            Command(f"{as_hosts} penstock probe --output {{out}}/hosts_profile_{num}ranks.json", small=CPU),
+            bench(
+                "latency",
+                "Llama-3-8B",
+                f"{STREAMED_8B_THRICE} --batch-size 1 64 --device-profile {{out}}/hosts_profile_{num}ranks.json",
+                f"decode_llama3_8b_compressed_2hosts_{num}ranks",
+                FEW_ROWS,
+                as_hosts,
+            ),
+        ),
+        step(
+            "collectives",
+            20,
+            "all-reduces by size, alone and beside copies",
+            Command(f"{launched} scripts.bench.collectives", f"collectives_{num}ranks", f"{CPU} --size-kib 4"),
+        ),
+        step(
+            "link",
+            30,
+            "copies of all ranks, one at a time and all at once",
+            Command(
+                f"{launched} scripts.bench.link --piece-mib 4 64 --in-flight 2 --repeats 1",
+                f"link_{num}ranks",
+                f"{CPU} --piece-mib 4",
+            ),
+        ),
+        step(
+            "rows_70b_24gib_compressed",
+            70,
+            "decode passes of 70B with 24 GiB on each GPU, what streams compressed",
+            rows("Llama-3-70B", "decode_llama3_70b_24gib_compressed", IN_24_GIB, IN_LITTLE),
+        ),
+        step(
+            "rows_70b_resident",
+            40,
+            "decode passes of 70B with all weights on the GPUs",
+            rows(
+                "Llama-3-70B",
+                "decode_llama3_70b_resident",
+                f"{RESIDENT_DECODE} --max-model-len 2048 --output-len 34 --batch-size 1 64",
+                f"{FEW_ROWS} --output-len 6",
+            ),
+        ),
+        step(
+            "rows_70b_compressed",
+            90,
+            "decode passes of 70B while all weights stream, compressed",
+            rows(
+                "Llama-3-70B",
+                "decode_llama3_70b_compressed",
+                f"{STREAMED_70B} --resident none --output-len 5 --batch-size 1 64",
+                FEW_ROWS,
+            ),
+        ),
+        step(
+            "rows_70b_24gib_streamed",
+            45,
+            "decode passes of 70B with 24 GiB on each GPU, what streams as it is",
+            rows(
+                "Llama-3-70B", "decode_llama3_70b_24gib_streamed", f"{IN_24_GIB} --weights-compression none", IN_LITTLE
+            ),
+        ),
+    )
+
+
+STEPS = {step.name: step for step in (*ONE_GPU, *over(2), *over(4))}

@@ -13,7 +13,7 @@ from tests.support.commands import Command
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_probe(tmp_path, tp_size):
     if torch.cuda.device_count() < tp_size:
         pytest.skip(f"needs {tp_size} CUDA devices")

@@ -110,9 +110,12 @@ def test_no_record_is_written_twice():
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_every_step_runs_in_miniature(tmp_path):
+    """But for those on four GPUs, whose commands differ from those on two by that number alone."""
     args = Namespace(out=tmp_path, seconds=1100.0, small=True, vllm=None)
-    assert rounds.run_round(list(STEPS.values()), args) == 0, (tmp_path / "summary.txt").read_text()
-    assert {path.stem for path in tmp_path.glob("*.json")} >= set(RECORDS)
+    steps = [step for step in STEPS.values() if step.gpus <= 2]
+    assert rounds.run_round(steps, args) == 0, (tmp_path / "summary.txt").read_text()
+    records = {command.record for step in steps for command in step.commands if command.record}
+    assert {path.stem for path in tmp_path.glob("*.json")} >= records
 
 
 def test_a_step_in_miniature_leaves_its_record_and_log(monkeypatch, capsys, tmp_path):
