@@ -35,16 +35,17 @@ CLIENTS = .venv-clients
 .PHONY: demo demo-chat serve-demo test test-real test-clients soak lint wheel clean
 
 demo: $(VENV)/installed
-	@echo "penstock generate --model demo --resident none --prompt \"Log a message with severity 'ERROR' on the root logger.\""
+	@echo "penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0" \
+	  "--prompt \"Log a message with severity 'ERROR' on the root logger.\""
 	@OMP_NUM_THREADS=1 $(BIN)/penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0 \
 	  --prompt "Log a message with severity 'ERROR' on the root logger."
 	@echo
-	@echo "penstock plan --model demo --resident none --short"
+	@echo "penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short"
 	@$(BIN)/penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short
 
 demo-chat: $(VENV)/installed $(REAL_MODEL)
-	@echo "penstock generate --model $(REAL_MODEL) --chat \"$(QUESTION)\""
-	@$(BIN)/penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat "$(QUESTION)"
+	@echo "penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat \"$(QUESTION)\""
+	@OMP_NUM_THREADS=1 $(BIN)/penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat "$(QUESTION)"
 
 serve-demo: $(VENV)/installed-serve
 	@echo "penstock serve demo"
