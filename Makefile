@@ -35,7 +35,7 @@ CLIENTS = .venv-clients
 .PHONY: demo demo-chat serve-demo test test-real test-clients soak lint wheel clean
 
 demo: $(VENV)/installed
-	@echo "penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0" \
+	@echo "OMP_NUM_THREADS=1 penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0" \
 	  "--prompt \"Log a message with severity 'ERROR' on the root logger.\""
 	@OMP_NUM_THREADS=1 $(BIN)/penstock generate -tp $(RANKS) --model demo --resident none --max-tokens 64 --temperature 0 \
 	  --prompt "Log a message with severity 'ERROR' on the root logger."
@@ -44,11 +44,11 @@ demo: $(VENV)/installed
 	@$(BIN)/penstock plan -tp $(RANKS) --model demo --resident none --device $(DEVICE) --short
 
 demo-chat: $(VENV)/installed $(REAL_MODEL)
-	@echo "penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat \"$(QUESTION)\""
+	@echo "OMP_NUM_THREADS=1 penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat \"$(QUESTION)\""
 	@OMP_NUM_THREADS=1 $(BIN)/penstock generate --model $(REAL_MODEL) --temperature 0 --max-tokens 64 --chat "$(QUESTION)"
 
 serve-demo: $(VENV)/installed-serve
-	@echo "penstock serve demo"
+	@echo "OMP_NUM_THREADS=1 penstock serve demo"
 	@OMP_NUM_THREADS=1 $(BIN)/penstock serve demo
 
 $(REAL_MODEL): | $(VENV)/installed
