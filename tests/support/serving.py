@@ -20,6 +20,7 @@ from penstock.engine.server.engine_work import EngineWork
 from penstock.engine.server.metrics import Metrics
 from penstock.engine.server.options import ServeOptions
 from penstock.engine.server.service import Service
+from penstock.engine.server.sse import KEEP_ALIVE
 
 CONFIG = EngineConfig(
     model="demo",
@@ -213,8 +214,9 @@ class Client:
 
 
 def chunks_of(text: str) -> list[dict[str, Any]]:
-    """The chunks of a stream that ended well. Asserts that nothing else is in it."""
-    events = text.split("\n\n")
+    """The chunks of a stream that ended well. Asserts that nothing else is in it, but for what keeps a connection open
+    where tokens take long."""
+    events = text.replace(KEEP_ALIVE.decode(), "").split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""], events[-2:]
     assert all(event.startswith("data: ") for event in events[:-1])
     return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
