@@ -45,8 +45,8 @@ class InputLines:
 
 
 def check_lines(path: str | Path, read_row: ReadRow) -> InputLines:
-    """All rows of a file, each read once. Raises ValueError for the first line that is at fault, which also names
-    others that are, and for a custom_id that is there twice."""
+    """All rows of a file, each read once. Raises ValueError for the first line that is at fault, or repeats a
+    custom_id; it also names others that do."""
     found, ids, faults = InputLines(Path(path)), array("q"), _Faults()
     digest = hashlib.sha256()
     with open_file(path) as stream:
@@ -65,10 +65,12 @@ def check_lines(path: str | Path, read_row: ReadRow) -> InputLines:
             found.most_tokens.append(row.asked.params.max_tokens or 0)
             found.num_sequences.append(row.num_sequences)
             ids.append(hash(row.custom_id))
+        _check_ids(
+            found, ids, lambda index: read_row(found.read(stream, index), found.numbers[index]).custom_id, faults
+        )
         faults.check()
         if not found.numbers:
             raise ValueError(f"{path}: has no line with a request")
-        _check_ids(found, ids, lambda index: read_row(found.read(stream, index), found.numbers[index]).custom_id)
     found.sha256 = digest.hexdigest()
     return found
 
@@ -85,32 +87,30 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
 
 
 class _Faults:
-    """Lines that are at fault: what the first of them has, and the numbers of the next ones."""
+    """Lines that are at fault, found in any order: how many, and the first of them, each with what it has."""
 
     def __init__(self):
-        self.first, self.others, self.num_lines, self._last = "", [], 0, 0
+        self.num_lines, self._first, self._last = 0, [], 0
 
     def add(self, number: int, fault: str) -> None:
         if number == self._last:  # another part of a line that is too long
             return
         self._last = number
         self.num_lines += 1
-        if not self.first:
-            self.first = fault
-        elif len(self.others) < MOST_NAMED:
-            self.others.append(number)
+        self._first = sorted([*self._first, (number, fault)])[: MOST_NAMED + 1]
 
     def check(self) -> None:
-        if not self.first:
+        if not self._first:
             return
+        (_, fault), *others = self._first
         more = self.num_lines - 1
-        rest = ", ..." if more > len(self.others) else ""
-        others = f"; {more} more at fault: line {', '.join(map(str, self.others))}{rest}" if more else ""
-        raise ValueError(f"{self.first}{others}")
+        rest = ", ..." if more > len(others) else ""
+        named = f"; {more} more at fault: line {', '.join(str(number) for number, _ in others)}{rest}" if more else ""
+        raise ValueError(f"{fault}{named}")
 
 
-def _check_ids(found: InputLines, ids: array, custom_id: Callable[[int], str]) -> None:
-    """Refuses a custom_id that is there twice. Ids of one hash are rare, and only they are read again."""
+def _check_ids(found: InputLines, ids: array, custom_id: Callable[[int], str], faults: _Faults) -> None:
+    """Finds lines whose custom_id is there already. Ids of one hash are rare, and only they are read again."""
     hashes = np.frombuffer(ids, dtype=np.int64)
     order = np.argsort(hashes, kind="stable")
     in_order = hashes[order]
@@ -119,8 +119,7 @@ def _check_ids(found: InputLines, ids: array, custom_id: Callable[[int], str]) -
         line_with: dict[str, int] = {}
         for index in map(int, order[first:end]):
             text, number = custom_id(index), found.numbers[index]
-            if text in line_with:
-                raise ValueError(
-                    f"{found.path}, line {number}: custom_id {text[:200]!r} is there already, in line {line_with[text]}"
-                )
-            line_with[text] = number
+            first_line = line_with.setdefault(text, number)
+            if first_line != number:
+                fault = f"custom_id {text[:200]!r} is there already, in line {first_line}"
+                faults.add(number, f"{found.path}, line {number}: {fault}")

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     params = sampling_params(args)
     check_chat(config)
     with LLM(**config.for_job(1).to_dict()) as llm:
-        say_before(llm, 1, verbose=False, table=False)
+        say_before(llm, 1)
         llm.engine.times.keep()
         print(f"commands: {', '.join(COMMANDS)}", file=sys.stderr)
         talk(Chat(llm, params, args.system), read_lines())

@@ -26,7 +26,7 @@ def run(args, config: EngineConfig) -> int:
     def make(progress) -> LLM:
         llm = LLM(**told["config"], progress=progress)
         llm.lead()
-        say_before(llm, llm.loop.scheduler.max_num_seqs, verbose=False, table=False)
+        say_before(llm, llm.loop.scheduler.max_num_seqs)
         return llm
 
     with socket.socket(fileno=told["channel"]) as end:

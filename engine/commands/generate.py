@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
             print(llm.engine.topology.describe(), file=sys.stderr)
         printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         if speaks:
-            say_before(llm, len(prompts) * params.n, args.verbose, args.table)
+            say_before(llm, len(prompts) * params.n, config if args.verbose else None, args.table)
             llm.engine.times.keep()
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, on_text=printer)

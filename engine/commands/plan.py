@@ -69,7 +69,7 @@ def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:
 def describe_shortly(config: EngineConfig, plan: EnginePlan, context: int) -> str:
     """The plan in ten lines at most, for `context` tokens a sequence, no more than the longest one."""
     this = as_variant(plan, (plan.kept, plan.residency), context, f"one sequence at {context} tokens")
-    seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(plan)}"
+    seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(config, plan)}"
     table = short_table(plan.residency, config.page_size, seqs, plan.rates, this.one, this.best)
     return f"{_title(config, plan)}\n{table}"
 
@@ -144,9 +144,11 @@ def variants(plan: EnginePlan, context: int) -> list[Variant]:
     return [each for each in made if each is not None]
 
 
-def why_num_seqs(plan: EnginePlan) -> str:
-    """A phrase that says where the number of sequences comes from."""
+def why_num_seqs(config: EngineConfig, plan: EnginePlan) -> str:
+    """A phrase that says where the number of sequences comes from; the config is the one that was asked for."""
     if not plan.demand.plans_num_seqs:
+        if config.max_num_seqs is None:
+            return "as many as the job has, or as a pass takes"
         return "max_num_seqs as asked"
     if plan.max_num_seqs == plan.demand.max_num_seqs:
         return "as many as are planned without max_num_seqs"
@@ -177,7 +179,7 @@ def summary(config: EngineConfig, plan: EnginePlan, context: int) -> dict[str, A
         "max_model_len": longest_sequence(config, plan),
         "max_context": residency.max_model_len,
         "max_num_seqs": plan.max_num_seqs,
-        "max_num_seqs_is": why_num_seqs(plan),
+        "max_num_seqs_is": why_num_seqs(config, plan),
         "host_bytes": residency.host_bytes,
         "num_host_pages": num_host_pages(config, plan),
         "streamed_bytes": residency.streamed_bytes,
@@ -228,7 +230,7 @@ def _report(config: EngineConfig, plan: EnginePlan, context: int, asked: int) ->
     if this is not None and this.best.num_seqs > 1:
         rows.append(dataclasses.replace(this.best, label=f"batch {this.best.num_seqs}, the most that fit"))
     others = [(each, gives_up(this, each)) for each in variants(plan, context)] if this else []
-    seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(plan)}"
+    seqs = f"{plan.max_num_seqs:>12}   {why_num_seqs(config, plan)}"
     free = free_tokens(pass_work(plan), plan.rates)
     text = table(
         plan.residency, config.page_size, seqs, plan.rates, rows, others, free, describe_host_pages(config, plan)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 
 from penstock.engine.commands.plan import describe, predict, step_table
+from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import RequestOutput
 from penstock.engine.planning.device_profile import ranks
@@ -17,14 +18,14 @@ from penstock.scheduler.residency.residency_table import how_streamed
 from penstock.scheduler.units import GIB, MIB, gb_s, show_bytes, show_time
 
 
-def say_before(llm: LLM, num_seqs: int, verbose: bool, table: bool) -> None:
-    """The line before the text of `num_seqs` sequences, and the plan's notes; with `verbose` the whole plan at measured
-    rates, with `table` its step table."""
-    if verbose:
+def say_before(llm: LLM, num_seqs: int, asked: EngineConfig | None = None, table: bool = False) -> None:
+    """The line before the text of `num_seqs` sequences, and the plan's notes; with the config that was `asked` for the
+    whole plan at measured rates, with `table` its step table."""
+    if asked:
         llm.measure()
     plan = llm.engine.plan
     context = min(KV_LEN, plan.residency.max_model_len)
-    lines = [describe(llm.config, plan, context), ""] if verbose else [f"note: {note}" for note in plan.notes]
+    lines = [describe(asked, plan, context), ""] if asked else [f"note: {note}" for note in plan.notes]
     lines += [step_table(plan), ""] if table else []
     print(*lines, _prediction(llm, num_seqs, context), sep="\n", file=sys.stderr)
 

@@ -136,8 +136,9 @@ def _passes(rates: Rates, predictions: Sequence[Prediction], free_tokens: int) -
 
 
 def _rates(rates: Rates) -> str:
-    link = f"link {rates.link_gb_s:g} GB/s {rates.link_note}".rstrip()
-    return f"rates ({rates.source}): {link}, memory {rates.memory_gb_s:g} GB/s, {rates.gemm_tflops:g} TFLOP/s a rank"
+    link = f"link {rates.link_gb_s:.4g} GB/s {rates.link_note}".rstrip()
+    others = f"memory {rates.memory_gb_s:.4g} GB/s, {rates.gemm_tflops:.4g} TFLOP/s a rank"
+    return f"rates ({rates.source}): {link}, {others}"
 
 
 def _bound(time: PassTime) -> str:

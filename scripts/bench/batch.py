@@ -11,7 +11,7 @@ All other flags are passed on to `penstock batch`. The last line is one JSON obj
 
     python -m scripts.bench.batch --model benchmarks/shapes/Llama-3-8B.json --resident none --num-prompts 2400 \\
       --input-len 512 --output-len 256 --compare vllm --vllm /tmp/site
-    python -m scripts.bench.batch --model SmolLM2-135M-Instruct.Q4_1.gguf --text docs/log.md --lengths unknown \
+    python -m scripts.bench.batch --model SmolLM2-135M-Instruct.Q4_1.gguf --text docs/log.md --lengths unknown \\
       --num-prompts 200 --input-len 100 --output-len 64
 """
 
@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from penstock.engine.commands.flags import Parser
+from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.weights.gguf_file import is_gguf
+from penstock.parallel.topology import resolve_topology
 
 from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
@@ -52,6 +53,7 @@ def main() -> None:
         raise ValueError(f"--compare {args.compare}: not with --text: it is given random weights")
     if args.text is None and is_gguf(args.model):
         raise ValueError(f"--model {args.model}: a GGUF file has weights and a tokenizer of its own: give it a --text")
+    device = device_of(passed_on)
     vllm = find_vllm(args.vllm, args.vllm_options) if args.compare == "vllm" else None
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
         model, given, output = (Path(folder) / name for name in ("model", "in.jsonl", "out.jsonl"))
@@ -65,12 +67,12 @@ def main() -> None:
         command += ["-i", str(given), "-o", str(output), *passed_on]
         record = {
             "benchmark": "batch",
-            **machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            **machine(device),
             "model": Path(args.model).stem,
             "flags": passed_on,
             **{name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "lengths")},
             **({} if args.text is None else {"text": args.text.name}),
-            "dry_run": run_job([*command, "--dry-run"]),
+            "dry_run": run_job([*command, "--device", device.type, "--dry-run"]),
         }
         if args.stop_after:
             record["stopped"] = stop_job(command, output, max(int(args.stop_after * args.num_prompts), 1))
@@ -86,8 +88,8 @@ def main() -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a config.json, or a folder that has one; with --text any model")
-    text = "rows, words of each, and tokens of each answer"
-    for flag in ("--num-prompts", "--input-len", "--output-len"):
+    texts = {"--num-prompts": "rows", "--input-len": "words of a row", "--output-len": "tokens of an answer"}
+    for flag, text in texts.items():
         parser.add_argument(flag, type=positive, required=True, metavar="N", help=text)
     add_text_argument(parser)
     parser.add_argument("--lengths", choices=("fixed", "unknown"), default="fixed", help="of the answers")
@@ -95,6 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", choices=("vllm",), help="run the same file in vllm run-batch as well")
     add_vllm_arguments(parser)
     add_output_argument(parser)
+
+
+def device_of(flags: Sequence[str]) -> torch.device:
+    """The device that a job with these flags of `penstock batch` runs on, for which a dry run alone does not look."""
+    engine = Parser(allow_abbrev=False)
+    add_config_arguments(add_groups(engine), ("device",))
+    asked, _ = engine.parse_known_args(flags)
+    return resolve_topology(0, 1, 0, config_from_args(asked).device).device
 
 
 def write_rows(args: argparse.Namespace, words: Sequence[str], file: Path) -> None:

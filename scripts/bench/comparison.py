@@ -40,7 +40,7 @@ def check_compare(names: Sequence[str], config: EngineConfig, allowed: Sequence[
             raise ValueError(f"--compare {name}: expected some of {', '.join(allowed)}")
         for library in BASELINES.get(name, ()):
             if importlib.util.find_spec(library) is None:
-                raise ValueError(f"--compare {name}: {library} is not installed (pip install {library})")
+                raise ValueError(f"--compare {name}: {library} is not installed (pip install 'penstock[compare]')")
     if names and resolve_launch(config.tensor_parallel_size).tp_size > 1:
         raise ValueError("--compare: the others run on one device; compare with one rank")
     if names and is_gguf(config.model):

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
+from penstock.parallel.topology import resolve_topology
 
 from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
@@ -42,12 +42,12 @@ def main() -> None:
     add_config_arguments(add_groups(engine))
     args, flags = own.parse_known_args()
     config = config_from_args(engine.parse_args(flags))
+    device = resolve_topology(0, 1, 0, config.device).device
     ways: dict[str, Callable[[Sequence[str]], float]] = dict(zip(KINDS, (first_token_s, healthy_s, import_s)))
     for _ in range(args.num_iters_warmup):
         for way in ways.values():
             way(flags)
     rows = [{kind: way(flags) for kind, way in ways.items()} for _ in range(args.num_iters)]
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     record = {"benchmark": "serve_startup", **machine(device, config.tensor_parallel_size or 1)}
     record |= {"model": Path(config.model).stem, "load_format": config.load_format, "resident": str(config.resident)}
     record |= summarise(rows) | {"rows": rows}

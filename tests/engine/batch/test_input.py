@@ -76,6 +76,17 @@ def test_further_lines_at_fault_are_named_too(tmp_path):
         check(file)
 
 
+def test_lines_that_repeat_an_id_are_counted_with_the_others(tmp_path):
+    streamed, again = line("a", prompt="x", stream=True), [line(name, prompt="y") for name in ("last", "good", "good")]
+    file = write_lines(tmp_path / "in.jsonl", [GOOD, GOOD, streamed, line("last", prompt="x"), "[]", *again])
+    message = r"line 2: custom_id 'good' is there already, in line 1; 5 more at fault: line 3, 5, 6, 7, 8$"
+    with pytest.raises(ValueError, match=message):
+        check(file)
+    write_lines(file, [GOOD, "{", GOOD])
+    with pytest.raises(ValueError, match=r"line 2: is not JSON.*; 1 more at fault: line 3$"):
+        check(file)
+
+
 @pytest.mark.parametrize(
     "content, message", [(b"\n \n", "has no line with a request"), (b"\xff\xfe", "line 1: is not")]
 )

@@ -83,6 +83,7 @@ def test_verbose_shows_the_plan_and_what_was_measured(capsys, expected):
     assert run("demo", "--prompt", "Return the", "--resident", "none", "--verbose", "--table") == 0
     out, err = capsys.readouterr()
     assert out == expected[0].outputs[0].text + "\n"
+    assert "   1   as many as the job has, or as a pass takes\n" in err  # nobody asked
     for part in ("rank 0 of 1: ", "4 layers", "predicted decode pass", "rates (measured): ", "passes took"):
         assert err.count(part) == 1
     assert "attn_residual" in err and "moved 0.0" in err  # the step table; weights crossed the link

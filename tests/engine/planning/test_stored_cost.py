@@ -110,6 +110,19 @@ def test_a_pass_that_makes_no_floats_launches_no_dequantiser(tmp_path):
     assert more - few == num_groups > 0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind, weights_s", [("Q4_1", 1e9), ("Q8_0", 3.5e9)])
+def test_a_cpu_makes_floats_as_plain_torch_does(tmp_path, kind, weights_s, dtype):
+    """Whatever its lossless decompressor takes, which is many times as slow."""
+    write_model(tmp_path / "m.gguf", "llama", sizes=dataclasses.replace(SMALL, kinds=(kind,), embeds=(kind, None)))
+    spec, rates = read_model(tmp_path / "m.gguf").spec, load_profile("cpu", 1)
+    plan = make_engine_plan(EngineConfig("m.gguf", resident="none", dtype=dtype), spec, 1, None, rates)
+    quantised = [weight for group in plan.layout.groups for weight in group.weights if weight.name in group.quantised]
+    num_weights = sum(weight.num_rows * weight.num_cols for weight in quantised)
+    moved = sum(count * work.weight_bytes for work, count in plan.steps if work.step == "decompress")
+    assert moved == pytest.approx(num_weights / weights_s * rates.memory_gb_s * GB, rel=1e-3) and num_weights
+
+
 @pytest.fixture(scope="module")
 def work_of(tmp_path_factory):
     """A function that gives the work of a pass over an 8B in a format, all resident."""

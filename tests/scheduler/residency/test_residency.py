@@ -241,10 +241,12 @@ def test_the_table_has_every_claim_with_its_unit():
     planned = plan_residency(demand(memory_bytes=12 * GIB))
     more = variant("more", 32, 0.25, max_model_len=4096)
     predictions = [more.one, more.best]
-    text = table(planned, 16, "32 as asked", load_profile("h200"), predictions, [(more, "a leg")], 9000)
+    rates = replace(load_profile("h200"), gemm_tflops=0.205583)
+    text = table(planned, 16, "32 as asked", rates, predictions, [(more, "a leg")], 9000)
     for name, nbytes in planned.claims:
         assert name in text and show_bytes(nbytes) in text
     assert "link (250.00 ms)" in text and "128.00" in text and "9000 tokens" in text and "32 as asked" in text
+    assert "memory 4250 GB/s, 0.2056 TFLOP/s a rank" in text
     assert "assumed: h200" in text and all(note in text for note in planned.notes)
     (row,) = [line for line in text.splitlines() if line.startswith("  more ")]
     assert "4096" in row and row.endswith("a leg")

@@ -1,10 +1,12 @@
 """The benchmark scripts.bench.batch: a job, vLLM's run-batch beside it, and a job that is stopped on its way."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from penstock.parallel.topology import device_name, resolve_topology
 
 from scripts.bench import batch
 from tests.support.fake_vllm import VERSION, FakeVllm
@@ -66,6 +68,27 @@ def test_rows_of_a_text_are_answered_by_the_model_itself(monkeypatch, capsys, tm
         assert row["body"].keys() == {"messages", "max_tokens"}
     beside = refused(monkeypatch, capsys, batch, "--model", "demo", *JOB, *text, "--compare", "vllm")
     assert "--compare vllm: not with --text" in beside
+
+
+def test_a_dry_run_is_for_the_device_of_the_job(monkeypatch, capsys, config):
+    commands, found = [], resolve_topology(0, 1, 0).device
+    monkeypatch.setattr(batch, "run_job", lambda command: commands.append(command) or SAID)
+    monkeypatch.setattr(batch, "check_output", lambda output, num_rows: num_rows)
+    record = run(monkeypatch, capsys, batch, "--model", config, *JOB)
+    dry_run, job = commands
+    assert dry_run == [*job, "--device", found.type, "--dry-run"] and "--device" not in job
+    assert record["hardware"] == f"1 x {device_name(found)}"
+    assert batch.device_of(["--resident", "none", "--device", "cpu"]).type == "cpu"
+
+
+def test_each_flag_of_the_rows_says_what_it_counts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["batch.py", "--help"])
+    with pytest.raises(SystemExit):
+        batch.main()
+    told = capsys.readouterr().out
+    for line in ("--num-prompts N +rows$", "--input-len N +words of a row$", "--output-len N +tokens of an answer$"):
+        assert re.search(line, told, re.MULTILINE)
+    assert "--lengths unknown \\\n      --num-prompts 200" in told
 
 
 def test_a_vllm_that_fails_is_said(monkeypatch, capsys, tmp_path, config):

@@ -96,7 +96,7 @@ def test_latency_refuses(monkeypatch, capsys, arguments, message):
 def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setitem(comparison.BASELINES, "accelerate", ("no_such_library",))
     error = refused(monkeypatch, capsys, benchmark_latency, *LATENCY, "--compare", "accelerate")
-    assert "--compare accelerate: no_such_library is not installed (pip install no_such_library)" in error
+    assert "--compare accelerate: no_such_library is not installed (pip install 'penstock[compare]')" in error
 
 
 @pytest.mark.parametrize("name", comparison.BASELINES)

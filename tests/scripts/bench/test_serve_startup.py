@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from penstock.parallel.topology import device_name, resolve_topology
 
 from scripts.bench import serve_startup
 from scripts.report.page import Record, generic, has_rows
@@ -24,6 +25,15 @@ def test_a_server_is_timed_beside_generate(monkeypatch, capsys, tmp_path):
     assert record["allowed_s"] == pytest.approx(1.3 * row["generate"] + row["import"])
     page = Record("serve_startup.json", record)
     assert has_rows(page) and "allowed_s" in generic(page)
+
+
+def test_a_device_that_is_not_named_is_found(monkeypatch, capsys):
+    for way in ("first_token_s", "healthy_s", "import_s"):
+        monkeypatch.setattr(serve_startup, way, lambda flags: 1.0)
+    monkeypatch.setattr(sys, "argv", ["serve_startup.py", "--model", "demo", "--num-iters", "1"])
+    serve_startup.main()
+    found = device_name(resolve_topology(0, 1, 0).device)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["hardware"] == f"1 x {found}"
 
 
 def test_a_server_is_held_to_medians():
