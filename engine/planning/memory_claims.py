@@ -116,9 +116,9 @@ class MemoryClaims:
     @property
     def _partial_sums(self) -> int:
         """Bytes of sums that a linear over stored weights has in memory, at most (stored_matmul.py)."""
-        stored = [(rows.format, rows) for group in self.layout.groups for rows in group.rows]
-        sizes = {(kind, rows.num_rows, rows.num_cols) for kind, rows in stored if kind.as_stored > kind.few_tokens}
-        return max((partial_bytes(kind.name, *size, kind.as_stored) for kind, *size in sizes), default=0)
+        sizes = {(rows.format, rows.num_rows, rows.num_cols) for group in self.layout.groups for rows in group.rows}
+        stored = [(kind, size) for kind, *size in sizes if kind.as_stored > kind.few_tokens]
+        return max((partial_bytes(kind.name, *size, kind.as_stored) for kind, size in stored), default=0)
 
     @property
     def _table_bytes(self) -> int:

@@ -141,8 +141,8 @@ def dequantise_work(group: GroupLayout, rates: Rates) -> StepWork:
     """The work of making floats of a quantised group, as bytes that would take as long at the memory rate; rows that
     are floats are copied beside, as fast as the lossless decompressor writes. A pass of few tokens leaves out what it
     reads as it is stored."""
-    moved = {weight.name: rates.memory_gb_s * GB * _written_s(group, weight, rates) for weight in group.weights}
-    moved = {name: nbytes for name, nbytes in moved.items() if name in group.quantised}
+    quantised = [weight for weight in group.weights if weight.name in group.quantised]
+    moved = {weight.name: rates.memory_gb_s * GB * _written_s(group, weight, rates) for weight in quantised}
     few_tokens = min(filter(None, map(group.as_stored, moved)), default=0)
     left = sum(nbytes for name, nbytes in moved.items() if not group.as_stored(name))
     return StepWork("decompress", weight_bytes=int(sum(moved.values())), few_bytes=(int(left),) * few_tokens)

@@ -57,7 +57,7 @@ class PassTimes:
     @property
     def expected_s(self) -> float:
         """The time, of time.perf_counter, at which the oldest pass under way is predicted to end."""
-        return max(self._submitted_s[0][0], self._ended_s[0]) + self._foreseen[0][1].total_s
+        return self._began_s + self._foreseen[0][1].total_s
 
     @property
     def leisure_s(self) -> float:
@@ -66,9 +66,14 @@ class PassTimes:
         a wrong profile or a slow host does no harm. It is over while few passes tell that."""
         if len(self._late) < NUM_LATE:
             return 0.0
-        begun_s, predicted_s = max(self._submitted_s[0][0], self._ended_s[0]), self._foreseen[0][1].total_s
         earliest = min(1.0, min(timed.measured_s / timed.predicted.total_s for timed in self._late))
-        return begun_s + earliest * predicted_s - max(timed.host_s for timed in self._late)
+        most_host_s = max(timed.host_s for timed in self._late)
+        return self._began_s + earliest * self._foreseen[0][1].total_s - most_host_s
+
+    @property
+    def _began_s(self) -> float:
+        """The time at which the oldest pass under way began: when it was submitted, or the one before it ended."""
+        return max(self._submitted_s[0][0], self._ended_s[0])
 
     def tokens_s(self) -> float:
         """The tokens a second of late, for any thread; 0 where no pass has ended for some seconds."""

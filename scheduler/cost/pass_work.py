@@ -104,6 +104,11 @@ class PassShape:
         return self.num_shared * self.cached_tokens // max(self.read_tokens + self.behind_tokens, 1)
 
     @functools.cached_property
+    def first_tokens(self) -> int:
+        """The others of them: what rows share counts once."""
+        return self.cached_tokens - self.reread_tokens
+
+    @functools.cached_property
     def run_tokens(self) -> int:
         """Tokens that linears compute, padding included."""
         return padded_tokens(self.num_tokens) if self.is_padded and not self.is_decode else self.num_tokens
@@ -174,8 +179,7 @@ class StepWork:
 
     def nbytes(self, shape: PassShape) -> int:
         """Bytes read and written in device memory."""
-        first_tokens = shape.cached_tokens - shape.reread_tokens
-        kv_bytes = (first_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
+        kv_bytes = (shape.first_tokens + 2 * shape.copied_tokens) * self.kv_token_bytes  # a copy is a read and a write
         return self.other_bytes(shape) + kv_bytes
 
     def _read_bytes(self, num_tokens: int) -> int:
@@ -187,8 +191,7 @@ class StepWork:
         kernels of their own do."""
         if not self.kv_token_bytes:
             return 0.0
-        first_tokens = shape.cached_tokens - shape.reread_tokens
-        read_tokens = first_tokens / KV_SHARE + shape.reread_tokens / SHARED_KV_SHARE
+        read_tokens = shape.first_tokens / KV_SHARE + shape.reread_tokens / SHARED_KV_SHARE
         return (read_tokens + 2 * shape.copied_tokens / GATHER_SHARE) * self.kv_token_bytes
 
     def other_bytes(self, shape: PassShape) -> int:
