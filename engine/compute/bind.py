@@ -24,7 +24,7 @@ from penstock.engine.compute.inputs import (
 from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting, make_cutting
 from penstock.engine.kernels.decode_work import list_work
-from penstock.engine.kernels.prompt_attention import Pages, list_blocks
+from penstock.engine.kernels.prompt_attention import Pages, block_queries, list_blocks
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.batching.request import ON_DEVICE
@@ -34,8 +34,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Binder:
-    """Holds what batches of a model are bound with: its cache's page size and margin, and `last_tokens`
-    (max_num_seqs,), which holds the tokens named as ON_DEVICE.
+    """Holds what batches of a model are bound with: its cache's page size and margin, the numbers in a head, and
+    `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
     Prompts of a number of tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one
@@ -44,6 +44,7 @@ class Binder:
 
     page_size: int
     margin: int
+    head_dim: int
     last_tokens: Tensor
     max_context: int
     cutting: Cutting
@@ -125,7 +126,8 @@ class Binder:
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
         ranges = tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
-        return Chunks(first_token, query_starts[-1], self._put(list_blocks(ranges), torch.int32), ranges)
+        most = block_queries(query_starts[-1], self.head_dim, self.last_tokens.device)
+        return Chunks(first_token, query_starts[-1], self._put(list_blocks(ranges, most), torch.int32), ranges, most)
 
     def _gathered(self, rows: Sequence[BatchRow], first_token: int, pages: Tensor) -> GatheredContext:
         """The context of rows whose pages are `pages` (R, P)."""
@@ -147,7 +149,7 @@ def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_
     kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
     most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
     table = PageTable(numpy.zeros((max_num_seqs, pages_for(kv.margin + max_context, kv.page_size)), numpy.int32))
-    sizes = (kv.page_size, kv.margin, model.sampler.last_tokens, max_context)
+    sizes = (kv.page_size, kv.margin, model.spec.head_dim, model.sampler.last_tokens, max_context)
     return Binder(*sizes, cutting, table, whole_tokens, most_gathered)
 
 

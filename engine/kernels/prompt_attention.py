@@ -13,9 +13,9 @@ Source: Dao 2023, "FlashAttention-2".
 A row's bits depend on its own queries, keys, values and the window: it is cut from its own first query on, and neither
 the size and number of blocks nor the other rows change the order of its sums.
 
-A program reads its row's keys and values for its queries alone: in blocks of 64 an H200's programs read 7 TB/s, which is
-about what its L2 cache gives. Where there are enough of them, blocks have 128 queries. In registers two such programs
-fit an SM only if they need no addresses, so keys and values of whole steps come by bulk copies (TMA).
+A program reads its row's keys and values for its queries alone: in blocks of 64 an H200's programs read 7 TB/s, about
+what its L2 cache gives. Where there are enough of them, blocks have 128 queries. Two such programs fit an SM's
+registers only if they need no addresses, so keys and values of whole steps come by bulk copies (TMA).
 Tried, on an H200 with 32 and 8 heads of 128, us, for 1 x 512 / 4 x 448 / 15 x 512 + 212 / 1 x 2000 / 1 x 8000 tokens:
 14 / 32 / 142 / 88 / 1192. Torch's varlen kernel, which has programs for each row as if it were the longest, with the
 copy of its result 32 / 80 / 303 / 189 / 1721. Two stages 14 / 30 / 148 / 87 / 1296, 128 queries, 8 warps, 3 stages
@@ -234,8 +234,9 @@ def _attend_block(
         diagonal += (first + shift + 1 - begin) // BLOCK_N * BLOCK_N  # before it all queries see all keys
         for offset in tl.range(0, diagonal - begin, BLOCK_N):
             top, total, acc, page = _step(
-                tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token, begin + offset, end,
-                last_seen, window, scale, top, total, acc, E, E_PADDED, BLOCK_N, False, True, False, S, MARGIN, TILES, DOT,
+                tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token,
+                begin + offset, end, last_seen, window, scale, top, total, acc,
+                E, E_PADDED, BLOCK_N, False, True, False, S, MARGIN, TILES, DOT,
             )  # fmt: skip
     rest = diagonal
     if TILES:
