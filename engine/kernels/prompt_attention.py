@@ -22,7 +22,10 @@ copy of its result 32 / 80 / 303 / 189 / 1721. Two stages 14 / 30 / 148 / 87 / 1
 15 / 38 / 168 / 91 / 1129, 128 queries and 128 keys 15 / 41 / 179 / 90 / 1186, 32 keys and 4 stages 15 / 34 / 150 / 98 /
 1264. Reading pages where they lie instead of a copy takes 15 to 40 % more time for 64 to 8000 queries behind 2048 to
 32768 tokens, where the copy itself takes 1 to 15 %; so long passes copy, and short ones, which are graphs, read pages.
-Not tried: keys and values by bulk copies.
+Not timed yet: blocks of 128 queries and bulk copies. By the machine code a step of 128 queries and 64 keys takes 625
+instructions of a warp, two of 64 queries 744. Queries that are scaled first, to be operands in registers, were loaded
+from shared memory at each step all the same. The product of the next step, put ahead of this one's weights, is waited
+for at once, and `warp_specialize` is refused (Triton 3.7).
 """
 
 from collections.abc import Iterable
