@@ -241,12 +241,13 @@ def test_kernel_is_faster(lengths):
     rows = [(first, number, first, number) for first, number in zip(starts, lengths)]
     attn = activation(starts[-1], (32, 8, 128), torch.bfloat16)
     q, k, v = parts(attn, 8)
-    blocks, bounds = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in (list_blocks(rows), starts))
-    longest = max(lengths)
+    queries, longest = block_queries(starts[-1], 128, attn.device), max(lengths)
+    listed = list_blocks(rows, queries)
+    blocks, bounds = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in (listed, starts))
 
     def torchs() -> None:
         flash = torch.ops.aten._flash_attention_forward
         q.copy_(flash(q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=128**-0.5)[0])
 
-    ours = functools.partial(kernels._attend_blocks_triton, q, k, v, blocks, None)
+    ours = functools.partial(kernels._attend_blocks_triton, q, k, v, blocks, None, queries=queries)
     prove_faster(ours, torchs, attn.nbytes + q.numel() * 2, f"prompt_attention {len(lengths)} x {longest}")
