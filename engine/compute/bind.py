@@ -141,7 +141,7 @@ class Binder:
         return Chunks(first_token, num_tokens, self._put(list_blocks(lasts), torch.int32), lasts)
 
     def _ranges(self, rows: Sequence[BatchRow]) -> tuple[RowRange, ...]:
-        """Where the rows' queries and contexts lie, one behind another."""
+        """The places of the rows' queries and contexts, which lie one behind another."""
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
         return tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
