@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy
 import torch
 from penstock.engine.kernels.decode_work import DecodeWork
+from penstock.engine.kernels.prompt_attention import FEW_QUERIES
 from torch import Tensor
 
 
@@ -27,6 +28,11 @@ class RowRange(NamedTuple):
     def end_context(self) -> int:
         return self.first_context + self.num_context
 
+    @property
+    def last(self) -> "RowRange":
+        """The row's last query alone."""
+        return self._replace(first_query=self.first_query + self.num_queries - 1, num_queries=1)
+
 
 @dataclass(frozen=True)
 class PagedContext:
@@ -41,12 +47,14 @@ class PagedContext:
 class Chunks:
     """Rows of any length, one behind another, from token `first_token` of the pass on; blocks and ranges count from
     there. A row's queries are the last tokens of its context. Tokens that are of no row may lie among them. `blocks`
-    are those of kernels/prompt_attention.py, `ranges` say the same to the host, where attention goes row by row."""
+    are those of kernels/prompt_attention.py, each of up to so many `queries`; `ranges` say the same to the host, where
+    attention goes row by row."""
 
     first_token: int
     num_tokens: int
     blocks: Tensor  # (B, FIELDS) int32
     ranges: Sequence[RowRange]
+    queries: int = FEW_QUERIES
 
     @property
     def tokens(self) -> slice:
@@ -80,13 +88,15 @@ class MixedContext:
 
     Rows of `continuing` attend to pages in a padded pass, else to a copy of their own context, some rows at a time;
     those of `starting` and `whole` have all of it in this pass, and attend to it in the activation. Each of `whole`,
-    token ranges, does so by itself.
+    token ranges, does so by itself. `of_lasts`, if it is there, is the part of this that serves rows of one token and
+    the last token of each row that is sampled: all that the last layer needs where rows are selected behind it.
     """
 
     paged: PagedContext | None
     continuing: tuple[PagedChunks | GatheredContext, ...]
     starting: Chunks | None
     whole: tuple[slice, ...]
+    of_lasts: "MixedContext | None" = None
 
 
 Context = PagedContext | MixedContext

@@ -14,7 +14,7 @@ from penstock.scheduler.cost.pass_work import MOST_PADDED_CHUNKS, MOST_PADDED_TO
 ALONE = 512  # tokens of passes with chunks, up to which some have no rows of one token
 # Rows up to which a linear takes as long as for two, up to which it takes nearly so, and from which on each costs time:
 # an H200 took 6 % less for a pass of 137 rows of an 8B that were padded to 149 than to 192.
-LEAST_ROWS, LEAST_HALVES, LEAST_QUARTERS = 8, 64, 128
+LEAST_ROWS, LEAST_HALVES, LEAST_QUARTERS, LEAST_EIGHTHS = 8, 64, 128, 256
 
 
 class BucketSize(NamedTuple):
@@ -94,10 +94,11 @@ def _decode(num_rows: int, num_items: int) -> BucketSize:
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of decode passes: one and, from LEAST_ROWS on, powers of two, and where rows cost time halves and quarters
-    of the ways between them, up to max_num_seqs."""
+    """Rows of decode passes: one and, from LEAST_ROWS on, powers of two, and where rows cost time halves, quarters and
+    eighths of the ways between them, up to max_num_seqs."""
     powers = range(max_num_seqs.bit_length() + 1)
-    steps = {1: LEAST_ROWS, 3: LEAST_HALVES + 1, 5: LEAST_QUARTERS + 1, 7: LEAST_QUARTERS + 1}
+    steps = {1: LEAST_ROWS, 3: LEAST_HALVES + 1}
+    steps |= dict.fromkeys((5, 7), LEAST_QUARTERS + 1) | dict.fromkeys((9, 11, 13, 15), LEAST_EIGHTHS + 1)
     sizes = {1} | {step << power for step, least in steps.items() for power in powers if step << power >= least}
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
