@@ -127,7 +127,7 @@ def attend_chunks_(
     """Overwrites q (n, H, E), the queries of `chunks`, with its attention over their context k, v (C, K, E). Tokens
     that are in no chunk stay as they are. With `pages` k and v are a cache, and each row's context begins at 0."""
     if _has_kernel(q.device, q.dtype):
-        attend_blocks_(q, k, v, chunks.blocks, window, pages, chunks.queries)
+        attend_blocks_(q, k, v, chunks.blocks, window, pages)
         return
     for index, row in enumerate(chunks.ranges):
         own = slice(None)

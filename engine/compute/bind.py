@@ -24,7 +24,7 @@ from penstock.engine.compute.inputs import (
 from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting, make_cutting
 from penstock.engine.kernels.decode_work import list_work
-from penstock.engine.kernels.prompt_attention import Pages, block_queries, list_blocks
+from penstock.engine.kernels.prompt_attention import Pages, list_blocks
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.pages import pages_for
 from penstock.scheduler.batching.request import ON_DEVICE
@@ -34,8 +34,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Binder:
-    """Holds what batches of a model are bound with: its cache's page size and margin, the numbers in a head, and
-    `last_tokens` (max_num_seqs,), which holds the tokens named as ON_DEVICE.
+    """Holds what batches of a model are bound with: its cache's page size and margin, and `last_tokens`
+    (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
     Prompts of a number of tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one
@@ -45,7 +45,6 @@ class Binder:
 
     page_size: int
     margin: int
-    head_dim: int
     last_tokens: Tensor
     max_context: int
     cutting: Cutting
@@ -127,30 +126,22 @@ class Binder:
         context = MixedContext(paged, tuple(gathered), chunks, whole)
         if not self.selects_early or batch.shape.num_scored:
             return context
-        lasts = [(part, self._lasts(rows, part.chunks.first_token)) for rows, part in zip(parts, gathered)]
-        behind = tuple(replace(part, chunks=chunks) for part, chunks in lasts if chunks is not None)
-        return replace(context, of_lasts=MixedContext(paged, behind, self._lasts(starting, first_token), ()))
+        behind = tuple(
+            replace(part, chunks=self._chunks(rows, part.chunks.first_token, lasts=True))
+            for rows, part in zip(parts, gathered)
+            if any(row.samples for row in rows)
+        )
+        own = self._chunks(starting, first_token, lasts=True) if starting else None
+        return replace(context, of_lasts=MixedContext(paged, behind, own, ()))
 
-    def _lasts(self, rows: Sequence[BatchRow], first_token: int) -> Chunks | None:
-        """The last tokens of those of these rows that are sampled; None if none are."""
-        if not any(row.samples for row in rows):
-            return None
-        ranges = self._ranges(rows)
-        lasts = tuple(each.last for row, each in zip(rows, ranges) if row.samples)
-        num_tokens = ranges[-1].first_query + ranges[-1].num_queries
-        return Chunks(first_token, num_tokens, self._put(list_blocks(lasts), torch.int32), lasts)
-
-    def _ranges(self, rows: Sequence[BatchRow]) -> tuple[RowRange, ...]:
-        """The places of the rows' queries and contexts, which lie one behind another."""
+    def _chunks(self, rows: Sequence[BatchRow], first_token: int, lasts: bool = False) -> Chunks:
+        """The rows' chunks, or of those rows that are sampled the `lasts`, their last tokens."""
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
-        return tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
-
-    def _chunks(self, rows: Sequence[BatchRow], first_token: int) -> Chunks:
-        ranges = self._ranges(rows)
-        num_tokens = ranges[-1].first_query + ranges[-1].num_queries
-        most = block_queries(num_tokens, self.head_dim, self.last_tokens.device)
-        return Chunks(first_token, num_tokens, self._put(list_blocks(ranges, most), torch.int32), ranges, most)
+        ranges = tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
+        if lasts:
+            ranges = tuple(each.last for row, each in zip(rows, ranges) if row.samples)
+        return Chunks(first_token, query_starts[-1], self._put(list_blocks(ranges), torch.int32), ranges)
 
     def _gathered(self, rows: Sequence[BatchRow], first_token: int, pages: Tensor) -> GatheredContext:
         """The context of rows whose pages are `pages` (R, P)."""
@@ -174,7 +165,7 @@ def make_binder(
     kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
     most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
     table = PageTable(numpy.zeros((max_num_seqs, pages_for(kv.margin + max_context, kv.page_size)), numpy.int32))
-    sizes = (kv.page_size, kv.margin, model.spec.head_dim, model.sampler.last_tokens, max_context)
+    sizes = (kv.page_size, kv.margin, model.sampler.last_tokens, max_context)
     return Binder(*sizes, cutting, table, whole_tokens, most_gathered, selects_early)
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy
 import torch
 from penstock.engine.kernels.decode_work import DecodeWork
-from penstock.engine.kernels.prompt_attention import FEW_QUERIES
 from torch import Tensor
 
 
@@ -47,14 +46,12 @@ class PagedContext:
 class Chunks:
     """Rows of any length, one behind another, from token `first_token` of the pass on; blocks and ranges count from
     there. A row's queries are the last tokens of its context. Tokens that are of no row may lie among them. `blocks`
-    are those of kernels/prompt_attention.py, each of up to so many `queries`; `ranges` say the same to the host, where
-    attention goes row by row."""
+    are those of kernels/prompt_attention.py, `ranges` say the same to the host, where attention goes row by row."""
 
     first_token: int
     num_tokens: int
     blocks: Tensor  # (B, FIELDS) int32
     ranges: Sequence[RowRange]
-    queries: int = FEW_QUERIES
 
     @property
     def tokens(self) -> slice:

@@ -4,28 +4,27 @@ pages of a cache: in one launch for rows of any lengths, in place, for CUDA grap
 Shapes: T tokens, C tokens of context or of a cache, H/K local query/KV heads, E head dim, B blocks, R rows, P most
 pages of a row.
 
-The work is a list of blocks of some queries, which the host makes from the rows' lengths, those with most to do first.
-Each (block, head) has a program. It holds its queries, walks its row's keys up to its last query in steps of BLOCK_N,
-and writes the result where the queries were, which nobody else reads. Only the steps at the diagonal are masked, and
-those of windows.
+The work is a list of blocks of up to BLOCK_M queries, which the host makes from the rows' lengths, those with most to
+do first. Each (block, head) has a program. It holds its queries, walks its row's keys up to its last query in steps of
+BLOCK_N, and writes the result where the queries were, which nobody else reads. Only the steps at the diagonal are
+masked, and those of windows.
 Source: Dao 2023, "FlashAttention-2".
 
 A row's bits depend on its own queries, keys, values and the window: it is cut from its own first query on, and neither
-the size and number of blocks nor the other rows change the order of its sums.
-
-A program reads its row's keys and values for its queries alone: in blocks of 64 an H200's programs read 7 TB/s, about
-what its L2 cache gives. Where there are enough of them, blocks have 128 queries. Two such programs fit an SM's
-registers only if they need no addresses, so keys and values of whole steps come by bulk copies (TMA).
+the number of blocks nor the other rows change the order of its sums, nor how keys and values are read: from compute
+capability 9.0 on by bulk copies (TMA), where they lie in no pages and tiles of them fill a head.
 Tried, on an H200 with 32 and 8 heads of 128, us, for 1 x 512 / 4 x 448 / 15 x 512 + 212 / 1 x 2000 / 1 x 8000 tokens:
-14 / 32 / 142 / 88 / 1192. Torch's varlen kernel, which has programs for each row as if it were the longest, with the
-copy of its result 32 / 80 / 303 / 189 / 1721. Two stages 14 / 30 / 148 / 87 / 1296, 128 queries, 8 warps, 3 stages
-15 / 38 / 168 / 91 / 1129, 128 queries and 128 keys 15 / 41 / 179 / 90 / 1186, 32 keys and 4 stages 15 / 34 / 150 / 98 /
-1264. Reading pages where they lie instead of a copy takes 15 to 40 % more time for 64 to 8000 queries behind 2048 to
-32768 tokens, where the copy itself takes 1 to 15 %; so long passes copy, and short ones, which are graphs, read pages.
-Not timed yet: blocks of 128 queries and bulk copies. By the machine code a step of 128 queries and 64 keys takes 625
-instructions of a warp, two of 64 queries 744. Queries that are scaled first, to be operands in registers, were loaded
-from shared memory at each step all the same. The product of the next step, put ahead of this one's weights, is waited
-for at once, and `warp_specialize` is refused (Triton 3.7).
+14 / 32 / 142 / 88 / 1192, and by bulk copies 13 / 29 / 137 / 81 / 1099, where 64 x 128 tokens take 100 for 96. Torch's
+varlen kernel, which has programs for each row as if it were the longest, with the copy of its result 32 / 80 / 303 /
+189 / 1721. Two stages 14 / 30 / 148 / 87 / 1296, 128 queries, 8 warps, 3 stages 15 / 38 / 168 / 91 / 1129, 128 queries
+and 128 keys 15 / 41 / 179 / 90 / 1186, 32 keys and 4 stages 15 / 34 / 150 / 98 / 1264. Reading pages where they lie
+instead of a copy takes 15 to 40 % more time for 64 to 8000 queries behind 2048 to 32768 tokens, where the copy itself
+takes 1 to 15 %; so long passes copy, and short ones, which are graphs, read pages. By bulk copies too: two stages 13 /
+29 / 148 / 85 / 1241, 128 queries with 4 warps and two stages 21 / 41 / 185 / 89 / 1141, with 8 warps and two 15 / 39 /
+198 / 100 / 1499, three 13 / 37 / 173 / 84 / 1102, four 14 / 39 / 179 / 87 / 1100. 128 queries, 4 warps and two stages
+without them 30 / 62 / 290 / 133 / 1645. Queries that are scaled first, to be operands in registers, were loaded from
+shared memory at each step all the same. The product of the next step, put ahead of this one's weights, is waited for at
+once, and `warp_specialize` is refused (Triton 3.7).
 """
 
 from collections.abc import Iterable
@@ -36,9 +35,8 @@ from penstock.engine.kernels.overlap import options, wait_for_inputs
 from penstock.parallel.triton_door import TensorDescriptor, require_triton, tl, triton
 from torch import Tensor
 
-calls = {"triton": 0, "tiles": 0}  # all, and those whose whole steps are bulk copies
-FEW_QUERIES, MANY_QUERIES = 64, 128  # of a block
-MANY_TOKENS = 1024  # of chunks: from here on there are programs enough if blocks have many queries
+calls = {"triton": 0, "tiles": 0}  # all, and those that read keys and values by bulk copies
+BLOCK_M = 64
 FIRST, END, FIRST_KEY, SHIFT, ROW, FIELDS = range(6)  # of a block
 NO_WINDOW = 1 << 30
 Row = tuple[int, int, int, int]  # first query, number of queries, first token of context, number of those
@@ -58,62 +56,45 @@ class Pages(NamedTuple):
         return self.table[rows, entries // self.page_size].long() * self.page_size + entries % self.page_size
 
 
-def block_queries(num_tokens: int, head_dim: int, device: torch.device) -> int:
-    """The most queries of a block of chunks that have so many tokens together, whose keys are in no pages."""
-    takes_many = options(device)["OVERLAPS"] and _fills_tiles(head_dim) and num_tokens >= MANY_TOKENS
-    return MANY_QUERIES if takes_many else FEW_QUERIES
-
-
-def list_blocks(rows: Iterable[Row], queries: int = FEW_QUERIES) -> list[tuple[int, int, int, int, int]]:
-    """The blocks of rows, of up to so many `queries`, which are the last tokens of their row's context: the block's
-    first query; where the queries end, of row or block; the row's first key; what is added to a query's index for the
-    last key that it sees; and which row it is. Those that see most come first."""
+def list_blocks(rows: Iterable[Row]) -> list[tuple[int, int, int, int, int]]:
+    """The blocks of rows, whose queries are the last tokens of their context: the block's first query; where the
+    queries end, of row or block; the row's first key; what is added to a query's index for the last key that it sees;
+    and which row it is. Those that see most come first."""
     blocks = []
     for row, (first, num_queries, first_key, num_keys) in enumerate(rows):
         shift, end = first_key + num_keys - first - num_queries, first + num_queries
-        blocks += [(at, min(at + queries, end), first_key, shift, row) for at in range(first, end, queries)]
+        blocks += [(at, min(at + BLOCK_M, end), first_key, shift, row) for at in range(first, end, BLOCK_M)]
     return sorted(blocks, key=lambda block: block[FIRST_KEY] - block[END] - block[SHIFT])
 
 
-def most_blocks(num_tokens: int, num_rows: int, queries: int = FEW_QUERIES) -> int:
+def most_blocks(num_tokens: int, num_rows: int) -> int:
     """The most blocks of so many rows that have so many tokens together."""
-    return num_tokens // queries + num_rows
+    return num_tokens // BLOCK_M + num_rows
 
 
 def attend_blocks_(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    window: int | None,
-    pages: Pages | None = None,
-    queries: int = FEW_QUERIES,
+    q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, window: int | None, pages: Pages | None = None
 ) -> None:
     """Overwrites q (T, H, E), bf16 or fp16, with its attention over keys and values (C, K, E). `blocks` (B, FIELDS)
-    int32 are those of list_blocks for as many `queries`; one that ends at 0 is none. With `pages` keys and values are a
-    cache, in which the first key of each row is 0. Heads of a token have no gaps between them; tokens may."""
-    _attend_blocks_triton(q, keys, values, blocks, window, pages, queries)
+    int32 are those of list_blocks; one that ends at 0 is none. With `pages` keys and values are a cache, in which the
+    first key of each row is 0. Heads of a token have no gaps between them; tokens may."""
+    _attend_blocks_triton(q, keys, values, blocks, window, pages)
 
 
-def _tuning(q: Tensor, queries: int) -> dict[str, int]:
+def _tuning(q: Tensor) -> dict[str, int]:
     """The keys of a step, warps and stages: from compute capability 9.0 on two programs of heads of 128 fit an SM, and
-    before one does. Keys of a step set the order of sums: they do not differ by the number of queries."""
+    before one does. TILES: whether bulk copies read them, if they can."""
     if q.shape[2] > 128:
-        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    has_room = options(q.device)["OVERLAPS"] and queries == FEW_QUERIES
-    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if has_room else 2}
-
-
-def _fills_tiles(head_dim: int) -> bool:
-    """Tells whether tiles of keys have no columns of the next head."""
-    return head_dim in (16, 32, 64, 128)
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "TILES": False}
+    newer = options(q.device)["OVERLAPS"]
+    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if newer else 2, "TILES": newer}
 
 
 def _tiles(part: Tensor, num_keys: int) -> "TensorDescriptor | None":
     """Keys or values (C, K, E) as tiles of so many of them and a head, for bulk copies; None where these do not serve:
-    they want multiples of 16 bytes."""
+    they want multiples of 16 bytes, and a tile of another width would have columns of the next head."""
     (num_tokens, num_kv_heads, head_dim), token = part.shape, part.stride(0)
-    if not _fills_tiles(head_dim) or part.data_ptr() % 16 or token * part.element_size() % 16:
+    if head_dim not in (16, 32, 64, 128) or part.data_ptr() % 16 or token * part.element_size() % 16:
         return None
     return TensorDescriptor(part, [num_tokens, num_kv_heads * head_dim], [token, 1], [num_keys, head_dim])
 
@@ -125,7 +106,6 @@ def _attend_blocks_triton(
     blocks: Tensor,
     window: int | None,
     pages: Pages | None = None,
-    queries: int = FEW_QUERIES,
     tuning: dict[str, int] | None = None,
 ) -> None:
     require_triton("attention of prompts on a GPU", "device='cpu'")
@@ -137,21 +117,21 @@ def _attend_blocks_triton(
     assert pages is None or (table.dtype == torch.int32 and table.stride(1) == 1), "strides: a row's pages have no gaps"
     calls["triton"] += 1
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # the interpreter's tl.dot of bf16 is wrong
-    tuning, tiles = tuning or _tuning(q, queries), (None, None)
-    if queries == MANY_QUERIES and pages is None and window is None:
+    tuning, tiles = tuning or _tuning(q), (None, None)
+    if tuning["TILES"] and pages is None and window is None:
         tiles = tuple(_tiles(part, tuning["BLOCK_N"]) for part in (keys, values))
     calls["tiles"] += None not in tiles
     if len(blocks):
         _attend_block[(num_heads, len(blocks))](
-            *(q, keys, values, tiles[0], tiles[1], blocks, table, q.stride(0), keys.stride(0), values.stride(0)),
+            *(q, keys, values, *tiles, blocks, table, q.stride(0), keys.stride(0), values.stride(0)),
             0 if table is None else table.stride(0),
             *(head_dim**-0.5 * 1.4426950408889634, NO_WINDOW if window is None else window),  # log2(e)
             **{"GROUP": num_heads // num_kv_heads, "E": head_dim, "WINDOWED": window is not None},
-            **{"E_PADDED": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": queries, "FIELDS": FIELDS},
-            **{"S": page_size, "MARGIN": margin, "TILES": None not in tiles},
+            **{"E_PADDED": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": BLOCK_M, "FIELDS": FIELDS},
+            **{"S": page_size, "MARGIN": margin},
             DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
             **options(q.device),
-            **tuning,
+            **tuning | {"TILES": None not in tiles},
         )
 
 
@@ -166,12 +146,11 @@ def _pages_of(pages, start, end, BLOCK_N: tl.constexpr, S: tl.constexpr, MARGIN:
 def _step(
     q, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token, start, end, last_seen, window,
     scale, top, total, acc,
-    E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
-    WINDOWED: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    S: tl.constexpr, MARGIN: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries see of the keys from `start` on, before `end`; all see all of them unless MASKED. There are
-    BLOCK_N if WHOLE: else what lies behind them may be NaN. `page` are their pages, if they lie in any; returns those
-    of the next step, which are read before its keys are."""
+    """Adds what queries see of the keys from `start` on, before `end`; all see all of them unless MASKED. `page` are
+    their pages, if they lie in any; returns those of the next step, which are read before its keys are."""
     n, e = tl.arange(0, BLOCK_N), tl.arange(0, E_PADDED)
     if S:
         token = page.to(tl.int64) * S + (start + n + MARGIN) % S
@@ -181,11 +160,13 @@ def _step(
         key_rows = keys + start.to(tl.int64) * key_token + n[:, None] * key_token
         value_rows = values + start.to(tl.int64) * value_token + n[:, None] * value_token
     key_rows, value_rows = key_rows + e[None, :], value_rows + e[None, :]
-    if not WHOLE:
+    if TILES:
+        k, v = key_tiles.load([start, column]), value_tiles.load([start, column])
+        if MASKED:
+            v = tl.where((start + n < end)[:, None], v, 0.0)  # what lies behind the end may be NaN
+    elif MASKED:
         inside = (start + n < end)[:, None] & (e < E)[None, :]
         k, v = tl.load(key_rows, mask=inside, other=0.0), tl.load(value_rows, mask=inside, other=0.0)
-    elif TILES:
-        k, v = key_tiles.load([start, column]), value_tiles.load([start, column])
     elif E == E_PADDED:
         k, v = tl.load(key_rows), tl.load(value_rows)
     else:
@@ -239,22 +220,14 @@ def _attend_block(
             top, total, acc, page = _step(
                 tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token,
                 begin + offset, end, last_seen, window, scale, top, total, acc,
-                E, E_PADDED, BLOCK_N, False, True, False, S, MARGIN, TILES, DOT,
+                E, E_PADDED, BLOCK_N, False, False, S, MARGIN, TILES, DOT,
             )  # fmt: skip
-    rest = diagonal
-    if TILES:
-        rest += (end - diagonal) // BLOCK_N * BLOCK_N
-        for offset in tl.range(0, rest - diagonal, BLOCK_N):
-            top, total, acc, page = _step(
-                tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token,
-                diagonal + offset, end, last_seen, window, scale, top, total, acc,
-                E, E_PADDED, BLOCK_N, True, True, WINDOWED, S, MARGIN, TILES, DOT,
-            )  # fmt: skip
-    for offset in tl.range(0, end - rest, BLOCK_N):
+    # A third stage of these few steps would take the room of a second program in an SM.
+    for offset in tl.range(0, end - diagonal, BLOCK_N, num_stages=2 if TILES else None):
         top, total, acc, page = _step(
-            tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token, rest + offset, end,
-            last_seen, window, scale, top, total, acc, E, E_PADDED, BLOCK_N, True, False, WINDOWED, S, MARGIN, TILES,
-            DOT,
+            tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token,
+            diagonal + offset, end, last_seen, window, scale, top, total, acc,
+            E, E_PADDED, BLOCK_N, True, WINDOWED, S, MARGIN, TILES, DOT,
         )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # behind the last query, where a window sees nothing
     tl.store(rows, (acc / total[:, None]).to(q.dtype.element_ty), mask=inside)

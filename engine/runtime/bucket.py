@@ -34,13 +34,7 @@ from penstock.engine.kernels.decode_inputs import (
     derive_inputs,
 )
 from penstock.engine.kernels.decode_work import list_work
-from penstock.engine.kernels.prompt_attention import (
-    FEW_QUERIES,
-    FIELDS,
-    block_queries,
-    list_blocks,
-    most_blocks,
-)
+from penstock.engine.kernels.prompt_attention import FIELDS, list_blocks, most_blocks
 from penstock.engine.runtime.bucket_sizes import BucketSize
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
@@ -134,8 +128,6 @@ class Bucket:
     def __init__(self, size: BucketSize, staging: Staging, model: ModelContext, cutting: Cutting):
         self.size, self.staging, self.kv, self.sampler = size, staging, model.kv, model.sampler
         self.ranges: tuple[list[RowRange], list[RowRange]] = ([], [])  # of chunks that continue, and that start
-        own = block_queries(size.num_tokens, model.spec.head_dim, model.rope.device)
-        self.queries = (FEW_QUERIES, own)  # of a block, likewise
         tokens, positions, addresses, rows = (column[: size.num_tokens] for column in staging.columns)
         single = slice(size.num_single)
         sampled_positions = staging.sampled_positions[single]
@@ -172,9 +164,8 @@ class Bucket:
         )
 
     def _chunks(self, kind: int) -> Chunks:
-        size, queries = self.size, self.queries[kind]
-        blocks = self.staging.blocks[kind, : most_blocks(size.num_tokens, size.num_chunks, queries)]
-        return Chunks(0, size.num_tokens, blocks, self.ranges[kind], queries)
+        blocks = self.staging.blocks[kind, : self.size.num_blocks]
+        return Chunks(0, self.size.num_tokens, blocks, self.ranges[kind])
 
     def load(self, batch: Batch) -> None:
         """Sends a batch to the device, whose rows fit."""
@@ -219,8 +210,8 @@ class Bucket:
             ends.append(end)
         unused = (0, 0, RESERVED_PAGE * self.kv.page_size, self.sampler.pad_row)
         columns[:, end:] = numpy.array(unused)[:, None]
-        for blocks, ranges, queries in zip(host.blocks.numpy(), self.ranges, self.queries):
-            _fill_rows(blocks, list_blocks(ranges, queries), (0,) * FIELDS)
+        for blocks, ranges in zip(host.blocks.numpy(), self.ranges):
+            _fill_rows(blocks, list_blocks(ranges), (0,) * FIELDS)
         lasts = [*range(num_single), *(each - 1 for each in ends[1:])]
         sampled = [(last, row.index, row.start + len(row.tokens)) for last, row in zip(lasts, rows) if row.samples]
         _fill_rows(host.sampled.numpy().T, sampled, (0, self.sampler.pad_row, 0))

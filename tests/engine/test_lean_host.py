@@ -115,7 +115,7 @@ def work_of_binding(num_rows: int) -> int:
     """The instructions that bind a pass over rows of 40 pages, which goes on where the one before it ended."""
     lasts, windows = torch.zeros(num_rows, dtype=torch.int64), (None,)
     cutting = Cutting(Segments(1, 640, 2**16), windows, reaches_of(windows, lasts.device), torch.empty(2**16))
-    binder = Binder(16, 0, 64, lasts, 640, cutting, PageTable(numpy.zeros((num_rows, 40), numpy.int32)))
+    binder = Binder(16, 0, lasts, 640, cutting, PageTable(numpy.zeros((num_rows, 40), numpy.int32)))
     before, batch = (decoding(num_rows, start, tuple(range(40))) for start in (600, 601))
     binder.bind(before)
     return work_of(lambda: binder.bind(batch))

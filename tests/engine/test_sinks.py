@@ -104,7 +104,7 @@ def test_noise_is_drawn_by_the_position_in_the_sequence():
     chunk = row._replace(tokens=(8, 9), start=99)  # which ends with the same token
     cutting = Cutting(Segments(2, 9, 36), (None,), reaches_of((None,), torch.device("cpu")), torch.empty(0))
     table = PageTable(numpy.zeros((1, 3), numpy.int32))
-    binder = Binder(4, 1, 64, torch.zeros(4, dtype=torch.int64), 9, cutting, table)
+    binder = Binder(4, 1, torch.zeros(4, dtype=torch.int64), 9, cutting, table)
     one, two = (binder.bind(Batch((row,))) for row in (row, chunk))
     assert (one.positions.tolist(), two.positions.tolist()) == ([8], [7, 8])
     assert one.sampled_positions.tolist() == two.sampled_positions.tolist() == [101]

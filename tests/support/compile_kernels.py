@@ -18,7 +18,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # triton reads it when it is imported
 import pytest
 import torch
 from penstock.engine.kernels.decode_attention import _attend_segment, _decode_attention_triton
-from penstock.engine.kernels.prompt_attention import MANY_QUERIES, _attend_blocks_triton, list_blocks
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
 from penstock.parallel.push_reduce import MOST_BYTES, push_reduce
@@ -87,7 +86,6 @@ def main(checkpoints: list[str]) -> None:
             push_reduce(connect_ranks(4)[0], part)
             two_step_reduce(connect_sharing_ranks(4, MOST_BYTES)[0], part)
         hold_for_any_table()
-        attend_in_large_blocks()
     compiled = {}
     for kernel in launched:
         (variants, *_), *others = kernel.device_caches.values()
@@ -95,13 +93,6 @@ def main(checkpoints: list[str]) -> None:
         most = max(variant.metadata.shared for variant in variants.values())
         compiled.setdefault(kernel.fn.__module__, {})[kernel.fn.__name__] = most
     print(json.dumps(compiled))
-
-
-def attend_in_large_blocks() -> None:
-    """Attends prompts of more tokens than those that the engine is given here."""
-    attn = torch.zeros(MANY_QUERIES, 3, 128, dtype=torch.bfloat16)
-    blocks = torch.tensor(list_blocks([(0, len(attn), 0, len(attn))], MANY_QUERIES), dtype=torch.int32)
-    _attend_blocks_triton(*attn.split(1, 1), blocks, None, queries=MANY_QUERIES)
 
 
 def hold_for_any_table() -> None:

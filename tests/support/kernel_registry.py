@@ -185,7 +185,7 @@ def _attend_by_reference(*arguments, **reading) -> None:
 def _attend_chunks_by_kernel(
     q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, window: int | None, pages: Pages | None = None
 ) -> None:
-    prompt_attention._attend_blocks_triton(q, k, v, chunks.blocks, window, pages, chunks.queries)
+    prompt_attention._attend_blocks_triton(q, k, v, chunks.blocks, window, pages)
 
 
 def _embed_by_reference(table: Tensor, tokens: Tensor, first: int, out: Tensor) -> None:

@@ -96,7 +96,7 @@ class Example:
         cutting = Cutting(Segments(K, self.max_context, 10**4), windows, reaches_of(windows, self.device), partials)
         most_pages = max(len(row.pages) for row in self.batch.rows)
         table = PageTable(numpy.zeros((len(self.lengths), most_pages), numpy.int32))
-        return Binder(PAGE_SIZE, self.margin, self.head_dim, last, self.max_context, cutting, table, self.whole)
+        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, table, self.whole)
 
     def attended(self) -> torch.Tensor:
         heads = self.heads()

@@ -9,17 +9,7 @@ import itertools
 import pytest
 import torch
 from penstock.engine.kernels import prompt_attention as kernels
-from penstock.engine.kernels.prompt_attention import (
-    FEW_QUERIES,
-    FIELDS,
-    MANY_QUERIES,
-    MANY_TOKENS,
-    Pages,
-    Row,
-    block_queries,
-    list_blocks,
-    most_blocks,
-)
+from penstock.engine.kernels.prompt_attention import BLOCK_M, FIELDS, Pages, Row, _tuning, list_blocks, most_blocks
 from torch import Tensor
 
 from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, prove, prove_faster, prove_refusal
@@ -42,17 +32,10 @@ def parts(attn: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: list[Row],
-    window: int | None,
-    num_padded: int = 0,
-    queries: int = FEW_QUERIES,
+    q: Tensor, k: Tensor, v: Tensor, rows: list[Row], window: int | None, num_padded: int = 0, tiles: bool = False
 ) -> Tensor:
-    blocks = list_blocks(rows, queries) + [(0,) * FIELDS] * num_padded
-    blocks = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
-    kernels._attend_blocks_triton(q, k, v, blocks, window, queries=queries)
+    blocks = torch.tensor(list_blocks(rows) + [(0,) * FIELDS] * num_padded, dtype=torch.int32, device=DEVICE)
+    kernels._attend_blocks_triton(q, k, v, blocks, window, tuning=_tuning(q) | {"TILES": tiles})
     return q
 
 
@@ -78,14 +61,14 @@ def expected(q: Tensor, k: Tensor, v: Tensor, row: Row, window: int | None) -> t
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("queries", [FEW_QUERIES, MANY_QUERIES])
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("window", [None, 40, 1])
 @pytest.mark.parametrize(
     "heads, dtype",
     [((4, 2, 64), torch.float16), ((2, 1, 80), torch.bfloat16), ((1, 1, 256), torch.float16)],
     ids=str,
 )
-def test_prompts_attend_by_the_definition(heads, dtype, window, queries):
+def test_prompts_attend_by_the_definition(heads, dtype, window, tiles):
     """In place, among tokens of nobody, which are NaN and keep what they have, and with blocks that are none."""
     attn = activation(290, heads, dtype)
     owned = torch.zeros(len(attn), dtype=torch.bool, device=DEVICE)
@@ -94,7 +77,8 @@ def test_prompts_attend_by_the_definition(heads, dtype, window, queries):
     attn[~owned] = torch.nan
     before = attn.clone()
     q, k, v = parts(attn, heads[1])
-    run(q, k, v, PROMPTS, window, num_padded=3, queries=queries)
+    with counted(kernels.calls, triton=1, tiles=tiles and window is None and heads[2] == 64):
+        run(q, k, v, PROMPTS, window, num_padded=3, tiles=tiles)
     for row in PROMPTS:
         result, apart = expected(*parts(before, heads[1]), row, window)
         assert_apart((q[row[0] : row[0] + row[1]].double() - result).abs(), apart)
@@ -144,27 +128,28 @@ def test_pages_are_read_to_the_bits_of_a_copy(window, page_size, margin):
 
 
 @pytest.mark.parametrize("heads, dtype", [((4, 2, 64), torch.float16), ((2, 1, 128), torch.bfloat16)], ids=str)
-def test_bits_do_not_depend_on_the_queries_of_a_block(heads, dtype):
-    """Nor on whether whole steps are bulk copies, which serve rows that begin anywhere and chunks that continue."""
+def test_tiles_give_the_bits_of_addresses(heads, dtype):
+    """For rows that begin anywhere and chunks that continue. Tokens behind a row's end may be NaN."""
     rows = [(3, 200, 3, 200), (203, 129, 210, 257), (332, 64, 3, 64)]
-    attn = activation(470, heads, dtype)
-    few, many, apart = attn.clone(), attn.clone(), torch.empty(len(attn) + 1, attn[0].numel() + 1).to(attn)[1:, :-1]
-    apart = apart.unflatten(1, attn.shape[1:]).copy_(attn)  # tokens that do not lie at multiples of 16 bytes
+    attn = activation(490, heads, dtype)
+    attn[467:] = torch.nan
+    apart = torch.empty(len(attn) + 1, attn[0].numel() + 1).to(attn)[1:, :-1]  # not at multiples of 16 bytes
+    plain, tiled, apart = attn.clone(), attn.clone(), apart.unflatten(1, attn.shape[1:]).copy_(attn)
     with counted(kernels.calls, triton=1):
-        run(*parts(few, heads[1]), rows, None)
+        run(*parts(plain, heads[1]), rows, None)
     with counted(kernels.calls, triton=1, tiles=1):
-        run(*parts(many, heads[1]), rows, None, queries=MANY_QUERIES)
+        run(*parts(tiled, heads[1]), rows, None, tiles=True)
     with counted(kernels.calls, triton=1):
-        run(*parts(apart, heads[1]), rows, None, queries=MANY_QUERIES)
-    assert torch.equal(few, many) and torch.equal(few, apart) and not torch.equal(few, attn)
+        run(*parts(apart, heads[1]), rows, None, tiles=True)
+    assert not plain[:396].isnan().any() and not torch.equal(plain[:396], attn[:396])
+    assert torch.equal(plain[:467], tiled[:467]) and torch.equal(plain[:467], apart[:467])
 
 
-def test_blocks_have_many_queries_where_there_are_many_tokens(monkeypatch):
-    device = torch.device(DEVICE)
-    assert DEVICE != "cpu" or block_queries(MANY_TOKENS, 128, device) == FEW_QUERIES
-    monkeypatch.setattr(kernels, "options", lambda device: {"OVERLAPS": True})
-    assert [block_queries(number, 128, device) for number in (64, MANY_TOKENS)] == [FEW_QUERIES, MANY_QUERIES]
-    assert block_queries(MANY_TOKENS, 80, device) == FEW_QUERIES  # a tile would have columns of the next head
+def test_tiles_are_taken_where_the_device_has_bulk_copies(monkeypatch):
+    q = torch.empty(1, 1, 128)
+    for overlaps in (False, True):
+        monkeypatch.setattr(kernels, "options", lambda device, overlaps=overlaps: {"OVERLAPS": overlaps})
+        assert _tuning(q)["TILES"] == overlaps
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -177,19 +162,17 @@ def test_a_row_does_not_depend_on_its_batch(window):
         assert torch.equal(parts(alone, 1)[0], together[first : first + num_queries])
 
 
-@pytest.mark.parametrize("most", [FEW_QUERIES, MANY_QUERIES])
-def test_blocks_cover_each_query_once_and_those_with_most_to_do_come_first(most):
+def test_blocks_cover_each_query_once_and_those_with_most_to_do_come_first():
     rows = [*PROMPTS, (400, 70, 0, 300)]
-    blocks = list_blocks(rows, most)
+    blocks = list_blocks(rows)
     queries = sorted(query for first, end, *_ in blocks for query in range(first, end))
     assert queries == sorted(query for first, number, *_ in rows for query in range(first, first + number))
-    assert all(0 < end - first <= most for first, end, *_ in blocks)
+    assert all(0 < end - first <= BLOCK_M for first, end, *_ in blocks)
     work = [end + shift - first_key for _, end, first_key, shift, _ in blocks]
     assert work == sorted(work, reverse=True) and work[0] == 300
-    assert len(blocks) <= most_blocks(330, 5, most) and list_blocks([], most) == []
+    assert len(blocks) <= most_blocks(330, 5) and list_blocks([]) == []
     for lengths in ([1] * 9, [64, 65, 63], [128], [200, 1]):
-        own = [(0, number, 0, number) for number in lengths]
-        assert len(list_blocks(own, most)) <= most_blocks(sum(lengths), len(lengths), most)
+        assert len(list_blocks([(0, n, 0, n) for n in lengths])) <= most_blocks(sum(lengths), len(lengths))
 
 
 def kernel(q: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -241,13 +224,12 @@ def test_kernel_is_faster(lengths):
     rows = [(first, number, first, number) for first, number in zip(starts, lengths)]
     attn = activation(starts[-1], (32, 8, 128), torch.bfloat16)
     q, k, v = parts(attn, 8)
-    queries, longest = block_queries(starts[-1], 128, attn.device), max(lengths)
-    listed = list_blocks(rows, queries)
-    blocks, bounds = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in (listed, starts))
+    blocks, bounds = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in (list_blocks(rows), starts))
+    longest = max(lengths)
 
     def torchs() -> None:
         flash = torch.ops.aten._flash_attention_forward
         q.copy_(flash(q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=128**-0.5)[0])
 
-    ours = functools.partial(kernels._attend_blocks_triton, q, k, v, blocks, None, queries=queries)
+    ours = functools.partial(kernels._attend_blocks_triton, q, k, v, blocks, None)
     prove_faster(ours, torchs, attn.nbytes + q.numel() * 2, f"prompt_attention {len(lengths)} x {longest}")

@@ -6,13 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from penstock.engine.compute import attention, bind
+from penstock.engine.compute import attention
 from penstock.engine.compute.context import PassContext
 from penstock.engine.kernels import prompt_attention
-from penstock.engine.kernels.prompt_attention import FEW_QUERIES, MANY_QUERIES
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
-from penstock.engine.runtime import bucket
 from penstock.engine.runtime.bucket_sizes import BucketSizes
 from penstock.engine.runtime.watch import Watch
 from penstock.scheduler.batching.batch import Batch, BatchRow
@@ -136,21 +134,20 @@ def test_chunks_that_continue_read_pages_in_padded_passes(resident):
 
 
 @pytest.mark.parametrize("as_on_gpu", [False, True], ids=["eager", "padded"])
-def test_blocks_of_many_queries_give_the_bits_of_those_of_few(as_on_gpu, monkeypatch):
-    """Through the kernel, which reads whole steps by bulk copies then; one prompt is cut, and continues."""
+def test_tiles_give_the_bits_of_addresses(as_on_gpu, monkeypatch):
+    """In the engine, through the kernel; one prompt is cut, and continues."""
     kernel, rng = KERNELS["prompt_attention"], random.Random(5)
     kernel.put_in(monkeypatch, kernel.kernel)
     prompts = [rng.choices(range(1, 1000), k=length) for length in (150, 20, 133)]
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logprobs=2)
     options = OPTIONS | {"max_model_len": 160, "max_num_batched_tokens": 256, "debug": {"as_on_gpu": as_on_gpu}}
-    took = {}
-    for queries in (FEW_QUERIES, MANY_QUERIES):
-        for module in (bind, bucket):
-            monkeypatch.setattr(module, "block_queries", lambda *given, queries=queries: queries)
+    took, tuning = {}, prompt_attention._tuning
+    for tiles in (False, True):
+        monkeypatch.setattr(prompt_attention, "_tuning", lambda q, tiles=tiles: tuning(q) | {"TILES": tiles})
         before = dict(prompt_attention.calls)
         with LLM("demo", **options) as llm:
             outputs = [output.outputs[0].logprobs for output in llm.generate(prompts, params)]
-        took[queries] = outputs, {way: prompt_attention.calls[way] - before[way] for way in before}
-    (few, addresses), (many, tiles) = took[FEW_QUERIES], took[MANY_QUERIES]
-    assert few == many
-    assert addresses["triton"] == tiles["triton"] > 0 == addresses["tiles"] and tiles["tiles"] > 0
+        took[tiles] = outputs, {way: prompt_attention.calls[way] - before[way] for way in before}
+    (plain, addresses), (tiled, copies) = took[False], took[True]
+    assert plain == tiled
+    assert addresses["triton"] == copies["triton"] > 0 == addresses["tiles"] and copies["tiles"] > 0
