@@ -131,7 +131,7 @@ class Binder:
             for rows, part in zip(parts, gathered)
             if any(row.samples for row in rows)
         )
-        own = self._chunks(starting, first_token, lasts=True) if starting else None
+        own = self._chunks(starting, first_token, lasts=True) if any(row.samples for row in starting) else None
         return replace(context, of_lasts=MixedContext(paged, behind, own, ()))
 
     def _chunks(self, rows: Sequence[BatchRow], first_token: int, lasts: bool = False) -> Chunks:
