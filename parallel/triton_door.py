@@ -1,4 +1,5 @@
-"""The import of Triton, `triton` and `tl`, for every kernel file: the one beside it and the engine's.
+"""The import of Triton, `triton`, `tl` and `TensorDescriptor`, for every kernel file: the one beside it and the
+engine's.
 
 A CPU install has no Triton. There stand-ins replace both, so that the files can be imported and their references run,
 and whatever would launch a kernel is refused. `triton` is what kernel files use of the module, with a `jit` whose
@@ -19,6 +20,7 @@ try:
     import triton as _triton
     import triton.language as tl
     from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
@@ -73,7 +75,7 @@ if HAS_TRITON:
     # Triton's own two are made for kernels too, and take microseconds, at each of a pass's hundreds of launches
     triton = SimpleNamespace(jit=_jit, cdiv=_cdiv, next_power_of_2=_next_power_of_2)
 else:
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ The host sends a few small tensors; everything as long as T or C is made from th
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -39,7 +39,8 @@ class Binder:
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
     Prompts of a number of tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one
-    token. `page_table` is the host's copy of the last pass's.
+    token. `page_table` is the host's copy of the last pass's. With `selects_early` rows are selected behind the last
+    attention.
     """
 
     page_size: int
@@ -50,6 +51,7 @@ class Binder:
     page_table: PageTable
     whole_tokens: range = range(0)
     most_gathered: int = 0
+    selects_early: bool = False
 
     def bind(self, batch: Batch) -> PassInputs:
         """The inputs of a pass over `batch`, whose rows are in the order of their kinds (Batch.of)."""
@@ -109,7 +111,8 @@ class Binder:
             work, on_device = self.cutting.exact_work(lengths.tolist()), self._put(lengths, torch.int32)
             list_work(on_device, work)
             paged = PagedContext(pages[:num_single], on_device, work)
-        for part in _parts(continuing, max(self.max_context, self.most_gathered)):
+        parts = _parts(continuing, max(self.max_context, self.most_gathered))
+        for part in parts:
             gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
             first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
         is_whole = bool(starting) and len(starting[-1].tokens) in self.whole_tokens  # the longest is the last
@@ -119,12 +122,25 @@ class Binder:
         ends = itertools.accumulate(
             (len(row.tokens) for row in long), initial=chunks.tokens.stop if short else first_token
         )
-        return MixedContext(paged, tuple(gathered), chunks, tuple(slice(*both) for both in itertools.pairwise(ends)))
+        whole = tuple(slice(*both) for both in itertools.pairwise(ends))
+        context = MixedContext(paged, tuple(gathered), chunks, whole)
+        if not self.selects_early or batch.shape.num_scored:
+            return context
+        behind = tuple(
+            replace(part, chunks=self._chunks(rows, part.chunks.first_token, lasts=True))
+            for rows, part in zip(parts, gathered)
+            if any(row.samples for row in rows)
+        )
+        own = self._chunks(starting, first_token, lasts=True) if any(row.samples for row in starting) else None
+        return replace(context, of_lasts=MixedContext(paged, behind, own, ()))
 
-    def _chunks(self, rows: Sequence[BatchRow], first_token: int) -> Chunks:
+    def _chunks(self, rows: Sequence[BatchRow], first_token: int, lasts: bool = False) -> Chunks:
+        """The rows' chunks, or of those rows that are sampled the `lasts`, their last tokens."""
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
         ranges = tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
+        if lasts:
+            ranges = tuple(each.last for row, each in zip(rows, ranges) if row.samples)
         return Chunks(first_token, query_starts[-1], self._put(list_blocks(ranges), torch.int32), ranges)
 
     def _gathered(self, rows: Sequence[BatchRow], first_token: int, pages: Tensor) -> GatheredContext:
@@ -142,13 +158,15 @@ class Binder:
         return to_device(values, dtype, self.last_tokens.device)
 
 
-def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, whole_tokens: range) -> Binder:
+def make_binder(
+    model: ModelContext, max_num_seqs: int, max_context: int, whole_tokens: range, selects_early: bool
+) -> Binder:
     """The binder of a model's passes of up to max_num_seqs rows; allocates their workspace."""
     kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
     most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
     table = PageTable(numpy.zeros((max_num_seqs, pages_for(kv.margin + max_context, kv.page_size)), numpy.int32))
     sizes = (kv.page_size, kv.margin, model.sampler.last_tokens, max_context)
-    return Binder(*sizes, cutting, table, whole_tokens, most_gathered)
+    return Binder(*sizes, cutting, table, whole_tokens, most_gathered, selects_early)
 
 
 def _ints(values: Sequence[int]) -> numpy.ndarray:

@@ -27,6 +27,11 @@ class RowRange(NamedTuple):
     def end_context(self) -> int:
         return self.first_context + self.num_context
 
+    @property
+    def last(self) -> "RowRange":
+        """The row's last query alone."""
+        return self._replace(first_query=self.first_query + self.num_queries - 1, num_queries=1)
+
 
 @dataclass(frozen=True)
 class PagedContext:
@@ -80,13 +85,15 @@ class MixedContext:
 
     Rows of `continuing` attend to pages in a padded pass, else to a copy of their own context, some rows at a time;
     those of `starting` and `whole` have all of it in this pass, and attend to it in the activation. Each of `whole`,
-    token ranges, does so by itself.
+    token ranges, does so by itself. `of_lasts`, if it is there, is the part of this that serves rows of one token and
+    the last token of each row that is sampled: all that the last layer needs where rows are selected behind it.
     """
 
     paged: PagedContext | None
     continuing: tuple[PagedChunks | GatheredContext, ...]
     starting: Chunks | None
     whole: tuple[slice, ...]
+    of_lasts: "MixedContext | None" = None
 
 
 Context = PagedContext | MixedContext

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from penstock.engine.compute.attention import attend_
 from penstock.engine.compute.context import PassContext
+from penstock.engine.compute.inputs import MixedContext
 from penstock.engine.kernels.embedding import embed_rows
 from penstock.engine.kernels.gated_activation import gated_activation
 from penstock.engine.kernels.linear import linear
@@ -112,8 +113,11 @@ def rope(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
 
 
 def attention(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    """Attention of each token; the result overwrites q."""
-    attend_(ctx.heads(), ctx.model.kv.layer(layer_idx), ctx.inputs.context, ctx.model.spec.windows[layer_idx])
+    """Attention of each token, in the last layer of those that are selected behind it; the result overwrites q."""
+    context, spec = ctx.inputs.context, ctx.model.spec
+    if layer_idx == spec.num_layers - 1 and isinstance(context, MixedContext):
+        context = context.of_lasts or context
+    attend_(ctx.heads(), ctx.model.kv.layer(layer_idx), context, spec.windows[layer_idx])
 
 
 def _attn_output_step(out: str) -> Callable:

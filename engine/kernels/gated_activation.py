@@ -5,7 +5,8 @@ It rounds where transformers does: the activation's result to the model's dtype 
 gelu_fast, which transformers writes in Python, after every operation. exp and tanh are the device's fast ones: in fp32
 they differ from torch's by a few ulp, in bf16 and fp16 in a last bit now and then. The thread that writes an element is
 the only one that reads it, so working in place is safe.
-Tried: nothing else yet.
+Tried, on an H200, us, for 256 / 2048 / 8192 tokens of 14336: 3.8 / 43.55 / 170.0. Blocks of 1024 and 4 warps 4.9 /
+44.05 / 170.8, of 4096 and 8 warps 4.03 / 43.96 / 170.5, of 512 and 2 warps 9.5 / 70.4 / 277.
 """
 
 import functools
@@ -19,8 +20,8 @@ from penstock.parallel.triton_door import require_triton, tl, triton
 from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
-BLOCK = 1024  # 8 elements a thread: 16 bytes in bf16
-NUM_WARPS = 4
+BLOCK = 2048  # 8 elements a thread: 16 bytes in bf16
+NUM_WARPS = 8
 
 
 def gelu_new(x: Tensor) -> Tensor:

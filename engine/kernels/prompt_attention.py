@@ -11,14 +11,20 @@ masked, and those of windows.
 Source: Dao 2023, "FlashAttention-2".
 
 A row's bits depend on its own queries, keys, values and the window: it is cut from its own first query on, and neither
-the number of blocks nor the other rows change the order of its sums.
+the number of blocks nor the other rows change the order of its sums, nor how keys and values are read: from compute
+capability 9.0 on by bulk copies (TMA), where they lie in no pages and tiles of them fill a head.
 Tried, on an H200 with 32 and 8 heads of 128, us, for 1 x 512 / 4 x 448 / 15 x 512 + 212 / 1 x 2000 / 1 x 8000 tokens:
-14 / 32 / 142 / 88 / 1192. Torch's varlen kernel, which has programs for each row as if it were the longest, with the
-copy of its result 32 / 80 / 303 / 189 / 1721. Two stages 14 / 30 / 148 / 87 / 1296, 128 queries, 8 warps, 3 stages
-15 / 38 / 168 / 91 / 1129, 128 queries and 128 keys 15 / 41 / 179 / 90 / 1186, 32 keys and 4 stages 15 / 34 / 150 / 98 /
-1264. Reading pages where they lie instead of a copy takes 15 to 40 % more time for 64 to 8000 queries behind 2048 to
-32768 tokens, where the copy itself takes 1 to 15 %; so long passes copy, and short ones, which are graphs, read pages.
-Not tried: keys and values by bulk copies.
+14 / 32 / 142 / 88 / 1192, and by bulk copies 13 / 29 / 137 / 81 / 1099, where 64 x 128 tokens take 100 for 96. Torch's
+varlen kernel, which has programs for each row as if it were the longest, with the copy of its result 32 / 80 / 303 /
+189 / 1721. Two stages 14 / 30 / 148 / 87 / 1296, 128 queries, 8 warps, 3 stages 15 / 38 / 168 / 91 / 1129, 128 queries
+and 128 keys 15 / 41 / 179 / 90 / 1186, 32 keys and 4 stages 15 / 34 / 150 / 98 / 1264. Reading pages where they lie
+instead of a copy takes 15 to 40 % more time for 64 to 8000 queries behind 2048 to 32768 tokens, where the copy itself
+takes 1 to 15 %; so long passes copy, and short ones, which are graphs, read pages. By bulk copies too: two stages 13 /
+29 / 148 / 85 / 1241, 128 queries with 4 warps and two stages 21 / 41 / 185 / 89 / 1141, with 8 warps and two 15 / 39 /
+198 / 100 / 1499, three 13 / 37 / 173 / 84 / 1102, four 14 / 39 / 179 / 87 / 1100. 128 queries, 4 warps and two stages
+without them 30 / 62 / 290 / 133 / 1645. Queries that are scaled first, to be operands in registers, were loaded from
+shared memory at each step all the same. The product of the next step, put ahead of this one's weights, is waited for at
+once, and `warp_specialize` is refused (Triton 3.7).
 """
 
 from collections.abc import Iterable
@@ -26,10 +32,10 @@ from typing import NamedTuple
 
 import torch
 from penstock.engine.kernels.overlap import options, wait_for_inputs
-from penstock.parallel.triton_door import require_triton, tl, triton
+from penstock.parallel.triton_door import TensorDescriptor, require_triton, tl, triton
 from torch import Tensor
 
-calls = {"triton": 0}
+calls = {"triton": 0, "tiles": 0}  # all, and those that read keys and values by bulk copies
 BLOCK_M = 64
 FIRST, END, FIRST_KEY, SHIFT, ROW, FIELDS = range(6)  # of a block
 NO_WINDOW = 1 << 30
@@ -77,10 +83,20 @@ def attend_blocks_(
 
 def _tuning(q: Tensor) -> dict[str, int]:
     """The keys of a step, warps and stages: from compute capability 9.0 on two programs of heads of 128 fit an SM, and
-    before one does."""
+    before one does. TILES: whether bulk copies read them, if they can."""
     if q.shape[2] > 128:
-        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if options(q.device)["OVERLAPS"] else 2}
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "TILES": False}
+    newer = options(q.device)["OVERLAPS"]
+    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if newer else 2, "TILES": newer}
+
+
+def _tiles(part: Tensor, num_keys: int) -> "TensorDescriptor | None":
+    """Keys or values (C, K, E) as tiles of so many of them and a head, for bulk copies; None where these do not serve:
+    they want multiples of 16 bytes, and a tile of another width would have columns of the next head."""
+    (num_tokens, num_kv_heads, head_dim), token = part.shape, part.stride(0)
+    if head_dim not in (16, 32, 64, 128) or part.data_ptr() % 16 or token * part.element_size() % 16:
+        return None
+    return TensorDescriptor(part, [num_tokens, num_kv_heads * head_dim], [token, 1], [num_keys, head_dim])
 
 
 def _attend_blocks_triton(
@@ -101,9 +117,13 @@ def _attend_blocks_triton(
     assert pages is None or (table.dtype == torch.int32 and table.stride(1) == 1), "strides: a row's pages have no gaps"
     calls["triton"] += 1
     interpreted_bf16 = q.dtype == torch.bfloat16 and not q.is_cuda  # the interpreter's tl.dot of bf16 is wrong
+    tuning, tiles = tuning or _tuning(q), (None, None)
+    if tuning["TILES"] and pages is None and window is None:
+        tiles = tuple(_tiles(part, tuning["BLOCK_N"]) for part in (keys, values))
+    calls["tiles"] += None not in tiles
     if len(blocks):
         _attend_block[(num_heads, len(blocks))](
-            *(q, keys, values, blocks, table, q.stride(0), keys.stride(0), values.stride(0)),
+            *(q, keys, values, *tiles, blocks, table, q.stride(0), keys.stride(0), values.stride(0)),
             0 if table is None else table.stride(0),
             *(head_dim**-0.5 * 1.4426950408889634, NO_WINDOW if window is None else window),  # log2(e)
             **{"GROUP": num_heads // num_kv_heads, "E": head_dim, "WINDOWED": window is not None},
@@ -111,7 +131,7 @@ def _attend_blocks_triton(
             **{"S": page_size, "MARGIN": margin},
             DOT=tl.float32 if interpreted_bf16 else getattr(tl, str(q.dtype).removeprefix("torch.")),
             **options(q.device),
-            **(tuning or _tuning(q)),
+            **tuning | {"TILES": None not in tiles},
         )
 
 
@@ -124,9 +144,10 @@ def _pages_of(pages, start, end, BLOCK_N: tl.constexpr, S: tl.constexpr, MARGIN:
 
 @triton.jit
 def _step(
-    q, keys, values, pages, page, key_token, value_token, start, end, last_seen, window, scale, top, total, acc,
+    q, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token, start, end, last_seen, window,
+    scale, top, total, acc,
     E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
-    S: tl.constexpr, MARGIN: tl.constexpr, DOT: tl.constexpr,
+    S: tl.constexpr, MARGIN: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries see of the keys from `start` on, before `end`; all see all of them unless MASKED. `page` are
     their pages, if they lie in any; returns those of the next step, which are read before its keys are."""
@@ -139,7 +160,11 @@ def _step(
         key_rows = keys + start.to(tl.int64) * key_token + n[:, None] * key_token
         value_rows = values + start.to(tl.int64) * value_token + n[:, None] * value_token
     key_rows, value_rows = key_rows + e[None, :], value_rows + e[None, :]
-    if MASKED:
+    if TILES:
+        k, v = key_tiles.load([start, column]), value_tiles.load([start, column])
+        if MASKED:
+            v = tl.where((start + n < end)[:, None], v, 0.0)  # what lies behind the end may be NaN
+    elif MASKED:
         inside = (start + n < end)[:, None] & (e < E)[None, :]
         k, v = tl.load(key_rows, mask=inside, other=0.0), tl.load(value_rows, mask=inside, other=0.0)
     elif E == E_PADDED:
@@ -164,10 +189,10 @@ def _step(
 
 @triton.jit
 def _attend_block(
-    q, keys, values, blocks, table, q_token, key_token, value_token, table_row, scale, window,
+    q, keys, values, key_tiles, value_tiles, blocks, table, q_token, key_token, value_token, table_row, scale, window,
     GROUP: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, DOT: tl.constexpr, FIELDS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    WINDOWED: tl.constexpr, S: tl.constexpr, MARGIN: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr,
+    FIELDS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
     head, block = tl.program_id(0), blocks + tl.program_id(1) * FIELDS
@@ -178,7 +203,8 @@ def _attend_block(
     rows = q + query.to(tl.int64)[:, None] * q_token + head * E + e[None, :]
     inside = (query < last)[:, None] & (e < E)[None, :]
     tile = tl.load(rows, mask=inside, other=0.0).to(DOT)
-    keys, values = keys + head // GROUP * E, values + head // GROUP * E
+    column = head // GROUP * E
+    keys, values = keys + column, values + column
     last_seen, end = query + shift, last + shift  # (BLOCK_M,)
     if WINDOWED:
         begin += tl.maximum(first + shift - window + 1 - begin, 0) // BLOCK_N * BLOCK_N
@@ -192,13 +218,16 @@ def _attend_block(
         diagonal += (first + shift + 1 - begin) // BLOCK_N * BLOCK_N  # before it all queries see all keys
         for offset in tl.range(0, diagonal - begin, BLOCK_N):
             top, total, acc, page = _step(
-                tile, keys, values, pages, page, key_token, value_token, begin + offset, end, last_seen, window, scale,
-                top, total, acc, E, E_PADDED, BLOCK_N, False, False, S, MARGIN, DOT,
+                tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token,
+                begin + offset, end, last_seen, window, scale, top, total, acc,
+                E, E_PADDED, BLOCK_N, False, False, S, MARGIN, TILES, DOT,
             )  # fmt: skip
-    for offset in tl.range(0, end - diagonal, BLOCK_N):
+    # A third stage of these few steps would take the room of a second program in an SM.
+    for offset in tl.range(0, end - diagonal, BLOCK_N, num_stages=2 if TILES else None):
         top, total, acc, page = _step(
-            tile, keys, values, pages, page, key_token, value_token, diagonal + offset, end, last_seen, window, scale,
-            top, total, acc, E, E_PADDED, BLOCK_N, True, WINDOWED, S, MARGIN, DOT,
+            tile, keys, values, key_tiles, value_tiles, column, pages, page, key_token, value_token,
+            diagonal + offset, end, last_seen, window, scale, top, total, acc,
+            E, E_PADDED, BLOCK_N, True, WINDOWED, S, MARGIN, TILES, DOT,
         )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # behind the last query, where a window sees nothing
     tl.store(rows, (acc / total[:, None]).to(q.dtype.element_ty), mask=inside)

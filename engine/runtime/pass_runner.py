@@ -26,6 +26,7 @@ from penstock.engine.compute.attention import plan_whole, takes_padding, whole_t
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
+from penstock.engine.model.steps import SELECT_ATTENDED
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, Staging
 from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
@@ -34,6 +35,7 @@ from penstock.engine.runtime.graph import LONG_SLEEP_S, Graphs, Mailbox, Pending
 from penstock.engine.runtime.page_moves import PageMover
 from penstock.parallel.triton_door import compiled_ahead
 from penstock.scheduler.batching.batch import Batch
+from penstock.scheduler.passes.pass_plan import Compute
 
 
 class RunAs(Enum):
@@ -69,7 +71,8 @@ class PassRunner:
         self.executor, self.mover = executor, mover
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
         whole = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
-        self.binder = make_binder(self.model, max_num_seqs, max_context, whole)
+        steps = (one.step for one in executor.pass_plan.instructions if isinstance(one, Compute))
+        self.binder = make_binder(self.model, max_num_seqs, max_context, whole, SELECT_ATTENDED in steps)
         pads_prompts = takes_padding(executor.arena.dtype, self.device)
         most_tokens, segments = executor.arena.most["tokens"] if pads_prompts else 0, self.binder.cutting.segments
         self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, pages=self.model.kv.key_rope is None)

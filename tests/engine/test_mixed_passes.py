@@ -5,7 +5,9 @@ import itertools
 import random
 
 import pytest
+from penstock.engine.compute import attention
 from penstock.engine.compute.context import PassContext
+from penstock.engine.compute.inputs import Chunks
 from penstock.engine.kernels import gated_activation
 from penstock.engine.loop import Loop
 from penstock.engine.output import Sequence
@@ -24,6 +26,7 @@ WAYS = {
     "resident": FULL,
     "ahead": FULL | {"debug": {"lookahead": 1}},
     "padded": FULL | {"debug": {"as_on_gpu": True, "lookahead": 1}},
+    "long": FULL | {"debug": {"as_on_gpu": True}},
     "streamed": FULL | {"resident": "none", "debug": RANDOM_LANES},
     "prepared": FULL | {"resident": "none", "debug": RANDOM_LANES | {"lookahead": 1}},
     "sinks": OPTIONS | {"attention_sinks": 3, "attention_window": 13},
@@ -90,7 +93,14 @@ def assert_same(sequences: list[Sequence], alone: list[list[int]]) -> None:
 @pytest.fixture(scope="module", params=WAYS)
 def llm(request):
     with LLM("demo", **WAYS[request.param]) as llm:
+        if request.param == "long":
+            pad_nothing_with_prompts(llm)
         yield llm
+
+
+def pad_nothing_with_prompts(llm: LLM) -> None:
+    """Lets all passes with prompts run as a GPU runs those that are too long to be padded."""
+    llm.engine.worker.runner.sizes.num_tokens = []
 
 
 def run_in_company(llm: LLM, seed: int) -> Company:
@@ -144,6 +154,26 @@ def test_what_follows_the_last_attention_computes_sampled_rows_alone():
     padded, left_out, sampling, decoding = last
     assert padded[0] < padded[1] and left_out == [0, 12] and sampling == [1, 6] and decoding[0] == decoding[1]
     assert all(rows == tokens for of_rows, rows, tokens in widths if not of_rows)
+
+
+def test_in_the_last_layer_of_a_long_pass_sampled_tokens_attend_alone(monkeypatch):
+    """Unless tokens of a prompt are scored. The second pass samples nothing."""
+    attend, attended = attention.attend_chunks_, []
+
+    def note(q, k, v, chunks: Chunks, *others) -> None:
+        attended.append([row.num_queries for row in chunks.ranges])
+        attend(q, k, v, chunks, *others)
+
+    monkeypatch.setattr(attention, "attend_chunks_", note)
+    with LLM("demo", **WAYS["long"]) as llm:
+        pad_nothing_with_prompts(llm)
+        before, last = llm.engine.plan.spec.num_layers - 1, 1
+        llm.generate([[7] * 30, [8] * 3, [9] * 2], SamplingParams(max_tokens=1, temperature=0))
+        sampling, chunk = [[6], [2, 3]], [[12]]
+        assert attended == 2 * before * chunk + before * sampling + last * [[1], [1, 1]]
+        attended.clear()
+        llm.generate([[5] * 8], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1))
+        assert attended == (before + last) * [[8]]
 
 
 def is_short_prompt(batch: Batch) -> bool:

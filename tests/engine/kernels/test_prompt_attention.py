@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from penstock.engine.kernels import prompt_attention as kernels
-from penstock.engine.kernels.prompt_attention import BLOCK_M, FIELDS, Pages, Row, list_blocks, most_blocks
+from penstock.engine.kernels.prompt_attention import BLOCK_M, FIELDS, Pages, Row, _tuning, list_blocks, most_blocks
 from torch import Tensor
 
 from tests.support.kernel_proof import CONTIGUOUS, DEVICE, Layout, counted, prove, prove_faster, prove_refusal
@@ -31,9 +31,11 @@ def parts(attn: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return attn.split([attn.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], 1)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, rows: list[Row], window: int | None, num_padded: int = 0) -> Tensor:
-    blocks = list_blocks(rows) + [(0,) * FIELDS] * num_padded
-    kernels._attend_blocks_triton(q, k, v, torch.tensor(blocks, dtype=torch.int32, device=DEVICE), window)
+def run(
+    q: Tensor, k: Tensor, v: Tensor, rows: list[Row], window: int | None, num_padded: int = 0, tiles: bool = False
+) -> Tensor:
+    blocks = torch.tensor(list_blocks(rows) + [(0,) * FIELDS] * num_padded, dtype=torch.int32, device=DEVICE)
+    kernels._attend_blocks_triton(q, k, v, blocks, window, tuning=_tuning(q) | {"TILES": tiles})
     return q
 
 
@@ -59,13 +61,14 @@ def expected(q: Tensor, k: Tensor, v: Tensor, row: Row, window: int | None) -> t
 
 
 @pytest.mark.tolerance
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("window", [None, 40, 1])
 @pytest.mark.parametrize(
     "heads, dtype",
     [((4, 2, 64), torch.float16), ((2, 1, 80), torch.bfloat16), ((1, 1, 256), torch.float16)],
     ids=str,
 )
-def test_prompts_attend_by_the_definition(heads, dtype, window):
+def test_prompts_attend_by_the_definition(heads, dtype, window, tiles):
     """In place, among tokens of nobody, which are NaN and keep what they have, and with blocks that are none."""
     attn = activation(290, heads, dtype)
     owned = torch.zeros(len(attn), dtype=torch.bool, device=DEVICE)
@@ -74,7 +77,8 @@ def test_prompts_attend_by_the_definition(heads, dtype, window):
     attn[~owned] = torch.nan
     before = attn.clone()
     q, k, v = parts(attn, heads[1])
-    run(q, k, v, PROMPTS, window, num_padded=3)
+    with counted(kernels.calls, triton=1, tiles=tiles and window is None and heads[2] == 64):
+        run(q, k, v, PROMPTS, window, num_padded=3, tiles=tiles)
     for row in PROMPTS:
         result, apart = expected(*parts(before, heads[1]), row, window)
         assert_apart((q[row[0] : row[0] + row[1]].double() - result).abs(), apart)
@@ -121,6 +125,31 @@ def test_pages_are_read_to_the_bits_of_a_copy(window, page_size, margin):
     blocks = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
     kernels._attend_blocks_triton(q, keys, values, blocks, window, caches[0][1])
     assert not q.isnan().any() and torch.equal(q, copied)
+
+
+@pytest.mark.parametrize("heads, dtype", [((4, 2, 64), torch.float16), ((2, 1, 128), torch.bfloat16)], ids=str)
+def test_tiles_give_the_bits_of_addresses(heads, dtype):
+    """For rows that begin anywhere and chunks that continue. Tokens behind a row's end may be NaN."""
+    rows = [(3, 200, 3, 200), (203, 129, 210, 257), (332, 64, 3, 64)]
+    attn = activation(490, heads, dtype)
+    attn[467:] = torch.nan
+    apart = torch.empty(len(attn) + 1, attn[0].numel() + 1).to(attn)[1:, :-1]  # not at multiples of 16 bytes
+    plain, tiled, apart = attn.clone(), attn.clone(), apart.unflatten(1, attn.shape[1:]).copy_(attn)
+    with counted(kernels.calls, triton=1):
+        run(*parts(plain, heads[1]), rows, None)
+    with counted(kernels.calls, triton=1, tiles=1):
+        run(*parts(tiled, heads[1]), rows, None, tiles=True)
+    with counted(kernels.calls, triton=1):
+        run(*parts(apart, heads[1]), rows, None, tiles=True)
+    assert not plain[:396].isnan().any() and not torch.equal(plain[:396], attn[:396])
+    assert torch.equal(plain[:467], tiled[:467]) and torch.equal(plain[:467], apart[:467])
+
+
+def test_tiles_are_taken_where_the_device_has_bulk_copies(monkeypatch):
+    q = torch.empty(1, 1, 128)
+    for overlaps in (False, True):
+        monkeypatch.setattr(kernels, "options", lambda device, overlaps=overlaps: {"OVERLAPS": overlaps})
+        assert _tuning(q)["TILES"] == overlaps
 
 
 @pytest.mark.parametrize("window", [None, 50])

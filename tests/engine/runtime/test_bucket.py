@@ -35,6 +35,7 @@ def new_table() -> HostTable:
 
 def test_sizes_end_with_the_most_rows():
     assert bucket_sizes(1) == [1] and bucket_sizes(2) == [1, 2] and bucket_sizes(100) == [1, 8, 16, 32, 64, 96, 100]
+    assert bucket_sizes(512)[8:] == [192, 224, 256, 320, 384, 416, 512]
     assert all(bucket_sizes(most)[-1] == most for most in range(1, 300))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from penstock.engine.compute import attention
 from penstock.engine.compute.context import PassContext
+from penstock.engine.kernels import prompt_attention
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
 from penstock.engine.runtime.bucket_sizes import BucketSizes
@@ -15,6 +16,8 @@ from penstock.engine.runtime.watch import Watch
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
+
+from tests.support.kernel_registry import KERNELS
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "page_size": 4, "max_model_len": 96, "max_num_seqs": 6}
 SEGMENTS = Segments(num_kv_heads=8, max_context=8192, num_cached=800_000)
@@ -128,3 +131,23 @@ def test_chunks_that_continue_read_pages_in_padded_passes(resident):
     (plain, copies), (padded, pages) = took[False], took[True]
     assert padded == plain
     assert copies["gathered"] > 0 == copies["behind"] and pages["behind"] > 0 == pages["gathered"]
+
+
+@pytest.mark.parametrize("as_on_gpu", [False, True], ids=["eager", "padded"])
+def test_tiles_give_the_bits_of_addresses(as_on_gpu, monkeypatch):
+    """In the engine, through the kernel; one prompt is cut, and continues."""
+    kernel, rng = KERNELS["prompt_attention"], random.Random(5)
+    kernel.put_in(monkeypatch, kernel.kernel)
+    prompts = [rng.choices(range(1, 1000), k=length) for length in (150, 20, 133)]
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logprobs=2)
+    options = OPTIONS | {"max_model_len": 160, "max_num_batched_tokens": 256, "debug": {"as_on_gpu": as_on_gpu}}
+    took, tuning = {}, prompt_attention._tuning
+    for tiles in (False, True):
+        monkeypatch.setattr(prompt_attention, "_tuning", lambda q, tiles=tiles: tuning(q) | {"TILES": tiles})
+        before = dict(prompt_attention.calls)
+        with LLM("demo", **options) as llm:
+            outputs = [output.outputs[0].logprobs for output in llm.generate(prompts, params)]
+        took[tiles] = outputs, {way: prompt_attention.calls[way] - before[way] for way in before}
+    (plain, addresses), (tiled, copies) = took[False], took[True]
+    assert plain == tiled
+    assert addresses["triton"] == copies["triton"] > 0 == addresses["tiles"] and copies["tiles"] > 0
