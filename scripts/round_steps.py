@@ -265,7 +265,7 @@ ONE_GPU = (
     ),
     one(
         "serving",
-        210,
+        220,
         "the server beside the loop that it stands on, and beside vLLM's server",
         bench(
             "serving",
@@ -277,7 +277,7 @@ ONE_GPU = (
     ),
     one(
         "serving_streamed",
-        90,
+        105,
         "the server beside the loop where all of eight layers stream",
         bench(
             "serving",
