@@ -1,7 +1,7 @@
-"""How much of Python another thread gets beside passes of an engine in its process, and what that costs the passes: a
-thread that does nothing but count.
+"""Measures how much of Python another thread gets beside passes of an engine in its process, and what that costs the
+passes: the thread does nothing but count.
 
-While the engine waits for a pass it gives Python's lock away; once it wants it back, a thread that computes keeps it
+While the engine waits for a pass it gives Python's lock away. Once it wants it back, a thread that computes keeps it
 for up to `sys.getswitchinterval()`. So the count alone says little: what the passes take beside it says the rest.
 """
 

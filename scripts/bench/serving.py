@@ -4,13 +4,14 @@ the engine's process.
 
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
-(ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and how late the client sent
-requests, and `ratios` the server's over the loop's, where these are not 0. Both ways have the same warm-up: a batch
-that shrinks, then all requests at once. With `--compare vllm` the same client then does the same to vLLM's server: a
-row more, and in `vllm_ratios` our server's figures over its. After its row our server gets the requests once more, and
-GET /health is called about every millisecond meanwhile (`health`); then its queue is filled, and requests are refused
-(`refused`). `counting` has how much a thread counts beside passes of the engine in one process. All engine flags work;
-the last line is one JSON object.
+(ttft, e2el) mean nothing; `share_of_full_passes` then has the server's output tokens a second over those of passes that
+each give every client a token. `rows` has the tokens a second and the latencies of both ways, and how late the client
+sent requests, and `ratios` the server's over the loop's, where these are not 0. Both ways have the same warm-up: a
+batch that shrinks, then all requests at once. With `--compare vllm` the same client then does the same to vLLM's
+server: a row more, and in `vllm_ratios` our server's figures over its. After its row our server gets the requests once
+more, and GET /health is called about every millisecond meanwhile (`health`); then its queue is filled, and requests are
+refused (`refused`). `counting` has how much a thread counts beside passes of the engine in one process. All engine
+flags work; the last line is one JSON object.
 
     python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
       --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7 \\
@@ -94,6 +95,8 @@ def main() -> None:
         sent, late_s, answers_s = asyncio.run(ask(True, address))
     loop, ours = row_of(LOOP, jobs, arrivals, fed), row_of(OURS, jobs, arrivals, sent, late_s)
     report |= {"rows": [loop, ours], "ratios": ratios_of(loop, ours)}
+    if args.max_concurrency is not None:
+        report["share_of_full_passes"] = share_of_full_passes(ours, jobs, args.max_concurrency)
     if vllm is not None:
         most_s = WARM_UP_S + PATIENCE * max(one[-1] for one in sent)
         result = run_vllm_server(vllm, config, report, functools.partial(ask, False), most_s)
@@ -220,6 +223,12 @@ def row_of(
     return row
 
 
+def share_of_full_passes(row: dict[str, Any], jobs: Sequence[Job], num_clients: int) -> float:
+    num_outputs = sum(job.output_len for job in jobs)
+    outputs_s = row["tokens_per_second"] * num_outputs / (num_outputs + sum(len(job.prompt) for job in jobs))
+    return outputs_s * row["median_tpot_ms"] / 1e3 / num_clients
+
+
 def percentiles_of(seconds: list[float]) -> dict[str, float]:
     seconds = sorted(seconds)
     figures = {"median_ms": percentile(seconds, 50), "p99_ms": percentile(seconds, 99), "longest_ms": seconds[-1]}
@@ -247,6 +256,8 @@ def say(report: dict[str, Any]) -> None:
         print(f"{title}: {calls.format(**report[name])}")
     passes = "{alone:.2f} ms alone, {beside:.2f} ms beside it".format(**report["counting"]["median_pass_ms"])
     print(f"a thread beside passes counts {report['counting']['share']:.0%} of what it does alone; passes: {passes}")
+    if "share_of_full_passes" in report:
+        print(f"output tokens/s: {report['share_of_full_passes']:.3f} of passes that give every client one")
     if "vllm" in report:
         print("vLLM", *report["vllm"].values())
 

@@ -9,6 +9,7 @@ from scripts.bench import serving, vllm_server
 from scripts.bench.arrivals import latency_fields
 from scripts.bench.http_client import Client, be_refused, poll
 from scripts.bench.vllm_side import find_vllm
+from scripts.bench.workload import Job
 from tests.support.fake_vllm import VERSION, FakeVllm
 from tests.support.scripts import run
 
@@ -28,6 +29,7 @@ def test_both_ways_are_measured(monkeypatch, capsys, how):
         assert http[name] > 0 or (is_gap and http[name] == 0)
         assert loop[name] > 0 and ratio == pytest.approx(http[name] / loop[name])
     assert record.get("text") == ("test_serving.py" if "--text" in how else None)
+    assert record.get("share_of_full_passes", 0.0) > 0 or "--load" in how
     assert record["max_num_seqs"] == (5 if how[0] == "--load" else 2)
     assert record["request_rate"] == pytest.approx(record["load"] * record["requests_per_second_at_once"])
     assert record["health"]["num_calls"] > 0 and record["refused"]["num_calls"] == serving.REFUSED_CALLS
@@ -111,6 +113,12 @@ def test_outputs_of_one_token_have_no_gaps_to_compare(capsys):
     counting = {"share": 1.0, "median_pass_ms": {"alone": 1.0, "beside": 1.0}}
     serving.say({"rows": rows, "ratios": ratios, "counting": counting} | short)
     assert capsys.readouterr().out.splitlines()[3].split() == ["ratio", "1.000", "1.000", "1.000", "-", "-"]
+
+
+def test_output_tokens_are_held_against_passes_that_give_every_client_one():
+    """Two clients, whose passes of 10 ms could give 200 a second: of 200 tokens a second a quarter are prompts."""
+    row, jobs = {"tokens_per_second": 200.0, "median_tpot_ms": 10.0}, [Job([5] * 4, 12)] * 3
+    assert serving.share_of_full_passes(row, jobs, 2) == pytest.approx(0.75)
 
 
 def test_health_is_asked_once_however_soon_all_has_ended():
