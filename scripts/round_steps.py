@@ -265,7 +265,7 @@ ONE_GPU = (
     ),
     one(
         "serving",
-        210,
+        220,
         "the server beside the loop that it stands on, and beside vLLM's server",
         bench(
             "serving",
@@ -277,12 +277,13 @@ ONE_GPU = (
     ),
     one(
         "serving_streamed",
-        90,
-        "the server beside the loop where all of eight layers stream",
+        105,
+        "the server beside the loop where all of eight layers stream to 64 clients",
         bench(
             "serving",
             "Llama-3-8B-8-layers",
-            "--resident none --max-num-seqs 64 --max-model-len 2048 --num-prompts 192 --input-len 32 --output-len 48",
+            "--resident none --max-num-seqs 64 --max-model-len 2048 --max-concurrency 64 --num-prompts 192 "
+            "--input-len 32 --output-len 48",
             "serving_llama3_8b_8layers_streamed_1rank",
             FEW_REQUESTS,
         ),

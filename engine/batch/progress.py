@@ -33,9 +33,12 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, run: BatchRun) -> None:
-        """Shows the state of the run, which calls this each second."""
+    def show(self, run: BatchRun, is_due: bool) -> None:
+        """Shows the state of the run, which calls this after each pass, if it `is_due`; keeps its prediction at MARKS,
+        which would be passed by as much as a second else."""
         left_s = self._seconds_left(run)
+        if not is_due:
+            return
         if self._bar is not None:
             self._bar.set_postfix_str(describe(run, left_s), refresh=False)
             self._bar.update(run.done.num_done - self._bar.n)
@@ -50,9 +53,8 @@ class Progress:
         share = (run.done.num_done - self.num_before) / max(self.num_rows - self.num_before, 1)
         is_mark = len(self.predicted) < len(MARKS) and share >= MARKS[len(self.predicted)]
         elapsed_s = run.meter.elapsed_s
-        if is_mark or elapsed_s >= self._next_s:
-            left_s, self._next_s = run.seconds_left(), elapsed_s + PREDICT_S
-            self._seconds = None if left_s is None else elapsed_s + left_s
+        if (is_mark or elapsed_s >= self._next_s) and (left_s := run.seconds_left()) is not None:
+            self._seconds, self._next_s = elapsed_s + left_s, elapsed_s + PREDICT_S
         if is_mark and self._seconds is not None:
             self.predicted.append({"share": round(share, 4), "seconds": self._seconds})
         return None if self._seconds is None else max(self._seconds - elapsed_s, 0.0)

@@ -42,7 +42,7 @@ class InFlight:
 
 class BatchRun:
     """One run of a job: of those of its rows that have not run. It ends early once `stopping` is asked for that. `tell`
-    is called each second with this run."""
+    is called after each pass with this run, and whether a second went by since that was so."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class BatchRun:
         done: DoneRows,
         files: JobFiles,
         stopping: Stopping,
-        tell: Callable[["BatchRun"], None] = lambda run: None,
+        tell: Callable[["BatchRun", bool], None] = lambda run, is_due: None,
     ):
         self.llm, self.reader, self.done, self.files = llm, reader, done, files
         self._stopping, self._tell = stopping, tell
@@ -159,8 +159,7 @@ class BatchRun:
     def _measure(self, num_tokens: int) -> None:
         if not self.llm.loop.scheduler.num_waiting and not self.outlook.num_waiting:
             self.meter.drain()
-        if self.meter.note_pass(num_tokens):
-            self._tell(self)
+        self._tell(self, self.meter.note_pass(num_tokens))
 
     def seconds_left(self) -> float | None:
         """The seconds until all rows have run, as it looks now; None before anything is known."""

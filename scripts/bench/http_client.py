@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 TOKEN, USAGE = b"data: {", b'"choices":[],'
@@ -163,17 +163,52 @@ async def until(due_s: float) -> None:
 
 async def poll(address: tuple[str, int], path: str, most: int, ended: asyncio.Event) -> list[float]:
     """Seconds of each of up to `most` calls, one after another on one connection, PAUSE_S apart, until all has `ended`;
-    of one call at least."""
+    of one call at least. Raises RuntimeError unless each gives 200 and nothing else."""
+
+    def check(said: bytes, body: bytes) -> None:
+        if not said.startswith(b"http/1.1 200") or body:
+            raise RuntimeError(f"GET {path}: {said!r}")
+
+    return await _call_again(address, head("GET", path, 0), check, most, ended)
+
+
+async def be_refused(address: tuple[str, int], body: dict[str, Any], num_calls: int) -> list[float]:
+    """Seconds in which each of so many requests is refused, one after another on one connection, PAUSE_S apart. Raises
+    RuntimeError if one is not, by a 503 that says when to come again."""
+
+    def check(said: bytes, body: bytes) -> None:
+        if not said.startswith(b"http/1.1 503") or b"\nretry-after: " not in said or b"queue_full" not in body:
+            raise RuntimeError(f"a request was not refused: {said!r}")
+
+    return await _call_again(address, request_of(body), check, num_calls, asyncio.Event())
+
+
+async def fill(address: tuple[str, int], body: dict[str, Any]) -> list[asyncio.StreamWriter]:
+    """Sends requests, each on a connection of its own, until one is refused; these connections, which keep the others
+    alive until they are closed."""
+    writers: list[asyncio.StreamWriter] = []
+    while True:
+        reader, writer = await asyncio.open_connection(*address)
+        writers.append(writer)
+        writer.write(request_of(body))
+        if not (await reader.readline()).startswith(b"HTTP/1.1 200"):
+            return writers
+
+
+async def _call_again(
+    address: tuple[str, int], request: bytes, check: Callable[[bytes, bytes], None], most: int, ended: asyncio.Event
+) -> list[float]:
     reader, writer = await asyncio.open_connection(*address)
     took: list[float] = []
     try:
         while not took or (len(took) < most and not ended.is_set()):
             start = time.perf_counter()
-            writer.write(head("GET", path, 0))
+            writer.write(request)
             said = (await reader.readuntil(HEAD_END)).lower()
-            if not said.startswith(b"http/1.1 200") or b"content-length: 0" not in said:
-                raise RuntimeError(f"GET {path}: {said!r}")
+            length = _LENGTH.search(said)
+            body = await reader.readexactly(int(length[1]) if length else 0)
             took.append(time.perf_counter() - start)
+            check(said, body)
             await asyncio.sleep(PAUSE_S)
     finally:
         writer.close()

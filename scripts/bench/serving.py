@@ -4,12 +4,14 @@ the engine's process.
 
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
-(ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and how late the client sent
-requests, and `ratios` the server's over the loop's, where these are not 0. Both ways have the same warm-up: a batch
-that shrinks, then all requests at once. With `--compare vllm` the same client then does the same to vLLM's server: a
-row more, and in `vllm_ratios` our server's figures over its. After its row our server gets the requests once more, and
-GET /health is called about every millisecond meanwhile (`health`). All engine flags work; the last line is one JSON
-object.
+(ttft, e2el) mean nothing; `share_of_full_passes` then has the server's output tokens a second over those of passes that
+each give every client a token. `rows` has the tokens a second and the latencies of both ways, and how late the client
+sent requests, and `ratios` the server's over the loop's, where these are not 0. Both ways have the same warm-up: a
+batch that shrinks, then all requests at once. With `--compare vllm` the same client then does the same to vLLM's
+server: a row more, and in `vllm_ratios` our server's figures over its. After its row our server gets the requests once
+more, and GET /health is called about every millisecond meanwhile (`health`); then its queue is filled, and requests are
+refused (`refused`). `counting` has how much a thread counts beside passes of the engine in one process. All engine
+flags work; the last line is one JSON object.
 
     python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
       --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7 \\
@@ -33,9 +35,10 @@ from penstock.engine.llm import LLM
 
 from scripts.bench.arrivals import arrival_times, latency_fields, percentile
 from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
+from scripts.bench.counting import count_beside
 from scripts.bench.engine_record import describe, say_machine
 from scripts.bench.entry import run_script
-from scripts.bench.http_client import Client, poll
+from scripts.bench.http_client import Client, be_refused, fill, poll
 from scripts.bench.job_run import run, run_arriving, shrinking, warm_up
 from scripts.bench.record import add_output_argument, keep
 from scripts.bench.vllm_server import run_vllm_server
@@ -54,7 +57,8 @@ from scripts.bench.workload import (
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0  # for the server to be ready
-HEALTH_CALLS = 10_000
+HEALTH_CALLS, REFUSED_CALLS = 10_000, 500
+MOST_SEQUENCES = 1024  # of a request
 LOOP, OURS, VLLM = "in process", "by HTTP", "vLLM by HTTP"  # how requests are fed
 WARM_UP_S, PATIENCE = 90.0, 5  # what vLLM's server may take: for its warm-up, and times what ours took
 SAID = ("num_prompts", "input_len", "output_len", "random_range_ratio", "burstiness", "max_concurrency")
@@ -81,27 +85,27 @@ def main() -> None:
             arrivals = [0.0] * len(jobs)  # in one process its rows are the clients
         fed = run_arriving(llm, jobs, arrivals)
         limits = {name: getattr(plan, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
-        report = describe(llm, "serving")
+        report = describe(llm, "serving") | {"counting": count_beside(llm, jobs)}
     free_memory()
     report |= {name: getattr(args, name) for name in SAID}
     report |= {} if args.text is None else {"text": args.text.name}
     report |= {"load": args.load, "requests_per_second_at_once": len(jobs) / elapsed_s, "request_rate": rate}
     ask = functools.partial(by_http, jobs, arrivals, limits["max_num_seqs"], args.max_concurrency)
     with served(flags, limits) as address:
-        sent, late_s, health_s = asyncio.run(ask(HEALTH_CALLS, address))
+        sent, late_s, answers_s = asyncio.run(ask(True, address))
     loop, ours = row_of(LOOP, jobs, arrivals, fed), row_of(OURS, jobs, arrivals, sent, late_s)
     report |= {"rows": [loop, ours], "ratios": ratios_of(loop, ours)}
+    if args.max_concurrency is not None:
+        report["share_of_full_passes"] = share_of_full_passes(ours, jobs, args.max_concurrency)
     if vllm is not None:
         most_s = WARM_UP_S + PATIENCE * max(one[-1] for one in sent)
-        result = run_vllm_server(vllm, config, report, functools.partial(ask, 0), most_s)
+        result = run_vllm_server(vllm, config, report, functools.partial(ask, False), most_s)
         if "sent" in result:
             theirs, late_s, _ = result.pop("sent")
             report["rows"].append(row_of(VLLM, jobs, arrivals, theirs, late_s))
             report["vllm_ratios"] = ratios_of(report["rows"][-1], ours)
         report["vllm"] = result
-    health_s.sort()
-    report["health"] = {"num_calls": len(health_s), "median_ms": 1e3 * percentile(health_s, 50)}
-    report["health"]["p99_ms"] = 1e3 * percentile(health_s, 99)
+    report |= {name: percentiles_of(seconds) for name, seconds in answers_s.items()}
     say_machine(report)
     say(report)
     keep(report, args.output_json)
@@ -130,26 +134,39 @@ async def by_http(
     arrivals: Sequence[float],
     rows: int,
     num_clients: int | None,
-    health_calls: int,
+    is_ours: bool,
     address: tuple[str, int],
-) -> tuple[list[list[float]], list[float], list[float]]:
+) -> tuple[list[list[float]], list[float], dict[str, list[float]]]:
     """The seconds from the start at which the tokens of each request came from the server, those by which requests were
-    sent late, and, of another run of them, those that up to `health_calls` of /health took meanwhile."""
+    sent late, and, of our server, those that its short answers took: of /health while it gets the requests once more,
+    and of requests that find its queue full."""
     client, num_clients = Client(address), num_clients or len(jobs)
     bodies, at_once = [body_of(job) for job in jobs], [0.0] * len(jobs)
     warming = [body_of(job) for job in shrinking(list(jobs), rows)]
     await client.send(salted(warming, "warm-up"), at_once, len(warming))
     await client.send(salted(bodies, "at once"), at_once, num_clients)
     times, late_s = await client.send(bodies, arrivals, num_clients), client.late_s
-    health_s: list[float] = []
-    if health_calls:
+    answers_s = {}
+    if is_ours:
         ended = asyncio.Event()
-        watching = asyncio.create_task(poll(address, "/health", health_calls, ended))
+        watching = asyncio.create_task(poll(address, "/health", HEALTH_CALLS, ended))
         await client.send(salted(bodies, "health"), arrivals, num_clients)
         ended.set()
-        health_s = await watching
+        answers_s = {"health": await watching, "refused": await refusals(address, bodies[0])}
     client.close()
-    return times, late_s, health_s
+    return times, late_s, answers_s
+
+
+async def refusals(address: tuple[str, int], body: dict[str, Any]) -> list[float]:
+    """Seconds in which requests are refused while all rows run and the queue is full. All are of so many sequences that
+    those which end meanwhile make no room for one."""
+    many = body | {"n": MOST_SEQUENCES}
+    connections = await fill(address, many)
+    try:
+        return await be_refused(address, many, REFUSED_CALLS)
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 def salted(bodies: list[dict[str, Any]], salt: str) -> list[dict[str, Any]]:
@@ -206,6 +223,18 @@ def row_of(
     return row
 
 
+def share_of_full_passes(row: dict[str, Any], jobs: Sequence[Job], num_clients: int) -> float:
+    num_outputs = sum(job.output_len for job in jobs)
+    outputs_s = row["tokens_per_second"] * num_outputs / (num_outputs + sum(len(job.prompt) for job in jobs))
+    return outputs_s * row["median_tpot_ms"] / 1e3 / num_clients
+
+
+def percentiles_of(seconds: list[float]) -> dict[str, float]:
+    seconds = sorted(seconds)
+    figures = {"median_ms": percentile(seconds, 50), "p99_ms": percentile(seconds, 99), "longest_ms": seconds[-1]}
+    return {"num_calls": len(seconds)} | {name: 1e3 * figure for name, figure in figures.items()}
+
+
 def ratios_of(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
     """Our server's figures over another row's, but the client's own, and those that are 0 there, as gaps are where
     outputs have one token."""
@@ -222,7 +251,13 @@ def say(report: dict[str, Any]) -> None:
         figures = [row.get(name) for name in ("tokens_per_second", *names)]
         first, *others = ("-" if figure is None else f"{figure:.{digits}f}" for figure in figures)
         print(f"{title:14}{first:>12}" + "".join(f"{one:>16}" for one in others))
-    print("GET /health: {num_calls} calls, median {median_ms:.2f} ms, p99 {p99_ms:.2f} ms".format(**report["health"]))
+    calls = "{num_calls} calls, median {median_ms:.2f} ms, p99 {p99_ms:.2f} ms"
+    for title, name in {"GET /health": "health", "refused": "refused"}.items():
+        print(f"{title}: {calls.format(**report[name])}")
+    passes = "{alone:.2f} ms alone, {beside:.2f} ms beside it".format(**report["counting"]["median_pass_ms"])
+    print(f"a thread beside passes counts {report['counting']['share']:.0%} of what it does alone; passes: {passes}")
+    if "share_of_full_passes" in report:
+        print(f"output tokens/s: {report['share_of_full_passes']:.3f} of passes that give every client one")
     if "vllm" in report:
         print("vLLM", *report["vllm"].values())
 

@@ -25,7 +25,7 @@ def test_rows_speed_share_of_the_bound_and_end_are_shown(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "LINE_S", 0.0)
     with Progress(100, num_done=5) as view:
-        view.show(RUN)
+        view.show(RUN, is_due=True)
     shown = stream.getvalue()
     assert "25/100 rows" in shown and "7012 tokens/s, 0.95 of the link bound, ends in 01:30 (" in shown
     assert "2 failed" in shown and (" 25%|" in shown) == stream.isatty()
@@ -35,5 +35,20 @@ def test_rows_speed_share_of_the_bound_and_end_are_shown(monkeypatch, stream):
 def test_elsewhere_it_is_quiet_between_two_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with Progress(100, num_done=5) as view:
-        view.show(RUN)
+        view.show(RUN, is_due=True)
     assert sys.stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_a_prediction_is_kept_in_the_pass_that_reaches_its_mark(monkeypatch, stream):
+    """Between two seconds, in which nothing is shown."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    with Progress(100, num_done=0) as view:
+        before = stream.getvalue()
+        for num_done, left_s in ((0, None), (4, 8.0), (5, 7.0), (6, 6.0), (19, None), (20, 3.0), (21, 2.0)):
+            run = SimpleNamespace(done=SimpleNamespace(num_done=num_done), meter=SimpleNamespace(elapsed_s=1.0))
+            run.seconds_left = lambda left_s=left_s: left_s
+            view.show(run, is_due=False)
+        assert stream.getvalue() == before
+    assert view.predicted == [{"share": 0.05, "seconds": 8.0}, {"share": 0.2, "seconds": 4.0}]

@@ -7,8 +7,9 @@ from penstock.engine.config import EngineConfig
 
 from scripts.bench import serving, vllm_server
 from scripts.bench.arrivals import latency_fields
-from scripts.bench.http_client import Client, poll
+from scripts.bench.http_client import Client, be_refused, poll
 from scripts.bench.vllm_side import find_vllm
+from scripts.bench.workload import Job
 from tests.support.fake_vllm import VERSION, FakeVllm
 from tests.support.scripts import run
 
@@ -28,9 +29,15 @@ def test_both_ways_are_measured(monkeypatch, capsys, how):
         assert http[name] > 0 or (is_gap and http[name] == 0)
         assert loop[name] > 0 and ratio == pytest.approx(http[name] / loop[name])
     assert record.get("text") == ("test_serving.py" if "--text" in how else None)
+    assert record.get("share_of_full_passes", 0.0) > 0 or "--load" in how
     assert record["max_num_seqs"] == (5 if how[0] == "--load" else 2)
     assert record["request_rate"] == pytest.approx(record["load"] * record["requests_per_second_at_once"])
-    assert record["health"]["num_calls"] > 0 and record["health"]["p99_ms"] >= record["health"]["median_ms"] > 0
+    assert record["health"]["num_calls"] > 0 and record["refused"]["num_calls"] == serving.REFUSED_CALLS
+    for short in (record["health"], record["refused"]):
+        assert short["longest_ms"] >= short["p99_ms"] >= short["median_ms"] > 0
+    counting = record["counting"]
+    assert counting["num_rows"] == min(5, record["max_num_seqs"])
+    assert min(counting["share"], counting["busy_share"], *counting["median_pass_ms"].values()) > 0
 
 
 @pytest.mark.timeout(180)
@@ -102,8 +109,16 @@ def test_outputs_of_one_token_have_no_gaps_to_compare(capsys):
     rows = [{"fed": fed, "tokens_per_second": 4.0, **latency_fields([0.0], [[2.0]])} for fed in ("a", "b")]
     ratios = serving.ratios_of(*rows)
     assert ratios["tokens_per_second"] == ratios["p99_ttft_ms"] == 1.0 and "median_tpot_ms" not in ratios
-    serving.say({"rows": rows, "ratios": ratios, "health": {"num_calls": 1, "median_ms": 1.0, "p99_ms": 1.0}})
+    short = {name: serving.percentiles_of([1e-3]) for name in ("health", "refused")}
+    counting = {"share": 1.0, "median_pass_ms": {"alone": 1.0, "beside": 1.0}}
+    serving.say({"rows": rows, "ratios": ratios, "counting": counting} | short)
     assert capsys.readouterr().out.splitlines()[3].split() == ["ratio", "1.000", "1.000", "1.000", "-", "-"]
+
+
+def test_output_tokens_are_held_against_passes_that_give_every_client_one():
+    """Two clients, whose passes of 10 ms could give 200 a second: of 200 tokens a second a quarter are prompts."""
+    row, jobs = {"tokens_per_second": 200.0, "median_tpot_ms": 10.0}, [Job([5] * 4, 12)] * 3
+    assert serving.share_of_full_passes(row, jobs, 2) == pytest.approx(0.75)
 
 
 def test_health_is_asked_once_however_soon_all_has_ended():
@@ -119,6 +134,25 @@ def test_health_is_asked_once_however_soon_all_has_ended():
             return await poll(server.sockets[0].getsockname(), "/health", 10, ended)
 
     assert len(asyncio.run(ask())) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"200 OK\r\nContent-Length: 0\r\n\r\n", b"503 No\r\nRetry-After: 1\r\nContent-Length: 7\r\n\r\nloading"],
+    ids=["let in", "loading"],
+)
+def test_a_request_that_should_be_refused_and_is_not_is_an_error(said):
+    async def ask() -> None:
+        async def answer(reader, writer):
+            while await reader.read(1000):
+                writer.write(b"HTTP/1.1 " + said)
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            await be_refused(server.sockets[0].getsockname(), {"max_tokens": 2}, 10)
+
+    with pytest.raises(RuntimeError, match="was not refused"):
+        asyncio.run(ask())
 
 
 def test_a_server_that_does_not_start_is_an_error():
