@@ -14,17 +14,17 @@ A row's bits depend on its own queries, keys, values and the window: it is cut f
 the number of blocks nor the other rows change the order of its sums, nor how keys and values are read: from compute
 capability 9.0 on by bulk copies (TMA), where they lie in no pages and tiles of them fill a head.
 Tried, on an H200 with 32 and 8 heads of 128, us, for 1 x 512 / 4 x 448 / 15 x 512 + 212 / 1 x 2000 / 1 x 8000 tokens:
-14 / 32 / 142 / 88 / 1192, and by bulk copies 13 / 29 / 137 / 81 / 1099, where 64 x 128 tokens take 100 for 96. Torch's
-varlen kernel, which has programs for each row as if it were the longest, with the copy of its result 32 / 80 / 303 /
-189 / 1721. Two stages 14 / 30 / 148 / 87 / 1296, 128 queries, 8 warps, 3 stages 15 / 38 / 168 / 91 / 1129, 128 queries
-and 128 keys 15 / 41 / 179 / 90 / 1186, 32 keys and 4 stages 15 / 34 / 150 / 98 / 1264. Reading pages where they lie
-instead of a copy takes 15 to 40 % more time for 64 to 8000 queries behind 2048 to 32768 tokens, where the copy itself
-takes 1 to 15 %; so long passes copy, and short ones, which are graphs, read pages. By bulk copies too: two stages 13 /
-29 / 148 / 85 / 1241, 128 queries with 4 warps and two stages 21 / 41 / 185 / 89 / 1141, with 8 warps and two 15 / 39 /
-198 / 100 / 1499, three 13 / 37 / 173 / 84 / 1102, four 14 / 39 / 179 / 87 / 1100. 128 queries, 4 warps and two stages
-without them 30 / 62 / 290 / 133 / 1645. Queries that are scaled first, to be operands in registers, were loaded from
-shared memory at each step all the same. The product of the next step, put ahead of this one's weights, is waited for at
-once, and `warp_specialize` is refused (Triton 3.7).
+14 / 32 / 142 / 88 / 1192, and by bulk copies 12 / 28 / 133 / 82 / 1063. Torch's varlen kernel, which has programs for
+each row as if it were the longest, with the copy of its result 32 / 80 / 303 / 189 / 1721. Two stages 14 / 30 / 148 /
+87 / 1296, 128 queries, 8 warps, 3 stages 15 / 38 / 168 / 91 / 1129, 128 queries and 128 keys 15 / 41 / 179 / 90 / 1186,
+32 keys and 4 stages 15 / 34 / 150 / 98 / 1264. Reading pages where they lie instead of a copy takes 15 to 40 % more
+time for 64 to 8000 queries behind 2048 to 32768 tokens, where the copy itself takes 1 to 15 %; so long passes copy, and
+short ones, which are graphs, read pages. By bulk copies too: two stages 13 / 29 / 148 / 85 / 1241, 128 queries with 4
+warps and two stages 21 / 41 / 185 / 89 / 1141, with 8 warps and two 15 / 39 / 198 / 100 / 1499, three 13 / 37 / 173 /
+84 / 1102, four 14 / 39 / 179 / 87 / 1100. 128 queries, 4 warps and two stages without them 30 / 62 / 290 / 133 / 1645.
+Queries that are scaled first, to be operands in registers, were loaded from shared memory at each step all the same.
+The product of the next step, put ahead of this one's weights, is waited for at once, and `warp_specialize` is refused
+(Triton 3.7).
 """
 
 from collections.abc import Iterable
