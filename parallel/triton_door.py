@@ -79,13 +79,10 @@ else:
 
 
 @contextlib.contextmanager
-def compiled_ahead(
-    num_threads: int, bind: Callable[[], None] | None = None, meanwhile: Callable[[], None] = lambda: None
-) -> Iterator[None]:
+def compiled_ahead(num_threads: int, bind: Callable[[], None] | None = None) -> Iterator[None]:
     """A context in which kernels that this thread launches do not run: they are compiled at its end, as many at a time
-    as there are threads, while this one does `meanwhile`. Not before: this thread would wait for the interpreter's lock
-    at each of its operations. Where `bind` is given, which makes a device a thread's current one, they are loaded to it
-    too."""
+    as there are threads. Not before: this thread would wait for the interpreter's lock at each of its operations. Where
+    `bind` is given, which makes a device a thread's current one, they are loaded to it too."""
     begin, noted = threading.Event(), []
     with ThreadPoolExecutor(num_threads, initializer=bind) as pool:
         with _triton.AsyncCompileMode(pool):
@@ -97,7 +94,6 @@ def compiled_ahead(
             finally:
                 _AHEAD.reset(token)
                 begin.set()
-            meanwhile()
         if bind is not None:
             compiled = {id(kernel): kernel for kernel in map(_finished, noted)}
             list(pool.map(_load, compiled.values()))

@@ -3,15 +3,11 @@
 Shapes: T tokens, R rows, n tokens of some rows, C context tokens of some rows together, H/K local query/KV heads,
 E head dim.
 
-There are several ways behind one function. The kind of a row (RowKind), device, dtype and its own length choose one, so
-that a pass has the same bits at any residency:
+There are several ways behind one function. The kind of a row (RowKind), device and dtype choose one, so that a pass has
+the same bits at any residency:
   - rows of one token each read the pages where they lie (kernels/decode_attention.py)
   - prompts that start in this pass attend to their own keys and values in the activation: all of them in one launch
     (kernels/prompt_attention.py; CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
-  - on a GPU in bf16 or fp16, long ones do so by cuDNN, which takes less time on an H200 (0.94 against 1.19 ms for 8000
-    tokens and 32 heads of 128, 96 against 87 us for 2000). It plans each length (45 ms), so rows are padded to few
-    lengths, which are planned at start: behind the causal mask nobody sees the padding. Up to 4096 tokens the copies
-    that it needs and its plans are not worth the little that it saves
   - chunks of several tokens that continue behind cached ones read pages where they lie, in a pass that is padded, so
     that a graph may run it for any lengths; in a longer one their own context is gathered, which takes less time
     (kernels/prompt_attention.py), then they attend to it. Their bits are the same either way
@@ -34,28 +30,10 @@ from penstock.engine.compute.inputs import (
 from penstock.engine.kernels.decode_attention import decode_attention
 from penstock.engine.kernels.prompt_attention import Pages, attend_blocks_
 from penstock.engine.kernels.rope_append import rotate_
-from penstock.engine.model.spec import ModelSpec
 from penstock.engine.model.steps import KEYS_AT_ONCE
-from penstock.scheduler.cost.pass_work import MOST_PADDED_TOKENS
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LEAST_WHOLE_TOKENS = 2 * MOST_PADDED_TOKENS + 1  # from here on cuDNN pays; it takes no part in passes that are padded
-WHOLE_STEP_TOKENS = 512  # lengths are padded to multiples of this for it
-WHOLE_STEPS = 8  # long ones to one of so many lengths between two powers of two
-WHOLE_BACKEND = SDPBackend.CUDNN_ATTENTION
-calls = {"paged": 0, "behind": 0, "gathered": 0, "own": 0, "whole": 0}  # of attention by each way
-
-
-def whole_tokens(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> range:
-    """The lengths of prompts that attend each by itself, by cuDNN, up to the narrowest window. The range is empty where
-    cuDNN does not serve: it wants bf16 or fp16 and heads of at most 128 in steps of 8, and pays from compute capability
-    9.0 on."""
-    if not _has_kernel(device, dtype) or spec.head_dim > 128 or spec.head_dim % 8:
-        return range(0)
-    if torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.is_available():
-        return range(0)
-    return range(LEAST_WHOLE_TOKENS, min((w for w in spec.windows if w is not None), default=2**31) + 1)
+calls = {"paged": 0, "behind": 0, "gathered": 0, "own": 0}  # of attention by each way
 
 
 def takes_padding(dtype: torch.dtype, device: torch.device) -> bool:
@@ -91,9 +69,6 @@ def attend_(heads: Tensor, cache: CachedLayer, context: Context, window: int | N
     if context.paged is not None:
         single = q[: len(context.paged.lengths)]
         attend_paged(single, cache, context.paged, window, single)
-    for tokens in context.whole:
-        calls["whole"] += 1
-        _copy_heads_(q[tokens], attend_whole(heads[tokens], num_kv_heads))
 
 
 def attend_paged(q: Tensor, cache: CachedLayer, context: PagedContext, window: int | None, out: Tensor) -> None:
@@ -140,9 +115,7 @@ def row_contexts(
     heads: Tensor, cache: CachedLayer, context: MixedContext
 ) -> Iterator[tuple[slice, RowRange, Tensor, Tensor]]:
     """Each row of a pass in its order, for those who attend by themselves: its tokens, its range, and the keys,
-    rotated, and values (C, K, E) that it attends to. No row may be whole. The host waits for the lengths of paged rows.
-    """
-    assert not context.whole, "rows of `whole` have no range"
+    rotated, and values (C, K, E) that it attends to. The host waits for the lengths of paged rows."""
     _, own_k, own_v = _split_heads(heads, cache.keys.shape[1])
     lengths = [] if context.paged is None else context.paged.lengths.tolist()
     for row, length in enumerate(lengths):
@@ -169,39 +142,6 @@ def _own_contexts(
     for row, (k, v) in zip(chunks.ranges, contexts):
         first, seen = chunks.first_token + row.first_query, slice(row.first_context, row.end_context)
         yield slice(first, first + row.num_queries), row, k[seen], v[seen]
-
-
-def _copy_heads_(to: Tensor, source: Tensor) -> None:
-    """Copies source (n, H, E) 16 bytes at a time: torch copies rows that lie apart element by element."""
-    to.view(torch.complex128).copy_(source.view(torch.complex128))
-
-
-def padded_whole(num_tokens: int) -> int:
-    """The length to which a row that attends by itself is padded."""
-    power = 1 << (num_tokens - 1).bit_length()  # the next one
-    step = max(WHOLE_STEP_TOKENS, power // (2 * WHOLE_STEPS))
-    return -(-num_tokens // step) * step
-
-
-def plan_whole(whole: range, most_tokens: int, heads: Tensor, num_kv_heads: int) -> None:
-    """Lets cuDNN plan all lengths to which rows of numbers of tokens in `whole`, up to `most_tokens`, are padded, for
-    heads of the size and dtype of `heads` (any, H + 2K, E). It keeps plans for the calling thread."""
-    for length in sorted({padded_whole(tokens) for tokens in whole[: max(most_tokens + 1 - whole.start, 0)]}):
-        attend_whole(heads.new_zeros(length, *heads.shape[1:]), num_kv_heads)
-
-
-def attend_whole(heads: Tensor, num_kv_heads: int) -> Tensor:
-    """Causal attention (n, H, E) of one row, heads (n, H + 2K, E), over its own keys and values."""
-    num_tokens, num_heads, head_dim = heads.shape
-    padding = padded_whole(num_tokens) - num_tokens
-    if padding:
-        padded = heads.new_empty(num_tokens + padding, num_heads, head_dim)
-        padded[:num_tokens], padded[num_tokens:] = heads, 0.0
-        heads = padded
-    q, k, v = (part.transpose(0, 1)[None] for part in _split_heads(heads, num_kv_heads))  # (1, H or K, n + padding, E)
-    with sdpa_kernel(WHOLE_BACKEND):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim**-0.5, enable_gqa=True)
-    return out[0].transpose(0, 1)[:num_tokens]
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:

@@ -38,9 +38,8 @@ class Binder:
     (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
-    Prompts of a number of tokens in `whole_tokens` attend each by itself. `cutting` makes the work of rows of one
-    token. `page_table` is the host's copy of the last pass's. With `selects_early` rows are selected behind the last
-    attention.
+    `cutting` makes the work of rows of one token. `page_table` is the host's copy of the last pass's. With
+    `selects_early` rows are selected behind the last attention.
     """
 
     page_size: int
@@ -49,7 +48,6 @@ class Binder:
     max_context: int
     cutting: Cutting
     page_table: PageTable
-    whole_tokens: range = range(0)
     most_gathered: int = 0
     selects_early: bool = False
 
@@ -115,15 +113,8 @@ class Binder:
         for part in parts:
             gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
             first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
-        is_whole = bool(starting) and len(starting[-1].tokens) in self.whole_tokens  # the longest is the last
-        num_whole = sum(len(row.tokens) in self.whole_tokens for row in starting) if is_whole else 0
-        short, long = starting[: len(starting) - num_whole], starting[len(starting) - num_whole :]
-        chunks = self._chunks(short, first_token) if short else None
-        ends = itertools.accumulate(
-            (len(row.tokens) for row in long), initial=chunks.tokens.stop if short else first_token
-        )
-        whole = tuple(slice(*both) for both in itertools.pairwise(ends))
-        context = MixedContext(paged, tuple(gathered), chunks, whole)
+        own = self._chunks(starting, first_token) if starting else None
+        context = MixedContext(paged, tuple(gathered), own)
         if not self.selects_early or batch.shape.num_scored:
             return context
         behind = tuple(
@@ -132,7 +123,7 @@ class Binder:
             if any(row.samples for row in rows)
         )
         own = self._chunks(starting, first_token, lasts=True) if any(row.samples for row in starting) else None
-        return replace(context, of_lasts=MixedContext(paged, behind, own, ()))
+        return replace(context, of_lasts=MixedContext(paged, behind, own))
 
     def _chunks(self, rows: Sequence[BatchRow], first_token: int, lasts: bool = False) -> Chunks:
         """The rows' chunks, or of those rows that are sampled the `lasts`, their last tokens."""
@@ -158,15 +149,13 @@ class Binder:
         return to_device(values, dtype, self.last_tokens.device)
 
 
-def make_binder(
-    model: ModelContext, max_num_seqs: int, max_context: int, whole_tokens: range, selects_early: bool
-) -> Binder:
+def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, selects_early: bool) -> Binder:
     """The binder of a model's passes of up to max_num_seqs rows; allocates their workspace."""
     kv, cutting = model.kv, make_cutting(model, max_num_seqs, max_context)
     most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
     table = PageTable(numpy.zeros((max_num_seqs, pages_for(kv.margin + max_context, kv.page_size)), numpy.int32))
     sizes = (kv.page_size, kv.margin, model.sampler.last_tokens, max_context)
-    return Binder(*sizes, cutting, table, whole_tokens, most_gathered, selects_early)
+    return Binder(*sizes, cutting, table, most_gathered, selects_early)
 
 
 def _ints(values: Sequence[int]) -> numpy.ndarray:

@@ -81,18 +81,17 @@ class GatheredContext:
 class MixedContext:
     """Holds what rows attend to by their kind, which is the order of their tokens in a pass:
 
-        | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting | whole |
+        | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting |
 
     Rows of `continuing` attend to pages in a padded pass, else to a copy of their own context, some rows at a time;
-    those of `starting` and `whole` have all of it in this pass, and attend to it in the activation. Each of `whole`,
-    token ranges, does so by itself. `of_lasts`, if it is there, is the part of this that serves rows of one token and
-    the last token of each row that is sampled: all that the last layer needs where rows are selected behind it.
+    those of `starting` have all of it in this pass, and attend to it in the activation. `of_lasts`, if it is there, is
+    the part of this that serves rows of one token and the last token of each row that is sampled: all that the last
+    layer needs where rows are selected behind it.
     """
 
     paged: PagedContext | None
     continuing: tuple[PagedChunks | GatheredContext, ...]
     starting: Chunks | None
-    whole: tuple[slice, ...]
     of_lasts: "MixedContext | None" = None
 
 

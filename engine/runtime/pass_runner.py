@@ -22,7 +22,7 @@ from os import sched_getaffinity
 from typing import NamedTuple
 
 import torch
-from penstock.engine.compute.attention import plan_whole, takes_padding, whole_tokens
+from penstock.engine.compute.attention import takes_padding
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
@@ -70,9 +70,8 @@ class PassRunner:
         assert max_num_seqs <= min(most["tokens"], most["rows"]), "a bucket would be larger than the activations"
         self.executor, self.mover = executor, mover
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
-        whole = whole_tokens(self.model.spec, executor.arena.dtype, self.device)
         steps = (one.step for one in executor.pass_plan.instructions if isinstance(one, Compute))
-        self.binder = make_binder(self.model, max_num_seqs, max_context, whole, SELECT_ATTENDED in steps)
+        self.binder = make_binder(self.model, max_num_seqs, max_context, SELECT_ATTENDED in steps)
         pads_prompts = takes_padding(executor.arena.dtype, self.device)
         most_tokens, segments = executor.arena.most["tokens"] if pads_prompts else 0, self.binder.cutting.segments
         self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, pages=self.model.kv.key_rope is None)
@@ -90,13 +89,12 @@ class PassRunner:
     @torch.inference_mode()
     def capture_all(self) -> None:
         """Captures all graphs, the largest first, so that the others' temporaries fit into its memory. Their kernels
-        are compiled before, several at a time, and meanwhile the attention of prompts that attend by themselves is
-        planned; others, of libraries, are launched once."""
+        are compiled before, several at a time; others, of libraries, are launched once."""
         self.executor.fill_ring()
         graphs = self.all_graphs
         num_threads, bind = len(sched_getaffinity(0)), partial(torch.cuda.set_device, self.device)
         with self.graphs.aside(self.executor.counted), self.watches.aside():
-            with compiled_ahead(num_threads, bind, meanwhile=self._plan_prompts):
+            with compiled_ahead(num_threads, bind):
                 for size, asked in graphs:
                     self._warm_up(self._bucket(size), asked)
             self._warm_up(self._bucket(graphs[0][0]), graphs[0][1])  # once in earnest, where nothing is forbidden
@@ -113,12 +111,6 @@ class PassRunner:
         with_chunks = self.sizes.with_chunks[::-1] if self._captures_prompts else []
         decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
         return [(size, EVERYTHING) for size in with_chunks] + decode
-
-    def _plan_prompts(self) -> None:
-        arena, model = self.executor.arena, self.model
-        heads = arena.cut(1, 1)["attn"].view(1, -1, model.spec.head_dim)  # (1, H + 2K, E)
-        most_tokens = min(arena.most["tokens"], self.binder.max_context)
-        plan_whole(self.binder.whole_tokens, most_tokens, heads, model.num_kv_heads)
 
     @on_own_device
     @torch.inference_mode()

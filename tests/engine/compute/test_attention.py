@@ -17,7 +17,6 @@ from penstock.engine.kernels.decode_work import reaches_of
 from penstock.engine.kernels.rope_append import rotate_
 from penstock.engine.kernels.segments import Segments
 from penstock.scheduler.batching.batch import Batch, BatchRow
-from torch.nn.attention import SDPBackend
 
 from tests.support.rounding import assert_apart, attention_apart
 
@@ -43,7 +42,6 @@ class Example:
     belongs to no row of the cache is NaN."""
 
     rows: Rows
-    whole: range = range(0)
     window: int | None = None
     turns: bool = False
     margin: int = 0
@@ -96,7 +94,7 @@ class Example:
         cutting = Cutting(Segments(K, self.max_context, 10**4), windows, reaches_of(windows, self.device), partials)
         most_pages = max(len(row.pages) for row in self.batch.rows)
         table = PageTable(numpy.zeros((len(self.lengths), most_pages), numpy.int32))
-        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, table, self.whole)
+        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, table)
 
     def attended(self) -> torch.Tensor:
         heads = self.heads()
@@ -144,7 +142,7 @@ def test_rows_of_every_kind_attend_by_the_definition(rows, window, turns, margin
     assert -(-continuing // max_context) <= took["gathered"] <= len(rows) and (took["gathered"] > 0) == (continuing > 0)
 
 
-@pytest.mark.parametrize("max_context, parts", [(54, [[9, 20, 25]]), (29, [[9, 20], [25]]), (28, [[9], [20], [25]])])
+@pytest.mark.parametrize("max_context, parts", [(54, [[20, 25, 9]]), (34, [[20], [25, 9]]), (33, [[20], [25], [9]])])
 def test_no_more_is_copied_than_what_chunks_that_continue_attend_to(max_context, parts):
     """And no more at a time than the longest row may have, or than several may."""
     rows = [(300, 1), (12, 8), (0, 50), (1, 24), (6, 3), (70, 1)]
@@ -163,43 +161,6 @@ def test_rows_out_of_order_are_not_bound():
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize(
-    "rows, num_whole",
-    [
-        ([(0, 9)], 1),
-        ([(0, 16), (0, 9), (0, 30)], 3),
-        ([(5, 1), (0, 9), (7, 6), (0, 3), (0, 12), (11, 1)], 2),
-        ([(0, 3), (4, 1)], 0),
-        ([(0, 9), (0, 31), (0, 3)], 0),  # which one of them is too long for
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("window", [None, 30])
-def test_whole_rows_attend_by_the_definition(rows, num_whole, window, monkeypatch):
-    monkeypatch.setattr(attention, "WHOLE_BACKEND", SDPBackend.MATH)
-    monkeypatch.setattr(attention, "WHOLE_STEP_TOKENS", 8)
-    before = attention.calls["whole"]
-    Example(rows, range(8, 31), window).assert_attended()
-    assert attention.calls["whole"] - before == num_whole
-
-
-def test_whole_rows_are_padded_to_lengths_that_are_planned_at_start(monkeypatch):
-    """There are few, and none is much longer than the row."""
-    planned = []
-    monkeypatch.setattr(attention, "attend_whole", lambda heads, num_kv_heads: planned.append(heads))
-    attention.plan_whole(range(1024, 2**31), 40_000, torch.empty(1, 8, 4, dtype=torch.bfloat16), 2)
-    lengths = [len(heads) for heads in planned]
-    assert lengths[:16] == [*range(1024, 8193, 512), 9216] and lengths[-2:] == [36_864, 40_960] and len(lengths) == 33
-    assert all(heads.shape[1:] == (8, 4) and heads.dtype == torch.bfloat16 for heads in planned)
-    for num_tokens in range(1024, 40_001):
-        padded = attention.padded_whole(num_tokens)
-        assert padded in lengths and num_tokens <= padded < num_tokens + max(512, num_tokens / 8)
-    attention.plan_whole(range(1024, 2**31), 1000, planned[0], 2)
-    attention.plan_whole(range(0), 40_000, planned[0], 2)
-    assert len(planned) == len(lengths)
-
-
-@pytest.mark.tolerance
 def test_rows_that_somebody_else_attends_see_the_same():
     example = Example([(5, 1), (0, 9), (7, 6), (0, 3), (0, 1), (11, 1)], turns=True, margin=3, max_context=64)
     heads, context = example.heads(), example.bound().bind(example.batch).context
@@ -214,45 +175,13 @@ def test_rows_that_somebody_else_attends_see_the_same():
     assert tokens_of == list(range(example.batch.num_tokens))
 
 
-@dataclass
-class Spec:
-    windows: tuple[int | None, ...] = (None,)
-    head_dim: int = 128
-
-
-@pytest.mark.parametrize(
-    "spec, capability, longest",
-    [
-        (Spec((None, None)), (9, 0), 2**31),
-        (Spec((None, 6000)), (9, 0), 6000),
-        (Spec((512,)), (9, 0), 0),
-        (Spec(head_dim=256), (9, 0), 0),
-        (Spec(head_dim=20), (9, 0), 0),
-        (Spec(), (8, 0), 0),
-    ],
-)
-def test_which_rows_are_whole(spec, capability, longest, monkeypatch):
-    """Rows are whole up to the narrowest window, and only where cuDNN takes them: nothing falls back unseen."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    cuda = torch.device("cuda")
-    lengths = attention.whole_tokens(spec, torch.bfloat16, cuda)
-    assert (lengths[-1] if lengths else 0) == longest
-    assert not attention.whole_tokens(spec, torch.float32, cuda)
-    assert not attention.whole_tokens(spec, torch.bfloat16, torch.device("cpu"))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 5000], ids=str)
 @pytest.mark.parametrize("rows", [[(0, 4097)], [(9, 1), (0, 500), (700, 6), (0, 30), (0, 5000), (0, 1)]], ids=str)
 def test_rows_on_a_gpu(rows, window, dtype):
-    """Compares the kernels that a GPU takes, which round to the dtype once; long prompts are whole, or not."""
+    """Compares the kernels that a GPU takes, which round to the dtype once; prompts attend in one launch."""
     settings = {"window": window, "dtype": dtype, "device": "cuda", "head_dim": 128, "max_context": 5120}
-    before = dict(attention.calls)
-    whole = Example(rows, range(attention.LEAST_WHOLE_TOKENS, 2**31), **settings)
-    num_whole = sum(start == 0 and length >= attention.LEAST_WHOLE_TOKENS for start, length in rows)
-    torch.testing.assert_close(whole.attended().double(), whole.expected(), rtol=2e-2, atol=1e-2)
-    assert attention.calls["whole"] - before["whole"] == num_whole
-    torch.testing.assert_close(Example(rows, **settings).attended().double(), whole.expected(), rtol=2e-2, atol=1e-2)
-    assert attention.calls["own"] - before["own"] == 1 + (len(rows) > 1)
+    example, before = Example(rows, **settings), attention.calls["own"]
+    torch.testing.assert_close(example.attended().double(), example.expected(), rtol=2e-2, atol=1e-2)
+    assert attention.calls["own"] == before + 1
