@@ -169,7 +169,7 @@ def test_in_the_last_layer_of_a_long_pass_sampled_tokens_attend_alone(monkeypatc
         pad_nothing_with_prompts(llm)
         before, last = llm.engine.plan.spec.num_layers - 1, 1
         llm.generate([[7] * 30, [8] * 3, [9] * 2], SamplingParams(max_tokens=1, temperature=0))
-        sampling, chunk = [[6], [2, 3]], [[12]]
+        sampling, chunk = [[6], [3, 2]], [[12]]
         assert attended == 2 * before * chunk + before * sampling + last * [[1], [1, 1]]
         attended.clear()
         llm.generate([[5] * 8], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1))
