@@ -330,8 +330,14 @@ ONE_GPU = (
         gguf_decode("Q4_K", "--resident none --batch-size 1", "decode_llama3_8b_q4_k_streamed_1rank"),
     ),
     one(
+        "dequantisers",
+        30,
+        "dequantisers of every kind of blocks, held to their reference, and their rates beside a copy's",
+        Command("scripts.bench.stored_kernels --tokens", "dequantisers", f"{CPU} --kinds Q8_0"),
+    ),
+    one(
         "stored_kernels",
-        90,
+        150,
         "kernels of quantised weights, held to their reference, and their rates",
         Command("scripts.bench.stored_kernels", "stored_kernels", f"{CPU} --kinds Q8_0 --tokens 1"),
     ),

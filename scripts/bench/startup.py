@@ -169,11 +169,12 @@ def median_row(kind: str, phase: str, records: list[dict]) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"{'start':10} {'phase':12} {'s':>9} {'since start':>12} {'GB':>8} {'GB/s':>8} {'graphs':>7}")
+    print(f"{'start':10} {'phase':12} {'s':>9} {'since start':>12} {'GB':>8} {'GB/s':>8} {'peak GB':>8} {'graphs':>7}")
     for row in rows:
         since = f"{row['since_start_s']:.3f}" if "since_start_s" in row else ""
         size, rate = (f"{row['bytes'] / GB:.3f}", f"{row['gb_s']:.2f}") if "bytes" in row else ("", "")
-        numbers = f"{row['seconds']:9.3f} {since:>12} {size:>8} {rate:>8} {row.get('num_graphs', ''):>7}"
+        peak = f"{row['peak_host_bytes'] / GB:.3f}" if "peak_host_bytes" in row else ""
+        numbers = f"{row['seconds']:9.3f} {since:>12} {size:>8} {rate:>8} {peak:>8} {row.get('num_graphs', ''):>7}"
         print(f"{row['start']:10} {row['phase']:12} {numbers}")
 
 

@@ -5,7 +5,8 @@
 `imports` ends where a script's main begins; `plan` has read the config and checked the source of the weights; `device`
 has met the other ranks; `engine` has allocated ring, KV cache and activations, and waited for the other ranks;
 `captures` has made the graphs of passes, and compiled their kernels; with `capture="lazy"` it is empty, and the first
-token waits for the graphs that it needs. Bytes and rates are rank 0's.
+token waits for the graphs that it needs. Bytes and rates are rank 0's; `peak_host_bytes` of `weights` are those that
+loading added to its process at the peak, the weights that lie there among them.
 """
 
 import os
@@ -16,12 +17,37 @@ from typing import Any
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
+from penstock.engine.runtime.progress import Progress
+from penstock.scheduler.units import KIB
 
 from scripts.bench.engine_record import describe
 from scripts.bench.workload import greedy, random_jobs
 
 Phase = dict[str, Any]
 _START_TIME = 19  # of the fields of /proc/self/stat that come after the command's name: clock ticks since boot
+
+
+class Loading(Progress):
+    """Says too how much host memory loading added to this process at its peak."""
+
+    def begin_loading(self, total_bytes: int) -> None:
+        super().begin_loading(total_bytes)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        self._before_bytes = self.peak_bytes = most_resident_bytes()
+
+    def add(self, nbytes: int) -> None:
+        super().add(nbytes)
+        if self.loaded_bytes == self.total_bytes:
+            self.peak_bytes = most_resident_bytes()
+
+    @property
+    def added_bytes(self) -> int:
+        return self.peak_bytes - self._before_bytes
+
+
+def most_resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * KIB
 
 
 def process_start_s() -> float:
@@ -35,8 +61,8 @@ def process_start_s() -> float:
 def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) -> dict | None:
     """Starts the engine and generates a token from a prompt of `input_len` tokens. On rank 0 a record with `phases` and
     `startup_s`, of LLM(...); None on the other ranks."""
-    began_at_s = process_start_s()
-    with LLM(**config.to_dict()) as llm:
+    began_at_s, loading = process_start_s(), Loading()
+    with LLM(**config.to_dict(), progress=loading) as llm:
         ready_at_s, graphs = time.perf_counter(), llm.engine.worker.runner.graphs
         captures_s, num_graphs = (graphs.seconds, len(graphs.passes)) if graphs else (0.0, 0)
         (job,) = random_jobs(1, input_len, 1, llm.engine.plan.spec.vocab_size, config.seed)
@@ -56,6 +82,7 @@ def measure_start(config: EngineConfig, input_len: int, imported_at_s: float) ->
         }
         phases = cut_phases(began_at_s, ends)
         phases["weights"]["bytes"] = weights.host_bytes + weights.resident_bytes
+        phases["weights"]["peak_host_bytes"] = loading.added_bytes
         phases["captures"]["num_graphs"] = num_graphs
         startup_s = ready_at_s - imported_at_s
         read = {"bytes_read_per_rank": weights.bytes_read, "input_len": input_len}

@@ -2,6 +2,7 @@
 plain torch, its rate, and the linears that read what is stored, beside floats first and cuBLAS over bf16.
 
     python -m scripts.bench.stored_kernels
+    python -m scripts.bench.stored_kernels --tokens                        # the dequantisers alone
     python -m scripts.bench.stored_kernels --variants --kinds Q4_0 Q8_0    # shapes of the linears' programs
 
 Shapes are those of an 8B model, timed in CUDA graphs over more memory than the L2 cache holds. Rates are 1e9 bytes/s:
@@ -248,7 +249,7 @@ def measure(kinds: list[str], tokens: list[int], device: torch.device) -> dict[s
     for kind in kinds:
         record["dequantise"][kind] = {str(shape): time_dequantise(kind, shape, device) for shape in SHAPES[:2]}
         print(kind, record["dequantise"][kind], file=sys.stderr, flush=True)
-    for kind in kinds:
+    for kind in kinds if tokens else ():
         record["linear"][kind] = {
             f"{shape} x {n}": time_linear(kind, shape, n, device) for shape in SHAPES for n in tokens
         }
@@ -259,7 +260,7 @@ def measure(kinds: list[str], tokens: list[int], device: torch.device) -> dict[s
 def check(kinds: list[str], tokens: list[int], device: torch.device) -> dict[str, Any]:
     """Weights whose bits are wrong, and on a GPU also those of a linear, and its errors."""
     record: dict[str, Any] = {"differing": {kind: differing_bits(kind, device) for kind in kinds}}
-    if device.type == "cuda":
+    if device.type == "cuda" and tokens:
         record["differing_in_linear"] = {kind: wrong_weights(kind, device) for kind in kinds}
         cases = [(kind, n, name) for kind in kinds for n in tokens for name in DTYPES if n <= AS_STORED[name]]
         record["linear_error"] = {
@@ -272,7 +273,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--kinds", nargs="+", default=list(QUANTISED), choices=QUANTISED, help="of blocks")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N", help="of a linear")
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS, metavar="N", help="of a linear, or of none")
     parser.add_argument("--variants", action="store_true", help="time shapes of the linears' programs instead")
     add_output_argument(parser)
     args = parser.parse_args()

@@ -174,7 +174,8 @@ COMPRESSED: list[Column] = [
 STARTS: list[Column] = [
     *(("start", text("start")), ("phase", text("phase"))),
     *(("s", number("seconds", 2)), ("since start, s", number("since_start_s", 2))),
-    *(("GB", number("bytes", 2, 1 / GB)), ("GB/s", number("gb_s", 2)), ("graphs", text("num_graphs"))),
+    *(("GB", number("bytes", 2, 1 / GB)), ("GB/s", number("gb_s", 2))),
+    *(("peak of host memory, GB", number("peak_host_bytes", 2, 1 / GB)), ("graphs", text("num_graphs"))),
 ]
 STARTED: list[Column] = [
     *(("model", text("model")), ("load format", text("load_format")), ("from a checkpoint", text("checkpoint"))),

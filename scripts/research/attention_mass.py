@@ -31,7 +31,7 @@ def watched_masses(llm: LLM, num_first: int) -> Iterator[list[list[Tensor]]]:
         def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
             if isinstance(instruction, Compute) and instruction.step == "attention":
                 layer_idx = instruction.layer_idx
-                masses[layer_idx].append(first_masses(ctx, layer_idx, num_first).cpu())
+                masses[layer_idx].append(first_masses(ctx, layer_idx, num_first).cpu().clone())  # not a view of all
             run()
 
     with llm.engine.watched_by(KeepMasses()):

@@ -6,21 +6,22 @@ ways, always over the same tokens:
   - window       as many tokens are cached, all of them recent ones
   - recomputed   the tokens that `window` caches, computed anew for each chunk: a window whose states have not seen what
                  was evicted, at many times the work
-  - full         everything is cached, and positions go past those of training (in a copy of the checkpoint whose
-                 config.json allows them)
+  - full         everything is cached, and positions go past those of training (in a copy of the model whose
+                 config.json, or GGUF header, allows them)
 A small model need not have sinks. So the attention that its queries give to the first tokens is measured as well
 (attention_mass.py), where nothing is evicted: it says what losing them can cost.
 
 The text is what train_demo_model.py holds out, cleaned as for training: pydoc's topics and the docstrings of the
 standard library of the Python that runs this, module after module behind one BOS. (A BOS between them, as in training,
 would bring new first tokens into every window.) Where a Python has fewer of them than --num-tokens, modules follow that
-the model was trained on, and the record says so.
+the demo model was trained on, and its record says so. What others were trained on is not known here.
 
     python -m scripts.research.sink_perplexity --output-json benchmarks/sink_perplexity.json \\
       --plot docs/sink_perplexity.png
+    python -m scripts.research.sink_perplexity --model SmolLM2-135M-Instruct.Q4_1.gguf --num-tokens 10000
 
-It takes about a minute on one CPU core; the picture needs matplotlib (pip install penstock[plot]). The last line is one
-JSON object.
+The first takes about a minute on one CPU core; the picture needs matplotlib (pip install penstock[plot]). The last line
+is one JSON object.
 """
 
 import argparse
@@ -39,13 +40,14 @@ import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.model.families import config_file, read_config, read_spec
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.text.model_text import load_tokenizer
+from penstock.engine.weights.gguf_file import is_gguf
+from penstock.engine.weights.read_model import read_model
 from penstock.scheduler.batching.batch import BatchRow
 from torch import Tensor
 
-from scripts.bench.entry import no_gguf, run_script
+from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 from scripts.research.attention_mass import summarise, verdict, watched_masses
 from scripts.research.sink_plot import check_installed, draw
@@ -83,9 +85,9 @@ def variants(sinks: int, window: int) -> list[Variant]:
     ]
 
 
-def read_text(encode: Callable[[str], list[int]], num_tokens: int) -> tuple[list[int], str]:
-    """Reads the first token (BOS, where the tokenizer sets one) and `num_tokens` more; returns them and says what text
-    they are."""
+def read_text(encode: Callable[[str], list[int]], num_tokens: int) -> tuple[list[int], str, int]:
+    """Reads the first token (BOS, where the tokenizer sets one) and `num_tokens` more; returns them, says what text
+    they are, and how many of them the demo model was trained on."""
     tokens = encode("")
     num_special, num_held_out, modules = len(tokens), 0, 0
     docs = collect_docs()
@@ -97,16 +99,19 @@ def read_text(encode: Callable[[str], list[int]], num_tokens: int) -> tuple[list
         modules += 1
     if len(tokens) <= num_tokens:
         raise ValueError(f"--num-tokens {num_tokens}: this Python's documentation has {len(tokens) - 1}")
-    trained_on = max(num_tokens - num_held_out, 0)
     source = f"docstrings of {modules} modules (pydoc's topics among them) of Python {platform.python_version()}"
-    return tokens[: num_tokens + 1], f"{source}, {trained_on or 'none'} of {num_tokens} tokens trained on"
+    return tokens[: num_tokens + 1], source, max(num_tokens - num_held_out, 0)
 
 
 @contextmanager
 def longer_model(model: str, num_positions: int) -> Iterator[str]:
-    """Yields a folder with the model's weights and a config.json that allows so many positions."""
+    """Yields a folder with the model's weights and a config.json that allows so many positions, or a GGUF file whose
+    header does."""
     source = find_model(model)
     with tempfile.TemporaryDirectory() as folder:
+        if is_gguf(source):
+            yield longer_file(source, Path(folder) / source.name, num_positions)
+            return
         for path in source.iterdir():
             (Path(folder) / path.name).symlink_to(path.resolve())
         config = Path(folder) / "config.json"
@@ -114,6 +119,15 @@ def longer_model(model: str, num_positions: int) -> Iterator[str]:
         config.unlink()
         config.write_text(json.dumps(fields))
         yield folder
+
+
+def longer_file(source: Path, target: Path, num_positions: int) -> str:
+    """Copies a GGUF file, all but the number of its positions: after its key come four bytes of the type, uint32."""
+    data, key = bytearray(source.read_bytes()), b".context_length"
+    at = data.index(key) + len(key) + 4
+    data[at : at + 4] = num_positions.to_bytes(4, "little")
+    target.write_bytes(data)
+    return str(target)
 
 
 @contextmanager
@@ -159,11 +173,13 @@ def measure_mass(model: str, trained: int, tokens: list[int], num_first: int) ->
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures all variants, prints each row as it comes, and returns the record."""
     path = find_model(args.model)
-    trained = read_spec(read_config(path), str(config_file(path))).max_position
+    trained = read_model(path).spec.max_position
     tokenizer = load_tokenizer(EngineConfig(args.model))
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and so cannot read a text")
-    tokens, text = read_text(tokenizer.encode, args.num_tokens)
+    tokens, text, trained_on = read_text(tokenizer.encode, args.num_tokens)
+    if args.model == "demo":
+        text += f", {trained_on or 'none'} of {args.num_tokens} tokens trained on"
     print(f"{text}\nperplexity:   sinks  window   within {trained}      past it        s")
     rows, running = [], {}
     for variant in variants(args.sinks, args.window):
@@ -173,7 +189,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         figures = (row["perplexity_within"], row["perplexity_past"] or "", row["seconds"])
         print("{:12}{:>7}{:>8}{:>13}{:>13}{:>9}".format(*cells, *figures), flush=True)
     mass = measure_mass(args.model, trained, tokens, args.sinks or 1)
-    record = {"benchmark": "sink_perplexity", **machine(torch.device(DEVICE)), "model": args.model}
+    record = {"benchmark": "sink_perplexity", **machine(torch.device(DEVICE)), "model": Path(args.model).stem}
     record |= {"dtype": "float32", "text": text, "num_tokens": args.num_tokens, "trained_length": trained}
     record |= {"num_first": args.sinks or 1, "far_from": min(trained, args.num_tokens) // FAR}
     record |= {"attention": verdict(mass), "attention_mass": mass, "block_tokens": BLOCK_TOKENS, "running": running}
@@ -193,7 +209,7 @@ def print_mass(record: dict[str, Any]) -> None:
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", type=no_gguf, default="demo", help="checkpoint directory with a tokenizer, or 'demo'"
+        "--model", default="demo", help="directory of safetensors with a tokenizer, GGUF file, or 'demo' (default)"
     )
     parser.add_argument("--num-tokens", type=int, default=20_000, help="tokens of the text that are scored")
     parser.add_argument("--sinks", type=int, default=4, help="first tokens that stay cached")

@@ -55,6 +55,7 @@ def test_a_checkpoint_from_cold_and_warm(monkeypatch, capsys, tmp_path):
         assert record[f"{kind}_startup_times"] == pytest.approx([sum(row["seconds"] for row in constructing)])
         weights = rows[PHASES.index("weights")]
         assert weights["bytes"] == record["host_bytes_per_rank"] > 0
+        assert weights["peak_host_bytes"] > 0.9 * weights["bytes"], "what is resident may be counted a few pages late"
         assert weights["gb_s"] == pytest.approx(weights["bytes"] / weights["seconds"] / 1e9)
     assert record["rows"][5]["since_start_s"] + record["rows"][-1]["since_start_s"] < elapsed_s
     page = Record("startup.json", record)

@@ -38,9 +38,7 @@ def test_every_script_answers_as_a_module(monkeypatch, capsys, name):
     assert f"-m {name}" in SCRIPTS[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["check_numerics", "bench.batch", "bench.codec", "research.permutation_attack", "research.sink_perplexity"]
-)
+@pytest.mark.parametrize("name", ["check_numerics", "bench.batch", "bench.codec", "research.permutation_attack"])
 def test_a_script_that_reads_no_gguf_file_says_so(monkeypatch, capsys, name):
     needed = ("--num-prompts", "1", "--input-len", "1", "--output-len", "1") if name == "bench.batch" else ()
     script = importlib.import_module(f"scripts.{name}")
