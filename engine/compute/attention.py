@@ -9,8 +9,9 @@ the same bits at any residency:
   - prompts that start in this pass attend to their own keys and values in the activation: all of them in one launch
     (kernels/prompt_attention.py; CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
   - chunks of several tokens that continue behind cached ones read pages where they lie, in a pass that is padded, so
-    that a graph may run it for any lengths; in a longer one their own context is gathered, which takes less time
-    (kernels/prompt_attention.py), then they attend to it. Their bits are the same either way
+    that a graph may run it for any lengths, and in a longer one where they have few queries each; else their own
+    context is gathered, which takes less time for many (kernels/prompt_attention.py), then they attend to it. Their
+    bits are the same either way
 """
 
 import itertools

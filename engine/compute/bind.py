@@ -15,6 +15,7 @@ from penstock.engine.compute.inputs import (
     Chunks,
     GatheredContext,
     MixedContext,
+    PagedChunks,
     PagedContext,
     PassInputs,
     RowRange,
@@ -31,6 +32,10 @@ from penstock.scheduler.batching.request import ON_DEVICE
 from penstock.scheduler.cost.pass_work import GATHERED_TOKENS
 from torch import Tensor
 
+# The fewest queries, in the mean, of chunks whose contexts are copied at a time: fewer leave most of a GPU idle, and
+# are many launches.
+LEAST_QUERIES = 512
+
 
 @dataclass(frozen=True)
 class Binder:
@@ -38,8 +43,9 @@ class Binder:
     (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
     `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
-    `cutting` makes the work of rows of one token. `page_table` is the host's copy of the last pass's. With
-    `selects_early` rows are selected behind the last attention.
+    With `reads_pages` chunks that continue may read their context where it lies. `cutting` makes the work of rows of
+    one token. `page_table` is the host's copy of the last pass's. With `selects_early` rows are selected behind the
+    last attention.
     """
 
     page_size: int
@@ -49,6 +55,7 @@ class Binder:
     cutting: Cutting
     page_table: PageTable
     most_gathered: int = 0
+    reads_pages: bool = False
     selects_early: bool = False
 
     def bind(self, batch: Batch) -> PassInputs:
@@ -103,32 +110,55 @@ class Binder:
         """Says what the rows attend to, of which so many tokens are `cached` (R,)."""
         num_single, first_starting = batch.num_single, batch.num_single + batch.num_continuing
         continuing, starting = batch.rows[num_single:first_starting], batch.rows[first_starting:]
-        paged, gathered, first_row, first_token = None, [], num_single, num_single
+        paged = None
         if num_single:
             lengths = cached[:num_single] + 1
             work, on_device = self.cutting.exact_work(lengths.tolist()), self._put(lengths, torch.int32)
             list_work(on_device, work)
             paged = PagedContext(pages[:num_single], on_device, work)
-        parts = _parts(continuing, max(self.max_context, self.most_gathered))
-        for part in parts:
-            gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
-            first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
+        behind = self._continuing(continuing, num_single, pages[num_single:first_starting])
+        first_token = num_single + sum(len(row.tokens) for row in continuing)
         own = self._chunks(starting, first_token) if starting else None
-        context = MixedContext(paged, tuple(gathered), own)
+        context = MixedContext(paged, tuple(part for _, part in behind), own)
         if not self.selects_early or batch.shape.num_scored:
             return context
-        behind = tuple(
-            replace(part, chunks=self._chunks(rows, part.chunks.first_token, lasts=True))
-            for rows, part in zip(parts, gathered)
-            if any(row.samples for row in rows)
-        )
+        lasts = (self._lasts(rows, part) for rows, part in behind if any(row.samples for row in rows))
         own = self._chunks(starting, first_token, lasts=True) if any(row.samples for row in starting) else None
-        return replace(context, of_lasts=MixedContext(paged, behind, own))
+        return replace(context, of_lasts=MixedContext(paged, tuple(lasts), own))
 
-    def _chunks(self, rows: Sequence[BatchRow], first_token: int, lasts: bool = False) -> Chunks:
-        """The rows' chunks, or of those rows that are sampled the `lasts`, their last tokens."""
+    def _continuing(
+        self, rows: Sequence[BatchRow], first_token: int, pages: Tensor
+    ) -> list[tuple[Sequence[BatchRow], PagedChunks | GatheredContext]]:
+        """What rows with cached tokens attend to, whose pages are `pages` (R, P): those whose contexts are copied at a
+        time, or all that read theirs where they lie."""
+        parts = _parts(rows, max(self.max_context, self.most_gathered))
+        num_queries = sum(len(row.tokens) for row in rows)
+        if parts and self.reads_pages and num_queries < LEAST_QUERIES * len(parts):
+            return [(rows, PagedChunks(self._chunks(rows, first_token, in_pages=True), pages))]
+        behind, first_row = [], 0
+        for part in parts:
+            behind.append((part, self._gathered(part, first_token, pages[first_row : first_row + len(part)])))
+            first_row, first_token = first_row + len(part), behind[-1][1].chunks.tokens.stop
+        return behind
+
+    def _lasts(self, rows: Sequence[BatchRow], part: PagedChunks | GatheredContext) -> PagedChunks | GatheredContext:
+        """The part of rows' last tokens, of those that are sampled."""
+        in_pages = isinstance(part, PagedChunks)
+        chunks = self._chunks(rows, part.chunks.first_token, lasts=True, in_pages=in_pages)
+        if not in_pages:
+            return replace(part, chunks=chunks)
+        sampled = self._put([index for index, row in enumerate(rows) if row.samples])
+        return PagedChunks(chunks, part.page_table[sampled])
+
+    def _chunks(
+        self, rows: Sequence[BatchRow], first_token: int, lasts: bool = False, in_pages: bool = False
+    ) -> Chunks:
+        """The rows' chunks, or of those rows that are sampled the `lasts`, their last tokens. Contexts lie one behind
+        another, or each at 0 of its pages."""
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
+        if in_pages:
+            context_starts = [0] * len(rows)
         ranges = tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
         if lasts:
             ranges = tuple(each.last for row, each in zip(rows, ranges) if row.samples)
@@ -155,7 +185,7 @@ def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, select
     most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
     table = PageTable(numpy.zeros((max_num_seqs, pages_for(kv.margin + max_context, kv.page_size)), numpy.int32))
     sizes = (kv.page_size, kv.margin, model.sampler.last_tokens, max_context)
-    return Binder(*sizes, cutting, table, most_gathered, selects_early)
+    return Binder(*sizes, cutting, table, most_gathered, kv.key_rope is None, selects_early)
 
 
 def _ints(values: Sequence[int]) -> numpy.ndarray:

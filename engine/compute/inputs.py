@@ -83,10 +83,10 @@ class MixedContext:
 
         | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting |
 
-    Rows of `continuing` attend to pages in a padded pass, else to a copy of their own context, some rows at a time;
-    those of `starting` have all of it in this pass, and attend to it in the activation. `of_lasts`, if it is there, is
-    the part of this that serves rows of one token and the last token of each row that is sampled: all that the last
-    layer needs where rows are selected behind it.
+    Rows of `continuing` attend to pages, or to a copy of their own context, some rows at a time; those of `starting`
+    have all of it in this pass, and attend to it in the activation. `of_lasts`, if it is there, is the part of this
+    that serves rows of one token and the last token of each row that is sampled: all that the last layer needs where
+    rows are selected behind it.
     """
 
     paged: PagedContext | None

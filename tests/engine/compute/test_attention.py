@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from penstock.engine.compute import attention
+from penstock.engine.compute import attention, bind
 from penstock.engine.compute.bind import Binder
-from penstock.engine.compute.inputs import CachedLayer
+from penstock.engine.compute.inputs import CachedLayer, GatheredContext, PagedChunks
 from penstock.engine.compute.page_table import PageTable
 from penstock.engine.compute.paged import Cutting
 from penstock.engine.kernels.decode_work import reaches_of
@@ -49,6 +49,7 @@ class Example:
     device: str = "cpu"
     head_dim: int = 8
     max_context: int = 64
+    reads_pages: bool = False
 
     def __post_init__(self):
         self.batch = batch_of(self.rows, 3, self.margin)
@@ -94,7 +95,7 @@ class Example:
         cutting = Cutting(Segments(K, self.max_context, 10**4), windows, reaches_of(windows, self.device), partials)
         most_pages = max(len(row.pages) for row in self.batch.rows)
         table = PageTable(numpy.zeros((len(self.lengths), most_pages), numpy.int32))
-        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, table)
+        return Binder(PAGE_SIZE, self.margin, last, self.max_context, cutting, table, reads_pages=self.reads_pages)
 
     def attended(self) -> torch.Tensor:
         heads = self.heads()
@@ -131,15 +132,21 @@ ROW = st.tuples(st.just(0) | st.integers(0, 30), st.just(1) | st.integers(1, 30)
     turns=st.booleans(),
     margin=st.integers(0, PAGE_SIZE - 1),
     max_context=st.integers(60, 130),
+    reads_pages=st.booleans(),
 )
-def test_rows_of_every_kind_attend_by_the_definition(rows, window, turns, margin, max_context):
-    before = dict(attention.calls)
-    Example(rows, window=window, turns=turns, margin=margin, max_context=max_context).assert_attended()
+def test_rows_of_every_kind_attend_by_the_definition(rows, window, turns, margin, max_context, reads_pages):
+    before, reads_pages = dict(attention.calls), reads_pages and not turns
+    settings = {"window": window, "turns": turns, "margin": margin, "max_context": max_context}
+    Example(rows, reads_pages=reads_pages, **settings).assert_attended()
     took = {way: count - before[way] for way, count in attention.calls.items()}
     continuing = sum(start + length for start, length in rows if start and length > 1)
     assert took["paged"] == any(length == 1 for _, length in rows)
     assert took["own"] == any(start == 0 and length > 1 for start, length in rows)
-    assert -(-continuing // max_context) <= took["gathered"] <= len(rows) and (took["gathered"] > 0) == (continuing > 0)
+    if reads_pages:
+        assert (took["behind"], took["gathered"]) == (continuing > 0, 0)
+    else:
+        assert -(-continuing // max_context) <= took["gathered"] <= len(rows)
+        assert (took["gathered"] > 0) == (continuing > 0)
 
 
 @pytest.mark.parametrize("max_context, parts", [(54, [[20, 25, 9]]), (34, [[20], [25, 9]]), (33, [[20], [25], [9]])])
@@ -152,6 +159,34 @@ def test_no_more_is_copied_than_what_chunks_that_continue_attend_to(max_context,
     assert all(len(part.addresses) == sum(own) <= max_context for part, own in zip(context.continuing, parts))
     many = replace(Example(rows, max_context=max_context).bound(), most_gathered=54).bind(batch_of(rows, 1)).context
     assert [len(part.addresses) for part in many.continuing] == [54]
+
+
+@pytest.mark.parametrize("least, num_parts", [(1, 2), (7, 2), (8, 1)])
+def test_chunks_of_few_queries_read_pages_where_they_lie(least, num_parts, monkeypatch):
+    """Two parts have 15 queries; where pages cannot be read, contexts are copied all the same."""
+    monkeypatch.setattr(bind, "LEAST_QUERIES", least)
+    rows, settings = [(300, 1), (12, 8), (0, 50), (1, 4), (6, 3), (70, 1)], {"max_context": 20}
+    reading, copying = (
+        Example(rows, reads_pages=reads, **settings).bound().bind(batch_of(rows, 1)).context.continuing
+        for reads in (True, False)
+    )
+    assert len(reading) == num_parts and isinstance(reading[0], PagedChunks) == (num_parts == 1)
+    assert len(copying) == 2 and all(isinstance(part, GatheredContext) for part in copying)
+
+
+@pytest.mark.tolerance
+@pytest.mark.parametrize("reads_pages", [False, True])
+def test_last_tokens_that_are_sampled_attend_as_with_all(reads_pages):
+    example = Example([(5, 1), (7, 6), (9, 2), (20, 4), (0, 9), (0, 3)], reads_pages=reads_pages)
+    rows = [row._replace(samples=index not in (2, 4)) for index, row in enumerate(example.batch.rows)]
+    context = replace(example.bound(), selects_early=True).bind(Batch.of(rows)).context
+    heads = example.heads()
+    attention.attend_(heads, example.cache(), context.of_lasts, None)
+    ends = torch.tensor(example.lengths).cumsum(0) - 1
+    sampled = ends[[row.samples for row in rows]]
+    torch.testing.assert_close(heads[sampled, :H].double(), example.expected()[sampled], rtol=1e-5, atol=1e-5)
+    others = [token for token in range(len(heads)) if token not in sampled]
+    assert torch.equal(heads[others, :H], example.q[others])
 
 
 def test_rows_out_of_order_are_not_bound():
@@ -178,10 +213,12 @@ def test_rows_that_somebody_else_attends_see_the_same():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 5000], ids=str)
+@pytest.mark.parametrize("reads_pages", [False, True], ids=["copies", "pages"])
 @pytest.mark.parametrize("rows", [[(0, 4097)], [(9, 1), (0, 500), (700, 6), (0, 30), (0, 5000), (0, 1)]], ids=str)
-def test_rows_on_a_gpu(rows, window, dtype):
+def test_rows_on_a_gpu(rows, window, dtype, reads_pages):
     """Compares the kernels that a GPU takes, which round to the dtype once; prompts attend in one launch."""
     settings = {"window": window, "dtype": dtype, "device": "cuda", "head_dim": 128, "max_context": 5120}
+    settings["reads_pages"] = reads_pages
     example, before = Example(rows, **settings), attention.calls["own"]
     torch.testing.assert_close(example.attended().double(), example.expected(), rtol=2e-2, atol=1e-2)
     assert attention.calls["own"] == before + 1

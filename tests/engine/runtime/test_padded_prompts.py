@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from penstock.engine.compute import attention
+from penstock.engine.compute import attention, bind
 from penstock.engine.compute.context import PassContext
 from penstock.engine.kernels import prompt_attention
 from penstock.engine.kernels.segments import Segments
@@ -112,9 +112,10 @@ def test_what_padding_holds_never_reaches_a_real_row(resident):
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])
-def test_chunks_that_continue_read_pages_in_padded_passes(resident):
+def test_chunks_that_continue_read_pages_in_padded_passes(resident, monkeypatch):
     """Chunks of prompts that are cut, and prompts whose beginning is cached, beside rows of one token and prompts that
     start; tokens are those of passes without padding, which copy what these chunks attend to."""
+    monkeypatch.setattr(bind, "LEAST_QUERIES", 0)
     rng = random.Random(4)
     shared = rng.choices(range(1, 1000), k=22)
     prompts = [(shared if i % 3 else []) + rng.choices(range(1, 1000), k=rng.randint(2, 40)) for i in range(14)]
