@@ -24,7 +24,7 @@ from scripts.report.records import (
 INTRODUCTION = """# Benchmarks
 
 `python -m scripts.report.render` makes this page from the records in `benchmarks/`; do not edit it. Weights are random,
-in the shapes of real models, unless a record says otherwise.
+in the shapes of real models, but those of demo and SmolLM2-135M-Instruct.
 
 A *rank* is one process with one GPU. A *pass* is one run over the model: a *decode* pass gives every sequence of its
 *batch* the next token. The *link* is the PCIe connection over which weights come from host memory. The *bound* is the
