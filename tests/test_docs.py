@@ -65,7 +65,10 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
-JOBS = ("uneven", "shared-prefix")  # rows of traffic that the README has beside vLLM
+JOBS = {  # rows of traffic that the README has beside vLLM, and their records
+    "uneven": "traffic_llama3_8b_uneven_beside_vllm_1rank",
+    "shared-prefix": "traffic_llama3_8b_beside_vllm_1rank",
+}
 VLLM = re.findall(r"^\| (vLLM.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
 
 
@@ -83,9 +86,10 @@ def test_figures_beside_vllm_in_the_readme_are_those_of_their_record(line):
 
 def test_jobs_beside_vllm_in_the_readme_are_those_of_their_records():
     page = (ROOT / "README.md").read_text()
-    names = ("traffic_llama3_8b_beside_vllm_1rank", "batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank")
-    traffic, batch, serving = (json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in names)
-    pairs = [(row["vllm_measured_s"], row["measured_s"]) for row in traffic["rows"] if row["row"] in JOBS]
+    names = (*JOBS.values(), "batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank")
+    *traffic, batch, serving = (json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in names)
+    rows = (row for job, record in zip(JOBS, traffic) for row in record["rows"] if row["row"] == job)
+    pairs = [(row["vllm_measured_s"], row["measured_s"]) for row in rows]
     pairs.append((batch["vllm"]["seconds"], batch["seconds"]))
     served = {row["fed"]: row["median_ttft_ms"] / 1e3 for row in serving["rows"]}
     pairs.append((served["vLLM by HTTP"], served["by HTTP"]))

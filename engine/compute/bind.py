@@ -129,8 +129,8 @@ class Binder:
     def _continuing(
         self, rows: Sequence[BatchRow], first_token: int, pages: Tensor
     ) -> list[tuple[Sequence[BatchRow], PagedChunks | GatheredContext]]:
-        """What rows with cached tokens attend to, whose pages are `pages` (R, P): those whose contexts are copied at a
-        time, or all that read theirs where they lie."""
+        """The contexts of rows with cached tokens, whose pages are `pages` (R, P): of those that are copied at a time,
+        or of all, which read them where they lie."""
         parts = _parts(rows, max(self.max_context, self.most_gathered))
         num_queries = sum(len(row.tokens) for row in rows)
         if parts and self.reads_pages and num_queries < LEAST_QUERIES * len(parts):
