@@ -129,7 +129,7 @@ class Binder:
     def _continuing(
         self, rows: Sequence[BatchRow], first_token: int, pages: Tensor
     ) -> tuple[PagedChunks | GatheredContext, ...]:
-        """What rows with cached tokens attend to, whose pages are `pages` (R, P): copies for some of them at a time, or
+        """The contexts of rows with cached tokens, whose pages are `pages` (R, P): copies for some rows at a time, or
         for all at once the pages where they lie."""
         parts = _parts(rows, max(self.max_context, self.most_gathered))
         num_queries = sum(len(row.tokens) for row in rows)
