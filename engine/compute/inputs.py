@@ -44,8 +44,9 @@ class PagedContext:
 @dataclass(frozen=True)
 class Chunks:
     """Rows of any length, one behind another, from token `first_token` of the pass on; blocks and ranges count from
-    there. A row's queries are the last tokens of its context. Tokens that are of no row may lie among them. `blocks`
-    are those of kernels/prompt_attention.py, `ranges` say the same to the host, where attention goes row by row."""
+    there. A row's queries are the last tokens of its context; it may have none. Tokens that are of no row may lie among
+    them. `blocks` are those of kernels/prompt_attention.py, `ranges` say the same to the host, where attention goes row
+    by row."""
 
     first_token: int
     num_tokens: int
