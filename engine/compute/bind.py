@@ -147,7 +147,7 @@ class Binder:
         rest = iter(samples)
 
         def lasts(chunks: Chunks) -> Chunks | None:
-            asked = list(itertools.islice(rest, len(chunks.ranges)))
+            asked = list(map(int, itertools.islice(rest, len(chunks.ranges))))
             ranges = tuple(map(RowRange.last, chunks.ranges, asked))
             return replace(chunks, blocks=self._blocks(ranges), ranges=ranges) if any(asked) else None
 
