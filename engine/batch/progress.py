@@ -34,8 +34,8 @@ class Progress:
             self._bar.close()
 
     def show(self, run: BatchRun, is_due: bool) -> None:
-        """Shows the state of the run, which calls this after each pass, if it `is_due`; keeps its prediction at MARKS,
-        which would be passed by as much as a second else."""
+        """Shows the state of the run if that `is_due`, and keeps its prediction at MARKS. The run calls this after each
+        pass, so that a prediction is of the pass that reached its mark."""
         left_s = self._seconds_left(run)
         if not is_due:
             return

@@ -42,7 +42,7 @@ class InFlight:
 
 class BatchRun:
     """One run of a job: of those of its rows that have not run. It ends early once `stopping` is asked for that. `tell`
-    is called after each pass with this run, and whether a second went by since that was so."""
+    is called after each pass, with this run and whether it is time to show it, as it is each second."""
 
     def __init__(
         self,

@@ -3,15 +3,14 @@
 Shapes: T tokens, R rows, n tokens of some rows, C context tokens of some rows together, H/K local query/KV heads,
 E head dim.
 
-There are several ways behind one function. The kind of a row (RowKind), device and dtype choose one, so that a pass has
-the same bits at any residency:
+There are several ways behind one function. What a row has cached and computes (RowKind), device and dtype choose one,
+and the shape of the pass: never residency, so that a pass has the same bits at any.
   - rows of one token each read the pages where they lie (kernels/decode_attention.py)
   - prompts that start in this pass attend to their own keys and values in the activation: all of them in one launch
     (kernels/prompt_attention.py; CUDA, bf16 and fp16), or by scaled_dot_product_attention row by row
-  - chunks of several tokens that continue behind cached ones read pages where they lie, in a pass that is padded, so
-    that a graph may run it for any lengths, and in a longer one where they have few queries each; else their own
-    context is gathered, which takes less time for many (kernels/prompt_attention.py), then they attend to it. Their
-    bits are the same either way
+  - chunks of several tokens that continue behind cached ones read pages where they lie, if the pass is padded, so that
+    a graph may run it for any lengths, or if they are short. Other chunks attend to a copy of their own context, which
+    takes less time for many queries (kernels/prompt_attention.py). Their bits are the same either way
 """
 
 import itertools
@@ -106,6 +105,8 @@ def attend_chunks_(
         attend_blocks_(q, k, v, chunks.blocks, window, pages)
         return
     for index, row in enumerate(chunks.ranges):
+        if not row.num_queries:
+            continue
         own = slice(None)
         if pages is not None:
             own = pages.addresses(index, torch.arange(row.num_context, device=q.device))

@@ -32,8 +32,8 @@ from penstock.scheduler.batching.request import ON_DEVICE
 from penstock.scheduler.cost.pass_work import GATHERED_TOKENS
 from torch import Tensor
 
-# The fewest queries, in the mean, of chunks whose contexts are copied at a time: fewer leave most of a GPU idle, and
-# are many launches.
+# Contexts are copied where the chunks of a copy have so many queries, in the mean. The launches for fewer leave most of
+# a GPU idle.
 LEAST_QUERIES = 512
 
 
@@ -42,10 +42,10 @@ class Binder:
     """Holds what batches of a model are bound with: its cache's page size and margin, and `last_tokens`
     (max_num_seqs,), which holds the tokens named as ON_DEVICE.
 
-    `max_context` is the most tokens that a row attends to; no more are gathered at a time, or than `most_gathered`.
-    With `reads_pages` chunks that continue may read their context where it lies. `cutting` makes the work of rows of
-    one token. `page_table` is the host's copy of the last pass's. With `selects_early` rows are selected behind the
-    last attention.
+    `max_context` is the most tokens that a row attends to. As many are gathered at a time, or `most_gathered` where
+    that is more. With `reads_pages` chunks that continue may read their context where it lies. `cutting` makes the work
+    of rows of one token. `page_table` is the host's copy of the last pass's. With `selects_early` rows are selected
+    behind the last attention.
     """
 
     page_size: int
@@ -116,53 +116,59 @@ class Binder:
             work, on_device = self.cutting.exact_work(lengths.tolist()), self._put(lengths, torch.int32)
             list_work(on_device, work)
             paged = PagedContext(pages[:num_single], on_device, work)
-        behind = self._continuing(continuing, num_single, pages[num_single:first_starting])
         first_token = num_single + sum(len(row.tokens) for row in continuing)
-        own = self._chunks(starting, first_token) if starting else None
-        context = MixedContext(paged, tuple(part for _, part in behind), own)
+        context = MixedContext(
+            paged,
+            self._continuing(continuing, num_single, pages[num_single:first_starting]),
+            self._chunks(starting, first_token) if starting else None,
+        )
         if not self.selects_early or batch.shape.num_scored:
             return context
-        lasts = (self._lasts(rows, part) for rows, part in behind if any(row.samples for row in rows))
-        own = self._chunks(starting, first_token, lasts=True) if any(row.samples for row in starting) else None
-        return replace(context, of_lasts=MixedContext(paged, tuple(lasts), own))
+        return replace(context, of_lasts=self._of_lasts(context, batch.columns.samples[num_single:]))
 
     def _continuing(
         self, rows: Sequence[BatchRow], first_token: int, pages: Tensor
-    ) -> list[tuple[Sequence[BatchRow], PagedChunks | GatheredContext]]:
-        """The contexts of rows with cached tokens, whose pages are `pages` (R, P): of those that are copied at a time,
-        or of all, which read them where they lie."""
+    ) -> tuple[PagedChunks | GatheredContext, ...]:
+        """The contexts of rows with cached tokens, whose pages are `pages` (R, P): copies for some rows at a time, or
+        for all at once the pages where they lie."""
         parts = _parts(rows, max(self.max_context, self.most_gathered))
         num_queries = sum(len(row.tokens) for row in rows)
-        if parts and self.reads_pages and num_queries < LEAST_QUERIES * len(parts):
-            return [(rows, PagedChunks(self._chunks(rows, first_token, in_pages=True), pages))]
-        behind, first_row = [], 0
+        if self.reads_pages and num_queries < LEAST_QUERIES * len(parts):
+            return (PagedChunks(self._chunks(rows, first_token, in_pages=True), pages),)
+        gathered, first_row = [], 0
         for part in parts:
-            behind.append((part, self._gathered(part, first_token, pages[first_row : first_row + len(part)])))
-            first_row, first_token = first_row + len(part), behind[-1][1].chunks.tokens.stop
-        return behind
+            gathered.append(self._gathered(part, first_token, pages[first_row : first_row + len(part)]))
+            first_row, first_token = first_row + len(part), gathered[-1].chunks.tokens.stop
+        return tuple(gathered)
 
-    def _lasts(self, rows: Sequence[BatchRow], part: PagedChunks | GatheredContext) -> PagedChunks | GatheredContext:
-        """The part of rows' last tokens, of those that are sampled."""
-        in_pages = isinstance(part, PagedChunks)
-        chunks = self._chunks(rows, part.chunks.first_token, lasts=True, in_pages=in_pages)
-        if not in_pages:
-            return replace(part, chunks=chunks)
-        sampled = self._put([index for index, row in enumerate(rows) if row.samples])
-        return PagedChunks(chunks, part.page_table[sampled])
+    def _of_lasts(self, context: MixedContext, samples: Sequence[bool]) -> MixedContext:
+        """The part of a context that serves rows of one token and the last tokens of its chunks, of those that sample
+        (`samples`, in their order). The others keep their place, without a query."""
+        rest = iter(samples)
 
-    def _chunks(
-        self, rows: Sequence[BatchRow], first_token: int, lasts: bool = False, in_pages: bool = False
-    ) -> Chunks:
-        """The rows' chunks, or of those rows that are sampled the `lasts`, their last tokens. Contexts lie one behind
-        another, or each at 0 of its pages."""
+        def lasts(chunks: Chunks) -> Chunks | None:
+            asked = list(map(int, itertools.islice(rest, len(chunks.ranges))))
+            ranges = tuple(map(RowRange.last, chunks.ranges, asked))
+            return replace(chunks, blocks=self._blocks(ranges), ranges=ranges) if any(asked) else None
+
+        continuing = [(part, lasts(part.chunks)) for part in context.continuing]
+        return MixedContext(
+            context.paged,
+            tuple(replace(part, chunks=chunks) for part, chunks in continuing if chunks is not None),
+            None if context.starting is None else lasts(context.starting),
+        )
+
+    def _chunks(self, rows: Sequence[BatchRow], first_token: int, in_pages: bool = False) -> Chunks:
+        """The rows' chunks. Their contexts lie one behind another, or each at 0 of its pages."""
         queries, contexts = [len(row.tokens) for row in rows], [_num_context(row) for row in rows]
         query_starts, context_starts = ([0, *itertools.accumulate(each)] for each in (queries, contexts))
         if in_pages:
             context_starts = [0] * len(rows)
         ranges = tuple(itertools.starmap(RowRange, zip(query_starts, queries, context_starts, contexts)))
-        if lasts:
-            ranges = tuple(each.last for row, each in zip(rows, ranges) if row.samples)
-        return Chunks(first_token, query_starts[-1], self._put(list_blocks(ranges), torch.int32), ranges)
+        return Chunks(first_token, query_starts[-1], self._blocks(ranges), ranges)
+
+    def _blocks(self, ranges: Sequence[RowRange]) -> Tensor:
+        return self._put(list_blocks(ranges), torch.int32)
 
     def _gathered(self, rows: Sequence[BatchRow], first_token: int, pages: Tensor) -> GatheredContext:
         """The context of rows whose pages are `pages` (R, P)."""

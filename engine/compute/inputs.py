@@ -27,10 +27,9 @@ class RowRange(NamedTuple):
     def end_context(self) -> int:
         return self.first_context + self.num_context
 
-    @property
-    def last(self) -> "RowRange":
-        """The row's last query alone."""
-        return self._replace(first_query=self.first_query + self.num_queries - 1, num_queries=1)
+    def last(self, num_queries: int) -> "RowRange":
+        """The row with so many of its queries, its last ones."""
+        return self._replace(first_query=self.first_query + self.num_queries - num_queries, num_queries=num_queries)
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,9 @@ class PagedContext:
 @dataclass(frozen=True)
 class Chunks:
     """Rows of any length, one behind another, from token `first_token` of the pass on; blocks and ranges count from
-    there. A row's queries are the last tokens of its context. Tokens that are of no row may lie among them. `blocks`
-    are those of kernels/prompt_attention.py, `ranges` say the same to the host, where attention goes row by row."""
+    there. A row's queries are the last tokens of its context; it may have none. Tokens that are of no row may lie among
+    them. `blocks` are those of kernels/prompt_attention.py, `ranges` say the same to the host, where attention goes row
+    by row."""
 
     first_token: int
     num_tokens: int
@@ -84,9 +84,9 @@ class MixedContext:
         | one token each: paged | chunks behind cached tokens: continuing | prompts that start: starting |
 
     Rows of `continuing` attend to pages, or to a copy of their own context, some rows at a time; those of `starting`
-    have all of it in this pass, and attend to it in the activation. `of_lasts`, if it is there, is the part of this
-    that serves rows of one token and the last token of each row that is sampled: all that the last layer needs where
-    rows are selected behind it.
+    have all of it in this pass, and attend to it in the activation. `of_lasts` is there where rows are selected behind
+    the last layer's attention: the part of this for rows of one token and the last tokens of others that sample, which
+    is all that is read of it.
     """
 
     paged: PagedContext | None

@@ -113,7 +113,7 @@ def rope(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
 
 
 def attention(ctx: PassContext, weights: Weights, layer_idx: int) -> None:
-    """Attention of each token, in the last layer of those that are selected behind it; the result overwrites q."""
+    """Attention of each token; the result overwrites q. The last layer may leave out what nobody reads (`of_lasts`)."""
     context, spec = ctx.inputs.context, ctx.model.spec
     if layer_idx == spec.num_layers - 1 and isinstance(context, MixedContext):
         context = context.of_lasts or context

@@ -11,20 +11,27 @@ masked, and those of windows.
 Source: Dao 2023, "FlashAttention-2".
 
 A row's bits depend on its own queries, keys, values and the window: it is cut from its own first query on, and neither
-the number of blocks nor the other rows change the order of its sums, nor how keys and values are read: from compute
-capability 9.0 on by bulk copies (TMA), where they lie in no pages and tiles of them fill a head.
-Tried, on an H200 with 32 and 8 heads of 128, us, for 1 x 512 / 4 x 448 / 15 x 512 + 212 / 1 x 2000 / 1 x 8000 tokens:
-14 / 32 / 142 / 88 / 1192, and by bulk copies 12 / 28 / 133 / 82 / 1063. Torch's varlen kernel, which has programs for
-each row as if it were the longest, with the copy of its result 32 / 80 / 303 / 189 / 1721. Two stages 14 / 30 / 148 /
-87 / 1296, 128 queries, 8 warps, 3 stages 15 / 38 / 168 / 91 / 1129, 128 queries and 128 keys 15 / 41 / 179 / 90 / 1186,
-32 keys and 4 stages 15 / 34 / 150 / 98 / 1264. Reading pages where they lie instead of a copy takes 15 to 40 % more
-time for 64 to 8000 queries behind 2048 to 32768 tokens, where the copy itself takes 1 to 15 %; so long passes copy, and
-short ones, which are graphs, read pages. By bulk copies too: two stages 13 / 29 / 148 / 85 / 1241, 128 queries with 4
-warps and two stages 21 / 41 / 185 / 89 / 1141, with 8 warps and two 15 / 39 / 198 / 100 / 1499, three 13 / 37 / 173 /
-84 / 1102, four 14 / 39 / 179 / 87 / 1100. 128 queries, 4 warps and two stages without them 30 / 62 / 290 / 133 / 1645.
-Queries that are scaled first, to be operands in registers, were loaded from shared memory at each step all the same.
-The product of the next step, put ahead of this one's weights, is waited for at once, and `warp_specialize` is refused
-(Triton 3.7).
+the number of blocks nor the other rows change the order of its sums. Nor does it matter how keys and values are read:
+where they lie in no pages and there is no window, bulk copies (TMA) bring them as tiles, from compute capability 9.0 on
+for heads of 16, 32, 64 or 128; else each thread has addresses.
+Tried, on an H200 with 32 and 8 heads of 128, us, for 1 x 512 / 4 x 448 / 15 x 512 + 212 / 1 x 2000 / 1 x 8000 tokens.
+Blocks of 64 queries, steps of 64 keys, 4 warps and 3 stages take 12 / 28 / 133 / 82 / 1063 by bulk copies; others
+  - 2 stages 13 / 29 / 148 / 85 / 1241
+  - 128 queries, 2 stages 21 / 41 / 185 / 89 / 1141
+  - 128 queries, 8 warps 13 / 37 / 173 / 84 / 1102, 2 stages 15 / 39 / 198 / 100 / 1499, 4 stages 14 / 39 / 179 / 87 /
+    1100
+By addresses they take 14 / 32 / 142 / 88 / 1192, and others
+  - 2 stages 14 / 30 / 148 / 87 / 1296
+  - 32 keys, 4 stages 15 / 34 / 150 / 98 / 1264
+  - 128 queries, 2 stages 30 / 62 / 290 / 133 / 1645
+  - 128 queries, 8 warps 15 / 38 / 168 / 91 / 1129, 128 keys 15 / 41 / 179 / 90 / 1186
+Torch's varlen kernel, which has programs for each row as if it were the longest, took 32 / 80 / 303 / 189 / 1721 with
+the copy of its result. Reading pages where they lie took 15 to 40 % more time than reading a copy by addresses, for 64
+to 8000 queries behind 2048 to 32768 tokens, and the copy itself 1 to 15 %. So the engine copies for many queries; for
+few, launches for a copy at a time cost more (LEAST_QUERIES in compute/bind.py), and graphs read pages.
+Queries that are scaled first would be operands in registers, but were loaded from shared memory at each step all the
+same. The product of the next step, put ahead of this one's weights, is waited for at once. Triton 3.7 refuses
+`warp_specialize`.
 """
 
 from collections.abc import Iterable
@@ -83,7 +90,7 @@ def attend_blocks_(
 
 def _tuning(q: Tensor) -> dict[str, int]:
     """The keys of a step, warps and stages: from compute capability 9.0 on two programs of heads of 128 fit an SM, and
-    before one does. TILES: whether bulk copies read them, if they can."""
+    before one does. TILES: whether bulk copies read keys and values where they can."""
     if q.shape[2] > 128:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "TILES": False}
     newer = options(q.device)["OVERLAPS"]

@@ -5,7 +5,7 @@ A `ModelSpec` says everything that changes the math or the bytes of a pass, and 
 later component (layout, plan, planner, kernels) reads it and never the config again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -92,3 +92,9 @@ class ModelSpec:
         ffn = self.hidden_size * self.ffn_size * (3 if self.gated else 2)
         vocab = self.hidden_size * self.vocab_size * (1 if self.tied else 2)
         return self.num_layers * (attn + ffn) + vocab
+
+    def within(self, num_tokens: int) -> "ModelSpec":
+        """The spec for sequences of up to so many tokens: of a window that always sees all of them attention need not
+        know, and takes less time without one."""
+        windows = (None if window is None or window >= num_tokens else window for window in self.windows)
+        return replace(self, windows=tuple(windows))

@@ -12,10 +12,11 @@ from penstock.scheduler.batching.batch import Batch, is_decode
 from penstock.scheduler.cost.pass_work import MOST_PADDED_CHUNKS, MOST_PADDED_TOKENS, padded_tokens
 
 ALONE = 512  # tokens of passes with chunks, up to which some have no rows of one token
-# Rows up to which a linear takes as long as for two, up to which it takes nearly so, and from which on each costs time:
-# an H200 took 6 % less for a pass of 137 rows of an 8B that were padded to 149 than to 192. Its linears took 14.05 ms
-# for 448 rows, and for 256 / 320 / 384 / 416 / 480 / 512 6.82 / 8.22 / 9.06 / 10.77 / 11.50 / 11.66.
-LEAST_ROWS, LEAST_HALVES, LEAST_QUARTERS, MOST_QUARTERS = 8, 64, 128, 256
+# From so many rows on, up to twice as many, the sizes of decode passes in eighths: linears take as long for 8 rows as
+# for two, hardly longer for 64, and from 128 on each row costs time. An H200 took 6 % less for a pass of 137 rows of an
+# 8B that were padded to 149 than to 192. Its linears took 6.82 / 8.22 / 9.06 / 10.77 / 14.05 / 11.50 / 11.66 ms for 256
+# / 320 / 384 / 416 / 448 / 480 / 512.
+EIGHTHS = {8: (8,), 64: (8, 12), 128: (8, 10, 12, 14), 256: (8, 10, 12, 13)}
 
 
 class BucketSize(NamedTuple):
@@ -95,15 +96,12 @@ def _decode(num_rows: int, num_items: int) -> BucketSize:
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of decode passes: one and, from LEAST_ROWS on, powers of two, and where rows cost time halves and quarters
-    of the ways between them, up to max_num_seqs; beyond MOST_QUARTERS the last is at five eighths."""
-    most = max_num_seqs
-    steps = {1: range(LEAST_ROWS, most), 3: range(LEAST_HALVES + 1, most), 5: range(LEAST_QUARTERS + 1, most)}
-    steps |= {7: range(LEAST_QUARTERS + 1, min(MOST_QUARTERS, most)), 13: range(MOST_QUARTERS + 1, most)}
-    powers = range(most.bit_length())
-    return sorted(
-        {1, most} | {step << power for step, own in steps.items() for power in powers if step << power in own}
-    )
+    """Rows of decode passes, up to max_num_seqs: one, and of each power of two its EIGHTHS."""
+    sizes = {1, max_num_seqs}
+    for power in (1 << exponent for exponent in range(max_num_seqs.bit_length())):
+        eighths = next((parts for least, parts in reversed(EIGHTHS.items()) if power >= least), ())
+        sizes.update(power * eighth // 8 for eighth in eighths)
+    return sorted(size for size in sizes if size <= max_num_seqs)
 
 
 def token_sizes(most: int) -> list[int]:

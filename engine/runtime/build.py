@@ -166,9 +166,10 @@ def build_executor(given: Ingredients, layout: ModelLayout, weights: LoadedWeigh
 def build_model(given: Ingredients, embed: Embedding) -> ModelContext:
     """The part of a rank that embeds by `embed`."""
     plan, topology = given.plan, given.topology
-    spec, dtype = plan.spec, getattr(torch, plan.dtype)
+    max_context, dtype = plan.residency.max_model_len, getattr(torch, plan.dtype)
+    spec = plan.spec.within(max_context)
     heads = shard_heads(spec.num_heads, spec.num_kv_heads, topology.tp_size, topology.rank)
-    rope = rope_table(spec.rope, plan.residency.max_model_len, dtype, given.device)
+    rope = rope_table(spec.rope, max_context, dtype, given.device)
     return ModelContext(
         spec=spec,
         num_heads=heads.num_heads,

@@ -1,8 +1,8 @@
 """Measures how much of Python another thread gets beside passes of an engine in its process, and what that costs the
 passes: the thread does nothing but count.
 
-While the engine waits for a pass it gives Python's lock away. Once it wants it back, a thread that computes keeps it
-for up to `sys.getswitchinterval()`. So the count alone says little: what the passes take beside it says the rest.
+The engine gives Python's lock away while it waits for a pass. When it wants it back, a thread that computes keeps it
+for up to `sys.getswitchinterval()`. So a high count may have cost passes their time, and both are measured.
 """
 
 import contextlib
@@ -38,7 +38,8 @@ class CountingThread(threading.Thread):
 
 def count_beside(llm: LLM, jobs: Sequence[Job]) -> dict[str, Any]:
     """Runs the beginnings of some jobs alone, and again beside a thread that counts: `share` is its counts a second
-    over those while the engine is idle, `busy_share` the time for which the engine's own thread computes without it."""
+    over those while the engine is idle, `busy_share` the share of the time alone in which the engine's thread computes,
+    and so has the lock."""
     fewer = [
         dataclasses.replace(job, prompt=job.prompt[:PROMPT_LEN], output_len=min(job.output_len, OUTPUT_LEN))
         for job in jobs[: min(ROWS, llm.engine.plan.max_num_seqs)]

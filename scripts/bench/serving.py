@@ -4,14 +4,13 @@ the engine's process.
 
 Requests arrive at a share of the engine's capacity, which is what it does with all of them at once, by --load and
 --burstiness; with --max-concurrency so many clients each send one after another instead, and latencies from arrival
-(ttft, e2el) mean nothing; `share_of_full_passes` then has the server's output tokens a second over those of passes that
-each give every client a token. `rows` has the tokens a second and the latencies of both ways, and how late the client
+(ttft, e2el) mean nothing. `rows` has the tokens a second and the latencies of both ways, and how late the client
 sent requests, and `ratios` the server's over the loop's, where these are not 0. Both ways have the same warm-up: a
 batch that shrinks, then all requests at once. With `--compare vllm` the same client then does the same to vLLM's
 server: a row more, and in `vllm_ratios` our server's figures over its. After its row our server gets the requests once
-more, and GET /health is called about every millisecond meanwhile (`health`); then its queue is filled, and requests are
-refused (`refused`). `counting` has how much a thread counts beside passes of the engine in one process. All engine
-flags work; the last line is one JSON object.
+more, and GET /health is called about every millisecond meanwhile (`health`). Then its queue is filled, and requests
+are refused (`refused`). `counting` says how much a thread counts beside passes of the engine in one process (see
+counting.py). All engine flags work; the last line is one JSON object.
 
     python -m scripts.bench.serving --model benchmarks/shapes/Llama-3-8B.json --load-format dummy \\
       --num-prompts 512 --input-len 512 --output-len 128 --random-range-ratio 0.8 --load 0.7 \\
@@ -32,6 +31,7 @@ from typing import Any
 
 from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.llm import LLM
+from penstock.engine.server.validation import MOST_SEQUENCES
 
 from scripts.bench.arrivals import arrival_times, latency_fields, percentile
 from scripts.bench.comparison import add_compare_arguments, check_compare, free_memory
@@ -58,7 +58,6 @@ from scripts.bench.workload import (
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0  # for the server to be ready
 HEALTH_CALLS, REFUSED_CALLS = 10_000, 500
-MOST_SEQUENCES = 1024  # of a request
 LOOP, OURS, VLLM = "in process", "by HTTP", "vLLM by HTTP"  # how requests are fed
 WARM_UP_S, PATIENCE = 90.0, 5  # what vLLM's server may take: for its warm-up, and times what ours took
 SAID = ("num_prompts", "input_len", "output_len", "random_range_ratio", "burstiness", "max_concurrency")
@@ -158,8 +157,8 @@ async def by_http(
 
 
 async def refusals(address: tuple[str, int], body: dict[str, Any]) -> list[float]:
-    """Seconds in which requests are refused while all rows run and the queue is full. All are of so many sequences that
-    those which end meanwhile make no room for one."""
+    """Seconds in which requests are refused while all rows run and the queue is full. Each is of as many sequences as a
+    request may have, so that those which end meanwhile make no room for another."""
     many = body | {"n": MOST_SEQUENCES}
     connections = await fill(address, many)
     try:
@@ -224,6 +223,7 @@ def row_of(
 
 
 def share_of_full_passes(row: dict[str, Any], jobs: Sequence[Job], num_clients: int) -> float:
+    """The server's output tokens a second, over those of passes that each give every client a token."""
     num_outputs = sum(job.output_len for job in jobs)
     outputs_s = row["tokens_per_second"] * num_outputs / (num_outputs + sum(len(job.prompt) for job in jobs))
     return outputs_s * row["median_tpot_ms"] / 1e3 / num_clients

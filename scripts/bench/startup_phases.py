@@ -28,7 +28,7 @@ _START_TIME = 19  # of the fields of /proc/self/stat that come after the command
 
 
 class Loading(Progress):
-    """Says too how much host memory loading added to this process at its peak."""
+    """The progress of a start, and the host memory that loading added to this process at its peak."""
 
     def begin_loading(self, total_bytes: int) -> None:
         super().begin_loading(total_bytes)

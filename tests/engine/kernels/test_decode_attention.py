@@ -106,6 +106,12 @@ def test_any_length_of_segments(options):
         assert_close(inputs, inputs.run(segment))
 
 
+@pytest.mark.parametrize("segment", [512, 64])
+def test_a_window_that_reaches_every_key_gives_the_bits_of_none(segment):
+    plain = make((4, 2, 64), [150, 16, 40])
+    assert torch.equal(plain.run(segment), replace(plain, window=150).run(segment))
+
+
 @pytest.mark.tolerance
 def test_more_segments_than_the_merge_reads_at_once():
     inputs = make((2, 1, 64), [66 * 32], dtype=torch.float32)

@@ -97,6 +97,12 @@ def test_chunks_that_continue_attend_to_their_whole_context(window):
         assert_apart((q[first : first + num_queries].double() - result).abs(), apart)
 
 
+def test_a_window_that_reaches_every_key_gives_the_bits_of_none():
+    attn = activation(290, (4, 2, 64), torch.float16)
+    plain, windowed = (run(*parts(attn.clone(), 2), PROMPTS, window) for window in (None, 290))
+    assert not torch.equal(plain, parts(attn, 2)[0]) and torch.equal(plain, windowed)
+
+
 def paged(context: Tensor, lengths: list[int], page_size: int, margin: int) -> tuple[Tensor, Pages]:
     """The keys or values (C, K, E) of rows of these lengths in a cache whose other entries are NaN, and their pages,
     each row's in an order of its own."""
