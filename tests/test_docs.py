@@ -65,10 +65,13 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
-JOBS = {  # rows of traffic that the README has beside vLLM, and the records of vLLM's figure and of ours
-    "uneven": ("traffic_llama3_8b_beside_vllm_1rank", "traffic_llama3_8b_beside_vllm_1rank"),
-    "shared-prefix": ("traffic_llama3_8b_beside_vllm_1rank", "traffic_llama3_8b_shared_prefix_1rank"),
-}
+JOBS = [  # rows of traffic that the README has: the record, the row, and the field of its figure
+    ("traffic_llama3_8b_beside_vllm_1rank", "uneven", "vllm_measured_s"),
+    ("traffic_llama3_8b_beside_vllm_1rank", "uneven", "measured_s"),
+    ("traffic_llama3_8b_beside_vllm_1rank", "shared-prefix", "vllm_measured_s"),
+    ("traffic_llama3_8b_beside_vllm_1rank", "shared-prefix", "measured_s"),
+    ("traffic_llama3_8b_shared_prefix_1rank", "shared-prefix", "measured_s"),
+]
 VLLM = re.findall(r"^\| (vLLM.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
 
 
@@ -86,19 +89,22 @@ def test_figures_beside_vllm_in_the_readme_are_those_of_their_record(line):
 
 def test_jobs_beside_vllm_in_the_readme_are_those_of_their_records():
     page = (ROOT / "README.md").read_text()
-    names = {name for records in JOBS.values() for name in records}
-    names |= {"batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank"}
+    names = {name for name, _, _ in JOBS} | {"batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank"}
     records = {name: json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in names}
-    pairs = []
-    for job, (theirs, ours) in JOBS.items():
-        rows = ({row["row"]: row for row in records[name]["rows"]}[job] for name in (theirs, ours))
-        pairs.append(tuple(row[field] for row, field in zip(rows, ("vllm_measured_s", "measured_s"))))
+    found = [{row["row"]: row for row in records[name]["rows"]}[job][field] for name, job, field in JOBS]
     batch, serving = records["batch_llama3_8b_resident_1rank"], records["serving_llama3_8b_1rank"]
-    pairs.append((batch["vllm"]["seconds"], batch["seconds"]))
+    found += [batch["vllm"]["seconds"], batch["seconds"]]
     served = {row["fed"]: row["median_ttft_ms"] / 1e3 for row in serving["rows"]}
-    pairs.append((served["vLLM by HTTP"], served["by HTTP"]))
+    found += [served["vLLM by HTTP"], served["by HTTP"]]
     assert all(f"{name}.json" in page for name in names)
-    assert all(ms(seconds) in page for pair in pairs for seconds in pair)
+    assert all(ms(seconds) in page for seconds in found)
+
+
+def test_the_start_in_the_readme_is_that_of_its_record():
+    record = json.loads((ROOT / "benchmarks/startup_llama3_8b_resident_1rank.json").read_text())
+    page = (ROOT / "README.md").read_text()
+    assert f"[{record['warm_capture_cost_s']:.2f} s](benchmarks/startup_llama3_8b_resident_1rank.json)" in page
+    assert f"first time {record['cold_capture_cost_s']:.2f}" in " ".join(page.split())
 
 
 def test_the_compressed_pass_in_the_readme_is_that_of_its_record():
