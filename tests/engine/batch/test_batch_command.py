@@ -364,7 +364,7 @@ def test_a_dry_run_leaves_out_prompts_that_no_sequence_can_have(tmp_path, said):
 def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):
     """A second is as short as a pass here; the job's end is known to the pass, since all lengths are fixed."""
     monkeypatch.setattr(meter, "SAMPLE_S", 0.0)
-    monkeypatch.setattr(progress, "PREDICT_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
     texts = [line(str(number), prompt=[5, number + 5], max_tokens=8, ignore_eos=True) for number in range(40)]
     told, show = [], BatchRun.seconds_left
 
