@@ -119,13 +119,13 @@ def _check_files(args: argparse.Namespace) -> None:
     for flag, is_needed in needed.items():
         file = getattr(args, flag[2:].replace("-", "_"))
         if file is None and is_needed:
-            raise ValueError(f"{flag}: is missing{_taken(args) if flag == '--input-file' else ''}")
+            raise ValueError(f"{flag}: is missing{_advice(args) if flag == '--input-file' else ''}")
         if file == "-":
             raise ValueError(f"{flag} -: expected a file, in which a job can find its rows again")
 
 
-def _taken(args: argparse.Namespace) -> str:
-    """What to do about a file that was given as a command of the shell takes it, and was taken as the model."""
+def _advice(args: argparse.Namespace) -> str:
+    """Advice for a file that was given without its flag, and so was read as the model."""
     alone = args.model_argument
     return "" if alone is None else f": give -i FILE; {alone!r} was read as the model"
 

@@ -7,7 +7,7 @@ from penstock.engine.user_files import named_errors, refuse_cache_root
 
 
 def find_model(model: str, field: str = "model") -> Path:
-    """The directory, config.json or GGUF file that `model` names, the value of that `field` of the config; "demo" is the
+    """The directory, config.json or GGUF file that `model` names, which that `field` of the config has; "demo" is the
     model inside the package.
 
     Raises ValueError if there is none, and for the root of a Hugging Face cache.
