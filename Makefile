@@ -79,7 +79,8 @@ wheel: $(VENV)/installed-test
 	rm -rf build  # what an earlier tree left there would go into the wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
-$(VENV)/installed: setup.cfg constraints.txt
+# a copy of the package, which `pip install .` puts there, would not follow the checkout: it is replaced
+$(VENV)/installed: setup.cfg constraints.txt $(wildcard $(VENV)/lib/python*/site-packages/penstock/__init__.py)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .
 	touch $@

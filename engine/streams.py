@@ -1,20 +1,23 @@
 """Standard output and standard error of our processes, and how a user's mistake is shown there.
 
 A character that the output's encoding does not have is replaced. Control characters in names of files, tensors and
-flags are shown on standard error as escapes. If standard output can take no more (closed, full, its reader gone) the
-run ends with one line and status 1; without standard error it goes on. Generated text goes to standard output as it is.
-Torch-free.
+flags are shown on standard error as escapes, and a warning of ours as one line. If standard output can take no more
+(closed, full, its reader gone) the run ends with one line and status 1; without standard error it goes on. Generated
+text goes to standard output as it is. Torch-free.
 """
 
 import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from penstock.parallel.failure import SELF_LAUNCHED, wait_for_launcher
 
+PARTS = tuple(Path(__file__).parents[1] / name for name in ("engine", "parallel", "scheduler"))  # of the package
 MOST_CHARACTERS = 2000  # of a message: a value of a megabyte says no more than its two ends
 
 
@@ -22,12 +25,13 @@ MOST_CHARACTERS = 2000  # of a message: a value of a megabyte says no more than 
 def guarded_streams(program: str = "penstock") -> Iterator[None]:
     """Sends all that a process prints through the streams that this module describes. Raises SystemExit, whose message
     begins with `program`, as soon as standard output takes no more."""
-    if SELF_LAUNCHED in os.environ:  # its parent shows what it prints
-        yield
-        return
-    _hold_descriptors()
-    stdout, stderr = sys.stdout, sys.stderr
     with contextlib.ExitStack() as undo:
+        undo.enter_context(_own_warnings())
+        if SELF_LAUNCHED in os.environ:  # its parent shows what it prints
+            yield
+            return
+        _hold_descriptors()
+        stdout, stderr = sys.stdout, sys.stderr
         undo.callback(setattr, sys, "stdout", stdout)
         undo.callback(setattr, sys, "stderr", stderr)
         sys.stderr = _Messages(stderr or undo.enter_context(open(os.devnull, "w")))
@@ -38,6 +42,24 @@ def guarded_streams(program: str = "penstock") -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()  # at exit, Python would answer with a traceback
+
+
+@contextlib.contextmanager
+def _own_warnings() -> Iterator[None]:
+    """A context that shows warnings of ours in one line, without the place in our code; others as Python does."""
+    show = warnings.showwarning
+
+    def show_one(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> None:
+        if any(Path(filename).is_relative_to(part) for part in PARTS):
+            print(f"penstock: warning: {one_line(str(message))}", file=sys.stderr)
+        else:
+            show(message, category, filename, *more)
+
+    warnings.showwarning = show_one
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def say_mistake(error: Exception, program: str = "penstock") -> bool:

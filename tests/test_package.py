@@ -1,8 +1,10 @@
 """The only name that `pip install` puts beside other packages is `penstock`; it and the source tree run in any folder,
 whatever a user's own files there are called."""
 
+import os
 import shutil
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -176,3 +178,14 @@ def test_children_are_given_the_folder_that_holds_the_package(ways_in, users, wa
     program = "from penstock.parallel.launch import python_path; print(python_path())"
     done = ways_in[way_in].run("-c", program, folder=users)
     assert done.stdout.rstrip().split(":")[0] == str(ways_in[way_in].holder), done.stderr
+
+
+def test_make_replaces_a_copy_that_pip_installed(tmp_path):
+    (tmp_path / "installed").touch()
+    asked = ["make", "--question", f"VENV={tmp_path}", f"{tmp_path}/installed"]
+    assert subprocess.run(asked, cwd=ROOT).returncode == 0
+    copy = tmp_path / "lib/python3.12/site-packages/penstock/__init__.py"
+    copy.parent.mkdir(parents=True)
+    copy.touch()
+    os.utime(copy, (time.time() + 10, time.time() + 10))
+    assert subprocess.run(asked, cwd=ROOT).returncode == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from penstock.engine.batch.done_rows import DoneRows
 from penstock.engine.batch.in_order import in_order
 from penstock.engine.batch.input_lines import InputLines
-from penstock.engine.batch.job import Job, job_file
+from penstock.engine.batch.job import ANEW, Job, job_file
 from penstock.engine.batch.output_log import OutputLog
 from penstock.engine.batch.row_form import has_failed
 
@@ -76,8 +76,11 @@ class JobFiles:
 
     def _read(self, lines: InputLines, job: Job) -> DoneRows:
         done = DoneRows(lines, job)
-        for log in self._logs:
-            done.read(log)
+        try:
+            for log in self._logs:
+                done.read(log)
+        except ValueError as error:
+            raise ValueError(f"{error} (remove that line, {ANEW})") from None
         return done
 
     def write(self, lines: Iterable[bytes]) -> None:

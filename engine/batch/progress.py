@@ -1,5 +1,6 @@
 """Shows on standard error how far a job is: a bar in a terminal, elsewhere a line now and then."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -8,7 +9,7 @@ from penstock.engine.batch.run import BatchRun
 from tqdm import tqdm
 
 LINE_S = 60.0  # between two lines where there is no terminal; the first comes after a sixth of it
-PREDICT_S = 10.0  # between two predictions, each of which takes the host up to a tenth of a second
+PREDICT_S = 10.0  # between two predictions for the bar: each takes the host up to a tenth of a second
 MARKS = (0.05, 0.2)  # shares of the rows of a run at which its prediction is kept
 
 
@@ -21,7 +22,7 @@ class Progress:
         self._seconds: float | None = None  # of the whole run, as they looked last
         self._next_s = 0.0
         self._bar = None
-        if sys.stderr.isatty():
+        if _has_room():
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
             self._bar = tqdm(total=num_rows, initial=num_done, bar_format=layout, dynamic_ncols=True)
         self._next_line_s = time.perf_counter() + LINE_S / 6
@@ -36,28 +37,37 @@ class Progress:
     def show(self, run: BatchRun, is_due: bool) -> None:
         """Shows the state of the run if that `is_due`, and keeps its prediction at MARKS. The run calls this after each
         pass, so that a prediction is of the pass that reached its mark."""
-        left_s = self._seconds_left(run)
-        if not is_due:
+        is_shown = is_due and (self._bar is not None or time.perf_counter() >= self._next_line_s)
+        left_s = self._seconds_left(run, is_shown)
+        if not is_shown:
             return
         if self._bar is not None:
             self._bar.set_postfix_str(describe(run, left_s), refresh=False)
             self._bar.update(run.done.num_done - self._bar.n)
             self._bar.refresh()
-        elif time.perf_counter() >= self._next_line_s:
+        else:
             self._next_line_s = time.perf_counter() + LINE_S
             line = f"{run.done.num_done}/{self.num_rows} rows, {describe(run, left_s)}"
             print(f"penstock batch: {line}", file=sys.stderr, flush=True)
 
-    def _seconds_left(self, run: BatchRun) -> float | None:
-        """The seconds of the run that are left, predicted anew now and then, and at MARKS."""
+    def _seconds_left(self, run: BatchRun, is_shown: bool) -> float | None:
+        """The seconds of the run that are left, predicted anew for each line, for the bar now and then, and at MARKS:
+        what the first passes told is soon wrong."""
         share = (run.done.num_done - self.num_before) / max(self.num_rows - self.num_before, 1)
         is_mark = len(self.predicted) < len(MARKS) and share >= MARKS[len(self.predicted)]
         elapsed_s = run.meter.elapsed_s
-        if (is_mark or elapsed_s >= self._next_s) and (left_s := run.seconds_left()) is not None:
+        is_old = self._bar is None or elapsed_s >= self._next_s
+        if (is_mark or (is_shown and is_old)) and (left_s := run.seconds_left()) is not None:
             self._seconds, self._next_s = elapsed_s + left_s, elapsed_s + PREDICT_S
         if is_mark and self._seconds is not None:
             self.predicted.append({"share": round(share, 4), "seconds": self._seconds})
         return None if self._seconds is None else max(self._seconds - elapsed_s, 0.0)
+
+
+def _has_room() -> bool:
+    """Tells whether standard error is a terminal that shows a bar: tqdm shows none in 0 columns or 0 rows, which a
+    terminal has that no program has sized."""
+    return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
 
 
 def duration(seconds: float) -> str:

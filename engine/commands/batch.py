@@ -119,9 +119,15 @@ def _check_files(args: argparse.Namespace) -> None:
     for flag, is_needed in needed.items():
         file = getattr(args, flag[2:].replace("-", "_"))
         if file is None and is_needed:
-            raise ValueError(f"{flag}: is missing")
+            raise ValueError(f"{flag}: is missing{_advice(args) if flag == '--input-file' else ''}")
         if file == "-":
             raise ValueError(f"{flag} -: expected a file, in which a job can find its rows again")
+
+
+def _advice(args: argparse.Namespace) -> str:
+    """Advice for a file that was given without its flag, and so was read as the model."""
+    alone = args.model_argument
+    return "" if alone is None else f": give -i FILE; {alone!r} was read as the model"
 
 
 def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: JobFiles, stopping: Stopping) -> bool:

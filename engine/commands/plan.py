@@ -7,13 +7,15 @@ this file shows it.
 import argparse
 import dataclasses
 import json
+import os
+import sys
 from typing import Any
 
 from penstock.engine.commands.flags import Groups
 from penstock.engine.config import EngineConfig
 from penstock.engine.model.spec import DTYPE_BYTES
 from penstock.engine.model.steps import activation_widths
-from penstock.engine.planning.device_profile import plan_rates, ranks
+from penstock.engine.planning.device_profile import find_profile, plan_rates, ranks
 from penstock.engine.planning.engine_plan import EnginePlan, longest_sequence, make_engine_plan
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.planning.kv_tier import describe_host_pages, num_host_pages
@@ -33,6 +35,8 @@ from penstock.scheduler.residency.residency_table import Prediction, Variant, gi
 from penstock.scheduler.residency.search import STREAMING_GAIN
 from penstock.scheduler.units import GIB, show_bytes, show_count
 
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of Linux and of Windows' Subsystem for it
+
 
 def add_arguments(groups: Groups) -> None:
     """Options of `plan` beside the engine's own."""
@@ -50,6 +54,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     if not 1 <= args.context <= INT32_MAX:
         raise ValueError(f"context={args.context}: expected a positive number of tokens, at most {INT32_MAX}")
     plan = plan_of(config)
+    if _is_elsewhere(config, plan):
+        print("note: no GPU here: --device cpu plans for this machine", file=sys.stderr)
     context = min(args.context, plan.residency.max_model_len)
     if args.json:
         print(json.dumps(summary(config, plan, context)))
@@ -58,6 +64,13 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     if args.table:
         print(f"\nstep table of a pass:\n{step_table(plan)}")
     return 0
+
+
+def _is_elsewhere(config: EngineConfig, plan: EnginePlan) -> bool:
+    """Tells whether a GPU was planned for that nobody named and no driver of this machine has."""
+    is_named = config.device != "auto" or config.device_profile is not None or config.gpu_memory is not None
+    is_measured = find_profile("cuda", plan.tp_size) is not None
+    return not (is_named or is_measured or any(map(os.path.exists, GPU_DRIVERS)))
 
 
 def describe(config: EngineConfig, plan: EnginePlan, context: int) -> str:

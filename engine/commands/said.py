@@ -5,6 +5,7 @@ the plan."""
 import sys
 from collections import Counter
 
+import torch
 from penstock.engine.commands.plan import describe, predict, step_table
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
@@ -16,6 +17,8 @@ from penstock.scheduler.cost.time_model import Rates
 from penstock.scheduler.residency.demand import KV_LEN
 from penstock.scheduler.residency.residency_table import how_streamed
 from penstock.scheduler.units import GIB, MIB, gb_s, show_bytes, show_time
+
+SLOW = 0.05  # the share of the bound below which a CPU's threads are suspected
 
 
 def say_before(llm: LLM, num_seqs: int, asked: EngineConfig | None = None, table: bool = False) -> None:
@@ -48,19 +51,22 @@ def _prediction(llm: LLM, num_seqs: int, context: int) -> str:
 def say_after(llm: LLM, outputs: list[RequestOutput], elapsed_s: float, verbose: bool) -> None:
     """The line after the text; with `verbose` those of what moved and how long it took."""
     num_tokens = sum(len(sequence.token_ids) for output in outputs for sequence in output.outputs)
-    speed = f"{num_tokens} tokens in {show_time(elapsed_s)}: {_speed(num_tokens / elapsed_s)}"
+    lines = [f"{num_tokens} tokens in {show_time(elapsed_s)}: {_speed(num_tokens / elapsed_s)}"]
     if llm.engine.times.num_passes:  # none ran if no sequence could
-        speed += f", {_share_of_bound(llm)}"
-    print(speed, *(_measurements(llm) if verbose else ()), sep="\n", file=sys.stderr)
+        share, bound = _share_of_bound(llm)
+        lines[0] += f", {share:.2f} of the {bound} bound at the {_kind(llm.engine.rates)} rates"
+        if llm.engine.device.type == "cpu" and share < SLOW and torch.get_num_threads() > 1:
+            lines.append("note: threads may wait for each other where others use the CPU: OMP_NUM_THREADS=1 may help")
+    print(*lines, *(_measurements(llm) if verbose else ()), sep="\n", file=sys.stderr)
 
 
-def _share_of_bound(llm: LLM) -> str:
-    """The share that the passes reached of the bound that the time model gives each of them."""
+def _share_of_bound(llm: LLM) -> tuple[float, str]:
+    """The share that the passes reached of the bound that the time model gives each of them, and which it was."""
     engine, bounds = llm.engine, Counter()
     for _, _, predicted, _ in engine.times.passes:
         bounds[predicted.bound] += predicted.bound_s
     ((bound, _),) = bounds.most_common(1)
-    return f"{bounds.total() / engine.times.measured_s:.2f} of the {bound} bound at the {_kind(engine.rates)} rates"
+    return bounds.total() / engine.times.measured_s, bound
 
 
 def _kind(rates: Rates) -> str:

@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from penstock.engine.commands.check_model import check_model
 from penstock.engine.commands.flags import Groups, add_flag
 from penstock.engine.config import EngineConfig
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.engine_process import EngineProcess
 from penstock.engine.server.generation_defaults import FILE, read_defaults
 from penstock.engine.server.listener import bind
 from penstock.engine.server.options import FIELDS, KEY_VARIABLE, SIGNALS, ServeOptions
 from penstock.engine.server.request_log import request_log
 from penstock.engine.text.model_text import has_tokenizer
+from penstock.engine.weights.read_model import check_there
 from penstock.parallel.launch import resolve_launch
 
 NEEDED = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client")
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     if resolve_launch(config.tensor_parallel_size).rank > 0:
         return follow(config)
     with bind(options.host, options.port) as listener, request_log(options.request_log) as log, ended_by_signals():
+        check_there(find_model(config.model))  # all the rest of the model may take a while
         address, port = listener.getsockname()[:2]
         say(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}, loading {config.model}")
         check_model(config)

@@ -100,7 +100,7 @@ def naming_field(error: ValueError, otherwise: str, code: str | None = None) -> 
     that is at fault, if that is not `otherwise`."""
     match = _PATTERN.match(str(error))
     named = match[1] if match and match[1] in (COMPLETION | CHAT) else otherwise
-    return refused(str(error), named, code)
+    return refused(re.sub("or None$", "or null", str(error)), named, code)  # the words of JSON
 
 
 def _fields(body: Any, types: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class PromptReader:
             raise ValueError(f"prompt {index}: {prompt!r} is neither a string nor a list of token ids")
         if params.priority and self.policy != "priority":
             raise ValueError(
-                f"prompt {index}: priority={params.priority}: who comes first is served first here; set"
-                " scheduling_policy='priority'"
+                f"prompt {index}: priority={params.priority}: who comes first is served first here, unless the engine"
+                " is started with scheduling_policy='priority' (--scheduling-policy priority)"
             )
         if params.prompt_logprobs is not None and not self.scores_prompts:
             raise ValueError(f"prompt {index}: prompt_logprobs={params.prompt_logprobs}: a split execution has none")

@@ -5,6 +5,7 @@ wrong: the dtype where it names none, whether a tied model has a head of its own
 then, if it differs from the embedding), and under which of a family's names the tensors are.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,13 +65,21 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
         return replace(model, notes=(*model.notes, f"planned without the weights, which cannot be loaded: {error}"))
 
 
+def check_there(path: Path) -> None:
+    """Raises ValueError for a directory without a config.json: with the file to give, if it has GGUF files."""
+    if not path.is_dir() or os.path.lexists(config_file(path)):
+        return
+    found = sorted(path.glob("*.gguf"))
+    if not found:
+        raise ValueError(f"{path}: is no checkpoint: config.json is missing, and there is no GGUF file")
+    others = f" and {len(found) - 1} more GGUF files" if len(found) > 1 else ""
+    raise ValueError(f"{path}: has no config.json, but {found[0].name}{others}: give the GGUF file itself")
+
+
 def _read_config(path: Path) -> tuple[Model, bool]:
-    """The model as config.json says it, and whether that names a dtype. Raises ValueError, with the file to give, for a
-    directory of GGUF files."""
+    """The model as config.json says it, and whether that names a dtype. Raises ValueError as check_there does."""
+    check_there(path)
     file = config_file(path)
-    if path.is_dir() and not file.exists() and (found := sorted(path.glob("*.gguf"))):
-        others = f" and {len(found) - 1} more GGUF files" if len(found) > 1 else ""
-        raise ValueError(f"{path}: has no config.json, but {found[0].name}{others}: give the GGUF file itself")
     config = read_config(path)
     spec = read_spec(config, str(file))
     for name, fields in QUANTISED.items():

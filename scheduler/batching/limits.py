@@ -27,6 +27,6 @@ class Limits:
         num_pages = most_pages(request, self.retention, self.max_model_len)
         if num_pages > self.num_pages:
             raise ValueError(
-                f"request {request.id}: {request.most_tokens(self.max_model_len)} tokens (prompt and max_tokens) need"
+                f"prompt {request.id}: {request.most_tokens(self.max_model_len)} tokens (prompt and max_tokens) need"
                 f" {num_pages} pages of {self.retention.page_size} tokens, and there are {self.num_pages}"
             )

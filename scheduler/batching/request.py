@@ -253,10 +253,10 @@ class Request:
         rule)."""
         num_prompt, most = len(self.prompt_token_ids), max_model_len - 1
         if num_prompt == 0:
-            raise ValueError(f"request {self.id}: the prompt is empty")
+            raise ValueError(f"prompt {self.id}: is empty")
         if num_prompt > most:
             raise TooLong(
-                f"request {self.id}: the prompt has {num_prompt} tokens, and at most {most} fit"
+                f"prompt {self.id}: has {num_prompt} tokens, and at most {most} fit"
                 f" (max_model_len is {max_model_len}, one of them for the output)"
             )
 

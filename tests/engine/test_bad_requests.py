@@ -36,10 +36,10 @@ def nothing_runs(llm):
 
 LONG_IDS = [5] * 64
 BAD_PROMPTS = [
-    ([[]], r"request 0: the prompt is empty"),
-    ([[1], []], r"request 1: the prompt is empty"),
-    ([LONG_IDS], r"request 0: the prompt has 64 tokens, and at most 63 fit \(max_model_len is 64"),
-    ("Return the " * 40, r"request 0: the prompt has \d+ tokens, and at most 63 fit"),
+    ([[]], r"prompt 0: is empty"),
+    ([[1], []], r"prompt 1: is empty"),
+    ([LONG_IDS], r"prompt 0: has 64 tokens, and at most 63 fit \(max_model_len is 64"),
+    ("Return the " * 40, r"prompt 0: has \d+ tokens, and at most 63 fit"),
     ([[-1]], r"prompt 0: token id -1 is not in 0\.\.2047"),
     ([[1, 2048]], r"prompt 0: token id 2048 is not in 0\.\.2047"),
     ([[1, -(2**40)]], r"prompt 0: token id -1099511627776 is not in 0\.\.2047"),
@@ -241,7 +241,7 @@ def test_nan_weights_are_warned_of_and_nan_logits_end_each_sequence(tmp_path, ca
         ),
         (["--prompts-file", "binary"], r"--prompts-file binary: 'utf-8' codec can't decode"),
         (["--prompts-file", "ids.jsonl"], r"prompt 0: token id 9999 is not in 0\.\.2047"),
-        (["--prompt", "x " * 900], r"request 0: the prompt has \d+ tokens, and at most 63 fit"),
+        (["--prompt", "x " * 900], r"prompt 0: has \d+ tokens, and at most 63 fit"),
         (["--stop-token-ids", "2048", "--prompt", "a"], r"prompt 0: stop_token_ids: 2048 is not in 0\.\.2047"),
     ],
 )

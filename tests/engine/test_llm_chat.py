@@ -55,7 +55,7 @@ def test_without_parameters_an_answer_may_fill_the_context(llm):
 def test_what_cannot_be_answered_is_refused_before_anything_runs(llm):
     for messages, message in (
         ([{"role": "user"}, {"content": "a"}], "conversation 0, message 1: "),
-        ([{"role": "user", "content": "word " * 200}], "request 0: the prompt has "),
+        ([{"role": "user", "content": "word " * 200}], "prompt 0: has "),
         ([{"role": "user", "content": "a" * 2**21}], "prompt 0: a text of "),
     ):
         with pytest.raises(ValueError, match=message):

@@ -41,7 +41,10 @@ def test_each_request_is_as_alone_on_two_ranks(alone):
 def test_priorities_are_for_the_policy_of_that_name(alone):
     """The first of them runs when the others come, and gives way to the most urgent."""
     params = [replace(own, priority=priority) for own, priority in zip(PARAMS, (3, 2, 1, 0, -1, 2), strict=True)]
-    with LLM("demo", **ON_CPU, max_num_seqs=1) as llm, pytest.raises(ValueError, match="^prompt 0: priority=3: "):
+    with (
+        LLM("demo", **ON_CPU, max_num_seqs=1) as llm,
+        pytest.raises(ValueError, match="^prompt 0: priority=3: .*--scheduling-policy priority"),
+    ):
         llm.generate(PROMPTS, params)
     with LLM("demo", **ON_CPU, max_num_seqs=1, scheduling_policy="priority") as llm:
         ended, sequences = [], [llm.sequences(*one)[0] for one in zip(PROMPTS, params, strict=True)]

@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 from penstock.engine.commands import cli
 from penstock.engine.commands.generate import TextPrinter
 from penstock.engine.streams import MOST_CHARACTERS, guarded_streams, mistake, one_line, visible
+from penstock.engine.text import prompts
 
 from tests.support.commands import ROOT, Command
 
@@ -37,6 +40,18 @@ def test_what_a_user_can_mend_is_a_line_and_our_bugs_are_not():
     assert mistake(MemoryError()) == "there is not enough host memory"
     for bug in (OSError(9, "Bad file descriptor"), KeyError("x"), RuntimeError("x"), AssertionError(), OverflowError()):
         assert mistake(bug) is None
+
+
+def test_a_warning_of_ours_is_one_line_and_another_as_python_has_it(capsys, monkeypatch):
+    others: list[tuple] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *given: others.append(given))
+    with warnings.catch_warnings(), guarded_streams():
+        warnings.simplefilter("always")
+        for file in (prompts.__file__, "/elsewhere/library.py"):
+            warnings.warn_explicit(f"a\x1b of {Path(file).name}", UserWarning, file, 7)
+    assert capsys.readouterr().err == "penstock: warning: a\\x1b of prompts.py\n"
+    ((_, _, *place, _, _),) = others
+    assert place == ["/elsewhere/library.py", 7]
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "no\x1b]0;title\x07such"])

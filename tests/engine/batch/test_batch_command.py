@@ -117,7 +117,7 @@ def test_rows_that_fail_are_rows_and_run_again_if_asked(llm, tmp_path, said):
     rows = {row["custom_id"]: row for row in rows_of(output)}
     assert rows["ok"]["error"] is None
     assert rows["long"]["error"]["code"] == "context_length_exceeded"
-    assert "the prompt has 70 tokens, and at most 63 fit" in rows["long"]["error"]["message"]
+    assert ": has 70 tokens, and at most 63 fit" in rows["long"]["error"]["message"]
     assert rows["long"]["response"]["status_code"] == 400
     assert rows["long"]["response"]["body"]["error"]["type"] == "invalid_request_error"
     first = output.read_bytes()
@@ -196,6 +196,12 @@ def test_a_file_that_is_no_output_is_refused(llm, reference, tmp_path, said):
     assert output.read_text() == "my letters\n" and [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+def test_a_file_without_its_flag_is_told_from_the_model(tmp_path, said):
+    assert main(["batch", "given.jsonl", "-o", str(tmp_path / "out.jsonl")]) == 2
+    asked = "--input-file: is missing: give -i FILE; 'given.jsonl' was read as the model"
+    assert said()[1] == [f"penstock: error: {asked}"]
+
+
 def test_rows_of_another_job_or_twice_there_are_refused(llm, reference, tmp_path, said):
     output, lines = tmp_path / "out.jsonl", reference[1].read_bytes().splitlines(keepends=True)
     same_job(reference[1], output)
@@ -206,7 +212,9 @@ def test_rows_of_another_job_or_twice_there_are_refused(llm, reference, tmp_path
     ):
         output.write_bytes(content)
         assert run_here(llm, reference[0], output) == 2
-        assert message in said()[1][-1] and output.read_bytes() == content
+        told = said()[1][-1]
+        assert message in told and output.read_bytes() == content
+        assert told.endswith(" (remove that line, give another -o, or --force-new to begin anew)")
 
 
 def test_an_output_that_was_removed_runs_again_to_the_same_bytes(llm, reference, tmp_path):
@@ -364,7 +372,7 @@ def test_a_dry_run_leaves_out_prompts_that_no_sequence_can_have(tmp_path, said):
 def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, monkeypatch):
     """A second is as short as a pass here; the job's end is known to the pass, since all lengths are fixed."""
     monkeypatch.setattr(meter, "SAMPLE_S", 0.0)
-    monkeypatch.setattr(progress, "PREDICT_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
     texts = [line(str(number), prompt=[5, number + 5], max_tokens=8, ignore_eos=True) for number in range(40)]
     told, show = [], BatchRun.seconds_left
 

@@ -1,7 +1,12 @@
 """The view of a run: a bar in a terminal, a line now and then elsewhere."""
 
+import contextlib
+import fcntl
 import io
+import os
+import struct
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +21,23 @@ RUN = SimpleNamespace(
 
 
 class Terminal(io.StringIO):
+    """Keeps what is written, and has a terminal's size."""
+
+    def __init__(self, rows: int = 24, columns: int = 160):
+        super().__init__()
+        self.controller, self.descriptor = os.openpty()
+        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
     def isatty(self) -> bool:
         return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def close(self) -> None:
+        super().close()
+        os.close(self.controller)
+        os.close(self.descriptor)
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
@@ -52,3 +72,35 @@ def test_a_prediction_is_kept_in_the_pass_that_reaches_its_mark(monkeypatch, str
             view.show(run, is_due=False)
         assert stream.getvalue() == before
     assert view.predicted == [{"share": 0.05, "seconds": 8.0}, {"share": 0.2, "seconds": 4.0}]
+
+
+def test_each_line_predicts_anew(monkeypatch):
+    """Within PREDICT_S: what the first pass told is no longer true when the line after it comes."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    with Progress(1000, num_done=0) as view:
+        for elapsed_s, left_s in ((1.0, 20.0), (2.0, 60.0)):
+            measured = SimpleNamespace(**vars(RUN.meter) | {"elapsed_s": elapsed_s})
+            view.show(SimpleNamespace(done=RUN.done, meter=measured, seconds_left=lambda s=left_s: s), is_due=True)
+    first, second = sys.stderr.getvalue().splitlines()
+    assert "ends in 00:20 (" in first and "ends in 01:00 (" in second
+
+
+def test_between_two_lines_nothing_is_predicted(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    asked = []
+    run = SimpleNamespace(done=RUN.done, meter=RUN.meter, seconds_left=lambda: asked.append(1) or 90.0)
+    with Progress(1000, num_done=0) as view:
+        view.show(run, is_due=True)
+    assert not asked
+
+
+@pytest.mark.parametrize("size", [(0, 0), (24, 0), (0, 80)])
+def test_a_terminal_without_room_for_a_bar_gets_lines(monkeypatch, size):
+    with contextlib.closing(Terminal(*size)) as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(progress, "LINE_S", 0.0)
+        with Progress(100, num_done=5) as view:
+            view.show(RUN, is_due=True)
+        assert terminal.getvalue().startswith("penstock batch: 25/100 rows, 7012 tokens/s")
+        assert terminal.getvalue().count("\n") == 1

@@ -113,7 +113,7 @@ CHECKPOINTS = [
     Bad("corrupt header", r"model\.safetensors: corrupt header: ", corrupt_header),
     Bad("header longer than the file", r"model\.safetensors: the header is said to have 8589934592 b", lengthen_header),
     Bad("corrupt tokenizer", r"tokenizer\.json: not a tokenizer\.json: ", text("tokenizer.json", b'{"model": ')),
-    Bad("no config", r"config\.json: No such file", without("config.json")),
+    Bad("no config", r"is no checkpoint: config\.json is missing, and there is no GGUF file", without("config.json")),
     Bad("corrupt config", r"config\.json: is not JSON: ", text("config.json", b'{"model_type": ')),
     Bad("architecture", r"architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM \(llama\), ",
         config(model_type="mamba", architectures=["MambaForCausalLM"])),
@@ -129,6 +129,8 @@ CHECKPOINTS = [
         options={"model": str(SHAPE)}),
     Bad("no such model", r"model='nowhere': no such file or directory \(nothing is downloaded",
         options={"model": "nowhere"}),
+    Bad("nothing there for a tokenizer", r"tokenizer='nowhere': no such file or directory \(nothing is downloaded",
+        options={"tokenizer": "nowhere"}),
     Bad("no such tokenizer", r"tokenizer='\S+': no tokenizer there", options={"tokenizer": str(SHAPE.parent)}),
 ]  # fmt: skip
 

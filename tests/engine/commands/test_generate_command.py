@@ -8,6 +8,7 @@ import shlex
 import sys
 
 import pytest
+from penstock.engine.commands import said
 from penstock.engine.commands.cli import COMMANDS, _parsers, main
 from penstock.engine.commands.flags import EVERYDAY, MEMORY
 from penstock.engine.commands.generate import SAMPLING_FLAGS
@@ -103,6 +104,18 @@ def test_verbose_says_how_requests_came_and_waited(capsys):
     assert set(said) <= set(capsys.readouterr().err.splitlines()) and len(said) == 3
     for line, part in zip(said, ("tokens of prompts were cached", "for: rows 2", "tokens that the link hid")):
         assert part in line
+
+
+@pytest.mark.parametrize("num_threads, slow, is_said", [(1, 9e9, False), (2, 9e9, True), (2, 0.0, False)])
+def test_a_slow_run_on_more_threads_than_one_is_told_of_them(capsys, monkeypatch, num_threads, slow, is_said):
+    monkeypatch.setattr(said, "SLOW", slow)
+    with LLM("demo", device="cpu") as llm:
+        llm.engine.times.keep()
+        outputs = llm.generate("Return the", SamplingParams(temperature=0, max_tokens=2))
+        monkeypatch.setattr("torch.get_num_threads", lambda: num_threads)
+        say_after(llm, outputs, 1.0, verbose=False)
+    notes = capsys.readouterr().err.splitlines()[1:]
+    assert [note.endswith("OMP_NUM_THREADS=1 may help") for note in notes] == [True] * is_said
 
 
 def test_what_a_user_should_know_of_the_plan_is_a_line_of_its_own(capsys, nothing_is_measured):

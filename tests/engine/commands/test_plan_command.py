@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from penstock.engine.commands import cli
+from penstock.engine.commands import plan as plan_module
 from penstock.engine.commands.flags import config_from_args
 from penstock.engine.config import DebugConfig, EngineConfig
 from penstock.engine.model.families import read_config, read_spec, tensor_names
@@ -253,3 +254,15 @@ def test_with_a_window_it_says_what_stays(capsys):
     short = plan_json(capsys, *arguments, "--max-model-len", "100", "--num-pages", "8")
     assert (short["max_context"], short["max_model_len"]) == (100, 100)
     assert "evicted" not in plan(capsys, "--model", "demo", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    "flags, has_gpu, is_said",
+    [([], False, True), ([], True, False), (["--device", "cpu"], False, False), (["--device", "cuda"], False, False),
+     (["--device-profile", "h200"], False, False), (["--gpu-memory", "24GiB"], False, False)],
+)  # fmt: skip
+def test_a_machine_without_a_gpu_is_told_how_to_plan_for_itself(capsys, monkeypatch, flags, has_gpu, is_said):
+    monkeypatch.setattr(plan_module, "GPU_DRIVERS", [__file__, "/nowhere"] if has_gpu else ["/nowhere"])
+    assert cli.main(["plan", SMALL, *flags]) == 0
+    told = ["note: no GPU here: --device cpu plans for this machine"]
+    assert capsys.readouterr().err.splitlines() == told * is_said

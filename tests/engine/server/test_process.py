@@ -271,6 +271,13 @@ def test_what_an_engine_cannot_be_started_with_is_one_line(tmp_path):
         assert line.startswith("penstock: error: ") and "num_pages" in line
 
 
+def test_where_no_model_is_it_does_not_say_that_it_listens(tmp_path, capsys):
+    for model, told in ((tmp_path / "nowhere", "no such file or directory"), (tmp_path, "is no checkpoint")):
+        assert main(["serve", str(model), "--port", "0"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("penstock: error: ") and told in line
+
+
 @contextlib.contextmanager
 def held_in_prefill(server: ServerProcess, num_ranks: int) -> Iterator[None]:
     """A context in which all ranks are at the begin of a pass that computes a part of a prompt; behind it they go

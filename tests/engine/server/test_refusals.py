@@ -119,6 +119,12 @@ def test_what_cannot_be_meant_is_refused_and_the_field_is_named(served):
     assert served.llm.engine.times.num_passes == num_passes
 
 
+def test_what_is_expected_is_said_in_words_of_json(served):
+    for field, value in (("max_tokens", 0), ("seed", 2**64), ("stop", [""]), ("stop_token_ids", [-1])):
+        message = error_of(served.post(COMPLETIONS, prompt="def", **{field: value}), 400)["message"]
+        assert message.endswith(", or null") and "None" not in message
+
+
 def test_what_changes_nothing_is_taken(served):
     neutral = {
         "best_of": 1, "logit_bias": {"5": 0}, "suffix": "", "functions": [], "response_format": {"type": "text"},

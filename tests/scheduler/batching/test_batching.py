@@ -148,10 +148,10 @@ def test_the_head_of_the_line_is_not_overtaken():
 @pytest.mark.parametrize(
     "num_prompt, changes, message",
     [
-        (0, {}, "request 7: the prompt is empty"),
-        (32, {}, "request 7: the prompt has 32 tokens, and at most 31 fit .*max_model_len is 32"),
-        (90, {}, "request 7: the prompt has 90 tokens, and at most 31 fit"),
-        (20, {"num_pages": 5}, "request 7: 24 tokens .* need 6 pages of 4 tokens, and there are 4"),
+        (0, {}, "prompt 7: is empty"),
+        (32, {}, "prompt 7: has 32 tokens, and at most 31 fit .*max_model_len is 32"),
+        (90, {}, "prompt 7: has 90 tokens, and at most 31 fit"),
+        (20, {"num_pages": 5}, "prompt 7: 24 tokens .* need 6 pages of 4 tokens, and there are 4"),
     ],
 )
 def test_what_can_never_run_is_refused(num_prompt, changes, message):
@@ -369,7 +369,7 @@ def test_no_token_to_be_had_ends_the_request_with_an_error():
 def test_a_refused_request_has_ended():
     sched = scheduler(num_pages=2)
     refused = request(num_prompt=3, max_tokens=20)
-    with pytest.raises(ValueError, match="request 0: 23 tokens .* need 6 pages of 4 tokens, and there are 1"):
+    with pytest.raises(ValueError, match="prompt 0: 23 tokens .* need 6 pages of 4 tokens, and there are 1"):
         sched.add(refused)
     assert refused.finish_reason is FinishReason.ERROR and not sched.has_unfinished
 
