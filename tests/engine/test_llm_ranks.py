@@ -174,7 +174,7 @@ def test_options_that_one_rank_is_refused_end_the_others_too(torchrun):
         "other_size": "ValueError: tensor_parallel_size=4, but torchrun started WORLD_SIZE=2 ranks",
         "no_number": "ValueError: max_model_len='many': expected int or None",
         "no_option": "TypeError: LLM has no option no_such",
-        "no_tokenizer": "ValueError: model='nowhere': no such file or directory",
+        "no_tokenizer": "ValueError: tokenizer='nowhere': no such file or directory",
         "no_split": "ValueError: split='fused': expected a SplitConfig",
         "interface": "ValueError: GLOO_SOCKET_IFNAME=nope0: this host has no network interface 'nope0'",
         "rank_0": "ValueError: resident=7: expected auto, all, none or a fraction between 0 and 1",
