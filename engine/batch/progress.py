@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 LINE_S = 60.0  # between two lines where there is no terminal; the first comes after a sixth of it
 PREDICT_S = 10.0  # between two predictions for the bar: each takes the host up to a tenth of a second
+DAY_S = 24 * 3600.0
 MARKS = (0.05, 0.2)  # shares of the rows of a run at which its prediction is kept
 
 
@@ -76,16 +77,17 @@ def duration(seconds: float) -> str:
 
 
 def describe(run: BatchRun, left_s: float | None) -> str:
-    """The speed of late, its share of the bound, and when the job ends."""
+    """What failed, when the job ends, the speed of late and its share of the bound: in 80 columns a bar shows the first
+    of these."""
+    parts = [f"{run.done.num_failed} failed"] if run.done.num_failed else []
+    if left_s is not None:
+        day = "%a " if left_s >= DAY_S else ""
+        at = time.strftime(f"{day}%H:%M", time.localtime(time.time() + left_s))
+        parts.append(f"ends in {duration(left_s)} ({at})")
     tokens_s = run.meter.tokens_s
-    parts = [f"{tokens_s:.{0 if tokens_s >= 100 else 1}f} tokens/s"]
+    parts.append(f"{tokens_s:.{0 if tokens_s >= 100 else 1}f} tokens/s")
     if run.meter.bound is not None:
         parts.append(f"{run.meter.share_of_bound:.2f} of the {run.meter.bound} bound")
-    if left_s is not None:
-        at = time.strftime("%a %H:%M:%S", time.localtime(time.time() + left_s))
-        parts.append(f"ends in {duration(left_s)} ({at})")
-    if run.done.num_failed:
-        parts.append(f"{run.done.num_failed} failed")
     return ", ".join(parts)
 
 

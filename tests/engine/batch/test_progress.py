@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import os
+import re
 import struct
 import sys
 import termios
@@ -47,9 +48,19 @@ def test_rows_speed_share_of_the_bound_and_end_are_shown(monkeypatch, stream):
     with Progress(100, num_done=5) as view:
         view.show(RUN, is_due=True)
     shown = stream.getvalue()
-    assert "25/100 rows" in shown and "7012 tokens/s, 0.95 of the link bound, ends in 01:30 (" in shown
-    assert "2 failed" in shown and (" 25%|" in shown) == stream.isatty()
+    said = r"25/100 rows, 2 failed, ends in 01:30 \(\d\d:\d\d\), 7012 tokens/s, 0.95 of the link bound"
+    assert re.search(said, shown)
+    assert (" 25%|" in shown) == stream.isatty()
     assert view.predicted == [{"share": 0.2105, "seconds": 100.0}]
+
+
+def test_in_80_columns_the_end_and_what_failed_are_seen(monkeypatch):
+    narrow = Terminal(columns=80)
+    monkeypatch.setattr(sys, "stderr", narrow)
+    with Progress(1_000_000, num_done=5) as view:
+        view.show(SimpleNamespace(done=RUN.done, meter=RUN.meter, seconds_left=lambda: 90_000.0), is_due=True)
+    shown = narrow.getvalue()
+    assert re.search(r"2 failed, ends in 25:00:00 \([A-Z]\w\w \d\d:\d\d\)", shown) and " bound" not in shown
 
 
 def test_elsewhere_it_is_quiet_between_two_lines(monkeypatch):
@@ -102,5 +113,5 @@ def test_a_terminal_without_room_for_a_bar_gets_lines(monkeypatch, size):
         monkeypatch.setattr(progress, "LINE_S", 0.0)
         with Progress(100, num_done=5) as view:
             view.show(RUN, is_due=True)
-        assert terminal.getvalue().startswith("penstock batch: 25/100 rows, 7012 tokens/s")
+        assert terminal.getvalue().startswith("penstock batch: 25/100 rows, 2 failed, ends in 01:30 (")
         assert terminal.getvalue().count("\n") == 1
