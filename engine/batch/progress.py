@@ -77,8 +77,8 @@ def duration(seconds: float) -> str:
 
 
 def describe(run: BatchRun, left_s: float | None) -> str:
-    """What failed, when the job ends, the speed of late and its share of the bound: in 80 columns a bar shows the first
-    of these."""
+    """The number of rows that failed, when the job ends, the speed of late and its share of the bound: in 80 columns a
+    bar shows the first of these."""
     parts = [f"{run.done.num_failed} failed"] if run.done.num_failed else []
     if left_s is not None:
         day = "%a " if left_s >= DAY_S else ""
