@@ -35,7 +35,6 @@ from penstock.engine.runtime.graph import LONG_SLEEP_S, Graphs, Mailbox, Pending
 from penstock.engine.runtime.page_moves import PageMover
 from penstock.parallel.triton_door import compiled_ahead
 from penstock.scheduler.batching.batch import Batch
-from penstock.scheduler.passes.pass_plan import Compute
 
 
 class RunAs(Enum):
@@ -70,8 +69,8 @@ class PassRunner:
         assert max_num_seqs <= min(most["tokens"], most["rows"]), "a bucket would be larger than the activations"
         self.executor, self.mover = executor, mover
         self.device, self.model, self.watches = executor.device, executor.model, executor.watches
-        steps = (one.step for one in executor.pass_plan.instructions if isinstance(one, Compute))
-        self.binder = make_binder(self.model, max_num_seqs, max_context, SELECT_ATTENDED in steps)
+        selects_early = any(one.step == SELECT_ATTENDED for one in executor.pass_plan.steps)
+        self.binder = make_binder(self.model, max_num_seqs, max_context, selects_early)
         pads_prompts = takes_padding(executor.arena.dtype, self.device)
         most_tokens, segments = executor.arena.most["tokens"] if pads_prompts else 0, self.binder.cutting.segments
         self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, pages=self.model.kv.key_rope is None)
