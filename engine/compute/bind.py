@@ -191,7 +191,7 @@ def make_binder(model: ModelContext, max_num_seqs: int, max_context: int, select
     most_gathered = min(GATHERED_TOKENS, kv.data.shape[2])
     table = PageTable(numpy.zeros((max_num_seqs, pages_for(kv.margin + max_context, kv.page_size)), numpy.int32))
     sizes = (kv.page_size, kv.margin, model.sampler.last_tokens, max_context)
-    return Binder(*sizes, cutting, table, most_gathered, kv.key_rope is None, selects_early)
+    return Binder(*sizes, cutting, table, most_gathered, kv.serves_chunks, selects_early)
 
 
 def _ints(values: Sequence[int]) -> numpy.ndarray:

@@ -38,6 +38,11 @@ class KVCache:
         num_pages = num_tokens // self.page_size
         return self.data.view(num_layers * two, num_pages, -1).transpose(0, 1)
 
+    @property
+    def serves_chunks(self) -> bool:
+        """Tells whether chunks may attend to pages where they lie, whose keys must be rotated."""
+        return self.key_rope is None
+
     def layer(self, layer_idx: int) -> CachedLayer:
         return self._layers[layer_idx]
 

@@ -150,7 +150,7 @@ class Bucket:
             select, sampled_rows, sampled_positions = self.sent.sampled
             behind, starting = map(self._chunks, (0, 1))
             behind = PagedChunks(behind, staging.chunk_table[: size.num_chunks])
-            context = MixedContext(paged, (behind,) if self.kv.key_rope is None else (), starting)
+            context = MixedContext(paged, (behind,) if self.kv.serves_chunks else (), starting)
         self.inputs = PassInputs(
             tokens=tokens,
             positions=positions,

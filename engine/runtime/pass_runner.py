@@ -73,7 +73,7 @@ class PassRunner:
         self.binder = make_binder(self.model, max_num_seqs, max_context, selects_early)
         pads_prompts = takes_padding(executor.arena.dtype, self.device)
         most_tokens, segments = executor.arena.most["tokens"] if pads_prompts else 0, self.binder.cutting.segments
-        self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, pages=self.model.kv.key_rope is None)
+        self.sizes = BucketSizes(most_tokens, max_num_seqs, segments, pages=self.model.kv.serves_chunks)
         self.buckets: dict[BucketSize, Bucket] = {}
         self.staging = self.mailbox = None
         if run_as is not RunAs.EAGER:
