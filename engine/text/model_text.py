@@ -13,7 +13,7 @@ from penstock.engine.weights.gguf_file import is_gguf
 
 def tokenizer_path(config: EngineConfig) -> Path:
     """The directory or GGUF file that --tokenizer names, else the model's."""
-    path = find_model(config.model) if config.tokenizer is None else find_model(config.tokenizer, "tokenizer")
+    path = find_model(config.tokenizer, "tokenizer") if config.tokenizer else find_model(config.model)
     return path if path.is_dir() or is_gguf(path) else path.parent
 
 

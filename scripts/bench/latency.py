@@ -148,7 +148,7 @@ def first_token_fields(llm: LLM, runs: list[Iteration], planned: Rates, beside_s
     prefills = [run.split()[0] for run in runs]
     times = [sum(one.measured_s for one in passes) for passes in prefills]
     shapes, median_s = [one.shape for one in prefills[0]], statistics.median(times)
-    usual = prefills[times.index(sorted(times)[len(times) // 2])]
+    usual = prefills[times.index(statistics.median_high(times))]
     num_tokens = sum(shape.num_tokens for shape in shapes)
     return {
         "first_token_s": median_s,
