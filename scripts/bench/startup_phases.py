@@ -18,9 +18,9 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
 from penstock.engine.runtime.progress import Progress
-from penstock.scheduler.units import KIB
 
 from scripts.bench.engine_record import describe
+from scripts.bench.peak_memory import reset_peak, resident_bytes
 from scripts.bench.workload import greedy, random_jobs
 
 Phase = dict[str, Any]
@@ -32,22 +32,17 @@ class Loading(Progress):
 
     def begin_loading(self, total_bytes: int) -> None:
         super().begin_loading(total_bytes)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-        self._before_bytes = self.peak_bytes = most_resident_bytes()
+        reset_peak()
+        self._before_bytes = self.peak_bytes = resident_bytes()
 
     def add(self, nbytes: int) -> None:
         super().add(nbytes)
         if self.loaded_bytes == self.total_bytes:
-            self.peak_bytes = most_resident_bytes()
+            self.peak_bytes = resident_bytes()
 
     @property
     def added_bytes(self) -> int:
         return self.peak_bytes - self._before_bytes
-
-
-def most_resident_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * KIB
 
 
 def process_start_s() -> float:

@@ -7,12 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from scripts.bench.peak_memory import resident_bytes
 from tests.support.batch_jobs import StubLLM, run_here, write_many
-
-
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main() -> None:
@@ -21,7 +17,7 @@ def main() -> None:
     for number in (1000, num_rows):
         given = write_many(folder / f"{number}.jsonl", number)
         assert run_here(StubLLM(), given, folder / f"{number}.out", "--order", "input") == 0
-        peaks.append(peak_bytes())
+        peaks.append(resident_bytes())
     print(json.dumps({"grown_bytes": peaks[1] - peaks[0]}))
 
 

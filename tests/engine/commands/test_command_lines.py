@@ -6,7 +6,6 @@ import argparse
 import io
 import itertools
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from penstock.parallel.launch import Launch
 from penstock.scheduler.cost.time_model import PROFILES
 from penstock.scheduler.units import GIB, KIB, MIB
 
+from scripts.bench.peak_memory import NOW, reset_peak, resident_bytes
 from tests.support.commands import ROOT
 
 COMMANDS = [name for name, command in cli.COMMANDS.items() if command.does]
@@ -276,20 +276,15 @@ def assert_one_line(row: Row, out: str, err: str) -> None:
     assert any(name in line for name in row.names), line
 
 
-def peak_bytes(name: str = "VmHWM") -> int:
-    """This process's resident memory: the most since it was last reset, or now (VmRSS)."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * KIB
-
-
 @pytest.fixture
 def within_bounds(folder) -> Iterator[None]:
     """The test takes no more time and memory than a command line may."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, start = peak_bytes("VmRSS"), time.process_time()
-    assert peak_bytes() - before < 16 * MIB  # the reset works here
+    reset_peak()
+    before, start = resident_bytes(NOW), time.process_time()
+    assert resident_bytes() - before < 16 * MIB  # the reset works here
     yield
     assert time.process_time() - start <= MOST_S
-    assert peak_bytes() - before <= MOST_BYTES - IMPORTED_BYTES
+    assert resident_bytes() - before <= MOST_BYTES - IMPORTED_BYTES
 
 
 def flags_of(row: Row) -> set[str]:

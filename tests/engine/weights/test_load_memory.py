@@ -22,31 +22,27 @@ ROOT = Path(__file__).parents[3]
 
 LOAD_AND_MEASURE = """
     import sys, torch
-    from pathlib import Path
     from penstock.engine.model.families import tensor_names
     from penstock.engine.model.layout import expected_tensors, model_layout
     from penstock.engine.weights.checkpoint import Checkpoint
     from penstock.engine.weights.gguf_checkpoint import GGUFCheckpoint
     from penstock.engine.weights.host_store import load_weights
     from penstock.engine.weights.read_model import read_model
-
-    def peak_bytes():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    from scripts.bench.peak_memory import reset_peak, resident_bytes
 
     directory, dtype, tp_size, rank, compressed = *sys.argv[1:3], *map(int, sys.argv[3:])
     spec = read_model(directory).spec
     names = spec.names if directory.endswith(".gguf") else tensor_names(spec)
     layout = model_layout(spec, names, dtype, tp_size, rank)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = peak_bytes()
+    reset_peak()
+    before = resident_bytes()
     with GGUFCheckpoint.open_model(directory, spec) if spec.formats else Checkpoint.open(directory) as source:
         source.check(expected_tensors(spec, names), names.ignorable)
         groups = {group.id for group in layout.groups}
         compressed = groups if compressed else set()
         loaded = load_weights(source, layout, groups, True, torch.device("cpu"), num_threads=8, compressed=compressed)
     largest = max(group.nbytes for group in layout.groups)
-    print(peak_bytes() - before, layout.nbytes, loaded.bytes_read, loaded.host_bytes, largest)
+    print(resident_bytes() - before, layout.nbytes, loaded.bytes_read, loaded.host_bytes, largest)
 """
 
 
