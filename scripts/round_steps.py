@@ -159,12 +159,12 @@ ONE_GPU = (
     ),
     one(
         "beside",
-        150,
-        "two jobs beside vLLM: uneven lengths, and a prefix that all share",
+        170,
+        "three jobs beside vLLM: uneven lengths, long-tailed ones, and a prefix that all share",
         bench(
             "traffic",
             "Llama-3-8B",
-            f"{RESIDENT} --rows uneven shared-prefix {{vllm}}",
+            f"{RESIDENT} --rows uneven long-tailed shared-prefix {{vllm}}",
             "traffic_llama3_8b_beside_vllm_1rank",
             BRIEF,
         ),
