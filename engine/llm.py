@@ -97,11 +97,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes each prompt: a string, or a list of token ids; one SamplingParams for all, or one for each.
 
-        `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end.
-        Outputs are in the order of the prompts. Raises ValueError, before anything runs, for a prompt or parameter that
-        cannot be meant, under torchrun on all ranks alike, also if they are given different ones (a rank that gives no
-        prompts takes rank 0's); RankFailed if another rank has failed; RuntimeError if this LLM is closed, ended with
-        an earlier error of several ranks, or if sequences that were added to `loop` have not ended.
+        `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at
+        its end. Outputs are in the order of the prompts; those that may become longest begin first. Raises
+        ValueError, before anything runs, for a prompt or parameter that cannot be meant, under torchrun on all
+        ranks alike, also if they are given different ones (a rank that gives no prompts takes rank 0's);
+        RankFailed if another rank has failed; RuntimeError if this LLM is closed, ended with an earlier error
+        of several ranks, or if sequences that were added to `loop` have not ended.
 
         A sequence that fails (its logits are NaN) has finish_reason "error", and the others are as they would be
         without it. If `on_text` raises, this ends its prompt's sequences, with finish_reason "abort", and it is not
@@ -179,10 +180,12 @@ class LLM:
         ]
 
     def _run(self, by_prompt: list[list[Sequence]], listener: Listener) -> None:
-        """Runs the sequences of each prompt until all have ended."""
+        """Runs the sequences of each prompt until all have ended. Those that may become longest begin first: they end
+        last, and passes of few rows cost nearly as much as full ones."""
+        sequences = sorted(itertools.chain(*by_prompt), key=self._most_outputs, reverse=True)
         prompts = {sequence.request.id: prompt for prompt, own in enumerate(by_prompt) for sequence in own}
         try:
-            for sequence in itertools.chain(*by_prompt):
+            for sequence in sequences:
                 self.loop.add(sequence)
             while self.loop.has_unfinished:
                 events = self.loop.advance()
@@ -194,6 +197,10 @@ class LLM:
         except BaseException:  # an interrupt, in on_text too
             self.loop.clear()
             raise
+
+    def _most_outputs(self, sequence: Sequence) -> int:
+        request = sequence.request
+        return request.most_tokens(self.loop.scheduler.max_model_len) - len(request.prompt_token_ids)
 
     @in_turn
     def measure(self, link_bytes: int = LINK_BYTES) -> None:

@@ -245,3 +245,15 @@ def test_logprobs_of_the_sampled_token_only_and_of_all_that_count(llm):
         assert list(only) == [token] and only[token].rank == many[token].rank == 1
         assert only[token].logprob == many[token].logprob  # the first row of two
         assert len(many) == 20 and 0.2 < sum(math.exp(one.logprob) for one in many.values()) <= 1
+
+
+def test_those_that_may_become_longest_begin_first(llm, monkeypatch):
+    begun = []
+    monkeypatch.setattr(llm.loop, "add", lambda sequence, add=llm.loop.add: (begun.append(sequence), add(sequence)))
+    longest = llm.loop.scheduler.max_model_len
+    most = [2, 5, None, 2]
+    params = [SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True) for tokens in most]
+    outputs = llm.generate([[7]] * 3 + [[7, 8]], params)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 5, longest - 1, 2]
+    assert [sequence.request.params.max_tokens for sequence in begun] == [None, 5, 2, 2]
+    assert [len(sequence.request.prompt_token_ids) for sequence in begun[2:]] == [1, 2]  # else as they were given
