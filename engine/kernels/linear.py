@@ -1,15 +1,23 @@
-"""Linear layers, out = x @ w.T (+ bias): a Triton GEMV for the one row of a small decode pass, cuBLAS for more rows.
+"""Linear layers, out = x @ w.T (+ bias): a GEMV for the one row of a small decode pass, a product of tiles for a few
+rows, both in Triton, and cuBLAS for more.
 
 Shapes: T tokens in the batch, N output columns, D input width.
-Both add up in fp32, the bias too, and round once. At T = 1 the time of a linear is that of reading its weight: cuBLAS
-reaches 90 % of the read rate, and programs that walk whole rows reach 99 %. A program owns BLOCK_N rows and walks D in
-BLOCK_D columns. All its warps lie along D, 16 bytes a thread and row, so a thread's x fits its weights without an
-exchange, and threads exchange values only in the sum at the end. There are no partial sums in memory and no atomics.
-BLOCK_D and the warps depend on (N, D) alone, and nothing else changes the order of a column's sum.
+All add up in fp32, the bias too, and round once. There are no partial sums in memory and no atomics. At few rows the
+time of a linear is that of reading its weight, and of its start: kernels in Triton start while their predecessor ends
+(overlap.py), those of cuBLAS do not.
 
-Tried: two and four rows, but there cuBLAS wins the widest shapes. Compiled for sm_90 only: 16-byte loads, no layout
+One row. cuBLAS reaches 90 % of the read rate, and programs that walk whole rows reach 99 %. A program owns BLOCK_N rows
+and walks D in BLOCK_D columns. All its warps lie along D, 16 bytes a thread and row, so a thread's x fits its weights
+without an exchange, and threads exchange values only in the sum at the end. BLOCK_D and the warps depend on (N, D)
+alone, and nothing else changes the order of a column's sum. Compiled for sm_90 only: 16-byte loads, no layout
 conversion in the loop; 56, 80, 148 registers for 2, 4, 8 weight rows a program. Not tried: D split over programs.
+
+Up to MOST_ROWS, in 16 bits. A program multiplies ROWS whole rows of the weight with all of x, WIDTH columns a turn, by
+tensor cores; loads are STAGES - 1 turns ahead. The weight is the left operand, of which tensor cores take 16 or 64
+rows, and 8 of the right one. Shapes depend on the tile of tokens alone, so passes padded within it have the same bits.
 """
+
+import functools
 
 import torch
 from penstock.engine.kernels.overlap import options, wait_for_inputs
@@ -18,14 +26,22 @@ from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
+# the tokens of a tile, and the ROWS, WIDTH, num_warps and STAGES of the programs for it, as measured on an H200
+TILES = {8: (16, 256, 1, 4), 32: (64, 128, 4, 6)}
+MOST_ROWS = max(TILES)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Computes out (T, N) = x (T, D) @ weight (N, D).T + bias (N,). Rows of x, weight and out may lie apart."""
-    if x.is_cuda and HAS_TRITON and x.shape[0] == 1:
+    if x.is_cuda and HAS_TRITON and has_kernel(x):
         _linear_triton(x, weight, bias, out)
     else:
         linear_reference(x, weight, bias, out)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Tells whether x has so few rows that cuBLAS is slower."""
+    return len(x) == 1 or (len(x) <= MOST_ROWS and x.dtype.itemsize == 2)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -47,15 +63,24 @@ def config(num_columns: int, width: int) -> Config:
     return 2, 1024, 4, 1
 
 
-def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: Config | None = None) -> None:
-    num_columns, width = weight.shape
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: Config | None = None) -> None:
+    """Computes them by the kernel for so many rows; `shape` is that of its programs, if not the one that is chosen."""
     given = [t for t in (x, weight, bias, out) if t is not None]
-    assert len(x) == 1, f"the GEMV takes one row, not {len(x)}"
-    assert x.shape == (1, width) and out.shape == (1, num_columns)
+    assert has_kernel(x), f"no kernel for {len(x)} rows of {x.dtype}"
+    assert x.shape[1] == weight.shape[1] and out.shape == (len(x), len(weight))
     assert all(t.stride(-1) == 1 for t in given), "linear: the last dim of every tensor must have stride 1"
     assert len({t.dtype for t in given}) == 1, "linear: all tensors have one dtype"
     calls["triton"] += 1
-    block_n, block_d, num_warps, num_stages = blocks or config(num_columns, width)
+    if len(x) == 1:
+        _multiply_row(x, weight, bias, out, *(shape or config(*weight.shape)))
+    else:
+        _multiply_tile(x, weight, bias, out, shape)
+
+
+def _multiply_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, block_n: int, block_d: int, num_warps: int, stages: int
+) -> None:
+    num_columns, width = weight.shape
     block_d = min(block_d, max(triton.next_power_of_2(width), 256))
     num_warps = max(min(num_warps, block_d // 256), 1)
     turns = triton.cdiv(width, block_d)
@@ -63,10 +88,30 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
     _gemv[(triton.cdiv(num_columns, block_n),)](
         *(x, weight, bias, out, weight.stride(0), num_columns, width),
         **{"BIAS": bias is not None, "EVEN": width % block_d == 0, "BLOCK_N": block_n},
-        **{"BLOCK_D": block_d, "STAGES": num_stages, "UNROLL": unroll if num_stages == 1 else 1},
+        **{"BLOCK_D": block_d, "STAGES": stages, "UNROLL": unroll if stages == 1 else 1},
         **options(x.device),
         num_warps=num_warps,
     )
+
+
+def _multiply_tile(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: Config | None) -> None:
+    (num_columns, width), num_tokens = weight.shape, len(x)
+    tokens = next(most for most in TILES if num_tokens <= most)
+    rows, turn, num_warps, stages = shape or TILES[tokens]
+    if x.is_cuda:
+        stages = min(stages, _shared_memory(x.device) // ((rows + tokens) * turn * x.dtype.itemsize))
+    _gemm[(triton.cdiv(num_columns, rows),)](
+        *(x, weight, bias, out, x.stride(0), weight.stride(0), out.stride(0), num_tokens, num_columns, width),
+        **{"BIAS": bias is not None, "EVEN": width % turn == 0, "TOKENS": tokens, "ROWS": rows, "WIDTH": turn},
+        **{"FLOATS": not x.is_cuda, "STAGES": stages, **options(x.device)},
+        num_warps=num_warps,
+    )
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @triton.jit
@@ -91,3 +136,30 @@ def _gemv(
     if BIAS:
         result += tl.load(bias + n, mask=n < num_columns, other=0.0).to(tl.float32)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < num_columns)
+
+
+@triton.jit(do_not_specialize=("num_tokens",))
+def _gemm(
+    x, weight, bias, out, x_row, weight_row, out_row, num_tokens, num_columns, width,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    FLOATS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    n, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
+    rows = weight + tl.minimum(n, num_columns - 1).to(tl.int64)[:, None] * weight_row  # (ROWS, 1)
+    rows_of_x = x + tl.minimum(token, num_tokens - 1).to(tl.int64)[None, :] * x_row  # (1, TOKENS)
+    wait_for_inputs(OVERLAPS)
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for start in tl.range(0, width, WIDTH, num_stages=STAGES):
+        d = start + tl.arange(0, WIDTH)
+        inside = None if EVEN else (d < width)[None, :]
+        inside_x = None if EVEN else (d < width)[:, None]
+        other = None if EVEN else 0.0
+        w = tl.load(rows + d[None, :], mask=inside, other=other, eviction_policy="evict_first")  # (ROWS, WIDTH)
+        values = tl.load(rows_of_x + d[:, None], mask=inside_x, other=other)  # (WIDTH, TOKENS)
+        if FLOATS:  # the interpreter's tl.dot of bf16 is wrong
+            w, values = w.to(tl.float32), values.to(tl.float32)
+        sums = tl.dot(w, values, sums, input_precision="ieee")
+    if BIAS:
+        sums += tl.load(bias + n, mask=n < num_columns, other=0.0).to(tl.float32)[:, None]
+    real = (n < num_columns)[:, None] & (token < num_tokens)[None, :]
+    tl.store(out + token.to(tl.int64)[None, :] * out_row + n[:, None], sums.to(out.dtype.element_ty), mask=real)

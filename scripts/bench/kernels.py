@@ -60,7 +60,7 @@ class Benchmark:
         print(f"{kernel:18}{shape:20}{variant:34}{time_us:9.2f}{rate:8.0f}{share:7.1%}", flush=True)
 
     def linears(self, num_columns: int, width: int, memory: Tensor) -> None:
-        """Times linears of one token; for more tokens cuBLAS computes them."""
+        """Times linears of one token."""
         weights = memory[: len(memory) // (num_columns * width) * num_columns * width].view(-1, num_columns, width)
         x, out = (torch.randn(1, n, dtype=DTYPE, device=DEVICE) for n in (width, num_columns))
         runs = {"cuBLAS": (linear.linear_reference,), "config()": (linear._linear_triton,)}

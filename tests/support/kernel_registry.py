@@ -143,8 +143,8 @@ def _chunks(step: Compute, ctx: PassContext) -> int:
     return 0 if isinstance(context, PagedContext) else len(context.continuing) + (context.starting is not None)
 
 
-def _one_row(step: Compute, ctx: PassContext) -> bool:
-    return len(ctx.act["x_"]) == 1
+def _few_rows(step: Compute, ctx: PassContext) -> bool:
+    return linear.has_kernel(ctx.act["x_"])
 
 
 def _is_greedy(step: Compute, ctx: PassContext) -> bool:
@@ -175,7 +175,7 @@ def _fits_shares(step: Compute, ctx: PassContext) -> bool:
 
 
 def _as_the_engine(x: Tensor, *rest) -> None:
-    (_LINEAR if len(x) == 1 else _CUBLAS)(x, *rest)
+    (_LINEAR if linear.has_kernel(x) else _CUBLAS)(x, *rest)
 
 
 def _attend_by_reference(*arguments, **reading) -> None:
@@ -221,7 +221,7 @@ KERNELS: dict[str, EngineKernel] = {
     "gated_activation": _kernel(gated_activation, "gated_activation", "activation"),
     "linear": _kernel(
         *(linear, "linear", "attn_qkv", "attn_output", "attn_output_beside", "ffn_up", "ffn_down", "head"),
-        condition=_one_row,
+        condition=_few_rows,
         kernel=_as_the_engine,
         params=SHORT,
     ),

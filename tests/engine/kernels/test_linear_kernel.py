@@ -1,9 +1,9 @@
-"""The GEMV of a decode pass of one row, against the roundings of cuBLAS and against float64."""
+"""The linears of one row and of a few, against the roundings of cuBLAS and against float64."""
 
 import pytest
 import torch
 from penstock.engine.kernels import linear as module
-from penstock.engine.kernels.linear import config, linear, linear_reference
+from penstock.engine.kernels.linear import MOST_ROWS, TILES, config, linear, linear_reference
 
 from tests.support.kernel_proof import (
     DEVICE,
@@ -15,17 +15,20 @@ from tests.support.kernel_proof import (
     prove,
     prove_faster,
     prove_refusal,
+    same_bits,
     within,
 )
 from tests.support.rounding import sums_apart
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
 SHAPES += [(3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168)]
-SMALL = (4, 16, 4, 1)  # several turns, of which some are unrolled and one is masked
+SMALL = (4, 16, 4, 1)  # of one row: several turns, of which some are unrolled and one is masked
+SMALL_TILE = (16, 32, 1, 3)
+COUNTS = (1, 2, 8, 9, MOST_ROWS)  # rows
 
 
-def kernel(x, weight, out, bias=None, blocks=SMALL):
-    module._linear_triton(x, weight, bias, out, blocks)
+def kernel(x, weight, out, bias=None, shape=None):
+    module._linear_triton(x, weight, bias, out, shape or (SMALL if len(x) == 1 else SMALL_TILE))
 
 
 def reference(x, weight, out, bias=None):
@@ -51,19 +54,26 @@ def rounded_once(tensors):
     return within(1.01, scale=sums_apart(tensors["x"].shape[1] + 1, sizes) / torch.finfo(dtype).eps)
 
 
+def counts_of(dtype):
+    return COUNTS if dtype.itemsize == 2 else COUNTS[:1]
+
+
+CASES = [pytest.param(dtype, count, id=f"{dtype}-{count}") for dtype in DTYPES for count in counts_of(dtype)]
+
+
 @pytest.mark.tolerance
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype,num_tokens", CASES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_kernel_is_the_reference(dtype, bias):
-    tensors = inputs_of(dtype, bias=bias)
+def test_kernel_is_the_reference(dtype, num_tokens, bias):
+    tensors = inputs_of(dtype, num_tokens, num_columns=19, bias=bias)
     prove(kernel, reference, tensors, ("out",), rounded_once(tensors))
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype,num_tokens", CASES)
 @pytest.mark.parametrize("num_columns,width", [(1, 1), (8, 64), (17, 50)])
-def test_kernel_is_near_float64(dtype, num_columns, width):
-    tensors = inputs_of(dtype, num_columns=num_columns, width=width, bias=True)
+def test_kernel_is_near_float64(dtype, num_tokens, num_columns, width):
+    tensors = inputs_of(dtype, num_tokens, num_columns, width, bias=True)
     kernel(**tensors)
     exact = tensors["x"].double() @ tensors["weight"].double().t() + tensors["bias"].double()
     rounded_once(tensors)(tensors["out"], exact)
@@ -78,10 +88,12 @@ def test_the_bias_is_added_before_the_rounding():
 
 
 @pytest.mark.tolerance
-@pytest.mark.parametrize("blocks", [None, (2, 256, 1, 3)], ids=str)
-def test_other_block_shapes_are_near_float64(blocks):
-    tensors = inputs_of(torch.float16, width=600)
-    kernel(**tensors, blocks=blocks)
+@pytest.mark.parametrize(
+    "num_tokens,shape", [(1, config(19, 600)), (1, (2, 256, 1, 3)), *TILES.items()], ids=lambda value: str(value)
+)
+def test_shapes_of_programs_are_near_float64(num_tokens, shape):
+    tensors = inputs_of(torch.float16, num_tokens, width=600)
+    kernel(**tensors, shape=shape)
     rounded_once(tensors)(tensors["out"], tensors["x"].double() @ tensors["weight"].double().t())
 
 
@@ -99,27 +111,42 @@ def test_what_the_kernel_cannot_take_is_refused():
     for name in ("x", "out"):  # of a single row, which is contiguous unless its elements lie apart
         with pytest.raises(AssertionError, match="stride"):
             kernel(**{**tensors, name: STEPPED.lay_out(tensors[name])[0]})
-    with pytest.raises(AssertionError, match="one row, not 2"):
-        kernel(**inputs_of(torch.float32, 2))
+    prove_refusal(kernel, inputs_of(torch.bfloat16, 3), "x", "weight", "out")
+    for dtype, num_tokens in ((torch.float32, 2), (torch.bfloat16, MOST_ROWS + 1)):
+        with pytest.raises(AssertionError, match=f"no kernel for {num_tokens} rows"):
+            kernel(**inputs_of(dtype, num_tokens))
+
+
+@pytest.mark.parametrize("num_tokens", TILES)
+def test_rows_do_not_depend_on_those_beside_them(num_tokens):
+    """Passes that are padded within a tile have the same bits."""
+    tensors = inputs_of(torch.bfloat16, num_tokens)
+    kernel(**tensors)
+    fewer = max((most for most in TILES if most < num_tokens), default=1) + 1
+    alone = {"x": tensors["x"][:fewer], "weight": tensors["weight"], "out": poisoned((fewer, 9), torch.bfloat16)}
+    kernel(**alone)
+    assert same_bits(alone["out"], tensors["out"][:fewer])
 
 
 def test_calls_are_counted_by_kind():
-    few, many = (inputs_of(torch.float32, count) for count in (1, 2))
-    with counted(module.calls, triton=1):
-        kernel(**few)
-    with counted(module.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
-        linear(few["x"], few["weight"], None, few["out"])
-    with counted(module.calls, reference=1):
-        linear(many["x"], many["weight"], None, many["out"])
+    for few in (inputs_of(torch.float32), inputs_of(torch.bfloat16, MOST_ROWS)):
+        with counted(module.calls, triton=1):
+            kernel(**few)
+        with counted(module.calls, **{"triton" if DEVICE == "cuda" else "reference": 1}):
+            linear(few["x"], few["weight"], None, few["out"])
+    for many in (inputs_of(torch.float32, 2), inputs_of(torch.bfloat16, MOST_ROWS + 1)):
+        with counted(module.calls, reference=1):
+            linear(many["x"], many["weight"], None, many["out"])
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, *TILES])
 @pytest.mark.parametrize("num_columns,width", SHAPES)
-def test_real_shapes_are_near_float64(num_columns, width):
+def test_real_shapes_are_near_float64(num_columns, width, num_tokens):
     generator = torch.Generator("cuda").manual_seed(0)
-    rows = {"x": 1, "weight": num_columns}
+    rows = {"x": num_tokens, "weight": num_columns}
     tensors = {n: torch.randn(r, width, generator=generator, device="cuda").bfloat16() for n, r in rows.items()}
-    tensors["out"] = poisoned((1, num_columns), torch.bfloat16)
+    tensors["out"] = poisoned((num_tokens, num_columns), torch.bfloat16)
     linear(tensors["x"], tensors["weight"], None, tensors["out"])
     kept = torch.randint(num_columns, (4096,), generator=generator, device="cuda")  # float64 of a head is 4 GiB
     tensors |= {"weight": tensors["weight"][kept], "out": tensors["out"][:, kept]}
