@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from penstock.engine.commands.cli import main
+from penstock.scheduler.units import GB
 
 ROOT = Path(__file__).resolve().parents[1]
 TREES = ("penstock", "parallel", "scheduler", "engine", "scripts")
@@ -65,13 +66,10 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
-JOBS = [  # rows of traffic that the README has: the record, the row, and the field of its figure
-    ("traffic_llama3_8b_beside_vllm_1rank", "uneven", "vllm_measured_s"),
-    ("traffic_llama3_8b_beside_vllm_1rank", "uneven", "measured_s"),
-    ("traffic_llama3_8b_beside_vllm_1rank", "shared-prefix", "vllm_measured_s"),
-    ("traffic_llama3_8b_beside_vllm_1rank", "shared-prefix", "measured_s"),
-    ("traffic_llama3_8b_shared_prefix_1rank", "shared-prefix", "measured_s"),
-]
+def record_of(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/{name}.json").read_text())
+
+
 VLLM = re.findall(r"^\| (vLLM.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
 
 
@@ -88,20 +86,19 @@ def test_figures_beside_vllm_in_the_readme_are_those_of_their_record(line):
 
 
 def test_jobs_beside_vllm_in_the_readme_are_those_of_their_records():
-    page = (ROOT / "README.md").read_text()
-    names = {name for name, _, _ in JOBS} | {"batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank"}
-    records = {name: json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in names}
-    found = [{row["row"]: row for row in records[name]["rows"]}[job][field] for name, job, field in JOBS]
-    batch, serving = records["batch_llama3_8b_resident_1rank"], records["serving_llama3_8b_1rank"]
-    found += [batch["vllm"]["seconds"], batch["seconds"]]
+    page = " ".join((ROOT / "README.md").read_text().split())
+    names = ("traffic_llama3_8b_beside_vllm_1rank", "batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank")
+    traffic, batch, serving = (record_of(name) for name in names)
+    pairs = {row["row"]: (row["vllm_measured_s"], row["measured_s"]) for row in traffic["rows"]}
+    assert pairs.keys() == {"uneven", "long-tailed", "shared-prefix"}
     served = {row["fed"]: row["median_ttft_ms"] / 1e3 for row in serving["rows"]}
-    found += [served["vLLM by HTTP"], served["by HTTP"]]
+    found = [*pairs.values(), (batch["vllm"]["seconds"], batch["seconds"]), (served["vLLM by HTTP"], served["by HTTP"])]
     assert all(f"{name}.json" in page for name in names)
-    assert all(ms(seconds) in page for seconds in found)
+    assert all(f"vLLM {ms(theirs)}, Penstock {ms(ours)}" in page for theirs, ours in found)
 
 
 def test_the_start_in_the_readme_is_that_of_its_record():
-    record = json.loads((ROOT / "benchmarks/startup_llama3_8b_resident_1rank.json").read_text())
+    record = record_of("startup_llama3_8b_resident_1rank")
     page = (ROOT / "README.md").read_text()
     assert f"[{record['warm_capture_cost_s']:.2f} s](benchmarks/startup_llama3_8b_resident_1rank.json)" in page
     assert f"first time {record['cold_capture_cost_s']:.2f}" in " ".join(page.split())
@@ -109,7 +106,7 @@ def test_the_start_in_the_readme_is_that_of_its_record():
 
 @pytest.mark.parametrize("name", ["compare_llama3_8b_compressed", "decode_llama3_70b_compressed_2ranks"])
 def test_compressed_passes_in_the_readme_are_those_of_their_records(name):
-    record = json.loads((ROOT / f"benchmarks/{name}.json").read_text())
+    record = record_of(name)
     page, first = (ROOT / "README.md").read_text(), record["passes"][0]
     assert f"{name}.json" in page and all(ms(first[field]) in page for field in ("decode_pass_s", "bound_s"))
 
@@ -123,6 +120,35 @@ def test_figures_in_the_readme_are_those_of_their_records(row):
     ran = next(one for one in record["passes"] if one["batch_size"] == int(texts))
     assert (theirs, ours) == (f"{1e3 * compared['token_s']:.2f}", f"{1e3 * compared['our_token_s']:.2f}")
     assert bound == f"{1e3 * ran['bound_s']:.2f} ({ran['bound']})"
+
+
+def quantised_rows() -> list[str]:
+    """Lines of tables of docs/checkpoints.md, as their records have them."""
+    passes = [record_of(f"decode_llama3_8b_{name}resident_1rank")["passes"] for name in ("q4_0_", "q8_0_", "")]
+    lines = []
+    for batch in (1, 8, 32, 64):
+        rows = [next((row for row in found if row["batch_size"] == batch), None) for found in passes]
+        times = [f"{ms(row['decode_pass_s'])} ({ms(row['bound_s'])}) " if row else "" for row in rows]
+        lines.append(f"| {batch} | {'| '.join(times)}|")
+    record = record_of("dequantisers")
+    rates = [list(matrices.values()) for matrices in record["dequantise"].values()]
+    written = [f"{min(one['written'] for one in matrices) / 1e3:.2f}" for matrices in rates]
+    shares = [f"{min(one['moved'] for one in matrices) / record['copy_gb_s']:.2f}" for matrices in rates]
+    lines.append(f"| | {' | '.join(record['dequantise'])} |")
+    return [*lines, f"| written, TB/s | {' | '.join(written)} |", f"| of a copy's rate | {' | '.join(shares)} |"]
+
+
+def test_figures_of_quantised_weights_are_those_of_their_records():
+    page = (ROOT / "docs/checkpoints.md").read_text()
+    assert [line for line in quantised_rows() if line not in page.splitlines()] == []
+    (streamed,) = record_of("decode_llama3_8b_q4_k_streamed_1rank")["passes"]
+    assert f"[{ms(streamed['decode_pass_s'])}](../benchmarks/decode_llama3_8b_q4_k_streamed_1rank.json)" in page
+    loads = [record_of(f"startup_llama3_8b_q4_k_{name}_1rank")["rows"] for name in ("resident", "streamed")]
+    to_gpu, to_host = (next(row for row in rows if row["phase"] == "weights") for rows in loads)
+    found = [f"file of {to_gpu['bytes'] / GB:.2f} GB", f"{to_host['peak_host_bytes'] / to_host['bytes']:.2f} times"]
+    for row in (to_gpu, to_host):
+        found += [f"at {row['gb_s']:.2f} GB/s", f"{row['peak_host_bytes'] / GB:.2f} GB"]
+    assert [words for words in found if words not in " ".join(page.split())] == []
 
 
 def test_the_readme_is_short_and_compares_in_five_rows():

@@ -10,11 +10,13 @@ from scripts.report.answers import NO_RECORD, answers, first_screen, tables
 from scripts.report.markdown_table import Column, ms, nonzero, number, table, text
 from scripts.report.records import (
     LATENCY,
+    STORED,
     THROUGHPUT,
     TRAFFIC,
     Record,
     comparison_rows,
     decode_rows,
+    dequantiser_rows,
     kind_rows,
     prefill_rows,
     throughput_rows,
@@ -44,6 +46,7 @@ back, without the host. Predictions are the time model's, from the rates that th
 """
 GENERIC = {  # kind of record: its section
     "kernels": "Kernels",
+    STORED: "Kernels of quantised weights",
     "link": "Link",
     "collectives": "Collectives",
     "codec": "Lossless compression",
@@ -214,9 +217,16 @@ SPLIT: list[Column] = [
     *(("of", text("num_texts")), ("log probability off by", text("logprob_difference"))),
 ]
 SPLIT_RUN: list[Column] = [("model", text("model")), ("dtype", text("dtype")), ("tokens a text", text("output_len"))]
+COPIED: list[Column] = [("copy GB/s", number("copy_gb_s", 0)), ("read GB/s", number("read_gb_s", 0))]
+DEQUANTISERS: list[Column] = [
+    *(("dequantiser", text("type")), ("matrix", text("matrix")), ("us", number("us", 1))),
+    *(("written GB/s", number("written", 0)), ("moved GB/s", number("moved", 0))),
+    ("moved / copy", number("share_of_copy")),
+]
 # Kinds of GENERIC records with names and decimals of their own: what stands above the table, and its columns.
 SHOWN: dict[str, tuple[list[Column], list[Column]]] = {
     "codec": ([*RUN, ("decompressor", text("decompressor")), ("link GB/s", text("link_gb_s"))], COMPRESSED),
+    STORED: ([*RUN, *COPIED], DEQUANTISERS),
     "startup": ([*RUN, *STARTED], STARTS),
     "endless": ([*RUN, *ENDLESS], STRETCHES),
     "sink_perplexity": ([*RUN, *SINKS_RUN], SINKS),
@@ -230,12 +240,12 @@ def has_rows(record: Record) -> bool:
 
 
 def generic(record: Record) -> str:
-    """Shows any record: its facts in a line, and its `rows` as a table. SHOWN says which facts and columns; else it
-    shows all."""
-    rows = record.content.get("rows", ())
+    """Shows any record: its facts in a line, and its `rows`, if it has any, as a table. SHOWN says which facts and
+    columns; else it shows all."""
+    rows = dequantiser_rows(record.content) if record.kind == STORED else record.content.get("rows", ())
     stated = [(key, text(key)) for key in record.content if key not in ("benchmark", "rows")]
     columns = [(key, text(key)) for key in dict.fromkeys(key for row in rows for key in row)]
     stated, columns = SHOWN.get(record.kind, (stated, columns))
     facts = record.facts() | record.content
     said = ", ".join(f"{name} {show(facts)}" for name, show in stated if show(facts))
-    return f"{record.link}: {said}\n\n{table(rows, columns)}"
+    return f"{record.link}: {said}\n" + f"\n{table(rows, columns)}" * bool(rows)

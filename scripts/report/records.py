@@ -14,6 +14,7 @@ from penstock.scheduler.units import gb_s
 from scripts.report.markdown_table import Row
 
 LATENCY, THROUGHPUT, TRAFFIC, SERVING = "latency", "throughput", "traffic", "serving"
+STORED = "stored_kernels"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ def kind_rows(records: list[Record]) -> list[Row]:
     jobs = [(record, record.content) for record in records if record.kind == THROUGHPUT]
     jobs += [(record, row) for record in records if record.kind == TRAFFIC for row in record.content["rows"]]
     return [record.facts() | {"job": job.get("row")} | row for record, job in jobs for row in job.get("by_kind", ())]
+
+
+def dequantiser_rows(content: Row) -> list[Row]:
+    """A row for each dequantiser and matrix of a record of stored kernels, with its share of the rate of a copy."""
+    return [
+        {"type": kind, "matrix": matrix} | rates | {"share_of_copy": rates["moved"] / content["copy_gb_s"]}
+        for kind, matrices in content.get("dequantise", {}).items()
+        for matrix, rates in matrices.items()
+    ]
 
 
 def comparison_rows(records: list[Record]) -> list[Row]:

@@ -183,6 +183,18 @@ def test_the_codec_has_a_table_of_bits_and_rates():
     assert "1 x H200, decompressor kernel, in a graph, link GB/s 55.4\n" in section(page, "Lossless compression")
 
 
+def test_dequantisers_have_a_table_of_their_rates():
+    """The second record timed linears alone."""
+    record = {"benchmark": "stored_kernels", "commit": "abc1234", "copy_gb_s": 4000.0, "linear": {}}
+    record["dequantise"] = {"Q4_0": {"(8, 4)": {"written": 2500.4, "moved": 3000.0, "us": 74.56}}}
+    page = render([Record("floats.json", record), Record("linears.json", {"benchmark": "stored_kernels"})])
+    title = "Kernels of quantised weights"
+    (row,) = cells(page, title)
+    assert (row["dequantiser"], row["matrix"]) == ("Q4_0", "(8, 4)")
+    assert (row["us"], row["written GB/s"], row["moved GB/s"], row["moved / copy"]) == ("74.6", "2500", "3000", "0.750")
+    assert "commit abc1234, copy GB/s 4000\n" in section(page, title) and "linears.json" in section(page, title)
+
+
 def test_a_start_has_a_table_of_its_phases():
     page = render([Record("startup.json", STARTUP)])
     plan, weights, captures = cells(page, "Start-up")
