@@ -180,6 +180,49 @@ def _turned(x, cos, y, sin):
     return ((x.to(tl.float32) * cos).to(dtype).to(tl.float32) + (y * sin).to(dtype).to(tl.float32)).to(dtype)
 
 
+@triton.jit
+def _load_query(
+    rows, there, E: tl.constexpr, E_PADDED: tl.constexpr, F: tl.constexpr, F_PADDED: tl.constexpr,
+    REST: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The tiles of a query, each for a dot of its own: the whole head, or where keys are rotated as they are read its
+    two halves, and what a rotation leaves out."""
+    if F:
+        f = tl.arange(0, F_PADDED)
+        first, second = _columns(rows, f, there, F).to(DOT), _columns(rows + F, f, there, F).to(DOT)
+        if REST:
+            query = first, second, _columns(rows + 2 * F, tl.arange(0, REST), there, E - 2 * F).to(DOT)
+        else:
+            query = first, second
+    else:
+        query = (_columns(rows, tl.arange(0, E_PADDED), there, E).to(DOT),)
+    return query
+
+
+@triton.jit
+def _score(
+    query, rows, key, there, rope, rope_part, E: tl.constexpr, E_PADDED: tl.constexpr, F: tl.constexpr,
+    F_PADDED: tl.constexpr, REST: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The products (M, BLOCK) of a query's tiles and the keys of one turn, which lie at `rows` (BLOCK, 1)."""
+    if F:
+        f, angles = tl.arange(0, F_PADDED), rope + key[:, None] * F
+        cos = _columns(angles, f, there, F).to(tl.float32)
+        sin = _columns(angles + rope_part * F, f, there, F).to(tl.float32)
+        k_first, k_second = _columns(rows, f, there, F), _columns(rows + F, f, there, F)
+        turned = _turned(k_first, cos, -k_second.to(tl.float32), sin).to(DOT)
+        scores = tl.dot(query[0], tl.trans(turned), input_precision="ieee")
+        turned = _turned(k_second, cos, k_first.to(tl.float32), sin).to(DOT)
+        scores = tl.dot(query[1], tl.trans(turned), scores, input_precision="ieee")
+        if REST:
+            k = _columns(rows + 2 * F, tl.arange(0, REST), there, E - 2 * F).to(DOT)
+            scores = tl.dot(query[2], tl.trans(k), scores, input_precision="ieee")
+    else:
+        k = _columns(rows, tl.arange(0, E_PADDED), there, E).to(DOT)
+        scores = tl.dot(query[0], tl.trans(k), input_precision="ieee")
+    return scores
+
+
 # A table is as wide as its pass's longest row: a variant by its width would be compiled in the middle of a job
 @triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["num_items"])
 def _attend_segment(
@@ -209,15 +252,7 @@ def _attend_segment(
     wanted = (token < Q)[:, None] & (e < E)[None, :]  # (M, E)
     columns = head[:, None] * E + e[None, :]
     q_rows = q + row * q_row + token[:, None] * q_token + head[:, None] * E
-    if F:
-        f = tl.arange(0, F_PADDED)
-        q_first = _columns(q_rows, f, token < Q, F).to(DOT)
-        q_second = _columns(q_rows + F, f, token < Q, F).to(DOT)
-        if REST:
-            beside = tl.arange(0, REST)
-            q_rest = _columns(q_rows + 2 * F, beside, token < Q, E - 2 * F).to(DOT)
-    else:
-        q_tile = _columns(q_rows, e, token < Q, E).to(DOT)
+    query = _load_query(q_rows, token < Q, E, E_PADDED, F, F_PADDED, REST, DOT)
     position = context - Q + token  # (M,)
 
     top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
@@ -231,21 +266,9 @@ def _attend_segment(
         address = pages.to(tl.int64) * S + entry % S
         pages = tl.load(table + (entry + BLOCK) // S, mask=ahead, other=0)  # one turn before k and v are read
         start_of, there = (address * K + kv_head)[:, None] * E, (key >= first) & (key < end)
-        if F:
-            angles = rope + key[:, None] * F
-            cos = _columns(angles, f, there, F).to(tl.float32)
-            sin = _columns(angles + rope_part * F, f, there, F).to(tl.float32)
-            k_first, k_second = _columns(keys + start_of, f, there, F), _columns(keys + start_of + F, f, there, F)
-            turned = _turned(k_first, cos, -k_second.to(tl.float32), sin).to(DOT)
-            scores = tl.dot(q_first, tl.trans(turned), input_precision="ieee")
-            turned = _turned(k_second, cos, k_first.to(tl.float32), sin).to(DOT)
-            scores = tl.dot(q_second, tl.trans(turned), scores, input_precision="ieee")
-            if REST:
-                k = _columns(keys + start_of + 2 * F, beside, there, E - 2 * F).to(DOT)
-                scores = tl.dot(q_rest, tl.trans(k), scores, input_precision="ieee")
-        else:
-            k = _columns(keys + start_of, e, there, E).to(DOT)
-            scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")  # (M, BLOCK)
+        scores = _score(
+            query, keys + start_of, key, there, rope, rope_part, E, E_PADDED, F, F_PADDED, REST, DOT
+        )  # (M, BLOCK)
         v = _columns(values + start_of, e, there, E).to(DOT)
         scores *= scale
         seen = key[None, :] <= position[:, None]
