@@ -53,27 +53,34 @@ def estimate(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: Do
     """The prediction for all rows that have not run. Raises ValueError for prompts that cannot be encoded."""
     limits = Limits(longest_sequence(config, plan), plan.residency.num_pages - 1, plan.retention)
     passes = Passes(pass_work(plan), plan.rates, plan.max_num_batched_tokens, plan.max_num_seqs, limits)
-    outlook, rows = Outlook(passes), 0
-    for num_tokens in _sampled_prompts(config, plan, reader, done):
+    outlook, rows, own, cached = Outlook(passes), 0, 0, 0
+    is_shared = config.enable_prefix_caching and plan.retention.max_cached is None
+    for num_tokens, n in _sampled_prompts(config, plan, reader, done):
         if num_tokens < limits.max_model_len:  # a longer one is refused, and takes no time
-            outlook.note_prompt(num_tokens)
+            own += num_tokens
+            cached += is_shared * (n - 1) * ((num_tokens - 1) // config.page_size * config.page_size)
+            for _ in range(n):
+                outlook.note_prompt(num_tokens)
     for index in done.pending():
         rows += 1
         outlook.add_row(done.lines, index)
     sequences, outputs = outlook.num_waiting, outlook.most_tokens
-    played = outlook.play(most_played=MOST_PLAYED)
+    played = outlook.play(shared=cached / max(outlook.num_prompt_tokens, 1), most_played=MOST_PLAYED)
     pass_time = played.costs.pass_time(played.most_rows, played.most_rows * sequences / max(outputs, 1))
-    tokens = (round(sequences * outlook.prompt), outputs)
+    tokens = (round(sequences * own / max(outlook.num_prompts, 1)), outputs)  # each prompt once, however large its n
     return Estimate(rows, sequences, *tokens, played.most_rows, round(played.passes), played.seconds, pass_time)
 
 
-def _sampled_prompts(config: EngineConfig, plan: EnginePlan, reader: RowReader, done: DoneRows) -> Iterator[int]:
-    """The tokens of prompts, of rows evenly spread."""
+def _sampled_prompts(
+    config: EngineConfig, plan: EnginePlan, reader: RowReader, done: DoneRows
+) -> Iterator[tuple[int, int]]:
+    """The tokens of prompts and the sequences of each, of rows evenly spread."""
     lines, count = done.lines, _Counter(config, plan.spec.vocab_size)
     step = max((done.num_rows - done.num_done) // SAMPLE, 1)
     with open_file(lines.path) as stream:
         for index in itertools.islice(done.pending(), 0, None, step):
-            yield from count.tokens_of(reader.read(lines.read(stream, index), lines.numbers[index]))
+            row = reader.read(lines.read(stream, index), lines.numbers[index])
+            yield from ((num_tokens, row.asked.params.n) for num_tokens in count.tokens_of(row))
 
 
 class _Counter:

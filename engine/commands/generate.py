@@ -112,7 +112,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         elapsed_s = time.perf_counter() - start
         if speaks:
             say_outputs(outputs, args.json, printer)
-            say_after(llm, outputs, elapsed_s, args.verbose)
+            if args.verbose or any(sequence.token_ids for output in outputs for sequence in output.outputs):
+                say_after(llm, outputs, elapsed_s, args.verbose)
             say_transfers(llm, args.json)
     return say_errors(outputs) if speaks else 0
 

@@ -48,6 +48,23 @@ def test_bits_do_not_depend_on_where_weights_lie(tmp_path, arch, dtype, most):
             assert all(torch.equal(a, b) for a, b in zip(others, logits)), name
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype, most", [("float32", 3), ("bfloat16", 8)])
+def test_two_ranks_agree_wherever_weights_lie(tmp_path, dtype, most):
+    """Each with its cut of the stored rows; in fp32 with one rank too."""
+    write_model(tmp_path / "m.gguf", "llama")
+    alone, _ = run(tmp_path / "m.gguf", dtype, most, **WAYS["resident"])
+    found = {
+        name: run(tmp_path / "m.gguf", dtype, most, tensor_parallel_size=2, **options) for name, options in WAYS.items()
+    }
+    tokens, logits = found["resident"]
+    assert dtype == "bfloat16" or tokens == alone
+    for name, (other, others) in found.items():
+        assert other == tokens and len(others) == len(logits) > 0, name
+        assert all(torch.equal(a, b) for a, b in zip(others, logits)), name
+
+
 def test_floats_beside_are_compressed_to_the_same_bits(tmp_path):
     write_model(tmp_path / "m.gguf", "llama", sizes=FLOATS_BESIDE)
     for max_num_seqs in (1, 3):

@@ -99,15 +99,15 @@ def write_byte_level(file: Path, name: str, **fields) -> Path:
 
 
 def write_gguf(file: Path, model: str, tokens: list[str], kinds: list[int], **fields) -> Path:
-    """A GGUF file that has a vocabulary alone. `fields` are those of tokenizer.ggml; None leaves one out. The chat
-    template is none of those."""
+    """A GGUF file that has a vocabulary alone. `fields` are those of tokenizer.ggml; None leaves one out. Chat
+    templates are none of those."""
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     adders = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
     for name, value in fields.items():
-        key = f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}"
+        key = f"tokenizer.{name}" if name.startswith("chat_template") else f"tokenizer.ggml.{name}"
         if value is not None:
             adders.get(type(value), writer.add_array)(key, value)
     writer.write_header_to_file()

@@ -1,6 +1,7 @@
 """The end of a job as it is predicted before it begins and on its way, against when it comes, by a clock that only
 passes move."""
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -147,6 +148,29 @@ def test_a_job_of_a_planned_engine_is_foreseen_before_it_begins_and_on_its_way(
     predicted = estimate(config, plan, reader, DoneRows(check_lines(str(given), reader.read), Job({}, 0)))
     assert predicted.num_at_once == 128 and predicted.output_tokens == 400 * 100
     assert stop_share or predicted.seconds == pytest.approx(llm.clock.now_s, rel=0.03)
+
+
+def test_a_prompt_is_counted_and_computed_once_for_all_of_its_sequences(tmp_path, said, monkeypatch):
+    """By the dry run as by the job: where nothing streams, prompts are most of its work."""
+    model = str(SHAPES / "Llama-3-8B.json")
+    config = EngineConfig(model=model, device_profile="h200", resident="all", load_format="dummy", max_num_seqs=128)
+    plan = plan_of(config)
+    sizes = (plan.max_num_seqs, plan.max_num_batched_tokens, plan.residency.max_model_len, config.page_size)
+    scheduler = Scheduler(*sizes, plan.residency.num_pages, prefix_caching=True)
+    llm = StubLLM(scheduler=scheduler, work=pass_work(plan), rates=plan.rates)
+    monkeypatch.setattr(meter, "time", llm.clock)
+    rows = [{"prompt": [number] + [5] * 2047, "n": 8, "max_tokens": 20, "ignore_eos": True} for number in range(64)]
+    given = write_lines(tmp_path / "in.jsonl", [line(str(number), **row) for number, row in enumerate(rows)])
+    assert run_here(llm, given, tmp_path / "out.jsonl") == 0
+    done, reader = said()[0], RowReader(str(given), {}, (model,))
+    left = DoneRows(check_lines(str(given), reader.read), Job({}, 0))
+    predicted, alone = (
+        estimate(dataclasses.replace(config, enable_prefix_caching=is_on), plan, reader, left)
+        for is_on in (True, False)
+    )
+    assert predicted.prompt_tokens == alone.prompt_tokens == done["prompt_tokens"] == 64 * 2048
+    assert predicted.seconds == pytest.approx(done["seconds"], rel=0.15)  # what attention reads of others is left out
+    assert alone.seconds > 3 * predicted.seconds
 
 
 def meter_of(monkeypatch, seconds: list[float]) -> Meter:

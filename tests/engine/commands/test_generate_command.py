@@ -15,6 +15,7 @@ from penstock.engine.commands.generate import SAMPLING_FLAGS
 from penstock.engine.commands.plan import plan_of
 from penstock.engine.commands.said import say_after
 from penstock.engine.config import DebugConfig, EngineConfig
+from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.engine import Engine
 from penstock.engine.streams import guarded_streams
 from penstock.parallel.ledger import Site, TransferLedger
@@ -22,6 +23,7 @@ from penstock.scheduler.batching.request import SamplingParams as Params
 from penstock.scheduler.units import show_bytes
 
 from penstock import LLM, SamplingParams
+from tests.support.failing_rows import NAN, WARNS, poison
 from tests.support.gguf_models import SMALL, write_model
 
 GREEDY = ("--temperature", "0", "--ignore-eos", "--max-tokens", "8")
@@ -123,6 +125,17 @@ def test_what_a_user_should_know_of_the_plan_is_a_line_of_its_own(capsys, nothin
     assert run("demo", "--prompt", "Return the", *window) == 0
     note, before, after = capsys.readouterr().err.splitlines()
     assert note.startswith("note: of a sequence the first 4 tokens") and before.startswith("demo on 1 rank")
+
+
+def test_where_all_fail_nothing_is_said_but_why(capsys, tmp_path):
+    """Not how fast no token came."""
+    with WARNS:
+        model = poison(find_model("demo"), tmp_path / "demo", 376)
+        (tmp_path / "ids.jsonl").write_text('{"prompt_token_ids": [0, 376, 268]}\n')
+        assert run("--model", model, "--device", "cpu", "--prompts-file", str(tmp_path / "ids.jsonl")) == 1
+    out, err = capsys.readouterr()
+    assert out == "\n"
+    assert_lines(err, r".*demo on 1 rank .*", f"penstock: error: prompt 0, output 0: {NAN}")
 
 
 def test_json_is_one_object_a_prompt(capsys, expected):

@@ -337,5 +337,12 @@ def test_a_gguf_file_has_its_template(tmp_path: Path):
     template = find_template(file, tokenizer.named)
     (text,) = template.render([[{"role": "user", "content": "a"}]], ChatOptions())
     assert text == f"{CONTROL[1]}a{CONTROL[2]}"
+    named = {"chat_template": source, "chat_template.tool_use": "for tools", "chat_template.rag": "for search"}
+    several = write_byte_level(tmp_path / "c.gguf", "smollm", **named)
+    for with_tools, expected in ((False, source), (True, "for tools")):
+        assert find_template(several, tokenizer.named, with_tools=with_tools).source == expected
+    none_is_default = write_byte_level(tmp_path / "d.gguf", "smollm", **{"chat_template.rag": source})
+    with pytest.raises(ValueError, match="has chat templates rag, and none that is the default"):
+        find_template(none_is_default, {})
     with pytest.raises(ValueError, match="has no chat template .key tokenizer.chat_template"):
         find_template(write_byte_level(tmp_path / "b.gguf", "smollm"), {})

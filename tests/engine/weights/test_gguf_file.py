@@ -78,6 +78,14 @@ def test_shards_are_one_model_by_any_of_them(tmp_path):
     assert headers[0].metadata["x.string"] == "Übung 🙂"
 
 
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_data_begins_at_the_alignment_of_the_file(tmp_path, alignment):
+    file = tmp_path / "m.gguf"
+    content = whole([ARCH, key("general.alignment", U32, alignment)], [ONE], DATA, alignment=alignment)
+    file.write_bytes(content)
+    assert read_gguf(file).tensors["a"].offset == len(content) - len(DATA)
+
+
 def test_a_header_is_read_without_torch(tmp_path):
     file = tmp_path / "m.gguf"
     write(file, VALUES)

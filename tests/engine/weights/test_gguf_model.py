@@ -98,6 +98,29 @@ def test_ranks_join_to_what_the_file_stores(files, tp_size):
         assert seen.keys() == {name for name, _ in spec.formats}
 
 
+def test_shards_have_the_weights_of_the_whole_file(files, tmp_path):
+    """By any of them."""
+    write_model(tmp_path / "m.gguf", "llama", shards=9)
+    assert len(shards := sorted(tmp_path.iterdir())) > 2
+    spec = read_model(files / "llama.gguf").spec
+    assert read_model(shards[1]).spec == spec
+    layout, seen = model_layout(spec, spec.names, "bfloat16", 1, 0), set()
+    with (
+        GGUFCheckpoint.open_model(files / "llama.gguf", spec) as one,
+        GGUFCheckpoint.open_model(shards[1], spec) as other,
+    ):
+        for rows in (rows for group in (*layout.groups, layout.embed) for rows in group.rows):
+            if not rows.format.is_quantised:
+                continue
+            for piece in rows.pieces:
+                found = [torch.zeros(piece.num_rows, piece.num_cols, dtype=torch.uint8) for _ in range(2)]
+                for source, out in zip((one, other), found):
+                    source.read_piece(piece, out)
+                assert torch.equal(*found) and found[0].any(), piece
+                seen.add(piece.tensor)
+    assert seen == {name for name, _ in spec.formats}
+
+
 def test_neighbours_of_one_type_are_one_run_of_rows(tmp_path):
     """So q, k and v are one kernel where their types are alike."""
     for kinds, runs in ((("Q8_0",), {"qkv": 1, "gate_up": 1}), (("Q8_0", "Q4_0"), {"qkv": 3, "gate_up": 2})):
