@@ -177,7 +177,7 @@ def _predict(args: argparse.Namespace, config: EngineConfig, reader: RowReader, 
 def _check(file: str, reader: RowReader) -> InputLines:
     began_s = time.perf_counter()
     lines = check_lines(file, reader.read)
-    say(f"{file}: {len(lines)} rows, checked in {show_time(time.perf_counter() - began_s)}")
+    say(f"{file}: {len(lines)} row{'s' * (len(lines) != 1)}, checked in {show_time(time.perf_counter() - began_s)}")
     return lines
 
 

@@ -20,7 +20,7 @@ from penstock.engine.llm import LLM
 from penstock.engine.output import RequestOutput
 from penstock.engine.text.model_text import check_chat
 from penstock.parallel.launch import resolve_launch
-from penstock.scheduler.batching.request import SamplingParams
+from penstock.scheduler.batching.request import SamplingParams, TooLong
 from penstock.scheduler.units import show_time
 
 try:
@@ -156,6 +156,8 @@ def say_answer(chat: Chat, text: str) -> None:
 
         try:
             error = chat.answer(text, show)
+        except TooLong as refused:
+            error = f"{refused}; /reset begins a new conversation"
         except ValueError as refused:
             error = str(refused)
         print(flush=True)

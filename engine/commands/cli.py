@@ -6,8 +6,10 @@ CONFIG_FIELDS, and has no flags for the others.
 """
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -86,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((word for word in argv if not word.startswith("-")), None)
     try:
         _check_environment()
-        parser, chosen = _parsers(name)
+        parser, sub, chosen = _parsers(name)
         args, unknown = parser.parse_known_args(argv)
         if unknown:  # parse_args would point to the whole command's help
-            listed = " ".join(unknown)
-            raise ValueError(f"unrecognized arguments: {listed} (penstock {name} --help shows what there is)")
+            advice = f"{_meant(unknown[0], sub)}penstock {name} --help shows what there is"
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)} ({advice})")
         return chosen.run(args, config_from_args(args))
     except (ValueError, OSError, MemoryError) as error:
         if not say_mistake(error):
@@ -105,8 +107,15 @@ def _check_environment() -> None:
         raise ValueError(f"environment variable {unknown[0]}: known are {', '.join(OWN_VARIABLES)}")
 
 
-def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    """The whole parser, with the options of subcommand `name` only, and that subcommand's module."""
+def _meant(option: str, sub: argparse.ArgumentParser) -> str:
+    """A question for the option that the help shows and that `option` resembles, if there is one."""
+    shown = re.findall(r"(?<=[ ,])--?[a-z][a-z-]*", sub.format_help())
+    alike = difflib.get_close_matches(option.partition("=")[0].replace("_", "-"), shown, n=1, cutoff=0.82)
+    return f"did you mean {alike[0]}? " if alike else ""
+
+
+def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None, Any]:
+    """The whole parser, with the options of subcommand `name` only, and that subcommand's parser and module."""
     parser = Parser(
         prog="penstock",
         description="Run a language model that is larger than its GPUs: weights stream from host memory.",
@@ -115,7 +124,7 @@ def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
     )
     parser.add_argument("--version", action="version", version=f"penstock {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    chosen = None
+    chosen = chosen_parser = None
     for command, (module, does, examples) in COMMANDS.items():
         if does is None and command != name:
             continue
@@ -128,11 +137,11 @@ def _parsers(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if command == name:
-            chosen = importlib.import_module(module)
+            chosen, chosen_parser = importlib.import_module(module), sub
             groups = add_groups(sub)
             chosen.add_arguments(groups)
             add_config_arguments(groups, getattr(chosen, "CONFIG_FIELDS", None))
-    return parser, chosen
+    return parser, chosen_parser, chosen
 
 
 def _examples(*lines: str) -> str:

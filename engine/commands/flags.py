@@ -119,6 +119,7 @@ def config_from_args(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
     alone = getattr(args, "model_argument", None)
     if alone is not None:
         if given.get("model", alone) != alone:
-            raise ValueError(f"model={alone!r} and --model {given['model']!r}: which one?")
+            advice = " (a prompt goes behind --prompt)" if hasattr(args, "prompt") else ""
+            raise ValueError(f"model={alone!r} and --model {given['model']!r}: which one?{advice}")
         given["model"] = alone
     return EngineConfig(**defaults | given, debug=DebugConfig(**debug))

@@ -103,10 +103,10 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         llm.check(prompts, params)
         if args.verbose:
             print(llm.engine.topology.describe(), file=sys.stderr)
-        printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         if speaks:
             say_before(llm, len(prompts) * params.n, config if args.verbose else None, args.table)
             llm.engine.times.keep()
+        printer = TextPrinter(len(prompts), params.n) if speaks and not args.json and llm.tokenizer else None
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, on_text=printer)
         elapsed_s = time.perf_counter() - start

@@ -16,7 +16,8 @@ def find_model(model: str, field: str = "model") -> Path:
         path = Path(__file__).parents[1] / "demo_model" if model == "demo" else Path(os.path.expanduser(model))
         if not path.exists():
             raise ValueError(
-                f"{field}={model!r}: no such file or directory (nothing is downloaded; 'demo' is built in)"
+                f"{field}={model!r}: no such file or directory (nothing is downloaded, `hf download` does that;"
+                " 'demo' is built in)"
             )
         refuse_cache_root(path)
     return path

@@ -225,7 +225,9 @@ def test_nan_weights_are_warned_of_and_nan_logits_end_each_sequence(tmp_path, ca
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--bogus", "1"], "unrecognized arguments: --bogus "),
+        (["--bogus", "1"], r"unrecognized arguments: --bogus \(penstock generate --help "),
+        (["--max_tokens", "4"], r"unrecognized arguments: --max_tokens \(did you mean --max-tokens\? penstock"),
+        (["--tp", "2"], r"unrecognized arguments: --tp \(did you mean -tp\? penstock"),
         (["--max-tokens", "many"], "argument --max-tokens: invalid int value: 'many'"),
         (["--temperature", "nan"], "temperature=nan: expected a finite number of at least 0"),
         (["--logprobs", "21"], "logprobs=21: expected an integer from 0 to 20, or None"),

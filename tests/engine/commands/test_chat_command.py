@@ -70,7 +70,8 @@ def test_a_system_message_begins_every_conversation(monkeypatch, capsys):
 def test_a_message_that_cannot_be_answered_is_forgotten(monkeypatch, capsys, answers):
     out, err = chat(monkeypatch, capsys, FIRST, "word " * 300, SECOND)
     assert out == f"{answers[0]}\n\n{answers[1]}\n"
-    assert re.fullmatch(r"penstock: error: prompt 0: has \d+ tokens, and at most 199 fit.*", err[2])
+    refused = r"penstock: error: prompt 0: has \d+ tokens, and at most 199 fit.*; /reset begins a new conversation"
+    assert re.fullmatch(refused, err[2])
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_chat(monkeypatch, capsys):

@@ -137,7 +137,7 @@ class Row(NamedTuple):
 
 
 def flags(command: str) -> list[argparse.Action]:
-    parser, _ = cli._parsers(command)
+    parser, *_ = cli._parsers(command)
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return [action for action in commands.choices[command]._actions if not action.dest.startswith("help")]
 

@@ -66,6 +66,14 @@ def test_one_prompt_gives_its_text_alone(capsys, expected, nothing_is_measured):
     assert_lines(err, BEFORE.format("nothing streams", "1 sequence"), AFTER.format(8, "launch", "assumed"))
 
 
+def test_titles_of_several_texts_come_after_the_line_before(capsys, monkeypatch, nothing_is_measured):
+    monkeypatch.setattr("sys.stderr", sys.stdout)
+    assert run("demo", "--prompt", "Return the", "--prompt", "Raise an error", "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (lines.index(f"--- prompt {prompt}, output 0") for prompt in (0, 1))
+    assert lines[first - 1].startswith("demo on 1 rank (cpu)") and first + 1 < second < len(lines) - 2
+
+
 def test_the_line_before_says_what_streams_and_the_line_after_what_binds(capsys, nothing_is_measured):
     """At a link of 1 MB/s the plan says link, whatever the machine does; the job is two sequences."""
     more = ("--weights-compression", "none", "--device", "cpu", "--resident", "none", "--link-gb-s", "0.001")
@@ -277,7 +285,7 @@ def test_help_begins_with_a_sentence_and_an_example_that_is_one(capsys, monkeypa
     assert sentence == COMMANDS[name].does and title in ("example:", "examples:")
     for example in COMMANDS[name].examples:
         program, *words = shlex.split(example)
-        parser, _ = _parsers(name)
+        parser, *_ = _parsers(name)
         assert program == "penstock" and parser.parse_args(words).command == name
 
 

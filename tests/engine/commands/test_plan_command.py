@@ -214,7 +214,7 @@ def test_its_short_form_is_ten_lines_of_the_long_one(capsys, options):
 
 
 def test_flags_are_the_config_s_fields(capsys):
-    parser, _ = cli._parsers("plan")
+    parser, *_ = cli._parsers("plan")
     args = parser.parse_args(["plan", SMALL, "-tp", "2", "--max-num-seqs", "8", "--no-poison", "--resident", "0.5"])
     config = config_from_args(args)
     expected = EngineConfig(model=SMALL, tensor_parallel_size=2, max_num_seqs=8, resident=0.5)
