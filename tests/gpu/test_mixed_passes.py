@@ -1,4 +1,4 @@
-"""Requests that come and go at random in a crowd: in graphs and eager, resident and streamed, they are as each is alone."""
+"""Requests that come and go at random in a crowd, in graphs and eager, resident and streamed, are as each is alone."""
 
 import pytest
 
