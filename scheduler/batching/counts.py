@@ -1,4 +1,5 @@
-"""The one object that tells how requests came, waited and gave way: `generate --verbose` and the benchmarks read it."""
+"""The one object that tells how requests came, waited and gave way: `generate --verbose`, servers and benchmarks read
+it."""
 
 import logging
 import time

@@ -2,22 +2,18 @@
 the tokens that each has alone."""
 
 import itertools
-import random
 
 import pytest
 from penstock.engine.compute import attention
 from penstock.engine.compute.context import PassContext
 from penstock.engine.compute.inputs import Chunks
 from penstock.engine.kernels import gated_activation
-from penstock.engine.loop import Loop
-from penstock.engine.output import Sequence
 from penstock.scheduler.batching.batch import Batch, RowKind
-from penstock.scheduler.batching.request import Request
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 
 from penstock import LLM, SamplingParams
-from tests.support.fake_engine import BusyEngine
-from tests.support.watches import After, BeginPass
+from tests.support.company import CROWDED, ROOMY, crowd, each_alone, run_in_a_crowd, run_in_company
+from tests.support.watches import After
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 5, "max_num_batched_tokens": 12, "page_size": 4}
 FULL = OPTIONS | {"max_model_len": 48}
@@ -31,63 +27,11 @@ WAYS = {
     "prepared": FULL | {"resident": "none", "debug": RANDOM_LANES | {"lookahead": 1}},
     "sinks": OPTIONS | {"attention_sinks": 3, "attention_window": 13},
 }
-SAMPLING = (
-    {"temperature": 0},
-    {"temperature": 1.0},
-    {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
-    {"min_p": 0.02, "repetition_penalty": 1.3},
-    {"temperature": 0, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logprobs": 2},
-)
-
-
-def requests(seed: int) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts and parameters; every fourth of these ends by the value of a token, which nobody foresees."""
-    rng, asked = random.Random(seed), []
-    for number in range(14):
-        prompt = rng.choices(range(1, 500), k=rng.choice([1, 2, rng.randint(3, 30)]))
-        stop = rng.sample(range(2048), 512) if number % 4 == 3 else None
-        own = {"max_tokens": rng.randint(1, 10), "seed": rng.randrange(2**32), "stop_token_ids": stop}
-        asked.append((prompt, SamplingParams(**own, ignore_eos=True, **rng.choice(SAMPLING))))
-    return asked
-
-
-class Company:
-    """Requests that are added at random, of which every fifth is aborted at a random time."""
-
-    def __init__(self, llm: LLM, asked: list[tuple[list[int], SamplingParams]], seed: int):
-        self.asked, self.rng = asked, random.Random(seed)
-        self.engine = BusyEngine(llm.engine, self.come_and_go)
-        self.loop = Loop(llm.loop.scheduler, self.engine)
-        self.sequences: list[Sequence] = []
-        self.batches: list[Batch] = []
-
-    def come_and_go(self) -> None:
-        for _ in range(self.rng.choice([0, 0, 1, 2, 3])):
-            if len(self.sequences) < len(self.asked):
-                self.add(len(self.sequences), *self.asked[len(self.sequences)])
-        for number in range(4, len(self.sequences), 5):
-            if self.rng.random() < 0.1:
-                self.loop.abort(self.sequences[number].request.id, "nobody listens")
-
-    def add(self, number: int, prompt: list[int], params: SamplingParams) -> None:
-        self.sequences.append(Sequence(Request(number, prompt, params, seed=params.seed), 0, None, {}))
-        self.loop.add(self.sequences[-1])
-
-    def run(self) -> None:
-        with self.engine.watched_by(BeginPass(self.batches.append)):
-            while len(self.sequences) < len(self.asked) or self.loop.has_unfinished:
-                self.come_and_go()
-                self.loop.advance()
-                self.loop.scheduler.check_integrity()
-
-
-def assert_same(sequences: list[Sequence], alone: list[list[int]]) -> None:
-    """Asserts that tokens are those of the request alone; of one that may have been aborted, the first of them."""
-    for number, (sequence, expected) in enumerate(zip(sequences, alone, strict=True)):
-        output = sequence.output()
-        aborted = number % 5 == 4 and output.finish_reason == "abort"
-        assert output.token_ids == expected[: len(output.token_ids)]
-        assert aborted or (len(output.token_ids) == len(expected) and output.error is None)
+CROWDED_WAYS = {
+    "padded": {"debug": RANDOM_LANES | {"as_on_gpu": True, "lookahead": 1}},
+    "prepared": {"resident": "none", "link_gb_s": 1e4, "debug": RANDOM_LANES | {"lookahead": 1}},
+}
+CROWD = 5
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -101,16 +45,6 @@ def llm(request):
 def pad_nothing_with_prompts(llm: LLM) -> None:
     """Lets all passes with prompts run as a GPU runs those that are too long to be padded."""
     llm.engine.worker.runner.sizes.num_tokens = []
-
-
-def run_in_company(llm: LLM, seed: int) -> Company:
-    asked = requests(seed)
-    alone = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt, params in asked]
-    llm.reset_prefix_cache()
-    company = Company(llm, asked, seed)
-    company.run()
-    assert_same(company.sequences, alone)
-    return company
 
 
 def test_a_request_in_any_company_is_itself_alone(llm):
@@ -129,6 +63,20 @@ def test_a_request_in_any_company_is_itself_alone(llm):
 @pytest.mark.parametrize("seed", range(4, 44))
 def test_a_request_in_any_company_is_itself_alone_soak(llm, seed):
     run_in_company(llm, seed)
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    with LLM("demo", device="cpu", **ROOMY) as llm:
+        return each_alone(llm, crowd(CROWD))
+
+
+@pytest.mark.parametrize("way", CROWDED_WAYS)
+def test_in_a_crowd_too_a_request_is_itself_alone(way, alone):
+    """Rows give way to others and to urgent ones, prompts begin alike, and pages move to host memory and back: where
+    weights stream, by rates at which the link never binds."""
+    with LLM("demo", device="cpu", **CROWDED, **CROWDED_WAYS[way]) as llm:
+        run_in_a_crowd(llm, CROWD, alone)
 
 
 def test_what_follows_the_last_attention_computes_sampled_rows_alone():
