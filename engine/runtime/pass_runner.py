@@ -87,14 +87,14 @@ class PassRunner:
     @on_own_device
     @torch.inference_mode()
     def capture_all(self) -> None:
-        """Captures all graphs, the largest first, so that the others' temporaries fit into its memory. Their kernels
-        are compiled before, several at a time; others, of libraries, are launched once."""
+        """Captures all graphs, the largest first, so that the others' temporaries fit into its memory. The kernels of
+        all passes are compiled before, several at a time; others, of libraries, are launched once."""
         self.executor.fill_ring()
         graphs = self.all_graphs
         num_threads, bind = len(sched_getaffinity(0)), partial(torch.cuda.set_device, self.device)
         with self.graphs.aside(self.executor.counted), self.watches.aside():
             with compiled_ahead(num_threads, bind):
-                for size, asked in graphs:
+                for size, asked in self.warmed:
                     self._warm_up(self._bucket(size), asked)
             self._warm_up(self._bucket(graphs[0][0]), graphs[0][1])  # once in earnest, where nothing is forbidden
             torch.cuda.synchronize()
@@ -110,6 +110,13 @@ class PassRunner:
         with_chunks = self.sizes.with_chunks[::-1] if self._captures_prompts else []
         decode = [(size, asked) for size in self.sizes.decode[::-1] for asked in (EVERYTHING, Asked())]
         return [(size, EVERYTHING) for size in with_chunks] + decode
+
+    @property
+    def warmed(self) -> list[tuple[BucketSize, Asked]]:
+        """The passes that launch every kernel that any pass does: the graphs, and one with prompts where those run
+        eagerly."""
+        with_chunks = [] if self._captures_prompts else self.sizes.with_chunks[-1:]
+        return self.all_graphs + [(size, EVERYTHING) for size in with_chunks]
 
     @on_own_device
     @torch.inference_mode()

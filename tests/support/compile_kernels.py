@@ -17,12 +17,15 @@ os.environ.pop("TRITON_INTERPRET", None)  # triton reads it when it is imported
 
 import pytest
 import torch
+from penstock.engine.compute.sampler import EVERYTHING, Asked
 from penstock.engine.kernels.decode_attention import _attend_segment, _decode_attention_triton
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
 from penstock.parallel.push_reduce import MOST_BYTES, push_reduce
 from penstock.parallel.triton_door import compiled_ahead
 from penstock.parallel.two_step_reduce import two_step_reduce
+from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.pages import pages_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -40,6 +43,16 @@ WAYS = (
     {"dtype": "bfloat16", "weights_compression": "lossless"},
     {"dtype": "bfloat16", "weights_compression": "none", "attention_sinks": 2, "attention_window": 5, "page_size": 4},
     {"dtype": "float32", "attention_sinks": 2, "attention_window": 200},
+)
+# rows (start, number of tokens) of passes that are not padded: long ones, and one of many prompts
+EAGER = (
+    [(0, 250)] * 9,
+    [(40, 1), (77, 1), *[(0, 250)] * 9],
+    [(1, 249)] * 10,
+    [(40, 1), (16, 20), (33, 3), *[(0, 250)] * 9],
+    [(40, 1), (16, 20), *[(0, 230)] * 9],  # whose tables are 15 pages wide
+    [(40, 1)] * 9 + [(128, 120)] * 12 + [(0, 99)] * 9,
+    [(0, 3)] * 33,
 )
 
 
@@ -63,7 +76,7 @@ def main(checkpoints: list[str]) -> None:
         launched.add(self)
         return run(self, *arguments, **named)
 
-    with pytest.MonkeyPatch.context() as patch, compiled_ahead(os.cpu_count()):
+    with pytest.MonkeyPatch.context() as patch:
         driver.set_active(Hopper())
         patch.setattr(JITFunction, "run", note)
         patch.setattr(torch, "empty", torch.zeros)  # nothing is ever written, and tokens have to be valid
@@ -74,18 +87,14 @@ def main(checkpoints: list[str]) -> None:
             if hasattr(kernel.module, "options"):
                 patch.setattr(kernel.module, "options", lambda device: {"OVERLAPS": True, "launch_pdl": True})
         patch.setattr(Segments, "count", lambda self, lengths, num_rows: self.most(num_rows))  # rows that are cut
-        for checkpoint, options in itertools.product(checkpoints, WAYS):
-            ways = {".gguf": WAYS[:2], "neox_parallel": WAYS[:3]}  # these have all of their kernels
-            if options not in next((some for end, some in ways.items() if checkpoint.endswith(end)), WAYS):
-                continue
-            with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:
-                for params in (GREEDY, DRAWN, ALL):
-                    llm.generate([PROMPT], params)
-        for dtype in (torch.float32, torch.bfloat16):  # what one rank never launches
-            part = torch.zeros(MOST_BYTES // dtype.itemsize, dtype=dtype)
-            push_reduce(connect_ranks(4)[0], part)
-            two_step_reduce(connect_sharing_ranks(4, MOST_BYTES)[0], part)
-        hold_for_any_table()
+        for resident in ("all", "none"):
+            with compiled_ahead(os.cpu_count()):
+                hold_for_any_pass(checkpoints[0], resident, launched)
+            for kernel in launched:
+                kernel.device_caches.clear()
+        with compiled_ahead(os.cpu_count()):
+            launch_all(checkpoints)
+            hold_for_any_table()
     compiled = {}
     for kernel in launched:
         (variants, *_), *others = kernel.device_caches.values()
@@ -93,6 +102,20 @@ def main(checkpoints: list[str]) -> None:
         most = max(variant.metadata.shared for variant in variants.values())
         compiled.setdefault(kernel.fn.__module__, {})[kernel.fn.__name__] = most
     print(json.dumps(compiled))
+
+
+def launch_all(checkpoints: list[str]) -> None:
+    for checkpoint, options in itertools.product(checkpoints, WAYS):
+        ways = {".gguf": WAYS[:2], "neox_parallel": WAYS[:3]}  # these have all of their kernels
+        if options not in next((some for end, some in ways.items() if checkpoint.endswith(end)), WAYS):
+            continue
+        with LLM(checkpoint, enforce_eager=True, **OPTIONS | options) as llm:
+            for params in (GREEDY, DRAWN, ALL):
+                llm.generate([PROMPT], params)
+    for dtype in (torch.float32, torch.bfloat16):  # what one rank never launches
+        part = torch.zeros(MOST_BYTES // dtype.itemsize, dtype=dtype)
+        push_reduce(connect_ranks(4)[0], part)
+        two_step_reduce(connect_sharing_ranks(4, MOST_BYTES)[0], part)
 
 
 def hold_for_any_table() -> None:
@@ -107,6 +130,30 @@ def hold_for_any_table() -> None:
         variants = set(caches[0][0])
         assert before in (None, variants), f"a table of {width} pages has a variant of its own"
         before = variants
+
+
+def hold_for_any_pass(checkpoint: str, resident: str, launched: set[JITFunction]) -> None:
+    """Binds passes that run eagerly. Raises AssertionError if they launch what was not compiled at start: it would be
+    compiled in front of waiting rows."""
+    roomy = {"max_num_seqs": 40, "max_num_batched_tokens": 4096, "num_pages": 400, "dtype": "bfloat16"}
+    with LLM(checkpoint, **OPTIONS | roomy | {"resident": resident}) as llm, torch.inference_mode():
+        runner = llm.engine.worker.runner
+        runner.executor.fill_ring()
+        for size, asked in runner.warmed:
+            runner._warm_up(runner._bucket(size), asked)
+        before = variants(launched)
+        for rows in EAGER:
+            tables = [(1,) * pages_for(start + num, llm.config.page_size) for start, num in rows]
+            made = [BatchRow(i, (7,) * num, start, tables[i], True, None) for i, (start, num) in enumerate(rows)]
+            batch = Batch.of(made)
+            assert runner.sizes.find(batch) is None, "a pass that is padded"
+            for asked in (Asked(), EVERYTHING):
+                runner.executor.warm_up(runner.binder.bind(batch), asked)
+            assert variants(launched) == before, f"{checkpoint}, {resident}, rows {rows}: compiled in front of rows"
+
+
+def variants(kernels: set[JITFunction]) -> set[tuple[str, str]]:
+    return {(each.__name__, key) for each in kernels for cached, *_ in each.device_caches.values() for key in cached}
 
 
 if __name__ == "__main__":

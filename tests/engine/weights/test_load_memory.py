@@ -98,11 +98,11 @@ def test_peak_memory_of_compressed_loading(large):
 
 
 def test_peak_memory_of_loading_blocks(large, tmp_path):
-    """Expects what is held, and two blocks of the file for each thread that takes blocks apart: of an 8B in Q4_K 1.03
-    times its bytes. Norms are read in fp32."""
+    """Expects what is held, two blocks of the file for each thread that takes blocks apart, if all do at once, and what
+    torch takes: of an 8B in Q4_K 1.03 times its bytes. Norms are read in fp32."""
     spec, file = read_spec(read_config(large), str(large)), tmp_path / "m.gguf"
     write_gguf(spec, file, "Q8_0", "Q8_0", sparse=False)
     added, _, num_read, held, _ = measured(file, "bfloat16", 1, 0)
     print(f"blocks: held {held / 1e6:.0f} MB, added {added / 1e6:.0f} MB")
     assert held > 150e6 and num_read == pytest.approx(held, rel=1e-3)
-    assert 0.95 * held < added < held + 2 * MOST_READERS * BLOCK_BYTES
+    assert 0.95 * held < added < held + 2 * MOST_READERS * BLOCK_BYTES + 16e6
