@@ -26,6 +26,7 @@ from penstock.engine.compute.attention import takes_padding
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
+from penstock.engine.kernels.linear import TILES
 from penstock.engine.model.steps import SELECT_ATTENDED
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, Staging
@@ -113,10 +114,11 @@ class PassRunner:
 
     @property
     def warmed(self) -> list[tuple[BucketSize, Asked]]:
-        """The passes that launch every kernel that any pass does: the graphs, and one with prompts where those run
-        eagerly."""
-        with_chunks = [] if self._captures_prompts else self.sizes.with_chunks[-1:]
-        return self.all_graphs + [(size, EVERYTHING) for size in with_chunks]
+        """The passes that launch every kernel that any pass does: the graphs, and for those that run eagerly the
+        longest with prompts, with as few sampled rows as linears have kernels for."""
+        counts = [min(count, self.sizes.max_num_seqs) for count in (1, *TILES)]
+        eager = [size._replace(num_sampled=count) for size in self.sizes.with_chunks[-1:] for count in counts]
+        return self.all_graphs + [(size, EVERYTHING) for size in eager]
 
     @on_own_device
     @torch.inference_mode()

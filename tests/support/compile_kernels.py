@@ -44,15 +44,16 @@ WAYS = (
     {"dtype": "bfloat16", "weights_compression": "none", "attention_sinks": 2, "attention_window": 5, "page_size": 4},
     {"dtype": "float32", "attention_sinks": 2, "attention_window": 200},
 )
-# rows (start, number of tokens) of passes that are not padded: long ones, and one of many prompts
+# rows (start, number of tokens) of passes that are not padded, long ones and one of many prompts; and how many sample
 EAGER = (
-    [(0, 250)] * 9,
-    [(40, 1), (77, 1), *[(0, 250)] * 9],
-    [(1, 249)] * 10,
-    [(40, 1), (16, 20), (33, 3), *[(0, 250)] * 9],
-    [(40, 1), (16, 20), *[(0, 230)] * 9],  # whose tables are 15 pages wide
-    [(40, 1)] * 9 + [(128, 120)] * 12 + [(0, 99)] * 9,
-    [(0, 3)] * 33,
+    ([(0, 250)] * 9, 1),
+    ([(0, 250)] * 9, 2),
+    ([(40, 1), (77, 1), *[(0, 250)] * 9], 11),
+    ([(1, 249)] * 10, 10),
+    ([(40, 1), (16, 20), (33, 3), *[(0, 250)] * 9], 12),
+    ([(40, 1), (16, 20), *[(0, 230)] * 9], 5),  # whose tables are 15 pages wide
+    ([(40, 1)] * 9 + [(128, 120)] * 12 + [(0, 99)] * 9, 30),
+    ([(0, 3)] * 33, 33),
 )
 
 
@@ -87,9 +88,9 @@ def main(checkpoints: list[str]) -> None:
             if hasattr(kernel.module, "options"):
                 patch.setattr(kernel.module, "options", lambda device: {"OVERLAPS": True, "launch_pdl": True})
         patch.setattr(Segments, "count", lambda self, lengths, num_rows: self.most(num_rows))  # rows that are cut
-        for resident in ("all", "none"):
+        for checkpoint, resident in ((checkpoints[0], "all"), (checkpoints[0], "none"), (checkpoints[2], "none")):
             with compiled_ahead(os.cpu_count()):
-                hold_for_any_pass(checkpoints[0], resident, launched)
+                hold_for_any_pass(checkpoint, resident, launched)
             for kernel in launched:
                 kernel.device_caches.clear()
         with compiled_ahead(os.cpu_count()):
@@ -142,10 +143,13 @@ def hold_for_any_pass(checkpoint: str, resident: str, launched: set[JITFunction]
         for size, asked in runner.warmed:
             runner._warm_up(runner._bucket(size), asked)
         before = variants(launched)
-        for rows in EAGER:
+        for rows, num_sampled in EAGER:
             tables = [(1,) * pages_for(start + num, llm.config.page_size) for start, num in rows]
-            made = [BatchRow(i, (7,) * num, start, tables[i], True, None) for i, (start, num) in enumerate(rows)]
-            batch = Batch.of(made)
+            samples = [index < num_sampled for index in range(len(rows))]
+            batch = Batch.of(
+                BatchRow(index, (7,) * num, start, tables[index], samples[index], None)
+                for index, (start, num) in enumerate(rows)
+            )
             assert runner.sizes.find(batch) is None, "a pass that is padded"
             for asked in (Asked(), EVERYTHING):
                 runner.executor.warm_up(runner.binder.bind(batch), asked)
