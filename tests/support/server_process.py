@@ -15,7 +15,6 @@ from tests.support.commands import Command
 
 START_S = 60.0
 OPTIONS = (
-    "demo",
     "--port",
     "0",
     "--device",
@@ -32,9 +31,9 @@ OPTIONS = (
 class ServerProcess:
     """A server that listens; `url` is its address. `text` is what it has said so far."""
 
-    def __init__(self, folder: Path, *arguments: str, **settings: Any):
+    def __init__(self, folder: Path, *arguments: str, model: str = "demo", **settings: Any):
         folder.mkdir(exist_ok=True)
-        self.command = Command(folder, "serve", *OPTIONS, *arguments, **settings)
+        self.command = Command(folder, "serve", model, *OPTIONS, *arguments, **settings)
         self.text = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
