@@ -33,7 +33,7 @@ from penstock.scheduler.passes.build import make_plan
 from penstock.scheduler.passes.pass_plan import Compute, Decompress, GroupId, PassPlan
 from penstock.scheduler.residency.compression_choice import CompressionOffer, choose_compression, settle
 from penstock.scheduler.residency.decide import Residency, plan_residency
-from penstock.scheduler.residency.demand import KV_SHARE, Demand
+from penstock.scheduler.residency.demand import KV_PARTS, Demand
 from penstock.scheduler.residency.family import Cost
 from penstock.scheduler.residency.search import plan_fastest
 from penstock.scheduler.units import GB
@@ -208,7 +208,7 @@ def _with_free_tokens(
     activations take no more than a small part of the KV cache."""
     more = replace(claims, most_tokens=cost.free_tokens(demand, residency))
     extra_bytes = replace(kept, fixed=more.fixed(kept.max_num_seqs)).fixed_bytes - kept.fixed_bytes
-    if more.most_tokens <= claims.most_tokens or extra_bytes > residency.num_pages * demand.page_bytes // KV_SHARE:
+    if more.most_tokens <= claims.most_tokens or extra_bytes > residency.num_pages * demand.page_bytes // KV_PARTS:
         return claims, demand, kept, residency
     demand, kept = (replace(each, fixed=more.fixed(each.max_num_seqs), fixed_of=more.fixed) for each in (demand, kept))
     return more, demand, kept, plan_residency(kept, residency.split)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from penstock.scheduler.passes.build import default_ring_bytes, lay_out_ring, minimum_ring_bytes, roomy_ring_bytes
 from penstock.scheduler.passes.pass_plan import GroupId, RingLayout
-from penstock.scheduler.residency.demand import CPU_KV_BYTES, KV_SHARE, Demand, Split
+from penstock.scheduler.residency.demand import CPU_KV_BYTES, KV_PARTS, Demand, Split
 from penstock.scheduler.units import show_bytes
 
 
@@ -91,7 +91,7 @@ def _fit(demand: Demand, split: Split) -> Residency | None:
         num_pages = demand.num_pages or min(most, demand.pages_in(room - ring_bytes))
         roomy_bytes = roomy_ring_bytes(streamed)
         left = min(num_pages, demand.pages_in(max(room - roomy_bytes, 0)))
-        if demand.ring_bytes is None and left >= max(demand.least_pages, num_pages - num_pages // KV_SHARE):
+        if demand.ring_bytes is None and left >= max(demand.least_pages, num_pages - num_pages // KV_PARTS):
             ring_bytes, num_pages = roomy_bytes, left
     elif demand.num_pages is None:
         num_pages = min(num_pages, max(demand.least_pages, CPU_KV_BYTES // demand.page_bytes + 1))

@@ -12,7 +12,7 @@ from penstock.scheduler.units import GIB
 
 KV_LEN = 2048  # tokens of each sequence that the KV cache must hold before weights may stay
 CPU_KV_BYTES = GIB  # KV cache where no memory budget and no num_pages are given
-KV_SHARE = 64  # one part of so many of the KV cache may go to what lets more rows or tokens enter a pass
+KV_PARTS = 64  # one part of so many of the KV cache may go to what lets more rows or tokens enter a pass
 
 Claims = tuple[tuple[str, int], ...]  # named parts of a device's memory
 

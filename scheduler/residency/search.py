@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from penstock.scheduler.residency.decide import Residency, check_demand, plan_residency
-from penstock.scheduler.residency.demand import CPU_KV_BYTES, KV_SHARE, Demand, Split
+from penstock.scheduler.residency.demand import CPU_KV_BYTES, KV_PARTS, Demand, Split
 from penstock.scheduler.residency.family import Cost, Family, Found
 from penstock.scheduler.residency.kinds import are_alike, mean
 
@@ -106,12 +106,12 @@ def _best_plan(demand: Demand, family: Family) -> tuple[Demand, Residency] | Non
 
 def _with_more_seqs(demand: Demand, cost: Cost, kept: Demand, residency: Residency) -> tuple[Demand, Residency]:
     """The same split for more sequences than its number was planned for, since shorter ones fit at once in greater
-    number. They take at most 1 / KV_SHARE of the KV cache, for activations, logits and what is kept of rows. The cache
+    number. They take at most 1 / KV_PARTS of the KV cache, for activations, logits and what is kept of rows. The cache
     counts as it is with all pages that there is memory for, not only those of the planned number at full length."""
     if not demand.plans_num_seqs or demand.memory_bytes is None:
         return kept, residency
     roomy = plan_residency(replace(kept, max_num_seqs=max(kept.max_num_seqs, demand.most_let_in)), residency.split)
-    most_bytes = kept.fixed_bytes + roomy.num_pages * demand.page_bytes // KV_SHARE
+    most_bytes = kept.fixed_bytes + roomy.num_pages * demand.page_bytes // KV_PARTS
     more = range(kept.max_num_seqs + 1, min(_most_that_pay(kept, cost, roomy), demand.most_let_in) + 1)
     num_more = bisect.bisect_left(more, True, key=lambda n: demand.planned_for(n).fixed_bytes > most_bytes)
     if num_more == 0:
