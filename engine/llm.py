@@ -97,12 +97,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes each prompt: a string, or a list of token ids; one SamplingParams for all, or one for each.
 
-        `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at
-        its end. Outputs are in the order of the prompts; those that may become longest begin first. Raises
-        ValueError, before anything runs, for a prompt or parameter that cannot be meant, under torchrun on all
-        ranks alike, also if they are given different ones (a rank that gives no prompts takes rank 0's);
-        RankFailed if another rank has failed; RuntimeError if this LLM is closed, ended with an earlier error
-        of several ranks, or if sequences that were added to `loop` have not ended.
+        `on_text(prompt index, output index, text)` is called on rank 0 as text is generated, and with None at its end.
+        Outputs are in the order of the prompts; those that may become longest begin first. Raises ValueError, before
+        anything runs, for a prompt or parameter that cannot be meant, under torchrun on all ranks alike, also if they
+        are given different ones (a rank that gives no prompts takes rank 0's); RankFailed if another rank has failed;
+        RuntimeError if this LLM is closed, ended with an earlier error of several ranks, or if sequences that were
+        added to `loop` have not ended.
 
         A sequence that fails (its logits are NaN) has finish_reason "error", and the others are as they would be
         without it. If `on_text` raises, this ends its prompt's sequences, with finish_reason "abort", and it is not
