@@ -23,7 +23,7 @@ from penstock.scheduler.cost.timeline import predict_timeline, timeline_s
 from penstock.scheduler.units import KIB, MIB
 
 from scripts.bench.bound import kind_of
-from scripts.bench.traffic_rows import ROWS
+from scripts.bench.traffic_rows import ROWS, TOKEN
 from scripts.bench.workload import greedy, random_jobs
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -45,7 +45,7 @@ def rates(tp_size: int):
 @pytest.mark.parametrize(
     "model, tp_size, num_tokens, measured_ms",
     [
-        ("Llama-3-8B", 1, 1, 3.84),  # one token: the engine's own linear; more: cuBLAS
+        ("Llama-3-8B", 1, 1, 3.84),  # one token: the engine's own linear; 64 and more: cuBLAS
         ("Llama-3-8B", 1, 64, 4.29),
         ("Llama-3-8B", 1, 256, 6.50),
         ("Llama-3-8B", 1, 2000, 41.7),
@@ -91,6 +91,21 @@ def test_resident_decode_passes_are_the_records(name, most):
         predicted_s = decode_time(work, row["batch_size"], context, rates(record["tp_size"])).total_s
         assert predicted_s == pytest.approx(row["decode_pass_s"], rel=0.1)
     assert rows
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    [("traffic_llama3_8b_resident_1rank", "Llama-3-8B"), ("long_row_llama31_8b_1rank", "Llama-3.1-8B")],
+)
+def test_tokens_of_traffic_are_the_records(name, model):
+    """Rows of few and of many tokens, and one of 65,000 among short ones, which costs what it reads."""
+    found, work = {row["row"]: row["measured_s"] for row in record_of(name)["rows"]}, pass_work(plan_of(model, 1))
+    rows = [row for row in ROWS if row.name in found and row.measures == TOKEN]
+    for row in rows:
+        num_cached = row.input_len * (row.num - 1) + (row.first_len or row.input_len)
+        predicted_s = decode_time(work, row.num, num_cached / row.num + row.output_len / 2, rates(1)).total_s
+        assert predicted_s == pytest.approx(found[row.name], rel=0.1)
+    assert len(rows) >= 2
 
 
 PREFILLS = ("prefill_llama3_8b_2000_resident_1rank", "prefill_llama3_8b_8k_resident_1rank",
