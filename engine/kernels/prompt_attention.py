@@ -194,9 +194,9 @@ def _step(
     return higher, total, acc, page
 
 
-# A table is as wide as its pass's longest row, and begins at any of its rows: a variant by either would be compiled in
-# the middle of a job
-@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["table"])
+# A table is as wide as its pass's longest row, and begins at any of its rows; blocks of a bucket begin anywhere.
+# Variants by these would be compiled in the middle of a job
+@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["table", "blocks"])
 def _attend_block(
     q, keys, values, key_tiles, value_tiles, blocks, table, q_token, key_token, value_token, table_row, scale, window,
     GROUP: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -97,6 +97,7 @@ class PassRunner:
             with compiled_ahead(num_threads, bind):
                 for size, asked in self.warmed:
                     self._warm_up(self._bucket(size), asked)
+                    self.graphs.stream.synchronize()  # what the host sends has two turns: the third would overwrite it
             self._warm_up(self._bucket(graphs[0][0]), graphs[0][1])  # once in earnest, where nothing is forbidden
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what warm-ups have left
@@ -114,9 +115,9 @@ class PassRunner:
 
     @property
     def warmed(self) -> list[tuple[BucketSize, Asked]]:
-        """The passes that launch every kernel that any pass does: the graphs, and for those that run eagerly the
-        longest with prompts, with as few sampled rows as linears have kernels for."""
-        counts = [min(count, self.sizes.max_num_seqs) for count in (1, *TILES)]
+        """The passes whose kernels are compiled at start: the graphs, and for passes that run eagerly the longest that
+        is padded, with as few sampled rows as linears have kernels for."""
+        counts = dict.fromkeys(min(count, self.sizes.max_num_seqs) for count in (1, *TILES))
         eager = [size._replace(num_sampled=count) for size in self.sizes.with_chunks[-1:] for count in counts]
         return self.all_graphs + [(size, EVERYTHING) for size in eager]
 
