@@ -182,7 +182,10 @@ class LLM:
     def _run(self, by_prompt: list[list[Sequence]], listener: Listener) -> None:
         """Runs the sequences of each prompt until all have ended. Those that may become longest begin first: they end
         last, and passes of few rows cost nearly as much as full ones."""
-        sequences = sorted(itertools.chain(*by_prompt), key=self._most_outputs, reverse=True)
+        longest = self.loop.scheduler.max_model_len
+        sequences = sorted(
+            itertools.chain(*by_prompt), key=lambda sequence: sequence.request.most_outputs(longest), reverse=True
+        )
         prompts = {sequence.request.id: prompt for prompt, own in enumerate(by_prompt) for sequence in own}
         try:
             for sequence in sequences:
@@ -197,10 +200,6 @@ class LLM:
         except BaseException:  # an interrupt, in on_text too
             self.loop.clear()
             raise
-
-    def _most_outputs(self, sequence: Sequence) -> int:
-        request = sequence.request
-        return request.most_tokens(self.loop.scheduler.max_model_len) - len(request.prompt_token_ids)
 
     @in_turn
     def measure(self, link_bytes: int = LINK_BYTES) -> None:

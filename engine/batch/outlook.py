@@ -75,8 +75,7 @@ class Outlook:
 
     def _known(self, request: Request) -> tuple[int, int, int]:
         """The tokens of its prompt, those that it has got, and those that it gets in all at the longest."""
-        num_prompt = len(request.prompt_token_ids)
-        return num_prompt, len(request.output_token_ids), request.most_tokens(self.longest) - num_prompt
+        return len(request.prompt_token_ids), len(request.output_token_ids), request.most_outputs(self.longest)
 
     def _later(self, most_played: int) -> np.ndarray:
         """The same (M, 3) of sequences that have not begun: the longest first, as in the last window, or if not all are

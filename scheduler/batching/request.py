@@ -268,6 +268,10 @@ class Request:
         most = len(self.prompt_token_ids) + output
         return most if most < max_model_len else max_model_len  # min() takes three times as long, for each row
 
+    def most_outputs(self, max_model_len: int) -> int:
+        """Output tokens of the request at its longest."""
+        return self.most_tokens(max_model_len) - len(self.prompt_token_ids)
+
 
 @dataclass(frozen=True)
 class RowSampling:
