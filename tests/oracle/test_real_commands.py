@@ -1,13 +1,13 @@
 """A published model, as a GGUF file, answers through each command that takes a model."""
 
 import io
-import json
 import sys
 
 import httpx
 import pytest
 from penstock.engine.commands.cli import main
 
+from tests.support.batch_jobs import line, rows_of, write_lines
 from tests.support.server_process import server_process
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -26,13 +26,11 @@ def test_chat(real_model, monkeypatch, capsys):
 
 
 def test_batch(real_model, tmp_path):
-    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    asked.write_text(
-        json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": BODY}) + "\n"
-    )
+    asked = write_lines(tmp_path / "in.jsonl", [line("a", "/v1/chat/completions", **BODY)])
+    answered = tmp_path / "out.jsonl"
     assert main(["batch", "--model", str(real_model), *FLAGS, "-i", str(asked), "-o", str(answered)]) == 0
-    (line,) = answered.read_text().splitlines()
-    assert "Paris" in json.loads(line)["response"]["body"]["choices"][0]["message"]["content"]
+    (row,) = rows_of(answered)
+    assert "Paris" in row["response"]["body"]["choices"][0]["message"]["content"]
 
 
 def test_serve(real_model, tmp_path):
