@@ -12,9 +12,10 @@ without an exchange, and threads exchange values only in the sum at the end. BLO
 alone, and nothing else changes the order of a column's sum. Compiled for sm_90 only: 16-byte loads, no layout
 conversion in the loop; 56, 80, 148 registers for 2, 4, 8 weight rows a program. Not tried: D split over programs.
 
-Up to MOST_ROWS, in 16 bits. A program multiplies ROWS whole rows of the weight with all of x, WIDTH columns a turn, by
-tensor cores; loads are STAGES - 1 turns ahead. The weight is the left operand, of which tensor cores take 16 or 64
-rows, and 8 of the right one. Shapes depend on the tile of tokens alone, so passes padded within it have the same bits.
+Up to MOST_ROWS, in 16 bits. A program multiplies BLOCK_N whole rows of the weight with all of x, BLOCK_D columns a
+turn, by tensor cores; loads are num_stages - 1 turns ahead. The weight is the left operand, of which tensor cores take
+16 or 64 rows, and 8 of the right one. Blocks depend on the tile of tokens alone, so passes padded within it have the
+same bits.
 """
 
 import functools
@@ -26,8 +27,7 @@ from torch import Tensor
 
 calls = {"reference": 0, "triton": 0}
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_D, num_warps, num_stages
-# the tokens of a tile, and the ROWS, WIDTH, num_warps and STAGES of the programs for it, as measured on an H200
-TILES = {8: (16, 256, 1, 4), 32: (64, 128, 4, 6)}
+TILES = {8: (16, 256, 1, 4), 32: (64, 128, 4, 6)}  # the blocks for so many tokens, as measured on an H200
 MOST_ROWS = max(TILES)
 
 
@@ -63,24 +63,20 @@ def config(num_columns: int, width: int) -> Config:
     return 2, 1024, 4, 1
 
 
-def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: Config | None = None) -> None:
-    """Computes them by the kernel for so many rows; `shape` is that of its programs, if not the one that is chosen."""
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: Config | None = None) -> None:
+    """Computes them by the kernel for so many rows, in `blocks`, if these are given, instead of those it has."""
     given = [t for t in (x, weight, bias, out) if t is not None]
     assert has_kernel(x), f"no kernel for {len(x)} rows of {x.dtype}"
     assert x.shape[1] == weight.shape[1] and out.shape == (len(x), len(weight))
     assert all(t.stride(-1) == 1 for t in given), "linear: the last dim of every tensor must have stride 1"
     assert len({t.dtype for t in given}) == 1, "linear: all tensors have one dtype"
     calls["triton"] += 1
-    if len(x) == 1:
-        _multiply_row(x, weight, bias, out, *(shape or config(*weight.shape)))
-    else:
-        _multiply_tile(x, weight, bias, out, shape)
+    (_multiply_row if len(x) == 1 else _multiply_tile)(x, weight, bias, out, blocks)
 
 
-def _multiply_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, block_n: int, block_d: int, num_warps: int, stages: int
-) -> None:
+def _multiply_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: Config | None) -> None:
     num_columns, width = weight.shape
+    block_n, block_d, num_warps, num_stages = blocks or config(num_columns, width)
     block_d = min(block_d, max(triton.next_power_of_2(width), 256))
     num_warps = max(min(num_warps, block_d // 256), 1)
     turns = triton.cdiv(width, block_d)
@@ -88,22 +84,22 @@ def _multiply_row(
     _gemv[(triton.cdiv(num_columns, block_n),)](
         *(x, weight, bias, out, weight.stride(0), num_columns, width),
         **{"BIAS": bias is not None, "EVEN": width % block_d == 0, "BLOCK_N": block_n},
-        **{"BLOCK_D": block_d, "STAGES": stages, "UNROLL": unroll if stages == 1 else 1},
+        **{"BLOCK_D": block_d, "STAGES": num_stages, "UNROLL": unroll if num_stages == 1 else 1},
         **options(x.device),
         num_warps=num_warps,
     )
 
 
-def _multiply_tile(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: Config | None) -> None:
+def _multiply_tile(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: Config | None) -> None:
     (num_columns, width), num_tokens = weight.shape, len(x)
     tokens = next(most for most in TILES if num_tokens <= most)
-    rows, turn, num_warps, stages = shape or TILES[tokens]
+    block_n, block_d, num_warps, num_stages = blocks or TILES[tokens]
     if x.is_cuda:
-        stages = min(stages, _shared_memory(x.device) // ((rows + tokens) * turn * x.dtype.itemsize))
-    _gemm[(triton.cdiv(num_columns, rows),)](
+        num_stages = min(num_stages, _shared_memory(x.device) // ((block_n + tokens) * block_d * x.dtype.itemsize))
+    _gemm[(triton.cdiv(num_columns, block_n),)](
         *(x, weight, bias, out, x.stride(0), weight.stride(0), out.stride(0), num_tokens, num_columns, width),
-        **{"BIAS": bias is not None, "EVEN": width % turn == 0, "TOKENS": tokens, "ROWS": rows, "WIDTH": turn},
-        **{"FLOATS": not x.is_cuda, "STAGES": stages, **options(x.device)},
+        **{"BIAS": bias is not None, "EVEN": width % block_d == 0, "TOKENS": tokens, "BLOCK_N": block_n},
+        **{"BLOCK_D": block_d, "FLOATS": not x.is_cuda, "STAGES": num_stages, **options(x.device)},
         num_warps=num_warps,
     )
 
@@ -141,21 +137,21 @@ def _gemv(
 @triton.jit(do_not_specialize=("num_tokens",))
 def _gemm(
     x, weight, bias, out, x_row, weight_row, out_row, num_tokens, num_columns, width,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     FLOATS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    n, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
-    rows = weight + tl.minimum(n, num_columns - 1).to(tl.int64)[:, None] * weight_row  # (ROWS, 1)
+    n, token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, TOKENS)
+    rows = weight + tl.minimum(n, num_columns - 1).to(tl.int64)[:, None] * weight_row  # (BLOCK_N, 1)
     rows_of_x = x + tl.minimum(token, num_tokens - 1).to(tl.int64)[None, :] * x_row  # (1, TOKENS)
     wait_for_inputs(OVERLAPS)
-    sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in tl.range(0, width, WIDTH, num_stages=STAGES):
-        d = start + tl.arange(0, WIDTH)
+    sums = tl.zeros((BLOCK_N, TOKENS), tl.float32)
+    for start in tl.range(0, width, BLOCK_D, num_stages=STAGES):
+        d = start + tl.arange(0, BLOCK_D)
         inside = None if EVEN else (d < width)[None, :]
         inside_x = None if EVEN else (d < width)[:, None]
         other = None if EVEN else 0.0
-        w = tl.load(rows + d[None, :], mask=inside, other=other, eviction_policy="evict_first")  # (ROWS, WIDTH)
-        values = tl.load(rows_of_x + d[:, None], mask=inside_x, other=other)  # (WIDTH, TOKENS)
+        w = tl.load(rows + d[None, :], mask=inside, other=other, eviction_policy="evict_first")  # (BLOCK_N, BLOCK_D)
+        values = tl.load(rows_of_x + d[:, None], mask=inside_x, other=other)  # (BLOCK_D, TOKENS)
         if FLOATS:  # the interpreter's tl.dot of bf16 is wrong
             w, values = w.to(tl.float32), values.to(tl.float32)
         sums = tl.dot(w, values, sums, input_precision="ieee")

@@ -27,8 +27,8 @@ SMALL_TILE = (16, 32, 1, 3)
 COUNTS = (1, 2, 8, 9, MOST_ROWS)  # rows
 
 
-def kernel(x, weight, out, bias=None, shape=None):
-    module._linear_triton(x, weight, bias, out, shape or (SMALL if len(x) == 1 else SMALL_TILE))
+def kernel(x, weight, out, bias=None, blocks=None):
+    module._linear_triton(x, weight, bias, out, blocks or (SMALL if len(x) == 1 else SMALL_TILE))
 
 
 def reference(x, weight, out, bias=None):
@@ -89,11 +89,11 @@ def test_the_bias_is_added_before_the_rounding():
 
 @pytest.mark.tolerance
 @pytest.mark.parametrize(
-    "num_tokens,shape", [(1, config(19, 600)), (1, (2, 256, 1, 3)), *TILES.items()], ids=lambda value: str(value)
+    "num_tokens,blocks", [(1, config(19, 600)), (1, (2, 256, 1, 3)), *TILES.items()], ids=lambda value: str(value)
 )
-def test_shapes_of_programs_are_near_float64(num_tokens, shape):
+def test_block_shapes_are_near_float64(num_tokens, blocks):
     tensors = inputs_of(torch.float16, num_tokens, width=600)
-    kernel(**tensors, shape=shape)
+    kernel(**tensors, blocks=blocks)
     rounded_once(tensors)(tensors["out"], tensors["x"].double() @ tensors["weight"].double().t())
 
 
