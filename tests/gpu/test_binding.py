@@ -8,10 +8,11 @@ from penstock.engine.llm import LLM
 from penstock.scheduler.batching.request import SamplingParams
 
 from tests.support.commands import run_ranks
+from tests.support.gpu.enough import needs_gpus
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    needs_gpus(2),
 ]
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "gpu_memory": "4GiB", "resident": "none"}
 PROMPTS = [[5, 17, 3, 99], [7] * 20]

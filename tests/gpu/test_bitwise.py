@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.commands import run_ranks
 from tests.support.gpu.bitwise_ranks import HUNDREDS, LENGTHS, SINKS, logits_of
+from tests.support.gpu.enough import needs_ranks, with_marks
 from tests.support.oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -45,10 +45,8 @@ def tokens_of_one_rank(checkpoint: Path, **options) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", with_marks(needs_ranks, 2, 4))
 def test_several_ranks(checkpoints, tmp_path, num_ranks):
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} CUDA devices")
     found = reports(checkpoints, tmp_path, num_ranks)
     for report in found:
         assert_same_bits(report)

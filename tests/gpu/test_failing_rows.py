@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from penstock.engine.output import RequestOutput
 
 from penstock import LLM
@@ -24,6 +23,7 @@ from tests.support.failing_rows import (
     poison,
     run,
 )
+from tests.support.gpu.enough import needs_ranks
 from tests.support.oracle.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_a_row_fails_alone(tmp_path, dtype):
                 assert bool(graphs and graphs.passes) != enforce_eager
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_ranks(2)
 def test_a_row_fails_alone_on_two_ranks(tmp_path):
     clean, poisoned, following = checkpoints(tmp_path, "float32")
     with LLM(clean, dtype="float32", **ON_GPU) as llm:

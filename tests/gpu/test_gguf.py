@@ -7,6 +7,7 @@ from penstock.engine.llm import LLM
 from penstock.scheduler.batching.request import SamplingParams
 
 from tests.support.gguf_models import FLOATS_BESIDE, load_reference, write_model
+from tests.support.gpu.enough import needs_ranks
 from tests.support.streaming_runs import fill_alike
 from tests.support.watches import EndPass
 
@@ -48,7 +49,7 @@ def test_bits_do_not_depend_on_where_weights_lie(tmp_path, arch, dtype, most):
             assert all(torch.equal(a, b) for a, b in zip(others, logits)), name
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_ranks(2)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dtype, most", [("float32", 3), ("bfloat16", 8)])
 def test_two_ranks_agree_wherever_weights_lie(tmp_path, dtype, most):

@@ -6,17 +6,17 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from penstock.engine.runtime.trace import read_intervals
 
 from penstock import LLM
 from tests.support.commands import ROOT
+from tests.support.gpu.enough import needs_ranks
 from tests.support.host_runs import ON, PARAMS, PROMPT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_ranks(2)
 def test_two_hosts(tmp_path):
     module = ["-m", "tests.support.host_runs", tmp_path, "cuda"]
     command = [sys.executable, "-m", "tests.support.two_agents", "1", *module]

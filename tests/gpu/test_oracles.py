@@ -17,6 +17,7 @@ from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.residency.decide import Residency
 
 from tests.support.commands import run_ranks
+from tests.support.gpu.enough import needs_ranks
 from tests.support.rounding import assert_apart, model_apart
 from tests.support.streaming_runs import fill_alike
 from tests.support.watches import keep_logits
@@ -198,7 +199,7 @@ def test_registered_memory_feeds_the_embedding_kernel():
     assert torch.equal(out.cpu(), expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_ranks(2)
 def test_two_ranks_agree_with_one(tmp_path):
     """Logits of every pass, in bf16 up to the first near-tie, and tokens in fp32. Each rank moves its shard."""
     script = tmp_path / "rank.py"

@@ -4,19 +4,17 @@ graph alone."""
 import json
 
 import pytest
-import torch
 
 from penstock import LLM, SamplingParams
 from scripts.bench.graph_alone import graph_alone_s
 from tests.support.commands import Command
+from tests.support.gpu.enough import needs_gpus, with_marks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", with_marks(needs_gpus, 1, 2, 4))
 def test_probe(tmp_path, tp_size):
-    if torch.cuda.device_count() < tp_size:
-        pytest.skip(f"needs {tp_size} CUDA devices")
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = Command(tmp_path, "probe", "-tp", str(tp_size), "--json", **cache)
     try:

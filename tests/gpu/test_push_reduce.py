@@ -7,11 +7,12 @@ import torch
 from penstock.engine.model.fusion import MOST_FUSED_WIDTH
 
 from tests.support.commands import run_ranks
+from tests.support.gpu.enough import needs_gpus
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_gpus(2)
 def test_real_ranks(tmp_path):
     ranks, out = min(torch.cuda.device_count(), 4), tmp_path / "report.json"
     run_ranks(ranks, "-m", "tests.support.gpu.push_reduce_ranks", out, timeout=180)

@@ -6,16 +6,16 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from tests.support.commands import ROOT
+from tests.support.gpu.enough import needs_ranks
 from tests.support.gpu.fault_ranks import CASES, TIMES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 MOST_S = 10.0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_ranks(2)
 @pytest.mark.parametrize("when", TIMES)
 def test_the_other_rank_says_why_and_goes_on(tmp_path, when):
     cases = [case for case in CASES if case.endswith(f", {when}")]

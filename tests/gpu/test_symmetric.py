@@ -5,18 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.commands import run_ranks
+from tests.support.gpu.enough import needs_ranks, with_marks
 
 pytestmark = pytest.mark.gpu
 RANK_SCRIPT = Path(__file__).parents[1] / "support/gpu/symmetric_ranks.py"
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("tp_size", with_marks(needs_ranks, 2, 4))
 def test_sums_of_every_size(tmp_path, tp_size):
-    if torch.cuda.device_count() < tp_size:
-        pytest.skip(f"needs {tp_size} CUDA devices")
     run_ranks(tp_size, RANK_SCRIPT, tmp_path / "report.json", timeout=180)
     report = json.loads((tmp_path / "report.json").read_text())
     for row in report["rows"]:

@@ -23,25 +23,8 @@ PENSTOCK = ("-m", "penstock")
 LAUNCH_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _SITE = '''
-import importlib.abc, importlib.util, os, signal, sys, time
-
-class Hook(importlib.abc.MetaPathFinder):
-    """Calls `run(module)` once that module has been imported: nothing heavy before its time."""
-
-    def __init__(self, name, run):
-        self.name, self.run = name, run
-
-    def find_spec(self, name, path, target=None):
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        exec_module = spec.loader.exec_module
-        def execute(module):
-            exec_module(module)
-            self.run(module)
-        spec.loader.exec_module = execute
-        return spec
+import os, signal, sys, time
+from tests.support.after_import import AfterImport
 
 def in_rank(module):
     with open(f"{FOLDER}/rank_of{os.getpid()}", "w") as file:
@@ -54,10 +37,8 @@ def failing():
     with open(f"{FOLDER}/failed_at", "w") as file:
         file.write(str(time.time()))
 
-sys.meta_path[:0] = [
-    Hook("penstock.engine.runtime.executor", in_rank),
-    Hook("penstock.engine.server.server", lambda module: exec(IN_FRONT, {})),
-]
+AfterImport("penstock.engine.runtime.executor", in_rank)
+AfterImport("penstock.engine.server.server", lambda module: exec(IN_FRONT, {}))
 '''
 # Runs FAIL on rank FAILING in the 12th pass: all ranks must have met by then.
 _IN_A_PASS = """
