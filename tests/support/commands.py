@@ -22,7 +22,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 PENSTOCK = ("-m", "penstock")
 LAUNCH_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_SITE = '''
+_SITE = """
 import os, signal, sys, time
 from tests.support.after_import import AfterImport
 
@@ -39,7 +39,7 @@ def failing():
 
 AfterImport("penstock.engine.runtime.executor", in_rank)
 AfterImport("penstock.engine.server.server", lambda module: exec(IN_FRONT, {}))
-'''
+"""
 # Runs FAIL on rank FAILING in the 12th pass: all ranks must have met by then.
 _IN_A_PASS = """
 import itertools, os, signal
