@@ -1,9 +1,11 @@
-"""Requests that come and go at random in a crowd, in graphs and eager, resident and streamed, are as each is alone."""
+"""Requests that come and go at random in a crowd, in graphs and eager, resident and streamed, on one rank and two, are
+as each is alone."""
 
 import pytest
 
 from penstock import LLM
 from tests.support.company import CROWDED, ROOMY, crowd, each_alone, run_in_a_crowd
+from tests.support.gpu.enough import needs_ranks, with_marks
 
 pytestmark = pytest.mark.gpu
 # Rates at which the link never binds and computing costs much, so that pages move.
@@ -17,12 +19,13 @@ def alone() -> list[list[int]]:
         return each_alone(llm, crowd(CROWD))
 
 
+@pytest.mark.parametrize("tp_size", with_marks(needs_ranks, 1, 2))
 @pytest.mark.parametrize("resident", ["all", "none"])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_in_a_crowd_a_request_is_itself_alone(alone, resident, enforce_eager):
+def test_in_a_crowd_a_request_is_itself_alone(alone, resident, enforce_eager, tp_size):
     """Rows give way to others and to urgent ones, requests are added and aborted while passes run, prompts begin alike,
     and pages move to host memory and back."""
     options = {"resident": resident, "enforce_eager": enforce_eager, "debug": {"poison": True}}
-    with LLM("demo", **ON_GPU, **CROWDED, **options) as llm:
+    with LLM("demo", tp_size, **ON_GPU, **CROWDED, **options) as llm:
         assert (llm.engine.worker.runner.graphs is None) == enforce_eager
         run_in_a_crowd(llm, CROWD, alone)

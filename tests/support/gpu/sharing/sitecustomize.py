@@ -1,9 +1,9 @@
-"""Ranks that share one GPU, so that tests of two ranks run where there is no second one:
+"""Ranks that share one GPU, so that tests of several ranks run where there are fewer GPUs:
 
     PYTHONPATH=tests/support/gpu/sharing python -m pytest -m gpu
 
-Python imports this module at the start of every process. Ranks sum as on two GPUs: in our kernels through each other's
-memory, and by NCCL, which takes them for two hosts and so goes over the network. The GPU computes for one rank at a
+Python imports this module at the start of every process. Ranks sum as on GPUs of their own: in our kernels through each
+other's memory, and by NCCL, which takes each for a host and so goes over the network. The GPU computes for one rank at a
 time, in slices of milliseconds: nothing here says how fast several ranks are.
 """
 
@@ -24,7 +24,7 @@ os.environ |= {
     "NCCL_HOSTID": str(os.getpid()),
     "NCCL_SOCKET_IFNAME": "lo",
     "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
-    "TESTS_RANKS_A_GPU": "2",
+    "TESTS_RANKS_A_GPU": "4",
 }
 
 
