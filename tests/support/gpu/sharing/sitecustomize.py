@@ -3,8 +3,8 @@
     PYTHONPATH=tests/support/gpu/sharing python -m pytest -m gpu
 
 Python imports this module at the start of every process. Ranks sum as on GPUs of their own: in our kernels through each
-other's memory, and by NCCL, which takes each for a host and so goes over the network. The GPU computes for one rank at a
-time, in slices of milliseconds: nothing here says how fast several ranks are.
+other's memory, and by NCCL, which takes each for a host and so goes over the network. The GPU computes for one rank at
+a time, in slices of milliseconds: nothing here says how fast several ranks are.
 """
 
 import dataclasses
