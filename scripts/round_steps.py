@@ -84,6 +84,7 @@ JOBS = "uneven long-prompts short"
 DRAWN = "token-batch-256-drawn token-batch-256-penalties token-batch-256-logprobs"
 TOKENS = "token-batch-1 token-batch-8 token-batch-64 token-batch-256"
 RESIDENT = "--resident all --max-num-seqs 512"
+TRAFFIC = f"{RESIDENT} --rows {FIRST_TOKENS} first-token-8000 {TOKENS} token-64-rows-at-2100 {JOBS}"
 UNEVEN = "--input-len 512 --output-len 128 --random-range-ratio 0.8"
 TIMED_ONCE = "--num-iters-warmup 1 --num-iters 1"
 START_ONCE = "--num-iters-cold 1 --num-iters-warmup 0 --num-iters-warm 1"
@@ -94,6 +95,10 @@ STREAMED_70B = f"--input-len 32 --max-num-batched-tokens 2048 {TIMED_ONCE}"
 IN_24_GIB = f"{STREAMED_70B} --gpu-memory 24GiB --batch-size 1 --output-len 6"
 REUSE_SMALL = f"{SHORT} --kv-host-memory 16MiB --prefix-gb 0.001 --prefix-len 64 --own-len 8 --share 0.6"
 
+SHARED = (
+    "-p no:cacheprovider --durations 8 -n 4 --dist worksteal -m gpu "
+    "-k 'ranks or rank_faults or hosts or symmetric or kernel_ranks or mixed' tests/gpu"
+)
 OF_TWO = (
     "tests/gpu/test_rank_faults.py tests/gpu/test_kernel_ranks.py tests/gpu/test_hosts.py tests/gpu/test_binding.py "
     "tests/gpu/test_oracles.py::test_two_ranks_agree_with_one "
@@ -135,13 +140,13 @@ ONE_GPU = (
     ),
     one(
         "traffic",
-        90,
-        "first tokens, tokens of batches, and jobs, with all weights on the GPU",
+        300,
+        "first tokens, tokens of batches, and jobs, with all weights on the GPU, beside vLLM",
         bench(
             "traffic",
             "Llama-3-8B",
-            f"{RESIDENT} --rows {FIRST_TOKENS} first-token-8000 {TOKENS} token-64-rows-at-2100 {JOBS}",
-            "traffic_llama3_8b_resident_1rank",
+            f"{TRAFFIC} long-tailed shared-prefix {{vllm}}",
+            "traffic_llama3_8b_1rank",
             BRIEF,
         ),
     ),
@@ -156,19 +161,6 @@ ONE_GPU = (
             "traffic_llama3_8b_drawn_1rank",
             BRIEF,
         ),
-    ),
-    one(
-        "beside",
-        170,
-        "three jobs beside vLLM: uneven lengths, long-tailed ones, and a prefix that all share",
-        bench(
-            "traffic",
-            "Llama-3-8B",
-            f"{RESIDENT} --rows uneven long-tailed shared-prefix {{vllm}}",
-            "traffic_llama3_8b_beside_vllm_1rank",
-            BRIEF,
-        ),
-        needs_vllm=True,
     ),
     one(
         "long_row",
@@ -362,6 +354,12 @@ ONE_GPU = (
         tests("-m gpu tests/engine tests/oracle tests/scripts"),
     ),
     one("tests_gpu", 270, "tests of whole engines", tests("-m gpu tests/gpu")),
+    one(
+        "tests_of_ranks_that_share",
+        300,
+        "what several ranks compute, share and survive on one GPU, which says nothing about times; four tests at once",
+        Command(f"tests.support.gpu.sharing {SHARED}", small="--collect-only"),
+    ),
 )
 
 
@@ -423,7 +421,7 @@ def over(num: int) -> tuple[Step, ...]:
             rows(
                 "Llama-3-8B",
                 "traffic_llama3_8b_resident",
-                f"{RESIDENT} --rows {FIRST_TOKENS} first-token-8000 {TOKENS} token-64-rows-at-2100 {JOBS}",
+                TRAFFIC,
                 BRIEF,
                 script="traffic",
             ),

@@ -5,7 +5,7 @@ import pytest
 
 from penstock import LLM
 from tests.support.company import CROWDED, ROOMY, crowd, each_alone, run_in_a_crowd
-from tests.support.gpu.enough import needs_ranks, with_marks
+from tests.support.gpu.enough import needs_ranks
 
 pytestmark = pytest.mark.gpu
 # Rates at which the link never binds and computing costs much, so that pages move.
@@ -19,13 +19,20 @@ def alone() -> list[list[int]]:
         return each_alone(llm, crowd(CROWD))
 
 
-@pytest.mark.parametrize("tp_size", with_marks(needs_ranks, 1, 2))
+def run(alone: list[list[int]], tp_size: int, **options) -> None:
+    with LLM("demo", tp_size, **ON_GPU, **CROWDED, **options, debug={"poison": True}) as llm:
+        assert (llm.engine.worker.runner.graphs is None) == options["enforce_eager"]
+        run_in_a_crowd(llm, CROWD, alone)
+
+
 @pytest.mark.parametrize("resident", ["all", "none"])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_in_a_crowd_a_request_is_itself_alone(alone, resident, enforce_eager, tp_size):
+def test_in_a_crowd_a_request_is_itself_alone(alone, resident, enforce_eager):
     """Rows give way to others and to urgent ones, requests are added and aborted while passes run, prompts begin alike,
     and pages move to host memory and back."""
-    options = {"resident": resident, "enforce_eager": enforce_eager, "debug": {"poison": True}}
-    with LLM("demo", tp_size, **ON_GPU, **CROWDED, **options) as llm:
-        assert (llm.engine.worker.runner.graphs is None) == enforce_eager
-        run_in_a_crowd(llm, CROWD, alone)
+    run(alone, 1, resident=resident, enforce_eager=enforce_eager)
+
+
+@needs_ranks(2)
+def test_in_a_crowd_on_two_ranks_too(alone):
+    run(alone, 2, resident="none", enforce_eager=False)

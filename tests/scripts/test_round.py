@@ -79,7 +79,7 @@ def launched(words: list[str]) -> tuple[str, list[str]]:
     assert words[0] == "-m"
     if words[1] in ("torch.distributed.run", "tests.support.two_agents"):
         words = words[words.index("-m", 1) :]
-    return words[1], words[2:]
+    return words[1].replace("tests.support.gpu.sharing", "pytest"), words[2:]
 
 
 @pytest.mark.parametrize("small, vllm", [(False, None), (False, "some/vllm"), (True, None)])

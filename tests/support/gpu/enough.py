@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-RANKS_A_GPU = int(os.environ.get("TESTS_RANKS_A_GPU", 1))  # sharing/sitecustomize.py
+RANKS_A_GPU = int(os.environ.get("TESTS_RANKS_A_GPU", 1))  # more under tests.support.gpu.sharing
 
 
 def needs_gpus(number: int) -> pytest.MarkDecorator:

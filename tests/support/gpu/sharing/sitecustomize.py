@@ -1,10 +1,8 @@
-"""Ranks that share one GPU, so that tests of several ranks run where there are fewer GPUs:
+"""Ranks that share a GPU. Python imports this module at the start of every process of __main__.py.
 
-    PYTHONPATH=tests/support/gpu/sharing python -m pytest -m gpu
-
-Python imports this module at the start of every process. Ranks sum as on GPUs of their own: in our kernels through each
-other's memory, and by NCCL, which takes each for a host and so goes over the network. The GPU computes for one rank at
-a time, in slices of milliseconds: nothing here says how fast several ranks are.
+Ranks sum as on GPUs of their own: in our kernels through each other's memory, and by NCCL, which takes each for a host
+and so goes over the network. The GPU computes for one rank at a time, in slices of milliseconds: nothing here says how
+fast several ranks are.
 """
 
 import dataclasses
@@ -12,14 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[3]))
+sys.path.append(str(Path(__file__).resolve().parents[4]))
 
-from tests.support.after_import import AfterImport  # noqa: E402
+from tests.support.after_import import AfterImport
 
-paths = os.environ["PYTHONPATH"].split(os.pathsep)
 os.environ |= {
-    "PYTHONPATH": os.pathsep.join([str(HERE), *(path for path in paths if Path(path).resolve() != HERE)]),
     "CUDA_VISIBLE_DEVICES": "0",
     "NCCL_HOSTID": str(os.getpid()),
     "NCCL_SOCKET_IFNAME": "lo",
