@@ -13,25 +13,23 @@ from tests.support.kernel_registry import KERNELS, EngineKernel
 
 
 class Launches(TorchDispatchMode):
-    """Notes in `found` what is launched inside: by name, with the shapes and types of tensors, and all that is none. Not
-    copies between tensors of one type, which need no kernel."""
+    """Notes in `found` what is launched inside: by name, with the shapes and types of tensors, and what else it gets.
+    Copies between tensors of one type are not noted: they need no kernel. Kernels run by their references; a linear
+    that has none is torch's."""
 
-    def __init__(self):
+    def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__()
         self.found: set[tuple] = set()
         self.is_inside = False  # a kernel, where its reference calls torch
+        for name, kernel in KERNELS.items():
+            if kernel.names:
+                kernel.put_in(patch, partial(self._run, name, kernel))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         is_copy = function is torch.ops.aten.copy_.default and args[0].dtype == args[1].dtype
         if not (self.is_inside or is_copy or function.is_view):
             self._note(str(function), args, tuple((kwargs or {}).items()))
         return function(*args, **(kwargs or {}))
-
-    def put_in(self, patch: pytest.MonkeyPatch) -> None:
-        """Notes the kernels, which run by their references. A linear that has no kernel is torch's."""
-        for name, kernel in KERNELS.items():
-            if kernel.names:
-                kernel.put_in(patch, partial(self._run, name, kernel))
 
     def _run(self, name: str, kernel: EngineKernel, *args: Any, **named: Any) -> Any:
         if name == "linear" and not linear.has_kernel(args[0]):
