@@ -5,7 +5,7 @@ What it does not know: batches, graphs, and where the tokens go.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -90,9 +90,7 @@ class Executor:
         self._restorers = {group: one.group.restorer(one.blob, one.out) for group, one in compressed.items()}
         self.copy_sites = {group: Site(group.name, group.layer_idx) for group in host_spans}
         self.ring_is_filled = False
-        self._differing = {  # groups with weights that are stored, whose types may differ from layer to layer
-            group for group, own in views.items() if not all(isinstance(weight, Tensor) for weight in own.values())
-        }
+        self._forms = {group: _form(own) for group, own in views.items()}
 
     @property
     def ledger(self) -> TransferLedger:
@@ -137,14 +135,15 @@ class Executor:
     @torch.inference_mode()
     def warm_up(self, inputs: PassInputs, asked: Asked) -> None:
         """Runs the kernels of the compute lane, on what the ring holds, and drops what is sampled. Layers of one window
-        and of plain weights launch the same kernels, so the first of them runs for all."""
+        whose weights have one form launch the same kernels, so the first of them runs for all."""
         ctx, ring = self._context(inputs, asked, lambda output: None), self.pass_plan.ring
         later = {group for group, _ in ring.slots[ring.num_wrapped :]}  # what their slots hold now is no blob
         windows, launched = dict(enumerate(self.model.spec.windows)), set()
         for instruction in self.pass_plan.instructions:
             if isinstance(instruction, Compute):
-                kernels = (instruction.step, instruction.of_rows, windows.get(instruction.layer_idx))
-                if kernels not in launched or instruction.group in self._differing:
+                window, form = windows.get(instruction.layer_idx), self._forms.get(instruction.group)
+                kernels = (instruction.step, instruction.of_rows, window, form)
+                if kernels not in launched:
                     self._watched(ctx, instruction)
                 launched.add(kernels)
             elif isinstance(instruction, Decompress):
@@ -211,3 +210,11 @@ class Executor:
         if self.poison:
             self.compressed[instruction.group].out.fill_(0xFF)
         self.counters.decompressed_bytes[instruction.group] += self._restorers[instruction.group](ctx.inputs.num_tokens)
+
+
+def _form(weights: Weights) -> Hashable:
+    """What of a group's weights chooses the kernels that read them, as it may differ from layer to layer: which there
+    are, of which shape, and how they are stored."""
+    return frozenset(
+        (name, weight.shape if isinstance(weight, Tensor) else weight.form) for name, weight in weights.items()
+    )

@@ -6,10 +6,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from penstock.engine.compute.sampler import EVERYTHING, Asked
+from penstock.engine.runtime import pass_runner
+from penstock.engine.runtime.bucket import Bucket
+from penstock.engine.runtime.bucket_sizes import BucketSize
+from penstock.engine.runtime.pass_runner import PassRunner
 from penstock.scheduler.batching.batch import is_decode
 
 from penstock import LLM, SamplingParams
+from tests.support.gguf_models import FLOATS_BESIDE, write_model
+from tests.support.launches import Launches
+from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.watches import BeginPass
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "page_size": 4, "max_model_len": 96, "max_num_seqs": 6}
@@ -57,3 +65,37 @@ def test_graphs_are_what_a_start_captures(resident):
     num_captured = len(with_chunks) if resident == "all" else 0
     assert sum(size.num_chunks > 0 for size, _ in graphs.replayed) == num_captured
     assert len(graphs.replayed) == len(batches) - len(with_chunks) + num_captured
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Those of which layers differ: in their windows, or in which weights are stored."""
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoint(folder / "qwen2_windows", "qwen2_windows")
+    write_model(folder / "mixed.gguf", "llama", sizes=FLOATS_BESIDE)
+    return folder
+
+
+@pytest.mark.parametrize("resident", ["all", "none"])
+@pytest.mark.parametrize("dtype, compression", [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "lossless")])
+@pytest.mark.parametrize("model", ["qwen2_windows", "mixed.gguf"])
+def test_a_capture_launches_nothing_that_a_warm_up_has_not(monkeypatch, models, model, dtype, compression, resident):
+    """What is launched for the first time is compiled, or makes a library begin, which capture forbids. Weights are
+    decompressed by one kernel, whatever their sizes, which is compiled as they are loaded."""
+    options = OPTIONS | {"dtype": dtype, "resident": resident, "weights_compression": compression, "max_num_seqs": 40}
+    monkeypatch.setattr(pass_runner, "takes_padding", lambda dtype, device: dtype != torch.float32)
+    with LLM(str(models / model), **options) as llm, torch.inference_mode():
+        runner = llm.engine.worker.runner
+        runner.executor.fill_ring()
+        monkeypatch.setattr(runner.mailbox, "send", lambda output: None)  # a few numbers, by torch's own kernels
+        warm_ups = launches(runner.warmed, runner, runner._warm_up)
+        captures = launches(runner.all_graphs, runner, runner._run_bucket)
+    assert {"aten.mm.out", "linear", "decode_attention", "draw"} <= {name for name, *_ in captures}
+    assert not {each for each in captures - warm_ups if each[0] != "decompress_weights"}
+
+
+def launches(passes: list[tuple[BucketSize, Asked]], runner: PassRunner, run: Callable[[Bucket, Asked], None]) -> set:
+    with pytest.MonkeyPatch.context() as patch, Launches(patch) as noted:
+        for size, asked in passes:
+            run(runner._bucket(size), asked)
+    return noted.found
