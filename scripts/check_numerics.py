@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.compute.context import PassContext
+from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import without_errors
@@ -107,22 +108,28 @@ OURS: dict[str, str | Callable[[PassContext], Tensor]] = {
 
 def _watch(llm: LLM) -> dict[Key, list[Tensor]]:
     """Keeps the activations of every pass from now on, by step, without padding, which is behind the last token; a
-    single request's passes are in order of position."""
+    single request's passes are in order of position. Where the last layer leaves out tokens that do not sample, those
+    of the others are kept."""
     kept: dict[Key, list[Tensor]] = {}
+    last = llm.engine.plan.spec.num_layers - 1
 
     class KeepStates(Watch):
-        num_tokens = 0  # of the pass that runs
+        batch: Batch | None = None  # of the pass that runs
 
         def begin_pass(self, batch: Batch | None) -> None:
-            self.num_tokens = 0 if batch is None else batch.num_tokens
+            self.batch = batch
 
         def around(self, instruction: Instruction, ctx: PassContext | None, run: Callable[[], None]) -> None:
             run()
             for key, step in _keys(instruction) if isinstance(instruction, Compute) else ():
                 take = OURS[step]
                 state = ctx.act[take] if isinstance(take, str) else take(ctx)
-                own = slice(self.num_tokens if len(state) == len(ctx.inputs.tokens) else 1)
-                kept.setdefault(key, []).append(state[own].cpu().clone())
+                kept.setdefault(key, []).append(self.own(state, ctx.inputs, key).cpu().clone())
+
+        def own(self, state: Tensor, inputs: PassInputs, key: Key) -> Tensor:
+            if key == (last, "attention") and getattr(inputs.context, "of_lasts", None) and inputs.select is not None:
+                state = state[inputs.select]
+            return state[: self.batch.num_tokens if len(state) == len(inputs.tokens) else self.batch.num_sampled]
 
     llm.engine.watches.add(KeepStates())
     return kept

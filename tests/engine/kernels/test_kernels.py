@@ -93,7 +93,7 @@ def test_every_kernel_runs_in_the_demo_model(params, eager):
     """Weights stream and are compressed. A captured pass calls its kernels when it is warmed up and captured, not when
     it is replayed."""
     options = {"resident": "none", "weights_compression": "lossless", "max_num_seqs": 1, "gpu_memory": "4GiB"}
-    with LLM("demo", dtype="bfloat16", enforce_eager=eager, **options) as llm:
+    with LLM("demo", dtype="bfloat16", enforce_eager=eager, capture="lazy", **options) as llm:
         run = watched(llm, PROMPT, params, states=False)
         graphs = llm.engine.worker.runner.graphs
         assert eager if graphs is None else graphs.passes
