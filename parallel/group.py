@@ -35,7 +35,8 @@ def run_in_group(
                 result = work(topology, collectives)
                 collectives.barrier()  # nobody leaves while another one still measures
             except BaseException:
-                collectives.abandon()
+                with launch.leaving():
+                    collectives.abandon()
                 raise
             collectives.close()
     finally:

@@ -6,8 +6,9 @@
     3.5 s   a thread that is still inside will run no such line (its kernel never ends): the failure is shown, and
             os._exit ends the process
 
-Where no thread is inside, the failure is shown, and raised in the next thread that comes in. This file does not know
-how a failure comes to light (pulse.py, children.py).
+Where no thread is inside, the failure is shown, and raised in the next thread that comes in. A thread that leaves the
+group gets no exception, since torch does not make a group anew that is half left, and has LEAVE_S. This file does not
+know how a failure comes to light (pulse.py, children.py).
 """
 
 import contextlib
@@ -36,6 +37,7 @@ class Guard:
         self._actions: list[Callable[[], None]] = []
         self._inside: set[int] = set()  # identifiers of threads
         self._interrupted: set[int] = set()  # those of them that get an exception, or had it
+        self._leaving: set[int] = set()
         self._lock = threading.Lock()
         self._told = False  # a caller has the failure, and raises it
         self._shown = self._closed = False
@@ -43,17 +45,31 @@ class Guard:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """A context for all that waits for other ranks, or leaves them; contexts may be nested."""
+        """A context for all that waits for other ranks; contexts may be nested."""
         me = threading.get_ident()
         outermost = me not in self._inside
         self._inside.add(me)
-        if outermost and self.failure is not None:  # leaving the group after a failure must not hang either
-            self._start(lambda: self._end_process(LEAVE_S))
         try:
             yield
         finally:
             if outermost:
                 self.come_out()
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """A context for what leaves the group, with the other ranks or without them, and frees what it held. This
+        thread comes out of all other contexts for good."""
+        self.come_out()
+        me = threading.get_ident()
+        with self._lock:
+            self._leaving.add(me)
+            has_failed = self.failure is not None
+        if has_failed:
+            self._bound_leaving()
+        try:
+            yield
+        finally:
+            self._leaving.discard(me)
 
     def come_out(self) -> None:
         """Takes this thread out of all contexts: it leaves them with the failure, and no longer waits for a rank."""
@@ -65,8 +81,8 @@ class Guard:
 
     @property
     def busy(self) -> bool:
-        """Tells whether another thread is inside."""
-        return bool(self._inside - {threading.get_ident()})
+        """Tells whether another thread is inside, or leaves."""
+        return bool((self._inside | self._leaving) - {threading.get_ident()})
 
     def on_failure(self, action: Callable[[], None]) -> None:
         """Adds an action that runs as soon as a failure is known, in a thread of its own."""
@@ -78,6 +94,9 @@ class Guard:
             if self.failure is not None or self._closed:
                 return
             self.failure = failure
+            leaves = bool(self._leaving)
+        if leaves:
+            self._bound_leaving()
         self._start(self._act).join(INTERRUPT_S)
         self._known.set()
         self._start(self._get_out if self._inside else self._show_late)
@@ -116,26 +135,29 @@ class Guard:
         return thread
 
     def _get_out(self) -> None:
-        if not self._wait_for_exit(INTERRUPT_S):
+        if not self._wait_for_exit(self._inside, INTERRUPT_S):
             self._interrupt()
-            self._end_process(EXIT_S)
+            self._end_process(self._inside, EXIT_S)
+
+    def _bound_leaving(self) -> None:
+        self._start(lambda: self._end_process(self._leaving, LEAVE_S))
 
     def _show_late(self) -> None:
         time.sleep(self._show_after_s)
         if not self._told:
             self.show(self.failure)
 
-    def _end_process(self, seconds: float) -> None:
-        if not self._wait_for_exit(seconds):
+    def _end_process(self, threads: set[int], seconds: float) -> None:
+        if not self._wait_for_exit(threads, seconds):
             self._start(lambda: self.show(self.failure))  # in a thread, since stderr may be a pipe that nobody reads
             time.sleep(_POLL_S)
             os._exit(exit_after(self.failure))
 
-    def _wait_for_exit(self, seconds: float) -> bool:
+    def _wait_for_exit(self, threads: set[int], seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        while self._inside and time.monotonic() < deadline:
+        while threads and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        return not self._inside
+        return not threads
 
     def _interrupt(self) -> None:
         with self._lock:

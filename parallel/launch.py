@@ -157,7 +157,7 @@ class Launch:
         is, even if another rank has failed as well. If another rank fails, this thread is brought out (guard.py).
         """
         try:
-            with self.leaving():
+            with self._guard.inside():
                 self.check()
                 yield
         except PeerLost as error:
@@ -169,8 +169,9 @@ class Launch:
             raise
 
     def leaving(self) -> contextlib.AbstractContextManager[None]:
-        """A context for work that may wait for other ranks but does not need them: it cannot hang after a failure."""
-        return self._guard.inside()
+        """A context for leaving the group, and for what frees what it held: after a failure it cannot hang, and is not
+        interrupted. This thread comes out of `guard` for good."""
+        return self._guard.leaving()
 
     def on_failure(self, action: Callable[[], None]) -> None:
         """Adds an action that another thread runs as soon as another rank has failed, so that nothing waits for that

@@ -139,7 +139,8 @@ def connect(topology: Topology, launch: Launch, timeout_s: float = MEETING_S) ->
             with peer_errors():
                 collectives.share_memory(store)
     except BaseException:
-        collectives.abandon()
+        with launch.leaving():
+            collectives.abandon()
         raise
     return collectives
 

@@ -1,5 +1,6 @@
 """The guard brings a thread out when another rank has failed: by an exception, or by the end of its process."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -82,6 +83,39 @@ def test_who_leaves_with_the_failure_may_wait_for_the_launcher(monkeypatch):
         time.sleep(1.0)
         raise ZeroDivisionError
     assert guard.wait(0) is FAILURE and not guard.busy
+
+
+@pytest.mark.parametrize("knows", [False, True], ids=["before", "behind the failure"])
+def test_who_leaves_the_group_is_not_interrupted(monkeypatch, knows):
+    """Torch would not make a group anew that is half left. An exception that is on its way is dropped."""
+    monkeypatch.setattr(module, "INTERRUPT_S", 0.1)
+    monkeypatch.setattr(module, "EXIT_S", 0.1)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the process would have ended"))
+    guard, turns = Guard(), 0
+    with guard.inside():
+        fail_soon(guard)
+        with contextlib.suppress(PeerLost):
+            while knows:
+                time.sleep(0.01)
+        with guard.leaving():
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until:
+                turns += 1
+    assert turns > 10 and guard.wait(0) is FAILURE and not guard.busy
+
+
+@pytest.mark.parametrize("knows", [False, True], ids=["before", "behind the failure"])
+def test_who_never_ends_leaving_ends_with_the_process(monkeypatch, knows):
+    monkeypatch.setattr(module, "LEAVE_S", 0.1)
+    guard, codes, ended = Guard(), [], threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    if knows:
+        guard.fail(FAILURE)
+    with guard.leaving():
+        if not knows:
+            guard.fail(FAILURE)
+        assert ended.wait(10) and codes == [1]
 
 
 def test_actions_are_done_before_anybody_is_interrupted():
