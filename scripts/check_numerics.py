@@ -26,6 +26,7 @@ from penstock.engine.output import without_errors
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.watch import Watch
 from penstock.engine.text.model_text import load_tokenizer
+from penstock.engine.weights.gguf_file import is_gguf
 from penstock.scheduler.batching.batch import Batch
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
@@ -33,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from scripts.bench.entry import no_gguf, run_script
+from scripts.bench.entry import run_script
 
 Key = tuple[int, str]  # layer_idx, step
 States = dict[Key, Tensor]  # (T, width), in our layout: q, k, v joined; gate and up joined
@@ -265,7 +266,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=no_gguf, default="demo", help="checkpoint directory, or 'demo'")
+    parser.add_argument("--model", default="demo", help="checkpoint directory, or 'demo'")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="Return the number of items, or None if there is no")
     prompt.add_argument("--token-ids", type=int, nargs="+", help="instead of a text")
@@ -274,6 +275,9 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, help="default: 1e-5 in float32, what a step may round otherwise")
     parser.add_argument("--resident", default="none", help="as in penstock generate")
     args = parser.parse_args()
+    if is_gguf(args.model):
+        told = "expected a directory of safetensors, which transformers reads too (tests/oracle compares GGUF files)"
+        raise ValueError(f"--model {args.model}: {told}")
     tokenizer = load_tokenizer(EngineConfig(args.model))
     if tokenizer is None and args.token_ids is None:
         raise ValueError(f"{args.model} has no tokenizer: give --token-ids")

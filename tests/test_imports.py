@@ -53,6 +53,7 @@ MAY_IMPORT = {
         "engine.planning.find_model",
         "engine.text",
         "engine.weights.gguf_file",
+        "engine.weights.read_model",
     ),
     "engine.text.model_prompts": ("engine.config", "engine.output", "engine.text", "scheduler.batching"),
     "engine.output": ("engine.kernels.packed_scores", "engine.text", "scheduler.batching"),

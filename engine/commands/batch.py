@@ -92,7 +92,7 @@ def _lead(args: argparse.Namespace, config: EngineConfig, stopping: Stopping) ->
     if args.merge:
         return ROWS_FAILED if merge(args.merge, args.output_file, say) else DONE
     shard = _shard(args.shard)
-    check_model(config)
+    check_model(config, to_plan=args.dry_run)
     reader = _reader(args, config)
     if args.dry_run:
         return _predict(args, config, reader, shard)

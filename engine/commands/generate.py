@@ -18,10 +18,8 @@ from penstock.engine.commands.said import say_after, say_before
 from penstock.engine.config import METAVARS, EngineConfig
 from penstock.engine.llm import LLM
 from penstock.engine.output import RequestOutput, describe_errors
-from penstock.engine.planning.find_model import find_model
-from penstock.engine.text.model_text import check_chat, has_tokenizer
+from penstock.engine.text.model_text import check_chat, has_tokenizer, is_config_alone, model_first
 from penstock.engine.text.prompts import refuse_text
-from penstock.engine.weights.gguf_file import is_gguf
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
 
@@ -93,11 +91,10 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     reads = speaks and (args.prompt or args.prompts_file or not args.chat)
     prompts = read_prompts(args.prompt, args.prompts_file) if reads else []
     chats = [[{"role": "user", "content": text}] for text in args.chat] if speaks else []
-    path = find_model(config.model)
-    is_whole = config.load_format == "dummy" or is_gguf(path) or (path / "config.json").exists()
-    if is_whole and config.tokenizer is None and not has_tokenizer(config):  # refused before the weights are loaded
-        for index, prompt in enumerate(prompts):
-            refuse_text(config.model, index, prompt, params)
+    if config.tokenizer is None and not is_config_alone(config) and not has_tokenizer(config):
+        with model_first(config):  # refused before the weights are loaded
+            for index, prompt in enumerate(prompts):
+                refuse_text(config.model, index, prompt, params)
     with LLM(**config.for_job((len(prompts) + len(chats)) * params.n).to_dict()) as llm:
         prompts += llm.render_chat(chats) if chats else []
         llm.check(prompts, params)

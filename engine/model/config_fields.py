@@ -28,7 +28,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 # Keys that change the math or the tensors where they are on, and the values that mean off. Dropout does neither.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("quantization_config", "compression_config", "per_layer_config"), (None, {})),
+    "per_layer_config": (None, {}),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "cross_attention_layers"), (None, False, [])),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), (None, 0)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap", "clip_qkv"), (None,)),
@@ -40,6 +40,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_qk_norm", "qk_layernorm", "attn_temperature_tuning"), (None, False)),
     **dict.fromkeys(("no_rope_layers", "mrope_section", "llama_4_scaling_beta"), (None, [], 0)),
 }
+
+QUANTISED = dict.fromkeys(("quantization_config", "compression_config"), (None, {}))
+FROM_GGUF_ALONE = "quantised weights are read from GGUF files alone"
 
 
 class Fields:
@@ -83,10 +86,10 @@ class Fields:
             raise self.error(f"{key} must be true or false, not {show_value(value)}")
         return value
 
-    def refuse(self, refused: Mapping[str, tuple[Any, ...]]) -> None:
+    def refuse(self, refused: Mapping[str, tuple[Any, ...]], why: str = "") -> None:
         for key, off in refused.items():
             if self.get(key) not in off:
-                raise self.error(f"{key} = {show_value(self.values[key])} is not supported")
+                raise self.error(f"{key} = {show_value(self.values[key])} is not supported{why and f': {why}'}")
 
 
 def choice(fields: Fields, key: str, value: Any, choices: Collection[str]) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 
 from penstock.engine.model.config_fields import (
     ACTIVATIONS,
+    FROM_GGUF_ALONE,
     MAX_LAYERS,
+    QUANTISED,
     REFUSED,
     Fields,
     choice,
@@ -73,6 +75,7 @@ def read_spec(config: Mapping[str, Any], source: str) -> ModelSpec:
     """
     family = _find_family(config, source)
     fields = Fields({**family.defaults, **config}, source)
+    fields.refuse(QUANTISED, FROM_GGUF_ALONE)
     fields.refuse(REFUSED)
     spec = ModelSpec(**{**_common(fields, family), **family.read(fields)})
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
@@ -112,8 +115,9 @@ def _find_family(config: Mapping[str, Any], source: str) -> Family:
     name = architectures[0] if architectures else model_type
     known = any(name in family.architectures for family in FAMILIES.values())
     named = f"model_type {show_value(model_type)} of a {name}" if known else f"architecture {show_value(name)}"
+    wrong = "architectures and model_type are missing" if name is None else f"{named} is not supported"
     supported = ", ".join(f"{f.architectures[0]} ({f.name})" for f in FAMILIES.values())
-    raise ValueError(f"{source}: {named} is not supported; supported: {supported}")
+    raise ValueError(f"{source}: {wrong}; supported: {supported}")
 
 
 def _common(fields: Fields, family: Family) -> dict[str, Any]:

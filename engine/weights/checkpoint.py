@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import math
 import os
-import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,14 +16,13 @@ from pathlib import Path
 
 import torch
 from penstock.engine.model.shard import Piece
-from penstock.engine.weights.headers import DTYPES, TensorEntry, find_entries
+from penstock.engine.weights.headers import DTYPES, TensorEntry, check_entries, find_entries, listed
 from penstock.engine.weights.views import TORCH_DTYPES
 from penstock.scheduler.units import MIB
 from torch import Tensor
 
 FILE_DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in DTYPES.items()}
 CONVERT_BYTES = 8 * MIB  # a thread's buffer for conversion: 8 threads stay well under the 200 MB that loading may take
-NUM_NAMED = 5  # tensors that a message lists
 
 
 class Checkpoint:
@@ -48,26 +46,8 @@ class Checkpoint:
         return cls(directory, find_entries(directory))
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignorable: tuple[str, ...]) -> None:
-        """Raises ValueError unless every tensor of `expected` (name -> global shape) is here, with that shape and a
-        dtype of F32, BF16 or F16, and every other one matches (whole name) a regular expression of `ignorable`."""
-        found = self.entries
-        missing = [name for name in expected if name not in found]
-        self._refuse(missing, "missing from the checkpoint")
-        wrong = [
-            f"{name} has shape {found[name].shape}, the config asks for {tuple(shape)} ({found[name].file.name})"
-            for name, shape in expected.items()
-            if found[name].shape != tuple(shape)
-        ]
-        self._refuse(wrong, "with a wrong shape")
-        wrong = [
-            f"{name} is {found[name].dtype} ({found[name].file.name})"
-            for name in expected
-            if found[name].dtype not in self.dtypes
-        ]
-        self._refuse(wrong, f"with a dtype other than {', '.join(FILE_DTYPES)} (quantised checkpoints are not read)")
-        patterns = [re.compile(pattern) for pattern in ignorable]
-        left = [name for name in found if name not in expected and not any(p.fullmatch(name) for p in patterns)]
-        self._refuse(left, "that this model does not have: refused, for a weight left out would change the output")
+        """Raises ValueError as check_entries does, for a dtype that is not read."""
+        check_entries(self.directory, self.entries, expected, ignorable, self.dtypes)
 
     def read_piece(self, piece: Piece, out: Tensor) -> int:
         """Reads a rectangle into `out`, a CPU view (num_rows, num_cols) of any float dtype whose rows are contiguous;
@@ -95,7 +75,7 @@ class Checkpoint:
         """Warns once, after the last read, and names the first tensors in which NaN or inf was found."""
         if self._not_finite:
             found = sorted(f"{name} has {what}" for name, what in self._not_finite.items())
-            warnings.warn(f"{self.directory}: {_listed(found)}; the output will be wrong", stacklevel=2)
+            warnings.warn(f"{self.directory}: {listed(found)}; the output will be wrong", stacklevel=2)
 
     def close(self) -> None:
         with self._lock:
@@ -108,10 +88,6 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _refuse(self, names: list[str], why: str) -> None:
-        if names:
-            raise ValueError(f"{self.directory}: {len(names)} tensor(s) {why}: {_listed(names)}")
 
     def _fd(self, file: Path) -> int:
         with self._lock:
@@ -161,11 +137,6 @@ class Checkpoint:
             target = str(out.dtype).removeprefix("torch.")
             converted = FILE_DTYPES[entry.dtype] != out.dtype
             self._not_finite[name] = f"inf (after conversion from {entry.dtype} to {target})" if converted else "inf"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return ", ".join(names[:NUM_NAMED]) + more
 
 
 def _bytes_of(out: Tensor) -> memoryview:

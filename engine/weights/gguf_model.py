@@ -61,10 +61,12 @@ def read_gguf_spec(path: str | Path) -> ModelSpec:
     supported: another architecture, key or type."""
     header = read_gguf(path)
     fields = Fields(header.metadata, str(header.file))
-    arch = fields.get("general.architecture")
+    kind, arch = fields.get("general.type", "model"), fields.get("general.architecture")
+    if kind != "model":
+        raise fields.error(f"general.type {show_value(kind)} is not supported: give the file of the model itself")
     if arch not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise fields.error(f"general.architecture {show_value(arch)} is not supported; supported: {known}")
+        wrong = "is missing" if arch is None else f"{show_value(arch)} is not supported"
+        raise fields.error(f"general.architecture {wrong}; supported: {', '.join(ARCHITECTURES)}")
     formats = _formats(header)
     spec = read_spec(_config(fields, header, arch), str(header.file))
     blocks = {FORMATS[kind].block for name, kind in formats if name.endswith("ffn_down.weight")}

@@ -6,20 +6,24 @@ from the data's start. Everything that a header can get wrong is refused here, b
 
 import math
 import os
+import re
 import reprlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.model.config_fields import FROM_GGUF_ALONE
 from penstock.engine.model.families import HEADS
 from penstock.engine.user_files import MAX_JSON_BYTES, named_errors, open_file, parse_json, read_json
 
 MAX_DIMS = 64  # of a tensor, as torch has it
 MAX_NAME = 1000  # characters of a tensor's name
 MAX_NAMED = 20  # files that a message lists
+NUM_NAMED = 5  # tensors that a message lists
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r".+-\d+-of-0*([2-9]|[1-9]\d+)\.safetensors")
 DTYPE_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
@@ -55,20 +59,67 @@ def find_entries(directory: Path) -> dict[str, TensorEntry]:
         if os.path.lexists(directory / INDEX):
             return _indexed_entries(directory / INDEX)
         files = sorted(directory.glob("*.safetensors"))
-        if len(files) == 1:
+        if len(files) == 1 and not _SHARD.fullmatch(files[0].name):
             return read_header(files[0])
         names = sorted(path.name for path in directory.iterdir())
-    there = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "") or "nothing"
+        there = f"(there: {listed(names, MAX_NAMED) or 'nothing'})"
+        ggufs = gguf_names(directory)
     if files:
-        raise ValueError(f"{directory}: several safetensors files but no {INDEX} (there: {there})")
-    raise ValueError(
-        f"{directory}: no safetensors file (there: {there}); other formats, like pytorch_model.bin, are not read"
-    )
+        which = "several safetensors files" if len(files) > 1 else f"{files[0].name} is one shard of several,"
+        raise ValueError(f"{directory}: {which} but no {INDEX} {there}")
+    if ggufs:
+        raise ValueError(f"{directory}: no safetensors file, but {listed(ggufs, MAX_NAMED)}: give the GGUF file itself")
+    others = "other formats, like pytorch_model.bin, are not read: save_pretrained of transformers writes safetensors"
+    raise ValueError(f"{directory}: no safetensors file {there}; {others}")
 
 
 def has_weights(directory: Path) -> bool:
     """Tells whether there is anything in a directory that find_entries would read."""
     return os.path.lexists(directory / INDEX) or any(directory.glob("*.safetensors"))
+
+
+def gguf_names(directory: Path) -> list[str]:
+    """The GGUF files of a directory that may be given as a model: those that are a model's vision part are left out
+    where there are others."""
+    names = sorted(path.name for path in directory.glob("*.gguf"))
+    return [name for name in names if "mmproj" not in name.lower()] or names
+
+
+def listed(names: list[str], most: int = NUM_NAMED) -> str:
+    """So many names for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_entries(
+    where: Path,
+    found: Mapping[str, TensorEntry],
+    expected: Mapping[str, tuple[int, ...]],
+    ignorable: tuple[str, ...],
+    dtypes: Collection[str],
+) -> None:
+    """Raises ValueError unless every tensor of `expected` (name -> global shape) is there, with that shape and one of
+    these dtypes, and every other one matches (whole name) a regular expression of `ignorable`."""
+
+    def refuse(names: list[str], why: str) -> None:
+        if names:
+            raise ValueError(f"{where}: {len(names)} tensor(s) {why}: {listed(names)}")
+
+    refuse([name for name in expected if name not in found], "missing from the checkpoint")
+    wrong = [
+        f"{name} has shape {found[name].shape}, the config asks for {tuple(shape)} ({found[name].file.name})"
+        for name, shape in expected.items()
+        if found[name].shape != tuple(shape)
+    ]
+    refuse(wrong, "with a wrong shape")
+    wrong = [
+        f"{name} is {found[name].dtype} ({found[name].file.name})"
+        for name in expected
+        if found[name].dtype not in dtypes
+    ]
+    refuse(wrong, f"with a dtype other than {', '.join(DTYPES)} ({FROM_GGUF_ALONE})")
+    patterns = [re.compile(pattern) for pattern in ignorable]
+    left = [name for name in found if name not in expected and not any(p.fullmatch(name) for p in patterns)]
+    refuse(left, "that this model does not have: refused, for a weight left out would change the output")
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

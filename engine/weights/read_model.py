@@ -11,13 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.model.config_fields import states_dtype
-from penstock.engine.model.families import FAMILIES, config_file, read_config, read_spec, without_prefix
+from penstock.engine.model.config_fields import FROM_GGUF_ALONE, states_dtype
+from penstock.engine.model.families import FAMILIES, config_file, read_config, read_spec, tensor_names, without_prefix
+from penstock.engine.model.layout import expected_tensors
 from penstock.engine.model.spec import ModelSpec, TensorNames
 from penstock.engine.user_files import open_file, read_json
-from penstock.engine.weights.gguf_file import is_gguf
+from penstock.engine.weights.gguf_file import MAGIC, is_gguf
 from penstock.engine.weights.gguf_model import read_gguf_spec
-from penstock.engine.weights.headers import DTYPES, TensorEntry, find_entries, has_weights
+from penstock.engine.weights.headers import (
+    DTYPES,
+    MAX_NAMED,
+    TensorEntry,
+    check_entries,
+    find_entries,
+    gguf_names,
+    has_weights,
+    listed,
+)
 from penstock.scheduler.units import MIB, show_value
 
 COMPARED_BYTES = 8 * MIB  # compared at a time
@@ -26,6 +36,12 @@ QUANTISED = {
     "hf_quant_config.json": ("quant_algo", "kv_cache_quant_algo"),
     "quantize_config.json": ("bits",),
     "quant_config.json": ("bits", "w_bit"),
+}
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# Files of a directory without config.json, and what it is by them.
+_FOREIGN = {
+    "model_index.json": "is a pipeline of diffusers, and no language model",
+    "params.json": "has a model in its maker's own format: give the directory in that of transformers",
 }
 
 
@@ -46,11 +62,11 @@ def read_model(path: str | Path, dummy: bool = False) -> Model:
     if is_gguf(path):
         return Model(read_gguf_spec(path))
     told = _read_config(path)
-    return _as_configured(path, *told) if dummy else _as_stored(path, *told)
+    return _as_configured(path, *told) if dummy else _as_stored(path, find_entries(path), *told)
 
 
 def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
-    """The model as read_model gives it, or, where there are no weights or they cannot be read, that of config.json
+    """The model as read_model gives it, or, where there are no weights or they cannot be loaded, that of config.json
     alone. Raises ValueError as read_model does for config.json alone."""
     path = Path(path)
     if is_gguf(path):
@@ -60,20 +76,51 @@ def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
     if dummy or not path.is_dir() or not has_weights(path):
         return model
     try:
-        return _as_stored(path, *told)
+        entries = find_entries(path)
+        stored = _as_stored(path, entries, *told)
+        names = tensor_names(stored.spec)
+        check_entries(path, entries, expected_tensors(stored.spec, names), names.ignorable, DTYPES)
+        return stored
     except ValueError as error:
         return replace(model, notes=(*model.notes, f"planned without the weights, which cannot be loaded: {error}"))
 
 
+def check_files(path: Path, dummy: bool = False) -> None:
+    """Raises ValueError for a model that no engine could start with, as read_model does. A config.json alone is left to
+    the engine, which says how it may be given."""
+    if path.is_dir() or is_gguf(path) or dummy:
+        read_model(path, dummy)
+    else:
+        read_model_to_plan(path)
+
+
 def check_there(path: Path) -> None:
-    """Raises ValueError for a directory without a config.json: with the file to give, if it has GGUF files."""
-    if not path.is_dir() or os.path.lexists(config_file(path)):
+    """Raises ValueError, with what to give instead, for a file of weights, for the directory of an adapter, and for a
+    directory without a config.json."""
+    if not path.is_dir():
+        if not is_gguf(path):
+            _refuse_weights(path)
         return
-    found = sorted(path.glob("*.gguf"))
-    if not found:
-        raise ValueError(f"{path}: is no checkpoint: config.json is missing, and there is no GGUF file")
-    others = f" and {len(found) - 1} more GGUF files" if len(found) > 1 else ""
-    raise ValueError(f"{path}: has no config.json, but {found[0].name}{others}: give the GGUF file itself")
+    if (path / "adapter_config.json").exists():
+        told = "an adapter is not read: merge it into its model and give that one (if that is done, remove this file)"
+        raise ValueError(f"{path / 'adapter_config.json'}: {told}")
+    if os.path.lexists(config_file(path)):
+        return
+    if found := gguf_names(path):
+        raise ValueError(f"{path}: has no config.json, but {listed(found, MAX_NAMED)}: give the GGUF file itself")
+    for name, told in _FOREIGN.items():
+        if (path / name).exists():
+            raise ValueError(f"{path}: is no checkpoint: config.json is missing; by its {name} it {told}")
+    raise ValueError(f"{path}: is no checkpoint: config.json is missing, and there is no GGUF file")
+
+
+def _refuse_weights(file: Path) -> None:
+    """Raises ValueError for a file that has weights, and so is no config.json."""
+    if file.suffix in _WEIGHT_FILES:
+        raise ValueError(f"{file}: is a file of weights: give the directory that has it and its config.json")
+    with open_file(file) as stream:
+        if stream.read(len(MAGIC)) == MAGIC:
+            raise ValueError(f"{file}: is a GGUF file: give it by a name that ends in .gguf, as that of a link to it")
 
 
 def _read_config(path: Path) -> tuple[Model, bool]:
@@ -104,7 +151,7 @@ def _refuse_quantised(file: Path, fields: tuple[str, ...]) -> None:
     for field in fields:
         value = inner.get(field) if isinstance(inner, dict) else stated.get(field)
         if value is not None:
-            raise ValueError(f"{file}: {field} = {show_value(value)} is not supported: quantised weights are not read")
+            raise ValueError(f"{file}: {field} = {show_value(value)} is not supported: {FROM_GGUF_ALONE}")
 
 
 def _as_configured(path: Path, model: Model, has_dtype: bool) -> Model:
@@ -114,8 +161,7 @@ def _as_configured(path: Path, model: Model, has_dtype: bool) -> Model:
     return replace(model, notes=(*model.notes, note))
 
 
-def _as_stored(directory: Path, model: Model, has_dtype: bool) -> Model:
-    entries = find_entries(directory)
+def _as_stored(directory: Path, entries: Mapping[str, TensorEntry], model: Model, has_dtype: bool) -> Model:
     spec, notes = model.spec, list(model.notes)
     names = _names(directory, spec, entries)
     tied = spec.tied

@@ -1,13 +1,13 @@
 """Measures `penstock batch` as it is used: a process, a file of chats, and the summary that it prints.
 
 The rows are drawn: `--input-len` words, each a token of a tokenizer made for that, in a folder with the model's
-config.json; the weights are random, and a job costs the same with others. `--lengths fixed` gives each row
-`--output-len` tokens; `unknown` lets a stop end it, at twice that at the latest. With --text the model is itself, with
-its weights and tokenizer: rows are stretches of the text, and an answer of unknown length ends where the model ends it.
-`--stop-after` ends the job by SIGTERM
-once that share of its rows is there, and lets it go on. `--compare vllm` runs the same file in `vllm run-batch`
-afterwards, whose weights stay on the GPU; its seconds are those of its progress bar, without the load, as ours are.
-All other flags are passed on to `penstock batch`. The last line is one JSON object.
+config.json (a GGUF file stays where it is); the weights are random, and a job costs the same with others.
+`--lengths fixed` gives each row `--output-len` tokens; `unknown` lets a stop end it, at twice that at the latest. With
+--text the model is itself, with its weights and tokenizer: rows are stretches of the text, and an answer of unknown
+length ends where the model ends it. `--stop-after` ends the job by SIGTERM once that share of its rows is there, and
+lets it go on. `--compare vllm` runs the same file in `vllm run-batch` afterwards, whose weights stay on the GPU; its
+seconds are those of its progress bar, without the load, as ours are. All other flags are passed on to `penstock batch`.
+The last line is one JSON object.
 
     python -m scripts.bench.batch --model benchmarks/shapes/Llama-3-8B.json --resident none --num-prompts 2400 \\
       --input-len 512 --output-len 256 --compare vllm --vllm /tmp/site
@@ -51,19 +51,19 @@ def main() -> None:
     args, passed_on = parser.parse_known_args()
     if args.text is not None and args.compare:
         raise ValueError(f"--compare {args.compare}: not with --text: it is given random weights")
-    if args.text is None and is_gguf(args.model):
-        raise ValueError(f"--model {args.model}: a GGUF file has weights and a tokenizer of its own: give it a --text")
+    if args.compare and is_gguf(args.model):
+        raise ValueError(f"--compare {args.compare}: it is given a config.json, and {args.model} is a GGUF file")
     device = device_of(passed_on)
     vllm = find_vllm(args.vllm, args.vllm_options) if args.compare == "vllm" else None
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
         model, given, output = (Path(folder) / name for name in ("model", "in.jsonl", "out.jsonl"))
-        command = [sys.executable, "-m", "penstock", "batch", "--model"]
+        named = str(model if args.text is None and not is_gguf(args.model) else find_model(args.model))
+        command = [sys.executable, "-m", "penstock", "batch", "--model", named]
         if args.text is None:
             write_rows(args, write_word_model(args.model, model), given)
-            command += [str(model), "--load-format", "dummy"]
+            command += ["--tokenizer", str(model), "--load-format", "dummy"]
         else:
             write_rows(args, read_text(args.text).split(), given)
-            command += [str(find_model(args.model))]
         command += ["-i", str(given), "-o", str(output), *passed_on]
         record = {
             "benchmark": "batch",
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a config.json, or a folder that has one; with --text any model")
+    parser.add_argument("--model", required=True, help="a config.json, a folder that has one, or a GGUF file")
     texts = {"--num-prompts": "rows", "--input-len": "words of a row", "--output-len": "tokens of an answer"}
     for flag, text in texts.items():
         parser.add_argument(flag, type=positive, required=True, metavar="N", help=text)

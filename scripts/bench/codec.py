@@ -2,7 +2,8 @@
 the entropy floor; rates of compression and decompression in 1e9 bytes of bf16 a second; and the rate at which a link
 brings plain weights when it carries compressed ones.
 
-It compresses random weights of several distributions and shapes, then whole checkpoints, read as bf16. The floor is 8
+It compresses random weights of several distributions and shapes, then whole checkpoints, read as bf16; of a GGUF file
+what is not quantised. The floor is 8
 bits of sign and mantissa plus the entropy of a row's exponents (Miller and Madow's estimate). Every tensor is compared
 bit for bit with what its compressed form decompresses to. On a GPU, decompression is timed in a CUDA graph, over more
 memory than the L2 cache holds, and the link is measured. On a CPU the reference decompressor is timed, which says
@@ -15,21 +16,26 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from penstock.engine.commands.flags import Parser
 from penstock.engine.measure.rates import GPU_BYTES, decompress_seconds, link_buffers, link_gb_s, seconds
 from penstock.engine.model.shard import Piece
+from penstock.engine.model.weight_formats import QUANTISED
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.weights.checkpoint import FILE_DTYPES, Checkpoint
 from penstock.engine.weights.codec import CompressedLayout, compress
+from penstock.engine.weights.gguf_checkpoint import GGUFCheckpoint
+from penstock.engine.weights.gguf_file import is_gguf
+from penstock.engine.weights.read_model import read_model
 from penstock.parallel.collectives import Solo
 from penstock.parallel.launch import run_rank
 from penstock.parallel.topology import resolve_topology
 from penstock.scheduler.units import MIB
 from torch import Tensor
 
-from scripts.bench.entry import no_gguf, run_script
+from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (4096, 3584))  # the last is the third, split over four ranks
@@ -64,14 +70,26 @@ SOURCES: tuple[Callable[[tuple[int, int], torch.device], Tensor], ...] = (
 
 
 def checkpoint_tensors(model: str, device: torch.device) -> Iterator[Tensor]:
-    """Yields every tensor as bf16 (rows, columns) on the device. Raises ValueError naming one that is quantised."""
-    with Checkpoint.open(find_model(model)) as checkpoint:
+    """Yields every tensor as bf16 (rows, columns) on the device; of a GGUF file those that are not quantised. Raises
+    ValueError naming another one that is quantised, and for a GGUF file without a matrix of floats."""
+    with open_checkpoint(find_model(model)) as checkpoint:
         for name, entry in checkpoint.entries.items():
+            if entry.dtype in QUANTISED:
+                continue
             if entry.dtype not in FILE_DTYPES:
                 raise ValueError(f"--model {model}: {name} is {entry.dtype}, not one of {', '.join(FILE_DTYPES)}")
             out = torch.empty((entry.shape or (1,))[0], entry.num_cols, dtype=torch.bfloat16)
             checkpoint.read_piece(Piece(name, 0, out.shape[0], 0, out.shape[1], 0), out)
             yield out.to(device)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    if not is_gguf(path):
+        return Checkpoint.open(path)
+    checkpoint = GGUFCheckpoint.open_model(path, read_model(path).spec)
+    if not any(len(entry.shape) == 2 and entry.dtype in FILE_DTYPES for entry in checkpoint.entries.values()):
+        raise ValueError(f"--model {path}: all matrices are quantised, and only floats are compressed")
+    return checkpoint
 
 
 def floor_bits(weights: Tensor) -> float:
@@ -129,7 +147,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument(
-        "--model", type=no_gguf, nargs="*", default=["demo"], help="directories of safetensors checkpoints"
+        "--model", nargs="*", default=["demo"], help="directories of safetensors checkpoints, or GGUF files"
     )
     parser.add_argument("--rows", type=int, default=None, help=f"of each shape (default: all, on a CPU {CPU_ROWS})")
     parser.add_argument("--link-gb-s", type=float, default=None, help="default: measured, on a GPU")

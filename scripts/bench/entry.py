@@ -1,13 +1,10 @@
-"""The end of a script, which shows a user's mistake as one line, as the command line does; and a model that not every
-script reads."""
+"""The end of a script, which shows a user's mistake as one line, as the command line does."""
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from penstock.engine.streams import guarded_streams, say_mistake
-from penstock.engine.weights.gguf_file import is_gguf
 
 
 def run_script(main: Callable[[], int | None]) -> int:
@@ -21,10 +18,3 @@ def run_script(main: Callable[[], int | None]) -> int:
             if not say_mistake(error, program):
                 raise
             return 2
-
-
-def no_gguf(model: str) -> str:
-    """An argparse type: a model that is no GGUF file."""
-    if is_gguf(model):
-        raise argparse.ArgumentTypeError(f"{model!r}: expected a directory of safetensors, which alone is read here")
-    return model

@@ -38,7 +38,7 @@ NUM_RUNS = 5  # that count, behind one to warm up
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="checkpoint directory, or 'demo' (default)")
+    parser.add_argument("--model", default="demo", help="checkpoint directory, GGUF file, or 'demo' (default)")
     parser.add_argument("--prompt", action="append", help=f"repeatable (default: {len(PROMPTS)} short ones)")
     text = "tokens to generate from each (default: 64)"
     parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help=text)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy
 from penstock.engine.commands.flags import Parser, add_config_arguments, add_groups, config_from_args
 from penstock.engine.config import EngineConfig
+from penstock.engine.weights.gguf_file import is_gguf
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.units import GB, gb_s
 
@@ -103,6 +104,10 @@ def check(args: argparse.Namespace, config: EngineConfig, by_torchrun: bool) -> 
         )
     if args.checkpoint and config.load_format == "dummy":
         raise ValueError("--checkpoint --load-format dummy: a checkpoint is read, or weights are made up; which one?")
+    if args.checkpoint and is_gguf(config.model):
+        raise ValueError(
+            f"--checkpoint: it is written as safetensors, and {config.model} is a GGUF file: load that one"
+        )
     if args.checkpoint and importlib.util.find_spec("safetensors") is None:
         raise ValueError("--checkpoint: safetensors is not installed (pip install safetensors)")
 

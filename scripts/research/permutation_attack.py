@@ -35,7 +35,6 @@ from penstock.engine.commands.flags import Parser
 from penstock.engine.compute.context import PassContext
 from penstock.engine.config import EngineConfig
 from penstock.engine.llm import LLM
-from penstock.engine.model.families import config_file, read_config, read_spec
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.runtime.watch import Watch
 from penstock.engine.split.channel import InProcess
@@ -44,13 +43,14 @@ from penstock.engine.split.llm import SplitLLM
 from penstock.engine.split.permutation import NOTICE, PermutedChannel
 from penstock.engine.split.transfers import FUSED, PERMUTED, SplitConfig
 from penstock.engine.text.model_text import load_tokenizer
+from penstock.engine.weights.read_model import read_model
 from penstock.parallel.ledger import Site
 from penstock.scheduler.batching.batch import Batch, BatchRow
 from penstock.scheduler.batching.request import SamplingParams
 from penstock.scheduler.passes.pass_plan import Compute, Instruction
 from torch import Tensor
 
-from scripts.bench.entry import no_gguf, run_script
+from scripts.bench.entry import run_script
 from scripts.bench.record import add_output_argument, keep, machine
 from scripts.report.markdown_table import Row, table, text
 
@@ -217,8 +217,7 @@ def recovered(found: Sequence[int], token_ids: Sequence[int]) -> tuple[int, int]
 def measure(model: str, prompts: Sequence[list[int]], layers: Sequence[int] | None = None) -> list[Row]:
     """Runs the attacks; returns a row for each, with shares of the tokens of all prompts. If `layers` is None, they are
     the first, the middle and the last. Raises ValueError for a layer that the model lacks."""
-    path = find_model(model)
-    spec = read_spec(read_config(path), str(config_file(path)))
+    spec = read_model(find_model(model)).spec
     layers = sorted({0, spec.num_layers // 2, spec.num_layers - 1}) if layers is None else layers
     for layer_idx in layers:
         if layer_idx not in range(spec.num_layers):
@@ -271,7 +270,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=no_gguf, default="demo", help="checkpoint directory, or 'demo' (default)")
+    parser.add_argument("--model", default="demo", help="checkpoint directory, GGUF file, or 'demo' (default)")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     told = "a prompt instead of a text; may be given several times"

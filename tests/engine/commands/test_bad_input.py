@@ -106,7 +106,7 @@ CHECKPOINTS = [
     Bad("missing tensor", rf"1 tensor\(s\) missing from the checkpoint: {Q_PROJ}", tensors(lambda w: w.pop(Q_PROJ))),
     Bad("wrong shape", rf"{NORM} has shape \(255,\), the config asks for \(256,\)", weight(NORM, torch.ones(255))),
     Bad("wrong dtype", rf"dtype other than F32, BF16, F16 .*: {NORM} is F64", weight(NORM, torch.ones(256).double())),
-    Bad("integer weights", rf"quantised checkpoints are not read\): {NORM} is I8",
+    Bad("integer weights", rf"read from GGUF files alone\): {NORM} is I8",
         weight(NORM, torch.ones(256).char())),
     Bad("unexpected tensor", r"1 tensor\(s\) that this model does not have: .*: lora\.a",
         weight("lora.a", torch.ones(1))),

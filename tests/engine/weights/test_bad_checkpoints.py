@@ -208,6 +208,10 @@ def several_without_index(directory):
     save_file(make_tensors(), directory / "2.safetensors")
 
 
+def one_shard_without_index(directory):
+    save_file(make_tensors(), directory / "model-00001-of-00002.safetensors")
+
+
 def missing_tensor(directory):
     save_file({"a.weight": make_tensors()["a.weight"]}, directory / "model.safetensors")
 
@@ -271,7 +275,7 @@ BAD = [
     (many_dims, r"corrupt header: a\.weight is described as .{,200}$"),
     (long_name, r"corrupt header: a tensor's name has 1000000 characters, more than 1000$"),
     (index_of_a_long_name, r"index\.json: corrupt: a tensor's name has 1000000 characters, more than 1000$"),
-    (many_files, r"no safetensors file \(there: 00\.bin, .*, 19\.bin, \.\.\.\)"),
+    (many_files, r"no safetensors file \(there: 00\.bin, .*, 19\.bin and \d+ more\)"),
     (corrupt_header, r"model\.safetensors: corrupt header: "),
     (binary_header, r"model\.safetensors: corrupt header: .*utf-8"),
     (no_object_header, r"model\.safetensors: corrupt header: not a JSON object"),
@@ -287,6 +291,7 @@ BAD = [
     (corrupt_index, r"index\.json: is not JSON: "),
     (no_safetensors, r"no safetensors file \(there: pytorch_model\.bin\); other formats, .*are not read"),
     (several_without_index, r"several safetensors files but no model\.safetensors\.index\.json"),
+    (one_shard_without_index, r"model-00001-of-00002\.safetensors is one shard of several, but no model\.safetens"),
     (missing_tensor, r"2 tensor\(s\) missing from the checkpoint: b\.weight, norm\.weight"),
     (wrong_shape, r"b\.weight has shape \(8, 4\), the config asks for \(4, 8\) \(model\.safetensors\)$"),
     (packed, r"a\.weight has shape \(70,\), the config asks for \(6, 8\) \(other\.safetensors\)$"),

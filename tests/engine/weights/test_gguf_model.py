@@ -230,9 +230,10 @@ def write_raw(file, keys=(), shapes=(), kinds=()):
 
 
 REFUSED = {
-    "no architecture": ({"general.architecture": None}, {}, {}, "general.architecture None is not supported"),
+    "no architecture": ({"general.architecture": None}, {}, {}, "general.architecture is missing; supported: llama"),
     "another architecture": ({"general.architecture": (STRING, "gemma3")}, {}, {}, "general.architecture 'gemma3'"),
     "an architecture in numbers": ({"general.architecture": (U32, 3)}, {}, {}, "general.architecture 3"),
+    "a vision part": ({"general.type": (STRING, "mmproj")}, {}, {}, "general.type 'mmproj' is not supported: give the"),
     "experts": ({"llama.expert_count": (U32, 8)}, {}, {}, "llama.expert_count = 8 is not supported"),
     "an unknown key": ({"llama.logit_scale": (F32, 2.0)}, {}, {}, "llama.logit_scale = 2.0 is not supported"),
     "no number of layers": ({"llama.block_count": None}, {}, {}, "llama.block_count must be an integer"),
@@ -282,8 +283,15 @@ def test_another_format_that_is_asked_for_is_refused(files):
 
 
 def test_a_directory_of_gguf_files_says_which_file_to_give(files):
-    with pytest.raises(ValueError, match=r"no config\.json, but llama\.gguf and 2 more GGUF files: give the"):
+    with pytest.raises(ValueError, match=r"no config\.json, but llama\.gguf, qwen2\.gguf, qwen3\.gguf: give the GGUF"):
         read_model(files)
+
+
+def test_a_vision_part_is_not_what_to_give(tmp_path):
+    for name in ("mmproj-F16.gguf", "q4.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"no config\.json, but q4\.gguf: give the GGUF file itself"):
+        read_model(tmp_path)
 
 
 UNLIKE = {

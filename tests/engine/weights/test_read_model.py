@@ -260,6 +260,13 @@ def test_plan_goes_on_without_weights_that_cannot_be_read(tmp_path, capsys):
         read_model(tmp_path)
 
 
+def test_plan_says_that_the_weights_are_not_the_config_s(tmp_path, capsys):
+    tensors = write(tmp_path, "llama_gqa", "bfloat16")
+    rewrite(tmp_path, tensors | {"lm_head.weight": torch.ones(7, 128)})
+    (note,) = [note for note in plan(capsys, "--model", tmp_path)["notes"] if "planned without" in note]
+    assert "1 tensor(s) with a wrong shape: lm_head.weight has shape (7, 128), the config asks for (128, 128)" in note
+
+
 # --- what is said of it -----------------------------------------------------------------------------------------------
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -344,7 +351,10 @@ def test_quantisation_stated_beside_the_config_is_refused(tmp_path, capsys, name
     for command in (["plan", "--model", tmp_path], ["plan", "--model", tmp_path / "config.json"],
                     ["generate", "--model", tmp_path, "--prompt", "x", "--tokenizer", "demo"]):  # fmt: skip
         assert cli.main(list(map(str, command))) == 2
-        assert f"{file}: {message} is not supported: quantised weights are not read" in capsys.readouterr().err
+        assert (
+            f"{file}: {message} is not supported: quantised weights are read from GGUF files alone"
+            in capsys.readouterr().err
+        )
 
 
 def test_a_file_that_states_no_quantisation_is_no_hindrance(tmp_path):

@@ -10,6 +10,7 @@ from penstock.parallel.topology import device_name, resolve_topology
 
 from scripts.bench import batch
 from tests.support.fake_vllm import VERSION, FakeVllm
+from tests.support.gguf_models import SMALL, write_model
 from tests.support.scripts import refused, run
 
 SHAPE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 64}
@@ -44,6 +45,15 @@ def test_a_job_runs_beside_vllm(monkeypatch, capsys, tmp_path, config):
     (asked,) = vllm.asked("run_batch")
     assert asked["flags"] == ["--load-format", "dummy", "--max-num-seqs", "5", "--enforce-eager"]
     assert asked["is_there"] == [True, True] and asked["prompts"] == 12
+
+
+@pytest.mark.timeout(180)
+def test_rows_of_words_are_answered_by_a_gguf_file(monkeypatch, capsys, tmp_path):
+    """It has no tokenizer; the words' own is given with it, and has as many words as it has tokens."""
+    write_model(tmp_path / "m.gguf", "llama", sizes=SMALL)
+    record = run(monkeypatch, capsys, batch, "--model", str(tmp_path / "m.gguf"), *JOB, *ENGINE)
+    assert (record["model"], record["done"], record["lines"]) == ("m", 12, 12)
+    assert (record["prompt_tokens"], record["output_tokens"]) == (12 * 8, 12 * 6)
 
 
 def test_rows_of_a_text_are_answered_by_the_model_itself(monkeypatch, capsys, tmp_path):

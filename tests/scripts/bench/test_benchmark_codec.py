@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 from penstock.engine.measure import rates as measure
+from penstock.engine.weights.checkpoint import FILE_DTYPES
+from penstock.engine.weights.gguf_file import read_gguf
 
 from scripts.bench import codec as benchmark_codec
 from scripts.report.page import Record, render
+from tests.support.gguf_models import FLOATS_BESIDE, SMALL, write_model
 
 CPU = torch.device("cpu")
 
@@ -49,6 +52,22 @@ def test_quantised_checkpoints_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
     with pytest.raises(ValueError, match="w is F8_E4M3"):
         next(benchmark_codec.checkpoint_tensors(str(tmp_path), CPU))
+
+
+def test_of_a_gguf_file_its_floats_are_compressed(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(benchmark_codec, "SOURCES", ())
+    beside, quantised = tmp_path / "beside.gguf", tmp_path / "quantised.gguf"
+    write_model(beside, "llama", sizes=FLOATS_BESIDE)
+    write_model(quantised, "llama", sizes=SMALL)
+    found = read_gguf(beside).tensors.values()
+    floats = [entry for entry in found if entry.dtype in FILE_DTYPES]
+    assert 0 < len(floats) < len(found)
+    shapes = [tuple(tensor.shape) for tensor in benchmark_codec.checkpoint_tensors(str(beside), CPU)]
+    assert shapes == [(entry.shape[0], entry.num_cols) for entry in floats]
+    (row,) = run("--model", str(beside))["rows"]
+    assert row["source"] == str(beside) and row["bits"] > 0
+    with pytest.raises(ValueError, match=r"quantised\.gguf: all matrices are quantised, and only floats are"):
+        next(benchmark_codec.checkpoint_tensors(str(quantised), CPU))
 
 
 def test_the_floor_is_the_entropy():

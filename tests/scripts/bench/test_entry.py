@@ -38,12 +38,23 @@ def test_every_script_answers_as_a_module(monkeypatch, capsys, name):
     assert f"-m {name}" in SCRIPTS[name]
 
 
-@pytest.mark.parametrize("name", ["check_numerics", "bench.batch", "bench.codec", "research.permutation_attack"])
-def test_a_script_that_reads_no_gguf_file_says_so(monkeypatch, capsys, name):
-    needed = ("--num-prompts", "1", "--input-len", "1", "--output-len", "1") if name == "bench.batch" else ()
+NO_GGUF = {  # and why
+    "check_numerics": ((), "which transformers reads too"),
+    "bench.batch": (
+        ("--num-prompts", "1", "--input-len", "1", "--output-len", "1", "--compare", "vllm"),
+        "--compare vllm: it is given a config.json",
+    ),
+    "bench.startup": (("--checkpoint",), "--checkpoint: it is written as safetensors"),
+    "bench.latency": (("--compare", "transformers"), "--compare: the others read a directory of safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", NO_GGUF)
+def test_a_script_that_reads_no_gguf_file_says_why(monkeypatch, capsys, name):
+    arguments, why = NO_GGUF[name]
     script = importlib.import_module(f"scripts.{name}")
-    message = refused(monkeypatch, capsys, script, "--model", "models/m.gguf", *needed)
-    assert "models/m.gguf" in message and ("safetensors" in message or "--text" in message)
+    message = refused(monkeypatch, capsys, script, "--model", "models/m.gguf", *arguments)
+    assert "models/m.gguf" in message and why in message
 
 
 @pytest.mark.parametrize("page", ["README.md", "Makefile", ".ci/run", "docs", "scripts"])

@@ -25,6 +25,7 @@ from scripts.research.permutation_attack import (
     observe,
     recovered,
 )
+from tests.support.gguf_models import SMALL, write_model
 from tests.support.oracle.checkpoints import write_checkpoint
 from tests.support.rounding import LOUD, assert_apart, model_apart
 
@@ -46,6 +47,13 @@ def model(request, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp(request.param)
     write_checkpoint(folder, request.param)
     return str(folder)
+
+
+def test_a_gguf_file_leaks_as_well(tmp_path):
+    write_model(tmp_path / "m.gguf", "llama", sizes=SMALL)
+    rows = measure(str(tmp_path / "m.gguf"), [TOKENS], [0])
+    (clear,) = [r for r in rows if (r["site"], r["permuted"], r["matching"]) == ("QKV input", False, L1)]
+    assert len(rows) == NUM_ATTACKS and clear["positions"] == 1
 
 
 def test_what_leaks_where(model):
