@@ -13,9 +13,8 @@ def eager_prompts(index: int, most_tokens: int, page_size: int, margin: int) -> 
     """Prompts of up to `most_tokens` tokens, by a row of this index: each of as many tokens as have kernels of their
     own, of all of which logits are wanted, and one of more, of the last of which."""
     most = min(FEW_TOKENS[-1] + 1, most_tokens)
-    wanted = [(few, few) for few in FEW_TOKENS if few < most] + [
-        (most, few) for few in (1, *linear.TILES, most) if few <= most
-    ]
+    wanted = [(few, few) for few in FEW_TOKENS if few < most]
+    wanted += [(most, few) for few in (1, *linear.TILES, most) if few <= most]
     return [Batch.of([_prompt(index, *each, page_size, margin)]) for each in wanted]
 
 
