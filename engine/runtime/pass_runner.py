@@ -124,7 +124,7 @@ class PassRunner:
 
     @property
     def eager_prompts(self) -> list[Batch]:
-        """Likewise passes that are not padded."""
+        """The passes that are never padded whose kernels are compiled too."""
         binder, most_tokens = self.binder, self.executor.arena.most["tokens"]
         most = min(most_tokens, binder.max_context)
         return eager_prompts(self.model.sampler.pad_row, most, binder.page_size, binder.margin)
@@ -189,8 +189,8 @@ class PassRunner:
         return pending[0] if pending else None
 
     def _all_of(self, asked: Asked) -> Asked:
-        """What a pass runs of the sampler for rows that ask for this: where there are graphs, all stages or none, since
-        a start compiles no kernels for some of them."""
+        """The stages that a pass runs for rows that ask for these: where there are graphs all or none, since a start
+        compiles no kernels for some of them."""
         return EVERYTHING if self.graphs is not None and asked.stages else asked
 
     def _bucket_of(self, batch: Batch) -> Bucket | None:
@@ -238,7 +238,7 @@ class PassRunner:
             self.executor.warm_up(bucket.inputs, asked)
 
     def _warm_up_eager(self, batch: Batch) -> None:
-        """Likewise of one that is not padded."""
+        """Runs those of a pass that is not padded."""
         with self.model.collectives.for_graphs():
             self.executor.warm_up(self.binder.bind(batch), EVERYTHING)
 
