@@ -83,8 +83,8 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("dtype, compression", [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "lossless")])
 @pytest.mark.parametrize("model", ["qwen2_windows", "mixed.gguf"])
 def test_a_capture_launches_nothing_that_a_warm_up_has_not(monkeypatch, models, model, dtype, compression, resident):
-    """What is launched for the first time is compiled, or makes a library begin, which capture forbids. Weights are
-    decompressed by one kernel, whatever their sizes, which is compiled as they are loaded."""
+    """A first launch compiles a kernel or makes a library begin, which capture forbids. Weights are decompressed by one
+    kernel, whatever their sizes, which is compiled as they are loaded."""
     options = OPTIONS | {"dtype": dtype, "resident": resident, "weights_compression": compression, "max_num_seqs": 40}
     monkeypatch.setattr(pass_runner, "takes_padding", lambda dtype, device: dtype != torch.float32)
     with LLM(str(models / model), **options) as llm, torch.inference_mode():
