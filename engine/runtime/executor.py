@@ -213,8 +213,8 @@ class Executor:
 
 
 def _form(weights: Weights) -> Hashable:
-    """What of a group's weights chooses the kernels that read them, as it may differ from layer to layer: which there
-    are, of which shape, and how they are stored."""
+    """The properties of a group's weights that choose the kernels which read them, as they may differ from layer to
+    layer: which there are, of which shape, and how they are stored."""
     return frozenset(
         (name, weight.shape if isinstance(weight, Tensor) else weight.form) for name, weight in weights.items()
     )

@@ -26,11 +26,11 @@ from penstock.engine.compute.attention import takes_padding
 from penstock.engine.compute.bind import make_binder
 from penstock.engine.compute.inputs import PassInputs
 from penstock.engine.compute.sampler import EVERYTHING, Asked, PendingSample, SampleOutput
-from penstock.engine.kernels.linear import TILES
 from penstock.engine.model.steps import SELECT_ATTENDED
 from penstock.engine.runtime.binding import on_own_device
 from penstock.engine.runtime.bucket import Bucket, Staging
 from penstock.engine.runtime.bucket_sizes import BucketSize, BucketSizes
+from penstock.engine.runtime.eager_prompts import eager_prompts
 from penstock.engine.runtime.executor import Executor
 from penstock.engine.runtime.graph import LONG_SLEEP_S, Graphs, Mailbox, PendingLetter
 from penstock.engine.runtime.page_moves import PageMover
@@ -98,6 +98,8 @@ class PassRunner:
                 for size, asked in self.warmed:
                     self._warm_up(self._bucket(size), asked)
                     self.graphs.stream.synchronize()  # what the host sends has two turns: the third would overwrite it
+                for batch in self.eager_prompts:
+                    self._warm_up_eager(batch)
             self._warm_up(self._bucket(graphs[0][0]), graphs[0][1])  # once in earnest, where nothing is forbidden
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what warm-ups have left
@@ -115,11 +117,17 @@ class PassRunner:
 
     @property
     def warmed(self) -> list[tuple[BucketSize, Asked]]:
-        """The passes whose kernels are compiled at start: the graphs, and for passes that run eagerly the longest that
-        is padded, with as few sampled rows as linears have kernels for."""
-        counts = dict.fromkeys(min(count, self.sizes.max_num_seqs) for count in (1, *TILES))
-        eager = [size._replace(num_sampled=count) for size in self.sizes.with_chunks[-1:] for count in counts]
-        return self.all_graphs + [(size, EVERYTHING) for size in eager]
+        """The padded passes whose kernels are compiled at start: the graphs, and the longest of those that run
+        eagerly."""
+        longest = [(size, asked) for size in self.sizes.with_chunks[-1:] for asked in (EVERYTHING, Asked())]
+        return list(dict.fromkeys(self.all_graphs + longest))
+
+    @property
+    def eager_prompts(self) -> list[Batch]:
+        """The passes that are never padded whose kernels are compiled too."""
+        binder, most_tokens = self.binder, self.executor.arena.most["tokens"]
+        most = min(most_tokens, binder.max_context)
+        return eager_prompts(self.model.sampler.pad_row, most, binder.page_size, binder.margin)
 
     @on_own_device
     @torch.inference_mode()
@@ -177,8 +185,13 @@ class PassRunner:
 
     def _run_eagerly(self, inputs: PassInputs, asked: Asked) -> PendingSample | None:
         pending: list[PendingSample] = []
-        self.executor.run(inputs, asked, lambda output: pending.append(PendingSample(output)))
+        self.executor.run(inputs, self._all_of(asked), lambda output: pending.append(PendingSample(output)))
         return pending[0] if pending else None
+
+    def _all_of(self, asked: Asked) -> Asked:
+        """The stages that a pass runs for rows that ask for these: where there are graphs all or none, since a start
+        compiles no kernels for some of them."""
+        return EVERYTHING if self.graphs is not None and asked.stages else asked
 
     def _bucket_of(self, batch: Batch) -> Bucket | None:
         """The bucket in which a batch runs; None where it runs as it is."""
@@ -192,10 +205,10 @@ class PassRunner:
 
     def _run_padded(self, batch: Batch, bucket: Bucket, asked: Asked) -> PendingLetter:
         if self.graphs is not None and (self._captures_prompts or not bucket.size.num_chunks):
-            self._replay(batch, bucket, EVERYTHING if asked.stages or bucket.size.num_chunks else asked)
+            self._replay(batch, bucket, EVERYTHING if bucket.size.num_chunks else self._all_of(asked))
         else:
             bucket.load(batch)
-            self._run_bucket(bucket, asked)
+            self._run_bucket(bucket, self._all_of(asked))
         return self.mailbox.expect(batch.num_sampled, "logprobs" in asked.stages)
 
     @property
@@ -223,6 +236,11 @@ class PassRunner:
         bucket.derive()
         with self.model.collectives.for_graphs():
             self.executor.warm_up(bucket.inputs, asked)
+
+    def _warm_up_eager(self, batch: Batch) -> None:
+        """Runs those of a pass that is not padded."""
+        with self.model.collectives.for_graphs():
+            self.executor.warm_up(self.binder.bind(batch), EVERYTHING)
 
     def _run_bucket(self, bucket: Bucket, asked: Asked) -> None:
         bucket.derive()

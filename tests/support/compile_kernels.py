@@ -21,10 +21,12 @@ from penstock.engine.compute.sampler import EVERYTHING, Asked
 from penstock.engine.kernels.decode_attention import _attend_segment, _decode_attention_triton
 from penstock.engine.kernels.segments import Segments
 from penstock.engine.llm import LLM
+from penstock.engine.runtime import pass_runner
+from penstock.engine.runtime.pass_runner import PassRunner
 from penstock.parallel.push_reduce import MOST_BYTES, push_reduce
 from penstock.parallel.triton_door import compiled_ahead
 from penstock.parallel.two_step_reduce import two_step_reduce
-from penstock.scheduler.batching.batch import Batch, BatchRow
+from penstock.scheduler.batching.batch import NO_TOKEN, Batch, BatchRow, PromptScores
 from penstock.scheduler.batching.pages import pages_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -44,8 +46,13 @@ WAYS = (
     {"dtype": "bfloat16", "weights_compression": "none", "attention_sinks": 2, "attention_window": 5, "page_size": 4},
     {"dtype": "float32", "attention_sinks": 2, "attention_window": 200},
 )
-# rows (start, number of tokens) of passes that are not padded, long ones and one of many prompts; and how many sample
+# rows (start, number of tokens) of passes that run eagerly, those of few tokens where they score, in fp32, or where
+# weights stream; and how many sample
 EAGER = (
+    *(([(0, num_tokens)], 1) for num_tokens in (2, 3, 4, 5, 12, 33, 64, 65, 200)),
+    ([(0, 50)], 0),
+    ([(30, 50), (0, 9)], 1),
+    ([(40, 1), (77, 1), (0, 20)], 3),
     ([(0, 250)] * 9, 1),
     ([(0, 250)] * 9, 2),
     ([(40, 1), (77, 1), *[(0, 250)] * 9], 11),
@@ -87,17 +94,9 @@ def main(checkpoints: list[str]) -> None:
                 kernel.put_in(patch, kernel.kernel)
             if hasattr(kernel.module, "options"):
                 patch.setattr(kernel.module, "options", lambda device: {"OVERLAPS": True, "launch_pdl": True})
+        patch.setattr(pass_runner, "takes_padding", lambda dtype, device: dtype != torch.float32)
         patch.setattr(Segments, "count", lambda self, lengths, num_rows: self.most(num_rows))  # rows that are cut
-        for most, checkpoint, resident in (
-            ((40, 4096), checkpoints[0], "all"),
-            ((40, 4096), checkpoints[0], "none"),
-            ((13, 3000), checkpoints[0], "all"),  # whose buckets have blocks at no multiple of 16 bytes
-            ((40, 4096), checkpoints[2], "none"),
-        ):
-            with compiled_ahead(os.cpu_count()):
-                hold_for_any_pass(checkpoint, resident, *most, launched)
-            for kernel in launched:
-                kernel.device_caches.clear()
+        hold_for_any_pass(checkpoints[0], checkpoints[2], launched, patch)
         with compiled_ahead(os.cpu_count()):
             launch_all(checkpoints)
             hold_for_any_table()
@@ -138,29 +137,72 @@ def hold_for_any_table() -> None:
         before = variants
 
 
-def hold_for_any_pass(
-    checkpoint: str, resident: str, most_rows: int, most_tokens: int, launched: set[JITFunction]
+def hold_for_any_pass(plain: str, stored: str, launched: set[JITFunction], patch: pytest.MonkeyPatch) -> None:
+    """Runs passes that are no graphs of a checkpoint of plain and one of stored weights. In fp32 prompts have no
+    kernel."""
+    attend = KERNELS["prompt_attention"]
+    many, odd, few = (40, 4096), (13, 3000), (4, 4096)  # odd: buckets have blocks at no multiple of 16 bytes
+    for case in (
+        *((most, plain, resident, "bfloat16") for most in (many, odd) for resident in ("all", "none")),
+        *((most, stored, "none", "bfloat16") for most in (many, few)),
+        (few, stored, "none", "float32"),
+    ):
+        attend.put_in(patch, attend.reference if case[-1] == "float32" else attend.kernel)
+        with compiled_ahead(os.cpu_count()):
+            hold_for_passes_of(*case, launched)
+        for kernel in launched:
+            kernel.device_caches.clear()
+    attend.put_in(patch, attend.kernel)
+
+
+def hold_for_passes_of(
+    most: tuple[int, int], checkpoint: str, resident: str, dtype: str, launched: set[JITFunction]
 ) -> None:
-    """Binds passes that run eagerly. Raises AssertionError if they launch what was not compiled at start: it would be
-    compiled in front of waiting rows."""
-    roomy = {"max_num_seqs": most_rows, "max_num_batched_tokens": most_tokens, "num_pages": 400, "dtype": "bfloat16"}
-    with LLM(checkpoint, **OPTIONS | roomy | {"resident": resident}) as llm, torch.inference_mode():
+    """Runs passes of up to so many rows and tokens that are no graphs. Raises AssertionError if they launch what was
+    not compiled at start: it would be compiled in front of waiting rows."""
+    sizes = {"max_num_seqs": most[0], "max_num_batched_tokens": most[1], "num_pages": 400, "dtype": dtype}
+    with LLM(checkpoint, **OPTIONS | sizes | {"resident": resident}) as llm, torch.inference_mode():
         runner = llm.engine.worker.runner
         runner.executor.fill_ring()
         for size, asked in runner.warmed:
             runner._warm_up(runner._bucket(size), asked)
-        before = variants(launched)
-        for rows, num_sampled in (case for case in EAGER if len(case[0]) <= most_rows):
-            tables = [(1,) * pages_for(start + num, llm.config.page_size) for start, num in rows]
-            samples = [index < num_sampled for index in range(len(rows))]
-            batch = Batch.of(
-                BatchRow(index, (7,) * num, start, tables[index], samples[index], None)
-                for index, (start, num) in enumerate(rows)
-            )
-            assert runner.sizes.find(batch) is None, "a pass that is padded"
-            for asked in (Asked(), EVERYTHING):
-                runner.executor.warm_up(runner.binder.bind(batch), asked)
-            assert variants(launched) == before, f"{checkpoint}, {resident}, rows {rows}: compiled in front of rows"
+        for batch in runner.eager_prompts:
+            runner._warm_up_eager(batch)
+        before, case = variants(launched), (checkpoint, resident, dtype, most)
+        for rows, num_sampled in (case for case in EAGER if len(case[0]) <= most[0]):
+            for num_scored in (0, 3, 40):
+                run_eagerly(runner, make_batch(rows, num_sampled, num_scored, llm.config.page_size))
+                new = variants(launched) - before
+                assert not new, f"{case}, rows {rows}, {num_scored} scored: compiled in front of rows: {new}"
+
+
+def make_batch(rows: list[tuple[int, int]], num_sampled: int, num_scored: int, page_size: int) -> Batch:
+    """A batch of rows, each (start, number of tokens), of which the first ones sample; the last of them is scored
+    behind so many of its last tokens."""
+    batch_rows = []
+    for index, (start, num_tokens) in enumerate(rows):
+        samples, scores = index < num_sampled, None
+        if num_scored and index == len(rows) - 1:
+            scores = PromptScores(2, max(0, num_tokens - num_scored - samples), NO_TOKEN if samples else 7)
+        pages = (1,) * pages_for(start + num_tokens, page_size)
+        batch_rows.append(BatchRow(index, (7,) * num_tokens, start, pages, samples, None, scores=scores))
+    return Batch.of(batch_rows)
+
+
+def run_eagerly(runner: PassRunner, batch: Batch) -> None:
+    """Runs a pass as it is, or padded, if that is no graph."""
+    size = runner.sizes.find(batch)
+    if size is None:
+        inputs = runner.binder.bind(batch)
+    elif runner._captures_prompts:
+        return
+    else:
+        bucket = runner._bucket(size)
+        bucket.load(batch)
+        bucket.derive()
+        inputs = bucket.inputs
+    for asked in (Asked(), EVERYTHING):
+        runner.executor.run(inputs, asked, lambda output: None)
 
 
 def variants(kernels: set[JITFunction]) -> set[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a pass would launch on a GPU, noted on a CPU: kernels of ours, and the operations of torch between them."""
+"""Notes on a CPU what a pass would launch on a GPU: kernels of ours, and the operations of torch between them."""
 
 from functools import partial
 from typing import Any

@@ -45,9 +45,9 @@ class Stepwise:
 
 
 @pytest.mark.parametrize("resident", ["all", "none"])
-def test_graphs_are_what_a_start_captures(resident):
+def test_graphs_are_what_a_start_captures(monkeypatch, resident):
     """Prompts of any length, which come as rows end, and chunks that continue are graphs where nothing streams. What
-    rows ask for makes no graph that is not there."""
+    rows ask for makes no graph that is not there; nor do eager passes run other stages of the sampler."""
     rng = random.Random(1)
     prompts = [rng.choices(range(1, 1000), k=rng.randint(1, 30)) for _ in range(16)] + [[3] * 80]
     most = [rng.randint(2, 6) for _ in range(16)] + [9]
@@ -56,10 +56,13 @@ def test_graphs_are_what_a_start_captures(resident):
         runner, batches = llm.engine.worker.runner, []
         expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
         runner.graphs = graphs = Stepwise()
+        ran, run = [], runner.executor.run
+        monkeypatch.setattr(runner.executor, "run", lambda inputs, *asked: (ran.append(asked[0]), run(inputs, *asked)))
         with llm.engine.watched_by(BeginPass(batches.append)):
             assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
         assert graphs.passes.keys() < set(runner.all_graphs)
         assert {asked for size, asked in graphs.passes if not size.num_chunks} == {EVERYTHING, Asked()}
+    assert len(ran) == len(batches) and set(ran) == {EVERYTHING, Asked()}
     with_chunks = [batch for batch in batches if not is_decode(batch)]
     assert 3 < sum(not batch.num_continuing for batch in with_chunks) < len(with_chunks) < len(batches)
     num_captured = len(with_chunks) if resident == "all" else 0
@@ -80,8 +83,8 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("dtype, compression", [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "lossless")])
 @pytest.mark.parametrize("model", ["qwen2_windows", "mixed.gguf"])
 def test_a_capture_launches_nothing_that_a_warm_up_has_not(monkeypatch, models, model, dtype, compression, resident):
-    """What is launched for the first time is compiled, or makes a library begin, which capture forbids. Weights are
-    decompressed by one kernel, whatever their sizes, which is compiled as they are loaded."""
+    """A first launch compiles a kernel or makes a library begin, which capture forbids. Weights are decompressed by one
+    kernel, whatever their sizes, which is compiled as they are loaded."""
     options = OPTIONS | {"dtype": dtype, "resident": resident, "weights_compression": compression, "max_num_seqs": 40}
     monkeypatch.setattr(pass_runner, "takes_padding", lambda dtype, device: dtype != torch.float32)
     with LLM(str(models / model), **options) as llm, torch.inference_mode():
