@@ -47,6 +47,7 @@ class Delivery(Response):
     ):
         self.engine, self.outbox, self.answer, self.on_end = engine, outbox, answer, on_end
         self.background = None
+        self.id_header = {"x-request-id": answer.id}  # as the official client looks for it
         self.delivered = Delivered()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -85,9 +86,10 @@ class WholeAnswer(Delivery):
         if outbox.failure is not None:
             error = error_of(outbox.failure)
             self.delivered.status, self.delivered.error = error.status, error.code
-            response = JSONResponse(error.body, error.status, error.headers)
+            response = JSONResponse(error.body, error.status, error.headers | self.id_header)
         else:  # a large one must not hold up others
-            response = Response(await asyncio.to_thread(self._body), media_type="application/json")
+            body = await asyncio.to_thread(self._body)
+            response = Response(body, headers=self.id_header, media_type="application/json")
         await response(scope, receive, send)
 
     def _body(self) -> str:
@@ -105,7 +107,7 @@ class EventStream(Delivery):
         self._is_sending = self._has_ended = False
 
     async def deliver(self, scope: Message, receive: Receive, send: Send) -> None:
-        headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+        headers = [(name.encode(), value.encode()) for name, value in (HEADERS | self.id_header).items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         keeper = asyncio.create_task(self._keep(send))
         try:
