@@ -165,7 +165,7 @@ def why_num_seqs(config: EngineConfig, plan: EnginePlan) -> str:
         return "max_num_seqs as asked"
     if plan.max_num_seqs == plan.demand.max_num_seqs:
         return "as many as are planned without max_num_seqs"
-    if plan.max_num_seqs > plan.demand.max_num_seqs:
+    if plan.max_num_seqs > plan.kept.seqs_in(plan.residency.num_pages):
         return "planned: as many short ones as fit and pay; max_num_seqs says otherwise"
     return f"planned: the most tokens/s at {plan.kept.kv_len} tokens each; max_num_seqs says otherwise"
 

@@ -21,6 +21,7 @@ from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.engine_process import EngineProcess
 from penstock.engine.server.generation_defaults import FILE, read_defaults
 from penstock.engine.server.listener import bind
+from penstock.engine.server.open_files import allow_many
 from penstock.engine.server.options import FIELDS, KEY_VARIABLE, SIGNALS, ServeOptions
 from penstock.engine.server.request_log import request_log
 from penstock.engine.text.model_text import has_tokenizer
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     options = options_of(args)
     if resolve_launch(config.tensor_parallel_size).rank > 0:
         return follow(config)
+    allow_many()
     with bind(options.host, options.port) as listener, request_log(options.request_log) as log, ended_by_signals():
         check_there(find_model(config.model))  # all the rest of the model may take a while
         address, port = listener.getsockname()[:2]

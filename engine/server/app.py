@@ -10,7 +10,7 @@ from penstock.engine.server import openapi, pages
 from penstock.engine.server.access import OPEN, HostGuard, KeyGuard, is_loopback, read_body
 from penstock.engine.server.encoding import need_tokenizer, text_of, token_ids_of, tokenizer_facts
 from penstock.engine.server.errors import ApiError, failed, model_not_found
-from penstock.engine.server.notes import rejection
+from penstock.engine.server.notes import record_of_refused, rejection
 from penstock.engine.server.service import Service
 from penstock.engine.server.status import describe
 from penstock.engine.server.validation import read_chat, read_completion, read_detokenize, read_tokenize
@@ -31,7 +31,7 @@ def make_app(service: Service) -> Any:
     _add_models(app, service)
     _add_health(app, service)
     pages.add_routes(app, service)
-    app = Direct(app, generation, tell, tell_fault)
+    app = Direct(app, generation, tell, tell_fault, service.note)
     if service.options.api_key is None:
         return HostGuard(app) if is_loopback(service.options.host) else app
     open_routes = (*OPEN, "/metrics") if service.options.metrics_without_key else OPEN
@@ -45,10 +45,17 @@ def respond_with(error: ApiError) -> JSONResponse:
 
 class Direct:
     """An ASGI application in front of another, some of whose routes it answers to POST itself: a request for a text,
-    and each chunk of its answer, need not go through all layers of FastAPI. Errors are told as there."""
+    and each chunk of its answer, need not go through all layers of FastAPI. Errors are told as there, and logged."""
 
-    def __init__(self, app: Any, routes: dict[str, Handler], tell: Handler, tell_fault: Handler):
-        self._app, self._routes, self._tell = app, routes, tell
+    def __init__(
+        self,
+        app: Any,
+        routes: dict[str, Handler],
+        tell: Handler,
+        tell_fault: Handler,
+        note: Callable[[dict[str, Any]], None],
+    ):
+        self._app, self._routes, self._tell, self._note = app, routes, tell, note
         self._direct = ServerErrorMiddleware(self._answer, handler=tell_fault)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -60,6 +67,7 @@ class Direct:
         try:
             response = await self._routes[scope["path"]](request)
         except ApiError as error:
+            self._note(record_of_refused(scope["path"].removeprefix("/v1/"), error))
             response = await self._tell(request, error)
         await response(scope, receive, send)
 

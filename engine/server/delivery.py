@@ -1,7 +1,7 @@
 """Brings an answer to its client, whole or as it grows, while the engine goes on.
 
 A client that goes away ends its request: `receive` tells, which is heard beside the work in both ways. One that takes
-nothing for WRITE_S is given up.
+nothing is cut off by the kernel (listener.py), and has gone away then.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from penstock.engine.server.sse import HEADERS, KEEP_ALIVE, Chunks, failure
 from starlette.responses import JSONResponse, Response
 
 QUIET_S = 10.0  # without news; then a comment keeps clients, and what lies between, from giving up
-WRITE_S = 60.0
 GONE = "the client has gone"
 DISCONNECTED, DISCONNECTED_STATUS = "client_disconnected", 499  # as logs have it; nobody hears it
 
@@ -48,6 +47,7 @@ class Delivery(Response):
     ):
         self.engine, self.outbox, self.answer, self.on_end = engine, outbox, answer, on_end
         self.background = None
+        self.id_header = {"x-request-id": answer.id}  # as the official client looks for it
         self.delivered = Delivered()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -86,11 +86,11 @@ class WholeAnswer(Delivery):
         if outbox.failure is not None:
             error = error_of(outbox.failure)
             self.delivered.status, self.delivered.error = error.status, error.code
-            response = JSONResponse(error.body, error.status, error.headers)
+            response = JSONResponse(error.body, error.status, error.headers | self.id_header)
         else:  # a large one must not hold up others
-            response = Response(await asyncio.to_thread(self._body), media_type="application/json")
-        async with asyncio.timeout(WRITE_S):
-            await response(scope, receive, send)
+            body = await asyncio.to_thread(self._body)
+            response = Response(body, headers=self.id_header, media_type="application/json")
+        await response(scope, receive, send)
 
     def _body(self) -> str:
         sequences = self.outbox.sequences
@@ -104,20 +104,17 @@ class EventStream(Delivery):
         super().__init__(*arguments)
         self._chunks = Chunks(self.answer, self.outbox, sends_usage, sends_usage_always)
         self._moved_s = time.monotonic()  # when bytes were last given to the connection, or taken by it
-        self._is_sending = self._has_ended = self._is_given_up = False
+        self._is_sending = self._has_ended = False
 
     async def deliver(self, scope: Message, receive: Receive, send: Send) -> None:
-        headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+        headers = [(name.encode(), value.encode()) for name, value in (HEADERS | self.id_header).items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        keeper = asyncio.create_task(self._keep(send, asyncio.current_task()))
+        keeper = asyncio.create_task(self._keep(send))
         try:
             await self._send(send, self._chunks.first())
             while not (self.outbox.closed or self._has_ended):
                 await self.outbox.wait()
                 await self._send_news(send)
-        except asyncio.CancelledError:
-            if not self._is_given_up:
-                raise
         finally:
             keeper.cancel()
 
@@ -149,29 +146,14 @@ class EventStream(Delivery):
             await send({"type": "http.response.body", "body": data, "more_body": not self._has_ended})
             self._is_sending, self._moved_s = False, time.monotonic()
 
-    async def _keep(self, send: Send, sender: asyncio.Task) -> None:
-        """Sends comments in silence, and gives up a client that takes nothing: one timer for a stream, where a timeout
-        around each chunk would cost more than the chunk."""
+    async def _keep(self, send: Send) -> None:
+        """Sends comments in silence: one timer for a stream, where a timeout around each chunk would cost more than the
+        chunk."""
         while True:
-            due_s = self._moved_s + (WRITE_S if self._is_sending else QUIET_S)
-            await asyncio.sleep(min(due_s - time.monotonic(), QUIET_S, WRITE_S))
-            silent_s = time.monotonic() - self._moved_s
-            if self._is_sending:
-                self._is_given_up = silent_s >= WRITE_S
-            elif silent_s >= QUIET_S and not self._has_ended:
-                self._is_given_up = not await self._is_taken(send, KEEP_ALIVE)
-            if self._is_given_up:
-                sender.cancel()
-                return
-
-    async def _is_taken(self, send: Send, data: bytes) -> bool:
-        """Sends bytes; tells whether the client took them."""
-        try:
-            async with asyncio.timeout(WRITE_S):
-                await self._send(send, data)
-        except TimeoutError:
-            return False
-        return True
+            await asyncio.sleep(QUIET_S if self._is_sending else self._moved_s + QUIET_S - time.monotonic())
+            is_quiet = not self._is_sending and time.monotonic() - self._moved_s >= QUIET_S
+            if is_quiet and not self._has_ended:
+                await self._send(send, KEEP_ALIVE)
 
 
 def error_of(finish: Finish) -> ApiError:

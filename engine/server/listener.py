@@ -2,6 +2,8 @@
 
 import socket
 
+TAKES_NOTHING_S = 60  # after which a client that takes nothing is cut off, with what was kept for it
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises ValueError if there can be none."""
@@ -10,6 +12,8 @@ def bind(host: str, port: int) -> socket.socket:
     # listener names the protocol: with 0, the default, a token may come 40 ms late.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux has it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TAKES_NOTHING_S * 1000)
     try:
         listener.bind((host, port))
         listener.listen(2048)

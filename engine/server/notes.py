@@ -16,6 +16,12 @@ def rejection(error: ApiError) -> str:
     return error.code if error.code in REJECTIONS else INVALID
 
 
+def record_of_refused(route: str, error: ApiError) -> dict[str, Any]:
+    """A request that was not taken in, for a log: without the message, which may show what a client wrote."""
+    why = {"error": error.code or INVALID, "param": error.param}
+    return {"route": route, "status": error.status, "came": time.time()} | why
+
+
 def record_of(
     request_id: str, asked: Completion | Chat, outbox: Outbox, delivered: Delivered, came_s: float
 ) -> dict[str, Any]:

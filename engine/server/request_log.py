@@ -1,5 +1,5 @@
-"""The log of requests: a JSON object a line, for each request that ended, with numbers and codes. Nothing that a client
-wrote, and nothing that was answered, is in it.
+"""The log of requests: a JSON object a line, for each that ended or was refused, with numbers and codes. Nothing that a
+client wrote, and nothing that was answered, is in it.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ FIELDS = (
     "duration_s",
     "first_token_s",
     "error",
+    "param",
 )
 
 

@@ -20,6 +20,7 @@ from penstock.engine.runtime import heap
 from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import Connection
 from penstock.engine.server.engine_process import EngineProcess
+from penstock.engine.server.open_files import LoopErrors
 from penstock.engine.server.options import SIGNALS
 from penstock.engine.server.service import Service
 
@@ -76,6 +77,7 @@ class Server:
     async def _run(self, listener: socket.socket) -> bool:
         """Returns whether the engine has failed."""
         loop, service = asyncio.get_running_loop(), self.service
+        loop.set_exception_handler(LoopErrors(self._say))
         for number in SIGNALS:
             loop.add_signal_handler(number, self._hear)
         serving = asyncio.create_task(self._uvicorn.serve([listener]))

@@ -114,7 +114,7 @@ class Service:
             self.num_open -= 1
             if delivered.error == DISCONNECTED:
                 self.metrics.client_disconnected()
-            outbox.on_ended = lambda: self._note(record_of(answer.id, asked, outbox, delivered, came_s))
+            outbox.on_ended = lambda: self.note(record_of(answer.id, asked, outbox, delivered, came_s))
             if outbox.has_ended:  # those that were aborted end a little later
                 outbox.on_ended()
 
@@ -139,8 +139,8 @@ class Service:
         echoes = await self.in_worker(echoes_of, self.model, asked, sequences) if asked.echo else None
         return CompletionAnswer(name, num_top, echoes=echoes)
 
-    def _note(self, record: dict[str, Any]) -> None:
-        """Logs a request that has ended."""
+    def note(self, record: dict[str, Any]) -> None:
+        """Logs a request that has ended, or was refused."""
         if self._log is not None:
             self._log.write(record)
 

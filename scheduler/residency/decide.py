@@ -149,7 +149,8 @@ def _kv_notes(demand: Demand, made: Residency) -> list[str]:
     num_seqs = demand.seqs_in(made.num_pages)
     if num_seqs < demand.max_num_seqs:
         most = f"up to max_num_seqs={demand.max_num_seqs}"
-        notes.append(f"the KV cache holds {num_seqs} sequences of {demand.kv_len} tokens, or more shorter ones, {most}")
+        held = f"{num_seqs} sequence{'s' * (num_seqs != 1)} of {demand.kv_len} tokens"
+        notes.append(f"the KV cache holds {held}, or more shorter ones, {most}")
     return notes
 
 

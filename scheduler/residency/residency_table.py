@@ -41,7 +41,8 @@ def gives_up(this: Variant, other: Variant) -> str:
     if other.max_model_len < this.max_model_len:
         lost.append(f"contexts over {other.max_model_len} tokens")
     if other.best.num_seqs < this.best.num_seqs:
-        lost.append(f"{this.best.num_seqs - other.best.num_seqs} sequences at once")
+        fewer = this.best.num_seqs - other.best.num_seqs
+        lost.append(f"{fewer} sequence{'s' * (fewer != 1)} at once")
     for name, mine, theirs in (("", this.best, other.best), (" of one sequence", this.one, other.one)):
         share = 1 - theirs.tokens_s / mine.tokens_s
         if share >= LEAST_SHARE:

@@ -7,6 +7,7 @@ import pytest
 from penstock.engine.server import encoding
 
 from penstock import SamplingParams
+from tests.support.serving import chunks_of
 
 PATH = "/v1/completions"
 PROMPT = "Return the number of"
@@ -206,6 +207,14 @@ def test_a_stream_tells_usage_at_its_end_or_always(served):
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = served.stream(PATH, stream_options=options, **body)
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_the_id_of_an_answer_is_a_header_too(served):
+    """The official client looks for it there."""
+    whole = served.post(PATH, prompt=PROMPT, **GREEDY)
+    assert whole.headers["x-request-id"] == whole.json()["id"]
+    stream = served.post(PATH, prompt=PROMPT, stream=True, **GREEDY)
+    assert stream.headers["x-request-id"] == chunks_of(stream.text)[0]["id"]
 
 
 def test_an_echo_is_in_the_first_chunk(served):

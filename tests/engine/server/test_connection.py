@@ -5,36 +5,66 @@ import contextlib
 import functools
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import uvicorn
-from penstock.engine.server import connection
+from penstock.engine.server import connection, listener
 from penstock.engine.server.connection import MOST_HEAD_BYTES, Connection
 from penstock.engine.server.listener import bind
 from uvicorn.server import ServerState
+
+from tests.support.serving import until
 
 ASK = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
+class Listening:
+    """The shared service at a port: `connect` makes connections to it, of which `open` are those that it keeps."""
+
+    def __init__(self, address: tuple[str, int], open_ones: set):
+        self.address, self.open = address, open_ones
+
+    def connect(self, most_bytes: int | None = None) -> socket.socket:
+        """A connection, which takes so many bytes before they are read."""
+        stream = socket.socket()
+        stream.settimeout(30)
+        if most_bytes is not None:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, most_bytes)
+        stream.connect(self.address)
+        return stream
+
+
 @pytest.fixture
-def connect(served) -> Iterator[functools.partial]:
-    """Makes connections to the shared service."""
+def listening(served) -> Iterator[Listening]:
     config = uvicorn.Config(served.app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False)
     config.load()
 
     async def listen(listener: socket.socket) -> asyncio.Server:
-        made = functools.partial(Connection, config, ServerState(), {})
+        made = functools.partial(Connection, config, state, {})
         return await asyncio.get_running_loop().create_server(made, sock=listener)
 
     async def end() -> None:
         server.close()
 
+    state = ServerState()
     with bind("127.0.0.1", 0) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         server = served.run(listen(listener))
-        yield functools.partial(socket.create_connection, listener.getsockname(), timeout=30)
+        yield Listening(listener.getsockname(), state.connections)
         served.run(end())
+
+
+@pytest.fixture
+def connect(listening) -> Callable[[], socket.socket]:
+    """Makes connections to the shared service."""
+    return listening.connect
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr(listener, "TAKES_NOTHING_S", 1)
 
 
 def rest_of(stream: socket.socket) -> bytes:
@@ -120,3 +150,20 @@ def test_who_asks_for_another_protocol_is_answered_in_http(connect, caplog):
     with connect() as stream:
         stream.sendall(asked)
         assert rest_of(stream).count(b"HTTP/1.1 200 ") == 2 and not caplog.records
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone cuts such clients off")
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_who_takes_nothing_is_cut_off(impatient, listening, served, caplog, streams):
+    """A stream that is cut so counts as a client that went; a whole answer was given to the kernel before."""
+    asked = {"prompt": "Return", "max_tokens": 100, "n": 6, "logprobs": 20, "ignore_eos": True, "stream": streams}
+    body, kept = json.dumps(asked).encode(), served.kept
+    head = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    num_records, num_disconnects = len(kept.records), kept.num_disconnects
+    with listening.connect(most_bytes=4096) as stream:
+        stream.sendall(POST + head + body)
+        until(lambda: len(kept.records) > num_records and not listening.open)
+        assert len(rest_of(stream)) < 65536
+    record = kept.records[-1]
+    assert (record["status"], record["error"]) == ((499, "client_disconnected") if streams else (200, None))
+    assert kept.num_disconnects == num_disconnects + streams and not caplog.records

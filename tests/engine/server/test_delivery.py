@@ -83,15 +83,6 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(served):
     assert slow[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_who_takes_nothing_is_given_up(served, monkeypatch):
-    monkeypatch.setattr(delivery, "WRITE_S", 0.05)
-    client = Client(PATH, LONG | {"stream": True}, takes=asyncio.Event().wait)
-    num_records = len(served.kept.records)
-    served.run(client.ask(served.app))
-    until(lambda: len(served.kept.records) > num_records)
-    assert client.bodies == [] and served.kept.records[-1]["finish_reasons"] == ["abort"]
-
-
 def test_silence_is_filled_with_comments(served, monkeypatch):
     """A pass takes as long as it takes for three of them to come."""
     monkeypatch.setattr(delivery, "QUIET_S", 0.01)

@@ -298,3 +298,14 @@ def test_no_address_of_the_servers_memory_is_told(served):
     with pytest.raises(ApiError) as raised, api_errors(served.service.config, "messages"):
         raise ValueError(told)
     assert raised.value.message == told.replace(" at 0x7f00deadBEEF", "")
+
+
+def test_a_refusal_is_logged_by_its_code_and_field_alone(served):
+    served.kept.records.clear()
+    served.post(COMPLETIONS, prompt="secret", suffix="secret")
+    served.post(CHAT, model="secret", messages=HELLO)
+    served.post("/tokenize")  # nobody's text
+    first, second = served.kept.records
+    assert first.pop("came") <= second.pop("came")
+    assert first == {"route": "completions", "status": 400, "error": "invalid", "param": "suffix"}
+    assert second == {"route": "chat/completions", "status": 404, "error": "model_not_found", "param": "model"}
