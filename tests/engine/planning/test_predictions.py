@@ -95,7 +95,7 @@ def test_resident_decode_passes_are_the_records(name, most):
 
 @pytest.mark.parametrize(
     "name, model",
-    [("traffic_llama3_8b_resident_1rank", "Llama-3-8B"), ("long_row_llama31_8b_1rank", "Llama-3.1-8B")],
+    [("traffic_llama3_8b_1rank", "Llama-3-8B"), ("long_row_llama31_8b_1rank", "Llama-3.1-8B")],
 )
 def test_tokens_of_traffic_are_the_records(name, model):
     """Rows of few and of many tokens, and one of 65,000 among short ones, which costs what it reads."""
@@ -304,7 +304,7 @@ def test_a_mix_of_uneven_requests_takes_what_was_measured(name, tp_size):
 def test_requests_that_begin_alike_take_what_was_measured():
     """Predicts 300 requests of 2,000 shared and 64 own tokens, with 32 generated ones, of 8B on one H200 with
     everything resident. Each pass is made before the tokens of the one before it are known, as the engine does."""
-    record = record_of("traffic_llama3_8b_beside_vllm_1rank")
+    record = record_of("traffic_llama3_8b_1rank")
     (row,) = (row for row in record["rows"] if row["row"] == "shared-prefix")
     (own,) = (one for one in ROWS if one.name == "shared-prefix")
     plan = plan_of("Llama-3-8B", 1)
