@@ -72,6 +72,22 @@ def test_rows_that_begin_alike_compute_their_beginning_once(tmp_path):
     assert sum(computed) == at_least
 
 
+def test_few_prompts_are_encoded_in_a_pass_and_as_many_as_passes_take(tmp_path, monkeypatch):
+    """Short ones, of which a pass takes all that wait; and long ones, of which it takes one or two."""
+    begin, advance = BatchRun._begin, Loop.advance
+    monkeypatch.setattr(
+        BatchRun, "_begin", lambda job, index, row: counts.append(counts.pop() + 1) or begin(job, index, row)
+    )
+    monkeypatch.setattr(Loop, "advance", lambda loop: counts.append(0) or advance(loop))
+    counts = [0]
+    assert run_here(StubLLM(1024), write_many(tmp_path / "short.jsonl", 1000), tmp_path / "short.out") == 0
+    assert counts[:7] == [32, 64, 128, 256, 256, 256, 8]
+    counts = [0]
+    texts = [line(str(number), prompt=[5] * 200, max_tokens=30) for number in range(100)]
+    assert run_here(StubLLM(64), write_lines(tmp_path / "long.jsonl", texts), tmp_path / "long.out") == 0
+    assert counts[:5] == [32, 32, 32, 4, 0] and sum(counts) == 100
+
+
 def test_longest_first_only_where_that_ends_sooner():
     lengths = [1, 1, 1, 9]
     assert longest_first([0, 1, 2, 3], lengths.__getitem__, seats=2) == [3, 0, 1, 2]
