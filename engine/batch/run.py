@@ -25,8 +25,7 @@ from penstock.scheduler.batching.request import FinishReason
 
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
-# sequences whose prompts are encoded while a pass runs: twice as many as the last one let in, so that it seldom waits
-# for them, and the next one has enough
+# Sequences whose prompts are encoded while a pass runs, which soon takes longer than that.
 LEAST_BEGUN, MOST_BEGUN = 32, 256
 MOST_WAITING = 256  # rows that have ended, where many fail one after another
 
@@ -108,11 +107,15 @@ class BatchRun:
         return self.reader.read(self.lines.read(self._stream, index), self.lines.numbers[index])
 
     def _fill(self, order: Iterator[int]) -> None:
-        """Puts rows into the loop until enough are there, or as many as a pass may wait for."""
-        num_let_in = self._num_waiting - self._count_waiting()
-        num_begun = min(max(QUEUED * num_let_in, LEAST_BEGUN), MOST_BEGUN)
-        enough = min(QUEUED * self.llm.loop.scheduler.max_num_seqs, len(self.in_flight) + num_begun)
-        while len(self.in_flight) < enough and not self._stopping.is_asked:
+        """Puts rows into the loop until enough are there, or as many as the next pass may take: all the tokens that it
+        may have, and since these may be cached twice as many sequences as the last one let in."""
+        scheduler, num_before = self.llm.loop.scheduler, len(self.in_flight)
+        most = min(QUEUED * scheduler.max_num_seqs, num_before + MOST_BEGUN)
+        least = num_before + max(2 * (self._num_waiting - self._count_waiting()), LEAST_BEGUN)
+        whole_pass = self.outlook.num_prompt_tokens + scheduler.max_num_batched_tokens
+        while len(self.in_flight) < most and not self._stopping.is_asked:
+            if len(self.in_flight) >= least and self.outlook.num_prompt_tokens >= whole_pass:
+                break
             index = next(order, None)
             if index is None:
                 break

@@ -72,20 +72,32 @@ def test_rows_that_begin_alike_compute_their_beginning_once(tmp_path):
     assert sum(computed) == at_least
 
 
-def test_few_prompts_are_encoded_in_a_pass_and_as_many_as_passes_take(tmp_path, monkeypatch):
-    """Short ones, of which a pass takes all that wait; and long ones, of which it takes one or two."""
-    begin, advance = BatchRun._begin, Loop.advance
-    monkeypatch.setattr(
-        BatchRun, "_begin", lambda job, index, row: counts.append(counts.pop() + 1) or begin(job, index, row)
-    )
+@pytest.mark.parametrize(
+    ("num_rows", "num_prompt", "caches", "expected"),
+    [
+        (600, 2, False, [256, 256, 88]),  # short ones, as many as ever
+        (180, 60, False, [35, 70, 66, 9]),  # 2048 tokens, then twice as many as have entered
+        (100, 200, False, [32, 32, 32, 4]),  # at least so many
+        (500, 100, True, [32, 64, 128, 256, 20]),  # all the same, so that each pass takes all that wait
+    ],
+)
+def test_few_prompts_are_encoded_while_a_pass_runs_and_as_many_as_it_takes(
+    tmp_path, monkeypatch, num_rows, num_prompt, caches, expected
+):
+    counts, begin, advance = [0], BatchRun._begin, Loop.advance
+
+    def count(job, index, row):
+        counts[-1] += 1
+        begin(job, index, row)
+
+    monkeypatch.setattr(BatchRun, "_begin", count)
     monkeypatch.setattr(Loop, "advance", lambda loop: counts.append(0) or advance(loop))
-    counts = [0]
-    assert run_here(StubLLM(1024), write_many(tmp_path / "short.jsonl", 1000), tmp_path / "short.out") == 0
-    assert counts[:7] == [32, 64, 128, 256, 256, 256, 8]
-    counts = [0]
-    texts = [line(str(number), prompt=[5] * 200, max_tokens=30) for number in range(100)]
-    assert run_here(StubLLM(64), write_lines(tmp_path / "long.jsonl", texts), tmp_path / "long.out") == 0
-    assert counts[:5] == [32, 32, 32, 4, 0] and sum(counts) == 100
+    llm = StubLLM()
+    scheduler = Scheduler(512, 2048, 256, page_size=16, num_pages=16 * 512, prefix_caching=caches)
+    llm.loop = Loop(scheduler, llm.engine)
+    texts = [line(str(number), prompt=[5] * num_prompt, max_tokens=30) for number in range(num_rows)]
+    assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
+    assert counts[: len(expected)] == expected and sum(counts) == num_rows
 
 
 def test_longest_first_only_where_that_ends_sooner():
