@@ -25,7 +25,8 @@ from penstock.scheduler.batching.request import FinishReason
 
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
-MOST_BEGUN = 256  # sequences whose prompts are encoded between two passes
+# Sequences whose prompts are encoded while a pass runs, which soon takes longer than that.
+LEAST_BEGUN, MOST_BEGUN = 32, 256
 MOST_WAITING = 256  # rows that have ended, where many fail one after another
 
 
@@ -62,6 +63,7 @@ class BatchRun:
         sizes = (scheduler.max_num_batched_tokens, scheduler.max_num_seqs, scheduler.limits)
         self.outlook = Outlook(Passes(engine.work, engine.rates, *sizes))
         self.num_prompt_tokens = 0
+        self._num_waiting = 0  # sequences in flight without a seat, when rows were last put into the loop
         self._lines: list[bytes] = []  # of rows that have ended, not written yet
 
     def run(self) -> bool:
@@ -105,15 +107,25 @@ class BatchRun:
         return self.reader.read(self.lines.read(self._stream, index), self.lines.numbers[index])
 
     def _fill(self, order: Iterator[int]) -> None:
-        """Puts rows into the loop until enough are there, or as many as a pass may wait for."""
-        enough = min(QUEUED * self.llm.loop.scheduler.max_num_seqs, len(self.in_flight) + MOST_BEGUN)
-        while len(self.in_flight) < enough and not self._stopping.is_asked:
+        """Puts rows into the loop until enough are there, or as many as the next pass may take: all the tokens that it
+        may have, and since these may be cached twice as many sequences as the last one let in."""
+        scheduler, num_before = self.llm.loop.scheduler, len(self.in_flight)
+        most = min(QUEUED * scheduler.max_num_seqs, num_before + MOST_BEGUN)
+        least = num_before + max(2 * (self._num_waiting - self._count_waiting()), LEAST_BEGUN)
+        whole_pass = self.outlook.num_prompt_tokens + scheduler.max_num_batched_tokens
+        while len(self.in_flight) < most and not self._stopping.is_asked:
+            if len(self.in_flight) >= least and self.outlook.num_prompt_tokens >= whole_pass:
+                break
             index = next(order, None)
             if index is None:
                 break
             self.outlook.take_row(self.lines, index)
             self._begin(index, self._read(index))
+        self._num_waiting = self._count_waiting()
         self._write()
+
+    def _count_waiting(self) -> int:
+        return len(self.in_flight) - self.llm.loop.scheduler.num_running
 
     def _begin(self, index: int, row: Row) -> None:
         try:

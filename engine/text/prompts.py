@@ -96,7 +96,9 @@ class PromptReader:
         """Refuses a text that no sequence can hold before it is encoded, which may take long; the others say how many
         tokens they have."""
         num_bytes = len(text.encode())
-        if num_bytes > max(ALWAYS_ENCODED_BYTES, self.max_model_len * self.tokenizer.most_bytes):
+        if num_bytes <= ALWAYS_ENCODED_BYTES:  # before `most_bytes`, which looks at the whole vocabulary, once
+            return
+        if num_bytes > self.max_model_len * self.tokenizer.most_bytes:
             raise TooLong(
                 f"prompt {index}: a text of {num_bytes} bytes has more tokens than a sequence,"
                 f" which has {self.max_model_len} at most (max_model_len)"

@@ -58,10 +58,17 @@ class Composer:
         admitted = self._admission.admit_next() if is_urgent or not chunks else None
         return admitted or (chunks.popleft() if chunks else None)
 
-    def has_room(self) -> bool:
-        """Tells whether the last pass has tokens left for one that waits."""
-        queue = self._queue(())
-        return queue is not None and self.budget.has_room(queue)
+    def has_room(self, cut: Sequence[tuple[BatchRow, Request]] = ()) -> bool:
+        """Tells whether the last pass has tokens left for one that waits, behind the rest of rows whose chunks were
+        `cut`: it comes before those alone that are less urgent."""
+        queue, head = self._queue(()), self._admission.line.head()
+        if queue is None:
+            return False
+        return self.budget.has_room(queue, sum(self._rest(*one) for one in cut if one[1].turn[0] <= head.turn[0]))
+
+    def _rest(self, row: BatchRow, request: Request) -> int:
+        """The tokens of a request that would follow its chunk if the pass had room for them."""
+        return self._retention.pass_end(row.start, request.num_tokens_ahead) - row.start - len(row.tokens)
 
     def _sort_running(self) -> deque[Request]:
         """Finds the running requests that decode, in an order in which few move (`_decoding`), and returns the others

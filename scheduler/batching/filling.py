@@ -121,11 +121,13 @@ class Budget:
             compute_s = filling.seconds(len(rows), num_cached, min(num_shared, num_cached))
             self._spare_s, self._pass_s = filling.link_s - compute_s, max(filling.link_s, compute_s)
 
-    def has_room(self, queue: Queue) -> bool:
-        """Tells whether a chunk of the first in the queue may enter."""
-        if self.num_left < 1:
+    def has_room(self, queue: Queue, num_before: int = 0) -> bool:
+        """Tells whether a chunk of the first in the queue may enter, behind so many tokens of others."""
+        if self.num_left < 1 + num_before:
             return False
-        if self.filling is None or self._spare_s >= self.filling.token_s or self.num_chunks < queue.prompt_tokens:
+        if self.filling is None or self._spare_s >= (1 + num_before) * self.filling.token_s:
+            return True
+        if self.num_chunks + num_before < queue.prompt_tokens:
             return True
         return self._is_worth_it(queue)
 

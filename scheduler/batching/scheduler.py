@@ -183,27 +183,27 @@ class Scheduler:
         """The pass that was scheduled last as it shall run after an update: the same one; or with those that wait and
         fit in now, without those that have ended; or None, if it is not to run. That is so if all its requests have
         ended, or one whose pages others share, if one that waits is so urgent that others give way, and if one that
-        waits could enter behind a chunk that was cut: the requests that have not ended are scheduled anew."""
+        waits could enter behind the rest of chunks that were cut, where nobody enters else: the requests that have not
+        ended are scheduled anew."""
         assert batch is self._under_way[-1].batch, "not the newest batch"
         _, requests, coming = self._under_way[-1]
-        stay, ended = [], []
-        for row, request in zip(batch.rows, requests):
-            if request.state is RequestState.FINISHED:
-                self.composer.budget.give_back(row)
-                ended.append(row)
-            else:
-                stay.append(row)
+        both = list(zip(batch.rows, requests, strict=True))
+        ended = [row for row, request in both if request.finish_reason is not None]
+        for row in ended:
+            self.composer.budget.give_back(row)
         shared = self.cache.still_coming(coming) if ended else set()
         is_missed = any(self._computes_any(row, shared) for row in ended)
-        if not stay or is_missed or (self.composer.has_room() and self._must_start_anew(stay)):
+        cut = [(row, request) for row, request in both if not row.samples and request.finish_reason is None]
+        if len(ended) == len(both) or is_missed or self._must_start_anew(cut):
             self.withdraw(batch)
             return None
-        entered = self.composer.let_in()
+        entered = [] if cut else self.composer.let_in()
         if not entered:
             return batch
+        stay = [row for row, request in both if request.finish_reason is None]
         self._under_way.pop()
         for request in requests:
-            request.num_under_way -= request.state is RequestState.FINISHED
+            request.num_under_way -= request.finish_reason is not None
         self.counts.take_pass_back()
         self._note_pass()
         return self._put_under_way([*stay, *entered], batch.moves, coming)
@@ -216,10 +216,13 @@ class Scheduler:
         """Tells whether a row that has just been given reads any of these pages, and another one computes it."""
         return row.sampling is not None and not pages.isdisjoint(row.pages[: row.start // self.page_size])
 
-    def _must_start_anew(self, rows: Sequence[BatchRow]) -> bool:
-        """Tells whether one that waits could enter a pass of these rows only if others in it were changed."""
-        is_cut = not all(row.samples for row in rows)
-        return self._admission.must_make_room() or (is_cut and self._admission.can_admit())
+    def _must_start_anew(self, cut: Sequence[tuple[BatchRow, Request]]) -> bool:
+        """Tells whether one that waits could enter the last pass only if others in it were changed: who gives way to
+        it, or chunks that were cut. Not where their rest would take all the room: a few tokens more are not worth a
+        pass that is scheduled anew, for which a GPU waits."""
+        if self._admission.must_make_room():
+            return self.composer.has_room()
+        return bool(cut) and self.composer.has_room(cut) and self._admission.can_admit()
 
     def withdraw(self, batch: Batch, rows: Collection[int] = ()) -> list[Request]:
         """Takes back the pass that was scheduled last; those of its requests that have not ended are scheduled anew.

@@ -72,6 +72,34 @@ def test_rows_that_begin_alike_compute_their_beginning_once(tmp_path):
     assert sum(computed) == at_least
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_prompt", "caches", "expected"),
+    [
+        (600, 2, False, [256, 256, 88]),  # short ones, as many as ever
+        (180, 60, False, [35, 70, 66, 9]),  # 2048 tokens, then twice as many as have entered
+        (100, 200, False, [32, 32, 32, 4]),  # at least so many
+        (500, 100, True, [32, 64, 128, 256, 20]),  # all the same, so that each pass takes all that wait
+    ],
+)
+def test_few_prompts_are_encoded_while_a_pass_runs_and_as_many_as_it_takes(
+    tmp_path, monkeypatch, num_rows, num_prompt, caches, expected
+):
+    counts, begin, advance = [0], BatchRun._begin, Loop.advance
+
+    def count(job, index, row):
+        counts[-1] += 1
+        begin(job, index, row)
+
+    monkeypatch.setattr(BatchRun, "_begin", count)
+    monkeypatch.setattr(Loop, "advance", lambda loop: counts.append(0) or advance(loop))
+    llm = StubLLM()
+    scheduler = Scheduler(512, 2048, 256, page_size=16, num_pages=16 * 512, prefix_caching=caches)
+    llm.loop = Loop(scheduler, llm.engine)
+    texts = [line(str(number), prompt=[5] * num_prompt, max_tokens=30) for number in range(num_rows)]
+    assert run_here(llm, write_lines(tmp_path / "in.jsonl", texts), tmp_path / "out.jsonl") == 0
+    assert counts[: len(expected)] == expected and sum(counts) == num_rows
+
+
 def test_longest_first_only_where_that_ends_sooner():
     lengths = [1, 1, 1, 9]
     assert longest_first([0, 1, 2, 3], lengths.__getitem__, seats=2) == [3, 0, 1, 2]

@@ -392,3 +392,44 @@ def test_a_pass_counts_once_as_it_runs_whatever_was_announced():
         sched.finish(seated, FinishReason.ABORT)
     sched.update(entered, [9, 9])
     assert sched.revise(last) is None and sched.counts.num_passes == 2
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "priority", "is_made_anew"),
+    [(6, 1, True), (7, 1, False), (7, 0, True)],  # the rest takes less than all the room; all of it; comes behind
+)
+def test_an_announced_pass_is_made_anew_if_one_could_enter_behind_the_rest_of_a_cut_chunk(
+    num_prompt, priority, is_made_anew
+):
+    sched = scheduler(policy="priority")
+    sched.add(request(0))
+    before = sched.schedule()
+    gone, late = request(1, num_prompt=5, priority=1), request(3, num_prompt=2, priority=priority)
+    for one in (gone, request(2, num_prompt, priority=1)):
+        sched.add(one)
+    announced = sched.schedule()
+    assert shape(announced) == [(0, 3, 1, True), (1, 0, 5, True), (2, 0, 2, False)]
+    sched.add(late)
+    sched.finish(gone, FinishReason.ABORT)
+    sched.update(before, [9])
+    revised = sched.revise(announced)
+    sched.check_integrity()
+    assert (revised is None) == is_made_anew and late.row is None
+    if is_made_anew:
+        assert sched.schedule().num_tokens == 8 and late.row == 1
+    else:
+        assert revised is announced
+        sched.update(announced, [9, 9])
+        assert shape(sched.schedule()) == [(0, 4, 1, True), (2, 2, 5, True), (1, 0, 2, True)]
+
+
+def test_an_announced_pass_stays_as_it_is_where_a_row_ends_whose_token_the_rest_of_a_chunk_would_take():
+    sched = scheduler()
+    for id, num_prompt in enumerate([3, 15, 2]):
+        sched.add(request(id, num_prompt))
+    before, announced = sched.schedule(), sched.schedule()
+    assert shape(announced) == [(0, 3, 1, True), (1, 5, 7, False)]
+    sched.update(before, [EOS])
+    assert sched.revise(announced) is announced
+    assert sched.update(announced, [9]) == [None]
+    assert run_pass(sched) == [(1, 12, 3, True), (0, 0, 2, True)]
