@@ -57,7 +57,7 @@ GOOD = line("good", prompt="x")
         (line("a", prompt="x", temperature=-1), "body: temperature=-1: expected a finite number of at least 0"),
         (line("a", prompt="x", max_tokens="9"), "body: max_tokens='9': expected an integer"),
         (line("a", prompt="x", stop=9), "body: stop=9: expected a string or an array"),
-        (line("a", prompt="x", stream_options={"include_usage": 1}), "body: stream_options: include_usage: expected a "),
+        (line("a", prompt="x", stream_options={"include_usage": 1}), "body: stream_options: include_usage: expected a"),
         (line("a", prompt="x", logit_bias={"5": 1}), "body: logit_bias={'5': 1}: is not supported"),
         (line("a", max_tokens=5), "body: prompt: is missing"),
         (line("a", prompt="x", stream=True), "body: stream: a batch job does not stream its answers"),
