@@ -63,7 +63,8 @@ def _own_warnings() -> Iterator[None]:
 
 
 def say_mistake(error: Exception, program: str = "penstock") -> bool:
-    """Shows a user's mistake on standard error, in one line. False if it is none: then it needs its traceback.
+    """Shows a user's mistake on standard error: in one line, and in one for each note that it has. False if it is none:
+    then it needs its traceback.
 
     Ranks of torchrun that all have the same mistake show it once: if rank 0 has it too, the launcher ends the others
     while they wait. A child of rank 0 shows nothing: rank 0 found the user's mistakes before it launched it.
@@ -73,7 +74,8 @@ def say_mistake(error: Exception, program: str = "penstock") -> bool:
         return False
     if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
         wait_for_launcher()
-    print(f"{program}: error: {text}", file=sys.stderr)
+    for line in (text, *map(one_line, getattr(error, "__notes__", ()))):
+        print(f"{program}: error: {line}", file=sys.stderr)
     return True
 
 

@@ -4,6 +4,7 @@ Memory is 26 bytes a row, in arrays, whatever the rows hold.
 """
 
 import hashlib
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ import numpy as np
 from penstock.engine.batch.rows import MOST_LINE_BYTES, Row
 from penstock.engine.user_files import open_file
 
-MOST_NAMED = 5  # further lines at fault that a message names
+MOST_REASONS = 10  # that an error tells, each with a line at fault
+MOST_NAMED = 5  # further lines with such a fault that it names
+_SHOWN = re.compile(r"=.*: |(['\"]).*\1|\d\w*")  # what a line has, in the text of its fault
 ReadRow = Callable[[bytes, int], Row]  # a line and its number; raises ValueError, naming both
 
 
@@ -45,9 +48,9 @@ class InputLines:
 
 
 def check_lines(path: str | Path, read_row: ReadRow) -> InputLines:
-    """All rows of a file, each read once. Raises ValueError for the first line that is at fault, or repeats a
-    custom_id; it also names others that do."""
-    found, ids, faults = InputLines(Path(path)), array("q"), _Faults()
+    """All rows of a file, each read once. Raises ValueError for a line that is at fault, or repeats a custom_id; its
+    notes name lines that are for other reasons."""
+    found, ids, faults = InputLines(Path(path)), array("q"), _Faults(path)
     digest = hashlib.sha256()
     with open_file(path) as stream:
         for number, offset, line in _lines(stream):
@@ -87,26 +90,51 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
 
 
 class _Faults:
-    """Lines that are at fault, found in any order: how many, and the first of them, each with what it has."""
+    """Lines that are at fault, found in any order, by reason: the text of the fault without what that line has."""
 
-    def __init__(self):
-        self.num_lines, self._first, self._last = 0, [], 0
+    def __init__(self, path: str | Path):
+        self._path, self._last = path, 0
+        self._alike: dict[str, _Alike] = {}
+        self._num_others = 0  # lines with none of the first MOST_REASONS
 
     def add(self, number: int, fault: str) -> None:
         if number == self._last:  # another part of a line that is too long
             return
         self._last = number
-        self.num_lines += 1
-        self._first = sorted([*self._first, (number, fault)])[: MOST_NAMED + 1]
+        reason = _SHOWN.sub("", fault.split(f", line {number}: ", 1)[-1])
+        if reason in self._alike or len(self._alike) < MOST_REASONS:
+            self._alike.setdefault(reason, _Alike()).add(number, fault)
+        else:
+            self._num_others += 1
 
     def check(self) -> None:
-        if not self._first:
+        if not self._alike:
             return
-        (_, fault), *others = self._first
+        told, *notes = [alike.describe() for alike in sorted(self._alike.values(), key=lambda alike: alike.first)]
+        if self._num_others:
+            notes.append(f"{self._path}: lines at fault for other reasons: {self._num_others}")
+        error = ValueError(told)
+        for note in notes:
+            error.add_note(note)
+        raise error
+
+
+class _Alike:
+    """Lines that are at fault for one reason: how many, and the first of them, each with its fault."""
+
+    def __init__(self):
+        self.num_lines, self.first = 0, []
+
+    def add(self, number: int, fault: str) -> None:
+        self.num_lines += 1
+        self.first = sorted([*self.first, (number, fault)])[: MOST_NAMED + 1]
+
+    def describe(self) -> str:
+        (_, fault), *others = self.first
         more = self.num_lines - 1
         rest = ", ..." if more > len(others) else ""
-        named = f"; {more} more at fault: line {', '.join(str(number) for number, _ in others)}{rest}" if more else ""
-        raise ValueError(f"{fault}{named}")
+        named = f"; {more} more alike: line {', '.join(str(number) for number, _ in others)}{rest}" if more else ""
+        return f"{fault}{named}"
 
 
 def _check_ids(found: InputLines, ids: array, custom_id: Callable[[int], str], faults: _Faults) -> None:

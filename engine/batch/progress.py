@@ -8,27 +8,28 @@ from typing import Any
 from penstock.engine.batch.run import BatchRun
 from tqdm import tqdm
 
-LINE_S = 60.0  # between two lines where there is no terminal; the first comes after a sixth of it
+LINE_S = 60.0  # between two lines where there is no terminal
+FIRST_S = 10.0  # to the first line, if a row has ended by then: before, a prediction is worth little
 PREDICT_S = 10.0  # between two predictions for the bar: each takes the host up to a tenth of a second
 DAY_S = 24 * 3600.0
 MARKS = (0.05, 0.2)  # shares of the rows of a run at which its prediction is kept
 
 
 class Progress:
-    """The view of one run, of `num_rows` of which `num_done` were done before. A context manager."""
+    """The view of one run, of `num_rows` of which `num_done` were done before. A context manager, while rows run."""
 
     def __init__(self, num_rows: int, num_done: int):
         self.num_rows, self.num_before = num_rows, num_done
         self.predicted: list[dict[str, float]] = []  # the whole run's seconds, as they looked at MARKS
         self._seconds: float | None = None  # of the whole run, as they looked last
         self._next_s = 0.0
-        self._bar = None
-        if _has_room():
-            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
-            self._bar = tqdm(total=num_rows, initial=num_done, bar_format=layout, dynamic_ncols=True)
-        self._next_line_s = time.perf_counter() + LINE_S / 6
+        self._line_s: float | None = None  # of the run, when the last line came
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> "Progress":
+        if _has_room():
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
+            self._bar = tqdm(total=self.num_rows, initial=self.num_before, bar_format=layout, dynamic_ncols=True)
         return self
 
     def __exit__(self, *exc) -> None:
@@ -38,7 +39,7 @@ class Progress:
     def show(self, run: BatchRun, is_due: bool) -> None:
         """Shows the state of the run if that `is_due`, and keeps its prediction at MARKS. The run calls this after each
         pass, so that a prediction is of the pass that reached its mark."""
-        is_shown = is_due and (self._bar is not None or time.perf_counter() >= self._next_line_s)
+        is_shown = is_due and (self._bar is not None or self._is_line_due(run))
         left_s = self._seconds_left(run, is_shown)
         if not is_shown:
             return
@@ -47,9 +48,15 @@ class Progress:
             self._bar.update(run.done.num_done - self._bar.n)
             self._bar.refresh()
         else:
-            self._next_line_s = time.perf_counter() + LINE_S
+            self._line_s = run.meter.elapsed_s
             line = f"{run.done.num_done}/{self.num_rows} rows, {describe(run, left_s)}"
             print(f"penstock batch: {line}", file=sys.stderr, flush=True)
+
+    def _is_line_due(self, run: BatchRun) -> bool:
+        """Tells whether a line is due. The first waits for a row that has ended: without one it says little."""
+        if self._line_s is not None:
+            return run.meter.elapsed_s >= self._line_s + LINE_S
+        return run.meter.elapsed_s >= (FIRST_S if run.done.num_done > self.num_before else LINE_S)
 
     def _seconds_left(self, run: BatchRun, is_shown: bool) -> float | None:
         """The seconds of the run that are left, predicted anew for each line, for the bar now and then, and at MARKS:

@@ -132,14 +132,17 @@ def _advice(args: argparse.Namespace) -> str:
 
 def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: JobFiles, stopping: Stopping) -> bool:
     """Runs the rows that have not run, and prints the summary. Tells whether all have run."""
-    with Progress(done.num_rows, done.num_done) as progress:
-        run, is_whole = None, done.num_done == done.num_rows
-        if not is_whole or _others_wait(config):
-            with LLM(**config.for_job(_num_sequences(done)).to_dict()) as llm:
-                llm.lead()
-                if llm.engine.device.type == "cuda":
-                    llm.measure()  # a second, for predictions and for how far passes are filled
-                if not is_whole:
+    progress, run, is_whole = Progress(done.num_rows, done.num_done), None, done.num_done == done.num_rows
+    if not is_whole or _others_wait(config):
+        began_s = time.perf_counter()
+        say(f"loading {config.model}")
+        with LLM(**config.for_job(_num_sequences(done)).to_dict()) as llm:
+            llm.lead()
+            if llm.engine.device.type == "cuda":
+                llm.measure()  # a second, for predictions and for how far passes are filled
+            say(f"ready after {time.perf_counter() - began_s:.1f} s")
+            if not is_whole:
+                with progress:
                     run = BatchRun(llm, reader, done, files, stopping, progress.show)
                     is_whole = run.run()
     try:

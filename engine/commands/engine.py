@@ -7,6 +7,7 @@ import signal
 import socket
 
 from penstock.engine.config import EngineConfig
+from penstock.engine.server.options import SIGNALS
 from penstock.parallel.failure import exit_with_parent
 
 
@@ -15,7 +16,7 @@ def add_arguments(groups) -> None:
 
 
 def run(args, config: EngineConfig) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     told = json.loads(exit_with_parent())
     from penstock.engine.commands.said import say_before  # imports torch: the front is watched before that

@@ -79,8 +79,10 @@ def follow(config: EngineConfig) -> int:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """A context that a signal ends, and all with it: nobody is served before the server hears them itself."""
-    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in SIGNALS}
+    """A context that a signal ends, and all with it: nobody is served before the server hears them itself. One that is
+    ignored, as SIGHUP by `nohup`, stays so."""
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in heard}
     try:
         yield
     finally:

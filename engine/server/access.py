@@ -26,19 +26,35 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # what half of a surrogate pair is wr
 _CLOSE = (("Connection", "close"),)  # what is left of the body is not read
 
 
-class KeyGuard:
-    """An ASGI application in front of another, which only those reach who send the key. The keys are compared by their
-    digests, in a time that tells nothing."""
+class Guard:
+    """An ASGI application in front of another, which lets requests through that its subclass has no `fault` in. `note`
+    hears of the others: their scopes and errors."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]], key: str, open_routes: tuple[str, ...]):
-        self._app, self._digest, self._open = app, _digest(key.encode()), open_routes
+    def __init__(self, app: Callable[..., Awaitable[None]], note: Callable[[dict[str, Any], ApiError], None]):
+        self._app, self._note = app, note
+
+    def fault(self, scope: dict[str, Any]) -> ApiError | None:
+        """The error of a request that is to be refused."""
+        raise NotImplementedError
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] not in self._open and not self._has_key(scope["headers"]):
-            error = unauthorised()
+        if scope["type"] == "http" and (error := self.fault(scope)) is not None:
+            self._note(scope, error)
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+class KeyGuard(Guard):
+    """A guard that only those pass who send the key. The keys are compared by their digests, in a time that tells
+    nothing."""
+
+    def __init__(self, app: Any, note: Any, key: str, open_routes: tuple[str, ...]):
+        super().__init__(app, note)
+        self._digest, self._open = _digest(key.encode()), open_routes
+
+    def fault(self, scope: dict[str, Any]) -> ApiError | None:
+        return None if scope["path"] in self._open or self._has_key(scope["headers"]) else unauthorised()
 
     def _has_key(self, headers: list[tuple[bytes, bytes]]) -> bool:
         given = dict(headers).get(b"authorization", b"")
@@ -46,20 +62,15 @@ class KeyGuard:
         return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(key.strip()), self._digest)
 
 
-class HostGuard:
-    """An ASGI application in front of another that listens on this machine alone, without a key: a page of another site
-    may have its name lead to this machine, and would then be let in by the browser. A request under such a name is
-    refused; addresses and localhost cannot be made to lead elsewhere."""
+class HostGuard(Guard):
+    """A guard of an application that listens on this machine alone, without a key: a page of another site may have its
+    name lead to this machine, and would then be let in by the browser. A request under such a name is refused;
+    addresses and localhost cannot be made to lead elsewhere."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]):
-        self._app = app
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not _is_own(dict(scope["headers"]).get(b"host", b"").decode("latin-1")):
-            error = refused("Host: expected an address or localhost; for other names set --api-key or --host")
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+    def fault(self, scope: dict[str, Any]) -> ApiError | None:
+        if _is_own(dict(scope["headers"]).get(b"host", b"").decode("latin-1")):
+            return None
+        return refused("Host: expected an address or localhost; for other names set --api-key or --host")
 
 
 def _is_own(host: str) -> bool:

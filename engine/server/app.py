@@ -32,10 +32,16 @@ def make_app(service: Service) -> Any:
     _add_health(app, service)
     pages.add_routes(app, service)
     app = Direct(app, generation, tell, tell_fault, service.note)
+
+    def note(scope: dict[str, Any], error: ApiError) -> None:
+        service.metrics.request_rejected(rejection(error))
+        if app.answers(scope):
+            app.note(scope, error)
+
     if service.options.api_key is None:
-        return HostGuard(app) if is_loopback(service.options.host) else app
+        return HostGuard(app, note) if is_loopback(service.options.host) else app
     open_routes = (*OPEN, "/metrics") if service.options.metrics_without_key else OPEN
-    return KeyGuard(app, service.options.api_key, open_routes)
+    return KeyGuard(app, note, service.options.api_key, open_routes)
 
 
 def respond_with(error: ApiError) -> JSONResponse:
@@ -53,21 +59,28 @@ class Direct:
         routes: dict[str, Handler],
         tell: Handler,
         tell_fault: Handler,
-        note: Callable[[dict[str, Any]], None],
+        log: Callable[[dict[str, Any]], None],
     ):
-        self._app, self._routes, self._tell, self._note = app, routes, tell, note
+        self._app, self._routes, self._tell, self._log = app, routes, tell, log
         self._direct = ServerErrorMiddleware(self._answer, handler=tell_fault)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        is_direct = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._routes
-        await (self._direct if is_direct else self._app)(scope, receive, send)
+        await (self._direct if self.answers(scope) else self._app)(scope, receive, send)
+
+    def answers(self, scope: dict[str, Any]) -> bool:
+        """Tells whether it answers a request itself."""
+        return scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._routes
+
+    def note(self, scope: dict[str, Any], error: ApiError) -> None:
+        """Logs one of these requests that was refused."""
+        self._log(record_of_refused(scope["path"].removeprefix("/v1/"), error))
 
     async def _answer(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         request = Request(scope, receive)
         try:
             response = await self._routes[scope["path"]](request)
         except ApiError as error:
-            self._note(record_of_refused(scope["path"].removeprefix("/v1/"), error))
+            self.note(scope, error)
             response = await self._tell(request, error)
         await response(scope, receive, send)
 

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created
 __all__ = ["CONTENT_TYPE", "INVALID", "REJECTIONS", "Metrics", "link_use", "pass_kind", "stall_s"]
 
 INVALID = "invalid"  # the client's mistake
-REJECTIONS = ("loading", "queue_full", "shutting_down", "engine_dead", INVALID)
+REJECTIONS = ("loading", "queue_full", "shutting_down", "engine_dead", "invalid_api_key", INVALID)
 KINDS = ("prefill", "decode")
 
 

@@ -8,7 +8,7 @@ from penstock.engine.config import option
 from penstock.scheduler.units import show_value
 
 KEY_VARIABLE = "PENSTOCK_API_KEY"
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that end a server
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that end a server; the last when its terminal is gone
 
 
 @dataclass(frozen=True)

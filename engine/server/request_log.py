@@ -41,9 +41,10 @@ class RequestLog:
         try:
             self._stream.write(line + "\n")
             self._stream.flush()
-        except OSError as error:
+        except (OSError, SystemExit) as error:  # standard output raises the latter (streams.py)
             self._stream = None
-            print(f"penstock serve: the request log ends: {error.strerror}", file=sys.stderr, flush=True)
+            why = error.strerror if isinstance(error, OSError) else "standard output takes no more"
+            print(f"penstock serve: the request log ends: {why}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

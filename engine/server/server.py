@@ -10,6 +10,7 @@ uvicorn's own handlers of signals do none of that, so they are off.
 
 import asyncio
 import contextlib
+import signal
 import socket
 import sys
 import time
@@ -79,7 +80,8 @@ class Server:
         loop, service = asyncio.get_running_loop(), self.service
         loop.set_exception_handler(LoopErrors(self._say))
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._hear)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                loop.add_signal_handler(number, self._hear, number)
         serving = asyncio.create_task(self._uvicorn.serve([listener]))
         service.engine.attach(self.process.channel)
         others = [asyncio.create_task(self._open()), asyncio.create_task(self._watch())]
@@ -96,7 +98,9 @@ class Server:
         await asyncio.to_thread(self.process.end, most_s)
         return has_failed
 
-    def _hear(self) -> None:
+    def _hear(self, number: int) -> None:
+        if number == signal.SIGHUP and self._num_signals:  # of one terminal that is gone, more than one may come
+            return
         self._num_signals += 1
         self.service.is_draining = True
         self._changed.set()

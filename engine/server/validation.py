@@ -114,7 +114,8 @@ def _fields(body: Any, types: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     given = {name: body[name] for name in types if body.get(name) is not None}
     for name, value in given.items():
         if not any(_has_type(value, kind) for kind in types[name]):
-            raise refused(f"{name}={show_value(value)}: expected {' or '.join(types[name])}", name)
+            expected = " or ".join(f"{'an' if kind[0] in 'aeio' else 'a'} {kind}" for kind in types[name])
+            raise refused(f"{name}={show_value(value)}: expected {expected}", name)
     return given
 
 
@@ -153,7 +154,7 @@ def _delivery(given: Body) -> dict[str, Any]:
     options, streams = given.get("stream_options", {}), given.get("stream", False)
     for name in ("include_usage", "continuous_usage_stats"):
         if not isinstance(options.get(name), bool | None):
-            raise refused(f"stream_options: {name}: expected boolean", "stream_options")
+            raise refused(f"stream_options: {name}: expected a boolean", "stream_options")
     if options and not streams:
         raise refused("stream_options: expected stream true with it", "stream_options")
     always = bool(options.get("continuous_usage_stats"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from penstock.engine.commands import cli
 from penstock.engine.commands.generate import TextPrinter
-from penstock.engine.streams import MOST_CHARACTERS, guarded_streams, mistake, one_line, visible
+from penstock.engine.streams import MOST_CHARACTERS, guarded_streams, mistake, one_line, say_mistake, visible
 from penstock.engine.text import prompts
 
 from tests.support.commands import ROOT, Command
@@ -40,6 +40,16 @@ def test_what_a_user_can_mend_is_a_line_and_our_bugs_are_not():
     assert mistake(MemoryError()) == "there is not enough host memory"
     for bug in (OSError(9, "Bad file descriptor"), KeyError("x"), RuntimeError("x"), AssertionError(), OverflowError()):
         assert mistake(bug) is None
+
+
+def test_notes_of_a_mistake_are_lines_of_their_own(capsys):
+    error = ValueError("file, line 2: bad\x1b")
+    error.add_note("file, line 5: worse\n")
+    assert say_mistake(error, "program")
+    assert capsys.readouterr().err.splitlines() == [
+        r"program: error: file, line 2: bad\x1b",
+        r"program: error: file, line 5: worse\n",
+    ]
 
 
 def test_a_warning_of_ours_is_one_line_and_another_as_python_has_it(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -78,6 +79,15 @@ def test_chats_several_prompts_and_several_sequences(llm, tmp_path):
     assert many["usage"]["completion_tokens"] == 4 * 9
     assert len({choice["text"] for choice in many["choices"]}) == 4, "each sequence has a seed of its own"
     assert [choice["text"].startswith("def") for choice in many["choices"][:2]] == [True, True]
+
+
+def test_the_load_is_said_before_it_begins_and_when_it_has_ended(llm, reference, tmp_path, said, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(llm, "lead", lambda: print("it loads", file=sys.stderr))
+    assert run_here(llm, reference[0], output) == 0
+    (loading, loads, ready) = said()[1][-3:]
+    assert (loading, loads) == ("penstock batch: loading demo", "it loads")
+    assert re.fullmatch(r"penstock batch: ready after \d+\.\d s", ready)
 
 
 def test_order_input_sorts_once_all_have_run(llm, reference, tmp_path, said):
@@ -373,6 +383,7 @@ def test_the_run_is_told_of_each_second_and_says_when_it_ends(llm, tmp_path, mon
     """A second is as short as a pass here; the job's end is known to the pass, since all lengths are fixed."""
     monkeypatch.setattr(meter, "SAMPLE_S", 0.0)
     monkeypatch.setattr(progress, "LINE_S", 0.0)
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
     texts = [line(str(number), prompt=[5, number + 5], max_tokens=8, ignore_eos=True) for number in range(40)]
     told, show = [], BatchRun.seconds_left
 

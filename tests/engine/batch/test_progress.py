@@ -63,11 +63,23 @@ def test_in_80_columns_the_end_and_what_failed_are_seen(monkeypatch):
     assert re.search(r"2 failed, ends in 25:00:00 \([A-Z]\w\w \d\d:\d\d\)", shown) and " bound" not in shown
 
 
-def test_elsewhere_it_is_quiet_between_two_lines(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+def seconds_with_a_line(monkeypatch, ends_s: float, most_s: int) -> list[int]:
+    """The seconds of a run in which there is a line, where none of its rows ends before `ends_s`."""
+    told = []
     with Progress(100, num_done=5) as view:
-        view.show(RUN, is_due=True)
-    assert sys.stderr.getvalue() == ""
+        for second in range(1, most_s + 1):
+            monkeypatch.setattr(sys, "stderr", io.StringIO())
+            meter = SimpleNamespace(**vars(RUN.meter) | {"elapsed_s": float(second)})
+            done = SimpleNamespace(num_done=25 if second >= ends_s else 5, num_failed=0)
+            view.show(SimpleNamespace(done=done, meter=meter, seconds_left=lambda: 90.0), is_due=True)
+            told += [second] * sys.stderr.getvalue().count("\n")
+    return told
+
+
+@pytest.mark.parametrize("ends_s, first_s", [(2, 10), (17, 17), (90, 60)])
+def test_elsewhere_a_line_comes_once_a_row_has_ended_and_then_once_a_minute(monkeypatch, ends_s, first_s):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert seconds_with_a_line(monkeypatch, ends_s, 200) == [*range(first_s, 201, 60)]
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
@@ -88,9 +100,9 @@ def test_a_prediction_is_kept_in_the_pass_that_reaches_its_mark(monkeypatch, str
 def test_each_line_predicts_anew(monkeypatch):
     """Within PREDICT_S: what the first pass told is no longer true when the line after it comes."""
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_S", 1.0)
     with Progress(1000, num_done=0) as view:
-        for elapsed_s, left_s in ((1.0, 20.0), (2.0, 60.0)):
+        for elapsed_s, left_s in ((11.0, 20.0), (12.0, 60.0)):
             measured = SimpleNamespace(**vars(RUN.meter) | {"elapsed_s": elapsed_s})
             view.show(SimpleNamespace(done=RUN.done, meter=measured, seconds_left=lambda s=left_s: s), is_due=True)
     first, second = sys.stderr.getvalue().splitlines()
@@ -103,7 +115,9 @@ def test_between_two_lines_nothing_is_predicted(monkeypatch):
     run = SimpleNamespace(done=RUN.done, meter=RUN.meter, seconds_left=lambda: asked.append(1) or 90.0)
     with Progress(1000, num_done=0) as view:
         view.show(run, is_due=True)
-    assert not asked
+        assert sys.stderr.getvalue().count("\n") == len(asked) == 1
+        view.show(run, is_due=True)
+    assert sys.stderr.getvalue().count("\n") == len(asked) == 1
 
 
 @pytest.mark.parametrize("size", [(0, 0), (24, 0), (0, 80)])

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import threading
+import time
 from types import SimpleNamespace
 from unittest.mock import AsyncMock
 
@@ -273,10 +274,30 @@ def test_with_a_key_only_the_page_and_health_are_open(served):
     open_metrics.close()
 
 
+def test_who_lacks_the_key_is_counted_and_logged_as_others_who_are_refused():
+    """With nothing that the client wrote: of other paths, which it may choose, there is no line."""
+    locked = Serving(api_key="secret-key")
+    for headers in ({}, {"authorization": "Bearer secret-kez"}):
+        for method, path in (("POST", PATH), ("POST", "/v1/chat/completions"), ("GET", PATH), ("GET", "/secret")):
+            assert locked.call(method, path, headers=headers).status_code == 401
+    assert locked.kept.rejected == ["invalid_api_key"] * 8
+    shown = locked.call("GET", "/metrics", headers={"authorization": "Bearer secret-key"}).text
+    assert 'penstock:admission_rejections_total{reason="invalid_api_key"} 8.0' in shown
+    records = locked.kept.records
+    assert all(time.time() - record.pop("came") < WAIT_S for record in records)
+    assert records == 2 * [
+        {"route": route, "status": 401, "error": "invalid_api_key", "param": None}
+        for route in ("completions", "chat/completions")
+    ]
+    locked.close()
+
+
 def test_without_a_key_this_machine_is_not_asked_under_another_name(served):
     for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "[::1"):
+        num_rejected = len(served.kept.rejected)
         response = served.call("GET", "/v1/models", headers={"host": host})
         assert response.status_code == 400 and response.json()["error"]["message"].startswith("Host: "), host
+        assert served.kept.rejected[num_rejected:] == ["invalid"]
     for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "192.168.0.5"):
         assert served.call("GET", "/v1/models", headers={"host": host}).status_code == 200, host
     for options in ({"api_key": "k"}, {"host": "0.0.0.0"}):

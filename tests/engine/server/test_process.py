@@ -22,6 +22,7 @@ from penstock.engine.commands.cli import main
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.generation_defaults import read_defaults
+from penstock.engine.server.options import SIGNALS
 from penstock.engine.server.server import Server
 
 from tests.support.commands import SLOW, TORCHRUN
@@ -48,6 +49,9 @@ def begin_pass(batch):
         open(f"{folder}/held{rank}", "w").close()
         time.sleep(0.01)
 """
+
+NOHUP = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+NOHUP += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
 HALVES = [
@@ -192,6 +196,35 @@ def answer_to(server: ServerProcess, said: bytes) -> bytes:
 
 
 @pytest.mark.alone
+def test_a_terminal_that_is_gone_drains_however_often_it_says_so(tmp_path):
+    with server_process(tmp_path, in_passes=HELD) as server:
+        server.wait_ready()
+        streams = Streams(client_of(server), 2, max_tokens=30)
+        streams.wait_for_tokens()
+        (tmp_path / "hold").touch()
+        server.signal(signal.SIGHUP)
+        until(lambda: server.health() == 503)
+        server.signal(signal.SIGHUP)
+        assert [server.health() for _ in range(10)] == [503] * 10
+        (tmp_path / "hold").unlink()
+        streams.join()
+        assert streams.errors == [None, None] and streams.tokens == [30, 30]
+        assert server.exit_code() == 0 and "Traceback" not in server.text, server.text
+
+
+@pytest.mark.alone
+def test_under_nohup_a_terminal_that_is_gone_changes_nothing(tmp_path):
+    with server_process(tmp_path, launcher=("-c", NOHUP)) as server:
+        server.signal(signal.SIGHUP)
+        server.wait_ready()
+        server.signal(signal.SIGHUP)
+        body = {"prompt": "def", "max_tokens": 3}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+        server.signal()
+        assert server.exit_code() == 0
+
+
+@pytest.mark.alone
 def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
     slow = "import time\nExecutor.__init__ = lambda self, *given, **named: time.sleep(120)"
     with server_process(tmp_path, fault=slow) as server:
@@ -203,7 +236,7 @@ def test_while_it_loads_it_listens_and_a_signal_ends_it(tmp_path):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_before_the_server_hears_any_ends_it_well(tmp_path, number):
     """Behind the line that says where it listens."""
     with server_process(tmp_path, in_front=f"import os; os.kill(os.getpid(), {number:d})") as server:

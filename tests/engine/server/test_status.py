@@ -3,6 +3,7 @@ of requests."""
 
 import io
 import json
+import sys
 import time
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from penstock.engine.runtime.progress import Progress
 from penstock.engine.server.engine_facts import facts_of, row_pass_s, state_of
 from penstock.engine.server.request_log import FIELDS, RequestLog, request_log
 from penstock.engine.server.status import describe
+from penstock.engine.streams import guarded_streams
 
 from penstock import LLM, SamplingParams
 
@@ -101,6 +103,14 @@ def test_a_log_that_takes_no_more_ends_alone(capsys):
     for _ in range(3):
         log.write({"request_id": "a"})
     assert capsys.readouterr().err == "penstock serve: the request log ends: No space left on device\n"
+
+
+def test_a_log_on_standard_output_that_takes_no_more_ends_alone(capsys, monkeypatch):
+    with open("/dev/full", "w") as full, guarded_streams(), request_log("-") as log:
+        monkeypatch.setattr(sys.stdout, "_stream", full)
+        for _ in range(3):
+            log.write({"request_id": "a"})
+    assert capsys.readouterr().err == "penstock serve: the request log ends: standard output takes no more\n"
 
 
 def test_the_log_is_a_file_standard_output_or_none(tmp_path, capsys):
