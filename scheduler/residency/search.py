@@ -1,5 +1,5 @@
-"""The split with the most predicted tokens/s, and for how many sequences. Where all weights fit, they stay, unless
-streaming some gains STREAMING_GAIN of the tokens/s.
+"""The split with the most predicted tokens/s, and for how many sequences. Where all weights fit, they stay as they are
+stored, unless streaming or compressing some gains STREAMING_GAIN of the tokens/s.
 
 Torch-free. The number of sequences that is asked for need not be the best: with a few fewer all weights may stay,
 and the others wait. A pass over more sequences never takes less time, so a number between two known ones, low < high,
@@ -22,16 +22,16 @@ TOLERANCE = 0.003  # the share of the tokens/s that the number found may give le
 USUAL_SEQS = 512  # sequences that are let in wherever they fit; more only where that pays
 SHORT_LEN = 512  # tokens of each of these
 LEAST_GAIN = 0.05  # share of the tokens/s that twice as many must gain
-STREAMING_GAIN = 0.05  # share that streaming must gain where all weights fit: it slows one sequence, predictions err
+STREAMING_GAIN = 0.05  # share that other plans must gain where all weights fit: they slow one sequence, predictions err
 
 
 def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, Residency]:
     """The demand, with the planned number of sequences if no number was asked for, and the residency with the most
-    tokens/s, or that in which all weights stay, if they fit and streaming gains too little. Where groups stream, either
-    all are plain, or those that may be compressed are; those of one name that differ in size all count as the largest,
-    or as their mean where the split that is found so is faster, and allows sequences as long. The residency is the one
-    that leaves most to the KV cache where not even one full sequence fits otherwise. That one is also tried where
-    neither the number nor the length of sequences is set and more of them would fit.
+    tokens/s, or that in which all weights stay as they are stored, if they fit and no other gains STREAMING_GAIN. Where
+    groups stream, either all are plain, or those that may be compressed are; those of one name that differ in size all
+    count as the largest, or as their mean where the split that is found so is faster, and allows sequences as long. The
+    residency is the one that leaves most to the KV cache where not even one full sequence fits otherwise. That one is
+    also tried where neither the number nor the length of sequences is set and more of them would fit.
 
     Raises ValueError, as plan_residency does, if nothing fits.
     """
@@ -39,7 +39,8 @@ def plan_fastest(demand: Demand, cost: Cost, compressed: bool) -> tuple[Demand, 
     planned = _fastest(demand, cost, compressed, max)
     if planned[1].streamed and not are_alike(demand):
         planned = _or_by_mean(demand, cost, compressed, planned)
-    staying = _all_stay(demand, cost) if demand.resident == "auto" and planned[1].streamed else None
+    is_plain = not planned[1].streamed and not planned[1].compressed
+    staying = _all_stay(demand, cost) if demand.resident == "auto" and not is_plain else None
     if staying and cost.tokens_s(*planned) < (1 + STREAMING_GAIN) * cost.tokens_s(*staying):
         planned = staying
     return _with_more_seqs(demand, cost, *planned)

@@ -26,30 +26,44 @@ from tests.support.plan_worth import most_instead, worth
 H200 = load_profile("h200")
 
 
+def layers(num_layers: int, sizes: dict[str, int], codable: str, share: float, floats: float, **others) -> Demand:
+    """Layers and a head of these bytes by name. Groups of the names in `codable` may be compressed, to `share` of their
+    bytes; to decompress one writes `floats` of them."""
+    groups = [(GroupId(i, name), sizes[name]) for i in range(num_layers) for name in ("attn", "ffn")]
+    groups.append((GroupId(num_layers, "head"), sizes["head"]))
+    may_be = [(group, nbytes) for group, nbytes in groups if group.name in codable.split()]
+    asked = Demand(
+        groups=tuple(groups),
+        page_size=16,
+        compressed={group: int(nbytes * share) + 1 for group, nbytes in may_be},
+        decompressed={group: int(nbytes * floats) for group, nbytes in may_be},
+        buffer_bytes=lambda names: max(sizes[name] for name in names),
+        fixed_of=lambda n: (("workspace", 1000 * n),),
+        **others,
+    )
+    return replace(asked, fixed=asked.fixed_of(asked.max_num_seqs))
+
+
 @st.composite
 def demands(draw) -> tuple[Demand, Cost]:
     """Models of 2 to 8 layers of odd sizes, in memory between what their ring and what all of them takes."""
     num_layers = draw(st.integers(2, 8))
-    attn, ffn, head = (draw(st.integers(1, most)) for most in (40, 160, 400))
-    groups = [(GroupId(i, name), n * 10007) for i in range(num_layers) for name, n in (("attn", attn), ("ffn", ffn))]
-    groups.append((GroupId(num_layers, "head"), head * 10007))
-    codable = [group for group, _ in groups if group.name != "head" or draw(st.booleans())]
+    attn, ffn, head = (draw(st.integers(1, most)) * 10007 for most in (40, 160, 400))
+    codable = "attn ffn head" if draw(st.booleans()) else "attn ffn"
     share, floats = draw(st.floats(0.5, 0.9)), draw(st.sampled_from((1.0, 0.9, 0.3)))
-    largest = {group.name: nbytes for group, nbytes in groups}
-    total = sum(nbytes for _, nbytes in groups)
-    asked = Demand(
-        groups=tuple(groups),
-        embed_bytes=draw(st.sampled_from((0, head * 10007))),
+    total = num_layers * (attn + ffn) + head
+    asked = layers(
+        num_layers,
+        {"attn": attn, "ffn": ffn, "head": head},
+        codable,
+        share,
+        floats,
+        embed_bytes=draw(st.sampled_from((0, head))),
         page_bytes=draw(st.integers(1, 10**5)),
         gathered_page_bytes=draw(st.integers(0, 10**5)),
-        page_size=16,
         max_num_seqs=draw(st.integers(1, 6)),
         max_position=draw(st.integers(1, 100)),
-        compressed={group: int(dict(groups)[group] * share) + 1 for group in codable},
-        decompressed={group: int(dict(groups)[group] * floats) for group in codable},
-        buffer_bytes=lambda names: max(largest[name] for name in names),
         memory_bytes=int(total * draw(st.floats(0.2, 1.3))) + 1000,
-        fixed_of=lambda n: (("workspace", 1000 * n),),
         plans_num_seqs=draw(st.booleans()),
     )
     rates = replace(
@@ -59,7 +73,7 @@ def demands(draw) -> tuple[Demand, Cost]:
         pass_latency_s=draw(st.sampled_from((0.0, 1e-4))),
     )
     steps = ((StepWork("linear", weight_bytes=total // 8, token_flops=total * draw(st.integers(0, 3000))), 8),)
-    return replace(asked, fixed=asked.fixed_of(asked.max_num_seqs)), Cost(steps, rates)
+    return asked, Cost(steps, rates)
 
 
 @st.composite
@@ -75,6 +89,27 @@ def demands_that_just_fit(draw) -> tuple[Demand, Cost]:
     slow = StepWork("linear", weight_bytes=total, token_flops=int(share * total * H200.gemm_tflops * 1e12 / 4.25e12))
     rates = replace(cost.rates, link_gb_s=1000.0, pass_latency_s=0.0)
     return replace(asked, memory_bytes=held + draw(st.integers(0, 10**5))), Cost(((slow, 1),), rates)
+
+
+def plain_beside_two() -> tuple[Demand, Cost]:
+    """All weights stay, as they are stored beside two sequences, or some of them compressed beside three, which give
+    3.8 % more tokens/s."""
+    sizes = {"attn": 120_000, "ffn": 1_150_000, "head": 10_000}
+    asked = layers(
+        5,
+        sizes,
+        codable="attn ffn",
+        share=0.75,
+        floats=1.0,
+        embed_bytes=0,
+        page_bytes=1,
+        gathered_page_bytes=70_000,
+        max_num_seqs=3,
+        max_position=81,
+        memory_bytes=7_350_000,
+    )
+    rates = replace(H200, link_gb_s=1.0, decompress_gb_s=316.0, pass_latency_s=1e-4)
+    return asked, Cost(((StepWork("linear", weight_bytes=800_000), 8),), rates)
 
 
 def splits(asked: Demand, compressed: bool):
@@ -136,6 +171,7 @@ def test_all_that_fits_stays_unless_streaming_gains_its_share(case):
 
 @settings(max_examples=20)
 @given(demands())
+@example(plain_beside_two())
 def test_compressed_splits_are_the_best_there_are(case):
     check(*case, compressed=True)
 
