@@ -38,7 +38,8 @@ def run_in_group(
                 with launch.leaving():
                     collectives.abandon()
                 raise
-            collectives.close()
+            with launch.leaving():
+                collectives.close()
     finally:
         launch.close()
     return result

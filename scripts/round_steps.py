@@ -149,6 +149,7 @@ ONE_GPU = (
             "traffic_llama3_8b_1rank",
             BRIEF,
         ),
+        needs_vllm=True,
     ),
     one(
         "traffic_drawn",

@@ -90,6 +90,7 @@ def test_jobs_beside_vllm_in_the_readme_are_those_of_their_records():
     names = ("traffic_llama3_8b_1rank", "batch_llama3_8b_resident_1rank", "serving_llama3_8b_1rank")
     traffic, batch, serving = (record_of(name) for name in names)
     jobs = [(row["vllm_measured_s"], row["measured_s"]) for row in traffic["rows"] if row["measures"] == "job"]
+    assert len(jobs) == 5
     served = {row["fed"]: row["median_ttft_ms"] / 1e3 for row in serving["rows"]}
     found = [*jobs, (batch["vllm"]["seconds"], batch["seconds"]), (served["vLLM by HTTP"], served["by HTTP"])]
     assert all(f"{name}.json" in page for name in names)

@@ -25,7 +25,7 @@ from penstock.scheduler.batching.request import FinishReason
 
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
-# Sequences whose prompts are encoded while a pass runs, which soon takes longer than that.
+# Sequences whose prompts are encoded between two passes, each in about a millisecond: at least, and at most.
 LEAST_BEGUN, MOST_BEGUN = 32, 256
 MOST_WAITING = 256  # rows that have ended, where many fail one after another
 
@@ -107,8 +107,8 @@ class BatchRun:
         return self.reader.read(self.lines.read(self._stream, index), self.lines.numbers[index])
 
     def _fill(self, order: Iterator[int]) -> None:
-        """Puts rows into the loop until enough are there, or as many as the next pass may take: all the tokens that it
-        may have, and since these may be cached twice as many sequences as the last one let in."""
+        """Puts rows into the loop until enough are in flight, or as many have come as the next pass may take: with all
+        the tokens that it may have, and, since these may be cached, twice as many sequences as the last one let in."""
         scheduler, num_before = self.llm.loop.scheduler, len(self.in_flight)
         most = min(QUEUED * scheduler.max_num_seqs, num_before + MOST_BEGUN)
         least = num_before + max(2 * (self._num_waiting - self._count_waiting()), LEAST_BEGUN)

@@ -5,16 +5,16 @@ from penstock.engine.kernels import linear, stored_linear, stored_matmul
 from penstock.scheduler.batching.batch import NO_TOKEN, Batch, BatchRow, PromptScores
 from penstock.scheduler.batching.pages import RESERVED_PAGE, pages_for
 
-# Tokens up to which linears have a kernel of their own; for each of the few that stored_linear takes
+# Tokens up to which linears have kernels of their own: each number that stored_linear takes, and the tiles of others
 FEW_TOKENS = sorted({*range(2, stored_linear.MOST_TOKENS + 1), *linear.TILES, *stored_matmul.TOKENS})
 
 
 def eager_prompts(index: int, most_tokens: int, page_size: int, margin: int) -> list[Batch]:
-    """Prompts of up to `most_tokens` tokens, by a row of this index: each of as many tokens as have kernels of their
-    own, of all of which logits are wanted, and one of more, of the last of which."""
+    """Prompts of up to `most_tokens` tokens, by a row of this index: one for each kernel of linears over few tokens, of
+    all of which logits are wanted; and as many of one token more, of the last of which so few logits are, or all."""
     most = min(FEW_TOKENS[-1] + 1, most_tokens)
     wanted = [(few, few) for few in FEW_TOKENS if few < most]
-    wanted += [(most, few) for few in (1, *linear.TILES, most) if few <= most]
+    wanted += [(most, few) for few in sorted({1, *linear.TILES, most}) if few <= most]
     return [Batch.of([_prompt(index, *each, page_size, margin)]) for each in wanted]
 
 

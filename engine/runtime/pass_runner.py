@@ -117,8 +117,8 @@ class PassRunner:
 
     @property
     def warmed(self) -> list[tuple[BucketSize, Asked]]:
-        """The padded passes whose kernels are compiled at start: the graphs, and the longest of those that run
-        eagerly."""
+        """The padded passes whose kernels are compiled at start: the graphs, and the longest with prompts, with and
+        without all of the sampler: eager passes, longer ones too, launch what it does."""
         longest = [(size, asked) for size in self.sizes.with_chunks[-1:] for asked in (EVERYTHING, Asked())]
         return list(dict.fromkeys(self.all_graphs + longest))
 

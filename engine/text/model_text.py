@@ -31,7 +31,7 @@ def tokenizer_path(config: EngineConfig) -> Path:
 
 
 def is_config_alone(config: EngineConfig) -> bool:
-    """Tells whether the model is a config.json and nothing beside it; the engine says how that may be given."""
+    """Tells whether a config.json itself was given, and not its directory; the engine says how it may be."""
     path = find_model(config.model)
     return config.load_format != "dummy" and path.is_file() and not is_gguf(path)
 

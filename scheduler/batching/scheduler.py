@@ -181,10 +181,10 @@ class Scheduler:
 
     def revise(self, batch: Batch) -> Batch | None:
         """The pass that was scheduled last as it shall run after an update: the same one; or with those that wait and
-        fit in now, without those that have ended; or None, if it is not to run. That is so if all its requests have
-        ended, or one whose pages others share, if one that waits is so urgent that others give way, and if one that
-        waits could enter behind the rest of chunks that were cut, where nobody enters else: the requests that have not
-        ended are scheduled anew."""
+        fit in now, without those that have ended; or None, if it is not to run: those of its requests that have not
+        ended are scheduled anew. That is so if all have ended, or one whose pages others share; if one that waits is so
+        urgent that others give way; and if one could enter behind the rest of chunks that were cut. Nobody enters a
+        pass with such a chunk otherwise."""
         assert batch is self._under_way[-1].batch, "not the newest batch"
         _, requests, coming = self._under_way[-1]
         both = list(zip(batch.rows, requests, strict=True))

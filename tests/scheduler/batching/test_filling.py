@@ -187,6 +187,14 @@ def test_a_budget_lets_in_a_token_wherever_it_has_room():
         assert budget.num_left >= 0
 
 
+@pytest.mark.parametrize(("prompt_tokens", "most_before"), [(0.0, 99), (300.0, 299), (9000.0, 999)])
+def test_behind_others_there_is_room_as_long_as_these_leave_some(prompt_tokens, most_before):
+    """Of what the link hides, of what is due in a pass, and of all its tokens."""
+    filling, queue = Filling.of(WORK, H200), Queue(0, prompt_tokens)
+    budget = Budget(1000, (), replace(filling, link_s=filling.seconds(0, 0) + 100.5 * filling.token_s))
+    assert budget.has_room(queue, most_before) and not budget.has_room(queue, most_before + 1)
+
+
 def test_rows_of_one_token_that_are_chunks_count_as_chunks():
     scheduler = scheduler_of(WORK)
     add(scheduler, 3, 1, 2)
