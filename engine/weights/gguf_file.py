@@ -73,8 +73,8 @@ def _read(path: Path, shards: tuple[Path, ...], states: tuple) -> GGUFHeader:
 
 
 def _state(file: Path) -> tuple[int, ...] | None:
-    """What is another one once a file has been replaced or written to; None where there is none, which its reader will
-    say."""
+    """The state of a file, another one once it has been replaced or written to; None if there is none, as its reader
+    will say."""
     try:
         found = file.stat()
     except (OSError, ValueError):
